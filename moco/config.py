@@ -1,0 +1,295 @@
+"""The schema of every setting: its name, type, range and meaning. YAML files under ``conf/`` fill it in.
+
+A value has one name from the YAML key to the dataclass field to the keyword argument. `parse` turns what Hydra composed
+into these dataclasses; below the programs nothing sees an OmegaConf object.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, TypeVar, cast
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from moco.errors import InputError, unknown_name
+
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel carries conf/ inside the package; a checkout or an editable install has it beside the package.
+CONFIG_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
+
+T = TypeVar("T")
+
+
+def setting(
+    default: Any = MISSING,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field whose value `parse` holds to a range or a list of choices."""
+    limits = {"above": above, "at_least": at_least, "at_most": at_most, "choices": choices}
+    return field(default=default, metadata={name: limit for name, limit in limits.items() if limit is not None})
+
+
+@dataclass
+class BackboneConfig:
+    name: str = MISSING
+    """A builder in ``moco.models.backbones``."""
+    stem: str = setting("imagenet", choices=("imagenet", "cifar"))
+    """imagenet: 7x7 convolution of stride 2 and max-pool; cifar: 3x3 convolution of stride 1, no pool."""
+
+
+@dataclass
+class MethodConfig:
+    head: str = setting("mlp", choices=("linear", "mlp"))
+    """Projector: one linear layer (v1), or linear-ReLU-linear without normalisation (v2)."""
+    hidden_dim: Optional[int] = setting(None, at_least=1)
+    """Width between the two layers of the mlp head; null is the backbone's feature_dim."""
+    embedding_dim: int = setting(128, at_least=2)
+    """C, the projector's output width."""
+    queue_size: int = setting(65536, at_least=1)
+    """K, the number of negative keys."""
+    queue_start: str = setting("random", choices=("random", "empty"))
+    """random: K random unit vectors, as published; empty: only the keys seen so far count as negatives."""
+    temperature: float = setting(0.2, above=0)
+    """T of InfoNCE."""
+    key_momentum: float = setting(0.999, at_least=0, at_most=1)
+    """m, of the key encoder's moving average."""
+    key_momentum_schedule: str = setting("constant", choices=("constant", "cosine"))
+    """cosine: from key_momentum at the first step to key_momentum_end at the last."""
+    key_momentum_end: float = setting(1.0, at_least=0, at_most=1)
+    symmetric: bool = False
+    """Both views serve as query and as key."""
+    symmetric_reduction: str = setting("sum", choices=("sum", "mean"))
+    """Of the two directions' losses; the official CIFAR notebook sums."""
+    batch_norm: str = setting("auto", choices=("auto", "plain", "shuffle", "split"))
+    """How BatchNorm is kept from telling a query which key is its own: see ``moco.methods.batch_norm``."""
+    batch_norm_splits: int = setting(8, at_least=2)
+    """Groups of the split mode; the paper's eight GPUs."""
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = setting("sgd", choices=("sgd",))
+    lr: float = setting(0.03, above=0)
+    """Learning rate of the first step after warm-up, for data.batch_size as it is (no scaling)."""
+    sgd_momentum: float = setting(0.9, at_least=0, at_most=1)
+    weight_decay: float = setting(1e-4, at_least=0)
+    """On all parameters, biases and normalisation included, as in the official code."""
+    schedule: str = setting("cosine", choices=("constant", "cosine", "step"))
+    schedule_interval: str = setting("step", choices=("epoch", "step"))
+    """How often the schedule moves; the official MoCo code moves it once per epoch."""
+    schedule_offset_epochs: int = setting(0, at_least=0)
+    """Added to the epoch that the schedule sees: the official CIFAR notebook counts epochs from 1."""
+    milestones: list[int] = field(default_factory=list)
+    """Epochs at which the step schedule multiplies the learning rate by step_factor."""
+    step_factor: float = setting(0.1, above=0, at_most=1)
+    warmup_epochs: float = setting(0, at_least=0)
+    """Linear from 0, moved every step."""
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    """A builder in ``moco.data.datasets``."""
+    root: Any = None
+    """Folder or file; ``images`` also takes a list of folders."""
+    download: bool = False
+    """Fetch a torchvision data set that is not under root yet."""
+    image_size: Optional[int] = setting(None, at_least=4)
+    """Side of the square views, px; null: the data set's own size (train), the checkpoint's (evaluate)."""
+    crop_ratio: float = setting(1.0, above=0, at_most=1)
+    """Evaluation images: side of the centre crop over the resized shorter side (ImageNet: 0.875)."""
+    batch_size: int = setting(256, at_least=1)
+    """Images per optimizer step, over all devices and accumulated batches."""
+    num_workers: int = setting(4, at_least=0)
+    """Loader processes per device; 0 loads in the training process. Results do not depend on it."""
+    max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
+    """Share of unreadable pictures beyond which the run stops."""
+    num_images: int = setting(1024, at_least=1)
+    """Size of the synthetic data set."""
+
+
+@dataclass
+class AugmentationConfig:
+    query: dict[str, Any] = field(default_factory=dict)
+    """The query view's operations in order, each with its numbers: see ``moco.data.augmentations``."""
+    key: dict[str, Any] = field(default_factory=dict)
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Per channel, of pixels in 0..1 (ImageNet's)."""
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+
+
+@dataclass
+class TrainerConfig:
+    """Handed to ``pytorch_lightning.Trainer`` under the same names."""
+
+    max_epochs: int = setting(200, at_least=1)
+    max_steps: int = setting(-1, at_least=-1)
+    """Optimizer steps; -1: max_epochs alone decides."""
+    accelerator: str = "auto"
+    devices: int = setting(1, at_least=1)
+    precision: str = setting("auto", choices=("auto", "32-true", "bf16-mixed", "16-mixed"))
+    """auto: bf16-mixed on GPUs that have it, else 32-true."""
+    accumulate_grad_batches: int = setting(1, at_least=1)
+    """Batches per optimizer step; each holds data.batch_size / this many images."""
+    gradient_clip_val: Optional[float] = setting(None, above=0)
+    """Largest L2 norm of all gradients together; null: no clipping."""
+    log_every_n_steps: int = setting(10, at_least=1)
+    deterministic: bool = False
+    benchmark: bool = True
+    """Let cuDNN choose its algorithms by trial."""
+
+
+@dataclass
+class MonitorConfig:
+    """The kNN protocol: see ``moco.evaluation.knn``."""
+
+    name: str = setting("knn", choices=("knn",))
+    num_neighbors: int = setting(200, at_least=1)
+    """k."""
+    temperature: float = setting(0.1, above=0)
+    """T of the vote's weights exp(similarity / T)."""
+    feature: str = setting("backbone", choices=("backbone", "embedding"))
+    batch_size: int = setting(256, at_least=1)
+    """Images per forward pass while embedding."""
+    every_n_epochs: int = setting(1, at_least=1)
+    baselines: bool = False
+    """Before training, measure raw pixels and the untrained backbone on the same protocol."""
+
+
+@dataclass
+class CheckpointConfig:
+    every_n_epochs: int = setting(1, at_least=1)
+
+
+@dataclass
+class TrainConfig:
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: MonitorConfig = field(default_factory=MonitorConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    seed: int = setting(0, at_least=0, at_most=2**32 - 1)
+    resume: Optional[str] = "auto"
+    """auto: go on from the run folder's last checkpoint if it has one; a path: from that file; null: start anew."""
+
+
+@dataclass
+class EvaluationConfig:
+    """A null takes the value from the run that made the checkpoint."""
+
+    name: str = setting("knn", choices=("knn",))
+    encoder: str = setting("query", choices=("key", "query"))
+    num_neighbors: Optional[int] = setting(None, at_least=1)
+    temperature: Optional[float] = setting(None, above=0)
+    feature: Optional[str] = setting(None, choices=("backbone", "embedding"))
+    batch_size: int = setting(256, at_least=1)
+
+
+@dataclass
+class EvaluateDataConfig:
+    """A null takes the value from the run that made the checkpoint."""
+
+    name: Optional[str] = None
+    root: Any = None
+    download: bool = False
+    image_size: Optional[int] = setting(None, at_least=4)
+    crop_ratio: Optional[float] = setting(None, above=0, at_most=1)
+    num_workers: int = setting(0, at_least=0)
+    num_images: Optional[int] = setting(None, at_least=1)
+    max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
+
+
+@dataclass
+class EvaluateConfig:
+    checkpoint: str = MISSING
+    """A file that training wrote: ``checkpoints/last.ckpt`` or ``best.ckpt`` of a run folder."""
+    data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    accelerator: str = "auto"
+    output: Optional[str] = None
+    """Where the figures go as JSON; null: metrics.json in the run folder."""
+
+
+def register_schemas() -> None:
+    """Make the schemas known to Hydra under the names that ``conf/*.yaml`` refer to."""
+    store = ConfigStore.instance()
+    store.store("train_schema", TrainConfig)
+    store.store("evaluate_schema", EvaluateConfig)
+
+
+def parse(composed: DictConfig, schema: type[T]) -> T:
+    """The composed config as an instance of `schema`, every value checked.
+
+    Composing already refuses unknown keys, but ``+key=value`` adds one all the same; merging the plain values into a
+    fresh schema refuses that too.
+
+    Raises:
+        InputError: names the key, what was expected and what came.
+    """
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+    except MissingMandatoryValue as error:
+        raise InputError(f"{error.full_key}: missing; give {error.full_key}=VALUE") from error
+    except ConfigKeyError as error:
+        raise InputError(unknown_key(str(error.full_key), schema)) from error
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    check_limits(config)
+    return cast(T, config)
+
+
+def check_limits(config: Any, prefix: str = "") -> None:
+    """Hold every value of a config dataclass to its `setting`.
+
+    Raises:
+        InputError: for the first value that is out of range.
+    """
+    for item in dataclasses.fields(config):
+        key, value, limits = prefix + item.name, getattr(config, item.name), item.metadata
+        if dataclasses.is_dataclass(value):
+            check_limits(value, key + ".")
+        if value is None or not limits:
+            continue
+        if "choices" in limits:
+            if value not in limits["choices"]:
+                raise InputError(f"{key}: {unknown_name('value', value, limits['choices'])}")
+        elif not (
+            value > limits.get("above", -float("inf"))
+            and value >= limits.get("at_least", -float("inf"))
+            and value <= limits.get("at_most", float("inf"))
+        ):
+            words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
+            raise InputError(f"{key}={value}: expected a number {words}")
+
+
+def unknown_key(full_key: str, schema: type) -> str:
+    """A sentence for a key that the schema does not have, with the nearest one that it does."""
+    every = keys(schema)
+    parent = full_key.rpartition(".")[0]
+    siblings = [key for key in every if key.rpartition(".")[0] == parent]
+    nearest = difflib.get_close_matches(full_key, siblings, n=1) or difflib.get_close_matches(full_key, every, n=1)
+    if not nearest:  # the right name under the wrong parent
+        nearest = [key for key in every if key.rpartition(".")[2] == full_key.rpartition(".")[2]]
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+    return f"unknown key '{full_key}'{hint} (keys here: {', '.join(siblings)})"
+
+
+def keys(schema: type, prefix: str = "") -> list[str]:
+    """All dotted keys of a schema, groups included."""
+    names = []
+    for item in dataclasses.fields(schema):
+        names.append(prefix + item.name)
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            names += keys(item.type, prefix + item.name + ".")
+    return names

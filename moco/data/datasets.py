@@ -1,0 +1,285 @@
+"""Where pictures come from. Every data set becomes a `DataSource`: pictures to train on, and labelled ones if there are.
+
+Letters: M pictures, H W pixels.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from moco.data.pictures import list_pictures, read_picture, to_rgb
+from moco.errors import InputError, unknown_name
+
+
+class Pictures(Protocol):
+    """RGB pictures by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Image.Image:
+        """Raises `UnreadablePicture` where the file is damaged."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call the picture in a message."""
+        ...
+
+
+class ArrayPictures:
+    """Pictures in memory: uint8, (M, H, W) grey, (M, H, W, 1) grey, (M, H, W, 3) RGB or (M, H, W, 4) RGBA."""
+
+    def __init__(self, array: np.ndarray, what: str) -> None:
+        is_stack = array.ndim == 3 or (array.ndim == 4 and array.shape[-1] in (1, 3, 4))
+        if array.dtype != np.uint8 or not is_stack or not len(array):
+            raise InputError(
+                f"{what}: expected uint8 of shape (M, H, W) or (M, H, W, 1 or 3 or 4), got {array.dtype} {array.shape}"
+            )
+        self.array = array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
+        self.what = what
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return to_rgb(Image.fromarray(self.array[index]))
+
+    def name(self, index: int) -> str:
+        return f"{self.what}[{index}]"
+
+
+class FilePictures:
+    """Pictures in files, decoded when asked for."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = np.array(paths)  # one block of memory, which loader processes share; a list of str they would copy
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return read_picture(self.name(index))
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Pictures with a class number each."""
+
+    pictures: Pictures
+    labels: np.ndarray
+    """(M,) int64, 0 or more; numbers may have gaps."""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """What a run trains on, and what the kNN monitor compares."""
+
+    train: Pictures
+    bank: Labelled | None
+    """Labelled training pictures; None without labels."""
+    queries: Labelled | None
+    """Labelled pictures that are held out of the bank; None without labels."""
+    image_size: int
+    """Side at which the data set is usually used, px."""
+
+
+def build_source(name: str, root: Any = None, *, download: bool = False, num_images: int = 1024) -> DataSource:
+    """The data set `name`.
+
+    Args:
+        root: folder or file, as the data set needs it; ``images`` also takes a list of folders.
+        download: let torchvision fetch what is not under `root`.
+        num_images: size of ``synthetic``.
+
+    Raises:
+        InputError: unknown name, nothing at `root`, or something else than expected there; it names the place.
+    """
+    if name not in SOURCES:
+        raise InputError(f"data.name: {unknown_name('data set', name, SOURCES)}")
+    if name == "images":
+        return images(root)
+    if name == "synthetic":
+        return synthetic(num_images)
+    if name == "digits":
+        return digits()
+    if not isinstance(root, str):
+        raise InputError(f"data.root={root}: expected one path; only data=images takes several")
+    if name in TORCHVISION:
+        return TORCHVISION[name](root, download)
+    return image_folder(root) if name == "image_folder" else npz(root)
+
+
+def digits() -> DataSource:
+    """scikit-learn's 1,797 scanned digits, 8 x 8 px, 16 grey levels; a fixed random 360 of them are the queries."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    array = np.round(data.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
+    labels = data.target.astype(np.int64)
+    order = np.random.RandomState(0).permutation(len(array))  # RandomState's streams are frozen (NEP 19)
+    train, test = order[:1437], order[1437:]
+    return _from_arrays("digits", array[train], labels[train], array[test], labels[test])
+
+
+def synthetic(num_images: int) -> DataSource:
+    """Uniform noise of 224 px in 10 arbitrary classes: costs what pictures cost, and teaches nothing."""
+    generator = np.random.default_rng(0)
+    array = generator.integers(0, 256, (num_images, 224, 224, 3), dtype=np.uint8)
+    labels = np.arange(num_images) % 10
+    num_queries = max(1, num_images // 10)
+    return _from_arrays("synthetic", array, labels, array[:num_queries], labels[:num_queries])
+
+
+def images(root: Any) -> DataSource:
+    """Every picture below a folder, or below several; no labels: sub-folders are not classes."""
+    roots = [root] if isinstance(root, str) else root
+    if not isinstance(roots, list) or not roots or not all(isinstance(one, str) for one in roots):
+        raise InputError(f"data.root={root}: expected a folder or a list of folders")
+    paths = [path for one in roots for path in list_pictures(one)]
+    return DataSource(FilePictures(paths), None, None, image_size=224)
+
+
+def image_folder(root: str) -> DataSource:
+    """Class sub-folders: root/train/CLASS/... with root/val/CLASS/... (or test), else root/CLASS/....
+
+    Without val or test a tenth of the pictures, chosen by a hash of their paths below root, is kept out of the bank and
+    serves as queries; all are trained on.
+    """
+    top = Path(root)
+    if (top / "train").is_dir():
+        held_out = next((top / name for name in ("val", "validation", "test") if (top / name).is_dir()), None)
+        train_paths, train_classes = _classified(top / "train")
+        names = sorted(set(train_classes))
+        bank = Labelled(FilePictures(train_paths), _numbered(train_classes, names, top / "train"))
+        if held_out is None:
+            return DataSource(bank.pictures, None, None, image_size=224)
+        paths, classes = _classified(held_out)
+        return DataSource(
+            bank.pictures, bank, Labelled(FilePictures(paths), _numbered(classes, names, held_out)), image_size=224
+        )
+    paths, classes = _classified(top)
+    labels = _numbered(classes, sorted(set(classes)), top)
+    is_query = np.array([zlib.crc32(str(Path(path).relative_to(top)).encode()) % 10 == 0 for path in paths])
+    everything = FilePictures(paths)
+    if not is_query.any() or is_query.all():
+        return DataSource(everything, None, None, image_size=224)
+    bank = Labelled(FilePictures(everything.paths[~is_query]), labels[~is_query])
+    return DataSource(everything, bank, Labelled(FilePictures(everything.paths[is_query]), labels[is_query]), 224)
+
+
+def npz(root: str) -> DataSource:
+    """One archive in the MedMNIST layout: train_images, and where there are labels train_labels, test_images, test_labels.
+
+    Pictures are uint8 (M, H, W[, C]); labels (M,) or (M, 1) integers.
+    """
+    if not Path(root).is_file():
+        raise InputError(f"data.root={root}: no such file")
+    try:
+        with np.load(root, allow_pickle=False) as archive:
+            wanted = ("train_images", "train_labels", "test_images", "test_labels")
+            arrays = {key: archive[key] for key in wanted if key in archive.files}
+            present = archive.files
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"data.root={root}: not a readable .npz archive of plain arrays ({error})") from error
+    if "train_images" not in arrays:
+        raise InputError(f"data.root={root}: no array train_images in there (found {', '.join(present) or 'none'})")
+    labels = {part: _npz_labels(arrays, part, root) for part in ("train", "test")}
+    test_images = arrays.get("test_images") if labels["test"] is not None else None
+    return _from_arrays(root, arrays["train_images"], labels["train"], test_images, labels["test"])
+
+
+def _npz_labels(arrays: dict[str, np.ndarray], part: str, root: str) -> np.ndarray | None:
+    labels, pictures = arrays.get(f"{part}_labels"), arrays.get(f"{part}_images")
+    if labels is None or pictures is None:
+        return None
+    if labels.size != len(pictures) or not np.issubdtype(labels.dtype, np.integer) or (labels < 0).any():
+        raise InputError(
+            f"data.root={root}: {part}_labels must hold one class number (0 or more) for each of the {len(pictures)} "
+            f"pictures, got {labels.dtype} {labels.shape}"
+        )
+    return labels.reshape(-1).astype(np.int64)
+
+
+def _cifar(dataset: str) -> Callable[[str, bool], DataSource]:
+    def build(root: str, download: bool) -> DataSource:
+        train, test = (_torchvision(dataset, root, train=part, download=download) for part in (True, False))
+        return _from_arrays(dataset, train.data, np.array(train.targets), test.data, np.array(test.targets))
+
+    return build
+
+
+def _fashion_mnist(root: str, download: bool) -> DataSource:
+    train, test = (_torchvision("FashionMNIST", root, train=part, download=download) for part in (True, False))
+    return _from_arrays(
+        "FashionMNIST", train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy()
+    )
+
+
+def _stl10(root: str, download: bool) -> DataSource:
+    unlabelled, train, test = (
+        _torchvision("STL10", root, split=split, download=download) for split in ("train+unlabeled", "train", "test")
+    )
+    pictures = {name: part.data.transpose(0, 2, 3, 1) for name, part in (("train", train), ("test", test))}
+    labelled = _from_arrays("STL10", pictures["train"], train.labels, pictures["test"], test.labels)
+    everything = ArrayPictures(unlabelled.data.transpose(0, 2, 3, 1), "STL10")
+    return DataSource(everything, labelled.bank, labelled.queries, labelled.image_size)
+
+
+def _torchvision(dataset: str, root: str, **kwargs: Any) -> Any:
+    import torchvision.datasets
+
+    try:
+        return getattr(torchvision.datasets, dataset)(root, **kwargs)
+    except (RuntimeError, OSError) as error:
+        advice = "" if kwargs.get("download") else "; data.download=true fetches it"
+        raise InputError(f"data.root={root}: {dataset} is not there or damaged ({error}){advice}") from error
+
+
+TORCHVISION: dict[str, Callable[[str, bool], DataSource]] = {
+    "cifar10": _cifar("CIFAR10"),
+    "cifar100": _cifar("CIFAR100"),
+    "fashion_mnist": _fashion_mnist,
+    "stl10": _stl10,
+}
+SOURCES = ("digits", "image_folder", "images", "npz", "synthetic", *TORCHVISION)
+
+
+def _from_arrays(
+    what: str,
+    train_images: np.ndarray,
+    train_labels: np.ndarray | None,
+    test_images: np.ndarray | None,
+    test_labels: np.ndarray | None,
+) -> DataSource:
+    train = ArrayPictures(train_images, f"{what}: train_images")
+    bank = None if train_labels is None else Labelled(train, np.asarray(train_labels, dtype=np.int64))
+    queries = None
+    if test_images is not None and test_labels is not None:
+        test = ArrayPictures(test_images, f"{what}: test_images")
+        queries = Labelled(test, np.asarray(test_labels, dtype=np.int64))
+    return DataSource(train, bank, queries, image_size=max(train.array.shape[1:3]))
+
+
+def _classified(root: Path) -> tuple[list[str], list[str]]:
+    """Paths below root and the class of each: the name of its first sub-folder."""
+    paths = [path for path in list_pictures(root) if Path(path).parent != root]
+    if not paths:
+        raise InputError(f"data.root={root}: no class sub-folders with pictures; data=images takes a plain folder tree")
+    return paths, [Path(path).relative_to(root).parts[0] for path in paths]
+
+
+def _numbered(classes: list[str], names: list[str], root: Path) -> np.ndarray:
+    """Each class's place in `names`, (M,) int64."""
+    unknown = sorted(set(classes) - set(names))
+    if unknown:
+        raise InputError(f"data.root={root}: classes that the training pictures do not have: {', '.join(unknown)}")
+    place = {name: number for number, name in enumerate(names)}
+    return np.array([place[name] for name in classes], dtype=np.int64)

@@ -1,0 +1,75 @@
+"""Reading pictures: any common format and pixel type to 8-bit RGB, and folder trees to sorted lists of files."""
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from moco.errors import InputError
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class UnreadablePicture(Exception):
+    """A file that is not a picture that can be decoded; the message names the file and the reason."""
+
+
+def read_picture(path: str) -> Image.Image:
+    """The picture in a file, in mode RGB.
+
+    Raises:
+        UnreadablePicture: the file is missing, empty, cut short, too large to be real, or not a picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that it still reads
+            with Image.open(path) as picture:
+                return to_rgb(picture)
+    # Pillow's decoders raise these on damaged data; SyntaxError is its PNG reader's.
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
+        raise UnreadablePicture(f"{path}: {error}") from error
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any Pillow picture as 8-bit RGB.
+
+    16-bit values are scaled by 1/257, so that black and white stay black and white (Pillow's own conversion clips at
+    255); transparent pixels are laid over white.
+
+    Raises:
+        ValueError: floating-point pixels, whose range is unknown.
+    """
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; convert the picture to 8 or 16 bits")
+    if picture.mode.startswith("I"):  # I;16, I;16B, and I, in which some Pillow versions hand out 16-bit files
+        values = np.asarray(picture).astype(np.int64)
+        return Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def list_pictures(root: str | Path) -> list[str]:
+    """Paths of all pictures below a folder, by extension, in sorted order; symbolic links are followed once.
+
+    Raises:
+        InputError: the folder does not exist or holds no pictures.
+    """
+    if not os.path.isdir(root):
+        raise InputError(f"data.root={root}: no such folder")
+    found: list[str] = []
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back into the tree
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [os.path.join(folder, file) for file in files if file.lower().endswith(EXTENSIONS)]
+    if not found:
+        raise InputError(f"data.root={root}: no pictures in there (looked for {', '.join(EXTENSIONS)} at any depth)")
+    return sorted(found)

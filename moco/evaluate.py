@@ -1,0 +1,134 @@
+"""Evaluate frozen features: ``python -m moco.evaluate checkpoint=PATH [data=NAME data.root=PATH]``."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moco.config import EvaluateConfig
+from moco.errors import InputError
+from moco.launch import launch, save_config
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moco.data.datasets import Labelled
+    from moco.models.encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+
+def run(config: EvaluateConfig, folder: Path) -> None:
+    """Measure as configured; print a table and write the figures as JSON.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or the data set has no labels.
+    """
+    from rich.console import Console
+
+    from moco.data.datasets import build_source
+    from moco.evaluation.knn import knn_accuracy
+    from moco.evaluation.monitor import protocol
+    from moco.training.checkpoints import read_checkpoint
+    from moco.training.progress import print_table
+    from moco.training.run_folder import write_json
+
+    checkpoint = read_checkpoint(config.checkpoint)
+    data = with_defaults(config.data, checkpoint["config"]["data"], new_data=config.data.name is not None)
+    knn = with_defaults(config.evaluation, checkpoint["config"]["evaluation"])
+    encoder = load_encoder(checkpoint, knn["encoder"], config.checkpoint)
+    source = build_source(data["name"], data["root"], download=data["download"], num_images=data["num_images"])
+    if source.bank is None or source.queries is None:
+        raise InputError(f"data={data['name']}: kNN needs labelled training and test pictures, and this set has none")
+
+    transform = {
+        "mean": checkpoint["config"]["augmentation"]["mean"],
+        "std": checkpoint["config"]["augmentation"]["std"],
+    }
+    sides = [
+        features_of(encoder, labelled, data, transform, knn, config.accelerator)
+        for labelled in (source.bank, source.queries)
+    ]
+    result = knn_accuracy(*sides[0], *sides[1], knn["num_neighbors"], knn["temperature"])
+    figures = {
+        "knn/top1": result.top1,
+        "knn/top5": result.top5,
+        **protocol(result, knn["temperature"], knn["feature"]),
+        "knn/encoder": knn["encoder"],
+        "data": data["name"],
+        "image_size": data["image_size"],
+        "checkpoint": config.checkpoint,
+        "epoch": checkpoint["figures"].get("epoch", 0),
+        "step": int(checkpoint["global_step"]),
+    }
+    output = Path(config.output) if config.output else folder / "metrics.json"
+    save_config(folder)
+    write_json(output, figures)
+    rows = [(key, f"{value:.4f}" if key in ("knn/top1", "knn/top5") else str(value)) for key, value in figures.items()]
+    print_table(Console(), "kNN classification of frozen features", rows, footer=f"written to {output}")
+
+
+def with_defaults(given: Any, from_checkpoint: dict[str, Any], new_data: bool = False) -> dict[str, Any]:
+    """The given settings, nulls filled in from the run that made the checkpoint.
+
+    Args:
+        new_data: the data set was named on the command line; then its root is not the run's.
+    """
+    settings = dataclasses.asdict(given)
+    kept = {"root"} if new_data else set()
+    return {
+        key: from_checkpoint.get(key) if value is None and key not in kept else value for key, value in settings.items()
+    }
+
+
+def load_encoder(checkpoint: dict[str, Any], which: str, path: str) -> "Encoder":
+    """The query or the key encoder of a checkpoint, in eval mode.
+
+    Raises:
+        InputError: its weights do not fit the model that its hyperparameters describe.
+    """
+    from moco.methods.moco import MoCo
+
+    try:
+        method = MoCo(**checkpoint["hyper_parameters"])
+        method.load_state_dict(checkpoint["state_dict"])
+    except (TypeError, RuntimeError) as error:
+        raise InputError(f"checkpoint={path}: its weights do not fit its own hyperparameters ({error})") from error
+    encoder = method.query_encoder if which == "query" else method.key_encoder
+    return encoder.eval()
+
+
+def features_of(
+    encoder: "Encoder",
+    labelled: "Labelled",
+    data: dict[str, Any],
+    transform: dict[str, Any],
+    knn: dict[str, Any],
+    accelerator: str,
+) -> "tuple[np.ndarray, np.ndarray]":
+    """Features (M, D) and labels (M,) of labelled pictures; unreadable ones are left out and counted."""
+    import torch
+
+    from moco.data.augmentations import build_evaluation_view
+    from moco.data.datamodule import check_unreadable, evaluation_loader
+    from moco.evaluation.features import embed
+
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    view = build_evaluation_view(data["image_size"], data["crop_ratio"], **transform)
+    loader = evaluation_loader(labelled, view, data["image_size"], knn["batch_size"], data["num_workers"])
+    encoder.to(device)
+    features, labels, unreadable = embed(lambda images: encoder.encode(images, knn["feature"]), loader, device)
+    if len(unreadable):
+        log.warning("skipped %d unreadable pictures", len(unreadable))
+    check_unreadable(set(unreadable.tolist()), labelled.pictures, data["max_bad_fraction"])
+    return features, labels
+
+
+def main() -> None:
+    """Entry point of ``moco-evaluate``."""
+    launch(run, EvaluateConfig, "evaluate")
+
+
+if __name__ == "__main__":
+    main()

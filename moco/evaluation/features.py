@@ -1,0 +1,53 @@
+"""Features of many images. Letters: N batch, M images, D feature width, H W pixels."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def embed(
+    encode: Callable[[Tensor], Tensor],
+    loader: Iterable[Any],
+    device: torch.device | str,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features of every image that a loader yields, in order, computed in float32.
+
+    Args:
+        encode: images (N, 3, H, W) on `device` to features (N, D).
+        loader: yields batches with ``images``, ``labels`` and ``unreadable``; unreadable rows are left out.
+        should_stop: asked before every batch.
+
+    Returns:
+        Features (M, D) float32, labels (M,) int64, and the numbers of the unreadable images.
+
+    Raises:
+        InterruptedError: `should_stop` said so.
+    """
+    features, labels, unreadable = [], [], []
+    for batch in loader:
+        if should_stop():
+            raise InterruptedError
+        with torch.autocast(torch.device(device).type, enabled=False):
+            encoded = encode(batch.images.to(device)).float()
+        features.append(encoded.cpu()[~batch.unreadable])
+        labels.append(batch.labels[~batch.unreadable])
+        unreadable.append(batch.unreadable)
+    return torch.cat(features).numpy(), torch.cat(labels).numpy(), torch.cat(unreadable).nonzero()[:, 0].numpy()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` is in eval mode; afterwards each of its layers is in the mode that it was in before."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode

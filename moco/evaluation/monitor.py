@@ -1,0 +1,252 @@
+"""What a run shows of itself while it trains, as Lightning callbacks.
+
+They write scalars to the logger and the figures that are reported at the end to `figures`, the flat dict that becomes
+``metrics.json``.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from moco.data.datamodule import PretrainingData, check_unreadable
+from moco.errors import RunError
+from moco.evaluation.diagnostics import embedding_std, negative_similarity, positive_similarity
+from moco.evaluation.features import embed, evaluating
+from moco.evaluation.knn import KNNResult, knn_accuracy
+
+log = logging.getLogger(__name__)
+
+
+class KNNMonitor(pl.Callback):
+    """kNN accuracy of the query encoder's features every n epochs, on clean pictures in eval mode.
+
+    Args:
+        figures: gets ``knn/top1``, ``knn/top5``, ``knn/epoch`` and the protocol; baselines go to ``knn_raw_pixels/top1``
+            and ``knn_untrained/top1``.
+        should_stop: asked before every batch; a measurement that is cut short is made up for when the run goes on.
+        num_neighbors, temperature, feature: the protocol, see `MonitorConfig`.
+        baselines: measure raw pixels and the untrained encoder before the first step.
+    """
+
+    def __init__(
+        self,
+        figures: dict[str, Any],
+        *,
+        num_neighbors: int,
+        temperature: float,
+        feature: str,
+        every_n_epochs: int = 1,
+        baselines: bool = False,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.figures = figures
+        self.num_neighbors = num_neighbors
+        self.temperature = temperature
+        self.feature = feature
+        self.every_n_epochs = every_n_epochs
+        self.baselines = baselines
+        self.should_stop = should_stop
+        self.owed = False  # a measurement that an interrupt cut short
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"owed": self.owed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.owed = state_dict["owed"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        source = data_of(trainer).source
+        if source.bank is None or source.queries is None:
+            log.info("no kNN: the data set has no labels; watch label_free/* instead")
+        elif self.baselines and "knn_untrained/top1" not in self.figures:
+            pixels = self._result(trainer, pl_module, lambda images: images.flatten(1))
+            untrained = self._result(trainer, pl_module, self._encoding(pl_module))
+            self.figures |= {"knn_raw_pixels/top1": pixels.top1, "knn_untrained/top1": untrained.top1}
+            log.info("kNN before training: raw pixels %.4f, untrained backbone %.4f", pixels.top1, untrained.top1)
+        elif self.owed:
+            self._measure(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        is_end = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if is_end or epoch % self.every_n_epochs == 0:
+            self._measure(trainer, pl_module, epoch)
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+        source = data_of(trainer).source
+        if source.bank is None or source.queries is None:
+            return
+        try:
+            result = self._result(trainer, pl_module, self._encoding(pl_module))
+        except InterruptedError:
+            self.owed = True
+            return
+        self.owed = False
+        scores = {"knn/top1": result.top1, "knn/top5": result.top5}
+        self.figures |= scores | {"knn/epoch": epoch} | protocol(result, self.temperature, self.feature)
+        if trainer.logger:
+            trainer.logger.log_metrics(scores, step=trainer.global_step)
+
+    def _encoding(self, pl_module: Any) -> Callable[[Tensor], Tensor]:
+        return lambda images: pl_module.query_encoder.encode(images, self.feature)
+
+    def _result(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, encode: Callable[[Tensor], Tensor]
+    ) -> KNNResult:
+        data, sides = data_of(trainer), []
+        for labelled in (data.source.bank, data.source.queries):
+            assert labelled is not None
+            with evaluating(pl_module):
+                loader = data.evaluation_dataloader(labelled)
+                features, labels, unreadable = embed(encode, loader, pl_module.device, self.should_stop)
+            check_unreadable(set(unreadable.tolist()), labelled.pictures, data.max_bad_fraction)
+            sides.append((features, labels))
+        return knn_accuracy(*sides[0], *sides[1], self.num_neighbors, self.temperature)
+
+
+def protocol(result: KNNResult, temperature: float, feature: str) -> dict[str, Any]:
+    """The conditions of a kNN figure, under the names of ``metrics.json``."""
+    return {
+        "knn/num_neighbors": result.num_neighbors,
+        "knn/temperature": temperature,
+        "knn/feature": feature,
+        "knn/bank_size": result.bank_size,
+        "knn/num_queries": result.num_queries,
+    }
+
+
+class TrainingMonitor(pl.Callback):
+    """Label-free figures every n steps, and each epoch's mean loss and speed.
+
+    The loss alone says little: it starts low, rises while the queue fills with real keys and falls afterwards, and how
+    low depends on K and T. Beside it stand log(1 + K), its value when nothing is told apart, the similarities that it is
+    made of, and the spread of the embeddings, which shows collapse.
+
+    Args:
+        figures: gets ``train/loss`` (mean of the epoch), ``images_per_second`` and ``data_wait`` (share of the time).
+        log_every_n_steps: optimizer steps between two rows.
+        last_good: names the newest checkpoint, for the message when the loss is not finite.
+    """
+
+    COLLAPSED = 0.1  # of 1 / sqrt(C)
+
+    def __init__(self, figures: dict[str, Any], log_every_n_steps: int, last_good: Callable[[], str]) -> None:
+        self.figures = figures
+        self.log_every_n_steps = log_every_n_steps
+        self.last_good = last_good
+        self.loss_sum = 0.0  # a tensor on the device while training: adding to it does not wait for the device
+        self.batches = 0
+        self.collapsed_checks = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss_sum": float(self.loss_sum), "batches": self.batches, "collapsed_checks": self.collapsed_checks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loss_sum, self.batches = state_dict["loss_sum"], state_dict["batches"]
+        self.collapsed_checks = state_dict["collapsed_checks"]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.loss_sum, self.batches = 0.0, 0
+        self._start_clock()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
+        self.batch_ended = self.started
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.waited += time.perf_counter() - self.batch_ended
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Lightning divides the loss by the accumulated batches.
+        self.loss_sum = self.loss_sum + outputs["loss"].detach().double() * trainer.accumulate_grad_batches
+        self.batches += 1
+        self.images += len(batch.indices) * trainer.world_size
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and trainer.global_step % self.log_every_n_steps == 0:
+            self._log_step(trainer, pl_module, outputs)
+        self.batch_ended = time.perf_counter()
+
+    def _log_step(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> None:
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        if not math.isfinite(loss):
+            raise RunError(f"the loss is {loss} at step {trainer.global_step}; {self.last_good()}")
+        queue, query = pl_module.queue, outputs["query"]
+        std = float(embedding_std(query))
+        self._check_collapse(std, query.shape[1], trainer.global_step)
+        figures = {
+            "train/loss": loss,
+            "train/loss_of_chance": math.log(1 + len(queue.keys)),
+            "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/key_momentum": pl_module.key_momentum_at(trainer.global_step - 1),
+            "label_free/positive_similarity": float(positive_similarity(query, outputs["key"])),
+            "label_free/negative_similarity": float(negative_similarity(query, queue.keys)),
+            "label_free/queue_fill": float(queue.filled) / len(queue.keys),
+            "label_free/embedding_std": std,
+            "label_free/embedding_std_if_spread": 1 / math.sqrt(query.shape[1]),
+            **self._speed(),
+        }
+        if trainer.logger:
+            trainer.logger.log_metrics(figures, step=trainer.global_step)
+
+    def _speed(self) -> dict[str, float]:
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        return {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
+
+    def _check_collapse(self, std: float, embedding_dim: int, step: int) -> None:
+        threshold = self.COLLAPSED / math.sqrt(embedding_dim)
+        self.collapsed_checks = self.collapsed_checks + 1 if std < threshold else 0
+        if self.collapsed_checks == 2:
+            log.warning(
+                "COLLAPSED at step %d: all embeddings are nearly the same (standard deviation %.5f, spread out it would be "
+                "%.5f). The features will be useless. Usual causes: learning rate too high, key momentum too low, "
+                "augmentation that erases the picture.",
+                step, std, 1 / math.sqrt(embedding_dim),
+            )  # fmt: skip
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        figures = {"train/loss": float(self.loss_sum) / max(self.batches, 1), **self._speed()}
+        self.figures |= figures
+        if trainer.logger:
+            scalars = {"epoch/loss": figures["train/loss"], "epoch/images_per_second": figures["images_per_second"]}
+            trainer.logger.log_metrics(scalars, step=trainer.global_step)
+
+
+class ViewPairPicture(pl.Callback):
+    """Before the first step, a picture of augmented pairs as the model sees them: queries above, their keys below."""
+
+    NUM_PAIRS = 16
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0 and trainer.logger:
+            picture = view_pair_picture(data_of(trainer), self.NUM_PAIRS)
+            trainer.logger.experiment.add_image("views/query_above_key", picture, 0)  # type: ignore[attr-defined]
+
+
+def view_pair_picture(data: PretrainingData, num_pairs: int) -> Tensor:
+    """Pairs of the first epoch in columns, query above key: (3, H, W) in 0..1."""
+    sampler, dataset = data.sampler(), data.dataset()
+    batches = [dataset[place] for place, _ in zip(sampler, range(num_pairs), strict=False)]
+    views = torch.stack([batch.views[side] for side in (0, 1) for batch in batches])
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.augment.mean, data.augment.std))
+    return make_grid((views * std + mean).clamp(0, 1), nrow=len(batches), padding=2)
+
+
+def data_of(trainer: pl.Trainer) -> PretrainingData:
+    """The running data module."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, PretrainingData)
+    return data

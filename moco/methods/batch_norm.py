@@ -1,0 +1,102 @@
+"""How BatchNorm is kept from leaking which key belongs to which query.
+
+A query and its key that are normalised with the statistics of the same images can be matched by those statistics alone:
+the loss falls and nothing is learned (arXiv 1911.05722, section 3.3, "Shuffling BN"). The modes:
+
+- ``shuffle``: the keys' batch is shuffled over all devices, so a query and its key meet different company. On one device
+  the company stays the same, and it prevents nothing.
+- ``split``: the batch is normalised in groups, as if each were on its own device, and the keys are shuffled: the same
+  remedy on one device, from the official CIFAR-10 notebook.
+- ``plain``: nothing; right for encoders without BatchNorm.
+- ``auto``: plain without BatchNorm, split on one device, shuffle on several.
+
+N batch, S splits, C channels.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from moco.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+class SplitBatchNorm(_BatchNorm):
+    """BatchNorm that in training normalises S groups of the batch separately: sample i is in group i mod S.
+
+    Running statistics move by the mean over the groups; evaluation is ordinary BatchNorm. Parameters, buffers and their
+    names are BatchNorm's.
+    """
+
+    def __init__(self, wrapped: _BatchNorm, num_splits: int) -> None:
+        super().__init__(
+            wrapped.num_features, wrapped.eps, wrapped.momentum, wrapped.affine, wrapped.track_running_stats
+        )
+        self.num_splits = num_splits
+        self._parameters = wrapped._parameters
+        self._buffers = wrapped._buffers
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any (N, C, ...)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        splits = self.num_splits
+        if len(input) % splits:
+            raise InputError(
+                f"method.batch_norm_splits={splits} does not divide the {len(input)} images that one device gets at once"
+            )
+        # (N, C, ...) seen as (N / S, S * C, ...): ordinary BatchNorm of S * C channels.
+        grouped = input.reshape(-1, splits * self.num_features, *input.shape[2:])
+        mean, variance = self.running_mean, self.running_var
+        if mean is not None and variance is not None:
+            mean, variance = mean.repeat(splits), variance.repeat(splits)
+        weight = None if self.weight is None else self.weight.repeat(splits)
+        bias = None if self.bias is None else self.bias.repeat(splits)
+        output = F.batch_norm(grouped, mean, variance, weight, bias, True, self.momentum or 0.0, self.eps)
+        if self.running_mean is not None and self.running_var is not None and mean is not None and variance is not None:
+            with torch.no_grad():
+                self.running_mean.copy_(mean.view(splits, -1).mean(dim=0))
+                self.running_var.copy_(variance.view(splits, -1).mean(dim=0))
+        return output.view_as(input)
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether any layer normalises over the batch."""
+    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
+
+
+def split_batch_norm(module: nn.Module, num_splits: int) -> None:
+    """Replace every BatchNorm inside `module` by a `SplitBatchNorm` that shares its parameters and buffers."""
+    for name, child in module.named_children():
+        if isinstance(child, _BatchNorm) and not isinstance(child, SplitBatchNorm):
+            setattr(module, name, SplitBatchNorm(child, num_splits))
+        else:
+            split_batch_norm(child, num_splits)
+
+
+def choose_batch_norm(mode: str, encoder: nn.Module, num_devices: int) -> str:
+    """The mode that is in force; logs one sentence that says so and why.
+
+    Args:
+        mode: ``auto``, ``plain``, ``shuffle`` or ``split``.
+        encoder: either encoder; the two have the same layers.
+        num_devices: devices that train together.
+    """
+    if not has_batch_norm(encoder):
+        log.info("batch norm: the encoder has none, so the keys need no shuffling")
+        return "plain"
+    if mode == "auto":
+        mode = "split" if num_devices == 1 else "shuffle"
+    if mode == "plain":
+        log.warning("batch norm: plain, which leaks the positive of each query; method.batch_norm=auto prevents that")
+    elif mode == "shuffle" and num_devices == 1:
+        log.warning("batch norm: shuffle, which prevents nothing on one device; method.batch_norm=split does")
+    else:
+        log.info("batch norm: %s, so that it cannot leak the positive of each query", mode)
+    return mode

@@ -1,0 +1,92 @@
+"""Backbones under one contract: images in, one feature vector or four feature maps out, no classifier.
+
+Every backbone has
+- ``feature_dim``: D, the width of its feature,
+- ``forward(images) -> (N, D)``,
+- ``feature_maps(images) -> [(N, C_1, H_1, W_1), ..., (N, C_4, H_4, W_4)]``, finest first,
+- ``feature_map_dims`` = (C_1, ..., C_4) and ``feature_map_strides``, in px of the image per cell.
+
+Letters: N batch, D feature width, H W pixels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+from moco.errors import InputError, unknown_name
+
+CIFAR_STEM_STRIDES = (1, 2, 4, 8)
+IMAGENET_STEM_STRIDES = (4, 8, 16, 32)
+
+
+class ResNet(resnet.ResNet):
+    """torchvision's ResNet (arXiv 1512.03385) without its classifier; parameter names are torchvision's.
+
+    Args:
+        block: torchvision's ``BasicBlock`` or ``Bottleneck``.
+        depths: blocks in each of the four stages.
+        stem: ``imagenet``, or ``cifar``: 3x3 convolution of stride 1 with padding 1 and no max-pool, as in the official
+            CIFAR notebook (https://github.com/facebookresearch/moco, branch colab-notebook), which also leaves that
+            convolution at PyTorch's default initialisation.
+        width: channels of the first stage's blocks before expansion; the stages double it. torchvision's is 64.
+        width_per_group: 128 makes the wide variants (arXiv 1605.07146).
+    """
+
+    def __init__(
+        self,
+        block: type[resnet.BasicBlock] | type[resnet.Bottleneck],
+        depths: tuple[int, int, int, int],
+        *,
+        stem: str = "imagenet",
+        width: int = 64,
+        width_per_group: int = 64,
+    ) -> None:
+        self.width = width
+        super().__init__(block, list(depths), width_per_group=width_per_group)
+        del self.fc
+        if stem == "cifar":
+            self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        self.feature_map_dims = tuple(width * 2**stage * block.expansion for stage in range(4))
+        self.feature_map_strides = CIFAR_STEM_STRIDES if stem == "cifar" else IMAGENET_STEM_STRIDES
+        self.feature_dim = self.feature_map_dims[-1]
+
+    def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
+        return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """The four stages' outputs for images (N, 3, H, W): (N, C_i, ceil(H / stride_i), ceil(W / stride_i))."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        maps = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The last map averaged over its cells: (N, D)."""
+        return self.avgpool(self.feature_maps(images)[-1]).flatten(1)
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "resnet_tiny": lambda **kwargs: ResNet(resnet.BasicBlock, (1, 1, 1, 1), width=16, **kwargs),
+    "resnet18": lambda **kwargs: ResNet(resnet.BasicBlock, (2, 2, 2, 2), **kwargs),
+    "resnet34": lambda **kwargs: ResNet(resnet.BasicBlock, (3, 4, 6, 3), **kwargs),
+    "resnet50": lambda **kwargs: ResNet(resnet.Bottleneck, (3, 4, 6, 3), **kwargs),
+    "resnet101": lambda **kwargs: ResNet(resnet.Bottleneck, (3, 4, 23, 3), **kwargs),
+    "resnet152": lambda **kwargs: ResNet(resnet.Bottleneck, (3, 8, 36, 3), **kwargs),
+    "wide_resnet50_2": lambda **kwargs: ResNet(resnet.Bottleneck, (3, 4, 6, 3), width_per_group=128, **kwargs),
+}
+
+
+def build_backbone(name: str, **kwargs: Any) -> Any:
+    """A freshly initialised backbone.
+
+    Raises:
+        InputError: no backbone has that name.
+    """
+    if name not in BACKBONES:
+        raise InputError(f"backbone.name: {unknown_name('backbone', name, BACKBONES)}")
+    return BACKBONES[name](**kwargs)

@@ -1,0 +1,188 @@
+"""Pretrain a backbone: ``python -m moco.train +experiment=NAME [key=value ...]``."""
+
+import dataclasses
+import logging
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moco.config import TrainConfig
+from moco.launch import launch, save_config
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from moco.data.datamodule import PretrainingData
+
+log = logging.getLogger(__name__)
+
+# torch and Lightning are imported where they are used: a mistake in the config shows in half a second.
+
+
+def run(config: TrainConfig, folder: Path) -> None:
+    """Train as configured, in `folder`.
+
+    Raises:
+        InputError: something in the config does not fit the data or the folder.
+        RunError: training failed.
+        Interrupted: a signal ended it, checkpoint saved.
+    """
+    import pytorch_lightning as pl
+    from rich.console import Console
+
+    from moco.methods.moco import MoCo
+    from moco.training.interrupts import StopRequest
+    from moco.training.run_folder import claim
+
+    data = build_data(config)
+    config.data.image_size = data.image_size
+    plain = dataclasses.asdict(config)
+    checkpoint = claim(folder, plain, config.resume)
+    save_config(folder)
+    if checkpoint:
+        check_resumable(checkpoint, plain)
+        log.info("going on from %s", checkpoint)
+
+    pl.seed_everything(config.seed, verbose=False)
+    method = MoCo(backbone=plain["backbone"], optimizer=plain["optimizer"], **plain["method"])
+    figures: dict[str, Any] = {}
+    console = Console()
+    with StopRequest() as stop:
+        trainer = build_trainer(config, folder, plain, figures, console, stop)
+        trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    close(console, folder, figures, data)
+
+
+def build_data(config: TrainConfig) -> "PretrainingData":
+    """The loaders for the config's data set and augmentation pair."""
+    from moco.data.augmentations import ViewPair, build_evaluation_view
+    from moco.data.datamodule import PretrainingData
+    from moco.data.datasets import build_source
+
+    data, pair = config.data, config.augmentation
+    source = build_source(data.name, data.root, download=data.download, num_images=data.num_images)
+    image_size = data.image_size or source.image_size
+    return PretrainingData(
+        source,
+        ViewPair(pair.query, pair.key, pair.mean, pair.std, image_size, config.seed),
+        build_evaluation_view(image_size, data.crop_ratio, pair.mean, pair.std),
+        image_size=image_size,
+        batch_size=data.batch_size,
+        batches_per_step=config.trainer.devices * config.trainer.accumulate_grad_batches,
+        evaluation_batch_size=config.evaluation.batch_size,
+        num_workers=data.num_workers,
+        max_bad_fraction=data.max_bad_fraction,
+        seed=config.seed,
+    )
+
+
+def build_trainer(
+    config: TrainConfig, folder: Path, plain: dict[str, Any], figures: dict[str, Any], console: Any, stop: Any
+) -> "pl.Trainer":
+    """Lightning's Trainer with the project's callbacks; `figures` is what they report into."""
+    import pytorch_lightning as pl
+
+    from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, ViewPairPicture
+    from moco.training.checkpoints import AtomicCheckpointIO, Checkpoints
+    from moco.training.logger import RunLogger
+    from moco.training.progress import ProgressBar
+
+    checkpoints = Checkpoints(folder, plain, figures, stop, config.checkpoint.every_n_epochs)
+    knn = config.evaluation
+    callbacks = [
+        TrainingMonitor(figures, config.trainer.log_every_n_steps, checkpoints.last_good),
+        KNNMonitor(
+            figures,
+            num_neighbors=knn.num_neighbors,
+            temperature=knn.temperature,
+            feature=knn.feature,
+            every_n_epochs=knn.every_n_epochs,
+            baselines=knn.baselines,
+            should_stop=lambda: bool(stop),
+        ),
+        ViewPairPicture(),
+        ProgressBar(figures, console),
+        checkpoints,
+    ]
+    settings = dataclasses.asdict(config.trainer)
+    if settings["precision"] == "auto":
+        settings["precision"] = automatic_precision(config.trainer.accelerator)
+    return pl.Trainer(
+        **settings,
+        callbacks=callbacks,
+        logger=RunLogger(folder),
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=folder,
+        use_distributed_sampler=False,  # EpochSampler shares the pictures out itself
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def automatic_precision(accelerator: str) -> str:
+    """bf16-mixed on a GPU with bf16, else 32-true: decided by the hardware alone, so a resumed run decides the same."""
+    import torch
+
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def check_resumable(path: Path, plain: dict[str, Any]) -> None:
+    """Raises InputError if the checkpoint is of another architecture than the config's; it names the keys."""
+    from moco.errors import InputError
+    from moco.training.checkpoints import read_checkpoint
+    from moco.training.run_folder import differences
+
+    shapes = ("head", "hidden_dim", "embedding_dim", "queue_size")
+    there, here = (
+        {"backbone": config["backbone"], "method": {key: config["method"][key] for key in shapes}}
+        for config in (read_checkpoint(path)["config"], plain)
+    )
+    if differing := differences(there, here):
+        raise InputError(f"resume={path}: the checkpoint is of another architecture: {'; '.join(differing)}")
+
+
+def close(console: Any, folder: Path, figures: dict[str, Any], data: "PretrainingData") -> None:
+    """The closing table: what was reached, where it is, what to type next."""
+    from moco.training.progress import print_table
+    from moco.training.run_folder import LAST_CHECKPOINT
+
+    rows = [("epochs, steps", f"{figures.get('epoch', 0)}, {figures.get('step', 0)}")]
+    if "train/loss" in figures:
+        rows.append(("loss of the last epoch", f"{figures['train/loss']:.4f}"))
+        rows.append(("images per second", f"{figures['images_per_second']:,.0f}"))
+    if "knn/top1" in figures:
+        rows.append(("kNN protocol", knn_protocol(figures)))
+        for key, name in (
+            ("knn_raw_pixels/top1", "raw pixels"),
+            ("knn_untrained/top1", "untrained backbone"),
+            ("knn/top1", "pretrained backbone"),
+        ):
+            if key in figures:
+                rows.append((f"kNN top-1, {name}", f"{figures[key]:.4f}"))
+    if data.unreadable:
+        rows.append(("unreadable pictures skipped", str(len(data.unreadable))))
+    checkpoint = os.path.relpath(folder / LAST_CHECKPOINT)
+    rows.append(("checkpoint", checkpoint))
+    print_table(console, "Pretraining is done", rows)
+    command = f"python -m moco.evaluate checkpoint={shlex.quote(checkpoint)}"
+    console.print(f"next: {command}", soft_wrap=True, highlight=False)
+
+
+def knn_protocol(figures: dict[str, Any]) -> str:
+    """The conditions of a kNN figure in words."""
+    return (
+        f"k {figures['knn/num_neighbors']}, T {figures['knn/temperature']}, {figures['knn/feature']} feature, "
+        f"{figures['knn/num_queries']:,} queries against a bank of {figures['knn/bank_size']:,}"
+    )
+
+
+def main() -> None:
+    """Entry point of ``moco-train``."""
+    launch(run, TrainConfig, "train")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Checkpoints: written whole or not at all, read without running code, enough to go on bit for bit."""
+
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+
+from moco.errors import InputError, Interrupted, RunError
+from moco.training.interrupts import StopRequest
+from moco.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, write_atomically, write_json
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint file, but complete on disk before it takes its name."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+
+
+class Checkpoints(pl.callbacks.Checkpoint):
+    """Writes ``checkpoints/last.ckpt``, ``checkpoints/best.ckpt`` and ``metrics.json``; stops the run when asked to.
+
+    A checkpoint also holds the run's config as plain data, its figures so far and the state of every random generator.
+
+    Args:
+        folder: the run folder.
+        config: the run's config as plain data.
+        figures: the flat dict that becomes ``metrics.json``; other callbacks fill it in.
+        stop: a signal to save and end the run.
+        every_n_epochs: between two checkpoints; the last epoch always gets one.
+    """
+
+    def __init__(
+        self, folder: Path, config: dict[str, Any], figures: dict[str, Any], stop: StopRequest, every_n_epochs: int = 1
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.figures = figures
+        self.stop = stop
+        self.every_n_epochs = every_n_epochs
+        self.best = -1.0
+        self._random_states: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["config"] = self.config
+        checkpoint["figures"] = dict(self.figures)
+        checkpoint["random_states"] = random_states()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.figures.update(checkpoint["figures"])
+        self._random_states = checkpoint["random_states"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._random_states is not None:
+            set_random_states(self._random_states)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        at_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.stop and at_step_end and batch_idx + 1 < trainer.num_training_batches:
+            self.save_last(trainer)
+            raise self._interrupted(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        self.figures |= {"epoch": epoch, "step": trainer.global_step}
+        if not np.isfinite(self.figures.get("train/loss", 0.0)):
+            raise RunError(f"the loss of epoch {epoch} is not finite; {self.last_good()}")
+        is_best = self.figures.get("knn/epoch") == epoch and self.figures["knn/top1"] > self.best
+        if is_best:
+            self.best = self.figures["knn/top1"]
+        is_end = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if is_best or is_end or self.stop or epoch % self.every_n_epochs == 0:
+            self.save_last(trainer)
+            if is_best:
+                link_atomically(self.folder / LAST_CHECKPOINT, self.folder / BEST_CHECKPOINT)
+        write_json(self.folder / "metrics.json", self.figures)
+        if self.stop:
+            raise self._interrupted(trainer)
+
+    def save_last(self, trainer: pl.Trainer) -> None:
+        """Replace ``last.ckpt`` by the state of this moment."""
+        trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
+
+    def last_good(self) -> str:
+        """A phrase that names the newest checkpoint."""
+        path = self.folder / LAST_CHECKPOINT
+        return f"the last good checkpoint is {path}" if path.is_file() else "there is no checkpoint yet"
+
+    def _interrupted(self, trainer: pl.Trainer) -> Interrupted:
+        number = self.stop.signal_number
+        assert number is not None
+        where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
+        return Interrupted(
+            number, f"in {where}; saved {self.folder / LAST_CHECKPOINT}; to go on, add hydra.run.dir={self.folder}"
+        )
+
+
+def link_atomically(source: Path, target: Path) -> None:
+    """Make `target` another name of the file `source`; later replacements of `source` leave it as it is."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        write_atomically(target, lambda file: file.write(source.read_bytes()))
+        return
+    os.replace(temporary, target)
+
+
+def random_states() -> dict[str, Any]:
+    """The state of every global generator, as plain data and tensors."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(words), gauss],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Undo of `random_states`; CUDA's only on as many devices as there were."""
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of ours on the CPU, as plain data and tensors; no code in it is run.
+
+    Raises:
+        InputError: no such file, damaged, not written by moco.train, or in need of unpickling code.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"checkpoint={path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"checkpoint={path}: damaged, or it holds objects whose loading would run code") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"checkpoint={path}: not a checkpoint that can be read ({error})") from error
+    missing = {"state_dict", "hyper_parameters", "config", "figures", "random_states"} - (
+        checkpoint.keys() if isinstance(checkpoint, dict) else set()
+    )
+    if missing:
+        raise InputError(f"checkpoint={path}: not written by moco.train (it lacks {', '.join(sorted(missing))})")
+    return checkpoint

@@ -1,0 +1,79 @@
+"""The progress bar, a line per epoch, and the tables that a program ends with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class ProgressBar(pl.Callback):
+    """One bar over all steps with images/s, time left and the latest kNN; after each epoch, one line that stays.
+
+    Where the output is no terminal, only the lines appear.
+
+    Args:
+        figures: the run's figures, filled in by the monitors.
+        console: where to draw.
+    """
+
+    def __init__(self, figures: Mapping[str, Any], console: Console) -> None:
+        self.figures = figures
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps {task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.task = self.progress.add_task(
+            "training", total=pl_module.num_steps, completed=trainer.global_step, status=""
+        )
+        self.progress.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.console.is_terminal:
+            self.progress.update(self.task, completed=trainer.global_step, status=self._status())
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        line = f"epoch {epoch:>4}/{trainer.max_epochs}  loss {self.figures['train/loss']:.4f}"
+        if self.figures.get("knn/epoch") == epoch:
+            line += f"  kNN {self.figures['knn/top1']:.4f}"
+        line += f"  {self.figures['images_per_second']:,.0f} images/s  data wait {self.figures['data_wait']:.0%}"
+        self.progress.console.print(line, highlight=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.progress.stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.progress.stop()
+
+    def _status(self) -> str:
+        parts = []
+        if "images_per_second" in self.figures:
+            parts.append(f"{self.figures['images_per_second']:,.0f} images/s")
+        if "knn/top1" in self.figures:
+            parts.append(f"kNN {self.figures['knn/top1']:.4f}")
+        return " ".join(parts)
+
+
+def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]], footer: str = "") -> None:
+    """Two columns, and a line below."""
+    table = Table(title=title, show_header=False, title_justify="left", caption=footer, caption_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")  # a path that is cut short cannot be copied
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

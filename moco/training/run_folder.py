@@ -1,0 +1,112 @@
+"""What a run leaves on disk, and how it comes back to it. Files are whole or absent: never half-written."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from moco.errors import InputError
+
+LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+BEST_CHECKPOINT = Path("checkpoints", "best.ckpt")
+
+# These may differ between a run and its continuation: they say where, how long and how loudly to compute, not what.
+FREE_KEYS = (
+    "resume",
+    "trainer.accelerator",
+    "trainer.benchmark",
+    "trainer.log_every_n_steps",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "checkpoint.every_n_epochs",
+    "data.download",
+    "data.max_bad_fraction",
+    "data.num_workers",
+    "data.root",
+    "evaluation.batch_size",
+)
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write` with a temporary file beside `path`, then put it in place.
+
+    The content is on disk before the name points to it, so after a crash `path` is the old file or the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, figures: Mapping[str, Any]) -> None:
+    """One flat JSON object."""
+    write_atomically(path, lambda file: file.write((json.dumps(dict(figures), indent=2) + "\n").encode()))
+
+
+def claim(folder: Path, config: Mapping[str, Any], resume: str | None) -> Path | None:
+    """Make `folder` this run's, or find that it is already; write ``.hydra/config.yaml``.
+
+    Args:
+        config: the run's config as plain data.
+        resume: ``auto``, a checkpoint's path, or None to start anew.
+
+    Returns:
+        The checkpoint to go on from, or None to start.
+
+    Raises:
+        InputError: the folder holds a run with another configuration (it names the keys), or `resume` points nowhere.
+    """
+    saved, last = folder / ".hydra" / "config.yaml", folder / LAST_CHECKPOINT
+    if saved.is_file():
+        differing = differences(yaml.safe_load(saved.read_text()) or {}, config)
+        if differing:
+            raise InputError(
+                f"{folder} holds a run with another configuration: {'; '.join(differing)}. "
+                "Choose another folder with hydra.run.dir=PATH"
+            )
+    if resume is None and last.is_file():
+        raise InputError(f"{folder} holds a run and resume=null would overwrite it; choose another hydra.run.dir=PATH")
+    if resume not in (None, "auto") and not Path(str(resume)).is_file():
+        raise InputError(f"resume={resume}: no such file")
+    text = yaml.safe_dump(dict(config), sort_keys=False)
+    write_atomically(saved, lambda file: file.write(text.encode()))
+    if last.is_file():
+        return last  # also with an explicit resume: this run has its own checkpoint by now
+    return None if resume in (None, "auto") else Path(str(resume))
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """``key: old there, new here`` for every dotted key whose value differs, `FREE_KEYS` left out."""
+    old, new = flattened(there), flattened(here)
+    return [
+        f"{key}: {old.get(key)} there, {new.get(key)} here"
+        for key in sorted(old.keys() | new.keys())
+        if key not in FREE_KEYS and old.get(key) != new.get(key)
+    ]
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys; the order of keys inside an augmentation counts as a value."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            if prefix in ("augmentation.",):
+                flat[f"{prefix}{key} (order)"] = list(value)
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

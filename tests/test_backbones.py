@@ -1,0 +1,69 @@
+import pytest
+import torch
+import torchvision
+import yaml
+
+from moco.config import CONFIG_DIR
+from moco.errors import InputError
+from moco.models.backbones import build_backbone
+from moco.models.encoder import Encoder, build_projector
+
+CONFIGS = sorted(CONFIG_DIR.glob("backbone/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_backbone_keeps_the_contract(path):
+    backbone = build_backbone(**yaml.safe_load(path.read_text()))
+    images = torch.randn(2, 3, 64, 48)
+    features = backbone(images)
+    assert features.shape == (2, backbone.feature_dim)
+    assert torch.isfinite(features).all()
+    features.sum().backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
+    maps = backbone.eval().feature_maps(images)
+    assert [map_.shape[1] for map_ in maps] == list(backbone.feature_map_dims)
+    for map_, stride in zip(maps, backbone.feature_map_strides, strict=True):
+        assert map_.shape[2:] == (-(-64 // stride), -(-48 // stride))
+    torch.testing.assert_close(backbone(images), maps[-1].mean(dim=(2, 3)))
+
+
+def test_the_sweep_finds_the_backbones():
+    assert {"resnet18", "resnet50", "resnet18_cifar", "resnet_tiny", "wide_resnet50_2"} <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2"])
+def test_resnet_is_torchvisions_without_its_classifier(name):
+    theirs = torchvision.models.get_model(name, weights=None).eval()
+    ours = build_backbone(name).eval()
+    ours.load_state_dict({key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")})
+    theirs.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours(images), theirs(images))
+
+
+def test_cifar_stem_keeps_the_resolution():
+    maps = build_backbone("resnet18", stem="cifar").feature_maps(torch.randn(2, 3, 32, 32))
+    assert [tuple(map_.shape[1:]) for map_ in maps] == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+
+
+def test_tiny_resnet_has_under_half_a_million_parameters():
+    assert sum(parameter.numel() for parameter in build_backbone("resnet_tiny").parameters()) < 500_000
+
+
+def test_unknown_backbone_suggests_the_nearest():
+    with pytest.raises(InputError, match="unknown backbone 'resnet5'; did you mean 'resnet50'"):
+        build_backbone("resnet5")
+
+
+def test_projectors_have_the_published_layers():
+    linear, mlp = build_projector("linear", 2048, 128), build_projector("mlp", 2048, 128)
+    assert [tuple(parameter.shape) for parameter in linear.parameters()] == [(128, 2048), (128,)]
+    assert [tuple(parameter.shape) for parameter in mlp.parameters()] == [(2048, 2048), (2048,), (128, 2048), (128,)]
+    assert build_projector("mlp", 512, 64, hidden_dim=1024)[0].out_features == 1024
+
+
+def test_encoder_hands_out_feature_or_embedding():
+    encoder = Encoder(build_backbone("resnet_tiny"), build_projector("linear", 128, 16)).eval()
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(encoder.encode(images, "backbone"), encoder.backbone(images))
+    assert torch.equal(encoder.encode(images, "embedding"), encoder(images))

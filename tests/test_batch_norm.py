@@ -1,0 +1,91 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from moco.errors import InputError
+from moco.methods.batch_norm import SplitBatchNorm, choose_batch_norm, split_batch_norm
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.BatchNorm2d(3), (12, 3, 5, 5)), (nn.BatchNorm1d(3), (12, 3)), (nn.BatchNorm2d(3), (4, 3, 2, 2))]
+)
+def test_split_equals_separate_batch_norms_on_every_nth_sample(layer, shape):
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    separate = [copy.deepcopy(layer) for _ in range(4)]
+    split = SplitBatchNorm(copy.deepcopy(layer), num_splits=4)
+    for _ in range(3):  # running statistics move each time
+        images = torch.randn(*shape)
+        leaf, reference_leaf = images.clone().requires_grad_(), images.clone().requires_grad_()
+        expected = torch.empty_like(images)
+        for number, norm in enumerate(separate):
+            norm.running_mean, norm.running_var = split.running_mean.clone(), split.running_var.clone()
+            expected[number::4] = norm(reference_leaf[number::4])
+        output = split(leaf)
+        torch.testing.assert_close(output, expected)
+        weights = torch.randn_like(output)
+        (output * weights).sum().backward()
+        (expected * weights).sum().backward()
+        torch.testing.assert_close(leaf.grad, reference_leaf.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(split.running_mean, torch.stack([n.running_mean for n in separate]).mean(0))
+        torch.testing.assert_close(split.running_var, torch.stack([n.running_var for n in separate]).mean(0))
+
+
+def test_split_works_on_channels_last_images():
+    norm, images = nn.BatchNorm2d(3), torch.randn(8, 3, 4, 4)
+    split, same = (SplitBatchNorm(copy.deepcopy(norm), 4) for _ in range(2))
+    torch.testing.assert_close(split(images.to(memory_format=torch.channels_last)), same(images))
+
+
+def test_evaluation_is_ordinary_batch_norm():
+    norm = nn.BatchNorm2d(3)
+    norm(torch.randn(8, 3, 4, 4))
+    split, images = SplitBatchNorm(norm, 4).eval(), torch.randn(5, 3, 4, 4)
+    torch.testing.assert_close(split(images), norm.eval()(images))
+
+
+def test_converted_network_keeps_parameters_and_their_names():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
+    before, parameters = net.state_dict(), dict(net.named_parameters())
+    split_batch_norm(net, 2)
+    assert isinstance(net[1][0], SplitBatchNorm)
+    assert net.state_dict().keys() == before.keys()
+    assert all(parameter is parameters[name] for name, parameter in net.named_parameters())
+
+
+def test_converted_network_copies_and_loads_like_any_other():
+    net = nn.Sequential(nn.BatchNorm2d(4))
+    split_batch_norm(net, 2)
+    twin = copy.deepcopy(net)
+    net(torch.randn(4, 4, 2, 2))
+    twin.load_state_dict(net.state_dict())
+    assert torch.equal(twin[0].running_mean, net[0].running_mean)
+
+
+def test_batch_that_does_not_split_evenly_is_named():
+    with pytest.raises(InputError, match="method.batch_norm_splits=8 does not divide the 12 images"):
+        SplitBatchNorm(nn.BatchNorm2d(3), 8)(torch.randn(12, 3, 2, 2))
+
+
+WITH, WITHOUT = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.LayerNorm(3))
+
+
+@pytest.mark.parametrize(
+    ("mode", "encoder", "devices", "expected", "said"),
+    [
+        ("auto", WITHOUT, 1, "plain", "the encoder has none"),
+        ("split", WITHOUT, 1, "plain", "the encoder has none"),
+        ("auto", WITH, 1, "split", "split, so that it cannot leak"),
+        ("auto", WITH, 8, "shuffle", "shuffle, so that it cannot leak"),
+        ("shuffle", WITH, 1, "shuffle", "prevents nothing on one device"),
+        ("plain", WITH, 1, "plain", "leaks the positive"),
+        ("split", WITH, 1, "split", "split, so that it cannot leak"),
+    ],
+)
+def test_the_mode_in_force_is_chosen_and_said(mode, encoder, devices, expected, said, caplog):
+    caplog.set_level("INFO")
+    assert choose_batch_norm(mode, encoder, devices) == expected
+    assert len(caplog.messages) == 1
+    assert said in caplog.messages[0]
