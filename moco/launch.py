@@ -65,15 +65,11 @@ def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str
 
 def set_up_logging() -> None:
     """The project's log to stdout; of the libraries' only what the user has to know."""
-    logging.basicConfig(
-        stream=sys.stdout,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "faiss"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    # A filter and not levels: Lightning sets its loggers' levels again when it is imported.
+    handler.addFilter(lambda record: record.name.startswith("moco") or record.levelno >= logging.WARNING)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for message in (
         ".*does not have many workers.*",
         ".*number of training batches.*smaller than the logging interval.*",

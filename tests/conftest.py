@@ -47,3 +47,64 @@ def run_program(module, *arguments, cwd, timeout=120, **environment):
         timeout=timeout,
         check=False,
     )
+
+
+class Runner:
+    """MoCo under Lightning on the digits, small enough for a test."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def config(self, *overrides):
+        from hydra import compose, initialize_config_dir
+
+        from moco.config import CONFIG_DIR, TrainConfig, parse, register_schemas
+
+        register_schemas()
+        small = [
+            "+experiment=quickstart",
+            "method.queue_size=48",
+            "data.batch_size=32",
+            "trainer.max_epochs=2",
+            "trainer.max_steps=3",
+            "evaluation.baselines=false",
+        ]
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return parse(compose("train", [*small, *overrides]), TrainConfig)
+
+    def method(self, config):
+        import dataclasses
+
+        from moco.methods.moco import MoCo
+
+        plain = dataclasses.asdict(config)
+        torch.manual_seed(config.seed)
+        return MoCo(backbone=plain["backbone"], optimizer=plain["optimizer"], **plain["method"])
+
+    def fit(self, config, callbacks=(), **trainer_options):
+        """The trained method."""
+        import dataclasses
+
+        import pytorch_lightning as pl
+
+        from moco.train import build_data
+
+        method, data = self.method(config), build_data(config)
+        settings = dataclasses.asdict(config.trainer) | {"precision": "32-true"} | trainer_options
+        trainer = pl.Trainer(
+            **settings,
+            callbacks=list(callbacks),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=self.folder,
+        )
+        trainer.fit(method, datamodule=data)
+        return method
+
+
+@pytest.fixture
+def runner(tmp_path):
+    return Runner(tmp_path)
