@@ -275,12 +275,14 @@ def check_limits(config: Any, prefix: str = "") -> None:
 
 def unknown_key(full_key: str, schema: type) -> str:
     """A sentence for a key that the schema does not have, with the nearest one that it does."""
-    every = keys(schema)
-    parent = full_key.rpartition(".")[0]
-    siblings = [key for key in every if key.rpartition(".")[0] == parent]
-    nearest = difflib.get_close_matches(full_key, siblings, n=1) or difflib.get_close_matches(full_key, every, n=1)
-    if not nearest:  # the right name under the wrong parent
-        nearest = [key for key in every if key.rpartition(".")[2] == full_key.rpartition(".")[2]]
+    parent, _, name = full_key.rpartition(".")
+    every = {key: key.rpartition(".") for key in keys(schema)}
+    siblings = [key for key, (above, _, _) in every.items() if above == parent]
+    for candidates in (siblings, list(every)):  # a slip of the pen, else the right name under the wrong parent
+        names = [every[key][2] for key in candidates]
+        nearest = [candidates[names.index(match)] for match in difflib.get_close_matches(name, names, n=1)]
+        if nearest:
+            break
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
     return f"unknown key '{full_key}'{hint} (keys here: {', '.join(siblings)})"
 

@@ -23,6 +23,6 @@ class Interrupted(Exception):
 def unknown_name(what: str, name: str, choices: Iterable[str]) -> str:
     """A sentence for a name that is not among the choices: the nearest one, then all of them."""
     choices = sorted(choices)
-    nearest = difflib.get_close_matches(name, choices, n=1)
+    nearest = difflib.get_close_matches(name, choices, n=1) or [choice for choice in choices if name and name in choice]
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
     return f"unknown {what} '{name}'{hint} (choices: {', '.join(choices)})"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moco.data.datasets import Labelled
     from moco.models.encoder import Encoder
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("moco.evaluate")  # __name__ is __main__ under python -m
 
 
 def run(config: EvaluateConfig, folder: Path) -> None:
@@ -31,7 +31,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     from moco.evaluation.monitor import protocol
     from moco.training.checkpoints import read_checkpoint
     from moco.training.progress import print_table
-    from moco.training.run_folder import write_json
+    from moco.training.run_folder import write_config, write_json
 
     checkpoint = read_checkpoint(config.checkpoint)
     data = with_defaults(config.data, checkpoint["config"]["data"], new_data=config.data.name is not None)
@@ -62,6 +62,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         "step": int(checkpoint["global_step"]),
     }
     output = Path(config.output) if config.output else folder / "metrics.json"
+    write_config(folder, dataclasses.asdict(config))
     save_config(folder)
     write_json(output, figures)
     rows = [(key, f"{value:.4f}" if key in ("knn/top1", "knn/top5") else str(value)) for key, value in figures.items()]

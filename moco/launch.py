@@ -80,10 +80,12 @@ def set_up_logging() -> None:
 
 
 def save_config(folder: Path) -> None:
-    """Write the composed config, Hydra's own and the overrides to ``folder/.hydra``, as Hydra does.
+    """Write Hydra's own config and the overrides to ``folder/.hydra``, as Hydra does.
 
-    Hydra would write them before the program could look at what the folder already holds.
+    Hydra would write them before the program could look at what the folder already holds. Without Hydra, nothing.
     """
+    if not HydraConfig.initialized():
+        return
     running = HydraConfig.get()
     target = folder / ".hydra"
     target.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco.config import TrainConfig
+from moco.errors import InputError
 from moco.launch import launch, save_config
 
 if TYPE_CHECKING:
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
 
     from moco.data.datamodule import PretrainingData
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("moco.train")  # __name__ is __main__ under python -m
 
-# torch and Lightning are imported where they are used: a mistake in the config shows in half a second.
+# torch and Lightning are imported where they are first needed: a mistake in the config or a path shows in a second.
 
 
 def run(config: TrainConfig, folder: Path) -> None:
@@ -28,14 +29,18 @@ def run(config: TrainConfig, folder: Path) -> None:
         RunError: training failed.
         Interrupted: a signal ended it, checkpoint saved.
     """
+    from moco.training.run_folder import claim
+
+    if config.resume not in (None, "auto") and not Path(str(config.resume)).is_file():
+        raise InputError(f"resume={config.resume}: no such file")
+    data = build_data(config)
+
     import pytorch_lightning as pl
     from rich.console import Console
 
     from moco.methods.moco import MoCo
     from moco.training.interrupts import StopRequest
-    from moco.training.run_folder import claim
 
-    data = build_data(config)
     config.data.image_size = data.image_size
     plain = dataclasses.asdict(config)
     checkpoint = claim(folder, plain, config.resume)
@@ -56,12 +61,14 @@ def run(config: TrainConfig, folder: Path) -> None:
 
 def build_data(config: TrainConfig) -> "PretrainingData":
     """The loaders for the config's data set and augmentation pair."""
-    from moco.data.augmentations import ViewPair, build_evaluation_view
-    from moco.data.datamodule import PretrainingData
     from moco.data.datasets import build_source
 
     data, pair = config.data, config.augmentation
     source = build_source(data.name, data.root, download=data.download, num_images=data.num_images)
+
+    from moco.data.augmentations import ViewPair, build_evaluation_view
+    from moco.data.datamodule import PretrainingData
+
     image_size = data.image_size or source.image_size
     return PretrainingData(
         source,
@@ -131,7 +138,6 @@ def automatic_precision(accelerator: str) -> str:
 
 def check_resumable(path: Path, plain: dict[str, Any]) -> None:
     """Raises InputError if the checkpoint is of another architecture than the config's; it names the keys."""
-    from moco.errors import InputError
     from moco.training.checkpoints import read_checkpoint
     from moco.training.run_folder import differences
 

@@ -28,7 +28,9 @@ def test_every_backbone_keeps_the_contract(path):
 
 
 def test_the_sweep_finds_the_backbones():
-    assert {"resnet18", "resnet50", "resnet18_cifar", "resnet_tiny", "wide_resnet50_2"} <= {path.stem for path in CONFIGS}
+    assert {"resnet18", "resnet50", "resnet18_cifar", "resnet_tiny", "wide_resnet50_2"} <= {
+        path.stem for path in CONFIGS
+    }
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2"])

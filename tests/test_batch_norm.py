@@ -9,7 +9,8 @@ from moco.methods.batch_norm import SplitBatchNorm, choose_batch_norm, split_bat
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape"), [(nn.BatchNorm2d(3), (12, 3, 5, 5)), (nn.BatchNorm1d(3), (12, 3)), (nn.BatchNorm2d(3), (4, 3, 2, 2))]
+    ("layer", "shape"),
+    [(nn.BatchNorm2d(3), (12, 3, 5, 5)), (nn.BatchNorm1d(3), (12, 3)), (nn.BatchNorm2d(3), (4, 3, 2, 2))],
 )
 def test_split_equals_separate_batch_norms_on_every_nth_sample(layer, shape):
     nn.init.normal_(layer.weight)
@@ -65,7 +66,7 @@ def test_converted_network_copies_and_loads_like_any_other():
 
 
 def test_batch_that_does_not_split_evenly_is_named():
-    with pytest.raises(InputError, match="method.batch_norm_splits=8 does not divide the 12 images"):
+    with pytest.raises(InputError, match=r"method\.batch_norm_splits=8 does not divide the 12 images"):
         SplitBatchNorm(nn.BatchNorm2d(3), 8)(torch.randn(12, 3, 2, 2))
 
 

@@ -33,7 +33,9 @@ def test_step_schedule_drops_at_its_milestones():
 
 
 def test_warmup_is_linear_from_zero_and_the_cosine_starts_after_it():
-    rates = [learning_rate_at(step, 110, 10, lr=1.0, schedule="cosine", warmup_epochs=1) for step in (0, 5, 10, 60, 110)]
+    rates = [
+        learning_rate_at(step, 110, 10, lr=1.0, schedule="cosine", warmup_epochs=1) for step in (0, 5, 10, 60, 110)
+    ]
     assert rates == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
 
 

@@ -99,6 +99,8 @@ def build_view(operations: Mapping[str, Mapping[str, Any]], image_size: int, whe
 def _build(name: str, settings: Mapping[str, Any] | None, image_size: int, where: str) -> Transform:
     if name not in OPERATIONS:
         raise InputError(f"{where}: {unknown_name('operation', name, OPERATIONS)}")
+    if settings is not None and not isinstance(settings, Mapping):
+        raise InputError(f"{where}.{name}: expected settings, {{name: number, ...}}, got {settings}")
     arguments = dict(settings or {})
     probability = arguments.pop("probability", 1.0)
     allowed = [*inspect.signature(OPERATIONS[name]).parameters, "probability"]

@@ -104,12 +104,14 @@ def build_source(name: str, root: Any = None, *, download: bool = False, num_ima
     """
     if name not in SOURCES:
         raise InputError(f"data.name: {unknown_name('data set', name, SOURCES)}")
-    if name == "images":
-        return images(root)
     if name == "synthetic":
         return synthetic(num_images)
     if name == "digits":
         return digits()
+    if root is None:
+        raise InputError(f"data.root: missing; data={name} needs to know where the pictures are: data.root=PATH")
+    if name == "images":
+        return images(root)
     if not isinstance(root, str):
         raise InputError(f"data.root={root}: expected one path; only data=images takes several")
     if name in TORCHVISION:
@@ -183,11 +185,14 @@ def npz(root: str) -> DataSource:
     if not Path(root).is_file():
         raise InputError(f"data.root={root}: no such file")
     try:
-        with np.load(root, allow_pickle=False) as archive:
+        with open(root, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array without a name")
             wanted = ("train_images", "train_labels", "test_images", "test_labels")
             arrays = {key: archive[key] for key in wanted if key in archive.files}
             present = archive.files
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"data.root={root}: not a readable .npz archive of plain arrays ({error})") from error
     if "train_images" not in arrays:
         raise InputError(f"data.root={root}: no array train_images in there (found {', '.join(present) or 'none'})")

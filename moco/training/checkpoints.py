@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +157,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint={path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"checkpoint={path}: damaged, or no checkpoint at all")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"checkpoint={path}: damaged, or it holds objects whose loading would run code") from error
+        raise InputError(
+            f"checkpoint={path}: it holds objects whose loading would run code, so it is not loaded"
+        ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"checkpoint={path}: not a checkpoint that can be read ({error})") from error
+        raise InputError(f"checkpoint={path}: damaged ({error})") from error
     missing = {"state_dict", "hyper_parameters", "config", "figures", "random_states"} - (
         checkpoint.keys() if isinstance(checkpoint, dict) else set()
     )

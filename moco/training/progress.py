@@ -1,5 +1,6 @@
 """The progress bar, a line per epoch, and the tables that a program ends with."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,11 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+SECONDS_BETWEEN_LINES = 60.0
+
 
 class ProgressBar(pl.Callback):
     """One bar over all steps with images/s, time left and the latest kNN; after each epoch, one line that stays.
 
-    Where the output is no terminal, only the lines appear.
+    Where the output is no terminal, only the lines appear, and one a minute in between.
 
     Args:
         figures: the run's figures, filled in by the monitors.
@@ -39,12 +42,15 @@ class ProgressBar(pl.Callback):
             "training", total=pl_module.num_steps, completed=trainer.global_step, status=""
         )
         self.progress.start()
+        self.last_line = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.console.is_terminal:
             self.progress.update(self.task, completed=trainer.global_step, status=self._status())
+        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            self._print(f"epoch {trainer.current_epoch + 1:>4}/{trainer.max_epochs}  step {trainer.global_step}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
@@ -52,13 +58,17 @@ class ProgressBar(pl.Callback):
         if self.figures.get("knn/epoch") == epoch:
             line += f"  kNN {self.figures['knn/top1']:.4f}"
         line += f"  {self.figures['images_per_second']:,.0f} images/s  data wait {self.figures['data_wait']:.0%}"
-        self.progress.console.print(line, highlight=False)
+        self._print(line)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.progress.stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.progress.stop()
+
+    def _print(self, line: str) -> None:
+        self.progress.console.print(line, highlight=False)
+        self.last_line = time.monotonic()
 
     def _status(self) -> str:
         parts = []

@@ -12,6 +12,7 @@ from moco.errors import InputError
 
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 BEST_CHECKPOINT = Path("checkpoints", "best.ckpt")
+CONFIG = Path(".hydra", "config.yaml")
 
 # These may differ between a run and its continuation: they say where, how long and how loudly to compute, not what.
 FREE_KEYS = (
@@ -57,6 +58,12 @@ def write_json(path: Path, figures: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(dict(figures), indent=2) + "\n").encode()))
 
 
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """The config as plain data, where Hydra would put it."""
+    text = yaml.safe_dump(dict(config), sort_keys=False)
+    write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
+
+
 def claim(folder: Path, config: Mapping[str, Any], resume: str | None) -> Path | None:
     """Make `folder` this run's, or find that it is already; write ``.hydra/config.yaml``.
 
@@ -68,9 +75,9 @@ def claim(folder: Path, config: Mapping[str, Any], resume: str | None) -> Path |
         The checkpoint to go on from, or None to start.
 
     Raises:
-        InputError: the folder holds a run with another configuration (it names the keys), or `resume` points nowhere.
+        InputError: the folder holds a run with another configuration (it names the keys).
     """
-    saved, last = folder / ".hydra" / "config.yaml", folder / LAST_CHECKPOINT
+    saved, last = folder / CONFIG, folder / LAST_CHECKPOINT
     if saved.is_file():
         differing = differences(yaml.safe_load(saved.read_text()) or {}, config)
         if differing:
@@ -80,10 +87,7 @@ def claim(folder: Path, config: Mapping[str, Any], resume: str | None) -> Path |
             )
     if resume is None and last.is_file():
         raise InputError(f"{folder} holds a run and resume=null would overwrite it; choose another hydra.run.dir=PATH")
-    if resume not in (None, "auto") and not Path(str(resume)).is_file():
-        raise InputError(f"resume={resume}: no such file")
-    text = yaml.safe_dump(dict(config), sort_keys=False)
-    write_atomically(saved, lambda file: file.write(text.encode()))
+    write_config(folder, config)
     if last.is_file():
         return last  # also with an explicit resume: this run has its own checkpoint by now
     return None if resume in (None, "auto") else Path(str(resume))

@@ -1,0 +1,190 @@
+"""Every file under conf/ composes and parses; every mistake is one line that names the key and the way out."""
+
+import dataclasses
+
+import pytest
+import yaml
+from conftest import run_program
+from hydra import compose, initialize_config_dir
+
+from moco.config import CONFIG_DIR, EvaluateConfig, TrainConfig, check_limits, keys, parse, register_schemas
+from moco.errors import InputError
+
+EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
+OPTIONS = sorted(
+    (path.parent.name, path.stem)
+    for path in CONFIG_DIR.rglob("*.yaml")
+    if path.parent != CONFIG_DIR and path.parent.name != "experiment"
+)
+
+
+def composed(*overrides, name="train", schema=TrainConfig):
+    register_schemas()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return parse(compose(name, list(overrides)), schema)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_parses_and_builds(experiment):
+    import torch
+
+    from moco.methods.moco import MoCo
+
+    config = composed(f"+experiment={experiment}", "data.root=somewhere")
+    plain = dataclasses.asdict(config)
+    assert yaml.safe_load(yaml.safe_dump(plain)) == plain
+    with torch.device("meta"):
+        method = MoCo(backbone=plain["backbone"], optimizer=plain["optimizer"], **plain["method"])
+    assert method.queue.keys.shape == (config.method.queue_size, config.method.embedding_dim)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_says_its_command_cost_and_expectation(experiment):
+    header = (CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text().split("defaults:")[0]
+    assert all(word in header for word in ("command", "cost", "expected"))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids="/".join)
+def test_every_option_composes_and_parses(group, option):
+    from moco.data.augmentations import ViewPair
+
+    config = composed(f"{group}={option}", *(["data.root=somewhere"] if (group, option) != ("data", "digits") else []))
+    pair = config.augmentation
+    ViewPair(pair.query, pair.key, pair.mean, pair.std, 32, seed=0)
+    if group in ("data", "evaluation"):
+        composed("checkpoint=x", f"{group}={option}", "data.root=y", name="evaluate", schema=EvaluateConfig)
+
+
+def test_the_sweep_leaves_no_file_out():
+    assert len(OPTIONS) + len(EXPERIMENTS) + 2 == len(list(CONFIG_DIR.rglob("*.yaml")))
+
+
+def test_numbers_of_the_cifar_recipe_are_the_official_notebooks():
+    config = composed("+experiment=cifar10_resnet18")
+    method, optimizer, knn = config.method, config.optimizer, config.evaluation
+    assert (method.queue_size, method.embedding_dim, method.key_momentum, method.temperature) == (4096, 128, 0.99, 0.1)
+    assert (method.head, method.batch_norm, method.batch_norm_splits, method.symmetric) == ("linear", "split", 8, False)
+    assert (optimizer.lr, optimizer.sgd_momentum, optimizer.weight_decay) == (0.06, 0.9, 5e-4)
+    assert (optimizer.schedule, optimizer.schedule_interval, optimizer.warmup_epochs) == ("cosine", "epoch", 0)
+    assert (config.data.batch_size, config.data.image_size, config.trainer.max_epochs) == (512, 32, 200)
+    assert (knn.num_neighbors, knn.temperature, knn.feature) == (200, 0.1, "embedding")
+    assert list(config.augmentation.query) == ["random_resized_crop", "horizontal_flip", "color_jitter", "grayscale"]
+    symmetric = composed("+experiment=cifar10_resnet18_symmetric")
+    assert (symmetric.method.symmetric, symmetric.method.symmetric_reduction) == (True, "sum")
+    assert symmetric.optimizer == optimizer
+
+
+def test_a_key_overridden_in_the_query_view_reaches_a_key_view_that_refers_to_it():
+    config = composed("augmentation=moco_v2", "augmentation.query.color_jitter.hue=0.3", "data.root=x")
+    assert config.augmentation.key["color_jitter"]["hue"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("method.temperature", 0.0, "method.temperature=0.0: expected a number above 0"),
+        ("method.key_momentum", 1.5, "method.key_momentum=1.5: expected a number at least 0 and at most 1"),
+        ("data.batch_size", 0, "data.batch_size=0: expected a number at least 1"),
+        ("method.batch_norm", "splt", "method.batch_norm: unknown value 'splt'; did you mean 'split'?"),
+        ("optimizer.lr", float("nan"), "optimizer.lr=nan: expected a number above 0"),
+    ],
+)
+def test_values_out_of_range_are_named(key, value, expected):
+    config = composed("+experiment=quickstart")
+    group, name = key.split(".")
+    setattr(getattr(config, group), name, value)
+    with pytest.raises(InputError) as error:
+        check_limits(config)
+    assert str(error.value).startswith(expected)
+
+
+def test_keys_are_listed_with_their_groups():
+    assert {"seed", "method", "method.temperature", "data.root"} <= set(keys(TrainConfig))
+
+
+# Through the real command line: exit code 2, one line on stderr, word for word (its beginning), and no run folder.
+MISTAKES = [
+    (["method.temprature=0.1"], "error: unknown key 'method.temprature'; did you mean 'method.temperature'? (keys here: method.head,"),
+    (["+method.typo=1"], "error: unknown key 'method.typo' (keys here: method.head,"),
+    (["+temperature=0.1"], "error: unknown key 'temperature'; did you mean 'method.temperature'? (keys here: backbone,"),
+    (["bacbone=resnet18"], "error: unknown key 'bacbone'; did you mean 'backbone'? (keys here: backbone, method,"),
+    (["backbone=resnet19"], "error: backbone=resnet19: unknown backbone 'resnet19'; did you mean 'resnet18'? (choices: resnet101,"),
+    (["+experiment=quikstart"], "error: experiment=quikstart: unknown experiment 'quikstart'; did you mean 'quickstart'? (choices:"),
+    (["data.batch_size=many"], "error: data.batch_size: Value 'many' of type 'str' could not be converted to Integer"),
+    (["method.temperature=-1"], "error: method.temperature=-1.0: expected a number above 0"),
+    (["method.head=mpl"], "error: method.head: unknown value 'mpl'; did you mean 'mlp'? (choices: linear, mlp)"),
+    (["data=images"], "error: data.root: missing; data=images needs to know where the pictures are: data.root=PATH"),
+    (["data=images", "data.root=nowhere"], "error: data.root=nowhere: no such folder"),
+    (["data=images", "data.root=."], "error: data.root=.: no pictures in there (looked for .bmp, .gif,"),
+    (["method.temperature"], "error: cannot read the override 'method.temperature': Error parsing override"),
+    (["resume=nowhere.ckpt", "+experiment=quickstart"], "error: resume=nowhere.ckpt: no such file"),
+    (["--config-dir=own", "+experiment=bad_key"], "error: in experiment/bad_key.yaml: unknown key 'method.temprature'; did you mean"),
+    (["--config-dir=own", "+experiment=bad_type"], "error: in experiment/bad_type.yaml: data.batch_size: Value 'many' of type"),
+    (["--config-dir=own", "+experiment=bad_yaml"], "error: while parsing a flow mapping"),
+    (["--config-dir=own", "+experiment=bad_choice"], "error: backbone=resnet19: unknown backbone 'resnet19'; did you mean"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def own_configs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistakes")
+    experiments = folder / "own" / "experiment"
+    experiments.mkdir(parents=True)
+    for name, text in {
+        "bad_key": "method: {temprature: 0.1}",
+        "bad_type": "data: {batch_size: many}",
+        "bad_yaml": "method: {temperature: 0.1",
+        "bad_choice": "defaults: [override /backbone: resnet19]",
+    }.items():
+        (experiments / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+    return folder
+
+
+@pytest.mark.parametrize(("arguments", "expected"), MISTAKES, ids=lambda value: " ".join(value)[:40])
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs):
+    needs_data = not any(word.startswith(("data=", "+experiment")) for word in arguments)
+    if needs_data:
+        arguments = ["data=digits", *arguments]
+    done = run_program("moco.train", *arguments, "hydra.run.dir=run", cwd=own_configs)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(expected)
+    assert not (own_configs / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["+augmentation.query.blur.sigma=1"],
+            "augmentation.query: unknown operation 'blur'; did you mean 'gaussian_blur'?",
+        ),
+        (["data.batch_size=2000"], "data.batch_size=2000: there are only 1437 pictures to train on"),
+        (["trainer.accumulate_grad_batches=3"], "data.batch_size=128: expected a multiple of 3"),
+    ],
+)
+def test_what_only_the_data_show_is_found_before_the_run_folder_is_touched(overrides, expected, tmp_path):
+    from moco.train import run
+
+    with pytest.raises(InputError) as error:
+        run(composed("+experiment=quickstart", *overrides), tmp_path)
+    assert str(error.value).startswith(expected)
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_error_shows_the_traceback(own_configs):
+    done = run_program("moco.train", "backbone=resnet19", cwd=own_configs, HYDRA_FULL_ERROR="1")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("program", ["moco.train", "moco.evaluate"])
+def test_help_and_cfg_work(program, own_configs):
+    overrides = ["+experiment=quickstart"] if program == "moco.train" else ["checkpoint=x"]
+    shown = run_program(program, *overrides, "--cfg", "job", "--resolve", cwd=own_configs)
+    assert shown.returncode == 0, shown.stderr
+    config = yaml.safe_load(shown.stdout)
+    assert (config["data"]["batch_size"] == 128) if program == "moco.train" else (config["checkpoint"] == "x")
+    helped = run_program(program, "--help", cwd=own_configs)
+    assert helped.returncode == 0
+    assert "experiment" in helped.stdout or "evaluation" in helped.stdout

@@ -1,0 +1,135 @@
+import pytest
+import torch
+from PIL import Image
+
+from moco.data.augmentations import ViewPair, build_evaluation_view
+from moco.data.datamodule import EpochSampler, PretrainingData
+from moco.data.datasets import ArrayPictures, DataSource, Labelled, build_source
+from moco.errors import InputError
+
+VIEW = {"random_resized_crop": {"scale": [0.2, 1.0]}, "color_jitter": {"brightness": 0.4, "probability": 0.8}}
+
+
+def data_for(source, **changes):
+    options = {"image_size": 8, "batch_size": 8, "num_workers": 0, "seed": 0} | changes
+    augment = ViewPair(VIEW, VIEW, [0.5] * 3, [0.5] * 3, 8, options["seed"])
+    return PretrainingData(source, augment, build_evaluation_view(8, 1.0, [0.5] * 3, [0.5] * 3), **options)
+
+
+@pytest.fixture
+def numbered(generator):
+    """30 pictures in memory, their labels their numbers."""
+    array = generator.integers(0, 256, (30, 8, 8, 3), dtype="uint8")
+    pictures = ArrayPictures(array, "numbered")
+    labelled = Labelled(pictures, torch.arange(30).numpy())
+    return DataSource(pictures, labelled, labelled, 8)
+
+
+def epoch_of(loader, epoch):
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_order_and_pixels_do_not_depend_on_the_number_of_workers(num_workers, numbered):
+    expected = [epoch_of(data_for(numbered).train_dataloader(), epoch) for epoch in (0, 1)]
+    loader = data_for(numbered, num_workers=num_workers).train_dataloader()
+    for epoch in (0, 1):
+        for ours, theirs in zip(epoch_of(loader, epoch), expected[epoch], strict=True):
+            assert torch.equal(ours.indices, theirs.indices)
+            assert torch.equal(ours.views[0], theirs.views[0])
+            assert torch.equal(ours.views[1], theirs.views[1])
+
+
+def test_an_epoch_visits_each_picture_once_and_leaves_out_the_rest_of_the_last_batch(numbered):
+    loader = data_for(numbered).train_dataloader()
+    epochs = [torch.cat([batch.indices for batch in epoch_of(loader, epoch)]).tolist() for epoch in (0, 1)]
+    assert all(len(set(order)) == 24 for order in epochs)
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_epoch_goes_on_with_its_next_batch(num_workers, numbered):
+    whole = epoch_of(data_for(numbered).train_dataloader(), 1)
+    loader = data_for(numbered, num_workers=num_workers).train_dataloader()
+    loader.sampler.set_epoch(1)
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    assert state == {"epoch": 1, "batches": 1}
+    resumed = data_for(numbered, num_workers=num_workers).train_dataloader()
+    resumed.load_state_dict(state)
+    assert len(resumed) == 3
+    rest = epoch_of(resumed, 1)
+    assert [batch.indices.tolist() for batch in rest] == [batch.indices.tolist() for batch in whole[1:]]
+    assert torch.equal(rest[0].views[0], whole[1].views[0])
+    assert resumed.state_dict() == {"epoch": 1, "batches": 3}
+    assert len(epoch_of(resumed, 2)) == 3
+
+
+def test_processes_share_each_global_batch():
+    whole = list(EpochSampler(100, 12, seed=3))
+    shares = [list(EpochSampler(100, 12, seed=3, rank=rank, world_size=3)) for rank in range(3)]
+    assert len(whole) == 96
+    assert [len(share) for share in shares] == [32] * 3
+    for step in range(8):
+        together = [place for share in shares for place in share[step * 4 : step * 4 + 4]]
+        assert together == whole[step * 12 : step * 12 + 12]
+
+
+def test_accumulated_batches_make_up_the_batch_size(numbered):
+    batches = epoch_of(data_for(numbered, batch_size=12, batches_per_step=3).train_dataloader(), 0)
+    assert [len(batch.indices) for batch in batches] == [4] * 6
+
+
+def test_batches_that_do_not_fit_are_named(numbered):
+    with pytest.raises(InputError, match=r"data\.batch_size=31: there are only 30 pictures"):
+        data_for(numbered, batch_size=31)
+    with pytest.raises(InputError, match=r"data\.batch_size=8: expected a multiple of 3"):
+        data_for(numbered, batches_per_step=3)
+
+
+def damage(tree, count):
+    for path in sorted(tree.rglob("*.png"))[:count]:
+        path.write_bytes(b"not a picture")
+
+
+def test_unreadable_pictures_are_replaced_counted_and_named_once(picture_tree, caplog):
+    damage(picture_tree, 2)
+    data = data_for(build_source("images", str(picture_tree)), max_bad_fraction=0.1)
+    for epoch in (0, 1):
+        for batch in epoch_of(data.train_dataloader(), epoch):
+            data.on_before_batch_transfer(batch, 0)
+            assert torch.isfinite(batch.views[0]).all()
+            assert len(batch.indices) == 8
+    assert len(data.unreadable) == 2
+    assert caplog.text.count("skipped an unreadable picture: ") == 2
+
+
+def test_too_many_unreadable_pictures_stop_the_run_and_the_first_ten_are_named(picture_tree):
+    damage(picture_tree, 12)
+    data = data_for(build_source("images", str(picture_tree)), max_bad_fraction=0.4)
+    with pytest.raises(InputError) as error:  # noqa: PT012
+        for batch in epoch_of(data.train_dataloader(), 0):
+            data.on_before_batch_transfer(batch, 0)
+    assert "of 24 pictures cannot be read, more than data.max_bad_fraction=0.4; the first are " in str(error.value)
+    assert str(error.value).count(".png") == 10
+
+
+def test_nothing_readable_is_an_error(picture_tree):
+    damage(picture_tree, 24)
+    with pytest.raises(InputError, match="none of the 24 pictures can be read"):
+        epoch_of(data_for(build_source("images", str(picture_tree)), max_bad_fraction=1.0).train_dataloader(), 0)
+
+
+def test_evaluation_pictures_come_in_order_and_unreadable_ones_are_marked(tmp_path):
+    for number in range(4):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        Image.new("RGB", (9, 12), (number * 10,) * 3).save(tmp_path / "x" / f"{number}.png")
+    (tmp_path / "x" / "2.png").write_bytes(b"")
+    pictures = build_source("images", str(tmp_path)).train
+    data = data_for(DataSource(pictures, None, None, 8), batch_size=2)
+    (batch,) = data.evaluation_dataloader(Labelled(pictures, torch.arange(4).numpy()))
+    assert batch.images.shape == (4, 3, 8, 8)
+    assert batch.labels.tolist() == [0, 1, 2, 3]
+    assert batch.unreadable.tolist() == [False, False, True, False]

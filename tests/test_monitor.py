@@ -1,0 +1,135 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moco.errors import RunError
+from moco.evaluation.diagnostics import embedding_std, negative_similarity, positive_similarity
+from moco.evaluation.features import embed, evaluating
+from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, view_pair_picture
+from moco.train import build_data
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape), dim=1)
+
+
+def test_similarities_equal_the_mean_over_all_pairs():
+    query, key, negatives = unit(10, 16), unit(10, 16), unit(50, 16)
+    assert float(positive_similarity(query, key)) == pytest.approx(float((query @ key.T).diagonal().mean()), abs=1e-6)
+    assert float(negative_similarity(query, negatives)) == pytest.approx(float((query @ negatives.T).mean()), abs=1e-6)
+
+
+def test_embedding_std_is_zero_when_collapsed_and_one_over_root_c_when_spread():
+    assert float(embedding_std(unit(1, 64).expand(100, 64))) == pytest.approx(0.0, abs=1e-7)
+    assert float(embedding_std(unit(20000, 64))) == pytest.approx(1 / math.sqrt(64), rel=1e-2)
+
+
+def test_evaluating_restores_every_layers_mode():
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout())
+    net[1].eval()
+    with evaluating(net):
+        assert not net.training
+        assert not net[0].training
+    assert (net.training, net[0].training, net[1].training) == (True, True, False)
+
+
+class Batch:
+    def __init__(self, start, unreadable):
+        self.images = torch.arange(start, start + 2.0).view(2, 1, 1, 1)
+        self.labels = torch.tensor([start, start + 1])
+        self.unreadable = torch.tensor(unreadable)
+
+
+def test_embed_keeps_order_and_leaves_unreadable_rows_out():
+    loader = [Batch(0, [False, True]), Batch(2, [False, False])]
+    features, labels, unreadable = embed(lambda images: images.flatten(1) * 2, loader, "cpu")
+    assert features.ravel().tolist() == [0.0, 4.0, 6.0]
+    assert (labels.tolist(), unreadable.tolist(), features.dtype) == ([0, 2, 3], [1], np.float32)
+
+
+def test_embed_stops_when_told_to():
+    with pytest.raises(InterruptedError):
+        embed(lambda images: images, [Batch(0, [False, False])], "cpu", should_stop=lambda: True)
+
+
+def monitors(config, figures):
+    return [
+        TrainingMonitor(figures, 1, lambda: "there is no checkpoint yet"),
+        KNNMonitor(figures, num_neighbors=20, temperature=0.1, feature="backbone", baselines=True),
+    ]
+
+
+def test_knn_and_its_protocol_are_reported_with_baselines(runner):
+    figures = {}
+    config = runner.config("trainer.max_steps=-1", "trainer.max_epochs=1")
+    runner.fit(config, monitors(config, figures))
+    assert 0.8 < figures["knn/top1"] <= figures["knn/top5"] <= 1.0
+    assert figures["knn_raw_pixels/top1"] > 0.95
+    assert 0.5 < figures["knn_untrained/top1"] < 1.0
+    assert (figures["knn/num_neighbors"], figures["knn/temperature"], figures["knn/feature"]) == (20, 0.1, "backbone")
+    assert (figures["knn/bank_size"], figures["knn/num_queries"], figures["knn/epoch"]) == (1437, 360, 1)
+    assert figures["images_per_second"] > 0
+    assert 0 <= figures["data_wait"] <= 1
+
+
+def test_mean_loss_of_the_epoch_counts_every_batch_once(runner):
+    from test_moco import Losses
+
+    figures, losses = {}, Losses()
+    config = runner.config("trainer.max_steps=6", "trainer.accumulate_grad_batches=2")
+    runner.fit(config, [TrainingMonitor(figures, 2, str), losses])
+    assert figures["train/loss"] == pytest.approx(2 * np.mean(losses.values), rel=1e-6)
+
+
+def test_without_labels_it_says_once_that_there_is_no_knn(runner, picture_tree, caplog):
+    caplog.set_level("INFO")
+    figures = {}
+    config = runner.config("data=images", f"data.root={picture_tree}", "data.batch_size=8", "data.num_workers=0")
+    runner.fit(config, monitors(config, figures))
+    assert caplog.text.count("no kNN: the data set has no labels") == 1
+    assert not [key for key in figures if key.startswith("knn")]
+    assert figures["train/loss"] >= 0
+
+
+def test_collapse_warns_after_two_checks_and_in_words(caplog):
+    monitor = TrainingMonitor({}, 1, str)
+    for std in (0.001, 0.2, 0.001):
+        monitor._check_collapse(std, 64, 10)
+    assert not caplog.text
+    monitor._check_collapse(0.001, 64, 20)
+    assert "COLLAPSED at step 20: all embeddings are nearly the same" in caplog.text
+    monitor._check_collapse(0.001, 64, 30)
+    assert caplog.text.count("COLLAPSED") == 1
+
+
+def test_a_collapsed_run_is_named(runner, caplog):
+    class Collapse(TrainingMonitor):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            nn.init.zeros_(pl_module.query_encoder.projector.weight)
+
+    runner.fit(runner.config(), [Collapse({}, 1, str)])
+    assert "COLLAPSED at step 2" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_checkpoint(runner):
+    monitor = TrainingMonitor({}, 1, lambda: "the last good checkpoint is X")
+    config = runner.config("optimizer.lr=1e30", "trainer.max_steps=20")
+    with pytest.raises(RunError, match=r"the loss is nan at step \d+; the last good checkpoint is X"):
+        runner.fit(config, [monitor])
+
+
+def test_picture_shows_queries_above_their_keys(runner):
+    data = build_data(runner.config())
+    picture = view_pair_picture(data, 16)
+    assert picture.shape == (3, 2 * 18 + 2, 16 * 18 + 2)
+    assert 0 <= picture.min() < picture.max() <= 1
+    sampler = data.sampler()
+    first = data.dataset()[next(iter(sampler))]
+    mean, std = data.augment.mean[0], data.augment.std[0]
+    shown = picture[:, 2:18, 2:18]
+    torch.testing.assert_close(shown, (first.views[0] * std + mean).clamp(0, 1))

@@ -1,0 +1,200 @@
+"""The programs end to end, as processes, the way a user runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY, run_program
+
+SMALL = [
+    "+experiment=quickstart",
+    "method.queue_size=200",
+    "data.batch_size=64",
+    "evaluation.every_n_epochs=1",
+    "evaluation.baselines=false",
+    "checkpoint.every_n_epochs=1",
+]
+
+
+def train(folder, *arguments, cwd):
+    return run_program("moco.train", *SMALL, f"hydra.run.dir={folder}", *arguments, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs."""
+    cwd = tmp_path_factory.mktemp("finished")
+    done = train("run", "trainer.max_epochs=2", "evaluation.baselines=true", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd, done
+
+
+def test_a_run_leaves_its_folder_as_promised(finished):
+    cwd, _ = finished
+    run = cwd / "run"
+    assert {".hydra", "checkpoints", "metrics.json"} <= set(os.listdir(run))
+    assert set(os.listdir(run / ".hydra")) == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    assert set(os.listdir(run / "checkpoints")) == {"last.ckpt", "best.ckpt"}
+    assert len(list(run.glob("events.out.tfevents*"))) == 1
+    figures = json.loads((run / "metrics.json").read_text())
+    assert (figures["epoch"], figures["step"]) == (2, 44)
+    assert {"knn/top1", "knn/top5", "train/loss", "images_per_second", "knn/num_neighbors", "knn/temperature"} <= set(
+        figures
+    )
+    assert (figures["knn/feature"], figures["knn/bank_size"]) == ("backbone", 1437)
+
+
+def test_the_closing_table_shows_three_knn_figures_and_the_next_command(finished):
+    _, done = finished
+    for line in ("raw pixels", "untrained backbone", "pretrained backbone", "k 20, T 0.1"):
+        assert line in done.stdout
+    assert "next: python -m moco.evaluate checkpoint=run/checkpoints/last.ckpt" in done.stdout
+    assert "batch norm: split" in done.stdout
+    assert done.stderr == ""
+
+
+def test_tensorboard_holds_scalars_and_the_view_pairs(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "run"))
+    events.Reload()
+    assert {
+        "train/loss", "train/loss_of_chance", "train/learning_rate", "train/key_momentum", "knn/top1", "data_wait",
+        "images_per_second", "label_free/embedding_std", "label_free/positive_similarity",
+        "label_free/negative_similarity", "label_free/queue_fill",
+    } <= set(events.Tags()["scalars"])  # fmt: skip
+    assert events.Tags()["images"] == ["views/query_above_key"]
+
+
+def test_evaluate_repeats_the_monitors_figure_to_the_last_digit(finished):
+    cwd, _ = finished
+    done = run_program("moco.evaluate", "checkpoint=run/checkpoints/last.ckpt", "data=digits", "output=x.json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    figures, trained = (json.loads((cwd / name).read_text()) for name in ("x.json", "run/metrics.json"))
+    for key in ("knn/top1", "knn/top5", "knn/num_neighbors", "knn/temperature", "knn/feature", "knn/bank_size", "step"):
+        assert figures[key] == trained[key]
+    assert f"{figures['knn/top1']:.4f}" in done.stdout
+    assert "key" not in figures["knn/encoder"]
+
+
+def test_evaluate_takes_another_protocol_and_the_key_encoder(finished):
+    from moco.config import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
+    from moco.evaluate import run
+
+    cwd, _ = finished
+    settings = EvaluationConfig(encoder="key", num_neighbors=5, temperature=0.5, feature="embedding")
+    output = cwd / "key.json"
+    checkpoint = str(cwd / "run/checkpoints/best.ckpt")
+    config = EvaluateConfig(checkpoint, EvaluateDataConfig(), settings, "cpu", str(output))
+    run(config, cwd)
+    figures = json.loads(output.read_text())
+    assert (figures["knn/encoder"], figures["knn/num_neighbors"], figures["knn/temperature"]) == ("key", 5, 0.5)
+    assert figures["knn/feature"] == "embedding"
+
+
+def test_a_finished_run_started_again_is_done_at_once_and_longer_goes_on(finished):
+    cwd, _ = finished
+    again = train("run", "trainer.max_epochs=3", "evaluation.baselines=true", cwd=cwd)
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stdout
+    assert "epoch    3/3" in again.stdout
+    assert "epoch    2/3" not in again.stdout
+    assert json.loads((cwd / "run" / "metrics.json").read_text())["step"] == 66
+
+
+def test_a_folder_with_another_configuration_is_left_alone(finished):
+    cwd, _ = finished
+    before = (cwd / "run" / ".hydra" / "config.yaml").read_text()
+    done = train("run", "method.temperature=0.5", "evaluation.baselines=true", cwd=cwd)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "another configuration: method.temperature: 0.1 there, 0.5 here" in done.stderr
+    assert (cwd / "run" / ".hydra" / "config.yaml").read_text() == before
+
+
+def start(folder, *arguments, cwd):
+    return subprocess.Popen(
+        [sys.executable, "-m", "moco.train", *SMALL, f"hydra.run.dir={folder}", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def interrupt_after(process, line, seconds, number):
+    """Send a signal to the whole process group, as a terminal's Ctrl-C does, some time after a line of output."""
+    for text in process.stdout:
+        if text.startswith(line):
+            break
+    time.sleep(seconds)
+    os.killpg(process.pid, number)
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, stderr
+
+
+TO_RESUME = ["trainer.max_epochs=4", "trainer.accumulate_grad_batches=2"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The last checkpoint of a run that nobody interrupted."""
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    whole = train("whole", *TO_RESUME, cwd=cwd)
+    assert whole.returncode == 0, whole.stderr
+    return torch.load(cwd / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(num_workers, undisturbed, tmp_path):
+    arguments = [f"data.num_workers={num_workers}", *TO_RESUME]
+    code, stderr = interrupt_after(start("parts", *arguments, cwd=tmp_path), "epoch    2/4", 0.4, signal.SIGINT)
+    assert code == 130, stderr
+    assert stderr.startswith("interrupted: in epoch ")
+    assert "saved " in stderr
+    step = torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert 44 <= step < 4 * 22
+    resumed = train("parts", *arguments, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    ends = [undisturbed, torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == 88
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name]), name
+    for parameter, state in ends[0]["optimizer_states"][0]["state"].items():
+        assert torch.equal(
+            state["momentum_buffer"], ends[1]["optimizer_states"][0]["state"][parameter]["momentum_buffer"]
+        )
+    assert torch.equal(ends[0]["random_states"]["torch"], ends[1]["random_states"]["torch"])
+    for key in ("knn/top1", "train/loss"):
+        assert ends[0]["figures"][key] == ends[1]["figures"][key]
+
+
+def test_termination_saves_too_and_keeps_the_signals_code(tmp_path):
+    code, stderr = interrupt_after(start("run", cwd=tmp_path), "epoch    1/60", 0.2, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, stderr
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_a_sweep_gives_each_job_its_folder_and_a_bad_job_does_not_end_it(tmp_path):
+    done = run_program(
+        "moco.train", "-m", *SMALL, "trainer.max_steps=2", "method.temperature=0.1,-1,0.2", "hydra.sweep.dir=sweep",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: method.temperature=-1.0: expected a number above 0"
+    assert (tmp_path / "sweep" / "0" / "metrics.json").is_file()
+    assert (tmp_path / "sweep" / "2" / "metrics.json").is_file()
+
+
+def test_evaluate_names_what_it_cannot_read(tmp_path):
+    done = run_program("moco.evaluate", "checkpoint=none.ckpt", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: checkpoint=none.ckpt: no such file\n")
+    done = run_program("moco.evaluate", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: checkpoint: missing; give checkpoint=VALUE\n")
