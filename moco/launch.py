@@ -114,6 +114,8 @@ def explain(error: BaseException, schema: type) -> tuple[str, int]:
         return "interrupted: before the first training step, nothing to save", 128 + signal.SIGINT
     if isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError)):
         return f"error: {explain_config(error, schema)}", 2
+    if isinstance(error, OSError):  # while the run folder is made; a running program reports its own
+        return f"error: {error}", 2
     return f"failed: {type(error).__name__}: {error}", 1
 
 

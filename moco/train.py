@@ -4,11 +4,12 @@ import dataclasses
 import logging
 import os
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco.config import TrainConfig
-from moco.errors import InputError
+from moco.errors import InputError, RunError
 from moco.launch import launch, save_config
 
 if TYPE_CHECKING:
@@ -29,10 +30,12 @@ def run(config: TrainConfig, folder: Path) -> None:
         RunError: training failed.
         Interrupted: a signal ended it, checkpoint saved.
     """
-    from moco.training.run_folder import claim
+    from moco.training.run_folder import claim, last_good
 
     if config.resume not in (None, "auto") and not Path(str(config.resume)).is_file():
         raise InputError(f"resume={config.resume}: no such file")
+    if config.trainer.devices > 1:
+        raise InputError(f"trainer.devices={config.trainer.devices}: this version trains on one device")
     data = build_data(config)
 
     import pytorch_lightning as pl
@@ -55,7 +58,10 @@ def run(config: TrainConfig, folder: Path) -> None:
     console = Console()
     with StopRequest() as stop:
         trainer = build_trainer(config, folder, plain, figures, console, stop)
-        trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+        try:
+            trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+        except OSError as error:  # the disk is full or gone
+            raise RunError(f"{error}; {last_good(folder)}") from error
     close(console, folder, figures, data)
 
 
@@ -94,11 +100,12 @@ def build_trainer(
     from moco.training.checkpoints import AtomicCheckpointIO, Checkpoints
     from moco.training.logger import RunLogger
     from moco.training.progress import ProgressBar
+    from moco.training.run_folder import last_good
 
     checkpoints = Checkpoints(folder, plain, figures, stop, config.checkpoint.every_n_epochs)
     knn = config.evaluation
     callbacks = [
-        TrainingMonitor(figures, config.trainer.log_every_n_steps, checkpoints.last_good),
+        TrainingMonitor(figures, config.trainer.log_every_n_steps, partial(last_good, folder)),
         KNNMonitor(
             figures,
             num_neighbors=knn.num_neighbors,

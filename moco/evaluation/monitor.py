@@ -89,6 +89,7 @@ class KNNMonitor(pl.Callback):
             self.owed = True
             return
         self.owed = False
+        self.num_neighbors = result.num_neighbors  # if it was capped, one warning is enough
         scores = {"knn/top1": result.top1, "knn/top5": result.top5}
         self.figures |= scores | {"knn/epoch": epoch} | protocol(result, self.temperature, self.feature)
         if trainer.logger:

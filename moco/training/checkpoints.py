@@ -14,7 +14,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 
 from moco.errors import InputError, Interrupted, RunError
 from moco.training.interrupts import StopRequest
-from moco.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, write_atomically, write_json
+from moco.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, last_good, write_atomically, write_json
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -83,7 +83,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         epoch = trainer.current_epoch + 1
         self.figures |= {"epoch": epoch, "step": trainer.global_step}
         if not np.isfinite(self.figures.get("train/loss", 0.0)):
-            raise RunError(f"the loss of epoch {epoch} is not finite; {self.last_good()}")
+            raise RunError(f"the loss of epoch {epoch} is not finite; {last_good(self.folder)}")
         is_best = self.figures.get("knn/epoch") == epoch and self.figures["knn/top1"] > self.best
         if is_best:
             self.best = self.figures["knn/top1"]
@@ -99,11 +99,6 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def save_last(self, trainer: pl.Trainer) -> None:
         """Replace ``last.ckpt`` by the state of this moment."""
         trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
-
-    def last_good(self) -> str:
-        """A phrase that names the newest checkpoint."""
-        path = self.folder / LAST_CHECKPOINT
-        return f"the last good checkpoint is {path}" if path.is_file() else "there is no checkpoint yet"
 
     def _interrupted(self, trainer: pl.Trainer) -> Interrupted:
         number = self.stop.signal_number

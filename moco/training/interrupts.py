@@ -5,11 +5,13 @@ import signal
 from types import FrameType
 from typing import Any
 
+from moco.errors import Interrupted
+
 log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Inside a ``with`` block the first SIGINT or SIGTERM sets `signal_number`; a second one interrupts at once."""
+    """Inside a ``with`` block the first SIGINT or SIGTERM sets `signal_number`; a second one raises `Interrupted`."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -29,6 +31,7 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self:
-            raise KeyboardInterrupt
+            # Not KeyboardInterrupt: Lightning would turn that into exit code 1.
+            raise Interrupted(number, "at once, without a checkpoint of this step")
         self.signal_number = number
         log.warning("%s: stopping after this step; once more to stop without a checkpoint", signal.Signals(number).name)

@@ -93,6 +93,12 @@ def claim(folder: Path, config: Mapping[str, Any], resume: str | None) -> Path |
     return None if resume in (None, "auto") else Path(str(resume))
 
 
+def last_good(folder: Path) -> str:
+    """A phrase that names a run's newest checkpoint."""
+    path = folder / LAST_CHECKPOINT
+    return f"the last good checkpoint is {path}" if path.is_file() else "there is no checkpoint yet"
+
+
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """``key: old there, new here`` for every dotted key whose value differs, `FREE_KEYS` left out."""
     old, new = flattened(there), flattened(here)

@@ -1,0 +1,60 @@
+"""Draw what runs reached: view pairs of the first, kNN accuracy and loss of all.
+
+    python scripts/plot_runs.py OUTPUT.png RUN_FOLDER [RUN_FOLDER ...]
+
+Reads the TensorBoard events and metrics.json of each run folder. Needs matplotlib: pip install "moco-ssl[docs]".
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def scalars(events: EventAccumulator, tag: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one curve, the latest value where a resumed run wrote a step twice."""
+    latest = {event.step: event.value for event in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}
+    return list(latest), list(latest.values())
+
+
+def main(output: Path, folders: list[Path]) -> None:
+    """Write the picture."""
+    figure = plt.figure(figsize=(10, 5.2), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=[1, 2.4])
+    pairs, knn, loss = (figure.add_subplot(cell) for cell in (grid[0, :], grid[1, 0], grid[1, 1]))
+    for folder in folders:
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1})
+        events.Reload()
+        if folder == folders[0]:
+            picture = Image.open(io.BytesIO(events.Images("views/query_above_key")[0].encoded_image_string))
+            pairs.imshow(np.asarray(picture), interpolation="nearest")
+            pairs.set_title("Pairs of views: queries above, their keys below")
+            pairs.axis("off")
+        figures = json.loads((folder / "metrics.json").read_text())
+        steps_per_epoch = figures["step"] / figures["epoch"]
+        for axes, tag in ((knn, "knn/top1"), (loss, "epoch/loss")):
+            steps, values = scalars(events, tag)
+            axes.plot([step / steps_per_epoch for step in steps], values, marker=".", label=folder.name)
+        for key, style, name in (
+            ("knn_raw_pixels/top1", ":", "raw pixels"),
+            ("knn_untrained/top1", "--", "untrained backbone"),
+        ):
+            if key in figures:
+                knn.axhline(figures[key], linestyle=style, color="gray", label=name)
+        protocol = f"k {figures['knn/num_neighbors']}, T {figures['knn/temperature']}, {figures['knn/feature']} feature"
+    knn.set(title=f"kNN top-1 ({protocol})", xlabel="epoch")
+    loss.set(title="InfoNCE, mean of the epoch, nats", xlabel="epoch")
+    knn.legend()
+    loss.legend()
+    figure.savefig(output, dpi=90)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
