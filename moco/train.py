@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from moco.data.datamodule import PretrainingData
+    from moco.models.encoder import Encoder
 
 log = logging.getLogger("moco.train")  # __name__ is __main__ under python -m
 
@@ -46,14 +47,15 @@ def run(config: TrainConfig, folder: Path) -> None:
 
     config.data.image_size = data.image_size
     plain = dataclasses.asdict(config)
+    pl.seed_everything(config.seed, verbose=False)
+    method = MoCo(backbone=plain["backbone"], optimizer=plain["optimizer"], **plain["method"])
+    check_splits(method.query_encoder, config)
     checkpoint = claim(folder, plain, config.resume)
     save_config(folder)
     if checkpoint:
         check_resumable(checkpoint, plain)
         log.info("going on from %s", checkpoint)
 
-    pl.seed_everything(config.seed, verbose=False)
-    method = MoCo(backbone=plain["backbone"], optimizer=plain["optimizer"], **plain["method"])
     figures: dict[str, Any] = {}
     console = Console()
     with StopRequest() as stop:
@@ -61,7 +63,7 @@ def run(config: TrainConfig, folder: Path) -> None:
         try:
             trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
         except OSError as error:  # the disk is full or gone
-            raise RunError(f"{error}; {last_good(folder)}") from error
+            raise RunError(f"{error} while writing to {folder}; {last_good(folder)}") from error
     close(console, folder, figures, data)
 
 
@@ -141,6 +143,19 @@ def automatic_precision(accelerator: str) -> str:
 
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def check_splits(encoder: "Encoder", config: TrainConfig) -> None:
+    """Raises InputError if BatchNorm's groups do not divide the images that a device gets at once."""
+    from moco.methods.batch_norm import batch_norm_mode
+
+    devices, splits = config.trainer.devices, config.method.batch_norm_splits
+    at_once = config.data.batch_size // (devices * config.trainer.accumulate_grad_batches)
+    if batch_norm_mode(config.method.batch_norm, encoder, devices) == "split" and at_once % splits:
+        raise InputError(
+            f"data.batch_size={config.data.batch_size}: the {at_once} images that a device gets at once are no multiple "
+            f"of method.batch_norm_splits={splits}"
+        )
 
 
 def check_resumable(path: Path, plain: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from moco.errors import InputError
-from moco.methods.batch_norm import SplitBatchNorm, choose_batch_norm, split_batch_norm
+from moco.methods.batch_norm import SplitBatchNorm, batch_norm_mode, log_batch_norm, split_batch_norm
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,8 @@ WITH, WITHOUT = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.LayerNorm(3))
 )
 def test_the_mode_in_force_is_chosen_and_said(mode, encoder, devices, expected, said, caplog):
     caplog.set_level("INFO")
-    assert choose_batch_norm(mode, encoder, devices) == expected
+    in_force = batch_norm_mode(mode, encoder, devices)
+    assert in_force == expected
+    log_batch_norm(in_force, encoder, devices)
     assert len(caplog.messages) == 1
     assert said in caplog.messages[0]

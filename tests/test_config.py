@@ -160,6 +160,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs)
             "augmentation.query: unknown operation 'blur'; did you mean 'gaussian_blur'?",
         ),
         (["data.batch_size=2000"], "data.batch_size=2000: there are only 1437 pictures to train on"),
+        (["data.batch_size=100"], "data.batch_size=100: the 100 images that a device gets at once are no multiple of"),
+        (["trainer.devices=2"], "trainer.devices=2: this version trains on one device"),
         (["trainer.accumulate_grad_batches=3"], "data.batch_size=128: expected a multiple of 3"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -54,14 +55,17 @@ class PairDataset(Dataset[PairBatch]):
 
     def __getitem__(self, place: tuple[int, int]) -> PairBatch:
         epoch, index = place
-        for attempt in range(len(self.pictures)):
+        picture, unreadable = self._read(index)
+        return PairBatch(self.augment(picture, epoch, index), torch.tensor(index), torch.tensor(unreadable))
+
+    def _read(self, index: int) -> tuple[Image.Image, bool]:
+        """The picture, or the next readable one and True; a black one where a hundred in a row are unreadable."""
+        for attempt in range(100):
             try:
-                picture = self.pictures[(index + attempt) % len(self.pictures)]
+                return self.pictures[(index + attempt) % len(self.pictures)], attempt > 0
             except UnreadablePicture:
                 continue
-            views = self.augment(picture, epoch, index)
-            return PairBatch(views, torch.tensor(index), torch.tensor(attempt > 0))
-        raise InputError(f"none of the {len(self.pictures)} pictures can be read, {self.pictures.name(0)} among them")
+        return Image.new("RGB", (32, 32)), True
 
 
 class EvaluationDataset(Dataset[EvaluationBatch]):
@@ -236,8 +240,8 @@ class PretrainingData(pl.LightningDataModule):
 
 
 def check_unreadable(unreadable: set[int], pictures: Pictures, max_bad_fraction: float) -> None:
-    """Raises InputError if the unreadable pictures (by index) are more than `max_bad_fraction` of all."""
-    if len(unreadable) > max_bad_fraction * len(pictures):
+    """Raises InputError if the unreadable pictures (by index) are more than `max_bad_fraction` of all, or all."""
+    if len(unreadable) > max_bad_fraction * len(pictures) or len(unreadable) == len(pictures):
         names = ", ".join(pictures.name(index) for index in sorted(unreadable)[:10])
         raise InputError(
             f"{len(unreadable)} of {len(pictures)} pictures cannot be read, more than "

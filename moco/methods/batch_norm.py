@@ -80,23 +80,28 @@ def split_batch_norm(module: nn.Module, num_splits: int) -> None:
             split_batch_norm(child, num_splits)
 
 
-def choose_batch_norm(mode: str, encoder: nn.Module, num_devices: int) -> str:
-    """The mode that is in force; logs one sentence that says so and why.
+def batch_norm_mode(mode: str, encoder: nn.Module, num_devices: int) -> str:
+    """The mode that is in force: ``plain``, ``shuffle`` or ``split``.
 
     Args:
-        mode: ``auto``, ``plain``, ``shuffle`` or ``split``.
+        mode: the one asked for, or ``auto``.
         encoder: either encoder; the two have the same layers.
         num_devices: devices that train together.
     """
     if not has_batch_norm(encoder):
-        log.info("batch norm: the encoder has none, so the keys need no shuffling")
         return "plain"
     if mode == "auto":
-        mode = "split" if num_devices == 1 else "shuffle"
-    if mode == "plain":
+        return "split" if num_devices == 1 else "shuffle"
+    return mode
+
+
+def log_batch_norm(mode: str, encoder: nn.Module, num_devices: int) -> None:
+    """Say in one line which mode is in force and what that means."""
+    if not has_batch_norm(encoder):
+        log.info("batch norm: the encoder has none, so the keys need no shuffling")
+    elif mode == "plain":
         log.warning("batch norm: plain, which leaks the positive of each query; method.batch_norm=auto prevents that")
     elif mode == "shuffle" and num_devices == 1:
         log.warning("batch norm: shuffle, which prevents nothing on one device; method.batch_norm=split does")
     else:
         log.info("batch norm: %s, so that it cannot leak the positive of each query", mode)
-    return mode

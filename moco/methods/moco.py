@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.methods.batch_norm import choose_batch_norm, split_batch_norm
+from moco.methods.batch_norm import batch_norm_mode, log_batch_norm, split_batch_norm
 from moco.methods.key_queue import KeyQueue
 from moco.methods.losses import info_nce
 from moco.methods.momentum import key_momentum_at, update_key_encoder
@@ -70,8 +70,9 @@ class MoCo(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Put the batch-norm mode in force; before this (so for evaluation) BatchNorm is PyTorch's own."""
-        wanted, devices = self.hparams["batch_norm"], self.trainer.world_size
-        self.batch_norm = choose_batch_norm(wanted, self.query_encoder, devices)
+        devices = self.trainer.world_size
+        self.batch_norm = batch_norm_mode(self.hparams["batch_norm"], self.query_encoder, devices)
+        log_batch_norm(self.batch_norm, self.query_encoder, devices)
         if self.batch_norm == "split":
             split_batch_norm(self.query_encoder, self.hparams["batch_norm_splits"])
             split_batch_norm(self.key_encoder, self.hparams["batch_norm_splits"])

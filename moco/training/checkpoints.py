@@ -21,7 +21,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint file, but complete on disk before it takes its name."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        try:
+            write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, under the zip writer's complaint about it
+                raise error.__context__ from error
+            raise
 
 
 class Checkpoints(pl.callbacks.Checkpoint):
