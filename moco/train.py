@@ -124,7 +124,7 @@ def build_trainer(
     settings = dataclasses.asdict(config.trainer)
     if settings["precision"] == "auto":
         settings["precision"] = automatic_precision(config.trainer.accelerator)
-    return pl.Trainer(
+    trainer = pl.Trainer(
         **settings,
         callbacks=callbacks,
         logger=RunLogger(folder),
@@ -135,6 +135,9 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # With max_steps Lightning takes an epoch that had ended before a resume for unfinished, and its data shift.
+    trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+    return trainer
 
 
 def automatic_precision(accelerator: str) -> str:

@@ -65,12 +65,18 @@ class KNNMonitor(pl.Callback):
         source = data_of(trainer).source
         if source.bank is None or source.queries is None:
             log.info("no kNN: the data set has no labels; watch label_free/* instead")
-        elif self.baselines and "knn_untrained/top1" not in self.figures:
+            return
+        log.info(
+            "kNN every %d epochs: k %d, T %s, %s feature, %d queries against a bank of %d",
+            self.every_n_epochs, self.num_neighbors, self.temperature, self.feature,
+            len(source.queries.labels), len(source.bank.labels),
+        )  # fmt: skip
+        if self.baselines and "knn_untrained/top1" not in self.figures:
             pixels = self._result(trainer, pl_module, lambda images: images.flatten(1))
             untrained = self._result(trainer, pl_module, self._encoding(pl_module))
             self.figures |= {"knn_raw_pixels/top1": pixels.top1, "knn_untrained/top1": untrained.top1}
             log.info("kNN before training: raw pixels %.4f, untrained backbone %.4f", pixels.top1, untrained.top1)
-        elif self.owed:
+        if self.owed:
             self._measure(trainer, pl_module, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -200,6 +206,7 @@ class TrainingMonitor(pl.Callback):
             "label_free/embedding_std_if_spread": 1 / math.sqrt(query.shape[1]),
             **self._speed(),
         }
+        self.figures |= self._speed()  # for the progress bar
         if trainer.logger:
             trainer.logger.log_metrics(figures, step=trainer.global_step)
 

@@ -51,6 +51,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.stop = stop
         self.every_n_epochs = every_n_epochs
         self.best = -1.0
+        self.saved_at = -1  # the step at which last.ckpt was written in the middle of an epoch
         self._random_states: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,8 +81,12 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         at_step_end = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if self.stop and at_step_end and batch_idx + 1 < trainer.num_training_batches:
+        if not at_step_end or batch_idx + 1 >= trainer.num_training_batches:
+            return  # at an epoch's end, on_train_epoch_end saves
+        if self.stop or trainer.global_step == trainer.max_steps:
             self.save_last(trainer)
+            self.saved_at = trainer.global_step
+        if self.stop:
             raise self._interrupted(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -94,7 +99,10 @@ class Checkpoints(pl.callbacks.Checkpoint):
             self.best = self.figures["knn/top1"]
         is_end = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
         if is_best or is_end or self.stop or epoch % self.every_n_epochs == 0:
-            self.save_last(trainer)
+            if self.saved_at == trainer.global_step:
+                self._add_figures()
+            else:
+                self.save_last(trainer)
             if is_best:
                 link_atomically(self.folder / LAST_CHECKPOINT, self.folder / BEST_CHECKPOINT)
         write_json(self.folder / "metrics.json", self.figures)
@@ -104,6 +112,18 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def save_last(self, trainer: pl.Trainer) -> None:
         """Replace ``last.ckpt`` by the state of this moment."""
         trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
+
+    def _add_figures(self) -> None:
+        """Add what was measured after the last step to the checkpoint that was written at it.
+
+        max_steps ended the epoch early. To Lightning it is over, and a checkpoint of now would make a longer run skip
+        the rest of it.
+        """
+        path = self.folder / LAST_CHECKPOINT
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["figures"] = dict(self.figures)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
 
     def _interrupted(self, trainer: pl.Trainer) -> Interrupted:
         number = self.stop.signal_number

@@ -1,0 +1,101 @@
+"""A run that is stopped at any step and started again ends in the same bits as one that was not."""
+
+import signal
+
+import pytest
+import torch
+
+from moco.errors import InputError, Interrupted
+from moco.methods.moco import MoCo
+from moco.train import run
+
+EPOCH = 5  # steps of 240 of the 1,437 digits
+
+
+@pytest.fixture
+def small(runner):
+    def config(*overrides):
+        return runner.config(
+            "data.batch_size=240", "evaluation.every_n_epochs=100", "checkpoint.every_n_epochs=100", "method.queue_size=500",
+            *overrides,
+        )  # fmt: skip
+
+    return config
+
+
+def interrupt_at(step, monkeypatch):
+    """A SIGINT after that optimizer step; the run sees it at the end of the next one, or of the epoch."""
+    sent = []
+
+    def on_train_batch_end(self, *_):
+        if self.trainer.global_step == step and not sent:
+            sent.append(step)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(MoCo, "on_train_batch_end", on_train_batch_end)
+
+
+def last(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same_end(one, other):
+    assert one["global_step"] == other["global_step"]
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
+    for state, other_state in zip(*(end["optimizer_states"][0]["state"].values() for end in (one, other)), strict=True):
+        assert torch.equal(state["momentum_buffer"], other_state["momentum_buffer"])
+    assert torch.equal(one["random_states"]["torch"], other["random_states"]["torch"])
+    for key in ("epoch", "step", "train/loss", "knn/top1"):
+        assert one["figures"][key] == other["figures"][key], key
+
+
+@pytest.mark.parametrize(
+    "length", [["trainer.max_epochs=3", "trainer.max_steps=-1"], ["trainer.max_epochs=9", "trainer.max_steps=13"]]
+)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_stopping_anywhere_changes_nothing(length, accumulate, small, tmp_path, monkeypatch):
+    config = [*length, f"trainer.accumulate_grad_batches={accumulate}"]
+    run(small(*config), tmp_path / "whole")
+    # In the middle, during an epoch's last step, in the middle again, and after an epoch's last step.
+    for step, stopped in ((1, 2), (EPOCH - 1, EPOCH), (EPOCH + 2, EPOCH + 3), (2 * EPOCH, 2 * EPOCH)):
+        with monkeypatch.context() as context:
+            interrupt_at(step, context)
+            with pytest.raises(Interrupted, match=rf"step {stopped};"):
+                run(small(*config), tmp_path / "parts")
+    run(small(*config), tmp_path / "parts")
+    assert_same_end(last(tmp_path / "whole"), last(tmp_path / "parts"))
+
+
+def test_two_steps_and_two_more_equal_four(small, tmp_path):
+    constant = ["optimizer.schedule=constant", "trainer.max_epochs=9"]
+    run(small(*constant, "trainer.max_steps=4"), tmp_path / "whole")
+    run(small(*constant, "trainer.max_steps=2"), tmp_path / "parts")
+    run(small(*constant, "trainer.max_steps=4"), tmp_path / "parts")
+    ends = [last(tmp_path / name) for name in ("whole", "parts")]
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name]), name
+
+
+def test_a_checkpoint_of_another_architecture_is_named(small, tmp_path):
+    run(small("trainer.max_steps=1"), tmp_path / "one")
+    checkpoint = tmp_path / "one" / "checkpoints" / "last.ckpt"
+    with pytest.raises(InputError, match=r"another architecture: method\.embedding_dim: 128 there, 64 here"):
+        run(small("method.embedding_dim=64", f"resume={checkpoint}"), tmp_path / "two")
+
+
+def test_an_explicit_checkpoint_carries_a_run_into_a_new_folder(small, tmp_path):
+    run(small("trainer.max_steps=1"), tmp_path / "one")
+    checkpoint = tmp_path / "one" / "checkpoints" / "last.ckpt"
+    run(small("trainer.max_steps=3", "optimizer.lr=0.01", f"resume={checkpoint}"), tmp_path / "two")
+    assert last(tmp_path / "two")["global_step"] == 3
+
+
+def test_the_readmes_python_lines_work(small, tmp_path):
+    run(small("trainer.max_steps=1"), tmp_path)
+    method = MoCo.load_from_checkpoint(
+        tmp_path / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True
+    ).eval()
+    images = torch.randn(2, 3, 16, 16)
+    assert method.query_encoder.encode(images).shape == (2, 128)
+    assert len(method.query_encoder.backbone.feature_maps(images)) == 4
