@@ -31,7 +31,7 @@ def run(config: TrainConfig, folder: Path) -> None:
         RunError: training failed.
         Interrupted: a signal ended it, checkpoint saved.
     """
-    from moco.training.run_folder import claim, last_good
+    from moco.training.run_folder import claim, last_good, write_json
 
     if config.resume not in (None, "auto") and not Path(str(config.resume)).is_file():
         raise InputError(f"resume={config.resume}: no such file")
@@ -64,6 +64,7 @@ def run(config: TrainConfig, folder: Path) -> None:
             trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
         except OSError as error:  # the disk is full or gone
             raise RunError(f"{error} while writing to {folder}; {last_good(folder)}") from error
+    write_json(folder / "metrics.json", figures)
     close(console, folder, figures, data)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from moco.errors import RunError
 from moco.evaluation.diagnostics import embedding_std, negative_similarity, positive_similarity
-from moco.evaluation.features import embed, evaluating
+from moco.evaluation.features import EmbeddingStopped, embed, evaluating
 from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, view_pair_picture
 from moco.train import build_data
 
@@ -52,7 +52,7 @@ def test_embed_keeps_order_and_leaves_unreadable_rows_out():
 
 
 def test_embed_stops_when_told_to():
-    with pytest.raises(InterruptedError):
+    with pytest.raises(EmbeddingStopped):
         embed(lambda images: images, [Batch(0, [False, False])], "cpu", should_stop=lambda: True)
 
 

@@ -1,5 +1,6 @@
 """A run that is stopped at any step and started again ends in the same bits as one that was not."""
 
+import json
 import signal
 
 import pytest
@@ -65,6 +66,26 @@ def test_stopping_anywhere_changes_nothing(length, accumulate, small, tmp_path, 
                 run(small(*config), tmp_path / "parts")
     run(small(*config), tmp_path / "parts")
     assert_same_end(last(tmp_path / "whole"), last(tmp_path / "parts"))
+
+
+def test_a_measurement_that_an_interrupt_cut_short_is_made_up_for(small, tmp_path, monkeypatch):
+    import moco.evaluation.monitor as module
+
+    config = ["trainer.max_epochs=1", "trainer.max_steps=-1"]
+    original = module.embed
+
+    def interrupted_embed(*args):
+        signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(module, "embed", interrupted_embed)
+        with pytest.raises(Interrupted, match=f"step {EPOCH};"):
+            run(small(*config), tmp_path)
+    assert "knn/top1" not in last(tmp_path)["figures"]
+    run(small(*config), tmp_path)
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert (figures["knn/epoch"], figures["step"]) == (1, EPOCH)
 
 
 def test_two_steps_and_two_more_equal_four(small, tmp_path):

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 
 
+class EmbeddingStopped(Exception):
+    """`embed` was told to stop before the last batch."""
+
+
 @torch.no_grad()
 def embed(
     encode: Callable[[Tensor], Tensor],
@@ -27,12 +31,12 @@ def embed(
         Features (M, D) float32, labels (M,) int64, and the numbers of the unreadable images.
 
     Raises:
-        InterruptedError: `should_stop` said so.
+        EmbeddingStopped: `should_stop` said so.
     """
     features, labels, unreadable = [], [], []
     for batch in loader:
         if should_stop():
-            raise InterruptedError
+            raise EmbeddingStopped
         with torch.autocast(torch.device(device).type, enabled=False):
             encoded = encode(batch.images.to(device)).float()
         features.append(encoded.cpu()[~batch.unreadable])

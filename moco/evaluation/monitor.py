@@ -18,7 +18,7 @@ from torchvision.utils import make_grid
 from moco.data.datamodule import PretrainingData, check_unreadable
 from moco.errors import RunError
 from moco.evaluation.diagnostics import embedding_std, negative_similarity, positive_similarity
-from moco.evaluation.features import embed, evaluating
+from moco.evaluation.features import EmbeddingStopped, embed, evaluating
 from moco.evaluation.knn import KNNResult, knn_accuracy
 
 log = logging.getLogger(__name__)
@@ -54,12 +54,14 @@ class KNNMonitor(pl.Callback):
         self.baselines = baselines
         self.should_stop = should_stop
         self.owed = False  # a measurement that an interrupt cut short
+        self.resumed = False  # the encoder is no longer untrained
 
     def state_dict(self) -> dict[str, Any]:
         return {"owed": self.owed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.owed = state_dict["owed"]
+        self.resumed = True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         source = data_of(trainer).source
@@ -71,13 +73,10 @@ class KNNMonitor(pl.Callback):
             self.every_n_epochs, self.num_neighbors, self.temperature, self.feature,
             len(source.queries.labels), len(source.bank.labels),
         )  # fmt: skip
-        if self.baselines and "knn_untrained/top1" not in self.figures:
-            pixels = self._result(trainer, pl_module, lambda images: images.flatten(1))
-            untrained = self._result(trainer, pl_module, self._encoding(pl_module))
-            self.figures |= {"knn_raw_pixels/top1": pixels.top1, "knn_untrained/top1": untrained.top1}
-            log.info("kNN before training: raw pixels %.4f, untrained backbone %.4f", pixels.top1, untrained.top1)
+        if self.baselines and not self.resumed:
+            self._measure_baselines(trainer, pl_module)
         if self.owed:
-            self._measure(trainer, pl_module, trainer.current_epoch)
+            self._measure(trainer, pl_module, self.figures["epoch"])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
@@ -85,13 +84,22 @@ class KNNMonitor(pl.Callback):
         if is_end or epoch % self.every_n_epochs == 0:
             self._measure(trainer, pl_module, epoch)
 
+    def _measure_baselines(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        try:
+            pixels = self._result(trainer, pl_module, lambda images: images.flatten(1))
+            untrained = self._result(trainer, pl_module, self._encoding(pl_module))
+        except EmbeddingStopped:
+            return
+        self.figures |= {"knn_raw_pixels/top1": pixels.top1, "knn_untrained/top1": untrained.top1}
+        log.info("kNN before training: raw pixels %.4f, untrained backbone %.4f", pixels.top1, untrained.top1)
+
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
         source = data_of(trainer).source
         if source.bank is None or source.queries is None:
             return
         try:
             result = self._result(trainer, pl_module, self._encoding(pl_module))
-        except InterruptedError:
+        except EmbeddingStopped:
             self.owed = True
             return
         self.owed = False

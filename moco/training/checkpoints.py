@@ -58,7 +58,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        if (self.folder / BEST_CHECKPOINT).is_file():  # another run's best is no mark for this one
+            self.best = state_dict["best"]
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
