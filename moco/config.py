@@ -132,7 +132,7 @@ class TrainerConfig:
     max_epochs: int = setting(200, at_least=1)
     max_steps: int = setting(-1, at_least=-1)
     """Optimizer steps; -1: max_epochs alone decides."""
-    accelerator: str = "auto"
+    accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu"))
     devices: int = setting(1, at_least=1)
     precision: str = setting("auto", choices=("auto", "32-true", "bf16-mixed", "16-mixed"))
     """auto: bf16-mixed on GPUs that have it, else 32-true."""
@@ -215,7 +215,7 @@ class EvaluateConfig:
     """A file that training wrote: ``checkpoints/last.ckpt`` or ``best.ckpt`` of a run folder."""
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    accelerator: str = "auto"
+    accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu"))
     output: Optional[str] = None
     """Where the figures go as JSON; null: metrics.json in the run folder."""
 

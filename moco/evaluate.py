@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from moco.launch import launch, save_config
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from moco.data.datasets import Labelled
     from moco.models.encoder import Encoder
@@ -30,9 +32,14 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     from moco.evaluation.knn import knn_accuracy
     from moco.evaluation.monitor import protocol
     from moco.training.checkpoints import read_checkpoint
+    from moco.training.hardware import choose_device
     from moco.training.progress import print_table
-    from moco.training.run_folder import write_config, write_json
+    from moco.training.run_folder import claimed, write_json
 
+    output = Path(config.output) if config.output else folder / "metrics.json"
+    if output.is_dir():
+        raise InputError(f"output={output}: a folder; expected the name of a file")
+    device = choose_device(config.accelerator)
     checkpoint = read_checkpoint(config.checkpoint)
     data = with_defaults(config.data, checkpoint["config"]["data"], new_data=config.data.name is not None)
     knn = with_defaults(config.evaluation, checkpoint["config"]["evaluation"])
@@ -45,10 +52,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         "mean": checkpoint["config"]["augmentation"]["mean"],
         "std": checkpoint["config"]["augmentation"]["std"],
     }
-    sides = [
-        features_of(encoder, labelled, data, transform, knn, config.accelerator)
-        for labelled in (source.bank, source.queries)
-    ]
+    sides = [features_of(encoder, labelled, data, transform, knn, device) for labelled in (source.bank, source.queries)]
     result = knn_accuracy(*sides[0], *sides[1], knn["num_neighbors"], knn["temperature"])
     figures = {
         "knn/top1": result.top1,
@@ -61,12 +65,13 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         "epoch": checkpoint["figures"].get("epoch", 0),
         "step": int(checkpoint["global_step"]),
     }
-    output = Path(config.output) if config.output else folder / "metrics.json"
-    write_config(folder, dataclasses.asdict(config))
-    save_config(folder)
-    write_json(output, figures)
     rows = [(key, f"{value:.4f}" if key in ("knn/top1", "knn/top5") else str(value)) for key, value in figures.items()]
-    print_table(Console(), "kNN classification of frozen features", rows, footer=f"written to {output}")
+    console = Console()
+    print_table(console, "kNN classification of frozen features", rows)
+    with claimed(folder, dataclasses.asdict(config)):
+        save_config(folder)
+        write_json(output, figures)
+    console.print(f"written to {os.path.relpath(output)}", soft_wrap=True, highlight=False)
 
 
 def with_defaults(given: Any, from_checkpoint: dict[str, Any], new_data: bool = False) -> dict[str, Any]:
@@ -105,17 +110,13 @@ def features_of(
     data: dict[str, Any],
     transform: dict[str, Any],
     knn: dict[str, Any],
-    accelerator: str,
+    device: "torch.device",
 ) -> "tuple[np.ndarray, np.ndarray]":
     """Features (M, D) and labels (M,) of labelled pictures; unreadable ones are left out and counted."""
-    import torch
-
     from moco.data.augmentations import build_evaluation_view
     from moco.data.datamodule import check_unreadable, evaluation_loader
     from moco.evaluation.features import embed
 
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    device = "cuda" if on_gpu else "cpu"
     view = build_evaluation_view(data["image_size"], data["crop_ratio"], **transform)
     loader = evaluation_loader(labelled, view, data["image_size"], knn["batch_size"], data["num_workers"])
     encoder.to(device)

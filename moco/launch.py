@@ -63,17 +63,27 @@ def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str
     sys.exit(codes[0] if codes else 0)
 
 
+class StdoutHandler(logging.StreamHandler):
+    """Writes to what sys.stdout is at the moment: a live progress bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stdout
+        super().emit(record)
+
+
 def set_up_logging() -> None:
     """The project's log to stdout; of the libraries' only what the user has to know."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = StdoutHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     # A filter and not levels: Lightning sets its loggers' levels again when it is imported.
     handler.addFilter(lambda record: record.name.startswith("moco") or record.levelno >= logging.WARNING)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(True)  # stderr is for the one line that says why the program ended
     for message in (
         ".*does not have many workers.*",
         ".*number of training batches.*smaller than the logging interval.*",
         ".*srun.*available on your system.*",
+        ".*GPU available but not used.*",
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
@@ -111,7 +121,7 @@ def explain(error: BaseException, schema: type) -> tuple[str, int]:
     if isinstance(error, Interrupted):
         return f"interrupted: {error}", 128 + error.signal_number
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted: before the first training step, nothing to save", 128 + signal.SIGINT
+        return "interrupted", 128 + signal.SIGINT
     if isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError)):
         return f"error: {explain_config(error, schema)}", 2
     if isinstance(error, OSError):  # while the run folder is made; a running program reports its own

@@ -3,13 +3,12 @@
 import dataclasses
 import logging
 import os
-import shlex
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco.config import TrainConfig
-from moco.errors import InputError, RunError
+from moco.errors import InputError, Interrupted, RunError
 from moco.launch import launch, save_config
 
 if TYPE_CHECKING:
@@ -31,27 +30,29 @@ def run(config: TrainConfig, folder: Path) -> None:
         RunError: training failed.
         Interrupted: a signal ended it, checkpoint saved.
     """
-    from moco.training.run_folder import claim, last_good, write_json
-
     if config.resume not in (None, "auto") and not Path(str(config.resume)).is_file():
         raise InputError(f"resume={config.resume}: no such file")
     if config.trainer.devices > 1:
         raise InputError(f"trainer.devices={config.trainer.devices}: this version trains on one device")
+    if config.trainer.max_steps == 0:
+        raise InputError("trainer.max_steps=0: expected -1 for no limit, or at least 1")
     data = build_data(config)
 
     import pytorch_lightning as pl
+    import torch
     from rich.console import Console
 
+    from moco.evaluation.features import EmbeddingStopped
     from moco.methods.moco import MoCo
     from moco.training.interrupts import StopRequest
+    from moco.training.run_folder import claimed, find_checkpoint, last_good, write_json
 
     config.data.image_size = data.image_size
     plain = dataclasses.asdict(config)
     pl.seed_everything(config.seed, verbose=False)
     method = MoCo(backbone=plain["backbone"], optimizer=plain["optimizer"], **plain["method"])
     check_splits(method.query_encoder, config)
-    checkpoint = claim(folder, plain, config.resume)
-    save_config(folder)
+    checkpoint = find_checkpoint(folder, plain, config.resume)
     if checkpoint:
         check_resumable(checkpoint, plain)
         log.info("going on from %s", checkpoint)
@@ -60,11 +61,23 @@ def run(config: TrainConfig, folder: Path) -> None:
     console = Console()
     with StopRequest() as stop:
         trainer = build_trainer(config, folder, plain, figures, console, stop)
-        try:
-            trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
-        except OSError as error:  # the disk is full or gone
-            raise RunError(f"{error} while writing to {folder}; {last_good(folder)}") from error
-    write_json(folder / "metrics.json", figures)
+        with claimed(folder, plain):
+            save_config(folder)
+            try:
+                trainer.fit(
+                    method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
+                )
+            except EmbeddingStopped as error:
+                assert stop.signal_number is not None
+                raise Interrupted(stop.signal_number, "before the first training step; nothing to save") from error
+            except torch.OutOfMemoryError as error:
+                raise RunError(
+                    "the GPU is out of memory; a smaller data.batch_size or more trainer.accumulate_grad_batches needs "
+                    f"less; {last_good(folder)}"
+                ) from error
+            except OSError as error:  # the disk is full or gone
+                raise RunError(f"{error}, in the run {folder}; {last_good(folder)}") from error
+            write_json(folder / "metrics.json", figures)
     close(console, folder, figures, data)
 
 
@@ -101,6 +114,7 @@ def build_trainer(
 
     from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, ViewPairPicture
     from moco.training.checkpoints import AtomicCheckpointIO, Checkpoints
+    from moco.training.hardware import choose_device, choose_precision
     from moco.training.logger import RunLogger
     from moco.training.progress import ProgressBar
     from moco.training.run_folder import last_good
@@ -123,8 +137,8 @@ def build_trainer(
         checkpoints,
     ]
     settings = dataclasses.asdict(config.trainer)
-    if settings["precision"] == "auto":
-        settings["precision"] = automatic_precision(config.trainer.accelerator)
+    settings["precision"] = choose_precision(settings["precision"], choose_device(settings["accelerator"]))
+    settings["benchmark"] &= not settings["deterministic"]  # cuDNN's trials choose by timing
     trainer = pl.Trainer(
         **settings,
         callbacks=callbacks,
@@ -139,14 +153,6 @@ def build_trainer(
     # With max_steps Lightning takes an epoch that had ended before a resume for unfinished, and its data shift.
     trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
     return trainer
-
-
-def automatic_precision(accelerator: str) -> str:
-    """bf16-mixed on a GPU with bf16, else 32-true: decided by the hardware alone, so a resumed run decides the same."""
-    import torch
-
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
 
 
 def check_splits(encoder: "Encoder", config: TrainConfig) -> None:
@@ -179,7 +185,7 @@ def check_resumable(path: Path, plain: dict[str, Any]) -> None:
 def close(console: Any, folder: Path, figures: dict[str, Any], data: "PretrainingData") -> None:
     """The closing table: what was reached, where it is, what to type next."""
     from moco.training.progress import print_table
-    from moco.training.run_folder import LAST_CHECKPOINT
+    from moco.training.run_folder import LAST_CHECKPOINT, as_override
 
     rows = [("epochs, steps", f"{figures.get('epoch', 0)}, {figures.get('step', 0)}")]
     if "train/loss" in figures:
@@ -199,8 +205,9 @@ def close(console: Any, folder: Path, figures: dict[str, Any], data: "Pretrainin
     checkpoint = os.path.relpath(folder / LAST_CHECKPOINT)
     rows.append(("checkpoint", checkpoint))
     print_table(console, "Pretraining is done", rows)
-    command = f"python -m moco.evaluate checkpoint={shlex.quote(checkpoint)}"
-    console.print(f"next: {command}", soft_wrap=True, highlight=False)
+    console.print(
+        f"next: python -m moco.evaluate {as_override('checkpoint', checkpoint)}", soft_wrap=True, highlight=False
+    )
 
 
 def knn_protocol(figures: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
     python scripts/plot_runs.py OUTPUT.png RUN_FOLDER [RUN_FOLDER ...]
 
-Reads the TensorBoard events and metrics.json of each run folder. Needs matplotlib: pip install "moco-ssl[docs]".
+Reads the TensorBoard events and metrics.json of each run folder. Needs matplotlib: pip install ".[docs]".
 """
 
 import io

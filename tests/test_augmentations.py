@@ -152,6 +152,14 @@ CROP_ONLY = {"random_resized_crop": {"scale": [0.2, 1.0]}}
         (CROP_ONLY | {"gaussian_blur": {}}, "augmentation.query.gaussian_blur: "),
         (CROP_ONLY | {"color_jitter": {"hue": 0.7}}, "augmentation.query.color_jitter: hue=0.7"),
         (CROP_ONLY | {"color_jitter": 3}, "augmentation.query.color_jitter: expected settings"),
+        (CROP_ONLY | {"gaussian_blur": {"sigma": [0.1, 1, 2]}}, "augmentation.query.gaussian_blur: sigma="),
+        (CROP_ONLY | {"solarize": {"threshold": "abc"}}, "augmentation.query.solarize: threshold=abc"),
+        (CROP_ONLY | {"grayscale": {"probability": "often"}}, "augmentation.query.grayscale: probability=often"),
+        ({"random_resized_crop": {"scale": 5}}, "augmentation.query.random_resized_crop: scale=5"),
+        (
+            {"random_resized_crop": {"scale": [0.2, 1], "probability": 0.5}},
+            "augmentation.query.random_resized_crop: prob",
+        ),
         ({"random_resized_crop": {"scale": [0.0, 1.0]}}, "augmentation.query.random_resized_crop: scale="),
     ],
 )
@@ -159,6 +167,12 @@ def test_mistakes_in_a_pair_name_the_key(operations, message):
     with pytest.raises(InputError) as error:
         build_view(operations, 32, "augmentation.query")
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(("mean", "std"), [([0.5], [0.5] * 3), ([0.5] * 3, [0.5, 0, 0.5])])
+def test_normalisation_needs_three_numbers_and_a_spread(mean, std):
+    with pytest.raises(InputError, match=r"augmentation\.mean=.*augmentation\.std=.*expected three numbers each"):
+        build_evaluation_view(32, 1.0, mean, std)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,8 @@ MISTAKES = [
     (["data=images", "data.root=nowhere"], "error: data.root=nowhere: no such folder"),
     (["data=images", "data.root=."], "error: data.root=.: no pictures in there (looked for .bmp, .gif,"),
     (["method.temperature"], "error: cannot read the override 'method.temperature': Error parsing override"),
+    (["trainer.accelerator=gppu"], "error: trainer.accelerator: unknown value 'gppu'; did you mean 'gpu'?"),
+    (["method=null"], "error: method"),
     (["resume=nowhere.ckpt", "+experiment=quickstart"], "error: resume=nowhere.ckpt: no such file"),
     (["--config-dir=own", "+experiment=bad_key"], "error: in experiment/bad_key.yaml: unknown key 'method.temprature'; did you mean"),
     (["--config-dir=own", "+experiment=bad_type"], "error: in experiment/bad_type.yaml: data.batch_size: Value 'many' of type"),
@@ -161,13 +163,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs)
         ),
         (["data.batch_size=2000"], "data.batch_size=2000: there are only 1437 pictures to train on"),
         (["data.batch_size=100"], "data.batch_size=100: the 100 images that a device gets at once are no multiple of"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0: expected -1 for no limit, or at least 1"),
+        (["trainer.accelerator=gpu"], "accelerator=gpu: no CUDA device can be used here"),
+        (["augmentation.std=[0,0,0]"], "augmentation.mean="),
         (["trainer.devices=2"], "trainer.devices=2: this version trains on one device"),
         (["trainer.accumulate_grad_batches=3"], "data.batch_size=128: expected a multiple of 3"),
     ],
 )
-def test_what_only_the_data_show_is_found_before_the_run_folder_is_touched(overrides, expected, tmp_path):
+def test_what_only_the_data_show_is_found_before_the_run_folder_is_touched(overrides, expected, tmp_path, monkeypatch):
+    import torch
+
     from moco.train import run
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError) as error:
         run(composed("+experiment=quickstart", *overrides), tmp_path)
     assert str(error.value).startswith(expected)

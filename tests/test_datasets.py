@@ -1,3 +1,4 @@
+import os
 import pickle
 from pathlib import Path
 
@@ -30,6 +31,24 @@ def test_images_takes_a_tree_and_sub_folders_are_no_classes(picture_tree):
     assert source.bank is None
     assert source.queries is None
     assert source.train[0].size == (20, 16)
+
+
+def test_loader_processes_are_handed_pictures_as_shared_memory(picture_tree):
+    from multiprocessing.reduction import ForkingPickler
+
+    import torch.multiprocessing  # noqa: F401  (registers how tensors travel)
+
+    for pictures in (build_source("digits").train, build_source("images", str(picture_tree)).train):
+        assert len(ForkingPickler.dumps(pictures)) < 1500
+
+
+def test_names_with_odd_characters_survive(tmp_path):
+    names = ["ü ber.png", "new\nline.png", os.fsdecode(b"\xff.png")]
+    for name in names:
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    source = build_source("images", str(tmp_path))
+    assert sorted(source.train.name(i) for i in range(3)) == sorted(str(tmp_path / name) for name in names)
+    assert source.train[2].size == (4, 4)
 
 
 def test_images_takes_several_trees(picture_tree):
@@ -138,7 +157,7 @@ class Bomb:
         return Path.touch, (Path("exploded"),)
 
 
-@pytest.mark.parametrize("kind", ["text", "cut", "pickle", "missing", "npy"])
+@pytest.mark.parametrize("kind", ["text", "cut", "flipped", "pickle", "missing", "npy"])
 def test_npz_that_is_none_is_refused(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "set.npz"
@@ -147,6 +166,11 @@ def test_npz_that_is_none_is_refused(kind, tmp_path, monkeypatch):
     elif kind == "cut":
         save_npz(path)
         path.write_bytes(path.read_bytes()[:400])
+    elif kind == "flipped":
+        np.savez_compressed(path, train_images=np.random.default_rng(0).integers(0, 9, (6, 28, 28), dtype=np.uint8))
+        content = bytearray(path.read_bytes())
+        content[100:140] = bytes(40)
+        path.write_bytes(content)
     elif kind == "pickle":
         np.savez(path, train_images=np.array([Bomb()], dtype=object))
     elif kind == "npy":

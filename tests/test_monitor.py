@@ -90,7 +90,7 @@ def test_without_labels_it_says_once_that_there_is_no_knn(runner, picture_tree, 
     figures = {}
     config = runner.config("data=images", f"data.root={picture_tree}", "data.batch_size=8", "data.num_workers=0")
     runner.fit(config, monitors(config, figures))
-    assert caplog.text.count("no kNN: the data set has no labels") == 1
+    assert caplog.text.count("no kNN: the data set has no labelled") == 1
     assert not [key for key in figures if key.startswith("knn")]
     assert figures["train/loss"] >= 0
 

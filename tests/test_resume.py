@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from moco.errors import InputError, Interrupted
+from moco.errors import InputError, Interrupted, RunError
 from moco.methods.moco import MoCo
 from moco.train import run
 
@@ -86,6 +86,21 @@ def test_a_measurement_that_an_interrupt_cut_short_is_made_up_for(small, tmp_pat
     run(small(*config), tmp_path)
     figures = json.loads((tmp_path / "metrics.json").read_text())
     assert (figures["knn/epoch"], figures["step"]) == (1, EPOCH)
+    assert last(tmp_path)["figures"]["knn/top1"] == figures["knn/top1"]
+    assert last(tmp_path)["callbacks"]["KNNMonitor"] == {"owed": False}
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_not_written(small, tmp_path, monkeypatch):
+    run(small("trainer.max_steps=1"), tmp_path)
+
+    def on_train_batch_end(self, *_):
+        torch.nn.init.constant_(self.query_encoder.projector.bias, float("nan"))
+
+    monkeypatch.setattr(MoCo, "on_train_batch_end", on_train_batch_end)
+    with pytest.raises(RunError, match=r"not finite.*the last good checkpoint is .*last\.ckpt"):
+        run(small("trainer.max_steps=3"), tmp_path)
+    assert last(tmp_path)["global_step"] == 1
 
 
 def test_two_steps_and_two_more_equal_four(small, tmp_path):

@@ -4,7 +4,15 @@ import os
 import pytest
 
 from moco.errors import InputError
-from moco.training.run_folder import LAST_CHECKPOINT, claim, differences, write_atomically, write_json
+from moco.training.run_folder import (
+    LAST_CHECKPOINT,
+    as_override,
+    claimed,
+    differences,
+    find_checkpoint,
+    write_atomically,
+    write_json,
+)
 
 CONFIG = {
     "method": {"temperature": 0.2},
@@ -24,6 +32,12 @@ def with_checkpoint(folder):
     return folder / LAST_CHECKPOINT
 
 
+def claim(folder, config, resume):
+    checkpoint = find_checkpoint(folder, config, resume)
+    with claimed(folder, config):
+        return checkpoint
+
+
 def test_a_new_folder_is_claimed_and_starts_from_nothing(tmp_path):
     assert claim(tmp_path / "run", CONFIG, "auto") is None
     assert (tmp_path / "run" / ".hydra" / "config.yaml").is_file()
@@ -38,6 +52,7 @@ def test_the_same_configuration_goes_on_from_its_last_checkpoint(tmp_path):
 
 def test_another_configuration_is_refused_and_the_keys_are_named(tmp_path):
     claim(tmp_path, CONFIG, "auto")
+    with_checkpoint(tmp_path)
     before = (tmp_path / ".hydra" / "config.yaml").read_text()
     other = changed("method", temperature=0.1) | {"seed": 3}
     with pytest.raises(InputError) as error:
@@ -46,6 +61,27 @@ def test_another_configuration_is_refused_and_the_keys_are_named(tmp_path):
         error.value
     )
     assert (tmp_path / ".hydra" / "config.yaml").read_text() == before
+
+
+def test_a_folder_without_results_may_be_taken_with_another_configuration(tmp_path):
+    claim(tmp_path, CONFIG, "auto")
+    assert claim(tmp_path, changed("method", temperature=0.1), "auto") is None
+
+
+def test_two_processes_cannot_work_in_one_folder(tmp_path):
+    with claimed(tmp_path, CONFIG), pytest.raises(InputError, match="another process is at work there"):
+        claim(tmp_path, CONFIG, "auto")
+    claim(tmp_path, CONFIG, "auto")
+
+
+@pytest.mark.parametrize("path", ["runs/a-b_1.ckpt", "with space/x", "a=b,c", "it's", 'quo"te', "übung/(1)"])
+def test_printed_overrides_can_be_typed(path):
+    import shlex
+
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (word,) = shlex.split(as_override("checkpoint", path))
+    assert OverridesParser.create().parse_override(word).value() == path
 
 
 def test_length_and_place_of_computation_may_change(tmp_path):

@@ -38,7 +38,7 @@ def test_a_run_leaves_its_folder_as_promised(finished):
     cwd, _ = finished
     run = cwd / "run"
     assert {".hydra", "checkpoints", "metrics.json"} <= set(os.listdir(run))
-    assert set(os.listdir(run / ".hydra")) == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    assert set(os.listdir(run / ".hydra")) == {"config.yaml", "hydra.yaml", "lock", "overrides.yaml"}
     assert set(os.listdir(run / "checkpoints")) == {"last.ckpt", "best.ckpt"}
     assert len(list(run.glob("events.out.tfevents*"))) == 1
     figures = json.loads((run / "metrics.json").read_text())
@@ -176,8 +176,9 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(num_workers, undis
         assert ends[0]["figures"][key] == ends[1]["figures"][key]
 
 
-def test_termination_saves_too_and_keeps_the_signals_code(tmp_path):
-    code, stderr = interrupt_after(start("run", cwd=tmp_path), "epoch    1/60", 0.2, signal.SIGTERM)
+def test_termination_of_the_whole_group_saves_too_and_keeps_the_signals_code(tmp_path):
+    arguments = ["data.num_workers=2", "trainer.accumulate_grad_batches=4"]
+    code, stderr = interrupt_after(start("run", *arguments, cwd=tmp_path), "epoch    1/60", 0.2, signal.SIGTERM)
     assert code == 128 + signal.SIGTERM, stderr
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 

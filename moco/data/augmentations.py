@@ -34,8 +34,8 @@ class GaussianBlur:
 
 def random_resized_crop(image_size: int, scale: Sequence[float], ratio: Sequence[float] = (3 / 4, 4 / 3)) -> Transform:
     """A crop of `scale` of the area and `ratio` width / height, resized to a square of `image_size` px, bilinear."""
-    _expect(0 < scale[0] <= scale[1] <= 1, "scale", scale, "two fractions of the area, 0 < low <= high <= 1")
-    _expect(0 < ratio[0] <= ratio[1], "ratio", ratio, "two positive numbers, low <= high")
+    _expect(_is_range(scale) and 0 < scale[0] <= scale[1] <= 1, "scale", scale, "two areas, 0 < low <= high <= 1")
+    _expect(_is_range(ratio) and ratio[0] > 0, "ratio", ratio, "two positive numbers, low <= high")
     return v2.RandomResizedCrop(image_size, scale=tuple(scale), ratio=tuple(ratio))
 
 
@@ -54,12 +54,13 @@ def color_jitter(brightness: float = 0, contrast: float = 0, saturation: float =
 
 def gaussian_blur(sigma: Sequence[float]) -> Transform:
     """Blur with a sigma between the two given, px."""
-    _expect(0 <= sigma[0] <= sigma[1], "sigma", sigma, "two numbers of px, 0 <= low <= high")
+    _expect(_is_range(sigma) and sigma[0] >= 0, "sigma", sigma, "two numbers of px, 0 <= low <= high")
     return GaussianBlur(sigma)
 
 
 def solarize(threshold: int = 128) -> Transform:
     """Invert the values from `threshold` (0 to 256) upwards."""
+    _expect(isinstance(threshold, int) and 0 <= threshold <= 256, "threshold", threshold, "a whole number, 0 to 256")
     return v2.Lambda(partial(v2.functional.solarize, threshold=threshold))
 
 
@@ -103,6 +104,8 @@ def _build(name: str, settings: Mapping[str, Any] | None, image_size: int, where
         raise InputError(f"{where}.{name}: expected settings, {{name: number, ...}}, got {settings}")
     arguments = dict(settings or {})
     probability = arguments.pop("probability", 1.0)
+    if name == "random_resized_crop" and probability != 1:
+        raise InputError(f"{where}.{name}: probability={probability}: it gives the views their common size, so always")
     allowed = [*inspect.signature(OPERATIONS[name]).parameters, "probability"]
     for argument in arguments:
         if argument not in allowed or argument == "image_size":
@@ -111,11 +114,18 @@ def _build(name: str, settings: Mapping[str, Any] | None, image_size: int, where
     if "image_size" in allowed:
         arguments["image_size"] = image_size
     try:
-        _expect(0 <= probability <= 1, "probability", probability, "a number from 0 to 1")
+        is_number = isinstance(probability, (int, float))
+        _expect(is_number and 0 <= probability <= 1, "probability", probability, "a number from 0 to 1")
         operation = OPERATIONS[name](**arguments)
     except (TypeError, ValueError, IndexError) as error:
         raise InputError(f"{where}.{name}: {error}") from error
     return operation if probability == 1 else v2.RandomApply([operation], p=probability)
+
+
+def _is_range(values: Any) -> bool:
+    """Two numbers, the lower first."""
+    is_pair = isinstance(values, (list, tuple)) and len(values) == 2
+    return is_pair and all(isinstance(value, (int, float)) for value in values) and values[0] <= values[1]
 
 
 def _expect(holds: bool, name: str, value: Any, expected: str) -> None:
@@ -124,7 +134,13 @@ def _expect(holds: bool, name: str, value: Any, expected: str) -> None:
 
 
 def to_normalized(mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Pillow picture to (3, H, W) float32: pixels in 0..1, minus `mean`, over `std`, per channel."""
+    """Pillow picture to (3, H, W) float32: pixels in 0..1, minus `mean`, over `std`, per channel.
+
+    Raises:
+        InputError: they are not three each, or a std is not above 0.
+    """
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise InputError(f"augmentation.mean={mean}, augmentation.std={std}: expected three numbers each, std above 0")
     return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
 
 

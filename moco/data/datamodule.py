@@ -5,6 +5,7 @@ Letters: N batch, H W pixels.
 
 import logging
 import multiprocessing
+import multiprocessing.forkserver
 import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -215,6 +216,13 @@ class PretrainingData(pl.LightningDataModule):
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return EpochSampler(len(self.source.train), self.batch_size, self.seed, rank, world_size)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Which pictures could not be read so far."""
+        return {"unreadable": sorted(self.unreadable)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.unreadable = set(state_dict["unreadable"])
+
     def train_dataloader(self) -> ResumableLoader:
         batch_size = self.batch_size // self.batches_per_step
         return ResumableLoader(self.dataset(), self.sampler(), batch_size, **loader_options(self.num_workers))
@@ -265,11 +273,13 @@ def loader_options(num_workers: int) -> dict[str, Any]:
         return options | {"persistent_workers": False}
     # A fork of a process with threads (torch's, faiss's) can deadlock; the fork server has none.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["moco.data.datamodule"])
+    # SIGTERM and Ctrl-C reach the whole process group; the training process alone decides what happens then. The server
+    # and its workers inherit the mask; they leave when that process closes its end or is gone.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return options | {
-        "multiprocessing_context": "forkserver", "persistent_workers": True, "worker_init_fn": leave_signals_to_parent
+        "multiprocessing_context": "forkserver", "persistent_workers": True
     }  # fmt: skip
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the training process alone decides what happens then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,6 +3,7 @@
 Letters: M pictures, H W pixels.
 """
 
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 
 from moco.data.pictures import list_pictures, read_picture, to_rgb
@@ -40,14 +42,16 @@ class ArrayPictures:
             raise InputError(
                 f"{what}: expected uint8 of shape (M, H, W) or (M, H, W, 1 or 3 or 4), got {array.dtype} {array.shape}"
             )
-        self.array = array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
+        array = array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
+        # A tensor, since loader processes are handed tensors as shared memory, and arrays as copies.
+        self.tensor = torch.from_numpy(np.ascontiguousarray(array))
         self.what = what
 
     def __len__(self) -> int:
-        return len(self.array)
+        return len(self.tensor)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return to_rgb(Image.fromarray(self.array[index]))
+        return to_rgb(Image.fromarray(self.tensor[index].numpy()))
 
     def name(self, index: int) -> str:
         return f"{self.what}[{index}]"
@@ -57,16 +61,20 @@ class FilePictures:
     """Pictures in files, decoded when asked for."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = np.array(paths)  # one block of memory, which loader processes share; a list of str they would copy
+        # Two tensors, which loader processes share; a list of millions of str each would copy.
+        encoded = [os.fsencode(path) for path in paths]
+        self.text = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
+        self.ends = torch.from_numpy(np.cumsum([len(path) for path in encoded], dtype=np.int64))
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.ends)
 
     def __getitem__(self, index: int) -> Image.Image:
         return read_picture(self.name(index))
 
     def name(self, index: int) -> str:
-        return str(self.paths[index])
+        start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
+        return os.fsdecode(self.text[start:end].numpy().tobytes())
 
 
 @dataclass(frozen=True)
@@ -152,8 +160,8 @@ def images(root: Any) -> DataSource:
 def image_folder(root: str) -> DataSource:
     """Class sub-folders: root/train/CLASS/... with root/val/CLASS/... (or test), else root/CLASS/....
 
-    Without val or test a tenth of the pictures, chosen by a hash of their paths below root, is kept out of the bank and
-    serves as queries; all are trained on.
+    Of root/CLASS/... alone a tenth of the pictures, chosen by a hash of their paths below root, is kept out of the bank and
+    serves as queries; all are trained on. With root/train and nothing beside it there are no queries and no monitor.
     """
     top = Path(root)
     if (top / "train").is_dir():
@@ -173,8 +181,11 @@ def image_folder(root: str) -> DataSource:
     everything = FilePictures(paths)
     if not is_query.any() or is_query.all():
         return DataSource(everything, None, None, image_size=224)
-    bank = Labelled(FilePictures(everything.paths[~is_query]), labels[~is_query])
-    return DataSource(everything, bank, Labelled(FilePictures(everything.paths[is_query]), labels[is_query]), 224)
+    bank, queries = (
+        Labelled(FilePictures([paths[row] for row in np.flatnonzero(chosen)]), labels[chosen])
+        for chosen in (~is_query, is_query)
+    )
+    return DataSource(everything, bank, queries, image_size=224)
 
 
 def npz(root: str) -> DataSource:
@@ -192,7 +203,7 @@ def npz(root: str) -> DataSource:
             wanted = ("train_images", "train_labels", "test_images", "test_labels")
             arrays = {key: archive[key] for key in wanted if key in archive.files}
             present = archive.files
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"data.root={root}: not a readable .npz archive of plain arrays ({error})") from error
     if "train_images" not in arrays:
         raise InputError(f"data.root={root}: no array train_images in there (found {', '.join(present) or 'none'})")
@@ -270,7 +281,7 @@ def _from_arrays(
     if test_images is not None and test_labels is not None:
         test = ArrayPictures(test_images, f"{what}: test_images")
         queries = Labelled(test, np.asarray(test_labels, dtype=np.int64))
-    return DataSource(train, bank, queries, image_size=max(train.array.shape[1:3]))
+    return DataSource(train, bank, queries, image_size=max(train.tensor.shape[1:3]))
 
 
 def _classified(root: Path) -> tuple[list[str], list[str]]:

@@ -66,7 +66,7 @@ class KNNMonitor(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         source = data_of(trainer).source
         if source.bank is None or source.queries is None:
-            log.info("no kNN: the data set has no labels; watch label_free/* instead")
+            log.info("no kNN: the data set has no labelled training and test pictures; watch label_free/* instead")
             return
         log.info(
             "kNN every %d epochs: k %d, T %s, %s feature, %d queries against a bank of %d",
@@ -85,11 +85,8 @@ class KNNMonitor(pl.Callback):
             self._measure(trainer, pl_module, epoch)
 
     def _measure_baselines(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        try:
-            pixels = self._result(trainer, pl_module, lambda images: images.flatten(1))
-            untrained = self._result(trainer, pl_module, self._encoding(pl_module))
-        except EmbeddingStopped:
-            return
+        pixels = self._result(trainer, pl_module, lambda images: images.flatten(1))
+        untrained = self._result(trainer, pl_module, self._encoding(pl_module))
         self.figures |= {"knn_raw_pixels/top1": pixels.top1, "knn_untrained/top1": untrained.top1}
         log.info("kNN before training: raw pixels %.4f, untrained backbone %.4f", pixels.top1, untrained.top1)
 
@@ -199,16 +196,16 @@ class TrainingMonitor(pl.Callback):
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
         if not math.isfinite(loss):
             raise RunError(f"the loss is {loss} at step {trainer.global_step}; {self.last_good()}")
-        queue, query = pl_module.queue, outputs["query"]
+        queue, query, negatives = pl_module.queue, outputs["query"], outputs["negatives"]
         std = float(embedding_std(query))
         self._check_collapse(std, query.shape[1], trainer.global_step)
         figures = {
             "train/loss": loss,
-            "train/loss_of_chance": math.log(1 + len(queue.keys)),
+            "train/loss_of_chance": math.log(1 + len(negatives)),
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "train/key_momentum": pl_module.key_momentum_at(trainer.global_step - 1),
             "label_free/positive_similarity": float(positive_similarity(query, outputs["key"])),
-            "label_free/negative_similarity": float(negative_similarity(query, queue.keys)),
+            "label_free/negative_similarity": float(negative_similarity(query, negatives)) if len(negatives) else 0.0,
             "label_free/queue_fill": float(queue.filled) / len(queue.keys),
             "label_free/embedding_std": std,
             "label_free/embedding_std_if_spread": 1 / math.sqrt(query.shape[1]),

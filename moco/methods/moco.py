@@ -90,7 +90,7 @@ class MoCo(pl.LightningModule):
         return unshuffled(F.normalize(self.key_encoder(images).float(), dim=1), order)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """One batch of view pairs; returns the loss, and query and key of the last direction for the monitors."""
+        """One batch of view pairs; returns the loss, and for the monitors what it was made of, of the last direction."""
         first, second = batch.views  # (N, 3, H, W) each
         directions = [(first, second), (second, first)] if self.symmetric else [(first, second)]
         negatives = self.queue.negatives()  # (K, C) unit norm
@@ -102,7 +102,7 @@ class MoCo(pl.LightningModule):
             keys.append(key)
         loss = self.reduce_directions(torch.stack(losses))
         self.queue.enqueue(all_gather(torch.cat(keys)))  # after the loss: a positive is never its own negative
-        return {"loss": loss, "query": query.detach(), "key": key}
+        return {"loss": loss, "query": query.detach(), "key": key, "negatives": negatives}
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None

@@ -14,7 +14,14 @@ from lightning_fabric.plugins import TorchCheckpointIO
 
 from moco.errors import InputError, Interrupted, RunError
 from moco.training.interrupts import StopRequest
-from moco.training.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, last_good, write_atomically, write_json
+from moco.training.run_folder import (
+    BEST_CHECKPOINT,
+    LAST_CHECKPOINT,
+    as_override,
+    last_good,
+    write_atomically,
+    write_json,
+)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -53,6 +60,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.best = -1.0
         self.saved_at = -1  # the step at which last.ckpt was written in the middle of an epoch
         self._random_states: dict[str, Any] | None = None
+        self._loaded_knn_epoch: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -73,8 +81,10 @@ class Checkpoints(pl.callbacks.Checkpoint):
     ) -> None:
         self.figures.update(checkpoint["figures"])
         self._random_states = checkpoint["random_states"]
+        self._loaded_knn_epoch = checkpoint["figures"].get("knn/epoch")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stop.listen()
         if self._random_states is not None:
             set_random_states(self._random_states)
 
@@ -95,35 +105,58 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.figures |= {"epoch": epoch, "step": trainer.global_step}
         if not np.isfinite(self.figures.get("train/loss", 0.0)):
             raise RunError(f"the loss of epoch {epoch} is not finite; {last_good(self.folder)}")
-        is_best = self.figures.get("knn/epoch") == epoch and self.figures["knn/top1"] > self.best
-        if is_best:
-            self.best = self.figures["knn/top1"]
+        is_best = self._is_best()
         is_end = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
         if is_best or is_end or self.stop or epoch % self.every_n_epochs == 0:
             if self.saved_at == trainer.global_step:
-                self._add_figures()
+                self._add_figures(trainer)
             else:
                 self.save_last(trainer)
-            if is_best:
-                link_atomically(self.folder / LAST_CHECKPOINT, self.folder / BEST_CHECKPOINT)
+        if is_best:
+            link_atomically(self.folder / LAST_CHECKPOINT, self.folder / BEST_CHECKPOINT)
         write_json(self.folder / "metrics.json", self.figures)
         if self.stop:
             raise self._interrupted(trainer)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take note of a kNN figure that was owed from before the resume."""
+        is_new = self.figures.get("knn/epoch") != self._loaded_knn_epoch
+        if is_new and (self.folder / LAST_CHECKPOINT).is_file():
+            is_best = self._is_best()
+            self._add_figures(trainer)
+            if is_best:
+                link_atomically(self.folder / LAST_CHECKPOINT, self.folder / BEST_CHECKPOINT)
+
     def save_last(self, trainer: pl.Trainer) -> None:
-        """Replace ``last.ckpt`` by the state of this moment."""
+        """Replace ``last.ckpt`` by the state of this moment.
+
+        Raises:
+            RunError: a weight is not finite; the old file stays.
+        """
+        if not all(parameter.isfinite().all() for parameter in trainer.lightning_module.parameters()):
+            raise RunError(f"a weight is not finite at step {trainer.global_step}; {last_good(self.folder)}")
         trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
 
-    def _add_figures(self) -> None:
+    def _is_best(self) -> bool:
+        """Whether the kNN figure is this epoch's and the best so far; takes note of it."""
+        is_new = "knn/epoch" in self.figures and self.figures["knn/epoch"] == self.figures["epoch"]
+        is_best = is_new and self.figures["knn/top1"] > self.best
+        if is_best:
+            self.best = self.figures["knn/top1"]
+        return is_best
+
+    def _add_figures(self, trainer: pl.Trainer) -> None:
         """Add what was measured after the last step to the checkpoint that was written at it.
 
-        max_steps ended the epoch early. To Lightning it is over, and a checkpoint of now would make a longer run skip
-        the rest of it.
+        max_steps may have ended the epoch early: to Lightning it is over then, and a checkpoint of now would make a longer
+        run skip the rest of it. Or a resumed run has made up for a measurement before its first step.
         """
         path = self.folder / LAST_CHECKPOINT
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["figures"] = dict(self.figures)
-        checkpoint["callbacks"][self.state_key] = self.state_dict()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if state := callback.state_dict():
+                checkpoint["callbacks"][callback.state_key] = state
         write_atomically(path, lambda file: torch.save(checkpoint, file))
 
     def _interrupted(self, trainer: pl.Trainer) -> Interrupted:
@@ -131,7 +164,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         assert number is not None
         where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
         return Interrupted(
-            number, f"in {where}; saved {self.folder / LAST_CHECKPOINT}; to go on, add hydra.run.dir={self.folder}"
+            number,
+            f"in {where}; saved {self.folder / LAST_CHECKPOINT}; to go on, add {as_override('hydra.run.dir', self.folder)}",
         )
 
 

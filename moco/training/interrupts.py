@@ -22,8 +22,14 @@ class StopRequest:
         return self.signal_number is not None
 
     def __enter__(self) -> "StopRequest":
-        self._before: dict[int, Any] = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        self._before: dict[int, Any] = {number: signal.getsignal(number) for number in self.SIGNALS}
+        self.listen()
         return self
+
+    def listen(self) -> None:
+        """Take the signals, also from Lightning, which takes SIGTERM when training starts and then ends in mid-step."""
+        for number in self.SIGNALS:
+            signal.signal(number, self._receive)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

@@ -79,9 +79,9 @@ class ProgressBar(pl.Callback):
         return " ".join(parts)
 
 
-def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]], footer: str = "") -> None:
-    """Two columns, and a line below."""
-    table = Table(title=title, show_header=False, title_justify="left", caption=footer, caption_justify="left")
+def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Two columns under a title."""
+    table = Table(title=title, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")  # a path that is cut short cannot be copied
     for row in rows:

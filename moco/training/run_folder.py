@@ -1,8 +1,12 @@
 """What a run leaves on disk, and how it comes back to it. Files are whole or absent: never half-written."""
 
+import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +30,6 @@ FREE_KEYS = (
     "data.download",
     "data.max_bad_fraction",
     "data.num_workers",
-    "data.root",
     "evaluation.batch_size",
 )
 
@@ -64,39 +67,66 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
 
 
-def claim(folder: Path, config: Mapping[str, Any], resume: str | None) -> Path | None:
-    """Make `folder` this run's, or find that it is already; write ``.hydra/config.yaml``.
+def find_checkpoint(folder: Path, config: Mapping[str, Any], resume: str | None) -> Path | None:
+    """The checkpoint that a run in `folder` goes on from, or None to start; changes nothing.
 
     Args:
+        folder: the run folder, which need not exist.
         config: the run's config as plain data.
         resume: ``auto``, a checkpoint's path, or None to start anew.
 
-    Returns:
-        The checkpoint to go on from, or None to start.
-
     Raises:
-        InputError: the folder holds a run with another configuration (it names the keys).
+        InputError: the folder holds a run with another configuration (it names the keys), or one that would be lost.
     """
     saved, last = folder / CONFIG, folder / LAST_CHECKPOINT
-    if saved.is_file():
+    holds_results = last.is_file() or (folder / "metrics.json").is_file()
+    if holds_results and saved.is_file():
         differing = differences(yaml.safe_load(saved.read_text()) or {}, config)
         if differing:
             raise InputError(
                 f"{folder} holds a run with another configuration: {'; '.join(differing)}. "
                 "Choose another folder with hydra.run.dir=PATH"
             )
-    if resume is None and last.is_file():
+    if resume is None and holds_results:
         raise InputError(f"{folder} holds a run and resume=null would overwrite it; choose another hydra.run.dir=PATH")
-    write_config(folder, config)
     if last.is_file():
         return last  # also with an explicit resume: this run has its own checkpoint by now
     return None if resume in (None, "auto") else Path(str(resume))
+
+
+@contextmanager
+def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, `folder` is this process's alone; its ``.hydra/config.yaml`` says what the run is.
+
+    Raises:
+        InputError: another process is at work there.
+    """
+    (folder / CONFIG).parent.mkdir(parents=True, exist_ok=True)
+    with (folder / ".hydra" / "lock").open("w") as lock:  # left behind: the lock is the kernel's, not the file
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{folder}: another process is at work there; choose another hydra.run.dir=PATH"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        write_config(folder, config)
+        yield
 
 
 def last_good(folder: Path) -> str:
     """A phrase that names a run's newest checkpoint."""
     path = folder / LAST_CHECKPOINT
     return f"the last good checkpoint is {path}" if path.is_file() else "there is no checkpoint yet"
+
+
+def as_override(key: str, value: str | Path) -> str:
+    """``key=value`` as one can type it in a shell: quoted for Hydra and for the shell where needed."""
+    if re.fullmatch(r"[A-Za-z0-9_./-]+", str(value)):
+        return f"{key}={value}"
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return shlex.quote(f'{key}="{escaped}"')
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
