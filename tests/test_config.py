@@ -167,7 +167,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs)
         (["trainer.accelerator=gpu"], "accelerator=gpu: no CUDA device can be used here"),
         (["augmentation.std=[0,0,0]"], "augmentation.mean="),
         (["trainer.devices=2"], "trainer.devices=2: this version trains on one device"),
-        (["trainer.accumulate_grad_batches=3"], "data.batch_size=128: expected a multiple of 3"),
+        (["trainer.accumulate_grad_batches=3"], "data.batch_size=64: expected a multiple of 3"),
     ],
 )
 def test_what_only_the_data_show_is_found_before_the_run_folder_is_touched(overrides, expected, tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_help_and_cfg_work(program, own_configs):
     shown = run_program(program, *overrides, "--cfg", "job", "--resolve", cwd=own_configs)
     assert shown.returncode == 0, shown.stderr
     config = yaml.safe_load(shown.stdout)
-    assert (config["data"]["batch_size"] == 128) if program == "moco.train" else (config["checkpoint"] == "x")
+    assert (config["data"]["batch_size"] == 64) if program == "moco.train" else (config["checkpoint"] == "x")
     helped = run_program(program, "--help", cwd=own_configs)
     assert helped.returncode == 0
     assert "experiment" in helped.stdout or "evaluation" in helped.stdout

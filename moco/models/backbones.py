@@ -30,7 +30,8 @@ class ResNet(resnet.ResNet):
         stem: ``imagenet``, or ``cifar``: 3x3 convolution of stride 1 with padding 1 and no max-pool, as in the official
             CIFAR notebook (https://github.com/facebookresearch/moco, branch colab-notebook), which also leaves that
             convolution at PyTorch's default initialisation.
-        width: channels of the first stage's blocks before expansion; the stages double it. torchvision's is 64.
+        width: channels of the stem and of the first stage's blocks before expansion; the stages double it. torchvision's
+            is 64.
         width_per_group: 128 makes the wide variants (arXiv 1605.07146).
     """
 
@@ -47,13 +48,19 @@ class ResNet(resnet.ResNet):
         super().__init__(block, list(depths), width_per_group=width_per_group)
         del self.fc
         if stem == "cifar":
-            self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
             self.maxpool = nn.Identity()
+        elif width != 64:
+            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        if width != 64:
+            self.bn1 = nn.BatchNorm2d(width)
         self.feature_map_dims = tuple(width * 2**stage * block.expansion for stage in range(4))
         self.feature_map_strides = CIFAR_STEM_STRIDES if stem == "cifar" else IMAGENET_STEM_STRIDES
         self.feature_dim = self.feature_map_dims[-1]
 
     def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
+        if planes == 64:  # the first stage, after a stem of `width` channels
+            self.inplanes = self.width
         return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
