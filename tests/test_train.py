@@ -178,7 +178,7 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(num_workers, undis
 
 def test_termination_of_the_whole_group_saves_too_and_keeps_the_signals_code(tmp_path):
     arguments = ["data.num_workers=2", "trainer.accumulate_grad_batches=4"]
-    code, stderr = interrupt_after(start("run", *arguments, cwd=tmp_path), "epoch    1/45", 0.2, signal.SIGTERM)
+    code, stderr = interrupt_after(start("run", *arguments, cwd=tmp_path), "epoch    1/60", 0.2, signal.SIGTERM)
     assert code == 128 + signal.SIGTERM, stderr
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
