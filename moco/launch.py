@@ -26,6 +26,8 @@ from moco.config import CONFIG_DIR, parse, register_schemas, unknown_key
 from moco.errors import InputError, Interrupted, RunError, unknown_name
 
 T = TypeVar("T")
+# What composing a config raises when the config is wrong.
+KNOWN = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError)
 
 
 def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str) -> None:
@@ -59,6 +61,8 @@ def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str
     except Exception as error:
         if wants_traceback:
             raise
+        if not isinstance(error, KNOWN):  # Hydra found something in the command line that it has no name for
+            error = InputError(str(error))
         sys.exit(report(error, schema))
     sys.exit(codes[0] if codes else 0)
 

@@ -118,7 +118,7 @@ MISTAKES = [
     (["data=images", "data.root=."], "error: data.root=.: no pictures in there (looked for .bmp, .gif,"),
     (["method.temperature"], "error: cannot read the override 'method.temperature': Error parsing override"),
     (["trainer.accelerator=gppu"], "error: trainer.accelerator: unknown value 'gppu'; did you mean 'gpu'?"),
-    (["method=null"], "error: method"),
+    (["method=null"], "error: Config group override must be a string or a list."),
     (["resume=nowhere.ckpt", "+experiment=quickstart"], "error: resume=nowhere.ckpt: no such file"),
     (["--config-dir=own", "+experiment=bad_key"], "error: in experiment/bad_key.yaml: unknown key 'method.temprature'; did you mean"),
     (["--config-dir=own", "+experiment=bad_type"], "error: in experiment/bad_type.yaml: data.batch_size: Value 'many' of type"),

@@ -1,3 +1,7 @@
+import multiprocessing.forkserver
+import signal
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -39,6 +43,17 @@ def test_order_and_pixels_do_not_depend_on_the_number_of_workers(num_workers, nu
             assert torch.equal(ours.indices, theirs.indices)
             assert torch.equal(ours.views[0], theirs.views[0])
             assert torch.equal(ours.views[1], theirs.views[1])
+
+
+def test_loader_processes_leave_signals_to_the_training_process(numbered):
+    iterator = iter(data_for(numbered, num_workers=1).train_dataloader())
+    next(iterator)
+    for pid in (multiprocessing.forkserver._forkserver._forkserver_pid, multiprocessing.active_children()[0].pid):
+        status = Path(f"/proc/{pid}/status").read_text()
+        blocked = int(status.split("SigBlk:")[1].split()[0], 16)
+        assert blocked & 1 << (signal.SIGINT - 1)
+        assert blocked & 1 << (signal.SIGTERM - 1)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_an_epoch_visits_each_picture_once_and_leaves_out_the_rest_of_the_last_batch(numbered):

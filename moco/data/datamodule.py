@@ -6,6 +6,7 @@ Letters: N batch, H W pixels.
 import logging
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -275,6 +276,7 @@ def loader_options(num_workers: int) -> dict[str, Any]:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["moco.data.datamodule"])
     # SIGTERM and Ctrl-C reach the whole process group; the training process alone decides what happens then. The server
     # and its workers inherit the mask; they leave when that process closes its end or is gone.
+    multiprocessing.resource_tracker.ensure_running()  # first: it would lift the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         multiprocessing.forkserver.ensure_running()
