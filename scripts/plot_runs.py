@@ -39,7 +39,7 @@ def main(output: Path, folders: list[Path]) -> None:
         steps_per_epoch = figures["step"] / figures["epoch"]
         for axes, tag in ((knn, "knn/top1"), (loss, "epoch/loss")):
             steps, values = scalars(events, tag)
-            axes.plot([step / steps_per_epoch for step in steps], values, marker=".", label=folder.name)
+            axes.plot([step / steps_per_epoch for step in steps], values, marker=".", label="/".join(folder.parts[-2:]))
         for key, style, name in (
             ("knn_raw_pixels/top1", ":", "raw pixels"),
             ("knn_untrained/top1", "--", "untrained backbone"),
