@@ -2,14 +2,9 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
-import torch
-from conftest import REPOSITORY, run_program
+from conftest import run_program
 
 SMALL = [
     "+experiment=quickstart",
@@ -115,72 +110,6 @@ def test_a_folder_with_another_configuration_is_left_alone(finished):
     assert done.stderr.count("\n") == 1
     assert "another configuration: method.temperature: 0.1 there, 0.5 here" in done.stderr
     assert (cwd / "run" / ".hydra" / "config.yaml").read_text() == before
-
-
-def start(folder, *arguments, cwd):
-    return subprocess.Popen(
-        [sys.executable, "-m", "moco.train", *SMALL, f"hydra.run.dir={folder}", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def interrupt_after(process, line, seconds, number):
-    """Send a signal to the whole process group, as a terminal's Ctrl-C does, some time after a line of output."""
-    for text in process.stdout:
-        if text.startswith(line):
-            break
-    time.sleep(seconds)
-    os.killpg(process.pid, number)
-    _, stderr = process.communicate(timeout=60)
-    return process.returncode, stderr
-
-
-TO_RESUME = ["trainer.max_epochs=4", "trainer.accumulate_grad_batches=2"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The last checkpoint of a run that nobody interrupted."""
-    cwd = tmp_path_factory.mktemp("undisturbed")
-    whole = train("whole", *TO_RESUME, cwd=cwd)
-    assert whole.returncode == 0, whole.stderr
-    return torch.load(cwd / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(num_workers, undisturbed, tmp_path):
-    arguments = [f"data.num_workers={num_workers}", *TO_RESUME]
-    code, stderr = interrupt_after(start("parts", *arguments, cwd=tmp_path), "epoch    2/4", 0.4, signal.SIGINT)
-    assert code == 130, stderr
-    assert stderr.startswith("interrupted: in epoch ")
-    assert "saved " in stderr
-    step = torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert 44 <= step < 4 * 22
-    resumed = train("parts", *arguments, cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    ends = [undisturbed, torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)]
-    assert ends[0]["global_step"] == ends[1]["global_step"] == 88
-    for name, value in ends[0]["state_dict"].items():
-        assert torch.equal(value, ends[1]["state_dict"][name]), name
-    for parameter, state in ends[0]["optimizer_states"][0]["state"].items():
-        assert torch.equal(
-            state["momentum_buffer"], ends[1]["optimizer_states"][0]["state"][parameter]["momentum_buffer"]
-        )
-    assert torch.equal(ends[0]["random_states"]["torch"], ends[1]["random_states"]["torch"])
-    for key in ("knn/top1", "train/loss"):
-        assert ends[0]["figures"][key] == ends[1]["figures"][key]
-
-
-def test_termination_of_the_whole_group_saves_too_and_keeps_the_signals_code(tmp_path):
-    arguments = ["data.num_workers=2", "trainer.accumulate_grad_batches=4"]
-    code, stderr = interrupt_after(start("run", *arguments, cwd=tmp_path), "epoch    1/60", 0.2, signal.SIGTERM)
-    assert code == 128 + signal.SIGTERM, stderr
-    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_a_sweep_gives_each_job_its_folder_and_a_bad_job_does_not_end_it(tmp_path):

@@ -203,6 +203,7 @@ def npz(root: str) -> DataSource:
             wanted = ("train_images", "train_labels", "test_images", "test_labels")
             arrays = {key: archive[key] for key in wanted if key in archive.files}
             present = archive.files
+    # What zipfile and NumPy raise on damaged archives; zipfile has NotImplementedError for an unknown compression.
     except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"data.root={root}: not a readable .npz archive of plain arrays ({error})") from error
     if "train_images" not in arrays:
