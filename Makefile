@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV UV_PYTHON UV_SYSTEM_PYTHON
 READY := .venv/.ready
 UV := .venv/bin/uv
 # Two processes, a file's tests on one of them, since they share their training runs.
-PYTEST := -n 2 --dist loadfile
+PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -9,6 +9,13 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# These start programs or train, which takes most of the suite's time: begun first, they leave no test process idle.
+LONGEST_FIRST = ("test_interrupts.py", "test_train.py", "test_resume.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99)
+
 
 @pytest.fixture(autouse=True)
 def seeded():
