@@ -39,9 +39,21 @@ def setting(
 @dataclass
 class BackboneConfig:
     name: str = MISSING
-    """A builder in ``moco.models.backbones``."""
-    stem: str = setting("imagenet", choices=("imagenet", "cifar"))
-    """imagenet: 7x7 convolution of stride 2 and max-pool; cifar: 3x3 convolution of stride 1, no pool."""
+    """A builder in ``moco.models.backbones``. Null settings are left at its defaults; of the others each belongs to some."""
+    stem: Optional[str] = setting(None, choices=("imagenet", "cifar"))
+    """ResNet. imagenet: 7x7 convolution of stride 2 and max-pool; cifar: 3x3 convolution of stride 1, no pool."""
+    window_size: Any = None
+    """Swin: side of the attention windows, cells; one number, or a list with one for each stage."""
+    pretrained_window_size: Any = None
+    """Swin V2: the window that the weights were pretrained with, if it is not window_size."""
+    stochastic_depth: Optional[float] = setting(None, at_least=0, at_most=0.99)
+    """Swin: chance that a picture skips the last block's branches; rises linearly from 0 at the first block."""
+    gradient_checkpointing: Optional[bool] = None
+    """Swin: less memory for a third more computing."""
+    freeze_patch_embed: Optional[bool] = None
+    """Swin: keep the random patch projection, as MoCo v3 does."""
+    partial_patches: Optional[str] = setting(None, choices=("complete", "drop"))
+    """Swin: what becomes of the last pixels where the image is no multiple of the patch."""
 
 
 @dataclass

@@ -3,19 +3,23 @@
 Every backbone has
 - ``feature_dim``: D, the width of its feature,
 - ``forward(images) -> (N, D)``,
-- ``feature_maps(images) -> [(N, C_1, H_1, W_1), ..., (N, C_4, H_4, W_4)]``, finest first,
+- ``feature_maps(images) -> [(N, C_1, H_1, W_1), ..., (N, C_4, H_4, W_4)]``, finest first, of which the feature is the last
+  one's mean,
 - ``feature_map_dims`` = (C_1, ..., C_4) and ``feature_map_strides``, in px of the image per cell.
 
 Letters: N batch, D feature width, H W pixels.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import resnet
 
 from moco.errors import InputError, unknown_name
+from moco.models.swin import Swin
 
 CIFAR_STEM_STRIDES = (1, 2, 4, 8)
 IMAGENET_STEM_STRIDES = (4, 8, 16, 32)
@@ -78,22 +82,39 @@ class ResNet(resnet.ResNet):
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "resnet_tiny": lambda **kwargs: ResNet(resnet.BasicBlock, (1, 1, 1, 1), width=16, **kwargs),
-    "resnet18": lambda **kwargs: ResNet(resnet.BasicBlock, (2, 2, 2, 2), **kwargs),
-    "resnet34": lambda **kwargs: ResNet(resnet.BasicBlock, (3, 4, 6, 3), **kwargs),
-    "resnet50": lambda **kwargs: ResNet(resnet.Bottleneck, (3, 4, 6, 3), **kwargs),
-    "resnet101": lambda **kwargs: ResNet(resnet.Bottleneck, (3, 4, 23, 3), **kwargs),
-    "resnet152": lambda **kwargs: ResNet(resnet.Bottleneck, (3, 8, 36, 3), **kwargs),
-    "wide_resnet50_2": lambda **kwargs: ResNet(resnet.Bottleneck, (3, 4, 6, 3), width_per_group=128, **kwargs),
+    "resnet_tiny": partial(ResNet, resnet.BasicBlock, (1, 1, 1, 1), width=16),
+    "resnet18": partial(ResNet, resnet.BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, resnet.BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, resnet.Bottleneck, (3, 4, 6, 3)),
+    "resnet101": partial(ResNet, resnet.Bottleneck, (3, 4, 23, 3)),
+    "resnet152": partial(ResNet, resnet.Bottleneck, (3, 8, 36, 3)),
+    "wide_resnet50_2": partial(ResNet, resnet.Bottleneck, (3, 4, 6, 3), width_per_group=128),
+    "swin_tiny_patch2": partial(Swin, 1, 48, (2, 2, 2, 2), (2, 4, 8, 16), patch_size=2),
+    "swin_t": partial(Swin, 1, 96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "swin_s": partial(Swin, 1, 96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "swin_b": partial(Swin, 1, 128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "swin_v2_tiny_patch2": partial(Swin, 2, 48, (2, 2, 2, 2), (2, 4, 8, 16), patch_size=2),
+    "swin_v2_t": partial(Swin, 2, 96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "swin_v2_s": partial(Swin, 2, 96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "swin_v2_b": partial(Swin, 2, 128, (2, 2, 18, 2), (4, 8, 16, 32)),
 }
 
 
 def build_backbone(name: str, **kwargs: Any) -> Any:
     """A freshly initialised backbone.
 
+    Args:
+        kwargs: its settings; one that is None is left at the backbone's default.
+
     Raises:
-        InputError: no backbone has that name.
+        InputError: no backbone has that name, or the backbone has no such setting.
     """
     if name not in BACKBONES:
         raise InputError(f"backbone.name: {unknown_name('backbone', name, BACKBONES)}")
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    parameters = inspect.signature(BACKBONES[name]).parameters
+    known = [key for key, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY]
+    for key, value in kwargs.items():
+        if key not in known:
+            raise InputError(f"backbone.{key}={value}: {name} has no such setting (it has {', '.join(known)})")
     return BACKBONES[name](**kwargs)

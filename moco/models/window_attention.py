@@ -1,0 +1,397 @@
+"""Self-attention inside (shifted) windows, right at any size: Swin (arXiv 2103.14030) and Swin V2 (arXiv 2111.09883).
+
+What torchvision's layers get wrong is done here, under torchvision's parameter names:
+
+- A map that is no multiple of the window is padded before the cyclic shift, and padding is no key of any real cell.
+- A window larger than the map is clipped to it, and there is then no shift.
+- The log-spaced coordinates of V2's position bias are normalised by the window of the pretraining, whatever the window.
+
+Letters: N batch, H W cells of a map, B windows of a whole batch, L cells of a window, h heads, d width of a head.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torchvision.models import swin_transformer
+
+from moco.errors import InputError
+
+Size = tuple[int, int]
+
+MAX_LOGIT_SCALE = 100.0  # arXiv 2111.09883, section 3.2: tau is not below 0.01
+MAX_BIAS = 16.0  # of the official code's 16 * sigmoid(MLP(coordinates))
+SCORES_AT_ONCE = 1 << 19  # computed at a time on a CPU: 2 MiB of float32, so that they stay in its cache
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """How a map of P cells is cut into windows that hold Q cells together, padding included."""
+
+    window: Size
+    """Height and width of a window, clipped to the map."""
+    num_windows: int
+    """Windows of one map."""
+    cells: Tensor
+    """(Q,) int64: which cell of the map each cell of the windows is, window after window; for padding any one."""
+    places: Tensor
+    """(P,) int64: where among the windows' cells each cell of the map is."""
+    filling: Tensor
+    """(p,) int64: the windows' cells that are no cells of the map."""
+    cut: Tensor
+    """(b,) int64: the windows that hold cells which must not see each other."""
+    mask: Tensor
+    """(b, L, L) float32, of the windows `cut`: 0 where a cell (row) sees a cell (column), -inf where not."""
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept serves training too
+def window_grid(canvas: Size, size: Size, window: Size, shifted: bool, device: torch.device) -> WindowGrid:
+    """The windows of a map of `canvas` cells whose top left `size` cells are real; the rest is padding.
+
+    A side of the canvas that is no multiple of the window is filled up with padding, at its end and before the cyclic
+    shift. Cells see each other if they are real, and neighbours in the map and not only by the cyclic shift. Padding sees
+    padding, so that no row of attention is empty.
+    """
+    sides = []
+    for length, real, cells in zip(canvas, size, window, strict=True):
+        clipped = min(cells, real)
+        shift = clipped // 2 if shifted and clipped < real else 0
+        filled = -(-length // clipped) * clipped
+        position = torch.arange(filled) + shift  # of the shifted map's cells
+        sides.append((clipped, position % filled, position >= filled, position % filled < real))
+    (height, rows, row_wraps, row_is_real), (width, columns, column_wraps, column_is_real) = sides
+    window = (height, width)
+    is_real = row_is_real[:, None] & column_is_real
+    group = torch.where(is_real, row_wraps[:, None] * 2 + column_wraps, 4)
+    group = partition(group[None, :, :, None], window)[..., 0]  # (windows of one map, L)
+    cell = rows[:, None] * canvas[1] + columns
+    is_there = (rows < canvas[0])[:, None] & (columns < canvas[1])
+    cell, is_there = (partition(x[None, :, :, None], window).flatten() for x in (cell, is_there))
+    places = torch.empty(canvas[0] * canvas[1], dtype=torch.int64)
+    places[cell[is_there]] = torch.arange(len(cell))[is_there]
+    sees = group[:, :, None] == group[:, None, :]
+    cut = (~sees).any(dim=(1, 2)).nonzero()[:, 0]
+    mask = torch.zeros(len(cut), *sees.shape[1:]).masked_fill_(~sees[cut], -math.inf)
+    tensors = (cell.where(is_there, 0), places, (~is_there).nonzero()[:, 0], cut, mask)
+    return WindowGrid(window, len(group), *(tensor.to(device) for tensor in tensors))
+
+
+def partition(x: Tensor, window: Size) -> Tensor:
+    """Maps (N, H, W, C), H and W multiples of the window, to windows (B, L, C): of one map row by row, map after map."""
+    n, height, width, channels = x.shape
+    x = x.view(n, height // window[0], window[0], width // window[1], window[1], channels)
+    return x.transpose(2, 3).reshape(-1, window[0] * window[1], channels)
+
+
+class _IntoWindows(torch.autograd.Function):
+    """Maps' cells (N, P, C) to windows' cells (N, Q, C): one copy, in place of a pad, a roll and a partition."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: WindowGrid) -> Tensor:
+        ctx.grid = grid
+        return _rows(x, grid.cells)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _rows(grad, ctx.grid.places), None
+
+
+class _OutOfWindows(torch.autograd.Function):
+    """Windows' cells (N, Q, C) to maps' cells (N, P, C): undo of `_IntoWindows`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: WindowGrid) -> Tensor:
+        ctx.grid = grid
+        return _rows(x, grid.places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _rows(grad, ctx.grid.cells).index_fill_(1, ctx.grid.filling, 0), None
+
+
+def _rows(x: Tensor, take: Tensor) -> Tensor:
+    starts = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.reshape(-1, x.shape[2]).index_select(0, (starts + take).flatten()).view(len(x), len(take), x.shape[2])
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept serves training too
+def relative_positions(window: Size, device: torch.device) -> Tensor:
+    """For each pair of cells of a window, its place in a list of offsets: (L L,) int64.
+
+    The list holds the (2 window - 1)^2 offsets from (-window + 1, -window + 1) row by row; the offset is that of the first
+    cell (the query) from the second.
+    """
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in window), indexing="ij")
+    down, right = (cells.flatten()[:, None] - cells.flatten() for cells in (rows, columns))
+    return ((down + window[0] - 1) * (2 * window[1] - 1) + right + window[1] - 1).flatten().to(device)
+
+
+def log_coordinates(window: Size, pretrained: Size) -> Tensor:
+    """The offsets in a window on V2's log scale: (2 window_h - 1, 2 window_w - 1, 2) float64.
+
+    arXiv 2111.09883, section 3.3, equation 4, in the official code's form: sign(x) log2(1 + |8 x|) / log2(8), where x is
+    the offset over the largest one of the pretraining window. Offsets beyond that one lie beyond log2(9) / 3 = 1.057.
+    """
+    axes = []
+    for cells, reference in zip(window, pretrained, strict=True):
+        offsets = torch.arange(1 - cells, cells, dtype=torch.float64) / max(reference - 1, 1) * 8
+        axes.append(offsets.sign() * torch.log2(offsets.abs() + 1) / 3)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid) -> Tensor:
+    """softmax(query key^T + bias + mask) value, (B, h, L, d), for queries that are already scaled.
+
+    Args:
+        query, key, value: (B, h, L, d).
+        bias: (h, L, L) float32.
+        grid: says which windows are masked.
+
+    With gradients on a CPU, where scaled_dot_product_attention has no fused form that also gives the bias its gradient,
+    `_CPUAttention` computes the same.
+    """
+    b, h, length, d = query.shape
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
+    if needs_gradient and query.device.type == "cpu":
+        flat = (x.reshape(b * h, length, d) for x in (query, key, value))
+        return _CPUAttention.apply(*flat, bias, grid).view(b, h, length, d)
+    windows = grid.num_windows
+    mask = bias.to(query.dtype)
+    if len(grid.cut):
+        mask = mask.expand(windows, h, length, length).clone()
+        mask[grid.cut] += grid.mask[:, None].to(mask.dtype)
+        mask = mask.view(1, windows * h, length, length)
+        query, key, value = (x.reshape(-1, windows * h, length, d) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0).reshape(b, h, length, d)
+
+
+class _CPUAttention(torch.autograd.Function):
+    """`attend` with a hand-written backward pass: a few windows at a time, so that their scores stay in the cache.
+
+    Only the attention weights are kept for the backward pass, in the inputs' type. Scores and softmax are computed in the
+    bias's, float32. Query, key and value are (B h, L, d), contiguous.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid) -> Tensor:
+        h, length, _ = bias.shape
+        windows = len(query) // h
+        at_once = max(1, min(windows, SCORES_AT_ONCE // bias.numel()))
+        biases = bias.repeat(at_once, 1, 1)
+        products = torch.empty_like(biases, dtype=query.dtype)
+        scores = torch.empty_like(biases)
+        weights = query.new_empty(len(query), length, length)
+        out = torch.empty_like(value)
+        for start in range(0, windows, at_once):
+            rows = slice(start * h, min(start + at_once, windows) * h)
+            n = rows.stop - rows.start
+            torch.bmm(query[rows], key[rows].transpose(1, 2), out=products[:n])
+            torch.add(products[:n], biases[:n], out=scores[:n])
+            _add_mask(scores[:n].view(-1, h, length, length), grid, start)
+            weights[rows] = torch.softmax(scores[:n], dim=-1, out=scores[:n])
+            torch.bmm(weights[rows], value[rows], out=out[rows])
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.bias_like = scores[:h]
+        ctx.at_once = at_once
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, weights = ctx.saved_tensors
+        h = len(ctx.bias_like)
+        grad = grad.contiguous()
+        d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
+        d_bias = torch.zeros_like(ctx.bias_like)
+        d_products = weights.new_empty(ctx.at_once * h, *weights.shape[1:])
+        for first in range(0, len(query), len(d_products)):
+            rows = slice(first, min(first + len(d_products), len(query)))
+            d_scores = d_products[: rows.stop - rows.start]
+            torch.bmm(weights[rows].transpose(1, 2), grad[rows], out=d_value[rows])
+            torch.bmm(grad[rows], value[rows].transpose(1, 2), out=d_scores)
+            torch._softmax_backward_data(d_scores, weights[rows], -1, weights.dtype, grad_input=d_scores)
+            windows = d_scores.view(-1, h, *weights.shape[1:])
+            d_bias += windows[0] if len(windows) == 1 else windows.sum(dim=0, dtype=d_bias.dtype)
+            torch.bmm(d_scores, key[rows], out=d_query[rows])
+            torch.bmm(d_scores.transpose(1, 2), query[rows], out=d_key[rows])
+        return d_query, d_key, d_value, d_bias, None
+
+
+def _add_mask(scores: Tensor, grid: WindowGrid, first: int) -> None:
+    """Mask the scores (b, h, L, L) of the windows `first`, `first` + 1, ... of the batch, in place."""
+    for masked, cut in enumerate(grid.cut.tolist()):
+        start = (cut - first) % grid.num_windows
+        if start < len(scores):
+            scores[start :: grid.num_windows] += grid.mask[masked]
+
+
+class WindowAttention(swin_transformer.ShiftedWindowAttention):
+    """Swin's attention: dot products, and a learned table of position biases.
+
+    The table belongs to its window: at another one it is resized (`set_window`), which only approximates it.
+    """
+
+    shifted = False
+    window_size: Size
+    relative_position_bias_table: nn.Parameter
+    _kept_bias: tuple[Any, list[Tensor], Tensor] | None = None
+
+    def define_relative_position_index(self) -> None:
+        """Keep none: positions are computed where they are needed, so that the window shapes nothing but V1's table."""
+        self.window_size = (self.window_size[0], self.window_size[1])  # torchvision's constructor leaves a list
+
+    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
+        """Maps (N, H, W, C) to maps (N, H, W, C).
+
+        Args:
+            size: (height, width) of the real cells, at the top left; the rest is padding. None: all are real.
+        """
+        n, height, width, channels = x.shape
+        grid = window_grid((height, width), size or (height, width), self.window_size, self.shifted, x.device)
+        length = math.prod(grid.window)
+        x = _IntoWindows.apply(x.reshape(n, -1, channels), grid)
+        x = F.linear(x, self.qkv.weight, self.qkv_bias())
+        x = x.view(n * grid.num_windows, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = x.contiguous()  # (B, h, L, d) each
+        query, key = self.scaled(query, key)
+        x = attend(query, key, value, self.position_bias(grid.window), grid)
+        x = x.transpose(1, 2).reshape(n, -1, channels)
+        return self.proj(_OutOfWindows.apply(x, grid)).view(n, height, width, channels)
+
+    def qkv_bias(self) -> Tensor:
+        return self.qkv.bias
+
+    def scaled(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key whose dot products are the attention scores."""
+        return query * query.shape[-1] ** -0.5, key
+
+    def position_bias(self, window: Size) -> Tensor:
+        """The bias of every pair of cells of a window: (h, L, L) float32.
+
+        Without gradients it is computed once and kept until a weight changes.
+        """
+        weights = self.bias_weights()
+        if (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)) or any(
+            weight.is_inference()
+            for weight in weights  # they count no versions
+        ):
+            return self._position_bias(window)
+        state = (window, [(weight._version, weight.data_ptr(), weight.device, weight.dtype) for weight in weights])
+        if (
+            self._kept_bias is None
+            or self._kept_bias[0] != state
+            or any(weight is not kept for weight, kept in zip(weights, self._kept_bias[1], strict=True))
+        ):
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept_bias = (state, weights, self._position_bias(window))
+        return self._kept_bias[2]
+
+    def _position_bias(self, window: Size) -> Tensor:
+        with torch.autocast(self.qkv.weight.device.type, enabled=False):
+            table = self.bias_table(window).T  # (h, offsets)
+        # On a CPU the gradient of this form takes an eighth of the time of table[:, positions].
+        bias = table.index_select(1, relative_positions(window, table.device))
+        return bias.view(self.num_heads, math.prod(window), -1)
+
+    def bias_weights(self) -> list[Tensor]:
+        """The parameters that the position bias is made of."""
+        return [self.relative_position_bias_table]
+
+    def bias_table(self, window: Size) -> Tensor:
+        """The biases of all offsets in a window no larger than `window_size`, as in `relative_positions`: (offsets, h)."""
+        full = self.relative_position_bias_table.view(*(2 * cells - 1 for cells in self.window_size), -1)
+        top, left = (cells - clipped for cells, clipped in zip(self.window_size, window, strict=True))
+        return full[top : len(full) - top, left : full.shape[1] - left].flatten(0, 1).float()
+
+    def set_window(self, window: Size) -> None:
+        """Attend in windows of another size; the table is resized bicubically, edge offsets onto edge offsets."""
+        if window == self.window_size:
+            return
+        table = resized_table(self.relative_position_bias_table.detach(), self.window_size, window)
+        requires_grad = self.relative_position_bias_table.requires_grad
+        self.relative_position_bias_table = nn.Parameter(table, requires_grad)
+        self.window_size = window
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As PyTorch's, for torchvision's state dicts too, and for tables of another window, which are resized."""
+        state_dict.pop(prefix + "relative_position_index", None)
+        table = state_dict.get(prefix + "relative_position_bias_table")
+        if table is not None and table.shape != self.relative_position_bias_table.shape:
+            there = round((math.sqrt(len(table)) + 1) / 2)
+            state_dict[prefix + "relative_position_bias_table"] = resized_table(table, (there, there), self.window_size)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def resized_table(table: Tensor, window: Size, new_window: Size) -> Tensor:
+    """A table of position biases (offsets, h) of one window for another, bicubically."""
+    if window == new_window:
+        return table.clone()
+    image = table.T.reshape(1, -1, *(2 * cells - 1 for cells in window))
+    resized = F.interpolate(
+        image.float(), size=tuple(2 * cells - 1 for cells in new_window), mode="bicubic", align_corners=True
+    )
+    return resized.flatten(2)[0].T.to(table.dtype).contiguous()
+
+
+class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttentionV2):
+    """Swin V2's attention: scaled cosines, and position biases from a small MLP over log-spaced coordinates.
+
+    arXiv 2111.09883, sections 3.2 and 3.3. The MLP knows offsets as fractions of the pretraining window, so that another
+    window asks it for more offsets and changes none.
+    """
+
+    pretrained_window_size: Size
+
+    def define_relative_position_bias_table(self) -> None:
+        self.pretrained_window_size = tuple(self.window_size)  # type: ignore[assignment]
+
+    def qkv_bias(self) -> Tensor:
+        query, _, value = self.qkv.bias.chunk(3)  # keys have none
+        return torch.cat([query, torch.zeros_like(query), value])
+
+    def scaled(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors, the query times the head's scale; computed in float32."""
+        scale = self.logit_scale.float().clamp(max=math.log(MAX_LOGIT_SCALE)).exp()  # (h, 1, 1)
+        return (
+            (F.normalize(query.float(), dim=-1) * scale).to(query.dtype),
+            F.normalize(key.float(), dim=-1).to(key.dtype),
+        )
+
+    def bias_weights(self) -> list[Tensor]:
+        return list(self.cpb_mlp.parameters())
+
+    def bias_table(self, window: Size) -> Tensor:
+        # In float64, rounded at the end: in float32 the last bits of an offset's bias depend on how many offsets there are.
+        into, _, out = self.cpb_mlp
+        coordinates = log_coordinates(window, self.pretrained_window_size).flatten(0, 1).to(into.weight.device)
+        hidden = F.relu(F.linear(coordinates, into.weight.double(), into.bias.double()))
+        return (MAX_BIAS * torch.sigmoid(F.linear(hidden, out.weight.double()))).float()
+
+    def set_window(self, window: Size) -> None:
+        """Attend in windows of another size; the biases of the offsets that both have stay the same."""
+        self.window_size = window
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As PyTorch's, for torchvision's state dicts too, if they were trained with our pretraining window.
+
+        Raises:
+            InputError: they were trained with another one.
+        """
+        coordinates = state_dict.pop(prefix + "relative_coords_table", None)
+        if coordinates is not None:
+            there = tuple((side + 1) // 2 for side in coordinates.shape[-3:-1])
+            if there != tuple(self.pretrained_window_size):
+                raise InputError(
+                    f"the weights were trained with windows of {there[0]} x {there[1]}, which pretrained_window_size="
+                    f"{self.pretrained_window_size[0]} would stretch; set pretrained_window_size={there[0]}"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)

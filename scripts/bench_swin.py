@@ -1,0 +1,142 @@
+"""Forward and backward of Swin V2-T, ours against torchvision's with the same weights, in interleaved runs.
+
+    python scripts/bench_swin.py [--device cpu] [--repeats 7] [--case 565/18/bf16 ...]
+
+Prints the median time of each, the ratio (above 1: ours is faster) and the peak memory of a step, which is measured in
+processes of their own: resident memory on a CPU, allocated memory on a GPU.
+"""
+
+import argparse
+import contextlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import swin_transformer
+
+from moco.models.backbones import build_backbone
+
+BATCH = {224: 8, 565: 2}
+CASES = ("224/7/fp32", "565/18/fp32", "224/7/bf16", "565/18/bf16")
+
+
+def torchvisions(window: int) -> nn.Module:
+    """Swin V2-T of torchvision at any window, without its classifier."""
+    model = swin_transformer.SwinTransformer(
+        patch_size=[4, 4], embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=[window, window],
+        stochastic_depth_prob=0.0, block=swin_transformer.SwinTransformerBlockV2,
+        downsample_layer=swin_transformer.PatchMergingV2,
+    )  # fmt: skip
+    model.head = nn.Identity()
+    return model
+
+
+def models(window: int, device: str) -> dict[str, nn.Module]:
+    """Both, with the same weights, scales of the norms away from zero."""
+    torch.manual_seed(0)
+    theirs = torchvisions(window)
+    ours = build_backbone("swin_v2_t", window_size=window, partial_patches="drop")
+    ours.load_state_dict(theirs.state_dict())
+    return {"torchvision": theirs.to(device), "ours": ours.to(device)}
+
+
+def step(model: nn.Module, images: Tensor, dtype: str) -> None:
+    """One forward and backward pass."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        features = model(images)
+    features.float().square().mean().backward()
+    if images.is_cuda:
+        torch.cuda.synchronize()
+
+
+def forward(model: nn.Module, images: Tensor, dtype: str) -> None:
+    """One forward pass without gradients."""
+    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        model(images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+
+
+def seconds(work: partial) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def parse(case: str) -> tuple[int, int, str]:
+    image_size, window, dtype = case.split("/")
+    return int(image_size), int(window), dtype
+
+
+def peak_memory(case: str, name: str, device: str) -> float:
+    """MiB of one training step of one model above what the model itself takes, in a process of its own."""
+    command = [sys.executable, __file__, "--device", device, "--memory-of", name, "--case", case]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_peak_memory(case: str, name: str, device: str) -> None:
+    image_size, window, dtype = parse(case)
+    model = models(window, device)[name]
+    images = torch.randn(BATCH[image_size], 3, image_size, image_size, device=device)
+    if device == "cpu":
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        step(model, images, dtype)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+    else:
+        before = torch.cuda.memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+        step(model, images, dtype)
+        print(torch.cuda.max_memory_allocated() / 2**20 - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--case", nargs="+", default=CASES, help="image size/window/precision")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print_peak_memory(arguments.case[0], arguments.memory_of, arguments.device)
+        return
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}, {arguments.repeats} repeats"
+    )
+    print(
+        f"{'case':<14}{'batch':>6}{'work':>10}{'torchvision ms':>16}{'ours ms':>10}{'ratio':>8}{'peak MiB, both':>28}"
+    )
+    for case in arguments.case:
+        image_size, window, dtype = parse(case)
+        both = models(window, arguments.device)
+        images = torch.randn(BATCH[image_size], 3, image_size, image_size, device=arguments.device)
+        for what, work in (("fwd+bwd", step), ("forward", forward)):
+            times: dict[str, list[float]] = {name: [] for name in both}
+            for repeat in range(arguments.repeats + 1):
+                order = list(both) if repeat % 2 else list(reversed(both))
+                for name in order:
+                    elapsed = seconds(partial(work, both[name], images, dtype))
+                    if repeat:  # the first is a warm-up
+                        times[name].append(elapsed)
+            theirs, ours = (statistics.median(times[name]) * 1e3 for name in ("torchvision", "ours"))
+            ratio = statistics.median(a / b for a, b in zip(times["torchvision"], times["ours"], strict=True))
+            peaks = ""
+            if what == "fwd+bwd" and not arguments.no_memory:
+                peaks = " ".join(
+                    f"{peak_memory(case, name, arguments.device):>13,.0f}" for name in ("torchvision", "ours")
+                )
+            print(
+                f"{case:<14}{len(images):>6}{what:>10}{theirs:>16,.0f}{ours:>10,.0f}{ratio:>8.2f}{peaks:>28}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
