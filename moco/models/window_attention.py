@@ -152,7 +152,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: Window
     """softmax(query key^T + bias + mask) value, (B, h, L, d), for queries that are already scaled.
 
     Args:
-        query, key, value: (B, h, L, d).
+        query, key, value: (B, h, L, d); query and key may be of a finer type than value.
         bias: (h, L, L) float32.
         grid: says which windows are masked.
 
@@ -162,10 +162,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: Window
     b, h, length, d = query.shape
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
     if needs_gradient and query.device.type == "cpu":
-        flat = (x.reshape(b * h, length, d) for x in (query, key, value))
-        return _CPUAttention.apply(*flat, bias, grid).view(b, h, length, d)
+        query, key, value = (x.reshape(b * h, length, d) for x in (query.to(bias.dtype), key.to(bias.dtype), value))
+        return _CPUAttention.apply(query, key, value, bias, grid).view(b, h, length, d)
+    query, key, mask = (x.to(value.dtype) for x in (query, key, bias))
     windows = grid.num_windows
-    mask = bias.to(query.dtype)
     if len(grid.cut):
         mask = mask.expand(windows, h, length, length).clone()
         mask[grid.cut] += grid.mask[:, None].to(mask.dtype)
@@ -177,8 +177,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: Window
 class _CPUAttention(torch.autograd.Function):
     """`attend` with a hand-written backward pass: a few windows at a time, so that their scores stay in the cache.
 
-    Only the attention weights are kept for the backward pass, in the inputs' type. Scores and softmax are computed in the
-    bias's, float32. Query, key and value are (B h, L, d), contiguous.
+    Query and key are (B h, L, d) in the bias's type, float32, as are scores and softmax; value is (B h, L, d), of its type
+    are the attention weights, which are kept for the backward pass, and what that pass computes with.
     """
 
     @staticmethod
@@ -187,19 +187,17 @@ class _CPUAttention(torch.autograd.Function):
         windows = len(query) // h
         at_once = max(1, min(windows, SCORES_AT_ONCE // bias.numel()))
         biases = bias.repeat(at_once, 1, 1)
-        products = torch.empty_like(biases, dtype=query.dtype)
         scores = torch.empty_like(biases)
-        weights = query.new_empty(len(query), length, length)
+        weights = value.new_empty(len(query), length, length)
         out = torch.empty_like(value)
         for start in range(0, windows, at_once):
             rows = slice(start * h, min(start + at_once, windows) * h)
             n = rows.stop - rows.start
-            torch.bmm(query[rows], key[rows].transpose(1, 2), out=products[:n])
-            torch.add(products[:n], biases[:n], out=scores[:n])
+            torch.baddbmm(biases[:n], query[rows], key[rows].transpose(1, 2), out=scores[:n])
             _add_mask(scores[:n].view(-1, h, length, length), grid, start)
             weights[rows] = torch.softmax(scores[:n], dim=-1, out=scores[:n])
             torch.bmm(weights[rows], value[rows], out=out[rows])
-        ctx.save_for_backward(query, key, value, weights)
+        ctx.save_for_backward(query.to(value.dtype), key.to(value.dtype), value, weights)
         ctx.bias_like = scores[:h]
         ctx.at_once = at_once
         return out
@@ -223,7 +221,7 @@ class _CPUAttention(torch.autograd.Function):
             d_bias += windows[0] if len(windows) == 1 else windows.sum(dim=0, dtype=d_bias.dtype)
             torch.bmm(d_scores, key[rows], out=d_query[rows])
             torch.bmm(d_scores.transpose(1, 2), query[rows], out=d_key[rows])
-        return d_query, d_key, d_value, d_bias, None
+        return d_query.to(d_bias.dtype), d_key.to(d_bias.dtype), d_value, d_bias, None
 
 
 def _add_mask(scores: Tensor, grid: WindowGrid, first: int) -> None:
@@ -359,12 +357,10 @@ class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttention
         return torch.cat([query, torch.zeros_like(query), value])
 
     def scaled(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors, the query times the head's scale; computed in float32."""
-        scale = self.logit_scale.float().clamp(max=math.log(MAX_LOGIT_SCALE)).exp()  # (h, 1, 1)
-        return (
-            (F.normalize(query.float(), dim=-1) * scale).to(query.dtype),
-            F.normalize(key.float(), dim=-1).to(key.dtype),
-        )
+        """Unit vectors, the query times the head's scale; float32, since products of up to 100 would lose too much."""
+        finer = torch.promote_types(query.dtype, torch.float32)
+        scale = self.logit_scale.to(finer).clamp(max=math.log(MAX_LOGIT_SCALE)).exp()  # (h, 1, 1)
+        return F.normalize(query.to(finer), dim=-1) * scale, F.normalize(key.to(finer), dim=-1)
 
     def bias_weights(self) -> list[Tensor]:
         return list(self.cpb_mlp.parameters())
