@@ -34,6 +34,7 @@ class PillowBlur:
 
 
 CROP = v1.RandomResizedCrop(64, scale=(0.2, 1.0))
+CROP_MOBY = v1.RandomResizedCrop(64, scale=(0.08, 1.0))
 JITTER_V2 = v1.RandomApply([v1.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
 JITTER_BYOL = v1.RandomApply([v1.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
 GRAY = v1.RandomApply([v1.Grayscale(3)], p=0.2)
@@ -57,6 +58,8 @@ OFFICIAL = {
     "moco_v2 query": [CROP, JITTER_V2, GRAY, blur(0.5), Flip()],
     "byol query": [CROP, JITTER_BYOL, GRAY, blur(1), Flip()],
     "byol key": [CROP, JITTER_BYOL, GRAY, blur(0.1), SOLARIZE, Flip()],
+    "moby query": [CROP_MOBY, Flip(), JITTER_BYOL, GRAY, blur(1)],
+    "moby key": [CROP_MOBY, Flip(), JITTER_BYOL, GRAY, blur(0.1), SOLARIZE],
     "cifar query": [v1.RandomResizedCrop(64, scale=(0.08, 1.0)), Flip(), JITTER_V2, GRAY],
 }
 

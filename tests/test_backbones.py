@@ -6,7 +6,6 @@ import yaml
 from moco.config import CONFIG_DIR
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
-from moco.models.encoder import Encoder, build_projector
 
 CONFIGS = sorted(CONFIG_DIR.glob("backbone/*.yaml"))
 
@@ -55,17 +54,3 @@ def test_tiny_resnet_has_under_half_a_million_parameters():
 def test_unknown_backbone_suggests_the_nearest():
     with pytest.raises(InputError, match="unknown backbone 'resnet5'; did you mean 'resnet50'"):
         build_backbone("resnet5")
-
-
-def test_projectors_have_the_published_layers():
-    linear, mlp = build_projector("linear", 2048, 128), build_projector("mlp", 2048, 128)
-    assert [tuple(parameter.shape) for parameter in linear.parameters()] == [(128, 2048), (128,)]
-    assert [tuple(parameter.shape) for parameter in mlp.parameters()] == [(2048, 2048), (2048,), (128, 2048), (128,)]
-    assert build_projector("mlp", 512, 64, hidden_dim=1024)[0].out_features == 1024
-
-
-def test_encoder_hands_out_feature_or_embedding():
-    encoder = Encoder(build_backbone("resnet_tiny"), build_projector("linear", 128, 16)).eval()
-    images = torch.randn(2, 3, 16, 16)
-    assert torch.equal(encoder.encode(images, "backbone"), encoder.backbone(images))
-    assert torch.equal(encoder.encode(images, "embedding"), encoder(images))

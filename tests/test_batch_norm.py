@@ -6,6 +6,7 @@ from torch import nn
 
 from moco.errors import InputError
 from moco.methods.batch_norm import SplitBatchNorm, batch_norm_mode, log_batch_norm, split_batch_norm
+from moco.models.heads import build_head
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,7 @@ def test_batch_that_does_not_split_evenly_is_named():
 
 
 WITH, WITHOUT = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.LayerNorm(3))
+IN_THE_HEAD = nn.Sequential(nn.LayerNorm(3), build_head(3, 2, hidden_batch_norm=True))  # as with MoBY's Swin
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,8 @@ WITH, WITHOUT = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.LayerNorm(3))
         ("split", WITHOUT, 1, "plain", "the encoder has none"),
         ("auto", WITH, 1, "split", "split, so that it cannot leak"),
         ("auto", WITH, 8, "shuffle", "shuffle, so that it cannot leak"),
+        ("auto", IN_THE_HEAD, 1, "split", "split, so that it cannot leak"),
+        ("auto", IN_THE_HEAD, 8, "shuffle", "shuffle, so that it cannot leak"),
         ("shuffle", WITH, 1, "shuffle", "prevents nothing on one device"),
         ("plain", WITH, 1, "plain", "leaks the positive"),
         ("split", WITH, 1, "split", "split, so that it cannot leak"),

@@ -14,6 +14,8 @@ def on_each_rank(rank, rendezvous):
         torch.manual_seed(rank)
         own = torch.arange(4.0)[:, None] + 10 * rank  # rank 0: 0 to 3, rank 1: 10 to 13
         assert all_gather(own)[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+        maps = torch.arange(24.0).view(2, 3, 4).transpose(1, 2) + 100 * rank  # not contiguous, as cells of a map are
+        assert torch.equal(all_gather(maps)[2 * rank : 2 * rank + 2], maps)
         foreign = 0
         for _ in range(20):
             share, order = shuffled_across(own)

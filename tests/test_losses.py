@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco.methods.losses import info_nce
+from moco.methods.losses import dense_info_nce, info_nce, most_similar_cells
 
 
 def unit(*shape):
@@ -55,3 +55,50 @@ def test_autocast_does_not_lower_the_precision():
     expected = info_nce(query, key, negatives, 0.07)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(info_nce(query, key, negatives, 0.07), expected)
+
+
+def dense_reference(query, key, query_features, key_features, negatives, temperature):
+    """DenseCL (arXiv 2011.09157, section 3), image by image and cell by cell; value and gradient of the query cells."""
+    losses, gradient = [], np.zeros_like(query)
+    for image in range(len(query)):
+        for cell in range(query.shape[1]):
+            similarities = [
+                f @ query_features[image, cell] / np.linalg.norm(f) / np.linalg.norm(query_features[image, cell])
+                for f in key_features[image]
+            ]
+            positive = key[image, int(np.argmax(similarities))]
+            value, slope = reference(query[image, cell][None], positive[None], negatives, temperature)
+            losses.append(value)
+            gradient[image, cell] = slope[0]
+    return np.mean(losses), gradient / len(losses)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.2])
+def test_dense_value_and_gradient_equal_the_papers_equations(temperature):
+    query, key, negatives = unit(3, 6, 16), unit(3, 6, 16), unit(20, 16)
+    features = [torch.randn(3, 6, 8, dtype=torch.float64) for _ in range(2)]
+    arrays = [tensor.numpy() for tensor in (query, key, *features, negatives)]
+    value, gradient = dense_reference(*arrays, temperature)
+    query = query.float().requires_grad_()
+    matches = most_similar_cells(*(F.normalize(feature, dim=-1).float() for feature in features))
+    assert matches.shape == (3, 6)
+    assert len(matches.unique()) > 2
+    loss = dense_info_nce(query, key.float(), matches, negatives.float(), temperature)
+    loss.backward()
+    assert loss.item() == pytest.approx(value, rel=1e-5)
+    np.testing.assert_allclose(query.grad.numpy(), gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_dense_loss_of_one_cell_is_the_loss_of_images():
+    query, key, negatives = (unit(*shape).float() for shape in ((6, 16), (6, 16), (50, 16)))
+    matches = torch.zeros(6, 1, dtype=torch.long)
+    dense = dense_info_nce(query[:, None], key[:, None], matches, negatives, 0.2)
+    assert torch.equal(dense, info_nce(query, key, negatives, 0.2))
+
+
+def test_cells_that_moved_are_found_again():
+    features = unit(2, 9, 32)
+    moved = torch.stack([torch.randperm(9), torch.randperm(9)])
+    key_features = torch.stack([cells[order] for cells, order in zip(features, moved, strict=True)])
+    matches = most_similar_cells(features, key_features)
+    assert torch.equal(matches.gather(1, moved), torch.arange(9).expand(2, 9))

@@ -85,6 +85,23 @@ def test_mean_loss_of_the_epoch_counts_every_batch_once(runner):
     assert figures["train/loss"] == pytest.approx(2 * np.mean(losses.values), rel=1e-6)
 
 
+def test_both_terms_are_shown_where_there_is_a_dense_one(runner):
+    class Watch(TrainingMonitor):
+        def step_figures(self, trainer, pl_module, outputs):
+            shown.append(super().step_figures(trainer, pl_module, outputs) | {"loss": float(outputs["loss"])})
+            return shown[-1]
+
+    shown = []
+    runner.fit(runner.config("method.dense_weight=0.25", "method.queue_start=random"), [Watch({}, 1, str)])
+    for figures in shown:
+        mixed = 0.75 * figures["train/loss_global"] + 0.25 * figures["train/loss_dense"]
+        assert figures["loss"] == pytest.approx(mixed, rel=1e-6)
+        assert figures["train/loss_dense"] != figures["train/loss_global"]
+    shown.clear()
+    runner.fit(runner.config(), [Watch({}, 1, str)])
+    assert "train/loss_dense" not in shown[-1]
+
+
 def test_without_labels_it_says_once_that_there_is_no_knn(runner, picture_tree, caplog):
     caplog.set_level("INFO")
     figures = {}

@@ -1,8 +1,10 @@
 import math
 
 import pytest
+import torch
+from torch import nn
 
-from moco.training.optimizers import learning_rate_at
+from moco.training.optimizers import build_optimizer, learning_rate_at, scaled_to_batch, without_decay
 
 
 def official(epoch, epochs, lr=0.06):
@@ -41,3 +43,116 @@ def test_warmup_is_linear_from_zero_and_the_cosine_starts_after_it():
 
 def test_constant_schedule_stays():
     assert learning_rate_at(77, 100, 10, lr=0.3, schedule="constant") == 0.3
+
+
+def test_warmup_and_cosine_have_their_own_ends():
+    rates = [
+        learning_rate_at(step, 110, 10, lr=1.0, schedule="cosine", warmup_epochs=1, warmup_start_lr=0.2, final_lr=0.1)
+        for step in (0, 5, 10, 60, 110)
+    ]
+    assert rates == pytest.approx([0.2, 0.6, 1.0, 0.55, 0.1])
+
+
+def test_mobys_schedule_differs_from_the_official_one_by_as_much_as_its_file_says():
+    """There the cosine counts from the first step, so that it has begun when the warm-up ends."""
+    epochs, differences = 300, []
+    for epoch in range(5, epochs + 1):
+        theirs = 5e-6 + (1e-3 - 5e-6) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        ours = learning_rate_at(epoch * 10, epochs * 10, 10, lr=1e-3, schedule="cosine", warmup_epochs=5, final_lr=5e-6)
+        differences.append((ours - theirs) / 1e-3)
+    assert min(differences) > -1e-12
+    assert 0.015 < max(differences) < 0.0155
+
+
+class Body(nn.Module):
+    no_weight_decay_keywords = ("scale", "table")
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+        self.norm = nn.LayerNorm(4)
+        self.table = nn.Parameter(torch.randn(2, 2))
+        self.mlp_scale = nn.Linear(2, 2)
+        self.frozen = nn.Parameter(torch.randn(3, 3), requires_grad=False)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = Body()
+        self.table = nn.Parameter(torch.randn(5, 5))  # the keyword is the body's, so this is decayed
+
+
+SETTINGS = {"lr": 0.1, "weight_decay": 0.2, "schedule": "cosine"}
+
+
+def names_in(optimizer, model):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [(group["weight_decay"], [names[id(p)] for p in group["params"]]) for group in optimizer.param_groups]
+
+
+def test_decay_of_everything_is_one_group_of_all_that_is_trained():
+    model = Model()
+    (group,) = names_in(build_optimizer(model, name="sgd", **SETTINGS), model)
+    assert group == (0.2, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    assert "body.frozen" not in group[1]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_norms_biases_and_what_the_module_names_are_spared(name):
+    model = Model()
+    decayed, spared = names_in(build_optimizer(model, name=name, decay_all=False, **SETTINGS), model)
+    assert decayed == (0.2, ["table", "body.linear.weight"])
+    assert spared[0] == 0.0
+    assert set(spared[1]) == {
+        "body.table", "body.linear.bias", "body.norm.weight", "body.norm.bias", "body.mlp_scale.weight",
+        "body.mlp_scale.bias",
+    }  # fmt: skip
+
+
+def test_without_norms_there_is_no_empty_group():
+    (group,) = build_optimizer(nn.Linear(2, 2, bias=False), name="adamw", decay_all=False, **SETTINGS).param_groups
+    assert group["weight_decay"] == 0.2
+
+
+def test_swins_position_biases_are_spared():
+    from moco.models.backbones import build_backbone
+
+    for name, words in (("swin_v2_t", ("cpb_mlp", "logit_scale")), ("swin_t", ("relative_position_bias_table",))):
+        with torch.device("meta"):
+            net = build_backbone(name)
+        spared = without_decay(net)
+        expected = {
+            path
+            for path, parameter in net.named_parameters()
+            if parameter.ndim == 1 or any(word in path for word in words)
+        }
+        assert spared == expected
+        assert all(any(word in path for path in spared) for word in (*words, "norm", "bias"))
+
+
+def test_adamw_equals_its_published_algorithm():
+    """Algorithm 2 of arXiv 1711.05101, on one number."""
+    module = nn.Linear(1, 1, bias=False)
+    weight, mean, square = module.weight.item(), 0.0, 0.0
+    optimizer = build_optimizer(
+        module, name="adamw", lr=0.1, weight_decay=0.2, beta1=0.8, beta2=0.95, eps=1e-3, schedule="constant"
+    )
+    for step in range(1, 6):
+        gradient = math.sin(step)
+        module.weight.grad = torch.tensor([[gradient]])
+        optimizer.step()
+        mean = 0.8 * mean + 0.2 * gradient
+        square = 0.95 * square + 0.05 * gradient**2
+        adaptive = mean / (1 - 0.8**step) / (math.sqrt(square / (1 - 0.95**step)) + 1e-3)
+        weight -= 0.1 * adaptive + 0.1 * 0.2 * weight
+        assert module.weight.item() == pytest.approx(weight, rel=1e-5)
+
+
+def test_learning_rates_are_scaled_to_the_batch():
+    given = {"lr": 1e-3, "final_lr": 5e-6, "warmup_start_lr": 5e-7, "lr_for_batch_size": 512, "weight_decay": 0.05}
+    scaled = scaled_to_batch(given, 128)
+    assert scaled == {
+        "lr": 2.5e-4, "final_lr": 1.25e-6, "warmup_start_lr": 1.25e-7, "lr_for_batch_size": None, "weight_decay": 0.05,
+    }  # fmt: skip
+    assert scaled_to_batch(scaled, 64) == scaled

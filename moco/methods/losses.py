@@ -1,4 +1,7 @@
-"""InfoNCE as a pure function. Letters: N batch, C embedding width, K negatives."""
+"""InfoNCE as a pure function, of images and of the cells of a grid.
+
+Letters: N batch, C embedding width, D feature width, K negatives, S cells of the grid.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -23,3 +26,31 @@ def info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float) 
         logits = torch.cat([positive, query @ negatives.T], dim=1)  # (N, 1 + K)
         target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         return F.cross_entropy(logits / temperature, target)
+
+
+def dense_info_nce(
+    query_cells: Tensor, key_cells: Tensor, matches: Tensor, negatives: Tensor, temperature: float
+) -> Tensor:
+    """Mean InfoNCE over the cells of all queries, in nats: the dense loss of DenseCL (arXiv 2011.09157, section 3).
+
+    Args:
+        query_cells: (N, S, C), unit norm; carries the gradient.
+        key_cells: (N, S, C), unit norm.
+        matches: (N, S), which cell of its own key is the positive of each query cell.
+        negatives: (K, C), unit norm.
+        temperature: T.
+    """
+    positives = key_cells.gather(1, matches[:, :, None].expand(-1, -1, key_cells.shape[2]))  # (N, S, C)
+    return info_nce(query_cells.flatten(0, 1), positives.flatten(0, 1), negatives, temperature)
+
+
+@torch.no_grad()
+def most_similar_cells(query_features: Tensor, key_features: Tensor) -> Tensor:
+    """For each cell of each query, the most similar cell of its own key, (N, S): the correspondence of DenseCL, section 3.
+
+    Args:
+        query_features, key_features: the backbone's features of the cells, (N, S, D) each, unit norm.
+    """
+    with torch.autocast(query_features.device.type, enabled=False):
+        similarities = query_features.float() @ key_features.float().transpose(1, 2)  # (N, S, S)
+        return similarities.argmax(dim=2)

@@ -1,33 +1,49 @@
-"""The encoder: backbone and projector. Letters: N batch, D feature width, C embedding width, H W pixels."""
+"""The encoder: backbone and heads. Letters: N batch, D feature width, C embedding width, H W pixels."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from moco.models.heads import Cells
 
 
-def build_projector(head: str, feature_dim: int, embedding_dim: int, hidden_dim: int | None = None) -> nn.Module:
-    """The head that maps features (N, D) to embeddings (N, C), not normalised.
+class Encoded(NamedTuple):
+    """What the loss needs of a batch of views."""
 
-    Args:
-        head: ``linear`` is MoCo v1's (arXiv 1911.05722); ``mlp`` is v2's linear-ReLU-linear (arXiv 2003.04297).
-        hidden_dim: width inside the mlp; None is `feature_dim`, which gives v2's 2048 on ResNet-50.
-    """
-    if head == "linear":
-        return nn.Linear(feature_dim, embedding_dim)
-    hidden_dim = hidden_dim or feature_dim
-    return nn.Sequential(
-        nn.Linear(feature_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, embedding_dim)
-    )
+    embedding: Tensor
+    """(N, C)."""
+    cells: Cells | None = None
+    """The same views cell by cell, where the encoder has a dense projector."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Encoded":
+        """`function` of every tensor."""
+        return Encoded(function(self.embedding), self.cells and Cells(*map(function, self.cells)))
 
 
 class Encoder(nn.Module):
-    """A backbone and the projector on top of it: images (N, 3, H, W) to embeddings (N, C), not normalised."""
+    """A backbone and the projector on top of it: images (N, 3, H, W) to embeddings (N, C), not normalised.
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+    Args:
+        dense_projector: makes `Cells` of the backbone's last map, beside the projector.
+    """
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module, dense_projector: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = projector
+        self.dense_projector = dense_projector
 
     def forward(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))
+
+    def embed(self, images: Tensor) -> Encoded:
+        """What the loss looks at, from one pass through the backbone; nothing is normalised."""
+        if self.dense_projector is None:
+            return Encoded(self(images))
+        feature_map = self.backbone.feature_maps(images)[-1]  # type: ignore[operator]  # (N, D, cells, cells)
+        return Encoded(self.projector(feature_map.mean(dim=(2, 3))), self.dense_projector(feature_map))
 
     def encode(self, images: Tensor, feature: str = "backbone") -> Tensor:
         """What evaluation looks at, not normalised.
@@ -37,3 +53,10 @@ class Encoder(nn.Module):
             feature: ``backbone`` for the backbone's feature (N, D), ``embedding`` for the projector's output (N, C).
         """
         return self.backbone(images) if feature == "backbone" else self(images)
+
+
+def switch_off_stochastic_depth(module: nn.Module) -> None:
+    """Let every picture go through every block, in training too, in place."""
+    for layer in module.modules():
+        if isinstance(layer, StochasticDepth):
+            layer.p = 0.0

@@ -15,8 +15,9 @@ def all_gather(tensor: Tensor) -> Tensor:
     """The rows of every process in rank order: (N, ...) to (N * world size, ...); no gradient."""
     if world_size() == 1:
         return tensor
+    tensor = tensor.contiguous()  # NCCL takes no other strides, and empty_like would repeat them
     gathered = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(gathered, tensor.contiguous())
+    dist.all_gather(gathered, tensor)
     return torch.cat(gathered)
 
 

@@ -1,7 +1,7 @@
 """Optimizers, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,11 +9,60 @@ from torch import nn
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], *, name: str, lr: float, sgd_momentum: float, weight_decay: float, **_: Any
+    module: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    decay_all: bool = True,
+    sgd_momentum: float = 0.9,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    **_: Any,
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` over `parameters`, all of them decayed; the schedule's fields are not its business."""
+    """The optimizer `name` over the parameters of `module` that are trained; the schedule's fields are not its business.
+
+    Args:
+        decay_all: False spares norms, biases and what the module asks to be spared, see `without_decay`.
+    """
+    spared = set() if decay_all else without_decay(module)
+    decayed_group: dict[str, Any] = {"params": []}
+    spared_group: dict[str, Any] = {"params": [], "weight_decay": 0.0}
+    for path, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (spared_group if path in spared else decayed_group)["params"].append(parameter)
+    groups = [group for group in (decayed_group, spared_group) if group["params"]]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
     assert name == "sgd", name  # the schema has no other
-    return torch.optim.SGD(parameters, lr=lr, momentum=sgd_momentum, weight_decay=weight_decay)
+    return torch.optim.SGD(groups, lr=lr, momentum=sgd_momentum, weight_decay=weight_decay)
+
+
+def without_decay(module: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay is not for.
+
+    Those of at most one dimension (norms, biases), and those whose name inside a submodule contains one of that submodule's
+    ``no_weight_decay_keywords``.
+    """
+    spared = {path for path, parameter in module.named_parameters() if parameter.ndim <= 1}
+    for prefix, layer in module.named_modules():
+        for keyword in getattr(layer, "no_weight_decay_keywords", ()):
+            spared |= {f"{prefix}.{path}".lstrip(".") for path, _ in layer.named_parameters() if keyword in path}
+    return spared
+
+
+def scaled_to_batch(optimizer: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """The fields of ``OptimizerConfig`` with its learning rates for `batch_size` images per optimizer step.
+
+    They grow in proportion to the batch (arXiv 1706.02677) from what they are at ``lr_for_batch_size``; if that is None,
+    they stay.
+    """
+    if optimizer["lr_for_batch_size"] is None:
+        return optimizer
+    scale = batch_size / optimizer["lr_for_batch_size"]
+    rates = {name: optimizer[name] * scale for name in ("lr", "warmup_start_lr", "final_lr")}
+    return optimizer | rates | {"lr_for_batch_size": None}
 
 
 def learning_rate_at(
@@ -28,18 +77,21 @@ def learning_rate_at(
     milestones: Sequence[int] = (),
     step_factor: float = 0.1,
     warmup_epochs: float = 0,
+    warmup_start_lr: float = 0,
+    final_lr: float = 0,
     **_: Any,
 ) -> float:
     """The learning rate of optimizer step `step` of `num_steps`, counted from 0.
 
-    After a linear warm-up from 0 over `warmup_epochs`:
+    After a linear warm-up from `warmup_start_lr` over `warmup_epochs`:
     ``constant`` is `lr`; ``step`` multiplies it by `step_factor` at each of `milestones` (epochs);
-    ``cosine`` is lr * (1 + cos(pi * t)) / 2, where t runs from 0 at the end of the warm-up to 1 after the last step.
+    ``cosine`` is final_lr + (lr - final_lr) * (1 + cos(pi * t)) / 2, where t runs from 0 at the end of the warm-up to 1
+    after the last step.
     With `schedule_interval` ``epoch`` the schedule sees whole epochs only, plus `schedule_offset_epochs`.
     """
     warmup_steps = warmup_epochs * steps_per_epoch
     if step < warmup_steps:
-        return lr * step / warmup_steps
+        return warmup_start_lr + (lr - warmup_start_lr) * step / warmup_steps
     position = float(step)
     if schedule_interval == "epoch":
         position = (step // steps_per_epoch + schedule_offset_epochs) * steps_per_epoch
@@ -48,4 +100,4 @@ def learning_rate_at(
     if schedule == "step":
         return lr * step_factor ** sum(position >= milestone * steps_per_epoch for milestone in milestones)
     progress = (position - warmup_steps) / max(num_steps - warmup_steps, 1)
-    return lr * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
+    return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
