@@ -12,6 +12,7 @@ from torchvision.models import get_model, swin_transformer
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.models.swin import Swin, rewindow, suggest_window
+from moco.models.weights import to_torchvision
 
 
 def small(version=2, **settings):
@@ -194,9 +195,13 @@ def test_each_stage_can_have_a_window_of_its_own():
 
 def test_torchvision_weights_of_another_window_are_not_stretched_in_silence():
     theirs = torchvisions(8).state_dict()
-    with pytest.raises(InputError, match="trained with windows of 8 x 8, which pretrained_window_size=7 would stretch"):
+    with pytest.raises(InputError, match="pretrained with windows of 8 x 8 cells, and pretrained_window_size=7 would stretch"):
         small(window_size=7).load_state_dict(theirs)
     small(window_size=7, pretrained_window_size=8).load_state_dict(theirs)
+    widened = to_torchvision(rewindow(small(window_size=4), 8))
+    with pytest.raises(InputError, match="pretrained with windows of 4 x 4 cells, and pretrained_window_size=8 would"):
+        small(window_size=8).load_state_dict(widened)
+    small(window_size=8, pretrained_window_size=4).load_state_dict(widened)
 
 
 @pytest.mark.parametrize(

@@ -384,10 +384,28 @@ class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttention
         """
         coordinates = state_dict.pop(prefix + "relative_coords_table", None)
         if coordinates is not None:
-            there = tuple((side + 1) // 2 for side in coordinates.shape[-3:-1])
-            if there != tuple(self.pretrained_window_size):
-                raise InputError(
-                    f"the weights were trained with windows of {there[0]} x {there[1]}, which pretrained_window_size="
-                    f"{self.pretrained_window_size[0]} would stretch; set pretrained_window_size={there[0]}"
-                )
+            check_pretrained_window(coordinates, self.pretrained_window_size)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def pretrained_window_of(coordinates: Tensor) -> Size | None:
+    """The window that normalises a table of log coordinates (1, 2 window_h - 1, 2 window_w - 1, 2), as torchvision saves it.
+
+    It shows in the offset of one cell. None for windows of a single cell, which have no other offset.
+    """
+    middle = [(side - 1) // 2 for side in coordinates.shape[1:3]]
+    if 0 in middle:
+        return None
+    one_cell = coordinates[0, middle[0] + 1, middle[1] + 1].double()
+    down, right = (8 / (2 ** (3 * one_cell) - 1) + 1).round().int().tolist()
+    return down, right
+
+
+def check_pretrained_window(coordinates: Tensor, pretrained: Size) -> None:
+    """Raises InputError if a saved table of log coordinates is of weights that were pretrained with another window."""
+    there = pretrained_window_of(coordinates)
+    if there is not None and there != pretrained:
+        raise InputError(
+            f"the weights were pretrained with windows of {there[0]} x {there[1]} cells, and pretrained_window_size="
+            f"{pretrained[0]} would stretch their position biases; set pretrained_window_size={there[0]}"
+        )

@@ -1,0 +1,244 @@
+"""Write a backbone's weights for other libraries.
+
+``python -m moco.export checkpoint=PATH format=torchvision|timm|safetensors output=FILE``
+"""
+
+import dataclasses
+import errno
+import io
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moco.config import ExportConfig
+from moco.errors import InputError, RunError
+from moco.launch import launch, save_config
+from moco.methods.pretrained import load_encoder
+
+if TYPE_CHECKING:
+    from moco.models.swin import Swin
+
+ENDINGS = {
+    "safetensors": (".safetensors",),
+    "timm": (".pt", ".pth", ".safetensors"),
+    "torchvision": (".pt", ".pth", ".safetensors"),
+}
+TORCHVISION_WINDOWS = {1: 7, 2: 8}  # of torchvision's builders, by version of Swin; they take no other
+
+
+def run(config: ExportConfig, folder: Path) -> None:
+    """Write the file; print what is in it and the lines that load it. `folder` keeps a record of the config.
+
+    Raises:
+        InputError: the checkpoint cannot be read, the library has no such model, or the file cannot be written.
+        RunError: the disk is full.
+    """
+    from rich.console import Console
+
+    from moco.models.swin import rewindow
+    from moco.training.checkpoints import read_checkpoint
+    from moco.training.progress import print_table
+    from moco.training.run_folder import claimed
+
+    output = Path(config.output)
+    check_output(output, config.format)
+    checkpoint = read_checkpoint(config.checkpoint)
+    backbone: Any = load_encoder(checkpoint, config.encoder, config.checkpoint).backbone
+    built_with = checkpoint["hyper_parameters"]["backbone"]
+    image_size = checkpoint["config"]["data"]["image_size"]
+    if config.backbone.window_size is not None:
+        before: Any = getattr(backbone, "window_size", None)
+        rewindow(backbone, config.backbone.window_size)  # refuses a backbone without windows
+        image_size = round(image_size * backbone.window_size[0] / before[0])
+    image_size = config.image_size or image_size
+    about = {
+        "image_size": image_size,
+        "mean": checkpoint["config"]["augmentation"]["mean"],
+        "std": checkpoint["config"]["augmentation"]["std"],
+        "encoder": config.encoder,
+        "epoch": checkpoint["figures"].get("epoch", 0),
+        "step": int(checkpoint["global_step"]),
+        "checkpoint": config.checkpoint,
+    }
+    write(output, content_of(config.format, output, backbone, built_with, about))
+    with claimed(folder, dataclasses.asdict(config)):
+        save_config(folder)
+
+    console = Console()
+    print_table(console, f"Exported for {config.format}", rows(backbone, built_with, about))
+    print_plain(console, f"written to {os.path.relpath(output)}; to load it:")
+    for line in loading_lines(config.format, output, backbone, built_with, image_size):
+        print_plain(console, f"    {line}")
+    if note := deviation(config.format, backbone, image_size):
+        print_plain(console, f"note: {note}")
+
+
+def check_output(output: Path, file_format: str) -> None:
+    """Raises InputError if the output's name is not that of a file of the format."""
+    if output.is_dir():
+        raise InputError(f"output={output}: a folder; expected the name of a file")
+    if output.suffix not in (endings := ENDINGS[file_format]):
+        raise InputError(
+            f"output={output}: unknown ending '{output.suffix}' of a file for format={file_format} "
+            f"(choices: {', '.join(endings)})"
+        )
+
+
+def content_of(
+    file_format: str, output: Path, backbone: Any, built_with: dict[str, Any], about: dict[str, Any]
+) -> bytes:
+    """The file's content.
+
+    Raises:
+        InputError: the library has no such model, or safetensors is needed and not installed.
+    """
+    import torch
+
+    from moco.models.weights import as_safetensors, counterpart, to_timm, to_torchvision, write_backbone
+
+    if file_format == "safetensors":
+        return write_backbone(backbone, built_with, about)
+    counterpart(built_with, file_format)
+    weights = to_torchvision(backbone) if file_format == "torchvision" else to_timm(backbone, about["image_size"])
+    if output.suffix == ".safetensors":
+        return as_safetensors(weights)
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    return buffer.getvalue()
+
+
+def write(output: Path, content: bytes) -> None:
+    """Put the file in place, whole or not at all.
+
+    Raises:
+        InputError: no file can be written there.
+        RunError: the disk is full.
+    """
+    from moco.training.run_folder import write_atomically
+
+    try:
+        write_atomically(output, lambda file: file.write(content))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(f"output={output}: {error.strerror}") from error
+        raise InputError(f"output={output}: cannot be written ({error.strerror})") from error
+
+
+def rows(backbone: Any, built_with: dict[str, Any], about: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is in the file, for the table."""
+    from moco.models.weights import settings_of
+
+    settings = settings_of(backbone, built_with)
+    name = settings.pop("name")
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    return [
+        ("backbone", ", ".join([name, *(f"{key} {value}" for key, value in settings.items())])),
+        ("parameters", f"{parameters:,}"),
+        ("encoder", f"{about['encoder']}, epoch {about['epoch']}, step {about['step']}"),
+        ("checkpoint", about["checkpoint"]),
+        ("feature_dim", str(backbone.feature_dim)),
+        ("image_size", f"{about['image_size']} px"),
+        ("mean, std", f"{about['mean']}, {about['std']} of pixels in 0..1"),
+    ]
+
+
+def loading_lines(
+    file_format: str, output: Path, backbone: Any, built_with: dict[str, Any], image_size: int
+) -> list[str]:
+    """Python that loads the file into a model of the library without classifier, or into ours."""
+    from moco.models.swin import Swin
+    from moco.models.weights import counterpart
+
+    path = json.dumps(str(output))
+    if file_format == "safetensors":
+        return ["from moco.models.weights import read_backbone", f"model, about = read_backbone({path})"]
+    name = counterpart(built_with, file_format)
+    if output.suffix == ".safetensors":
+        reading, weights = ["from safetensors.torch import load_file"], f"load_file({path})"
+    else:
+        reading, weights = [], f"torch.load({path}, weights_only=True)"
+    if file_format == "timm":
+        windows = timm_windows(backbone, image_size) if isinstance(backbone, Swin) else ""
+        model = ["import timm, torch", f'model = timm.create_model("{name}", num_classes=0{windows})']
+    else:
+        head = "head" if isinstance(backbone, Swin) else "fc"
+        model = [*torchvision_model(name, backbone), f"model.{head} = torch.nn.Identity()"]
+    return [*reading, *model, f"model.load_state_dict({weights}, strict=True)"]
+
+
+def timm_windows(backbone: "Swin", image_size: int) -> str:
+    """The arguments of timm's constructor for the images, the windows and what normalises the coordinates of V2."""
+    from moco.models.weights import one_or_each
+
+    arguments = f", img_size={image_size}, window_size={one_or_each(backbone.window_size)}"
+    if backbone.version == 2:
+        arguments += f", pretrained_window_sizes={list(backbone.pretrained_window_size)}"
+    return arguments
+
+
+def torchvision_model(name: str, backbone: Any) -> list[str]:
+    """Lines that build torchvision's model: by its name, or by its class where the window is not the name's."""
+    from moco.models.swin import Swin
+
+    if not isinstance(backbone, Swin) or backbone.window_size[0] == TORCHVISION_WINDOWS[backbone.version]:
+        return ["import torch, torchvision", f"model = torchvision.models.{name}()"]
+    block, merging = (
+        ("SwinTransformerBlock", "PatchMerging")
+        if backbone.version == 1
+        else ("SwinTransformerBlockV2", "PatchMergingV2")
+    )
+    stages: list[Any] = list(backbone.stages())
+    return [
+        "import torch",
+        "from torchvision.models import swin_transformer",
+        "model = swin_transformer.SwinTransformer(",
+        f"    patch_size={[backbone.patch_size] * 2},",
+        f"    embed_dim={backbone.feature_map_dims[0]},",
+        f"    depths={[len(blocks) for blocks in stages]},",
+        f"    num_heads={[blocks[0].attn.num_heads for blocks in stages]},",
+        f"    window_size={[backbone.window_size[0]] * 2},",
+        f"    block=swin_transformer.{block},",
+        f"    downsample_layer=swin_transformer.{merging},",
+        ")",
+    ]
+
+
+def deviation(file_format: str, backbone: Any, image_size: int) -> str | None:
+    """Why the library's outputs differ from ours for images of this size, if they do.
+
+    Both pad a map to whole windows and let the padding take part in attention; timm cuts a window down to a smaller map, as
+    we do, torchvision pads the map. Both leave the last pixels out where a patch is incomplete.
+    """
+    from moco.models.swin import Swin
+    from moco.models.weights import map_sides
+
+    if file_format == "safetensors" or not isinstance(backbone, Swin):
+        return None
+    padded = []
+    for side, window in zip(map_sides(backbone, image_size), backbone.window_size, strict=True):
+        cells = min(side, window) if file_format == "timm" else window
+        if side % cells:
+            padded.append(f"{side} to {-(-side // cells) * cells}")
+    if padded:
+        return (
+            f"for {image_size} px {file_format} pads maps ({', '.join(padded)} cells) and lets the padding take part in "
+            "attention: its outputs differ there from this project's"
+        )
+    if image_size % backbone.patch_size and backbone.partial_patches == "complete":
+        return f"of {image_size} px {file_format} leaves the last {image_size % backbone.patch_size} out: its outputs differ"
+    return None
+
+
+def print_plain(console: Any, line: str) -> None:
+    """A line that can be copied: not folded, its brackets no markup."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def main() -> None:
+    """Entry point of ``moco-export``."""
+    launch(run, ExportConfig, "export")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""A backbone's weights under the names of torchvision and timm, and back; and a file of our own that describes itself.
+
+A backbone has no classifier. Its weights load with ``strict=True`` into the library's model without one:
+
+    model = torchvision.models.resnet50()
+    model.fc = torch.nn.Identity()  # Swin: model.head
+
+    model = timm.create_model("resnet50", num_classes=0)
+
+`moco.export` prints the lines for a certain file, the arguments for the backbone's windows included.
+
+Letters: L cells of a window.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco.errors import InputError
+from moco.models.backbones import build_backbone
+from moco.models.swin import Swin
+from moco.models.window_attention import (
+    Size,
+    WindowAttention,
+    WindowAttentionV2,
+    check_pretrained_window,
+    relative_positions,
+)
+
+Weights = dict[str, Tensor]
+
+# torchvision's names are ours.
+TIMM_MODELS = {
+    **{name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2")},
+    "swin_t": "swin_tiny_patch4_window7_224",
+    "swin_s": "swin_small_patch4_window7_224",
+    "swin_b": "swin_base_patch4_window7_224",
+    "swin_v2_t": "swinv2_tiny_window8_256",
+    "swin_v2_s": "swinv2_small_window8_256",
+    "swin_v2_b": "swinv2_base_window8_256",
+}
+CLASSIFIERS = ("fc.", "head.")
+INDEX, COORDINATES = "relative_position_index", "relative_coords_table"
+
+
+def counterpart(settings: dict[str, Any], library: str) -> str:
+    """The name of the model of ``torchvision`` or ``timm`` that takes the weights of a backbone of these settings.
+
+    Raises:
+        InputError: the library has no such model.
+    """
+    name = settings["name"]
+    if name not in TIMM_MODELS or settings.get("stem") == "cifar":
+        model = f"{name} with stem=cifar" if name in TIMM_MODELS else name
+        raise InputError(
+            f"format={library}: {library} has no {model}; format=safetensors keeps the names of this project"
+        )
+    return TIMM_MODELS[name] if library == "timm" else name
+
+
+def to_torchvision(backbone: nn.Module) -> Weights:
+    """The state dict that torchvision's model of the same architecture and window loads.
+
+    The names are ours; torchvision's Swin also saves which offset each pair of cells has, and V2 the coordinates of the
+    offsets. Those are normalised by the pretraining window, which torchvision does not know of: with them its model keeps
+    the learned biases in other windows too, where its own would stretch them.
+
+    Raises:
+        InputError: a window that differs between the stages, which torchvision's models cannot have.
+    """
+    weights = dict(backbone.state_dict())
+    if isinstance(backbone, Swin) and len(set(backbone.window_size)) > 1:
+        raise InputError(
+            f"backbone.window_size={list(backbone.window_size)}: torchvision's models have one window for all stages; "
+            "format=timm and format=safetensors take one for each"
+        )
+    for name, attention in backbone.named_modules():
+        if isinstance(attention, WindowAttention):
+            window = attention.window_size
+            index = relative_positions(window, torch.device("cpu"))  # (L, L), shared by all blocks
+            weights[f"{name}.{INDEX}"] = index.flatten().clone()
+        if isinstance(attention, WindowAttentionV2):
+            weights[f"{name}.{COORDINATES}"] = saved_coordinates(window, attention.pretrained_window_size)
+    return weights
+
+
+def saved_coordinates(window: Size, pretrained: Size) -> Tensor:
+    """The table of log coordinates that torchvision saves, to the bit if the windows are the same.
+
+    (1, 2 window_h - 1, 2 window_w - 1, 2) float32; `moco.models.window_attention.log_coordinates` in torchvision's
+    precision and order of operations.
+    """
+    axes = [torch.arange(1 - cells, cells, dtype=torch.float32) for cells in window]
+    table = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+    table = table / torch.tensor([max(cells - 1, 1) for cells in pretrained]) * 8
+    return (table.sign() * torch.log2(table.abs() + 1) / 3)[None]
+
+
+def from_torchvision(weights: Weights, backbone: nn.Module) -> Weights:
+    """The state dict that `backbone` loads, of one of torchvision's; undo of `to_torchvision`.
+
+    Raises:
+        InputError: the weights were pretrained with another window than the backbone assumes (Swin V2).
+    """
+    for name, attention in backbone.named_modules():
+        coordinates = weights.get(f"{name}.{COORDINATES}")
+        if coordinates is not None and isinstance(attention, WindowAttentionV2):
+            check_pretrained_window(coordinates, attention.pretrained_window_size)
+    tables = (f".{INDEX}", f".{COORDINATES}")
+    return {name: x for name, x in weights.items() if not name.startswith(CLASSIFIERS) and not name.endswith(tables)}
+
+
+def to_timm(backbone: nn.Module, image_size: int | None = None) -> Weights:
+    """The state dict that timm's model of the same architecture and windows loads.
+
+    timm's Swin V2 has no bias for keys, which ours does not use, and computes coordinates from its constructor's
+    ``pretrained_window_sizes``.
+
+    Args:
+        image_size: px; timm's ``img_size``. Where a map is smaller than its window timm's Swin V1 has the middle of the
+            table of position biases only. None: nowhere.
+    """
+    weights = {}
+    for name, tensor in backbone.state_dict().items():
+        theirs = timm_name(name)
+        if isinstance(backbone, Swin) and backbone.version == 2 and name.endswith(".qkv.bias"):
+            query, _, value = tensor.chunk(3)
+            weights[theirs.replace("qkv.bias", "q_bias")] = query.clone()  # a view would take the whole along
+            weights[theirs.replace("qkv.bias", "v_bias")] = value.clone()
+        else:
+            weights[theirs] = tensor
+    if image_size and isinstance(backbone, Swin) and backbone.version == 1:
+        stages: list[Any] = list(backbone.stages())
+        for stage, side in enumerate(map_sides(backbone, image_size)):
+            window = min(backbone.window_size[stage], side)
+            for place, block in enumerate(stages[stage]):
+                table = block.attn.bias_table((window, window)).detach().clone()
+                weights[f"layers.{stage}.blocks.{place}.attn.relative_position_bias_table"] = table
+    return weights
+
+
+def from_timm(weights: Weights, backbone: nn.Module) -> Weights:
+    """The state dict that `backbone` loads, of one of timm's; undo of `to_timm` without clipped tables.
+
+    Nothing in timm's weights tells the window that they were pretrained with: the backbone's has to be right.
+    """
+    ours = {timm_name(name): name for name in backbone.state_dict()}
+    renamed = {}
+    for name, tensor in weights.items():
+        if name.endswith(".q_bias"):
+            value = weights[name.replace("q_bias", "v_bias")]
+            joined = torch.cat([tensor, torch.zeros_like(tensor), value])
+            renamed[ours[name.replace("q_bias", "qkv.bias")]] = joined
+        elif not name.startswith(CLASSIFIERS) and not name.endswith(".v_bias"):
+            renamed[ours.get(name, name)] = tensor
+    return renamed
+
+
+def timm_name(name: str) -> str:
+    """The name in timm of one of our tensors; the ResNets' are the same.
+
+    torchvision numbers patches, stages and mergings through; timm counts a merging to the stage that it leads to.
+    """
+    found = re.match(r"features\.(\d)\.(?:(\d+)\.)?(.+)", name)
+    if not found:
+        return name
+    place, block, rest = int(found[1]), found[2], found[3]
+    if place == 0:
+        return f"patch_embed.{'proj' if block == '0' else 'norm'}.{rest}"
+    if place % 2 == 0:
+        return f"layers.{place // 2}.downsample.{rest}"
+    rest = re.sub(r"^mlp\.0\.", "mlp.fc1.", rest)
+    rest = re.sub(r"^mlp\.3\.", "mlp.fc2.", rest)
+    return f"layers.{place // 2}.blocks.{block}.{rest}"
+
+
+def map_sides(backbone: Swin, image_size: int) -> list[int]:
+    """Side of the four stages' maps, cells, in torchvision and timm: they drop the last pixels if a patch is incomplete."""
+    sides = [image_size // backbone.patch_size]
+    for _ in range(3):
+        sides.append(-(-sides[-1] // 2))
+    return sides
+
+
+def settings_of(backbone: nn.Module, built_with: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with which `build_backbone` makes a backbone of the same windows.
+
+    Args:
+        built_with: those it was made with; its windows may have been changed since.
+    """
+    settings = {key: value for key, value in built_with.items() if value is not None}
+    if isinstance(backbone, Swin):
+        settings["window_size"] = one_or_each(backbone.window_size)
+        if backbone.version == 2:
+            settings["pretrained_window_size"] = one_or_each(backbone.pretrained_window_size)
+    return settings
+
+
+def one_or_each(windows: Sequence[int]) -> int | list[int]:
+    """The stages' windows as one writes them: one number if they are the same."""
+    return windows[0] if len(set(windows)) == 1 else list(windows)
+
+
+def write_backbone(backbone: nn.Module, settings: dict[str, Any], about: dict[str, Any]) -> bytes:
+    """The content of a safetensors file that `read_backbone` rebuilds the backbone from.
+
+    Args:
+        settings: the arguments of `build_backbone` that the backbone was made with.
+        about: plain data to keep beside the weights. All of it, and the settings, is in the file's metadata, which holds
+            strings: each value is JSON.
+
+    Raises:
+        InputError: safetensors is not installed.
+    """
+    metadata = {"backbone": settings_of(backbone, settings), **about}
+    return as_safetensors(dict(backbone.state_dict()), {key: json.dumps(value) for key, value in metadata.items()})
+
+
+def as_safetensors(weights: Weights, metadata: dict[str, str] | None = None) -> bytes:
+    """The content of a safetensors file.
+
+    Raises:
+        InputError: safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise InputError("safetensors is not installed: pip install moco-ssl[export]") from error
+    return save(weights, {"format": "pt", **(metadata or {})})  # "pt" is what other readers of the format look for
+
+
+def read_backbone(path: str | Path) -> tuple[Any, dict[str, Any]]:
+    """The backbone of a file that ``moco.export format=safetensors`` wrote, in eval mode, and what the file says of it.
+
+    Raises:
+        InputError: no such file, damaged, written by something else, or safetensors is not installed.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise InputError("safetensors is not installed: pip install moco-ssl[export]") from error
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged, or no safetensors file ({error})") from error
+    if "backbone" not in metadata:
+        raise InputError(f"{path}: not written by moco.export format=safetensors (its metadata name no backbone)")
+    about = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+    backbone = build_backbone(**about["backbone"])
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{path}: the weights do not fit the backbone that its metadata describe ({error})") from error
+    return backbone.eval(), about
