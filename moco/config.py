@@ -28,11 +28,12 @@ def setting(
     *,
     above: float | None = None,
     at_least: float | None = None,
+    below: float | None = None,
     at_most: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
     """A dataclass field whose value `parse` holds to a range or a list of choices."""
-    limits = {"above": above, "at_least": at_least, "at_most": at_most, "choices": choices}
+    limits = {"above": above, "at_least": at_least, "below": below, "at_most": at_most, "choices": choices}
     return field(default=default, metadata={name: limit for name, limit in limits.items() if limit is not None})
 
 
@@ -57,15 +58,39 @@ class BackboneConfig:
 
 
 @dataclass
-class MethodConfig:
-    head: str = setting("mlp", choices=("linear", "mlp"))
-    """Projector: one linear layer (v1), or linear-ReLU-linear without normalisation (v2)."""
+class ProjectorConfig:
+    """Linear layers with ReLU between them: see ``moco.models.heads`` for the published ones."""
+
+    num_layers: int = setting(2, at_least=1)
+    """1 is MoCo v1's head, 2 is v2's."""
     hidden_dim: Optional[int] = setting(None, at_least=1)
-    """Width between the two layers of the mlp head; null is the backbone's feature_dim."""
+    """Width between the layers; null is the input's."""
+    hidden_batch_norm: bool = False
+    """BatchNorm before every ReLU."""
+    last_batch_norm: bool = False
+    """BatchNorm without scale and shift at the end."""
+    bias: bool = True
+    """Of the linear layers."""
+
+
+@dataclass
+class PredictorConfig(ProjectorConfig):
+    num_layers: int = setting(0, at_least=0)
+    """0 is no predictor."""
+
+
+@dataclass
+class MethodConfig:
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    """From the backbone's feature to the embedding, in both encoders."""
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    """From embedding to embedding, of queries only."""
     embedding_dim: int = setting(128, at_least=2)
     """C, the projector's output width."""
     queue_size: int = setting(65536, at_least=1)
     """K, the number of negative keys."""
+    num_queues: int = setting(1, at_least=1, at_most=2)
+    """1: all keys go to one queue; 2: one of queue_size for each view's keys, which needs the symmetric loss."""
     queue_start: str = setting("random", choices=("random", "empty"))
     """random: K random unit vectors, as published; empty: only the keys seen so far count as negatives."""
     temperature: float = setting(0.2, above=0)
@@ -83,16 +108,32 @@ class MethodConfig:
     """How BatchNorm is kept from telling a query which key is its own: see ``moco.methods.batch_norm``."""
     batch_norm_splits: int = setting(8, at_least=2)
     """Groups of the split mode; the paper's eight GPUs."""
+    dense_weight: float = setting(0.0, at_least=0, at_most=1)
+    """w of DenseCL: the loss is (1 - w) times MoCo's plus w times the dense term; 0 leaves it out. Its logits take
+    batch x dense_grid^2 x queue_size x 4 bytes."""
+    dense_grid: int = setting(7, at_least=1)
+    """Side of the grid that the dense term pools the backbone's last map to, cells; a smaller map stays as it is."""
 
 
 @dataclass
 class OptimizerConfig:
-    name: str = setting("sgd", choices=("sgd",))
+    name: str = setting("sgd", choices=("adamw", "sgd"))
     lr: float = setting(0.03, above=0)
-    """Learning rate of the first step after warm-up, for data.batch_size as it is (no scaling)."""
+    """Learning rate of the first step after warm-up."""
+    lr_for_batch_size: Optional[int] = setting(None, at_least=1)
+    """The batch size that lr, warmup_start_lr and final_lr are meant for; they are scaled in proportion to
+    data.batch_size. Null: they are used as they are."""
     sgd_momentum: float = setting(0.9, at_least=0, at_most=1)
+    beta1: float = setting(0.9, at_least=0, below=1)
+    """AdamW's decay of the mean gradient."""
+    beta2: float = setting(0.999, at_least=0, below=1)
+    """AdamW's decay of the mean square gradient."""
+    eps: float = setting(1e-8, above=0)
+    """AdamW's addend to the root of the mean square gradient."""
     weight_decay: float = setting(1e-4, at_least=0)
-    """On all parameters, biases and normalisation included, as in the official code."""
+    decay_all: bool = True
+    """Weight decay on all parameters, as in the official MoCo code; false spares biases, norms and what the backbone
+    names in no_weight_decay_keywords."""
     schedule: str = setting("cosine", choices=("constant", "cosine", "step"))
     schedule_interval: str = setting("step", choices=("epoch", "step"))
     """How often the schedule moves; the official MoCo code moves it once per epoch."""
@@ -102,7 +143,10 @@ class OptimizerConfig:
     """Epochs at which the step schedule multiplies the learning rate by step_factor."""
     step_factor: float = setting(0.1, above=0, at_most=1)
     warmup_epochs: float = setting(0, at_least=0)
-    """Linear from 0, moved every step."""
+    """Linear from warmup_start_lr to lr, moved every step."""
+    warmup_start_lr: float = setting(0.0, at_least=0)
+    final_lr: float = setting(0.0, at_least=0)
+    """Where the cosine ends, after the last step."""
 
 
 @dataclass
@@ -222,6 +266,14 @@ class EvaluateDataConfig:
 
 
 @dataclass
+class PretrainedBackboneConfig:
+    """What may change in the backbone of a checkpoint."""
+
+    window_size: Any = None
+    """Swin: side of the attention windows, cells; one number, or a list with one for each stage. Null: the checkpoint's."""
+
+
+@dataclass
 class EvaluateConfig:
     checkpoint: str = MISSING
     """A file that training wrote: ``checkpoints/last.ckpt`` or ``best.ckpt`` of a run folder."""
@@ -230,6 +282,131 @@ class EvaluateConfig:
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu"))
     output: Optional[str] = None
     """Where the figures go as JSON; null: metrics.json in the run folder."""
+    backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
+
+
+@dataclass
+class ExportConfig:
+    checkpoint: str = MISSING
+    """A file that training wrote: ``checkpoints/last.ckpt`` or ``best.ckpt`` of a run folder."""
+    format: str = setting(choices=("safetensors", "timm", "torchvision"))
+    """Whose names the weights get: torchvision's, timm's, or our own, in a safetensors file that describes itself."""
+    output: str = MISSING
+    """A file; of torchvision's and timm's formats the ending decides: .pth or .pt by torch.save, or .safetensors."""
+    encoder: str = setting("query", choices=("key", "query"))
+    backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
+    image_size: Optional[int] = setting(None, at_least=4)
+    """Side of the images that the weights will see, px; null: the checkpoint's, in proportion to a new window."""
+
+
+@dataclass
+class SegmentBackboneConfig(BackboneConfig):
+    """With a checkpoint a null takes its value, but a frozen patch projection is set free."""
+
+    name: Optional[str] = None  # type: ignore[assignment]
+
+
+@dataclass
+class DecoderConfig:
+    name: str = setting("auto", choices=("auto", "deeplabv3", "fcn", "fpn", "linear", "unet", "upernet"))
+    """See ``moco.models.segmentation``. auto: linear on a frozen backbone, otherwise upernet."""
+    channels: Optional[int] = setting(None, at_least=4)
+    """Width of fpn, unet and upernet; null is 256."""
+
+
+@dataclass
+class SegmentDataConfig:
+    name: str = MISSING
+    """segmentation_folder or voc2012: see ``moco.data.segmentation``."""
+    root: Any = None
+    download: bool = False
+    """Fetch voc2012 if it is not under root yet."""
+    num_classes: Optional[int] = setting(None, at_least=2)
+    """C; null: as many as there are names, or else the largest number in any mask and one."""
+    class_names: Optional[list[str]] = None
+    """Null: the data set's own, or the numbers."""
+    ignore_index: int = setting(255, at_least=0)
+    """The number of pixels without a class."""
+    batch_size: int = setting(16, at_least=2)
+    """Images per optimizer step, over all accumulated batches."""
+    num_workers: int = setting(4, at_least=0)
+    """Loader processes; 0 loads in the training process. Results do not depend on it."""
+
+
+@dataclass
+class SegmentAugmentationConfig:
+    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    """Lowest and highest factor by which a picture is resized before it is cropped; uniform."""
+    horizontal_flip: float = setting(0.5, at_least=0, at_most=1)
+    """Probability."""
+    color_jitter: Optional[dict[str, Any]] = field(
+        default_factory=lambda: {
+            "brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05, "probability": 0.5
+        }
+    )  # fmt: skip
+    """As in the views of pretraining; null: none. The strengths are those of SSD (arXiv 1512.02325), which Swin uses."""
+    mean: Optional[list[float]] = None
+    """Per channel, of pixels in 0..1; null: the checkpoint's, or ImageNet's."""
+    std: Optional[list[float]] = None
+
+
+@dataclass
+class SegmentOptimizerConfig:
+    """AdamW without weight decay on norms, biases and what the backbone spares."""
+
+    lr: float = setting(1e-4, above=0)
+    """Learning rate of the decoder at the first step after warm-up."""
+    weight_decay: float = setting(0.01, at_least=0)
+    layer_decay: Optional[float] = setting(None, above=0, at_most=1)
+    """Factor from each layer's learning rate to that of the next lower one. Null: 0.9 for a pretrained Swin, else 1."""
+    schedule: str = setting("poly", choices=("cosine", "poly"))
+    power: float = setting(1.0, above=0)
+    """Of poly: lr * (1 - t)^power, t from 0 to 1."""
+    warmup_steps: Optional[int] = setting(None, at_least=0)
+    """Linear from 0. Null: a twentieth of all steps, at most 1,500."""
+
+
+@dataclass
+class SegmentEvaluationConfig:
+    every_n_epochs: int = setting(1, at_least=1)
+    batch_size: int = setting(1, at_least=1)
+    """Pictures of one size that are predicted at once."""
+    num_pictures: int = setting(4, at_least=0)
+    """So many go to TensorBoard at every measurement."""
+
+
+@dataclass
+class SegmentConfig:
+    checkpoint: Optional[str] = MISSING
+    """A file that moco.train wrote; null: train from scratch, with backbone=NAME."""
+    encoder: str = setting("query", choices=("key", "query"))
+    backbone: SegmentBackboneConfig = field(default_factory=SegmentBackboneConfig)
+    freeze_backbone: bool = False
+    """Train the decoder alone; with the linear one, what the backbone has learned is measured."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    data: SegmentDataConfig = field(default_factory=SegmentDataConfig)
+    image_size: Optional[int] = setting(None, at_least=4)
+    """Side of the crops to train on, and of sliding windows, px; null: the checkpoint's."""
+    augmentation: SegmentAugmentationConfig = field(default_factory=SegmentAugmentationConfig)
+    optimizer: SegmentOptimizerConfig = field(default_factory=SegmentOptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    inference: str = setting("whole", choices=("slide", "whole"))
+    """Of the held-out pictures. whole: as they are; slide: windows of image_size that overlap by a third."""
+    evaluation: SegmentEvaluationConfig = field(default_factory=SegmentEvaluationConfig)
+    checkpoint_every_n_epochs: int = setting(1, at_least=1)
+    seed: int = setting(0, at_least=0, at_most=2**32 - 1)
+    resume: Optional[str] = "auto"
+    """auto: go on from the run folder's last checkpoint if it has one; a path: from that file; null: start anew."""
+
+
+def check_run(resume: str | None, trainer: TrainerConfig) -> None:
+    """Raises InputError for what no training can do, whatever the data."""
+    if resume not in (None, "auto") and not Path(str(resume)).is_file():
+        raise InputError(f"resume={resume}: no such file")
+    if trainer.devices > 1:
+        raise InputError(f"trainer.devices={trainer.devices}: this version trains on one device")
+    if trainer.max_steps == 0:
+        raise InputError("trainer.max_steps=0: expected -1 for no limit, or at least 1")
 
 
 def register_schemas() -> None:
@@ -237,6 +414,8 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store("train_schema", TrainConfig)
     store.store("evaluate_schema", EvaluateConfig)
+    store.store("segment_schema", SegmentConfig)
+    store.store("export_schema", ExportConfig)
 
 
 def parse(composed: DictConfig, schema: type[T]) -> T:
@@ -279,6 +458,7 @@ def check_limits(config: Any, prefix: str = "") -> None:
         elif not (
             value > limits.get("above", -float("inf"))
             and value >= limits.get("at_least", -float("inf"))
+            and ("below" not in limits or value < limits["below"])
             and value <= limits.get("at_most", float("inf"))
         ):
             words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())

@@ -1,4 +1,8 @@
-"""Evaluate frozen features: ``python -m moco.evaluate checkpoint=PATH [data=NAME data.root=PATH]``."""
+"""Evaluate frozen features: ``python -m moco.evaluate checkpoint=PATH [data=NAME data.root=PATH]``.
+
+A Swin can look through windows of another size than in pretraining, at images of another size:
+``data.image_size=565 backbone.window_size=18``.
+"""
 
 import dataclasses
 import logging
@@ -9,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moco.config import EvaluateConfig
 from moco.errors import InputError
 from moco.launch import launch, save_config
+from moco.methods.pretrained import load_encoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,13 +29,15 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     """Measure as configured; print a table and write the figures as JSON.
 
     Raises:
-        InputError: the checkpoint cannot be read, or the data set has no labels.
+        InputError: the checkpoint cannot be read, the data set has no labels, or the backbone has no such window.
     """
     from rich.console import Console
 
     from moco.data.datasets import build_source
     from moco.evaluation.knn import knn_accuracy
     from moco.evaluation.monitor import protocol
+    from moco.models.swin import Swin, rewindow
+    from moco.models.weights import one_or_each
     from moco.training.checkpoints import read_checkpoint
     from moco.training.hardware import choose_device
     from moco.training.progress import print_table
@@ -44,6 +51,10 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     data = with_defaults(config.data, checkpoint["config"]["data"], new_data=config.data.name is not None)
     knn = with_defaults(config.evaluation, checkpoint["config"]["evaluation"])
     encoder = load_encoder(checkpoint, knn["encoder"], config.checkpoint)
+    if config.backbone.window_size is not None:
+        rewindow(encoder.backbone, config.backbone.window_size)
+    elif advice := window_advice(encoder.backbone, data["image_size"], checkpoint["config"]["data"]["image_size"]):
+        log.info(advice)
     source = build_source(data["name"], data["root"], download=data["download"], num_images=data["num_images"])
     if source.bank is None or source.queries is None:
         raise InputError(f"data={data['name']}: kNN needs labelled training and test pictures, and this set has none")
@@ -65,6 +76,8 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         "epoch": checkpoint["figures"].get("epoch", 0),
         "step": int(checkpoint["global_step"]),
     }
+    if isinstance(encoder.backbone, Swin):
+        figures["window_size"] = one_or_each(encoder.backbone.window_size)
     rows = [(key, f"{value:.4f}" if key in ("knn/top1", "knn/top5") else str(value)) for key, value in figures.items()]
     console = Console()
     print_table(console, "kNN classification of frozen features", rows)
@@ -87,21 +100,20 @@ def with_defaults(given: Any, from_checkpoint: dict[str, Any], new_data: bool = 
     }
 
 
-def load_encoder(checkpoint: dict[str, Any], which: str, path: str) -> "Encoder":
-    """The query or the key encoder of a checkpoint, in eval mode.
+def window_advice(backbone: Any, image_size: int, pretrained_image_size: int) -> str | None:
+    """A sentence on the window for images of another size than in pretraining; None where there is nothing to say."""
+    from moco.models.swin import Swin, suggest_window
 
-    Raises:
-        InputError: its weights do not fit the model that its hyperparameters describe.
-    """
-    from moco.methods.moco import MoCo
-
-    try:
-        method = MoCo(**checkpoint["hyper_parameters"])
-        method.load_state_dict(checkpoint["state_dict"])
-    except (TypeError, RuntimeError) as error:
-        raise InputError(f"checkpoint={path}: its weights do not fit its own hyperparameters ({error})") from error
-    encoder = method.query_encoder if which == "query" else method.key_encoder
-    return encoder.eval()
+    if not isinstance(backbone, Swin) or image_size == pretrained_image_size:
+        return None
+    window = backbone.window_size[0]
+    suggestion = suggest_window(image_size, window, pretrained_image_size, backbone.patch_size)
+    if suggestion.window_size == window:
+        return None
+    return (
+        f"pretrained on {pretrained_image_size} px with window {window}; {suggestion}: "
+        f"backbone.window_size={suggestion.window_size}"
+    )
 
 
 def features_of(

@@ -7,14 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import TrainConfig
-from moco.errors import InputError, Interrupted, RunError
+from moco.config import TrainConfig, check_run
+from moco.errors import InputError, Interrupted
 from moco.launch import launch, save_config
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from moco.data.datamodule import PretrainingData
+    from moco.methods.moco import MoCo
     from moco.models.encoder import Encoder
 
 log = logging.getLogger("moco.train")  # __name__ is __main__ under python -m
@@ -30,27 +31,21 @@ def run(config: TrainConfig, folder: Path) -> None:
         RunError: training failed.
         Interrupted: a signal ended it, checkpoint saved.
     """
-    if config.resume not in (None, "auto") and not Path(str(config.resume)).is_file():
-        raise InputError(f"resume={config.resume}: no such file")
-    if config.trainer.devices > 1:
-        raise InputError(f"trainer.devices={config.trainer.devices}: this version trains on one device")
-    if config.trainer.max_steps == 0:
-        raise InputError("trainer.max_steps=0: expected -1 for no limit, or at least 1")
+    check_run(config.resume, config.trainer)
     data = build_data(config)
 
     import pytorch_lightning as pl
-    import torch
     from rich.console import Console
 
     from moco.evaluation.features import EmbeddingStopped
-    from moco.methods.moco import MoCo
     from moco.training.interrupts import StopRequest
-    from moco.training.run_folder import claimed, find_checkpoint, last_good, write_json
+    from moco.training.run_folder import claimed, find_checkpoint, write_json
+    from moco.training.trainer import failures_named
 
     config.data.image_size = data.image_size
     plain = dataclasses.asdict(config)
     pl.seed_everything(config.seed, verbose=False)
-    method = MoCo(backbone=plain["backbone"], optimizer=plain["optimizer"], **plain["method"])
+    method = build_method(plain)
     check_splits(method.query_encoder, config)
     checkpoint = find_checkpoint(folder, plain, config.resume)
     if checkpoint:
@@ -64,19 +59,13 @@ def run(config: TrainConfig, folder: Path) -> None:
         with claimed(folder, plain):
             save_config(folder)
             try:
-                trainer.fit(
-                    method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
-                )
+                with failures_named(folder):
+                    trainer.fit(
+                        method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
+                    )
             except EmbeddingStopped as error:
                 assert stop.signal_number is not None
                 raise Interrupted(stop.signal_number, "before the first training step; nothing to save") from error
-            except torch.OutOfMemoryError as error:
-                raise RunError(
-                    "the GPU is out of memory; a smaller data.batch_size or more trainer.accumulate_grad_batches needs "
-                    f"less; {last_good(folder)}"
-                ) from error
-            except OSError as error:  # the disk is full or gone
-                raise RunError(f"{error}, in the run {folder}; {last_good(folder)}") from error
             write_json(folder / "metrics.json", figures)
     close(console, folder, figures, data)
 
@@ -106,16 +95,29 @@ def build_data(config: TrainConfig) -> "PretrainingData":
     )
 
 
+def build_method(plain: dict[str, Any]) -> "MoCo":
+    """The method of a config as plain data, its learning rates scaled to the batch."""
+    from moco.methods.moco import MoCo
+    from moco.training.optimizers import scaled_to_batch
+
+    batch_size, given = plain["data"]["batch_size"], plain["optimizer"]
+    optimizer = scaled_to_batch(given, batch_size)
+    if given["lr_for_batch_size"] is not None:
+        log.info(
+            "learning rate %.6g for batch %d: optimizer.lr=%.6g is meant for %d; warm-up from %.6g, end at %.6g",
+            optimizer["lr"], batch_size, given["lr"], given["lr_for_batch_size"],
+            optimizer["warmup_start_lr"], optimizer["final_lr"],
+        )  # fmt: skip
+    return MoCo(backbone=plain["backbone"], optimizer=optimizer, **plain["method"])
+
+
 def build_trainer(
     config: TrainConfig, folder: Path, plain: dict[str, Any], figures: dict[str, Any], console: Any, stop: Any
 ) -> "pl.Trainer":
-    """Lightning's Trainer with the project's callbacks; `figures` is what they report into."""
-    import pytorch_lightning as pl
-
+    """Lightning's Trainer with the callbacks of pretraining; `figures` is what they report into."""
     from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, ViewPairPicture
-    from moco.training.checkpoints import AtomicCheckpointIO, Checkpoints
-    from moco.training.hardware import choose_device, choose_precision
-    from moco.training.logger import RunLogger
+    from moco.training import trainer
+    from moco.training.checkpoints import Checkpoints
     from moco.training.progress import ProgressBar
     from moco.training.run_folder import last_good
 
@@ -136,23 +138,7 @@ def build_trainer(
         ProgressBar(figures, console),
         checkpoints,
     ]
-    settings = dataclasses.asdict(config.trainer)
-    settings["precision"] = choose_precision(settings["precision"], choose_device(settings["accelerator"]))
-    settings["benchmark"] &= not settings["deterministic"]  # cuDNN's trials choose by timing
-    trainer = pl.Trainer(
-        **settings,
-        callbacks=callbacks,
-        logger=RunLogger(folder),
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=folder,
-        use_distributed_sampler=False,  # EpochSampler shares the pictures out itself
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    # With max_steps Lightning takes an epoch that had ended before a resume for unfinished, and its data shift.
-    trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
-    return trainer
+    return trainer.build_trainer(dataclasses.asdict(config.trainer), folder, callbacks)
 
 
 def check_splits(encoder: "Encoder", config: TrainConfig) -> None:
@@ -169,17 +155,27 @@ def check_splits(encoder: "Encoder", config: TrainConfig) -> None:
 
 
 def check_resumable(path: Path, plain: dict[str, Any]) -> None:
-    """Raises InputError if the checkpoint is of another architecture than the config's; it names the keys."""
+    """Raises InputError if the checkpoint holds other tensors than the config's run has; it names the keys."""
     from moco.training.checkpoints import read_checkpoint
     from moco.training.run_folder import differences
 
-    shapes = ("head", "hidden_dim", "embedding_dim", "queue_size")
-    there, here = (
-        {"backbone": config["backbone"], "method": {key: config["method"][key] for key in shapes}}
-        for config in (read_checkpoint(path)["config"], plain)
-    )
+    there, here = (tensor_settings(config) for config in (read_checkpoint(path)["config"], plain))
     if differing := differences(there, here):
-        raise InputError(f"resume={path}: the checkpoint is of another architecture: {'; '.join(differing)}")
+        raise InputError(
+            f"resume={path}: the checkpoint is of another architecture or optimizer: {'; '.join(differing)}"
+        )
+
+
+def tensor_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide which tensors a run's checkpoint holds, and their shapes."""
+    method, optimizer = config["method"], config["optimizer"]
+    shapes = ("projector", "predictor", "embedding_dim", "queue_size", "num_queues")
+    return {
+        "backbone": config["backbone"],
+        "method": {key: method.get(key) for key in shapes}
+        | {"dense_weight": "above 0" if method.get("dense_weight") else 0},
+        "optimizer": {key: optimizer.get(key) for key in ("name", "decay_all")},
+    }
 
 
 def close(console: Any, folder: Path, figures: dict[str, Any], data: "PretrainingData") -> None:

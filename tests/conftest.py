@@ -10,7 +10,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # These start programs or train, which takes most of the suite's time: begun first, they leave no test process idle.
-LONGEST_FIRST = ("test_interrupts.py", "test_train.py", "test_resume.py")
+LONGEST_FIRST = ("test_interrupts.py", "test_train.py", "test_resume.py", "test_segment.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -82,11 +82,10 @@ class Runner:
     def method(self, config):
         import dataclasses
 
-        from moco.methods.moco import MoCo
+        from moco.train import build_method
 
-        plain = dataclasses.asdict(config)
         torch.manual_seed(config.seed)
-        return MoCo(backbone=plain["backbone"], optimizer=plain["optimizer"], **plain["method"])
+        return build_method(dataclasses.asdict(config))
 
     def fit(self, config, callbacks=(), **trainer_options):
         """The trained method."""

@@ -7,7 +7,16 @@ import yaml
 from conftest import run_program
 from hydra import compose, initialize_config_dir
 
-from moco.config import CONFIG_DIR, EvaluateConfig, TrainConfig, check_limits, keys, parse, register_schemas
+from moco.config import (
+    CONFIG_DIR,
+    EvaluateConfig,
+    SegmentConfig,
+    TrainConfig,
+    check_limits,
+    keys,
+    parse,
+    register_schemas,
+)
 from moco.errors import InputError
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
@@ -48,6 +57,10 @@ def test_every_experiment_says_its_command_cost_and_expectation(experiment):
 def test_every_option_composes_and_parses(group, option):
     from moco.data.augmentations import ViewPair
 
+    if group in ("backbone", "decoder", "trainer") or option in ("segmentation_folder", "voc2012"):
+        composed("checkpoint=null", f"{group}={option}", "data.root=y", name="segment", schema=SegmentConfig)
+    if group == "decoder":
+        return  # pretraining has none
     config = composed(f"{group}={option}", *(["data.root=somewhere"] if (group, option) != ("data", "digits") else []))
     pair = config.augmentation
     ViewPair(pair.query, pair.key, pair.mean, pair.std, 32, seed=0)
@@ -56,14 +69,16 @@ def test_every_option_composes_and_parses(group, option):
 
 
 def test_the_sweep_leaves_no_file_out():
-    assert len(OPTIONS) + len(EXPERIMENTS) + 2 == len(list(CONFIG_DIR.rglob("*.yaml")))
+    programs = list(CONFIG_DIR.glob("*.yaml"))
+    assert len(OPTIONS) + len(EXPERIMENTS) + len(programs) == len(list(CONFIG_DIR.rglob("*.yaml")))
 
 
 def test_numbers_of_the_cifar_recipe_are_the_official_notebooks():
     config = composed("+experiment=cifar10_resnet18")
     method, optimizer, knn = config.method, config.optimizer, config.evaluation
     assert (method.queue_size, method.embedding_dim, method.key_momentum, method.temperature) == (4096, 128, 0.99, 0.1)
-    assert (method.head, method.batch_norm, method.batch_norm_splits, method.symmetric) == ("linear", "split", 8, False)
+    assert (method.projector.num_layers, method.predictor.num_layers, method.num_queues) == (1, 0, 1)
+    assert (method.batch_norm, method.batch_norm_splits, method.symmetric) == ("split", 8, False)
     assert (optimizer.lr, optimizer.sgd_momentum, optimizer.weight_decay) == (0.06, 0.9, 5e-4)
     assert (optimizer.schedule, optimizer.schedule_interval, optimizer.warmup_epochs) == ("cosine", "epoch", 0)
     assert (config.data.batch_size, config.data.image_size, config.trainer.max_epochs) == (512, 32, 200)
@@ -72,6 +87,74 @@ def test_numbers_of_the_cifar_recipe_are_the_official_notebooks():
     symmetric = composed("+experiment=cifar10_resnet18_symmetric")
     assert (symmetric.method.symmetric, symmetric.method.symmetric_reduction) == (True, "sum")
     assert symmetric.optimizer == optimizer
+
+
+def test_numbers_of_the_moby_recipe_are_the_official_codes():
+    config = composed("+experiment=imagenet_moby_swin_v2_t", "data.root=x")
+    method, optimizer, augmentation = config.method, config.optimizer, config.augmentation
+    for head in (method.projector, method.predictor):
+        assert (head.num_layers, head.hidden_dim, head.hidden_batch_norm, head.last_batch_norm) == (
+            2,
+            4096,
+            True,
+            False,
+        )
+    assert (method.queue_size, method.num_queues, method.embedding_dim, method.temperature) == (4096, 2, 256, 0.2)
+    assert (method.key_momentum, method.key_momentum_schedule, method.key_momentum_end) == (0.99, "cosine", 1.0)
+    assert (method.symmetric, method.symmetric_reduction) == (True, "sum")
+    assert (optimizer.name, optimizer.lr, optimizer.lr_for_batch_size, optimizer.weight_decay) == (
+        "adamw",
+        1e-3,
+        512,
+        0.05,
+    )
+    assert (optimizer.warmup_epochs, optimizer.warmup_start_lr, optimizer.final_lr) == (5, 5e-7, 5e-6)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.decay_all) == (0.9, 0.999, 1e-8, False)
+    assert (config.data.batch_size, config.data.image_size, config.trainer.max_epochs) == (512, 224, 300)
+    assert config.trainer.gradient_clip_val == 5.0
+    assert (config.backbone.window_size, config.backbone.stochastic_depth) == (7, 0.2)
+    assert (
+        augmentation.query["random_resized_crop"]["scale"]
+        == augmentation.key["random_resized_crop"]["scale"]
+        == [0.08, 1]
+    )
+
+
+def test_densecl_is_moco_v2_with_a_dense_term():
+    densecl, v2 = (composed(f"method={name}", "data.root=x").method for name in ("densecl", "moco_v2"))
+    assert (densecl.dense_weight, densecl.dense_grid, v2.dense_weight) == (0.5, 7, 0)
+    assert dataclasses.replace(densecl, dense_weight=0) == v2
+
+
+@pytest.mark.parametrize("method", sorted(path.stem for path in (CONFIG_DIR / "method").glob("*.yaml")))
+def test_every_method_takes_the_dense_term(method):
+    import torch
+
+    from moco.train import build_method
+
+    config = composed(f"method={method}", "method.dense_weight=0.5", "backbone=resnet18", "data.root=x")
+    with torch.device("meta"):
+        built = build_method(dataclasses.asdict(config))
+    queues = ["queue", "reverse_queue"][: config.method.num_queues]
+    assert [name for name, _ in built.named_children() if name.endswith("queue")] == [
+        *queues, *(f"{name.removesuffix('queue')}dense_queue" for name in queues)
+    ]  # fmt: skip
+
+
+def test_a_scaled_learning_rate_is_said_in_one_line(caplog):
+    from moco.train import build_method
+
+    caplog.set_level("INFO")
+    small = ["backbone=resnet_tiny", "method=moby", "method.queue_size=8", "data.root=x"]
+    method = build_method(dataclasses.asdict(composed(*small, "optimizer=adamw", "data.batch_size=128")))
+    assert caplog.messages == [
+        "learning rate 0.00025 for batch 128: optimizer.lr=0.001 is meant for 512; warm-up from 1.25e-07, end at 1.25e-06"
+    ]
+    assert method.hparams["optimizer"]["lr"] == 2.5e-4
+    caplog.clear()
+    method = build_method(dataclasses.asdict(composed(*small, "data.batch_size=128")))
+    assert not caplog.messages
+    assert method.hparams["optimizer"]["lr"] == 0.03
 
 
 def test_a_key_overridden_in_the_query_view_reaches_a_key_view_that_refers_to_it():
@@ -87,6 +170,7 @@ def test_a_key_overridden_in_the_query_view_reaches_a_key_view_that_refers_to_it
         ("data.batch_size", 0, "data.batch_size=0: expected a number at least 1"),
         ("method.batch_norm", "splt", "method.batch_norm: unknown value 'splt'; did you mean 'split'?"),
         ("optimizer.lr", float("nan"), "optimizer.lr=nan: expected a number above 0"),
+        ("optimizer.beta1", 1.0, "optimizer.beta1=1.0: expected a number at least 0 and below 1"),
     ],
 )
 def test_values_out_of_range_are_named(key, value, expected):
@@ -104,15 +188,16 @@ def test_keys_are_listed_with_their_groups():
 
 # Through the real command line: exit code 2, one line on stderr, word for word (its beginning), and no run folder.
 MISTAKES = [
-    (["method.temprature=0.1"], "error: unknown key 'method.temprature'; did you mean 'method.temperature'? (keys here: method.head,"),
-    (["+method.typo=1"], "error: unknown key 'method.typo' (keys here: method.head,"),
+    (["method.temprature=0.1"], "error: unknown key 'method.temprature'; did you mean 'method.temperature'? (keys here: method.projector,"),
+    (["+method.typo=1"], "error: unknown key 'method.typo' (keys here: method.projector,"),
     (["+temperature=0.1"], "error: unknown key 'temperature'; did you mean 'method.temperature'? (keys here: backbone,"),
     (["bacbone=resnet18"], "error: unknown key 'bacbone'; did you mean 'backbone'? (keys here: backbone, method,"),
     (["backbone=resnet19"], "error: backbone=resnet19: unknown backbone 'resnet19'; did you mean 'resnet18'? (choices: resnet101,"),
     (["+experiment=quikstart"], "error: experiment=quikstart: unknown experiment 'quikstart'; did you mean 'quickstart'? (choices:"),
     (["data.batch_size=many"], "error: data.batch_size: Value 'many' of type 'str' could not be converted to Integer"),
     (["method.temperature=-1"], "error: method.temperature=-1.0: expected a number above 0"),
-    (["method.head=mpl"], "error: method.head: unknown value 'mpl'; did you mean 'mlp'? (choices: linear, mlp)"),
+    (["method.queue_start=emty"], "error: method.queue_start: unknown value 'emty'; did you mean 'empty'? (choices: empty, random)"),
+    (["method.projector.num_layer=2"], "error: unknown key 'method.projector.num_layer'; did you mean 'method.projector.num_layers'?"),
     (["data=images"], "error: data.root: missing; data=images needs to know where the pictures are: data.root=PATH"),
     (["data=images", "data.root=nowhere"], "error: data.root=nowhere: no such folder"),
     (["data=images", "data.root=."], "error: data.root=.: no pictures in there (looked for .bmp, .gif,"),
@@ -166,6 +251,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs)
         (["trainer.max_steps=0"], "trainer.max_steps=0: expected -1 for no limit, or at least 1"),
         (["trainer.accelerator=gpu"], "accelerator=gpu: no CUDA device can be used here"),
         (["augmentation.std=[0,0,0]"], "augmentation.mean="),
+        (
+            ["method.num_queues=2"],
+            "method.num_queues=2: the second queue is the second direction's; add method.symmetric",
+        ),
         (["trainer.devices=2"], "trainer.devices=2: this version trains on one device"),
         (["trainer.accumulate_grad_batches=3"], "data.batch_size=64: expected a multiple of 3"),
     ],
@@ -188,7 +277,7 @@ def test_full_error_shows_the_traceback(own_configs):
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("program", ["moco.train", "moco.evaluate"])
+@pytest.mark.parametrize("program", ["moco.train", "moco.evaluate", "moco.segment"])
 def test_help_and_cfg_work(program, own_configs):
     overrides = ["+experiment=quickstart"] if program == "moco.train" else ["checkpoint=x"]
     shown = run_program(program, *overrides, "--cfg", "job", "--resolve", cwd=own_configs)

@@ -6,7 +6,7 @@ import pytest
 from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "moco"
-PROGRAMS = {"train", "evaluate"}
+PROGRAMS = {"train", "evaluate", "export", "segment"}
 # A room may import itself, moco.errors and these.
 ALLOWED = {
     "models": set(),
@@ -23,6 +23,7 @@ LEAVES = [
     "evaluation/knn.py",
     "evaluation/features.py",
     "evaluation/diagnostics.py",
+    "evaluation/segmentation.py",
     "methods/losses.py",
     "methods/momentum.py",
     "methods/key_queue.py",

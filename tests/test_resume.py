@@ -113,11 +113,35 @@ def test_two_steps_and_two_more_equal_four(small, tmp_path):
         assert torch.equal(value, ends[1]["state_dict"][name]), name
 
 
-def test_a_checkpoint_of_another_architecture_is_named(small, tmp_path):
+def test_predictor_every_queue_and_adamw_go_on_where_they_were(small, tmp_path):
+    switches = [
+        "method.symmetric=true", "method.num_queues=2", "method.dense_weight=0.5", "method.predictor.num_layers=2",
+        "method.predictor.hidden_batch_norm=true", "optimizer=adamw", "optimizer.schedule=constant", "trainer.max_epochs=9",
+        "data.batch_size=48",
+    ]  # fmt: skip
+    for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        run(small(*switches, f"trainer.max_steps={steps}"), tmp_path / folder)
+    whole, parts = (last(tmp_path / name) for name in ("whole", "parts"))
+    assert {name.split(".")[0] for name in whole["state_dict"]} == {
+        "query_encoder", "key_encoder", "predictor", "queue", "reverse_queue", "dense_queue", "reverse_dense_queue",
+    }  # fmt: skip
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][name]), name
+    for one, other in zip(*(end["optimizer_states"][0]["state"].values() for end in (whole, parts)), strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_checkpoint_with_other_tensors_is_named(small, tmp_path):
     run(small("trainer.max_steps=1"), tmp_path / "one")
     checkpoint = tmp_path / "one" / "checkpoints" / "last.ckpt"
-    with pytest.raises(InputError, match=r"another architecture: method\.embedding_dim: 128 there, 64 here"):
-        run(small("method.embedding_dim=64", f"resume={checkpoint}"), tmp_path / "two")
+    for override, said in (
+        ("method.embedding_dim=64", "method.embedding_dim: 128 there, 64 here"),
+        ("method.predictor.num_layers=2", "method.predictor.num_layers: 0 there, 2 here"),
+        ("method.dense_weight=0.5", "method.dense_weight: 0 there, above 0 here"),
+        ("optimizer=adamw", "optimizer.decay_all: True there, False here; optimizer.name: sgd there, adamw here"),
+    ):
+        with pytest.raises(InputError, match=f"another architecture or optimizer: {said}"):
+            run(small(override, f"resume={checkpoint}"), tmp_path / "two")
 
 
 def test_an_explicit_checkpoint_carries_a_run_into_a_new_folder(small, tmp_path):

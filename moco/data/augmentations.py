@@ -94,10 +94,11 @@ def build_view(operations: Mapping[str, Mapping[str, Any]], image_size: int, whe
     """
     if "random_resized_crop" not in operations:
         raise InputError(f"{where}: random_resized_crop is missing; without it views have no common size")
-    return v2.Compose([_build(name, settings, image_size, where) for name, settings in operations.items()])
+    return v2.Compose([build_operation(name, settings, image_size, where) for name, settings in operations.items()])
 
 
-def _build(name: str, settings: Mapping[str, Any] | None, image_size: int, where: str) -> Transform:
+def build_operation(name: str, settings: Mapping[str, Any] | None, image_size: int, where: str) -> Transform:
+    """One operation of a view; arguments and errors as in `build_view`."""
     if name not in OPERATIONS:
         raise InputError(f"{where}: {unknown_name('operation', name, OPERATIONS)}")
     if settings is not None and not isinstance(settings, Mapping):

@@ -131,18 +131,18 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return ((self.epoch, index) for index in share[self.start :].tolist())
 
 
-class ResumableLoader(DataLoader[PairBatch]):
+class ResumableLoader(DataLoader[Any]):
     """A loader whose position Lightning keeps in the checkpoint, so that a resumed epoch goes on with its next batch."""
 
     sampler: EpochSampler
     batch_size: int
 
-    def __init__(self, dataset: PairDataset, sampler: EpochSampler, batch_size: int, **kwargs: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], sampler: EpochSampler, batch_size: int, **kwargs: Any) -> None:
         # An own generator: DataLoader would draw its workers' seeds from the global one, which a resume has to restore.
         super().__init__(dataset, batch_size, sampler=sampler, generator=torch.Generator(), **kwargs)
         self.batches_done = 0
 
-    def __iter__(self) -> Iterator[PairBatch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.batches_done = self.sampler.start // self.batch_size
         for batch in super().__iter__():
             self.batches_done += 1
@@ -189,13 +189,7 @@ class PretrainingData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size % batches_per_step:
-            raise InputError(
-                f"data.batch_size={batch_size}: expected a multiple of {batches_per_step}, "
-                "the devices times trainer.accumulate_grad_batches"
-            )
-        if batch_size > len(source.train):
-            raise InputError(f"data.batch_size={batch_size}: there are only {len(source.train)} pictures to train on")
+        check_batch_size(batch_size, batches_per_step, len(source.train))
         self.source = source
         self.augment = augment
         self.evaluation_view = evaluation_view
@@ -246,6 +240,17 @@ class PretrainingData(pl.LightningDataModule):
                 log.warning("skipped an unreadable picture: %s", self.source.train.name(index))
         check_unreadable(self.unreadable, self.source.train, self.max_bad_fraction)
         return batch
+
+
+def check_batch_size(batch_size: int, batches_per_step: int, num_pictures: int) -> None:
+    """Raises InputError if the batch does not divide evenly, or there are fewer pictures than one batch."""
+    if batch_size % batches_per_step:
+        raise InputError(
+            f"data.batch_size={batch_size}: expected a multiple of {batches_per_step}, "
+            "the devices times trainer.accumulate_grad_batches"
+        )
+    if batch_size > num_pictures:
+        raise InputError(f"data.batch_size={batch_size}: there are only {num_pictures} pictures to train on")
 
 
 def check_unreadable(unreadable: set[int], pictures: Pictures, max_bad_fraction: float) -> None:

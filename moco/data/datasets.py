@@ -110,6 +110,8 @@ def build_source(name: str, root: Any = None, *, download: bool = False, num_ima
     Raises:
         InputError: unknown name, nothing at `root`, or something else than expected there; it names the place.
     """
+    if name in MASKED:
+        raise InputError(f"data={name}: its masks are for moco.segment; data=images data.root=PATH takes any pictures")
     if name not in SOURCES:
         raise InputError(f"data.name: {unknown_name('data set', name, SOURCES)}")
     if name == "synthetic":
@@ -177,7 +179,7 @@ def image_folder(root: str) -> DataSource:
         )
     paths, classes = _classified(top)
     labels = _numbered(classes, sorted(set(classes)), top)
-    is_query = np.array([zlib.crc32(str(Path(path).relative_to(top)).encode()) % 10 == 0 for path in paths])
+    is_query = held_out_tenth([str(Path(path).relative_to(top)) for path in paths])
     everything = FilePictures(paths)
     if not is_query.any() or is_query.all():
         return DataSource(everything, None, None, image_size=224)
@@ -186,6 +188,11 @@ def image_folder(root: str) -> DataSource:
         for chosen in (~is_query, is_query)
     )
     return DataSource(everything, bank, queries, image_size=224)
+
+
+def held_out_tenth(names: Sequence[str]) -> np.ndarray:
+    """(M,) bool: a tenth of the names, whichever others there are beside them."""
+    return np.array([zlib.crc32(name.encode()) % 10 == 0 for name in names])
 
 
 def npz(root: str) -> DataSource:
@@ -227,14 +234,14 @@ def _npz_labels(arrays: dict[str, np.ndarray], part: str, root: str) -> np.ndarr
 
 def _cifar(dataset: str) -> Callable[[str, bool], DataSource]:
     def build(root: str, download: bool) -> DataSource:
-        train, test = (_torchvision(dataset, root, train=part, download=download) for part in (True, False))
+        train, test = (torchvision_dataset(dataset, root, train=part, download=download) for part in (True, False))
         return _from_arrays(dataset, train.data, np.array(train.targets), test.data, np.array(test.targets))
 
     return build
 
 
 def _fashion_mnist(root: str, download: bool) -> DataSource:
-    train, test = (_torchvision("FashionMNIST", root, train=part, download=download) for part in (True, False))
+    train, test = (torchvision_dataset("FashionMNIST", root, train=part, download=download) for part in (True, False))
     return _from_arrays(
         "FashionMNIST", train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy()
     )
@@ -242,7 +249,8 @@ def _fashion_mnist(root: str, download: bool) -> DataSource:
 
 def _stl10(root: str, download: bool) -> DataSource:
     unlabelled, train, test = (
-        _torchvision("STL10", root, split=split, download=download) for split in ("train+unlabeled", "train", "test")
+        torchvision_dataset("STL10", root, split=split, download=download)
+        for split in ("train+unlabeled", "train", "test")
     )
     pictures = {name: part.data.transpose(0, 2, 3, 1) for name, part in (("train", train), ("test", test))}
     labelled = _from_arrays("STL10", pictures["train"], train.labels, pictures["test"], test.labels)
@@ -250,7 +258,12 @@ def _stl10(root: str, download: bool) -> DataSource:
     return DataSource(everything, labelled.bank, labelled.queries, labelled.image_size)
 
 
-def _torchvision(dataset: str, root: str, **kwargs: Any) -> Any:
+def torchvision_dataset(dataset: str, root: str, **kwargs: Any) -> Any:
+    """The data set of that name in torchvision.
+
+    Raises:
+        InputError: it is not under root, or damaged.
+    """
     import torchvision.datasets
 
     try:
@@ -267,6 +280,7 @@ TORCHVISION: dict[str, Callable[[str, bool], DataSource]] = {
     "stl10": _stl10,
 }
 SOURCES = ("digits", "image_folder", "images", "npz", "synthetic", *TORCHVISION)
+MASKED = ("segmentation_folder", "voc2012")  # see moco.data.segmentation
 
 
 def _from_arrays(

@@ -1,7 +1,12 @@
-"""Reading pictures: any common format and pixel type to 8-bit RGB, and folder trees to sorted lists of files."""
+"""Reading pictures: any common format and pixel type to 8-bit RGB, masks to class numbers, folder trees to sorted lists.
+
+Letters: H W pixels.
+"""
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +15,7 @@ from PIL import Image
 from moco.errors import InputError
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MASK_MODES = ("1", "I", "I;16", "L", "P")  # Pillow's names of one whole number per pixel
 
 
 class UnreadablePicture(Exception):
@@ -22,11 +28,34 @@ def read_picture(path: str) -> Image.Image:
     Raises:
         UnreadablePicture: the file is missing, empty, cut short, too large to be real, or not a picture.
     """
+    with opened(path) as picture:
+        return to_rgb(picture)
+
+
+def read_mask(path: str) -> np.ndarray:
+    """The numbers in a one-channel picture: (H, W) uint8, or int32 of a 16-bit file. A palette's indices, not its colours.
+
+    Raises:
+        UnreadablePicture: as of `read_picture`, or the picture has colours instead of numbers.
+    """
+    with opened(path) as picture:
+        if picture.mode not in MASK_MODES:
+            raise ValueError(f"mode {picture.mode}: expected one number per pixel (modes {', '.join(MASK_MODES)})")
+        return np.array(picture, dtype=np.int32 if picture.mode.startswith("I") else np.uint8)
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Image.Image]:
+    """The picture in a file, its header read and its pixels not yet.
+
+    Raises:
+        UnreadablePicture: for what Pillow raises here or inside the ``with`` block.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that it still reads
             with Image.open(path) as picture:
-                return to_rgb(picture)
+                yield picture
     # Pillow's decoders raise these on damaged data; SyntaxError is its PNG reader's.
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
         raise UnreadablePicture(f"{path}: {error}") from error

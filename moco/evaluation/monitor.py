@@ -134,12 +134,8 @@ def protocol(result: KNNResult, temperature: float, feature: str) -> dict[str, A
     }
 
 
-class TrainingMonitor(pl.Callback):
-    """Label-free figures every n steps, and each epoch's mean loss and speed.
-
-    The loss alone says little: it starts low, rises while the queue fills with real keys and falls afterwards, and how
-    low depends on K and T. Beside it stand log(1 + K), its value when nothing is told apart, the similarities that it is
-    made of, and the spread of the embeddings, which shows collapse.
+class LossMonitor(pl.Callback):
+    """Loss, learning rate and speed every n steps, and each epoch's mean loss and speed, of any training.
 
     Args:
         figures: gets ``train/loss`` (mean of the epoch), ``images_per_second`` and ``data_wait`` (share of the time).
@@ -147,22 +143,18 @@ class TrainingMonitor(pl.Callback):
         last_good: names the newest checkpoint, for the message when the loss is not finite.
     """
 
-    COLLAPSED = 0.1  # of 1 / sqrt(C)
-
     def __init__(self, figures: dict[str, Any], log_every_n_steps: int, last_good: Callable[[], str]) -> None:
         self.figures = figures
         self.log_every_n_steps = log_every_n_steps
         self.last_good = last_good
         self.loss_sum = 0.0  # a tensor on the device while training: adding to it does not wait for the device
         self.batches = 0
-        self.collapsed_checks = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loss_sum": float(self.loss_sum), "batches": self.batches, "collapsed_checks": self.collapsed_checks}
+        return {"loss_sum": float(self.loss_sum), "batches": self.batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.loss_sum, self.batches = state_dict["loss_sum"], state_dict["batches"]
-        self.collapsed_checks = state_dict["collapsed_checks"]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.loss_sum, self.batches = 0.0, 0
@@ -196,28 +188,67 @@ class TrainingMonitor(pl.Callback):
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
         if not math.isfinite(loss):
             raise RunError(f"the loss is {loss} at step {trainer.global_step}; {self.last_good()}")
-        queue, query, negatives = pl_module.queue, outputs["query"], outputs["negatives"]
-        std = float(embedding_std(query))
-        self._check_collapse(std, query.shape[1], trainer.global_step)
         figures = {
             "train/loss": loss,
-            "train/loss_of_chance": math.log(1 + len(negatives)),
-            "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/key_momentum": pl_module.key_momentum_at(trainer.global_step - 1),
-            "label_free/positive_similarity": float(positive_similarity(query, outputs["key"])),
-            "label_free/negative_similarity": float(negative_similarity(query, negatives)) if len(negatives) else 0.0,
-            "label_free/queue_fill": float(queue.filled) / len(queue.keys),
-            "label_free/embedding_std": std,
-            "label_free/embedding_std_if_spread": 1 / math.sqrt(query.shape[1]),
+            "train/learning_rate": max(group["lr"] for group in trainer.optimizers[0].param_groups),
+            **self.step_figures(trainer, pl_module, outputs),
             **self._speed(),
         }
         self.figures |= self._speed()  # for the progress bar
         if trainer.logger:
             trainer.logger.log_metrics(figures, step=trainer.global_step)
 
+    def step_figures(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> dict[str, float]:
+        """What else a method shows of a step, under the names of TensorBoard; `outputs` is what its step returned."""
+        return {}
+
     def _speed(self) -> dict[str, float]:
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         return {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        figures = {"train/loss": float(self.loss_sum) / max(self.batches, 1), **self._speed()}
+        self.figures |= figures
+        if trainer.logger:
+            scalars = {"epoch/loss": figures["train/loss"], "epoch/images_per_second": figures["images_per_second"]}
+            trainer.logger.log_metrics(scalars, step=trainer.global_step)
+
+
+class TrainingMonitor(LossMonitor):
+    """The same of MoCo, with label-free figures beside the loss.
+
+    The loss alone says little: it starts low, rises while the queue fills with real keys and falls afterwards, and how
+    low depends on K and T. Beside it stand its value when nothing is told apart, its terms, the similarities that it is
+    made of, and the spread of the embeddings, which shows collapse.
+    """
+
+    COLLAPSED = 0.1  # of 1 / sqrt(C)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.collapsed_checks = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"collapsed_checks": self.collapsed_checks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.collapsed_checks = state_dict["collapsed_checks"]
+
+    def step_figures(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> dict[str, float]:
+        queue, query, negatives = pl_module.queue, outputs["query"], outputs["negatives"]
+        std = float(embedding_std(query))
+        self._check_collapse(std, query.shape[1], trainer.global_step)
+        return {
+            "train/loss_of_chance": pl_module.loss_of_chance(len(negatives)),
+            "train/key_momentum": pl_module.key_momentum_at(trainer.global_step - 1),
+            "label_free/positive_similarity": float(positive_similarity(query, outputs["key"])),
+            "label_free/negative_similarity": float(negative_similarity(query, negatives)) if len(negatives) else 0.0,
+            "label_free/queue_fill": float(queue.filled) / len(queue.keys),
+            "label_free/embedding_std": std,
+            "label_free/embedding_std_if_spread": 1 / math.sqrt(query.shape[1]),
+            **{f"train/{term}": float(outputs[term]) for term in ("loss_global", "loss_dense") if term in outputs},
+        }
 
     def _check_collapse(self, std: float, embedding_dim: int, step: int) -> None:
         threshold = self.COLLAPSED / math.sqrt(embedding_dim)
@@ -229,13 +260,6 @@ class TrainingMonitor(pl.Callback):
                 "augmentation that erases the picture.",
                 step, std, 1 / math.sqrt(embedding_dim),
             )  # fmt: skip
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        figures = {"train/loss": float(self.loss_sum) / max(self.batches, 1), **self._speed()}
-        self.figures |= figures
-        if trainer.logger:
-            scalars = {"epoch/loss": figures["train/loss"], "epoch/images_per_second": figures["images_per_second"]}
-            trainer.logger.log_metrics(scalars, step=trainer.global_step)
 
 
 class ViewPairPicture(pl.Callback):

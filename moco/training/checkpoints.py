@@ -47,20 +47,29 @@ class Checkpoints(pl.callbacks.Checkpoint):
         figures: the flat dict that becomes ``metrics.json``; other callbacks fill it in.
         stop: a signal to save and end the run.
         every_n_epochs: between two checkpoints; the last epoch always gets one.
+        monitor: the figure whose highest value makes the best checkpoint, ``GROUP/NAME``; ``GROUP/epoch`` is its epoch.
     """
 
     def __init__(
-        self, folder: Path, config: dict[str, Any], figures: dict[str, Any], stop: StopRequest, every_n_epochs: int = 1
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        figures: dict[str, Any],
+        stop: StopRequest,
+        every_n_epochs: int = 1,
+        monitor: str = "knn/top1",
     ) -> None:
         self.folder = folder
         self.config = config
         self.figures = figures
         self.stop = stop
         self.every_n_epochs = every_n_epochs
+        self.monitor = monitor
+        self.monitor_epoch = monitor.split("/")[0] + "/epoch"
         self.best = -1.0
         self.saved_at = -1  # the step at which last.ckpt was written in the middle of an epoch
         self._random_states: dict[str, Any] | None = None
-        self._loaded_knn_epoch: int | None = None
+        self._loaded_monitor_epoch: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -81,7 +90,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
     ) -> None:
         self.figures.update(checkpoint["figures"])
         self._random_states = checkpoint["random_states"]
-        self._loaded_knn_epoch = checkpoint["figures"].get("knn/epoch")
+        self._loaded_monitor_epoch = checkpoint["figures"].get(self.monitor_epoch)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.listen()
@@ -119,8 +128,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
             raise self._interrupted(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take note of a kNN figure that was owed from before the resume."""
-        is_new = self.figures.get("knn/epoch") != self._loaded_knn_epoch
+        """Take note of a measurement that was owed from before the resume."""
+        is_new = self.figures.get(self.monitor_epoch) != self._loaded_monitor_epoch
         if is_new and (self.folder / LAST_CHECKPOINT).is_file():
             is_best = self._is_best()
             self._add_figures(trainer)
@@ -138,11 +147,11 @@ class Checkpoints(pl.callbacks.Checkpoint):
         trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
 
     def _is_best(self) -> bool:
-        """Whether the kNN figure is this epoch's and the best so far; takes note of it."""
-        is_new = "knn/epoch" in self.figures and self.figures["knn/epoch"] == self.figures["epoch"]
-        is_best = is_new and self.figures["knn/top1"] > self.best
+        """Whether the monitored figure is this epoch's and the best so far; takes note of it."""
+        is_new = self.monitor_epoch in self.figures and self.figures[self.monitor_epoch] == self.figures["epoch"]
+        is_best = is_new and self.figures[self.monitor] > self.best
         if is_best:
-            self.best = self.figures["knn/top1"]
+            self.best = self.figures[self.monitor]
         return is_best
 
     def _add_figures(self, trainer: pl.Trainer) -> None:
@@ -208,7 +217,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of ours on the CPU, as plain data and tensors; no code in it is run.
 
     Raises:
-        InputError: no such file, damaged, not written by moco.train, or in need of unpickling code.
+        InputError: no such file, damaged, not written by a program of ours, or in need of unpickling code.
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint={path}: no such file")

@@ -13,18 +13,22 @@ SECONDS_BETWEEN_LINES = 60.0
 
 
 class ProgressBar(pl.Callback):
-    """One bar over all steps with images/s, time left and the latest kNN; after each epoch, one line that stays.
+    """One bar over all steps with images/s, time left and the latest score; after each epoch, one line that stays.
 
     Where the output is no terminal, only the lines appear, and one a minute in between.
 
     Args:
         figures: the run's figures, filled in by the monitors.
         console: where to draw.
+        score: the figure to show, ``GROUP/NAME``, of which ``GROUP/epoch`` is the epoch, and what to call it.
     """
 
-    def __init__(self, figures: Mapping[str, Any], console: Console) -> None:
+    def __init__(
+        self, figures: Mapping[str, Any], console: Console, score: tuple[str, str] = ("knn/top1", "kNN")
+    ) -> None:
         self.figures = figures
         self.console = console
+        self.score, self.score_name = score
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -55,8 +59,8 @@ class ProgressBar(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         line = f"epoch {epoch:>4}/{trainer.max_epochs}  loss {self.figures['train/loss']:.4f}"
-        if self.figures.get("knn/epoch") == epoch:
-            line += f"  kNN {self.figures['knn/top1']:.4f}"
+        if self.figures.get(self.score.split("/")[0] + "/epoch") == epoch:
+            line += f"  {self.score_name} {self.figures[self.score]:.4f}"
         line += f"  {self.figures['images_per_second']:,.0f} images/s  data wait {self.figures['data_wait']:.0%}"
         self._print(line)
 
@@ -74,8 +78,8 @@ class ProgressBar(pl.Callback):
         parts = []
         if "images_per_second" in self.figures:
             parts.append(f"{self.figures['images_per_second']:,.0f} images/s")
-        if "knn/top1" in self.figures:
-            parts.append(f"kNN {self.figures['knn/top1']:.4f}")
+        if self.score in self.figures:
+            parts.append(f"{self.score_name} {self.figures[self.score]:.4f}")
         return " ".join(parts)
 
 

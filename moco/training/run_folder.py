@@ -27,10 +27,12 @@ FREE_KEYS = (
     "trainer.max_epochs",
     "trainer.max_steps",
     "checkpoint.every_n_epochs",
+    "checkpoint_every_n_epochs",
     "data.download",
     "data.max_bad_fraction",
     "data.num_workers",
     "evaluation.batch_size",
+    "evaluation.num_pictures",
 )
 
 

@@ -1,0 +1,172 @@
+"""Does a pretrained Swin V2 keep what it learned when the images more than double? A whole journey, without a download.
+
+    python scripts/segmentation_journey.py --tiles cifar10.npz --folder /tmp/journey [--seeds 3]
+
+Pretrains small Swins on unlabelled mosaics of 2 x 2 CIFAR-10 pictures at 64 px with windows of 4, then segments mosaics of
+3 x 3 larger ones at 144 px with windows of 9: the class of a pixel is that of the picture it is from. Training mosaics are
+made of CIFAR-10's training pictures, those of the measurement of its test pictures. All variants are fine-tuned for the same
+number of steps on the same mosaics. What is finished is not run again. --tiles takes any archive in the MedMNIST layout.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from moco import segment, train
+from moco.config import CONFIG_DIR, SegmentConfig, TrainConfig, parse, register_schemas
+
+WINDOW, NEW_WINDOW = 4, 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much is done."""
+
+    pretraining_mosaics: int = 8192
+    pretraining_epochs: int = 3
+    pretraining_batch: int = 128
+    training_mosaics: int = 320
+    test_mosaics: int = 160
+    epochs: int = 10
+    batch: int = 16
+
+
+PRETRAINING = {
+    "v1": ["backbone=swin_tiny_patch2"],
+    "v2": ["backbone=swin_v2_tiny_patch2"],
+    "v2_dense": ["backbone=swin_v2_tiny_patch2", "method.dense_weight=0.5"],
+}
+# Name in the table; pretraining; settings of the fine-tuning.
+VARIANTS = {
+    "from scratch, V2": (None, ["backbone=swin_v2_tiny_patch2"]),
+    "V1, table resized bicubically": ("v1", []),
+    "V2, normaliser stretched": ("v2", [f"backbone.pretrained_window_size={NEW_WINDOW}"]),
+    "V2, re-windowed": ("v2", []),
+    "V2 + dense term, re-windowed": ("v2_dense", []),
+}
+
+
+def mosaics(
+    tiles: np.ndarray, labels: np.ndarray, count: int, grid: int, side: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (count, grid * side, grid * side, 3) of random tiles resized to `side` px, and their masks of classes."""
+    generator = np.random.default_rng(seed)
+    pictures = np.empty((count, grid * side, grid * side, 3), dtype=np.uint8)
+    masks = np.empty(pictures.shape[:3], dtype=np.uint8)
+    for number in range(count):
+        for row in range(grid):
+            for column in range(grid):
+                which = generator.integers(len(tiles))
+                place = np.s_[number, row * side : (row + 1) * side, column * side : (column + 1) * side]
+                pictures[place] = Image.fromarray(tiles[which]).resize((side, side), Image.Resampling.BICUBIC)
+                masks[place] = labels[which]
+    return pictures, masks
+
+
+def prepare(archive: Path, folder: Path, scale: Scale) -> None:
+    """Write ``unlabelled.npz`` and the folder tree ``segmentation`` once."""
+    if (folder / "segmentation" / "done").exists():
+        return
+    with np.load(archive) as arrays:
+        tiles = {part: (arrays[f"{part}_images"], arrays[f"{part}_labels"].ravel()) for part in ("train", "test")}
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures, _ = mosaics(*tiles["train"], scale.pretraining_mosaics, grid=2, side=32, seed=0)
+    np.savez(folder / "unlabelled.npz", train_images=pictures)
+    for part, split, count, seed in (
+        ("train", "train", scale.training_mosaics, 1),
+        ("test", "val", scale.test_mosaics, 2),
+    ):
+        for kind, arrays_of_kind in zip(
+            ("images", "masks"), mosaics(*tiles[part], count, grid=3, side=48, seed=seed), strict=True
+        ):
+            target = folder / "segmentation" / kind / split
+            target.mkdir(parents=True, exist_ok=True)
+            for number, array in enumerate(arrays_of_kind):
+                Image.fromarray(array).save(target / f"{number:04}.png")
+    (folder / "segmentation" / "done").touch()
+
+
+def call(program: Callable[[Any, Path], None], name: str, schema: type, folder: Path, overrides: list[str]) -> dict:
+    """Run one of the programs unless its folder says that it is done; its figures."""
+    done = folder / "done.json"
+    if not done.exists():
+        register_schemas()
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = parse(compose(name, overrides), schema)
+        program(config, folder)
+        done.write_text((folder / "metrics.json").read_text())
+    return json.loads(done.read_text())
+
+
+def pretrain(folder: Path, kind: str, seed: int, scale: Scale) -> Path:
+    """MoCo v2 with AdamW; the checkpoint."""
+    run = folder / f"pretrain_{kind}_{seed}"
+    call(train.run, "train", TrainConfig, run, [
+        "data=npz", f"data.root={folder / 'unlabelled.npz'}", "data.image_size=64", "data.num_workers=0",
+        f"data.batch_size={scale.pretraining_batch}", "method=moco_v2", "method.queue_size=4096",
+        "method.queue_start=empty", "method.key_momentum=0.99", "method.projector.hidden_dim=512",
+        "augmentation=cifar", "augmentation.query.random_resized_crop.scale=[0.2,1.0]", "optimizer=adamw",
+        "optimizer.lr_for_batch_size=null", "optimizer.warmup_epochs=0.5", "trainer.gradient_clip_val=5.0",
+        f"trainer.max_epochs={scale.pretraining_epochs}", "trainer.accelerator=cpu", f"seed={seed}",
+        *PRETRAINING[kind],
+    ])  # fmt: skip
+    return run / "checkpoints" / "last.ckpt"
+
+
+def fine_tune(folder: Path, name: str, seed: int, scale: Scale) -> float:
+    """The mIoU on the mosaics of test pictures."""
+    kind, settings = VARIANTS[name]
+    checkpoint = pretrain(folder, kind, seed, scale) if kind else None
+    run = folder / f"segment_{list(VARIANTS).index(name)}_{seed}"
+    figures = call(segment.run, "segment", SegmentConfig, run, [
+        f"checkpoint={checkpoint or 'null'}", f"backbone.window_size={NEW_WINDOW}", "data=segmentation_folder",
+        f"data.root={folder / 'segmentation'}", "data.num_workers=0", f"data.batch_size={scale.batch}",
+        "data.num_classes=10", "image_size=144", "augmentation.scale=[1.0,1.5]", "decoder=fpn", "decoder.channels=128",
+        "optimizer.lr=1e-3", "optimizer.layer_decay=1", f"trainer.max_epochs={scale.epochs}",
+        f"evaluation.every_n_epochs={scale.epochs}", "evaluation.batch_size=16", "trainer.accelerator=cpu",
+        f"seed={seed}", *([] if kind else ["augmentation.mean=[0.4914,0.4822,0.4465]",
+                                           "augmentation.std=[0.2023,0.1994,0.2010]"]), *settings,
+    ])  # fmt: skip
+    return figures["segment/miou"]
+
+
+def journey(archive: Path, folder: Path, seeds: int, scale: Scale) -> dict[str, list[float]]:
+    """The mIoU of each variant, seed by seed; also written to ``journey.json``."""
+    prepare(archive, folder, scale)
+    results: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for seed in range(seeds):
+        for name, scores in results.items():
+            scores.append(fine_tune(folder, name, seed, scale))
+            (folder / "journey.json").write_text(json.dumps(results, indent=1))
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiles", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    for field in dataclasses.fields(Scale):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    arguments = vars(parser.parse_args())
+    archive, folder, seeds = (arguments.pop(name) for name in ("tiles", "folder", "seeds"))
+    results = journey(archive, folder, seeds, Scale(**arguments))
+    table = Table("variant", "mIoU, mean", "spread", "each seed", title="Segmentation of mosaics, 64 px to 144 px")
+    for name, scores in results.items():
+        spread = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+        table.add_row(name, f"{statistics.mean(scores):.4f}", spread, ", ".join(f"{score:.4f}" for score in scores))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
