@@ -286,6 +286,23 @@ class EvaluateConfig:
 
 
 @dataclass
+class EmbedConfig:
+    checkpoint: str = MISSING
+    """A file that training wrote: ``checkpoints/last.ckpt`` or ``best.ckpt`` of a run folder."""
+    output: str = MISSING
+    """The .npz file."""
+    data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
+    split: str = setting("train", choices=("test", "train"))
+    """train: all pictures that training would see; test: those that are held out for measurements."""
+    encoder: str = setting("query", choices=("key", "query"))
+    feature: str = setting("backbone", choices=("backbone", "embedding"))
+    backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
+    batch_size: int = setting(256, at_least=1)
+    """Images per forward pass."""
+    accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu"))
+
+
+@dataclass
 class ExportConfig:
     checkpoint: str = MISSING
     """A file that training wrote: ``checkpoints/last.ckpt`` or ``best.ckpt`` of a run folder."""
@@ -415,6 +432,7 @@ def register_schemas() -> None:
     store.store("train_schema", TrainConfig)
     store.store("evaluate_schema", EvaluateConfig)
     store.store("segment_schema", SegmentConfig)
+    store.store("embed_schema", EmbedConfig)
     store.store("export_schema", ExportConfig)
 
 

@@ -36,7 +36,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     from moco.data.datasets import build_source
     from moco.evaluation.knn import knn_accuracy
     from moco.evaluation.monitor import protocol
-    from moco.models.swin import Swin, rewindow
+    from moco.models.swin import Swin, rewindow, window_advice
     from moco.models.weights import one_or_each
     from moco.training.checkpoints import read_checkpoint
     from moco.training.hardware import choose_device
@@ -98,22 +98,6 @@ def with_defaults(given: Any, from_checkpoint: dict[str, Any], new_data: bool = 
     return {
         key: from_checkpoint.get(key) if value is None and key not in kept else value for key, value in settings.items()
     }
-
-
-def window_advice(backbone: Any, image_size: int, pretrained_image_size: int) -> str | None:
-    """A sentence on the window for images of another size than in pretraining; None where there is nothing to say."""
-    from moco.models.swin import Swin, suggest_window
-
-    if not isinstance(backbone, Swin) or image_size == pretrained_image_size:
-        return None
-    window = backbone.window_size[0]
-    suggestion = suggest_window(image_size, window, pretrained_image_size, backbone.patch_size)
-    if suggestion.window_size == window:
-        return None
-    return (
-        f"pretrained on {pretrained_image_size} px with window {window}; {suggestion}: "
-        f"backbone.window_size={suggestion.window_size}"
-    )
 
 
 def features_of(

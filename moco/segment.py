@@ -138,8 +138,7 @@ def pretrained_backbone(path: str, which: str, given: dict[str, Any]) -> tuple[A
 
 def log_window(backbone: Any, given: dict[str, Any], image_size: int, pretrained_image_size: int) -> None:
     """Say which windows are in force, or which would suit the images."""
-    from moco.evaluate import window_advice
-    from moco.models.swin import Swin
+    from moco.models.swin import Swin, window_advice
 
     if isinstance(backbone, Swin) and "window_size" in given:
         log.info(

@@ -8,12 +8,12 @@ processes of their own: resident memory on a CPU, allocated memory on a GPU.
 
 import argparse
 import contextlib
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -80,14 +80,21 @@ def peak_memory(case: str, name: str, device: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def resident_memory(field: str) -> float:
+    """Of this process, MiB: ``VmRSS`` now, ``VmHWM`` at its highest."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
 def print_peak_memory(case: str, name: str, device: str) -> None:
     image_size, window, dtype = parse(case)
     model = models(window, device)[name]
     images = torch.randn(BATCH[image_size], 3, image_size, image_size, device=device)
     if device == "cpu":
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        before = resident_memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
         step(model, images, dtype)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+        print(resident_memory("VmHWM") - before)
     else:
         before = torch.cuda.memory_allocated() / 2**20
         torch.cuda.reset_peak_memory_stats()

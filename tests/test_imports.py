@@ -6,7 +6,7 @@ import pytest
 from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "moco"
-PROGRAMS = {"train", "evaluate", "export", "segment"}
+PROGRAMS = {"train", "evaluate", "segment", "embed", "export"}
 # A room may import itself, moco.errors and these.
 ALLOWED = {
     "models": set(),

@@ -195,7 +195,9 @@ def test_each_stage_can_have_a_window_of_its_own():
 
 def test_torchvision_weights_of_another_window_are_not_stretched_in_silence():
     theirs = torchvisions(8).state_dict()
-    with pytest.raises(InputError, match="pretrained with windows of 8 x 8 cells, and pretrained_window_size=7 would stretch"):
+    with pytest.raises(
+        InputError, match="pretrained with windows of 8 x 8 cells, and pretrained_window_size=7 would stretch"
+    ):
         small(window_size=7).load_state_dict(theirs)
     small(window_size=7, pretrained_window_size=8).load_state_dict(theirs)
     widened = to_torchvision(rewindow(small(window_size=4), 8))

@@ -252,6 +252,20 @@ def suggest_window(
     return min(suggestions, key=lambda it: (round(it.padding, 9), abs(it.window_size - same_view)))
 
 
+def window_advice(backbone: nn.Module, image_size: int, pretrained_image_size: int) -> str | None:
+    """A sentence on the window for images of another size than in pretraining; None where there is nothing to say."""
+    if not isinstance(backbone, Swin) or image_size == pretrained_image_size:
+        return None
+    window = backbone.window_size[0]
+    suggestion = suggest_window(image_size, window, pretrained_image_size, backbone.patch_size)
+    if suggestion.window_size == window:
+        return None
+    return (
+        f"pretrained on {pretrained_image_size} px with window {window}; {suggestion}: "
+        f"backbone.window_size={suggestion.window_size}"
+    )
+
+
 def _padding(window: int, image_size: int, patch_size: int) -> WindowSuggestion:
     maps = [-(-image_size // patch_size)]
     for _ in range(3):

@@ -232,6 +232,28 @@ def _add_mask(scores: Tensor, grid: WindowGrid, first: int) -> None:
             scores[start :: grid.num_windows] += grid.mask[masked]
 
 
+class _Normalize(torch.autograd.Function):
+    """Rows (B, h, L, d) as unit vectors times a scale (h, 1, 1), of the scale's type.
+
+    What torch.nn.functional.normalize and a product do, but for the backward pass only the rows and their norms are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=scale.dtype).clamp_min(1e-12)
+        ctx.save_for_backward(x, norm, scale)
+        return x * (scale / norm)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, scale = ctx.saved_tensors
+        unit = x / norm
+        along = (grad * unit).sum(dim=-1, keepdim=True)
+        d_scale = along.sum(dim=(0, 2))[:, None] if ctx.needs_input_grad[1] else None
+        return unit.mul_(along).neg_().add_(grad).mul_(scale / norm).to(x.dtype), d_scale
+
+
 class WindowAttention(swin_transformer.ShiftedWindowAttention):
     """Swin's attention: dot products, and a learned table of position biases.
 
@@ -360,7 +382,7 @@ class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttention
         """Unit vectors, the query times the head's scale; float32, since products of up to 100 would lose too much."""
         finer = torch.promote_types(query.dtype, torch.float32)
         scale = self.logit_scale.to(finer).clamp(max=math.log(MAX_LOGIT_SCALE)).exp()  # (h, 1, 1)
-        return F.normalize(query.to(finer), dim=-1) * scale, F.normalize(key.to(finer), dim=-1)
+        return _Normalize.apply(query, scale), _Normalize.apply(key, torch.ones_like(scale))
 
     def bias_weights(self) -> list[Tensor]:
         return list(self.cpb_mlp.parameters())
