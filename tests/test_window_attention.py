@@ -187,6 +187,12 @@ def test_without_gradients_the_bias_is_computed_once_per_weight_version(version)
         return len(count)
 
     assert [bias(), bias()] == [1, 1]
+    grid = window_grid((6, 6), (6, 6), (4, 4), True, CPU)
+    with torch.no_grad():
+        mask = layer.additive_mask(grid, torch.float32)
+        assert layer.additive_mask(grid, torch.float32) is mask
+        assert layer.additive_mask(window_grid((9, 6), (9, 6), (4, 4), True, CPU), torch.float32) is not mask
+        assert layer.additive_mask(grid, torch.bfloat16).dtype == torch.bfloat16
     torch._foreach_lerp_([weight.detach() for weight in weights], [torch.zeros_like(w) for w in weights], 0.1)
     assert [bias(), bias()] == [2, 2]
     layer.load_state_dict({name: value + 1 for name, value in layer.state_dict().items()})

@@ -10,6 +10,7 @@ Letters: N batch, H W cells of a map, B windows of a whole batch, L cells of a w
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,7 +30,7 @@ MAX_BIAS = 16.0  # of the official code's 16 * sigmoid(MLP(coordinates))
 SCORES_AT_ONCE = 1 << 19  # computed at a time on a CPU: 2 MiB of float32, so that they stay in its cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WindowGrid:
     """How a map of P cells is cut into windows that hold Q cells together, padding included."""
 
@@ -148,34 +149,36 @@ def log_coordinates(window: Size, pretrained: Size) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid) -> Tensor:
-    """softmax(query key^T + bias + mask) value, (B, h, L, d), for queries that are already scaled.
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """softmax(query key^T + mask) value, (B, h, L, d), for queries that are already scaled.
 
     Args:
         query, key, value: (B, h, L, d); query and key may be of a finer type than value.
-        bias: (h, L, L) float32.
-        grid: says which windows are masked.
-
-    With gradients on a CPU, where scaled_dot_product_attention has no fused form that also gives the bias its gradient,
-    `_CPUAttention` computes the same.
+        mask: (1, h, L, L), or one for each window of a map.
     """
     b, h, length, d = query.shape
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
-    if needs_gradient and query.device.type == "cpu":
-        query, key, value = (x.reshape(b * h, length, d) for x in (query.to(bias.dtype), key.to(bias.dtype), value))
-        return _CPUAttention.apply(query, key, value, bias, grid).view(b, h, length, d)
-    query, key, mask = (x.to(value.dtype) for x in (query, key, bias))
-    windows = grid.num_windows
-    if len(grid.cut):
-        mask = mask.expand(windows, h, length, length).clone()
-        mask[grid.cut] += grid.mask[:, None].to(mask.dtype)
-        mask = mask.view(1, windows * h, length, length)
-        query, key, value = (x.reshape(-1, windows * h, length, d) for x in (query, key, value))
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if len(mask) > 1:
+        query, key, value = (x.reshape(-1, len(mask) * h, length, d) for x in (query, key, value))
+        mask = mask.view(1, -1, length, length)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0).reshape(b, h, length, d)
 
 
+def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid) -> Tensor:
+    """The same with gradients on a CPU, where scaled_dot_product_attention has no fused form that gives the bias one.
+
+    Args:
+        query, key, value: (B, h, L, d).
+        bias: (h, L, L) float32.
+        grid: says which windows are masked.
+    """
+    b, h, length, d = query.shape
+    query, key, value = (x.reshape(b * h, length, d) for x in (query.to(bias.dtype), key.to(bias.dtype), value))
+    return _CPUAttention.apply(query, key, value, bias, grid).view(b, h, length, d)
+
+
 class _CPUAttention(torch.autograd.Function):
-    """`attend` with a hand-written backward pass: a few windows at a time, so that their scores stay in the cache.
+    """`attend_on_cpu` with a hand-written backward pass: a few windows at a time, so that their scores stay in the cache.
 
     Query and key are (B h, L, d) in the bias's type, float32, as are scores and softmax; value is (B h, L, d), of its type
     are the attention weights, which are kept for the backward pass, and what that pass computes with.
@@ -263,11 +266,12 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
     shifted = False
     window_size: Size
     relative_position_bias_table: nn.Parameter
-    _kept_bias: tuple[Any, list[Tensor], Tensor] | None = None
+    _kept: dict[str, tuple[Any, list[Tensor], Any]]
 
     def define_relative_position_index(self) -> None:
         """Keep none: positions are computed where they are needed, so that the window shapes nothing but V1's table."""
         self.window_size = (self.window_size[0], self.window_size[1])  # torchvision's constructor leaves a list
+        self._kept = {}
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
         """Maps (N, H, W, C) to maps (N, H, W, C).
@@ -283,7 +287,11 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         x = x.view(n * grid.num_windows, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = x.contiguous()  # (B, h, L, d) each
         query, key = self.scaled(query, key)
-        x = attend(query, key, value, self.position_bias(grid.window), grid)
+        bias = self.position_bias(grid.window)
+        if query.device.type == "cpu" and any(x.requires_grad for x in (query, key, value, bias)):
+            x = attend_on_cpu(query, key, value, bias, grid)
+        else:
+            x = attend(query, key, value, self.additive_mask(grid, value.dtype))
         x = x.transpose(1, 2).reshape(n, -1, channels)
         return self.proj(_OutOfWindows.apply(x, grid)).view(n, height, width, channels)
 
@@ -295,25 +303,36 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         return query * query.shape[-1] ** -0.5, key
 
     def position_bias(self, window: Size) -> Tensor:
-        """The bias of every pair of cells of a window: (h, L, L) float32.
+        """The bias of every pair of cells of a window: (h, L, L) float32."""
+        return self._once_per_version("bias", window, lambda: self._position_bias(window))
 
-        Without gradients it is computed once and kept until a weight changes.
-        """
+    def additive_mask(self, grid: WindowGrid, dtype: torch.dtype) -> Tensor:
+        """Position bias, and -inf where a cell does not see another: (windows of a map, h, L, L), or (1, h, L, L)."""
+
+        def compute() -> Tensor:
+            bias = self.position_bias(grid.window).to(dtype)
+            if not len(grid.cut):
+                return bias[None]
+            mask = bias.repeat(grid.num_windows, 1, 1, 1)
+            mask[grid.cut] += grid.mask[:, None].to(dtype)
+            return mask
+
+        return self._once_per_version("mask", (grid, dtype), compute)
+
+    def _once_per_version(self, name: str, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` makes of the position bias's weights; without gradients kept until a weight or the key changes."""
         weights = self.bias_weights()
-        if (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)) or any(
-            weight.is_inference()
-            for weight in weights  # they count no versions
+        if (torch.is_grad_enabled() and any(x.requires_grad for x in weights)) or any(
+            x.is_inference() for x in weights
         ):
-            return self._position_bias(window)
-        state = (window, [(weight._version, weight.data_ptr(), weight.device, weight.dtype) for weight in weights])
-        if (
-            self._kept_bias is None
-            or self._kept_bias[0] != state
-            or any(weight is not kept for weight, kept in zip(weights, self._kept_bias[1], strict=True))
-        ):
+            return compute()  # tensors of inference mode count no versions
+        state = (key, [(x._version, x.data_ptr(), x.device, x.dtype) for x in weights])
+        kept_state, kept_weights, kept = self._kept.get(name, (None, weights, None))
+        if kept_state != state or any(x is not y for x, y in zip(weights, kept_weights, strict=True)):
             with torch.inference_mode(False), torch.no_grad():
-                self._kept_bias = (state, weights, self._position_bias(window))
-        return self._kept_bias[2]
+                kept = compute()
+            self._kept[name] = (state, weights, kept)
+        return kept
 
     def _position_bias(self, window: Size) -> Tensor:
         with torch.autocast(self.qkv.weight.device.type, enabled=False):
