@@ -18,7 +18,7 @@ PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart train test test-slow test-lowest lint format lock clean moved
+.PHONY: help quickstart train test test-slow test-lowest test-minimal lint format lock clean moved
 
 help: ## list the targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3.12]'
@@ -44,6 +44,11 @@ test-lowest: $(READY) ## the fast tests with the oldest dependencies that pyproj
 	$(UV) pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
 	.venv-lowest/bin/python -m pytest $(PYTEST) $(ARGS)
 
+test-minimal: $(READY) ## the fast tests without the optional extras, in .venv-minimal
+	$(UV) venv --quiet --clear --python .venv/bin/python .venv-minimal
+	$(UV) pip install --quiet --python .venv-minimal/bin/python --constraint requirements.lock -e . pytest pytest-xdist
+	.venv-minimal/bin/python -m pytest $(PYTEST) $(ARGS)
+
 lint: $(READY) ## style, format and types; changes nothing
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
@@ -60,7 +65,7 @@ lock: ## re-make requirements.lock for pyproject.toml; ARGS=--upgrade takes the 
 	    --custom-compile-command 'make lock' --quiet --output-file requirements.lock $(ARGS)
 
 clean: ## remove the environments, caches and builds; runs/ and data/ stay
-	rm -rf .venv .venv-lowest build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-minimal build dist .mypy_cache .pytest_cache .ruff_cache
 	find moco tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment with uv alone, in the version that is locked.

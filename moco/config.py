@@ -132,8 +132,7 @@ class OptimizerConfig:
     """AdamW's addend to the root of the mean square gradient."""
     weight_decay: float = setting(1e-4, at_least=0)
     decay_all: bool = True
-    """Weight decay on all parameters, as in the official MoCo code; false spares biases, norms and what the backbone
-    names in no_weight_decay_keywords."""
+    """Weight decay on norms and biases too, as in the official MoCo code; a Swin is spared what harms it in any case."""
     schedule: str = setting("cosine", choices=("constant", "cosine", "step"))
     schedule_interval: str = setting("step", choices=("epoch", "step"))
     """How often the schedule moves; the official MoCo code moves it once per epoch."""
@@ -342,8 +341,8 @@ class SegmentDataConfig:
     """C; null: as many as there are names, or else the largest number in any mask and one."""
     class_names: Optional[list[str]] = None
     """Null: the data set's own, or the numbers."""
-    ignore_index: int = setting(255, at_least=0)
-    """The number of pixels without a class."""
+    ignore_index: int = setting(255, at_least=0, at_most=65535)
+    """The number of pixels without a class; masks have at most 16 bits."""
     batch_size: int = setting(16, at_least=2)
     """Images per optimizer step, over all accumulated batches."""
     num_workers: int = setting(4, at_least=0)
@@ -424,6 +423,19 @@ def check_run(resume: str | None, trainer: TrainerConfig) -> None:
         raise InputError(f"trainer.devices={trainer.devices}: this version trains on one device")
     if trainer.max_steps == 0:
         raise InputError("trainer.max_steps=0: expected -1 for no limit, or at least 1")
+
+
+def with_defaults(given: Any, from_checkpoint: dict[str, Any], new_data: bool = False) -> dict[str, Any]:
+    """The given settings, nulls filled in from the run that made the checkpoint.
+
+    Args:
+        new_data: the data set was named on the command line; then its root is not the run's.
+    """
+    settings = dataclasses.asdict(given)
+    kept = {"root"} if new_data else set()
+    return {
+        key: from_checkpoint.get(key) if value is None and key not in kept else value for key, value in settings.items()
+    }
 
 
 def register_schemas() -> None:

@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import EmbedConfig
+from moco.config import EmbedConfig, with_defaults
 from moco.errors import InputError
-from moco.evaluate import with_defaults
 from moco.launch import launch, save_config
-from moco.methods.pretrained import load_encoder
+from moco.methods.pretrained import load_encoder_for
 
 if TYPE_CHECKING:
     from moco.data.datasets import DataSource, Labelled
@@ -34,7 +33,6 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.data.datamodule import check_unreadable, evaluation_loader
     from moco.data.datasets import build_source
     from moco.evaluation.features import embed
-    from moco.models.swin import rewindow, window_advice
     from moco.training.checkpoints import read_checkpoint
     from moco.training.hardware import choose_device
     from moco.training.progress import print_table
@@ -45,12 +43,10 @@ def run(config: EmbedConfig, folder: Path) -> None:
     device = choose_device(config.accelerator)
     checkpoint = read_checkpoint(config.checkpoint)
     of_run = checkpoint["config"]
-    encoder: Any = load_encoder(checkpoint, config.encoder, config.checkpoint)
     data = with_defaults(config.data, of_run["data"], new_data=config.data.name is not None)
-    if config.backbone.window_size is not None:
-        rewindow(encoder.backbone, config.backbone.window_size)
-    elif advice := window_advice(encoder.backbone, data["image_size"], of_run["data"]["image_size"]):
-        log.info(advice)
+    encoder = load_encoder_for(
+        checkpoint, config.encoder, config.checkpoint, config.backbone.window_size, data["image_size"]
+    )
     source = build_source(data["name"], data["root"], download=data["download"], num_images=data["num_images"])
     side, has_labels = pictures_of(source, config.split, data["name"])
 

@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import EvaluateConfig
+from moco.config import EvaluateConfig, with_defaults
 from moco.errors import InputError
 from moco.launch import launch, save_config
-from moco.methods.pretrained import load_encoder
+from moco.methods.pretrained import load_encoder_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     from moco.data.datasets import build_source
     from moco.evaluation.knn import knn_accuracy
     from moco.evaluation.monitor import protocol
-    from moco.models.swin import Swin, rewindow, window_advice
+    from moco.models.swin import Swin
     from moco.models.weights import one_or_each
     from moco.training.checkpoints import read_checkpoint
     from moco.training.hardware import choose_device
@@ -50,11 +50,9 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     checkpoint = read_checkpoint(config.checkpoint)
     data = with_defaults(config.data, checkpoint["config"]["data"], new_data=config.data.name is not None)
     knn = with_defaults(config.evaluation, checkpoint["config"]["evaluation"])
-    encoder = load_encoder(checkpoint, knn["encoder"], config.checkpoint)
-    if config.backbone.window_size is not None:
-        rewindow(encoder.backbone, config.backbone.window_size)
-    elif advice := window_advice(encoder.backbone, data["image_size"], checkpoint["config"]["data"]["image_size"]):
-        log.info(advice)
+    encoder = load_encoder_for(
+        checkpoint, knn["encoder"], config.checkpoint, config.backbone.window_size, data["image_size"]
+    )
     source = build_source(data["name"], data["root"], download=data["download"], num_images=data["num_images"])
     if source.bank is None or source.queries is None:
         raise InputError(f"data={data['name']}: kNN needs labelled training and test pictures, and this set has none")
@@ -85,19 +83,6 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         save_config(folder)
         write_json(output, figures)
     console.print(f"written to {os.path.relpath(output)}", soft_wrap=True, highlight=False)
-
-
-def with_defaults(given: Any, from_checkpoint: dict[str, Any], new_data: bool = False) -> dict[str, Any]:
-    """The given settings, nulls filled in from the run that made the checkpoint.
-
-    Args:
-        new_data: the data set was named on the command line; then its root is not the run's.
-    """
-    settings = dataclasses.asdict(given)
-    kept = {"root"} if new_data else set()
-    return {
-        key: from_checkpoint.get(key) if value is None and key not in kept else value for key, value in settings.items()
-    }
 
 
 def features_of(

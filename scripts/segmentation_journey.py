@@ -74,8 +74,11 @@ def mosaics(
 
 
 def prepare(archive: Path, folder: Path, scale: Scale) -> None:
-    """Write ``unlabelled.npz`` and the folder tree ``segmentation`` once."""
-    if (folder / "segmentation" / "done").exists():
+    """Write ``unlabelled.npz`` and the folder tree ``segmentation`` once; leave a folder of another scale alone."""
+    marker = folder / "scale.json"
+    if marker.exists():
+        if json.loads(marker.read_text()) != dataclasses.asdict(scale):
+            raise SystemExit(f"{folder} holds a journey of another scale: {marker.read_text()}")
         return
     with np.load(archive) as arrays:
         tiles = {part: (arrays[f"{part}_images"], arrays[f"{part}_labels"].ravel()) for part in ("train", "test")}
@@ -93,7 +96,7 @@ def prepare(archive: Path, folder: Path, scale: Scale) -> None:
             target.mkdir(parents=True, exist_ok=True)
             for number, array in enumerate(arrays_of_kind):
                 Image.fromarray(array).save(target / f"{number:04}.png")
-    (folder / "segmentation" / "done").touch()
+    marker.write_text(json.dumps(dataclasses.asdict(scale)))
 
 
 def call(program: Callable[[Any, Path], None], name: str, schema: type, folder: Path, overrides: list[str]) -> dict:

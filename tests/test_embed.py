@@ -6,9 +6,13 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from moco.config import CONFIG_DIR, EmbedConfig, parse, register_schemas
+from moco.data.augmentations import build_evaluation_view
+from moco.data.datasets import FilePictures, build_source
 from moco.embed import run
 from moco.errors import InputError
 from moco.methods.moco import MoCo
+from moco.methods.pretrained import load_encoder
+from moco.models.swin import rewindow
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +33,9 @@ def checkpoint(tmp_path_factory):
     }
     path = tmp_path_factory.mktemp("checkpoint") / "last.ckpt"
     made = MoCo(**hparams)
+    for name, parameter in made.named_parameters():
+        if "norm" in name or "cpb_mlp" in name:  # an untrained block is the identity, whatever its window
+            torch.nn.init.normal_(parameter, std=0.5)
     state = {"state_dict": made.state_dict(), "hyper_parameters": dict(made.hparams), "config": config}
     torch.save(state | {"figures": {}, "random_states": {}, "global_step": 0}, path)
     return path
@@ -45,11 +52,22 @@ def embed(checkpoint, folder, *overrides):
         return dict(file)
 
 
+@torch.no_grad()
+def features(checkpoint, pictures, places, image_size, feature, window=2):
+    """Of pictures by their places, one at a time."""
+    encoder = load_encoder(torch.load(checkpoint), "query", "")
+    rewindow(encoder.backbone, window)
+    view = build_evaluation_view(image_size, 1.0, [0.5] * 3, [0.5] * 3)
+    return torch.cat([encoder.encode(view(pictures[place])[None], feature) for place in places])
+
+
 def test_features_names_and_labels_go_together(checkpoint, tmp_path):
-    test = embed(checkpoint, tmp_path, "split=test", "feature=embedding")
-    assert test["features"].shape == (360, 128)
-    assert test["labels"].shape == (360,)
-    assert test["names"][1] == "digits: test_images[1]"
+    test = embed(checkpoint, tmp_path, "split=test", "feature=embedding", "batch_size=100")
+    queries = build_source("digits").queries
+    assert test["labels"].tolist() == queries.labels.tolist()
+    assert test["names"].tolist() == [f"digits: test_images[{index}]" for index in range(360)]
+    expected = features(checkpoint, queries.pictures, (0, 1, 359), 32, "embedding")
+    torch.testing.assert_close(torch.from_numpy(test["features"][[0, 1, 359]]), expected)
 
 
 def test_files_are_named_by_their_paths_and_the_unreadable_are_left_out(checkpoint, tmp_path, picture_tree):
@@ -60,7 +78,11 @@ def test_files_are_named_by_their_paths_and_the_unreadable_are_left_out(checkpoi
     assert "labels" not in found
     assert found["names"].tolist() == sorted(str(path) for path in picture_tree.rglob("[0-9]*.png"))
     widened = embed(checkpoint, tmp_path, *given, "backbone.window_size=5")
-    assert widened["features"].shape == (24, 256)
+    pictures = FilePictures(found["names"].tolist())
+    for file, window in ((found, 2), (widened, 5)):
+        expected = features(checkpoint, pictures, range(24), 40, "backbone", window)
+        torch.testing.assert_close(torch.from_numpy(file["features"]), expected)
+    assert not np.allclose(found["features"], widened["features"], atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The journey of scripts/segmentation_journey.py from 64 to 144 px, in miniature."""
 
+import dataclasses
 import importlib.util
 
 import numpy as np
@@ -47,10 +48,11 @@ def test_every_variant_goes_from_64_to_144_px_and_nothing_is_run_twice(journey, 
         epochs=1,
         batch=4,
     )
-    monkeypatch.setattr(journey, "VARIANTS", dict(list(journey.VARIANTS.items())[1:]))
     results = journey.journey(tiles, tmp_path / "journey", 1, scale)
     assert list(results) == list(journey.VARIANTS)
     assert all(len(scores) == 1 and 0 <= scores[0] <= 1 for scores in results.values())
     monkeypatch.setattr(journey.train, "run", None)
     monkeypatch.setattr(journey.segment, "run", None)
     assert journey.journey(tiles, tmp_path / "journey", 1, scale) == results
+    with pytest.raises(SystemExit, match="holds a journey of another scale"):
+        journey.journey(tiles, tmp_path / "journey", 1, dataclasses.replace(scale, epochs=2))

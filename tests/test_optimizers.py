@@ -92,10 +92,16 @@ def names_in(optimizer, model):
 
 
 def test_decay_of_everything_is_one_group_of_all_that_is_trained():
-    model = Model()
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2).requires_grad_(False))
     (group,) = names_in(build_optimizer(model, name="sgd", **SETTINGS), model)
-    assert group == (0.2, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
-    assert "body.frozen" not in group[1]
+    assert group == (0.2, ["0.weight", "0.bias", "1.weight", "1.bias"])
+
+
+def test_what_names_its_exceptions_is_spared_even_then():
+    model = nn.Sequential(Body(), nn.Linear(2, 2))
+    decayed, spared = names_in(build_optimizer(model, name="sgd", decay_all=True, **SETTINGS), model)
+    assert decayed == (0.2, ["0.linear.weight", "1.weight", "1.bias"])
+    assert (spared[0], len(spared[1])) == (0.0, 6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])

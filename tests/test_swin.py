@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import unittest.mock
 
 import pytest
 import torch
@@ -234,6 +235,19 @@ def test_a_window_that_is_none_is_refused(window):
         rewindow(small(), window)
 
 
+@pytest.mark.parametrize("window", [0, [], 7.5])
+def test_a_pretraining_window_that_is_none_is_refused(window):
+    with pytest.raises(InputError, match=r"pretrained_window_size=.*expected a whole number of cells from 1 to 64"):
+        small(pretrained_window_size=window)
+
+
+def test_a_size_beyond_the_canvas_and_an_image_without_a_whole_patch_are_refused():
+    with pytest.raises(ValueError, match="larger than the canvas of 8 x 8 px"):
+        small().feature_maps(torch.randn(1, 3, 8, 8), size=(9, 8))
+    with pytest.raises(InputError, match="an image of 3 x 8 px has no whole patch of 4 px"):
+        small(partial_patches="drop")(torch.randn(1, 3, 3, 8))
+
+
 def test_settings_of_another_architecture_are_refused():
     with pytest.raises(InputError, match=r"backbone.window_size=7: resnet18 has no such setting \(it has stem"):
         build_backbone("resnet18", window_size=7)
@@ -269,6 +283,8 @@ def test_gradient_checkpointing_changes_no_gradient():
         model(images).square().sum().backward()
     for one, other in zip(plain.parameters(), kept.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+    with torch.no_grad(), unittest.mock.patch("moco.models.swin.checkpoint", side_effect=AssertionError):
+        kept(images)  # nothing to keep, so nothing to compute again
 
 
 def test_a_frozen_patch_projection_is_the_only_frozen_part():

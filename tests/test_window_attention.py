@@ -1,5 +1,6 @@
 """Attention in windows against the papers' formulas, cell by cell, in float64."""
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,8 @@ from moco.models.window_attention import (
     WindowAttentionV2,
     _CPUAttention,
     _Normalize,
+    attend,
+    attend_on_cpu,
     log_coordinates,
     relative_positions,
     resized_table,
@@ -111,14 +114,12 @@ def test_outputs_and_gradients_are_the_papers(version, canvas, size, window, shi
         assert (got - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("garbage", [0.0, 1e4, math.nan, math.inf])
+@pytest.mark.parametrize("garbage", [0.0, 1e4, -7.0])
 def test_what_lies_beyond_the_real_cells_does_not_matter(garbage):
     layer = attention(2, 4, shifted=True)
     x = torch.randn(1, 7, 9, 24)
     canvas = torch.full((1, 12, 13, 24), garbage)
     canvas[:, :7, :9] = x
-    if not math.isfinite(garbage):  # 0 x nan is nan: such cells have to be cleared before
-        canvas = canvas.nan_to_num(7, 7, 7)
     with torch.no_grad():
         torch.testing.assert_close(layer(canvas, (7, 9))[:, :7, :9], layer(x), rtol=1e-6, atol=1e-6)
 
@@ -130,6 +131,31 @@ def test_gradients_of_the_cpu_function_are_those_of_finite_differences():
     bias = torch.randn(h, length, length, dtype=torch.float64)
     inputs = [x.requires_grad_() for x in (query, key, value, bias)]
     assert torch.autograd.gradcheck(lambda *x: _CPUAttention.apply(*x, grid), inputs)
+
+
+@pytest.mark.parametrize("at_once", [0, 1 << 22])
+@pytest.mark.parametrize("canvas", [(9, 11), (8, 8), (4, 5), (3, 2)])
+def test_masks_in_two_parts_give_what_one_mask_gives(canvas, at_once, monkeypatch):
+    """On a GPU this way has the gradients too."""
+    monkeypatch.setattr("moco.models.window_attention.MASK_AT_ONCE", at_once)
+    layer = attention(2, 4, shifted=True)
+    grid = window_grid(canvas, canvas, (4, 4), True, CPU)
+    shape = (2 * grid.num_windows, 3, math.prod(grid.window), 8)
+    inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    weights = torch.randn(shape)
+    results = []
+    for way in (
+        lambda: attend(*inputs, layer.additive_masks(grid, torch.float32)),
+        lambda: attend_on_cpu(*inputs, layer.position_bias(grid.window), grid),
+    ):
+        out = way()
+        layer.zero_grad()
+        gradients = torch.autograd.grad((out * weights).sum(), [*inputs, layer.cpb_mlp[0].weight])
+        results.append([out, *gradients])
+    if at_once == 0 and 0 < len(grid.cut) < grid.num_windows:
+        assert len(layer.additive_masks(grid, torch.float32)) == 2
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_normalising_and_its_gradient_are_those_of_pytorch():
@@ -189,18 +215,21 @@ def test_without_gradients_the_bias_is_computed_once_per_weight_version(version)
     assert [bias(), bias()] == [1, 1]
     grid = window_grid((6, 6), (6, 6), (4, 4), True, CPU)
     with torch.no_grad():
-        mask = layer.additive_mask(grid, torch.float32)
-        assert layer.additive_mask(grid, torch.float32) is mask
-        assert layer.additive_mask(window_grid((9, 6), (9, 6), (4, 4), True, CPU), torch.float32) is not mask
-        assert layer.additive_mask(grid, torch.bfloat16).dtype == torch.bfloat16
+        masks = layer.additive_masks(grid, torch.float32)
+        assert layer.additive_masks(grid, torch.float32) is masks
+        assert layer.additive_masks(window_grid((9, 6), (9, 6), (4, 4), True, CPU), torch.float32) is not masks
+        assert layer.additive_masks(grid, torch.bfloat16)[0][1].dtype == torch.bfloat16
+        assert len(layer._kept) == 2
+        assert copy.deepcopy(layer)._kept == {}
     torch._foreach_lerp_([weight.detach() for weight in weights], [torch.zeros_like(w) for w in weights], 0.1)
     assert [bias(), bias()] == [2, 2]
     layer.load_state_dict({name: value + 1 for name, value in layer.state_dict().items()})
     assert [bias(), bias()] == [3, 3]
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer(torch.randn(1, 4, 4, 24)).square().sum().backward()
+    before = len(count)  # the training pass computed its own
     optimizer.step()
-    assert bias() == len(count)
+    assert [bias(), bias()] == [before + 1, before + 1]
     before = len(count)
     layer.double()
     assert bias() == before + 1

@@ -22,6 +22,7 @@ from moco.methods.momentum import key_momentum_at, update_key_encoder
 from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoded, Encoder, switch_off_stochastic_depth
 from moco.models.heads import DenseProjector, build_head
+from moco.training import trainer
 from moco.training.distributed import all_gather, shuffled_across, unshuffled
 from moco.training.optimizers import build_optimizer, learning_rate_at
 
@@ -189,13 +190,12 @@ class MoCo(pl.LightningModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch of the running training."""
-        return -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
+        return trainer.steps_per_epoch(self.trainer)
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps in the whole running training."""
-        steps = (self.trainer.max_epochs or 1) * self.steps_per_epoch
-        return steps if self.trainer.max_steps < 0 else min(steps, self.trainer.max_steps)
+        return trainer.num_steps(self.trainer)
 
     def loss_of_chance(self, num_negatives: int) -> float:
         """The loss when nothing is told apart: log(1 + K) in every direction."""

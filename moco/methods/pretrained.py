@@ -1,11 +1,14 @@
 """The encoders of a checkpoint, for the programs that work with what training has made."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from moco.errors import InputError
 
 if TYPE_CHECKING:
     from moco.models.encoder import Encoder
+
+log = logging.getLogger(__name__)
 
 
 def load_encoder(checkpoint: dict[str, Any], which: str, path: str) -> "Encoder":
@@ -30,3 +33,24 @@ def load_encoder(checkpoint: dict[str, Any], which: str, path: str) -> "Encoder"
         raise InputError(f"checkpoint={path}: its weights do not fit its own hyperparameters ({error})") from error
     encoder: Any = method.query_encoder if which == "query" else method.key_encoder
     return encoder.eval()
+
+
+def load_encoder_for(checkpoint: dict[str, Any], which: str, path: str, window_size: Any, image_size: int) -> "Encoder":
+    """`load_encoder`, to look at images of a certain size.
+
+    Args:
+        window_size: attention windows to change to, see `moco.models.swin.rewindow`. None: those of pretraining, and where
+            others would suit images of another size better, the log says so.
+        image_size: px.
+
+    Raises:
+        InputError: as `load_encoder` and `rewindow`.
+    """
+    from moco.models.swin import rewindow, window_advice
+
+    encoder = load_encoder(checkpoint, which, path)
+    if window_size is not None:
+        rewindow(encoder.backbone, window_size)
+    elif advice := window_advice(encoder.backbone, image_size, checkpoint["config"]["data"]["image_size"]):
+        log.info(advice)
+    return encoder

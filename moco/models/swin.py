@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -114,7 +115,8 @@ class Swin(swin_transformer.SwinTransformer):
         self.feature_map_dims = tuple(embed_dim * 2**stage for stage in range(4))
         self.feature_map_strides = tuple(patch_size * 2**stage for stage in range(4))
         self.feature_dim = self.feature_map_dims[-1]
-        self._set_windows(windows, windows_of("pretrained_window_size", pretrained_window_size or windows))
+        pretrained = windows if pretrained_window_size is None else pretrained_window_size
+        self._set_windows(windows, windows_of("pretrained_window_size", pretrained))
         self.features[0][0].requires_grad_(not freeze_patch_embed)
 
     def stages(self) -> Iterator[Any]:
@@ -141,12 +143,23 @@ class Swin(swin_transformer.SwinTransformer):
             images: (N, 3, H, W), of any height and width.
             size: (height, width) of the pictures, px, at the top left of the canvas (H, W); what lies beyond does not
                 matter. None: the pictures fill it.
+
+        Raises:
+            ValueError: `size` is larger than the canvas.
+            InputError: partial patches are dropped, and there is no whole one.
         """
         height, width = size or images.shape[-2:]
+        if height > images.shape[-2] or width > images.shape[-1]:
+            raise ValueError(f"size={size}: larger than the canvas of {images.shape[-2]} x {images.shape[-1]} px")
         canvas = [-(-side // self.patch_size) * self.patch_size for side in images.shape[-2:]]
         if self.partial_patches == "drop":
             height, width = (side // self.patch_size * self.patch_size for side in (height, width))
             canvas = [side // self.patch_size * self.patch_size for side in images.shape[-2:]]
+            if not height or not width:
+                raise InputError(
+                    f"backbone.partial_patches=drop: an image of {images.shape[-2]} x {images.shape[-1]} px has no whole "
+                    f"patch of {self.patch_size} px"
+                )
         images = images[..., :height, :width]
         x = self.features[0](F.pad(images, (0, canvas[1] - width, 0, canvas[0] - height)))  # (N, H, W, C)
         cells = (-(-height // self.patch_size), -(-width // self.patch_size))
@@ -156,7 +169,7 @@ class Swin(swin_transformer.SwinTransformer):
                 x = self.features[2 * stage](with_zeros_beyond(x, cells))
                 cells = (-(-cells[0] // 2), -(-cells[1] // 2))
             for block in blocks:
-                if self.gradient_checkpointing and self.training:
+                if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                     x = checkpoint(block, x, cells, use_reentrant=False)
                 else:
                     x = block(x, cells)

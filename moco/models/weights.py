@@ -252,10 +252,13 @@ def read_backbone(path: str | Path) -> tuple[Any, dict[str, Any]]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except SafetensorError as error:
         raise InputError(f"{path}: damaged, or no safetensors file ({error})") from error
-    if "backbone" not in metadata:
-        raise InputError(f"{path}: not written by moco.export format=safetensors (its metadata name no backbone)")
-    about = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
-    backbone = build_backbone(**about["backbone"])
+    try:
+        about = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+        backbone = build_backbone(**about["backbone"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: not written by moco.export format=safetensors (its metadata describe no backbone)"
+        ) from error
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,12 @@ from torchvision.models import swin_transformer
 from moco.errors import InputError
 
 Size = tuple[int, int]
+T = TypeVar("T")
 
 MAX_LOGIT_SCALE = 100.0  # arXiv 2111.09883, section 3.2: tau is not below 0.01
 MAX_BIAS = 16.0  # of the official code's 16 * sigmoid(MLP(coordinates))
 SCORES_AT_ONCE = 1 << 19  # computed at a time on a CPU: 2 MiB of float32, so that they stay in its cache
+MASK_AT_ONCE = 1 << 22  # numbers in a mask for all windows of a map: 16 MiB of float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,8 @@ class WindowGrid:
     """(P,) int64: where among the windows' cells each cell of the map is."""
     filling: Tensor
     """(p,) int64: the windows' cells that are no cells of the map."""
+    whole: Tensor
+    """(w,) int64: the windows whose cells all see each other."""
     cut: Tensor
     """(b,) int64: the windows that hold cells which must not see each other."""
     mask: Tensor
@@ -77,9 +81,10 @@ def window_grid(canvas: Size, size: Size, window: Size, shifted: bool, device: t
     places = torch.empty(canvas[0] * canvas[1], dtype=torch.int64)
     places[cell[is_there]] = torch.arange(len(cell))[is_there]
     sees = group[:, :, None] == group[:, None, :]
-    cut = (~sees).any(dim=(1, 2)).nonzero()[:, 0]
+    is_whole = sees.all(dim=(1, 2))
+    whole, cut = is_whole.nonzero()[:, 0], (~is_whole).nonzero()[:, 0]
     mask = torch.zeros(len(cut), *sees.shape[1:]).masked_fill_(~sees[cut], -math.inf)
-    tensors = (cell.where(is_there, 0), places, (~is_there).nonzero()[:, 0], cut, mask)
+    tensors = (cell.where(is_there, 0), places, (~is_there).nonzero()[:, 0], whole, cut, mask)
     return WindowGrid(window, len(group), *(tensor.to(device) for tensor in tensors))
 
 
@@ -149,19 +154,37 @@ def log_coordinates(window: Size, pretrained: Size) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+Masks = list[tuple[Tensor | None, Tensor]]
+"""Which windows of a map (None: all), and their additive mask (h, L, L), or (windows, h, L, L) with one for each."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
     """softmax(query key^T + mask) value, (B, h, L, d), for queries that are already scaled.
 
     Args:
         query, key, value: (B, h, L, d); query and key may be of a finer type than value.
-        mask: (1, h, L, L), or one for each window of a map.
+        masks: for all windows together, or for parts that make up all.
     """
-    b, h, length, d = query.shape
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if len(mask) > 1:
-        query, key, value = (x.reshape(-1, len(mask) * h, length, d) for x in (query, key, value))
-        mask = mask.view(1, -1, length, length)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0).reshape(b, h, length, d)
+    if len(masks) == 1:
+        return _attend(query, key, value, masks[0][1])
+    windows = sum(len(which) for which, _ in masks if which is not None)
+    query, key, value = (x.unflatten(0, (-1, windows)) for x in (query, key, value))  # (N, windows, h, L, d)
+    out = torch.empty_like(value)
+    for which, mask in masks:
+        part = [x[:, which].flatten(0, 1) for x in (query, key, value)]
+        out[:, which] = _attend(part[0], part[1], part[2], mask).unflatten(0, (len(out), -1))
+    return out.flatten(0, 1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    if mask.ndim == 3:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+    windows, h, length, _ = mask.shape
+    shape = value.shape
+    query, key, value = (x.reshape(-1, windows * h, length, x.shape[-1]) for x in (query, key, value))
+    mask = mask.view(windows * h, length, length)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0).reshape(shape)
 
 
 def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid) -> Tensor:
@@ -201,18 +224,18 @@ class _CPUAttention(torch.autograd.Function):
             weights[rows] = torch.softmax(scores[:n], dim=-1, out=scores[:n])
             torch.bmm(weights[rows], value[rows], out=out[rows])
         ctx.save_for_backward(query.to(value.dtype), key.to(value.dtype), value, weights)
-        ctx.bias_like = scores[:h]
-        ctx.at_once = at_once
+        ctx.bias_options = {"dtype": bias.dtype, "device": bias.device}
+        ctx.num_heads, ctx.at_once = h, at_once
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, weights = ctx.saved_tensors
-        h = len(ctx.bias_like)
+        h = ctx.num_heads
         grad = grad.contiguous()
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
-        d_bias = torch.zeros_like(ctx.bias_like)
+        d_bias = torch.zeros(h, *weights.shape[1:], **ctx.bias_options)
         d_products = weights.new_empty(ctx.at_once * h, *weights.shape[1:])
         for first in range(0, len(query), len(d_products)):
             rows = slice(first, min(first + len(d_products), len(query)))
@@ -273,6 +296,10 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         self.window_size = (self.window_size[0], self.window_size[1])  # torchvision's constructor leaves a list
         self._kept = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept only to save time."""
+        return self.__dict__ | {"_kept": {}}
+
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
         """Maps (N, H, W, C) to maps (N, H, W, C).
 
@@ -291,7 +318,7 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         if query.device.type == "cpu" and any(x.requires_grad for x in (query, key, value, bias)):
             x = attend_on_cpu(query, key, value, bias, grid)
         else:
-            x = attend(query, key, value, self.additive_mask(grid, value.dtype))
+            x = attend(query, key, value, self.additive_masks(grid, value.dtype))
         x = x.transpose(1, 2).reshape(n, -1, channels)
         return self.proj(_OutOfWindows.apply(x, grid)).view(n, height, width, channels)
 
@@ -306,20 +333,24 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         """The bias of every pair of cells of a window: (h, L, L) float32."""
         return self._once_per_version("bias", window, lambda: self._position_bias(window))
 
-    def additive_mask(self, grid: WindowGrid, dtype: torch.dtype) -> Tensor:
-        """Position bias, and -inf where a cell does not see another: (windows of a map, h, L, L), or (1, h, L, L)."""
+    def additive_masks(self, grid: WindowGrid, dtype: torch.dtype) -> Masks:
+        """Position bias, and -inf where a cell does not see another.
 
-        def compute() -> Tensor:
+        Of a large map the windows that are cut have masks apart, since one for each window would take gigabytes.
+        """
+
+        def compute() -> Masks:
             bias = self.position_bias(grid.window).to(dtype)
             if not len(grid.cut):
-                return bias[None]
-            mask = bias.repeat(grid.num_windows, 1, 1, 1)
-            mask[grid.cut] += grid.mask[:, None].to(dtype)
-            return mask
+                return [(None, bias)]
+            of_cut = bias + grid.mask[:, None].to(dtype)
+            if len(grid.whole) and grid.num_windows * bias.numel() > MASK_AT_ONCE:
+                return [(grid.whole, bias), (grid.cut, of_cut)]
+            return [(None, bias.repeat(grid.num_windows, 1, 1, 1).index_copy(0, grid.cut, of_cut))]
 
-        return self._once_per_version("mask", (grid, dtype), compute)
+        return self._once_per_version("masks", (grid, dtype), compute)
 
-    def _once_per_version(self, name: str, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+    def _once_per_version(self, name: str, key: Any, compute: Callable[[], T]) -> T:
         """What `compute` makes of the position bias's weights; without gradients kept until a weight or the key changes."""
         weights = self.bias_weights()
         if (torch.is_grad_enabled() and any(x.requires_grad for x in weights)) or any(
@@ -398,7 +429,7 @@ class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttention
         return torch.cat([query, torch.zeros_like(query), value])
 
     def scaled(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors, the query times the head's scale; float32, since products of up to 100 would lose too much."""
+        """Unit vectors, the query times the head's scale, normalised in float32."""
         finer = torch.promote_types(query.dtype, torch.float32)
         scale = self.logit_scale.to(finer).clamp(max=math.log(MAX_LOGIT_SCALE)).exp()  # (h, 1, 1)
         return _Normalize.apply(query, scale), _Normalize.apply(key, torch.ones_like(scale))

@@ -24,9 +24,9 @@ def build_optimizer(
     """The optimizer `name` over the parameters of `module` that are trained; the schedule's fields are not its business.
 
     Args:
-        decay_all: False spares norms, biases and what the module asks to be spared, see `without_decay`.
+        decay_all: see `without_decay`.
     """
-    spared = set() if decay_all else without_decay(module)
+    spared = without_decay(module, decay_all)
     decayed_group: dict[str, Any] = {"params": []}
     spared_group: dict[str, Any] = {"params": [], "weight_decay": 0.0}
     for path, parameter in module.named_parameters():
@@ -39,16 +39,25 @@ def build_optimizer(
     return torch.optim.SGD(groups, lr=lr, momentum=sgd_momentum, weight_decay=weight_decay)
 
 
-def without_decay(module: nn.Module) -> set[str]:
+def without_decay(module: nn.Module, decay_all: bool = False) -> set[str]:
     """Names of the parameters that weight decay is not for.
 
     Those of at most one dimension (norms, biases), and those whose name inside a submodule contains one of that submodule's
     ``no_weight_decay_keywords``.
+
+    Args:
+        decay_all: decay norms and biases too, as the official MoCo code does, but for those of submodules with such
+            keywords, which know better.
     """
-    spared = {path for path, parameter in module.named_parameters() if parameter.ndim <= 1}
+    spared = {path for path, parameter in module.named_parameters() if parameter.ndim <= 1 and not decay_all}
     for prefix, layer in module.named_modules():
-        for keyword in getattr(layer, "no_weight_decay_keywords", ()):
-            spared |= {f"{prefix}.{path}".lstrip(".") for path, _ in layer.named_parameters() if keyword in path}
+        keywords = getattr(layer, "no_weight_decay_keywords", None)
+        if keywords is not None:
+            spared |= {
+                f"{prefix}.{path}".lstrip(".")
+                for path, parameter in layer.named_parameters()
+                if parameter.ndim <= 1 or any(keyword in path for keyword in keywords)
+            }
     return spared
 
 
