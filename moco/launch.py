@@ -88,6 +88,7 @@ def set_up_logging() -> None:
         ".*number of training batches.*smaller than the logging interval.*",
         ".*srun.*available on your system.*",
         ".*GPU available but not used.*",
+        ".*in eval mode at the start of training.*",  # of segment's backbone with freeze_backbone=true, and meant
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)

@@ -120,8 +120,6 @@ def pretrained_backbone(path: str, which: str, given: dict[str, Any]) -> tuple[A
     from moco.training.run_folder import differences
 
     checkpoint = read_checkpoint(path)
-    if "decoder" in checkpoint["hyper_parameters"]:
-        raise InputError(f"checkpoint={path}: written by moco.segment, and expected is one of moco.train")
     encoder = load_encoder(checkpoint, which, path)
     there = checkpoint["hyper_parameters"]["backbone"]
     asked = {key: given[key] for key in ("name", "stem") if key in given}

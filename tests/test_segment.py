@@ -163,21 +163,23 @@ def test_the_closing_table_shows_every_class(trained, shapes, capsys):
     assert "next: tensorboard --logdir" in shown
 
 
+def interrupt_at(step, context):
+    """Ctrl-C after so many optimizer steps, once."""
+    sent = []
+
+    def on_train_batch_end(self, *_):
+        if self.trainer.global_step == step and not sent:
+            sent.append(step)
+            signal.raise_signal(signal.SIGINT)
+
+    context.setattr(Segmenter, "on_train_batch_end", on_train_batch_end)
+
+
 def test_stopping_anywhere_changes_nothing(shapes, tmp_path, monkeypatch):
     """Interrupts in the middle of an epoch and in its last step, with accumulation and sliding windows."""
     settings = [
         *FROM_SCRATCH, "trainer.max_epochs=3", "trainer.accumulate_grad_batches=2", "image_size=24", "inference=slide",
     ]  # fmt: skip
-
-    def interrupt_at(step, context):
-        sent = []
-
-        def on_train_batch_end(self, *_):
-            if self.trainer.global_step == step and not sent:
-                sent.append(step)
-                signal.raise_signal(signal.SIGINT)
-
-        context.setattr(Segmenter, "on_train_batch_end", on_train_batch_end)
 
     run(config_of(shapes, *settings), tmp_path / "whole")
     for step, stopped in ((1, 2), (5, 6)):  # of three steps an epoch
@@ -199,6 +201,23 @@ def test_stopping_anywhere_changes_nothing(shapes, tmp_path, monkeypatch):
         InputError, match="holds a run with another configuration: freeze_backbone: False there, True here"
     ):
         run(config_of(shapes, *settings, "freeze_backbone=true"), tmp_path / "parts")
+
+
+def test_stopping_goes_on_with_what_dropout_and_stochastic_depth_draw(shapes, tmp_path, monkeypatch):
+    settings = [
+        "checkpoint=null", "backbone=swin_v2_tiny_patch2", "backbone.stochastic_depth=0.5", "decoder=fcn",
+        "trainer.max_epochs=2", "image_size=16",
+    ]  # fmt: skip
+    run(config_of(shapes, *settings), tmp_path / "whole")
+    with monkeypatch.context() as context:
+        interrupt_at(1, context)
+        with pytest.raises(Interrupted, match=r"step 2;"):
+            run(config_of(shapes, *settings), tmp_path / "parts")
+    run(config_of(shapes, *settings), tmp_path / "parts")
+    one, other = last(tmp_path / "whole"), last(tmp_path / "parts")
+    assert one["global_step"] == other["global_step"] == 6
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
 
 
 def test_an_interrupted_measurement_is_made_up_for(shapes, tmp_path, monkeypatch):
@@ -275,6 +294,12 @@ def test_a_window_is_suggested_for_another_image_size(shapes, swin, caplog):
     assert "backbone.window_size=9" in caplog.text
 
 
+def test_the_window_is_the_checkpoints_where_only_the_backbone_is_named(shapes, tmp_path):
+    path = pretraining_checkpoint(tmp_path / "wide.ckpt", "backbone=swin_tiny_patch2", "backbone.window_size=8")
+    start = starting_point(config_of(shapes, f"checkpoint={path}", "backbone=swin_tiny_patch2"))
+    assert start.backbone.window_size == (8,) * 4
+
+
 def test_a_pretrained_swin_is_fine_tuned_at_another_window(shapes, swin, tmp_path):
     has_extra = importlib.util.find_spec("segmentation_models_pytorch") is not None
     decoder = "upernet" if has_extra else "fcn"
@@ -295,12 +320,22 @@ def test_a_pretrained_swin_is_fine_tuned_at_another_window(shapes, swin, tmp_pat
         run(config_of(shapes, f"checkpoint={tmp_path / 'checkpoints/last.ckpt'}"), tmp_path / "next")
 
 
-def test_linear_segmentation_leaves_the_backbone_as_it_was(shapes, swin, tmp_path):
-    config = config_of(shapes, f"checkpoint={swin}", "freeze_backbone=true", "decoder=auto", "trainer.max_steps=3")
-    run(config, tmp_path)
-    end = last(tmp_path)
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*")
+@pytest.mark.parametrize("kind", ["swin", "resnet"])  # with stochastic depth; with BatchNorm, whose buffers count too
+def test_linear_segmentation_leaves_the_backbone_as_it_was(kind, shapes, swin, tmp_path, monkeypatch):
+    modes = []  # of the backbone's layers in each step, also after a measurement
+
+    def on_before_zero_grad(self, _):
+        modes.append(any(layer.training for layer in self.model.backbone.modules()))
+
+    monkeypatch.setattr(Segmenter, "on_before_zero_grad", on_before_zero_grad)
+    path = swin if kind == "swin" else pretraining_checkpoint(tmp_path / "resnet.ckpt")
+    config = config_of(shapes, f"checkpoint={path}", "freeze_backbone=true", "decoder=auto", "trainer.max_steps=4")
+    run(config, tmp_path / "run")
+    end = last(tmp_path / "run")
+    assert modes == [False] * 4
     assert end["hyper_parameters"]["decoder"]["name"] == "linear"
-    for name, value in encoder_of(swin).state_dict().items():
+    for name, value in encoder_of(path).state_dict().items():
         assert torch.equal(end["state_dict"][f"model.backbone.{name}"], value), name
     assert len(end["optimizer_states"][0]["state"]) == len(
         [name for name in end["state_dict"] if name.startswith("model.decoder") and name.endswith(("weight", "bias"))]
@@ -352,6 +387,7 @@ MISTAKES = [
     (["checkpoint={swin}", "data.root=nowhere"], "data.root=nowhere: no such folder"),
     (["checkpoint={swin}", "data.num_classes=2"],
      "{shapes}/masks/train/01.png: holds the number 2, and data.num_classes says 2 classes, 0 to 1 (and 11 more like it)"),
+    (["checkpoint={swin}", "data.ignore_index=65536"], "data.ignore_index=65536: "),
     (["checkpoint={swin}", "data.batch_size=25"], "data.batch_size=25: there are only 24 pictures to train on"),
     (["checkpoint={swin}", "decoder=fcn", "decoder.channels=64"], "decoder.channels=64: the decoder fcn has no such setting"),
     (["checkpoint={swin}", "resume={swin}"],

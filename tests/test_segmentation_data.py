@@ -1,6 +1,11 @@
 """Images and masks: pairing, checking, augmenting them together."""
 
+import itertools
 import pickle
+import struct
+import time
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -94,12 +99,58 @@ def test_without_folders_a_tenth_by_name_is_held_out_and_stays_so(tmp_path):
     assert 1 < len(held_out()) < 15
 
 
-def test_few_pictures_still_hold_one_out(tmp_path):
+def test_few_pictures_still_hold_one_out_and_the_log_says_how(tmp_path, caplog):
+    caplog.set_level("INFO")
     for number in range(2):
         save(tmp_path / "images" / f"{number}.jpg", np.zeros((4, 4, 3), np.uint8))
-        save(tmp_path / "masks" / f"{number}.png", np.full((4, 4), number, np.uint8))
+        save(tmp_path / "masks" / f"{number}.png", np.eye(4, dtype=np.uint8))
     source = source_of(tmp_path)
     assert (len(source.train), len(source.validation)) == (1, 1)
+    assert "held out: 1 of 2 pictures, by a hash of their names" in caplog.text
+
+
+@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
+def test_folders_may_have_other_usual_names(held_out, shapes, caplog):
+    caplog.set_level("INFO")
+    for folder in ("images", "masks"):
+        (shapes / folder / "train").rename(shapes / folder / "training")  # ADE20K's
+        (shapes / folder / "val").rename(shapes / folder / held_out)
+    source = source_of(shapes)
+    assert (len(source.train), len(source.validation)) == (8, 4)
+    assert source.validation.images.name(0) == str(shapes / "images" / held_out / "00.png")
+    assert "hash" not in caplog.text
+
+
+@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
+def test_a_folder_to_hold_out_needs_one_to_train_on(held_out, shapes):
+    for folder in ("images", "masks"):
+        (shapes / folder / "train").rename(shapes / folder / "Training set")
+        (shapes / folder / "val").rename(shapes / folder / held_out)
+    with pytest.raises(InputError) as error:
+        source_of(shapes)
+    assert str(error.value) == (
+        f"data.root={shapes}: images has a folder {held_out}, and none to train on; expected images/train or "
+        "images/training beside it"
+    )
+
+
+def test_checking_files_in_threads_leaves_the_warning_filters(tmp_path, monkeypatch):
+    for number in range(16):
+        save(tmp_path / "images" / f"{number}.png", np.zeros((SIDE, SIDE, 3), np.uint8))
+        save(tmp_path / "masks" / f"{number}.png", np.eye(SIDE, dtype=np.uint8))
+    open_picture, counts = Image.open, itertools.count()
+
+    def delayed(path):
+        picture = open_picture(path)
+        time.sleep(0.001 * (next(counts) % 7))  # so that threads end in another order than they begin
+        return picture
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1)  # Pillow warns of every file
+    monkeypatch.setattr(Image, "open", delayed)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    before = list(warnings.filters)
+    source_of(tmp_path)
+    assert warnings.filters == before
 
 
 @pytest.mark.parametrize(("mode", "dtype"), [("1", np.uint8), ("L", np.uint8), ("P", np.uint8), ("I;16", np.int32)])
@@ -112,6 +163,35 @@ def test_masks_of_every_kind_give_their_numbers(mode, dtype, tmp_path):
     mask = read_mask(str(path))
     assert mask.dtype == dtype
     assert np.array_equal(mask, numbers)
+
+
+def png(numbers, bit_depth, colour_type):
+    """A PNG file by its specification: Pillow writes no grey of 2 or 4 bits."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width = numbers.shape
+    bits = np.unpackbits(numbers.astype(np.uint8)[:, :, None], axis=2)[:, :, -bit_depth:].reshape(height, -1)
+    lines = b"".join(b"\0" + line.tobytes() for line in np.packbits(bits, axis=1))
+    palette = chunk(b"PLTE", bytes(range(3 * 2**bit_depth))) if colour_type == 3 else b""
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + palette
+        + chunk(b"IDAT", zlib.compress(lines))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("colour_type", [0, 3], ids=["grey", "palette"])
+@pytest.mark.parametrize("bit_depth", [1, 2, 4])
+def test_masks_of_few_bits_give_their_numbers(bit_depth, colour_type, tmp_path):
+    numbers = np.arange(35).reshape(5, 7) % 2**bit_depth  # rows that end inside a byte
+    path = tmp_path / "mask.png"
+    path.write_bytes(png(numbers, bit_depth, colour_type))
+    assert np.array_equal(read_mask(str(path)), numbers)
 
 
 def test_a_mask_of_colours_is_refused(tmp_path):
@@ -136,6 +216,41 @@ def test_another_number_can_stand_for_no_class(shapes, caplog):
     assert "class 0 is left out: its number is data.ignore_index=0" in caplog.text
 
 
+@pytest.mark.parametrize("settings", [{"num_classes": 2}, {"class_names": ["road", "rest"]}, {}])
+def test_masks_of_0_and_255_leave_nothing_to_tell_apart(settings, shapes):
+    for path in shapes.glob("masks/*/*.png"):
+        save(path, np.where(np.eye(SIDE) > 0, 255, 0).astype(np.uint8))
+    with pytest.raises(InputError) as error:
+        source_of(shapes, **settings)
+    assert str(error.value) == (
+        f"data.root={shapes}: the masks to train on hold only the number 0 beside data.ignore_index=255, and at least two "
+        "classes are needed; masks of 0 and 255 have to be stored as 0 and 1"
+    )
+
+
+def test_one_class_beside_another_number_without_class_is_named(shapes):
+    for path in shapes.glob("masks/train/*.png"):
+        save(path, np.eye(SIDE, dtype=np.uint8))
+    with pytest.raises(
+        InputError, match=r"only the number 1 beside data.ignore_index=0, and at least two classes are ne"
+    ):
+        source_of(shapes, ignore_index=0)
+
+
+def test_classes_that_no_mask_to_train_on_has_are_named(shapes, caplog):
+    source_of(shapes, class_names=["sky", "disc", "square"])
+    assert "no mask" not in caplog.text
+    save(shapes / "masks/val/00.png", np.full((SIDE, SIDE), 3, np.uint8))
+    source_of(shapes, class_names=["sky", "disc", "square", "moon", "sun"])
+    assert "classes in no mask to train on: moon, sun\n" in caplog.text
+    caplog.clear()
+    source_of(shapes, num_classes=16)
+    assert "on: 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 (and 3 more like it)\n" in caplog.text
+    caplog.clear()
+    source_of(shapes, num_classes=256, ignore_index=0)  # which is not missing
+    assert "on: 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 (and 242 more like it)\n" in caplog.text
+
+
 def test_voc_2012_is_read_as_torchvision_unpacks_it(tmp_path):
     voc = tmp_path / "VOCdevkit" / "VOC2012"
     for part, names in (("train", ["a", "b"]), ("val", ["c"])):
@@ -143,7 +258,11 @@ def test_voc_2012_is_read_as_torchvision_unpacks_it(tmp_path):
         (voc / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("\n".join(names) + "\n")
         for name in names:
             save(voc / "JPEGImages" / f"{name}.jpg", np.zeros((6, 8, 3), np.uint8))
-            save(voc / "SegmentationClass" / f"{name}.png", np.full((6, 8), 20, np.uint8), "P")
+            save(
+                voc / "SegmentationClass" / f"{name}.png",
+                np.full((6, 8), 20, np.uint8) - np.eye(6, 8, dtype=np.uint8),
+                "P",
+            )
     source = build_segmentation_source("voc2012", str(tmp_path))
     assert (len(source.train), len(source.validation)) == (2, 1)
     assert source.class_names == VOC_CLASSES
@@ -170,8 +289,8 @@ MISTAKES = {
     "no text": "{root}/classes.txt: cannot be read as UTF-8 text ('utf-8' codec can't decode byte 0xff in position 0: invalid"
     " start byte)",
     "names twice": "data.class_names: the class a is there twice",
-    "one class": "data.root={root}: the masks hold no class above 0 beside data.ignore_index=255; a class that is 255 there"
-    " needs another data.ignore_index",
+    "no class": "data.root={root}: the masks to train on hold nothing beside data.ignore_index=255, and at least two classes"
+    " are needed; masks of 0 and 255 have to be stored as 0 and 1",
 }  # fmt: skip
 
 
@@ -298,6 +417,14 @@ def test_what_the_picture_lacks_is_its_mean_and_has_no_class():
     assert (classes[:, 25:] == 255).all()
     assert image[:, 10:].abs().max() < 1 / 255
     assert image[:, :, 25:].abs().max() < 1 / 255
+
+
+def test_what_the_picture_lacks_has_no_class_where_that_takes_more_bits_than_the_mask_has():
+    picture, mask = coordinates(20, 50)
+    _, classes = view(40, scale=[0.5, 0.5], ignore_index=300)(picture, (mask % 200).astype(np.uint8), 0, 0)
+    assert (classes[:10, :25] < 200).all()
+    assert (classes[10:] == 300).all()
+    assert (classes[:, 25:] == 300).all()
 
 
 def test_draws_depend_on_seed_epoch_and_index_alone():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from moco.errors import InputError
+from moco.evaluation.features import evaluating
 from moco.models.backbones import build_backbone
 from moco.models.segmentation import (
     DECODERS,
@@ -78,8 +79,11 @@ def test_the_linear_decoder_is_linear_in_the_joined_features():
     torch.testing.assert_close(decoder(maps), F.conv2d(joined, weight, bias))
 
 
-def test_a_frozen_backbone_gets_no_gradient_and_stays_in_eval_mode():
-    model = model_of("resnet", "linear", freeze_backbone=True).train()
+@pytest.mark.parametrize("is_told_to_train", [False, True])
+def test_a_frozen_backbone_gets_no_gradient_and_stays_in_eval_mode(is_told_to_train):
+    model = model_of("resnet", "linear", freeze_backbone=True)
+    if is_told_to_train:  # Lightning does not
+        model.train()
     before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
     model(torch.randn(2, 3, 32, 32)).mean().backward()
     assert not any(layer.training for layer in model.backbone.modules())
@@ -87,6 +91,16 @@ def test_a_frozen_backbone_gets_no_gradient_and_stays_in_eval_mode():
     assert all(parameter.grad is None for parameter in model.backbone.parameters())
     assert all(parameter.grad is not None for parameter in model.decoder.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.backbone.state_dict().items())
+
+
+def test_a_frozen_backbone_drops_no_blocks():
+    net = build_backbone("swin_tiny_patch2", window_size=4, stochastic_depth=0.9)
+    model = SegmentationModel(net, build_decoder("linear", net, num_classes=3), freeze_backbone=True)
+    images = torch.randn(2, 3, 32, 32)
+    with evaluating(model):
+        expected = model.backbone.feature_maps(images)
+    for one, other in zip(model.backbone.feature_maps(images), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_missing_library_is_named_with_the_way_out(monkeypatch):

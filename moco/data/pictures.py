@@ -16,6 +16,7 @@ from moco.errors import InputError
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MASK_MODES = ("1", "I", "I;16", "L", "P")  # Pillow's names of one whole number per pixel
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class UnreadablePicture(Exception):
@@ -28,7 +29,7 @@ def read_picture(path: str) -> Image.Image:
     Raises:
         UnreadablePicture: the file is missing, empty, cut short, too large to be real, or not a picture.
     """
-    with opened(path) as picture:
+    with pillow_warnings_ignored(), opened(path) as picture:
         return to_rgb(picture)
 
 
@@ -38,24 +39,50 @@ def read_mask(path: str) -> np.ndarray:
     Raises:
         UnreadablePicture: as of `read_picture`, or the picture has colours instead of numbers.
     """
+    with pillow_warnings_ignored():
+        return decoded_mask(path)
+
+
+def decoded_mask(path: str) -> np.ndarray:
+    """`read_mask` for threads; the caller has to ignore Pillow's warnings around all of them."""
     with opened(path) as picture:
         if picture.mode not in MASK_MODES:
             raise ValueError(f"mode {picture.mode}: expected one number per pixel (modes {', '.join(MASK_MODES)})")
-        return np.array(picture, dtype=np.int32 if picture.mode.startswith("I") else np.uint8)
+        numbers = np.array(picture, dtype=np.int32 if picture.mode.startswith("I") else np.uint8)
+        if picture.mode == "L":
+            numbers //= 255 // (2 ** png_bit_depth(path) - 1)  # Pillow stretches grey of 2 and 4 bits to 0..255
+        return numbers
+
+
+def png_bit_depth(path: str) -> int:
+    """Bits per sample, from the header of a PNG file; 8 of any other file."""
+    with open(path, "rb") as file:
+        start = file.read(25)  # signature, then the header's length, name, width, height and bit depth
+    return start[24] if start.startswith(PNG_SIGNATURE) else 8
+
+
+@contextmanager
+def pillow_warnings_ignored() -> Iterator[None]:
+    """Inside, there are no warnings: Pillow warns of odd metadata and of sizes that it still reads.
+
+    For one thread at a time: the filters belong to the whole process, and the last of several threads to leave would put
+    back what another one had set.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager
 def opened(path: str) -> Iterator[Image.Image]:
-    """The picture in a file, its header read and its pixels not yet.
+    """The picture in a file, its header read and its pixels not yet. Pillow's warnings pass.
 
     Raises:
         UnreadablePicture: for what Pillow raises here or inside the ``with`` block.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that it still reads
-            with Image.open(path) as picture:
-                yield picture
+        with Image.open(path) as picture:
+            yield picture
     # Pillow's decoders raise these on damaged data; SyntaxError is its PNG reader's.
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
         raise UnreadablePicture(f"{path}: {error}") from error

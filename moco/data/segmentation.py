@@ -19,7 +19,14 @@ import numpy as np
 from PIL import Image
 
 from moco.data.datasets import MASKED, SOURCES, FilePictures, held_out_tenth, torchvision_dataset
-from moco.data.pictures import UnreadablePicture, list_pictures, opened, read_mask
+from moco.data.pictures import (
+    UnreadablePicture,
+    decoded_mask,
+    list_pictures,
+    opened,
+    pillow_warnings_ignored,
+    read_mask,
+)
 from moco.errors import InputError, unknown_name
 
 log = logging.getLogger(__name__)
@@ -29,6 +36,10 @@ VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+
+# Folders below images and masks, the first that is there counts.
+TRAINED_ON = ("train", "training")
+HELD_OUT = ("val", "validation", "test")
 
 
 class Pair(NamedTuple):
@@ -114,11 +125,14 @@ def build_segmentation_source(
         num_held_out,
         time.monotonic() - started,
     )
+    trained_on = inspected[0].all_numbers()
+    check_two_classes(root, trained_on, ignore_index)
     if not names:
-        count = num_classes or counted_classes(root, inspected, ignore_index)
+        count = num_classes or counted_classes(inspected)
         names, origin = [str(number) for number in range(count)], "data.num_classes"
     for pairs, found in zip(splits, inspected, strict=True):
-        check_classes(pairs, found.largest, len(names), origin)
+        check_classes(pairs, found.largest(), len(names), origin)
+    warn_of_unseen([name for number, name in enumerate(names) if number not in (*trained_on, ignore_index)])
     if ignore_index < len(names):
         log.warning("class %s is left out: its number is data.ignore_index=%d", names[ignore_index], ignore_index)
     train, validation = (MaskedPictures(pairs, found.sizes) for pairs, found in zip(splits, inspected, strict=True))
@@ -132,12 +146,13 @@ Names = tuple[Sequence[str], str]  # the classes' names, none if unknown, and wh
 def segmentation_folder(root: str) -> tuple[Splits, Names]:
     """Images below root/images and their masks below root/masks, at the same place and under the same name but .png.
 
-    With root/images/train the pictures below it are trained on, and those below root/images/val (or validation, or test)
-    are held out. Where there is no such folder a tenth of the pictures, by a hash of their names, is held out; at least
-    one. Class names stand one a line in root/classes.txt.
+    With root/images/train (or training) the pictures below it are trained on, and those below root/images/val (or
+    validation, or test) are held out. Where there is no such folder a tenth of the pictures, by a hash of their names, is
+    held out; at least one. Class names stand one a line in root/classes.txt.
 
     Raises:
-        InputError: a folder is missing, an image has no mask, or a mask no image.
+        InputError: a folder is missing, also the one to train on beside one to hold out; an image has no mask, or a mask no
+            image.
     """
     images, masks = Path(root, "images"), Path(root, "masks")
     if not os.path.isdir(root):
@@ -146,10 +161,17 @@ def segmentation_folder(root: str) -> tuple[Splits, Names]:
         if not folder.is_dir():
             raise InputError(f"data.root={root}: no folder {folder.name} in there (expected images and masks)")
     names = names_in(Path(root, "classes.txt"))
-    if not (images / "train").is_dir():
+    trained_on, held_out = (
+        next((name for name in choices if (images / name).is_dir()), None) for choices in (TRAINED_ON, HELD_OUT)
+    )
+    if trained_on is None and held_out is not None:
+        raise InputError(
+            f"data.root={root}: images has a folder {held_out}, and none to train on; expected images/"
+            f"{' or images/'.join(TRAINED_ON)} beside it"
+        )
+    if trained_on is None:
         return split(paired(images, masks)), names
-    train = paired(images / "train", masks / "train")
-    held_out = next((name for name in ("val", "validation", "test") if (images / name).is_dir()), None)
+    train = paired(images / trained_on, masks / trained_on)
     if held_out is None:
         return split(train), names
     return (list(train.values()), list(paired(images / held_out, masks / held_out).values())), names
@@ -221,6 +243,7 @@ def split(pairs: dict[str, Pair]) -> Splits:
     is_held_out = held_out_tenth(list(pairs))
     if not is_held_out.any() or is_held_out.all():
         is_held_out = np.arange(len(pairs)) == 0
+    log.info("held out: %d of %d pictures, by a hash of their names", is_held_out.sum(), len(pairs))
     everything = np.array(list(pairs.values()), dtype=object)  # (M, 2)
     train, validation = ([Pair(*files) for files in everything[chosen]] for chosen in (~is_held_out, is_held_out))
     return train, validation
@@ -231,8 +254,16 @@ class Inspected(NamedTuple):
 
     sizes: np.ndarray
     """(M, 2) height and width, px."""
-    largest: np.ndarray
-    """(M,) the largest number in the mask but `ignore_index`; -1 if there is no other."""
+    numbers: list[np.ndarray]
+    """For each mask the numbers in it but `ignore_index`, ascending."""
+
+    def largest(self) -> np.ndarray:
+        """(M,) the largest number in each mask but `ignore_index`; -1 if there is no other."""
+        return np.array([numbers[-1] if len(numbers) else -1 for numbers in self.numbers])
+
+    def all_numbers(self) -> list[int]:
+        """The numbers in any of the masks but `ignore_index`, ascending."""
+        return np.unique(np.concatenate(self.numbers)).tolist()
 
 
 def inspect_all(pairs: Sequence[Pair], ignore_index: int) -> Inspected:
@@ -244,13 +275,15 @@ def inspect_all(pairs: Sequence[Pair], ignore_index: int) -> Inspected:
     Raises:
         InputError: for the first pair that cannot be used; it names the file.
     """
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+    with pillow_warnings_ignored(), ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         found = list(pool.map(lambda pair: inspect_pair(pair, ignore_index), pairs))
-    return Inspected(np.array([size for size, _ in found]), np.array([largest for _, largest in found]))
+    return Inspected(np.array([size for size, _ in found]), [numbers for _, numbers in found])
 
 
-def inspect_pair(pair: Pair, ignore_index: int) -> tuple[tuple[int, int], int]:
-    """Height and width of a pair, and the largest number in its mask but `ignore_index` (-1 if there is no other).
+def inspect_pair(pair: Pair, ignore_index: int) -> tuple[tuple[int, int], np.ndarray]:
+    """Height and width of a pair, and the numbers in its mask but `ignore_index`, ascending.
+
+    For threads: the caller ignores Pillow's warnings.
 
     Raises:
         InputError: a file cannot be read, or the two are of different sizes.
@@ -258,29 +291,43 @@ def inspect_pair(pair: Pair, ignore_index: int) -> tuple[tuple[int, int], int]:
     try:
         with opened(pair.image) as image:
             width, height = image.size
-        mask = read_mask(pair.mask)
+        mask = decoded_mask(pair.mask)
     except UnreadablePicture as error:
         raise InputError(str(error)) from error
     if mask.shape != (height, width):
         raise InputError(
             f"{pair.mask}: {mask.shape[1]} x {mask.shape[0]} px, and its image {pair.image} has {width} x {height} px"
         )
-    classes = mask[mask != ignore_index]
-    return (height, width), int(classes.max()) if classes.size else -1
+    # Counting takes half as long as sorting, and a count up to the largest number is only as long as 8 bits are.
+    numbers = np.flatnonzero(np.bincount(mask.ravel())) if mask.dtype == np.uint8 else np.unique(mask)
+    return (height, width), numbers[numbers != ignore_index]
 
 
-def counted_classes(root: str, inspected: Sequence[Inspected], ignore_index: int) -> int:
-    """The largest number in any mask, and one.
+def check_two_classes(root: str, numbers: Sequence[int], ignore_index: int) -> None:
+    """Raises InputError if there is nothing to tell apart: the loss would be 0 at once, and every prediction right.
 
-    Raises:
-        InputError: there is nothing to tell apart.
+    Args:
+        numbers: those in the masks to train on, but `ignore_index`.
     """
-    largest = max(int(found.largest.max()) for found in inspected)
-    if largest < 1:
-        raise InputError(
-            f"data.root={root}: the masks hold no class above 0 beside data.ignore_index={ignore_index}; a class that is "
-            "255 there needs another data.ignore_index"
-        )
+    if len(numbers) > 1:
+        return
+    held = f"only the number {numbers[0]}" if numbers else "nothing"
+    likely = "; masks of 0 and 255 have to be stored as 0 and 1" if ignore_index == 255 else ""
+    raise InputError(
+        f"data.root={root}: the masks to train on hold {held} beside data.ignore_index={ignore_index}, and at least two "
+        f"classes are needed{likely}"
+    )
+
+
+def warn_of_unseen(names: Sequence[str]) -> None:
+    """Name the classes that are in no mask to train on, at most ten of them."""
+    if names:
+        log.warning("classes in no mask to train on: %s%s", ", ".join(names[:10]), more(names[9:]))
+
+
+def counted_classes(inspected: Sequence[Inspected]) -> int:
+    """The largest number in any mask, and one."""
+    largest = max(int(found.largest().max()) for found in inspected)
     log.info("%d classes: the largest number in the masks is %d", largest + 1, largest)
     return largest + 1
 

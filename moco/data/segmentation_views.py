@@ -97,10 +97,13 @@ class SegmentationView:
         if color_jitter is not None:
             operations.append(build_operation("color_jitter", color_jitter, image_size, "augmentation"))
         self.operations = v2.Compose(operations)
+        self.ignore_index = ignore_index
         self.seed = seed
 
     def __call__(self, picture: Image.Image, mask: np.ndarray, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Picture `index` in epoch `epoch`, normalised (3, H, W), and its classes (H, W) int64."""
+        if self.ignore_index > np.iinfo(mask.dtype).max:
+            mask = mask.astype(np.int32)  # the crop is filled up with it
         with draws_from(self.seed, epoch, index, 0):
             picture, classes = self.operations(picture, tv_tensors.Mask(mask))
         return self.normalize(picture), classes.as_subclass(Tensor).long()

@@ -102,5 +102,6 @@ def pixel_cross_entropy(logits: Tensor, classes: Tensor, ignore_index: int) -> T
         classes: (N, H, W), 0 to C - 1 or `ignore_index`.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        total = F.cross_entropy(logits.float(), classes, ignore_index=ignore_index, reduction="sum")
-    return total / (classes != ignore_index).sum().clamp(min=1)
+        # Summed here: CUDA has no deterministic form of the loss that sums by itself.
+        losses = F.cross_entropy(logits.float(), classes, ignore_index=ignore_index, reduction="none")  # (N, H, W)
+    return losses.sum() / (classes != ignore_index).sum().clamp(min=1)

@@ -39,6 +39,7 @@ class SegmentationModel(nn.Module):
         self.freeze_backbone = freeze_backbone
         if freeze_backbone:
             backbone.requires_grad_(False)
+            backbone.eval()  # Lightning calls no train(), which would do it
 
     def train(self, mode: bool = True) -> "SegmentationModel":
         super().train(mode)
