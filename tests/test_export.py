@@ -292,7 +292,7 @@ def evaluated(checkpoints, name, tmp_path, image_size, window_size=None):
 
 
 def test_evaluate_looks_through_windows_of_another_size(checkpoints, tmp_path, caplog):
-    caplog.set_level("INFO", logger="moco.evaluate")
+    caplog.set_level("INFO", logger="moco")
     figures = evaluated(checkpoints, "small_swin", tmp_path, image_size=64)
     assert (figures["image_size"], figures["window_size"]) == (64, 4)
     assert caplog.messages == [
