@@ -33,7 +33,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.data.datamodule import check_unreadable, evaluation_loader
     from moco.data.datasets import build_source
     from moco.evaluation.features import embed
-    from moco.training.checkpoints import read_checkpoint
+    from moco.training.checkpoint_files import read_checkpoint
     from moco.training.hardware import choose_device
     from moco.training.progress import print_table
     from moco.training.run_folder import claimed, write_atomically

@@ -38,7 +38,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     from moco.evaluation.monitor import protocol
     from moco.models.swin import Swin
     from moco.models.weights import one_or_each
-    from moco.training.checkpoints import read_checkpoint
+    from moco.training.checkpoint_files import read_checkpoint
     from moco.training.hardware import choose_device
     from moco.training.progress import print_table
     from moco.training.run_folder import claimed, write_json

@@ -37,7 +37,7 @@ def run(config: ExportConfig, folder: Path) -> None:
     from rich.console import Console
 
     from moco.models.swin import rewindow
-    from moco.training.checkpoints import read_checkpoint
+    from moco.training.checkpoint_files import read_checkpoint
     from moco.training.progress import print_table
     from moco.training.run_folder import claimed
 

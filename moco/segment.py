@@ -116,7 +116,7 @@ def pretrained_backbone(path: str, which: str, given: dict[str, Any]) -> tuple[A
     from moco.methods.pretrained import load_encoder
     from moco.models.swin import rewindow
     from moco.models.weights import settings_of
-    from moco.training.checkpoints import read_checkpoint
+    from moco.training.checkpoint_files import read_checkpoint
     from moco.training.run_folder import differences
 
     checkpoint = read_checkpoint(path)
@@ -243,7 +243,7 @@ def build_segmenter(
 
 def check_resumable(path: Path, segmenter: "Segmenter") -> None:
     """Raises InputError if the checkpoint holds other tensors than this run has; it names the settings."""
-    from moco.training.checkpoints import read_checkpoint
+    from moco.training.checkpoint_files import read_checkpoint
     from moco.training.run_folder import differences
 
     there, here = (

@@ -156,7 +156,7 @@ def check_splits(encoder: "Encoder", config: TrainConfig) -> None:
 
 def check_resumable(path: Path, plain: dict[str, Any]) -> None:
     """Raises InputError if the checkpoint holds other tensors than the config's run has; it names the keys."""
-    from moco.training.checkpoints import read_checkpoint
+    from moco.training.checkpoint_files import read_checkpoint
     from moco.training.run_folder import differences
 
     there, here = (tensor_settings(config) for config in (read_checkpoint(path)["config"], plain))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moco.errors import InputError
-from moco.training.checkpoints import link_atomically, random_states, read_checkpoint, set_random_states
+from moco.training.checkpoint_files import link_atomically, read_checkpoint
+from moco.training.random_states import random_states, set_random_states
 
 
 def draws():

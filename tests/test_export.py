@@ -24,7 +24,7 @@ from moco.export import deviation, run, torchvision_model
 from moco.methods.pretrained import load_encoder
 from moco.models.backbones import build_backbone
 from moco.models.swin import rewindow
-from moco.training.checkpoints import read_checkpoint
+from moco.training.checkpoint_files import read_checkpoint
 
 SMALL_SWIN = ["backbone=swin_v2_tiny_patch2", "data=synthetic", "data.image_size=32"]
 

@@ -18,7 +18,7 @@ from moco.config import CONFIG_DIR, SegmentConfig, TrainConfig, parse, register_
 from moco.errors import InputError, Interrupted
 from moco.methods.segmenter import Segmenter, pixel_cross_entropy
 from moco.segment import build_data, build_segmenter, decoder_settings, run, starting_point
-from moco.training.checkpoints import random_states
+from moco.training.random_states import random_states
 
 SMALL = [
     "image_size=32", "decoder=linear", "data.batch_size=8", "data.num_workers=0", "evaluation.batch_size=8",
@@ -244,7 +244,7 @@ def test_an_interrupted_measurement_is_made_up_for(shapes, tmp_path, monkeypatch
 
 def encoder_of(path, which="query"):
     from moco.methods.pretrained import load_encoder
-    from moco.training.checkpoints import read_checkpoint
+    from moco.training.checkpoint_files import read_checkpoint
 
     return load_encoder(read_checkpoint(path), which, str(path)).backbone
 

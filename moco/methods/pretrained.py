@@ -15,7 +15,7 @@ def load_encoder(checkpoint: dict[str, Any], which: str, path: str) -> "Encoder"
     """The query or the key encoder of a checkpoint, in eval mode.
 
     Args:
-        checkpoint: of `moco.training.checkpoints.read_checkpoint`.
+        checkpoint: of `moco.training.checkpoint_files.read_checkpoint`.
         which: ``query`` or ``key``.
         path: of the checkpoint, for the error.
 

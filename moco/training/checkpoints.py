@@ -1,19 +1,16 @@
-"""Checkpoints: written whole or not at all, read without running code, enough to go on bit for bit."""
+"""When a run saves its checkpoints, and what they hold: enough to go on bit for bit."""
 
-import os
-import pickle
-import random
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins import TorchCheckpointIO
 
-from moco.errors import InputError, Interrupted, RunError
+from moco.errors import Interrupted, RunError
+from moco.training.checkpoint_files import link_atomically
 from moco.training.interrupts import StopRequest
+from moco.training.random_states import random_states, set_random_states
 from moco.training.run_folder import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
@@ -22,18 +19,6 @@ from moco.training.run_folder import (
     write_atomically,
     write_json,
 )
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint file, but complete on disk before it takes its name."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        try:
-            write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # a full disk, under the zip writer's complaint about it
-                raise error.__context__ from error
-            raise
 
 
 class Checkpoints(pl.callbacks.Checkpoint):
@@ -176,64 +161,3 @@ class Checkpoints(pl.callbacks.Checkpoint):
             number,
             f"in {where}; saved {self.folder / LAST_CHECKPOINT}; to go on, add {as_override('hydra.run.dir', self.folder)}",
         )
-
-
-def link_atomically(source: Path, target: Path) -> None:
-    """Make `target` another name of the file `source`; later replacements of `source` leave it as it is."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without hard links
-        write_atomically(target, lambda file: file.write(source.read_bytes()))
-        return
-    os.replace(temporary, target)
-
-
-def random_states() -> dict[str, Any]:
-    """The state of every global generator, as plain data and tensors."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, words, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        "python": [version, list(words), gauss],
-    }
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Undo of `random_states`; CUDA's only on as many devices as there were."""
-    torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of ours on the CPU, as plain data and tensors; no code in it is run.
-
-    Raises:
-        InputError: no such file, damaged, not written by a program of ours, or in need of unpickling code.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"checkpoint={path}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"checkpoint={path}: damaged, or no checkpoint at all")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"checkpoint={path}: it holds objects whose loading would run code, so it is not loaded"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"checkpoint={path}: damaged ({error})") from error
-    missing = {"state_dict", "hyper_parameters", "config", "figures", "random_states"} - (
-        checkpoint.keys() if isinstance(checkpoint, dict) else set()
-    )
-    if missing:
-        raise InputError(f"checkpoint={path}: not written by moco.train (it lacks {', '.join(sorted(missing))})")
-    return checkpoint

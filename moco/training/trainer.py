@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from moco.errors import RunError
-from moco.training.checkpoints import AtomicCheckpointIO
+from moco.training.checkpoint_files import AtomicCheckpointIO
 from moco.training.hardware import choose_device, choose_precision
 from moco.training.logger import RunLogger
 from moco.training.run_folder import last_good
