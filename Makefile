@@ -66,7 +66,7 @@ lock: ## re-make requirements.lock for pyproject.toml; ARGS=--upgrade takes the 
 
 clean: ## remove the environments, caches and builds; runs/ and data/ stay
 	rm -rf .venv .venv-lowest .venv-minimal build dist .mypy_cache .pytest_cache .ruff_cache
-	find moco tests scripts -name __pycache__ -prune -exec rm -rf {} +
+	find moco hydra_plugins tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment with uv alone, in the version that is locked.
 define make-venv

@@ -6,6 +6,7 @@ into these dataclasses; below the programs nothing sees an OmegaConf object.
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, TypeVar, cast
@@ -166,6 +167,9 @@ class DataConfig:
     """Loader processes per device; 0 loads in the training process. Results do not depend on it."""
     max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
     """Share of unreadable pictures beyond which the run stops."""
+    max_image_pixels: int = setting(178_956_970, at_least=1)
+    """A picture of more px is unreadable, judged by its header: a small file can claim any size. The default is the one from
+    which Pillow takes a picture for an attack; decoded it takes half a gigabyte."""
     num_images: int = setting(1024, at_least=1)
     """Size of the synthetic data set."""
 
@@ -189,12 +193,19 @@ class TrainerConfig:
     """Optimizer steps; -1: max_epochs alone decides."""
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu"))
     devices: int = setting(1, at_least=1)
+    """Per node; each has a process of its own. data.batch_size stays the batch of all of them together."""
+    num_nodes: int = setting(1, at_least=1)
+    """Above 1, srun or torchrun has to start the processes, one per device."""
+    timeout_minutes: float = setting(30.0, above=0)
+    """So long may a process wait for the gradients or keys of the others before the run fails."""
     precision: str = setting("auto", choices=("auto", "32-true", "bf16-mixed", "16-mixed"))
     """auto: bf16-mixed on GPUs that have it, else 32-true."""
     accumulate_grad_batches: int = setting(1, at_least=1)
     """Batches per optimizer step; each holds data.batch_size / this many images."""
     gradient_clip_val: Optional[float] = setting(None, above=0)
     """Largest L2 norm of all gradients together; null: no clipping."""
+    max_bad_steps: int = setting(10, at_least=1)
+    """So many steps in a row without a finite loss and gradients end the run; fewer are left out and counted."""
     log_every_n_steps: int = setting(10, at_least=1)
     deterministic: bool = False
     benchmark: bool = True
@@ -220,7 +231,24 @@ class MonitorConfig:
 
 @dataclass
 class CheckpointConfig:
+    """When a run saves. ``last.ckpt`` is replaced each time, and its predecessor kept as ``previous.ckpt``."""
+
     every_n_epochs: int = setting(1, at_least=1)
+    every_n_minutes: float = setting(30.0, above=0)
+    """At the end of the first step after so long without a checkpoint."""
+    keep_every_n_epochs: Optional[int] = setting(None, at_least=1)
+    """Keep the checkpoint of every n-th epoch for good, as ``checkpoints/epoch_0100.ckpt``; null: none."""
+
+
+@dataclass
+class SlurmConfig:
+    """What a run does as a job of SLURM; elsewhere nothing."""
+
+    signal: Optional[str] = setting("auto", choices=("auto", "USR1", "USR2"))
+    """SLURM sends it when the job's time is nearly up; the run then saves and ends. auto: USR2 for jobs of
+    hydra/launcher=slurm, otherwise USR1; null: none."""
+    requeue: bool = True
+    """After that signal the job is queued again, to go on from its checkpoint."""
 
 
 @dataclass
@@ -233,6 +261,7 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: MonitorConfig = field(default_factory=MonitorConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     resume: Optional[str] = "auto"
     """auto: go on from the run folder's last checkpoint if it has one; a path: from that file; null: start anew."""
@@ -262,6 +291,7 @@ class EvaluateDataConfig:
     num_workers: int = setting(0, at_least=0)
     num_images: Optional[int] = setting(None, at_least=1)
     max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
+    max_image_pixels: int = setting(178_956_970, at_least=1)
 
 
 @dataclass
@@ -343,6 +373,8 @@ class SegmentDataConfig:
     """Null: the data set's own, or the numbers."""
     ignore_index: int = setting(255, at_least=0, at_most=65535)
     """The number of pixels without a class; masks have at most 16 bits."""
+    max_image_pixels: int = setting(178_956_970, at_least=1)
+    """A picture or mask of more px is refused."""
     batch_size: int = setting(16, at_least=2)
     """Images per optimizer step, over all accumulated batches."""
     num_workers: int = setting(4, at_least=0)
@@ -410,6 +442,7 @@ class SegmentConfig:
     """Of the held-out pictures. whole: as they are; slide: windows of image_size that overlap by a third."""
     evaluation: SegmentEvaluationConfig = field(default_factory=SegmentEvaluationConfig)
     checkpoint_every_n_epochs: int = setting(1, at_least=1)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     resume: Optional[str] = "auto"
     """auto: go on from the run folder's last checkpoint if it has one; a path: from that file; null: start anew."""
@@ -419,8 +452,6 @@ def check_run(resume: str | None, trainer: TrainerConfig) -> None:
     """Raises InputError for what no training can do, whatever the data."""
     if resume not in (None, "auto") and not Path(str(resume)).is_file():
         raise InputError(f"resume={resume}: no such file")
-    if trainer.devices > 1:
-        raise InputError(f"trainer.devices={trainer.devices}: this version trains on one device")
     if trainer.max_steps == 0:
         raise InputError("trainer.max_steps=0: expected -1 for no limit, or at least 1")
 
@@ -480,6 +511,8 @@ def check_limits(config: Any, prefix: str = "") -> None:
         key, value, limits = prefix + item.name, getattr(config, item.name), item.metadata
         if dataclasses.is_dataclass(value):
             check_limits(value, key + ".")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key}={value}: expected a finite number")
         if value is None or not limits:
             continue
         if "choices" in limits:

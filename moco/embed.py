@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco.config import EmbedConfig, with_defaults
-from moco.errors import InputError
-from moco.launch import launch, save_config
+from moco.errors import InputError, printable
+from moco.launch import launch, save_hydra_files
 from moco.methods.pretrained import load_encoder_for
 
 if TYPE_CHECKING:
@@ -47,7 +47,13 @@ def run(config: EmbedConfig, folder: Path) -> None:
     encoder = load_encoder_for(
         checkpoint, config.encoder, config.checkpoint, config.backbone.window_size, data["image_size"]
     )
-    source = build_source(data["name"], data["root"], download=data["download"], num_images=data["num_images"])
+    source = build_source(
+        data["name"],
+        data["root"],
+        download=data["download"],
+        num_images=data["num_images"],
+        max_image_pixels=data["max_image_pixels"],
+    )
     side, has_labels = pictures_of(source, config.split, data["name"])
 
     view = build_evaluation_view(
@@ -58,13 +64,13 @@ def run(config: EmbedConfig, folder: Path) -> None:
     features, labels, unreadable = embed(lambda images: encoder.encode(images, config.feature), loader, device)
     bad = set(unreadable.tolist())
     for index in sorted(bad):
-        log.warning("skipped %s: it cannot be read", side.pictures.name(index))
+        log.warning("skipped %s: it cannot be read", printable(side.pictures.name(index)))
     check_unreadable(bad, side.pictures, data["max_bad_fraction"])
     names = np.array([side.pictures.name(index) for index in range(len(side.pictures)) if index not in bad])
     arrays: dict[str, Any] = {"features": features, "names": names} | ({"labels": labels} if has_labels else {})
     write_atomically(output, lambda file: np.savez(file, **arrays))
     with claimed(folder, dataclasses.asdict(config)):
-        save_config(folder)
+        save_hydra_files(folder)
 
     console = Console()
     rows = [

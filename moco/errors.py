@@ -16,8 +16,19 @@ class Interrupted(Exception):
     """A signal ended the run after its checkpoint was saved. Exit code 128 + the signal's number."""
 
     def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
+        super().__init__(signal_number, message)  # all arguments, so that it can be pickled
         self.signal_number = signal_number
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+def printable(text: str) -> str:
+    r"""Any text, such as a file's name, on one line and in characters that a terminal shows and does not obey.
+
+    A newline becomes ``\n``; a byte of a name that is no UTF-8, 255 for instance, ``\udcff``, as Python's strings hold it.
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def unknown_name(what: str, name: str, choices: Iterable[str]) -> str:

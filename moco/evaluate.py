@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moco.config import EvaluateConfig, with_defaults
 from moco.errors import InputError
-from moco.launch import launch, save_config
+from moco.launch import launch, save_hydra_files
 from moco.methods.pretrained import load_encoder_for
 
 if TYPE_CHECKING:
@@ -53,7 +53,13 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     encoder = load_encoder_for(
         checkpoint, knn["encoder"], config.checkpoint, config.backbone.window_size, data["image_size"]
     )
-    source = build_source(data["name"], data["root"], download=data["download"], num_images=data["num_images"])
+    source = build_source(
+        data["name"],
+        data["root"],
+        download=data["download"],
+        num_images=data["num_images"],
+        max_image_pixels=data["max_image_pixels"],
+    )
     if source.bank is None or source.queries is None:
         raise InputError(f"data={data['name']}: kNN needs labelled training and test pictures, and this set has none")
 
@@ -80,7 +86,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     console = Console()
     print_table(console, "kNN classification of frozen features", rows)
     with claimed(folder, dataclasses.asdict(config)):
-        save_config(folder)
+        save_hydra_files(folder)
         write_json(output, figures)
     console.print(f"written to {os.path.relpath(output)}", soft_wrap=True, highlight=False)
 

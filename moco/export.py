@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moco.config import ExportConfig
 from moco.errors import InputError, RunError
-from moco.launch import launch, save_config
+from moco.launch import launch, save_hydra_files
 from moco.methods.pretrained import load_encoder
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(config: ExportConfig, folder: Path) -> None:
     }
     write(output, content_of(config.format, output, backbone, built_with, about))
     with claimed(folder, dataclasses.asdict(config)):
-        save_config(folder)
+        save_hydra_files(folder)
 
     console = Console()
     print_table(console, f"Exported for {config.format}", rows(backbone, built_with, about))

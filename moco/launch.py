@@ -3,7 +3,11 @@
 Exit codes: 0 done, 1 the run failed, 2 bad input, 128 + signal after an interrupt.
 """
 
+import argparse
+import dataclasses
+import io
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -11,8 +15,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import hydra
 import yaml
@@ -23,11 +28,27 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from moco.config import CONFIG_DIR, parse, register_schemas, unknown_key
-from moco.errors import InputError, Interrupted, RunError, unknown_name
+from moco.errors import InputError, Interrupted, RunError, printable, unknown_name
+from moco.run_names import register_resolvers
+from moco.training.interrupts import REQUEUEING, listen_early
+from moco.training.run_folder import CONFIG, write_ending
+from moco.training.slurm import is_first_task, requeue, stop_signals
 
 T = TypeVar("T")
 # What composing a config raises when the config is wrong.
 KNOWN = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError)
+
+
+codes: list[int] = []
+"""Exit codes of the jobs of this process's sweep that have failed."""
+
+
+@dataclass
+class Failure:
+    """What a sweep's job returns when it has failed."""
+
+    code: int
+    line: str
 
 
 def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str) -> None:
@@ -38,33 +59,80 @@ def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str
     """
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would otherwise print its own report and exit with 1 for everything
+    argparse.ArgumentParser.error = refuse_option  # type: ignore[assignment]  # Hydra's would print its usage as well
     register_schemas()
-    codes: list[int] = []
+    register_resolvers()
+    is_training = any(item.name == "slurm" for item in dataclasses.fields(schema))  # type: ignore[arg-type]
 
     @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)
-    def job(composed: DictConfig) -> None:
+    def job(composed: DictConfig) -> Failure | None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         set_up_logging()
         try:
-            program(parse(composed, schema), folder)
+            config = parse(composed, schema)
+            if is_training:
+                listen_early(stop_signals(composed.slurm.signal))
+            program(config, folder)
+            return None
+        except SystemExit:  # submitit has taken the scheduler's signal, and queued the job again
+            raise
         except BaseException as error:
             if wants_traceback and not isinstance(error, Interrupted):
                 raise
-            codes.append(report(error, schema))
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()  # made by Hydra for a run that never began
-            if isinstance(error, (Interrupted, KeyboardInterrupt)) or HydraConfig.get().mode == RunMode.RUN:
-                sys.exit(codes[-1])
+            if isinstance(error, Interrupted) and OmegaConf.select(composed, "slurm.requeue"):
+                error = queued_again(error, folder)
+            return end(error, folder)
+
+    def end(error: BaseException, folder: Path) -> Failure:
+        if isinstance(error, Interrupted) and not is_first_task():
+            # Without a word, as the first task tells. With a code srun would end that one, perhaps while it saves.
+            sys.exit(0)
+        line, code = report(error, schema)
+        is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        if is_sweep and not (folder / CONFIG).exists():  # the sweep's table has to know
+            write_ending(folder, error)
+        elif folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # made by Hydra for a run that never began
+        if not is_sweep or isinstance(error, (Interrupted, KeyboardInterrupt)):
+            sys.exit(code)
+        codes.append(code)
+        return Failure(code, line)
 
     try:
+        if is_training:
+            listen_early(stop_signals("auto"))
         job()
+    except Interrupted as error:  # before the job began, or while a sweep's jobs run elsewhere
+        sys.exit(report(queued_again(error), schema)[1])
     except Exception as error:
         if wants_traceback:
             raise
         if not isinstance(error, KNOWN):  # Hydra found something in the command line that it has no name for
             error = InputError(str(error))
-        sys.exit(report(error, schema))
+        sys.exit(report(error, schema)[1])
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()  # loaders' workers, which take no SIGTERM: the interpreter would wait for them at its end
     sys.exit(codes[0] if codes else 0)
+
+
+def queued_again(interrupted: Interrupted, folder: Path | None = None) -> Interrupted:
+    """Have the job of an interrupted run queued again, if it was a scheduler's signal; what to say then."""
+    if interrupted.signal_number not in REQUEUEING:
+        return interrupted
+    try:
+        requeue(interrupted)
+    except Interrupted as refused:
+        return refused
+    said = Interrupted(interrupted.signal_number, f"{interrupted}; the job is queued again")
+    if folder is not None and is_first_task():
+        write_ending(folder, said, state="requeued")
+    return said
+
+
+def refuse_option(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Raises InputError for an option that Hydra does not have."""
+    raise InputError(f"{message}; --help lists the options")
 
 
 class StdoutHandler(logging.StreamHandler):
@@ -77,6 +145,8 @@ class StdoutHandler(logging.StreamHandler):
 
 def set_up_logging() -> None:
     """The project's log to stdout; of the libraries' only what the user has to know."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files hold what no encoding has
     handler = StdoutHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     # A filter and not levels: Lightning sets its loggers' levels again when it is imported.
@@ -94,27 +164,36 @@ def set_up_logging() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def save_config(folder: Path) -> None:
-    """Write Hydra's own config and the overrides to ``folder/.hydra``, as Hydra does.
+def hydra_files() -> dict[str, str]:
+    """Hydra's own config and the overrides, for the run folder's ``.hydra``, by file name; nothing without Hydra.
 
-    Hydra would write them before the program could look at what the folder already holds. Without Hydra, nothing.
+    Hydra would write them before the program could look at what the folder already holds.
     """
     if not HydraConfig.initialized():
-        return
+        return {}
     running = HydraConfig.get()
-    target = folder / ".hydra"
-    target.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create({"hydra": running}), target / "hydra.yaml")
-    OmegaConf.save(running.overrides.task, target / "overrides.yaml")
+    return {
+        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": running})),
+        "overrides.yaml": OmegaConf.to_yaml(running.overrides.task),
+    }
 
 
-def report(error: BaseException, schema: type) -> int:
-    """Print one line for the error on stderr; the exit code that it stands for."""
+def save_hydra_files(folder: Path) -> None:
+    """Write `hydra_files` into the folder's ``.hydra``."""
+    for name, text in hydra_files().items():
+        path = folder / ".hydra" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def report(error: BaseException, schema: type) -> tuple[str, int]:
+    """Print one line for the error on stderr; that line, and the exit code that it stands for."""
     line, code = explain(error, schema)
     if code == 1 and not isinstance(error, RunError):  # a defect, ours or a library's: its place matters
         traceback.print_exception(error)
-    print(" ".join(line.split()), file=sys.stderr)
-    return code
+    line = printable(" ".join(line.split()))
+    print(line, file=sys.stderr)
+    return line, code
 
 
 def explain(error: BaseException, schema: type) -> tuple[str, int]:
@@ -137,6 +216,8 @@ def explain(error: BaseException, schema: type) -> tuple[str, int]:
 def explain_config(error: Exception, schema: type) -> str:
     """What is wrong with a config that did not compose: the file or the override, the key, the choices."""
     message, cause = str(error), error.__cause__
+    if "submitit_slurm" in message:  # the base of conf/hydra/launcher/slurm.yaml
+        return "hydra/launcher=slurm needs another package: pip install 'moco-ssl[slurm]'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name}: {unknown_name(group.lstrip('/'), name, error.options)}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moco.config import AugmentationConfig, SegmentConfig, check_run
 from moco.errors import InputError
-from moco.launch import launch, save_config
+from moco.launch import launch, save_hydra_files
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -45,13 +45,16 @@ def run(config: SegmentConfig, folder: Path) -> None:
         Interrupted: a signal ended it, checkpoint saved.
     """
     check_run(config.resume, config.trainer)
+    if config.trainer.devices * config.trainer.num_nodes > 1:
+        raise InputError(f"trainer.devices={config.trainer.devices}: moco.segment trains on one device")
 
     import pytorch_lightning as pl
     from rich.console import Console
 
+    from moco.training.faults import failures_named
     from moco.training.interrupts import StopRequest
-    from moco.training.run_folder import claimed, find_checkpoint, write_json
-    from moco.training.trainer import failures_named
+    from moco.training.run_folder import claimed, find_checkpoint, is_finished, write_json
+    from moco.training.slurm import stop_signals
 
     pl.seed_everything(config.seed, verbose=False)
     start = starting_point(config)
@@ -61,6 +64,9 @@ def run(config: SegmentConfig, folder: Path) -> None:
     data = build_data(config, start)
     segmenter = build_segmenter(config, start, decoder, data)
     plain = dataclasses.asdict(config)
+    if is_finished(folder, plain):
+        log.info("%s is finished; a larger trainer.max_epochs goes on", folder)
+        return
     checkpoint = find_checkpoint(folder, plain, config.resume)
     if checkpoint:
         check_resumable(checkpoint, segmenter)
@@ -68,11 +74,11 @@ def run(config: SegmentConfig, folder: Path) -> None:
 
     figures: dict[str, Any] = origin(config, start)
     console = Console()
-    with StopRequest() as stop:
+    with StopRequest(stop_signals(config.slurm.signal)) as stop:
         trainer = build_trainer(config, folder, plain, figures, console, stop)
-        with claimed(folder, plain):
-            save_config(folder)
-            with failures_named(folder):
+        with failures_named(folder), claimed(folder, plain):
+            save_hydra_files(folder)
+            with failures_named(folder):  # once more, since the folder's status is to hold the same line
                 trainer.fit(
                     segmenter, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
                 )
@@ -195,6 +201,7 @@ def build_data(config: SegmentConfig, start: Start) -> "SegmentationData":
         num_classes=data.num_classes,
         class_names=data.class_names,
         ignore_index=data.ignore_index,
+        max_image_pixels=data.max_image_pixels,
     )
     return SegmentationData(
         source,
@@ -275,11 +282,13 @@ def build_trainer(
     from moco.evaluation.segmentation_monitor import SegmentationMonitor
     from moco.training import trainer
     from moco.training.checkpoints import Checkpoints
+    from moco.training.faults import BadSteps
     from moco.training.progress import ProgressBar
     from moco.training.run_folder import last_good
 
     callbacks = [
-        LossMonitor(figures, config.trainer.log_every_n_steps, partial(last_good, folder)),
+        LossMonitor(figures, config.trainer.log_every_n_steps),
+        BadSteps(figures, config.trainer.max_bad_steps, config.trainer.log_every_n_steps, partial(last_good, folder)),
         SegmentationMonitor(
             figures,
             inference=config.inference,

@@ -3,20 +3,24 @@
 import dataclasses
 import logging
 import os
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco.config import TrainConfig, check_run
 from moco.errors import InputError, Interrupted
-from moco.launch import launch, save_config
+from moco.launch import hydra_files, launch, set_up_logging
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from rich.console import Console
 
     from moco.data.datamodule import PretrainingData
     from moco.methods.moco import MoCo
     from moco.models.encoder import Encoder
+    from moco.training.interrupts import StopRequest
 
 log = logging.getLogger("moco.train")  # __name__ is __main__ under python -m
 
@@ -24,7 +28,7 @@ log = logging.getLogger("moco.train")  # __name__ is __main__ under python -m
 
 
 def run(config: TrainConfig, folder: Path) -> None:
-    """Train as configured, in `folder`.
+    """Train as configured, in `folder`, on one process per device.
 
     Raises:
         InputError: something in the config does not fit the data or the folder.
@@ -32,42 +36,111 @@ def run(config: TrainConfig, folder: Path) -> None:
         Interrupted: a signal ended it, checkpoint saved.
     """
     check_run(config.resume, config.trainer)
-    data = build_data(config)
+    config.data.image_size = build_data(config).image_size
 
+    from moco.training.distributed import environment_of
+    from moco.training.interrupts import StopRequest
+    from moco.training.processes import run_on_devices, starts_its_own
+    from moco.training.run_folder import is_finished, last_good
+    from moco.training.slurm import stop_signals
+
+    if is_finished(folder, dataclasses.asdict(config)):
+        log.info("%s is finished; a larger trainer.max_epochs goes on", folder)
+        return
+    devices = config.trainer.devices
+    arguments = (config, folder, hydra_files())
+    with StopRequest(stop_signals(config.slurm.signal)) as stop:
+        if starts_its_own(environment_of(devices, config.trainer.num_nodes), devices):
+            run_on_devices(train_on_one_of_several, arguments, devices, stop, partial(last_good, folder))
+        else:
+            train(*arguments, stop)
+
+
+def train_on_one_of_several(config: TrainConfig, folder: Path, files: dict[str, str], stop: "StopRequest") -> None:
+    """`train` in a process that has only just begun."""
+    set_up_logging()
+    train(config, folder, files, stop)
+
+
+def train(config: TrainConfig, folder: Path, files: dict[str, str], stop: "StopRequest") -> None:
+    """Train on this process's device, with the other processes if there are any.
+
+    Args:
+        files: Hydra's own, for the run folder, by name.
+    """
     import pytorch_lightning as pl
     from rich.console import Console
 
+    from moco.training.distributed import environment_of, from_rank_zero, lost_peers_named, process_group, rank
+    from moco.training.faults import failures_named
+    from moco.training.hardware import choose_device
+    from moco.training.run_folder import write_json
+
+    environment = environment_of(config.trainer.devices, config.trainer.num_nodes)
+    backend = "nccl" if choose_device(config.trainer.accelerator).type == "cuda" else "gloo"
+    with lost_peers_named(), process_group(environment, backend, config.trainer.timeout_minutes), ExitStack() as stack:
+        if rank() > 0:
+            logging.getLogger("moco").setLevel(logging.WARNING)  # what there is to say, rank 0 says
+        stack.enter_context(failures_named(folder))
+        plain = dataclasses.asdict(config)
+        pl.seed_everything(config.seed, verbose=False)
+        data, method = build_data(config), build_method(plain)
+        check_splits(method.query_encoder, config)
+        checkpoint, step = from_rank_zero(lambda: take_folder(stack, folder, plain, config.resume, files))
+        figures: dict[str, Any] = {}
+        console = Console(quiet=rank() > 0)
+        trainer = build_trainer(config, folder, plain, figures, console, stop, environment, step)
+        with failures_named(folder):  # once more, since the folder's status is to hold the same line
+            fit(trainer, method, data, checkpoint, stop)
+            if rank() == 0:
+                write_json(folder / "metrics.json", figures)
+        close(console, folder, figures, data)
+
+
+def take_folder(
+    stack: ExitStack, folder: Path, plain: dict[str, Any], resume: str | None, files: dict[str, str]
+) -> tuple[Path | None, int | None]:
+    """Make `folder` this process's alone until `stack` closes.
+
+    Returns:
+        The checkpoint to go on from, and the optimizer steps that it has behind it; None and None to start.
+    """
+    from moco.training.checkpoint_files import sound_checkpoint
+    from moco.training.run_folder import LAST_CHECKPOINT, claimed, find_checkpoint
+
+    checkpoint = find_checkpoint(folder, plain, resume)
+    is_other_run = checkpoint is not None and checkpoint != folder / LAST_CHECKPOINT
+    if checkpoint and is_other_run:
+        step = check_resumable(checkpoint, plain)  # before anything is written
+    stack.enter_context(claimed(folder, plain))
+    for name, text in files.items():
+        (folder / ".hydra" / name).write_text(text)
+    if checkpoint and not is_other_run:
+        checkpoint = sound_checkpoint(folder)
+        assert checkpoint is not None
+        step = check_resumable(checkpoint, plain)
+    if checkpoint is None:
+        return None, None
+    log.info("going on from %s", checkpoint)
+    return checkpoint, step
+
+
+def fit(
+    trainer: "pl.Trainer", method: "MoCo", data: "PretrainingData", checkpoint: Path | None, stop: "StopRequest"
+) -> None:
+    """Train from the checkpoint, if there is one, to the end.
+
+    Raises:
+        Interrupted: a signal came; also when it came before there was anything to save.
+    """
     from moco.evaluation.features import EmbeddingStopped
-    from moco.training.interrupts import StopRequest
-    from moco.training.run_folder import claimed, find_checkpoint, write_json
-    from moco.training.trainer import failures_named
+    from moco.training.distributed import largest
 
-    config.data.image_size = data.image_size
-    plain = dataclasses.asdict(config)
-    pl.seed_everything(config.seed, verbose=False)
-    method = build_method(plain)
-    check_splits(method.query_encoder, config)
-    checkpoint = find_checkpoint(folder, plain, config.resume)
-    if checkpoint:
-        check_resumable(checkpoint, plain)
-        log.info("going on from %s", checkpoint)
-
-    figures: dict[str, Any] = {}
-    console = Console()
-    with StopRequest() as stop:
-        trainer = build_trainer(config, folder, plain, figures, console, stop)
-        with claimed(folder, plain):
-            save_config(folder)
-            try:
-                with failures_named(folder):
-                    trainer.fit(
-                        method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
-                    )
-            except EmbeddingStopped as error:
-                assert stop.signal_number is not None
-                raise Interrupted(stop.signal_number, "before the first training step; nothing to save") from error
-            write_json(folder / "metrics.json", figures)
-    close(console, folder, figures, data)
+    try:
+        trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    except EmbeddingStopped as error:
+        number = largest([stop.signal_number or 0])[0]
+        raise Interrupted(number, "before the first training step; nothing to save") from error
 
 
 def build_data(config: TrainConfig) -> "PretrainingData":
@@ -75,7 +148,13 @@ def build_data(config: TrainConfig) -> "PretrainingData":
     from moco.data.datasets import build_source
 
     data, pair = config.data, config.augmentation
-    source = build_source(data.name, data.root, download=data.download, num_images=data.num_images)
+    source = build_source(
+        data.name,
+        data.root,
+        download=data.download,
+        num_images=data.num_images,
+        max_image_pixels=data.max_image_pixels,
+    )
 
     from moco.data.augmentations import ViewPair, build_evaluation_view
     from moco.data.datamodule import PretrainingData
@@ -87,7 +166,7 @@ def build_data(config: TrainConfig) -> "PretrainingData":
         build_evaluation_view(image_size, data.crop_ratio, pair.mean, pair.std),
         image_size=image_size,
         batch_size=data.batch_size,
-        batches_per_step=config.trainer.devices * config.trainer.accumulate_grad_batches,
+        batches_per_step=num_processes(config) * config.trainer.accumulate_grad_batches,
         evaluation_batch_size=config.evaluation.batch_size,
         num_workers=data.num_workers,
         max_bad_fraction=data.max_bad_fraction,
@@ -112,19 +191,34 @@ def build_method(plain: dict[str, Any]) -> "MoCo":
 
 
 def build_trainer(
-    config: TrainConfig, folder: Path, plain: dict[str, Any], figures: dict[str, Any], console: Any, stop: Any
+    config: TrainConfig,
+    folder: Path,
+    plain: dict[str, Any],
+    figures: dict[str, Any],
+    console: "Console",
+    stop: "StopRequest",
+    environment: "ClusterEnvironment | None" = None,
+    step: int | None = None,
 ) -> "pl.Trainer":
-    """Lightning's Trainer with the callbacks of pretraining; `figures` is what they report into."""
+    """Lightning's Trainer with the callbacks of pretraining; `figures` is what they report into.
+
+    Args:
+        environment: who started the processes.
+        step: optimizer steps behind the checkpoint that the run goes on from.
+    """
     from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, ViewPairPicture
     from moco.training import trainer
     from moco.training.checkpoints import Checkpoints
+    from moco.training.faults import BadSteps
     from moco.training.progress import ProgressBar
     from moco.training.run_folder import last_good
+    from moco.training.unreadable import UnreadableList
 
-    checkpoints = Checkpoints(folder, plain, figures, stop, config.checkpoint.every_n_epochs)
+    checkpoints = Checkpoints(folder, plain, figures, stop, **dataclasses.asdict(config.checkpoint))
     knn = config.evaluation
     callbacks = [
-        TrainingMonitor(figures, config.trainer.log_every_n_steps, partial(last_good, folder)),
+        TrainingMonitor(figures, config.trainer.log_every_n_steps),
+        BadSteps(figures, config.trainer.max_bad_steps, config.trainer.log_every_n_steps, partial(last_good, folder)),
         KNNMonitor(
             figures,
             num_neighbors=knn.num_neighbors,
@@ -135,17 +229,24 @@ def build_trainer(
             should_stop=lambda: bool(stop),
         ),
         ViewPairPicture(),
+        UnreadableList(folder, figures),
         ProgressBar(figures, console),
         checkpoints,
     ]
-    return trainer.build_trainer(dataclasses.asdict(config.trainer), folder, callbacks)
+    purge_step = 0 if step is None else step + 1  # 0: a process before this one may have died without a checkpoint
+    return trainer.build_trainer(dataclasses.asdict(config.trainer), folder, callbacks, environment, purge_step)
+
+
+def num_processes(config: TrainConfig) -> int:
+    """Processes that train together."""
+    return config.trainer.devices * config.trainer.num_nodes
 
 
 def check_splits(encoder: "Encoder", config: TrainConfig) -> None:
     """Raises InputError if BatchNorm's groups do not divide the images that a device gets at once."""
     from moco.methods.batch_norm import batch_norm_mode
 
-    devices, splits = config.trainer.devices, config.method.batch_norm_splits
+    devices, splits = num_processes(config), config.method.batch_norm_splits
     at_once = config.data.batch_size // (devices * config.trainer.accumulate_grad_batches)
     if batch_norm_mode(config.method.batch_norm, encoder, devices) == "split" and at_once % splits:
         raise InputError(
@@ -154,16 +255,22 @@ def check_splits(encoder: "Encoder", config: TrainConfig) -> None:
         )
 
 
-def check_resumable(path: Path, plain: dict[str, Any]) -> None:
-    """Raises InputError if the checkpoint holds other tensors than the config's run has; it names the keys."""
+def check_resumable(path: Path, plain: dict[str, Any]) -> int:
+    """The optimizer steps that a checkpoint has behind it.
+
+    Raises:
+        InputError: it holds other tensors than the config's run has; it names the keys.
+    """
     from moco.training.checkpoint_files import read_checkpoint
     from moco.training.run_folder import differences
 
-    there, here = (tensor_settings(config) for config in (read_checkpoint(path)["config"], plain))
+    checkpoint = read_checkpoint(path)
+    there, here = (tensor_settings(config) for config in (checkpoint["config"], plain))
     if differing := differences(there, here):
         raise InputError(
             f"resume={path}: the checkpoint is of another architecture or optimizer: {'; '.join(differing)}"
         )
+    return int(checkpoint["global_step"])
 
 
 def tensor_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -94,9 +94,11 @@ class Runner:
         import pytorch_lightning as pl
 
         from moco.train import build_data
+        from moco.training.trainer import OURS
 
         method, data = self.method(config), build_data(config)
         settings = dataclasses.asdict(config.trainer) | {"precision": "32-true"} | trainer_options
+        settings = {name: value for name, value in settings.items() if name not in OURS}
         trainer = pl.Trainer(
             **settings,
             callbacks=list(callbacks),

@@ -71,14 +71,14 @@ def test_a_resumed_epoch_goes_on_with_its_next_batch(num_workers, numbered):
     iterator = iter(loader)
     next(iterator)
     state = loader.state_dict()
-    assert state == {"epoch": 1, "batches": 1}
+    assert state == {"epoch": 1, "pictures": 8}
     resumed = data_for(numbered, num_workers=num_workers).train_dataloader()
     resumed.load_state_dict(state)
     assert len(resumed) == 3
     rest = epoch_of(resumed, 1)
     assert [batch.indices.tolist() for batch in rest] == [batch.indices.tolist() for batch in whole[1:]]
     assert torch.equal(rest[0].views[0], whole[1].views[0])
-    assert resumed.state_dict() == {"epoch": 1, "batches": 3}
+    assert resumed.state_dict() == {"epoch": 1, "pictures": 24}
     assert len(epoch_of(resumed, 2)) == 3
 
 
@@ -150,3 +150,42 @@ def test_evaluation_pictures_come_in_order_and_unreadable_ones_are_marked(tmp_pa
     assert batch.images.shape == (4, 3, 8, 8)
     assert batch.labels.tolist() == [0, 1, 2, 3]
     assert batch.unreadable.tolist() == [False, False, True, False]
+
+
+LEFT_OPEN = """
+import os, signal, sys
+import numpy as np
+from moco.data.datamodule import evaluation_loader
+from moco.data.datasets import ArrayPictures, Labelled
+
+def tensor(picture):
+    import torch
+    return torch.zeros(3, 8, 8)
+
+if __name__ == "__main__":
+    pictures = ArrayPictures(np.zeros((30, 8, 8, 3), dtype=np.uint8), "zeros")
+    iterator = iter(evaluation_loader(Labelled(pictures, np.zeros(30)), tensor, 8, 2, num_workers=2))
+    next(iterator)
+    from multiprocessing import forkserver
+    workers = [worker.pid for worker in iterator._workers]
+    print(forkserver._forkserver._forkserver_pid, *workers, flush=True)
+    if sys.argv[1] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "done"])
+def test_no_loader_process_outlives_the_training_process(end, tmp_path):
+    import subprocess
+    import sys
+    import time
+
+    script = tmp_path / "left_open.py"
+    script.write_text(LEFT_OPEN)
+    ended = subprocess.run([sys.executable, script, end], capture_output=True, text=True, timeout=90, check=False)
+    pids = [int(pid) for pid in ended.stdout.split()]
+    assert len(pids) == 3, ended.stderr
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)

@@ -211,10 +211,10 @@ def test_mistakes_are_one_line(checkpoints, exported, tmp_path, name, file_forma
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"state_dict": {}}, "not written by moco.train (it lacks config, figures, hyper_parameters, random_states)"),
+        ({"state_dict": {}}, "not written by moco.train (it lacks config, figures, global_step, hyper_parameters, random_states)"),
         (
             {key: {} for key in ("state_dict", "config", "figures", "random_states")}
-            | {"hyper_parameters": {"decoder": {}}},
+            | {"hyper_parameters": {"decoder": {}}, "global_step": 0},
             "written by moco.segment, and expected is one of moco.train",
         ),
     ],

@@ -62,3 +62,21 @@ def test_state_dict_restores_keys_pointer_and_fill():
         queue_.enqueue(keys_numbered(7, 5))
     assert torch.equal(queue.keys, other.keys)
     assert (int(other.pointer), int(other.filled)) == (2, 10)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_key_that_is_not_finite_leaves_its_row_as_it_was(bad):
+    queue = KeyQueue(5, 4)
+    queue.enqueue(keys_numbered(0, 4))
+    keys = keys_numbered(4, 3).clone()
+    keys[1, 2] = bad  # would go to row 0
+    queue.enqueue(keys)
+    assert queue.keys[:, 0].tolist() == [0.0, 6.0, 2.0, 3.0, 4.0]
+    assert queue.keys.isfinite().all()
+    assert (int(queue.pointer), int(queue.filled)) == (2, 5)
+
+
+def test_keys_that_are_not_finite_leave_unit_vectors_in_a_queue_that_fills_up():
+    queue = KeyQueue(5, 4, start="empty")
+    queue.enqueue(torch.full((3, 4), float("nan")))
+    torch.testing.assert_close(queue.negatives().norm(dim=1), torch.ones(3))

@@ -2,11 +2,11 @@ import math
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco.errors import RunError
 from moco.evaluation.diagnostics import embedding_std, negative_similarity, positive_similarity
 from moco.evaluation.features import EmbeddingStopped, embed, evaluating
 from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, view_pair_picture
@@ -58,7 +58,7 @@ def test_embed_stops_when_told_to():
 
 def monitors(config, figures):
     return [
-        TrainingMonitor(figures, 1, lambda: "there is no checkpoint yet"),
+        TrainingMonitor(figures, 1),
         KNNMonitor(figures, num_neighbors=20, temperature=0.1, feature="backbone", baselines=True),
     ]
 
@@ -81,7 +81,7 @@ def test_mean_loss_of_the_epoch_counts_every_batch_once(runner):
 
     figures, losses = {}, Losses()
     config = runner.config("trainer.max_steps=6", "trainer.accumulate_grad_batches=2")
-    runner.fit(config, [TrainingMonitor(figures, 2, str), losses])
+    runner.fit(config, [TrainingMonitor(figures, 2), losses])
     assert figures["train/loss"] == pytest.approx(2 * np.mean(losses.values), rel=1e-6)
 
 
@@ -92,13 +92,13 @@ def test_both_terms_are_shown_where_there_is_a_dense_one(runner):
             return shown[-1]
 
     shown = []
-    runner.fit(runner.config("method.dense_weight=0.25", "method.queue_start=random"), [Watch({}, 1, str)])
+    runner.fit(runner.config("method.dense_weight=0.25", "method.queue_start=random"), [Watch({}, 1)])
     for figures in shown:
         mixed = 0.75 * figures["train/loss_global"] + 0.25 * figures["train/loss_dense"]
         assert figures["loss"] == pytest.approx(mixed, rel=1e-6)
         assert figures["train/loss_dense"] != figures["train/loss_global"]
     shown.clear()
-    runner.fit(runner.config(), [Watch({}, 1, str)])
+    runner.fit(runner.config(), [Watch({}, 1)])
     assert "train/loss_dense" not in shown[-1]
 
 
@@ -113,7 +113,7 @@ def test_without_labels_it_says_once_that_there_is_no_knn(runner, picture_tree, 
 
 
 def test_collapse_warns_after_two_checks_and_in_words(caplog):
-    monitor = TrainingMonitor({}, 1, str)
+    monitor = TrainingMonitor({}, 1)
     for std in (0.001, 0.2, 0.001):
         monitor._check_collapse(std, 64, 10)
     assert not caplog.text
@@ -129,15 +129,28 @@ def test_a_collapsed_run_is_named(runner, caplog):
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             nn.init.zeros_(pl_module.query_encoder.projector.weight)
 
-    runner.fit(runner.config(), [Collapse({}, 1, str)])
+    runner.fit(runner.config(), [Collapse({}, 1)])
     assert "COLLAPSED at step 2" in caplog.text
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_checkpoint(runner):
-    monitor = TrainingMonitor({}, 1, lambda: "the last good checkpoint is X")
-    config = runner.config("optimizer.lr=1e30", "trainer.max_steps=20")
-    with pytest.raises(RunError, match=r"the loss is nan at step \d+; the last good checkpoint is X"):
-        runner.fit(config, [monitor])
+def test_one_loss_that_is_not_finite_is_left_out_of_the_epochs_mean(runner):
+    from test_moco import Losses
+
+    class Spoil(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                outputs["loss"] = outputs["loss"] * float("nan")
+
+    figures, losses = {}, Losses()
+    runner.fit(runner.config("trainer.max_steps=4"), [losses, Spoil(), TrainingMonitor(figures, 1)])
+    assert figures["train/loss"] == pytest.approx(np.mean([losses.values[number] for number in (0, 2, 3)]), rel=1e-6)
+
+
+def test_an_epoch_without_a_finite_loss_has_no_mean():
+    monitor = TrainingMonitor({}, 1)
+    monitor._start_clock()
+    monitor.on_train_epoch_end(pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), None)
+    assert math.isnan(monitor.figures["train/loss"])
 
 
 def test_picture_shows_queries_above_their_keys(runner):

@@ -46,7 +46,7 @@ def assert_same_end(one, other):
         assert torch.equal(value, other["state_dict"][name]), name
     for state, other_state in zip(*(end["optimizer_states"][0]["state"].values() for end in (one, other)), strict=True):
         assert torch.equal(state["momentum_buffer"], other_state["momentum_buffer"])
-    assert torch.equal(one["random_states"]["torch"], other["random_states"]["torch"])
+    assert torch.equal(one["random_states"][0]["torch"], other["random_states"][0]["torch"])
     for key in ("epoch", "step", "train/loss", "knn/top1"):
         assert one["figures"][key] == other["figures"][key], key
 
@@ -72,14 +72,14 @@ def test_a_measurement_that_an_interrupt_cut_short_is_made_up_for(small, tmp_pat
     import moco.evaluation.monitor as module
 
     config = ["trainer.max_epochs=1", "trainer.max_steps=-1"]
-    original = module.embed
+    original = module.embed_together
 
     def interrupted_embed(*args):
         signal.raise_signal(signal.SIGINT)
         return original(*args)
 
     with monkeypatch.context() as context:
-        context.setattr(module, "embed", interrupted_embed)
+        context.setattr(module, "embed_together", interrupted_embed)
         with pytest.raises(Interrupted, match=f"step {EPOCH};"):
             run(small(*config), tmp_path)
     assert "knn/top1" not in last(tmp_path)["figures"]

@@ -392,7 +392,7 @@ MISTAKES = [
     (["checkpoint={swin}", "decoder=fcn", "decoder.channels=64"], "decoder.channels=64: the decoder fcn has no such setting"),
     (["checkpoint={swin}", "resume={swin}"],
      "resume={swin}: the checkpoint is of another model or optimizer: backbone.pretrained_window_size:"),
-    (["checkpoint={swin}", "trainer.devices=2"], "trainer.devices=2: this version trains on one device"),
+    (["checkpoint={swin}", "trainer.devices=2"], "trainer.devices=2: moco.segment trains on one device"),
 ]  # fmt: skip
 
 

@@ -119,8 +119,8 @@ def test_a_sweep_gives_each_job_its_folder_and_a_bad_job_does_not_end_it(tmp_pat
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.strip() == "error: method.temperature=-1.0: expected a number above 0"
-    assert (tmp_path / "sweep" / "0" / "metrics.json").is_file()
-    assert (tmp_path / "sweep" / "2" / "metrics.json").is_file()
+    assert (tmp_path / "sweep" / "method.temperature-0.1" / "metrics.json").is_file()
+    assert (tmp_path / "sweep" / "method.temperature-0.2" / "metrics.json").is_file()
 
 
 def test_evaluate_names_what_it_cannot_read(tmp_path):

@@ -3,11 +3,15 @@
 Letters: N batch, H W pixels.
 """
 
+import atexit
 import logging
 import multiprocessing
+import multiprocessing.context
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,13 +19,13 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from moco.data.augmentations import Transform, ViewPair
 from moco.data.datasets import DataSource, Labelled, Pictures
 from moco.data.pictures import UnreadablePicture
 from moco.data.randomness import derived_seed
-from moco.errors import InputError
+from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 
@@ -149,12 +153,13 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were handed out."""
-        return {"epoch": self.sampler.epoch, "batches": self.batches_done}
+        """The epoch, and how many of its pictures were handed out, by all processes together."""
+        pictures = self.batches_done * self.batch_size * self.sampler.world_size
+        return {"epoch": self.sampler.epoch, "pictures": pictures}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there when that epoch is iterated next."""
-        self.sampler.resume_at = (state["epoch"], state["batches"] * self.batch_size)
+        """Go on from there when that epoch is iterated next, also with another number of processes."""
+        self.sampler.resume_at = (state["epoch"], state["pictures"] // self.sampler.world_size)
 
 
 class PretrainingData(pl.LightningDataModule):
@@ -208,8 +213,12 @@ class PretrainingData(pl.LightningDataModule):
 
     def sampler(self) -> EpochSampler:
         """This process's order of the training pictures."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return EpochSampler(len(self.source.train), self.batch_size, self.seed, rank, world_size)
+        return EpochSampler(len(self.source.train), self.batch_size, self.seed, *self.place)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This process's rank, and how many train together."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Which pictures could not be read so far."""
@@ -223,9 +232,16 @@ class PretrainingData(pl.LightningDataModule):
         return ResumableLoader(self.dataset(), self.sampler(), batch_size, **loader_options(self.num_workers))
 
     def evaluation_dataloader(self, labelled: Labelled) -> DataLoader[EvaluationBatch]:
-        """Plain pictures in order, for the bank or the queries."""
+        """Plain pictures in order, for the bank or the queries; of several processes each gets every n-th picture."""
+        rank, world_size = self.place
         return evaluation_loader(
-            labelled, self.evaluation_view, self.image_size, self.evaluation_batch_size, self.num_workers
+            labelled,
+            self.evaluation_view,
+            self.image_size,
+            self.evaluation_batch_size,
+            self.num_workers,
+            rank,
+            world_size,
         )
 
     def on_before_batch_transfer(self, batch: PairBatch, dataloader_idx: int) -> PairBatch:
@@ -237,7 +253,7 @@ class PretrainingData(pl.LightningDataModule):
         for index in batch.indices[batch.unreadable].tolist():
             if index not in self.unreadable:
                 self.unreadable.add(index)
-                log.warning("skipped an unreadable picture: %s", self.source.train.name(index))
+                log.warning("skipped an unreadable picture: %s", printable(self.source.train.name(index)))
         check_unreadable(self.unreadable, self.source.train, self.max_bad_fraction)
         return batch
 
@@ -256,7 +272,7 @@ def check_batch_size(batch_size: int, batches_per_step: int, num_pictures: int) 
 def check_unreadable(unreadable: set[int], pictures: Pictures, max_bad_fraction: float) -> None:
     """Raises InputError if the unreadable pictures (by index) are more than `max_bad_fraction` of all, or all."""
     if len(unreadable) > max_bad_fraction * len(pictures) or len(unreadable) == len(pictures):
-        names = ", ".join(pictures.name(index) for index in sorted(unreadable)[:10])
+        names = ", ".join(printable(pictures.name(index)) for index in sorted(unreadable)[:10])
         raise InputError(
             f"{len(unreadable)} of {len(pictures)} pictures cannot be read, more than "
             f"data.max_bad_fraction={max_bad_fraction}; the first are {names}"
@@ -264,10 +280,18 @@ def check_unreadable(unreadable: set[int], pictures: Pictures, max_bad_fraction:
 
 
 def evaluation_loader(
-    labelled: Labelled, view: Transform, image_size: int, batch_size: int, num_workers: int = 0
+    labelled: Labelled,
+    view: Transform,
+    image_size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader[EvaluationBatch]:
-    """Labelled pictures in order, without augmentation."""
-    dataset = EvaluationDataset(labelled, view, image_size)
+    """Labelled pictures in order, without augmentation: every `world_size`-th from `rank` on."""
+    dataset: Dataset[EvaluationBatch] = EvaluationDataset(labelled, view, image_size)
+    if world_size > 1:
+        dataset = Subset(dataset, range(rank, len(labelled.pictures), world_size))
     options = loader_options(num_workers) | {"persistent_workers": False}
     return DataLoader(dataset, batch_size, generator=torch.Generator(), **options)
 
@@ -279,14 +303,42 @@ def loader_options(num_workers: int) -> dict[str, Any]:
         return options | {"persistent_workers": False}
     # A fork of a process with threads (torch's, faiss's) can deadlock; the fork server has none.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["moco.data.datamodule"])
-    # SIGTERM and Ctrl-C reach the whole process group; the training process alone decides what happens then. The server
-    # and its workers inherit the mask; they leave when that process closes its end or is gone.
-    multiprocessing.resource_tracker.ensure_running()  # first: it would lift the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    # Ctrl-C and SIGTERM reach the whole process group, a scheduler's signals every process of the job; the training process
+    # alone decides what happens then. The server and its workers inherit the mask; they leave when that process closes its
+    # end or is gone.
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
+        multiprocessing.resource_tracker.ensure_running()  # it lifts the mask of the first two
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return options | {
-        "multiprocessing_context": "forkserver", "persistent_workers": True
+        "multiprocessing_context": "forkserver", "persistent_workers": True, "worker_init_fn": leave_with_parent
     }  # fmt: skip
+
+
+def end_workers() -> None:
+    """Kill loader processes that are still there: they take no SIGTERM, and multiprocessing would wait for them for ever."""
+    for child in multiprocessing.active_children():
+        if isinstance(child, multiprocessing.context.ForkServerProcess):
+            child.kill()
+
+
+atexit.register(end_workers)
+
+
+def leave_with_parent(worker: int) -> None:
+    """Have this worker end when the training process is gone, whatever ended that.
+
+    PyTorch's own watch asks for the fork server instead, which in turn waits for its workers.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -3,20 +3,23 @@
 Letters: M pictures, H W pixels.
 """
 
+import math
 import os
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
-from moco.data.pictures import list_pictures, read_picture, to_rgb
-from moco.errors import InputError, unknown_name
+from moco.data.pictures import MAX_IMAGE_PIXELS, list_pictures, read_picture, to_rgb
+from moco.errors import InputError, printable, unknown_name
+
+MOST_DEFLATED = 1032  # bytes that one byte of zlib's compression can stand for (https://zlib.net/zlib_tech.html)
 
 
 class Pictures(Protocol):
@@ -58,19 +61,20 @@ class ArrayPictures:
 
 
 class FilePictures:
-    """Pictures in files, decoded when asked for."""
+    """Pictures in files, decoded when asked for, if they have no more than `max_image_pixels`."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str], max_image_pixels: int = MAX_IMAGE_PIXELS) -> None:
         # Two tensors, which loader processes share; a list of millions of str each would copy.
         encoded = [os.fsencode(path) for path in paths]
         self.text = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
         self.ends = torch.from_numpy(np.cumsum([len(path) for path in encoded], dtype=np.int64))
+        self.max_image_pixels = max_image_pixels
 
     def __len__(self) -> int:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return read_picture(self.name(index))
+        return read_picture(self.name(index), self.max_image_pixels)
 
     def name(self, index: int) -> str:
         start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
@@ -99,13 +103,21 @@ class DataSource:
     """Side at which the data set is usually used, px."""
 
 
-def build_source(name: str, root: Any = None, *, download: bool = False, num_images: int = 1024) -> DataSource:
+def build_source(
+    name: str,
+    root: Any = None,
+    *,
+    download: bool = False,
+    num_images: int = 1024,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+) -> DataSource:
     """The data set `name`.
 
     Args:
         root: folder or file, as the data set needs it; ``images`` also takes a list of folders.
         download: let torchvision fetch what is not under `root`.
         num_images: size of ``synthetic``.
+        max_image_pixels: pictures of more are unreadable.
 
     Raises:
         InputError: unknown name, nothing at `root`, or something else than expected there; it names the place.
@@ -121,12 +133,12 @@ def build_source(name: str, root: Any = None, *, download: bool = False, num_ima
     if root is None:
         raise InputError(f"data.root: missing; data={name} needs to know where the pictures are: data.root=PATH")
     if name == "images":
-        return images(root)
+        return images(root, max_image_pixels)
     if not isinstance(root, str):
         raise InputError(f"data.root={root}: expected one path; only data=images takes several")
     if name in TORCHVISION:
         return TORCHVISION[name](root, download)
-    return image_folder(root) if name == "image_folder" else npz(root)
+    return image_folder(root, max_image_pixels) if name == "image_folder" else npz(root, max_image_pixels)
 
 
 def digits() -> DataSource:
@@ -150,16 +162,16 @@ def synthetic(num_images: int) -> DataSource:
     return _from_arrays("synthetic", array, labels, array[:num_queries], labels[:num_queries])
 
 
-def images(root: Any) -> DataSource:
+def images(root: Any, max_image_pixels: int) -> DataSource:
     """Every picture below a folder, or below several; no labels: sub-folders are not classes."""
     roots = [root] if isinstance(root, str) else root
     if not isinstance(roots, list) or not roots or not all(isinstance(one, str) for one in roots):
         raise InputError(f"data.root={root}: expected a folder or a list of folders")
     paths = [path for one in roots for path in list_pictures(one)]
-    return DataSource(FilePictures(paths), None, None, image_size=224)
+    return DataSource(FilePictures(paths, max_image_pixels), None, None, image_size=224)
 
 
-def image_folder(root: str) -> DataSource:
+def image_folder(root: str, max_image_pixels: int) -> DataSource:
     """Class sub-folders: root/train/CLASS/... with root/val/CLASS/... (or test), else root/CLASS/....
 
     Of root/CLASS/... alone a tenth of the pictures, chosen by a hash of their paths below root, is kept out of the bank and
@@ -170,21 +182,20 @@ def image_folder(root: str) -> DataSource:
         held_out = next((top / name for name in ("val", "validation", "test") if (top / name).is_dir()), None)
         train_paths, train_classes = _classified(top / "train")
         names = sorted(set(train_classes))
-        bank = Labelled(FilePictures(train_paths), _numbered(train_classes, names, top / "train"))
+        bank = Labelled(FilePictures(train_paths, max_image_pixels), _numbered(train_classes, names, top / "train"))
         if held_out is None:
             return DataSource(bank.pictures, None, None, image_size=224)
         paths, classes = _classified(held_out)
-        return DataSource(
-            bank.pictures, bank, Labelled(FilePictures(paths), _numbered(classes, names, held_out)), image_size=224
-        )
+        queries = Labelled(FilePictures(paths, max_image_pixels), _numbered(classes, names, held_out))
+        return DataSource(bank.pictures, bank, queries, image_size=224)
     paths, classes = _classified(top)
     labels = _numbered(classes, sorted(set(classes)), top)
     is_query = held_out_tenth([str(Path(path).relative_to(top)) for path in paths])
-    everything = FilePictures(paths)
+    everything = FilePictures(paths, max_image_pixels)
     if not is_query.any() or is_query.all():
         return DataSource(everything, None, None, image_size=224)
     bank, queries = (
-        Labelled(FilePictures([paths[row] for row in np.flatnonzero(chosen)]), labels[chosen])
+        Labelled(FilePictures([paths[row] for row in np.flatnonzero(chosen)], max_image_pixels), labels[chosen])
         for chosen in (~is_query, is_query)
     )
     return DataSource(everything, bank, queries, image_size=224)
@@ -192,10 +203,10 @@ def image_folder(root: str) -> DataSource:
 
 def held_out_tenth(names: Sequence[str]) -> np.ndarray:
     """(M,) bool: a tenth of the names, whichever others there are beside them."""
-    return np.array([zlib.crc32(name.encode()) % 10 == 0 for name in names])
+    return np.array([zlib.crc32(os.fsencode(name)) % 10 == 0 for name in names])
 
 
-def npz(root: str) -> DataSource:
+def npz(root: str, max_image_pixels: int) -> DataSource:
     """One archive in the MedMNIST layout: train_images, and where there are labels train_labels, test_images, test_labels.
 
     Pictures are uint8 (M, H, W[, C]); labels (M,) or (M, 1) integers.
@@ -203,21 +214,79 @@ def npz(root: str) -> DataSource:
     if not Path(root).is_file():
         raise InputError(f"data.root={root}: no such file")
     try:
-        with open(root, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array without a name")
-            wanted = ("train_images", "train_labels", "test_images", "test_labels")
-            arrays = {key: archive[key] for key in wanted if key in archive.files}
-            present = archive.files
-    # What zipfile and NumPy raise on damaged archives; zipfile has NotImplementedError for an unknown compression.
-    except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        with zipfile.ZipFile(root) as archive:
+            present = [name.removesuffix(".npy") for name in archive.namelist()]
+            wanted = [
+                name for name in ("train_images", "train_labels", "test_images", "test_labels") if name in present
+            ]
+            check_members(archive, wanted, max_image_pixels)
+            arrays: dict[str, np.ndarray] = {name: read_member(archive, name) for name in wanted}
+    # What zipfile and NumPy raise on damaged archives; zipfile has NotImplementedError for what it cannot unpack, and
+    # RuntimeError for what is encrypted.
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        RuntimeError,
+        MemoryError,
+        KeyError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise InputError(f"data.root={root}: not a readable .npz archive of plain arrays ({error})") from error
     if "train_images" not in arrays:
-        raise InputError(f"data.root={root}: no array train_images in there (found {', '.join(present) or 'none'})")
+        raise InputError(
+            f"data.root={root}: no array train_images in there (found {printable(', '.join(present)) or 'none'})"
+        )
     labels = {part: _npz_labels(arrays, part, root) for part in ("train", "test")}
     test_images = arrays.get("test_images") if labels["test"] is not None else None
     return _from_arrays(root, arrays["train_images"], labels["train"], test_images, labels["test"])
+
+
+def check_members(archive: zipfile.ZipFile, names: Sequence[str], max_image_pixels: int) -> None:
+    """Hold what the arrays claim against what the archive holds, before there is memory for any of them.
+
+    Raises:
+        ValueError: an array holds Python objects or too large pictures, another amount than its header says, or more than
+            its compressed bytes can; or all together are more than this machine's memory.
+    """
+    total = 0
+    for name in names:
+        member = archive.getinfo(f"{name}.npy")
+        if member.compress_type not in (
+            zipfile.ZIP_STORED,
+            zipfile.ZIP_DEFLATED,
+        ):  # zipfile would unpack others unbounded
+            raise ValueError(f"{name} is compressed in another way than NumPy does")
+        with archive.open(member) as file:
+            shape, dtype = read_header(file)
+            claimed = file.tell() + math.prod(shape) * dtype.itemsize
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects, whose loading would run code")
+        if claimed != member.file_size or claimed > MOST_DEFLATED * member.compress_size:
+            raise ValueError(f"{name} says that it is {dtype} {shape}, {claimed:,} bytes, and is not")
+        if name.endswith("_images") and math.prod(shape[1:3]) > max_image_pixels:
+            raise ValueError(f"{name} is {shape}: its pictures exceed data.max_image_pixels={max_image_pixels}")
+        total += claimed
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if total > memory:
+        raise ValueError(f"its arrays take {total / 1e9:,.1f} GB, and this machine has {memory / 1e9:,.1f}")
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of the array in an opened .npy file."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):  # 3 is for arrays with named fields
+        raise ValueError(f"version {version} of NumPy's format")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of the archive; zipfile compares its checksum."""
+    with archive.open(f"{name}.npy") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _npz_labels(arrays: dict[str, np.ndarray], part: str, root: str) -> np.ndarray | None:
@@ -268,9 +337,11 @@ def torchvision_dataset(dataset: str, root: str, **kwargs: Any) -> Any:
 
     try:
         return getattr(torchvision.datasets, dataset)(root, **kwargs)
-    except (RuntimeError, OSError) as error:
+    # Of most files, all pickles among them, it compares the MD5 first; of the others its parsers raise nearly anything.
+    except Exception as error:
         advice = "" if kwargs.get("download") else "; data.download=true fetches it"
-        raise InputError(f"data.root={root}: {dataset} is not there or damaged ({error}){advice}") from error
+        reason = str(error) or type(error).__name__
+        raise InputError(f"data.root={root}: {dataset} is not there or damaged ({reason}){advice}") from error
 
 
 TORCHVISION: dict[str, Callable[[str, bool], DataSource]] = {
@@ -290,6 +361,9 @@ def _from_arrays(
     test_images: np.ndarray | None,
     test_labels: np.ndarray | None,
 ) -> DataSource:
+    for images, labels in ((train_images, train_labels), (test_images, test_labels)):
+        if images is not None and labels is not None and len(images) != len(labels):
+            raise InputError(f"{what}: {len(images)} pictures and {len(labels)} labels")
     train = ArrayPictures(train_images, f"{what}: train_images")
     bank = None if train_labels is None else Labelled(train, np.asarray(train_labels, dtype=np.int64))
     queries = None
@@ -311,6 +385,8 @@ def _numbered(classes: list[str], names: list[str], root: Path) -> np.ndarray:
     """Each class's place in `names`, (M,) int64."""
     unknown = sorted(set(classes) - set(names))
     if unknown:
-        raise InputError(f"data.root={root}: classes that the training pictures do not have: {', '.join(unknown)}")
+        raise InputError(
+            f"data.root={root}: classes that the training pictures do not have: {printable(', '.join(unknown))}"
+        )
     place = {name: number for number, name in enumerate(names)}
     return np.array([place[name] for name in classes], dtype=np.int64)

@@ -3,8 +3,11 @@
 Letters: H W pixels.
 """
 
+import logging
 import os
+import stat
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +15,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moco.errors import InputError
+from moco.errors import InputError, printable
+
+log = logging.getLogger(__name__)
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Those of the extensions, whatever a file is called. Pillow would open others as well, and it hands PostScript to an
+# interpreter.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own: from there on it takes a picture for an attack; half a gigabyte as RGB
 MASK_MODES = ("1", "I", "I;16", "L", "P")  # Pillow's names of one whole number per pixel
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -23,29 +32,35 @@ class UnreadablePicture(Exception):
     """A file that is not a picture that can be decoded; the message names the file and the reason."""
 
 
-def read_picture(path: str) -> Image.Image:
-    """The picture in a file, in mode RGB.
+def read_picture(path: str, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """The picture in a file, in mode RGB; of several frames the first.
+
+    Args:
+        max_image_pixels: a picture of more is not decoded.
 
     Raises:
-        UnreadablePicture: the file is missing, empty, cut short, too large to be real, or not a picture.
+        UnreadablePicture: the file is missing, empty, cut short, too large, not a picture, or not even a regular file.
     """
-    with pillow_warnings_ignored(), opened(path) as picture:
+    with pillow_warnings_ignored(), opened(path, max_image_pixels) as picture:
         return to_rgb(picture)
 
 
-def read_mask(path: str) -> np.ndarray:
+def read_mask(path: str, max_image_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
     """The numbers in a one-channel picture: (H, W) uint8, or int32 of a 16-bit file. A palette's indices, not its colours.
+
+    Args:
+        max_image_pixels: a picture of more is not decoded.
 
     Raises:
         UnreadablePicture: as of `read_picture`, or the picture has colours instead of numbers.
     """
     with pillow_warnings_ignored():
-        return decoded_mask(path)
+        return decoded_mask(path, max_image_pixels)
 
 
-def decoded_mask(path: str) -> np.ndarray:
+def decoded_mask(path: str, max_image_pixels: int) -> np.ndarray:
     """`read_mask` for threads; the caller has to ignore Pillow's warnings around all of them."""
-    with opened(path) as picture:
+    with opened(path, max_image_pixels) as picture:
         if picture.mode not in MASK_MODES:
             raise ValueError(f"mode {picture.mode}: expected one number per pixel (modes {', '.join(MASK_MODES)})")
         numbers = np.array(picture, dtype=np.int32 if picture.mode.startswith("I") else np.uint8)
@@ -74,18 +89,39 @@ def pillow_warnings_ignored() -> Iterator[None]:
 
 
 @contextmanager
-def opened(path: str) -> Iterator[Image.Image]:
+def opened(path: str, max_image_pixels: int) -> Iterator[Image.Image]:
     """The picture in a file, its header read and its pixels not yet. Pillow's warnings pass.
+
+    Sets Pillow's own limit in this process, since its decoders also meet sizes that are not in the header: frames, tiles.
+
+    Args:
+        max_image_pixels: a picture of more is refused.
 
     Raises:
         UnreadablePicture: for what Pillow raises here or inside the ``with`` block.
     """
+    Image.MAX_IMAGE_PIXELS = max_image_pixels / 2  # type: ignore[assignment]  # Pillow refuses what is twice as large
     try:
-        with Image.open(path) as picture:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("not a regular file")  # a pipe would wait for a writer, a device may do anything
+        with Image.open(path, formats=FORMATS) as picture:
+            if 0 in picture.size:
+                raise ValueError(f"{picture.width} x {picture.height} px")
             yield picture
-    # Pillow's decoders raise these on damaged data; SyntaxError is its PNG reader's.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
-        raise UnreadablePicture(f"{path}: {error}") from error
+    except Image.DecompressionBombError as error:
+        size, _, _ = str(error).partition(" exceeds")  # Image size (200000000 pixels) exceeds limit of ...
+        raise UnreadablePicture(
+            f"{printable(path)}: {size} exceeds data.max_image_pixels={max_image_pixels}"
+        ) from error
+    except Exception as error:  # on damaged data Pillow's decoders raise nearly anything
+        raise UnreadablePicture(f"{printable(path)}: {reason(error, path)}") from error
+
+
+def reason(error: Exception, path: str) -> str:
+    """What an error says, without the path that the operating system's and Pillow's errors repeat."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return printable(str(error).removesuffix(f" {path!r}")) or type(error).__name__
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -100,8 +136,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; convert the picture to 8 or 16 bits")
     if picture.mode.startswith("I"):  # I;16, I;16B, and I, in which some Pillow versions hand out 16-bit files
-        values = np.asarray(picture).astype(np.int64)
-        return Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8)).convert("RGB")
+        values = np.asarray(picture).clip(0, 65535).astype(np.int32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -110,22 +146,57 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def list_pictures(root: str | Path) -> list[str]:
-    """Paths of all pictures below a folder, by extension, in sorted order; symbolic links are followed once.
+    """Paths of all pictures below a folder, by extension, in sorted order.
+
+    Symbolic links are followed, but not up to a folder that holds root; a folder that several paths lead to is listed once,
+    under its own name if that is below root. A link to nowhere counts as a picture that cannot be read. A folder that
+    cannot be read is left out with a warning.
 
     Raises:
         InputError: the folder does not exist or holds no pictures.
     """
     if not os.path.isdir(root):
         raise InputError(f"data.root={root}: no such folder")
-    found: list[str] = []
-    seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back into the tree
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [os.path.join(folder, file) for file in files if file.lower().endswith(EXTENSIONS)]
+    found = [path for path in paths_below(str(root)) if path.lower().endswith(EXTENSIONS)]
     if not found:
         raise InputError(f"data.root={root}: no pictures in there (looked for {', '.join(EXTENSIONS)} at any depth)")
     return sorted(found)
+
+
+def paths_below(root: str) -> Iterator[str]:
+    """Everything but folders, at any depth.
+
+    Not `os.walk`, which recurses in Python 3.11 and older, and takes a folder by the first of its names that comes up.
+    """
+    folders, linked = deque([root]), deque[str]()  # what links lead to waits until the rest is done
+    seen = {identity(folder) for folder in Path(root).resolve().parents}  # a link up there leads to what is beside root
+    while folders or linked:
+        folder = (folders or linked).popleft()
+        try:
+            if identity(folder) in seen:
+                continue
+            seen.add(identity(folder))
+            with os.scandir(folder) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            log.warning("left out a folder that cannot be read: %s (%s)", printable(folder), error.strerror)
+            continue
+        for entry in inside:
+            if is_folder(entry):
+                (linked if entry.is_symlink() else folders).append(entry.path)
+            else:
+                yield entry.path
+
+
+def identity(path: str | Path) -> tuple[int, int]:
+    """The same for all the paths that lead to a file or folder."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Also what a link leads to; without asking the file system for plain files, as `os.path.isdir` would."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False

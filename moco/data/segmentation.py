@@ -20,6 +20,7 @@ from PIL import Image
 
 from moco.data.datasets import MASKED, SOURCES, FilePictures, held_out_tenth, torchvision_dataset
 from moco.data.pictures import (
+    MAX_IMAGE_PIXELS,
     UnreadablePicture,
     decoded_mask,
     list_pictures,
@@ -27,7 +28,7 @@ from moco.data.pictures import (
     pillow_warnings_ignored,
     read_mask,
 )
-from moco.errors import InputError, unknown_name
+from moco.errors import InputError, printable, unknown_name
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +56,12 @@ class MaskedPictures:
     Args:
         pairs: M files and their masks.
         sizes: height and width of each, (M, 2), px.
+        max_image_pixels: a picture or mask of more is unreadable.
     """
 
-    def __init__(self, pairs: Sequence[Pair], sizes: np.ndarray) -> None:
-        self.images = FilePictures([pair.image for pair in pairs])
-        self.masks = FilePictures([pair.mask for pair in pairs])
+    def __init__(self, pairs: Sequence[Pair], sizes: np.ndarray, max_image_pixels: int = MAX_IMAGE_PIXELS) -> None:
+        self.images = FilePictures([pair.image for pair in pairs], max_image_pixels)
+        self.masks = FilePictures([pair.mask for pair in pairs], max_image_pixels)
         self.sizes = sizes
 
     def __len__(self) -> int:
@@ -67,7 +69,7 @@ class MaskedPictures:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """The image and its mask (H, W); raises `UnreadablePicture` where a file is damaged."""
-        return self.images[index], read_mask(self.masks.name(index))
+        return self.images[index], read_mask(self.masks.name(index), self.masks.max_image_pixels)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def build_segmentation_source(
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
     ignore_index: int = 255,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> SegmentationSource:
     """The data set `name`: ``segmentation_folder`` or ``voc2012``, every pair of files checked.
 
@@ -99,6 +102,7 @@ def build_segmentation_source(
         num_classes: C; None: as many as there are names, or else the largest number in any mask and one.
         class_names: C names; None: the data set's own, or the numbers.
         ignore_index: the number of pixels without a class.
+        max_image_pixels: a picture or mask of more is refused.
 
     Raises:
         InputError: names the file or the key.
@@ -117,7 +121,7 @@ def build_segmentation_source(
     if num_classes and names and num_classes != len(names):
         raise InputError(f"data.num_classes={num_classes}: {origin} has {len(names)} names")
     started = time.monotonic()
-    inspected = [inspect_all(pairs, ignore_index) for pairs in splits]
+    inspected = [inspect_all(pairs, ignore_index, max_image_pixels) for pairs in splits]
     num_train, num_held_out = map(len, splits)
     log.info(
         "%d pictures to train on, %d held out; all checked in %.1f s",
@@ -135,7 +139,9 @@ def build_segmentation_source(
     warn_of_unseen([name for number, name in enumerate(names) if number not in (*trained_on, ignore_index)])
     if ignore_index < len(names):
         log.warning("class %s is left out: its number is data.ignore_index=%d", names[ignore_index], ignore_index)
-    train, validation = (MaskedPictures(pairs, found.sizes) for pairs, found in zip(splits, inspected, strict=True))
+    train, validation = (
+        MaskedPictures(pairs, found.sizes, max_image_pixels) for pairs, found in zip(splits, inspected, strict=True)
+    )
     return SegmentationSource(train, validation, tuple(names), ignore_index)
 
 
@@ -213,14 +219,17 @@ def paired(images: Path, masks: Path) -> dict[str, Pair]:
     for path in list_pictures(images):
         name = name_below(images, path)
         if name in image_of:
-            raise InputError(f"{path}: {image_of[name]} has the same mask, {masks / name}.png")
+            raise InputError(printable(f"{path}: {image_of[name]} has the same mask, {masks / name}.png"))
         image_of[name] = path
     mask_of = {name_below(masks, path): path for path in list_pictures(masks) if path.lower().endswith(".png")}
     without_mask, without_image = sorted(image_of.keys() - mask_of), sorted(mask_of.keys() - image_of)
     if without_mask:
-        raise InputError(f"{image_of[without_mask[0]]}: no mask {masks / without_mask[0]}.png{more(without_mask)}")
+        name = without_mask[0]
+        raise InputError(printable(f"{image_of[name]}: no mask {masks / name}.png{more(without_mask)}"))
     if without_image:
-        raise InputError(f"{mask_of[without_image[0]]}: no image of that name in {images}{more(without_image)}")
+        raise InputError(
+            printable(f"{mask_of[without_image[0]]}: no image of that name in {images}{more(without_image)}")
+        )
     return {name: Pair(image_of[name], mask_of[name]) for name in sorted(image_of)}
 
 
@@ -238,7 +247,7 @@ def split(pairs: dict[str, Pair]) -> Splits:
     """A tenth of the pairs held out by a hash of their names; at least one, and not all."""
     if len(pairs) < 2:
         raise InputError(
-            f"{next(iter(pairs.values())).image}: the only picture; at least one more is needed, to hold out"
+            f"{printable(next(iter(pairs.values())).image)}: the only picture; at least one more is needed, to hold out"
         )
     is_held_out = held_out_tenth(list(pairs))
     if not is_held_out.any() or is_held_out.all():
@@ -266,7 +275,7 @@ class Inspected(NamedTuple):
         return np.unique(np.concatenate(self.numbers)).tolist()
 
 
-def inspect_all(pairs: Sequence[Pair], ignore_index: int) -> Inspected:
+def inspect_all(pairs: Sequence[Pair], ignore_index: int, max_image_pixels: int) -> Inspected:
     """Open every pair of files, in parallel threads.
 
     Of an image only the header is read. A mask has to be decoded, since its numbers are needed; Pillow does that outside
@@ -276,11 +285,11 @@ def inspect_all(pairs: Sequence[Pair], ignore_index: int) -> Inspected:
         InputError: for the first pair that cannot be used; it names the file.
     """
     with pillow_warnings_ignored(), ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(lambda pair: inspect_pair(pair, ignore_index), pairs))
+        found = list(pool.map(lambda pair: inspect_pair(pair, ignore_index, max_image_pixels), pairs))
     return Inspected(np.array([size for size, _ in found]), [numbers for _, numbers in found])
 
 
-def inspect_pair(pair: Pair, ignore_index: int) -> tuple[tuple[int, int], np.ndarray]:
+def inspect_pair(pair: Pair, ignore_index: int, max_image_pixels: int) -> tuple[tuple[int, int], np.ndarray]:
     """Height and width of a pair, and the numbers in its mask but `ignore_index`, ascending.
 
     For threads: the caller ignores Pillow's warnings.
@@ -289,14 +298,16 @@ def inspect_pair(pair: Pair, ignore_index: int) -> tuple[tuple[int, int], np.nda
         InputError: a file cannot be read, or the two are of different sizes.
     """
     try:
-        with opened(pair.image) as image:
+        with opened(pair.image, max_image_pixels) as image:
             width, height = image.size
-        mask = decoded_mask(pair.mask)
+        mask = decoded_mask(pair.mask, max_image_pixels)
     except UnreadablePicture as error:
         raise InputError(str(error)) from error
     if mask.shape != (height, width):
         raise InputError(
-            f"{pair.mask}: {mask.shape[1]} x {mask.shape[0]} px, and its image {pair.image} has {width} x {height} px"
+            printable(
+                f"{pair.mask}: {mask.shape[1]} x {mask.shape[0]} px, and its image {pair.image} has {width} x {height} px"
+            )
         )
     # Counting takes half as long as sorting, and a count up to the largest number is only as long as 8 bits are.
     numbers = np.flatnonzero(np.bincount(mask.ravel())) if mask.dtype == np.uint8 else np.unique(mask)
@@ -342,6 +353,6 @@ def check_classes(pairs: Sequence[Pair], largest: np.ndarray, num_classes: int, 
     wrong = np.flatnonzero(largest >= num_classes)
     if len(wrong):
         raise InputError(
-            f"{pairs[wrong[0]].mask}: holds the number {largest[wrong[0]]}, and {origin} says {num_classes} classes, 0 to "
-            f"{num_classes - 1}{more(wrong.tolist())}"
+            f"{printable(pairs[wrong[0]].mask)}: holds the number {largest[wrong[0]]}, and {origin} says {num_classes} "
+            f"classes, 0 to {num_classes - 1}{more(wrong.tolist())}"
         )

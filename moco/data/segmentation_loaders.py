@@ -17,7 +17,7 @@ from moco.data.datamodule import EpochSampler, ResumableLoader, check_batch_size
 from moco.data.pictures import UnreadablePicture
 from moco.data.segmentation import MaskedPictures, SegmentationSource
 from moco.data.segmentation_views import SegmentationView
-from moco.errors import InputError
+from moco.errors import InputError, printable
 
 
 class MaskBatch(NamedTuple):
@@ -148,7 +148,7 @@ def check_readable(batch: MaskBatch, pictures: MaskedPictures) -> None:
     Here, since an error in a loader process would come with that process's traceback.
     """
     for index in batch.indices[batch.unreadable].tolist():
-        reason = f"{pictures.images.name(index)}: it, or its mask, could not be read at the first attempt"
+        reason = f"{printable(pictures.images.name(index))}: it, or its mask, could not be read at the first attempt"
         try:
             pictures[index]
         except UnreadablePicture as error:

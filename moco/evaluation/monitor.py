@@ -16,10 +16,11 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from moco.data.datamodule import PretrainingData, check_unreadable
-from moco.errors import RunError
 from moco.evaluation.diagnostics import embedding_std, negative_similarity, positive_similarity
-from moco.evaluation.features import EmbeddingStopped, embed, evaluating
+from moco.evaluation.features import EmbeddingStopped, evaluating
 from moco.evaluation.knn import KNNResult, knn_accuracy
+from moco.evaluation.sharding import embed_together
+from moco.training.distributed import copy_from_rank_zero, from_rank_zero, gather_objects
 
 log = logging.getLogger(__name__)
 
@@ -112,15 +113,25 @@ class KNNMonitor(pl.Callback):
     def _result(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, encode: Callable[[Tensor], Tensor]
     ) -> KNNResult:
-        data, sides = data_of(trainer), []
-        for labelled in (data.source.bank, data.source.queries):
-            assert labelled is not None
-            with evaluating(pl_module):
-                loader = data.evaluation_dataloader(labelled)
-                features, labels, unreadable = embed(encode, loader, pl_module.device, self.should_stop)
-            check_unreadable(set(unreadable.tolist()), labelled.pictures, data.max_bad_fraction)
-            sides.append((features, labels))
-        return knn_accuracy(*sides[0], *sides[1], self.num_neighbors, self.temperature)
+        data = data_of(trainer)
+        bank, queries = data.source.bank, data.source.queries
+        assert bank is not None
+        assert queries is not None
+        # A process has running statistics of its own; what is measured are rank 0's, which the checkpoint holds.
+        copy_from_rank_zero([*pl_module.query_encoder.buffers()])  # type: ignore[union-attr]
+        with evaluating(pl_module):
+            embedded = [
+                embed_together(encode, data.evaluation_dataloader(labelled), pl_module.device, self.should_stop)
+                for labelled in (bank, queries)
+            ]
+
+        def search() -> KNNResult:
+            for labelled, (_, _, unreadable) in zip((bank, queries), embedded, strict=True):
+                check_unreadable(set(unreadable.tolist()), labelled.pictures, data.max_bad_fraction)
+            (features, labels, _), (query_features, query_labels, _) = embedded
+            return knn_accuracy(features, labels, query_features, query_labels, self.num_neighbors, self.temperature)
+
+        return from_rank_zero(search)
 
 
 def protocol(result: KNNResult, temperature: float, feature: str) -> dict[str, Any]:
@@ -137,21 +148,24 @@ def protocol(result: KNNResult, temperature: float, feature: str) -> dict[str, A
 class LossMonitor(pl.Callback):
     """Loss, learning rate and speed every n steps, and each epoch's mean loss and speed, of any training.
 
+    Batches whose loss is not finite are left out of the mean, which is not finite only if they all are.
+
     Args:
         figures: gets ``train/loss`` (mean of the epoch), ``images_per_second`` and ``data_wait`` (share of the time).
         log_every_n_steps: optimizer steps between two rows.
-        last_good: names the newest checkpoint, for the message when the loss is not finite.
     """
 
-    def __init__(self, figures: dict[str, Any], log_every_n_steps: int, last_good: Callable[[], str]) -> None:
+    def __init__(self, figures: dict[str, Any], log_every_n_steps: int) -> None:
         self.figures = figures
         self.log_every_n_steps = log_every_n_steps
-        self.last_good = last_good
-        self.loss_sum = 0.0  # a tensor on the device while training: adding to it does not wait for the device
-        self.batches = 0
+        # Tensors on the device while training: adding to them does not wait for the device.
+        self.loss_sum: Tensor | float = 0.0
+        self.batches: Tensor | float = 0  # those with a finite loss
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loss_sum": float(self.loss_sum), "batches": self.batches}
+        """Of all processes together: the mean over them, so that each can go on from it."""
+        sums, counts = zip(*gather_objects((float(self.loss_sum), int(self.batches))), strict=True)
+        return {"loss_sum": sum(sums) / len(sums), "batches": sum(counts) / len(counts)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.loss_sum, self.batches = state_dict["loss_sum"], state_dict["batches"]
@@ -176,8 +190,9 @@ class LossMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Lightning divides the loss by the accumulated batches.
-        self.loss_sum = self.loss_sum + outputs["loss"].detach().double() * trainer.accumulate_grad_batches
-        self.batches += 1
+        loss = outputs["loss"].detach().double() * trainer.accumulate_grad_batches
+        self.loss_sum = self.loss_sum + loss.where(loss.isfinite(), 0.0)
+        self.batches = self.batches + loss.isfinite().long()
         self.images += len(batch.indices) * trainer.world_size
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.log_every_n_steps == 0:
@@ -185,11 +200,8 @@ class LossMonitor(pl.Callback):
         self.batch_ended = time.perf_counter()
 
     def _log_step(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> None:
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
-        if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} at step {trainer.global_step}; {self.last_good()}")
         figures = {
-            "train/loss": loss,
+            "train/loss": float(outputs["loss"]) * trainer.accumulate_grad_batches,
             "train/learning_rate": max(group["lr"] for group in trainer.optimizers[0].param_groups),
             **self.step_figures(trainer, pl_module, outputs),
             **self._speed(),
@@ -207,7 +219,9 @@ class LossMonitor(pl.Callback):
         return {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        figures = {"train/loss": float(self.loss_sum) / max(self.batches, 1), **self._speed()}
+        state = LossMonitor.state_dict(self)
+        mean_loss = state["loss_sum"] / state["batches"] if state["batches"] else math.nan
+        figures = {"train/loss": mean_loss, **self._speed()}
         self.figures |= figures
         if trainer.logger:
             scalars = {"epoch/loss": figures["train/loss"], "epoch/images_per_second": figures["images_per_second"]}

@@ -40,10 +40,15 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Replace the oldest keys by `keys` (N, C), in order; advances pointer and fill. No host synchronisation."""
+        """Replace the oldest keys by `keys` (N, C), in order; advances pointer and fill. No host synchronisation.
+
+        A key that is not finite would spoil every loss until it is overwritten. The row that it would have taken stays as
+        it is: an older key, or in a queue that is not full yet the random unit vector that the row was made with.
+        """
         size, count = len(self.keys), len(keys)
-        newest = keys[-size:]
+        newest = keys[-size:].to(self.keys.dtype)
         rows = (self.pointer + count - len(newest) + torch.arange(len(newest), device=keys.device)) % size
-        self.keys[rows] = newest.to(self.keys.dtype)
+        is_finite = newest.isfinite().all(dim=1, keepdim=True)  # (N, 1)
+        self.keys[rows] = newest.where(is_finite, self.keys[rows])
         self.pointer.copy_((self.pointer + count) % size)
         self.filled.copy_((self.filled + count).clamp(max=size))

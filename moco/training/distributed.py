@@ -1,13 +1,147 @@
-"""Collectives that are the identity on one process, so that the method is written once. N: batch per process."""
+"""What the processes of a training say to each other; on one process everything is the identity. N: batch per process.
 
+Tensors of the method travel in the default process group (NCCL between GPUs, gloo between CPUs). What the programs have to
+agree on travels in a second group on the CPU, the control group, so that no GPU waits for it and its time-out can be long.
+"""
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
 import torch
 import torch.distributed as dist
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch import Tensor
+
+from moco.errors import InputError, RunError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=30)
+"""Of the control group: so long may the others wait while one process searches, writes or is suspended."""
+
+ROWS_AT_ONCE = 2**26
+"""Bytes of one message of `gather_rows`."""
+
+_control: dist.ProcessGroup | None = None
+
+
+def environment_of(num_devices: int, num_nodes: int) -> ClusterEnvironment:
+    """Who starts the processes: torchrun, srun with several tasks, or else nobody.
+
+    Raises:
+        InputError: they started another number of processes than the config has devices, or nodes need a launcher.
+    """
+    environment: ClusterEnvironment
+    if TorchElasticEnvironment.detect():
+        environment, launcher = TorchElasticEnvironment(), "torchrun"
+    elif "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        # auto_requeue would be Lightning's own answer to the scheduler's signal, beside ours.
+        environment, launcher = SLURMEnvironment(auto_requeue=False), "srun"
+    elif num_nodes > 1:
+        raise InputError(f"trainer.num_nodes={num_nodes}: start one process per device with srun or torchrun")
+    else:
+        return LightningEnvironment()
+    if environment.world_size() != num_devices * num_nodes:
+        raise InputError(
+            f"{launcher} started {environment.world_size()} processes, but trainer.devices={num_devices} on "
+            f"trainer.num_nodes={num_nodes} need {num_devices * num_nodes}"
+        )
+    return environment
+
+
+@contextmanager
+def process_group(environment: ClusterEnvironment, backend: str, timeout_minutes: float) -> Iterator[None]:
+    """Inside, the processes that a launcher started can talk to each other.
+
+    Args:
+        environment: knows this process's rank; `LightningEnvironment` stands for one process alone.
+        backend: of the default group: ``nccl`` or ``gloo``.
+        timeout_minutes: so long may a process wait for the others in the default group.
+    """
+    global _control
+    if isinstance(environment, LightningEnvironment) and "MOCO_RENDEZVOUS" not in os.environ:
+        yield
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    if isinstance(environment, LightningEnvironment):  # started by moco.training.processes, all on this machine
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, loopback())  # nobody outside has to reach them
+        rank, size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+        place = f"file://{os.environ['MOCO_RENDEZVOUS']}"
+        dist.init_process_group(backend, init_method=place, rank=rank, world_size=size, timeout=timeout)
+    else:
+        os.environ["MASTER_ADDR"] = environment.main_address
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        rank, size = environment.global_rank(), environment.world_size()
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+    try:
+        yield
+    finally:
+        _control = None
+    dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
+
+
+def loopback() -> str:
+    """The name of the network interface that leads back to this machine."""
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+
+
+def new_rendezvous() -> Path:
+    """A file that does not exist yet, in a folder of its own, where processes of this machine can meet."""
+    return Path(tempfile.mkdtemp(prefix="moco-")) / "rendezvous"
 
 
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among them, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+@contextmanager
+def lost_peers_named() -> Iterator[None]:
+    """Inside, a connection that breaks because another process ended becomes a `PeerLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() > 1 and is_lost_connection(error):
+            raise PeerLost(
+                f"rank {rank()} lost the connection to another process, which has ended or hangs; its own message, or "
+                f"that of srun or torchrun, says why ({str(error).splitlines()[0]})"
+            ) from error
+        raise
+
+
+class PeerLost(RunError):
+    """Another process ended; what happened there is the cause, not this."""
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because a process on the other side did."""
+    words = (
+        "connection closed by peer",
+        "connection reset",
+        "broken pipe",
+        "gloo",
+        "nccl",
+        "timed out",
+        "connection was",
+    )
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
 @torch.no_grad()
@@ -25,25 +159,130 @@ def all_gather(tensor: Tensor) -> Tensor:
 def shuffled_across(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """This process's share of all processes' rows in one random order, and that order.
 
-    The order is drawn on rank 0 and sent to the others. On one process it is a permutation of the batch.
+    Every row travels to one process only, so a process receives N rows however many there are. The order is drawn on rank 0
+    and sent to the others. On one process it is a permutation of the batch.
 
     Returns:
-        The share (N, ...) and the order (N * world size,): row i of the shuffled whole is row order[i] of the original.
+        The share (N, ...) and the order (N * world size,), on the CPU: row i of the shuffled whole is row order[i] of the
+        original.
     """
-    everything = all_gather(tensor)
-    order = torch.randperm(len(everything)).to(tensor.device)
+    order = torch.randperm(len(tensor) * world_size())
     if world_size() == 1:
-        return everything[order], order
-    dist.broadcast(order, src=0)
-    start = dist.get_rank() * len(tensor)
-    return everything[order[start : start + len(tensor)]], order
+        return tensor[order.to(tensor.device)], order
+    dist.broadcast(order, src=0, group=_control)
+    return sent_to(tensor, order.argsort()), order
 
 
 @torch.no_grad()
 def unshuffled(shuffled: Tensor, order: Tensor) -> Tensor:
     """Undo `shuffled_across` for rows computed from its share: this process's own rows, (N, ...)."""
-    restored = all_gather(shuffled)[order.argsort()]
     if world_size() == 1:
-        return restored
-    start = dist.get_rank() * len(shuffled)
-    return restored[start : start + len(shuffled)]
+        return shuffled[order.argsort().to(shuffled.device)]
+    return sent_to(shuffled, order)
+
+
+def sent_to(tensor: Tensor, places: Tensor) -> Tensor:
+    """The rows (N, ...) that come to this process when row i of all processes' rows goes to place ``places[i]``.
+
+    Args:
+        places: (N * world size,) a permutation, on the CPU and equal everywhere; place p is on process p // N.
+    """
+    count, start = len(tensor), rank() * len(tensor)
+    going = places[start : start + count]
+    coming = places.argsort()[start : start + count]  # the rows that belong in our places, from process coming // N
+    outgoing = tensor[going.argsort().to(tensor.device)]  # by the process that they go to, and by place
+    incoming = torch.empty_like(outgoing)
+    num_in, num_out = ((rows // count).bincount(minlength=world_size()).tolist() for rows in (coming, going))
+    dist.all_to_all_single(incoming, outgoing, num_in, num_out)
+    by_source = (coming // count).argsort(stable=True).to(tensor.device)
+    return torch.empty_like(incoming).index_copy_(0, by_source, incoming)
+
+
+@torch.no_grad()
+def copy_from_rank_zero(tensors: Sequence[Tensor]) -> None:
+    """Make these tensors equal to rank 0's, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def largest(numbers: Sequence[int]) -> list[int]:
+    """For each number the largest of all processes; waits for them."""
+    if world_size() == 1:
+        return list(numbers)
+    tensor = torch.tensor(numbers)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_control)
+    return tensor.tolist()
+
+
+class Agreement:
+    """What every process wants, known to all one step later: nobody waits for it, least of all a GPU.
+
+    On one process it is known at once.
+    """
+
+    def __init__(self) -> None:
+        self._sent: tuple[Tensor, Any] | None = None
+
+    def exchange(self, numbers: Sequence[int]) -> list[int]:
+        """Send these numbers; for each, the largest that any process sent in the call before (zeros in the first)."""
+        if world_size() == 1:
+            return list(numbers)
+        answer = [0] * len(numbers)
+        if self._sent is not None:
+            tensor, work = self._sent
+            work.wait()
+            answer = tensor.tolist()
+        tensor = torch.tensor(numbers)
+        self._sent = (tensor, dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_control, async_op=True))
+        return answer
+
+
+def from_rank_zero(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, given to every process; the others wait for as long as it takes.
+
+    Raises:
+        InputError, RunError: on every process, if `work` raised it.
+    """
+    if world_size() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except (InputError, RunError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, group=_control)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast(T, outcome[0])
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every process's value, in rank order, on every process. It is pickled."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_control)
+    return values
+
+
+def gather_rows(rows: np.ndarray) -> np.ndarray:
+    """The rows of every process, (M, ...) with M of its own each, one after the other on rank 0; on the others none."""
+    if world_size() == 1:
+        return rows
+    counts = gather_objects(len(rows))
+    per_message = max(1, ROWS_AT_ONCE // max(1, rows[:1].nbytes))
+    if rank() > 0:
+        for start in range(0, len(rows), per_message):
+            dist.send(torch.from_numpy(np.ascontiguousarray(rows[start : start + per_message])), dst=0, group=_control)
+        return rows[:0]
+    everything = np.empty((sum(counts), *rows.shape[1:]), dtype=rows.dtype)
+    everything[: counts[0]] = rows
+    place = counts[0]
+    for source in range(1, world_size()):
+        for start in range(0, counts[source], per_message):
+            count = min(per_message, counts[source] - start)
+            dist.recv(torch.from_numpy(everything[place : place + count]), src=source, group=_control)
+            place += count
+    return everything

@@ -2,19 +2,29 @@
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shlex
+import signal
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import yaml
 
-from moco.errors import InputError
+from moco.errors import InputError, Interrupted
+from moco.training.run_status import LOCK, STATUS, read_status
+from moco.training.slurm import job_id
+
+log = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
+PREVIOUS_CHECKPOINT = Path("checkpoints", "previous.ckpt")
 BEST_CHECKPOINT = Path("checkpoints", "best.ckpt")
 CONFIG = Path(".hydra", "config.yaml")
 
@@ -23,23 +33,35 @@ FREE_KEYS = (
     "resume",
     "trainer.accelerator",
     "trainer.benchmark",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.timeout_minutes",
     "trainer.log_every_n_steps",
+    "trainer.max_bad_steps",
     "trainer.max_epochs",
     "trainer.max_steps",
     "checkpoint.every_n_epochs",
+    "checkpoint.every_n_minutes",
+    "checkpoint.keep_every_n_epochs",
     "checkpoint_every_n_epochs",
     "data.download",
     "data.max_bad_fraction",
+    "data.max_image_pixels",
     "data.num_workers",
     "evaluation.batch_size",
     "evaluation.num_pictures",
+    "slurm.requeue",
+    "slurm.signal",
 )
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> None:
     """Call `write` with a temporary file beside `path`, then put it in place.
 
     The content is on disk before the name points to it, so after a crash `path` is the old file or the new one.
+
+    Args:
+        keep: what `path` was before goes on under this name; what `keep` was goes only then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -48,6 +70,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            link_atomically(path, keep)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -56,6 +80,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
+
+
+def link_atomically(source: Path, target: Path) -> None:
+    """Make `target` another name of the file `source`; later replacements of `source` leave it as it is."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        write_atomically(target, lambda file: file.write(source.read_bytes()))
+        return
+    os.replace(temporary, target)
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:
@@ -81,7 +117,8 @@ def find_checkpoint(folder: Path, config: Mapping[str, Any], resume: str | None)
         InputError: the folder holds a run with another configuration (it names the keys), or one that would be lost.
     """
     saved, last = folder / CONFIG, folder / LAST_CHECKPOINT
-    holds_results = last.is_file() or (folder / "metrics.json").is_file()
+    has_checkpoint = last.is_file() or (folder / PREVIOUS_CHECKPOINT).is_file()
+    holds_results = has_checkpoint or (folder / "metrics.json").is_file()
     if holds_results and saved.is_file():
         differing = differences(yaml.safe_load(saved.read_text()) or {}, config)
         if differing:
@@ -89,38 +126,109 @@ def find_checkpoint(folder: Path, config: Mapping[str, Any], resume: str | None)
                 f"{folder} holds a run with another configuration: {'; '.join(differing)}. "
                 "Choose another folder with hydra.run.dir=PATH"
             )
-    if resume is None and holds_results:
+    is_requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0  # then the results are this job's own
+    if resume is None and holds_results and not is_requeued:
         raise InputError(f"{folder} holds a run and resume=null would overwrite it; choose another hydra.run.dir=PATH")
-    if last.is_file():
+    if has_checkpoint:
         return last  # also with an explicit resume: this run has its own checkpoint by now
     return None if resume in (None, "auto") else Path(str(resume))
 
 
+def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a run of this config, as plain data, has reached its end in `folder`; not if it is to be longer now."""
+    status, metrics = read_status(folder), folder / "metrics.json"
+    if config["resume"] is None or not status or status["state"] != "finished" or not metrics.is_file():
+        return False
+    figures, trainer = json.loads(metrics.read_text()), config["trainer"]
+    reached = figures["epoch"] >= trainer["max_epochs"] or 0 < trainer["max_steps"] <= figures["step"]
+    return reached and not differences(yaml.safe_load((folder / CONFIG).read_text()), config)
+
+
 @contextmanager
 def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, `folder` is this process's alone; its ``.hydra/config.yaml`` says what the run is.
+    """Inside, `folder` is this process's alone; its config file says what the run is, its status how it goes and ended.
 
     Raises:
         InputError: another process is at work there.
     """
-    (folder / CONFIG).parent.mkdir(parents=True, exist_ok=True)
-    with (folder / ".hydra" / "lock").open("w") as lock:  # left behind: the lock is the kernel's, not the file
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{folder}: another process is at work there; choose another hydra.run.dir=PATH"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+    (folder / LOCK).parent.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:  # left behind: the lock is the kernel's, not the file
+        take(lock, folder)
+        remove_half_written(folder)
         write_config(folder, config)
-        yield
+        write_status(folder, "running")
+        try:
+            yield
+        except BaseException as error:
+            write_ending(folder, error)
+            raise
+        write_status(folder, "finished", exit_code=0)
+
+
+def take(lock: TextIO, folder: Path) -> None:
+    """Lock the file; raises InputError if another process has."""
+    for is_last_try in (False, True):
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if is_last_try:
+                raise InputError(
+                    f"{folder}: another process is at work there; choose another hydra.run.dir=PATH"
+                ) from error
+            time.sleep(0.2)  # it may have been `is_locked`, which holds it for a moment
+        except OSError:  # a file system without locks
+            return
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what `write_atomically` left where its process was killed in the middle; `folder` has to be ours alone."""
+    for place in (folder, folder / LAST_CHECKPOINT.parent, folder / LOCK.parent):
+        for temporary in place.glob(".*.tmp"):
+            temporary.unlink()
+
+
+def write_status(folder: Path, state: str, message: str = "", exit_code: int | None = None) -> None:
+    """Say what the run of this process is doing.
+
+    Args:
+        state: running, finished, interrupted, requeued or failed.
+        message: the line that its user saw.
+    """
+    before = read_status(folder)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    status = {
+        "state": state,
+        "message": " ".join(message.split()),
+        "exit_code": exit_code,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "slurm_job_id": job_id(),
+        "started": before.get("started", now) if before else now,
+        "changed": now,
+    }
+    write_json(folder / STATUS, status)
+
+
+def write_ending(folder: Path, error: BaseException, state: str | None = None) -> None:
+    """Say what ended the run of this process; `state` if it is another than interrupted or failed."""
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        number = error.signal_number if isinstance(error, Interrupted) else signal.SIGINT
+        usual, code = "interrupted", 128 + number
+    else:
+        usual, code = "failed", 2 if isinstance(error, InputError) else 1
+    try:
+        write_status(folder, state or usual, str(error) or type(error).__name__, code)
+    except OSError as failure:  # a full disk may be what ended the run; that is what its user has to hear
+        log.warning("cannot write %s: %s", folder / STATUS, failure)
 
 
 def last_good(folder: Path) -> str:
     """A phrase that names a run's newest checkpoint."""
     path = folder / LAST_CHECKPOINT
-    return f"the last good checkpoint is {path}" if path.is_file() else "there is no checkpoint yet"
+    try:
+        return f"the last good checkpoint is {path}" if path.is_file() else "there is no checkpoint yet"
+    except OSError:  # such as a network file system that is gone
+        return f"its checkpoints are in {path.parent}, which cannot be read now"
 
 
 def as_override(key: str, value: str | Path) -> str:

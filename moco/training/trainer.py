@@ -1,36 +1,52 @@
-"""Lightning's Trainer as every program that trains uses it, and what it fails with in one line."""
+"""Lightning's Trainer as every program that trains uses it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
-from moco.errors import RunError
 from moco.training.checkpoint_files import AtomicCheckpointIO
+from moco.training.distributed import world_size
 from moco.training.hardware import choose_device, choose_precision
 from moco.training.logger import RunLogger
-from moco.training.run_folder import last_good
+
+OURS = ("max_bad_steps", "timeout_minutes")
+"""Fields of ``TrainerConfig`` that Lightning's Trainer does not know."""
 
 
-def build_trainer(settings: Mapping[str, Any], folder: Path, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
-    """Lightning's Trainer with our checkpoints and logger.
+def build_trainer(
+    settings: Mapping[str, Any],
+    folder: Path,
+    callbacks: Sequence[pl.Callback],
+    environment: ClusterEnvironment | None = None,
+    purge_step: int | None = None,
+) -> pl.Trainer:
+    """Lightning's Trainer with our checkpoints and logger, in the process group that is there.
 
     Args:
         settings: the fields of ``TrainerConfig``.
         folder: the run folder.
         callbacks: in the order in which they are called.
+        environment: who started the processes, see `environment_of`; None: this process is alone.
+        purge_step: see `RunLogger`.
     """
-    settings = dict(settings)
+    settings = {name: value for name, value in settings.items() if name not in OURS}
     settings["precision"] = choose_precision(settings["precision"], choose_device(settings["accelerator"]))
     settings["benchmark"] &= not settings["deterministic"]  # cuDNN's trials choose by timing
+    if world_size() > 1:
+        options: dict[str, Any] = {buffers_switch(): False, "gradient_as_bucket_view": True}
+        settings["strategy"] = DDPStrategy(**options)
     trainer = pl.Trainer(
         **settings,
         callbacks=list(callbacks),
-        logger=RunLogger(folder),
-        plugins=[AtomicCheckpointIO()],
+        logger=RunLogger(folder, purge_step),
+        plugins=[AtomicCheckpointIO(), environment or LightningEnvironment()],
         default_root_dir=folder,
         use_distributed_sampler=False,  # EpochSampler shares the pictures out itself
         num_sanity_val_steps=0,
@@ -42,18 +58,14 @@ def build_trainer(settings: Mapping[str, Any], folder: Path, callbacks: Sequence
     return trainer
 
 
-@contextmanager
-def failures_named(folder: Path) -> Iterator[None]:
-    """Inside, a full GPU or disk becomes a `RunError` that names the run's last good checkpoint."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            "the GPU is out of memory; a smaller data.batch_size or more trainer.accumulate_grad_batches needs less; "
-            f"{last_good(folder)}"
-        ) from error
-    except OSError as error:  # the disk is full or gone
-        raise RunError(f"{error}, in the run {folder}; {last_good(folder)}") from error
+def buffers_switch() -> str:
+    """The name of DistributedDataParallel's switch that sends rank 0's buffers to the others in every step.
+
+    We need it off: queue and pointer are equal everywhere by construction, and running statistics matter only where they
+    are measured or saved.
+    """
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    return "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
 
 
 def steps_per_epoch(trainer: pl.Trainer) -> int:

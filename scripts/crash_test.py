@@ -1,0 +1,272 @@
+"""Kill a pretraining run again and again, start it again each time, and compare its end with that of an undisturbed run.
+
+    python scripts/crash_test.py --kills 50 [--seed 0] [--folder FOLDER]
+
+The run is the quickstart on a short queue. Every process is killed with SIGKILL, with all that it has started, at a moment
+drawn from the seed: while it starts, after some steps, and for every third kill while it writes a checkpoint. Each restart
+is the same command (every fifth with a loader process). Prints what was seen as one JSON object; exit code 1, and why, if
+
+- a restart fails, or says nothing of the checkpoint that is there;
+- more is lost than steps since `checkpoint.every_n_minutes` came round;
+- a temporary file stays behind in the end;
+- the two ends differ in a bit: weights, queues, optimizer, generators, figures, best checkpoint, the curves of TensorBoard.
+
+50 kills took 20 minutes on 2 CPU cores that were busy with other work.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+BATCH_SIZE = 16
+STEPS_PER_EPOCH = 1437 // BATCH_SIZE
+STEPS_PER_LIFE = 40  # a process is killed within so many
+STEPS_PER_KILL = 24  # so many are gained at most on average, what is lost being done again
+INTERVAL_MINUTES = 0.01
+RUN = [
+    "+experiment=quickstart", f"data.batch_size={BATCH_SIZE}", "method.queue_size=200", "evaluation.every_n_epochs=1",
+    "evaluation.baselines=false", "checkpoint.every_n_epochs=1", f"checkpoint.every_n_minutes={INTERVAL_MINUTES}",
+    "trainer.log_every_n_steps=1",
+]  # fmt: skip
+OF_THE_CLOCK = ("images_per_second", "data_wait", "epoch/images_per_second")
+NOT_COMPARED = (*OF_THE_CLOCK, "config")  # which tells the processes apart that had a loader process
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where the two runs go; left out: a temporary one")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        print(json.dumps(crash_test(folder.resolve(), arguments.kills, random.Random(arguments.seed)), indent=2))
+
+
+def crash_test(folder: Path, kills: int, generator: random.Random) -> dict[str, Any]:
+    """The figures of the test, in `folder`, which gets the runs ``whole`` and ``killed``."""
+    command = [*RUN, f"trainer.max_epochs={math.ceil(kills * STEPS_PER_KILL / STEPS_PER_EPOCH)}"]
+    begun = time.monotonic()
+    whole = Life(folder / "whole", command)
+    whole.finish()
+    losses: list[tuple[int, float]] = []
+    writing = 0
+    for number in range(kills):
+        life = Life(folder / "killed", [*command, f"data.num_workers={int(number % 5 == 4)}"])
+        if number % 3 == 0:
+            life.wait_for_writing(generator)
+        elif generator.random() < 0.2:
+            life.wait(lambda: False, generator.uniform(0, whole.startup_seconds))
+        else:
+            life.wait_for_steps(generator)
+        writing += life.kill()
+        losses.append(life.loss())
+        steps, seconds = losses[-1]
+        print(f"kill {number + 1}: at step {life.reached}, lost {steps} of {seconds:.1f} s", file=sys.stderr)
+    last = Life(folder / "killed", command)
+    last.finish()
+    check_ends(folder / "whole", folder / "killed")
+    return {
+        "kills": kills,
+        "kills_while_writing": writing,
+        "steps": last.reached,
+        "largest_loss_steps": max(steps for steps, _ in losses),
+        "largest_loss_seconds": round(max(seconds for _, seconds in losses), 2),
+        "seconds": round(time.monotonic() - begun),
+    }
+
+
+class Life:
+    """One process of a run, from its start to its end, with the steps that it takes.
+
+    Args:
+        run: the run folder.
+        overrides: its command line.
+    """
+
+    def __init__(self, run: Path, overrides: list[str]) -> None:
+        self.run = run
+        self.checkpoint = run / "checkpoints" / "last.ckpt"
+        self.had_checkpoint = self.checkpoint.is_file()
+        self.log = run.with_name(f"{run.name}-{time.monotonic_ns()}")
+        self.started = time.time()
+        with self.log.with_suffix(".output").open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--record", str(self.log), *overrides, f"hydra.run.dir={run}"],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+
+    @property
+    def steps(self) -> list[tuple[int, float]]:
+        """The step that training went on from, then each that is done, with the second of it."""
+        if not self.log.is_file():
+            return []
+        whole_lines = self.log.read_text().rpartition("\n")[0].splitlines()
+        return [(int(step), float(second)) for step, second in map(str.split, whole_lines)]
+
+    @property
+    def reached(self) -> int:
+        return self.steps[-1][0] if self.steps else 0
+
+    @property
+    def startup_seconds(self) -> float:
+        return self.steps[0][1] - self.started
+
+    def wait(self, is_reached: Callable[[], bool], seconds: float = 300.0) -> None:
+        """Until then, or so long; raises RuntimeError if the process ends by itself before."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not is_reached():
+            self.check_alive()
+            time.sleep(0.002)
+
+    def wait_for_steps(self, generator: random.Random) -> None:
+        """Into the middle of one of the next steps."""
+        number = generator.randint(1, STEPS_PER_LIFE)
+        self.wait(lambda: len(self.steps) >= number)
+        time.sleep(generator.uniform(0, 0.1))
+
+    def wait_for_writing(self, generator: random.Random) -> None:
+        """Until a checkpoint is half written."""
+        number = generator.randint(1, STEPS_PER_LIFE // 2)
+        self.wait(lambda: len(self.steps) >= number)
+        while True:
+            self.wait(lambda: any(self.temporary_files()))
+            time.sleep(generator.uniform(0, 0.01))
+            os.kill(self.process.pid, signal.SIGSTOP)
+            time.sleep(0.01)  # until it stands still
+            if any(self.temporary_files()):
+                return
+            os.kill(self.process.pid, signal.SIGCONT)
+
+    def temporary_files(self) -> Iterator[Path]:
+        return self.checkpoint.parent.glob(".last.ckpt.*.tmp")
+
+    def check_alive(self) -> None:
+        if self.process.poll() is not None:
+            raise RuntimeError(f"ended by itself with exit code {self.process.returncode}: {self.output()}")
+
+    def output(self) -> str:
+        return self.log.with_suffix(".output").read_text()
+
+    def kill(self) -> bool:
+        """End the process and all that it has started; whether it was writing a checkpoint.
+
+        Raises:
+            RuntimeError: it was no longer there, or had gone on training without a word of the checkpoint.
+        """
+        self.check_alive()
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        if self.had_checkpoint and self.steps and "going on from" not in self.output():
+            raise RuntimeError(f"did not go on from {self.checkpoint}: {self.output()}")
+        return any(self.temporary_files())
+
+    def finish(self) -> None:
+        """Let it come to its end; raises RuntimeError if that is not exit code 0."""
+        if self.process.wait() != 0:
+            raise RuntimeError(f"failed with exit code {self.process.returncode}: {self.output()}")
+
+    def loss(self) -> tuple[int, float]:
+        """How many steps the kill has undone, and how long they took from the checkpoint on.
+
+        Raises:
+            RuntimeError: there was time for a checkpoint after the last one, and a step's end at which to write it.
+        """
+        if not self.steps:
+            return 0, 0.0
+        saved = step_of(self.checkpoint) if self.checkpoint.is_file() else 0
+        begun = self.steps[0][1]
+        since = max(begun, self.checkpoint.stat().st_ctime) if saved else begun
+        lost = [(step, second) for step, second in self.steps if step > saved]
+        overdue = [step for step, second in lost[:-1] if second > since + 60 * INTERVAL_MINUTES]
+        if overdue:
+            raise RuntimeError(f"no checkpoint after step {overdue[0]}, when one was due: {self.steps}, saved {saved}")
+        return len(lost), lost[-1][1] - since if lost else 0.0
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps behind a checkpoint."""
+    import torch
+
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+
+
+def check_ends(whole: Path, killed: Path) -> None:
+    """Raises RuntimeError if the second run is not as the first is, or not as tidy."""
+    import torch
+
+    found = [f"{path} was left behind" for path in killed.rglob(".*.tmp")]
+    for name in ("last.ckpt", "best.ckpt"):
+        one, other = (
+            torch.load(run / "checkpoints" / name, map_location="cpu", weights_only=True) for run in (whole, killed)
+        )
+        found += differences(one, other, name)
+    found += differences(*(json.loads((run / "metrics.json").read_text()) for run in (whole, killed)), "metrics.json")
+    found += differences(curves(whole), curves(killed), "TensorBoard")
+    if found:
+        raise RuntimeError("\n".join(found))
+
+
+def differences(one: Any, other: Any, place: str) -> list[str]:
+    """The places at which two nested values are not equal, to the last bit."""
+    import torch
+
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) else [f"{place} differs"]
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        compared = [key for key in one if key not in NOT_COMPARED]
+        return [line for key in compared for line in differences(one[key], other[key], f"{place}: {key}")]
+    if isinstance(one, (list, tuple)) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [line for number, pair in pairs for line in differences(*pair, f"{place}[{number}]")]
+    return [] if one == other else [f"{place}: {str(one)[:200]} and {str(other)[:200]}"]
+
+
+def curves(run: Path) -> dict[str, Any]:
+    """TensorBoard's points by name, each as (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    tags = events.Tags()
+    points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
+    for tag in OF_THE_CLOCK:
+        points[f"steps of {tag}"] = [step for step, _ in points[tag]]
+    return points | {tag: [event.step for event in events.Images(tag)] for tag in tags["images"]}
+
+
+def record_steps(path: Path) -> None:
+    """In the training process: note in a file the step that training starts from, and each when it is done."""
+    from moco.methods.moco import MoCo
+
+    file = path.open("a", buffering=1)  # what is written is the system's by the time of a kill
+
+    def note(self: MoCo, *_: Any) -> None:
+        file.write(f"{self.trainer.global_step} {time.time()}\n")
+
+    MoCo.on_train_start = MoCo.on_train_batch_end = note
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--record"]:
+        from moco.train import main as train
+
+        record_steps(Path(sys.argv[2]))
+        del sys.argv[1:3]
+        train()
+    else:
+        main()

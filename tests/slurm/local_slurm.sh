@@ -1,0 +1,81 @@
+#!/bin/sh
+# A SLURM of one node, this machine, for the tests: local_slurm.sh start|stop FOLDER
+# As root, with Debian's or Ubuntu's packages slurm-wlm and munge. FOLDER gets configuration, state and logs; after
+# `export SLURM_CONF=FOLDER/slurm.conf` all of SLURM's commands work. It keeps no accounts, as many small clusters.
+set -eu
+
+usage() { echo "usage: local_slurm.sh start|stop FOLDER" >&2; exit 2; }
+[ $# -eq 2 ] || usage
+mkdir -p "$2"
+FOLDER=$(cd "$2" && pwd)
+export SLURM_CONF="$FOLDER/slurm.conf"
+
+start() {
+    host=$(hostname -s)
+    mkdir -p "$FOLDER/state" "$FOLDER/spool" "$FOLDER/logs"
+    cat >"$SLURM_CONF" <<CONF
+ClusterName=moco-test
+SlurmctldHost=$host(127.0.0.1)
+NodeName=$host NodeAddr=127.0.0.1 CPUs=4 RealMemory=$(awk '/MemAvailable/ {print int($2 / 1280)}' /proc/meminfo)
+PartitionName=test Nodes=$host Default=YES MaxTime=INFINITE
+
+# Everything runs as root; tasks are known by their parents, as there may be no cgroups here.
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+MailProg=/bin/true
+
+# Four jobs at once, whatever the machine.
+SlurmdParameters=config_overrides
+
+# Jobs may be requeued, and start soon.
+JobRequeue=1
+KillWait=30
+ReturnToService=2
+SchedulerParameters=sched_min_interval=100000,bf_interval=5
+
+StateSaveLocation=$FOLDER/state
+SlurmdSpoolDir=$FOLDER/spool
+SlurmctldPidFile=$FOLDER/slurmctld.pid
+SlurmdPidFile=$FOLDER/slurmd.pid
+SlurmctldLogFile=$FOLDER/logs/slurmctld.log
+SlurmdLogFile=$FOLDER/logs/slurmd.log
+CONF
+    start_munge
+    slurmctld
+    slurmd
+    for _ in $(seq 60); do
+        sinfo --noheader --states=idle 2>/dev/null | grep -q . && return
+        sleep 0.5
+    done
+    echo "the node is not idle after 30 seconds; see $FOLDER/logs" >&2
+    exit 1
+}
+
+# SLURM's programs prove to each other through munge who they are.
+start_munge() {
+    munge --no-input >/dev/null 2>&1 && return
+    mkdir -p /run/munge
+    chown munge: /run/munge
+    su -s /bin/sh munge -c munged
+}
+
+stop() {
+    scancel --quiet --user=root 2>/dev/null || true
+    for name in slurmd slurmctld; do
+        [ -f "$FOLDER/$name.pid" ] || continue
+        pid=$(cat "$FOLDER/$name.pid")
+        kill "$pid" 2>/dev/null || true
+        while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
+    done
+}
+
+case $1 in
+    start) start ;;
+    stop) stop ;;
+    *) usage ;;
+esac

@@ -1,0 +1,246 @@
+"""Jobs of a real SLURM: a sweep and its table, and jobs that are preempted again and again and end in the same bits."""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from conftest import REPOSITORY, run_program
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from moco.training.run_status import read_status
+
+pytestmark = pytest.mark.slurm
+
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"},
+    "PYTHONPATH": str(REPOSITORY),
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+}
+EPOCH = 22  # steps of 64 of the 1,437 digits
+EPOCHS = 8
+LONG = [
+    "+experiment=quickstart",
+    "method.queue_size=200",
+    f"trainer.max_epochs={EPOCHS}",
+    "trainer.log_every_n_steps=1",
+    "evaluation.every_n_epochs=4",
+    "evaluation.baselines=false",
+    "checkpoint.every_n_epochs=100",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """The SLURM that `local_slurm.sh` has started, or any if MOCO_TEST_SLURM=required; its jobs are ours."""
+    required = os.environ.get("MOCO_TEST_SLURM") == "required"
+    is_there = shutil.which("scontrol") and b"ClusterName" in slurm("scontrol", "show", "config", check=False).encode()
+    if not is_there and required:
+        pytest.fail("MOCO_TEST_SLURM=required, and there is no SLURM")
+    if not is_there:
+        pytest.skip("there is no SLURM here; tests/slurm/local_slurm.sh starts one")
+    if not required and "moco-test" not in slurm("scontrol", "show", "config"):
+        pytest.skip("this SLURM is not the tests' own; MOCO_TEST_SLURM=required uses it all the same")
+    yield
+    for name in ("moco", "train"):
+        slurm("scancel", "--quiet", "--me", f"--name={name}", check=False)
+
+
+def slurm(*command, check=True, cwd=None):
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
+    return done.stdout
+
+
+def wait_for(what, condition, seconds=90):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if result := condition():
+            return result
+        time.sleep(0.1)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+def state_of(job):
+    return slurm("squeue", "--noheader", "--array", f"--jobs={job}", "--format=%T", check=False).strip()
+
+
+def epochs_in(log):
+    return len(re.findall(r"^epoch +\d+/", log.read_text(), flags=re.MULTILINE)) if log.exists() else 0
+
+
+def started_now(job):
+    """Whether the job runs; SLURM would let a requeued one wait for two minutes."""
+    if state_of(job) == "PENDING":
+        slurm("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+        time.sleep(0.5)
+    return state_of(job) == "RUNNING"
+
+
+def preempt(job, log, ways):
+    """Each time that the job is in the middle of an epoch, end it in one of the ways, and let it begin again at once."""
+    for number, way in enumerate(ways):
+        before = epochs_in(log)
+        wait_for(f"an epoch of {job} in {log}", lambda before=before: epochs_in(log) > before)
+        time.sleep(0.2 + 0.3 * number)  # some steps into the next
+        slurm(*way, job)
+        wait_for(f"{job} to be queued again", lambda: state_of(job) == "PENDING")
+        wait_for(f"{job} to run again", lambda: started_now(job))
+    wait_for(f"the end of {job}", lambda: state_of(job) in ("", "COMPLETED"), seconds=240)
+
+
+def last(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@contextmanager
+def waiting_sweep(cwd, *arguments):
+    """A sweep by the launcher into ``cwd/sweep``, and the command that waits for it."""
+    options = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.sweep.dir=sweep"]
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "moco.train", "-m", *options, *arguments],
+        cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield sweep
+    finally:
+        sweep.kill()
+        sweep.communicate()
+
+
+@pytest.fixture(scope="module")
+def preempted(tmp_path_factory):
+    """One job by sbatch and an array of two by the launcher, of the same training; the first and the last are disturbed."""
+    cwd = tmp_path_factory.mktemp("preempted")
+    with ExitStack() as stack, ThreadPoolExecutor() as threads:
+        by_sbatch = threads.submit(submit_and_preempt, cwd)
+        sweep = stack.enter_context(waiting_sweep(cwd, *LONG, "data.num_workers=0,1"))
+        logs = cwd / "sweep" / ".submitit"
+        (folder,) = wait_for("the array", lambda: list(logs.glob("*_1")))
+        ways = (("scancel", "--signal=USR2"), ("scontrol", "requeue"), ("scancel", "--signal=USR2"))
+        preempt(folder.name, folder / f"{folder.name}_0_log.out", ways)
+        output, error = sweep.communicate(timeout=240)
+        yield cwd, by_sbatch.result(), (sweep.returncode, output, error)
+
+
+def submit_and_preempt(cwd):
+    """The job's id, and its log."""
+    job = submit(cwd, *LONG, "data.num_workers=0")
+    ways = (("scancel", "--signal=USR1"), ("scontrol", "requeue"), ("scancel", "--signal=USR1"))
+    preempt(job, cwd / "log", ways)
+    return job, (cwd / "log").read_text()
+
+
+def submit(cwd, *arguments, options=()):
+    """The id of a job of the sbatch script, with its log in ``cwd/log``."""
+    script = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
+    command = ("sbatch", "--parsable", "--cpus-per-task=1", "--output=log", *options, str(script), *arguments)
+    return slurm(*command, cwd=cwd).strip()
+
+
+def test_preempted_jobs_end_in_the_same_bits(preempted):
+    cwd, (job, _), _ = preempted
+    undisturbed = last(cwd / "sweep" / "data.num_workers-0")
+    assert undisturbed["global_step"] == EPOCHS * EPOCH
+    for folder in (cwd / "sweep" / "data.num_workers-1", cwd / "runs" / "quickstart" / f"slurm-{job}"):
+        disturbed = last(folder)
+        assert disturbed["global_step"] == EPOCHS * EPOCH
+        assert "queue.keys" in disturbed["state_dict"]
+        for name, value in undisturbed["state_dict"].items():
+            assert torch.equal(value, disturbed["state_dict"][name]), name
+        states = (end["optimizer_states"][0]["state"].values() for end in (undisturbed, disturbed))
+        for one, other in zip(*states, strict=True):
+            assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
+        assert torch.equal(undisturbed["random_states"][0]["torch"], disturbed["random_states"][0]["torch"])
+        for key in ("knn/top1", "train/loss"):
+            assert undisturbed["figures"][key] == disturbed["figures"][key]
+
+
+def test_each_preemption_met_an_epoch_in_its_middle_and_was_followed_by_one_requeue(preempted):
+    cwd, (job, log), _ = preempted
+    assert "Restarts=3" in slurm("scontrol", "show", "job", job)
+    (folder,) = (cwd / "sweep" / ".submitit").glob("*_1")
+    assert "Restarts=3" in slurm("scontrol", "show", "job", folder.name)
+    logs = {"sbatch": log, "launcher": (folder / f"{folder.name}_0_log.out").read_text()}
+    for text in logs.values():
+        steps = [int(step) for step in re.findall(r"^interrupted: in epoch \d+, step (\d+)", text, flags=re.MULTILINE)]
+        assert len(steps) == 3
+        assert all(step % EPOCH for step in steps)
+        assert text.count("; the job is queued again") == 2  # by us or submitit; the third time by scontrol requeue
+
+
+def test_curves_go_on_in_one_line(preempted):
+    cwd, (job, _), _ = preempted
+    for folder in (cwd / "sweep" / "data.num_workers-1", cwd / "runs" / "quickstart" / f"slurm-{job}"):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        assert [event.step for event in events.Scalars("train/loss")] == list(range(1, EPOCHS * EPOCH + 1))
+
+
+def test_the_waiting_command_outlives_preemptions(preempted):
+    _, _, (code, output, error) = preempted
+    assert (code, error) == (0, "")
+    assert re.findall(r"job \d+_(\d), data.num_workers-(\d): finished", output) == [("0", "0"), ("1", "1")]
+
+
+def test_a_sweep_tells_of_every_job_and_its_table_shows_them(tmp_path):
+    command = [
+        "-m", "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "+experiment=quickstart", "seed=0,1",
+        "method.temperature=0.1,-1", "trainer.max_steps=2", "evaluation.baselines=false",
+    ]  # fmt: skip
+    done = run_program("moco.train", *command, cwd=tmp_path, **ENVIRONMENT)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"(job \d+_[13], method\.temperature--1__seed-[01]: error: method\.temperature=-1\.0: expected a number above 0\n){2}",
+        done.stderr,
+    )
+    (sweep,) = (tmp_path / "runs" / "sweep").iterdir()
+    assert sweep.name == "evaluation.baselines-False__experiment-quickstart__method.temperature__seed"
+    table = run_program("moco.sweep", str(sweep), "--csv", "table.csv", cwd=tmp_path, **ENVIRONMENT)
+    assert table.returncode == 0, table.stderr
+    assert [line.split()[:3] for line in table.stdout.splitlines()] == [
+        ["seed", "method.temperature", "state"], ["0", "0.1", "finished"], ["0", "-1", "failed"],
+        ["1", "0.1", "finished"], ["1", "-1", "failed"],
+    ]  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [(row["state"], row["exit_code"], row["step"]) for row in rows] == [
+        ("finished", "0", "2"), ("failed", "2", ""), ("finished", "0", "2"), ("failed", "2", ""),
+    ]  # fmt: skip
+    assert all(0.5 < float(row["knn/top1"]) <= 1 for row in rows if row["state"] == "finished")
+    before = last(sweep / "method.temperature-0.1__seed-0")
+    again = run_program("moco.train", *command, cwd=tmp_path, **ENVIRONMENT)
+    assert again.returncode == 2
+    logs = [path.read_text() for path in (sweep / ".submitit").glob("*/*_log.out")]
+    assert sum("is finished; a larger trainer.max_epochs goes on" in log for log in logs) == 2
+    assert last(sweep / "method.temperature-0.1__seed-0")["global_step"] == before["global_step"]
+
+
+def test_a_job_that_is_cancelled_is_told_of_with_its_signals_code(tmp_path):
+    with waiting_sweep(tmp_path, *LONG, "trainer.max_epochs=500", "seed=0") as sweep:
+        (folder,) = wait_for("the job", lambda: list((tmp_path / "sweep" / ".submitit").glob("[0-9]*")))
+        log = folder / f"{folder.name}_0_log.out"
+        wait_for("an epoch", lambda: epochs_in(log) > 0)
+        slurm("scancel", folder.name)
+        _, error = sweep.communicate(timeout=240)
+        assert sweep.returncode == 143, error
+        assert re.fullmatch(rf"job {folder.name}, job: interrupted: in epoch \d+, step \d+; saved .*\n", error)
+
+
+def test_the_tasks_of_a_job_stop_at_one_step_and_the_first_requeues(tmp_path):
+    shorter = ["trainer.max_epochs=3", "evaluation.every_n_epochs=3", "method.batch_norm_splits=2"]
+    job = submit(tmp_path, *LONG, *shorter, options=["--ntasks-per-node=2"])
+    preempt(job, tmp_path / "log", [("scancel", "--signal=USR1")])
+    log = (tmp_path / "log").read_text()
+    assert log.count("interrupted: ") == log.count("; the job is queued again") == 1
+    assert "ExitCode=0:0" in slurm("scontrol", "show", "job", job)
+    folder = tmp_path / "runs" / "quickstart" / f"slurm-{job}"
+    assert read_status(folder)["state"] == "finished"
+    assert last(folder)["global_step"] == 3 * EPOCH
