@@ -34,7 +34,10 @@ class Bomb:
         (b"", "damaged, or no checkpoint at all"),
         (b"text", "damaged, or no checkpoint at all"),
         (Bomb(), "it holds objects whose loading would run code"),
-        ({"state_dict": {}}, "not written by moco.train (it lacks config, figures, global_step, hyper_parameters, random_states)"),
+        (
+            {"state_dict": {}},
+            "not written by moco.train (it lacks config, figures, global_step, hyper_parameters, random_states)",
+        ),
         ([1, 2], "not written by moco.train"),
         ("cut", "damaged"),
     ],

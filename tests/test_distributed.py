@@ -269,7 +269,9 @@ def test_a_signal_to_the_parent_stops_all_with_a_checkpoint(two_process_run, tmp
 def test_a_launcher_that_started_another_number_of_processes_is_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(InputError, match=r"torchrun started 4 processes, but trainer\.devices=2 on trainer\.num_nodes=1 need 2"):
+    with pytest.raises(
+        InputError, match=r"torchrun started 4 processes, but trainer\.devices=2 on trainer\.num_nodes=1 need 2"
+    ):
         distributed.environment_of(2, 1)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     with pytest.raises(InputError, match=r"trainer\.num_nodes=2: start one process per device with srun or torchrun"):

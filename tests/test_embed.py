@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory):
         if "norm" in name or "cpb_mlp" in name:  # an untrained block is the identity, whatever its window
             torch.nn.init.normal_(parameter, std=0.5)
     state = {"state_dict": made.state_dict(), "hyper_parameters": dict(made.hparams), "config": config}
-    torch.save(state | {"figures": {}, "random_states": {}, "global_step": 0}, path)
+    torch.save(state | {"figures": {}, "random_states": [], "global_step": 0}, path)
     return path
 
 

@@ -45,7 +45,7 @@ def write_checkpoint(runner, path, *overrides):
         "hyper_parameters": dict(method.hparams),
         "config": dataclasses.asdict(config),
         "figures": {"epoch": 3},
-        "random_states": {},
+        "random_states": [],
         "global_step": 12,
     }
     torch.save(checkpoint, path)
@@ -211,9 +211,13 @@ def test_mistakes_are_one_line(checkpoints, exported, tmp_path, name, file_forma
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"state_dict": {}}, "not written by moco.train (it lacks config, figures, global_step, hyper_parameters, random_states)"),
         (
-            {key: {} for key in ("state_dict", "config", "figures", "random_states")}
+            {"state_dict": {}},
+            "not written by moco.train (it lacks config, figures, global_step, hyper_parameters, random_states)",
+        ),
+        (
+            {"random_states": []}
+            | {key: {} for key in ("state_dict", "config", "figures")}
             | {"hyper_parameters": {"decoder": {}}, "global_step": 0},
             "written by moco.segment, and expected is one of moco.train",
         ),

@@ -66,7 +66,7 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(num_workers, undis
         assert torch.equal(
             state["momentum_buffer"], ends[1]["optimizer_states"][0]["state"][parameter]["momentum_buffer"]
         )
-    assert torch.equal(ends[0]["random_states"]["torch"], ends[1]["random_states"]["torch"])
+    assert torch.equal(ends[0]["random_states"][0]["torch"], ends[1]["random_states"][0]["torch"])
     for key in ("knn/top1", "train/loss"):
         assert ends[0]["figures"][key] == ends[1]["figures"][key]
 

@@ -1,5 +1,6 @@
 """moco.segment end to end on shapes that the test draws: learning, measuring, resuming, mistakes."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -56,7 +57,7 @@ def pretraining_checkpoint(path, *overrides):
             "hyper_parameters": dict(method.hparams),
             "config": plain,
             "figures": {},
-            "random_states": random_states(),
+            "random_states": [random_states()],
             "global_step": 0,
         },
         path,
@@ -81,7 +82,8 @@ def trained(tmp_path_factory, shapes):
     """A run from scratch that is long enough for the shapes."""
     folder = tmp_path_factory.mktemp("trained")
     torch.set_num_threads(1)
-    run(config_of(shapes, *FROM_SCRATCH, "trainer.max_epochs=10", "data.class_names=[wall,disc,square]"), folder)
+    with (folder / "shown.txt").open("w") as shown, contextlib.redirect_stdout(shown):
+        run(config_of(shapes, *FROM_SCRATCH, "trainer.max_epochs=10", "data.class_names=[wall,disc,square]"), folder)
     return folder, json.loads((folder / "metrics.json").read_text())
 
 
@@ -103,7 +105,7 @@ def test_shapes_are_learned(trained):
 def test_the_run_folder_is_as_promised(trained):
     folder, figures = trained
     assert {".hydra", "checkpoints", "metrics.json"} <= set(os.listdir(folder))
-    assert set(os.listdir(folder / "checkpoints")) == {"last.ckpt", "best.ckpt"}
+    assert set(os.listdir(folder / "checkpoints")) == {"last.ckpt", "previous.ckpt", "best.ckpt"}
     assert figures["segment/decoder"] == "linear"
     assert figures["segment/checkpoint"] is None
     assert (figures["segment/inference"], figures["segment/num_images"]) == ("whole", 8)
@@ -154,10 +156,9 @@ def test_the_figures_are_a_slow_count_over_the_checkpoints_predictions(trained, 
     assert segmenter.hparams["class_names"] == ["wall", "disc", "square"]
 
 
-def test_the_closing_table_shows_every_class(trained, shapes, capsys):
+def test_the_closing_table_shows_every_class(trained):
     folder, figures = trained
-    run(config_of(shapes, *FROM_SCRATCH, "trainer.max_epochs=10", "data.class_names=[wall,disc,square]"), folder)
-    shown = capsys.readouterr().out
+    shown = (folder / "shown.txt").read_text()
     assert re.search(rf"IoU, disc +│ {figures['segment/iou/disc']:.4f}", shown)
     assert "8 pictures, inference=whole" in shown
     assert "next: tensorboard --logdir" in shown

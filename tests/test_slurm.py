@@ -259,10 +259,10 @@ def test_under_submitit_its_own_handler_does_it(job, monkeypatch, tmp_path, same
 
 
 def test_submitits_refusal_is_told_too(job, tmp_path, same_signals):
-    from submitit.core.utils import UncompletedJobError
+    refusal = pytest.importorskip("submitit.core.utils").UncompletedJobError
 
     def handler(number, frame):
-        raise UncompletedJobError("Job not requeued because: timed-out too many times.")
+        raise refusal("Job not requeued because: timed-out too many times.")
 
     job(**JOB, SUBMITIT_EXECUTOR="slurm")
     signal.signal(signal.SIGUSR2, handler)
@@ -343,6 +343,7 @@ def test_without_slurm_the_launcher_says_so(tmp_path):
 
 
 def test_the_launcher_is_found_beside_a_users_own_configs(tmp_path):
+    pytest.importorskip("submitit")
     (tmp_path / "own" / "experiment").mkdir(parents=True)
     (tmp_path / "own" / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 3\n")
     command = ["--config-dir", "own", "hydra/launcher=slurm", "+experiment=mine", "--cfg", "hydra"]

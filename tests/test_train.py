@@ -34,7 +34,7 @@ def test_a_run_leaves_its_folder_as_promised(finished):
     run = cwd / "run"
     assert {".hydra", "checkpoints", "metrics.json"} <= set(os.listdir(run))
     assert set(os.listdir(run / ".hydra")) == {"config.yaml", "hydra.yaml", "lock", "overrides.yaml"}
-    assert set(os.listdir(run / "checkpoints")) == {"last.ckpt", "best.ckpt"}
+    assert set(os.listdir(run / "checkpoints")) == {"last.ckpt", "previous.ckpt", "best.ckpt"}
     assert len(list(run.glob("events.out.tfevents*"))) == 1
     figures = json.loads((run / "metrics.json").read_text())
     assert (figures["epoch"], figures["step"]) == (2, 44)

@@ -225,7 +225,8 @@ def test_a_sweep_tells_of_every_job_and_its_table_shows_them(tmp_path):
 
 def test_a_job_that_is_cancelled_is_told_of_with_its_signals_code(tmp_path):
     with waiting_sweep(tmp_path, *LONG, "trainer.max_epochs=500", "seed=0") as sweep:
-        (folder,) = wait_for("the job", lambda: list((tmp_path / "sweep" / ".submitit").glob("[0-9]*")))
+        (pickle,) = wait_for("the job", lambda: list((tmp_path / "sweep" / ".submitit").glob("*/*_submitted.pkl")))
+        folder = pickle.parent
         log = folder / f"{folder.name}_0_log.out"
         wait_for("an epoch", lambda: epochs_in(log) > 0)
         slurm("scancel", folder.name)
