@@ -434,5 +434,6 @@ def test_the_program_sweeps_and_a_mistake_is_one_line_and_exit_code_2(shapes, tm
     assert (
         done.stderr == f"error: {bad}/images/train/a.png: the only picture; at least one more is needed, to hold out\n"
     )
-    assert (tmp_path / "sweep" / "1" / "metrics.json").is_file()
-    assert not (tmp_path / "sweep" / "0").exists()
+    jobs = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/status.json")]
+    assert sorted(job["exit_code"] for job in jobs) == [0, 2]
+    assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 1
