@@ -15,11 +15,9 @@ from moco.models.window_attention import (
     _Normalize,
     attend,
     attend_on_cpu,
-    log_coordinates,
-    relative_positions,
     resized_table,
-    window_grid,
 )
+from moco.models.windows import log_coordinates, relative_positions, window_grid
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import swin_transformer
 
 from moco.errors import InputError
-from moco.models.window_attention import Size, WindowAttention, WindowAttentionV2
+from moco.models.window_attention import WindowAttention, WindowAttentionV2
+from moco.models.windows import Size
 
 MAX_WINDOW_SIZE = 64  # 4,096 cells: the scores of one window and head are 64 MiB
 

@@ -24,13 +24,8 @@ from torch import Tensor, nn
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.models.swin import Swin
-from moco.models.window_attention import (
-    Size,
-    WindowAttention,
-    WindowAttentionV2,
-    check_pretrained_window,
-    relative_positions,
-)
+from moco.models.window_attention import WindowAttention, WindowAttentionV2, check_pretrained_window
+from moco.models.windows import Size, relative_positions
 
 Weights = dict[str, Tensor]
 
@@ -92,7 +87,7 @@ def to_torchvision(backbone: nn.Module) -> Weights:
 def saved_coordinates(window: Size, pretrained: Size) -> Tensor:
     """The table of log coordinates that torchvision saves, to the bit if the windows are the same.
 
-    (1, 2 window_h - 1, 2 window_w - 1, 2) float32; `moco.models.window_attention.log_coordinates` in torchvision's
+    (1, 2 window_h - 1, 2 window_w - 1, 2) float32; `moco.models.windows.log_coordinates` in torchvision's
     precision and order of operations.
     """
     axes = [torch.arange(1 - cells, cells, dtype=torch.float32) for cells in window]

@@ -11,8 +11,6 @@ Letters: N batch, H W cells of a map, B windows of a whole batch, L cells of a w
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -22,136 +20,22 @@ from torch.autograd.function import once_differentiable
 from torchvision.models import swin_transformer
 
 from moco.errors import InputError
+from moco.models.windows import (
+    Size,
+    WindowGrid,
+    into_windows,
+    log_coordinates,
+    out_of_windows,
+    relative_positions,
+    window_grid,
+)
 
-Size = tuple[int, int]
 T = TypeVar("T")
 
 MAX_LOGIT_SCALE = 100.0  # arXiv 2111.09883, section 3.2: tau is not below 0.01
 MAX_BIAS = 16.0  # of the official code's 16 * sigmoid(MLP(coordinates))
 SCORES_AT_ONCE = 1 << 19  # computed at a time on a CPU: 2 MiB of float32, so that they stay in its cache
 MASK_AT_ONCE = 1 << 22  # numbers in a mask for all windows of a map: 16 MiB of float32
-
-
-@dataclass(frozen=True, eq=False)
-class WindowGrid:
-    """How a map of P cells is cut into windows that hold Q cells together, padding included."""
-
-    window: Size
-    """Height and width of a window, clipped to the map."""
-    num_windows: int
-    """Windows of one map."""
-    cells: Tensor
-    """(Q,) int64: which cell of the map each cell of the windows is, window after window; for padding any one."""
-    places: Tensor
-    """(P,) int64: where among the windows' cells each cell of the map is."""
-    filling: Tensor
-    """(p,) int64: the windows' cells that are no cells of the map."""
-    whole: Tensor
-    """(w,) int64: the windows whose cells all see each other."""
-    cut: Tensor
-    """(b,) int64: the windows that hold cells which must not see each other."""
-    mask: Tensor
-    """(b, L, L) float32, of the windows `cut`: 0 where a cell (row) sees a cell (column), -inf where not."""
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept serves training too
-def window_grid(canvas: Size, size: Size, window: Size, shifted: bool, device: torch.device) -> WindowGrid:
-    """The windows of a map of `canvas` cells whose top left `size` cells are real; the rest is padding.
-
-    A side of the canvas that is no multiple of the window is filled up with padding, at its end and before the cyclic
-    shift. Cells see each other if they are real, and neighbours in the map and not only by the cyclic shift. Padding sees
-    padding, so that no row of attention is empty.
-    """
-    sides = []
-    for length, real, cells in zip(canvas, size, window, strict=True):
-        clipped = min(cells, real)
-        shift = clipped // 2 if shifted and clipped < real else 0
-        filled = -(-length // clipped) * clipped
-        position = torch.arange(filled) + shift  # of the shifted map's cells
-        sides.append((clipped, position % filled, position >= filled, position % filled < real))
-    (height, rows, row_wraps, row_is_real), (width, columns, column_wraps, column_is_real) = sides
-    window = (height, width)
-    is_real = row_is_real[:, None] & column_is_real
-    group = torch.where(is_real, row_wraps[:, None] * 2 + column_wraps, 4)
-    group = partition(group[None, :, :, None], window)[..., 0]  # (windows of one map, L)
-    cell = rows[:, None] * canvas[1] + columns
-    is_there = (rows < canvas[0])[:, None] & (columns < canvas[1])
-    cell, is_there = (partition(x[None, :, :, None], window).flatten() for x in (cell, is_there))
-    places = torch.empty(canvas[0] * canvas[1], dtype=torch.int64)
-    places[cell[is_there]] = torch.arange(len(cell))[is_there]
-    sees = group[:, :, None] == group[:, None, :]
-    is_whole = sees.all(dim=(1, 2))
-    whole, cut = is_whole.nonzero()[:, 0], (~is_whole).nonzero()[:, 0]
-    mask = torch.zeros(len(cut), *sees.shape[1:]).masked_fill_(~sees[cut], -math.inf)
-    tensors = (cell.where(is_there, 0), places, (~is_there).nonzero()[:, 0], whole, cut, mask)
-    return WindowGrid(window, len(group), *(tensor.to(device) for tensor in tensors))
-
-
-def partition(x: Tensor, window: Size) -> Tensor:
-    """Maps (N, H, W, C), H and W multiples of the window, to windows (B, L, C): of one map row by row, map after map."""
-    n, height, width, channels = x.shape
-    x = x.view(n, height // window[0], window[0], width // window[1], window[1], channels)
-    return x.transpose(2, 3).reshape(-1, window[0] * window[1], channels)
-
-
-class _IntoWindows(torch.autograd.Function):
-    """Maps' cells (N, P, C) to windows' cells (N, Q, C): one copy, in place of a pad, a roll and a partition."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: WindowGrid) -> Tensor:
-        ctx.grid = grid
-        return _rows(x, grid.cells)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _rows(grad, ctx.grid.places), None
-
-
-class _OutOfWindows(torch.autograd.Function):
-    """Windows' cells (N, Q, C) to maps' cells (N, P, C): undo of `_IntoWindows`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: WindowGrid) -> Tensor:
-        ctx.grid = grid
-        return _rows(x, grid.places)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _rows(grad, ctx.grid.cells).index_fill_(1, ctx.grid.filling, 0), None
-
-
-def _rows(x: Tensor, take: Tensor) -> Tensor:
-    starts = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.reshape(-1, x.shape[2]).index_select(0, (starts + take).flatten()).view(len(x), len(take), x.shape[2])
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept serves training too
-def relative_positions(window: Size, device: torch.device) -> Tensor:
-    """For each pair of cells of a window, its place in a list of offsets: (L L,) int64.
-
-    The list holds the (2 window - 1)^2 offsets from (-window + 1, -window + 1) row by row; the offset is that of the first
-    cell (the query) from the second.
-    """
-    rows, columns = torch.meshgrid(*(torch.arange(side) for side in window), indexing="ij")
-    down, right = (cells.flatten()[:, None] - cells.flatten() for cells in (rows, columns))
-    return ((down + window[0] - 1) * (2 * window[1] - 1) + right + window[1] - 1).flatten().to(device)
-
-
-def log_coordinates(window: Size, pretrained: Size) -> Tensor:
-    """The offsets in a window on V2's log scale: (2 window_h - 1, 2 window_w - 1, 2) float64.
-
-    arXiv 2111.09883, section 3.3, equation 4, in the official code's form: sign(x) log2(1 + |8 x|) / log2(8), where x is
-    the offset over the largest one of the pretraining window. Offsets beyond that one lie beyond log2(9) / 3 = 1.057.
-    """
-    axes = []
-    for cells, reference in zip(window, pretrained, strict=True):
-        offsets = torch.arange(1 - cells, cells, dtype=torch.float64) / max(reference - 1, 1) * 8
-        axes.append(offsets.sign() * torch.log2(offsets.abs() + 1) / 3)
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
 
 Masks = list[tuple[Tensor | None, Tensor]]
@@ -309,7 +193,7 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         n, height, width, channels = x.shape
         grid = window_grid((height, width), size or (height, width), self.window_size, self.shifted, x.device)
         length = math.prod(grid.window)
-        x = _IntoWindows.apply(x.reshape(n, -1, channels), grid)
+        x = into_windows(x.reshape(n, -1, channels), grid)
         x = F.linear(x, self.qkv.weight, self.qkv_bias())
         x = x.view(n * grid.num_windows, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = x.contiguous()  # (B, h, L, d) each
@@ -320,7 +204,7 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         else:
             x = attend(query, key, value, self.additive_masks(grid, value.dtype))
         x = x.transpose(1, 2).reshape(n, -1, channels)
-        return self.proj(_OutOfWindows.apply(x, grid)).view(n, height, width, channels)
+        return self.proj(out_of_windows(x, grid)).view(n, height, width, channels)
 
     def qkv_bias(self) -> Tensor:
         return self.qkv.bias
