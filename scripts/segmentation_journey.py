@@ -35,9 +35,9 @@ class Scale:
     pretraining_mosaics: int = 8192
     pretraining_epochs: int = 3
     pretraining_batch: int = 128
-    training_mosaics: int = 320
+    training_mosaics: int = 1600
     test_mosaics: int = 160
-    epochs: int = 10
+    epochs: int = 2
     batch: int = 16
 
 
