@@ -12,6 +12,10 @@ class RunError(RuntimeError):
     """A run that was set up correctly has failed. Exit code 1."""
 
 
+class PeerLost(RunError):
+    """Another process of a training ended; what happened there is the cause, not this."""
+
+
 class Interrupted(Exception):
     """A signal ended the run after its checkpoint was saved. Exit code 128 + the signal's number."""
 

@@ -103,7 +103,10 @@ def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str
             listen_early(stop_signals("auto"))
         job()
     except Interrupted as error:  # before the job began, or while a sweep's jobs run elsewhere
-        sys.exit(report(queued_again(error), schema)[1])
+        if not is_first_task():
+            sys.exit(0)  # as in `end`
+        is_refused = any(re.fullmatch(r"slurm\.(requeue=false|signal=null)", argument) for argument in sys.argv)
+        sys.exit(report(error if is_refused else queued_again(error), schema)[1])
     except Exception as error:
         if wants_traceback:
             raise

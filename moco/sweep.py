@@ -80,14 +80,14 @@ def planned_jobs(sweep: Path) -> dict[str, dict[str, str]]:
     from moco.config import CONFIG_DIR
     from moco.run_names import job_name, swept_keys
 
-    running = yaml.safe_load((sweep / MULTIRUN).read_text())["hydra"]
-    typed = [f"{key}={value}" for key, value in (running["sweeper"].get("params") or {}).items()]
-    typed += running["overrides"]["task"]
     try:
+        running = yaml.safe_load((sweep / MULTIRUN).read_text())["hydra"]
+        typed = [f"{key}={value}" for key, value in (running["sweeper"].get("params") or {}).items()]
+        typed += running["overrides"]["task"]
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):  # the choices that glob(*) stands for
             overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(typed)
             (combinations,) = BasicSweeper.split_arguments(overrides, None)
-    except HydraException:
+    except (HydraException, yaml.YAMLError, KeyError, TypeError, AttributeError):  # or the file was cut short
         return {}
     swept = swept_keys(typed)
     return {job_name(combination, swept): varied(combination, swept) for combination in combinations}

@@ -1,6 +1,7 @@
 """Pretrain a backbone: ``python -m moco.train +experiment=NAME [key=value ...]``."""
 
 import dataclasses
+import hashlib
 import logging
 import os
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco.config import TrainConfig, check_run
-from moco.errors import InputError, Interrupted
+from moco.errors import InputError, Interrupted, RunError
 from moco.launch import hydra_files, launch, set_up_logging
 
 if TYPE_CHECKING:
@@ -36,12 +37,14 @@ def run(config: TrainConfig, folder: Path) -> None:
         Interrupted: a signal ended it, checkpoint saved.
     """
     check_run(config.resume, config.trainer)
-    config.data.image_size = build_data(config).image_size
+    data = build_data(config)
+    config.data.image_size = data.image_size
 
     from moco.training.distributed import environment_of
     from moco.training.interrupts import StopRequest
     from moco.training.processes import run_on_devices, starts_its_own
-    from moco.training.run_folder import is_finished, last_good
+    from moco.training.run_folder import is_finished, last_good, write_ending
+    from moco.training.run_status import state_now
     from moco.training.slurm import stop_signals
 
     if is_finished(folder, dataclasses.asdict(config)):
@@ -51,9 +54,14 @@ def run(config: TrainConfig, folder: Path) -> None:
     arguments = (config, folder, hydra_files())
     with StopRequest(stop_signals(config.slurm.signal)) as stop:
         if starts_its_own(environment_of(devices, config.trainer.num_nodes), devices):
-            run_on_devices(train_on_one_of_several, arguments, devices, stop, partial(last_good, folder))
+            try:
+                run_on_devices(train_on_one_of_several, arguments, devices, stop, partial(last_good, folder))
+            except RunError as error:
+                if state_now(folder) == "crashed":  # no process was left to say it
+                    write_ending(folder, error)
+                raise
         else:
-            train(*arguments, stop)
+            train(*arguments, stop, data)
 
 
 def train_on_one_of_several(config: TrainConfig, folder: Path, files: dict[str, str], stop: "StopRequest") -> None:
@@ -62,11 +70,18 @@ def train_on_one_of_several(config: TrainConfig, folder: Path, files: dict[str, 
     train(config, folder, files, stop)
 
 
-def train(config: TrainConfig, folder: Path, files: dict[str, str], stop: "StopRequest") -> None:
+def train(
+    config: TrainConfig,
+    folder: Path,
+    files: dict[str, str],
+    stop: "StopRequest",
+    data: "PretrainingData | None" = None,
+) -> None:
     """Train on this process's device, with the other processes if there are any.
 
     Args:
         files: Hydra's own, for the run folder, by name.
+        data: of `build_data`, if it is there already.
     """
     import pytorch_lightning as pl
     from rich.console import Console
@@ -80,17 +95,18 @@ def train(config: TrainConfig, folder: Path, files: dict[str, str], stop: "StopR
     backend = "nccl" if choose_device(config.trainer.accelerator).type == "cuda" else "gloo"
     with lost_peers_named(), process_group(environment, backend, config.trainer.timeout_minutes), ExitStack() as stack:
         if rank() > 0:
-            logging.getLogger("moco").setLevel(logging.WARNING)  # what there is to say, rank 0 says
+            logging.getLogger("moco").setLevel(logging.ERROR)  # what there is to say, rank 0 says
         stack.enter_context(failures_named(folder))
         plain = dataclasses.asdict(config)
         pl.seed_everything(config.seed, verbose=False)
-        data, method = build_data(config), build_method(plain)
+        data, method = data or build_data(config), build_method(plain)
+        check_same_pictures(data)
         check_splits(method.query_encoder, config)
         checkpoint, step = from_rank_zero(lambda: take_folder(stack, folder, plain, config.resume, files))
         figures: dict[str, Any] = {}
         console = Console(quiet=rank() > 0)
         trainer = build_trainer(config, folder, plain, figures, console, stop, environment, step)
-        with failures_named(folder):  # once more, since the folder's status is to hold the same line
+        with failures_named(folder), lost_peers_named():  # once more, since the folder's status is to hold the same line
             fit(trainer, method, data, checkpoint, stop)
             if rank() == 0:
                 write_json(folder / "metrics.json", figures)
@@ -240,6 +256,21 @@ def build_trainer(
 def num_processes(config: TrainConfig) -> int:
     """Processes that train together."""
     return config.trainer.devices * config.trainer.num_nodes
+
+
+def check_same_pictures(data: "PretrainingData") -> None:
+    """Raises InputError if the processes of a training do not see the same pictures."""
+    from moco.training.distributed import gather_objects, world_size
+
+    if world_size() == 1:
+        return
+    names = hashlib.blake2b()
+    for index in range(len(data.source.train)):
+        names.update(os.fsencode(data.source.train.name(index)) + b"\0")
+    if len({*gather_objects((len(data.source.train), names.hexdigest()))}) > 1:
+        raise InputError(
+            "data.root: the processes of this run do not see the same pictures; is it the same folder on all nodes?"
+        )
 
 
 def check_splits(encoder: "Encoder", config: TrainConfig) -> None:

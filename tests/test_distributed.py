@@ -254,6 +254,8 @@ def test_a_killed_process_ends_the_run_at_once_and_is_named(two_process_run, tmp
     assert line.startswith("failed: rank 1 of 2 (process ")
     assert "was killed by SIGKILL" in line
     assert "there is no checkpoint yet" in line  # every 10 epochs
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], f"failed: {status['message']}") == ("failed", line)
 
 
 def test_a_signal_to_the_parent_stops_all_with_a_checkpoint(two_process_run, tmp_path):

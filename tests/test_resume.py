@@ -159,3 +159,19 @@ def test_the_readmes_python_lines_work(small, tmp_path):
     images = torch.randn(2, 3, 16, 16)
     assert method.query_encoder.encode(images).shape == (2, 128)
     assert len(method.query_encoder.backbone.feature_maps(images)) == 4
+
+
+def test_a_best_checkpoint_that_a_crash_left_without_its_name_stays_the_best(small, tmp_path):
+    length = ["trainer.max_steps=-1", "evaluation.every_n_epochs=1", "checkpoint.every_n_epochs=1"]
+    run(small(*length, "trainer.max_epochs=1"), tmp_path)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint = last(tmp_path)
+    checkpoint["figures"] |= {"knn/top1": 0.9999, "knn/best_top1": 0.9999}
+    checkpoint["callbacks"]["Checkpoints"]["best"] = 0.9999
+    torch.save(checkpoint, path)
+    (tmp_path / "checkpoints" / "best.ckpt").unlink()
+    run(small(*length, "trainer.max_epochs=2"), tmp_path)
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == checkpoint["global_step"]
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert (figures["knn/best_top1"], figures["knn/best_epoch"], figures["knn/epoch"]) == (0.9999, 1, 2)

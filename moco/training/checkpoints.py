@@ -11,7 +11,7 @@ import torch
 from moco.errors import Interrupted, RunError
 from moco.training.distributed import Agreement, gather_objects, largest
 from moco.training.interrupts import StopRequest
-from moco.training.random_states import random_states, set_random_states
+from moco.training.random_states import random_states, seed_generators, set_random_states
 from moco.training.run_folder import (
     BEST_CHECKPOINT,
     LAST_CHECKPOINT,
@@ -71,6 +71,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.best = -1.0
         self.saved_at = -1  # the step at which last.ckpt was written in the middle of an epoch
         self.last_saved = 0.0  # on the monotonic clock
+        self.asked_before = False  # the agreement's next answer is to a question from before the last save
         self.agreement = Agreement()
         self._loaded: dict[str, Any] | None = None
 
@@ -100,7 +101,9 @@ class Checkpoints(pl.callbacks.Checkpoint):
             return
         loaded = self._loaded["figures"]
         if loaded.get("step") == self._loaded["global_step"]:  # of an epoch's end: its other names
-            self._link(trainer, loaded["epoch"], is_best=loaded.get(self.best_epoch) == loaded["epoch"])
+            is_best = loaded.get(self.best_epoch) == loaded["epoch"]
+            self.best = loaded[self.best_name] if is_best else self.best
+            self._link(trainer, loaded["epoch"], is_best)
         if self.figures.get(self.monitor_epoch) != loaded.get(self.monitor_epoch):  # a measurement that was owed
             is_best = self._is_best()
             self._add_figures(trainer)
@@ -113,8 +116,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         if len(states) == trainer.world_size:
             set_random_states(states[trainer.global_rank])
             return
-        if trainer.global_rank > 0:  # the weights are equal everywhere, but not what stochastic depth draws
-            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
+        if trainer.global_rank > 0 or states:  # the weights are equal everywhere, but not what stochastic depth draws
+            seed_generators(torch.initial_seed(), trainer.global_step, trainer.global_rank)
         if states:
             log.warning(
                 "%d processes instead of %d: the same pictures in the same global batches, but no longer the same to the "
@@ -129,6 +132,10 @@ class Checkpoints(pl.callbacks.Checkpoint):
             return
         is_due = time.monotonic() - self.last_saved > self.every_n_seconds
         stop, save = self.agreement.exchange([self.stop.signal_number or 0, int(is_due)])
+        if self.asked_before:
+            save = self.asked_before = False
+        if stop:
+            self.stop.request(stop)  # it may have come to another rank only
         if batch_idx + 1 >= trainer.num_training_batches:
             return  # at an epoch's end, on_train_epoch_end saves
         if stop or save or trainer.global_step == trainer.max_steps:
@@ -144,6 +151,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         is_end = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
         is_due = time.monotonic() - self.last_saved > self.every_n_seconds
         stop, save = largest([self.stop.signal_number or 0, int(is_due or epoch % self.every_n_epochs == 0)])
+        if stop:
+            self.stop.request(stop)
         if is_best or is_end or self._is_kept(epoch) or stop or save:
             if self.saved_at == trainer.global_step:
                 self._add_figures(trainer)
@@ -167,6 +176,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
             logger.save()  # a run that goes on from here writes no point of the curves up to here again
         trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
         self.last_saved = time.monotonic()
+        self.asked_before = trainer.world_size > 1
 
     def _link(self, trainer: pl.Trainer, epoch: int, is_best: bool) -> None:
         """Give ``last.ckpt`` of this epoch's end the other names that it deserves."""
@@ -209,7 +219,6 @@ class Checkpoints(pl.callbacks.Checkpoint):
         write_atomically(path, lambda file: torch.save(checkpoint, file))
 
     def _interrupted(self, trainer: pl.Trainer, number: int) -> Interrupted:
-        self.stop.request(number)  # it may have come to another rank only
         where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
         return Interrupted(
             number,

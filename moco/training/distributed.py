@@ -1,9 +1,11 @@
 """What the processes of a training say to each other; on one process everything is the identity. N: batch per process.
 
-Tensors of the method travel in the default process group (NCCL between GPUs, gloo between CPUs). What the programs have to
-agree on travels in a second group on the CPU, the control group, so that no GPU waits for it and its time-out can be long.
+Tensors of the method travel in the default process group (NCCL between GPUs, gloo between CPUs). What else is said in every
+step travels in a second group, over the CPU; with the same time-out, so that a process that hangs ends the run. What the
+others wait for while one process works travels in a third, the control group, whose time-out is long.
 """
 
+import math
 import os
 import socket
 import tempfile
@@ -22,7 +24,7 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch import Tensor
 
-from moco.errors import InputError, RunError
+from moco.errors import InputError, PeerLost, RunError
 
 T = TypeVar("T")
 
@@ -33,6 +35,7 @@ ROWS_AT_ONCE = 2**26
 """Bytes of one message of `gather_rows`."""
 
 _control: dist.ProcessGroup | None = None
+_steps: dist.ProcessGroup | None = None
 
 
 def environment_of(num_devices: int, num_nodes: int) -> ClusterEnvironment:
@@ -68,7 +71,7 @@ def process_group(environment: ClusterEnvironment, backend: str, timeout_minutes
         backend: of the default group: ``nccl`` or ``gloo``.
         timeout_minutes: so long may a process wait for the others in the default group.
     """
-    global _control
+    global _control, _steps
     if isinstance(environment, LightningEnvironment) and "MOCO_RENDEZVOUS" not in os.environ:
         yield
         return
@@ -84,11 +87,12 @@ def process_group(environment: ClusterEnvironment, backend: str, timeout_minutes
         os.environ["MASTER_PORT"] = str(environment.main_port)
         rank, size = environment.global_rank(), environment.world_size()
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    _steps = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
     _control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
     try:
         yield
     finally:
-        _control = None
+        _control = _steps = None
     dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
 
 
@@ -126,22 +130,10 @@ def lost_peers_named() -> Iterator[None]:
         raise
 
 
-class PeerLost(RunError):
-    """Another process ended; what happened there is the cause, not this."""
-
-
 def is_lost_connection(error: RuntimeError) -> bool:
     """Whether a collective failed because a process on the other side did."""
-    words = (
-        "connection closed by peer",
-        "connection reset",
-        "broken pipe",
-        "gloo",
-        "nccl",
-        "timed out",
-        "connection was",
-    )
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+    of_gloo = "/gloo/" in str(error) or "Connection closed by peer" in str(error)
+    return not isinstance(error, RunError) and (isinstance(error, dist.DistError) or of_gloo)
 
 
 @torch.no_grad()
@@ -169,7 +161,7 @@ def shuffled_across(tensor: Tensor) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(tensor) * world_size())
     if world_size() == 1:
         return tensor[order.to(tensor.device)], order
-    dist.broadcast(order, src=0, group=_control)
+    dist.broadcast(order, src=0, group=_steps)
     return sent_to(tensor, order.argsort()), order
 
 
@@ -234,7 +226,7 @@ class Agreement:
             work.wait()
             answer = tensor.tolist()
         tensor = torch.tensor(numbers)
-        self._sent = (tensor, dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_control, async_op=True))
+        self._sent = (tensor, dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_steps, async_op=True))
         return answer
 
 
@@ -271,14 +263,17 @@ def gather_rows(rows: np.ndarray) -> np.ndarray:
     """The rows of every process, (M, ...) with M of its own each, one after the other on rank 0; on the others none."""
     if world_size() == 1:
         return rows
-    counts = gather_objects(len(rows))
-    per_message = max(1, ROWS_AT_ONCE // max(1, rows[:1].nbytes))
+    shapes = gather_objects(rows.shape)
+    counts = [shape[0] for shape in shapes]
+    row = max(shapes)[1:]  # that of a process which has rows, if any has
+    per_message = max(1, ROWS_AT_ONCE // max(1, rows.itemsize * math.prod(row)))
     if rank() > 0:
         for start in range(0, len(rows), per_message):
             dist.send(torch.from_numpy(np.ascontiguousarray(rows[start : start + per_message])), dst=0, group=_control)
         return rows[:0]
-    everything = np.empty((sum(counts), *rows.shape[1:]), dtype=rows.dtype)
-    everything[: counts[0]] = rows
+    everything = np.empty((sum(counts), *row), dtype=rows.dtype)
+    if counts[0]:
+        everything[: counts[0]] = rows
     place = counts[0]
     for source in range(1, world_size()):
         for start in range(0, counts[source], per_message):

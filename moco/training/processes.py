@@ -18,8 +18,8 @@ from typing import Any
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
-from moco.errors import InputError, Interrupted, RunError
-from moco.training.distributed import PeerLost, new_rendezvous
+from moco.errors import InputError, Interrupted, PeerLost, RunError
+from moco.training.distributed import new_rendezvous
 from moco.training.interrupts import StopRequest, held_back
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,10 @@ def run_on_devices(
             was killed.
     """
     rendezvous = new_rendezvous()
-    children = [start(work, arguments, rank, num_devices, str(rendezvous), stop) for rank in range(num_devices)]
+    children: list[Child] = []
     try:
+        for rank in range(num_devices):
+            children.append(start(work, arguments, rank, num_devices, str(rendezvous), stop))
         supervise(children, stop)
     finally:
         for child in children:
@@ -113,7 +115,9 @@ def supervise(children: Sequence[Child], stop: StopRequest) -> None:
                 continue
             alive.remove(child)
             read_error(child)  # what it said before it ended
-            if child.process.exitcode != 0 and not isinstance(child.error, Interrupted):
+            if (
+                child.process.exitcode != 0
+            ):  # also of an interrupt: all have the same one, and leave after the same save
                 deadline = min(deadline, time.monotonic() + GRACE)
     for child in alive:
         child.is_cause = False

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TextIO
 
 import yaml
 
-from moco.errors import InputError, Interrupted
+from moco.errors import InputError, Interrupted, PeerLost
 from moco.training.run_status import LOCK, STATUS, read_status
 from moco.training.slurm import job_id
 
@@ -159,6 +159,8 @@ def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
         write_status(folder, "running")
         try:
             yield
+        except PeerLost:
+            raise  # whoever watches the processes knows why
         except BaseException as error:
             write_ending(folder, error)
             raise

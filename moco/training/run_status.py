@@ -33,10 +33,11 @@ def state_now(folder: Path, queue: Mapping[str, str] | None = None) -> str:
     status = read_status(folder)
     if status is None:
         return "not started"
-    if status["state"] == "running":
+    if (queue or {}).get(str(status.get("slurm_job_id"))) == "PENDING" and status.get("state") != "finished":
+        return "queued"
+    if status.get("state") == "running":
         return "running" if is_alive(folder, status, queue) else "crashed"
-    in_queue = (queue or {}).get(str(status["slurm_job_id"])) == "PENDING"
-    return "queued" if in_queue and status["state"] != "finished" else str(status["state"])
+    return str(status.get("state"))
 
 
 def is_alive(folder: Path, status: Mapping[str, Any], queue: Mapping[str, str] | None) -> bool:
@@ -46,9 +47,9 @@ def is_alive(folder: Path, status: Mapping[str, Any], queue: Mapping[str, str] |
     SLURM the folder's newest file has to do.
     """
     locked = is_locked(folder)
-    if locked or (locked is False and status["host"] == socket.gethostname()):
+    if locked or (locked is False and status.get("host") == socket.gethostname()):
         return locked
-    if queue is not None and status["slurm_job_id"]:
+    if queue is not None and status.get("slurm_job_id"):
         return status["slurm_job_id"] in queue
     newest = max(path.stat().st_mtime for path in folder.iterdir())
     return time.time() - newest < SILENCE_MINUTES * 60

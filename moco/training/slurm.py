@@ -33,6 +33,11 @@ def under_submitit() -> bool:
     return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
 
 
+def submitits_signal() -> str:
+    """Name of the signal that submitit has SLURM send."""
+    return os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")
+
+
 def is_first_task() -> bool:
     """Whether this is the task that speaks for the job; true outside SLURM."""
     return int(os.environ.get("SLURM_PROCID", "0")) == 0
@@ -51,7 +56,7 @@ def stop_signals(setting: str | None) -> tuple[int, ...]:
     """
     if setting == "auto":
         in_job = "USR1" if job_id() else None
-        setting = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2") if under_submitit() else in_job
+        setting = submitits_signal() if under_submitit() else in_job
     return ENDING if setting is None else (*ENDING, signal.Signals[f"SIG{setting}"])
 
 
@@ -67,12 +72,13 @@ def requeue(interrupted: Interrupted) -> None:
     """
     if not is_first_task():
         return
-    handler = signal.getsignal(interrupted.signal_number)
+    number_there = signal.Signals[f"SIG{submitits_signal()}"] if under_submitit() else interrupted.signal_number
+    handler = signal.getsignal(number_there)
     for number in (*ENDING, interrupted.signal_number):  # blocking them would be for this thread alone
         signal.signal(number, signal.SIG_IGN)
     try:
         if under_submitit() and callable(handler):
-            handler(interrupted.signal_number, None)
+            handler(number_there, None)
         else:
             subprocess.run(
                 ["scontrol", "requeue", str(job_id())], check=True, capture_output=True, text=True, timeout=60
