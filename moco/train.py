@@ -106,7 +106,7 @@ def train(
         figures: dict[str, Any] = {}
         console = Console(quiet=rank() > 0)
         trainer = build_trainer(config, folder, plain, figures, console, stop, environment, step)
-        with failures_named(folder), lost_peers_named():  # once more, since the folder's status is to hold the same line
+        with failures_named(folder), lost_peers_named():  # once more, for the line in the folder's status
             fit(trainer, method, data, checkpoint, stop)
             if rank() == 0:
                 write_json(folder / "metrics.json", figures)
