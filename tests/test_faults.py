@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import errno
+import gc
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import resource
 import signal
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +154,23 @@ def test_an_infinite_loss_with_finite_gradients_is_left_out_too(of_four_steps, r
     method = runner.fit(config, [bad_steps(figures)])
     assert figures["skipped_steps"] == 1
     assert_equal_to_plain(method, expected)
+
+
+def test_a_steps_graph_is_freed_at_once_and_not_when_python_looks_for_rings(runner):
+    losses = []
+
+    class Loss(pl.Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            assert [earlier for earlier in losses if earlier() is not None] == []
+            losses.append(weakref.ref(loss))
+
+    gc.collect()
+    gc.disable()
+    try:
+        runner.fit(runner.config(), [bad_steps({}), Loss()])
+    finally:
+        gc.enable()
+    assert len(losses) == 3
 
 
 def test_a_run_without_bad_steps_is_not_changed_in_one_bit(runner):

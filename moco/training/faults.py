@@ -78,8 +78,10 @@ class BadSteps(pl.Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         # An infinite loss can have finite gradients, and is one device's alone. This makes them NaN, on all devices once
-        # they are averaged; to the gradients of a finite loss it adds nothing.
-        loss.register_hook(lambda gradient: gradient + 0 * loss.detach())
+        # they are averaged; to the gradients of a finite loss it adds nothing. The hook may not hold the loss itself: the
+        # two would keep each other, and the step's whole graph, until Python looks for such rings.
+        value = loss.detach()
+        loss.register_hook(lambda gradient: gradient + 0 * value)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
