@@ -34,6 +34,8 @@ log = logging.getLogger("moco.slurm")
 START = 'env --block-signal=USR2 true 2>/dev/null && exec env --block-signal=USR2 "$0" "$@"; exec "$0" "$@"'
 QUEUE_SECONDS = 10.0
 """Between two questions to SLURM; a job that ended as planned leaves a result, which is noticed within a second."""
+QUESTIONS = 4
+"""So often in a row SLURM must not know a job that has left no result: a network file system may show it late."""
 
 
 class SlurmLauncher(SubmititLauncher):
@@ -90,22 +92,27 @@ class SlurmLauncher(SubmititLauncher):
 
 
 def ended(jobs: Sequence[Any]) -> Iterator[int]:
-    """The numbers of the jobs, each as it ends: it has left its results, or SLURM has not known it two times in a row."""
+    """The numbers of the jobs, each as it ends: it has left its results, or is gone without, see `QUESTIONS`."""
     missing = dict.fromkeys(range(len(jobs)), 0)
     asked = time.monotonic()
     while missing:
-        for number in [number for number in missing if has_results(jobs[number]) or missing[number] > 1]:
+        for number in [number for number in missing if has_results(jobs[number]) or missing[number] >= QUESTIONS]:
             del missing[number]
             yield number
         time.sleep(1)
-        if time.monotonic() - asked > QUEUE_SECONDS and (queue := slurm_queue()) is not None:
-            asked = time.monotonic()
+        if time.monotonic() - asked < QUEUE_SECONDS:
+            continue
+        queue = slurm_queue()
+        asked = time.monotonic()
+        if queue is not None:
             missing = {number: 0 if jobs[number].job_id in queue else missing[number] + 1 for number in missing}
 
 
 def has_results(job: Any) -> bool:
     tasks = [job.task(number) for number in range(job.num_tasks)]
-    return all(task.paths.result_pickle.exists() for task in tasks)
+    # Listed, not asked for by name: a network file system remembers for a while that a name was not there.
+    there = {path.name for path in tasks[0].paths.folder.glob("*.pkl")}
+    return all(task.paths.result_pickle.name in there for task in tasks)
 
 
 def outcome(job: Any, folder: Path) -> JobReturn | Failure:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# A SLURM of one node, this machine, for the tests: local_slurm.sh start|stop FOLDER
+# A SLURM for the tests, its two nodes on this machine: local_slurm.sh start|stop FOLDER
 # As root, with Debian's or Ubuntu's packages slurm-wlm and munge. FOLDER gets configuration, state and logs; after
 # `export SLURM_CONF=FOLDER/slurm.conf` all of SLURM's commands work. It keeps no accounts, as many small clusters.
 set -eu
@@ -12,12 +12,14 @@ export SLURM_CONF="$FOLDER/slurm.conf"
 
 start() {
     host=$(hostname -s)
-    mkdir -p "$FOLDER/state" "$FOLDER/spool" "$FOLDER/logs"
+    memory=$(awk '/MemAvailable/ {print int($2 / 2560)}' /proc/meminfo) # MiB; four fifths of what is free, halved
+    mkdir -p "$FOLDER/state" "$FOLDER/logs"
     cat >"$SLURM_CONF" <<CONF
 ClusterName=moco-test
 SlurmctldHost=$host(127.0.0.1)
-NodeName=$host NodeAddr=127.0.0.1 CPUs=4 RealMemory=$(awk '/MemAvailable/ {print int($2 / 1280)}' /proc/meminfo)
-PartitionName=test Nodes=$host Default=YES MaxTime=INFINITE
+NodeName=$host NodeHostname=$host NodeAddr=127.0.0.1 Port=16818 CPUs=4 RealMemory=$memory
+NodeName=localhost NodeHostname=$host NodeAddr=127.0.0.1 Port=16819 CPUs=4 RealMemory=$memory
+PartitionName=test Nodes=$host,localhost Default=YES MaxTime=INFINITE
 
 # Everything runs as root; tasks are known by their parents, as there may be no cgroups here.
 SlurmUser=root
@@ -26,10 +28,10 @@ AuthType=auth/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
+SelectTypeParameters=CR_CPU,CR_PACK_NODES
 MailProg=/bin/true
 
-# Four jobs at once, whatever the machine.
+# So many CPUs, whatever the machine. Jobs fill the first node before the second.
 SlurmdParameters=config_overrides
 
 # Jobs may be requeued, and start soon.
@@ -39,20 +41,20 @@ ReturnToService=2
 SchedulerParameters=sched_min_interval=100000,bf_interval=5
 
 StateSaveLocation=$FOLDER/state
-SlurmdSpoolDir=$FOLDER/spool
+SlurmdSpoolDir=$FOLDER/spool-%n
 SlurmctldPidFile=$FOLDER/slurmctld.pid
-SlurmdPidFile=$FOLDER/slurmd.pid
+SlurmdPidFile=$FOLDER/%n.pid
 SlurmctldLogFile=$FOLDER/logs/slurmctld.log
-SlurmdLogFile=$FOLDER/logs/slurmd.log
+SlurmdLogFile=$FOLDER/logs/%n.log
 CONF
     start_munge
     slurmctld
-    slurmd
+    for node in "$host" localhost; do slurmd -N "$node"; done
     for _ in $(seq 60); do
-        sinfo --noheader --states=idle 2>/dev/null | grep -q . && return
+        [ "$(sinfo --noheader --Node --states=idle 2>/dev/null | wc -l)" = 2 ] && return
         sleep 0.5
     done
-    echo "the node is not idle after 30 seconds; see $FOLDER/logs" >&2
+    echo "the nodes are not idle after 30 seconds; see $FOLDER/logs" >&2
     exit 1
 }
 
@@ -66,7 +68,7 @@ start_munge() {
 
 stop() {
     scancel --quiet --user=root 2>/dev/null || true
-    for name in slurmd slurmctld; do
+    for name in "$(hostname -s)" localhost slurmctld; do
         [ -f "$FOLDER/$name.pid" ] || continue
         pid=$(cat "$FOLDER/$name.pid")
         kill "$pid" 2>/dev/null || true

@@ -236,13 +236,41 @@ def test_a_job_that_is_cancelled_is_told_of_with_its_signals_code(tmp_path):
         assert re.fullmatch(rf"job {folder.name}, job: interrupted: in epoch \d+, step \d+; saved .*\n", error)
 
 
-def test_the_tasks_of_a_job_stop_at_one_step_and_the_first_requeues(tmp_path):
-    shorter = ["trainer.max_epochs=3", "evaluation.every_n_epochs=3", "method.batch_norm_splits=2"]
-    job = submit(tmp_path, *LONG, *shorter, options=["--ntasks-per-node=2"])
-    preempt(job, tmp_path / "log", [("scancel", "--signal=USR1")])
-    log = (tmp_path / "log").read_text()
+TOGETHER = [*LONG, "trainer.max_epochs=3", "evaluation.every_n_epochs=3"]
+
+
+def check_preempted_once(job, log, folder):
     assert log.count("interrupted: ") == log.count("; the job is queued again") == 1
     assert "ExitCode=0:0" in slurm("scontrol", "show", "job", job)
-    folder = tmp_path / "runs" / "quickstart" / f"slurm-{job}"
+    assert "Restarts=1" in slurm("scontrol", "show", "job", job)
     assert read_status(folder)["state"] == "finished"
     assert last(folder)["global_step"] == 3 * EPOCH
+    assert len(last(folder)["random_states"]) == 2
+
+
+def test_the_tasks_of_a_job_stop_at_one_step_and_the_first_requeues(tmp_path):
+    job = submit(tmp_path, *TOGETHER, options=["--ntasks-per-node=2"])
+    preempt(job, tmp_path / "log", [("scancel", "--signal=USR1")])
+    check_preempted_once(job, (tmp_path / "log").read_text(), tmp_path / "runs" / "quickstart" / f"slurm-{job}")
+
+
+def test_two_nodes_train_together_by_sbatch_and_by_the_launcher_to_the_same_bits(tmp_path):
+    assert len(slurm("sinfo", "--noheader", "--Node").splitlines()) > 1, "this SLURM has one node only"
+    job = submit(tmp_path, *TOGETHER, options=["--nodes=2"])
+    assert "NumNodes=2" in slurm("scontrol", "show", "job", job)
+    preempt(job, tmp_path / "log", [("scancel", "--signal=USR1")])
+    by_sbatch = tmp_path / "runs" / "quickstart" / f"slurm-{job}"
+    check_preempted_once(job, (tmp_path / "log").read_text(), by_sbatch)
+
+    with waiting_sweep(tmp_path, *TOGETHER, "trainer.num_nodes=2") as sweep:
+        logs = tmp_path / "sweep" / ".submitit"
+        (pickle,) = wait_for("the job", lambda: list(logs.glob("*/*_submitted.pkl")))
+        job = pickle.parent.name
+        log = pickle.parent / f"{job}_0_log.out"
+        preempt(job, log, [("scancel", "--signal=USR2")])
+        output, error = sweep.communicate(timeout=240)
+        assert (sweep.returncode, error) == (0, ""), output
+    by_launcher = tmp_path / "sweep" / "job"
+    check_preempted_once(job, log.read_text(), by_launcher)
+    one, other = last(by_sbatch), last(by_launcher)
+    assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
