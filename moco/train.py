@@ -121,20 +121,20 @@ def take_folder(
     Returns:
         The checkpoint to go on from, and the optimizer steps that it has behind it; None and None to start.
     """
-    from moco.training.checkpoint_files import sound_checkpoint
+    from moco.training.checkpoint_files import read_checkpoint, sound_checkpoint
     from moco.training.run_folder import LAST_CHECKPOINT, claimed, find_checkpoint
 
     checkpoint = find_checkpoint(folder, plain, resume)
     is_other_run = checkpoint is not None and checkpoint != folder / LAST_CHECKPOINT
     if checkpoint and is_other_run:
-        step = check_resumable(checkpoint, plain)  # before anything is written
+        step = check_resumable(checkpoint, read_checkpoint(checkpoint), plain)  # before anything is written
     stack.enter_context(claimed(folder, plain))
     for name, text in files.items():
         (folder / ".hydra" / name).write_text(text)
     if checkpoint and not is_other_run:
-        checkpoint = sound_checkpoint(folder)
-        assert checkpoint is not None
-        step = check_resumable(checkpoint, plain)
+        content = sound_checkpoint(folder)
+        assert content is not None
+        step = check_resumable(checkpoint, content, plain)
     if checkpoint is None:
         return None, None
     log.info("going on from %s", checkpoint)
@@ -286,16 +286,18 @@ def check_splits(encoder: "Encoder", config: TrainConfig) -> None:
         )
 
 
-def check_resumable(path: Path, plain: dict[str, Any]) -> int:
+def check_resumable(path: Path, checkpoint: dict[str, Any], plain: dict[str, Any]) -> int:
     """The optimizer steps that a checkpoint has behind it.
+
+    Args:
+        path: where it was read.
+        plain: the run's config as plain data.
 
     Raises:
         InputError: it holds other tensors than the config's run has; it names the keys.
     """
-    from moco.training.checkpoint_files import read_checkpoint
     from moco.training.run_folder import differences
 
-    checkpoint = read_checkpoint(path)
     there, here = (tensor_settings(config) for config in (checkpoint["config"], plain))
     if differing := differences(there, here):
         raise InputError(

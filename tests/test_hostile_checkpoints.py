@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import resource
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -16,7 +17,7 @@ from conftest import run_program
 from test_segment import pretraining_checkpoint
 
 from moco.errors import InputError
-from moco.training.checkpoint_files import read_checkpoint
+from moco.training.checkpoint_files import read_checkpoint, sound_checkpoint
 
 CANARY = "canary"  # what the malicious files try to make in the current folder
 
@@ -109,6 +110,33 @@ def test_a_flipped_bit_in_a_tensor_is_found_where_torch_sees_nothing(sound, tmp_
     (tmp_path / "x.ckpt").write_bytes(damaged)
     assert f"the checksum of {record.filename} is wrong" in refused(tmp_path / "x.ckpt")
     assert not same(torch.load(tmp_path / "x.ckpt", weights_only=True), torch.load(sound, weights_only=True))
+
+
+@pytest.mark.parametrize(
+    ("last", "previous", "others", "said"),
+    [
+        ("damaged", "damaged", ["best", "epoch_0010"], "and so is previous.ckpt; to go on from best.ckpt or epoch_0010.ckpt, copy"),
+        ("damaged", "damaged", [], "and so is previous.ckpt; the run has no older one; move it away to start anew"),
+        ("damaged", None, ["best"], "checkpoint at all (File is not a zip file); to go on from best.ckpt, copy it over last.ckpt"),
+        (None, "damaged", [], "checkpoint at all (File is not a zip file); the run has no older one; move it away"),
+    ],
+)  # fmt: skip
+def test_if_the_newest_checkpoints_are_damaged_others_of_the_run_are_named(
+    last, previous, others, said, sound, tmp_path
+):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name, state in {"last": last, "previous": previous}.items():
+        if state:
+            (folder / f"{name}.ckpt").write_text(state)
+    for name in others:
+        shutil.copy(sound, folder / f"{name}.ckpt")
+    (folder / "epoch_0020.ckpt").write_text("damaged")
+    before = sorted(folder.iterdir())
+    with pytest.raises(InputError) as error:
+        sound_checkpoint(tmp_path)
+    assert said in str(error.value)
+    assert sorted(folder.iterdir()) == before
 
 
 class Calls:

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 
 import pytest
@@ -128,3 +129,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
 def test_figures_are_one_flat_object(tmp_path):
     write_json(tmp_path / "deep" / "metrics.json", {"knn/top1": 0.5, "knn/feature": "backbone"})
     assert json.loads((tmp_path / "deep" / "metrics.json").read_text()) == {"knn/top1": 0.5, "knn/feature": "backbone"}
+
+
+def test_a_figure_that_is_not_finite_is_null_in_a_file_that_any_reader_of_json_takes(tmp_path):
+    write_json(tmp_path / "metrics.json", {"train/loss": math.nan, "knn/top1": math.inf, "epoch": 1})
+    strict = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert strict == {"train/loss": None, "knn/top1": None, "epoch": 1}

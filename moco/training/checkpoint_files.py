@@ -41,31 +41,53 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
 
 
-def sound_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that can be read, or None if it has none; changes names when one cannot.
+def sound_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint of a run holds that can be read, or None if it has none; that file is ``last.ckpt`` then.
 
     If ``last.ckpt`` is damaged it becomes ``last.ckpt.damaged`` and ``previous.ckpt`` takes its place.
 
     Raises:
-        InputError: both are damaged.
+        InputError: both are damaged; it names other checkpoints of the run that are not.
     """
     last, previous = folder / LAST_CHECKPOINT, folder / PREVIOUS_CHECKPOINT
+    if not last.is_file() and not previous.is_file():
+        return None
+    damaged = None
     if last.is_file():
         try:
-            read_checkpoint(last)
-            return last
+            return read_checkpoint(last)
         except InputError as error:
             damaged = error
+    try:
+        checkpoint = read_checkpoint(previous)
+    except InputError as error:
+        both = (
+            f"{damaged}, and so is {PREVIOUS_CHECKPOINT.name}" if damaged and previous.is_file() else damaged or error
+        )
+        raise InputError(f"{both}; {way_out(folder)}") from error
+    if damaged:
         set_aside = next(name for name in numbered(last.with_name(last.name + ".damaged")) if not name.exists())
-        if not previous.is_file():
-            raise InputError(f"{damaged}, and the run has no older one; move it away to start anew")
-        read_checkpoint(previous)
         os.replace(last, set_aside)
         log.warning("%s; set aside as %s, going on from %s", damaged, set_aside.name, previous)
-    elif not previous.is_file():
-        return None
     link_atomically(previous, last)
-    return last
+    return checkpoint
+
+
+def way_out(folder: Path) -> str:
+    """What to do when the newest checkpoints of a run are damaged."""
+    sound = [path for path in sorted((folder / LAST_CHECKPOINT).parent.glob("*.ckpt")) if is_sound(path)]
+    if not sound:
+        return "the run has no older one; move it away to start anew"
+    return f"to go on from {' or '.join(path.name for path in sound)}, copy it over {LAST_CHECKPOINT.name}"
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a checkpoint can be read."""
+    try:
+        read_checkpoint(path)
+    except InputError:
+        return False
+    return True
 
 
 def numbered(path: Path) -> Iterator[Path]:

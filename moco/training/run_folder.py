@@ -3,6 +3,7 @@
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -95,8 +96,13 @@ def link_atomically(source: Path, target: Path) -> None:
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:
-    """One flat JSON object."""
-    write_atomically(path, lambda file: file.write((json.dumps(dict(figures), indent=2) + "\n").encode()))
+    """One flat JSON object; a figure that is not finite, for which JSON has no word, becomes null."""
+    written = {
+        name: None if isinstance(figure, float) and not math.isfinite(figure) else figure
+        for name, figure in figures.items()
+    }
+    text = json.dumps(written, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

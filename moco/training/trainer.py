@@ -55,6 +55,9 @@ def build_trainer(
     )
     # With max_steps Lightning takes an epoch that had ended before a resume for unfinished, and its data shift.
     trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+    # Over several devices Lightning asks rank 0 in every step, and waits for the devices, whether SIGTERM has come. It never
+    # hears of it: `Checkpoints` takes the signal, and has the processes agree without a wait.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
