@@ -6,6 +6,7 @@ into these dataclasses; below the programs nothing sees an OmegaConf object.
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,13 +50,20 @@ class BackboneConfig:
     pretrained_window_size: Any = None
     """Swin V2: the window that the weights were pretrained with, if it is not window_size."""
     stochastic_depth: Optional[float] = setting(None, at_least=0, at_most=0.99)
-    """Swin: chance that a picture skips the last block's branches; rises linearly from 0 at the first block."""
+    """Swin, ViT: chance that a picture skips the last block's branches; rises linearly from 0 at the first block."""
     gradient_checkpointing: Optional[bool] = None
-    """Swin: less memory for a third more computing."""
+    """Swin, ViT: less memory for a third more computing."""
     freeze_patch_embed: Optional[bool] = None
-    """Swin: keep the random patch projection, as MoCo v3 does."""
+    """Swin, ViT: keep the random patch projection, as MoCo v3 does."""
     partial_patches: Optional[str] = setting(None, choices=("complete", "drop"))
-    """Swin: what becomes of the last pixels where the image is no multiple of the patch."""
+    """Swin, ViT: what becomes of the last pixels where the image is no multiple of the patch."""
+    num_heads: Optional[int] = setting(None, at_least=1)
+    """ViT: attention heads. vit_small has 12, as MoCo v3's; weights of DeiT-S or of timm's ViT-S need 6."""
+    learned_positions: Optional[int] = setting(None, at_least=1)
+    """ViT: side of the grid of learned positions, cells (14: 224 px), for weights that were trained with such. Null: the
+    fixed sine-cosine positions of MoCo v3."""
+    zero_init_residual: Optional[bool] = None
+    """ResNet: every block starts as the identity, as in MoCo v3."""
 
 
 @dataclass
@@ -88,8 +96,10 @@ class MethodConfig:
     """From embedding to embedding, of queries only."""
     embedding_dim: int = setting(128, at_least=2)
     """C, the projector's output width."""
-    queue_size: int = setting(65536, at_least=1)
-    """K, the number of negative keys."""
+    negatives: str = setting("queue", choices=("batch", "queue"))
+    """queue: keys of earlier steps; batch: the other keys of the same step, of all devices."""
+    queue_size: Optional[int] = setting(65536, at_least=1)
+    """K, the number of keys in the queue; null without one."""
     num_queues: int = setting(1, at_least=1, at_most=2)
     """1: all keys go to one queue; 2: one of queue_size for each view's keys, which needs the symmetric loss."""
     queue_start: str = setting("random", choices=("random", "empty"))
@@ -105,7 +115,9 @@ class MethodConfig:
     """Both views serve as query and as key."""
     symmetric_reduction: str = setting("sum", choices=("sum", "mean"))
     """Of the two directions' losses; the official CIFAR notebook sums."""
-    batch_norm: str = setting("auto", choices=("auto", "plain", "shuffle", "split"))
+    loss_times_2t: bool = False
+    """Multiply the loss by 2T, so that T does not change the gradient's size."""
+    batch_norm: str = setting("auto", choices=("auto", "plain", "shuffle", "split", "sync"))
     """How BatchNorm is kept from telling a query which key is its own: see ``moco.methods.batch_norm``."""
     batch_norm_splits: int = setting(8, at_least=2)
     """Groups of the split mode; the paper's eight GPUs."""
@@ -118,13 +130,19 @@ class MethodConfig:
 
 @dataclass
 class OptimizerConfig:
-    name: str = setting("sgd", choices=("adamw", "sgd"))
+    name: str = setting("sgd", choices=("adamw", "lars", "sgd"))
     lr: float = setting(0.03, above=0)
     """Learning rate of the first step after warm-up."""
     lr_for_batch_size: Optional[int] = setting(None, at_least=1)
     """The batch size that lr, warmup_start_lr and final_lr are meant for; they are scaled in proportion to
     data.batch_size. Null: they are used as they are."""
     sgd_momentum: float = setting(0.9, at_least=0, at_most=1)
+    """Of SGD and LARS."""
+    trust_coefficient: float = setting(1e-3, above=0)
+    """LARS's eta: a layer's ratio is eta times the norm of its weights over its gradient's, and its learning rate lr times
+    that."""
+    trust_clip: bool = False
+    """LARS: the ratio itself is a layer's learning rate, and lr its upper limit (LARC)."""
     beta1: float = setting(0.9, at_least=0, below=1)
     """AdamW's decay of the mean gradient."""
     beta2: float = setting(0.999, at_least=0, below=1)
@@ -133,7 +151,8 @@ class OptimizerConfig:
     """AdamW's addend to the root of the mean square gradient."""
     weight_decay: float = setting(1e-4, at_least=0)
     decay_all: bool = True
-    """Weight decay on norms and biases too, as in the official MoCo code; a Swin is spared what harms it in any case."""
+    """Weight decay on norms and biases too, as in the official MoCo code; a Swin is spared what harms it in any case. LARS
+    never decays them."""
     schedule: str = setting("cosine", choices=("constant", "cosine", "step"))
     schedule_interval: str = setting("step", choices=("epoch", "step"))
     """How often the schedule moves; the official MoCo code moves it once per epoch."""
@@ -265,6 +284,9 @@ class TrainConfig:
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     resume: Optional[str] = "auto"
     """auto: go on from the run folder's last checkpoint if it has one; a path: from that file; null: start anew."""
+    init_from: Optional[str] = None
+    """A file of weights, this project's or another's, that a new run starts from: see ``docs/weights.md``. The optimizer
+    starts afresh. A run that goes on from its checkpoint does not read it."""
 
 
 @dataclass
@@ -281,7 +303,7 @@ class EvaluationConfig:
 
 @dataclass
 class EvaluateDataConfig:
-    """A null takes the value from the run that made the checkpoint."""
+    """A null takes the value from the run that made the checkpoint; for other projects' weights a usual one."""
 
     name: Optional[str] = None
     root: Any = None
@@ -295,29 +317,38 @@ class EvaluateDataConfig:
 
 
 @dataclass
-class PretrainedBackboneConfig:
-    """What may change in the backbone of a checkpoint."""
+class NormalisationConfig:
+    mean: Optional[list[float]] = None
+    """Per channel, of pixels in 0..1; null: the checkpoint's, or ImageNet's."""
+    std: Optional[list[float]] = None
 
-    window_size: Any = None
-    """Swin: side of the attention windows, cells; one number, or a list with one for each stage. Null: the checkpoint's."""
+
+@dataclass
+class PretrainedBackboneConfig(BackboneConfig):
+    """With a checkpoint a null takes its value; of other projects' weights, what shows in the tensors' shapes."""
+
+    name: Optional[str] = None  # type: ignore[assignment]
 
 
 @dataclass
 class EvaluateConfig:
     checkpoint: str = MISSING
-    """A file that training wrote: ``checkpoints/last.ckpt`` or ``best.ckpt`` of a run folder."""
+    """A file of weights: ``checkpoints/last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or another
+    project's, see ``docs/weights.md``."""
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu"))
     output: Optional[str] = None
     """Where the figures go as JSON; null: metrics.json in the run folder."""
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
+    augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
 
 
 @dataclass
 class EmbedConfig:
     checkpoint: str = MISSING
-    """A file that training wrote: ``checkpoints/last.ckpt`` or ``best.ckpt`` of a run folder."""
+    """A file of weights: ``checkpoints/last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or another
+    project's, see ``docs/weights.md``."""
     output: str = MISSING
     """The .npz file."""
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
@@ -329,12 +360,14 @@ class EmbedConfig:
     batch_size: int = setting(256, at_least=1)
     """Images per forward pass."""
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu"))
+    augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
 
 
 @dataclass
 class ExportConfig:
     checkpoint: str = MISSING
-    """A file that training wrote: ``checkpoints/last.ckpt`` or ``best.ckpt`` of a run folder."""
+    """A file of weights: ``checkpoints/last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or another
+    project's, see ``docs/weights.md``."""
     format: str = setting(choices=("safetensors", "timm", "torchvision"))
     """Whose names the weights get: torchvision's, timm's, or our own, in a safetensors file that describes itself."""
     output: str = MISSING
@@ -346,10 +379,8 @@ class ExportConfig:
 
 
 @dataclass
-class SegmentBackboneConfig(BackboneConfig):
-    """With a checkpoint a null takes its value, but a frozen patch projection is set free."""
-
-    name: Optional[str] = None  # type: ignore[assignment]
+class SegmentBackboneConfig(PretrainedBackboneConfig):
+    """The same, but a frozen patch projection is set free."""
 
 
 @dataclass
@@ -426,7 +457,7 @@ class SegmentEvaluationConfig:
 @dataclass
 class SegmentConfig:
     checkpoint: Optional[str] = MISSING
-    """A file that moco.train wrote; null: train from scratch, with backbone=NAME."""
+    """As in moco.evaluate; null: train from scratch, with backbone=NAME."""
     encoder: str = setting("query", choices=("key", "query"))
     backbone: SegmentBackboneConfig = field(default_factory=SegmentBackboneConfig)
     freeze_backbone: bool = False
@@ -456,6 +487,12 @@ def check_run(resume: str | None, trainer: TrainerConfig) -> None:
         raise InputError("trainer.max_steps=0: expected -1 for no limit, or at least 1")
 
 
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Raises InputError if the optimizer's library is not installed."""
+    if optimizer.name == "lars" and importlib.util.find_spec("timm") is None:
+        raise InputError("optimizer.name=lars needs timm: pip install 'moco-ssl[lars]'")
+
+
 def with_defaults(given: Any, from_checkpoint: dict[str, Any], new_data: bool = False) -> dict[str, Any]:
     """The given settings, nulls filled in from the run that made the checkpoint.
 
@@ -467,6 +504,16 @@ def with_defaults(given: Any, from_checkpoint: dict[str, Any], new_data: bool = 
     return {
         key: from_checkpoint.get(key) if value is None and key not in kept else value for key, value in settings.items()
     }
+
+
+def with_usual_settings(of_run: dict[str, Any]) -> dict[str, Any]:
+    """A run's config as far as measurements look at it, completed: nothing is known of other projects' runs."""
+    usual = {
+        "data": dataclasses.asdict(DataConfig()) | {"name": None},
+        "augmentation": dataclasses.asdict(AugmentationConfig()),
+        "evaluation": dataclasses.asdict(MonitorConfig()),
+    }
+    return {group: settings | of_run.get(group, {}) for group, settings in usual.items()}
 
 
 def register_schemas() -> None:

@@ -11,13 +11,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import ExportConfig
+from moco.config import ExportConfig, with_usual_settings
 from moco.errors import InputError, RunError
 from moco.launch import launch, save_hydra_files
-from moco.methods.pretrained import load_encoder
+from moco.methods.pretrained import load_pretrained
 
 if TYPE_CHECKING:
-    from moco.models.swin import Swin
+    from moco.models.vit import VisionTransformer
 
 ENDINGS = {
     "safetensors": (".safetensors",),
@@ -25,6 +25,7 @@ ENDINGS = {
     "torchvision": (".pt", ".pth", ".safetensors"),
 }
 TORCHVISION_WINDOWS = {1: 7, 2: 8}  # of torchvision's builders, by version of Swin; they take no other
+TORCHVISION_HEADS = 12  # of torchvision's vit_b_16
 
 
 def run(config: ExportConfig, folder: Path) -> None:
@@ -37,28 +38,31 @@ def run(config: ExportConfig, folder: Path) -> None:
     from rich.console import Console
 
     from moco.models.swin import rewindow
-    from moco.training.checkpoint_files import read_checkpoint
     from moco.training.progress import print_table
     from moco.training.run_folder import claimed
 
     output = Path(config.output)
     check_output(output, config.format)
-    checkpoint = read_checkpoint(config.checkpoint)
-    backbone: Any = load_encoder(checkpoint, config.encoder, config.checkpoint).backbone
-    built_with = checkpoint["hyper_parameters"]["backbone"]
-    image_size = checkpoint["config"]["data"]["image_size"]
-    if config.backbone.window_size is not None:
+    given = {key: value for key, value in dataclasses.asdict(config.backbone).items() if value is not None}
+    window_size = given.pop("window_size", None)
+    pretrained = load_pretrained(config.checkpoint, config.encoder, given)
+    backbone: Any = pretrained.encoder.backbone
+    built_with, of_run = pretrained.settings, with_usual_settings(pretrained.config)
+    image_size = of_run["data"]["image_size"] or config.image_size
+    if image_size is None:
+        raise InputError(f"image_size: missing; {config.checkpoint} does not say it, give image_size=PIXELS")
+    if window_size is not None:
         before: Any = getattr(backbone, "window_size", None)
-        rewindow(backbone, config.backbone.window_size)  # refuses a backbone without windows
+        rewindow(backbone, window_size)  # refuses a backbone without windows
         image_size = round(image_size * backbone.window_size[0] / before[0])
     image_size = config.image_size or image_size
     about = {
         "image_size": image_size,
-        "mean": checkpoint["config"]["augmentation"]["mean"],
-        "std": checkpoint["config"]["augmentation"]["std"],
+        "mean": of_run["augmentation"]["mean"],
+        "std": of_run["augmentation"]["std"],
         "encoder": config.encoder,
-        "epoch": checkpoint["figures"].get("epoch", 0),
-        "step": int(checkpoint["global_step"]),
+        "epoch": pretrained.epoch,
+        "step": pretrained.step,
         "checkpoint": config.checkpoint,
     }
     write(output, content_of(config.format, output, backbone, built_with, about))
@@ -100,7 +104,8 @@ def content_of(
     if file_format == "safetensors":
         return write_backbone(backbone, built_with, about)
     counterpart(built_with, file_format)
-    weights = to_torchvision(backbone) if file_format == "torchvision" else to_timm(backbone, about["image_size"])
+    renamed = to_torchvision if file_format == "torchvision" else to_timm
+    weights = renamed(backbone, about["image_size"])
     if output.suffix == ".safetensors":
         return as_safetensors(weights)
     buffer = io.BytesIO()
@@ -147,7 +152,6 @@ def loading_lines(
     file_format: str, output: Path, backbone: Any, built_with: dict[str, Any], image_size: int
 ) -> list[str]:
     """Python that loads the file into a model of the library without classifier, or into ours."""
-    from moco.models.swin import Swin
     from moco.models.weights import counterpart
 
     path = json.dumps(str(output))
@@ -159,28 +163,54 @@ def loading_lines(
     else:
         reading, weights = [], f"torch.load({path}, weights_only=True)"
     if file_format == "timm":
-        windows = timm_windows(backbone, image_size) if isinstance(backbone, Swin) else ""
-        model = ["import timm, torch", f'model = timm.create_model("{name}", num_classes=0{windows})']
+        arguments = timm_arguments(backbone, image_size)
+        model = ["import timm, torch", f'model = timm.create_model("{name}", num_classes=0{arguments})']
     else:
-        head = "head" if isinstance(backbone, Swin) else "fc"
-        model = [*torchvision_model(name, backbone), f"model.{head} = torch.nn.Identity()"]
+        model = [
+            *torchvision_model(name, backbone, image_size),
+            f"model.{torchvision_head(backbone)} = torch.nn.Identity()",
+        ]
     return [*reading, *model, f"model.load_state_dict({weights}, strict=True)"]
 
 
-def timm_windows(backbone: "Swin", image_size: int) -> str:
-    """The arguments of timm's constructor for the images, the windows and what normalises the coordinates of V2."""
+def timm_arguments(backbone: Any, image_size: int) -> str:
+    """The arguments of timm's constructor for the images, the heads, the windows and what normalises V2's coordinates."""
+    from moco.models.swin import Swin
+    from moco.models.vit import VisionTransformer
     from moco.models.weights import one_or_each
 
+    if isinstance(backbone, VisionTransformer):
+        return f", num_heads={backbone.num_heads}, img_size={whole_patches(backbone, image_size)}"
+    if not isinstance(backbone, Swin):
+        return ""
     arguments = f", img_size={image_size}, window_size={one_or_each(backbone.window_size)}"
     if backbone.version == 2:
         arguments += f", pretrained_window_sizes={list(backbone.pretrained_window_size)}"
     return arguments
 
 
-def torchvision_model(name: str, backbone: Any) -> list[str]:
-    """Lines that build torchvision's model: by its name, or by its class where the window is not the name's."""
-    from moco.models.swin import Swin
+def whole_patches(backbone: "VisionTransformer", image_size: int) -> int:
+    """The side of the images that a ViT sees in place of images of `image_size`, px: of whole patches."""
+    return backbone.cells(image_size) * backbone.patch_size
 
+
+def torchvision_head(backbone: Any) -> str:
+    """What torchvision calls the classifier."""
+    from moco.models.swin import Swin
+    from moco.models.vit import VisionTransformer
+
+    if isinstance(backbone, VisionTransformer):
+        return "heads"
+    return "head" if isinstance(backbone, Swin) else "fc"
+
+
+def torchvision_model(name: str, backbone: Any, image_size: int) -> list[str]:
+    """Lines that build torchvision's model: by its name, or by its class where it has no such name, window or heads."""
+    from moco.models.swin import Swin
+    from moco.models.vit import VisionTransformer
+
+    if isinstance(backbone, VisionTransformer):
+        return torchvision_vit(name, backbone, image_size)
     if not isinstance(backbone, Swin) or backbone.window_size[0] == TORCHVISION_WINDOWS[backbone.version]:
         return ["import torch, torchvision", f"model = torchvision.models.{name}()"]
     block, merging = (
@@ -204,15 +234,44 @@ def torchvision_model(name: str, backbone: Any) -> list[str]:
     ]
 
 
+def torchvision_vit(name: str, backbone: "VisionTransformer", image_size: int) -> list[str]:
+    """The same for ViT, of which torchvision names none of this width or number of heads but vit_b_16."""
+    side = whole_patches(backbone, image_size)
+    if name == "vit_b_16" and backbone.num_heads == TORCHVISION_HEADS:
+        return ["import torch, torchvision", f"model = torchvision.models.{name}(image_size={side})"]
+    return [
+        "import torch",
+        "from torchvision.models.vision_transformer import VisionTransformer",
+        "model = VisionTransformer(",
+        f"    image_size={side},",
+        f"    patch_size={backbone.patch_size},",
+        f"    num_layers={len(list(backbone.blocks()))},",
+        f"    num_heads={backbone.num_heads},",
+        f"    hidden_dim={backbone.feature_dim},",
+        f"    mlp_dim={4 * backbone.feature_dim},",
+        ")",
+    ]
+
+
 def deviation(file_format: str, backbone: Any, image_size: int) -> str | None:
     """Why the library's outputs differ from ours for images of this size, if they do.
 
     Both pad a map to whole windows and let the padding take part in attention; timm cuts a window down to a smaller map, as
-    we do, torchvision pads the map. Both leave the last pixels out where a patch is incomplete.
+    we do, torchvision pads the map. Both leave the last pixels out where a patch is incomplete. Their ViT has positions for
+    one image size and takes no other.
     """
     from moco.models.swin import Swin
+    from moco.models.vit import VisionTransformer
     from moco.models.weights import map_sides
 
+    if file_format != "safetensors" and isinstance(backbone, VisionTransformer):
+        whole = whole_patches(backbone, image_size)
+        if whole == image_size:
+            return None
+        remedy = (
+            "fill the images up with zeros at the right and the bottom" if whole > image_size else "cut the rest off"
+        )
+        return f"{file_format}'s model takes {whole} px and not {image_size}; for the same outputs {remedy}"
     if file_format == "safetensors" or not isinstance(backbone, Swin):
         return None
     padded = []

@@ -23,11 +23,15 @@ def test_every_backbone_keeps_the_contract(path):
     assert [map_.shape[1] for map_ in maps] == list(backbone.feature_map_dims)
     for map_, stride in zip(maps, backbone.feature_map_strides, strict=True):
         assert map_.shape[2:] == (-(-64 // stride), -(-48 // stride))
-    torch.testing.assert_close(backbone(images), maps[-1].mean(dim=(2, 3)))
+    feature, same_maps = backbone.feature_and_maps(images)
+    torch.testing.assert_close(feature, backbone(images))
+    torch.testing.assert_close(same_maps, maps)
+    if not path.stem.startswith("vit"):
+        torch.testing.assert_close(feature, maps[-1].mean(dim=(2, 3)))
 
 
 def test_the_sweep_finds_the_backbones():
-    assert {"resnet18", "resnet50", "resnet18_cifar", "resnet_tiny", "wide_resnet50_2"} <= {
+    assert {"resnet18", "resnet50", "resnet18_cifar", "resnet_tiny", "wide_resnet50_2", "swin_t", "vit_small"} <= {
         path.stem for path in CONFIGS
     }
 
@@ -40,6 +44,15 @@ def test_resnet_is_torchvisions_without_its_classifier(name):
     theirs.fc = torch.nn.Identity()
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize("name", ["resnet_tiny", "resnet50"])
+def test_every_block_can_start_as_the_identity(name):
+    block = build_backbone(name, zero_init_residual=True).layer1[-1]  # ends in a ReLU, without a projection in resnet50
+    x = torch.rand(2, block.conv1.in_channels, 8, 8)
+    assert torch.equal(block(x), x)
+    default = build_backbone(name).layer1[-1]
+    assert not torch.equal(default(x), x)
 
 
 def test_cifar_stem_keeps_the_resolution():

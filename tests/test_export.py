@@ -20,7 +20,7 @@ from moco.config import (
     register_schemas,
 )
 from moco.errors import InputError, RunError
-from moco.export import deviation, run, torchvision_model
+from moco.export import content_of, deviation, loading_lines, run, torchvision_model, write
 from moco.methods.pretrained import load_encoder
 from moco.models.backbones import build_backbone
 from moco.models.swin import rewindow
@@ -74,7 +74,7 @@ def exported(checkpoints, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(name, file_format, output, window_size=None, **settings):
-        backbone = PretrainedBackboneConfig(window_size)
+        backbone = PretrainedBackboneConfig(window_size=window_size)
         path = str(checkpoints / f"{name}.ckpt")
         run(ExportConfig(path, file_format, output, backbone=backbone, **settings), tmp_path / "run")
         return capsys.readouterr().out
@@ -89,7 +89,10 @@ def backbone_of(checkpoints, name, encoder="query"):
 
 def loaded_as_printed(printed):
     """The model that the printed lines make."""
-    lines = [line.removeprefix("    ") for line in printed.splitlines() if line.startswith("    ")]
+    return loaded_by(line.removeprefix("    ") for line in printed.splitlines() if line.startswith("    "))
+
+
+def loaded_by(lines):
     names = {}
     exec("\n".join(lines), names)
     return names["model"].eval()
@@ -136,6 +139,29 @@ def test_the_printed_lines_load_a_swin_v2_with_its_windows(checkpoints, exported
     assert "note:" not in printed
 
 
+@pytest.mark.parametrize(
+    ("file_format", "name", "settings", "image_size", "line"),
+    [
+        ("torchvision", "vit_small", {}, 48, "    image_size=48,"),
+        ("timm", "vit_small", {"num_heads": 6, "learned_positions": 2}, 40,
+         'model = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=6, img_size=48)'),
+        ("timm", "vit_small", {"partial_patches": "drop"}, 40,
+         'model = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, img_size=32)'),
+    ],
+)  # fmt: skip
+def test_the_lines_load_a_vit_for_the_images_of_one_size(tmp_path, file_format, name, settings, image_size, line):
+    if file_format == "timm":
+        pytest.importorskip("timm")
+    built_with = {"name": name} | settings
+    backbone = build_backbone(**built_with)
+    torch.nn.init.normal_(backbone.class_token)
+    path = tmp_path / "x.pth"
+    write(path, content_of(file_format, path, backbone, built_with, {"image_size": image_size}))
+    lines = loading_lines(file_format, path, backbone, built_with, image_size)
+    assert line in lines
+    assert agree(loaded_by(lines), backbone, backbone.cells(image_size) * 16, 1e-5)
+
+
 def test_the_key_encoder_can_be_exported(checkpoints, exported):
     exported("resnet18", "torchvision", "query.pth")
     exported("resnet18", "torchvision", "key.pth", encoder="key")
@@ -177,12 +203,32 @@ def test_a_note_says_where_the_library_differs(file_format, image_size, note):
     assert deviation(file_format, backbone, image_size) == note
 
 
+@pytest.mark.parametrize(
+    ("partial_patches", "image_size", "note"),
+    [
+        ("complete", 224, None),
+        ("complete", 565, "timm's model takes 576 px and not 565; for the same outputs fill the images up with zeros at the "
+         "right and the bottom"),
+        ("drop", 565, "timm's model takes 560 px and not 565; for the same outputs cut the rest off"),
+    ],
+)  # fmt: skip
+def test_a_note_says_which_images_a_vit_takes_there(partial_patches, image_size, note):
+    with torch.device("meta"):
+        backbone = build_backbone("vit_b_16", partial_patches=partial_patches)
+    assert deviation("timm", backbone, image_size) == note
+    assert deviation("safetensors", backbone, image_size) is None
+
+
 def test_torchvisions_builder_is_named_where_it_has_the_window():
     for name, window in (("swin_t", 7), ("swin_v2_t", 8)):
         with torch.device("meta"):
             backbone = build_backbone(name, window_size=window)
-        assert torchvision_model(name, backbone)[-1] == f"model = torchvision.models.{name}()"
-        assert "    window_size=[9, 9]," in torchvision_model(name, rewindow(backbone, 9))
+        assert torchvision_model(name, backbone, 224)[-1] == f"model = torchvision.models.{name}()"
+        assert "    window_size=[9, 9]," in torchvision_model(name, rewindow(backbone, 9), 224)
+    for settings, last in (({}, "model = torchvision.models.vit_b_16(image_size=32)"), ({"num_heads": 6}, ")")):
+        with torch.device("meta"):
+            backbone = build_backbone("vit_b_16", **settings)
+        assert torchvision_model("vit_b_16", backbone, 32)[-1] == last
 
 
 @pytest.mark.parametrize(
@@ -213,7 +259,7 @@ def test_mistakes_are_one_line(checkpoints, exported, tmp_path, name, file_forma
     [
         (
             {"state_dict": {}},
-            "not written by moco.train (it lacks config, figures, global_step, hyper_parameters, random_states)",
+            "holds no tensors by name, neither directly nor in an item state_dict or model",
         ),
         (
             {"random_states": []}
@@ -289,7 +335,7 @@ def evaluated(checkpoints, name, tmp_path, image_size, window_size=None):
         EvaluateDataConfig(image_size=image_size, num_images=20),
         EvaluationConfig(num_neighbors=2),
         accelerator="cpu",
-        backbone=PretrainedBackboneConfig(window_size),
+        backbone=PretrainedBackboneConfig(window_size=window_size),
     )
     evaluate(config, tmp_path / "run")
     return json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -117,5 +117,6 @@ def test_encoder_hands_out_feature_or_embedding():
     images = torch.randn(5, 3, 2, 2)
     assert torch.equal(encoder.encode(images, "backbone"), backbone(images))
     assert torch.equal(encoder.encode(images, "embedding"), encoder(images))
-    assert torch.equal(encoder.embed(images).embedding, encoder(images))
-    assert encoder.embed(images).cells is None
+    (encoded,) = encoder.embed([images])
+    assert torch.equal(encoded.embedding, encoder(images))
+    assert encoded.cells is None

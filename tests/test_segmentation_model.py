@@ -18,6 +18,7 @@ from moco.models.segmentation import (
     completed,
     depths_from_the_top,
     enlarged,
+    pyramid_of,
 )
 from moco.training.fine_tuning import build_layered_optimizer, fine_tuning_lr_at
 
@@ -26,6 +27,7 @@ BACKBONES = {
     "resnet of stride 1": {"name": "resnet_tiny", "stem": "cifar"},
     "swin": {"name": "swin_tiny_patch2", "window_size": 4},
     "swin v2": {"name": "swin_v2_tiny_patch2", "window_size": 4},
+    "vit": {"name": "vit_tiny_patch4"},
     "swin v2, floor": {"name": "swin_v2_tiny_patch2", "window_size": 4, "partial_patches": "drop"},
 }
 
@@ -70,13 +72,34 @@ def test_maps_are_completed_to_exact_doubles_for_the_fpn():
 
 
 def test_the_linear_decoder_is_linear_in_the_joined_features():
-    decoder = LinearDecoder((2, 3, 4, 5), num_classes=3, stride=4).eval()
+    decoder = LinearDecoder((2, 3, 4, 5), num_classes=3, strides=(4, 8, 16, 32)).eval()
     maps = [torch.randn(2, dim, side, side) for dim, side in ((2, 8), (3, 4), (4, 2), (5, 1))]
     finest = [F.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False) for x in maps]
     joined = torch.cat(finest, dim=1) / math.sqrt(1 + 1e-5)  # BatchNorm as it starts
     weight = torch.cat([layer[1].weight for layer in decoder.layers], dim=1)
     bias = sum(layer[1].bias for layer in decoder.layers)
     torch.testing.assert_close(decoder(maps), F.conv2d(joined, weight, bias))
+
+
+def test_the_linear_decoder_takes_maps_of_one_stride_as_they_are():
+    decoder = LinearDecoder((2, 2, 2, 2), num_classes=3, strides=(16, 16, 16, 16)).eval()
+    maps = [torch.randn(1, 2, 3, 5) for _ in range(4)]
+    expected = sum(layer(x) for layer, x in zip(decoder.layers, maps, strict=True))
+    torch.testing.assert_close(decoder(maps), expected)
+    assert decoder.stride == 16
+
+
+def test_maps_of_one_stride_become_a_pyramid_of_the_same_places():
+    height, width = 6, 8
+    rows = torch.arange(height).view(1, 1, -1, 1).expand(1, 1, height, width) + 0.5  # centres, in cells
+    pyramid = pyramid_of([rows] * 4)
+    assert [tuple(x.shape[2:]) for x in pyramid] == [(24, 32), (12, 16), (6, 8), (3, 4)]
+    for x, cells in zip(pyramid, (1 / 4, 1 / 2, 1, 2), strict=True):
+        centres = (torch.arange(x.shape[2]) + 0.5) * cells
+        inner = (centres > 0.5) & (centres < height - 0.5)  # the rims repeat the outermost cell
+        torch.testing.assert_close(x[0, 0, inner, 0], centres[inner])
+    assert [tuple(x.shape[2:]) for x in pyramid_of([torch.ones(1, 1, 5, 1)] * 4)] == [(20, 4), (10, 2), (5, 1), (3, 1)]
+    assert (pyramid_of([torch.ones(1, 1, 5, 1)] * 4)[-1] == 1).all()  # half a cell is averaged over what there is
 
 
 @pytest.mark.parametrize("is_told_to_train", [False, True])
@@ -152,6 +175,15 @@ def test_depths_of_resnet_count_stages_from_the_top():
     depths = depths_by_name(build_backbone("resnet_tiny"))
     assert (depths["conv1.weight"], depths["bn1.bias"]) == (5, 5)
     assert [depths[f"layer{stage}.0.conv1.weight"] for stage in (1, 2, 3, 4)] == [4, 3, 2, 1]
+
+
+def test_depths_of_vit_count_blocks_from_the_top():
+    depths = depths_by_name(build_backbone("vit_tiny_patch4", learned_positions=8))  # four blocks
+    bottom = ("conv_proj.weight", "class_token", "encoder.pos_embedding")
+    assert {depths[name] for name in bottom} == {5}
+    blocks = [depths[f"encoder.layers.encoder_layer_{number}.ln_1.weight"] for number in range(4)]
+    assert (blocks, depths["encoder.ln.weight"]) == ([4, 3, 2, 1], 1)
+    assert depths_by_name(build_backbone("vit_tiny_patch4"))["class_token"] == 5
 
 
 def test_layers_without_order_are_named():

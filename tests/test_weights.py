@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torchvision.models import swin_transformer
+from torchvision.models import swin_transformer, vision_transformer
 
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
@@ -26,7 +26,7 @@ from moco.models.weights import (
 )
 from moco.models.window_attention import pretrained_window_of
 
-SMALL = ["resnet18", "swin_t", "swin_v2_t"]
+SMALL = ["resnet18", "swin_t", "swin_v2_t", "vit_small"]
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def randomised(name, window=None):
     for key, tensor in backbone.state_dict().items():
         if key.endswith("running_var"):
             tensor.uniform_(0.5, 2)
-        elif tensor.ndim == 1:
+        elif tensor.ndim == 1 or key == "class_token":
             tensor.normal_(1 if key.endswith("weight") else 0, 0.3)
         elif key.endswith("logit_scale"):
             tensor.uniform_(0, 6)  # some beyond the clamp at log 100 = 4.6
@@ -47,10 +47,14 @@ def randomised(name, window=None):
     return backbone.eval()
 
 
-def torchvision_model(name, weights, window=None):
-    """torchvision's model with the weights and without classifier, by its builder or, with a window, by its class."""
+def torchvision_model(name, weights, window=None, image_size=224):
+    """torchvision's model with the weights and without classifier, by its builder or else by its class."""
     with torch.device("meta"):  # nothing of it but what the weights bring
-        if window is None:
+        if name == "vit_small":
+            model = vision_transformer.VisionTransformer(image_size, 16, 12, 12, 384, 1536)
+        elif name == "vit_b_16":
+            model = torchvision.models.vit_b_16(image_size=image_size)
+        elif window is None:
             model = torchvision.models.get_model(name)
         else:
             version2 = name.startswith("swin_v2")
@@ -63,13 +67,15 @@ def torchvision_model(name, weights, window=None):
                 block=swin_transformer.SwinTransformerBlockV2 if version2 else swin_transformer.SwinTransformerBlock,
                 downsample_layer=swin_transformer.PatchMergingV2 if version2 else swin_transformer.PatchMerging,
             )
-        setattr(model, "fc" if "resnet" in name else "head", nn.Identity())
+        classifier = "fc" if "resnet" in name else "heads" if "vit" in name else "head"
+        setattr(model, classifier, nn.Identity())
     if weights is not None:
         model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
 
 
 def timm_model(name, weights, **settings):
+    settings |= {"num_heads": 12} if "vit" in name else {}  # not timm's own for vit_small
     model = pytest.importorskip("timm").create_model(TIMM_MODELS[name], num_classes=0, **settings)
     model.load_state_dict(weights, strict=True)
     return model.eval()
@@ -99,6 +105,85 @@ def test_timms_own_model_gives_our_outputs(name, window, size):
     backbone = randomised(name, window)
     settings = {"img_size": size, "window_size": window} if window else {}
     assert difference(timm_model(name, to_timm(backbone, size), **settings), backbone, size) < 1e-4
+
+
+@torch.no_grad()
+def test_torchvisions_vit_b_16_gives_our_outputs_at_its_own_size():
+    backbone = randomised("vit_b_16")
+    model = torchvision_model("vit_b_16", to_torchvision(backbone))
+    images = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(model(images), backbone(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_vit_agrees_at_another_size_in_both_libraries():
+    backbone = randomised("vit_small")
+    assert difference(torchvision_model("vit_small", to_torchvision(backbone, 64), image_size=64), backbone, 64) < 1e-5
+    assert difference(timm_model("vit_small", to_timm(backbone, 64), img_size=64), backbone, 64) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("partial_patches", ["complete", "drop"])
+def test_an_incomplete_patch_of_a_vit_counts_as_in_the_backbone(partial_patches):
+    backbone = build_backbone("vit_small", partial_patches=partial_patches).eval()
+    model = torchvision_model(
+        "vit_small", to_torchvision(backbone, 40), image_size=48 if partial_patches == "complete" else 32
+    )
+    images = torch.randn(1, 3, 40, 40)
+    whole = nn.functional.pad(images, (0, 8, 0, 8)) if partial_patches == "complete" else images[..., :32, :32]
+    torch.testing.assert_close(model(whole), backbone(images), rtol=1e-5, atol=1e-5)
+
+
+def supervised_vit(side):
+    """torchvision's ViT as supervised training leaves it: with learned positions, and a classifier."""
+    model = vision_transformer.VisionTransformer(side * 16, 16, 12, 12, 384, 1536, num_classes=5)
+    nn.init.normal_(model.encoder.pos_embedding, std=0.5)
+    nn.init.normal_(model.class_token)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_learned_positions_of_another_library_are_kept_or_refused():
+    theirs = supervised_vit(3)
+    weights = theirs.state_dict()
+    learned = build_backbone("vit_small", learned_positions=3).eval()
+    learned.load_state_dict(from_torchvision(weights, learned))
+    theirs.heads = nn.Identity()
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(learned(images), theirs(images), rtol=1e-5, atol=1e-5)
+    exported = torchvision_model("vit_small", to_torchvision(learned, 48), image_size=48)
+    torch.testing.assert_close(exported(images), theirs(images), rtol=1e-5, atol=1e-5)
+
+    fixed = build_backbone("vit_small")
+    in_timm = to_timm(learned, 48)
+    for read, found in ((from_torchvision, weights), (from_timm, in_timm)):
+        with pytest.raises(InputError) as error:
+            read(found, fixed)
+        assert str(error.value) == (
+            "the weights have learned positions on a grid of 3 x 3 cells, and this backbone has fixed ones; set "
+            "backbone.learned_positions=3"
+        )
+
+
+@torch.no_grad()
+def test_learned_positions_are_resized_to_the_backbones_grid_as_timm_does():
+    theirs = supervised_vit(4)
+    wider = build_backbone("vit_small", learned_positions=6).eval()
+    wider.load_state_dict(from_torchvision(theirs.state_dict(), wider))
+    same = build_backbone("vit_small", learned_positions=4).eval()
+    same.load_state_dict(from_torchvision(theirs.state_dict(), same))
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, img_size=64, dynamic_img_size=True)
+    model.load_state_dict(to_timm(same, 64))
+    images = torch.randn(1, 3, 96, 96)
+    for ours in (wider, same):
+        torch.testing.assert_close(ours(images), model.eval()(images), rtol=1e-4, atol=1e-4)
+
+
+def test_our_fixed_positions_are_recognised_in_the_weights_of_others():
+    ours = build_backbone("vit_tiny_patch4")
+    for there, back in ((to_torchvision, from_torchvision), (to_timm, from_timm)):
+        for image_size in (32, 224):
+            assert back(there(ours, image_size), ours).keys() == ours.state_dict().keys()
 
 
 @pytest.mark.parametrize(("name", "normaliser"), [("swin_t", {}), ("swin_v2_t", {"pretrained_window_sizes": [4] * 4})])
@@ -148,7 +233,8 @@ def test_names_and_shapes_are_those_of_the_libraries(name):
         theirs = timm.create_model(TIMM_MODELS[name])
     named = {key: shape for key, shape in shapes(theirs.state_dict()).items() if not key.startswith(("fc.", "head."))}
     assert shapes(to_timm(backbone)) == named
-    assert shapes(from_timm(theirs.state_dict(), backbone)) == shapes(backbone.state_dict())
+    positions = {"pos_embed": to_timm(backbone)["pos_embed"]} if "vit" in name else {}  # fixed ones, and not on meta
+    assert shapes(from_timm(theirs.state_dict() | positions, backbone)) == shapes(backbone.state_dict())
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -196,6 +282,7 @@ def test_weights_of_another_pretraining_window_are_refused():
         ({"name": "resnet18", "stem": "cifar"}, "resnet18 with stem=cifar"),
         ({"name": "resnet_tiny", "stem": None}, "resnet_tiny"),
         ({"name": "swin_v2_tiny_patch2"}, "swin_v2_tiny_patch2"),
+        ({"name": "vit_tiny_patch4"}, "vit_tiny_patch4"),
     ],
 )
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
@@ -222,6 +309,7 @@ def test_torchvision_has_one_window_for_all_stages():
         ({"name": "resnet_tiny", "stem": "cifar", "window_size": None}, None),
         ({"name": "swin_tiny_patch2", "window_size": 4}, 6),
         ({"name": "swin_v2_tiny_patch2", "window_size": 4, "stochastic_depth": 0.1}, [8, 8, 6, 4]),
+        ({"name": "vit_tiny_patch4", "learned_positions": 5, "num_heads": 2}, None),
     ],
 )
 def test_a_file_of_our_own_rebuilds_the_backbone(settings, window, tmp_path):

@@ -3,9 +3,12 @@
 Every backbone has
 - ``feature_dim``: D, the width of its feature,
 - ``forward(images) -> (N, D)``,
-- ``feature_maps(images) -> [(N, C_1, H_1, W_1), ..., (N, C_4, H_4, W_4)]``, finest first, of which the feature is the last
-  one's mean,
+- ``feature_maps(images) -> [(N, C_1, H_1, W_1), ..., (N, C_4, H_4, W_4)]``, from the first layers' to the last ones',
+- ``feature_and_maps(images)``, both in one pass,
 - ``feature_map_dims`` = (C_1, ..., C_4) and ``feature_map_strides``, in px of the image per cell.
+
+ResNet and Swin double the stride from map to map, and the feature is the last map's mean. ViT has one stride, its patch, and
+the feature is its class token.
 
 Letters: N batch, D feature width, H W pixels.
 """
@@ -20,6 +23,7 @@ from torchvision.models import resnet
 
 from moco.errors import InputError, unknown_name
 from moco.models.swin import Swin
+from moco.models.vit import VisionTransformer
 
 CIFAR_STEM_STRIDES = (1, 2, 4, 8)
 IMAGENET_STEM_STRIDES = (4, 8, 16, 32)
@@ -37,6 +41,8 @@ class ResNet(resnet.ResNet):
         width: channels of the stem and of the first stage's blocks before expansion; the stages double it. torchvision's
             is 64.
         width_per_group: 128 makes the wide variants (arXiv 1605.07146).
+        zero_init_residual: the last BatchNorm of every block starts with a scale of zero, so that the block is the identity
+            (arXiv 1706.02677, section 5.1); MoCo v3 does so.
     """
 
     def __init__(
@@ -47,9 +53,10 @@ class ResNet(resnet.ResNet):
         stem: str = "imagenet",
         width: int = 64,
         width_per_group: int = 64,
+        zero_init_residual: bool = False,
     ) -> None:
         self.width = width
-        super().__init__(block, list(depths), width_per_group=width_per_group)
+        super().__init__(block, list(depths), width_per_group=width_per_group, zero_init_residual=zero_init_residual)
         del self.fc
         if stem == "cifar":
             self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
@@ -76,9 +83,14 @@ class ResNet(resnet.ResNet):
             maps.append(x)
         return maps
 
+    def feature_and_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`forward` and `feature_maps` in one pass."""
+        maps = self.feature_maps(images)
+        return self.avgpool(maps[-1]).flatten(1), maps
+
     def forward(self, images: Tensor) -> Tensor:
         """The last map averaged over its cells: (N, D)."""
-        return self.avgpool(self.feature_maps(images)[-1]).flatten(1)
+        return self.feature_and_maps(images)[0]
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
@@ -97,7 +109,16 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "swin_v2_t": partial(Swin, 2, 96, (2, 2, 6, 2), (3, 6, 12, 24)),
     "swin_v2_s": partial(Swin, 2, 96, (2, 2, 18, 2), (3, 6, 12, 24)),
     "swin_v2_b": partial(Swin, 2, 128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "vit_tiny_patch4": partial(VisionTransformer, 4, 64, 4, num_heads=4),
+    "vit_small": partial(VisionTransformer, 16, 384, 12, num_heads=12),
+    "vit_b_16": partial(VisionTransformer, 16, 768, 12, num_heads=12),
 }
+
+
+def settings_of_backbone(name: str) -> list[str]:
+    """The keyword arguments that `build_backbone` takes for a backbone; none if there is no such backbone."""
+    parameters = inspect.signature(BACKBONES[name]).parameters if name in BACKBONES else {}
+    return [key for key, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY]
 
 
 def build_backbone(name: str, **kwargs: Any) -> Any:
@@ -112,8 +133,7 @@ def build_backbone(name: str, **kwargs: Any) -> Any:
     if name not in BACKBONES:
         raise InputError(f"backbone.name: {unknown_name('backbone', name, BACKBONES)}")
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    parameters = inspect.signature(BACKBONES[name]).parameters
-    known = [key for key, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY]
+    known = settings_of_backbone(name)
     for key, value in kwargs.items():
         if key not in known:
             raise InputError(f"backbone.{key}={value}: {name} has no such setting (it has {', '.join(known)})")

@@ -1,9 +1,11 @@
 """The encoder: backbone and heads. Letters: N batch, D feature width, C embedding width, H W pixels."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import StochasticDepth
 
 from moco.models.heads import Cells
@@ -38,12 +40,23 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))
 
-    def embed(self, images: Tensor) -> Encoded:
-        """What the loss looks at, from one pass through the backbone; nothing is normalised."""
+    def embed(self, views: Sequence[Tensor]) -> list[Encoded]:
+        """What the loss looks at in each view (N, 3, H, W), from one pass through the backbone where `per_view` can.
+
+        Nothing is normalised.
+        """
         if self.dense_projector is None:
-            return Encoded(self(images))
-        feature_map = self.backbone.feature_maps(images)[-1]  # type: ignore[operator]  # (N, D, cells, cells)
-        return Encoded(self.projector(feature_map.mean(dim=(2, 3))), self.dense_projector(feature_map))
+            return [Encoded(embedding) for embedding in per_view(self.projector, per_view(self.backbone, views))]
+        features, maps = zip(*per_view(self.backbone, views, self.feature_and_last_map), strict=True)
+        cells = per_view(self.dense_projector, maps)
+        return [
+            Encoded(*both) for both in zip(per_view(self.projector, features), map(Cells._make, cells), strict=True)
+        ]
+
+    def feature_and_last_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, D) and (N, D, H / stride, W / stride)."""
+        feature, maps = self.backbone.feature_and_maps(images)  # type: ignore[operator]
+        return feature, maps[-1]
 
     def encode(self, images: Tensor, feature: str = "backbone") -> Tensor:
         """What evaluation looks at, not normalised.
@@ -60,3 +73,26 @@ def switch_off_stochastic_depth(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, StochasticDepth):
             layer.p = 0.0
+
+
+def per_view(module: nn.Module, views: Sequence[Tensor], forward: Callable[[Tensor], Any] | None = None) -> list[Any]:
+    """What a module makes of each view: in one pass of all views, unless it has BatchNorm.
+
+    BatchNorm would normalise one view with the other's statistics: the published methods let it see each view by itself.
+
+    Args:
+        views: (N, ...) each.
+        forward: the method of `module` that is called, giving a tensor or a tuple of tensors; None: `module` itself.
+    """
+    forward = forward or module
+    if len(views) == 1 or has_batch_norm(module):
+        return [forward(view) for view in views]
+    output = forward(torch.cat(list(views)))
+    if isinstance(output, Tensor):
+        return list(output.chunk(len(views)))
+    return list(zip(*(part.chunk(len(views)) for part in output), strict=True))
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether any layer normalises over the batch."""
+    return any(isinstance(layer, _BatchNorm) for layer in module.modules())

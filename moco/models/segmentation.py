@@ -17,6 +17,7 @@ from torchvision.models.segmentation.fcn import FCNHead
 
 from moco.errors import InputError
 from moco.models.swin import Swin
+from moco.models.vit import VisionTransformer
 
 PYRAMID_DECODERS = ("fpn", "unet", "upernet")
 DECODERS = (*PYRAMID_DECODERS, "deeplabv3", "fcn", "linear")
@@ -48,7 +49,7 @@ class SegmentationModel(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.backbone.feature_maps(images)  # type: ignore[operator]  # [(N, D_1, h, w), ...], finest first
+        maps = self.backbone.feature_maps(images)  # type: ignore[operator]  # [(N, D_1, h, w), ...], the first the finest
         height, width = images.shape[-2:]
         return enlarged(self.decoder(maps), self.decoder.stride, (height, width))  # type: ignore[arg-type]
 
@@ -80,13 +81,12 @@ def build_decoder(name: str, backbone: Any, num_classes: int, channels: int | No
     """
     dims, strides = backbone.feature_map_dims, backbone.feature_map_strides
     if name in PYRAMID_DECODERS:
-        return PyramidDecoder(
-            name, dims, num_classes, strides[0], channels or 256, normalize=isinstance(backbone, Swin)
-        )
+        is_transformer = isinstance(backbone, (Swin, VisionTransformer))
+        return PyramidDecoder(name, dims, num_classes, strides, channels or 256, normalize=is_transformer)
     if channels is not None:
         raise InputError(f"decoder.channels={channels}: the decoder {name} has no such setting")
     if name == "linear":
-        return LinearDecoder(dims, num_classes, strides[0])
+        return LinearDecoder(dims, num_classes, strides)
     if name == "fcn":
         return LastMapDecoder(FCNHead(dims[-1], num_classes), strides[-1])
     assert name == "deeplabv3", name  # the schema has no other
@@ -116,29 +116,38 @@ def pyramid_decoders(name: str) -> dict[str, Any]:
 class PyramidDecoder(nn.Module):
     """UPerNet (arXiv 1807.10221), FPN (arXiv 1901.02446) or U-Net (arXiv 1505.04597) of segmentation_models_pytorch.
 
-    All give a map as fine as the backbone's first; a 1x1 convolution makes it logits. Differs from that library's own
-    models: its U-Net goes on to the image's size, without anything to see there.
+    All give a map as fine as their first; a 1x1 convolution makes it logits. Differs from that library's own models: its
+    U-Net goes on to the image's size, without anything to see there.
+
+    The decoders want strides that double. Maps of one stride are resampled to a pyramid, see `pyramid_of`.
 
     Args:
         dims: D_1 to D_4.
-        stride: of the first map, px.
+        strides: of the maps, px.
         channels: width.
-        normalize: normalise the maps that the backbone has not normalised (all but Swin's last), as the segmentation code of
-            Swin does; UPerNet does it by itself.
+        normalize: normalise the maps that the backbone has not normalised (all but the last of Swin and ViT), as the
+            segmentation code of Swin does; UPerNet does it by itself.
 
     Raises:
         InputError: the library is not installed, or the FPN's GroupNorm cannot have that width.
     """
 
     def __init__(
-        self, name: str, dims: Sequence[int], num_classes: int, stride: int, channels: int, normalize: bool
+        self,
+        name: str,
+        dims: Sequence[int],
+        num_classes: int,
+        strides: Sequence[int],
+        channels: int,
+        normalize: bool,
     ) -> None:
         super().__init__()
         library = pyramid_decoders(name)
         from segmentation_models_pytorch.base.initialization import initialize_decoder, initialize_head
 
         self.name = name
-        self.stride = stride
+        self.has_one_stride = strides[0] == strides[-1]
+        self.stride = strides[0] // 4 if self.has_one_stride else strides[0]
         width = {"fpn": channels // 2, "unet": channels // 4, "upernet": channels}[name]
         if name == "fpn":
             if channels % 64 or channels < 128:  # half of them in 32 groups, of at least two
@@ -158,14 +167,31 @@ class PyramidDecoder(nn.Module):
         self.norms = nn.ModuleList([LayerNorm2d(dim) if needs_norm else nn.Identity() for dim in dims[:-1]])
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Logits (N, C, h, w) of the first map's cells."""
-        height, width = maps[0].shape[-2:]
+        """Logits (N, C, h, w) of the cells of the first map, or of the pyramid's."""
         maps = [*(norm(x) for norm, x in zip(self.norms, maps[:-1], strict=True)), maps[-1]]
+        if self.has_one_stride:
+            maps = pyramid_of(maps)
+        height, width = maps[0].shape[-2:]
         if self.name == "fpn":
             maps = completed(maps)
         # The library counts maps from the full resolution on and passes over the finer ones, which have no channels here.
         finer = [maps[0][:, :0]] * self.num_finer_maps
         return self.head(self.decoder([*finer, *maps])[..., :height, :width])
+
+
+def pyramid_of(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Four maps of one stride s, as ViT's, as maps of the strides s / 4, s / 2, s and 2 s.
+
+    As in the segmentation code of BEiT (arXiv 2106.08254), which learns how to enlarge and takes the largest of four cells;
+    here maps are enlarged bilinearly and four cells averaged, without weights.
+    """
+    quarter, half, same, double = maps
+    return [
+        F.interpolate(quarter, scale_factor=4, mode="bilinear", align_corners=False),
+        F.interpolate(half, scale_factor=2, mode="bilinear", align_corners=False),
+        same,
+        F.avg_pool2d(double, kernel_size=2, ceil_mode=True),
+    ]
 
 
 def completed(maps: Sequence[Tensor]) -> list[Tensor]:
@@ -205,30 +231,31 @@ class LinearDecoder(nn.Module):
 
     Args:
         dims: D_1 to D_4.
-        stride: of the first map, px.
+        strides: of the maps, px.
     """
 
-    def __init__(self, dims: Sequence[int], num_classes: int, stride: int) -> None:
+    def __init__(self, dims: Sequence[int], num_classes: int, strides: Sequence[int]) -> None:
         super().__init__()
-        self.stride = stride
+        self.stride = strides[0]
+        self.enlargements = [stride // strides[0] for stride in strides]
         self.layers = nn.ModuleList(
             nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, num_classes, kernel_size=1)) for dim in dims
         )
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Logits (N, C, h, w) of the first map's cells."""
-        finest = maps[0].shape[-2:]
+        height, width = maps[0].shape[-2:]
         total = self.layers[0](maps[0])
-        for level, (layer, x) in enumerate(zip(self.layers[1:], maps[1:], strict=True), start=1):
-            total = total + enlarged(layer(x), 2**level, (finest[0], finest[1]))
+        for layer, x, times in zip(self.layers[1:], maps[1:], self.enlargements[1:], strict=True):
+            total = total + enlarged(layer(x), times, (height, width))
         return total
 
 
 def depths_from_the_top(backbone: nn.Module) -> dict[nn.Parameter, int]:
     """How many layers below the decoder each of the backbone's parameters is, from 1.
 
-    A layer is a block of Swin, with the patch merging before it, or a stage of ResNet. Swin's last norm counts to its last
-    block; the patch embedding, or ResNet's stem, is the lowest layer.
+    A layer is a block of ViT or Swin, with the patch merging before it, or a stage of ResNet. The last norm counts to the
+    last block; the patch embedding, with ViT's class token and learned positions, or ResNet's stem, is the lowest layer.
 
     Raises:
         InputError: the backbone's layers are not known.
@@ -240,6 +267,12 @@ def depths_from_the_top(backbone: nn.Module) -> dict[nn.Parameter, int]:
             merging = [backbone.features[2 * stage]] if stage else []
             layers += [[*merging, blocks[0]], *([block] for block in blocks[1:])]
         layers[-1].append(backbone.norm)
+    elif isinstance(backbone, VisionTransformer):
+        tokens = [
+            value for name, value in backbone.named_parameters() if name.endswith(("class_token", "pos_embedding"))
+        ]
+        layers = [[backbone.conv_proj, nn.ParameterList(tokens)], *([block] for block in backbone.blocks())]
+        layers[-1].append(backbone.encoder["ln"])
     elif isinstance(backbone, ResNet):
         layers = [
             [backbone.conv1, backbone.bn1], [backbone.layer1], [backbone.layer2], [backbone.layer3], [backbone.layer4]

@@ -178,9 +178,14 @@ class Swin(swin_transformer.SwinTransformer):
             maps.append((self.norm(y) if stage == 3 else y).permute(0, 3, 1, 2))
         return maps
 
+    def feature_and_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`forward` and `feature_maps` in one pass."""
+        maps = self.feature_maps(images)
+        return maps[-1].mean(dim=(2, 3)), maps
+
     def forward(self, images: Tensor) -> Tensor:
         """The last map averaged over its cells: (N, D)."""
-        return self.feature_maps(images)[-1].mean(dim=(2, 3))
+        return self.feature_and_maps(images)[0]
 
 
 def with_zeros_beyond(x: Tensor, size: Size) -> Tensor:

@@ -3,11 +3,11 @@
 A backbone has no classifier. Its weights load with ``strict=True`` into the library's model without one:
 
     model = torchvision.models.resnet50()
-    model.fc = torch.nn.Identity()  # Swin: model.head
+    model.fc = torch.nn.Identity()  # Swin: model.head, ViT: model.heads
 
     model = timm.create_model("resnet50", num_classes=0)
 
-`moco.export` prints the lines for a certain file, the arguments for the backbone's windows included.
+`moco.export` prints the lines for a certain file, the arguments for the backbone's windows and heads included.
 
 Letters: L cells of a window.
 """
@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.models.swin import Swin
+from moco.models.vit import VisionTransformer, learned_grid_side, resized_positions
 from moco.models.window_attention import WindowAttention, WindowAttentionV2, check_pretrained_window
 from moco.models.windows import Size, relative_positions
 
 Weights = dict[str, Tensor]
 
-# torchvision's names are ours.
+# torchvision's names are ours; it has a class for vit_small, but no such name.
 TIMM_MODELS = {
     **{name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2")},
     "swin_t": "swin_tiny_patch4_window7_224",
@@ -38,9 +39,25 @@ TIMM_MODELS = {
     "swin_v2_t": "swinv2_tiny_window8_256",
     "swin_v2_s": "swinv2_small_window8_256",
     "swin_v2_b": "swinv2_base_window8_256",
+    "vit_small": "vit_small_patch16_224",
+    "vit_b_16": "vit_base_patch16_224",
 }
-CLASSIFIERS = ("fc.", "head.")
+CLASSIFIERS = ("fc.", "head.", "heads.")
 INDEX, COORDINATES = "relative_position_index", "relative_coords_table"
+POSITIONS = "encoder.pos_embedding"
+VIT_IN_TIMM = (  # no ResNet has such names
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^class_token$", "cls_token"),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^encoder\.ln\.", "norm."),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"\.ln_(\d)\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.", ".mlp.fc2."),
+)
+DEFAULT_IMAGE_SIZE = 224  # px, of both libraries' ViTs
 
 
 def counterpart(settings: dict[str, Any], library: str) -> str:
@@ -58,17 +75,23 @@ def counterpart(settings: dict[str, Any], library: str) -> str:
     return TIMM_MODELS[name] if library == "timm" else name
 
 
-def to_torchvision(backbone: nn.Module) -> Weights:
-    """The state dict that torchvision's model of the same architecture and window loads.
+def to_torchvision(backbone: nn.Module, image_size: int | None = None) -> Weights:
+    """The state dict that torchvision's model of the same architecture, window and image size loads.
 
     The names are ours; torchvision's Swin also saves which offset each pair of cells has, and V2 the coordinates of the
     offsets. Those are normalised by the pretraining window, which torchvision does not know of: with them its model keeps
-    the learned biases in other windows too, where its own would stretch them.
+    the learned biases in other windows too, where its own would stretch them. Its ViT has learned positions for one image
+    size, which are filled with ours.
+
+    Args:
+        image_size: px, for ViT, of which an incomplete patch counts as in the backbone. None: 224.
 
     Raises:
         InputError: a window that differs between the stages, which torchvision's models cannot have.
     """
     weights = dict(backbone.state_dict())
+    if isinstance(backbone, VisionTransformer):
+        weights[POSITIONS] = positions_for(backbone, image_size or DEFAULT_IMAGE_SIZE)
     if isinstance(backbone, Swin) and len(set(backbone.window_size)) > 1:
         raise InputError(
             f"backbone.window_size={list(backbone.window_size)}: torchvision's models have one window for all stages; "
@@ -82,6 +105,32 @@ def to_torchvision(backbone: nn.Module) -> Weights:
         if isinstance(attention, WindowAttentionV2):
             weights[f"{name}.{COORDINATES}"] = saved_coordinates(window, attention.pretrained_window_size)
     return weights
+
+
+def positions_for(backbone: VisionTransformer, image_size: int) -> Tensor:
+    """A ViT's positions for square images of `image_size` px: (1, T, D)."""
+    cells = backbone.cells(image_size)
+    return backbone.positions((cells, cells)).detach().clone()
+
+
+def with_fitting_positions(weights: Weights, backbone: nn.Module) -> Weights:
+    """The weights, under our names, with the positions that a ViT has: learned ones on its grid, or none if its are fixed.
+
+    Raises:
+        InputError: the weights have learned positions, and the backbone has fixed ones.
+    """
+    if not isinstance(backbone, VisionTransformer) or POSITIONS not in weights:
+        return weights
+    positions = weights[POSITIONS]
+    if backbone.learned_positions:
+        grid = (backbone.learned_positions, backbone.learned_positions)
+        return weights | {POSITIONS: resized_positions(positions, grid)}
+    if side := learned_grid_side(positions):
+        raise InputError(
+            f"the weights have learned positions on a grid of {side} x {side} cells, and this backbone has fixed ones; set "
+            f"backbone.learned_positions={side}"
+        )
+    return {name: tensor for name, tensor in weights.items() if name != POSITIONS}
 
 
 def saved_coordinates(window: Size, pretrained: Size) -> Tensor:
@@ -100,25 +149,28 @@ def from_torchvision(weights: Weights, backbone: nn.Module) -> Weights:
     """The state dict that `backbone` loads, of one of torchvision's; undo of `to_torchvision`.
 
     Raises:
-        InputError: the weights were pretrained with another window than the backbone assumes (Swin V2).
+        InputError: the weights were pretrained with another window than the backbone assumes (Swin V2), or with learned
+            positions where it has fixed ones (ViT).
     """
     for name, attention in backbone.named_modules():
         coordinates = weights.get(f"{name}.{COORDINATES}")
         if coordinates is not None and isinstance(attention, WindowAttentionV2):
             check_pretrained_window(coordinates, attention.pretrained_window_size)
     tables = (f".{INDEX}", f".{COORDINATES}")
-    return {name: x for name, x in weights.items() if not name.startswith(CLASSIFIERS) and not name.endswith(tables)}
+    kept = {name: x for name, x in weights.items() if not name.startswith(CLASSIFIERS) and not name.endswith(tables)}
+    return with_fitting_positions(kept, backbone)
 
 
 def to_timm(backbone: nn.Module, image_size: int | None = None) -> Weights:
-    """The state dict that timm's model of the same architecture and windows loads.
+    """The state dict that timm's model of the same architecture, windows and image size loads.
 
     timm's Swin V2 has no bias for keys, which ours does not use, and computes coordinates from its constructor's
     ``pretrained_window_sizes``.
 
     Args:
         image_size: px; timm's ``img_size``. Where a map is smaller than its window timm's Swin V1 has the middle of the
-            table of position biases only. None: nowhere.
+            table of position biases only (None: nowhere). Its ViT has positions for this size (None: 224; see
+            `to_torchvision`).
     """
     weights = {}
     for name, tensor in backbone.state_dict().items():
@@ -136,15 +188,21 @@ def to_timm(backbone: nn.Module, image_size: int | None = None) -> Weights:
             for place, block in enumerate(stages[stage]):
                 table = block.attn.bias_table((window, window)).detach().clone()
                 weights[f"layers.{stage}.blocks.{place}.attn.relative_position_bias_table"] = table
+    if isinstance(backbone, VisionTransformer):
+        weights[timm_name(POSITIONS)] = positions_for(backbone, image_size or DEFAULT_IMAGE_SIZE)
     return weights
 
 
 def from_timm(weights: Weights, backbone: nn.Module) -> Weights:
     """The state dict that `backbone` loads, of one of timm's; undo of `to_timm` without clipped tables.
 
-    Nothing in timm's weights tells the window that they were pretrained with: the backbone's has to be right.
+    Nothing in timm's weights tells the window that they were pretrained with, or a ViT's heads: the backbone's have to be
+    right. The official MoCo v3 weights of ViT have the same names.
+
+    Raises:
+        InputError: the weights have learned positions, and the backbone has fixed ones (ViT).
     """
-    ours = {timm_name(name): name for name in backbone.state_dict()}
+    ours = {timm_name(name): name for name in [*backbone.state_dict(), POSITIONS]}
     renamed = {}
     for name, tensor in weights.items():
         if name.endswith(".q_bias"):
@@ -153,16 +211,18 @@ def from_timm(weights: Weights, backbone: nn.Module) -> Weights:
             renamed[ours[name.replace("q_bias", "qkv.bias")]] = joined
         elif not name.startswith(CLASSIFIERS) and not name.endswith(".v_bias"):
             renamed[ours.get(name, name)] = tensor
-    return renamed
+    return with_fitting_positions(renamed, backbone)
 
 
 def timm_name(name: str) -> str:
     """The name in timm of one of our tensors; the ResNets' are the same.
 
-    torchvision numbers patches, stages and mergings through; timm counts a merging to the stage that it leads to.
+    torchvision numbers Swin's patches, stages and mergings through; timm counts a merging to the stage that it leads to.
     """
     found = re.match(r"features\.(\d)\.(?:(\d+)\.)?(.+)", name)
     if not found:
+        for ours, theirs in VIT_IN_TIMM:
+            name = re.sub(ours, theirs, name)
         return name
     place, block, rest = int(found[1]), found[2], found[3]
     if place == 0:

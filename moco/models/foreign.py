@@ -1,0 +1,456 @@
+"""State dicts of other projects: whose they are, and what their tensors are called here.
+
+A state dict is recognised by its names alone. Its tensors get the names that they have in `moco.methods.moco.MoCo`; only the
+backbones keep those of their library until there is a backbone to compare them with: see `backbone_weights`.
+
+The names are facts of the projects' public code, at facebookresearch/moco 3b42c2a, facebookresearch/moco-v3 c349e6e,
+SwinTransformer/Transformer-SSL 4510de1, WXinlong/DenseCL b64bbb6, open-mmlab/mmselfsup 20488d0 and db861f3,
+vturrisi/solo-learn 9187ea3, lightly-ai/lightly 00283d7 and e8d317f.
+
+Letters: C embedding width, K queue size.
+"""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moco.errors import InputError
+from moco.models.backbones import BACKBONES, build_backbone, settings_of_backbone
+from moco.models.swin import Swin
+from moco.models.vit import learned_grid_side
+from moco.models.weights import (
+    CLASSIFIERS,
+    COORDINATES,
+    INDEX,
+    POSITIONS,
+    Weights,
+    from_timm,
+    from_torchvision,
+    one_or_each,
+)
+from moco.models.window_attention import check_pretrained_window, pretrained_window_of
+
+QUERY, KEY = "query_encoder.", "key_encoder."
+QUEUES = ("queue.", "reverse_queue.", "dense_queue.", "reverse_dense_queue.")
+# The parts of a method, by the beginning of their tensors' names, and what to call them.
+PARTS = {
+    QUERY + "backbone.": "backbone",
+    QUERY + "projector.": "projector",
+    QUERY + "dense_projector.": "dense projector",
+    "predictor.": "predictor",
+    KEY + "backbone.": "key encoder's backbone",
+    KEY + "projector.": "key encoder's projector",
+    KEY + "dense_projector.": "key encoder's dense projector",
+    **{queue: queue.removesuffix(".").replace("_", " ") for queue in QUEUES},
+}
+HEADS = tuple(part for part in PARTS if "projector" in part or part == "predictor.")
+BACKBONE_CLASSIFIERS = tuple(f"{encoder}backbone.{name}" for encoder in (QUERY, KEY) for name in CLASSIFIERS)
+WRAPPERS = r"(?:module\.|_orig_mod\.)+"  # of DistributedDataParallel and torch.compile
+COMPUTED = (f".{INDEX}", f".{COORDINATES}", ".attn_mask")  # of Swin's windows; some libraries save them
+LONGEST_LIST = 6  # names in a line of the log
+
+
+class Layout(NamedTuple):
+    """How a project names the parts of its method."""
+
+    origin: str
+    marks: tuple[str, ...]
+    """Patterns: for each there is a name that begins so."""
+    names: dict[str, str]
+    """Patterns for the beginning of a name, and what takes its place; the first that matches counts."""
+
+
+MOCO_V3 = "MoCo v3 (facebookresearch/moco-v3)"
+SOLO_LEARN = "solo-learn"
+PLAIN_BACKBONE = "backbone alone"
+LAYOUTS = (
+    Layout(
+        "DenseCL or mmselfsup (OpenMMLab)",
+        (r"(encoder_q|base_encoder)\.0\.[a-z]|neck\.",),
+        {
+            r"(?:encoder_q|base_encoder)\.0\.": QUERY + "backbone.",
+            r"(?:encoder_q|base_encoder)\.1\.mlp2\.": QUERY + "dense_projector.",
+            r"(?:encoder_q|base_encoder)\.1\.": QUERY + "projector.",
+            r"(?:encoder_k|momentum_encoder)\.(?:module\.)?0\.": KEY + "backbone.",
+            r"(?:encoder_k|momentum_encoder)\.(?:module\.)?1\.mlp2\.": KEY + "dense_projector.",
+            r"(?:encoder_k|momentum_encoder)\.(?:module\.)?1\.": KEY + "projector.",
+            r"backbone\.": QUERY + "backbone.",
+            r"neck\.mlp2\.": QUERY + "dense_projector.",
+            r"neck\.": QUERY + "projector.",
+            r"head\.predictor\.": "predictor.",
+            r"queue$": "queue.keys",
+            r"queue_ptr$": "queue.pointer",
+            r"queue2$": "dense_queue.keys",
+            r"queue2_ptr$": "dense_queue.pointer",
+        },
+    ),
+    Layout(
+        "MoCo v1 or v2 (facebookresearch/moco)",
+        (r"encoder_q\.",),
+        {
+            r"encoder_q\.(?:fc|head)\.": QUERY + "projector.",
+            r"encoder_q\.": QUERY + "backbone.",
+            r"encoder_k\.(?:fc|head)\.": KEY + "projector.",
+            r"encoder_k\.": KEY + "backbone.",
+            r"queue$": "queue.keys",
+            r"queue_ptr$": "queue.pointer",
+        },
+    ),
+    Layout(
+        MOCO_V3,
+        (r"base_encoder\.",),
+        {
+            r"base_encoder\.(?:fc|head)\.": QUERY + "projector.",
+            r"base_encoder\.": QUERY + "backbone.",
+            r"momentum_encoder\.(?:fc|head)\.": KEY + "projector.",
+            r"momentum_encoder\.": KEY + "backbone.",
+            r"predictor\.": "predictor.",
+        },
+    ),
+    Layout(
+        "MoBY (SwinTransformer/Transformer-SSL)",
+        (r"encoder\.", r"encoder_k\.|projector\.linear_"),
+        {
+            r"encoder\.": QUERY + "backbone.",
+            r"projector\.": QUERY + "projector.",
+            r"predictor\.": "predictor.",
+            r"encoder_k\.": KEY + "backbone.",
+            r"projector_k\.": KEY + "projector.",
+            # Its first query meets queue2, which holds the second view's keys.
+            r"queue2$": "queue.keys",
+            r"queue1$": "reverse_queue.keys",
+            r"queue_ptr$": "queue.pointer",
+        },
+    ),
+    Layout(
+        "lightly, with a query_backbone",
+        (r"query_backbone\.",),
+        {
+            r"query_backbone\.": QUERY + "backbone.",
+            r"query_projection_head\.": QUERY + "projector.",
+            r"backbone\.": KEY + "backbone.",
+            r"projection_head\.": KEY + "projector.",
+            r"criterion\w*\.(?:memory_bank\.)?bank$": "queue.keys",
+            r"criterion\w*\.(?:memory_bank\.)?bank_ptr$": "queue.pointer",
+        },
+    ),
+    Layout(
+        "lightly",
+        (r"backbone\.", r"projection_head"),
+        {
+            r"backbone\.": QUERY + "backbone.",
+            r"projection_head_local\.": QUERY + "dense_projector.",
+            r"projection_head(?:_global)?\.": QUERY + "projector.",
+            r"(?:backbone_momentum|momentum_backbone|key_backbone)\.": KEY + "backbone.",
+            r"projection_head_local_momentum\.": KEY + "dense_projector.",
+            r"(?:projection_head(?:_global)?_momentum|momentum_projection_head|key_projection_head)\.": KEY
+            + "projector.",
+            r"criterion_local\.(?:memory_bank\.)?bank$": "dense_queue.keys",
+            r"criterion_local\.(?:memory_bank\.)?bank_ptr$": "dense_queue.pointer",
+            r"criterion\w*\.(?:memory_bank\.)?bank$": "queue.keys",
+            r"criterion\w*\.(?:memory_bank\.)?bank_ptr$": "queue.pointer",
+        },
+    ),
+    Layout(
+        SOLO_LEARN,
+        (r"(backbone|encoder)\.", r"momentum_(backbone|encoder|projector)\.|projector\."),
+        {
+            r"(?:backbone|encoder)\.": QUERY + "backbone.",
+            r"projector\.": QUERY + "projector.",
+            r"predictor\.": "predictor.",
+            r"momentum_(?:backbone|encoder)\.": KEY + "backbone.",
+            r"momentum_projector\.": KEY + "projector.",
+            r"queue$": "queue.keys",
+            r"queue_ptr$": "queue.pointer",
+        },
+    ),
+    Layout(PLAIN_BACKBONE, (r"backbone\.",), {r"backbone\.": QUERY + "backbone."}),
+    Layout("torchvision or timm ResNet", (r"layer1\.0\.conv1\.",), {"": QUERY + "backbone."}),
+    Layout("torchvision Swin Transformer", (r"features\.1\.0\.attn\.",), {"": QUERY + "backbone."}),
+    Layout("timm or Microsoft Swin Transformer", (r"layers\.0\.blocks\.0\.attn\.",), {"": QUERY + "backbone."}),
+    Layout("torchvision ViT", (r"encoder\.layers\.encoder_layer_0\.",), {"": QUERY + "backbone."}),
+    Layout("timm ViT", (r"cls_token$", r"blocks\.0\.attn\."), {"": QUERY + "backbone."}),
+)
+
+
+class Recognised(NamedTuple):
+    """What a state dict holds."""
+
+    origin: str
+    weights: Weights
+    """By the names of our method; of the backbones by the library's."""
+    ignored: list[str]
+    """Names of tensors that our methods have no place for."""
+
+
+def tensors_in(content: Any, source: str) -> Weights:
+    """The state dict in what a file holds, without the prefixes of wrappers around the model.
+
+    Args:
+        content: of `moco.training.checkpoint_files.read_weights`.
+        source: the key and the path, for the error.
+
+    Raises:
+        InputError: there is none.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = content.items() if isinstance(content, dict) else ()
+    weights = {re.sub(f"^{WRAPPERS}", "", str(name)): x for name, x in tensors if isinstance(x, Tensor)}
+    if not weights:
+        raise InputError(f"{source}: holds no tensors by name, neither directly nor in an item state_dict or model")
+    return weights
+
+
+def recognise(weights: Weights, source: str) -> Recognised:
+    """Whose weights they are, and which is which.
+
+    Args:
+        source: the key and the path, for the error.
+
+    Raises:
+        InputError: no project that is known here names its tensors so.
+    """
+    for layout in LAYOUTS:
+        if all(any(re.match(mark, name) for name in weights) for mark in layout.marks):
+            break
+    else:
+        raise InputError(
+            f"{source}: tensors named {listed(weights)} are of no known format (known: "
+            f"{', '.join(layout.origin for layout in LAYOUTS)})"
+        )
+    ours: Weights = {}
+    ignored = []
+    for name, tensor in weights.items():
+        pattern = next((pattern for pattern in layout.names if re.match(pattern, name)), None)
+        renamed = "" if pattern is None else re.sub(f"^{pattern}", layout.names[pattern], name, count=1)
+        if pattern is None or renamed.startswith(BACKBONE_CLASSIFIERS):
+            ignored.append(name)
+        else:
+            ours[renamed] = tensor
+    for part in HEADS:
+        head, others = split(ours, part)
+        inner = "layers." if "dense" in part else ""
+        ours = others | {f"{part}{inner}{name}": x for name, x in in_our_order(head, is_dense=bool(inner)).items()}
+    return Recognised(layout.origin, with_queues(ours), ignored)
+
+
+def split(weights: Weights, prefix: str) -> tuple[Weights, Weights]:
+    """The tensors whose names begin so, without the beginning, and the others."""
+    these = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    return these, {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
+
+
+def in_our_order(head: Weights, is_dense: bool) -> Weights:
+    """A head's tensors under the numbers that `moco.models.heads` gives its layers.
+
+    Whatever the layers are called, their numbers say their order, one without a number is the last, and a linear layer comes
+    before the BatchNorm of the same number. Between two linear layers is a ReLU.
+
+    Args:
+        is_dense: the linear layers are 1x1 convolutions, and not alone.
+    """
+    layers: dict[str, Weights] = {}
+    for name, tensor in head.items():
+        layer, _, parameter = name.rpartition(".")
+        layers.setdefault(layer, {})[parameter] = tensor
+    linear = {layer for layer, tensors in layers.items() if "weight" in tensors and tensors["weight"].ndim >= 2}
+    order = sorted(layers, key=lambda layer: (number_in(layer), layer not in linear))
+    ours: Weights = {}
+    place = 0
+    for count, layer in enumerate(order):
+        place += layer in linear and count > 0
+        prefix = f"{place}." if len(order) > 1 or is_dense else ""
+        ours |= {prefix + parameter: tensor for parameter, tensor in layers[layer].items()}
+        place += 1
+    return {name: x[:, :, None, None] if is_dense and x.ndim == 2 else x for name, x in ours.items()}
+
+
+def number_in(name: str) -> float:
+    """The last number in a layer's name; infinity if it has none."""
+    numbers = re.findall(r"\d+", name)
+    return int(numbers[-1]) if numbers else float("inf")
+
+
+def with_queues(weights: Weights) -> Weights:
+    """The weights with their queues in the form of `KeyQueue`: rows of keys, pointer, and all of them filled."""
+    weights = dict(weights)
+    keys = weights.get("queue.keys")
+    if keys is not None and keys.ndim == 3:  # solo-learn's (2, C, K): the first view's keys, then the second's
+        weights |= {"reverse_queue.keys": keys[0], "queue.keys": keys[1]}
+    pointer = weights.get("queue.pointer", torch.zeros(1))
+    for queue in QUEUES:
+        if queue + "keys" in weights:
+            rows = rows_of_unit_norm(weights[queue + "keys"])  # (K, C)
+            weights |= {
+                queue + "keys": rows,
+                queue + "pointer": weights.get(queue + "pointer", pointer).reshape(()).long(),
+                queue + "filled": torch.tensor(len(rows)),
+            }
+    return weights
+
+
+def rows_of_unit_norm(keys: Tensor) -> Tensor:
+    """A queue as (K, C), which nearly all projects store as (C, K)."""
+    return (keys.T if (keys.norm(dim=0) - 1).abs().mean() < (keys.norm(dim=1) - 1).abs().mean() else keys).contiguous()
+
+
+def backbone_weights(weights: Weights, backbone: nn.Module) -> Weights:
+    """The state dict that `backbone` should load, of one under the names of another library, or ours.
+
+    Nothing makes sure that it fits: see `misfit`.
+
+    Raises:
+        InputError: they were pretrained with another window, or other positions, than the backbone has.
+    """
+    weights = merging_before_its_stage(from_sequential(weights))
+    if isinstance(backbone, Swin):
+        tables = first_of_each_stage(weights, COORDINATES)
+        for table, window in zip(tables, backbone.pretrained_window_size, strict=False):
+            check_pretrained_window(table, (window, window))
+    weights = {name: x for name, x in weights.items() if not name.endswith(COMPUTED)}
+    if any(name.startswith("patch_embed.") for name in weights):
+        try:
+            weights = from_timm(weights, backbone)
+        except KeyError:  # the backbone is no Swin V2, and has no place for its biases
+            return weights
+    else:
+        weights = from_torchvision(weights, backbone)
+    # Files from before PyTorch 0.4.1 have no such counters.
+    counters = {name: x for name, x in backbone.state_dict().items() if name.endswith("num_batches_tracked")}
+    return {name: torch.zeros_like(x, device="cpu") for name, x in counters.items() if name not in weights} | weights
+
+
+def from_sequential(weights: Weights) -> Weights:
+    """A ResNet's names, where it was made an nn.Sequential of its children, as lightly's examples do.
+
+    torchvision's children are conv1, bn1, relu, maxpool and four layers; lightly's own ResNet has no modules for ReLU and
+    pooling, and calls a downsample shortcut.
+    """
+    if "0.weight" not in weights:
+        return weights
+    first = 2 if any(name.startswith("2.") for name in weights) else 4
+    children = {"0": "conv1", "1": "bn1"} | {str(first + number): f"layer{number + 1}" for number in range(4)}
+    renamed = {}
+    for name, tensor in weights.items():
+        child, _, rest = name.partition(".")
+        renamed[f"{children.get(child, child)}.{rest.replace('shortcut.', 'downsample.')}"] = tensor
+    return renamed
+
+
+def merging_before_its_stage(weights: Weights) -> Weights:
+    """A Swin's names as in timm since 0.9: Microsoft and older timm count a merging to the stage before it."""
+    if not any(name.startswith("layers.0.downsample.") for name in weights):
+        return weights
+    moved = re.compile(r"^layers\.(\d)\.downsample\.")
+    return {moved.sub(lambda found: f"layers.{int(found[1]) + 1}.downsample.", name): x for name, x in weights.items()}
+
+
+def misfit(weights: Weights, expected: Weights) -> str | None:
+    """In which first tensor the weights differ from a module's state dict, and how many more do; None if in none."""
+    shapes = {name: tuple(x.shape) for name, x in expected.items()}
+    found = [
+        f"{name} is {tuple(x.shape)} and should be {shapes[name]}"
+        for name, x in weights.items()
+        if name in shapes and x.shape != shapes[name]
+    ]
+    found += [f"{name} {shape} is missing" for name, shape in shapes.items() if name not in weights]
+    found += [f"{name} {tuple(x.shape)} has no counterpart" for name, x in weights.items() if name not in shapes]
+    more = f", and {len(found) - 1} more differ" if len(found) > 1 else ""
+    return found[0] + more if found else None
+
+
+def settings_seen(weights: Weights, name: str) -> dict[str, Any]:
+    """The arguments of `build_backbone` that show in a backbone's weights, under any library's names.
+
+    Args:
+        name: of the backbone; what it has no setting for is left out.
+    """
+    weights = from_sequential(weights)
+    seen: dict[str, Any] = {}
+    if "conv1.weight" in weights and weights["conv1.weight"].shape[-1] == 3:
+        seen["stem"] = "cifar"
+    for positions in ("pos_embed", POSITIONS):
+        if positions in weights and (side := learned_grid_side(weights[positions])):
+            seen["learned_positions"] = side
+    if tables := first_of_each_stage(weights, "relative_position_bias_table"):
+        seen["window_size"] = one_or_each([(round(len(table) ** 0.5) + 1) // 2 for table in tables])
+    if tables := first_of_each_stage(weights, COORDINATES):
+        windows = [(table.shape[1] + 1) // 2 for table in tables]
+        seen["window_size"] = one_or_each(windows)
+        pretrained = [pretrained_window_of(table) for table in tables]
+        seen["pretrained_window_size"] = one_or_each(
+            [normaliser[0] if normaliser else window for normaliser, window in zip(pretrained, windows, strict=True)]
+        )
+    return {key: value for key, value in seen.items() if key in settings_of_backbone(name)}
+
+
+def first_of_each_stage(weights: Weights, ending: str) -> list[Tensor]:
+    """Of the tensors in a Swin's blocks whose names end so, the first of each stage."""
+    names = sorted(name for name in weights if re.match(rf"(features|layers)\.\d\..*\.{ending}$", name))
+    return [weights[next(stage)] for _, stage in groupby(names, key=lambda name: name.split(".")[1])]
+
+
+def fitting_backbones(weights: Weights) -> list[dict[str, Any]]:
+    """The arguments of `build_backbone`, for every backbone whose tensors have the same names and shapes."""
+    fitting = []
+    for name in BACKBONES:
+        settings = {"name": name, **settings_seen(weights, name)}
+        try:
+            backbone = outline(**{key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()})
+            is_fitting = misfit(backbone_weights(weights, backbone), backbone.state_dict()) is None
+        except InputError:  # Swin V1 has no pretraining window
+            continue
+        if is_fitting:
+            fitting.append(settings)
+    return fitting
+
+
+@functools.cache
+def outline(**settings: Any) -> Any:
+    """The backbone of these settings without memory for its tensors. All of them take a second, so they are kept."""
+    with torch.device("meta"):
+        return build_backbone(**settings)
+
+
+def head_settings(head: Weights) -> dict[str, Any]:
+    """The arguments of `build_head`, but the input's width, that make such a head, under our names.
+
+    A head that `build_head` cannot make, as one with a scale in its last BatchNorm, is not told from a similar one: see
+    `misfit`.
+    """
+    linear = {name: x for name, x in head.items() if name.endswith("weight") and x.ndim >= 2}
+    widths = [len(x) for x in linear.values()]
+    means = [number_in(name) for name in head if name.endswith("running_mean")]
+    last = max(map(number_in, linear))
+    return {
+        "output_dim": widths[-1],
+        "num_layers": len(linear),
+        "hidden_dim": widths[0] if len(widths) > 1 else None,
+        "hidden_batch_norm": any(number < last for number in means),
+        "last_batch_norm": any(number > last for number in means),
+        "bias": any(name.replace("weight", "bias") in head for name in linear),
+    }
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a line: all if they are few, else how many begin with which word."""
+    names = list(names)
+    if len(names) <= LONGEST_LIST:
+        return ", ".join(names)
+    groups = Counter(name.partition(".")[0] for name in names)
+    shown = [f"{group}.* ({count})" if count > 1 else group for group, count in groups.most_common(LONGEST_LIST)]
+    return ", ".join(shown) + (", ..." if len(groups) > LONGEST_LIST else "")
+
+
+def listed_parts(weights: Weights) -> str:
+    """The parts of a method that weights under our names are of, and how many tensors each has."""
+    counts = {part: sum(name.startswith(part) for name in weights) for part in PARTS}
+    return ", ".join(f"{PARTS[part]} ({count})" for part, count in counts.items() if count)
