@@ -18,9 +18,9 @@ from rich.table import Table
 from torch import Tensor
 
 from moco.config import CONFIG_DIR, TrainConfig, parse, register_schemas
-from moco.methods.batch_norm import has_batch_norm
 from moco.methods.losses import info_nce
 from moco.methods.moco import MoCo
+from moco.models.encoder import has_batch_norm
 from moco.train import build_method
 
 RECIPES = ("imagenet_moco_v2_resnet50", "imagenet_moby_swin_v2_t")
@@ -52,10 +52,10 @@ def kept_bytes(method: MoCo, image_size: int, precision: str, batch: int = 8) ->
 
     images = torch.randn(batch, 3, image_size, image_size)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        for _ in range(1 + method.symmetric):
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                query = method.encode_query(images)
-                key = method.encode_key(images)
+        views = [images] * (1 + method.symmetric)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            queries, keys = method.encode_queries(views), method.encode_keys(views)
+        for query, key in zip(queries, keys, strict=True):
             # The queue's copy is one for all images, and counted with the states.
             info_nce(query.embedding, key.embedding, method.queue.keys[:1], method.temperature)
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values()) / batch
@@ -69,6 +69,7 @@ def measured(experiment: str) -> dict[str, float]:
     trainable = [parameter for parameter in method.parameters() if parameter.requires_grad]
     states = 2 if config.optimizer.name == "adamw" else 1
     directions = 1 + config.method.symmetric
+    is_shuffled = config.method.batch_norm == "auto" and has_batch_norm(method.key_encoder)
     queues = bytes_of(queue.keys for queue in set(method.queues)) * 2  # and the copy that a step's loss works on
     return {
         "batch": config.data.batch_size,
@@ -79,7 +80,7 @@ def measured(experiment: str) -> dict[str, float]:
         "kept bf16": kept_bytes(method, 224, "bf16"),
         "gradients": bytes_of(trainable),
         "keys": directions * config.data.batch_size * config.method.embedding_dim * 4,
-        "images": directions * config.data.batch_size * 3 * 224 * 224 * 4 if has_batch_norm(method.key_encoder) else 0,
+        "images": directions * config.data.batch_size * 3 * 224 * 224 * 4 if is_shuffled else 0,
     }
 
 

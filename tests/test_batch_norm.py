@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from moco.errors import InputError
 from moco.methods.batch_norm import SplitBatchNorm, batch_norm_mode, log_batch_norm, split_batch_norm
 from moco.models.heads import build_head
+from moco.train import check_batch_norm
 
 
 @pytest.mark.parametrize(
@@ -80,19 +82,70 @@ IN_THE_HEAD = nn.Sequential(nn.LayerNorm(3), build_head(3, 2, hidden_batch_norm=
     [
         ("auto", WITHOUT, 1, "plain", "the encoder has none"),
         ("split", WITHOUT, 1, "plain", "the encoder has none"),
+        ("sync", WITHOUT, 8, "plain", "the encoder has none"),
         ("auto", WITH, 1, "split", "split, so that it cannot leak"),
         ("auto", WITH, 8, "shuffle", "shuffle, so that it cannot leak"),
         ("auto", IN_THE_HEAD, 1, "split", "split, so that it cannot leak"),
         ("auto", IN_THE_HEAD, 8, "shuffle", "shuffle, so that it cannot leak"),
         ("shuffle", WITH, 1, "shuffle", "prevents nothing on one device"),
-        ("plain", WITH, 1, "plain", "leaks the positive"),
+        ("plain", WITH, 1, "plain", "plain, which leaks the positive"),
         ("split", WITH, 1, "split", "split, so that it cannot leak"),
+        ("sync", IN_THE_HEAD, 1, "plain", "plain, which leaks the positive"),
+        ("sync", IN_THE_HEAD, 8, "sync", "sync, which leaks the positive"),
     ],
 )
 def test_the_mode_in_force_is_chosen_and_said(mode, encoder, devices, expected, said, caplog):
     caplog.set_level("INFO")
-    in_force = batch_norm_mode(mode, encoder, devices)
+    in_force = batch_norm_mode(mode, encoder, devices, "cuda")
     assert in_force == expected
     log_batch_norm(in_force, encoder, devices)
     assert len(caplog.messages) == 1
     assert said in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "devices", "device_type", "expected", "said"),
+    [
+        ("auto", 1, "cuda", "plain", "plain, with which the keys of a batch cannot be told apart"),
+        ("auto", 8, "cuda", "sync", "sync, with which the keys"),
+        ("auto", 2, "cpu", "plain", "tells a query the keys of its own device"),
+        ("sync", 1, "cpu", "plain", "plain, with which the keys"),
+        ("sync", 8, "cuda", "sync", "sync, with which the keys"),
+        ("shuffle", 2, "cpu", "shuffle", "shuffle, with which the keys"),
+    ],
+)
+def test_negatives_of_the_batch_have_modes_of_their_own(mode, devices, device_type, expected, said, caplog):
+    caplog.set_level("INFO")
+    in_force = batch_norm_mode(mode, WITH, devices, device_type, negatives="batch")
+    assert in_force == expected
+    log_batch_norm(in_force, WITH, devices, negatives="batch")
+    assert len(caplog.messages) == 1
+    assert said in caplog.messages[0]
+
+
+@pytest.mark.parametrize("negatives", ["batch", "queue"])
+def test_sync_on_several_cpu_processes_is_refused_before_the_run_begins(negatives, runner):
+    config = runner.config(
+        "method.batch_norm=sync", "trainer.devices=2", f"method.negatives={negatives}",
+        *(["method.queue_size=null"] if negatives == "batch" else []),
+    )  # fmt: skip
+    with pytest.raises(
+        InputError, match=r"^method\.batch_norm=sync: statistics are shared between GPUs only, [^\n]*2 CPU"
+    ):
+        check_batch_norm(runner.method(config).query_encoder, config)
+
+
+def test_sync_makes_every_batch_norm_one_over_all_devices_and_keeps_the_parameters(runner):
+    heads = [f"method.{head}.hidden_batch_norm=true" for head in ("projector", "predictor")]
+    method = runner.method(runner.config("method=moby", "method.num_queues=1", *heads, "method.batch_norm=sync"))
+    names, parameters = method.state_dict().keys(), dict(method.named_parameters())
+    gpu = SimpleNamespace(root_device=torch.device("cuda"))
+    method._trainer = SimpleNamespace(world_size=2, strategy=gpu)
+    method.setup("fit")
+    assert method.batch_norm == "sync"
+    for module in (method.query_encoder, method.key_encoder, method.predictor):
+        layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        assert layers
+        assert all(isinstance(layer, nn.SyncBatchNorm) for layer in layers)
+    assert method.state_dict().keys() == names
+    assert all(parameter is parameters[name] for name, parameter in method.named_parameters())

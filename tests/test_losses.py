@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco.methods.losses import dense_info_nce, info_nce, most_similar_cells
+from moco.methods.losses import dense_info_nce, in_batch_info_nce, info_nce, most_similar_cells
 
 
 def unit(*shape):
@@ -55,6 +55,38 @@ def test_autocast_does_not_lower_the_precision():
     expected = info_nce(query, key, negatives, 0.07)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(info_nce(query, key, negatives, 0.07), expected)
+    expected = in_batch_info_nce(query, key, 0.07)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(in_batch_info_nce(query, key, 0.07), expected)
+
+
+def in_batch_reference(query, keys, temperature, first=0):
+    """Algorithm 1 of arXiv 2104.02057, one query at a time in numpy; query i's own key is row first + i. As `reference`."""
+    losses, gradients = [], []
+    for own, q in enumerate(query, start=first):
+        weights = np.exp(keys @ q / temperature)
+        softmax = weights / weights.sum()
+        losses.append(-np.log(softmax[own]))
+        gradients.append((softmax @ keys - keys[own]) / temperature)
+    return np.mean(losses), np.array(gradients) / len(query)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_in_batch_value_and_gradient_equal_the_papers_algorithm(temperature, rank):
+    query, keys = unit(5, 16), unit(15, 16)
+    value, gradient = in_batch_reference(query.numpy(), keys.numpy(), temperature, first=5 * rank)
+    query = query.float().requires_grad_()
+    loss = in_batch_info_nce(query, keys.float(), temperature, rank)
+    loss.backward()
+    assert loss.item() == pytest.approx(value, rel=1e-5)
+    np.testing.assert_allclose(query.grad.numpy(), gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_in_batch_loss_of_one_pair_is_zero_and_of_equal_ones_log_m():
+    rows = F.normalize(torch.ones(8, 4), dim=1)
+    assert in_batch_info_nce(rows[:1], rows[:1], 0.2).item() == 0.0
+    assert in_batch_info_nce(rows[:4], rows, 0.2, rank=1).item() == pytest.approx(math.log(8), rel=1e-6)
 
 
 def dense_reference(query, key, query_features, key_features, negatives, temperature):

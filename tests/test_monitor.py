@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco.evaluation.diagnostics import embedding_std, negative_similarity, positive_similarity
+from moco.evaluation.diagnostics import (
+    embedding_std,
+    in_batch_negative_similarity,
+    negative_similarity,
+    positive_similarity,
+)
 from moco.evaluation.features import EmbeddingStopped, embed, evaluating
 from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, view_pair_picture
 from moco.train import build_data
@@ -21,6 +26,13 @@ def test_similarities_equal_the_mean_over_all_pairs():
     query, key, negatives = unit(10, 16), unit(10, 16), unit(50, 16)
     assert float(positive_similarity(query, key)) == pytest.approx(float((query @ key.T).diagonal().mean()), abs=1e-6)
     assert float(negative_similarity(query, negatives)) == pytest.approx(float((query @ negatives.T).mean()), abs=1e-6)
+
+
+def test_a_querys_own_key_is_none_of_its_negatives_in_the_batch():
+    query, keys = unit(10, 16), unit(30, 16)  # of three devices; these are the second's
+    others = [float(query[i] @ keys[j]) for i in range(10) for j in range(30) if j != 10 + i]
+    ours = in_batch_negative_similarity(query, keys[10:20], keys)
+    assert float(ours) == pytest.approx(sum(others) / len(others), abs=1e-6)
 
 
 def test_embedding_std_is_zero_when_collapsed_and_one_over_root_c_when_spread():
@@ -100,6 +112,21 @@ def test_both_terms_are_shown_where_there_is_a_dense_one(runner):
     shown.clear()
     runner.fit(runner.config(), [Watch({}, 1)])
     assert "train/loss_dense" not in shown[-1]
+
+
+def test_without_a_queue_chance_is_one_of_the_batch_and_no_fill_is_shown(runner):
+    class Watch(TrainingMonitor):
+        def step_figures(self, trainer, pl_module, outputs):
+            shown.append(super().step_figures(trainer, pl_module, outputs))
+            return shown[-1]
+
+    shown = []
+    runner.fit(runner.config("method.negatives=batch", "method.queue_size=null"), [Watch({}, 1)])
+    assert len(shown) == 3
+    for figures in shown:
+        assert figures["train/loss_of_chance"] == pytest.approx(math.log(32), rel=1e-6)
+        assert -1 <= figures["label_free/negative_similarity"] <= 1
+        assert "label_free/queue_fill" not in figures
 
 
 def test_without_labels_it_says_once_that_there_is_no_knn(runner, picture_tree, caplog):

@@ -23,3 +23,13 @@ def positive_similarity(query: Tensor, key: Tensor) -> Tensor:
 def negative_similarity(query: Tensor, negatives: Tensor) -> Tensor:
     """Mean cosine over all pairs of query (N, C) and negative (K, C), both of unit norm."""
     return torch.dot(query.float().mean(dim=0), negatives.float().mean(dim=0))
+
+
+def in_batch_negative_similarity(query: Tensor, key: Tensor, keys: Tensor) -> Tensor:
+    """Mean cosine over all pairs of query (N, C) and key (M, C) but its own, of unit norm.
+
+    Args:
+        key: (N, C), each query's own key, which is also one of `keys`.
+    """
+    others = len(keys) * negative_similarity(query, keys) - positive_similarity(query, key)
+    return others / (len(keys) - 1)

@@ -16,7 +16,12 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from moco.data.datamodule import PretrainingData, check_unreadable
-from moco.evaluation.diagnostics import embedding_std, negative_similarity, positive_similarity
+from moco.evaluation.diagnostics import (
+    embedding_std,
+    in_batch_negative_similarity,
+    negative_similarity,
+    positive_similarity,
+)
 from moco.evaluation.features import EmbeddingStopped, evaluating
 from moco.evaluation.knn import KNNResult, knn_accuracy
 from moco.evaluation.sharding import embed_together
@@ -250,15 +255,13 @@ class TrainingMonitor(LossMonitor):
         self.collapsed_checks = state_dict["collapsed_checks"]
 
     def step_figures(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> dict[str, float]:
-        queue, query, negatives = pl_module.queue, outputs["query"], outputs["negatives"]
+        query = outputs["query"]
         std = float(embedding_std(query))
         self._check_collapse(std, query.shape[1], trainer.global_step)
         return {
-            "train/loss_of_chance": pl_module.loss_of_chance(len(negatives)),
             "train/key_momentum": pl_module.key_momentum_at(trainer.global_step - 1),
             "label_free/positive_similarity": float(positive_similarity(query, outputs["key"])),
-            "label_free/negative_similarity": float(negative_similarity(query, negatives)) if len(negatives) else 0.0,
-            "label_free/queue_fill": float(queue.filled) / len(queue.keys),
+            **(in_batch_figures if pl_module.queue is None else queue_figures)(pl_module, outputs),
             "label_free/embedding_std": std,
             "label_free/embedding_std_if_spread": 1 / math.sqrt(query.shape[1]),
             **{f"train/{term}": float(outputs[term]) for term in ("loss_global", "loss_dense") if term in outputs},
@@ -274,6 +277,25 @@ class TrainingMonitor(LossMonitor):
                 "augmentation that erases the picture.",
                 step, std, 1 / math.sqrt(embedding_dim),
             )  # fmt: skip
+
+
+def queue_figures(pl_module: Any, outputs: dict[str, Tensor]) -> dict[str, float]:
+    """Of a step whose negatives came from a queue."""
+    queue, query, negatives = pl_module.queue, outputs["query"], outputs["negatives"]
+    return {
+        "train/loss_of_chance": pl_module.loss_of_chance(len(negatives)),
+        "label_free/negative_similarity": float(negative_similarity(query, negatives)) if len(negatives) else 0.0,
+        "label_free/queue_fill": float(queue.filled) / len(queue.keys),
+    }
+
+
+def in_batch_figures(pl_module: Any, outputs: dict[str, Tensor]) -> dict[str, float]:
+    """Of a step whose negatives were the other keys of its batch."""
+    query, key, keys = outputs["query"], outputs["key"], outputs["negatives"]
+    return {
+        "train/loss_of_chance": pl_module.loss_of_chance(len(keys) - 1),
+        "label_free/negative_similarity": float(in_batch_negative_similarity(query, key, keys)),
+    }
 
 
 class ViewPairPicture(pl.Callback):

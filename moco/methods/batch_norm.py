@@ -7,8 +7,13 @@ the loss falls and nothing is learned (arXiv 1911.05722, section 3.3, "Shuffling
   the company stays the same, and it prevents nothing.
 - ``split``: the batch is normalised in groups, as if each were on its own device, and the keys are shuffled: the same
   remedy on one device, from the official CIFAR-10 notebook.
-- ``plain``: nothing; right for encoders without BatchNorm.
-- ``auto``: plain without BatchNorm, split on one device, shuffle on several.
+- ``sync``: every batch is normalised with the statistics of all devices, keys in their order. With a queue this prevents
+  nothing: a query and its key still meet the same company, and the keys of the queue met another. On one device it is plain.
+- ``plain``: each device normalises its own batch; right for encoders without BatchNorm.
+- ``auto``, with a queue: plain without BatchNorm, split on one device, shuffle on several.
+- ``auto``, with negatives of the same batch: sync on several GPUs, otherwise plain. All keys that a query is compared with
+  are then normalised together, and the statistics tell none from another. Without sync they would tell the keys of the
+  query's own device from the others.
 
 BatchNorm in the projector alone, as under MoBY's Swin, leaks as well, so ``auto`` takes it like any other. Tried with keys
 that share nothing with their queries but the batch, of 8: a two-layer head brought the loss from log(1 + K) = 7.6 down to
@@ -25,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from moco.errors import InputError
+from moco.models.encoder import has_batch_norm
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +76,6 @@ class SplitBatchNorm(_BatchNorm):
         return output.view_as(input)
 
 
-def has_batch_norm(module: nn.Module) -> bool:
-    """Whether any layer normalises over the batch."""
-    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
-
-
 def split_batch_norm(module: nn.Module, num_splits: int) -> None:
     """Replace every BatchNorm inside `module` by a `SplitBatchNorm` that shares its parameters and buffers."""
     for name, child in module.named_children():
@@ -84,28 +85,55 @@ def split_batch_norm(module: nn.Module, num_splits: int) -> None:
             split_batch_norm(child, num_splits)
 
 
-def batch_norm_mode(mode: str, encoder: nn.Module, num_devices: int) -> str:
-    """The mode that is in force: ``plain``, ``shuffle`` or ``split``.
+def batch_norm_mode(mode: str, encoder: nn.Module, num_devices: int, device_type: str, negatives: str = "queue") -> str:
+    """The mode that is in force: ``plain``, ``shuffle``, ``split`` or ``sync``.
 
     Args:
         mode: the one asked for, or ``auto``.
         encoder: either encoder; the two have the same layers.
         num_devices: devices that train together.
+        device_type: theirs, ``cpu`` or ``cuda``.
+        negatives: where they come from, ``queue`` or ``batch``.
+
+    Raises:
+        InputError: sync is asked for on several CPU processes.
     """
-    if not has_batch_norm(encoder):
+    several = num_devices > 1
+    if not has_batch_norm(encoder) or (mode == "sync" and not several):
         return "plain"
-    if mode == "auto":
-        return "split" if num_devices == 1 else "shuffle"
-    return mode
+    if mode == "sync" and device_type == "cpu":
+        raise InputError(
+            "method.batch_norm=sync: statistics are shared between GPUs only, and these are "
+            f"{num_devices} CPU processes; expected auto, plain, shuffle or split, or trainer.devices=1"
+        )
+    if mode != "auto":
+        return mode
+    if negatives == "batch":
+        return "sync" if several and device_type != "cpu" else "plain"
+    return "shuffle" if several else "split"
 
 
-def log_batch_norm(mode: str, encoder: nn.Module, num_devices: int) -> None:
+def log_batch_norm(mode: str, encoder: nn.Module, num_devices: int, negatives: str = "queue") -> None:
     """Say in one line which mode is in force and what that means."""
     if not has_batch_norm(encoder):
         log.info("batch norm: the encoder has none, so the keys need no shuffling")
-    elif mode == "plain":
-        log.warning("batch norm: plain, which leaks the positive of each query; method.batch_norm=auto prevents that")
+    elif negatives == "batch":
+        log_with_negatives_of_the_batch(mode, num_devices)
+    elif mode in ("plain", "sync"):
+        log.warning(
+            "batch norm: %s, which leaks the positive of each query; method.batch_norm=auto prevents that", mode
+        )
     elif mode == "shuffle" and num_devices == 1:
         log.warning("batch norm: shuffle, which prevents nothing on one device; method.batch_norm=split does")
     else:
         log.info("batch norm: %s, so that it cannot leak the positive of each query", mode)
+
+
+def log_with_negatives_of_the_batch(mode: str, num_devices: int) -> None:
+    if mode == "plain" and num_devices > 1:
+        log.warning(
+            "batch norm: plain, which tells a query the keys of its own device from the others; on GPUs "
+            "method.batch_norm=sync prevents that, elsewhere shuffle"
+        )
+    else:
+        log.info("batch norm: %s, with which the keys of a batch cannot be told apart", mode)

@@ -1,6 +1,6 @@
 """InfoNCE as a pure function, of images and of the cells of a grid.
 
-Letters: N batch, C embedding width, D feature width, K negatives, S cells of the grid.
+Letters: N batch, M batch of all devices, C embedding width, D feature width, K negatives, S cells of the grid.
 """
 
 import torch
@@ -26,6 +26,23 @@ def info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float) 
         logits = torch.cat([positive, query @ negatives.T], dim=1)  # (N, 1 + K)
         target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         return F.cross_entropy(logits / temperature, target)
+
+
+def in_batch_info_nce(query: Tensor, keys: Tensor, temperature: float, rank: int = 0) -> Tensor:
+    """Mean cross-entropy of finding each query's own key among the keys of a batch, in nats: MoCo v3 without its factor 2T.
+
+    Algorithm 1 of arXiv 2104.02057. With every similarity equal it is log(M).
+
+    Args:
+        query: (N, C), unit norm; carries the gradient.
+        keys: (M, C), unit norm; those of all devices, N each, in the order of their ranks.
+        temperature: T.
+        rank: of the device whose queries these are.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        logits = query.float() @ keys.float().T  # (N, M)
+        own = rank * len(query) + torch.arange(len(query), device=query.device)  # (N,)
+        return F.cross_entropy(logits / temperature, own)
 
 
 def dense_info_nce(
