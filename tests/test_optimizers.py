@@ -1,9 +1,12 @@
 import math
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from moco.errors import InputError
 from moco.training.optimizers import build_optimizer, learning_rate_at, scaled_to_batch, without_decay
 
 
@@ -24,6 +27,22 @@ def test_cosine_by_epoch_equals_the_official_notebook(epoch):
 def test_cosine_by_step_goes_from_lr_to_zero():
     rates = [learning_rate_at(step, 100, 10, lr=1.0, schedule="cosine") for step in (0, 50, 100)]
     assert rates == pytest.approx([1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 120, 199])
+def test_cosine_by_epoch_equals_the_official_main_program(epoch):
+    """The learning rate of --cos in facebookresearch/moco's main_moco.py, epochs counted from 0."""
+    ours = learning_rate_at(epoch * 50 + 49, 200 * 50, 50, lr=0.03, schedule="cosine", schedule_interval="epoch")
+    assert ours == pytest.approx(official(epoch, 200, lr=0.03), abs=1e-12)
+
+
+@pytest.mark.parametrize("step", [0, 1, 499, 500, 501, 2_750, 4_999])
+def test_warmup_and_cosine_by_step_equal_moco_v3s(step):
+    """Of the official main_moco.py, which counts epochs in fractions: 10 of 100 to warm up, here of 50 steps each."""
+    epoch = step / 50
+    expected = 4.8 * epoch / 10 if epoch < 10 else official(epoch - 10, 90, lr=4.8)
+    ours = learning_rate_at(step, 5_000, 50, lr=4.8, schedule="cosine", warmup_epochs=10)
+    assert ours == pytest.approx(expected, abs=1e-12)
 
 
 def test_step_schedule_drops_at_its_milestones():
@@ -162,3 +181,140 @@ def test_learning_rates_are_scaled_to_the_batch():
         "lr": 2.5e-4, "final_lr": 1.25e-6, "warmup_start_lr": 1.25e-7, "lr_for_batch_size": None, "weight_decay": 0.05,
     }  # fmt: skip
     assert scaled_to_batch(scaled, 64) == scaled
+
+
+def lars_by_loop(weights, gradients, lr, momentum, decay, eta, clip=False, moco_v3=False):
+    """LARS, arXiv 1708.03888, section 4, with momentum as PyTorch's SGD has it; parameters of one dimension by SGD alone.
+
+    Args:
+        moco_v3: the denominator of MoCo v3's official code, the norm of gradient and decay together.
+    """
+    speeds = [np.zeros_like(weight) for weight in weights]
+    for of_step in gradients:
+        for weight, gradient, speed in zip(weights, of_step, speeds, strict=True):
+            step, rate = gradient, lr
+            if weight.ndim > 1:
+                size = math.sqrt(sum(value**2 for value in weight.flat))
+                slope = math.sqrt(sum(value**2 for value in gradient.flat))
+                step = gradient + decay * weight
+                whole = math.sqrt(sum(value**2 for value in step.flat)) if moco_v3 else slope + decay * size
+                trust = eta * size / whole if size > 0 and slope > 0 else 1.0
+                rate = min(lr, trust) if clip else lr * trust
+            speed *= momentum
+            speed += step * rate / lr
+            weight -= lr * speed
+    return weights
+
+
+class Mixed(nn.Module):
+    """A matrix, a convolution, a layer that starts at zero, and parameters of one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 3))
+        self.bias = nn.Parameter(torch.randn(4))
+        self.convolution = nn.Parameter(10 * torch.randn(2, 3, 3, 3))
+        self.zero = nn.Parameter(torch.zeros(2, 2))
+        self.scale = nn.Parameter(torch.ones(5))
+
+
+def stepped(num_steps, **settings):
+    """The parameters after steps of LARS by `build_optimizer`, those before, and the gradients of each step, in numpy."""
+    module = Mixed().double()
+    before = [parameter.detach().numpy().copy() for parameter in module.parameters()]
+    optimizer = build_optimizer(module, name="lars", schedule="constant", **settings)
+    gradients = []
+    for _ in range(num_steps):
+        for parameter in module.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        gradients.append([parameter.grad.numpy().copy() for parameter in module.parameters()])
+        optimizer.step()
+    return [parameter.detach().numpy() for parameter in module.parameters()], before, gradients
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("trust_clip", [False, True])
+def test_lars_equals_its_published_formula(weight_decay, trust_clip):
+    pytest.importorskip("timm")
+    settings = {"lr": 0.2, "weight_decay": weight_decay, "trust_coefficient": 0.1, "trust_clip": trust_clip}
+    after, before, gradients = stepped(4, **settings)
+    expected = lars_by_loop(before, gradients, 0.2, 0.9, weight_decay, eta=0.1, clip=trust_clip)
+    for ours, theirs in zip(after, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_lars_at_moco_v3s_weight_decay_is_the_official_codes_to_a_ten_thousandth():
+    """The denominators differ by at most twice the decay's share of the gradient, here 1.5e-6 * 70 / 7."""
+    pytest.importorskip("timm")
+    after, start, gradients = stepped(5, lr=4.8, weight_decay=1.5e-6)
+    expected = lars_by_loop([weight.copy() for weight in start], gradients, 4.8, 0.9, 1.5e-6, eta=1e-3, moco_v3=True)
+    for ours, theirs, before in zip(after, expected, start, strict=True):
+        assert abs(ours - theirs).max() <= 1e-4 * abs(theirs - before).max()
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_lars_spares_what_has_one_dimension_whatever_else_is_decayed(decay_all):
+    pytest.importorskip("timm")
+    model = Model()
+    optimizer = build_optimizer(model, name="lars", decay_all=decay_all, **SETTINGS)
+    (decayed, adapted), (spared, plain) = (
+        (group["weight_decay"], group["always_adapt"]) for group in optimizer.param_groups
+    )
+    assert (decayed, adapted, spared, plain) == (0.2, True, 0.0, False)
+    assert names_in(optimizer, model)[0][1] == ["table", "body.linear.weight"]
+
+
+def test_lars_goes_on_from_its_state_in_a_file_to_the_same_bits(tmp_path):
+    pytest.importorskip("timm")
+
+    def take_steps(module, optimizer, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            for parameter in module.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+
+    settings = {"name": "lars", "lr": 0.2, "weight_decay": 1e-6, "schedule": "constant"}
+    straight, resumed = Mixed(), Mixed()
+    optimizer = build_optimizer(straight, **settings)
+    take_steps(straight, optimizer, range(2))
+    torch.save([straight.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_dict(weights)
+    again = build_optimizer(resumed, **settings)
+    again.load_state_dict(state)
+    take_steps(straight, optimizer, range(2, 4))
+    take_steps(resumed, again, range(2, 4))
+    assert all(map(torch.equal, straight.parameters(), resumed.parameters()))
+
+
+def test_lars_sees_the_gradients_as_they_were_clipped(runner):
+    pytest.importorskip("timm")
+    import pytorch_lightning as pl
+
+    norms = []
+
+    class Steps(pl.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            optimizer = trainer.optimizers[0]  # its step begins with the backward pass, so the norm is taken after it
+            optimizer.register_step_post_hook(lambda *_: norms.append(total_norm(optimizer)))
+
+    def total_norm(optimizer):
+        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        return float(torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in gradients])))
+
+    config = runner.config(
+        "optimizer=lars", "optimizer.warmup_epochs=0", "trainer.gradient_clip_val=0.05", "method.queue_start=random"
+    )
+    method = runner.fit(config, [Steps()])
+    assert norms == pytest.approx([0.05] * 3, rel=1e-4)
+    assert all(parameter.isfinite().all() for parameter in method.parameters())
+
+
+def test_lars_without_timm_says_what_to_install(runner, monkeypatch, tmp_path):
+    from moco.train import run
+
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError) as error:
+        run(runner.config("optimizer=lars", "data.name=nowhere"), tmp_path)  # before the data are looked at
+    assert str(error.value) == "optimizer.name=lars needs timm: pip install 'moco-ssl[lars]'"

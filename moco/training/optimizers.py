@@ -19,14 +19,22 @@ def build_optimizer(
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
+    trust_coefficient: float = 1e-3,
+    trust_clip: bool = False,
     **_: Any,
 ) -> torch.optim.Optimizer:
     """The optimizer `name` over the parameters of `module` that are trained; the schedule's fields are not its business.
 
+    ``lars`` is LARS (arXiv 1708.03888) by timm. With eta the trust coefficient, b the weight decay and the ratio
+    r = eta * |w| / (|g| + b |w|), a layer of weights w and gradient g takes the step lr * r * (g + b w), or with
+    `trust_clip` (LARC) min(lr, r) * (g + b w). What weight decay spares takes plain steps lr * g.
+    Differs from the paper: momentum adds steps up before they are multiplied by lr, as in PyTorch's SGD. MoCo v3's official
+    code does so too; it has |g + b w| in the denominator.
+
     Args:
-        decay_all: see `without_decay`.
+        decay_all: see `without_decay`; LARS spares norms and biases in any case.
     """
-    spared = without_decay(module, decay_all)
+    spared = without_decay(module, decay_all and name != "lars")
     decayed_group: dict[str, Any] = {"params": []}
     spared_group: dict[str, Any] = {"params": [], "weight_decay": 0.0}
     for path, parameter in module.named_parameters():
@@ -35,6 +43,12 @@ def build_optimizer(
     groups = [group for group in (decayed_group, spared_group) if group["params"]]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+    if name == "lars":
+        from timm.optim.lars import Lars  # an optional extra
+
+        decayed_group["always_adapt"] = True  # timm's default adapts nothing once weight decay is 0
+        momentum, eta = sgd_momentum, trust_coefficient
+        return Lars(groups, lr, momentum, weight_decay=weight_decay, trust_coeff=eta, trust_clip=trust_clip)
     assert name == "sgd", name  # the schema has no other
     return torch.optim.SGD(groups, lr=lr, momentum=sgd_momentum, weight_decay=weight_decay)
 
