@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import EmbedConfig, with_defaults
+from moco.config import EmbedConfig, with_defaults, with_usual_settings
 from moco.errors import InputError, printable
 from moco.launch import launch, save_hydra_files
-from moco.methods.pretrained import load_encoder_for
+from moco.methods.pretrained import load_pretrained, log_window_advice
 
 if TYPE_CHECKING:
     from moco.data.datasets import DataSource, Labelled
@@ -24,7 +24,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     where the data set has them ``labels`` (M,) int64. Unreadable pictures are left out and named in the log.
 
     Raises:
-        InputError: the checkpoint cannot be read, the data set has no such pictures, or the file cannot be written.
+        InputError: the checkpoint cannot be used, the data set has no such pictures, or the file cannot be written.
     """
     import numpy as np
     from rich.console import Console
@@ -33,7 +33,6 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.data.datamodule import check_unreadable, evaluation_loader
     from moco.data.datasets import build_source
     from moco.evaluation.features import embed
-    from moco.training.checkpoint_files import read_checkpoint
     from moco.training.hardware import choose_device
     from moco.training.progress import print_table
     from moco.training.run_folder import claimed, write_atomically
@@ -41,12 +40,12 @@ def run(config: EmbedConfig, folder: Path) -> None:
     output = Path(config.output)
     check_output(output)
     device = choose_device(config.accelerator)
-    checkpoint = read_checkpoint(config.checkpoint)
-    of_run = checkpoint["config"]
+    given = {key: value for key, value in dataclasses.asdict(config.backbone).items() if value is not None}
+    pretrained = load_pretrained(config.checkpoint, config.encoder, given, config.feature)
+    of_run = with_usual_settings(pretrained.config)
     data = with_defaults(config.data, of_run["data"], new_data=config.data.name is not None)
-    encoder = load_encoder_for(
-        checkpoint, config.encoder, config.checkpoint, config.backbone.window_size, data["image_size"]
-    )
+    if data["name"] is None:
+        raise InputError(f"data: missing; {config.checkpoint} does not say it, give data=NAME")
     source = build_source(
         data["name"],
         data["root"],
@@ -54,13 +53,14 @@ def run(config: EmbedConfig, folder: Path) -> None:
         num_images=data["num_images"],
         max_image_pixels=data["max_image_pixels"],
     )
+    data["image_size"] = data["image_size"] or source.image_size
+    log_window_advice(pretrained, given, data["image_size"])
     side, has_labels = pictures_of(source, config.split, data["name"])
 
-    view = build_evaluation_view(
-        data["image_size"], data["crop_ratio"], of_run["augmentation"]["mean"], of_run["augmentation"]["std"]
-    )
+    transform = with_defaults(config.augmentation, of_run["augmentation"])
+    view = build_evaluation_view(data["image_size"], data["crop_ratio"], **transform)
     loader = evaluation_loader(side, view, data["image_size"], config.batch_size, data["num_workers"])
-    encoder.to(device)
+    encoder = pretrained.encoder.to(device)
     features, labels, unreadable = embed(lambda images: encoder.encode(images, config.feature), loader, device)
     bad = set(unreadable.tolist())
     for index in sorted(bad):

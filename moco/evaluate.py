@@ -1,5 +1,7 @@
 """Evaluate frozen features: ``python -m moco.evaluate checkpoint=PATH [data=NAME data.root=PATH]``.
 
+The checkpoint is any file of weights that ``docs/weights.md`` lists; with another project's the data have to be named.
+
 A Swin can look through windows of another size than in pretraining, at images of another size:
 ``data.image_size=565 backbone.window_size=18``.
 """
@@ -10,10 +12,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import EvaluateConfig, with_defaults
+from moco.config import EvaluateConfig, with_defaults, with_usual_settings
 from moco.errors import InputError
 from moco.launch import launch, save_hydra_files
-from moco.methods.pretrained import load_encoder_for
+from moco.methods.pretrained import load_pretrained, log_window_advice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +31,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     """Measure as configured; print a table and write the figures as JSON.
 
     Raises:
-        InputError: the checkpoint cannot be read, the data set has no labels, or the backbone has no such window.
+        InputError: the checkpoint cannot be used, the data set has no labels, or the backbone has no such window.
     """
     from rich.console import Console
 
@@ -38,7 +40,6 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     from moco.evaluation.monitor import protocol
     from moco.models.swin import Swin
     from moco.models.weights import one_or_each
-    from moco.training.checkpoint_files import read_checkpoint
     from moco.training.hardware import choose_device
     from moco.training.progress import print_table
     from moco.training.run_folder import claimed, write_json
@@ -47,12 +48,13 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     if output.is_dir():
         raise InputError(f"output={output}: a folder; expected the name of a file")
     device = choose_device(config.accelerator)
-    checkpoint = read_checkpoint(config.checkpoint)
-    data = with_defaults(config.data, checkpoint["config"]["data"], new_data=config.data.name is not None)
-    knn = with_defaults(config.evaluation, checkpoint["config"]["evaluation"])
-    encoder = load_encoder_for(
-        checkpoint, knn["encoder"], config.checkpoint, config.backbone.window_size, data["image_size"]
-    )
+    given = {key: value for key, value in dataclasses.asdict(config.backbone).items() if value is not None}
+    pretrained = load_pretrained(config.checkpoint, config.evaluation.encoder, given, config.evaluation.feature)
+    of_run = with_usual_settings(pretrained.config)
+    data = with_defaults(config.data, of_run["data"], new_data=config.data.name is not None)
+    if data["name"] is None:
+        raise InputError(f"data: missing; {config.checkpoint} does not say it, give data=NAME")
+    knn = with_defaults(config.evaluation, of_run["evaluation"])
     source = build_source(
         data["name"],
         data["root"],
@@ -60,13 +62,13 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         num_images=data["num_images"],
         max_image_pixels=data["max_image_pixels"],
     )
+    data["image_size"] = data["image_size"] or source.image_size
+    log_window_advice(pretrained, given, data["image_size"])
     if source.bank is None or source.queries is None:
         raise InputError(f"data={data['name']}: kNN needs labelled training and test pictures, and this set has none")
 
-    transform = {
-        "mean": checkpoint["config"]["augmentation"]["mean"],
-        "std": checkpoint["config"]["augmentation"]["std"],
-    }
+    encoder = pretrained.encoder
+    transform = with_defaults(config.augmentation, of_run["augmentation"])
     sides = [features_of(encoder, labelled, data, transform, knn, device) for labelled in (source.bank, source.queries)]
     result = knn_accuracy(*sides[0], *sides[1], knn["num_neighbors"], knn["temperature"])
     figures = {
@@ -77,8 +79,8 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         "data": data["name"],
         "image_size": data["image_size"],
         "checkpoint": config.checkpoint,
-        "epoch": checkpoint["figures"].get("epoch", 0),
-        "step": int(checkpoint["global_step"]),
+        "epoch": pretrained.epoch,
+        "step": pretrained.step,
     }
     if isinstance(encoder.backbone, Swin):
         figures["window_size"] = one_or_each(encoder.backbone.window_size)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moco.config import AugmentationConfig, SegmentConfig, check_run
+from moco.config import AugmentationConfig, SegmentConfig, check_run, with_usual_settings
 from moco.errors import InputError
 from moco.launch import launch, save_hydra_files
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from moco.data.segmentation_loaders import SegmentationData
+    from moco.methods.pretrained import Pretrained
     from moco.methods.segmenter import Segmenter
 
 log = logging.getLogger("moco.segment")  # __name__ is __main__ under python -m
@@ -90,9 +91,10 @@ def starting_point(config: SegmentConfig) -> Start:
     """The backbone of the checkpoint, or an untrained one, with what the data have to know of it.
 
     Raises:
-        InputError: without checkpoint the backbone or the image size is missing; or the checkpoint has another backbone
-            than was asked for.
+        InputError: the backbone or the image size is missing and no checkpoint says it; or the checkpoint cannot be used, or
+            has another backbone than was asked for.
     """
+    from moco.methods.pretrained import load_pretrained
     from moco.models.backbones import build_backbone
 
     given = {key: value for key, value in dataclasses.asdict(config.backbone).items() if value is not None}
@@ -106,50 +108,34 @@ def starting_point(config: SegmentConfig) -> Start:
         if config.freeze_backbone:
             log.warning("freeze_backbone=true and checkpoint=null: the backbone stays at its random weights")
         return Start(build_backbone(**given), given, config.image_size, mean or default.mean, std or default.std)
-    backbone, settings, run_config = pretrained_backbone(config.checkpoint, config.encoder, given)
-    image_size = config.image_size or run_config["data"]["image_size"]
-    log_window(backbone, given, image_size, run_config["data"]["image_size"])
-    of_pretraining = run_config["augmentation"]
-    return Start(backbone, settings, image_size, mean or of_pretraining["mean"], std or of_pretraining["std"])
+    pretrained = load_pretrained(config.checkpoint, config.encoder, given)
+    of_run = with_usual_settings(pretrained.config)
+    image_size = config.image_size or of_run["data"]["image_size"]
+    if image_size is None:
+        raise InputError(f"image_size: missing; {config.checkpoint} does not say it, give image_size=PIXELS")
+    log_window(pretrained, given, image_size)
+    settings = pretrained.settings | {"freeze_patch_embed": given.get("freeze_patch_embed")}
+    of_pretraining = of_run["augmentation"]
+    return Start(
+        pretrained.encoder.backbone,
+        {key: value for key, value in settings.items() if value is not None},
+        image_size,
+        mean or of_pretraining["mean"],
+        std or of_pretraining["std"],
+    )
 
 
-def pretrained_backbone(path: str, which: str, given: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The backbone of a checkpoint in the windows of `given`, its settings with `given`, and the config of its run.
-
-    Raises:
-        InputError: the checkpoint is none of moco.train, or of another architecture than `given`.
-    """
-    from moco.methods.pretrained import load_encoder
-    from moco.models.swin import rewindow
-    from moco.models.weights import settings_of
-    from moco.training.checkpoint_files import read_checkpoint
-    from moco.training.run_folder import differences
-
-    checkpoint = read_checkpoint(path)
-    encoder = load_encoder(checkpoint, which, path)
-    there = checkpoint["hyper_parameters"]["backbone"]
-    asked = {key: given[key] for key in ("name", "stem") if key in given}
-    if differing := differences({"backbone": {key: there.get(key) for key in asked}}, {"backbone": asked}):
-        raise InputError(f"checkpoint={path}: of another architecture: {'; '.join(differing)}")
-    if "window_size" in given:
-        rewindow(encoder.backbone, given["window_size"])
-    settings = settings_of(encoder.backbone, there | {"freeze_patch_embed": None})
-    if "pretrained_window_size" in given:
-        log.warning("backbone.pretrained_window_size: another one than the checkpoint's stretches the position biases")
-    others = {key: value for key, value in given.items() if key != "window_size"}
-    return encoder.backbone, settings | others, checkpoint["config"]
-
-
-def log_window(backbone: Any, given: dict[str, Any], image_size: int, pretrained_image_size: int) -> None:
+def log_window(pretrained: "Pretrained", given: dict[str, Any], image_size: int) -> None:
     """Say which windows are in force, or which would suit the images."""
-    from moco.models.swin import Swin, window_advice
+    from moco.methods.pretrained import log_window_advice
+    from moco.models.swin import Swin
 
+    backbone = pretrained.encoder.backbone
     if isinstance(backbone, Swin) and "window_size" in given:
         log.info(
             "attention windows of %s cells, pretrained with %s", backbone.window_size, backbone.pretrained_window_size
         )
-    elif advice := window_advice(backbone, image_size, pretrained_image_size):
-        log.info(advice)
+    log_window_advice(pretrained, given, image_size)
 
 
 def check_image_size(start: Start) -> None:

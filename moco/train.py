@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import TrainConfig, check_run
+from moco.config import TrainConfig, check_optimizer, check_run
 from moco.errors import InputError, Interrupted, RunError
 from moco.launch import hydra_files, launch, set_up_logging
 
@@ -37,6 +37,7 @@ def run(config: TrainConfig, folder: Path) -> None:
         Interrupted: a signal ended it, checkpoint saved.
     """
     check_run(config.resume, config.trainer)
+    check_optimizer(config.optimizer)
     data = build_data(config)
     config.data.image_size = data.image_size
 
@@ -86,10 +87,11 @@ def train(
     import pytorch_lightning as pl
     from rich.console import Console
 
+    from moco.methods.pretrained import start_from, write_backbone_file
     from moco.training.distributed import environment_of, from_rank_zero, lost_peers_named, process_group, rank
     from moco.training.faults import failures_named
     from moco.training.hardware import choose_device
-    from moco.training.run_folder import write_json
+    from moco.training.run_folder import BACKBONE_FILE, find_checkpoint, write_json
 
     environment = environment_of(config.trainer.devices, config.trainer.num_nodes)
     backend = "nccl" if choose_device(config.trainer.accelerator).type == "cuda" else "gloo"
@@ -101,7 +103,11 @@ def train(
         pl.seed_everything(config.seed, verbose=False)
         data, method = data or build_data(config), build_method(plain)
         check_same_pictures(data)
-        check_splits(method.query_encoder, config)
+        check_batch_norm(method.query_encoder, config)
+        warn_of_long_queue(config, len(data.source.train))
+        is_new = from_rank_zero(lambda: find_checkpoint(folder, plain, config.resume)) is None
+        if is_new and config.init_from is not None:
+            start_from(method, config.init_from)
         checkpoint, step = from_rank_zero(lambda: take_folder(stack, folder, plain, config.resume, files))
         figures: dict[str, Any] = {}
         console = Console(quiet=rank() > 0)
@@ -109,6 +115,7 @@ def train(
         with failures_named(folder), lost_peers_named():  # once more, for the line in the folder's status
             fit(trainer, method, data, checkpoint, stop)
             if rank() == 0:
+                write_backbone_file(folder / BACKBONE_FILE, method, plain, figures)
                 write_json(folder / "metrics.json", figures)
         close(console, folder, figures, data)
 
@@ -199,8 +206,8 @@ def build_method(plain: dict[str, Any]) -> "MoCo":
     optimizer = scaled_to_batch(given, batch_size)
     if given["lr_for_batch_size"] is not None:
         log.info(
-            "learning rate %.6g for batch %d: optimizer.lr=%.6g is meant for %d; warm-up from %.6g, end at %.6g",
-            optimizer["lr"], batch_size, given["lr"], given["lr_for_batch_size"],
+            "learning rate %.6g for batch %d, %.6g at this run's %d; warm-up from %.6g, end at %.6g",
+            given["lr"], given["lr_for_batch_size"], optimizer["lr"], batch_size,
             optimizer["warmup_start_lr"], optimizer["final_lr"],
         )  # fmt: skip
     return MoCo(backbone=plain["backbone"], optimizer=optimizer, **plain["method"])
@@ -273,17 +280,51 @@ def check_same_pictures(data: "PretrainingData") -> None:
         )
 
 
-def check_splits(encoder: "Encoder", config: TrainConfig) -> None:
-    """Raises InputError if BatchNorm's groups do not divide the images that a device gets at once."""
+def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
+    """Raises InputError if its mode is not for these devices, or its groups do not divide the images of one at once."""
     from moco.methods.batch_norm import batch_norm_mode
+    from moco.training.hardware import choose_device
 
-    devices, splits = num_processes(config), config.method.batch_norm_splits
+    method, devices, splits = config.method, num_processes(config), config.method.batch_norm_splits
+    device_type = choose_device(config.trainer.accelerator).type
+    mode = batch_norm_mode(method.batch_norm, encoder, devices, device_type, method.negatives)
     at_once = config.data.batch_size // (devices * config.trainer.accumulate_grad_batches)
-    if batch_norm_mode(config.method.batch_norm, encoder, devices) == "split" and at_once % splits:
+    if mode == "split" and at_once % splits:
         raise InputError(
             f"data.batch_size={config.data.batch_size}: the {at_once} images that a device gets at once are no multiple "
             f"of method.batch_norm_splits={splits}"
         )
+
+
+def warn_of_long_queue(config: TrainConfig, num_pictures: int) -> None:
+    """Say if K is more than a tenth of the pictures, or more than the keys that the run will ever put in.
+
+    The largest power of two within a tenth is K of both official recipes: 65,536 for ImageNet, 4,096 for CIFAR-10.
+    """
+    size, tenth = config.method.queue_size, num_pictures // 10
+    if size is None:
+        return
+    num_keys = num_keys_of_run(config, num_pictures)
+    reasons = []
+    if size > tenth:
+        reasons.append(
+            f"more than a tenth of the {num_pictures} pictures (older keys of a query's own picture are then often among "
+            "its negatives)"
+        )
+    if size > num_keys:
+        reasons.append(f"more than the {num_keys} keys that this run will ever put in")
+    if reasons:
+        fitting = 2 ** (max(min(tenth, num_keys), 1).bit_length() - 1)
+        log.warning("method.queue_size=%d is %s; %d would fit", size, ", and ".join(reasons), fitting)
+
+
+def num_keys_of_run(config: TrainConfig, num_pictures: int) -> int:
+    """The keys that one queue is given from the first to the last step."""
+    method, trainer, batch_size = config.method, config.trainer, config.data.batch_size
+    steps = trainer.max_epochs * (num_pictures // batch_size)
+    if trainer.max_steps > 0:
+        steps = min(steps, trainer.max_steps)
+    return steps * batch_size * (2 if method.symmetric and method.num_queues == 1 else 1)
 
 
 def check_resumable(path: Path, checkpoint: dict[str, Any], plain: dict[str, Any]) -> int:
@@ -321,7 +362,7 @@ def tensor_settings(config: dict[str, Any]) -> dict[str, Any]:
 def close(console: Any, folder: Path, figures: dict[str, Any], data: "PretrainingData") -> None:
     """The closing table: what was reached, where it is, what to type next."""
     from moco.training.progress import print_table
-    from moco.training.run_folder import LAST_CHECKPOINT, as_override
+    from moco.training.run_folder import BACKBONE_FILE, LAST_CHECKPOINT, as_override
 
     rows = [("epochs, steps", f"{figures.get('epoch', 0)}, {figures.get('step', 0)}")]
     if "train/loss" in figures:
@@ -340,6 +381,7 @@ def close(console: Any, folder: Path, figures: dict[str, Any], data: "Pretrainin
         rows.append(("unreadable pictures skipped", str(len(data.unreadable))))
     checkpoint = os.path.relpath(folder / LAST_CHECKPOINT)
     rows.append(("checkpoint", checkpoint))
+    rows.append(("its backbone alone", os.path.relpath(folder / BACKBONE_FILE)))
     print_table(console, "Pretraining is done", rows)
     console.print(
         f"next: python -m moco.evaluate {as_override('checkpoint', checkpoint)}", soft_wrap=True, highlight=False

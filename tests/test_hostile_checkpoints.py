@@ -355,8 +355,11 @@ def test_the_program_says_one_line_for_each_and_exits_with_2(sound, tmp_path):
     for name, content in files.items():
         (tmp_path / f"{name}.ckpt").write_bytes(content)
     torch.save(nested(MALICIOUS["os.system"]()), tmp_path / "code.ckpt")
+    torch.save(nested(MALICIOUS["os.system"]()), tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    torch.save({"state_dict": {"nobodys.weight": torch.zeros(3)}}, tmp_path / "names.ckpt")
+    torch.save({"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}, tmp_path / "shapes.ckpt")
     os.mkfifo(tmp_path / "pipe.ckpt")
-    names = ["cut", "text", "bits", "code", "pipe"]
+    names = ["cut", "text", "bits", "code", "pipe", "old", "names", "shapes"]
     done = run_program(
         "moco.evaluate", "-m", f"checkpoint={','.join(f'{name}.ckpt' for name in names)}", "hydra.sweep.dir=sweep",
         cwd=tmp_path,
@@ -365,5 +368,10 @@ def test_the_program_says_one_line_for_each_and_exits_with_2(sound, tmp_path):
     assert done.returncode == 2
     assert [line.split(".ckpt")[0] for line in lines] == [f"error: checkpoint={name}" for name in names]
     assert "posix.system" in lines[3]
+    assert "posix.system" in lines[5]
+    assert lines[6].startswith(
+        "error: checkpoint=names.ckpt: tensors named nobodys.weight are of no known format (known: "
+    )
+    assert lines[7] == "error: checkpoint=shapes.ckpt: no backbone here has tensors of these shapes; give backbone=NAME"
     assert "Traceback" not in done.stdout
     assert not (tmp_path / CANARY).exists()

@@ -376,6 +376,8 @@ MISTAKES = [
     (["checkpoint={swin}", "backbone.window_size=many"], "backbone.window_size=many: expected a whole number of cells from"),
     (["checkpoint={swin}", "backbone=resnet_tiny"],
      "checkpoint={swin}: of another architecture: backbone.name: swin_v2_tiny_patch2 there, resnet_tiny here; backbone.stem:"),
+    (["checkpoint={swin}", "backbone.num_heads=6"],
+     "checkpoint={swin}: of another architecture: backbone.num_heads: None there, 6 here"),
     (["checkpoint={resnet}", "backbone.window_size=18"], "backbone.window_size=18: this backbone has no attention windows"),
     (["checkpoint={resnet}", "backbone.stochastic_depth=0.1"],
      "backbone.stochastic_depth=0.1: resnet_tiny has no such setting (it has stem"),

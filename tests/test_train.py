@@ -34,7 +34,7 @@ def test_a_run_leaves_its_folder_as_promised(finished):
     run = cwd / "run"
     assert {".hydra", "checkpoints", "metrics.json"} <= set(os.listdir(run))
     assert set(os.listdir(run / ".hydra")) == {"config.yaml", "hydra.yaml", "lock", "overrides.yaml"}
-    assert set(os.listdir(run / "checkpoints")) == {"last.ckpt", "previous.ckpt", "best.ckpt"}
+    assert set(os.listdir(run / "checkpoints")) == {"last.ckpt", "previous.ckpt", "best.ckpt", "backbone.pth"}
     assert len(list(run.glob("events.out.tfevents*"))) == 1
     figures = json.loads((run / "metrics.json").read_text())
     assert (figures["epoch"], figures["step"]) == (2, 44)
@@ -50,6 +50,7 @@ def test_the_closing_table_shows_three_knn_figures_and_the_next_command(finished
         assert line in done.stdout
     assert "next: python -m moco.evaluate checkpoint=run/checkpoints/last.ckpt" in done.stdout
     assert "batch norm: split" in done.stdout
+    assert "WARNING method.queue_size=200 is more than a tenth of the 1437 pictures" in done.stdout
     assert done.stderr == ""
 
 

@@ -55,6 +55,8 @@ CONTRADICTIONS = {
         ["backbone=swin_v2_tiny_patch2", "backbone.window_size=[4,4]"],
         ["backbone=swin_v2_tiny_patch2", "backbone.window_size=wide"],
         ["resume={folder}/nowhere.ckpt"], ["resume={folder}/empty"], ["resume={folder}/text.ckpt"],
+        ["init_from={folder}/nowhere.ckpt"], ["init_from={folder}/empty"], ["init_from={folder}/text.ckpt"],
+        ["init_from={folder}/sound.ckpt", "backbone=resnet18"],
         ["trainer.max_steps=0"], ["trainer.accelerator=cuda"], ["trainer.accelerator=gpu"],
         ["method.batch_norm=split", "method.batch_norm_splits=7"], ["data.batch_size=12", "method.batch_norm=split"],
         ["augmentation.query.random_resized_crop.scale=[2,1]"],
@@ -66,7 +68,7 @@ CONTRADICTIONS = {
         ["checkpoint={folder}/nowhere.ckpt"], ["checkpoint={folder}/empty"], ["checkpoint={folder}/text.ckpt"],
         ["data=images", "data.root={folder}/shapes"], ["data=image_folder"], ["data=voc2012"],
         ["backbone.window_size=7"], ["output={folder}/empty"], ["accelerator=cuda"], ["data.root=[1]", "data=npz"],
-        ["checkpoint=null"],
+        ["checkpoint=null"], ["backbone=resnet18"], ["augmentation.mean=[0.5,0.5]"], ["augmentation.std=[0,0,0]"],
     ],
     "embed": [
         ["output={folder}/x.txt"], ["output={folder}/empty"], ["output={folder}/text.ckpt/x.npz"],

@@ -1,12 +1,15 @@
-"""Checkpoint files: written whole or not at all, read without running code."""
+"""Checkpoint files and other files of weights: written whole or not at all, read without running code."""
 
 import itertools
+import json
 import logging
+import mmap
 import os
 import pickletools
 import re
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,14 @@ PARTS = {
     "state_dict": dict, "hyper_parameters": dict, "config": dict, "figures": dict, "random_states": list,
     "global_step": int,
 }  # fmt: skip
-PLAIN = r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)|torch\.(\w+Storage|Size|device)"
+PLAIN = r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor(_v2)?|parameter)|torch\.(\w+Storage|Size|device)"
+# Settings that projects save beside their weights, read as plain dicts: the classes are not imported.
+SETTINGS = ("argparse.Namespace", "yacs.config.CfgNode")
+ZIP_START = b"PK\x03\x04"
+LEGACY_START = (
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled, with which torch.save began until 1.5
+)
+LEGACY_PICKLES = 5  # magic number, version, machine, content, names of the storages that follow
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -106,30 +116,119 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint={path}: no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            check_records(archive, os.path.getsize(path))
-            foreign = foreign_objects(archive)
-    except PermissionError as error:
-        raise InputError(f"checkpoint={path}: may not be read") from error
-    # What zipfile and pickletools raise on damaged files.
-    except (ValueError, OSError, EOFError, RuntimeError, LookupError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"checkpoint={path}: damaged, or no checkpoint at all ({error})") from error
-    if foreign:
-        raise InputError(
-            f"checkpoint={path}: it holds objects whose loading would run code ({', '.join(foreign)}), so it is not loaded"
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a pickle that is sound and makes no sense, torch reports nearly anything
-        raise InputError(f"checkpoint={path}: damaged ({error})") from error
+    checkpoint = read_archive(path, f"checkpoint={path}")
     missing = PARTS.keys() - (checkpoint.keys() if isinstance(checkpoint, dict) else set())
     if missing:
         raise InputError(f"checkpoint={path}: not written by moco.train (it lacks {', '.join(sorted(missing))})")
+    check_parts(checkpoint, f"checkpoint={path}")
+    return checkpoint
+
+
+def check_parts(checkpoint: dict[str, Any], source: str) -> None:
+    """Raises InputError if a part of a checkpoint of ours is not of its kind."""
     for name, kind in PARTS.items():
         if not isinstance(checkpoint[name], kind):
-            raise InputError(f"checkpoint={path}: not written by moco.train (its {name} is no {kind.__name__})")
-    return checkpoint
+            raise InputError(f"{source}: not written by moco.train (its {name} is no {kind.__name__})")
+
+
+def read_weights(path: str | Path, source: str) -> Any:
+    """The content of any project's file of weights, on the CPU, as plain data and tensors; no code in it is run.
+
+    What torch.save writes, today's archives or the format before version 1.6, or safetensors. Of safetensors the tensors are
+    the item ``state_dict``, and what `moco.export` says of them are the others.
+
+    Args:
+        source: the key and the path, for the errors.
+
+    Raises:
+        InputError: no such file, damaged, of another kind, or in need of unpickling code; or safetensors is not installed.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{source}: no such file")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(LEGACY_START))
+    except PermissionError as error:
+        raise InputError(f"{source}: may not be read") from error
+    if start.startswith(ZIP_START):
+        return read_archive(path, source)
+    if start == LEGACY_START:
+        return read_legacy(path, source)
+    if start[8:9] == b"{":  # after the length of the header, which is JSON
+        return read_safetensors(path, source)
+    raise InputError(f"{source}: damaged, or no checkpoint at all (neither torch.save nor safetensors has written it)")
+
+
+def read_archive(path: str | Path, source: str) -> Any:
+    """What torch.save has written since version 1.6, every checksum compared.
+
+    Raises:
+        InputError: damaged, or in need of unpickling code.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_records(archive, os.path.getsize(path))
+            (pickled,) = (name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
+            imported = imports_of(archive.read(pickled))
+    except PermissionError as error:
+        raise InputError(f"{source}: may not be read") from error
+    # What zipfile and pickletools raise on damaged files.
+    except (ValueError, OSError, EOFError, RuntimeError, LookupError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{source}: damaged, or no checkpoint at all ({error})") from error
+    return load_plain(path, source, imported)
+
+
+def read_legacy(path: str | Path, source: str) -> Any:
+    """What torch.save wrote until version 1.5, as the official MoCo v1 and v2 weights are: without checksums.
+
+    Raises:
+        InputError: damaged, or in need of unpickling code.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            imported = {name for _ in range(LEGACY_PICKLES) for name in imports_of(content)}
+    except (ValueError, EOFError, LookupError) as error:
+        raise InputError(f"{source}: damaged, or no checkpoint at all ({error})") from error
+    return load_plain(path, source, imported)
+
+
+def load_plain(path: str | Path, source: str, imported: set[str]) -> Any:
+    """The content of a file whose pickle would import these names.
+
+    Raises:
+        InputError: some of them are neither plain data nor settings, or the pickle makes no sense.
+    """
+    if foreign := sorted(name for name in imported if not re.fullmatch(PLAIN, name) and name not in SETTINGS):
+        raise InputError(
+            f"{source}: it holds objects whose loading would run code ({', '.join(foreign)}), so it is not loaded; if you "
+            "trust its source, write its tensors alone to a new file with torch.save"
+        )
+    try:
+        with torch.serialization.safe_globals([(OrderedDict, name) for name in SETTINGS]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a pickle that is sound and makes no sense, torch reports nearly anything
+        raise InputError(f"{source}: damaged ({error})") from error
+
+
+def read_safetensors(path: str | Path, source: str) -> dict[str, Any]:
+    """The tensors of a safetensors file, and what `moco.export` wrote of them into its metadata.
+
+    Raises:
+        InputError: damaged, or safetensors is not installed.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise InputError(f"{source}: safetensors is not installed: pip install moco-ssl[export]") from error
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        ours = metadata.items() if "backbone" in metadata else ()
+        about = {key: json.loads(value) for key, value in ours if key != "format"}
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{source}: damaged, or no safetensors file ({error})") from error
+    return {**about, "state_dict": weights}
 
 
 def check_records(archive: zipfile.ZipFile, size: int) -> None:
@@ -153,16 +252,16 @@ def check_records(archive: zipfile.ZipFile, size: int) -> None:
         raise ValueError(f"the checksum of {damaged} is wrong")
 
 
-def foreign_objects(archive: zipfile.ZipFile) -> list[str]:
-    """The names of what the pickle in a checkpoint would import, besides what tensors and plain data need.
+def imports_of(pickled: Any) -> set[str]:
+    """The names of what a pickle would import: bytes, or a file, which is read to the pickle's end.
 
-    torch's own list of harmless names is longer, and some of those take as much memory as the file tells them to.
+    torch's own list of harmless names is longer than `PLAIN`, and some of those take as much memory as the file tells them
+    to.
     """
-    (pickled,) = (name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
     imported = set()
-    for opcode, argument, _ in pickletools.genops(archive.read(pickled)):
+    for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in ("GLOBAL", "INST"):
             imported.add(str(argument).replace(" ", "."))
         elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):  # torch.save never writes these
             imported.add("an object whose name is hidden")
-    return sorted(name for name in imported if not re.fullmatch(PLAIN, name))
+    return imported

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 PREVIOUS_CHECKPOINT = Path("checkpoints", "previous.ckpt")
 BEST_CHECKPOINT = Path("checkpoints", "best.ckpt")
+BACKBONE_FILE = Path("checkpoints", "backbone.pth")
 CONFIG = Path(".hydra", "config.yaml")
 
 # These may differ between a run and its continuation: they say where, how long and how loudly to compute, not what.
