@@ -54,7 +54,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     data = with_defaults(config.data, of_run["data"], new_data=config.data.name is not None)
     if data["name"] is None:
         raise InputError(f"data: missing; {config.checkpoint} does not say it, give data=NAME")
-    knn = with_defaults(config.evaluation, of_run["evaluation"])
+    knn = with_defaults(config.evaluation, of_run["evaluation"]) | {"feature": pretrained.feature}
     source = build_source(
         data["name"],
         data["root"],

@@ -37,24 +37,20 @@ def run(config: ExportConfig, folder: Path) -> None:
     """
     from rich.console import Console
 
-    from moco.models.swin import rewindow
     from moco.training.progress import print_table
     from moco.training.run_folder import claimed
 
     output = Path(config.output)
     check_output(output, config.format)
     given = {key: value for key, value in dataclasses.asdict(config.backbone).items() if value is not None}
-    window_size = given.pop("window_size", None)
     pretrained = load_pretrained(config.checkpoint, config.encoder, given)
     backbone: Any = pretrained.encoder.backbone
     built_with, of_run = pretrained.settings, with_usual_settings(pretrained.config)
     image_size = of_run["data"]["image_size"] or config.image_size
     if image_size is None:
         raise InputError(f"image_size: missing; {config.checkpoint} does not say it, give image_size=PIXELS")
-    if window_size is not None:
-        before: Any = getattr(backbone, "window_size", None)
-        rewindow(backbone, window_size)  # refuses a backbone without windows
-        image_size = round(image_size * backbone.window_size[0] / before[0])
+    if pretrained.window_size is not None:
+        image_size = round(image_size * backbone.window_size[0] / pretrained.window_size[0])
     image_size = config.image_size or image_size
     about = {
         "image_size": image_size,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moco.config import TrainConfig, check_optimizer, check_run
 from moco.errors import InputError, Interrupted, RunError
 from moco.launch import hydra_files, launch, set_up_logging
+from moco.training.run_folder import has_checkpoint
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -38,6 +39,8 @@ def run(config: TrainConfig, folder: Path) -> None:
     """
     check_run(config.resume, config.trainer)
     check_optimizer(config.optimizer)
+    if config.init_from and not Path(config.init_from).is_file() and not has_checkpoint(folder):
+        raise InputError(f"init_from={config.init_from}: no such file")
     data = build_data(config)
     config.data.image_size = data.image_size
 
@@ -104,16 +107,21 @@ def train(
         data, method = data or build_data(config), build_method(plain)
         check_same_pictures(data)
         check_batch_norm(method.query_encoder, config)
-        warn_of_long_queue(config, len(data.source.train))
+        warn_of_negatives(config, len(data.source.train))
         is_new = from_rank_zero(lambda: find_checkpoint(folder, plain, config.resume)) is None
         if is_new and config.init_from is not None:
             start_from(method, config.init_from)
+        elif config.init_from is not None:
+            log.info("init_from=%s is not read: the run goes on from a checkpoint", config.init_from)
         checkpoint, step = from_rank_zero(lambda: take_folder(stack, folder, plain, config.resume, files))
         figures: dict[str, Any] = {}
         console = Console(quiet=rank() > 0)
         trainer = build_trainer(config, folder, plain, figures, console, stop, environment, step)
         with failures_named(folder), lost_peers_named():  # once more, for the line in the folder's status
             fit(trainer, method, data, checkpoint, stop)
+            # A run that had reached its last step within its first epoch, and goes on, ends at once.
+            figures.setdefault("epoch", trainer.current_epoch)
+            figures.setdefault("step", trainer.global_step)
             if rank() == 0:
                 write_backbone_file(folder / BACKBONE_FILE, method, plain, figures)
                 write_json(folder / "metrics.json", figures)
@@ -249,6 +257,7 @@ def build_trainer(
             feature=knn.feature,
             every_n_epochs=knn.every_n_epochs,
             baselines=knn.baselines,
+            is_untrained=config.init_from is None,
             should_stop=lambda: bool(stop),
         ),
         ViewPairPicture(),
@@ -296,13 +305,20 @@ def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
         )
 
 
-def warn_of_long_queue(config: TrainConfig, num_pictures: int) -> None:
+def warn_of_negatives(config: TrainConfig, num_pictures: int) -> None:
     """Say if K is more than a tenth of the pictures, or more than the keys that the run will ever put in.
+
+    Without a queue, say if the batch is taken in parts: each has only its own negatives.
 
     The largest power of two within a tenth is K of both official recipes: 65,536 for ImageNet, 4,096 for CIFAR-10.
     """
     size, tenth = config.method.queue_size, num_pictures // 10
     if size is None:
+        if (parts := config.trainer.accumulate_grad_batches) > 1:
+            log.warning(
+                "method.negatives=batch: with trainer.accumulate_grad_batches=%d a query is compared with the %d keys of "
+                "its own part of the batch", parts, config.data.batch_size // parts,
+            )  # fmt: skip
         return
     num_keys = num_keys_of_run(config, num_pictures)
     reasons = []

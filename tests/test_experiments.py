@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 
 from moco.config import CONFIG_DIR, TrainConfig, parse, register_schemas
-from moco.train import warn_of_long_queue
+from moco.train import warn_of_negatives
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
 OF_THIS_PROJECT = {"cifar10_moby_swin_v2", "own_images_large", "own_images_medium", "own_images_small", "quickstart"}
@@ -268,8 +268,8 @@ def test_the_six_variants_on_cifar_differ_in_the_method():
 def test_the_presets_for_own_images_fit_data_sets_of_their_size(name, fewest, most, caplog):
     config = experiment(name)
     assert (config.data.name, config.evaluation.feature) == ("images", "backbone")
-    warn_of_long_queue(config, fewest)
-    warn_of_long_queue(config, most)
+    warn_of_negatives(config, fewest)
+    warn_of_negatives(config, most)
     assert not caplog.messages
 
 
@@ -306,8 +306,6 @@ LONG = (
 )  # fmt: skip
 def test_a_queue_too_long_for_the_data_or_the_run_is_said_in_one_line(name, num_pictures, changes, said, caplog):
     config = experiment(name)
-    warn_of_long_queue(
-        dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **changes)), num_pictures
-    )
+    warn_of_negatives(dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **changes)), num_pictures)
     assert caplog.messages == ([said] if said else [])
     assert {record.levelname for record in caplog.records} <= {"WARNING"}

@@ -22,7 +22,7 @@ from torchvision.models import swin_transformer, vision_transformer
 
 from moco.errors import InputError
 from moco.methods.moco import MoCo
-from moco.methods.pretrained import load_pretrained, start_from
+from moco.methods.pretrained import load_pretrained, read_held, start_from
 from moco.models.backbones import build_backbone
 from moco.models.foreign import fitting_backbones, in_our_order, listed, rows_of_unit_norm
 from moco.training.checkpoint_files import read_weights
@@ -559,6 +559,24 @@ def test_files_that_hold_no_weights_are_one_line(tmp_path):
             load_pretrained(str(path), "query", {})
         except InputError:
             assert "\n" not in refused(path)
+
+
+def test_what_cannot_be_a_queue_is_left_aside_and_listed(tmp_path):
+    content, _, _ = moco_v2()
+    for name, tensor in {
+        "module.queue": torch.zeros(5), "module.queue_ptr": torch.zeros(2), "module.queue ": torch.zeros(0, 0),
+    }.items():  # fmt: skip
+        changed = {"state_dict": content["state_dict"] | {name.strip(): tensor}}
+        torch.save(changed, tmp_path / "x.pth")
+        held = read_held(str(tmp_path / "x.pth"), "checkpoint=x")
+        assert held.ignored[-1] == ("queue.pointer" if "ptr" in name else "queue.keys")
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    content, _, _ = moco_v2()
+    content["state_dict"]["encoder_q.conv1.weight"] = torch.zeros(64, 3, 7, 7)
+    torch.save(content, tmp_path / "x.pth")
+    assert refused(tmp_path / "x.pth") == "two different tensors stand for encoder_q.conv1.weight"
 
 
 def test_a_damaged_safetensors_file_is_one_line(tmp_path):

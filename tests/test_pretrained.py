@@ -117,6 +117,35 @@ def test_a_backbone_file_that_was_edited_is_refused(ours, tmp_path):
     )
     assert complaint({"backbone": {"stem": "cifar"}}).startswith("its settings are of no backbone (")
     assert complaint({"state_dict": {}}).startswith("its weights do not fit the backbone swin_v2_tiny_patch2: ")
+    for change in ({"state_dict": 3}, {"config": []}, {"mean": 0.5}, {"epoch": "last"}):
+        ((name, _),) = change.items()
+        assert complaint(change).startswith(f"not written by moco.train (its {name} is no ")
+
+
+def test_a_checkpoint_whose_hyperparameters_are_gone_is_refused(ours, tmp_path):
+    content = torch.load(ours / "last.ckpt", weights_only=True) | {"hyper_parameters": {}}
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match="its hyper_parameters have no backbone"):
+        load_pretrained(str(tmp_path / "x.ckpt"), "query", {})
+
+
+def test_a_default_may_be_said_of_a_file_that_does_not_mention_it(tmp_path):
+    path = pretraining_checkpoint(tmp_path / "last.ckpt", "backbone=resnet_tiny", "backbone.stem=null", "data=digits")
+    assert load_pretrained(str(path), "query", {"stem": "imagenet"}).settings["name"] == "resnet_tiny"
+    with pytest.raises(InputError, match=r"backbone\.stem: imagenet there, cifar here"):
+        load_pretrained(str(path), "query", {"stem": "cifar"})
+
+
+def test_of_a_backbone_alone_its_feature_is_measured_where_the_run_measured_embeddings(ours, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    content = torch.load(ours / "backbone.pth", weights_only=True)
+    content["config"]["evaluation"]["feature"] = "embedding"
+    torch.save(content, tmp_path / "x.pth")
+    figures = figures_of(tmp_path / "run", f"checkpoint={tmp_path / 'x.pth'}", "data.image_size=16")
+    assert figures["knn/feature"] == "backbone"
+    assert any("so its own feature is measured" in message for message in caplog.messages)
+    with pytest.raises(InputError, match="a backbone alone, and feature=embedding needs the projector too"):
+        figures_of(tmp_path / "other", f"checkpoint={tmp_path / 'x.pth'}", "evaluation.feature=embedding")
 
 
 def figures_of(folder, *overrides):
@@ -181,6 +210,17 @@ def test_other_projects_weights_are_exported_to_a_third(official, tmp_path, caps
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(exported.eval()(images), model(images))
+
+
+def test_another_projects_swin_v2_is_exported_in_the_window_that_it_does_not_tell(tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    path, output = tmp_path / "timm.pth", tmp_path / "x.pth"
+    torch.save(timm.create_model("swinv2_tiny_window8_256", num_classes=0).state_dict(), path)
+    given = [f"checkpoint={path}", "format=torchvision", f"output={output}", "image_size=256"]
+    with pytest.raises(InputError, match=r"give backbone\.window_size"):
+        export.run(composed("export", ExportConfig, *given), tmp_path / "run")
+    export.run(composed("export", ExportConfig, *given, "backbone.window_size=8"), tmp_path / "run")
+    assert output.is_file()
 
 
 def method_of(config):

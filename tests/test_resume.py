@@ -68,6 +68,18 @@ def test_stopping_anywhere_changes_nothing(length, accumulate, small, tmp_path, 
     assert_same_end(last(tmp_path / "whole"), last(tmp_path / "parts"))
 
 
+def test_a_run_that_goes_on_at_its_last_step_inside_its_first_epoch_leaves_all_its_files(small, tmp_path, monkeypatch):
+    with monkeypatch.context() as context:
+        interrupt_at(1, context)
+        with pytest.raises(Interrupted, match="in epoch 1, step 2;"):
+            run(small("trainer.max_steps=9"), tmp_path)
+    run(small("trainer.max_steps=2"), tmp_path)
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert (figures["epoch"], figures["step"]) == (0, 2)
+    assert (tmp_path / "checkpoints" / "backbone.pth").is_file()
+    run(small("trainer.max_steps=2"), tmp_path)
+
+
 def test_a_measurement_that_an_interrupt_cut_short_is_made_up_for(small, tmp_path, monkeypatch):
     import moco.evaluation.monitor as module
 

@@ -35,10 +35,11 @@ class KNNMonitor(pl.Callback):
 
     Args:
         figures: gets ``knn/top1``, ``knn/top5``, ``knn/epoch`` and the protocol; baselines go to ``knn_raw_pixels/top1``
-            and ``knn_untrained/top1``.
+            and ``knn_untrained/top1``, or ``knn_start/top1`` of a run that starts from given weights.
         should_stop: asked before every batch; a measurement that is cut short is made up for when the run goes on.
         num_neighbors, temperature, feature: the protocol, see `MonitorConfig`.
-        baselines: measure raw pixels and the untrained encoder before the first step.
+        baselines: measure raw pixels and the encoder before the first step.
+        is_untrained: the encoder starts from random weights.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class KNNMonitor(pl.Callback):
         feature: str,
         every_n_epochs: int = 1,
         baselines: bool = False,
+        is_untrained: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.figures = figures
@@ -58,6 +60,7 @@ class KNNMonitor(pl.Callback):
         self.feature = feature
         self.every_n_epochs = every_n_epochs
         self.baselines = baselines
+        self.is_untrained = is_untrained
         self.should_stop = should_stop
         self.owed = False  # a measurement that an interrupt cut short
         self.resumed = False  # the encoder is no longer untrained
@@ -92,9 +95,11 @@ class KNNMonitor(pl.Callback):
 
     def _measure_baselines(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pixels = self._result(trainer, pl_module, lambda images: images.flatten(1))
-        untrained = self._result(trainer, pl_module, self._encoding(pl_module))
-        self.figures |= {"knn_raw_pixels/top1": pixels.top1, "knn_untrained/top1": untrained.top1}
-        log.info("kNN before training: raw pixels %.4f, untrained backbone %.4f", pixels.top1, untrained.top1)
+        start = self._result(trainer, pl_module, self._encoding(pl_module))
+        name = "knn_untrained" if self.is_untrained else "knn_start"
+        self.figures |= {"knn_raw_pixels/top1": pixels.top1, f"{name}/top1": start.top1}
+        what = "untrained backbone" if self.is_untrained else "the weights of init_from"
+        log.info("kNN before training: raw pixels %.4f, %s %.4f", pixels.top1, what, start.top1)
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
         source = data_of(trainer).source

@@ -1,6 +1,8 @@
 """What a file of weights holds, ours or another project's, for the programs that begin with it."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +21,11 @@ log = logging.getLogger(__name__)
 
 # Settings that change what a backbone's tensors mean; of a checkpoint of ours they are known.
 ARCHITECTURE = ("name", "stem", "num_heads", "learned_positions")
+# What a file of the backbone alone has, and of which kind it is.
+BACKBONE_PARTS = {
+    "state_dict": dict, "backbone": dict, "encoder": str, "image_size": int, "mean": list, "std": list, "epoch": int,
+    "step": int,
+}  # fmt: skip
 # What has to be the file's for a part to be of use; without it the part is made anew.
 NEEDS = {
     "predictor.": "query_encoder.projector.",
@@ -62,6 +69,19 @@ class Pretrained(NamedTuple):
     """Of the run that made it, as much as is known: of other projects' files nothing is."""
     epoch: int
     step: int
+    feature: str
+    """What of it is to be measured: ``backbone`` or ``embedding``."""
+    window_size: tuple[int, ...] | None
+    """A Swin's windows in the file."""
+
+
+@contextmanager
+def named(source: str) -> Iterator[None]:
+    """Inside, an error about the weights of a file says which file."""
+    try:
+        yield
+    except InputError as error:
+        raise error if str(error).startswith(source) else InputError(f"{source}: {error}") from error
 
 
 def load_pretrained(path: str, which: str, given: dict[str, Any], feature: str | None = "backbone") -> Pretrained:
@@ -72,7 +92,8 @@ def load_pretrained(path: str, which: str, given: dict[str, Any], feature: str |
         given: arguments of `build_backbone`, as many as the user gave. A Swin gets their `window_size` in the end. Others
             override those of a file of ours. Of another project's they say what the file does not, and what does not show
             in the tensors' shapes.
-        feature: what is needed of the encoder, ``backbone`` or ``embedding``. None: what the run that made it measured.
+        feature: what is needed of the encoder, ``backbone`` or ``embedding``. None: what the run that made it measured, of
+            a backbone alone its feature.
 
     Raises:
         InputError: the file cannot be read, is of an unknown format or of another architecture than was asked for, or lacks
@@ -83,7 +104,11 @@ def load_pretrained(path: str, which: str, given: dict[str, Any], feature: str |
 
     source = f"checkpoint={path}"
     held = read_held(path, source)
-    feature = feature or held.config.get("evaluation", {}).get("feature") or "backbone"
+    is_backbone_alone = held.settings is not None and held.checkpoint is None
+    of_run = held.config.get("evaluation", {}).get("feature", "backbone")
+    if feature is None and is_backbone_alone and of_run == "embedding":
+        log.info("%s: a backbone alone, so its own feature is measured, where the run measured embeddings", source)
+    feature = feature or ("backbone" if is_backbone_alone else of_run)
     if held.settings is None:
         encoder, settings, is_window_set = load_foreign(held, which, given, feature, source)
     else:
@@ -94,10 +119,11 @@ def load_pretrained(path: str, which: str, given: dict[str, Any], feature: str |
                 "backbone.pretrained_window_size: another one than the checkpoint's stretches the position biases"
             )
         encoder, is_window_set = load_ours(held, which, settings, feature, path), False
+    window_size: Any = getattr(encoder.backbone, "window_size", None)
     if "window_size" in given and not is_window_set:
         rewindow(encoder.backbone, given["window_size"])
     settings = settings_of(encoder.backbone, settings)
-    return Pretrained(encoder.eval(), settings, held.config, held.epoch, held.step)
+    return Pretrained(encoder.eval(), settings, held.config, held.epoch, held.step, feature, window_size)
 
 
 def log_window_advice(pretrained: Pretrained, given: dict[str, Any], image_size: int) -> None:
@@ -134,11 +160,14 @@ def read_held(path: str, source: str) -> Held:
         hyper_parameters = content["hyper_parameters"]
         if "decoder" in hyper_parameters:
             raise InputError(f"{source}: written by moco.segment, and expected is one of moco.train")
+        if not isinstance(hyper_parameters.get("backbone"), dict):
+            raise InputError(f"{source}: not written by moco.train (its hyper_parameters have no backbone)")
         epoch, step = content["figures"].get("epoch", 0), content["global_step"]
         origin = f"a checkpoint of moco.train, epoch {epoch}"
         weights, settings = content["state_dict"], hyper_parameters["backbone"]
         return Held(origin, weights, [], settings, content["config"], epoch, step, checkpoint=content)
-    if keys >= {"state_dict", "backbone", "encoder", "image_size", "mean", "std", "epoch", "step"}:
+    if keys >= BACKBONE_PARTS.keys():
+        check_parts({"config": {}, **content}, source, BACKBONE_PARTS | {"config": dict})
         described(content["backbone"], source)
         of_images = {
             "data": {"image_size": content["image_size"]},
@@ -180,8 +209,11 @@ def check_architecture(there: dict[str, Any], given: dict[str, Any], source: str
     """Raises InputError if a checkpoint of ours has another backbone than was asked for."""
     from moco.training.run_folder import differences
 
+    outline = described(there, source)
+    usual = {key: getattr(outline, key, "imagenet" if key == "stem" else None) for key in ARCHITECTURE}
+    own = usual | {key: value for key, value in there.items() if value is not None}
     asked = {key: given[key] for key in ARCHITECTURE if key in given}
-    if differing := differences({"backbone": {key: there.get(key) for key in asked}}, {"backbone": asked}):
+    if differing := differences({"backbone": {key: own.get(key) for key in asked}}, {"backbone": asked}):
         raise InputError(f"{source}: of another architecture: {'; '.join(differing)}")
 
 
@@ -271,11 +303,13 @@ def load_foreign(
     if not theirs:
         raise InputError(f"{source}: {held.origin}, without {PARTS[prefix + 'backbone.']}")
     settings = given if "name" in given else recognised(theirs, source) | given
-    seen = settings_seen(theirs, settings["name"])
+    with named(source):
+        seen = settings_seen(theirs, settings["name"])
     settings = settings | {key: value for key, value in seen.items() if key == "window_size" or key not in given}
     check_what_shapes_hide(held.origin, settings, source)
     backbone = build_backbone(**settings)
-    weights = backbone_weights(theirs, backbone)
+    with named(source):
+        weights = backbone_weights(theirs, backbone)
     if problem := misfit(weights, backbone.state_dict()):
         raise InputError(f"{source}: its weights do not fit backbone={settings['name']}: {problem}")
     backbone.load_state_dict(weights)
@@ -406,10 +440,11 @@ def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
     for encoder in (QUERY, KEY):
         theirs, others = split(weights, f"{encoder}backbone.")
         if held.settings is None and theirs:
-            if encoder == QUERY:
-                seen = settings_seen(theirs, settings["name"])
-                check_what_shapes_hide(held.origin, seen | settings, source)
-            theirs = backbone_weights(theirs, backbone)
+            with named(source):
+                if encoder == QUERY:
+                    seen = settings_seen(theirs, settings["name"])
+                    check_what_shapes_hide(held.origin, seen | settings, source)
+                theirs = backbone_weights(theirs, backbone)
             weights = others | {f"{encoder}backbone.{name}": tensor for name, tensor in theirs.items()}
     theirs, _ = split(weights, QUERY + "backbone.")
     if problem := misfit(theirs, backbone.state_dict()):

@@ -136,8 +136,6 @@ LAYOUTS = (
             r"query_projection_head\.": QUERY + "projector.",
             r"backbone\.": KEY + "backbone.",
             r"projection_head\.": KEY + "projector.",
-            r"criterion\w*\.(?:memory_bank\.)?bank$": "queue.keys",
-            r"criterion\w*\.(?:memory_bank\.)?bank_ptr$": "queue.pointer",
         },
     ),
     Layout(
@@ -202,8 +200,10 @@ def tensors_in(content: Any, source: str) -> Weights:
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    tensors = content.items() if isinstance(content, dict) else ()
-    weights = {re.sub(f"^{WRAPPERS}", "", str(name)): x for name, x in tensors if isinstance(x, Tensor)}
+    weights: Weights = {}
+    for name, tensor in content.items() if isinstance(content, dict) else ():
+        if isinstance(tensor, Tensor):
+            put(weights, re.sub(f"^{WRAPPERS}", "", str(name)), tensor, source)
     if not weights:
         raise InputError(f"{source}: holds no tensors by name, neither directly nor in an item state_dict or model")
     return weights
@@ -234,12 +234,24 @@ def recognise(weights: Weights, source: str) -> Recognised:
         if pattern is None or renamed.startswith(BACKBONE_CLASSIFIERS):
             ignored.append(name)
         else:
-            ours[renamed] = tensor
+            put(ours, renamed, tensor, source)
+    ignored += drop_unusable_queues(ours)
     for part in HEADS:
         head, others = split(ours, part)
         inner = "layers." if "dense" in part else ""
         ours = others | {f"{part}{inner}{name}": x for name, x in in_our_order(head, is_dense=bool(inner)).items()}
     return Recognised(layout.origin, with_queues(ours), ignored)
+
+
+def put(weights: Weights, name: str, tensor: Tensor, source: str) -> None:
+    """Add a tensor; the same under another name, which some projects save twice, may be there already.
+
+    Raises:
+        InputError: another tensor has that name.
+    """
+    there = weights.setdefault(name, tensor)
+    if there.shape != tensor.shape or there.dtype != tensor.dtype or not torch.equal(there, tensor):
+        raise InputError(f"{source}: two different tensors stand for {name}")
 
 
 def split(weights: Weights, prefix: str) -> tuple[Weights, Weights]:
@@ -277,6 +289,22 @@ def number_in(name: str) -> float:
     """The last number in a layer's name; infinity if it has none."""
     numbers = re.findall(r"\d+", name)
     return int(numbers[-1]) if numbers else float("inf")
+
+
+def drop_unusable_queues(weights: Weights) -> list[str]:
+    """Take out what stands in a queue's place and cannot be one; its names."""
+    unusable = []
+    for queue in QUEUES:
+        keys, pointer = weights.get(queue + "keys"), weights.get(queue + "pointer")
+        if keys is not None and not (
+            keys.is_floating_point() and keys.numel() and (keys.ndim == 2 or keys.shape[:-2] == (2,))
+        ):
+            unusable.append(queue + "keys")
+        if pointer is not None and pointer.numel() != 1:
+            unusable.append(queue + "pointer")
+    for name in unusable:
+        del weights[name]
+    return unusable
 
 
 def with_queues(weights: Weights) -> Weights:

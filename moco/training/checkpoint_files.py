@@ -23,7 +23,7 @@ from moco.training.run_folder import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, link_
 log = logging.getLogger(__name__)
 
 # What every checkpoint has, and of which kind it is.
-PARTS = {
+PARTS: dict[str, type] = {
     "state_dict": dict, "hyper_parameters": dict, "config": dict, "figures": dict, "random_states": list,
     "global_step": int,
 }  # fmt: skip
@@ -124,9 +124,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_parts(checkpoint: dict[str, Any], source: str) -> None:
-    """Raises InputError if a part of a checkpoint of ours is not of its kind."""
-    for name, kind in PARTS.items():
+def check_parts(checkpoint: dict[str, Any], source: str, parts: dict[str, type] = PARTS) -> None:
+    """Raises InputError if a part of a file of ours is not of its kind."""
+    for name, kind in parts.items():
         if not isinstance(checkpoint[name], kind):
             raise InputError(f"{source}: not written by moco.train (its {name} is no {kind.__name__})")
 

@@ -112,6 +112,11 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run in `folder` has one to go on from."""
+    return any((folder / name).is_file() for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT))
+
+
 def find_checkpoint(folder: Path, config: Mapping[str, Any], resume: str | None) -> Path | None:
     """The checkpoint that a run in `folder` goes on from, or None to start; changes nothing.
 
@@ -124,8 +129,7 @@ def find_checkpoint(folder: Path, config: Mapping[str, Any], resume: str | None)
         InputError: the folder holds a run with another configuration (it names the keys), or one that would be lost.
     """
     saved, last = folder / CONFIG, folder / LAST_CHECKPOINT
-    has_checkpoint = last.is_file() or (folder / PREVIOUS_CHECKPOINT).is_file()
-    holds_results = has_checkpoint or (folder / "metrics.json").is_file()
+    holds_results = has_checkpoint(folder) or (folder / "metrics.json").is_file()
     if holds_results and saved.is_file():
         differing = differences(yaml.safe_load(saved.read_text()) or {}, config)
         if differing:
@@ -136,7 +140,7 @@ def find_checkpoint(folder: Path, config: Mapping[str, Any], resume: str | None)
     is_requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0  # then the results are this job's own
     if resume is None and holds_results and not is_requeued:
         raise InputError(f"{folder} holds a run and resume=null would overwrite it; choose another hydra.run.dir=PATH")
-    if has_checkpoint:
+    if has_checkpoint(folder):
         return last  # also with an explicit resume: this run has its own checkpoint by now
     return None if resume in (None, "auto") else Path(str(resume))
 
@@ -147,7 +151,7 @@ def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
     if config["resume"] is None or not status or status["state"] != "finished" or not metrics.is_file():
         return False
     figures, trainer = json.loads(metrics.read_text()), config["trainer"]
-    reached = figures["epoch"] >= trainer["max_epochs"] or 0 < trainer["max_steps"] <= figures["step"]
+    reached = figures.get("epoch", 0) >= trainer["max_epochs"] or 0 < trainer["max_steps"] <= figures.get("step", 0)
     return reached and not differences(yaml.safe_load((folder / CONFIG).read_text()), config)
 
 
