@@ -205,7 +205,7 @@ def test_jobs_with_one_value_each_and_all_choices_of_a_group_are_found_again(swe
     record.write_text(yaml.safe_dump(config))
     jobs = [job for job in jobs_of(sweep) if job.state == "not started"]
     assert [job.overrides for job in jobs] == [
-        {"optimizer": name, "seed": seed} for name in ("adamw", "sgd") for seed in ("0", "1")
+        {"optimizer": name, "seed": seed} for name in ("adamw", "lars", "sgd") for seed in ("0", "1")
     ]
     config["hydra"]["overrides"]["task"] = ["seed=interval(0,1)"]  # known to an optimizing sweeper alone
     record.write_text(yaml.safe_dump(config))
