@@ -389,6 +389,7 @@ def close(console: Any, folder: Path, figures: dict[str, Any], data: "Pretrainin
         for key, name in (
             ("knn_raw_pixels/top1", "raw pixels"),
             ("knn_untrained/top1", "untrained backbone"),
+            ("knn_start/top1", "weights of init_from"),
             ("knn/top1", "pretrained backbone"),
         ):
             if key in figures:
