@@ -15,18 +15,19 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from moco.config import DataConfig, EvaluateDataConfig, SegmentDataConfig
-from moco.data.augmentations import build_evaluation_view
-from moco.data.datasets import build_source, held_out_tenth
+from moco.data.class_folders import is_held_out
+from moco.data.datasets import build_source
+from moco.data.listing import list_pictures
 from moco.data.pictures import (
     MAX_IMAGE_PIXELS,
     UnreadablePicture,
-    list_pictures,
     opened,
     pillow_warnings_ignored,
     read_mask,
     read_picture,
 )
 from moco.data.segmentation import build_segmentation_source
+from moco.data.views import build_evaluation_view
 from moco.errors import InputError, printable
 from moco.training.unreadable import write_unreadable
 
@@ -165,14 +166,14 @@ def test_what_is_no_file_is_unreadable_at_once(tmp_path):
 
 def test_files_and_folders_that_may_not_be_read_are_named(picture_tree, caplog, monkeypatch):
     """Root may read everything, so the system's answer is put in its mouth."""
-    real_scandir, real_open = os.scandir, open
+    real_folder, real_open = os.open, open
 
-    def denied(path, *arguments, real):
+    def denied(path, *arguments, real, **options):
         if str(path).endswith(("deeper", "00.png")):
             raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *arguments)
+        return real(path, *arguments, **options)
 
-    monkeypatch.setattr("os.scandir", lambda path: denied(path, real=real_scandir))
+    monkeypatch.setattr("os.open", lambda path, *rest, **options: denied(path, *rest, real=real_folder, **options))
     monkeypatch.setattr("builtins.open", lambda path, *rest, **options: denied(path, *rest, real=real_open))
     assert len(list_pictures(picture_tree)) == 16
     assert f"left out a folder that cannot be read: {picture_tree}/b/deeper (Permission denied)" in caplog.text
@@ -263,8 +264,7 @@ def test_odd_names_are_listed_read_and_shown_on_one_line(oddly_named):
 
 def test_names_of_bytes_have_a_place_in_the_split():
     names = [os.fsdecode(b"\xff%d.png" % number) for number in range(100)]
-    assert 0 < held_out_tenth(names).sum() < 30
-    assert held_out_tenth(["ü.png"]) == (zlib.crc32("ü.png".encode()) % 10 == 0)
+    assert 0 < is_held_out(map(os.fsencode, names), 0.1).sum() < 30
 
 
 def test_the_list_of_unreadable_pictures_gives_every_name_back(oddly_named):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco.data.pictures import UnreadablePicture, list_pictures, read_picture, to_rgb
+from moco.data.listing import list_pictures
+from moco.data.pictures import UnreadablePicture, read_picture, to_rgb
 from moco.errors import InputError
 
 

@@ -1,23 +1,19 @@
-"""Reading pictures: any common format and pixel type to 8-bit RGB, masks to class numbers, folder trees to sorted lists.
+"""Reading pictures: any common format and pixel type to 8-bit RGB, masks to class numbers.
 
 Letters: H W pixels.
 """
 
-import logging
+import io
 import os
 import stat
 import warnings
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from moco.errors import InputError, printable
-
-log = logging.getLogger(__name__)
+from moco.errors import printable
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # Those of the extensions, whatever a file is called. Pillow would open others as well, and it hands PostScript to an
@@ -89,39 +85,55 @@ def pillow_warnings_ignored() -> Iterator[None]:
 
 
 @contextmanager
-def opened(path: str, max_image_pixels: int) -> Iterator[Image.Image]:
+def opened(source: str | bytes, max_image_pixels: int, name: str | None = None) -> Iterator[Image.Image]:
     """The picture in a file, its header read and its pixels not yet. Pillow's warnings pass.
 
     Sets Pillow's own limit in this process, since its decoders also meet sizes that are not in the header: frames, tiles.
 
     Args:
+        source: the file's path, or its content.
         max_image_pixels: a picture of more is refused.
+        name: what to call it in a message; of a path the path itself.
 
     Raises:
         UnreadablePicture: for what Pillow raises here or inside the ``with`` block.
     """
     Image.MAX_IMAGE_PIXELS = max_image_pixels / 2  # type: ignore[assignment]  # Pillow refuses what is twice as large
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with errors_named(name or str(source), max_image_pixels, file):
+        if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
             raise OSError("not a regular file")  # a pipe would wait for a writer, a device may do anything
-        with Image.open(path, formats=FORMATS) as picture:
+        with Image.open(file, formats=FORMATS) as picture:
             if 0 in picture.size:
                 raise ValueError(f"{picture.width} x {picture.height} px")
             yield picture
+
+
+@contextmanager
+def errors_named(name: str, max_image_pixels: int, file: object = None) -> Iterator[None]:
+    """Inside, whatever goes wrong with a picture becomes an `UnreadablePicture` that names it.
+
+    Args:
+        file: what Pillow was handed, which its messages repeat.
+    """
+    try:
+        yield
+    except UnreadablePicture:
+        raise
     except Image.DecompressionBombError as error:
         size, _, _ = str(error).partition(" exceeds")  # Image size (200000000 pixels) exceeds limit of ...
         raise UnreadablePicture(
-            f"{printable(path)}: {size} exceeds data.max_image_pixels={max_image_pixels}"
+            f"{printable(name)}: {size} exceeds data.max_image_pixels={max_image_pixels}"
         ) from error
     except Exception as error:  # on damaged data Pillow's decoders raise nearly anything
-        raise UnreadablePicture(f"{printable(path)}: {reason(error, path)}") from error
+        raise UnreadablePicture(f"{printable(name)}: {reason(error, file)}") from error
 
 
-def reason(error: Exception, path: str) -> str:
-    """What an error says, without the path that the operating system's and Pillow's errors repeat."""
+def reason(error: Exception, file: object) -> str:
+    """What an error says, without the file that the operating system's and Pillow's errors repeat."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return printable(str(error).removesuffix(f" {path!r}")) or type(error).__name__
+    return printable(str(error).removesuffix(f" {file!r}")) or type(error).__name__
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -143,60 +155,3 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture).convert("RGB")
     return picture.convert("RGB")
-
-
-def list_pictures(root: str | Path) -> list[str]:
-    """Paths of all pictures below a folder, by extension, in sorted order.
-
-    Symbolic links are followed, but not up to a folder that holds root; a folder that several paths lead to is listed once,
-    under its own name if that is below root. A link to nowhere counts as a picture that cannot be read. A folder that
-    cannot be read is left out with a warning.
-
-    Raises:
-        InputError: the folder does not exist or holds no pictures.
-    """
-    if not os.path.isdir(root):
-        raise InputError(f"data.root={root}: no such folder")
-    found = [path for path in paths_below(str(root)) if path.lower().endswith(EXTENSIONS)]
-    if not found:
-        raise InputError(f"data.root={root}: no pictures in there (looked for {', '.join(EXTENSIONS)} at any depth)")
-    return sorted(found)
-
-
-def paths_below(root: str) -> Iterator[str]:
-    """Everything but folders, at any depth.
-
-    Not `os.walk`, which recurses in Python 3.11 and older, and takes a folder by the first of its names that comes up.
-    """
-    folders, linked = deque([root]), deque[str]()  # what links lead to waits until the rest is done
-    seen = {identity(folder) for folder in Path(root).resolve().parents}  # a link up there leads to what is beside root
-    while folders or linked:
-        folder = (folders or linked).popleft()
-        try:
-            if identity(folder) in seen:
-                continue
-            seen.add(identity(folder))
-            with os.scandir(folder) as entries:
-                inside = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            log.warning("left out a folder that cannot be read: %s (%s)", printable(folder), error.strerror)
-            continue
-        for entry in inside:
-            if is_folder(entry):
-                (linked if entry.is_symlink() else folders).append(entry.path)
-            else:
-                yield entry.path
-
-
-def identity(path: str | Path) -> tuple[int, int]:
-    """The same for all the paths that lead to a file or folder."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Also what a link leads to; without asking the file system for plain files, as `os.path.isdir` would."""
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False

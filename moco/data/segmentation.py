@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from moco.data.datasets import MASKED, SOURCES, FilePictures, held_out_tenth, torchvision_dataset
+from moco.data.class_folders import is_held_out
+from moco.data.datasets import MASKED, SOURCES, FilePictures, torchvision_dataset
+from moco.data.listing import list_pictures
 from moco.data.pictures import (
     MAX_IMAGE_PIXELS,
     UnreadablePicture,
     decoded_mask,
-    list_pictures,
     opened,
     pillow_warnings_ignored,
     read_mask,
@@ -249,12 +250,12 @@ def split(pairs: dict[str, Pair]) -> Splits:
         raise InputError(
             f"{printable(next(iter(pairs.values())).image)}: the only picture; at least one more is needed, to hold out"
         )
-    is_held_out = held_out_tenth(list(pairs))
-    if not is_held_out.any() or is_held_out.all():
-        is_held_out = np.arange(len(pairs)) == 0
-    log.info("held out: %d of %d pictures, by a hash of their names", is_held_out.sum(), len(pairs))
+    held_out = is_held_out(map(os.fsencode, pairs), 0.1)
+    if not held_out.any() or held_out.all():
+        held_out = np.arange(len(pairs)) == 0
+    log.info("held out: %d of %d pictures, by a hash of their names", held_out.sum(), len(pairs))
     everything = np.array(list(pairs.values()), dtype=object)  # (M, 2)
-    train, validation = ([Pair(*files) for files in everything[chosen]] for chosen in (~is_held_out, is_held_out))
+    train, validation = ([Pair(*files) for files in everything[chosen]] for chosen in (~held_out, held_out))
     return train, validation
 
 

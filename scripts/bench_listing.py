@@ -1,0 +1,86 @@
+"""Listing a folder tree against ``find ROOT -type f``, in interleaved runs, and reading the listing that was kept of it.
+
+    python scripts/bench_listing.py [--folders 1000] [--files 200] [--repeats 9] [--root EXISTING]
+
+Makes a tree of empty files, unless there is one to look at; the system has all of it at hand after the first look. Prints
+medians, the ratio of listing to find (below 2: the goal), the seconds of a second start, and bytes that a loader process
+is handed for the names.
+"""
+
+import argparse
+import pickle
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import torch.multiprocessing  # noqa: F401  (registers how tensors travel)
+
+from moco.data.datasets import FilePictures
+from moco.data.listing_cache import SETTLED_SECONDS, listed
+
+
+def make_tree(root: Path, num_folders: int, num_files: int) -> None:
+    """Files with names as ImageNet's, made in no order."""
+    for folder in range(num_folders):
+        path = root / f"n{folder:08d}"
+        path.mkdir(parents=True)
+        for number in range(num_files):
+            (path / f"n{folder:08d}_{number * 7919 % 100_003}.JPEG").touch()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long that takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(root: str, cache: Path, repeats: int) -> None:
+    """Print the table of one tree."""
+    works: dict[str, Callable[[], object]] = {
+        "find": lambda: subprocess.run(["find", root, "-type", "f"], stdout=subprocess.DEVNULL, check=True),
+        "listing": lambda: listed([root]),
+        "second start": lambda: listed([root], cache=cache),
+    }
+    time.sleep(SETTLED_SECONDS + 0.1)
+    (found,) = listed([root], cache=cache)
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(repeats):
+        for name in list(works) if repeat % 2 else reversed(works):
+            times[name].append(seconds(works[name]))
+    for name, all_times in times.items():
+        print(f"{name:<14}{statistics.median(all_times):8.3f} s (from {min(all_times):.3f} to {max(all_times):.3f})")
+    ratio = statistics.median(ours / theirs for ours, theirs in zip(times["listing"], times["find"], strict=True))
+    print(f"{len(found.paths):,} pictures; listing / find {ratio:.2f}")
+    pictures = FilePictures(found.paths)
+    print(
+        f"handed to a loader process: {len(ForkingPickler.dumps(pictures)):,} bytes, beside {shared(pictures):,} shared"
+    )
+    print(f"as a list of strings: {len(pickle.dumps(list(found.paths))):,} bytes to each")
+
+
+def shared(pictures: FilePictures) -> int:
+    """Bytes in memory that all loader processes use together."""
+    return pictures.text.nbytes + pictures.ends.nbytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folders", type=int, default=1000)
+    parser.add_argument("--files", type=int, default=200, help="in each folder")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--root", help="an existing tree, in place of a new one")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        root = arguments.root or f"{scratch}/tree"
+        if not arguments.root:
+            make_tree(Path(root), arguments.folders, arguments.files)
+        measure(root, Path(scratch) / "pictures.npz", arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
