@@ -1,104 +1,345 @@
 """Augmentation pairs from numbers: each view is an ordered mapping from operation to its settings.
 
-This is the reference engine: torchvision.transforms.v2 per sample on Pillow pictures, as the official recipes run them.
-An operation with a `probability` is applied with that probability. Sizes in px; scales as fractions of the area.
+One definition, two engines. What is drawn for a picture is a pure function of (seed, epoch, index, view); an operation says
+how its numbers follow from the draws, and does its work on one picture (``on_picture``, in the loader's workers) or on a
+whole batch (``on_batch``, on the device). The reference for both is torchvision.transforms.v2 on Pillow pictures.
+
+Letters: N batch, H W pixels of the source, S side of a view. Sizes in px; scales as fractions of the area.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image, ImageFilter
 from torch import Tensor
-from torchvision.transforms import v2
 
-from moco.data.randomness import draws_from
+from moco.data import batch_kernels, picture_kernels
+from moco.data.randomness import uniforms
 from moco.errors import InputError, unknown_name
 
-Transform = Callable[[Any], Any]
+Drawn = dict[str, Tensor]
+"""What was drawn for one operation, by name, (N, ...) each."""
 
 
-class GaussianBlur:
-    """Pillow's Gaussian blur with a radius (its sigma, px) drawn uniformly, as in SimCLR and MoCo v2."""
+class Operation:
+    """One step of a view.
 
-    def __init__(self, sigma: Sequence[float]) -> None:
-        self.sigma = sigma
+    ``on_picture`` takes (H, W, 3) uint8 and one picture's numbers,
+    ``on_batch`` (N, 3, H, W) float32 in 0..1 and those of all.
+    """
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        low, high = self.sigma
-        radius = float(torch.empty(1).uniform_(low, high))
-        return picture.filter(ImageFilter.GaussianBlur(radius=radius))
+    num_draws: ClassVar[int] = 0
+
+    def drawn(self, draws: Tensor, sizes: Tensor) -> Drawn:
+        """The operation's numbers.
+
+        Args:
+            draws: (N, num_draws) float64, from 0 up to 1.
+            sizes: (N, 2) int64, height and width of each picture.
+        """
+        return {}
+
+    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        raise NotImplementedError
+
+    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
+        raise NotImplementedError
+
+    def described(self, drawn: Mapping[str, Any]) -> str:
+        """One picture's numbers in words, for people; empty if there are none."""
+        return ""
 
 
-def random_resized_crop(image_size: int, scale: Sequence[float], ratio: Sequence[float] = (3 / 4, 4 / 3)) -> Transform:
-    """A crop of `scale` of the area and `ratio` width / height, resized to a square of `image_size` px, bilinear."""
-    _expect(_is_range(scale) and 0 < scale[0] <= scale[1] <= 1, "scale", scale, "two areas, 0 < low <= high <= 1")
-    _expect(_is_range(ratio) and ratio[0] > 0, "ratio", ratio, "two positive numbers, low <= high")
-    return v2.RandomResizedCrop(image_size, scale=tuple(scale), ratio=tuple(ratio))
+@dataclass
+class RandomResizedCrop(Operation):
+    """A crop of `scale` of the area and `ratio` width / height, resized to a square of `image_size`, bilinear, antialiased.
+
+    As in torchvision the first of ten candidates that fits is taken, else the largest in the middle with a ratio in range.
+    """
+
+    image_size: int
+    scale: Sequence[float]
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
+    num_draws: ClassVar[int] = 22
+
+    def __post_init__(self) -> None:
+        is_scale, is_ratio = is_range(self.scale), is_range(self.ratio)
+        expect(
+            is_scale and 0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "two areas, 0 < low <= high <= 1"
+        )
+        expect(is_ratio and self.ratio[0] > 0, "ratio", self.ratio, "two positive numbers, low <= high")
+
+    def drawn(self, draws: Tensor, sizes: Tensor) -> Drawn:
+        height, width = sizes.double().unbind(1)
+        area = (height * width)[:, None] * between(self.scale, draws[:, :10])
+        root = torch.exp(between([math.log(side) for side in self.ratio], draws[:, 10:20]) / 2)
+        # Half to even, as Python's round.
+        heights, widths = torch.round(area.sqrt() / root), torch.round(area.sqrt() * root)  # (N, 10)
+        fits = (heights > 0) & (heights <= height[:, None]) & (widths > 0) & (widths <= width[:, None])
+        first = fits.to(torch.uint8).argmax(1, keepdim=True)
+        found = fits.any(1)
+        middle_height, middle_width = self._largest(height, width)
+        crop_height = torch.where(found, heights.gather(1, first)[:, 0], middle_height)
+        crop_width = torch.where(found, widths.gather(1, first)[:, 0], middle_width)
+        room = torch.stack([height - crop_height, width - crop_width], 1)
+        corner = torch.where(found[:, None], torch.floor(draws[:, 20:22] * (room + 1)), torch.floor(room / 2))
+        box = torch.cat([corner, torch.stack([crop_height, crop_width], 1)], 1).long()
+        return {"box": box, "size": sizes}
+
+    def _largest(self, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.ratio
+        ratio = width / height
+        return (
+            torch.where(ratio < low, torch.round(width / low).clamp(1), height),
+            torch.where(ratio > high, torch.round(height * high).clamp(1), width),
+        )
+
+    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        reduction = round(drawn["size"][0] / picture.shape[0])  # by how much it was decoded smaller
+        if reduction == 1:
+            return picture_kernels.resized_crop(picture, drawn["box"], self.image_size)
+        return picture_kernels.resized_crop_between_pixels(picture, drawn["box"] / reduction, self.image_size)
+
+    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
+        return batch_kernels.resized_crop(images, drawn["box"], self.image_size)
+
+    def described(self, drawn: Mapping[str, Any]) -> str:
+        (top, left, height, width), (rows, columns) = drawn["box"].tolist(), drawn["size"].tolist()
+        return f"{height} x {width} px at {top}, {left} of {rows} x {columns}"
 
 
-def random_affine(degrees: float, translate: float = 0.0, shear: float = 0.0) -> Transform:
-    """Rotation and shear of up to so many degrees either way, shift of up to a fraction of the side; bilinear."""
-    _expect(0 <= translate <= 1, "translate", translate, "a fraction of the side, 0 to 1")
-    mode = v2.InterpolationMode.BILINEAR
-    return v2.RandomAffine(degrees, translate=(translate, translate), shear=shear, interpolation=mode)
+@dataclass
+class RandomAffine(Operation):
+    """Rotation and horizontal shear of up to so many degrees either way, shift of up to a fraction of the side; bilinear."""
+
+    degrees: float
+    translate: float = 0.0
+    shear: float = 0.0
+    num_draws: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        expect(0 <= self.translate <= 1, "translate", self.translate, "a fraction of the side, 0 to 1")
+        expect(self.degrees >= 0, "degrees", self.degrees, "a number of degrees, at least 0")
+        expect(0 <= self.shear < 90, "shear", self.shear, "a number of degrees, 0 up to 90")
+
+    def drawn(self, draws: Tensor, sizes: Tensor) -> Drawn:
+        most = self.translate * sizes.flip(1)
+        return {
+            "angle": between([-self.degrees, self.degrees], draws[:, 0]),
+            "shift": torch.round((2 * draws[:, 1:3] - 1) * most),  # right, down
+            "shear": between([-self.shear, self.shear], draws[:, 3]),
+        }
+
+    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        images = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+        turned = self.on_batch(images, {name: torch.as_tensor(value)[None] for name, value in drawn.items()})
+        return np.ascontiguousarray(torch.round(turned[0] * 255).to(torch.uint8).permute(1, 2, 0).numpy())
+
+    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
+        return batch_kernels.affine(images, drawn["angle"], drawn["shift"], drawn["shear"])
+
+    def described(self, drawn: Mapping[str, Any]) -> str:
+        right, down = drawn["shift"].tolist()
+        angles = f"turned by {drawn['angle']:.1f}, sheared by {drawn['shear']:.1f} degrees"
+        return f"{angles}, shifted by {right:.0f}, {down:.0f} px"
 
 
-def color_jitter(brightness: float = 0, contrast: float = 0, saturation: float = 0, hue: float = 0) -> Transform:
+@dataclass
+class ColorJitter(Operation):
     """Factors from 1 - x to 1 + x, hue shift up to x of a turn either way; the four in random order."""
-    _expect(0 <= hue <= 0.5, "hue", hue, "a fraction of a turn, 0 to 0.5")
-    return v2.ColorJitter(brightness, contrast, saturation, hue)
+
+    brightness: float = 0
+    contrast: float = 0
+    saturation: float = 0
+    hue: float = 0
+    num_draws: ClassVar[int] = 8
+    STEPS: ClassVar[tuple[str, ...]] = ("brightness", "contrast", "saturation", "hue")
+
+    def __post_init__(self) -> None:
+        for name in self.STEPS[:3]:
+            expect(getattr(self, name) >= 0, name, getattr(self, name), "a number, at least 0")
+        expect(0 <= self.hue <= 0.5, "hue", self.hue, "a fraction of a turn, 0 to 0.5")
+
+    def drawn(self, draws: Tensor, sizes: Tensor) -> Drawn:
+        values = [
+            between([max(0, 1 - most), 1 + most], draws[:, number])
+            for number, most in enumerate((self.brightness, self.contrast, self.saturation))
+        ]
+        hue = between([-self.hue, self.hue], draws[:, 3])
+        return {"factors": torch.stack([*values, hue], 1), "order": draws[:, 4:8].argsort(1)}
+
+    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        factors = drawn["factors"]
+        for step in drawn["order"]:
+            if getattr(self, self.STEPS[step]):
+                picture = picture_kernels.COLOR_STEPS[step](picture, float(factors[step]))
+        return picture
+
+    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
+        return batch_kernels.color_jitter(images, drawn["factors"], drawn["order"], has_hue=self.hue > 0)
+
+    def described(self, drawn: Mapping[str, Any]) -> str:
+        steps = [step for step in drawn["order"].tolist() if getattr(self, self.STEPS[step])]
+        return ", ".join(f"{self.STEPS[step]} {drawn['factors'][step]:.2f}" for step in steps)
 
 
-def gaussian_blur(sigma: Sequence[float]) -> Transform:
-    """Blur with a sigma between the two given, px."""
-    _expect(_is_range(sigma) and sigma[0] >= 0, "sigma", sigma, "two numbers of px, 0 <= low <= high")
-    return GaussianBlur(sigma)
+@dataclass
+class GaussianBlur(Operation):
+    """Blur with a sigma drawn uniformly between the two given, px, cut off at three sigma; edges are continued."""
+
+    sigma: Sequence[float]
+    num_draws: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        expect(is_range(self.sigma) and self.sigma[0] >= 0, "sigma", self.sigma, "two numbers of px, 0 <= low <= high")
+
+    def drawn(self, draws: Tensor, sizes: Tensor) -> Drawn:
+        return {"sigma": between(self.sigma, draws[:, 0])}
+
+    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        return picture_kernels.gaussian_blur(picture, float(drawn["sigma"]))
+
+    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
+        return batch_kernels.gaussian_blur(images, drawn["sigma"], max_sigma=self.sigma[1])
+
+    def described(self, drawn: Mapping[str, Any]) -> str:
+        return f"sigma {drawn['sigma']:.2f} px"
 
 
-def solarize(threshold: int = 128) -> Transform:
+@dataclass
+class Solarize(Operation):
     """Invert the values from `threshold` (0 to 256) upwards."""
-    _expect(isinstance(threshold, int) and 0 <= threshold <= 256, "threshold", threshold, "a whole number, 0 to 256")
-    return v2.Lambda(partial(v2.functional.solarize, threshold=threshold))
+
+    threshold: int = 128
+
+    def __post_init__(self) -> None:
+        is_whole = isinstance(self.threshold, int)
+        expect(is_whole and 0 <= self.threshold <= 256, "threshold", self.threshold, "a whole number, 0 to 256")
+
+    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        return picture_kernels.solarize(picture, self.threshold)
+
+    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
+        return torch.where(images >= self.threshold / 255, 1 - images, images)
 
 
-def grayscale() -> Transform:
+@dataclass
+class Grayscale(Operation):
     """Luma in all three channels."""
-    return v2.Grayscale(num_output_channels=3)
+
+    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        return picture_kernels.grayscale(picture)
+
+    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
+        return batch_kernels.luma(images).expand_as(images)
 
 
-def horizontal_flip() -> Transform:
+@dataclass
+class HorizontalFlip(Operation):
     """Left and right exchanged."""
-    return v2.Lambda(v2.functional.horizontal_flip)
+
+    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        return picture_kernels.horizontal_flip(picture)
+
+    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
+        return images.flip(-1)
 
 
-OPERATIONS: dict[str, Callable[..., Transform]] = {
-    operation.__name__: operation
-    for operation in (
-        random_resized_crop, random_affine, color_jitter, gaussian_blur, solarize, grayscale, horizontal_flip
-    )
-}  # fmt: skip
+OPERATIONS: dict[str, type[Operation]] = {
+    "random_resized_crop": RandomResizedCrop,
+    "random_affine": RandomAffine,
+    "color_jitter": ColorJitter,
+    "gaussian_blur": GaussianBlur,
+    "solarize": Solarize,
+    "grayscale": Grayscale,
+    "horizontal_flip": HorizontalFlip,
+}
 
 
-def build_view(operations: Mapping[str, Mapping[str, Any]], image_size: int, where: str) -> Transform:
-    """Pillow picture to Pillow picture, the operations in the mapping's order.
+class Step(NamedTuple):
+    """An operation and how often it is applied."""
+
+    name: str
+    operation: Operation
+    probability: float
+
+
+class View:
+    """The operations of one view, in order.
 
     Args:
-        image_size: side of the result, px; the view must hold a `random_resized_crop`.
+        operations: by name, their settings; one of them is `random_resized_crop`.
+        image_size: side of the result, px.
         where: the mapping's key in the config, for error messages.
 
     Raises:
         InputError: unknown operation, setting or value; it names the key.
     """
-    if "random_resized_crop" not in operations:
-        raise InputError(f"{where}: random_resized_crop is missing; without it views have no common size")
-    return v2.Compose([build_operation(name, settings, image_size, where) for name, settings in operations.items()])
+
+    def __init__(self, operations: Mapping[str, Mapping[str, Any] | None], image_size: int, where: str) -> None:
+        if "random_resized_crop" not in operations:
+            raise InputError(f"{where}: random_resized_crop is missing; without it views have no common size")
+        self.steps = [build_operation(name, settings, image_size, where) for name, settings in operations.items()]
+        self.crop = list(operations).index("random_resized_crop")
+        """Which step gives the view its size."""
+        self.image_size = image_size
+
+    def drawn(self, seed: int, epoch: int, indices: Tensor, view: int, sizes: Tensor) -> list[Drawn]:
+        """The numbers of each step, for a batch of pictures.
+
+        Args:
+            indices: (N,) int64, which pictures they are.
+            view: 0 for the query's, 1 for the key's.
+            sizes: (N, 2) int64, height and width of each picture, on the same device.
+        """
+        # Each step has its own draws, whether or not it is applied: changing one leaves the others as they are.
+        counts = [1 + step.operation.num_draws for step in self.steps]
+        draws = uniforms(seed, epoch, indices, view, sum(counts)).split(counts, 1)
+        numbers = []
+        for place, (step, own) in enumerate(zip(self.steps, draws, strict=True)):
+            known = sizes if place <= self.crop else torch.full_like(sizes, self.image_size)
+            numbers.append(step.operation.drawn(own[:, 1:], known) | {"applied": own[:, 0] < step.probability})
+        return numbers
+
+    def described(self, numbers: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What is done to one picture, a line for each step that is."""
+        pairs = zip(self.steps, numbers, strict=True)
+        return [f"{step.name} {step.operation.described(drawn)}".strip() for step, drawn in pairs if drawn["applied"]]
+
+    def on_picture(
+        self, picture: np.ndarray, numbers: Sequence[Mapping[str, Any]], end: int | None = None
+    ) -> np.ndarray:
+        """The steps up to `end` on (H, W, 3) uint8, with one picture's numbers."""
+        for step, drawn in zip(self.steps[:end], numbers, strict=False):
+            if drawn["applied"]:
+                picture = step.operation.on_picture(picture, drawn)
+        return picture
+
+    def on_batch(self, images: Tensor, numbers: Sequence[Drawn], start: int = 0) -> Tensor:
+        """The steps from `start` on (N, 3, H, W) float32 in 0..1; their result, of that kind."""
+        for step, drawn in zip(self.steps[start:], numbers[start:], strict=True):
+            images = applied(step, images, drawn)
+        return images
 
 
-def build_operation(name: str, settings: Mapping[str, Any] | None, image_size: int, where: str) -> Transform:
-    """One operation of a view; arguments and errors as in `build_view`."""
+def applied(step: Step, images: Tensor, drawn: Drawn) -> Tensor:
+    """The step on those images that it was drawn for."""
+    if step.probability == 1:
+        return step.operation.on_batch(images, drawn)
+    if images.device.type == "cpu":
+        rows = drawn["applied"].nonzero()[:, 0]
+        some = {name: values[rows] for name, values in drawn.items()}
+        return images.index_copy(0, rows, step.operation.on_batch(images[rows], some)) if len(rows) else images
+    # On a GPU, asking how many they are would wait for it.
+    return torch.where(drawn["applied"][:, None, None, None], step.operation.on_batch(images, drawn), images)
+
+
+def build_operation(name: str, settings: Mapping[str, Any] | None, image_size: int, where: str) -> Step:
+    """One step of a view; arguments and errors as of `View`."""
     if name not in OPERATIONS:
         raise InputError(f"{where}: {unknown_name('operation', name, OPERATIONS)}")
     if settings is not None and not isinstance(settings, Mapping):
@@ -116,97 +357,25 @@ def build_operation(name: str, settings: Mapping[str, Any] | None, image_size: i
         arguments["image_size"] = image_size
     try:
         is_number = isinstance(probability, (int, float))
-        _expect(is_number and 0 <= probability <= 1, "probability", probability, "a number from 0 to 1")
-        operation = OPERATIONS[name](**arguments)
-    except (TypeError, ValueError, IndexError) as error:
+        expect(is_number and 0 <= probability <= 1, "probability", probability, "a number from 0 to 1")
+        return Step(name, OPERATIONS[name](**arguments), probability)
+    except (TypeError, ValueError) as error:
         raise InputError(f"{where}.{name}: {error}") from error
-    return operation if probability == 1 else v2.RandomApply([operation], p=probability)
 
 
-def _is_range(values: Any) -> bool:
+def between(limits: Sequence[float], draws: Tensor) -> Tensor:
+    """From 0..1 to the range."""
+    low, high = limits
+    return low + (high - low) * draws
+
+
+def is_range(values: Any) -> bool:
     """Two numbers, the lower first."""
     is_pair = isinstance(values, (list, tuple)) and len(values) == 2
     return is_pair and all(isinstance(value, (int, float)) for value in values) and values[0] <= values[1]
 
 
-def _expect(holds: bool, name: str, value: Any, expected: str) -> None:
+def expect(holds: bool, name: str, value: Any, expected: str) -> None:
+    """Raises ValueError if it does not hold."""
     if not holds:
         raise ValueError(f"{name}={value}: expected {expected}")
-
-
-def to_normalized(mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Pillow picture to (3, H, W) float32: pixels in 0..1, minus `mean`, over `std`, per channel.
-
-    Raises:
-        InputError: they are not three each, or a std is not above 0.
-    """
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise InputError(f"augmentation.mean={mean}, augmentation.std={std}: expected three numbers each, std above 0")
-    scale = 1 / (255 * torch.tensor(std).view(3, 1, 1))
-    shift = torch.tensor(mean).view(3, 1, 1) / torch.tensor(std).view(3, 1, 1)
-    # One product and one difference: on small pictures ToImage, ToDtype and Normalize cost as much as the colour jitter.
-    return Normalized(scale, shift)
-
-
-class Normalized:
-    """(3, H, W) float32: 8-bit pixels times `scale` minus `shift`, (3, 1, 1) each."""
-
-    def __init__(self, scale: Tensor, shift: Tensor) -> None:
-        self.scale = scale
-        self.shift = shift
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        return v2.functional.pil_to_tensor(picture) * self.scale - self.shift
-
-
-class ViewPair:
-    """The query view and the key view of a picture, each with its own draws.
-
-    A draw depends on (seed, epoch, index, view) alone: not on the worker, nor on what was drawn before.
-
-    Args:
-        query, key: operations of the two views.
-        image_size: side of both views, px.
-    """
-
-    def __init__(
-        self,
-        query: Mapping[str, Any],
-        key: Mapping[str, Any],
-        mean: Sequence[float],
-        std: Sequence[float],
-        image_size: int,
-        seed: int,
-    ) -> None:
-        self.views = [
-            build_view(query, image_size, "augmentation.query"),
-            build_view(key, image_size, "augmentation.key"),
-        ]
-        self.mean, self.std = mean, std
-        self.normalize = to_normalized(mean, std)
-        self.seed = seed
-
-    def __call__(self, picture: Image.Image, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Two views (3, H, W) of image `index` in epoch `epoch`, normalised."""
-        pair = []
-        for number, view in enumerate(self.views):
-            with draws_from(self.seed, epoch, index, number):
-                pair.append(self.normalize(view(picture)))
-        return pair[0], pair[1]
-
-
-def build_evaluation_view(image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Pillow picture to (3, H, W) without chance: resize the shorter side to image_size / crop_ratio, centre crop."""
-    resized = round(image_size / crop_ratio)
-    return v2.Compose([middle_of_stripe, v2.Resize(resized), v2.CenterCrop(image_size), to_normalized(mean, std)])
-
-
-def middle_of_stripe(picture: Image.Image) -> Image.Image:
-    """Of a picture that is more than 32 times as long as wide the middle, 32 times as long.
-
-    Enlarged to a shorter side of 224 px, a line of one pixel by a million would take 150 GB.
-    """
-    longest = 32 * min(picture.size)
-    if max(picture.size) <= longest:
-        return picture
-    return v2.functional.center_crop(picture, [min(picture.height, longest), min(picture.width, longest)])

@@ -10,8 +10,9 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from moco.data.augmentations import build_operation, to_normalized
+from moco.data.augmentations import ColorJitter, build_operation
 from moco.data.randomness import draws_from
+from moco.data.views import Normalized
 from moco.errors import InputError
 
 
@@ -69,7 +70,7 @@ class SegmentationView:
         image_size: side of the result, px.
         scale: lowest and highest factor of the size, see `RandomScaledCrop`.
         horizontal_flip: probability.
-        color_jitter: settings of `moco.data.augmentations.color_jitter` and its `probability`; None: no jitter.
+        color_jitter: settings of `moco.data.augmentations.ColorJitter` and its `probability`; None: no jitter.
         mean, std: per channel, of pixels in 0..1.
         ignore_index: of pixels that the crop has and the picture has not.
 
@@ -91,11 +92,11 @@ class SegmentationView:
     ) -> None:
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
             raise InputError(f"augmentation.scale={list(scale)}: expected two factors, 0 < low <= high")
-        self.normalize = to_normalized(mean, std)
+        self.normalize = Normalized(mean, std)
         fill = [round(255 * channel) for channel in mean]  # 0 once it is normalised
         operations = [RandomScaledCrop(image_size, scale, fill, ignore_index), v2.RandomHorizontalFlip(horizontal_flip)]
         if color_jitter is not None:
-            operations.append(build_operation("color_jitter", color_jitter, image_size, "augmentation"))
+            operations.append(random_color_jitter(color_jitter, image_size))
         self.operations = v2.Compose(operations)
         self.ignore_index = ignore_index
         self.seed = seed
@@ -107,3 +108,12 @@ class SegmentationView:
         with draws_from(self.seed, epoch, index, 0):
             picture, classes = self.operations(picture, tv_tensors.Mask(mask))
         return self.normalize(picture), classes.as_subclass(Tensor).long()
+
+
+def random_color_jitter(settings: Mapping[str, Any], image_size: int) -> v2.Transform:
+    """Torchvision's colour jitter with settings as in a pair of views; errors of `build_operation`."""
+    step = build_operation("color_jitter", settings, image_size, "augmentation")
+    jitter = step.operation
+    assert isinstance(jitter, ColorJitter)
+    drawing = v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    return v2.RandomApply([drawing], p=step.probability)

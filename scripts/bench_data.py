@@ -1,0 +1,181 @@
+"""How many images a second become two views, against what others do; all in one run, one after the other, again and again.
+
+    python scripts/bench_data.py files  [--pictures 128] [--repeats 5] [--size 500x375] [--quality 90]
+    python scripts/bench_data.py memory [--threads 2] [--repeats 5] [--npz cifar10.npz]
+
+files: JPEGs of about 500 x 375 px that the script makes, two MoCo v2 views of 224 px, one process with one thread.
+memory: pictures of 32 px (those of an archive, or noise), two views of the CIFAR pair; the batch engine has --threads.
+The official pipeline is torchvision's v1 operations and Pillow's blur on Pillow pictures, up to normalised tensors. lightly
+takes part if it is installed. Figures are medians, with the slowest and fastest run; only ratios within a run mean anything.
+"""
+
+import argparse
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+import yaml
+from compare_augmentations import photograph
+from PIL import Image, ImageFilter
+from torchvision import transforms as v1
+from torchvision.transforms import v2
+
+from moco.config import CONFIG_DIR
+from moco.data.datasets import FilePictures
+from moco.data.loading import PairDataset
+from moco.data.views import ViewPair, rgb_batch
+
+
+class OfficialBlur:
+    """Pillow's blur with a sigma from 0.1 to 2, as the official loader has it."""
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        return picture.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+
+
+def official(pair: dict[str, Any], side: int, blur: bool) -> v1.Compose:
+    """One view as the official code makes it."""
+    jitter = v1.RandomApply([v1.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    scale = pair["query"]["random_resized_crop"]["scale"]
+    steps = [v1.RandomResizedCrop(side, scale=scale), jitter, v1.RandomGrayscale(p=0.2)]
+    steps += [v1.RandomApply([OfficialBlur()], p=0.5)] if blur else []
+    return v1.Compose([*steps, v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(pair["mean"], pair["std"])])
+
+
+def on_tensors(pair: dict[str, Any], side: int) -> v2.Compose:
+    """One view by transforms.v2 on uint8 tensors."""
+    scale = pair["query"]["random_resized_crop"]["scale"]
+    return v2.Compose([
+        v2.RandomResizedCrop(side, scale=scale, antialias=True),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        v2.RandomGrayscale(p=0.2),
+        v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], p=0.5),
+        v2.RandomHorizontalFlip(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(pair["mean"], pair["std"]),
+    ])  # fmt: skip
+
+
+def settings(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIG_DIR / "augmentation" / f"{name}.yaml").read_text())
+
+
+def view_pair(pair: dict[str, Any], side: int, engine: str) -> ViewPair:
+    return ViewPair(pair["query"], pair["query"], pair["mean"], pair["std"], side, 0, engine)
+
+
+def files(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
+    """The pipelines on JPEG files; each returns how many images it took."""
+    width, height = (int(side) for side in arguments.size.split("x"))
+    random_numbers = np.random.default_rng(0)
+    paths = []
+    for number in range(arguments.pictures):
+        paths.append(str(Path(arguments.folder) / f"{number:04}.jpg"))
+        picture = photograph(random_numbers, *((height, width) if number % 2 else (width, height)))
+        Image.fromarray(picture).save(paths[-1], quality=arguments.quality)
+    pair = settings("moco_v2")
+    official_view, tensor_view = official(pair, 224, blur=True), on_tensors(pair, 224)
+
+    def by_official() -> int:
+        for path in paths:
+            picture = Image.open(path).convert("RGB")
+            official_view(picture), official_view(picture)
+        return len(paths)
+
+    def by_tensors() -> int:
+        for path in paths:
+            picture = torchvision.io.decode_jpeg(torchvision.io.read_file(path))
+            tensor_view(picture), tensor_view(picture)
+        return len(paths)
+
+    pipelines = {"official (Pillow)": by_official, "transforms.v2 on tensors": by_tensors}
+    try:
+        from lightly.data import LightlyDataset
+        from lightly.transforms import MoCoV2Transform
+    except ImportError:
+        print("lightly is not installed")
+    else:
+        dataset = LightlyDataset(arguments.folder, transform=MoCoV2Transform(input_size=224))
+        pipelines["lightly"] = lambda: len([dataset[number] for number in range(len(dataset))])
+
+    dataset_of_ours = PairDataset(FilePictures(paths), view_pair(pair, 224, "worker"))
+
+    def by_worker() -> int:
+        for first in range(0, len(paths), 64):
+            places = [(0, index) for index in range(first, min(first + 64, len(paths)))]
+            batch = dataset_of_ours.__getitems__(places)
+            dataset_of_ours.augment.finished(batch.views, 0, batch.indices)
+        return len(paths)
+
+    pipelines["ours, worker engine"] = by_worker
+    return pipelines
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
+    """The pipelines on small pictures in memory; each returns how many images it took."""
+    if arguments.npz:
+        pictures = np.load(arguments.npz)["train_images"][:4096]
+    else:
+        pictures = np.random.default_rng(0).integers(0, 256, (4096, 32, 32, 3), dtype=np.uint8)
+    pair = settings("cifar")
+    official_view = official(pair, 32, blur=False)
+    augment, pixels = view_pair(pair, 32, "batch"), rgb_batch(torch.from_numpy(pictures))
+
+    def by_official() -> int:
+        torch.set_num_threads(1)
+        for array in pictures[:512]:
+            picture = Image.fromarray(array)
+            official_view(picture), official_view(picture)
+        return 512
+
+    def by_batch() -> int:
+        torch.set_num_threads(arguments.threads)
+        for indices in torch.arange(len(pixels)).split(512):
+            augment.on_batch(pixels[indices], 0, indices)
+        return len(pixels)
+
+    return {"official (Pillow), 1 process": by_official, f"ours, batch engine, {arguments.threads} threads": by_batch}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("files", "memory"))
+    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--size", default="500x375")
+    parser.add_argument("--quality", type=int, default=90)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--npz")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as arguments.folder:
+        pipelines = files(arguments) if arguments.what == "files" else memory(arguments)
+        # Of one thread the time on the core: what else the machine does counts less.
+        clock = time.process_time if arguments.what == "files" else time.perf_counter
+        speeds: dict[str, list[float]] = {name: [] for name in pipelines}
+        for repeat in range(arguments.repeats + 1):
+            for name, pipeline in pipelines.items():
+                started = clock()
+                images = pipeline()
+                if repeat:  # the first round warms up
+                    speeds[name].append(images / (clock() - started))
+    print(f"{platform.machine()}, torch {torch.__version__}, torchvision {torchvision.__version__}")
+    print("| pipeline | images/s, median (slowest to fastest) | against official |")
+    print("|---|---|---|")
+    reference = statistics.median(next(iter(speeds.values())))
+    for name, values in speeds.items():
+        median = statistics.median(values)
+        print(f"| {name} | {median:,.0f} ({min(values):,.0f} to {max(values):,.0f}) | {median / reference:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
