@@ -1,0 +1,84 @@
+"""A picture of pairs as the model will see them: ``python -m moco.preview +experiment=NAME output=FILE.png``.
+
+It takes every setting of ``moco.train``. The pairs are the first ones of a run with these settings, made by its own engine.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moco.config import PreviewConfig
+from moco.errors import InputError
+from moco.launch import launch
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from moco.data.datamodule import PretrainingData
+
+SMALLEST = 112  # px; smaller views are enlarged, so that what is written beside them has room
+LINE, MARGIN, TEXT = 15, 8, 430  # px: height of a line of text, space around, width of a column of text
+
+
+def run(config: PreviewConfig, folder: Path) -> None:
+    """Draw the picture; nothing is written to `folder`.
+
+    Raises:
+        InputError: something in the config does not fit the data, or the picture cannot be written.
+    """
+    output = Path(config.output)
+    if output.suffix.lower() != ".png":
+        raise InputError(f"output={config.output}: expected a name that ends in .png")
+
+    from moco.train import build_data
+
+    picture = sheet(build_data(config), config.num_pairs)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(output)
+    except OSError as error:
+        raise InputError(f"output={config.output}: {error.strerror or error}") from error
+    print(f"{config.num_pairs} pairs in {output}")
+
+
+def sheet(data: "PretrainingData", num_pairs: int) -> "Image.Image":
+    """A row for each pair: query view, its numbers, key view, its numbers."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    batch = data.pairs(num_pairs)
+    columns = [as_pictures(views, data) for views in batch.views]
+    words = [data.augment.described(0, index, data.size(index)) for index in batch.indices.tolist()]
+    lines = max(len(described) for row in words for described in row) + 2
+    side_length = columns[0][0].height
+    height, width = max(side_length, lines * LINE) + MARGIN, side_length + 2 * MARGIN + TEXT
+    picture = Image.new("RGB", (2 * width, len(words) * height + MARGIN), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    for row, described in enumerate(words):
+        of = Path(data.source.train.name(int(batch.indices[row]))).name
+        for side, name in enumerate(("query", "key")):
+            left, top = side * width + MARGIN, row * height + MARGIN
+            picture.paste(columns[side][row], (left, top))
+            for number, text in enumerate([f"{name} of {of}", *described[side]]):
+                place = (left + side_length + MARGIN, top + number * LINE)
+                pen.text(place, text.replace("_", " "), "black" if number else "gray", font)
+    return picture
+
+
+def as_pictures(views: "Tensor", data: "PretrainingData") -> "list[Image.Image]":
+    """Normalised views (N, 3, S, S) as what they show."""
+    import torch
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.augment.mean, data.augment.std))
+    times = -(-SMALLEST // views.shape[3])
+    shown = (views * std + mean).clamp(0, 1).repeat_interleave(times, 2).repeat_interleave(times, 3)
+    return [to_pil_image(view) for view in shown]
+
+
+def main() -> None:
+    """Entry point of ``moco-preview``."""
+    launch(run, PreviewConfig, "preview")
+
+
+if __name__ == "__main__":
+    main()
