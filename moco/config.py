@@ -182,6 +182,9 @@ class DataConfig:
     """Evaluation images: side of the centre crop over the resized shorter side (ImageNet: 0.875)."""
     batch_size: int = setting(256, at_least=1)
     """Images per optimizer step, over all devices and accumulated batches."""
+    engine: str = setting("auto", choices=("auto", "worker", "batch"))
+    """Who augments. worker: the loader's processes, picture by picture; batch: the device, batch by batch (of files the
+    processes still decode and crop); auto: batch for small pictures in memory and on a GPU, else worker."""
     num_workers: int = setting(4, at_least=0)
     """Loader processes per device; 0 loads in the training process. Results do not depend on it."""
     max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
@@ -189,8 +192,21 @@ class DataConfig:
     max_image_pixels: int = setting(178_956_970, at_least=1)
     """A picture of more px is unreadable, judged by its header: a small file can claim any size. The default is the one from
     which Pillow takes a picture for an attack; decoded it takes half a gigabyte."""
-    num_images: int = setting(1024, at_least=1)
-    """Size of the synthetic data set."""
+    held_out: float = setting(0.1, at_least=0, at_most=1)
+    """``image_folder`` without a validation folder: share of the pictures that the monitor holds out of its bank, by a hash
+    of their paths, so that a picture keeps its side when others are added. They are trained on like all others."""
+    pages: str = setting("first", choices=("each", "first"))
+    """``images``, ``image_folder``: of TIFF files with several pages take the first, or each as a picture of its own."""
+    num_images: Optional[int] = setting(None, at_least=1)
+    """Size of ``synthetic`` (null: 1,024); samples in all shards of ``webdataset`` (null: counted, if they are files)."""
+    streams: int = setting(12, at_least=1)
+    """webdataset: streams of each process that batches come from in turn; num_workers has to divide them."""
+    shuffle_buffer: int = setting(500, at_least=1)
+    """webdataset: samples of each stream among which the next one is drawn; they are held in memory, encoded."""
+    image_column: Optional[str] = None
+    """hf: null is the only column of type Image."""
+    label_column: Optional[str] = None
+    """hf: null is the only column of type ClassLabel, if there is one."""
 
 
 @dataclass
@@ -290,6 +306,13 @@ class TrainConfig:
 
 
 @dataclass
+class PreviewConfig(TrainConfig):
+    output: str = MISSING
+    """The picture to write, a .png."""
+    num_pairs: int = setting(8, at_least=1, at_most=64)
+
+
+@dataclass
 class EvaluationConfig:
     """A null takes the value from the run that made the checkpoint."""
 
@@ -312,6 +335,10 @@ class EvaluateDataConfig:
     crop_ratio: Optional[float] = setting(None, above=0, at_most=1)
     num_workers: int = setting(0, at_least=0)
     num_images: Optional[int] = setting(None, at_least=1)
+    image_column: Optional[str] = None
+    label_column: Optional[str] = None
+    held_out: Optional[float] = setting(None, at_least=0, at_most=1)
+    pages: Optional[str] = setting(None, choices=("each", "first"))
     max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
     max_image_pixels: int = setting(178_956_970, at_least=1)
 
@@ -361,6 +388,42 @@ class EmbedConfig:
     """Images per forward pass."""
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu"))
     augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
+
+
+@dataclass
+class PackDataConfig:
+    """See `DataConfig`."""
+
+    name: str = MISSING
+    root: Any = None
+    download: bool = False
+    resize: Optional[int] = setting(None, at_least=4)
+    """Shorter side of the copy's pictures, px; smaller ones stay as they are. Null: all stay."""
+    num_images: Optional[int] = setting(None, at_least=1)
+    image_column: Optional[str] = None
+    label_column: Optional[str] = None
+    held_out: float = setting(0.1, at_least=0, at_most=1)
+    pages: str = setting("first", choices=("each", "first"))
+    max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
+    max_image_pixels: int = setting(178_956_970, at_least=1)
+
+
+@dataclass
+class PackConfig:
+    output: str = MISSING
+    """A folder for the copy alone."""
+    data: PackDataConfig = field(default_factory=PackDataConfig)
+    format: str = setting("auto", choices=("array", "auto", "shards"))
+    """array: pixels in one file that is mapped into memory; shards: tar files of JPEGs, for webdataset too; auto: array
+    where it takes less than half of the free disk space."""
+    quality: int = setting(95, at_least=1, at_most=100)
+    """Of JPEGs in shards. A JPEG that keeps its size is copied as it is."""
+    max_shard_bytes: int = setting(2**29, at_least=1)
+    """A shard ends with the picture that reaches so many; between two of them an interrupted copy goes on."""
+    num_workers: int = setting(4, at_least=0)
+    """Processes that read and encode; the copy does not depend on it."""
+    check: bool = False
+    """Write nothing; compare a finished copy with its checksums, and its names with the source's."""
 
 
 @dataclass
@@ -522,7 +585,9 @@ def register_schemas() -> None:
     store.store("train_schema", TrainConfig)
     store.store("evaluate_schema", EvaluateConfig)
     store.store("segment_schema", SegmentConfig)
+    store.store("preview_schema", PreviewConfig)
     store.store("embed_schema", EmbedConfig)
+    store.store("pack_schema", PackConfig)
     store.store("export_schema", ExportConfig)
 
 

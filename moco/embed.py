@@ -29,9 +29,10 @@ def run(config: EmbedConfig, folder: Path) -> None:
     import numpy as np
     from rich.console import Console
 
-    from moco.data.augmentations import build_evaluation_view
-    from moco.data.datamodule import check_unreadable, evaluation_loader
+    from moco.data.datamodule import check_unreadable
     from moco.data.datasets import build_source
+    from moco.data.loading import evaluation_loader
+    from moco.data.views import build_evaluation_view
     from moco.evaluation.features import embed
     from moco.training.hardware import choose_device
     from moco.training.progress import print_table
@@ -51,7 +52,11 @@ def run(config: EmbedConfig, folder: Path) -> None:
         data["root"],
         download=data["download"],
         num_images=data["num_images"],
+        image_column=data["image_column"],
+        label_column=data["label_column"],
         max_image_pixels=data["max_image_pixels"],
+        held_out=data["held_out"],
+        pages=data["pages"],
     )
     data["image_size"] = data["image_size"] or source.image_size
     log_window_advice(pretrained, given, data["image_size"])

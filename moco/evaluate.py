@@ -60,7 +60,11 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         data["root"],
         download=data["download"],
         num_images=data["num_images"],
+        image_column=data["image_column"],
+        label_column=data["label_column"],
         max_image_pixels=data["max_image_pixels"],
+        held_out=data["held_out"],
+        pages=data["pages"],
     )
     data["image_size"] = data["image_size"] or source.image_size
     log_window_advice(pretrained, given, data["image_size"])
@@ -102,8 +106,9 @@ def features_of(
     device: "torch.device",
 ) -> "tuple[np.ndarray, np.ndarray]":
     """Features (M, D) and labels (M,) of labelled pictures; unreadable ones are left out and counted."""
-    from moco.data.augmentations import build_evaluation_view
-    from moco.data.datamodule import check_unreadable, evaluation_loader
+    from moco.data.datamodule import check_unreadable
+    from moco.data.loading import evaluation_loader
+    from moco.data.views import build_evaluation_view
     from moco.evaluation.features import embed
 
     view = build_evaluation_view(data["image_size"], data["crop_ratio"], **transform)

@@ -41,7 +41,7 @@ def run(config: TrainConfig, folder: Path) -> None:
     check_optimizer(config.optimizer)
     if config.init_from and not Path(config.init_from).is_file() and not has_checkpoint(folder):
         raise InputError(f"init_from={config.init_from}: no such file")
-    data = build_data(config)
+    data = build_data(config, folder)
     config.data.image_size = data.image_size
 
     from moco.training.distributed import environment_of
@@ -104,7 +104,7 @@ def train(
         stack.enter_context(failures_named(folder))
         plain = dataclasses.asdict(config)
         pl.seed_everything(config.seed, verbose=False)
-        data, method = data or build_data(config), build_method(plain)
+        data, method = data or build_data(config, folder), build_method(plain)
         check_same_pictures(data)
         check_batch_norm(method.query_encoder, config)
         warn_of_negatives(config, len(data.source.train))
@@ -169,13 +169,21 @@ def fit(
 
     try:
         trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    except (OSError, RuntimeError) as error:  # a lost process shows as either
+        if said := data.lost_worker():
+            raise RuntimeError(said) from error
+        raise
     except EmbeddingStopped as error:
         number = largest([stop.signal_number or 0])[0]
         raise Interrupted(number, "before the first training step; nothing to save") from error
 
 
-def build_data(config: TrainConfig) -> "PretrainingData":
-    """The loaders for the config's data set and augmentation pair."""
+def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingData":
+    """The loaders for the config's data set and augmentation pair.
+
+    Args:
+        folder: where a list of the pictures below a folder is kept for the run's other processes and its next start.
+    """
     from moco.data.datasets import build_source
 
     data, pair = config.data, config.augmentation
@@ -185,15 +193,23 @@ def build_data(config: TrainConfig) -> "PretrainingData":
         download=data.download,
         num_images=data.num_images,
         max_image_pixels=data.max_image_pixels,
+        listing=folder / "pictures.npz" if folder else None,
+        held_out=data.held_out,
+        pages=data.pages,
     )
 
-    from moco.data.augmentations import ViewPair, build_evaluation_view
-    from moco.data.datamodule import PretrainingData
+    from moco.data.datamodule import PretrainingData, choose_engine
+    from moco.data.views import ViewPair, build_evaluation_view
+    from moco.training.hardware import choose_device
 
     image_size = data.image_size or source.image_size
+    device = choose_device(config.trainer.accelerator)
+    engine = choose_engine(data.engine, source.train, image_size, device.type)
+    where = ", in memory" if engine.in_memory else f", {data.num_workers} loader processes"
+    log.info("augmentation: %s engine%s (%s)", engine.name, where, engine.reason)
     return PretrainingData(
         source,
-        ViewPair(pair.query, pair.key, pair.mean, pair.std, image_size, config.seed),
+        ViewPair(pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, engine.name),
         build_evaluation_view(image_size, data.crop_ratio, pair.mean, pair.std),
         image_size=image_size,
         batch_size=data.batch_size,
@@ -202,6 +218,7 @@ def build_data(config: TrainConfig) -> "PretrainingData":
         num_workers=data.num_workers,
         max_bad_fraction=data.max_bad_fraction,
         seed=config.seed,
+        engine=engine,
     )
 
 

@@ -35,7 +35,7 @@ def composed(*overrides, name="train", schema=TrainConfig):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids="/".join)
 def test_every_option_composes_and_parses(group, option):
-    from moco.data.augmentations import ViewPair
+    from moco.data.views import ViewPair
 
     if group in ("backbone", "decoder", "trainer") or option in ("segmentation_folder", "voc2012"):
         composed("checkpoint=null", f"{group}={option}", "data.root=y", name="segment", schema=SegmentConfig)

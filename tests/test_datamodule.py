@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from moco.data.augmentations import ViewPair, build_evaluation_view
-from moco.data.datamodule import EpochSampler, PretrainingData
+from moco.data.datamodule import PretrainingData
 from moco.data.datasets import ArrayPictures, DataSource, Labelled, build_source
+from moco.data.loading import EpochSampler
+from moco.data.views import ViewPair, build_evaluation_view
 from moco.errors import InputError
 
 VIEW = {"random_resized_crop": {"scale": [0.2, 1.0]}, "color_jitter": {"brightness": 0.4, "probability": 0.8}}
@@ -155,7 +156,7 @@ def test_evaluation_pictures_come_in_order_and_unreadable_ones_are_marked(tmp_pa
 LEFT_OPEN = """
 import os, signal, sys
 import numpy as np
-from moco.data.datamodule import evaluation_loader
+from moco.data.loading import evaluation_loader
 from moco.data.datasets import ArrayPictures, Labelled
 
 def tensor(picture):

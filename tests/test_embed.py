@@ -6,8 +6,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from moco.config import CONFIG_DIR, EmbedConfig, parse, register_schemas
-from moco.data.augmentations import build_evaluation_view
 from moco.data.datasets import FilePictures, build_source
+from moco.data.views import build_evaluation_view
 from moco.embed import run
 from moco.errors import InputError
 from moco.methods.moco import MoCo

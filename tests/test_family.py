@@ -291,10 +291,11 @@ def plain_loop(method, config):
             parts = plain_encode(key_encoder, view[order], dense_grid, torch.nn.Identity())
         return [part[order.argsort()] for part in parts]
 
-    loader = build_data(config).train_dataloader()
+    data = build_data(config)
+    loader = data.train_dataloader()
     for number, batch in zip(range(num_steps * accumulate), loader, strict=False):
         step = number // accumulate
-        first, second = (view.double() for view in batch.views)
+        first, second = (view.double() for view in data.on_after_batch_transfer(batch, 0).views)
         directions = [(first, second), (second, first)][: 1 + options.symmetric]
         queries = [plain_encode(query_encoder, view, dense_grid, predictor) for view, _ in directions]
         if number % accumulate == 0:

@@ -25,7 +25,7 @@ from test_moco import Losses
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from moco.data.datamodule import PairDataset
+from moco.data.datamodule import PretrainingData
 from moco.errors import RunError
 from moco.train import build_data, run
 from moco.training.faults import BadSteps, explained, failures_named
@@ -45,18 +45,21 @@ def bad_steps(figures, limit=10):
 def poison(monkeypatch, config, *batches):
     """Make the first picture of these batches, counted from 0 in every epoch, NaN."""
     per_batch = config.data.batch_size // config.trainer.accumulate_grad_batches
-    original = PairDataset.__getitem__
+    original = PretrainingData.on_after_batch_transfer
     poisoned = set()
     for epoch in range(config.trainer.max_epochs):
         sampler = build_data(config).sampler()
         sampler.set_epoch(epoch)
         poisoned |= {place for number, place in enumerate(sampler) if number / per_batch in batches}
 
-    def getitem(self, place):
-        pair = original(self, place)
-        return pair._replace(views=tuple(view * math.nan for view in pair.views)) if place in poisoned else pair
+    def spoiled(self, batch, dataloader_idx):
+        batch = original(self, batch, dataloader_idx)
+        rows = torch.tensor([(int(batch.epoch), index) in poisoned for index in batch.indices.tolist()])
+        for view in batch.views:
+            view[rows] = math.nan
+        return batch
 
-    monkeypatch.setattr(PairDataset, "__getitem__", getitem)
+    monkeypatch.setattr(PretrainingData, "on_after_batch_transfer", spoiled)
 
 
 def plain_run(method, config, num_batches, spoil=lambda number: 0.0):
@@ -77,7 +80,9 @@ def plain_run(method, config, num_batches, spoil=lambda number: 0.0):
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": spared, "weight_decay": 0.0}]
         kind = torch.optim.AdamW(groups, settings.lr, eps=settings.eps)
     rows, pointer, accumulate = list(method.queue.keys.clone()), 0, config.trainer.accumulate_grad_batches
-    for number, batch in zip(range(num_batches), build_data(config).train_dataloader(), strict=False):
+    data = build_data(config)
+    for number, raw in zip(range(num_batches), data.train_dataloader(), strict=False):
+        batch = data.on_after_batch_transfer(raw, 0)
         if number % accumulate == 0:
             before, is_good = copy.deepcopy([query.state_dict(), key.state_dict()]), True
         with torch.no_grad():
@@ -496,13 +501,16 @@ def wait_for_checkpoint(process, checkpoint):
 
 def test_a_loader_process_that_the_kernel_ends_ends_the_run_in_one_line_with_the_checkpoint_intact(tmp_path):
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    with start("run", "data.num_workers=1", "evaluation.every_n_epochs=100", cwd=tmp_path) as process:
+    with start(
+        "run", "data.engine=worker", "data.num_workers=1", "evaluation.every_n_epochs=100", cwd=tmp_path
+    ) as process:
         wait_for_checkpoint(process, checkpoint)
         os.kill(loader_process(process.pid), signal.SIGKILL)
         stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 1
     assert re.fullmatch(
         r"failed: a loader process was ended from outside, mostly by the kernel .* use fewer data\.num_workers .*; "
+        r"it was reading digits: train_images\[\d+\]; .*"
         rf"the last good checkpoint is {checkpoint}\n",
         stderr,
     )

@@ -6,7 +6,7 @@ import pytest
 from conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "moco"
-PROGRAMS = {"train", "evaluate", "segment", "embed", "export", "sweep"}
+PROGRAMS = {"train", "evaluate", "segment", "embed", "preview", "export", "pack", "sweep"}
 # A room may import itself, moco.errors and these.
 ALLOWED = {
     "models": set(),

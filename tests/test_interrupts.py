@@ -39,17 +39,17 @@ TO_RESUME = ["trainer.max_epochs=4", "trainer.accumulate_grad_batches=2"]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory, engine):
     """The last checkpoint of a run that nobody interrupted."""
     cwd = tmp_path_factory.mktemp("undisturbed")
-    whole = train("whole", *TO_RESUME, cwd=cwd)
+    whole = train("whole", "data.num_workers=0", f"data.engine={engine}", *TO_RESUME, cwd=cwd)
     assert whole.returncode == 0, whole.stderr
     return torch.load(cwd / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(num_workers, undisturbed, tmp_path):
-    arguments = [f"data.num_workers={num_workers}", *TO_RESUME]
+@pytest.mark.parametrize(("engine", "num_workers"), [("batch", 0), ("worker", 2)], scope="module")
+def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(engine, num_workers, undisturbed, tmp_path):
+    arguments = [f"data.num_workers={num_workers}", f"data.engine={engine}", *TO_RESUME]
     code, stderr = interrupt_after(start("parts", *arguments, cwd=tmp_path), "epoch    2/4", 0.4, signal.SIGINT)
     assert code == 130, stderr
     assert stderr.startswith("interrupted: in epoch ")
@@ -72,7 +72,7 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(num_workers, undis
 
 
 def test_termination_of_the_whole_group_saves_too_and_keeps_the_signals_code(tmp_path):
-    arguments = ["data.num_workers=2", "trainer.accumulate_grad_batches=4"]
+    arguments = ["data.engine=worker", "data.num_workers=2", "trainer.accumulate_grad_batches=4"]
     code, stderr = interrupt_after(start("run", *arguments, cwd=tmp_path), "epoch    1/60", 0.2, signal.SIGTERM)
     assert code == 128 + signal.SIGTERM, stderr
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()

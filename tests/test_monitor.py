@@ -185,8 +185,7 @@ def test_picture_shows_queries_above_their_keys(runner):
     picture = view_pair_picture(data, 16)
     assert picture.shape == (3, 2 * 18 + 2, 16 * 18 + 2)
     assert 0 <= picture.min() < picture.max() <= 1
-    sampler = data.sampler()
-    first = data.dataset()[next(iter(sampler))]
+    first = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     mean, std = data.augment.mean[0], data.augment.std[0]
     shown = picture[:, 2:18, 2:18]
-    torch.testing.assert_close(shown, (first.views[0] * std + mean).clamp(0, 1))
+    torch.testing.assert_close(shown, (first.views[0][0] * std + mean).clamp(0, 1))

@@ -302,7 +302,7 @@ def test_a_job_saves_on_its_signal_and_is_queued_again_once(tmp_path):
 def test_loader_workers_leave_the_schedulers_signals_to_the_training_process():
     from multiprocessing import forkserver
 
-    from moco.data.datamodule import loader_options
+    from moco.data.workers import loader_options
 
     loader_options(1)
     status = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read_text()

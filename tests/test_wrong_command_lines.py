@@ -24,13 +24,15 @@ from moco.config import (
     EmbedConfig,
     EvaluateConfig,
     ExportConfig,
+    PackConfig,
     SegmentConfig,
     TrainConfig,
     keys,
 )
 
 SCHEMAS = {
-    "train": TrainConfig, "evaluate": EvaluateConfig, "embed": EmbedConfig, "segment": SegmentConfig, "export": ExportConfig
+    "train": TrainConfig, "evaluate": EvaluateConfig, "embed": EmbedConfig, "segment": SegmentConfig, "export": ExportConfig,
+    "pack": PackConfig,
 }  # fmt: skip
 # Right command lines that a wrong setting is added to; {folder} is the test's.
 RIGHT = {
@@ -42,6 +44,7 @@ RIGHT = {
         "data.batch_size=2", "trainer.max_steps=1", "trainer.accelerator=cpu",
     ],
     "export": ["checkpoint={folder}/sound.ckpt", "format=safetensors", "output={folder}/x.safetensors"],
+    "pack": ["data=digits", "output={folder}/packed", "num_workers=0"],
 }  # fmt: skip
 # Settings that are right alone and wrong together, or wrong for these data and this checkpoint.
 CONTRADICTIONS = {
@@ -63,6 +66,8 @@ CONTRADICTIONS = {
         ["+augmentation.query.swirl={{}}"], ["augmentation.mean=[0.5,0.5]"], ["augmentation.std=[0,0,0]"],
         ["+augmentation.key.solarize.threshold=300"], ["+augmentation.query.color_jitter.hue=2"],
         ["hydra.run.dir={folder}/text.ckpt"], ["hydra.run.dir={folder}/text.ckpt/below"],
+        ["data=packed", "data.root={folder}/empty"], ["data=hf", "data.root={folder}/shapes"],
+        ["data=webdataset", "data.root=nowhere-*.tar"], ["data=webdataset", "data.root=pipe:true"],
     ],
     "evaluate": [
         ["checkpoint={folder}/nowhere.ckpt"], ["checkpoint={folder}/empty"], ["checkpoint={folder}/text.ckpt"],
@@ -89,6 +94,12 @@ CONTRADICTIONS = {
         ["output={folder}/x.pth"], ["format=torchvision"], ["format=timm"], ["output={folder}/empty"],
         ["output={folder}/text.ckpt/x.safetensors"], ["checkpoint={folder}/text.ckpt"], ["backbone.window_size=7"],
         ["format=torchvision", "output={folder}/x.txt"],
+    ],
+    "pack": [
+        ["output={folder}/text.ckpt"], ["output={folder}/text.ckpt/below"], ["output={folder}/shapes"], ["check=true"],
+        ["data=images"], ["data=images", "data.root={folder}/empty"], ["data=voc2012"], ["data.name=digit"], ["--checks"],
+        ["data=packed", "data.root={folder}/empty"], ["data=hf", "data.root={folder}/empty"], ["format=tar"],
+        ["data=webdataset", "data.root={folder}/empty"], ["data=webdataset", "data.root=pipe:true", "data.num_images=9"],
     ],
 }  # fmt: skip
 # What is wrong with whatever program it is given to.

@@ -1,165 +1,35 @@
-"""From a `DataSource` to batches: view pairs in a reproducible order to train on, plain pictures to evaluate.
+"""The loaders of a run, and which engine augments its pictures.
 
-Letters: N batch, H W pixels.
+Letters: N batch.
 """
 
-import atexit
 import logging
-import multiprocessing
-import multiprocessing.context
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
-import os
-import signal
-import threading
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader
 
-from moco.data.augmentations import Transform, ViewPair
-from moco.data.datasets import DataSource, Labelled, Pictures
+from moco.data.datasets import ArrayPictures, DataSource, Labelled, Pictures
+from moco.data.loading import (
+    EpochSampler,
+    EvaluationBatch,
+    MemoryLoader,
+    PairBatch,
+    PairDataset,
+    ResumableLoader,
+    as_it_is,
+    evaluation_loader,
+)
 from moco.data.pictures import UnreadablePicture
-from moco.data.randomness import derived_seed
+from moco.data.views import Transform, ViewPair, rgb_batch
+from moco.data.workers import is_gone, loader_options
 from moco.errors import InputError, printable
 
+LARGEST_ON_GPU = 4 * 2**30  # bytes of pictures; more stay where they are
+LARGEST_ON_CPU = 96  # px; larger pictures are augmented faster one by one, in several processes
+
 log = logging.getLogger(__name__)
-
-
-class PairBatch(NamedTuple):
-    """A batch of view pairs."""
-
-    views: tuple[Tensor, Tensor]
-    """Query views and key views, (N, 3, H, W) each."""
-    indices: Tensor
-    """(N,) which picture of the training set each row was asked to be."""
-    unreadable: Tensor
-    """(N,) bool: that picture could not be read, and the next readable one stands in for it."""
-
-
-class EvaluationBatch(NamedTuple):
-    """A batch of plain pictures."""
-
-    images: Tensor
-    """(N, 3, H, W)."""
-    labels: Tensor
-    """(N,)."""
-    unreadable: Tensor
-    """(N,) bool: the row is black and stands for nothing."""
-
-
-class PairDataset(Dataset[PairBatch]):
-    """View pairs of pictures, asked for by (epoch, index)."""
-
-    def __init__(self, pictures: Pictures, augment: ViewPair) -> None:
-        self.pictures = pictures
-        self.augment = augment
-
-    def __getitem__(self, place: tuple[int, int]) -> PairBatch:
-        epoch, index = place
-        picture, unreadable = self._read(index)
-        return PairBatch(self.augment(picture, epoch, index), torch.tensor(index), torch.tensor(unreadable))
-
-    def _read(self, index: int) -> tuple[Image.Image, bool]:
-        """The picture, or the next readable one and True; a black one where a hundred in a row are unreadable."""
-        for attempt in range(100):
-            try:
-                return self.pictures[(index + attempt) % len(self.pictures)], attempt > 0
-            except UnreadablePicture:
-                continue
-        return Image.new("RGB", (32, 32)), True
-
-
-class EvaluationDataset(Dataset[EvaluationBatch]):
-    """Labelled pictures without augmentation, by index."""
-
-    def __init__(self, labelled: Labelled, view: Transform, image_size: int) -> None:
-        self.labelled = labelled
-        self.view = view
-        self.image_size = image_size
-
-    def __len__(self) -> int:
-        return len(self.labelled.pictures)
-
-    def __getitem__(self, index: int) -> EvaluationBatch:
-        label = torch.tensor(int(self.labelled.labels[index]))
-        try:
-            return EvaluationBatch(self.view(self.labelled.pictures[index]), label, torch.tensor(False))
-        except UnreadablePicture:
-            return EvaluationBatch(torch.zeros(3, self.image_size, self.image_size), label, torch.tensor(True))
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Each epoch's own random order of the pictures, as (epoch, index); every process takes its share of each batch.
-
-    The order depends on (seed, epoch) alone. Pictures left over after the last whole global batch sit out the epoch,
-    as with drop_last in the official code. The length is the whole epoch's, also when a resumed one starts in the middle.
-
-    Args:
-        num_pictures: pictures in the training set.
-        batch_size: images per optimizer step over all processes.
-        rank, world_size: this process and how many there are.
-    """
-
-    def __init__(self, num_pictures: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.num_pictures = num_pictures
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.resume_at = (-1, 0)  # an epoch, and this process's pictures of it that were trained on before
-
-    @property
-    def start(self) -> int:
-        """How many of this process's pictures the current epoch leaves out, since an earlier run trained on them."""
-        epoch, position = self.resume_at
-        return position if epoch == self.epoch else 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this at the start of every epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_pictures // self.batch_size * self.batch_size // self.world_size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        order = torch.randperm(self.num_pictures, generator=generator)
-        order = order[: len(self) * self.world_size].view(-1, self.batch_size)  # one row per optimizer step
-        share = order.chunk(self.world_size, dim=1)[self.rank].flatten()
-        return ((self.epoch, index) for index in share[self.start :].tolist())
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A loader whose position Lightning keeps in the checkpoint, so that a resumed epoch goes on with its next batch."""
-
-    sampler: EpochSampler
-    batch_size: int
-
-    def __init__(self, dataset: Dataset[Any], sampler: EpochSampler, batch_size: int, **kwargs: Any) -> None:
-        # An own generator: DataLoader would draw its workers' seeds from the global one, which a resume has to restore.
-        super().__init__(dataset, batch_size, sampler=sampler, generator=torch.Generator(), **kwargs)
-        self.batches_done = 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.batches_done = self.sampler.start // self.batch_size
-        for batch in super().__iter__():
-            self.batches_done += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its pictures were handed out, by all processes together."""
-        pictures = self.batches_done * self.batch_size * self.sampler.world_size
-        return {"epoch": self.sampler.epoch, "pictures": pictures}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there when that epoch is iterated next, also with another number of processes."""
-        self.sampler.resume_at = (state["epoch"], state["pictures"] // self.sampler.world_size)
 
 
 class PretrainingData(pl.LightningDataModule):
@@ -173,6 +43,7 @@ class PretrainingData(pl.LightningDataModule):
         batches_per_step: devices x accumulated batches; each gets batch_size / this many images at once.
         evaluation_batch_size: images per batch of the bank and query loaders.
         num_workers: loader processes; 0 loads in this process.
+        engine: what `choose_engine` chose; left out, the engine of `augment`, with the pictures where they are.
         max_bad_fraction: share of unreadable pictures beyond which `on_before_batch_transfer` raises.
 
     Raises:
@@ -192,8 +63,10 @@ class PretrainingData(pl.LightningDataModule):
         num_workers: int = 0,
         max_bad_fraction: float = 0.01,
         seed: int = 0,
+        engine: "Engine | None" = None,
     ) -> None:
         super().__init__()
+        self.engine = engine or Engine(augment.engine, False, "")
         check_batch_size(batch_size, batches_per_step, len(source.train))
         self.source = source
         self.augment = augment
@@ -206,10 +79,24 @@ class PretrainingData(pl.LightningDataModule):
         self.max_bad_fraction = max_bad_fraction
         self.seed = seed
         self.unreadable: set[int] = set()
+        self.dataset: PairDataset | None = None
 
-    def dataset(self) -> PairDataset:
-        """The training pictures as view pairs."""
-        return PairDataset(self.source.train, self.augment)
+    def pairs(self, num_pairs: int) -> PairBatch:
+        """The first pairs of the first epoch, as the model will see them."""
+        places = [place for place, _ in zip(self.sampler(), range(num_pairs), strict=False)]
+        if self.engine.in_memory:
+            pixels = rgb_batch(self.source.train.tensor[[index for _, index in places]])  # type: ignore[attr-defined]
+            indices = torch.tensor([index for _, index in places])
+            pair = self.augment.on_batch(pixels, 0, indices)
+            return PairBatch(pair, indices, torch.zeros(len(places), dtype=torch.bool), torch.tensor(0))
+        return self.on_after_batch_transfer(PairDataset(self.source.train, self.augment).__getitems__(places), 0)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of a training picture, px; of one that cannot be read 1 and 1."""
+        try:
+            return self.source.train.opened(index).size
+        except UnreadablePicture:
+            return 1, 1
 
     def sampler(self) -> EpochSampler:
         """This process's order of the training pictures."""
@@ -227,9 +114,22 @@ class PretrainingData(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.unreadable = set(state_dict["unreadable"])
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> ResumableLoader | MemoryLoader:
         batch_size = self.batch_size // self.batches_per_step
-        return ResumableLoader(self.dataset(), self.sampler(), batch_size, **loader_options(self.num_workers))
+        if self.engine.in_memory:
+            assert isinstance(self.source.train, ArrayPictures)
+            device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+            return MemoryLoader(self.source.train, self.augment, self.sampler(), batch_size, device)
+        self.dataset = PairDataset(self.source.train, self.augment, self.num_workers)
+        options = loader_options(self.num_workers) | {"collate_fn": as_it_is}
+        return ResumableLoader(self.dataset, self.sampler(), batch_size, **options)
+
+    def lost_worker(self) -> str:
+        """Which of the loader's processes is gone, and what it was reading; empty if none is or it is not known."""
+        for pid, name in self.dataset.last_read() if self.dataset else ():
+            if is_gone(pid):
+                return f"DataLoader worker (pid {pid}) exited unexpectedly; it was reading {printable(name)}"
+        return ""
 
     def evaluation_dataloader(self, labelled: Labelled) -> DataLoader[EvaluationBatch]:
         """Plain pictures in order, for the bank or the queries; of several processes each gets every n-th picture."""
@@ -257,6 +157,50 @@ class PretrainingData(pl.LightningDataModule):
         check_unreadable(self.unreadable, self.source.train, self.max_bad_fraction)
         return batch
 
+    def on_after_batch_transfer(self, batch: PairBatch, dataloader_idx: int) -> PairBatch:
+        """Finish, on the device, what workers began."""
+        if self.engine.in_memory:
+            return batch
+        return batch._replace(views=self.augment.finished(batch.views, int(batch.epoch), batch.indices))
+
+
+class Engine(NamedTuple):
+    """Who augments."""
+
+    name: str
+    """worker: the loader's processes, picture by picture; batch: the device, batch by batch."""
+    in_memory: bool
+    """The pictures are on the device, and there are no loader processes."""
+    reason: str
+
+
+def choose_engine(engine: str, pictures: Pictures, image_size: int, device_type: str) -> Engine:
+    """The engine of a run, by rule and never by timing, so that a run that goes on chooses the same.
+
+    Args:
+        engine: worker, batch, or auto.
+        image_size: side of the views, px.
+        device_type: cpu, cuda, ...
+    """
+    is_cpu = device_type == "cpu"
+    in_memory = isinstance(pictures, ArrayPictures)
+    if isinstance(pictures, ArrayPictures):
+        in_memory = pictures.tensor.numel() <= LARGEST_ON_GPU or is_cpu
+    if engine == "worker":
+        return Engine("worker", False, "as data.engine=worker says")
+    if engine == "batch":
+        return Engine("batch", in_memory, "as data.engine=batch says")
+    if in_memory and not is_cpu:
+        return Engine("batch", True, "the pictures are in memory and fit on the device")
+    if isinstance(pictures, ArrayPictures) and is_cpu:
+        largest = max(image_size, *pictures.tensor.shape[1:3])
+        if largest <= LARGEST_ON_CPU:
+            return Engine("batch", True, f"the pictures are in memory and at most {LARGEST_ON_CPU} px")
+        return Engine("worker", False, f"on a CPU pictures above {LARGEST_ON_CPU} px are augmented faster one by one")
+    if is_cpu:
+        return Engine("worker", False, "the pictures are files, and there is no GPU")
+    return Engine("batch", False, "there is a GPU; loader processes decode and crop, it does the rest")
+
 
 def check_batch_size(batch_size: int, batches_per_step: int, num_pictures: int) -> None:
     """Raises InputError if the batch does not divide evenly, or there are fewer pictures than one batch."""
@@ -277,68 +221,3 @@ def check_unreadable(unreadable: set[int], pictures: Pictures, max_bad_fraction:
             f"{len(unreadable)} of {len(pictures)} pictures cannot be read, more than "
             f"data.max_bad_fraction={max_bad_fraction}; the first are {names}"
         )
-
-
-def evaluation_loader(
-    labelled: Labelled,
-    view: Transform,
-    image_size: int,
-    batch_size: int,
-    num_workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataLoader[EvaluationBatch]:
-    """Labelled pictures in order, without augmentation: every `world_size`-th from `rank` on."""
-    dataset: Dataset[EvaluationBatch] = EvaluationDataset(labelled, view, image_size)
-    if world_size > 1:
-        dataset = Subset(dataset, range(rank, len(labelled.pictures), world_size))
-    options = loader_options(num_workers) | {"persistent_workers": False}
-    return DataLoader(dataset, batch_size, generator=torch.Generator(), **options)
-
-
-def loader_options(num_workers: int) -> dict[str, Any]:
-    """DataLoader's arguments for so many worker processes."""
-    options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
-    if num_workers == 0:
-        return options | {"persistent_workers": False}
-    # A fork of a process with threads (torch's, faiss's) can deadlock; the fork server has none.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["moco.data.datamodule"])
-    # Ctrl-C and SIGTERM reach the whole process group, a scheduler's signals every process of the job; the training process
-    # alone decides what happens then. The server and its workers inherit the mask; they leave when that process closes its
-    # end or is gone.
-    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        multiprocessing.resource_tracker.ensure_running()  # it lifts the mask of the first two
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return options | {
-        "multiprocessing_context": "forkserver", "persistent_workers": True, "worker_init_fn": leave_with_parent
-    }  # fmt: skip
-
-
-def end_workers() -> None:
-    """Kill loader processes that are still there: they take no SIGTERM, and multiprocessing would wait for them for ever."""
-    for child in multiprocessing.active_children():
-        if isinstance(child, multiprocessing.context.ForkServerProcess):
-            child.kill()
-
-
-atexit.register(end_workers)
-
-
-def leave_with_parent(worker: int) -> None:
-    """Have this worker end when the training process is gone, whatever ended that.
-
-    PyTorch's own watch asks for the fork server instead, which in turn waits for its workers.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

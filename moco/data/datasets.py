@@ -3,23 +3,22 @@
 Letters: M pictures, H W pixels.
 """
 
-import math
-import os
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
-from moco.data.pictures import MAX_IMAGE_PIXELS, list_pictures, read_picture, to_rgb
+from moco.data.archives import DAMAGED, read_arrays
+from moco.data.class_folders import ClassFolders, is_held_out
+from moco.data.decoding import DecodedPicture, EncodedPicture, encoded_file
+from moco.data.listing import PathList
+from moco.data.listing_cache import Listing, listed
+from moco.data.pictures import MAX_IMAGE_PIXELS, to_rgb
 from moco.errors import InputError, printable, unknown_name
-
-MOST_DEFLATED = 1032  # bytes that one byte of zlib's compression can stand for (https://zlib.net/zlib_tech.html)
 
 
 class Pictures(Protocol):
@@ -28,7 +27,11 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Image.Image:
-        """Raises `UnreadablePicture` where the file is damaged."""
+        """The whole picture. Raises `UnreadablePicture` where the file is damaged."""
+        ...
+
+    def opened(self, index: int) -> EncodedPicture:
+        """The picture, its size known and not decoded yet. Raises `UnreadablePicture` where the file is damaged."""
         ...
 
     def name(self, index: int) -> str:
@@ -56,29 +59,57 @@ class ArrayPictures:
     def __getitem__(self, index: int) -> Image.Image:
         return to_rgb(Image.fromarray(self.tensor[index].numpy()))
 
+    def opened(self, index: int) -> DecodedPicture:
+        array = self.tensor[index].numpy()
+        return DecodedPicture(array if array.shape[2:] == (3,) else np.array(self[index]))
+
     def name(self, index: int) -> str:
         return f"{self.what}[{index}]"
 
 
 class FilePictures:
-    """Pictures in files, decoded when asked for, if they have no more than `max_image_pixels`."""
+    """Pictures in files, decoded when asked for, if they have no more than `max_image_pixels`.
 
-    def __init__(self, paths: Sequence[str], max_image_pixels: int = MAX_IMAGE_PIXELS) -> None:
-        # Two tensors, which loader processes share; a list of millions of str each would copy.
-        encoded = [os.fsencode(path) for path in paths]
-        self.text = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
-        self.ends = torch.from_numpy(np.cumsum([len(path) for path in encoded], dtype=np.int64))
+    Args:
+        num_pages: pictures in each file, (len(paths),); None: of each the first alone.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        num_pages: np.ndarray | None = None,
+    ) -> None:
+        paths = paths if isinstance(paths, PathList) else PathList.of(paths)
+        # Tensors, which loader processes share; a list of millions of str each would copy.
+        self.text = torch.from_numpy(paths.text)
+        self.ends = torch.from_numpy(paths.ends)
+        self.page_ends = None if num_pages is None else torch.from_numpy(np.cumsum(num_pages))
         self.max_image_pixels = max_image_pixels
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.ends) if self.page_ends is None else int(self.page_ends[-1])
 
     def __getitem__(self, index: int) -> Image.Image:
-        return read_picture(self.name(index), self.max_image_pixels)
+        return Image.fromarray(self.opened(index).pixels())
+
+    def opened(self, index: int) -> EncodedPicture:
+        path, page, _ = self._place(index)
+        return encoded_file(path, self.name(index), self.max_image_pixels, page)
 
     def name(self, index: int) -> str:
-        start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
-        return os.fsdecode(self.text[start:end].numpy().tobytes())
+        """The path; of a file with several pages and #1, #2, ..."""
+        path, page, num_pages = self._place(index)
+        return path if num_pages == 1 else f"{path}#{page + 1}"
+
+    def _place(self, index: int) -> tuple[str, int, int]:
+        """The picture's file, its page in there, and how many of the pages are pictures."""
+        paths = PathList(self.text.numpy(), self.ends.numpy())
+        if self.page_ends is None:
+            return paths[index], 0, 1
+        file = int(np.searchsorted(self.page_ends.numpy(), index, side="right"))
+        start = int(self.page_ends[file - 1]) if file else 0
+        return paths[file], index - start, int(self.page_ends[file]) - start
 
 
 @dataclass(frozen=True)
@@ -108,16 +139,28 @@ def build_source(
     root: Any = None,
     *,
     download: bool = False,
-    num_images: int = 1024,
+    num_images: int | None = None,
+    streams: int = 12,
+    shuffle_buffer: int = 500,
+    image_column: str | None = None,
+    label_column: str | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    held_out: float = 0.1,
+    pages: str = "first",
+    listing: Path | None = None,
 ) -> DataSource:
     """The data set `name`.
 
     Args:
         root: folder or file, as the data set needs it; ``images`` also takes a list of folders.
         download: let torchvision fetch what is not under `root`.
-        num_images: size of ``synthetic``.
+        num_images: size of ``synthetic``, or of all shards of ``webdataset`` together; None: 1,024, or counted.
+        streams, shuffle_buffer: of ``webdataset``, see `moco.data.streams`.
+        image_column, label_column: of ``hf``, see `moco.data.hugging_face`.
         max_image_pixels: pictures of more are unreadable.
+        held_out: share of the pictures that ``image_folder`` without a validation folder keeps out of the bank.
+        pages: of TIFF files with several take the ``first``, or ``each`` as a picture of its own.
+        listing: file that keeps the list of pictures below folders for the next start; None: list them each time.
 
     Raises:
         InputError: unknown name, nothing at `root`, or something else than expected there; it names the place.
@@ -127,18 +170,32 @@ def build_source(
     if name not in SOURCES:
         raise InputError(f"data.name: {unknown_name('data set', name, SOURCES)}")
     if name == "synthetic":
-        return synthetic(num_images)
+        return synthetic(num_images or 1024)
     if name == "digits":
         return digits()
     if root is None:
         raise InputError(f"data.root: missing; data={name} needs to know where the pictures are: data.root=PATH")
     if name == "images":
-        return images(root, max_image_pixels)
+        return images(root, max_image_pixels, pages, listing)
+    if name == "webdataset":
+        from moco.data.streams import webdataset
+
+        return webdataset(root, streams, shuffle_buffer, num_images, max_image_pixels)
     if not isinstance(root, str):
-        raise InputError(f"data.root={root}: expected one path; only data=images takes several")
+        raise InputError(f"data.root={root}: expected one path; only data=images and data=webdataset take several")
+    if name == "packed":
+        from moco.data.packed import packed
+
+        return packed(root, max_image_pixels)
+    if name == "hf":
+        from moco.data.hugging_face import hugging_face
+
+        return hugging_face(root, image_column, label_column, max_image_pixels)
     if name in TORCHVISION:
         return TORCHVISION[name](root, download)
-    return image_folder(root, max_image_pixels) if name == "image_folder" else npz(root, max_image_pixels)
+    if name == "image_folder":
+        return image_folder(root, max_image_pixels, held_out, pages, listing)
+    return npz(root, max_image_pixels)
 
 
 def digits() -> DataSource:
@@ -162,48 +219,43 @@ def synthetic(num_images: int) -> DataSource:
     return _from_arrays("synthetic", array, labels, array[:num_queries], labels[:num_queries])
 
 
-def images(root: Any, max_image_pixels: int) -> DataSource:
+def images(root: Any, max_image_pixels: int, pages: str, listing: Path | None) -> DataSource:
     """Every picture below a folder, or below several; no labels: sub-folders are not classes."""
     roots = [root] if isinstance(root, str) else root
     if not isinstance(roots, list) or not roots or not all(isinstance(one, str) for one in roots):
         raise InputError(f"data.root={root}: expected a folder or a list of folders")
-    paths = [path for one in roots for path in list_pictures(one)]
-    return DataSource(FilePictures(paths, max_image_pixels), None, None, image_size=224)
+    found = Listing.of_all(listed(roots, pages, listing))
+    return DataSource(FilePictures(found.paths, max_image_pixels, found.num_pages), None, None, image_size=224)
 
 
-def image_folder(root: str, max_image_pixels: int) -> DataSource:
+def image_folder(root: str, max_image_pixels: int, held_out: float, pages: str, listing: Path | None) -> DataSource:
     """Class sub-folders: root/train/CLASS/... with root/val/CLASS/... (or test), else root/CLASS/....
 
-    Of root/CLASS/... alone a tenth of the pictures, chosen by a hash of their paths below root, is kept out of the bank and
-    serves as queries; all are trained on. With root/train and nothing beside it there are no queries and no monitor.
+    Of root/CLASS/... alone the pictures that `is_held_out` chooses by their paths below root are kept out of the bank and
+    serve as queries; all are trained on. With root/train and nothing beside it there are no queries and no monitor.
     """
     top = Path(root)
-    if (top / "train").is_dir():
-        held_out = next((top / name for name in ("val", "validation", "test") if (top / name).is_dir()), None)
-        train_paths, train_classes = _classified(top / "train")
-        names = sorted(set(train_classes))
-        bank = Labelled(FilePictures(train_paths, max_image_pixels), _numbered(train_classes, names, top / "train"))
-        if held_out is None:
-            return DataSource(bank.pictures, None, None, image_size=224)
-        paths, classes = _classified(held_out)
-        queries = Labelled(FilePictures(paths, max_image_pixels), _numbered(classes, names, held_out))
-        return DataSource(bank.pictures, bank, queries, image_size=224)
-    paths, classes = _classified(top)
-    labels = _numbered(classes, sorted(set(classes)), top)
-    is_query = held_out_tenth([str(Path(path).relative_to(top)) for path in paths])
-    everything = FilePictures(paths, max_image_pixels)
+    has_train = (top / "train").is_dir()
+    tops = [str(top / name) for name in ("train", "val", "validation", "test") if (top / name).is_dir()][:2]
+    tops = tops if has_train else [str(top)]
+    folders = [ClassFolders.of(*one) for one in zip(tops, listed(tops, pages, listing), strict=True)]
+    classes = folders[0].classes()
+    train, *others = (in_classes(one, classes, max_image_pixels) for one in folders)
+    if has_train:
+        return DataSource(train.pictures, train if others else None, others[0] if others else None, image_size=224)
+    is_query = is_held_out(folders[0].names(), held_out)
     if not is_query.any() or is_query.all():
-        return DataSource(everything, None, None, image_size=224)
+        return DataSource(train.pictures, None, None, image_size=224)
     bank, queries = (
-        Labelled(FilePictures([paths[row] for row in np.flatnonzero(chosen)], max_image_pixels), labels[chosen])
-        for chosen in (~is_query, is_query)
+        in_classes(folders[0].where(chosen), classes, max_image_pixels) for chosen in (~is_query, is_query)
     )
-    return DataSource(everything, bank, queries, image_size=224)
+    return DataSource(train.pictures, bank, queries, image_size=224)
 
 
-def held_out_tenth(names: Sequence[str]) -> np.ndarray:
-    """(M,) bool: a tenth of the names, whichever others there are beside them."""
-    return np.array([zlib.crc32(os.fsencode(name)) % 10 == 0 for name in names])
+def in_classes(folders: ClassFolders, classes: list[str], max_image_pixels: int) -> Labelled:
+    """The pictures below class folders, numbered by their class's place in `classes`."""
+    pictures = FilePictures(folders.files.paths, max_image_pixels, folders.files.num_pages)
+    return Labelled(pictures, folders.labels(classes))
 
 
 def npz(root: str, max_image_pixels: int) -> DataSource:
@@ -213,26 +265,10 @@ def npz(root: str, max_image_pixels: int) -> DataSource:
     """
     if not Path(root).is_file():
         raise InputError(f"data.root={root}: no such file")
+    names = ("train_images", "train_labels", "test_images", "test_labels")
     try:
-        with zipfile.ZipFile(root) as archive:
-            present = [name.removesuffix(".npy") for name in archive.namelist()]
-            wanted = [
-                name for name in ("train_images", "train_labels", "test_images", "test_labels") if name in present
-            ]
-            check_members(archive, wanted, max_image_pixels)
-            arrays: dict[str, np.ndarray] = {name: read_member(archive, name) for name in wanted}
-    # What zipfile and NumPy raise on damaged archives; zipfile has NotImplementedError for what it cannot unpack, and
-    # RuntimeError for what is encrypted.
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        MemoryError,
-        KeyError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        arrays, present = read_arrays(root, names, max_image_pixels)
+    except DAMAGED as error:
         raise InputError(f"data.root={root}: not a readable .npz archive of plain arrays ({error})") from error
     if "train_images" not in arrays:
         raise InputError(
@@ -241,52 +277,6 @@ def npz(root: str, max_image_pixels: int) -> DataSource:
     labels = {part: _npz_labels(arrays, part, root) for part in ("train", "test")}
     test_images = arrays.get("test_images") if labels["test"] is not None else None
     return _from_arrays(root, arrays["train_images"], labels["train"], test_images, labels["test"])
-
-
-def check_members(archive: zipfile.ZipFile, names: Sequence[str], max_image_pixels: int) -> None:
-    """Hold what the arrays claim against what the archive holds, before there is memory for any of them.
-
-    Raises:
-        ValueError: an array holds Python objects or too large pictures, another amount than its header says, or more than
-            its compressed bytes can; or all together are more than this machine's memory.
-    """
-    total = 0
-    for name in names:
-        member = archive.getinfo(f"{name}.npy")
-        if member.compress_type not in (
-            zipfile.ZIP_STORED,
-            zipfile.ZIP_DEFLATED,
-        ):  # zipfile would unpack others unbounded
-            raise ValueError(f"{name} is compressed in another way than NumPy does")
-        with archive.open(member) as file:
-            shape, dtype = read_header(file)
-            claimed = file.tell() + math.prod(shape) * dtype.itemsize
-        if dtype.hasobject:
-            raise ValueError(f"{name} holds Python objects, whose loading would run code")
-        if claimed != member.file_size or claimed > MOST_DEFLATED * member.compress_size:
-            raise ValueError(f"{name} says that it is {dtype} {shape}, {claimed:,} bytes, and is not")
-        if name.endswith("_images") and math.prod(shape[1:3]) > max_image_pixels:
-            raise ValueError(f"{name} is {shape}: its pictures exceed data.max_image_pixels={max_image_pixels}")
-        total += claimed
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if total > memory:
-        raise ValueError(f"its arrays take {total / 1e9:,.1f} GB, and this machine has {memory / 1e9:,.1f}")
-
-
-def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of the array in an opened .npy file."""
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):  # 3 is for arrays with named fields
-        raise ValueError(f"version {version} of NumPy's format")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    return shape, dtype
-
-
-def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array of the archive; zipfile compares its checksum."""
-    with archive.open(f"{name}.npy") as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _npz_labels(arrays: dict[str, np.ndarray], part: str, root: str) -> np.ndarray | None:
@@ -350,7 +340,7 @@ TORCHVISION: dict[str, Callable[[str, bool], DataSource]] = {
     "fashion_mnist": _fashion_mnist,
     "stl10": _stl10,
 }
-SOURCES = ("digits", "image_folder", "images", "npz", "synthetic", *TORCHVISION)
+SOURCES = ("digits", "hf", "image_folder", "images", "npz", "packed", "synthetic", "webdataset", *TORCHVISION)
 MASKED = ("segmentation_folder", "voc2012")  # see moco.data.segmentation
 
 
@@ -371,22 +361,3 @@ def _from_arrays(
         test = ArrayPictures(test_images, f"{what}: test_images")
         queries = Labelled(test, np.asarray(test_labels, dtype=np.int64))
     return DataSource(train, bank, queries, image_size=max(train.tensor.shape[1:3]))
-
-
-def _classified(root: Path) -> tuple[list[str], list[str]]:
-    """Paths below root and the class of each: the name of its first sub-folder."""
-    paths = [path for path in list_pictures(root) if Path(path).parent != root]
-    if not paths:
-        raise InputError(f"data.root={root}: no class sub-folders with pictures; data=images takes a plain folder tree")
-    return paths, [Path(path).relative_to(root).parts[0] for path in paths]
-
-
-def _numbered(classes: list[str], names: list[str], root: Path) -> np.ndarray:
-    """Each class's place in `names`, (M,) int64."""
-    unknown = sorted(set(classes) - set(names))
-    if unknown:
-        raise InputError(
-            f"data.root={root}: classes that the training pictures do not have: {printable(', '.join(unknown))}"
-        )
-    place = {name: number for number, name in enumerate(names)}
-    return np.array([place[name] for name in classes], dtype=np.int64)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from moco.data.augmentations import Transform
-from moco.data.datamodule import EpochSampler, ResumableLoader, check_batch_size, loader_options
+from moco.data.datamodule import check_batch_size
+from moco.data.loading import EpochSampler, ResumableLoader
 from moco.data.pictures import UnreadablePicture
 from moco.data.segmentation import MaskedPictures, SegmentationSource
 from moco.data.segmentation_views import SegmentationView
+from moco.data.views import Transform
+from moco.data.workers import loader_options
 from moco.errors import InputError, printable
 
 

@@ -316,11 +316,9 @@ class ViewPairPicture(pl.Callback):
 
 def view_pair_picture(data: PretrainingData, num_pairs: int) -> Tensor:
     """Pairs of the first epoch in columns, query above key: (3, H, W) in 0..1."""
-    sampler, dataset = data.sampler(), data.dataset()
-    batches = [dataset[place] for place, _ in zip(sampler, range(num_pairs), strict=False)]
-    views = torch.stack([batch.views[side] for side in (0, 1) for batch in batches])
+    views = torch.cat(data.pairs(num_pairs).views)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.augment.mean, data.augment.std))
-    return make_grid((views * std + mean).clamp(0, 1), nrow=len(batches), padding=2)
+    return make_grid((views * std + mean).clamp(0, 1), nrow=len(views) // 2, padding=2)
 
 
 def data_of(trainer: pl.Trainer) -> PretrainingData:

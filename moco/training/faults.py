@@ -204,7 +204,8 @@ def explained(error: BaseException) -> str | None:
         return explained_os_error(error)
     for sign, said in SIGNS:
         if re.search(sign, f"{type(error).__name__}: {text}", re.IGNORECASE):
-            return said
+            last_read = re.search(r"; it was reading .*$", text)  # what a lost loader process was at
+            return said + (last_read[0] if last_read else "")
     if isinstance(error, OSError):  # of a loader process, which hands on no more than its traceback as text
         return f"in a loader process, {text.splitlines()[-1]}"
     return None

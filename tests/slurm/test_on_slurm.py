@@ -30,6 +30,7 @@ EPOCHS = 8
 LONG = [
     "+experiment=quickstart",
     "method.queue_size=200",
+    "data.engine=worker",
     f"trainer.max_epochs={EPOCHS}",
     "trainer.log_every_n_steps=1",
     "evaluation.every_n_epochs=4",

@@ -1,0 +1,276 @@
+"""From pictures to batches: view pairs in a reproducible order to train on, plain pictures to evaluate.
+
+Letters: M pictures, N batch, H W pixels, S side of a view.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
+
+from moco.data.datasets import ArrayPictures, Labelled, Pictures
+from moco.data.decoding import EncodedPicture
+from moco.data.pictures import UnreadablePicture
+from moco.data.randomness import derived_seed
+from moco.data.views import Transform, ViewPair, rgb_batch
+from moco.data.workers import loader_options
+
+MOST_STAND_INS = 100
+BLOCK = (
+    2**25
+)  # values of a view; as many batches as that are augmented at once on a GPU, whose small kernels cost their start
+
+
+class PairBatch(NamedTuple):
+    """A batch of view pairs."""
+
+    views: tuple[Tensor, Tensor]
+    """Query views and key views, (N, 3, S, S) each: uint8 from a worker, normalised float32 for the method."""
+    indices: Tensor
+    """(N,) which picture of the training set each row was asked to be."""
+    unreadable: Tensor
+    """(N,) bool: that picture could not be read, and the next readable one stands in for it."""
+    epoch: Tensor
+    """Of the draws, a number."""
+
+
+class EvaluationBatch(NamedTuple):
+    """A batch of plain pictures."""
+
+    images: Tensor
+    """(N, 3, H, W)."""
+    labels: Tensor
+    """(N,)."""
+    unreadable: Tensor
+    """(N,) bool: the row is black and stands for nothing."""
+
+
+class PairDataset(Dataset[PairBatch]):
+    """The worker's part of view pairs, asked for by a batch of (epoch, index).
+
+    A picture that cannot be read is replaced by the next one that can, or by a black one where a hundred in a row cannot.
+
+    Args:
+        num_workers: processes that will read from this object at the same time.
+    """
+
+    def __init__(self, pictures: Pictures, augment: ViewPair, num_workers: int = 0) -> None:
+        self.pictures = pictures
+        self.augment = augment
+        self.reading = torch.zeros(max(1, num_workers), 2, dtype=torch.int64).share_memory_()
+        """The process id of each worker, and the picture that it is at."""
+
+    def __getitems__(self, places: Sequence[tuple[int, int]]) -> PairBatch:
+        epoch = places[0][0]
+        indices = torch.tensor([index for _, index in places])
+        views, failed = self.augment.on_pictures([self._watched(index) for _, index in places], epoch, indices)
+        for row in failed:
+            self._stand_in(views[:, row], epoch, indices[row])
+        unreadable = torch.zeros(len(places), dtype=torch.bool)
+        unreadable[failed] = True
+        query, key = views
+        return PairBatch((query, key), indices, unreadable, torch.tensor(epoch))
+
+    def last_read(self) -> list[tuple[int, str]]:
+        """The process id of each worker that has begun, and the name of the picture that it is or was at."""
+        return [(pid, self.pictures.name(index)) for pid, index in self.reading.tolist() if pid]
+
+    def _stand_in(self, views: Tensor, epoch: int, index: Tensor) -> None:
+        """Fill the two views, (2, 3, S, S), of a picture that cannot be read."""
+        for attempt in range(1, MOST_STAND_INS):
+            other = self._watched((int(index) + attempt) % len(self.pictures))
+            found, failed = self.augment.on_pictures([other], epoch, index[None])
+            if not failed:
+                views.copy_(found[:, 0])
+                return
+        views.zero_()
+
+    def _watched(self, index: int) -> "WatchedPicture":
+        worker = get_worker_info()
+        reading = self.reading[worker.id if worker else 0]
+        reading[0], reading[1] = os.getpid(), index
+        try:
+            return WatchedPicture(self.pictures.opened(index), index, reading)
+        except UnreadablePicture:
+            return WatchedPicture(None, index, reading)
+
+
+@dataclass
+class WatchedPicture:
+    """A picture that says when it is decoded, so that a decoder that kills its process can be told which one it was."""
+
+    picture: EncodedPicture | None
+    """None if not even its header can be read."""
+    index: int
+    reading: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.picture.size if self.picture else (1, 1)
+
+    def pixels(self, reduction: int = 1) -> np.ndarray:
+        """See `EncodedPicture`."""
+        if self.picture is None:
+            raise UnreadablePicture
+        self.reading[1] = self.index
+        return self.picture.pixels(reduction)
+
+
+def as_it_is(batch: PairBatch) -> PairBatch:
+    """Instead of collating: the data set hands out whole batches."""
+    return batch
+
+
+class EvaluationDataset(Dataset[EvaluationBatch]):
+    """Labelled pictures without augmentation, by index."""
+
+    def __init__(self, labelled: Labelled, view: Transform, image_size: int) -> None:
+        self.labelled = labelled
+        self.view = view
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.labelled.pictures)
+
+    def __getitem__(self, index: int) -> EvaluationBatch:
+        label = torch.tensor(int(self.labelled.labels[index]))
+        try:
+            return EvaluationBatch(self.view(self.labelled.pictures[index]), label, torch.tensor(False))
+        except UnreadablePicture:
+            return EvaluationBatch(torch.zeros(3, self.image_size, self.image_size), label, torch.tensor(True))
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Each epoch's own random order of the pictures, as (epoch, index); every process takes its share of each batch.
+
+    The order depends on (seed, epoch) alone. Pictures left over after the last whole global batch sit out the epoch,
+    as with drop_last in the official code. The length is the whole epoch's, also when a resumed one starts in the middle.
+
+    Args:
+        num_pictures: pictures in the training set.
+        batch_size: images per optimizer step over all processes.
+        rank, world_size: this process and how many there are.
+    """
+
+    def __init__(self, num_pictures: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.num_pictures = num_pictures
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.resume_at = (-1, 0)  # an epoch, and this process's pictures of it that were trained on before
+
+    @property
+    def start(self) -> int:
+        """How many of this process's pictures the current epoch leaves out, since an earlier run trained on them."""
+        epoch, position = self.resume_at
+        return position if epoch == self.epoch else 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this at the start of every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_pictures // self.batch_size * self.batch_size // self.world_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, index) for index in self.order().tolist())
+
+    def order(self) -> Tensor:
+        """What is left of this process's pictures in the current epoch, (M,)."""
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+        order = torch.randperm(self.num_pictures, generator=generator)
+        order = order[: len(self) * self.world_size].view(-1, self.batch_size)  # one row per optimizer step
+        share = order.chunk(self.world_size, dim=1)[self.rank].flatten()
+        return share[self.start :]
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose position Lightning keeps in the checkpoint, so that a resumed epoch goes on with its next batch."""
+
+    sampler: EpochSampler
+    batch_size: int
+
+    def __init__(self, dataset: Dataset[Any], sampler: EpochSampler, batch_size: int, **kwargs: Any) -> None:
+        # An own generator: DataLoader would draw its workers' seeds from the global one, which a resume has to restore.
+        super().__init__(dataset, batch_size, sampler=sampler, generator=torch.Generator(), **kwargs)
+        self.batches_done = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.batches_done = self.sampler.start // self.batch_size
+        for batch in super().__iter__():
+            self.batches_done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its pictures were handed out, by all processes together."""
+        pictures = self.batches_done * self.batch_size * self.sampler.world_size
+        return {"epoch": self.sampler.epoch, "pictures": pictures}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there when that epoch is iterated next, also with another number of processes."""
+        self.sampler.resume_at = (state["epoch"], state["pictures"] // self.sampler.world_size)
+
+
+class MemoryLoader:
+    """Pictures that are in memory all at once, augmented on the device in whole batches: no workers, nothing to copy.
+
+    Args:
+        pictures: moved to `device`.
+        sampler: the order; it has the same role as in `ResumableLoader`, and so has the state.
+        batch_size: images at once.
+    """
+
+    def __init__(
+        self, pictures: ArrayPictures, augment: ViewPair, sampler: EpochSampler, batch_size: int, device: torch.device
+    ) -> None:
+        self.pixels = rgb_batch(pictures.tensor.to(device))
+        self.augment = augment
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.batches_done = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch_size
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        self.batches_done = self.sampler.start // self.batch_size
+        for indices in self.sampler.order().to(self.pixels.device).split(self._block()):
+            pair = self.augment.on_batch(self.pixels[indices], self.sampler.epoch, indices)
+            parts = zip(*(values.split(self.batch_size) for values in (*pair, indices)), strict=True)
+            for query, key, own in parts:
+                self.batches_done += 1
+                unreadable = torch.zeros_like(own, dtype=torch.bool)
+                yield PairBatch((query, key), own, unreadable, torch.tensor(self.sampler.epoch))
+
+    def _block(self) -> int:
+        """Images to augment at once."""
+        if self.pixels.device.type == "cpu":
+            return self.batch_size
+        return max(1, BLOCK // (3 * self.augment.image_size**2) // self.batch_size) * self.batch_size
+
+    state_dict = ResumableLoader.state_dict
+    load_state_dict = ResumableLoader.load_state_dict
+
+
+def evaluation_loader(
+    labelled: Labelled,
+    view: Transform,
+    image_size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader[EvaluationBatch]:
+    """Labelled pictures in order, without augmentation: every `world_size`-th from `rank` on."""
+    dataset: Dataset[EvaluationBatch] = EvaluationDataset(labelled, view, image_size)
+    if world_size > 1:
+        dataset = Subset(dataset, range(rank, len(labelled.pictures), world_size))
+    options = loader_options(num_workers) | {"persistent_workers": False}
+    return DataLoader(dataset, batch_size, generator=torch.Generator(), **options)
