@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import EmbedConfig, with_defaults, with_usual_settings
+from moco.config.pretrained import EmbedConfig, with_defaults, with_usual_settings
 from moco.errors import InputError, printable
 from moco.launch import launch, save_hydra_files
 from moco.methods.pretrained import load_pretrained, log_window_advice

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import ExportConfig, with_usual_settings
+from moco.config.pretrained import ExportConfig, with_usual_settings
 from moco.errors import InputError, RunError
 from moco.launch import launch, save_hydra_files
 from moco.methods.pretrained import load_pretrained

@@ -7,7 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moco.config import AugmentationConfig, SegmentConfig, check_run, with_usual_settings
+from moco.checks import check_run
+from moco.config.pretrained import with_usual_settings
+from moco.config.segment import SegmentConfig
+from moco.config.train import AugmentationConfig
 from moco.errors import InputError
 from moco.launch import launch, save_hydra_files
 

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import TrainConfig, check_optimizer, check_run
+from moco.checks import check_optimizer, check_run
+from moco.config.train import TrainConfig
 from moco.errors import InputError, Interrupted, RunError
 from moco.launch import hydra_files, launch, set_up_logging
 from moco.training.run_folder import has_checkpoint

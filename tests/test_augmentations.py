@@ -7,7 +7,7 @@ import yaml
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms as v1
 
-from moco.config import CONFIG_DIR
+from moco.config.parsing import CONFIG_DIR
 from moco.data.augmentations import ViewPair, build_evaluation_view, build_view
 from moco.data.randomness import derived_seed, draws_from
 from moco.errors import InputError

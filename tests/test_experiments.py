@@ -10,7 +10,8 @@ import yaml
 from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 
-from moco.config import CONFIG_DIR, TrainConfig, parse, register_schemas
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.train import TrainConfig
 from moco.train import warn_of_negatives
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))

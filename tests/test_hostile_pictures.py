@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from moco.config import DataConfig, EvaluateDataConfig, SegmentDataConfig
+from moco.config.pretrained import EvaluateDataConfig
+from moco.config.segment import SegmentDataConfig
+from moco.config.train import DataConfig
 from moco.data.augmentations import build_evaluation_view
 from moco.data.datasets import build_source, held_out_tenth
 from moco.data.pictures import (

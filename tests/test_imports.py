@@ -17,6 +17,7 @@ ALLOWED = {
     "launch": {"config", "run_names", "training"},
     "run_names": {"training"},
     "config": set(),
+    "checks": {"config"},
     "errors": set(),
     "__init__": set(),
 }

@@ -120,7 +120,7 @@ def test_a_run_is_finished_until_it_is_to_be_longer(tmp_path):
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """What `launch` leaves of a sweep of six jobs, of which two are wrong and two fail."""
-    from moco.config import TrainConfig
+    from moco.config.train import TrainConfig
 
     def program(config, folder):
         with claimed(folder, {"seed": config.seed}):

@@ -19,15 +19,10 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, run_program
 
-from moco.config import (
-    CONFIG_DIR,
-    EmbedConfig,
-    EvaluateConfig,
-    ExportConfig,
-    SegmentConfig,
-    TrainConfig,
-    keys,
-)
+from moco.config.parsing import CONFIG_DIR, keys
+from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
+from moco.config.segment import SegmentConfig
+from moco.config.train import TrainConfig
 
 SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "embed": EmbedConfig, "segment": SegmentConfig, "export": ExportConfig
