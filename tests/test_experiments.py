@@ -10,9 +10,9 @@ import yaml
 from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 
+from moco.checks import warn_of_negatives
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig
-from moco.train import warn_of_negatives
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
 OF_THIS_PROJECT = {"cifar10_moby_swin_v2", "own_images_large", "own_images_medium", "own_images_small", "quickstart"}

@@ -17,7 +17,7 @@ ALLOWED = {
     "launch": {"config", "run_names", "training"},
     "run_names": {"training"},
     "config": set(),
-    "checks": {"config"},
+    "checks": {"config", "data", "methods", "models", "training"},
     "errors": set(),
     "__init__": set(),
 }
