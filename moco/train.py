@@ -97,7 +97,8 @@ def train(
     import pytorch_lightning as pl
     from rich.console import Console
 
-    from moco.methods.pretrained import start_from, write_backbone_file
+    from moco.methods.init_from import start_from
+    from moco.methods.weight_files import write_backbone_file
     from moco.training.distributed import environment_of, from_rank_zero, lost_peers_named, process_group, rank
     from moco.training.faults import failures_named
     from moco.training.hardware import choose_device

@@ -23,7 +23,7 @@ from moco.training.run_folder import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, link_
 log = logging.getLogger(__name__)
 
 # What every checkpoint has, and of which kind it is.
-PARTS: dict[str, type] = {
+CHECKPOINT_PARTS: dict[str, type] = {
     "state_dict": dict, "hyper_parameters": dict, "config": dict, "figures": dict, "random_states": list,
     "global_step": int,
 }  # fmt: skip
@@ -117,14 +117,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise InputError(f"checkpoint={path}: no such file")
     checkpoint = read_archive(path, f"checkpoint={path}")
-    missing = PARTS.keys() - (checkpoint.keys() if isinstance(checkpoint, dict) else set())
+    missing = CHECKPOINT_PARTS.keys() - (checkpoint.keys() if isinstance(checkpoint, dict) else set())
     if missing:
         raise InputError(f"checkpoint={path}: not written by moco.train (it lacks {', '.join(sorted(missing))})")
     check_parts(checkpoint, f"checkpoint={path}")
     return checkpoint
 
 
-def check_parts(checkpoint: dict[str, Any], source: str, parts: dict[str, type] = PARTS) -> None:
+def check_parts(checkpoint: dict[str, Any], source: str, parts: dict[str, type] = CHECKPOINT_PARTS) -> None:
     """Raises InputError if a part of a file of ours is not of its kind."""
     for name, kind in parts.items():
         if not isinstance(checkpoint[name], kind):
