@@ -288,6 +288,7 @@ LONG = (
         ("cifar10_resnet18", 20_000, {}, f"{LONG % (4096, 20_000)}; 1024 would fit"),
         ("own_images_small", 4_000, {}, f"{LONG % (512, 4_000)}; 256 would fit"),
         ("cifar10_moco_v3", 512, {}, None),  # no queue
+        ("quickstart", 1_437, {}, None),
         ("cifar10_resnet18", 50_000, {"max_steps": 8}, None),  # 8 x 512 keys
         (
             "cifar10_resnet18", 50_000, {"max_steps": 7},
