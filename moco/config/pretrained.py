@@ -98,6 +98,11 @@ class ExportConfig:
     """Side of the images that the weights will see, px; null: the checkpoint's, in proportion to a new window."""
 
 
+def given_settings(settings: Any) -> dict[str, Any]:
+    """Those of a config dataclass that are not null."""
+    return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
+
+
 def with_defaults(given: Any, from_checkpoint: dict[str, Any], new_data: bool = False) -> dict[str, Any]:
     """The given settings, nulls filled in from the run that made the checkpoint.
 

@@ -211,7 +211,9 @@ def backbone_weights(weights: Weights, backbone: nn.Module) -> Weights:
     if any(name.startswith("patch_embed.") for name in weights):
         try:
             weights = from_timm(weights, backbone)
-        except KeyError:  # the backbone is no Swin V2, and has no place for its biases
+        except KeyError:
+            # A Swin V2's biases, or half of them, and a backbone without a place for such, as a ResNet is. `misfit` names
+            # what does not fit of the weights as they are.
             return weights
     else:
         weights = from_torchvision(weights, backbone)
