@@ -1,5 +1,6 @@
 """What a run is held to before its first step."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import logging
@@ -117,9 +118,10 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], plain: dict[str, Any
     Raises:
         InputError: it holds other tensors than the config's run has; it names the keys.
     """
-    from moco.training.run_folder import differences
+    from moco.training.run_folder import completed, differences
 
-    there, here = (tensor_settings(config) for config in (checkpoint["config"], plain))
+    stored = completed(checkpoint["config"], dataclasses.asdict(TrainConfig()))
+    there, here = (tensor_settings(config) for config in (stored, plain))
     if differing := differences(there, here):
         raise InputError(
             f"resume={path}: the checkpoint is of another architecture or optimizer: {'; '.join(differing)}"
@@ -133,7 +135,6 @@ def tensor_settings(config: dict[str, Any]) -> dict[str, Any]:
     shapes = ("projector", "predictor", "embedding_dim", "queue_size", "num_queues")
     return {
         "backbone": config["backbone"],
-        "method": {key: method.get(key) for key in shapes}
-        | {"dense_weight": "above 0" if method.get("dense_weight") else 0},
-        "optimizer": {key: optimizer.get(key) for key in ("name", "decay_all")},
+        "method": {key: method[key] for key in shapes} | {"dense_weight": "above 0" if method["dense_weight"] else 0},
+        "optimizer": {key: optimizer[key] for key in ("name", "decay_all")},
     }

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("moco.train")  # __name__ is __main__ under python -m
 
+DEFAULTS = dataclasses.asdict(TrainConfig())
+
 # torch and Lightning are imported where they are first needed: a mistake in the config or a path shows in a second.
 
 
@@ -58,7 +60,7 @@ def run(config: TrainConfig, folder: Path) -> None:
     from moco.training.run_status import state_now
     from moco.training.slurm import stop_signals
 
-    if is_finished(folder, dataclasses.asdict(config)):
+    if is_finished(folder, dataclasses.asdict(config), DEFAULTS):
         log.info("%s is finished; a larger trainer.max_epochs goes on", folder)
         return
     devices = config.trainer.devices
@@ -116,7 +118,7 @@ def train(
         check_same_pictures(data)
         check_batch_norm(method.query_encoder, config)
         warn_of_negatives(config, len(data.source.train))
-        is_new = from_rank_zero(lambda: find_checkpoint(folder, plain, config.resume)) is None
+        is_new = from_rank_zero(lambda: find_checkpoint(folder, plain, config.resume, DEFAULTS)) is None
         if is_new and config.init_from is not None:
             start_from(method, config.init_from)
         elif config.init_from is not None:
@@ -147,7 +149,7 @@ def take_folder(
     from moco.training.checkpoint_files import read_checkpoint, sound_checkpoint
     from moco.training.run_folder import LAST_CHECKPOINT, claimed, find_checkpoint
 
-    checkpoint = find_checkpoint(folder, plain, resume)
+    checkpoint = find_checkpoint(folder, plain, resume, DEFAULTS)
     is_other_run = checkpoint is not None and checkpoint != folder / LAST_CHECKPOINT
     if checkpoint and is_other_run:
         step = check_resumable(checkpoint, read_checkpoint(checkpoint), plain)  # before anything is written
