@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import EmbedConfig, with_defaults, with_usual_settings
+from moco.config.pretrained import EmbedConfig, given_settings, with_defaults, with_usual_settings
 from moco.errors import InputError, printable
 from moco.launch import launch, save_hydra_files
 from moco.methods.pretrained import load_pretrained, log_window_advice
@@ -41,7 +41,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     output = Path(config.output)
     check_output(output)
     device = choose_device(config.accelerator)
-    given = {key: value for key, value in dataclasses.asdict(config.backbone).items() if value is not None}
+    given = given_settings(config.backbone)
     pretrained = load_pretrained(config.checkpoint, config.encoder, given, config.feature)
     of_run = with_usual_settings(pretrained.config)
     data = with_defaults(config.data, of_run["data"], new_data=config.data.name is not None)

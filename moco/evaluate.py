@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import EvaluateConfig, with_defaults, with_usual_settings
+from moco.config.pretrained import EvaluateConfig, given_settings, with_defaults, with_usual_settings
 from moco.errors import InputError
 from moco.launch import launch, save_hydra_files
 from moco.methods.pretrained import load_pretrained, log_window_advice
@@ -48,7 +48,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     if output.is_dir():
         raise InputError(f"output={output}: a folder; expected the name of a file")
     device = choose_device(config.accelerator)
-    given = {key: value for key, value in dataclasses.asdict(config.backbone).items() if value is not None}
+    given = given_settings(config.backbone)
     pretrained = load_pretrained(config.checkpoint, config.evaluation.encoder, given, config.evaluation.feature)
     of_run = with_usual_settings(pretrained.config)
     data = with_defaults(config.data, of_run["data"], new_data=config.data.name is not None)

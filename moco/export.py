@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import ExportConfig, with_usual_settings
+from moco.config.pretrained import ExportConfig, given_settings, with_usual_settings
 from moco.errors import InputError, RunError
 from moco.launch import launch, save_hydra_files
 from moco.methods.pretrained import load_pretrained
@@ -42,7 +42,7 @@ def run(config: ExportConfig, folder: Path) -> None:
 
     output = Path(config.output)
     check_output(output, config.format)
-    given = {key: value for key, value in dataclasses.asdict(config.backbone).items() if value is not None}
+    given = given_settings(config.backbone)
     pretrained = load_pretrained(config.checkpoint, config.encoder, given)
     backbone: Any = pretrained.encoder.backbone
     built_with, of_run = pretrained.settings, with_usual_settings(pretrained.config)
@@ -95,7 +95,8 @@ def content_of(
     """
     import torch
 
-    from moco.models.weights import as_safetensors, counterpart, to_timm, to_torchvision, write_backbone
+    from moco.models.weights import counterpart, to_timm, to_torchvision, write_backbone
+    from moco.safetensors_files import as_safetensors
 
     if file_format == "safetensors":
         return write_backbone(backbone, built_with, about)

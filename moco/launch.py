@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from moco.config import CONFIG_DIR, parse, register_schemas, unknown_key
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas, unknown_key
 from moco.errors import InputError, Interrupted, RunError, printable, unknown_name
 from moco.run_names import register_resolvers
 from moco.training.interrupts import REQUEUEING, listen_early

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from moco.config import PackConfig
+from moco.config.pack import PackConfig
 from moco.errors import InputError, Interrupted, RunError, printable
 from moco.launch import launch, save_hydra_files
 from moco.training.interrupts import ENDING, held_back

@@ -6,7 +6,7 @@ It takes every setting of ``moco.train``. The pairs are the first ones of a run 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moco.config import PreviewConfig
+from moco.config.train import PreviewConfig
 from moco.errors import InputError
 from moco.launch import launch
 

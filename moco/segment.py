@@ -7,7 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moco.config import AugmentationConfig, SegmentConfig, check_run, with_usual_settings
+from moco.checks import check_run
+from moco.config.pretrained import given_settings, with_usual_settings
+from moco.config.segment import SegmentConfig
+from moco.config.train import AugmentationConfig
 from moco.errors import InputError
 from moco.launch import launch, save_hydra_files
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("moco.segment")  # __name__ is __main__ under python -m
 
+DEFAULTS = dataclasses.asdict(SegmentConfig())
 SWIN_LAYER_DECAY = 0.9  # with which SimMIM (arXiv 2111.09886) fine-tunes Swin
 LONGEST_TABLE = 40  # classes in the closing table
 
@@ -65,10 +69,10 @@ def run(config: SegmentConfig, folder: Path) -> None:
     data = build_data(config, start)
     segmenter = build_segmenter(config, start, decoder, data)
     plain = dataclasses.asdict(config)
-    if is_finished(folder, plain):
+    if is_finished(folder, plain, DEFAULTS):
         log.info("%s is finished; a larger trainer.max_epochs goes on", folder)
         return
-    checkpoint = find_checkpoint(folder, plain, config.resume)
+    checkpoint = find_checkpoint(folder, plain, config.resume, DEFAULTS)
     if checkpoint:
         check_resumable(checkpoint, segmenter)
         log.info("going on from %s", checkpoint)
@@ -97,7 +101,7 @@ def starting_point(config: SegmentConfig) -> Start:
     from moco.methods.pretrained import load_pretrained
     from moco.models.backbones import build_backbone
 
-    given = {key: value for key, value in dataclasses.asdict(config.backbone).items() if value is not None}
+    given = given_settings(config.backbone)
     default = AugmentationConfig()
     mean, std = config.augmentation.mean, config.augmentation.std
     if config.checkpoint is None:

@@ -77,7 +77,7 @@ def planned_jobs(sweep: Path) -> dict[str, dict[str, str]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    from moco.config import CONFIG_DIR
+    from moco.config.parsing import CONFIG_DIR
     from moco.run_names import job_name, swept_keys
 
     try:

@@ -1,7 +1,6 @@
 """Pretrain a backbone: ``python -m moco.train +experiment=NAME [key=value ...]``."""
 
 import dataclasses
-import hashlib
 import logging
 import os
 from contextlib import ExitStack
@@ -9,7 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config import TrainConfig, check_optimizer, check_run
+from moco.checks import (
+    check_batch_norm,
+    check_optimizer,
+    check_resumable,
+    check_run,
+    check_same_pictures,
+    num_processes,
+    warn_of_negatives,
+)
+from moco.config.train import TrainConfig
 from moco.errors import InputError, Interrupted, RunError
 from moco.launch import hydra_files, launch, set_up_logging
 from moco.training.run_folder import has_checkpoint
@@ -21,10 +29,11 @@ if TYPE_CHECKING:
 
     from moco.data.datamodule import PretrainingData
     from moco.methods.moco import MoCo
-    from moco.models.encoder import Encoder
     from moco.training.interrupts import StopRequest
 
 log = logging.getLogger("moco.train")  # __name__ is __main__ under python -m
+
+DEFAULTS = dataclasses.asdict(TrainConfig())
 
 # torch and Lightning are imported where they are first needed: a mistake in the config or a path shows in a second.
 
@@ -51,7 +60,7 @@ def run(config: TrainConfig, folder: Path) -> None:
     from moco.training.run_status import state_now
     from moco.training.slurm import stop_signals
 
-    if is_finished(folder, dataclasses.asdict(config)):
+    if is_finished(folder, dataclasses.asdict(config), DEFAULTS):
         log.info("%s is finished; a larger trainer.max_epochs goes on", folder)
         return
     devices = config.trainer.devices
@@ -90,7 +99,8 @@ def train(
     import pytorch_lightning as pl
     from rich.console import Console
 
-    from moco.methods.pretrained import start_from, write_backbone_file
+    from moco.methods.init_from import start_from
+    from moco.methods.weight_files import write_backbone_file
     from moco.training.distributed import environment_of, from_rank_zero, lost_peers_named, process_group, rank
     from moco.training.faults import failures_named
     from moco.training.hardware import choose_device
@@ -108,7 +118,7 @@ def train(
         check_same_pictures(data)
         check_batch_norm(method.query_encoder, config)
         warn_of_negatives(config, len(data.source.train))
-        is_new = from_rank_zero(lambda: find_checkpoint(folder, plain, config.resume)) is None
+        is_new = from_rank_zero(lambda: find_checkpoint(folder, plain, config.resume, DEFAULTS)) is None
         if is_new and config.init_from is not None:
             start_from(method, config.init_from)
         elif config.init_from is not None:
@@ -139,7 +149,7 @@ def take_folder(
     from moco.training.checkpoint_files import read_checkpoint, sound_checkpoint
     from moco.training.run_folder import LAST_CHECKPOINT, claimed, find_checkpoint
 
-    checkpoint = find_checkpoint(folder, plain, resume)
+    checkpoint = find_checkpoint(folder, plain, resume, DEFAULTS)
     is_other_run = checkpoint is not None and checkpoint != folder / LAST_CHECKPOINT
     if checkpoint and is_other_run:
         step = check_resumable(checkpoint, read_checkpoint(checkpoint), plain)  # before anything is written
@@ -284,112 +294,6 @@ def build_trainer(
     ]
     purge_step = 0 if step is None else step + 1  # 0: a process before this one may have died without a checkpoint
     return trainer.build_trainer(dataclasses.asdict(config.trainer), folder, callbacks, environment, purge_step)
-
-
-def num_processes(config: TrainConfig) -> int:
-    """Processes that train together."""
-    return config.trainer.devices * config.trainer.num_nodes
-
-
-def check_same_pictures(data: "PretrainingData") -> None:
-    """Raises InputError if the processes of a training do not see the same pictures."""
-    from moco.training.distributed import gather_objects, world_size
-
-    if world_size() == 1:
-        return
-    names = hashlib.blake2b()
-    for index in range(len(data.source.train)):
-        names.update(os.fsencode(data.source.train.name(index)) + b"\0")
-    if len({*gather_objects((len(data.source.train), names.hexdigest()))}) > 1:
-        raise InputError(
-            "data.root: the processes of this run do not see the same pictures; is it the same folder on all nodes?"
-        )
-
-
-def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
-    """Raises InputError if its mode is not for these devices, or its groups do not divide the images of one at once."""
-    from moco.methods.batch_norm import batch_norm_mode
-    from moco.training.hardware import choose_device
-
-    method, devices, splits = config.method, num_processes(config), config.method.batch_norm_splits
-    device_type = choose_device(config.trainer.accelerator).type
-    mode = batch_norm_mode(method.batch_norm, encoder, devices, device_type, method.negatives)
-    at_once = config.data.batch_size // (devices * config.trainer.accumulate_grad_batches)
-    if mode == "split" and at_once % splits:
-        raise InputError(
-            f"data.batch_size={config.data.batch_size}: the {at_once} images that a device gets at once are no multiple "
-            f"of method.batch_norm_splits={splits}"
-        )
-
-
-def warn_of_negatives(config: TrainConfig, num_pictures: int) -> None:
-    """Say if K is more than a tenth of the pictures, or more than the keys that the run will ever put in.
-
-    Without a queue, say if the batch is taken in parts: each has only its own negatives.
-
-    The largest power of two within a tenth is K of both official recipes: 65,536 for ImageNet, 4,096 for CIFAR-10.
-    """
-    size, tenth = config.method.queue_size, num_pictures // 10
-    if size is None:
-        if (parts := config.trainer.accumulate_grad_batches) > 1:
-            log.warning(
-                "method.negatives=batch: with trainer.accumulate_grad_batches=%d a query is compared with the %d keys of "
-                "its own part of the batch", parts, config.data.batch_size // parts,
-            )  # fmt: skip
-        return
-    num_keys = num_keys_of_run(config, num_pictures)
-    reasons = []
-    if size > tenth:
-        reasons.append(
-            f"more than a tenth of the {num_pictures} pictures (older keys of a query's own picture are then often among "
-            "its negatives)"
-        )
-    if size > num_keys:
-        reasons.append(f"more than the {num_keys} keys that this run will ever put in")
-    if reasons:
-        fitting = 2 ** (max(min(tenth, num_keys), 1).bit_length() - 1)
-        log.warning("method.queue_size=%d is %s; %d would fit", size, ", and ".join(reasons), fitting)
-
-
-def num_keys_of_run(config: TrainConfig, num_pictures: int) -> int:
-    """The keys that one queue is given from the first to the last step."""
-    method, trainer, batch_size = config.method, config.trainer, config.data.batch_size
-    steps = trainer.max_epochs * (num_pictures // batch_size)
-    if trainer.max_steps > 0:
-        steps = min(steps, trainer.max_steps)
-    return steps * batch_size * (2 if method.symmetric and method.num_queues == 1 else 1)
-
-
-def check_resumable(path: Path, checkpoint: dict[str, Any], plain: dict[str, Any]) -> int:
-    """The optimizer steps that a checkpoint has behind it.
-
-    Args:
-        path: where it was read.
-        plain: the run's config as plain data.
-
-    Raises:
-        InputError: it holds other tensors than the config's run has; it names the keys.
-    """
-    from moco.training.run_folder import differences
-
-    there, here = (tensor_settings(config) for config in (checkpoint["config"], plain))
-    if differing := differences(there, here):
-        raise InputError(
-            f"resume={path}: the checkpoint is of another architecture or optimizer: {'; '.join(differing)}"
-        )
-    return int(checkpoint["global_step"])
-
-
-def tensor_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide which tensors a run's checkpoint holds, and their shapes."""
-    method, optimizer = config["method"], config["optimizer"]
-    shapes = ("projector", "predictor", "embedding_dim", "queue_size", "num_queues")
-    return {
-        "backbone": config["backbone"],
-        "method": {key: method.get(key) for key in shapes}
-        | {"dense_weight": "above 0" if method.get("dense_weight") else 0},
-        "optimizer": {key: optimizer.get(key) for key in ("name", "decay_all")},
-    }
 
 
 def close(console: Any, folder: Path, figures: dict[str, Any], data: "PretrainingData") -> None:

@@ -28,7 +28,7 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from moco.config import CONFIG_DIR
+from moco.config.parsing import CONFIG_DIR
 from moco.data.datasets import FilePictures
 from moco.data.loading import PairDataset
 from moco.data.views import ViewPair, rgb_batch

@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as official
 
-from moco.config import CONFIG_DIR
+from moco.config.parsing import CONFIG_DIR
 from moco.data.augmentations import ColorJitter, RandomResizedCrop, Solarize, Step, View
 
 COLOR_STEPS = (official.adjust_brightness, official.adjust_contrast, official.adjust_saturation, official.adjust_hue)

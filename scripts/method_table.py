@@ -10,7 +10,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moco.config import CONFIG_DIR, ProjectorConfig, TrainConfig, parse, register_schemas
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.train import ProjectorConfig, TrainConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 BEGIN, END = "<!-- table of scripts/method_table.py -->\n", "<!-- end of the table -->\n"

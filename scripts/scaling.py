@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from moco.config import CONFIG_DIR, TrainConfig, parse, register_schemas
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.train import TrainConfig
 from moco.methods.losses import info_nce
 from moco.methods.moco import MoCo
 from moco.models.encoder import has_batch_norm

@@ -23,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moco import segment, train
-from moco.config import CONFIG_DIR, SegmentConfig, TrainConfig, parse, register_schemas
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.segment import SegmentConfig
+from moco.config.train import TrainConfig
 
 WINDOW, NEW_WINDOW = 4, 9
 

@@ -65,7 +65,8 @@ class Runner:
     def config(self, *overrides):
         from hydra import compose, initialize_config_dir
 
-        from moco.config import CONFIG_DIR, TrainConfig, parse, register_schemas
+        from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+        from moco.config.train import TrainConfig
 
         register_schemas()
         small = [

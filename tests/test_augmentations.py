@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms.v2 import functional as official
 
-from moco.config import CONFIG_DIR
+from moco.config.parsing import CONFIG_DIR
 from moco.data import batch_kernels
 from moco.data.augmentations import ColorJitter, RandomAffine, RandomResizedCrop, View
 from moco.data.picture_kernels import resized_crop

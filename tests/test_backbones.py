@@ -3,7 +3,7 @@ import torch
 import torchvision
 import yaml
 
-from moco.config import CONFIG_DIR
+from moco.config.parsing import CONFIG_DIR
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from moco.checks import check_batch_norm
 from moco.errors import InputError
 from moco.methods.batch_norm import SplitBatchNorm, batch_norm_mode, log_batch_norm, split_batch_norm
 from moco.models.heads import build_head
-from moco.train import check_batch_norm
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,10 @@ import yaml
 from conftest import run_program
 from hydra import compose, initialize_config_dir
 
-from moco.config import (
-    CONFIG_DIR,
-    EvaluateConfig,
-    SegmentConfig,
-    TrainConfig,
-    check_limits,
-    keys,
-    parse,
-    register_schemas,
-)
+from moco.config.parsing import CONFIG_DIR, check_limits, keys, parse, register_schemas
+from moco.config.pretrained import EvaluateConfig
+from moco.config.segment import SegmentConfig
+from moco.config.train import TrainConfig
 from moco.errors import InputError
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))

@@ -5,7 +5,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from moco.config import CONFIG_DIR, EmbedConfig, parse, register_schemas
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.pretrained import EmbedConfig
 from moco.data.datasets import FilePictures, build_source
 from moco.data.views import build_evaluation_view
 from moco.embed import run

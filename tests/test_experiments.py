@@ -10,8 +10,9 @@ import yaml
 from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 
-from moco.config import CONFIG_DIR, TrainConfig, parse, register_schemas
-from moco.train import warn_of_negatives
+from moco.checks import warn_of_negatives
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.train import TrainConfig
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
 OF_THIS_PROJECT = {"cifar10_moby_swin_v2", "own_images_large", "own_images_medium", "own_images_small", "quickstart"}
@@ -287,6 +288,7 @@ LONG = (
         ("cifar10_resnet18", 20_000, {}, f"{LONG % (4096, 20_000)}; 1024 would fit"),
         ("own_images_small", 4_000, {}, f"{LONG % (512, 4_000)}; 256 would fit"),
         ("cifar10_moco_v3", 512, {}, None),  # no queue
+        ("quickstart", 1_437, {}, None),
         ("cifar10_resnet18", 50_000, {"max_steps": 8}, None),  # 8 x 512 keys
         (
             "cifar10_resnet18", 50_000, {"max_steps": 7},

@@ -9,15 +9,13 @@ import torch
 from conftest import run_program
 from hydra import compose, initialize_config_dir
 
-from moco.config import (
-    CONFIG_DIR,
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.pretrained import (
     EvaluateConfig,
     EvaluateDataConfig,
     EvaluationConfig,
     ExportConfig,
     PretrainedBackboneConfig,
-    parse,
-    register_schemas,
 )
 from moco.errors import InputError, RunError
 from moco.export import content_of, deviation, loading_lines, run, torchvision_model, write

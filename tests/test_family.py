@@ -18,7 +18,8 @@ from hydra import compose, initialize_config_dir
 from test_distributed import on_two
 from test_losses import dense_reference, in_batch_reference, reference
 
-from moco.config import CONFIG_DIR, TrainConfig, parse, register_schemas
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.train import TrainConfig
 from moco.errors import InputError
 from moco.methods.batch_norm import split_batch_norm
 from moco.methods.momentum import key_momentum_at

@@ -21,8 +21,10 @@ from torch import nn
 from torchvision.models import swin_transformer, vision_transformer
 
 from moco.errors import InputError
+from moco.methods.init_from import start_from
 from moco.methods.moco import MoCo
-from moco.methods.pretrained import load_pretrained, read_held, start_from
+from moco.methods.pretrained import load_pretrained
+from moco.methods.weight_files import read_held
 from moco.models.backbones import build_backbone
 from moco.models.foreign import fitting_backbones, in_our_order, listed, rows_of_unit_norm
 from moco.training.checkpoint_files import read_weights
@@ -611,7 +613,7 @@ def started(content, tmp_path, **settings):
     logged = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage().removeprefix(f"init_from={path}: "))
-    logger = logging.getLogger("moco.methods.pretrained")
+    logger = logging.getLogger("moco.methods.init_from")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:

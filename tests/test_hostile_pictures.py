@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from moco.config import DataConfig, EvaluateDataConfig, SegmentDataConfig
+from moco.config.pretrained import EvaluateDataConfig
+from moco.config.segment import SegmentDataConfig
+from moco.config.train import DataConfig
 from moco.data.class_folders import is_held_out
 from moco.data.datasets import build_source
 from moco.data.listing import list_pictures

@@ -9,14 +9,16 @@ PACKAGE = REPOSITORY / "moco"
 PROGRAMS = {"train", "evaluate", "segment", "embed", "preview", "export", "pack", "sweep"}
 # A room may import itself, moco.errors and these.
 ALLOWED = {
-    "models": set(),
+    "models": {"safetensors_files"},
     "data": set(),
-    "training": set(),
+    "training": {"safetensors_files"},
     "methods": {"models", "training"},
     "evaluation": {"data", "training"},
     "launch": {"config", "run_names", "training"},
     "run_names": {"training"},
     "config": set(),
+    "checks": {"config", "data", "methods", "models", "training"},
+    "safetensors_files": set(),
     "errors": set(),
     "__init__": set(),
 }

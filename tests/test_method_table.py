@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from conftest import REPOSITORY
 
-from moco.config import CONFIG_DIR
+from moco.config.parsing import CONFIG_DIR
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_every_method_has_a_row(script):
 def test_every_switch_of_the_method_is_explained(script):
     import dataclasses
 
-    from moco.config import MethodConfig
+    from moco.config.train import MethodConfig
 
     page = script.PAGE.read_text()
     assert not [item.name for item in dataclasses.fields(MethodConfig) if f"`{item.name}" not in page]

@@ -18,7 +18,8 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from moco import pack
-from moco.config import CONFIG_DIR, PackConfig, parse, register_schemas
+from moco.config.pack import PackConfig
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.data.datasets import build_source
 from moco.data.decoding import DecodedPicture, encoded
 from moco.data.packed_writer import Writer

@@ -14,10 +14,14 @@ from test_foreign import moco_v2, prefixed, randomised
 from test_segment import composed, pretraining_checkpoint
 
 from moco import embed, evaluate, export, segment, train
-from moco.config import EmbedConfig, EvaluateConfig, ExportConfig, SegmentConfig, TrainConfig
+from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
+from moco.config.segment import SegmentConfig
+from moco.config.train import TrainConfig
 from moco.errors import InputError
+from moco.methods.init_from import start_from
 from moco.methods.moco import MoCo
-from moco.methods.pretrained import load_pretrained, start_from, write_backbone_file
+from moco.methods.pretrained import load_pretrained
+from moco.methods.weight_files import write_backbone_file
 from moco.models.backbones import build_backbone
 from moco.models.weights import write_backbone
 from moco.training.checkpoint_files import read_checkpoint

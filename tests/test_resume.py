@@ -5,10 +5,12 @@ import signal
 
 import pytest
 import torch
+import yaml
 
 from moco.errors import InputError, Interrupted, RunError
 from moco.methods.moco import MoCo
 from moco.train import run
+from moco.training.run_folder import write_config
 
 EPOCH = 5  # steps of 240 of the 1,437 digits
 
@@ -154,6 +156,20 @@ def test_a_checkpoint_with_other_tensors_is_named(small, tmp_path):
     ):
         with pytest.raises(InputError, match=f"another architecture or optimizer: {said}"):
             run(small(override, f"resume={checkpoint}"), tmp_path / "two")
+
+
+def test_a_run_from_before_some_keys_existed_goes_on(small, tmp_path):
+    run(small("trainer.max_steps=1"), tmp_path)
+    checkpoint, stored = last(tmp_path), yaml.safe_load((tmp_path / ".hydra" / "config.yaml").read_text())
+    for config in (stored, checkpoint["config"]):
+        del config["method"]["num_queues"], config["method"]["dense_weight"], config["optimizer"]["decay_all"]
+        del config["method"]["predictor"], config["slurm"], config["init_from"]
+    write_config(tmp_path, stored)
+    torch.save(checkpoint, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(InputError, match=r"configuration: method\.num_queues: 1 there, 2 here; method\.symmetric: "):
+        run(small("trainer.max_steps=2", "method.num_queues=2", "method.symmetric=true"), tmp_path)
+    run(small("trainer.max_steps=2"), tmp_path)
+    assert last(tmp_path)["global_step"] == 2
 
 
 def test_an_explicit_checkpoint_carries_a_run_into_a_new_folder(small, tmp_path):

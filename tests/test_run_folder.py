@@ -9,6 +9,7 @@ from moco.training.run_folder import (
     LAST_CHECKPOINT,
     as_override,
     claimed,
+    completed,
     differences,
     find_checkpoint,
     write_atomically,
@@ -23,6 +24,9 @@ CONFIG = {
 }
 
 
+DEFAULTS = {"method": {"num_queues": 1, "predictor": {"num_layers": 0}}, "slurm": {"shells": {"login": "bash"}}}
+
+
 def changed(group, **values):
     return CONFIG | {group: CONFIG[group] | values}
 
@@ -33,8 +37,8 @@ def with_checkpoint(folder):
     return folder / LAST_CHECKPOINT
 
 
-def claim(folder, config, resume):
-    checkpoint = find_checkpoint(folder, config, resume)
+def claim(folder, config, resume, defaults=None):
+    checkpoint = find_checkpoint(folder, config, resume, defaults or {})
     with claimed(folder, config):
         return checkpoint
 
@@ -62,6 +66,35 @@ def test_another_configuration_is_refused_and_the_keys_are_named(tmp_path):
         error.value
     )
     assert (tmp_path / ".hydra" / "config.yaml").read_text() == before
+
+
+def test_a_run_from_before_a_key_existed_goes_on_where_the_key_has_its_default(tmp_path):
+    claim(tmp_path, CONFIG, "auto")
+    last = with_checkpoint(tmp_path)
+    now = changed("method", num_queues=1, predictor={"num_layers": 0}) | {"slurm": {"shells": {"login": "bash"}}}
+    assert claim(tmp_path, now, "auto", DEFAULTS) == last
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (changed("method", num_queues=2), "method.num_queues: 1 there, 2 here"),
+        (changed("method", predictor={"num_layers": 2}), "method.predictor.num_layers: 0 there, 2 here"),
+        (CONFIG | {"slurm": {"shells": {"login": "zsh"}}}, "slurm.shells.login: bash there, zsh here"),
+    ],
+)
+def test_a_run_from_before_a_key_existed_is_refused_where_the_key_has_another_value(now, said, tmp_path):
+    claim(tmp_path, CONFIG, "auto")
+    with_checkpoint(tmp_path)
+    with pytest.raises(InputError, match=f"another configuration: {said}. Choose"):
+        claim(tmp_path, completed(now, DEFAULTS), "auto", DEFAULTS)
+
+
+def test_a_null_in_place_of_a_group_is_no_missing_key():
+    defaults = {"augmentation": {"color_jitter": {"hue": 0.05}}}
+    without = {"augmentation": {"color_jitter": None}}
+    assert completed(without, defaults) == without
+    assert "augmentation.color_jitter.hue: None there, 0.05 here" in differences(completed(without, defaults), defaults)
 
 
 def test_a_folder_without_results_may_be_taken_with_another_configuration(tmp_path):

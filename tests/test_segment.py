@@ -15,7 +15,9 @@ from conftest import run_program
 from hydra import compose, initialize_config_dir
 from test_segmentation_data import draw_shapes, save
 
-from moco.config import CONFIG_DIR, SegmentConfig, TrainConfig, parse, register_schemas
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.segment import SegmentConfig
+from moco.config.train import TrainConfig
 from moco.errors import InputError, Interrupted
 from moco.methods.segmenter import Segmenter, pixel_cross_entropy
 from moco.segment import build_data, build_segmenter, decoder_settings, run, starting_point

@@ -106,21 +106,21 @@ def test_on_another_host_without_slurm_the_newest_file_tells(tmp_path):
 
 
 def test_a_run_is_finished_until_it_is_to_be_longer(tmp_path):
-    assert not is_finished(tmp_path, CONFIG)
+    assert not is_finished(tmp_path, CONFIG, {})
     with claimed(tmp_path, CONFIG):
         write_json(tmp_path / "metrics.json", {"epoch": 2, "step": 44})
-        assert not is_finished(tmp_path, CONFIG)
-    assert is_finished(tmp_path, CONFIG)
-    assert not is_finished(tmp_path, CONFIG | {"trainer": {"max_epochs": 3, "max_steps": -1}})
-    assert is_finished(tmp_path, CONFIG | {"trainer": {"max_epochs": 3, "max_steps": 44}})
-    assert not is_finished(tmp_path, CONFIG | {"seed": 1})
-    assert not is_finished(tmp_path, CONFIG | {"resume": None})
+        assert not is_finished(tmp_path, CONFIG, {})
+    assert is_finished(tmp_path, CONFIG, {})
+    assert not is_finished(tmp_path, CONFIG | {"trainer": {"max_epochs": 3, "max_steps": -1}}, {})
+    assert is_finished(tmp_path, CONFIG | {"trainer": {"max_epochs": 3, "max_steps": 44}}, {})
+    assert not is_finished(tmp_path, CONFIG | {"seed": 1}, {})
+    assert not is_finished(tmp_path, CONFIG | {"resume": None}, {})
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """What `launch` leaves of a sweep of six jobs, of which two are wrong and two fail."""
-    from moco.config import TrainConfig
+    from moco.config.train import TrainConfig
 
     def program(config, folder):
         with claimed(folder, {"seed": config.seed}):

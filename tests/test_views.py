@@ -5,7 +5,7 @@ import yaml
 from PIL import Image
 from torchvision import transforms as v1
 
-from moco.config import CONFIG_DIR
+from moco.config.parsing import CONFIG_DIR
 from moco.data.views import ViewPair, build_evaluation_view, rgb_batch
 from moco.errors import InputError
 

@@ -19,20 +19,15 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, run_program
 
-from moco.config import (
-    CONFIG_DIR,
-    EmbedConfig,
-    EvaluateConfig,
-    ExportConfig,
-    PackConfig,
-    SegmentConfig,
-    TrainConfig,
-    keys,
-)
+from moco.config.pack import PackConfig
+from moco.config.parsing import CONFIG_DIR, keys
+from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
+from moco.config.segment import SegmentConfig
+from moco.config.train import PreviewConfig, TrainConfig
 
 SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "embed": EmbedConfig, "segment": SegmentConfig, "export": ExportConfig,
-    "pack": PackConfig,
+    "pack": PackConfig, "preview": PreviewConfig,
 }  # fmt: skip
 # Right command lines that a wrong setting is added to; {folder} is the test's.
 RIGHT = {

@@ -1,17 +1,15 @@
-"""What a file of weights holds, ours or another project's, for the programs that begin with it."""
+"""The encoder in a file of weights, ours or another project's, for the programs that begin with one."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moco.errors import InputError
+from moco.methods.weight_files import Held, described, named, read_held
+from moco.models.layouts import METHOD_PARTS, MOCO_V3, QUERY, SOLO_LEARN
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from moco.methods.moco import MoCo
     from moco.models.encoder import Encoder
     from moco.models.weights import Weights
 
@@ -21,41 +19,6 @@ log = logging.getLogger(__name__)
 
 # Settings that change what a backbone's tensors mean; of a checkpoint of ours they are known.
 ARCHITECTURE = ("name", "stem", "num_heads", "learned_positions")
-# What a file of the backbone alone has, and of which kind it is.
-BACKBONE_PARTS = {
-    "state_dict": dict, "backbone": dict, "encoder": str, "image_size": int, "mean": list, "std": list, "epoch": int,
-    "step": int,
-}  # fmt: skip
-# What has to be the file's for a part to be of use; without it the part is made anew.
-NEEDS = {
-    "predictor.": "query_encoder.projector.",
-    "key_encoder.projector.": "query_encoder.projector.",
-    "key_encoder.dense_projector.": "query_encoder.dense_projector.",
-    "queue.": "key_encoder.projector.",
-    "reverse_queue.": "key_encoder.projector.",
-    "dense_queue.": "key_encoder.dense_projector.",
-    "reverse_dense_queue.": "key_encoder.dense_projector.",
-}
-
-
-class Held(NamedTuple):
-    """What is in a file."""
-
-    origin: str
-    weights: "Weights"
-    """By the names of `MoCo`; of the backbones by their library's, where `settings` is None."""
-    ignored: list[str]
-    """Names of tensors that have no place here."""
-    settings: dict[str, Any] | None
-    """The arguments of `build_backbone`; None: the file does not say."""
-    config: dict[str, Any]
-    """Of the run that made it, as much as is known."""
-    epoch: int
-    step: int
-    checkpoint: dict[str, Any] | None = None
-    """All of it, if it is a whole checkpoint of ours."""
-    encoder: str | None = None
-    """``query`` or ``key``, if it is one backbone that we have written."""
 
 
 class Pretrained(NamedTuple):
@@ -73,15 +36,6 @@ class Pretrained(NamedTuple):
     """What of it is to be measured: ``backbone`` or ``embedding``."""
     window_size: tuple[int, ...] | None
     """A Swin's windows in the file."""
-
-
-@contextmanager
-def named(source: str) -> Iterator[None]:
-    """Inside, an error about the weights of a file says which file."""
-    try:
-        yield
-    except InputError as error:
-        raise error if str(error).startswith(source) else InputError(f"{source}: {error}") from error
 
 
 def load_pretrained(path: str, which: str, given: dict[str, Any], feature: str | None = "backbone") -> Pretrained:
@@ -141,70 +95,6 @@ def log_window_advice(pretrained: Pretrained, given: dict[str, Any], image_size:
         log.info(advice)
 
 
-def read_held(path: str, source: str) -> Held:
-    """What is in a file of weights, whoever has written it.
-
-    Args:
-        source: the key and the path, for the errors.
-
-    Raises:
-        InputError: it cannot be read, or is of an unknown format.
-    """
-    from moco.models.foreign import QUERY, recognise, tensors_in
-    from moco.training.checkpoint_files import PARTS, check_parts, read_weights
-
-    content = read_weights(path, source)
-    keys = content.keys() if isinstance(content, dict) else set()
-    if keys >= PARTS.keys():
-        check_parts(content, source)
-        hyper_parameters = content["hyper_parameters"]
-        if "decoder" in hyper_parameters:
-            raise InputError(f"{source}: written by moco.segment, and expected is one of moco.train")
-        if not isinstance(hyper_parameters.get("backbone"), dict):
-            raise InputError(f"{source}: not written by moco.train (its hyper_parameters have no backbone)")
-        epoch, step = content["figures"].get("epoch", 0), content["global_step"]
-        origin = f"a checkpoint of moco.train, epoch {epoch}"
-        weights, settings = content["state_dict"], hyper_parameters["backbone"]
-        return Held(origin, weights, [], settings, content["config"], epoch, step, checkpoint=content)
-    if keys >= BACKBONE_PARTS.keys():
-        check_parts({"config": {}, **content}, source, BACKBONE_PARTS | {"config": dict})
-        described(content["backbone"], source)
-        of_images = {
-            "data": {"image_size": content["image_size"]},
-            "augmentation": {"mean": content["mean"], "std": content["std"]},
-        }
-        return Held(
-            f"a backbone of moco.train, epoch {content['epoch']}",
-            {f"{QUERY}backbone.{name}": tensor for name, tensor in content["state_dict"].items()},
-            [],
-            content["backbone"],
-            of_images | content.get("config", {}),
-            content["epoch"],
-            content["step"],
-            encoder=content["encoder"],
-        )
-    origin, weights, ignored = recognise(tensors_in(content, source), source)
-    epoch = content.get("epoch") if isinstance(content, dict) else None
-    return Held(origin, weights, ignored, None, {}, epoch if isinstance(epoch, int) else 0, 0)
-
-
-def described(settings: dict[str, Any], source: str) -> "nn.Module":
-    """The backbone of a file's settings, without memory for its tensors.
-
-    Raises:
-        InputError: they are no settings of a backbone.
-    """
-    import torch
-
-    from moco.models.backbones import build_backbone
-
-    try:
-        with torch.device("meta"):
-            return build_backbone(**settings)
-    except (TypeError, InputError) as error:
-        raise InputError(f"{source}: its settings are of no backbone ({error})") from error
-
-
 def check_architecture(there: dict[str, Any], given: dict[str, Any], source: str) -> None:
     """Raises InputError if a checkpoint of ours has another backbone than was asked for."""
     from moco.training.run_folder import differences
@@ -230,7 +120,7 @@ def load_ours(held: Held, which: str, settings: dict[str, Any], feature: str, pa
     from torch import nn
 
     from moco.models.encoder import Encoder
-    from moco.models.foreign import QUERY, split
+    from moco.models.foreign import split
 
     if held.checkpoint is not None:
         return load_encoder(held.checkpoint, which, path, settings)
@@ -296,12 +186,12 @@ def load_foreign(
     """
     from moco.models.backbones import build_backbone
     from moco.models.encoder import Encoder
-    from moco.models.foreign import PARTS, backbone_weights, listed, listed_parts, misfit, settings_seen, split
+    from moco.models.foreign import backbone_weights, listed, listed_parts, misfit, settings_seen, split
 
     prefix = f"{which}_encoder."
     theirs, others = split(held.weights, prefix + "backbone.")
     if not theirs:
-        raise InputError(f"{source}: {held.origin}, without {PARTS[prefix + 'backbone.']}")
+        raise InputError(f"{source}: {held.origin}, without {METHOD_PARTS[prefix + 'backbone.']}")
     settings = given if "name" in given else recognised(theirs, source) | given
     with named(source):
         seen = settings_seen(theirs, settings["name"])
@@ -348,8 +238,6 @@ def check_what_shapes_hide(origin: str, settings: dict[str, Any], source: str) -
     Raises:
         InputError: something decides the outputs, does not show in the file, and is not given.
     """
-    from moco.models.foreign import MOCO_V3, SOLO_LEARN
-
     name = settings["name"]
     if name.startswith("swin_v2") and "window_size" not in settings:
         raise InputError(
@@ -388,117 +276,3 @@ def projector_of(head: "Weights | None", feature_dim: int, source: str) -> "nn.M
         raise InputError(f"{source}: its projector is of a form that is not known here: {problem}")
     projector.load_state_dict(head)
     return projector
-
-
-def start_from(method: "MoCo", path: str) -> None:
-    """Let a new method begin with the weights of a file, as many as fit; the log says what was taken.
-
-    The backbone has to fit. Without the file's key encoder the key encoder is a copy of the query encoder; a queue is taken
-    with the key encoder that has made it, or else begins as in any new run.
-
-    Raises:
-        InputError: the file cannot be read, is of an unknown format, or its backbone is another one.
-    """
-    from moco.models.foreign import KEY, PARTS, QUERY, listed, listed_parts
-
-    source = f"init_from={path}"
-    held = read_held(path, source)
-    weights = fitted_to(held, method, source)
-    ours = method.state_dict()
-    taken: set[str] = set()
-    reasons = {}
-    for part in PARTS:
-        reason = reason_against(part, weights, ours, taken)
-        if reason is None:
-            taken.add(part)
-        elif any(name.startswith(part) for name in ours):
-            reasons[part] = reason
-    new = ours | {name: x for name, x in weights.items() if name.startswith(tuple(taken))}
-    for part in reasons:
-        if part.startswith(KEY):
-            new |= {name: new[QUERY + name.removeprefix(KEY)] for name in ours if name.startswith(part)}
-    method.load_state_dict(new)
-    unused = {name: x for name, x in weights.items() if not name.startswith(tuple(taken))}
-    log.info("%s: %s; taken: %s", source, held.origin, listed_parts({n: weights[n] for n in weights.keys() - unused}))
-    for part, reason in reasons.items():
-        log.info("%s: %s; %s", PARTS[part], reason, "as the query's" if part.startswith(KEY) else "begins anew")
-    if unused or held.ignored:
-        log.info("not used: %s", "; ".join(filter(None, [listed_parts(unused), listed(held.ignored)])))
-
-
-def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
-    """The weights of a file with the backbones' under our names, their shapes held to those of the method.
-
-    Raises:
-        InputError: the query encoder's backbone is another one than the method's.
-    """
-    from moco.models.foreign import KEY, QUERY, backbone_weights, misfit, settings_seen, split
-
-    backbone: Any = method.query_encoder.backbone
-    settings = {key: value for key, value in method.hparams["backbone"].items() if value is not None}
-    weights = held.weights
-    for encoder in (QUERY, KEY):
-        theirs, others = split(weights, f"{encoder}backbone.")
-        if held.settings is None and theirs:
-            with named(source):
-                if encoder == QUERY:
-                    seen = settings_seen(theirs, settings["name"])
-                    check_what_shapes_hide(held.origin, seen | settings, source)
-                theirs = backbone_weights(theirs, backbone)
-            weights = others | {f"{encoder}backbone.{name}": tensor for name, tensor in theirs.items()}
-    theirs, _ = split(weights, QUERY + "backbone.")
-    if problem := misfit(theirs, backbone.state_dict()):
-        raise InputError(f"{source}: its weights do not fit backbone={settings['name']}: {problem}")
-    if held.settings is not None:
-        there = described(held.settings, source)
-        for key in ("pretrained_window_size", "num_heads"):
-            value, own = getattr(there, key, None), getattr(backbone, key, None)
-            if value != own:
-                raise InputError(
-                    f"{source}: backbone.{key}: {value} there, {own} here, which would change the features"
-                )
-    return weights
-
-
-def reason_against(part: str, weights: "Weights", ours: "Weights", taken: set[str]) -> str | None:
-    """Why a method with the state dict `ours` cannot take one of its parts from a file's weights; None if it can.
-
-    Args:
-        taken: the parts before it that it takes.
-    """
-    from moco.models.foreign import PARTS, misfit, split
-
-    theirs, own = split(weights, part)[0], split(ours, part)[0]
-    if not theirs or not own:
-        return "not in the file"
-    if part in NEEDS and NEEDS[part] not in taken:
-        return f"of no use without the file's {PARTS[NEEDS[part]]}"
-    problem = misfit(theirs, own)
-    return problem and f"does not fit: {problem}"
-
-
-def write_backbone_file(path: Path, method: "MoCo", config: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Write the query encoder's backbone and what is to be known of it: plain data, for `load_pretrained` and anyone else.
-
-    Args:
-        config: of the run, as plain data.
-        figures: of the run, under the names of ``metrics.json``.
-    """
-    import torch
-
-    from moco.models.weights import settings_of
-    from moco.training.run_folder import write_atomically
-
-    backbone: Any = method.query_encoder.backbone
-    content = {
-        "state_dict": {name: tensor.cpu() for name, tensor in backbone.state_dict().items()},
-        "backbone": settings_of(backbone, method.hparams["backbone"]),
-        "encoder": "query",
-        "image_size": config["data"]["image_size"],
-        "mean": config["augmentation"]["mean"],
-        "std": config["augmentation"]["std"],
-        "epoch": figures["epoch"],
-        "step": figures["step"],
-        "config": config,
-    }
-    write_atomically(path, lambda file: torch.save(content, file))

@@ -1,11 +1,8 @@
 """State dicts of other projects: whose they are, and what their tensors are called here.
 
-A state dict is recognised by its names alone. Its tensors get the names that they have in `moco.methods.moco.MoCo`; only the
-backbones keep those of their library until there is a backbone to compare them with: see `backbone_weights`.
-
-The names are facts of the projects' public code, at facebookresearch/moco 3b42c2a, facebookresearch/moco-v3 c349e6e,
-SwinTransformer/Transformer-SSL 4510de1, WXinlong/DenseCL b64bbb6, open-mmlab/mmselfsup 20488d0 and db861f3,
-vturrisi/solo-learn 9187ea3, lightly-ai/lightly 00283d7 and e8d317f.
+A state dict is recognised by its names alone. Its tensors get the names that they have in `moco.methods.moco.MoCo`, see
+`moco.models.layouts`; only the backbones keep those of their library until there is a backbone to compare them with: see
+`backbone_weights`.
 
 Letters: C embedding width, K queue size.
 """
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 
 from moco.errors import InputError
 from moco.models.backbones import BACKBONES, build_backbone, settings_of_backbone
+from moco.models.layouts import KEY, LAYOUTS, METHOD_PARTS, QUERY, QUEUES
 from moco.models.swin import Swin
 from moco.models.vit import learned_grid_side
 from moco.models.weights import (
@@ -36,145 +34,11 @@ from moco.models.weights import (
 )
 from moco.models.window_attention import check_pretrained_window, pretrained_window_of
 
-QUERY, KEY = "query_encoder.", "key_encoder."
-QUEUES = ("queue.", "reverse_queue.", "dense_queue.", "reverse_dense_queue.")
-# The parts of a method, by the beginning of their tensors' names, and what to call them.
-PARTS = {
-    QUERY + "backbone.": "backbone",
-    QUERY + "projector.": "projector",
-    QUERY + "dense_projector.": "dense projector",
-    "predictor.": "predictor",
-    KEY + "backbone.": "key encoder's backbone",
-    KEY + "projector.": "key encoder's projector",
-    KEY + "dense_projector.": "key encoder's dense projector",
-    **{queue: queue.removesuffix(".").replace("_", " ") for queue in QUEUES},
-}
-HEADS = tuple(part for part in PARTS if "projector" in part or part == "predictor.")
+HEADS = tuple(part for part in METHOD_PARTS if "projector" in part or part == "predictor.")
 BACKBONE_CLASSIFIERS = tuple(f"{encoder}backbone.{name}" for encoder in (QUERY, KEY) for name in CLASSIFIERS)
 WRAPPERS = r"(?:module\.|_orig_mod\.)+"  # of DistributedDataParallel and torch.compile
 COMPUTED = (f".{INDEX}", f".{COORDINATES}", ".attn_mask")  # of Swin's windows; some libraries save them
 LONGEST_LIST = 6  # names in a line of the log
-
-
-class Layout(NamedTuple):
-    """How a project names the parts of its method."""
-
-    origin: str
-    marks: tuple[str, ...]
-    """Patterns: for each there is a name that begins so."""
-    names: dict[str, str]
-    """Patterns for the beginning of a name, and what takes its place; the first that matches counts."""
-
-
-MOCO_V3 = "MoCo v3 (facebookresearch/moco-v3)"
-SOLO_LEARN = "solo-learn"
-PLAIN_BACKBONE = "backbone alone"
-LAYOUTS = (
-    Layout(
-        "DenseCL or mmselfsup (OpenMMLab)",
-        (r"(encoder_q|base_encoder)\.0\.[a-z]|neck\.",),
-        {
-            r"(?:encoder_q|base_encoder)\.0\.": QUERY + "backbone.",
-            r"(?:encoder_q|base_encoder)\.1\.mlp2\.": QUERY + "dense_projector.",
-            r"(?:encoder_q|base_encoder)\.1\.": QUERY + "projector.",
-            r"(?:encoder_k|momentum_encoder)\.(?:module\.)?0\.": KEY + "backbone.",
-            r"(?:encoder_k|momentum_encoder)\.(?:module\.)?1\.mlp2\.": KEY + "dense_projector.",
-            r"(?:encoder_k|momentum_encoder)\.(?:module\.)?1\.": KEY + "projector.",
-            r"backbone\.": QUERY + "backbone.",
-            r"neck\.mlp2\.": QUERY + "dense_projector.",
-            r"neck\.": QUERY + "projector.",
-            r"head\.predictor\.": "predictor.",
-            r"queue$": "queue.keys",
-            r"queue_ptr$": "queue.pointer",
-            r"queue2$": "dense_queue.keys",
-            r"queue2_ptr$": "dense_queue.pointer",
-        },
-    ),
-    Layout(
-        "MoCo v1 or v2 (facebookresearch/moco)",
-        (r"encoder_q\.",),
-        {
-            r"encoder_q\.(?:fc|head)\.": QUERY + "projector.",
-            r"encoder_q\.": QUERY + "backbone.",
-            r"encoder_k\.(?:fc|head)\.": KEY + "projector.",
-            r"encoder_k\.": KEY + "backbone.",
-            r"queue$": "queue.keys",
-            r"queue_ptr$": "queue.pointer",
-        },
-    ),
-    Layout(
-        MOCO_V3,
-        (r"base_encoder\.",),
-        {
-            r"base_encoder\.(?:fc|head)\.": QUERY + "projector.",
-            r"base_encoder\.": QUERY + "backbone.",
-            r"momentum_encoder\.(?:fc|head)\.": KEY + "projector.",
-            r"momentum_encoder\.": KEY + "backbone.",
-            r"predictor\.": "predictor.",
-        },
-    ),
-    Layout(
-        "MoBY (SwinTransformer/Transformer-SSL)",
-        (r"encoder\.", r"encoder_k\.|projector\.linear_"),
-        {
-            r"encoder\.": QUERY + "backbone.",
-            r"projector\.": QUERY + "projector.",
-            r"predictor\.": "predictor.",
-            r"encoder_k\.": KEY + "backbone.",
-            r"projector_k\.": KEY + "projector.",
-            # Its first query meets queue2, which holds the second view's keys.
-            r"queue2$": "queue.keys",
-            r"queue1$": "reverse_queue.keys",
-            r"queue_ptr$": "queue.pointer",
-        },
-    ),
-    Layout(
-        "lightly, with a query_backbone",
-        (r"query_backbone\.",),
-        {
-            r"query_backbone\.": QUERY + "backbone.",
-            r"query_projection_head\.": QUERY + "projector.",
-            r"backbone\.": KEY + "backbone.",
-            r"projection_head\.": KEY + "projector.",
-        },
-    ),
-    Layout(
-        "lightly",
-        (r"backbone\.", r"projection_head"),
-        {
-            r"backbone\.": QUERY + "backbone.",
-            r"projection_head_local\.": QUERY + "dense_projector.",
-            r"projection_head(?:_global)?\.": QUERY + "projector.",
-            r"(?:backbone_momentum|momentum_backbone|key_backbone)\.": KEY + "backbone.",
-            r"projection_head_local_momentum\.": KEY + "dense_projector.",
-            r"(?:projection_head(?:_global)?_momentum|momentum_projection_head|key_projection_head)\.": KEY
-            + "projector.",
-            r"criterion_local\.(?:memory_bank\.)?bank$": "dense_queue.keys",
-            r"criterion_local\.(?:memory_bank\.)?bank_ptr$": "dense_queue.pointer",
-            r"criterion\w*\.(?:memory_bank\.)?bank$": "queue.keys",
-            r"criterion\w*\.(?:memory_bank\.)?bank_ptr$": "queue.pointer",
-        },
-    ),
-    Layout(
-        SOLO_LEARN,
-        (r"(backbone|encoder)\.", r"momentum_(backbone|encoder|projector)\.|projector\."),
-        {
-            r"(?:backbone|encoder)\.": QUERY + "backbone.",
-            r"projector\.": QUERY + "projector.",
-            r"predictor\.": "predictor.",
-            r"momentum_(?:backbone|encoder)\.": KEY + "backbone.",
-            r"momentum_projector\.": KEY + "projector.",
-            r"queue$": "queue.keys",
-            r"queue_ptr$": "queue.pointer",
-        },
-    ),
-    Layout(PLAIN_BACKBONE, (r"backbone\.",), {r"backbone\.": QUERY + "backbone."}),
-    Layout("torchvision or timm ResNet", (r"layer1\.0\.conv1\.",), {"": QUERY + "backbone."}),
-    Layout("torchvision Swin Transformer", (r"features\.1\.0\.attn\.",), {"": QUERY + "backbone."}),
-    Layout("timm or Microsoft Swin Transformer", (r"layers\.0\.blocks\.0\.attn\.",), {"": QUERY + "backbone."}),
-    Layout("torchvision ViT", (r"encoder\.layers\.encoder_layer_0\.",), {"": QUERY + "backbone."}),
-    Layout("timm ViT", (r"cls_token$", r"blocks\.0\.attn\."), {"": QUERY + "backbone."}),
-)
 
 
 class Recognised(NamedTuple):
@@ -347,7 +211,9 @@ def backbone_weights(weights: Weights, backbone: nn.Module) -> Weights:
     if any(name.startswith("patch_embed.") for name in weights):
         try:
             weights = from_timm(weights, backbone)
-        except KeyError:  # the backbone is no Swin V2, and has no place for its biases
+        except KeyError:
+            # A Swin V2's biases, or half of them, and a backbone without a place for such, as a ResNet is. `misfit` names
+            # what does not fit of the weights as they are.
             return weights
     else:
         weights = from_torchvision(weights, backbone)
@@ -480,5 +346,5 @@ def listed(names: Iterable[str]) -> str:
 
 def listed_parts(weights: Weights) -> str:
     """The parts of a method that weights under our names are of, and how many tensors each has."""
-    counts = {part: sum(name.startswith(part) for name in weights) for part in PARTS}
-    return ", ".join(f"{PARTS[part]} ({count})" for part, count in counts.items() if count)
+    counts = {part: sum(name.startswith(part) for name in weights) for part in METHOD_PARTS}
+    return ", ".join(f"{METHOD_PARTS[part]} ({count})" for part, count in counts.items() if count)

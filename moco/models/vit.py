@@ -3,7 +3,7 @@
 torchvision's blocks under its parameter names. What it lacks is here: fixed positions, stochastic depth, feature maps and
 images of any size.
 
-Letters: N batch, D feature width, H W pixels, h w cells (one for each patch), T = 1 + h w tokens, of which the class token
+Letters: N batch, D feature width, H W pixels, h w cells (one for each patch), P = 1 + h w tokens, of which the class token
 is the first.
 """
 
@@ -22,7 +22,7 @@ from torchvision.ops import StochasticDepth
 from moco.errors import InputError
 from moco.models.windows import Size
 
-TEMPERATURE = 10_000  # the longest wave of the fixed positions is 2 pi times as many cells
+WAVE_BASE = 10_000  # the longest wave of the fixed positions is 2 pi times as many cells
 
 
 class Block(vision_transformer.EncoderBlock):
@@ -126,7 +126,7 @@ class VisionTransformer(nn.Module):
         return side // self.patch_size if self.partial_patches == "drop" else -(-side // self.patch_size)
 
     def positions(self, grid: Size, device: torch.device | None = None) -> Tensor:
-        """The tokens' positions (1, T, D) on a grid of h x w cells."""
+        """The tokens' positions (1, P, D) on a grid of h x w cells."""
         if self.learned_positions:
             return resized_positions(self.encoder.pos_embedding, grid)  # type: ignore[arg-type]
         return sine_cosine_positions(grid, self.feature_dim, device or torch.device("cpu"))
@@ -136,7 +136,7 @@ class VisionTransformer(nn.Module):
         x = self.conv_proj(self._whole_patches(images))  # (N, D, h, w)
         grid = (x.shape[2], x.shape[3])
         tokens = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
-        tokens = tokens + self.positions(grid, x.device)  # (N, T, D)
+        tokens = tokens + self.positions(grid, x.device)  # (N, P, D)
         blocks = list(self.blocks())
         outputs = []
         for number, block in enumerate(blocks, start=1):
@@ -178,14 +178,14 @@ class VisionTransformer(nn.Module):
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is kept serves training too
 def sine_cosine_positions(grid: Size, dim: int, device: torch.device) -> Tensor:
-    """MoCo v3's fixed positions in two dimensions: (1, T, dim) float32, without gradient; zero for the class token.
+    """MoCo v3's fixed positions in two dimensions: (1, P, dim) float32, without gradient; zero for the class token.
 
     The first half of the channels holds the cell's row, the second its column: of each, the sines of row * omega_i, then the
     cosines, with omega_i = 10000^(-4 i / dim) for i from 0 to dim / 4 - 1. A larger image has more cells, each as far from
     the next as before. (The paper names the encoding; the channels' order is that of the official code's square grids, so
     that its weights keep their meaning.)
     """
-    omega = TEMPERATURE ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    omega = WAVE_BASE ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     halves = []
     for axis in torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij"):
         angles = axis.flatten()[:, None] * omega  # (h w, dim / 4)
@@ -195,7 +195,7 @@ def sine_cosine_positions(grid: Size, dim: int, device: torch.device) -> Tensor:
 
 
 def resized_positions(positions: Tensor, grid: Size) -> Tensor:
-    """Learned positions (1, 1 + side^2, D) for a grid of h x w cells: (1, T, D), bicubically; the class token's stays."""
+    """Learned positions (1, 1 + side^2, D) for a grid of h x w cells: (1, P, D), bicubically; the class token's stays."""
     side = grid_side(positions)
     if grid == (side, side):
         return positions

@@ -9,7 +9,7 @@ A backbone has no classifier. Its weights load with ``strict=True`` into the lib
 
 `moco.export` prints the lines for a certain file, the arguments for the backbone's windows and heads included.
 
-Letters: L cells of a window.
+Letters: D feature width, L cells of a window, P tokens of a ViT.
 """
 
 import json
@@ -27,6 +27,7 @@ from moco.models.swin import Swin
 from moco.models.vit import VisionTransformer, learned_grid_side, resized_positions
 from moco.models.window_attention import WindowAttention, WindowAttentionV2, check_pretrained_window
 from moco.models.windows import Size, relative_positions
+from moco.safetensors_files import as_safetensors, read_safetensors
 
 Weights = dict[str, Tensor]
 
@@ -108,7 +109,7 @@ def to_torchvision(backbone: nn.Module, image_size: int | None = None) -> Weight
 
 
 def positions_for(backbone: VisionTransformer, image_size: int) -> Tensor:
-    """A ViT's positions for square images of `image_size` px: (1, T, D)."""
+    """A ViT's positions for square images of `image_size` px: (1, P, D)."""
     cells = backbone.cells(image_size)
     return backbone.positions((cells, cells)).detach().clone()
 
@@ -276,39 +277,15 @@ def write_backbone(backbone: nn.Module, settings: dict[str, Any], about: dict[st
     return as_safetensors(dict(backbone.state_dict()), {key: json.dumps(value) for key, value in metadata.items()})
 
 
-def as_safetensors(weights: Weights, metadata: dict[str, str] | None = None) -> bytes:
-    """The content of a safetensors file.
-
-    Raises:
-        InputError: safetensors is not installed.
-    """
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise InputError("safetensors is not installed: pip install moco-ssl[export]") from error
-    return save(weights, {"format": "pt", **(metadata or {})})  # "pt" is what other readers of the format look for
-
-
 def read_backbone(path: str | Path) -> tuple[Any, dict[str, Any]]:
     """The backbone of a file that ``moco.export format=safetensors`` wrote, in eval mode, and what the file says of it.
 
     Raises:
         InputError: no such file, damaged, written by something else, or safetensors is not installed.
     """
+    weights, metadata = read_safetensors(path, str(path))
     try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise InputError("safetensors is not installed: pip install moco-ssl[export]") from error
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError as error:
-        raise InputError(f"{path}: damaged, or no safetensors file ({error})") from error
-    try:
-        about = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+        about = {key: json.loads(value) for key, value in metadata.items()}
         backbone = build_backbone(**about["backbone"])
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(

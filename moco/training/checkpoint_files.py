@@ -18,12 +18,13 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
 from moco.errors import InputError
+from moco.safetensors_files import read_safetensors
 from moco.training.run_folder import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, link_atomically, write_atomically
 
 log = logging.getLogger(__name__)
 
 # What every checkpoint has, and of which kind it is.
-PARTS: dict[str, type] = {
+CHECKPOINT_PARTS: dict[str, type] = {
     "state_dict": dict, "hyper_parameters": dict, "config": dict, "figures": dict, "random_states": list,
     "global_step": int,
 }  # fmt: skip
@@ -117,14 +118,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise InputError(f"checkpoint={path}: no such file")
     checkpoint = read_archive(path, f"checkpoint={path}")
-    missing = PARTS.keys() - (checkpoint.keys() if isinstance(checkpoint, dict) else set())
+    missing = CHECKPOINT_PARTS.keys() - (checkpoint.keys() if isinstance(checkpoint, dict) else set())
     if missing:
         raise InputError(f"checkpoint={path}: not written by moco.train (it lacks {', '.join(sorted(missing))})")
     check_parts(checkpoint, f"checkpoint={path}")
     return checkpoint
 
 
-def check_parts(checkpoint: dict[str, Any], source: str, parts: dict[str, type] = PARTS) -> None:
+def check_parts(checkpoint: dict[str, Any], source: str, parts: dict[str, type] = CHECKPOINT_PARTS) -> None:
     """Raises InputError if a part of a file of ours is not of its kind."""
     for name, kind in parts.items():
         if not isinstance(checkpoint[name], kind):
@@ -155,7 +156,7 @@ def read_weights(path: str | Path, source: str) -> Any:
     if start == LEGACY_START:
         return read_legacy(path, source)
     if start[8:9] == b"{":  # after the length of the header, which is JSON
-        return read_safetensors(path, source)
+        return read_described(path, source)
     raise InputError(f"{source}: damaged, or no checkpoint at all (neither torch.save nor safetensors has written it)")
 
 
@@ -210,23 +211,16 @@ def load_plain(path: str | Path, source: str, imported: set[str]) -> Any:
         raise InputError(f"{source}: damaged ({error})") from error
 
 
-def read_safetensors(path: str | Path, source: str) -> dict[str, Any]:
+def read_described(path: str | Path, source: str) -> dict[str, Any]:
     """The tensors of a safetensors file, and what `moco.export` wrote of them into its metadata.
 
     Raises:
         InputError: damaged, or safetensors is not installed.
     """
+    weights, metadata = read_safetensors(path, source)
     try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise InputError(f"{source}: safetensors is not installed: pip install moco-ssl[export]") from error
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        ours = metadata.items() if "backbone" in metadata else ()
-        about = {key: json.loads(value) for key, value in ours if key != "format"}
-    except (SafetensorError, ValueError) as error:
+        about = {key: json.loads(value) for key, value in metadata.items()} if "backbone" in metadata else {}
+    except ValueError as error:
         raise InputError(f"{source}: damaged, or no safetensors file ({error})") from error
     return {**about, "state_dict": weights}
 

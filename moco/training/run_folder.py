@@ -117,13 +117,16 @@ def has_checkpoint(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT))
 
 
-def find_checkpoint(folder: Path, config: Mapping[str, Any], resume: str | None) -> Path | None:
+def find_checkpoint(
+    folder: Path, config: Mapping[str, Any], resume: str | None, defaults: Mapping[str, Any]
+) -> Path | None:
     """The checkpoint that a run in `folder` goes on from, or None to start; changes nothing.
 
     Args:
         folder: the run folder, which need not exist.
         config: the run's config as plain data.
         resume: ``auto``, a checkpoint's path, or None to start anew.
+        defaults: of the schema, as plain data, for keys that did not exist yet when the folder's run began.
 
     Raises:
         InputError: the folder holds a run with another configuration (it names the keys), or one that would be lost.
@@ -131,7 +134,7 @@ def find_checkpoint(folder: Path, config: Mapping[str, Any], resume: str | None)
     saved, last = folder / CONFIG, folder / LAST_CHECKPOINT
     holds_results = has_checkpoint(folder) or (folder / "metrics.json").is_file()
     if holds_results and saved.is_file():
-        differing = differences(yaml.safe_load(saved.read_text()) or {}, config)
+        differing = differences(completed(yaml.safe_load(saved.read_text()) or {}, defaults), config)
         if differing:
             raise InputError(
                 f"{folder} holds a run with another configuration: {'; '.join(differing)}. "
@@ -145,14 +148,19 @@ def find_checkpoint(folder: Path, config: Mapping[str, Any], resume: str | None)
     return None if resume in (None, "auto") else Path(str(resume))
 
 
-def is_finished(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a run of this config, as plain data, has reached its end in `folder`; not if it is to be longer now."""
+def is_finished(folder: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
+    """Whether a run of this config has reached its end in `folder`; not if it is to be longer now.
+
+    Args:
+        config: as plain data.
+        defaults: as of `find_checkpoint`.
+    """
     status, metrics = read_status(folder), folder / "metrics.json"
     if config["resume"] is None or not status or status["state"] != "finished" or not metrics.is_file():
         return False
     figures, trainer = json.loads(metrics.read_text()), config["trainer"]
     reached = figures.get("epoch", 0) >= trainer["max_epochs"] or 0 < trainer["max_steps"] <= figures.get("step", 0)
-    return reached and not differences(yaml.safe_load((folder / CONFIG).read_text()), config)
+    return reached and not differences(completed(yaml.safe_load((folder / CONFIG).read_text()), defaults), config)
 
 
 @contextmanager
@@ -250,6 +258,17 @@ def as_override(key: str, value: str | Path) -> str:
         return f"{key}={value}"
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
     return shlex.quote(f'{key}="{escaped}"')
+
+
+def completed(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a run from before some keys existed: what it lacks it has from the defaults, in groups too."""
+    given = {
+        key: completed(value, defaults[key])
+        if isinstance(value, Mapping) and isinstance(defaults.get(key), Mapping)
+        else value
+        for key, value in config.items()
+    }
+    return {**defaults, **given}
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,140 @@
+"""What a run is held to before its first step."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moco.config.train import OptimizerConfig, TrainConfig, TrainerConfig
+from moco.errors import InputError
+
+if TYPE_CHECKING:
+    from moco.data.datamodule import PretrainingData
+    from moco.models.encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+# torch is imported where it is first needed, as in the programs.
+
+
+def check_run(resume: str | None, trainer: TrainerConfig) -> None:
+    """Raises InputError for what no training can do, whatever the data."""
+    if resume not in (None, "auto") and not Path(str(resume)).is_file():
+        raise InputError(f"resume={resume}: no such file")
+    if trainer.max_steps == 0:
+        raise InputError("trainer.max_steps=0: expected -1 for no limit, or at least 1")
+
+
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Raises InputError if the optimizer's library is not installed."""
+    if optimizer.name == "lars" and importlib.util.find_spec("timm") is None:
+        raise InputError("optimizer.name=lars needs timm: pip install 'moco-ssl[lars]'")
+
+
+def num_processes(config: TrainConfig) -> int:
+    """Processes that train together."""
+    return config.trainer.devices * config.trainer.num_nodes
+
+
+def check_same_pictures(data: "PretrainingData") -> None:
+    """Raises InputError if the processes of a training do not see the same pictures."""
+    from moco.training.distributed import gather_objects, world_size
+
+    if world_size() == 1:
+        return
+    names = hashlib.blake2b()
+    for index in range(len(data.source.train)):
+        names.update(os.fsencode(data.source.train.name(index)) + b"\0")
+    if len({*gather_objects((len(data.source.train), names.hexdigest()))}) > 1:
+        raise InputError(
+            "data.root: the processes of this run do not see the same pictures; is it the same folder on all nodes?"
+        )
+
+
+def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
+    """Raises InputError if its mode is not for these devices, or its groups do not divide the images of one at once."""
+    from moco.methods.batch_norm import batch_norm_mode
+    from moco.training.hardware import choose_device
+
+    method, devices, splits = config.method, num_processes(config), config.method.batch_norm_splits
+    device_type = choose_device(config.trainer.accelerator).type
+    mode = batch_norm_mode(method.batch_norm, encoder, devices, device_type, method.negatives)
+    at_once = config.data.batch_size // (devices * config.trainer.accumulate_grad_batches)
+    if mode == "split" and at_once % splits:
+        raise InputError(
+            f"data.batch_size={config.data.batch_size}: the {at_once} images that a device gets at once are no multiple "
+            f"of method.batch_norm_splits={splits}"
+        )
+
+
+def warn_of_negatives(config: TrainConfig, num_pictures: int) -> None:
+    """Say if K is more than a tenth of the pictures, or more than the keys that the run will ever put in.
+
+    Without a queue, say if the batch is taken in parts: each has only its own negatives.
+
+    The largest power of two within a tenth is K of both official recipes: 65,536 for ImageNet, 4,096 for CIFAR-10.
+    """
+    size, tenth = config.method.queue_size, num_pictures // 10
+    if size is None:
+        if (parts := config.trainer.accumulate_grad_batches) > 1:
+            log.warning(
+                "method.negatives=batch: with trainer.accumulate_grad_batches=%d a query is compared with the %d keys of "
+                "its own part of the batch", parts, config.data.batch_size // parts,
+            )  # fmt: skip
+        return
+    num_keys = num_keys_of_run(config, num_pictures)
+    reasons = []
+    if size > tenth:
+        reasons.append(
+            f"more than a tenth of the {num_pictures} pictures (older keys of a query's own picture are then often among "
+            "its negatives)"
+        )
+    if size > num_keys:
+        reasons.append(f"more than the {num_keys} keys that this run will ever put in")
+    if reasons:
+        fitting = 2 ** (max(min(tenth, num_keys), 1).bit_length() - 1)
+        log.warning("method.queue_size=%d is %s; %d would fit", size, ", and ".join(reasons), fitting)
+
+
+def num_keys_of_run(config: TrainConfig, num_pictures: int) -> int:
+    """The keys that one queue is given from the first to the last step."""
+    method, trainer, batch_size = config.method, config.trainer, config.data.batch_size
+    steps = trainer.max_epochs * (num_pictures // batch_size)
+    if trainer.max_steps > 0:
+        steps = min(steps, trainer.max_steps)
+    return steps * batch_size * (2 if method.symmetric and method.num_queues == 1 else 1)
+
+
+def check_resumable(path: Path, checkpoint: dict[str, Any], plain: dict[str, Any]) -> int:
+    """The optimizer steps that a checkpoint has behind it.
+
+    Args:
+        path: where it was read.
+        plain: the run's config as plain data.
+
+    Raises:
+        InputError: it holds other tensors than the config's run has; it names the keys.
+    """
+    from moco.training.run_folder import completed, differences
+
+    stored = completed(checkpoint["config"], dataclasses.asdict(TrainConfig()))
+    there, here = (tensor_settings(config) for config in (stored, plain))
+    if differing := differences(there, here):
+        raise InputError(
+            f"resume={path}: the checkpoint is of another architecture or optimizer: {'; '.join(differing)}"
+        )
+    return int(checkpoint["global_step"])
+
+
+def tensor_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide which tensors a run's checkpoint holds, and their shapes."""
+    method, optimizer = config["method"], config["optimizer"]
+    shapes = ("projector", "predictor", "embedding_dim", "queue_size", "num_queues")
+    return {
+        "backbone": config["backbone"],
+        "method": {key: method[key] for key in shapes} | {"dense_weight": "above 0" if method["dense_weight"] else 0},
+        "optimizer": {key: optimizer[key] for key in ("name", "decay_all")},
+    }

@@ -1,0 +1,130 @@
+"""The settings of the programs that begin with a file of weights, and where those that nobody gave come from."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from moco.config.train import AugmentationConfig, BackboneConfig, DataConfig, MonitorConfig, setting
+
+
+@dataclass
+class EvaluationConfig:
+    """A null takes the value from the run that made the checkpoint."""
+
+    name: str = setting("knn", choices=("knn",))
+    encoder: str = setting("query", choices=("key", "query"))
+    num_neighbors: Optional[int] = setting(None, at_least=1)
+    temperature: Optional[float] = setting(None, above=0)
+    feature: Optional[str] = setting(None, choices=("backbone", "embedding"))
+    batch_size: int = setting(256, at_least=1)
+
+
+@dataclass
+class EvaluateDataConfig:
+    """A null takes the value from the run that made the checkpoint; for other projects' weights a usual one."""
+
+    name: Optional[str] = None
+    root: Any = None
+    download: bool = False
+    image_size: Optional[int] = setting(None, at_least=4)
+    crop_ratio: Optional[float] = setting(None, above=0, at_most=1)
+    num_workers: int = setting(0, at_least=0)
+    num_images: Optional[int] = setting(None, at_least=1)
+    image_column: Optional[str] = None
+    label_column: Optional[str] = None
+    held_out: Optional[float] = setting(None, at_least=0, at_most=1)
+    pages: Optional[str] = setting(None, choices=("each", "first"))
+    max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
+    max_image_pixels: int = setting(178_956_970, at_least=1)
+
+
+@dataclass
+class NormalisationConfig:
+    mean: Optional[list[float]] = None
+    """Per channel, of pixels in 0..1; null: the checkpoint's, or ImageNet's."""
+    std: Optional[list[float]] = None
+
+
+@dataclass
+class PretrainedBackboneConfig(BackboneConfig):
+    """With a checkpoint a null takes its value; of other projects' weights, what shows in the tensors' shapes."""
+
+    name: Optional[str] = None  # type: ignore[assignment]
+
+
+@dataclass
+class EvaluateConfig:
+    checkpoint: str = MISSING
+    """A file of weights: ``checkpoints/last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or another
+    project's, see ``docs/weights.md``."""
+    data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu"))
+    output: Optional[str] = None
+    """Where the figures go as JSON; null: metrics.json in the run folder."""
+    backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
+    augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
+
+
+@dataclass
+class EmbedConfig:
+    checkpoint: str = MISSING
+    """A file of weights: ``checkpoints/last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or another
+    project's, see ``docs/weights.md``."""
+    output: str = MISSING
+    """The .npz file."""
+    data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
+    split: str = setting("train", choices=("test", "train"))
+    """train: all pictures that training would see; test: those that are held out for measurements."""
+    encoder: str = setting("query", choices=("key", "query"))
+    feature: str = setting("backbone", choices=("backbone", "embedding"))
+    backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
+    batch_size: int = setting(256, at_least=1)
+    """Images per forward pass."""
+    accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu"))
+    augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
+
+
+@dataclass
+class ExportConfig:
+    checkpoint: str = MISSING
+    """A file of weights: ``checkpoints/last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or another
+    project's, see ``docs/weights.md``."""
+    format: str = setting(choices=("safetensors", "timm", "torchvision"))
+    """Whose names the weights get: torchvision's, timm's, or our own, in a safetensors file that describes itself."""
+    output: str = MISSING
+    """A file; of torchvision's and timm's formats the ending decides: .pth or .pt by torch.save, or .safetensors."""
+    encoder: str = setting("query", choices=("key", "query"))
+    backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
+    image_size: Optional[int] = setting(None, at_least=4)
+    """Side of the images that the weights will see, px; null: the checkpoint's, in proportion to a new window."""
+
+
+def given_settings(settings: Any) -> dict[str, Any]:
+    """Those of a config dataclass that are not null."""
+    return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
+
+
+def with_defaults(given: Any, from_checkpoint: dict[str, Any], new_data: bool = False) -> dict[str, Any]:
+    """The given settings, nulls filled in from the run that made the checkpoint.
+
+    Args:
+        new_data: the data set was named on the command line; then its root is not the run's.
+    """
+    settings = dataclasses.asdict(given)
+    kept = {"root"} if new_data else set()
+    return {
+        key: from_checkpoint.get(key) if value is None and key not in kept else value for key, value in settings.items()
+    }
+
+
+def with_usual_settings(of_run: dict[str, Any]) -> dict[str, Any]:
+    """A run's config as far as measurements look at it, completed: nothing is known of other projects' runs."""
+    usual = {
+        "data": dataclasses.asdict(DataConfig()) | {"name": None},
+        "augmentation": dataclasses.asdict(AugmentationConfig()),
+        "evaluation": dataclasses.asdict(MonitorConfig()),
+    }
+    return {group: settings | of_run.get(group, {}) for group, settings in usual.items()}
