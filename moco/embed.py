@@ -107,7 +107,10 @@ def pictures_of(source: "DataSource", split: str, name: str) -> "tuple[Labelled,
     import numpy as np
 
     from moco.data.datasets import Labelled
+    from moco.data.streams import NO_INDEX, ShardedPictures
 
+    if isinstance(source.train, ShardedPictures):
+        raise InputError(NO_INDEX)
     side = source.bank if split == "train" else source.queries
     if split == "test" and side is None:
         raise InputError(f"split=test: data={name} has no pictures that are held out")

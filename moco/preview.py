@@ -21,7 +21,7 @@ LINE, MARGIN, TEXT = 15, 8, 430  # px: height of a line of text, space around, w
 
 
 def run(config: PreviewConfig, folder: Path) -> None:
-    """Draw the picture; nothing is written to `folder`.
+    """Draw the picture; nothing is kept in `folder`.
 
     Raises:
         InputError: something in the config does not fit the data, or the picture cannot be written.
@@ -38,6 +38,8 @@ def run(config: PreviewConfig, folder: Path) -> None:
         picture.save(output)
     except OSError as error:
         raise InputError(f"output={config.output}: {error.strerror or error}") from error
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()  # made by Hydra
     print(f"{config.num_pairs} pairs in {output}")
 
 
@@ -45,20 +47,19 @@ def sheet(data: "PretrainingData", num_pairs: int) -> "Image.Image":
     """A row for each pair: query view, its numbers, key view, its numbers."""
     from PIL import Image, ImageDraw, ImageFont
 
-    batch = data.pairs(num_pairs)
-    columns = [as_pictures(views, data) for views in batch.views]
-    words = [data.augment.described(0, index, data.size(index)) for index in batch.indices.tolist()]
+    pictures = data.first_pictures(num_pairs)
+    columns = [as_pictures(views, data) for views in data.pairs(pictures)]
+    words = [data.augment.described(0, index, encoded.size) for index, encoded, _ in pictures]
     lines = max(len(described) for row in words for described in row) + 2
     side_length = columns[0][0].height
     height, width = max(side_length, lines * LINE) + MARGIN, side_length + 2 * MARGIN + TEXT
     picture = Image.new("RGB", (2 * width, len(words) * height + MARGIN), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     for row, described in enumerate(words):
-        of = Path(data.source.train.name(int(batch.indices[row]))).name
         for side, name in enumerate(("query", "key")):
             left, top = side * width + MARGIN, row * height + MARGIN
             picture.paste(columns[side][row], (left, top))
-            for number, text in enumerate([f"{name} of {of}", *described[side]]):
+            for number, text in enumerate([f"{name} of {Path(pictures[row][2]).name}", *described[side]]):
                 place = (left + side_length + MARGIN, top + number * LINE)
                 pen.text(place, text.replace("_", " "), "black" if number else "gray", font)
     return picture

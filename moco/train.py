@@ -205,6 +205,10 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
         max_image_pixels=data.max_image_pixels,
         listing=folder / "pictures.npz" if folder else None,
         held_out=data.held_out,
+        streams=data.streams,
+        shuffle_buffer=data.shuffle_buffer,
+        image_column=data.image_column,
+        label_column=data.label_column,
         pages=data.pages,
     )
 

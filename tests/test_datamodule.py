@@ -1,12 +1,14 @@
+import io
 import multiprocessing.forkserver
 import signal
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from moco.data.datamodule import PretrainingData
+from moco.data.datamodule import PretrainingData, choose_engine
 from moco.data.datasets import ArrayPictures, DataSource, Labelled, build_source
 from moco.data.loading import EpochSampler
 from moco.data.views import ViewPair, build_evaluation_view
@@ -17,7 +19,9 @@ VIEW = {"random_resized_crop": {"scale": [0.2, 1.0]}, "color_jitter": {"brightne
 
 def data_for(source, **changes):
     options = {"image_size": 8, "batch_size": 8, "num_workers": 0, "seed": 0} | changes
-    augment = ViewPair(VIEW, VIEW, [0.5] * 3, [0.5] * 3, 8, options["seed"])
+    name = options.pop("engine", "worker")
+    augment = ViewPair(VIEW, VIEW, [0.5] * 3, [0.5] * 3, 8, options["seed"], name)
+    options["engine"] = choose_engine(name, source.train, 8, "cpu")
     return PretrainingData(source, augment, build_evaluation_view(8, 1.0, [0.5] * 3, [0.5] * 3), **options)
 
 
@@ -103,6 +107,80 @@ def test_batches_that_do_not_fit_are_named(numbered):
         data_for(numbered, batch_size=31)
     with pytest.raises(InputError, match=r"data\.batch_size=8: expected a multiple of 3"):
         data_for(numbered, batches_per_step=3)
+
+
+@pytest.mark.parametrize("engine", ["worker", "batch"])
+def test_both_engines_see_the_same_pictures_in_the_same_order(engine, numbered):
+    plain = list(data_for(numbered).train_dataloader())
+    for ours, theirs in zip(epochs_of(data_for(numbered, engine=engine), 1)[0], plain, strict=True):
+        assert torch.equal(ours.indices, theirs.indices)
+        assert ours.views[0].dtype == torch.float32
+        assert (ours.views[0] * 127.5 + 127.5 - theirs.views[0].float()).abs().mean() < 2
+
+
+def epochs_of(data, count):
+    """Finished batches, as the method gets them."""
+    loader = data.train_dataloader()
+    return [[data.on_after_batch_transfer(batch, 0) for batch in epoch_of(loader, epoch)] for epoch in range(count)]
+
+
+@pytest.mark.parametrize("engine", ["worker", "batch"])
+def test_a_resumed_epoch_in_memory_goes_on_with_its_next_batch(engine, numbered):
+    whole = epochs_of(data_for(numbered, engine=engine), 2)[1]
+    data = data_for(numbered, engine=engine)
+    data_loader = data.train_dataloader()
+    data_loader.load_state_dict({"epoch": 1, "pictures": 8})
+    data_loader.sampler.set_epoch(1)
+    rest = [data.on_after_batch_transfer(batch, 0) for batch in data_loader]
+    assert len(rest) == len(whole) - 1
+    for ours, theirs in zip(rest, whole[1:], strict=True):
+        assert torch.equal(ours.views[0], theirs.views[0])
+        assert torch.equal(ours.views[1], theirs.views[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "device_type", "image_size", "files", "name", "in_memory"),
+    [
+        ("auto", "cpu", 32, False, "batch", True),
+        ("auto", "cpu", 224, False, "worker", False),
+        ("auto", "cuda", 224, False, "batch", True),
+        ("auto", "cpu", 32, True, "worker", False),
+        ("auto", "cuda", 224, True, "batch", False),
+        ("worker", "cuda", 32, False, "worker", False),
+        ("batch", "cpu", 224, False, "batch", True),
+        ("batch", "cpu", 224, True, "batch", False),
+    ],
+)
+def test_the_engine_is_chosen_by_rule(given, device_type, image_size, files, name, in_memory, numbered, picture_tree):
+    pictures = build_source("images", str(picture_tree)).train if files else numbered.train
+    chosen = choose_engine(given, pictures, image_size, device_type)
+    assert (chosen.name, chosen.in_memory) == (name, in_memory)
+    assert chosen.reason
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_give_the_same_pairs_with_any_number_of_workers_and_after_a_resume(num_workers, tmp_path, generator):
+    pytest.importorskip("webdataset")
+    for shard in range(4):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for number in range(6):
+                content = io.BytesIO()
+                Image.fromarray(generator.integers(0, 256, (20, 16, 3), dtype="uint8")).save(content, "PNG")
+                member = tarfile.TarInfo(f"{shard}_{number}.png")
+                member.size = content.tell()
+                content.seek(0)
+                archive.addfile(member, content)
+    source = build_source("webdataset", str(tmp_path), streams=2, shuffle_buffer=4)
+    expected = epochs_of(data_for(source, batch_size=4), 2)
+    assert [len(epoch) for epoch in expected] == [6, 6]
+    data = data_for(source, batch_size=4, num_workers=num_workers)
+    loader = data.train_dataloader()
+    loader.load_state_dict({"epoch": 1, "pictures": 8})
+    loader.sampler.set_epoch(1)
+    rest = [data.on_after_batch_transfer(batch, 0) for batch in loader]
+    assert len(rest) == 4
+    for ours, theirs in zip(rest, expected[1][2:], strict=True):
+        assert torch.equal(torch.stack(ours.views), torch.stack(theirs.views))
 
 
 def damage(tree, count):

@@ -40,6 +40,7 @@ RIGHT = {
     ],
     "export": ["checkpoint={folder}/sound.ckpt", "format=safetensors", "output={folder}/x.safetensors"],
     "pack": ["data=digits", "output={folder}/packed", "num_workers=0"],
+    "preview": ["+experiment=quickstart", "output={folder}/pairs.png", "num_pairs=2"],
 }  # fmt: skip
 # Settings that are right alone and wrong together, or wrong for these data and this checkpoint.
 CONTRADICTIONS = {

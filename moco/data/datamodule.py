@@ -4,24 +4,30 @@ Letters: N batch.
 """
 
 import logging
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from moco.data.bad_fraction import check_bad_fraction
 from moco.data.datasets import ArrayPictures, DataSource, Labelled, Pictures
+from moco.data.decoding import EncodedPicture
 from moco.data.loading import (
     EpochSampler,
     EvaluationBatch,
     MemoryLoader,
     PairBatch,
     PairDataset,
+    PairMaker,
     ResumableLoader,
     as_it_is,
     evaluation_loader,
 )
 from moco.data.pictures import UnreadablePicture
+from moco.data.streams import OpenStream, ShardedPictures, StreamDataset, StreamLoader, Streams
 from moco.data.views import Transform, ViewPair, rgb_batch
 from moco.data.workers import is_gone, loader_options
 from moco.errors import InputError, printable
@@ -78,25 +84,33 @@ class PretrainingData(pl.LightningDataModule):
         self.num_workers = num_workers
         self.max_bad_fraction = max_bad_fraction
         self.seed = seed
-        self.unreadable: set[int] = set()
+        self.unreadable: set[str] = set()
         self.dataset: PairDataset | None = None
+        self._streams: Streams | None = None
 
-    def pairs(self, num_pairs: int) -> PairBatch:
-        """The first pairs of the first epoch, as the model will see them."""
-        places = [place for place, _ in zip(self.sampler(), range(num_pairs), strict=False)]
+    def first_pictures(self, number: int) -> list[tuple[int, EncodedPicture, str]]:
+        """The first readable pictures of the first epoch: for each the index that its draws depend on, itself, its name."""
+        pictures = self.source.train
+        if isinstance(pictures, ShardedPictures):
+            samples, _ = OpenStream(0, self.streams(pictures).samples(0, 0)).take(number)
+            return [(row, sample.picture, sample.name) for row, sample in enumerate(samples)]
+        found: list[tuple[int, EncodedPicture, str]] = []
+        for _, index in self.sampler():
+            try:
+                found.append((index, pictures.opened(index), pictures.name(index)))
+            except UnreadablePicture:
+                continue
+            if len(found) == number:
+                break
+        return found
+
+    def pairs(self, pictures: Sequence[tuple[int, EncodedPicture, str]]) -> tuple[Tensor, Tensor]:
+        """Those pictures' views in the first epoch as the model will see them, (N, 3, S, S) each, by the run's engine."""
+        indices = torch.tensor([index for index, _, _ in pictures])
         if self.engine.in_memory:
-            pixels = rgb_batch(self.source.train.tensor[[index for _, index in places]])  # type: ignore[attr-defined]
-            indices = torch.tensor([index for _, index in places])
-            pair = self.augment.on_batch(pixels, 0, indices)
-            return PairBatch(pair, indices, torch.zeros(len(places), dtype=torch.bool), torch.tensor(0))
-        return self.on_after_batch_transfer(PairDataset(self.source.train, self.augment).__getitems__(places), 0)
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Height and width of a training picture, px; of one that cannot be read 1 and 1."""
-        try:
-            return self.source.train.opened(index).size
-        except UnreadablePicture:
-            return 1, 1
+            pixels = rgb_batch(self.source.train.tensor[indices])  # type: ignore[attr-defined]
+            return self.augment.on_batch(pixels, 0, indices)
+        return self.augment.finished(PairMaker(self.augment)(pictures, 0).views, 0, indices)
 
     def sampler(self) -> EpochSampler:
         """This process's order of the training pictures."""
@@ -112,10 +126,12 @@ class PretrainingData(pl.LightningDataModule):
         return {"unreadable": sorted(self.unreadable)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.unreadable = set(state_dict["unreadable"])
+        self.unreadable.update(state_dict["unreadable"])
 
-    def train_dataloader(self) -> ResumableLoader | MemoryLoader:
+    def train_dataloader(self) -> ResumableLoader | MemoryLoader | StreamLoader:
         batch_size = self.batch_size // self.batches_per_step
+        if isinstance(self.source.train, ShardedPictures):
+            return self._stream_loader(self.source.train, batch_size)
         if self.engine.in_memory:
             assert isinstance(self.source.train, ArrayPictures)
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
@@ -123,6 +139,25 @@ class PretrainingData(pl.LightningDataModule):
         self.dataset = PairDataset(self.source.train, self.augment, self.num_workers)
         options = loader_options(self.num_workers) | {"collate_fn": as_it_is}
         return ResumableLoader(self.dataset, self.sampler(), batch_size, **options)
+
+    def streams(self, shards: ShardedPictures) -> Streams:
+        """This process's streams over the shards."""
+        if self._streams is None:
+            self._streams = shards.streams(self.seed, *self.place)
+        return self._streams
+
+    def _stream_loader(self, shards: ShardedPictures, batch_size: int) -> StreamLoader:
+        streams = self.streams(shards)
+        dataset = StreamDataset(streams, batch_size, PairMaker(self.augment))
+        batches = len(shards) // self.batch_size * (self.batches_per_step // streams.world_size)
+        return StreamLoader(
+            dataset,
+            batches,
+            num_images=len(shards),
+            max_bad_fraction=self.max_bad_fraction,
+            unreadable=self.unreadable,
+            **loader_options(self.num_workers),
+        )
 
     def lost_worker(self) -> str:
         """Which of the loader's processes is gone, and what it was reading; empty if none is or it is not known."""
@@ -150,11 +185,14 @@ class PretrainingData(pl.LightningDataModule):
         Raises:
             InputError: they are more than `max_bad_fraction` of the training set; it names the first ten.
         """
+        pictures = self.source.train
+        if isinstance(pictures, ShardedPictures):
+            return batch  # its loader has counted already
         for index in batch.indices[batch.unreadable].tolist():
-            if index not in self.unreadable:
-                self.unreadable.add(index)
-                log.warning("skipped an unreadable picture: %s", printable(self.source.train.name(index)))
-        check_unreadable(self.unreadable, self.source.train, self.max_bad_fraction)
+            if (name := pictures.name(index)) not in self.unreadable:
+                self.unreadable.add(name)
+                log.warning("skipped an unreadable picture: %s", printable(name))
+        check_bad_fraction(self.unreadable, len(pictures), self.max_bad_fraction)
         return batch
 
     def on_after_batch_transfer(self, batch: PairBatch, dataloader_idx: int) -> PairBatch:
@@ -213,11 +251,6 @@ def check_batch_size(batch_size: int, batches_per_step: int, num_pictures: int) 
         raise InputError(f"data.batch_size={batch_size}: there are only {num_pictures} pictures to train on")
 
 
-def check_unreadable(unreadable: set[int], pictures: Pictures, max_bad_fraction: float) -> None:
-    """Raises InputError if the unreadable pictures (by index) are more than `max_bad_fraction` of all, or all."""
-    if len(unreadable) > max_bad_fraction * len(pictures) or len(unreadable) == len(pictures):
-        names = ", ".join(printable(pictures.name(index)) for index in sorted(unreadable)[:10])
-        raise InputError(
-            f"{len(unreadable)} of {len(pictures)} pictures cannot be read, more than "
-            f"data.max_bad_fraction={max_bad_fraction}; the first are {names}"
-        )
+def check_unreadable(unreadable: Iterable[int], pictures: Pictures, max_bad_fraction: float) -> None:
+    """`check_bad_fraction` of pictures by index."""
+    check_bad_fraction([pictures.name(index) for index in unreadable], len(pictures), max_bad_fraction)

@@ -100,6 +100,30 @@ class PairDataset(Dataset[PairBatch]):
             return WatchedPicture(None, index, reading)
 
 
+@dataclass(frozen=True)
+class PairMaker:
+    """The worker's part of view pairs, of pictures that it is handed.
+
+    A picture that cannot be decoded is replaced by the next one of the batch that can, and by a black one if none can.
+    """
+
+    augment: ViewPair
+
+    def __call__(self, pictures: Sequence[tuple[int, EncodedPicture, str]], epoch: int) -> PairBatch:
+        """The pairs of pictures given as index, on which the draws depend, picture and name."""
+        indices = torch.tensor([index for index, _, _ in pictures])
+        views, failed = self.augment.on_pictures([picture for _, picture, _ in pictures], epoch, indices)
+        readable = [row for row in range(len(pictures)) if row not in failed]
+        for row in failed:
+            other = next((one for one in readable if one > row), readable[0] if readable else None)
+            views[:, row] = 0
+            if other is not None:
+                views[:, row] = self.augment.on_pictures([pictures[other][1]], epoch, indices[row : row + 1])[0][:, 0]
+        unreadable = torch.zeros(len(pictures), dtype=torch.bool)
+        unreadable[failed] = True
+        return PairBatch((views[0], views[1]), indices, unreadable, torch.tensor(epoch))
+
+
 @dataclass
 class WatchedPicture:
     """A picture that says when it is decoded, so that a decoder that kills its process can be told which one it was."""

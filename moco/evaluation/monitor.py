@@ -316,7 +316,7 @@ class ViewPairPicture(pl.Callback):
 
 def view_pair_picture(data: PretrainingData, num_pairs: int) -> Tensor:
     """Pairs of the first epoch in columns, query above key: (3, H, W) in 0..1."""
-    views = torch.cat(data.pairs(num_pairs).views)
+    views = torch.cat(data.pairs(data.first_pictures(num_pairs)))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.augment.mean, data.augment.std))
     return make_grid((views * std + mean).clamp(0, 1), nrow=len(views) // 2, padding=2)
 
