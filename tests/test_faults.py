@@ -54,7 +54,7 @@ def poison(monkeypatch, config, *batches):
 
     def spoiled(self, batch, dataloader_idx):
         batch = original(self, batch, dataloader_idx)
-        rows = torch.tensor([(int(batch.epoch), index) in poisoned for index in batch.indices.tolist()])
+        rows = torch.tensor([(batch.epoch, index) in poisoned for index in batch.indices.tolist()])
         for view in batch.views:
             view[rows] = math.nan
         return batch

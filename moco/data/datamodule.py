@@ -186,8 +186,8 @@ class PretrainingData(pl.LightningDataModule):
             InputError: they are more than `max_bad_fraction` of the training set; it names the first ten.
         """
         pictures = self.source.train
-        if isinstance(pictures, ShardedPictures):
-            return batch  # its loader has counted already
+        if self.engine.in_memory or isinstance(pictures, ShardedPictures):
+            return batch  # nothing to read, or its loader has counted already
         for index in batch.indices[batch.unreadable].tolist():
             if (name := pictures.name(index)) not in self.unreadable:
                 self.unreadable.add(name)
@@ -199,7 +199,7 @@ class PretrainingData(pl.LightningDataModule):
         """Finish, on the device, what workers began."""
         if self.engine.in_memory:
             return batch
-        return batch._replace(views=self.augment.finished(batch.views, int(batch.epoch), batch.indices))
+        return batch._replace(views=self.augment.finished(batch.views, batch.epoch, batch.indices))
 
 
 class Engine(NamedTuple):

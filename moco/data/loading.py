@@ -35,8 +35,8 @@ class PairBatch(NamedTuple):
     """(N,) which picture of the training set each row was asked to be."""
     unreadable: Tensor
     """(N,) bool: that picture could not be read, and the next readable one stands in for it."""
-    epoch: Tensor
-    """Of the draws, a number."""
+    epoch: int
+    """Of the draws; no tensor, which a GPU would have to be asked for."""
 
 
 class EvaluationBatch(NamedTuple):
@@ -74,7 +74,7 @@ class PairDataset(Dataset[PairBatch]):
         unreadable = torch.zeros(len(places), dtype=torch.bool)
         unreadable[failed] = True
         query, key = views
-        return PairBatch((query, key), indices, unreadable, torch.tensor(epoch))
+        return PairBatch((query, key), indices, unreadable, epoch)
 
     def last_read(self) -> list[tuple[int, str]]:
         """The process id of each worker that has begun, and the name of the picture that it is or was at."""
@@ -121,7 +121,7 @@ class PairMaker:
                 views[:, row] = self.augment.on_pictures([pictures[other][1]], epoch, indices[row : row + 1])[0][:, 0]
         unreadable = torch.zeros(len(pictures), dtype=torch.bool)
         unreadable[failed] = True
-        return PairBatch((views[0], views[1]), indices, unreadable, torch.tensor(epoch))
+        return PairBatch((views[0], views[1]), indices, unreadable, epoch)
 
 
 @dataclass
@@ -271,7 +271,7 @@ class MemoryLoader:
             for query, key, own in parts:
                 self.batches_done += 1
                 unreadable = torch.zeros_like(own, dtype=torch.bool)
-                yield PairBatch((query, key), own, unreadable, torch.tensor(self.sampler.epoch))
+                yield PairBatch((query, key), own, unreadable, self.sampler.epoch)
 
     def _block(self) -> int:
         """Images to augment at once."""

@@ -183,8 +183,8 @@ def rgb_batch(pixels: Tensor) -> Tensor:
     if pixels.ndim == 3:
         return pixels[:, None].expand(-1, 3, -1, -1)
     if pixels.shape[3] == 4:
-        pictures = [Image.fromarray(picture.numpy()) for picture in pixels]
+        pictures = [Image.fromarray(picture.numpy()) for picture in pixels.cpu()]
         white = Image.new("RGBA", pictures[0].size, "white")
         flat = [np.asarray(Image.alpha_composite(white, picture).convert("RGB")) for picture in pictures]
-        pixels = torch.from_numpy(np.stack(flat))
+        pixels = torch.from_numpy(np.stack(flat)).to(pixels.device)
     return pixels.permute(0, 3, 1, 2)
