@@ -10,7 +10,7 @@ from PIL import Image
 
 from moco.data.datamodule import PretrainingData, choose_engine
 from moco.data.datasets import ArrayPictures, DataSource, Labelled, build_source
-from moco.data.loading import EpochSampler
+from moco.data.samplers import EpochSampler
 from moco.data.views import ViewPair, build_evaluation_view
 from moco.errors import InputError
 

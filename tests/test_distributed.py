@@ -15,7 +15,8 @@ import torch
 from conftest import REPOSITORY
 from torch import nn
 
-from moco.data.loading import EpochSampler, ResumableLoader
+from moco.data.loading import ResumableLoader
+from moco.data.samplers import EpochSampler
 from moco.errors import InputError, Interrupted, RunError
 from moco.methods.key_queue import KeyQueue
 from moco.training import distributed

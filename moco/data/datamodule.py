@@ -16,7 +16,6 @@ from moco.data.bad_fraction import check_bad_fraction
 from moco.data.datasets import ArrayPictures, DataSource, Labelled, Pictures
 from moco.data.decoding import EncodedPicture
 from moco.data.loading import (
-    EpochSampler,
     EvaluationBatch,
     MemoryLoader,
     PairBatch,
@@ -27,6 +26,7 @@ from moco.data.loading import (
     evaluation_loader,
 )
 from moco.data.pictures import UnreadablePicture
+from moco.data.samplers import EpochSampler
 from moco.data.streams import OpenStream, ShardedPictures, StreamDataset, StreamLoader, Streams
 from moco.data.views import Transform, ViewPair, rgb_batch
 from moco.data.workers import is_gone, loader_options

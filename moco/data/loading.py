@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from moco.data.datasets import ArrayPictures, Labelled, Pictures
 from moco.data.decoding import EncodedPicture
 from moco.data.pictures import UnreadablePicture
-from moco.data.randomness import derived_seed
+from moco.data.samplers import EpochSampler
 from moco.data.views import Transform, ViewPair, rgb_batch
 from moco.data.workers import loader_options
 
@@ -167,52 +167,6 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
             return EvaluationBatch(self.view(self.labelled.pictures[index]), label, torch.tensor(False))
         except UnreadablePicture:
             return EvaluationBatch(torch.zeros(3, self.image_size, self.image_size), label, torch.tensor(True))
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Each epoch's own random order of the pictures, as (epoch, index); every process takes its share of each batch.
-
-    The order depends on (seed, epoch) alone. Pictures left over after the last whole global batch sit out the epoch,
-    as with drop_last in the official code. The length is the whole epoch's, also when a resumed one starts in the middle.
-
-    Args:
-        num_pictures: pictures in the training set.
-        batch_size: images per optimizer step over all processes.
-        rank, world_size: this process and how many there are.
-    """
-
-    def __init__(self, num_pictures: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.num_pictures = num_pictures
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.resume_at = (-1, 0)  # an epoch, and this process's pictures of it that were trained on before
-
-    @property
-    def start(self) -> int:
-        """How many of this process's pictures the current epoch leaves out, since an earlier run trained on them."""
-        epoch, position = self.resume_at
-        return position if epoch == self.epoch else 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this at the start of every epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_pictures // self.batch_size * self.batch_size // self.world_size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in self.order().tolist())
-
-    def order(self) -> Tensor:
-        """What is left of this process's pictures in the current epoch, (M,)."""
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        order = torch.randperm(self.num_pictures, generator=generator)
-        order = order[: len(self) * self.world_size].view(-1, self.batch_size)  # one row per optimizer step
-        share = order.chunk(self.world_size, dim=1)[self.rank].flatten()
-        return share[self.start :]
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moco.data.datamodule import check_batch_size
-from moco.data.loading import EpochSampler, ResumableLoader
+from moco.data.loading import ResumableLoader
 from moco.data.pictures import UnreadablePicture
+from moco.data.samplers import EpochSampler
 from moco.data.segmentation import MaskedPictures, SegmentationSource
 from moco.data.segmentation_views import SegmentationView
 from moco.data.views import Transform

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from moco.data.bad_fraction import check_bad_fraction
 from moco.data.datasets import DataSource
 from moco.data.decoding import EncodedPicture
 from moco.data.packed import INDEX, read_index
 from moco.data.randomness import derived_seed
+from moco.data.samplers import StreamSampler
 from moco.data.shards import NO_LIBRARY, Problem, Sample, count_pictures, is_local, list_shards, pictures_in
 from moco.errors import InputError, printable
 
@@ -258,31 +259,6 @@ class OpenStream:
                 samples.append(found)
         self.num_taken += number
         return samples, problems
-
-
-class StreamSampler(Sampler[tuple[int, int]]):
-    """An epoch's batches as (epoch, batch). The length is the whole epoch's, also of one that starts in the middle."""
-
-    def __init__(self, num_batches: int) -> None:
-        self.num_batches = num_batches
-        self.epoch = 0
-        self.resume_at = (-1, 0)  # an epoch, and this process's batches of it that were trained on before
-
-    @property
-    def start(self) -> int:
-        """How many batches the current epoch leaves out, since an earlier run trained on them."""
-        epoch, position = self.resume_at
-        return position if epoch == self.epoch else 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this at the start of every epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, number) for number in range(self.start, self.num_batches))
 
 
 class StreamLoader(DataLoader[Any]):
