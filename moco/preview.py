@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moco.data.datamodule import PretrainingData
+    from moco.data.decoding import EncodedPicture
 
 SMALLEST = 112  # px; smaller views are enlarged, so that what is written beside them has room
 LINE, MARGIN, TEXT = 15, 8, 430  # px: height of a line of text, space around, width of a column of text
@@ -32,7 +33,9 @@ def run(config: PreviewConfig, folder: Path) -> None:
 
     from moco.train import build_data
 
-    picture = sheet(build_data(config), config.num_pairs)
+    data = build_data(config)
+    pictures = data.first_pictures(config.num_pairs)
+    picture = sheet(data, pictures)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         picture.save(output)
@@ -40,14 +43,13 @@ def run(config: PreviewConfig, folder: Path) -> None:
         raise InputError(f"output={config.output}: {error.strerror or error}") from error
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()  # made by Hydra
-    print(f"{config.num_pairs} pairs in {output}")
+    print(f"{len(pictures)} pairs in {output}")
 
 
-def sheet(data: "PretrainingData", num_pairs: int) -> "Image.Image":
+def sheet(data: "PretrainingData", pictures: "list[tuple[int, EncodedPicture, str]]") -> "Image.Image":
     """A row for each pair: query view, its numbers, key view, its numbers."""
     from PIL import Image, ImageDraw, ImageFont
 
-    pictures = data.first_pictures(num_pairs)
     columns = [as_pictures(views, data) for views in data.pairs(pictures)]
     words = [data.augment.described(0, index, encoded.size) for index, encoded, _ in pictures]
     lines = max(len(described) for row in words for described in row) + 2

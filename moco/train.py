@@ -179,10 +179,6 @@ def fit(
 
     try:
         trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
-    except (OSError, RuntimeError) as error:  # a lost process shows as either
-        if said := data.lost_worker():
-            raise RuntimeError(said) from error
-        raise
     except EmbeddingStopped as error:
         number = largest([stop.signal_number or 0])[0]
         raise Interrupted(number, "before the first training step; nothing to save") from error

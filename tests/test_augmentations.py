@@ -118,7 +118,11 @@ def test_crop_of_a_picture_decoded_to_half_its_size_shows_the_same(picture):
     drawn = {"box": torch.tensor([[21, 31, 59, 71]]), "size": SIZE}
     half = np.asarray(Image.fromarray(picture).reduce(2))
     operation = RandomResizedCrop(24, [0.2, 1.0])
-    whole, reduced = (worker(operation, source, drawn).astype(float) for source in (picture, half))
+    numbers = {name: values[0].numpy() for name, values in drawn.items()}
+    whole, reduced = (
+        operation.on_picture(source, numbers | {"reduction": reduction}).astype(float)
+        for source, reduction in ((picture, 1), (half, 2))
+    )
     in_whole_pixels = resized_crop(half, (10, 16, 30, 35), 24).astype(float)
     assert np.abs(whole - reduced).mean() < 0.5 * np.abs(whole - in_whole_pixels).mean()
 
@@ -323,6 +327,10 @@ CROP_ONLY = {"random_resized_crop": {"scale": [0.2, 1.0]}}
         (CROP_ONLY | {"gaussian_blur": {"sigma": [2, 1]}}, "augmentation.query.gaussian_blur: sigma="),
         (CROP_ONLY | {"gaussian_blur": {"sigma": 1}}, "augmentation.query.gaussian_blur: "),
         (CROP_ONLY | {"gaussian_blur": {}}, "augmentation.query.gaussian_blur: "),
+        (CROP_ONLY | {"gaussian_blur": {"sigma": [0.1, float("inf")]}}, "augmentation.query.gaussian_blur: sigma="),
+        (CROP_ONLY | {"color_jitter": {"brightness": float("inf")}}, "augmentation.query.color_jitter: brightness="),
+        (CROP_ONLY | {"color_jitter": {"contrast": "much"}}, "augmentation.query.color_jitter: contrast=much"),
+        (CROP_ONLY | {"random_affine": {"degrees": float("nan")}}, "augmentation.query.random_affine: degrees="),
         (CROP_ONLY | {"color_jitter": {"hue": 0.7}}, "augmentation.query.color_jitter: hue=0.7"),
         (CROP_ONLY | {"color_jitter": 3}, "augmentation.query.color_jitter: expected settings"),
         (CROP_ONLY | {"gaussian_blur": {"sigma": [0.1, 1, 2]}}, "augmentation.query.gaussian_blur: sigma="),

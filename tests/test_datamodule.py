@@ -1,6 +1,9 @@
 import io
 import multiprocessing.forkserver
+import re
 import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -208,6 +211,61 @@ def test_too_many_unreadable_pictures_stop_the_run_and_the_first_ten_are_named(p
             data.on_before_batch_transfer(batch, 0)
     assert "of 24 pictures cannot be read, more than data.max_bad_fraction=0.4; the first are " in str(error.value)
     assert str(error.value).count(".png") == 10
+
+
+def test_a_set_without_a_readable_picture_has_no_first_ones_either(picture_tree):
+    damage(picture_tree, 24)
+    data = data_for(build_source("images", str(picture_tree)), max_bad_fraction=0.1)
+    with pytest.raises(InputError, match="3 of 24 pictures cannot be read"):
+        data.first_pictures(4)
+
+
+@pytest.mark.parametrize("bad", ["b/deeper/05.png", "c"])
+def test_the_loader_process_that_died_is_named_with_its_own_picture_and_no_other_failure_is(bad, tmp_path):
+    """Two processes, of which one ends itself when it opens a picture; and one in which a picture's reader is defective."""
+    script = tmp_path / "program.py"
+    script.write_text(DYING.format(bad=bad))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=90, check=False)
+    if bad == "c":
+        assert "a defect" in done.stdout
+        assert "exited" not in done.stdout
+    else:
+        assert re.search(
+            r"DataLoader worker \(pid \d+\) exited unexpectedly; it was reading picture 13$", done.stdout.strip()
+        )
+
+
+DYING = """
+import os, signal
+import numpy as np
+from moco.data.datasets import ArrayPictures
+from moco.data.loading import PairDataset, ResumableLoader, as_it_is
+from moco.data.samplers import EpochSampler
+from moco.data.views import ViewPair
+from moco.data.workers import loader_options
+
+class Dying(ArrayPictures):
+    def opened(self, index):
+        if index == 13:
+            if "{bad}" == "c":
+                raise RuntimeError("a defect")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().opened(index)
+
+    def name(self, index):
+        return f"picture {{index}}"
+
+VIEW = {{"random_resized_crop": {{"scale": [0.2, 1.0]}}}}
+
+if __name__ == "__main__":
+    augment = ViewPair(VIEW, VIEW, [0.5] * 3, [0.5] * 3, 8, 0)
+    dataset = PairDataset(Dying(np.zeros((32, 8, 8, 3), np.uint8), "x"), augment, 2)
+    loader = ResumableLoader(dataset, EpochSampler(32, 4, 0), 4, **loader_options(2) | {{"collate_fn": as_it_is}})
+    try:
+        list(loader)
+    except RuntimeError as error:
+        print(error)
+"""
 
 
 def test_nothing_readable_is_an_error(picture_tree):

@@ -10,7 +10,7 @@ from moco.train import build_data
 @pytest.mark.parametrize("engine", ["worker", "batch"])
 def test_shows_the_pairs_that_training_sees(runner, engine):
     data = build_data(runner.config(f"data.engine={engine}"))
-    picture = np.asarray(sheet(data, 3))
+    picture = np.asarray(sheet(data, data.first_pictures(3)))
     first = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     mean, std = data.augment.mean[0], data.augment.std[0]
     side = picture.shape[1] // 2

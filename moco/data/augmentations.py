@@ -9,6 +9,7 @@ Letters: N batch, H W pixels of the source, S side of a view. Sizes in px; scale
 
 import inspect
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -99,7 +100,7 @@ class RandomResizedCrop(Operation):
         )
 
     def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
-        reduction = round(drawn["size"][0] / picture.shape[0])  # by how much it was decoded smaller
+        reduction = drawn.get("reduction", 1)  # by how much the picture was decoded smaller
         if reduction == 1:
             return picture_kernels.resized_crop(picture, drawn["box"], self.image_size)
         return picture_kernels.resized_crop_between_pixels(picture, drawn["box"] / reduction, self.image_size)
@@ -122,9 +123,9 @@ class RandomAffine(Operation):
     num_draws: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
-        expect(0 <= self.translate <= 1, "translate", self.translate, "a fraction of the side, 0 to 1")
-        expect(self.degrees >= 0, "degrees", self.degrees, "a number of degrees, at least 0")
-        expect(0 <= self.shear < 90, "shear", self.shear, "a number of degrees, 0 up to 90")
+        expect(is_number(self.translate, 0, 1), "translate", self.translate, "a fraction of the side, 0 to 1")
+        expect(is_number(self.degrees, 0, 360), "degrees", self.degrees, "a number of degrees, 0 to 360")
+        expect(is_number(self.shear, 0, 89), "shear", self.shear, "a number of degrees, 0 to 89")
 
     def drawn(self, draws: Tensor, sizes: Tensor) -> Drawn:
         most = self.translate * sizes.flip(1)
@@ -135,7 +136,7 @@ class RandomAffine(Operation):
         }
 
     def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
-        images = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
+        images = torch.tensor(picture).permute(2, 0, 1)[None] / 255
         turned = self.on_batch(images, {name: torch.as_tensor(value)[None] for name, value in drawn.items()})
         return np.ascontiguousarray(torch.round(turned[0] * 255).to(torch.uint8).permute(1, 2, 0).numpy())
 
@@ -161,8 +162,8 @@ class ColorJitter(Operation):
 
     def __post_init__(self) -> None:
         for name in self.STEPS[:3]:
-            expect(getattr(self, name) >= 0, name, getattr(self, name), "a number, at least 0")
-        expect(0 <= self.hue <= 0.5, "hue", self.hue, "a fraction of a turn, 0 to 0.5")
+            expect(is_number(getattr(self, name), 0, 100), name, getattr(self, name), "a number, 0 to 100")
+        expect(is_number(self.hue, 0, 0.5), "hue", self.hue, "a fraction of a turn, 0 to 0.5")
 
     def drawn(self, draws: Tensor, sizes: Tensor) -> Drawn:
         values = [
@@ -195,7 +196,8 @@ class GaussianBlur(Operation):
     num_draws: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        expect(is_range(self.sigma) and self.sigma[0] >= 0, "sigma", self.sigma, "two numbers of px, 0 <= low <= high")
+        holds = is_range(self.sigma) and self.sigma[0] >= 0 and self.sigma[1] <= 100
+        expect(holds, "sigma", self.sigma, "two numbers of px, 0 <= low <= high <= 100")
 
     def drawn(self, draws: Tensor, sizes: Tensor) -> Drawn:
         return {"sigma": between(self.sigma, draws[:, 0])}
@@ -356,8 +358,7 @@ def build_operation(name: str, settings: Mapping[str, Any] | None, image_size: i
     if "image_size" in allowed:
         arguments["image_size"] = image_size
     try:
-        is_number = isinstance(probability, (int, float))
-        expect(is_number and 0 <= probability <= 1, "probability", probability, "a number from 0 to 1")
+        expect(is_number(probability, 0, 1), "probability", probability, "a number from 0 to 1")
         return Step(name, OPERATIONS[name](**arguments), probability)
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}.{name}: {error}") from error
@@ -372,7 +373,12 @@ def between(limits: Sequence[float], draws: Tensor) -> Tensor:
 def is_range(values: Any) -> bool:
     """Two numbers, the lower first."""
     is_pair = isinstance(values, (list, tuple)) and len(values) == 2
-    return is_pair and all(isinstance(value, (int, float)) for value in values) and values[0] <= values[1]
+    return is_pair and all(is_number(value) for value in values) and values[0] <= values[1]
+
+
+def is_number(value: Any, lowest: float = -sys.float_info.max, highest: float = sys.float_info.max) -> bool:
+    """A number in the range; infinity and NaN are in none."""
+    return isinstance(value, (int, float)) and lowest <= value <= highest
 
 
 def expect(holds: bool, name: str, value: Any, expected: str) -> None:

@@ -56,11 +56,10 @@ def affine(images: Tensor, angle: Tensor, shift: Tensor, shear: Tensor) -> Tenso
     height, width = images.shape[2:]
     cos, sin, tan = angle.deg2rad().cos(), angle.deg2rad().sin(), shear.deg2rad().tan()
     # The inverse of rotation times shear, whose determinant is 1; for F.affine_grid in halves of the sides.
-    inverse = torch.stack([cos - sin * tan, cos * tan + sin, -sin, cos], 1).view(-1, 2, 2)
-    half = inverse.new_tensor([width / 2, height / 2])
-    turn = inverse * half / half[:, None]
-    offset = -(inverse @ shift.to(inverse)[..., None]) / half[:, None]
-    theta = torch.cat([turn, offset], 2).to(images.dtype)
+    (right, down), (a, b) = shift.unbind(1), (cos - sin * tan, cos * tan + sin)
+    across = torch.stack([a, b * (height / width), -(a * right + b * down) / (width / 2)], 1)
+    along = torch.stack([-sin * (width / height), cos, (sin * right - cos * down) / (height / 2)], 1)
+    theta = torch.stack([across, along], 1).to(images.dtype)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 

@@ -29,7 +29,7 @@ from moco.data.pictures import UnreadablePicture
 from moco.data.samplers import EpochSampler
 from moco.data.streams import OpenStream, ShardedPictures, StreamDataset, StreamLoader, Streams
 from moco.data.views import Transform, ViewPair, rgb_batch
-from moco.data.workers import is_gone, loader_options
+from moco.data.workers import loader_options
 from moco.errors import InputError, printable
 
 LARGEST_ON_GPU = 4 * 2**30  # bytes of pictures; more stay where they are
@@ -85,28 +85,38 @@ class PretrainingData(pl.LightningDataModule):
         self.max_bad_fraction = max_bad_fraction
         self.seed = seed
         self.unreadable: set[str] = set()
-        self.dataset: PairDataset | None = None
         self._streams: Streams | None = None
 
     def first_pictures(self, number: int) -> list[tuple[int, EncodedPicture, str]]:
-        """The first readable pictures of the first epoch: for each the index that its draws depend on, itself, its name."""
+        """The first readable pictures of the first epoch: for each the index that its draws depend on, itself, its name.
+
+        Of shards no more than one batch.
+
+        Raises:
+            InputError: too many before them are unreadable.
+        """
         pictures = self.source.train
         if isinstance(pictures, ShardedPictures):
+            number = min(number, self.batch_size // self.batches_per_step)
             samples, _ = OpenStream(0, self.streams(pictures).samples(0, 0)).take(number)
             return [(row, sample.picture, sample.name) for row, sample in enumerate(samples)]
         found: list[tuple[int, EncodedPicture, str]] = []
+        unreadable: list[str] = []
         for _, index in self.sampler():
             try:
-                found.append((index, pictures.opened(index), pictures.name(index)))
+                picture = pictures.opened(index)
+                picture.pixels()
+                found.append((index, picture, pictures.name(index)))
             except UnreadablePicture:
-                continue
+                unreadable.append(pictures.name(index))
+                check_bad_fraction(unreadable, len(pictures), self.max_bad_fraction)
             if len(found) == number:
                 break
         return found
 
     def pairs(self, pictures: Sequence[tuple[int, EncodedPicture, str]]) -> tuple[Tensor, Tensor]:
         """Those pictures' views in the first epoch as the model will see them, (N, 3, S, S) each, by the run's engine."""
-        indices = torch.tensor([index for index, _, _ in pictures])
+        indices = torch.tensor([index for index, _, _ in pictures], dtype=torch.int64)
         if self.engine.in_memory:
             pixels = rgb_batch(self.source.train.tensor[indices])  # type: ignore[attr-defined]
             return self.augment.on_batch(pixels, 0, indices)
@@ -136,9 +146,9 @@ class PretrainingData(pl.LightningDataModule):
             assert isinstance(self.source.train, ArrayPictures)
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
             return MemoryLoader(self.source.train, self.augment, self.sampler(), batch_size, device)
-        self.dataset = PairDataset(self.source.train, self.augment, self.num_workers)
+        dataset = PairDataset(self.source.train, self.augment, self.num_workers)
         options = loader_options(self.num_workers) | {"collate_fn": as_it_is}
-        return ResumableLoader(self.dataset, self.sampler(), batch_size, **options)
+        return ResumableLoader(dataset, self.sampler(), batch_size, **options)
 
     def streams(self, shards: ShardedPictures) -> Streams:
         """This process's streams over the shards."""
@@ -158,13 +168,6 @@ class PretrainingData(pl.LightningDataModule):
             unreadable=self.unreadable,
             **loader_options(self.num_workers),
         )
-
-    def lost_worker(self) -> str:
-        """Which of the loader's processes is gone, and what it was reading; empty if none is or it is not known."""
-        for pid, name in self.dataset.last_read() if self.dataset else ():
-            if is_gone(pid):
-                return f"DataLoader worker (pid {pid}) exited unexpectedly; it was reading {printable(name)}"
-        return ""
 
     def evaluation_dataloader(self, labelled: Labelled) -> DataLoader[EvaluationBatch]:
         """Plain pictures in order, for the bank or the queries; of several processes each gets every n-th picture."""

@@ -4,6 +4,7 @@ Letters: M pictures, N batch, H W pixels, S side of a view.
 """
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,9 +19,11 @@ from moco.data.decoding import EncodedPicture
 from moco.data.pictures import UnreadablePicture
 from moco.data.samplers import EpochSampler
 from moco.data.views import Transform, ViewPair, rgb_batch
-from moco.data.workers import loader_options
+from moco.data.workers import is_gone, loader_options
+from moco.errors import printable
 
 MOST_STAND_INS = 100
+AT_ONCE = 16  # files that a worker holds in memory, encoded
 BLOCK = (
     2**25
 )  # values of a view; as many batches as that are augmented at once on a GPU, whose small kernels cost their start
@@ -66,9 +69,15 @@ class PairDataset(Dataset[PairBatch]):
         """The process id of each worker, and the picture that it is at."""
 
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> PairBatch:
-        epoch = places[0][0]
+        epoch, side = places[0][0], self.augment.image_size
         indices = torch.tensor([index for _, index in places])
-        views, failed = self.augment.on_pictures([self._watched(index) for _, index in places], epoch, indices)
+        views = torch.empty(2, len(places), 3, side, side, dtype=torch.uint8)
+        failed = []
+        for first in range(0, len(places), AT_ONCE):
+            rows = slice(first, first + AT_ONCE)
+            pictures = [self._watched(index) for _, index in places[rows]]
+            views[:, rows], unreadable_here = self.augment.on_pictures(pictures, epoch, indices[rows])
+            failed += [first + row for row in unreadable_here]
         for row in failed:
             self._stand_in(views[:, row], epoch, indices[row])
         unreadable = torch.zeros(len(places), dtype=torch.bool)
@@ -182,9 +191,24 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.batches_done = self.sampler.start // self.batch_size
-        for batch in super().__iter__():
-            self.batches_done += 1
-            yield batch
+        try:
+            for batch in super().__iter__():
+                self.batches_done += 1
+                yield batch
+        except (OSError, RuntimeError) as error:  # a lost process shows as either
+            if said := self._lost_worker():
+                raise RuntimeError(said) from error
+            raise
+
+    def _lost_worker(self) -> str:
+        """Which of the loader's processes is gone, and what it was reading; empty if none is or it is not known."""
+        workers = self.dataset.last_read() if isinstance(self.dataset, PairDataset) and self.num_workers else []
+        for _ in range(20 if workers else 0):  # its end of a pipe may be closed a little before it is gone
+            for pid, name in workers:
+                if is_gone(pid):
+                    return f"DataLoader worker (pid {pid}) exited unexpectedly; it was reading {printable(name)}"
+            time.sleep(0.05)
+        return ""
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its pictures were handed out, by all processes together."""
@@ -218,12 +242,16 @@ class MemoryLoader:
         return len(self.sampler) // self.batch_size
 
     def __iter__(self) -> Iterator[PairBatch]:
-        self.batches_done = self.sampler.start // self.batch_size
-        for indices in self.sampler.order().to(self.pixels.device).split(self._block()):
+        # The blocks are the same wherever an epoch goes on, since a product's last bits can depend on its size.
+        block, done = self._block(), self.sampler.start
+        self.batches_done = (done - done % block) // self.batch_size
+        for indices in self.sampler.share()[done - done % block :].to(self.pixels.device).split(block):
             pair = self.augment.on_batch(self.pixels[indices], self.sampler.epoch, indices)
             parts = zip(*(values.split(self.batch_size) for values in (*pair, indices)), strict=True)
             for query, key, own in parts:
                 self.batches_done += 1
+                if self.batches_done * self.batch_size <= done:
+                    continue
                 unreadable = torch.zeros_like(own, dtype=torch.bool)
                 yield PairBatch((query, key), own, unreadable, self.sampler.epoch)
 

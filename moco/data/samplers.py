@@ -54,15 +54,14 @@ class EpochSampler(ResumableSampler):
         return self.num_pictures // self.batch_size * self.batch_size // self.world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in self.order().tolist())
+        return ((self.epoch, index) for index in self.share()[self.start :].tolist())
 
-    def order(self) -> Tensor:
-        """What is left of this process's pictures in the current epoch, (M,)."""
+    def share(self) -> Tensor:
+        """This process's pictures in the current epoch, (M,), those before `start` too."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_pictures, generator=generator)
         order = order[: len(self) * self.world_size].view(-1, self.batch_size)  # one row per optimizer step
-        share = order.chunk(self.world_size, dim=1)[self.rank].flatten()
-        return share[self.start :]
+        return order.chunk(self.world_size, dim=1)[self.rank].flatten()
 
 
 class StreamSampler(ResumableSampler):

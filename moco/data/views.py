@@ -79,11 +79,14 @@ class ViewPair:
         for row, picture in enumerate(pictures):
             own = [[{name: values[row] for name, values in step.items()} for step in view] for view in numbers]
             try:
-                pixels = picture.pixels(self._reduction(own))
+                reduction = self._reduction(own)
+                pixels = picture.pixels(reduction)
             except UnreadablePicture:
                 failed.append(row)
                 continue
             for side, (view, end) in enumerate(zip(self.views, self.ends_in_worker(), strict=True)):
+                if pixels.shape[:2] != tuple(picture.size):
+                    own[side][view.crop]["reduction"] = reduction
                 write_planes(view.on_picture(pixels, own[side], end), planes[side, row])
         return views, failed
 
@@ -96,7 +99,7 @@ class ViewPair:
 
     def finished(self, views: Sequence[Tensor], epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The device's part of what workers began: (N, 3, S, S) uint8 to normalised float32."""
-        sizes = torch.tensor(views[0].shape[2:], device=indices.device).expand(len(indices), 2)
+        sizes = same_size(views[0], indices)
         pair = []
         for side, (view, images, end) in enumerate(zip(self.views, views, self.ends_in_worker(), strict=True)):
             if end == len(view.steps):
@@ -108,7 +111,7 @@ class ViewPair:
 
     def on_batch(self, images: Tensor, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """All steps, on the device: pictures of one size, (N, 3, H, W) uint8, to two normalised views (N, 3, S, S)."""
-        sizes = torch.tensor(images.shape[2:], device=indices.device).expand(len(indices), 2)
+        sizes = same_size(images, indices)
         drawn = self.drawn(epoch, indices, sizes)
         pair = [self._on_device(view, images, numbers, 0) for view, numbers in zip(self.views, drawn, strict=True)]
         return pair[0], pair[1]
@@ -131,6 +134,11 @@ class ViewPair:
         scale = self.scale if highest == 255 else self.scale * 255
         # In place: they are large, and new memory costs a CPU as much as the arithmetic.
         return images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).mul_(scale).sub_(self.shift)
+
+
+def same_size(images: Tensor, indices: Tensor) -> Tensor:
+    """(N, 2): the height and width of the images, for each of `indices`; filled in on their device."""
+    return torch.stack([torch.full_like(indices, side) for side in images.shape[2:]], 1)
 
 
 def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
