@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -213,6 +214,16 @@ def test_a_resumed_epoch_goes_on_with_its_next_batch_without_decoding_what_went_
     assert len(decoded) == (20 - 9) * 4
     assert len(resumed) == 20
     assert len(epoch_of(resumed, 4)) == 20
+
+
+def test_streams_of_an_earlier_epoch_are_closed_though_the_worker_now_serves_others(shards):
+    dataset = StreamDataset(build_source("webdataset", shards, streams=6).train.streams(seed=1), 4, make_batch)
+    for stream in (0, 2, 4):
+        dataset[0, stream]
+    earlier = [weakref.ref(opened.samples) for opened in dataset.opened.values()]
+    dataset[1, 1]
+    assert [samples() for samples in earlier] == [None] * 3
+    assert list(dataset.opened) == [1]
 
 
 def test_fewer_shards_than_streams_make_fewer_streams_that_workers_still_divide(shards, caplog):
