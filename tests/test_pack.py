@@ -397,6 +397,24 @@ def test_a_full_disk_is_one_line_and_the_copy_goes_on_later(tmp_path, photograph
     assert len(build_source("packed", str(run(tmp_path, *arguments))).train) == 30
 
 
+def test_a_full_disk_at_the_first_write_is_one_line_and_what_it_leaves_is_not_in_the_way(
+    tmp_path, photographs, monkeypatch
+):
+    import errno
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(RunError, match="No space left on device; with room there the same command goes on"):
+            run(tmp_path, f"data.root={photographs}")
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == [".index.json.tmp"]
+    folder = run(tmp_path, f"data.root={photographs}")
+    assert len(build_source("packed", str(folder)).train) == 30
+    assert not (folder / ".index.json.tmp").exists()
+
+
 def test_loader_processes_are_handed_the_copy_as_shared_memory(tmp_path):
     from multiprocessing.reduction import ForkingPickler
 
