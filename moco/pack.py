@@ -122,7 +122,7 @@ def begun(output: Path, config: PackConfig, pool: "Pool", source: "DataSource") 
     Raises:
         InputError: the folder holds a copy of something else, or no copy.
     """
-    from moco.data.packed import INDEX, read_index
+    from moco.data.packed_index import INDEX, read_index
     from moco.data.packed_writer import temporary_of, write_index
     from moco.training.run_folder import differences
 
@@ -296,7 +296,8 @@ def check(output: Path, pool: "Pool") -> None:
         InputError: there is no finished copy.
         RunError: something differs; it names the first ten.
     """
-    from moco.data.packed import read_copy, read_index
+    from moco.data.packed import read_copy
+    from moco.data.packed_index import read_index
     from moco.data.packed_writer import damaged_shards, verify
 
     index = read_index(str(output))

@@ -127,12 +127,17 @@ def test_pictures_are_counted_in_local_shards_unless_the_number_is_given(shards)
 
 
 def test_a_copy_of_moco_pack_brings_its_number_and_its_training_shards(shards, tmp_path):
-    parts = [{"file": "part-001.tar"}, {"file": "train-00000.tar"}, {"file": "train-00001.tar"}]
-    index = {"version": 1, "format": "shards", "num_images": 1234, "parts": parts}
+    files = ("part-001.tar", "train-00000.tar", "train-00001.tar")
+    parts = [{"file": file, "stop": 0, "pictures": 617, "bytes": 1, "skipped": []} for file in files]
+    index = {"version": 1, "format": "shards", "complete": True, "num_images": 1234, "image_size": 224, "parts": parts}
+    index |= {"settings": {"quality": 90}, "source": {"pictures": 1851}}
     (tmp_path / "index.json").write_text(json.dumps(index))
     source = build_source("webdataset", str(tmp_path))
     assert len(source.train) == 1234
     assert source.train.shards == [f"{tmp_path}/train-00000.tar", f"{tmp_path}/train-00001.tar"]
+    (tmp_path / "index.json").write_text(json.dumps(index | {"complete": False, "num_images": None}))
+    with pytest.raises(InputError, match=r"not finished; start the same moco\.pack again"):
+        build_source("webdataset", str(tmp_path))
     (tmp_path / "index.json").write_text(json.dumps(index | {"format": "array"}))
     with pytest.raises(InputError, match="holds a packed array and no shards; data=packed reads it"):
         build_source("webdataset", str(tmp_path))

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from moco.data.packed import COLUMNS, INDEX, PIXELS, TABLE, PackedPictures, read_table
+from moco.data.packed import PIXELS, PackedPictures
+from moco.data.packed_index import COLUMNS, INDEX, TABLE, read_table
 from moco.data.packing import Chunk, Pool
 from moco.errors import printable
 
@@ -110,7 +111,7 @@ class Writer:
     """Writes a copy, from where its index says that it stopped. Leaving its ``with`` block gives up a part that is not full.
 
     Args:
-        index: of `moco.data.packed.read_index`, or a new one.
+        index: of `moco.data.packed_index.read_index`, or a new one.
         max_part_bytes: a part ends with the chunk that reaches so many.
     """
 

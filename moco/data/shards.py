@@ -19,7 +19,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from moco.data.decoding import EncodedPicture, encoded
-from moco.data.packed import INDEX, read_index
+from moco.data.packed_index import INDEX, check_finished, read_index
 from moco.data.pictures import EXTENSIONS, UnreadablePicture
 from moco.errors import InputError, printable
 
@@ -147,6 +147,7 @@ def _shards_of_folder(folder: str) -> list[str]:
         index = read_index(folder)
         if index["format"] != "shards":
             raise InputError(f"data.root={folder}: holds a packed array and no shards; data=packed reads it")
+        check_finished(folder, index)
         names = [part["file"] for part in index["parts"] if part["file"].startswith("train-")]
     else:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))

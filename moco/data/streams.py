@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from moco.data.bad_fraction import check_bad_fraction
 from moco.data.datasets import DataSource
 from moco.data.decoding import EncodedPicture
-from moco.data.packed import INDEX, read_index
+from moco.data.packed_index import INDEX, read_index
 from moco.data.randomness import derived_seed
 from moco.data.samplers import StreamSampler
 from moco.data.shards import NO_LIBRARY, Problem, Sample, count_pictures, is_local, list_shards, pictures_in
