@@ -40,15 +40,19 @@ def num_processes(config: TrainConfig) -> int:
 
 
 def check_same_pictures(data: "PretrainingData") -> None:
-    """Raises InputError if the processes of a training do not see the same pictures."""
+    """Raises InputError if the processes of a training do not see the same pictures, or the same shards."""
+    from moco.data.streams import ShardedPictures
     from moco.training.distributed import gather_objects, world_size
 
     if world_size() == 1:
         return
-    names = hashlib.blake2b()
-    for index in range(len(data.source.train)):
-        names.update(os.fsencode(data.source.train.name(index)) + b"\0")
-    if len({*gather_objects((len(data.source.train), names.hexdigest()))}) > 1:
+    train = data.source.train
+    # Pictures of shards have no names before they are read.
+    names = train.shards if isinstance(train, ShardedPictures) else map(train.name, range(len(train)))
+    digest = hashlib.blake2b()
+    for name in names:
+        digest.update(os.fsencode(name) + b"\0")
+    if len({*gather_objects((len(train), digest.hexdigest()))}) > 1:
         raise InputError(
             "data.root: the processes of this run do not see the same pictures; is it the same folder on all nodes?"
         )

@@ -58,7 +58,7 @@ def run(config: PackConfig, folder: Path) -> None:
     if config.check:
         check(output, pool)
     else:
-        with taken(output), interruptible():
+        with taken(output), interruptible(), full_disk_named(output):
             index = begun(output, config, pool, source)
             if index["complete"]:
                 log.info("%s is complete; check=true compares it with its checksums", output)
@@ -105,14 +105,25 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def full_disk_named(output: Path) -> Iterator[None]:
+    """Inside, a full disk is a RunError that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f"output={output}: {error.strerror}; with room there the same command goes on") from error
+
+
 def begun(output: Path, config: PackConfig, pool: "Pool", source: "DataSource") -> dict[str, Any]:
     """The index of the copy in `output`, or that of a new one.
 
     Raises:
         InputError: the folder holds a copy of something else, or no copy.
     """
-    from moco.data.packed import INDEX, read_index
-    from moco.data.packed_writer import write_index
+    from moco.data.packed_index import INDEX, read_index
+    from moco.data.packed_writer import temporary_of, write_index
     from moco.training.run_folder import differences
 
     here = settings(config)
@@ -132,7 +143,7 @@ def begun(output: Path, config: PackConfig, pool: "Pool", source: "DataSource") 
         if different:
             raise InputError(f"output={output}: holds another copy: {'; '.join(different)}; choose another folder")
         return index
-    if any(output.iterdir()):
+    if {*output.iterdir()} - {temporary_of(output / INDEX)}:
         raise InputError(f"output={output}: holds other files; choose an empty folder or one that is not there")
     here["format"] = chosen_format(config, pool)
     image_size = source.image_size if config.data.resize is None else min(source.image_size, config.data.resize)
@@ -183,35 +194,29 @@ def write(config: PackConfig, index: dict[str, Any], pool: "Pool", max_bad_fract
 
     Raises:
         InputError: too many pictures cannot be read.
-        RunError: the disk is full.
     """
     from moco.data.bad_fraction import check_bad_fraction
     from moco.data.packed_writer import Writer
     from moco.data.packing import chunks
 
     quality = config.quality if index["format"] == "shards" else None
-    try:
-        with Writer(Path(config.output), index, pool, config.max_shard_bytes) as writer:
-            if writer.done:
-                log.info("going on after %s of %s pictures", f"{writer.done:,}", f"{len(pool):,}")
-            skipped = [pool.name(row) for row, _ in writer.skipped]
+    with Writer(Path(config.output), index, pool, config.max_shard_bytes) as writer:
+        if writer.done:
+            log.info("going on after %s of %s pictures", f"{writer.done:,}", f"{len(pool):,}")
+        skipped = [pool.name(row) for row, _ in writer.skipped]
+        check_bad_fraction(skipped, len(pool), max_bad_fraction)
+        progress = Progress(writer.done, len(pool))
+        loader = chunks(pool, writer.done, config.data.resize, quality, config.num_workers)
+        with held_back(ENDING):  # a loader that is interrupted while it starts complains about itself when it goes
+            arriving = iter(loader)
+        for chunk in arriving:
+            for row, reason in chunk.skipped:
+                log.warning("skipped an unreadable picture: %s", reason)
+                skipped.append(pool.name(row))
+            writer.add(chunk)
             check_bad_fraction(skipped, len(pool), max_bad_fraction)
-            progress = Progress(writer.done, len(pool))
-            loader = chunks(pool, writer.done, config.data.resize, quality, config.num_workers)
-            with held_back(ENDING):  # a loader that is interrupted while it starts complains about itself when it goes
-                arriving = iter(loader)
-            for chunk in arriving:
-                for row, reason in chunk.skipped:
-                    log.warning("skipped an unreadable picture: %s", reason)
-                    skipped.append(pool.name(row))
-                writer.add(chunk)
-                check_bad_fraction(skipped, len(pool), max_bad_fraction)
-                progress.say(chunk.stop)
-            writer.finish()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunError(f"output={config.output}: {error.strerror}; with room there the same command goes on") from error
+            progress.say(chunk.stop)
+        writer.finish()
 
 
 class Progress:
@@ -291,7 +296,8 @@ def check(output: Path, pool: "Pool") -> None:
         InputError: there is no finished copy.
         RunError: something differs; it names the first ten.
     """
-    from moco.data.packed import read_copy, read_index
+    from moco.data.packed import read_copy
+    from moco.data.packed_index import read_index
     from moco.data.packed_writer import damaged_shards, verify
 
     index = read_index(str(output))

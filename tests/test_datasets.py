@@ -56,6 +56,21 @@ def test_images_takes_several_trees(picture_tree):
     assert len(source.train) == 16
 
 
+@pytest.mark.parametrize(("first", "second"), [(".", "a"), ("a", "."), ("a", "a/"), ("link", "b/deeper"), (".", ".")])
+def test_trees_that_overlap_are_refused_with_both_names(picture_tree, first, second):
+    (picture_tree / "link").symlink_to(picture_tree / "b")
+    first, second = (f"{picture_tree}/{name}" for name in (first, second))
+    with pytest.raises(InputError, match=r"is .* or lies below it, and its pictures would be listed twice") as error:
+        build_source("images", [first, second])
+    assert first in str(error.value)
+    assert second in str(error.value)
+
+
+def test_trees_whose_names_begin_alike_do_not_overlap(picture_tree):
+    (picture_tree / "a").rename(picture_tree / "bb")
+    assert len(build_source("images", [str(picture_tree / "b"), str(picture_tree / "bb")]).train) == 24
+
+
 @pytest.mark.parametrize("root", [[], [3], {"a": 1}])
 def test_images_refuses_other_roots(root):
     with pytest.raises(InputError, match=r"data\.root=.*expected a folder or a list of folders"):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from moco.data.datasets import ArrayPictures, FilePictures, build_source
 from moco.data.decoding import encoded, encoded_file, jpeg_pixels
-from moco.data.pictures import MAX_IMAGE_PIXELS, UnreadablePicture, read_picture, to_rgb
+from moco.data.pictures import MAX_IMAGE_PIXELS, UnreadablePicture, to_rgb
 
 
 def smooth(generator, height=125, width=166):
@@ -147,7 +147,7 @@ def test_a_file_in_memory_is_unreadable_with_the_words_of_one_on_disk(tmp_path, 
         (tmp_path / "x.jpg").write_bytes(content)
         path = str(tmp_path / "x.jpg")
         with pytest.raises(UnreadablePicture) as on_disk:
-            read_picture(path)
+            encoded(path, path, MAX_IMAGE_PIXELS).pixels()
         with pytest.raises(UnreadablePicture) as in_memory:
             encoded_file(path, path, MAX_IMAGE_PIXELS).pixels()
         assert str(in_memory.value) == str(on_disk.value)

@@ -64,6 +64,27 @@ def test_a_dict_of_splits_brings_its_queries(tmp_path, split):
     assert source.queries.labels.tolist() == [0, 1, 0]
 
 
+def labels_of(*names):
+    return table(4).remove_columns("label").add_column("label", [0, 1, 0, 1], feature=datasets.ClassLabel(names=names))
+
+
+def test_classes_of_the_queries_are_those_of_the_same_name_in_the_training_split(tmp_path):
+    both = datasets.DatasetDict({"train": labels_of("cat", "dog", "owl"), "test": labels_of("owl", "cat")})
+    source = build_source("hf", saved(tmp_path / "set", both))
+    assert source.bank.labels.tolist() == [0, 1, 0, 1]
+    assert source.queries.labels.tolist() == [2, 0, 2, 0]
+
+
+def test_classes_that_the_training_split_does_not_have_are_named(tmp_path):
+    both = datasets.DatasetDict({"train": labels_of("cat", "dog"), "test": labels_of("dog", "fox")})
+    with pytest.raises(InputError, match=r"split test: classes that the split train does not have: fox$"):
+        build_source("hf", saved(tmp_path / "set", both))
+    numbers = table(2).cast_column("label", datasets.Value("int64"))
+    both = datasets.DatasetDict({"train": labels_of("cat", "dog"), "test": numbers})
+    with pytest.raises(InputError, match=r"has class names, the other none$"):
+        build_source("hf", saved(tmp_path / "numbers", both), label_column="label")
+
+
 def test_rows_that_were_chosen_and_shuffled_before_saving_keep_their_order(tmp_path):
     chosen = table(20).shuffle(seed=3).select(range(7))
     source = build_source("hf", saved(tmp_path / "set", chosen))
@@ -118,8 +139,10 @@ def test_a_table_without_pictures_rows_or_training_split_is_named(tmp_path):
     texts = datasets.Dataset.from_dict({"text": ["a"]})
     with pytest.raises(InputError, match=r"split train: no column of type Image in there \(text: string\)"):
         build_source("hf", saved(tmp_path / "texts", texts))
-    with pytest.raises(InputError, match="empty: not a folder of datasets' save_to_disk"):  # the library's own limit
+    with pytest.raises(InputError, match=r"empty: no rows in empty$"):
         build_source("hf", saved(tmp_path / "empty", table(0)))
+    with pytest.raises(InputError, match=r"half: no rows in test$"):
+        build_source("hf", saved(tmp_path / "half", datasets.DatasetDict({"train": table(1), "test": table(0)})))
     with pytest.raises(InputError, match=r"no split train in there \(found other, test\)"):
         build_source("hf", saved(tmp_path / "splits", datasets.DatasetDict({"test": table(1), "other": table(1)})))
 

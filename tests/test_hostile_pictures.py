@@ -18,7 +18,7 @@ from moco.config.pretrained import EvaluateDataConfig
 from moco.config.segment import SegmentDataConfig
 from moco.config.train import DataConfig
 from moco.data.class_folders import is_held_out
-from moco.data.datasets import build_source
+from moco.data.datasets import FilePictures, build_source
 from moco.data.listing import list_pictures
 from moco.data.pictures import (
     MAX_IMAGE_PIXELS,
@@ -26,7 +26,6 @@ from moco.data.pictures import (
     opened,
     pillow_warnings_ignored,
     read_mask,
-    read_picture,
 )
 from moco.data.segmentation import build_segmentation_source
 from moco.data.views import build_evaluation_view
@@ -51,7 +50,7 @@ def picture(generator):
 def unreadable(path, *limit):
     """The message, which is one line and names the file."""
     with pytest.raises(UnreadablePicture) as error:
-        read_picture(str(path), *limit)
+        FilePictures([str(path)], *limit)[0]
     assert str(error.value).startswith(printable(str(path)))
     assert str(error.value).isprintable()
     return str(error.value)
@@ -66,7 +65,7 @@ def test_the_limit_has_one_default():
 @pytest.mark.parametrize("file_format", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
 def test_pictures_beyond_the_limit_are_refused_in_every_format(file_format, picture, tmp_path):
     picture.save(tmp_path / "x.jpg", format=file_format)
-    assert read_picture(str(tmp_path / "x.jpg"), 4800).size == (80, 60)
+    assert FilePictures([str(tmp_path / "x.jpg")], 4800)[0].size == (80, 60)
     message = unreadable(tmp_path / "x.jpg", 4799)
     assert message.endswith("x.jpg: Image size (4800 pixels) exceeds data.max_image_pixels=4799")
 
@@ -126,7 +125,7 @@ def test_of_several_frames_the_first_is_read(suffix, tmp_path):
         append_images=frames[1:],
         **({"lossless": True} if suffix == "webp" else {}),
     )
-    assert read_picture(str(tmp_path / f"x.{suffix}")).getpixel((4, 4)) == (255, 0, 0)
+    assert FilePictures([str(tmp_path / f"x.{suffix}")])[0].getpixel((4, 4)) == (255, 0, 0)
 
 
 def test_compressed_text_and_colour_profiles_do_not_unpack_without_end(picture, tmp_path):
@@ -240,7 +239,7 @@ def test_a_tree_of_any_depth_is_listed(tmp_path):
         os.chdir(here)
         (path,) = list_pictures(tmp_path)
         assert path == f"{tmp_path}/{'d/' * 1500}x.png"
-        assert read_picture(path).size == (4, 4)
+        assert FilePictures([path])[0].size == (4, 4)
     finally:
         os.chdir(here)
         subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # pytest's own cleaning up would fail at such a depth
@@ -344,7 +343,7 @@ def test_damaged_files_are_pictures_or_unreadable_and_nothing_else(generator, tm
     for content in random_pictures(generator, 1000):
         (tmp_path / "x.jpg").write_bytes(content)
         try:
-            outcomes.add(read_picture(str(tmp_path / "x.jpg"), 10**6).mode)
+            outcomes.add(FilePictures([str(tmp_path / "x.jpg")], 10**6)[0].mode)
         except UnreadablePicture as error:
             assert str(error).isprintable()  # noqa: PT017
             outcomes.add("unreadable")

@@ -47,6 +47,17 @@ def photographs(tmp_path, generator):
     return root
 
 
+@pytest.fixture(scope="module")
+def labelled_copy(tmp_path_factory):
+    """24 pictures in two classes, about half of them the bank."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for number in range(24):
+        path = folder / "source" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 5), (number, 0, 0)).save(path)
+    return run(folder, "data=image_folder", f"data.root={folder / 'source'}", "data.held_out=0.5", "format=array")
+
+
 def names(pictures):
     return [pictures.name(index) for index in range(len(pictures))]
 
@@ -367,6 +378,86 @@ def test_an_index_that_points_beyond_the_file_is_refused(tmp_path, picture_tree)
         build_source("packed", str(folder))
 
 
+def changed(index, place, value):
+    """A copy of JSON data with one value replaced, or left out if it is None."""
+    index = json.loads(json.dumps(index))
+    *way, last = place
+    inner = index
+    for step in way:
+        inner = inner[step]
+    inner[last] = value
+    if value is None:
+        del inner[last]
+    return json.dumps(index)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (["format"], None, r"format is missing"),
+        (["format"], "tar", r'format="tar": expected array or shards'),
+        (["complete"], 1, r"complete=1: expected true or false"),
+        (["num_images"], 25, r"num_images=25, and its parts hold 24"),
+        (["num_images"], -1, r"num_images=-1: expected a number"),
+        (["image_size"], "a", r'image_size="a": expected a number'),
+        (["settings"], {}, r"settings=\{\}: expected settings, quality among them"),
+        (["source"], [], r"source=\[\]: expected its number of pictures"),
+        (["parts"], {}, r"parts=\{\}: expected a list"),
+        (["parts", 0, "bytes"], None, r"parts\[0\]\.bytes is missing"),
+        (["parts", 0, "pictures"], 1.5, r"parts\[0\]\.pictures=1\.5: expected a number"),
+        (["parts", 0, "skipped"], [[1]], r"parts\[0\]\.skipped=\[\[1\]\]: expected a list of rows and reasons"),
+        *[
+            (["parts", 0, "file"], name, r"parts\[0\]\.file=.*: expected the name of a file in this folder")
+            for name in ("../x", "/etc/passwd", "..", "", 3)
+        ],
+    ],
+)
+def test_an_index_is_held_to_its_form(labelled_copy, tmp_path, place, value, message):
+    index = json.loads((labelled_copy / "index.json").read_text())
+    (tmp_path / "index.json").write_text(changed(index, place, value))
+    with pytest.raises(InputError, match=message) as error:
+        build_source("packed", str(tmp_path))
+    assert str(error.value).startswith(f"{tmp_path}/index.json: ")
+
+
+def test_an_index_of_a_version_alone_is_no_copy(tmp_path):
+    (tmp_path / "index.json").write_text('{"version": 1}')
+    with pytest.raises(InputError, match=r"index\.json: format is missing; pack it anew"):
+        build_source("packed", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("names", lambda array: None, "names is missing"),
+        ("bank_labels", lambda array: None, "bank_labels is missing"),
+        ("bank_rows", lambda array: array + 24, "bank_rows has numbers below 0 or above 23"),
+        ("bank_rows", lambda array: array - 1, "bank_rows has numbers below 0 or above 23"),
+        ("bank_rows", lambda array: array.astype(float), r"bank_rows is float64 \(\d+,\), expected int64"),
+        ("bank_labels", lambda array: array - 9, "bank_labels has numbers below 0"),
+        ("bank_labels", lambda array: array[1:], r"bank_labels is int64"),
+        ("heights", lambda array: array[1:], r"heights is int32 \(23,\), expected int32 \(24,\)"),
+        ("rows", lambda array: array[0], r"rows is int64 \(\), expected int64"),
+        ("name_ends", lambda array: array[::-1], "name_ends does not go with names"),
+        ("name_ends", lambda array: array + 1, "name_ends does not go with names"),
+        ("offsets", lambda array: array - 1, "offsets has numbers below 0"),
+        ("offsets", lambda array: array + (2**63 - 1 - array[-1]), "does not go with index.json"),
+        ("lengths", lambda array: array * 0, "lengths has numbers below 1"),
+        ("rows", lambda array: np.array([{}] * len(array), object), "rows holds Python objects"),
+    ],
+)
+def test_a_table_is_held_to_its_form(labelled_copy, tmp_path, name, change, message):
+    for path in labelled_copy.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with np.load(tmp_path / "index.npz") as file:
+        table = dict(file)
+    table[name] = change(table[name])
+    np.savez(tmp_path / "index.npz", **{name: array for name, array in table.items() if array is not None})
+    with pytest.raises(InputError, match=message) as error:
+        build_source("packed", str(tmp_path))
+    assert str(error.value).startswith(f"{tmp_path}/index.npz: ")
+
+
 def test_auto_takes_an_array_where_it_fits_in_half_of_the_free_space(tmp_path, picture_tree, monkeypatch, caplog):
     caplog.set_level("INFO")
     needed = 24 * 16 * 20 * 3
@@ -395,6 +486,24 @@ def test_a_full_disk_is_one_line_and_the_copy_goes_on_later(tmp_path, photograph
         run(tmp_path, *arguments)
     monkeypatch.setattr(Writer, "add", add)
     assert len(build_source("packed", str(run(tmp_path, *arguments))).train) == 30
+
+
+def test_a_full_disk_at_the_first_write_is_one_line_and_what_it_leaves_is_not_in_the_way(
+    tmp_path, photographs, monkeypatch
+):
+    import errno
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(RunError, match="No space left on device; with room there the same command goes on"):
+            run(tmp_path, f"data.root={photographs}")
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == [".index.json.tmp"]
+    folder = run(tmp_path, f"data.root={photographs}")
+    assert len(build_source("packed", str(folder)).train) == 30
+    assert not (folder / ".index.json.tmp").exists()
 
 
 def test_loader_processes_are_handed_the_copy_as_shared_memory(tmp_path):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moco.data.datasets import FilePictures
 from moco.data.listing import list_pictures
-from moco.data.pictures import UnreadablePicture, read_picture, to_rgb
+from moco.data.pictures import UnreadablePicture, to_rgb
 from moco.errors import InputError
 
 
@@ -36,21 +37,21 @@ def test_palette_keeps_its_colours_and_transparency(tmp_path):
     picture.putpalette([0, 0, 0, 200, 100, 50])
     picture.save(tmp_path / "plain.png")
     picture.save(tmp_path / "clear.png", transparency=1)
-    assert pixel(read_picture(str(tmp_path / "plain.png"))) == (200, 100, 50)
-    assert pixel(read_picture(str(tmp_path / "clear.png"))) == (255, 255, 255)
+    assert pixel(FilePictures([str(tmp_path / "plain.png")])[0]) == (200, 100, 50)
+    assert pixel(FilePictures([str(tmp_path / "clear.png")])[0]) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bit_values_are_scaled_and_not_clipped(suffix, tmp_path):
     values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
-    picture = read_picture(str(tmp_path / f"deep.{suffix}"))
+    picture = FilePictures([str(tmp_path / f"deep.{suffix}")])[0]
     assert [pixel(picture, x) for x in range(4)] == [(v, v, v) for v in (0, 1, 128, 255)]
 
 
 def test_jpeg_in_cmyk_is_read(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=95)
-    red, green, blue = pixel(read_picture(str(tmp_path / "print.jpg")))
+    red, green, blue = pixel(FilePictures([str(tmp_path / "print.jpg")])[0])
     assert red > 220
     assert max(green, blue) < 40
 
@@ -66,7 +67,7 @@ def test_unreadable_pictures_are_named(content, tmp_path, generator):
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UnreadablePicture, match=r"picture\.tif"):
-        read_picture(str(path))
+        FilePictures([str(path)])[0]
 
 
 def test_listing_is_recursive_sorted_and_by_extension(picture_tree):

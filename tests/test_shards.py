@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -126,12 +127,17 @@ def test_pictures_are_counted_in_local_shards_unless_the_number_is_given(shards)
 
 
 def test_a_copy_of_moco_pack_brings_its_number_and_its_training_shards(shards, tmp_path):
-    parts = [{"file": "part-001.tar"}, {"file": "train-00000.tar"}, {"file": "train-00001.tar"}]
-    index = {"version": 1, "format": "shards", "num_images": 1234, "parts": parts}
+    files = ("part-001.tar", "train-00000.tar", "train-00001.tar")
+    parts = [{"file": file, "stop": 0, "pictures": 617, "bytes": 1, "skipped": []} for file in files]
+    index = {"version": 1, "format": "shards", "complete": True, "num_images": 1234, "image_size": 224, "parts": parts}
+    index |= {"settings": {"quality": 90}, "source": {"pictures": 1851}}
     (tmp_path / "index.json").write_text(json.dumps(index))
     source = build_source("webdataset", str(tmp_path))
     assert len(source.train) == 1234
     assert source.train.shards == [f"{tmp_path}/train-00000.tar", f"{tmp_path}/train-00001.tar"]
+    (tmp_path / "index.json").write_text(json.dumps(index | {"complete": False, "num_images": None}))
+    with pytest.raises(InputError, match=r"not finished; start the same moco\.pack again"):
+        build_source("webdataset", str(tmp_path))
     (tmp_path / "index.json").write_text(json.dumps(index | {"format": "array"}))
     with pytest.raises(InputError, match="holds a packed array and no shards; data=packed reads it"):
         build_source("webdataset", str(tmp_path))
@@ -215,6 +221,16 @@ def test_a_resumed_epoch_goes_on_with_its_next_batch_without_decoding_what_went_
     assert len(epoch_of(resumed, 4)) == 20
 
 
+def test_streams_of_an_earlier_epoch_are_closed_though_the_worker_now_serves_others(shards):
+    dataset = StreamDataset(build_source("webdataset", shards, streams=6).train.streams(seed=1), 4, make_batch)
+    for stream in (0, 2, 4):
+        dataset[0, stream]
+    earlier = [weakref.ref(opened.samples) for opened in dataset.opened.values()]
+    dataset[1, 1]
+    assert [samples() for samples in earlier] == [None] * 3
+    assert list(dataset.opened) == [1]
+
+
 def test_fewer_shards_than_streams_make_fewer_streams_that_workers_still_divide(shards, caplog):
     caplog.set_level("INFO")
     source = build_source("webdataset", list_shards(shards)[:5], num_images=50)
@@ -233,12 +249,32 @@ def test_workers_that_do_not_divide_the_streams_are_refused_with_the_choices():
 def test_pipes_are_read_and_a_command_that_fails_is_named(shards, caplog):
     local = list_shards(shards)
     assert numbers_in(f"pipe:cat {local[2]}") == list(range(20, 30))
-    assert problems_of(f"pipe:cat {local[2]}; exit 3")[0].reason.endswith(
+    # More zeros than a pipe holds: the command cannot end, and webdataset not notice it, before the archive is read.
+    assert problems_of(f"pipe:cat {local[2]}; head -c 200000 /dev/zero; exit 3")[0].reason.endswith(
         "cannot be read beyond its first 10 pictures (its command failed)"
     )
     (problem,) = problems_of(f"pipe:cat {local[2]}.missing 2>/dev/null")
     assert problem.is_shard
     assert problem.reason.endswith("cannot be read beyond its first 0 pictures (its command failed)")
+
+
+def test_a_file_whose_name_looks_like_an_address_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run1:x").mkdir()
+    write_tar("run1:x/s.tar", [("0.png", picture(5))])
+    assert len(build_source("webdataset", "run1:x/s.tar").train) == 1
+    assert numbers_in("run1:x/s.tar") == [5]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_label_that_was_cut_off_does_not_cost_its_picture(tmp_path, mode):
+    path = tmp_path / "shard.tar"
+    write_tar(
+        path, [("0.png", picture(0)), ("1.png", picture(1)), ("1.cls", np.random.default_rng(0).bytes(90_000))], mode
+    )
+    path.write_bytes(path.read_bytes()[:40_000])
+    assert numbers_in(str(path)) == [0, 1]
+    assert count_pictures([str(path)])[0] == 2
 
 
 def test_a_stream_can_be_given_up_in_the_middle_of_a_command(shards):
@@ -266,7 +302,7 @@ def test_of_a_shard_that_was_cut_short_what_is_whole_is_used(tmp_path, cut, whol
     assert problem.is_shard
     assert f"shard.tar: cannot be read beyond its first {len(numbers)} pictures" in problem.reason
     counted, problems = count_pictures([str(path)])
-    assert len(numbers) - 1 <= counted <= len(numbers)
+    assert counted == len(numbers)
     assert [one.name for one in problems] == [str(path)]
     if whole is not None:
         assert len(numbers) == whole

@@ -3,6 +3,8 @@
 Letters: M pictures, H W pixels.
 """
 
+import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,8 +226,20 @@ def images(root: Any, max_image_pixels: int, pages: str, listing: Path | None) -
     roots = [root] if isinstance(root, str) else root
     if not isinstance(roots, list) or not roots or not all(isinstance(one, str) for one in roots):
         raise InputError(f"data.root={root}: expected a folder or a list of folders")
+    refuse_overlap(roots)
     found = Listing.of_all(listed(roots, pages, listing))
     return DataSource(FilePictures(found.paths, max_image_pixels, found.num_pages), None, None, image_size=224)
+
+
+def refuse_overlap(roots: Sequence[str]) -> None:
+    """Raises InputError if a folder is another one of them or lies below it: its pictures would be listed twice."""
+    for inner, outer in itertools.permutations(roots, 2):
+        real = os.path.realpath(outer)
+        if os.path.commonpath([real, os.path.realpath(inner)]) == real:
+            raise InputError(
+                f"data.root: {printable(inner)} is {printable(outer)} or lies below it, and its pictures would be listed "
+                "twice; leave one of them out"
+            )
 
 
 def image_folder(root: str, max_image_pixels: int, held_out: float, pages: str, listing: Path | None) -> DataSource:

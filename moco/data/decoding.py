@@ -94,7 +94,8 @@ def encoded(source: bytes | str, name: str, max_image_pixels: int, page: int = 0
         page: which of a file with several, from 0.
 
     Raises:
-        UnreadablePicture: as of `moco.data.pictures.read_picture`.
+        UnreadablePicture: the file is missing, empty, too large or not a picture; and if its pixels are damaged, when they
+            are asked for.
     """
     with pillow_warnings_ignored(), opened(source, max_image_pixels, name) as picture:
         turn_to(picture, page, max_image_pixels)

@@ -3,6 +3,7 @@
 They are data: their columns' types come from JSON, pictures are taken as encoded bytes, and no code in a folder is run.
 """
 
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,6 +73,9 @@ def hugging_face(root: str, image_column: str | None, label_column: str | None, 
     queries = None
     if held_out is not None and bank is not None:
         _, queries = _pictures(root, held_out, splits[held_out], image_column, label_column, max_image_pixels)
+        if queries is not None:
+            there, here = (_class_names(root, name, splits[name], label_column) for name in ("train", held_out))
+            queries = Labelled(queries.pictures, _renumbered(queries.labels, here, there, f"{root}, split {held_out}"))
     return DataSource(train, bank, queries, image_size=224)
 
 
@@ -88,10 +92,20 @@ def _loaded(root: str) -> Any:
             f"data.root={root}: holds a loading script ({printable(scripts[0])}), and no code is run from there"
         )
     try:
-        return datasets.load_from_disk(root)
+        empty = _empty_splits(root)
+        found = None if empty else datasets.load_from_disk(root)
     except Exception as error:  # on damaged folders its parsers and Arrow's raise nearly anything
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         raise InputError(f"data.root={root}: not a folder of datasets' save_to_disk ({reason})") from error
+    if empty:
+        raise InputError(f"data.root={root}: no rows in {printable(', '.join(empty))}")
+    return found
+
+
+def _empty_splits(root: str) -> list[str]:
+    """Folders that hold a table without any file, which the library writes and does not read."""
+    states = [path for pattern in ("state.json", "*/state.json") for path in sorted(Path(root).glob(pattern))]
+    return [path.parent.name for path in states if json.loads(path.read_text()).get("_data_files") == []]
 
 
 def _pictures(
@@ -101,6 +115,8 @@ def _pictures(
 
     features = dataset.features
     where = f"{root}, split {split}"
+    if not len(dataset):
+        raise InputError(f"data.root={where}: no rows in there")
     column = _chosen(features, image_column, "data.image_column", datasets.Image, where)
     if column is None:
         raise InputError(f"data.root={where}: no column of type Image in there ({_described(features)})")
@@ -146,3 +162,31 @@ def _labels(dataset: Any, column: str, where: str) -> np.ndarray | None:
         log.info("%s has rows without a label: its labels are not used", printable(where))
         return None
     return labels
+
+
+def _class_names(root: str, split: str, dataset: Any, label_column: str | None) -> list[str] | None:
+    """Of a split that has labels, in the order of their numbers; None where the labels are plain numbers."""
+    import datasets
+
+    column = _chosen(dataset.features, label_column, "data.label_column", datasets.ClassLabel, f"{root}, split {split}")
+    feature = dataset.features[column]
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _renumbered(labels: np.ndarray, here: list[str] | None, there: list[str] | None, where: str) -> np.ndarray:
+    """The labels, (M,) int64, of classes called `here`, as numbers of the training split, which calls them `there`.
+
+    Raises:
+        InputError: that split does not have one of the names, or only one of the two has names.
+    """
+    if here == there:
+        return labels
+    if here is None or there is None:
+        raise InputError(
+            f"data.root={where}: one of its labels and those of the split train has class names, the other none"
+        )
+    if unknown := sorted(set(here) - set(there)):
+        raise InputError(
+            f"data.root={where}: classes that the split train does not have: {printable(', '.join(unknown))}"
+        )
+    return np.array([there.index(name) for name in here])[labels]

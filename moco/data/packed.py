@@ -7,7 +7,6 @@ format `shards` the parts are tar files of encoded pictures. ``index.npz`` says 
 Letters: M pictures, H W pixels.
 """
 
-import json
 import mmap
 import os
 import zlib
@@ -21,20 +20,10 @@ from torch import Tensor
 
 from moco.data.datasets import DataSource, Labelled
 from moco.data.decoding import DecodedPicture, EncodedPicture, encoded
-from moco.errors import InputError, printable
+from moco.data.packed_index import COLUMNS, INDEX, SIDES, TABLE, check_finished, read_index, read_table
+from moco.errors import InputError
 
-INDEX = "index.json"
-TABLE = "index.npz"
 PIXELS = "pixels.bin"
-COLUMNS = {
-    "rows": np.int64,  # of the source: first the pictures to train on, then the others
-    "offsets": np.int64,  # bytes from the start of the file
-    "lengths": np.int64,  # bytes
-    "heights": np.int32,
-    "widths": np.int32,
-    "checksums": np.int64,  # CRC-32 of the bytes
-}
-SIDES = ("bank", "queries")
 MOST_OPEN = 256  # files of a process
 
 
@@ -115,10 +104,7 @@ def packed(root: str, max_image_pixels: int) -> DataSource:
         InputError: it is none, or not finished, or cut short.
     """
     index = read_index(root)
-    if not index["complete"]:
-        raise InputError(
-            f"data.root={root}: not finished; start the same moco.pack again, which goes on where it stopped"
-        )
+    check_finished(root, index)
     everything, table = read_copy(root, index, max_image_pixels)
     train = everything.chosen(np.arange(index["num_images"]))
     sides: dict[str, Labelled | None] = {}
@@ -143,57 +129,24 @@ def read_copy(root: str, index: dict[str, Any], max_image_pixels: int) -> tuple[
     files = [part["file"] for part in index["parts"]]
     if index["format"] == "array":
         files, counts, sizes = [PIXELS], [sum(counts)], [sum(sizes)]
+    if sum(counts) != len(table["rows"]):
+        raise InputError(
+            f"{Path(root, TABLE)}: {len(table['rows'])} pictures, {INDEX} says {sum(counts)}; pack it anew"
+        )
     for file, size in zip(files, sizes, strict=True):
         check_size(Path(root, file), size)
-    table["parts"] = np.repeat(np.arange(len(files)), counts)
-    ends = table["offsets"] + table["lengths"]
-    is_sound = (
-        len(table["parts"]) == len(table["rows"])
-        and (table["offsets"] >= 0).all()
-        and (ends <= np.array(sizes)[table["parts"]]).all()
-    )
+    table["parts"] = np.repeat(np.arange(len(files)), np.array(counts, np.int64))
+    # In this form no number of theirs overflows.
+    is_sound = (table["lengths"] <= np.array(sizes, np.int64)[table["parts"]] - table["offsets"]).all()
     if index["format"] == "array":
-        is_sound = is_sound and np.array_equal(
-            table["lengths"], table["heights"].astype(np.int64) * table["widths"] * 3
+        thirds, rest = np.divmod(table["lengths"], 3)
+        is_sound = (
+            is_sound and not rest.any() and np.array_equal(thirds, table["heights"].astype(np.int64) * table["widths"])
         )
     if not is_sound:
         raise InputError(f"{Path(root, TABLE)}: does not go with {INDEX}; pack it anew")
     tensors = {name: torch.from_numpy(table[name]) for name in (*COLUMNS, "parts", "names", "name_ends")}
     return PackedPictures(root, files, tensors, torch.arange(len(table["rows"])), max_image_pixels), table
-
-
-def read_index(root: str) -> dict[str, Any]:
-    """``index.json`` of a copy.
-
-    Raises:
-        InputError: the folder holds no copy, or one of another version.
-    """
-    path = Path(root, INDEX)
-    try:
-        index: dict[str, Any] = json.loads(path.read_text())
-        if index["version"] != 1:
-            raise InputError(f"{path}: version {index['version']} of a packed copy; this program reads version 1")
-    except FileNotFoundError as error:
-        raise InputError(f"{root}: no packed copy there ({path} is missing); moco.pack writes one") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not the index of a packed copy ({printable(str(error))})") from error
-    return index
-
-
-def read_table(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an ``index.npz``, or of one part of it.
-
-    Raises:
-        InputError: missing or damaged.
-    """
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            table = dict(file)
-    except Exception as error:  # zipfile and NumPy raise nearly anything on damaged archives
-        raise InputError(f"{path}: damaged ({printable(str(error))}); pack it anew") from error
-    return table
 
 
 def check_size(path: Path, expected: int) -> None:

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from moco.data.packed import COLUMNS, INDEX, PIXELS, TABLE, PackedPictures, read_table
+from moco.data.packed import PIXELS, PackedPictures
+from moco.data.packed_index import COLUMNS, INDEX, TABLE, read_table
 from moco.data.packing import Chunk, Pool
 from moco.errors import printable
 
@@ -72,7 +73,7 @@ class ShardPart:
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
         self.path = folder / name
-        self.temporary = folder / f".{name}.tmp"
+        self.temporary = temporary_of(self.path)
         self.file: BinaryIO = self.temporary.open("wb")
         self.digest = hashlib.sha256()
         self.num_bytes = 0
@@ -110,7 +111,7 @@ class Writer:
     """Writes a copy, from where its index says that it stopped. Leaving its ``with`` block gives up a part that is not full.
 
     Args:
-        index: of `moco.data.packed.read_index`, or a new one.
+        index: of `moco.data.packed_index.read_index`, or a new one.
         max_part_bytes: a part ends with the chunk that reaches so many.
     """
 
@@ -214,6 +215,11 @@ class Writer:
         shutil.rmtree(self.folder / PARTS)
 
 
+def temporary_of(path: Path) -> Path:
+    """Where a file is written before it takes its name; a crash leaves it there, and the next attempt writes over it."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def names_table(names: list[bytes]) -> dict[str, np.ndarray]:
     """Names as two arrays: all their bytes, and where each ends."""
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
@@ -222,7 +228,7 @@ def names_table(names: list[bytes]) -> dict[str, np.ndarray]:
 
 def save_table(path: Path, table: Mapping[str, np.ndarray]) -> None:
     """Write an .npz file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     with temporary.open("wb") as file:
         np.savez(file, **table)  # type: ignore[arg-type]
         file.flush()
@@ -232,7 +238,7 @@ def save_table(path: Path, table: Mapping[str, np.ndarray]) -> None:
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     """Write ``index.json``, whole or not at all."""
-    temporary = folder / f".{INDEX}.tmp"
+    temporary = temporary_of(folder / INDEX)
     with temporary.open("w") as file:
         json.dump(index, file, indent=1)
         file.flush()

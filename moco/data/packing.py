@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from moco.data.datasets import DataSource, Labelled, Pictures
 from moco.data.decoding import EncodedFile, EncodedPicture
-from moco.data.packed import COLUMNS, SIDES
+from moco.data.packed_index import COLUMNS, SIDES
 from moco.data.pictures import UnreadablePicture
 from moco.data.randomness import derived_seed
 from moco.data.workers import loader_options

@@ -28,19 +28,6 @@ class UnreadablePicture(Exception):
     """A file that is not a picture that can be decoded; the message names the file and the reason."""
 
 
-def read_picture(path: str, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """The picture in a file, in mode RGB; of several frames the first.
-
-    Args:
-        max_image_pixels: a picture of more is not decoded.
-
-    Raises:
-        UnreadablePicture: the file is missing, empty, cut short, too large, not a picture, or not even a regular file.
-    """
-    with pillow_warnings_ignored(), opened(path, max_image_pixels) as picture:
-        return to_rgb(picture)
-
-
 def read_mask(path: str, max_image_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
     """The numbers in a one-channel picture: (H, W) uint8, or int32 of a 16-bit file. A palette's indices, not its colours.
 
@@ -48,7 +35,8 @@ def read_mask(path: str, max_image_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray
         max_image_pixels: a picture of more is not decoded.
 
     Raises:
-        UnreadablePicture: as of `read_picture`, or the picture has colours instead of numbers.
+        UnreadablePicture: the file is missing, empty, cut short, too large, not a picture, or not even a regular file, or
+            the picture has colours instead of numbers.
     """
     with pillow_warnings_ignored():
         return decoded_mask(path, max_image_pixels)

@@ -19,7 +19,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from moco.data.decoding import EncodedPicture, encoded
-from moco.data.packed import INDEX, read_index
+from moco.data.packed_index import INDEX, check_finished, read_index
 from moco.data.pictures import EXTENSIONS, UnreadablePicture
 from moco.errors import InputError, printable
 
@@ -147,6 +147,7 @@ def _shards_of_folder(folder: str) -> list[str]:
         index = read_index(folder)
         if index["format"] != "shards":
             raise InputError(f"data.root={folder}: holds a packed array and no shards; data=packed reads it")
+        check_finished(folder, index)
         names = [part["file"] for part in index["parts"] if part["file"].startswith("train-")]
     else:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
@@ -160,7 +161,8 @@ def _opened(shard: str) -> Iterator[IO[bytes]]:
     """The shard as a stream of bytes; OSError where the command that should have written it has failed."""
     from webdataset.gopen import gopen
 
-    stream = gopen(shard)
+    # gopen would take run1:x.tar for an address.
+    stream: Any = open(shard, "rb") if is_local(shard) else gopen(shard)  # noqa: SIM115 (closed below)
     try:
         yield stream
         while stream.read(2**20):  # past the archive's end, or its writer might fail
@@ -187,15 +189,28 @@ def _has_failed(stream: Any) -> bool:
 
 
 def _counted(shard: str) -> tuple[int, Problem | None]:
-    number = 0
+    number, last = 0, None
     try:
         with tarfile.open(shard, mode="r:*", tarinfo=CheckedHeader) as archive:
-            for _ in _picture_members(archive, shard):
-                number += 1
-    except TAR_ERRORS as error:  # perhaps in the content of the last picture
-        number = max(0, number - 1)
-        return number, Problem(shard, _cut_short(shard, number, error), is_shard=True)
+            try:
+                for member in _picture_members(archive, shard):
+                    number, last = number + 1, member
+            except TAR_ERRORS as error:
+                number -= last is not None and not _is_whole(archive, last)
+                return number, Problem(shard, _cut_short(shard, number, error), is_shard=True)
+    except TAR_ERRORS as error:  # on opening it, which reads the first header
+        return 0, Problem(shard, _cut_short(shard, 0, error), is_shard=True)
     return number, None if number else Problem(shard, f"{printable(shard)}: no pictures in there", is_shard=True)
+
+
+def _is_whole(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
+    """Whether a member's content is there to its last byte."""
+    assert archive.fileobj is not None
+    try:
+        archive.fileobj.seek(member.offset_data + member.size - 1)
+        return bool(archive.fileobj.read(1))
+    except TAR_ERRORS:
+        return False
 
 
 def _cut_short(shard: str, number: int, error: Exception) -> str:

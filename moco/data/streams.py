@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from moco.data.bad_fraction import check_bad_fraction
 from moco.data.datasets import DataSource
 from moco.data.decoding import EncodedPicture
-from moco.data.packed import INDEX, read_index
+from moco.data.packed_index import INDEX, read_index
 from moco.data.randomness import derived_seed
 from moco.data.samplers import StreamSampler
 from moco.data.shards import NO_LIBRARY, Problem, Sample, count_pictures, is_local, list_shards, pictures_in
@@ -232,8 +232,10 @@ class StreamDataset(Dataset[StreamBatch]):
     def _stream(self, epoch: int, number: int) -> "OpenStream":
         """The stream that holds a batch, at that batch."""
         turn, stream = divmod(number, self.streams.num_streams)
+        # After a resume within an epoch a worker serves other streams in the next one: what it no longer reads is closed.
+        self.opened = {place: opened for place, opened in self.opened.items() if opened.epoch == epoch}
         opened = self.opened.get(stream)
-        if opened is None or opened.epoch != epoch or opened.num_taken > turn * self.batch_size:
+        if opened is None or opened.num_taken > turn * self.batch_size:
             opened = self.opened[stream] = OpenStream(epoch, self.streams.samples(epoch, stream))
         opened.take(turn * self.batch_size - opened.num_taken)
         return opened
