@@ -10,6 +10,7 @@ Letters: N batch, H W pixels of the source, S side of a view. Sizes in px; scale
 import inspect
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -26,7 +27,7 @@ Drawn = dict[str, Tensor]
 """What was drawn for one operation, by name, (N, ...) each."""
 
 
-class Operation:
+class Operation(ABC):
     """One step of a view.
 
     ``on_picture`` takes (H, W, 3) uint8 and one picture's numbers,
@@ -44,11 +45,11 @@ class Operation:
         """
         return {}
 
-    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray: ...
 
-    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor: ...
 
     def described(self, drawn: Mapping[str, Any]) -> str:
         """One picture's numbers in words, for people; empty if there are none."""
