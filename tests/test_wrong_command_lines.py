@@ -44,6 +44,10 @@ RIGHT = {
 }  # fmt: skip
 # Settings that are right alone and wrong together, or wrong for these data and this checkpoint.
 CONTRADICTIONS = {
+    "preview": [
+        ["output={folder}/pairs.gif"], ["output={folder}/sound.ckpt/pairs.png"], ["data.batch_size=5000"], ["data=images"],
+        ["data.name=cifar11"], ["augmentation.query.random_resized_crop.scale=[2,1]"], ["augmentation.std=[1,1]"],
+    ],
     "train": [
         ["data.batch_size=5000"], ["trainer.accumulate_grad_batches=7"], ["method.num_queues=2"],
         ["data=images"], ["data=images", "data.root={folder}/nowhere"], ["data=images", "data.root={folder}/empty"],

@@ -7,6 +7,7 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,6 @@ def leave_with_parent(worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+    # When the training process ends while it fetches a batch, a thread of multiprocessing here would print a traceback.
+    show = sys.excepthook
+    sys.excepthook = lambda kind, *error: None if issubclass(kind, ConnectionError) else show(kind, *error)
