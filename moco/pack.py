@@ -278,8 +278,9 @@ def seconds_per_picture(source: "DataSource", copy: "DataSource") -> tuple[float
     rows = copy.train.table["rows"][places]
 
     def seconds(pictures: "Pictures", indices: "Tensor") -> float:
+        views = pair.empty_views(len(indices))
         began = time.perf_counter()
-        pair.on_pictures([pictures.opened(index) for index in indices.tolist()], 0, indices)
+        pair.on_pictures([pictures.opened(index) for index in indices.tolist()], 0, indices, views)
         return time.perf_counter() - began
 
     seconds(source.train, rows[:1])  # the first one also pays for what is loaded once

@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 from moco.config.parsing import CONFIG_DIR
 from moco.data.datasets import FilePictures
 from moco.data.loading import PairDataset
-from moco.data.views import ViewPair, rgb_batch
+from moco.data.views import ViewPair, picked, rgb_batch
 
 
 class OfficialBlur:
@@ -139,7 +139,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
     def by_batch() -> int:
         torch.set_num_threads(arguments.threads)
         for indices in torch.arange(len(pixels)).split(512):
-            augment.on_batch(pixels[indices], 0, indices)
+            augment.on_batch(picked(pixels, indices), 0, indices)
         return len(pixels)
 
     return {"official (Pillow), 1 process": by_official, f"ours, batch engine, {arguments.threads} threads": by_batch}

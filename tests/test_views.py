@@ -46,7 +46,8 @@ def pictures(generator):
 
 def made(augment, pictures, epoch=0, indices=None):
     indices = torch.arange(len(pictures)) if indices is None else torch.tensor(indices)
-    views, failed = augment.on_pictures([Plain(picture) for picture in pictures], epoch, indices)
+    views = augment.empty_views(len(pictures))
+    failed = augment.on_pictures([Plain(picture) for picture in pictures], epoch, indices, views)
     assert failed == []
     return torch.stack(augment.finished(views, epoch, indices))
 
@@ -100,7 +101,7 @@ def test_a_picture_is_decoded_no_smaller_than_its_crops_need():
     augment = view_pair(image_size=64)
     many = [Plain(np.zeros((side, side, 3), np.uint8)) for side in (64, 200, 400, 1100, 2500)]
     indices = torch.arange(5)
-    augment.on_pictures(many, 0, indices)
+    augment.on_pictures(many, 0, indices, augment.empty_views(5))
     boxes = [view[0]["box"][:, 2:].amin(1) for view in augment.drawn(0, indices, torch.tensor([p.size for p in many]))]
     shortest = torch.stack(boxes).amin(0).tolist()
     for picture, side in zip(many, shortest, strict=True):
@@ -113,7 +114,7 @@ def test_a_picture_is_decoded_whole_where_an_operation_comes_before_the_crop():
     operations = {"gaussian_blur": {"sigma": [1, 1]}, "random_resized_crop": {"scale": [0.9, 1.0]}}
     augment = ViewPair(operations, operations, [0.5] * 3, [0.5] * 3, 16, 0)
     picture = Plain(np.zeros((300, 300, 3), np.uint8))
-    augment.on_pictures([picture], 0, torch.tensor([0]))
+    augment.on_pictures([picture], 0, torch.tensor([0]), augment.empty_views(1))
     assert picture.reduction == 1
 
 

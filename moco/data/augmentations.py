@@ -324,21 +324,35 @@ class View:
 
     def on_batch(self, images: Tensor, numbers: Sequence[Drawn], start: int = 0) -> Tensor:
         """The steps from `start` on (N, 3, H, W) float32 in 0..1; their result, of that kind."""
-        for step, drawn in zip(self.steps[start:], numbers[start:], strict=True):
-            images = applied(step, images, drawn)
-        return images
+        steps = list(zip(self.steps[start:], numbers[start:], strict=True))
+        return (on_cpu if images.device.type == "cpu" else on_device)(steps, images)
 
 
-def applied(step: Step, images: Tensor, drawn: Drawn) -> Tensor:
-    """The step on those images that it was drawn for."""
-    if step.probability == 1:
-        return step.operation.on_batch(images, drawn)
-    if images.device.type == "cpu":
-        rows = drawn["applied"].nonzero()[:, 0]
-        some = {name: values[rows] for name, values in drawn.items()}
-        return images.index_copy(0, rows, step.operation.on_batch(images[rows], some)) if len(rows) else images
-    # On a GPU, asking how many they are would wait for it.
-    return torch.where(drawn["applied"][:, None, None, None], step.operation.on_batch(images, drawn), images)
+def on_cpu(steps: Sequence[tuple[Step, Drawn]], images: Tensor) -> Tensor:
+    """Each step on those images alone that it was drawn for."""
+    order = torch.arange(len(images))
+    for step, drawn in steps:
+        num = len(images)
+        if step.probability < 1:
+            # They come first: a stretch of a batch is read and written several times as fast as rows here and there.
+            applied = drawn["applied"].index_select(0, order)
+            num, first = int(applied.sum()), applied.argsort(descending=True)
+            order, images = order.index_select(0, first), images.index_select(0, first)
+        some = {name: values.index_select(0, order[:num]) for name, values in drawn.items()}
+        done = step.operation.on_batch(images[:num], some) if num else images[:0]
+        if num == len(images):
+            images = done
+        else:
+            images[:num] = done
+    return images.index_select(0, order.argsort())
+
+
+def on_device(steps: Sequence[tuple[Step, Drawn]], images: Tensor) -> Tensor:
+    """Each step on all images, and then a choice: on a GPU, asking how many it was drawn for would wait for it."""
+    for step, drawn in steps:
+        done = step.operation.on_batch(images, drawn)
+        images = done if step.probability == 1 else torch.where(drawn["applied"][:, None, None, None], done, images)
+    return images
 
 
 def build_operation(name: str, settings: Mapping[str, Any] | None, image_size: int, where: str) -> Step:

@@ -39,11 +39,15 @@ def resize_weights(start: Tensor, length: Tensor, size: int, side: int) -> Tenso
     """
     start, length = start[:, None, None], length[:, None, None]
     scale = length / side
-    pixels = torch.arange(size, device=start.device, dtype=start.dtype)
+    pixels = torch.arange(size, device=start.device, dtype=start.dtype) + 0.5
     centres = start + (torch.arange(side, device=start.device, dtype=start.dtype)[:, None] + 0.5) * scale
-    weights = (1 - (pixels + 0.5 - centres).abs() / scale.clamp(min=1)).clamp_(min=0)
-    weights *= (pixels >= start) & (pixels < start + length)
-    return weights / weights.sum(2, keepdim=True)
+    if size <= side:  # nothing shrinks: two pixels count for each of the result, at the edges one
+        inside = centres.clamp(start + 0.5, start + length - 0.5)
+        return 1 - (pixels - inside).abs_().clamp_(max=1)
+    width = scale.clamp(min=1)
+    weights = 1 - (pixels / width - centres / width).abs_().clamp_(max=1)
+    weights.mul_(((pixels >= start) & (pixels < start + length)).to(start.dtype))
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
 def affine(images: Tensor, angle: Tensor, shift: Tensor, shear: Tensor) -> Tensor:
@@ -68,57 +72,80 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor, *, has_hue: boo
     """Brightness, contrast, saturation and hue, in each image's own order.
 
     The first three are blends with black, with the mean grey and with the picture's grey. All images take the blends that
-    come before hue, then hue, then the others; a blend on the other side of hue has the factor 1 and changes nothing.
+    come before hue, then hue, then the others.
 
     Args:
         factors: (N, 4), three factors and the shift of hue, a fraction of a turn.
         order: (N, 4), which step comes first, second, ...: 0 brightness, 1 contrast, 2 saturation, 3 hue.
     """
-    place_of_hue = (order == 3).int().argmax(1, keepdim=True)  # (N, 1)
+    place_of_hue = (order == 3).int().argmax(1)  # (N,)
     places = torch.arange(3, device=order.device)
-    is_before = places < place_of_hue  # (N, 3)
-    blends = order.gather(1, places + ~is_before)
+    blends = order.gather(1, places + (places >= place_of_hue[:, None]))  # (N, 3)
+    is_before = (places < place_of_hue[:, None]) | (not has_hue)  # (N, 3)
     chosen = factors.gather(1, blends).to(images.dtype)
-    if not has_hue:
-        return blended(images, chosen, blends)
-    images = blended(images, chosen.where(is_before, 1.0), blends)
-    images = hue(images, factors[:, 3].to(images.dtype))
-    return blended(images, chosen.where(~is_before, 1.0), blends)
+    shift = factors[:, 3].to(images.dtype)
+    if images.device.type == "cpu":
+        # Sorted by how many of their blends come before hue, the images that take a blend there are the first ones.
+        rows = is_before.sum(1).argsort(descending=True)
+        images, blends, chosen, shift = (values.index_select(0, rows) for values in (images, blends, chosen, shift))
+        counts = is_before.sum(0).tolist()
+        before, after = [slice(count) for count in counts], [slice(count, None) for count in counts]
+        early = late = blend_shares(chosen, blends)
+    else:  # there each takes every blend, and on the other side of hue with the factor 1
+        images, before, after = images.clone(), [slice(None)] * 3, [slice(None)] * 3
+        early, late = (blend_shares(chosen.where(here, 1.0), blends) for here in (is_before, ~is_before))
+    for place, some in enumerate(before):
+        blend_(images[some], early[some, place])
+    if has_hue:
+        hue_(images, shift)
+        for place, some in enumerate(after):
+            blend_(images[some], late[some, place])
+    return images.index_select(0, rows.argsort()) if images.device.type == "cpu" else images
 
 
-def blended(images: Tensor, factors: Tensor, blends: Tensor) -> Tensor:
-    """Three blends of each image, cut off to 0..1 after each.
+def blend_shares(factors: Tensor, blends: Tensor) -> Tensor:
+    """(N, 3, 3): of each image's blends, the shares of itself, of its mean grey and of its grey.
 
     Args:
         factors: (N, 3), 1 changes nothing, 0 leaves what it is blended with.
-        blends: (N, 3), 0 brightness, 1 contrast, 2 saturation.
+        blends: (N, 3), 0 brightness (with black), 1 contrast, 2 saturation.
     """
-    for factor, blend in zip(factors.unbind(1), blends.unbind(1), strict=True):
-        gray = luma(images)
-        is_contrast, is_saturation = ((blend == number).to(images.dtype)[:, None, None, None] for number in (1, 2))
-        other = gray * is_saturation + gray.mean((2, 3), keepdim=True) * is_contrast
-        images = torch.lerp(other, images, factor[:, None, None, None]).clamp_(0, 1)
-    return images
+    rest = 1 - factors
+    return torch.stack([factors, rest * (blends == 1), rest * (blends == 2)], 2)
 
 
-def hue(images: Tensor, shift: Tensor) -> Tensor:
-    """A turn of the colour circle (HSV) by `shift` (N,), a fraction of it."""
-    # Masks as numbers, work in place: torch.where and a maximum over a dimension take several times as long on a CPU.
+def blend_(images: Tensor, shares: Tensor) -> None:
+    """One blend of each image, in place, cut off to 0..1; `shares` (N, 3) as of `blend_shares`."""
+    own, of_mean, of_gray = shares[..., None, None, None].unbind(1)
+    gray = luma(images)
+    mean = gray.mean((2, 3), keepdim=True)
+    images.mul_(own).add_(gray.mul_(of_gray).add_(mean * of_mean)).clamp_(0, 1)
+
+
+def hue_(images: Tensor, shift: Tensor) -> None:
+    """A turn of the colour circle (HSV) by `shift` (N,), a fraction of it, in place."""
+    # Red is put in order with the larger and the smaller of green and blue; each exchange mirrors the hue about an edge of
+    # the circle's sectors. On a CPU a comparison or a choice per pixel takes several times as long as arithmetic.
     red, green, blue = images.unbind(1)
-    highest = torch.maximum(torch.maximum(red, green), blue)
-    lowest = torch.minimum(torch.minimum(red, green), blue)
+    larger, smaller = torch.maximum(green, blue), torch.minimum(green, blue)
+    is_blue, is_not_red = above_zero(blue - green), above_zero(larger - red)
+    edge = is_blue.mul(2).sub_(1 / 3).mul_(is_not_red).sub_(is_blue)
+    highest, middle = torch.maximum(red, larger), torch.minimum(red, larger)
+    lowest = torch.minimum(middle, smaller)
     chroma = highest - lowest
-    is_red = (highest == red).to(images.dtype)
-    is_green = (highest == green).to(images.dtype).mul_(1 - is_red)
-    is_blue = 1 - is_red - is_green
-    sixths = (green - blue).mul_(is_red).addcmul_(blue - red, is_green).addcmul_(red - green, is_blue)
-    sixths.div_(chroma.clamp(min=1e-12)).add_(is_green, alpha=2).add_(is_blue, alpha=4).add_(6 * shift[:, None, None])
-    sixths.sub_(torch.floor(sixths / 6), alpha=6)
-    turned = torch.empty_like(images)
-    for channel, (middle, sign, width) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
-        share = (sixths - middle).abs_().mul_(sign).add_(width).clamp_(0, 1)
-        torch.addcmul(lowest, share, chroma, out=turned[:, channel])
-    return turned
+    turn = middle.sub_(smaller).div_(chroma.mul(6).clamp_(min=1e-12)).add_(edge).abs_()
+    turn.add_(shift[:, None, None] + 1).frac_().mul_(6)
+    share = torch.empty_like(images)
+    for channel, centre in enumerate((3, 2, 4)):
+        torch.sub(turn, centre, out=share[:, channel])
+    share.abs_().sub_(1).clamp_(0, 1)
+    torch.addcmul(lowest, share[:, 0], chroma, out=images[:, 0])
+    torch.addcmul(highest[:, None], share[:, 1:], chroma[:, None], value=-1, out=images[:, 1:])
+
+
+def above_zero(differences: Tensor) -> Tensor:
+    """1 where they are, else 0, in place; differences of pixels are 0 or far above 1e-30."""
+    return differences.mul_(1e30).clamp_(0, 1)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, *, max_sigma: float) -> Tensor:

@@ -3,6 +3,7 @@
 Letters: H W pixels of the whole picture, H' W' of what a decoder returned.
 """
 
+import math
 import os
 import stat
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from moco.data.pictures import errors_named, opened, pillow_warnings_ignored, to
 
 # simplejpeg's names of what it decodes as Pillow does, bit for bit. It also takes CMYK, and gives other colours.
 JPEG_COLORS = ("Gray", "RGB", "YCbCr")
+JPEG_START = b"\xff\xd8\xff"
 LARGEST_READ_WHOLE = 2**28  # bytes; Pillow reads larger files piece by piece, so that nothing fills the memory
 
 
@@ -97,6 +99,9 @@ def encoded(source: bytes | str, name: str, max_image_pixels: int, page: int = 0
         UnreadablePicture: the file is missing, empty, too large or not a picture; and if its pixels are damaged, when they
             are asked for.
     """
+    size = jpeg_size(source) if isinstance(source, bytes) and page == 0 else None
+    if size and math.prod(size) <= max_image_pixels:
+        return EncodedFile(source, name, size, max_image_pixels, page, is_jpeg=True)
     with pillow_warnings_ignored(), opened(source, max_image_pixels, name) as picture:
         turn_to(picture, page, max_image_pixels)
         width, height = picture.size
@@ -126,6 +131,17 @@ def turn_to(picture: Image.Image, page: int, max_image_pixels: int) -> None:
     num_pixels = picture.width * picture.height
     if num_pixels > max_image_pixels:
         raise Image.DecompressionBombError(f"Image size ({num_pixels} pixels) exceeds")
+
+
+def jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG file that `jpeg_pixels` may read, ten times as fast as by Pillow; None of any other."""
+    if not content.startswith(JPEG_START):
+        return None
+    try:
+        height, width, color, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    return (height, width) if color in JPEG_COLORS else None
 
 
 def jpeg_pixels(content: bytes, size: tuple[int, int], reduction: int) -> np.ndarray:

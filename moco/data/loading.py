@@ -18,7 +18,7 @@ from moco.data.datasets import ArrayPictures, Labelled, Pictures
 from moco.data.decoding import EncodedPicture
 from moco.data.pictures import UnreadablePicture
 from moco.data.samplers import EpochSampler
-from moco.data.views import Transform, ViewPair, rgb_batch
+from moco.data.views import Transform, ViewPair, picked, rgb_batch
 from moco.data.workers import is_gone, loader_options
 from moco.errors import printable
 
@@ -69,17 +69,17 @@ class PairDataset(Dataset[PairBatch]):
         """The process id of each worker, and the picture that it is at."""
 
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> PairBatch:
-        epoch, side = places[0][0], self.augment.image_size
+        epoch = places[0][0]
         indices = torch.tensor([index for _, index in places])
-        views = torch.empty(2, len(places), 3, side, side, dtype=torch.uint8)
+        views = self.augment.empty_views(len(places))
         failed = []
         for first in range(0, len(places), AT_ONCE):
             rows = slice(first, first + AT_ONCE)
             pictures = [self._watched(index) for _, index in places[rows]]
-            views[:, rows], unreadable_here = self.augment.on_pictures(pictures, epoch, indices[rows])
+            unreadable_here = self.augment.on_pictures(pictures, epoch, indices[rows], views[:, rows])
             failed += [first + row for row in unreadable_here]
         for row in failed:
-            self._stand_in(views[:, row], epoch, indices[row])
+            self._stand_in(views[:, row : row + 1], epoch, indices[row])
         unreadable = torch.zeros(len(places), dtype=torch.bool)
         unreadable[failed] = True
         query, key = views
@@ -90,12 +90,10 @@ class PairDataset(Dataset[PairBatch]):
         return [(pid, self.pictures.name(index)) for pid, index in self.reading.tolist() if pid]
 
     def _stand_in(self, views: Tensor, epoch: int, index: Tensor) -> None:
-        """Fill the two views, (2, 3, S, S), of a picture that cannot be read."""
+        """Fill the two views, (2, 1, 3, S, S), of a picture that cannot be read."""
         for attempt in range(1, MOST_STAND_INS):
             other = self._watched((int(index) + attempt) % len(self.pictures))
-            found, failed = self.augment.on_pictures([other], epoch, index[None])
-            if not failed:
-                views.copy_(found[:, 0])
+            if not self.augment.on_pictures([other], epoch, index[None], views):
                 return
         views.zero_()
 
@@ -121,13 +119,15 @@ class PairMaker:
     def __call__(self, pictures: Sequence[tuple[int, EncodedPicture, str]], epoch: int) -> PairBatch:
         """The pairs of pictures given as index, on which the draws depend, picture and name."""
         indices = torch.tensor([index for index, _, _ in pictures])
-        views, failed = self.augment.on_pictures([picture for _, picture, _ in pictures], epoch, indices)
+        views = self.augment.empty_views(len(pictures))
+        failed = self.augment.on_pictures([picture for _, picture, _ in pictures], epoch, indices, views)
         readable = [row for row in range(len(pictures)) if row not in failed]
         for row in failed:
             other = next((one for one in readable if one > row), readable[0] if readable else None)
-            views[:, row] = 0
+            own = slice(row, row + 1)
+            views[:, own] = 0
             if other is not None:
-                views[:, row] = self.augment.on_pictures([pictures[other][1]], epoch, indices[row : row + 1])[0][:, 0]
+                self.augment.on_pictures([pictures[other][1]], epoch, indices[own], views[:, own])
         unreadable = torch.zeros(len(pictures), dtype=torch.bool)
         unreadable[failed] = True
         return PairBatch((views[0], views[1]), indices, unreadable, epoch)
@@ -246,7 +246,7 @@ class MemoryLoader:
         block, done = self._block(), self.sampler.start
         self.batches_done = (done - done % block) // self.batch_size
         for indices in self.sampler.share()[done - done % block :].to(self.pixels.device).split(block):
-            pair = self.augment.on_batch(self.pixels[indices], self.sampler.epoch, indices)
+            pair = self.augment.on_batch(picked(self.pixels, indices), self.sampler.epoch, indices)
             parts = zip(*(values.split(self.batch_size) for values in (*pair, indices)), strict=True)
             for query, key, own in parts:
                 self.batches_done += 1

@@ -15,6 +15,7 @@ from PIL import Image
 
 cv2.setNumThreads(1)  # a picture is too small for several, and the loader's processes are parallel already
 
+TO_GRAY = np.array([[0.299, 0.587, 0.114]] * 3)  # ITU-R BT.601, as in Pillow
 VALUES = np.arange(256, dtype=np.float32)  # Pillow blends in single precision
 
 
@@ -24,10 +25,10 @@ def resized_crop(picture: np.ndarray, box: Sequence[int], side: int) -> np.ndarr
     crop = picture[top : top + height, left : left + width]
     if height <= side and width <= side:  # nothing to antialias
         return cv2.resize(crop, (side, side), interpolation=cv2.INTER_LINEAR)
-    # torch warns of arrays that must not be written to, such as a mapped file's.
-    images = torch.from_numpy(crop if crop.flags.writeable else crop.copy()).permute(2, 0, 1)[None]
+    # Of pixels that lie together, and whose batch dimension says so too, torch resizes all channels at once.
+    images = torch.from_numpy(crop.copy()).view(1, height, width, 3).permute(0, 3, 1, 2)
     resized = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
-    return cv2.merge([*resized[0].numpy()])  # planes to pixels, many times as fast as NumPy
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def resized_crop_between_pixels(picture: np.ndarray, box: Sequence[float], side: int) -> np.ndarray:
@@ -59,14 +60,15 @@ def contrast(picture: np.ndarray, factor: float) -> np.ndarray:
 
 
 def saturation(picture: np.ndarray, factor: float) -> np.ndarray:
-    gray = cv2.cvtColor(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(picture, factor, gray, 1 - factor, 0)
+    return cv2.transform(picture, factor * np.eye(3) + (1 - factor) * TO_GRAY)
 
 
 def hue(picture: np.ndarray, shift: float) -> np.ndarray:
     """A turn of the colour circle by `shift`, a fraction of it."""
     hsv = cv2.cvtColor(picture, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(int(shift * 255) % 256)
+    row = np.zeros(hsv.shape[1:], np.uint8)
+    row[:, 0] = int(shift * 255) % 256
+    hsv += row  # several times as fast as on the first of three channels alone
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
@@ -86,8 +88,9 @@ def gaussian_blur(picture: np.ndarray, sigma: float) -> np.ndarray:
     """Edges are continued; the kernel ends at three sigma."""
     if sigma == 0:
         return picture
-    size = 2 * int(np.ceil(3 * sigma)) + 1
-    return cv2.GaussianBlur(picture, (size, size), sigma, borderType=cv2.BORDER_REPLICATE)
+    kernel = cv2.getGaussianKernel(2 * int(np.ceil(3 * sigma)) + 1, sigma)
+    # Twice as fast as cv2.GaussianBlur, and nearer to the sum in double precision.
+    return cv2.sepFilter2D(picture, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
 
 
 def solarize(picture: np.ndarray, threshold: int) -> np.ndarray:
