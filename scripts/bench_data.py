@@ -3,7 +3,8 @@
     python scripts/bench_data.py files  [--pictures 128] [--repeats 5] [--size 500x375] [--quality 90]
     python scripts/bench_data.py memory [--threads 2] [--repeats 5] [--npz cifar10.npz]
 
-files: JPEGs of about 500 x 375 px that the script makes, two MoCo v2 views of 224 px, one process with one thread.
+files: JPEGs of about 500 x 375 px that the script makes, two MoCo v2 views of 224 px by the worker engine, one process, one
+thread; a worker's part ends with uint8, which the training process or its GPU normalises.
 memory: pictures of 32 px (those of an archive, or noise), two views of the CIFAR pair; the batch engine has --threads.
 The official pipeline is torchvision's v1 operations and Pillow's blur on Pillow pictures, up to normalised tensors. lightly
 takes part if it is installed. Figures are medians, with the slowest and fastest run; only ratios within a run mean anything.
@@ -106,16 +107,22 @@ def files(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
         dataset = LightlyDataset(arguments.folder, transform=MoCoV2Transform(input_size=224))
         pipelines["lightly"] = lambda: len([dataset[number] for number in range(len(dataset))])
 
-    dataset_of_ours = PairDataset(FilePictures(paths), view_pair(pair, 224, "worker"))
+    def ours(name: str, *, to_floats: bool) -> Callable[[], int]:
+        dataset = PairDataset(FilePictures(paths), view_pair(settings(name), 224, "worker"))
 
-    def by_worker() -> int:
-        for first in range(0, len(paths), 64):
-            places = [(0, index) for index in range(first, min(first + 64, len(paths)))]
-            batch = dataset_of_ours.__getitems__(places)
-            dataset_of_ours.augment.finished(batch.views, 0, batch.indices)
-        return len(paths)
+        def by_worker() -> int:
+            for first in range(0, len(paths), 64):
+                places = [(0, index) for index in range(first, min(first + 64, len(paths)))]
+                batch = dataset.__getitems__(places)
+                if to_floats:
+                    dataset.augment.finished(batch.views, 0, batch.indices)
+            return len(paths)
 
-    pipelines["ours, worker engine"] = by_worker
+        return by_worker
+
+    for name in ("moco_v2", "moco_v2_fast"):
+        pipelines[f"ours, {name}"] = ours(name, to_floats=True)
+        pipelines[f"ours, {name}, a worker's part (uint8)"] = ours(name, to_floats=False)
     return pipelines
 
 

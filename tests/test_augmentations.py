@@ -203,6 +203,54 @@ def test_batch_hue_of_grey_black_and_white_stays():
     torch.testing.assert_close(turned, images)
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 1, 0, 3], [1, 3, 0, 2]])
+def test_linear_jitter_without_hue_equals_the_steps_where_nothing_is_cut_off(order, picture):
+    pale = (96 + picture * 0.25).astype(np.uint8)  # far from black and white
+    factors = torch.tensor([[1.2, 0.7, 1.3, 0.0], [0.8, 1.3, 0.6, 0.0]], dtype=torch.float64)
+    drawn = {"factors": factors, "order": torch.tensor([order, order[::-1]])}
+    images = torch.from_numpy(pale.transpose(2, 0, 1).copy()).expand(2, -1, -1, -1) / 255
+    linear, exact = ColorJitter(0.4, 0.4, 0.4, 0.1, linear=True), ColorJitter(0.4, 0.4, 0.4, 0.1)
+    in_batch = linear.on_batch(images, drawn)
+    torch.testing.assert_close(in_batch, exact.on_batch(images, drawn), atol=1e-5, rtol=0)
+    for row in range(2):
+        one = linear.on_picture(pale, {name: values[row].numpy() for name, values in drawn.items()})
+        assert np.abs(one - in_batch[row].permute(1, 2, 0).numpy() * 255).max() <= 1.5
+
+
+def test_linear_hue_turns_as_hsv_does_and_keeps_grey_and_luma():
+    images = torch.tensor([[0.6, 0.3, 0.3], [0.5, 0.5, 0.5]]).view(2, 3, 1, 1).expand(2, 3, 4, 4)
+    for shift, strongest in ((0.0, 0), (1 / 3, 1), (-1 / 3, 2)):
+        drawn = {"factors": torch.tensor([[1, 1, 1, shift]] * 2), "order": torch.tensor([[3, 0, 1, 2]] * 2)}
+        reddish, grey = ColorJitter(hue=0.5, linear=True).on_batch(images, drawn)
+        assert reddish[:, 0, 0].argmax() == strongest
+        torch.testing.assert_close(batch_kernels.luma(reddish[None]), batch_kernels.luma(images[:1]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(grey, images[1], atol=1e-5, rtol=0)
+
+
+STRONG = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+
+
+def test_linear_jitter_is_the_same_in_both_engines_whatever_is_cut_off(picture):
+    view = View({"random_resized_crop": {"scale": [0.2, 1]}, "color_jitter": STRONG | {"linear": True}}, 64, "x")
+    drawn = view.drawn(0, 0, torch.arange(20), 0, SIZE.expand(20, 2))[1]
+    images = torch.from_numpy(picture.transpose(2, 0, 1).copy()).expand(20, -1, -1, -1) / 255
+    jitter = view.steps[1].operation
+    in_batch = (jitter.on_batch(images, drawn) * 255).permute(0, 2, 3, 1).numpy()
+    for row in range(20):
+        one = jitter.on_picture(picture, {name: values[row].numpy() for name, values in drawn.items()})
+        assert np.abs(one - in_batch[row]).max() <= 2
+
+
+def test_a_crop_without_antialiasing_equals_torchvisions_on_tensors(picture):
+    images = torch.from_numpy(picture.transpose(2, 0, 1).copy())[None] / 255
+    box = (3, 5, 80, 100)
+    theirs = official.resized_crop(images, *box, [32, 32], antialias=False)
+    drawn = {"box": torch.tensor([box]), "size": SIZE}
+    operation = RandomResizedCrop(32, [0.2, 1.0], antialias=False)
+    torch.testing.assert_close(operation.on_batch(images, drawn), theirs, atol=1e-5, rtol=0)
+    assert np.abs(worker(operation, picture, drawn) - theirs[0].permute(1, 2, 0).numpy() * 255).max() <= 1
+
+
 @pytest.mark.parametrize("sigma", [0.0, 0.1, 0.5, 1.0, 2.0])
 def test_both_blurs_equal_a_gaussian_summed_up_pixel_by_pixel(sigma, picture):
     radius = max(1, math.ceil(3 * sigma))

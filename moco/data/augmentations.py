@@ -58,14 +58,16 @@ class Operation(ABC):
 
 @dataclass
 class RandomResizedCrop(Operation):
-    """A crop of `scale` of the area and `ratio` width / height, resized to a square of `image_size`, bilinear, antialiased.
+    """A crop of `scale` of the area and `ratio` width / height, resized to a square of `image_size`, bilinear.
 
     As in torchvision the first of ten candidates that fits is taken, else the largest in the middle with a ratio in range.
+    Without `antialias` each pixel comes from the nearest four alone, also where the crop shrinks.
     """
 
     image_size: int
     scale: Sequence[float]
     ratio: Sequence[float] = (3 / 4, 4 / 3)
+    antialias: bool = True
     num_draws: ClassVar[int] = 22
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class RandomResizedCrop(Operation):
             is_scale and 0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "two areas, 0 < low <= high <= 1"
         )
         expect(is_ratio and self.ratio[0] > 0, "ratio", self.ratio, "two positive numbers, low <= high")
+        expect(isinstance(self.antialias, bool), "antialias", self.antialias, "true or false")
 
     def drawn(self, draws: Tensor, sizes: Tensor) -> Drawn:
         height, width = sizes.double().unbind(1)
@@ -103,11 +106,11 @@ class RandomResizedCrop(Operation):
     def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
         reduction = drawn.get("reduction", 1)  # by how much the picture was decoded smaller
         if reduction == 1:
-            return picture_kernels.resized_crop(picture, drawn["box"], self.image_size)
+            return picture_kernels.resized_crop(picture, drawn["box"], self.image_size, self.antialias)
         return picture_kernels.resized_crop_between_pixels(picture, drawn["box"] / reduction, self.image_size)
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
-        return batch_kernels.resized_crop(images, drawn["box"], self.image_size)
+        return batch_kernels.resized_crop(images, drawn["box"], self.image_size, self.antialias)
 
     def described(self, drawn: Mapping[str, Any]) -> str:
         (top, left, height, width), (rows, columns) = drawn["box"].tolist(), drawn["size"].tolist()
@@ -152,12 +155,16 @@ class RandomAffine(Operation):
 
 @dataclass
 class ColorJitter(Operation):
-    """Factors from 1 - x to 1 + x, hue shift up to x of a turn either way; the four in random order."""
+    """Factors from 1 - x to 1 + x, hue shift up to x of a turn either way; the four in random order.
+
+    `linear` takes all four as one matrix, an approximation: see `moco.data.linear_colors`.
+    """
 
     brightness: float = 0
     contrast: float = 0
     saturation: float = 0
     hue: float = 0
+    linear: bool = False
     num_draws: ClassVar[int] = 8
     STEPS: ClassVar[tuple[str, ...]] = ("brightness", "contrast", "saturation", "hue")
 
@@ -165,6 +172,7 @@ class ColorJitter(Operation):
         for name in self.STEPS[:3]:
             expect(is_number(getattr(self, name), 0, 100), name, getattr(self, name), "a number, 0 to 100")
         expect(is_number(self.hue, 0, 0.5), "hue", self.hue, "a fraction of a turn, 0 to 0.5")
+        expect(isinstance(self.linear, bool), "linear", self.linear, "true or false")
 
     def drawn(self, draws: Tensor, sizes: Tensor) -> Drawn:
         values = [
@@ -176,12 +184,16 @@ class ColorJitter(Operation):
 
     def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
         factors = drawn["factors"]
+        if self.linear:
+            return picture_kernels.linear_color_jitter(picture, factors, drawn["order"])
         for step in drawn["order"]:
             if getattr(self, self.STEPS[step]):
                 picture = picture_kernels.COLOR_STEPS[step](picture, float(factors[step]))
         return picture
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
+        if self.linear:
+            return batch_kernels.linear_color_jitter(images, drawn["factors"], drawn["order"])
         return batch_kernels.color_jitter(images, drawn["factors"], drawn["order"], has_hue=self.hue > 0)
 
     def described(self, drawn: Mapping[str, Any]) -> str:

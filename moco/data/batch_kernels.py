@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moco.data.linear_colors import jitter_matrices
+
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
 
 
@@ -17,7 +19,7 @@ def luma(images: Tensor) -> Tensor:
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])[:, None]
 
 
-def resized_crop(images: Tensor, boxes: Tensor, side: int) -> Tensor:
+def resized_crop(images: Tensor, boxes: Tensor, side: int, antialias: bool = True) -> Tensor:
     """Each image's box, resized to side x side: bilinear, antialiased where it shrinks.
 
     Args:
@@ -25,23 +27,23 @@ def resized_crop(images: Tensor, boxes: Tensor, side: int) -> Tensor:
     """
     num, channels, height, width = images.shape
     top, left, box_height, box_width = boxes.to(images.dtype).unbind(1)
-    columns = resize_weights(left, box_width, width, side)  # (N, S, W)
-    rows = resize_weights(top, box_height, height, side)  # (N, S, H)
+    columns = resize_weights(left, box_width, width, side, antialias)  # (N, S, W)
+    rows = resize_weights(top, box_height, height, side, antialias)  # (N, S, H)
     narrow = images.reshape(num, channels * height, width) @ columns.mT
     return rows[:, None] @ narrow.view(num, channels, height, side)
 
 
-def resize_weights(start: Tensor, length: Tensor, size: int, side: int) -> Tensor:
+def resize_weights(start: Tensor, length: Tensor, size: int, side: int, antialias: bool = True) -> Tensor:
     """(N, side, size): how much each of `size` pixels counts for each of `side` that the stretch from `start` is resized to.
 
-    A triangle as wide as two pixels, of the source or of the result, whichever are larger (Pillow's bilinear filter). Pixels
-    beside the stretch do not count.
+    A triangle as wide as two pixels, of the source or, antialiased, of the result if those are larger (Pillow's bilinear
+    filter). Pixels beside the stretch do not count.
     """
     start, length = start[:, None, None], length[:, None, None]
     scale = length / side
     pixels = torch.arange(size, device=start.device, dtype=start.dtype) + 0.5
     centres = start + (torch.arange(side, device=start.device, dtype=start.dtype)[:, None] + 0.5) * scale
-    if size <= side:  # nothing shrinks: two pixels count for each of the result, at the edges one
+    if not antialias or size <= side:  # two pixels count for each of the result, at the edges one
         inside = centres.clamp(start + 0.5, start + length - 0.5)
         return 1 - (pixels - inside).abs_().clamp_(max=1)
     width = scale.clamp(min=1)
@@ -146,6 +148,13 @@ def hue_(images: Tensor, shift: Tensor) -> None:
 def above_zero(differences: Tensor) -> Tensor:
     """1 where they are, else 0, in place; differences of pixels are 0 or far above 1e-30."""
     return differences.mul_(1e30).clamp_(0, 1)
+
+
+def linear_color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """All steps of `color_jitter` as one matrix, see `moco.data.linear_colors`."""
+    matrices = jitter_matrices(factors, order, images.mean((2, 3)))
+    pixels = torch.baddbmm(matrices[..., 3:], matrices[..., :3], images.flatten(2))
+    return pixels.clamp_(0, 1).view_as(images)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, *, max_sigma: float) -> Tensor:

@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from moco.data.linear_colors import TO_GRAY, jitter_matrix
+
 cv2.setNumThreads(1)  # a picture is too small for several, and the loader's processes are parallel already
 
-TO_GRAY = np.array([[0.299, 0.587, 0.114]] * 3)  # ITU-R BT.601, as in Pillow
 VALUES = np.arange(256, dtype=np.float32)  # Pillow blends in single precision
 
 
-def resized_crop(picture: np.ndarray, box: Sequence[int], side: int) -> np.ndarray:
+def resized_crop(picture: np.ndarray, box: Sequence[int], side: int, antialias: bool = True) -> np.ndarray:
     """The box (top, left, height, width), resized to side x side: bilinear, antialiased where it shrinks."""
     top, left, height, width = (int(number) for number in box)
     crop = picture[top : top + height, left : left + width]
-    if height <= side and width <= side:  # nothing to antialias
+    if not antialias or (height <= side and width <= side):
         return cv2.resize(crop, (side, side), interpolation=cv2.INTER_LINEAR)
     # Of pixels that lie together, and whose batch dimension says so too, torch resizes all channels at once.
     images = torch.from_numpy(crop.copy()).view(1, height, width, 3).permute(0, 3, 1, 2)
@@ -70,6 +71,11 @@ def hue(picture: np.ndarray, shift: float) -> np.ndarray:
     row[:, 0] = int(shift * 255) % 256
     hsv += row  # several times as fast as on the first of three channels alone
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def linear_color_jitter(picture: np.ndarray, factors: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """All color steps at once, see `moco.data.linear_colors`."""
+    return cv2.transform(picture, jitter_matrix(factors, order, np.array(cv2.mean(picture)[:3])))
 
 
 def as_pixels(values: np.ndarray) -> np.ndarray:
