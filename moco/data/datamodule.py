@@ -158,7 +158,7 @@ class PretrainingData(pl.LightningDataModule):
 
     def _stream_loader(self, shards: ShardedPictures, batch_size: int) -> StreamLoader:
         streams = self.streams(shards)
-        dataset = StreamDataset(streams, batch_size, PairMaker(self.augment))
+        dataset = StreamDataset(streams, batch_size, PairMaker(self.augment), self.num_workers)
         batches = len(shards) // self.batch_size * (self.batches_per_step // streams.world_size)
         return StreamLoader(
             dataset,
