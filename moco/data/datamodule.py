@@ -29,6 +29,7 @@ from moco.data.pictures import UnreadablePicture
 from moco.data.samplers import EpochSampler
 from moco.data.streams import OpenStream, ShardedPictures, StreamDataset, StreamLoader, Streams
 from moco.data.views import Transform, ViewPair, rgb_batch
+from moco.data.waiting import remedies
 from moco.data.workers import loader_options
 from moco.errors import InputError, printable
 
@@ -130,6 +131,21 @@ class PretrainingData(pl.LightningDataModule):
     def place(self) -> tuple[int, int]:
         """This process's rank, and how many train together."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def remedies_for_waiting(self, share: float, num_cores: int, has_gpu: bool) -> list[str]:
+        """See `remedies`; none where the device makes its data itself."""
+        if self.engine.in_memory:
+            return []
+        return remedies(
+            self.source.train,
+            share,
+            num_workers=self.num_workers,
+            num_cores=num_cores,
+            image_size=self.image_size,
+            engine=self.engine.name,
+            has_gpu=has_gpu,
+            streams=self._streams,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Which pictures could not be read so far."""
