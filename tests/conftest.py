@@ -41,6 +41,18 @@ def picture_tree(tmp_path, generator):
     return root
 
 
+@pytest.fixture
+def photographs(tmp_path, generator):
+    """30 JPEGs of various sizes, smooth as photographs are, in two folders."""
+    root = tmp_path / "photographs"
+    for number in range(30):
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        path = root / "ab"[number % 2] / f"{number:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse.resize((60 + number, 90 - number), Image.Resampling.BICUBIC).save(path, quality=90)
+    return root
+
+
 def run_program(module, *arguments, cwd, timeout=120, **environment):
     """A program of ours in its own process, as a user starts it."""
     import os

@@ -1,10 +1,7 @@
-import io
 import multiprocessing.forkserver
-import re
 import signal
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -40,17 +37,6 @@ def numbered(generator):
 def epoch_of(loader, epoch):
     loader.sampler.set_epoch(epoch)
     return list(loader)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_order_and_pixels_do_not_depend_on_the_number_of_workers(num_workers, numbered):
-    expected = [epoch_of(data_for(numbered).train_dataloader(), epoch) for epoch in (0, 1)]
-    loader = data_for(numbered, num_workers=num_workers).train_dataloader()
-    for epoch in (0, 1):
-        for ours, theirs in zip(epoch_of(loader, epoch), expected[epoch], strict=True):
-            assert torch.equal(ours.indices, theirs.indices)
-            assert torch.equal(ours.views[0], theirs.views[0])
-            assert torch.equal(ours.views[1], theirs.views[1])
 
 
 def test_loader_processes_leave_signals_to_the_training_process(numbered):
@@ -161,31 +147,6 @@ def test_the_engine_is_chosen_by_rule(given, device_type, image_size, files, nam
     assert chosen.reason
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_shards_give_the_same_pairs_with_any_number_of_workers_and_after_a_resume(num_workers, tmp_path, generator):
-    pytest.importorskip("webdataset")
-    for shard in range(4):
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
-            for number in range(6):
-                content = io.BytesIO()
-                Image.fromarray(generator.integers(0, 256, (20, 16, 3), dtype="uint8")).save(content, "PNG")
-                member = tarfile.TarInfo(f"{shard}_{number}.png")
-                member.size = content.tell()
-                content.seek(0)
-                archive.addfile(member, content)
-    source = build_source("webdataset", str(tmp_path), streams=2, shuffle_buffer=4)
-    expected = epochs_of(data_for(source, batch_size=4), 2)
-    assert [len(epoch) for epoch in expected] == [6, 6]
-    data = data_for(source, batch_size=4, num_workers=num_workers)
-    loader = data.train_dataloader()
-    loader.load_state_dict({"epoch": 1, "pictures": 8})
-    loader.sampler.set_epoch(1)
-    rest = [data.on_after_batch_transfer(batch, 0) for batch in loader]
-    assert len(rest) == 4
-    for ours, theirs in zip(rest, expected[1][2:], strict=True):
-        assert torch.equal(torch.stack(ours.views), torch.stack(theirs.views))
-
-
 def damage(tree, count):
     for path in sorted(tree.rglob("*.png"))[:count]:
         path.write_bytes(b"not a picture")
@@ -218,54 +179,6 @@ def test_a_set_without_a_readable_picture_has_no_first_ones_either(picture_tree)
     data = data_for(build_source("images", str(picture_tree)), max_bad_fraction=0.1)
     with pytest.raises(InputError, match="3 of 24 pictures cannot be read"):
         data.first_pictures(4)
-
-
-@pytest.mark.parametrize("bad", ["b/deeper/05.png", "c"])
-def test_the_loader_process_that_died_is_named_with_its_own_picture_and_no_other_failure_is(bad, tmp_path):
-    """Two processes, of which one ends itself when it opens a picture; and one in which a picture's reader is defective."""
-    script = tmp_path / "program.py"
-    script.write_text(DYING.format(bad=bad))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=90, check=False)
-    if bad == "c":
-        assert "a defect" in done.stdout
-        assert "exited" not in done.stdout
-    else:
-        assert re.search(
-            r"DataLoader worker \(pid \d+\) exited unexpectedly; it was reading picture 13$", done.stdout.strip()
-        )
-
-
-DYING = """
-import os, signal
-import numpy as np
-from moco.data.datasets import ArrayPictures
-from moco.data.loading import PairDataset, ResumableLoader, as_it_is
-from moco.data.samplers import EpochSampler
-from moco.data.views import ViewPair
-from moco.data.workers import loader_options
-
-class Dying(ArrayPictures):
-    def opened(self, index):
-        if index == 13:
-            if "{bad}" == "c":
-                raise RuntimeError("a defect")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().opened(index)
-
-    def name(self, index):
-        return f"picture {{index}}"
-
-VIEW = {{"random_resized_crop": {{"scale": [0.2, 1.0]}}}}
-
-if __name__ == "__main__":
-    augment = ViewPair(VIEW, VIEW, [0.5] * 3, [0.5] * 3, 8, 0)
-    dataset = PairDataset(Dying(np.zeros((32, 8, 8, 3), np.uint8), "x"), augment, 2)
-    loader = ResumableLoader(dataset, EpochSampler(32, 4, 0), 4, **loader_options(2) | {{"collate_fn": as_it_is}})
-    try:
-        list(loader)
-    except RuntimeError as error:
-        print(error)
-"""
 
 
 def test_nothing_readable_is_an_error(picture_tree):
@@ -313,8 +226,6 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("end", ["killed", "done"])
 def test_no_loader_process_outlives_the_training_process(end, tmp_path):
-    import subprocess
-    import sys
     import time
 
     script = tmp_path / "left_open.py"

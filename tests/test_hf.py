@@ -161,6 +161,39 @@ def test_labels_that_are_missing_are_not_used(tmp_path, caplog, missing):
     assert "split test has rows without a label" in caplog.text
 
 
+def with_labels(root, *labels):
+    """A saved set whose table was then given other labels, which `datasets` itself does not look at again."""
+    import pyarrow as pa
+
+    saved(root, table(len(labels)))
+    (file,) = root.glob("*.arrow")
+    with pa.memory_map(str(file)) as mapped:
+        there = pa.ipc.open_stream(mapped).read_all()
+        there = there.set_column(1, there.schema.field("label"), pa.array(labels, there.schema.field("label").type))
+        content = pa.BufferOutputStream()
+        with pa.ipc.new_stream(content, there.schema) as writer:
+            writer.write_table(there)
+    file.write_bytes(content.getvalue())
+    return str(root)
+
+
+@pytest.mark.parametrize(("number", "row"), [(2, 1), (-2, 0), (2**40, 2)])
+def test_a_label_that_is_no_class_is_named_with_its_row(tmp_path, number, row):
+    labels = [0, 1, -1]
+    labels[row] = number
+    message = (
+        rf"split train: column label holds {number} in row {row}; expected 0 to 1, its 2 classes, or -1 \(no label\)$"
+    )
+    with pytest.raises(InputError, match=message):
+        build_source("hf", with_labels(tmp_path / "set", *labels))
+
+
+def test_a_plain_number_that_is_no_label_is_named_with_its_row(tmp_path):
+    root = saved(tmp_path / "set", table(2, coarse=([5, -7], datasets.Value("int32"))))
+    with pytest.raises(InputError, match=r"column coarse holds -7 in row 1; expected 0 or more, or -1 \(no label\)$"):
+        build_source("hf", root, label_column="coarse")
+
+
 def test_a_row_without_a_picture_or_with_a_broken_one_is_unreadable(tmp_path):
     rows = [{"bytes": b"no picture", "path": None}, None, {"bytes": encoded(1), "path": None}]
     broken = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))

@@ -29,6 +29,7 @@ from moco.data.pictures import UnreadablePicture
 from moco.data.samplers import EpochSampler
 from moco.data.streams import OpenStream, ShardedPictures, StreamDataset, StreamLoader, Streams
 from moco.data.views import Transform, ViewPair, rgb_batch
+from moco.data.waiting import remedies
 from moco.data.workers import loader_options
 from moco.errors import InputError, printable
 
@@ -131,6 +132,21 @@ class PretrainingData(pl.LightningDataModule):
         """This process's rank, and how many train together."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
+    def remedies_for_waiting(self, share: float, num_cores: int, has_gpu: bool) -> list[str]:
+        """See `remedies`; none where the device makes its data itself."""
+        if self.engine.in_memory:
+            return []
+        return remedies(
+            self.source.train,
+            share,
+            num_workers=self.num_workers,
+            num_cores=num_cores,
+            image_size=self.image_size,
+            engine=self.engine.name,
+            has_gpu=has_gpu,
+            streams=self._streams,
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Which pictures could not be read so far."""
         return {"unreadable": sorted(self.unreadable)}
@@ -158,7 +174,7 @@ class PretrainingData(pl.LightningDataModule):
 
     def _stream_loader(self, shards: ShardedPictures, batch_size: int) -> StreamLoader:
         streams = self.streams(shards)
-        dataset = StreamDataset(streams, batch_size, PairMaker(self.augment))
+        dataset = StreamDataset(streams, batch_size, PairMaker(self.augment), self.num_workers)
         batches = len(shards) // self.batch_size * (self.batches_per_step // streams.world_size)
         return StreamLoader(
             dataset,

@@ -155,9 +155,24 @@ def _kind(feature: Any) -> str:
 
 
 def _labels(dataset: Any, column: str, where: str) -> np.ndarray | None:
-    """(M,) int64; None where some are missing, as in test splits that were published without."""
-    values: Iterable[int | None] = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
-    labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
+    """(M,) int64; None where some are missing, as in test splits that were published without.
+
+    Raises:
+        InputError: a label is no class; it names the row.
+    """
+    # `datasets` looks at labels when they are put into a table, and not when the table is read.
+    given: Iterable[int | None] = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    values = [-1 if value is None else value for value in given]
+    names = getattr(dataset.features[column], "names", None)
+    end = len(names) if names is not None else 2**63
+    row = next((row for row, value in enumerate(values) if not -1 <= value < end), None)
+    if row is not None:
+        expected = "0 or more" if names is None else f"0 to {end - 1}, its {end} classes"
+        raise InputError(
+            f"data.root={where}: column {printable(column)} holds {values[row]} in row {row}; expected {expected}, "
+            "or -1 (no label)"
+        )
+    labels = np.array(values, dtype=np.int64)
     if (labels < 0).any():
         log.info("%s has rows without a label: its labels are not used", printable(where))
         return None

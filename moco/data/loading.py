@@ -4,7 +4,6 @@ Letters: M pictures, N batch, H W pixels, S side of a view.
 """
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 from moco.data.datasets import ArrayPictures, Labelled, Pictures
 from moco.data.decoding import EncodedPicture
+from moco.data.lost_workers import lost_worker_named
 from moco.data.pictures import UnreadablePicture
 from moco.data.samplers import EpochSampler
 from moco.data.views import Transform, ViewPair, picked, rgb_batch
-from moco.data.workers import is_gone, loader_options
-from moco.errors import printable
+from moco.data.workers import loader_options
 
 MOST_STAND_INS = 100
 AT_ONCE = 16  # files that a worker holds in memory, encoded
@@ -191,24 +190,13 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.batches_done = self.sampler.start // self.batch_size
-        try:
+        with lost_worker_named(self._last_read):
             for batch in super().__iter__():
                 self.batches_done += 1
                 yield batch
-        except (OSError, RuntimeError) as error:  # a lost process shows as either
-            if said := self._lost_worker():
-                raise RuntimeError(said) from error
-            raise
 
-    def _lost_worker(self) -> str:
-        """Which of the loader's processes is gone, and what it was reading; empty if none is or it is not known."""
-        workers = self.dataset.last_read() if isinstance(self.dataset, PairDataset) and self.num_workers else []
-        for _ in range(20 if workers else 0):  # its end of a pipe may be closed a little before it is gone
-            for pid, name in workers:
-                if is_gone(pid):
-                    return f"DataLoader worker (pid {pid}) exited unexpectedly; it was reading {printable(name)}"
-            time.sleep(0.05)
-        return ""
+    def _last_read(self) -> list[tuple[int, str]]:
+        return self.dataset.last_read() if isinstance(self.dataset, PairDataset) and self.num_workers else []
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its pictures were handed out, by all processes together."""

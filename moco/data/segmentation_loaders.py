@@ -19,6 +19,7 @@ from moco.data.samplers import EpochSampler
 from moco.data.segmentation import MaskedPictures, SegmentationSource
 from moco.data.segmentation_views import SegmentationView
 from moco.data.views import Transform
+from moco.data.waiting import remedies
 from moco.data.workers import loader_options
 from moco.errors import InputError, printable
 
@@ -138,6 +139,17 @@ class SegmentationData(pl.LightningDataModule):
         batches = batches_of_one_size(held_out.sizes, self.evaluation_batch_size)
         return DataLoader(
             WholeDataset(held_out, self.view.normalize), batch_sampler=batches, generator=torch.Generator(), **options
+        )
+
+    def remedies_for_waiting(self, share: float, num_cores: int, has_gpu: bool) -> list[str]:
+        """See `remedies`."""
+        return remedies(
+            self.source.train,
+            share,
+            num_workers=self.num_workers,
+            num_cores=num_cores,
+            image_size=self.image_size,
+            has_gpu=has_gpu,
         )
 
     def on_before_batch_transfer(self, batch: MaskBatch, dataloader_idx: int) -> MaskBatch:

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
@@ -85,8 +85,13 @@ def is_local(shard: str) -> bool:
     return not re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", shard)
 
 
-def pictures_in(shard: str, max_image_pixels: int) -> Iterator[Sample | Problem]:
+def pictures_in(
+    shard: str, max_image_pixels: int, note: Callable[[str], None] = lambda name: None
+) -> Iterator[Sample | Problem]:
     """The pictures of a shard in their order, and what could not be read. Pixels are not decoded.
+
+    Args:
+        note: told the name of each picture before it is read.
 
     Raises:
         InputError: a member's path is absolute or leads out of the archive.
@@ -96,6 +101,7 @@ def pictures_in(shard: str, max_image_pixels: int) -> Iterator[Sample | Problem]
         with _opened(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedHeader) as archive:
             for member in _picture_members(archive, shard):
                 name = f"{shard}/{member.name}"
+                note(name)
                 try:
                     sample = Sample(encoded(_content(archive, member, name), name, max_image_pixels), name)
                 except UnreadablePicture as error:

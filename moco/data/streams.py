@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from moco.data.bad_fraction import check_bad_fraction
 from moco.data.datasets import DataSource
 from moco.data.decoding import EncodedPicture
+from moco.data.lost_workers import LastRead, lost_worker_named
 from moco.data.packed_index import INDEX, read_index
 from moco.data.randomness import derived_seed
 from moco.data.samplers import StreamSampler
@@ -151,8 +153,13 @@ class Streams:
         order = torch.randperm(len(self.shards), generator=generator)
         return [self.shards[number] for number in order[self.rank :: self.world_size][stream :: self.num_streams]]
 
-    def samples(self, epoch: int, stream: int) -> Iterator[Sample | Problem]:
+    def samples(
+        self, epoch: int, stream: int, note: Callable[[str], None] = lambda name: None
+    ) -> Iterator[Sample | Problem]:
         """One stream, without end.
+
+        Args:
+            note: told the name of each sample before it is read.
 
         Raises:
             InputError: no shard of it holds a picture, or a shard is refused.
@@ -164,17 +171,19 @@ class Streams:
                 # By sorting: of Python's generator only random() is promised to give the same in every version.
                 shards = sorted(shards, key=lambda shard: draws.random())
             is_empty = True
-            for found in self._shuffled(shards, draws):
+            for found in self._shuffled(shards, draws, note):
                 is_empty = is_empty and isinstance(found, Problem)
                 yield found
             if is_empty:
                 raise InputError(f"data.root: no pictures in {', '.join(map(printable, shards[:10]))}")
 
-    def _shuffled(self, shards: Iterable[str], draws: random.Random) -> Iterator[Sample | Problem]:
+    def _shuffled(
+        self, shards: Iterable[str], draws: random.Random, note: Callable[[str], None]
+    ) -> Iterator[Sample | Problem]:
         """Every sample of the shards once, the next one always drawn from a buffer; problems as they come up."""
         waiting: list[Sample] = []
         for shard in shards:
-            for found in pictures_in(shard, self.max_image_pixels):
+            for found in pictures_in(shard, self.max_image_pixels, note):
                 if isinstance(found, Problem):
                     yield found
                 elif len(waiting) < self.shuffle_buffer:
@@ -200,6 +209,23 @@ class StreamBatch(NamedTuple):
     """Why training cannot go on; empty if it can."""
 
 
+@dataclass(frozen=True)
+class WatchedPicture:
+    """A picture that says when it is decoded, so that a decoder that kills its process can be told which one it was."""
+
+    sample: Sample
+    note: Callable[[str], None]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.sample.picture.size
+
+    def pixels(self, reduction: int = 1) -> np.ndarray:
+        """See `EncodedPicture`."""
+        self.note(self.sample.name)
+        return self.sample.picture.pixels(reduction)
+
+
 class StreamDataset(Dataset[StreamBatch]):
     """Batches by (epoch, batch). A worker keeps its streams open; one that it is not at yet is read forward, undecoded.
 
@@ -207,9 +233,11 @@ class StreamDataset(Dataset[StreamBatch]):
 
     Args:
         batch_size: N, rows of each batch in this process.
+        num_workers: processes that will read from this object at the same time.
     """
 
-    def __init__(self, streams: Streams, batch_size: int, make_batch: MakeBatch) -> None:
+    def __init__(self, streams: Streams, batch_size: int, make_batch: MakeBatch, num_workers: int = 0) -> None:
+        self.last_read = LastRead(num_workers)
         self.streams = streams
         self.batch_size = batch_size
         self.make_batch = make_batch
@@ -222,7 +250,8 @@ class StreamDataset(Dataset[StreamBatch]):
         except InputError as error:  # raised in a worker it would arrive as a traceback
             return StreamBatch(None, [], str(error))
         first = (number * self.streams.world_size + self.streams.rank) * self.batch_size
-        rows = [(first + row, sample.picture, sample.name) for row, sample in enumerate(samples)]
+        note = self.last_read.note
+        rows = [(first + row, WatchedPicture(sample, note), sample.name) for row, sample in enumerate(samples)]
         batch = self.make_batch(rows, epoch)
         for row in batch.unreadable.nonzero().flatten().tolist():
             name = samples[row].name
@@ -236,7 +265,7 @@ class StreamDataset(Dataset[StreamBatch]):
         self.opened = {place: opened for place, opened in self.opened.items() if opened.epoch == epoch}
         opened = self.opened.get(stream)
         if opened is None or opened.num_taken > turn * self.batch_size:
-            opened = self.opened[stream] = OpenStream(epoch, self.streams.samples(epoch, stream))
+            opened = self.opened[stream] = OpenStream(epoch, self.streams.samples(epoch, stream, self.last_read.note))
         opened.take(turn * self.batch_size - opened.num_taken)
         return opened
 
@@ -307,12 +336,13 @@ class StreamLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.batches_done = self.sampler.start
-        for handed in super().__iter__():
-            if handed.refused:
-                raise InputError(handed.refused)
-            self._note(handed.problems)
-            self.batches_done += 1
-            yield handed.batch
+        with lost_worker_named(self.dataset.last_read):
+            for handed in super().__iter__():
+                if handed.refused:
+                    raise InputError(handed.refused)
+                self._note(handed.problems)
+                self.batches_done += 1
+                yield handed.batch
 
     def _note(self, problems: Sequence[Problem]) -> None:
         for problem in problems:

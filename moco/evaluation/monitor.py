@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from moco.data.datamodule import PretrainingData, check_unreadable
+from moco.evaluation.data_wait import EPOCH_SECONDS, SECONDS, DataWait
 from moco.evaluation.diagnostics import (
     embedding_std,
     in_batch_negative_similarity,
@@ -158,6 +159,8 @@ def protocol(result: KNNResult, temperature: float, feature: str) -> dict[str, A
 class LossMonitor(pl.Callback):
     """Loss, learning rate and speed every n steps, and each epoch's mean loss and speed, of any training.
 
+    It warns once where much of the time goes into waiting for data; the data module says what to change.
+
     Batches whose loss is not finite are left out of the mean, which is not finite only if they all are.
 
     Args:
@@ -168,6 +171,7 @@ class LossMonitor(pl.Callback):
     def __init__(self, figures: dict[str, Any], log_every_n_steps: int) -> None:
         self.figures = figures
         self.log_every_n_steps = log_every_n_steps
+        self.data_wait = DataWait()
         # Tensors on the device while training: adding to them does not wait for the device.
         self.loss_sum: Tensor | float = 0.0
         self.batches: Tensor | float = 0  # those with a finite loss
@@ -194,7 +198,8 @@ class LossMonitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.waited += time.perf_counter() - self.batch_ended
+        self.batch_waited = time.perf_counter() - self.batch_ended
+        self.waited += self.batch_waited
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -205,9 +210,13 @@ class LossMonitor(pl.Callback):
         self.batches = self.batches + loss.isfinite().long()
         self.images += len(batch.indices) * trainer.world_size
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and trainer.global_step % self.log_every_n_steps == 0:
+        is_logged = stepped and trainer.global_step % self.log_every_n_steps == 0
+        if is_logged:
             self._log_step(trainer, pl_module, outputs)
-        self.batch_ended = time.perf_counter()
+        before, self.batch_ended = self.batch_ended, time.perf_counter()
+        self.data_wait.add(self.batch_waited, self.batch_ended - before)
+        if is_logged:
+            self.data_wait.check(trainer, SECONDS)
 
     def _log_step(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> None:
         figures = {
@@ -233,6 +242,7 @@ class LossMonitor(pl.Callback):
         mean_loss = state["loss_sum"] / state["batches"] if state["batches"] else math.nan
         figures = {"train/loss": mean_loss, **self._speed()}
         self.figures |= figures
+        self.data_wait.check(trainer, EPOCH_SECONDS)
         if trainer.logger:
             scalars = {"epoch/loss": figures["train/loss"], "epoch/images_per_second": figures["images_per_second"]}
             trainer.logger.log_metrics(scalars, step=trainer.global_step)

@@ -77,7 +77,9 @@ class ProgressBar(pl.Callback):
     def _status(self) -> str:
         parts = []
         if "images_per_second" in self.figures:
-            parts.append(f"{self.figures['images_per_second']:,.0f} images/s")
+            parts.append(
+                f"{self.figures['images_per_second']:,.0f} images/s, data wait {self.figures['data_wait']:.0%}"
+            )
         if self.score in self.figures:
             parts.append(f"{self.score_name} {self.figures[self.score]:.4f}")
         return " ".join(parts)

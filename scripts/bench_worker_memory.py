@@ -1,0 +1,85 @@
+"""Memory of the loader's processes over the epochs, and over the number of files.
+
+    python scripts/bench_worker_memory.py [--files 2000 200000] [--epochs 5] [--batches 300] [--workers 2]
+
+Makes trees of tiny PNGs, reads them as training does, and prints after each epoch what each loader process holds for itself
+alone (Private_* in /proc/PID/smaps_rollup), and what the training process does, in MiB. Of large trees an epoch is cut off
+after so many batches. Linux only.
+"""
+
+import argparse
+import itertools
+import re
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from moco.data.datamodule import PretrainingData
+from moco.data.datasets import build_source
+from moco.data.views import ViewPair, build_evaluation_view
+
+SIZE = 32  # px of a view
+VIEW = {"random_resized_crop": {"scale": [0.2, 1.0]}, "color_jitter": {"brightness": 0.4, "probability": 0.8}}
+LINKS = 30_000  # names of one file; file systems have a limit
+
+
+def make_tree(root: Path, num_files: int) -> None:
+    """PNGs of 4 x 4 px, 1,000 in each folder; most are names of the same file."""
+    paths = [root / f"{number // 1000:05d}" / f"picture_{number:08d}.png" for number in range(num_files)]
+    for folder in {path.parent for path in paths}:
+        folder.mkdir()
+    for start in range(0, num_files, LINKS):
+        picture, *others = paths[start : start + LINKS]
+        Image.new("RGB", (4, 4)).save(picture)
+        for path in others:
+            path.hardlink_to(picture)
+
+
+def own_memory(pid: int | str) -> float:
+    """What a process would give back if it ended, MiB."""
+    private = re.findall(r"^Private_\w+: +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    return sum(map(int, private)) / 1024
+
+
+def measure(root: str, epochs: int, batches: int, workers: int) -> dict[str, list[float]]:
+    """MiB of each process after each epoch."""
+    mean = [0.5] * 3
+    data = PretrainingData(
+        build_source("images", root),
+        ViewPair(VIEW, VIEW, mean, mean, SIZE, 0),
+        build_evaluation_view(SIZE, 1.0, mean, mean),
+        image_size=SIZE,
+        batch_size=64,
+        num_workers=workers,
+    )
+    loader = data.train_dataloader()
+    found: dict[str, list[float]] = {}
+    for epoch in range(epochs):
+        loader.sampler.set_epoch(epoch)
+        for _ in itertools.islice(loader, batches):
+            pass
+        pids = [pid for pid, _ in loader.dataset.last_read()]
+        for number, pid in enumerate(pids):
+            found.setdefault(f"loader process {number + 1}", []).append(own_memory(pid))
+        found.setdefault("training process", []).append(own_memory("self"))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", type=int, nargs="+", default=[2_000, 200_000])
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=300, help="of 64 pictures, at most, in an epoch")
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    print(f"{'files':>9}  {'':<18}" + "".join(f"{f'epoch {epoch + 1}':>10}" for epoch in range(arguments.epochs)))
+    for num_files in arguments.files:
+        with tempfile.TemporaryDirectory() as scratch:
+            make_tree(Path(scratch), num_files)
+            for name, sizes in measure(scratch, arguments.epochs, arguments.batches, arguments.workers).items():
+                print(f"{num_files:>9,}  {name:<18}" + "".join(f"{size:>10.1f}" for size in sizes), flush=True)
+
+
+if __name__ == "__main__":
+    main()
