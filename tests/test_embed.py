@@ -46,7 +46,10 @@ def embed(checkpoint, folder, *overrides):
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = parse(
-            compose("embed", [f"checkpoint={checkpoint}", f"output={folder / 'f.npz'}", *overrides]), EmbedConfig
+            compose(
+                "embed", [f"checkpoint={checkpoint}", f"output={folder / 'f.npz'}", "data.num_workers=0", *overrides]
+            ),
+            EmbedConfig,
         )
     run(config, folder / "run")
     with np.load(folder / "f.npz") as file:
