@@ -20,7 +20,7 @@ from moco.evaluation.knn import normalized
 
 log = logging.getLogger(__name__)
 
-BLOCK = 2**22  # values that are in memory at once
+BLOCK = 2**20  # values that are in memory at once
 POINTS_PER_LIST = 64  # rows that each list of an IVF index is trained on; faiss asks for 39 at least
 NUM_LINKS = 32  # of each row in an HNSW index
 NUM_SAMPLES, NUM_NEIGHBORS = 100, 10  # of the search that measures what an approximate index finds
@@ -66,7 +66,7 @@ def write_index(file: BinaryIO, parts: FeatureParts, kind: str) -> str:
     if kind == "flat":
         file.write(flat_header(parts.state.num_rows, parts.state.feature_dim))
         for block in blocks(parts):
-            file.write(block.tobytes())
+            file.write(block.data)
         return "flat: exact"
     index = ivf(parts) if kind == "ivf" else faiss.IndexHNSWFlat(
         parts.state.feature_dim, NUM_LINKS, faiss.METRIC_INNER_PRODUCT
@@ -76,7 +76,8 @@ def write_index(file: BinaryIO, parts: FeatureParts, kind: str) -> str:
     swig: Any = faiss  # whose type stubs lack the writer
     faiss.write_index(index, swig.PyCallbackIOWriter(file.write))
     count = min(NUM_NEIGHBORS, parts.state.num_rows)
-    return f"{kind}: finds {recall(index, parts, count):.1%} of the {count} nearest of {NUM_SAMPLES} pictures at most"
+    num_queries = min(NUM_SAMPLES, parts.state.num_rows)
+    return f"{kind}: finds {recall(index, parts, count):.1%} of the {count} nearest, over {num_queries} pictures"
 
 
 def blocks(parts: FeatureParts) -> Iterator[np.ndarray]:
