@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from moco.data.picture_sets import PictureBatch
-from moco.embed import embed
+from moco.embed import check_output, embed
 from moco.errors import InputError
 from moco.evaluation.feature_files import write_index, write_npz
 from moco.evaluation.feature_parts import FILES, FeatureParts, taken
@@ -247,3 +247,9 @@ def test_a_batch_of_unreadable_pictures_alone_adds_nothing_but_their_names(tmp_p
     embed(None, [nothing], parts, 30, 0.1, Console(file=io.StringIO()))
     assert parts.state.num_rows == 0
     assert parts.unreadable() == ["bad.png"]
+
+
+def test_a_folder_in_the_indexs_place_is_named(tmp_path):
+    (tmp_path / "f.faiss").mkdir()
+    with pytest.raises(InputError, match=r"f\.npz: .*f\.faiss is a folder; expected the name of a file"):
+        check_output(tmp_path / "f.npz")

@@ -52,7 +52,7 @@ class PictureProgress:
         now = time.monotonic()
         rate = (done - self.start) / (now - self.began)
         self.bar.update(self.task, completed=done, rate=f"{rate:,.0f} a second")
-        if self.bar.disable and now - self.said >= SECONDS_BETWEEN_LINES:
+        if self.bar.disable and done > self.start and now - self.said >= SECONDS_BETWEEN_LINES:
             self.said = now
             minutes = (self.total - done) / rate / 60
             log.info(
