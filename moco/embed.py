@@ -1,42 +1,55 @@
 """Features of any pictures: ``python -m moco.embed checkpoint=PATH data=images data.root=PATH output=FILE.npz``."""
 
 import dataclasses
+import hashlib
 import logging
 import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco.config.pretrained import EmbedConfig, given_settings, with_defaults, with_usual_settings
-from moco.errors import InputError, printable
+from moco.errors import InputError, RunError, printable
 from moco.launch import launch, save_hydra_files
 from moco.methods.pretrained import load_pretrained, log_window_advice
+from moco.pack import interruptible
 
 if TYPE_CHECKING:
-    from moco.data.datasets import DataSource, Labelled
+    from numpy import ndarray
+    from rich.console import Console
+    from torch import Tensor, nn
+
+    from moco.data.datasets import DataSource
+    from moco.data.picture_sets import PictureSet
+    from moco.evaluation.feature_parts import FeatureParts
 
 log = logging.getLogger("moco.embed")  # __name__ is __main__ under python -m
 
+USUAL_WORKERS = 4
+# Settings that may differ when a pass goes on: they change no feature, or show in the names.
+FREE = ("download", "max_bad_fraction", "num_images", "num_workers")
+
 
 def run(config: EmbedConfig, folder: Path) -> None:
-    """Write the file; `folder` keeps a record of the config.
+    """Write the file and its index; `folder` keeps a record of the config.
 
     The file holds ``features`` (M, D) float32, not normalised, ``names`` (M,) of the pictures, files by their paths, and
-    where the data set has them ``labels`` (M,) int64. Unreadable pictures are left out and named in the log.
+    where the data set has them ``labels`` (M,) int64. Unreadable pictures are left out and named in the log. Until all is
+    done the features are in a folder beside it, from which the same command goes on.
 
     Raises:
         InputError: the checkpoint cannot be used, the data set has no such pictures, or the file cannot be written.
+        RunError: features are not finite, or the machine gave out.
     """
-    import numpy as np
     from rich.console import Console
 
-    from moco.data.datamodule import check_unreadable
     from moco.data.datasets import build_source
-    from moco.data.loading import evaluation_loader
-    from moco.data.views import build_evaluation_view
-    from moco.evaluation.features import embed
+    from moco.data.views import evaluation_crop
+    from moco.evaluation.feature_parts import FeatureParts, taken
     from moco.training.hardware import choose_device
-    from moco.training.progress import print_table
-    from moco.training.run_folder import claimed, write_atomically
+    from moco.training.run_folder import claimed
 
     output = Path(config.output)
     check_output(output)
@@ -60,46 +73,64 @@ def run(config: EmbedConfig, folder: Path) -> None:
     )
     data["image_size"] = data["image_size"] or source.image_size
     log_window_advice(pretrained, given, data["image_size"])
-    side, has_labels = pictures_of(source, config.split, data["name"])
+    pictures = pictures_of(source, config.split, data["name"])
 
     transform = with_defaults(config.augmentation, of_run["augmentation"])
-    view = build_evaluation_view(data["image_size"], data["crop_ratio"], **transform)
-    loader = evaluation_loader(side, view, data["image_size"], config.batch_size, data["num_workers"])
-    encoder = pretrained.encoder.to(device)
-    features, labels, unreadable = embed(lambda images: encoder.encode(images, config.feature), loader, device)
-    bad = set(unreadable.tolist())
-    for index in sorted(bad):
-        log.warning("skipped %s: it cannot be read", printable(side.pictures.name(index)))
-    check_unreadable(bad, side.pictures, data["max_bad_fraction"])
-    names = np.array([side.pictures.name(index) for index in range(len(side.pictures)) if index not in bad])
-    arrays: dict[str, Any] = {"features": features, "names": names} | ({"labels": labels} if has_labels else {})
-    write_atomically(output, lambda file: np.savez(file, **arrays))
+    encode = encoding(pretrained.encoder, config.feature, transform, device)
+    about = {
+        "settings": {
+            "encoder": config.encoder,
+            "feature": config.feature,
+            "split": config.split,
+            "batch_size": config.batch_size,
+            "accelerator": device.type,
+            "backbone": pretrained.settings,
+            "augmentation": transform,
+            "data": {key: value for key, value in data.items() if key not in FREE},
+        },
+        "weights": hash_of(pretrained.encoder),
+        "data": pictures.fingerprint(),
+    }
+    parts_folder = output.with_name(f"{output.name}.part")
+    console = Console()
+    with taken(parts_folder), interruptible(), failures_named(parts_folder):
+        parts = FeatureParts(parts_folder, about, pictures.start)
+        num_workers = config.data.num_workers
+        if num_workers is None:
+            num_workers = 0 if pictures.is_in_memory else USUAL_WORKERS
+        crop = evaluation_crop(data["image_size"], data["crop_ratio"])
+        loader = pictures.batches(parts.state.end, crop, data["image_size"], config.batch_size, num_workers)
+        embed(encode, loader, parts, len(pictures), data["max_bad_fraction"], console)
+        if not parts.state.num_rows:
+            raise InputError(f"data.root={data['root']}: no pictures in there")
+        said = write_files(output, parts, config.index, pictures.has_labels)
+        shutil.rmtree(parts_folder)
     with claimed(folder, dataclasses.asdict(config)):
         save_hydra_files(folder)
-
-    console = Console()
-    rows = [
-        ("pictures", f"{len(features):,}, {config.split} of {data['name']}, {data['image_size']} px"),
-        ("features", f"{config.feature} of the {config.encoder} encoder, {features.shape[1]} wide"),
-        ("arrays", ", ".join(f"{name} {array.shape}" for name, array in arrays.items())),
-    ]
-    print_table(console, "Embedded", rows)
-    console.print(f"written to {os.path.relpath(output)}", soft_wrap=True, highlight=False)
+    report(config, data, parts, pictures.has_labels, said, console)
 
 
 def check_output(output: Path) -> None:
-    """Raises InputError if no .npz file can be written there."""
+    """Raises InputError if no .npz file, or no index beside it, can be written there."""
     if output.suffix != ".npz":
         raise InputError(f"output={output}: expected a file that ends in .npz")
-    if output.is_dir():
-        raise InputError(f"output={output}: a folder; expected the name of a file")
+    for path in (output, index_of(output)):
+        if path.is_dir():
+            raise InputError(
+                f"output={output}: {'' if path == output else f'{path} is '}a folder; expected the name of a file"
+            )
     existing = next(path for path in output.absolute().parents if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"output={output}: cannot write to {existing}")
 
 
-def pictures_of(source: "DataSource", split: str, name: str) -> "tuple[Labelled, bool]":
-    """The pictures of a split, and whether they have labels; without, each is -1.
+def index_of(output: Path) -> Path:
+    """Where the index goes."""
+    return output.with_suffix(".faiss")
+
+
+def pictures_of(source: "DataSource", split: str, name: str) -> "PictureSet":
+    """The pictures of a split, with labels if all of them have one.
 
     Raises:
         InputError: the data set has none that are held out.
@@ -107,16 +138,155 @@ def pictures_of(source: "DataSource", split: str, name: str) -> "tuple[Labelled,
     import numpy as np
 
     from moco.data.datasets import Labelled
-    from moco.data.streams import NO_INDEX, ShardedPictures
+    from moco.data.picture_sets import IndexedSet, ShardedSet
+    from moco.data.streams import ShardedPictures
 
-    if isinstance(source.train, ShardedPictures):
-        raise InputError(NO_INDEX)
     side = source.bank if split == "train" else source.queries
     if split == "test" and side is None:
         raise InputError(f"split=test: data={name} has no pictures that are held out")
+    if isinstance(source.train, ShardedPictures):
+        return ShardedSet(source.train)
     if side is not None and (split == "test" or len(side.pictures) == len(source.train)):
-        return side, True
-    return Labelled(source.train, np.full(len(source.train), -1)), False
+        return IndexedSet(side, has_labels=True)
+    return IndexedSet(Labelled(source.train, np.full(len(source.train), -1)), has_labels=False)
+
+
+def hash_of(encoder: "nn.Module") -> str:
+    """Differs where any weight differs."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def encoding(encoder: Any, feature: str, transform: dict[str, Any], device: Any) -> "Callable[[Tensor], ndarray]":
+    """From 8-bit pictures (N, 3, S, S) to features (N, D), computed on `device` in float32.
+
+    Args:
+        transform: mean and std of the pixels.
+    """
+    import torch
+
+    from moco.data.views import normalisation
+
+    scale, shift = (values.to(device) for values in normalisation(**transform))
+    encoder.to(device)
+
+    @torch.no_grad()
+    def encode(images: "Tensor") -> "ndarray":
+        with torch.autocast(device.type, enabled=False):
+            return encoder.encode(images.to(device) * scale - shift, feature).float().cpu().numpy()
+
+    return encode
+
+
+def embed(
+    encode: "Callable[[Tensor], ndarray]",
+    loader: Any,
+    parts: "FeatureParts",
+    num_pictures: int,
+    max_bad_fraction: float,
+    console: "Console",
+) -> None:
+    """Add the features of all batches of a `moco.data.picture_sets.PictureSet` to the parts.
+
+    Raises:
+        InputError: unreadable pictures are more than `max_bad_fraction` of `num_pictures`.
+        RunError: features are not finite.
+    """
+    import numpy as np
+
+    from moco.data.bad_fraction import check_bad_fraction
+    from moco.training.interrupts import ENDING, held_back
+    from moco.training.picture_progress import PictureProgress
+
+    bad = parts.unreadable()
+    done = parts.state.num_rows + len(bad)
+    if done:
+        log.info("going on after %s of %s pictures", f"{done:,}", f"{num_pictures:,}")
+    check_bad_fraction(bad, num_pictures, max_bad_fraction)
+    with parts, PictureProgress(console, "embedding", done, num_pictures) as progress:
+        with held_back(ENDING):  # a loader that is interrupted while it starts complains about itself when it goes
+            arriving = iter(loader)
+        for batch in arriving:
+            features = encode(batch.images) if batch.names else np.empty((0, 0), np.float32)
+            check_finite(features, batch.names)
+            for problem in batch.problems:
+                log.warning("%s: %s", "damaged" if problem.is_shard else "skipped", problem.reason)
+            unreadable = [problem.name for problem in batch.problems if not problem.is_shard]
+            parts.add(features, batch.names, batch.labels.numpy(), unreadable, batch.end)
+            if unreadable:
+                bad += unreadable
+                check_bad_fraction(bad, num_pictures, max_bad_fraction)
+            progress.say(parts.state.num_rows + len(bad))
+
+
+def check_finite(features: "ndarray", names: list[str]) -> None:
+    """Raises RunError if features (N, D) are not finite; names the first ten pictures."""
+    import numpy as np
+
+    rows = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if len(rows):
+        first = ", ".join(printable(names[row]) for row in rows[:10])
+        raise RunError(
+            f"the features of {len(rows)} pictures are not finite, of {first}; the checkpoint's weights are damaged, or too "
+            "large for these pictures"
+        )
+
+
+def write_files(output: Path, parts: "FeatureParts", index: str, has_labels: bool) -> str:
+    """Write the index and the .npz file, each whole or not at all; what the index is, in words."""
+    from moco.evaluation.feature_files import write_index, write_npz
+    from moco.training.run_folder import write_atomically
+
+    said: list[str] = []
+    if index != "none":
+        log.info("writing %s", index_of(output))
+        write_atomically(index_of(output), lambda file: said.append(write_index(file, parts, index)))
+    elif index_of(output).exists():
+        log.warning("%s is of an earlier run and does not go with the new file", index_of(output))
+    log.info("writing %s", output)
+    write_atomically(output, lambda file: write_npz(file, parts, has_labels))
+    return said[0] if said else "none"
+
+
+@contextmanager
+def failures_named(folder: Path) -> Iterator[None]:
+    """Inside, a machine that gives out is a RunError that says what to change, and that `folder` keeps what is done."""
+    import torch
+
+    from moco.training.faults import explained
+
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, RunError):
+            raise
+        is_gpu = isinstance(error, torch.OutOfMemoryError)
+        said = "the GPU is out of memory; a smaller batch_size needs less" if is_gpu else explained(error)
+        if said is None:
+            raise
+        raise RunError(f"{said}; what is done is kept in {folder}, and the same command goes on there") from error
+
+
+def report(
+    config: EmbedConfig, data: dict[str, Any], parts: "FeatureParts", has_labels: bool, index: str, console: "Console"
+) -> None:
+    """Print what was written."""
+    from moco.training.progress import print_table
+
+    num_rows, width = parts.state.num_rows, parts.state.feature_dim
+    labels = f", labels {(num_rows,)}" if has_labels else ""
+    rows = [
+        ("pictures", f"{num_rows:,}, {config.split} of {data['name']}, {data['image_size']} px"),
+        ("features", f"{config.feature} of the {config.encoder} encoder, {width} wide"),
+        ("arrays", f"features {(num_rows, width)}, names {(num_rows,)}{labels}"),
+        ("index", index),
+    ]
+    print_table(console, "Embedded", rows)
+    written = [Path(config.output)] + ([index_of(Path(config.output))] if config.index != "none" else [])
+    names = " and ".join(os.path.relpath(path) for path in written)
+    console.print(f"written to {names}", soft_wrap=True, highlight=False)
 
 
 def main() -> None:

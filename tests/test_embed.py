@@ -1,16 +1,30 @@
-"""Features of any pictures in one file."""
+"""Features of any pictures in one file, and an index beside it."""
 
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import faiss
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.pretrained import EmbedConfig
 from moco.data.datasets import FilePictures, build_source
 from moco.data.views import build_evaluation_view
 from moco.embed import run
-from moco.errors import InputError
+from moco.errors import InputError, Interrupted, RunError
+from moco.evaluation.feature_parts import FeatureParts
 from moco.methods.moco import MoCo
 from moco.methods.pretrained import load_encoder
 from moco.models.swin import rewindow
@@ -46,7 +60,10 @@ def embed(checkpoint, folder, *overrides):
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = parse(
-            compose("embed", [f"checkpoint={checkpoint}", f"output={folder / 'f.npz'}", *overrides]), EmbedConfig
+            compose(
+                "embed", [f"checkpoint={checkpoint}", f"output={folder / 'f.npz'}", "data.num_workers=0", *overrides]
+            ),
+            EmbedConfig,
         )
     run(config, folder / "run")
     with np.load(folder / "f.npz") as file:
@@ -104,3 +121,254 @@ def test_mistakes_are_named(checkpoint, tmp_path, overrides, message):
 def test_a_set_without_held_out_pictures_has_no_test_split(checkpoint, tmp_path, picture_tree):
     with pytest.raises(InputError, match="split=test: data=images has no pictures that are held out"):
         embed(checkpoint, tmp_path, "data=images", f"data.root={picture_tree}", "split=test")
+
+
+def bytes_of(folder):
+    return {name: (folder / name).read_bytes() for name in ("f.npz", "f.faiss")}
+
+
+class After:
+    """Stands in for a method: works so many times, then raises."""
+
+    def __init__(self, method, times, error):
+        self.method, self.times, self.error = method, times, error
+
+    def __get__(self, instance, owner):
+        return lambda *arguments: self(instance, *arguments)
+
+    def __call__(self, *arguments):
+        if not self.times:
+            raise self.error
+        self.times -= 1
+        return self.method(*arguments)
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+SMALL = ["split=test", "batch_size=100", "data.image_size=8"]
+ENDED = Interrupted(signal.SIGTERM, "ended")
+
+
+def ended_after(num_batches, checkpoint, folder, *overrides, error=ENDED):
+    """A run that ends in the middle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureParts, "add", After(FeatureParts.add, num_batches, error))
+        with pytest.raises((Interrupted, KeyboardInterrupt, RunError)):
+            embed(checkpoint, folder, *overrides)
+
+
+@pytest.fixture(scope="module")
+def straight(checkpoint, tmp_path_factory):
+    """The files of a run over the digits' 360 queries that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    embed(checkpoint, folder, *SMALL)
+    return bytes_of(folder)
+
+
+@pytest.mark.parametrize(("error", "num_batches"), [(ENDED, 1), (KeyboardInterrupt(), 0), (FULL, 3)])
+def test_an_interrupted_and_continued_run_ends_in_the_same_bytes(checkpoint, tmp_path, straight, error, num_batches):
+    ended_after(num_batches, checkpoint, tmp_path, *SMALL, error=error)
+    state = json.loads((tmp_path / "f.npz.part" / "state.json").read_text())["state"]
+    assert state["num_rows"] == 100 * num_batches
+    assert not (tmp_path / "f.npz").exists()
+    embed(checkpoint, tmp_path, *SMALL)
+    assert bytes_of(tmp_path) == straight
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.faiss", "f.npz", "run"]
+
+
+def test_a_disk_that_is_full_when_the_files_are_made_is_one_line_and_no_feature_is_computed_again(
+    checkpoint, tmp_path, straight, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("moco.evaluation.feature_files.copy", After(None, 0, FULL))
+        with pytest.raises(RunError) as error:
+            embed(checkpoint, tmp_path, *SMALL)
+    assert str(error.value) == (
+        "[Errno 28] No space left on device; free some space and start again; what is done is kept in "
+        f"{tmp_path / 'f.npz.part'}, and the same command goes on there"
+    )
+    monkeypatch.setattr(FeatureParts, "add", After(None, 0, AssertionError("computed again")))
+    embed(checkpoint, tmp_path, *SMALL)
+    assert bytes_of(tmp_path) == straight
+
+
+def test_a_file_that_may_not_grow_is_one_line_and_the_run_goes_on_later(checkpoint, tmp_path, straight):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (250 * 256 * 4, before[1]))  # in the middle of the third batch
+    try:
+        with pytest.raises(
+            RunError, match=r"raise the limit on the size of files \(ulimit -f\).* the same command goes on"
+        ):
+            embed(checkpoint, tmp_path, *SMALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    embed(checkpoint, tmp_path, *SMALL)
+    assert bytes_of(tmp_path) == straight
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            ["batch_size=50"],
+            "batch_size: 100 there, 50 here; remove that folder to start anew, or choose another output",
+        ),
+        (["feature=embedding"], "feature: backbone there, embedding here"),
+        (["backbone.window_size=4"], "backbone.window_size: 2 there, 4 here"),
+        (["split=train"], "split: test there, train here; data: other pictures, names or labels"),
+    ],
+)
+def test_a_run_with_other_settings_does_not_go_on(checkpoint, tmp_path, changed, message):
+    ended_after(1, checkpoint, tmp_path, *SMALL)
+    with pytest.raises(InputError) as error:
+        embed(checkpoint, tmp_path, *SMALL, *changed)
+    assert f"f.npz.part holds the first 100 features of another run: {message}" in str(error.value)
+
+
+def test_the_same_name_with_other_weights_does_not_go_on(checkpoint, tmp_path, straight):
+    own = tmp_path / "own.ckpt"
+    state = torch.load(checkpoint)
+    torch.save(state, own)
+    ended_after(1, checkpoint, tmp_path, *SMALL)
+    state["state_dict"]["query_encoder.backbone.norm.bias"][0] += 1
+    torch.save(state, tmp_path / "trained_on.ckpt")
+    with pytest.raises(InputError, match="of another run: checkpoint: other weights; remove that folder"):
+        embed(tmp_path / "trained_on.ckpt", tmp_path, *SMALL)
+    embed(own, tmp_path, *SMALL)  # the same weights in another place
+    assert bytes_of(tmp_path) == straight
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_row_i_of_the_index_is_picture_i(checkpoint, tmp_path, kind, capsys):
+    file = embed(checkpoint, tmp_path, *SMALL, f"index={kind}")
+    index = faiss.read_index(str(tmp_path / "f.faiss"))
+    if kind == "ivf":
+        index.make_direct_map()
+    features = file["features"]
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    np.testing.assert_allclose(index.reconstruct_n(0, 360), unit, atol=1e-6)
+    similarities, _ = index.search(unit, 1)
+    np.testing.assert_allclose(similarities, 1, atol=1e-5)
+    assert "f.npz and" in capsys.readouterr().out
+
+
+def test_no_index_is_written_when_none_is_wanted_and_an_old_one_is_named(checkpoint, tmp_path, caplog):
+    embed(checkpoint, tmp_path, *SMALL, "index=none")
+    assert not (tmp_path / "f.faiss").exists()
+    (tmp_path / "f.faiss").write_bytes(b"old")
+    embed(checkpoint, tmp_path, *SMALL, "index=none")
+    assert "f.faiss is of an earlier run and does not go with the new file" in caplog.text
+    assert (tmp_path / "f.faiss").read_bytes() == b"old"
+
+
+def test_names_that_no_encoding_has_come_back_as_paths(checkpoint, tmp_path, picture_tree):
+    odd = ["a\nb.png", os.fsdecode(b"\xff.png"), "漢字 🙂.png", "' \"\\.png"]
+    paths = sorted(picture_tree.rglob("*.png"))
+    for path, name in zip(paths, odd, strict=False):
+        path.rename(path.with_name(name))
+    found = embed(checkpoint, tmp_path, "data=images", f"data.root={picture_tree}", "data.image_size=16")
+    assert {*map(str, picture_tree.rglob("*.png"))} == {*found["names"].tolist()}
+    assert all(os.path.isfile(name) for name in found["names"].tolist())
+
+
+def test_too_many_unreadable_pictures_end_the_run_early_and_a_higher_limit_goes_on(
+    checkpoint, tmp_path, picture_tree, caplog
+):
+    for name in ("00.png", "02.png"):
+        next(picture_tree.rglob(name)).write_bytes(b"no picture")
+    given = ["data=images", f"data.root={picture_tree}", "data.image_size=16", "batch_size=6"]
+    with pytest.raises(InputError, match=r"1 of 24 pictures cannot be read, more than data\.max_bad_fraction=0\.01"):
+        embed(checkpoint, tmp_path, *given)
+    with pytest.raises(InputError, match=r"2 of 24 pictures cannot be read, more than data\.max_bad_fraction=0\.05"):
+        embed(checkpoint, tmp_path, *given, "data.max_bad_fraction=0.05")
+    found = embed(checkpoint, tmp_path, *given, "data.max_bad_fraction=0.1")
+    assert len(found["features"]) == len(found["names"]) == 22
+    skipped = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert [message.split(":")[0:2] for message in skipped] == [
+        ["skipped", f" {next(picture_tree.rglob(name))}"] for name in ("00.png", "02.png")
+    ]
+
+
+def test_features_that_are_not_finite_name_their_pictures(checkpoint, tmp_path):
+    state = torch.load(checkpoint)
+    state["state_dict"]["query_encoder.backbone.norm.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "bad.ckpt")
+    with pytest.raises(RunError) as error:
+        embed(tmp_path / "bad.ckpt", tmp_path, *SMALL)
+    first = ", ".join(f"digits: test_images[{number}]" for number in range(10))
+    assert str(error.value) == (
+        f"the features of 100 pictures are not finite, of {first}; the checkpoint's weights are damaged, or too large for "
+        "these pictures"
+    )
+
+
+def test_shards_are_embedded_in_their_order_and_gone_on_with(checkpoint, tmp_path, picture_tree):
+    pytest.importorskip("webdataset")
+    paths = sorted(picture_tree.rglob("*.png"))
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            for path in paths[8 * number : 8 * number + 8]:
+                archive.add(path, f"folder/{path.name}")
+    given = ["data=webdataset", f"data.root={tmp_path}", "data.image_size=16", "batch_size=5"]
+    ended_after(2, checkpoint, tmp_path, *given)
+    found = embed(checkpoint, tmp_path, *given)
+    assert found["names"].tolist() == [f"folder/{path.stem}" for path in paths]
+    assert "labels" not in found
+    plain = embed(
+        checkpoint, tmp_path, "data=images", f"data.root={picture_tree}", "data.image_size=16", "batch_size=5"
+    )
+    assert np.array_equal(found["features"], plain["features"])
+    with pytest.raises(InputError, match="split=test: data=webdataset has no pictures that are held out"):
+        embed(checkpoint, tmp_path, *given, "split=test")
+
+
+def start(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "moco.embed", f"output={folder / 'f.npz'}", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended_in_the_middle(folder, number, *arguments):
+    """Exit code and what was said of a program that got a signal, as from a terminal, when more features than before were there."""
+    file = folder / "f.npz.part" / "features.bin"
+    before = file.stat().st_size if file.exists() else 0
+    process = start(folder, *arguments)
+    while process.poll() is None and not (file.exists() and file.stat().st_size > before):
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said.strip()
+
+
+SAID = "interrupted: the parts that are whole are kept; the same command goes on there"
+
+
+def test_the_program_ends_on_sigint_with_a_line_and_goes_on(checkpoint, tmp_path):
+    arguments = ["batch_size=8", "data=digits", "data.image_size=16"]
+    assert ended_in_the_middle(tmp_path, signal.SIGINT, f"checkpoint={checkpoint}", *arguments) == (130, SAID)
+    assert not (tmp_path / "f.npz").exists()
+    assert json.loads((tmp_path / "f.npz.part" / "state.json").read_text())["state"]["num_rows"] > 0
+    (tmp_path / "straight").mkdir()
+    for folder in (tmp_path, tmp_path / "straight"):
+        embed(checkpoint, folder, *arguments)
+    assert bytes_of(tmp_path) == bytes_of(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(checkpoint, tmp_path, picture_tree, generator):
+    for number in range(100, 2000):
+        Image.fromarray(generator.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save(picture_tree / f"{number}.png")
+    arguments = ["batch_size=8", "data=images", f"data.root={picture_tree}", "data.image_size=32"]
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
+        code, said = ended_in_the_middle(tmp_path, number, f"checkpoint={checkpoint}", *arguments, "data.num_workers=2")
+        is_kill = number == signal.SIGKILL  # after which Python's own resource tracker has something to say
+        assert (code, is_kill or said) == (-number if is_kill else 128 + number, is_kill or SAID)
+    (tmp_path / "straight").mkdir()
+    for folder in (tmp_path, tmp_path / "straight"):
+        embed(checkpoint, folder, *arguments)
+    assert bytes_of(tmp_path) == bytes_of(tmp_path / "straight")

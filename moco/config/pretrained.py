@@ -69,13 +69,22 @@ class EvaluateConfig:
 
 
 @dataclass
+class EmbedDataConfig(EvaluateDataConfig):
+    num_workers: Optional[int] = setting(None, at_least=0)  # type: ignore[assignment]
+    """Loader processes; null: 4, and none for pictures that are in memory."""
+
+
+@dataclass
 class EmbedConfig:
     checkpoint: str = MISSING
     """A file of weights: ``checkpoints/last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or another
     project's, see ``docs/weights.md``."""
     output: str = MISSING
-    """The .npz file."""
-    data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
+    """The .npz file; the index goes beside it, FILE.faiss beside FILE.npz."""
+    index: str = setting("flat", choices=("flat", "hnsw", "ivf", "none"))
+    """For neighbours by cosine, of faiss. flat: exact; ivf and hnsw: approximate, and faster beyond a million pictures; they
+    are held in memory while they are built."""
+    data: EmbedDataConfig = field(default_factory=EmbedDataConfig)
     split: str = setting("train", choices=("test", "train"))
     """train: all pictures that training would see; test: those that are held out for measurements."""
     encoder: str = setting("query", choices=("key", "query"))

@@ -230,7 +230,7 @@ def _picture_members(archive: tarfile.TarFile, shard: str) -> Iterator[tarfile.T
     for member in archive:
         archive.members = []  # type: ignore[attr-defined]  # it would keep every header
         _check_path(member.name, shard)
-        key = _sample_key(member.name)
+        key = sample_key(member.name)
         if member.isreg() and key != sample and member.name.lower().endswith(EXTENSIONS):
             sample = key
             yield member
@@ -243,7 +243,8 @@ def _check_path(name: str, shard: str) -> None:
         )
 
 
-def _sample_key(name: str) -> str:
+def sample_key(name: str) -> str:
+    """What a member's name has in common with the others of its sample."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
 

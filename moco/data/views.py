@@ -182,8 +182,12 @@ class Normalized:
 
 def build_evaluation_view(image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]) -> Transform:
     """Pillow picture to (3, H, W) without chance: resize the shorter side to image_size / crop_ratio, centre crop."""
-    resized = round(image_size / crop_ratio)
-    return v2.Compose([middle_of_stripe, v2.Resize(resized), v2.CenterCrop(image_size), Normalized(mean, std)])
+    return v2.Compose([evaluation_crop(image_size, crop_ratio), Normalized(mean, std)])
+
+
+def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[Image.Image], Image.Image]:
+    """`build_evaluation_view` up to the pixels: Pillow picture to Pillow picture of image_size px."""
+    return v2.Compose([middle_of_stripe, v2.Resize(round(image_size / crop_ratio)), v2.CenterCrop(image_size)])
 
 
 def middle_of_stripe(picture: Image.Image) -> Image.Image:

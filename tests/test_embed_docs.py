@@ -1,0 +1,54 @@
+"""What README and docs/embed.md do with the files of moco.embed."""
+
+import re
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from test_embed import checkpoint, embed  # noqa: F401  (a fixture)
+
+
+@pytest.fixture
+def files(checkpoint, tmp_path, picture_tree, monkeypatch):  # noqa: F811
+    """features.npz and features.faiss, of pictures of which one is there twice, in the current folder; those two names."""
+    one, again = next(picture_tree.rglob("07.png")), picture_tree / "copy_of_07.png"
+    again.write_bytes(one.read_bytes())
+    embed(checkpoint, tmp_path, "data=images", f"data.root={picture_tree}", "data.image_size=16")
+    for ending in ("npz", "faiss"):
+        (tmp_path / f"f.{ending}").rename(tmp_path / f"features.{ending}")
+    monkeypatch.chdir(tmp_path)
+    return {str(one), str(again)}
+
+
+def blocks(path):
+    """The lines for Python; the threshold, which depends on the checkpoint, is put where only copies are."""
+    found = re.findall(r"```python\n(.*?)```", (REPOSITORY / path).read_text(), re.DOTALL)
+    return [block.replace("0.95", "0.9999999") for block in found]
+
+
+def test_the_readme_finds_neighbours_and_near_duplicates(files, capsys):
+    (code,) = [block for block in blocks("README.md") if "features.faiss" in block]
+    capsys.readouterr()
+    made = {}
+    exec(code, made)
+    names, features = made["names"], made["features"]
+    nearest = np.argsort(-(features @ features.T), axis=1)[:, :10]
+    assert {*names[made["rows"][0]]} == {*names[nearest[0]]}
+    assert str(names[0]) in capsys.readouterr().out
+    first, place = made["first"], made["place"]
+    pairs = list(zip(names[first], names[made["rows"][first, place]], strict=True))
+    assert len(pairs) == 1
+    assert {*pairs[0]} == files
+
+
+def test_the_page_on_embed_finds_groups_and_neighbours_of_new_pictures(files, tmp_path):
+    (tmp_path / "new.npz").write_bytes((tmp_path / "features.npz").read_bytes())
+    on_disk, groups, new = blocks("docs/embed.md")
+    made = {}
+    exec(on_disk, made)
+    assert made["rows"][0, 0] == 0
+    exec(groups, made)
+    assert [{*map(str, group)} for group in made["groups"]] == [files]
+    exec(new, made)
+    np.testing.assert_allclose(made["similarity"][:, 0], 1, atol=1e-5)
+    assert made["rows"].shape == (25, 5)
