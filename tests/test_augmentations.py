@@ -15,7 +15,8 @@ from torchvision.transforms.v2 import functional as official
 
 from moco.config.parsing import CONFIG_DIR
 from moco.data import batch_kernels
-from moco.data.augmentations import ColorJitter, RandomAffine, RandomResizedCrop, View
+from moco.data.augmentations import View
+from moco.data.operations import ColorJitter, RandomAffine, RandomResizedCrop
 from moco.data.picture_kernels import resized_crop
 from moco.errors import InputError
 

@@ -193,7 +193,7 @@ class DataConfig:
 @dataclass
 class AugmentationConfig:
     query: dict[str, Any] = field(default_factory=dict)
-    """The query view's operations in order, each with its numbers: see ``moco.data.augmentations``."""
+    """The query view's operations in order, each with its numbers: see ``moco.data.operations``."""
     key: dict[str, Any] = field(default_factory=dict)
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Per channel, of pixels in 0..1 (ImageNet's)."""

@@ -10,7 +10,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from moco.data.augmentations import ColorJitter, build_operation
+from moco.data.augmentations import build_operation
+from moco.data.operations import ColorJitter
 from moco.data.randomness import draws_from
 from moco.data.views import Normalized
 from moco.errors import InputError
@@ -70,7 +71,7 @@ class SegmentationView:
         image_size: side of the result, px.
         scale: lowest and highest factor of the size, see `RandomScaledCrop`.
         horizontal_flip: probability.
-        color_jitter: settings of `moco.data.augmentations.ColorJitter` and its `probability`; None: no jitter.
+        color_jitter: settings of `moco.data.operations.ColorJitter` and its `probability`; None: no jitter.
         mean, std: per channel, of pixels in 0..1.
         ignore_index: of pixels that the crop has and the picture has not.
 

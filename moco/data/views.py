@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from moco.data.augmentations import Drawn, View
+from moco.data.augmentations import View
 from moco.data.decoding import EncodedPicture
+from moco.data.operations import Drawn
 from moco.data.picture_kernels import write_planes
 from moco.data.pictures import UnreadablePicture
 from moco.errors import InputError
