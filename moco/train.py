@@ -294,7 +294,7 @@ def build_trainer(
         CollapseWatch(),
         LabelFreeMonitor(knn.diagnostics_every_n_steps),
         ViewPairPicture(knn.pictures_every_n_epochs),
-        RunDescription(plain, ["knn/top1", "epoch/loss"]),
+        RunDescription(folder, plain, ["knn/top1", "epoch/loss"]),
         UnreadableList(folder, figures),
         ProgressBar(figures, console),
         checkpoints,

@@ -43,7 +43,7 @@ def thumbnail(picture: Image.Image, side: int) -> Image.Image:
 
 
 def neighbors_picture(rows: Sequence[NeighborRow]) -> Image.Image:
-    """A line for each query: itself, then its neighbours with similarity and label, green where the class is the query's.
+    """A line for each query: itself, then its neighbours with label and similarity, green where the class is the query's.
 
     Args:
         rows: at least one, their pictures of one size.
@@ -60,7 +60,7 @@ def neighbors_picture(rows: Sequence[NeighborRow]) -> Image.Image:
         for column, neighbor in enumerate(row.neighbors, start=1):
             left = 3 * MARGIN + column * width  # a gap after the query
             sheet.paste(neighbor.picture, (left, top))
-            words = cut(f"{neighbor.similarity:.2f} {neighbor.label}", side, font)
+            words = cut(f"{neighbor.label}: {neighbor.similarity:.2f}", side, font)
             pen.text((left, top + side), words, RIGHT if neighbor.is_same else WRONG, font)
     return sheet
 
