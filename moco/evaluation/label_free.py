@@ -46,7 +46,7 @@ class CollapseWatch(pl.Callback):
     their start: at 0.08 for a moment (MoBY on CIFAR-10), or at 0.1 for some 60 steps (a small ResNet on digits), mostly at
     0.18 to 0.4. Collapsed ones stay at 0.001 to 0.05."""
     FEW_DIMENSIONS = 0.05
-    """Of min(M, C), the most that the effective rank of M keys can be. The quickstart has 0.34 to 0.5 of it, and with a
+    """Of min(M, C), the most that the effective rank of M keys can be. The quickstart has 0.25 to 0.5 of it, and with a
     key momentum of 0, which collapses, 0.03."""
     MOST_KEYS = 4096
 
