@@ -264,10 +264,13 @@ def build_trainer(
         environment: who started the processes.
         step: optimizer steps behind the checkpoint that the run goes on from.
     """
+    from moco.evaluation.feature_pictures import FeaturePictures
+    from moco.evaluation.label_free import CollapseWatch, LabelFreeMonitor
     from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, ViewPairPicture
     from moco.training import trainer
     from moco.training.checkpoints import Checkpoints
     from moco.training.faults import BadSteps
+    from moco.training.logger import RunDescription
     from moco.training.progress import ProgressBar
     from moco.training.run_folder import last_good
     from moco.training.unreadable import UnreadableList
@@ -286,8 +289,12 @@ def build_trainer(
             baselines=knn.baselines,
             is_untrained=config.init_from is None,
             should_stop=lambda: bool(stop),
+            pictures=FeaturePictures(knn.pictures_every_n_epochs, knn.projector_images),
         ),
-        ViewPairPicture(),
+        CollapseWatch(),
+        LabelFreeMonitor(knn.diagnostics_every_n_steps),
+        ViewPairPicture(knn.pictures_every_n_epochs),
+        RunDescription(folder, plain, ["knn/top1", "epoch/loss"]),
         UnreadableList(folder, figures),
         ProgressBar(figures, console),
         checkpoints,

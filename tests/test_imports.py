@@ -26,6 +26,7 @@ LEAVES = [
     "evaluation/knn.py",
     "evaluation/features.py",
     "evaluation/diagnostics.py",
+    "evaluation/pictures.py",
     "evaluation/segmentation.py",
     "methods/losses.py",
     "methods/momentum.py",

@@ -139,27 +139,6 @@ def test_without_labels_it_says_once_that_there_is_no_knn(runner, picture_tree, 
     assert figures["train/loss"] >= 0
 
 
-def test_collapse_warns_after_two_checks_and_in_words(caplog):
-    monitor = TrainingMonitor({}, 1)
-    for std in (0.001, 0.2, 0.001):
-        monitor._check_collapse(std, 64, 10)
-    assert not caplog.text
-    monitor._check_collapse(0.001, 64, 20)
-    assert "COLLAPSED at step 20: all embeddings are nearly the same" in caplog.text
-    monitor._check_collapse(0.001, 64, 30)
-    assert caplog.text.count("COLLAPSED") == 1
-
-
-def test_a_collapsed_run_is_named(runner, caplog):
-    class Collapse(TrainingMonitor):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            nn.init.zeros_(pl_module.query_encoder.projector.weight)
-
-    runner.fit(runner.config(), [Collapse({}, 1)])
-    assert "COLLAPSED at step 2" in caplog.text
-
-
 def test_one_loss_that_is_not_finite_is_left_out_of_the_epochs_mean(runner):
     from test_moco import Losses
 

@@ -243,6 +243,13 @@ class MonitorConfig:
     every_n_epochs: int = setting(1, at_least=1)
     baselines: bool = False
     """Before training, measure raw pixels and the untrained backbone on the same protocol."""
+    diagnostics_every_n_steps: Optional[int] = setting(100, at_least=1)
+    """Optimizer steps between two measurements of the label-free figures that take time: see ``docs/diagnostics.md``; null:
+    none. Whether the embeddings collapse is watched in any case."""
+    pictures_every_n_epochs: Optional[int] = setting(10, at_least=1)
+    """Between pictures of view pairs, nearest neighbours and confusions in TensorBoard; null: none."""
+    projector_images: int = setting(5000, at_least=0, at_most=10000)
+    """Labelled pictures in TensorBoard's embedding projector, written at the end; 0: no projector."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -18,11 +19,15 @@ from torchvision.utils import make_grid
 from moco.data.datamodule import PretrainingData, check_unreadable
 from moco.evaluation.data_wait import EPOCH_SECONDS, SECONDS, DataWait
 from moco.evaluation.diagnostics import (
+    MOST_ROWS,
     embedding_std,
+    evenly_spaced,
     in_batch_negative_similarity,
     negative_similarity,
     positive_similarity,
+    rank_me,
 )
+from moco.evaluation.feature_pictures import Embedded, FeaturePictures
 from moco.evaluation.features import EmbeddingStopped, evaluating
 from moco.evaluation.knn import KNNResult, knn_accuracy
 from moco.evaluation.sharding import embed_together
@@ -41,6 +46,7 @@ class KNNMonitor(pl.Callback):
         num_neighbors, temperature, feature: the protocol, see `MonitorConfig`.
         baselines: measure raw pixels and the encoder before the first step.
         is_untrained: the encoder starts from random weights.
+        pictures: draws what it measures.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class KNNMonitor(pl.Callback):
         baselines: bool = False,
         is_untrained: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
+        pictures: FeaturePictures | None = None,
     ) -> None:
         self.figures = figures
         self.num_neighbors = num_neighbors
@@ -63,6 +70,7 @@ class KNNMonitor(pl.Callback):
         self.baselines = baselines
         self.is_untrained = is_untrained
         self.should_stop = should_stop
+        self.pictures = pictures
         self.owed = False  # a measurement that an interrupt cut short
         self.resumed = False  # the encoder is no longer untrained
 
@@ -90,8 +98,7 @@ class KNNMonitor(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        is_end = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if is_end or epoch % self.every_n_epochs == 0:
+        if is_end(trainer, epoch) or epoch % self.every_n_epochs == 0:
             self._measure(trainer, pl_module, epoch)
 
     def _measure_baselines(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -106,8 +113,12 @@ class KNNMonitor(pl.Callback):
         source = data_of(trainer).source
         if source.bank is None or source.queries is None:
             return
+
+        def show(bank: Embedded, queries: Embedded) -> None:
+            self._show(trainer, epoch, bank, queries)
+
         try:
-            result = self._result(trainer, pl_module, self._encoding(pl_module))
+            result = self._result(trainer, pl_module, self._encoding(pl_module), show)
         except EmbeddingStopped:
             self.owed = True
             return
@@ -118,11 +129,31 @@ class KNNMonitor(pl.Callback):
         if trainer.logger:
             trainer.logger.log_metrics(scores, step=trainer.global_step)
 
+    def _show(self, trainer: pl.Trainer, epoch: int, bank: Embedded, queries: Embedded) -> None:
+        """On rank 0, what TensorBoard gets beside the scores."""
+        if trainer.logger is None:
+            return
+        rank = rank_me(torch.from_numpy(evenly_spaced(bank.features, MOST_ROWS)))
+        trainer.logger.log_metrics({"label_free/feature_rank_me": rank}, step=trainer.global_step)
+        if self.pictures is None:
+            return
+        experiment = trainer.logger.experiment  # type: ignore[attr-defined]
+        previous = max(0, epoch - self.every_n_epochs)
+        if self.pictures.is_due(epoch, previous) or (self.pictures.every_n_epochs and is_end(trainer, epoch)):
+            k = min(self.num_neighbors, len(bank.rows))
+            self.pictures.draw(experiment, trainer.global_step, bank, queries, k, self.temperature)
+        if self.pictures.projector_images and is_end(trainer, epoch):
+            self.pictures.project(experiment, queries)
+
     def _encoding(self, pl_module: Any) -> Callable[[Tensor], Tensor]:
         return lambda images: pl_module.query_encoder.encode(images, self.feature)
 
     def _result(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, encode: Callable[[Tensor], Tensor]
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        encode: Callable[[Tensor], Tensor],
+        show: Callable[[Embedded, Embedded], None] = lambda bank, queries: None,
     ) -> KNNResult:
         data = data_of(trainer)
         bank, queries = data.source.bank, data.source.queries
@@ -137,12 +168,21 @@ class KNNMonitor(pl.Callback):
             ]
 
         def search() -> KNNResult:
-            for labelled, (_, _, unreadable) in zip((bank, queries), embedded, strict=True):
+            sets = []
+            for labelled, (features, labels, unreadable) in zip((bank, queries), embedded, strict=True):
                 check_unreadable(set(unreadable.tolist()), labelled.pictures, data.max_bad_fraction)
-            (features, labels, _), (query_features, query_labels, _) = embedded
+                readable = np.delete(np.arange(len(labelled.pictures)), unreadable)
+                sets.append(Embedded(features, labels, labelled, readable))
+            show(*sets)
+            (features, labels, _, _), (query_features, query_labels, _, _) = sets
             return knn_accuracy(features, labels, query_features, query_labels, self.num_neighbors, self.temperature)
 
         return from_rank_zero(search)
+
+
+def is_end(trainer: pl.Trainer, epoch: int) -> bool:
+    """Whether the training ends with this epoch, counted from 1."""
+    return epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
 
 
 def protocol(result: KNNResult, temperature: float, feature: str) -> dict[str, Any]:
@@ -253,45 +293,19 @@ class TrainingMonitor(LossMonitor):
 
     The loss alone says little: it starts low, rises while the queue fills with real keys and falls afterwards, and how
     low depends on K and T. Beside it stand its value when nothing is told apart, its terms, the similarities that it is
-    made of, and the spread of the embeddings, which shows collapse.
+    made of, and the spread of the embeddings, of which `moco.evaluation.label_free` warns.
     """
-
-    COLLAPSED = 0.1  # of 1 / sqrt(C)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.collapsed_checks = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"collapsed_checks": self.collapsed_checks}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.collapsed_checks = state_dict["collapsed_checks"]
 
     def step_figures(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> dict[str, float]:
         query = outputs["query"]
-        std = float(embedding_std(query))
-        self._check_collapse(std, query.shape[1], trainer.global_step)
         return {
             "train/key_momentum": pl_module.key_momentum_at(trainer.global_step - 1),
             "label_free/positive_similarity": float(positive_similarity(query, outputs["key"])),
             **(in_batch_figures if pl_module.queue is None else queue_figures)(pl_module, outputs),
-            "label_free/embedding_std": std,
+            "label_free/embedding_std": float(embedding_std(query)),
             "label_free/embedding_std_if_spread": 1 / math.sqrt(query.shape[1]),
             **{f"train/{term}": float(outputs[term]) for term in ("loss_global", "loss_dense") if term in outputs},
         }
-
-    def _check_collapse(self, std: float, embedding_dim: int, step: int) -> None:
-        threshold = self.COLLAPSED / math.sqrt(embedding_dim)
-        self.collapsed_checks = self.collapsed_checks + 1 if std < threshold else 0
-        if self.collapsed_checks == 2:
-            log.warning(
-                "COLLAPSED at step %d: all embeddings are nearly the same (standard deviation %.5f, spread out it would be "
-                "%.5f). The features will be useless. Usual causes: learning rate too high, key momentum too low, "
-                "augmentation that erases the picture.",
-                step, std, 1 / math.sqrt(embedding_dim),
-            )  # fmt: skip
 
 
 def queue_figures(pl_module: Any, outputs: dict[str, Tensor]) -> dict[str, float]:
@@ -314,21 +328,42 @@ def in_batch_figures(pl_module: Any, outputs: dict[str, Tensor]) -> dict[str, fl
 
 
 class ViewPairPicture(pl.Callback):
-    """Before the first step, a picture of augmented pairs as the model sees them: queries above, their keys below."""
+    """Before the first step and every n epochs, augmented pairs as the model sees them: queries above, their keys below.
+
+    Args:
+        every_n_epochs: None: no pictures.
+    """
 
     NUM_PAIRS = 16
+    TAG = "views/query_above_key"
+
+    def __init__(self, every_n_epochs: int | None) -> None:
+        self.every_n_epochs = every_n_epochs
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == 0 and trainer.logger:
+        if self.every_n_epochs and trainer.global_step == 0 and trainer.logger:
             picture = view_pair_picture(data_of(trainer), self.NUM_PAIRS)
-            trainer.logger.experiment.add_image("views/query_above_key", picture, 0)  # type: ignore[attr-defined]
+            trainer.logger.experiment.add_image(self.TAG, picture, 0)  # type: ignore[attr-defined]
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        epoch = trainer.current_epoch
+        if self.every_n_epochs and batch_idx == 0 and epoch > 0 and epoch % self.every_n_epochs == 0 and trainer.logger:
+            query, key = (view[: self.NUM_PAIRS].cpu() for view in batch.views)
+            picture = pairs_in_columns(data_of(trainer), query, key)
+            trainer.logger.experiment.add_image(self.TAG, picture, trainer.global_step)  # type: ignore[attr-defined]
 
 
 def view_pair_picture(data: PretrainingData, num_pairs: int) -> Tensor:
     """Pairs of the first epoch in columns, query above key: (3, H, W) in 0..1."""
-    views = torch.cat(data.pairs(data.first_pictures(num_pairs)))
+    return pairs_in_columns(data, *data.pairs(data.first_pictures(num_pairs)))
+
+
+def pairs_in_columns(data: PretrainingData, query: Tensor, key: Tensor) -> Tensor:
+    """Normalised views (N, 3, S, S) of N pictures as what they show, query above key: (3, H, W) in 0..1."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.augment.mean, data.augment.std))
-    return make_grid((views * std + mean).clamp(0, 1), nrow=len(views) // 2, padding=2)
+    return make_grid((torch.cat([query, key]) * std + mean).clamp(0, 1), nrow=len(query), padding=2)
 
 
 def data_of(trainer: pl.Trainer) -> PretrainingData:
