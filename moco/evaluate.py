@@ -85,6 +85,7 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
         device,
         folder,
         Path(config.checkpoint),
+        pretrained.settings,
         lambda image_size: log_window_advice(pretrained, given, image_size),
     )
     return subject, pretrained

@@ -11,7 +11,7 @@ from moco.errors import InputError
 
 # The kinds of measurement, and the settings and sections of EvaluationConfig that only some of them have.
 KINDS: dict[str, tuple[str, ...]] = {
-    "knn": ("num_neighbors", "temperature"),
+    "knn": ("num_neighbors", "temperature", "index", "num_probes", "ef_search", "images_per_class", "num_draws"),
 }
 
 
@@ -28,6 +28,18 @@ class EvaluationConfig:
     feature: Optional[str] = setting(None, choices=("backbone", "embedding"))
     batch_size: int = setting(256, at_least=1)
     """Images per forward pass."""
+    cache: bool = True
+    """Keep features for the next evaluation, in the checkpoint's run folder; see ``docs/evaluation.md``."""
+    index: str = setting("flat", choices=("flat", "float16", "hnsw", "int8", "ivf"))
+    """How the bank is searched. flat: exactly; float16, int8: less memory; ivf, hnsw: faster above a million rows."""
+    num_probes: int = setting(32, at_least=1)
+    """ivf: cells that are looked into."""
+    ef_search: int = setting(256, at_least=1)
+    """hnsw: candidates that a walk through the graph keeps."""
+    images_per_class: list[int] = field(default_factory=list)
+    """Measure also with a bank of so few images of each class: one measurement for each number."""
+    num_draws: int = setting(5, at_least=2)
+    """Random choices of those images, over which mean and spread are given."""
 
 
 @dataclass

@@ -4,7 +4,8 @@ Letters: M pictures, D feature width, C embedding width.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from moco.data.datamodule import check_unreadable
-from moco.data.datasets import DataSource, Labelled, build_source
-from moco.data.loading import evaluation_loader
-from moco.data.views import build_evaluation_view
+from moco.data.datasets import ArrayPictures, DataSource, Labelled, build_source
+from moco.data.loading import EvaluationBatch, evaluation_loader
+from moco.data.views import build_evaluation_view, normalisation, rgb_batch
 from moco.errors import InputError, printable
+from moco.evaluation.feature_cache import FeatureCache
 from moco.evaluation.features import embed
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,8 @@ class Subject:
     folder: Path
     """The run folder of this measurement."""
     checkpoint: Path
+    backbone: dict[str, Any]
+    """The arguments of `build_backbone` that make the encoder's."""
     at_image_size: Callable[[int], None] = lambda image_size: None
 
     @cached_property
@@ -93,24 +97,63 @@ class Subject:
         """Those that the encoder has, of backbone and embedding."""
         return ["backbone"] if isinstance(self.encoder.projector, nn.Identity) else ["backbone", "embedding"]
 
+    @cached_property
+    def cache(self) -> FeatureCache:
+        """The features of this checkpoint that earlier evaluations have kept."""
+        looked_at = ("image_size", "crop_ratio", "max_image_pixels")
+        settings = {name: self.data[name] for name in looked_at} | self.augmentation | {"backbone": self.backbone}
+        settings |= {"encoder": self.settings["encoder"], "features": self.feature_names, "device": self.device.type}
+        return FeatureCache(self.checkpoint, settings | {"torch": torch.__version__})
+
     def features(self, labelled: Labelled) -> Features:
         """Features of labelled pictures, both kinds from one pass; unreadable ones are left out and counted.
+
+        With ``evaluation.cache`` they are kept for the next evaluation.
 
         Raises:
             InputError: too many pictures cannot be read, or a feature is not finite; it names the pictures.
         """
-        view = build_evaluation_view(self.data["image_size"], self.data["crop_ratio"], **self.augmentation)
-        size, workers = self.settings["batch_size"], self.data["num_workers"]
-        loader = evaluation_loader(labelled, view, self.data["image_size"], size, workers)
-        joined, labels, unreadable = embed(self.encode_all, loader, self.device)
+        if not self.settings["cache"]:
+            features = self.embedded(labelled)
+        else:
+            path = self.cache.path(labelled, self.data["root"])
+            kept = self.cache.read(path)
+            if kept is not None:
+                log.info("features of %s pictures from %s", f"{len(labelled.pictures):,}", path)
+                features = Features({name: kept[name] for name in self.feature_names}, kept["labels"], kept["rows"])
+            else:
+                features = self.embedded(labelled)
+                self.cache.write(path, {**features.of, "labels": features.labels, "rows": features.rows})
+        unreadable = np.delete(np.arange(len(labelled.pictures)), features.rows)
         if len(unreadable):
-            log.warning("skipped %d unreadable pictures", len(unreadable))
+            names = ", ".join(printable(labelled.pictures.name(int(row))) for row in unreadable[:3])
+            log.warning("skipped %d unreadable pictures: %s%s", len(unreadable), names, ", ..." * (len(unreadable) > 3))
         check_unreadable(set(unreadable.tolist()), labelled.pictures, self.data["max_bad_fraction"])
+        return features
+
+    def embedded(self, labelled: Labelled) -> Features:
+        """`features`, computed."""
+        started = time.monotonic()
+        joined, labels, unreadable = embed(self.encode_all, self.batches(labelled), self.device)
         rows = np.delete(np.arange(len(labelled.pictures)), unreadable)
         check_finite(joined, rows, labelled, self.checkpoint)
+        log.info("embedded %s pictures in %.1f s", f"{len(rows):,}", time.monotonic() - started)
         width = self.encoder.backbone.feature_dim
-        parts = np.split(joined, [width], axis=1)
+        parts = np.split(joined, [width], axis=1) if len(rows) else [joined, joined]
         return Features(dict(zip(self.feature_names, parts, strict=False)), labels, rows)
+
+    def batches(self, labelled: Labelled) -> Any:
+        """Batches of the pictures in order: from memory at once where nothing has to be resized."""
+        size, batch_size = self.data["image_size"], self.settings["batch_size"]
+        pictures = labelled.pictures
+        if (
+            isinstance(pictures, ArrayPictures)
+            and pictures.tensor.shape[1:3] == (size, size)
+            and round(size / self.data["crop_ratio"]) == size
+        ):
+            return batches_in_memory(pictures, labelled.labels, batch_size, **self.augmentation)
+        view = build_evaluation_view(size, self.data["crop_ratio"], **self.augmentation)
+        return evaluation_loader(labelled, view, size, batch_size, self.data["num_workers"])
 
     def encode_all(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) to features and, if there is a projector, embeddings beside them: (N, D + C)."""
@@ -127,3 +170,14 @@ def check_finite(features: np.ndarray, rows: np.ndarray, labelled: Labelled, che
         names = ", ".join(printable(labelled.pictures.name(int(row))) for row in bad[:3])
         more = f" and {len(bad) - 3:,} more" if len(bad) > 3 else ""
         raise InputError(f"checkpoint={checkpoint}: the features of {names}{more} are not finite (NaN or infinity)")
+
+
+def batches_in_memory(
+    pictures: ArrayPictures, labels: np.ndarray, batch_size: int, mean: Sequence[float], std: Sequence[float]
+) -> Iterator[EvaluationBatch]:
+    """What the evaluation view makes of pictures that have its size already, to the same bits."""
+    scale, shift = normalisation(mean, std)
+    for first in range(0, len(pictures), batch_size):
+        part = slice(first, first + batch_size)
+        images = rgb_batch(pictures.tensor[part]) * scale - shift
+        yield EvaluationBatch(images, torch.from_numpy(labels[part]), torch.zeros(len(images), dtype=torch.bool))
