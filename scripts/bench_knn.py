@@ -1,6 +1,7 @@
 """kNN classification against the bare matrix product of bank and queries, each measurement in a process of its own.
 
     python scripts/bench_knn.py [--size small|middle|large] [--threads 2] [--repeats 5] [--folder /tmp]
+    python scripts/bench_knn.py --indexes
 
 small: a bank of 50,000 x 128 and 10,000 queries; middle: 200,000 x 512 and 5,000; large: 1,281,167 x 2048 and 2,000,
 the bank mapped from a file of 10.5 GB that is made in --folder and removed in the end. Random features in 100 classes;
@@ -18,12 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from moco.evaluation.knn import Search
 
 SIZES = {"small": (50_000, 128, 10_000), "middle": (200_000, 512, 5_000), "large": (1_281_167, 2048, 2_000)}
 NUM_CLASSES, NUM_NEIGHBORS, TEMPERATURE = 100, 200, 0.1
@@ -131,17 +135,51 @@ def run(size: str, num_threads: int, repeats: int, path: Path) -> None:
         print(f"{name:<12}{seconds:9.2f} s {ratio:8.2f} x{peak:8.0f} MB peak{added:8.0f} MB added")
 
 
+def compare_indexes(num_threads: int) -> None:
+    """What the approximate indexes lose, on features in overlapping clusters: 50,000 x 128 and 2,000 queries."""
+    import faiss
+
+    from moco.evaluation.approximate import KINDS, ApproximateIndex, recall
+    from moco.evaluation.knn import Protocol, classify
+    from moco.evaluation.neighbors import nearest_by_block
+
+    torch.set_num_threads(num_threads)
+    faiss.omp_set_num_threads(num_threads)
+    centres = rows_of(3, NUM_CLASSES, 128)
+    labels = np.random.default_rng(1).integers(0, NUM_CLASSES, 52_000)
+    features = centres[labels] + 2 * rows_of(0, 52_000, 128)
+    bank, queries = features[:50_000], features[50_000:]
+    protocol = Protocol(NUM_NEIGHBORS, TEMPERATURE)
+
+    def measured(search: Search) -> tuple[np.ndarray, float, float]:
+        start = time.perf_counter()
+        votes = classify(search, labels[:50_000], queries, labels[50_000:], [protocol])[protocol]
+        return votes.predicted, votes.accuracy(1), time.perf_counter() - start
+
+    exact, top1, seconds = measured(partial(nearest_by_block, bank))
+    print(f"flat      {seconds:7.2f} s   top-1 {top1:.4f}")
+    for kind in KINDS:
+        index = ApproximateIndex(bank, kind)
+        predicted, top1, seconds = measured(index.search)
+        found, same = recall(index, bank, queries, NUM_NEIGHBORS), (predicted == exact).mean()
+        print(f"{kind:<10}{seconds:7.2f} s   top-1 {top1:.4f}   recall {found:.4f}   same predictions {same:.4f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", default=None, help="where the file of the large bank goes")
+    parser.add_argument("--indexes", action="store_true", help="compare the approximate indexes instead")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--bank", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         measure(given.child, given.size, given.threads, given.bank)
+        return
+    if given.indexes:
+        compare_indexes(given.threads)
         return
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         path = Path(folder, "bank.npy")
