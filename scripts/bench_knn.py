@@ -13,7 +13,7 @@ is installed, faiss's IndexFlatIP with this project's vote as well.
 import argparse
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from moco.evaluation.knn import Search
+from moco.evaluation.neighbors import give_back
 
 SIZES = {"small": (50_000, 128, 10_000), "middle": (200_000, 512, 5_000), "large": (1_281_167, 2048, 2_000)}
 NUM_CLASSES, NUM_NEIGHBORS, TEMPERATURE = 100, 200, 0.1
@@ -47,6 +48,7 @@ def write_bank(path: Path, num_rows: int, width: int) -> None:
     for first in range(0, num_rows, height):
         block = bank[first : first + height]
         block[:] = rows_of(first, len(block), width)
+        give_back(bank)
 
 
 def product(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> None:
@@ -56,6 +58,7 @@ def product(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> None:
     room = torch.empty(BLOCK, height)
     for first in range(0, len(bank), height):
         block = torch.from_numpy(np.array(bank[first : first + height]) if height < len(bank) else bank)
+        give_back(bank)
         for part in on_torch.split(BLOCK):
             torch.mm(part, block.T, out=room[: len(part), : len(block)])
 
@@ -93,8 +96,9 @@ CONTENDERS = {work.__name__: work for work in (product, ours, faiss_flat, lightl
 
 
 def megabytes() -> float:
-    """The most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The most memory that this process has had; what getrusage says begins with the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
 
 
 def measure(name: str, size: str, num_threads: int, path: str) -> None:
