@@ -1,4 +1,4 @@
-"""Evaluate frozen features: ``python -m moco.evaluate checkpoint=PATH [data=NAME data.root=PATH]``.
+"""Evaluate frozen features: ``python -m moco.evaluate checkpoint=PATH [evaluation=KIND] [data=NAME data.root=PATH]``.
 
 The checkpoint is any file of weights that ``docs/weights.md`` lists; with another project's the data have to be named.
 
@@ -7,46 +7,69 @@ A Swin can look through windows of another size than in pretraining, at images o
 """
 
 import dataclasses
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config.pretrained import EvaluateConfig, given_settings, with_defaults, with_usual_settings
+from moco.config.pretrained import (
+    EvaluateConfig,
+    check_kind,
+    given_settings,
+    with_defaults,
+    with_usual_settings,
+)
 from moco.errors import InputError
 from moco.launch import launch, save_hydra_files
 from moco.methods.pretrained import load_pretrained, log_window_advice
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    from moco.data.datasets import Labelled
-    from moco.models.encoder import Encoder
-
-log = logging.getLogger("moco.evaluate")  # __name__ is __main__ under python -m
+    from moco.evaluation.subject import Findings, Subject
+    from moco.methods.pretrained import Pretrained
 
 
 def run(config: EvaluateConfig, folder: Path) -> None:
-    """Measure as configured; print a table and write the figures as JSON.
+    """Measure as configured; print tables and write the figures as JSON.
 
     Raises:
-        InputError: the checkpoint cannot be used, the data set has no labels, or the backbone has no such window.
+        InputError: the checkpoint cannot be used, the data do not suit the measurement, or the backbone has no such window.
     """
-    from rich.console import Console
+    from moco.training.run_folder import claimed, write_atomically, write_json
 
-    from moco.data.datasets import build_source
-    from moco.evaluation.knn import knn_accuracy
-    from moco.evaluation.monitor import protocol
-    from moco.models.swin import Swin
-    from moco.models.weights import one_or_each
-    from moco.training.hardware import choose_device
-    from moco.training.progress import print_table
-    from moco.training.run_folder import claimed, write_json
-
+    check_kind(config.evaluation)
     output = Path(config.output) if config.output else folder / "metrics.json"
     if output.is_dir():
         raise InputError(f"output={output}: a folder; expected the name of a file")
+    subject, pretrained = subject_of(config, folder)
+    findings = measure(subject)
+    origin = origin_of(subject, pretrained)
+    console = show(findings, origin)
+    with claimed(folder, dataclasses.asdict(config)):
+        save_hydra_files(folder)
+        for name, write in findings.files.items():
+            write_atomically(folder / name, write)
+        write_json(output, {**findings.scores, **findings.protocol, **findings.details, **origin})
+    for path in [*(folder / name for name in findings.files), output]:
+        console.print(f"written to {os.path.relpath(path)}", soft_wrap=True, highlight=False)
+
+
+def measure(subject: "Subject") -> "Findings":
+    """What the kind of measurement that is configured finds."""
+    if subject.settings["name"] == "knn":
+        from moco.evaluation.knn_measurement import measure_knn
+
+        return measure_knn(subject)
+    raise AssertionError(subject.settings["name"])  # the schema knows the choices
+
+
+def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrained]":
+    """The encoder with all settings resolved, and where it is from.
+
+    Raises:
+        InputError: the checkpoint cannot be used, or nobody says which data.
+    """
+    from moco.evaluation.subject import Subject
+    from moco.training.hardware import choose_device
+
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)
     pretrained = load_pretrained(config.checkpoint, config.evaluation.encoder, given, config.evaluation.feature)
@@ -54,71 +77,50 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     data = with_defaults(config.data, of_run["data"], new_data=config.data.name is not None)
     if data["name"] is None:
         raise InputError(f"data: missing; {config.checkpoint} does not say it, give data=NAME")
-    knn = with_defaults(config.evaluation, of_run["evaluation"]) | {"feature": pretrained.feature}
-    source = build_source(
-        data["name"],
-        data["root"],
-        download=data["download"],
-        num_images=data["num_images"],
-        image_column=data["image_column"],
-        label_column=data["label_column"],
-        max_image_pixels=data["max_image_pixels"],
-        held_out=data["held_out"],
-        pages=data["pages"],
+    subject = Subject(
+        pretrained.encoder.to(device),
+        data,
+        with_defaults(config.augmentation, of_run["augmentation"]),
+        with_defaults(config.evaluation, of_run["evaluation"]) | {"feature": pretrained.feature},
+        device,
+        folder,
+        Path(config.checkpoint),
+        pretrained.settings,
+        lambda image_size: log_window_advice(pretrained, given, image_size),
     )
-    data["image_size"] = data["image_size"] or source.image_size
-    log_window_advice(pretrained, given, data["image_size"])
-    if source.bank is None or source.queries is None:
-        raise InputError(f"data={data['name']}: kNN needs labelled training and test pictures, and this set has none")
+    return subject, pretrained
 
-    encoder = pretrained.encoder
-    transform = with_defaults(config.augmentation, of_run["augmentation"])
-    sides = [features_of(encoder, labelled, data, transform, knn, device) for labelled in (source.bank, source.queries)]
-    result = knn_accuracy(*sides[0], *sides[1], knn["num_neighbors"], knn["temperature"])
-    figures = {
-        "knn/top1": result.top1,
-        "knn/top5": result.top5,
-        **protocol(result, knn["temperature"], knn["feature"]),
-        "knn/encoder": knn["encoder"],
-        "data": data["name"],
-        "image_size": data["image_size"],
-        "checkpoint": config.checkpoint,
+
+def origin_of(subject: "Subject", pretrained: "Pretrained") -> dict[str, Any]:
+    """What was measured, under the names of ``metrics.json``."""
+    from moco.models.swin import Swin
+    from moco.models.weights import one_or_each
+
+    origin = {
+        "data": subject.data["name"],
+        "image_size": subject.data["image_size"],
+        "checkpoint": str(subject.checkpoint),
         "epoch": pretrained.epoch,
         "step": pretrained.step,
     }
-    if isinstance(encoder.backbone, Swin):
-        figures["window_size"] = one_or_each(encoder.backbone.window_size)
-    rows = [(key, f"{value:.4f}" if key in ("knn/top1", "knn/top5") else str(value)) for key, value in figures.items()]
+    if isinstance(subject.encoder.backbone, Swin):
+        origin["window_size"] = one_or_each(subject.encoder.backbone.window_size)
+    return origin
+
+
+def show(findings: "Findings", origin: dict[str, Any]) -> Any:
+    """Print the tables; the console."""
+    from rich.console import Console
+
+    from moco.training.progress import print_table
+
     console = Console()
-    print_table(console, "kNN classification of frozen features", rows)
-    with claimed(folder, dataclasses.asdict(config)):
-        save_hydra_files(folder)
-        write_json(output, figures)
-    console.print(f"written to {os.path.relpath(output)}", soft_wrap=True, highlight=False)
-
-
-def features_of(
-    encoder: "Encoder",
-    labelled: "Labelled",
-    data: dict[str, Any],
-    transform: dict[str, Any],
-    knn: dict[str, Any],
-    device: "torch.device",
-) -> "tuple[np.ndarray, np.ndarray]":
-    """Features (M, D) and labels (M,) of labelled pictures; unreadable ones are left out and counted."""
-    from moco.data.datamodule import check_unreadable
-    from moco.data.loading import evaluation_loader
-    from moco.data.views import build_evaluation_view
-    from moco.evaluation.features import embed
-
-    view = build_evaluation_view(data["image_size"], data["crop_ratio"], **transform)
-    loader = evaluation_loader(labelled, view, data["image_size"], knn["batch_size"], data["num_workers"])
-    encoder.to(device)
-    features, labels, unreadable = embed(lambda images: encoder.encode(images, knn["feature"]), loader, device)
-    if len(unreadable):
-        log.warning("skipped %d unreadable pictures", len(unreadable))
-    check_unreadable(set(unreadable.tolist()), labelled.pictures, data["max_bad_fraction"])
-    return features, labels
+    rows = [(key, f"{value:.4f}") for key, value in findings.scores.items()]
+    rows += [(key, str(value)) for key, value in {**findings.protocol, **origin}.items()]
+    print_table(console, findings.title, rows)
+    for table in findings.tables:
+        console.print(table)
+    return console
 
 
 def main() -> None:

@@ -24,6 +24,11 @@ def seeded():
     np.random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def generator():
     return np.random.default_rng(0)

@@ -23,7 +23,7 @@ ALLOWED = {
     "__init__": set(),
 }
 LEAVES = [
-    "evaluation/knn.py",
+    "evaluation/neighbors.py",
     "evaluation/features.py",
     "evaluation/diagnostics.py",
     "evaluation/pictures.py",

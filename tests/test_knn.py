@@ -1,20 +1,46 @@
+import logging
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
 
-from moco.evaluation.knn import knn_accuracy, vote
+from moco.evaluation import neighbors
+from moco.evaluation.approximate import KINDS, ApproximateIndex, recall
+from moco.evaluation.knn import Protocol, classify, knn_accuracy, vote
+from moco.evaluation.neighbors import nearest, nearest_by_block, normalized
 
 
 def reference(bank, bank_labels, queries, num_neighbors, temperature):
-    """InstDisc's weighted vote in float64, one query at a time; classes from best to worst."""
+    """InstDisc's weighted vote in float64, one query at a time; classes from best to worst.
+
+    Of equally similar rows the smaller comes first.
+    """
     bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)
     ranked = []
     for query in queries / np.linalg.norm(queries, axis=1, keepdims=True):
-        similarity = bank @ query
+        similarity = (bank * query).sum(axis=1)
         scores = dict.fromkeys(sorted(set(bank_labels.tolist())), 0.0)
-        for row in np.argsort(-similarity)[:num_neighbors]:
+        for row in np.argsort(-similarity, kind="stable")[:num_neighbors]:
             scores[int(bank_labels[row])] += np.exp(similarity[row] / temperature)
         ranked.append(sorted(scores, key=lambda label: -scores[label]))
     return ranked
+
+
+def shares(ranked, labels):
+    """Top-1 and top-5 accuracy of the reference."""
+    pairs = list(zip(ranked, labels, strict=True))
+    return np.mean([order[0] == label for order, label in pairs]), np.mean(
+        [label in order[:5] for order, label in pairs]
+    )
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Banks of hundreds of rows are walked over in several blocks, queries in several of theirs."""
+    monkeypatch.setattr(neighbors, "BANK_BYTES", 4 * 8 * 70)
+    monkeypatch.setattr(neighbors, "PRODUCT_BYTES", 4 * 70 * 7)
+    monkeypatch.setattr(neighbors, "LIST_BYTES", 12 * 5 * 20)
 
 
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
@@ -22,10 +48,128 @@ def reference(bank, bank_labels, queries, num_neighbors, temperature):
 def test_accuracy_equals_a_slow_reference(generator, num_neighbors, temperature):
     bank, queries = generator.normal(size=(200, 8)), generator.normal(size=(60, 8))
     bank_labels, query_labels = generator.integers(0, 9, 200), generator.integers(0, 9, 60)
-    ranked = reference(bank, bank_labels, queries, num_neighbors, temperature)
+    expected = shares(reference(bank, bank_labels, queries, num_neighbors, temperature), query_labels)
     result = knn_accuracy(bank, bank_labels, queries, query_labels, num_neighbors, temperature)
-    assert result.top1 == np.mean([order[0] == label for order, label in zip(ranked, query_labels, strict=True)])
-    assert result.top5 == np.mean([label in order[:5] for order, label in zip(ranked, query_labels, strict=True)])
+    assert (result.top1, result.top5) == expected
+
+
+@pytest.mark.parametrize("num_neighbors", [1, 3, 20])
+@pytest.mark.usefixtures("small_blocks")
+def test_accuracy_equals_a_slow_reference_on_tied_data_in_blocks(generator, num_neighbors):
+    # Signs in 4 dimensions have norm 2: their cosines are exact in binary, and most rows are like many others.
+    bank, queries = generator.choice([-1.0, 1.0], (300, 4)), generator.choice([-1.0, 1.0], (60, 4))
+    bank_labels, query_labels = generator.integers(0, 9, 300), generator.integers(0, 9, 60)
+    ranked = reference(bank, bank_labels, queries, num_neighbors, 0.1)
+    result = knn_accuracy(bank, bank_labels, queries, query_labels, num_neighbors, 0.1)
+    assert (result.top1, result.top5) == shares(ranked, query_labels)
+
+
+def official_vote(bank, bank_labels, queries, num_classes, num_neighbors, temperature):
+    """Predicted classes as MoCo's CIFAR notebook has them: one-hot neighbours times exp(similarity / T), added up."""
+    similarity, rows = torch.mm(queries, bank.T).topk(num_neighbors, dim=-1)
+    labels = bank_labels[rows].reshape(-1, 1)
+    one_hot = torch.zeros(len(labels), num_classes).scatter(-1, labels, 1.0)
+    scores = (one_hot.view(len(queries), -1, num_classes) * (similarity / temperature).exp()[..., None]).sum(dim=1)
+    return scores.argmax(dim=-1)
+
+
+def test_votes_are_those_of_the_official_notebook_to_the_last_sample(generator):
+    centres = generator.normal(size=(10, 128))
+    labels, query_labels = generator.integers(0, 10, 4000), generator.integers(0, 10, 500)
+    bank = normalized(centres[labels] + 2.5 * generator.normal(size=(4000, 128)))
+    queries = normalized(centres[query_labels] + 2.5 * generator.normal(size=(500, 128)))
+    expected = official_vote(*map(torch.from_numpy, (bank, labels, queries)), 10, 200, 0.1)
+    protocol = Protocol(200, 0.1)
+    votes = classify(partial(nearest_by_block, bank), labels, queries, query_labels, [protocol])[protocol]
+    np.testing.assert_array_equal(votes.predicted, expected)
+    assert 0.5 < votes.accuracy(1) < 1  # neither chance nor certainty
+
+
+@pytest.mark.parametrize("num_rows", [13, 64, 300])
+@pytest.mark.usefixtures("small_blocks")
+def test_neighbours_are_those_of_faiss_in_blocks_and_threads(generator, num_rows):
+    import faiss
+
+    bank, queries = generator.normal(size=(num_rows, 8)), generator.normal(size=(50, 8))
+    index = faiss.IndexFlatIP(8)
+    index.add(normalized(bank))
+    similarities, rows = index.search(normalized(queries), 5)
+    torch.set_num_threads(2)
+    found = nearest(bank, queries, 5)
+    assert torch.get_num_threads() == 2
+    np.testing.assert_array_equal(found[1], rows)
+    np.testing.assert_allclose(found[0], similarities, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_equally_similar_rows_come_in_their_order(generator):
+    bank = np.repeat(np.eye(8)[:2], 150, axis=0)[generator.permutation(300)]
+    _, rows = nearest(bank, np.eye(8)[:1], 5)
+    np.testing.assert_array_equal(rows[0], (bank[:, 0] == 1).nonzero()[0][:5])
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_bank_mapped_from_a_file_is_found_in_and_left_as_it_is(generator, tmp_path):
+    bank, queries = generator.normal(size=(300, 8)).astype(np.float32), generator.normal(size=(50, 8))
+    np.save(tmp_path / "bank.npy", bank)
+    mapped = np.load(tmp_path / "bank.npy", mmap_mode="r")
+    for expected, found in zip(nearest(bank, queries, 5), nearest(mapped, queries, 5), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(mapped, bank)
+    changed = np.load(tmp_path / "bank.npy", mmap_mode="c")
+    changed[7] = queries[0]
+    assert nearest(changed, queries[:1], 1)[1] == 7
+    np.testing.assert_array_equal(changed[7], queries[0].astype(np.float32))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_left_out_of_the_bank_a_query_has_no_vote_on_itself(generator):
+    features, labels = generator.normal(size=(90, 8)), generator.integers(0, 4, 90)
+    features[40:60] = features[40]  # twenty copies: the query itself is not among its first five
+    protocol = Protocol(5, 0.1)
+    search = partial(nearest_by_block, features)
+    found = classify(search, labels, features, labels, [protocol], np.arange(90))[protocol]
+    for row in range(90):
+        others = np.delete(np.arange(90), row)
+        best = reference(features[others], labels[others], features[row : row + 1], 5, 0.1)[0][0]
+        assert found.predicted[row] == best
+
+
+def test_a_grid_of_protocols_is_the_protocols_one_by_one(generator):
+    bank, queries = generator.normal(size=(300, 8)), generator.normal(size=(80, 8))
+    labels, query_labels = generator.integers(0, 9, 300), generator.integers(0, 9, 80)
+    grid = [Protocol(k, temperature) for k in (1, 20, 7) for temperature in (0.07, 1.0)]
+    together = classify(partial(nearest_by_block, bank), labels, queries, query_labels, grid)
+    for protocol in grid:
+        alone = knn_accuracy(bank, labels, queries, query_labels, *protocol)
+        assert (together[protocol].accuracy(1), together[protocol].accuracy(5)) == (alone.top1, alone.top5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_approximate_index_finds_most_of_the_exact_neighbours_and_says_how_many(generator, kind):
+    centres = generator.normal(size=(20, 16))
+    bank = centres[generator.integers(0, 20, 3000)] + 0.5 * generator.normal(size=(3000, 16))
+    queries = centres[generator.integers(0, 20, 100)] + 0.5 * generator.normal(size=(100, 16))
+    index = ApproximateIndex(bank, kind, num_probes=8, ef_search=64)
+    exact = normalized(bank) @ normalized(queries).T
+    best = [set(np.argsort(-exact[:, query])[:10]) for query in range(100)]
+    _, rows = next(iter(index.search(queries, 10)))
+    expected = np.mean([len(best[query] & set(rows[query])) / 10 for query in range(100)])
+    assert recall(index, bank, queries, 10) == pytest.approx(expected)
+    assert expected > 0.9
+
+
+def test_cells_with_too_few_rows_give_no_votes_for_the_rest(generator):
+    bank, labels = generator.normal(size=(300, 8)), np.repeat([0, 1], 150)
+    index = ApproximateIndex(bank, "ivf", num_probes=1)
+    similarities, rows = next(iter(index.search(bank, 290)))
+    missing = similarities < -2
+    assert missing.any()
+    assert ((rows >= 0) & (rows < 300)).all()
+    protocol = Protocol(290, 0.1)
+    predicted = classify(index.search, labels, bank, labels, [protocol])[protocol].predicted
+    weights = np.exp(np.where(missing, -np.inf, similarities) / 0.1)
+    np.testing.assert_array_equal(predicted, (weights * (2 * labels[rows] - 1)).sum(axis=1) > 0)
 
 
 # Four points on the circle at 0, 10, 20 and 90 degrees; the query lies at 0.
@@ -59,6 +203,7 @@ def test_votes_add_up_by_class():
 
 
 def test_more_neighbours_than_the_bank_holds_are_capped_with_a_warning(caplog):
+    caplog.set_level(logging.WARNING)
     result = knn_accuracy(BANK, np.array([0, 0, 0, 1]), QUERY, np.array([0]), 200, 0.1)
     assert (result.num_neighbors, result.bank_size, result.top1) == (4, 4, 1.0)
     assert "evaluation.num_neighbors=200 is more than the bank's 4" in caplog.text
@@ -76,3 +221,10 @@ def test_fewer_than_five_classes_make_top5_certain():
 
 def test_zero_features_do_not_divide_by_zero():
     assert np.isfinite(knn_accuracy(np.zeros((4, 2)), np.arange(4), QUERY, np.array([0]), 2, 0.1).top1)
+
+
+def test_features_that_are_no_numbers_do_not_pass_for_right(generator):
+    bank, queries = generator.normal(size=(40, 8)), np.full((30, 8), np.nan)
+    labels, query_labels = np.arange(40) % 4, np.arange(30) % 4
+    assert knn_accuracy(bank, labels, queries, query_labels, 5, 0.1).top1 < 0.3  # that of a guess
+    assert knn_accuracy(np.full((40, 8), np.nan), labels, bank[:30], query_labels, 5, 0.1).top1 < 0.3

@@ -7,18 +7,39 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 from moco.config.train import AugmentationConfig, BackboneConfig, DataConfig, MonitorConfig, setting
+from moco.errors import InputError
+
+# The kinds of measurement, and the settings and sections of EvaluationConfig that only some of them have.
+KINDS: dict[str, tuple[str, ...]] = {
+    "knn": ("num_neighbors", "temperature", "index", "num_probes", "ef_search", "images_per_class", "num_draws"),
+}
 
 
 @dataclass
 class EvaluationConfig:
     """A null takes the value from the run that made the checkpoint."""
 
-    name: str = setting("knn", choices=("knn",))
+    name: str = setting("knn", choices=tuple(KINDS))
     encoder: str = setting("query", choices=("key", "query"))
     num_neighbors: Optional[int] = setting(None, at_least=1)
+    """k."""
     temperature: Optional[float] = setting(None, above=0)
+    """T of the vote's weights exp(similarity / T)."""
     feature: Optional[str] = setting(None, choices=("backbone", "embedding"))
     batch_size: int = setting(256, at_least=1)
+    """Images per forward pass."""
+    cache: bool = True
+    """Keep features for the next evaluation, in the checkpoint's run folder; see ``docs/evaluation.md``."""
+    index: str = setting("flat", choices=("flat", "float16", "hnsw", "int8", "ivf"))
+    """How the bank is searched. flat: exactly; float16, int8: less memory; ivf, hnsw: faster above a million rows."""
+    num_probes: int = setting(32, at_least=1)
+    """ivf: cells that are looked into."""
+    ef_search: int = setting(256, at_least=1)
+    """hnsw: candidates that a walk through the graph keeps."""
+    images_per_class: list[int] = field(default_factory=list)
+    """Measure also with a bank of so few images of each class: one measurement for each number."""
+    num_draws: int = setting(5, at_least=2)
+    """Random choices of those images, over which mean and spread are given."""
 
 
 @dataclass
@@ -109,6 +130,19 @@ class ExportConfig:
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
     image_size: Optional[int] = setting(None, at_least=4)
     """Side of the images that the weights will see, px; null: the checkpoint's, in proportion to a new window."""
+
+
+def check_kind(evaluation: EvaluationConfig) -> None:
+    """Hold a measurement to the settings of its kind, see `KINDS`.
+
+    Raises:
+        InputError: a setting that only other kinds have was given; it names them.
+    """
+    usual = EvaluationConfig()
+    for key in sorted(set().union(*KINDS.values()) - set(KINDS[evaluation.name])):
+        if getattr(evaluation, key) != getattr(usual, key):
+            owners = " and ".join(f"evaluation={name}" for name, settings in KINDS.items() if key in settings)
+            raise InputError(f"evaluation.{key}: a setting of {owners}, and evaluation={evaluation.name} has no such")
 
 
 def given_settings(settings: Any) -> dict[str, Any]:

@@ -104,9 +104,13 @@ class FilePictures:
         path, page, num_pages = self._place(index)
         return path if num_pages == 1 else f"{path}#{page + 1}"
 
+    def files(self) -> PathList:
+        """The files, each once."""
+        return PathList(self.text.numpy(), self.ends.numpy())
+
     def _place(self, index: int) -> tuple[str, int, int]:
         """The picture's file, its page in there, and how many of the pages are pictures."""
-        paths = PathList(self.text.numpy(), self.ends.numpy())
+        paths = self.files()
         if self.page_ends is None:
             return paths[index], 0, 1
         file = int(np.searchsorted(self.page_ends.numpy(), index, side="right"))
@@ -256,10 +260,10 @@ def image_folder(root: str, max_image_pixels: int, held_out: float, pages: str, 
     classes = folders[0].classes()
     train, *others = (in_classes(one, classes, max_image_pixels) for one in folders)
     if has_train:
-        return DataSource(train.pictures, train if others else None, others[0] if others else None, image_size=224)
+        return DataSource(train.pictures, train, others[0] if others else None, image_size=224)
     is_query = is_held_out(folders[0].names(), held_out)
     if not is_query.any() or is_query.all():
-        return DataSource(train.pictures, None, None, image_size=224)
+        return DataSource(train.pictures, train, None, image_size=224)
     bank, queries = (
         in_classes(folders[0].where(chosen), classes, max_image_pixels) for chosen in (~is_query, is_query)
     )

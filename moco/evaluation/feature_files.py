@@ -16,7 +16,7 @@ import faiss
 import numpy as np
 
 from moco.evaluation.feature_parts import FEATURES, LABELS, FeatureParts
-from moco.evaluation.knn import normalized
+from moco.evaluation.neighbors import normalized
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from moco.data.datasets import Labelled
-from moco.evaluation.knn import nearest, normalized, vote
+from moco.evaluation.knn import vote
+from moco.evaluation.neighbors import nearest, normalized
 from moco.evaluation.pictures import (
     Neighbor,
     NeighborRow,

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of features, exact, on faiss.
+"""Weighted k-nearest-neighbour classification of features.
 
 The protocol of InstDisc (arXiv 1805.01978, section 3.4) that MoCo's authors monitor with: features are L2-normalised, the
 k bank entries with the largest inner product vote for their class with weight exp(similarity / T).
@@ -7,12 +7,30 @@ Letters: M bank size, Q queries, D feature width, k neighbours.
 """
 
 import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
-import faiss
 import numpy as np
 
+from moco.evaluation.neighbors import nearest_by_block
+
 log = logging.getLogger(__name__)
+
+SCORES = 2**22  # of query and class that are added up at once
+
+Search = Callable[[np.ndarray, int], Iterable[tuple[np.ndarray, np.ndarray]]]
+"""Of queries (Q, D) and k: similarities (., k) in falling order and rows (., k), of one block of queries after the other."""
+
+
+class Protocol(NamedTuple):
+    """What a kNN figure depends on beside the features."""
+
+    num_neighbors: int
+    """k."""
+    temperature: float
+    """T."""
 
 
 @dataclass(frozen=True)
@@ -26,39 +44,133 @@ class KNNResult:
     num_queries: int
 
 
-def normalized(features: np.ndarray) -> np.ndarray:
-    """Rows scaled to unit L2 norm in float32; a zero row stays zero."""
-    features = np.ascontiguousarray(features, dtype=np.float32)
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.maximum(norms, 1e-12)
+class Votes(NamedTuple):
+    """What a vote says of each query."""
 
+    predicted: np.ndarray
+    """(Q,) class numbers."""
+    rank: np.ndarray
+    """(Q,) int64: how many classes come before the query's own; of one that the bank lacks, all of them."""
 
-def nearest(bank: np.ndarray, queries: np.ndarray, num_neighbors: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bank rows most similar to each query: similarities (Q, k) in falling order and row numbers (Q, k).
-
-    Args:
-        bank: (M, D), unit norm.
-        queries: (Q, D), unit norm.
-        num_neighbors: k, at most M.
-    """
-    index = faiss.IndexFlatIP(bank.shape[1])
-    index.add(bank)
-    similarities, rows = index.search(queries, num_neighbors)
-    return similarities, rows
+    def accuracy(self, at: int) -> float:
+        """Share of the queries whose own class is among the first `at`."""
+        return float((self.rank < at).mean())
 
 
 def vote(similarities: np.ndarray, neighbor_classes: np.ndarray, num_classes: int, temperature: float) -> np.ndarray:
     """Each class's share of a query's votes up to a factor: (Q, num_classes), float64.
 
     Args:
-        similarities: (Q, k) inner products.
+        similarities: (Q, k) inner products in falling order.
         neighbor_classes: (Q, k), 0 to num_classes - 1.
         temperature: T of the weights exp(similarity / T).
     """
     # Relative to the best neighbour: the same ranking, and no overflow at any T.
-    weights = np.exp((similarities - similarities.max(axis=1, keepdims=True)).astype(np.float64) / temperature)
+    weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)
+    return sums(weights, neighbor_classes, num_classes)
+
+
+def sums(weights: np.ndarray, neighbor_classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """The weights (Q, k) added up by class: (Q, num_classes)."""
     cells = np.arange(len(weights))[:, None] * num_classes + neighbor_classes
     return np.bincount(cells.ravel(), weights.ravel(), len(weights) * num_classes).reshape(-1, num_classes)
+
+
+def ranked(scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first class of each row (Q,), and how many come before its own (Q,); of equal scores the smaller class first.
+
+    Args:
+        scores: (Q, num_classes).
+        own: (Q,); num_classes stands for one that is not among them.
+    """
+    num_classes = scores.shape[1]
+    own_score = np.take_along_axis(scores, np.minimum(own, num_classes - 1)[:, None], axis=1)
+    is_before = (scores > own_score) | ((scores == own_score) & (np.arange(num_classes) < own[:, None]))
+    return scores.argmax(axis=1), np.where(own < num_classes, is_before.sum(axis=1), num_classes + 5)
+
+
+def votes_of_block(
+    similarities: np.ndarray, classes: np.ndarray, own: np.ndarray, num_classes: int, protocols: Sequence[Protocol]
+) -> dict[Protocol, tuple[np.ndarray, np.ndarray]]:
+    """`ranked` under every protocol; for each T the votes of a larger k go on from those of the smaller one.
+
+    Args:
+        similarities, classes: of the neighbours (Q, k), k the largest of the protocols.
+        own: as of `ranked`.
+    """
+    found = {}
+    for temperature in {protocol.temperature for protocol in protocols}:
+        weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)
+        scores, done = np.zeros((len(weights), num_classes)), 0
+        for num_neighbors in sorted({k for k, other in protocols if other == temperature}):
+            added = slice(done, num_neighbors)
+            scores += sums(weights[:, added], classes[:, added], num_classes)
+            found[Protocol(num_neighbors, temperature)] = ranked(scores, own)
+            done = num_neighbors
+    return found
+
+
+def classify(
+    search: Search,
+    bank_labels: np.ndarray,
+    queries: np.ndarray,
+    query_labels: np.ndarray,
+    protocols: Sequence[Protocol],
+    own_rows: np.ndarray | None = None,
+) -> dict[Protocol, Votes]:
+    """Classify the queries under several protocols by one search.
+
+    A class that only the queries have can never be right; one that only the bank has can win votes. Of classes with equal
+    votes the smaller number ranks first.
+
+    Args:
+        search: finds neighbours in the bank.
+        bank_labels: (M,) class numbers, gaps allowed.
+        queries: features (Q, D), of any norm.
+        query_labels: (Q,) class numbers.
+        own_rows: (Q,) each query's own row in the bank, which has no vote (leave-one-out); None: the queries are others.
+    """
+    names, bank_classes = np.unique(bank_labels, return_inverse=True)
+    own = np.searchsorted(names, query_labels)
+    own = np.where(names[np.minimum(own, len(names) - 1)] == query_labels, own, len(names))
+    num_neighbors = max(k for k, _ in protocols)
+    size = max(1, SCORES // max(len(names), num_neighbors))
+    parts: dict[Protocol, list[tuple[np.ndarray, np.ndarray]]] = {protocol: [] for protocol in protocols}
+    done = 0
+    for similarities, rows in blocks_of(search(queries, num_neighbors + (own_rows is not None)), size):
+        block = slice(done, done + len(rows))
+        done += len(rows)
+        if own_rows is not None:
+            similarities, rows = without_own(similarities, rows, own_rows[block])
+        found = votes_of_block(similarities, bank_classes[rows], own[block], len(names), protocols)
+        for protocol, votes in found.items():
+            parts[protocol].append(votes)
+    joined = {
+        protocol: [np.concatenate(part) for part in zip(*found, strict=True)] for protocol, found in parts.items()
+    }
+    return {protocol: Votes(names[predicted], rank) for protocol, (predicted, rank) in joined.items()}
+
+
+def blocks_of(found: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Similarities and rows in pieces of at most `size` queries."""
+    for similarities, rows in found:
+        for start in range(0, len(rows), size):
+            yield similarities[start : start + size], rows[start : start + size]
+
+
+def without_own(similarities: np.ndarray, rows: np.ndarray, own_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbours (Q, k + 1) without the query itself: (Q, k); the last one goes where it is not among them."""
+    is_own = rows == own_rows[:, None]
+    is_own[:, -1] |= ~is_own.any(axis=1)
+    shape = len(rows), rows.shape[1] - 1
+    return similarities[~is_own].reshape(shape), rows[~is_own].reshape(shape)
+
+
+def capped(num_neighbors: int, most: int) -> int:
+    """k, at most `most`, with a warning."""
+    if num_neighbors > most:
+        log.warning("evaluation.num_neighbors=%d is more than the bank's %d; using those", num_neighbors, most)
+    return min(num_neighbors, most)
 
 
 def knn_accuracy(
@@ -69,10 +181,7 @@ def knn_accuracy(
     num_neighbors: int,
     temperature: float,
 ) -> KNNResult:
-    """Classify the queries by the bank.
-
-    A class that only the queries have can never be right; one that only the bank has can win votes. Of classes with equal
-    votes the smaller number ranks first.
+    """Classify the queries by the bank, see `classify`.
 
     Args:
         bank: features (M, D), of any norm.
@@ -82,12 +191,6 @@ def knn_accuracy(
         num_neighbors: k; capped at M with a warning.
         temperature: T.
     """
-    if num_neighbors > len(bank):
-        log.warning("evaluation.num_neighbors=%d is more than the bank's %d; using those", num_neighbors, len(bank))
-        num_neighbors = len(bank)
-    classes, bank_classes = np.unique(bank_labels, return_inverse=True)
-    similarities, rows = nearest(normalized(bank), normalized(queries), num_neighbors)
-    scores = vote(similarities, bank_classes.reshape(-1)[rows], len(classes), temperature)
-    ranked = classes[np.argsort(-scores, axis=1, kind="stable")[:, :5]]  # (Q, up to 5)
-    hits = ranked == np.asarray(query_labels)[:, None]
-    return KNNResult(float(hits[:, 0].mean()), float(hits.any(axis=1).mean()), num_neighbors, len(bank), len(queries))
+    protocol = Protocol(capped(num_neighbors, len(bank)), temperature)
+    votes = classify(partial(nearest_by_block, bank), bank_labels, queries, query_labels, [protocol])[protocol]
+    return KNNResult(votes.accuracy(1), votes.accuracy(5), protocol.num_neighbors, len(bank), len(queries))

@@ -1,0 +1,110 @@
+"""Features that are kept from one evaluation to the next, under a key of everything that they depend on.
+
+A file is used only if its name holds the key of what is asked for now, so a changed checkpoint, setting or picture makes
+a new one. Letters: M pictures.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moco.data.archives import DAMAGED
+from moco.data.datasets import ArrayPictures, FilePictures, Labelled
+from moco.training.run_folder import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+class FeatureCache:
+    """The files of one checkpoint.
+
+    They lie in ``features/`` of the checkpoint's run folder, else in ``$XDG_CACHE_HOME/moco/features`` (``~/.cache``).
+
+    Args:
+        settings: whatever else the features depend on, as plain data.
+    """
+
+    def __init__(self, checkpoint: Path, settings: Mapping[str, Any]) -> None:
+        self.digest = digest_of_file(checkpoint)
+        self.settings = json.dumps(settings, sort_keys=True)
+        self.stem = checkpoint.stem
+        self.is_in_run = checkpoint.absolute().parent.name == "checkpoints"
+        self.folder = checkpoint.absolute().parents[1] / "features" if self.is_in_run else user_folder()
+
+    def path(self, labelled: Labelled, root: Any) -> Path:
+        """Where the features of these pictures belong.
+
+        Args:
+            root: of the data set, whose files are looked at where the pictures do not tell which they are in.
+        """
+        key = hashlib.sha256(f"{self.digest} {self.settings} ".encode())
+        key.update(np.ascontiguousarray(labelled.labels).tobytes())
+        for part in traits(labelled, root):
+            key.update(part)
+        return self.folder / f"{self.stem}-{self.digest[:12]}-{key.hexdigest()[:24]}.npz"
+
+    def read(self, path: Path) -> dict[str, np.ndarray] | None:
+        """The arrays; None if they are not there, or damaged."""
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
+        except DAMAGED as error:
+            log.warning("%s is damaged (%s): embedding again", path, error)
+            return None
+
+    def write(self, path: Path, arrays: Mapping[str, Any]) -> None:
+        """Keep the arrays, if the folder can be written to; in a run folder those of the checkpoint's former state go."""
+        try:
+            write_atomically(path, lambda file: np.savez(file, **arrays))
+            if self.is_in_run:
+                for other in self.folder.glob(f"{self.stem}-*.npz"):
+                    if not other.name.startswith(f"{self.stem}-{self.digest[:12]}-"):
+                        other.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("features are not kept for the next evaluation: %s", error)
+
+
+def user_folder() -> Path:
+    """For checkpoints that lie in no run folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moco" / "features"
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of the content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**22):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def traits(labelled: Labelled, root: Any) -> Iterable[bytes]:
+    """What the pictures are: those in memory by their pixels, files by name, size and time of change."""
+    pictures = labelled.pictures
+    if isinstance(pictures, ArrayPictures):
+        yield str(pictures.tensor.shape).encode()
+        yield from (picture.numpy().tobytes() for picture in pictures.tensor.split(4096))
+        return
+    if isinstance(pictures, FilePictures):
+        yield pictures.text.numpy().tobytes()
+        yield pictures.ends.numpy().tobytes()
+        yield b"" if pictures.page_ends is None else pictures.page_ends.numpy().tobytes()
+        yield from (stamp(path) for path in pictures.files())
+        return
+    yield from (pictures.name(index).encode("utf-8", "surrogateescape") + b"\n" for index in range(len(pictures)))
+    for folder, _, names in sorted(os.walk(root)):
+        yield from (stamp(os.path.join(folder, name)) for name in sorted(names))
+
+
+def stamp(path: str) -> bytes:
+    """Size and time of change of a file, and its name."""
+    status = os.stat(path) if os.path.exists(path) else None
+    return f"{path!r} {status and (status.st_size, status.st_mtime_ns)}\n".encode()

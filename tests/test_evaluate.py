@@ -1,0 +1,270 @@
+"""What a user of ``moco.evaluate`` sees: the tables, the files, what is kept, and what is said of bad data."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from test_export import write_checkpoint
+
+from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig, check_kind
+from moco.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from conftest import Runner
+
+    path = tmp_path_factory.mktemp("made") / "checkpoints" / "last.ckpt"
+    path.parent.mkdir()
+    torch.manual_seed(0)
+    write_checkpoint(Runner(path.parent), path)
+    return path
+
+
+@pytest.fixture
+def evaluated(checkpoint, tmp_path, capsys, caplog):
+    """Evaluates the checkpoint's copy in a run folder of its own: the figures, and what was printed and logged."""
+    from moco.evaluate import run
+
+    own = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    own.parent.mkdir(parents=True)
+    shutil.copy(checkpoint, own)
+    caplog.set_level("INFO", logger="moco")
+
+    def call(path=own, data=None, **settings):
+        caplog.clear()
+        config = EvaluateConfig(
+            str(path), EvaluateDataConfig(**(data or {"name": "digits"})), EvaluationConfig(**settings), "cpu"
+        )
+        run(config, tmp_path / "out")
+        figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        return figures, capsys.readouterr().out, "\n".join(caplog.messages)
+
+    call.checkpoint = own
+    return call
+
+
+def archive(path, generator, train_labels, **others):
+    """A MedMNIST-like file of 8 px pictures whose brightness tells the class."""
+    labels = np.asarray(train_labels)
+    noise = generator.integers(0, 60, (len(labels), 8, 8))
+    images = (noise + 60 * np.maximum(labels, 0)[:, None, None]).astype(np.uint8)
+    np.savez(path, train_images=images, train_labels=labels, **others)
+    return {"name": "npz", "root": str(path), "image_size": 8}
+
+
+def test_one_pass_gives_a_grid_with_the_protocol_beside_it(evaluated):
+    figures, printed, _ = evaluated(num_neighbors=7, temperature=0.5)
+    grid = {key for key in figures if key.startswith("knn_grid/")}
+    assert len(grid) == 2 * 2 * (5 * 3 + 1)  # features, top-1 and top-5, k x T and the main protocol
+    assert figures["knn_grid/backbone/k7/t0.5/top1"] == figures["knn/top1"]
+    assert {"knn_grid/embedding/k200/t0.07/top5", "knn_grid/backbone/k1/t0.2/top1"} <= grid
+    assert "360 queries (test) by a bank of" in printed
+    assert f"{figures['knn_grid/embedding/k20/t0.1/top1']:.4f}" in printed
+
+
+def test_embedding_figures_are_those_of_an_evaluation_of_the_embedding(evaluated):
+    both = evaluated(num_neighbors=20, temperature=0.1)[0]
+    embedding = evaluated(num_neighbors=20, temperature=0.1, feature="embedding", cache=False)[0]
+    assert embedding["knn/top1"] == both["knn_grid/embedding/k20/t0.1/top1"]
+
+
+def test_the_confusion_matrix_is_written_and_its_worst_classes_are_named(evaluated, tmp_path):
+    figures, printed, _ = evaluated(num_neighbors=20)
+    with np.load(tmp_path / "out" / "confusion.npz") as written:
+        confusion, labels, predicted = (written[name] for name in ("confusion", "labels", "predicted"))
+        np.testing.assert_allclose(written["accuracy"], [(predicted[labels == c] == c).mean() for c in range(10)])
+        assert (labels == predicted).mean() == figures["knn/top1"]
+    for true, taken in np.ndindex(10, 10):
+        assert confusion[true, taken] == ((labels == true) & (predicted == taken)).sum()
+    assert "classes with the lowest" in printed
+    assert "most confused classes" in printed
+
+
+def test_a_second_evaluation_uses_what_the_first_has_kept(evaluated):
+    first, _, log = evaluated()
+    assert "embedded 1,437 pictures in" in log
+    second, _, log = evaluated()
+    assert "features of 1,437 pictures from" in log
+    assert "embedded" not in log
+    assert second == first
+
+
+def test_kept_features_are_not_used_for_another_checkpoint_or_other_data(evaluated, generator, tmp_path):
+    evaluated()
+    assert "embedded" in evaluated(encoder="key")[2]
+    assert "embedded" in evaluated(data={"name": "digits", "image_size": 12})[2]
+    assert "embedded" in evaluated(data={"name": "digits", "crop_ratio": 0.5})[2]
+    data = archive(tmp_path / "x.npz", generator, np.arange(30) % 3)
+    assert "embedded" in evaluated(data=data, num_neighbors=3)[2]
+    archive(tmp_path / "x.npz", generator, np.arange(30) % 3)  # other noise under the same name
+    assert "embedded" in evaluated(data=data, num_neighbors=3)[2]
+    assert "embedded" not in evaluated()[2]
+    path = evaluated.checkpoint
+    held = torch.load(path, weights_only=True)
+    name = next(name for name, value in held["state_dict"].items() if name.startswith("query_encoder.backbone"))
+    held["state_dict"][name][0] += 1
+    torch.save(held, path)
+    assert "embedded" in evaluated()[2]
+    digests = {kept.name.split("-")[1] for kept in (path.parents[1] / "features").iterdir()}
+    assert len(digests) == 1  # those of the checkpoint's former content are gone
+
+
+def test_kept_features_of_files_follow_the_files(evaluated, tmp_path, generator):
+    from PIL import Image
+
+    for part, name in ((part, name) for part in ("train/a", "train/b", "val/a", "val/b") for name in "xyz"):
+        (tmp_path / part).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / part / f"{name}.png")
+    data = {"name": "image_folder", "root": str(tmp_path), "image_size": 8}
+    evaluated(data=data, num_neighbors=3)
+    assert "embedded" not in evaluated(data=data, num_neighbors=3)[2]
+    Image.fromarray(generator.integers(0, 256, (9, 8, 3), np.uint8)).save(tmp_path / "val/b/x.png")
+    log = evaluated(data=data, num_neighbors=3)[2]
+    assert "embedded 6 pictures" in log
+    assert "features of 6 pictures from" in log  # of the bank
+
+
+def test_a_damaged_file_of_features_is_made_again(evaluated):
+    first, _, _ = evaluated()
+    for kept in (evaluated.checkpoint.parents[1] / "features").iterdir():
+        content = bytearray(kept.read_bytes())
+        content[len(content) // 2] ^= 255
+        kept.write_bytes(content)
+    second, _, log = evaluated()
+    assert "is damaged" in log
+    assert "embedded 1,437 pictures in" in log
+    assert second == first
+
+
+def test_features_of_a_checkpoint_outside_a_run_go_to_the_users_cache(evaluated, tmp_path, monkeypatch):
+    path = tmp_path / "alone.ckpt"
+    shutil.copy(evaluated.checkpoint, path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    evaluated(path)
+    assert len(list((tmp_path / "cache" / "moco" / "features").iterdir())) == 2
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert "features are not kept for the next evaluation" in evaluated(path)[2]
+
+
+def test_pictures_in_memory_give_the_features_that_they_give_one_by_one(checkpoint, generator, monkeypatch):
+    import moco.evaluation.subject as module
+    from moco.data.datasets import ArrayPictures, Labelled
+    from moco.data.loading import evaluation_loader
+    from moco.data.views import build_evaluation_view
+
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
+    for shape in ((9, 8, 8), (9, 8, 8, 3), (9, 8, 8, 4)):
+        pictures = ArrayPictures(generator.integers(0, 256, shape, np.uint8), "x")
+        labels = np.arange(9)
+        loader = evaluation_loader(Labelled(pictures, labels), build_evaluation_view(8, 1.0, mean, std), 8, 4)
+        for slow, fast in zip(loader, module.batches_in_memory(pictures, labels, 4, mean, std), strict=True):
+            assert all(torch.equal(*pair) for pair in zip(slow, fast, strict=True))
+
+
+def test_without_a_test_part_every_picture_is_classified_by_the_others(evaluated, generator, tmp_path):
+    data = archive(tmp_path / "x.npz", generator, [0] * 10 + [1] * 10 + [2])
+    figures, printed, log = evaluated(data=data, num_neighbors=3)
+    assert "no test part: each picture is classified by all others (leave one out)" in log
+    assert figures["knn/queries"] == "leave one out"
+    assert "leave one out" in printed
+    assert figures["knn/top1"] == pytest.approx(20 / 21)  # the only one of its class has nobody to vote for it
+    assert (figures["knn/bank_size"], figures["knn/num_queries"]) == (21, 21)
+
+
+def test_few_labels_are_drawn_several_times(evaluated):
+    figures, printed, _ = evaluated(images_per_class=[1, 20], num_draws=3, num_neighbors=20)
+    one, twenty = (figures[f"knn_few/{number}_per_class/top1"] for number in (1, 20))
+    assert 0 < one < twenty < figures["knn_grid/backbone/k20/t0.1/top1"] + 0.05
+    assert figures["knn_few/1_per_class/top1_std"] > 0
+    assert "3 draws" in printed
+
+
+def test_a_draw_holds_so_many_of_each_class(generator):
+    from moco.evaluation.knn_measurement import drawn
+
+    labels = generator.choice([2, 5, 9], 100, p=[0.8, 0.15, 0.05])
+    rows = drawn(labels, 10, generator)
+    assert len(set(rows)) == len(rows)
+    for label in (2, 5, 9):
+        assert (labels[rows] == label).sum() == min(10, (labels == label).sum())
+
+
+def test_an_index_that_is_not_exact_says_how_much_it_finds(evaluated):
+    figures, printed, log = evaluated(index="float16", num_neighbors=20)
+    assert 0 < figures["knn/recall_backbone"] < 1  # untrained: all similarities are nearly 1
+    assert f"{figures['knn/recall_backbone']:.4f} of the exact 20 neighbours" in log
+    assert "float16 index" in printed
+
+
+def test_pictures_without_a_label_are_left_out_and_named(evaluated, monkeypatch, generator, tmp_path):
+    import moco.evaluation.subject as module
+    from moco.data.datasets import ArrayPictures, DataSource, Labelled
+
+    labels = np.array([0, 1] * 10)
+    pictures = ArrayPictures(generator.integers(0, 256, (20, 8, 8), np.uint8), "mine")
+    queries = Labelled(pictures, labels)
+
+    def evaluate_with(bank_labels):
+        source = DataSource(pictures, Labelled(pictures, np.array(bank_labels)), queries, 8)
+        monkeypatch.setattr(module, "build_source", lambda *_, **__: source)
+        return evaluated(num_neighbors=3)
+
+    figures, _, log = evaluate_with([-1, *labels[1:19], -1])
+    assert "left out 2 pictures without a label: mine[0], mine[19]" in log
+    assert figures["knn/bank_size"] == 18
+    with pytest.raises(InputError, match="none of 20 pictures that can be read has a label"):
+        evaluate_with([-1] * 20)
+
+
+def test_a_bank_of_one_class_is_refused(evaluated, generator, tmp_path):
+    data = archive(tmp_path / "x.npz", generator, [4] * 9)
+    with pytest.raises(InputError, match="all 9 pictures of the bank are of class 4; kNN needs two"):
+        evaluated(data=data)
+
+
+def test_pictures_whose_features_are_not_finite_are_named(evaluated, generator, tmp_path):
+    path = evaluated.checkpoint
+    held = torch.load(path, weights_only=True)
+    name = next(name for name, value in held["state_dict"].items() if name.startswith("query_encoder.backbone"))
+    held["state_dict"][name][:] = torch.nan
+    torch.save(held, path)
+    data = archive(tmp_path / "x.npz", generator, [0, 1, 2, 0, 1])
+    with pytest.raises(InputError) as error:
+        evaluated(data=data)
+    names = ", ".join(f"{data['root']}: train_images[{row}]" for row in range(3))
+    assert str(error.value) == f"checkpoint={path}: the features of {names} and 2 more are not finite (NaN or infinity)"
+
+
+def test_a_picture_that_cannot_be_read_is_named(evaluated, generator, tmp_path):
+    from PIL import Image
+
+    for part, name in ((part, name) for part in ("train/a", "train/b", "val/a", "val/b") for name in "xyz"):
+        (tmp_path / part).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / part / f"{name}.png")
+    (tmp_path / "val/b/x.png").write_bytes(b"no picture")
+    data = {"name": "image_folder", "root": str(tmp_path), "image_size": 8}
+    with pytest.raises(InputError, match=r"val/b/x\.png"):  # one of six is more than data.max_bad_fraction
+        evaluated(data=data, num_neighbors=3)
+    for _ in ("embedded", "kept"):
+        figures, _, log = evaluated(data=data | {"max_bad_fraction": 0.5}, num_neighbors=3)
+        assert f"skipped 1 unreadable pictures: {tmp_path}/val/b/x.png" in log
+        assert figures["knn/num_queries"] == 5
+
+
+def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
+    from moco.config import pretrained
+
+    monkeypatch.setitem(pretrained.KINDS, "other", ("temperature",))
+    check_kind(EvaluationConfig(name="other", temperature=0.5))
+    with pytest.raises(InputError) as error:
+        check_kind(EvaluationConfig(name="other", num_neighbors=5))
+    assert str(error.value) == "evaluation.num_neighbors: a setting of evaluation=knn, and evaluation=other has no such"
+
+
+def test_fewer_than_one_image_per_class_is_refused(evaluated):
+    with pytest.raises(InputError, match=r"evaluation.images_per_class=\[0\]: expected numbers of 1 or more"):
+        evaluated(images_per_class=[0])
