@@ -112,11 +112,20 @@ def candidates(
     floor = torch.from_numpy(np.nextafter(worst, np.float32(np.inf))).to(queries.device)
     if num_groups >= num_neighbors:
         floor = torch.maximum(floor, kth_largest(maxima, num_neighbors))
-    query, group = (maxima >= floor[:, None]).nonzero(as_tuple=True)
+    query, group = places(maxima >= floor[:, None])
     members = groups[query, :, group]  # (groups that reach the floor, GROUP)
-    reached, member = (members >= floor[query, None]).nonzero(as_tuple=True)
+    reached, member = places(members >= floor[query, None])
     found = query[reached], member * num_groups + group[reached], members[reached, member]
     return tuple(values.cpu().numpy() for values in found)  # type: ignore[return-value]
+
+
+def places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of what is true in a matrix, rows rising."""
+    if mask.device.type == "cpu":  # two to three times as fast as torch's
+        row, column = np.divmod(np.flatnonzero(mask.numpy()), mask.shape[1])
+        return torch.from_numpy(row), torch.from_numpy(column)
+    row, column = mask.nonzero(as_tuple=True)
+    return row, column
 
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
