@@ -23,7 +23,7 @@ from moco.evaluation.dense import (
     patches_stood_for,
     pixel_classes,
 )
-from moco.evaluation.dense_features import DenseSet, NotFinite, check_maps, figures_of
+from moco.evaluation.dense_features import DenseSet, NotFinite, check_maps, encoded, figures_of
 from moco.evaluation.dense_linear import USUAL, WEIGHT_DECAYS, fit, fit_best
 from moco.evaluation.features import EmbeddingStopped
 from moco.models.backbones import build_backbone
@@ -239,6 +239,15 @@ def test_classes_that_are_colours_are_told_apart_by_an_untrained_backbone(tmp_pa
     head, _ = fit_best(pictures.bank(backbone, "cpu"))
     confusion = pictures.confusions({"linear": head.scores}, backbone, "cpu")["linear"]
     assert figures_of(confusion, pictures.source.class_names, "linear")["dense/linear_miou"] > 0.95
+
+
+@pytest.mark.parametrize("name", ["resnet_tiny", "swin_v2_tiny_patch2", "vit_tiny_patch4"])
+def test_the_cells_of_every_backbone_cover_the_scaled_picture(name):
+    backbone = build_backbone(name).eval()
+    height, width = scaled_size((37, 53), 64, backbone.feature_map_strides[-1])
+    for number, stride in enumerate(backbone.feature_map_strides, start=1):
+        maps = encoded(backbone, torch.randn(2, 3, height, width), [number])
+        assert maps.shape == (2, backbone.feature_map_dims[number - 1], height / stride, width / stride)
 
 
 def test_pixels_without_a_class_neither_teach_nor_count(tmp_path):

@@ -23,7 +23,7 @@ from moco.evaluation.segmentation import confusion_matrix, segmentation_figures
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 2**27  # of features that are classified at once
+BLOCK_BYTES = 2**27  # of features and masks that are classified at once
 NUM_MAPS = 4  # of every backbone
 
 Scorer = Callable[[np.ndarray], np.ndarray]
@@ -197,13 +197,15 @@ def encoded(backbone: Any, images: Tensor, maps: Sequence[int]) -> Tensor:
 
 
 def blocks(patches: Iterator[PatchGrid]) -> Iterator[list[PatchGrid]]:
-    """Pictures together whose features have `BLOCK_BYTES`, or a little more."""
+    """Pictures together whose features and masks have `BLOCK_BYTES`, or a little more."""
     block: list[PatchGrid] = []
+    held = 0
     for picture in patches:
         block.append(picture)
-        if sum(held.features.nbytes for held in block) >= BLOCK_BYTES:
+        held += picture.features.nbytes + picture.classes.nbytes
+        if held >= BLOCK_BYTES:
             yield block
-            block = []
+            block, held = [], 0
     if block:
         yield block
 
