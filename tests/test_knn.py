@@ -221,3 +221,10 @@ def test_fewer_than_five_classes_make_top5_certain():
 
 def test_zero_features_do_not_divide_by_zero():
     assert np.isfinite(knn_accuracy(np.zeros((4, 2)), np.arange(4), QUERY, np.array([0]), 2, 0.1).top1)
+
+
+def test_features_that_are_no_numbers_do_not_pass_for_right(generator):
+    bank, queries = generator.normal(size=(40, 8)), np.full((30, 8), np.nan)
+    labels, query_labels = np.arange(40) % 4, np.arange(30) % 4
+    assert knn_accuracy(bank, labels, queries, query_labels, 5, 0.1).top1 < 0.3  # that of a guess
+    assert knn_accuracy(np.full((40, 8), np.nan), labels, bank[:30], query_labels, 5, 0.1).top1 < 0.3

@@ -6,7 +6,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from moco.evaluation.neighbors import BANK_BYTES, LIST_BYTES, give_back, nearest, normalized
+from moco.evaluation.neighbors import BANK_BYTES, LIST_BYTES, NOTHING, give_back, nearest, normalized
 
 KINDS = ("float16", "int8", "ivf", "hnsw")
 TRAINING_ROWS_PER_CELL = 64  # k-means of faiss takes at most 256 and warns below 39
@@ -44,7 +44,7 @@ class ApproximateIndex:
         size = max(1, LIST_BYTES // (12 * num_neighbors))
         for start in range(0, len(queries), size):
             similarities, rows = self.index.search(normalized(queries[start : start + size]), num_neighbors)
-            similarities[rows < 0] = np.finfo(np.float32).min  # no weight in any vote
+            similarities[rows < 0] = NOTHING  # no weight in any vote
             yield similarities, np.maximum(rows, 0)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 GROUP = 16
 BANK_BYTES = 2**27  # of bank rows that are normalised at once
 PRODUCT_BYTES = 2**25  # of similarities that one thread makes at once
+NOTHING = np.finfo(np.float32).min  # the similarity of a place in a list that nothing fills: of features that are NaN
 LIST_BYTES = 2**26  # of neighbours, their similarities and places, that are kept while the bank is walked over
 
 
@@ -62,7 +63,7 @@ def walk(
     bank: np.ndarray, queries: np.ndarray, num_neighbors: int, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
     """`nearest` of queries of unit norm, by one walk over the bank."""
-    similarities = np.full((len(queries), num_neighbors), -np.inf, np.float32)
+    similarities = np.full((len(queries), num_neighbors), NOTHING, np.float32)
     rows = np.zeros((len(queries), num_neighbors), np.int64)
     on_device = torch.from_numpy(queries).to(device)
     height = max(num_neighbors, BANK_BYTES // (4 * bank.shape[1]))
@@ -143,19 +144,19 @@ def merge(
     values[query, place] = similarity
     numbers[query, place] = row + first
     values, numbers = np.hstack([similarities, values]), np.hstack([rows, numbers])
-    order = falling(values, numbers)[:, :num_neighbors]
+    order = falling(values, numbers, num_neighbors)
     similarities[:] = np.take_along_axis(values, order, axis=1)
     rows[:] = np.take_along_axis(numbers, order, axis=1)
 
 
-def falling(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """The order of each row's values from the largest to the smallest, of equal ones by rising numbers."""
+def falling(values: np.ndarray, numbers: np.ndarray, num_first: int) -> np.ndarray:
+    """Where the `num_first` largest values of each row are, in falling order, of equal ones by rising numbers."""
     order = np.argsort(-values, axis=1)
-    ordered = np.take_along_axis(values, order, axis=1)
-    equal = (ordered[:, 1:] == ordered[:, :-1]) & np.isfinite(ordered[:, 1:])
-    for tied in equal.any(axis=1).nonzero()[0]:
-        order[tied] = np.lexsort((numbers[tied], -values[tied]))
-    return order
+    ordered = np.take_along_axis(values, order[:, : num_first + 1], axis=1)
+    tied = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    for row in tied.nonzero()[0]:
+        order[row] = np.lexsort((numbers[row], -values[row]))
+    return order[:, :num_first]
 
 
 def give_back(bank: np.ndarray) -> None:
