@@ -62,7 +62,7 @@ def test_it_reports_miou_and_its_protocol(runner, quarters):
     assert figures | protocol == figures
 
 
-def test_a_whole_run_shows_it_in_its_files_and_lines(runner, quarters, tmp_path, capsys):
+def test_a_whole_run_shows_it_and_may_go_on_without_it(runner, quarters, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     overrides = ["trainer.max_steps=-1", "trainer.max_epochs=2", "data.batch_size=1024", "trainer.accelerator=cpu"]
@@ -79,6 +79,10 @@ def test_a_whole_run_shows_it_in_its_files_and_lines(runner, quarters, tmp_path,
     events.Reload()
     assert len(events.Scalars("dense/knn_miou")) == 1
     assert events.Scalars("dense/knn_miou")[0].value == pytest.approx(figures["dense/knn_miou"])
+    without = runner.config(*overrides, "trainer.max_epochs=3")
+    train.run(without, folder)  # goes on without the monitor
+    assert json.loads((folder / "metrics.json").read_text())["epoch"] == 3
+    assert "dense mIoU" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_a_measurement_that_was_cut_short_is_owed(runner, quarters):
     later = monitor_of(config, figures)
     later.load_state_dict({"owed": True})
     later.on_fit_start(Trainer(), Module())
-    assert later.state_dict() == {"owed": False}
+    assert later.state_dict() == {}
     assert figures["dense/epoch"] == 1
 
 

@@ -88,7 +88,8 @@ class DenseMonitor(pl.Callback):
         self.owed = False  # a measurement that an interrupt cut short
 
     def state_dict(self) -> dict[str, Any]:
-        return {"owed": self.owed}
+        # Without a state Lightning does not warn when the run goes on without this monitor.
+        return {"owed": True} if self.owed else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.owed = state_dict["owed"]
