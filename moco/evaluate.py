@@ -58,6 +58,10 @@ def measure(subject: "Subject") -> "Findings":
         from moco.evaluation.knn_measurement import measure_knn
 
         return measure_knn(subject)
+    if subject.settings["name"] == "dense":
+        from moco.evaluation.dense_measurement import measure_dense
+
+        return measure_dense(subject)
     raise AssertionError(subject.settings["name"])  # the schema knows the choices
 
 

@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moco.data.datamodule import PretrainingData
+    from moco.evaluation.dense_features import DenseSet
     from moco.methods.moco import MoCo
     from moco.training.interrupts import StopRequest
 
 log = logging.getLogger("moco.train")  # __name__ is __main__ under python -m
 
 DEFAULTS = dataclasses.asdict(TrainConfig())
+DENSE_VOTE = ("every_n_epochs", "num_neighbors", "temperature")  # of monitor.dense, all other keys are its data's
 
 # torch and Lightning are imported where they are first needed: a mistake in the config or a path shows in a second.
 
@@ -116,6 +118,7 @@ def train(
         pl.seed_everything(config.seed, verbose=False)
         data, method = data or build_data(config, folder), build_method(plain)
         check_same_pictures(data)
+        pictures = from_rank_zero(lambda: dense_set(config, data.image_size))
         check_batch_norm(method.query_encoder, config)
         warn_of_negatives(config, len(data.source.train))
         is_new = from_rank_zero(lambda: find_checkpoint(folder, plain, config.resume, DEFAULTS)) is None
@@ -126,7 +129,7 @@ def train(
         checkpoint, step = from_rank_zero(lambda: take_folder(stack, folder, plain, config.resume, files))
         figures: dict[str, Any] = {}
         console = Console(quiet=rank() > 0)
-        trainer = build_trainer(config, folder, plain, figures, console, stop, environment, step)
+        trainer = build_trainer(config, folder, plain, figures, console, stop, environment, step, pictures)
         with failures_named(folder), lost_peers_named():  # once more, for the line in the folder's status
             fit(trainer, method, data, checkpoint, stop)
             # A run that had reached its last step within its first epoch, and goes on, ends at once.
@@ -257,13 +260,16 @@ def build_trainer(
     stop: "StopRequest",
     environment: "ClusterEnvironment | None" = None,
     step: int | None = None,
+    pictures: "DenseSet | None" = None,
 ) -> "pl.Trainer":
     """Lightning's Trainer with the callbacks of pretraining; `figures` is what they report into.
 
     Args:
         environment: who started the processes.
         step: optimizer steps behind the checkpoint that the run goes on from.
+        pictures: of `dense_set`.
     """
+    from moco.evaluation.dense_monitor import DenseMonitor
     from moco.evaluation.feature_pictures import FeaturePictures
     from moco.evaluation.label_free import CollapseWatch, LabelFreeMonitor
     from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, ViewPairPicture
@@ -277,6 +283,7 @@ def build_trainer(
 
     checkpoints = Checkpoints(folder, plain, figures, stop, **dataclasses.asdict(config.checkpoint))
     knn = config.evaluation
+    vote = {key: getattr(config.monitor.dense, key) for key in DENSE_VOTE}
     callbacks = [
         TrainingMonitor(figures, config.trainer.log_every_n_steps),
         BadSteps(figures, config.trainer.max_bad_steps, config.trainer.log_every_n_steps, partial(last_good, folder)),
@@ -293,14 +300,37 @@ def build_trainer(
         ),
         CollapseWatch(),
         LabelFreeMonitor(knn.diagnostics_every_n_steps),
+        *([DenseMonitor(figures, pictures, **vote, should_stop=lambda: bool(stop))] if pictures else []),
         ViewPairPicture(knn.pictures_every_n_epochs),
         RunDescription(folder, plain, ["knn/top1", "epoch/loss"]),
         UnreadableList(folder, figures),
-        ProgressBar(figures, console),
+        ProgressBar(figures, console, ("knn/top1", "kNN"), ("dense/knn_miou", "dense mIoU")),
         checkpoints,
     ]
     purge_step = 0 if step is None else step + 1  # 0: a process before this one may have died without a checkpoint
     return trainer.build_trainer(dataclasses.asdict(config.trainer), folder, callbacks, environment, purge_step)
+
+
+def dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":
+    """The pictures with masks of ``monitor.dense``, if there are any; errors of `build_dense_set`."""
+    dense = config.monitor.dense
+    if dense.data is None:
+        if dense.root is not None:
+            raise InputError(f"monitor.dense.root={dense.root}: without monitor.dense.data it has no effect")
+        return None
+
+    from moco.evaluation.dense_monitor import build_dense_set
+
+    settings = {key: value for key, value in dataclasses.asdict(dense).items() if key not in DENSE_VOTE}
+    return build_dense_set(
+        **settings | {"image_size": settings["image_size"] or image_size},
+        mean=config.augmentation.mean,
+        std=config.augmentation.std,
+        seed=config.seed,
+        num_workers=config.data.num_workers,
+        max_bad_fraction=config.data.max_bad_fraction,
+        max_image_pixels=config.data.max_image_pixels,
+    )
 
 
 def close(console: Any, folder: Path, figures: dict[str, Any], data: "PretrainingData") -> None:
@@ -322,6 +352,8 @@ def close(console: Any, folder: Path, figures: dict[str, Any], data: "Pretrainin
         ):
             if key in figures:
                 rows.append((f"kNN top-1, {name}", f"{figures[key]:.4f}"))
+    if "dense/knn_miou" in figures:
+        rows.append(("mIoU of kNN segmentation", f"{figures['dense/knn_miou']:.4f}"))
     if data.unreadable:
         rows.append(("unreadable pictures skipped", str(len(data.unreadable))))
     checkpoint = os.path.relpath(folder / LAST_CHECKPOINT)

@@ -261,8 +261,8 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
     monkeypatch.setitem(pretrained.KINDS, "other", ("temperature",))
     check_kind(EvaluationConfig(name="other", temperature=0.5))
     with pytest.raises(InputError) as error:
-        check_kind(EvaluationConfig(name="other", num_neighbors=5))
-    assert str(error.value) == "evaluation.num_neighbors: a setting of evaluation=knn, and evaluation=other has no such"
+        check_kind(EvaluationConfig(name="other", index="ivf"))
+    assert str(error.value) == "evaluation.index: a setting of evaluation=knn, and evaluation=other has no such"
 
 
 def test_fewer_than_one_image_per_class_is_refused(evaluated):

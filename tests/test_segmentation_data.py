@@ -362,7 +362,10 @@ def test_other_data_sets_are_refused(name, root, expected):
 def test_pretraining_says_where_masks_belong():
     from moco.data.datasets import build_source
 
-    with pytest.raises(InputError, match=r"data=voc2012: its masks are for moco.segment; data=images data.root=PATH"):
+    with pytest.raises(
+        InputError,
+        match=r"data=voc2012: its masks are for moco.segment and evaluation=dense; data=images data.root=PATH",
+    ):
         build_source("voc2012", "x")
 
 

@@ -12,6 +12,7 @@ from moco.errors import InputError
 # The kinds of measurement, and the settings and sections of EvaluationConfig that only some of them have.
 KINDS: dict[str, tuple[str, ...]] = {
     "knn": ("num_neighbors", "temperature", "index", "num_probes", "ef_search", "images_per_class", "num_draws"),
+    "dense": ("num_neighbors", "temperature", "maps", "bank_size", "sampling", "seed"),
 }
 
 
@@ -40,6 +41,14 @@ class EvaluationConfig:
     """Measure also with a bank of so few images of each class: one measurement for each number."""
     num_draws: int = setting(5, at_least=2)
     """Random choices of those images, over which mean and spread are given."""
+    maps: list[int] = field(default_factory=lambda: [4])
+    """dense: which of the backbone's feature maps, from 1, the finest, to 4; several are joined at the finest one's size."""
+    bank_size: int = setting(50_000, at_least=1)
+    """dense: patches that are learned from; each training picture gives the same share of them."""
+    sampling: str = setting("balanced", choices=("balanced", "uniform"))
+    """dense: how a picture's patches are drawn. balanced: its classes take turns; uniform: all have the same chance."""
+    seed: int = setting(0, at_least=0, at_most=2**32 - 1)
+    """dense: of that draw."""
 
 
 @dataclass
@@ -59,6 +68,8 @@ class EvaluateDataConfig:
     pages: Optional[str] = setting(None, choices=("each", "first"))
     max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
     max_image_pixels: int = setting(178_956_970, at_least=1)
+    ignore_index: int = setting(255, at_least=0, at_most=65535)
+    """voc2012, segmentation_folder: the number of a mask's pixels without a class."""
 
 
 @dataclass

@@ -253,6 +253,42 @@ class MonitorConfig:
 
 
 @dataclass
+class DenseMonitorConfig:
+    """kNN segmentation by patch features beside the image-level kNN: see ``docs/evaluation.md``."""
+
+    data: Optional[str] = setting(None, choices=("segmentation_folder", "voc2012"))
+    """A small set of pictures with masks; null: no such measurement."""
+    root: Optional[str] = None
+    """Its folder."""
+    ignore_index: int = setting(255, at_least=0, at_most=65535)
+    """The number of a mask's pixels without a class."""
+    num_images: Optional[int] = setting(200, at_least=1)
+    """So many pictures of each part, evenly spaced; null: all."""
+    image_size: Optional[int] = setting(None, at_least=4)
+    """Shorter side that the pictures are scaled to, px; null: data.image_size."""
+    every_n_epochs: int = setting(1, at_least=1)
+    num_neighbors: int = setting(30, at_least=1)
+    """k."""
+    temperature: float = setting(0.02, above=0)
+    """T of the vote's weights exp(similarity / T)."""
+    maps: list[int] = field(default_factory=lambda: [4])
+    """Which of the backbone's feature maps, from 1, the finest, to 4; several are joined at the finest one's size."""
+    bank_size: int = setting(10_000, at_least=1)
+    """Patches that are learned from; each picture to learn from gives the same share of them."""
+    sampling: str = setting("balanced", choices=("balanced", "uniform"))
+    """How a picture's patches are drawn. balanced: its classes take turns; uniform: all have the same chance."""
+    batch_size: int = setting(16, at_least=1)
+    """Pictures per forward pass, of one size."""
+
+
+@dataclass
+class ExtraMonitorsConfig:
+    """Measurements during training that need data of their own."""
+
+    dense: DenseMonitorConfig = field(default_factory=DenseMonitorConfig)
+
+
+@dataclass
 class CheckpointConfig:
     """When a run saves. ``last.ckpt`` is replaced each time, and its predecessor kept as ``previous.ckpt``."""
 
@@ -283,6 +319,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: MonitorConfig = field(default_factory=MonitorConfig)
+    monitor: ExtraMonitorsConfig = field(default_factory=ExtraMonitorsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)

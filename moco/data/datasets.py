@@ -172,7 +172,10 @@ def build_source(
         InputError: unknown name, nothing at `root`, or something else than expected there; it names the place.
     """
     if name in MASKED:
-        raise InputError(f"data={name}: its masks are for moco.segment; data=images data.root=PATH takes any pictures")
+        raise InputError(
+            f"data={name}: its masks are for moco.segment and evaluation=dense; "
+            "data=images data.root=PATH takes any pictures"
+        )
     if name not in SOURCES:
         raise InputError(f"data.name: {unknown_name('data set', name, SOURCES)}")
     if name == "synthetic":

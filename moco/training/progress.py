@@ -20,15 +20,13 @@ class ProgressBar(pl.Callback):
     Args:
         figures: the run's figures, filled in by the monitors.
         console: where to draw.
-        score: the figure to show, ``GROUP/NAME``, of which ``GROUP/epoch`` is the epoch, and what to call it.
+        scores: the figures to show, ``GROUP/NAME``, of which ``GROUP/epoch`` is the epoch, and what to call them.
     """
 
-    def __init__(
-        self, figures: Mapping[str, Any], console: Console, score: tuple[str, str] = ("knn/top1", "kNN")
-    ) -> None:
+    def __init__(self, figures: Mapping[str, Any], console: Console, *scores: tuple[str, str]) -> None:
         self.figures = figures
         self.console = console
-        self.score, self.score_name = score
+        self.scores = scores
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -59,8 +57,9 @@ class ProgressBar(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         line = f"epoch {epoch:>4}/{trainer.max_epochs}  loss {self.figures['train/loss']:.4f}"
-        if self.figures.get(self.score.split("/")[0] + "/epoch") == epoch:
-            line += f"  {self.score_name} {self.figures[self.score]:.4f}"
+        for score, name in self.scores:
+            if self.figures.get(score.split("/")[0] + "/epoch") == epoch:
+                line += f"  {name} {self.figures[score]:.4f}"
         line += f"  {self.figures['images_per_second']:,.0f} images/s  data wait {self.figures['data_wait']:.0%}"
         self._print(line)
 
@@ -80,8 +79,7 @@ class ProgressBar(pl.Callback):
             parts.append(
                 f"{self.figures['images_per_second']:,.0f} images/s, data wait {self.figures['data_wait']:.0%}"
             )
-        if self.score in self.figures:
-            parts.append(f"{self.score_name} {self.figures[self.score]:.4f}")
+        parts += [f"{name} {self.figures[score]:.4f}" for score, name in self.scores if score in self.figures]
         return " ".join(parts)
 
 

@@ -58,6 +58,7 @@ FREE_KEYS = (
     "slurm.requeue",
     "slurm.signal",
 )
+FREE_GROUPS = ("monitor.",)  # measurements that leave no trace in the training
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> None:
@@ -275,12 +276,12 @@ def completed(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """``key: old there, new here`` for every dotted key whose value differs, `FREE_KEYS` left out."""
+    """``key: old there, new here`` for every dotted key whose value differs, `FREE_KEYS` and `FREE_GROUPS` left out."""
     old, new = flattened(there), flattened(here)
     return [
         f"{key}: {old.get(key)} there, {new.get(key)} here"
         for key in sorted(old.keys() | new.keys())
-        if key not in FREE_KEYS and old.get(key) != new.get(key)
+        if key not in FREE_KEYS and not key.startswith(FREE_GROUPS) and old.get(key) != new.get(key)
     ]
 
 
