@@ -122,8 +122,8 @@ def candidates(
 def places(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column of what is true in a matrix, rows rising."""
     if mask.device.type == "cpu":  # two to three times as fast as torch's
-        row, column = np.divmod(np.flatnonzero(mask.numpy()), mask.shape[1])
-        return torch.from_numpy(row), torch.from_numpy(column)
+        rows, columns = np.divmod(np.flatnonzero(mask.numpy()), mask.shape[1])
+        return torch.from_numpy(rows), torch.from_numpy(columns)
     row, column = mask.nonzero(as_tuple=True)
     return row, column
 
