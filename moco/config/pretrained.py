@@ -6,12 +6,15 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from moco.config.linear import LinearConfig, LinearOfficialConfig
 from moco.config.train import AugmentationConfig, BackboneConfig, DataConfig, MonitorConfig, setting
 from moco.errors import InputError
 
 # The kinds of measurement, and the settings and sections of EvaluationConfig that only some of them have.
 KINDS: dict[str, tuple[str, ...]] = {
     "knn": ("num_neighbors", "temperature", "index", "num_probes", "ef_search", "images_per_class", "num_draws"),
+    "linear": ("linear",),
+    "linear_official": ("linear_official",),
 }
 
 
@@ -40,6 +43,8 @@ class EvaluationConfig:
     """Measure also with a bank of so few images of each class: one measurement for each number."""
     num_draws: int = setting(5, at_least=2)
     """Random choices of those images, over which mean and spread are given."""
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    linear_official: LinearOfficialConfig = field(default_factory=LinearOfficialConfig)
 
 
 @dataclass

@@ -71,7 +71,7 @@ class PairDataset(Dataset[PairBatch]):
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> PairBatch:
         epoch, side = places[0][0], self.augment.image_size
         indices = torch.tensor([index for _, index in places])
-        views = torch.empty(2, len(places), 3, side, side, dtype=torch.uint8)
+        views = torch.empty(len(self.augment.views), len(places), 3, side, side, dtype=torch.uint8)
         failed = []
         for first in range(0, len(places), AT_ONCE):
             rows = slice(first, first + AT_ONCE)
@@ -82,8 +82,7 @@ class PairDataset(Dataset[PairBatch]):
             self._stand_in(views[:, row], epoch, indices[row])
         unreadable = torch.zeros(len(places), dtype=torch.bool)
         unreadable[failed] = True
-        query, key = views
-        return PairBatch((query, key), indices, unreadable, epoch)
+        return PairBatch((views[0], views[-1]), indices, unreadable, epoch)
 
     def last_read(self) -> list[tuple[int, str]]:
         """The process id of each worker that has begun, and the name of the picture that it is or was at."""

@@ -73,7 +73,7 @@ class ViewPair:
         """
         drawn = self.drawn(epoch, indices, torch.tensor([picture.size for picture in pictures]))
         numbers = [[{name: values.numpy() for name, values in step.items()} for step in view] for view in drawn]
-        views = torch.empty(2, len(pictures), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        views = torch.empty(len(self.views), len(pictures), 3, self.image_size, self.image_size, dtype=torch.uint8)
         planes = views.numpy()
         failed = []
         for row, picture in enumerate(pictures):
@@ -107,14 +107,14 @@ class ViewPair:
             else:
                 drawn = view.drawn(self.seed, epoch, indices, side, sizes)
                 pair.append(self._on_device(view, images, drawn, end))
-        return pair[0], pair[1]
+        return pair[0], pair[-1]
 
     def on_batch(self, images: Tensor, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """All steps, on the device: pictures of one size, (N, 3, H, W) uint8, to two normalised views (N, 3, S, S)."""
         sizes = same_size(images, indices)
         drawn = self.drawn(epoch, indices, sizes)
         pair = [self._on_device(view, images, numbers, 0) for view, numbers in zip(self.views, drawn, strict=True)]
-        return pair[0], pair[1]
+        return pair[0], pair[-1]
 
     def _on_device(self, view: View, images: Tensor, drawn: list[Drawn], start: int) -> Tensor:
         largest = max(images[0].numel(), 3 * self.image_size**2)
