@@ -265,6 +265,7 @@ def build_trainer(
         step: optimizer steps behind the checkpoint that the run goes on from.
     """
     from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, ViewPairPicture
+    from moco.evaluation.online_probe import OnlineProbe
     from moco.training import trainer
     from moco.training.checkpoints import Checkpoints
     from moco.training.faults import BadSteps
@@ -287,6 +288,7 @@ def build_trainer(
             is_untrained=config.init_from is None,
             should_stop=lambda: bool(stop),
         ),
+        *([OnlineProbe(figures, config.trainer.log_every_n_steps)] if knn.online_probe else []),
         ViewPairPicture(),
         UnreadableList(folder, figures),
         ProgressBar(figures, console),

@@ -1,6 +1,7 @@
 """Linear classification of frozen features: many heads trained side by side.
 
-Each has its own learning rate and weight decay, and one matrix product serves them all, as in DINOv2's evaluation (arXiv 2304.07193, appendix B.3).
+Each has its own learning rate and weight decay, and one matrix product serves them all, as in DINOv2's
+evaluation (arXiv 2304.07193, appendix B.3).
 
 Letters: M rows, N batch, D feature width, G heads, C classes.
 """
@@ -114,8 +115,8 @@ def errors_of(logits: Tensor, classes: Tensor) -> Tensor:
 
 def accuracies(heads: Heads, features: Tensor, classes: Tensor) -> np.ndarray:
     """Top-1 of each head (G,) on features (M, D); that of a head whose weights are not finite is 0."""
-    right = torch.zeros(heads.biases.shape[1], device=features.device)
+    right = torch.zeros(heads.biases.shape[1], dtype=torch.int64, device=features.device)
     for part, own in zip(features.split(BLOCK), classes.split(BLOCK), strict=True):
         right += (heads.logits(part).argmax(dim=1) == own[:, None]).sum(0)
     is_finite = heads.weights.isfinite().all(2).all(0) & heads.biases.isfinite().all(0)
-    return (right.where(is_finite, 0) / len(features)).cpu().double().numpy()
+    return right.where(is_finite, 0).cpu().numpy() / len(features)
