@@ -62,6 +62,14 @@ def measure(subject: "Subject") -> "Findings":
         from moco.evaluation.dense_measurement import measure_dense
 
         return measure_dense(subject)
+    if subject.settings["name"] == "linear":
+        from moco.evaluation.linear_measurement import measure_linear
+
+        return measure_linear(subject)
+    if subject.settings["name"] == "linear_official":
+        from moco.evaluation.linear_official import measure_linear_official
+
+        return measure_linear_official(subject)
     raise AssertionError(subject.settings["name"])  # the schema knows the choices
 
 

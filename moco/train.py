@@ -273,6 +273,7 @@ def build_trainer(
     from moco.evaluation.feature_pictures import FeaturePictures
     from moco.evaluation.label_free import CollapseWatch, LabelFreeMonitor
     from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, ViewPairPicture
+    from moco.evaluation.online_probe import OnlineProbe
     from moco.training import trainer
     from moco.training.checkpoints import Checkpoints
     from moco.training.faults import BadSteps
@@ -301,6 +302,7 @@ def build_trainer(
         CollapseWatch(),
         LabelFreeMonitor(knn.diagnostics_every_n_steps),
         *([DenseMonitor(figures, pictures, **vote, should_stop=lambda: bool(stop))] if pictures else []),
+        *([OnlineProbe(figures, config.trainer.log_every_n_steps)] if knn.online_probe else []),
         ViewPairPicture(knn.pictures_every_n_epochs),
         RunDescription(folder, plain, ["knn/top1", "epoch/loss"]),
         UnreadableList(folder, figures),

@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from moco.config.linear import LinearConfig, LinearOfficialConfig
 from moco.config.train import AugmentationConfig, BackboneConfig, DataConfig, MonitorConfig, setting
 from moco.errors import InputError
 
@@ -13,6 +14,8 @@ from moco.errors import InputError
 KINDS: dict[str, tuple[str, ...]] = {
     "knn": ("num_neighbors", "temperature", "index", "num_probes", "ef_search", "images_per_class", "num_draws"),
     "dense": ("num_neighbors", "temperature", "maps", "bank_size", "sampling", "seed"),
+    "linear": ("linear",),
+    "linear_official": ("linear_official",),
 }
 
 
@@ -49,6 +52,8 @@ class EvaluationConfig:
     """dense: how a picture's patches are drawn. balanced: its classes take turns; uniform: all have the same chance."""
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     """dense: of that draw."""
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    linear_official: LinearOfficialConfig = field(default_factory=LinearOfficialConfig)
 
 
 @dataclass

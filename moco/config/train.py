@@ -243,6 +243,8 @@ class MonitorConfig:
     every_n_epochs: int = setting(1, at_least=1)
     baselines: bool = False
     """Before training, measure raw pixels and the untrained backbone on the same protocol."""
+    online_probe: bool = False
+    """Train a linear classifier beside the encoder: see ``moco.evaluation.online_probe``."""
     diagnostics_every_n_steps: Optional[int] = setting(100, at_least=1)
     """Optimizer steps between two measurements of the label-free figures that take time: see ``docs/diagnostics.md``; null:
     none. Whether the embeddings collapse is watched in any case."""

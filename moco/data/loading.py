@@ -81,8 +81,7 @@ class PairDataset(Dataset[PairBatch]):
             self._stand_in(views[:, row : row + 1], epoch, indices[row])
         unreadable = torch.zeros(len(places), dtype=torch.bool)
         unreadable[failed] = True
-        query, key = views
-        return PairBatch((query, key), indices, unreadable, epoch)
+        return PairBatch((views[0], views[-1]), indices, unreadable, epoch)
 
     def last_read(self) -> list[tuple[int, str]]:
         """The process id of each worker that has begun, and the name of the picture that it is or was at."""

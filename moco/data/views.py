@@ -94,8 +94,8 @@ class ViewPair:
         return failed
 
     def empty_views(self, num: int) -> Tensor:
-        """Room for the two views of so many pictures."""
-        return torch.empty(2, num, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        """Room for the views of so many pictures."""
+        return torch.empty(len(self.views), num, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
     def _reduction(self, numbers: Sequence[Sequence[Mapping[str, Any]]]) -> int:
         """How many times smaller a picture may be decoded so that both its crops are still as large as the views."""
@@ -114,14 +114,14 @@ class ViewPair:
             else:
                 drawn = view.drawn(self.seed, epoch, indices, side, sizes)
                 pair.append(self._on_device(view, images, drawn, end))
-        return pair[0], pair[1]
+        return pair[0], pair[-1]
 
     def on_batch(self, images: Tensor, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """All steps, on the device: pictures of one size, (N, 3, H, W) uint8, to two normalised views (N, 3, S, S)."""
         sizes = same_size(images, indices)
         drawn = self.drawn(epoch, indices, sizes)
         pair = [self._on_device(view, images, numbers, 0) for view, numbers in zip(self.views, drawn, strict=True)]
-        return pair[0], pair[1]
+        return pair[0], pair[-1]
 
     def _on_device(self, view: View, images: Tensor, drawn: list[Drawn], start: int) -> Tensor:
         largest = max(images[0].numel(), 3 * self.image_size**2)

@@ -1,0 +1,48 @@
+"""The settings of the linear probes, sections of EvaluationConfig."""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from moco.config.train import setting
+
+
+@dataclass
+class LinearConfig:
+    """Of ``evaluation=linear``: a head for every pair of learning rate and weight decay, on standardised features."""
+
+    lrs: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0])
+    """Learning rates of the first step; a cosine takes them to 0."""
+    weight_decays: list[float] = field(default_factory=lambda: [0.0, 1e-4, 1e-3, 1e-2, 1e-1])
+    num_epochs: Optional[int] = setting(None, at_least=1)
+    """Passes through the features; null: 30, of small sets as many as make 2,000 steps."""
+    batch_size: int = setting(256, at_least=1)
+    """Features per step."""
+    held_out: float = setting(0.1, above=0, below=1)
+    """Share of each class's training pictures by which the best head is chosen."""
+    seed: int = setting(0, at_least=0, at_most=2**32 - 1)
+    """Of the choice of those pictures, and of the order of the others."""
+
+
+@dataclass
+class LinearOfficialConfig:
+    """Of ``evaluation=linear_official``: by default the numbers of the official MoCo code's main_lincls.py."""
+
+    lr: float = setting(30.0, above=0)
+    lr_for_batch_size: Optional[int] = setting(256, at_least=1)
+    """The batch size that lr is meant for; it is scaled in proportion to batch_size. Null: it is used as it is."""
+    batch_size: int = setting(256, at_least=1)
+    """Images per step."""
+    sgd_momentum: float = setting(0.9, at_least=0, below=1)
+    weight_decay: float = setting(0.0, at_least=0)
+    num_epochs: int = setting(100, at_least=1)
+    milestones: list[int] = field(default_factory=lambda: [60, 80])
+    """Epochs at which the learning rate is multiplied by step_factor."""
+    step_factor: float = setting(0.1, above=0, at_most=1)
+    init_std: float = setting(0.01, at_least=0)
+    """Standard deviation of the head's first weights; its biases start at 0."""
+    view: dict[str, Any] = field(
+        default_factory=lambda: {"random_resized_crop": {"scale": [0.08, 1.0]}, "horizontal_flip": {"probability": 0.5}}
+    )
+    """The training view's operations in order: see ``moco.data.augmentations``."""
+    seed: int = setting(0, at_least=0, at_most=2**32 - 1)
+    """Of the head's first weights, the order of the pictures and what is drawn for them."""

@@ -1,0 +1,197 @@
+"""The linear protocol of the official MoCo code, as ``moco.evaluate`` measures it: SGD on augmented images.
+
+The encoder is frozen and in eval mode, so only the head learns. Letters: N batch, D feature width, Q queries, C classes.
+"""
+
+import json
+import logging
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco.data.archives import DAMAGED
+from moco.data.datamodule import check_unreadable
+from moco.data.one_view import LabelledViews
+from moco.errors import InputError, RunError
+from moco.evaluation.knn_measurement import with_labels
+from moco.evaluation.linear_measurement import Classes, classes_of, findings, labelled_bank, votes_of, warn_of_unknown
+from moco.evaluation.subject import Findings, Subject, check_finite
+from moco.training.run_folder import write_atomically
+
+log = logging.getLogger(__name__)
+
+HEAD_FILE = "linear_official.ckpt"
+
+
+class OfficialProbe:
+    """A linear layer, its optimizer, and how far they are.
+
+    Args:
+        settings: the fields of ``LinearOfficialConfig``.
+        path: where the state is kept after every epoch.
+        key: of everything that the state depends on; a file with another one is not gone on from.
+    """
+
+    def __init__(
+        self, width: int, num_classes: int, settings: dict[str, Any], device: torch.device, path: Path, key: str
+    ) -> None:
+        self.settings, self.path, self.key = settings, path, key
+        self.top1: list[float] = []
+        """On the test part, of every epoch so far."""
+        generator = torch.Generator().manual_seed(settings["seed"])
+        self.head = nn.utils.skip_init(nn.Linear, width, num_classes)
+        nn.init.normal_(self.head.weight, std=settings["init_std"], generator=generator)
+        nn.init.zeros_(self.head.bias)
+        self.head.to(device)
+        batch_for_lr = settings["lr_for_batch_size"] or settings["batch_size"]
+        self.lr = settings["lr"] * settings["batch_size"] / batch_for_lr
+        self.optimizer = torch.optim.SGD(
+            self.head.parameters(), self.lr, settings["sgd_momentum"], weight_decay=settings["weight_decay"]
+        )
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set its learning rate."""
+        passed = sum(epoch >= milestone for milestone in self.settings["milestones"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.settings["step_factor"] ** passed
+
+    def step(self, features: Tensor, classes: Tensor) -> Tensor:
+        """Learn from features (N, D) with classes (N,); -1 stands for none. The mean loss."""
+        loss = F.cross_entropy(self.head(features), classes, ignore_index=-1, reduction="sum")
+        loss = loss / (classes >= 0).sum().clamp(min=1)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def scores(self, features: Tensor) -> np.ndarray:
+        """Logits (Q, C)."""
+        return self.head(features).cpu().numpy()
+
+    def save(self) -> None:
+        """Keep the state of an epoch's end."""
+        state = {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
+        write_atomically(self.path, lambda file: torch.save(state | {"key": self.key, "top1": self.top1}, file))
+
+    def load(self) -> None:
+        """Go on from the file, if it is there and of the same measurement."""
+        if not self.path.is_file():
+            return
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (*DAMAGED, pickle.UnpicklingError) as error:
+            log.warning("%s is damaged (%s): starting anew", self.path, error)
+            return
+        if state["key"] != self.key:
+            log.warning("%s is of another checkpoint, other data or settings: starting anew", self.path)
+            return
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.top1 = state["top1"]
+        log.info("going on from %s after %d epochs", self.path, len(self.top1))
+
+
+def measure_linear_official(subject: Subject) -> Findings:
+    """Accuracy on the test part after the last epoch.
+
+    A measurement in a run folder that one was interrupted in goes on after its last whole epoch, to the same bits.
+
+    Raises:
+        InputError: the data set has no labels or no test part, or too many pictures cannot be read.
+        RunError: the loss is not finite.
+    """
+    settings, feature, name = subject.settings["linear_official"], subject.settings["feature"], subject.data["name"]
+    labelled, source = labelled_bank(subject), subject.source
+    if source.queries is None:
+        raise InputError(
+            f"data={name}: linear_official needs a test part, and this set has none; evaluation=linear keeps pictures for it"
+        )
+    classes = classes_of(known(labelled.labels, name), name)
+    views = LabelledViews(
+        labelled, settings["view"], "evaluation.linear_official.view", **subject.augmentation,
+        image_size=subject.data["image_size"], batch_size=settings["batch_size"], seed=settings["seed"],
+        num_workers=subject.data["num_workers"], device=subject.device,
+    )  # fmt: skip
+    queries = with_labels(subject.features(source.queries), source.queries, name)
+    warn_of_unknown(classes, queries.labels, name)
+    query_rows = torch.from_numpy(queries.of[feature]).to(subject.device)
+
+    key = json.dumps([settings, feature, subject.cache.path(labelled, subject.data["root"]).name])
+    probe = OfficialProbe(
+        query_rows.shape[1], len(classes.names), settings, subject.device, subject.folder / HEAD_FILE, key
+    )
+    probe.load()
+    for epoch in range(len(probe.top1), settings["num_epochs"]):
+        started = time.monotonic()
+        loss = train_epoch(probe, views, subject, classes, epoch)
+        top1 = votes_of(probe.scores(query_rows), classes, queries.labels).accuracy(1)
+        probe.top1.append(top1)
+        probe.save()
+        seconds = time.monotonic() - started
+        log.info(
+            "epoch %d/%d: loss %.4f, test top-1 %.4f, %.1f s", epoch + 1, settings["num_epochs"], loss, top1, seconds
+        )
+
+    votes = votes_of(probe.scores(query_rows), classes, queries.labels)
+    best = int(np.argmax(probe.top1))
+    protocol = {
+        "linear_official/num_epochs": settings["num_epochs"], "linear_official/lr": probe.lr,
+        "linear_official/batch_size": settings["batch_size"], "linear_official/weight_decay": settings["weight_decay"],
+        "linear_official/best_top1": round(probe.top1[best], 6), "linear_official/best_epoch": best + 1,
+        "linear_official/num_training": int((labelled.labels >= 0).sum()),
+        "linear_official/num_queries": len(query_rows), "linear_official/feature": feature,
+        "linear_official/encoder": subject.settings["encoder"],
+    }  # fmt: skip
+    title = "linear classification, official protocol, last epoch"
+    return findings("linear_official", title, votes, queries, protocol, [], {})
+
+
+def known(labels: np.ndarray, name: str) -> np.ndarray:
+    """The labels that are 0 or more; how many others there are goes to the log.
+
+    Raises:
+        InputError: there are only others.
+    """
+    missing = int((labels < 0).sum())
+    if missing == len(labels):
+        raise InputError(f"data={name}: none of {missing:,} training pictures has a label")
+    if missing:
+        log.warning("%d of %d training pictures have no label, and are not trained on", missing, len(labels))
+    return labels[labels >= 0]
+
+
+def train_epoch(probe: OfficialProbe, views: LabelledViews, subject: Subject, classes: Classes, epoch: int) -> float:
+    """One pass through the training pictures; the mean loss of its steps.
+
+    Raises:
+        InputError: too many pictures cannot be read, or a feature is not finite; it names the pictures.
+        RunError: the loss is not finite.
+    """
+    labelled, losses, unreadable = labelled_bank(subject), [], set()
+    probe.begin_epoch(epoch)
+    for images, labels, indices in views.epoch(epoch):
+        features = frozen_features(subject, images)
+        check_finite(features.cpu().numpy(), indices.numpy(), labelled, subject.checkpoint)
+        places = classes.places(labels.cpu().numpy())
+        own = torch.from_numpy(np.where(places < len(classes.names), places, -1))
+        losses.append(probe.step(features, own.to(subject.device)))
+        unreadable.update(indices[labels.cpu() != views.labels[indices]].tolist())
+    check_unreadable(unreadable, labelled.pictures, subject.data["max_bad_fraction"])
+    loss = float(torch.stack(losses).mean())
+    if not np.isfinite(loss):
+        raise RunError(f"the loss is not finite in epoch {epoch + 1}; try a lower evaluation.linear_official.lr")
+    return loss
+
+
+@torch.no_grad()
+def frozen_features(subject: Subject, images: Tensor) -> Tensor:
+    """Of images (N, 3, H, W) on the device: (N, D) float32."""
+    with torch.autocast(subject.device.type, enabled=False):
+        return subject.encoder.encode(images, subject.settings["feature"]).float()
