@@ -39,6 +39,9 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     output = Path(config.output) if config.output else folder / "metrics.json"
     if output.is_dir():
         raise InputError(f"output={output}: a folder; expected the name of a file")
+    existing = next(path for path in output.absolute().parents if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"output={output}: cannot write to {existing}")
     subject, pretrained = subject_of(config, folder)
     findings = measure(subject)
     origin = origin_of(subject, pretrained)

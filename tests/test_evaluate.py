@@ -30,6 +30,8 @@ def evaluated(checkpoint, tmp_path, capsys, caplog):
 
     own = tmp_path / "run" / "checkpoints" / "last.ckpt"
     own.parent.mkdir(parents=True)
+    (tmp_path / "run" / ".hydra").mkdir()
+    (tmp_path / "run" / ".hydra" / "config.yaml").touch()  # what makes it one
     shutil.copy(checkpoint, own)
     caplog.set_level("INFO", logger="moco")
 
@@ -103,13 +105,23 @@ def test_kept_features_are_not_used_for_another_checkpoint_or_other_data(evaluat
     assert "embedded" in evaluated(data=data, num_neighbors=3)[2]
     assert "embedded" not in evaluated()[2]
     path = evaluated.checkpoint
+    users = path.parents[1] / "features" / "last-cifar.npz"
+    users.touch()
     held = torch.load(path, weights_only=True)
     name = next(name for name, value in held["state_dict"].items() if name.startswith("query_encoder.backbone"))
     held["state_dict"][name][0] += 1
     torch.save(held, path)
     assert "embedded" in evaluated()[2]
-    digests = {kept.name.split("-")[1] for kept in (path.parents[1] / "features").iterdir()}
+    digests = {kept.name.split("-")[1] for kept in (path.parents[1] / "features").iterdir() if kept != users}
     assert len(digests) == 1  # those of the checkpoint's former content are gone
+    assert users.exists()
+
+
+def test_features_of_a_checkpoint_outside_a_run_folder_are_kept_among_the_users_files(evaluated, tmp_path):
+    (tmp_path / "run" / ".hydra" / "config.yaml").unlink()
+    evaluated()
+    assert not (tmp_path / "run" / "features").exists()
+    assert "embedded" not in evaluated()[2]
 
 
 def test_kept_features_of_files_follow_the_files(evaluated, tmp_path, generator):

@@ -7,7 +7,7 @@ import torch
 
 from moco.evaluation import neighbors
 from moco.evaluation.approximate import KINDS, ApproximateIndex, recall
-from moco.evaluation.knn import Protocol, classify, knn_accuracy, vote
+from moco.evaluation.knn import Protocol, classify, knn_accuracy, vote, without_own
 from moco.evaluation.neighbors import nearest, nearest_by_block, normalized
 
 
@@ -228,3 +228,22 @@ def test_features_that_are_no_numbers_do_not_pass_for_right(generator):
     labels, query_labels = np.arange(40) % 4, np.arange(30) % 4
     assert knn_accuracy(bank, labels, queries, query_labels, 5, 0.1).top1 < 0.3  # that of a guess
     assert knn_accuracy(np.full((40, 8), np.nan), labels, bank[:30], query_labels, 5, 0.1).top1 < 0.3
+
+
+def test_features_that_have_collapsed_have_the_first_rows_as_neighbours(monkeypatch):
+    monkeypatch.setattr(neighbors, "BANK_BYTES", 4 * 8 * 100)  # blocks of 100 rows
+    bank = np.ones((1000, 8), np.float32)
+    bank[[700, 300]] = np.random.default_rng(0).normal(size=(2, 8))
+    queries = np.concatenate([np.ones((3, 8)), bank[300:301]]).astype(np.float32)
+    similarities, rows = nearest(bank, queries, 20)
+    assert (rows[:3] == np.arange(20)).all()
+    np.testing.assert_allclose(similarities[:3], 1, atol=1e-6)
+    assert rows[3, 0] == 300
+
+
+def test_leave_one_out_drops_one_place_where_an_index_fills_its_lists_with_the_first_row():
+    similarities = np.array([[1.0, 0.5, -9, -9], [1.0, 0.2, -9, -9]], np.float32)
+    rows = np.array([[0, 3, 0, 0], [1, 2, 0, 0]])
+    kept, left = without_own(similarities, rows, np.array([0, 1]))
+    assert left.tolist() == [[3, 0, 0], [2, 0, 0]]
+    np.testing.assert_allclose(kept[:, 0], [0.5, 0.2])

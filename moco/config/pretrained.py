@@ -152,8 +152,10 @@ def check_kind(evaluation: EvaluationConfig) -> None:
     """Hold a measurement to the settings of its kind, see `KINDS`.
 
     Raises:
-        InputError: a setting that only other kinds have was given; it names them.
+        InputError: a setting that only other kinds have was given, it names them; or a number out of its range.
     """
+    if min(evaluation.images_per_class, default=1) < 1:
+        raise InputError(f"evaluation.images_per_class={evaluation.images_per_class}: expected numbers of 1 or more")
     usual = EvaluationConfig()
     for key in sorted(set().union(*KINDS.values()) - set(KINDS[evaluation.name])):
         if getattr(evaluation, key) != getattr(usual, key):

@@ -58,7 +58,8 @@ class RandomResizedCrop(Operation):
     """A crop of `scale` of the area and `ratio` width / height, resized to a square of `image_size`, bilinear.
 
     As in torchvision the first of ten candidates that fits is taken, else the largest in the middle with a ratio in range.
-    Without `antialias` each pixel comes from the nearest four alone, also where the crop shrinks.
+    Without `antialias` each pixel comes from the nearest four alone, also where the crop shrinks; a JPEG that was decoded
+    smaller is antialiased in any case.
     """
 
     image_size: int

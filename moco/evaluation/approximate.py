@@ -6,7 +6,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from moco.evaluation.neighbors import BANK_BYTES, LIST_BYTES, NOTHING, give_back, nearest, normalized
+from moco.evaluation.neighbors import BANK_BYTES, NOTHING, give_back, nearest, normalized, queries_at_once
 
 KINDS = ("float16", "int8", "ivf", "hnsw")
 TRAINING_ROWS_PER_CELL = 64  # k-means of faiss takes at most 256 and warns below 39
@@ -41,7 +41,7 @@ class ApproximateIndex:
 
         Where cells hold fewer than k rows, the first row of the bank fills the list, as unlike as a number can say.
         """
-        size = max(1, LIST_BYTES // (12 * num_neighbors))
+        size = queries_at_once(num_neighbors, queries.shape[1])
         for start in range(0, len(queries), size):
             similarities, rows = self.index.search(normalized(queries[start : start + size]), num_neighbors)
             similarities[rows < 0] = NOTHING  # no weight in any vote
@@ -73,5 +73,7 @@ def recall(index: ApproximateIndex, bank: np.ndarray, queries: np.ndarray, num_n
     chosen = np.random.default_rng(0).permutation(len(queries))[:SAMPLE]
     sample = queries[np.sort(chosen)]
     _, exact = nearest(bank, sample, num_neighbors)
-    found = np.concatenate([rows for _, rows in index.search(sample, num_neighbors)])
+    found = np.concatenate(
+        [np.where(similarities == NOTHING, -1, rows) for similarities, rows in index.search(sample, num_neighbors)]
+    )
     return float(np.mean([np.isin(one, other).mean() for one, other in zip(exact, found, strict=True)]))

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from moco.data.archives import DAMAGED
 from moco.data.datasets import ArrayPictures, FilePictures, Labelled
-from moco.training.run_folder import write_atomically
+from moco.training.run_folder import CONFIG, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,9 @@ class FeatureCache:
         self.digest = digest_of_file(checkpoint)
         self.settings = json.dumps(settings, sort_keys=True)
         self.stem = checkpoint.stem
-        self.is_in_run = checkpoint.absolute().parent.name == "checkpoints"
-        self.folder = checkpoint.absolute().parents[1] / "features" if self.is_in_run else user_folder()
+        folder = checkpoint.absolute().parent
+        self.is_in_run = folder.name == "checkpoints" and (folder.parent / CONFIG).is_file()
+        self.folder = folder.parent / "features" if self.is_in_run else user_folder()
 
     def path(self, labelled: Labelled, root: Any) -> Path:
         """Where the features of these pictures belong.
@@ -65,11 +67,17 @@ class FeatureCache:
         try:
             write_atomically(path, lambda file: np.savez(file, **arrays))
             if self.is_in_run:
-                for other in self.folder.glob(f"{self.stem}-*.npz"):
-                    if not other.name.startswith(f"{self.stem}-{self.digest[:12]}-"):
-                        other.unlink(missing_ok=True)
+                self._remove_former()
         except OSError as error:
             log.warning("features are not kept for the next evaluation: %s", error)
+
+    def _remove_former(self) -> None:
+        """Of this checkpoint file with another content; whatever else lies there is not ours."""
+        ours = re.compile(re.escape(self.stem) + "-([0-9a-f]{12})-[0-9a-f]{24}[.]npz")
+        for other in self.folder.iterdir():
+            name = ours.fullmatch(other.name)
+            if name and name[1] != self.digest[:12]:
+                other.unlink(missing_ok=True)
 
 
 def user_folder() -> Path:

@@ -73,7 +73,7 @@ class FeaturePictures:
         shown, predicted = spaced(len(queries.rows), NUM_QUERIES), spaced(len(queries.rows), MOST_PREDICTED)
         asked = normalized(queries.features[np.concatenate([shown, predicted])])
         most = min(max(num_neighbors, NUM_NEIGHBORS), len(bank.rows))
-        similarities, rows = nearest(normalized(bank.features), asked, most)
+        similarities, rows = nearest(bank.features, asked, most)
         picture = neighbors_picture(
             [
                 neighbor_row(bank, queries, query, similarities[place, :NUM_NEIGHBORS], rows[place, :NUM_NEIGHBORS])

@@ -161,9 +161,11 @@ def blocks_of(found: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Iter
 def without_own(similarities: np.ndarray, rows: np.ndarray, own_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Neighbours (Q, k + 1) without the query itself: (Q, k); the last one goes where it is not among them."""
     is_own = rows == own_rows[:, None]
-    is_own[:, -1] |= ~is_own.any(axis=1)
+    # Only its first place: an index may fill a list with the bank's first row, again and again.
+    place = np.where(is_own.any(axis=1), is_own.argmax(axis=1), rows.shape[1] - 1)
+    kept = np.arange(rows.shape[1]) != place[:, None]
     shape = len(rows), rows.shape[1] - 1
-    return similarities[~is_own].reshape(shape), rows[~is_own].reshape(shape)
+    return similarities[kept].reshape(shape), rows[kept].reshape(shape)
 
 
 def capped(num_neighbors: int, most: int) -> int:

@@ -176,13 +176,11 @@ def few_label_figures(subject: Subject, sides: Sides) -> tuple[dict[str, float],
     """Top-1 with a bank of n images of each class: mean and standard deviation over several draws.
 
     Raises:
-        InputError: a number of images is below 1, or leaves no queries.
+        InputError: a number of images leaves no queries.
     """
     settings, numbers = subject.settings, subject.settings["images_per_class"]
     if not numbers:
         return {}, []
-    if min(numbers) < 1:
-        raise InputError(f"evaluation.images_per_class={numbers}: expected numbers of 1 or more")
     feature, temperature = settings["feature"], settings["temperature"]
     table = Table(
         title=f"top-1 with few labels, {feature} feature, T {temperature:g}, {settings['num_draws']} draws",

@@ -24,6 +24,7 @@ GROUP = 16
 BANK_BYTES = 2**27  # of bank rows that are normalised at once
 PRODUCT_BYTES = 2**25  # of similarities that one thread makes at once
 NOTHING = np.finfo(np.float32).min  # the similarity of a place in a list that nothing fills: of features that are NaN
+MANY = 4  # times as many groups as neighbours reach the floor only where similarities are equal
 LIST_BYTES = 2**26  # of neighbours, their similarities and places, that are kept while the bank is walked over
 
 
@@ -54,9 +55,14 @@ def nearest_by_block(
     bank: np.ndarray, queries: np.ndarray, num_neighbors: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`nearest` of one block of queries after the other, so that memory does not grow with their number."""
-    size = max(1, LIST_BYTES // (12 * num_neighbors))
+    size = queries_at_once(num_neighbors, queries.shape[1])
     for start in range(0, len(queries), size):
         yield walk(bank, normalized(queries[start : start + size]), num_neighbors, torch.device(device))
+
+
+def queries_at_once(num_neighbors: int, width: int) -> int:
+    """So many that neither their lists of neighbours nor their features (., D) take more than a block may."""
+    return max(1, min(LIST_BYTES // (12 * num_neighbors), BANK_BYTES // (4 * width)))
 
 
 def walk(
@@ -112,10 +118,28 @@ def candidates(
     floor = torch.from_numpy(np.nextafter(worst, np.float32(np.inf))).to(queries.device)
     if num_groups >= num_neighbors:
         floor = torch.maximum(floor, kth_largest(maxima, num_neighbors))
-    query, group = places(maxima >= floor[:, None])
+    reaches = maxima >= floor[:, None]
+    if int(reaches.sum()) > MANY * len(queries) * num_neighbors:
+        return of_many_ties(product[: len(queries), : len(block)], floor, num_neighbors)
+    query, group = places(reaches)
     members = groups[query, :, group]  # (groups that reach the floor, GROUP)
     reached, member = places(members >= floor[query, None])
     found = query[reached], member * num_groups + group[reached], members[reached, member]
+    return tuple(values.cpu().numpy() for values in found)  # type: ignore[return-value]
+
+
+def of_many_ties(product: Tensor, floor: Tensor, num_neighbors: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`candidates` where most rows are as near as the k-th, as with features that have collapsed.
+
+    Of those as near as the floor only the first k rows of each query can be among its neighbours.
+    """
+    above = places(product > floor[:, None])
+    query, row = places(product == floor[:, None])
+    counts = torch.bincount(query, minlength=len(product))
+    first = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query] < num_neighbors
+    query, row = torch.cat([above[0], query[first]]), torch.cat([above[1], row[first]])
+    order = query.argsort(stable=True)
+    found = query[order], row[order], product[query[order], row[order]]
     return tuple(values.cpu().numpy() for values in found)  # type: ignore[return-value]
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor, nn
 
+import moco
 from moco.data.datamodule import check_unreadable
 from moco.data.datasets import ArrayPictures, DataSource, Labelled, build_source
 from moco.data.loading import EvaluationBatch, evaluation_loader
@@ -103,7 +105,8 @@ class Subject:
         looked_at = ("image_size", "crop_ratio", "max_image_pixels")
         settings = {name: self.data[name] for name in looked_at} | self.augmentation | {"backbone": self.backbone}
         settings |= {"encoder": self.settings["encoder"], "features": self.feature_names, "device": self.device.type}
-        return FeatureCache(self.checkpoint, settings | {"torch": torch.__version__})
+        versions = {"torch": torch.__version__, "pillow": PIL.__version__, "moco": moco.__version__}
+        return FeatureCache(self.checkpoint, settings | versions)
 
     def features(self, labelled: Labelled) -> Features:
         """Features of labelled pictures, both kinds from one pass; unreadable ones are left out and counted.
