@@ -11,7 +11,18 @@ from moco.errors import InputError
 
 # The kinds of measurement, and the settings and sections of EvaluationConfig that only some of them have.
 KINDS: dict[str, tuple[str, ...]] = {
-    "knn": ("num_neighbors", "temperature", "index", "num_probes", "ef_search", "images_per_class", "num_draws"),
+    "knn": (
+        "num_neighbors",
+        "temperature",
+        "index",
+        "num_probes",
+        "ef_search",
+        "images_per_class",
+        "num_draws",
+        "label_free",
+        "pictures",
+        "map",
+    ),
 }
 
 
@@ -40,6 +51,12 @@ class EvaluationConfig:
     """Measure also with a bank of so few images of each class: one measurement for each number."""
     num_draws: int = setting(5, at_least=2)
     """Random choices of those images, over which mean and spread are given."""
+    label_free: bool = True
+    """Also what needs no labels: rank, spread and uniformity, and by views of 1,000 pictures alignment and LiDAR."""
+    pictures: bool = True
+    """Draw neighbours, similarities, confusions, a map of the queries and feature maps into the run folder."""
+    map: str = setting("auto", choices=("auto", "none", "tsne", "umap"))
+    """How the queries are laid out in map.png. auto: UMAP where it is installed, else t-SNE."""
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """Pictures of an evaluation, drawn with Pillow. Arrays and thumbnails in, a picture out.
 
-Letters: Q queries, A classes, P positive pairs, K negative pairs.
+Letters: Q queries, A classes, P positive pairs, K negative pairs, M points, N images, h w cells of a map.
 """
 
-from collections.abc import Sequence
+import colorsys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,8 @@ MARGIN, LINE, FONT = 6, 14, 11  # px
 RIGHT, WRONG = (0, 120, 60), (190, 30, 30)
 BLUE, ORANGE = (60, 110, 190), (225, 130, 30)
 WIDEST_MATRIX = 900  # px
-NUMBERED_CLASSES = 30  # up to so many have their counts written in the cells
+NUMBERED_CLASSES = 30  # up to so many have their counts written in the cells, or a legend
+MAP_SIDE, MAPPED_SIDE = 640, 112  # px: of a map of points, of an image beside its feature maps
 
 
 @dataclass(frozen=True)
@@ -152,3 +154,76 @@ def write_cells(
             color = "white" if shares[row, column] > 0.5 else "black"
             place = (left + (column + 0.5) * cell, top + middle)
             pen.text(place, str(counts[row, column]), color, font, anchor="mm")
+
+
+def map_picture(points: np.ndarray, labels: np.ndarray, title: str) -> Image.Image:
+    """Points in a square, a colour for each class; a legend where the classes are few.
+
+    Args:
+        points: (M, 2); both axes are scaled alike.
+        labels: (M,).
+    """
+    classes, numbers = np.unique(labels, return_inverse=True)
+    colors = class_colors(len(classes))
+    font = ImageFont.load_default(FONT + 2)
+    has_legend = len(classes) <= NUMBERED_CLASSES
+    words = [str(name) for name in classes] if has_legend else [f"{len(classes):,} classes"]
+    room = int(max(font.getlength(word) for word in words)) + 6 * MARGIN
+    top = LINE + 3 * MARGIN
+    sheet = Image.new("RGB", (MAP_SIDE + room + 2 * MARGIN, MAP_SIDE + top + MARGIN), "white")
+    sheet.paste(scatter(points, numbers, colors), (MARGIN, top))
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, MARGIN), title, "black", font)
+    pen.rectangle((MARGIN, top, MARGIN + MAP_SIDE, top + MAP_SIDE), outline="lightgray")
+    left = MAP_SIDE + 3 * MARGIN
+    for line, word in enumerate(words):
+        middle = top + (line + 0.5) * (LINE + 4)
+        if has_legend:
+            pen.ellipse((left, middle - 5, left + 10, middle + 5), colors[line])
+        pen.text((left + (3 * MARGIN if has_legend else 0), middle), word, "black", font, anchor="lm")
+    return sheet
+
+
+def scatter(points: np.ndarray, numbers: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> Image.Image:
+    """A square of `MAP_SIDE` px with a disc for each point (M, 2), in the colour of its number (M,)."""
+    finer, radius = 2, 6
+    side, edge = finer * MAP_SIDE, finer * 12
+    middle = (points.max(axis=0) + points.min(axis=0)) / 2
+    extent = max(float((points.max(axis=0) - points.min(axis=0)).max()), 1e-12)
+    places = (points - middle) / extent * (side - 2 * edge) + side / 2
+    sheet = Image.new("RGB", (side, side), "white")
+    pen = ImageDraw.Draw(sheet, "RGBA")
+    for (x, y), number in zip(places.tolist(), numbers.tolist(), strict=True):
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), (*colors[number], 200))
+    return sheet.resize((MAP_SIDE, MAP_SIDE), Image.Resampling.LANCZOS)
+
+
+def class_colors(number: int) -> list[tuple[int, int, int]]:
+    """So many colours: hues around the circle, neighbours in turn light and dark."""
+    shades = ((0.85, 0.95), (0.95, 0.6))
+    found = (colorsys.hsv_to_rgb(place / number, *shades[place % 2]) for place in range(number))
+    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in found]
+
+
+def feature_maps_picture(images: Sequence[Image.Image], maps: Mapping[str, np.ndarray]) -> Image.Image:
+    """Each image beside its maps, in two blocks side by side.
+
+    Args:
+        images: N, at least one.
+        maps: the maps of all images by what stands above them, (N, h, w, 3) uint8 each; cells are shown as squares.
+    """
+    names, step = ["image", *maps], MAPPED_SIDE + MARGIN
+    num_blocks = min(2, len(images))
+    lines, block = -(-len(images) // num_blocks), len(names) * step + 3 * MARGIN
+    top = LINE + 2 * MARGIN
+    sheet = Image.new("RGB", (num_blocks * block - 2 * MARGIN, top + lines * step), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
+    for number, image in enumerate(images):
+        left = MARGIN + number // lines * block
+        cells = [Image.fromarray(values[number]) for values in maps.values()]
+        squares = [thumbnail(image, MAPPED_SIDE)]
+        squares += [cell.resize((MAPPED_SIDE, MAPPED_SIDE), Image.Resampling.NEAREST) for cell in cells]
+        for column, (name, square) in enumerate(zip(names, squares, strict=True)):
+            sheet.paste(square, (left + column * step, top + number % lines * step))
+            pen.text((left + column * step, MARGIN), cut(name, MAPPED_SIDE, font), "black", font)
+    return sheet
