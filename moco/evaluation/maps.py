@@ -75,5 +75,6 @@ def principal_components(rows: np.ndarray, num_components: int) -> np.ndarray:
 
     centred = rows.astype(np.float64) - rows.mean(axis=0, dtype=np.float64)
     num_found = min(num_components, *rows.shape)
-    left, values, _ = randomized_svd(centred, num_found, random_state=0)
+    # More iterations than usual, which cost little: components of nearly the same weight are told apart, too.
+    left, values, _ = randomized_svd(centred, num_found, n_oversamples=20, n_iter=20, random_state=0)
     return np.pad(left * values, ((0, 0), (0, num_components - num_found)))

@@ -157,7 +157,7 @@ def write_cells(
 
 
 def map_picture(points: np.ndarray, labels: np.ndarray, title: str) -> Image.Image:
-    """Points in a square, a colour for each class; a legend where the classes are few.
+    """Points on a plane, a colour for each class; a legend where the classes are few.
 
     Args:
         points: (M, 2); both axes are scaled alike.
@@ -165,19 +165,19 @@ def map_picture(points: np.ndarray, labels: np.ndarray, title: str) -> Image.Ima
     """
     classes, numbers = np.unique(labels, return_inverse=True)
     colors = class_colors(len(classes))
-    font = ImageFont.load_default(FONT + 2)
+    plane, font = scatter(points, numbers, colors), ImageFont.load_default(FONT + 2)
     has_legend = len(classes) <= NUMBERED_CLASSES
     words = [str(name) for name in classes] if has_legend else [f"{len(classes):,} classes"]
-    room = int(max(font.getlength(word) for word in words)) + 6 * MARGIN
-    top = LINE + 3 * MARGIN
-    sheet = Image.new("RGB", (MAP_SIDE + room + 2 * MARGIN, MAP_SIDE + top + MARGIN), "white")
-    sheet.paste(scatter(points, numbers, colors), (MARGIN, top))
+    room, step = int(max(font.getlength(word) for word in words)) + 6 * MARGIN, LINE + 4
+    top, height = LINE + 3 * MARGIN, max(plane.height, len(words) * step)
+    sheet = Image.new("RGB", (plane.width + room + 2 * MARGIN, top + height + MARGIN), "white")
+    sheet.paste(plane, (MARGIN, top))
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN), title, "black", font)
-    pen.rectangle((MARGIN, top, MARGIN + MAP_SIDE, top + MAP_SIDE), outline="lightgray")
-    left = MAP_SIDE + 3 * MARGIN
+    pen.rectangle((MARGIN, top, MARGIN + plane.width - 1, top + plane.height - 1), outline="lightgray")
+    left = plane.width + 3 * MARGIN
     for line, word in enumerate(words):
-        middle = top + (line + 0.5) * (LINE + 4)
+        middle = top + (line + 0.5) * step
         if has_legend:
             pen.ellipse((left, middle - 5, left + 10, middle + 5), colors[line])
         pen.text((left + (3 * MARGIN if has_legend else 0), middle), word, "black", font, anchor="lm")
@@ -185,17 +185,16 @@ def map_picture(points: np.ndarray, labels: np.ndarray, title: str) -> Image.Ima
 
 
 def scatter(points: np.ndarray, numbers: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> Image.Image:
-    """A square of `MAP_SIDE` px with a disc for each point (M, 2), in the colour of its number (M,)."""
-    finer, radius = 2, 6
-    side, edge = finer * MAP_SIDE, finer * 12
-    middle = (points.max(axis=0) + points.min(axis=0)) / 2
-    extent = max(float((points.max(axis=0) - points.min(axis=0)).max()), 1e-12)
-    places = (points - middle) / extent * (side - 2 * edge) + side / 2
-    sheet = Image.new("RGB", (side, side), "white")
+    """A disc for each point (M, 2) in the colour of its number (M,), `MAP_SIDE` px wide or high, whichever is more."""
+    finer, radius, edge = 2, 6, 24  # drawn at twice the size, then reduced: discs with smooth edges
+    lowest, extent = points.min(axis=0), np.ptp(points, axis=0)
+    scale = (finer * MAP_SIDE - 2 * edge) / max(float(extent.max()), 1e-12)
+    width, height = (finer * (int(length * scale + 2 * edge) // finer) for length in extent)
+    sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet, "RGBA")
-    for (x, y), number in zip(places.tolist(), numbers.tolist(), strict=True):
+    for (x, y), number in zip(((points - lowest) * scale + edge).tolist(), numbers.tolist(), strict=True):
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), (*colors[number], 200))
-    return sheet.resize((MAP_SIDE, MAP_SIDE), Image.Resampling.LANCZOS)
+    return sheet.resize((width // finer, height // finer), Image.Resampling.LANCZOS)
 
 
 def class_colors(number: int) -> list[tuple[int, int, int]]:
@@ -225,5 +224,6 @@ def feature_maps_picture(images: Sequence[Image.Image], maps: Mapping[str, np.nd
         squares += [cell.resize((MAPPED_SIDE, MAPPED_SIDE), Image.Resampling.NEAREST) for cell in cells]
         for column, (name, square) in enumerate(zip(names, squares, strict=True)):
             sheet.paste(square, (left + column * step, top + number % lines * step))
-            pen.text((left + column * step, MARGIN), cut(name, MAPPED_SIDE, font), "black", font)
+            if number % lines == 0:
+                pen.text((left + column * step, MARGIN), cut(name, MAPPED_SIDE, font), "black", font)
     return sheet
