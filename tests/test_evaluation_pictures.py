@@ -173,6 +173,15 @@ def test_unreadable_pictures_and_sets_without_a_test_part_are_drawn(evaluated, g
     assert sorted(pictures_in(evaluated.folder)) == NAMES
 
 
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch4", "swin_v2_tiny_patch2"])
+def test_feature_maps_of_transformers_are_drawn(evaluated, generator, tmp_path, runner, backbone):
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(runner, path, f"backbone={backbone}", "data.image_size=32")
+    data = archive(tmp_path / "x.npz", generator, np.arange(20) % 4) | {"image_size": 32}
+    evaluated(path=path, data=data, map="none", label_free=False)
+    assert "feature_maps.png" in pictures_in(evaluated.folder)
+
+
 def test_a_backbone_alone_has_the_rank_of_its_features(checkpoint, evaluated, tmp_path, runner):
     from moco.methods.weight_files import write_backbone_file
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moco.errors import InputError
-from moco.evaluation.maps import chosen_map, laid_out, principal_colors, principal_components
+from moco.evaluation.maps import LEAST_ROWS, chosen_map, laid_out, principal_colors, principal_components
 from moco.evaluation.neighbors import normalized
 
 
@@ -49,10 +49,16 @@ def test_tsne_keeps_clusters_together(generator):
     assert (labels[distances.argmin(axis=1)] == labels).all()
 
 
-@pytest.mark.parametrize("number", [5, 40])
-def test_a_collapsed_encoders_features_are_laid_out_too(number):
-    points = laid_out(normalized(np.ones((number, 60))), "tsne")
-    assert points.shape == (number, 2)
+@pytest.mark.parametrize("name", ["tsne", "umap"])
+def test_the_features_of_a_collapsed_encoder_are_one_point(name):
+    points = laid_out(normalized(np.ones((40, 60))), name)
+    assert points.shape == (40, 2)
+    np.testing.assert_allclose(points, 0, atol=1e-6)
+
+
+def test_a_few_features_are_laid_out_too(generator):
+    points = laid_out(normalized(generator.normal(size=(LEAST_ROWS, 60))), "tsne")
+    assert points.shape == (LEAST_ROWS, 2)
     assert np.isfinite(points).all()
 
 

@@ -13,6 +13,8 @@ REDUCED_DIM = 50
 """t-SNE looks for neighbours in so many principal components, as its authors do (JMLR 9, 2008, section 4.2)."""
 PERPLEXITY, NUM_NEIGHBORS = 30.0, 15  # of t-SNE and of UMAP, their authors' usual ones
 LEAST_ROWS = 5
+SAME = 1e-6
+"""Unit vectors that vary by less are all the same: there is nothing to lay out."""
 
 
 def chosen_map(name: str) -> str:
@@ -37,8 +39,11 @@ def laid_out(features: np.ndarray, name: str) -> np.ndarray:
         name: tsne (JMLR 9, 2008) or umap (arXiv 1802.03426).
     """
     rows = principal_components(features, REDUCED_DIM).astype(np.float32)
-    # A start that follows the data, small, as both need it: the same picture each time, and of equal features one point.
-    start = rows[:, :2] / max(float(rows[:, 0].std()), 1e-12) * 1e-4
+    spread = rows[:, 0].std()
+    if spread < SAME:
+        return rows[:, :2]
+    # A start that follows the data gives the same picture each time; t-SNE needs it small.
+    start = rows[:, :2] / spread * 1e-4
     if name == "umap":
         from umap import UMAP
 
