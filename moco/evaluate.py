@@ -102,6 +102,7 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
         Path(config.checkpoint),
         pretrained.settings,
         lambda image_size: log_window_advice(pretrained, given, image_size),
+        {side: of_run["augmentation"][side] for side in ("query", "key") if of_run["augmentation"]["query"]},
     )
     return subject, pretrained
 

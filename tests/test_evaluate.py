@@ -37,9 +37,9 @@ def evaluated(checkpoint, tmp_path, capsys, caplog):
 
     def call(path=own, data=None, **settings):
         caplog.clear()
-        config = EvaluateConfig(
-            str(path), EvaluateDataConfig(**(data or {"name": "digits"})), EvaluationConfig(**settings), "cpu"
-        )
+        # What is shown beside the accuracy is the matter of test_evaluation_pictures.py.
+        measured = EvaluationConfig(**{"pictures": False, "label_free": False, **settings})
+        config = EvaluateConfig(str(path), EvaluateDataConfig(**(data or {"name": "digits"})), measured, "cpu")
         run(config, tmp_path / "out")
         figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
         return figures, capsys.readouterr().out, "\n".join(caplog.messages)

@@ -363,4 +363,4 @@ def test_nothing_is_held_out_of_nothing(tmp_path):
     for number in range(20):
         (tmp_path / "cat" / f"{number}.png").touch()
     source = build_source("image_folder", str(tmp_path), held_out=0.0)
-    assert (len(source.train), source.bank, source.queries) == (20, None, None)
+    assert (len(source.train), len(source.bank.pictures), source.queries) == (20, 20, None)

@@ -12,7 +12,18 @@ from moco.errors import InputError
 
 # The kinds of measurement, and the settings and sections of EvaluationConfig that only some of them have.
 KINDS: dict[str, tuple[str, ...]] = {
-    "knn": ("num_neighbors", "temperature", "index", "num_probes", "ef_search", "images_per_class", "num_draws"),
+    "knn": (
+        "num_neighbors",
+        "temperature",
+        "index",
+        "num_probes",
+        "ef_search",
+        "images_per_class",
+        "num_draws",
+        "label_free",
+        "pictures",
+        "map",
+    ),
     "dense": ("num_neighbors", "temperature", "maps", "bank_size", "sampling", "seed"),
     "linear": ("linear",),
     "linear_official": ("linear_official",),
@@ -54,6 +65,12 @@ class EvaluationConfig:
     """dense: of that draw."""
     linear: LinearConfig = field(default_factory=LinearConfig)
     linear_official: LinearOfficialConfig = field(default_factory=LinearOfficialConfig)
+    label_free: bool = True
+    """Also what needs no labels: rank, spread and uniformity, and by views of 1,000 pictures alignment and LiDAR."""
+    pictures: bool = True
+    """Draw neighbours, similarities, confusions, a map of the queries and feature maps into the run folder."""
+    map: str = setting("auto", choices=("auto", "none", "tsne", "umap"))
+    """How the queries are laid out in map.png. auto: UMAP where it is installed, else t-SNE."""
 
 
 @dataclass

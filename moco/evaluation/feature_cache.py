@@ -49,7 +49,11 @@ class FeatureCache:
         key.update(np.ascontiguousarray(labelled.labels).tobytes())
         for part in traits(labelled, root):
             key.update(part)
-        return self.folder / f"{self.stem}-{self.digest[:12]}-{key.hexdigest()[:24]}.npz"
+        return self.named(key.hexdigest())
+
+    def named(self, key: str) -> Path:
+        """Where what has this key belongs, of this checkpoint."""
+        return self.folder / f"{self.stem}-{self.digest[:12]}-{key[:24]}.npz"
 
     def read(self, path: Path) -> dict[str, np.ndarray] | None:
         """The arrays; None if they are not there, or damaged."""

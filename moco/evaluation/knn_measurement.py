@@ -17,7 +17,11 @@ from rich.table import Table
 from moco.data.datasets import Labelled
 from moco.errors import InputError, printable
 from moco.evaluation.approximate import ApproximateIndex, recall
+from moco.evaluation.evaluation_pictures import Searched, knn_pictures, save_png
+from moco.evaluation.feature_pictures import Embedded
 from moco.evaluation.knn import KNNResult, Protocol, Search, Votes, capped, classify
+from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
+from moco.evaluation.maps import chosen_map
 from moco.evaluation.monitor import protocol as protocol_figures
 from moco.evaluation.neighbors import nearest_by_block
 from moco.evaluation.subject import Features, Findings, Subject
@@ -35,6 +39,8 @@ class Sides:
 
     bank: Features
     queries: Features
+    of_bank: Labelled
+    of_queries: Labelled
     is_leave_one_out: bool
     """The queries are the bank, and none has a vote on itself."""
 
@@ -51,8 +57,9 @@ def measure_knn(subject: Subject) -> Findings:
     """Accuracy of the weighted vote under the protocol of the settings, and under a grid of others.
 
     Raises:
-        InputError: the data set has no labels, or all its pictures are of one class.
+        InputError: the data set has no labels, all are of one class, or the map needs a package that is missing.
     """
+    map_name = chosen_map(subject.settings["map"])
     sides, settings = sides_of(subject), subject.settings
     main = Protocol(capped(settings["num_neighbors"], sides.most_neighbors), settings["temperature"])
     grid = {Protocol(k, t) for k in NUM_NEIGHBORS if k <= sides.most_neighbors for t in TEMPERATURES} | {main}
@@ -61,6 +68,8 @@ def measure_knn(subject: Subject) -> Findings:
     for feature in subject.feature_names:
         search, found = searcher(subject, sides, feature, main.num_neighbors)
         recalls |= found
+        if feature == settings["feature"]:
+            chosen_search = search
         votes[feature] = classify(
             search, sides.bank.labels, sides.queries.of[feature], sides.queries.labels, sorted(grid), sides.own_rows
         )
@@ -72,17 +81,25 @@ def measure_knn(subject: Subject) -> Findings:
     shares = confusion.diagonal() / np.maximum(confusion.sum(axis=1), 1)
     kind = {"knn/encoder": settings["encoder"], "knn/index": settings["index"]}
     kind["knn/queries"] = "leave one out" if sides.is_leave_one_out else "test"
+    label_free = NOTHING
+    if settings["label_free"]:
+        label_free = measure_label_free(subject, sides.bank, sides.of_bank)
+    pictures = {}
+    if settings["pictures"]:
+        searched = searched_of(sides, chosen_search, settings["feature"])
+        pictures = knn_pictures(subject, searched, confusion, classes, map_name, label_free.views)
     return Findings(
         "kNN classification of frozen features",
         {"knn/top1": result.top1, "knn/top5": result.top5},
         {**protocol_figures(result, main.temperature, settings["feature"]), **kind, **recalls},
-        {**grid_figures(votes), **few},
-        [grid_table(votes, sides, kind), *few_table, *class_tables(classes, confusion)],
+        {**grid_figures(votes), **few, **label_free.figures},
+        [grid_table(votes, sides, kind), *few_table, *class_tables(classes, confusion), *label_free.tables],
         {
             "confusion.npz": lambda file: np.savez(
                 file, classes=classes, confusion=confusion, accuracy=shares, predicted=chosen.predicted,
                 labels=sides.queries.labels, rows=sides.queries.rows,
-            )
+            ),
+            **{name: partial(save_png, picture) for name, picture in pictures.items()},
         },
     )  # fmt: skip
 
@@ -104,8 +121,9 @@ def sides_of(subject: Subject) -> Sides:
         )
     if source.queries is None:
         log.info("data=%s has no test part: each picture is classified by all others (leave one out)", name)
-        return Sides(bank, bank, is_leave_one_out=True)
-    return Sides(bank, with_labels(subject.features(source.queries), source.queries, name), is_leave_one_out=False)
+        return Sides(bank, bank, source.bank, source.bank, is_leave_one_out=True)
+    queries = with_labels(subject.features(source.queries), source.queries, name)
+    return Sides(bank, queries, source.bank, source.queries, is_leave_one_out=False)
 
 
 def with_labels(features: Features, labelled: Labelled, name: str) -> Features:
@@ -141,6 +159,15 @@ def searcher(subject: Subject, sides: Sides, feature: str, num_neighbors: int) -
         num_neighbors,
     )
     return index.search, {f"knn/recall_{feature}": round(share, 6)}
+
+
+def searched_of(sides: Sides, search: Search, feature: str) -> Searched:
+    """Bank and queries by one feature, with their pictures."""
+    bank, queries = (
+        Embedded(side.of[feature], side.labels, labelled, side.rows)
+        for side, labelled in ((sides.bank, sides.of_bank), (sides.queries, sides.of_queries))
+    )
+    return Searched(bank, queries, search, sides.own_rows)
 
 
 def grid_figures(votes: Mapping[str, Mapping[Protocol, Votes]]) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """Pictures of an evaluation, drawn with Pillow. Arrays and thumbnails in, a picture out.
 
-Letters: Q queries, A classes, P positive pairs, K negative pairs.
+Letters: Q queries, A classes, P positive pairs, K negative pairs, M points, N images, h w cells of a map.
 """
 
-from collections.abc import Sequence
+import colorsys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,8 @@ MARGIN, LINE, FONT = 6, 14, 11  # px
 RIGHT, WRONG = (0, 120, 60), (190, 30, 30)
 BLUE, ORANGE = (60, 110, 190), (225, 130, 30)
 WIDEST_MATRIX = 900  # px
-NUMBERED_CLASSES = 30  # up to so many have their counts written in the cells
+NUMBERED_CLASSES = 30  # up to so many have their counts written in the cells, or a legend
+MAP_SIDE, MAPPED_SIDE = 640, 112  # px: of a map of points, of an image beside its feature maps
 
 
 @dataclass(frozen=True)
@@ -152,3 +154,76 @@ def write_cells(
             color = "white" if shares[row, column] > 0.5 else "black"
             place = (left + (column + 0.5) * cell, top + middle)
             pen.text(place, str(counts[row, column]), color, font, anchor="mm")
+
+
+def map_picture(points: np.ndarray, labels: np.ndarray, title: str) -> Image.Image:
+    """Points on a plane, a colour for each class; a legend where the classes are few.
+
+    Args:
+        points: (M, 2); both axes are scaled alike.
+        labels: (M,).
+    """
+    classes, numbers = np.unique(labels, return_inverse=True)
+    colors = class_colors(len(classes))
+    plane, font = scatter(points, numbers, colors), ImageFont.load_default(FONT + 2)
+    has_legend = len(classes) <= NUMBERED_CLASSES
+    words = [str(name) for name in classes] if has_legend else [f"{len(classes):,} classes"]
+    room, step = int(max(font.getlength(word) for word in words)) + 6 * MARGIN, LINE + 4
+    top, height = LINE + 3 * MARGIN, max(plane.height, len(words) * step)
+    sheet = Image.new("RGB", (plane.width + room + 2 * MARGIN, top + height + MARGIN), "white")
+    sheet.paste(plane, (MARGIN, top))
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, MARGIN), title, "black", font)
+    pen.rectangle((MARGIN, top, MARGIN + plane.width - 1, top + plane.height - 1), outline="lightgray")
+    left = plane.width + 3 * MARGIN
+    for line, word in enumerate(words):
+        middle = top + (line + 0.5) * step
+        if has_legend:
+            pen.ellipse((left, middle - 5, left + 10, middle + 5), colors[line])
+        pen.text((left + (3 * MARGIN if has_legend else 0), middle), word, "black", font, anchor="lm")
+    return sheet
+
+
+def scatter(points: np.ndarray, numbers: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> Image.Image:
+    """A disc for each point (M, 2) in the colour of its number (M,), `MAP_SIDE` px wide or high, whichever is more."""
+    finer, radius, edge = 2, 6, 24  # drawn at twice the size, then reduced: discs with smooth edges
+    lowest, extent = points.min(axis=0), np.ptp(points, axis=0)
+    scale = (finer * MAP_SIDE - 2 * edge) / max(float(extent.max()), 1e-12)
+    width, height = (finer * (int(length * scale + 2 * edge) // finer) for length in extent)
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet, "RGBA")
+    for (x, y), number in zip(((points - lowest) * scale + edge).tolist(), numbers.tolist(), strict=True):
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), (*colors[number], 200))
+    return sheet.resize((width // finer, height // finer), Image.Resampling.LANCZOS)
+
+
+def class_colors(number: int) -> list[tuple[int, int, int]]:
+    """So many colours: hues around the circle, neighbours in turn light and dark."""
+    shades = ((0.85, 0.95), (0.95, 0.6))
+    found = (colorsys.hsv_to_rgb(place / number, *shades[place % 2]) for place in range(number))
+    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in found]
+
+
+def feature_maps_picture(images: Sequence[Image.Image], maps: Mapping[str, np.ndarray]) -> Image.Image:
+    """Each image beside its maps, in two blocks side by side.
+
+    Args:
+        images: N, at least one.
+        maps: the maps of all images by what stands above them, (N, h, w, 3) uint8 each; cells are shown as squares.
+    """
+    names, step = ["image", *maps], MAPPED_SIDE + MARGIN
+    num_blocks = min(2, len(images))
+    lines, block = -(-len(images) // num_blocks), len(names) * step + 3 * MARGIN
+    top = LINE + 2 * MARGIN
+    sheet = Image.new("RGB", (num_blocks * block - 2 * MARGIN, top + lines * step), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
+    for number, image in enumerate(images):
+        left = MARGIN + number // lines * block
+        cells = [Image.fromarray(values[number]) for values in maps.values()]
+        squares = [thumbnail(image, MAPPED_SIDE)]
+        squares += [cell.resize((MAPPED_SIDE, MAPPED_SIDE), Image.Resampling.NEAREST) for cell in cells]
+        for column, (name, square) in enumerate(zip(names, squares, strict=True)):
+            sheet.paste(square, (left + column * step, top + number % lines * step))
+            if number % lines == 0:
+                pen.text((left + column * step, MARGIN), cut(name, MAPPED_SIDE, font), "black", font)
+    return sheet

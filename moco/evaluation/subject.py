@@ -80,6 +80,8 @@ class Subject:
     backbone: dict[str, Any]
     """The arguments of `build_backbone` that make the encoder's."""
     at_image_size: Callable[[int], None] = lambda image_size: None
+    pair: dict[str, Any] = field(default_factory=dict)
+    """``query`` and ``key``: the operations of the run's two views; empty where the checkpoint does not say them."""
 
     @cached_property
     def source(self) -> DataSource:
