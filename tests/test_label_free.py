@@ -1,6 +1,7 @@
 """Diagnostics of a run leave no trace in it, and an ill run is told from a healthy one."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,24 @@ def test_figures_come_at_every_nth_step_and_are_finite(runner):
         assert figures["label_free/rank_me"] <= 48
         assert figures["gradient_norm/backbone.layer4"] > 0
         assert 0 < figures["encoder_distance/projector"] < 1
+
+
+@pytest.mark.parametrize(("bad_rows", "drawn"), [(1, {"positive": 7, "negative": 7 * 5}), (8, {})])
+def test_of_a_step_that_is_not_finite_only_what_is_finite_is_drawn(bad_rows, drawn):
+    query, histograms = unit(8, 4), {}
+    query[:bad_rows] = math.nan
+    experiment = SimpleNamespace(add_histogram=lambda name, values, step: histograms.update({name: values}))
+    trainer = SimpleNamespace(
+        logger=SimpleNamespace(experiment=experiment, log_metrics=lambda figures, step: None),
+        global_step=1, num_training_batches=9, accumulate_grad_batches=1,
+    )  # fmt: skip
+    encoder = nn.ModuleDict({"projector": nn.Linear(3, 4)})  # without gradients: the step was left out
+    module = SimpleNamespace(query_encoder=encoder, key_encoder=encoder, queue=None)
+    monitor = LabelFreeMonitor(1)
+    monitor.on_before_optimizer_step(trainer, module, None)
+    monitor.on_train_batch_end(trainer, module, {"query": query, "key": unit(8, 4), "negatives": unit(5, 4)}, None, 0)
+    assert {name.removeprefix("similarity/"): len(values) for name, values in histograms.items()} == drawn
+    assert all(values.isfinite().all() for values in histograms.values())
 
 
 def test_a_module_that_ran_untouched_has_its_statistics_and_the_generator_its_state():

@@ -149,9 +149,10 @@ class LabelFreeMonitor(pl.Callback):
         if trainer.logger and rank() == 0:
             similarities = pair_similarities(query, key, outputs["negatives"])
             for name, values in zip(("positive", "negative"), similarities, strict=True):
-                if len(values):  # an empty queue has no negatives yet
+                finite = values[values.isfinite()]
+                if len(finite):  # an empty queue has no negatives yet, a bad step only NaN
                     trainer.logger.experiment.add_histogram(  # type: ignore[attr-defined]
-                        f"similarity/{name}", values, trainer.global_step
+                        f"similarity/{name}", finite, trainer.global_step
                     )
         return figures
 
