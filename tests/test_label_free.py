@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco.evaluation.label_free import CollapseWatch, LabelFreeMonitor, untouched
+from moco.evaluation.label_free import CollapseWatch, LabelFreeMonitor, embeddings_of_keys, untouched
+from moco.methods.key_queue import KeyQueue
 from moco.train import run
 
 
@@ -163,6 +164,16 @@ def test_embeddings_in_a_plane_are_a_dimensional_collapse(caplog):
         in caplog.text
     )
     assert "\nCOLLAPSED" not in caplog.text
+
+
+def test_the_newest_keys_of_a_long_queue_are_looked_at(monkeypatch):
+    monkeypatch.setattr("moco.evaluation.label_free.MOST_KEYS", 40)
+    queue = KeyQueue(100, 16)
+    queue.enqueue(unit(70, 16))
+    queue.enqueue(unit(40, 2) @ F.pad(torch.eye(2), (0, 14)))  # in a plane, the last ten wrap around
+    keys = embeddings_of_keys(SimpleNamespace(queue=queue), {})
+    assert len(keys) == 40
+    assert torch.linalg.matrix_rank(keys) == 2
 
 
 def test_a_few_keys_say_nothing_about_dimensions(caplog):
