@@ -121,7 +121,7 @@ class Runner:
             **settings,
             callbacks=list(callbacks),
             logger=False,
-            enable_checkpointing=False,
+            enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,

@@ -113,6 +113,10 @@ def test_gradient_norms_are_those_of_each_stage_by_itself():
     assert norms["backbone.layer1"] == pytest.approx(float(torch.cat(layer1).norm()), rel=1e-6)
 
 
+def test_an_encoder_without_gradients_has_no_norms():
+    assert gradient_norms(Small()) == {}
+
+
 def test_distance_of_the_encoders_is_relative_and_zero_for_equal_ones():
     net, other = Small(), Small()
     other.load_state_dict(net.state_dict())

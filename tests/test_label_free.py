@@ -1,13 +1,15 @@
 """Diagnostics of a run leave no trace in it, and an ill run is told from a healthy one."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco.evaluation.label_free import CollapseWatch, LabelFreeMonitor, untouched
+from moco.evaluation.label_free import CollapseWatch, LabelFreeMonitor, embeddings_of_keys, untouched
+from moco.methods.key_queue import KeyQueue
 from moco.train import run
 
 
@@ -113,6 +115,24 @@ def test_figures_come_at_every_nth_step_and_are_finite(runner):
         assert 0 < figures["encoder_distance/projector"] < 1
 
 
+@pytest.mark.parametrize(("bad_rows", "drawn"), [(1, {"positive": 7, "negative": 7 * 5}), (8, {})])
+def test_of_a_step_that_is_not_finite_only_what_is_finite_is_drawn(bad_rows, drawn):
+    query, histograms = unit(8, 4), {}
+    query[:bad_rows] = math.nan
+    experiment = SimpleNamespace(add_histogram=lambda name, values, step: histograms.update({name: values}))
+    trainer = SimpleNamespace(
+        logger=SimpleNamespace(experiment=experiment, log_metrics=lambda figures, step: None),
+        global_step=1, num_training_batches=9, accumulate_grad_batches=1,
+    )  # fmt: skip
+    encoder = nn.ModuleDict({"projector": nn.Linear(3, 4)})  # without gradients: the step was left out
+    module = SimpleNamespace(query_encoder=encoder, key_encoder=encoder, queue=None)
+    monitor = LabelFreeMonitor(1)
+    monitor.on_before_optimizer_step(trainer, module, None)
+    monitor.on_train_batch_end(trainer, module, {"query": query, "key": unit(8, 4), "negatives": unit(5, 4)}, None, 0)
+    assert {name.removeprefix("similarity/"): len(values) for name, values in histograms.items()} == drawn
+    assert all(values.isfinite().all() for values in histograms.values())
+
+
 def test_a_module_that_ran_untouched_has_its_statistics_and_the_generator_its_state():
     net = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout())
     before, state = net[0].running_mean.clone(), torch.get_rng_state()
@@ -144,6 +164,16 @@ def test_embeddings_in_a_plane_are_a_dimensional_collapse(caplog):
         in caplog.text
     )
     assert "\nCOLLAPSED" not in caplog.text
+
+
+def test_the_newest_keys_of_a_long_queue_are_looked_at(monkeypatch):
+    monkeypatch.setattr("moco.evaluation.label_free.MOST_KEYS", 40)
+    queue = KeyQueue(100, 16)
+    queue.enqueue(unit(70, 16))
+    queue.enqueue(unit(40, 2) @ F.pad(torch.eye(2), (0, 14)))  # in a plane, the last ten wrap around
+    keys = embeddings_of_keys(SimpleNamespace(queue=queue), {})
+    assert len(keys) == 40
+    assert torch.linalg.matrix_rank(keys) == 2
 
 
 def test_a_few_keys_say_nothing_about_dimensions(caplog):

@@ -1,9 +1,11 @@
 """When a run says that it waits for its data, and what it advises."""
 
 import logging
+import time
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from rich.console import Console
 from test_datamodule import data_for, numbered  # noqa: F401  (a fixture)
@@ -148,9 +150,27 @@ def test_the_progress_bar_shows_the_share():
     assert bar._status() == "1,234 images/s, data wait 26%"
 
 
-def test_a_run_that_waits_says_so_once_with_what_to_change(runner, picture_tree, caplog, monkeypatch):
-    import time
+class SlowCheckpoint(pl.callbacks.Checkpoint):  # Lightning calls checkpoints last
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        time.sleep(0.3)
 
+
+def test_the_time_of_callbacks_is_not_waiting(runner, picture_tree):
+    figures = {}
+    config = runner.config("data=images", f"data.root={picture_tree}", "data.batch_size=8", "data.num_workers=0")
+    monitor = LossMonitor(figures, 1)
+    runner.fit(config, [SlowCheckpoint(), monitor])
+    assert monitor.data_wait.seconds > 0.6  # of two steps, the first left out
+    assert monitor.data_wait.waited < monitor.data_wait.seconds - 0.6
+
+
+def test_making_a_batch_in_the_devices_memory_is_not_waiting(runner):
+    figures = {}
+    runner.fit(runner.config("trainer.max_steps=2"), [LossMonitor(figures, 1)])
+    assert figures["data_wait"] == 0
+
+
+def test_a_run_that_waits_says_so_once_with_what_to_change(runner, picture_tree, caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr("moco.evaluation.monitor.SECONDS", 0.5)

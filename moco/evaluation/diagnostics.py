@@ -164,12 +164,14 @@ def by_stage(values: Iterable[tuple[str, Tensor]]) -> dict[str, list[Tensor]]:
 
 def total_norms(stages: Mapping[str, list[Tensor]]) -> dict[str, float]:
     """Of each stage the L2 norm of all its tensors together; one wait for the device."""
+    if not stages:
+        return {}
     norms = torch.stack([nn.utils.get_total_norm(tensors) for tensors in stages.values()])
     return dict(zip(stages, norms.tolist(), strict=True))
 
 
 def gradient_norms(encoder: nn.Module) -> dict[str, float]:
-    """Of each stage the L2 norm of its gradients; none of a stage without."""
+    """Of each stage the L2 norm of its gradients; none of a stage without, as all are in a step that was left out."""
     return total_norms(
         by_stage((name, part.grad) for name, part in encoder.named_parameters() if part.grad is not None)
     )

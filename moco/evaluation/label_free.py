@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 CAUSES = "Usual causes: learning rate too high, key momentum too low, augmentation that erases the picture."
 
+MOST_KEYS = 4096
+"""Of which a rank is told; of a long queue the newest, as old keys are of an encoder that was well."""
+
 
 class CollapseWatch(pl.Callback):
     """Warns in words, once, of embeddings that are all the same, or that lie in a few dimensions.
@@ -48,7 +51,6 @@ class CollapseWatch(pl.Callback):
     FEW_DIMENSIONS = 0.05
     """Of min(M, C), the most that the effective rank of M keys can be. The quickstart has 0.25 to 0.5 of it, and with a
     key momentum of 0, which collapses, 0.03."""
-    MOST_KEYS = 4096
 
     def __init__(self) -> None:
         self.checks = {"COLLAPSED": 0, "DIMENSIONAL COLLAPSE": 0}  # in a row, in which it was so
@@ -72,7 +74,6 @@ class CollapseWatch(pl.Callback):
             f"at step {step}: all embeddings are nearly the same (standard deviation {std:.5f}, spread out it would be "
             f"{spread:.5f}). The features will be useless. {CAUSES}",
         )
-        keys = evenly_spaced(keys, self.MOST_KEYS)
         effective, highest = rank_me(keys), min(keys.shape)
         # A batch or queue of a few keys says nothing about dimensions.
         is_flat = highest >= 1 / self.FEW_DIMENSIONS and effective < self.FEW_DIMENSIONS * highest
@@ -149,9 +150,10 @@ class LabelFreeMonitor(pl.Callback):
         if trainer.logger and rank() == 0:
             similarities = pair_similarities(query, key, outputs["negatives"])
             for name, values in zip(("positive", "negative"), similarities, strict=True):
-                if len(values):  # an empty queue has no negatives yet
+                finite = values[values.isfinite()]
+                if len(finite):  # an empty queue has no negatives yet, a bad step only NaN
                     trainer.logger.experiment.add_histogram(  # type: ignore[attr-defined]
-                        f"similarity/{name}", values, trainer.global_step
+                        f"similarity/{name}", finite, trainer.global_step
                     )
         return figures
 
@@ -179,10 +181,10 @@ def is_step_end(trainer: pl.Trainer, batch_idx: int) -> bool:
 
 
 def embeddings_of_keys(pl_module: Any, outputs: dict[str, Tensor]) -> Tensor:
-    """The newest keys there are, of several steps if there is a queue: (M, C) unit norm."""
+    """The newest keys there are, of several steps if there is a queue, but at most `MOST_KEYS`: (M, C) unit norm."""
     if pl_module.queue is None:
-        return outputs["negatives"]
-    return pl_module.queue.keys[: int(pl_module.queue.filled)]
+        return evenly_spaced(outputs["negatives"], MOST_KEYS)
+    return pl_module.queue.newest(MOST_KEYS)
 
 
 def keys_per_step(pl_module: Any, num_keys: int, trainer: pl.Trainer) -> int:

@@ -199,7 +199,8 @@ def protocol(result: KNNResult, temperature: float, feature: str) -> dict[str, A
 class LossMonitor(pl.Callback):
     """Loss, learning rate and speed every n steps, and each epoch's mean loss and speed, of any training.
 
-    It warns once where much of the time goes into waiting for data; the data module says what to change.
+    It warns once where much of the time goes into waiting for data; the data module says what to change. Waiting begins
+    when all callbacks are done with a batch, for which it adds a `BatchClock` behind them.
 
     Batches whose loss is not finite are left out of the mean, which is not finite only if they all are.
 
@@ -224,6 +225,10 @@ class LossMonitor(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.loss_sum, self.batches = state_dict["loss_sum"], state_dict["batches"]
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Here, as Lightning has put checkpoints last by now, whatever the order that it was given.
+        trainer.callbacks.append(BatchClock(self))  # type: ignore[attr-defined]
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.loss_sum, self.batches = 0.0, 0
         self._start_clock()
@@ -238,7 +243,7 @@ class LossMonitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.batch_waited = time.perf_counter() - self.batch_ended
+        self.batch_waited = time.perf_counter() - self.batch_ended if is_waited_for(trainer) else 0.0
         self.waited += self.batch_waited
 
     def on_train_batch_end(
@@ -250,13 +255,14 @@ class LossMonitor(pl.Callback):
         self.batches = self.batches + loss.isfinite().long()
         self.images += len(batch.indices) * trainer.world_size
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        is_logged = stepped and trainer.global_step % self.log_every_n_steps == 0
-        if is_logged:
+        if stepped and trainer.global_step % self.log_every_n_steps == 0:
             self._log_step(trainer, pl_module, outputs)
+
+    def end_batch(self, trainer: pl.Trainer) -> None:
+        """All callbacks are done with the batch: from here on training waits for the next."""
         before, self.batch_ended = self.batch_ended, time.perf_counter()
         self.data_wait.add(self.batch_waited, self.batch_ended - before)
-        if is_logged:
-            self.data_wait.check(trainer, SECONDS)
+        self.data_wait.check(trainer, SECONDS)
 
     def _log_step(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> None:
         figures = {
@@ -286,6 +292,24 @@ class LossMonitor(pl.Callback):
         if trainer.logger:
             scalars = {"epoch/loss": figures["train/loss"], "epoch/images_per_second": figures["images_per_second"]}
             trainer.logger.log_metrics(scalars, step=trainer.global_step)
+
+
+class BatchClock(pl.Callback):
+    """The last of all callbacks: tells `monitor` when the others are done with a batch."""
+
+    def __init__(self, monitor: LossMonitor) -> None:
+        self.monitor = monitor
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.monitor.end_batch(trainer)
+
+
+def is_waited_for(trainer: pl.Trainer) -> bool:
+    """Whether a batch comes from elsewhere; of pictures in the device's memory, making it is the device's own work."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return not (isinstance(data, PretrainingData) and data.engine.in_memory)
 
 
 class TrainingMonitor(LossMonitor):

@@ -38,6 +38,11 @@ class KeyQueue(nn.Module):
             return self.keys.clone()
         return self.keys[: int(self.filled)].clone()
 
+    def newest(self, most: int) -> Tensor:
+        """A copy of the keys that were enqueued last, the oldest of them first: (min(most, filled), C)."""
+        count = min(most, int(self.filled))
+        return self.keys[(self.pointer - count + torch.arange(count, device=self.keys.device)) % len(self.keys)]
+
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Replace the oldest keys by `keys` (N, C), in order; advances pointer and fill. No host synchronisation.
