@@ -148,7 +148,24 @@ def pictures_of(source: "DataSource", split: str, name: str) -> "PictureSet":
         return ShardedSet(source.train)
     if side is not None and (split == "test" or len(side.pictures) == len(source.train)):
         return IndexedSet(side, has_labels=True)
+    labels = labels_of_both_sides(source)
+    if labels is not None:
+        return IndexedSet(Labelled(source.train, labels), has_labels=True)
     return IndexedSet(Labelled(source.train, np.full(len(source.train), -1)), has_labels=False)
+
+
+def labels_of_both_sides(source: "DataSource") -> "ndarray | None":
+    """Labels (M,) int64 of training pictures that are shared out among bank and queries; None where they are not."""
+    import numpy as np
+
+    if source.bank is None or source.queries is None:
+        return None
+    sides = (source.bank, source.queries)
+    if sum(len(side.pictures) for side in sides) != len(source.train):
+        return None
+    label_of = {side.pictures.name(row): label for side in sides for row, label in enumerate(side.labels)}
+    labels = [label_of.get(source.train.name(row)) for row in range(len(source.train))]
+    return None if None in labels else np.array(labels, dtype=np.int64)
 
 
 def hash_of(encoder: "nn.Module") -> str:

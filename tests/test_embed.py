@@ -22,7 +22,7 @@ from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.pretrained import EmbedConfig
 from moco.data.datasets import FilePictures, build_source
 from moco.data.views import build_evaluation_view
-from moco.embed import run
+from moco.embed import pictures_of, run
 from moco.errors import InputError, Interrupted, RunError
 from moco.evaluation.feature_parts import FeatureParts
 from moco.methods.moco import MoCo
@@ -101,6 +101,19 @@ def test_files_are_named_by_their_paths_and_the_unreadable_are_left_out(checkpoi
         expected = features(checkpoint, pictures, range(24), 40, "backbone", window)
         torch.testing.assert_close(torch.from_numpy(file["features"]), expected)
     assert not np.allclose(found["features"], widened["features"], atol=1e-3)
+
+
+def test_class_folders_without_a_validation_folder_keep_the_labels_of_all_pictures(tmp_path):
+    for number in range(60):
+        folder = tmp_path / "abc"[number % 3]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.png").touch()
+    source = build_source("image_folder", str(tmp_path))
+    assert 0 < len(source.queries.labels) < 60
+    pictures = pictures_of(source, "train", "image_folder")
+    assert pictures.has_labels
+    classes = [source.train.name(row).split("/")[-2] for row in range(60)]
+    assert pictures.labelled.labels.tolist() == ["abc".index(name) for name in classes]
 
 
 @pytest.mark.parametrize(
