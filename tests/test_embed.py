@@ -324,7 +324,7 @@ def test_shards_are_embedded_in_their_order_and_gone_on_with(checkpoint, tmp_pat
     given = ["data=webdataset", f"data.root={tmp_path}", "data.image_size=16", "batch_size=5"]
     ended_after(2, checkpoint, tmp_path, *given)
     found = embed(checkpoint, tmp_path, *given)
-    assert found["names"].tolist() == [f"folder/{path.stem}" for path in paths]
+    assert found["names"].tolist() == [f"{row // 8}.tar/folder/{path.stem}" for row, path in enumerate(paths)]
     assert "labels" not in found
     plain = embed(
         checkpoint, tmp_path, "data=images", f"data.root={picture_tree}", "data.image_size=16", "batch_size=5"
