@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +46,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
 
     from moco.data.datasets import build_source
     from moco.data.views import evaluation_crop
-    from moco.evaluation.feature_parts import FeatureParts, taken
+    from moco.evaluation.feature_parts import FeatureParts, remove_parts, taken
     from moco.training.hardware import choose_device
     from moco.training.run_folder import claimed
 
@@ -104,7 +103,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
         if not parts.state.num_rows:
             raise InputError(f"data.root={data['root']}: no pictures in there")
         said = write_files(output, parts, config.index, pictures.has_labels)
-        shutil.rmtree(parts_folder)
+        remove_parts(parts_folder)
     with claimed(folder, dataclasses.asdict(config)):
         save_hydra_files(folder)
     report(config, data, parts, pictures.has_labels, said, console)

@@ -204,6 +204,23 @@ def test_a_disk_that_is_full_when_the_files_are_made_is_one_line_and_no_feature_
     assert bytes_of(tmp_path) == straight
 
 
+def test_a_run_that_is_ended_while_it_removes_its_parts_can_be_started_again(
+    checkpoint, tmp_path, straight, monkeypatch
+):
+    def interrupted(folder):
+        (folder / "names.jsonl").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            embed(checkpoint, tmp_path, *SMALL)
+    assert bytes_of(tmp_path) == straight
+    embed(checkpoint, tmp_path, *SMALL)
+    assert bytes_of(tmp_path) == straight
+    assert not (tmp_path / "f.npz.part").exists()
+
+
 def test_a_file_that_may_not_grow_is_one_line_and_the_run_goes_on_later(checkpoint, tmp_path, straight):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (250 * 256 * 4, before[1]))  # in the middle of the third batch
