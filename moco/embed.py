@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +46,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
 
     from moco.data.datasets import build_source
     from moco.data.views import evaluation_crop
-    from moco.evaluation.feature_parts import FeatureParts, taken
+    from moco.evaluation.feature_parts import FeatureParts, remove_parts, taken
     from moco.training.hardware import choose_device
     from moco.training.run_folder import claimed
 
@@ -104,7 +103,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
         if not parts.state.num_rows:
             raise InputError(f"data.root={data['root']}: no pictures in there")
         said = write_files(output, parts, config.index, pictures.has_labels)
-        shutil.rmtree(parts_folder)
+        remove_parts(parts_folder)
     with claimed(folder, dataclasses.asdict(config)):
         save_hydra_files(folder)
     report(config, data, parts, pictures.has_labels, said, console)
@@ -148,7 +147,24 @@ def pictures_of(source: "DataSource", split: str, name: str) -> "PictureSet":
         return ShardedSet(source.train)
     if side is not None and (split == "test" or len(side.pictures) == len(source.train)):
         return IndexedSet(side, has_labels=True)
+    labels = labels_of_both_sides(source)
+    if labels is not None:
+        return IndexedSet(Labelled(source.train, labels), has_labels=True)
     return IndexedSet(Labelled(source.train, np.full(len(source.train), -1)), has_labels=False)
+
+
+def labels_of_both_sides(source: "DataSource") -> "ndarray | None":
+    """Labels (M,) int64 of training pictures that are shared out among bank and queries; None where they are not."""
+    import numpy as np
+
+    if source.bank is None or source.queries is None:
+        return None
+    sides = (source.bank, source.queries)
+    if sum(len(side.pictures) for side in sides) != len(source.train):
+        return None
+    label_of = {side.pictures.name(row): label for side in sides for row, label in enumerate(side.labels)}
+    labels = [label_of.get(source.train.name(row)) for row in range(len(source.train))]
+    return None if None in labels else np.array(labels, dtype=np.int64)
 
 
 def hash_of(encoder: "nn.Module") -> str:

@@ -22,7 +22,7 @@ from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.pretrained import EmbedConfig
 from moco.data.datasets import FilePictures, build_source
 from moco.data.views import build_evaluation_view
-from moco.embed import run
+from moco.embed import pictures_of, run
 from moco.errors import InputError, Interrupted, RunError
 from moco.evaluation.feature_parts import FeatureParts
 from moco.methods.moco import MoCo
@@ -101,6 +101,19 @@ def test_files_are_named_by_their_paths_and_the_unreadable_are_left_out(checkpoi
         expected = features(checkpoint, pictures, range(24), 40, "backbone", window)
         torch.testing.assert_close(torch.from_numpy(file["features"]), expected)
     assert not np.allclose(found["features"], widened["features"], atol=1e-3)
+
+
+def test_class_folders_without_a_validation_folder_keep_the_labels_of_all_pictures(tmp_path):
+    for number in range(60):
+        folder = tmp_path / "abc"[number % 3]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.png").touch()
+    source = build_source("image_folder", str(tmp_path))
+    assert 0 < len(source.queries.labels) < 60
+    pictures = pictures_of(source, "train", "image_folder")
+    assert pictures.has_labels
+    classes = [source.train.name(row).split("/")[-2] for row in range(60)]
+    assert pictures.labelled.labels.tolist() == ["abc".index(name) for name in classes]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +202,23 @@ def test_a_disk_that_is_full_when_the_files_are_made_is_one_line_and_no_feature_
     monkeypatch.setattr(FeatureParts, "add", After(None, 0, AssertionError("computed again")))
     embed(checkpoint, tmp_path, *SMALL)
     assert bytes_of(tmp_path) == straight
+
+
+def test_a_run_that_is_ended_while_it_removes_its_parts_can_be_started_again(
+    checkpoint, tmp_path, straight, monkeypatch
+):
+    def interrupted(folder):
+        (folder / "names.jsonl").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            embed(checkpoint, tmp_path, *SMALL)
+    assert bytes_of(tmp_path) == straight
+    embed(checkpoint, tmp_path, *SMALL)
+    assert bytes_of(tmp_path) == straight
+    assert not (tmp_path / "f.npz.part").exists()
 
 
 def test_a_file_that_may_not_grow_is_one_line_and_the_run_goes_on_later(checkpoint, tmp_path, straight):
@@ -311,7 +341,7 @@ def test_shards_are_embedded_in_their_order_and_gone_on_with(checkpoint, tmp_pat
     given = ["data=webdataset", f"data.root={tmp_path}", "data.image_size=16", "batch_size=5"]
     ended_after(2, checkpoint, tmp_path, *given)
     found = embed(checkpoint, tmp_path, *given)
-    assert found["names"].tolist() == [f"folder/{path.stem}" for path in paths]
+    assert found["names"].tolist() == [f"{row // 8}.tar/folder/{path.stem}" for row, path in enumerate(paths)]
     assert "labels" not in found
     plain = embed(
         checkpoint, tmp_path, "data=images", f"data.root={picture_tree}", "data.image_size=16", "batch_size=5"

@@ -60,9 +60,9 @@ def same(batches, others):
     return [*map(plain, batches)] == [*map(plain, others)]
 
 
-def test_shards_come_in_order_with_their_samples_keys(shards):
+def test_shards_come_in_order_and_samples_are_named_by_shard_and_key(shards):
     batches = loaded(shards)
-    assert names(batches) == [f"k{number}" for number in range(13) if number not in (3, 8)]
+    assert names(batches) == [f"{0 if number < 7 else 2}.tar/k{number}" for number in range(13) if number not in (3, 8)]
     values = [int(image[0, 0, 0]) for batch in batches for image in batch.images]
     assert values == [number for number in range(13) if number not in (3, 8)]
     problems = [problem for batch in batches for problem in batch.problems]
@@ -85,7 +85,7 @@ def test_a_shard_that_breaks_off_is_named_once_and_the_others_go_on(shards):
         batches = loaded(shards, start)
         damaged = [problem for batch in batches for problem in batch.problems if problem.is_shard]
         assert [problem.name for problem in damaged] == [shards.sharded.shards[0]]
-        assert names(batches)[-5:] == ["k7", "k9", "k10", "k11", "k12"]
+        assert names(batches)[-5:] == [f"2.tar/k{number}" for number in (7, 9, 10, 11, 12)]
 
 
 def test_a_shard_with_paths_that_lead_out_is_refused(shards):

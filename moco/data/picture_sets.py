@@ -172,6 +172,7 @@ class Chunk(NamedTuple):
 
     samples: list[Sample]
     names: list[str]
+    """SHARD/KEY, the shard's file without its folders: keys alone often start anew in every shard."""
     problems: list[Problem]
     end: list[int]
 
@@ -194,7 +195,8 @@ class Chunks:
                 problems.append(found)
             else:
                 samples.append(found)
-                names.append(sample_key(found.name.removeprefix(f"{shard}/")))
+                key = sample_key(found.name.removeprefix(f"{shard}/"))
+                names.append(f"{os.path.basename(shard)}/{key}")
             if len(samples) == self.batch_size:
                 yield Chunk(samples, names, problems, end)
                 samples, names, problems = [], [], []

@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -181,6 +182,12 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     if there["data"] != here["data"]:
         words.append("data: other pictures, names or labels, or in another order")
     return words
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the folder. What is left of it where this is interrupted counts as new, since the state goes first."""
+    (folder / STATE).unlink()
+    shutil.rmtree(folder)
 
 
 @contextmanager
