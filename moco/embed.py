@@ -46,6 +46,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
 
     from moco.data.datasets import build_source
     from moco.data.views import evaluation_crop
+    from moco.data.waiting import cores_of
     from moco.evaluation.feature_parts import FeatureParts, remove_parts, taken
     from moco.training.hardware import choose_device
     from moco.training.run_folder import claimed
@@ -96,7 +97,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
         parts = FeatureParts(parts_folder, about, pictures.start)
         num_workers = config.data.num_workers
         if num_workers is None:
-            num_workers = 0 if pictures.is_in_memory else USUAL_WORKERS
+            num_workers = 0 if pictures.is_in_memory else min(USUAL_WORKERS, cores_of(1))
         crop = evaluation_crop(data["image_size"], data["crop_ratio"])
         loader = pictures.batches(parts.state.end, crop, data["image_size"], config.batch_size, num_workers)
         embed(encode, loader, parts, len(pictures), data["max_bad_fraction"], console)
