@@ -32,15 +32,18 @@ def run(config: EvaluateConfig, folder: Path) -> None:
 
     Raises:
         InputError: the checkpoint cannot be used, the data do not suit the measurement, or the backbone has no such window.
+        RunError: the machine gave out.
     """
+    from moco.training.faults import failures_without_training_named
     from moco.training.run_folder import claimed, write_atomically, write_json
 
     check_kind(config.evaluation)
     output = Path(config.output) if config.output else folder / "metrics.json"
     if output.is_dir():
         raise InputError(f"output={output}: a folder; expected the name of a file")
-    subject, pretrained = subject_of(config, folder)
-    findings = measure(subject)
+    with failures_without_training_named("evaluation.batch_size"):
+        subject, pretrained = subject_of(config, folder)
+        findings = measure(subject)
     origin = origin_of(subject, pretrained)
     console = show(findings, origin)
     with claimed(folder, dataclasses.asdict(config)):
