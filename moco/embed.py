@@ -4,8 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +47,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.data.views import evaluation_crop
     from moco.data.waiting import cores_of
     from moco.evaluation.feature_parts import FeatureParts, remove_parts, taken
+    from moco.training.faults import failures_without_training_named
     from moco.training.hardware import choose_device
     from moco.training.run_folder import claimed
 
@@ -93,7 +93,8 @@ def run(config: EmbedConfig, folder: Path) -> None:
     }
     parts_folder = output.with_name(f"{output.name}.part")
     console = Console()
-    with taken(parts_folder), interruptible(), failures_named(parts_folder):
+    kept = f"what is done is kept in {parts_folder}, and the same command goes on there"
+    with taken(parts_folder), interruptible(), failures_without_training_named("batch_size", kept):
         parts = FeatureParts(parts_folder, about, pictures.start)
         num_workers = config.data.num_workers
         if num_workers is None:
@@ -265,25 +266,6 @@ def write_files(output: Path, parts: "FeatureParts", index: str, has_labels: boo
     log.info("writing %s", output)
     write_atomically(output, lambda file: write_npz(file, parts, has_labels))
     return said[0] if said else "none"
-
-
-@contextmanager
-def failures_named(folder: Path) -> Iterator[None]:
-    """Inside, a machine that gives out is a RunError that says what to change, and that `folder` keeps what is done."""
-    import torch
-
-    from moco.training.faults import explained
-
-    try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:
-        if isinstance(error, RunError):
-            raise
-        is_gpu = isinstance(error, torch.OutOfMemoryError)
-        said = "the GPU is out of memory; a smaller batch_size needs less" if is_gpu else explained(error)
-        if said is None:
-            raise
-        raise RunError(f"{said}; what is done is kept in {folder}, and the same command goes on there") from error
 
 
 def report(

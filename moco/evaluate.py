@@ -32,7 +32,9 @@ def run(config: EvaluateConfig, folder: Path) -> None:
 
     Raises:
         InputError: the checkpoint cannot be used, the data do not suit the measurement, or the backbone has no such window.
+        RunError: the machine gave out.
     """
+    from moco.training.faults import failures_without_training_named
     from moco.training.run_folder import claimed, write_atomically, write_json
 
     check_kind(config.evaluation)
@@ -42,8 +44,9 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     existing = next(path for path in output.absolute().parents if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"output={output}: cannot write to {existing}")
-    subject, pretrained = subject_of(config, folder)
-    findings = measure(subject)
+    with failures_without_training_named("evaluation.batch_size"):
+        subject, pretrained = subject_of(config, folder)
+        findings = measure(subject)
     origin = origin_of(subject, pretrained)
     console = show(findings, origin)
     with claimed(folder, dataclasses.asdict(config)):

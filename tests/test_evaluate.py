@@ -9,7 +9,7 @@ import torch
 from test_export import write_checkpoint
 
 from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig, check_kind
-from moco.errors import InputError
+from moco.errors import InputError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,15 @@ def archive(path, generator, train_labels, **others):
     images = (noise + 60 * np.maximum(labels, 0)[:, None, None]).astype(np.uint8)
     np.savez(path, train_images=images, train_labels=labels, **others)
     return {"name": "npz", "root": str(path), "image_size": 8}
+
+
+def test_a_full_gpu_is_one_line(evaluated, monkeypatch):
+    def full(subject):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("moco.evaluate.measure", full)
+    with pytest.raises(RunError, match=r"^the GPU is out of memory; a smaller evaluation\.batch_size needs less$"):
+        evaluated()
 
 
 def test_one_pass_gives_a_grid_with_the_protocol_beside_it(evaluated):

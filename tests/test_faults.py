@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from moco.data.datamodule import PretrainingData
 from moco.errors import RunError
 from moco.train import build_data, run
-from moco.training.faults import BadSteps, explained, failures_named
+from moco.training.faults import BadSteps, explained, failures_named, failures_without_training_named
 from moco.training.logger import RunLogger
 from moco.training.run_folder import write_json
 
@@ -434,6 +434,25 @@ def test_a_machine_that_gives_out_is_named_with_what_to_do(fail, said, tmp_path)
 )
 def test_a_full_gpu_is_told_by_its_words(error):
     assert explained(error).startswith("the GPU is out of memory; a smaller data.batch_size, more ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("DataLoader worker (pid 7) exited unexpectedly; it was reading {a}.png"),
+    ],
+)
+def test_without_training_only_settings_that_are_there_are_named(error):
+    with pytest.raises(RunError) as caught, failures_without_training_named("evaluation.batch_size"):
+        raise error
+    said = str(caught.value)
+    assert "a smaller evaluation.batch_size" in said
+    assert "data.batch_size" not in said
+    assert "trainer." not in said
+    assert "{a}.png" in said or "{" not in said
 
 
 @pytest.mark.parametrize(

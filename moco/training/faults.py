@@ -131,6 +131,23 @@ class BadSteps(pl.Callback):
 
 
 @contextmanager
+def failures_without_training_named(batch_size: str, kept: str | None = None) -> Iterator[None]:
+    """`failures_named` for programs that compute features: inside, the same failures become a `RunError`.
+
+    Args:
+        batch_size: the setting's key.
+        kept: what is left of the work done.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        said = None if isinstance(error, RunError) else explained(error, batch_size, or_in_training="")
+        if said is None:
+            raise
+        raise RunError("; ".join(filter(None, (said, kept)))) from error
+
+
+@contextmanager
 def failures_named(folder: Path) -> Iterator[None]:
     """Inside, a full GPU, disk or memory, or a lost loader process, becomes a `RunError` that says what to change.
 
@@ -155,12 +172,14 @@ def is_of_tensorboard(thread: threading.Thread | None) -> bool:
     return type(thread).__module__.startswith("tensorboard.")
 
 
-GPU_IS_FULL = (
-    "the GPU is out of memory; a smaller data.batch_size, more trainer.accumulate_grad_batches, "
-    "trainer.precision=bf16-mixed or, of a Swin, backbone.gradient_checkpointing=true needs less"
+# {batch_size} stands for the setting's key, which is not the same in all programs.
+GPU_IS_FULL = "the GPU is out of memory; a smaller {batch_size}{or_in_training} needs less"
+OR_IN_TRAINING = (
+    ", more trainer.accumulate_grad_batches, trainer.precision=bf16-mixed or, of a Swin, "
+    "backbone.gradient_checkpointing=true"
 )
 MEMORY_IS_FULL = (
-    "the machine is out of memory; fewer data.num_workers or a smaller data.batch_size needs less, or give the job more"
+    "the machine is out of memory; fewer data.num_workers or a smaller {batch_size} needs less, or give the job more"
 )
 TOO_MANY_FILES = (
     "too many files are open; raise the limit with 'ulimit -n 65536' before the start, or use fewer data.num_workers"
@@ -169,13 +188,13 @@ TOO_MANY_FILES = (
 SIGNS = (
     (
         r"shared memory|/torch_\d+|bus error",
-        "the loader processes have used up the shared memory; use fewer data.num_workers or a smaller data.batch_size, or "
+        "the loader processes have used up the shared memory; use fewer data.num_workers or a smaller {batch_size}, or "
         "give the container more (docker run --shm-size=8g, or a memory volume on /dev/shm)",
     ),
     (
         r"DataLoader worker .*(exited unexpectedly|killed by signal)",
         "a loader process was ended from outside, mostly by the kernel because the memory was full; use fewer "
-        "data.num_workers or a smaller data.batch_size, or give the job more memory",
+        "data.num_workers or a smaller {batch_size}, or give the job more memory",
     ),
     (r"Too many open files|received 0 items of ancdata", TOO_MANY_FILES),
     (r"(CUDA|HIP).* out of memory|(CUBLAS|CUDNN|CUFFT|CUSOLVER)_STATUS_ALLOC_FAILED", GPU_IS_FULL),
@@ -193,29 +212,37 @@ REMEDIES = {
 }
 
 
-def explained(error: BaseException) -> str | None:
-    """What happened and what to change; None if the error is no sign of a machine that gave out."""
+def explained(
+    error: BaseException, batch_size: str = "data.batch_size", or_in_training: str = OR_IN_TRAINING
+) -> str | None:
+    """What happened and what to change; None if the error is no sign of a machine that gave out.
+
+    Args:
+        batch_size: the setting's key.
+        or_in_training: what else helps when a GPU is full.
+    """
+    keys = {"batch_size": batch_size, "or_in_training": or_in_training}
     if isinstance(error, torch.OutOfMemoryError):
-        return GPU_IS_FULL
+        return GPU_IS_FULL.format(**keys)
     text = str(error)
     if "PytorchStreamWriter" in text and isinstance(error.__context__, OSError):
-        return explained(error.__context__)  # a full disk, under the zip writer's complaint about it
+        return explained(error.__context__, **keys)  # a full disk, under the zip writer's complaint about it
     if isinstance(error, OSError) and error.errno is not None:
-        return explained_os_error(error)
+        return explained_os_error(error, batch_size)
     for sign, said in SIGNS:
         if re.search(sign, f"{type(error).__name__}: {text}", re.IGNORECASE):
             last_read = re.search(r"; it was reading .*$", text)  # what a lost loader process was at
-            return said + (last_read[0] if last_read else "")
+            return said.format(**keys) + (last_read[0] if last_read else "")
     if isinstance(error, OSError):  # of a loader process, which hands on no more than its traceback as text
         return f"in a loader process, {text.splitlines()[-1]}"
     return None
 
 
-def explained_os_error(error: OSError) -> str:
+def explained_os_error(error: OSError, batch_size: str) -> str:
     """The same of an error that the operating system reported."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return TOO_MANY_FILES
     if error.errno == errno.ENOMEM:
-        return MEMORY_IS_FULL
+        return MEMORY_IS_FULL.format(batch_size=batch_size)
     remedy = REMEDIES.get(error.errno or 0)
     return f"{error}; {remedy}" if remedy else str(error)
