@@ -38,7 +38,9 @@ def evaluated(checkpoint, tmp_path, capsys, caplog):
     def call(path=own, data=None, **settings):
         caplog.clear()
         # What is shown beside the accuracy is the matter of test_evaluation_pictures.py.
-        measured = EvaluationConfig(**{"pictures": False, "label_free": False, **settings})
+        is_knn = settings.get("name", "knn") == "knn"
+        plain = {"pictures": False, "label_free": False} if is_knn else {}
+        measured = EvaluationConfig(**{**plain, **settings})
         config = EvaluateConfig(str(path), EvaluateDataConfig(**(data or {"name": "digits"})), measured, "cpu")
         run(config, tmp_path / "out")
         figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
