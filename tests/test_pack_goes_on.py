@@ -190,7 +190,7 @@ INTERRUPTED = "interrupted: the parts that are whole are kept; the same command 
 
 
 def test_the_program_ends_on_sigterm_with_a_line_and_goes_on(tmp_path, photographs, capsys):
-    for number in range(120):  # so many that the signal comes before the last
+    for number in range(600):  # so many that the signal comes before the last
         shutil.copy(next(photographs.rglob("*.*g")), photographs / f"more{number}.jpg")
     arguments = [f"data.root={photographs}", "max_shard_bytes=1", "format=array"]
     process = started(tmp_path, *arguments, "num_workers=0")
@@ -198,7 +198,7 @@ def test_the_program_ends_on_sigterm_with_a_line_and_goes_on(tmp_path, photograp
         time.sleep(0.01)
     assert ended_by(signal.SIGTERM, process) == (128 + signal.SIGTERM, INTERRUPTED)
     folder = run(tmp_path, *arguments)
-    assert len(build_source("packed", str(folder)).train) == 150
+    assert len(build_source("packed", str(folder)).train) == 630
     printed = capsys.readouterr().out
     assert "x as fast" in printed
     assert f"data=packed data.root={folder}" in printed

@@ -48,7 +48,7 @@ def lost_worker_named(last_read: Callable[[], list[tuple[int, str]]]) -> Iterato
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:  # a lost process shows as either
+    except (EOFError, OSError, RuntimeError) as error:  # a lost process shows as any of them
         if said := _lost(last_read()):
             raise RuntimeError(said) from error
         raise

@@ -140,7 +140,7 @@ def failures_without_training_named(batch_size: str, kept: str | None = None) ->
     """
     try:
         yield
-    except (MemoryError, OSError, RuntimeError) as error:
+    except (EOFError, MemoryError, OSError, RuntimeError) as error:
         said = None if isinstance(error, RunError) else explained(error, batch_size, or_in_training="")
         if said is None:
             raise
@@ -159,7 +159,7 @@ def failures_named(folder: Path) -> Iterator[None]:
     threading.excepthook = lambda args: None if is_of_tensorboard(args.thread) else show(args)
     try:
         yield
-    except (MemoryError, OSError, RuntimeError) as error:
+    except (EOFError, MemoryError, OSError, RuntimeError) as error:
         said = None if isinstance(error, RunError) else explained(error)
         if said is None:
             raise
@@ -192,7 +192,7 @@ SIGNS = (
         "give the container more (docker run --shm-size=8g, or a memory volume on /dev/shm)",
     ),
     (
-        r"DataLoader worker .*(exited unexpectedly|killed by signal)",
+        r"DataLoader worker .*(exited unexpectedly|killed by signal)|^EOFError",  # the end of a pipe to a process
         "a loader process was ended from outside, mostly by the kernel because the memory was full; use fewer "
         "data.num_workers or a smaller {batch_size}, or give the job more memory",
     ),
