@@ -1,4 +1,4 @@
-"""How many images a second become two views, against what others do; all in one run, one after the other, again and again.
+"""How many images a second become two views, against what others do; all in one run, in turns.
 
     python scripts/bench_data.py files  [--pictures 128] [--repeats 5] [--size 500x375] [--quality 90]
     python scripts/bench_data.py memory [--threads 2] [--repeats 5] [--npz cifar10.npz]
@@ -11,12 +11,13 @@ takes part if it is installed. Figures are medians, with the slowest and fastest
 """
 
 import argparse
+import contextlib
 import platform
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torchvision
 import yaml
+from benchmarks.turns import Turn, in_turns, timed
 from compare_augmentations import photograph
 from PIL import Image, ImageFilter
 from torchvision import transforms as v1
@@ -129,9 +131,9 @@ def files(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
 def memory(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
     """The pipelines on small pictures in memory; each returns how many images it took."""
     if arguments.npz:
-        pictures = np.load(arguments.npz)["train_images"][:4096]
+        pictures = np.load(arguments.npz)["train_images"][: arguments.memory_pictures]
     else:
-        pictures = np.random.default_rng(0).integers(0, 256, (4096, 32, 32, 3), dtype=np.uint8)
+        pictures = np.random.default_rng(0).integers(0, 256, (arguments.memory_pictures, 32, 32, 3), dtype=np.uint8)
     pair = settings("cifar")
     official_view = official(pair, 32, blur=False)
     augment, pixels = view_pair(pair, 32, "batch"), rgb_batch(torch.from_numpy(pictures))
@@ -141,7 +143,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
         for array in pictures[:512]:
             picture = Image.fromarray(array)
             official_view(picture), official_view(picture)
-        return 512
+        return min(512, len(pictures))
 
     def by_batch() -> int:
         torch.set_num_threads(arguments.threads)
@@ -152,29 +154,38 @@ def memory(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
     return {"official (Pillow), 1 process": by_official, f"ours, batch engine, {arguments.threads} threads": by_batch}
 
 
+KINDS = {"files": files, "memory": memory}
+
+
+@contextlib.contextmanager
+def turns_of(what: str, arguments: argparse.Namespace) -> Iterator[dict[str, Turn]]:
+    """The pipelines of ``files`` or ``memory``, ready to take turns."""
+    torch.set_num_threads(1)
+    # Of one thread the time on the core: what else the machine does counts less.
+    clock = time.process_time if what == "files" else time.perf_counter
+    with tempfile.TemporaryDirectory() as arguments.folder:
+        yield {name: timed(pipeline, clock=clock) for name, pipeline in KINDS[what](arguments).items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pictures", type=int, default=128, help="files")
+    parser.add_argument("--size", default="500x375", help="of a file, px")
+    parser.add_argument("--quality", type=int, default=90, help="of a file")
+    parser.add_argument("--npz", help="an archive with train_images")
+    parser.add_argument("--memory-pictures", type=int, default=4096, help="pictures in memory")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("files", "memory"))
-    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("what", choices=KINDS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--size", default="500x375")
-    parser.add_argument("--quality", type=int, default=90)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--npz")
+    add_arguments(parser)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as arguments.folder:
-        pipelines = files(arguments) if arguments.what == "files" else memory(arguments)
-        # Of one thread the time on the core: what else the machine does counts less.
-        clock = time.process_time if arguments.what == "files" else time.perf_counter
-        speeds: dict[str, list[float]] = {name: [] for name in pipelines}
-        for repeat in range(arguments.repeats + 1):
-            for name, pipeline in pipelines.items():
-                started = clock()
-                images = pipeline()
-                if repeat:  # the first round warms up
-                    speeds[name].append(images / (clock() - started))
+    with turns_of(arguments.what, arguments) as turns:
+        found = in_turns(turns, arguments.repeats)
+    speeds = {name: [turn["images"] / turn["seconds"] for turn in done] for name, done in found.items()}
     print(f"{platform.machine()}, torch {torch.__version__}, torchvision {torchvision.__version__}")
     print("| pipeline | images/s, median (slowest to fastest) | against official |")
     print("|---|---|---|")

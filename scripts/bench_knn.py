@@ -11,14 +11,15 @@ is installed, faiss's IndexFlatIP with this project's vote as well.
 """
 
 import argparse
+import contextlib
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,11 +27,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from benchmarks.memory import resident_mib
+from benchmarks.turns import Turn, in_turns, ratio
 
 from moco.evaluation.knn import Search
 from moco.evaluation.neighbors import give_back
 
-SIZES = {"small": (50_000, 128, 10_000), "middle": (200_000, 512, 5_000), "large": (1_281_167, 2048, 2_000)}
+SIZES = {
+    "tiny": (2000, 32, 100),
+    "small": (50_000, 128, 10_000),
+    "middle": (200_000, 512, 5_000),
+    "large": (1_281_167, 2048, 2_000),
+}
 NUM_CLASSES, NUM_NEIGHBORS, TEMPERATURE = 100, 200, 0.1
 BLOCK = 1024  # queries of one product
 READ_BYTES = 2**27
@@ -95,12 +103,6 @@ def lightly(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> None:
 CONTENDERS = {work.__name__: work for work in (product, ours, faiss_flat, lightly)}
 
 
-def megabytes() -> float:
-    """The most memory that this process has had; what getrusage says begins with the parent's."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
-
-
 def measure(name: str, size: str, num_threads: int, path: str) -> None:
     """In the child: print seconds and megabytes as JSON."""
     import faiss
@@ -112,31 +114,51 @@ def measure(name: str, size: str, num_threads: int, path: str) -> None:
     labels = np.random.default_rng(1).integers(0, NUM_CLASSES, num_rows)
     queries = rows_of(2, num_queries, width)
     CONTENDERS[name](np.array(bank[:1000]), labels[:1000], queries[:10])  # libraries start their threads
-    before = megabytes()
+    before = resident_mib("VmHWM")
     start = time.perf_counter()
     CONTENDERS[name](bank, labels, queries)
-    print(json.dumps({"seconds": time.perf_counter() - start, "peak": megabytes(), "added": megabytes() - before}))
+    seconds, peak = time.perf_counter() - start, resident_mib("VmHWM")
+    print(json.dumps({"seconds": seconds, "peak": peak, "peak_mib": peak - before}))
+
+
+def turns_of(size: str, num_threads: int, path: Path) -> dict[str, Turn]:
+    """The contenders, each in a process of its own, ready to take turns; ``peak_mib`` is what the measurement added.
+
+    Args:
+        path: the file of the large bank.
+    """
+    names = [name for name in CONTENDERS if name != "lightly" or find_spec("lightly")]
+    names = ["product", "ours"] if size == "large" else names
+
+    def turn(name: str) -> dict[str, float]:
+        child = [sys.executable, __file__, "--child", name, "--size", size, "--threads", str(num_threads)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+        done = subprocess.run([*child, "--bank", str(path)], env=environment, capture_output=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return {name: partial(turn, name) for name in names}
+
+
+@contextlib.contextmanager
+def bank_file(size: str, folder: str | None) -> Iterator[Path]:
+    """Where the large bank is while this lasts; the others need no file."""
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        path = Path(inside, "bank.npy")
+        if size == "large":
+            write_bank(path, *SIZES["large"][:2])
+        yield path
 
 
 def run(size: str, num_threads: int, repeats: int, path: Path) -> None:
     """Measure all contenders in turns and print the table."""
-    names = [name for name in CONTENDERS if name != "lightly" or find_spec("lightly")]
-    names = ["product", "ours"] if size == "large" else names
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for repeat in range(repeats):
-        for name in names if repeat % 2 else reversed(names):
-            child = [sys.executable, __file__, "--child", name, "--size", size, "--threads", str(num_threads)]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
-            done = subprocess.run([*child, "--bank", str(path)], env=environment, capture_output=True, check=True)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    found = in_turns(turns_of(size, num_threads, path), repeats, warm_ups=0)
     num_rows, width, num_queries = SIZES[size]
     print(f"bank {num_rows:,} x {width}, {num_queries:,} queries, {num_threads} threads, {repeats} repeats")
     for name, results in found.items():
-        ratio = statistics.median(
-            one["seconds"] / bare["seconds"] for one, bare in zip(results, found["product"], strict=True)
-        )
-        seconds, peak, added = (statistics.median(one[key] for one in results) for key in ("seconds", "peak", "added"))
-        print(f"{name:<12}{seconds:9.2f} s {ratio:8.2f} x{peak:8.0f} MB peak{added:8.0f} MB added")
+        against = ratio(results, found["product"])
+        keys = ("seconds", "peak", "peak_mib")
+        seconds, peak, added = (statistics.median(one[key] for one in results) for key in keys)
+        print(f"{name:<12}{seconds:9.2f} s {against:8.2f} x{peak:8.0f} MB peak{added:8.0f} MB added")
 
 
 def compare_indexes(num_threads: int) -> None:
@@ -185,10 +207,7 @@ def main() -> None:
     if given.indexes:
         compare_indexes(given.threads)
         return
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        path = Path(folder, "bank.npy")
-        if given.size == "large":
-            write_bank(path, *SIZES["large"][:2])
+    with bank_file(given.size, given.folder) as path:
         run(given.size, given.threads, given.repeats, path)
 
 

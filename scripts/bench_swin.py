@@ -11,17 +11,17 @@ import contextlib
 import statistics
 import subprocess
 import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import torch
+from benchmarks.memory import peak_mib
+from benchmarks.turns import in_turns, ratio, timed
 from torch import Tensor, nn
 from torchvision.models import swin_transformer
 
 from moco.models.backbones import build_backbone
 
-BATCH = {224: 8, 565: 2}
+BATCH = {64: 2, 224: 8, 565: 2}
 CASES = ("224/7/fp32", "565/18/fp32", "224/7/bf16", "565/18/bf16")
 
 
@@ -51,22 +51,18 @@ def step(model: nn.Module, images: Tensor, dtype: str) -> None:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         features = model(images)
     features.float().square().mean().backward()
-    if images.is_cuda:
-        torch.cuda.synchronize()
 
 
 def forward(model: nn.Module, images: Tensor, dtype: str) -> None:
     """One forward pass without gradients."""
     with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         model(images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
 
 
-def seconds(work: partial) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def images_of(case: str, device: str) -> Tensor:
+    """A batch of noise (N, 3, H, W)."""
+    image_size, _, _ = parse(case)
+    return torch.randn(BATCH[image_size], 3, image_size, image_size, device=device)
 
 
 def parse(case: str) -> tuple[int, int, str]:
@@ -80,21 +76,11 @@ def peak_memory(case: str, name: str, device: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def resident_memory(field: str) -> float:
-    """Of this process, MiB: ``VmRSS`` now, ``VmHWM`` at its highest."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
-
-
 def print_peak_memory(case: str, name: str, device: str) -> None:
-    image_size, window, dtype = parse(case)
-    model = models(window, device)[name]
-    images = torch.randn(BATCH[image_size], 3, image_size, image_size, device=device)
+    _, window, dtype = parse(case)
+    model, images = models(window, device)[name], images_of(case, device)
     if device == "cpu":
-        before = resident_memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
-        step(model, images, dtype)
-        print(resident_memory("VmHWM") - before)
+        print(peak_mib(partial(step, model, images, dtype)))
     else:
         before = torch.cuda.memory_allocated() / 2**20
         torch.cuda.reset_peak_memory_stats()
@@ -120,26 +106,22 @@ def main() -> None:
         f"{'case':<14}{'batch':>6}{'work':>10}{'torchvision ms':>16}{'ours ms':>10}{'ratio':>8}{'peak MiB, both':>28}"
     )
     for case in arguments.case:
-        image_size, window, dtype = parse(case)
-        both = models(window, arguments.device)
-        images = torch.randn(BATCH[image_size], 3, image_size, image_size, device=arguments.device)
+        _, window, dtype = parse(case)
+        both, images = models(window, arguments.device), images_of(case, arguments.device)
         for what, work in (("fwd+bwd", step), ("forward", forward)):
-            times: dict[str, list[float]] = {name: [] for name in both}
-            for repeat in range(arguments.repeats + 1):
-                order = list(both) if repeat % 2 else list(reversed(both))
-                for name in order:
-                    elapsed = seconds(partial(work, both[name], images, dtype))
-                    if repeat:  # the first is a warm-up
-                        times[name].append(elapsed)
-            theirs, ours = (statistics.median(times[name]) * 1e3 for name in ("torchvision", "ours"))
-            ratio = statistics.median(a / b for a, b in zip(times["torchvision"], times["ours"], strict=True))
+            turns = {name: timed(partial(work, model, images, dtype), images.device) for name, model in both.items()}
+            found = in_turns(turns, arguments.repeats)
+            theirs, ours = (
+                statistics.median(turn["seconds"] for turn in found[name]) * 1e3 for name in ("torchvision", "ours")
+            )
+            faster = ratio(found["torchvision"], found["ours"])
             peaks = ""
             if what == "fwd+bwd" and not arguments.no_memory:
                 peaks = " ".join(
                     f"{peak_memory(case, name, arguments.device):>13,.0f}" for name in ("torchvision", "ours")
                 )
             print(
-                f"{case:<14}{len(images):>6}{what:>10}{theirs:>16,.0f}{ours:>10,.0f}{ratio:>8.2f}{peaks:>28}",
+                f"{case:<14}{len(images):>6}{what:>10}{theirs:>16,.0f}{ours:>10,.0f}{faster:>8.2f}{peaks:>28}",
                 flush=True,
             )
 

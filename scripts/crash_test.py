@@ -39,7 +39,8 @@ RUN = [
     "trainer.log_every_n_steps=1",
 ]  # fmt: skip
 OF_THE_CLOCK = ("images_per_second", "data_wait", "epoch/images_per_second")
-NOT_COMPARED = (*OF_THE_CLOCK, "config")  # which tells the processes apart that had a loader process
+# "config" tells the processes apart that had a loader process.
+NOT_COMPARED = (*OF_THE_CLOCK, "seconds", "train/seconds", "config")
 
 
 def main() -> None:
@@ -237,13 +238,17 @@ def differences(one: Any, other: Any, place: str) -> list[str]:
 
 
 def curves(run: Path) -> dict[str, Any]:
-    """TensorBoard's points by name, each as (step, value)."""
+    """TensorBoard's points by name, each as (step, value).
+
+    Without an epoch's times: they come after its checkpoint, and a run that is killed between the two has none.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run))
     events.Reload()
     tags = events.Tags()
-    points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
+    scalars = [tag for tag in tags["scalars"] if not tag.startswith("time/")]
+    points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in scalars}
     for tag in OF_THE_CLOCK:
         points[f"steps of {tag}"] = [step for step, _ in points[tag]]
     return points | {tag: [event.step for event in events.Images(tag)] for tag in tags["images"]}

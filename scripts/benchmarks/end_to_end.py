@@ -1,0 +1,130 @@
+"""Images per second of a training on pictures of CIFAR-10's shape, data included, against its step alone and the peers."""
+
+import argparse
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bench_data
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks import of_lightly, official, ours
+from benchmarks.nets import NETS, Net, Setting
+from benchmarks.nets import TINY as TINY_NETS
+from benchmarks.peers import Peers
+from benchmarks.turns import Case, Turn, timed
+from moco.train import build_data
+
+STEP = "our step alone"
+
+
+def add_arguments(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--npz", help="an archive with train_images (M, 32, 32, 3), uint8; else noise of that shape")
+    parser.add_argument("--steps", type=int, default=10, help="in one turn, after a first that does not count")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes of the peers")
+
+
+def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
+    net = TINY_NETS["resnet_tiny"] if arguments.tiny else NETS["resnet18 K 4096"]
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Path(arguments.npz or write_noise(Path(folder), net, arguments.steps))
+        yield case_of(net, archive, arguments, peers)
+
+
+def write_noise(folder: Path, net: Net, num_steps: int) -> Path:
+    """Random pictures for two more batches than a turn takes."""
+    generator = np.random.default_rng(0)
+    shape = ((num_steps + 3) * net.batch_size, net.image_size, net.image_size, 3)
+    pictures = generator.integers(0, 256, shape, dtype=np.uint8)
+    labels = np.arange(len(pictures)) % 10
+    few = slice(net.batch_size)
+    path = folder / "noise.npz"
+    parts = {"train_images": pictures, "train_labels": labels, "test_images": pictures[few], "test_labels": labels[few]}
+    np.savez(path, **parts)
+    return path
+
+
+def case_of(net: Net, archive: Path, arguments: argparse.Namespace, peers: Peers) -> Case:
+    """Default settings on both sides: `moco.train` with all its callbacks, the peers' example loops and loaders."""
+    setting = Setting(torch.device(arguments.device))
+    overrides = ["data=npz", f"data.root={archive}", "augmentation=cifar", f"trainer.accelerator={setting.device.type}"]
+    config = net.config(*overrides, *ours.for_steps(arguments.steps))
+
+    def step_alone() -> Turn:
+        return ours.training(config, ours.SamePair(config, setting.views(net)))
+
+    def with_data() -> Turn:
+        data = build_data(config)
+        data.source = dataclasses.replace(data.source, bank=None, queries=None)  # no evaluation at the end of a turn
+        return ours.training(config, data)
+
+    contenders: dict[str, Callable[[], Turn]] = {STEP: step_alone, "ours, with data": with_data}
+    fed_from = partial(fed, net, setting, archive, arguments.steps, arguments.workers)
+    if "lightly" in peers:
+        contenders["lightly"] = lambda: fed_from(of_lightly.step(net, setting), lightly_views(net))
+    if "official" in peers:
+        step = official.step(peers["official"], net, setting, True)
+        contenders["official"] = lambda: fed_from(step, official_views(net))
+    images = "noise" if not arguments.npz else archive.name
+    return Case(
+        f"{net.backbone}, batch {net.batch_size}, {images}", contenders, (STEP, "official", "lightly"), warm_ups=0
+    )
+
+
+def lightly_views(net: Net) -> Callable[[Image.Image], list[Tensor]]:
+    from lightly.transforms import MoCoV2Transform
+
+    return MoCoV2Transform(input_size=net.image_size)
+
+
+def official_views(net: Net) -> Callable[[Image.Image], list[Tensor]]:
+    """The two views of the official CIFAR-10 notebook."""
+    view = bench_data.official(bench_data.settings("cifar"), net.image_size, blur=False)
+    return lambda picture: [view(picture), view(picture)]
+
+
+class Pictures(Dataset[list[Tensor]]):
+    """Pictures of an archive, one by one through Pillow, as torchvision's CIFAR10 hands them to a transform."""
+
+    def __init__(self, archive: Path, views: Callable[[Image.Image], list[Tensor]]) -> None:
+        self.pictures = np.load(archive)["train_images"]
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return self.views(Image.fromarray(self.pictures[index]))
+
+
+def fed(
+    net: Net,
+    setting: Setting,
+    archive: Path,
+    num_steps: int,
+    num_workers: int,
+    step: Callable[[Tensor, Tensor], None],
+    views: Callable[[Image.Image], list[Tensor]],
+) -> Turn:
+    """A turn of a peer's loop: a new loader, a step that does not count, during which it fills up, and `num_steps`."""
+    options: dict[str, Any] = {"shuffle": True, "drop_last": True, "num_workers": num_workers}
+    loader = DataLoader(Pictures(archive, views), net.batch_size, **options)
+
+    def turn() -> dict[str, float]:
+        batches = iter(loader)
+
+        def one_step() -> None:
+            step(*map(setting.placed, next(batches)))
+
+        one_step()
+        measured = timed(one_step, setting.device, images=net.batch_size, calls=num_steps)()
+        return dict(measured)
+
+    return turn

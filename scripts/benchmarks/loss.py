@@ -1,0 +1,125 @@
+"""InfoNCE forward and backward, against its two matrix products and other forms of it; and its peak memory."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import of_lightly
+from benchmarks.memory import in_child, limit_memory, peak_mib
+from benchmarks.peers import Peers
+from benchmarks.recipe import EMBEDDING_DIM, TEMPERATURE
+from benchmarks.turns import Case, Turn, timed
+from moco.methods.losses import info_nce
+
+BOUND = "two matrix products"
+TIMED = ((256, 4096), (256, 65536))  # N, K
+MEMORY = ((256, 65536), (256, 1048576), (4096, 65536), (4096, 1048576))
+TINY, TINY_MEMORY = ((8, 64),), ((8, 64),)
+
+
+def add_arguments(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    parser.add_argument("--memory-of", nargs=3, metavar=("CONTENDER", "N", "K"), help=argparse.SUPPRESS)
+
+
+def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
+    """Time with all in one process; then memory, each contender in a process of its own."""
+    device = torch.device(arguments.device)
+    references = (BOUND, "plain form", "lightly")
+    for num_queries, queue_size in TINY if arguments.tiny else TIMED:
+        contenders = {
+            name: partial(turn_of, build, num_queries, queue_size, device, 10 if queue_size <= 4096 else 1)
+            for name, build in forms(peers).items()
+        }
+        yield Case(f"N {num_queries:,}, K {queue_size:,}", contenders, references)
+    if arguments.no_memory or device.type != "cpu":
+        return
+    for num_queries, queue_size in TINY_MEMORY if arguments.tiny else MEMORY:
+        name = f"memory, N {num_queries:,}, K {queue_size:,}"
+        contenders = {form: partial(alone, form, num_queries, queue_size, arguments.threads) for form in forms(peers)}
+        yield Case(name, contenders, references, repeats=1, warm_ups=0)
+
+
+def forms(peers: Peers) -> dict[str, Callable[..., Callable[[], Any]]]:
+    """What is compared, each built from (query, key, negatives)."""
+    of_peers = {"lightly": lightly} if "lightly" in peers else {}
+    return {BOUND: products, "ours": ours, "plain form": plain} | of_peers
+
+
+def turn_of(build: Callable[..., Any], num_queries: int, queue_size: int, device: torch.device, calls: int) -> Turn:
+    return timed(build(*rows(num_queries, queue_size, device)), device, calls=calls)
+
+
+def rows(num_queries: int, queue_size: int, device: torch.device) -> list[Tensor]:
+    """Queries (N, C), their keys (N, C) and negatives (K, C), unit norm."""
+    generator = torch.Generator().manual_seed(0)
+    counts = (num_queries, num_queries, queue_size)
+    made = [F.normalize(torch.randn(count, EMBEDDING_DIM, generator=generator), dim=1).to(device) for count in counts]
+    made[0].requires_grad_()
+    return made
+
+
+def products(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]:
+    """The lower bound: logits = query negatives^T, gradient = softmax negatives; room for both is there already."""
+    query = query.detach()
+    logits, gradient = query.new_empty(len(query), len(negatives)), torch.empty_like(query)
+
+    def work() -> None:
+        torch.mm(query, negatives.T, out=logits)
+        torch.mm(logits, negatives, out=gradient)
+
+    return work
+
+
+def forward_backward(loss_of: Callable[[], Tensor], query: Tensor) -> Callable[[], None]:
+    def work() -> None:
+        query.grad = None
+        loss_of().backward()
+
+    return work
+
+
+def ours(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]:
+    return forward_backward(lambda: info_nce(query, key, negatives, TEMPERATURE), query)
+
+
+def plain(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]:
+    """Logits (N, 1 + K) with the positive first, and their cross-entropy: the form of the official code."""
+    target = torch.zeros(len(query), dtype=torch.long, device=query.device)
+
+    def loss() -> Tensor:
+        positive = (query * key).sum(dim=1, keepdim=True)
+        logits = torch.cat([positive, query @ negatives.T], dim=1)
+        return F.cross_entropy(logits / TEMPERATURE, target)
+
+    return forward_backward(loss, query)
+
+
+def lightly(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]:
+    """Theirs normalises, copies the bank and takes the keys into it as well: nothing less can be called."""
+    criterion = of_lightly.loss(len(negatives), EMBEDDING_DIM, TEMPERATURE).to(query.device)
+    return forward_backward(lambda: criterion(query, key), query)
+
+
+def alone(form: str, num_queries: int, queue_size: int, num_threads: int) -> Turn:
+    """Time and memory of one call in a new process; its negatives are not counted."""
+    return lambda: in_child(["loss", "--memory-of", form, str(num_queries), str(queue_size)], num_threads)
+
+
+def print_memory_of(form: str, num_queries: int, queue_size: int) -> None:
+    """In the child: the figures as JSON, after a small call that starts threads and libraries."""
+    limit_memory()
+    build = forms({"lightly": ""})[form]
+    build(*rows(8, 64, torch.device("cpu")))()
+    given = rows(num_queries, queue_size, torch.device("cpu"))
+    measured: dict[str, float] = {}
+    # Room that the lower bound has from the start is what it needs, so building counts.
+    added = peak_mib(lambda: measured.update(timed(build(*given))()))
+    json.dump({**measured, "peak_mib": added}, sys.stdout)

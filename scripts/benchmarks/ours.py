@@ -1,0 +1,130 @@
+"""This project's step: the method by itself, and in Lightning's Trainer as `moco.train` runs it."""
+
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from benchmarks.nets import Net, Setting
+from benchmarks.recipe import KEY_MOMENTUM
+from benchmarks.turns import Turn, wait_for
+from moco.config.train import TrainConfig
+from moco.data.datamodule import Engine, PretrainingData
+from moco.data.datasets import ArrayPictures, DataSource
+from moco.data.loading import PairBatch
+from moco.data.views import ViewPair, build_evaluation_view
+from moco.methods.batch_norm import batch_norm_mode
+from moco.methods.momentum import update_key_encoder
+from moco.train import build_method, build_trainer
+from moco.training.hardware import keep_freed_memory
+from moco.training.interrupts import StopRequest
+
+
+def pair_batch(query_view: Tensor, key_view: Tensor) -> PairBatch:
+    """A batch as the loaders make it."""
+    indices = torch.arange(len(query_view))
+    return PairBatch((query_view, key_view), indices, torch.zeros_like(indices, dtype=torch.bool), 0)
+
+
+def step(net: Net, setting: Setting, batch_norm: str = "auto") -> Callable[[Tensor, Tensor], None]:
+    """The method's training step, backward, its optimizer's step and the momentum update, without a Trainer.
+
+    Args:
+        batch_norm: ``auto`` is what a training on one device has; ``shuffle`` is what the official class does.
+    """
+    keep_freed_memory()  # as `moco.train` does
+    method = setting.placed(build_method(net.plain()))
+    method.put_in_force(batch_norm_mode(batch_norm, method.key_encoder, 1, setting.device.type))
+    optimizer = method.configure_optimizers()
+
+    def step(query_view: Tensor, key_view: Tensor) -> None:
+        with setting.autocast():
+            loss = method.training_step(pair_batch(query_view, key_view), 0)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        update_key_encoder(method.key_encoder, method.query_encoder, KEY_MOMENTUM)
+
+    return step
+
+
+class StepClock(pl.Callback):
+    """Notes when steps end."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if len(self.ends) in (0, self.num_steps):  # between them nothing waits for a GPU
+            wait_for(pl_module.device)
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Of one step, the first left out, from the end of one to the end of the next: callbacks and loading included."""
+        return (self.ends[self.num_steps] - self.ends[0]) / self.num_steps
+
+
+class Repeated:
+    """A loader of the same batch again and again."""
+
+    def __init__(self, batch: PairBatch, times: int) -> None:
+        self.batch = batch
+        self.times = times
+
+    def __len__(self) -> int:
+        return self.times
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        return itertools.repeat(self.batch, self.times)
+
+
+class SamePair(PretrainingData):
+    """The same two views in every batch, in the device's memory: a training whose data costs nothing."""
+
+    def __init__(self, config: TrainConfig, views: list[Tensor]) -> None:
+        pair, size = config.augmentation, int(config.data.image_size or 0)
+        self.views = views
+        super().__init__(
+            DataSource(ArrayPictures(np.zeros((len(views[0]), size, size, 3), np.uint8), "same"), None, None, size),
+            ViewPair(pair.query, pair.key, pair.mean, pair.std, size, config.seed, "batch"),
+            build_evaluation_view(size, config.data.crop_ratio, pair.mean, pair.std),
+            image_size=size,
+            batch_size=config.data.batch_size,
+            engine=Engine("batch", in_memory=True, reason=""),
+        )
+        self.num_batches = config.trainer.max_steps + 1  # one more than are asked for: no step is at an epoch's end
+
+    def train_dataloader(self) -> Any:
+        return Repeated(pair_batch(*self.views), self.num_batches)
+
+
+def for_steps(num_steps: int) -> list[str]:
+    """Overrides of a run that has so many steps after its first; what comes before and after them is left out."""
+    return [f"trainer.max_steps={num_steps + 1}", "evaluation.pictures_every_n_epochs=null"]
+
+
+def training(config: TrainConfig, data: PretrainingData) -> Turn:
+    """A turn is a training of a new model with `moco.train`'s Trainer and all its callbacks; of one step, the seconds."""
+    plain = dataclasses.asdict(config)
+
+    def turn() -> dict[str, float]:
+        clock = StepClock(config.trainer.max_steps - 1)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = (config, Path(folder), plain, {}, Console(quiet=True), StopRequest(()))
+            trainer = build_trainer(*arguments)
+            trainer.callbacks.append(clock)
+            trainer.fit(build_method(plain), datamodule=data)
+        return {"seconds": clock.seconds, "images": config.data.batch_size}
+
+    return turn
