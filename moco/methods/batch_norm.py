@@ -40,13 +40,18 @@ class SplitBatchNorm(_BatchNorm):
 
     Running statistics move by the mean over the groups; evaluation is ordinary BatchNorm. Parameters, buffers and their
     names are BatchNorm's.
+
+    Args:
+        in_blocks: the batches come sorted by group, see `sorted_by_group`. In channels_last a group is then a part of the
+            memory, where otherwise all have to be copied to another layout.
     """
 
-    def __init__(self, wrapped: _BatchNorm, num_splits: int) -> None:
+    def __init__(self, wrapped: _BatchNorm, num_splits: int, in_blocks: bool = False) -> None:
         super().__init__(
             wrapped.num_features, wrapped.eps, wrapped.momentum, wrapped.affine, wrapped.track_running_stats
         )
         self.num_splits = num_splits
+        self.in_blocks = in_blocks
         self._parameters = wrapped._parameters
         self._buffers = wrapped._buffers
 
@@ -57,32 +62,64 @@ class SplitBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         splits = self.num_splits
-        if len(input) % splits:
-            raise InputError(
-                f"method.batch_norm_splits={splits} does not divide the {len(input)} images that one device gets at once"
-            )
-        # (N, C, ...) seen as (N / S, S * C, ...): ordinary BatchNorm of S * C channels.
-        grouped = input.reshape(-1, splits * self.num_features, *input.shape[2:])
+        check_groups(len(input), splits)
         mean, variance = self.running_mean, self.running_var
         if mean is not None and variance is not None:
             mean, variance = mean.repeat(splits), variance.repeat(splits)
-        weight = None if self.weight is None else self.weight.repeat(splits)
-        bias = None if self.bias is None else self.bias.repeat(splits)
-        output = F.batch_norm(grouped, mean, variance, weight, bias, True, self.momentum or 0.0, self.eps)
+        output = (self._of_blocks if self.in_blocks else self._of_all)(input, mean, variance)
         if self.running_mean is not None and self.running_var is not None and mean is not None and variance is not None:
             with torch.no_grad():
                 self.running_mean.copy_(mean.view(splits, -1).mean(dim=0))
                 self.running_var.copy_(variance.view(splits, -1).mean(dim=0))
+        return output
+
+    def _of_all(self, input: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
+        """(N, C, ...) seen as (N / S, S * C, ...): BatchNorm of S * C channels; `mean`, `variance` (S * C,) move."""
+        grouped = input.reshape(-1, self.num_splits * self.num_features, *input.shape[2:])
+        weight = None if self.weight is None else self.weight.repeat(self.num_splits)
+        bias = None if self.bias is None else self.bias.repeat(self.num_splits)
+        output = F.batch_norm(grouped, mean, variance, weight, bias, True, self.momentum or 0.0, self.eps)
         return output.view_as(input)
 
+    def _of_blocks(self, input: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
+        """The same of a batch that is sorted by group, block by block."""
+        splits = self.num_splits
+        means = [None] * splits if mean is None else mean.chunk(splits)
+        variances = [None] * splits if variance is None else variance.chunk(splits)
+        return torch.cat(
+            [
+                F.batch_norm(*block, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
+                for block in zip(input.chunk(splits), means, variances, strict=True)
+            ]
+        )
 
-def split_batch_norm(module: nn.Module, num_splits: int) -> None:
+
+def check_groups(num: int, splits: int) -> None:
+    """Raises InputError if a batch has no `splits` groups of one size."""
+    if num % splits:
+        raise InputError(
+            f"method.batch_norm_splits={splits} does not divide the {num} images that one device gets at once"
+        )
+
+
+def sorted_by_group(rows: Tensor, splits: int) -> Tensor:
+    """The rows 0, S, 2 S, ... of a batch (N, ...), then 1, S + 1, ..."""
+    check_groups(len(rows), splits)
+    return rows.unflatten(0, (-1, splits)).transpose(0, 1).flatten(0, 1)
+
+
+def in_batch_order(rows: Tensor, splits: int) -> Tensor:
+    """Undo `sorted_by_group`."""
+    return rows.unflatten(0, (splits, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def split_batch_norm(module: nn.Module, num_splits: int, in_blocks: bool = False) -> None:
     """Replace every BatchNorm inside `module` by a `SplitBatchNorm` that shares its parameters and buffers."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, SplitBatchNorm):
-            setattr(module, name, SplitBatchNorm(child, num_splits))
+            setattr(module, name, SplitBatchNorm(child, num_splits, in_blocks))
         else:
-            split_batch_norm(child, num_splits)
+            split_batch_norm(child, num_splits, in_blocks)
 
 
 def batch_norm_mode(mode: str, encoder: nn.Module, num_devices: int, device_type: str, negatives: str = "queue") -> str:

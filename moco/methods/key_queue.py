@@ -1,5 +1,7 @@
 """The queue of negative keys. Letters: N batch, C embedding width, K queue size."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,19 +30,29 @@ class KeyQueue(nn.Module):
         self.register_buffer("keys", F.normalize(torch.randn(queue_size, embedding_dim), dim=1))  # (K, C) unit norm
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))  # row that the next key goes to
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))  # rows that hold real keys
+        self.num_filled = 0  # the same on the host, so that no step has to wait for the device to tell
+        self.num_given = 0
+        self.replaced: list[tuple[Tensor, Tensor]] = []
 
     def negatives(self) -> Tensor:
-        """A copy of the keys as they are now: (K, C), or (filled, C) while an ``empty`` start fills up; no gradient.
+        """The keys as they are now: (K, C), or (filled, C) while an ``empty`` start fills up; no gradient.
 
-        A copy, because backward needs these rows after `enqueue` has overwritten some of them.
+        They are no copy, which of a long queue would take time and memory in every step: `enqueue` changes them.
         """
-        if self.start == "random":
-            return self.keys.clone()
-        return self.keys[: int(self.filled)].clone()
+        self.num_given = len(self.keys) if self.start == "random" else self.num_filled
+        self.replaced = []
+        return self.keys[: self.num_given]
+
+    def negatives_given_last(self) -> Tensor:
+        """A copy of what `negatives` gave last, as it was then."""
+        keys = self.keys.clone()
+        for rows, before in reversed(self.replaced):
+            keys[rows] = before
+        return keys[: self.num_given]
 
     def newest(self, most: int) -> Tensor:
         """A copy of the keys that were enqueued last, the oldest of them first: (min(most, filled), C)."""
-        count = min(most, int(self.filled))
+        count = min(most, self.num_filled)
         return self.keys[(self.pointer - count + torch.arange(count, device=self.keys.device)) % len(self.keys)]
 
     @torch.no_grad()
@@ -51,9 +63,16 @@ class KeyQueue(nn.Module):
         it is: an older key, or in a queue that is not full yet the random unit vector that the row was made with.
         """
         size, count = len(self.keys), len(keys)
-        newest = keys[-size:].to(self.keys.dtype)
+        newest = keys[-size:].to(self.keys.dtype)  # (n, C)
         rows = (self.pointer + count - len(newest) + torch.arange(len(newest), device=keys.device)) % size
         is_finite = newest.isfinite().all(dim=1, keepdim=True)  # (N, 1)
-        self.keys[rows] = newest.where(is_finite, self.keys[rows])
+        before = self.keys[rows]
+        self.replaced.append((rows, before))
+        self.keys[rows] = newest.where(is_finite, before)
         self.pointer.copy_((self.pointer + count) % size)
-        self.filled.copy_((self.filled + count).clamp(max=size))
+        self.num_filled = min(self.num_filled + count, size)
+        self.filled.fill_(self.num_filled)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.num_filled = int(self.filled)

@@ -16,12 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.errors import InputError
-from moco.methods.batch_norm import batch_norm_mode, log_batch_norm, split_batch_norm
+from moco.methods.batch_norm import (
+    batch_norm_mode,
+    in_batch_order,
+    log_batch_norm,
+    sorted_by_group,
+    split_batch_norm,
+)
 from moco.methods.key_queue import KeyQueue
 from moco.methods.losses import dense_info_nce, in_batch_info_nce, info_nce, most_similar_cells
 from moco.methods.momentum import key_momentum_at, update_key_encoder
 from moco.models.backbones import build_backbone
-from moco.models.encoder import Encoded, Encoder, per_view, switch_off_stochastic_depth
+from moco.models.encoder import Encoded, Encoder, is_channels_last, per_view, switch_off_stochastic_depth
 from moco.models.heads import DenseProjector, build_head
 from moco.training import trainer
 from moco.training.distributed import all_gather, rank, shuffled_across, unshuffled
@@ -105,18 +111,39 @@ class MoCo(pl.LightningModule):
         self.loss_factor = 2 * temperature if loss_times_2t else 1.0
         self.dense_weight = dense_weight
         self.batch_norm = "plain"
+        self.in_blocks = False  # split BatchNorm takes batches that are sorted by group
 
     def setup(self, stage: str) -> None:
         """Put the batch-norm mode in force; before this (so for evaluation) BatchNorm is PyTorch's own."""
         devices, negatives = self.trainer.world_size, self.hparams["negatives"]
         device_type = self.trainer.strategy.root_device.type
-        self.batch_norm = batch_norm_mode(self.hparams["batch_norm"], self.key_encoder, devices, device_type, negatives)
-        log_batch_norm(self.batch_norm, self.key_encoder, devices, negatives)
-        for module in (self.query_encoder, self.key_encoder, self.predictor):
-            if self.batch_norm == "split":
-                split_batch_norm(module, self.hparams["batch_norm_splits"])
-            elif self.batch_norm == "sync":
+        mode = batch_norm_mode(self.hparams["batch_norm"], self.key_encoder, devices, device_type, negatives)
+        log_batch_norm(mode, self.key_encoder, devices, negatives)
+        self.put_in_force(mode)
+
+    def put_in_force(self, batch_norm: str) -> None:
+        """Let the encoders have that mode from now on, in the memory format that they are in."""
+        self.batch_norm = batch_norm
+        if batch_norm == "split":
+            splits, self.in_blocks = (
+                self.hparams["batch_norm_splits"],
+                is_channels_last(self.query_encoder.parameters()),
+            )
+            for encoder in (self.query_encoder, self.key_encoder):
+                split_batch_norm(encoder, splits, self.in_blocks)
+            split_batch_norm(self.predictor, splits)
+        elif batch_norm == "sync":
+            for module in (self.query_encoder, self.key_encoder, self.predictor):
                 nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+    def compile_encoders(self) -> None:
+        """Let training run its nets by torch.compile.
+
+        The loss is left out: by hand it takes less time than its two matrix products, see docs/performance.md.
+        """
+        for encoder in (self.query_encoder, self.key_encoder):
+            encoder.compile_training()
+        self.predictor.compile(dynamic=False)
 
     @property
     def queues(self) -> list[KeyQueue]:
@@ -129,9 +156,17 @@ class MoCo(pl.LightningModule):
         assert self.dense_queue is not None
         return [self.dense_queue, self.reverse_dense_queue or self.dense_queue]
 
+    def embed(self, encoder: Encoder, views: Sequence[Tensor]) -> list[Encoded]:
+        """`Encoder.embed`, in the order that split BatchNorm takes."""
+        if not self.in_blocks:
+            return encoder.embed(views)
+        splits = self.hparams["batch_norm_splits"]
+        encoded = encoder.embed([sorted_by_group(view, splits) for view in views])
+        return [view.map(partial(in_batch_order, splits=splits)) for view in encoded]
+
     def encode_queries(self, views: Sequence[Tensor]) -> list[Encoded]:
         """For each view (N, 3, H, W) its embeddings (N, C), and with the dense term cells; all of unit norm."""
-        encoded = self.query_encoder.embed(views)
+        encoded = self.embed(self.query_encoder, views)
         predicted = per_view(self.predictor, [view.embedding for view in encoded])
         return [
             view._replace(embedding=embedding).map(unit_norm)
@@ -142,33 +177,38 @@ class MoCo(pl.LightningModule):
     def encode_keys(self, views: Sequence[Tensor]) -> list[Encoded]:
         """The same of keys, without gradient and predictor; shuffled on the way where BatchNorm would leak."""
         if self.batch_norm not in ("shuffle", "split"):
-            return [view.map(unit_norm) for view in self.key_encoder.embed(views)]
+            return [view.map(unit_norm) for view in self.embed(self.key_encoder, views)]
         shuffled, orders = zip(*map(shuffled_across, views), strict=True)
         return [
             view.map(unit_norm).map(partial(unshuffled, order=order))
-            for view, order in zip(self.key_encoder.embed(shuffled), orders, strict=True)
+            for view, order in zip(self.embed(self.key_encoder, shuffled), orders, strict=True)
         ]
 
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """One batch of view pairs; returns the loss, and for the monitors what it was made of, of the last direction."""
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """One batch of view pairs; returns the loss, and for the monitors what it was made of, of the last direction.
+
+        The negatives of a queue come as a function that gives them (K, C), until the next step: to keep them is dear.
+        """
         first, second = batch.views  # (N, 3, H, W) each
         queries = self.encode_queries([first, second] if self.symmetric else [first])  # (N, C) unit norm each
         keys = self.encode_keys([second, first] if self.symmetric else [second])  # (N, C) unit norm each, no gradient
-        contrast = self.against_batch if self.queue is None else self.against_queue
+        contrast: Callable[..., tuple[list[Tensor], Any]] = (
+            self.against_batch if self.queue is None else self.against_queue
+        )
         losses, negatives = contrast(queries, keys)
         query, key = queries[-1].embedding.detach(), keys[-1].embedding
         outputs = {"loss": self.total(losses), "query": query, "key": key, "negatives": negatives}
         return self.with_dense_term(outputs, queries, keys) if self.dense_weight else outputs
 
-    def against_queue(self, queries: list[Encoded], keys: list[Encoded]) -> tuple[list[Tensor], Tensor]:
-        """Each direction's loss, and the last one's negatives (K, C); advances the queues."""
+    def against_queue(self, queries: list[Encoded], keys: list[Encoded]) -> tuple[list[Tensor], Callable[[], Tensor]]:
+        """Each direction's loss, and what gives the last one's negatives (K, C); advances the queues."""
         losses = []
         for query, key, queue in zip(queries, keys, self.queues, strict=False):
             negatives = queue.negatives()  # (K, C) unit norm
             losses.append(info_nce(query.embedding, key.embedding, negatives, self.temperature))
         for key, queue in zip(keys, self.queues, strict=False):
             queue.enqueue(all_gather(key.embedding))  # after the losses: a positive is never its own negative
-        return losses, negatives
+        return losses, queue.negatives_given_last
 
     def against_batch(self, queries: list[Encoded], keys: list[Encoded]) -> tuple[list[Tensor], Tensor]:
         """Each direction's loss, and the last one's keys of all devices (M, C), each query's own among them."""
@@ -182,9 +222,7 @@ class MoCo(pl.LightningModule):
         """The loss of a step from those of its directions."""
         return self.loss_factor * self.reduce_directions(torch.stack(losses))
 
-    def with_dense_term(
-        self, outputs: dict[str, Tensor], queries: list[Encoded], keys: list[Encoded]
-    ) -> dict[str, Tensor]:
+    def with_dense_term(self, outputs: dict[str, Any], queries: list[Encoded], keys: list[Encoded]) -> dict[str, Any]:
         """A step's outputs with DenseCL's loss for MoCo's (arXiv 2011.09157, section 3), and both of its terms.
 
         Each cell of a query is to find the most similar cell of its own key; negatives are other images' mean embeddings.

@@ -53,6 +53,9 @@ def load_pretrained(path: str, which: str, given: dict[str, Any], feature: str |
         InputError: the file cannot be read, is of an unknown format or of another architecture than was asked for, or lacks
             what is needed.
     """
+    import torch
+
+    from moco.models.encoder import is_channels_last
     from moco.models.swin import rewindow
     from moco.models.weights import settings_of
 
@@ -77,6 +80,8 @@ def load_pretrained(path: str, which: str, given: dict[str, Any], feature: str |
     if "window_size" in given and not is_window_set:
         rewindow(encoder.backbone, given["window_size"])
     settings = settings_of(encoder.backbone, settings)
+    if is_channels_last(held.weights.values()):  # so that a monitor's figure is repeated to the last digit
+        encoder.to(memory_format=torch.channels_last)
     return Pretrained(encoder.eval(), settings, held.config, held.epoch, held.step, feature, window_size)
 
 

@@ -1,6 +1,6 @@
 """The encoder: backbone and heads. Letters: N batch, D feature width, C embedding width, H W pixels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +53,13 @@ class Encoder(nn.Module):
             Encoded(*both) for both in zip(per_view(self.projector, features), map(Cells._make, cells), strict=True)
         ]
 
+    def compile_training(self) -> None:
+        """Let `embed` run by torch.compile: each part by itself, for one shape of batches. Names of weights stay."""
+        for part in (self.backbone, self.projector, self.dense_projector):
+            if part is not None:
+                part.compile(dynamic=False)
+        self.feature_and_last_map = torch.compile(self.feature_and_last_map, dynamic=False)  # type: ignore[method-assign]
+
     def feature_and_last_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) and (N, D, H / stride, W / stride)."""
         feature, maps = self.backbone.feature_and_maps(images)  # type: ignore[operator]
@@ -65,7 +72,9 @@ class Encoder(nn.Module):
             images: (N, 3, H, W).
             feature: ``backbone`` for the backbone's feature (N, D), ``embedding`` for the projector's output (N, C).
         """
-        return self.backbone(images) if feature == "backbone" else self(images)
+        # By forward: its batches have other sizes, and what is compiled is for those of the training.
+        features = self.backbone.forward(images)
+        return features if feature == "backbone" else self.projector.forward(features)
 
 
 def switch_off_stochastic_depth(module: nn.Module) -> None:
@@ -96,3 +105,10 @@ def per_view(module: nn.Module, views: Sequence[Tensor], forward: Callable[[Tens
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether any layer normalises over the batch."""
     return any(isinstance(layer, _BatchNorm) for layer in module.modules())
+
+
+def is_channels_last(weights: Iterable[Tensor]) -> bool:
+    """Whether those of convolutions lie in memory with the channels innermost."""
+    four = [weight for weight in weights if weight.dim() == 4]
+    # Those of 1x1 are contiguous either way.
+    return any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in four)

@@ -41,6 +41,14 @@ LEGACY_PICKLES = 5  # magic number, version, machine, content, names of the stor
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint file, but complete on disk before it takes its name; the old ``last.ckpt`` becomes previous."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[Path, dict[str, Any]] = {}
+        """What this process has read of files already; each is handed out once, instead of the file."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.read.pop(Path(path)) if Path(path) in self.read else super().load_checkpoint(path, *args, **kwargs)
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         try:
             is_last = Path(path).name == LAST_CHECKPOINT.name

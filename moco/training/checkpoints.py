@@ -21,6 +21,7 @@ from moco.training.run_folder import (
     write_atomically,
     write_json,
 )
+from moco.training.stopwatches import CHECKPOINTS, epoch_time
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         if stop:
             raise self._interrupted(trainer, stop)
 
+    @epoch_time.measured(CHECKPOINTS)
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         self.figures |= {"epoch": epoch, "step": trainer.global_step}
@@ -164,6 +166,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         if stop:
             raise self._interrupted(trainer, stop)
 
+    @epoch_time.measured(CHECKPOINTS)
     def save_last(self, trainer: pl.Trainer) -> None:
         """Replace ``last.ckpt`` by the state of this moment.
 
@@ -200,6 +203,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
             self.figures |= {self.best_name: self.best, self.best_epoch: self.figures["epoch"]}
         return is_best
 
+    @epoch_time.measured(CHECKPOINTS)
     def _add_figures(self, trainer: pl.Trainer) -> None:
         """Add what was measured after the last step to the checkpoint that was written at it.
 
@@ -215,7 +219,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         path = self.folder / LAST_CHECKPOINT
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["figures"] = dict(self.figures)
-        checkpoint["callbacks"] |= {key: state for key, state in states.items() if state}
+        checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
         write_atomically(path, lambda file: torch.save(checkpoint, file))
 
     def _interrupted(self, trainer: pl.Trainer, number: int) -> Interrupted:

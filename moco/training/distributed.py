@@ -160,7 +160,7 @@ def shuffled_across(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """
     order = torch.randperm(len(tensor) * world_size())
     if world_size() == 1:
-        return tensor[order.to(tensor.device)], order
+        return tensor[order.to(tensor.device, non_blocking=True)], order
     dist.broadcast(order, src=0, group=_steps)
     return sent_to(tensor, order.argsort()), order
 
@@ -169,7 +169,7 @@ def shuffled_across(tensor: Tensor) -> tuple[Tensor, Tensor]:
 def unshuffled(shuffled: Tensor, order: Tensor) -> Tensor:
     """Undo `shuffled_across` for rows computed from its share: this process's own rows, (N, ...)."""
     if world_size() == 1:
-        return shuffled[order.argsort().to(shuffled.device)]
+        return shuffled[order.argsort().to(shuffled.device, non_blocking=True)]
     return sent_to(shuffled, order)
 
 

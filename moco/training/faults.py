@@ -19,6 +19,8 @@ from moco.training.run_folder import last_good
 
 log = logging.getLogger(__name__)
 
+RUN_FOLDER = "hydra.run.dir=PATH"
+
 
 class BadSteps(pl.Callback):
     """Leaves out optimizer steps whose loss or gradients are not finite, and ends the run after too many in a row.
@@ -28,6 +30,10 @@ class BadSteps(pl.Callback):
     after any other step, which does no harm and is what fp16's loss scaling does in steps that it leaves out.
 
     Over several devices each decides the same without a word: the gradients that it looks at are the averaged ones.
+
+    On a GPU nobody waits for the decision. It stays on the device, where the optimizer's kernel looks at it, and is
+    read when figures are logged, at an epoch's end and for a checkpoint: what is said of bad steps comes that much
+    later. LARS has no such kernel, and the loss scale of 16-mixed is looked at in every step: with them each waits.
 
     Args:
         figures: gets ``skipped_steps``, the bad steps of the whole run.
@@ -46,10 +52,13 @@ class BadSteps(pl.Callback):
         self.last_good = last_good
         self.skipped = 0
         self.in_a_row = 0
+        self.unread: list[tuple[int, Tensor]] = []  # steps, and whether each was bad
+        self.precision = "32-true"
         # A tensor on the device while training: keeping it does not wait for the device.
         self.last_finite_loss: Tensor | float = float("nan")
 
     def state_dict(self) -> dict[str, Any]:
+        self._read()
         return {
             "skipped": self.skipped,
             "in_a_row": self.in_a_row,
@@ -63,18 +72,18 @@ class BadSteps(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.figures["skipped_steps"] = self.skipped
+        self.precision = trainer.precision
         layers = [layer for layer in pl_module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
-        # One list for each kind: lists of one dtype are copied in one go.
+        # One list for each kind: buffers of one dtype are copied in one go.
         kinds = ("running_mean", "running_var", "num_batches_tracked")
         self.statistics = [[getattr(layer, kind) for layer in layers] for kind in kinds if layers]
-        self.before = [[buffer.clone() for buffer in buffers] for buffers in self.statistics]
+        self.before = [joined(buffers) for buffers in self.statistics]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            for before, now in zip(self.before, self.statistics, strict=True):
-                torch._foreach_copy_(before, now)
+            self.before = [joined(buffers) for buffers in self.statistics]
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         # An infinite loss can have finite gradients, and is one device's alone. This makes them NaN, on all devices once
@@ -87,16 +96,23 @@ class BadSteps(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-        # The one wait for the device in a step. Without it the step would have been taken before it is known to be bad.
         norm = torch.nn.utils.get_total_norm(gradients)
-        is_bad = not bool(norm.isfinite())
+        is_bad = ~norm.isfinite()
         step = trainer.global_step + 1
-        if is_bad:
-            self._undo(pl_module)
-            self._count(step, trainer.precision)
-        else:
-            self.in_a_row = 0
-        if step % self.log_every_n_steps == 0 and trainer.logger:
+        self.unread.append((step, is_bad))
+        on_device = is_decided_on_device(optimizer, norm)
+        if on_device:
+            optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+            self._put_back(is_bad)
+        elif bool(is_bad):
+            self._put_back(is_bad)
+            # The optimizer is left nothing to do, weight decay and momentum included.
+            for parameter in pl_module.parameters():
+                parameter.grad = None
+        is_logged = step % self.log_every_n_steps == 0
+        if is_logged or not on_device:
+            self._read()
+        if is_logged and trainer.logger:
             scalars = {"train/gradient_norm": float(norm), "train/skipped_steps": self.skipped}
             trainer.logger.log_metrics(scalars, step=step)
 
@@ -106,14 +122,26 @@ class BadSteps(pl.Callback):
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # Lightning has divided it by them
         self.last_finite_loss = torch.where(loss.isfinite(), loss, self.last_finite_loss)
 
-    def _undo(self, pl_module: pl.LightningModule) -> None:
-        """Leave the optimizer nothing to do, weight decay and momentum included, and put the statistics back."""
-        for parameter in pl_module.parameters():
-            parameter.grad = None
-        for before, now in zip(self.before, self.statistics, strict=True):
-            torch._foreach_copy_(now, before)
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._read()
 
-    def _count(self, step: int, precision: str) -> None:
+    def _put_back(self, is_bad: Tensor) -> None:
+        """The statistics, if the step is bad."""
+        for before, buffers in zip(self.before, self.statistics, strict=True):
+            kept = torch.where(is_bad, before, joined(buffers)).split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(kept, buffers, strict=True)])
+
+    def _read(self) -> None:
+        """Count the bad ones among the steps since the last time; waits for the device."""
+        steps, self.unread = self.unread, []
+        flags = torch.stack([is_bad for _, is_bad in steps]).tolist() if steps else []
+        for (step, _), is_bad in zip(steps, flags, strict=True):
+            if is_bad:
+                self._count(step)
+            else:
+                self.in_a_row = 0
+
+    def _count(self, step: int) -> None:
         self.skipped += 1
         self.in_a_row += 1
         self.figures["skipped_steps"] = self.skipped
@@ -126,22 +154,35 @@ class BadSteps(pl.Callback):
                 f"would hold; values in the data that are not finite; {self.last_good()}"
             )
         if self.in_a_row == 1:
-            usual = "; usual with 16-mixed while it looks for its loss scale" if precision == "16-mixed" else ""
+            usual = "; usual with 16-mixed while it looks for its loss scale" if self.precision == "16-mixed" else ""
             log.warning("step %d left out: its loss or gradients are not finite%s", step, usual)
 
 
+def joined(buffers: list[Tensor]) -> Tensor:
+    """All their numbers in a row, of tensors of one dtype."""
+    return torch.cat([buffer.flatten() for buffer in buffers])
+
+
+def is_decided_on_device(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
+    """Whether a step can be left out without a wait: on a GPU, by a kernel that looks at ``found_inf``."""
+    return norm.is_cuda and all(group.get("fused") for group in optimizer.param_groups)
+
+
 @contextmanager
-def failures_without_training_named(batch_size: str, kept: str | None = None) -> Iterator[None]:
+def failures_without_training_named(
+    batch_size: str, kept: str | None = None, place: str = RUN_FOLDER
+) -> Iterator[None]:
     """`failures_named` for programs that compute features: inside, the same failures become a `RunError`.
 
     Args:
         batch_size: the setting's key.
         kept: what is left of the work done.
+        place: the setting that says where its files go.
     """
     try:
         yield
     except (EOFError, MemoryError, OSError, RuntimeError) as error:
-        said = None if isinstance(error, RunError) else explained(error, batch_size, or_in_training="")
+        said = None if isinstance(error, RunError) else explained(error, batch_size, "", place)
         if said is None:
             raise
         raise RunError("; ".join(filter(None, (said, kept)))) from error
@@ -205,30 +246,36 @@ REMEDIES = {
     errno.ENOSPC: "free some space and start again",
     errno.EDQUOT: "free some of your quota and start again",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f) and start again",
-    errno.EROFS: "make the file system writable and start again, or choose another hydra.run.dir=PATH",
-    errno.EACCES: "make it writable for you and start again, or choose another hydra.run.dir=PATH",
+    errno.EROFS: "make the file system writable and start again, or choose another {place}",
+    errno.EACCES: "make it writable for you and start again, or choose another {place}",
     errno.EIO: "the disk or the network file system fails; start again where it works",
     errno.ESTALE: "the network file system was lost; start again where it is mounted",
 }
 
 
 def explained(
-    error: BaseException, batch_size: str = "data.batch_size", or_in_training: str = OR_IN_TRAINING
+    error: BaseException,
+    batch_size: str = "data.batch_size",
+    or_in_training: str = OR_IN_TRAINING,
+    place: str = RUN_FOLDER,
 ) -> str | None:
     """What happened and what to change; None if the error is no sign of a machine that gave out.
 
     Args:
         batch_size: the setting's key.
         or_in_training: what else helps when a GPU is full.
+        place: the setting that says where the program's files go.
     """
     keys = {"batch_size": batch_size, "or_in_training": or_in_training}
     if isinstance(error, torch.OutOfMemoryError):
         return GPU_IS_FULL.format(**keys)
     text = str(error)
     if "PytorchStreamWriter" in text and isinstance(error.__context__, OSError):
-        return explained(error.__context__, **keys)  # a full disk, under the zip writer's complaint about it
+        return explained(
+            error.__context__, **keys, place=place
+        )  # a full disk, under the zip writer's complaint about it
     if isinstance(error, OSError) and error.errno is not None:
-        return explained_os_error(error, batch_size)
+        return explained_os_error(error, batch_size, place)
     for sign, said in SIGNS:
         if re.search(sign, f"{type(error).__name__}: {text}", re.IGNORECASE):
             last_read = re.search(r"; it was reading .*$", text)  # what a lost loader process was at
@@ -238,11 +285,11 @@ def explained(
     return None
 
 
-def explained_os_error(error: OSError, batch_size: str) -> str:
+def explained_os_error(error: OSError, batch_size: str, place: str) -> str:
     """The same of an error that the operating system reported."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return TOO_MANY_FILES
     if error.errno == errno.ENOMEM:
         return MEMORY_IS_FULL.format(batch_size=batch_size)
     remedy = REMEDIES.get(error.errno or 0)
-    return f"{error}; {remedy}" if remedy else str(error)
+    return f"{error}; {remedy.format(place=place)}" if remedy else str(error)

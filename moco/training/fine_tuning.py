@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moco.training.optimizers import without_decay
+from moco.training.optimizers import fused, without_decay
 
 LONGEST_WARMUP = 1500  # steps; of the Swin segmentation code
 
@@ -31,7 +31,7 @@ def build_layered_optimizer(
             scale = layer_decay**depth
             new = {"params": [], "lr": lr * scale, "scale": scale, "weight_decay": 0.0 if is_spared else weight_decay}
             groups.setdefault((depth, is_spared), new)["params"].append(parameter)
-    return torch.optim.AdamW([groups[key] for key in sorted(groups)], lr=lr)
+    return fused(torch.optim.AdamW, [groups[key] for key in sorted(groups)], lr=lr)
 
 
 def fine_tuning_lr_at(

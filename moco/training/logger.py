@@ -8,8 +8,11 @@ import pytorch_lightning as pl
 import yaml
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
+
+from moco.training.stopwatches import LOGGING, epoch_time
 
 
 class RunLogger(TensorBoardLogger):
@@ -23,6 +26,14 @@ class RunLogger(TensorBoardLogger):
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
         super().__init__(save_dir=str(folder), name="", version="", default_hp_metric=False, purge_step=purge_step)
 
+    @rank_zero_only
+    @epoch_time.measured(LOGGING)
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """All scalars of a step in one event, where Lightning writes one each."""
+        values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in metrics.items()]
+        self.experiment._get_file_writer().add_summary(Summary(value=values), step)
+
+    @epoch_time.measured(LOGGING)
     def save(self) -> None:
         self.experiment.flush()
 

@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 SECONDS_BETWEEN_LINES = 60.0
+FRAMES_PER_SECOND = 4
+"""Of the bar: drawing it takes milliseconds from the training thread."""
 
 
 class ProgressBar(pl.Callback):
@@ -36,6 +38,7 @@ class ProgressBar(pl.Callback):
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
+            refresh_per_second=FRAMES_PER_SECOND,
             disable=not console.is_terminal,
         )
 
@@ -44,14 +47,16 @@ class ProgressBar(pl.Callback):
             "training", total=pl_module.num_steps, completed=trainer.global_step, status=""
         )
         self.progress.start()
-        self.last_line = time.monotonic()
+        self.last_line = self.last_update = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        now = time.monotonic()
         if self.console.is_terminal:
-            self.progress.update(self.task, completed=trainer.global_step, status=self._status())
-        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            if now - self.last_update > 1 / FRAMES_PER_SECOND:
+                self._update(trainer)
+        elif now - self.last_line > SECONDS_BETWEEN_LINES:
             self._print(f"epoch {trainer.current_epoch + 1:>4}/{trainer.max_epochs}  step {trainer.global_step}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -62,12 +67,17 @@ class ProgressBar(pl.Callback):
                 line += f"  {name} {self.figures[score]:.4f}"
         line += f"  {self.figures['images_per_second']:,.0f} images/s  data wait {self.figures['data_wait']:.0%}"
         self._print(line)
+        self._update(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.progress.stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.progress.stop()
+
+    def _update(self, trainer: pl.Trainer) -> None:
+        self.progress.update(self.task, completed=trainer.global_step, status=self._status())
+        self.last_update = time.monotonic()
 
     def _print(self, line: str) -> None:
         self.progress.console.print(line, highlight=False)

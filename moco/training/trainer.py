@@ -14,9 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from moco.training.checkpoint_files import AtomicCheckpointIO
 from moco.training.distributed import world_size
 from moco.training.hardware import choose_device, choose_precision
+from moco.training.hardware_fit import HardwareFit
 from moco.training.logger import RunLogger
+from moco.training.unprofiled import Unprofiled
 
-OURS = ("max_bad_steps", "timeout_minutes")
+OURS = ("compile", "max_bad_steps", "memory_format", "timeout_minutes")
 """Fields of ``TrainerConfig`` that Lightning's Trainer does not know."""
 
 
@@ -36,16 +38,19 @@ def build_trainer(
         environment: who started the processes, see `environment_of`; None: this process is alone.
         purge_step: see `RunLogger`.
     """
-    settings = {name: value for name, value in settings.items() if name not in OURS}
-    settings["precision"] = choose_precision(settings["precision"], choose_device(settings["accelerator"]))
+    device = choose_device(settings["accelerator"])
+    precision = choose_precision(settings["precision"], device)
+    fit = HardwareFit(device, precision, settings["memory_format"], settings["compile"])
+    settings = {name: value for name, value in settings.items() if name not in OURS} | {"precision": precision}
     settings["benchmark"] &= not settings["deterministic"]  # cuDNN's trials choose by timing
     if world_size() > 1:
         options: dict[str, Any] = {buffers_switch(): False, "gradient_as_bucket_view": True}
         settings["strategy"] = DDPStrategy(**options)
     trainer = pl.Trainer(
         **settings,
-        callbacks=list(callbacks),
+        callbacks=[fit, *callbacks],
         logger=RunLogger(folder, purge_step),
+        profiler=Unprofiled(),
         plugins=[AtomicCheckpointIO(), environment or LightningEnvironment()],
         default_root_dir=folder,
         use_distributed_sampler=False,  # EpochSampler shares the pictures out itself

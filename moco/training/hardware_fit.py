@@ -1,0 +1,81 @@
+"""The nets of a training as the device takes them best."""
+
+import logging
+import warnings
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from moco.training.hardware import choose_memory_format, keep_freed_memory
+
+log = logging.getLogger(__name__)
+
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+SIZES_AT_MOST = 64
+"""That are compiled: each size of views counts twice, for queries and for keys. What comes after runs as it is."""
+
+
+class HardwareFit(pl.Callback):
+    """Before training, fits the nets to the device that computes, and says in one line how they run.
+
+    A run that goes on from its checkpoint elsewhere is fitted to what is there: weights are fp32 whatever the precision, so
+    that the checkpoint serves both. It warns when that is another way than the run began.
+
+    Args:
+        device: that computes.
+        precision: of `choose_precision`.
+        memory_format: see `choose_memory_format`.
+        compile: let the module compile its encoders, by its method ``compile_encoders``.
+    """
+
+    def __init__(self, device: torch.device, precision: str, memory_format: str, compile: bool) -> None:
+        self.device = device
+        self.memory_format = memory_format
+        self.compile = compile
+        self.way = {"precision": precision}
+        self.began: dict[str, str] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.began or self.way
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.began = state_dict
+        for name, value in self.way.items():
+            if state_dict.get(name, value) != value:
+                log.warning(
+                    "trainer.%s: the run began with %s and goes on with %s, as this hardware has it; the same pictures, "
+                    "but no longer the same to the last bit", name, state_dict[name], value,
+                )  # fmt: skip
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        memory_format = choose_memory_format(self.memory_format, pl_module)
+        pl_module.to(memory_format=FORMATS[memory_format])
+        self.way["memory_format"] = memory_format
+        obstacle = obstacle_to_compiling(self.device) if self.compile else None
+        self.way["compiled"] = "yes" if self.compile and obstacle is None else "no"
+        if self.way["compiled"] == "yes":
+            torch.compiler.reset()  # an earlier training in this process counts as well
+            torch._dynamo.config.recompile_limit = SIZES_AT_MOST
+            # The tracer looks at the gradient of all that it is given, the projector's input among it.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+            pl_module.compile_encoders()  # type: ignore[operator]
+        where = (
+            torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
+        log.info("device: %s; %s%s", where, described(self.way), f", {obstacle}" if obstacle else "")
+
+
+def described(way: dict[str, str]) -> str:
+    return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in way.items())
+
+
+def obstacle_to_compiling(device: torch.device) -> str | None:
+    """Why torch.compile does not work here, in a few words, by compiling next to nothing; None if it does."""
+    try:
+        torch.compile(torch.neg, dynamic=False)(torch.ones(2, device=device))
+    except RuntimeError as error:  # also of torch.compile's own kinds: no compiler, a Python that it does not know
+        return f"torch.compile fails ({str(error).strip().splitlines()[0]})"
+    return None
