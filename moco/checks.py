@@ -12,7 +12,10 @@ from moco.config.train import OptimizerConfig, TrainConfig, TrainerConfig
 from moco.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from moco.data.datamodule import PretrainingData
+    from moco.data.resolution import ResolutionRamp
     from moco.models.encoder import Encoder
 
 log = logging.getLogger(__name__)
@@ -26,6 +29,15 @@ def check_run(resume: str | None, trainer: TrainerConfig) -> None:
         raise InputError(f"resume={resume}: no such file")
     if trainer.max_steps == 0:
         raise InputError("trainer.max_steps=0: expected -1 for no limit, or at least 1")
+
+
+def check_output(output: Path) -> None:
+    """Raises InputError if no file can be written there; makes nothing."""
+    if output.is_dir():
+        raise InputError(f"output={output}: a folder; expected the name of a file")
+    existing = next(path for path in output.absolute().parents if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"output={output}: cannot write to {existing}")
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:
@@ -72,6 +84,28 @@ def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
             f"data.batch_size={config.data.batch_size}: the {at_once} images that a device gets at once are no multiple "
             f"of method.batch_norm_splits={splits}"
         )
+
+
+def check_resolution_ramp(ramp: "ResolutionRamp", backbone: "nn.Module", max_epochs: int) -> None:
+    """Say how views grow, and if the run ends before they have.
+
+    Raises:
+        InputError: a smaller view is no whole number of the backbone's patches.
+    """
+    if ramp.start_image_size is None:
+        return
+    patch = getattr(backbone, "patch_size", 1)
+    if broken := [size for size in ramp.sizes[:-1] if size % patch]:
+        raise InputError(
+            f"augmentation.start_image_size, augmentation.image_size_step: views of {broken[0]} px are no multiple of the "
+            f"backbone's patches of {patch} px"
+        )
+    log.info("views grow over %d epochs: %s", ramp.ramp_epochs, ramp.in_words())
+    if ramp.ramp_epochs is not None and ramp.ramp_epochs >= max_epochs:
+        log.warning(
+            "augmentation.ramp_epochs=%d: the run has %d epochs and no view of %d px, at which it is evaluated",
+            ramp.ramp_epochs, max_epochs, ramp.image_size,
+        )  # fmt: skip
 
 
 def warn_of_negatives(config: TrainConfig, num_pictures: int) -> None:

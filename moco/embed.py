@@ -5,9 +5,11 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moco.checks import check_output
 from moco.config.pretrained import EmbedConfig, given_settings, with_defaults, with_usual_settings
 from moco.errors import InputError, RunError, printable
 from moco.launch import launch, save_hydra_files
@@ -52,7 +54,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.training.run_folder import claimed
 
     output = Path(config.output)
-    check_output(output)
+    check_files(output)
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)
     pretrained = load_pretrained(config.checkpoint, config.encoder, given, config.feature)
@@ -94,7 +96,8 @@ def run(config: EmbedConfig, folder: Path) -> None:
     parts_folder = output.with_name(f"{output.name}.part")
     console = Console()
     kept = f"what is done is kept in {parts_folder}, and the same command goes on there"
-    with taken(parts_folder), interruptible(), failures_without_training_named("batch_size", kept):
+    failures_named = partial(failures_without_training_named, "batch_size")
+    with taken(parts_folder), interruptible(), failures_named(kept, place="output=FILE.npz"):
         parts = FeatureParts(parts_folder, about, pictures.start)
         num_workers = config.data.num_workers
         if num_workers is None:
@@ -106,23 +109,18 @@ def run(config: EmbedConfig, folder: Path) -> None:
             raise InputError(f"data.root={data['root']}: no pictures in there")
         said = write_files(output, parts, config.index, pictures.has_labels)
         remove_parts(parts_folder)
-    with claimed(folder, dataclasses.asdict(config)):
+    with failures_named(), claimed(folder, dataclasses.asdict(config)):
         save_hydra_files(folder)
     report(config, data, parts, pictures.has_labels, said, console)
 
 
-def check_output(output: Path) -> None:
+def check_files(output: Path) -> None:
     """Raises InputError if no .npz file, or no index beside it, can be written there."""
     if output.suffix != ".npz":
         raise InputError(f"output={output}: expected a file that ends in .npz")
-    for path in (output, index_of(output)):
-        if path.is_dir():
-            raise InputError(
-                f"output={output}: {'' if path == output else f'{path} is '}a folder; expected the name of a file"
-            )
-    existing = next(path for path in output.absolute().parents if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"output={output}: cannot write to {existing}")
+    check_output(output)
+    if index_of(output).is_dir():
+        raise InputError(f"output={output}: {index_of(output)} is a folder; expected the name of a file")
 
 
 def index_of(output: Path) -> Path:

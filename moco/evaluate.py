@@ -11,9 +11,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moco.checks import check_output
 from moco.config.pretrained import (
     EvaluateConfig,
-    check_kind,
+    check_settings,
     given_settings,
     with_defaults,
     with_usual_settings,
@@ -37,19 +38,15 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     from moco.training.faults import failures_without_training_named
     from moco.training.run_folder import claimed, write_atomically, write_json
 
-    check_kind(config.evaluation)
+    check_settings(config)
     output = Path(config.output) if config.output else folder / "metrics.json"
-    if output.is_dir():
-        raise InputError(f"output={output}: a folder; expected the name of a file")
-    existing = next(path for path in output.absolute().parents if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"output={output}: cannot write to {existing}")
+    check_output(output)
     with failures_without_training_named("evaluation.batch_size"):
         subject, pretrained = subject_of(config, folder)
         findings = measure(subject)
     origin = origin_of(subject, pretrained)
     console = show(findings, origin)
-    with claimed(folder, dataclasses.asdict(config)):
+    with failures_without_training_named("evaluation.batch_size"), claimed(folder, dataclasses.asdict(config)):
         save_hydra_files(folder)
         for name, write in findings.files.items():
             write_atomically(folder / name, write)

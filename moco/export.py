@@ -35,6 +35,7 @@ def run(config: ExportConfig, folder: Path) -> None:
         InputError: the checkpoint cannot be read, the library has no such model, or the file cannot be written.
         RunError: the disk is full.
     """
+    import torch
     from rich.console import Console
 
     from moco.training.progress import print_table
@@ -44,7 +45,7 @@ def run(config: ExportConfig, folder: Path) -> None:
     check_output(output, config.format)
     given = given_settings(config.backbone)
     pretrained = load_pretrained(config.checkpoint, config.encoder, given)
-    backbone: Any = pretrained.encoder.backbone
+    backbone: Any = pretrained.encoder.backbone.to(memory_format=torch.contiguous_format)  # as any reader expects it
     built_with, of_run = pretrained.settings, with_usual_settings(pretrained.config)
     image_size = of_run["data"]["image_size"] or config.image_size
     if image_size is None:

@@ -21,6 +21,7 @@ from typing import NoReturn, TypeVar
 
 import hydra
 import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -60,6 +61,8 @@ def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would otherwise print its own report and exit with 1 for everything
     argparse.ArgumentParser.error = refuse_option  # type: ignore[assignment]  # Hydra's would print its usage as well
+    # --help copies all schemas for every group that it lists, most of its time. Hydra hands out copies of them anyhow.
+    ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
     register_schemas()
     register_resolvers()
     is_training = any(item.name == "slurm" for item in dataclasses.fields(schema))  # type: ignore[arg-type]

@@ -5,7 +5,6 @@
 
 import dataclasses
 import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -13,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from moco.config.pack import PackConfig
 from moco.errors import InputError, Interrupted, RunError, printable
 from moco.launch import launch, save_hydra_files
+from moco.training.folder_lock import locked
 from moco.training.interrupts import ENDING, held_back
 
 if TYPE_CHECKING:
@@ -69,25 +69,9 @@ def run(config: PackConfig, folder: Path) -> None:
         save_hydra_files(folder)
 
 
-@contextmanager
-def taken(output: Path) -> Iterator[None]:
-    """Make the folder if it isn't there; inside, no other process packs there.
-
-    Raises:
-        InputError: one does, or the folder cannot be made.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise InputError(f"output={output}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise InputError(f"output={output}: another process is packing there") from error
-    finally:
-        os.close(descriptor)
+def taken(output: Path) -> AbstractContextManager[None]:
+    """Make the folder if it isn't there; inside, no other process packs there. Errors of `locked`."""
+    return locked(output, f"output={output}", "packing")
 
 
 @contextmanager

@@ -52,6 +52,8 @@ def run(config: SegmentConfig, folder: Path) -> None:
     check_run(config.resume, config.trainer)
     if config.trainer.devices * config.trainer.num_nodes > 1:
         raise InputError(f"trainer.devices={config.trainer.devices}: moco.segment trains on one device")
+    if config.trainer.compile:
+        raise InputError("trainer.compile=true: moco.segment does not compile its model; expected false")
 
     import pytorch_lightning as pl
     from rich.console import Console
@@ -273,6 +275,7 @@ def build_trainer(
     from moco.training import trainer
     from moco.training.checkpoints import Checkpoints
     from moco.training.faults import BadSteps
+    from moco.training.logger import RunDescription
     from moco.training.progress import ProgressBar
     from moco.training.run_folder import last_good
 
@@ -286,6 +289,7 @@ def build_trainer(
             num_pictures=config.evaluation.num_pictures,
             should_stop=lambda: bool(stop),
         ),
+        RunDescription(folder, plain, ["segment/miou", "epoch/loss"]),
         ProgressBar(figures, console, ("segment/miou", "mIoU")),
         Checkpoints(folder, plain, figures, stop, config.checkpoint_every_n_epochs, monitor="segment/miou"),
     ]

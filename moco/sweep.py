@@ -4,6 +4,7 @@ import argparse
 import csv
 import io
 import json
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from moco.training.run_folder import CONFIG, write_atomically
 from moco.training.run_status import read_status, slurm_queue, state_now
 
 MULTIRUN = "multirun.yaml"
+SEED = "seed"
 FIGURES = {
     "epoch": "epoch",
     "step": "step",
@@ -24,6 +26,7 @@ FIGURES = {
     "best kNN": "knn/best_top1",
     "in epoch": "knn/best_epoch",
     "mIoU": "segment/miou",
+    "training": "train/seconds",
 }
 """The table's columns for figures of ``metrics.json``; those that no job has are left out."""
 
@@ -113,17 +116,40 @@ def as_text(jobs: Sequence[Job]) -> str:
     columns = [title for title, key in FIGURES.items() if any(key in job.figures for job in jobs)]
     rows = [[*keys, "state", *columns, "message"]]
     for job in jobs:
-        figures = [shown(job.figures.get(FIGURES[title])) for title in columns]
+        figures = [shown(title, job.figures.get(FIGURES[title])) for title in columns]
         rows.append([*(job.overrides.get(key, "") for key in keys), job.state, *figures, job.status.get("message", "")])
+    for overrides, of_seeds in over_seeds(jobs).items():
+        of_keys = dict(overrides) | {SEED: f"mean of {len(of_seeds)}"}
+        figures = [mean_and_spread(title, [job.figures.get(FIGURES[title]) for job in of_seeds]) for title in columns]
+        rows.append([*(of_keys.get(key, "") for key in keys), "", *figures, ""])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(printable(line.rstrip()) for line in lines)
 
 
-def shown(figure: Any) -> str:
+def over_seeds(jobs: Sequence[Job]) -> dict[tuple[tuple[str, str], ...], list[Job]]:
+    """Jobs that differ by their seed alone and are done, two and more, by the overrides that they share."""
+    groups: dict[tuple[tuple[str, str], ...], list[Job]] = {}
+    for job in jobs:
+        if SEED in job.overrides and job.state == "finished":
+            shared = tuple((key, value) for key, value in job.overrides.items() if key != SEED)
+            groups.setdefault(shared, []).append(job)
+    return {shared: group for shared, group in groups.items() if len(group) > 1}
+
+
+def mean_and_spread(title: str, figures: Sequence[Any]) -> str:
+    """The mean and the sample's standard deviation of a figure that all jobs have and that is no count."""
+    if not all(isinstance(figure, float) for figure in figures):
+        return ""
+    return f"{shown(title, statistics.mean(figures))} ± {shown(title, statistics.stdev(figures))}"
+
+
+def shown(title: str, figure: Any) -> str:
     """A figure of the table."""
     if figure is None:
         return "-"
+    if title == "training":
+        return f"{figure:,.0f} s"
     return f"{figure:.4f}" if isinstance(figure, float) else str(figure)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moco.checks import (
     check_batch_norm,
     check_optimizer,
+    check_resolution_ramp,
     check_resumable,
     check_run,
     check_same_pictures,
@@ -103,6 +103,7 @@ def train(
 
     from moco.methods.init_from import start_from
     from moco.methods.weight_files import write_backbone_file
+    from moco.training.closing_table import close
     from moco.training.distributed import environment_of, from_rank_zero, lost_peers_named, process_group, rank
     from moco.training.faults import failures_named
     from moco.training.hardware import choose_device
@@ -120,31 +121,41 @@ def train(
         check_same_pictures(data)
         pictures = from_rank_zero(lambda: dense_set(config, data.image_size))
         check_batch_norm(method.query_encoder, config)
+        check_resolution_ramp(data.augment.ramp, method.query_encoder.backbone, config.trainer.max_epochs)
         warn_of_negatives(config, len(data.source.train))
         is_new = from_rank_zero(lambda: find_checkpoint(folder, plain, config.resume, DEFAULTS)) is None
         if is_new and config.init_from is not None:
             start_from(method, config.init_from)
         elif config.init_from is not None:
             log.info("init_from=%s is not read: the run goes on from a checkpoint", config.init_from)
-        checkpoint, step = from_rank_zero(lambda: take_folder(stack, folder, plain, config.resume, files))
+        read: dict[Path, dict[str, Any]] = {}
+        checkpoint, step = from_rank_zero(lambda: take_folder(stack, folder, plain, config.resume, files, read))
         figures: dict[str, Any] = {}
         console = Console(quiet=rank() > 0)
         trainer = build_trainer(config, folder, plain, figures, console, stop, environment, step, pictures)
         with failures_named(folder), lost_peers_named():  # once more, for the line in the folder's status
-            fit(trainer, method, data, checkpoint, stop)
+            fit(trainer, method, data, checkpoint, stop, read)
             # A run that had reached its last step within its first epoch, and goes on, ends at once.
             figures.setdefault("epoch", trainer.current_epoch)
             figures.setdefault("step", trainer.global_step)
             if rank() == 0:
                 write_backbone_file(folder / BACKBONE_FILE, method, plain, figures)
                 write_json(folder / "metrics.json", figures)
-        close(console, folder, figures, data)
+        close(console, folder, figures, len(data.unreadable))
 
 
 def take_folder(
-    stack: ExitStack, folder: Path, plain: dict[str, Any], resume: str | None, files: dict[str, str]
+    stack: ExitStack,
+    folder: Path,
+    plain: dict[str, Any],
+    resume: str | None,
+    files: dict[str, str],
+    read: dict[Path, dict[str, Any]],
 ) -> tuple[Path | None, int | None]:
     """Make `folder` this process's alone until `stack` closes.
+
+    Args:
+        read: gets the checkpoint's content.
 
     Returns:
         The checkpoint to go on from, and the optimizer steps that it has behind it; None and None to start.
@@ -155,13 +166,15 @@ def take_folder(
     checkpoint = find_checkpoint(folder, plain, resume, DEFAULTS)
     is_other_run = checkpoint is not None and checkpoint != folder / LAST_CHECKPOINT
     if checkpoint and is_other_run:
-        step = check_resumable(checkpoint, read_checkpoint(checkpoint), plain)  # before anything is written
+        read[checkpoint] = read_checkpoint(checkpoint)
+        step = check_resumable(checkpoint, read[checkpoint], plain)  # before anything is written
     stack.enter_context(claimed(folder, plain))
     for name, text in files.items():
         (folder / ".hydra" / name).write_text(text)
     if checkpoint and not is_other_run:
         content = sound_checkpoint(folder)
         assert content is not None
+        read[checkpoint] = content
         step = check_resumable(checkpoint, content, plain)
     if checkpoint is None:
         return None, None
@@ -170,16 +183,27 @@ def take_folder(
 
 
 def fit(
-    trainer: "pl.Trainer", method: "MoCo", data: "PretrainingData", checkpoint: Path | None, stop: "StopRequest"
+    trainer: "pl.Trainer",
+    method: "MoCo",
+    data: "PretrainingData",
+    checkpoint: Path | None,
+    stop: "StopRequest",
+    read: dict[Path, dict[str, Any]],
 ) -> None:
     """Train from the checkpoint, if there is one, to the end.
+
+    Args:
+        read: what this process has read of it already.
 
     Raises:
         Interrupted: a signal came; also when it came before there was anything to save.
     """
     from moco.evaluation.features import EmbeddingStopped
+    from moco.training.checkpoint_files import AtomicCheckpointIO
     from moco.training.distributed import largest
 
+    assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+    trainer.strategy.checkpoint_io.read = read
     try:
         trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     except EmbeddingStopped as error:
@@ -212,17 +236,19 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
     )
 
     from moco.data.datamodule import PretrainingData, choose_engine
+    from moco.data.resolution import ResolutionRamp
     from moco.data.views import ViewPair, build_evaluation_view
     from moco.training.hardware import choose_device
 
     image_size = data.image_size or source.image_size
     device = choose_device(config.trainer.accelerator)
     engine = choose_engine(data.engine, source.train, image_size, device.type)
+    ramp = ResolutionRamp(image_size, pair.start_image_size, pair.image_size_step, pair.ramp_epochs)
     where = ", in memory" if engine.in_memory else f", {data.num_workers} loader processes"
     log.info("augmentation: %s engine%s (%s)", engine.name, where, engine.reason)
     return PretrainingData(
         source,
-        ViewPair(pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, engine.name),
+        ViewPair(pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, engine.name, ramp),
         build_evaluation_view(image_size, data.crop_ratio, pair.mean, pair.std),
         image_size=image_size,
         batch_size=data.batch_size,
@@ -272,8 +298,9 @@ def build_trainer(
     from moco.evaluation.dense_monitor import DenseMonitor
     from moco.evaluation.feature_pictures import FeaturePictures
     from moco.evaluation.label_free import CollapseWatch, LabelFreeMonitor
-    from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, ViewPairPicture
+    from moco.evaluation.monitor import KNNMonitor, TrainingMonitor
     from moco.evaluation.online_probe import OnlineProbe
+    from moco.evaluation.view_pair_picture import ViewPairPicture
     from moco.training import trainer
     from moco.training.checkpoints import Checkpoints
     from moco.training.faults import BadSteps
@@ -293,6 +320,7 @@ def build_trainer(
             num_neighbors=knn.num_neighbors,
             temperature=knn.temperature,
             feature=knn.feature,
+            precision=knn.precision,
             every_n_epochs=knn.every_n_epochs,
             baselines=knn.baselines,
             is_untrained=config.init_from is None,
@@ -332,46 +360,6 @@ def dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":
         num_workers=config.data.num_workers,
         max_bad_fraction=config.data.max_bad_fraction,
         max_image_pixels=config.data.max_image_pixels,
-    )
-
-
-def close(console: Any, folder: Path, figures: dict[str, Any], data: "PretrainingData") -> None:
-    """The closing table: what was reached, where it is, what to type next."""
-    from moco.training.progress import print_table
-    from moco.training.run_folder import BACKBONE_FILE, LAST_CHECKPOINT, as_override
-
-    rows = [("epochs, steps", f"{figures.get('epoch', 0)}, {figures.get('step', 0)}")]
-    if "train/loss" in figures:
-        rows.append(("loss of the last epoch", f"{figures['train/loss']:.4f}"))
-        rows.append(("images per second", f"{figures['images_per_second']:,.0f}"))
-    if "knn/top1" in figures:
-        rows.append(("kNN protocol", knn_protocol(figures)))
-        for key, name in (
-            ("knn_raw_pixels/top1", "raw pixels"),
-            ("knn_untrained/top1", "untrained backbone"),
-            ("knn_start/top1", "weights of init_from"),
-            ("knn/top1", "pretrained backbone"),
-        ):
-            if key in figures:
-                rows.append((f"kNN top-1, {name}", f"{figures[key]:.4f}"))
-    if "dense/knn_miou" in figures:
-        rows.append(("mIoU of kNN segmentation", f"{figures['dense/knn_miou']:.4f}"))
-    if data.unreadable:
-        rows.append(("unreadable pictures skipped", str(len(data.unreadable))))
-    checkpoint = os.path.relpath(folder / LAST_CHECKPOINT)
-    rows.append(("checkpoint", checkpoint))
-    rows.append(("its backbone alone", os.path.relpath(folder / BACKBONE_FILE)))
-    print_table(console, "Pretraining is done", rows)
-    console.print(
-        f"next: python -m moco.evaluate {as_override('checkpoint', checkpoint)}", soft_wrap=True, highlight=False
-    )
-
-
-def knn_protocol(figures: dict[str, Any]) -> str:
-    """The conditions of a kNN figure in words."""
-    return (
-        f"k {figures['knn/num_neighbors']}, T {figures['knn/temperature']}, {figures['knn/feature']} feature, "
-        f"{figures['knn/num_queries']:,} queries against a bank of {figures['knn/bank_size']:,}"
     )
 
 

@@ -13,6 +13,8 @@ from moco.errors import InputError
 # The kinds of measurement, and the settings and sections of EvaluationConfig that only some of them have.
 KINDS: dict[str, tuple[str, ...]] = {
     "knn": (
+        "feature",
+        "cache",
         "num_neighbors",
         "temperature",
         "index",
@@ -25,9 +27,14 @@ KINDS: dict[str, tuple[str, ...]] = {
         "map",
     ),
     "dense": ("num_neighbors", "temperature", "maps", "bank_size", "sampling", "seed"),
-    "linear": ("linear",),
-    "linear_official": ("linear_official",),
+    "linear": ("feature", "cache", "linear"),
+    "linear_official": ("feature", "cache", "linear_official"),
 }
+# The same of EvaluateDataConfig: masks belong to dense evaluation.
+OF_CLASSES = ("crop_ratio", "num_images", "image_column", "label_column", "held_out", "pages")
+DATA_OF_KINDS: dict[str, tuple[str, ...]] = {
+    "knn": OF_CLASSES, "dense": ("ignore_index",), "linear": OF_CLASSES, "linear_official": OF_CLASSES
+}  # fmt: skip
 
 
 @dataclass
@@ -69,12 +76,12 @@ class EvaluationConfig:
     """Also what needs no labels: rank, spread and uniformity, and by views of 1,000 pictures alignment and LiDAR."""
     pictures: bool = True
     """Draw neighbours, similarities, confusions, a map of the queries and feature maps into the run folder."""
-    map: str = setting("auto", choices=("auto", "none", "tsne", "umap"))
-    """How the queries are laid out in map.png. auto: UMAP where it is installed, else t-SNE."""
+    map: str = setting("tsne", choices=("none", "tsne", "umap"))
+    """How the queries are laid out in map.png. umap needs the extra `umap`."""
 
 
 @dataclass
-class EvaluateDataConfig:
+class PretrainedDataConfig:
     """A null takes the value from the run that made the checkpoint; for other projects' weights a usual one."""
 
     name: Optional[str] = None
@@ -82,7 +89,6 @@ class EvaluateDataConfig:
     download: bool = False
     image_size: Optional[int] = setting(None, at_least=4)
     crop_ratio: Optional[float] = setting(None, above=0, at_most=1)
-    num_workers: int = setting(0, at_least=0)
     num_images: Optional[int] = setting(None, at_least=1)
     image_column: Optional[str] = None
     label_column: Optional[str] = None
@@ -90,6 +96,11 @@ class EvaluateDataConfig:
     pages: Optional[str] = setting(None, choices=("each", "first"))
     max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
     max_image_pixels: int = setting(178_956_970, at_least=1)
+
+
+@dataclass
+class EvaluateDataConfig(PretrainedDataConfig):
+    num_workers: int = setting(0, at_least=0)
     ignore_index: int = setting(255, at_least=0, at_most=65535)
     """voc2012, segmentation_folder: the number of a mask's pixels without a class."""
 
@@ -123,8 +134,8 @@ class EvaluateConfig:
 
 
 @dataclass
-class EmbedDataConfig(EvaluateDataConfig):
-    num_workers: Optional[int] = setting(None, at_least=0)  # type: ignore[assignment]
+class EmbedDataConfig(PretrainedDataConfig):
+    num_workers: Optional[int] = setting(None, at_least=0)
     """Loader processes; null: 4, and none for pictures that are in memory."""
 
 
@@ -165,19 +176,39 @@ class ExportConfig:
     """Side of the images that the weights will see, px; null: the checkpoint's, in proportion to a new window."""
 
 
-def check_kind(evaluation: EvaluationConfig) -> None:
-    """Hold a measurement to the settings of its kind, see `KINDS`.
+def check_settings(config: EvaluateConfig) -> None:
+    """Hold a measurement to the settings that have an effect in it.
 
     Raises:
-        InputError: a setting that only other kinds have was given, it names them; or a number out of its range.
+        InputError: a setting was given that has none, it names what has; or a number out of its range.
     """
+    evaluation = config.evaluation
     if min(evaluation.images_per_class, default=1) < 1:
         raise InputError(f"evaluation.images_per_class={evaluation.images_per_class}: expected numbers of 1 or more")
-    usual = EvaluationConfig()
-    for key in sorted(set().union(*KINDS.values()) - set(KINDS[evaluation.name])):
-        if getattr(evaluation, key) != getattr(usual, key):
-            owners = " and ".join(f"evaluation={name}" for name, settings in KINDS.items() if key in settings)
-            raise InputError(f"evaluation.{key}: a setting of {owners}, and evaluation={evaluation.name} has no such")
+    check_kind("evaluation", evaluation, KINDS, evaluation.name)
+    check_kind("data", config.data, DATA_OF_KINDS, evaluation.name)
+    needed = {
+        "num_probes": ("evaluation.index=ivf", evaluation.index == "ivf"),
+        "ef_search": ("evaluation.index=hnsw", evaluation.index == "hnsw"),
+        "num_draws": ("evaluation.images_per_class", evaluation.images_per_class),
+        "map": ("evaluation.pictures=true", evaluation.pictures),
+    }
+    for key, (what, is_there) in needed.items():
+        if not is_there and is_given(evaluation, key):
+            raise InputError(f"evaluation.{key}: without {what} it has no effect")
+
+
+def check_kind(section: str, settings: Any, of_kinds: dict[str, tuple[str, ...]], kind: str) -> None:
+    """Raises InputError if one of a section's settings was given that only other kinds have; it names them."""
+    for key in sorted(set().union(*of_kinds.values()) - set(of_kinds[kind])):
+        if is_given(settings, key):
+            owners = " and ".join(f"evaluation={name}" for name, keys in of_kinds.items() if key in keys)
+            raise InputError(f"{section}.{key}: a setting of {owners}, and evaluation={kind} has no such")
+
+
+def is_given(settings: Any, key: str) -> bool:
+    """Whether a setting of a config dataclass is not the usual one."""
+    return getattr(settings, key) != getattr(type(settings)(), key)
 
 
 def given_settings(settings: Any) -> dict[str, Any]:

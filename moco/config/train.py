@@ -103,8 +103,7 @@ class MethodConfig:
     batch_norm_splits: int = setting(8, at_least=2)
     """Groups of the split mode; the paper's eight GPUs."""
     dense_weight: float = setting(0.0, at_least=0, at_most=1)
-    """w of DenseCL: the loss is (1 - w) times MoCo's plus w times the dense term; 0 leaves it out. Its logits take
-    batch x dense_grid^2 x queue_size x 4 bytes."""
+    """w of DenseCL: the loss is (1 - w) times MoCo's plus w times the dense term; 0 leaves it out."""
     dense_grid: int = setting(7, at_least=1)
     """Side of the grid that the dense term pools the backbone's last map to, cells; a smaller map stays as it is."""
 
@@ -198,6 +197,12 @@ class AugmentationConfig:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Per channel, of pixels in 0..1 (ImageNet's)."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    start_image_size: Optional[int] = setting(None, at_least=4)
+    """Side of the views in the first epoch, px; they grow to data.image_size, at which evaluation stays. Null: no growth."""
+    image_size_step: Optional[int] = setting(None, at_least=1)
+    """By how much they grow at a time, px; null: 32. Each size is compiled anew under trainer.compile."""
+    ramp_epochs: Optional[int] = setting(None, at_least=1)
+    """Epochs with smaller views; each smaller size gets the same share of them."""
 
 
 @dataclass
@@ -215,7 +220,11 @@ class TrainerConfig:
     timeout_minutes: float = setting(30.0, above=0)
     """So long may a process wait for the gradients or keys of the others before the run fails."""
     precision: str = setting("auto", choices=("auto", "32-true", "bf16-mixed", "16-mixed"))
-    """auto: bf16-mixed on GPUs that have it, else 32-true."""
+    """auto: bf16-mixed on GPUs that have it and on CPUs that are faster in it (AMX, AMD's AVX-512, ARM), else 32-true."""
+    memory_format: str = setting("auto", choices=("auto", "channels_last", "contiguous"))
+    """How weights and maps of convolutions lie in memory. auto: channels_last where most weights are convolutions'."""
+    compile: bool = False
+    """Encoders by torch.compile, which takes minutes before the first step; without a compiler they run as they are."""
     accumulate_grad_batches: int = setting(1, at_least=1)
     """Batches per optimizer step; each holds data.batch_size / this many images."""
     gradient_clip_val: Optional[float] = setting(None, above=0)
@@ -240,6 +249,8 @@ class MonitorConfig:
     feature: str = setting("backbone", choices=("backbone", "embedding"))
     batch_size: int = setting(256, at_least=1)
     """Images per forward pass while embedding."""
+    precision: str = setting("32-true", choices=("32-true", "bf16-mixed"))
+    """In which the run's own kNN computes features, whatever it trains in; `moco.evaluate` computes in 32-true."""
     every_n_epochs: int = setting(1, at_least=1)
     baselines: bool = False
     """Before training, measure raw pixels and the untrained backbone on the same protocol."""

@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from moco.data.bad_fraction import check_bad_fraction
 from moco.data.datasets import ArrayPictures, DataSource, Labelled, Pictures
 from moco.data.decoding import EncodedPicture
 from moco.data.loading import (
-    EvaluationBatch,
     MemoryLoader,
     PairBatch,
     PairDataset,
@@ -25,6 +23,8 @@ from moco.data.loading import (
     as_it_is,
     evaluation_loader,
 )
+from moco.data.lost_workers import WatchedLoader
+from moco.data.memory_batches import MemoryBatches, memory_batches
 from moco.data.pictures import UnreadablePicture
 from moco.data.samplers import EpochSampler
 from moco.data.streams import OpenStream, ShardedPictures, StreamDataset, StreamLoader, Streams
@@ -185,14 +185,19 @@ class PretrainingData(pl.LightningDataModule):
             **loader_options(self.num_workers),
         )
 
-    def evaluation_dataloader(self, labelled: Labelled) -> DataLoader[EvaluationBatch]:
+    def evaluation_dataloader(self, labelled: Labelled) -> WatchedLoader | MemoryBatches:
         """Plain pictures in order, for the bank or the queries; of several processes each gets every n-th picture."""
         rank, world_size = self.place
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        size = self.evaluation_batch_size
+        in_memory = memory_batches(labelled, self.evaluation_view, size, rank, world_size, device)
+        if in_memory is not None:
+            return in_memory
         return evaluation_loader(
             labelled,
             self.evaluation_view,
             self.image_size,
-            self.evaluation_batch_size,
+            size,
             self.num_workers,
             rank,
             world_size,

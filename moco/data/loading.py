@@ -3,19 +3,17 @@
 Letters: M pictures, N batch, H W pixels, S side of a view.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
+from torch.utils.data import Dataset
 
 from moco.data.datasets import ArrayPictures, Labelled, Pictures
 from moco.data.decoding import EncodedPicture
-from moco.data.lost_workers import lost_worker_named
+from moco.data.lost_workers import LastRead, WatchedLoader, WatchedPicture
 from moco.data.pictures import UnreadablePicture
 from moco.data.samplers import EpochSampler
 from moco.data.views import Transform, ViewPair, picked, rgb_batch
@@ -64,13 +62,12 @@ class PairDataset(Dataset[PairBatch]):
     def __init__(self, pictures: Pictures, augment: ViewPair, num_workers: int = 0) -> None:
         self.pictures = pictures
         self.augment = augment
-        self.reading = torch.zeros(max(1, num_workers), 2, dtype=torch.int64).share_memory_()
-        """The process id of each worker, and the picture that it is at."""
+        self.last_read = LastRead(num_workers)
 
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> PairBatch:
         epoch = places[0][0]
         indices = torch.tensor([index for _, index in places])
-        views = self.augment.empty_views(len(places))
+        views = self.augment.empty_views(len(places), epoch)
         failed = []
         for first in range(0, len(places), AT_ONCE):
             rows = slice(first, first + AT_ONCE)
@@ -83,10 +80,6 @@ class PairDataset(Dataset[PairBatch]):
         unreadable[failed] = True
         return PairBatch((views[0], views[-1]), indices, unreadable, epoch)
 
-    def last_read(self) -> list[tuple[int, str]]:
-        """The process id of each worker that has begun, and the name of the picture that it is or was at."""
-        return [(pid, self.pictures.name(index)) for pid, index in self.reading.tolist() if pid]
-
     def _stand_in(self, views: Tensor, epoch: int, index: Tensor) -> None:
         """Fill the two views, (2, 1, 3, S, S), of a picture that cannot be read."""
         for attempt in range(1, MOST_STAND_INS):
@@ -95,14 +88,13 @@ class PairDataset(Dataset[PairBatch]):
                 return
         views.zero_()
 
-    def _watched(self, index: int) -> "WatchedPicture":
-        worker = get_worker_info()
-        reading = self.reading[worker.id if worker else 0]
-        reading[0], reading[1] = os.getpid(), index
+    def _watched(self, index: int) -> WatchedPicture:
+        name, note = self.pictures.name(index), self.last_read.note
+        note(name)
         try:
-            return WatchedPicture(self.pictures.opened(index), index, reading)
+            return WatchedPicture(self.pictures.opened(index), name, note)
         except UnreadablePicture:
-            return WatchedPicture(None, index, reading)
+            return WatchedPicture(None, name, note)
 
 
 @dataclass(frozen=True)
@@ -117,7 +109,7 @@ class PairMaker:
     def __call__(self, pictures: Sequence[tuple[int, EncodedPicture, str]], epoch: int) -> PairBatch:
         """The pairs of pictures given as index, on which the draws depend, picture and name."""
         indices = torch.tensor([index for index, _, _ in pictures])
-        views = self.augment.empty_views(len(pictures))
+        views = self.augment.empty_views(len(pictures), epoch)
         failed = self.augment.on_pictures([picture for _, picture, _ in pictures], epoch, indices, views)
         readable = [row for row in range(len(pictures)) if row not in failed]
         for row in failed:
@@ -131,36 +123,20 @@ class PairMaker:
         return PairBatch((views[0], views[1]), indices, unreadable, epoch)
 
 
-@dataclass
-class WatchedPicture:
-    """A picture that says when it is decoded, so that a decoder that kills its process can be told which one it was."""
-
-    picture: EncodedPicture | None
-    """None if not even its header can be read."""
-    index: int
-    reading: Tensor
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.picture.size if self.picture else (1, 1)
-
-    def pixels(self, reduction: int = 1) -> np.ndarray:
-        """See `EncodedPicture`."""
-        if self.picture is None:
-            raise UnreadablePicture
-        self.reading[1] = self.index
-        return self.picture.pixels(reduction)
-
-
 def as_it_is(batch: PairBatch) -> PairBatch:
     """Instead of collating: the data set hands out whole batches."""
     return batch
 
 
 class EvaluationDataset(Dataset[EvaluationBatch]):
-    """Labelled pictures without augmentation, by index."""
+    """Labelled pictures without augmentation, by index.
 
-    def __init__(self, labelled: Labelled, view: Transform, image_size: int) -> None:
+    Args:
+        num_workers: processes that will read from this object at the same time.
+    """
+
+    def __init__(self, labelled: Labelled, view: Transform, image_size: int, num_workers: int = 0) -> None:
+        self.last_read = LastRead(num_workers)
         self.labelled = labelled
         self.view = view
         self.image_size = image_size
@@ -169,6 +145,7 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         return len(self.labelled.pictures)
 
     def __getitem__(self, index: int) -> EvaluationBatch:
+        self.last_read.note(self.labelled.pictures.name(index))
         label = torch.tensor(int(self.labelled.labels[index]))
         try:
             return EvaluationBatch(self.view(self.labelled.pictures[index]), label, torch.tensor(False))
@@ -176,26 +153,21 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
             return EvaluationBatch(torch.zeros(3, self.image_size, self.image_size), label, torch.tensor(True))
 
 
-class ResumableLoader(DataLoader[Any]):
+class ResumableLoader(WatchedLoader):
     """A loader whose position Lightning keeps in the checkpoint, so that a resumed epoch goes on with its next batch."""
 
     sampler: EpochSampler
     batch_size: int
 
     def __init__(self, dataset: Dataset[Any], sampler: EpochSampler, batch_size: int, **kwargs: Any) -> None:
-        # An own generator: DataLoader would draw its workers' seeds from the global one, which a resume has to restore.
-        super().__init__(dataset, batch_size, sampler=sampler, generator=torch.Generator(), **kwargs)
+        super().__init__(dataset, batch_size=batch_size, sampler=sampler, **kwargs)
         self.batches_done = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.batches_done = self.sampler.start // self.batch_size
-        with lost_worker_named(self._last_read):
-            for batch in super().__iter__():
-                self.batches_done += 1
-                yield batch
-
-    def _last_read(self) -> list[tuple[int, str]]:
-        return self.dataset.last_read() if isinstance(self.dataset, PairDataset) and self.num_workers else []
+        for batch in super().__iter__():
+            self.batches_done += 1
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its pictures were handed out, by all processes together."""
@@ -260,10 +232,9 @@ def evaluation_loader(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader[EvaluationBatch]:
+) -> WatchedLoader:
     """Labelled pictures in order, without augmentation: every `world_size`-th from `rank` on."""
-    dataset: Dataset[EvaluationBatch] = EvaluationDataset(labelled, view, image_size)
-    if world_size > 1:
-        dataset = Subset(dataset, range(rank, len(labelled.pictures), world_size))
+    dataset = EvaluationDataset(labelled, view, image_size, num_workers)
+    rows = range(rank, len(labelled.pictures), world_size)
     options = loader_options(num_workers) | {"persistent_workers": False}
-    return DataLoader(dataset, batch_size, generator=torch.Generator(), **options)
+    return WatchedLoader(dataset, batch_size=batch_size, sampler=rows, **options)

@@ -4,10 +4,15 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
+from moco.data.decoding import EncodedPicture
+from moco.data.pictures import UnreadablePicture
 from moco.data.workers import is_gone
 from moco.errors import printable
 
@@ -37,6 +42,54 @@ class LastRead:
         """The process id of each worker that has begun, and the name of what it is or was at."""
         names = [os.fsdecode(row.numpy().tobytes().rstrip(b"\0")) for row in self.names]
         return [(pid, name) for pid, name in zip(self.pids.tolist(), names, strict=True) if pid]
+
+
+@dataclass(frozen=True)
+class WatchedPicture:
+    """A picture that says when it is decoded, so that a decoder that kills its process can be told which one it was."""
+
+    picture: EncodedPicture | None
+    """None if not even its header can be read."""
+    name: str
+    note: Callable[[str], None]
+    """Of a `LastRead`."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.picture.size if self.picture else (1, 1)
+
+    def pixels(self, reduction: int = 1) -> np.ndarray:
+        """See `EncodedPicture`."""
+        if self.picture is None:
+            raise UnreadablePicture
+        self.note(self.name)
+        return self.picture.pixels(reduction)
+
+
+class WatchedLoader(DataLoader[Any]):
+    """A loader that names what a process of its was reading when it was lost, and draws no global random number.
+
+    Args:
+        dataset: where there are loader processes, with a `LastRead` as ``last_read``, in which it notes what it reads.
+        options: of `moco.data.workers.loader_options`, and DataLoader's others.
+    """
+
+    dataset: Any
+
+    def __init__(self, dataset: Any, **options: Any) -> None:
+        # DataLoader would draw its workers' seeds from the global generator, which a resume has to restore.
+        super().__init__(dataset, generator=torch.Generator(), **options)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Starts the processes at once, not with the first batch."""
+        if not self.num_workers:
+            return super().__iter__()
+        with lost_worker_named(self.dataset.last_read):
+            return self._named(super().__iter__())
+
+    def _named(self, batches: Iterator[Any]) -> Iterator[Any]:
+        with lost_worker_named(self.dataset.last_read):
+            yield from batches
 
 
 @contextmanager

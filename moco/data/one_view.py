@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from moco.data.augmentations import View
 from moco.data.datamodule import choose_engine
@@ -71,7 +70,7 @@ class LabelledViews:
         self.engine = choose_engine("auto", pictures, image_size, device.type)
         self.view = OneView(operations, where, mean, std, image_size, seed, self.engine.name)
         self.sampler = EpochSampler(len(pictures), 1, seed)  # in ones: no picture sits an epoch out
-        self.loader: MemoryLoader | DataLoader[Any]
+        self.loader: MemoryLoader | ResumableLoader
         if self.engine.in_memory:
             assert isinstance(pictures, ArrayPictures)
             self.loader = MemoryLoader(pictures, self.view, self.sampler, batch_size, device)

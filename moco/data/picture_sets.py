@@ -13,10 +13,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from moco.data.datasets import ArrayPictures, Labelled
+from moco.data.decoding import EncodedPicture
+from moco.data.lost_workers import LastRead, WatchedLoader, WatchedPicture
 from moco.data.pictures import UnreadablePicture
 from moco.data.shards import Problem, Sample, is_local, pictures_in, sample_key
 from moco.data.streams import ShardedPictures
@@ -61,7 +63,7 @@ class PictureSet(Protocol):
 
     def batches(
         self, place: list[int], crop: Crop, image_size: int, batch_size: int, num_workers: int
-    ) -> DataLoader[PictureBatch]:
+    ) -> WatchedLoader:
         """Every picture from `place` on.
 
         Args:
@@ -102,17 +104,22 @@ class IndexedSet:
 
     def batches(
         self, place: list[int], crop: Crop, image_size: int, batch_size: int, num_workers: int
-    ) -> DataLoader[PictureBatch]:
+    ) -> WatchedLoader:
         """See `PictureSet`."""
         starts = range(place[0], len(self), batch_size)
         places = [(start, min(start + batch_size, len(self))) for start in starts]
-        return in_order(IndexedBatches(self.labelled, crop, image_size), places, num_workers)
+        return in_order(IndexedBatches(self.labelled, crop, image_size, num_workers), places, num_workers)
 
 
 class IndexedBatches(Dataset[PictureBatch]):
-    """The worker's part of `IndexedSet`, asked for by (start, stop)."""
+    """The worker's part of `IndexedSet`, asked for by (start, stop).
 
-    def __init__(self, labelled: Labelled, crop: Crop, image_size: int) -> None:
+    Args:
+        num_workers: processes that will read from this object at the same time.
+    """
+
+    def __init__(self, labelled: Labelled, crop: Crop, image_size: int, num_workers: int = 0) -> None:
+        self.last_read = LastRead(num_workers)
         self.pictures = labelled.pictures
         self.labels = torch.from_numpy(labelled.labels)  # a tensor, which loader processes share
         self.crop = crop
@@ -121,11 +128,16 @@ class IndexedBatches(Dataset[PictureBatch]):
     def __getitem__(self, place: tuple[int, int]) -> PictureBatch:
         numbers = range(*place)
         names = [self.pictures.name(number) for number in numbers]
-        decode = [partial(self.pictures.__getitem__, number) for number in numbers]
+        decode = [partial(self._decoded, number) for number in numbers]
         images, rows, reasons = cropped(decode, self.crop, self.image_size)
         problems = [Problem(names[row], reason, is_shard=False) for row, reason in reasons.items()]
         labels = self.labels[torch.tensor(rows, dtype=torch.int64) + place[0]]
         return PictureBatch(images, [names[row] for row in rows], labels, problems, [place[1]])
+
+    def _decoded(self, number: int) -> Image.Image:
+        """Raises UnreadablePicture."""
+        self.last_read.note(self.pictures.name(number))
+        return self.pictures[number]
 
 
 @dataclass(frozen=True)
@@ -158,13 +170,15 @@ class ShardedSet:
 
     def batches(
         self, place: list[int], crop: Crop, image_size: int, batch_size: int, num_workers: int
-    ) -> DataLoader[PictureBatch]:
+    ) -> WatchedLoader:
         """See `PictureSet`.
 
         Raises:
             InputError: while iterating, a shard is refused.
         """
-        return in_order(ShardedBatches(crop, image_size), Chunks(self.sharded, place, batch_size), num_workers)
+        return in_order(
+            ShardedBatches(crop, image_size, num_workers), Chunks(self.sharded, place, batch_size), num_workers
+        )
 
 
 class Chunk(NamedTuple):
@@ -214,14 +228,21 @@ class Chunks:
 
 
 class ShardedBatches(Dataset[PictureBatch]):
-    """The worker's part of `ShardedSet`."""
+    """The worker's part of `ShardedSet`.
 
-    def __init__(self, crop: Crop, image_size: int) -> None:
+    Args:
+        num_workers: processes that will read from this object at the same time.
+    """
+
+    def __init__(self, crop: Crop, image_size: int, num_workers: int = 0) -> None:
+        self.last_read = LastRead(num_workers)
         self.crop = crop
         self.image_size = image_size
 
     def __getitem__(self, chunk: Chunk) -> PictureBatch:
-        decode = [partial(decoded, sample) for sample in chunk.samples]
+        note = self.last_read.note
+        watched = [WatchedPicture(sample.picture, sample.name, note) for sample in chunk.samples]
+        decode = [partial(decoded, picture) for picture in watched]
         images, rows, reasons = cropped(decode, self.crop, self.image_size)
         problems = chunk.problems + [
             Problem(chunk.samples[row].name, reason, is_shard=False) for row, reason in reasons.items()
@@ -230,9 +251,9 @@ class ShardedBatches(Dataset[PictureBatch]):
         return PictureBatch(images, [chunk.names[row] for row in rows], labels, problems, chunk.end)
 
 
-def decoded(sample: Sample) -> Image.Image:
+def decoded(picture: EncodedPicture) -> Image.Image:
     """Raises UnreadablePicture."""
-    return Image.fromarray(sample.picture.pixels())
+    return Image.fromarray(picture.pixels())
 
 
 def cropped(
@@ -252,12 +273,10 @@ def cropped(
     return images[: len(rows)], rows, reasons
 
 
-def in_order(dataset: Dataset[PictureBatch], places: Any, num_workers: int) -> DataLoader[PictureBatch]:
+def in_order(dataset: Dataset[PictureBatch], places: Any, num_workers: int) -> WatchedLoader:
     """Loads the batches at `places`, in their order."""
     options = loader_options(num_workers) | {"persistent_workers": False}
-    return DataLoader(
-        dataset, batch_size=None, sampler=places, collate_fn=as_it_is, generator=torch.Generator(), **options
-    )
+    return WatchedLoader(dataset, batch_size=None, sampler=places, collate_fn=as_it_is, **options)
 
 
 def as_it_is(batch: Any) -> Any:

@@ -6,12 +6,13 @@ Letters: M pictures, N batch, h w pixels of the scaled picture, H W pixels of th
 from collections.abc import Sequence
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from moco.data.lost_workers import LastRead, WatchedLoader
+from moco.data.mask_batches import MaskBatch, batches_of_one_size
 from moco.data.pictures import UnreadablePicture
 from moco.data.segmentation import MaskedPictures
-from moco.data.segmentation_loaders import MaskBatch, batches_of_one_size
 from moco.data.views import Normalized
 from moco.data.workers import loader_options
 
@@ -30,9 +31,16 @@ def scaled_size(size: Sequence[int], image_size: int, stride: int) -> tuple[int,
 
 
 class ScaledDataset(Dataset[MaskBatch]):
-    """Pictures scaled to `scaled_size` and normalised, by index: images (3, h, w), classes (H, W)."""
+    """Pictures scaled to `scaled_size` and normalised, by index: images (3, h, w), classes (H, W).
 
-    def __init__(self, pictures: MaskedPictures, image_size: int, stride: int, normalize: Normalized) -> None:
+    Args:
+        num_workers: processes that will read from this object at the same time.
+    """
+
+    def __init__(
+        self, pictures: MaskedPictures, image_size: int, stride: int, normalize: Normalized, num_workers: int = 0
+    ) -> None:
+        self.last_read = LastRead(num_workers)
         self.pictures = pictures
         self.image_size = image_size
         self.stride = stride
@@ -42,6 +50,7 @@ class ScaledDataset(Dataset[MaskBatch]):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> MaskBatch:
+        self.last_read.note(self.pictures.images.name(index))
         size = self.pictures.sizes[index].tolist()
         scaled = scaled_size(size, self.image_size, self.stride)
         try:
@@ -61,11 +70,10 @@ def scaled_loader(
     normalize: Normalized,
     batch_size: int,
     num_workers: int = 0,
-) -> DataLoader[MaskBatch]:
+) -> WatchedLoader:
     """Batches of the pictures `rows`, each of pictures of one size; their order does not depend on `batch_size`."""
     places = batches_of_one_size(pictures.sizes[list(rows)], batch_size)
     batches = [[rows[place] for place in batch] for batch in places]
     options = loader_options(num_workers) | {"persistent_workers": False}
-    dataset = ScaledDataset(pictures, image_size, stride, normalize)
-    # A generator of its own, since a loader draws a seed for its workers, and a training must not notice.
-    return DataLoader(dataset, batch_sampler=batches, generator=torch.Generator(), **options)
+    dataset = ScaledDataset(pictures, image_size, stride, normalize, num_workers)
+    return WatchedLoader(dataset, batch_sampler=batches, **options)

@@ -1,84 +1,18 @@
-"""From a `SegmentationSource` to batches: augmented crops in a reproducible order to train on, whole pictures to measure.
+"""From a `SegmentationSource` to batches: augmented crops in a reproducible order to train on, whole pictures to measure."""
 
-Letters: M pictures, N batch, H W pixels.
-"""
-
-from collections import defaultdict
-from typing import Any, NamedTuple
-
-import numpy as np
 import pytorch_lightning as pl
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from moco.data.datamodule import check_batch_size
 from moco.data.loading import ResumableLoader
+from moco.data.lost_workers import WatchedLoader
+from moco.data.mask_batches import CropDataset, MaskBatch, WholeDataset, batches_of_one_size
 from moco.data.pictures import UnreadablePicture
 from moco.data.samplers import EpochSampler
 from moco.data.segmentation import MaskedPictures, SegmentationSource
 from moco.data.segmentation_views import SegmentationView
-from moco.data.views import Transform
 from moco.data.waiting import remedies
 from moco.data.workers import loader_options
 from moco.errors import InputError, printable
-
-
-class MaskBatch(NamedTuple):
-    """A batch of pictures with their classes."""
-
-    images: Tensor
-    """(N, 3, H, W)."""
-    classes: Tensor
-    """(N, H, W) int64."""
-    indices: Tensor
-    """(N,) which picture of its part each row is."""
-    unreadable: Tensor
-    """(N,) bool: that picture could not be read, and the row stands for nothing."""
-
-
-class CropDataset(Dataset[MaskBatch]):
-    """Augmented crops, asked for by (epoch, index)."""
-
-    def __init__(self, pictures: MaskedPictures, view: SegmentationView, image_size: int) -> None:
-        self.pictures = pictures
-        self.view = view
-        self.image_size = image_size
-
-    def __getitem__(self, place: tuple[int, int]) -> MaskBatch:
-        epoch, index = place
-        try:
-            picture, mask = self.pictures[index]
-        except UnreadablePicture:
-            return unreadable_row(index, (self.image_size, self.image_size))
-        return MaskBatch(*self.view(picture, mask, epoch, index), torch.tensor(index), torch.tensor(False))
-
-
-class WholeDataset(Dataset[MaskBatch]):
-    """Pictures as they are, normalised, by index."""
-
-    def __init__(self, pictures: MaskedPictures, normalize: Transform) -> None:
-        self.pictures = pictures
-        self.normalize = normalize
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> MaskBatch:
-        try:
-            picture, mask = self.pictures[index]
-        except UnreadablePicture:
-            height, width = self.pictures.sizes[index].tolist()
-            return unreadable_row(index, (height, width))
-        classes = torch.from_numpy(mask).long()
-        return MaskBatch(self.normalize(picture), classes, torch.tensor(index), torch.tensor(False))
-
-
-def unreadable_row(index: int, size: tuple[int, int]) -> MaskBatch:
-    """What stands in for a picture that could be opened when the run began, and cannot be decoded now."""
-    return MaskBatch(
-        torch.zeros(3, *size), torch.zeros(size, dtype=torch.int64), torch.tensor(index), torch.tensor(True)
-    )
 
 
 class SegmentationData(pl.LightningDataModule):
@@ -127,19 +61,18 @@ class SegmentationData(pl.LightningDataModule):
         train = self.source.train
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = EpochSampler(len(train), self.batch_size, self.seed, rank, world_size)
-        dataset = CropDataset(train, self.view, self.image_size)
+        dataset = CropDataset(train, self.view, self.image_size, self.num_workers)
         return ResumableLoader(
             dataset, sampler, self.batch_size // self.batches_per_step, **loader_options(self.num_workers)
         )
 
-    def evaluation_dataloader(self) -> DataLoader[MaskBatch]:
+    def evaluation_dataloader(self) -> WatchedLoader:
         """The pictures that were held out, whole; a batch holds pictures of one size."""
         held_out = self.source.validation
         options = loader_options(self.num_workers) | {"persistent_workers": False}
         batches = batches_of_one_size(held_out.sizes, self.evaluation_batch_size)
-        return DataLoader(
-            WholeDataset(held_out, self.view.normalize), batch_sampler=batches, generator=torch.Generator(), **options
-        )
+        dataset = WholeDataset(held_out, self.view.normalize, self.num_workers)
+        return WatchedLoader(dataset, batch_sampler=batches, **options)
 
     def remedies_for_waiting(self, share: float, num_cores: int, has_gpu: bool) -> list[str]:
         """See `remedies`."""
@@ -169,11 +102,3 @@ def check_readable(batch: MaskBatch, pictures: MaskedPictures) -> None:
         except UnreadablePicture as error:
             reason = str(error)
         raise InputError(reason)
-
-
-def batches_of_one_size(sizes: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Numbers of pictures (M, 2 sizes) in batches of at most `batch_size`, each of pictures of the same size."""
-    rows: dict[Any, list[int]] = defaultdict(list)
-    for row, size in enumerate(map(tuple, sizes.tolist())):
-        rows[size].append(row)
-    return [alike[start : start + batch_size] for alike in rows.values() for start in range(0, len(alike), batch_size)]

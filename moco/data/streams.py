@@ -13,15 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from moco.data.bad_fraction import check_bad_fraction
 from moco.data.datasets import DataSource
 from moco.data.decoding import EncodedPicture
-from moco.data.lost_workers import LastRead, lost_worker_named
+from moco.data.lost_workers import LastRead, WatchedLoader, WatchedPicture
 from moco.data.packed_index import INDEX, read_index
 from moco.data.randomness import derived_seed
 from moco.data.samplers import StreamSampler
@@ -209,23 +208,6 @@ class StreamBatch(NamedTuple):
     """Why training cannot go on; empty if it can."""
 
 
-@dataclass(frozen=True)
-class WatchedPicture:
-    """A picture that says when it is decoded, so that a decoder that kills its process can be told which one it was."""
-
-    sample: Sample
-    note: Callable[[str], None]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.sample.picture.size
-
-    def pixels(self, reduction: int = 1) -> np.ndarray:
-        """See `EncodedPicture`."""
-        self.note(self.sample.name)
-        return self.sample.picture.pixels(reduction)
-
-
 class StreamDataset(Dataset[StreamBatch]):
     """Batches by (epoch, batch). A worker keeps its streams open; one that it is not at yet is read forward, undecoded.
 
@@ -251,7 +233,8 @@ class StreamDataset(Dataset[StreamBatch]):
             return StreamBatch(None, [], str(error))
         first = (number * self.streams.world_size + self.streams.rank) * self.batch_size
         note = self.last_read.note
-        rows = [(first + row, WatchedPicture(sample, note), sample.name) for row, sample in enumerate(samples)]
+        watched = [WatchedPicture(sample.picture, sample.name, note) for sample in samples]
+        rows = [(first + row, picture, picture.name) for row, picture in enumerate(watched)]
         batch = self.make_batch(rows, epoch)
         for row in batch.unreadable.nonzero().flatten().tolist():
             name = samples[row].name
@@ -292,7 +275,7 @@ class OpenStream:
         return samples, problems
 
 
-class StreamLoader(DataLoader[Any]):
+class StreamLoader(WatchedLoader):
     """Yields what `MakeBatch` makes. Lightning keeps its position in the checkpoint, so that a resumed epoch goes on there.
 
     Args:
@@ -319,15 +302,7 @@ class StreamLoader(DataLoader[Any]):
         **options: Any,
     ) -> None:
         check_num_workers(options["num_workers"], dataset.streams.num_streams)
-        # An own generator: DataLoader would draw its workers' seeds from the global one, which a resume has to restore.
-        super().__init__(
-            dataset,
-            batch_size=None,
-            sampler=StreamSampler(num_batches),
-            generator=torch.Generator(),
-            collate_fn=unchanged,
-            **options,
-        )
+        super().__init__(dataset, batch_size=None, sampler=StreamSampler(num_batches), collate_fn=unchanged, **options)
         self.num_images = num_images
         self.max_bad_fraction = max_bad_fraction
         self.unreadable = unreadable
@@ -336,13 +311,12 @@ class StreamLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.batches_done = self.sampler.start
-        with lost_worker_named(self.dataset.last_read):
-            for handed in super().__iter__():
-                if handed.refused:
-                    raise InputError(handed.refused)
-                self._note(handed.problems)
-                self.batches_done += 1
-                yield handed.batch
+        for handed in super().__iter__():
+            if handed.refused:
+                raise InputError(handed.refused)
+            self._note(handed.problems)
+            self.batches_done += 1
+            yield handed.batch
 
     def _note(self, problems: Sequence[Problem]) -> None:
         for problem in problems:

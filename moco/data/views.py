@@ -17,6 +17,7 @@ from moco.data.decoding import EncodedPicture
 from moco.data.operations import Drawn
 from moco.data.picture_kernels import write_planes
 from moco.data.pictures import UnreadablePicture
+from moco.data.resolution import ResolutionRamp
 from moco.errors import InputError
 
 Transform = Callable[[Any], Any]
@@ -31,8 +32,9 @@ class ViewPair:
 
     Args:
         query, key: operations of the two views.
-        image_size: S, side of both views, px.
+        image_size: S, side of both views, px; where there is a `ramp`, the full one.
         engine: worker: a loader's worker takes all steps; batch: those up to the crop, and the device the others.
+        ramp: S as a function of the epoch, if it is not the same in all.
     """
 
     def __init__(
@@ -44,23 +46,33 @@ class ViewPair:
         image_size: int,
         seed: int,
         engine: str = "worker",
+        ramp: ResolutionRamp | None = None,
     ) -> None:
         self.views = [View(query, image_size, "augmentation.query"), View(key, image_size, "augmentation.key")]
+        self.ramp = ramp or ResolutionRamp(image_size)
+        self.smaller_views = {
+            size: [View(query, size, "augmentation.query"), View(key, size, "augmentation.key")]
+            for size in self.ramp.sizes[:-1]
+        }
         self.mean, self.std = mean, std
         self.scale, self.shift = normalisation(mean, std)
         self.image_size = image_size
         self.seed = seed
         self.engine = engine
 
+    def views_at(self, epoch: int) -> list[View]:
+        """The views of the epoch's size."""
+        return self.smaller_views.get(self.ramp.size_at(epoch), self.views)
+
     def drawn(self, epoch: int, indices: Tensor, sizes: Tensor) -> list[list[Drawn]]:
         """What is drawn for the pictures `indices` (N,) of so many rows and columns (N, 2): for each view, for each step."""
-        return [view.drawn(self.seed, epoch, indices, side, sizes) for side, view in enumerate(self.views)]
+        return [view.drawn(self.seed, epoch, indices, side, sizes) for side, view in enumerate(self.views_at(epoch))]
 
     def described(self, epoch: int, index: int, size: Sequence[int]) -> list[list[str]]:
         """What is drawn for one picture of so many rows and columns, in words: for each view, a line for each step."""
         drawn = self.drawn(epoch, torch.tensor([index]), torch.tensor([list(size)]))
         own = [[{name: values[0] for name, values in step.items()} for step in view] for view in drawn]
-        return [view.described(numbers) for view, numbers in zip(self.views, own, strict=True)]
+        return [view.described(numbers) for view, numbers in zip(self.views_at(epoch), own, strict=True)]
 
     def ends_in_worker(self) -> list[int]:
         """How many steps of each view a worker takes."""
@@ -82,33 +94,36 @@ class ViewPair:
         for row, picture in enumerate(pictures):
             own = [[{name: values[row] for name, values in step.items()} for step in view] for view in numbers]
             try:
-                reduction = self._reduction(own)
+                reduction = self._reduction(own, self.ramp.size_at(epoch))
                 pixels = picture.pixels(reduction)
             except UnreadablePicture:
                 failed.append(row)
                 continue
-            for side, (view, end) in enumerate(zip(self.views, self.ends_in_worker(), strict=True)):
+            for side, (view, end) in enumerate(zip(self.views_at(epoch), self.ends_in_worker(), strict=True)):
                 if pixels.shape[:2] != tuple(picture.size):
                     own[side][view.crop]["reduction"] = reduction
                 write_planes(view.on_picture(pixels, own[side], end), planes[side, row])
         return failed
 
-    def empty_views(self, num: int) -> Tensor:
-        """Room for the views of so many pictures."""
-        return torch.empty(len(self.views), num, 3, self.image_size, self.image_size, dtype=torch.uint8)
+    def empty_views(self, num: int, epoch: int = 0) -> Tensor:
+        """Room for the views of so many pictures in that epoch."""
+        side = self.ramp.size_at(epoch)
+        return torch.empty(len(self.views), num, 3, side, side, dtype=torch.uint8)
 
-    def _reduction(self, numbers: Sequence[Sequence[Mapping[str, Any]]]) -> int:
-        """How many times smaller a picture may be decoded so that both its crops are still as large as the views."""
+    def _reduction(self, numbers: Sequence[Sequence[Mapping[str, Any]]], side: int) -> int:
+        """How many times smaller a picture may be decoded so that both its crops are still as large as views of `side`."""
         if any(view.crop > 0 for view in self.views):  # what comes before the crop is meant for the whole picture
             return 1
         shortest = min(int(drawn[0]["box"][2:].min()) for drawn in numbers)
-        return next((reduction for reduction in REDUCTIONS if shortest >= reduction * self.image_size), 1)
+        return next((reduction for reduction in REDUCTIONS if shortest >= reduction * side), 1)
 
     def finished(self, views: Sequence[Tensor], epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The device's part of what workers began: (N, 3, S, S) uint8 to normalised float32."""
         sizes = same_size(views[0], indices)
         pair = []
-        for side, (view, images, end) in enumerate(zip(self.views, views, self.ends_in_worker(), strict=True)):
+        for side, (view, images, end) in enumerate(
+            zip(self.views_at(epoch), views, self.ends_in_worker(), strict=True)
+        ):
             if end == len(view.steps):
                 pair.append(self.normalized(images))
             else:
@@ -120,15 +135,16 @@ class ViewPair:
         """All steps, on the device: pictures of one size, (N, 3, H, W) uint8, to two normalised views (N, 3, S, S)."""
         sizes = same_size(images, indices)
         drawn = self.drawn(epoch, indices, sizes)
-        pair = [self._on_device(view, images, numbers, 0) for view, numbers in zip(self.views, drawn, strict=True)]
+        views = self.views_at(epoch)
+        pair = [self._on_device(view, images, numbers, 0) for view, numbers in zip(views, drawn, strict=True)]
         return pair[0], pair[-1]
 
     def _on_device(self, view: View, images: Tensor, drawn: list[Drawn], start: int) -> Tensor:
-        largest = max(images[0].numel(), 3 * self.image_size**2)
+        largest = max(images[0].numel(), 3 * view.image_size**2)
         at_once = PIECE * torch.get_num_threads()
         piece = max(1, at_once // largest) if images.device.type == "cpu" else len(images)
         self._normalise_on(images.device)
-        results = torch.empty(len(images), 3, self.image_size, self.image_size, device=images.device)
+        results = torch.empty(len(images), 3, view.image_size, view.image_size, device=images.device)
         for first in range(0, len(images), piece):
             rows = slice(first, first + piece)
             numbers = [{name: values[rows] for name, values in step.items()} for step in drawn]
@@ -181,9 +197,28 @@ class Normalized:
         return v2.functional.pil_to_tensor(picture) * self.scale - self.shift
 
 
-def build_evaluation_view(image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Pillow picture to (3, H, W) without chance: resize the shorter side to image_size / crop_ratio, centre crop."""
-    return v2.Compose([evaluation_crop(image_size, crop_ratio), Normalized(mean, std)])
+class EvaluationView:
+    """Pillow picture to (3, H, W) without chance: resize the shorter side to image_size / crop_ratio, centre crop.
+
+    Raises:
+        InputError: as of `normalisation`.
+    """
+
+    def __init__(self, image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.crop = evaluation_crop(image_size, crop_ratio)
+        self.normalized = Normalized(mean, std)
+        self.unchanged_size = image_size if round(image_size / crop_ratio) == image_size else None
+        """Side of the pictures of which it leaves every pixel as it is, px."""
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        return self.normalized(self.crop(picture))
+
+
+def build_evaluation_view(
+    image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]
+) -> EvaluationView:
+    """See `EvaluationView`."""
+    return EvaluationView(image_size, crop_ratio, mean, std)
 
 
 def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[Image.Image], Image.Image]:

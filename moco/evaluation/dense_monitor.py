@@ -13,8 +13,10 @@ from moco.data.views import Normalized
 from moco.errors import InputError
 from moco.evaluation.dense import knn_scores
 from moco.evaluation.dense_features import DenseSet, NotFinite, check_maps, figures_of
+from moco.evaluation.epoch_measurement import EpochMeasurement
 from moco.evaluation.features import EmbeddingStopped, evaluating
 from moco.training.distributed import from_rank_zero
+from moco.training.stopwatches import MONITORS, epoch_time
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class Measured(NamedTuple):
     is_cut_short: bool = False
 
 
-class DenseMonitor(pl.Callback):
+class DenseMonitor(EpochMeasurement):
     """kNN segmentation by the query encoder's patch features every n epochs, in eval mode and float32.
 
     Of several processes rank 0 does it alone, with the weights and running statistics that the checkpoint holds; the others
@@ -66,7 +68,7 @@ class DenseMonitor(pl.Callback):
         figures: gets ``dense/knn_miou``, ``dense/knn_pixel_accuracy``, ``dense/epoch`` and the protocol.
         pictures: what it is measured by.
         num_neighbors, temperature: of the vote, see `moco.evaluation.dense.knn_scores`.
-        should_stop: asked before every batch; a measurement that is cut short is made up for when the run goes on.
+        every_n_epochs, should_stop: see `EpochMeasurement`.
     """
 
     def __init__(
@@ -79,32 +81,13 @@ class DenseMonitor(pl.Callback):
         every_n_epochs: int = 1,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.figures = figures
+        super().__init__(figures, every_n_epochs, should_stop)
         self.pictures = pictures
         self.num_neighbors = num_neighbors
         self.temperature = temperature
-        self.every_n_epochs = every_n_epochs
-        self.should_stop = should_stop
-        self.owed = False  # a measurement that an interrupt cut short
 
-    def state_dict(self) -> dict[str, Any]:
-        # Without a state Lightning does not warn when the run goes on without this monitor.
-        return {"owed": True} if self.owed else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.owed = state_dict["owed"]
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.owed:
-            self._measure(trainer, pl_module, self.figures["epoch"])
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        is_end = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if is_end or epoch % self.every_n_epochs == 0:
-            self._measure(trainer, pl_module, epoch)
-
-    def _measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
+    @epoch_time.measured(MONITORS)
+    def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
         def result() -> Measured:
             try:
                 return Measured(*self._result(pl_module))

@@ -46,22 +46,20 @@ def knn_pictures(
     searched: Searched,
     confusion: np.ndarray,
     classes: np.ndarray,
-    map_name: str,
     views: np.ndarray | None,
 ) -> dict[str, Image.Image]:
     """What there is to draw of a kNN measurement, by file name.
 
     Args:
         confusion, classes: of `confusion_matrix`.
-        map_name: tsne, umap or none.
         views: (M, 2, C) embeddings of two views of some images; None if there are none.
     """
-    queries = searched.queries
+    queries, kind = searched.queries, subject.settings["map"]
     found = {
         "neighbors.png": neighbors_of_some(searched),
         "similarities.png": None if views is None else similarities_of_views(views),
         "confusion.png": confusion_picture(confusion, [str(name) for name in classes]),
-        "map.png": None if map_name == "none" else map_of_queries(queries, map_name, subject.settings["feature"]),
+        "map.png": None if kind == "none" else map_of_queries(queries, kind, subject.settings["feature"]),
         "feature_maps.png": feature_maps_of_some(subject, queries),
     }
     return {name: picture for name, picture in found.items() if picture is not None}

@@ -4,7 +4,6 @@ Letters: M pictures so far, N batch, D feature width.
 """
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from moco.errors import InputError
+from moco.training.folder_lock import locked
 from moco.training.run_folder import flattened, remove_half_written, write_atomically
 
 STATE = "state.json"
@@ -197,18 +197,8 @@ def taken(folder: Path) -> Iterator[None]:
     Raises:
         InputError: one does, the folder cannot be made, or something else is in there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locked(folder, str(folder), "writing"):
         others = [path.name for path in folder.iterdir() if path.name not in (STATE, *FILES) and path.suffix != ".tmp"]
         if others:
             raise InputError(f"{folder}: holds other files; choose another output")
         yield
-    except BlockingIOError as error:
-        raise InputError(f"{folder}: another process is writing there") from error
-    finally:
-        os.close(descriptor)

@@ -19,13 +19,17 @@ def embed(
     loader: Iterable[Any],
     device: torch.device | str,
     should_stop: Callable[[], bool] = lambda: False,
+    precision: str = "32-true",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features of every image that a loader yields, in order, computed in float32.
+    """Features of every image that a loader yields, in order.
+
+    Without gradients, but not in torch's inference mode: masks that a Swin makes here, and keeps, are used in training too.
 
     Args:
         encode: images (N, 3, H, W) on `device` to features (N, D).
         loader: yields batches with ``images``, ``labels`` and ``unreadable``; unreadable rows are left out.
         should_stop: asked before every batch.
+        precision: ``32-true``, whatever the training's, or ``bf16-mixed``, under autocast.
 
     Returns:
         Features (M, D) float32, labels (M,) int64, and the numbers of the unreadable images.
@@ -34,11 +38,12 @@ def embed(
         EmbeddingStopped: `should_stop` said so.
     """
     features, labels, unreadable = [], [], []
+    device = torch.device(device)
     for batch in loader:
         if should_stop():
             raise EmbeddingStopped
-        with torch.autocast(torch.device(device).type, enabled=False):
-            encoded = encode(batch.images.to(device)).float()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            encoded = encode(batch.images.to(device, non_blocking=True)).float()
         features.append(encoded.cpu()[~batch.unreadable])
         labels.append(batch.labels[~batch.unreadable])
         unreadable.append(batch.unreadable)

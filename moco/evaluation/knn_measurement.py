@@ -21,7 +21,7 @@ from moco.evaluation.evaluation_pictures import Searched, knn_pictures, save_png
 from moco.evaluation.feature_pictures import Embedded
 from moco.evaluation.knn import KNNResult, Protocol, Search, Votes, capped, classify
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
-from moco.evaluation.maps import chosen_map
+from moco.evaluation.maps import check_map
 from moco.evaluation.monitor import protocol as protocol_figures
 from moco.evaluation.neighbors import nearest_by_block
 from moco.evaluation.subject import Features, Findings, Subject
@@ -59,7 +59,7 @@ def measure_knn(subject: Subject) -> Findings:
     Raises:
         InputError: the data set has no labels, all are of one class, or the map needs a package that is missing.
     """
-    map_name = chosen_map(subject.settings["map"])
+    check_map(subject.settings["map"])
     sides, settings = sides_of(subject), subject.settings
     main = Protocol(capped(settings["num_neighbors"], sides.most_neighbors), settings["temperature"])
     grid = {Protocol(k, t) for k in NUM_NEIGHBORS if k <= sides.most_neighbors for t in TEMPERATURES} | {main}
@@ -87,7 +87,7 @@ def measure_knn(subject: Subject) -> Findings:
     pictures = {}
     if settings["pictures"]:
         searched = searched_of(sides, chosen_search, settings["feature"])
-        pictures = knn_pictures(subject, searched, confusion, classes, map_name, label_free.views)
+        pictures = knn_pictures(subject, searched, confusion, classes, label_free.views)
     return Findings(
         "kNN classification of frozen features",
         {"knn/top1": result.top1, "knn/top5": result.top5},

@@ -25,6 +25,7 @@ from moco.evaluation.diagnostics import (
     uniformity,
 )
 from moco.training.distributed import rank, world_size
+from moco.training.stopwatches import MONITORS, epoch_time
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,8 @@ class LabelFreeMonitor(pl.Callback):
     def _is_due(self, step: int) -> bool:
         return self.every_n_steps is not None and step % self.every_n_steps == 0
 
-    def _figures(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> dict[str, float]:
+    @epoch_time.measured(MONITORS)
+    def _figures(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Any]) -> dict[str, float]:
         query, key = outputs["query"], outputs["key"]
         figures = {
             "label_free/alignment": float(alignment(query, key)),
@@ -148,7 +150,8 @@ class LabelFreeMonitor(pl.Callback):
         distances = encoder_distances(pl_module.key_encoder, pl_module.query_encoder)
         figures |= {f"encoder_distance/{stage}": distance for stage, distance in distances.items()}
         if trainer.logger and rank() == 0:
-            similarities = pair_similarities(query, key, outputs["negatives"])
+            negatives = outputs["negatives"] if pl_module.queue is None else outputs["negatives"]()
+            similarities = pair_similarities(query, key, negatives)
             for name, values in zip(("positive", "negative"), similarities, strict=True):
                 finite = values[values.isfinite()]
                 if len(finite):  # an empty queue has no negatives yet, a bad step only NaN
@@ -162,6 +165,7 @@ class LabelFreeMonitor(pl.Callback):
         num_keys = len(self.kept.keys) * world_size() if self.kept else 0
         return max(0, (len(pl_module.queue.keys) - num_keys) // keys_per_step(pl_module, num_keys, trainer))
 
+    @epoch_time.measured(MONITORS)
     def _drift(self, trainer: pl.Trainer, pl_module: Any, kept: Kept) -> dict[str, float]:
         with untouched(pl_module.key_encoder), trainer.precision_plugin.train_step_context():
             now = pl_module.encode_keys([kept.view.to(pl_module.device)])[0].embedding  # (N, C) unit norm

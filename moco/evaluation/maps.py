@@ -17,18 +17,10 @@ SAME = 1e-6
 """Unit vectors that vary by less are all the same: there is nothing to lay out."""
 
 
-def chosen_map(name: str) -> str:
-    """Which of tsne, umap and none it is; auto is UMAP where that is installed.
-
-    Raises:
-        InputError: UMAP is asked for and not installed.
-    """
-    has_umap = find_spec("umap") is not None
-    if name == "umap" and not has_umap:
+def check_map(name: str) -> None:
+    """Raises InputError if UMAP is asked for and not installed."""
+    if name == "umap" and find_spec("umap") is None:
         raise InputError("evaluation.map=umap needs another package: pip install 'moco-ssl[umap]'; tsne needs none")
-    if name == "auto":
-        return "umap" if has_umap else "tsne"
-    return name
 
 
 def laid_out(features: np.ndarray, name: str) -> np.ndarray:

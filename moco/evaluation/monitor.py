@@ -14,7 +14,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from moco.data.datamodule import PretrainingData, check_unreadable
 from moco.evaluation.data_wait import EPOCH_SECONDS, SECONDS, DataWait
@@ -27,23 +26,25 @@ from moco.evaluation.diagnostics import (
     positive_similarity,
     rank_me,
 )
+from moco.evaluation.epoch_measurement import EpochMeasurement, is_end
 from moco.evaluation.feature_pictures import Embedded, FeaturePictures
 from moco.evaluation.features import EmbeddingStopped, evaluating
 from moco.evaluation.knn import KNNResult, knn_accuracy
 from moco.evaluation.sharding import embed_together
 from moco.training.distributed import copy_from_rank_zero, from_rank_zero, gather_objects
+from moco.training.stopwatches import MONITORS, STEPS, WAITING, epoch_time
 
 log = logging.getLogger(__name__)
 
 
-class KNNMonitor(pl.Callback):
+class KNNMonitor(EpochMeasurement):
     """kNN accuracy of the query encoder's features every n epochs, on clean pictures in eval mode.
 
     Args:
         figures: gets ``knn/top1``, ``knn/top5``, ``knn/epoch`` and the protocol; baselines go to ``knn_raw_pixels/top1``
             and ``knn_untrained/top1``, or ``knn_start/top1`` of a run that starts from given weights.
         should_stop: asked before every batch; a measurement that is cut short is made up for when the run goes on.
-        num_neighbors, temperature, feature: the protocol, see `MonitorConfig`.
+        num_neighbors, temperature, feature, precision: the protocol, see `MonitorConfig`.
         baselines: measure raw pixels and the encoder before the first step.
         is_untrained: the encoder starts from random weights.
         pictures: draws what it measures.
@@ -56,29 +57,29 @@ class KNNMonitor(pl.Callback):
         num_neighbors: int,
         temperature: float,
         feature: str,
+        precision: str = "32-true",
         every_n_epochs: int = 1,
         baselines: bool = False,
         is_untrained: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
         pictures: FeaturePictures | None = None,
     ) -> None:
-        self.figures = figures
+        super().__init__(figures, every_n_epochs, should_stop)
         self.num_neighbors = num_neighbors
         self.temperature = temperature
         self.feature = feature
-        self.every_n_epochs = every_n_epochs
+        self.precision = precision
         self.baselines = baselines
         self.is_untrained = is_untrained
-        self.should_stop = should_stop
         self.pictures = pictures
-        self.owed = False  # a measurement that an interrupt cut short
         self.resumed = False  # the encoder is no longer untrained
 
     def state_dict(self) -> dict[str, Any]:
+        # Never empty: from nothing a run would not learn that it goes on.
         return {"owed": self.owed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.owed = state_dict["owed"]
+        super().load_state_dict(state_dict)
         self.resumed = True
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -93,14 +94,9 @@ class KNNMonitor(pl.Callback):
         )  # fmt: skip
         if self.baselines and not self.resumed:
             self._measure_baselines(trainer, pl_module)
-        if self.owed:
-            self._measure(trainer, pl_module, self.figures["epoch"])
+        super().on_fit_start(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        if is_end(trainer, epoch) or epoch % self.every_n_epochs == 0:
-            self._measure(trainer, pl_module, epoch)
-
+    @epoch_time.measured(MONITORS)
     def _measure_baselines(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pixels = self._result(trainer, pl_module, lambda images: images.flatten(1))
         start = self._result(trainer, pl_module, self._encoding(pl_module))
@@ -109,7 +105,8 @@ class KNNMonitor(pl.Callback):
         what = "untrained backbone" if self.is_untrained else "the weights of init_from"
         log.info("kNN before training: raw pixels %.4f, %s %.4f", pixels.top1, what, start.top1)
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+    @epoch_time.measured(MONITORS)
+    def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
         source = data_of(trainer).source
         if source.bank is None or source.queries is None:
             return
@@ -125,7 +122,8 @@ class KNNMonitor(pl.Callback):
         self.owed = False
         self.num_neighbors = result.num_neighbors  # if it was capped, one warning is enough
         scores = {"knn/top1": result.top1, "knn/top5": result.top5}
-        self.figures |= scores | {"knn/epoch": epoch} | protocol(result, self.temperature, self.feature)
+        conditions = protocol(result, self.temperature, self.feature) | {"knn/precision": self.precision}
+        self.figures |= scores | {"knn/epoch": epoch} | conditions
         if trainer.logger:
             trainer.logger.log_metrics(scores, step=trainer.global_step)
 
@@ -163,7 +161,9 @@ class KNNMonitor(pl.Callback):
         copy_from_rank_zero([*pl_module.query_encoder.buffers()])  # type: ignore[union-attr]
         with evaluating(pl_module):
             embedded = [
-                embed_together(encode, data.evaluation_dataloader(labelled), pl_module.device, self.should_stop)
+                embed_together(
+                    encode, data.evaluation_dataloader(labelled), pl_module.device, self.should_stop, self.precision
+                )
                 for labelled in (bank, queries)
             ]
 
@@ -178,11 +178,6 @@ class KNNMonitor(pl.Callback):
             return knn_accuracy(features, labels, query_features, query_labels, self.num_neighbors, self.temperature)
 
         return from_rank_zero(search)
-
-
-def is_end(trainer: pl.Trainer, epoch: int) -> bool:
-    """Whether the training ends with this epoch, counted from 1."""
-    return epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
 
 
 def protocol(result: KNNResult, temperature: float, feature: str) -> dict[str, Any]:
@@ -200,12 +195,14 @@ class LossMonitor(pl.Callback):
     """Loss, learning rate and speed every n steps, and each epoch's mean loss and speed, of any training.
 
     It warns once where much of the time goes into waiting for data; the data module says what to change. Waiting begins
-    when all callbacks are done with a batch, for which it adds a `BatchClock` behind them.
+    when all callbacks are done with a batch, for which it adds a `BatchClock` behind them. When an epoch is over, its
+    checkpoint written, it logs the seconds that each part took, ``time/NAME`` of `moco.training.stopwatches`.
 
     Batches whose loss is not finite are left out of the mean, which is not finite only if they all are.
 
     Args:
-        figures: gets ``train/loss`` (mean of the epoch), ``images_per_second`` and ``data_wait`` (share of the time).
+        figures: gets ``train/loss`` (mean of the epoch), ``images_per_second`` and ``data_wait`` (share of the time) of the
+            epoch, and ``train/seconds`` of the whole run: in steps and waiting for data, without monitors and checkpoints.
         log_every_n_steps: optimizer steps between two rows.
     """
 
@@ -213,28 +210,57 @@ class LossMonitor(pl.Callback):
         self.figures = figures
         self.log_every_n_steps = log_every_n_steps
         self.data_wait = DataWait()
-        # Tensors on the device while training: adding to them does not wait for the device.
-        self.loss_sum: Tensor | float = 0.0
-        self.batches: Tensor | float = 0  # those with a finite loss
+        self.loss_sum = 0.0
+        self.batches = 0.0  # those with a finite loss
+        self.seconds_before = 0.0  # of training, before the run went on from its checkpoint
+        self.losses: list[Tensor] = []
+        """Of the latest batches, on the device: to add each at once would be ten operations a step, to read it a wait."""
+
+    def _add_losses(self) -> None:
+        """Wait for the latest losses and add them; in double precision, where the order makes no difference."""
+        if self.losses:
+            losses = torch.stack(self.losses).double().cpu()
+            finite = losses[losses.isfinite()]
+            self.loss_sum += float(finite.sum())
+            self.batches += len(finite)
+            self.losses = []
 
     def state_dict(self) -> dict[str, Any]:
         """Of all processes together: the mean over them, so that each can go on from it."""
-        sums, counts = zip(*gather_objects((float(self.loss_sum), int(self.batches))), strict=True)
-        return {"loss_sum": sum(sums) / len(sums), "batches": sum(counts) / len(counts)}
+        self._add_losses()
+        names, own = ("loss_sum", "batches", "seconds"), (self.loss_sum, self.batches, self._seconds())
+        return {name: sum(all_of) / len(all_of) for name, *all_of in zip(names, *gather_objects(own), strict=True)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.loss_sum, self.batches = state_dict["loss_sum"], state_dict["batches"]
+        self.seconds_before = state_dict.get("seconds", 0.0)  # older runs did not count them
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        epoch_time.start()  # not with what an earlier training in this process took
         # Here, as Lightning has put checkpoints last by now, whatever the order that it was given.
         trainer.callbacks.append(BatchClock(self))  # type: ignore[attr-defined]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.loss_sum, self.batches = 0.0, 0
+        self.loss_sum, self.batches, self.losses = 0.0, 0.0, []
+        self._end_lap(trainer)
         self._start_clock()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.epoch_ended = False
+        epoch_time.start()
         self._start_clock()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end_lap(trainer)
+
+    def _end_lap(self, trainer: pl.Trainer) -> None:
+        """Log the times of the epoch that ended. Not at its end: Lightning calls checkpoints after all other callbacks."""
+        if not self.epoch_ended:
+            return
+        self.epoch_ended = False
+        seconds = {f"time/{name}": seconds for name, seconds in epoch_time.lap().items()}
+        if trainer.logger:
+            trainer.logger.log_metrics(seconds, step=trainer.global_step)
 
     def _start_clock(self) -> None:
         self.images, self.waited, self.started = 0, 0.0, time.perf_counter()
@@ -245,17 +271,17 @@ class LossMonitor(pl.Callback):
     ) -> None:
         self.batch_waited = time.perf_counter() - self.batch_ended if is_waited_for(trainer) else 0.0
         self.waited += self.batch_waited
+        epoch_time.give(WAITING, self.batch_waited)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Lightning divides the loss by the accumulated batches.
-        loss = outputs["loss"].detach().double() * trainer.accumulate_grad_batches
-        self.loss_sum = self.loss_sum + loss.where(loss.isfinite(), 0.0)
-        self.batches = self.batches + loss.isfinite().long()
+        # Lightning divides the loss by the accumulated batches. A copy, as the next step may reuse the memory.
+        self.losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         self.images += len(batch.indices) * trainer.world_size
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.log_every_n_steps == 0:
+            self._add_losses()
             self._log_step(trainer, pl_module, outputs)
 
     def end_batch(self, trainer: pl.Trainer) -> None:
@@ -279,6 +305,10 @@ class LossMonitor(pl.Callback):
         """What else a method shows of a step, under the names of TensorBoard; `outputs` is what its step returned."""
         return {}
 
+    def _seconds(self) -> float:
+        """Of the run's training so far."""
+        return self.seconds_before + epoch_time.so_far(STEPS, WAITING)
+
     def _speed(self) -> dict[str, float]:
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         return {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
@@ -287,7 +317,8 @@ class LossMonitor(pl.Callback):
         state = LossMonitor.state_dict(self)
         mean_loss = state["loss_sum"] / state["batches"] if state["batches"] else math.nan
         figures = {"train/loss": mean_loss, **self._speed()}
-        self.figures |= figures
+        self.figures |= figures | {"train/seconds": state["seconds"]}
+        self.epoch_ended = True
         self.data_wait.check(trainer, EPOCH_SECONDS)
         if trainer.logger:
             scalars = {"epoch/loss": figures["train/loss"], "epoch/images_per_second": figures["images_per_second"]}
@@ -332,9 +363,9 @@ class TrainingMonitor(LossMonitor):
         }
 
 
-def queue_figures(pl_module: Any, outputs: dict[str, Tensor]) -> dict[str, float]:
+def queue_figures(pl_module: Any, outputs: dict[str, Any]) -> dict[str, float]:
     """Of a step whose negatives came from a queue."""
-    queue, query, negatives = pl_module.queue, outputs["query"], outputs["negatives"]
+    queue, query, negatives = pl_module.queue, outputs["query"], outputs["negatives"]()
     return {
         "train/loss_of_chance": pl_module.loss_of_chance(len(negatives)),
         "label_free/negative_similarity": float(negative_similarity(query, negatives)) if len(negatives) else 0.0,
@@ -349,45 +380,6 @@ def in_batch_figures(pl_module: Any, outputs: dict[str, Tensor]) -> dict[str, fl
         "train/loss_of_chance": pl_module.loss_of_chance(len(keys) - 1),
         "label_free/negative_similarity": float(in_batch_negative_similarity(query, key, keys)),
     }
-
-
-class ViewPairPicture(pl.Callback):
-    """Before the first step and every n epochs, augmented pairs as the model sees them: queries above, their keys below.
-
-    Args:
-        every_n_epochs: None: no pictures.
-    """
-
-    NUM_PAIRS = 16
-    TAG = "views/query_above_key"
-
-    def __init__(self, every_n_epochs: int | None) -> None:
-        self.every_n_epochs = every_n_epochs
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.every_n_epochs and trainer.global_step == 0 and trainer.logger:
-            picture = view_pair_picture(data_of(trainer), self.NUM_PAIRS)
-            trainer.logger.experiment.add_image(self.TAG, picture, 0)  # type: ignore[attr-defined]
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        epoch = trainer.current_epoch
-        if self.every_n_epochs and batch_idx == 0 and epoch > 0 and epoch % self.every_n_epochs == 0 and trainer.logger:
-            query, key = (view[: self.NUM_PAIRS].cpu() for view in batch.views)
-            picture = pairs_in_columns(data_of(trainer), query, key)
-            trainer.logger.experiment.add_image(self.TAG, picture, trainer.global_step)  # type: ignore[attr-defined]
-
-
-def view_pair_picture(data: PretrainingData, num_pairs: int) -> Tensor:
-    """Pairs of the first epoch in columns, query above key: (3, H, W) in 0..1."""
-    return pairs_in_columns(data, *data.pairs(data.first_pictures(num_pairs)))
-
-
-def pairs_in_columns(data: PretrainingData, query: Tensor, key: Tensor) -> Tensor:
-    """Normalised views (N, 3, S, S) of N pictures as what they show, query above key: (3, H, W) in 0..1."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.augment.mean, data.augment.std))
-    return make_grid((torch.cat([query, key]) * std + mean).clamp(0, 1), nrow=len(query), padding=2)
 
 
 def data_of(trainer: pl.Trainer) -> PretrainingData:

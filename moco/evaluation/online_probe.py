@@ -16,6 +16,7 @@ from moco.data.datasets import DataSource
 from moco.errors import InputError
 from moco.evaluation.monitor import data_of
 from moco.training.distributed import all_gather
+from moco.training.stopwatches import MONITORS, epoch_time
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class OnlineProbe(pl.Callback):
         if stepped and trainer.global_step % self.log_every_n_steps == 0 and trainer.logger:
             trainer.logger.log_metrics({"probe/top1": self._accuracy()}, step=trainer.global_step)
 
+    @epoch_time.measured(MONITORS)
     def _learn(self, feature: Tensor, classes: Tensor) -> None:
         """One step on features (N, D) of classes (N,), -1 where there is none."""
         assert self.head is not None

@@ -11,21 +11,24 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from moco.data.segmentation_loaders import MaskBatch, SegmentationData, check_readable
+from moco.data.mask_batches import MaskBatch
+from moco.data.segmentation_loaders import SegmentationData, check_readable
+from moco.evaluation.epoch_measurement import EpochMeasurement
 from moco.evaluation.features import evaluating
 from moco.evaluation.segmentation import comparison_picture, confusion_matrix, predicted_classes, segmentation_figures
+from moco.training.stopwatches import MONITORS, epoch_time
 
 log = logging.getLogger(__name__)
 
 
-class SegmentationMonitor(pl.Callback):
+class SegmentationMonitor(EpochMeasurement):
     """mIoU, pixel accuracy and the IoU of every class on the held-out pictures every n epochs, in eval mode and float32.
 
     Args:
         figures: gets ``segment/miou``, ``segment/pixel_accuracy``, ``segment/iou/NAME``, ``segment/epoch`` and the protocol.
         inference: ``whole`` or ``slide``, see `predicted_classes`.
         num_pictures: so many go to TensorBoard, image, truth and prediction side by side.
-        should_stop: asked before every batch; a measurement that is cut short is made up for when the run goes on.
+        every_n_epochs, should_stop: see `EpochMeasurement`.
     """
 
     def __init__(
@@ -37,30 +40,12 @@ class SegmentationMonitor(pl.Callback):
         num_pictures: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.figures = figures
+        super().__init__(figures, every_n_epochs, should_stop)
         self.inference = inference
-        self.every_n_epochs = every_n_epochs
         self.num_pictures = num_pictures
-        self.should_stop = should_stop
-        self.owed = False  # a measurement that an interrupt cut short
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"owed": self.owed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.owed = state_dict["owed"]
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.owed:
-            self._measure(trainer, pl_module, self.figures["epoch"])
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        is_end = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if is_end or epoch % self.every_n_epochs == 0:
-            self._measure(trainer, pl_module, epoch)
-
-    def _measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
+    @epoch_time.measured(MONITORS)
+    def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
         data, hparams = trainer.datamodule, pl_module.hparams  # type: ignore[attr-defined]
         assert isinstance(data, SegmentationData)
         confusion: Tensor | None = None

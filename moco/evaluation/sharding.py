@@ -16,12 +16,13 @@ def embed_together(
     loader: Iterable[Any],
     device: torch.device | str,
     should_stop: Callable[[], bool] = lambda: False,
+    precision: str = "32-true",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`embed` by several processes: each embeds its own images, rank 0 gets all of them in the order of the data set.
 
     Args:
         loader: yields every n-th image of the data set, of n processes, from the process's rank on.
-        encode, device: see `embed`.
+        encode, device, precision: see `embed`.
         should_stop: asked before every batch; if it stops one process, all of them raise.
 
     Returns:
@@ -31,10 +32,10 @@ def embed_together(
         EmbeddingStopped: `should_stop` said so on any process.
     """
     if world_size() == 1:
-        return embed(encode, loader, device, should_stop)
+        return embed(encode, loader, device, should_stop, precision)
     stopped = False
     try:
-        features, labels, unreadable = embed(encode, loader, device, should_stop)
+        features, labels, unreadable = embed(encode, loader, device, should_stop, precision)
     except EmbeddingStopped:
         stopped = True
     if largest([stopped])[0]:
