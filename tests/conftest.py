@@ -46,6 +46,18 @@ def picture_tree(tmp_path, generator):
     return root
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of untrained encoders where a run has it, without the rest of a run folder; not to be changed."""
+    from test_export import write_checkpoint
+
+    path = tmp_path_factory.mktemp("made") / "checkpoints" / "last.ckpt"
+    path.parent.mkdir()
+    torch.manual_seed(0)
+    write_checkpoint(Runner(path.parent), path)
+    return path
+
+
 @pytest.fixture
 def photographs(tmp_path, generator):
     """30 JPEGs of various sizes, smooth as photographs are, in two folders."""

@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,14 @@ from torch import nn
 
 from moco.checks import check_batch_norm
 from moco.errors import InputError
-from moco.methods.batch_norm import SplitBatchNorm, batch_norm_mode, log_batch_norm, split_batch_norm
+from moco.methods.batch_norm import (
+    SplitBatchNorm,
+    batch_norm_mode,
+    in_batch_order,
+    log_batch_norm,
+    sorted_by_group,
+    split_batch_norm,
+)
 from moco.models.heads import build_head
 
 
@@ -15,19 +23,23 @@ from moco.models.heads import build_head
     ("layer", "shape"),
     [(nn.BatchNorm2d(3), (12, 3, 5, 5)), (nn.BatchNorm1d(3), (12, 3)), (nn.BatchNorm2d(3), (4, 3, 2, 2))],
 )
-def test_split_equals_separate_batch_norms_on_every_nth_sample(layer, shape):
+@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_split_equals_separate_batch_norms_on_every_nth_sample(layer, shape, in_blocks, memory_format):
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
     separate = [copy.deepcopy(layer) for _ in range(4)]
-    split = SplitBatchNorm(copy.deepcopy(layer), num_splits=4)
+    split = SplitBatchNorm(copy.deepcopy(layer), num_splits=4, in_blocks=in_blocks)
     for _ in range(3):  # running statistics move each time
         images = torch.randn(*shape)
+        if len(shape) == 4:
+            images = images.to(memory_format=memory_format)
         leaf, reference_leaf = images.clone().requires_grad_(), images.clone().requires_grad_()
         expected = torch.empty_like(images)
         for number, norm in enumerate(separate):
             norm.running_mean, norm.running_var = split.running_mean.clone(), split.running_var.clone()
             expected[number::4] = norm(reference_leaf[number::4])
-        output = split(leaf)
+        output = in_batch_order(split(sorted_by_group(leaf, 4)), 4) if in_blocks else split(leaf)
         torch.testing.assert_close(output, expected)
         weights = torch.randn_like(output)
         (output * weights).sum().backward()
@@ -69,8 +81,9 @@ def test_converted_network_copies_and_loads_like_any_other():
 
 
 def test_batch_that_does_not_split_evenly_is_named():
-    with pytest.raises(InputError, match=r"method\.batch_norm_splits=8 does not divide the 12 images"):
-        SplitBatchNorm(nn.BatchNorm2d(3), 8)(torch.randn(12, 3, 2, 2))
+    for broken in (SplitBatchNorm(nn.BatchNorm2d(3), 8), partial(sorted_by_group, splits=8)):
+        with pytest.raises(InputError, match=r"method\.batch_norm_splits=8 does not divide the 12 images"):
+            broken(torch.randn(12, 3, 2, 2))
 
 
 WITH, WITHOUT = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.LayerNorm(3))

@@ -217,7 +217,8 @@ if __name__ == "__main__":
     iterator = iter(evaluation_loader(Labelled(pictures, np.zeros(30)), tensor, 8, 2, num_workers=2))
     next(iterator)
     from multiprocessing import forkserver
-    workers = [worker.pid for worker in iterator._workers]
+    from multiprocessing import active_children
+    workers = [worker.pid for worker in active_children()]
     print(forkserver._forkserver._forkserver_pid, *workers, flush=True)
     if sys.argv[1] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)

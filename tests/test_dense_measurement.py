@@ -6,21 +6,10 @@ import numpy as np
 import pytest
 import torch
 from test_dense import draw_quarters
-from test_export import write_checkpoint
 from test_segmentation_data import save
 
 from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
 from moco.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    from conftest import Runner
-
-    path = tmp_path_factory.mktemp("made") / "last.ckpt"
-    torch.manual_seed(0)
-    write_checkpoint(Runner(path.parent), path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def test_features_that_are_not_finite_are_a_warning_and_no_figure(quarters, capl
     module, figures = Module(), {}
     monitor = DenseMonitor(figures, dense_set(quarters), num_neighbors=3, temperature=0.1)
     module.query_encoder.backbone.scale = torch.nan
-    monitor._measure(Trainer(), module, 4)
+    monitor.measure(Trainer(), module, 4)
     assert "no dense figure at epoch 4: the features of" in caplog.text
     assert not figures
 
@@ -127,7 +127,7 @@ def test_a_bank_smaller_than_k_is_said_once(quarters, caplog):
     figures = {}
     monitor = DenseMonitor(figures, dense_set(quarters, bank_size=6), num_neighbors=30, temperature=0.1)
     for epoch in (1, 2):
-        monitor._measure(Trainer(), Module(), epoch)
+        monitor.measure(Trainer(), Module(), epoch)
     assert caplog.text.count("monitor.dense.num_neighbors=30 is more than the bank's 6 patches") == 1
     assert figures["dense/num_neighbors"] == 6
 
@@ -136,14 +136,14 @@ def measured_by(rank, root, expected):
     module, figures = Module(), {}
     module.query_encoder.backbone.scale = torch.nan if rank else 1.0  # only rank 0's counts
     monitor = DenseMonitor(figures, dense_set(root), num_neighbors=5, temperature=0.1)
-    monitor._measure(Trainer(), module, 3)
+    monitor.measure(Trainer(), module, 3)
     assert figures == expected
 
 
 @pytest.mark.slow
 def test_every_process_learns_what_rank_zero_measured(quarters):
     figures = {}
-    DenseMonitor(figures, dense_set(quarters), num_neighbors=5, temperature=0.1)._measure(Trainer(), Module(), 3)
+    DenseMonitor(figures, dense_set(quarters), num_neighbors=5, temperature=0.1).measure(Trainer(), Module(), 3)
     on_two(measured_by, quarters, figures)
 
 

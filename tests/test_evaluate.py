@@ -1,26 +1,17 @@
 """What a user of ``moco.evaluate`` sees: the tables, the files, what is kept, and what is said of bad data."""
 
+import errno
 import json
+import os
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from test_export import write_checkpoint
 
-from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig, check_kind
+from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig, check_settings
 from moco.errors import InputError, RunError
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    from conftest import Runner
-
-    path = tmp_path_factory.mktemp("made") / "checkpoints" / "last.ckpt"
-    path.parent.mkdir()
-    torch.manual_seed(0)
-    write_checkpoint(Runner(path.parent), path)
-    return path
 
 
 @pytest.fixture
@@ -66,6 +57,16 @@ def test_a_full_gpu_is_one_line(evaluated, monkeypatch):
     monkeypatch.setattr("moco.evaluate.measure", full)
     with pytest.raises(RunError, match=r"^the GPU is out of memory; a smaller evaluation\.batch_size needs less$"):
         evaluated()
+
+
+def test_a_disk_that_is_full_when_the_figures_are_written_is_one_line(evaluated, monkeypatch):
+    def full(path, write):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("moco.training.run_folder.write_atomically", full)  # not that of the kept features
+    with pytest.raises(RunError) as error:
+        evaluated(num_neighbors=3)
+    assert re.search(r"No space left on device: .*; free some space and start again$", str(error.value))
 
 
 def test_one_pass_gives_a_grid_with_the_protocol_beside_it(evaluated):
@@ -282,10 +283,49 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
     from moco.config import pretrained
 
     monkeypatch.setitem(pretrained.KINDS, "other", ("temperature",))
-    check_kind(EvaluationConfig(name="other", temperature=0.5))
+    monkeypatch.setitem(pretrained.DATA_OF_KINDS, "other", ())
+    check_settings(EvaluateConfig(evaluation=EvaluationConfig(name="other", temperature=0.5)))
     with pytest.raises(InputError) as error:
-        check_kind(EvaluationConfig(name="other", index="ivf"))
+        check_settings(EvaluateConfig(evaluation=EvaluationConfig(name="other", index="ivf")))
     assert str(error.value) == "evaluation.index: a setting of evaluation=knn, and evaluation=other has no such"
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "expected"),
+    [
+        (
+            {"name": "dense", "feature": "embedding"}, {},
+            "evaluation.feature: a setting of evaluation=knn and evaluation=linear and evaluation=linear_official, and "
+            "evaluation=dense has no such",
+        ),
+        (
+            {"name": "dense", "cache": False}, {},
+            "evaluation.cache: a setting of evaluation=knn and evaluation=linear and evaluation=linear_official, and "
+            "evaluation=dense has no such",
+        ),
+        (
+            {"name": "linear", "num_neighbors": 5}, {},
+            "evaluation.num_neighbors: a setting of evaluation=knn and evaluation=dense, and evaluation=linear has no such",
+        ),
+        (
+            {"name": "dense"}, {"held_out": 0.5},
+            "data.held_out: a setting of evaluation=knn and evaluation=linear and evaluation=linear_official, and "
+            "evaluation=dense has no such",
+        ),
+        (
+            {"name": "linear"}, {"ignore_index": 0},
+            "data.ignore_index: a setting of evaluation=dense, and evaluation=linear has no such",
+        ),
+        ({"num_probes": 9}, {}, "evaluation.num_probes: without evaluation.index=ivf it has no effect"),
+        ({"index": "ivf", "ef_search": 9}, {}, "evaluation.ef_search: without evaluation.index=hnsw it has no effect"),
+        ({"num_draws": 9}, {}, "evaluation.num_draws: without evaluation.images_per_class it has no effect"),
+        ({"map": "none", "pictures": False}, {}, "evaluation.map: without evaluation.pictures=true it has no effect"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_has_no_effect_is_refused(settings, data, expected):
+    with pytest.raises(InputError) as error:
+        check_settings(EvaluateConfig(evaluation=EvaluationConfig(**settings), data=EvaluateDataConfig(**data)))
+    assert str(error.value) == expected
 
 
 def test_fewer_than_one_image_per_class_is_refused(evaluated):

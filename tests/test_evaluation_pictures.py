@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import Runner
 from PIL import Image
 from test_evaluate import archive
 from test_export import write_checkpoint
@@ -27,15 +26,6 @@ from moco.evaluation.label_free_measurement import illnesses
 from moco.evaluation.pictures import MARGIN, NUMBERED_CLASSES, feature_maps_picture, map_picture
 
 NAMES = ["confusion.png", "feature_maps.png", "map.png", "neighbors.png", "similarities.png"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("made") / "checkpoints" / "last.ckpt"
-    path.parent.mkdir()
-    torch.manual_seed(0)
-    write_checkpoint(Runner(path.parent), path)
-    return path
 
 
 @pytest.fixture

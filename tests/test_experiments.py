@@ -15,7 +15,10 @@ from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
-OF_THIS_PROJECT = {"cifar10_moby_swin_v2", "own_images_large", "own_images_medium", "own_images_small", "quickstart"}
+OF_THIS_PROJECT = {
+    "cifar10_cpu", "cifar10_moby_swin_v2", "cifar10_speedrun", "cifar10_speedrun_90", "own_images_large", "own_images_medium",
+    "own_images_small", "quickstart",
+}  # fmt: skip
 
 
 @cache

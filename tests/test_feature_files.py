@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from moco.data.picture_sets import PictureBatch
-from moco.embed import check_output, embed
+from moco.embed import check_files, embed
 from moco.errors import InputError
 from moco.evaluation.feature_files import write_index, write_npz
 from moco.evaluation.feature_parts import FILES, FeatureParts, taken
@@ -252,4 +252,4 @@ def test_a_batch_of_unreadable_pictures_alone_adds_nothing_but_their_names(tmp_p
 def test_a_folder_in_the_indexs_place_is_named(tmp_path):
     (tmp_path / "f.faiss").mkdir()
     with pytest.raises(InputError, match=r"f\.npz: .*f\.faiss is a folder; expected the name of a file"):
-        check_output(tmp_path / "f.npz")
+        check_files(tmp_path / "f.npz")

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from moco.methods.key_queue import KeyQueue
+from moco.methods.losses import info_nce
 
 
 def keys_numbered(start, count, dim=4):
@@ -44,14 +45,32 @@ def test_empty_start_offers_only_enqueued_keys():
     assert queue.negatives()[:, 0].tolist() == [10.0, 11.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
 
 
-def test_enqueueing_leaves_earlier_negatives_fit_for_backward():
-    queue = KeyQueue(8, 4)
-    query = F.normalize(torch.randn(2, 4), dim=1).requires_grad_()
-    loss = (query @ queue.negatives().T).sum()
-    before = queue.keys.sum(dim=0).clone()
+def test_the_loss_is_fit_for_backward_after_its_negatives_were_replaced():
+    queue, key = KeyQueue(8, 4), F.normalize(torch.randn(2, 4), dim=1)
+    query, same = (F.normalize(torch.ones(2, 4), dim=1).requires_grad_() for _ in range(2))
+    logits = torch.cat([(same * key).sum(dim=1, keepdim=True), same @ queue.keys.clone().T], dim=1) / 0.2
+    F.cross_entropy(logits, torch.zeros(2, dtype=torch.long)).backward()
+    loss = info_nce(query, key, queue.negatives(), 0.2)
     queue.enqueue(torch.ones(8, 4))
     loss.backward()
-    torch.testing.assert_close(query.grad, before.expand(2, 4))
+    torch.testing.assert_close(query.grad, same.grad)
+
+
+@pytest.mark.parametrize("start", ["random", "empty"])
+@pytest.mark.parametrize("batches", [[], [3], [3, 3], [5, 9], [40]])
+def test_the_negatives_given_last_are_still_known_after_any_number_of_keys(start, batches):
+    queue = KeyQueue(10, 4, start)
+    queue.enqueue(keys_numbered(0, 6))
+    expected = queue.negatives().clone()
+    for number, count in enumerate(batches, start=1):
+        queue.enqueue(keys_numbered(100 * number, count))
+    assert torch.equal(queue.negatives_given_last(), expected)
+    assert len(queue.negatives()) == (10 if start == "random" else min(6 + sum(batches), 10))
+
+
+def test_negatives_are_no_copy():
+    queue = KeyQueue(10, 4)
+    assert queue.negatives().data_ptr() == queue.keys.data_ptr()
 
 
 def test_state_dict_restores_keys_pointer_and_fill():
@@ -62,6 +81,14 @@ def test_state_dict_restores_keys_pointer_and_fill():
         queue_.enqueue(keys_numbered(7, 5))
     assert torch.equal(queue.keys, other.keys)
     assert (int(other.pointer), int(other.filled)) == (2, 10)
+
+
+def test_a_queue_that_fills_up_goes_on_from_its_state_with_as_many_negatives():
+    queue, other = KeyQueue(10, 4, "empty"), KeyQueue(10, 4, "empty")
+    queue.enqueue(keys_numbered(0, 7))
+    other.load_state_dict(queue.state_dict())
+    assert torch.equal(other.negatives(), queue.negatives())
+    assert torch.equal(other.newest(3), queue.newest(3))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

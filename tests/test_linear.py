@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_evaluate import archive, checkpoint, evaluated  # noqa: F401
+from test_evaluate import archive, evaluated  # noqa: F401
 from torch import nn
 
 from moco.errors import InputError, RunError

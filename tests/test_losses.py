@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from moco.methods import losses
 from moco.methods.losses import dense_info_nce, in_batch_info_nce, info_nce, most_similar_cells
 
 
@@ -24,7 +26,7 @@ def reference(query, key, negatives, temperature):
     return np.mean(losses), np.array(gradients) / len(query)
 
 
-@pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
+@pytest.mark.parametrize("temperature", [0.024, 0.026, 0.07, 0.2, 1.0])
 def test_value_and_gradient_equal_the_papers_equation(temperature):
     query, key, negatives = unit(6, 16), unit(6, 16), unit(50, 16)
     value, gradient = reference(query.numpy(), key.numpy(), negatives.numpy(), temperature)
@@ -33,6 +35,98 @@ def test_value_and_gradient_equal_the_papers_equation(temperature):
     loss.backward()
     assert loss.item() == pytest.approx(value, rel=1e-5)
     np.testing.assert_allclose(query.grad.numpy(), gradient, rtol=1e-3, atol=1e-5)
+
+
+def plain(query, key, negatives, temperature):
+    """The same from all logits at once."""
+    logits = torch.cat([(query * key).sum(dim=1, keepdim=True), query @ negatives.T], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
+
+
+def both(query, key, negatives, temperature):
+    """Value and gradient of `info_nce`, and of the plain form in float64."""
+    results = []
+    for function, dtype in ((info_nce, torch.float32), (plain, torch.float64)):
+        leaf = query.to(dtype).requires_grad_()
+        value = function(leaf, key.to(dtype), negatives.to(dtype), temperature)
+        (3 * value).backward()
+        results.append((value.detach().double(), leaf.grad.double() / 3))
+    return results
+
+
+@pytest.mark.parametrize(("rows", "block"), [(1024, 2**20), (1024, 64), (4, 50), (1, 7), (3, 3)])
+def test_blocks_of_any_size_give_the_plain_forms_value_and_gradient(rows, block, monkeypatch):
+    monkeypatch.setattr(losses, "ROWS", rows)
+    monkeypatch.setattr(losses, "BLOCK", {"cpu": block})
+    ours, expected = both(unit(7, 16), unit(7, 16), unit(50, 16), 0.2)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-2])
+def test_a_low_temperature_overflows_nowhere(temperature):
+    query, key, negatives = unit(7, 16), unit(7, 16), unit(50, 16)
+    negatives[20], negatives[40] = query[0], -query[1]
+    ours, expected = both(query, key, negatives, temperature)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_what_is_not_finite_makes_the_loss_nan_as_in_the_plain_form(where, bad):
+    tensors = [unit(7, 16), unit(7, 16), unit(50, 16)]
+    tensors[where][3, 2] = bad
+    (value, gradient), (expected, _) = both(*tensors, 0.2)
+    assert not expected.isfinite()
+    assert not value.isfinite()
+    assert not gradient.isfinite().all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the elements of the largest tensor that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and not function.is_view:
+            self.elements = max(self.elements, output.numel())
+        return output
+
+
+@pytest.mark.parametrize(("num_queries", "num_negatives"), [(300, 20_000), (2_000, 3_000), (4, 400_000)])
+def test_no_tensor_is_made_that_holds_more_than_a_block_of_logits(num_queries, num_negatives):
+    query, key, negatives = (unit(count, 4).float() for count in (num_queries, num_queries, num_negatives))
+    with LargestTensor() as made:
+        info_nce(query.requires_grad_(), key, negatives, 0.2).backward()
+    assert made.elements <= losses.BLOCK["cpu"]
+
+
+def test_without_a_gradient_the_value_is_the_same():
+    query, key, negatives = (unit(count, 16).float() for count in (7, 7, 50))
+    with torch.no_grad():
+        value = info_nce(query.clone().requires_grad_(), key, negatives, 0.2)
+    with_gradient = info_nce(query.clone().requires_grad_(), key, negatives, 0.2)
+    assert torch.equal(value, with_gradient.detach())
+    assert not value.requires_grad
+    assert with_gradient.requires_grad
+
+
+def test_a_second_derivative_is_refused():
+    query = unit(4, 8).float().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        info_nce(query, unit(4, 8).float(), unit(9, 8).float(), 0.2), query, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
+
+
+def test_it_can_be_compiled_as_a_whole():
+    query, key, negatives = (unit(count, 16).float() for count in (7, 7, 50))
+    leaves = [query.clone().requires_grad_() for _ in range(2)]
+    compiled = torch.compile(info_nce, backend="aot_eager", fullgraph=True)
+    for function, leaf in zip((info_nce, compiled), leaves, strict=True):
+        function(leaf, key, negatives, 0.2).backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
 
 
 def test_equal_similarities_give_log_of_one_plus_k():

@@ -1,6 +1,7 @@
 """A loader process that dies is named with what it was reading."""
 
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -79,6 +80,58 @@ if __name__ == "__main__":
         print(error)
 """
 
+WITHOUT_VIEW_PAIRS = """
+import os, signal, sys
+from pathlib import Path
+from torch.utils.data import dataloader, get_worker_info
+from moco.data.decoding import EncodedFile
+
+pixels = EncodedFile.pixels
+
+def dying(self, *how):
+    if self.name.endswith("13.png") and get_worker_info():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pixels(self, *how)
+
+EncodedFile.pixels = dying  # in the loader processes too, which run this file again
+
+def loaders(folder):
+    import numpy as np
+    from moco.data.datasets import Labelled, build_source
+    from moco.data.loading import evaluation_loader
+    from moco.data.picture_sets import IndexedSet, ShardedSet
+    from moco.data.scaled_pictures import scaled_loader
+    from moco.data.segmentation import build_segmentation_source
+    from moco.data.segmentation_loaders import SegmentationData
+    from moco.data.segmentation_views import SegmentationView
+    from moco.data.views import Normalized, build_evaluation_view, evaluation_crop
+
+    half = [0.5] * 3
+    train = build_source("images", str(folder / "images")).train
+    labelled = Labelled(train, np.zeros(len(train), np.int64))
+    masked = build_segmentation_source("segmentation_folder", str(folder))
+    view = SegmentationView(
+        8, scale=[1.0, 1.0], horizontal_flip=0.0, color_jitter=None, mean=half, std=half, ignore_index=255, seed=0
+    )
+    data = SegmentationData(masked, view, image_size=8, batch_size=4, num_workers=2)
+    crop, rows = evaluation_crop(8, 1.0), list(range(len(masked.validation)))
+    yield "evaluation", evaluation_loader(labelled, build_evaluation_view(8, 1.0, half, half), 8, 4, num_workers=2)
+    yield "crops", data.train_dataloader()
+    yield "whole", data.evaluation_dataloader()
+    yield "dense", scaled_loader(masked.validation, rows, 8, 8, Normalized(half, half), 4, num_workers=2)
+    yield "files", IndexedSet(labelled, True).batches([0], crop, 8, 4, 2)
+    yield "shards", ShardedSet(build_source("webdataset", str(folder)).train).batches([0, 0], crop, 8, 4, 2)
+
+if __name__ == "__main__":
+    # DataLoader asks only every five seconds whether its processes are still there.
+    dataloader._MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (0.2,)
+    for kind, loader in loaders(Path(sys.argv[1])):
+        try:
+            list(loader)
+        except RuntimeError as error:
+            print(kind, error)
+"""
+
 
 def shard_of(folder, numbers):
     path = folder / f"{numbers[0]}.tar"
@@ -114,6 +167,28 @@ def test_the_process_that_died_is_named_with_its_own_picture_and_no_other_failur
     else:
         said = rf"DataLoader worker \(pid \d+\) exited unexpectedly; it was reading {re.escape(culprit)}$"
         assert re.search(said, done.stdout.strip()), done.stderr
+
+
+def test_every_other_loader_names_the_picture_too(tmp_path):
+    """Of evaluation, of segmentation, of dense evaluation and of embed, in files and shards; 13 is in both parts."""
+    pytest.importorskip("webdataset")
+    for folder, part, number in itertools.product(("images", "masks"), ("train", "val"), range(10, 18)):
+        path = tmp_path / folder / part / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB" if folder == "images" else "L", (8, 8), number % 2).save(path)
+    shard = shard_of(tmp_path, range(10, 18))
+    program = tmp_path / "program.py"
+    program.write_text(WITHOUT_VIEW_PAIRS)
+    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    said = re.findall(
+        r"^(\w+) DataLoader worker \(pid \d+\) exited unexpectedly; it was reading (.+)$", done.stdout, re.M
+    )
+    train, held_out = (str(tmp_path / "images" / part / "13.png") for part in ("train", "val"))
+    assert said[0] in [("evaluation", train), ("evaluation", held_out)]
+    assert said[1:4] == [("crops", train), ("whole", held_out), ("dense", held_out)]
+    assert said[4] in [("files", train), ("files", held_out)]
+    assert said[5:] == [("shards", f"{shard}/13.png")]
 
 
 def test_a_sample_is_noted_before_it_is_read(tmp_path):

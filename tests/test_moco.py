@@ -51,6 +51,24 @@ def test_a_positive_is_never_among_its_own_negatives(runner, monkeypatch):
             assert (key @ negatives.T).max() < 1.0 - 1e-6
 
 
+@pytest.mark.parametrize("settings", [[], ["method.queue_start=random"], ["method.num_queues=2"]])
+def test_monitors_are_given_the_negatives_that_the_last_loss_saw(settings, runner, monkeypatch):
+    import moco.methods.moco as module
+
+    seen, given = [], []
+    original = module.info_nce
+    monkeypatch.setattr(module, "info_nce", lambda q, k, n, t: (seen.append(n.clone()), original(q, k, n, t))[1])
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            given.append(outputs["negatives"]())
+
+    runner.fit(runner.config("method.symmetric=true", *settings), [Watch()])
+    assert [len(negatives) for negatives in given][-1] == 48
+    for ours, expected in zip(given, seen[1::2], strict=True):
+        assert torch.equal(ours, expected)
+
+
 def test_key_encoder_starts_equal_and_gets_no_gradient(runner):
     method = runner.method(runner.config())
     for q, k in zip(method.query_encoder.parameters(), method.key_encoder.parameters(), strict=True):

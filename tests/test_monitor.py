@@ -14,7 +14,8 @@ from moco.evaluation.diagnostics import (
     positive_similarity,
 )
 from moco.evaluation.features import EmbeddingStopped, embed, evaluating
-from moco.evaluation.monitor import KNNMonitor, TrainingMonitor, view_pair_picture
+from moco.evaluation.monitor import KNNMonitor, TrainingMonitor
+from moco.evaluation.view_pair_picture import view_pair_picture
 from moco.train import build_data
 
 
@@ -68,6 +69,19 @@ def test_embed_stops_when_told_to():
         embed(lambda images: images, [Batch(0, [False, False])], "cpu", should_stop=lambda: True)
 
 
+def test_embed_computes_in_the_precision_that_it_is_told():
+    batch = Batch(0, [False, False])
+    batch.images = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    exact, mixed = (
+        embed(lambda x: x @ weight, [batch], "cpu", precision=name)[0] for name in ("32-true", "bf16-mixed")
+    )
+    assert np.array_equal(exact, (batch.images @ weight).numpy())
+    assert np.array_equal(mixed, (batch.images.bfloat16() @ weight.bfloat16()).float().numpy())
+    assert not np.array_equal(exact, mixed)
+    assert mixed.dtype == np.float32
+
+
 def monitors(config, figures):
     return [
         TrainingMonitor(figures, 1),
@@ -84,6 +98,7 @@ def test_knn_and_its_protocol_are_reported_with_baselines(runner):
     assert 0.5 < figures["knn_untrained/top1"] < 1.0
     assert (figures["knn/num_neighbors"], figures["knn/temperature"], figures["knn/feature"]) == (20, 0.1, "backbone")
     assert (figures["knn/bank_size"], figures["knn/num_queries"], figures["knn/epoch"]) == (1437, 360, 1)
+    assert figures["knn/precision"] == "32-true"
     assert figures["images_per_second"] > 0
     assert 0 <= figures["data_wait"] <= 1
 

@@ -1,5 +1,6 @@
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -172,6 +173,53 @@ def test_adamw_equals_its_published_algorithm():
         adaptive = mean / (1 - 0.8**step) / (math.sqrt(square / (1 - 0.95**step)) + 1e-3)
         weight -= 0.1 * adaptive + 0.1 * 0.2 * weight
         assert module.weight.item() == pytest.approx(weight, rel=1e-5)
+
+
+def take_steps(module, optimizer, steps):
+    """With gradients that are the step's own, and lie as the weights do."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in module.parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.empty_like(parameter).copy_(values)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("before", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("after", [torch.contiguous_format, torch.channels_last])
+def test_a_state_of_pytorchs_usual_optimizers_is_gone_on_from_in_any_memory_format(name, before, after, tmp_path):
+    """The first runs had such optimizers, and weights that were contiguous; PyTorch's own go straight on."""
+    kind = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}[name]
+    straight, resumed = (nn.Sequential(nn.Conv2d(3, 5, 3), nn.Linear(4, 3)).to(memory_format=before) for _ in range(2))
+    usual = kind(straight.parameters(), lr=0.1, weight_decay=0.2, foreach=False)
+    take_steps(straight, usual, range(3))
+    torch.save([straight.state_dict(), usual.state_dict()], tmp_path / "state.pt")
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_dict(weights)
+    resumed.to(memory_format=after)
+    ours = build_optimizer(resumed, name=name, **SETTINGS)
+    ours.load_state_dict(state)
+    take_steps(straight, usual, range(3, 6))
+    take_steps(resumed, ours, range(3, 6))
+    assert all(group["fused"] for group in ours.param_groups)
+    for mine, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("bad", [{0}, {1, 2}, {0, 1, 3}])
+def test_steps_left_out_by_the_kernel_are_as_if_they_had_not_been(name, bad):
+    """From the first on; as `BadSteps` does on a GPU."""
+    ours, expected = Mixed(), Mixed()
+    ours.load_state_dict(expected.state_dict())
+    optimizers = [build_optimizer(module, name=name, **SETTINGS) for module in (ours, expected)]
+    for step in range(5):
+        optimizers[0].found_inf = torch.tensor(float(step in bad))
+        take_steps(ours, optimizers[0], [step])
+        if step not in bad:
+            take_steps(expected, optimizers[1], [step])
+    assert all(map(torch.equal, ours.parameters(), expected.parameters()))
 
 
 def test_learning_rates_are_scaled_to_the_batch():

@@ -179,6 +179,20 @@ def test_an_explicit_checkpoint_carries_a_run_into_a_new_folder(small, tmp_path)
     assert last(tmp_path / "two")["global_step"] == 3
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_run_that_goes_on_reads_its_checkpoint_once(explicit, small, tmp_path, monkeypatch):
+    run(small("trainer.max_steps=1"), tmp_path / "one")
+    checkpoint = tmp_path / "one" / "checkpoints" / "last.ckpt"
+    loaded, load = [], torch.load
+    monkeypatch.setattr("torch.load", lambda path, *args, **kwargs: loaded.append(path) or load(path, *args, **kwargs))
+    length = ["trainer.max_steps=-1", "trainer.max_epochs=2"]  # a run that max_steps ends adds figures to its last file
+    if explicit:
+        run(small(*length, f"resume={checkpoint}"), tmp_path / "two")
+    else:
+        run(small(*length), tmp_path / "one")
+    assert loaded == [checkpoint]
+
+
 def test_the_readmes_python_lines_work(small, tmp_path):
     run(small("trainer.max_steps=1"), tmp_path)
     method = MoCo.load_from_checkpoint(

@@ -117,6 +117,7 @@ def test_the_run_folder_is_as_promised(trained):
 
 def test_tensorboard_shows_the_figures_and_the_pictures(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     events = EventAccumulator(str(trained[0]))
     events.Reload()
@@ -125,6 +126,14 @@ def test_tensorboard_shows_the_figures_and_the_pictures(trained):
         tags["scalars"]
     )
     assert tags["images"] == [f"image_truth_prediction/{number}" for number in range(4)]
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "image_size: 32\n" in text
+    hparams = events.PluginTagToContent("hparams")
+    session = HParamsPluginData.FromString(hparams["_hparams_/session_start_info"]).session_start_info
+    assert session.hparams["optimizer.lr"].number_value == 0.005
+    metrics = HParamsPluginData.FromString(hparams["_hparams_/experiment"]).experiment.metric_infos
+    assert [metric.name.tag for metric in metrics] == ["segment/miou", "epoch/loss"]
+    assert events.Scalars("segment/miou")[-1].value == pytest.approx(trained[1]["segment/miou"])
     losses = [event.value for event in events.Scalars("epoch/loss")]
     assert losses[-1] < losses[0] / 2
     rates = [event.value for event in events.Scalars("train/learning_rate")]

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from moco.data.mask_batches import batches_of_one_size
 from moco.data.pictures import UnreadablePicture, read_mask
 from moco.data.segmentation import VOC_CLASSES, build_segmentation_source
-from moco.data.segmentation_loaders import SegmentationData, batches_of_one_size
+from moco.data.segmentation_loaders import SegmentationData
 from moco.data.segmentation_views import SegmentationView
 from moco.errors import InputError
 

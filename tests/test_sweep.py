@@ -13,7 +13,7 @@ from conftest import REPOSITORY, run_program
 from moco import sweep as module
 from moco.errors import InputError, Interrupted, RunError
 from moco.launch import launch
-from moco.sweep import as_csv, as_text, jobs_of
+from moco.sweep import Job, as_csv, as_text, jobs_of
 from moco.training.run_folder import claimed, is_finished, write_json
 from moco.training.run_status import is_locked, read_status, state_now
 
@@ -27,6 +27,24 @@ def no_slurm(monkeypatch):
     for name in list(os.environ):
         if name.startswith("SLURM_"):
             monkeypatch.delenv(name)
+
+
+def test_seeds_of_the_same_settings_have_their_mean_and_spread(tmp_path):
+    def job(lr, seed, state, **figures):
+        overrides = {"optimizer.lr": lr, "seed": seed}
+        return Job(tmp_path / f"{lr}-{seed}", overrides, state, {}, {"epoch": 3, **figures})
+
+    jobs = [
+        job("0.1", "0", "finished", **{"knn/top1": 0.90, "train/seconds": 1230.4}),
+        job("0.1", "1", "finished", **{"knn/top1": 0.92, "train/seconds": 1234.4}),
+        job("0.1", "2", "running", **{"knn/top1": 0.10, "train/seconds": 3.0}),
+        job("0.3", "0", "finished", **{"knn/top1": 0.50, "train/seconds": 1000.0}),
+    ]
+    lines = [line.split("  ") for line in as_text(jobs).splitlines()]
+    assert [[cell.strip() for cell in line if cell.strip()] for line in lines[4:]] == [
+        ["0.3", "0", "finished", "3", "0.5000", "1,000 s"],
+        ["0.1", "mean of 2", "0.9100 ± 0.0141", "1,232 s ± 3 s"],
+    ]
 
 
 def test_a_run_says_that_it_runs_and_how_it_ended(tmp_path):

@@ -67,6 +67,22 @@ def test_tensorboard_holds_scalars_and_the_view_pairs(finished):
     assert set(events.Tags()["images"]) == {"views/query_above_key", "knn/neighbors", "knn/confusion"}
 
 
+def test_the_parts_of_an_epochs_time_add_up_to_it(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "run"))
+    events.Reload()
+    parts = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag.startswith("time/")}
+    assert set(parts) == {"time/steps", "time/data_wait", "time/monitors", "time/checkpoints", "time/logging"}
+    first, second = parts["time/steps"][:2]
+    assert (first.step, second.step) == (22, 44)
+    seconds = {tag: laps[1].value for tag, laps in parts.items()}
+    assert sum(seconds.values()) == pytest.approx(second.wall_time - first.wall_time, rel=0.1, abs=0.2)
+    assert all(seconds[f"time/{name}"] > 0 for name in ("steps", "monitors", "checkpoints", "logging"))
+    assert "time of its epochs" in finished[1].stdout
+    assert "kNN and other monitors" in finished[1].stdout
+
+
 def test_evaluate_repeats_the_monitors_figure_to_the_last_digit(finished):
     cwd, _ = finished
     done = run_program("moco.evaluate", "checkpoint=run/checkpoints/last.ckpt", "data=digits", "output=x.json", cwd=cwd)

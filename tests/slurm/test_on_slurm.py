@@ -210,7 +210,7 @@ def test_a_sweep_tells_of_every_job_and_its_table_shows_them(tmp_path):
     assert table.returncode == 0, table.stderr
     assert [line.split()[:3] for line in table.stdout.splitlines()] == [
         ["seed", "method.temperature", "state"], ["0", "0.1", "finished"], ["0", "-1", "failed"],
-        ["1", "0.1", "finished"], ["1", "-1", "failed"],
+        ["1", "0.1", "finished"], ["1", "-1", "failed"], ["mean", "of", "2"],
     ]  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert [(row["state"], row["exit_code"], row["step"]) for row in rows] == [
