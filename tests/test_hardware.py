@@ -133,8 +133,13 @@ def test_a_resume_where_the_hardware_decides_otherwise_goes_on_and_says_so(runne
 
     def config(max_steps):
         # At a low learning rate what is rounded otherwise does not grow into another result.
-        settings = ["optimizer.schedule=constant", "optimizer.lr=1e-3", "data.batch_size=96"]
-        return runner.config(*PLAIN[:2], *settings, f"trainer.max_steps={max_steps}", "trainer.memory_format=auto")
+        settings = [
+            "optimizer.schedule=constant",
+            "optimizer.lr=1e-3",
+            "data.batch_size=96",
+            f"trainer.max_steps={max_steps}",
+        ]
+        return runner.config(*PLAIN[:2], *settings, "trainer.memory_format=auto", "trainer.precision=32-true")
 
     def decide(memory_format):
         monkeypatch.setattr(hardware_fit, "choose_memory_format", lambda *_: memory_format)
