@@ -105,6 +105,7 @@ class Runner:
             "trainer.max_epochs=2",
             "trainer.max_steps=3",
             "evaluation.baselines=false",
+            "trainer.precision=32-true",  # alike on CPUs that are faster in bf16
         ]
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             return parse(compose("train", [*small, *overrides]), TrainConfig)
@@ -127,7 +128,7 @@ class Runner:
         from moco.training.trainer import OURS
 
         method, data = self.method(config), build_data(config)
-        settings = dataclasses.asdict(config.trainer) | {"precision": "32-true"} | trainer_options
+        settings = dataclasses.asdict(config.trainer) | trainer_options
         settings = {name: value for name, value in settings.items() if name not in OURS}
         trainer = pl.Trainer(
             **settings,
