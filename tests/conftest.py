@@ -128,7 +128,7 @@ class Runner:
         from moco.training.trainer import OURS
 
         method, data = self.method(config), build_data(config)
-        settings = dataclasses.asdict(config.trainer) | trainer_options
+        settings = dataclasses.asdict(config.trainer) | {"precision": "32-true"} | trainer_options
         settings = {name: value for name, value in settings.items() if name not in OURS}
         trainer = pl.Trainer(
             **settings,
