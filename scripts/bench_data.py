@@ -1,7 +1,7 @@
 """How many images a second become two views, against what others do; all in one run, in turns.
 
     python scripts/bench_data.py files  [--pictures 128] [--repeats 5] [--size 500x375] [--quality 90]
-    python scripts/bench_data.py memory [--threads 2] [--repeats 5] [--npz cifar10.npz]
+    python scripts/bench_data.py memory [--threads 2] [--repeats 5] [--npz cifar10.npz] [--device cuda]
 
 files: JPEGs of about 500 x 375 px that the script makes, two MoCo v2 views of 224 px by the worker engine, one process, one
 thread; a worker's part ends with uint8, which the training process or its GPU normalises.
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torchvision
 import yaml
-from benchmarks.turns import Turn, in_turns, timed
+from benchmarks.turns import Turn, in_turns, timed, wait_for
 from compare_augmentations import photograph
 from PIL import Image, ImageFilter
 from torchvision import transforms as v1
@@ -136,7 +136,9 @@ def memory(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
         pictures = np.random.default_rng(0).integers(0, 256, (arguments.memory_pictures, 32, 32, 3), dtype=np.uint8)
     pair = settings("cifar")
     official_view = official(pair, 32, blur=False)
-    augment, pixels = view_pair(pair, 32, "batch"), rgb_batch(torch.from_numpy(pictures))
+    device = torch.device(arguments.device)
+    augment, pixels = view_pair(pair, 32, "batch"), rgb_batch(torch.from_numpy(pictures).to(device))
+    at_once = 512 if device.type == "cpu" else len(pixels)
 
     def by_official() -> int:
         torch.set_num_threads(1)
@@ -147,11 +149,13 @@ def memory(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
 
     def by_batch() -> int:
         torch.set_num_threads(arguments.threads)
-        for indices in torch.arange(len(pixels)).split(512):
+        for indices in torch.arange(len(pixels), device=device).split(at_once):
             augment.on_batch(picked(pixels, indices), 0, indices)
+        wait_for(device)
         return len(pixels)
 
-    return {"official (Pillow), 1 process": by_official, f"ours, batch engine, {arguments.threads} threads": by_batch}
+    where = f"{arguments.threads} threads" if device.type == "cpu" else "on the GPU"
+    return {"official (Pillow), 1 process": by_official, f"ours, batch engine, {where}": by_batch}
 
 
 KINDS = {"files": files, "memory": memory}
@@ -181,6 +185,7 @@ def main() -> None:
     parser.add_argument("what", choices=KINDS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="memory")
     add_arguments(parser)
     arguments = parser.parse_args()
     with turns_of(arguments.what, arguments) as turns:

@@ -1,6 +1,6 @@
 """kNN classification against the bare matrix product of bank and queries, each measurement in a process of its own.
 
-    python scripts/bench_knn.py [--size small|middle|large] [--threads 2] [--repeats 5] [--folder /tmp]
+    python scripts/bench_knn.py [--size small|middle|large] [--threads 2] [--repeats 5] [--folder /tmp] [--device cuda]
     python scripts/bench_knn.py --indexes
 
 small: a bank of 50,000 x 128 and 10,000 queries; middle: 200,000 x 512 and 5,000; large: 1,281,167 x 2048 and 2,000,
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from benchmarks.memory import resident_mib
-from benchmarks.turns import Turn, in_turns, ratio
+from benchmarks.turns import Turn, in_turns, ratio, wait_for
 
 from moco.evaluation.knn import Search
 from moco.evaluation.neighbors import give_back
@@ -59,26 +59,27 @@ def write_bank(path: Path, num_rows: int, width: int) -> None:
         give_back(bank)
 
 
-def product(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> None:
-    """The bare matrix product, in blocks; of a mapped bank with one read of it."""
+def product(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device) -> None:
+    """The bare matrix product, in blocks; of a mapped bank with one read of it. On a GPU both travel there."""
     height = READ_BYTES // (4 * bank.shape[1]) if isinstance(bank, np.memmap) else len(bank)
-    on_torch = torch.from_numpy(queries)
-    room = torch.empty(BLOCK, height)
+    on_device = torch.from_numpy(queries).to(device)
+    room = torch.empty(BLOCK, height, device=device)
     for first in range(0, len(bank), height):
-        block = torch.from_numpy(np.array(bank[first : first + height]) if height < len(bank) else bank)
+        block = torch.from_numpy(np.array(bank[first : first + height]) if height < len(bank) else bank).to(device)
         give_back(bank)
-        for part in on_torch.split(BLOCK):
+        for part in on_device.split(BLOCK):
             torch.mm(part, block.T, out=room[: len(part), : len(block)])
+    wait_for(device)
 
 
-def ours(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> None:
+def ours(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device) -> None:
     """Search and vote of this project."""
     from moco.evaluation.knn import knn_accuracy
 
-    knn_accuracy(bank, labels, queries, np.zeros(len(queries), np.int64), NUM_NEIGHBORS, TEMPERATURE)
+    knn_accuracy(bank, labels, queries, np.zeros(len(queries), np.int64), NUM_NEIGHBORS, TEMPERATURE, device)
 
 
-def faiss_flat(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> None:
+def faiss_flat(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device) -> None:
     """Faiss's exact search with this project's vote."""
     import faiss
 
@@ -90,38 +91,40 @@ def faiss_flat(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> Non
     vote(similarities, labels[rows], NUM_CLASSES, TEMPERATURE).argmax(axis=1)
 
 
-def lightly(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> None:
+def lightly(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device) -> None:
     """The knn_predict of lightly on blocks of queries."""
     from lightly.utils.benchmarking import knn_predict
 
-    columns = F.normalize(torch.from_numpy(bank), dim=1).T.contiguous()
-    on_torch = torch.from_numpy(labels)
-    for part in F.normalize(torch.from_numpy(queries), dim=1).split(BLOCK):
-        knn_predict(part, columns, on_torch, NUM_CLASSES, NUM_NEIGHBORS, TEMPERATURE)
+    columns = F.normalize(torch.from_numpy(bank).to(device), dim=1).T.contiguous()
+    on_device = torch.from_numpy(labels).to(device)
+    for part in F.normalize(torch.from_numpy(queries).to(device), dim=1).split(BLOCK):
+        knn_predict(part, columns, on_device, NUM_CLASSES, NUM_NEIGHBORS, TEMPERATURE)
+    wait_for(device)
 
 
 CONTENDERS = {work.__name__: work for work in (product, ours, faiss_flat, lightly)}
 
 
-def measure(name: str, size: str, num_threads: int, path: str) -> None:
+def measure(name: str, size: str, num_threads: int, path: str, device: torch.device) -> None:
     """In the child: print seconds and megabytes as JSON."""
-    import faiss
-
     torch.set_num_threads(num_threads)
-    faiss.omp_set_num_threads(num_threads)
+    if name == "faiss_flat":
+        import faiss
+
+        faiss.omp_set_num_threads(num_threads)
     num_rows, width, num_queries = SIZES[size]
     bank = np.load(path, mmap_mode="r") if size == "large" else rows_of(0, num_rows, width)
     labels = np.random.default_rng(1).integers(0, NUM_CLASSES, num_rows)
     queries = rows_of(2, num_queries, width)
-    CONTENDERS[name](np.array(bank[:1000]), labels[:1000], queries[:10])  # libraries start their threads
+    CONTENDERS[name](np.array(bank[:1000]), labels[:1000], queries[:10], device)  # libraries start their threads
     before = resident_mib("VmHWM")
     start = time.perf_counter()
-    CONTENDERS[name](bank, labels, queries)
+    CONTENDERS[name](bank, labels, queries, device)
     seconds, peak = time.perf_counter() - start, resident_mib("VmHWM")
     print(json.dumps({"seconds": seconds, "peak": peak, "peak_mib": peak - before}))
 
 
-def turns_of(size: str, num_threads: int, path: Path) -> dict[str, Turn]:
+def turns_of(size: str, num_threads: int, path: Path, device: str = "cpu") -> dict[str, Turn]:
     """The contenders, each in a process of its own, ready to take turns; ``peak_mib`` is what the measurement added.
 
     Args:
@@ -129,9 +132,12 @@ def turns_of(size: str, num_threads: int, path: Path) -> dict[str, Turn]:
     """
     names = [name for name in CONTENDERS if name != "lightly" or find_spec("lightly")]
     names = ["product", "ours"] if size == "large" else names
+    if device != "cpu":
+        names = [name for name in names if name != "faiss_flat"]  # its wheel is for CPUs
 
     def turn(name: str) -> dict[str, float]:
         child = [sys.executable, __file__, "--child", name, "--size", size, "--threads", str(num_threads)]
+        child += ["--device", device]
         environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
         done = subprocess.run([*child, "--bank", str(path)], env=environment, capture_output=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
@@ -149,11 +155,11 @@ def bank_file(size: str, folder: str | None) -> Iterator[Path]:
         yield path
 
 
-def run(size: str, num_threads: int, repeats: int, path: Path) -> None:
+def run(size: str, num_threads: int, repeats: int, path: Path, device: str) -> None:
     """Measure all contenders in turns and print the table."""
-    found = in_turns(turns_of(size, num_threads, path), repeats, warm_ups=0)
+    found = in_turns(turns_of(size, num_threads, path, device), repeats, warm_ups=0)
     num_rows, width, num_queries = SIZES[size]
-    print(f"bank {num_rows:,} x {width}, {num_queries:,} queries, {num_threads} threads, {repeats} repeats")
+    print(f"bank {num_rows:,} x {width}, {num_queries:,} queries, {device}, {num_threads} threads, {repeats} repeats")
     for name, results in found.items():
         against = ratio(results, found["product"])
         keys = ("seconds", "peak", "peak_mib")
@@ -197,18 +203,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", default=None, help="where the file of the large bank goes")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--indexes", action="store_true", help="compare the approximate indexes instead")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--bank", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        measure(given.child, given.size, given.threads, given.bank)
+        measure(given.child, given.size, given.threads, given.bank, torch.device(given.device))
         return
     if given.indexes:
         compare_indexes(given.threads)
         return
     with bank_file(given.size, given.folder) as path:
-        run(given.size, given.threads, given.repeats, path)
+        run(given.size, given.threads, given.repeats, path, given.device)
 
 
 if __name__ == "__main__":

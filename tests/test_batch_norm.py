@@ -25,7 +25,11 @@ from moco.models.heads import build_head
 )
 @pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_split_equals_separate_batch_norms_on_every_nth_sample(layer, shape, in_blocks, memory_format):
+@pytest.mark.parametrize("is_compiling", [False, True])
+def test_split_equals_separate_batch_norms_on_every_nth_sample(
+    layer, shape, in_blocks, memory_format, is_compiling, monkeypatch
+):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)  # no more than the choice of the way
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
     separate = [copy.deepcopy(layer) for _ in range(4)]

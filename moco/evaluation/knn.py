@@ -13,6 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from moco.evaluation.neighbors import nearest_by_block
 
@@ -182,6 +183,7 @@ def knn_accuracy(
     query_labels: np.ndarray,
     num_neighbors: int,
     temperature: float,
+    device: torch.device | str = "cpu",
 ) -> KNNResult:
     """Classify the queries by the bank, see `classify`.
 
@@ -192,7 +194,9 @@ def knn_accuracy(
         query_labels: (Q,) class numbers.
         num_neighbors: k; capped at M with a warning.
         temperature: T.
+        device: that searches.
     """
     protocol = Protocol(capped(num_neighbors, len(bank)), temperature)
-    votes = classify(partial(nearest_by_block, bank), bank_labels, queries, query_labels, [protocol])[protocol]
+    search = partial(nearest_by_block, bank, device=device)
+    votes = classify(search, bank_labels, queries, query_labels, [protocol])[protocol]
     return KNNResult(votes.accuracy(1), votes.accuracy(5), protocol.num_neighbors, len(bank), len(queries))

@@ -175,7 +175,8 @@ class KNNMonitor(EpochMeasurement):
                 sets.append(Embedded(features, labels, labelled, readable))
             show(*sets)
             (features, labels, _, _), (query_features, query_labels, _, _) = sets
-            return knn_accuracy(features, labels, query_features, query_labels, self.num_neighbors, self.temperature)
+            vote = (self.num_neighbors, self.temperature)
+            return knn_accuracy(features, labels, query_features, query_labels, *vote, pl_module.device)
 
         return from_rank_zero(search)
 

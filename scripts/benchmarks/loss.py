@@ -35,7 +35,7 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
     references = (BOUND, "plain form", "lightly")
     for num_queries, queue_size in TINY if arguments.tiny else TIMED:
         contenders = {
-            name: partial(turn_of, build, num_queries, queue_size, device, 10 if queue_size <= 4096 else 1)
+            name: partial(turn_of, build, num_queries, queue_size, device, calls_of(queue_size, device))
             for name, build in forms(peers).items()
         }
         yield Case(f"N {num_queries:,}, K {queue_size:,}", contenders, references)
@@ -45,6 +45,13 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
         name = f"memory, N {num_queries:,}, K {queue_size:,}"
         contenders = {form: partial(alone, form, num_queries, queue_size, arguments.threads) for form in forms(peers)}
         yield Case(name, contenders, references, repeats=1, warm_ups=0)
+
+
+def calls_of(queue_size: int, device: torch.device) -> int:
+    """Calls of one turn."""
+    if device.type == "cuda":
+        return 50
+    return 10 if queue_size <= 4096 else 1
 
 
 def forms(peers: Peers) -> dict[str, Callable[..., Callable[[], Any]]]:

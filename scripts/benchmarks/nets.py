@@ -64,7 +64,21 @@ NETS = {
     "resnet50": Net("resnet50", 224, 16, 65536),
     "swin_v2_t": Net("swin_v2_t", 256, 8, 65536, window_size=8),
 }
+ON_A_GPU = {
+    "resnet18 K 4096": Net("resnet18_cifar", 32, 512, 4096),
+    "resnet18 K 65536": Net("resnet18_cifar", 32, 512, 65536),
+    "resnet50": Net("resnet50", 224, 128, 65536),
+    "swin_v2_t": Net("swin_v2_t", 256, 64, 65536, window_size=8),
+}
+"""The same with batches that fill a GPU."""
 TINY = {"resnet_tiny": Net("resnet_tiny", 16, 16, 64)}
+
+
+def nets_of(device: torch.device, tiny: bool) -> dict[str, Net]:
+    """Those that are measured there."""
+    if tiny:
+        return TINY
+    return ON_A_GPU if device.type == "cuda" else NETS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import lower_bound, of_lightly, official, ours
-from benchmarks.nets import NETS, TINY, Net, Setting
+from benchmarks.nets import Net, Setting, nets_of
 from benchmarks.peers import Peers
 from benchmarks.turns import Case, Turn, timed
 
@@ -16,15 +16,21 @@ Step = Callable[[Tensor, Tensor], None]
 REFERENCES = ("lower bound", "official", "lightly")
 
 
+CALLS = {"cpu": 1, "cuda": 10}
+"""Steps of one turn; on a GPU several are on their way at once, as in a training."""
+
+
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--steps", type=int, default=3, help="of the Trainer in one turn")
+    parser.add_argument("--compile", action="store_true", help="also the Trainer with trainer.compile=true")
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
     """For each net: each precision and layout, all alike; then our defaults against what the others run as published."""
     device = torch.device(arguments.device)
-    num_threads = None if arguments.tiny else arguments.threads
-    for name, net in (TINY if arguments.tiny else NETS).items():
+    # A GPU's memory is PyTorch's own business, so there all can share a process.
+    num_threads = None if arguments.tiny or device.type == "cuda" else arguments.threads
+    for name, net in nets_of(device, arguments.tiny).items():
         layouts = ("contiguous",) if net.window_size else ("contiguous", "channels_last")  # a Swin has no layout
         for precision in ("fp32", "bf16"):
             for layout in layouts:
@@ -36,6 +42,9 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
             "lower bound": partial(one_step, lower_bound.step, net, setting),
             "ours, default settings, Trainer": partial(by_trainer, net, setting, arguments.steps),
         }
+        if arguments.compile:
+            compiled = partial(by_trainer, net, setting, arguments.steps, "trainer.compile=true")
+            contenders["ours, compiled, Trainer"] = compiled
         contenders |= of_peers(net, setting, peers)
         yield Case(f"{name}, defaults", contenders, REFERENCES, num_threads=num_threads)
 
@@ -43,7 +52,8 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
 def one_step(build: Callable[..., Step], net: Net, setting: Setting, *more: object) -> Turn:
     """A turn of a step that `build` makes, on the same two views."""
     step = build(net, setting, *more)
-    return timed(partial(step, *setting.views(net)), setting.device, images=net.batch_size)
+    calls = CALLS[setting.device.type]
+    return timed(partial(step, *setting.views(net)), setting.device, images=net.batch_size, calls=calls)
 
 
 def alike(net: Net, setting: Setting) -> dict[str, Callable[[], Turn]]:
@@ -68,7 +78,7 @@ def of_peers(net: Net, setting: Setting, peers: Peers) -> dict[str, Callable[[],
     return steps
 
 
-def by_trainer(net: Net, setting: Setting, num_steps: int) -> Turn:
-    """As `moco.train` runs it, all settings that concern speed at their defaults."""
-    config = net.config(f"trainer.accelerator={setting.device.type}", *ours.for_steps(num_steps))
+def by_trainer(net: Net, setting: Setting, num_steps: int, *more: str) -> Turn:
+    """As `moco.train` runs it, all settings that concern speed at their defaults but for the overrides `more`."""
+    config = net.config(f"trainer.accelerator={setting.device.type}", *ours.for_steps(num_steps), *more)
     return ours.training(config, ours.SamePair(config, setting.views(net)))
