@@ -223,8 +223,11 @@ class TrainerConfig:
     """auto: bf16-mixed on GPUs that have it and on CPUs that are faster in it (AMX, AMD's AVX-512, ARM), else 32-true."""
     memory_format: str = setting("auto", choices=("auto", "channels_last", "contiguous"))
     """How weights and maps of convolutions lie in memory. auto: channels_last where most weights are convolutions'."""
-    compile: bool = False
-    """Encoders by torch.compile, which takes minutes before the first step; without a compiler they run as they are."""
+    compile: Optional[bool] = None
+    """Encoders by torch.compile, which takes up to a minute before the first step; without a compiler they run as they are.
+    null: where one GPU trains."""
+    cuda_graphs: bool = True
+    """Of compiled encoders on one GPU: start the kernels of a whole pass at once, which a GPU otherwise waits for."""
     accumulate_grad_batches: int = setting(1, at_least=1)
     """Batches per optimizer step; each holds data.batch_size / this many images."""
     gradient_clip_val: Optional[float] = setting(None, above=0)

@@ -136,14 +136,17 @@ class MoCo(pl.LightningModule):
             for module in (self.query_encoder, self.key_encoder, self.predictor):
                 nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
-    def compile_encoders(self) -> None:
+    def compile_encoders(self, options: dict[str, Any]) -> None:
         """Let training run its nets by torch.compile.
 
         The loss is left out: by hand it takes less time than its two matrix products, see docs/performance.md.
+
+        Args:
+            options: of the compiler.
         """
         for encoder in (self.query_encoder, self.key_encoder):
-            encoder.compile_training()
-        self.predictor.compile(dynamic=False)
+            encoder.compile_training(options)
+        self.predictor.compile(dynamic=False, options=options)
 
     @property
     def queues(self) -> list[KeyQueue]:

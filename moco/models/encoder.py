@@ -1,6 +1,7 @@
 """The encoder: backbone and heads. Letters: N batch, D feature width, C embedding width, H W pixels."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,8 @@ class Encoder(nn.Module):
 
         Nothing is normalised.
         """
+        if self.is_one_pass:
+            return [Encoded(embedding) for embedding in per_view(self, views)]
         if self.dense_projector is None:
             return [Encoded(embedding) for embedding in per_view(self.projector, per_view(self.backbone, views))]
         features, maps = zip(*per_view(self.backbone, views, self.feature_and_last_map), strict=True)
@@ -53,12 +56,25 @@ class Encoder(nn.Module):
             Encoded(*both) for both in zip(per_view(self.projector, features), map(Cells._make, cells), strict=True)
         ]
 
-    def compile_training(self) -> None:
-        """Let `embed` run by torch.compile: each part by itself, for one shape of batches. Names of weights stay."""
-        for part in (self.backbone, self.projector, self.dense_projector):
+    @cached_property
+    def is_one_pass(self) -> bool:
+        """Whether backbone and projector take the views alike: nothing else does, and BatchNorm is in both or in none."""
+        return self.dense_projector is None and has_batch_norm(self.backbone) == has_batch_norm(self)
+
+    def compile_training(self, options: dict[str, Any]) -> None:
+        """Let `embed` run by torch.compile, for one shape of batches: as a whole if it `is_one_pass`, else part by part.
+
+        Names of weights stay.
+
+        Args:
+            options: of the compiler.
+        """
+        parts = [self] if self.is_one_pass else [self.backbone, self.projector, self.dense_projector]
+        for part in parts:
             if part is not None:
-                part.compile(dynamic=False)
-        self.feature_and_last_map = torch.compile(self.feature_and_last_map, dynamic=False)  # type: ignore[method-assign]
+                part.compile(dynamic=False, options=options)
+        maps = torch.compile(self.feature_and_last_map, dynamic=False, options=options)
+        self.feature_and_last_map = maps  # type: ignore[method-assign]
 
     def feature_and_last_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) and (N, D, H / stride, W / stride)."""

@@ -26,13 +26,23 @@ class HardwareFit(pl.Callback):
         device: that computes.
         precision: of `choose_precision`.
         memory_format: see `choose_memory_format`.
-        compile: let the module compile its encoders, by its method ``compile_encoders``.
+        compile: let the module compile its encoders, by its method ``compile_encoders``. None: if it has one, and one GPU
+            trains.
+        cuda_graphs: of compiled encoders on one GPU.
     """
 
-    def __init__(self, device: torch.device, precision: str, memory_format: str, compile: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        precision: str,
+        memory_format: str,
+        compile: bool | None = False,
+        cuda_graphs: bool = True,
+    ) -> None:
         self.device = device
         self.memory_format = memory_format
         self.compile = compile
+        self.cuda_graphs = cuda_graphs
         self.way = {"precision": precision}
         self.began: dict[str, str] | None = None
 
@@ -54,14 +64,21 @@ class HardwareFit(pl.Callback):
         memory_format = choose_memory_format(self.memory_format, pl_module)
         pl_module.to(memory_format=FORMATS[memory_format])
         self.way["memory_format"] = memory_format
-        obstacle = obstacle_to_compiling(self.device) if self.compile else None
-        self.way["compiled"] = "yes" if self.compile and obstacle is None else "no"
-        if self.way["compiled"] == "yes":
+        is_one_gpu = self.device.type == "cuda" and trainer.world_size == 1
+        compile = self.compile
+        if compile is None:
+            compile = is_one_gpu and hasattr(pl_module, "compile_encoders")
+        obstacle = obstacle_to_compiling(self.device) if compile else None
+        self.way["compiled"] = "no"
+        if compile and obstacle is None:
+            # What a graph wrote is written over by its next start: gradients that several passes add up would be lost.
+            graphs = self.cuda_graphs and is_one_gpu and trainer.accumulate_grad_batches == 1
+            self.way["compiled"] = "yes, with CUDA graphs" if graphs else "yes"
             torch.compiler.reset()  # an earlier training in this process counts as well
             torch._dynamo.config.recompile_limit = SIZES_AT_MOST
             # The tracer looks at the gradient of all that it is given, the projector's input among it.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-            pl_module.compile_encoders()  # type: ignore[operator]
+            pl_module.compile_encoders(compiler_options(self.device, graphs))  # type: ignore[operator]
         where = (
             torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )
@@ -70,6 +87,16 @@ class HardwareFit(pl.Callback):
 
 def described(way: dict[str, str]) -> str:
     return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in way.items())
+
+
+def compiler_options(device: torch.device, cuda_graphs: bool) -> dict[str, Any]:
+    """Of torch.compile's own compiler, those that are not as it has them."""
+    if device.type != "cuda":
+        return {}
+    # Of reductions in two orders it makes one kernel, and fails at the groups of split BatchNorm (torch 2.11).
+    without = {"triton.mix_order_reduction": False}
+    known = torch._inductor.list_options()
+    return {"triton.cudagraphs": cuda_graphs} | {name: value for name, value in without.items() if name in known}
 
 
 def obstacle_to_compiling(device: torch.device) -> str | None:

@@ -36,6 +36,7 @@ FREE_KEYS = (
     "trainer.accelerator",
     "trainer.benchmark",
     "trainer.compile",
+    "trainer.cuda_graphs",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.timeout_minutes",

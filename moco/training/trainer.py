@@ -18,7 +18,7 @@ from moco.training.hardware_fit import HardwareFit
 from moco.training.logger import RunLogger
 from moco.training.unprofiled import Unprofiled
 
-OURS = ("compile", "max_bad_steps", "memory_format", "timeout_minutes")
+OURS = ("compile", "cuda_graphs", "max_bad_steps", "memory_format", "timeout_minutes")
 """Fields of ``TrainerConfig`` that Lightning's Trainer does not know."""
 
 
@@ -40,7 +40,7 @@ def build_trainer(
     """
     device = choose_device(settings["accelerator"])
     precision = choose_precision(settings["precision"], device)
-    fit = HardwareFit(device, precision, settings["memory_format"], settings["compile"])
+    fit = HardwareFit(device, precision, settings["memory_format"], settings["compile"], settings["cuda_graphs"])
     settings = {name: value for name, value in settings.items() if name not in OURS} | {"precision": precision}
     settings["benchmark"] &= not settings["deterministic"]  # cuDNN's trials choose by timing
     if world_size() > 1:

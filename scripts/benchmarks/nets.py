@@ -67,8 +67,8 @@ NETS = {
 ON_A_GPU = {
     "resnet18 K 4096": Net("resnet18_cifar", 32, 512, 4096),
     "resnet18 K 65536": Net("resnet18_cifar", 32, 512, 65536),
-    "resnet50": Net("resnet50", 224, 128, 65536),
-    "swin_v2_t": Net("swin_v2_t", 256, 64, 65536, window_size=8),
+    "resnet50": Net("resnet50", 224, 64, 65536),
+    "swin_v2_t": Net("swin_v2_t", 256, 32, 65536, window_size=8),
 }
 """The same with batches that fill a GPU."""
 TINY = {"resnet_tiny": Net("resnet_tiny", 16, 16, 64)}

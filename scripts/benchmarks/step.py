@@ -16,7 +16,7 @@ Step = Callable[[Tensor, Tensor], None]
 REFERENCES = ("lower bound", "official", "lightly")
 
 
-CALLS = {"cpu": 1, "cuda": 10}
+CALLS = {"cpu": 1, "cuda": 5}
 """Steps of one turn; on a GPU several are on their way at once, as in a training."""
 
 
