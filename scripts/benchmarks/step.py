@@ -22,7 +22,7 @@ CALLS = {"cpu": 1, "cuda": 5}
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--steps", type=int, default=3, help="of the Trainer in one turn")
-    parser.add_argument("--compile", action="store_true", help="also the Trainer with trainer.compile=true")
+    parser.add_argument("--compile", choices=("true", "false"), help="also the Trainer with this trainer.compile")
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
@@ -43,8 +43,8 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
             "ours, default settings, Trainer": partial(by_trainer, net, setting, arguments.steps),
         }
         if arguments.compile:
-            compiled = partial(by_trainer, net, setting, arguments.steps, "trainer.compile=true")
-            contenders["ours, compiled, Trainer"] = compiled
+            other = f"trainer.compile={arguments.compile}"
+            contenders[f"ours, {other}, Trainer"] = partial(by_trainer, net, setting, arguments.steps, other)
         contenders |= of_peers(net, setting, peers)
         yield Case(f"{name}, defaults", contenders, REFERENCES, num_threads=num_threads)
 
