@@ -5,6 +5,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -337,3 +338,55 @@ print(faults(200), faults(200), faults(150))
     first, *others = map(int, told.stdout.split())
     assert first > 50
     assert max(others) < first / 10
+
+
+class Compiled(nn.Module):
+    """Takes down with which options it is told to compile."""
+
+    options = None
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def compile_encoders(self, options):
+        self.options = options
+
+
+@pytest.mark.parametrize(
+    ("device", "compile", "settings", "way"),
+    [
+        ("cuda", None, {}, "yes, with CUDA graphs"),
+        ("cuda", True, {}, "yes, with CUDA graphs"),
+        ("cuda", False, {}, "no"),
+        ("cuda", None, {"cuda_graphs": False}, "yes"),
+        ("cuda", None, {"accumulate": 2}, "yes"),  # a graph writes over the gradients of its last start
+        ("cuda", None, {"devices": 2}, "no"),
+        ("cuda", True, {"devices": 2}, "yes"),
+        ("cuda", None, {"layer": nn.Linear(2, 2)}, "no"),  # not measured
+        ("cuda", True, {"layer": nn.Linear(2, 2)}, "yes"),
+        ("cuda", True, {"layer": nn.Linear(2, 2), "cuda_graphs": True}, "yes, with CUDA graphs"),
+        ("cpu", None, {}, "no"),
+        ("cpu", True, {}, "yes"),
+    ],
+)
+def test_one_gpu_compiles_and_starts_whole_passes_at_once(device, compile, settings, way, monkeypatch):
+    monkeypatch.setattr(hardware_fit, "obstacle_to_compiling", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    given = {"cuda_graphs": None, "accumulate": 1, "devices": 1, "layer": nn.Conv2d(1, 1, 3)} | settings
+    trainer = SimpleNamespace(world_size=given["devices"], accumulate_grad_batches=given["accumulate"])
+    fit = HardwareFit(torch.device(device), "32-true", "auto", compile, given["cuda_graphs"])
+    module = Compiled(given["layer"])
+    fit.setup(trainer, module, "fit")
+    assert fit.way["compiled"] == way
+    assert (module.options is not None) == (way != "no")
+    graphs = (module.options or {}).get("triton.cudagraphs")
+    assert graphs is ((way == "yes, with CUDA graphs") if device == "cuda" and way != "no" else None)
+    assert set(module.options or {}) <= set(torch._inductor.list_options())
+
+
+def test_what_cannot_compile_does_not_unless_it_is_told_to(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    fit = HardwareFit(torch.device("cuda"), "32-true", "auto", None)
+    fit.setup(SimpleNamespace(world_size=1, accumulate_grad_batches=1), nn.Conv2d(1, 1, 3), "fit")
+    assert fit.way["compiled"] == "no"

@@ -41,6 +41,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(neighbors, "BANK_BYTES", 4 * 8 * 70)
     monkeypatch.setattr(neighbors, "PRODUCT_BYTES", 4 * 70 * 7)
     monkeypatch.setattr(neighbors, "LIST_BYTES", 12 * 5 * 20)
+    monkeypatch.setattr(neighbors, "STRIP", {"cpu": 32})
 
 
 @pytest.mark.parametrize("temperature", [0.07, 1.0])

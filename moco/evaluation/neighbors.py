@@ -4,11 +4,12 @@ The answer has one definition. Similarities are float32 inner products of unit v
 with the largest, in falling order, and of equal ones the smaller row comes first.
 
 The large array of a search is the product of queries and bank, and reading it costs as much as making it. So it is read
-once, for the maxima of groups of 16 rows: the k nearest rows are all in the k groups with the largest maxima, and only in
-these they are looked for. Where the k-th place is shared, in groups or in rows, the rows are counted out one by one.
-Compared with top-k of the whole product that is exact as well, and several times as fast on a CPU.
+once, strip by strip while the processor's cache still holds it, for the maxima of groups of 16 rows: the k nearest rows are
+all in the k groups with the largest maxima, and only in these they are looked for. Where the k-th place is shared, in
+groups or in rows, the rows are counted out one by one. Compared with top-k of the whole product that is exact as well, and
+several times as fast on a CPU.
 
-Letters: M bank size, Q queries, D feature width, k neighbours, N queries of a block, B bank rows of a block.
+Letters: M bank size, Q queries, D feature width, k neighbours, N queries of a block, B bank rows of a block, G groups.
 """
 
 import mmap
@@ -23,6 +24,7 @@ from torch import Tensor
 GROUP = 16
 BANK_BYTES = 2**27  # of bank rows that are normalised at once
 PRODUCT_BYTES = 2**25  # of similarities that one thread makes at once
+STRIP = {"cpu": 2048}  # bank rows whose similarities are looked at as soon as they are made; elsewhere a whole block's
 NOTHING = np.finfo(np.float32).min  # the similarity of a place in a list that nothing fills: of features that are NaN
 LIST_BYTES = 2**26  # of neighbours, their similarities and places, that are kept while the bank is walked over
 
@@ -30,8 +32,8 @@ LIST_BYTES = 2**26  # of neighbours, their similarities and places, that are kep
 def normalized(features: np.ndarray) -> np.ndarray:
     """Rows scaled to unit L2 norm in float32, as a copy; a zero row stays zero."""
     features = np.array(features, dtype=np.float32, order="C", subok=False)
-    norms = np.sqrt(np.einsum("md,md->m", features, features))[:, None]
-    features /= np.maximum(norms, 1e-12)
+    rows = torch.from_numpy(features)  # for its threads: of a large bank NumPy's one takes a tenth of the search
+    rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-12)
     return features
 
 
@@ -77,7 +79,7 @@ def walk(
         give_back(bank)
         not_numbers = block.sum(dim=1).isnan().nonzero().flatten()
         width = max(1, PRODUCT_BYTES // (4 * len(block)))
-        room = threading.local()  # new memory costs half as much as the product that is written to it
+        rooms = threading.local()  # new memory costs half as much as the product that is written to it
 
         def improve(
             start: int,
@@ -85,44 +87,74 @@ def walk(
             first: int = first,
             width: int = width,
             not_numbers: Tensor = not_numbers,
-            room: threading.local = room,
+            rooms: threading.local = rooms,
         ) -> None:
             part = on_device[start : start + width]
-            if not hasattr(room, "product"):
-                padded = GROUP * -(-max(len(block), num_neighbors) // GROUP)
-                room.product = on_device.new_full((min(width, len(queries)), padded), -torch.inf)
-            product = room.product[: len(part)]
-            torch.mm(part, block.T, out=product[:, : len(block)])
-            product[:, not_numbers] = -torch.inf
-            values, columns = nearest_columns(product, num_neighbors)
+            if not hasattr(rooms, "products"):
+                rooms.products = Products(min(width, len(queries)), len(block), num_neighbors, device)
+            values, columns = rooms.products.nearest(part, block, num_neighbors, not_numbers)
             merge(similarities[start : start + width], rows[start : start + width], values, columns + first)
 
         side_by_side(improve, range(0, len(queries), width), device)
     return similarities, rows
 
 
-def nearest_columns(product: Tensor, num_neighbors: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k largest values of each row of (N, B), in any order, and their columns: (N, k) each.
+class Products:
+    """Room for the similarities of some queries and the rows of a bank's block, (N, B), and for the maxima of their groups.
 
     Args:
-        product: B is a multiple of GROUP and at least k.
+        num_queries: N, at most.
+        num_rows: of the block, at most; B is the next multiple of what a strip holds, and at least k.
+        num_neighbors: k.
     """
-    num_groups = product.shape[1] // GROUP
-    if num_groups <= num_neighbors:
-        columns, is_tied = largest(product, num_neighbors)
-    else:
-        groups = product.view(len(product), GROUP, num_groups)
-        group, is_tied = largest(groups.amax(dim=1), num_neighbors)
-        each = torch.arange(len(product), device=product.device)[:, None]
-        members = groups[each, :, group].view(len(product), -1)  # (N, k * GROUP)
-        place, is_tied_within = largest(members, num_neighbors)
-        nth, member = place >> 4, place & 15  # GROUP is 16; three times as fast as to divide
-        columns = member * num_groups + group.gather(1, nth)
-        is_tied |= is_tied_within
-    tied = is_tied.nonzero().flatten()
-    if len(tied):
-        columns[tied] = first_largest(product[tied], num_neighbors)
-    return product.gather(1, columns).cpu().numpy(), columns.cpu().numpy()
+
+    def __init__(self, num_queries: int, num_rows: int, num_neighbors: int, device: torch.device) -> None:
+        whole = GROUP * -(-max(num_rows, num_neighbors) // GROUP)
+        self.strip = min(STRIP.get(device.type, whole), whole)
+        num_columns = self.strip * -(-whole // self.strip)
+        self.values = torch.full((num_queries, num_columns), -torch.inf, device=device)
+        self.maxima = torch.empty(num_queries, num_columns // GROUP, device=device)
+
+    def nearest(
+        self, queries: Tensor, block: Tensor, num_neighbors: int, not_numbers: Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k most similar rows of the block to each query, in any order: similarities and row numbers, (N, k) each.
+
+        Args:
+            queries: (N, D).
+            block: (rows, D).
+            not_numbers: the rows that are not finite, which nothing is similar to.
+        """
+        values, maxima = self.values[: len(queries)], self.maxima[: len(queries)]
+        strips, groups = values.split(self.strip, dim=1), maxima.split(self.strip // GROUP, dim=1)
+        for rows, strip, of_groups in zip(block.split(self.strip), strips, groups, strict=False):
+            torch.mm(queries, rows.T, out=strip[:, : len(rows)])
+            torch.amax(strip.unflatten(1, (GROUP, -1)), dim=1, out=of_groups)
+        if len(not_numbers):
+            values[:, not_numbers] = -torch.inf
+            torch.amax(values.unflatten(1, (len(strips), GROUP, -1)), dim=2, out=maxima.unflatten(1, (len(strips), -1)))
+        return self._chosen(values, maxima, num_neighbors)
+
+    def _chosen(self, values: Tensor, maxima: Tensor, num_neighbors: int) -> tuple[np.ndarray, np.ndarray]:
+        """`nearest`, of similarities (N, B) and the maxima of their groups (N, G).
+
+        Within a strip of W columns the n-th group has the columns n, n + W / 16, n + 2 W / 16, ...
+        """
+        per_strip = self.strip // GROUP
+        if maxima.shape[1] <= num_neighbors:
+            columns, is_tied = largest(values, num_neighbors)
+        else:
+            group, is_tied = largest(maxima, num_neighbors)
+            firsts = group // per_strip * self.strip + group % per_strip  # (N, k) first column of each
+            members = firsts[:, :, None] + torch.arange(0, self.strip, per_strip, device=values.device)
+            members = members.flatten(1)  # (N, k * GROUP)
+            place, is_tied_within = largest(values.gather(1, members), num_neighbors)
+            columns = members.gather(1, place)
+            is_tied |= is_tied_within
+        tied = is_tied.nonzero().flatten()
+        if len(tied):
+            columns[tied] = first_largest(values[tied], num_neighbors)
+        return values.gather(1, columns).cpu().numpy(), columns.cpu().numpy()
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class InfoNCE(torch.autograd.Function):
     ) -> Tensor:
         blocks = zip(query.split(ROWS), key.split(ROWS), strict=True)
         parts = [contrast(*rows, negatives, temperature, with_gradient) for rows in blocks]
-        losses, gradients = map(torch.cat, zip(*parts, strict=True))
+        losses, gradients = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
         ctx.save_for_backward(gradients / len(query))
         return losses.mean()
 
@@ -76,7 +76,7 @@ def contrast(
     scaled = query / temperature
     positive = (scaled * key).sum(dim=1)  # (n,)
     is_in_range = 1 / temperature <= HIGHEST  # of unit vectors
-    highest = torch.zeros_like(positive) if is_in_range else positive
+    highest: Tensor | float = 0.0 if is_in_range else positive
     total = torch.zeros_like(positive)
     weighted = torch.zeros_like(key) if with_gradient else key[:, :0]  # (n, C)
     columns = BLOCK.get(query.device.type, BLOCK_ON_A_GPU) // len(query)
@@ -84,7 +84,7 @@ def contrast(
     for start in range(0, len(negatives), columns):
         block = negatives[start : start + columns]
         logits = torch.mm(scaled, block.T, out=room[: len(query) * len(block)].view(len(query), -1))  # (n, columns)
-        if not is_in_range:
+        if isinstance(highest, Tensor):
             before, highest = highest, torch.maximum(highest, logits.amax(dim=1))
             shrink = (before - highest).exp()
             total, weighted = total * shrink, weighted * shrink[:, None]
@@ -93,12 +93,14 @@ def contrast(
         total = total + weights.sum(dim=1)
         if with_gradient:
             weighted = torch.addmm(weighted, weights, block)
-    losses = F.softplus(total.log() + highest - positive)  # log(1 + total / exp(positive - highest))
-    losses = losses + 0 * positive  # not a number where the positive is infinite
+    # On a GPU each of these lines is a few small kernels, whose starts take longer than they do.
+    above = positive - highest if isinstance(highest, Tensor) else positive
+    losses = F.softplus(total.log() - above)  # log(1 + total / exp(above))
+    losses = losses.add(positive, alpha=0)  # not a number where the positive is infinite
     if not with_gradient:
         return losses, weighted
-    of_all = total + (positive - highest).exp()
-    return losses, (weighted - total[:, None] * key) / (temperature * of_all[:, None])
+    of_all = (total + above.exp()) * temperature
+    return losses, torch.addcmul(weighted, total[:, None], key, value=-1) / of_all[:, None]
 
 
 def in_batch_info_nce(query: Tensor, keys: Tensor, temperature: float, rank: int = 0) -> Tensor:

@@ -73,17 +73,19 @@ class BadSteps(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.figures["skipped_steps"] = self.skipped
         self.precision = trainer.precision
+        self.trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         layers = [layer for layer in pl_module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
-        # One list for each kind: buffers of one dtype are copied in one go.
+        # One list for each kind: buffers of one dtype are copied in one go. Rows of the buffers' own memory, made once: to
+        # make them in every step would take a host longer than a small net takes its GPU.
         kinds = ("running_mean", "running_var", "num_batches_tracked")
-        self.statistics = [[getattr(layer, kind) for layer in layers] for kind in kinds if layers]
-        self.before = [joined(buffers) for buffers in self.statistics]
+        self.statistics = [[getattr(layer, kind).view(-1) for layer in layers] for kind in kinds if layers]
+        self.before = [torch.cat(rows) for rows in self.statistics]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self.before = [joined(buffers) for buffers in self.statistics]
+            self.before = [torch.cat(rows) for rows in self.statistics]
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         # An infinite loss can have finite gradients, and is one device's alone. This makes them NaN, on all devices once
@@ -95,7 +97,7 @@ class BadSteps(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         is_bad = ~norm.isfinite()
         step = trainer.global_step + 1
@@ -107,7 +109,7 @@ class BadSteps(pl.Callback):
         elif bool(is_bad):
             self._put_back(is_bad)
             # The optimizer is left nothing to do, weight decay and momentum included.
-            for parameter in pl_module.parameters():
+            for parameter in self.trained:
                 parameter.grad = None
         is_logged = step % self.log_every_n_steps == 0
         if is_logged or not on_device:
@@ -127,9 +129,9 @@ class BadSteps(pl.Callback):
 
     def _put_back(self, is_bad: Tensor) -> None:
         """The statistics, if the step is bad."""
-        for before, buffers in zip(self.before, self.statistics, strict=True):
-            kept = torch.where(is_bad, before, joined(buffers)).split([buffer.numel() for buffer in buffers])
-            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(kept, buffers, strict=True)])
+        for before, rows in zip(self.before, self.statistics, strict=True):
+            kept = torch.where(is_bad, before, torch.cat(rows)).split([len(row) for row in rows])
+            torch._foreach_copy_(rows, kept)
 
     def _read(self) -> None:
         """Count the bad ones among the steps since the last time; waits for the device."""
@@ -156,11 +158,6 @@ class BadSteps(pl.Callback):
         if self.in_a_row == 1:
             usual = "; usual with 16-mixed while it looks for its loss scale" if self.precision == "16-mixed" else ""
             log.warning("step %d left out: its loss or gradients are not finite%s", step, usual)
-
-
-def joined(buffers: list[Tensor]) -> Tensor:
-    """All their numbers in a row, of tensors of one dtype."""
-    return torch.cat([buffer.flatten() for buffer in buffers])
 
 
 def is_decided_on_device(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:

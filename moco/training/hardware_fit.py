@@ -26,9 +26,9 @@ class HardwareFit(pl.Callback):
         device: that computes.
         precision: of `choose_precision`.
         memory_format: see `choose_memory_format`.
-        compile: let the module compile its encoders, by its method ``compile_encoders``. None: if it has one, and one GPU
-            trains.
-        cuda_graphs: of compiled encoders on one GPU.
+        compile: let the module compile its encoders, by its method ``compile_encoders``. None: if it has one, one GPU
+            trains, and most of its weights are convolutions', for which it was measured.
+        cuda_graphs: of compiled encoders on one GPU. None: if most weights are convolutions'.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class HardwareFit(pl.Callback):
         precision: str,
         memory_format: str,
         compile: bool | None = False,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool | None = None,
     ) -> None:
         self.device = device
         self.memory_format = memory_format
@@ -65,14 +65,15 @@ class HardwareFit(pl.Callback):
         pl_module.to(memory_format=FORMATS[memory_format])
         self.way["memory_format"] = memory_format
         is_one_gpu = self.device.type == "cuda" and trainer.world_size == 1
-        compile = self.compile
-        if compile is None:
-            compile = is_one_gpu and hasattr(pl_module, "compile_encoders")
+        is_of_convolutions = choose_memory_format("auto", pl_module) == "channels_last"
+        compile, graphs = (is_of_convolutions if given is None else given for given in (self.compile, self.cuda_graphs))
+        if self.compile is None:
+            compile &= is_one_gpu and hasattr(pl_module, "compile_encoders")
         obstacle = obstacle_to_compiling(self.device) if compile else None
         self.way["compiled"] = "no"
         if compile and obstacle is None:
             # What a graph wrote is written over by its next start: gradients that several passes add up would be lost.
-            graphs = self.cuda_graphs and is_one_gpu and trainer.accumulate_grad_batches == 1
+            graphs &= is_one_gpu and trainer.accumulate_grad_batches == 1
             self.way["compiled"] = "yes, with CUDA graphs" if graphs else "yes"
             torch.compiler.reset()  # an earlier training in this process counts as well
             torch._dynamo.config.recompile_limit = SIZES_AT_MOST
