@@ -69,8 +69,10 @@ class Encoder(nn.Module):
         Args:
             options: of the compiler.
         """
-        parts = [self] if self.is_one_pass else [self.backbone, self.projector, self.dense_projector]
-        for part in parts:
+        if self.is_one_pass:
+            self.compile(dynamic=False, options=options)
+            return
+        for part in (self.backbone, self.projector, self.dense_projector):
             if part is not None:
                 part.compile(dynamic=False, options=options)
         maps = torch.compile(self.feature_and_last_map, dynamic=False, options=options)
