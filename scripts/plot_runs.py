@@ -1,4 +1,4 @@
-"""Draw what runs reached: view pairs of the first, kNN accuracy and loss of all.
+"""Draw what runs reached: view pairs of the first, if it has drawn any, kNN accuracy and loss of all.
 
     python scripts/plot_runs.py OUTPUT.png RUN_FOLDER [RUN_FOLDER ...]
 
@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+PAIRS = "views/query_above_key"
+
 
 def scalars(events: EventAccumulator, tag: str) -> tuple[list[int], list[float]]:
     """Steps and values of one curve, the latest value where a resumed run wrote a step twice."""
@@ -24,17 +26,21 @@ def scalars(events: EventAccumulator, tag: str) -> tuple[list[int], list[float]]
 
 def main(output: Path, folders: list[Path]) -> None:
     """Write the picture."""
-    figure = plt.figure(figsize=(10, 5.2), layout="constrained")
-    grid = figure.add_gridspec(2, 2, height_ratios=[1, 2.4])
-    pairs, knn, loss = (figure.add_subplot(cell) for cell in (grid[0, :], grid[1, 0], grid[1, 1]))
-    for folder in folders:
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1})
+    runs = {folder: EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1}) for folder in folders}
+    for events in runs.values():
         events.Reload()
-        if folder == folders[0]:
-            picture = Image.open(io.BytesIO(events.Images("views/query_above_key")[0].encoded_image_string))
-            pairs.imshow(np.asarray(picture), interpolation="nearest")
-            pairs.set_title("Pairs of views: queries above, their keys below")
-            pairs.axis("off")
+    first = runs[folders[0]]
+    has_pairs = PAIRS in first.Tags()["images"]
+    figure = plt.figure(figsize=(10, 5.2 if has_pairs else 3.6), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=[1, 2.4]) if has_pairs else figure.add_gridspec(1, 2)
+    knn, loss = (figure.add_subplot(grid[-1, column]) for column in (0, 1))
+    if has_pairs:
+        pairs = figure.add_subplot(grid[0, :])
+        picture = Image.open(io.BytesIO(first.Images(PAIRS)[0].encoded_image_string))
+        pairs.imshow(np.asarray(picture), interpolation="nearest")
+        pairs.set_title("Pairs of views: queries above, their keys below")
+        pairs.axis("off")
+    for folder, events in runs.items():
         figures = json.loads((folder / "metrics.json").read_text())
         steps_per_epoch = figures["step"] / figures["epoch"]
         for axes, tag in ((knn, "knn/top1"), (loss, "epoch/loss")):
