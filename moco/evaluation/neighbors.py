@@ -4,7 +4,7 @@ The answer has one definition. Similarities are float32 inner products of unit v
 with the largest, in falling order, and of equal ones the smaller row comes first.
 
 The large array of a search is the product of queries and bank, and reading it costs as much as making it. So it is read
-once, strip by strip while the processor's cache still holds it, for the maxima of groups of 16 rows: the k nearest rows are
+once, strip by strip while the processor's cache still holds it, for the maxima of groups of 4 rows: the k nearest rows are
 all in the k groups with the largest maxima, and only in these they are looked for. Where the k-th place is shared, in
 groups or in rows, the rows are counted out one by one. Compared with top-k of the whole product that is exact as well, and
 several times as fast on a CPU.
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GROUP = 16
+GROUP = 4
 BANK_BYTES = 2**27  # of bank rows that are normalised at once
 PRODUCT_BYTES = 2**25  # of similarities that one thread makes at once
 STRIP = {"cpu": 2048}  # bank rows whose similarities are looked at as soon as they are made; elsewhere a whole block's
+CROWD = 8  # times k: so many candidates of a query are sorted; more of them than that are equal
 NOTHING = np.finfo(np.float32).min  # the similarity of a place in a list that nothing fills: of features that are NaN
 LIST_BYTES = 2**26  # of neighbours, their similarities and places, that are kept while the bank is walked over
 
@@ -111,14 +112,16 @@ class Products:
     def __init__(self, num_queries: int, num_rows: int, num_neighbors: int, device: torch.device) -> None:
         whole = GROUP * -(-max(num_rows, num_neighbors) // GROUP)
         self.strip = min(STRIP.get(device.type, whole), whole)
+        self.groups_per_strip = self.strip // GROUP  # the n-th has the strip's columns n, n + groups_per_strip, ...
         num_columns = self.strip * -(-whole // self.strip)
-        self.values = torch.full((num_queries, num_columns), -torch.inf, device=device)
+        self.values = torch.empty(num_queries, num_columns, device=device)
+        self.values[:, num_rows:] = -torch.inf
         self.maxima = torch.empty(num_queries, num_columns // GROUP, device=device)
 
     def nearest(
         self, queries: Tensor, block: Tensor, num_neighbors: int, not_numbers: Tensor
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k most similar rows of the block to each query, in any order: similarities and row numbers, (N, k) each.
+        """The k most similar rows of the block to each query, and maybe more, in any order: similarities and row numbers.
 
         Args:
             queries: (N, D).
@@ -133,20 +136,61 @@ class Products:
         if len(not_numbers):
             values[:, not_numbers] = -torch.inf
             torch.amax(values.unflatten(1, (len(strips), GROUP, -1)), dim=2, out=maxima.unflatten(1, (len(strips), -1)))
-        return self._chosen(values, maxima, num_neighbors)
+        if maxima.shape[1] > num_neighbors and not values.is_cuda:
+            found = self.by_threshold(values.numpy(), maxima.numpy(), num_neighbors)
+            if found is not None:
+                return found
+        chosen, columns = self.by_top_k(values, maxima, num_neighbors)
+        return chosen.cpu().numpy(), columns.cpu().numpy()
 
-    def _chosen(self, values: Tensor, maxima: Tensor, num_neighbors: int) -> tuple[np.ndarray, np.ndarray]:
-        """`nearest`, of similarities (N, B) and the maxima of their groups (N, G).
+    def by_threshold(
+        self, values: np.ndarray, maxima: np.ndarray, num_neighbors: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """`nearest` on a CPU: all that is as large as a number that k rows reach at least, usually 1.4 k.
 
-        Within a strip of W columns the n-th group has the columns n, n + W / 16, n + 2 W / 16, ...
+        It is the k-th largest maximum of 2 k large groups: to select from so few costs next to nothing, and to compare all
+        small groups with it little. None where many are equal, as of features that have collapsed.
+
+        Args:
+            values, maxima: the similarities (N, B), and of their groups (N, G); G is above k.
+
+        Returns:
+            Similarities and row numbers, (N, L) each, L the most that a query has; the places of others are -inf.
         """
-        per_strip = self.strip // GROUP
+        most = CROWD * num_neighbors
+        at_once = max(1, maxima.shape[1] // (2 * num_neighbors))
+        of_many = maxima[:, : maxima.shape[1] // at_once * at_once].reshape(len(maxima), at_once, -1).max(axis=1)
+        cut = of_many.shape[1] - num_neighbors
+        least = np.partition(of_many, cut, axis=1)[:, cut]  # (N,)
+        query, group = np.divmod(np.flatnonzero(maxima >= least[:, None]), maxima.shape[1])
+        if len(query) > most * len(values):
+            return None
+        firsts = group // self.groups_per_strip * self.strip + group % self.groups_per_strip
+        columns = firsts[:, None] + np.arange(0, self.strip, self.groups_per_strip)  # (groups, GROUP) of all queries
+        members = values.ravel().take((query * values.shape[1])[:, None] + columns)
+        chosen = np.flatnonzero(members >= least[query][:, None])
+        query, columns, members = query[chosen // GROUP], columns.ravel()[chosen], members.ravel()[chosen]
+        counts = np.bincount(query, minlength=len(values))
+        if counts.max() > most:
+            return None
+        place = np.arange(len(query)) - (counts.cumsum() - counts)[query]
+        lists = np.full((len(values), counts.max()), -np.inf, np.float32)
+        numbers = np.zeros(lists.shape, np.int64)
+        lists[query, place], numbers[query, place] = members, columns
+        return lists, numbers
+
+    def by_top_k(self, values: Tensor, maxima: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
+        """`nearest` on a GPU, and where there are no more groups than neighbours: exactly k, (N, k).
+
+        Args:
+            values, maxima: the similarities (N, B), and of their groups (N, G).
+        """
         if maxima.shape[1] <= num_neighbors:
             columns, is_tied = largest(values, num_neighbors)
         else:
             group, is_tied = largest(maxima, num_neighbors)
-            firsts = group // per_strip * self.strip + group % per_strip  # (N, k) first column of each
-            members = firsts[:, :, None] + torch.arange(0, self.strip, per_strip, device=values.device)
+            firsts = group // self.groups_per_strip * self.strip + group % self.groups_per_strip  # (N, k)
+            members = firsts[:, :, None] + torch.arange(0, self.strip, self.groups_per_strip, device=values.device)
             members = members.flatten(1)  # (N, k * GROUP)
             place, is_tied_within = largest(values.gather(1, members), num_neighbors)
             columns = members.gather(1, place)
@@ -154,20 +198,14 @@ class Products:
         tied = is_tied.nonzero().flatten()
         if len(tied):
             columns[tied] = first_largest(values[tied], num_neighbors)
-        return values.gather(1, columns).cpu().numpy(), columns.cpu().numpy()
+        return values.gather(1, columns), columns
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Where the k largest of each row are, in any order (N, k), and whether another is as large as the last of them (N,)."""
-    cut = values.shape[1] - k
-    if cut == 0:
+    if values.shape[1] == k:
         every = torch.arange(k, device=values.device).expand(len(values), k)
         return every.clone(), values.new_zeros(len(values), dtype=torch.bool)
-    if values.device.type == "cpu":  # NumPy's selection is vectorised: several times as fast as torch's
-        array = values.numpy()
-        order = np.argpartition(array, cut - 1, axis=1)[:, cut - 1 :]  # of the k + 1 largest the smallest stands first
-        edge = np.take_along_axis(array, order, axis=1)
-        return torch.from_numpy(order[:, 1:]), torch.from_numpy(edge[:, 0] == edge[:, 1:].min(axis=1))
     top = values.topk(k + 1, dim=1)
     return top.indices[:, :k], top.values[:, k - 1] == top.values[:, k]
 
