@@ -102,6 +102,27 @@ def test_neighbours_are_those_of_faiss_in_blocks_and_threads(generator, num_rows
     np.testing.assert_allclose(found[0], similarities, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_distinct", [3, 100, 1000])
+def test_a_gpus_way_of_choosing_and_a_cpus_find_the_same(generator, monkeypatch, num_distinct):
+    monkeypatch.setattr(neighbors, "STRIP", {"cpu": 128})
+    block = torch.from_numpy(
+        normalized(generator.normal(size=(num_distinct, 8))[generator.integers(0, num_distinct, 1000)])
+    )
+    queries = torch.from_numpy(normalized(generator.normal(size=(20, 8))))
+    products = neighbors.Products(20, 1000, 10, torch.device("cpu"))
+    products.nearest(queries, block, 10, torch.empty(0, dtype=torch.int64))
+    values, maxima = products.values, products.maxima
+    by_top_k = [part.numpy() for part in products.by_top_k(values, maxima, 10)]
+    by_threshold = products.by_threshold(values.numpy(), maxima.numpy(), 10)
+    if num_distinct == 3:  # hundreds of rows are equal
+        assert by_threshold is None
+        by_threshold = by_top_k
+    expected = np.lexsort((np.arange(values.shape[1])[None].repeat(20, 0), -values.numpy()))[:, :10]
+    for similarities, columns in (by_top_k, by_threshold):
+        order = neighbors.falling(similarities, columns, 10)
+        np.testing.assert_array_equal(np.take_along_axis(columns, order, axis=1), expected)
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_equally_similar_rows_come_in_their_order(generator):
     bank = np.repeat(np.eye(8)[:2], 150, axis=0)[generator.permutation(300)]
