@@ -345,9 +345,10 @@ class Compiled(nn.Module):
 
     options = None
 
-    def __init__(self, layer):
+    def __init__(self, layer, has_one_pass):
         super().__init__()
         self.layer = layer
+        self.has_one_pass = has_one_pass
 
     def compile_encoders(self, options):
         self.options = options
@@ -363,7 +364,9 @@ class Compiled(nn.Module):
         ("cuda", None, {"accumulate": 2}, "yes"),  # a graph writes over the gradients of its last start
         ("cuda", None, {"devices": 2}, "no"),
         ("cuda", True, {"devices": 2}, "yes"),
-        ("cuda", None, {"layer": nn.Linear(2, 2)}, "no"),  # not measured
+        ("cuda", None, {"layer": nn.Linear(2, 2)}, "no"),  # not measured, as is the next
+        ("cuda", None, {"one": False}, "no"),
+        ("cuda", True, {"one": False}, "yes"),
         ("cuda", True, {"layer": nn.Linear(2, 2)}, "yes"),
         ("cuda", True, {"layer": nn.Linear(2, 2), "cuda_graphs": True}, "yes, with CUDA graphs"),
         ("cpu", None, {}, "no"),
@@ -373,10 +376,10 @@ class Compiled(nn.Module):
 def test_one_gpu_compiles_and_starts_whole_passes_at_once(device, compile, settings, way, monkeypatch):
     monkeypatch.setattr(hardware_fit, "obstacle_to_compiling", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    given = {"cuda_graphs": None, "accumulate": 1, "devices": 1, "layer": nn.Conv2d(1, 1, 3)} | settings
+    given = {"cuda_graphs": None, "accumulate": 1, "devices": 1, "layer": nn.Conv2d(1, 1, 3), "one": True} | settings
     trainer = SimpleNamespace(world_size=given["devices"], accumulate_grad_batches=given["accumulate"])
     fit = HardwareFit(torch.device(device), "32-true", "auto", compile, given["cuda_graphs"])
-    module = Compiled(given["layer"])
+    module = Compiled(given["layer"], given["one"])
     fit.setup(trainer, module, "fit")
     assert fit.way["compiled"] == way
     assert (module.options is not None) == (way != "no")

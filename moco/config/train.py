@@ -225,10 +225,10 @@ class TrainerConfig:
     """How weights and maps of convolutions lie in memory. auto: channels_last where most weights are convolutions'."""
     compile: Optional[bool] = None
     """Encoders by torch.compile, which takes up to a minute before the first step; without a compiler they run as they are.
-    null: nets of convolutions on one GPU."""
+    null: on one GPU, for nets of convolutions that see one view each in a step, for which it was measured."""
     cuda_graphs: Optional[bool] = None
     """Of compiled encoders on one GPU: start the kernels of a whole pass at once, which it otherwise waits for one by one.
-    null: of nets of convolutions."""
+    null: for the same."""
     accumulate_grad_batches: int = setting(1, at_least=1)
     """Batches per optimizer step; each holds data.batch_size / this many images."""
     gradient_clip_val: Optional[float] = setting(None, above=0)

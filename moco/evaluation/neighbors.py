@@ -16,6 +16,7 @@ import mmap
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,6 +144,10 @@ class Products:
         chosen, columns = self.by_top_k(values, maxima, num_neighbors)
         return chosen.cpu().numpy(), columns.cpu().numpy()
 
+    def first_columns(self, group: Any) -> Any:
+        """Of groups, by their places among the maxima; an array or a tensor, as they are."""
+        return group // self.groups_per_strip * self.strip + group % self.groups_per_strip
+
     def by_threshold(
         self, values: np.ndarray, maxima: np.ndarray, num_neighbors: int
     ) -> tuple[np.ndarray, np.ndarray] | None:
@@ -165,8 +170,9 @@ class Products:
         query, group = np.divmod(np.flatnonzero(maxima >= least[:, None]), maxima.shape[1])
         if len(query) > most * len(values):
             return None
-        firsts = group // self.groups_per_strip * self.strip + group % self.groups_per_strip
-        columns = firsts[:, None] + np.arange(0, self.strip, self.groups_per_strip)  # (groups, GROUP) of all queries
+        columns = self.first_columns(group)[:, None] + np.arange(
+            0, self.strip, self.groups_per_strip
+        )  # (groups, GROUP) of all queries
         members = values.ravel().take((query * values.shape[1])[:, None] + columns)
         chosen = np.flatnonzero(members >= least[query][:, None])
         query, columns, members = query[chosen // GROUP], columns.ravel()[chosen], members.ravel()[chosen]
@@ -189,9 +195,8 @@ class Products:
             columns, is_tied = largest(values, num_neighbors)
         else:
             group, is_tied = largest(maxima, num_neighbors)
-            firsts = group // self.groups_per_strip * self.strip + group % self.groups_per_strip  # (N, k)
-            members = firsts[:, :, None] + torch.arange(0, self.strip, self.groups_per_strip, device=values.device)
-            members = members.flatten(1)  # (N, k * GROUP)
+            steps = torch.arange(0, self.strip, self.groups_per_strip, device=values.device)
+            members = (self.first_columns(group)[:, :, None] + steps).flatten(1)  # (N, k * GROUP)
             place, is_tied_within = largest(values.gather(1, members), num_neighbors)
             columns = members.gather(1, place)
             is_tied |= is_tied_within

@@ -136,6 +136,11 @@ class MoCo(pl.LightningModule):
             for module in (self.query_encoder, self.key_encoder, self.predictor):
                 nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
+    @property
+    def has_one_pass(self) -> bool:
+        """Whether a step takes one view through each encoder, and nothing but the embedding from it."""
+        return not self.symmetric and not self.dense_weight
+
     def compile_encoders(self, options: dict[str, Any]) -> None:
         """Let training run its nets by torch.compile.
 

@@ -26,9 +26,9 @@ class HardwareFit(pl.Callback):
         device: that computes.
         precision: of `choose_precision`.
         memory_format: see `choose_memory_format`.
-        compile: let the module compile its encoders, by its method ``compile_encoders``. None: if it has one, one GPU
-            trains, and most of its weights are convolutions', for which it was measured.
-        cuda_graphs: of compiled encoders on one GPU. None: if most weights are convolutions'.
+        compile: let the module compile its encoders, by its method ``compile_encoders``. None: on one GPU, for what was
+            measured there, that is if the module says that it ``has_one_pass`` and most of its weights are convolutions'.
+        cuda_graphs: of compiled encoders on one GPU. None: for the same.
     """
 
     def __init__(
@@ -66,9 +66,8 @@ class HardwareFit(pl.Callback):
         self.way["memory_format"] = memory_format
         is_one_gpu = self.device.type == "cuda" and trainer.world_size == 1
         is_of_convolutions = choose_memory_format("auto", pl_module) == "channels_last"
-        compile, graphs = (is_of_convolutions if given is None else given for given in (self.compile, self.cuda_graphs))
-        if self.compile is None:
-            compile &= is_one_gpu and hasattr(pl_module, "compile_encoders")
+        is_measured = is_one_gpu and is_of_convolutions and getattr(pl_module, "has_one_pass", False)
+        compile, graphs = (is_measured if given is None else given for given in (self.compile, self.cuda_graphs))
         obstacle = obstacle_to_compiling(self.device) if compile else None
         self.way["compiled"] = "no"
         if compile and obstacle is None:
