@@ -71,7 +71,12 @@ def check_same_pictures(data: "PretrainingData") -> None:
 
 
 def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
-    """Raises InputError if its mode is not for these devices, or its groups do not divide the images of one at once."""
+    """Raises InputError if its mode is not for these devices, or its groups do not divide the images of one at once.
+
+    Also if what is normalised together is one vector, which has no variance.
+    """
+    from torch.nn import BatchNorm1d
+
     from moco.methods.batch_norm import batch_norm_mode
     from moco.training.hardware import choose_device
 
@@ -83,6 +88,13 @@ def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
         raise InputError(
             f"data.batch_size={config.data.batch_size}: the {at_once} images that a device gets at once are no multiple "
             f"of method.batch_norm_splits={splits}"
+        )
+    images = at_once // splits if mode == "split" else at_once
+    if images == 1 and mode != "sync" and any(isinstance(layer, BatchNorm1d) for layer in encoder.modules()):
+        where = f"each of method.batch_norm_splits={splits} groups" if mode == "split" else "a device"
+        raise InputError(
+            f"data.batch_size={config.data.batch_size}: {where} gets 1 image at once, which has no variance for the "
+            "projector's BatchNorm"
         )
 
 

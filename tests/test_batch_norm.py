@@ -23,13 +23,15 @@ from moco.models.heads import build_head
     ("layer", "shape"),
     [(nn.BatchNorm2d(3), (12, 3, 5, 5)), (nn.BatchNorm1d(3), (12, 3)), (nn.BatchNorm2d(3), (4, 3, 2, 2))],
 )
-@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize(
+    ("in_blocks", "way"),
+    [(False, "of_all"), (False, "by_formula"), (True, "by_formula"), (True, "of_blocks"), (True, "of_blocks_in_place")],
+)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("is_compiling", [False, True])
 def test_split_equals_separate_batch_norms_on_every_nth_sample(
-    layer, shape, in_blocks, memory_format, is_compiling, monkeypatch
+    layer, shape, in_blocks, way, memory_format, monkeypatch
 ):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)  # no more than the choice of the way
+    monkeypatch.setattr(SplitBatchNorm, "way", lambda norm, device_type: getattr(norm, way))
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
     separate = [copy.deepcopy(layer) for _ in range(4)]
@@ -51,6 +53,34 @@ def test_split_equals_separate_batch_norms_on_every_nth_sample(
         torch.testing.assert_close(leaf.grad, reference_leaf.grad, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(split.running_mean, torch.stack([n.running_mean for n in separate]).mean(0))
         torch.testing.assert_close(split.running_var, torch.stack([n.running_var for n in separate]).mean(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": 0.5}])
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_blocks_in_place_are_the_blocks_joined_to_the_last_bit(dtype, kind, is_trained):
+    norm = nn.BatchNorm2d(6, **kind).requires_grad_(is_trained)
+    images = torch.randn(8, 6, 5, 5).to(dtype, memory_format=torch.channels_last)
+    weights, results = torch.randn(8, 6, 5, 5).to(dtype), []
+    for way in ("of_blocks", "of_blocks_in_place"):
+        split = SplitBatchNorm(copy.deepcopy(norm), num_splits=4, in_blocks=True)
+        split.way = lambda device_type, split=split, way=way: getattr(split, way)
+        leaf = images.clone().requires_grad_()
+        output = split(leaf)
+        (output * weights).sum().backward()
+        assert output.is_contiguous(memory_format=torch.channels_last)
+        results.append([output.detach(), leaf.grad, *split.buffers()])
+        results[-1] += [parameter.grad for parameter in split.parameters() if is_trained]
+    assert all(torch.equal(*pair) for pair in zip(*[result[:2] for result in results], strict=True))
+    torch.testing.assert_close(*results)  # sums of parameters' gradients in another order
+
+
+@pytest.mark.parametrize(("in_blocks", "device_type"), [(False, "cpu"), (True, "cpu"), (True, "cuda")])
+def test_a_group_with_one_value_of_a_channel_is_named(in_blocks, device_type):
+    split = SplitBatchNorm(nn.BatchNorm1d(3), num_splits=4, in_blocks=in_blocks)
+    split.way = lambda _: SplitBatchNorm.way(split, device_type)
+    with pytest.raises(InputError, match=r"batch_norm_splits=4: a group is 1 of the 4 images.*larger data.batch_size"):
+        split(torch.randn(4, 3))
 
 
 def test_split_works_on_channels_last_images():
@@ -150,6 +180,21 @@ def test_sync_on_several_cpu_processes_is_refused_before_the_run_begins(negative
         InputError, match=r"^method\.batch_norm=sync: statistics are shared between GPUs only, [^\n]*2 CPU"
     ):
         check_batch_norm(runner.method(config).query_encoder, config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "who"),
+    [
+        (["data.batch_size=8"], r"each of method\.batch_norm_splits=8 groups"),
+        (["data.batch_size=2", "trainer.accumulate_grad_batches=2", "method.batch_norm=plain"], "a device"),
+    ],
+)
+def test_a_vector_alone_is_refused_before_the_run_begins(settings, who, runner):
+    config = runner.config("method.projector.hidden_batch_norm=true", "method.projector.num_layers=2", *settings)
+    with pytest.raises(InputError, match=rf"^data\.batch_size=\d: {who} gets 1 image at once, which has no variance"):
+        check_batch_norm(runner.method(config).query_encoder, config)
+    without = runner.config(*settings)
+    check_batch_norm(runner.method(without).query_encoder, without)
 
 
 def test_sync_makes_every_batch_norm_one_over_all_devices_and_keeps_the_parameters(runner):

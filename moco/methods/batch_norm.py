@@ -23,10 +23,13 @@ N batch, S splits, C channels.
 """
 
 import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from moco.errors import InputError
@@ -63,20 +66,30 @@ class SplitBatchNorm(_BatchNorm):
             return super().forward(input)
         splits = self.num_splits
         check_groups(len(input), splits)
+        if input.numel() == splits * input.shape[1]:
+            raise InputError(
+                f"method.batch_norm_splits={splits}: a group is 1 of the {len(input)} images that one device gets at once, "
+                "and its only value of a channel has no variance; expected a larger data.batch_size or fewer groups"
+            )
         mean, variance = self.running_mean, self.running_var
         if mean is not None and variance is not None:
             mean, variance = mean.repeat(splits), variance.repeat(splits)
-        if torch.compiler.is_compiling():
-            output = self._by_formula(input, mean, variance)
-        else:
-            output = (self._of_blocks if self.in_blocks else self._of_all)(input, mean, variance)
+        output = self.way(input.device.type)(input, mean, variance)
         if self.running_mean is not None and self.running_var is not None and mean is not None and variance is not None:
             with torch.no_grad():
                 self.running_mean.copy_(mean.view(splits, -1).mean(dim=0))
                 self.running_var.copy_(variance.view(splits, -1).mean(dim=0))
         return output
 
-    def _of_all(self, input: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
+    def way(self, device_type: str) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+        """Which of the methods below is the fastest."""
+        if torch.compiler.is_compiling():
+            return self.by_formula
+        if not self.in_blocks:
+            return self.of_all
+        return self.of_blocks_in_place if device_type == "cpu" else self.of_blocks
+
+    def of_all(self, input: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
         """(N, C, ...) seen as (N / S, S * C, ...): BatchNorm of S * C channels; `mean`, `variance` (S * C,) move."""
         grouped = input.reshape(-1, self.num_splits * self.num_features, *input.shape[2:])
         weight = None if self.weight is None else self.weight.repeat(self.num_splits)
@@ -84,19 +97,18 @@ class SplitBatchNorm(_BatchNorm):
         output = F.batch_norm(grouped, mean, variance, weight, bias, True, self.momentum or 0.0, self.eps)
         return output.view_as(input)
 
-    def _of_blocks(self, input: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
+    def of_blocks(self, input: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
         """The same of a batch that is sorted by group, block by block."""
-        splits = self.num_splits
-        means = [None] * splits if mean is None else mean.chunk(splits)
-        variances = [None] * splits if variance is None else variance.chunk(splits)
-        return torch.cat(
-            [
-                F.batch_norm(*block, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
-                for block in zip(input.chunk(splits), means, variances, strict=True)
-            ]
-        )
+        splits, momentum = self.num_splits, self.momentum or 0.0
+        blocks = zip(input.chunk(splits), by_group(mean, splits), by_group(variance, splits), strict=True)
+        return torch.cat([F.batch_norm(*block, self.weight, self.bias, True, momentum, self.eps) for block in blocks])
 
-    def _by_formula(self, input: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
+    def of_blocks_in_place(self, input: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
+        """The same, each block to its place: to join them afterwards takes a CPU as long as to normalise them."""
+        how = (self.num_splits, self.momentum or 0.0, self.eps)
+        return NormalizedBlocks.apply(input, self.weight, self.bias, mean, variance, *how)
+
+    def by_formula(self, input: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
         """The same as a compiler takes it best: all groups in one kernel, whatever the layout."""
         shape = (self.num_splits, -1) if self.in_blocks else (-1, self.num_splits)
         side = 1 if self.in_blocks else 0  # of the images of a group, in (S, N / S, C, ...) or (N / S, S, C, ...)
@@ -113,6 +125,61 @@ class SplitBatchNorm(_BatchNorm):
             of_channel = (-1, *[1] * (groups.ndim - 3))
             normed = normed * self.weight.view(of_channel) + self.bias.view(of_channel)
         return normed.to(input.dtype).flatten(0, 1)
+
+
+class NormalizedBlocks(torch.autograd.Function):
+    """BatchNorm of each block of a batch by itself, written to its place in one tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        splits: int,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """(N, C, ...) as `input`; running `mean`, `variance` (S * C,) move."""
+        output = torch.empty_like(input)
+        # What it keeps has the parameters' dtype, which autocast leaves in float32.
+        like = next((tensor for tensor in (weight, mean) if tensor is not None), input)
+        own = like.new_empty(2, splits, input.shape[1])  # means, inverse standard deviations
+        places = zip(output.chunk(splits), *own, strict=True)
+        statistics = zip(by_group(mean, splits), by_group(variance, splits), strict=True)
+        for block, running, place in zip(input.chunk(splits), statistics, places, strict=True):
+            out = dict(zip(("out", "save_mean", "save_invstd"), place, strict=True))
+            torch.ops.aten.native_batch_norm.out(block, weight, bias, *running, True, momentum, eps, **out)
+        ctx.save_for_backward(input, weight, own)
+        ctx.eps = eps
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upper: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, own = ctx.saved_tensors
+        splits = own.shape[1]
+        gradient = torch.empty_like(input)
+        of_parameters = []
+        blocks = zip(upper.chunk(splits), input.chunk(splits), gradient.chunk(splits), *own, strict=True)
+        for above, block, place, mean, scale in blocks:
+            found = torch.ops.aten.native_batch_norm_backward.default(
+                above, block, weight, None, None, mean, scale, True, ctx.eps, [True, *ctx.needs_input_grad[1:3]]
+            )
+            place.copy_(found[0])  # while the processor's cache holds it
+            of_parameters.append(found[1:])
+        sums = (
+            torch.stack(parts).sum(dim=0) if is_needed else None
+            for parts, is_needed in zip(zip(*of_parameters, strict=True), ctx.needs_input_grad[1:3], strict=True)
+        )
+        return gradient, *sums, None, None, None, None, None
+
+
+def by_group(statistics: Tensor | None, splits: int) -> Sequence[Tensor | None]:
+    """Running statistics (S * C,) as one (C,) of each group."""
+    return [None] * splits if statistics is None else statistics.chunk(splits)
 
 
 def check_groups(num: int, splits: int) -> None:
