@@ -54,6 +54,8 @@ def run(config: SegmentConfig, folder: Path) -> None:
         raise InputError(f"trainer.devices={config.trainer.devices}: moco.segment trains on one device")
     if config.trainer.compile:
         raise InputError("trainer.compile=true: moco.segment does not compile its model; expected false")
+    if config.trainer.cuda_graphs:
+        raise InputError("trainer.cuda_graphs=true: moco.segment does not compile its model; expected false")
 
     import pytorch_lightning as pl
     from rich.console import Console

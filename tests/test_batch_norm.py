@@ -75,10 +75,19 @@ def test_blocks_in_place_are_the_blocks_joined_to_the_last_bit(dtype, kind, is_t
     torch.testing.assert_close(*results)  # sums of parameters' gradients in another order
 
 
-@pytest.mark.parametrize(("in_blocks", "device_type"), [(False, "cpu"), (True, "cpu"), (True, "cuda")])
-def test_a_group_with_one_value_of_a_channel_is_named(in_blocks, device_type):
+def test_each_device_has_its_way(monkeypatch):
+    usual, sorted_by_groups = (SplitBatchNorm(nn.BatchNorm2d(3), 4, in_blocks) for in_blocks in (False, True))
+    assert {usual.way("cpu"), usual.way("cuda")} == {usual.of_all}
+    assert sorted_by_groups.way("cpu") == sorted_by_groups.of_blocks_in_place
+    assert sorted_by_groups.way("cuda") == sorted_by_groups.of_blocks
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert usual.way("cuda") == usual.by_formula
+    assert sorted_by_groups.way("cuda") == sorted_by_groups.by_formula
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_group_with_one_value_of_a_channel_is_named(in_blocks):
     split = SplitBatchNorm(nn.BatchNorm1d(3), num_splits=4, in_blocks=in_blocks)
-    split.way = lambda _: SplitBatchNorm.way(split, device_type)
     with pytest.raises(InputError, match=r"batch_norm_splits=4: a group is 1 of the 4 images.*larger data.batch_size"):
         split(torch.randn(4, 3))
 

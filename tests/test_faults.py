@@ -490,6 +490,16 @@ def test_a_full_gpu_is_told_by_its_words(error):
     assert explained(error).startswith("the GPU is out of memory; a smaller data.batch_size, more ")
 
 
+def test_encoders_that_cannot_be_compiled_are_told_how_to_do_without():
+    from torch._inductor.exc import InductorError
+
+    for error in (
+        torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no kernel"), None),
+        InductorError(AssertionError("mix order reduction"), None),
+    ):
+        assert explained(error) == "torch.compile fails at these encoders; trainer.compile=false does without"
+
+
 @pytest.mark.parametrize(
     "error",
     [

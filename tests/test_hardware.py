@@ -155,7 +155,7 @@ def test_a_resume_where_the_hardware_decides_otherwise_goes_on_and_says_so(runne
     assert "the run began" not in caplog.text
     decide("channels_last")
     run(config(6), tmp_path / "resumed")
-    assert "memory_format: the run began with contiguous and goes on with channels_last" in caplog.text
+    assert "trainer.memory_format: the run began with 'contiguous' and goes on with 'channels_last'" in caplog.text
     resumed, straight = state("resumed"), state("straight")
     assert resumed["callbacks"]["HardwareFit"] == {
         "precision": "32-true", "memory_format": "contiguous", "compiled": "no",
@@ -255,10 +255,19 @@ def test_without_a_compiler_the_nets_run_as_they_are_and_one_line_says_why(runne
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [[], ["method.dense_weight=0.5", "method.symmetric=true"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["method.dense_weight=0.5", "method.symmetric=true"],
+        ["method.batch_norm=split"],
+        ["method.batch_norm=split", "trainer.memory_format=channels_last"],
+    ],
+)
 def test_compiled_nets_have_the_same_losses_names_and_evaluation(settings, runner):
     losses, expected = Losses(), Losses()
-    fit = HardwareFit(CPU, "32-true", "contiguous", True)
+    memory_format = "channels_last" if "trainer.memory_format=channels_last" in settings else "contiguous"
+    fit = HardwareFit(CPU, "32-true", memory_format, True)
     assert hardware_fit.obstacle_to_compiling(CPU) is None
     method = runner.fit(runner.config(*PLAIN, *settings), [fit, losses])
     plain = runner.fit(runner.config(*PLAIN, *settings), [expected])
@@ -313,10 +322,11 @@ def test_segmentation_does_not_compile_and_says_so(tmp_path):
     from moco.errors import InputError
     from moco.segment import run
 
-    config = SegmentConfig()
-    config.trainer = dataclasses.replace(config.trainer, compile=True)
-    with pytest.raises(InputError, match=r"trainer\.compile=true: moco\.segment does not compile"):
-        run(config, tmp_path)
+    for key in ("compile", "cuda_graphs"):
+        config = SegmentConfig()
+        config.trainer = dataclasses.replace(config.trainer, **{key: True})
+        with pytest.raises(InputError, match=rf"trainer\.{key}=true: moco\.segment does not compile"):
+            run(config, tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
@@ -345,10 +355,10 @@ class Compiled(nn.Module):
 
     options = None
 
-    def __init__(self, layer, has_one_pass):
+    def __init__(self, layer, has_one_view_per_encoder):
         super().__init__()
         self.layer = layer
-        self.has_one_pass = has_one_pass
+        self.has_one_view_per_encoder = has_one_view_per_encoder
 
     def compile_encoders(self, options):
         self.options = options
@@ -388,7 +398,32 @@ def test_one_gpu_compiles_and_starts_whole_passes_at_once(device, compile, setti
     assert set(module.options or {}) <= set(torch._inductor.list_options())
 
 
-def test_what_cannot_compile_does_not_unless_it_is_told_to(monkeypatch):
+@pytest.mark.parametrize(("settings", "expected"), [({}, 0), ({"accumulate": 2}, 1), ({"devices": 2}, 1)])
+def test_cuda_graphs_that_were_asked_for_in_vain_are_said(settings, expected, monkeypatch, caplog):
+    monkeypatch.setattr(hardware_fit, "obstacle_to_compiling", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    given = {"accumulate": 1, "devices": 1} | settings
+    trainer = SimpleNamespace(world_size=given["devices"], accumulate_grad_batches=given["accumulate"])
+    HardwareFit(torch.device("cuda"), "32-true", "auto", True, True).setup(
+        trainer, Compiled(nn.Conv2d(1, 1, 3), True), ""
+    )
+    assert sum("trainer.cuda_graphs=true has no effect" in message for message in caplog.messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], True),
+        (["method.symmetric=true"], False),
+        (["method.dense_weight=0.5"], False),
+        (["method=moco_v3", "method.queue_size=null"], False),
+    ],
+)
+def test_the_method_knows_how_many_views_an_encoder_gets(settings, expected, runner):
+    assert runner.method(runner.config(*settings)).has_one_view_per_encoder is expected
+
+
+def test_what_cannot_compile_does_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     fit = HardwareFit(torch.device("cuda"), "32-true", "auto", None)
     fit.setup(SimpleNamespace(world_size=1, accumulate_grad_batches=1), nn.Conv2d(1, 1, 3), "fit")

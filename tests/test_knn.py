@@ -87,10 +87,14 @@ def test_votes_are_those_of_the_official_notebook_to_the_last_sample(generator):
 
 
 @pytest.mark.parametrize("num_rows", [13, 64, 300])
+@pytest.mark.parametrize("is_as_on_a_gpu", [False, True])
 @pytest.mark.usefixtures("small_blocks")
-def test_neighbours_are_those_of_faiss_in_blocks_and_threads(generator, num_rows):
+def test_neighbours_are_those_of_faiss_in_blocks_and_threads(generator, num_rows, is_as_on_a_gpu, monkeypatch):
     import faiss
 
+    if is_as_on_a_gpu:
+        monkeypatch.setattr(neighbors, "STRIP", {})
+        monkeypatch.setattr(neighbors.Products, "by_threshold", lambda *arguments: None)
     bank, queries = generator.normal(size=(num_rows, 8)), generator.normal(size=(50, 8))
     index = faiss.IndexFlatIP(8)
     index.add(normalized(bank))
@@ -250,6 +254,35 @@ def test_features_that_are_no_numbers_do_not_pass_for_right(generator):
     labels, query_labels = np.arange(40) % 4, np.arange(30) % 4
     assert knn_accuracy(bank, labels, queries, query_labels, 5, 0.1).top1 < 0.3  # that of a guess
     assert knn_accuracy(np.full((40, 8), np.nan), labels, bank[:30], query_labels, 5, 0.1).top1 < 0.3
+
+
+def test_a_query_that_is_no_number_has_no_neighbours_and_the_others_theirs(generator, monkeypatch):
+    bank, queries = generator.normal(size=(10, 8)), generator.normal(size=(3, 8))
+    bank[4], queries[1] = np.nan, np.nan
+    for num_neighbors in (9, 10):  # 10: all of a bank that its columns do not fill
+        similarities, rows = nearest(bank, queries, num_neighbors)
+        assert (similarities[1] < -1e30).all()
+        expected = nearest(np.delete(bank, 4, axis=0), queries[[0, 2]], 9)
+        np.testing.assert_array_equal(rows[[0, 2], :9], expected[1] + (expected[1] >= 4))
+        assert (similarities[[0, 2], 9:] < -1e30).all()
+
+
+@pytest.mark.parametrize("size", [513, 1025, 1027])
+def test_a_row_that_stands_twice_is_found_where_it_stands_first(generator, size):
+    bank = generator.normal(size=(size, 100)).astype(np.float32)
+    bank[-1] = bank[0]  # alone, or nearly, in the last strip
+    similarities, rows = nearest(bank, bank, 2)
+    np.testing.assert_array_equal(rows[0], [0, size - 1])
+    np.testing.assert_array_equal(rows[-1], [0, size - 1])
+    assert similarities[0, 0] == similarities[0, 1]
+
+
+def test_no_number_of_threads_makes_the_blocks_large(generator, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(neighbors.torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(neighbors, "side_by_side", lambda work, starts, device: sizes.append(starts.step))
+    nearest(generator.normal(size=(2000, 8)), generator.normal(size=(3000, 8)), 5)
+    assert 64 * 4 * 2000 * sizes[0] <= neighbors.ALL_PRODUCTS_BYTES
 
 
 def test_features_that_have_collapsed_have_the_first_rows_as_neighbours(monkeypatch):

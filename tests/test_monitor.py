@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moco.evaluation import monitor
 from moco.evaluation.diagnostics import (
     embedding_std,
     in_batch_negative_similarity,
@@ -101,6 +102,21 @@ def test_knn_and_its_protocol_are_reported_with_baselines(runner):
     assert figures["knn/precision"] == "32-true"
     assert figures["images_per_second"] > 0
     assert 0 <= figures["data_wait"] <= 1
+
+
+def test_a_gpu_that_is_full_leaves_the_search_to_the_cpu(runner, monkeypatch):
+    def search(*arguments):
+        devices.append(arguments[-1])
+        if len(devices) % 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 128 MiB.")
+        return measured(*arguments)
+
+    measured, devices, figures = monitor.knn_accuracy, [], {}
+    monkeypatch.setattr(monitor, "knn_accuracy", search)
+    config = runner.config("trainer.max_steps=-1", "trainer.max_epochs=1")
+    runner.fit(config, monitors(config, figures))
+    assert devices[-2:] == [torch.device("cpu"), "cpu"]  # first the training's, a CPU here
+    assert figures["knn/top1"] > 0.8
 
 
 def test_mean_loss_of_the_epoch_counts_every_batch_once(runner):

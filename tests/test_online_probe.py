@@ -8,6 +8,7 @@ from moco.data.datasets import ArrayPictures, DataSource, Labelled
 from moco.errors import InputError, Interrupted
 from moco.evaluation.online_probe import OnlineProbe, standardised, training_classes
 from moco.train import run
+from moco.training.hardware_fit import HardwareFit
 
 
 @pytest.mark.parametrize("overrides", [[], ["method.dense_weight=0.5"], ["method.symmetric=true"]])
@@ -19,6 +20,22 @@ def test_the_runs_weights_are_those_of_a_run_without_the_probe(overrides, runner
     assert torch.equal(after_it, torch.rand(3))  # and so are the random numbers that come next
     for name, value in without.state_dict().items():
         assert torch.equal(value, with_probe.state_dict()[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [[], ["method.symmetric=true"]])
+def test_it_learns_the_same_beside_compiled_nets(overrides, runner):
+    config, accuracies, weights = runner.config(*overrides, "method.batch_norm=plain"), [], []
+    for is_compiled in (False, True):
+        figures = {}
+        fit = HardwareFit(torch.device("cpu"), "32-true", "contiguous", is_compiled)
+        probe = OnlineProbe(figures, 1)
+        method = runner.fit(config, [fit, probe])
+        assert fit.way["compiled"] == ("yes" if is_compiled else "no")
+        accuracies.append(probe._accuracy())
+        weights.append((method.state_dict(), probe.head.state_dict()))
+    assert accuracies[1] == pytest.approx(accuracies[0], abs=0.02)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-3)
 
 
 class Shown(OnlineProbe):

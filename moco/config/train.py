@@ -224,11 +224,11 @@ class TrainerConfig:
     memory_format: str = setting("auto", choices=("auto", "channels_last", "contiguous"))
     """How weights and maps of convolutions lie in memory. auto: channels_last where most weights are convolutions'."""
     compile: Optional[bool] = None
-    """Encoders by torch.compile, which takes up to a minute before the first step; without a compiler they run as they are.
-    null: on one GPU, for nets of convolutions that see one view each in a step, for which it was measured."""
+    """Encoders by torch.compile, which takes 20 s (ResNet-18) to minutes at the first step of each size of views; without a
+    compiler they run as they are. null: on one GPU, for nets of convolutions that see one view each in a step."""
     cuda_graphs: Optional[bool] = None
-    """Of compiled encoders on one GPU: start the kernels of a whole pass at once, which it otherwise waits for one by one.
-    null: for the same."""
+    """Of compiled encoders on one GPU, without accumulate_grad_batches: start the kernels of a pass all at once, not one by
+    one. null: where compile: null compiles."""
     accumulate_grad_batches: int = setting(1, at_least=1)
     """Batches per optimizer step; each holds data.batch_size / this many images."""
     gradient_clip_val: Optional[float] = setting(None, above=0)

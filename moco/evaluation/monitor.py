@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -175,8 +176,13 @@ class KNNMonitor(EpochMeasurement):
                 sets.append(Embedded(features, labels, labelled, readable))
             show(*sets)
             (features, labels, _, _), (query_features, query_labels, _, _) = sets
-            vote = (self.num_neighbors, self.temperature)
-            return knn_accuracy(features, labels, query_features, query_labels, *vote, pl_module.device)
+            measure = partial(
+                knn_accuracy, features, labels, query_features, query_labels, self.num_neighbors, self.temperature
+            )
+            try:
+                return measure(pl_module.device)
+            except torch.OutOfMemoryError:  # the training has all of the GPU's
+                return measure("cpu")
 
         return from_rank_zero(search)
 

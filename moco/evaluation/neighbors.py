@@ -4,10 +4,10 @@ The answer has one definition. Similarities are float32 inner products of unit v
 with the largest, in falling order, and of equal ones the smaller row comes first.
 
 The large array of a search is the product of queries and bank, and reading it costs as much as making it. So it is read
-once, strip by strip while the processor's cache still holds it, for the maxima of groups of 4 rows: the k nearest rows are
-all in the k groups with the largest maxima, and only in these they are looked for. Where the k-th place is shared, in
-groups or in rows, the rows are counted out one by one. Compared with top-k of the whole product that is exact as well, and
-several times as fast on a CPU.
+once, strip by strip while the processor's cache still holds it, for the maxima of groups of 4 rows. On a CPU the maxima
+give a number that k rows reach at least, and the rows that reach it are the candidates. On a GPU, and where they would be
+too many, the k nearest are looked for in the k groups with the largest maxima, which hold them all; of rows that share the
+k-th place the first are counted out. Both are as exact as top-k of the whole product.
 
 Letters: M bank size, Q queries, D feature width, k neighbours, N queries of a block, B bank rows of a block, G groups.
 """
@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GROUP = 4
@@ -26,7 +27,7 @@ BANK_BYTES = 2**27  # of bank rows that are normalised at once
 PRODUCT_BYTES = 2**26  # of similarities that one thread makes at once
 ALL_PRODUCTS_BYTES = 2**28  # of those that all threads make at once
 STRIP = {"cpu": 512}  # bank rows whose similarities are looked at as soon as they are made; elsewhere a whole block's
-CROWD = 8  # times k: so many candidates of a query are sorted; more of them than that are equal
+CROWD = 8  # times k: so many candidates of a query are sorted; where there are more the k largest groups are faster
 NOTHING = np.finfo(np.float32).min  # the similarity of a place in a list that nothing fills: of features that are NaN
 LIST_BYTES = 2**26  # of neighbours, their similarities and places, that are kept while the bank is walked over
 
@@ -129,6 +130,8 @@ class Products:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k most similar rows of the block to each query, and maybe more, in any order: similarities and row numbers.
 
+        Where the block has fewer, and for a query that is not a number, the rest is -inf and of no row.
+
         Args:
             queries: (N, D).
             block: (rows, D).
@@ -137,11 +140,19 @@ class Products:
         values, maxima = self.values[: len(queries)], self.maxima[: len(queries)]
         strips, groups = values.split(self.strip, dim=1), maxima.split(self.strip // GROUP, dim=1)
         for rows, strip, of_groups in zip(block.split(self.strip), strips, groups, strict=False):
-            torch.mm(queries, rows.T, out=strip[:, : len(rows)])
+            # Whole strips only: of a few rows the products would be rounded in another way, and equal rows not be equal.
+            num_rows = len(rows)
+            if num_rows < strip.shape[1]:
+                rows = F.pad(rows, (0, 0, 0, strip.shape[1] - num_rows))
+            torch.mm(queries, rows.T, out=strip)
+            strip[:, num_rows:] = -torch.inf
             torch.amax(strip.unflatten(1, (GROUP, -1)), dim=1, out=of_groups)
         if len(not_numbers):
             values[:, not_numbers] = -torch.inf
             torch.amax(values.unflatten(1, (len(strips), GROUP, -1)), dim=2, out=maxima.unflatten(1, (len(strips), -1)))
+        no_queries = queries.isnan().any(dim=1)
+        if no_queries.any():
+            values[no_queries], maxima[no_queries] = -torch.inf, -torch.inf
         if maxima.shape[1] > num_neighbors and not values.is_cuda:
             found = self.by_threshold(values.numpy(), maxima.numpy(), num_neighbors)
             if found is not None:

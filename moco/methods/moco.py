@@ -137,7 +137,7 @@ class MoCo(pl.LightningModule):
                 nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
     @property
-    def has_one_pass(self) -> bool:
+    def has_one_view_per_encoder(self) -> bool:
         """Whether a step takes one view through each encoder, and nothing but the embedding from it."""
         return not self.symmetric and not self.dense_weight
 

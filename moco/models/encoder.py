@@ -46,7 +46,7 @@ class Encoder(nn.Module):
 
         Nothing is normalised.
         """
-        if self.is_one_pass:
+        if self.is_called_whole:
             return [Encoded(embedding) for embedding in per_view(self, views)]
         if self.dense_projector is None:
             return [Encoded(embedding) for embedding in per_view(self.projector, per_view(self.backbone, views))]
@@ -57,19 +57,19 @@ class Encoder(nn.Module):
         ]
 
     @cached_property
-    def is_one_pass(self) -> bool:
-        """Whether backbone and projector take the views alike: nothing else does, and BatchNorm is in both or in none."""
+    def is_called_whole(self) -> bool:
+        """Whether backbone and projector take the views alike: no other head, and no BatchNorm in the projector alone."""
         return self.dense_projector is None and has_batch_norm(self.backbone) == has_batch_norm(self)
 
     def compile_training(self, options: dict[str, Any]) -> None:
-        """Let `embed` run by torch.compile, for one shape of batches: as a whole if it `is_one_pass`, else part by part.
+        """Let `embed` run by torch.compile, for one shape of batches: as a whole if it `is_called_whole`, else part by part.
 
         Names of weights stay.
 
         Args:
             options: of the compiler.
         """
-        if self.is_one_pass:
+        if self.is_called_whole:
             self.compile(dynamic=False, options=options)
             return
         for part in (self.backbone, self.projector, self.dense_projector):

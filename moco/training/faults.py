@@ -236,6 +236,10 @@ SIGNS = (
     ),
     (r"Too many open files|received 0 items of ancdata", TOO_MANY_FILES),
     (r"(CUDA|HIP).* out of memory|(CUBLAS|CUDNN|CUFFT|CUSOLVER)_STATUS_ALLOC_FAILED", GPU_IS_FULL),
+    (
+        r"^BackendCompilerFailed|^InductorError|^TorchRuntimeError",
+        "torch.compile fails at these encoders; trainer.compile=false does without",
+    ),
     (r"MemoryError|can('t|not) allocate memory|not enough memory|std::bad_alloc", MEMORY_IS_FULL),
 )
 # What to do about an OSError that is nobody's mistake.

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import of_lightly, official, ours
-from benchmarks.nets import NETS, Net, Setting
-from benchmarks.nets import TINY as TINY_NETS
+from benchmarks.nets import Net, Setting, nets_of
 from benchmarks.peers import Peers
 from benchmarks.turns import Case, Turn, timed
 from moco.train import build_data
@@ -27,21 +26,23 @@ STEP = "our step alone"
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--npz", help="an archive with train_images (M, 32, 32, 3), uint8; else noise of that shape")
-    parser.add_argument("--steps", type=int, default=10, help="in one turn, after a first that does not count")
+    parser.add_argument("--steps", type=int, default=10, help="in one turn, after the first that do not count")
     parser.add_argument("--workers", type=int, default=2, help="loader processes of the peers")
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
-    net = TINY_NETS["resnet_tiny"] if arguments.tiny else NETS["resnet18 K 4096"]
+    net = nets_of(torch.device(arguments.device), arguments.tiny)[
+        "resnet_tiny" if arguments.tiny else "resnet18 K 4096"
+    ]
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(arguments.npz or write_noise(Path(folder), net, arguments.steps))
         yield case_of(net, archive, arguments, peers)
 
 
 def write_noise(folder: Path, net: Net, num_steps: int) -> Path:
-    """Random pictures for two more batches than a turn takes."""
+    """Random pictures for more batches than a turn takes."""
     generator = np.random.default_rng(0)
-    shape = ((num_steps + 3) * net.batch_size, net.image_size, net.image_size, 3)
+    shape = ((num_steps + 2 + max(ours.WARM_UP.values())) * net.batch_size, net.image_size, net.image_size, 3)
     pictures = generator.integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(len(pictures)) % 10
     few = slice(net.batch_size)
@@ -54,8 +55,8 @@ def write_noise(folder: Path, net: Net, num_steps: int) -> Path:
 def case_of(net: Net, archive: Path, arguments: argparse.Namespace, peers: Peers) -> Case:
     """Default settings on both sides: `moco.train` with all its callbacks, the peers' example loops and loaders."""
     setting = Setting(torch.device(arguments.device))
-    overrides = ["data=npz", f"data.root={archive}", "augmentation=cifar", f"trainer.accelerator={setting.device.type}"]
-    config = net.config(*overrides, *ours.for_steps(arguments.steps))
+    overrides = ["data=npz", f"data.root={archive}", "augmentation=cifar"]
+    config = net.config(*overrides, *ours.for_steps(arguments.steps, setting.device))
 
     def step_alone() -> Turn:
         return ours.training(config, ours.SamePair(config, setting.views(net)))

@@ -57,22 +57,30 @@ def step(net: Net, setting: Setting, batch_norm: str = "auto") -> Callable[[Tens
     return step
 
 
-class StepClock(pl.Callback):
-    """Notes when steps end."""
+WARM_UP = {"cpu": 1, "cuda": 5}
+"""Steps that do not count: the first takes its memory, and on a GPU nets are compiled and their graphs recorded."""
 
-    def __init__(self, num_steps: int) -> None:
+
+class StepClock(pl.Callback):
+    """Notes when steps end; the first `warm_up` do not count."""
+
+    def __init__(self, num_steps: int, warm_up: int) -> None:
         self.num_steps = num_steps
+        self.warm_up = warm_up
         self.ends: list[float] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if len(self.ends) in (0, self.num_steps):  # between them nothing waits for a GPU
+        if len(self.ends) in (
+            self.warm_up - 1,
+            self.warm_up - 1 + self.num_steps,
+        ):  # between them nothing waits for a GPU
             wait_for(pl_module.device)
         self.ends.append(time.perf_counter())
 
     @property
     def seconds(self) -> float:
-        """Of one step, the first left out, from the end of one to the end of the next: callbacks and loading included."""
-        return (self.ends[self.num_steps] - self.ends[0]) / self.num_steps
+        """Of one step, from the end of one to the end of the next: callbacks and loading included."""
+        return (self.ends[self.warm_up - 1 + self.num_steps] - self.ends[self.warm_up - 1]) / self.num_steps
 
 
 class Repeated:
@@ -109,9 +117,13 @@ class SamePair(PretrainingData):
         return Repeated(pair_batch(*self.views), self.num_batches)
 
 
-def for_steps(num_steps: int) -> list[str]:
+def for_steps(num_steps: int, device: torch.device) -> list[str]:
     """Overrides of a run that has so many steps after its first; what comes before and after them is left out."""
-    return [f"trainer.max_steps={num_steps + 1}", "evaluation.pictures_every_n_epochs=null"]
+    return [
+        f"trainer.accelerator={device.type}",
+        f"trainer.max_steps={num_steps + WARM_UP[device.type]}",
+        "evaluation.pictures_every_n_epochs=null",
+    ]
 
 
 def training(config: TrainConfig, data: PretrainingData) -> Turn:
@@ -119,7 +131,8 @@ def training(config: TrainConfig, data: PretrainingData) -> Turn:
     plain = dataclasses.asdict(config)
 
     def turn() -> dict[str, float]:
-        clock = StepClock(config.trainer.max_steps - 1)
+        warm_up = WARM_UP[config.trainer.accelerator]
+        clock = StepClock(config.trainer.max_steps - warm_up, warm_up)
         with tempfile.TemporaryDirectory() as folder:
             arguments = (config, Path(folder), plain, {}, Console(quiet=True), StopRequest(()))
             trainer = build_trainer(*arguments)

@@ -80,5 +80,5 @@ def of_peers(net: Net, setting: Setting, peers: Peers) -> dict[str, Callable[[],
 
 def by_trainer(net: Net, setting: Setting, num_steps: int, *more: str) -> Turn:
     """As `moco.train` runs it, all settings that concern speed at their defaults but for the overrides `more`."""
-    config = net.config(f"trainer.accelerator={setting.device.type}", *ours.for_steps(num_steps), *more)
+    config = net.config(*ours.for_steps(num_steps, setting.device), *more)
     return ours.training(config, ours.SamePair(config, setting.views(net)))
