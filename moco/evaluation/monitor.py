@@ -4,6 +4,7 @@ They write scalars to the logger and the figures that are reported at the end to
 ``metrics.json``.
 """
 
+import contextlib
 import logging
 import math
 import time
@@ -179,10 +180,10 @@ class KNNMonitor(EpochMeasurement):
             measure = partial(
                 knn_accuracy, features, labels, query_features, query_labels, self.num_neighbors, self.temperature
             )
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 return measure(pl_module.device)
-            except torch.OutOfMemoryError:  # the training has all of the GPU's
-                return measure("cpu")
+            log.info("kNN: searched on the CPU, as the training leaves the GPU too little memory")
+            return measure("cpu")
 
         return from_rank_zero(search)
 

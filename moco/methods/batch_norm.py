@@ -159,6 +159,7 @@ class NormalizedBlocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upper: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the gradient of the output (N, C, ...): those of the input, the weight and the bias."""
         input, weight, own = ctx.saved_tensors
         splits = own.shape[1]
         gradient = torch.empty_like(input)

@@ -66,21 +66,19 @@ class StepClock(pl.Callback):
 
     def __init__(self, num_steps: int, warm_up: int) -> None:
         self.num_steps = num_steps
-        self.warm_up = warm_up
+        self.edges = (warm_up - 1, warm_up - 1 + num_steps)
         self.ends: list[float] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if len(self.ends) in (
-            self.warm_up - 1,
-            self.warm_up - 1 + self.num_steps,
-        ):  # between them nothing waits for a GPU
+        if len(self.ends) in self.edges:  # between them nothing waits for a GPU
             wait_for(pl_module.device)
         self.ends.append(time.perf_counter())
 
     @property
     def seconds(self) -> float:
         """Of one step, from the end of one to the end of the next: callbacks and loading included."""
-        return (self.ends[self.warm_up - 1 + self.num_steps] - self.ends[self.warm_up - 1]) / self.num_steps
+        first, last = (self.ends[edge] for edge in self.edges)
+        return (last - first) / self.num_steps
 
 
 class Repeated:
@@ -118,7 +116,7 @@ class SamePair(PretrainingData):
 
 
 def for_steps(num_steps: int, device: torch.device) -> list[str]:
-    """Overrides of a run that has so many steps after its first; what comes before and after them is left out."""
+    """Overrides of a run that has so many steps after those that do not count; what is no step is left out."""
     return [
         f"trainer.accelerator={device.type}",
         f"trainer.max_steps={num_steps + WARM_UP[device.type]}",
