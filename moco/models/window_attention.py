@@ -62,17 +62,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """The same with one mask, whose four dimensions the fused forms of a CPU ask for."""
     if mask.ndim == 3:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[None], scale=1.0)
     windows, h, length, _ = mask.shape
     shape = value.shape
     query, key, value = (x.reshape(-1, windows * h, length, x.shape[-1]) for x in (query, key, value))
-    mask = mask.view(windows * h, length, length)
+    mask = mask.view(1, windows * h, length, length)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0).reshape(shape)
 
 
 def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid) -> Tensor:
-    """The same with gradients on a CPU, where scaled_dot_product_attention has no fused form that gives the bias one.
+    """The same on a CPU, a few windows at a time, so that their scores stay in its cache.
+
+    scaled_dot_product_attention has no fused form there that gives the bias a gradient, and the one that gives none is slower.
 
     Args:
         query, key, value: (B, h, L, d).
@@ -80,12 +83,38 @@ def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid:
         grid: says which windows are masked.
     """
     b, h, length, d = query.shape
-    query, key, value = (x.reshape(b * h, length, d) for x in (query.to(bias.dtype), key.to(bias.dtype), value))
-    return _CPUAttention.apply(query, key, value, bias, grid).view(b, h, length, d)
+    rows = [x.reshape(b * h, length, d) for x in (query.to(bias.dtype), key.to(bias.dtype), value)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*rows, bias)):
+        return _CPUAttention.apply(*rows, bias, grid).view(b, h, length, d)
+    return _attended(*rows, bias, grid)[0].view(b, h, length, d)
+
+
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid, keeps_weights: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`attend_on_cpu` of (B h, L, d), and the attention weights (B h, L, L), or those of the last windows alone."""
+    h, length, _ = bias.shape
+    biases = bias.repeat(_windows_at_once(bias, len(query) // h), 1, 1)
+    scores = torch.empty_like(biases)
+    weights = value.new_empty(len(query) if keeps_weights else len(scores), length, length)
+    out = torch.empty_like(value)
+    for start in range(0, len(query), len(scores)):
+        rows = slice(start, min(start + len(scores), len(query)))
+        n = rows.stop - rows.start
+        part = weights[rows] if keeps_weights else weights[:n]
+        torch.baddbmm(biases[:n], query[rows], key[rows].transpose(1, 2), out=scores[:n])
+        _add_mask(scores[:n].view(-1, h, length, length), grid, start // h)
+        part.copy_(torch.softmax(scores[:n], dim=-1, out=scores[:n]))
+        torch.bmm(part, value[rows], out=out[rows])
+    return out, weights
+
+
+def _windows_at_once(bias: Tensor, windows: int) -> int:
+    return max(1, min(windows, SCORES_AT_ONCE // bias.numel()))
 
 
 class _CPUAttention(torch.autograd.Function):
-    """`attend_on_cpu` with a hand-written backward pass: a few windows at a time, so that their scores stay in the cache.
+    """`attend_on_cpu` with a hand-written backward pass.
 
     Query and key are (B h, L, d) in the bias's type, float32, as are scores and softmax; value is (B h, L, d), of its type
     are the attention weights, which are kept for the backward pass, and what that pass computes with.
@@ -93,23 +122,10 @@ class _CPUAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid) -> Tensor:
-        h, length, _ = bias.shape
-        windows = len(query) // h
-        at_once = max(1, min(windows, SCORES_AT_ONCE // bias.numel()))
-        biases = bias.repeat(at_once, 1, 1)
-        scores = torch.empty_like(biases)
-        weights = value.new_empty(len(query), length, length)
-        out = torch.empty_like(value)
-        for start in range(0, windows, at_once):
-            rows = slice(start * h, min(start + at_once, windows) * h)
-            n = rows.stop - rows.start
-            torch.baddbmm(biases[:n], query[rows], key[rows].transpose(1, 2), out=scores[:n])
-            _add_mask(scores[:n].view(-1, h, length, length), grid, start)
-            weights[rows] = torch.softmax(scores[:n], dim=-1, out=scores[:n])
-            torch.bmm(weights[rows], value[rows], out=out[rows])
+        out, weights = _attended(query, key, value, bias, grid, keeps_weights=True)
         ctx.save_for_backward(query.to(value.dtype), key.to(value.dtype), value, weights)
         ctx.bias_options = {"dtype": bias.dtype, "device": bias.device}
-        ctx.num_heads, ctx.at_once = h, at_once
+        ctx.num_heads, ctx.at_once = len(bias), _windows_at_once(bias, len(query) // len(bias))
         return out
 
     @staticmethod
@@ -198,9 +214,8 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         x = x.view(n * grid.num_windows, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = x.contiguous()  # (B, h, L, d) each
         query, key = self.scaled(query, key)
-        bias = self.position_bias(grid.window)
-        if query.device.type == "cpu" and any(x.requires_grad for x in (query, key, value, bias)):
-            x = attend_on_cpu(query, key, value, bias, grid)
+        if query.device.type == "cpu":
+            x = attend_on_cpu(query, key, value, self.position_bias(grid.window), grid)
         else:
             x = attend(query, key, value, self.additive_masks(grid, value.dtype))
         x = x.transpose(1, 2).reshape(n, -1, channels)

@@ -42,7 +42,12 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
 def write_noise(folder: Path, net: Net, num_steps: int) -> Path:
     """Random pictures for more batches than a turn takes."""
     generator = np.random.default_rng(0)
-    shape = ((num_steps + 2 + max(ours.WARM_UP.values())) * net.batch_size, net.image_size, net.image_size, 3)
+    shape = (
+        (num_steps + 2 + max(ours.WARM_UP.values()) + ours.COOL_DOWN) * net.batch_size,
+        net.image_size,
+        net.image_size,
+        3,
+    )
     pictures = generator.integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(len(pictures)) % 10
     few = slice(net.batch_size)

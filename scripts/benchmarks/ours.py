@@ -57,12 +57,14 @@ def step(net: Net, setting: Setting, batch_norm: str = "auto") -> Callable[[Tens
     return step
 
 
-WARM_UP = {"cpu": 1, "cuda": 5}
-"""Steps that do not count: the first takes its memory, and on a GPU nets are compiled and their graphs recorded."""
+WARM_UP = {"cpu": 3, "cuda": 5}
+"""Steps that do not count: the first take their memory, and on a GPU nets are compiled and their graphs recorded."""
+COOL_DOWN = 1
+"""Nor does a training's last, which writes the checkpoint."""
 
 
 class StepClock(pl.Callback):
-    """Notes when steps end; the first `warm_up` do not count."""
+    """Notes when steps end; the first `warm_up` do not count, nor what comes after the next `num_steps`."""
 
     def __init__(self, num_steps: int, warm_up: int) -> None:
         self.num_steps = num_steps
@@ -119,7 +121,7 @@ def for_steps(num_steps: int, device: torch.device) -> list[str]:
     """Overrides of a run that has so many steps after those that do not count; what is no step is left out."""
     return [
         f"trainer.accelerator={device.type}",
-        f"trainer.max_steps={num_steps + WARM_UP[device.type]}",
+        f"trainer.max_steps={WARM_UP[device.type] + num_steps + COOL_DOWN}",
         "evaluation.pictures_every_n_epochs=null",
     ]
 
@@ -130,7 +132,7 @@ def training(config: TrainConfig, data: PretrainingData) -> Turn:
 
     def turn() -> dict[str, float]:
         warm_up = WARM_UP[config.trainer.accelerator]
-        clock = StepClock(config.trainer.max_steps - warm_up, warm_up)
+        clock = StepClock(config.trainer.max_steps - warm_up - COOL_DOWN, warm_up)
         with tempfile.TemporaryDirectory() as folder:
             arguments = (config, Path(folder), plain, {}, Console(quiet=True), StopRequest(()))
             trainer = build_trainer(*arguments)
