@@ -23,7 +23,7 @@ N batch, S splits, C channels.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,17 +71,9 @@ class SplitBatchNorm(_BatchNorm):
                 f"method.batch_norm_splits={splits}: a group is 1 of the {len(input)} images that one device gets at once, "
                 "and its only value of a channel has no variance; expected a larger data.batch_size or fewer groups"
             )
-        mean, variance = self.running_mean, self.running_var
-        if mean is not None and variance is not None:
-            mean, variance = mean.repeat(splits), variance.repeat(splits)
-        output = self.way(input.device.type)(input, mean, variance)
-        if self.running_mean is not None and self.running_var is not None and mean is not None and variance is not None:
-            with torch.no_grad():
-                self.running_mean.copy_(mean.view(splits, -1).mean(dim=0))
-                self.running_var.copy_(variance.view(splits, -1).mean(dim=0))
-        return output
+        return self.way(input.device.type)(input)
 
-    def way(self, device_type: str) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+    def way(self, device_type: str) -> Callable[[Tensor], Tensor]:
         """Which of the methods below is the fastest."""
         if torch.compiler.is_compiling():
             return self.by_formula
@@ -89,26 +81,42 @@ class SplitBatchNorm(_BatchNorm):
             return self.of_all
         return self.of_blocks_in_place if device_type == "cpu" else self.of_blocks
 
-    def of_all(self, input: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
-        """(N, C, ...) seen as (N / S, S * C, ...): BatchNorm of S * C channels; `mean`, `variance` (S * C,) move."""
+    def of_all(self, input: Tensor) -> Tensor:
+        """(N, C, ...) seen as (N / S, S * C, ...): BatchNorm of S * C channels."""
         grouped = input.reshape(-1, self.num_splits * self.num_features, *input.shape[2:])
-        weight = None if self.weight is None else self.weight.repeat(self.num_splits)
-        bias = None if self.bias is None else self.bias.repeat(self.num_splits)
+        mean, variance, weight, bias = (
+            None if each is None else each.repeat(self.num_splits)
+            for each in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
         output = F.batch_norm(grouped, mean, variance, weight, bias, True, self.momentum or 0.0, self.eps)
+        with torch.no_grad():
+            for buffer, moved in ((self.running_mean, mean), (self.running_var, variance)):
+                if buffer is not None and moved is not None:
+                    buffer.copy_(moved.view(self.num_splits, -1).mean(dim=0))
         return output.view_as(input)
 
-    def of_blocks(self, input: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
+    def of_blocks(self, input: Tensor) -> Tensor:
         """The same of a batch that is sorted by group, block by block."""
-        splits, momentum = self.num_splits, self.momentum or 0.0
-        blocks = zip(input.chunk(splits), by_group(mean, splits), by_group(variance, splits), strict=True)
-        return torch.cat([F.batch_norm(*block, self.weight, self.bias, True, momentum, self.eps) for block in blocks])
+        statistics = (self.running_mean, self.running_var)
+        blocks = zip(input.chunk(self.num_splits), self.momenta(), strict=True)
+        return torch.cat(
+            [
+                F.batch_norm(block, *statistics, self.weight, self.bias, True, momentum, self.eps)
+                for block, momentum in blocks
+            ]
+        )
 
-    def of_blocks_in_place(self, input: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
+    def of_blocks_in_place(self, input: Tensor) -> Tensor:
         """The same, each block to its place: to join them afterwards takes a CPU as long as to normalise them."""
-        how = (self.num_splits, self.momentum or 0.0, self.eps)
-        return NormalizedBlocks.apply(input, self.weight, self.bias, mean, variance, *how)
+        statistics = (self.running_mean, self.running_var)
+        return NormalizedBlocks.apply(input, self.weight, self.bias, *statistics, self.momenta(), self.eps)
 
-    def by_formula(self, input: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor:
+    def momenta(self) -> list[float]:
+        """What moves the running statistics by one group after the other as `momentum` does by the mean of all."""
+        momentum = self.momentum or 0.0
+        return [momentum / (self.num_splits - later * momentum) for later in reversed(range(self.num_splits))]
+
+    def by_formula(self, input: Tensor) -> Tensor:
         """The same as a compiler takes it best: all groups in one kernel, whatever the layout."""
         shape = (self.num_splits, -1) if self.in_blocks else (-1, self.num_splits)
         side = 1 if self.in_blocks else 0  # of the images of a group, in (S, N / S, C, ...) or (N / S, S, C, ...)
@@ -116,11 +124,13 @@ class SplitBatchNorm(_BatchNorm):
         over = (side, *range(3, groups.ndim))
         own_variance, own_mean = torch.var_mean(groups, over, correction=0, keepdim=True)
         normed = (groups - own_mean) * torch.rsqrt(own_variance + self.eps)
-        if mean is not None and variance is not None:
+        if self.running_mean is not None and self.running_var is not None:
             count = groups.numel() // own_mean.numel()
-            momentum = self.momentum or 0.0
-            mean.lerp_(own_mean.detach().flatten(), momentum)
-            variance.lerp_(own_variance.detach().flatten() * (count / (count - 1)), momentum)
+            for running, own in (
+                (self.running_mean, own_mean),
+                (self.running_var, own_variance * (count / (count - 1))),
+            ):
+                running.lerp_(own.detach().view(self.num_splits, -1).mean(dim=0), self.momentum or 0.0)
         if self.weight is not None:
             of_channel = (-1, *[1] * (groups.ndim - 3))
             normed = normed * self.weight.view(of_channel) + self.bias.view(of_channel)
@@ -138,20 +148,18 @@ class NormalizedBlocks(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor | None,
         variance: Tensor | None,
-        splits: int,
-        momentum: float,
+        momenta: list[float],
         eps: float,
     ) -> Tensor:
-        """(N, C, ...) as `input`; running `mean`, `variance` (S * C,) move."""
+        """(N, C, ...) as `input`; running `mean`, `variance` (C,) move by one block after the other."""
+        splits = len(momenta)
         output = torch.empty_like(input)
         # What it keeps has the parameters' dtype, which autocast leaves in float32.
         like = next((tensor for tensor in (weight, mean) if tensor is not None), input)
         own = like.new_empty(2, splits, input.shape[1])  # means, inverse standard deviations
         places = zip(output.chunk(splits), *own, strict=True)
-        statistics = zip(by_group(mean, splits), by_group(variance, splits), strict=True)
-        for block, running, place in zip(input.chunk(splits), statistics, places, strict=True):
-            out = dict(zip(("out", "save_mean", "save_invstd"), place, strict=True))
-            torch.ops.aten.native_batch_norm.out(block, weight, bias, *running, True, momentum, eps, **out)
+        for block, momentum, place in zip(input.chunk(splits), momenta, places, strict=True):
+            torch.native_batch_norm(block, weight, bias, mean, variance, True, momentum, eps, out=place)
         ctx.save_for_backward(input, weight, own)
         ctx.eps = eps
         return output
@@ -175,12 +183,7 @@ class NormalizedBlocks(torch.autograd.Function):
             torch.stack(parts).sum(dim=0) if is_needed else None
             for parts, is_needed in zip(zip(*of_parameters, strict=True), ctx.needs_input_grad[1:3], strict=True)
         )
-        return gradient, *sums, None, None, None, None, None
-
-
-def by_group(statistics: Tensor | None, splits: int) -> Sequence[Tensor | None]:
-    """Running statistics (S * C,) as one (C,) of each group."""
-    return [None] * splits if statistics is None else statistics.chunk(splits)
+        return gradient, *sums, None, None, None, None
 
 
 def check_groups(num: int, splits: int) -> None:

@@ -75,7 +75,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid) -> Tensor:
     """The same on a CPU, a few windows at a time, so that their scores stay in its cache.
 
-    scaled_dot_product_attention has no fused form there that gives the bias a gradient, and the one that gives none is slower.
+    There scaled_dot_product_attention has no fused form that gives the bias a gradient, and the one that gives none takes
+    longer.
 
     Args:
         query, key, value: (B, h, L, d).
@@ -83,10 +84,12 @@ def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid:
         grid: says which windows are masked.
     """
     b, h, length, d = query.shape
-    rows = [x.reshape(b * h, length, d) for x in (query.to(bias.dtype), key.to(bias.dtype), value)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*rows, bias)):
-        return _CPUAttention.apply(*rows, bias, grid).view(b, h, length, d)
-    return _attended(*rows, bias, grid)[0].view(b, h, length, d)
+    query, key, value = (x.reshape(b * h, length, d) for x in (query.to(bias.dtype), key.to(bias.dtype), value))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias)):
+        out = _CPUAttention.apply(query, key, value, bias, grid)
+    else:
+        out = _attended(query, key, value, bias, grid)[0]
+    return out.view(b, h, length, d)
 
 
 def _attended(
