@@ -236,11 +236,13 @@ def test_only_keeps_the_lower_bound_beside_what_it_chooses():
     assert turns.chosen(case, ["other*"]) == []
 
 
-def test_the_clock_leaves_the_first_steps_out():
-    clock = importlib.import_module("benchmarks.ours").StepClock(2, 1)
-    clock.ends = [10.0, 11.0, 14.0]
+def test_the_clock_leaves_the_first_steps_and_the_last_out():
+    ours = importlib.import_module("benchmarks.ours")
+    assert "trainer.max_steps=6" in ours.for_steps(2, torch.device("cpu"))
+    clock = ours.StepClock(2, 1)
+    clock.ends = [10.0, 11.0, 14.0, 99.0]
     assert clock.seconds == 2.0
-    clock = importlib.import_module("benchmarks.ours").StepClock(2, 3)
+    clock = ours.StepClock(2, 3)
     clock.ends = [0.0, 5.0, 10.0, 11.0, 14.0]
     assert clock.seconds == 2.0
 

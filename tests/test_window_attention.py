@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from moco.models.window_attention import (
     WindowAttention,
     WindowAttentionV2,
+    _attended,
     _CPUAttention,
     _Normalize,
     attend,
@@ -179,6 +180,19 @@ def test_a_few_windows_at_a_time_give_what_all_at_once_give(monkeypatch):
     parts.sum().backward()
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(layer.cpb_mlp[0].weight.grad, gradient)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), whole)
+
+
+def test_without_gradients_the_weights_of_few_windows_are_there_at_once(monkeypatch):
+    monkeypatch.setattr("moco.models.window_attention.SCORES_AT_ONCE", 2 * 3 * 16**2)
+    grid = window_grid((11, 11), (11, 11), (4, 4), True, CPU)
+    query, key, value = (torch.randn(grid.num_windows * 3, 16, 8) for _ in range(3))
+    bias = torch.randn(3, 16, 16)
+    out, weights = _attended(query, key, value, bias, grid)
+    same, kept = _attended(query, key, value, bias, grid, keeps_weights=True)
+    assert torch.equal(out, same)
+    assert (len(weights), len(kept)) == (2 * 3, len(query))
 
 
 @pytest.mark.parametrize("gradients", [True, False])
