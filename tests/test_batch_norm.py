@@ -75,6 +75,25 @@ def test_blocks_in_place_are_the_blocks_joined_to_the_last_bit(dtype, kind, is_t
     torch.testing.assert_close(*results)  # sums of parameters' gradients in another order
 
 
+@pytest.mark.parametrize("momentum", [None, 0.1, 0.5, 1.0])
+def test_momenta_from_group_to_group_move_as_one_does_by_the_mean(momentum):
+    norm, start = SplitBatchNorm(nn.BatchNorm2d(3, momentum=momentum), 8), torch.randn(5, dtype=torch.float64)
+    groups, moved = torch.randn(8, 5, dtype=torch.float64), start.clone()
+    for group, own in zip(groups, norm.momenta(), strict=True):
+        moved.lerp_(group, own)
+    torch.testing.assert_close(moved, start.lerp(groups.mean(dim=0), momentum or 0.0))
+
+
+def test_the_formula_takes_float64():
+    norm = nn.BatchNorm2d(3).double()
+    images = torch.randn(8, 3, 4, 4, dtype=torch.float64)
+    results = []
+    for way in ("by_formula", "of_all"):
+        split = SplitBatchNorm(copy.deepcopy(norm), 4)
+        results.append([getattr(split, way)(images), split.running_mean, split.running_var])
+    torch.testing.assert_close(*results)
+
+
 def test_each_device_has_its_way(monkeypatch):
     usual, sorted_by_groups = (SplitBatchNorm(nn.BatchNorm2d(3), 4, in_blocks) for in_blocks in (False, True))
     assert {usual.way("cpu"), usual.way("cuda")} == {usual.of_all}

@@ -184,15 +184,24 @@ def test_a_few_windows_at_a_time_give_what_all_at_once_give(monkeypatch):
         torch.testing.assert_close(layer(x), whole)
 
 
-def test_without_gradients_the_weights_of_few_windows_are_there_at_once(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_the_same_whether_its_weights_are_kept(dtype, monkeypatch):
     monkeypatch.setattr("moco.models.window_attention.SCORES_AT_ONCE", 2 * 3 * 16**2)
     grid = window_grid((11, 11), (11, 11), (4, 4), True, CPU)
     query, key, value = (torch.randn(grid.num_windows * 3, 16, 8) for _ in range(3))
-    bias = torch.randn(3, 16, 16)
-    out, weights = _attended(query, key, value, bias, grid)
-    same, kept = _attended(query, key, value, bias, grid, keeps_weights=True)
-    assert torch.equal(out, same)
-    assert (len(weights), len(kept)) == (2 * 3, len(query))
+    bias, value = torch.randn(3, 16, 16), value.to(dtype)
+    weights = torch.full((len(query), 16, 16), float("nan"), dtype=dtype)
+    out = _attended(query, key, value, bias, grid, weights)
+    assert torch.equal(out, _attended(query, key, value, bias, grid))
+    torch.testing.assert_close(weights.sum(dim=-1, dtype=torch.float32), torch.ones(len(query), 16), rtol=0, atol=0.02)
+
+
+def test_float64_layers_attend_in_float64():
+    layer, x = attention(2, 4, shifted=True).double(), torch.randn(2, 9, 9, 24, dtype=torch.float64)
+    with torch.no_grad():
+        without = layer(x)
+    assert (without - by_the_paper(layer, x, (9, 9))).abs().max() < 1e-6  # of the bias, which is rounded to float32
+    assert torch.equal(without, layer(x).detach())
 
 
 @pytest.mark.parametrize("gradients", [True, False])

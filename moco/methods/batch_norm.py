@@ -120,7 +120,7 @@ class SplitBatchNorm(_BatchNorm):
         """The same as a compiler takes it best: all groups in one kernel, whatever the layout."""
         shape = (self.num_splits, -1) if self.in_blocks else (-1, self.num_splits)
         side = 1 if self.in_blocks else 0  # of the images of a group, in (S, N / S, C, ...) or (N / S, S, C, ...)
-        groups = input.unflatten(0, shape).float()
+        groups = input.unflatten(0, shape).to(torch.promote_types(input.dtype, torch.float32))
         over = (side, *range(3, groups.ndim))
         own_variance, own_mean = torch.var_mean(groups, over, correction=0, keepdim=True)
         normed = (groups - own_mean) * torch.rsqrt(own_variance + self.eps)
@@ -130,7 +130,8 @@ class SplitBatchNorm(_BatchNorm):
                 (self.running_mean, own_mean),
                 (self.running_var, own_variance * (count / (count - 1))),
             ):
-                running.lerp_(own.detach().view(self.num_splits, -1).mean(dim=0), self.momentum or 0.0)
+                mean_of_groups = own.detach().view(self.num_splits, -1).mean(dim=0)
+                running.lerp_(mean_of_groups.to(running.dtype), self.momentum or 0.0)
         if self.weight is not None:
             of_channel = (-1, *[1] * (groups.ndim - 3))
             normed = normed * self.weight.view(of_channel) + self.bias.view(of_channel)

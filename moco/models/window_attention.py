@@ -62,7 +62,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """The same with one mask, whose four dimensions the fused forms of a CPU ask for."""
+    """The same with one mask, in four dimensions: one of three keeps a CPU from its fused form."""
     if mask.ndim == 3:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[None], scale=1.0)
     windows, h, length, _ = mask.shape
@@ -75,8 +75,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid) -> Tensor:
     """The same on a CPU, a few windows at a time, so that their scores stay in its cache.
 
-    There scaled_dot_product_attention has no fused form that gives the bias a gradient, and the one that gives none takes
-    longer.
+    There scaled_dot_product_attention has no fused form that gives the bias a gradient, and the one that gives none took
+    longer, see docs/performance.md.
 
     Args:
         query, key, value: (B, h, L, d).
@@ -84,32 +84,36 @@ def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid:
         grid: says which windows are masked.
     """
     b, h, length, d = query.shape
+    bias = bias.to(torch.promote_types(value.dtype, bias.dtype))
     query, key, value = (x.reshape(b * h, length, d) for x in (query.to(bias.dtype), key.to(bias.dtype), value))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias)):
         out = _CPUAttention.apply(query, key, value, bias, grid)
     else:
-        out = _attended(query, key, value, bias, grid)[0]
+        out = _attended(query, key, value, bias, grid)
     return out.view(b, h, length, d)
 
 
 def _attended(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid, keeps_weights: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`attend_on_cpu` of (B h, L, d), and the attention weights (B h, L, L), or those of the last windows alone."""
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid, weights: Tensor | None = None
+) -> Tensor:
+    """`attend_on_cpu` of (B h, L, d); `weights` (B h, L, L) of the value's type are filled, if they are kept."""
     h, length, _ = bias.shape
     biases = bias.repeat(_windows_at_once(bias, len(query) // h), 1, 1)
     scores = torch.empty_like(biases)
-    weights = value.new_empty(len(query) if keeps_weights else len(scores), length, length)
+    own_type = value.dtype == scores.dtype
+    few = scores if own_type else torch.empty_like(scores, dtype=value.dtype)
     out = torch.empty_like(value)
     for start in range(0, len(query), len(scores)):
         rows = slice(start, min(start + len(scores), len(query)))
         n = rows.stop - rows.start
-        part = weights[rows] if keeps_weights else weights[:n]
+        part = few[:n] if weights is None else weights[rows]
         torch.baddbmm(biases[:n], query[rows], key[rows].transpose(1, 2), out=scores[:n])
         _add_mask(scores[:n].view(-1, h, length, length), grid, start // h)
-        part.copy_(torch.softmax(scores[:n], dim=-1, out=scores[:n]))
+        torch.softmax(scores[:n], dim=-1, out=part if own_type else scores[:n])
+        if not own_type:
+            part.copy_(scores[:n])
         torch.bmm(part, value[rows], out=out[rows])
-    return out, weights
+    return out
 
 
 def _windows_at_once(bias: Tensor, windows: int) -> int:
@@ -125,7 +129,8 @@ class _CPUAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid) -> Tensor:
-        out, weights = _attended(query, key, value, bias, grid, keeps_weights=True)
+        weights = value.new_empty(len(query), *bias.shape[1:])
+        out = _attended(query, key, value, bias, grid, weights)
         ctx.save_for_backward(query.to(value.dtype), key.to(value.dtype), value, weights)
         ctx.bias_options = {"dtype": bias.dtype, "device": bias.device}
         ctx.num_heads, ctx.at_once = len(bias), _windows_at_once(bias, len(query) // len(bias))

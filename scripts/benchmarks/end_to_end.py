@@ -42,12 +42,8 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
 def write_noise(folder: Path, net: Net, num_steps: int) -> Path:
     """Random pictures for more batches than a turn takes."""
     generator = np.random.default_rng(0)
-    shape = (
-        (num_steps + 2 + max(ours.WARM_UP.values()) + ours.COOL_DOWN) * net.batch_size,
-        net.image_size,
-        net.image_size,
-        3,
-    )
+    num_batches = max(ours.WARM_UP.values()) + num_steps + ours.COOL_DOWN + 2  # more than a turn takes
+    shape = (num_batches * net.batch_size, net.image_size, net.image_size, 3)
     pictures = generator.integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(len(pictures)) % 10
     few = slice(net.batch_size)
@@ -119,7 +115,7 @@ def fed(
     step: Callable[[Tensor, Tensor], None],
     views: Callable[[Image.Image], list[Tensor]],
 ) -> Turn:
-    """A turn of a peer's loop: a new loader, a step that does not count, during which it fills up, and `num_steps`."""
+    """A turn of a peer's loop: a new loader, as many steps that do not count as ours has, and `num_steps`."""
     options: dict[str, Any] = {"shuffle": True, "drop_last": True, "num_workers": num_workers}
     loader = DataLoader(Pictures(archive, views), net.batch_size, **options)
 
@@ -129,7 +125,8 @@ def fed(
         def one_step() -> None:
             step(*map(setting.placed, next(batches)))
 
-        one_step()
+        for _ in range(ours.WARM_UP[setting.device.type]):
+            one_step()
         measured = timed(one_step, setting.device, images=net.batch_size, calls=num_steps)()
         return dict(measured)
 

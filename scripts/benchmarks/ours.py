@@ -118,7 +118,7 @@ class SamePair(PretrainingData):
 
 
 def for_steps(num_steps: int, device: torch.device) -> list[str]:
-    """Overrides of a run that has so many steps after those that do not count; what is no step is left out."""
+    """Overrides of a run that has so many steps between those that do not count; what is no step is left out."""
     return [
         f"trainer.accelerator={device.type}",
         f"trainer.max_steps={WARM_UP[device.type] + num_steps + COOL_DOWN}",
