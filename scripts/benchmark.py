@@ -1,8 +1,8 @@
 """What this project and its peers take, side by side: same machine, same run, same work, in turns.
 
     python scripts/benchmark.py step|loss|update|data|knn|swin|end_to_end|startup
-        [--against lightly] [--against official=PATH] [--only 'resnet18*fp32*'] [--repeats 5] [--threads 2] [--device cpu]
-        [--json FILE] [--tiny]
+        [--against lightly] [--against official=PATH] [--only 'resnet18*fp32*'] [--repeats 5] [--sittings 1] [--threads 2]
+        [--device cpu] [--json FILE] [--tiny]
 
 `python scripts/benchmark.py step --help` shows what else ``step`` takes, and so on. ``--against`` names the peers that take
 part: by default every one that is installed; ``official`` is a checkout of facebookresearch/moco. Peers run as they are.
@@ -17,6 +17,7 @@ import argparse
 import importlib
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", action="append", default=[], metavar="PEER", help="lightly, official=PATH")
     parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="of 'case: contender'")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
+    parser.add_argument(
+        "--sittings", type=int, default=1, help="new processes for all contenders, each with its rounds"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -64,7 +68,8 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
     settings: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name not in ("kind", "json")}
     rows: list[Row] = []
     for case in importlib.import_module(f"benchmarks.{arguments.kind}").cases(arguments, peers):
-        found = measure(case, arguments.repeats, arguments.only, lambda line: console.print(line, highlight=False))
+        say = partial(console.print, highlight=False)
+        found = measure(case, arguments.repeats, arguments.only, say, arguments.sittings)
         rows += found
         for row in found:
             console.print(f"{row.case}: {row.contender}: {report.spread(row)} ms", highlight=False)

@@ -82,7 +82,14 @@ def contenders(rows, case):
 
 def test_a_step_is_measured_alike_in_each_precision_and_layout(measured, official):
     rows = measured("step", "--against", official, "--only", "*fp32, contiguous*", "*bf16, channels_last*")
-    alike = ["lower bound", "ours", "ours, batch_norm=shuffle", "official", "official, with its accuracy"]
+    alike = [
+        "lower bound",
+        "lower bound, again",
+        "ours",
+        "ours, batch_norm=shuffle",
+        "official",
+        "official, with its accuracy",
+    ]
     for case in ("resnet_tiny, fp32, contiguous", "resnet_tiny, bf16, channels_last"):
         assert contenders(rows, case) == alike
     assert {len(row["turns"]) for row in rows.values()} == {2}
@@ -212,6 +219,44 @@ def test_turns_alternate_and_ratios_are_taken_within_a_round():
     assert order == ["slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]
     assert slow.ratios == {"fast": 2}  # of 2/1, 40/10 and 6/3; the ratio of the medians is 6/3, of the means 24/7
     assert (fast.median("seconds"), slow.median("seconds")) == (3, 6)
+
+
+def test_each_sitting_builds_anew_and_all_its_rounds_count():
+    turns = importlib.import_module("benchmarks.turns")
+    built = []
+
+    def contender(name):
+        def build():
+            built.append(name)
+            seconds = iter({"bound": [9, 2, 2], "ours": [9, 2 * len(built), 2 * len(built)]}[name])
+            return lambda: {"seconds": next(seconds)}
+
+        return build
+
+    case = turns.Case("a case", {"bound": contender("bound"), "ours": contender("ours")}, ("bound",))
+    bound, ours = turns.measure(case, 2, [], print, sittings=3)
+    assert built == ["bound", "ours"] * 3
+    assert [turn["seconds"] for turn in bound.turns] == [2] * 6
+    assert [turn["seconds"] for turn in ours.turns] == [4, 4, 8, 8, 12, 12]
+    assert ours.ratios == {"bound": 4}
+
+
+def test_a_contender_that_gives_up_in_a_later_sitting_has_no_row():
+    turns = importlib.import_module("benchmarks.turns")
+    builds = []
+
+    def build():
+        builds.append("two")
+        if len(builds) == 2:
+            raise turns.LeftOut("not enough memory")
+        return lambda: {"seconds": 1.0}
+
+    said = []
+    case = turns.Case("a case", {"one": lambda: lambda: {"seconds": 1.0}, "two": build}, ("one",))
+    (row,) = turns.measure(case, 2, [], said.append, sittings=3)
+    assert (row.contender, len(row.turns)) == ("one", 6)
+    assert said == ["left out: a case: two: not enough memory"]
+    assert len(builds) == 2
 
 
 def test_a_contender_that_gives_up_is_named_and_the_others_go_on():

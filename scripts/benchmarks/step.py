@@ -57,9 +57,13 @@ def one_step(build: Callable[..., Step], net: Net, setting: Setting, *more: obje
 
 
 def alike(net: Net, setting: Setting) -> dict[str, Callable[[], Turn]]:
-    """The lower bound, and the method in the same precision and layout."""
+    """The lower bound, and the method in the same precision and layout.
+
+    The lower bound takes part twice: how far the second is from 1 tells what a ratio of these rounds can tell.
+    """
     steps = {
         "lower bound": partial(one_step, lower_bound.step, net, setting),
+        "lower bound, again": partial(one_step, lower_bound.step, net, setting),
         "ours": partial(one_step, ours.step, net, setting),
     }
     if not net.window_size:  # without BatchNorm there is one way only

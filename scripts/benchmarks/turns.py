@@ -66,31 +66,44 @@ class Row:
         return {"case": self.case, "contender": self.contender, **summary, "ratios": self.ratios, "turns": self.turns}
 
 
-def measure(case: Case, repeats: int, only: Sequence[str], say: Callable[[str], None]) -> list[Row]:
+def measure(case: Case, repeats: int, only: Sequence[str], say: Callable[[str], None], sittings: int = 1) -> list[Row]:
     """A row for each contender that `only` chooses.
 
     Args:
+        repeats: rounds of a sitting, for a case that does not have its own.
         only: patterns of ``case: contender``, with the wildcards of file names; none chooses all.
         say: told of contenders that are left out.
+        sittings: so often all are built anew, in new processes where the case has them. Processes that do the same
+            differ for as long as they live, by where their memory lies; the rounds of several average that out.
     """
+    found = one_sitting(case, chosen(case, only), repeats, say)
+    for _ in range(1, sittings):
+        more = one_sitting(case, list(found), repeats, say)
+        found = {name: found[name] + turns for name, turns in more.items()}  # who gives up now has no row
+    compared = [name for name in case.references if name in found]
+    return [
+        Row(case.name, name, turns, {reference: ratio(turns, found[reference]) for reference in compared})
+        for name, turns in found.items()
+    ]
+
+
+def one_sitting(
+    case: Case, names: Sequence[str], repeats: int, say: Callable[[str], None]
+) -> dict[str, list[Mapping[str, float]]]:
+    """Builds the contenders, and what each measured in its rounds."""
     ready: dict[str, Turn] = {}
 
     def leave_out(name: str, reason: LeftOut) -> None:
         say(f"left out: {case.name}: {name}: {reason}")
 
     with ExitStack() as processes:
-        for name in chosen(case, only):
+        for name in names:
             build = case.contenders[name]
             try:
                 ready[name] = processes.enter_context(apart(build, case.num_threads)) if case.num_threads else build()
             except LeftOut as reason:
                 leave_out(name, reason)
-        found = in_turns(ready, case.repeats or repeats, case.warm_ups, leave_out)
-    compared = [name for name in case.references if name in found]
-    return [
-        Row(case.name, name, turns, {reference: ratio(turns, found[reference]) for reference in compared})
-        for name, turns in found.items()
-    ]
+        return in_turns(ready, case.repeats or repeats, case.warm_ups, leave_out)
 
 
 @contextmanager
