@@ -33,6 +33,13 @@ from moco.errors import InputError
 KINDS = ("step", "loss", "update", "data", "knn", "swin", "end_to_end", "startup")
 
 
+def positive(text: str) -> int:
+    """A count from the command line, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; the chosen kind, which alone is imported, adds its own options."""
     first = argparse.ArgumentParser(add_help=False)
@@ -42,11 +49,11 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--against", action="append", default=[], metavar="PEER", help="lightly, official=PATH")
     parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="of 'case: contender'")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds that count")
     parser.add_argument(
-        "--sittings", type=int, default=1, help="new processes for all contenders, each with its rounds"
+        "--sittings", type=positive, default=1, help="new processes for all contenders, each with its rounds"
     )
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--tiny", action="store_true")

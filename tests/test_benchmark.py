@@ -309,6 +309,17 @@ def test_a_peer_that_is_not_there_is_one_line(capsys, asked, line):
     assert said.startswith(f"error: {line}")
 
 
+@pytest.mark.parametrize("option", ["--repeats", "--sittings", "--threads"])
+@pytest.mark.parametrize("count", ["0", "-1", "two"])
+def test_a_count_below_one_is_refused(capsys, option, count):
+    benchmark = importlib.import_module("benchmark")
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(["loss", "--tiny", f"{option}={count}"])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"error: argument {option}: '{count}' is no whole number of at least 1")
+
+
 def test_a_contender_in_a_process_of_its_own_takes_turns_and_tells_what_went_wrong(scripts):
     step, lower_bound, nets, turns = (
         importlib.import_module(f"benchmarks.{name}") for name in ("step", "lower_bound", "nets", "turns")

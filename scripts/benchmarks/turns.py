@@ -74,7 +74,7 @@ def measure(case: Case, repeats: int, only: Sequence[str], say: Callable[[str], 
         only: patterns of ``case: contender``, with the wildcards of file names; none chooses all.
         say: told of contenders that are left out.
         sittings: so often all are built anew, in new processes where the case has them. Processes that do the same
-            differ for as long as they live, by where their memory lies; the rounds of several average that out.
+            differ for as long as they live, and the rounds of new ones average that out.
     """
     found = one_sitting(case, chosen(case, only), repeats, say)
     for _ in range(1, sittings):
