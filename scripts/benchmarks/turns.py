@@ -73,8 +73,8 @@ def measure(case: Case, repeats: int, only: Sequence[str], say: Callable[[str], 
         repeats: rounds of a sitting, for a case that does not have its own.
         only: patterns of ``case: contender``, with the wildcards of file names; none chooses all.
         say: told of contenders that are left out.
-        sittings: so often all are built anew, in new processes where the case has them. Processes that do the same
-            differ for as long as they live, and the rounds of new ones average that out.
+        sittings: so often all are built anew, in new processes where the case has them. What a process keeps
+            for its life, as where its memory lies, is then not in all rounds.
     """
     found = one_sitting(case, chosen(case, only), repeats, say)
     for _ in range(1, sittings):
