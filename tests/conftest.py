@@ -118,7 +118,7 @@ class Runner:
         torch.manual_seed(config.seed)
         return build_method(dataclasses.asdict(config))
 
-    def fit(self, config, callbacks=(), **trainer_options):
+    def fit(self, config, callbacks=(), ckpt_path=None, **trainer_options):
         """The trained method."""
         import dataclasses
 
@@ -140,7 +140,7 @@ class Runner:
             use_distributed_sampler=False,
             default_root_dir=self.folder,
         )
-        trainer.fit(method, datamodule=data)
+        trainer.fit(method, datamodule=data, ckpt_path=ckpt_path)
         return method
 
 

@@ -1,6 +1,5 @@
 """Attention in windows against the papers' formulas, cell by cell, in float64."""
 
-import copy
 import math
 
 import pytest
@@ -14,6 +13,7 @@ from moco.models.window_attention import (
     _attended,
     _CPUAttention,
     _Normalize,
+    additive_masks,
     attend,
     attend_on_cpu,
     resized_table,
@@ -144,7 +144,7 @@ def test_masks_in_two_parts_give_what_one_mask_gives(canvas, at_once, monkeypatc
     weights = torch.randn(shape)
     results = []
     for way in (
-        lambda: attend(*inputs, layer.additive_masks(grid, torch.float32)),
+        lambda: attend(*inputs, additive_masks(layer.position_bias(grid.window), grid, torch.float32)),
         lambda: attend_on_cpu(*inputs, layer.position_bias(grid.window), grid),
     ):
         out = way()
@@ -152,7 +152,7 @@ def test_masks_in_two_parts_give_what_one_mask_gives(canvas, at_once, monkeypatc
         gradients = torch.autograd.grad((out * weights).sum(), [*inputs, layer.cpb_mlp[0].weight])
         results.append([out, *gradients])
     if at_once == 0 and 0 < len(grid.cut) < grid.num_windows:
-        assert len(layer.additive_masks(grid, torch.float32)) == 2
+        assert len(additive_masks(layer.position_bias(grid.window), grid, torch.float32)) == 2
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -219,50 +219,9 @@ def test_bfloat16_stays_near_float64_and_finite(gradients):
         assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_without_gradients_the_bias_is_computed_once_per_weight_version(version):
-    layer = attention(version, 4)
-    weights = layer.bias_weights()
-    count = []
-    computed = layer._position_bias
-    layer._position_bias = lambda window: count.append(window) or computed(window)
-
-    def bias():
-        with torch.no_grad():
-            kept = layer.position_bias((4, 4))
-            assert torch.equal(kept, computed((4, 4)))
-        return len(count)
-
-    assert [bias(), bias()] == [1, 1]
-    grid = window_grid((6, 6), (6, 6), (4, 4), True, CPU)
-    with torch.no_grad():
-        masks = layer.additive_masks(grid, torch.float32)
-        assert layer.additive_masks(grid, torch.float32) is masks
-        assert layer.additive_masks(window_grid((9, 6), (9, 6), (4, 4), True, CPU), torch.float32) is not masks
-        assert layer.additive_masks(grid, torch.bfloat16)[0][1].dtype == torch.bfloat16
-        assert len(layer._kept) == 2
-        assert copy.deepcopy(layer)._kept == {}
-    torch._foreach_lerp_([weight.detach() for weight in weights], [torch.zeros_like(w) for w in weights], 0.1)
-    assert [bias(), bias()] == [2, 2]
-    layer.load_state_dict({name: value + 1 for name, value in layer.state_dict().items()})
-    assert [bias(), bias()] == [3, 3]
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    layer(torch.randn(1, 4, 4, 24)).square().sum().backward()
-    before = len(count)  # the training pass computed its own
-    optimizer.step()
-    assert [bias(), bias()] == [before + 1, before + 1]
-    before = len(count)
-    layer.double()
-    assert bias() == before + 1
-    with torch.inference_mode():
-        layer.set_window((2, 2))
-        layer(torch.randn(1, 4, 4, 24).double())
-    layer(torch.randn(1, 4, 4, 24).double().requires_grad_()).sum().backward()
-
-
 def test_log_coordinates_are_the_papers():
     """Section 3.3: from a window of 8 to one of 16 the linear coordinates grow 1.14 times as far beyond, the log ones 0.33."""
-    here, there = log_coordinates((8, 8), (8, 8)), log_coordinates((18, 18), (7, 7))
+    here, there = log_coordinates((8, 8), (8, 8), CPU), log_coordinates((18, 18), (7, 7), CPU)
     assert here.shape == (15, 15, 2)
     assert float(here.max()) == pytest.approx(math.log2(9) / 3)
     assert float(there.max()) == pytest.approx(math.log2(1 + 8 * 17 / 6) / 3)

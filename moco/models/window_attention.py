@@ -10,8 +10,7 @@ Letters: N batch, H W cells of a map, B windows of a whole batch, L cells of a w
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +29,6 @@ from moco.models.windows import (
     window_grid,
 )
 
-T = TypeVar("T")
-
 MAX_LOGIT_SCALE = 100.0  # arXiv 2111.09883, section 3.2: tau is not below 0.01
 MAX_BIAS = 16.0  # of the official code's 16 * sigmoid(MLP(coordinates))
 SCORES_AT_ONCE = 1 << 19  # computed at a time on a CPU: 2 MiB of float32, so that they stay in its cache
@@ -40,6 +37,20 @@ MASK_AT_ONCE = 1 << 22  # numbers in a mask for all windows of a map: 16 MiB of 
 
 Masks = list[tuple[Tensor | None, Tensor]]
 """Which windows of a map (None: all), and their additive mask (h, L, L), or (windows, h, L, L) with one for each."""
+
+
+def additive_masks(bias: Tensor, grid: WindowGrid, dtype: torch.dtype) -> Masks:
+    """Return the position bias (h, L, L) as masks, with -inf where a cell does not see another.
+
+    The windows of a large map that are cut get masks of their own: one mask for each window would take gigabytes.
+    """
+    bias = bias.to(dtype)
+    if not len(grid.cut):
+        return [(None, bias)]
+    of_cut = bias + grid.mask[:, None].to(dtype)
+    if len(grid.whole) and grid.num_windows * bias.numel() > MASK_AT_ONCE:
+        return [(grid.whole, bias), (grid.cut, of_cut)]
+    return [(None, bias.repeat(grid.num_windows, 1, 1, 1).index_copy(0, grid.cut, of_cut))]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
@@ -197,16 +208,10 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
     shifted = False
     window_size: Size
     relative_position_bias_table: nn.Parameter
-    _kept: dict[str, tuple[Any, list[Tensor], Any]]
 
     def define_relative_position_index(self) -> None:
         """Keep none: positions are computed where they are needed, so that the window shapes nothing but V1's table."""
         self.window_size = (self.window_size[0], self.window_size[1])  # torchvision's constructor leaves a list
-        self._kept = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is kept only to save time."""
-        return self.__dict__ | {"_kept": {}}
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
         """Maps (N, H, W, C) to maps (N, H, W, C).
@@ -222,10 +227,11 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         x = x.view(n * grid.num_windows, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = x.contiguous()  # (B, h, L, d) each
         query, key = self.scaled(query, key)
+        bias = self.position_bias(grid.window)
         if query.device.type == "cpu":
-            x = attend_on_cpu(query, key, value, self.position_bias(grid.window), grid)
+            x = attend_on_cpu(query, key, value, bias, grid)
         else:
-            x = attend(query, key, value, self.additive_masks(grid, value.dtype))
+            x = attend(query, key, value, additive_masks(bias, grid, value.dtype))
         x = x.transpose(1, 2).reshape(n, -1, channels)
         return self.proj(out_of_windows(x, grid)).view(n, height, width, channels)
 
@@ -237,51 +243,16 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         return query * query.shape[-1] ** -0.5, key
 
     def position_bias(self, window: Size) -> Tensor:
-        """The bias of every pair of cells of a window: (h, L, L) float32."""
-        return self._once_per_version("bias", window, lambda: self._position_bias(window))
+        """Return the bias of every pair of cells of a window: (h, L, L) float32.
 
-    def additive_masks(self, grid: WindowGrid, dtype: torch.dtype) -> Masks:
-        """Position bias, and -inf where a cell does not see another.
-
-        Of a large map the windows that are cut have masks apart, since one for each window would take gigabytes.
+        It is computed anew in every pass. A kept bias would have to know when its weights change, and nothing tells: fused
+        optimizers and some `_foreach` kernels count no tensor versions.
         """
-
-        def compute() -> Masks:
-            bias = self.position_bias(grid.window).to(dtype)
-            if not len(grid.cut):
-                return [(None, bias)]
-            of_cut = bias + grid.mask[:, None].to(dtype)
-            if len(grid.whole) and grid.num_windows * bias.numel() > MASK_AT_ONCE:
-                return [(grid.whole, bias), (grid.cut, of_cut)]
-            return [(None, bias.repeat(grid.num_windows, 1, 1, 1).index_copy(0, grid.cut, of_cut))]
-
-        return self._once_per_version("masks", (grid, dtype), compute)
-
-    def _once_per_version(self, name: str, key: Any, compute: Callable[[], T]) -> T:
-        """What `compute` makes of the position bias's weights; without gradients kept until a weight or the key changes."""
-        weights = self.bias_weights()
-        if (torch.is_grad_enabled() and any(x.requires_grad for x in weights)) or any(
-            x.is_inference() for x in weights
-        ):
-            return compute()  # tensors of inference mode count no versions
-        state = (key, [(x._version, x.data_ptr(), x.device, x.dtype) for x in weights])
-        kept_state, kept_weights, kept = self._kept.get(name, (None, weights, None))
-        if kept_state != state or any(x is not y for x, y in zip(weights, kept_weights, strict=True)):
-            with torch.inference_mode(False), torch.no_grad():
-                kept = compute()
-            self._kept[name] = (state, weights, kept)
-        return kept
-
-    def _position_bias(self, window: Size) -> Tensor:
         with torch.autocast(self.qkv.weight.device.type, enabled=False):
             table = self.bias_table(window).T  # (h, offsets)
         # On a CPU the gradient of this form takes an eighth of the time of table[:, positions].
         bias = table.index_select(1, relative_positions(window, table.device))
         return bias.view(self.num_heads, math.prod(window), -1)
-
-    def bias_weights(self) -> list[Tensor]:
-        """The parameters that the position bias is made of."""
-        return [self.relative_position_bias_table]
 
     def bias_table(self, window: Size) -> Tensor:
         """The biases of all offsets in a window no larger than `window_size`, as in `relative_positions`: (offsets, h)."""
@@ -341,13 +312,10 @@ class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttention
         scale = self.logit_scale.to(finer).clamp(max=math.log(MAX_LOGIT_SCALE)).exp()  # (h, 1, 1)
         return _Normalize.apply(query, scale), _Normalize.apply(key, torch.ones_like(scale))
 
-    def bias_weights(self) -> list[Tensor]:
-        return list(self.cpb_mlp.parameters())
-
     def bias_table(self, window: Size) -> Tensor:
         # In float64, rounded at the end: in float32 the last bits of an offset's bias depend on how many offsets there are.
         into, _, out = self.cpb_mlp
-        coordinates = log_coordinates(window, self.pretrained_window_size).flatten(0, 1).to(into.weight.device)
+        coordinates = log_coordinates(window, self.pretrained_window_size, into.weight.device).flatten(0, 1)
         hidden = F.relu(F.linear(coordinates, into.weight.double(), into.bias.double()))
         return (MAX_BIAS * torch.sigmoid(F.linear(hidden, out.weight.double()))).float()
 

@@ -121,8 +121,10 @@ def relative_positions(window: Size, device: torch.device) -> Tensor:
     return ((down + window[0] - 1) * (2 * window[1] - 1) + right + window[1] - 1).flatten().to(device)
 
 
-def log_coordinates(window: Size, pretrained: Size) -> Tensor:
-    """The offsets in a window on V2's log scale: (2 window_h - 1, 2 window_w - 1, 2) float64.
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept serves training too
+def log_coordinates(window: Size, pretrained: Size, device: torch.device) -> Tensor:
+    """Return the offsets in a window on V2's log scale: (2 window_h - 1, 2 window_w - 1, 2) float64.
 
     arXiv 2111.09883, section 3.3, equation 4, in the official code's form: sign(x) log2(1 + |8 x|) / log2(8), where x is
     the offset over the largest one of the pretraining window. Offsets beyond that one lie beyond log2(9) / 3 = 1.057.
@@ -131,4 +133,4 @@ def log_coordinates(window: Size, pretrained: Size) -> Tensor:
     for cells, reference in zip(window, pretrained, strict=True):
         offsets = torch.arange(1 - cells, cells, dtype=torch.float64) / max(reference - 1, 1) * 8
         axes.append(offsets.sign() * torch.log2(offsets.abs() + 1) / 3)
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).to(device)
