@@ -20,7 +20,7 @@ from moco.data.samplers import EpochSampler
 from moco.errors import InputError, Interrupted, RunError
 from moco.methods.key_queue import KeyQueue
 from moco.training import distributed
-from moco.training.distributed import Agreement, all_gather, shuffled_across, unshuffled
+from moco.training.distributed import Agreement, Shuffle, all_gather
 from moco.training.interrupts import StopRequest
 from moco.training.processes import run_on_devices
 
@@ -48,11 +48,25 @@ def exchange(rank):
     assert torch.equal(all_gather(maps)[2 * rank : 2 * rank + 2], maps)
     foreign = 0
     for _ in range(20):
-        share, order = shuffled_across(own)
+        shuffle = Shuffle(len(own), own.device)
+        share = shuffle.shuffled(own)
         assert sorted(all_gather(share)[:, 0].tolist()) == [0, 1, 2, 3, 10, 11, 12, 13]
-        assert torch.equal(unshuffled(share * 2, order), own * 2)
+        assert torch.equal(shuffle.unshuffled(share * 2), own * 2)
         foreign += int(((share >= 10) != (rank == 1)).sum())
     assert foreign > 20  # of 80 rows, half are expected to come from the other rank
+    for strided in (
+        torch.randn(4, 3, 5).transpose(1, 2),
+        torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+        torch.randn(3, 4).T,
+        torch.randn(4, 1).expand(4, 5),
+    ):
+        shuffle = Shuffle(4, own.device)
+        share, plain_share = shuffle.shuffled(strided), shuffle.shuffled(strided.contiguous())
+        assert torch.equal(share, plain_share)
+        assert torch.equal(shuffle.unshuffled(share), strided)
+        assert torch.equal(all_gather(share)[4 * rank : 4 * rank + 4], share)
+        is_channels_last = strided.dim() == 4
+        assert not is_channels_last or share.is_contiguous(memory_format=torch.channels_last)
 
     torch.manual_seed(0)
     queue = KeyQueue(11, 1)
@@ -71,9 +85,9 @@ def exchange(rank):
     distributed.ROWS_AT_ONCE = 64  # several messages
     rows = distributed.gather_rows(np.full((50 + rank, 3), rank, dtype=np.float32))
     assert rows[:, 0].tolist() == [0] * 50 + [1] * 51 if rank == 0 else len(rows) == 0
-    tensors = [torch.full((2,), float(rank))]
+    tensors = [torch.full((2,), float(rank)), torch.full((2, 3), float(rank)).T]
     distributed.copy_from_rank_zero(tensors)
-    assert tensors[0].tolist() == [0, 0]
+    assert [tensor.abs().sum() for tensor in tensors] == [0, 0]
 
 
 def refuse(rank):
@@ -85,10 +99,10 @@ def normalise_keys(rank):
     torch.manual_seed(7)
     everything = torch.randn(16, 3, 4, 4, dtype=torch.float64)
     own = everything[8 * rank : 8 * rank + 8]
-    shuffled, order = shuffled_across(own)
-    normalised = unshuffled(nn.BatchNorm2d(3, dtype=torch.float64)(shuffled), order)
+    shuffle = Shuffle(len(own), own.device)
+    normalised = shuffle.unshuffled(nn.BatchNorm2d(3, dtype=torch.float64)(shuffle.shuffled(own)))
     expected = torch.empty_like(everything)
-    for places in order.chunk(2):  # what each rank normalises together, computed here by hand
+    for places in shuffle.order.chunk(2):  # what each rank normalises together, computed here by hand
         together = everything[places]
         mean, variance = together.mean(dim=(0, 2, 3)), together.var(dim=(0, 2, 3), unbiased=False)
         expected[places] = (together - mean.view(3, 1, 1)) / (variance.view(3, 1, 1) + 1e-5).sqrt()
@@ -134,9 +148,10 @@ def test_the_process_that_failed_first_says_why_the_training_ended(work, kind, m
 def test_on_one_process_collectives_are_the_identity_and_shuffling_is_undone():
     rows = torch.arange(6.0)[:, None]
     assert all_gather(rows) is rows
-    shuffled, order = shuffled_across(rows)
-    assert not torch.equal(shuffled, rows)
-    assert torch.equal(unshuffled(shuffled, order), rows)
+    shuffle = Shuffle(6, rows.device)
+    assert not torch.equal(shuffle.shuffled(rows), rows)
+    assert torch.equal(shuffle.shuffled(rows), rows[shuffle.order])
+    assert torch.equal(shuffle.unshuffled(shuffle.shuffled(rows)), rows)
     assert Agreement().exchange([2, 0]) == [2, 0]
     assert distributed.largest([2, 0]) == [2, 0]
     assert distributed.from_rank_zero(lambda: 3) == 3

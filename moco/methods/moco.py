@@ -30,7 +30,7 @@ from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoded, Encoder, is_channels_last, per_view, switch_off_stochastic_depth
 from moco.models.heads import DenseProjector, build_head
 from moco.training import trainer
-from moco.training.distributed import all_gather, rank, shuffled_across, unshuffled
+from moco.training.distributed import Shuffle, all_gather, rank
 from moco.training.optimizers import build_optimizer, learning_rate_at
 
 
@@ -186,11 +186,10 @@ class MoCo(pl.LightningModule):
         """The same of keys, without gradient and predictor; shuffled on the way where BatchNorm would leak."""
         if self.batch_norm not in ("shuffle", "split"):
             return [view.map(unit_norm) for view in self.embed(self.key_encoder, views)]
-        shuffled, orders = zip(*map(shuffled_across, views), strict=True)
-        return [
-            view.map(unit_norm).map(partial(unshuffled, order=order))
-            for view, order in zip(self.embed(self.key_encoder, shuffled), orders, strict=True)
-        ]
+        shuffles = [Shuffle(len(view), view.device) for view in views]
+        shuffled = [shuffle.shuffled(view) for shuffle, view in zip(shuffles, views, strict=True)]
+        encoded = self.embed(self.key_encoder, shuffled)
+        return [view.map(unit_norm).map(shuffle.unshuffled) for shuffle, view in zip(shuffles, encoded, strict=True)]
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """One batch of view pairs; returns the loss, and for the monitors what it was made of, of the last direction.

@@ -9,7 +9,6 @@ is the first.
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torchvision.models import vision_transformer
 from torchvision.ops import StochasticDepth
 
 from moco.errors import InputError
-from moco.models.windows import Size
+from moco.models.windows import Size, constant_of_sizes
 
 WAVE_BASE = 10_000  # the longest wave of the fixed positions is 2 pi times as many cells
 
@@ -175,8 +174,7 @@ class VisionTransformer(nn.Module):
         return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # what is kept serves training too
+@constant_of_sizes
 def sine_cosine_positions(grid: Size, dim: int, device: torch.device) -> Tensor:
     """MoCo v3's fixed positions in two dimensions: (1, P, dim) float32, without gradient; zero for the class token.
 

@@ -228,7 +228,8 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         query, key, value = x.contiguous()  # (B, h, L, d) each
         query, key = self.scaled(query, key)
         bias = self.position_bias(grid.window)
-        if query.device.type == "cpu":
+        # torch.compile cannot trace the loop over windows, and would unroll it.
+        if query.device.type == "cpu" and not torch.compiler.is_compiling():
             x = attend_on_cpu(query, key, value, bias, grid)
         else:
             x = attend(query, key, value, additive_masks(bias, grid, value.dtype))

@@ -4,15 +4,36 @@ Letters: N batch, C channels, H W cells of a map, B windows of a whole batch, L 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Size = tuple[int, int]
+
+T = TypeVar("T")
+
+
+GRID_TENSORS = ("cells", "places", "filling", "whole", "cut", "mask")
+
+
+def constant_of_sizes(function: Callable[..., T]) -> Callable[..., T]:
+    """Keep what a pure function makes of sizes and a device; torch.compile takes the results as constants.
+
+    Compiled code reads the kept tensors where they are. It neither traces the function nor copies anything to the device
+    in a step. The arguments must be hashable, and no result may depend on anything else, such as weights.
+    """
+    kept = lru_cache(maxsize=256)(torch.inference_mode(False)(function))  # what is kept serves training too
+
+    @wraps(function)
+    def constant(*arguments: Any) -> T:
+        return kept(*arguments)
+
+    return torch.compiler.assume_constant_result(constant)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,15 +58,29 @@ class WindowGrid:
     """(b, L, L) float32, of the windows `cut`: 0 where a cell (row) sees a cell (column), -inf where not."""
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept serves training too
 def window_grid(canvas: Size, size: Size, window: Size, shifted: bool, device: torch.device) -> WindowGrid:
-    """The windows of a map of `canvas` cells whose top left `size` cells are real; the rest is padding.
+    """Return the windows of a map of `canvas` cells whose top left `size` cells are real; the rest is padding.
 
     A side of the canvas that is no multiple of the window is filled up with padding, at its end and before the cyclic
     shift. Cells see each other if they are real, and neighbours in the map and not only by the cyclic shift. Padding sees
     padding, so that no row of attention is empty.
     """
+    height, width = min(window[0], size[0]), min(window[1], size[1])
+    num_windows = -(-canvas[0] // height) * -(-canvas[1] // width)
+    tensors = [grid_tensor(name, canvas, size, window, shifted, device) for name in GRID_TENSORS]
+    return WindowGrid((height, width), num_windows, *tensors)
+
+
+# One tensor a call: torch.compile of torch 2.11 takes no other constants.
+@constant_of_sizes
+def grid_tensor(name: str, canvas: Size, size: Size, window: Size, shifted: bool, device: torch.device) -> Tensor:
+    """Return one of the tensors of a `WindowGrid` by its name."""
+    return grid_tensors(canvas, size, window, shifted)[name].to(device)
+
+
+@lru_cache(maxsize=8)  # for the six calls of a grid
+def grid_tensors(canvas: Size, size: Size, window: Size, shifted: bool) -> dict[str, Tensor]:
+    """Return the tensors of a `WindowGrid` by name, on the CPU."""
     sides = []
     for length, real, cells in zip(canvas, size, window, strict=True):
         clipped = min(cells, real)
@@ -65,10 +100,15 @@ def window_grid(canvas: Size, size: Size, window: Size, shifted: bool, device: t
     places[cell[is_there]] = torch.arange(len(cell))[is_there]
     sees = group[:, :, None] == group[:, None, :]
     is_whole = sees.all(dim=(1, 2))
-    whole, cut = is_whole.nonzero()[:, 0], (~is_whole).nonzero()[:, 0]
-    mask = torch.zeros(len(cut), *sees.shape[1:]).masked_fill_(~sees[cut], -math.inf)
-    tensors = (cell.where(is_there, 0), places, (~is_there).nonzero()[:, 0], whole, cut, mask)
-    return WindowGrid(window, len(group), *(tensor.to(device) for tensor in tensors))
+    cut = (~is_whole).nonzero()[:, 0]
+    return {
+        "cells": cell.where(is_there, 0),
+        "places": places,
+        "filling": (~is_there).nonzero()[:, 0],
+        "whole": is_whole.nonzero()[:, 0],
+        "cut": cut,
+        "mask": torch.zeros(len(cut), *sees.shape[1:]).masked_fill_(~sees[cut], -math.inf),
+    }
 
 
 def partition(x: Tensor, window: Size) -> Tensor:
@@ -108,8 +148,7 @@ def _rows(x: Tensor, take: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[2]).index_select(0, (starts + take).flatten()).view(len(x), len(take), x.shape[2])
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept serves training too
+@constant_of_sizes
 def relative_positions(window: Size, device: torch.device) -> Tensor:
     """For each pair of cells of a window, its place in a list of offsets: (L L,) int64.
 
@@ -121,8 +160,7 @@ def relative_positions(window: Size, device: torch.device) -> Tensor:
     return ((down + window[0] - 1) * (2 * window[1] - 1) + right + window[1] - 1).flatten().to(device)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept serves training too
+@constant_of_sizes
 def log_coordinates(window: Size, pretrained: Size, device: torch.device) -> Tensor:
     """Return the offsets in a window on V2's log scale: (2 window_h - 1, 2 window_w - 1, 2) float64.
 

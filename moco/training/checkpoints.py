@@ -1,6 +1,7 @@
 """When a run saves its checkpoints, and what they hold: enough to go on bit for bit."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,9 @@ class Checkpoints(pl.callbacks.Checkpoint):
         Raises:
             RunError: a weight is not finite; the old file stays.
         """
-        if not all(parameter.isfinite().all() for parameter in trainer.lightning_module.parameters()):
+        weights = [parameter.detach() for parameter in trainer.lightning_module.parameters()]
+        # The largest absolute value of all: not finite if any is not, and one wait for a GPU instead of one a weight.
+        if not torch.nn.utils.get_total_norm(weights, norm_type=math.inf).isfinite():
             raise RunError(f"a weight is not finite at step {trainer.global_step}; {last_good(self.folder)}")
         for logger in trainer.loggers:
             logger.save()  # a run that goes on from here writes no point of the curves up to here again

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -136,58 +136,113 @@ def is_lost_connection(error: RuntimeError) -> bool:
     return not isinstance(error, RunError) and (isinstance(error, dist.DistError) or of_gloo)
 
 
+def collective(call: Callable[..., Any], output: Tensor, *inputs: Tensor, **options: Any) -> Any:
+    """Call a collective of torch.distributed on contiguous memory, which NCCL and gloo ask for; return what it returns.
+
+    Args:
+        call: such as ``dist.broadcast``; it fills `output`, or changes it in place.
+        output: gets the result, whatever its strides.
+        inputs: copied first where they are not contiguous.
+        options: of `call`, such as ``group``. With ``async_op`` the output has to be contiguous.
+    """
+    dense = output.contiguous()
+    returned = call(dense, *(tensor.contiguous() for tensor in inputs), **options)
+    if dense is not output:
+        output.copy_(dense)
+    return returned
+
+
+def exchanged(call: Callable[..., Any], rows: Tensor, num_rows: int, **options: Any) -> Tensor:
+    """Return the `num_rows` rows that a collective gives this process for its own `rows` (N, ...), in their layout."""
+    if rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last):
+        inner = exchanged(call, rows.permute(0, 2, 3, 1), num_rows, **options)  # as they lie in memory: no copy
+        return inner.permute(0, 3, 1, 2)
+    received = rows.new_empty(num_rows, *rows.shape[1:])
+    collective(call, received, rows, **options)
+    return received
+
+
 @torch.no_grad()
 def all_gather(tensor: Tensor) -> Tensor:
-    """The rows of every process in rank order: (N, ...) to (N * world size, ...); no gradient."""
+    """Return the rows of every process in rank order: (N, ...) to (N * world size, ...); no gradient."""
     if world_size() == 1:
         return tensor
-    tensor = tensor.contiguous()  # NCCL takes no other strides, and empty_like would repeat them
-    gathered = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(gathered, tensor)
-    return torch.cat(gathered)
+    return exchanged(dist.all_gather_into_tensor, tensor, len(tensor) * world_size())
 
 
-@torch.no_grad()
-def shuffled_across(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """This process's share of all processes' rows in one random order, and that order.
+class Route(NamedTuple):
+    """How rows travel between the processes: what each sends, and where it puts what it receives."""
 
-    Every row travels to one process only, so a process receives N rows however many there are. The order is drawn on rank 0
-    and sent to the others. On one process it is a permutation of the batch.
+    sending: Tensor
+    """(N,) this process's rows in the order in which they are sent, on their device."""
+    taking: Tensor
+    """(N,) which received row comes to each place, on their device."""
+    num_sent: list[int]
+    """Rows for each process."""
+    num_received: list[int]
+    """Rows from each process."""
 
-    Returns:
-        The share (N, ...) and the order (N * world size,), on the CPU: row i of the shuffled whole is row order[i] of the
-        original.
+
+class Shuffle:
+    """One random order of the rows of all processes, for every tensor of a view: the way there and back.
+
+    The order is drawn on rank 0 and sent to the others. Every row travels to one process only, so a process receives N rows
+    however many processes there are. On one process it is a permutation of the batch. A GPU is not waited for: all indices
+    go to it in one copy from pinned memory.
+
+    Args:
+        num_rows: N, rows of this process.
+        device: theirs.
+
+    Attributes:
+        order: (N * world size,) on the CPU: row i of the shuffled whole is row order[i] of the original.
     """
-    order = torch.randperm(len(tensor) * world_size())
-    if world_size() == 1:
-        return tensor[order.to(tensor.device, non_blocking=True)], order
-    dist.broadcast(order, src=0, group=_steps)
-    return sent_to(tensor, order.argsort()), order
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.order = torch.randperm(num_rows * world_size())
+        if world_size() > 1:
+            collective(dist.broadcast, self.order, src=0, group=_steps)
+        routes = [route_to(self.order.argsort(), num_rows), route_to(self.order, num_rows)]
+        indices = torch.stack([index for route in routes for index in (route.sending, route.taking)])  # (4, N)
+        if device.type == "cuda":
+            indices = indices.pin_memory()
+        indices = indices.to(device, non_blocking=True)
+        self.there = routes[0]._replace(sending=indices[0], taking=indices[1])
+        self.back = routes[1]._replace(sending=indices[2], taking=indices[3])
+
+    def shuffled(self, rows: Tensor) -> Tensor:
+        """Return this process's share (N, ...) of all processes' rows in the new order; no gradient."""
+        return sent_along(self.there, rows)
+
+    def unshuffled(self, rows: Tensor) -> Tensor:
+        """Undo `shuffled` for rows (N, ...) computed from its share: this process's own rows; no gradient."""
+        return sent_along(self.back, rows)
 
 
-@torch.no_grad()
-def unshuffled(shuffled: Tensor, order: Tensor) -> Tensor:
-    """Undo `shuffled_across` for rows computed from its share: this process's own rows, (N, ...)."""
-    if world_size() == 1:
-        return shuffled[order.argsort().to(shuffled.device, non_blocking=True)]
-    return sent_to(shuffled, order)
-
-
-def sent_to(tensor: Tensor, places: Tensor) -> Tensor:
-    """The rows (N, ...) that come to this process when row i of all processes' rows goes to place ``places[i]``.
+def route_to(places: Tensor, num_rows: int) -> Route:
+    """The route on which row i of all processes' rows comes to place ``places[i]``, its indices on the CPU.
 
     Args:
         places: (N * world size,) a permutation, on the CPU and equal everywhere; place p is on process p // N.
+        num_rows: N, rows of this process.
     """
-    count, start = len(tensor), rank() * len(tensor)
-    going = places[start : start + count]
-    coming = places.argsort()[start : start + count]  # the rows that belong in our places, from process coming // N
-    outgoing = tensor[going.argsort().to(tensor.device)]  # by the process that they go to, and by place
-    incoming = torch.empty_like(outgoing)
-    num_in, num_out = ((rows // count).bincount(minlength=world_size()).tolist() for rows in (coming, going))
-    dist.all_to_all_single(incoming, outgoing, num_in, num_out)
-    by_source = (coming // count).argsort(stable=True).to(tensor.device)
-    return torch.empty_like(incoming).index_copy_(0, by_source, incoming)
+    own = slice(rank() * num_rows, (rank() + 1) * num_rows)
+    going = places[own]
+    coming = places.argsort()[own]  # the rows that belong in our places, from process coming // N
+    num_received, num_sent = ((rows // num_rows).bincount(minlength=world_size()).tolist() for rows in (coming, going))
+    arriving = (coming // num_rows).argsort(stable=True)  # the place of each received row
+    # Sent by the process that the rows go to, and by place.
+    return Route(going.argsort(), arriving.argsort(), num_sent, num_received)
+
+
+@torch.no_grad()
+def sent_along(route: Route, rows: Tensor) -> Tensor:
+    """Return the rows (N, ...) that come to this process when every process sends its own on the route."""
+    outgoing = rows[route.sending]
+    if world_size() == 1:
+        return outgoing
+    sizes = {"output_split_sizes": route.num_received, "input_split_sizes": route.num_sent}
+    return exchanged(dist.all_to_all_single, outgoing, len(rows), **sizes)[route.taking]
 
 
 @torch.no_grad()
@@ -195,7 +250,7 @@ def copy_from_rank_zero(tensors: Sequence[Tensor]) -> None:
     """Make these tensors equal to rank 0's, in place."""
     if world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            collective(dist.broadcast, tensor, src=0)
 
 
 def largest(numbers: Sequence[int]) -> list[int]:
@@ -203,7 +258,7 @@ def largest(numbers: Sequence[int]) -> list[int]:
     if world_size() == 1:
         return list(numbers)
     tensor = torch.tensor(numbers)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_control)
+    collective(dist.all_reduce, tensor, op=dist.ReduceOp.MAX, group=_control)
     return tensor.tolist()
 
 
@@ -226,7 +281,8 @@ class Agreement:
             work.wait()
             answer = tensor.tolist()
         tensor = torch.tensor(numbers)
-        self._sent = (tensor, dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_steps, async_op=True))
+        work = collective(dist.all_reduce, tensor, op=dist.ReduceOp.MAX, group=_steps, async_op=True)
+        self._sent = (tensor, work)
         return answer
 
 
