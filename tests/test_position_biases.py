@@ -7,12 +7,15 @@ These tests compare the biases that a forward pass adds to its scores with those
 import copy
 import dataclasses
 import json
+import json
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import run_program
 
+from moco import evaluate, train
+from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
 from moco.methods.init_from import start_from
 from moco.methods.momentum import update_key_encoder
 from moco.models import window_attention
@@ -128,3 +131,34 @@ def test_biases_follow_every_change_of_the_weights(name, optimizer, runner, tmp_
     optimizer.step()
     check.check(other)
     check.check(twin)
+
+
+KNN_RUNS = [
+    pytest.param("swin_v2_tiny_patch2", "adamw"),
+    *[
+        pytest.param(name, optimizer, marks=pytest.mark.slow)
+        for name in SWINS
+        for optimizer in OPTIMIZERS
+        if (name, optimizer) != ("swin_v2_tiny_patch2", "adamw")
+    ],
+]
+
+
+@pytest.mark.parametrize(("name", "optimizer"), KNN_RUNS)
+def test_the_knn_of_a_run_is_that_of_its_checkpoint(name, optimizer, runner, tmp_path):
+    settings = [f"backbone={name}", "data.image_size=16", *OPTIMIZERS[optimizer]]
+    length = ["trainer.max_epochs=3", "trainer.max_steps=-1", "evaluation.every_n_epochs=1", "data.batch_size=256"]
+    config = runner.config(*settings, *length)
+    train.run(config, tmp_path / "run")
+    monitored = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    of_checkpoint = EvaluateConfig(
+        str(tmp_path / "run" / "checkpoints" / "last.ckpt"),
+        EvaluateDataConfig(),
+        EvaluationConfig(pictures=False, label_free=False),
+        "cpu",
+    )
+    evaluate.run(of_checkpoint, tmp_path / "evaluation")
+    evaluated = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert monitored["knn/epoch"] == monitored["epoch"] == evaluated["epoch"] == 3
+    assert monitored["knn/top1"] == evaluated["knn/top1"]
+    assert monitored["knn/top5"] == evaluated["knn/top5"]

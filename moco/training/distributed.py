@@ -154,7 +154,8 @@ def collective(call: Callable[..., Any], output: Tensor, *inputs: Tensor, **opti
 
 def exchanged(call: Callable[..., Any], rows: Tensor, num_rows: int, **options: Any) -> Tensor:
     """Return the `num_rows` rows that a collective gives this process for its own `rows` (N, ...), in their layout."""
-    if rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last):
+    is_channels_last = rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last)
+    if is_channels_last and not rows.is_contiguous():
         inner = exchanged(call, rows.permute(0, 2, 3, 1), num_rows, **options)  # as they lie in memory: no copy
         return inner.permute(0, 3, 1, 2)
     received = rows.new_empty(num_rows, *rows.shape[1:])
