@@ -7,12 +7,10 @@ These tests compare the biases that a forward pass adds to its scores with those
 import copy
 import dataclasses
 import json
-import json
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import run_program
 
 from moco import evaluate, train
 from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig

@@ -176,10 +176,8 @@ def as_one_device(rank, cases):
         for path in ("query_encoder", "key_encoder", "predictor"):
             here, there = getattr(method, path).state_dict(), getattr(device, path).state_dict()
             for key, value in there.items():
-                torch.testing.assert_close(
-                    here[key], value, rtol=1e-6, atol=1e-7,
-                    msg=lambda said, key=key, path=path: f"{name} {overrides} {path}.{key}: {said}",
-                )  # fmt: skip
+                case = f"{name} {overrides} {path}.{key}"
+                torch.testing.assert_close(here[key], value, rtol=1e-6, atol=1e-7, msg=case)
         if config.method.negatives == "queue":
             for term, names in enumerate(reference.names):
                 for side, queue in enumerate(names):
