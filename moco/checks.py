@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from moco.data.datamodule import PretrainingData
     from moco.data.resolution import ResolutionRamp
+    from moco.methods.moco import MoCo
     from moco.models.encoder import Encoder
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,45 @@ def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
         raise InputError(
             f"data.batch_size={config.data.batch_size}: {where} gets 1 image at once, which has no variance for the "
             "projector's BatchNorm"
+        )
+
+
+def check_deterministic(method: "MoCo", config: TrainConfig, image_sizes: Sequence[int]) -> None:
+    """Raise InputError if trainer.deterministic=true would end the run at its first backward pass on a GPU.
+
+    PyTorch refuses adaptive average pooling and bicubic resizing there, see ``torch.use_deterministic_algorithms``. Pooling
+    to one cell is a plain mean, and a map or grid that fits is neither pooled nor resized.
+
+    Args:
+        image_sizes: sides of all views of the run, px.
+    """
+    from moco.models.vit import VisionTransformer
+    from moco.training.hardware import choose_device
+
+    if not config.trainer.deterministic or choose_device(config.trainer.accelerator).type == "cpu":
+        return
+    encoder = method.query_encoder
+    obstacles = []
+    if encoder.dense_projector is not None:
+        grid = config.method.dense_grid
+        sides = {-(-size // encoder.backbone.feature_map_strides[-1]) for size in image_sizes}
+        if grid > 1 and (pooled := [side for side in sides if side > grid]):
+            obstacles.append(
+                f"the dense term's pooling of a map of {max(pooled)} x {max(pooled)} cells to method.dense_grid={grid} "
+                f"(a grid of {max(pooled)} needs no pooling)"
+            )
+    backbone = encoder.backbone
+    if isinstance(backbone, VisionTransformer) and backbone.learned_positions:
+        learned = backbone.learned_positions
+        if resized := [size for size in image_sizes if backbone.cells(size) != learned]:
+            obstacles.append(
+                f"the resizing of backbone.learned_positions={learned} to the {backbone.cells(resized[0])} x "
+                f"{backbone.cells(resized[0])} patches of views of {resized[0]} px"
+            )
+    if obstacles:
+        raise InputError(
+            f"trainer.deterministic=true: {' and '.join(obstacles)} has no deterministic form on a GPU; "
+            "trainer.deterministic=false runs it"
         )
 
 

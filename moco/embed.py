@@ -103,7 +103,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
         if num_workers is None:
             num_workers = 0 if pictures.is_in_memory else min(USUAL_WORKERS, cores_of(1))
         crop = evaluation_crop(data["image_size"], data["crop_ratio"])
-        loader = pictures.batches(parts.state.end, crop, data["image_size"], config.batch_size, num_workers)
+        loader = pictures.batches(parts.state.end, crop, data["image_size"], config.batch_size, num_workers, device)
         embed(encode, loader, parts, len(pictures), data["max_bad_fraction"], console)
         if not parts.state.num_rows:
             raise InputError(f"data.root={data['root']}: no pictures in there")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moco.checks import (
     check_batch_norm,
+    check_deterministic,
     check_optimizer,
     check_resolution_ramp,
     check_resumable,
@@ -121,6 +122,7 @@ def train(
         check_same_pictures(data)
         pictures = from_rank_zero(lambda: dense_set(config, data.image_size))
         check_batch_norm(method.query_encoder, config)
+        check_deterministic(method, config, data.augment.ramp.sizes)
         check_resolution_ramp(data.augment.ramp, method.query_encoder.backbone, config.trainer.max_epochs)
         warn_of_negatives(config, len(data.source.train))
         is_new = from_rank_zero(lambda: find_checkpoint(folder, plain, config.resume, DEFAULTS)) is None
@@ -241,7 +243,7 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
     from moco.training.hardware import choose_device
 
     image_size = data.image_size or source.image_size
-    device = choose_device(config.trainer.accelerator)
+    device = choose_device(config.trainer.accelerator, config.trainer.devices)
     engine = choose_engine(data.engine, source.train, image_size, device.type)
     ramp = ResolutionRamp(image_size, pair.start_image_size, pair.image_size_step, pair.ramp_epochs)
     where = ", in memory" if engine.in_memory else f", {data.num_workers} loader processes"

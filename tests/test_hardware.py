@@ -14,13 +14,16 @@ from test_moco import Losses
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moco.data.workers import loader_options
+from moco.errors import InputError
 from moco.evaluation.label_free import CollapseWatch, LabelFreeMonitor
 from moco.evaluation.monitor import TrainingMonitor
 from moco.models.backbones import build_backbone
 from moco.training import hardware_fit
 from moco.training.faults import BadSteps
-from moco.training.hardware import choose_memory_format, choose_precision
+from moco.training.hardware import choose_device, choose_memory_format, choose_precision
 from moco.training.hardware_fit import HardwareFit
+from moco.training.trainer import build_trainer
 
 CPU = torch.device("cpu")
 PLAIN = ["method.batch_norm=plain", "method.queue_start=random", "optimizer.lr=0.06"]
@@ -42,6 +45,35 @@ def test_the_precision_of_a_cpu_is_decided_by_the_instructions_that_it_reports(r
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: reported)
     assert choose_precision("auto", CPU) == expected
     assert choose_precision("16-mixed", CPU) == "16-mixed"
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+def test_more_gpus_than_there_are_is_one_line(two_gpus):
+    assert choose_device("auto", 2).type == "cuda"
+    with pytest.raises(InputError, match=r"^trainer\.devices=3: only 2 GPUs can be used on this machine$"):
+        choose_device("gpu", 3)
+    assert choose_device("cpu", 3).type == "cpu"
+
+
+def test_apples_gpus_are_refused_in_one_line_and_never_chosen(monkeypatch, runner, tmp_path):
+    with pytest.raises(
+        InputError, match=r"^accelerator=mps: Apple's GPUs are not supported, since they have no float64"
+    ):
+        choose_device("mps")
+    monkeypatch.setattr("lightning_fabric.accelerators.mps.MPSAccelerator.is_available", lambda: True)
+    monkeypatch.setattr("pytorch_lightning.accelerators.mps.MPSAccelerator.is_available", lambda: True)
+    settings = dataclasses.asdict(runner.config("trainer.accelerator=auto").trainer)
+    assert build_trainer(settings, tmp_path, []).strategy.root_device.type == "cpu"
+
+
+def test_batches_are_pinned_for_cuda_alone(two_gpus):
+    assert loader_options(0)["pin_memory"] is False
+    assert loader_options(0, torch.device("cuda", 1))["pin_memory"] is True
 
 
 def test_this_cpu_reports_what_is_asked_for():

@@ -126,7 +126,8 @@ class EvaluateConfig:
     project's, see ``docs/weights.md``."""
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu"))
+    accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu", "mps"))
+    """auto: CUDA where it can be used, else the CPU, also on a Mac. mps (Apple's GPUs) is refused: it has no float64."""
     output: Optional[str] = None
     """Where the figures go as JSON; null: metrics.json in the run folder."""
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
@@ -157,7 +158,8 @@ class EmbedConfig:
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
     batch_size: int = setting(256, at_least=1)
     """Images per forward pass."""
-    accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu"))
+    accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu", "mps"))
+    """auto: CUDA where it can be used, else the CPU, also on a Mac. mps (Apple's GPUs) is refused: it has no float64."""
     augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
 
 

@@ -212,7 +212,8 @@ class TrainerConfig:
     max_epochs: int = setting(200, at_least=1)
     max_steps: int = setting(-1, at_least=-1)
     """Optimizer steps; -1: max_epochs alone decides."""
-    accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu"))
+    accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu", "mps"))
+    """auto: CUDA where it can be used, else the CPU, also on a Mac. mps (Apple's GPUs) is refused: it has no float64."""
     devices: int = setting(1, at_least=1)
     """Per node; each has a process of its own. data.batch_size stays the batch of all of them together."""
     num_nodes: int = setting(1, at_least=1)
@@ -237,6 +238,7 @@ class TrainerConfig:
     """So many steps in a row without a finite loss and gradients end the run; fewer are left out and counted."""
     log_every_n_steps: int = setting(10, at_least=1)
     deterministic: bool = False
+    """Only operations that give the same bits in every run; a run that needs others on a GPU is refused."""
     benchmark: bool = True
     """Let cuDNN choose its algorithms by trial."""
 

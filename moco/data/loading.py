@@ -17,7 +17,7 @@ from moco.data.lost_workers import LastRead, WatchedLoader, WatchedPicture
 from moco.data.pictures import UnreadablePicture
 from moco.data.samplers import EpochSampler
 from moco.data.views import Transform, ViewPair, picked, rgb_batch
-from moco.data.workers import loader_options
+from moco.data.workers import CPU, loader_options
 
 MOST_STAND_INS = 100
 AT_ONCE = 16  # files that a worker holds in memory, encoded
@@ -232,9 +232,10 @@ def evaluation_loader(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    device: torch.device = CPU,
 ) -> WatchedLoader:
-    """Labelled pictures in order, without augmentation: every `world_size`-th from `rank` on."""
+    """Labelled pictures in order for `device`, without augmentation: every `world_size`-th from `rank` on."""
     dataset = EvaluationDataset(labelled, view, image_size, num_workers)
     rows = range(rank, len(labelled.pictures), world_size)
-    options = loader_options(num_workers) | {"persistent_workers": False}
+    options = loader_options(num_workers, device) | {"persistent_workers": False}
     return WatchedLoader(dataset, batch_size=batch_size, sampler=rows, **options)

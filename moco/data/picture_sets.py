@@ -22,7 +22,7 @@ from moco.data.lost_workers import LastRead, WatchedLoader, WatchedPicture
 from moco.data.pictures import UnreadablePicture
 from moco.data.shards import Problem, Sample, is_local, pictures_in, sample_key
 from moco.data.streams import ShardedPictures
-from moco.data.workers import loader_options
+from moco.data.workers import CPU, loader_options
 
 Crop = Callable[[Image.Image], Image.Image]
 
@@ -62,13 +62,20 @@ class PictureSet(Protocol):
         ...
 
     def batches(
-        self, place: list[int], crop: Crop, image_size: int, batch_size: int, num_workers: int
+        self,
+        place: list[int],
+        crop: Crop,
+        image_size: int,
+        batch_size: int,
+        num_workers: int,
+        device: torch.device = CPU,
     ) -> WatchedLoader:
         """Every picture from `place` on.
 
         Args:
             place: `start`, or the end of a batch of the same `batch_size`; then the batches are the same as without a break.
             crop: makes a square of `image_size` px of any picture.
+            device: what the batches are for.
         """
         ...
 
@@ -103,12 +110,19 @@ class IndexedSet:
         return digest.hexdigest()
 
     def batches(
-        self, place: list[int], crop: Crop, image_size: int, batch_size: int, num_workers: int
+        self,
+        place: list[int],
+        crop: Crop,
+        image_size: int,
+        batch_size: int,
+        num_workers: int,
+        device: torch.device = CPU,
     ) -> WatchedLoader:
         """See `PictureSet`."""
         starts = range(place[0], len(self), batch_size)
         places = [(start, min(start + batch_size, len(self))) for start in starts]
-        return in_order(IndexedBatches(self.labelled, crop, image_size, num_workers), places, num_workers)
+        dataset = IndexedBatches(self.labelled, crop, image_size, num_workers)
+        return in_order(dataset, places, num_workers, device)
 
 
 class IndexedBatches(Dataset[PictureBatch]):
@@ -169,16 +183,21 @@ class ShardedSet:
         return digest.hexdigest()
 
     def batches(
-        self, place: list[int], crop: Crop, image_size: int, batch_size: int, num_workers: int
+        self,
+        place: list[int],
+        crop: Crop,
+        image_size: int,
+        batch_size: int,
+        num_workers: int,
+        device: torch.device = CPU,
     ) -> WatchedLoader:
         """See `PictureSet`.
 
         Raises:
             InputError: while iterating, a shard is refused.
         """
-        return in_order(
-            ShardedBatches(crop, image_size, num_workers), Chunks(self.sharded, place, batch_size), num_workers
-        )
+        dataset = ShardedBatches(crop, image_size, num_workers)
+        return in_order(dataset, Chunks(self.sharded, place, batch_size), num_workers, device)
 
 
 class Chunk(NamedTuple):
@@ -273,9 +292,11 @@ def cropped(
     return images[: len(rows)], rows, reasons
 
 
-def in_order(dataset: Dataset[PictureBatch], places: Any, num_workers: int) -> WatchedLoader:
-    """Loads the batches at `places`, in their order."""
-    options = loader_options(num_workers) | {"persistent_workers": False}
+def in_order(
+    dataset: Dataset[PictureBatch], places: Any, num_workers: int, device: torch.device = CPU
+) -> WatchedLoader:
+    """Loads the batches at `places` for `device`, in their order."""
+    options = loader_options(num_workers, device) | {"persistent_workers": False}
     return WatchedLoader(dataset, batch_size=None, sampler=places, collate_fn=as_it_is, **options)
 
 

@@ -14,7 +14,7 @@ from moco.data.mask_batches import MaskBatch, batches_of_one_size
 from moco.data.pictures import UnreadablePicture
 from moco.data.segmentation import MaskedPictures
 from moco.data.views import Normalized
-from moco.data.workers import loader_options
+from moco.data.workers import CPU, loader_options
 
 LONGEST = 8  # times image_size: a stripe of one pixel by a million would take gigabytes otherwise
 
@@ -70,10 +70,14 @@ def scaled_loader(
     normalize: Normalized,
     batch_size: int,
     num_workers: int = 0,
+    device: torch.device = CPU,
 ) -> WatchedLoader:
-    """Batches of the pictures `rows`, each of pictures of one size; their order does not depend on `batch_size`."""
+    """Batches of the pictures `rows` for `device`, each of pictures of one size.
+
+    Their order does not depend on `batch_size`.
+    """
     places = batches_of_one_size(pictures.sizes[list(rows)], batch_size)
     batches = [[rows[place] for place in batch] for batch in places]
-    options = loader_options(num_workers) | {"persistent_workers": False}
+    options = loader_options(num_workers, device) | {"persistent_workers": False}
     dataset = ScaledDataset(pictures, image_size, stride, normalize, num_workers)
     return WatchedLoader(dataset, batch_sampler=batches, **options)

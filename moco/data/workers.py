@@ -14,10 +14,17 @@ from typing import Any
 
 import torch
 
+CPU = torch.device("cpu")
 
-def loader_options(num_workers: int) -> dict[str, Any]:
-    """DataLoader's arguments for so many worker processes."""
-    options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available()}
+
+def loader_options(num_workers: int, device: torch.device = CPU) -> dict[str, Any]:
+    """Return DataLoader's arguments for so many worker processes.
+
+    Args:
+        device: what the batches are for. Pinned memory is of use to CUDA alone, and asking for it elsewhere would make a
+            machine's idle GPU set up.
+    """
+    options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
     if num_workers == 0:
         return options | {"persistent_workers": False}
     # A fork of a process with threads (torch's, faiss's) can deadlock; the fork server has none.

@@ -94,13 +94,20 @@ class DenseSet:
         """
         rows, stride = self.rows(pictures), backbone.feature_map_strides[-1]
         loader = scaled_loader(
-            pictures, rows, self.image_size, stride, self.normalize, self.batch_size, self.num_workers
+            pictures,
+            rows,
+            self.image_size,
+            stride,
+            self.normalize,
+            self.batch_size,
+            self.num_workers,
+            torch.device(device),
         )
         unreadable: list[int] = []
         for batch in loader:
             if should_stop():
                 raise EmbeddingStopped
-            maps = encoded(backbone, batch.images.to(device), self.maps)
+            maps = encoded(backbone, batch.images.to(device, non_blocking=True), self.maps)
             grid = (maps.shape[2], maps.shape[3])
             features = maps.permute(0, 2, 3, 1).flatten(1, 2).cpu().numpy()  # (N, P, D)
             for place, index in enumerate(batch.indices.tolist()):

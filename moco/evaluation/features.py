@@ -23,8 +23,6 @@ def embed(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features of every image that a loader yields, in order.
 
-    Without gradients, but not in torch's inference mode: masks that a Swin makes here, and keeps, are used in training too.
-
     Args:
         encode: images (N, 3, H, W) on `device` to features (N, D).
         loader: yields batches with ``images``, ``labels`` and ``unreadable``; unreadable rows are left out.

@@ -158,7 +158,7 @@ class Subject:
         ):
             return batches_in_memory(pictures, labelled.labels, batch_size, **self.augmentation)
         view = build_evaluation_view(size, self.data["crop_ratio"], **self.augmentation)
-        return evaluation_loader(labelled, view, size, batch_size, self.data["num_workers"])
+        return evaluation_loader(labelled, view, size, batch_size, self.data["num_workers"], device=self.device)
 
     def encode_all(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) to features and, if there is a projector, embeddings beside them: (N, D + C)."""

@@ -13,16 +13,30 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Of ``malloc.h``."""
 
 
-def choose_device(accelerator: str) -> torch.device:
-    """The device that ``auto``, ``cpu``, ``gpu`` or ``cuda`` stands for here.
+def choose_device(accelerator: str, num_devices: int = 1) -> torch.device:
+    """Return the device that ``auto``, ``cpu``, ``gpu`` or ``cuda`` stands for here.
+
+    Apple's GPUs (``mps``) are never chosen: they have no float64, in which views are drawn and Swin V2's position biases are
+    computed.
+
+    Args:
+        num_devices: devices of this machine that the run wants.
 
     Raises:
-        InputError: a GPU was asked for and there is none.
+        InputError: a GPU was asked for and there is none, or there are fewer than the run wants.
     """
+    if accelerator == "mps":
+        raise InputError(
+            "accelerator=mps: Apple's GPUs are not supported, since they have no float64; accelerator=cpu works"
+        )
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InputError(f"accelerator={accelerator}: no CUDA device can be used here; auto takes what there is")
+    found = torch.cuda.device_count()
+    if num_devices > found:
+        gpus = "1 GPU" if found == 1 else f"{found} GPUs"
+        raise InputError(f"trainer.devices={num_devices}: only {gpus} can be used on this machine")
     return torch.device("cuda")
 
 

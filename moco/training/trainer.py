@@ -38,10 +38,11 @@ def build_trainer(
         environment: who started the processes, see `environment_of`; None: this process is alone.
         purge_step: see `RunLogger`.
     """
-    device = choose_device(settings["accelerator"])
+    device = choose_device(settings["accelerator"], settings["devices"])
     precision = choose_precision(settings["precision"], device)
     fit = HardwareFit(device, precision, settings["memory_format"], settings["compile"], settings["cuda_graphs"])
-    settings = {name: value for name, value in settings.items() if name not in OURS} | {"precision": precision}
+    settings = {name: value for name, value in settings.items() if name not in OURS}
+    settings |= {"precision": precision, "accelerator": device.type}  # Lightning's own auto would take an Apple GPU
     settings["benchmark"] &= not settings["deterministic"]  # cuDNN's trials choose by timing
     if world_size() > 1:
         options: dict[str, Any] = {buffers_switch(): False, "gradient_as_bucket_view": True}
