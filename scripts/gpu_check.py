@@ -1,19 +1,23 @@
-"""What a GPU must show, in one command of minutes: tests, speed and memory against others, waits, and an exact resume.
+"""What a GPU must show, in one command of minutes.
 
-    python -m scripts.gpu_check [PART ...] [--output runs/gpu_check] [--minutes 9] [--npz cifar10.npz]
-        [--against official=PATH] [--again PART ['PART: CASE*' ...]]
+    python -m scripts.gpu_check [PART ...] [--output runs/gpu_check] [--minutes 9]
+        [--npz cifar10.npz] [--against official=PATH] [--again PART ['PART: CASE*' ...]]
     python -m scripts.gpu_check --rehearse
     python -m scripts.gpu_check --write-docs runs/gpu_check
 
-Parts: tests, waits, resume, step, loss, knn, data, end_to_end, speed_run. All of them run by default, the most important
-first, each in a process of its own and with its own share of the time. What does not fit is left over, and the same command
-goes on with it. The folder gets a JSON file and a log for each part, gpu_check.json with all of it, and gpu_check.md with
-the tables. To go on elsewhere, gpu_check.json is enough.
+Parts: tests, waits, resume, step, loss, knn, data, end_to_end, speed_run. All of them run by
+default, the most important first. Each has a process of its own and its own share of the time.
+What does not fit is left over, and the same command goes on with it.
 
-Nothing is downloaded: a peer that is not installed has a row that says so, and without --npz the speed run has images that
-are made on the spot. --rehearse does everything at tiny sizes on the CPU. --write-docs takes the tables into docs/gpu.md.
+The folder gets a JSON file and a log for each part, gpu_check.json with all of it, and
+gpu_check.md with the tables. To go on elsewhere, gpu_check.json is enough.
 
-Exit codes: 0 done, or out of time; 1 something failed, and its row says what; 2 bad input, or no GPU.
+Nothing is downloaded. A peer that is not installed has a row that says so, and without --npz the
+speed run trains on images that are made on the spot. --rehearse does everything at tiny sizes on
+the CPU. --write-docs takes the tables into docs/gpu.md.
+
+Exit codes: 0 done, or out of time; 1 something failed, and its row says what; 2 bad input, or no
+GPU.
 """
 
 import argparse
@@ -33,10 +37,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# The parent must leave the GPU alone: a process that is forked off it could not use the GPU otherwise. PyTorch then asks
-# the driver's own library whether there is one.
+# The parent must leave the GPU alone, or the processes that are forked off it cannot use it. With
+# this, PyTorch asks the driver's management library whether there is a GPU.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-# The benchmarks import each other as `python scripts/benchmark.py` does, with this folder on the path.
+# The benchmarks import each other with this folder on the path, as `python scripts/benchmark.py`
+# has it.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
@@ -94,14 +99,14 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help="only these; each part can be run by itself")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of the results; a second start goes on there")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="only these parts")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of the results")
     parser.add_argument("--minutes", type=minutes, default=9.0, help="that all of it may take")
-    parser.add_argument("--again", nargs="+", default=[], metavar="PATTERN", help="measure these anew")
-    parser.add_argument("--npz", metavar="FILE", help="images of the speed run, in the MedMNIST layout")
+    parser.add_argument("--again", nargs="+", default=[], metavar="PATTERN", help="measure anew")
+    parser.add_argument("--npz", metavar="FILE", help="images of the speed run")
     parser.add_argument("--against", action="append", default=[], metavar="official=PATH", help="a checkout")
     parser.add_argument("--rehearse", action="store_true", help="everything at tiny sizes, on the CPU")
-    parser.add_argument("--write-docs", type=Path, metavar="FOLDER", help="take the results into docs/gpu.md, and end")
+    parser.add_argument("--write-docs", type=Path, metavar="FOLDER", help="fill docs/gpu.md")
     return parser.parse_args(arguments)
 
 
@@ -118,7 +123,7 @@ def minutes(text: str) -> float:
 
 @contextmanager
 def ended_by_signals() -> Any:
-    """Inside, SIGTERM ends this process as an exception does, so that it ends its children first."""
+    """Let SIGTERM end this process as an exception does, so that it ends its children first."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
@@ -215,7 +220,8 @@ def forget(patterns: Sequence[str], folder: Folder, sizes: Sizes) -> None:
                 fits_any = True
                 file.forget(cases)
         if not fits_any:
-            raise InputError(f"--again {pattern}: fits no part and no 'part: case' (parts: {', '.join(PARTS)})")
+            choices = ", ".join(PARTS)
+            raise InputError(f"--again {pattern}: fits no part and no 'part: case' ({choices})")
 
 
 class Run:
@@ -228,7 +234,13 @@ class Run:
         seconds: from the start to the deadline.
     """
 
-    def __init__(self, folder: Folder, context: measuring.Context, deadline: float, seconds: float) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        context: measuring.Context,
+        deadline: float,
+        seconds: float,
+    ) -> None:
         self.folder = folder
         self.context = context
         self.deadline = deadline
@@ -241,10 +253,15 @@ class Run:
 
     def all_parts(self, parts: Sequence[str]) -> None:
         """Give each part its share, then those that need more what is left."""
-        missing = [part for part in PARTS if part in parts and not self.folder.parts[part].is_complete]
+        missing = []
         for part in PARTS:
-            if part in parts and part not in missing:
-                print(f"{part}: done before, {counts(self.folder.parts[part])}", flush=True)
+            if part not in parts:
+                continue
+            file = self.folder.parts[part]
+            if file.is_complete:
+                print(f"{part}: done before, {counts(file)}", flush=True)
+            else:
+                missing.append(part)
         for part in missing:
             measuring.load(part)
         for part in missing:
@@ -281,7 +298,11 @@ class Run:
         print(f"{part}: {counts(file)}, {time.monotonic() - begun:.0f} s", flush=True)
 
     def one_process(self, part: str, limit: float) -> int | None:
-        """A process that measures what the part lacks; its exit status, or None if it was ended after `limit` seconds."""
+        """Measure in a new process what the part lacks.
+
+        Returns:
+            Its exit status, or None if it was ended after `limit` seconds.
+        """
         file = self.folder.parts[part]
         with tempfile.TemporaryDirectory(prefix=f"gpu_check_{part}_") as scratch:
             context = replace(self.context, scratch=Path(scratch))
@@ -300,16 +321,18 @@ class Run:
 
 def started_process(method: str, work: Any, arguments: tuple[Any, ...]) -> BaseProcess:
     """A process, and a group of processes that begins with it."""
-    process = multiprocessing.get_context(method).Process(target=in_own_group, args=(work, arguments))
+    context = multiprocessing.get_context(method)
+    process = context.Process(target=in_own_group, args=(work, arguments))
     with warnings.catch_warnings():
-        # Python 3.12 warns of threads, which libraries start on import; they do not compute, and hold no locks.
+        # Python 3.12 warns of threads, which libraries start when they are imported. They compute
+        # nothing, and hold no locks.
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     return process
 
 
 def in_own_group(work: Any, arguments: tuple[Any, ...]) -> None:
-    """What a process begins with: all that it starts can be ended together, and nothing ends it but its parent."""
+    """Begin a group of processes, so that all that this one starts can be ended with it."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     work(*arguments)
@@ -346,10 +369,16 @@ def part_in_child(part: str, file: PartFile, context: measuring.Context) -> None
 
 
 def note_crash(file: PartFile, of_part: list[Any], status: int) -> None:
-    """Rows for what a part's process was at when it ended by itself; for all that is missing, if it was at nothing."""
+    """Add failed rows for the case that a process measured when it ended by itself.
+
+    If it measured none, all cases that are missing have failed.
+    """
     running = file.content["running"]
     error = RuntimeError(f"its process ended with status {status}, see {file.log.name}")
-    lost = [row for row in of_part if row.case == running or (running is None and row.case not in file.cases)]
+    if running is None:
+        lost = [row for row in of_part if row.case not in file.cases]
+    else:
+        lost = [row for row in of_part if row.case == running]
     file.finish([measuring.failed(row, error) for row in lost])
     if running is None:
         file.content["complete"] = True

@@ -1,1 +1,1 @@
-"""What `scripts/gpu_check.py` measures: its rows and sizes, one file for each part, and what the parts share."""
+"""What `scripts/gpu_check.py` measures: its rows, a file for each part, and what they share."""

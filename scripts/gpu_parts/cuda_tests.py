@@ -17,15 +17,18 @@ MARK = re.compile(r"\bmark\.gpu\b")
 
 
 def measure(case: str, context: Context) -> list[Result]:
-    """Run them in this process, which has imported most of what they need; without a GPU they are all skipped.
+    """Run them in this process, which has imported most of what they need.
+
+    Without a GPU they are all skipped.
 
     Raises:
         Unmet: none could be run.
     """
     report = context.scratch / "report.xml"
     os.chdir(REPOSITORY)
-    options = ["-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={report}"]
-    # pytest would look into the assertions of its plugins, and hydra, which is one, is imported already.
+    options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    options += ["--continue-on-collection-errors"]
+    # pytest rewrites the assertions of its plugins. One of them, hydra, is imported already.
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     code = pytest.main([*options, *map(str, files())])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
@@ -33,13 +36,15 @@ def measure(case: str, context: Context) -> list[Result]:
     counts, names = read_report(report)
     results = [measured(case, name, "tests", count) for name, count in counts.items()]
     if names:
-        results[list(counts).index(FAILED)] |= {"state": STATE_FAILED, "error": f"{len(names)}: {', '.join(names)}"}
+        error = f"{len(names)}: {', '.join(names)}"
+        results[list(counts).index(FAILED)] |= {"state": STATE_FAILED, "error": error}
     return results
 
 
 def files() -> list[Path]:
-    """The files with such tests: the others would be imported in vain, which takes longer than the tests."""
-    return [path for path in sorted((REPOSITORY / "tests").rglob("test_*.py")) if MARK.search(path.read_text())]
+    """Return the files with such tests: importing the others would take longer than the tests."""
+    paths = sorted((REPOSITORY / "tests").rglob("test_*.py"))
+    return [path for path in paths if MARK.search(path.read_text())]
 
 
 def read_report(report: Path) -> tuple[dict[str, int], list[str]]:

@@ -1,4 +1,4 @@
-"""InfoNCE forward and backward, against its two matrix products and the plain form: `benchmarks/loss.py`'s work."""
+"""InfoNCE forward and backward, against other forms of it: `benchmarks/loss.py`'s work."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ from benchmarks import loss
 
 from gpu_parts.measuring import Context, in_turns, rows_of_case
 from gpu_parts.results import Result
-from gpu_parts.rows import PRODUCTS
+from gpu_parts.rows import LIGHTLY, PRODUCTS
 
 
 def measure(case: str, context: Context) -> list[Result]:
@@ -17,4 +17,5 @@ def measure(case: str, context: Context) -> list[Result]:
         name: partial(loss.turn_of, build, num_queries, queue_size, context.device, calls)
         for name, build in loss.forms(context.peers).items()
     }
-    return in_turns(context, rows_of_case("loss", case, context), contenders, (PRODUCTS, "lightly"))
+    rows = rows_of_case("loss", case, context)
+    return in_turns(context, rows, contenders, (PRODUCTS, LIGHTLY))

@@ -1,4 +1,4 @@
-"""One part of the check, in a process of its own: case after case, each written down as soon as it is done."""
+"""One part of the check: case after case, each written down as soon as it is done."""
 
 import dataclasses
 import gc
@@ -58,11 +58,12 @@ class Context:
         return self.device.type == "cpu"
 
     def setting(self, net: Net) -> Setting:
-        """Precision and memory format that a training of the net has by default on a GPU that is faster in bf16."""
+        """Return precision and memory format that a training of the net has by default."""
         precision = "fp32"
         if not self.is_rehearsal and choose_precision("auto", self.device) == "bf16-mixed":
             precision = "bf16"
-        return Setting(self.device, precision, "channels_last" if net.has_batch_norm else "contiguous")
+        memory_format = "channels_last" if net.has_batch_norm else "contiguous"
+        return Setting(self.device, precision, memory_format)
 
 
 class Unmet(Exception):
@@ -111,7 +112,7 @@ def free_memory() -> None:
 
 
 def with_absent(rows: list[Row], case: str, found: list[Result]) -> list[Result]:
-    """The results of a case in the order of its rows; peers that did not take part have a row that says so."""
+    """Return a result for each row of a case; peers that did not take part have one that says so."""
     by_contender = {result["contender"]: result for result in found}
     results = []
     for row in rows:
@@ -126,7 +127,8 @@ def result_of(row: Row, state: str, **more: Any) -> Result:
 
 
 def measured(case: str, contender: str, unit: str, value: float, **more: Any) -> Result:
-    return {"case": case, "contender": contender, "unit": unit, "state": MEASURED, "value": value, **more}
+    names = {"case": case, "contender": contender, "unit": unit}
+    return {**names, "state": MEASURED, "value": value, **more}
 
 
 def failed(row: Row, error: BaseException) -> Result:
@@ -142,13 +144,13 @@ def one_line(error: BaseException) -> str:
 
 
 class Watched:
-    """Contenders whose failures, memory and start are noted, so that one that fails costs the others nothing.
+    """Contenders whose failures, memory and start are noted: one that fails stops no other.
 
     Args:
         device: that computes.
-        is_prepared: a turn brings its own warm-up. Otherwise each contender has three turns when it is built: in the
-            first the libraries choose their kernels and code is compiled, which is the ``start_seconds``; in the others
-            the peak memory is looked at. They do not count.
+        is_prepared: a turn brings its own warm-up. Otherwise each contender has turns that do not
+            count when it is built. In the first, libraries choose their kernels and code is
+            compiled: the ``start_seconds``. In the others the peak memory is looked at.
     """
 
     def __init__(self, device: torch.device, is_prepared: bool) -> None:
@@ -166,7 +168,7 @@ class Watched:
             except Exception as error:
                 traceback.print_exc(file=sys.stdout)
                 self.errors[name] = without_frames(error)
-            # Outside of the handler: the error's frames hold the contender's memory, and are gone here.
+            # Outside of the handler, as the error's frames held the contender's memory until here.
             gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
@@ -196,7 +198,7 @@ class Watched:
 
 
 def held() -> tuple[int, int]:
-    """Bytes of tensors, and bytes that PyTorch has of the GPU for them, once nothing is kept for later use."""
+    """Return the bytes of all tensors, and those that PyTorch holds for them, caches emptied."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -206,8 +208,8 @@ def held() -> tuple[int, int]:
 def peak_on_gpu(turn: Turn, before: tuple[int, int]) -> float:
     """MiB that a contender takes of the GPU at most, its model and its data included.
 
-    Not in its first turn, in which cuDNN's trials take room of their own. What CUDA graphs work in was taken when they
-    were recorded: it is no tensor's any more, and is seen in what PyTorch keeps.
+    The first turn, in which cuDNN's trials take room of their own, is over. The memory that CUDA
+    graphs work in was taken when they were recorded: no tensor has it now, but PyTorch holds it.
 
     Args:
         before: of `held`, before the contender was built.
@@ -239,7 +241,7 @@ def in_turns(
     is_prepared: bool = False,
     repeats: int | None = None,
 ) -> list[Result]:
-    """Measure contenders in interleaved rounds, see `benchmarks.turns`; results for those of `rows` that took part.
+    """Measure contenders in interleaved rounds, see `benchmarks.turns`.
 
     Args:
         rows: of one case.
@@ -247,12 +249,17 @@ def in_turns(
         references: contenders that all are compared with.
         is_prepared: see `Watched`.
         repeats: rounds, if they are not those of the sizes.
+
+    Returns:
+        A result for each of the rows that took part.
     """
     torch.backends.cudnn.benchmark = True  # as trainer.benchmark has it by default
     watched = Watched(context.device, is_prepared)
     guarded = {name: watched.watch(name, build) for name, build in contenders.items()}
-    case = Case(rows[0].case, guarded, references, warm_ups=0 if is_prepared or context.is_rehearsal else 1)
-    found = {row.contender: row for row in turns.measure(case, repeats or context.sizes.repeats, [], print)}
+    warm_ups = 0 if is_prepared or context.is_rehearsal else 1
+    case = Case(rows[0].case, guarded, references, warm_ups=warm_ups)
+    repeats = repeats or context.sizes.repeats
+    found = {row.contender: row for row in turns.measure(case, repeats, [], print)}
     results = []
     for row in rows:
         if row.contender in watched.errors:

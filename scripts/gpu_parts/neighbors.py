@@ -1,4 +1,4 @@
-"""kNN classification on the device, against the bare matrix product: `bench_knn.py`'s work, in one process."""
+"""kNN classification on the device, against the bare matrix product: `bench_knn.py`'s work."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""The folder of results: a JSON file for each part, written after every case, and one file that holds them all."""
+"""The folder of results: a JSON file for each part, and one that holds them all."""
 
 import json
 import os
@@ -11,10 +11,11 @@ from moco.errors import InputError
 MERGED = "gpu_check.json"
 
 MEASURED, FAILED, ABSENT = "measured", "failed", "absent"
-"""States of a result. ``failed`` has its ``error`` in one line, ``absent`` its ``note``: a peer that is not there."""
+"""States of a result. ``failed`` has an ``error`` of one line; ``absent``, of a peer that is not
+there, a ``note``."""
 
 Result = dict[str, Any]
-"""What was found for a row: its ``case``, ``contender`` and ``unit``, a ``state``, and mostly a ``value``."""
+"""What was found for a row: ``case``, ``contender``, ``unit``, ``state`` and mostly ``value``."""
 
 
 class PartFile:
@@ -67,7 +68,7 @@ class PartFile:
         return self.content["attempts"].get(case, 0)
 
     def begin(self, case: str) -> None:
-        """Note that the case is being measured, for whoever finds this file after the process was ended."""
+        """Note that the case is being measured; the note stays if the process ends meanwhile."""
         self.content["attempts"][case] = self.attempts(case) + 1
         self.content["running"] = case
         self.write()
@@ -102,7 +103,7 @@ class Folder:
         merged = read_json(path / MERGED) if (path / MERGED).exists() else {}
         if merged and merged["rehearsal"] != is_rehearsal:
             kind = "a rehearsal" if merged["rehearsal"] else "a GPU"
-            raise InputError(f"--output {path}: it holds the results of {kind}; choose another folder")
+            raise InputError(f"--output {path}: it holds results of {kind}; choose another folder")
         path.mkdir(parents=True, exist_ok=True)
         self.is_rehearsal = is_rehearsal
         self.machine: dict[str, Any] = merged.get("machine", {})
@@ -120,8 +121,8 @@ class Folder:
             before = self.machine.get(name, machine[name])
             if before != machine[name]:
                 raise InputError(
-                    f"--output {self.path}: its results come from {name} {before}, and here it is {machine[name]}; "
-                    "choose another folder"
+                    f"--output {self.path}: its results come from {name} {before}, "
+                    f"and here it is {machine[name]}; choose another folder"
                 )
         self.machine = machine
 

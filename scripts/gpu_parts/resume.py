@@ -1,4 +1,4 @@
-"""Whether a run that was stopped and resumed ends in the same bits as one that was not, with trainer.deterministic."""
+"""Whether a resumed run ends in the same bits as one that was not stopped."""
 
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,16 @@ def measure(case: str, context: Context) -> list[Result]:
     for folder, steps in ((whole, END), (parts, STOP), (parts, END)):
         run(config_of(context, steps, is_compiled), folder)
     one, other = tensors_of(whole), tensors_of(parts)
-    different = [name for name in one.keys() | other.keys() if not is_equal(one.get(name), other.get(name))]
-    largest = max((distance(one[name], other[name]) for name in different if name in one and name in other), default=0)
+    if one.keys() != other.keys():
+        raise Unmet("the checkpoints do not have the same tensors")
+    different = [name for name in one if not torch.equal(one[name], other[name])]
     note = f"of {len(one)} in the checkpoint"
     if different:
+        largest = max(distance(one[name], other[name]) for name in different)
         note += f", by up to {largest:.1g}"
     if different and case == EAGER:
-        raise Unmet(f"{len(different)} tensors differ, {note}: {', '.join(sorted(different)[:3])} ...")
+        names = ", ".join(different[:3])
+        raise Unmet(f"{len(different)} tensors differ, {note}: {names} ...")
     if case != EAGER and context.is_rehearsal:
         note += ", not compiled, as there is no GPU"
     return [measured(case, DIFFERENT, "tensors", len(different), note=note)]
@@ -59,18 +62,15 @@ def config_of(context: Context, num_steps: int, is_compiled: bool) -> Any:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the run's last checkpoint that belongs to the model or the optimizer, by name."""
-    content = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    """Return every tensor of model and optimizer in the run's last checkpoint, by name."""
+    path = folder / "checkpoints" / "last.ckpt"
+    content = torch.load(path, map_location="cpu", weights_only=True)
     found = dict(content["state_dict"])
     for number, state in content["optimizer_states"][0]["state"].items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
                 found[f"optimizer.{number}.{name}"] = value
     return found
-
-
-def is_equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    return one is not None and other is not None and torch.equal(one, other)
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -1,6 +1,6 @@
-"""The rows of the table: what is measured, at which sizes, in which unit. Nothing else says which rows there are."""
+"""The rows of the table: what is measured, at which sizes, in which unit."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.nets import GPU_CHECK, ON_A_GPU, TINY, TINY_GPU_CHECK, Net
@@ -16,7 +16,7 @@ PARTS = {
     "end_to_end": "Training with data",
     "speed_run": "A speed run",
 }
-"""By name, in the order in which they run: the most important first. The values are the headings."""
+"""Headings by part, in the order in which the parts run: the most important first."""
 
 LIGHTLY, OFFICIAL = "lightly", "official"
 BOUND, BOUND_AGAIN = "lower bound", "lower bound, again"
@@ -121,7 +121,11 @@ TINY_SIZES = Sizes(
     repeats=1,
 )
 
-WAITING = ("MoCo v2, SGD, settings of speed at their defaults", "AdamW, gradients clipped", "symmetric, dense term")
+WAITING = (
+    "MoCo v2, SGD, settings of speed at their defaults",
+    "AdamW, gradients clipped",
+    "symmetric, dense term",
+)
 RESUMED = (EAGER, "compiled with CUDA graphs")
 
 
@@ -133,26 +137,28 @@ def rows(sizes: Sizes) -> list[Row]:
 def rows_of(part: str, sizes: Sizes) -> list[Row]:
     """The figures of one part, in the order of the table."""
     if part == "tests":
-        return [Row(part, "tests marked gpu", contender, "tests") for contender in (PASSED, FAILED, SKIPPED)]
+        return table(part, ["tests marked gpu"], (PASSED, FAILED, SKIPPED), "tests")
     if part == "waits":
-        return [Row(part, case, WAITS, "per step") for case in WAITING]
+        return table(part, WAITING, (WAITS,), "per step")
     if part == "resume":
-        return [Row(part, case, DIFFERENT, "tensors") for case in RESUMED]
+        return table(part, RESUMED, (DIFFERENT,), "tensors")
     if part == "step":
         return step_rows(part, sizes)
     if part == "loss":
-        contenders = (PRODUCTS, OURS, PLAIN, LIGHTLY)
-        return [Row(part, case, contender, "ms") for case in sizes.losses for contender in contenders]
+        return table(part, sizes.losses, (PRODUCTS, OURS, PLAIN, LIGHTLY), "ms")
     if part == "knn":
-        contenders = (KNN_PRODUCT, OURS, LIGHTLY)
-        return [Row(part, case, contender, "ms") for case in sizes.banks for contender in contenders]
+        return table(part, sizes.banks, (KNN_PRODUCT, OURS, LIGHTLY), "ms")
     if part == "data":
-        contenders = (BATCH_ENGINE, PILLOW)
-        return [Row(part, case, contender, "images/s") for case in sizes.batches for contender in contenders]
+        return table(part, sizes.batches, (BATCH_ENGINE, PILLOW), "images/s")
     if part == "end_to_end":
         contenders = (STEP_ALONE, WITH_DATA, OFFICIAL, LIGHTLY)
-        return [Row(part, case, contender, "images/s") for case in sizes.trainings for contender in contenders]
+        return table(part, sizes.trainings, contenders, "images/s")
     return speed_run_rows(part, sizes)
+
+
+def table(part: str, cases: Iterable[str], contenders: Sequence[str], unit: str) -> list[Row]:
+    """Return a row for each contender of each case."""
+    return [Row(part, case, contender, unit) for case in cases for contender in contenders]
 
 
 def step_rows(part: str, sizes: Sizes) -> list[Row]:
@@ -164,11 +170,9 @@ def step_rows(part: str, sizes: Sizes) -> list[Row]:
             contenders.append(OURS_SHUFFLED)
         if net.window_size:
             contenders.append(TORCHVISION)
-        found += [Row(part, case, contender, "images/s") for contender in (*contenders, OFFICIAL, LIGHTLY)]
-    for case in sizes.nets:
-        contenders = [BOUND, COMPILED, WITH_GRAPHS]
-        found += [Row(part, case + AND_COMPILED, contender, "images/s") for contender in contenders]
-    return found
+        found += table(part, [case], [*contenders, OFFICIAL, LIGHTLY], "images/s")
+    compiled = [case + AND_COMPILED for case in sizes.nets]
+    return found + table(part, compiled, (BOUND, COMPILED, WITH_GRAPHS), "images/s")
 
 
 def speed_run_rows(part: str, sizes: Sizes) -> list[Row]:

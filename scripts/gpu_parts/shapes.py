@@ -1,4 +1,4 @@
-"""Labelled images of CIFAR's form that are made on the spot: ten shapes, each at any place, in any size and colours."""
+"""Labelled images that are made on the spot: ten shapes at any place, in any size and colours."""
 
 from pathlib import Path
 
@@ -39,7 +39,8 @@ def draw(num_images: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]
         count = len(labels[part])
         radius = generator.uniform(0.4, 0.8, (count, 1, 1)).astype(np.float32)
         centre = generator.uniform(-0.4, 0.4, (2, count, 1, 1)).astype(np.float32)
-        columns, rows = (axis[None, None, :] - centre[0]) / radius, (axis[None, :, None] - centre[1]) / radius
+        columns = (axis[None, None, :] - centre[0]) / radius
+        rows = (axis[None, :, None] - centre[1]) / radius
         columns, rows = np.broadcast_arrays(columns, rows)
         is_shape = np.choose(labels[part][:, None, None], masks(columns, rows))  # (N, size, size)
         colors = generator.integers(0, 256, (2, count, 1, 1, 3))
@@ -48,7 +49,14 @@ def draw(num_images: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]
     return images, labels
 
 
-def write(path: Path, num_images: int, num_queries: int, size: int, *, has_labels: bool = True) -> Path:
+def write(
+    path: Path,
+    num_images: int,
+    num_queries: int,
+    size: int,
+    *,
+    has_labels: bool = True,
+) -> Path:
     """An archive in the MedMNIST layout."""
     images, labels = draw(num_images, size, seed=0)
     arrays = {"train_images": images}

@@ -1,4 +1,4 @@
-"""The first seconds of `+experiment=cifar10_speedrun`: its speed, and loss and kNN over the seconds of training."""
+"""The first seconds of `+experiment=cifar10_speedrun`: its speed, and loss and kNN over time."""
 
 import dataclasses
 import time
@@ -25,16 +25,24 @@ from moco.training.interrupts import StopRequest
 NUM_IMAGES, NUM_QUERIES, IMAGE_SIZE = 50_000, 10_000, 32
 """Of CIFAR-10."""
 TINY = (
-    "backbone=resnet_tiny", "data.image_size=16", "data.batch_size=16", "method.queue_size=64", "method.batch_norm_splits=2",
-    "trainer.precision=32-true", "trainer.compile=false", "evaluation.num_neighbors=5", "evaluation.batch_size=64",
-)  # fmt: skip
+    "backbone=resnet_tiny",
+    "data.image_size=16",
+    "data.batch_size=16",
+    "method.queue_size=64",
+    "method.batch_norm_splits=2",
+    "trainer.precision=32-true",
+    "trainer.compile=false",
+    "evaluation.num_neighbors=5",
+    "evaluation.batch_size=64",
+)
 TINY_IMAGES, TINY_QUERIES, TINY_SIZE = 128, 32, 16
 
 
 class Curve(pl.Callback):
     """Loss and kNN after so many seconds of training, which ends with the last of them.
 
-    The clock starts with the end of the first step, in which the nets are compiled, and stands still while kNN is measured.
+    The clock starts with the end of the first step, in which the nets are compiled. It stands still
+    while kNN is measured.
 
     Args:
         monitor: measures kNN; no longer one of the training's callbacks.
@@ -54,7 +62,14 @@ class Curve(pl.Callback):
         """Since the last mark, on the device: reading one would be a wait in every step."""
         self.points: list[dict[str, float]] = []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         if not self.first_step_seconds:
             wait_for(pl_module.device)
             self.started = time.perf_counter()
@@ -101,7 +116,8 @@ def measure(case: str, context: Context) -> list[Result]:
     plain = dataclasses.asdict(config)
     pl.seed_everything(config.seed, verbose=False)
     data, method = build_data(config), build_method(plain)
-    trainer = build_trainer(config, context.scratch / "run", plain, figures, Console(quiet=True), StopRequest(()))
+    run_folder, console = context.scratch / "run", Console(quiet=True)
+    trainer = build_trainer(config, run_folder, plain, figures, console, StopRequest(()))
     (monitor,) = [callback for callback in trainer.callbacks if isinstance(callback, KNNMonitor)]
     trainer.callbacks.remove(monitor)
     curve = Curve(monitor, figures, context.sizes.speed_marks)
@@ -110,8 +126,14 @@ def measure(case: str, context: Context) -> list[Result]:
     return results_of(case, curve, context.sizes.speed_marks, config.data.batch_size, images)
 
 
-def results_of(case: str, curve: Curve, marks: list[float], batch_size: int, images: str) -> list[Result]:
-    """A row for each figure; a slow step or measurement can pass several marks at once, which then share a point."""
+def results_of(
+    case: str,
+    curve: Curve,
+    marks: list[float],
+    batch_size: int,
+    images: str,
+) -> list[Result]:
+    """Return a result for each figure; marks that one slow step passed at once share a point."""
     speed = curve.num_steps * batch_size / curve.points[-1]["seconds"]
     results = [
         measured(case, FIRST_STEP, "s", curve.first_step_seconds, note=images, curve=curve.points),

@@ -1,4 +1,4 @@
-"""A training step on random tensors, against the bare backbone and the peers: as it is, compiled, with CUDA graphs."""
+"""A training step on random tensors, as it is and compiled, against the backbone and the peers."""
 
 import warnings
 from collections.abc import Callable
@@ -36,7 +36,8 @@ def measure(case: str, context: Context) -> list[Result]:
     is_compiled = case.endswith(AND_COMPILED)
     net = context.sizes.nets[case.removesuffix(AND_COMPILED)]
     contenders = compiled(net, context) if is_compiled else as_they_are(net, context)
-    results = in_turns(context, rows_of_case("step", case, context), contenders, (BOUND, OFFICIAL, LIGHTLY))
+    rows = rows_of_case("step", case, context)
+    results = in_turns(context, rows, contenders, (BOUND, OFFICIAL, LIGHTLY))
     for result in results:
         if context.is_rehearsal and result["contender"] in (COMPILED, WITH_GRAPHS):
             result["note"] = REHEARSAL_NOTE
@@ -44,7 +45,10 @@ def measure(case: str, context: Context) -> list[Result]:
 
 
 def as_they_are(net: Net, context: Context) -> dict[str, Callable[[], Turn]]:
-    """Each in the same precision and layout. The second lower bound shows what a ratio of these rounds can tell."""
+    """Return contenders of one precision and layout.
+
+    The second lower bound shows what a ratio of these rounds can tell.
+    """
     step = partial(one_step, net=net, setting=context.setting(net))
     contenders = {
         BOUND: partial(step, lower_bound.step),
@@ -74,7 +78,8 @@ def compiled(net: Net, context: Context) -> dict[str, Callable[[], Turn]]:
     step = partial(one_step, net=net, setting=context.setting(net))
 
     def ours_compiled(cuda_graphs: bool) -> Turn:
-        return step(partial(ours.step, prepare=partial(compile_encoders, context.device, cuda_graphs)))
+        prepare = partial(compile_encoders, context.device, cuda_graphs)
+        return step(partial(ours.step, prepare=prepare))
 
     return {
         BOUND: partial(step, lower_bound.step),
@@ -86,7 +91,8 @@ def compiled(net: Net, context: Context) -> dict[str, Callable[[], Turn]]:
 def compile_encoders(device: torch.device, cuda_graphs: bool, method: MoCo) -> None:
     """What `HardwareFit` does, but for the reset: both ways to compile live in one process."""
     torch._dynamo.config.recompile_limit = SIZES_AT_MOST
-    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+    not_a_leaf = "The .grad attribute of a Tensor that is not a leaf"
+    warnings.filterwarnings("ignore", not_a_leaf, UserWarning)
     if device.type == "cuda":
         method.compile_encoders(compiler_options(device, cuda_graphs))
         return

@@ -14,6 +14,18 @@ BEGIN, END = "<!-- gpu_check: begin -->", "<!-- gpu_check: end -->"
 MACHINE = ("device", "cpu", "cores", "torch", "cuda", "date")
 """What a table says about where it was measured."""
 
+COLUMNS = (
+    "case",
+    "contender",
+    "unit",
+    "result",
+    "lowest to highest",
+    "time over",
+    "peak MiB",
+    "start, s",
+    "note",
+)
+
 Key = tuple[str, str, str]
 """Part, case and contender."""
 
@@ -56,11 +68,11 @@ def table_of(rows: Sequence[Row], found: Mapping[Key, Result], missing: str) -> 
     for row in rows:
         result = found.get(key_of_row(row))
         state = missing if result is None else value_of(result)
-        lines.append({"case": row.case, "contender": row.contender, "unit": row.unit, "result": state})
+        line = {"case": row.case, "contender": row.contender, "unit": row.unit, "result": state}
         if result is not None:
-            lines[-1] |= details_of(result)
-    columns = ["case", "contender", "unit", "result", "lowest to highest", "time over", "peak MiB", "start, s", "note"]
-    columns = [column for column in columns if any(line.get(column) for line in lines)]
+            line |= details_of(result)
+        lines.append(line)
+    columns = [column for column in COLUMNS if any(line.get(column) for line in lines)]
     written = [markdown_row(columns), "|" + "---|" * len(columns)]
     written += [markdown_row([line.get(column, "") for column in columns]) for line in lines]
     return "\n".join(written)
@@ -84,9 +96,12 @@ def details_of(result: Result) -> dict[str, str]:
     cells = {}
     if "lowest" in result:
         cells["lowest to highest"] = f"{figure(result['lowest'])} to {figure(result['highest'])}"
-    others = {name: ratio for name, ratio in result.get("ratios", {}).items() if name != result["contender"]}
+    others = []
+    for name, ratio in result.get("ratios", {}).items():
+        if name != result["contender"]:
+            others.append(f"{name} {ratio:.2f}")
     if others:
-        cells["time over"] = ", ".join(f"{name} {ratio:.2f}" for name, ratio in others.items())
+        cells["time over"] = ", ".join(others)
     if "peak_mib" in result:
         cells["peak MiB"] = figure(result["peak_mib"])
     if "start_seconds" in result:
@@ -105,7 +120,8 @@ def figure(value: float) -> str:
 
 def machines(results: Iterable[Result]) -> list[str]:
     """A line for each machine that the results come from."""
-    return list(dict.fromkeys(result["measured_on"] for result in results if "measured_on" in result))
+    named = [result["measured_on"] for result in results if "measured_on" in result]
+    return list(dict.fromkeys(named))
 
 
 def described(machine: Mapping[str, Any]) -> str:
@@ -119,12 +135,16 @@ def report(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
     heading = f"GPU check: {REHEARSAL}" if content["rehearsal"] else "GPU check"
     unfinished = [part for part, of_part in content["parts"].items() if of_part["out_of_time"]]
     parts = tables(rows, results_of(content), unfinished)
-    return "\n\n".join([f"# {heading}", described(content["machine"]), parts, *curves(content)]) + "\n"
+    sections = [f"# {heading}", described(content["machine"]), parts, *curves(content)]
+    return "\n\n".join(sections) + "\n"
 
 
 def results_of(content: Mapping[str, Any]) -> list[Result]:
     """All rows of a merged file, each with its part."""
-    return [{"part": part, **row} for part, of_part in content["parts"].items() for row in of_part["rows"]]
+    found = []
+    for part, of_part in content["parts"].items():
+        found += [{"part": part, **row} for row in of_part["rows"]]
+    return found
 
 
 def curves(content: Mapping[str, Any]) -> list[str]:

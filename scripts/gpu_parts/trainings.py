@@ -1,4 +1,4 @@
-"""Images per second of a training with its data, against its step alone and the peers: `benchmarks/end_to_end.py`'s work."""
+"""Images per second of a training with its data: `benchmarks/end_to_end.py`'s work."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""What makes the host wait for the GPU between logged steps, in short trainings with all callbacks of `moco.train`."""
+"""What makes the host wait for the GPU between logged steps, in trainings with all callbacks."""
 
 import contextlib
 import dataclasses
@@ -25,13 +25,24 @@ from moco.training.interrupts import StopRequest
 
 PACKAGE = Path(moco.__file__).resolve().parent
 LOGGED = 6
-"""Steps from one logged row to the next; those before the first, in which nets are compiled, are not looked at."""
+"""Steps from one logged row to the next. Those before the first, in which nets are compiled, are
+not looked at."""
 STEPS = 3 * LOGGED
 WARNING = "called a synchronizing CUDA operation"
 """What CUDA's sync debug mode says."""
-WAITING_OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2")
+WAITING_OPERATIONS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "equal",
+    "unique",
+    "_unique2",
+)
 """Of a CPU, where nothing waits, those that would on a GPU."""
 MOST_PLACES = 5
+OWN_FRAMES = ("/warnings.py", "/gpu_parts/waits.py")
+"""Files whose frames say nothing about a wait."""
 
 UNCOMPILED = ["trainer.compile=false"]
 SETTINGS = dict(
@@ -39,7 +50,12 @@ SETTINGS = dict(
         WAITING,
         [
             [],
-            [*UNCOMPILED, "optimizer=adamw", "optimizer.lr_for_batch_size=null", "trainer.gradient_clip_val=1.0"],
+            [
+                *UNCOMPILED,
+                "optimizer=adamw",
+                "optimizer.lr_for_batch_size=null",
+                "trainer.gradient_clip_val=1.0",
+            ],
             [*UNCOMPILED, "method.symmetric=true", "method.dense_weight=0.5"],
         ],
         strict=True,
@@ -60,13 +76,13 @@ class Places:
 
 
 def place() -> str:
-    """The innermost line of this project that is being run, outside of the scripts; else the innermost of all."""
+    """Return the innermost line of this project's package that runs, else the innermost of all."""
     frames = traceback.extract_stack()[:-2]
     for frame in reversed(frames):
         path = Path(frame.filename)
         if path.is_relative_to(PACKAGE):
             return f"{path.relative_to(PACKAGE.parent)}:{frame.lineno}"
-    others = [frame for frame in frames if "warnings.py" not in frame.filename and "gpu_parts" not in frame.filename]
+    others = [frame for frame in frames if not frame.filename.endswith(OWN_FRAMES)]
     return "/".join(Path(others[-1].filename).parts[-3:]) + f":{others[-1].lineno}"
 
 
@@ -82,7 +98,7 @@ class OfCuda:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+        def show(message: Any, category: Any, filename: str, lineno: int, *more: Any) -> None:
             if WARNING in str(message):
                 self.places.note()
             else:
@@ -110,27 +126,41 @@ class OfOperations(TorchDispatchMode):
     def watching(self) -> TorchDispatchMode:
         return self
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         if function.overloadpacket.__name__ in WAITING_OPERATIONS:
             self.places.note()
         return function(*args, **(kwargs or {}))
 
 
 class BetweenLoggedSteps(pl.Callback):
-    """Watches all steps that are not logged after the first `LOGGED`, and the loading of their batches."""
+    """Watches the steps after the first `LOGGED` that are not logged, and the loading between."""
 
     def __init__(self, watcher: OfCuda | OfOperations) -> None:
         self.watcher = watcher
         self.num_steps = 0
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         is_watched = batch_idx >= LOGGED and not is_logged(batch_idx)
         self.num_steps += is_watched
         self.watcher.switch(is_watched)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         # Callbacks behind this one may still log a step's row.
-        self.watcher.switch(batch_idx >= LOGGED and not is_logged(batch_idx) and not is_logged(batch_idx + 1))
+        is_between = not is_logged(batch_idx) and not is_logged(batch_idx + 1)
+        self.watcher.switch(batch_idx >= LOGGED and is_between)
 
 
 def is_logged(batch_idx: int) -> bool:
