@@ -82,7 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if given.write_docs:
             count = tables.write_docs(given.write_docs, PAGE, KEPT, rows(FULL))
-            print(f"{count} of {len(rows(FULL))} rows of {PAGE.relative_to(REPOSITORY)} have a figure")
+            page = PAGE.relative_to(REPOSITORY)
+            print(f"{count} of {len(rows(FULL))} rows of {page} have a figure")
             return
         with ended_by_signals():
             has_failed = check(given)
@@ -264,8 +265,9 @@ class Run:
                 missing.append(part)
         for part in missing:
             measuring.load(part)
-        for part in missing:
-            self.one_part(part, max(SHARES[part] * self.seconds, LEAST_SECONDS[part]))
+        if len(missing) > 1:
+            for part in missing:
+                self.one_part(part, max(SHARES[part] * self.seconds, LEAST_SECONDS[part]))
         for part in missing:
             if not self.folder.parts[part].is_complete:
                 self.one_part(part, self.seconds_left)
@@ -285,14 +287,13 @@ class Run:
             status = self.one_process(part, begun + limit - time.monotonic())
             file.read()
             if status is None:
-                file.content["out_of_time"] = True
                 break
             if status == FORKED_TOO_LATE and self.method == "fork":
                 self.method = "spawn"
             elif status != 0:
                 note_crash(file, rows_of(part, self.context.sizes), status)
         file.content["seconds"] += time.monotonic() - begun
-        file.content["out_of_time"] &= not file.is_complete
+        file.content["out_of_time"] = not file.is_complete
         file.write()
         self.write()
         print(f"{part}: {counts(file)}, {time.monotonic() - begun:.0f} s", flush=True)

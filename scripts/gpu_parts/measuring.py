@@ -112,7 +112,7 @@ def free_memory() -> None:
 
 
 def with_absent(rows: list[Row], case: str, found: list[Result]) -> list[Result]:
-    """Return a result for each row of a case; peers that did not take part have one that says so."""
+    """Return a result for each row of a case, also for peers that did not take part."""
     by_contender = {result["contender"]: result for result in found}
     results = []
     for row in rows:
