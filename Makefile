@@ -1,4 +1,4 @@
-# Every target sets up the project's own environment, .venv, when that is missing, unfinished or older than
+# Every target but gpu sets up the project's own environment, .venv, when that is missing, unfinished or older than
 # requirements.lock and pyproject.toml. `make` alone lists the targets.
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart train test test-slow test-lowest test-minimal lint format lock clean moved
+.PHONY: help quickstart train test test-slow test-lowest test-minimal gpu lint format lock clean moved
 
 help: ## list the targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3.12]'
@@ -48,6 +48,11 @@ test-minimal: $(READY) ## the fast tests without the optional extras, in .venv-m
 	$(UV) venv --quiet --clear --python .venv/bin/python .venv-minimal
 	$(UV) pip install --quiet --python .venv-minimal/bin/python --constraint requirements.lock -e . pytest pytest-xdist
 	.venv-minimal/bin/python -m pytest $(PYTEST) $(ARGS)
+
+# Where a GPU is lent for minutes there may be no network: this sets nothing up.
+gpu: ## what a GPU must show, in 9 minutes; in .venv if it is there, else by PYTHON
+	@if [ -x .venv/bin/python ]; then exec .venv/bin/python -m scripts.gpu_check $(ARGS); fi; \
+	PYTHONPATH="$(PYTHONPATH)" exec "$(PYTHON)" -m scripts.gpu_check $(ARGS)
 
 lint: $(READY) ## style, format and types; changes nothing
 	.venv/bin/python -m ruff check .

@@ -25,10 +25,17 @@ BATCH = {64: 2, 224: 8, 565: 2}
 CASES = ("224/7/fp32", "565/18/fp32", "224/7/bf16", "565/18/bf16")
 
 
-def torchvisions(window: int) -> nn.Module:
-    """Swin V2-T of torchvision at any window, without its classifier."""
+SHAPES = {
+    "swin_v2_t": {"patch_size": [4, 4], "embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
+    "swin_v2_tiny_patch2": {"patch_size": [2, 2], "embed_dim": 32, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8]},
+}
+"""Of nets of ``conf/backbone``, as torchvision's class takes them."""
+
+
+def torchvisions(window: int, backbone: str = "swin_v2_t") -> nn.Module:
+    """Swin V2 of torchvision at any window, without its classifier; by default the T."""
     model = swin_transformer.SwinTransformer(
-        patch_size=[4, 4], embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=[window, window],
+        **SHAPES[backbone], window_size=[window, window],
         stochastic_depth_prob=0.0, block=swin_transformer.SwinTransformerBlockV2,
         downsample_layer=swin_transformer.PatchMergingV2,
     )  # fmt: skip

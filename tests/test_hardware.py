@@ -258,6 +258,7 @@ def test_between_logged_steps_nothing_waits_for_the_device(settings, runner, mon
     assert [bool(seen) for seen in steps.of_steps] == [False, False, True, False]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_itself_finds_no_wait_between_logged_steps(runner):
     class Strict(pl.Callback):

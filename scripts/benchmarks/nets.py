@@ -1,7 +1,9 @@
 """The nets, batches and queues that steps are measured on, the same for all contenders."""
 
 import contextlib
+import copy
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -26,6 +28,12 @@ class Net:
     queue_size: int
     window_size: int | None = None
     """Of a Swin, cells: one that fits its maps without padding."""
+    partial_patches: str | None = None
+    """Of a Swin: ``drop`` leaves the last pixels out where the image is no multiple of the patch, as torchvision does."""
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return self.backbone.startswith("resnet")
 
     def config(self, *more: str) -> TrainConfig:
         """MoCo v2 with this net, all else as ``conf/`` has it, but for the overrides `more`."""
@@ -37,13 +45,14 @@ class Net:
             f"data.batch_size={self.batch_size}",
             f"data.image_size={self.image_size}",
             *([f"backbone.window_size={self.window_size}"] if self.window_size else []),
+            *([f"backbone.partial_patches={self.partial_patches}"] if self.partial_patches else []),
         ]
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             return parse(compose("train", [*overrides, *more]), TrainConfig)
 
     def plain(self, *more: str) -> dict[str, Any]:
         """The same as dicts and numbers."""
-        return dataclasses.asdict(self.config(*more))
+        return copy.deepcopy(plain_config(self, more))
 
     def ours(self) -> nn.Module:
         """The backbone as the method has it."""
@@ -53,9 +62,15 @@ class Net:
         """The backbone as peers have it: torchvision's. Our ResNet is torchvision's own, but for its stems."""
         if self.window_size is None:
             return self.ours()
-        backbone = torchvisions(self.window_size)
-        backbone.feature_dim = 768
+        backbone = torchvisions(self.window_size, self.backbone)
+        backbone.feature_dim = backbone.norm.normalized_shape[0]
         return backbone
+
+
+@functools.cache
+def plain_config(net: Net, more: tuple[str, ...]) -> dict[str, Any]:
+    """Of `Net.plain`, kept: each contender asks for it, and composing takes longer than a tiny net's steps."""
+    return dataclasses.asdict(net.config(*more))
 
 
 NETS = {
@@ -72,6 +87,22 @@ ON_A_GPU = {
 }
 """The same with batches that fill a GPU."""
 TINY = {"resnet_tiny": Net("resnet_tiny", 16, 16, 64)}
+GPU_CHECK = {
+    "ResNet-18, 32 px, batch 512": Net("resnet18_cifar", 32, 512, 4096),
+    "ResNet-50, 224 px, batch 64": Net("resnet50", 224, 64, 65536),
+    "ViT-S, 224 px, batch 64": Net("vit_small", 224, 64, 65536),
+    "Swin V2-T, 224 px, window 7, batch 64": Net("swin_v2_t", 224, 64, 65536, 7, "drop"),
+    "Swin V2-T, 565 px, window 18, batch 8": Net("swin_v2_t", 565, 8, 65536, 18, "drop"),
+}
+"""What `gpu_check.py` measures, by the names in its table."""
+TINY_GPU_CHECK = {
+    "tiny ResNet, 16 px, batch 8": Net("resnet_tiny", 16, 8, 64),
+    "tiny ResNet, 24 px, batch 8": Net("resnet_tiny", 24, 8, 64),
+    "tiny ViT, 16 px, batch 8": Net("vit_tiny_patch4", 16, 8, 64),
+    "tiny Swin V2, 16 px, window 4, batch 8": Net("swin_v2_tiny_patch2", 16, 8, 64, 4, "drop"),
+    "tiny Swin V2, 19 px, window 3, batch 8": Net("swin_v2_tiny_patch2", 19, 8, 64, 3, "drop"),
+}
+"""The same for its rehearsal on a CPU."""
 
 
 def nets_of(device: torch.device, tiny: bool) -> dict[str, Net]:

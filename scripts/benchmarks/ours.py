@@ -23,6 +23,7 @@ from moco.data.datasets import ArrayPictures, DataSource
 from moco.data.loading import PairBatch
 from moco.data.views import ViewPair, build_evaluation_view
 from moco.methods.batch_norm import batch_norm_mode
+from moco.methods.moco import MoCo
 from moco.methods.momentum import update_key_encoder
 from moco.train import build_method, build_trainer
 from moco.training.hardware import keep_freed_memory
@@ -35,14 +36,19 @@ def pair_batch(query_view: Tensor, key_view: Tensor) -> PairBatch:
     return PairBatch((query_view, key_view), indices, torch.zeros_like(indices, dtype=torch.bool), 0)
 
 
-def step(net: Net, setting: Setting, batch_norm: str = "auto") -> Callable[[Tensor, Tensor], None]:
+def step(
+    net: Net, setting: Setting, batch_norm: str = "auto", prepare: Callable[[MoCo], None] | None = None
+) -> Callable[[Tensor, Tensor], None]:
     """The method's training step, backward, its optimizer's step and the momentum update, without a Trainer.
 
     Args:
         batch_norm: ``auto`` is what a training on one device has; ``shuffle`` is what the official class does.
+        prepare: called with the method on its device before the first step, for instance to compile it.
     """
     keep_freed_memory()  # as `moco.train` does
     method = setting.placed(build_method(net.plain()))
+    if prepare is not None:
+        prepare(method)
     method.put_in_force(batch_norm_mode(batch_norm, method.key_encoder, 1, setting.device.type))
     optimizer = method.configure_optimizers()
 

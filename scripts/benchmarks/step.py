@@ -66,7 +66,7 @@ def alike(net: Net, setting: Setting) -> dict[str, Callable[[], Turn]]:
         "lower bound, again": partial(one_step, lower_bound.step, net, setting),
         "ours": partial(one_step, ours.step, net, setting),
     }
-    if not net.window_size:  # without BatchNorm there is one way only
+    if net.has_batch_norm:  # without it there is one way only
         steps["ours, batch_norm=shuffle"] = partial(one_step, ours.step, net, setting, "shuffle")
     return steps
 

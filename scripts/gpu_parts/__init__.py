@@ -1,0 +1,1 @@
+"""What `scripts/gpu_check.py` measures: its rows, a file for each part, and what they share."""

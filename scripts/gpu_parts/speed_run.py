@@ -1,0 +1,167 @@
+"""The first seconds of `+experiment=cifar10_speedrun`: its speed, and loss and kNN over time."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from benchmarks.turns import wait_for
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from torch import Tensor
+
+from gpu_parts import shapes
+from gpu_parts.measuring import Context, measured
+from gpu_parts.results import Result
+from gpu_parts.rows import FIRST_STEP, SPEED, knn_after, loss_after
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.train import TrainConfig
+from moco.evaluation.monitor import KNNMonitor
+from moco.train import build_data, build_method, build_trainer
+from moco.training.interrupts import StopRequest
+
+NUM_IMAGES, NUM_QUERIES, IMAGE_SIZE = 50_000, 10_000, 32
+"""Of CIFAR-10."""
+TINY = (
+    "backbone=resnet_tiny",
+    "data.image_size=16",
+    "data.batch_size=16",
+    "method.queue_size=64",
+    "method.batch_norm_splits=2",
+    "trainer.precision=32-true",
+    "trainer.compile=false",
+    "evaluation.num_neighbors=5",
+    "evaluation.batch_size=64",
+)
+TINY_IMAGES, TINY_QUERIES, TINY_SIZE = 128, 32, 16
+
+
+class Curve(pl.Callback):
+    """Loss and kNN after so many seconds of training, which ends with the last of them.
+
+    The clock starts with the end of the first step, in which the nets are compiled. It stands still
+    while kNN is measured.
+
+    Args:
+        monitor: measures kNN; no longer one of the training's callbacks.
+        figures: where it puts them.
+        marks: seconds.
+    """
+
+    def __init__(self, monitor: KNNMonitor, figures: dict[str, Any], marks: list[float]) -> None:
+        self.monitor = monitor
+        self.figures = figures
+        self.marks = list(marks)
+        self.begun = time.perf_counter()
+        self.first_step_seconds = 0.0
+        self.measuring_seconds = 0.0
+        self.num_steps = 0
+        self.losses: list[Tensor] = []
+        """Since the last mark, on the device: reading one would be a wait in every step."""
+        self.points: list[dict[str, float]] = []
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if not self.first_step_seconds:
+            wait_for(pl_module.device)
+            self.started = time.perf_counter()
+            self.first_step_seconds = self.started - self.begun
+            return
+        self.num_steps += 1
+        self.losses.append(outputs["loss"].detach().clone())
+        if self.seconds >= self.marks[0]:
+            self.add_point(trainer, pl_module)
+
+    @property
+    def seconds(self) -> float:
+        """Of training."""
+        return time.perf_counter() - self.started - self.measuring_seconds
+
+    def add_point(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Look at loss and kNN, and stop the training after the last mark."""
+        wait_for(pl_module.device)
+        seconds = self.seconds
+        self.marks = [mark for mark in self.marks if mark > seconds]
+        begun = time.perf_counter()
+        loss = float(torch.stack(self.losses).mean())
+        self.losses = []
+        self.monitor.measure(trainer, pl_module, trainer.current_epoch)
+        self.points.append({
+            "seconds": seconds,
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "loss": loss,
+            "kNN top-1, %": 100 * self.figures["knn/top1"],
+        })  # fmt: skip
+        print(self.points[-1], flush=True)
+        wait_for(pl_module.device)
+        self.measuring_seconds += time.perf_counter() - begun
+        if not self.marks:
+            trainer.should_stop = True
+
+
+def measure(case: str, context: Context) -> list[Result]:
+    """Train for so many seconds."""
+    archive, images = archive_of(context)
+    config = config_of(context, archive)
+    figures: dict[str, Any] = {}
+    plain = dataclasses.asdict(config)
+    pl.seed_everything(config.seed, verbose=False)
+    data, method = build_data(config), build_method(plain)
+    run_folder, console = context.scratch / "run", Console(quiet=True)
+    trainer = build_trainer(config, run_folder, plain, figures, console, StopRequest(()))
+    (monitor,) = [callback for callback in trainer.callbacks if isinstance(callback, KNNMonitor)]
+    trainer.callbacks.remove(monitor)
+    curve = Curve(monitor, figures, context.sizes.speed_marks)
+    trainer.callbacks.append(curve)
+    trainer.fit(method, datamodule=data)
+    return results_of(case, curve, context.sizes.speed_marks, config.data.batch_size, images)
+
+
+def results_of(
+    case: str,
+    curve: Curve,
+    marks: list[float],
+    batch_size: int,
+    images: str,
+) -> list[Result]:
+    """Return a result for each figure; marks that one slow step passed at once share a point."""
+    speed = curve.num_steps * batch_size / curve.points[-1]["seconds"]
+    results = [
+        measured(case, FIRST_STEP, "s", curve.first_step_seconds, note=images, curve=curve.points),
+        measured(case, SPEED, "images/s", speed, note=images),
+    ]
+    for mark in marks:
+        point = next(point for point in curve.points if point["seconds"] >= mark)
+        note = f"epoch {point['epoch']}, step {point['step']}"
+        results.append(measured(case, loss_after(mark), "nats", point["loss"], note=note))
+        results.append(measured(case, knn_after(mark), "%", point["kNN top-1, %"], note=note))
+    return results
+
+
+def archive_of(context: Context) -> tuple[Path, str]:
+    """The images to train on, and what they are in words."""
+    if context.npz is not None:
+        return Path(context.npz).resolve(), f"images of {Path(context.npz).name}"
+    sizes = (NUM_IMAGES, NUM_QUERIES, IMAGE_SIZE)
+    if context.is_rehearsal:
+        sizes = (TINY_IMAGES, TINY_QUERIES, TINY_SIZE)
+    return shapes.write(context.scratch / "shapes.npz", *sizes), "ten drawn shapes, no CIFAR-10"
+
+
+def config_of(context: Context, archive: Path) -> TrainConfig:
+    """The experiment as it is, on these images; in a rehearsal smaller."""
+    overrides = ["+experiment=cifar10_speedrun", "data=npz", f"data.root={archive}"]
+    overrides += [f"trainer.accelerator={context.device.type}"]
+    overrides += TINY if context.is_rehearsal else []
+    register_schemas()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return parse(compose("train", overrides), TrainConfig)
