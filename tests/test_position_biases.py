@@ -6,12 +6,10 @@ These tests compare the biases that a forward pass adds to its scores with those
 
 import copy
 import dataclasses
-import json
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import run_program
 
 from moco.methods.init_from import start_from
 from moco.methods.momentum import update_key_encoder
