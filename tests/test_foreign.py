@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import run_program
 from test_hostile_checkpoints import Calls
 from torch import nn
 from torchvision.models import swin_transformer, vision_transformer
@@ -27,6 +28,7 @@ from moco.methods.pretrained import load_pretrained
 from moco.methods.weight_files import read_held
 from moco.models.backbones import build_backbone
 from moco.models.foreign import fitting_backbones, in_our_order, listed, rows_of_unit_norm
+from moco.models.weights import read_backbone
 from moco.training.checkpoint_files import read_weights
 
 C, K = 16, 48
@@ -303,29 +305,98 @@ def test_both_encoders_of_a_file_give_the_outputs_of_their_models(build, tmp_pat
 
 
 class CfgNode(dict):
-    """Stands for yacs' class: a dict with attributes of its own."""
+    """Stands for yacs' class of 0.1.8: a dict of settings with attributes of its own, and attribute access."""
 
-    def __init__(self, items):
-        super().__init__(items)
-        self.__dict__["__immutable__"] = True
+    def __init__(self, items, deprecated=()):
+        super().__init__({key: CfgNode(value) if type(value) is dict else value for key, value in items.items()})
+        self.__dict__ |= {
+            "__immutable__": True,
+            "__deprecated_keys__": set(deprecated),
+            "__renamed_keys__": {"OLD.KEY": "NEW.KEY"} if deprecated else {},
+            "__new_allowed__": False,
+        }
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
 
 
-@pytest.mark.parametrize("kind", ["yacs", "argparse"])
-def test_settings_that_a_project_saves_as_an_object_are_read_as_a_dict(kind, tmp_path, monkeypatch):
-    """The object's class is not imported, and its package need not be there."""
-    content, _, _ = moby()
+MOBY_CONFIG = {
+    "BASE": [""], "DATA": {"BATCH_SIZE": 64, "IMG_SIZE": 32, "ZIP_MODE": False}, "AMP_OPT_LEVEL": "O1",
+    "MODEL": {"TYPE": "moby", "SWIN": {"EMBED_DIM": 32, "DEPTHS": [2, 2, 2, 2], "QK_SCALE": None}},
+    "TRAIN": {"BASE_LR": 1e-3, "BETAS": (0.9, 0.999)},
+}  # fmt: skip
+
+
+def as_moby_saves(content, path, monkeypatch, **options):
+    """What save_checkpoint of the official code's utils.py writes, by a process that has yacs."""
+    schedulers = pytest.importorskip("timm.scheduler")
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    lr_scheduler = schedulers.CosineLRScheduler(optimizer, t_initial=300, lr_min=1e-5, warmup_t=5)
     with monkeypatch.context() as patched:
         patched.setattr(CfgNode, "__module__", "yacs.config")
         patched.setitem(sys.modules, "yacs", ModuleType("yacs"))
         patched.setitem(sys.modules, "yacs.config", sys.modules[__name__])
-        content["config"] = CfgNode({"MODEL": CfgNode({"TYPE": "moby"})}) if kind == "yacs" else Namespace(seed=3)
-        torch.save(content, tmp_path / "x.pth")
+        state = {
+            "model": content["model"],
+            "optimizer": optimizer.state_dict(),
+            "lr_scheduler": lr_scheduler.state_dict(),
+            "max_accuracy": 0.0,
+            "epoch": 299,
+            "config": CfgNode(MOBY_CONFIG, deprecated=["DATA.OLD", "BASE"]),
+        }
+        torch.save(state, path, **options)
     assert "yacs" not in sys.modules
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_checkpoints_of_the_official_moby_code_load_without_yacs(legacy, tmp_path, monkeypatch):
+    """Their config is a yacs node with a set in its state; its class is not imported, and yacs need not be there."""
+    content, query, key = moby()
+    path = tmp_path / "checkpoint.pth"
+    as_moby_saves(content, path, monkeypatch, _use_new_zipfile_serialization=not legacy)
+    assert b"yacs.config" in path.read_bytes()
+    read = read_weights(path, "x")
+    assert type(read["config"]) is OrderedDict
+    assert read["config"] == MOBY_CONFIG
+    assert vars(read["config"])["__deprecated_keys__"] == {"DATA.OLD", "BASE"}
+    assert read["optimizer"]["state"][0]["step"] == 1
+    for which, model in (("query", query), ("key", key)):
+        pretrained = load_pretrained(str(path), which, {}, "embedding")
+        assert_same(pretrained.encoder, model, "embedding", 32)
+    assert pretrained.epoch == 299
+    assert pretrained.settings["window_size"] == [4, 4, 4, 2]  # the last map is 2 x 2 cells
+    new = moby_method()
+    start_from(new, str(path))
+    assert_same(new.eval().query_encoder, query, "embedding", 32)
+    torch.testing.assert_close(new.reverse_queue.keys, content["model"]["queue1"].T)
+    assert "yacs" not in sys.modules
+
+
+def test_programs_take_checkpoints_of_the_official_moby_code(tmp_path, monkeypatch):
+    content, _, _ = moby()
+    as_moby_saves(content, tmp_path / "checkpoint.pth", monkeypatch)
+    done = run_program(
+        "moco.export", "checkpoint=checkpoint.pth", "format=safetensors", "image_size=32", "output=x.safetensors",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    backbone, about = read_backbone(tmp_path / "x.safetensors")
+    assert about["backbone"]["window_size"] == [4, 4, 4, 2]
+    patches = content["model"]["encoder.patch_embed.proj.weight"]
+    assert torch.equal(backbone.features[0][0].weight, patches)
+
+
+def test_settings_of_argparse_are_read_as_a_dict(tmp_path):
+    content, _, _ = moby()
+    torch.save(content | {"config": Namespace(seed=3)}, tmp_path / "x.pth")
     read = read_weights(tmp_path / "x.pth", "x")["config"]
     assert type(read) is OrderedDict
-    assert read == {"MODEL": {"TYPE": "moby"}} if kind == "yacs" else read.seed == 3
-    windows = load_pretrained(str(tmp_path / "x.pth"), "query", {}).settings["window_size"]
-    assert windows == [4, 4, 4, 2]  # the last map is 2 x 2 cells
+    assert read.seed == 3
 
 
 def without_classifier(model, attribute):
@@ -602,6 +673,12 @@ def method(queue_size=K, embedding_dim=C, num_queues=1, dense_weight=0.0, backbo
         symmetric=num_queues == 2,
         dense_weight=dense_weight,
     )
+
+
+def moby_method():
+    heads = {"num_layers": 2, "hidden_dim": 64, "hidden_batch_norm": True}
+    backbone = {"name": "swin_tiny_patch2", "window_size": [4, 4, 4, 2]}
+    return method(num_queues=2, backbone=backbone, predictor=heads, **heads)
 
 
 def started(content, tmp_path, **settings):
