@@ -113,6 +113,30 @@ def moco_v2():
     return official(lambda: mlp(512, 512, C))
 
 
+class SplitNorm(nn.BatchNorm2d):
+    """Stands for the notebook's, which has a setting more and no tensor."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.num_splits = 8
+
+
+def notebook():
+    """model_last.pth of the official notebook: torchvision's children with another conv1 and without max-pool."""
+
+    def build():
+        whole = torchvision.models.resnet18(num_classes=C, norm_layer=SplitNorm)
+        children = dict(whole.named_children())
+        children["conv1"] = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        fc = children.pop("fc")
+        del children["maxpool"]
+        return nn.Sequential(OrderedDict({"net": nn.Sequential(*children.values(), nn.Flatten(1), fc)}))
+
+    query, key = query_and_key(build)
+    state = as_parts(encoder_q=query, encoder_k=key, queue=queue(), queue_ptr=pointer(16))
+    return {"epoch": 200, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}, query, key
+
+
 def moco_v3():
     query, key = query_and_key(lambda: resnet(mlp(512, 64, C, norm=True, last_norm=True, bias=False)))
     predictor = randomised(mlp(C, 64, C, norm=True, bias=False))
@@ -278,7 +302,7 @@ def lightly_with_query_backbone():
 WITH_HEADS = {
     build.__name__: build
     for build in (
-        moco_v1, moco_v2, moco_v3, moco_v3_vit, moby, densecl, mmselfsup, solo_learn, lightly, lightly_with_query_backbone
+        moco_v1, moco_v2, notebook, moco_v3, moco_v3_vit, moby, densecl, mmselfsup, solo_learn, lightly, lightly_with_query_backbone
     )
 }  # fmt: skip
 
@@ -715,6 +739,27 @@ def test_a_run_starts_from_official_weights_with_key_encoder_and_queue(tmp_path)
         "MoCo v1 or v2 (facebookresearch/moco); taken: backbone (120), projector (4), key encoder's backbone (120), key "
         "encoder's projector (4), queue (3)"
     ]
+
+
+@torch.no_grad()
+def test_a_run_goes_on_from_the_official_notebooks_last_file(tmp_path):
+    """All of it: backbone, key encoder, projector (its fc), queue."""
+    content, query, key = notebook()
+    backbone = {"name": "resnet18", "stem": "cifar"}
+    new, _, logged = started(content, tmp_path, backbone=backbone, num_layers=1)
+    assert logged == [
+        "the CIFAR-10 notebook of MoCo (facebookresearch/moco, branch colab-notebook); taken: backbone (120), projector "
+        "(2), key encoder's backbone (120), key encoder's projector (2), queue (3)"
+    ]
+    images = torch.randn(4, 3, 32, 32)
+    for encoder, model in ((new.query_encoder, query), (new.key_encoder, key)):
+        torch.testing.assert_close(encoder.encode(images, "backbone"), model.net[:9](images))
+        torch.testing.assert_close(encoder.encode(images, "embedding"), model(images))
+    torch.testing.assert_close(new.queue.keys, content["state_dict"]["queue"].T)
+    assert (int(new.queue.pointer), int(new.queue.filled)) == (16, K)
+    pretrained = load_pretrained(str(tmp_path / "x.pth"), "query", {})
+    assert pretrained.settings == backbone
+    assert pretrained.epoch == 200
 
 
 def test_what_official_releases_lack_is_rebuilt_and_said(tmp_path):

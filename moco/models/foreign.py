@@ -223,15 +223,20 @@ def backbone_weights(weights: Weights, backbone: nn.Module) -> Weights:
 
 
 def from_sequential(weights: Weights) -> Weights:
-    """A ResNet's names, where it was made an nn.Sequential of its children, as lightly's examples do.
+    """Return a ResNet's names, where it was made an nn.Sequential of its children.
 
-    torchvision's children are conv1, bn1, relu, maxpool and four layers; lightly's own ResNet has no modules for ReLU and
-    pooling, and calls a downsample shortcut.
+    The first two are conv1 and bn1. The four layers are those that hold blocks, and where they begin
+    depends on the modules without tensors before them: torchvision's children have ReLU and max-pool
+    there (lightly's examples), the official notebook has ReLU alone, and lightly's own ResNet has
+    neither. The last one calls a downsample shortcut.
     """
     if "0.weight" not in weights:
         return weights
-    first = 2 if any(name.startswith("2.") for name in weights) else 4
-    children = {"0": "conv1", "1": "bn1"} | {str(first + number): f"layer{number + 1}" for number in range(4)}
+    stages = [int(name.partition(".")[0]) for name in weights if re.match(r"\d+\.\d+\.", name)]
+    first = min(stages, default=4)
+    children = {"0": "conv1", "1": "bn1"}
+    for number in range(4):
+        children[str(first + number)] = f"layer{number + 1}"
     renamed = {}
     for name, tensor in weights.items():
         child, _, rest = name.partition(".")

@@ -1,6 +1,7 @@
 """How other projects name the parts of their methods, and what those are called in `moco.methods.moco.MoCo`.
 
-The names are facts of the projects' public code, at facebookresearch/moco 3b42c2a, facebookresearch/moco-v3 c349e6e,
+The names are facts of the projects' public code, at facebookresearch/moco 3b42c2a (and its branch
+colab-notebook), facebookresearch/moco-v3 c349e6e,
 SwinTransformer/Transformer-SSL 4510de1, WXinlong/DenseCL b64bbb6, open-mmlab/mmselfsup 20488d0 and db861f3,
 vturrisi/solo-learn 9187ea3, lightly-ai/lightly 00283d7 and e8d317f.
 """
@@ -53,6 +54,19 @@ LAYOUTS = (
             r"queue_ptr$": "queue.pointer",
             r"queue2$": "dense_queue.keys",
             r"queue2_ptr$": "dense_queue.pointer",
+        },
+    ),
+    Layout(
+        "the CIFAR-10 notebook of MoCo (facebookresearch/moco, branch colab-notebook)",
+        (r"encoder_q\.net\.0\.",),
+        {
+            # An nn.Sequential of torchvision's children without the max-pool, and Flatten before the last.
+            r"encoder_q\.net\.9\.": QUERY + "projector.",
+            r"encoder_q\.net\.": QUERY + "backbone.",
+            r"encoder_k\.net\.9\.": KEY + "projector.",
+            r"encoder_k\.net\.": KEY + "backbone.",
+            r"queue$": "queue.keys",
+            r"queue_ptr$": "queue.pointer",
         },
     ),
     Layout(
