@@ -843,15 +843,65 @@ def test_a_classifier_is_listed_as_not_used(tmp_path):
     assert logged[-1] == "not used: reverse queue (3); classifier.weight, classifier.bias"
 
 
-def test_a_stem_that_solo_learn_pads_otherwise_is_warned_of(tmp_path, caplog):
+def solo_learn_on_cifar():
+    """solo-learn's, for CIFAR: torchvision's ResNet with a 3x3 convolution that pads by 2, and no max-pool."""
     content, _, _ = solo_learn()
-    cifar = prefixed(build_backbone("resnet18", stem="cifar").state_dict(), "backbone.")
-    torch.save({"state_dict": content["state_dict"] | cifar}, tmp_path / "x.pth")
-    load_pretrained(str(tmp_path / "x.pth"), "query", {})
-    assert (
-        "solo-learn pads the first convolution by 2 pixels, this project by 1: the features differ a little"
-        in caplog.text
-    )
+
+    def build():
+        model = resnet(nn.Identity())
+        model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2, bias=False)
+        model.maxpool = nn.Identity()
+        return model
+
+    query, key = query_and_key(build)
+    for model in (query, key):  # statistics that fit, with which the padding changes the features most
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 1.0
+        model.train()(torch.randn(8, 3, 32, 32))
+        model.eval()
+    state = {name: x for name, x in content["state_dict"].items() if "backbone." not in name}
+    return {"state_dict": state | as_parts(backbone=query, momentum_backbone=key)}, query, key
+
+
+PADS_OTHERWISE = (
+    "solo-learn pads the first convolution by 2 pixels and stem=cifar by 1, which changes the features; "
+    "backbone.stem=solo_cifar keeps them"
+)
+
+
+def test_solo_learns_stem_for_cifar_is_chosen_by_the_files_origin(tmp_path, caplog):
+    content, query, key = solo_learn_on_cifar()
+    path = str(tmp_path / "x.pth")
+    torch.save(content, path)
+    for which, model in (("query", query), ("key", key)):
+        for given in ({}, {"name": "resnet18"}):
+            pretrained = load_pretrained(path, which, given)
+            assert pretrained.settings == {"name": "resnet18", "stem": "solo_cifar"}
+            assert_same(pretrained.encoder, model, "backbone", 32)
+    assert PADS_OTHERWISE not in caplog.text
+    other = load_pretrained(path, "query", {"stem": "cifar"})
+    assert PADS_OTHERWISE in caplog.text
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert F.cosine_similarity(other.encoder.encode(images), query(images)).max() < 0.98
+
+    new, _, _ = started(content, tmp_path, backbone={"name": "resnet18", "stem": "solo_cifar"}, hidden_dim=32)
+    assert_same(new.query_encoder, query, "backbone", 32)
+    caplog.clear()
+    started(content, tmp_path, backbone={"name": "resnet18", "stem": "cifar"}, hidden_dim=32)
+    assert PADS_OTHERWISE in caplog.text
+
+
+def test_a_backbone_alone_does_not_say_how_its_stem_pads(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    content, query, _ = solo_learn_on_cifar()
+    path = str(tmp_path / "x.pth")
+    alone = {name: x for name, x in content["state_dict"].items() if name.startswith("backbone.")}
+    torch.save(alone, path)
+    load_pretrained(path, "query", {})
+    assert "if the weights are solo-learn's give backbone.stem=solo_cifar" in caplog.text
+    assert_same(load_pretrained(path, "query", {"stem": "solo_cifar"}).encoder, query, "backbone", 32)
 
 
 def test_a_head_is_put_into_our_order_whatever_the_order_of_its_tensors():

@@ -24,8 +24,9 @@ def setting(
 class BackboneConfig:
     name: str = MISSING
     """A builder in ``moco.models.backbones``. Null settings are left at its defaults; of the others each belongs to some."""
-    stem: Optional[str] = setting(None, choices=("imagenet", "cifar"))
-    """ResNet. imagenet: 7x7 convolution of stride 2 and max-pool; cifar: 3x3 convolution of stride 1, no pool."""
+    stem: Optional[str] = setting(None, choices=("imagenet", "cifar", "solo_cifar"))
+    """ResNet. imagenet: 7x7 convolution of stride 2 and max-pool; cifar: 3x3 convolution of stride 1, no pool;
+    solo_cifar: the same with padding 2 in place of 1, as in solo-learn."""
     window_size: Any = None
     """Swin: side of the attention windows, cells; one number, or a list with one for each stage."""
     pretrained_window_size: Any = None

@@ -78,7 +78,7 @@ def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
         if held.settings is None and theirs:
             with named(source):
                 if encoder == QUERY:
-                    seen = settings_seen(theirs, settings["name"])
+                    seen = settings_seen(theirs, settings["name"], held.origin)
                     check_what_shapes_hide(held.origin, seen | settings, source)
                 theirs = backbone_weights(theirs, backbone)
             weights = others | {f"{encoder}backbone.{name}": tensor for name, tensor in theirs.items()}

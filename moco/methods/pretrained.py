@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moco.errors import InputError
 from moco.methods.weight_files import Held, described, named, read_held
-from moco.models.layouts import METHOD_PARTS, MOCO_V3, QUERY, SOLO_LEARN
+from moco.models.layouts import BACKBONE_ALONE, METHOD_PARTS, MOCO_V3, QUERY, SOLO_LEARN
 
 if TYPE_CHECKING:
     from torch import nn
@@ -199,7 +199,7 @@ def load_foreign(
         raise InputError(f"{source}: {held.origin}, without {METHOD_PARTS[prefix + 'backbone.']}")
     settings = given if "name" in given else recognised(theirs, source) | given
     with named(source):
-        seen = settings_seen(theirs, settings["name"])
+        seen = settings_seen(theirs, settings["name"], held.origin)
     settings = settings | {key: value for key, value in seen.items() if key == "window_size" or key not in given}
     check_what_shapes_hide(held.origin, settings, source)
     backbone = build_backbone(**settings)
@@ -256,7 +256,13 @@ def check_what_shapes_hide(origin: str, settings: dict[str, Any], source: str) -
         )
     if origin == SOLO_LEARN and settings.get("stem") == "cifar":
         log.warning(
-            "solo-learn pads the first convolution by 2 pixels, this project by 1: the features differ a little"
+            "solo-learn pads the first convolution by 2 pixels and stem=cifar by 1, which changes the "
+            "features; backbone.stem=solo_cifar keeps them"
+        )
+    if origin == BACKBONE_ALONE and settings.get("stem") == "cifar":
+        log.info(
+            "a 3x3 convolution does not show its padding: stem=cifar pads by 1 pixel; "
+            "if the weights are solo-learn's give backbone.stem=solo_cifar"
         )
 
 

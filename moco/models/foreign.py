@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moco.errors import InputError
 from moco.models.backbones import BACKBONES, build_backbone, settings_of_backbone
-from moco.models.layouts import KEY, LAYOUTS, METHOD_PARTS, QUERY, QUEUES
+from moco.models.layouts import KEY, LAYOUTS, METHOD_PARTS, QUERY, QUEUES, SOLO_LEARN
 from moco.models.swin import Swin
 from moco.models.vit import learned_grid_side
 from moco.models.weights import (
@@ -266,16 +266,17 @@ def misfit(weights: Weights, expected: Weights) -> str | None:
     return found[0] + more if found else None
 
 
-def settings_seen(weights: Weights, name: str) -> dict[str, Any]:
+def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, Any]:
     """The arguments of `build_backbone` that show in a backbone's weights, under any library's names.
 
     Args:
         name: of the backbone; what it has no setting for is left out.
+        origin: whose weights they are, which decides how a 3x3 stem pads.
     """
     weights = from_sequential(weights)
     seen: dict[str, Any] = {}
     if "conv1.weight" in weights and weights["conv1.weight"].shape[-1] == 3:
-        seen["stem"] = "cifar"
+        seen["stem"] = "solo_cifar" if origin == SOLO_LEARN else "cifar"
     for positions in ("pos_embed", POSITIONS):
         if positions in weights and (side := learned_grid_side(weights[positions])):
             seen["learned_positions"] = side

@@ -35,6 +35,7 @@ class Layout(NamedTuple):
 
 MOCO_V3 = "MoCo v3 (facebookresearch/moco-v3)"
 SOLO_LEARN = "solo-learn"
+BACKBONE_ALONE = "backbone alone"
 LAYOUTS = (
     Layout(
         "DenseCL or mmselfsup (OpenMMLab)",
@@ -147,7 +148,7 @@ LAYOUTS = (
             r"queue_ptr$": "queue.pointer",
         },
     ),
-    Layout("backbone alone", (r"backbone\.",), {r"backbone\.": QUERY + "backbone."}),
+    Layout(BACKBONE_ALONE, (r"backbone\.",), {r"backbone\.": QUERY + "backbone."}),
     Layout("torchvision or timm ResNet", (r"layer1\.0\.conv1\.",), {"": QUERY + "backbone."}),
     Layout("torchvision Swin Transformer", (r"features\.1\.0\.attn\.",), {"": QUERY + "backbone."}),
     Layout("timm or Microsoft Swin Transformer", (r"layers\.0\.blocks\.0\.attn\.",), {"": QUERY + "backbone."}),

@@ -68,8 +68,9 @@ def counterpart(settings: dict[str, Any], library: str) -> str:
         InputError: the library has no such model.
     """
     name = settings["name"]
-    if name not in TIMM_MODELS or settings.get("stem") == "cifar":
-        model = f"{name} with stem=cifar" if name in TIMM_MODELS else name
+    stem = settings.get("stem") or "imagenet"
+    if name not in TIMM_MODELS or stem != "imagenet":
+        model = f"{name} with stem={stem}" if name in TIMM_MODELS else name
         raise InputError(
             f"format={library}: {library} has no {model}; format=safetensors keeps the names of this project"
         )
