@@ -79,7 +79,11 @@ def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
             with named(source):
                 if encoder == QUERY:
                     seen = settings_seen(theirs, settings["name"], held.origin)
-                    check_what_shapes_hide(held.origin, seen | settings, source)
+                    is_normaliser_saved = "pretrained_window_size" in seen
+                    if settings["name"].startswith("swin_v2") and not is_normaliser_saved and held.named_windows:
+                        check_named_windows(held.named_windows, settings, backbone.pretrained_window_size)
+                        seen |= held.named_windows
+                    check_what_shapes_hide(held.origin, seen | settings, source, is_normaliser_saved)
                 theirs = backbone_weights(theirs, backbone)
             weights = others | {f"{encoder}backbone.{name}": tensor for name, tensor in theirs.items()}
     theirs, _ = split(weights, QUERY + "backbone.")
@@ -94,6 +98,30 @@ def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
                     f"{source}: backbone.{key}: {value} there, {own} here, which would change the features"
                 )
     return weights
+
+
+def check_named_windows(named_windows: dict[str, Any], settings: dict[str, Any], pretrained: tuple[int, ...]) -> None:
+    """Hold a Swin V2 to the windows that the name of the file says, unless its config says others.
+
+    Args:
+        named_windows: of `windows_in_name`.
+        settings: of the backbone, those that are not null.
+        pretrained: its pretraining windows.
+
+    Raises:
+        InputError: they differ, and the config says nothing of the pretraining.
+    """
+    from moco.models.swin import windows_of
+
+    there = list(windows_of("pretrained_window_size", named_windows["pretrained_window_size"]))
+    is_given = "pretrained_window_size" in settings or "pretrained_image_size" in settings
+    if is_given or there == list(pretrained):
+        return
+    raise InputError(
+        f"by its name it was pretrained with windows of {there} cells, and this backbone's are "
+        f"{list(pretrained)}; set backbone.window_size={named_windows['window_size']} "
+        f"backbone.pretrained_window_size={str(there).replace(' ', '')}"
+    )
 
 
 def reason_against(part: str, weights: "Weights", ours: "Weights", taken: set[str]) -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moco.errors import InputError
 from moco.models.backbones import BACKBONES, build_backbone, settings_of_backbone
 from moco.models.layouts import KEY, LAYOUTS, METHOD_PARTS, QUERY, QUEUES, SOLO_LEARN
-from moco.models.swin import Swin
+from moco.models.swin import Swin, clipped_windows
 from moco.models.vit import learned_grid_side
 from moco.models.weights import (
     CLASSIFIERS,
@@ -32,7 +32,7 @@ from moco.models.weights import (
     from_torchvision,
     one_or_each,
 )
-from moco.models.window_attention import check_pretrained_window, pretrained_window_of
+from moco.models.window_attention import check_pretrained_windows, pretrained_window_of
 
 HEADS = tuple(part for part in METHOD_PARTS if "projector" in part or part == "predictor.")
 BACKBONE_CLASSIFIERS = tuple(f"{encoder}backbone.{name}" for encoder in (QUERY, KEY) for name in CLASSIFIERS)
@@ -205,8 +205,8 @@ def backbone_weights(weights: Weights, backbone: nn.Module) -> Weights:
     weights = merging_before_its_stage(from_sequential(weights))
     if isinstance(backbone, Swin):
         tables = first_of_each_stage(weights, COORDINATES)
-        for table, window in zip(tables, backbone.pretrained_window_size, strict=False):
-            check_pretrained_window(table, (window, window))
+        if len(tables) == len(backbone.pretrained_window_size):
+            check_pretrained_windows(tables, backbone.pretrained_window_size)
     weights = {name: x for name, x in weights.items() if not name.endswith(COMPUTED)}
     if any(name.startswith("patch_embed.") for name in weights):
         try:
@@ -290,6 +290,24 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
             [normaliser[0] if normaliser else window for normaliser, window in zip(pretrained, windows, strict=True)]
         )
     return {key: value for key, value in seen.items() if key in settings_of_backbone(name)}
+
+
+def windows_in_name(file_name: str) -> dict[str, Any]:
+    """The arguments of `build_backbone` for the windows that the name of a Swin V2's file says.
+
+    Args:
+        file_name: with one of the names that timm and Microsoft give their models, such as
+            ``swinv2_tiny_window16_256`` or ``swinv2_base_patch4_window12to16_192to256_22kto1k_ft``:
+            the window of the pretraining, that of the fine-tuning, and the image sizes of both, px.
+    """
+    found = re.search(r"swinv2_[a-z]+_(?:patch4_)?window(\d+)(?:to(\d+))?_(\d+)", file_name)
+    if found is None:
+        return {}
+    pretrained_window, last_window, image_size = found.groups()
+    return {
+        "window_size": int(last_window or pretrained_window),
+        "pretrained_window_size": one_or_each(clipped_windows(int(image_size), int(pretrained_window))),
+    }
 
 
 def first_of_each_stage(weights: Weights, ending: str) -> list[Tensor]:

@@ -273,7 +273,7 @@ def imports_of(pickled: Any) -> set[str]:
     to. A `set` that is not called as in `SET_CALL` adds `OTHER_SET`.
     """
     imported = set()
-    memo: dict[int, str] = {}  # of what the pickle numbers, only what may be fetched for a set
+    memo: dict[Any, str] = {}  # of what the pickle numbers, only what may be fetched for a set
     last = ""
     set_call: list[str] | None = None  # the opcodes since `set` was pushed
     for opcode, argument, _ in pickletools.genops(pickled):
