@@ -214,8 +214,9 @@ def knn_accuracy(
     protocol = Protocol(capped(num_neighbors, len(bank)), temperature)
     search = partial(nearest_by_block, bank, device=device)
     votes = classify(search, bank_labels, queries, query_labels, [protocol])[protocol]
-    shares = votes.top(protocol.num_neighbors)
-    return KNNResult(shares["top1"], shares.get("top5"), protocol.num_neighbors, len(bank), len(queries))
+    k = protocol.num_neighbors
+    shares = votes.top(k)
+    return KNNResult(shares["top1"], shares.get("top5"), k, len(bank), len(queries))
 
 
 def scores_of(result: KNNResult) -> dict[str, float]:

@@ -75,8 +75,9 @@ def measure_knn(subject: Subject) -> Findings:
         )
     chosen = votes[settings["feature"]][main]
     sizes = len(sides.bank.labels), len(sides.queries.labels)
-    shares_of_main = chosen.top(main.num_neighbors)
-    result = KNNResult(shares_of_main["top1"], shares_of_main.get("top5"), main.num_neighbors, *sizes)
+    k = main.num_neighbors
+    tops = chosen.top(k)
+    result = KNNResult(tops["top1"], tops.get("top5"), k, *sizes)
     few, few_table = few_label_figures(subject, sides)
     classes, confusion = confusion_matrix(sides.queries.labels, chosen.predicted)
     shares = confusion.diagonal() / np.maximum(confusion.sum(axis=1), 1)

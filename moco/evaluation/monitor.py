@@ -43,9 +43,9 @@ class KNNMonitor(EpochMeasurement):
     """kNN accuracy of the query encoder's features every n epochs, on clean pictures in eval mode.
 
     Args:
-        figures: gets ``knn/top1``, with at least five neighbours ``knn/top5``, ``knn/epoch`` and the protocol;
-            baselines go to ``knn_raw_pixels/top1``
-            and ``knn_untrained/top1``, or ``knn_start/top1`` of a run that starts from given weights.
+        figures: gets ``knn/top1``, with at least five neighbours ``knn/top5``, ``knn/epoch`` and the
+            protocol. Baselines go to ``knn_raw_pixels/top1`` and ``knn_untrained/top1``, or
+            ``knn_start/top1`` of a run that starts from given weights.
         should_stop: asked before every batch; a measurement that is cut short is made up for when the run goes on.
         num_neighbors, temperature, feature, precision: the protocol, see `MonitorConfig`.
         baselines: measure raw pixels and the encoder before the first step.

@@ -79,11 +79,13 @@ def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
             with named(source):
                 if encoder == QUERY:
                     seen = settings_seen(theirs, settings["name"], held.origin)
-                    is_normaliser_saved = "pretrained_window_size" in seen
-                    if settings["name"].startswith("swin_v2") and not is_normaliser_saved and held.named_windows:
-                        check_named_windows(held.named_windows, settings, backbone.pretrained_window_size)
+                    is_saved = "pretrained_window_size" in seen
+                    is_v2 = settings["name"].startswith("swin_v2")
+                    if is_v2 and not is_saved and held.named_windows:
+                        pretrained = backbone.pretrained_window_size
+                        check_named_windows(held.named_windows, settings, pretrained)
                         seen |= held.named_windows
-                    check_what_shapes_hide(held.origin, seen | settings, source, is_normaliser_saved)
+                    check_what_shapes_hide(held.origin, seen | settings, source, is_saved)
                 theirs = backbone_weights(theirs, backbone)
             weights = others | {f"{encoder}backbone.{name}": tensor for name, tensor in theirs.items()}
     theirs, _ = split(weights, QUERY + "backbone.")
@@ -100,11 +102,11 @@ def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
     return weights
 
 
-def check_named_windows(named_windows: dict[str, Any], settings: dict[str, Any], pretrained: tuple[int, ...]) -> None:
+def check_named_windows(named: dict[str, Any], settings: dict[str, Any], pretrained: tuple[int, ...]) -> None:
     """Hold a Swin V2 to the windows that the name of the file says, unless its config says others.
 
     Args:
-        named_windows: of `windows_in_name`.
+        named: of `windows_in_name`.
         settings: of the backbone, those that are not null.
         pretrained: its pretraining windows.
 
@@ -113,13 +115,13 @@ def check_named_windows(named_windows: dict[str, Any], settings: dict[str, Any],
     """
     from moco.models.swin import windows_of
 
-    there = list(windows_of("pretrained_window_size", named_windows["pretrained_window_size"]))
+    there = list(windows_of("pretrained_window_size", named["pretrained_window_size"]))
     is_given = "pretrained_window_size" in settings or "pretrained_image_size" in settings
     if is_given or there == list(pretrained):
         return
     raise InputError(
         f"by its name it was pretrained with windows of {there} cells, and this backbone's are "
-        f"{list(pretrained)}; set backbone.window_size={named_windows['window_size']} "
+        f"{list(pretrained)}; set backbone.window_size={named['window_size']} "
         f"backbone.pretrained_window_size={str(there).replace(' ', '')}"
     )
 

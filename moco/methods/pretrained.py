@@ -251,7 +251,7 @@ def recognised(weights: "Weights", source: str) -> dict[str, Any]:
 def check_what_shapes_hide(
     origin: str, settings: dict[str, Any], source: str, is_normaliser_saved: bool = False
 ) -> None:
-    """Hold the settings of another project's backbone to be complete; warn of what is probably wrong.
+    """Hold another project's backbone to complete settings; warn of what is probably wrong.
 
     Args:
         is_normaliser_saved: the pretraining windows of a Swin V2 are of tables in the file.
@@ -269,8 +269,8 @@ def check_what_shapes_hide(
         )
     if origin == SOLO_LEARN and settings.get("stem") == "cifar":
         log.warning(
-            "solo-learn pads the first convolution by 2 pixels and stem=cifar by 1, which changes the "
-            "features; backbone.stem=solo_cifar keeps them"
+            "solo-learn pads the first convolution by 2 pixels and stem=cifar by 1, "
+            "which changes the features; backbone.stem=solo_cifar keeps them"
         )
     if origin == BACKBONE_ALONE and settings.get("stem") == "cifar":
         log.info(
@@ -280,7 +280,7 @@ def check_what_shapes_hide(
 
 
 def check_pretraining_is_known(settings: dict[str, Any], source: str) -> None:
-    """Hold the settings of a Swin V2 whose file has no table of coordinates to say what normalises them.
+    """Hold the settings of a Swin V2 to say what normalises coordinates of which its file has no table.
 
     A list of four is taken as it stands, and so is one window that fits the last map of usual
     pretraining images. A larger one may have been clipped to a map, which changes the features by
@@ -291,16 +291,16 @@ def check_pretraining_is_known(settings: dict[str, Any], source: str) -> None:
     """
     if "window_size" not in settings:
         raise InputError(
-            f"{source}: does not say which windows it was pretrained with; give backbone.window_size, which is 8 of timm's "
-            "swinv2_..._window8_256"
+            f"{source}: does not say which windows it was pretrained with; give backbone.window_size, "
+            "which is 8 of timm's swinv2_..._window8_256"
         )
     pretrained = settings.get("pretrained_window_size", settings["window_size"])
     if not isinstance(pretrained, int) or "pretrained_image_size" in settings:
         return
     if pretrained > LARGEST_WHOLE_WINDOW:
         raise InputError(
-            f"{source}: does not say on which images its windows of {pretrained} cells were pretrained, "
-            "and windows are clipped to smaller maps; give backbone.pretrained_image_size, "
+            f"{source}: does not say on which images its windows of {pretrained} cells were "
+            "pretrained, and windows are clipped to smaller maps; give backbone.pretrained_image_size, "
             "which is 256 of timm's swinv2_..._window16_256, and 192 with "
             "backbone.pretrained_window_size=12 of swinv2_..._window12to16_192to256"
         )

@@ -42,7 +42,7 @@ class Held(NamedTuple):
     encoder: str | None = None
     """``query`` or ``key``, if it is one backbone that we have written."""
     named_windows: dict[str, Any] | None = None
-    """What the name of another project's file says of a Swin V2's windows, see `windows_in_name`."""
+    """What the name of another project's file says of windows, see `windows_in_name`."""
 
 
 def read_held(path: str, source: str) -> Held:

@@ -77,7 +77,8 @@ class ResNet(resnet.ResNet):
         if width != 64:
             self.bn1 = nn.BatchNorm2d(width)
         self.feature_map_dims = tuple(width * 2**stage * block.expansion for stage in range(4))
-        self.feature_map_strides = CIFAR_STEM_STRIDES if stem in CIFAR_STEMS else IMAGENET_STEM_STRIDES
+        is_small = stem in CIFAR_STEMS
+        self.feature_map_strides = CIFAR_STEM_STRIDES if is_small else IMAGENET_STEM_STRIDES
         self.feature_dim = self.feature_map_dims[-1]
 
     def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:

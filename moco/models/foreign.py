@@ -225,10 +225,10 @@ def backbone_weights(weights: Weights, backbone: nn.Module) -> Weights:
 def from_sequential(weights: Weights) -> Weights:
     """Return a ResNet's names, where it was made an nn.Sequential of its children.
 
-    The first two are conv1 and bn1. The four layers are those that hold blocks, and where they begin
-    depends on the modules without tensors before them: torchvision's children have ReLU and max-pool
-    there (lightly's examples), the official notebook has ReLU alone, and lightly's own ResNet has
-    neither. The last one calls a downsample shortcut.
+    The first two are conv1 and bn1. The four layers are those that hold blocks. Where they begin
+    depends on the modules without tensors before them: torchvision's children have ReLU and
+    max-pool there (lightly's examples), the official notebook has ReLU alone, and lightly's own
+    ResNet has neither. The last one calls a downsample shortcut.
     """
     if "0.weight" not in weights:
         return weights
@@ -304,9 +304,10 @@ def windows_in_name(file_name: str) -> dict[str, Any]:
     if found is None:
         return {}
     pretrained_window, last_window, image_size = found.groups()
+    pretrained = clipped_windows(int(image_size), int(pretrained_window))
     return {
         "window_size": int(last_window or pretrained_window),
-        "pretrained_window_size": one_or_each(clipped_windows(int(image_size), int(pretrained_window))),
+        "pretrained_window_size": one_or_each(pretrained),
     }
 
 

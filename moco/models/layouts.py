@@ -61,7 +61,7 @@ LAYOUTS = (
         "the CIFAR-10 notebook of MoCo (facebookresearch/moco, branch colab-notebook)",
         (r"encoder_q\.net\.0\.",),
         {
-            # An nn.Sequential of torchvision's children without the max-pool, and Flatten before the last.
+            # An nn.Sequential of torchvision's children without max-pool, and Flatten before the last.
             r"encoder_q\.net\.9\.": QUERY + "projector.",
             r"encoder_q\.net\.": QUERY + "backbone.",
             r"encoder_k\.net\.9\.": KEY + "projector.",

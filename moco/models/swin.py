@@ -60,9 +60,9 @@ class Swin(swin_transformer.SwinTransformer):
         window_size: side of the attention windows, cells; one number, or one for each stage.
         pretrained_window_size: the windows with which the weights were, or will be, pretrained; they normalise the
             coordinates of V2's position bias. None: `window_size`. It stays when the window is changed afterwards.
-        pretrained_image_size: side of the pretraining images, px. The windows that normalise V2's coordinates are then
-            clipped to the maps of such images, as in Microsoft's code and timm, see `clipped_windows`.
-            None: they are as given.
+        pretrained_image_size: side of the pretraining images, px. The windows that normalise V2's
+            coordinates are then clipped to the maps of such images, as in Microsoft's code and timm,
+            see `clipped_windows`. None: they are as given.
         stochastic_depth: chance of a sample to skip a block's branch in training, at the last block; rises linearly from
             0 at the first (the papers' drop path).
         gradient_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
@@ -71,8 +71,8 @@ class Swin(swin_transformer.SwinTransformer):
             torchvision does.
 
     Raises:
-        InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`, or V1 is given a pretraining window or image
-            size.
+        InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`, or V1 is given a
+            pretraining window or image size.
     """
 
     no_weight_decay_keywords = ("cpb_mlp", "logit_scale", "relative_position_bias_table")
@@ -241,8 +241,8 @@ def clipped_windows(image_size: int, window_size: int | Sequence[int], patch_siz
     """Return the windows of the four stages, each no larger than the stage's map.
 
     Microsoft's code and timm clip a window to its map before they normalise Swin V2's log
-    coordinates by it. For weights that were pretrained there, the result is `pretrained_window_size`:
-    (16, 16, 16, 8) of swinv2_tiny_window16_256, and (12, 12, 12, 6) of
+    coordinates by it. For weights that were pretrained there, the result is
+    `pretrained_window_size`: (16, 16, 16, 8) of swinv2_tiny_window16_256, and (12, 12, 12, 6) of
     swinv2_base_window12to16_192to256, whose windows were 12 at 192 px.
 
     Args:

@@ -350,7 +350,7 @@ def pretrained_window_of(coordinates: Tensor) -> Size | None:
 
 
 def check_pretrained_windows(tables: Sequence[Tensor], pretrained: Sequence[int]) -> None:
-    """Hold the stages' pretraining windows to the saved tables of log coordinates, of each stage one.
+    """Hold the stages' pretraining windows to saved tables of log coordinates, one of each stage.
 
     Raises:
         InputError: a table is of weights that were pretrained with another window.

@@ -220,9 +220,9 @@ def load_plain(path: str | Path, source: str, imported: set[str]) -> Any:
             foreign.add(name)
     if foreign:
         raise InputError(
-            f"{source}: it holds objects whose loading would run code ({', '.join(sorted(foreign))}), "
-            "so it is not loaded; if you trust its source, write its tensors alone to a new file with "
-            "torch.save"
+            f"{source}: it holds objects whose loading would run code "
+            f"({', '.join(sorted(foreign))}), so it is not loaded; if you trust its source, write its "
+            "tensors alone to a new file with torch.save"
         )
     try:
         with torch.serialization.safe_globals([(OrderedDict, name) for name in SETTINGS]):
