@@ -260,7 +260,7 @@ def deviation(file_format: str, backbone: Any, image_size: int) -> str | None:
     """
     from moco.models.swin import Swin
     from moco.models.vit import VisionTransformer
-    from moco.models.weights import map_sides
+    from moco.models.weights import sides_there
 
     if file_format != "safetensors" and isinstance(backbone, VisionTransformer):
         whole = whole_patches(backbone, image_size)
@@ -273,7 +273,7 @@ def deviation(file_format: str, backbone: Any, image_size: int) -> str | None:
     if file_format == "safetensors" or not isinstance(backbone, Swin):
         return None
     padded = []
-    for side, window in zip(map_sides(backbone, image_size), backbone.window_size, strict=True):
+    for side, window in zip(sides_there(backbone, image_size), backbone.window_size, strict=True):
         cells = min(side, window) if file_format == "timm" else window
         if side % cells:
             padded.append(f"{side} to {-(-side // cells) * cells}")

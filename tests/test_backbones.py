@@ -60,6 +60,29 @@ def test_cifar_stem_keeps_the_resolution():
     assert [tuple(map_.shape[1:]) for map_ in maps] == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(32, 32), (33, 40)])
+def test_solo_learns_stem_has_its_padding_and_maps_of_the_image(size):
+    theirs = torchvision.models.resnet18().eval()
+    theirs.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2, bias=False)
+    theirs.maxpool = theirs.fc = torch.nn.Identity()
+    ours = build_backbone("resnet18", stem="solo_cifar").eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, *size)
+    feature, maps = ours.feature_and_maps(images)
+    assert torch.equal(feature, theirs(images))
+    assert torch.equal(ours(images), feature)
+    for map_, stride in zip(maps, ours.feature_map_strides, strict=True):
+        assert map_.shape[2:] == (-(-size[0] // stride), -(-size[1] // stride))
+    whole = theirs.layer1(theirs.relu(theirs.bn1(theirs.conv1(images))))
+    assert torch.equal(maps[0], whole[:, :, 1:-1, 1:-1])  # a cell for each pixel
+
+
+def test_an_unknown_stem_is_named():
+    with pytest.raises(InputError, match="unknown stem 'solo'"):
+        build_backbone("resnet18", stem="solo")
+
+
 def test_tiny_resnet_has_under_half_a_million_parameters():
     assert sum(parameter.numel() for parameter in build_backbone("resnet_tiny").parameters()) < 500_000
 

@@ -72,11 +72,24 @@ def test_a_disk_that_is_full_when_the_figures_are_written_is_one_line(evaluated,
 def test_one_pass_gives_a_grid_with_the_protocol_beside_it(evaluated):
     figures, printed, _ = evaluated(num_neighbors=7, temperature=0.5)
     grid = {key for key in figures if key.startswith("knn_grid/")}
-    assert len(grid) == 2 * 2 * (5 * 3 + 1)  # features, top-1 and top-5, k x T and the main protocol
+    # For both features k x T and the main protocol: top-1, and top-5 but for k 1.
+    assert len(grid) == 2 * (5 * 3 + 1) + 2 * (4 * 3 + 1)
     assert figures["knn_grid/backbone/k7/t0.5/top1"] == figures["knn/top1"]
     assert {"knn_grid/embedding/k200/t0.07/top5", "knn_grid/backbone/k1/t0.2/top1"} <= grid
     assert "360 queries (test) by a bank of" in printed
     assert f"{figures['knn_grid/embedding/k20/t0.1/top1']:.4f}" in printed
+
+
+def test_fewer_than_five_neighbours_leave_top5_out_of_tables_and_figures(evaluated):
+    figures, printed, _ = evaluated(num_neighbors=3)
+    assert "knn/top1" in printed
+    assert "top5" not in printed
+    assert "knn/top5" not in figures
+    assert not [key for key in figures if re.search("/k[1-4]/.*top5", key)]
+    assert "knn_grid/backbone/k10/t0.1/top5" in figures
+    figures, printed, _ = evaluated(num_neighbors=5)
+    assert figures["knn/top5"] == figures["knn_grid/backbone/k5/t0.1/top5"]
+    assert "knn/top5" in printed
 
 
 def test_embedding_figures_are_those_of_an_evaluation_of_the_embedding(evaluated):

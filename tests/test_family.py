@@ -256,8 +256,11 @@ def half_cosine(step, num_steps):
 def plain_loop(method, config):
     """MoCo's algorithm 1 (arXiv 1911.05722) in the order of the official codes.
 
-    Queries, momentum update with m(t), keys, loss, step, enqueue. With MoBY's predictor and second queue (arXiv 2105.04553),
-    DenseCL's dense term (arXiv 2011.09157), and the negatives, factor 2T and schedule of m of MoCo v3 (arXiv 2104.02057).
+    Queries, momentum update with m(t), keys, loss, step, enqueue. With one queue for both views
+    the official notebook encodes view 2 before view 1, and enqueues the keys of view 1 before those
+    of view 2; MoBY and v3 encode view 1 first. With MoBY's predictor and second queue
+    (arXiv 2105.04553), DenseCL's dense term (arXiv 2011.09157), and the negatives, factor 2T and
+    schedule of m of MoCo v3 (arXiv 2104.02057).
     """
     options, num_steps = config.method, config.trainer.max_steps
     query_encoder, key_encoder, predictor = (
@@ -302,7 +305,11 @@ def plain_loop(method, config):
         if number % accumulate == 0:
             gradient = {name: torch.zeros_like(p) for name, p in trained.named_parameters()}
             update_keys(step)
-        keys = [encode_key(view) for _, view in directions]
+        if options.symmetric and len(names[0]) != 1:  # MoBY, v3
+            key_of_first = encode_key(first)
+            keys = [encode_key(second), key_of_first]
+        else:
+            keys = [encode_key(view) for _, view in directions]
         terms, enqueued = [[], []], []
         for place, (query, key) in enumerate(zip(queries, keys, strict=True)):
             side = place % options.num_queues
@@ -325,7 +332,7 @@ def plain_loop(method, config):
         paths, parameters = zip(*trained.named_parameters(), strict=True)
         for path, value in zip(paths, torch.autograd.grad(loss / accumulate, parameters), strict=True):
             gradient[path] += value
-        for term, side, rows in enqueued:
+        for term, side, rows in reversed(enqueued):
             for row in rows:
                 queues[term][side][:, pointers[term][side]] = row
                 pointers[term][side] = (pointers[term][side] + 1) % options.queue_size
@@ -341,6 +348,70 @@ def plain_loop(method, config):
         for name, queue, pointer in zip(*term, strict=True)
     }
     return query_encoder, key_encoder, predictor, expected, losses, rates
+
+
+# The order of the two views' keys, as the official codes have it. Each function is that part of
+# their forward pass, and returns what it leaves in the queues (C, K).
+
+
+def notebook_step(encode, queues, first, second):
+    """facebookresearch/moco, branch colab-notebook, with --symmetric."""
+    key_2 = encode(second)  # of contrastive_loss(im1, im2)
+    key_1 = encode(first)  # of contrastive_loss(im2, im1)
+    keys = torch.cat([key_1, key_2], dim=0)
+    return [torch.cat([keys.T, queues[0][:, len(keys) :]], dim=1)]
+
+
+def moby_step(encode, queues, first, second):
+    """SwinTransformer/Transformer-SSL: queue1 holds view 1's keys; ours calls it reverse_queue."""
+    key_1 = encode(first)
+    key_2 = encode(second)
+    queue_2, queue_1 = queues
+    of_view_1 = torch.cat([key_1.T, queue_1[:, len(key_1) :]], dim=1)
+    of_view_2 = torch.cat([key_2.T, queue_2[:, len(key_2) :]], dim=1)
+    return [of_view_2, of_view_1]
+
+
+def moco_v3_step(encode, queues, first, second):
+    """facebookresearch/moco-v3: k1 before k2, and no queue."""
+    encode(first)
+    encode(second)
+    return []
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "official_step"),
+    [
+        ("moco_v1", ["method.symmetric=true", "method.batch_norm=plain"], notebook_step),
+        ("moco_v2_plus", ["method.batch_norm=plain"], notebook_step),
+        # As solo-learn has it, with a queue for each view.
+        ("moco_v2_plus", ["method.batch_norm=plain", "method.num_queues=2"], moby_step),
+        ("moby", [], moby_step),
+        ("moco_v3", [], moco_v3_step),
+    ],
+)
+def test_keys_come_in_the_order_of_the_official_codes(name, overrides, official_step):
+    narrow = ["method.projector.hidden_dim=32", "method.predictor.hidden_dim=32"]
+    method = built(composed(name, "backbone=resnet_tiny", *narrow, *overrides)).train()
+    encoder = copy.deepcopy(method.key_encoder)
+
+    @torch.no_grad()
+    def encode(view):
+        return F.normalize(encoder.projector(encoder.backbone(view)), dim=1)
+
+    names = ["queue", "reverse_queue"][: len(set(method.queues))]
+    before = [getattr(method, name).keys.T.clone() for name in names]
+    # Views of unlike means: which one was seen last shows in the running statistics.
+    views = (torch.rand(8, 3, 16, 16), torch.rand(8, 3, 16, 16) * 3 + 2)
+    expected = official_step(encode, before, *views)
+    method.training_step(SimpleNamespace(views=views), 0)
+    for name, queue in zip(names, expected, strict=True):
+        torch.testing.assert_close(getattr(method, name).keys, queue.T, rtol=0, atol=1e-6)
+    ours = dict(method.key_encoder.named_buffers())
+    theirs = dict(encoder.named_buffers())
+    assert len([key for key in ours if key.endswith("running_mean")]) > 5
+    for key, statistics in theirs.items():
+        torch.testing.assert_close(ours[key], statistics, rtol=1e-5, atol=1e-6, msg=key)
 
 
 class Watch(pl.Callback):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import run_program
 from test_hostile_checkpoints import Calls
 from torch import nn
 from torchvision.models import swin_transformer, vision_transformer
@@ -26,7 +27,8 @@ from moco.methods.moco import MoCo
 from moco.methods.pretrained import load_pretrained
 from moco.methods.weight_files import read_held
 from moco.models.backbones import build_backbone
-from moco.models.foreign import fitting_backbones, in_our_order, listed, rows_of_unit_norm
+from moco.models.foreign import fitting_backbones, in_our_order, listed, rows_of_unit_norm, windows_in_name
+from moco.models.weights import read_backbone
 from moco.training.checkpoint_files import read_weights
 
 C, K = 16, 48
@@ -109,6 +111,30 @@ def moco_v1():
 
 def moco_v2():
     return official(lambda: mlp(512, 512, C))
+
+
+class SplitNorm(nn.BatchNorm2d):
+    """Stands for the notebook's, which has a setting more and no tensor."""
+
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.num_splits = 8
+
+
+def notebook():
+    """model_last.pth of the official notebook: torchvision's children with another conv1 and without max-pool."""
+
+    def build():
+        whole = torchvision.models.resnet18(num_classes=C, norm_layer=SplitNorm)
+        children = dict(whole.named_children())
+        children["conv1"] = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        fc = children.pop("fc")
+        del children["maxpool"]
+        return nn.Sequential(OrderedDict({"net": nn.Sequential(*children.values(), nn.Flatten(1), fc)}))
+
+    query, key = query_and_key(build)
+    state = as_parts(encoder_q=query, encoder_k=key, queue=queue(), queue_ptr=pointer(16))
+    return {"epoch": 200, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}, query, key
 
 
 def moco_v3():
@@ -276,7 +302,7 @@ def lightly_with_query_backbone():
 WITH_HEADS = {
     build.__name__: build
     for build in (
-        moco_v1, moco_v2, moco_v3, moco_v3_vit, moby, densecl, mmselfsup, solo_learn, lightly, lightly_with_query_backbone
+        moco_v1, moco_v2, notebook, moco_v3, moco_v3_vit, moby, densecl, mmselfsup, solo_learn, lightly, lightly_with_query_backbone
     )
 }  # fmt: skip
 
@@ -303,29 +329,98 @@ def test_both_encoders_of_a_file_give_the_outputs_of_their_models(build, tmp_pat
 
 
 class CfgNode(dict):
-    """Stands for yacs' class: a dict with attributes of its own."""
+    """Stands for yacs' class of 0.1.8: a dict of settings with attributes of its own, and attribute access."""
 
-    def __init__(self, items):
-        super().__init__(items)
-        self.__dict__["__immutable__"] = True
+    def __init__(self, items, deprecated=()):
+        super().__init__({key: CfgNode(value) if type(value) is dict else value for key, value in items.items()})
+        self.__dict__ |= {
+            "__immutable__": True,
+            "__deprecated_keys__": set(deprecated),
+            "__renamed_keys__": {"OLD.KEY": "NEW.KEY"} if deprecated else {},
+            "__new_allowed__": False,
+        }
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
 
 
-@pytest.mark.parametrize("kind", ["yacs", "argparse"])
-def test_settings_that_a_project_saves_as_an_object_are_read_as_a_dict(kind, tmp_path, monkeypatch):
-    """The object's class is not imported, and its package need not be there."""
-    content, _, _ = moby()
+MOBY_CONFIG = {
+    "BASE": [""], "DATA": {"BATCH_SIZE": 64, "IMG_SIZE": 32, "ZIP_MODE": False}, "AMP_OPT_LEVEL": "O1",
+    "MODEL": {"TYPE": "moby", "SWIN": {"EMBED_DIM": 32, "DEPTHS": [2, 2, 2, 2], "QK_SCALE": None}},
+    "TRAIN": {"BASE_LR": 1e-3, "BETAS": (0.9, 0.999)},
+}  # fmt: skip
+
+
+def as_moby_saves(content, path, monkeypatch, **options):
+    """What save_checkpoint of the official code's utils.py writes, by a process that has yacs."""
+    schedulers = pytest.importorskip("timm.scheduler")
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    lr_scheduler = schedulers.CosineLRScheduler(optimizer, t_initial=300, lr_min=1e-5, warmup_t=5)
     with monkeypatch.context() as patched:
         patched.setattr(CfgNode, "__module__", "yacs.config")
         patched.setitem(sys.modules, "yacs", ModuleType("yacs"))
         patched.setitem(sys.modules, "yacs.config", sys.modules[__name__])
-        content["config"] = CfgNode({"MODEL": CfgNode({"TYPE": "moby"})}) if kind == "yacs" else Namespace(seed=3)
-        torch.save(content, tmp_path / "x.pth")
+        state = {
+            "model": content["model"],
+            "optimizer": optimizer.state_dict(),
+            "lr_scheduler": lr_scheduler.state_dict(),
+            "max_accuracy": 0.0,
+            "epoch": 299,
+            "config": CfgNode(MOBY_CONFIG, deprecated=["DATA.OLD", "BASE"]),
+        }
+        torch.save(state, path, **options)
     assert "yacs" not in sys.modules
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_checkpoints_of_the_official_moby_code_load_without_yacs(legacy, tmp_path, monkeypatch):
+    """Their config is a yacs node with a set in its state; its class is not imported, and yacs need not be there."""
+    content, query, key = moby()
+    path = tmp_path / "checkpoint.pth"
+    as_moby_saves(content, path, monkeypatch, _use_new_zipfile_serialization=not legacy)
+    assert b"yacs.config" in path.read_bytes()
+    read = read_weights(path, "x")
+    assert type(read["config"]) is OrderedDict
+    assert read["config"] == MOBY_CONFIG
+    assert vars(read["config"])["__deprecated_keys__"] == {"DATA.OLD", "BASE"}
+    assert read["optimizer"]["state"][0]["step"] == 1
+    for which, model in (("query", query), ("key", key)):
+        pretrained = load_pretrained(str(path), which, {}, "embedding")
+        assert_same(pretrained.encoder, model, "embedding", 32)
+    assert pretrained.epoch == 299
+    assert pretrained.settings["window_size"] == [4, 4, 4, 2]  # the last map is 2 x 2 cells
+    new = moby_method()
+    start_from(new, str(path))
+    assert_same(new.eval().query_encoder, query, "embedding", 32)
+    torch.testing.assert_close(new.reverse_queue.keys, content["model"]["queue1"].T)
+    assert "yacs" not in sys.modules
+
+
+def test_programs_take_checkpoints_of_the_official_moby_code(tmp_path, monkeypatch):
+    content, _, _ = moby()
+    as_moby_saves(content, tmp_path / "checkpoint.pth", monkeypatch)
+    done = run_program(
+        "moco.export", "checkpoint=checkpoint.pth", "format=safetensors", "image_size=32", "output=x.safetensors",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    backbone, about = read_backbone(tmp_path / "x.safetensors")
+    assert about["backbone"]["window_size"] == [4, 4, 4, 2]
+    patches = content["model"]["encoder.patch_embed.proj.weight"]
+    assert torch.equal(backbone.features[0][0].weight, patches)
+
+
+def test_settings_of_argparse_are_read_as_a_dict(tmp_path):
+    content, _, _ = moby()
+    torch.save(content | {"config": Namespace(seed=3)}, tmp_path / "x.pth")
     read = read_weights(tmp_path / "x.pth", "x")["config"]
     assert type(read) is OrderedDict
-    assert read == {"MODEL": {"TYPE": "moby"}} if kind == "yacs" else read.seed == 3
-    windows = load_pretrained(str(tmp_path / "x.pth"), "query", {}).settings["window_size"]
-    assert windows == [4, 4, 4, 2]  # the last map is 2 x 2 cells
+    assert read.seed == 3
 
 
 def without_classifier(model, attribute):
@@ -471,6 +566,145 @@ def test_what_shapes_do_not_show_has_to_be_given(tmp_path):
     assert_same(load_pretrained(path, "query", given).encoder, widened, "backbone", 128)
 
 
+SMALL_V2 = {"patch_size": 2, "embed_dim": 32, "depths": (2,) * 4, "num_heads": (1, 2, 4, 8), "num_classes": 0}
+
+
+def timm_swin_v2(**settings):
+    """A small one whose position biases, norms and temperatures are away from their start."""
+    classes = pytest.importorskip("timm.models.swin_transformer_v2")
+    model = classes.SwinTransformerV2(**SMALL_V2, **settings)
+    return away_from_the_start(model)
+
+
+def away_from_the_start(model):
+    for name, tensor in model.state_dict().items():
+        if "logit_scale" in name:
+            tensor.uniform_(0, 6)
+    return randomised(model)
+
+
+@torch.no_grad()
+def relative_error(encoder, model, size):
+    images = torch.randn(1, 3, size, size)
+    expected = model(images)
+    return float((encoder.encode(images) - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "pretrained"),
+    [
+        ("swinv2_tiny_window16_256", 256, [16, 16, 16, 8]),
+        ("swinv2_base_window12to16_192to256", 256, [12, 12, 12, 6]),
+    ],
+)
+def test_timms_windows_that_are_larger_than_a_map_load_right_by_their_name(name, size, pretrained, tmp_path, caplog):
+    """timm and Microsoft clip a window to its map, and then normalise the position biases by it."""
+    caplog.set_level(logging.INFO)
+    timm = pytest.importorskip("timm")
+    model = away_from_the_start(timm.create_model(name, pretrained=False, num_classes=0))
+    path = tmp_path / f"{name}.pth"
+    torch.save(model.state_dict(), path)
+    loaded = load_pretrained(str(path), "query", {})
+    assert loaded.settings["window_size"] == 16
+    assert loaded.settings["pretrained_window_size"] == pretrained
+    assert (
+        f"its name says that it looks through windows of 16, and was pretrained with windows of {pretrained}"
+        in caplog.text
+    )
+    assert relative_error(loaded.encoder, model, size) < 1e-4
+    # The control: what was advised before.
+    whole = load_pretrained(str(path), "query", {"pretrained_window_size": [max(pretrained)] * 4})
+    assert relative_error(whole.encoder, model, size) > 1e-3
+
+
+def test_clipped_pretraining_windows_are_made_of_an_image_size_or_given(tmp_path):
+    """In maps of 16, 8, 4 and 2 cells."""
+    path = tmp_path / "x.pth"
+    model = timm_swin_v2(img_size=32, window_size=8)
+    torch.save(model.state_dict(), path)
+    for given in (
+        {"window_size": 8, "pretrained_image_size": 32},
+        {"window_size": 8, "pretrained_window_size": [8, 8, 4, 2]},
+        {"window_size": [8, 8, 4, 2]},
+    ):
+        loaded = load_pretrained(str(path), "query", given)
+        assert loaded.settings["pretrained_window_size"] == [8, 8, 4, 2]
+        assert relative_error(loaded.encoder, model, 32) < 1e-4
+    assert relative_error(load_pretrained(str(path), "query", {"window_size": 8}).encoder, model, 32) > 1e-3
+
+
+def test_windows_that_may_have_been_clipped_have_to_be_explained(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "x.pth"
+    torch.save(timm_swin_v2(img_size=32, window_size=8).state_dict(), path)
+    for given in ({"window_size": 16}, {"window_size": 8, "pretrained_window_size": 16}):
+        assert refused(path, given) == (
+            "does not say on which images its windows of 16 cells were pretrained, and windows are clipped to smaller maps; "
+            "give backbone.pretrained_image_size, which is 256 of timm's swinv2_..._window16_256, and 192 with "
+            "backbone.pretrained_window_size=12 of swinv2_..._window12to16_192to256"
+        )
+    load_pretrained(str(path), "query", {"window_size": 8})
+    assert (
+        "pretraining windows of 8 cells are taken to fit all maps; if its images were smaller give "
+        "backbone.pretrained_image_size"
+    ) in caplog.text
+
+
+def test_microsofts_tables_tell_the_pretraining_windows_of_each_stage(tmp_path):
+    model = timm_swin_v2(
+        img_size=64, window_size=8, pretrained_window_sizes=(6, 6, 6, 3)
+    )  # maps of 32, 16, 8 and 4 cells
+    state = microsoft_names(model)
+    for name, layer in model.named_modules():
+        if name.endswith(".attn"):
+            state[f"{name}.relative_coords_table"] = layer.relative_coords_table
+    path = tmp_path / "swinv2_tiny_window16_256.pth"  # the tables count more than a name
+    torch.save({"model": state}, path)
+    loaded = load_pretrained(str(path), "query", {})
+    assert loaded.settings["window_size"] == [8, 8, 8, 4]
+    assert loaded.settings["pretrained_window_size"] == [6, 6, 6, 3]
+    assert relative_error(loaded.encoder, model, 64) < 1e-4
+    assert refused(path, {"pretrained_window_size": 6}) == (
+        "the weights were pretrained with windows of [6, 6, 6, 3] cells in the four stages, and "
+        "pretrained_window_size=[6, 6, 6, 6] would stretch their position biases; set pretrained_window_size=[6,6,6,3]"
+    )
+
+
+def test_the_name_of_a_file_tells_its_windows():
+    clipped = {"window_size": 16, "pretrained_window_size": [12, 12, 12, 6]}
+    assert windows_in_name("swinv2_base_patch4_window12to16_192to256_22kto1k_ft.pth") == clipped
+    assert windows_in_name("swinv2_small_window16_256.safetensors")["pretrained_window_size"] == [16, 16, 16, 8]
+    assert windows_in_name("swinv2_tiny_window8_256.pth") == {"window_size": 8, "pretrained_window_size": 8}
+    for name in ("swin_tiny_patch4_window7_224.pth", "swinv2_cr_tiny_ns_224.pth", "last.ckpt"):
+        assert windows_in_name(name) == {}
+
+
+def test_a_run_starts_from_clipped_windows_or_is_told_which(tmp_path):
+    model = timm_swin_v2(img_size=32, window_size=8)
+
+    def start(file_name, **settings):
+        path = tmp_path / file_name
+        torch.save(model.state_dict(), path)
+        new = method(backbone={"name": "swin_v2_tiny_patch2", **settings})
+        start_from(new, str(path))
+        return new.eval().query_encoder
+
+    assert relative_error(start("x.pth", window_size=8, pretrained_image_size=32), model, 32) < 1e-4
+    named = "swinv2_tiny_window16_256.pth"
+    for settings in ({}, {"window_size": 16}):
+        with pytest.raises(InputError) as error:
+            start(named, **settings)
+        own = [settings.get("window_size", 4)] * 4
+        assert str(error.value) == (
+            f"init_from={tmp_path / named}: by its name it was pretrained with windows of [16, 16, 16, 8] cells, and this "
+            f"backbone's are {own}; set backbone.window_size=16 backbone.pretrained_window_size=[16,16,16,8]"
+        )
+    start(named, window_size=16, pretrained_window_size=[16, 16, 16, 8])
+    assert relative_error(start(named, window_size=8, pretrained_image_size=32), model, 32) < 1e-4
+    with pytest.raises(InputError, match="does not say on which images its windows of 16 cells were pretrained"):
+        start("x.pth", window_size=16)
+
+
 def test_a_swin_takes_another_window_after_loading(tmp_path):
     state, _, _ = torchvision_swin_v2()
     torch.save(state, tmp_path / "x.pth")
@@ -604,6 +838,12 @@ def method(queue_size=K, embedding_dim=C, num_queues=1, dense_weight=0.0, backbo
     )
 
 
+def moby_method():
+    heads = {"num_layers": 2, "hidden_dim": 64, "hidden_batch_norm": True}
+    backbone = {"name": "swin_tiny_patch2", "window_size": [4, 4, 4, 2]}
+    return method(num_queues=2, backbone=backbone, predictor=heads, **heads)
+
+
 def started(content, tmp_path, **settings):
     """A new method from a file of this content, its first state, and what the log said."""
     path = tmp_path / "x.pth"
@@ -638,6 +878,27 @@ def test_a_run_starts_from_official_weights_with_key_encoder_and_queue(tmp_path)
         "MoCo v1 or v2 (facebookresearch/moco); taken: backbone (120), projector (4), key encoder's backbone (120), key "
         "encoder's projector (4), queue (3)"
     ]
+
+
+@torch.no_grad()
+def test_a_run_goes_on_from_the_official_notebooks_last_file(tmp_path):
+    """All of it: backbone, key encoder, projector (its fc), queue."""
+    content, query, key = notebook()
+    backbone = {"name": "resnet18", "stem": "cifar"}
+    new, _, logged = started(content, tmp_path, backbone=backbone, num_layers=1)
+    assert logged == [
+        "the CIFAR-10 notebook of MoCo (facebookresearch/moco, branch colab-notebook); taken: backbone (120), projector "
+        "(2), key encoder's backbone (120), key encoder's projector (2), queue (3)"
+    ]
+    images = torch.randn(4, 3, 32, 32)
+    for encoder, model in ((new.query_encoder, query), (new.key_encoder, key)):
+        torch.testing.assert_close(encoder.encode(images, "backbone"), model.net[:9](images))
+        torch.testing.assert_close(encoder.encode(images, "embedding"), model(images))
+    torch.testing.assert_close(new.queue.keys, content["state_dict"]["queue"].T)
+    assert (int(new.queue.pointer), int(new.queue.filled)) == (16, K)
+    pretrained = load_pretrained(str(tmp_path / "x.pth"), "query", {})
+    assert pretrained.settings == backbone
+    assert pretrained.epoch == 200
 
 
 def test_what_official_releases_lack_is_rebuilt_and_said(tmp_path):
@@ -721,15 +982,65 @@ def test_a_classifier_is_listed_as_not_used(tmp_path):
     assert logged[-1] == "not used: reverse queue (3); classifier.weight, classifier.bias"
 
 
-def test_a_stem_that_solo_learn_pads_otherwise_is_warned_of(tmp_path, caplog):
+def solo_learn_on_cifar():
+    """solo-learn's, for CIFAR: torchvision's ResNet with a 3x3 convolution that pads by 2, and no max-pool."""
     content, _, _ = solo_learn()
-    cifar = prefixed(build_backbone("resnet18", stem="cifar").state_dict(), "backbone.")
-    torch.save({"state_dict": content["state_dict"] | cifar}, tmp_path / "x.pth")
-    load_pretrained(str(tmp_path / "x.pth"), "query", {})
-    assert (
-        "solo-learn pads the first convolution by 2 pixels, this project by 1: the features differ a little"
-        in caplog.text
-    )
+
+    def build():
+        model = resnet(nn.Identity())
+        model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2, bias=False)
+        model.maxpool = nn.Identity()
+        return model
+
+    query, key = query_and_key(build)
+    for model in (query, key):  # statistics that fit, with which the padding changes the features most
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 1.0
+        model.train()(torch.randn(8, 3, 32, 32))
+        model.eval()
+    state = {name: x for name, x in content["state_dict"].items() if "backbone." not in name}
+    return {"state_dict": state | as_parts(backbone=query, momentum_backbone=key)}, query, key
+
+
+PADS_OTHERWISE = (
+    "solo-learn pads the first convolution by 2 pixels and stem=cifar by 1, which changes the features; "
+    "backbone.stem=solo_cifar keeps them"
+)
+
+
+def test_solo_learns_stem_for_cifar_is_chosen_by_the_files_origin(tmp_path, caplog):
+    content, query, key = solo_learn_on_cifar()
+    path = str(tmp_path / "x.pth")
+    torch.save(content, path)
+    for which, model in (("query", query), ("key", key)):
+        for given in ({}, {"name": "resnet18"}):
+            pretrained = load_pretrained(path, which, given)
+            assert pretrained.settings == {"name": "resnet18", "stem": "solo_cifar"}
+            assert_same(pretrained.encoder, model, "backbone", 32)
+    assert PADS_OTHERWISE not in caplog.text
+    other = load_pretrained(path, "query", {"stem": "cifar"})
+    assert PADS_OTHERWISE in caplog.text
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert F.cosine_similarity(other.encoder.encode(images), query(images)).max() < 0.98
+
+    new, _, _ = started(content, tmp_path, backbone={"name": "resnet18", "stem": "solo_cifar"}, hidden_dim=32)
+    assert_same(new.query_encoder, query, "backbone", 32)
+    caplog.clear()
+    started(content, tmp_path, backbone={"name": "resnet18", "stem": "cifar"}, hidden_dim=32)
+    assert PADS_OTHERWISE in caplog.text
+
+
+def test_a_backbone_alone_does_not_say_how_its_stem_pads(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    content, query, _ = solo_learn_on_cifar()
+    path = str(tmp_path / "x.pth")
+    alone = {name: x for name, x in content["state_dict"].items() if name.startswith("backbone.")}
+    torch.save(alone, path)
+    load_pretrained(path, "query", {})
+    assert "if the weights are solo-learn's give backbone.stem=solo_cifar" in caplog.text
+    assert_same(load_pretrained(path, "query", {"stem": "solo_cifar"}).encoder, query, "backbone", 32)
 
 
 def test_a_head_is_put_into_our_order_whatever_the_order_of_its_tensors():

@@ -17,7 +17,7 @@ from conftest import run_program
 from test_segment import pretraining_checkpoint
 
 from moco.errors import InputError
-from moco.training.checkpoint_files import read_checkpoint, sound_checkpoint
+from moco.training.checkpoint_files import read_checkpoint, read_weights, sound_checkpoint
 
 CANARY = "canary"  # what the malicious files try to make in the current folder
 
@@ -180,6 +180,37 @@ def test_code_in_a_pickle_is_named_and_never_runs(protocol, kind, container, tmp
     assert "it holds objects whose loading would run code" in refused(tmp_path / "x.ckpt")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 200_000  # kB
     assert not (tmp_path / CANARY).exists()
+
+
+# Opcodes of pickle: ] a new list, q and h a number for an object and the object of a number, ( e items
+# for a list, a one item, K a small number, X a string, \x85 and \x86 tuples of one and two, R a call.
+GLOBAL_SET, LIST, FETCH_LIST = b"c__builtin__\nset\n", b"]q\x01", b"h\x01"
+ODD_SETS = {
+    "of a list from elsewhere": LIST + b"(" + b"K\x01" * 9 + b"e" + GLOBAL_SET + FETCH_LIST + b"\x85R" + b"\x86",
+    "of a list that holds one": LIST + GLOBAL_SET + b"](" + FETCH_LIST + b"e\x85R" + b"\x86",
+    "called with a list in place of a tuple": LIST + GLOBAL_SET + b"]" + FETCH_LIST + b"aR" + b"\x86",
+    "of tuples": GLOBAL_SET + b"](K\x01\x85e\x85R",
+    "of a string": GLOBAL_SET + b"X\x02\x00\x00\x00ab\x85R",
+    "never called": GLOBAL_SET,
+    "called later": GLOBAL_SET + b"q\x02]\x86" + b"h\x02" + FETCH_LIST.replace(b"\x01", b"\x02") + b"\x85R\x86",
+    "of sets": GLOBAL_SET + b"](" + GLOBAL_SET + b"]\x85Re\x85R",
+}
+
+
+@pytest.mark.parametrize("opcodes", ODD_SETS.values(), ids=ODD_SETS)
+def test_a_set_copies_nothing_but_strings_and_numbers_written_out_for_it(opcodes, tmp_path):
+    as_zip(tmp_path / "x.ckpt", **{"x/data.pkl": b"\x80\x02" + opcodes + b".", "x/version": "3"})
+    assert "(a set of more than strings and numbers)" in refused(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_sets_of_strings_and_numbers_are_plain_data(legacy, tmp_path):
+    name = "twice in the file"
+    sets = [set(), {"one"}, {name, "other", 3, -70_000, 0.5, None, True}, {name}, set(), {f"n{i}" for i in range(3000)}]
+    torch.save(
+        {"state_dict": {"w": torch.ones(3)}, name: sets}, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy
+    )
+    assert read_weights(tmp_path / "x.pth", "x")[name] == sets
 
 
 def test_what_would_run_is_named(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from moco.evaluation import neighbors
 from moco.evaluation.approximate import KINDS, ApproximateIndex, recall
-from moco.evaluation.knn import Protocol, classify, knn_accuracy, vote, without_own
+from moco.evaluation.knn import Protocol, classify, knn_accuracy, scores_of, vote, without_own
 from moco.evaluation.neighbors import nearest, nearest_by_block, normalized
 
 
@@ -49,9 +49,9 @@ def small_blocks(monkeypatch):
 def test_accuracy_equals_a_slow_reference(generator, num_neighbors, temperature):
     bank, queries = generator.normal(size=(200, 8)), generator.normal(size=(60, 8))
     bank_labels, query_labels = generator.integers(0, 9, 200), generator.integers(0, 9, 60)
-    expected = shares(reference(bank, bank_labels, queries, num_neighbors, temperature), query_labels)
+    top1, top5 = shares(reference(bank, bank_labels, queries, num_neighbors, temperature), query_labels)
     result = knn_accuracy(bank, bank_labels, queries, query_labels, num_neighbors, temperature)
-    assert (result.top1, result.top5) == expected
+    assert (result.top1, result.top5) == (top1, top5 if num_neighbors >= 5 else None)
 
 
 @pytest.mark.parametrize("num_neighbors", [1, 3, 20])
@@ -62,7 +62,8 @@ def test_accuracy_equals_a_slow_reference_on_tied_data_in_blocks(generator, num_
     bank_labels, query_labels = generator.integers(0, 9, 300), generator.integers(0, 9, 60)
     ranked = reference(bank, bank_labels, queries, num_neighbors, 0.1)
     result = knn_accuracy(bank, bank_labels, queries, query_labels, num_neighbors, 0.1)
-    assert (result.top1, result.top5) == shares(ranked, query_labels)
+    top1, top5 = shares(ranked, query_labels)
+    assert (result.top1, result.top5) == (top1, top5 if num_neighbors >= 5 else None)
 
 
 def official_vote(bank, bank_labels, queries, num_classes, num_neighbors, temperature):
@@ -168,7 +169,8 @@ def test_a_grid_of_protocols_is_the_protocols_one_by_one(generator):
     together = classify(partial(nearest_by_block, bank), labels, queries, query_labels, grid)
     for protocol in grid:
         alone = knn_accuracy(bank, labels, queries, query_labels, *protocol)
-        assert (together[protocol].accuracy(1), together[protocol].accuracy(5)) == (alone.top1, alone.top5)
+        assert together[protocol].top(protocol.num_neighbors).get("top5") == alone.top5
+        assert together[protocol].accuracy(1) == alone.top1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,7 +244,19 @@ def test_classes_that_only_one_side_has_are_counted():
 
 
 def test_fewer_than_five_classes_make_top5_certain():
-    assert knn_accuracy(BANK, np.array([0, 1, 1, 1]), QUERY, np.array([1]), 4, 0.01).top5 == 1.0
+    bank = np.vstack([BANK, [[0.0, -1.0]]])
+    assert knn_accuracy(bank, np.array([0, 1, 1, 1, 1]), QUERY, np.array([1]), 5, 0.01).top5 == 1.0
+
+
+@pytest.mark.parametrize(("num_neighbors", "size"), [(1, 9), (4, 9), (200, 4)])
+def test_fewer_than_five_neighbours_give_no_top5(num_neighbors, size, generator):
+    """Asked for, or all that a small bank has."""
+    bank, labels = generator.normal(size=(size, 8)), np.arange(size)
+    result = knn_accuracy(bank, labels, bank, labels, num_neighbors, 0.1)
+    assert result.top5 is None
+    assert scores_of(result) == {"knn/top1": 1.0}
+    enough = knn_accuracy(np.tile(bank, (2, 1)), np.tile(labels, 2), bank, labels, 5, 0.1)
+    assert scores_of(enough).keys() == {"knn/top1", "knn/top5"}
 
 
 def test_zero_features_do_not_divide_by_zero():

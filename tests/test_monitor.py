@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +103,24 @@ def test_knn_and_its_protocol_are_reported_with_baselines(runner):
     assert figures["knn/precision"] == "32-true"
     assert figures["images_per_second"] > 0
     assert 0 <= figures["data_wait"] <= 1
+
+
+def test_fewer_than_five_neighbours_leave_top5_out_of_figures_and_tensorboard(runner):
+    logged = []
+
+    class Monitor(KNNMonitor):
+        def measure(self, trainer, pl_module, epoch):
+            logger = SimpleNamespace(log_metrics=lambda figures, step: logged.append(figures))
+            stand_in = SimpleNamespace(logger=logger, global_step=trainer.global_step, datamodule=trainer.datamodule)
+            self._show = lambda *arguments: None
+            super().measure(stand_in, pl_module, epoch)
+
+    for num_neighbors in (4, 5):
+        figures = {"knn/top5": 0.5}  # of an earlier part of the run
+        measured = Monitor(figures, num_neighbors=num_neighbors, temperature=0.1, feature="backbone")
+        runner.fit(runner.config("trainer.max_steps=1", "trainer.max_epochs=1"), [measured])
+        assert ("knn/top5" in figures) == ("knn/top5" in logged[-1]) == (num_neighbors == 5)
+        assert figures["knn/top1"] == logged[-1]["knn/top1"]
 
 
 def test_a_gpu_that_is_full_leaves_the_search_to_the_cpu(runner, monkeypatch):

@@ -300,6 +300,35 @@ def test_lars_at_moco_v3s_weight_decay_is_the_official_codes_to_a_ten_thousandth
         assert abs(ours - theirs).max() <= 1e-4 * abs(theirs - before).max()
 
 
+def official_lars_step(weight, gradient, lr, decay, eta):
+    """The first step of MoCo v3's official code on a matrix: its ratio asks for the norm of gradient and decay."""
+    step = gradient + decay * weight
+    norm = np.linalg.norm(step)
+    ratio = eta * np.linalg.norm(weight) / norm if np.linalg.norm(weight) > 0 and norm > 0 else 1.0
+    return lr * ratio * step
+
+
+@pytest.mark.parametrize(
+    ("weight_decay", "gradient", "ours", "official"),
+    [
+        (1e-6, 0.0, 0.6 * 1e-6, 0.6 * 1e-3),  # shares of the weights: decay alone here, eta there
+        (1e-6, 1e-3, 0.6 * 1e-3, 0.6 * 1e-3),
+        (0.0, 0.0, 0.0, 0.0),
+        (0.0, 1e-3, 0.6 * 1e-3, 0.6 * 1e-3),
+    ],
+)
+def test_lars_decays_a_layer_without_gradient_less_than_moco_v3s_code(weight_decay, gradient, ours, official):
+    """Documented in docs/methods.md; `gradient` is in units of the weights, and so are the steps."""
+    pytest.importorskip("timm")
+    module = nn.Linear(4, 3, bias=False).double()
+    before = module.weight.detach().numpy().copy()
+    module.weight.grad = gradient * module.weight.detach()
+    build_optimizer(module, name="lars", lr=0.6, weight_decay=weight_decay, schedule="constant").step()
+    np.testing.assert_allclose(before - module.weight.detach().numpy(), ours * before, rtol=1e-3, atol=1e-15)
+    there = official_lars_step(before, gradient * before, 0.6, weight_decay, 1e-3)
+    np.testing.assert_allclose(there, official * before, rtol=1e-6, atol=1e-15)
+
+
 @pytest.mark.parametrize("decay_all", [False, True])
 def test_lars_spares_what_has_one_dimension_whatever_else_is_decayed(decay_all):
     pytest.importorskip("timm")

@@ -12,8 +12,8 @@ from torchvision.models import get_model, swin_transformer
 
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
-from moco.models.swin import Swin, rewindow, suggest_window
-from moco.models.weights import to_torchvision
+from moco.models.swin import Swin, clipped_windows, rewindow, suggest_window, windows_of
+from moco.models.weights import settings_of, to_torchvision
 
 
 def small(version=2, **settings):
@@ -239,6 +239,33 @@ def test_a_window_that_is_none_is_refused(window):
 def test_a_pretraining_window_that_is_none_is_refused(window):
     with pytest.raises(InputError, match=r"pretrained_window_size=.*expected a whole number of cells from 1 to 64"):
         small(pretrained_window_size=window)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "window_size", "clipped"),
+    [
+        (256, 16, (16, 16, 16, 8)),  # swinv2_tiny_window16_256
+        (192, 12, (12, 12, 12, 6)),  # swinv2_base_window12to16_192to256: PRETRAINED_WINDOW_SIZES there
+        (256, 8, (8, 8, 8, 8)),
+        (224, 7, (7, 7, 7, 7)),
+        (250, [8, 64, 8, 9], (8, 32, 8, 8)),
+    ],
+)
+def test_windows_are_clipped_to_the_maps_of_an_image_size(image_size, window_size, clipped):
+    assert clipped_windows(image_size, window_size) == clipped
+    settings = {"name": "swin_v2_t", "window_size": window_size, "pretrained_image_size": image_size}
+    with torch.device("meta"):
+        backbone = build_backbone(**settings)
+        again = build_backbone(**settings_of(backbone, settings))
+    assert backbone.pretrained_window_size == again.pretrained_window_size == clipped
+    assert backbone.window_size == again.window_size == windows_of("window_size", window_size)
+
+
+def test_the_patch_counts_for_clipped_windows():
+    assert clipped_windows(32, 4, patch_size=2) == (4, 4, 4, 2)
+    assert small(window_size=16, pretrained_image_size=64, patch_size=2).pretrained_window_size == (16, 16, 8, 4)
+    with pytest.raises(InputError, match=r"backbone.pretrained_image_size: Swin V1 has no coordinates"):
+        small(version=1, pretrained_image_size=64)
 
 
 def test_a_size_beyond_the_canvas_and_an_image_without_a_whole_patch_are_refused():

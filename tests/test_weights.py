@@ -280,6 +280,7 @@ def test_weights_of_another_pretraining_window_are_refused():
     ("settings", "named"),
     [
         ({"name": "resnet18", "stem": "cifar"}, "resnet18 with stem=cifar"),
+        ({"name": "resnet18", "stem": "solo_cifar"}, "resnet18 with stem=solo_cifar"),
         ({"name": "resnet_tiny", "stem": None}, "resnet_tiny"),
         ({"name": "swin_v2_tiny_patch2"}, "swin_v2_tiny_patch2"),
         ({"name": "vit_tiny_patch4"}, "vit_tiny_patch4"),
@@ -307,6 +308,7 @@ def test_torchvision_has_one_window_for_all_stages():
     ("settings", "window"),
     [
         ({"name": "resnet_tiny", "stem": "cifar", "window_size": None}, None),
+        ({"name": "resnet_tiny", "stem": "solo_cifar"}, None),
         ({"name": "swin_tiny_patch2", "window_size": 4}, 6),
         ({"name": "swin_v2_tiny_patch2", "window_size": 4, "stochastic_depth": 0.1}, [8, 8, 6, 4]),
         ({"name": "vit_tiny_patch4", "learned_positions": 5, "num_heads": 2}, None),

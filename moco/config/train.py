@@ -24,12 +24,18 @@ def setting(
 class BackboneConfig:
     name: str = MISSING
     """A builder in ``moco.models.backbones``. Null settings are left at its defaults; of the others each belongs to some."""
-    stem: Optional[str] = setting(None, choices=("imagenet", "cifar"))
-    """ResNet. imagenet: 7x7 convolution of stride 2 and max-pool; cifar: 3x3 convolution of stride 1, no pool."""
+    stem: Optional[str] = setting(None, choices=("imagenet", "cifar", "solo_cifar"))
+    """ResNet. imagenet: 7x7 convolution of stride 2 and max-pool; cifar: 3x3 convolution of stride 1,
+    no pool; solo_cifar: the same with padding 2 in place of 1, as in solo-learn."""
     window_size: Any = None
     """Swin: side of the attention windows, cells; one number, or a list with one for each stage."""
     pretrained_window_size: Any = None
-    """Swin V2: the window that the weights were pretrained with, if it is not window_size."""
+    """Swin V2: the window that the weights were pretrained with, if it is not window_size; one number,
+    or a list with one for each stage."""
+    pretrained_image_size: Optional[int] = setting(None, at_least=4)
+    """Swin V2: side of the images of that pretraining, px. Windows that normalise position biases are
+    clipped to the maps of such images, as in Microsoft's code and timm; null: they are not. See
+    ``docs/swin_v2.md``."""
     stochastic_depth: Optional[float] = setting(None, at_least=0, at_most=0.99)
     """Swin, ViT: chance that a picture skips the last block's branches; rises linearly from 0 at the first block."""
     gradient_checkpointing: Optional[bool] = None

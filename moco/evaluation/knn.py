@@ -39,7 +39,8 @@ class KNNResult:
     """Accuracies are fractions of the queries; num_neighbors is k after capping."""
 
     top1: float
-    top5: float
+    top5: float | None
+    """None with fewer than five neighbours, see `Votes.top`."""
     num_neighbors: int
     bank_size: int
     num_queries: int
@@ -56,6 +57,20 @@ class Votes(NamedTuple):
     def accuracy(self, at: int) -> float:
         """Share of the queries whose own class is among the first `at`."""
         return float((self.rank < at).mean())
+
+    def top(self, num_neighbors: int) -> dict[str, float]:
+        """Return ``top1``, and ``top5`` if the votes are of at least five neighbours.
+
+        Fewer can't name five classes: which of those without a vote would come fifth is not for the
+        features to say.
+
+        Args:
+            num_neighbors: k of the vote.
+        """
+        shares = {"top1": self.accuracy(1)}
+        if num_neighbors >= 5:
+            shares["top5"] = self.accuracy(5)
+        return shares
 
 
 def vote(similarities: np.ndarray, neighbor_classes: np.ndarray, num_classes: int, temperature: float) -> np.ndarray:
@@ -199,4 +214,14 @@ def knn_accuracy(
     protocol = Protocol(capped(num_neighbors, len(bank)), temperature)
     search = partial(nearest_by_block, bank, device=device)
     votes = classify(search, bank_labels, queries, query_labels, [protocol])[protocol]
-    return KNNResult(votes.accuracy(1), votes.accuracy(5), protocol.num_neighbors, len(bank), len(queries))
+    k = protocol.num_neighbors
+    shares = votes.top(k)
+    return KNNResult(shares["top1"], shares.get("top5"), k, len(bank), len(queries))
+
+
+def scores_of(result: KNNResult) -> dict[str, float]:
+    """Return a result's accuracies under the names of ``metrics.json``, those that there are."""
+    scores = {"knn/top1": result.top1}
+    if result.top5 is not None:
+        scores["knn/top5"] = result.top5
+    return scores

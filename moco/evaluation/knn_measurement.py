@@ -19,7 +19,7 @@ from moco.errors import InputError, printable
 from moco.evaluation.approximate import ApproximateIndex, recall
 from moco.evaluation.evaluation_pictures import Searched, knn_pictures, save_png
 from moco.evaluation.feature_pictures import Embedded
-from moco.evaluation.knn import KNNResult, Protocol, Search, Votes, capped, classify
+from moco.evaluation.knn import KNNResult, Protocol, Search, Votes, capped, classify, scores_of
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
 from moco.evaluation.maps import check_map
 from moco.evaluation.monitor import protocol as protocol_figures
@@ -75,7 +75,9 @@ def measure_knn(subject: Subject) -> Findings:
         )
     chosen = votes[settings["feature"]][main]
     sizes = len(sides.bank.labels), len(sides.queries.labels)
-    result = KNNResult(chosen.accuracy(1), chosen.accuracy(5), main.num_neighbors, *sizes)
+    k = main.num_neighbors
+    tops = chosen.top(k)
+    result = KNNResult(tops["top1"], tops.get("top5"), k, *sizes)
     few, few_table = few_label_figures(subject, sides)
     classes, confusion = confusion_matrix(sides.queries.labels, chosen.predicted)
     shares = confusion.diagonal() / np.maximum(confusion.sum(axis=1), 1)
@@ -90,7 +92,7 @@ def measure_knn(subject: Subject) -> Findings:
         pictures = knn_pictures(subject, searched, confusion, classes, label_free.views)
     return Findings(
         "kNN classification of frozen features",
-        {"knn/top1": result.top1, "knn/top5": result.top5},
+        scores_of(result),
         {**protocol_figures(result, main.temperature, settings["feature"]), **kind, **recalls},
         {**grid_figures(votes), **few, **label_free.figures},
         [grid_table(votes, sides, kind), *few_table, *class_tables(classes, confusion), *label_free.tables],
@@ -172,12 +174,12 @@ def searched_of(sides: Sides, search: Search, feature: str) -> Searched:
 
 def grid_figures(votes: Mapping[str, Mapping[Protocol, Votes]]) -> dict[str, float]:
     """Under the names of ``metrics.json``, such as ``knn_grid/backbone/k20/t0.07/top1``."""
-    return {
-        f"knn_grid/{feature}/k{k}/t{temperature:g}/top{at}": found[Protocol(k, temperature)].accuracy(at)
-        for feature, found in votes.items()
-        for k, temperature in sorted(found)
-        for at in (1, 5)
-    }  # fmt: skip
+    figures = {}
+    for feature, found in votes.items():
+        for k, temperature in sorted(found):
+            for name, share in found[Protocol(k, temperature)].top(k).items():
+                figures[f"knn_grid/{feature}/k{k}/t{temperature:g}/{name}"] = share
+    return figures
 
 
 def grid_table(votes: Mapping[str, Mapping[Protocol, Votes]], sides: Sides, kind: Mapping[str, str]) -> Table:

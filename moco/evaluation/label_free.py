@@ -161,9 +161,14 @@ class LabelFreeMonitor(pl.Callback):
         return figures
 
     def _steps_in_queue(self, trainer: pl.Trainer, pl_module: Any) -> int:
-        """How many steps later the keys of a batch that was enqueued last are still in the queue, all of them."""
+        """Return how many steps later the kept keys are still in the queue, all of them.
+
+        A queue that takes both views' keys takes the kept ones first, see `MoCo.against_queue`.
+        """
         num_keys = len(self.kept.keys) * world_size() if self.kept else 0
-        return max(0, (len(pl_module.queue.keys) - num_keys) // keys_per_step(pl_module, num_keys, trainer))
+        per_step = keys_per_step(pl_module, num_keys, trainer)
+        of_batch = num_keys * directions_per_queue(pl_module)  # the kept ones included
+        return max(0, (len(pl_module.queue.keys) - of_batch) // per_step)
 
     @epoch_time.measured(MONITORS)
     def _drift(self, trainer: pl.Trainer, pl_module: Any, kept: Kept) -> dict[str, float]:
@@ -193,8 +198,12 @@ def embeddings_of_keys(pl_module: Any, outputs: dict[str, Tensor]) -> Tensor:
 
 def keys_per_step(pl_module: Any, num_keys: int, trainer: pl.Trainer) -> int:
     """Keys that one queue gets in an optimizer step, of batches with `num_keys` on all devices together."""
-    directions = 2 if pl_module.symmetric and pl_module.reverse_queue is None else 1
-    return num_keys * directions * trainer.accumulate_grad_batches
+    return num_keys * directions_per_queue(pl_module) * trainer.accumulate_grad_batches
+
+
+def directions_per_queue(pl_module: Any) -> int:
+    """How many directions' keys one queue takes."""
+    return 2 if pl_module.symmetric and pl_module.reverse_queue is None else 1
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from moco.evaluation.diagnostics import (
 from moco.evaluation.epoch_measurement import EpochMeasurement, is_end
 from moco.evaluation.feature_pictures import Embedded, FeaturePictures
 from moco.evaluation.features import EmbeddingStopped, evaluating
-from moco.evaluation.knn import KNNResult, knn_accuracy
+from moco.evaluation.knn import KNNResult, knn_accuracy, scores_of
 from moco.evaluation.sharding import embed_together
 from moco.training.distributed import copy_from_rank_zero, from_rank_zero, gather_objects
 from moco.training.stopwatches import MONITORS, STEPS, WAITING, epoch_time
@@ -43,8 +43,9 @@ class KNNMonitor(EpochMeasurement):
     """kNN accuracy of the query encoder's features every n epochs, on clean pictures in eval mode.
 
     Args:
-        figures: gets ``knn/top1``, ``knn/top5``, ``knn/epoch`` and the protocol; baselines go to ``knn_raw_pixels/top1``
-            and ``knn_untrained/top1``, or ``knn_start/top1`` of a run that starts from given weights.
+        figures: gets ``knn/top1``, with at least five neighbours ``knn/top5``, ``knn/epoch`` and the
+            protocol. Baselines go to ``knn_raw_pixels/top1`` and ``knn_untrained/top1``, or
+            ``knn_start/top1`` of a run that starts from given weights.
         should_stop: asked before every batch; a measurement that is cut short is made up for when the run goes on.
         num_neighbors, temperature, feature, precision: the protocol, see `MonitorConfig`.
         baselines: measure raw pixels and the encoder before the first step.
@@ -123,7 +124,8 @@ class KNNMonitor(EpochMeasurement):
             return
         self.owed = False
         self.num_neighbors = result.num_neighbors  # if it was capped, one warning is enough
-        scores = {"knn/top1": result.top1, "knn/top5": result.top5}
+        scores = scores_of(result)
+        self.figures.pop("knn/top5", None)  # of an earlier part of the run, if k is below 5 now
         conditions = protocol(result, self.temperature, self.feature) | {"knn/precision": self.precision}
         self.figures |= scores | {"knn/epoch": epoch} | conditions
         if trainer.logger:

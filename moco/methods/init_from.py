@@ -78,8 +78,14 @@ def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
         if held.settings is None and theirs:
             with named(source):
                 if encoder == QUERY:
-                    seen = settings_seen(theirs, settings["name"])
-                    check_what_shapes_hide(held.origin, seen | settings, source)
+                    seen = settings_seen(theirs, settings["name"], held.origin)
+                    is_saved = "pretrained_window_size" in seen
+                    is_v2 = settings["name"].startswith("swin_v2")
+                    if is_v2 and not is_saved and held.named_windows:
+                        pretrained = backbone.pretrained_window_size
+                        check_named_windows(held.named_windows, settings, pretrained)
+                        seen |= held.named_windows
+                    check_what_shapes_hide(held.origin, seen | settings, source, is_saved)
                 theirs = backbone_weights(theirs, backbone)
             weights = others | {f"{encoder}backbone.{name}": tensor for name, tensor in theirs.items()}
     theirs, _ = split(weights, QUERY + "backbone.")
@@ -94,6 +100,30 @@ def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
                     f"{source}: backbone.{key}: {value} there, {own} here, which would change the features"
                 )
     return weights
+
+
+def check_named_windows(named: dict[str, Any], settings: dict[str, Any], pretrained: tuple[int, ...]) -> None:
+    """Hold a Swin V2 to the windows that the name of the file says, unless its config says others.
+
+    Args:
+        named: of `windows_in_name`.
+        settings: of the backbone, those that are not null.
+        pretrained: its pretraining windows.
+
+    Raises:
+        InputError: they differ, and the config says nothing of the pretraining.
+    """
+    from moco.models.swin import windows_of
+
+    there = list(windows_of("pretrained_window_size", named["pretrained_window_size"]))
+    is_given = "pretrained_window_size" in settings or "pretrained_image_size" in settings
+    if is_given or there == list(pretrained):
+        return
+    raise InputError(
+        f"by its name it was pretrained with windows of {there} cells, and this backbone's are "
+        f"{list(pretrained)}; set backbone.window_size={named['window_size']} "
+        f"backbone.pretrained_window_size={str(there).replace(' ', '')}"
+    )
 
 
 def reason_against(part: str, weights: "Weights", ours: "Weights", taken: set[str]) -> str | None:

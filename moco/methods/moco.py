@@ -181,9 +181,32 @@ class MoCo(pl.LightningModule):
             for view, embedding in zip(encoded, predicted, strict=True)
         ]
 
+    @property
+    def keys_follow_the_views(self) -> bool:
+        """Whether the key encoder sees the first view before the second one.
+
+        The order decides how BatchNorm's running statistics move. MoBY and solo-learn's v2+, which
+        have two queues, and MoCo v3, which has none, encode the first view's keys first. The
+        official notebook has one queue and encodes the second view's keys first.
+        """
+        return self.symmetric and (self.queue is None or self.reverse_queue is not None)
+
     @torch.no_grad()
     def encode_keys(self, views: Sequence[Tensor]) -> list[Encoded]:
-        """The same of keys, without gradient and predictor; shuffled on the way where BatchNorm would leak."""
+        """Embed the keys of each direction, without gradient and predictor.
+
+        They are shuffled on the way where BatchNorm would leak.
+
+        Args:
+            views: (N, 3, H, W) of each direction. The first direction's are the second view.
+                In which order the encoder sees them says `keys_follow_the_views`.
+        """
+        if self.keys_follow_the_views:
+            return self.encode_keys_in_order(views[::-1])[::-1]
+        return self.encode_keys_in_order(views)
+
+    def encode_keys_in_order(self, views: Sequence[Tensor]) -> list[Encoded]:
+        """`encode_keys` of views in the order in which the encoder is to see them."""
         if self.batch_norm not in ("shuffle", "split"):
             return [view.map(unit_norm) for view in self.embed(self.key_encoder, views)]
         shuffles = [Shuffle(len(view), view.device) for view in views]
@@ -213,9 +236,12 @@ class MoCo(pl.LightningModule):
         for query, key, queue in zip(queries, keys, self.queues, strict=False):
             negatives = queue.negatives()  # (K, C) unit norm
             losses.append(info_nce(query.embedding, key.embedding, negatives, self.temperature))
-        for key, queue in zip(keys, self.queues, strict=False):
-            queue.enqueue(all_gather(key.embedding))  # after the losses: a positive is never its own negative
-        return losses, queue.negatives_given_last
+        negatives_given_last = queue.negatives_given_last
+        # After the losses: a positive is never its own negative. The last direction's keys are of
+        # the first view. They go first, as in the official notebook's one queue.
+        for key, queue in reversed(list(zip(keys, self.queues, strict=False))):
+            queue.enqueue(all_gather(key.embedding))
+        return losses, negatives_given_last
 
     def against_batch(self, queries: list[Encoded], keys: list[Encoded]) -> tuple[list[Tensor], Tensor]:
         """Each direction's loss, and the last one's keys of all devices (M, C), each query's own among them."""
@@ -243,8 +269,8 @@ class MoCo(pl.LightningModule):
             rows = (query.cells.embeddings, key.cells.embeddings)  # (N, S, C) unit norm each
             losses.append(dense_info_nce(*rows, matches, queue.negatives(), self.temperature))
             pooled.append(key.cells.pooled)  # (N, C) unit norm
-        for rows_of_view, queue in zip(pooled, self.dense_queues, strict=False):
-            queue.enqueue(all_gather(rows_of_view))
+        for rows_of_view, queue in reversed(list(zip(pooled, self.dense_queues, strict=False))):
+            queue.enqueue(all_gather(rows_of_view))  # in the order of the other queue
         loss_global, loss_dense = outputs["loss"], self.total(losses)
         loss = (1 - self.dense_weight) * loss_global + self.dense_weight * loss_dense
         return outputs | {"loss": loss, "loss_global": loss_global.detach(), "loss_dense": loss_dense.detach()}

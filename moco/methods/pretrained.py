@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moco.errors import InputError
 from moco.methods.weight_files import Held, described, named, read_held
-from moco.models.layouts import METHOD_PARTS, MOCO_V3, QUERY, SOLO_LEARN
+from moco.models.layouts import BACKBONE_ALONE, METHOD_PARTS, MOCO_V3, QUERY, SOLO_LEARN
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 # torch is imported where it is first needed: what only names these functions starts in a moment.
 
+# Of a Swin V2, cells: published ones with this window or smaller ones had pretraining images whose
+# last map holds a window (8 at 256 px), published ones with larger windows did not.
+LARGEST_WHOLE_WINDOW = 8
 # Settings that change what a backbone's tensors mean; of a checkpoint of ours they are known.
 ARCHITECTURE = ("name", "stem", "num_heads", "learned_positions")
 
@@ -71,10 +74,9 @@ def load_pretrained(path: str, which: str, given: dict[str, Any], feature: str |
     else:
         settings = held.settings | {key: value for key, value in given.items() if key != "window_size"}
         check_architecture(held.settings, given, source)
-        if "pretrained_window_size" in given:
-            log.warning(
-                "backbone.pretrained_window_size: another one than the checkpoint's stretches the position biases"
-            )
+        for key in ("pretrained_window_size", "pretrained_image_size"):
+            if key in given:
+                log.warning("backbone.%s: another one than the checkpoint's stretches the position biases", key)
         encoder, is_window_set = load_ours(held, which, settings, feature, path), False
     window_size: Any = getattr(encoder.backbone, "window_size", None)
     if "window_size" in given and not is_window_set:
@@ -199,9 +201,18 @@ def load_foreign(
         raise InputError(f"{source}: {held.origin}, without {METHOD_PARTS[prefix + 'backbone.']}")
     settings = given if "name" in given else recognised(theirs, source) | given
     with named(source):
-        seen = settings_seen(theirs, settings["name"])
+        seen = settings_seen(theirs, settings["name"], held.origin)
+    is_normaliser_saved = "pretrained_window_size" in seen
+    if settings["name"].startswith("swin_v2") and not is_normaliser_saved and held.named_windows:
+        seen |= held.named_windows
+        log.info(
+            "%s: its name says that it looks through windows of %s, and was pretrained with windows of %s",
+            source,
+            seen["window_size"],
+            seen["pretrained_window_size"],
+        )
     settings = settings | {key: value for key, value in seen.items() if key == "window_size" or key not in given}
-    check_what_shapes_hide(held.origin, settings, source)
+    check_what_shapes_hide(held.origin, settings, source, is_normaliser_saved)
     backbone = build_backbone(**settings)
     with named(source):
         weights = backbone_weights(theirs, backbone)
@@ -237,18 +248,20 @@ def recognised(weights: "Weights", source: str) -> dict[str, Any]:
     raise InputError(f"{source}: {which} tensors of these shapes; give backbone=NAME")
 
 
-def check_what_shapes_hide(origin: str, settings: dict[str, Any], source: str) -> None:
-    """Hold the settings of another project's backbone to be complete; warn of what cannot be set.
+def check_what_shapes_hide(
+    origin: str, settings: dict[str, Any], source: str, is_normaliser_saved: bool = False
+) -> None:
+    """Hold another project's backbone to complete settings; warn of what is probably wrong.
+
+    Args:
+        is_normaliser_saved: the pretraining windows of a Swin V2 are of tables in the file.
 
     Raises:
         InputError: something decides the outputs, does not show in the file, and is not given.
     """
     name = settings["name"]
-    if name.startswith("swin_v2") and "window_size" not in settings:
-        raise InputError(
-            f"{source}: does not say which windows it was pretrained with; give backbone.window_size, which is 8 of timm's "
-            "swinv2_..._window8_256"
-        )
+    if name.startswith("swin_v2") and not is_normaliser_saved:
+        check_pretraining_is_known(settings, source)
     if name == "vit_small" and "num_heads" not in settings and origin != MOCO_V3:
         raise InputError(
             f"{source}: does not say how many heads its attention has; give backbone.num_heads: 6 in DeiT and timm, 12 in "
@@ -256,8 +269,47 @@ def check_what_shapes_hide(origin: str, settings: dict[str, Any], source: str) -
         )
     if origin == SOLO_LEARN and settings.get("stem") == "cifar":
         log.warning(
-            "solo-learn pads the first convolution by 2 pixels, this project by 1: the features differ a little"
+            "solo-learn pads the first convolution by 2 pixels and stem=cifar by 1, "
+            "which changes the features; backbone.stem=solo_cifar keeps them"
         )
+    if origin == BACKBONE_ALONE and settings.get("stem") == "cifar":
+        log.info(
+            "a 3x3 convolution does not show its padding: stem=cifar pads by 1 pixel; "
+            "if the weights are solo-learn's give backbone.stem=solo_cifar"
+        )
+
+
+def check_pretraining_is_known(settings: dict[str, Any], source: str) -> None:
+    """Hold the settings of a Swin V2 to say what normalises coordinates of which its file has no table.
+
+    A list of four is taken as it stands, and so is one window that fits the last map of usual
+    pretraining images. A larger one may have been clipped to a map, which changes the features by
+    some percent.
+
+    Raises:
+        InputError: no window is given, or one that may have been clipped.
+    """
+    if "window_size" not in settings:
+        raise InputError(
+            f"{source}: does not say which windows it was pretrained with; give backbone.window_size, "
+            "which is 8 of timm's swinv2_..._window8_256"
+        )
+    pretrained = settings.get("pretrained_window_size", settings["window_size"])
+    if not isinstance(pretrained, int) or "pretrained_image_size" in settings:
+        return
+    if pretrained > LARGEST_WHOLE_WINDOW:
+        raise InputError(
+            f"{source}: does not say on which images its windows of {pretrained} cells were "
+            "pretrained, and windows are clipped to smaller maps; give backbone.pretrained_image_size, "
+            "which is 256 of timm's swinv2_..._window16_256, and 192 with "
+            "backbone.pretrained_window_size=12 of swinv2_..._window12to16_192to256"
+        )
+    log.info(
+        "%s: pretraining windows of %d cells are taken to fit all maps; if its images were smaller "
+        "give backbone.pretrained_image_size",
+        source,
+        pretrained,
+    )
 
 
 def projector_of(head: "Weights | None", feature_dim: int, source: str) -> "nn.Module":

@@ -41,6 +41,8 @@ class Held(NamedTuple):
     """All of it, if it is a whole checkpoint of ours."""
     encoder: str | None = None
     """``query`` or ``key``, if it is one backbone that we have written."""
+    named_windows: dict[str, Any] | None = None
+    """What the name of another project's file says of windows, see `windows_in_name`."""
 
 
 def read_held(path: str, source: str) -> Held:
@@ -52,7 +54,7 @@ def read_held(path: str, source: str) -> Held:
     Raises:
         InputError: it cannot be read, or is of an unknown format.
     """
-    from moco.models.foreign import recognise, tensors_in
+    from moco.models.foreign import recognise, tensors_in, windows_in_name
     from moco.training.checkpoint_files import CHECKPOINT_PARTS, check_parts, read_weights
 
     content = read_weights(path, source)
@@ -87,7 +89,16 @@ def read_held(path: str, source: str) -> Held:
         )
     origin, weights, ignored = recognise(tensors_in(content, source), source)
     epoch = content.get("epoch") if isinstance(content, dict) else None
-    return Held(origin, weights, ignored, None, {}, epoch if isinstance(epoch, int) else 0, 0)
+    return Held(
+        origin,
+        weights,
+        ignored,
+        None,
+        {},
+        epoch if isinstance(epoch, int) else 0,
+        0,
+        named_windows=windows_in_name(Path(path).name),
+    )
 
 
 def described(settings: dict[str, Any], source: str) -> "nn.Module":

@@ -25,6 +25,9 @@ from moco.errors import InputError, unknown_name
 from moco.models.swin import Swin
 from moco.models.vit import VisionTransformer
 
+CIFAR_STEMS = {"cifar": 1, "solo_cifar": 2}
+"""Padding of the 3x3 convolution, px, by the name of the stem."""
+STEMS = ("imagenet", *CIFAR_STEMS)
 CIFAR_STEM_STRIDES = (1, 2, 4, 8)
 IMAGENET_STEM_STRIDES = (4, 8, 16, 32)
 
@@ -37,12 +40,16 @@ class ResNet(resnet.ResNet):
         depths: blocks in each of the four stages.
         stem: ``imagenet``, or ``cifar``: 3x3 convolution of stride 1 with padding 1 and no max-pool, as in the official
             CIFAR notebook (https://github.com/facebookresearch/moco, branch colab-notebook), which also leaves that
-            convolution at PyTorch's default initialisation.
+            convolution at PyTorch's default initialisation. ``solo_cifar`` is the same with padding
+            2, as in solo-learn: the maps inside are those of an image that is 2 px larger.
         width: channels of the stem and of the first stage's blocks before expansion; the stages double it. torchvision's
             is 64.
         width_per_group: 128 makes the wide variants (arXiv 1605.07146).
         zero_init_residual: the last BatchNorm of every block starts with a scale of zero, so that the block is the identity
             (arXiv 1706.02677, section 5.1); MoCo v3 does so.
+
+    Raises:
+        InputError: there is no such stem.
     """
 
     def __init__(
@@ -55,18 +62,23 @@ class ResNet(resnet.ResNet):
         width_per_group: int = 64,
         zero_init_residual: bool = False,
     ) -> None:
+        if stem not in STEMS:
+            raise InputError(f"backbone.stem: {unknown_name('stem', stem, STEMS)}")
         self.width = width
         super().__init__(block, list(depths), width_per_group=width_per_group, zero_init_residual=zero_init_residual)
         del self.fc
-        if stem == "cifar":
-            self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
+        self.has_wide_padding = stem == "solo_cifar"
+        if stem in CIFAR_STEMS:
+            padding = CIFAR_STEMS[stem]
+            self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=padding, bias=False)
             self.maxpool = nn.Identity()
         elif width != 64:
             self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
         if width != 64:
             self.bn1 = nn.BatchNorm2d(width)
         self.feature_map_dims = tuple(width * 2**stage * block.expansion for stage in range(4))
-        self.feature_map_strides = CIFAR_STEM_STRIDES if stem == "cifar" else IMAGENET_STEM_STRIDES
+        is_small = stem in CIFAR_STEMS
+        self.feature_map_strides = CIFAR_STEM_STRIDES if is_small else IMAGENET_STEM_STRIDES
         self.feature_dim = self.feature_map_dims[-1]
 
     def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
@@ -76,21 +88,41 @@ class ResNet(resnet.ResNet):
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """The four stages' outputs for images (N, 3, H, W): (N, C_i, ceil(H / stride_i), ceil(W / stride_i))."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        maps = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return self.feature_and_maps(images)[1]
 
     def feature_and_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`forward` and `feature_maps` in one pass."""
-        maps = self.feature_maps(images)
-        return self.avgpool(maps[-1]).flatten(1), maps
+        """`forward` and `feature_maps` in one pass.
+
+        With the stem ``solo_cifar`` the feature is the mean of the last stage's whole output, whose
+        border lies outside of the image; the maps are without that border.
+        """
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        maps = []
+        for stage, stride in zip(self.stages(), self.feature_map_strides, strict=True):
+            x = stage(x)
+            maps.append(inside(x, images, stride) if self.has_wide_padding else x)
+        return self.avgpool(x).flatten(1), maps
+
+    def stages(self) -> tuple[nn.Module, ...]:
+        """The four stages."""
+        return self.layer1, self.layer2, self.layer3, self.layer4
 
     def forward(self, images: Tensor) -> Tensor:
-        """The last map averaged over its cells: (N, D)."""
+        """The last stage's output averaged over its cells: (N, D)."""
         return self.feature_and_maps(images)[0]
+
+
+def inside(x: Tensor, images: Tensor, stride: int) -> Tensor:
+    """Return the cells of a map that are in the image: (N, C, ceil(H / stride), ceil(W / stride)).
+
+    Args:
+        x: a map whose cell number j is centred at pixel stride * j - 1.
+        images: (N, 3, H, W).
+        stride: px.
+    """
+    first = 1 if stride == 1 else 0
+    height, width = (-(-side // stride) for side in images.shape[-2:])
+    return x[:, :, first : first + height, first : first + width]
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from moco.errors import InputError
 from moco.models.backbones import BACKBONES, build_backbone, settings_of_backbone
-from moco.models.layouts import KEY, LAYOUTS, METHOD_PARTS, QUERY, QUEUES
-from moco.models.swin import Swin
+from moco.models.layouts import KEY, LAYOUTS, METHOD_PARTS, QUERY, QUEUES, SOLO_LEARN
+from moco.models.swin import Swin, clipped_windows
 from moco.models.vit import learned_grid_side
 from moco.models.weights import (
     CLASSIFIERS,
@@ -32,7 +32,7 @@ from moco.models.weights import (
     from_torchvision,
     one_or_each,
 )
-from moco.models.window_attention import check_pretrained_window, pretrained_window_of
+from moco.models.window_attention import check_pretrained_windows, pretrained_window_of
 
 HEADS = tuple(part for part in METHOD_PARTS if "projector" in part or part == "predictor.")
 BACKBONE_CLASSIFIERS = tuple(f"{encoder}backbone.{name}" for encoder in (QUERY, KEY) for name in CLASSIFIERS)
@@ -205,8 +205,8 @@ def backbone_weights(weights: Weights, backbone: nn.Module) -> Weights:
     weights = merging_before_its_stage(from_sequential(weights))
     if isinstance(backbone, Swin):
         tables = first_of_each_stage(weights, COORDINATES)
-        for table, window in zip(tables, backbone.pretrained_window_size, strict=False):
-            check_pretrained_window(table, (window, window))
+        if len(tables) == len(backbone.pretrained_window_size):
+            check_pretrained_windows(tables, backbone.pretrained_window_size)
     weights = {name: x for name, x in weights.items() if not name.endswith(COMPUTED)}
     if any(name.startswith("patch_embed.") for name in weights):
         try:
@@ -223,15 +223,20 @@ def backbone_weights(weights: Weights, backbone: nn.Module) -> Weights:
 
 
 def from_sequential(weights: Weights) -> Weights:
-    """A ResNet's names, where it was made an nn.Sequential of its children, as lightly's examples do.
+    """Return a ResNet's names, where it was made an nn.Sequential of its children.
 
-    torchvision's children are conv1, bn1, relu, maxpool and four layers; lightly's own ResNet has no modules for ReLU and
-    pooling, and calls a downsample shortcut.
+    The first two are conv1 and bn1. The four layers are those that hold blocks. Where they begin
+    depends on the modules without tensors before them: torchvision's children have ReLU and
+    max-pool there (lightly's examples), the official notebook has ReLU alone, and lightly's own
+    ResNet has neither. The last one calls a downsample shortcut.
     """
     if "0.weight" not in weights:
         return weights
-    first = 2 if any(name.startswith("2.") for name in weights) else 4
-    children = {"0": "conv1", "1": "bn1"} | {str(first + number): f"layer{number + 1}" for number in range(4)}
+    stages = [int(name.partition(".")[0]) for name in weights if re.match(r"\d+\.\d+\.", name)]
+    first = min(stages, default=4)
+    children = {"0": "conv1", "1": "bn1"}
+    for number in range(4):
+        children[str(first + number)] = f"layer{number + 1}"
     renamed = {}
     for name, tensor in weights.items():
         child, _, rest = name.partition(".")
@@ -261,16 +266,17 @@ def misfit(weights: Weights, expected: Weights) -> str | None:
     return found[0] + more if found else None
 
 
-def settings_seen(weights: Weights, name: str) -> dict[str, Any]:
+def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, Any]:
     """The arguments of `build_backbone` that show in a backbone's weights, under any library's names.
 
     Args:
         name: of the backbone; what it has no setting for is left out.
+        origin: whose weights they are, which decides how a 3x3 stem pads.
     """
     weights = from_sequential(weights)
     seen: dict[str, Any] = {}
     if "conv1.weight" in weights and weights["conv1.weight"].shape[-1] == 3:
-        seen["stem"] = "cifar"
+        seen["stem"] = "solo_cifar" if origin == SOLO_LEARN else "cifar"
     for positions in ("pos_embed", POSITIONS):
         if positions in weights and (side := learned_grid_side(weights[positions])):
             seen["learned_positions"] = side
@@ -284,6 +290,25 @@ def settings_seen(weights: Weights, name: str) -> dict[str, Any]:
             [normaliser[0] if normaliser else window for normaliser, window in zip(pretrained, windows, strict=True)]
         )
     return {key: value for key, value in seen.items() if key in settings_of_backbone(name)}
+
+
+def windows_in_name(file_name: str) -> dict[str, Any]:
+    """The arguments of `build_backbone` for the windows that the name of a Swin V2's file says.
+
+    Args:
+        file_name: with one of the names that timm and Microsoft give their models, such as
+            ``swinv2_tiny_window16_256`` or ``swinv2_base_patch4_window12to16_192to256_22kto1k_ft``:
+            the window of the pretraining, that of the fine-tuning, and the image sizes of both, px.
+    """
+    found = re.search(r"swinv2_[a-z]+_(?:patch4_)?window(\d+)(?:to(\d+))?_(\d+)", file_name)
+    if found is None:
+        return {}
+    pretrained_window, last_window, image_size = found.groups()
+    pretrained = clipped_windows(int(image_size), int(pretrained_window))
+    return {
+        "window_size": int(last_window or pretrained_window),
+        "pretrained_window_size": one_or_each(pretrained),
+    }
 
 
 def first_of_each_stage(weights: Weights, ending: str) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """How other projects name the parts of their methods, and what those are called in `moco.methods.moco.MoCo`.
 
-The names are facts of the projects' public code, at facebookresearch/moco 3b42c2a, facebookresearch/moco-v3 c349e6e,
+The names are facts of the projects' public code, at facebookresearch/moco 3b42c2a (and its branch
+colab-notebook), facebookresearch/moco-v3 c349e6e,
 SwinTransformer/Transformer-SSL 4510de1, WXinlong/DenseCL b64bbb6, open-mmlab/mmselfsup 20488d0 and db861f3,
 vturrisi/solo-learn 9187ea3, lightly-ai/lightly 00283d7 and e8d317f.
 """
@@ -34,6 +35,7 @@ class Layout(NamedTuple):
 
 MOCO_V3 = "MoCo v3 (facebookresearch/moco-v3)"
 SOLO_LEARN = "solo-learn"
+BACKBONE_ALONE = "backbone alone"
 LAYOUTS = (
     Layout(
         "DenseCL or mmselfsup (OpenMMLab)",
@@ -53,6 +55,19 @@ LAYOUTS = (
             r"queue_ptr$": "queue.pointer",
             r"queue2$": "dense_queue.keys",
             r"queue2_ptr$": "dense_queue.pointer",
+        },
+    ),
+    Layout(
+        "the CIFAR-10 notebook of MoCo (facebookresearch/moco, branch colab-notebook)",
+        (r"encoder_q\.net\.0\.",),
+        {
+            # An nn.Sequential of torchvision's children without max-pool, and Flatten before the last.
+            r"encoder_q\.net\.9\.": QUERY + "projector.",
+            r"encoder_q\.net\.": QUERY + "backbone.",
+            r"encoder_k\.net\.9\.": KEY + "projector.",
+            r"encoder_k\.net\.": KEY + "backbone.",
+            r"queue$": "queue.keys",
+            r"queue_ptr$": "queue.pointer",
         },
     ),
     Layout(
@@ -133,7 +148,7 @@ LAYOUTS = (
             r"queue_ptr$": "queue.pointer",
         },
     ),
-    Layout("backbone alone", (r"backbone\.",), {r"backbone\.": QUERY + "backbone."}),
+    Layout(BACKBONE_ALONE, (r"backbone\.",), {r"backbone\.": QUERY + "backbone."}),
     Layout("torchvision or timm ResNet", (r"layer1\.0\.conv1\.",), {"": QUERY + "backbone."}),
     Layout("torchvision Swin Transformer", (r"features\.1\.0\.attn\.",), {"": QUERY + "backbone."}),
     Layout("timm or Microsoft Swin Transformer", (r"layers\.0\.blocks\.0\.attn\.",), {"": QUERY + "backbone."}),

@@ -60,6 +60,9 @@ class Swin(swin_transformer.SwinTransformer):
         window_size: side of the attention windows, cells; one number, or one for each stage.
         pretrained_window_size: the windows with which the weights were, or will be, pretrained; they normalise the
             coordinates of V2's position bias. None: `window_size`. It stays when the window is changed afterwards.
+        pretrained_image_size: side of the pretraining images, px. The windows that normalise V2's
+            coordinates are then clipped to the maps of such images, as in Microsoft's code and timm,
+            see `clipped_windows`. None: they are as given.
         stochastic_depth: chance of a sample to skip a block's branch in training, at the last block; rises linearly from
             0 at the first (the papers' drop path).
         gradient_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
@@ -68,7 +71,8 @@ class Swin(swin_transformer.SwinTransformer):
             torchvision does.
 
     Raises:
-        InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`, or V1 is given a pretraining window.
+        InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`, or V1 is given a
+            pretraining window or image size.
     """
 
     no_weight_decay_keywords = ("cpb_mlp", "logit_scale", "relative_position_bias_table")
@@ -83,16 +87,21 @@ class Swin(swin_transformer.SwinTransformer):
         patch_size: int = 4,
         window_size: int | Sequence[int] = 7,
         pretrained_window_size: int | Sequence[int] | None = None,
+        pretrained_image_size: int | None = None,
         stochastic_depth: float = 0.0,
         gradient_checkpointing: bool = False,
         freeze_patch_embed: bool = False,
         partial_patches: str = "complete",
     ) -> None:
         windows = windows_of("window_size", window_size)
-        if version == 1 and pretrained_window_size is not None:
-            raise InputError(
-                "backbone.pretrained_window_size: Swin V1 has no coordinates to normalise; leave it out or take Swin V2"
-            )
+        for key, value in (
+            ("pretrained_window_size", pretrained_window_size),
+            ("pretrained_image_size", pretrained_image_size),
+        ):
+            if version == 1 and value is not None:
+                raise InputError(
+                    f"backbone.{key}: Swin V1 has no coordinates to normalise; leave it out or take Swin V2"
+                )
         block, attention, merging = (
             (Block, WindowAttention, swin_transformer.PatchMerging)
             if version == 1
@@ -116,8 +125,12 @@ class Swin(swin_transformer.SwinTransformer):
         self.feature_map_dims = tuple(embed_dim * 2**stage for stage in range(4))
         self.feature_map_strides = tuple(patch_size * 2**stage for stage in range(4))
         self.feature_dim = self.feature_map_dims[-1]
-        pretrained = windows if pretrained_window_size is None else pretrained_window_size
-        self._set_windows(windows, windows_of("pretrained_window_size", pretrained))
+        pretrained = windows
+        if pretrained_window_size is not None:
+            pretrained = windows_of("pretrained_window_size", pretrained_window_size)
+        if pretrained_image_size is not None:
+            pretrained = clipped_windows(pretrained_image_size, pretrained, patch_size)
+        self._set_windows(windows, pretrained)
         self.features[0][0].requires_grad_(not freeze_patch_embed)
 
     def stages(self) -> Iterator[Any]:
@@ -213,6 +226,40 @@ def windows_of(name: str, value: Any) -> tuple[int, ...]:
     return tuple(windows)
 
 
+def map_sides(image_size: int, patch_size: int = 4) -> list[int]:
+    """Return the sides of the four stages' maps, cells, for square images of `image_size` px.
+
+    An incomplete patch counts, and so does an odd row that patch merging finds.
+    """
+    sides = [-(-image_size // patch_size)]
+    for _ in range(3):
+        sides.append(-(-sides[-1] // 2))
+    return sides
+
+
+def clipped_windows(image_size: int, window_size: int | Sequence[int], patch_size: int = 4) -> tuple[int, ...]:
+    """Return the windows of the four stages, each no larger than the stage's map.
+
+    Microsoft's code and timm clip a window to its map before they normalise Swin V2's log
+    coordinates by it. For weights that were pretrained there, the result is
+    `pretrained_window_size`: (16, 16, 16, 8) of swinv2_tiny_window16_256, and (12, 12, 12, 6) of
+    swinv2_base_window12to16_192to256, whose windows were 12 at 192 px.
+
+    Args:
+        image_size: side of the pretraining images, px.
+        window_size: of the pretraining, cells; one number, or one for each stage.
+        patch_size: px.
+
+    Raises:
+        InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`.
+    """
+    windows = windows_of("window_size", window_size)
+    clipped = []
+    for window, side in zip(windows, map_sides(image_size, patch_size), strict=True):
+        clipped.append(min(window, side))
+    return tuple(clipped)
+
+
 def rewindow(backbone: nn.Module, window_size: int | Sequence[int]) -> nn.Module:
     """Let a Swin attend in windows of another size, in place; returns it.
 
@@ -286,9 +333,7 @@ def window_advice(backbone: nn.Module, image_size: int, pretrained_image_size: i
 
 
 def _padding(window: int, image_size: int, patch_size: int) -> WindowSuggestion:
-    maps = [-(-image_size // patch_size)]
-    for _ in range(3):
-        maps.append(-(-maps[-1] // 2))
+    maps = map_sides(image_size, patch_size)
     padded = [-(-side // min(window, side)) * min(window, side) for side in maps]
     cells = sum(side**2 for side in maps)
     padding = sum(side**2 for side in padded) / cells - 1

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
-from moco.models.swin import Swin
+from moco.models.swin import Swin, map_sides
 from moco.models.vit import VisionTransformer, learned_grid_side, resized_positions
 from moco.models.window_attention import WindowAttention, WindowAttentionV2, check_pretrained_window
 from moco.models.windows import Size, relative_positions
@@ -68,8 +68,9 @@ def counterpart(settings: dict[str, Any], library: str) -> str:
         InputError: the library has no such model.
     """
     name = settings["name"]
-    if name not in TIMM_MODELS or settings.get("stem") == "cifar":
-        model = f"{name} with stem=cifar" if name in TIMM_MODELS else name
+    stem = settings.get("stem") or "imagenet"
+    if name not in TIMM_MODELS or stem != "imagenet":
+        model = f"{name} with stem={stem}" if name in TIMM_MODELS else name
         raise InputError(
             f"format={library}: {library} has no {model}; format=safetensors keeps the names of this project"
         )
@@ -184,7 +185,7 @@ def to_timm(backbone: nn.Module, image_size: int | None = None) -> Weights:
             weights[theirs] = tensor
     if image_size and isinstance(backbone, Swin) and backbone.version == 1:
         stages: list[Any] = list(backbone.stages())
-        for stage, side in enumerate(map_sides(backbone, image_size)):
+        for stage, side in enumerate(sides_there(backbone, image_size)):
             window = min(backbone.window_size[stage], side)
             for place, block in enumerate(stages[stage]):
                 table = block.attn.bias_table((window, window)).detach().clone()
@@ -235,12 +236,10 @@ def timm_name(name: str) -> str:
     return f"layers.{place // 2}.blocks.{block}.{rest}"
 
 
-def map_sides(backbone: Swin, image_size: int) -> list[int]:
+def sides_there(backbone: Swin, image_size: int) -> list[int]:
     """Side of the four stages' maps, cells, in torchvision and timm: they drop the last pixels if a patch is incomplete."""
-    sides = [image_size // backbone.patch_size]
-    for _ in range(3):
-        sides.append(-(-sides[-1] // 2))
-    return sides
+    whole_patches = image_size // backbone.patch_size * backbone.patch_size
+    return map_sides(whole_patches, backbone.patch_size)
 
 
 def settings_of(backbone: nn.Module, built_with: dict[str, Any]) -> dict[str, Any]:
@@ -254,6 +253,7 @@ def settings_of(backbone: nn.Module, built_with: dict[str, Any]) -> dict[str, An
         settings["window_size"] = one_or_each(backbone.window_size)
         if backbone.version == 2:
             settings["pretrained_window_size"] = one_or_each(backbone.pretrained_window_size)
+            settings.pop("pretrained_image_size", None)  # they are clipped to its maps already
     return settings
 
 

@@ -10,6 +10,7 @@ Letters: N batch, H W cells of a map, B windows of a whole batch, L cells of a w
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -347,6 +348,27 @@ def pretrained_window_of(coordinates: Tensor) -> Size | None:
     one_cell = coordinates[0, middle[0] + 1, middle[1] + 1].double()
     down, right = (8 / (2 ** (3 * one_cell) - 1) + 1).round().int().tolist()
     return down, right
+
+
+def check_pretrained_windows(tables: Sequence[Tensor], pretrained: Sequence[int]) -> None:
+    """Hold the stages' pretraining windows to saved tables of log coordinates, one of each stage.
+
+    Raises:
+        InputError: a table is of weights that were pretrained with another window.
+    """
+    there = []
+    for table, window in zip(tables, pretrained, strict=True):
+        found = pretrained_window_of(table)
+        there.append(found[0] if found else window)
+    if len(set(there)) == 1 or there == list(pretrained):
+        for table, window in zip(tables, pretrained, strict=True):
+            check_pretrained_window(table, (window, window))
+        return
+    raise InputError(
+        f"the weights were pretrained with windows of {there} cells in the four stages, and "
+        f"pretrained_window_size={list(pretrained)} would stretch their position biases; "
+        f"set pretrained_window_size={str(there).replace(' ', '')}"
+    )
 
 
 def check_pretrained_window(coordinates: Tensor, pretrained: Size) -> None:

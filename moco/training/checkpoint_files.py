@@ -31,6 +31,13 @@ CHECKPOINT_PARTS: dict[str, type] = {
 PLAIN = r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor(_v2)?|parameter)|torch\.(\w+Storage|Size|device)"
 # Settings that projects save beside their weights, read as plain dicts: the classes are not imported.
 SETTINGS = ("argparse.Namespace", "yacs.config.CfgNode")
+# The settings of yacs hold sets of names. `set` is called with what the pickle spells out at the
+# call, strings and numbers: copies of a list that is written once could take any memory, and the
+# hash of nested tuples any time.
+SET = r"(__builtin__|builtins)\.set"
+SET_ITEM = "(BINUNICODE|SHORT_BINSTRING|BININT1|BININT2|BININT|BINFLOAT|NONE|NEWTRUE|NEWFALSE)"
+SET_CALL = f"EMPTY_LIST ({SET_ITEM} APPEND |MARK ({SET_ITEM} )*APPENDS )*TUPLE1 REDUCE"
+OTHER_SET = "a set of more than strings and numbers"
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = (
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled, with which torch.save began until 1.5
@@ -207,10 +214,15 @@ def load_plain(path: str | Path, source: str, imported: set[str]) -> Any:
     Raises:
         InputError: some of them are neither plain data nor settings, or the pickle makes no sense.
     """
-    if foreign := sorted(name for name in imported if not re.fullmatch(PLAIN, name) and name not in SETTINGS):
+    foreign = set()
+    for name in imported:
+        if not re.fullmatch(f"{PLAIN}|{SET}", name) and name not in SETTINGS:
+            foreign.add(name)
+    if foreign:
         raise InputError(
-            f"{source}: it holds objects whose loading would run code ({', '.join(foreign)}), so it is not loaded; if you "
-            "trust its source, write its tensors alone to a new file with torch.save"
+            f"{source}: it holds objects whose loading would run code "
+            f"({', '.join(sorted(foreign))}), so it is not loaded; if you trust its source, write its "
+            "tensors alone to a new file with torch.save"
         )
     try:
         with torch.serialization.safe_globals([(OrderedDict, name) for name in SETTINGS]):
@@ -258,12 +270,32 @@ def imports_of(pickled: Any) -> set[str]:
     """The names of what a pickle would import: bytes, or a file, which is read to the pickle's end.
 
     torch's own list of harmless names is longer than `PLAIN`, and some of those take as much memory as the file tells them
-    to.
+    to. A `set` that is not called as in `SET_CALL` adds `OTHER_SET`.
     """
     imported = set()
+    memo: dict[Any, str] = {}  # of what the pickle numbers, only what may be fetched for a set
+    last = ""
+    set_call: list[str] | None = None  # the opcodes since `set` was pushed
     for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.name in ("GLOBAL", "INST"):
-            imported.add(str(argument).replace(" ", "."))
-        elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):  # torch.save never writes these
+        name = opcode.name
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = last if re.fullmatch(f"{SET_ITEM}|{SET}", last) else ""
+            continue
+        if name in ("BINGET", "LONG_BINGET"):
+            name = memo.get(argument) or name
+        elif name in ("GLOBAL", "INST"):
+            name = str(argument).replace(" ", ".")
+            imported.add(name)
+        elif name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):  # torch.save never writes these
             imported.add("an object whose name is hidden")
+        last = name
+        is_set = re.fullmatch(SET, name) is not None
+        if set_call is not None:
+            set_call.append(name)
+            if name == "REDUCE" and re.fullmatch(SET_CALL, " ".join(set_call)):
+                set_call = None
+            elif name in ("REDUCE", "STOP") or is_set:
+                imported.add(OTHER_SET)
+        if is_set:
+            set_call = []
     return imported

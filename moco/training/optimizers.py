@@ -32,6 +32,9 @@ def build_optimizer(
     `trust_clip` (LARC) min(lr, r) * (g + b w). What weight decay spares takes plain steps lr * g.
     Differs from the paper: momentum adds steps up before they are multiplied by lr, as in PyTorch's SGD. MoCo v3's official
     code does so too; it has |g + b w| in the denominator.
+    Where g is exactly zero, timm takes the ratio 1: weight decay alone, lr * b * w. MoCo v3's code
+    has the ratio eta / b there and takes lr * eta * w, a thousand times as much with its numbers.
+    With weight decay 0 both leave the layer as it is.
 
     Args:
         decay_all: see `without_decay`; LARS spares norms and biases in any case.
