@@ -6,6 +6,7 @@ These tests compare the biases that a forward pass adds to its scores with those
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import pytorch_lightning as pl

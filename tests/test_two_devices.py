@@ -91,7 +91,8 @@ class Reference:
             ]
             for half, device in enumerate(self.devices)
         ]
-        keys = [self.keys_of(halves) for _, halves in directions]
+        # MoBY and MoCo v3 encode the first view's keys first, which are the second direction's.
+        keys = [self.keys_of(halves) for _, halves in reversed(directions)][::-1]
         losses = [self.loss_of(queries[half], keys, half) for half in range(2)]
         gradients = [
             torch.autograd.grad(loss, list(device.trained.parameters()))
