@@ -41,6 +41,10 @@ class Wait(NamedTuple):
     """File and function of the innermost frame of ours, such as ``faults.py: _read``."""
 
 
+# One for the whole process: what the package keeps for good, such as window grids, is used by every stand-in.
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+
+
 class StandInGPU(TorchDispatchMode):
     """Inside, ``cuda`` is a GPU without numbers.
 
@@ -51,7 +55,6 @@ class StandInGPU(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[Wait] = []
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.in_engine = False  # autograd's engine is running a backward pass
         self.patches = contextlib.ExitStack()
 
@@ -158,7 +161,7 @@ class StandInGPU(TorchDispatchMode):
             if name == "_local_scalar_dense":
                 return number_for(tensors[0])
             if name == "nonzero":
-                with self.fake:
+                with FAKE:
                     return torch.empty(0, tensors[0].ndim, dtype=torch.long, device=GPU)
         if name == "_to_copy":
             if isinstance(tensors[0], FakeTensor) and target == "cpu":
@@ -184,7 +187,7 @@ class StandInGPU(TorchDispatchMode):
         if name.startswith("_fused_"):  # there are none without numbers
             assert {tensor.device for tensor in tensors} == {GPU}, name
             return None
-        with self.fake:
+        with FAKE:
             return function(*args, **kwargs)
 
 
