@@ -109,29 +109,66 @@ def check_deterministic(method: "MoCo", config: TrainConfig, image_sizes: Sequen
     Args:
         image_sizes: sides of all views of the run, px.
     """
-    from moco.models.vit import VisionTransformer
-    from moco.training.hardware import choose_device
-
-    if not config.trainer.deterministic or choose_device(config.trainer.accelerator).type == "cpu":
+    if not must_be_deterministic_on_gpu(config.trainer):
         return
     encoder = method.query_encoder
-    obstacles = []
+    backbone: Any = encoder.backbone
+    obstacles = resized_positions(backbone, image_sizes)
     if encoder.dense_projector is not None:
         grid = config.method.dense_grid
-        sides = {-(-size // encoder.backbone.feature_map_strides[-1]) for size in image_sizes}
+        sides = {-(-size // backbone.feature_map_strides[-1]) for size in image_sizes}
         if grid > 1 and (pooled := [side for side in sides if side > grid]):
             obstacles.append(
                 f"the dense term's pooling of a map of {max(pooled)} x {max(pooled)} cells to method.dense_grid={grid} "
                 f"(a grid of {max(pooled)} needs no pooling)"
             )
-    backbone = encoder.backbone
-    if isinstance(backbone, VisionTransformer) and backbone.learned_positions:
-        learned = backbone.learned_positions
-        if resized := [size for size in image_sizes if backbone.cells(size) != learned]:
-            obstacles.append(
-                f"the resizing of backbone.learned_positions={learned} to the {backbone.cells(resized[0])} x "
-                f"{backbone.cells(resized[0])} patches of views of {resized[0]} px"
-            )
+    refuse_nondeterministic(obstacles)
+
+
+def check_deterministic_segmentation(
+    trainer: TrainerConfig, backbone: "nn.Module", decoder: str, image_size: int, is_frozen: bool
+) -> None:
+    """Raise InputError as `check_deterministic` does, for a backbone that learns to segment.
+
+    Args:
+        decoder: its name; UPerNet pools maps to small grids.
+        image_size: side of the images, px.
+        is_frozen: the backbone is not trained.
+    """
+    if not must_be_deterministic_on_gpu(trainer):
+        return
+    obstacles = [] if is_frozen else resized_positions(backbone, [image_size])
+    if decoder == "upernet":
+        obstacles.append("the pooling of decoder=upernet (decoder=fpn pools nothing)")
+    refuse_nondeterministic(obstacles)
+
+
+def must_be_deterministic_on_gpu(trainer: TrainerConfig) -> bool:
+    """Whether operations without a deterministic form on a GPU would end the run."""
+    from moco.training.hardware import choose_device
+
+    return trainer.deterministic and choose_device(trainer.accelerator).type != "cpu"
+
+
+def resized_positions(backbone: "nn.Module", image_sizes: Sequence[int]) -> list[str]:
+    """Say which learned positions of a ViT are resized for images of these sizes, px; nothing where none are."""
+    from moco.models.vit import VisionTransformer
+
+    if not isinstance(backbone, VisionTransformer) or not backbone.learned_positions:
+        return []
+    learned = backbone.learned_positions
+    for size in image_sizes:
+        cells = backbone.cells(size)
+        if cells != learned:
+            return [
+                f"the resizing of backbone.learned_positions={learned} to the {cells} x {cells} patches of images of "
+                f"{size} px"
+            ]
+    return []
+
+
+def refuse_nondeterministic(obstacles: Sequence[str]) -> None:
+    """Raise InputError if there are any."""
     if obstacles:
         raise InputError(
             f"trainer.deterministic=true: {' and '.join(obstacles)} has no deterministic form on a GPU; "

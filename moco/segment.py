@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moco.checks import check_run
+from moco.checks import check_deterministic_segmentation, check_run
 from moco.config.pretrained import given_settings, with_usual_settings
 from moco.config.segment import SegmentConfig
 from moco.config.train import AugmentationConfig
@@ -70,6 +70,9 @@ def run(config: SegmentConfig, folder: Path) -> None:
     config.image_size = start.image_size
     check_image_size(start)
     decoder = decoder_settings(config)
+    check_deterministic_segmentation(
+        config.trainer, start.backbone, decoder["name"], start.image_size, config.freeze_backbone
+    )
     data = build_data(config, start)
     segmenter = build_segmenter(config, start, decoder, data)
     plain = dataclasses.asdict(config)

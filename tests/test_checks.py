@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moco.checks import check_deterministic, check_same_pictures
+from moco.checks import check_deterministic, check_deterministic_segmentation, check_same_pictures
+from moco.config.train import TrainerConfig
 from moco.data.streams import ShardedPictures
 from moco.errors import InputError
+from moco.models.backbones import build_backbone
 
 
 def identity_of(pictures, monkeypatch):
@@ -57,7 +59,7 @@ LEARNED = ["backbone=vit_tiny_patch4", "backbone.learned_positions=4"]
         (["backbone=resnet_tiny", *DENSE, "method.dense_grid=1"], [64], None),  # a plain mean
         (["backbone=resnet_tiny"], [64], None),
         (LEARNED, [16], None),
-        (LEARNED, [24], "backbone.learned_positions=4 to the 6 x 6 patches of views of 24 px"),
+        (LEARNED, [24], "backbone.learned_positions=4 to the 6 x 6 patches of images of 24 px"),
         (["backbone=vit_tiny_patch4"], [24], None),  # fixed positions are computed, not resized
         (["backbone=swin_v2_tiny_patch2"], [24], None),
     ],
@@ -78,6 +80,17 @@ def test_what_has_no_deterministic_form_on_a_gpu_is_said_before_the_run(
     assert "\n" not in str(error.value)
     config.trainer.deterministic = False
     check_deterministic(method, config, sizes)
+
+
+def test_segmentation_says_it_as_well(monkeypatch):
+    monkeypatch.setattr("moco.training.hardware.choose_device", lambda accelerator: torch.device("cuda"))
+    trainer = TrainerConfig(deterministic=True)
+    vit = build_backbone("vit_tiny_patch4", learned_positions=4)
+    check_deterministic_segmentation(trainer, vit, "fpn", 16, False)
+    check_deterministic_segmentation(trainer, vit, "fpn", 24, True)
+    for decoder, said in (("fpn", "learned_positions=4 to the 6 x 6"), ("upernet", "decoder=upernet")):
+        with pytest.raises(InputError, match=said):
+            check_deterministic_segmentation(trainer, vit, decoder, 24, False)
 
 
 def test_pytorch_itself_names_the_operations_without_a_deterministic_form():

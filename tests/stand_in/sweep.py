@@ -68,7 +68,13 @@ SWITCHES = {
         "trainer.max_epochs=3", "trainer.max_steps=-1", "data.batch_size=512",
     ],
 }  # fmt: skip
-SMALL = ["data.image_size=32", "trainer.accelerator=cuda", "trainer.compile=false", "trainer.log_every_n_steps=3"]
+SMALL = [
+    "data.image_size=32",
+    "evaluation.batch_size=1024",
+    "trainer.accelerator=cuda",
+    "trainer.compile=false",
+    "trainer.log_every_n_steps=3",
+]
 QUICK = {
     "training: moco_v2, resnet, bf16-mixed", "training: moco_v3, vit, 32-true", "training: moby, swin_v2, bf16-mixed",
     "evaluate: resnet", "biases: adamw", "biases: sgd", "biases: lars",
