@@ -8,12 +8,14 @@ import copy
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 
 from moco import evaluate, train
 from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
+from moco.evaluation.features import embed
 from moco.methods.init_from import start_from
 from moco.methods.momentum import update_key_encoder
 from moco.models import window_attention
@@ -142,8 +144,23 @@ KNN_RUNS = [
 ]
 
 
+@pytest.fixture
+def embedded(monkeypatch):
+    """All features that were computed of many images, by the module that asked for them: the monitor embeds by `sharding`."""
+    found = {"sharding": [], "subject": []}
+    for module, features in found.items():
+
+        def recorded(*arguments, features=features, **options):
+            result = embed(*arguments, **options)
+            features.append(result[0])
+            return result
+
+        monkeypatch.setattr(f"moco.evaluation.{module}.embed", recorded)
+    return found
+
+
 @pytest.mark.parametrize(("name", "optimizer"), KNN_RUNS)
-def test_the_knn_of_a_run_is_that_of_its_checkpoint(name, optimizer, runner, tmp_path):
+def test_the_knn_of_a_run_is_that_of_its_checkpoint(name, optimizer, runner, tmp_path, embedded):
     settings = [f"backbone={name}", "data.image_size=16", *OPTIMIZERS[optimizer]]
     length = ["trainer.max_epochs=3", "trainer.max_steps=-1", "evaluation.every_n_epochs=1", "data.batch_size=256"]
     config = runner.config(*settings, *length)
@@ -160,3 +177,9 @@ def test_the_knn_of_a_run_is_that_of_its_checkpoint(name, optimizer, runner, tmp
     assert monitored["knn/epoch"] == monitored["epoch"] == evaluated["epoch"] == 3
     assert monitored["knn/top1"] == evaluated["knn/top1"]
     assert monitored["knn/top5"] == evaluated["knn/top5"]
+    # 360 queries hide small differences; the features of bank and queries show them.
+    ours, theirs = embedded["sharding"][-2:], embedded["subject"]
+    assert sorted(map(len, ours)) == sorted(map(len, theirs)) == [360, 1437]
+    for features in ours:
+        same = next(rows for rows in theirs if len(rows) == len(features))
+        np.testing.assert_array_equal(features, same[:, : features.shape[1]])
