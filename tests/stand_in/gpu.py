@@ -160,6 +160,10 @@ class StandInGPU(TorchDispatchMode):
             self.note(name)
             if name == "_local_scalar_dense":
                 return number_for(tensors[0])
+            if name == "bincount":
+                bins = args[2] if len(args) > 2 else kwargs.get("minlength", 0)
+                with FAKE:
+                    return torch.empty(max(bins, 1), dtype=torch.long, device=GPU)
             if name == "nonzero":
                 with FAKE:
                     return torch.empty(0, tensors[0].ndim, dtype=torch.long, device=GPU)

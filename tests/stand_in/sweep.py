@@ -62,7 +62,7 @@ SWITCHES = {
     "channels_last": ["trainer.memory_format=channels_last"],
     "online probe": ["evaluation.online_probe=true"],
     "embedding": ["evaluation.feature=embedding"],
-    "sample engine": ["data.engine=sample"],
+    "worker engine": ["data.engine=worker"],
     "growing views": [
         "augmentation.start_image_size=16", "augmentation.image_size_step=8", "augmentation.ramp_epochs=2",
         "trainer.max_epochs=3", "trainer.max_steps=-1", "data.batch_size=512",
@@ -118,7 +118,8 @@ def trained(gpu, folder, overrides):
 def evaluated(gpu, folder, overrides, name):
     """`moco.evaluate` of a run on the stand-in."""
     trained(gpu, folder, overrides)
-    measured = EvaluationConfig(name=name, pictures=False)
+    only_knn = {"pictures": False} if name == "knn" else {}
+    measured = EvaluationConfig(name=name, **only_knn)
     path = str(folder / "run" / "checkpoints" / "last.ckpt")
     evaluate.run(EvaluateConfig(path, EvaluateDataConfig(), measured, "cuda"), folder / "evaluation")
 
@@ -253,8 +254,8 @@ def cases():
                 continue
             found[f"switch: {family}, {switch}"] = (trained, [*backbone, *settings])
         found[f"evaluate: {family}"] = (evaluated, backbone, "knn")
-        found[f"evaluate linear: {family}"] = (evaluated, backbone, "linear")
         found[f"segment: {family}"] = (segmented, backbone)
+    found["evaluate linear: vit"] = (evaluated, FAMILIES["vit"], "linear")
     for optimizer in ("sgd", "adamw", "lars"):
         found[f"biases: {optimizer}"] = (with_fresh_biases, [f"optimizer={optimizer}", "optimizer.warmup_epochs=0"])
     for fault, function in FAULTS.items():
