@@ -48,6 +48,14 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         raise InputError("optimizer.name=lars needs timm: pip install 'moco-ssl[lars]'")
 
 
+def check_devices(trainer: TrainerConfig) -> None:
+    """Raise InputError if this machine has no such accelerator, or fewer GPUs than the run wants."""
+    from moco.training.hardware import choose_device
+
+    if trainer.accelerator != "cpu":
+        choose_device(trainer.accelerator, trainer.devices)
+
+
 def num_processes(config: TrainConfig) -> int:
     """Processes that train together."""
     return config.trainer.devices * config.trainer.num_nodes
@@ -116,11 +124,11 @@ def check_deterministic(method: "MoCo", config: TrainConfig, image_sizes: Sequen
     obstacles = resized_positions(backbone, image_sizes)
     if encoder.dense_projector is not None:
         grid = config.method.dense_grid
-        sides = {-(-size // backbone.feature_map_strides[-1]) for size in image_sizes}
-        if grid > 1 and (pooled := [side for side in sides if side > grid]):
+        side = max(last_map_side(backbone, size) for size in image_sizes)
+        if side > grid > 1:
             obstacles.append(
-                f"the dense term's pooling of a map of {max(pooled)} x {max(pooled)} cells to method.dense_grid={grid} "
-                f"(a grid of {max(pooled)} needs no pooling)"
+                f"the dense term's pooling of a map of {side} x {side} cells to method.dense_grid={grid} (a grid of {side} "
+                "needs no pooling)"
             )
     refuse_nondeterministic(obstacles)
 
@@ -141,6 +149,13 @@ def check_deterministic_segmentation(
     if decoder == "upernet":
         obstacles.append("the pooling of decoder=upernet (decoder=fpn pools nothing)")
     refuse_nondeterministic(obstacles)
+
+
+def last_map_side(backbone: Any, image_size: int) -> int:
+    """Side of a backbone's last map, cells, for square images of `image_size` px."""
+    if getattr(backbone, "partial_patches", None) == "drop":
+        image_size = image_size // backbone.patch_size * backbone.patch_size
+    return int(-(-image_size // backbone.feature_map_strides[-1]))
 
 
 def must_be_deterministic_on_gpu(trainer: TrainerConfig) -> bool:
@@ -171,7 +186,7 @@ def refuse_nondeterministic(obstacles: Sequence[str]) -> None:
     """Raise InputError if there are any."""
     if obstacles:
         raise InputError(
-            f"trainer.deterministic=true: {' and '.join(obstacles)} has no deterministic form on a GPU; "
+            f"trainer.deterministic=true: a GPU has no deterministic form of {'; nor of '.join(obstacles)}; "
             "trainer.deterministic=false runs it"
         )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moco.checks import (
     check_batch_norm,
     check_deterministic,
+    check_devices,
     check_optimizer,
     check_resolution_ramp,
     check_resumable,
@@ -51,6 +52,7 @@ def run(config: TrainConfig, folder: Path) -> None:
     """
     check_run(config.resume, config.trainer)
     check_optimizer(config.optimizer)
+    check_devices(config.trainer)
     if config.init_from and not Path(config.init_from).is_file() and not has_checkpoint(folder):
         raise InputError(f"init_from={config.init_from}: no such file")
     data = build_data(config, folder)
@@ -243,7 +245,7 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
     from moco.training.hardware import choose_device
 
     image_size = data.image_size or source.image_size
-    device = choose_device(config.trainer.accelerator, config.trainer.devices)
+    device = choose_device(config.trainer.accelerator)
     engine = choose_engine(data.engine, source.train, image_size, device.type)
     ramp = ResolutionRamp(image_size, pair.start_image_size, pair.image_size_step, pair.ramp_epochs)
     where = ", in memory" if engine.in_memory else f", {data.num_workers} loader processes"

@@ -68,7 +68,7 @@ SHARES = {
     "end_to_end": 0.20,
     "speed_run": 0.25,
 }
-"""Of the whole time, that a part may take before the others had their turn. Most need much less."""
+"""The share of the whole time that a part may take in the first round. Most need much less."""
 LEAST_SECONDS = dict.fromkeys(PARTS, 15.0) | {"step": 30.0, "end_to_end": 40.0, "speed_run": 100.0}
 """A part is not begun with less."""
 LOOK_SECONDS = 120.0
@@ -305,6 +305,8 @@ class Run:
             Its exit status, or None if it was ended after `limit` seconds.
         """
         file = self.folder.parts[part]
+        file.content["running"] = None  # what an ended process was at is no concern of the next one
+        file.write()
         with tempfile.TemporaryDirectory(prefix=f"gpu_check_{part}_") as scratch:
             context = replace(self.context, scratch=Path(scratch))
             process = started_process(self.method, part_in_child, (part, file, context))

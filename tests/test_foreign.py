@@ -674,7 +674,10 @@ def test_the_name_of_a_file_tells_its_windows():
     clipped = {"window_size": 16, "pretrained_window_size": [12, 12, 12, 6]}
     assert windows_in_name("swinv2_base_patch4_window12to16_192to256_22kto1k_ft.pth") == clipped
     assert windows_in_name("swinv2_small_window16_256.safetensors")["pretrained_window_size"] == [16, 16, 16, 8]
-    assert windows_in_name("swinv2_tiny_window8_256.pth") == {"window_size": 8, "pretrained_window_size": 8}
+    assert windows_in_name("swinv2_tiny_window8_256.pth") == {"window_size": 8, "pretrained_window_size": [8] * 4}
+    assert windows_in_name("swinv2_tiny_window16_512.pth")["pretrained_window_size"] == [16] * 4
+    for name in ("swinv2_tiny_window8_0.pth", "swinv2_tiny_window0_256.pth", "swinv2_tiny_window100_256.pth"):
+        assert windows_in_name(name) == {}
     for name in ("swin_tiny_patch4_window7_224.pth", "swinv2_cr_tiny_ns_224.pth", "last.ckpt"):
         assert windows_in_name(name) == {}
 
@@ -700,6 +703,10 @@ def test_a_run_starts_from_clipped_windows_or_is_told_which(tmp_path):
             f"backbone's are {own}; set backbone.window_size=16 backbone.pretrained_window_size=[16,16,16,8]"
         )
     start(named, window_size=16, pretrained_window_size=[16, 16, 16, 8])
+    # The image size that is given counts more than the one in the name; its maps are 32, 16, 8 and 4 cells.
+    given = {"name": "swin_v2_tiny_patch2", "window_size": 16, "pretrained_image_size": 64}
+    loaded = load_pretrained(str(tmp_path / named), "query", given)
+    assert loaded.settings["pretrained_window_size"] == [16, 16, 8, 4]
     assert relative_error(start(named, window_size=8, pretrained_image_size=32), model, 32) < 1e-4
     with pytest.raises(InputError, match="does not say on which images its windows of 16 cells were pretrained"):
         start("x.pth", window_size=16)

@@ -219,6 +219,8 @@ def test_figures_come_into_the_page_row_by_row(check, tmp_path):
     assert take("one GPU", ours, {**case, "contender": "lightly", "state": "absent", "note": "not installed"}) == 1
     plain = {**case, "contender": "plain form", "state": "failed", "error": "out | of memory"}
     assert take("another GPU", plain) == 1
+    # A measured row stays where a later check has no figure for it.
+    assert take("another GPU", {**ours, "state": "failed", "error": "out of memory"}) == 1
     text = page.read_text()
     assert text.startswith("# Title\n\n")
     assert text.endswith("\n\nThe end.\n")

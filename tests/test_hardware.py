@@ -72,7 +72,7 @@ def test_apples_gpus_are_refused_in_one_line_and_never_chosen(monkeypatch, runne
 
 
 def test_batches_are_pinned_for_cuda_alone(two_gpus):
-    assert loader_options(0)["pin_memory"] is False
+    assert loader_options(0, CPU)["pin_memory"] is False
     assert loader_options(0, torch.device("cuda", 1))["pin_memory"] is True
 
 

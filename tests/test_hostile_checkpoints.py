@@ -8,6 +8,7 @@ import resource
 import shutil
 import struct
 import tarfile
+import time
 import zipfile
 
 import numpy as np
@@ -201,6 +202,15 @@ ODD_SETS = {
 def test_a_set_copies_nothing_but_strings_and_numbers_written_out_for_it(opcodes, tmp_path):
     as_zip(tmp_path / "x.ckpt", **{"x/data.pkl": b"\x80\x02" + opcodes + b".", "x/version": "3"})
     assert "(a set of more than strings and numbers)" in refused(tmp_path / "x.ckpt")
+
+
+def test_many_calls_after_an_odd_set_are_read_in_one_go(tmp_path):
+    """The list of opcodes since the set once grew with every call: this file took minutes."""
+    calls = b"(R" * 200_000
+    as_zip(tmp_path / "x.ckpt", **{"x/data.pkl": b"\x80\x02" + GLOBAL_SET + calls + b".", "x/version": "3"})
+    started = time.process_time()
+    assert "(a set of more than strings and numbers)" in refused(tmp_path / "x.ckpt")
+    assert time.process_time() - started < 60  # of this process, on any machine
 
 
 @pytest.mark.parametrize("legacy", [False, True])

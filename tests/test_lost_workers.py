@@ -23,6 +23,7 @@ from moco.data.loading import PairDataset, ResumableLoader, as_it_is
 from moco.data.samplers import EpochSampler
 from moco.data.views import ViewPair
 from moco.data.workers import loader_options
+import torch
 
 class Dying(ArrayPictures):
     def opened(self, index):
@@ -40,7 +41,7 @@ VIEW = {{"random_resized_crop": {{"scale": [0.2, 1.0]}}}}
 if __name__ == "__main__":
     augment = ViewPair(VIEW, VIEW, [0.5] * 3, [0.5] * 3, 8, 0)
     dataset = PairDataset(Dying(np.zeros((32, 8, 8, 3), np.uint8), "x"), augment, 2)
-    loader = ResumableLoader(dataset, EpochSampler(32, 4, 0), 4, **loader_options(2) | {{"collate_fn": as_it_is}})
+    loader = ResumableLoader(dataset, EpochSampler(32, 4, 0), 4, **loader_options(2, torch.device("cpu")) | {{"collate_fn": as_it_is}})
     try:
         list(loader)
     except RuntimeError as error:
@@ -73,7 +74,7 @@ def make_batch(rows, epoch):
 if __name__ == "__main__":
     streams = build_source("webdataset", sys.argv[1], streams=2, shuffle_buffer=4).train.streams(seed=0)
     settings = {{"num_images": 20, "max_bad_fraction": 0.1, "unreadable": set()}}
-    loader = StreamLoader(StreamDataset(streams, 2, make_batch, 2), 10, **settings, **loader_options(2))
+    loader = StreamLoader(StreamDataset(streams, 2, make_batch, 2), 10, **settings, **loader_options(2, torch.device("cpu")))
     try:
         list(loader)
     except RuntimeError as error:

@@ -302,9 +302,9 @@ def test_a_job_saves_on_its_signal_and_is_queued_again_once(tmp_path):
 def test_loader_workers_leave_the_schedulers_signals_to_the_training_process():
     from multiprocessing import forkserver
 
-    from moco.data.workers import loader_options
+    from moco.data.workers import CPU, loader_options
 
-    loader_options(1)
+    loader_options(1, CPU)
     status = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read_text()
     (blocked,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk:"))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):

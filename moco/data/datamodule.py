@@ -30,7 +30,7 @@ from moco.data.samplers import EpochSampler
 from moco.data.streams import OpenStream, ShardedPictures, StreamDataset, StreamLoader, Streams
 from moco.data.views import Transform, ViewPair, rgb_batch
 from moco.data.waiting import remedies
-from moco.data.workers import CPU, loader_options
+from moco.data.workers import device_of, loader_options
 from moco.errors import InputError, printable
 
 LARGEST_ON_GPU = 4 * 2**30  # bytes of pictures; more stay where they are
@@ -132,11 +132,6 @@ class PretrainingData(pl.LightningDataModule):
         """This process's rank, and how many train together."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    @property
-    def device(self) -> torch.device:
-        """What the batches are for: the Trainer's device, or the CPU without a Trainer."""
-        return self.trainer.strategy.root_device if self.trainer else CPU
-
     def remedies_for_waiting(self, share: float, num_cores: int, has_gpu: bool) -> list[str]:
         """See `remedies`; none where the device makes its data itself."""
         if self.engine.in_memory:
@@ -165,9 +160,9 @@ class PretrainingData(pl.LightningDataModule):
             return self._stream_loader(self.source.train, batch_size)
         if self.engine.in_memory:
             assert isinstance(self.source.train, ArrayPictures)
-            return MemoryLoader(self.source.train, self.augment, self.sampler(), batch_size, self.device)
+            return MemoryLoader(self.source.train, self.augment, self.sampler(), batch_size, device_of(self))
         dataset = PairDataset(self.source.train, self.augment, self.num_workers)
-        options = loader_options(self.num_workers, self.device) | {"collate_fn": as_it_is}
+        options = loader_options(self.num_workers, device_of(self)) | {"collate_fn": as_it_is}
         return ResumableLoader(dataset, self.sampler(), batch_size, **options)
 
     def streams(self, shards: ShardedPictures) -> Streams:
@@ -186,14 +181,14 @@ class PretrainingData(pl.LightningDataModule):
             num_images=len(shards),
             max_bad_fraction=self.max_bad_fraction,
             unreadable=self.unreadable,
-            **loader_options(self.num_workers, self.device),
+            **loader_options(self.num_workers, device_of(self)),
         )
 
     def evaluation_dataloader(self, labelled: Labelled) -> WatchedLoader | MemoryBatches:
         """Plain pictures in order, for the bank or the queries; of several processes each gets every n-th picture."""
         rank, world_size = self.place
         size = self.evaluation_batch_size
-        in_memory = memory_batches(labelled, self.evaluation_view, size, rank, world_size, self.device)
+        in_memory = memory_batches(labelled, self.evaluation_view, size, rank, world_size, device_of(self))
         if in_memory is not None:
             return in_memory
         return evaluation_loader(
@@ -204,7 +199,7 @@ class PretrainingData(pl.LightningDataModule):
             self.num_workers,
             rank,
             world_size,
-            self.device,
+            device_of(self),
         )
 
     def on_before_batch_transfer(self, batch: PairBatch, dataloader_idx: int) -> PairBatch:

@@ -76,7 +76,7 @@ class LabelledViews:
             self.loader = MemoryLoader(pictures, self.view, self.sampler, batch_size, device)
         else:
             dataset = PairDataset(pictures, self.view, num_workers)
-            options = loader_options(num_workers) | {"collate_fn": as_it_is}
+            options = loader_options(num_workers, device) | {"collate_fn": as_it_is}
             self.loader = ResumableLoader(dataset, self.sampler, batch_size, **options)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

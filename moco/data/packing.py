@@ -22,7 +22,7 @@ from moco.data.decoding import EncodedFile, EncodedPicture
 from moco.data.packed_index import COLUMNS, SIDES
 from moco.data.pictures import UnreadablePicture
 from moco.data.randomness import derived_seed
-from moco.data.workers import loader_options
+from moco.data.workers import CPU, loader_options
 from moco.errors import printable
 
 CHUNK = 8  # pictures that a worker hands over at once; of 50 megapixels each they take 1.2 GB
@@ -194,7 +194,7 @@ def array_bytes(pool: Pool, resize: int | None, sample: int = 256) -> int:
 def chunks(pool: Pool, start: int, resize: int | None, quality: int | None, num_workers: int) -> DataLoader[Chunk]:
     """Loads every chunk of a copy from place `start` on; the other arguments as of `Chunks`."""
     dataset = Chunks(pool, order(pool, is_random=quality is not None), resize, quality)
-    options = loader_options(num_workers) | {"persistent_workers": False}
+    options = loader_options(num_workers, CPU) | {"persistent_workers": False}
     return DataLoader(dataset, batch_size=None, sampler=list(places(pool, start)), collate_fn=as_it_is, **options)
 
 

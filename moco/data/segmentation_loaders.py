@@ -1,7 +1,6 @@
 """From a `SegmentationSource` to batches: augmented crops in a reproducible order to train on, whole pictures to measure."""
 
 import pytorch_lightning as pl
-import torch
 
 from moco.data.datamodule import check_batch_size
 from moco.data.loading import ResumableLoader
@@ -12,7 +11,7 @@ from moco.data.samplers import EpochSampler
 from moco.data.segmentation import MaskedPictures, SegmentationSource
 from moco.data.segmentation_views import SegmentationView
 from moco.data.waiting import remedies
-from moco.data.workers import CPU, loader_options
+from moco.data.workers import device_of, loader_options
 from moco.errors import InputError, printable
 
 
@@ -64,21 +63,19 @@ class SegmentationData(pl.LightningDataModule):
         sampler = EpochSampler(len(train), self.batch_size, self.seed, rank, world_size)
         dataset = CropDataset(train, self.view, self.image_size, self.num_workers)
         return ResumableLoader(
-            dataset, sampler, self.batch_size // self.batches_per_step, **loader_options(self.num_workers, self.device)
+            dataset,
+            sampler,
+            self.batch_size // self.batches_per_step,
+            **loader_options(self.num_workers, device_of(self)),
         )
 
     def evaluation_dataloader(self) -> WatchedLoader:
         """The pictures that were held out, whole; a batch holds pictures of one size."""
         held_out = self.source.validation
-        options = loader_options(self.num_workers, self.device) | {"persistent_workers": False}
+        options = loader_options(self.num_workers, device_of(self)) | {"persistent_workers": False}
         batches = batches_of_one_size(held_out.sizes, self.evaluation_batch_size)
         dataset = WholeDataset(held_out, self.view.normalize, self.num_workers)
         return WatchedLoader(dataset, batch_sampler=batches, **options)
-
-    @property
-    def device(self) -> torch.device:
-        """What the batches are for: the Trainer's device, or the CPU without a Trainer."""
-        return self.trainer.strategy.root_device if self.trainer else CPU
 
     def remedies_for_waiting(self, share: float, num_cores: int, has_gpu: bool) -> list[str]:
         """See `remedies`."""

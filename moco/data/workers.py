@@ -10,14 +10,22 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 CPU = torch.device("cpu")
 
 
-def loader_options(num_workers: int, device: torch.device = CPU) -> dict[str, Any]:
+def device_of(data: "pl.LightningDataModule") -> torch.device:
+    """Return the device that a module's batches are for: its Trainer's, or the CPU without a Trainer."""
+    return data.trainer.strategy.root_device if data.trainer else CPU
+
+
+def loader_options(num_workers: int, device: torch.device) -> dict[str, Any]:
     """Return DataLoader's arguments for so many worker processes.
 
     Args:

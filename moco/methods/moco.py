@@ -199,7 +199,7 @@ class MoCo(pl.LightningModule):
 
         Args:
             views: (N, 3, H, W) of each direction. The first direction's are the second view.
-                In which order the encoder sees them says `keys_follow_the_views`.
+                `keys_follow_the_views` says in which order the encoder sees them.
         """
         if self.keys_follow_the_views:
             return self.encode_keys_in_order(views[::-1])[::-1]

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 # torch is imported where it is first needed: what only names these functions starts in a moment.
 
-# Of a Swin V2, cells: published ones with this window or smaller ones had pretraining images whose
-# last map holds a window (8 at 256 px), published ones with larger windows did not.
+# Cells. Published Swin V2s with windows up to this one were pretrained on images whose last map holds a whole window (8 at
+# 256 px). With larger windows, the last map was smaller than a window.
 LARGEST_WHOLE_WINDOW = 8
 # Settings that change what a backbone's tensors mean; of a checkpoint of ours they are known.
 ARCHITECTURE = ("name", "stem", "num_heads", "learned_positions")
@@ -211,6 +211,8 @@ def load_foreign(
             seen["window_size"],
             seen["pretrained_window_size"],
         )
+    if "pretrained_image_size" in given and not is_normaliser_saved:
+        seen.pop("pretrained_window_size", None)  # what is given counts more than a file's name
     settings = settings | {key: value for key, value in seen.items() if key == "window_size" or key not in given}
     check_what_shapes_hide(held.origin, settings, source, is_normaliser_saved)
     backbone = build_backbone(**settings)
@@ -251,7 +253,7 @@ def recognised(weights: "Weights", source: str) -> dict[str, Any]:
 def check_what_shapes_hide(
     origin: str, settings: dict[str, Any], source: str, is_normaliser_saved: bool = False
 ) -> None:
-    """Hold another project's backbone to complete settings; warn of what is probably wrong.
+    """Check the settings of another project's backbone; warn of those that are probably wrong.
 
     Args:
         is_normaliser_saved: the pretraining windows of a Swin V2 are of tables in the file.
@@ -280,8 +282,9 @@ def check_what_shapes_hide(
 
 
 def check_pretraining_is_known(settings: dict[str, Any], source: str) -> None:
-    """Hold the settings of a Swin V2 to say what normalises coordinates of which its file has no table.
+    """Check that the settings say which windows normalise a Swin V2's coordinates.
 
+    This is for files without tables of the coordinates, which would say it.
     A list of four is taken as it stands, and so is one window that fits the last map of usual
     pretraining images. A larger one may have been clipped to a map, which changes the features by
     some percent.

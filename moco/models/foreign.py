@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moco.errors import InputError
 from moco.models.backbones import BACKBONES, build_backbone, settings_of_backbone
 from moco.models.layouts import KEY, LAYOUTS, METHOD_PARTS, QUERY, QUEUES, SOLO_LEARN
-from moco.models.swin import Swin, clipped_windows
+from moco.models.swin import MAX_WINDOW_SIZE, Swin, clipped_windows
 from moco.models.vit import learned_grid_side
 from moco.models.weights import (
     CLASSIFIERS,
@@ -304,10 +304,12 @@ def windows_in_name(file_name: str) -> dict[str, Any]:
     if found is None:
         return {}
     pretrained_window, last_window, image_size = found.groups()
-    pretrained = clipped_windows(int(image_size), int(pretrained_window))
+    windows = [int(pretrained_window), int(last_window or pretrained_window)]
+    if min(*windows, int(image_size)) < 1 or max(windows) > MAX_WINDOW_SIZE:
+        return {}  # no name that timm or Microsoft gave
     return {
-        "window_size": int(last_window or pretrained_window),
-        "pretrained_window_size": one_or_each(pretrained),
+        "window_size": windows[1],
+        "pretrained_window_size": list(clipped_windows(int(image_size), windows[0])),
     }
 
 

@@ -27,7 +27,7 @@ def constant_of_sizes(function: Callable[..., T]) -> Callable[..., T]:
     Compiled code reads the kept tensors where they are. It neither traces the function nor copies anything to the device
     in a step. The arguments must be hashable, and no result may depend on anything else, such as weights.
     """
-    kept = lru_cache(maxsize=256)(torch.inference_mode(False)(function))  # what is kept serves training too
+    kept = lru_cache(maxsize=512)(torch.inference_mode(False)(function))  # what is kept serves training too
 
     @wraps(function)
     def constant(*arguments: Any) -> T:

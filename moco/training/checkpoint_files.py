@@ -296,6 +296,7 @@ def imports_of(pickled: Any) -> set[str]:
                 set_call = None
             elif name in ("REDUCE", "STOP") or is_set:
                 imported.add(OTHER_SET)
+                set_call = None  # refused already: a list that grows with the file would take hours to look through
         if is_set:
             set_call = []
     return imported

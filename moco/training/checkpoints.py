@@ -174,7 +174,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         Raises:
             RunError: a weight is not finite; the old file stays.
         """
-        weights = [parameter.detach() for parameter in trainer.lightning_module.parameters()]
+        weights = [weight.detach() for weight in trainer.lightning_module.parameters() if weight.numel()]
         # The largest absolute value of all: not finite if any is not, and one wait for a GPU instead of one a weight.
         if not torch.nn.utils.get_total_norm(weights, norm_type=math.inf).isfinite():
             raise RunError(f"a weight is not finite at step {trainer.global_step}; {last_good(self.folder)}")

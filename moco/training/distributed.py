@@ -172,15 +172,15 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 class Route(NamedTuple):
-    """How rows travel between the processes: what each sends, and where it puts what it receives."""
+    """How rows travel between the processes. On one process they only change places."""
 
     sending: Tensor
-    """(N,) this process's rows in the order in which they are sent, on their device."""
-    taking: Tensor
-    """(N,) which received row comes to each place, on their device."""
-    num_sent: list[int]
+    """(N,) this process's rows in the order in which they are sent."""
+    taking: Tensor | None = None
+    """(N,) which received row comes to each place; None on one process."""
+    num_sent: list[int] | None = None
     """Rows for each process."""
-    num_received: list[int]
+    num_received: list[int] | None = None
     """Rows from each process."""
 
 
@@ -201,15 +201,12 @@ class Shuffle:
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.order = torch.randperm(num_rows * world_size())
-        if world_size() > 1:
+        if world_size() == 1:
+            routes = [Route(self.order), Route(self.order.argsort())]
+        else:
             collective(dist.broadcast, self.order, src=0, group=_steps)
-        routes = [route_to(self.order.argsort(), num_rows), route_to(self.order, num_rows)]
-        indices = torch.stack([index for route in routes for index in (route.sending, route.taking)])  # (4, N)
-        if device.type == "cuda":
-            indices = indices.pin_memory()
-        indices = indices.to(device, non_blocking=True)
-        self.there = routes[0]._replace(sending=indices[0], taking=indices[1])
-        self.back = routes[1]._replace(sending=indices[2], taking=indices[3])
+            routes = [route_to(self.order.argsort(), num_rows), route_to(self.order, num_rows)]
+        self.there, self.back = on_device(routes, device)
 
     def shuffled(self, rows: Tensor) -> Tensor:
         """Return this process's share (N, ...) of all processes' rows in the new order; no gradient."""
@@ -221,7 +218,7 @@ class Shuffle:
 
 
 def route_to(places: Tensor, num_rows: int) -> Route:
-    """The route on which row i of all processes' rows comes to place ``places[i]``, its indices on the CPU.
+    """Return the route on which row i of all processes' rows comes to place ``places[i]``, its indices on the CPU.
 
     Args:
         places: (N * world size,) a permutation, on the CPU and equal everywhere; place p is on process p // N.
@@ -230,17 +227,33 @@ def route_to(places: Tensor, num_rows: int) -> Route:
     own = slice(rank() * num_rows, (rank() + 1) * num_rows)
     going = places[own]
     coming = places.argsort()[own]  # the rows that belong in our places, from process coming // N
-    num_received, num_sent = ((rows // num_rows).bincount(minlength=world_size()).tolist() for rows in (coming, going))
+    num_sent = (going // num_rows).bincount(minlength=world_size()).tolist()
+    num_received = (coming // num_rows).bincount(minlength=world_size()).tolist()
     arriving = (coming // num_rows).argsort(stable=True)  # the place of each received row
-    # Sent by the process that the rows go to, and by place.
+    # Rows are sent in the order of the processes that they go to, and of their places there.
     return Route(going.argsort(), arriving.argsort(), num_sent, num_received)
+
+
+def on_device(routes: Sequence[Route], device: torch.device) -> list[Route]:
+    """Return the same routes with their indices on a device, after one copy."""
+    indices = [index for route in routes for index in (route.sending, route.taking) if index is not None]
+    together = torch.stack(indices)
+    if device.type == "cuda":
+        together = together.pin_memory()
+    there = iter(together.to(device, non_blocking=True))
+    moved = []
+    for route in routes:
+        sending = next(there)
+        taking = None if route.taking is None else next(there)
+        moved.append(route._replace(sending=sending, taking=taking))
+    return moved
 
 
 @torch.no_grad()
 def sent_along(route: Route, rows: Tensor) -> Tensor:
     """Return the rows (N, ...) that come to this process when every process sends its own on the route."""
     outgoing = rows[route.sending]
-    if world_size() == 1:
+    if route.taking is None:
         return outgoing
     sizes = {"output_split_sizes": route.num_received, "input_split_sizes": route.num_sent}
     return exchanged(dist.all_to_all_single, outgoing, len(rows), **sizes)[route.taking]

@@ -36,7 +36,7 @@ MODULES = {
 """By part, the file that has its ``measure(case, context) -> list of results``."""
 
 MEASURES_MEMORY = Path("/proc/self/clear_refs").exists()
-"""Of a CPU: see `benchmarks.memory`."""
+"""Whether the peak memory of a CPU can be measured, see `benchmarks.memory`."""
 LONGEST_LINE = 200
 ABSENT_PEERS = {LIGHTLY: "not installed", OFFICIAL: "no checkout given"}
 

@@ -166,7 +166,7 @@ def write_docs(folder: Path, page: Path, kept: Path, rows: Sequence[Row]) -> int
     Args:
         folder: with the merged file of a check on a GPU.
         page: the Markdown file; what stands between its two marker comments is replaced.
-        kept: the JSON file beside it. Rows that the folder lacks stay as they are there.
+        kept: the JSON file beside it. Rows that the folder lacks, or has no figure for, stay as they are there.
 
     Returns:
         How many rows the documentation has a figure for.
@@ -181,7 +181,9 @@ def write_docs(folder: Path, page: Path, kept: Path, rows: Sequence[Row]) -> int
     known = {key_of_row(row) for row in rows}
     where = described(content["machine"])
     for result in results_of(content):
-        if key_of(result) in known:
+        before = found.get(key_of(result), {})
+        is_loss = before.get("state") == MEASURED and result["state"] != MEASURED
+        if key_of(result) in known and not is_loss:
             found[key_of(result)] = without_turns(result) | {"measured_on": where}
     found = {key: result for key, result in found.items() if key in known}
     write_json(kept, {"rows": list(found.values())})

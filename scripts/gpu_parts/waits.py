@@ -39,7 +39,7 @@ WAITING_OPERATIONS = (
     "unique",
     "_unique2",
 )
-"""Of a CPU, where nothing waits, those that would on a GPU."""
+"""Operations for which the host would wait if they ran on a GPU."""
 MOST_PLACES = 5
 OWN_FRAMES = ("/warnings.py", "/gpu_parts/waits.py")
 """Files whose frames say nothing about a wait."""
@@ -114,7 +114,7 @@ class OfCuda:
 
 
 class OfOperations(TorchDispatchMode):
-    """The same on a CPU, of operations that would wait on a GPU."""
+    """Notes, on a CPU, the operations for which the host would wait on a GPU."""
 
     def __init__(self, places: Places) -> None:
         super().__init__()

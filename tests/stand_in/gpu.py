@@ -12,6 +12,7 @@ of PyTorch are used, as there is no public way; a new version of PyTorch that ch
 import contextlib
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
@@ -23,7 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree, backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import moco
+
 GPU = torch.device("cuda", 0)
+PACKAGE = str(Path(moco.__file__).resolve().parent) + "/"
 GPU_MEMORY = 2**36
 # Operations whose result is a number on the host, or has a shape that only the GPU knows.
 READS_NUMBERS = {
@@ -130,8 +134,8 @@ class StandInGPU(TorchDispatchMode):
         """Note that the host would wait here."""
         where = "outside"
         for frame in reversed(traceback.extract_stack()):
-            if "/moco/" in frame.filename and "site-packages" not in frame.filename:
-                where = f"{frame.filename.rpartition('/')[2]}: {frame.name}"
+            if frame.filename.startswith(PACKAGE):
+                where = f"{Path(frame.filename).name}: {frame.name}"
                 break
         self.waits.append(Wait(what, where))
 
