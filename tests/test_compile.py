@@ -55,26 +55,33 @@ def test_an_encoder_is_one_graph(name, runner):
         assert explained.graph_count == 1, explained.break_reasons
 
 
+def results_of(function, part, inputs, trains, precision):
+    """The output of a pass and, where the part is trained, its gradients."""
+    part.zero_grad()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with autocast, torch.set_grad_enabled(trains):
+        output = function(inputs).float()
+    if not trains:
+        return [output]
+    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    return [output.detach(), *(parameter.grad for parameter in part.parameters() if parameter.requires_grad)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_compiled_encoder_has_equal_results_from_one_graph(name, precision, runner):
+    """In bf16, where the order of operations shows, compiled results are as near to those of fp32 as the others are."""
     for encoder in encoders(name, runner):
         for part, inputs in parts_of(encoder):
             trains = any(parameter.requires_grad for parameter in part.parameters())
             torch._dynamo.reset()
             compiled = torch.compile(part, backend="aot_eager", fullgraph=True, dynamic=False)
-            results = []
-            for function in (part, compiled):
-                part.zero_grad()
-                autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-                with autocast, torch.set_grad_enabled(trains):
-                    output = function(inputs).float()
-                gradients = []
-                if trains:
-                    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
-                    gradients = [parameter.grad for parameter in part.parameters() if parameter.requires_grad]
-                results.append([output.detach(), *gradients])
-            tolerance = 1e-4 if precision == "fp32" else 0.05
-            for plain, other in zip(*results, strict=True):
-                assert (plain - other).norm() <= tolerance * plain.norm() + 1e-6
+            exact = results_of(part, part, inputs, trains, "fp32")
+            plain = results_of(part, part, inputs, trains, precision)
+            ours = results_of(compiled, part, inputs, trains, precision)
+            for right, without, with_compiler in zip(exact, plain, ours, strict=True):
+                allowed = 1e-4 * right.norm() + 1e-6
+                if precision == "bf16":
+                    allowed = 2 * (without - right).norm() + 0.01 * right.norm() + 1e-6
+                assert (with_compiler - right).norm() <= allowed
