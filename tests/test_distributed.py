@@ -157,6 +157,27 @@ def test_on_one_process_collectives_are_the_identity_and_shuffling_is_undone():
     assert distributed.from_rank_zero(lambda: 3) == 3
 
 
+def test_collectives_get_contiguous_tensors(monkeypatch):
+    """NCCL refuses others. Cells of a Swin's or ViT's map keep their strides when their rows are picked."""
+    asked = []
+
+    def checked(*tensors, **options):
+        asked.append([tensor.is_contiguous() for tensor in tensors])
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    for name in ("all_gather_into_tensor", "all_to_all_single", "broadcast"):
+        monkeypatch.setattr(distributed.dist, name, checked)
+    cells = torch.randn(4, 8, 3).transpose(1, 2)  # (N, S, C) of a map (N, C, S)
+    assert not cells[torch.tensor([2, 0, 3, 1])].is_contiguous()
+    shuffle = Shuffle(4, cells.device)
+    shuffle.shuffled(cells)
+    shuffle.unshuffled(cells)
+    all_gather(cells)
+    distributed.copy_from_rank_zero([torch.randn(3, 4).T])
+    assert asked == [[True], [True, True], [True, True], [True, True], [True]]
+
+
 def global_batches(world_size, resume_from=None):
     """The pictures of each global batch of 12 of an epoch, in rank order; after 3 of them the position is taken."""
     batches, state = [], None

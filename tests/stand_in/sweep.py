@@ -41,7 +41,8 @@ METHODS = {
     "moco_v2_plus": [],
     "moco_v3": ["method.queue_size=null", "method.projector.hidden_dim=32", "method.predictor.hidden_dim=32"],
     "moby": ["method.projector.hidden_dim=32", "method.predictor.hidden_dim=32"],
-    "densecl": ["method.dense_grid=2"],
+    # With BatchNorm in the head keys are shuffled, and with a Swin or ViT their cells have strides of their own.
+    "densecl": ["method.dense_grid=2", "method.projector.hidden_batch_norm=true"],
 }
 FAMILIES = {
     "resnet": ["backbone=resnet_tiny"],
