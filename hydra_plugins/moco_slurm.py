@@ -16,10 +16,10 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 
+from moco.cli.launch import Failure, codes, set_up_logging
+from moco.cli.run_names import job_name, swept_keys
 from moco.errors import Interrupted, printable
-from moco.launch import Failure, codes, set_up_logging
-from moco.run_names import job_name, swept_keys
-from moco.training.run_status import read_status, slurm_queue
+from moco.runs.run_status import read_status, slurm_queue
 
 try:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
@@ -29,7 +29,7 @@ except ImportError:
 
 log = logging.getLogger("moco.slurm")
 
-# A signal that comes before Python can take it would kill the process; blocked, it waits until moco.launch lets it in.
+# A signal that comes before Python can take it would kill the process; blocked, it waits until moco.cli.launch lets it in.
 # The env of older systems cannot do that.
 START = 'env --block-signal=USR2 true 2>/dev/null && exec env --block-signal=USR2 "$0" "$@"; exec "$0" "$@"'
 QUEUE_SECONDS = 10.0

@@ -9,20 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.checks import check_output
+from moco.cli.checks import check_output
+from moco.cli.launch import launch, save_hydra_files
 from moco.config.pretrained import EmbedConfig, given_settings, with_defaults, with_usual_settings
 from moco.errors import InputError, RunError, printable
-from moco.launch import launch, save_hydra_files
-from moco.methods.pretrained import load_pretrained, log_window_advice
 from moco.pack import interruptible
+from moco.weights.pretrained import load_pretrained, log_window_advice
 
 if TYPE_CHECKING:
     from numpy import ndarray
     from rich.console import Console
     from torch import Tensor, nn
 
-    from moco.data.datasets import DataSource
-    from moco.data.picture_sets import PictureSet
+    from moco.data.loading.image_sets import PictureSet
+    from moco.data.sources.registry import DataSource
     from moco.evaluation.feature_parts import FeatureParts
 
 log = logging.getLogger("moco.embed")  # __name__ is __main__ under python -m
@@ -45,13 +45,13 @@ def run(config: EmbedConfig, folder: Path) -> None:
     """
     from rich.console import Console
 
-    from moco.data.datasets import build_source
-    from moco.data.views import evaluation_crop
-    from moco.data.waiting import cores_of
+    from moco.data.augment.views import evaluation_crop
+    from moco.data.loading.waiting import cores_of
+    from moco.data.sources.registry import build_source
     from moco.evaluation.feature_parts import FeatureParts, remove_parts, taken
-    from moco.training.faults import failures_without_training_named
+    from moco.runs.faults import failures_without_training_named
+    from moco.runs.run_folder import claimed
     from moco.training.hardware import choose_device
-    from moco.training.run_folder import claimed
 
     output = Path(config.output)
     check_files(output)
@@ -136,9 +136,9 @@ def pictures_of(source: "DataSource", split: str, name: str) -> "PictureSet":
     """
     import numpy as np
 
-    from moco.data.datasets import Labelled
-    from moco.data.picture_sets import IndexedSet, ShardedSet
-    from moco.data.streams import ShardedPictures
+    from moco.data.loading.image_sets import IndexedSet, ShardedSet
+    from moco.data.loading.streams import ShardedPictures
+    from moco.data.sources.registry import Labelled
 
     side = source.bank if split == "train" else source.queries
     if split == "test" and side is None:
@@ -183,7 +183,7 @@ def encoding(encoder: Any, feature: str, transform: dict[str, Any], device: Any)
     """
     import torch
 
-    from moco.data.views import normalisation
+    from moco.data.augment.views import normalisation
 
     scale, shift = (values.to(device) for values in normalisation(**transform))
     encoder.to(device)
@@ -204,7 +204,7 @@ def embed(
     max_bad_fraction: float,
     console: "Console",
 ) -> None:
-    """Add the features of all batches of a `moco.data.picture_sets.PictureSet` to the parts.
+    """Add the features of all batches of a `moco.data.loading.image_sets.PictureSet` to the parts.
 
     Raises:
         InputError: unreadable pictures are more than `max_bad_fraction` of `num_pictures`.
@@ -212,9 +212,9 @@ def embed(
     """
     import numpy as np
 
-    from moco.data.bad_fraction import check_bad_fraction
-    from moco.training.interrupts import ENDING, held_back
-    from moco.training.picture_progress import PictureProgress
+    from moco.cli.image_progress import PictureProgress
+    from moco.data.files.bad_fraction import check_bad_fraction
+    from moco.runs.interrupts import ENDING, held_back
 
     bad = parts.unreadable()
     done = parts.state.num_rows + len(bad)
@@ -253,7 +253,7 @@ def check_finite(features: "ndarray", names: list[str]) -> None:
 def write_files(output: Path, parts: "FeatureParts", index: str, has_labels: bool) -> str:
     """Write the index and the .npz file, each whole or not at all; what the index is, in words."""
     from moco.evaluation.feature_files import write_index, write_npz
-    from moco.training.run_folder import write_atomically
+    from moco.runs.run_folder import write_atomically
 
     said: list[str] = []
     if index != "none":
@@ -270,7 +270,7 @@ def report(
     config: EmbedConfig, data: dict[str, Any], parts: "FeatureParts", has_labels: bool, index: str, console: "Console"
 ) -> None:
     """Print what was written."""
-    from moco.training.progress import print_table
+    from moco.cli.progress import print_table
 
     num_rows, width = parts.state.num_rows, parts.state.feature_dim
     labels = f", labels {(num_rows,)}" if has_labels else ""

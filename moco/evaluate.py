@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.checks import check_output
+from moco.cli.checks import check_output
+from moco.cli.launch import launch, save_hydra_files
 from moco.config.pretrained import (
     EvaluateConfig,
     check_settings,
@@ -20,12 +21,11 @@ from moco.config.pretrained import (
     with_usual_settings,
 )
 from moco.errors import InputError
-from moco.launch import launch, save_hydra_files
-from moco.methods.pretrained import load_pretrained, log_window_advice
+from moco.weights.pretrained import load_pretrained, log_window_advice
 
 if TYPE_CHECKING:
     from moco.evaluation.subject import Findings, Subject
-    from moco.methods.pretrained import Pretrained
+    from moco.weights.pretrained import Pretrained
 
 
 def run(config: EvaluateConfig, folder: Path) -> None:
@@ -35,8 +35,8 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         InputError: the checkpoint cannot be used, the data do not suit the measurement, or the backbone has no such window.
         RunError: the machine gave out.
     """
-    from moco.training.faults import failures_without_training_named
-    from moco.training.run_folder import claimed, write_atomically, write_json
+    from moco.runs.faults import failures_without_training_named
+    from moco.runs.run_folder import claimed, write_atomically, write_json
 
     check_settings(config)
     output = Path(config.output) if config.output else folder / "metrics.json"
@@ -109,8 +109,8 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
 
 def origin_of(subject: "Subject", pretrained: "Pretrained") -> dict[str, Any]:
     """What was measured, under the names of ``metrics.json``."""
-    from moco.models.swin import Swin
-    from moco.models.weights import one_or_each
+    from moco.models.swin.backbone import Swin
+    from moco.weights.library_names import one_or_each
 
     origin = {
         "data": subject.data["name"],
@@ -128,7 +128,7 @@ def show(findings: "Findings", origin: dict[str, Any]) -> Any:
     """Print the tables; the console."""
     from rich.console import Console
 
-    from moco.training.progress import print_table
+    from moco.cli.progress import print_table
 
     console = Console()
     rows = [(key, f"{value:.4f}") for key, value in findings.scores.items()]

@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moco.cli.launch import launch, save_hydra_files
 from moco.config.pretrained import ExportConfig, given_settings, with_usual_settings
 from moco.errors import InputError, RunError
-from moco.launch import launch, save_hydra_files
-from moco.methods.pretrained import load_pretrained
+from moco.weights.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from moco.models.vit import VisionTransformer
@@ -38,8 +38,8 @@ def run(config: ExportConfig, folder: Path) -> None:
     import torch
     from rich.console import Console
 
-    from moco.training.progress import print_table
-    from moco.training.run_folder import claimed
+    from moco.cli.progress import print_table
+    from moco.runs.run_folder import claimed
 
     output = Path(config.output)
     check_output(output, config.format)
@@ -96,8 +96,8 @@ def content_of(
     """
     import torch
 
-    from moco.models.weights import counterpart, to_timm, to_torchvision, write_backbone
-    from moco.safetensors_files import as_safetensors
+    from moco.weights.library_names import counterpart, to_timm, to_torchvision, write_backbone
+    from moco.weights.safetensors_files import as_safetensors
 
     if file_format == "safetensors":
         return write_backbone(backbone, built_with, about)
@@ -118,7 +118,7 @@ def write(output: Path, content: bytes) -> None:
         InputError: no file can be written there.
         RunError: the disk is full.
     """
-    from moco.training.run_folder import write_atomically
+    from moco.runs.run_folder import write_atomically
 
     try:
         write_atomically(output, lambda file: file.write(content))
@@ -130,7 +130,7 @@ def write(output: Path, content: bytes) -> None:
 
 def rows(backbone: Any, built_with: dict[str, Any], about: dict[str, Any]) -> list[tuple[str, str]]:
     """What is in the file, for the table."""
-    from moco.models.weights import settings_of
+    from moco.weights.library_names import settings_of
 
     settings = settings_of(backbone, built_with)
     name = settings.pop("name")
@@ -150,11 +150,11 @@ def loading_lines(
     file_format: str, output: Path, backbone: Any, built_with: dict[str, Any], image_size: int
 ) -> list[str]:
     """Python that loads the file into a model of the library without classifier, or into ours."""
-    from moco.models.weights import counterpart
+    from moco.weights.library_names import counterpart
 
     path = json.dumps(str(output))
     if file_format == "safetensors":
-        return ["from moco.models.weights import read_backbone", f"model, about = read_backbone({path})"]
+        return ["from moco.weights.library_names import read_backbone", f"model, about = read_backbone({path})"]
     name = counterpart(built_with, file_format)
     if output.suffix == ".safetensors":
         reading, weights = ["from safetensors.torch import load_file"], f"load_file({path})"
@@ -173,9 +173,9 @@ def loading_lines(
 
 def timm_arguments(backbone: Any, image_size: int) -> str:
     """The arguments of timm's constructor for the images, the heads, the windows and what normalises V2's coordinates."""
-    from moco.models.swin import Swin
+    from moco.models.swin.backbone import Swin
     from moco.models.vit import VisionTransformer
-    from moco.models.weights import one_or_each
+    from moco.weights.library_names import one_or_each
 
     if isinstance(backbone, VisionTransformer):
         return f", num_heads={backbone.num_heads}, img_size={whole_patches(backbone, image_size)}"
@@ -194,7 +194,7 @@ def whole_patches(backbone: "VisionTransformer", image_size: int) -> int:
 
 def torchvision_head(backbone: Any) -> str:
     """What torchvision calls the classifier."""
-    from moco.models.swin import Swin
+    from moco.models.swin.backbone import Swin
     from moco.models.vit import VisionTransformer
 
     if isinstance(backbone, VisionTransformer):
@@ -204,7 +204,7 @@ def torchvision_head(backbone: Any) -> str:
 
 def torchvision_model(name: str, backbone: Any, image_size: int) -> list[str]:
     """Lines that build torchvision's model: by its name, or by its class where it has no such name, window or heads."""
-    from moco.models.swin import Swin
+    from moco.models.swin.backbone import Swin
     from moco.models.vit import VisionTransformer
 
     if isinstance(backbone, VisionTransformer):
@@ -258,9 +258,9 @@ def deviation(file_format: str, backbone: Any, image_size: int) -> str | None:
     we do, torchvision pads the map. Both leave the last pixels out where a patch is incomplete. Their ViT has positions for
     one image size and takes no other.
     """
-    from moco.models.swin import Swin
+    from moco.models.swin.backbone import Swin
     from moco.models.vit import VisionTransformer
-    from moco.models.weights import sides_there
+    from moco.weights.library_names import sides_there
 
     if file_format != "safetensors" and isinstance(backbone, VisionTransformer):
         whole = whole_patches(backbone, image_size)

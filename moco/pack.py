@@ -17,17 +17,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from moco.cli.launch import launch, save_hydra_files
 from moco.config.pack import PackConfig
 from moco.errors import InputError, Interrupted, RunError, printable
-from moco.launch import launch, save_hydra_files
-from moco.training.folder_lock import locked
-from moco.training.interrupts import ENDING, held_back
+from moco.runs.folder_lock import locked
+from moco.runs.interrupts import ENDING, held_back
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moco.data.datasets import DataSource, Pictures
-    from moco.data.packing import Pool
+    from moco.data.sources.packing import Pool
+    from moco.data.sources.registry import DataSource, Pictures
 
 log = logging.getLogger("moco.pack")  # __name__ is __main__ under python -m
 
@@ -43,10 +43,10 @@ def run(config: PackConfig, folder: Path) -> None:
         InputError: the source cannot be read, or the output folder holds something else.
         RunError: the disk is full, or pictures of the copy differ.
     """
-    from moco.data.datasets import build_source
-    from moco.data.packing import Pool
-    from moco.data.streams import NO_INDEX, ShardedPictures
-    from moco.training.run_folder import claimed
+    from moco.data.loading.streams import NO_INDEX, ShardedPictures
+    from moco.data.sources.packing import Pool
+    from moco.data.sources.registry import build_source
+    from moco.runs.run_folder import claimed
 
     data = dataclasses.asdict(config.data)
     max_bad_fraction, resize = data.pop("max_bad_fraction"), data.pop("resize")
@@ -106,9 +106,9 @@ def begun(output: Path, config: PackConfig, pool: "Pool", source: "DataSource") 
     Raises:
         InputError: the folder holds a copy of something else, or no copy.
     """
-    from moco.data.packed_index import INDEX, read_index
-    from moco.data.packed_writer import temporary_of, write_index
-    from moco.training.run_folder import differences
+    from moco.data.sources.packed_index import INDEX, read_index
+    from moco.data.sources.packed_writer import temporary_of, write_index
+    from moco.runs.run_folder import differences
 
     here = settings(config)
     fingerprint = pool.fingerprint()
@@ -159,7 +159,7 @@ def chosen_format(config: PackConfig, pool: "Pool") -> str:
     Raises:
         InputError: an array was asked for and there is no room for it.
     """
-    from moco.data.packing import array_bytes
+    from moco.data.sources.packing import array_bytes
 
     free = shutil.disk_usage(config.output).free
     needed = array_bytes(pool, config.data.resize)
@@ -179,9 +179,9 @@ def write(config: PackConfig, index: dict[str, Any], pool: "Pool", max_bad_fract
     Raises:
         InputError: too many pictures cannot be read.
     """
-    from moco.data.bad_fraction import check_bad_fraction
-    from moco.data.packed_writer import Writer
-    from moco.data.packing import chunks
+    from moco.data.files.bad_fraction import check_bad_fraction
+    from moco.data.sources.packed_writer import Writer
+    from moco.data.sources.packing import chunks
 
     quality = config.quality if index["format"] == "shards" else None
     with Writer(Path(config.output), index, pool, config.max_shard_bytes) as writer:
@@ -224,8 +224,8 @@ def report(config: PackConfig, index: dict[str, Any], source: "DataSource", pool
     """Print what was written, and how fast it reads."""
     from rich.console import Console
 
-    from moco.data.packed import packed
-    from moco.training.progress import print_table
+    from moco.cli.progress import print_table
+    from moco.data.sources.packed import packed
 
     copy = packed(config.output, config.data.max_image_pixels)
     num_bytes = sum(part["bytes"] for part in index["parts"])
@@ -252,8 +252,8 @@ def seconds_per_picture(source: "DataSource", copy: "DataSource") -> tuple[float
     """
     import torch
 
-    from moco.data.packed import PackedPictures
-    from moco.data.views import ViewPair
+    from moco.data.augment.views import ViewPair
+    from moco.data.sources.packed import PackedPictures
 
     assert isinstance(copy.train, PackedPictures)
     crop = {"random_resized_crop": {"scale": [0.2, 1]}}
@@ -281,9 +281,9 @@ def check(output: Path, pool: "Pool") -> None:
         InputError: there is no finished copy.
         RunError: something differs; it names the first ten.
     """
-    from moco.data.packed import read_copy
-    from moco.data.packed_index import read_index
-    from moco.data.packed_writer import damaged_shards, verify
+    from moco.data.sources.packed import read_copy
+    from moco.data.sources.packed_index import read_index
+    from moco.data.sources.packed_writer import damaged_shards, verify
 
     index = read_index(str(output))
     if not index["complete"]:

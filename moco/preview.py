@@ -6,16 +6,16 @@ It takes every setting of ``moco.train``. The pairs are the first ones of a run 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moco.cli.launch import launch
 from moco.config.train import PreviewConfig
 from moco.errors import InputError
-from moco.launch import launch
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from moco.data.datamodule import PretrainingData
-    from moco.data.decoding import EncodedPicture
+    from moco.data.files.decoding import EncodedPicture
+    from moco.data.loading.datamodule import PretrainingData
 
 SMALLEST = 112  # px; smaller views are enlarged, so that what is written beside them has room
 LINE, MARGIN, TEXT = 15, 8, 430  # px: height of a line of text, space around, width of a column of text

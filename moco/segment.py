@@ -7,19 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moco.checks import check_deterministic_segmentation, check_run
+from moco.cli.checks import check_deterministic_segmentation, check_run
+from moco.cli.launch import launch, save_hydra_files
 from moco.config.pretrained import given_settings, with_usual_settings
 from moco.config.segment import SegmentConfig
 from moco.config.train import AugmentationConfig
 from moco.errors import InputError
-from moco.launch import launch, save_hydra_files
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-    from moco.data.segmentation_loaders import SegmentationData
-    from moco.methods.pretrained import Pretrained
-    from moco.methods.segmenter import Segmenter
+    from moco.segmentation.datamodule import SegmentationData
+    from moco.segmentation.segmenter import Segmenter
+    from moco.weights.pretrained import Pretrained
 
 log = logging.getLogger("moco.segment")  # __name__ is __main__ under python -m
 
@@ -60,10 +60,10 @@ def run(config: SegmentConfig, folder: Path) -> None:
     import pytorch_lightning as pl
     from rich.console import Console
 
-    from moco.training.faults import failures_named
-    from moco.training.interrupts import StopRequest
-    from moco.training.run_folder import claimed, find_checkpoint, is_finished, write_json
-    from moco.training.slurm import stop_signals
+    from moco.runs.faults import failures_named
+    from moco.runs.interrupts import StopRequest
+    from moco.runs.run_folder import claimed, find_checkpoint, is_finished, write_json
+    from moco.runs.slurm import stop_signals
 
     pl.seed_everything(config.seed, verbose=False)
     start = starting_point(config)
@@ -105,8 +105,8 @@ def starting_point(config: SegmentConfig) -> Start:
         InputError: the backbone or the image size is missing and no checkpoint says it; or the checkpoint cannot be used, or
             has another backbone than was asked for.
     """
-    from moco.methods.pretrained import load_pretrained
     from moco.models.backbones import build_backbone
+    from moco.weights.pretrained import load_pretrained
 
     given = given_settings(config.backbone)
     default = AugmentationConfig()
@@ -138,8 +138,8 @@ def starting_point(config: SegmentConfig) -> Start:
 
 def log_window(pretrained: "Pretrained", given: dict[str, Any], image_size: int) -> None:
     """Say which windows are in force, or which would suit the images."""
-    from moco.methods.pretrained import log_window_advice
-    from moco.models.swin import Swin
+    from moco.models.swin.backbone import Swin
+    from moco.weights.pretrained import log_window_advice
 
     backbone = pretrained.encoder.backbone
     if isinstance(backbone, Swin) and "window_size" in given:
@@ -164,7 +164,7 @@ def decoder_settings(config: SegmentConfig) -> dict[str, Any]:
     Raises:
         InputError: the decoder needs a package that is not installed.
     """
-    from moco.models.segmentation import PYRAMID_DECODERS, pyramid_decoders
+    from moco.segmentation.decoders import PYRAMID_DECODERS, pyramid_decoders
 
     name = config.decoder.name
     if name == "auto":
@@ -176,9 +176,9 @@ def decoder_settings(config: SegmentConfig) -> dict[str, Any]:
 
 def build_data(config: SegmentConfig, start: Start) -> "SegmentationData":
     """The loaders of the config's data set and augmentation, every file of it checked."""
-    from moco.data.segmentation import build_segmentation_source
-    from moco.data.segmentation_loaders import SegmentationData
-    from moco.data.segmentation_views import SegmentationView
+    from moco.segmentation.datamodule import SegmentationData
+    from moco.segmentation.sources import build_segmentation_source
+    from moco.segmentation.views import SegmentationView
 
     data, augmentation = config.data, config.augmentation
     view = SegmentationView(
@@ -218,8 +218,8 @@ def build_segmenter(
     """The model with the backbone's weights; the decoder's are the same with every backbone of an architecture and seed."""
     import torch
 
-    from moco.methods.segmenter import Segmenter
-    from moco.models.swin import Swin
+    from moco.models.swin.backbone import Swin
+    from moco.segmentation.segmenter import Segmenter
 
     optimizer = dataclasses.asdict(config.optimizer)
     if optimizer["layer_decay"] is None:
@@ -247,8 +247,8 @@ def build_segmenter(
 
 def check_resumable(path: Path, segmenter: "Segmenter") -> None:
     """Raises InputError if the checkpoint holds other tensors than this run has; it names the settings."""
-    from moco.training.checkpoint_files import read_checkpoint
-    from moco.training.run_folder import differences
+    from moco.runs.checkpoint_files import read_checkpoint
+    from moco.runs.run_folder import differences
 
     there, here = (
         {key: hparams.get(key) for key in ("backbone", "decoder", "num_classes", "freeze_backbone")}
@@ -275,14 +275,14 @@ def build_trainer(
     config: SegmentConfig, folder: Path, plain: dict[str, Any], figures: dict[str, Any], console: Any, stop: Any
 ) -> "pl.Trainer":
     """Lightning's Trainer with the callbacks of segmentation; `figures` is what they report into."""
-    from moco.evaluation.monitor import LossMonitor
-    from moco.evaluation.segmentation_monitor import SegmentationMonitor
+    from moco.callbacks.checkpoints import Checkpoints
+    from moco.callbacks.monitors import LossMonitor
+    from moco.callbacks.segmentation_monitor import SegmentationMonitor
+    from moco.cli.progress import ProgressBar
+    from moco.runs.faults import BadSteps
+    from moco.runs.run_folder import last_good
     from moco.training import trainer
-    from moco.training.checkpoints import Checkpoints
-    from moco.training.faults import BadSteps
     from moco.training.logger import RunDescription
-    from moco.training.progress import ProgressBar
-    from moco.training.run_folder import last_good
 
     callbacks = [
         LossMonitor(figures, config.trainer.log_every_n_steps),
@@ -303,8 +303,8 @@ def build_trainer(
 
 def close(console: Any, folder: Path, figures: dict[str, Any], data: "SegmentationData") -> None:
     """The closing table: what was reached, and where it is."""
-    from moco.training.progress import print_table
-    from moco.training.run_folder import LAST_CHECKPOINT
+    from moco.cli.progress import print_table
+    from moco.runs.run_folder import LAST_CHECKPOINT
 
     rows = [("epochs, steps", f"{figures.get('epoch', 0)}, {figures.get('step', 0)}")]
     if "train/loss" in figures:

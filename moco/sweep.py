@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from moco.errors import InputError, printable
-from moco.training.run_folder import CONFIG, write_atomically
-from moco.training.run_status import read_status, slurm_queue, state_now
+from moco.runs.run_folder import CONFIG, write_atomically
+from moco.runs.run_status import read_status, slurm_queue, state_now
 
 MULTIRUN = "multirun.yaml"
 SEED = "seed"
@@ -80,8 +80,8 @@ def planned_jobs(sweep: Path) -> dict[str, dict[str, str]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    from moco.cli.run_names import job_name, swept_keys
     from moco.config.parsing import CONFIG_DIR
-    from moco.run_names import job_name, swept_keys
 
     try:
         running = yaml.safe_load((sweep / MULTIRUN).read_text())["hydra"]
@@ -98,7 +98,7 @@ def planned_jobs(sweep: Path) -> dict[str, dict[str, str]]:
 
 def varied(overrides: Sequence[str], swept: Sequence[str]) -> dict[str, str]:
     """A job's values of the keys `swept`."""
-    from moco.run_names import key_of, parsed
+    from moco.cli.run_names import key_of, parsed
 
     return {key_of(item): item.get_value_element_as_str() for item in parsed(overrides) if key_of(item) in swept}
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.checks import (
+from moco.cli.checks import (
     check_batch_norm,
     check_deterministic,
     check_devices,
@@ -19,20 +19,20 @@ from moco.checks import (
     num_processes,
     warn_of_negatives,
 )
+from moco.cli.launch import hydra_files, launch, set_up_logging
 from moco.config.train import TrainConfig
 from moco.errors import InputError, Interrupted, RunError
-from moco.launch import hydra_files, launch, set_up_logging
-from moco.training.run_folder import has_checkpoint
+from moco.runs.run_folder import has_checkpoint
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
     from rich.console import Console
 
-    from moco.data.datamodule import PretrainingData
+    from moco.data.loading.datamodule import PretrainingData
     from moco.evaluation.dense_features import DenseSet
     from moco.methods.moco import MoCo
-    from moco.training.interrupts import StopRequest
+    from moco.runs.interrupts import StopRequest
 
 log = logging.getLogger("moco.train")  # __name__ is __main__ under python -m
 
@@ -58,12 +58,12 @@ def run(config: TrainConfig, folder: Path) -> None:
     data = build_data(config, folder)
     config.data.image_size = data.image_size
 
-    from moco.training.distributed import environment_of
-    from moco.training.interrupts import StopRequest
-    from moco.training.processes import run_on_devices, starts_its_own
-    from moco.training.run_folder import is_finished, last_good, write_ending
-    from moco.training.run_status import state_now
-    from moco.training.slurm import stop_signals
+    from moco.runs.interrupts import StopRequest
+    from moco.runs.run_folder import is_finished, last_good, write_ending
+    from moco.runs.run_status import state_now
+    from moco.runs.slurm import stop_signals
+    from moco.training.distributed.collectives import environment_of
+    from moco.training.distributed.processes import run_on_devices, starts_its_own
 
     if is_finished(folder, dataclasses.asdict(config), DEFAULTS):
         log.info("%s is finished; a larger trainer.max_epochs goes on", folder)
@@ -104,13 +104,19 @@ def train(
     import pytorch_lightning as pl
     from rich.console import Console
 
-    from moco.methods.init_from import start_from
-    from moco.methods.weight_files import write_backbone_file
-    from moco.training.closing_table import close
-    from moco.training.distributed import environment_of, from_rank_zero, lost_peers_named, process_group, rank
-    from moco.training.faults import failures_named
+    from moco.cli.closing_tables import close
+    from moco.runs.faults import failures_named
+    from moco.runs.run_folder import BACKBONE_FILE, find_checkpoint, write_json
+    from moco.training.distributed.collectives import (
+        environment_of,
+        from_rank_zero,
+        lost_peers_named,
+        process_group,
+        rank,
+    )
     from moco.training.hardware import choose_device
-    from moco.training.run_folder import BACKBONE_FILE, find_checkpoint, write_json
+    from moco.weights.init_from import start_from
+    from moco.weights.weight_files import write_backbone_file
 
     environment = environment_of(config.trainer.devices, config.trainer.num_nodes)
     backend = "nccl" if choose_device(config.trainer.accelerator).type == "cuda" else "gloo"
@@ -164,8 +170,8 @@ def take_folder(
     Returns:
         The checkpoint to go on from, and the optimizer steps that it has behind it; None and None to start.
     """
-    from moco.training.checkpoint_files import read_checkpoint, sound_checkpoint
-    from moco.training.run_folder import LAST_CHECKPOINT, claimed, find_checkpoint
+    from moco.runs.checkpoint_files import read_checkpoint, sound_checkpoint
+    from moco.runs.run_folder import LAST_CHECKPOINT, claimed, find_checkpoint
 
     checkpoint = find_checkpoint(folder, plain, resume, DEFAULTS)
     is_other_run = checkpoint is not None and checkpoint != folder / LAST_CHECKPOINT
@@ -203,8 +209,8 @@ def fit(
         Interrupted: a signal came; also when it came before there was anything to save.
     """
     from moco.evaluation.features import EmbeddingStopped
-    from moco.training.checkpoint_files import AtomicCheckpointIO
-    from moco.training.distributed import largest
+    from moco.runs.checkpoint_files import AtomicCheckpointIO
+    from moco.training.distributed.collectives import largest
 
     assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     trainer.strategy.checkpoint_io.read = read
@@ -221,7 +227,7 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
     Args:
         folder: where a list of the pictures below a folder is kept for the run's other processes and its next start.
     """
-    from moco.data.datasets import build_source
+    from moco.data.sources.registry import build_source
 
     data, pair = config.data, config.augmentation
     source = build_source(
@@ -239,9 +245,9 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
         pages=data.pages,
     )
 
-    from moco.data.datamodule import PretrainingData, choose_engine
-    from moco.data.resolution import ResolutionRamp
-    from moco.data.views import ViewPair, build_evaluation_view
+    from moco.data.augment.resolution_ramp import ResolutionRamp
+    from moco.data.augment.views import ViewPair, build_evaluation_view
+    from moco.data.loading.datamodule import PretrainingData, choose_engine
     from moco.training.hardware import choose_device
 
     image_size = data.image_size or source.image_size
@@ -299,19 +305,19 @@ def build_trainer(
         step: optimizer steps behind the checkpoint that the run goes on from.
         pictures: of `dense_set`.
     """
-    from moco.evaluation.dense_monitor import DenseMonitor
-    from moco.evaluation.feature_pictures import FeaturePictures
-    from moco.evaluation.label_free import CollapseWatch, LabelFreeMonitor
-    from moco.evaluation.monitor import KNNMonitor, TrainingMonitor
-    from moco.evaluation.online_probe import OnlineProbe
-    from moco.evaluation.view_pair_picture import ViewPairPicture
+    from moco.callbacks.checkpoints import Checkpoints
+    from moco.callbacks.collapse_watch import CollapseWatch, LabelFreeMonitor
+    from moco.callbacks.dense_monitor import DenseMonitor
+    from moco.callbacks.feature_plots import FeaturePictures
+    from moco.callbacks.monitors import KNNMonitor, TrainingMonitor
+    from moco.callbacks.online_probe import OnlineProbe
+    from moco.callbacks.unreadable_images import UnreadableList
+    from moco.callbacks.view_pairs import ViewPairPicture
+    from moco.cli.progress import ProgressBar
+    from moco.runs.faults import BadSteps
+    from moco.runs.run_folder import last_good
     from moco.training import trainer
-    from moco.training.checkpoints import Checkpoints
-    from moco.training.faults import BadSteps
     from moco.training.logger import RunDescription
-    from moco.training.progress import ProgressBar
-    from moco.training.run_folder import last_good
-    from moco.training.unreadable import UnreadableList
 
     checkpoints = Checkpoints(folder, plain, figures, stop, **dataclasses.asdict(config.checkpoint))
     knn = config.evaluation
@@ -353,7 +359,7 @@ def dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":
             raise InputError(f"monitor.dense.root={dense.root}: without monitor.dense.data it has no effect")
         return None
 
-    from moco.evaluation.dense_monitor import build_dense_set
+    from moco.callbacks.dense_monitor import build_dense_set
 
     settings = {key: value for key, value in dataclasses.asdict(dense).items() if key not in DENSE_VOTE}
     return build_dense_set(

@@ -32,9 +32,9 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from moco.config.parsing import CONFIG_DIR
-from moco.data.datasets import FilePictures
-from moco.data.loading import PairDataset
-from moco.data.views import ViewPair, picked, rgb_batch
+from moco.data.augment.views import ViewPair, picked, rgb_batch
+from moco.data.loading.loaders import PairDataset
+from moco.data.sources.registry import FilePictures
 
 
 class OfficialBlur:

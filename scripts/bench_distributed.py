@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco.methods.key_queue import KeyQueue
-from moco.training import distributed
-from moco.training.interrupts import StopRequest
-from moco.training.processes import run_on_devices
+from moco.runs.interrupts import StopRequest
+from moco.training.distributed import collectives as distributed
+from moco.training.distributed.processes import run_on_devices
 from moco.training.trainer import buffers_switch
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch.multiprocessing  # noqa: F401  (registers how tensors travel)
 
-from moco.data.datasets import FilePictures
-from moco.data.listing_cache import SETTLED_SECONDS, listed
+from moco.data.files.listing_cache import SETTLED_SECONDS, listed
+from moco.data.sources.registry import FilePictures
 
 
 def make_tree(root: Path, num_folders: int, num_files: int) -> None:

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig
-from moco.data.loading import PairBatch
+from moco.data.loading.loaders import PairBatch
+from moco.runs.interrupts import StopRequest
 from moco.train import build_data, build_trainer
 from moco.training import trainer
-from moco.training.interrupts import StopRequest
 
 ROWS, WIDTH = 64, 128
 KINDS = ("PyTorch", "Lightning", "Lightning with our callbacks")

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from moco.data.datamodule import PretrainingData
-from moco.data.datasets import build_source
-from moco.data.views import ViewPair, build_evaluation_view
+from moco.data.augment.views import ViewPair, build_evaluation_view
+from moco.data.loading.datamodule import PretrainingData
+from moco.data.sources.registry import build_source
 
 SIZE = 32  # px of a view
 VIEW = {"random_resized_crop": {"scale": [0.2, 1.0]}, "color_jitter": {"brightness": 0.4, "probability": 0.8}}

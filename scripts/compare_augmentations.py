@@ -19,8 +19,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as official
 
 from moco.config.parsing import CONFIG_DIR
-from moco.data.augmentations import Step, View
-from moco.data.operations import ColorJitter, RandomResizedCrop, Solarize
+from moco.data.augment.operations import ColorJitter, RandomResizedCrop, Solarize
+from moco.data.augment.view_steps import Step, View
 
 COLOR_STEPS = (official.adjust_brightness, official.adjust_contrast, official.adjust_saturation, official.adjust_hue)
 

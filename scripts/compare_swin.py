@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchvision.models import swin_transformer
 
 from moco.models.backbones import build_backbone
-from moco.models.swin import Swin, rewindow
-from moco.models.window_attention import WindowAttention
+from moco.models.swin.attention import WindowAttention
+from moco.models.swin.backbone import Swin, rewindow
 
 IMAGE_SIZE, CANVAS = 565, 640
 WINDOW, NEW_WINDOW = 7, 18

@@ -49,7 +49,7 @@ def picture_tree(tmp_path, generator):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A checkpoint of untrained encoders where a run has it, without the rest of a run folder; not to be changed."""
-    from test_export import write_checkpoint
+    from tests.weights.test_export import write_checkpoint
 
     path = tmp_path_factory.mktemp("made") / "checkpoints" / "last.ckpt"
     path.parent.mkdir()

@@ -14,20 +14,20 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.pretrained import EmbedConfig
-from moco.data.datasets import FilePictures, build_source
-from moco.data.views import build_evaluation_view
+from moco.data.augment.views import build_evaluation_view
+from moco.data.sources.registry import FilePictures, build_source
 from moco.embed import pictures_of, run
 from moco.errors import InputError, Interrupted, RunError
 from moco.evaluation.feature_parts import FeatureParts
 from moco.methods.moco import MoCo
-from moco.methods.pretrained import load_encoder
-from moco.models.swin import rewindow
+from moco.models.swin.backbone import rewindow
+from moco.weights.pretrained import load_encoder
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ import re
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
-from test_embed import checkpoint, embed  # noqa: F401  (a fixture)
+
+from tests.conftest import REPOSITORY
+from tests.test_embed import checkpoint, embed  # noqa: F401  (a fixture)
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_a_disk_that_is_full_when_the_figures_are_written_is_one_line(evaluated,
     def full(path, write):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("moco.training.run_folder.write_atomically", full)  # not that of the kept features
+    monkeypatch.setattr("moco.runs.run_folder.write_atomically", full)  # not that of the kept features
     with pytest.raises(RunError) as error:
         evaluated(num_neighbors=3)
     assert re.search(r"No space left on device: .*; free some space and start again$", str(error.value))
@@ -189,9 +189,9 @@ def test_features_of_a_checkpoint_outside_a_run_go_to_the_users_cache(evaluated,
 
 def test_pictures_in_memory_give_the_features_that_they_give_one_by_one(checkpoint, generator, monkeypatch):
     import moco.evaluation.subject as module
-    from moco.data.datasets import ArrayPictures, Labelled
-    from moco.data.loading import evaluation_loader
-    from moco.data.views import build_evaluation_view
+    from moco.data.augment.views import build_evaluation_view
+    from moco.data.loading.loaders import evaluation_loader
+    from moco.data.sources.registry import ArrayPictures, Labelled
 
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
     for shape in ((9, 8, 8), (9, 8, 8, 3), (9, 8, 8, 4)):
@@ -239,7 +239,7 @@ def test_an_index_that_is_not_exact_says_how_much_it_finds(evaluated):
 
 def test_pictures_without_a_label_are_left_out_and_named(evaluated, monkeypatch, generator, tmp_path):
     import moco.evaluation.subject as module
-    from moco.data.datasets import ArrayPictures, DataSource, Labelled
+    from moco.data.sources.registry import ArrayPictures, DataSource, Labelled
 
     labels = np.array([0, 1] * 10)
     pictures = ArrayPictures(generator.integers(0, 256, (20, 8, 8), np.uint8), "mine")

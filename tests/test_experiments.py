@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 
-from moco.checks import warn_of_negatives
+from moco.cli.checks import warn_of_negatives
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig
+from tests.conftest import REPOSITORY
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
 OF_THIS_PROJECT = {

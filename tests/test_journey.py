@@ -5,7 +5,8 @@ import importlib.util
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import sys
 import zipfile
 
 import pytest
-from conftest import REPOSITORY, run_program
+
+from tests.conftest import REPOSITORY, run_program
 
 pytestmark = pytest.mark.slow
 

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from conftest import run_program
 from PIL import Image
 
 from moco.preview import sheet
 from moco.train import build_data
+from tests.conftest import run_program
 
 
 @pytest.mark.parametrize("engine", ["worker", "batch"])

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, run_program
+
+from tests.conftest import REPOSITORY, run_program
 
 PROGRAMS = ("train", "evaluate", "embed", "segment", "export", "pack", "preview")
 # Seconds to import, or what a run alone has a use for.

@@ -8,14 +8,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, run_program
 
 from moco import sweep as module
+from moco.cli.launch import launch
 from moco.errors import InputError, Interrupted, RunError
-from moco.launch import launch
+from moco.runs.run_folder import claimed, is_finished, write_json
+from moco.runs.run_status import is_locked, read_status, state_now
 from moco.sweep import Job, as_csv, as_text, jobs_of
-from moco.training.run_folder import claimed, is_finished, write_json
-from moco.training.run_status import is_locked, read_status, state_now
+from tests.conftest import REPOSITORY, run_program
 
 CONFIG = {"resume": "auto", "seed": 0, "trainer": {"max_epochs": 2, "max_steps": -1}}
 
@@ -69,7 +69,7 @@ def test_a_run_says_that_it_runs_and_how_it_ended(tmp_path):
 
 def test_a_killed_run_has_crashed(tmp_path):
     program = (
-        "import sys, time; from pathlib import Path; from moco.training.run_folder import claimed\n"
+        "import sys, time; from pathlib import Path; from moco.runs.run_folder import claimed\n"
         f"with claimed(Path({str(tmp_path)!r}), {{}}): print('there', flush=True); time.sleep(60)"
     )
     run = subprocess.Popen(
@@ -153,7 +153,7 @@ def launched(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", command)
-        patch.setattr("moco.launch.codes", [])
+        patch.setattr("moco.cli.launch.codes", [])
         patch.setenv("HYDRA_FULL_ERROR", "0")
         with pytest.raises(SystemExit) as ended:
             launch(program, TrainConfig, "train")

@@ -4,7 +4,8 @@ import json
 import os
 
 import pytest
-from conftest import run_program
+
+from tests.conftest import run_program
 
 SMALL = [
     "+experiment=quickstart",

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY
+
+from tests.conftest import REPOSITORY
 
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is None, reason="needs a build of PyTorch with CUDA, for its fake kernels"),

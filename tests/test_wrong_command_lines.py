@@ -17,13 +17,13 @@ import typing
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, run_program
 
 from moco.config.pack import PackConfig
 from moco.config.parsing import CONFIG_DIR, keys
 from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
 from moco.config.segment import SegmentConfig
 from moco.config.train import PreviewConfig, TrainConfig
+from tests.conftest import REPOSITORY, run_program
 
 SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "embed": EmbedConfig, "segment": SegmentConfig, "export": ExportConfig,
@@ -212,8 +212,8 @@ def drive(path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the command lines name."""
-    from test_segment import pretraining_checkpoint
-    from test_segmentation_data import draw_shapes
+    from tests.segmentation.test_segment import pretraining_checkpoint
+    from tests.segmentation.test_segmentation_data import draw_shapes
 
     folder = tmp_path_factory.mktemp("files")
     pretraining_checkpoint(folder / "sound.ckpt", "backbone=resnet_tiny")

@@ -43,6 +43,6 @@ class LinearOfficialConfig:
     view: dict[str, Any] = field(
         default_factory=lambda: {"random_resized_crop": {"scale": [0.08, 1.0]}, "horizontal_flip": {"probability": 0.5}}
     )
-    """The training view's operations in order: see ``moco.data.augmentations``."""
+    """The training view's operations in order: see ``moco.data.augment.view_steps``."""
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     """Of the head's first weights, the order of the pictures and what is drawn for them."""

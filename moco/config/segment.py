@@ -17,7 +17,7 @@ class SegmentBackboneConfig(PretrainedBackboneConfig):
 @dataclass
 class DecoderConfig:
     name: str = setting("auto", choices=("auto", "deeplabv3", "fcn", "fpn", "linear", "unet", "upernet"))
-    """See ``moco.models.segmentation``. auto: linear on a frozen backbone, otherwise upernet."""
+    """See ``moco.segmentation.decoders``. auto: linear on a frozen backbone, otherwise upernet."""
     channels: Optional[int] = setting(None, at_least=4)
     """Width of fpn, unet and upernet; null is 256."""
 
@@ -25,7 +25,7 @@ class DecoderConfig:
 @dataclass
 class SegmentDataConfig:
     name: str = MISSING
-    """segmentation_folder or voc2012: see ``moco.data.segmentation``."""
+    """segmentation_folder or voc2012: see ``moco.segmentation.sources``."""
     root: Any = None
     download: bool = False
     """Fetch voc2012 if it is not under root yet."""

@@ -157,7 +157,7 @@ class OptimizerConfig:
 @dataclass
 class DataConfig:
     name: str = MISSING
-    """A builder in ``moco.data.datasets``."""
+    """A builder in ``moco.data.sources.registry``."""
     root: Any = None
     """Folder or file; ``images`` also takes a list of folders."""
     download: bool = False
@@ -198,7 +198,7 @@ class DataConfig:
 @dataclass
 class AugmentationConfig:
     query: dict[str, Any] = field(default_factory=dict)
-    """The query view's operations in order, each with its numbers: see ``moco.data.operations``."""
+    """The query view's operations in order, each with its numbers: see ``moco.data.augment.operations``."""
     key: dict[str, Any] = field(default_factory=dict)
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Per channel, of pixels in 0..1 (ImageNet's)."""
@@ -267,7 +267,7 @@ class MonitorConfig:
     baselines: bool = False
     """Before training, measure raw pixels and the untrained backbone on the same protocol."""
     online_probe: bool = False
-    """Train a linear classifier beside the encoder: see ``moco.evaluation.online_probe``."""
+    """Train a linear classifier beside the encoder: see ``moco.callbacks.online_probe``."""
     diagnostics_every_n_steps: Optional[int] = setting(100, at_least=1)
     """Optimizer steps between two measurements of the label-free figures that take time: see ``docs/diagnostics.md``; null:
     none. Whether the embeddings collapse is watched in any case."""

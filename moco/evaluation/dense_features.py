@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco.data.datamodule import check_unreadable
-from moco.data.scaled_pictures import scaled_loader
-from moco.data.segmentation import MaskedPictures, SegmentationSource
-from moco.data.views import Normalized
+from moco.data.augment.views import Normalized
+from moco.data.loading.datamodule import check_unreadable
 from moco.errors import InputError, printable
 from moco.evaluation.dense import Bank, class_shares, drawn, joined_maps, patches_stood_for, pixel_classes
 from moco.evaluation.features import EmbeddingStopped
-from moco.evaluation.segmentation import confusion_matrix, segmentation_figures
+from moco.segmentation.metrics import confusion_matrix, segmentation_figures
+from moco.segmentation.scaled_images import scaled_loader
+from moco.segmentation.sources import MaskedPictures, SegmentationSource
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class DenseSet:
     """Pictures with masks and how a backbone is measured by them.
 
     Args:
-        image_size: of the scaled pictures' shorter side, about, see `moco.data.scaled_pictures`, px.
+        image_size: of the scaled pictures' shorter side, about, see `moco.segmentation.scaled_images`, px.
         maps: which of the backbone's maps, 1 to 4; several are joined.
         bank_size: largest M; each picture to learn from gives the same share of it.
         sampling: see `moco.evaluation.dense.drawn`.

@@ -7,8 +7,7 @@ import logging
 import time
 from functools import partial
 
-from moco.data.segmentation import build_segmentation_source
-from moco.data.views import Normalized
+from moco.data.augment.views import Normalized
 from moco.errors import InputError
 from moco.evaluation.dense import knn_scores
 from moco.evaluation.dense_features import DenseSet, NotFinite, Scorer, check_maps, figures_of
@@ -16,6 +15,7 @@ from moco.evaluation.dense_linear import fit_best
 from moco.evaluation.knn import capped
 from moco.evaluation.knn_measurement import table_of
 from moco.evaluation.subject import Findings, Subject
+from moco.segmentation.sources import build_segmentation_source
 
 log = logging.getLogger(__name__)
 

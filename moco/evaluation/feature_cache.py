@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from moco.data.archives import DAMAGED
-from moco.data.datasets import ArrayPictures, FilePictures, Labelled
-from moco.training.run_folder import CONFIG, write_atomically
+from moco.data.files.archives import DAMAGED
+from moco.data.sources.registry import ArrayPictures, FilePictures, Labelled
+from moco.runs.run_folder import CONFIG, write_atomically
 
 log = logging.getLogger(__name__)
 

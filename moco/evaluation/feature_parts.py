@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from moco.errors import InputError
-from moco.training.folder_lock import locked
-from moco.training.run_folder import flattened, remove_half_written, write_atomically
+from moco.runs.folder_lock import locked
+from moco.runs.run_folder import flattened, remove_half_written, write_atomically
 
 STATE = "state.json"
 FEATURES, LABELS, NAMES, UNREADABLE = "features.bin", "labels.bin", "names.jsonl", "unreadable.jsonl"
@@ -32,7 +32,7 @@ class State:
     """How much of the files counts; what is behind that comes from a batch that was not finished."""
 
     end: list[int]
-    """The place where the next batch starts, see `moco.data.picture_sets`."""
+    """The place where the next batch starts, see `moco.data.loading.image_sets`."""
     num_rows: int = 0
     """M."""
     feature_dim: int = 0

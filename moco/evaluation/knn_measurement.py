@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moco.data.datasets import Labelled
+from moco.callbacks.feature_plots import Embedded
+from moco.callbacks.monitors import protocol as protocol_figures
+from moco.data.sources.registry import Labelled
 from moco.errors import InputError, printable
 from moco.evaluation.approximate import ApproximateIndex, recall
-from moco.evaluation.evaluation_pictures import Searched, knn_pictures, save_png
-from moco.evaluation.feature_pictures import Embedded
 from moco.evaluation.knn import KNNResult, Protocol, Search, Votes, capped, classify, scores_of
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
-from moco.evaluation.maps import check_map
-from moco.evaluation.monitor import protocol as protocol_figures
 from moco.evaluation.neighbors import nearest_by_block
+from moco.evaluation.reports.knn_plots import Searched, knn_pictures, save_png
+from moco.evaluation.reports.projections import check_map
 from moco.evaluation.subject import Features, Findings, Subject
 
 log = logging.getLogger(__name__)

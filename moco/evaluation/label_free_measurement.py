@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moco.data.datasets import Labelled
-from moco.data.loading import PairMaker
-from moco.data.views import ViewPair
+from moco.callbacks.collapse_watch import CAUSES, CollapseWatch
+from moco.data.augment.views import ViewPair
+from moco.data.loading.loaders import PairMaker
+from moco.data.sources.registry import Labelled
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, label_free_figures, rank_me
-from moco.evaluation.label_free import CAUSES, CollapseWatch
 from moco.evaluation.subject import Features, Subject
 
 log = logging.getLogger(__name__)

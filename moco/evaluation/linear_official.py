@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.data.archives import DAMAGED
-from moco.data.datamodule import check_unreadable
-from moco.data.one_view import LabelledViews
+from moco.data.files.archives import DAMAGED
+from moco.data.loading.datamodule import check_unreadable
+from moco.data.loading.one_view import LabelledViews
 from moco.errors import InputError, RunError
 from moco.evaluation.knn_measurement import with_labels
 from moco.evaluation.linear_measurement import Classes, classes_of, findings, labelled_bank, votes_of, warn_of_unknown
 from moco.evaluation.subject import Findings, Subject, check_finite
-from moco.training.run_folder import write_atomically
+from moco.runs.run_folder import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import moco
-from moco.data.datamodule import check_unreadable
-from moco.data.datasets import ArrayPictures, DataSource, Labelled, build_source
-from moco.data.loading import EvaluationBatch, evaluation_loader
-from moco.data.views import build_evaluation_view, normalisation, rgb_batch
+from moco.data.augment.views import build_evaluation_view, normalisation, rgb_batch
+from moco.data.loading.datamodule import check_unreadable
+from moco.data.loading.loaders import EvaluationBatch, evaluation_loader
+from moco.data.sources.registry import ArrayPictures, DataSource, Labelled, build_source
 from moco.errors import InputError, printable
 from moco.evaluation.feature_cache import FeatureCache
 from moco.evaluation.features import embed

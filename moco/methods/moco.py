@@ -30,7 +30,7 @@ from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoded, Encoder, is_channels_last, per_view, switch_off_stochastic_depth
 from moco.models.heads import DenseProjector, build_head
 from moco.training import trainer
-from moco.training.distributed import Shuffle, all_gather, rank
+from moco.training.distributed.collectives import Shuffle, all_gather, rank
 from moco.training.optimizers import build_optimizer, learning_rate_at
 
 

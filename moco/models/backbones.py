@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from moco.errors import InputError, unknown_name
-from moco.models.swin import Swin
+from moco.models.swin.backbone import Swin
 from moco.models.vit import VisionTransformer
 
 CIFAR_STEMS = {"cifar": 1, "solo_cifar": 2}

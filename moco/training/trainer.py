@@ -11,8 +11,8 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from moco.training.checkpoint_files import AtomicCheckpointIO
-from moco.training.distributed import world_size
+from moco.runs.checkpoint_files import AtomicCheckpointIO
+from moco.training.distributed.collectives import world_size
 from moco.training.hardware import choose_device, choose_precision
 from moco.training.hardware_fit import HardwareFit
 from moco.training.logger import RunLogger

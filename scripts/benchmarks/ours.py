@@ -18,16 +18,16 @@ from benchmarks.nets import Net, Setting
 from benchmarks.recipe import KEY_MOMENTUM
 from benchmarks.turns import Turn, wait_for
 from moco.config.train import TrainConfig
-from moco.data.datamodule import Engine, PretrainingData
-from moco.data.datasets import ArrayPictures, DataSource
-from moco.data.loading import PairBatch
-from moco.data.views import ViewPair, build_evaluation_view
+from moco.data.augment.views import ViewPair, build_evaluation_view
+from moco.data.loading.datamodule import Engine, PretrainingData
+from moco.data.loading.loaders import PairBatch
+from moco.data.sources.registry import ArrayPictures, DataSource
 from moco.methods.batch_norm import batch_norm_mode
 from moco.methods.moco import MoCo
 from moco.methods.momentum import update_key_encoder
+from moco.runs.interrupts import StopRequest
 from moco.train import build_method, build_trainer
 from moco.training.hardware import keep_freed_memory
-from moco.training.interrupts import StopRequest
 
 
 def pair_batch(query_view: Tensor, key_view: Tensor) -> PairBatch:

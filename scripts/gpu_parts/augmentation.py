@@ -10,7 +10,7 @@ from PIL import Image
 from gpu_parts.measuring import Context, in_turns, rows_of_case
 from gpu_parts.results import Result
 from gpu_parts.rows import BATCH_ENGINE, PILLOW, Batches
-from moco.data.views import picked, rgb_batch
+from moco.data.augment.views import picked, rgb_batch
 
 PILLOW_IMAGES = 32
 """The official pipeline takes milliseconds for each."""

@@ -12,10 +12,10 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from conftest import REPOSITORY, run_program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moco.training.run_status import read_status
+from moco.runs.run_status import read_status
+from tests.conftest import REPOSITORY, run_program
 
 pytestmark = pytest.mark.slurm
 

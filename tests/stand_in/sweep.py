@@ -21,10 +21,6 @@ from unittest import mock
 
 import pytorch_lightning as pl
 import torch
-from conftest import Runner
-from stand_in.gpu import StandInGPU
-from test_segment import composed
-from test_segmentation_data import draw_shapes
 
 import moco.methods.moco as method_module
 from moco import evaluate, segment, train
@@ -32,8 +28,12 @@ from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, Evaluatio
 from moco.config.segment import SegmentConfig
 from moco.methods.batch_norm import batch_norm_mode
 from moco.methods.momentum import update_key_encoder
-from moco.models.window_attention import WindowAttention
-from moco.training import distributed
+from moco.models.swin.attention import WindowAttention
+from moco.training.distributed import collectives as distributed
+from tests.conftest import Runner
+from tests.segmentation.test_segment import composed
+from tests.segmentation.test_segmentation_data import draw_shapes
+from tests.stand_in.gpu import StandInGPU
 
 METHODS = {
     "moco_v1": [],

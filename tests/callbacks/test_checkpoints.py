@@ -1,0 +1,69 @@
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moco.errors import InputError
+from moco.runs.checkpoint_files import link_atomically, read_checkpoint
+from moco.training.random_states import random_states, set_random_states
+
+
+def draws():
+    return torch.rand(3).tolist(), np.random.normal(size=3).tolist(), random.random(), random.gauss(0, 1)
+
+
+def test_random_states_survive_a_file_that_holds_no_code(tmp_path):
+    random.gauss(0, 1)
+    torch.save(random_states(), tmp_path / "states")
+    expected = draws()
+    set_random_states(torch.load(tmp_path / "states", weights_only=True))
+    assert draws() == expected
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"", "damaged, or no checkpoint at all"),
+        (b"text", "damaged, or no checkpoint at all"),
+        (Bomb(), "it holds objects whose loading would run code"),
+        (
+            {"state_dict": {}},
+            "not written by moco.train (it lacks config, figures, global_step, hyper_parameters, random_states)",
+        ),
+        ([1, 2], "not written by moco.train"),
+        ("cut", "damaged"),
+    ],
+)
+def test_files_that_are_no_checkpoint_of_ours_are_named_and_run_no_code(content, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.ckpt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "cut":
+        torch.save({"state_dict": {"w": torch.zeros(1000)}}, path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(InputError) as error:
+        read_checkpoint(path)
+    assert str(error.value).startswith(f"checkpoint={path}: {message}")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_best_keeps_its_content_when_last_is_replaced(tmp_path):
+    last, best = tmp_path / "last", tmp_path / "best"
+    last.write_bytes(b"one")
+    link_atomically(last, best)
+    (tmp_path / "new").write_bytes(b"two")
+    (tmp_path / "new").replace(last)
+    assert (last.read_bytes(), best.read_bytes()) == (b"two", b"one")
+    link_atomically(last, best)
+    assert best.read_bytes() == b"two"

@@ -1,0 +1,149 @@
+"""TensorBoard on a run's folder, as a browser shows it."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from tests.conftest import run_program
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+TEXT = """
+const text = node => [...node.childNodes].map(child =>
+    child.nodeType == Node.TEXT_NODE ? child.textContent
+    : child.nodeType == Node.ELEMENT_NODE && !["STYLE", "SCRIPT"].includes(child.tagName)
+    ? text(child) + (child.shadowRoot ? text(child.shadowRoot) : "") : "").join(" ");
+return text(document.body).replace(/\\s+/g, " ");
+"""
+"""What a page says, in the shadow trees of its elements too."""
+IMAGES = """
+const images = node => [...node.querySelectorAll("*")].flatMap(child =>
+    [...(child.tagName == "IMG" ? [child] : []), ...(child.shadowRoot ? images(child.shadowRoot) : [])]);
+return images(document).filter(image => image.complete).map(image => [image.naturalWidth, image.naturalHeight]);
+"""
+"""The sizes of the pictures that have come."""
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A short run of the quickstart."""
+    cwd = tmp_path_factory.mktemp("tensorboard")
+    done = run_program(
+        "moco.train", "+experiment=quickstart", "trainer.max_epochs=2", "evaluation.every_n_epochs=1",
+        "evaluation.pictures_every_n_epochs=1", "evaluation.diagnostics_every_n_steps=10", "hydra.run.dir=run", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return cwd / "run"
+
+
+@pytest.fixture(scope="module")
+def address(run_folder):
+    """Of a TensorBoard that is up and has read the run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(run_folder),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as program:
+        address = f"http://127.0.0.1:{port}"
+        wait_until(lambda: is_ready(address), "TensorBoard has read the run", 90)
+        yield address
+        program.terminate()
+
+
+def is_ready(address):
+    try:
+        with urllib.request.urlopen(f"{address}/data/plugin/scalars/tags", timeout=5) as answer:
+            return b"knn/top1" in answer.read()
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if os.environ.get("MOCO_TEST_BROWSER") != "required":
+        pytest.importorskip("selenium")
+        if not (CHROMIUM and DRIVER):
+            pytest.skip("needs chromium and chromedriver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    # Without a sandbox it also starts as root; the projector needs WebGL, which without a GPU is SwiftShader's.
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1600,2400",
+                     "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"):  # fmt: skip
+        options.add_argument(argument)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield browser
+    browser.quit()
+
+
+def wait_until(is_so, what, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
+        time.sleep(0.5)
+
+
+def open_tab(browser, address, tab):
+    browser.get("about:blank")  # the tabs differ in their fragment only, which would not load the page anew
+    browser.get(f"{address}/#{tab}")
+
+
+def wait_for_words(browser, *words):
+    wait_until(lambda: all(word in browser.execute_script(TEXT) for word in words), f"the page says {words}")
+
+
+def test_scalars_are_in_their_groups(address, browser):
+    open_tab(browser, address, "timeseries")
+    groups = ("encoder_distance", "gradient_norm", "knn", "label_free", "queue", "similarity", "train", "views")
+    wait_for_words(browser, *groups)
+    open_tab(browser, address, "scalars")
+    wait_for_words(browser, "gradient_norm", "label_free", "tag: encoder_distance/backbone.layer1")
+
+
+def test_pictures_come_at_their_full_size(address, browser):
+    open_tab(browser, address, "images")
+    wait_for_words(browser, "knn/neighbors", "knn/confusion", "views/query_above_key")
+    # 16 pairs of 16 px with margins of 2; 16 rows of 9 thumbnails of 64 px with margins of 6 and a line of 14.
+    expected = {(16 * 18 + 2, 2 * 18 + 2), (9 * 70 + 18, 16 * 84 + 6)}
+    wait_until(lambda: expected <= {tuple(size) for size in browser.execute_script(IMAGES)}, f"pictures of {expected}")
+
+
+def test_the_projector_shows_every_query_with_its_label(address, browser):
+    open_tab(browser, address, "projector")
+    for _ in range(2):  # a frame in a frame
+        wait_until(lambda: browser.find_elements("tag name", "iframe"), "the projector's frame")
+        browser.switch_to.frame(browser.find_elements("tag name", "iframe")[0])
+    wait_for_words(browser, "Points: 360", "Dimension: 64", "features:00000 360x64", "10 colors")  # of as many classes
+    browser.switch_to.default_content()
+
+
+def test_settings_stand_beside_the_knn_figure_with_those_of_the_command_line_first(address, browser):
+    open_tab(browser, address, "hparams")
+    wait_for_words(browser, "knn/top1", "epoch/loss", "method.temperature")
+    text = browser.execute_script(TEXT)
+    assert text.index("trainer.max_epochs") < text.index("augmentation.mean")
+
+
+def test_the_config_and_the_similarities_are_there(address, browser):
+    open_tab(browser, address, "text")
+    wait_for_words(browser, "config/text_summary", "key_momentum: 0.99")
+    open_tab(browser, address, "histograms")
+    wait_for_words(browser, "similarity/positive", "similarity/negative")

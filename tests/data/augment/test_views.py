@@ -1,0 +1,151 @@
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torchvision import transforms as v1
+
+from moco.config.parsing import CONFIG_DIR
+from moco.data.augment.views import ViewPair, build_evaluation_view, rgb_batch
+from moco.errors import InputError
+
+
+class Plain:
+    """A picture that is decoded already; it notes by how much it was asked to be smaller."""
+
+    def __init__(self, array):
+        self.array = array
+        self.size = array.shape[:2]
+        self.reduction = None
+
+    def pixels(self, reduction=1):
+        self.reduction = reduction
+        return self.array
+
+
+def settings(name="moco_v2"):
+    config = yaml.safe_load((CONFIG_DIR / "augmentation" / f"{name}.yaml").read_text())
+    return config | ({"key": config["query"]} if config["key"] == "${.query}" else {})
+
+
+def view_pair(name="moco_v2", image_size=32, seed=0, engine="worker"):
+    config = settings(name)
+    return ViewPair(config["query"], config["key"], config["mean"], config["std"], image_size, seed, engine)
+
+
+@pytest.fixture
+def pictures(generator):
+    """Of several sizes, smooth enough that an error of half a pixel does not count."""
+    sizes = [(90, 120), (64, 64), (33, 200), (48, 40), (70, 71)]
+    small = [generator.integers(0, 256, (6, 8, 3), dtype=np.uint8) for _ in sizes]
+    return [
+        np.array(Image.fromarray(array).resize(size[::-1], Image.Resampling.BICUBIC))
+        for array, size in zip(small, sizes, strict=True)
+    ]
+
+
+def made(augment, pictures, epoch=0, indices=None):
+    indices = torch.arange(len(pictures)) if indices is None else torch.tensor(indices)
+    views = augment.empty_views(len(pictures))
+    failed = augment.on_pictures([Plain(picture) for picture in pictures], epoch, indices, views)
+    assert failed == []
+    return torch.stack(augment.finished(views, epoch, indices))
+
+
+@pytest.mark.parametrize("name", ["moco_v1", "moco_v2", "byol", "moby", "cifar", "digits"])
+def test_both_engines_make_the_same_pairs_within_rounding(name, pictures):
+    many = pictures * 20
+    pairs = [made(view_pair(name, engine=engine), many) for engine in ("worker", "batch")]
+    std = torch.tensor(settings(name)["std"]).view(1, 1, 3, 1, 1)
+    difference = ((pairs[0] - pairs[1]) * std * 255).abs()  # grey levels of 256
+    assert difference.median() < 2
+    assert difference.mean() < 2.5
+
+
+def test_in_memory_the_device_takes_every_step_as_workers_would(generator):
+    smooth = generator.integers(0, 256, (40, 6, 6, 3), dtype=np.uint8)
+    array = np.stack([np.asarray(Image.fromarray(one).resize((40, 40), Image.Resampling.BICUBIC)) for one in smooth])
+    augment, indices = view_pair(), torch.arange(40)
+    in_memory = torch.stack(augment.on_batch(rgb_batch(torch.from_numpy(array)), 5, indices))
+    one_by_one = made(augment, list(array), epoch=5)
+    difference = ((in_memory - one_by_one) * torch.tensor(augment.std).view(1, 1, 3, 1, 1) * 255).abs()
+    assert difference.median() < 2
+    assert difference.mean() < 2.5
+
+
+@pytest.mark.parametrize("engine", ["worker", "batch"])
+def test_draws_depend_on_seed_epoch_index_and_view_alone(engine, pictures):
+    picture = pictures[0]
+    first = made(view_pair(engine=engine), [picture], 3, [5])
+    among_others = made(view_pair(engine=engine), [*pictures, picture], 3, [0, 1, 2, 3, 4, 5])
+    torch.testing.assert_close(first[:, 0], among_others[:, 5], atol=1e-6, rtol=0)
+    others = [
+        made(view_pair(engine=engine), [picture], 3, [6]),
+        made(view_pair(engine=engine), [picture], 4, [5]),
+        made(view_pair(engine=engine, seed=1), [picture], 3, [5]),
+    ]
+    views = [first[0], first[1], *(other[0] for other in others)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
+
+
+def test_pieces_of_a_batch_are_put_together_in_order(monkeypatch, generator):
+    images = torch.from_numpy(generator.integers(0, 256, (7, 3, 8, 8), dtype=np.uint8))
+    augment, indices = view_pair(image_size=8), torch.arange(7)
+    whole = augment.on_batch(images, 0, indices)
+    monkeypatch.setattr("moco.data.augment.views.PIECE", 400)  # two images
+    for one, other in zip(whole, augment.on_batch(images, 0, indices), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_a_picture_is_decoded_no_smaller_than_its_crops_need():
+    augment = view_pair(image_size=64)
+    many = [Plain(np.zeros((side, side, 3), np.uint8)) for side in (64, 200, 400, 1100, 2500)]
+    indices = torch.arange(5)
+    augment.on_pictures(many, 0, indices, augment.empty_views(5))
+    boxes = [view[0]["box"][:, 2:].amin(1) for view in augment.drawn(0, indices, torch.tensor([p.size for p in many]))]
+    shortest = torch.stack(boxes).amin(0).tolist()
+    for picture, side in zip(many, shortest, strict=True):
+        assert picture.reduction == 1 or side / picture.reduction >= 64
+        assert picture.reduction == 8 or side / (2 * picture.reduction) < 64
+    assert {picture.reduction for picture in many} >= {1, 8}
+
+
+def test_a_picture_is_decoded_whole_where_an_operation_comes_before_the_crop():
+    operations = {"gaussian_blur": {"sigma": [1, 1]}, "random_resized_crop": {"scale": [0.9, 1.0]}}
+    augment = ViewPair(operations, operations, [0.5] * 3, [0.5] * 3, 16, 0)
+    picture = Plain(np.zeros((300, 300, 3), np.uint8))
+    augment.on_pictures([picture], 0, torch.tensor([0]), augment.empty_views(1))
+    assert picture.reduction == 1
+
+
+def test_pixels_in_memory_become_rgb(generator):
+    grey = generator.integers(0, 256, (3, 4, 5), dtype=np.uint8)
+    assert torch.equal(rgb_batch(torch.from_numpy(grey)), torch.from_numpy(np.stack([grey] * 3, 1)))
+    rgba = generator.integers(0, 256, (2, 4, 5, 4), dtype=np.uint8)
+    rgba[0, ..., 3], rgba[1, ..., 3] = 255, 0
+    opaque, transparent = rgb_batch(torch.from_numpy(rgba))
+    assert np.array_equal(opaque.permute(1, 2, 0), rgba[0, ..., :3])
+    assert (transparent == 255).all()
+
+
+def test_normalisation_equals_to_tensor_and_normalize(pictures):
+    config, picture = settings("cifar"), Image.fromarray(pictures[0])
+    official = v1.Compose([v1.CenterCrop(90), v1.ToTensor(), v1.Normalize(config["mean"], config["std"])])
+    view = build_evaluation_view(90, 1.0, config["mean"], config["std"])
+    torch.testing.assert_close(view(picture), official(picture))
+    augment = view_pair("cifar")
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    uncropped = v1.Compose([v1.ToTensor(), v1.Normalize(config["mean"], config["std"])])
+    torch.testing.assert_close(augment.normalized(pixels)[0], uncropped(picture))
+
+
+def test_evaluation_view_is_the_official_resize_and_centre_crop(pictures):
+    ours = build_evaluation_view(56, 0.875, [0.5] * 3, [0.5] * 3)
+    official = v1.Compose([v1.Resize(64), v1.CenterCrop(56), v1.ToTensor(), v1.Normalize([0.5] * 3, [0.5] * 3)])
+    torch.testing.assert_close(ours(Image.fromarray(pictures[0])), official(Image.fromarray(pictures[0])))
+
+
+@pytest.mark.parametrize(("mean", "std"), [([0.5], [0.5] * 3), ([0.5] * 3, [0.5, 0, 0.5])])
+def test_normalisation_needs_three_numbers_and_a_spread(mean, std):
+    with pytest.raises(InputError, match=r"augmentation\.mean=.*augmentation\.std=.*expected three numbers each"):
+        build_evaluation_view(32, 1.0, mean, std)

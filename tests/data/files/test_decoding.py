@@ -1,0 +1,237 @@
+import io
+import os
+import resource
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moco.data.files.decoding import encoded, encoded_file, jpeg_pixels
+from moco.data.files.images import MAX_IMAGE_PIXELS, UnreadablePicture, to_rgb
+from moco.data.sources.registry import ArrayPictures, FilePictures, build_source
+
+
+def smooth(generator, height=125, width=166):
+    """A picture as a photograph is one: smooth, with a little of everything."""
+    small = Image.fromarray(generator.integers(0, 256, (8, 10, 3), dtype=np.uint8))
+    return Image.fromarray(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) // 2 + 60)
+
+
+def file_of(picture, file_format, **options):
+    with io.BytesIO() as file:
+        picture.save(file, file_format, **options)
+        return file.getvalue()
+
+
+def by_pillow(content):
+    with Image.open(io.BytesIO(content)) as picture:
+        return np.asarray(to_rgb(picture))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"keep_rgb": True}, {"quality": 20}]
+)
+def test_jpegs_have_the_pixels_that_pillow_decodes(mode, options, generator):
+    content = file_of(smooth(generator).convert(mode), "JPEG", **options)
+    picture = encoded(content, "x", MAX_IMAGE_PIXELS)
+    assert picture.size == (125, 166)
+    assert jpeg_pixels(content, picture.size, 1).flags.c_contiguous
+    assert (jpeg_pixels(content, picture.size, 1) == by_pillow(content)).all()
+    assert (picture.pixels() == by_pillow(content)).all()
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+@pytest.mark.parametrize(("height", "width"), [(125, 166), (1, 1), (16, 3)])
+def test_a_pixel_of_a_reduced_jpeg_is_the_mean_of_a_block(reduction, height, width, generator):
+    content = file_of(smooth(generator, height, width), "JPEG", quality=95)
+    pixels = encoded(content, "x", MAX_IMAGE_PIXELS).pixels(reduction)
+    assert pixels.shape == (-(-height // reduction), -(-width // reduction), 3)
+    rows, columns = height // reduction, width // reduction  # of whole blocks
+    whole = by_pillow(content)[: rows * reduction, : columns * reduction].astype(float)
+    means = whole.reshape(rows, reduction, columns, reduction, 3).mean((1, 3))
+    assert np.abs(pixels[:rows, :columns] - means).sum() <= 1.0 * means.size  # grey levels
+    with Image.open(io.BytesIO(content)) as picture:
+        picture.draft("RGB", pixels.shape[1::-1])  # Pillow's own way to the same scale
+        assert picture.size != pixels.shape[1::-1] or (np.asarray(picture) == pixels).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "file_format", "options"),
+    [
+        ("CMYK", "JPEG", {}), ("CMYK", "TIFF", {}), ("RGBA", "PNG", {}), ("P", "GIF", {}), ("RGB", "WEBP", {"lossless": True}),
+        ("RGB", "BMP", {}), ("RGB", "PPM", {}), ("RGB", "TIFF", {"compression": "tiff_lzw"}), ("I;16", "PNG", {}),
+        ("I;16", "TIFF", {}), ("1", "PNG", {}), ("LA", "PNG", {}),
+    ],
+)  # fmt: skip
+def test_what_libjpeg_does_not_decode_is_read_by_pillow_and_never_reduced(mode, file_format, options, generator):
+    if mode == "I;16":
+        source = Image.fromarray(generator.integers(0, 65536, (12, 18), dtype=np.uint16))
+    else:
+        source = smooth(generator, 12, 18).convert(mode)
+    content = file_of(source, file_format, **options)
+    picture = encoded(content, "x", MAX_IMAGE_PIXELS)
+    assert picture.size == (12, 18)
+    for reduction in (1, 8):
+        pixels = picture.pixels(reduction)
+        assert pixels.flags.c_contiguous
+        assert pixels.dtype == np.uint8
+        assert (pixels == by_pillow(content)).all()
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_the_way_up_that_a_camera_noted_is_left_alone_except_in_tiff(file_format, generator):
+    notes = Image.Exif()
+    notes[274] = 6  # Orientation: to be turned by a quarter
+    picture = encoded(file_of(smooth(generator, 12, 18), file_format, exif=notes), "x", MAX_IMAGE_PIXELS)
+    assert picture.size == picture.pixels().shape[:2] == (12, 18)
+    turned = encoded(file_of(smooth(generator, 12, 18), "TIFF", exif=notes), "x", MAX_IMAGE_PIXELS)
+    assert turned.size == turned.pixels().shape[:2] == (18, 12)  # Pillow turns these itself
+
+
+def damaged_jpegs(generator, count):
+    base = [
+        file_of(smooth(generator, 24, 28).convert(mode), "JPEG", **options)
+        for mode in ("RGB", "L", "CMYK")
+        for options in ({}, {"progressive": True}, {"subsampling": 0})
+    ]
+    for _ in range(count):
+        content = bytearray(base[generator.integers(len(base))])
+        for _ in range(2 ** generator.integers(4)):
+            near_the_start = generator.random() < 0.6
+            place = generator.integers(min(700, len(content)) if near_the_start else len(content))
+            content[place] = generator.integers(256)
+        yield bytes(content[: generator.integers(len(content))] if generator.random() < 0.2 else content)
+
+
+def test_of_damaged_jpegs_pillow_says_which_are_pictures_and_of_which_pixels(generator):
+    outcomes = set()
+    for content in damaged_jpegs(generator, 600):
+        try:
+            expected = replace(encoded(content, "x", 10**6), is_jpeg=False).pixels()
+        except UnreadablePicture as error:
+            with pytest.raises(UnreadablePicture) as ours:
+                encoded(content, "x", 10**6).pixels()
+            assert str(ours.value) == str(error)  # noqa: PT017
+            outcomes.add("unreadable")
+        else:
+            picture = encoded(content, "x", 10**6)
+            assert (picture.pixels() == expected).all()
+            assert picture.size == expected.shape[:2]
+            outcomes.add("readable")
+    assert outcomes == {"readable", "unreadable"}
+
+
+def jpeg_that_claims(content, height, width):
+    """The same file with another size in its header."""
+    place = content.index(b"\xff\xc0") + 5
+    return content[:place] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + content[place + 4 :]
+
+
+def test_the_limit_holds_before_a_jpeg_is_decoded(generator):
+    content = file_of(smooth(generator), "JPEG")
+    assert encoded(content, "x", 125 * 166).pixels().shape == (125, 166, 3)
+    with pytest.raises(
+        UnreadablePicture, match=r"^x: Image size \(20750 pixels\) exceeds data.max_image_pixels=20749$"
+    ):
+        encoded(content, "x", 125 * 166 - 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UnreadablePicture, match="4294836225 pixels"):
+        encoded(jpeg_that_claims(content, 65535, 65535), "x", MAX_IMAGE_PIXELS)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 50_000  # kB
+
+
+def test_a_file_in_memory_is_unreadable_with_the_words_of_one_on_disk(tmp_path, generator):
+    for content in (b"", b"<html>", file_of(smooth(generator), "JPEG")[:900], file_of(smooth(generator), "PNG")[:900]):
+        (tmp_path / "x.jpg").write_bytes(content)
+        path = str(tmp_path / "x.jpg")
+        with pytest.raises(UnreadablePicture) as on_disk:
+            encoded(path, path, MAX_IMAGE_PIXELS).pixels()
+        with pytest.raises(UnreadablePicture) as in_memory:
+            encoded_file(path, path, MAX_IMAGE_PIXELS).pixels()
+        assert str(in_memory.value) == str(on_disk.value)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name, message in (("pipe.jpg", "not a regular file"), ("nowhere.jpg", "No such file or directory")):
+        with pytest.raises(UnreadablePicture, match=rf"{name}: {message}$"):
+            FilePictures([str(tmp_path / name)]).opened(0)
+
+
+def test_a_file_that_is_too_large_to_be_read_whole_is_read_by_pillow(tmp_path, monkeypatch, generator):
+    monkeypatch.setattr("moco.data.files.decoding.LARGEST_READ_WHOLE", 1000)
+    content = file_of(smooth(generator), "JPEG")
+    assert len(content) > 1000
+    (tmp_path / "x.jpg").write_bytes(content)
+    picture = FilePictures([str(tmp_path / "x.jpg")]).opened(0)
+    assert isinstance(picture.source, str)
+    assert (picture.pixels(4) == by_pillow(content)).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (3, 5, 7, 1), (3, 5, 7, 3), (3, 5, 7, 4)])
+def test_pictures_in_memory_are_handed_out_decoded(shape, generator):
+    pictures = ArrayPictures(generator.integers(0, 256, shape, dtype=np.uint8), "x")
+    picture = pictures.opened(1)
+    assert picture.size == (5, 7)
+    assert (picture.pixels(8) == np.asarray(pictures[1])).all()
+    assert picture.pixels().flags.c_contiguous
+    if shape[3:] == (3,):
+        assert np.shares_memory(picture.pixels(), pictures.tensor.numpy())  # not a copy
+
+
+def stack(path, colors, sizes=None):
+    pages = [Image.new("RGB", size, color) for color, size in zip(colors, sizes or [(8, 6)] * len(colors), strict=True)]
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+
+
+def test_every_page_of_a_tiff_file_can_be_a_picture_of_its_own(tmp_path):
+    stack(tmp_path / "b.tif", ["red", "lime", "blue"], [(8, 6), (4, 4), (9, 2)])
+    Image.new("RGB", (5, 5), "white").save(tmp_path / "a.tif")
+    Image.new("RGB", (5, 5), "black").save(tmp_path / "c.png")
+    first = build_source("images", str(tmp_path)).train
+    assert [os.path.basename(first.name(index)) for index in range(len(first))] == ["a.tif", "b.tif", "c.png"]
+    each = build_source("images", str(tmp_path), pages="each").train
+    names = [os.path.basename(each.name(index)) for index in range(len(each))]
+    assert names == ["a.tif", "b.tif#1", "b.tif#2", "b.tif#3", "c.png"]
+    assert [each.opened(index).size for index in range(5)] == [(5, 5), (6, 8), (4, 4), (2, 9), (5, 5)]
+    corners = [each[index].getpixel((0, 0)) for index in range(5)]
+    assert corners == [(255,) * 3, (255, 0, 0), (0, 255, 0), (0, 0, 255), (0,) * 3]
+    assert [each.opened(index).pixels()[0, 0].tolist() for index in range(5)] == [list(corner) for corner in corners]
+
+
+def test_a_page_that_is_too_large_or_gone_is_named(tmp_path):
+    stack(tmp_path / "x.tif", ["red", "lime"], [(8, 6), (8, 7)])
+    pictures = build_source("images", str(tmp_path), pages="each", max_image_pixels=48).train
+    assert pictures[0].size == (8, 6)
+    with pytest.raises(UnreadablePicture, match=r"x.tif#2: Image size .56 pixels. exceeds data.max_image_pixels=48$"):
+        pictures.opened(1)
+    stack(tmp_path / "x.tif", ["red"])
+    with pytest.raises(UnreadablePicture, match=r"x.tif#2: .*attempt to seek outside sequence"):
+        pictures.opened(1)
+
+
+def test_a_stack_that_cannot_be_read_is_one_unreadable_picture(tmp_path):
+    (tmp_path / "x.tif").write_bytes(b"II*\0 no stack")
+    pictures = build_source("images", str(tmp_path), pages="each").train
+    assert len(pictures) == 1
+    with pytest.raises(UnreadablePicture, match=r"x\.tif: "):
+        pictures.opened(0)
+
+
+def test_pages_stay_in_their_class_and_on_one_side_of_the_split(tmp_path):
+    for number in range(40):
+        folder = tmp_path / ("cat", "dog")[number % 2]
+        folder.mkdir(exist_ok=True)
+        stack(folder / f"{number}.tif", ["red"] * (1 + number % 3))
+    source = build_source("image_folder", str(tmp_path), pages="each", held_out=0.3)
+    assert (
+        len(source.train) == len(source.bank.labels) + len(source.queries.labels) == sum(1 + n % 3 for n in range(40))
+    )
+    sides = []
+    for labelled in (source.bank, source.queries):
+        names = [labelled.pictures.name(index) for index in range(len(labelled.pictures))]
+        assert [("cat", "dog")[label] in name for name, label in zip(names, labelled.labels, strict=True)]
+        sides.append({name.partition("#")[0] for name in names})
+    assert not sides[0] & sides[1]

@@ -1,0 +1,235 @@
+"""moco.pack into a folder where something is: what an interrupted one left, a finished copy, other files, a full disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moco import pack
+from moco.data.sources.packed_writer import Writer
+from moco.data.sources.packing import chunks
+from moco.data.sources.registry import build_source
+from moco.errors import InputError, Interrupted, RunError
+from tests.conftest import REPOSITORY
+from tests.data.sources.test_pack import files, run
+
+
+@pytest.mark.parametrize("form", ["array", "shards"])
+def test_a_copy_that_was_interrupted_anywhere_ends_in_the_same_bytes(tmp_path, photographs, monkeypatch, form):
+    size = {"array": 100_000, "shards": 30_000}[form]  # two chunks of eight
+    arguments = [f"data.root={photographs}", f"format={form}", "data.resize=48", f"max_shard_bytes={size}"]
+    straight = files(run(tmp_path / "straight", *arguments))
+    add, finish = Writer.add, Writer.finish
+
+    def adding_so_often(number):
+        calls = []
+
+        def stop_after(self, chunk):
+            add(self, chunk)
+            calls.append(chunk.stop)
+            if len(calls) == number:
+                raise Interrupted(signal.SIGTERM, "stopped")
+
+        return stop_after
+
+    def stop(self):
+        raise Interrupted(signal.SIGTERM, "stopped")
+
+    def finish_and_stop(self):
+        finish(self)
+        stop(self)
+
+    for number in (1, 3, 1):  # in the first part; in the second; there again
+        monkeypatch.setattr(Writer, "add", adding_so_often(number))
+        with pytest.raises(Interrupted):
+            run(tmp_path, *arguments)
+    monkeypatch.setattr(Writer, "add", add)
+    for ending in (stop, finish_and_stop):
+        monkeypatch.setattr(Writer, "finish", ending)
+        with pytest.raises(Interrupted):
+            run(tmp_path, *arguments)
+    monkeypatch.setattr(Writer, "finish", finish)
+    assert files(run(tmp_path, *arguments)) == straight
+
+
+def test_a_finished_part_is_not_done_again(tmp_path, photographs, monkeypatch):
+    seen = []
+
+    def watched(pool, start, *rest):
+        seen.append(start)
+        return chunks(pool, start, *rest)
+
+    monkeypatch.setattr("moco.data.sources.packing.chunks", watched)
+    add = Writer.add
+
+    def broken(self, chunk):
+        if chunk.stop > 16:
+            raise Interrupted(signal.SIGINT, "stopped")
+        add(self, chunk)
+
+    arguments = [f"data.root={photographs}", "format=array", "max_shard_bytes=1"]
+    monkeypatch.setattr(Writer, "add", broken)
+    with pytest.raises(Interrupted):
+        run(tmp_path, *arguments)
+    monkeypatch.setattr(Writer, "add", add)
+    run(tmp_path, *arguments)
+    assert seen == [0, 16]
+
+
+def test_the_same_command_after_the_end_changes_nothing(tmp_path, photographs):
+    before = files(run(tmp_path, f"data.root={photographs}"))
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").iterdir()}
+    assert files(run(tmp_path, f"data.root={photographs}")) == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").iterdir()} == times
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["data.resize=32"], "data.resize: 48 there, 32 here"),
+        (["format=shards"], "format: array there, shards here"),
+        (["data=digits"], "data.name: images there, digits here"),
+    ],
+)
+def test_another_source_or_setting_in_the_same_folder_is_refused(tmp_path, photographs, change, message):
+    run(tmp_path, f"data.root={photographs}", "format=array", "data.resize=48")
+    with pytest.raises(InputError) as error:
+        run(tmp_path, f"data.root={photographs}", "format=array", "data.resize=48", *change)
+    assert message in str(error.value)
+    assert "choose another folder" in str(error.value)
+
+
+def test_a_source_that_has_grown_is_refused_and_fails_the_check(tmp_path, photographs):
+    run(tmp_path, f"data.root={photographs}")
+    Image.new("RGB", (9, 9)).save(photographs / "new.png")
+    with pytest.raises(InputError, match="the source: 30 pictures there, 31 here"):
+        run(tmp_path, f"data.root={photographs}")
+    with pytest.raises(RunError, match="made of 30 pictures, and the source has 31"):
+        run(tmp_path, f"data.root={photographs}", "check=true")
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path, photographs):
+    with pytest.raises(InputError, match="holds other files; choose an empty folder"):
+        run(photographs.parent, f"data.root={photographs}", f"output={photographs}")
+    with pytest.raises(InputError, match=r"output=.*: Not a directory|output=.*: File exists"):
+        run(tmp_path, f"data.root={photographs}", f"output={photographs / 'a' / '00.jpg'}")
+
+
+def test_two_processes_do_not_pack_into_one_folder(tmp_path, photographs):
+    with pack.taken(tmp_path / "copy"), pytest.raises(InputError, match="another process is packing there"):
+        run(tmp_path, f"data.root={photographs}")
+
+
+def test_a_full_disk_is_one_line_and_the_copy_goes_on_later(tmp_path, photographs, monkeypatch):
+    import errno
+
+    add, arguments = Writer.add, [f"data.root={photographs}", "format=array", "max_shard_bytes=1"]
+
+    def full(self, chunk):
+        if chunk.stop > 16:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(self, chunk)
+
+    monkeypatch.setattr(Writer, "add", full)
+    with pytest.raises(RunError, match="No space left on device; with room there the same command goes on"):
+        run(tmp_path, *arguments)
+    monkeypatch.setattr(Writer, "add", add)
+    assert len(build_source("packed", str(run(tmp_path, *arguments))).train) == 30
+
+
+def test_a_full_disk_at_the_first_write_is_one_line_and_what_it_leaves_is_not_in_the_way(
+    tmp_path, photographs, monkeypatch
+):
+    import errno
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(RunError, match="No space left on device; with room there the same command goes on"):
+            run(tmp_path, f"data.root={photographs}")
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == [".index.json.tmp"]
+    folder = run(tmp_path, f"data.root={photographs}")
+    assert len(build_source("packed", str(folder)).train) == 30
+    assert not (folder / ".index.json.tmp").exists()
+
+
+def started(folder, *arguments, program=("-m", "moco.pack")):
+    return subprocess.Popen(
+        [sys.executable, *program, *arguments, f"output={folder / 'copy'}"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def num_parts(folder):
+    """-1 before there is an index."""
+    index = folder / "copy" / "index.json"
+    return len(json.loads(index.read_text())["parts"]) if index.exists() else -1
+
+
+def ended_by(number, process):
+    """What the program said, when it had the signal."""
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said.strip()
+
+
+INTERRUPTED = "interrupted: the parts that are whole are kept; the same command goes on there"
+
+RESTS_AFTER_A_CHUNK = """
+import time
+from moco import pack
+from moco.data.sources.packed_writer import Writer
+
+def add(self, chunk, add=Writer.add):
+    add(self, chunk)
+    time.sleep(60)
+
+Writer.add = add
+pack.main()
+"""
+"""The program, which a signal surely finds at work, however fast the machine is."""
+
+
+def test_the_program_ends_on_sigterm_with_a_line_and_goes_on(tmp_path, photographs, capsys):
+    arguments = [f"data.root={photographs}", "max_shard_bytes=1", "format=array"]
+    process = started(tmp_path, *arguments, "num_workers=0", program=("-c", RESTS_AFTER_A_CHUNK))
+    while process.poll() is None and num_parts(tmp_path) < 1:
+        time.sleep(0.01)
+    assert ended_by(signal.SIGTERM, process) == (128 + signal.SIGTERM, INTERRUPTED)
+    assert num_parts(tmp_path) == 1
+    folder = run(tmp_path, *arguments)
+    assert len(build_source("packed", str(folder)).train) == 30
+    printed = capsys.readouterr().out
+    assert "x as fast" in printed
+    assert f"data=packed data.root={folder}" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["array", "shards"])
+def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path, picture_tree, generator, form):
+    for number in range(100, 1500):
+        Image.fromarray(generator.integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(picture_tree / f"{number}.png")
+    arguments = [f"data.root={picture_tree}", "max_shard_bytes=2000000", f"format={form}", "data.resize=64"]
+    straight = files(run(tmp_path / "straight", *arguments))
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
+        before = num_parts(tmp_path)
+        process = started(tmp_path, *arguments, "num_workers=2")
+        while process.poll() is None and num_parts(tmp_path) <= before:
+            time.sleep(0.01)
+        code, said = ended_by(number, process)
+        is_kill = number == signal.SIGKILL  # after which Python's own resource tracker has something to say
+        assert (code, is_kill or said) == (-number if is_kill else 128 + number, is_kill or INTERRUPTED)
+    assert num_parts(tmp_path) < num_parts(tmp_path / "straight")
+    assert files(run(tmp_path, *arguments)) == straight

@@ -1,0 +1,255 @@
+"""Features on disk as they come, and the files that are made of them."""
+
+import io
+import json
+import os
+import tracemalloc
+from types import SimpleNamespace
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from moco.data.loading.image_sets import PictureBatch
+from moco.embed import check_files, embed
+from moco.errors import InputError
+from moco.evaluation.feature_files import write_index, write_npz
+from moco.evaluation.feature_parts import FILES, FeatureParts, taken
+
+ABOUT = {"settings": {"feature": "backbone", "data": {"name": "images"}}, "weights": "w", "data": "d"}
+EXOTIC = ["a\nb.png", "\udcff.png", "日本/漢字.png", '"quoted"\\', "pages.tif#2", "x" * 300, "🙂", "plain.png"]
+
+
+def batch(generator, number, size=4):
+    features = generator.normal(size=(size, 8)).astype(np.float32)
+    names = [f"{EXOTIC[(number + row) % len(EXOTIC)]}{number}" for row in range(size)]
+    return features, names, np.arange(size) + number, [f"bad {number}"], [number + 1]
+
+
+@pytest.fixture
+def batches(generator):
+    return [batch(generator, number) for number in range(20)]
+
+
+def written(folder, batches, about=ABOUT):
+    folder.mkdir(exist_ok=True)
+    parts = FeatureParts(folder, about, [0])
+    with parts:
+        for one in batches[parts.state.end[0] :]:
+            parts.add(*one)
+    return parts
+
+
+def npz(parts, has_labels=True):
+    file = io.BytesIO()
+    write_npz(file, parts, has_labels)
+    return file.getvalue()
+
+
+def index(parts, kind):
+    """The index, and what is said of it."""
+    file = io.BytesIO()
+    said = write_index(file, parts, kind)
+    return faiss.deserialize_index(np.frombuffer(file.getvalue(), np.uint8)), said
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def test_the_file_is_the_one_that_numpy_writes(tmp_path, batches):
+    features, names, labels = (np.concatenate([np.array(one[column]) for one in batches]) for column in range(3))
+    expected = io.BytesIO()
+    np.savez(expected, features=features, names=names, labels=labels)
+    parts = written(tmp_path / "parts", batches)
+    found, there = np.load(io.BytesIO(npz(parts))), np.load(io.BytesIO(expected.getvalue()))
+    assert found.files == there.files
+    for name in found.files:
+        assert found[name].dtype == there[name].dtype
+        assert np.array_equal(found[name], there[name])
+    assert np.load(io.BytesIO(npz(parts, has_labels=False))).files == ["features", "names"]
+
+
+def test_what_a_killed_process_left_behind_its_last_commit_does_not_count(tmp_path, batches):
+    straight = written(tmp_path / "straight", batches)
+    (tmp_path / "parts").mkdir()
+    parts = FeatureParts(tmp_path / "parts", ABOUT, [0]).__enter__()
+    for number, one in enumerate(batches[:9]):
+        parts.add(*one)
+        if number == 5:
+            parts.commit()
+    for file in parts.files.values():
+        file.write(b"half a row")
+        file.close()
+    again = FeatureParts(tmp_path / "parts", ABOUT, [0])
+    assert (again.state.end, again.state.num_rows) == ([6], 24)
+    assert again.unreadable() == [f"bad {number}" for number in range(6)]
+    again = written(tmp_path / "parts", batches)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "straight")
+    assert npz(again) == npz(straight)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weights": "other"}, "checkpoint: other weights"),
+        ({"data": "other"}, "data: other pictures, names or labels, or in another order"),
+        (
+            {"settings": {"feature": "embedding", "data": {"name": "images"}}},
+            "feature: backbone there, embedding here",
+        ),
+        ({"settings": {"feature": "backbone", "data": {"name": "hf"}}}, "data.name: images there, hf here"),
+    ],
+)
+def test_the_beginning_of_another_run_is_refused_with_what_differs(tmp_path, batches, changed, message):
+    written(tmp_path / "parts", batches[:3])
+    with pytest.raises(InputError) as error:
+        FeatureParts(tmp_path / "parts", ABOUT | changed, [0])
+    assert str(error.value) == (
+        f"{tmp_path / 'parts'} holds the first 12 features of another run: {message}; "
+        "remove that folder to start anew, or choose another output"
+    )
+
+
+def test_a_beginning_without_features_is_in_nobodys_way(tmp_path):
+    written(tmp_path / "parts", [])
+    assert FeatureParts(tmp_path / "parts", ABOUT | {"weights": "other"}, [0]).state.num_rows == 0
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no JSON", "other keys"])
+def test_damaged_parts_are_named(tmp_path, batches, damage):
+    folder = written(tmp_path / "parts", batches[:3]).folder
+    if damage == "cut short":
+        os.truncate(folder / "features.bin", 5)
+    else:
+        (folder / "state.json").write_text(
+            "{" if damage == "no JSON" else json.dumps({"about": ABOUT, "state": {"x": 1}})
+        )
+    with pytest.raises(InputError, match=r"parts: damaged; remove that folder to start anew"):
+        FeatureParts(folder, ABOUT, [0])
+
+
+def test_two_processes_do_not_write_the_same_parts(tmp_path):
+    with (
+        taken(tmp_path / "parts"),
+        pytest.raises(InputError, match="another process is writing there"),
+        taken(tmp_path / "parts"),
+    ):
+        pass
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other files; choose another output"), taken(tmp_path):
+        pass
+
+
+def test_a_flat_index_is_to_the_byte_the_one_that_faiss_writes(tmp_path, batches, monkeypatch):
+    monkeypatch.setattr("moco.evaluation.feature_files.BLOCK", 7 * 8)  # blocks that do not end with the rows
+    parts = written(tmp_path / "parts", batches)
+    features = np.concatenate([one[0] for one in batches])
+    faiss.normalize_L2(features)
+    whole = faiss.IndexFlatIP(8)
+    whole.add(features)
+    found, said = index(parts, "flat")
+    assert said == "flat: exact"
+    assert (found.ntotal, found.metric_type) == (80, faiss.METRIC_INNER_PRODUCT)
+    np.testing.assert_allclose(found.reconstruct_n(0, 80), features, rtol=1e-6)
+    rows = found.reconstruct_n(0, 80)
+    same = faiss.IndexFlatIP(8)
+    same.add(rows)
+    file = io.BytesIO()
+    write_index(file, parts, "flat")
+    assert file.getvalue() == faiss.serialize_index(same).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+@pytest.mark.parametrize("num_batches", [1, 20, 400])
+def test_an_approximate_index_finds_each_picture_itself_and_says_how_much_it_finds(
+    tmp_path, generator, capfd, kind, num_batches
+):
+    batches = [batch(generator, number) for number in range(num_batches)]
+    features = np.concatenate([one[0] for one in batches])
+    faiss.normalize_L2(features)
+    found, said = index(written(tmp_path / "parts", batches), kind)
+    similarities, rows = found.search(features, 1)
+    # With one list or few rows nothing is left out. Of more an ivf index always looks into a row's own list.
+    assert (rows[:, 0] == np.arange(len(features))).mean() > 0.98
+    np.testing.assert_allclose(similarities[rows[:, 0] == np.arange(len(rows)), 0], 1, atol=1e-5)
+    count = min(10, len(features))
+    exact = features @ features.T
+    queries = np.linspace(0, len(features) - 1, min(100, len(features)), dtype=int)
+    hits = [
+        len({*np.argsort(-exact[row])[:count]} & {*found.search(features[row : row + 1], count)[1][0]})
+        for row in queries
+    ]
+    assert said == f"{kind}: finds {np.mean(hits) / count:.1%} of the {count} nearest, over {len(queries)} pictures"
+    assert not capfd.readouterr().err
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr("moco.evaluation.feature_files.BLOCK", 2**16)
+
+    def loader(number):
+        for start in range(0, 256 * number, 256):
+            names = [f"{row:09}.png" for row in range(start, start + 256)]
+            yield PictureBatch(torch.empty(256, 1), names, torch.zeros(256, dtype=torch.int64), [], [start + 256])
+
+    def encode(images):
+        return np.ones((len(images), 256), np.float32)  # 256 KB a batch
+
+    def peak(number):
+        (tmp_path / str(number)).mkdir()
+        parts = FeatureParts(tmp_path / str(number), ABOUT, [0])
+        tracemalloc.start()
+        embed(encode, loader(number), parts, 256 * number, 0.0, Console(file=io.StringIO()))
+        with (tmp_path / "f.npz").open("wb") as file:
+            write_npz(file, parts, has_labels=True)
+        with (tmp_path / "f.faiss").open("wb") as file:
+            write_index(file, parts, "flat")
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert (tmp_path / "f.faiss").stat().st_size > number * 2**18
+        return most
+
+    import moco.cli.image_progress  # noqa: F401  (what is imported at the first call takes memory of its own)
+
+    first, second = peak(64), peak(128)
+    assert first < 4 * 2**20  # of 16 MB
+    assert second < 1.1 * first
+
+
+def test_pictures_whose_features_are_not_finite_are_named(tmp_path):
+    from moco.errors import RunError
+
+    names = [f"{number}\n.png" for number in range(30)]
+    one = PictureBatch(torch.zeros(30, 1), names, torch.zeros(30, dtype=torch.int64), [], [30])
+
+    def encode(images):
+        features = np.zeros((30, 2), np.float32)
+        features[[3, 7], 1] = np.nan, np.inf
+        return features
+
+    parts = FeatureParts(tmp_path, ABOUT, [0])
+    with pytest.raises(
+        RunError, match=r"features of 2 pictures are not finite, of 3\\n\.png, 7\\n\.png; the checkpoint"
+    ):
+        embed(encode, [one], parts, 30, 0.0, Console(file=io.StringIO()))
+    assert parts.state.num_rows == 0
+
+
+def test_a_batch_of_unreadable_pictures_alone_adds_nothing_but_their_names(tmp_path):
+    problem = SimpleNamespace(name="bad.png", reason="bad.png: empty", is_shard=False)
+    nothing = PictureBatch(torch.empty(0, 3, 2, 2), [], torch.empty(0, dtype=torch.int64), [problem], [1])
+    parts = FeatureParts(tmp_path, ABOUT, [0])
+    embed(None, [nothing], parts, 30, 0.1, Console(file=io.StringIO()))
+    assert parts.state.num_rows == 0
+    assert parts.unreadable() == ["bad.png"]
+
+
+def test_a_folder_in_the_indexs_place_is_named(tmp_path):
+    (tmp_path / "f.faiss").mkdir()
+    with pytest.raises(InputError, match=r"f\.npz: .*f\.faiss is a folder; expected the name of a file"):
+        check_files(tmp_path / "f.npz")

@@ -1,0 +1,256 @@
+"""What ``moco.evaluate`` shows beside its figures: the label-free figures and the pictures in its run folder."""
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moco.callbacks.feature_plots import Embedded
+from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
+from moco.evaluate import run
+from moco.evaluation.label_free_measurement import illnesses
+from moco.evaluation.reports.drawing import MARGIN, NUMBERED_CLASSES, feature_maps_picture, map_picture
+from moco.evaluation.reports.knn_plots import (
+    Searched,
+    map_of_queries,
+    neighbors_of_some,
+    similarities_of_views,
+    spread_over_classes,
+)
+from tests.test_evaluate import archive
+from tests.weights.test_export import write_checkpoint
+
+NAMES = ["confusion.png", "feature_maps.png", "map.png", "neighbors.png", "similarities.png"]
+
+
+@pytest.fixture
+def evaluated(checkpoint, tmp_path, caplog, capsys):
+    """Evaluates the checkpoint: the figures, and what was printed and logged; the folder is `evaluated.folder`."""
+    caplog.set_level("INFO", logger="moco")
+
+    def call(data=None, path=checkpoint, **settings):
+        caplog.clear()
+        shutil.rmtree(call.folder, ignore_errors=True)
+        settings = {"num_neighbors": 3, **settings}
+        config = EvaluateConfig(
+            str(path), EvaluateDataConfig(**(data or {"name": "digits"})), EvaluationConfig(**settings), "cpu"
+        )
+        run(config, call.folder)
+        figures = json.loads((call.folder / "metrics.json").read_text())
+        return figures, capsys.readouterr().out, "\n".join(caplog.messages)
+
+    call.folder = tmp_path / "out"
+    return call
+
+
+def pictures_in(folder):
+    found = {}
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as picture:
+            picture.load()
+            assert picture.format == "PNG"
+            found[path.name] = picture.size
+    return found
+
+
+def test_an_evaluation_leaves_pictures_and_label_free_figures(evaluated):
+    figures, printed, _ = evaluated()
+    pictures = pictures_in(evaluated.folder)
+    assert sorted(pictures) == NAMES
+    assert all(100 < side < 1400 for size in pictures.values() for side in size)
+    assert all(f"{name}" in printed for name in NAMES)
+    found = {name for name in figures if name.startswith("label_free/")}
+    assert found == {
+        "label_free/feature_rank_me", "label_free/rank_me", "label_free/embedding_std", "label_free/uniformity",
+        "label_free/alignment", "label_free/lidar",
+    }  # fmt: skip
+    assert f"{figures['label_free/alignment']:.4f}" in printed
+
+
+def test_without_pictures_and_label_free_figures_there_are_none(evaluated):
+    figures, _, _ = evaluated(pictures=False, label_free=False)
+    assert not pictures_in(evaluated.folder)
+    assert not any(name.startswith("label_free/") for name in figures)
+    evaluated(map="none", label_free=False)
+    assert sorted(pictures_in(evaluated.folder)) == ["confusion.png", "feature_maps.png", "neighbors.png"]
+
+
+def test_figures_are_those_of_plain_pictures_and_of_the_runs_own_views(evaluated, checkpoint):
+    from moco.data.augment.views import ViewPair, build_evaluation_view
+    from moco.data.sources.registry import build_source
+    from moco.evaluation.diagnostics import label_free_figures
+    from moco.weights.pretrained import load_pretrained
+
+    figures, _, _ = evaluated(pictures=False)
+    pretrained = load_pretrained(str(checkpoint), "query", {})
+    settings, bank = pretrained.config["augmentation"], build_source("digits", None, num_images=1).bank
+    size = figures["image_size"]
+    augment = ViewPair(settings["query"], settings["key"], settings["mean"], settings["std"], size, 0)
+    plain = bank.pictures.tensor[:, None].expand(-1, 3, -1, -1)
+    view = build_evaluation_view(size, pretrained.config["data"]["crop_ratio"], settings["mean"], settings["std"])
+    rows = torch.from_numpy(np.linspace(0, len(plain) - 1, 1000).astype(np.int64))
+    with torch.no_grad():
+        features = pretrained.encoder.backbone(torch.stack([view(picture) for picture in bank.pictures]))
+        views = [pretrained.encoder(view) for view in augment.on_batch(plain[rows].contiguous(), 0, rows)]
+        embeddings = pretrained.encoder.projector(features)
+    expected = label_free_figures(features.numpy(), embeddings.numpy(), torch.stack(views, dim=1).numpy())
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value, rel=1e-2), name  # the engines round pixels each in its own way
+
+
+def test_a_second_evaluation_makes_no_views(evaluated, checkpoint, tmp_path, monkeypatch):
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    shutil.copy(checkpoint, path)
+    first, _, _ = evaluated(path=path, map="none")
+    monkeypatch.setattr("moco.evaluation.label_free_measurement.embedded_views", None)
+    assert evaluated(path=path, map="none")[0] == first
+
+
+def test_what_is_ill_is_said_by_the_thresholds_of_the_watch():
+    def words(std, rank, shape=(5000, 100)):
+        return " ".join(illnesses({"label_free/embedding_std": std, "label_free/rank_me": rank}, shape))
+
+    assert words(0.05, 40) == ""
+    assert words(0.008, 5.1) == ""
+    assert "COLLAPSED: all embeddings are nearly the same (standard deviation 0.00600, spread out it would" in words(
+        0.006, 40
+    )
+    assert "DIMENSIONAL COLLAPSE: the embeddings differ in few dimensions only (effective rank 4.9 of 100)" in words(
+        0.05, 4.9
+    )
+    assert words(0.006, 1).count("COLLAPSE") == 1
+    assert words(0.05, 1, (19, 100)) == ""  # of so few pictures the rank says nothing
+
+
+def test_a_constant_encoder_is_named_and_drawn(evaluated, checkpoint, tmp_path):
+    path = tmp_path / "constant.ckpt"
+    held = torch.load(checkpoint, weights_only=True)
+    for name, tensor in held["state_dict"].items():
+        if name.startswith("query_encoder.backbone") and tensor.ndim == 4:
+            tensor.zero_()
+    torch.save(held, path)
+    assert "COLLAPSED" in evaluated(path=path)[2]
+    assert sorted(pictures_in(evaluated.folder)) == NAMES
+
+
+@pytest.mark.parametrize("num_classes", [2, 1000])
+def test_few_and_many_classes_are_drawn(evaluated, generator, tmp_path, num_classes):
+    labels = np.arange(2 * num_classes) % num_classes
+    images = generator.integers(0, 256, (len(labels), 8, 8), np.uint8)
+    data = archive(tmp_path / "x.npz", generator, labels, test_images=images[:1], test_labels=labels[:1])
+    evaluated(data, label_free=False)  # a single query, of a single class
+    assert sorted(pictures_in(evaluated.folder)) == ["confusion.png", "feature_maps.png", "neighbors.png"]
+    data = archive(tmp_path / "x.npz", generator, labels, test_images=images, test_labels=labels)
+    evaluated(data, map="none", label_free=False)
+    assert max(pictures_in(evaluated.folder)["confusion.png"]) < 1200
+
+
+def test_unreadable_pictures_and_sets_without_a_test_part_are_drawn(evaluated, generator, tmp_path):
+    for number in range(12):
+        path = tmp_path / "set" / "train" / "ab"[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (8 + number, 8, 3), np.uint8)).save(path)
+    (tmp_path / "set" / "train" / "a" / "00.png").write_bytes(b"no picture")
+    data = {"name": "image_folder", "root": str(tmp_path / "set"), "image_size": 8, "max_bad_fraction": 0.5}
+    figures, _, _ = evaluated({**data, "held_out": 0.0})
+    assert figures["knn/queries"] == "leave one out"
+    assert sorted(pictures_in(evaluated.folder)) == NAMES
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch4", "swin_v2_tiny_patch2"])
+def test_feature_maps_of_transformers_are_drawn(evaluated, generator, tmp_path, runner, backbone):
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(runner, path, f"backbone={backbone}", "data.image_size=32")
+    data = archive(tmp_path / "x.npz", generator, np.arange(20) % 4) | {"image_size": 32}
+    evaluated(path=path, data=data, map="none", label_free=False)
+    assert "feature_maps.png" in pictures_in(evaluated.folder)
+
+
+def test_a_backbone_alone_has_the_rank_of_its_features(checkpoint, evaluated, tmp_path, runner):
+    from moco.weights.weight_files import write_backbone_file
+
+    config = runner.config()
+    path = tmp_path / "backbone.pth"
+    write_backbone_file(path, runner.method(config), dataclasses.asdict(config), {"epoch": 1, "step": 2})
+    figures, _, log = evaluated(path=path, map="none")
+    assert "a backbone alone: of the label-free figures the rank of its features" in log
+    assert [name for name in figures if name.startswith("label_free/")] == ["label_free/feature_rank_me"]
+    assert "similarities.png" not in pictures_in(evaluated.folder)
+
+
+@pytest.fixture
+def searched(generator):
+    """60 pictures of one grey level each, and random features."""
+    from moco.data.sources.registry import ArrayPictures, Labelled
+    from moco.evaluation.neighbors import nearest_by_block
+
+    pictures = ArrayPictures(np.repeat(np.arange(60, dtype=np.uint8) * 4, 64).reshape(60, 8, 8), "greys")
+    labels, features = np.arange(60) % 3, generator.normal(size=(60, 5)).astype(np.float32)
+    bank = Embedded(features, labels, Labelled(pictures, labels), np.arange(60))
+    return Searched(bank, bank, partial(nearest_by_block, features), np.arange(60))
+
+
+def test_the_neighbours_in_the_picture_are_those_of_the_search(searched):
+    shown = neighbors_of_some(searched)
+    units = searched.bank.features / np.linalg.norm(searched.bank.features, axis=1, keepdims=True)
+    for line, query in enumerate(spread_over_classes(searched.queries.labels, 16)):
+        top = MARGIN + line * (64 + 14 + MARGIN)
+        assert shown.getpixel((MARGIN + 9, top + 9)) == (4 * query,) * 3
+        others = [row for row in np.argsort(-(units @ units[query])) if row != query]
+        for column in range(8):
+            left = 3 * MARGIN + (column + 1) * (64 + MARGIN)
+            assert shown.getpixel((left + 9, top + 9)) == (4 * others[column],) * 3
+
+
+def test_rows_are_spread_over_the_classes():
+    labels = np.array([5, 5, 5, 1, 1, 9, 5])
+    assert spread_over_classes(labels, 3).tolist() == [3, 0, 5]
+    assert spread_over_classes(labels, 5).tolist() == [3, 4, 0, 1, 5]
+    assert spread_over_classes(labels, 99).tolist() == [3, 4, 0, 1, 2, 6, 5]
+    assert np.arange(1000)[spread_over_classes(np.arange(1000), 3)].tolist() == [0, 499, 999]
+
+
+def test_similarities_of_one_image_and_maps_of_few_queries_are_left_out(searched, caplog):
+    caplog.set_level("INFO")
+    assert similarities_of_views(np.ones((1, 2, 4), np.float32)) is None
+    few = searched.queries._replace(features=searched.queries.features[:4], rows=np.arange(4))
+    assert map_of_queries(few, "tsne", "backbone") is None
+    assert "map.png: left out" in caplog.text
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, NUMBERED_CLASSES])
+def test_points_have_the_colour_that_the_legend_gives_their_class(num_classes):
+    num_points = max(2, num_classes)
+    labels = np.arange(num_points) % num_classes
+    picture = map_picture(np.stack([np.arange(num_points)] * 2, axis=1), labels, "a map")
+    for place, label in enumerate(labels):
+        middle = 12 + place * 616 / (num_points - 1)
+        point = picture.getpixel((MARGIN + round(middle), 32 + round(middle)))
+        legend = picture.getpixel((640 + 3 * MARGIN + 5, 32 + 9 + 18 * int(label)))
+        seen = [255 - (255 - value) * 200 / 255 for value in legend]  # the discs let through a little
+        np.testing.assert_allclose(point, seen, atol=12)
+
+
+def test_a_thousand_classes_are_counted_instead_of_listed(generator):
+    picture = map_picture(generator.normal(size=(2000, 2)) * [5, 1], np.arange(2000) % 1000, "a map")
+    assert picture.height < picture.width < 900
+
+
+def test_each_image_stands_beside_its_own_maps():
+    images = [Image.new("RGB", (16, 16), (number, 0, 0)) for number in range(5)]
+    maps = {name: np.full((5, 2, 2, 3), np.arange(5, dtype=np.uint8)[:, None, None, None]) for name in ("a", "b")}
+    for number in (1, 5):
+        few = {name: values[:number] for name, values in maps.items()}
+        picture = feature_maps_picture(images[:number], few)
+        lines, num_blocks = -(-number // min(2, number)), min(2, number)
+        assert picture.width == num_blocks * (3 * 118 + 18) - 12
+        for image in range(number):
+            left, top = MARGIN + image // lines * (3 * 118 + 18), 26 + image % lines * 118
+            assert picture.getpixel((left, top)) == (image, 0, 0)
+            assert picture.getpixel((left + 118, top)) == picture.getpixel((left + 236, top)) == (image,) * 3

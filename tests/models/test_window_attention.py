@@ -1,0 +1,250 @@
+"""Attention in windows against the papers' formulas, cell by cell, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn import Parameter
+
+from moco.models.swin.attention import (
+    WindowAttention,
+    WindowAttentionV2,
+    _attended,
+    _CPUAttention,
+    _Normalize,
+    additive_masks,
+    attend,
+    attend_on_cpu,
+    resized_table,
+)
+from moco.models.swin.windows import log_coordinates, relative_positions, window_grid
+
+CPU = torch.device("cpu")
+
+
+def attention(version, window, shifted=False, dim=24, num_heads=3):
+    made = (WindowAttention, WindowAttentionV2)[version - 1](dim, [window, window], [0, 0], num_heads)
+    made.shifted = shifted
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    if version == 2:
+        torch.nn.init.uniform_(made.logit_scale, 2, 5.5)  # some above the clamp, ln 100 = 4.6
+    return made
+
+
+def by_the_paper(layer, x, size):
+    """What every real cell gets, from the real cells of its own window alone: no padding, no cyclic shift, float64.
+
+    A cell's window is floor((row - shift) / window), floor((column - shift) / window).
+    """
+    n, _, _, channels = x.shape
+    height, width = size
+    window = [min(layer.window_size[0], side) for side in size]
+    shift = [cells // 2 if layer.shifted and cells < side else 0 for cells, side in zip(window, size, strict=True)]
+    x = x[:, :height, :width].double()
+    weight, bias = layer.qkv.weight.double(), layer.qkv.bias.double().clone()
+    if isinstance(layer, WindowAttentionV2):
+        bias = torch.cat([bias[:channels], torch.zeros(channels), bias[2 * channels :]])
+    h = layer.num_heads
+    query, key, value = F.linear(x, weight, bias).view(n, height * width, 3, h, -1).permute(2, 0, 3, 1, 4)
+    if isinstance(layer, WindowAttentionV2):
+        tau = 1 / layer.logit_scale.double().clamp(max=math.log(100)).exp()
+        scores = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1) / tau
+    else:
+        scores = query @ key.transpose(-2, -1) / math.sqrt(channels // h)
+    cells = [(row, column) for row in range(height) for column in range(width)]
+    places = [tuple((at - by) // of for at, by, of in zip(cell, shift, window, strict=True)) for cell in cells]
+    together = torch.tensor([[one == other for other in places] for one in places])
+    offsets = torch.tensor([[(a - c, b - d) for c, d in cells] for a, b in cells])  # (cells, cells, 2)
+    if isinstance(layer, WindowAttentionV2):
+        reference = layer.pretrained_window_size[0] - 1
+        scaled = offsets.double() * 8 / reference
+        scaled = scaled.sign() * torch.log2(1 + scaled.abs()) / math.log2(8)
+        hidden = F.relu(scaled @ layer.cpb_mlp[0].weight.double().T + layer.cpb_mlp[0].bias.double())
+        biases = 16 / (1 + torch.exp(-(hidden @ layer.cpb_mlp[2].weight.double().T)))
+    else:
+        side = 2 * layer.window_size[0] - 1
+        table = layer.relative_position_bias_table.double().view(side, side, h)
+        place = (offsets + layer.window_size[0] - 1).clamp(0, side - 1)
+        biases = table[place[..., 0], place[..., 1]]
+    scores = (scores + biases.permute(2, 0, 1)).masked_fill(~together, -math.inf)
+    out = (scores.softmax(-1) @ value).transpose(1, 2).reshape(n, height, width, channels)
+    return F.linear(out, layer.proj.weight.double(), layer.proj.bias.double())
+
+
+# canvas, real cells, window, shifted
+CASES = [
+    ((8, 12), (8, 12), 4, False),
+    ((8, 12), (8, 12), 4, True),
+    ((9, 11), (9, 11), 4, True),  # filled up to 12 x 12
+    ((9, 11), (9, 11), 5, True),
+    ((3, 9), (3, 9), 4, True),  # clipped to 3 rows, shifted along the columns alone
+    ((3, 2), (3, 2), 7, True),  # one window, clipped both ways
+    ((12, 13), (7, 9), 4, True),  # a larger canvas
+    ((13, 9), (3, 9), 4, True),
+    ((5, 5), (5, 5), 1, True),
+]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("canvas", "size", "window", "shifted"), CASES)
+def test_outputs_and_gradients_are_the_papers(version, canvas, size, window, shifted):
+    layer = attention(version, window, shifted)
+    if window == 1 and version == 2:
+        layer.pretrained_window_size = (2, 2)
+    x = torch.randn(2, *canvas, 24, requires_grad=True)
+    height, width = size
+    with torch.no_grad():
+        without_gradients = layer(x, size)[:, :height, :width]
+    ours = layer(x, size)[:, :height, :width]
+    expected = by_the_paper(layer, x, size)
+    for got in (ours, without_gradients):
+        assert (got.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+    weights = torch.randn_like(ours)
+    gradients = []
+    for out in (ours, expected):
+        out.backward(weights.to(out.dtype))
+        gradients.append({"x": x.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()})
+        x.grad = None
+        layer.zero_grad(set_to_none=True)
+    for name, gradient in gradients[1].items():
+        got = gradients[0][name]
+        assert (got - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1e4, -7.0])
+def test_what_lies_beyond_the_real_cells_does_not_matter(garbage):
+    layer = attention(2, 4, shifted=True)
+    x = torch.randn(1, 7, 9, 24)
+    canvas = torch.full((1, 12, 13, 24), garbage)
+    canvas[:, :7, :9] = x
+    with torch.no_grad():
+        torch.testing.assert_close(layer(canvas, (7, 9))[:, :7, :9], layer(x), rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_of_the_cpu_function_are_those_of_finite_differences():
+    grid = window_grid((5, 7), (5, 7), (3, 3), True, CPU)
+    h, length, d = 2, 9, 4
+    query, key, value = (torch.randn(grid.num_windows * h, length, d, dtype=torch.float64) for _ in range(3))
+    bias = torch.randn(h, length, length, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (query, key, value, bias)]
+    assert torch.autograd.gradcheck(lambda *x: _CPUAttention.apply(*x, grid), inputs)
+
+
+@pytest.mark.parametrize("at_once", [0, 1 << 22])
+@pytest.mark.parametrize("canvas", [(9, 11), (8, 8), (4, 5), (3, 2)])
+def test_masks_in_two_parts_give_what_one_mask_gives(canvas, at_once, monkeypatch):
+    """On a GPU this way has the gradients too."""
+    monkeypatch.setattr("moco.models.swin.attention.MASK_AT_ONCE", at_once)
+    layer = attention(2, 4, shifted=True)
+    grid = window_grid(canvas, canvas, (4, 4), True, CPU)
+    shape = (2 * grid.num_windows, 3, math.prod(grid.window), 8)
+    inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    weights = torch.randn(shape)
+    results = []
+    for way in (
+        lambda: attend(*inputs, additive_masks(layer.position_bias(grid.window), grid, torch.float32)),
+        lambda: attend_on_cpu(*inputs, layer.position_bias(grid.window), grid),
+    ):
+        out = way()
+        layer.zero_grad()
+        gradients = torch.autograd.grad((out * weights).sum(), [*inputs, layer.cpb_mlp[0].weight])
+        results.append([out, *gradients])
+    if at_once == 0 and 0 < len(grid.cut) < grid.num_windows:
+        assert len(additive_masks(layer.position_bias(grid.window), grid, torch.float32)) == 2
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_normalising_and_its_gradient_are_those_of_pytorch():
+    x = torch.randn(3, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(2, 1, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_Normalize.apply, (x, scale))
+    torch.testing.assert_close(_Normalize.apply(x, scale), F.normalize(x, dim=-1) * scale)
+    zeros = torch.zeros(1, 2, 1, 4)
+    assert torch.equal(_Normalize.apply(zeros, torch.ones(2, 1, 1)), zeros)
+    assert _Normalize.apply(x.bfloat16(), scale.float()).dtype == torch.float32
+
+
+def test_a_few_windows_at_a_time_give_what_all_at_once_give(monkeypatch):
+    layer, x = attention(2, 4, shifted=True), torch.randn(3, 11, 11, 24)
+    whole = layer(x)
+    whole.sum().backward()
+    gradient = layer.cpb_mlp[0].weight.grad.clone()
+    layer.zero_grad()
+    monkeypatch.setattr(
+        "moco.models.swin.attention.SCORES_AT_ONCE", 4 * 3 * 16**2
+    )  # 27 windows: the last part is short
+    parts = layer(x)
+    parts.sum().backward()
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(layer.cpb_mlp[0].weight.grad, gradient)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_the_same_whether_its_weights_are_kept(dtype, monkeypatch):
+    monkeypatch.setattr("moco.models.swin.attention.SCORES_AT_ONCE", 2 * 3 * 16**2)
+    grid = window_grid((11, 11), (11, 11), (4, 4), True, CPU)
+    query, key, value = (torch.randn(grid.num_windows * 3, 16, 8) for _ in range(3))
+    bias, value = torch.randn(3, 16, 16), value.to(dtype)
+    weights = torch.full((len(query), 16, 16), float("nan"), dtype=dtype)
+    out = _attended(query, key, value, bias, grid, weights)
+    assert torch.equal(out, _attended(query, key, value, bias, grid))
+    torch.testing.assert_close(weights.sum(dim=-1, dtype=torch.float32), torch.ones(len(query), 16), rtol=0, atol=0.02)
+
+
+def test_float64_layers_attend_in_float64():
+    layer, x = attention(2, 4, shifted=True).double(), torch.randn(2, 9, 9, 24, dtype=torch.float64)
+    with torch.no_grad():
+        without = layer(x)
+    assert (without - by_the_paper(layer, x, (9, 9))).abs().max() < 1e-6  # of the bias, which is rounded to float32
+    assert torch.equal(without, layer(x).detach())
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_bfloat16_stays_near_float64_and_finite(gradients):
+    layer = attention(2, 7, shifted=True)
+    x = torch.randn(2, 10, 10, 24)
+    with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+        large = layer(x * 1e4)
+    expected = by_the_paper(layer, x, (10, 10))
+    assert (out.double() - expected).norm() / expected.norm() < 0.03
+    assert large.isfinite().all()
+    if gradients:
+        large.float().sum().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+def test_log_coordinates_are_the_papers():
+    """Section 3.3: from a window of 8 to one of 16 the linear coordinates grow 1.14 times as far beyond, the log ones 0.33."""
+    here, there = log_coordinates((8, 8), (8, 8), CPU), log_coordinates((18, 18), (7, 7), CPU)
+    assert here.shape == (15, 15, 2)
+    assert float(here.max()) == pytest.approx(math.log2(9) / 3)
+    assert float(there.max()) == pytest.approx(math.log2(1 + 8 * 17 / 6) / 3)
+    assert there.tolist()[0][-1] == pytest.approx([-float(there.max()), float(there.max())])
+    assert there[17, 17].tolist() == [0, 0]
+
+
+def test_relative_positions_point_at_the_offset():
+    positions = relative_positions((2, 3), CPU).view(6, 6)
+    table = [(down, right) for down in (-1, 0, 1) for right in (-2, -1, 0, 1, 2)]
+    assert table[positions[5, 0]] == (1, 2)  # cell (1, 2) from cell (0, 0)
+    assert table[positions[1, 3]] == (-1, 1)
+    assert all(table[positions[cell, cell]] == (0, 0) for cell in range(6))
+
+
+def test_a_table_is_resized_with_its_edges_in_place():
+    table = torch.randn(49, 2)  # window 4
+    larger = resized_table(table, (4, 4), (7, 7)).view(13, 13, 2)
+    small = table.view(7, 7, 2)
+    torch.testing.assert_close(larger[::2, ::2], small)
+    assert torch.equal(resized_table(table, (4, 4), (4, 4)), table)
+    kept = Parameter(table)
+    layer = attention(1, 4, num_heads=2)
+    layer.relative_position_bias_table = kept
+    layer.set_window((7, 7))
+    assert torch.equal(layer.relative_position_bias_table.view(13, 13, 2), larger)

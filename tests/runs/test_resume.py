@@ -1,0 +1,219 @@
+"""A run that is stopped at any step and started again ends in the same bits as one that was not."""
+
+import json
+import signal
+
+import pytest
+import torch
+import yaml
+
+from moco.errors import InputError, Interrupted, RunError
+from moco.methods.moco import MoCo
+from moco.runs.run_folder import write_config
+from moco.train import run
+
+EPOCH = 5  # steps of 240 of the 1,437 digits
+
+
+@pytest.fixture
+def small(runner):
+    def config(*overrides):
+        return runner.config(
+            "data.batch_size=240", "evaluation.every_n_epochs=100", "checkpoint.every_n_epochs=100", "method.queue_size=500",
+            *overrides,
+        )  # fmt: skip
+
+    return config
+
+
+def interrupt_at(step, monkeypatch):
+    """A SIGINT after that optimizer step; the run sees it at the end of the next one, or of the epoch."""
+    sent = []
+
+    def on_train_batch_end(self, *_):
+        if self.trainer.global_step == step and not sent:
+            sent.append(step)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(MoCo, "on_train_batch_end", on_train_batch_end)
+
+
+def last(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same_end(one, other):
+    assert one["global_step"] == other["global_step"]
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
+    for state, other_state in zip(*(end["optimizer_states"][0]["state"].values() for end in (one, other)), strict=True):
+        assert torch.equal(state["momentum_buffer"], other_state["momentum_buffer"])
+    assert torch.equal(one["random_states"][0]["torch"], other["random_states"][0]["torch"])
+    for key in ("epoch", "step", "train/loss", "knn/top1"):
+        assert one["figures"][key] == other["figures"][key], key
+
+
+@pytest.mark.parametrize(
+    "length", [["trainer.max_epochs=3", "trainer.max_steps=-1"], ["trainer.max_epochs=9", "trainer.max_steps=13"]]
+)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_stopping_anywhere_changes_nothing(length, accumulate, small, tmp_path, monkeypatch):
+    config = [*length, f"trainer.accumulate_grad_batches={accumulate}"]
+    run(small(*config), tmp_path / "whole")
+    # In the middle, during an epoch's last step, in the middle again, and after an epoch's last step.
+    for step, stopped in ((1, 2), (EPOCH - 1, EPOCH), (EPOCH + 2, EPOCH + 3), (2 * EPOCH, 2 * EPOCH)):
+        with monkeypatch.context() as context:
+            interrupt_at(step, context)
+            with pytest.raises(Interrupted, match=rf"step {stopped};"):
+                run(small(*config), tmp_path / "parts")
+    run(small(*config), tmp_path / "parts")
+    assert_same_end(last(tmp_path / "whole"), last(tmp_path / "parts"))
+
+
+def test_a_run_that_goes_on_at_its_last_step_inside_its_first_epoch_leaves_all_its_files(small, tmp_path, monkeypatch):
+    with monkeypatch.context() as context:
+        interrupt_at(1, context)
+        with pytest.raises(Interrupted, match="in epoch 1, step 2;"):
+            run(small("trainer.max_steps=9"), tmp_path)
+    run(small("trainer.max_steps=2"), tmp_path)
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert (figures["epoch"], figures["step"]) == (0, 2)
+    assert (tmp_path / "checkpoints" / "backbone.pth").is_file()
+    run(small("trainer.max_steps=2"), tmp_path)
+
+
+def test_a_measurement_that_an_interrupt_cut_short_is_made_up_for(small, tmp_path, monkeypatch):
+    import moco.callbacks.monitors as module
+
+    config = ["trainer.max_epochs=1", "trainer.max_steps=-1"]
+    original = module.embed_together
+
+    def interrupted_embed(*args):
+        signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(module, "embed_together", interrupted_embed)
+        with pytest.raises(Interrupted, match=f"step {EPOCH};"):
+            run(small(*config), tmp_path)
+    assert "knn/top1" not in last(tmp_path)["figures"]
+    run(small(*config), tmp_path)
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert (figures["knn/epoch"], figures["step"]) == (1, EPOCH)
+    assert last(tmp_path)["figures"]["knn/top1"] == figures["knn/top1"]
+    assert last(tmp_path)["callbacks"]["KNNMonitor"] == {"owed": False}
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_not_written(small, tmp_path, monkeypatch):
+    run(small("trainer.max_steps=1"), tmp_path)
+
+    def on_train_batch_end(self, *_):
+        torch.nn.init.constant_(self.query_encoder.projector.bias, float("nan"))
+
+    monkeypatch.setattr(MoCo, "on_train_batch_end", on_train_batch_end)
+    with pytest.raises(RunError, match=r"not finite.*the last good checkpoint is .*last\.ckpt"):
+        run(small("trainer.max_steps=3"), tmp_path)
+    assert last(tmp_path)["global_step"] == 1
+
+
+def test_two_steps_and_two_more_equal_four(small, tmp_path):
+    constant = ["optimizer.schedule=constant", "trainer.max_epochs=9"]
+    run(small(*constant, "trainer.max_steps=4"), tmp_path / "whole")
+    run(small(*constant, "trainer.max_steps=2"), tmp_path / "parts")
+    run(small(*constant, "trainer.max_steps=4"), tmp_path / "parts")
+    ends = [last(tmp_path / name) for name in ("whole", "parts")]
+    for name, value in ends[0]["state_dict"].items():
+        assert torch.equal(value, ends[1]["state_dict"][name]), name
+
+
+def test_predictor_every_queue_and_adamw_go_on_where_they_were(small, tmp_path):
+    switches = [
+        "method.symmetric=true", "method.num_queues=2", "method.dense_weight=0.5", "method.predictor.num_layers=2",
+        "method.predictor.hidden_batch_norm=true", "optimizer=adamw", "optimizer.schedule=constant", "trainer.max_epochs=9",
+        "data.batch_size=48",
+    ]  # fmt: skip
+    for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        run(small(*switches, f"trainer.max_steps={steps}"), tmp_path / folder)
+    whole, parts = (last(tmp_path / name) for name in ("whole", "parts"))
+    assert {name.split(".")[0] for name in whole["state_dict"]} == {
+        "query_encoder", "key_encoder", "predictor", "queue", "reverse_queue", "dense_queue", "reverse_dense_queue",
+    }  # fmt: skip
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, parts["state_dict"][name]), name
+    for one, other in zip(*(end["optimizer_states"][0]["state"].values() for end in (whole, parts)), strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_checkpoint_with_other_tensors_is_named(small, tmp_path):
+    run(small("trainer.max_steps=1"), tmp_path / "one")
+    checkpoint = tmp_path / "one" / "checkpoints" / "last.ckpt"
+    for override, said in (
+        ("method.embedding_dim=64", "method.embedding_dim: 128 there, 64 here"),
+        ("method.predictor.num_layers=2", "method.predictor.num_layers: 0 there, 2 here"),
+        ("method.dense_weight=0.5", "method.dense_weight: 0 there, above 0 here"),
+        ("optimizer=adamw", "optimizer.decay_all: True there, False here; optimizer.name: sgd there, adamw here"),
+    ):
+        with pytest.raises(InputError, match=f"another architecture or optimizer: {said}"):
+            run(small(override, f"resume={checkpoint}"), tmp_path / "two")
+
+
+def test_a_run_from_before_some_keys_existed_goes_on(small, tmp_path):
+    run(small("trainer.max_steps=1"), tmp_path)
+    checkpoint, stored = last(tmp_path), yaml.safe_load((tmp_path / ".hydra" / "config.yaml").read_text())
+    for config in (stored, checkpoint["config"]):
+        del config["method"]["num_queues"], config["method"]["dense_weight"], config["optimizer"]["decay_all"]
+        del config["method"]["predictor"], config["slurm"], config["init_from"]
+    write_config(tmp_path, stored)
+    torch.save(checkpoint, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(InputError, match=r"configuration: method\.num_queues: 1 there, 2 here; method\.symmetric: "):
+        run(small("trainer.max_steps=2", "method.num_queues=2", "method.symmetric=true"), tmp_path)
+    run(small("trainer.max_steps=2"), tmp_path)
+    assert last(tmp_path)["global_step"] == 2
+
+
+def test_an_explicit_checkpoint_carries_a_run_into_a_new_folder(small, tmp_path):
+    run(small("trainer.max_steps=1"), tmp_path / "one")
+    checkpoint = tmp_path / "one" / "checkpoints" / "last.ckpt"
+    run(small("trainer.max_steps=3", "optimizer.lr=0.01", f"resume={checkpoint}"), tmp_path / "two")
+    assert last(tmp_path / "two")["global_step"] == 3
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_run_that_goes_on_reads_its_checkpoint_once(explicit, small, tmp_path, monkeypatch):
+    run(small("trainer.max_steps=1"), tmp_path / "one")
+    checkpoint = tmp_path / "one" / "checkpoints" / "last.ckpt"
+    loaded, load = [], torch.load
+    monkeypatch.setattr("torch.load", lambda path, *args, **kwargs: loaded.append(path) or load(path, *args, **kwargs))
+    length = ["trainer.max_steps=-1", "trainer.max_epochs=2"]  # a run that max_steps ends adds figures to its last file
+    if explicit:
+        run(small(*length, f"resume={checkpoint}"), tmp_path / "two")
+    else:
+        run(small(*length), tmp_path / "one")
+    assert loaded == [checkpoint]
+
+
+def test_the_readmes_python_lines_work(small, tmp_path):
+    run(small("trainer.max_steps=1"), tmp_path)
+    method = MoCo.load_from_checkpoint(
+        tmp_path / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True
+    ).eval()
+    images = torch.randn(2, 3, 16, 16)
+    assert method.query_encoder.encode(images).shape == (2, 128)
+    assert len(method.query_encoder.backbone.feature_maps(images)) == 4
+
+
+def test_a_best_checkpoint_that_a_crash_left_without_its_name_stays_the_best(small, tmp_path):
+    length = ["trainer.max_steps=-1", "evaluation.every_n_epochs=1", "checkpoint.every_n_epochs=1"]
+    run(small(*length, "trainer.max_epochs=1"), tmp_path)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint = last(tmp_path)
+    checkpoint["figures"] |= {"knn/top1": 0.9999, "knn/best_top1": 0.9999}
+    checkpoint["callbacks"]["Checkpoints"]["best"] = 0.9999
+    torch.save(checkpoint, path)
+    (tmp_path / "checkpoints" / "best.ckpt").unlink()
+    run(small(*length, "trainer.max_epochs=2"), tmp_path)
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == checkpoint["global_step"]
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert (figures["knn/best_top1"], figures["knn/best_epoch"], figures["knn/epoch"]) == (0.9999, 1, 2)

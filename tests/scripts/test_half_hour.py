@@ -1,0 +1,88 @@
+"""scripts/half_hour.py: that its contenders do what they say, and that a race of seconds ends with its table."""
+
+import importlib
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moco.methods.batch_norm import split_batch_norm
+from tests.conftest import REPOSITORY
+
+SIZES = {"train_images": 256, "test_images": 64}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports one of the two files."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    return importlib.import_module
+
+
+def test_the_official_contender_has_the_batch_norm_of_split_batch_norm(script):
+    theirs = script("half_hour_contender").SplitBatchNorm(5)
+    own = nn.Sequential(nn.BatchNorm2d(5))
+    split_batch_norm(own, 8)
+    images = torch.randn(32, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(theirs(images), own(images))
+    torch.testing.assert_close(theirs.running_var, own[0].running_var)
+    torch.testing.assert_close(theirs.eval()(images), own.eval()(images))
+
+
+def test_only_the_seconds_of_turns_count(script, monkeypatch):
+    module, clock, embedded, answers = script("half_hour_contender"), [100.0], [], io.StringIO()
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr("sys.stdin", io.StringIO("10\n5\n5\n"))
+
+    def embed(backbone):
+        embedded.append(backbone)
+        clock[0] += 1000.0
+
+    turns = module.Turns(20.0, answers, embed)
+    turns.begin()
+    for seconds in (4.0, 4.0, 4.0, 6.0):  # the first turn ends within its third step
+        clock[0] += seconds
+        turns.step_done(256, "net")
+    assert turns.share == pytest.approx(18 / 20)
+    said = [json.loads(line) for line in answers.getvalue().splitlines()]
+    assert said == [
+        {},
+        {"seconds": 12.0, "images": 768, "finished": False},
+        {"seconds": 18.0, "images": 1024, "finished": False},
+    ]
+    assert embedded == ["net", "net"]
+
+
+def test_the_table_tells_how_each_ended(script):
+    curves = {
+        "ours": [{"minutes": 1.0, "epochs": 0.5, "top1": 0.2}, {"minutes": 2.04, "epochs": 1.234, "top1": 0.4567}]
+    }
+    last = script("half_hour").table(curves).splitlines()[-1]
+    assert last == "| this project, cifar10_cpu | 2.0 | 1.23 | 45.7 |"
+
+
+@pytest.mark.slow
+def test_a_race_of_seconds_ends_with_a_curve_of_each(tmp_path):
+    generator = np.random.default_rng(0)
+    pictures = {name: generator.integers(0, 256, (num, 32, 32, 3), np.uint8) for name, num in SIZES.items()}
+    labels = {name.replace("images", "labels"): np.arange(num) % 10 for name, num in SIZES.items()}
+    np.savez(tmp_path / "some.npz", **pictures, **labels)
+    command = [sys.executable, "scripts/half_hour.py", str(tmp_path / "some.npz"), str(tmp_path / "race")]
+    options = ["--contenders", "ours", "official", "--minutes", "0.1", "--turn", "0.06", "--batch-size", "64"]
+    own = ["data.batch_size=64", "trainer.max_epochs=100"]
+    told = subprocess.run(
+        [*command, *options, *own, "--num-workers", "1"], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
+    assert told.returncode == 0, told.stderr
+    result = json.loads((tmp_path / "race" / "half_hour.json").read_text())
+    for curve in result["curves"].values():
+        assert len(curve) == 2
+        assert curve[-1]["minutes"] >= 0.1
+        assert curve[0]["epochs"] < curve[1]["epochs"]
+        assert 0 <= curve[-1]["top1"] <= 1
+    assert "| official CIFAR-10 recipe |" in told.stdout

@@ -1,0 +1,324 @@
+"""Two processes that train together: what they exchange, and that they end where one would have."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moco.data.loading.loaders import ResumableLoader
+from moco.data.loading.samplers import EpochSampler
+from moco.errors import InputError, Interrupted, RunError
+from moco.methods.key_queue import KeyQueue
+from moco.runs.interrupts import StopRequest
+from moco.training.distributed.collectives import Agreement, Shuffle, all_gather
+from moco.training.distributed import collectives as distributed
+from moco.training.distributed.processes import run_on_devices
+from tests.conftest import REPOSITORY
+
+NO_CHECKPOINT = partial(str, "there is no checkpoint yet")
+
+
+def on_two(work, *arguments):
+    """Call ``work(rank, *arguments)`` in two connected processes."""
+    with StopRequest() as stop:
+        run_on_devices(connected, (work, arguments), 2, stop, NO_CHECKPOINT)
+
+
+def connected(work, arguments, stop):
+    torch.set_num_threads(1)
+    environment = distributed.environment_of(2, 1)
+    with distributed.lost_peers_named(), distributed.process_group(environment, "gloo", timeout_minutes=1):
+        work(distributed.rank(), *arguments)
+
+
+def exchange(rank):
+    torch.manual_seed(rank)
+    own = torch.arange(4.0)[:, None] + 10 * rank  # rank 0: 0 to 3, rank 1: 10 to 13
+    assert all_gather(own)[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    maps = torch.arange(24.0).view(2, 3, 4).transpose(1, 2) + 100 * rank  # not contiguous, as cells of a map are
+    assert torch.equal(all_gather(maps)[2 * rank : 2 * rank + 2], maps)
+    foreign = 0
+    for _ in range(20):
+        shuffle = Shuffle(len(own), own.device)
+        share = shuffle.shuffled(own)
+        assert sorted(all_gather(share)[:, 0].tolist()) == [0, 1, 2, 3, 10, 11, 12, 13]
+        assert torch.equal(shuffle.unshuffled(share * 2), own * 2)
+        foreign += int(((share >= 10) != (rank == 1)).sum())
+    assert foreign > 20  # of 80 rows, half are expected to come from the other rank
+    for strided in (
+        torch.randn(4, 3, 5).transpose(1, 2),
+        torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+        torch.randn(3, 4).T,
+        torch.randn(4, 1).expand(4, 5),
+    ):
+        shuffle = Shuffle(4, own.device)
+        share, plain_share = shuffle.shuffled(strided), shuffle.shuffled(strided.contiguous())
+        assert torch.equal(share, plain_share)
+        assert torch.equal(shuffle.unshuffled(share), strided)
+        assert torch.equal(all_gather(share)[4 * rank : 4 * rank + 4], share)
+        is_channels_last = strided.dim() == 4
+        assert not is_channels_last or share.is_contiguous(memory_format=torch.channels_last)
+
+    torch.manual_seed(0)
+    queue = KeyQueue(11, 1)
+    for step in range(3):
+        queue.enqueue(all_gather(own + step))
+    assert torch.equal(all_gather(queue.keys)[:11], all_gather(queue.keys)[11:])
+    assert int(queue.pointer) == 24 % 11
+
+    assert distributed.largest([rank, -rank]) == [1, 0]
+    assert distributed.gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    agreement = Agreement()
+    assert [agreement.exchange([3 * rank, step]) for step in range(3)] == [[0, 0], [3, 0], [3, 1]]
+    assert distributed.from_rank_zero(lambda: f"of rank {rank}") == "of rank 0"
+    with pytest.raises(InputError, match="seen on rank 0"):
+        distributed.from_rank_zero(partial(refuse, rank))
+    distributed.ROWS_AT_ONCE = 64  # several messages
+    rows = distributed.gather_rows(np.full((50 + rank, 3), rank, dtype=np.float32))
+    assert rows[:, 0].tolist() == [0] * 50 + [1] * 51 if rank == 0 else len(rows) == 0
+    tensors = [torch.full((2,), float(rank)), torch.full((2, 3), float(rank)).T]
+    distributed.copy_from_rank_zero(tensors)
+    assert [tensor.abs().sum() for tensor in tensors] == [0, 0]
+
+
+def refuse(rank):
+    raise InputError(f"seen on rank {rank}")
+
+
+def normalise_keys(rank):
+    """A batch normalisation of keys sees the other rank's images, and every key comes back to its own place."""
+    torch.manual_seed(7)
+    everything = torch.randn(16, 3, 4, 4, dtype=torch.float64)
+    own = everything[8 * rank : 8 * rank + 8]
+    shuffle = Shuffle(len(own), own.device)
+    normalised = shuffle.unshuffled(nn.BatchNorm2d(3, dtype=torch.float64)(shuffle.shuffled(own)))
+    expected = torch.empty_like(everything)
+    for places in shuffle.order.chunk(2):  # what each rank normalises together, computed here by hand
+        together = everything[places]
+        mean, variance = together.mean(dim=(0, 2, 3)), together.var(dim=(0, 2, 3), unbiased=False)
+        expected[places] = (together - mean.view(3, 1, 1)) / (variance.view(3, 1, 1) + 1e-5).sqrt()
+        assert {bool(place < 8) for place in places} == {True, False}
+    assert torch.allclose(normalised, expected[8 * rank : 8 * rank + 8], atol=1e-12)
+    unshuffled_alone = nn.BatchNorm2d(3, dtype=torch.float64)(own)
+    assert not torch.allclose(normalised, unshuffled_alone, atol=0.01)
+
+
+def both(rank):
+    exchange(rank)
+    normalise_keys(rank)
+
+
+def test_two_processes_exchange_shuffle_agree_and_gather():
+    on_two(both)
+
+
+def fail_on_rank_one(rank):
+    if rank == 1:
+        raise InputError("a bad picture")
+    all_gather(torch.zeros(1))
+
+
+def end_rank_one(rank):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    all_gather(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("work", "kind", "message"),
+    [
+        (fail_on_rank_one, InputError, "^a bad picture$"),
+        (end_rank_one, RunError, r"rank 1 of 2 \(process \d+\) was killed by SIGKILL: .*there is no checkpoint yet"),
+    ],
+)
+def test_the_process_that_failed_first_says_why_the_training_ended(work, kind, message):
+    with pytest.raises(kind, match=message):
+        on_two(work)
+
+
+def test_on_one_process_collectives_are_the_identity_and_shuffling_is_undone():
+    rows = torch.arange(6.0)[:, None]
+    assert all_gather(rows) is rows
+    shuffle = Shuffle(6, rows.device)
+    assert not torch.equal(shuffle.shuffled(rows), rows)
+    assert torch.equal(shuffle.shuffled(rows), rows[shuffle.order])
+    assert torch.equal(shuffle.unshuffled(shuffle.shuffled(rows)), rows)
+    assert Agreement().exchange([2, 0]) == [2, 0]
+    assert distributed.largest([2, 0]) == [2, 0]
+    assert distributed.from_rank_zero(lambda: 3) == 3
+
+
+def test_collectives_get_contiguous_tensors(monkeypatch):
+    """NCCL refuses others. Cells of a Swin's or ViT's map keep their strides when their rows are picked."""
+    asked = []
+
+    def checked(*tensors, **options):
+        asked.append([tensor.is_contiguous() for tensor in tensors])
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    for name in ("all_gather_into_tensor", "all_to_all_single", "broadcast"):
+        monkeypatch.setattr(distributed.dist, name, checked)
+    cells = torch.randn(4, 8, 3).transpose(1, 2)  # (N, S, C) of a map (N, C, S)
+    assert not cells[torch.tensor([2, 0, 3, 1])].is_contiguous()
+    shuffle = Shuffle(4, cells.device)
+    shuffle.shuffled(cells)
+    shuffle.unshuffled(cells)
+    all_gather(cells)
+    distributed.copy_from_rank_zero([torch.randn(3, 4).T])
+    assert asked == [[True], [True, True], [True, True], [True, True], [True]]
+
+
+def global_batches(world_size, resume_from=None):
+    """The pictures of each global batch of 12 of an epoch, in rank order; after 3 of them the position is taken."""
+    batches, state = [], None
+    loaders = []
+    for rank in range(world_size):
+        sampler = EpochSampler(100, 12, seed=3, rank=rank, world_size=world_size)
+        dataset = {(0, index): torch.tensor(index) for index in range(100)}
+        loaders.append(ResumableLoader(dataset, sampler, 12 // world_size))
+        if resume_from:
+            loaders[-1].load_state_dict(resume_from)
+    for number, parts in enumerate(zip(*loaders, strict=True)):
+        batches.append(torch.cat(parts).tolist())
+        if number == 2:
+            state = loaders[0].state_dict()
+    return batches, state
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 1)])
+def test_another_number_of_processes_goes_on_with_the_same_global_batches(before, after):
+    whole, _ = global_batches(1)
+    batches, state = global_batches(before)
+    assert batches == whole
+    assert global_batches(after, resume_from=state)[0] == whole[3:]
+
+
+LAYER_NORM = [
+    "backbone=swin_v2_tiny_patch2", "backbone.stochastic_depth=0", "data.image_size=16", "data.batch_size=32",
+    "method.queue_size=100", "method.queue_start=random", "optimizer.schedule=constant", "trainer.max_epochs=9",
+    "evaluation.every_n_epochs=100",
+]  # fmt: skip
+"""With SGD: AdamW divides gradients that are zero but for rounding by their own size."""
+
+
+def dump_after_training(config, folder, stop):
+    """Train, then write what this rank has."""
+    from moco import train
+    from moco.methods.moco import MoCo
+
+    torch.set_num_threads(1)
+
+    def on_train_end(self):
+        torch.save(self.state_dict(), folder.parent / f"{folder.name}_rank{distributed.rank()}.pt")
+
+    MoCo.on_train_end = on_train_end
+    train.train(config, folder, {}, stop)
+
+
+def trained(runner, folder, steps, devices, *overrides):
+    """The final state of every rank; its figures are in the folder."""
+    config = runner.config(*LAYER_NORM, f"trainer.max_steps={steps}", f"trainer.devices={devices}", *overrides)
+    with StopRequest() as stop:
+        run_on_devices(dump_after_training, (config, folder), devices, stop, NO_CHECKPOINT)
+    return [torch.load(folder.parent / f"{folder.name}_rank{rank}.pt") for rank in range(devices)]
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max(float((value.double() - other[name].double()).abs().max()) for name, value in one.items())
+
+
+def test_two_processes_end_where_one_does_and_may_change_in_number(runner, tmp_path):
+    (alone,) = trained(runner, tmp_path / "alone", 20, 1)
+    together = trained(runner, tmp_path / "together", 20, 2)
+    assert largest_difference(alone, together[0]) < 1e-5
+    for name in ("queue.keys", "queue.pointer", "queue.filled"):
+        assert torch.equal(together[0][name], together[1][name]), name
+    assert largest_difference(together[0], together[1]) == 0
+    figures = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("alone", "together")]
+    assert figures[0]["knn/top1"] == pytest.approx(figures[1]["knn/top1"], abs=0.01)  # the search of 360 queries
+    assert figures[0]["train/loss"] == pytest.approx(figures[1]["train/loss"], abs=1e-5)
+
+    trained(runner, tmp_path / "changing", 7, 2)
+    trained(runner, tmp_path / "changing", 13, 1)
+    changing = trained(runner, tmp_path / "changing", 20, 2)
+    assert largest_difference(alone, changing[0]) < 1e-5
+    states = torch.load(tmp_path / "changing" / "checkpoints" / "last.ckpt", weights_only=True)["random_states"]
+    assert len(states) == 2
+    assert not torch.equal(states[0]["torch"], states[1]["torch"])
+
+
+def children_of(pid):
+    tasks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in tasks if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.fixture
+def two_process_run(tmp_path):
+    """The program on two processes, begun to train; what it wrote."""
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        program = subprocess.Popen(
+            [sys.executable, "-m", "moco.train", "+experiment=quickstart", "trainer.devices=2", "trainer.max_epochs=1000",
+             "evaluation.baselines=false", f"hydra.run.dir={tmp_path / 'run'}"],
+            cwd=REPOSITORY, stdout=out, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        deadline = time.monotonic() + 90
+        while "epoch    2/" not in (tmp_path / "out").read_text():
+            assert time.monotonic() < deadline, (tmp_path / "err").read_text()
+            assert program.poll() is None, (tmp_path / "err").read_text()
+            time.sleep(0.1)
+        yield program
+        program.kill()
+        program.wait()
+
+
+def test_a_killed_process_ends_the_run_at_once_and_is_named(two_process_run, tmp_path):
+    os.kill(children_of(two_process_run.pid)[1], signal.SIGKILL)
+    began = time.monotonic()
+    assert two_process_run.wait(timeout=60) == 1
+    assert time.monotonic() - began < 60
+    (line,) = (tmp_path / "err").read_text().splitlines()
+    assert line.startswith("failed: rank 1 of 2 (process ")
+    assert "was killed by SIGKILL" in line
+    assert "there is no checkpoint yet" in line  # every 10 epochs
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], f"failed: {status['message']}") == ("failed", line)
+
+
+def test_a_signal_to_the_parent_stops_all_with_a_checkpoint(two_process_run, tmp_path):
+    children = children_of(two_process_run.pid)
+    os.kill(two_process_run.pid, signal.SIGTERM)
+    assert two_process_run.wait(timeout=60) == 128 + signal.SIGTERM
+    (line,) = (tmp_path / "err").read_text().splitlines()
+    assert line.startswith("interrupted: in epoch ")
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_a_launcher_that_started_another_number_of_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(
+        InputError, match=r"torchrun started 4 processes, but trainer\.devices=2 on trainer\.num_nodes=1 need 2"
+    ):
+        distributed.environment_of(2, 1)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    with pytest.raises(InputError, match=r"trainer\.num_nodes=2: start one process per device with srun or torchrun"):
+        distributed.environment_of(2, 2)
+
+
+def test_an_interrupt_can_be_sent_from_process_to_process():
+    import pickle
+
+    error = pickle.loads(pickle.dumps(Interrupted(15, "in epoch 3")))
+    assert (error.signal_number, str(error)) == (15, "in epoch 3")

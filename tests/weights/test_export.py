@@ -1,0 +1,366 @@
+"""moco.export, and the window that evaluate and export change."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.pretrained import (
+    EvaluateConfig,
+    EvaluateDataConfig,
+    EvaluationConfig,
+    ExportConfig,
+    PretrainedBackboneConfig,
+)
+from moco.errors import InputError, RunError
+from moco.export import content_of, deviation, loading_lines, run, torchvision_model, write
+from moco.models.backbones import build_backbone
+from moco.models.swin.backbone import rewindow
+from moco.runs.checkpoint_files import read_checkpoint
+from moco.weights.pretrained import load_encoder
+from tests.conftest import run_program
+
+SMALL_SWIN = ["backbone=swin_v2_tiny_patch2", "data=synthetic", "data.image_size=32"]
+
+
+def write_checkpoint(runner, path, *overrides):
+    """A checkpoint as training writes it, of untrained encoders whose every tensor matters."""
+    config = runner.config(*overrides)
+    method = runner.method(config)
+    for name, tensor in method.query_encoder.named_parameters():
+        if tensor.ndim == 1 or "cpb_mlp" in name:
+            torch.nn.init.normal_(tensor, 0.5, 0.3)
+    with torch.no_grad():
+        encoders = (method.key_encoder, method.query_encoder)
+        for key, query in zip(*(encoder.backbone.parameters() for encoder in encoders), strict=True):
+            key.copy_(query / 2)
+    checkpoint = {
+        "state_dict": method.state_dict(),
+        "hyper_parameters": dict(method.hparams),
+        "config": dataclasses.asdict(config),
+        "figures": {"epoch": 3},
+        "random_states": [],
+        "global_step": 12,
+    }
+    torch.save(checkpoint, path)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A folder with a checkpoint of each kind."""
+    from tests.conftest import Runner
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    for name, overrides in {
+        "resnet18": ["backbone=resnet18", "data.image_size=64"],
+        "swin_v2_t": ["backbone=swin_v2_t", "backbone.window_size=4", "data.image_size=128"],
+        "small_swin": SMALL_SWIN,
+        "small_resnet": [],
+    }.items():
+        write_checkpoint(Runner(folder), folder / f"{name}.ckpt", *overrides)
+    return folder
+
+
+@pytest.fixture
+def exported(checkpoints, tmp_path, monkeypatch, capsys):
+    """Calls the program in a fresh folder; what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name, file_format, output, window_size=None, **settings):
+        backbone = PretrainedBackboneConfig(window_size=window_size)
+        path = str(checkpoints / f"{name}.ckpt")
+        run(ExportConfig(path, file_format, output, backbone=backbone, **settings), tmp_path / "run")
+        return capsys.readouterr().out
+
+    return call
+
+
+def backbone_of(checkpoints, name, encoder="query"):
+    path = checkpoints / f"{name}.ckpt"
+    return load_encoder(read_checkpoint(path), encoder, str(path)).backbone
+
+
+def loaded_as_printed(printed):
+    """The model that the printed lines make."""
+    return loaded_by(line.removeprefix("    ") for line in printed.splitlines() if line.startswith("    "))
+
+
+def loaded_by(lines):
+    names = {}
+    exec("\n".join(lines), names)
+    return names["model"].eval()
+
+
+def agree(model, backbone, size, tolerance):
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        expected, got = backbone.eval()(images), model(images)
+    return (got - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("file_format", "output"),
+    [
+        ("torchvision", "x.pth"),
+        ("torchvision", "x.safetensors"),
+        ("timm", "a b/x.pt"),
+        ("safetensors", "x.safetensors"),
+    ],
+)
+def test_the_printed_lines_load_a_resnet_into_the_other_library(checkpoints, exported, file_format, output):
+    if file_format == "timm":
+        pytest.importorskip("timm")
+    if output.endswith(".safetensors"):
+        pytest.importorskip("safetensors")
+    printed = exported("resnet18", file_format, output)
+    assert agree(loaded_as_printed(printed), backbone_of(checkpoints, "resnet18"), 64, 1e-5)
+    assert "note:" not in printed
+
+
+@pytest.mark.parametrize(
+    ("file_format", "window", "size", "tolerance"), [("torchvision", None, 128, 1e-5), ("timm", 8, 256, 1e-4)]
+)
+def test_the_printed_lines_load_a_swin_v2_with_its_windows(checkpoints, exported, file_format, window, size, tolerance):
+    if file_format == "timm":
+        pytest.importorskip("timm")
+    printed = exported("swin_v2_t", file_format, "x.pth", window)
+    backbone = backbone_of(checkpoints, "swin_v2_t")
+    if window:
+        rewindow(backbone, window)
+    assert agree(loaded_as_printed(printed), backbone, size, tolerance)
+    assert f"{size} px" in printed  # the images in proportion to the window
+    assert "note:" not in printed
+
+
+@pytest.mark.parametrize(
+    ("file_format", "name", "settings", "image_size", "line"),
+    [
+        ("torchvision", "vit_small", {}, 48, "    image_size=48,"),
+        ("timm", "vit_small", {"num_heads": 6, "learned_positions": 2}, 40,
+         'model = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=6, img_size=48)'),
+        ("timm", "vit_small", {"partial_patches": "drop"}, 40,
+         'model = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, img_size=32)'),
+    ],
+)  # fmt: skip
+def test_the_lines_load_a_vit_for_the_images_of_one_size(tmp_path, file_format, name, settings, image_size, line):
+    if file_format == "timm":
+        pytest.importorskip("timm")
+    built_with = {"name": name} | settings
+    backbone = build_backbone(**built_with)
+    torch.nn.init.normal_(backbone.class_token)
+    path = tmp_path / "x.pth"
+    write(path, content_of(file_format, path, backbone, built_with, {"image_size": image_size}))
+    lines = loading_lines(file_format, path, backbone, built_with, image_size)
+    assert line in lines
+    assert agree(loaded_by(lines), backbone, backbone.cells(image_size) * 16, 1e-5)
+
+
+def test_the_key_encoder_can_be_exported(checkpoints, exported):
+    exported("resnet18", "torchvision", "query.pth")
+    exported("resnet18", "torchvision", "key.pth", encoder="key")
+    query, key = (torch.load(name, weights_only=True)["conv1.weight"] for name in ("query.pth", "key.pth"))
+    assert torch.equal(key, query / 2)
+
+
+def test_a_file_of_our_own_says_what_it_is(checkpoints, exported):
+    pytest.importorskip("safetensors")
+    from moco.weights.library_names import read_backbone
+
+    printed = exported("small_swin", "safetensors", "x.safetensors", 8)
+    rebuilt, about = read_backbone("x.safetensors")
+    assert agree(rebuilt, rewindow(backbone_of(checkpoints, "small_swin"), 8), 50, 1e-7)
+    assert about["backbone"] == {"name": "swin_v2_tiny_patch2", "window_size": 8, "pretrained_window_size": 4}
+    assert (about["image_size"], about["epoch"], about["step"], about["encoder"]) == (64, 3, 12, "query")
+    assert (len(about["mean"]), len(about["std"])) == (3, 3)
+    assert agree(loaded_as_printed(printed), rebuilt, 32, 1e-7)
+
+
+PADS = "lets the padding take part in attention: its outputs differ there from this project's"
+
+
+@pytest.mark.parametrize(
+    ("file_format", "image_size", "note"),
+    [
+        ("torchvision", 128, None),
+        ("torchvision", 144, f"for 144 px torchvision pads maps (18 to 20, 9 to 12, 5 to 8 cells) and {PADS}"),
+        ("timm", 144, f"for 144 px timm pads maps (18 to 20, 9 to 12, 5 to 8 cells) and {PADS}"),
+        ("torchvision", 64, f"for 64 px torchvision pads maps (2 to 4 cells) and {PADS}"),
+        ("timm", 64, None),
+        ("torchvision", 130, "of 130 px torchvision leaves the last 2 out: its outputs differ"),
+        ("safetensors", 144, None),
+    ],
+)
+def test_a_note_says_where_the_library_differs(file_format, image_size, note):
+    with torch.device("meta"):
+        backbone = build_backbone("swin_v2_t", window_size=4)
+    assert deviation(file_format, backbone, image_size) == note
+
+
+@pytest.mark.parametrize(
+    ("partial_patches", "image_size", "note"),
+    [
+        ("complete", 224, None),
+        ("complete", 565, "timm's model takes 576 px and not 565; for the same outputs fill the images up with zeros at the "
+         "right and the bottom"),
+        ("drop", 565, "timm's model takes 560 px and not 565; for the same outputs cut the rest off"),
+    ],
+)  # fmt: skip
+def test_a_note_says_which_images_a_vit_takes_there(partial_patches, image_size, note):
+    with torch.device("meta"):
+        backbone = build_backbone("vit_b_16", partial_patches=partial_patches)
+    assert deviation("timm", backbone, image_size) == note
+    assert deviation("safetensors", backbone, image_size) is None
+
+
+def test_torchvisions_builder_is_named_where_it_has_the_window():
+    for name, window in (("swin_t", 7), ("swin_v2_t", 8)):
+        with torch.device("meta"):
+            backbone = build_backbone(name, window_size=window)
+        assert torchvision_model(name, backbone, 224)[-1] == f"model = torchvision.models.{name}()"
+        assert "    window_size=[9, 9]," in torchvision_model(name, rewindow(backbone, 9), 224)
+    for settings, last in (({}, "model = torchvision.models.vit_b_16(image_size=32)"), ({"num_heads": 6}, ")")):
+        with torch.device("meta"):
+            backbone = build_backbone("vit_b_16", **settings)
+        assert torchvision_model("vit_b_16", backbone, 32)[-1] == last
+
+
+@pytest.mark.parametrize(
+    ("name", "file_format", "output", "settings", "expected"),
+    [
+        ("none", "timm", "x.pth", {}, "checkpoint=CKPT: no such file"),
+        ("resnet18", "timm", ".", {}, "output=.: a folder; expected the name of a file"),
+        ("resnet18", "timm", "x.ckpt", {}, "output=x.ckpt: unknown ending '.ckpt' of a file for format=timm (choices: .pt, .pth, .safetensors)"),
+        ("resnet18", "safetensors", "x.pth", {}, "output=x.pth: unknown ending '.pth' of a file for format=safetensors (choices: .safetensors)"),
+        ("resnet18", "timm", "occupied/x.pth", {}, "output=occupied/x.pth: cannot be written (File exists)"),
+        ("resnet18", "timm", "occupied/y/x.pth", {}, "output=occupied/y/x.pth: cannot be written (Not a directory)"),
+        ("resnet18", "timm", "x.pth", {"window_size": 18}, "backbone.window_size=18: this backbone has no attention windows"),
+        ("small_swin", "timm", "x.pth", {"window_size": 0}, "backbone.window_size=0: expected a whole number of cells from 1 to 64, or a list of four, one for each stage"),
+        ("small_swin", "timm", "x.pth", {}, "format=timm: timm has no swin_v2_tiny_patch2; format=safetensors keeps the names of this project"),
+        ("small_resnet", "torchvision", "x.pth", {}, "format=torchvision: torchvision has no resnet_tiny; format=safetensors keeps the names of this project"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(checkpoints, exported, tmp_path, name, file_format, output, settings, expected):
+    (tmp_path / "occupied").write_text("a file")
+    with pytest.raises(InputError) as error:
+        exported(name, file_format, output, **settings)
+    assert str(error.value).replace(str(checkpoints / f"{name}.ckpt"), "CKPT") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["occupied"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            {"state_dict": {}},
+            "holds no tensors by name, neither directly nor in an item state_dict or model",
+        ),
+        (
+            {"random_states": []}
+            | {key: {} for key in ("state_dict", "config", "figures")}
+            | {"hyper_parameters": {"decoder": {}}, "global_step": 0},
+            "written by moco.segment, and expected is one of moco.train",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_named(tmp_path, content, expected):
+    path = tmp_path / "x.ckpt"
+    torch.save(content, path)
+    with pytest.raises(InputError) as error:
+        run(ExportConfig(str(path), "torchvision", str(tmp_path / "x.pth")), tmp_path / "run")
+    assert str(error.value) == f"checkpoint={path}: {expected}"
+    assert [file.name for file in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_a_full_disk_is_a_failed_run(exported, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moco.runs.run_folder.write_atomically", fail)
+    with pytest.raises(RunError, match=r"^output=x\.pth: No space left on device$"):
+        exported("resnet18", "torchvision", "x.pth")
+
+
+def test_without_safetensors_the_way_out_is_named(exported, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for name, file_format in (("resnet18", "torchvision"), ("small_swin", "safetensors")):
+        with pytest.raises(InputError) as error:
+            exported(name, file_format, "x.safetensors")
+        assert str(error.value) == "safetensors is not installed: pip install moco-ssl[export]"
+
+
+def composed(*overrides):
+    register_schemas()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return parse(compose("export", list(overrides)), ExportConfig)
+
+
+def test_the_config_composes_and_names_what_is_missing():
+    config = composed("checkpoint=x", "format=timm", "output=y.pth", "backbone.window_size=[18,18,18,9]")
+    assert (config.encoder, config.backbone.window_size) == ("query", [18, 18, 18, 9])
+    for given, expected in (
+        (["format=timm", "output=y"], "checkpoint: missing; give checkpoint=VALUE"),
+        (["checkpoint=x", "format=timm"], "output: missing; give output=VALUE"),
+        (["checkpoint=x", "output=y"], "format: missing; give format=VALUE"),
+        (
+            ["checkpoint=x", "output=y", "format=tim"],
+            "format: unknown value 'tim'; did you mean 'timm'? (choices: safetensors, timm, torchvision)",
+        ),
+    ):
+        with pytest.raises(InputError) as error:
+            composed(*given)
+        assert str(error.value) == expected
+
+
+def test_the_program_leaves_the_file_and_a_record_of_the_command(checkpoints, tmp_path):
+    arguments = [f"checkpoint={checkpoints}/resnet18.ckpt", "format=torchvision", "output=out/x.pth"]
+    done = run_program("moco.export", *arguments, "hydra.run.dir=run", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "written to out/x.pth; to load it:\n" in done.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.pth"]
+    assert "output: out/x.pth" in (tmp_path / "run/.hydra/config.yaml").read_text()
+
+
+def evaluated(checkpoints, name, tmp_path, image_size, window_size=None):
+    from moco.evaluate import run as evaluate
+
+    config = EvaluateConfig(
+        str(checkpoints / f"{name}.ckpt"),
+        EvaluateDataConfig(image_size=image_size, num_images=20),
+        EvaluationConfig(num_neighbors=2, label_free=False, pictures=False),
+        accelerator="cpu",
+        backbone=PretrainedBackboneConfig(window_size=window_size),
+    )
+    evaluate(config, tmp_path / "run")
+    return json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+def test_evaluate_looks_through_windows_of_another_size(checkpoints, tmp_path, caplog):
+    caplog.set_level("INFO", logger="moco")
+    figures = evaluated(checkpoints, "small_swin", tmp_path, image_size=64)
+    assert (figures["image_size"], figures["window_size"]) == (64, 4)
+
+    def said():
+        """Without what every evaluation says."""
+        usual = ("embedded 20 pictures in ", "embedded 2 pictures in ")
+        return [message for message in caplog.messages if not message.startswith(usual)]
+
+    assert said() == [
+        "pretrained on 32 px with window 4; window 8 for 64 px: the four maps are padded 32, 16, 8, 4 (0.0% more cells): "
+        "backbone.window_size=8"
+    ]
+    caplog.clear()
+    figures = evaluated(checkpoints, "small_swin", tmp_path, image_size=64, window_size=[8, 8, 8, 4])
+    assert (figures["image_size"], figures["window_size"], said()) == (64, [8, 8, 8, 4], [])
+    assert evaluated(checkpoints, "small_swin", tmp_path, image_size=32)["window_size"] == 4
+    assert said() == []
+
+
+def test_evaluate_says_that_a_resnet_has_no_windows(checkpoints, tmp_path):
+    with pytest.raises(InputError) as error:
+        evaluated(checkpoints, "small_resnet", tmp_path, image_size=16, window_size=18)
+    assert str(error.value) == "backbone.window_size=18: this backbone has no attention windows"

@@ -1,0 +1,354 @@
+"""Our weights in the other libraries' own models: the same outputs, not only the same names."""
+
+import copy
+import functools
+import json
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import swin_transformer, vision_transformer
+
+from moco.errors import InputError
+from moco.models.backbones import build_backbone
+from moco.models.swin.attention import pretrained_window_of
+from moco.models.swin.backbone import rewindow
+from moco.weights.library_names import (
+    TIMM_MODELS,
+    counterpart,
+    from_timm,
+    from_torchvision,
+    read_backbone,
+    saved_coordinates,
+    to_timm,
+    to_torchvision,
+    write_backbone,
+)
+
+SMALL = ["resnet18", "swin_t", "swin_v2_t", "vit_small"]
+
+
+@functools.cache
+def randomised(name, window=None):
+    """A backbone in eval mode in which every tensor matters: V2 starts as the identity, with almost constant biases."""
+    backbone = build_backbone(name, window_size=window)
+    for key, tensor in backbone.state_dict().items():
+        if key.endswith("running_var"):
+            tensor.uniform_(0.5, 2)
+        elif tensor.ndim == 1 or key == "class_token":
+            tensor.normal_(1 if key.endswith("weight") else 0, 0.3)
+        elif key.endswith("logit_scale"):
+            tensor.uniform_(0, 6)  # some beyond the clamp at log 100 = 4.6
+        elif "cpb_mlp" in key or key.endswith("relative_position_bias_table"):
+            tensor.normal_(0, 0.5)
+        if "v2" in name and key.endswith("qkv.bias"):
+            tensor[len(tensor) // 3 : 2 * len(tensor) // 3] = 0  # training never touches the keys' part
+    return backbone.eval()
+
+
+def torchvision_model(name, weights, window=None, image_size=224):
+    """torchvision's model with the weights and without classifier, by its builder or else by its class."""
+    with torch.device("meta"):  # nothing of it but what the weights bring
+        if name == "vit_small":
+            model = vision_transformer.VisionTransformer(image_size, 16, 12, 12, 384, 1536)
+        elif name == "vit_b_16":
+            model = torchvision.models.vit_b_16(image_size=image_size)
+        elif window is None:
+            model = torchvision.models.get_model(name)
+        else:
+            version2 = name.startswith("swin_v2")
+            model = swin_transformer.SwinTransformer(
+                patch_size=[4, 4],
+                embed_dim=96,
+                depths=[2, 2, 6, 2],
+                num_heads=[3, 6, 12, 24],
+                window_size=[window, window],
+                block=swin_transformer.SwinTransformerBlockV2 if version2 else swin_transformer.SwinTransformerBlock,
+                downsample_layer=swin_transformer.PatchMergingV2 if version2 else swin_transformer.PatchMerging,
+            )
+        classifier = "fc" if "resnet" in name else "heads" if "vit" in name else "head"
+        setattr(model, classifier, nn.Identity())
+    if weights is not None:
+        model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval()
+
+
+def timm_model(name, weights, **settings):
+    settings |= {"num_heads": 12} if "vit" in name else {}  # not timm's own for vit_small
+    model = pytest.importorskip("timm").create_model(TIMM_MODELS[name], num_classes=0, **settings)
+    model.load_state_dict(weights, strict=True)
+    return model.eval()
+
+
+def difference(model, backbone, size):
+    """The largest difference of the features over the largest feature, for random images."""
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected, got = backbone(images), model(images)
+    assert got.shape == (2, backbone.feature_dim)
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+# Image sizes without padding, where the libraries have no defect; 128 px is the smallest for window 4.
+CASES = [("resnet18", None, 65), ("resnet50", None, 64), ("swin_t", 4, 128), ("swin_v2_t", 4, 128)]
+
+
+@pytest.mark.parametrize(("name", "window", "size"), CASES)
+def test_torchvisions_own_model_gives_our_outputs(name, window, size):
+    backbone = randomised(name, window)
+    assert difference(torchvision_model(name, to_torchvision(backbone), window), backbone, size) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "window", "size"), CASES)
+def test_timms_own_model_gives_our_outputs(name, window, size):
+    backbone = randomised(name, window)
+    settings = {"img_size": size, "window_size": window} if window else {}
+    assert difference(timm_model(name, to_timm(backbone, size), **settings), backbone, size) < 1e-4
+
+
+@torch.no_grad()
+def test_torchvisions_vit_b_16_gives_our_outputs_at_its_own_size():
+    backbone = randomised("vit_b_16")
+    model = torchvision_model("vit_b_16", to_torchvision(backbone))
+    images = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(model(images), backbone(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_vit_agrees_at_another_size_in_both_libraries():
+    backbone = randomised("vit_small")
+    assert difference(torchvision_model("vit_small", to_torchvision(backbone, 64), image_size=64), backbone, 64) < 1e-5
+    assert difference(timm_model("vit_small", to_timm(backbone, 64), img_size=64), backbone, 64) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("partial_patches", ["complete", "drop"])
+def test_an_incomplete_patch_of_a_vit_counts_as_in_the_backbone(partial_patches):
+    backbone = build_backbone("vit_small", partial_patches=partial_patches).eval()
+    model = torchvision_model(
+        "vit_small", to_torchvision(backbone, 40), image_size=48 if partial_patches == "complete" else 32
+    )
+    images = torch.randn(1, 3, 40, 40)
+    whole = nn.functional.pad(images, (0, 8, 0, 8)) if partial_patches == "complete" else images[..., :32, :32]
+    torch.testing.assert_close(model(whole), backbone(images), rtol=1e-5, atol=1e-5)
+
+
+def supervised_vit(side):
+    """torchvision's ViT as supervised training leaves it: with learned positions, and a classifier."""
+    model = vision_transformer.VisionTransformer(side * 16, 16, 12, 12, 384, 1536, num_classes=5)
+    nn.init.normal_(model.encoder.pos_embedding, std=0.5)
+    nn.init.normal_(model.class_token)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_learned_positions_of_another_library_are_kept_or_refused():
+    theirs = supervised_vit(3)
+    weights = theirs.state_dict()
+    learned = build_backbone("vit_small", learned_positions=3).eval()
+    learned.load_state_dict(from_torchvision(weights, learned))
+    theirs.heads = nn.Identity()
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(learned(images), theirs(images), rtol=1e-5, atol=1e-5)
+    exported = torchvision_model("vit_small", to_torchvision(learned, 48), image_size=48)
+    torch.testing.assert_close(exported(images), theirs(images), rtol=1e-5, atol=1e-5)
+
+    fixed = build_backbone("vit_small")
+    in_timm = to_timm(learned, 48)
+    for read, found in ((from_torchvision, weights), (from_timm, in_timm)):
+        with pytest.raises(InputError) as error:
+            read(found, fixed)
+        assert str(error.value) == (
+            "the weights have learned positions on a grid of 3 x 3 cells, and this backbone has fixed ones; set "
+            "backbone.learned_positions=3"
+        )
+
+
+@torch.no_grad()
+def test_learned_positions_are_resized_to_the_backbones_grid_as_timm_does():
+    theirs = supervised_vit(4)
+    wider = build_backbone("vit_small", learned_positions=6).eval()
+    wider.load_state_dict(from_torchvision(theirs.state_dict(), wider))
+    same = build_backbone("vit_small", learned_positions=4).eval()
+    same.load_state_dict(from_torchvision(theirs.state_dict(), same))
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, img_size=64, dynamic_img_size=True)
+    model.load_state_dict(to_timm(same, 64))
+    images = torch.randn(1, 3, 96, 96)
+    for ours in (wider, same):
+        torch.testing.assert_close(ours(images), model.eval()(images), rtol=1e-4, atol=1e-4)
+
+
+def test_our_fixed_positions_are_recognised_in_the_weights_of_others():
+    ours = build_backbone("vit_tiny_patch4")
+    for there, back in ((to_torchvision, from_torchvision), (to_timm, from_timm)):
+        for image_size in (32, 224):
+            assert back(there(ours, image_size), ours).keys() == ours.state_dict().keys()
+
+
+@pytest.mark.parametrize(("name", "normaliser"), [("swin_t", {}), ("swin_v2_t", {"pretrained_window_sizes": [4] * 4})])
+def test_timm_agrees_where_it_cuts_the_window_down_to_the_map(name, normaliser):
+    backbone = randomised(name, 4)  # in maps of 16, 8, 4 and 2 cells
+    model = timm_model(name, to_timm(backbone, 64), img_size=64, window_size=4, **normaliser)
+    assert difference(model, backbone, 64) < 1e-4
+
+
+def test_rewindowed_weights_keep_their_biases_in_both_libraries():
+    backbone = rewindow(copy.deepcopy(randomised("swin_v2_t", 4)), 8)
+    weights = to_torchvision(backbone)
+    assert difference(torchvision_model("swin_v2_t", weights), backbone, 256) < 1e-5
+    settings = {"img_size": 256, "window_size": 8, "pretrained_window_sizes": [4] * 4}
+    assert difference(timm_model("swin_v2_t", to_timm(backbone), **settings), backbone, 256) < 1e-4
+
+
+def test_torchvisions_own_coordinates_stretch_the_biases():
+    """The control: the test above would find a table that is normalised by the new window."""
+    backbone = rewindow(copy.deepcopy(randomised("swin_v2_t", 4)), 8)
+    stretched = saved_coordinates((8, 8), (8, 8))
+    weights = {name: stretched if name.endswith("coords_table") else x for name, x in to_torchvision(backbone).items()}
+    assert difference(torchvision_model("swin_v2_t", weights), backbone, 128) > 1e-3
+
+
+def test_timm_takes_a_window_for_each_stage():
+    backbone = rewindow(copy.deepcopy(randomised("swin_v2_t", 4)), [8, 4, 4, 2])
+    settings = {"img_size": 128, "window_size": [8, 4, 4, 2], "pretrained_window_sizes": [4] * 4}
+    assert difference(timm_model("swin_v2_t", to_timm(backbone, 128), **settings), backbone, 128) < 1e-4
+
+
+def shapes(weights):
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("name", TIMM_MODELS)
+def test_names_and_shapes_are_those_of_the_libraries(name):
+    theirs = torchvision_model(name, None)
+    with torch.device("meta"):
+        backbone = build_backbone(name, window_size=8 if "v2" in name else None)
+    weights = to_torchvision(backbone)
+    assert shapes(weights) == shapes(theirs.state_dict())
+    assert shapes(from_torchvision(theirs.state_dict() | weights, backbone)) == shapes(backbone.state_dict())
+
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        theirs = timm.create_model(TIMM_MODELS[name])
+    named = {key: shape for key, shape in shapes(theirs.state_dict()).items() if not key.startswith(("fc.", "head."))}
+    assert shapes(to_timm(backbone)) == named
+    positions = {"pos_embed": to_timm(backbone)["pos_embed"]} if "vit" in name else {}  # fixed ones, and not on meta
+    assert shapes(from_timm(theirs.state_dict() | positions, backbone)) == shapes(backbone.state_dict())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_weights_come_back_to_the_bit(name):
+    backbone = randomised(name)
+    ours = backbone.state_dict()
+    for there, back in ((to_torchvision, from_torchvision), (to_timm, from_timm)):
+        returned = back(there(backbone) | {"fc.weight": torch.zeros(1), "head.bias": torch.zeros(1)}, backbone)
+        assert returned.keys() == ours.keys()
+        assert all(torch.equal(returned[key], ours[key]) for key in ours)
+
+
+def test_the_tables_for_torchvision_are_its_own_to_the_bit():
+    ours = to_torchvision(build_backbone("swin_v2_tiny_patch2", window_size=7))
+    theirs = swin_transformer.ShiftedWindowAttentionV2(8, [7, 7], [0, 0], num_heads=2).state_dict()
+    for name in ("relative_coords_table", "relative_position_index"):
+        assert torch.equal(ours[f"features.1.0.attn.{name}"], theirs[name])
+    for window in range(2, 33):
+        theirs = swin_transformer.ShiftedWindowAttentionV2(8, [window, window], [0, 0], num_heads=2)
+        assert torch.equal(saved_coordinates((window, window), (window, window)), theirs.relative_coords_table)
+
+
+def test_the_pretraining_window_is_read_off_the_coordinates():
+    for pretrained in range(2, 65):
+        for window in (2, pretrained, 64):
+            assert pretrained_window_of(saved_coordinates((window, 9), (pretrained, 3))) == (pretrained, 3)
+    assert pretrained_window_of(saved_coordinates((1, 1), (1, 1))) is None
+
+
+def test_weights_of_another_pretraining_window_are_refused():
+    weights = to_torchvision(rewindow(build_backbone("swin_v2_tiny_patch2", window_size=4), 8))
+    right = build_backbone("swin_v2_tiny_patch2", window_size=8, pretrained_window_size=4)
+    right.load_state_dict(from_torchvision(weights, right))
+    with pytest.raises(InputError) as error:
+        from_torchvision(weights, build_backbone("swin_v2_tiny_patch2", window_size=8))
+    assert str(error.value) == (
+        "the weights were pretrained with windows of 4 x 4 cells, and pretrained_window_size=8 would stretch their position "
+        "biases; set pretrained_window_size=4"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"name": "resnet18", "stem": "cifar"}, "resnet18 with stem=cifar"),
+        ({"name": "resnet18", "stem": "solo_cifar"}, "resnet18 with stem=solo_cifar"),
+        ({"name": "resnet_tiny", "stem": None}, "resnet_tiny"),
+        ({"name": "swin_v2_tiny_patch2"}, "swin_v2_tiny_patch2"),
+        ({"name": "vit_tiny_patch4"}, "vit_tiny_patch4"),
+    ],
+)
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_an_architecture_without_counterpart_is_named(settings, named, library):
+    with pytest.raises(InputError) as error:
+        counterpart(settings, library)
+    assert str(error.value) == (
+        f"format={library}: {library} has no {named}; format=safetensors keeps the names of this project"
+    )
+
+
+def test_torchvision_has_one_window_for_all_stages():
+    with pytest.raises(InputError) as error:
+        to_torchvision(build_backbone("swin_v2_tiny_patch2", window_size=[8, 8, 4, 4]))
+    assert str(error.value) == (
+        "backbone.window_size=[8, 8, 4, 4]: torchvision's models have one window for all stages; format=timm and "
+        "format=safetensors take one for each"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "window"),
+    [
+        ({"name": "resnet_tiny", "stem": "cifar", "window_size": None}, None),
+        ({"name": "resnet_tiny", "stem": "solo_cifar"}, None),
+        ({"name": "swin_tiny_patch2", "window_size": 4}, 6),
+        ({"name": "swin_v2_tiny_patch2", "window_size": 4, "stochastic_depth": 0.1}, [8, 8, 6, 4]),
+        ({"name": "vit_tiny_patch4", "learned_positions": 5, "num_heads": 2}, None),
+    ],
+)
+def test_a_file_of_our_own_rebuilds_the_backbone(settings, window, tmp_path):
+    pytest.importorskip("safetensors")
+    backbone = build_backbone(**settings).eval()
+    for tensor in backbone.parameters():
+        nn.init.normal_(tensor, std=0.1)
+    if window:
+        rewindow(backbone, window)
+    path = tmp_path / "backbone.safetensors"
+    path.write_bytes(write_backbone(backbone, settings, {"image_size": 32, "mean": [0.5, 0.5, 0.5]}))
+    rebuilt, about = read_backbone(path)
+    images = torch.randn(2, 3, 40, 33)
+    with torch.no_grad():
+        assert torch.equal(rebuilt(images), backbone(images))
+    assert (about["image_size"], about["mean"]) == (32, [0.5, 0.5, 0.5])
+    assert about["backbone"].get("window_size") == window
+    assert about["backbone"].get("pretrained_window_size") == (4 if "v2" in settings["name"] else None)
+
+
+def test_files_that_are_not_ours_are_named(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    path = tmp_path / "x.safetensors"
+
+    def complaint():
+        with pytest.raises(InputError) as error:
+            read_backbone(path)
+        return str(error.value).replace(str(path), "FILE")
+
+    assert complaint() == "FILE: no such file"
+    path.write_bytes(b"something else")
+    assert complaint().startswith("FILE: damaged, or no safetensors file (")
+    save_file({"x": torch.zeros(1)}, path)
+    foreign = "FILE: not written by moco.export format=safetensors (its metadata describe no backbone)"
+    assert complaint() == foreign
+    for metadata in ({"author": "someone"}, {"backbone": "resnet50"}, {"backbone": "[1]"}, {"backbone": "{}"}):
+        save_file({"x": torch.zeros(1)}, path, metadata)
+        assert complaint() == foreign
+    save_file({"x": torch.zeros(1)}, path, {"backbone": json.dumps({"name": "resnet_tiny"})})
+    assert complaint().startswith("FILE: the weights do not fit the backbone that its metadata describe (")
