@@ -1,4 +1,4 @@
-"""Features of any pictures: ``python -m moco.embed checkpoint=PATH data=images data.root=PATH output=FILE.npz``."""
+"""Features of any images: ``python -m moco.embed checkpoint=PATH data=images data.root=PATH output=FILE.npz``."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor, nn
 
-    from moco.data.loading.image_sets import PictureSet
+    from moco.data.loading.image_sets import ImageSet
     from moco.data.sources.registry import DataSource
     from moco.evaluation.feature_parts import FeatureParts
 
@@ -35,12 +35,12 @@ FREE = ("download", "max_bad_fraction", "num_images", "num_workers")
 def run(config: EmbedConfig, folder: Path) -> None:
     """Write the file and its index; `folder` keeps a record of the config.
 
-    The file holds ``features`` (M, D) float32, not normalised, ``names`` (M,) of the pictures, files by their paths, and
-    where the data set has them ``labels`` (M,) int64. Unreadable pictures are left out and named in the log. Until all is
+    The file holds ``features`` (M, D) float32, not normalised, ``names`` (M,) of the images, files by their paths, and
+    where the data set has them ``labels`` (M,) int64. Unreadable images are left out and named in the log. Until all is
     done the features are in a folder beside it, from which the same command goes on.
 
     Raises:
-        InputError: the checkpoint cannot be used, the data set has no such pictures, or the file cannot be written.
+        InputError: the checkpoint cannot be used, the data set has no such images, or the file cannot be written.
         RunError: features are not finite, or the machine gave out.
     """
     from rich.console import Console
@@ -75,7 +75,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     )
     data["image_size"] = data["image_size"] or source.image_size
     log_window_advice(pretrained, given, data["image_size"])
-    pictures = pictures_of(source, config.split, data["name"])
+    images = images_of(source, config.split, data["name"])
 
     transform = with_defaults(config.augmentation, of_run["augmentation"])
     encode = encoding(pretrained.encoder, config.feature, transform, device)
@@ -91,27 +91,27 @@ def run(config: EmbedConfig, folder: Path) -> None:
             "data": {key: value for key, value in data.items() if key not in FREE},
         },
         "weights": hash_of(pretrained.encoder),
-        "data": pictures.fingerprint(),
+        "data": images.fingerprint(),
     }
     parts_folder = output.with_name(f"{output.name}.part")
     console = Console()
     kept = f"what is done is kept in {parts_folder}, and the same command goes on there"
     failures_named = partial(failures_without_training_named, "batch_size")
     with taken(parts_folder), interruptible(), failures_named(kept, place="output=FILE.npz"):
-        parts = FeatureParts(parts_folder, about, pictures.start)
+        parts = FeatureParts(parts_folder, about, images.start)
         num_workers = config.data.num_workers
         if num_workers is None:
-            num_workers = 0 if pictures.is_in_memory else min(USUAL_WORKERS, cores_of(1))
+            num_workers = 0 if images.is_in_memory else min(USUAL_WORKERS, cores_of(1))
         crop = evaluation_crop(data["image_size"], data["crop_ratio"])
-        loader = pictures.batches(parts.state.end, crop, data["image_size"], config.batch_size, num_workers, device)
-        embed(encode, loader, parts, len(pictures), data["max_bad_fraction"], console)
+        loader = images.batches(parts.state.end, crop, data["image_size"], config.batch_size, num_workers, device)
+        embed(encode, loader, parts, len(images), data["max_bad_fraction"], console)
         if not parts.state.num_rows:
-            raise InputError(f"data.root={data['root']}: no pictures in there")
-        said = write_files(output, parts, config.index, pictures.has_labels)
+            raise InputError(f"data.root={data['root']}: no images in there")
+        said = write_files(output, parts, config.index, images.has_labels)
         remove_parts(parts_folder)
     with failures_named(), claimed(folder, dataclasses.asdict(config)):
         save_hydra_files(folder)
-    report(config, data, parts, pictures.has_labels, said, console)
+    report(config, data, parts, images.has_labels, said, console)
 
 
 def check_files(output: Path) -> None:
@@ -128,8 +128,8 @@ def index_of(output: Path) -> Path:
     return output.with_suffix(".faiss")
 
 
-def pictures_of(source: "DataSource", split: str, name: str) -> "PictureSet":
-    """The pictures of a split, with labels if all of them have one.
+def images_of(source: "DataSource", split: str, name: str) -> "ImageSet":
+    """The images of a split, with labels if all of them have one.
 
     Raises:
         InputError: the data set has none that are held out.
@@ -137,15 +137,15 @@ def pictures_of(source: "DataSource", split: str, name: str) -> "PictureSet":
     import numpy as np
 
     from moco.data.loading.image_sets import IndexedSet, ShardedSet
-    from moco.data.loading.streams import ShardedPictures
+    from moco.data.loading.streams import ShardedImages
     from moco.data.sources.registry import Labelled
 
     side = source.bank if split == "train" else source.queries
     if split == "test" and side is None:
-        raise InputError(f"split=test: data={name} has no pictures that are held out")
-    if isinstance(source.train, ShardedPictures):
+        raise InputError(f"split=test: data={name} has no images that are held out")
+    if isinstance(source.train, ShardedImages):
         return ShardedSet(source.train)
-    if side is not None and (split == "test" or len(side.pictures) == len(source.train)):
+    if side is not None and (split == "test" or len(side.images) == len(source.train)):
         return IndexedSet(side, has_labels=True)
     labels = labels_of_both_sides(source)
     if labels is not None:
@@ -154,15 +154,15 @@ def pictures_of(source: "DataSource", split: str, name: str) -> "PictureSet":
 
 
 def labels_of_both_sides(source: "DataSource") -> "ndarray | None":
-    """Labels (M,) int64 of training pictures that are shared out among bank and queries; None where they are not."""
+    """Labels (M,) int64 of training images that are shared out among bank and queries; None where they are not."""
     import numpy as np
 
     if source.bank is None or source.queries is None:
         return None
     sides = (source.bank, source.queries)
-    if sum(len(side.pictures) for side in sides) != len(source.train):
+    if sum(len(side.images) for side in sides) != len(source.train):
         return None
-    label_of = {side.pictures.name(row): label for side in sides for row, label in enumerate(side.labels)}
+    label_of = {side.images.name(row): label for side in sides for row, label in enumerate(side.labels)}
     labels = [label_of.get(source.train.name(row)) for row in range(len(source.train))]
     return None if None in labels else np.array(labels, dtype=np.int64)
 
@@ -176,7 +176,7 @@ def hash_of(encoder: "nn.Module") -> str:
 
 
 def encoding(encoder: Any, feature: str, transform: dict[str, Any], device: Any) -> "Callable[[Tensor], ndarray]":
-    """From 8-bit pictures (N, 3, S, S) to features (N, D), computed on `device` in float32.
+    """From 8-bit images (N, 3, S, S) to features (N, D), computed on `device` in float32.
 
     Args:
         transform: mean and std of the pixels.
@@ -200,28 +200,28 @@ def embed(
     encode: "Callable[[Tensor], ndarray]",
     loader: Any,
     parts: "FeatureParts",
-    num_pictures: int,
+    num_images: int,
     max_bad_fraction: float,
     console: "Console",
 ) -> None:
-    """Add the features of all batches of a `moco.data.loading.image_sets.PictureSet` to the parts.
+    """Add the features of all batches of a `moco.data.loading.image_sets.ImageSet` to the parts.
 
     Raises:
-        InputError: unreadable pictures are more than `max_bad_fraction` of `num_pictures`.
+        InputError: unreadable images are more than `max_bad_fraction` of `num_images`.
         RunError: features are not finite.
     """
     import numpy as np
 
-    from moco.cli.image_progress import PictureProgress
+    from moco.cli.image_progress import ImageProgress
     from moco.data.files.bad_fraction import check_bad_fraction
     from moco.runs.interrupts import ENDING, held_back
 
     bad = parts.unreadable()
     done = parts.state.num_rows + len(bad)
     if done:
-        log.info("going on after %s of %s pictures", f"{done:,}", f"{num_pictures:,}")
-    check_bad_fraction(bad, num_pictures, max_bad_fraction)
-    with parts, PictureProgress(console, "embedding", done, num_pictures) as progress:
+        log.info("going on after %s of %s images", f"{done:,}", f"{num_images:,}")
+    check_bad_fraction(bad, num_images, max_bad_fraction)
+    with parts, ImageProgress(console, "embedding", done, num_images) as progress:
         with held_back(ENDING):  # a loader that is interrupted while it starts complains about itself when it goes
             arriving = iter(loader)
         for batch in arriving:
@@ -233,20 +233,20 @@ def embed(
             parts.add(features, batch.names, batch.labels.numpy(), unreadable, batch.end)
             if unreadable:
                 bad += unreadable
-                check_bad_fraction(bad, num_pictures, max_bad_fraction)
+                check_bad_fraction(bad, num_images, max_bad_fraction)
             progress.say(parts.state.num_rows + len(bad))
 
 
 def check_finite(features: "ndarray", names: list[str]) -> None:
-    """Raises RunError if features (N, D) are not finite; names the first ten pictures."""
+    """Raises RunError if features (N, D) are not finite; names the first ten images."""
     import numpy as np
 
     rows = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if len(rows):
         first = ", ".join(printable(names[row]) for row in rows[:10])
         raise RunError(
-            f"the features of {len(rows)} pictures are not finite, of {first}; the checkpoint's weights are damaged, or too "
-            "large for these pictures"
+            f"the features of {len(rows)} images are not finite, of {first}; the checkpoint's weights are damaged, or too "
+            "large for these images"
         )
 
 
@@ -275,7 +275,7 @@ def report(
     num_rows, width = parts.state.num_rows, parts.state.feature_dim
     labels = f", labels {(num_rows,)}" if has_labels else ""
     rows = [
-        ("pictures", f"{num_rows:,}, {config.split} of {data['name']}, {data['image_size']} px"),
+        ("images", f"{num_rows:,}, {config.split} of {data['name']}, {data['image_size']} px"),
         ("features", f"{config.feature} of the {config.encoder} encoder, {width} wide"),
         ("arrays", f"features {(num_rows, width)}, names {(num_rows,)}{labels}"),
         ("index", index),

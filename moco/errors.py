@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """The user's input is wrong: a key, a path, a picture, a checkpoint. Exit code 2."""
+    """The user's input is wrong: a key, a path, an image, a checkpoint. Exit code 2."""
 
 
 class RunError(RuntimeError):

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moco.data.sources.packing import Pool
-    from moco.data.sources.registry import DataSource, Pictures
+    from moco.data.sources.registry import DataSource, Images
 
 log = logging.getLogger("moco.pack")  # __name__ is __main__ under python -m
 
 SECONDS_BETWEEN_LINES = 10.0
-SAMPLE = 512  # pictures that are timed,
+SAMPLE = 512  # images that are timed,
 BLOCK = 16  # so many at once
 
 
@@ -41,9 +41,9 @@ def run(config: PackConfig, folder: Path) -> None:
 
     Raises:
         InputError: the source cannot be read, or the output folder holds something else.
-        RunError: the disk is full, or pictures of the copy differ.
+        RunError: the disk is full, or images of the copy differ.
     """
-    from moco.data.loading.streams import NO_INDEX, ShardedPictures
+    from moco.data.loading.streams import NO_INDEX, ShardedImages
     from moco.data.sources.packing import Pool
     from moco.data.sources.registry import build_source
     from moco.runs.run_folder import claimed
@@ -51,7 +51,7 @@ def run(config: PackConfig, folder: Path) -> None:
     data = dataclasses.asdict(config.data)
     max_bad_fraction, resize = data.pop("max_bad_fraction"), data.pop("resize")
     source = build_source(**data)
-    if isinstance(source.train, ShardedPictures):
+    if isinstance(source.train, ShardedImages):
         raise InputError(NO_INDEX)
     pool = Pool(source)
     output = Path(config.output)
@@ -122,7 +122,7 @@ def begun(output: Path, config: PackConfig, pool: "Pool", source: "DataSource") 
         different = differences(there, here)
         if not different and index["source"] != fingerprint:
             different = [
-                f"the source: {index['source']['pictures']} pictures there, {fingerprint['pictures']} here, or others"
+                f"the source: {index['source']['images']} images there, {fingerprint['images']} here, or others"
             ]
         if different:
             raise InputError(f"output={output}: holds another copy: {'; '.join(different)}; choose another folder")
@@ -177,7 +177,7 @@ def write(config: PackConfig, index: dict[str, Any], pool: "Pool", max_bad_fract
     """Write what is missing.
 
     Raises:
-        InputError: too many pictures cannot be read.
+        InputError: too many images cannot be read.
     """
     from moco.data.files.bad_fraction import check_bad_fraction
     from moco.data.sources.packed_writer import Writer
@@ -186,7 +186,7 @@ def write(config: PackConfig, index: dict[str, Any], pool: "Pool", max_bad_fract
     quality = config.quality if index["format"] == "shards" else None
     with Writer(Path(config.output), index, pool, config.max_shard_bytes) as writer:
         if writer.done:
-            log.info("going on after %s of %s pictures", f"{writer.done:,}", f"{len(pool):,}")
+            log.info("going on after %s of %s images", f"{writer.done:,}", f"{len(pool):,}")
         skipped = [pool.name(row) for row, _ in writer.skipped]
         check_bad_fraction(skipped, len(pool), max_bad_fraction)
         progress = Progress(writer.done, len(pool))
@@ -195,7 +195,7 @@ def write(config: PackConfig, index: dict[str, Any], pool: "Pool", max_bad_fract
             arriving = iter(loader)
         for chunk in arriving:
             for row, reason in chunk.skipped:
-                log.warning("skipped an unreadable picture: %s", reason)
+                log.warning("skipped an unreadable image: %s", reason)
                 skipped.append(pool.name(row))
             writer.add(chunk)
             check_bad_fraction(skipped, len(pool), max_bad_fraction)
@@ -217,7 +217,7 @@ class Progress:
         self.said = now
         rate = (done - self.start) / (now - self.began)
         minutes = (self.total - done) / rate / 60
-        log.info("%s of %s pictures, %.0f a second, %.0f minutes left", f"{done:,}", f"{self.total:,}", rate, minutes)
+        log.info("%s of %s images, %.0f a second, %.0f minutes left", f"{done:,}", f"{self.total:,}", rate, minutes)
 
 
 def report(config: PackConfig, index: dict[str, Any], source: "DataSource", pool: "Pool", resize: int | None) -> None:
@@ -230,11 +230,11 @@ def report(config: PackConfig, index: dict[str, Any], source: "DataSource", pool
     copy = packed(config.output, config.data.max_image_pixels)
     num_bytes = sum(part["bytes"] for part in index["parts"])
     num_skipped = sum(len(part["skipped"]) for part in index["parts"])
-    before, after = seconds_per_picture(source, copy)
+    before, after = seconds_per_image(source, copy)
     kept = [name for name in ("bank", "queries") if getattr(copy, name) is not None]
-    times = f"{before * 1e3:.2f} ms a picture from the source, {after * 1e3:.2f} from the copy"
+    times = f"{before * 1e3:.2f} ms an image from the source, {after * 1e3:.2f} from the copy"
     rows = [
-        ("pictures", f"{len(copy.train):,} to train on, {num_skipped} unreadable left out"),
+        ("images", f"{len(copy.train):,} to train on, {num_skipped} unreadable left out"),
         ("labels", ", ".join(kept) or "none"),
         ("format", f"{index['format']}, {num_bytes / 1e9:,.2f} GB in {len(index['parts'])} parts"),
         ("size", "as it was" if resize is None else f"shorter side at most {resize} px"),
@@ -245,26 +245,26 @@ def report(config: PackConfig, index: dict[str, Any], source: "DataSource", pool
     console.print(f"train with data=packed data.root={config.output}", soft_wrap=True, highlight=False, markup=False)
 
 
-def seconds_per_picture(source: "DataSource", copy: "DataSource") -> tuple[float, float]:
-    """The time to decode and cut two views, from the source and from the copy, over the same pictures in turn.
+def seconds_per_image(source: "DataSource", copy: "DataSource") -> tuple[float, float]:
+    """The time to decode and cut two views, from the source and from the copy, over the same images in turn.
 
     Both come from the page cache as far as that holds them: this is computing, without waiting for a disk.
     """
     import torch
 
     from moco.data.augment.views import ViewPair
-    from moco.data.sources.packed import PackedPictures
+    from moco.data.sources.packed import PackedImages
 
-    assert isinstance(copy.train, PackedPictures)
+    assert isinstance(copy.train, PackedImages)
     crop = {"random_resized_crop": {"scale": [0.2, 1]}}
     pair = ViewPair(crop, crop, [0.5] * 3, [0.5] * 3, copy.image_size, seed=0)
     places = torch.linspace(0, len(copy.train) - 1, min(SAMPLE, len(copy.train))).long()
     rows = copy.train.table["rows"][places]
 
-    def seconds(pictures: "Pictures", indices: "Tensor") -> float:
+    def seconds(images: "Images", indices: "Tensor") -> float:
         views = pair.empty_views(len(indices))
         began = time.perf_counter()
-        pair.on_pictures([pictures.opened(index) for index in indices.tolist()], 0, indices, views)
+        pair.on_images([images.opened(index) for index in indices.tolist()], 0, indices, views)
         return time.perf_counter() - began
 
     seconds(source.train, rows[:1])  # the first one also pays for what is loaded once
@@ -292,7 +292,7 @@ def check(output: Path, pool: "Pool") -> None:
     num_skipped = sum(len(part["skipped"]) for part in index["parts"])
     if len(copy) + num_skipped != len(pool):
         raise RunError(
-            f"{output}: made of {len(copy) + num_skipped} pictures, and the source has {len(pool)}; pack it anew"
+            f"{output}: made of {len(copy) + num_skipped} images, and the source has {len(pool)}; pack it anew"
         )
     progress = Progress(0, len(copy))
     differing = []
@@ -302,12 +302,12 @@ def check(output: Path, pool: "Pool") -> None:
         progress.say(number)
     if differing:
         first = ", ".join(map(printable, differing[:10]))
-        raise RunError(f"{output}: {len(differing)} of {len(copy)} pictures are not as they were written: {first}")
+        raise RunError(f"{output}: {len(differing)} of {len(copy)} images are not as they were written: {first}")
     shards = damaged_shards(output, index)
     if shards:
-        raise RunError(f"{output}: between its pictures other than it was written: {', '.join(shards[:10])}")
+        raise RunError(f"{output}: between its images other than it was written: {', '.join(shards[:10])}")
     log.info(
-        "%s: all %s pictures are as they were written, and the source's by name and number", output, f"{len(copy):,}"
+        "%s: all %s images are as they were written, and the source's by name and number", output, f"{len(copy):,}"
     )
 
 

@@ -1,4 +1,4 @@
-"""A picture of pairs as the model will see them: ``python -m moco.preview +experiment=NAME output=FILE.png``.
+"""An image of pairs as the model will see them: ``python -m moco.preview +experiment=NAME output=FILE.png``.
 
 It takes every setting of ``moco.train``. The pairs are the first ones of a run with these settings, made by its own engine.
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from moco.data.files.decoding import EncodedPicture
+    from moco.data.files.decoding import EncodedImage
     from moco.data.loading.datamodule import PretrainingData
 
 SMALLEST = 112  # px; smaller views are enlarged, so that what is written beside them has room
@@ -22,10 +22,10 @@ LINE, MARGIN, TEXT = 15, 8, 430  # px: height of a line of text, space around, w
 
 
 def run(config: PreviewConfig, folder: Path) -> None:
-    """Draw the picture; nothing is kept in `folder`.
+    """Draw the image; nothing is kept in `folder`.
 
     Raises:
-        InputError: something in the config does not fit the data, or the picture cannot be written.
+        InputError: something in the config does not fit the data, or the image cannot be written.
     """
     output = Path(config.output)
     if output.suffix.lower() != ".png":
@@ -34,40 +34,40 @@ def run(config: PreviewConfig, folder: Path) -> None:
     from moco.train import build_data
 
     data = build_data(config)
-    pictures = data.first_pictures(config.num_pairs)
-    picture = sheet(data, pictures)
+    images = data.first_images(config.num_pairs)
+    image = sheet(data, images)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(output)
+        image.save(output)
     except OSError as error:
         raise InputError(f"output={config.output}: {error.strerror or error}") from error
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()  # made by Hydra
-    print(f"{len(pictures)} pairs in {output}")
+    print(f"{len(images)} pairs in {output}")
 
 
-def sheet(data: "PretrainingData", pictures: "list[tuple[int, EncodedPicture, str]]") -> "Image.Image":
+def sheet(data: "PretrainingData", images: "list[tuple[int, EncodedImage, str]]") -> "Image.Image":
     """A row for each pair: query view, its numbers, key view, its numbers."""
     from PIL import Image, ImageDraw, ImageFont
 
-    columns = [as_pictures(views, data) for views in data.pairs(pictures)]
-    words = [data.augment.described(0, index, encoded.size) for index, encoded, _ in pictures]
+    columns = [as_images(views, data) for views in data.pairs(images)]
+    words = [data.augment.described(0, index, encoded.size) for index, encoded, _ in images]
     lines = max(len(described) for row in words for described in row) + 2
     side_length = columns[0][0].height
     height, width = max(side_length, lines * LINE) + MARGIN, side_length + 2 * MARGIN + TEXT
-    picture = Image.new("RGB", (2 * width, len(words) * height + MARGIN), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    image = Image.new("RGB", (2 * width, len(words) * height + MARGIN), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     for row, described in enumerate(words):
         for side, name in enumerate(("query", "key")):
             left, top = side * width + MARGIN, row * height + MARGIN
-            picture.paste(columns[side][row], (left, top))
-            for number, text in enumerate([f"{name} of {Path(pictures[row][2]).name}", *described[side]]):
+            image.paste(columns[side][row], (left, top))
+            for number, text in enumerate([f"{name} of {Path(images[row][2]).name}", *described[side]]):
                 place = (left + side_length + MARGIN, top + number * LINE)
                 pen.text(place, text.replace("_", " "), "black" if number else "gray", font)
-    return picture
+    return image
 
 
-def as_pictures(views: "Tensor", data: "PretrainingData") -> "list[Image.Image]":
+def as_images(views: "Tensor", data: "PretrainingData") -> "list[Image.Image]":
     """Normalised views (N, 3, S, S) as what they show."""
     import torch
     from torchvision.transforms.v2.functional import to_pil_image

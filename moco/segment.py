@@ -291,7 +291,7 @@ def build_trainer(
             figures,
             inference=config.inference,
             every_n_epochs=config.evaluation.every_n_epochs,
-            num_pictures=config.evaluation.num_pictures,
+            num_images=config.evaluation.num_plotted_images,
             should_stop=lambda: bool(stop),
         ),
         RunDescription(folder, plain, ["segment/miou", "epoch/loss"]),
@@ -311,7 +311,7 @@ def close(console: Any, folder: Path, figures: dict[str, Any], data: "Segmentati
         rows.append(("loss of the last epoch", f"{figures['train/loss']:.4f}"))
         rows.append(("images per second", f"{figures['images_per_second']:,.1f}"))
     if "segment/miou" in figures:
-        how = f"{figures['segment/num_images']:,} pictures, inference={figures['segment/inference']}"
+        how = f"{figures['segment/num_images']:,} images, inference={figures['segment/inference']}"
         rows.append(("measured on", how))
         rows.append(("mIoU", f"{figures['segment/miou']:.4f}"))
         rows.append(("pixel accuracy", f"{figures['segment/pixel_accuracy']:.4f}"))

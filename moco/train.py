@@ -15,7 +15,7 @@ from moco.cli.checks import (
     check_resolution_ramp,
     check_resumable,
     check_run,
-    check_same_pictures,
+    check_same_images,
     num_processes,
     warn_of_negatives,
 )
@@ -127,8 +127,8 @@ def train(
         plain = dataclasses.asdict(config)
         pl.seed_everything(config.seed, verbose=False)
         data, method = data or build_data(config, folder), build_method(plain)
-        check_same_pictures(data)
-        pictures = from_rank_zero(lambda: dense_set(config, data.image_size))
+        check_same_images(data)
+        images = from_rank_zero(lambda: dense_set(config, data.image_size))
         check_batch_norm(method.query_encoder, config)
         check_deterministic(method, config, data.augment.ramp.sizes)
         check_resolution_ramp(data.augment.ramp, method.query_encoder.backbone, config.trainer.max_epochs)
@@ -142,7 +142,7 @@ def train(
         checkpoint, step = from_rank_zero(lambda: take_folder(stack, folder, plain, config.resume, files, read))
         figures: dict[str, Any] = {}
         console = Console(quiet=rank() > 0)
-        trainer = build_trainer(config, folder, plain, figures, console, stop, environment, step, pictures)
+        trainer = build_trainer(config, folder, plain, figures, console, stop, environment, step, images)
         with failures_named(folder), lost_peers_named():  # once more, for the line in the folder's status
             fit(trainer, method, data, checkpoint, stop, read)
             # A run that had reached its last step within its first epoch, and goes on, ends at once.
@@ -225,7 +225,7 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
     """The loaders for the config's data set and augmentation pair.
 
     Args:
-        folder: where a list of the pictures below a folder is kept for the run's other processes and its next start.
+        folder: where a list of the images below a folder is kept for the run's other processes and its next start.
     """
     from moco.data.sources.registry import build_source
 
@@ -236,7 +236,7 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
         download=data.download,
         num_images=data.num_images,
         max_image_pixels=data.max_image_pixels,
-        listing=folder / "pictures.npz" if folder else None,
+        listing=folder / "images.npz" if folder else None,
         held_out=data.held_out,
         streams=data.streams,
         shuffle_buffer=data.shuffle_buffer,
@@ -296,23 +296,23 @@ def build_trainer(
     stop: "StopRequest",
     environment: "ClusterEnvironment | None" = None,
     step: int | None = None,
-    pictures: "DenseSet | None" = None,
+    images: "DenseSet | None" = None,
 ) -> "pl.Trainer":
     """Lightning's Trainer with the callbacks of pretraining; `figures` is what they report into.
 
     Args:
         environment: who started the processes.
         step: optimizer steps behind the checkpoint that the run goes on from.
-        pictures: of `dense_set`.
+        images: of `dense_set`.
     """
     from moco.callbacks.checkpoints import Checkpoints
     from moco.callbacks.collapse_watch import CollapseWatch, LabelFreeMonitor
     from moco.callbacks.dense_monitor import DenseMonitor
-    from moco.callbacks.feature_plots import FeaturePictures
+    from moco.callbacks.feature_plots import FeaturePlots
     from moco.callbacks.monitors import KNNMonitor, TrainingMonitor
     from moco.callbacks.online_probe import OnlineProbe
     from moco.callbacks.unreadable_images import UnreadableList
-    from moco.callbacks.view_pairs import ViewPairPicture
+    from moco.callbacks.view_pairs import ViewPairPlot
     from moco.cli.progress import ProgressBar
     from moco.runs.faults import BadSteps
     from moco.runs.run_folder import last_good
@@ -335,13 +335,13 @@ def build_trainer(
             baselines=knn.baselines,
             is_untrained=config.init_from is None,
             should_stop=lambda: bool(stop),
-            pictures=FeaturePictures(knn.pictures_every_n_epochs, knn.projector_images),
+            images=FeaturePlots(knn.plots_every_n_epochs, knn.projector_images),
         ),
         CollapseWatch(),
         LabelFreeMonitor(knn.diagnostics_every_n_steps),
-        *([DenseMonitor(figures, pictures, **vote, should_stop=lambda: bool(stop))] if pictures else []),
+        *([DenseMonitor(figures, images, **vote, should_stop=lambda: bool(stop))] if images else []),
         *([OnlineProbe(figures, config.trainer.log_every_n_steps)] if knn.online_probe else []),
-        ViewPairPicture(knn.pictures_every_n_epochs),
+        ViewPairPlot(knn.plots_every_n_epochs),
         RunDescription(folder, plain, ["knn/top1", "epoch/loss"]),
         UnreadableList(folder, figures),
         ProgressBar(figures, console, ("knn/top1", "kNN"), ("dense/knn_miou", "dense mIoU")),
@@ -352,7 +352,7 @@ def build_trainer(
 
 
 def dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":
-    """The pictures with masks of ``monitor.dense``, if there are any; errors of `build_dense_set`."""
+    """The images with masks of ``monitor.dense``, if there are any; errors of `build_dense_set`."""
     dense = config.monitor.dense
     if dense.data is None:
         if dense.root is not None:

@@ -1,12 +1,12 @@
 """How many images a second become two views, against what others do; all in one run, in turns.
 
-    python scripts/bench_data.py files  [--pictures 128] [--repeats 5] [--size 500x375] [--quality 90]
+    python scripts/bench_data.py files  [--images 128] [--repeats 5] [--size 500x375] [--quality 90]
     python scripts/bench_data.py memory [--threads 2] [--repeats 5] [--npz cifar10.npz] [--device cuda]
 
 files: JPEGs of about 500 x 375 px that the script makes, two MoCo v2 views of 224 px by the worker engine, one process, one
 thread; a worker's part ends with uint8, which the training process or its GPU normalises.
-memory: pictures of 32 px (those of an archive, or noise), two views of the CIFAR pair; the batch engine has --threads.
-The official pipeline is torchvision's v1 operations and Pillow's blur on Pillow pictures, up to normalised tensors. lightly
+memory: images of 32 px (those of an archive, or noise), two views of the CIFAR pair; the batch engine has --threads.
+The official pipeline is torchvision's v1 operations and Pillow's blur on Pillow images, up to normalised tensors. lightly
 takes part if it is installed. Figures are medians, with the slowest and fastest run; only ratios within a run mean anything.
 """
 
@@ -34,14 +34,14 @@ from torchvision.transforms import v2
 from moco.config.parsing import CONFIG_DIR
 from moco.data.augment.views import ViewPair, picked, rgb_batch
 from moco.data.loading.loaders import PairDataset
-from moco.data.sources.registry import FilePictures
+from moco.data.sources.registry import FileImages
 
 
 class OfficialBlur:
     """Pillow's blur with a sigma from 0.1 to 2, as the official loader has it."""
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
-        return picture.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
 
 def official(pair: dict[str, Any], side: int, blur: bool) -> v1.Compose:
@@ -80,23 +80,23 @@ def files(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
     width, height = (int(side) for side in arguments.size.split("x"))
     random_numbers = np.random.default_rng(0)
     paths = []
-    for number in range(arguments.pictures):
+    for number in range(arguments.images):
         paths.append(str(Path(arguments.folder) / f"{number:04}.jpg"))
-        picture = photograph(random_numbers, *((height, width) if number % 2 else (width, height)))
-        Image.fromarray(picture).save(paths[-1], quality=arguments.quality)
+        image = photograph(random_numbers, *((height, width) if number % 2 else (width, height)))
+        Image.fromarray(image).save(paths[-1], quality=arguments.quality)
     pair = settings("moco_v2")
     official_view, tensor_view = official(pair, 224, blur=True), on_tensors(pair, 224)
 
     def by_official() -> int:
         for path in paths:
-            picture = Image.open(path).convert("RGB")
-            official_view(picture), official_view(picture)
+            image = Image.open(path).convert("RGB")
+            official_view(image), official_view(image)
         return len(paths)
 
     def by_tensors() -> int:
         for path in paths:
-            picture = torchvision.io.decode_jpeg(torchvision.io.read_file(path))
-            tensor_view(picture), tensor_view(picture)
+            image = torchvision.io.decode_jpeg(torchvision.io.read_file(path))
+            tensor_view(image), tensor_view(image)
         return len(paths)
 
     pipelines = {"official (Pillow)": by_official, "transforms.v2 on tensors": by_tensors}
@@ -110,7 +110,7 @@ def files(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
         pipelines["lightly"] = lambda: len([dataset[number] for number in range(len(dataset))])
 
     def ours(name: str, *, to_floats: bool) -> Callable[[], int]:
-        dataset = PairDataset(FilePictures(paths), view_pair(settings(name), 224, "worker"))
+        dataset = PairDataset(FileImages(paths), view_pair(settings(name), 224, "worker"))
 
         def by_worker() -> int:
             for first in range(0, len(paths), 64):
@@ -129,23 +129,23 @@ def files(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
-    """The pipelines on small pictures in memory; each returns how many images it took."""
+    """The pipelines on small images in memory; each returns how many images it took."""
     if arguments.npz:
-        pictures = np.load(arguments.npz)["train_images"][: arguments.memory_pictures]
+        images = np.load(arguments.npz)["train_images"][: arguments.memory_images]
     else:
-        pictures = np.random.default_rng(0).integers(0, 256, (arguments.memory_pictures, 32, 32, 3), dtype=np.uint8)
+        images = np.random.default_rng(0).integers(0, 256, (arguments.memory_images, 32, 32, 3), dtype=np.uint8)
     pair = settings("cifar")
     official_view = official(pair, 32, blur=False)
     device = torch.device(arguments.device)
-    augment, pixels = view_pair(pair, 32, "batch"), rgb_batch(torch.from_numpy(pictures).to(device))
+    augment, pixels = view_pair(pair, 32, "batch"), rgb_batch(torch.from_numpy(images).to(device))
     at_once = 512 if device.type == "cpu" else len(pixels)
 
     def by_official() -> int:
         torch.set_num_threads(1)
-        for array in pictures[:512]:
-            picture = Image.fromarray(array)
-            official_view(picture), official_view(picture)
-        return min(512, len(pictures))
+        for array in images[:512]:
+            image = Image.fromarray(array)
+            official_view(image), official_view(image)
+        return min(512, len(images))
 
     def by_batch() -> int:
         torch.set_num_threads(arguments.threads)
@@ -172,11 +172,11 @@ def turns_of(what: str, arguments: argparse.Namespace) -> Iterator[dict[str, Tur
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=int, default=128, help="files")
+    parser.add_argument("--images", type=int, default=128, help="files")
     parser.add_argument("--size", default="500x375", help="of a file, px")
     parser.add_argument("--quality", type=int, default=90, help="of a file")
     parser.add_argument("--npz", help="an archive with train_images")
-    parser.add_argument("--memory-pictures", type=int, default=4096, help="pictures in memory")
+    parser.add_argument("--memory-images", type=int, default=4096, help="images in memory")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch.multiprocessing  # noqa: F401  (registers how tensors travel)
 
 from moco.data.files.listing_cache import SETTLED_SECONDS, listed
-from moco.data.sources.registry import FilePictures
+from moco.data.sources.registry import FileImages
 
 
 def make_tree(root: Path, num_folders: int, num_files: int) -> None:
@@ -55,17 +55,15 @@ def measure(root: str, cache: Path, repeats: int) -> None:
     for name, all_times in times.items():
         print(f"{name:<14}{statistics.median(all_times):8.3f} s (from {min(all_times):.3f} to {max(all_times):.3f})")
     ratio = statistics.median(ours / theirs for ours, theirs in zip(times["listing"], times["find"], strict=True))
-    print(f"{len(found.paths):,} pictures; listing / find {ratio:.2f}")
-    pictures = FilePictures(found.paths)
-    print(
-        f"handed to a loader process: {len(ForkingPickler.dumps(pictures)):,} bytes, beside {shared(pictures):,} shared"
-    )
+    print(f"{len(found.paths):,} images; listing / find {ratio:.2f}")
+    images = FileImages(found.paths)
+    print(f"handed to a loader process: {len(ForkingPickler.dumps(images)):,} bytes, beside {shared(images):,} shared")
     print(f"as a list of strings: {len(pickle.dumps(list(found.paths))):,} bytes to each")
 
 
-def shared(pictures: FilePictures) -> int:
+def shared(images: FileImages) -> int:
     """Bytes in memory that all loader processes use together."""
-    return pictures.text.nbytes + pictures.ends.nbytes
+    return images.text.nbytes + images.ends.nbytes
 
 
 def main() -> None:
@@ -79,7 +77,7 @@ def main() -> None:
         root = arguments.root or f"{scratch}/tree"
         if not arguments.root:
             make_tree(Path(root), arguments.folders, arguments.files)
-        measure(root, Path(scratch) / "pictures.npz", arguments.repeats)
+        measure(root, Path(scratch) / "images.npz", arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ ROWS, WIDTH = 64, 128
 KINDS = ("PyTorch", "Lightning", "Lightning with our callbacks")
 SETTINGS = (
     "+experiment=quickstart", "trainer.max_steps=-1", "trainer.max_epochs=1", "trainer.accelerator=cpu",
-    "evaluation.diagnostics_every_n_steps=null", "evaluation.pictures_every_n_epochs=null",
+    "evaluation.diagnostics_every_n_steps=null", "evaluation.plots_every_n_epochs=null",
 )  # fmt: skip
 
 

@@ -26,14 +26,14 @@ LINKS = 30_000  # names of one file; file systems have a limit
 
 def make_tree(root: Path, num_files: int) -> None:
     """PNGs of 4 x 4 px, 1,000 in each folder; most are names of the same file."""
-    paths = [root / f"{number // 1000:05d}" / f"picture_{number:08d}.png" for number in range(num_files)]
+    paths = [root / f"{number // 1000:05d}" / f"image_{number:08d}.png" for number in range(num_files)]
     for folder in {path.parent for path in paths}:
         folder.mkdir()
     for start in range(0, num_files, LINKS):
-        picture, *others = paths[start : start + LINKS]
-        Image.new("RGB", (4, 4)).save(picture)
+        image, *others = paths[start : start + LINKS]
+        Image.new("RGB", (4, 4)).save(image)
         for path in others:
-            path.hardlink_to(picture)
+            path.hardlink_to(image)
 
 
 def own_memory(pid: int | str) -> float:
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, nargs="+", default=[2_000, 200_000])
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=300, help="of 64 pictures, at most, in an epoch")
+    parser.add_argument("--batches", type=int, default=300, help="of 64 images, at most, in an epoch")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     print(f"{'files':>9}  {'':<18}" + "".join(f"{f'epoch {epoch + 1}':>10}" for epoch in range(arguments.epochs)))

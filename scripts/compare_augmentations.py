@@ -1,8 +1,8 @@
 """How far both engines are from the official operations, step by step, when all are given the same numbers.
 
-    python scripts/compare_augmentations.py [--pair moco_v2] [--image-size 224] [--pictures 64]
+    python scripts/compare_augmentations.py [--pair moco_v2] [--image-size 224] [--images 64]
 
-The official ones are torchvision's functional operations and Pillow's blur on Pillow pictures. Each step is given the
+The official ones are torchvision's functional operations and Pillow's blur on Pillow images. Each step is given the
 official result of the step before; the last row is the whole chain. Figures are differences in grey levels of 256: the mean,
 the 99th percentile and the largest over all pixels and channels.
 """
@@ -25,60 +25,60 @@ from moco.data.augment.view_steps import Step, View
 COLOR_STEPS = (official.adjust_brightness, official.adjust_contrast, official.adjust_saturation, official.adjust_hue)
 
 
-def official_step(step: Step, picture: Image.Image, drawn: Mapping[str, Any]) -> Image.Image:
-    """A step of a view with one picture's numbers, by torchvision and Pillow."""
+def official_step(step: Step, image: Image.Image, drawn: Mapping[str, Any]) -> Image.Image:
+    """A step of a view with one image's numbers, by torchvision and Pillow."""
     operation = step.operation
     if isinstance(operation, RandomResizedCrop):
-        return official.resized_crop(picture, *(int(side) for side in drawn["box"]), [operation.image_size] * 2)
+        return official.resized_crop(image, *(int(side) for side in drawn["box"]), [operation.image_size] * 2)
     if isinstance(operation, ColorJitter):
         for number in drawn["order"].tolist():
             if getattr(operation, operation.STEPS[number]):
-                picture = COLOR_STEPS[number](picture, float(drawn["factors"][number]))
-        return picture
+                image = COLOR_STEPS[number](image, float(drawn["factors"][number]))
+        return image
     if isinstance(operation, Solarize):
-        return official.solarize(picture, operation.threshold)
+        return official.solarize(image, operation.threshold)
     if step.name == "gaussian_blur":
-        return picture.filter(ImageFilter.GaussianBlur(float(drawn["sigma"])))
+        return image.filter(ImageFilter.GaussianBlur(float(drawn["sigma"])))
     if step.name == "random_affine":
         shift, shear = drawn["shift"].tolist(), [float(drawn["shear"]), 0.0]
         return official.affine(
-            picture, float(drawn["angle"]), shift, 1.0, shear, interpolation=v2.InterpolationMode.BILINEAR
+            image, float(drawn["angle"]), shift, 1.0, shear, interpolation=v2.InterpolationMode.BILINEAR
         )
     if step.name == "grayscale":
-        return official.rgb_to_grayscale(picture, num_output_channels=3)
+        return official.rgb_to_grayscale(image, num_output_channels=3)
     assert step.name == "horizontal_flip"
-    return official.horizontal_flip(picture)
+    return official.horizontal_flip(image)
 
 
-def official_view(view: View, picture: Image.Image, numbers: list[dict[str, torch.Tensor]]) -> Image.Image:
-    """All steps of a view with one picture's numbers."""
+def official_view(view: View, image: Image.Image, numbers: list[dict[str, torch.Tensor]]) -> Image.Image:
+    """All steps of a view with one image's numbers."""
     for step, drawn in zip(view.steps, numbers, strict=True):
         if drawn["applied"]:
-            picture = official_step(step, picture, drawn)
-    return picture
+            image = official_step(step, image, drawn)
+    return image
 
 
 def row_of(numbers: list[dict[str, torch.Tensor]], row: int) -> list[dict[str, torch.Tensor]]:
-    """One picture's numbers out of a batch's."""
+    """One image's numbers out of a batch's."""
     return [{name: values[row] for name, values in drawn.items()} for drawn in numbers]
 
 
 def photograph(random: np.random.Generator, height: int, width: int) -> np.ndarray:
     """(H, W, 3) uint8 with structure of every size, as in photographs, strong colours and a little noise."""
-    picture = np.zeros((height, width, 3))
+    image = np.zeros((height, width, 3))
     for cells in (3, 6, 12, 24, 48, 96):
         grid = random.normal(size=(cells, cells, 3)).astype(np.float32)
         layers = [
             Image.fromarray(grid[..., channel]).resize((width, height), Image.Resampling.BICUBIC)
             for channel in range(3)
         ]
-        picture += np.stack([np.asarray(layer) for layer in layers], 2) * 90 / np.sqrt(cells)
-    return np.clip(128 + picture + random.normal(size=picture.shape) * 3, 0, 255).astype(np.uint8)
+        image += np.stack([np.asarray(layer) for layer in layers], 2) * 90 / np.sqrt(cells)
+    return np.clip(128 + image + random.normal(size=image.shape) * 3, 0, 255).astype(np.uint8)
 
 
-def on_batch(view: View, step: int, picture: np.ndarray, numbers: list[dict[str, torch.Tensor]]) -> np.ndarray:
-    """One step of the batch engine on one picture, as grey levels."""
-    images = torch.from_numpy(picture.transpose(2, 0, 1).copy())[None] / 255
+def on_batch(view: View, step: int, image: np.ndarray, numbers: list[dict[str, torch.Tensor]]) -> np.ndarray:
+    """One step of the batch engine on one image, as grey levels."""
+    images = torch.from_numpy(image.transpose(2, 0, 1).copy())[None] / 255
     drawn = {name: values[None] for name, values in numbers[step].items()}
     return (view.steps[step].operation.on_batch(images, drawn)[0] * 255).permute(1, 2, 0).numpy()
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="moco_v2")
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--images", type=int, default=64)
     arguments = parser.parse_args()
     pair = yaml.safe_load((CONFIG_DIR / "augmentation" / f"{arguments.pair}.yaml").read_text())
     side = "query" if pair["key"] == "${.query}" else "key"  # the key's view has every operation of an unequal pair
@@ -99,22 +99,22 @@ def main() -> None:
     def note(step: str, engine: str, theirs: np.ndarray, ours: np.ndarray) -> None:
         differences.setdefault((step, engine), []).append(np.abs(theirs - ours.astype(np.float64)).ravel())
 
-    for index in range(arguments.pictures):
+    for index in range(arguments.images):
         whole = photograph(random, 375, 500)
         batch = view.drawn(0, 0, torch.tensor([index]), 0, torch.tensor([whole.shape[:2]]))
         numbers = row_of(batch, 0)
-        picture = Image.fromarray(whole)
+        image = Image.fromarray(whole)
         worker, tensor = whole, whole.astype(np.float32)
         for place, (step, drawn) in enumerate(zip(view.steps, numbers, strict=True)):
             if not drawn["applied"]:
                 continue
-            before, picture = np.asarray(picture), official_step(step, picture, drawn)
+            before, image = np.asarray(image), official_step(step, image, drawn)
             plain = {name: values.numpy() for name, values in drawn.items()}
-            note(step.name, "worker", np.asarray(picture), step.operation.on_picture(before, plain))
-            note(step.name, "batch", np.asarray(picture), on_batch(view, place, before, numbers))
-            worker, tensor = step.operation.on_picture(worker, plain), on_batch(view, place, tensor, numbers)
-        note("whole chain", "worker", np.asarray(picture), worker)
-        note("whole chain", "batch", np.asarray(picture), tensor)
+            note(step.name, "worker", np.asarray(image), step.operation.on_image(before, plain))
+            note(step.name, "batch", np.asarray(image), on_batch(view, place, before, numbers))
+            worker, tensor = step.operation.on_image(worker, plain), on_batch(view, place, tensor, numbers)
+        note("whole chain", "worker", np.asarray(image), worker)
+        note("whole chain", "batch", np.asarray(image), tensor)
 
     print("| step | worker: mean | 99 % | largest | batch: mean | 99 % | largest |")
     print("|---|---|---|---|---|---|---|")

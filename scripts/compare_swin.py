@@ -2,7 +2,7 @@
 
     python scripts/compare_swin.py        (needs timm: pip install moco-ssl[export])
 
-Two tables. How far the features of a 565 px picture move when the picture lies on a larger canvas, of which the rest is
+Two tables. How far the features of a 565 px image move when the image lies on a larger canvas, of which the rest is
 padding. And how far the position biases of the offsets that both windows have move from window 7 to window 18.
 """
 

@@ -3,7 +3,7 @@
     python scripts/half_hour.py cifar10.npz OUTPUT_FOLDER [--minutes 30] [--turn 5] [--lightly PYTHON] [KEY=VALUE ...]
 
 The contenders train in turns, each for the same time by the clock, in which nothing else of this program runs. Features and
-the kNN (k 200, T 0.1, backbone feature, test pictures against all training pictures) do not count. After every turn
+the kNN (k 200, T 0.1, backbone feature, test images against all training images) do not count. After every turn
 OUTPUT_FOLDER/half_hour.json and half_hour.md are written anew, and half_hour.png if matplotlib is there (the extra `docs`).
 KEY=VALUE are settings of ours, such as trainer.max_epochs=20.
 """

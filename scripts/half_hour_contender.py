@@ -2,7 +2,7 @@
 
     python scripts/half_hour_contender.py NAME NPZ FEATURES SECONDS [--batch-size N] [--num-workers N] [KEY=VALUE ...]
 
-Reads a number of seconds from standard input, trains for so long, writes the backbone's features of all pictures to FEATURES
+Reads a number of seconds from standard input, trains for so long, writes the backbone's features of all images to FEATURES
 and answers with a line of JSON. SECONDS is all that it will get; the schedules of `lightly` and `official` end with it.
 """
 
@@ -32,12 +32,12 @@ IMAGENET_NORMALISATION = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 class Turns:
-    """Ends a training loop's turns, and counts the seconds and pictures of those that it had.
+    """Ends a training loop's turns, and counts the seconds and images of those that it had.
 
     Args:
         total: seconds of all turns together.
         answers: where the end of a turn is told.
-        embed: writes the features of the pictures.
+        embed: writes the features of the images.
     """
 
     def __init__(self, total: float, answers: Any, embed: Callable[[nn.Module], None]) -> None:
@@ -73,16 +73,16 @@ class Turns:
 
 
 class Views(Dataset[list[Tensor]]):
-    """Two views of each picture of (M, 32, 32, 3) uint8, by a transform of Pillow pictures that gives both."""
+    """Two views of each image of (M, 32, 32, 3) uint8, by a transform of Pillow images that gives both."""
 
-    def __init__(self, pictures: np.ndarray, transform: Callable[[Image.Image], list[Tensor]]) -> None:
-        self.pictures, self.transform = pictures, transform
+    def __init__(self, images: np.ndarray, transform: Callable[[Image.Image], list[Tensor]]) -> None:
+        self.images, self.transform = images, transform
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        return self.transform(Image.fromarray(self.pictures[index]))
+        return self.transform(Image.fromarray(self.images[index]))
 
 
 class Twice:
@@ -91,13 +91,13 @@ class Twice:
     def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
         self.transform = transform
 
-    def __call__(self, picture: Image.Image) -> list[Tensor]:
-        return [self.transform(picture), self.transform(picture)]
+    def __call__(self, image: Image.Image) -> list[Tensor]:
+        return [self.transform(image), self.transform(image)]
 
 
-def endless(pictures: np.ndarray, transform: Any, batch_size: int, num_workers: int) -> Iterator[list[Tensor]]:
+def endless(images: np.ndarray, transform: Any, batch_size: int, num_workers: int) -> Iterator[list[Tensor]]:
     """Shuffled batches, epoch after epoch; the first is made before the clock runs."""
-    views = Views(pictures, transform)
+    views = Views(images, transform)
     workers = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
     loader = DataLoader(views, batch_size, shuffle=True, drop_last=True, **workers)  # type: ignore[arg-type]
     while True:
@@ -109,7 +109,7 @@ def from_cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
-def lightly(pictures: np.ndarray, turns: Turns, batch_size: int, num_workers: int) -> None:
+def lightly(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int) -> None:
     """The MoCo example of lightly's documentation (https://docs.lightly.ai/self-supervised-learning/examples/moco.html).
 
     ResNet-18 as torchvision has it, projection 512-512-128, MoCoV2Transform(32), batch 256, a memory bank of 4,096, SGD at
@@ -126,7 +126,7 @@ def lightly(pictures: np.ndarray, turns: Turns, batch_size: int, num_workers: in
     deactivate_requires_grad(key_encoder)
     criterion = NTXentLoss(memory_bank_size=(4096, 128))
     optimizer = torch.optim.SGD(query_encoder.parameters(), lr=0.06)
-    batches = endless(pictures, MoCoV2Transform(input_size=32), batch_size or 256, num_workers)
+    batches = endless(images, MoCoV2Transform(input_size=32), batch_size or 256, num_workers)
     batch = next(batches)
     turns.begin()
     while True:
@@ -162,11 +162,11 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return normed.view(images.shape)
 
 
-def official(pictures: np.ndarray, turns: Turns, batch_size: int, num_workers: int) -> None:
+def official(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int) -> None:
     """The recipe of the official CIFAR-10 notebook (github.com/facebookresearch/moco, branch colab-notebook).
 
     ResNet-18 with a 3x3 stem, one linear layer to 128, split BatchNorm with shuffled keys, batch 512, K 4,096, T 0.1,
-    m 0.99, SGD at 0.06 with weight decay 5e-4, Pillow pictures one by one. Differs to its benefit: the cosine ends with the
+    m 0.99, SGD at 0.06 with weight decay 5e-4, Pillow images one by one. Differs to its benefit: the cosine ends with the
     time.
     """
     query_encoder = resnet18(num_classes=128, norm_layer=SplitBatchNorm)
@@ -186,7 +186,7 @@ def official(pictures: np.ndarray, turns: Turns, batch_size: int, num_workers: i
             transforms.Normalize(*CIFAR_NORMALISATION),
         ]
     )
-    batches = endless(pictures, Twice(view), batch_size or 512, num_workers)
+    batches = endless(images, Twice(view), batch_size or 512, num_workers)
     batch = next(batches)
     turns.begin()
     while True:
@@ -243,12 +243,12 @@ def ours(npz: str, turns: Turns, overrides: list[str]) -> None:
 
 
 def embedding(npz: dict[str, np.ndarray], normalisation: Any, path: str) -> Callable[[nn.Module], None]:
-    """What writes a backbone's features of all pictures, in eval mode and fp32, to `path`."""
+    """What writes a backbone's features of all images, in eval mode and fp32, to `path`."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalisation)
 
     @torch.no_grad()
-    def features(backbone: nn.Module, pictures: np.ndarray) -> np.ndarray:
-        blocks = torch.from_numpy(pictures).permute(0, 3, 1, 2).split(250)
+    def features(backbone: nn.Module, images: np.ndarray) -> np.ndarray:
+        blocks = torch.from_numpy(images).permute(0, 3, 1, 2).split(250)
         return torch.cat([backbone((block / 255 - mean) / std) for block in blocks]).numpy()
 
     def embed(backbone: nn.Module) -> None:

@@ -25,7 +25,7 @@ def scalars(events: EventAccumulator, tag: str) -> tuple[list[int], list[float]]
 
 
 def main(output: Path, folders: list[Path]) -> None:
-    """Write the picture."""
+    """Write the image."""
     runs = {folder: EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1}) for folder in folders}
     for events in runs.values():
         events.Reload()
@@ -36,8 +36,8 @@ def main(output: Path, folders: list[Path]) -> None:
     knn, loss = (figure.add_subplot(grid[-1, column]) for column in (0, 1))
     if has_pairs:
         pairs = figure.add_subplot(grid[0, :])
-        picture = Image.open(io.BytesIO(first.Images(PAIRS)[0].encoded_image_string))
-        pairs.imshow(np.asarray(picture), interpolation="nearest")
+        image = Image.open(io.BytesIO(first.Images(PAIRS)[0].encoded_image_string))
+        pairs.imshow(np.asarray(image), interpolation="nearest")
         pairs.set_title("Pairs of views: queries above, their keys below")
         pairs.axis("off")
     for folder, events in runs.items():

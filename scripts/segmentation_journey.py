@@ -2,9 +2,9 @@
 
     python scripts/segmentation_journey.py --tiles cifar10.npz --folder /tmp/journey [--seeds 3]
 
-Pretrains small Swins on unlabelled mosaics of 2 x 2 CIFAR-10 pictures at 64 px with windows of 4, then segments mosaics of
-3 x 3 larger ones at 144 px with windows of 9: the class of a pixel is that of the picture it is from. Training mosaics are
-made of CIFAR-10's training pictures, those of the measurement of its test pictures. All variants are fine-tuned for the same
+Pretrains small Swins on unlabelled mosaics of 2 x 2 CIFAR-10 images at 64 px with windows of 4, then segments mosaics of
+3 x 3 larger ones at 144 px with windows of 9: the class of a pixel is that of the image it is from. Training mosaics are
+made of CIFAR-10's training images, those of the measurement of its test images. All variants are fine-tuned for the same
 number of steps on the same mosaics. What is finished is not run again. --tiles takes any archive in the MedMNIST layout.
 """
 
@@ -61,18 +61,18 @@ VARIANTS = {
 def mosaics(
     tiles: np.ndarray, labels: np.ndarray, count: int, grid: int, side: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (count, grid * side, grid * side, 3) of random tiles resized to `side` px, and their masks of classes."""
+    """Images (count, grid * side, grid * side, 3) of random tiles resized to `side` px, and their masks of classes."""
     generator = np.random.default_rng(seed)
-    pictures = np.empty((count, grid * side, grid * side, 3), dtype=np.uint8)
-    masks = np.empty(pictures.shape[:3], dtype=np.uint8)
+    images = np.empty((count, grid * side, grid * side, 3), dtype=np.uint8)
+    masks = np.empty(images.shape[:3], dtype=np.uint8)
     for number in range(count):
         for row in range(grid):
             for column in range(grid):
                 which = generator.integers(len(tiles))
                 place = np.s_[number, row * side : (row + 1) * side, column * side : (column + 1) * side]
-                pictures[place] = Image.fromarray(tiles[which]).resize((side, side), Image.Resampling.BICUBIC)
+                images[place] = Image.fromarray(tiles[which]).resize((side, side), Image.Resampling.BICUBIC)
                 masks[place] = labels[which]
-    return pictures, masks
+    return images, masks
 
 
 def prepare(archive: Path, folder: Path, scale: Scale) -> None:
@@ -85,8 +85,8 @@ def prepare(archive: Path, folder: Path, scale: Scale) -> None:
     with np.load(archive) as arrays:
         tiles = {part: (arrays[f"{part}_images"], arrays[f"{part}_labels"].ravel()) for part in ("train", "test")}
     folder.mkdir(parents=True, exist_ok=True)
-    pictures, _ = mosaics(*tiles["train"], scale.pretraining_mosaics, grid=2, side=32, seed=0)
-    np.savez(folder / "unlabelled.npz", train_images=pictures)
+    images, _ = mosaics(*tiles["train"], scale.pretraining_mosaics, grid=2, side=32, seed=0)
+    np.savez(folder / "unlabelled.npz", train_images=images)
     for part, split, count, seed in (
         ("train", "train", scale.training_mosaics, 1),
         ("test", "val", scale.test_mosaics, 2),
@@ -129,7 +129,7 @@ def pretrain(folder: Path, kind: str, seed: int, scale: Scale) -> Path:
 
 
 def fine_tune(folder: Path, name: str, seed: int, scale: Scale) -> float:
-    """The mIoU on the mosaics of test pictures."""
+    """The mIoU on the mosaics of test images."""
     kind, settings = VARIANTS[name]
     checkpoint = pretrain(folder, kind, seed, scale) if kind else None
     run = folder / f"segment_{list(VARIANTS).index(name)}_{seed}"

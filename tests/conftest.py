@@ -35,9 +35,9 @@ def generator():
 
 
 @pytest.fixture
-def picture_tree(tmp_path, generator):
-    """24 RGB pictures of 20 x 16 px at three depths."""
-    root = tmp_path / "pictures"
+def image_tree(tmp_path, generator):
+    """24 RGB images of 20 x 16 px at three depths."""
+    root = tmp_path / "images"
     for number in range(24):
         folder = root / ("a", "b", "b/deeper")[number % 3]
         folder.mkdir(parents=True, exist_ok=True)

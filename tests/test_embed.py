@@ -1,4 +1,4 @@
-"""Features of any pictures in one file, and an index beside it."""
+"""Features of any images in one file, and an index beside it."""
 
 import errno
 import json
@@ -20,8 +20,8 @@ from PIL import Image
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.pretrained import EmbedConfig
 from moco.data.augment.views import build_evaluation_view
-from moco.data.sources.registry import FilePictures, build_source
-from moco.embed import pictures_of, run
+from moco.data.sources.registry import FileImages, build_source
+from moco.embed import images_of, run
 from moco.errors import InputError, Interrupted, RunError
 from moco.evaluation.feature_parts import FeatureParts
 from moco.methods.moco import MoCo
@@ -71,12 +71,12 @@ def embed(checkpoint, folder, *overrides):
 
 
 @torch.no_grad()
-def features(checkpoint, pictures, places, image_size, feature, window=2):
-    """Of pictures by their places, one at a time."""
+def features(checkpoint, images, places, image_size, feature, window=2):
+    """Of images by their places, one at a time."""
     encoder = load_encoder(torch.load(checkpoint), "query", "")
     rewindow(encoder.backbone, window)
     view = build_evaluation_view(image_size, 1.0, [0.5] * 3, [0.5] * 3)
-    return torch.cat([encoder.encode(view(pictures[place])[None], feature) for place in places])
+    return torch.cat([encoder.encode(view(images[place])[None], feature) for place in places])
 
 
 def test_features_names_and_labels_go_together(checkpoint, tmp_path):
@@ -84,36 +84,36 @@ def test_features_names_and_labels_go_together(checkpoint, tmp_path):
     queries = build_source("digits").queries
     assert test["labels"].tolist() == queries.labels.tolist()
     assert test["names"].tolist() == [f"digits: test_images[{index}]" for index in range(360)]
-    expected = features(checkpoint, queries.pictures, (0, 1, 359), 32, "embedding")
+    expected = features(checkpoint, queries.images, (0, 1, 359), 32, "embedding")
     torch.testing.assert_close(torch.from_numpy(test["features"][[0, 1, 359]]), expected)
 
 
-def test_files_are_named_by_their_paths_and_the_unreadable_are_left_out(checkpoint, tmp_path, picture_tree):
-    (picture_tree / "a" / "broken.png").write_bytes(b"no picture")
-    given = [f"data.root={picture_tree}", "data=images", "data.max_bad_fraction=0.1", "data.image_size=40"]
+def test_files_are_named_by_their_paths_and_the_unreadable_are_left_out(checkpoint, tmp_path, image_tree):
+    (image_tree / "a" / "broken.png").write_bytes(b"no image")
+    given = [f"data.root={image_tree}", "data=images", "data.max_bad_fraction=0.1", "data.image_size=40"]
     found = embed(checkpoint, tmp_path, *given)
     assert found["features"].shape == (24, 256)
     assert "labels" not in found
-    assert found["names"].tolist() == sorted(str(path) for path in picture_tree.rglob("[0-9]*.png"))
+    assert found["names"].tolist() == sorted(str(path) for path in image_tree.rglob("[0-9]*.png"))
     widened = embed(checkpoint, tmp_path, *given, "backbone.window_size=5")
-    pictures = FilePictures(found["names"].tolist())
+    images = FileImages(found["names"].tolist())
     for file, window in ((found, 2), (widened, 5)):
-        expected = features(checkpoint, pictures, range(24), 40, "backbone", window)
+        expected = features(checkpoint, images, range(24), 40, "backbone", window)
         torch.testing.assert_close(torch.from_numpy(file["features"]), expected)
     assert not np.allclose(found["features"], widened["features"], atol=1e-3)
 
 
-def test_class_folders_without_a_validation_folder_keep_the_labels_of_all_pictures(tmp_path):
+def test_class_folders_without_a_validation_folder_keep_the_labels_of_all_images(tmp_path):
     for number in range(60):
         folder = tmp_path / "abc"[number % 3]
         folder.mkdir(exist_ok=True)
         (folder / f"{number}.png").touch()
     source = build_source("image_folder", str(tmp_path))
     assert 0 < len(source.queries.labels) < 60
-    pictures = pictures_of(source, "train", "image_folder")
-    assert pictures.has_labels
+    images = images_of(source, "train", "image_folder")
+    assert images.has_labels
     classes = [source.train.name(row).split("/")[-2] for row in range(60)]
-    assert pictures.labelled.labels.tolist() == ["abc".index(name) for name in classes]
+    assert images.labelled.labels.tolist() == ["abc".index(name) for name in classes]
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,9 @@ def test_mistakes_are_named(checkpoint, tmp_path, overrides, message):
     assert str(error.value).startswith(message)
 
 
-def test_a_set_without_held_out_pictures_has_no_test_split(checkpoint, tmp_path, picture_tree):
-    with pytest.raises(InputError, match="split=test: data=images has no pictures that are held out"):
-        embed(checkpoint, tmp_path, "data=images", f"data.root={picture_tree}", "split=test")
+def test_a_set_without_held_out_images_has_no_test_split(checkpoint, tmp_path, image_tree):
+    with pytest.raises(InputError, match="split=test: data=images has no images that are held out"):
+        embed(checkpoint, tmp_path, "data=images", f"data.root={image_tree}", "split=test")
 
 
 def bytes_of(folder):
@@ -254,7 +254,7 @@ def test_a_file_that_may_not_grow_is_one_line_and_the_run_goes_on_later(checkpoi
         ),
         (["feature=embedding"], "feature: backbone there, embedding here"),
         (["backbone.window_size=4"], "backbone.window_size: 2 there, 4 here"),
-        (["split=train"], "split: test there, train here; data: other pictures, names or labels"),
+        (["split=train"], "split: test there, train here; data: other images, names or labels"),
     ],
 )
 def test_a_run_with_other_settings_does_not_go_on(checkpoint, tmp_path, changed, message):
@@ -278,7 +278,7 @@ def test_the_same_name_with_other_weights_does_not_go_on(checkpoint, tmp_path, s
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
-def test_row_i_of_the_index_is_picture_i(checkpoint, tmp_path, kind, capsys):
+def test_row_i_of_the_index_is_image_i(checkpoint, tmp_path, kind, capsys):
     file = embed(checkpoint, tmp_path, *SMALL, f"index={kind}")
     index = faiss.read_index(str(tmp_path / "f.faiss"))
     if kind == "ivf":
@@ -300,35 +300,35 @@ def test_no_index_is_written_when_none_is_wanted_and_an_old_one_is_named(checkpo
     assert (tmp_path / "f.faiss").read_bytes() == b"old"
 
 
-def test_names_that_no_encoding_has_come_back_as_paths(checkpoint, tmp_path, picture_tree):
+def test_names_that_no_encoding_has_come_back_as_paths(checkpoint, tmp_path, image_tree):
     odd = ["a\nb.png", os.fsdecode(b"\xff.png"), "漢字 🙂.png", "' \"\\.png"]
-    paths = sorted(picture_tree.rglob("*.png"))
+    paths = sorted(image_tree.rglob("*.png"))
     for path, name in zip(paths, odd, strict=False):
         path.rename(path.with_name(name))
-    found = embed(checkpoint, tmp_path, "data=images", f"data.root={picture_tree}", "data.image_size=16")
-    assert {*map(str, picture_tree.rglob("*.png"))} == {*found["names"].tolist()}
+    found = embed(checkpoint, tmp_path, "data=images", f"data.root={image_tree}", "data.image_size=16")
+    assert {*map(str, image_tree.rglob("*.png"))} == {*found["names"].tolist()}
     assert all(os.path.isfile(name) for name in found["names"].tolist())
 
 
-def test_too_many_unreadable_pictures_end_the_run_early_and_a_higher_limit_goes_on(
-    checkpoint, tmp_path, picture_tree, caplog
+def test_too_many_unreadable_images_end_the_run_early_and_a_higher_limit_goes_on(
+    checkpoint, tmp_path, image_tree, caplog
 ):
     for name in ("00.png", "02.png"):
-        next(picture_tree.rglob(name)).write_bytes(b"no picture")
-    given = ["data=images", f"data.root={picture_tree}", "data.image_size=16", "batch_size=6"]
-    with pytest.raises(InputError, match=r"1 of 24 pictures cannot be read, more than data\.max_bad_fraction=0\.01"):
+        next(image_tree.rglob(name)).write_bytes(b"no image")
+    given = ["data=images", f"data.root={image_tree}", "data.image_size=16", "batch_size=6"]
+    with pytest.raises(InputError, match=r"1 of 24 images cannot be read, more than data\.max_bad_fraction=0\.01"):
         embed(checkpoint, tmp_path, *given)
-    with pytest.raises(InputError, match=r"2 of 24 pictures cannot be read, more than data\.max_bad_fraction=0\.05"):
+    with pytest.raises(InputError, match=r"2 of 24 images cannot be read, more than data\.max_bad_fraction=0\.05"):
         embed(checkpoint, tmp_path, *given, "data.max_bad_fraction=0.05")
     found = embed(checkpoint, tmp_path, *given, "data.max_bad_fraction=0.1")
     assert len(found["features"]) == len(found["names"]) == 22
     skipped = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert [message.split(":")[0:2] for message in skipped] == [
-        ["skipped", f" {next(picture_tree.rglob(name))}"] for name in ("00.png", "02.png")
+        ["skipped", f" {next(image_tree.rglob(name))}"] for name in ("00.png", "02.png")
     ]
 
 
-def test_features_that_are_not_finite_name_their_pictures(checkpoint, tmp_path):
+def test_features_that_are_not_finite_name_their_images(checkpoint, tmp_path):
     state = torch.load(checkpoint)
     state["state_dict"]["query_encoder.backbone.norm.bias"][0] = float("nan")
     torch.save(state, tmp_path / "bad.ckpt")
@@ -336,14 +336,14 @@ def test_features_that_are_not_finite_name_their_pictures(checkpoint, tmp_path):
         embed(tmp_path / "bad.ckpt", tmp_path, *SMALL)
     first = ", ".join(f"digits: test_images[{number}]" for number in range(10))
     assert str(error.value) == (
-        f"the features of 100 pictures are not finite, of {first}; the checkpoint's weights are damaged, or too large for "
-        "these pictures"
+        f"the features of 100 images are not finite, of {first}; the checkpoint's weights are damaged, or too large for "
+        "these images"
     )
 
 
-def test_shards_are_embedded_in_their_order_and_gone_on_with(checkpoint, tmp_path, picture_tree):
+def test_shards_are_embedded_in_their_order_and_gone_on_with(checkpoint, tmp_path, image_tree):
     pytest.importorskip("webdataset")
-    paths = sorted(picture_tree.rglob("*.png"))
+    paths = sorted(image_tree.rglob("*.png"))
     for number in range(3):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
             for path in paths[8 * number : 8 * number + 8]:
@@ -353,11 +353,9 @@ def test_shards_are_embedded_in_their_order_and_gone_on_with(checkpoint, tmp_pat
     found = embed(checkpoint, tmp_path, *given)
     assert found["names"].tolist() == [f"{row // 8}.tar/folder/{path.stem}" for row, path in enumerate(paths)]
     assert "labels" not in found
-    plain = embed(
-        checkpoint, tmp_path, "data=images", f"data.root={picture_tree}", "data.image_size=16", "batch_size=5"
-    )
+    plain = embed(checkpoint, tmp_path, "data=images", f"data.root={image_tree}", "data.image_size=16", "batch_size=5")
     assert np.array_equal(found["features"], plain["features"])
-    with pytest.raises(InputError, match="split=test: data=webdataset has no pictures that are held out"):
+    with pytest.raises(InputError, match="split=test: data=webdataset has no images that are held out"):
         embed(checkpoint, tmp_path, *given, "split=test")
 
 
@@ -400,10 +398,10 @@ def test_the_program_ends_on_sigint_with_a_line_and_goes_on(checkpoint, tmp_path
 
 
 @pytest.mark.slow
-def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(checkpoint, tmp_path, picture_tree, generator):
+def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(checkpoint, tmp_path, image_tree, generator):
     for number in range(100, 2000):
-        Image.fromarray(generator.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save(picture_tree / f"{number}.png")
-    arguments = ["batch_size=8", "data=images", f"data.root={picture_tree}", "data.image_size=32"]
+        Image.fromarray(generator.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save(image_tree / f"{number}.png")
+    arguments = ["batch_size=8", "data=images", f"data.root={image_tree}", "data.image_size=32"]
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
         code, said = ended_in_the_middle(tmp_path, number, f"checkpoint={checkpoint}", *arguments, "data.num_workers=2")
         is_kill = number == signal.SIGKILL  # after which Python's own resource tracker has something to say

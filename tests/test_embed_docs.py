@@ -10,11 +10,11 @@ from tests.test_embed import checkpoint, embed  # noqa: F401  (a fixture)
 
 
 @pytest.fixture
-def files(checkpoint, tmp_path, picture_tree, monkeypatch):  # noqa: F811
-    """features.npz and features.faiss, of pictures of which one is there twice, in the current folder; those two names."""
-    one, again = next(picture_tree.rglob("07.png")), picture_tree / "copy_of_07.png"
+def files(checkpoint, tmp_path, image_tree, monkeypatch):  # noqa: F811
+    """features.npz and features.faiss, of images of which one is there twice, in the current folder; those two names."""
+    one, again = next(image_tree.rglob("07.png")), image_tree / "copy_of_07.png"
     again.write_bytes(one.read_bytes())
-    embed(checkpoint, tmp_path, "data=images", f"data.root={picture_tree}", "data.image_size=16")
+    embed(checkpoint, tmp_path, "data=images", f"data.root={image_tree}", "data.image_size=16")
     for ending in ("npz", "faiss"):
         (tmp_path / f"f.{ending}").rename(tmp_path / f"features.{ending}")
     monkeypatch.chdir(tmp_path)
@@ -42,7 +42,7 @@ def test_the_readme_finds_neighbours_and_near_duplicates(files, capsys):
     assert {*pairs[0]} == files
 
 
-def test_the_page_on_embed_finds_groups_and_neighbours_of_new_pictures(files, tmp_path):
+def test_the_page_on_embed_finds_groups_and_neighbours_of_new_images(files, tmp_path):
     (tmp_path / "new.npz").write_bytes((tmp_path / "features.npz").read_bytes())
     on_disk, groups, new = blocks("docs/embed.md")
     made = {}

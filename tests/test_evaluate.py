@@ -28,9 +28,9 @@ def evaluated(checkpoint, tmp_path, capsys, caplog):
 
     def call(path=own, data=None, **settings):
         caplog.clear()
-        # What is shown beside the accuracy is the matter of test_evaluation_pictures.py.
+        # What is shown beside the accuracy is the matter of test_evaluation_images.py.
         is_knn = settings.get("name", "knn") == "knn"
-        plain = {"pictures": False, "label_free": False} if is_knn else {}
+        plain = {"images": False, "label_free": False} if is_knn else {}
         measured = EvaluationConfig(**{**plain, **settings})
         config = EvaluateConfig(str(path), EvaluateDataConfig(**(data or {"name": "digits"})), measured, "cpu")
         run(config, tmp_path / "out")
@@ -42,7 +42,7 @@ def evaluated(checkpoint, tmp_path, capsys, caplog):
 
 
 def archive(path, generator, train_labels, **others):
-    """A MedMNIST-like file of 8 px pictures whose brightness tells the class."""
+    """A MedMNIST-like file of 8 px images whose brightness tells the class."""
     labels = np.asarray(train_labels)
     noise = generator.integers(0, 60, (len(labels), 8, 8))
     images = (noise + 60 * np.maximum(labels, 0)[:, None, None]).astype(np.uint8)
@@ -112,9 +112,9 @@ def test_the_confusion_matrix_is_written_and_its_worst_classes_are_named(evaluat
 
 def test_a_second_evaluation_uses_what_the_first_has_kept(evaluated):
     first, _, log = evaluated()
-    assert "embedded 1,437 pictures in" in log
+    assert "embedded 1,437 images in" in log
     second, _, log = evaluated()
-    assert "features of 1,437 pictures from" in log
+    assert "features of 1,437 images from" in log
     assert "embedded" not in log
     assert second == first
 
@@ -160,8 +160,8 @@ def test_kept_features_of_files_follow_the_files(evaluated, tmp_path, generator)
     assert "embedded" not in evaluated(data=data, num_neighbors=3)[2]
     Image.fromarray(generator.integers(0, 256, (9, 8, 3), np.uint8)).save(tmp_path / "val/b/x.png")
     log = evaluated(data=data, num_neighbors=3)[2]
-    assert "embedded 6 pictures" in log
-    assert "features of 6 pictures from" in log  # of the bank
+    assert "embedded 6 images" in log
+    assert "features of 6 images from" in log  # of the bank
 
 
 def test_a_damaged_file_of_features_is_made_again(evaluated):
@@ -172,7 +172,7 @@ def test_a_damaged_file_of_features_is_made_again(evaluated):
         kept.write_bytes(content)
     second, _, log = evaluated()
     assert "is damaged" in log
-    assert "embedded 1,437 pictures in" in log
+    assert "embedded 1,437 images in" in log
     assert second == first
 
 
@@ -187,25 +187,25 @@ def test_features_of_a_checkpoint_outside_a_run_go_to_the_users_cache(evaluated,
     assert "features are not kept for the next evaluation" in evaluated(path)[2]
 
 
-def test_pictures_in_memory_give_the_features_that_they_give_one_by_one(checkpoint, generator, monkeypatch):
+def test_images_in_memory_give_the_features_that_they_give_one_by_one(checkpoint, generator, monkeypatch):
     import moco.evaluation.subject as module
     from moco.data.augment.views import build_evaluation_view
     from moco.data.loading.loaders import evaluation_loader
-    from moco.data.sources.registry import ArrayPictures, Labelled
+    from moco.data.sources.registry import ArrayImages, Labelled
 
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
     for shape in ((9, 8, 8), (9, 8, 8, 3), (9, 8, 8, 4)):
-        pictures = ArrayPictures(generator.integers(0, 256, shape, np.uint8), "x")
+        images = ArrayImages(generator.integers(0, 256, shape, np.uint8), "x")
         labels = np.arange(9)
-        loader = evaluation_loader(Labelled(pictures, labels), build_evaluation_view(8, 1.0, mean, std), 8, 4)
-        for slow, fast in zip(loader, module.batches_in_memory(pictures, labels, 4, mean, std), strict=True):
+        loader = evaluation_loader(Labelled(images, labels), build_evaluation_view(8, 1.0, mean, std), 8, 4)
+        for slow, fast in zip(loader, module.batches_in_memory(images, labels, 4, mean, std), strict=True):
             assert all(torch.equal(*pair) for pair in zip(slow, fast, strict=True))
 
 
-def test_without_a_test_part_every_picture_is_classified_by_the_others(evaluated, generator, tmp_path):
+def test_without_a_test_part_every_image_is_classified_by_the_others(evaluated, generator, tmp_path):
     data = archive(tmp_path / "x.npz", generator, [0] * 10 + [1] * 10 + [2])
     figures, printed, log = evaluated(data=data, num_neighbors=3)
-    assert "no test part: each picture is classified by all others (leave one out)" in log
+    assert "no test part: each image is classified by all others (leave one out)" in log
     assert figures["knn/queries"] == "leave one out"
     assert "leave one out" in printed
     assert figures["knn/top1"] == pytest.approx(20 / 21)  # the only one of its class has nobody to vote for it
@@ -237,33 +237,33 @@ def test_an_index_that_is_not_exact_says_how_much_it_finds(evaluated):
     assert "float16 index" in printed
 
 
-def test_pictures_without_a_label_are_left_out_and_named(evaluated, monkeypatch, generator, tmp_path):
+def test_images_without_a_label_are_left_out_and_named(evaluated, monkeypatch, generator, tmp_path):
     import moco.evaluation.subject as module
-    from moco.data.sources.registry import ArrayPictures, DataSource, Labelled
+    from moco.data.sources.registry import ArrayImages, DataSource, Labelled
 
     labels = np.array([0, 1] * 10)
-    pictures = ArrayPictures(generator.integers(0, 256, (20, 8, 8), np.uint8), "mine")
-    queries = Labelled(pictures, labels)
+    images = ArrayImages(generator.integers(0, 256, (20, 8, 8), np.uint8), "mine")
+    queries = Labelled(images, labels)
 
     def evaluate_with(bank_labels):
-        source = DataSource(pictures, Labelled(pictures, np.array(bank_labels)), queries, 8)
+        source = DataSource(images, Labelled(images, np.array(bank_labels)), queries, 8)
         monkeypatch.setattr(module, "build_source", lambda *_, **__: source)
         return evaluated(num_neighbors=3)
 
     figures, _, log = evaluate_with([-1, *labels[1:19], -1])
-    assert "left out 2 pictures without a label: mine[0], mine[19]" in log
+    assert "left out 2 images without a label: mine[0], mine[19]" in log
     assert figures["knn/bank_size"] == 18
-    with pytest.raises(InputError, match="none of 20 pictures that can be read has a label"):
+    with pytest.raises(InputError, match="none of 20 images that can be read has a label"):
         evaluate_with([-1] * 20)
 
 
 def test_a_bank_of_one_class_is_refused(evaluated, generator, tmp_path):
     data = archive(tmp_path / "x.npz", generator, [4] * 9)
-    with pytest.raises(InputError, match="all 9 pictures of the bank are of class 4; kNN needs two"):
+    with pytest.raises(InputError, match="all 9 images of the bank are of class 4; kNN needs two"):
         evaluated(data=data)
 
 
-def test_pictures_whose_features_are_not_finite_are_named(evaluated, generator, tmp_path):
+def test_images_whose_features_are_not_finite_are_named(evaluated, generator, tmp_path):
     path = evaluated.checkpoint
     held = torch.load(path, weights_only=True)
     name = next(name for name, value in held["state_dict"].items() if name.startswith("query_encoder.backbone"))
@@ -276,19 +276,19 @@ def test_pictures_whose_features_are_not_finite_are_named(evaluated, generator, 
     assert str(error.value) == f"checkpoint={path}: the features of {names} and 2 more are not finite (NaN or infinity)"
 
 
-def test_a_picture_that_cannot_be_read_is_named(evaluated, generator, tmp_path):
+def test_an_image_that_cannot_be_read_is_named(evaluated, generator, tmp_path):
     from PIL import Image
 
     for part, name in ((part, name) for part in ("train/a", "train/b", "val/a", "val/b") for name in "xyz"):
         (tmp_path / part).mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / part / f"{name}.png")
-    (tmp_path / "val/b/x.png").write_bytes(b"no picture")
+    (tmp_path / "val/b/x.png").write_bytes(b"no image")
     data = {"name": "image_folder", "root": str(tmp_path), "image_size": 8}
     with pytest.raises(InputError, match=r"val/b/x\.png"):  # one of six is more than data.max_bad_fraction
         evaluated(data=data, num_neighbors=3)
     for _ in ("embedded", "kept"):
         figures, _, log = evaluated(data=data | {"max_bad_fraction": 0.5}, num_neighbors=3)
-        assert f"skipped 1 unreadable pictures: {tmp_path}/val/b/x.png" in log
+        assert f"skipped 1 unreadable images: {tmp_path}/val/b/x.png" in log
         assert figures["knn/num_queries"] == 5
 
 
@@ -332,7 +332,7 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
         ({"num_probes": 9}, {}, "evaluation.num_probes: without evaluation.index=ivf it has no effect"),
         ({"index": "ivf", "ef_search": 9}, {}, "evaluation.ef_search: without evaluation.index=hnsw it has no effect"),
         ({"num_draws": 9}, {}, "evaluation.num_draws: without evaluation.images_per_class it has no effect"),
-        ({"map": "none", "pictures": False}, {}, "evaluation.map: without evaluation.pictures=true it has no effect"),
+        ({"map": "none", "images": False}, {}, "evaluation.map: without evaluation.plots=true it has no effect"),
     ],
 )  # fmt: skip
 def test_a_setting_that_has_no_effect_is_refused(settings, data, expected):

@@ -278,13 +278,13 @@ def test_the_presets_for_own_images_fit_data_sets_of_their_size(name, fewest, mo
 
 
 LONG = (
-    "method.queue_size=%d is more than a tenth of the %d pictures (older keys of a query's own picture are then often among "
+    "method.queue_size=%d is more than a tenth of the %d images (older keys of a query's own image are then often among "
     "its negatives)"
 )
 
 
 @pytest.mark.parametrize(
-    ("name", "num_pictures", "changes", "said"),
+    ("name", "num_images", "changes", "said"),
     [
         ("cifar10_resnet18", 50_000, {}, None),
         ("imagenet_moco_v2_resnet50", 1_281_167, {}, None),
@@ -309,8 +309,8 @@ LONG = (
         ("cifar10_resnet18", 600, {"max_epochs": 1000}, f"{LONG % (4096, 600)}; 32 would fit"),
     ],
 )  # fmt: skip
-def test_a_queue_too_long_for_the_data_or_the_run_is_said_in_one_line(name, num_pictures, changes, said, caplog):
+def test_a_queue_too_long_for_the_data_or_the_run_is_said_in_one_line(name, num_images, changes, said, caplog):
     config = experiment(name)
-    warn_of_negatives(dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **changes)), num_pictures)
+    warn_of_negatives(dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **changes)), num_images)
     assert caplog.messages == ([said] if said else [])
     assert {record.levelname for record in caplog.records} <= {"WARNING"}

@@ -32,9 +32,9 @@ def tiles(tmp_path):
 
 def test_masks_hold_the_class_of_each_pixels_tile(journey):
     tiles = np.arange(10, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2).repeat(3, 3) * 20
-    pictures, masks = journey.mosaics(tiles, np.arange(10), count=3, grid=3, side=4, seed=0)
-    assert pictures.shape == (3, 12, 12, 3)
-    assert (pictures[..., 0] == masks * 20).all()
+    images, masks = journey.mosaics(tiles, np.arange(10), count=3, grid=3, side=4, seed=0)
+    assert images.shape == (3, 12, 12, 3)
+    assert (images[..., 0] == masks * 20).all()
     assert len(np.unique(masks)) > 3
 
 

@@ -55,7 +55,7 @@ def test_a_run_says_that_it_runs_and_how_it_ended(tmp_path):
     assert read_status(tmp_path)["state"] == "finished"
     for error, state, code in (
         (RunError("the disk is full"), "failed", 1),
-        (InputError("no\nsuch picture"), "failed", 2),
+        (InputError("no\nsuch image"), "failed", 2),
         (Interrupted(signal.SIGTERM, "in epoch 3"), "interrupted", 143),
         (KeyboardInterrupt(), "interrupted", 130),
         (ZeroDivisionError("division by zero"), "failed", 1),

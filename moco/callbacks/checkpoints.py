@@ -122,7 +122,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
             seed_generators(torch.initial_seed(), trainer.global_step, trainer.global_rank)
         if states:
             log.warning(
-                "%d processes instead of %d: the same pictures in the same global batches, but no longer the same to the "
+                "%d processes instead of %d: the same images in the same global batches, but no longer the same to the "
                 "last bit, as sums are taken in another order and BatchNorm and stochastic depth see other groups",
                 trainer.world_size, len(states),
             )  # fmt: skip

@@ -29,7 +29,7 @@ from moco.training.distributed.collectives import rank, world_size
 
 log = logging.getLogger(__name__)
 
-CAUSES = "Usual causes: learning rate too high, key momentum too low, augmentation that erases the picture."
+CAUSES = "Usual causes: learning rate too high, key momentum too low, augmentation that erases the image."
 
 MOST_KEYS = 4096
 """Of which a rank is told; of a long queue the newest, as old keys are of an encoder that was well."""

@@ -32,7 +32,7 @@ def build_dense_set(
     maps: Sequence[int],
     **settings: Any,
 ) -> DenseSet:
-    """The pictures of ``monitor.dense``, every file of them checked.
+    """The images of ``monitor.dense``, every file of them checked.
 
     Args:
         data: see `build_segmentation_source`, of which root, ignore_index and max_image_pixels are, too.
@@ -66,7 +66,7 @@ class DenseMonitor(EpochMeasurement):
 
     Args:
         figures: gets ``dense/knn_miou``, ``dense/knn_pixel_accuracy``, ``dense/epoch`` and the protocol.
-        pictures: what it is measured by.
+        images: what it is measured by.
         num_neighbors, temperature: of the vote, see `moco.evaluation.dense.knn_scores`.
         every_n_epochs, should_stop: see `EpochMeasurement`.
     """
@@ -74,7 +74,7 @@ class DenseMonitor(EpochMeasurement):
     def __init__(
         self,
         figures: dict[str, Any],
-        pictures: DenseSet,
+        images: DenseSet,
         *,
         num_neighbors: int,
         temperature: float,
@@ -82,7 +82,7 @@ class DenseMonitor(EpochMeasurement):
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(figures, every_n_epochs, should_stop)
-        self.pictures = pictures
+        self.images = images
         self.num_neighbors = num_neighbors
         self.temperature = temperature
 
@@ -106,9 +106,9 @@ class DenseMonitor(EpochMeasurement):
 
     def _result(self, pl_module: Any) -> tuple[dict[str, float], dict[str, Any]]:
         """Scores and protocol, on rank 0."""
-        pictures, backbone, device = self.pictures, pl_module.query_encoder.backbone, pl_module.device
+        images, backbone, device = self.images, pl_module.query_encoder.backbone, pl_module.device
         with evaluating(pl_module):
-            bank = pictures.bank(backbone, device, self.should_stop)
+            bank = images.bank(backbone, device, self.should_stop)
             if self.num_neighbors > len(bank.features):
                 log.warning(
                     "monitor.dense.num_neighbors=%d is more than the bank's %d patches; using those",
@@ -116,7 +116,7 @@ class DenseMonitor(EpochMeasurement):
                 )  # fmt: skip
                 self.num_neighbors = len(bank.features)
             score = partial(knn_scores, bank, self.num_neighbors, self.temperature, device)
-            confusion = pictures.confusions({"knn": score}, backbone, device, self.should_stop)["knn"]
-        figures = figures_of(confusion, pictures.source.class_names, "knn")
+            confusion = images.confusions({"knn": score}, backbone, device, self.should_stop)["knn"]
+        figures = figures_of(confusion, images.source.class_names, "knn")
         scores = {key: value for key, value in figures.items() if value is not None and "_iou/" not in key}
-        return scores, pictures.protocol(bank, self.num_neighbors, self.temperature)
+        return scores, images.protocol(bank, self.num_neighbors, self.temperature)

@@ -17,8 +17,8 @@ from moco.evaluation.reports.drawing import (
     Neighbor,
     NeighborRow,
     confusion_counts,
-    confusion_picture,
-    neighbors_picture,
+    confusion_plot,
+    neighbors_plot,
     thumbnail,
 )
 
@@ -41,15 +41,15 @@ class Embedded(NamedTuple):
     """(M,) the place of each in `labelled`."""
 
     def thumbnail(self, row: int, side: int) -> Any:
-        """The picture that a row of the features is of, as a square of so many px."""
-        return thumbnail(self.labelled.pictures[int(self.rows[row])], side)
+        """The image that a row of the features is of, as a square of so many px."""
+        return thumbnail(self.labelled.images[int(self.rows[row])], side)
 
 
-class FeaturePictures:
+class FeaturePlots:
     """Draws a measurement's features, always of the same queries, so that one sees them change.
 
     Args:
-        every_n_epochs: between two pictures; None: no pictures.
+        every_n_epochs: between two images; None: no images.
         projector_images: in the embedding projector, at the end of the run; 0: no projector.
     """
 
@@ -58,7 +58,7 @@ class FeaturePictures:
         self.projector_images = projector_images
 
     def is_due(self, epoch: int, previous_epoch: int) -> bool:
-        """Whether a picture is, at a measurement after `epoch` when the one before was after `previous_epoch`."""
+        """Whether an image is, at a measurement after `epoch` when the one before was after `previous_epoch`."""
         return self.every_n_epochs is not None and epoch // self.every_n_epochs > previous_epoch // self.every_n_epochs
 
     def draw(
@@ -74,20 +74,20 @@ class FeaturePictures:
         asked = normalized(queries.features[np.concatenate([shown, predicted])])
         most = min(max(num_neighbors, NUM_NEIGHBORS), len(bank.rows))
         similarities, rows = nearest(bank.features, asked, most)
-        picture = neighbors_picture(
+        image = neighbors_plot(
             [
                 neighbor_row(bank, queries, query, similarities[place, :NUM_NEIGHBORS], rows[place, :NUM_NEIGHBORS])
                 for place, query in enumerate(shown)
             ]
         )
-        experiment.add_image("knn/neighbors", np.asarray(picture), step, dataformats="HWC")
+        experiment.add_image("knn/neighbors", np.asarray(image), step, dataformats="HWC")
         classes, bank_classes = np.unique(bank.labels, return_inverse=True)
         voters = rows[len(shown) :, :num_neighbors]
         scores = vote(
             similarities[len(shown) :, :num_neighbors], bank_classes.reshape(-1)[voters], len(classes), temperature
         )
         counts, names = confusion_counts(queries.labels[predicted], classes[scores.argmax(axis=1)])
-        matrix = confusion_picture(counts, [str(name) for name in names])
+        matrix = confusion_plot(counts, [str(name) for name in names])
         experiment.add_image("knn/confusion", np.asarray(matrix), step, dataformats="HWC")
 
     def project(self, experiment: Any, queries: Embedded) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moco.callbacks.data_wait import EPOCH_SECONDS, SECONDS, DataWait
 from moco.callbacks.epoch_measurement import EpochMeasurement, is_end
-from moco.callbacks.feature_plots import Embedded, FeaturePictures
+from moco.callbacks.feature_plots import Embedded, FeaturePlots
 from moco.callbacks.shared_embedding import embed_together
 from moco.callbacks.stopwatches import MONITORS, STEPS, WAITING, epoch_time
 from moco.data.loading.datamodule import PretrainingData, check_unreadable
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class KNNMonitor(EpochMeasurement):
-    """kNN accuracy of the query encoder's features every n epochs, on clean pictures in eval mode.
+    """kNN accuracy of the query encoder's features every n epochs, on clean images in eval mode.
 
     Args:
         figures: gets ``knn/top1``, with at least five neighbours ``knn/top5``, ``knn/epoch`` and the
@@ -50,7 +50,7 @@ class KNNMonitor(EpochMeasurement):
         num_neighbors, temperature, feature, precision: the protocol, see `MonitorConfig`.
         baselines: measure raw pixels and the encoder before the first step.
         is_untrained: the encoder starts from random weights.
-        pictures: draws what it measures.
+        images: draws what it measures.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class KNNMonitor(EpochMeasurement):
         baselines: bool = False,
         is_untrained: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
-        pictures: FeaturePictures | None = None,
+        images: FeaturePlots | None = None,
     ) -> None:
         super().__init__(figures, every_n_epochs, should_stop)
         self.num_neighbors = num_neighbors
@@ -74,7 +74,7 @@ class KNNMonitor(EpochMeasurement):
         self.precision = precision
         self.baselines = baselines
         self.is_untrained = is_untrained
-        self.pictures = pictures
+        self.images = images
         self.resumed = False  # the encoder is no longer untrained
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class KNNMonitor(EpochMeasurement):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         source = data_of(trainer).source
         if source.bank is None or source.queries is None:
-            log.info("no kNN: the data set has no labelled training and test pictures; watch label_free/* instead")
+            log.info("no kNN: the data set has no labelled training and test images; watch label_free/* instead")
             return
         log.info(
             "kNN every %d epochs: k %d, T %s, %s feature, %d queries against a bank of %d",
@@ -137,15 +137,15 @@ class KNNMonitor(EpochMeasurement):
             return
         rank = rank_me(torch.from_numpy(evenly_spaced(bank.features, MOST_ROWS)))
         trainer.logger.log_metrics({"label_free/feature_rank_me": rank}, step=trainer.global_step)
-        if self.pictures is None:
+        if self.images is None:
             return
         experiment = trainer.logger.experiment  # type: ignore[attr-defined]
         previous = max(0, epoch - self.every_n_epochs)
-        if self.pictures.is_due(epoch, previous) or (self.pictures.every_n_epochs and is_end(trainer, epoch)):
+        if self.images.is_due(epoch, previous) or (self.images.every_n_epochs and is_end(trainer, epoch)):
             k = min(self.num_neighbors, len(bank.rows))
-            self.pictures.draw(experiment, trainer.global_step, bank, queries, k, self.temperature)
-        if self.pictures.projector_images and is_end(trainer, epoch):
-            self.pictures.project(experiment, queries)
+            self.images.draw(experiment, trainer.global_step, bank, queries, k, self.temperature)
+        if self.images.projector_images and is_end(trainer, epoch):
+            self.images.project(experiment, queries)
 
     def _encoding(self, pl_module: Any) -> Callable[[Tensor], Tensor]:
         return lambda images: pl_module.query_encoder.encode(images, self.feature)
@@ -174,8 +174,8 @@ class KNNMonitor(EpochMeasurement):
         def search() -> KNNResult:
             sets = []
             for labelled, (features, labels, unreadable) in zip((bank, queries), embedded, strict=True):
-                check_unreadable(set(unreadable.tolist()), labelled.pictures, data.max_bad_fraction)
-                readable = np.delete(np.arange(len(labelled.pictures)), unreadable)
+                check_unreadable(set(unreadable.tolist()), labelled.images, data.max_bad_fraction)
+                readable = np.delete(np.arange(len(labelled.images)), unreadable)
                 sets.append(Embedded(features, labels, labelled, readable))
             show(*sets)
             (features, labels, _, _), (query_features, query_labels, _, _) = sets
@@ -348,7 +348,7 @@ class BatchClock(pl.Callback):
 
 
 def is_waited_for(trainer: pl.Trainer) -> bool:
-    """Whether a batch comes from elsewhere; of pictures in the device's memory, making it is the device's own work."""
+    """Whether a batch comes from elsewhere; of images in the device's memory, making it is the device's own work."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return not (isinstance(data, PretrainingData) and data.engine.in_memory)
 

@@ -60,7 +60,7 @@ class OnlineProbe(pl.Callback):
         """Find the labels, before anything is computed.
 
         Raises:
-            InputError: the training pictures have none.
+            InputError: the training images have none.
         """
         self.labels = training_classes(data_of(trainer).source)
 
@@ -136,17 +136,17 @@ def standardised(feature: Tensor) -> Tensor:
 
 
 def training_classes(source: DataSource) -> Tensor:
-    """The class of every training picture (M,) int64, -1 where it has none or is held out of the bank.
+    """The class of every training image (M,) int64, -1 where it has none or is held out of the bank.
 
     Raises:
         InputError: none has one.
     """
     classes = np.full(len(source.train), -1)
-    if source.bank is not None and len(source.bank.pictures) == len(source.train):
+    if source.bank is not None and len(source.bank.images) == len(source.train):
         classes = source.bank.labels
     elif source.bank is not None:
-        named = {source.bank.pictures.name(row): label for row, label in enumerate(source.bank.labels)}
+        named = {source.bank.images.name(row): label for row, label in enumerate(source.bank.labels)}
         classes = np.array([named.get(source.train.name(row), -1) for row in range(len(source.train))])
     if not (classes >= 0).any():
-        raise InputError("evaluation.online_probe=true: the training pictures have no labels")
+        raise InputError("evaluation.online_probe=true: the training images have no labels")
     return torch.from_numpy(classes).long()

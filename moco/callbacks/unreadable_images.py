@@ -1,4 +1,4 @@
-"""The list of pictures that a run could not read, in its run folder."""
+"""The list of images that a run could not read, in its run folder."""
 
 import json
 from collections.abc import Iterable
@@ -10,11 +10,11 @@ import pytorch_lightning as pl
 from moco.runs.run_folder import write_atomically
 from moco.training.distributed.collectives import gather_objects
 
-UNREADABLE = "unreadable_pictures.jsonl"
+UNREADABLE = "unreadable_images.jsonl"
 
 
 def write_unreadable(folder: Path, names: Iterable[str]) -> None:
-    r"""Write the names, sorted, to ``unreadable_pictures.jsonl``: in each line one, as a JSON string in ASCII.
+    r"""Write the names, sorted, to ``unreadable_images.jsonl``: in each line one, as a JSON string in ASCII.
 
     So a name may hold newlines and bytes that are no UTF-8 (255 stands there as ``\udcff``), and what ``json.loads`` makes
     of a line is the path that ``open`` takes. Replaces an older list; without names nothing is written.
@@ -29,7 +29,7 @@ class UnreadableList(pl.Callback):
 
     Args:
         folder: the run folder.
-        figures: gets ``unreadable_pictures``, how many there are so far.
+        figures: gets ``unreadable_images``, how many there are so far.
     """
 
     def __init__(self, folder: Path, figures: dict[str, Any]) -> None:
@@ -50,6 +50,6 @@ class UnreadableList(pl.Callback):
     def _bring_together(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         data.unreadable.update(*gather_objects(data.unreadable))  # in place: a loader adds to the same set
-        self.figures["unreadable_pictures"] = len(data.unreadable)
+        self.figures["unreadable_images"] = len(data.unreadable)
         if self.trainer.is_global_zero:
             write_unreadable(self.folder, data.unreadable)

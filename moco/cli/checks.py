@@ -61,22 +61,22 @@ def num_processes(config: TrainConfig) -> int:
     return config.trainer.devices * config.trainer.num_nodes
 
 
-def check_same_pictures(data: "PretrainingData") -> None:
-    """Raises InputError if the processes of a training do not see the same pictures, or the same shards."""
-    from moco.data.loading.streams import ShardedPictures
+def check_same_images(data: "PretrainingData") -> None:
+    """Raises InputError if the processes of a training do not see the same images, or the same shards."""
+    from moco.data.loading.streams import ShardedImages
     from moco.training.distributed.collectives import gather_objects, world_size
 
     if world_size() == 1:
         return
     train = data.source.train
-    # Pictures of shards have no names before they are read.
-    names = train.shards if isinstance(train, ShardedPictures) else map(train.name, range(len(train)))
+    # Images of shards have no names before they are read.
+    names = train.shards if isinstance(train, ShardedImages) else map(train.name, range(len(train)))
     digest = hashlib.blake2b()
     for name in names:
         digest.update(os.fsencode(name) + b"\0")
     if len({*gather_objects((len(train), digest.hexdigest()))}) > 1:
         raise InputError(
-            "data.root: the processes of this run do not see the same pictures; is it the same folder on all nodes?"
+            "data.root: the processes of this run do not see the same images; is it the same folder on all nodes?"
         )
 
 
@@ -213,14 +213,14 @@ def check_resolution_ramp(ramp: "ResolutionRamp", backbone: "nn.Module", max_epo
         )  # fmt: skip
 
 
-def warn_of_negatives(config: TrainConfig, num_pictures: int) -> None:
-    """Say if K is more than a tenth of the pictures, or more than the keys that the run will ever put in.
+def warn_of_negatives(config: TrainConfig, num_images: int) -> None:
+    """Say if K is more than a tenth of the images, or more than the keys that the run will ever put in.
 
     Without a queue, say if the batch is taken in parts: each has only its own negatives.
 
     The largest power of two within a tenth is K of both official recipes: 65,536 for ImageNet, 4,096 for CIFAR-10.
     """
-    size, tenth = config.method.queue_size, num_pictures // 10
+    size, tenth = config.method.queue_size, num_images // 10
     if size is None:
         if (parts := config.trainer.accumulate_grad_batches) > 1:
             log.warning(
@@ -228,11 +228,11 @@ def warn_of_negatives(config: TrainConfig, num_pictures: int) -> None:
                 "its own part of the batch", parts, config.data.batch_size // parts,
             )  # fmt: skip
         return
-    num_keys = num_keys_of_run(config, num_pictures)
+    num_keys = num_keys_of_run(config, num_images)
     reasons = []
     if size > tenth:
         reasons.append(
-            f"more than a tenth of the {num_pictures} pictures (older keys of a query's own picture are then often among "
+            f"more than a tenth of the {num_images} images (older keys of a query's own image are then often among "
             "its negatives)"
         )
     if size > num_keys:
@@ -242,10 +242,10 @@ def warn_of_negatives(config: TrainConfig, num_pictures: int) -> None:
         log.warning("method.queue_size=%d is %s; %d would fit", size, ", and ".join(reasons), fitting)
 
 
-def num_keys_of_run(config: TrainConfig, num_pictures: int) -> int:
+def num_keys_of_run(config: TrainConfig, num_images: int) -> int:
     """The keys that one queue is given from the first to the last step."""
     method, trainer, batch_size = config.method, config.trainer, config.data.batch_size
-    steps = trainer.max_epochs * (num_pictures // batch_size)
+    steps = trainer.max_epochs * (num_images // batch_size)
     if trainer.max_steps > 0:
         steps = min(steps, trainer.max_steps)
     return steps * batch_size * (2 if method.symmetric and method.num_queues == 1 else 1)

@@ -16,7 +16,7 @@ def close(console: Console, folder: Path, figures: dict[str, Any], num_unreadabl
     """Print what was reached, where it is, what to type next.
 
     Args:
-        num_unreadable: pictures that were skipped.
+        num_unreadable: images that were skipped.
     """
     rows = [("epochs, steps", f"{figures.get('epoch', 0)}, {figures.get('step', 0)}")]
     if "train/loss" in figures:
@@ -39,7 +39,7 @@ def close(console: Console, folder: Path, figures: dict[str, Any], num_unreadabl
     if "dense/knn_miou" in figures:
         rows.append(("mIoU of kNN segmentation", f"{figures['dense/knn_miou']:.4f}"))
     if num_unreadable:
-        rows.append(("unreadable pictures skipped", str(num_unreadable)))
+        rows.append(("unreadable images skipped", str(num_unreadable)))
     checkpoint = os.path.relpath(folder / LAST_CHECKPOINT)
     rows.append(("checkpoint", checkpoint))
     rows.append(("its backbone alone", os.path.relpath(folder / BACKBONE_FILE)))

@@ -1,4 +1,4 @@
-"""How far a long pass over pictures is: a bar where the output is a terminal, else a line a minute."""
+"""How far a long pass over images is: a bar where the output is a terminal, else a line a minute."""
 
 import logging
 import time
@@ -12,12 +12,12 @@ from moco.cli.progress import SECONDS_BETWEEN_LINES
 log = logging.getLogger(__name__)
 
 
-class PictureProgress:
+class ImageProgress:
     """Inside a ``with`` block, shows what `say` is told.
 
     Args:
         title: what is being done, one word.
-        start: pictures that were done before.
+        start: images that were done before.
         total: of all.
     """
 
@@ -28,7 +28,7 @@ class PictureProgress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("pictures {task.fields[rate]}"),
+            TextColumn("images {task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -37,7 +37,7 @@ class PictureProgress:
         )
         self.task = self.bar.add_task(title, total=total, completed=start, rate="")
 
-    def __enter__(self) -> "PictureProgress":
+    def __enter__(self) -> "ImageProgress":
         self.began = self.said = time.monotonic()
         self.bar.start()
         return self
@@ -48,7 +48,7 @@ class PictureProgress:
         self.bar.stop()
 
     def say(self, done: int) -> None:
-        """So many pictures are done by now, those of earlier attempts too."""
+        """So many images are done by now, those of earlier attempts too."""
         now = time.monotonic()
         rate = (done - self.start) / (now - self.began)
         self.bar.update(self.task, completed=done, rate=f"{rate:,.0f} a second")
@@ -56,6 +56,6 @@ class PictureProgress:
             self.said = now
             minutes = (self.total - done) / rate / 60
             log.info(
-                "%s: %s of %s pictures, %.0f a second, %.0f minutes left",
+                "%s: %s of %s images, %.0f a second, %.0f minutes left",
                 self.title, f"{done:,}", f"{self.total:,}", rate, minutes,
             )  # fmt: skip

@@ -18,9 +18,9 @@ class LinearConfig:
     batch_size: int = setting(256, at_least=1)
     """Features per step."""
     held_out: float = setting(0.1, above=0, below=1)
-    """Share of each class's training pictures by which the best head is chosen."""
+    """Share of each class's training images by which the best head is chosen."""
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
-    """Of the choice of those pictures, and of the order of the others."""
+    """Of the choice of those images, and of the order of the others."""
 
 
 @dataclass
@@ -45,4 +45,4 @@ class LinearOfficialConfig:
     )
     """The training view's operations in order: see ``moco.data.augment.view_steps``."""
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
-    """Of the head's first weights, the order of the pictures and what is drawn for them."""
+    """Of the head's first weights, the order of the images and what is drawn for them."""

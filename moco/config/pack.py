@@ -16,7 +16,7 @@ class PackDataConfig:
     root: Any = None
     download: bool = False
     resize: Optional[int] = setting(None, at_least=4)
-    """Shorter side of the copy's pictures, px; smaller ones stay as they are. Null: all stay."""
+    """Shorter side of the copy's images, px; smaller ones stay as they are. Null: all stay."""
     num_images: Optional[int] = setting(None, at_least=1)
     image_column: Optional[str] = None
     label_column: Optional[str] = None
@@ -37,7 +37,7 @@ class PackConfig:
     quality: int = setting(95, at_least=1, at_most=100)
     """Of JPEGs in shards. A JPEG that keeps its size is copied as it is."""
     max_shard_bytes: int = setting(2**29, at_least=1)
-    """A shard ends with the picture that reaches so many; between two of them an interrupted copy goes on."""
+    """A shard ends with the image that reaches so many; between two of them an interrupted copy goes on."""
     num_workers: int = setting(4, at_least=0)
     """Processes that read and encode; the copy does not depend on it."""
     check: bool = False

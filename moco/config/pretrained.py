@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "images_per_class",
         "num_draws",
         "label_free",
-        "pictures",
+        "plots",
         "map",
     ),
     "dense": ("num_neighbors", "temperature", "maps", "bank_size", "sampling", "seed"),
@@ -65,16 +65,16 @@ class EvaluationConfig:
     maps: list[int] = field(default_factory=lambda: [4])
     """dense: which of the backbone's feature maps, from 1, the finest, to 4; several are joined at the finest one's size."""
     bank_size: int = setting(50_000, at_least=1)
-    """dense: patches that are learned from; each training picture gives the same share of them."""
+    """dense: patches that are learned from; each training image gives the same share of them."""
     sampling: str = setting("balanced", choices=("balanced", "uniform"))
-    """dense: how a picture's patches are drawn. balanced: its classes take turns; uniform: all have the same chance."""
+    """dense: how an image's patches are drawn. balanced: its classes take turns; uniform: all have the same chance."""
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     """dense: of that draw."""
     linear: LinearConfig = field(default_factory=LinearConfig)
     linear_official: LinearOfficialConfig = field(default_factory=LinearOfficialConfig)
     label_free: bool = True
-    """Also what needs no labels: rank, spread and uniformity, and by views of 1,000 pictures alignment and LiDAR."""
-    pictures: bool = True
+    """Also what needs no labels: rank, spread and uniformity, and by views of 1,000 images alignment and LiDAR."""
+    plots: bool = True
     """Draw neighbours, similarities, confusions, a map of the queries and feature maps into the run folder."""
     map: str = setting("tsne", choices=("none", "tsne", "umap"))
     """How the queries are laid out in map.png. umap needs the extra `umap`."""
@@ -137,7 +137,7 @@ class EvaluateConfig:
 @dataclass
 class EmbedDataConfig(PretrainedDataConfig):
     num_workers: Optional[int] = setting(None, at_least=0)
-    """Loader processes; null: 4, and none for pictures that are in memory."""
+    """Loader processes; null: 4, and none for images that are in memory."""
 
 
 @dataclass
@@ -148,11 +148,11 @@ class EmbedConfig:
     output: str = MISSING
     """The .npz file; the index goes beside it, FILE.faiss beside FILE.npz."""
     index: str = setting("flat", choices=("flat", "hnsw", "ivf", "none"))
-    """For neighbours by cosine, of faiss. flat: exact; ivf and hnsw: approximate, and faster beyond a million pictures; they
+    """For neighbours by cosine, of faiss. flat: exact; ivf and hnsw: approximate, and faster beyond a million images; they
     are held in memory while they are built."""
     data: EmbedDataConfig = field(default_factory=EmbedDataConfig)
     split: str = setting("train", choices=("test", "train"))
-    """train: all pictures that training would see; test: those that are held out for measurements."""
+    """train: all images that training would see; test: those that are held out for measurements."""
     encoder: str = setting("query", choices=("key", "query"))
     feature: str = setting("backbone", choices=("backbone", "embedding"))
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
@@ -193,7 +193,7 @@ def check_settings(config: EvaluateConfig) -> None:
         "num_probes": ("evaluation.index=ivf", evaluation.index == "ivf"),
         "ef_search": ("evaluation.index=hnsw", evaluation.index == "hnsw"),
         "num_draws": ("evaluation.images_per_class", evaluation.images_per_class),
-        "map": ("evaluation.pictures=true", evaluation.pictures),
+        "map": ("evaluation.plots=true", evaluation.plots),
     }
     for key, (what, is_there) in needed.items():
         if not is_there and is_given(evaluation, key):

@@ -36,7 +36,7 @@ class SegmentDataConfig:
     ignore_index: int = setting(255, at_least=0, at_most=65535)
     """The number of pixels without a class; masks have at most 16 bits."""
     max_image_pixels: int = setting(178_956_970, at_least=1)
-    """A picture or mask of more px is refused."""
+    """An image or mask of more px is refused."""
     batch_size: int = setting(16, at_least=2)
     """Images per optimizer step, over all accumulated batches."""
     num_workers: int = setting(4, at_least=0)
@@ -46,7 +46,7 @@ class SegmentDataConfig:
 @dataclass
 class SegmentAugmentationConfig:
     scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
-    """Lowest and highest factor by which a picture is resized before it is cropped; uniform."""
+    """Lowest and highest factor by which an image is resized before it is cropped; uniform."""
     horizontal_flip: float = setting(0.5, at_least=0, at_most=1)
     """Probability."""
     color_jitter: Optional[dict[str, Any]] = field(
@@ -80,8 +80,8 @@ class SegmentOptimizerConfig:
 class SegmentEvaluationConfig:
     every_n_epochs: int = setting(1, at_least=1)
     batch_size: int = setting(1, at_least=1)
-    """Pictures of one size that are predicted at once."""
-    num_pictures: int = setting(4, at_least=0)
+    """Images of one size that are predicted at once."""
+    num_plotted_images: int = setting(4, at_least=0)
     """So many go to TensorBoard at every measurement."""
 
 
@@ -101,7 +101,7 @@ class SegmentConfig:
     optimizer: SegmentOptimizerConfig = field(default_factory=SegmentOptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     inference: str = setting("whole", choices=("slide", "whole"))
-    """Of the held-out pictures. whole: as they are; slide: windows of image_size that overlap by a third."""
+    """Of the held-out images. whole: as they are; slide: windows of image_size that overlap by a third."""
     evaluation: SegmentEvaluationConfig = field(default_factory=SegmentEvaluationConfig)
     checkpoint_every_n_epochs: int = setting(1, at_least=1)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

@@ -37,7 +37,7 @@ class BackboneConfig:
     clipped to the maps of such images, as in Microsoft's code and timm; null: they are not. See
     ``docs/swin_v2.md``."""
     stochastic_depth: Optional[float] = setting(None, at_least=0, at_most=0.99)
-    """Swin, ViT: chance that a picture skips the last block's branches; rises linearly from 0 at the first block."""
+    """Swin, ViT: chance that an image skips the last block's branches; rises linearly from 0 at the first block."""
     gradient_checkpointing: Optional[bool] = None
     """Swin, ViT: less memory for a third more computing."""
     freeze_patch_embed: Optional[bool] = None
@@ -169,20 +169,20 @@ class DataConfig:
     batch_size: int = setting(256, at_least=1)
     """Images per optimizer step, over all devices and accumulated batches."""
     engine: str = setting("auto", choices=("auto", "worker", "batch"))
-    """Who augments. worker: the loader's processes, picture by picture; batch: the device, batch by batch (of files the
-    processes still decode and crop); auto: batch for small pictures in memory and on a GPU, else worker."""
+    """Who augments. worker: the loader's processes, image by image; batch: the device, batch by batch (of files the
+    processes still decode and crop); auto: batch for small images in memory and on a GPU, else worker."""
     num_workers: int = setting(4, at_least=0)
     """Loader processes per device; 0 loads in the training process. Results do not depend on it."""
     max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
-    """Share of unreadable pictures beyond which the run stops."""
+    """Share of unreadable images beyond which the run stops."""
     max_image_pixels: int = setting(178_956_970, at_least=1)
-    """A picture of more px is unreadable, judged by its header: a small file can claim any size. The default is the one from
-    which Pillow takes a picture for an attack; decoded it takes half a gigabyte."""
+    """An image of more px is unreadable, judged by its header: a small file can claim any size. The default is the one from
+    which Pillow takes an image for an attack; decoded it takes half a gigabyte."""
     held_out: float = setting(0.1, at_least=0, at_most=1)
-    """``image_folder`` without a validation folder: share of the pictures that the monitor holds out of its bank, by a hash
-    of their paths, so that a picture keeps its side when others are added. They are trained on like all others."""
+    """``image_folder`` without a validation folder: share of the images that the monitor holds out of its bank, by a hash
+    of their paths, so that an image keeps its side when others are added. They are trained on like all others."""
     pages: str = setting("first", choices=("each", "first"))
-    """``images``, ``image_folder``: of TIFF files with several pages take the first, or each as a picture of its own."""
+    """``images``, ``image_folder``: of TIFF files with several pages take the first, or each as an image of its own."""
     num_images: Optional[int] = setting(None, at_least=1)
     """Size of ``synthetic`` (null: 1,024); samples in all shards of ``webdataset`` (null: counted, if they are files)."""
     streams: int = setting(12, at_least=1)
@@ -271,10 +271,10 @@ class MonitorConfig:
     diagnostics_every_n_steps: Optional[int] = setting(100, at_least=1)
     """Optimizer steps between two measurements of the label-free figures that take time: see ``docs/diagnostics.md``; null:
     none. Whether the embeddings collapse is watched in any case."""
-    pictures_every_n_epochs: Optional[int] = setting(10, at_least=1)
-    """Between pictures of view pairs, nearest neighbours and confusions in TensorBoard; null: none."""
+    plots_every_n_epochs: Optional[int] = setting(10, at_least=1)
+    """Between images of view pairs, nearest neighbours and confusions in TensorBoard; null: none."""
     projector_images: int = setting(5000, at_least=0, at_most=10000)
-    """Labelled pictures in TensorBoard's embedding projector, written at the end; 0: no projector."""
+    """Labelled images in TensorBoard's embedding projector, written at the end; 0: no projector."""
 
 
 @dataclass
@@ -282,15 +282,15 @@ class DenseMonitorConfig:
     """kNN segmentation by patch features beside the image-level kNN: see ``docs/evaluation.md``."""
 
     data: Optional[str] = setting(None, choices=("segmentation_folder", "voc2012"))
-    """A small set of pictures with masks; null: no such measurement."""
+    """A small set of images with masks; null: no such measurement."""
     root: Optional[str] = None
     """Its folder."""
     ignore_index: int = setting(255, at_least=0, at_most=65535)
     """The number of a mask's pixels without a class."""
     num_images: Optional[int] = setting(200, at_least=1)
-    """So many pictures of each part, evenly spaced; null: all."""
+    """So many images of each part, evenly spaced; null: all."""
     image_size: Optional[int] = setting(None, at_least=4)
-    """Shorter side that the pictures are scaled to, px; null: data.image_size."""
+    """Shorter side that the images are scaled to, px; null: data.image_size."""
     every_n_epochs: int = setting(1, at_least=1)
     num_neighbors: int = setting(30, at_least=1)
     """k."""
@@ -299,11 +299,11 @@ class DenseMonitorConfig:
     maps: list[int] = field(default_factory=lambda: [4])
     """Which of the backbone's feature maps, from 1, the finest, to 4; several are joined at the finest one's size."""
     bank_size: int = setting(10_000, at_least=1)
-    """Patches that are learned from; each picture to learn from gives the same share of them."""
+    """Patches that are learned from; each image to learn from gives the same share of them."""
     sampling: str = setting("balanced", choices=("balanced", "uniform"))
-    """How a picture's patches are drawn. balanced: its classes take turns; uniform: all have the same chance."""
+    """How an image's patches are drawn. balanced: its classes take turns; uniform: all have the same chance."""
     batch_size: int = setting(16, at_least=1)
-    """Pictures per forward pass, of one size."""
+    """Images per forward pass, of one size."""
 
 
 @dataclass
@@ -358,5 +358,5 @@ class TrainConfig:
 @dataclass
 class PreviewConfig(TrainConfig):
     output: str = MISSING
-    """The picture to write, a .png."""
+    """The image to write, a .png."""
     num_pairs: int = setting(8, at_least=1, at_most=64)

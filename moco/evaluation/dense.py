@@ -1,9 +1,9 @@
 """Segmentation by frozen features of patches. Arrays in, numbers out.
 
-A patch is a cell of the backbone's feature map together with the pixels of the mask that it covers. Patches of pictures to
-learn from make a bank; those of other pictures get the classes of their nearest neighbours there (arXiv 2306.01667).
+A patch is a cell of the backbone's feature map together with the pixels of the mask that it covers. Patches of images to
+learn from make a bank; those of other images get the classes of their nearest neighbours there (arXiv 2306.01667).
 
-Letters: N batch, M patches of the bank, Q patches to classify, P patches of a picture, D feature width, C classes,
+Letters: N batch, M patches of the bank, Q patches to classify, P patches of an image, D feature width, C classes,
 k neighbours, h w cells, H W pixels.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moco.evaluation.neighbors import nearest_by_block
 
-CLASSES_AT_ONCE = 8  # that are enlarged to a picture's size; with all of them memory would grow with their number
+CLASSES_AT_ONCE = 8  # that are enlarged to an image's size; with all of them memory would grow with their number
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Bank:
     shares: np.ndarray
     """(M, C) float32: the share of each class in a patch's labelled pixels; a row adds up to 1."""
     weights: np.ndarray
-    """(M,) float32: how many of its picture's patches each one stands for."""
-    pictures: np.ndarray
-    """(M,) int64: which picture each is from."""
+    """(M,) float32: how many of its image's patches each one stands for."""
+    images: np.ndarray
+    """(M,) int64: which image each is from."""
 
 
 def joined_maps(maps: Sequence[Tensor]) -> Tensor:
@@ -63,11 +63,11 @@ def class_shares(classes: np.ndarray, grid: tuple[int, int], num_classes: int, i
 
 
 def drawn(labels: np.ndarray, number: int, sampling: str, generator: np.random.Generator) -> np.ndarray:
-    """At most `number` random patches of a picture, as rows.
+    """At most `number` random patches of an image, as rows.
 
     Args:
         labels: (P,) the class of each patch.
-        sampling: ``uniform``: every patch has the same chance; ``balanced``: the picture's classes take turns for as long as
+        sampling: ``uniform``: every patch has the same chance; ``balanced``: the image's classes take turns for as long as
             they have patches left.
     """
     order = generator.permutation(len(labels))
@@ -81,7 +81,7 @@ def drawn(labels: np.ndarray, number: int, sampling: str, generator: np.random.G
 
 
 def patches_stood_for(labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """For each drawn row, how many patches of its class the picture has per drawn one: float32."""
+    """For each drawn row, how many patches of its class the image has per drawn one: float32."""
     there, taken = np.bincount(labels), np.bincount(labels[rows], minlength=labels.max() + 1)
     return (there[labels[rows]] / taken[labels[rows]]).astype(np.float32)
 

@@ -1,6 +1,6 @@
-"""A set of pictures with masks as dense evaluation looks at it: from a frozen backbone to a bank, and to confusions.
+"""A set of images with masks as dense evaluation looks at it: from a frozen backbone to a bank, and to confusions.
 
-Letters: N batch, M patches of the bank, P patches of a picture, D feature width, C classes.
+Letters: N batch, M patches of the bank, P patches of an image, D feature width, C classes.
 """
 
 import logging
@@ -19,7 +19,7 @@ from moco.evaluation.dense import Bank, class_shares, drawn, joined_maps, patche
 from moco.evaluation.features import EmbeddingStopped
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
 from moco.segmentation.scaled_images import scaled_loader
-from moco.segmentation.sources import MaskedPictures, SegmentationSource
+from moco.segmentation.sources import MaskedImages, SegmentationSource
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +31,13 @@ Scorer = Callable[[np.ndarray], np.ndarray]
 
 
 class NotFinite(Exception):
-    """A feature is NaN or infinite; the message names the picture."""
+    """A feature is NaN or infinite; the message names the image."""
 
 
 class PatchGrid(NamedTuple):
-    """The patches of a picture."""
+    """The patches of an image."""
 
-    picture: int
+    image: int
     features: np.ndarray
     """(P, D) float32, row by row of the grid."""
     grid: tuple[int, int]
@@ -47,14 +47,14 @@ class PatchGrid(NamedTuple):
 
 @dataclass(frozen=True)
 class DenseSet:
-    """Pictures with masks and how a backbone is measured by them.
+    """Images with masks and how a backbone is measured by them.
 
     Args:
-        image_size: of the scaled pictures' shorter side, about, see `moco.segmentation.scaled_images`, px.
+        image_size: of the scaled images' shorter side, about, see `moco.segmentation.scaled_images`, px.
         maps: which of the backbone's maps, 1 to 4; several are joined.
-        bank_size: largest M; each picture to learn from gives the same share of it.
+        bank_size: largest M; each image to learn from gives the same share of it.
         sampling: see `moco.evaluation.dense.drawn`.
-        num_images: so many pictures of each part, evenly spaced; None: all.
+        num_images: so many images of each part, evenly spaced; None: all.
     """
 
     source: SegmentationSource
@@ -73,28 +73,28 @@ class DenseSet:
     def num_classes(self) -> int:
         return len(self.source.class_names)
 
-    def rows(self, pictures: MaskedPictures) -> list[int]:
-        """Which pictures of a part are looked at."""
-        count = min(self.num_images or len(pictures), len(pictures))
-        return [number * len(pictures) // count for number in range(count)]
+    def rows(self, images: MaskedImages) -> list[int]:
+        """Which images of a part are looked at."""
+        count = min(self.num_images or len(images), len(images))
+        return [number * len(images) // count for number in range(count)]
 
     def patches(
         self,
-        pictures: MaskedPictures,
+        images: MaskedImages,
         backbone: Any,
         device: torch.device | str,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[PatchGrid]:
-        """The patches of one picture after the other; unreadable ones are left out and named.
+        """The patches of one image after the other; unreadable ones are left out and named.
 
         Raises:
-            InputError: too many pictures cannot be read.
+            InputError: too many images cannot be read.
             NotFinite: a feature is.
             EmbeddingStopped: `should_stop`, which is asked before every batch, said so.
         """
-        rows, stride = self.rows(pictures), backbone.feature_map_strides[-1]
+        rows, stride = self.rows(images), backbone.feature_map_strides[-1]
         loader = scaled_loader(
-            pictures,
+            images,
             rows,
             self.image_size,
             stride,
@@ -115,16 +115,16 @@ class DenseSet:
                     unreadable.append(index)
                     continue
                 if not np.isfinite(features[place]).all():
-                    name = printable(pictures.images.name(index))
+                    name = printable(images.images.name(index))
                     raise NotFinite(f"the features of {name} are not finite (NaN or infinity)")
                 yield PatchGrid(index, features[place], grid, batch.classes[place].numpy())
         if unreadable:
-            names = ", ".join(printable(pictures.images.name(index)) for index in unreadable[:3])
-            log.warning("skipped %d unreadable pictures: %s%s", len(unreadable), names, ", ..." * (len(unreadable) > 3))
-            check_unreadable(unreadable, pictures.images, self.max_bad_fraction)
+            names = ", ".join(printable(images.images.name(index)) for index in unreadable[:3])
+            log.warning("skipped %d unreadable images: %s%s", len(unreadable), names, ", ..." * (len(unreadable) > 3))
+            check_unreadable(unreadable, images.images, self.max_bad_fraction)
 
     def bank(self, backbone: Any, device: torch.device | str, should_stop: Callable[[], bool] = lambda: False) -> Bank:
-        """Random patches of the pictures to learn from; which ones depends on the seed and the picture's number alone.
+        """Random patches of the images to learn from; which ones depends on the seed and the image's number alone.
 
         Patches without a labelled pixel are left out. Errors of `patches`.
 
@@ -133,24 +133,24 @@ class DenseSet:
         """
         numbers = {row: place for place, row in enumerate(self.rows(self.source.train))}
         features: np.ndarray | None = None
-        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # shares, weights, pictures
+        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # shares, weights, images
         filled = 0
         for patches in self.patches(self.source.train, backbone, device, should_stop):
             shares = class_shares(patches.classes, patches.grid, self.num_classes, self.source.ignore_index)
             labelled = shares.any(axis=1).nonzero()[0]
             labels = shares[labelled].argmax(axis=1)
-            place = numbers[patches.picture]
+            place = numbers[patches.image]
             quota = (place + 1) * self.bank_size // len(numbers) - place * self.bank_size // len(numbers)
-            generator = np.random.default_rng((self.seed, patches.picture))
+            generator = np.random.default_rng((self.seed, patches.image))
             chosen = drawn(labels, quota, self.sampling, generator)
             if features is None:  # made at once, since joining parts would take the memory twice
                 features = np.empty((self.bank_size, patches.features.shape[1]), np.float32)
             features[filled : filled + len(chosen)] = patches.features[labelled[chosen]]
             filled += len(chosen)
             weights = patches_stood_for(labels, chosen) if len(chosen) else np.empty(0, np.float32)
-            parts.append((shares[labelled[chosen]], weights, np.full(len(chosen), patches.picture)))
+            parts.append((shares[labelled[chosen]], weights, np.full(len(chosen), patches.image)))
         if features is None or filled == 0:
-            raise InputError("none of the patches that were drawn from the pictures to learn from has a labelled pixel")
+            raise InputError("none of the patches that were drawn from the images to learn from has a labelled pixel")
         return Bank(features[:filled], *map(np.concatenate, zip(*parts, strict=True)))
 
     def confusions(
@@ -160,7 +160,7 @@ class DenseSet:
         device: torch.device | str,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, Tensor]:
-        """What each scorer makes of the pictures held out, pixel by pixel of their masks: (C, C), see `confusion_matrix`.
+        """What each scorer makes of the images held out, pixel by pixel of their masks: (C, C), see `confusion_matrix`.
 
         Errors of `patches`.
         """
@@ -174,7 +174,7 @@ class DenseSet:
         return totals
 
     def confusion(self, patches: PatchGrid, scores: Tensor) -> Tensor:
-        """Of one picture, by its patches' scores (P, C)."""
+        """Of one image, by its patches' scores (P, C)."""
         classes = torch.from_numpy(patches.classes).to(scores.device)
         predicted = pixel_classes(scores.T.unflatten(1, patches.grid), (classes.shape[0], classes.shape[1]))
         return confusion_matrix(predicted, classes, self.num_classes, self.source.ignore_index)
@@ -204,12 +204,12 @@ def encoded(backbone: Any, images: Tensor, maps: Sequence[int]) -> Tensor:
 
 
 def blocks(patches: Iterator[PatchGrid]) -> Iterator[list[PatchGrid]]:
-    """Pictures together whose features and masks have `BLOCK_BYTES`, or a little more."""
+    """Images together whose features and masks have `BLOCK_BYTES`, or a little more."""
     block: list[PatchGrid] = []
     held = 0
-    for picture in patches:
-        block.append(picture)
-        held += picture.features.nbytes + picture.classes.nbytes
+    for image in patches:
+        block.append(image)
+        held += image.features.nbytes + image.classes.nbytes
         if held >= BLOCK_BYTES:
             yield block
             block, held = [], 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from moco.evaluation.dense import Bank
 
 WEIGHT_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)  # of standardised features
-USUAL = 1e-2  # where there are too few pictures to choose by
+USUAL = 1e-2  # where there are too few images to choose by
 FOLDS = 5
 ITERATIONS = 100
 
@@ -72,19 +72,19 @@ def cross_entropy(features: Tensor, shares: Tensor, weights: Tensor, weight: Ten
 
 
 def fit_best(bank: Bank, device: torch.device | str = "cpu") -> tuple[LinearHead, float]:
-    """The head of the weight decay that suits every fifth picture best when the others are learned from, then fit to all.
+    """The head of the weight decay that suits every fifth image best when the others are learned from, then fit to all.
 
-    With fewer than five pictures the weight decay is `USUAL`.
+    With fewer than five images the weight decay is `USUAL`.
 
     Returns:
         Head and weight decay.
     """
     arrays = (bank.features, bank.shares, bank.weights)
     features, shares, weights = (torch.from_numpy(array).to(device) for array in arrays)
-    pictures = np.unique(bank.pictures, return_inverse=True)[1]
-    if pictures.max() + 1 < FOLDS:
+    images = np.unique(bank.images, return_inverse=True)[1]
+    if images.max() + 1 < FOLDS:
         return fit(features, shares, weights, USUAL), USUAL
-    held_out = torch.from_numpy(pictures % FOLDS == FOLDS - 1).to(device)
+    held_out = torch.from_numpy(images % FOLDS == FOLDS - 1).to(device)
 
     def loss(weight_decay: float) -> float:
         head = fit(features, shares, weights * ~held_out, weight_decay)

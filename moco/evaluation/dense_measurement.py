@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 
 def measure_dense(subject: Subject) -> Findings:
-    """Mean intersection over union of the held-out pictures.
+    """Mean intersection over union of the held-out images.
 
     Raises:
         InputError: the data set has no masks, or they do not suit; or the features are not finite.
     """
-    pictures, backbone = dense_set(subject), subject.encoder.backbone
+    images, backbone = dense_set(subject), subject.encoder.backbone
     try:
-        return measured(subject, pictures, backbone)
+        return measured(subject, images, backbone)
     except NotFinite as error:
         raise InputError(f"checkpoint={subject.checkpoint}: {error}") from error
 
@@ -54,11 +54,11 @@ def dense_set(subject: Subject) -> DenseSet:
     )
 
 
-def measured(subject: Subject, pictures: DenseSet, backbone: object) -> Findings:
+def measured(subject: Subject, images: DenseSet, backbone: object) -> Findings:
     """`measure_dense` of a set."""
     device, temperature = subject.device, subject.settings["temperature"]
     started = time.monotonic()
-    bank = pictures.bank(backbone, device)
+    bank = images.bank(backbone, device)
     log.info(
         "bank of %s patches, %d features wide, in %.1f s", f"{len(bank.features):,}", bank.features.shape[1],
         time.monotonic() - started,
@@ -72,9 +72,9 @@ def measured(subject: Subject, pictures: DenseSet, backbone: object) -> Findings
         "knn": partial(knn_scores, bank, num_neighbors, temperature, device),
         "linear": head.scores,
     }
-    confusions = pictures.confusions(scorers, backbone, device)
-    log.info("held-out pictures segmented in %.1f s", time.monotonic() - started)
-    names = pictures.source.class_names
+    confusions = images.confusions(scorers, backbone, device)
+    log.info("held-out images segmented in %.1f s", time.monotonic() - started)
+    names = images.source.class_names
     figures = {kind: figures_of(confusion, names, kind) for kind, confusion in confusions.items()}
     every = {key: value for found in figures.values() for key, value in found.items()}
     kind = {"dense/encoder": subject.settings["encoder"], "dense/linear_weight_decay": weight_decay}
@@ -82,7 +82,7 @@ def measured(subject: Subject, pictures: DenseSet, backbone: object) -> Findings
     return Findings(
         "segmentation by frozen patch features",
         {key: value for key, value in every.items() if value is not None and "_iou/" not in key},
-        pictures.protocol(bank, num_neighbors, temperature) | kind,
+        images.protocol(bank, num_neighbors, temperature) | kind,
         {key: value for key, value in every.items() if "_iou/" in key},
         [table_of("intersection over union", ("class", "kNN", "linear head"), rows)],
     )

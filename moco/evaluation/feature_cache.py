@@ -1,7 +1,7 @@
 """Features that are kept from one evaluation to the next, under a key of everything that they depend on.
 
-A file is used only if its name holds the key of what is asked for now, so a changed checkpoint, setting or picture makes
-a new one. Letters: M pictures.
+A file is used only if its name holds the key of what is asked for now, so a changed checkpoint, setting or image makes
+a new one. Letters: M images.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moco.data.files.archives import DAMAGED
-from moco.data.sources.registry import ArrayPictures, FilePictures, Labelled
+from moco.data.sources.registry import ArrayImages, FileImages, Labelled
 from moco.runs.run_folder import CONFIG, write_atomically
 
 log = logging.getLogger(__name__)
@@ -40,10 +40,10 @@ class FeatureCache:
         self.folder = folder.parent / "features" if self.is_in_run else user_folder()
 
     def path(self, labelled: Labelled, root: Any) -> Path:
-        """Where the features of these pictures belong.
+        """Where the features of these images belong.
 
         Args:
-            root: of the data set, whose files are looked at where the pictures do not tell which they are in.
+            root: of the data set, whose files are looked at where the images do not tell which they are in.
         """
         key = hashlib.sha256(f"{self.digest} {self.settings} ".encode())
         key.update(np.ascontiguousarray(labelled.labels).tobytes())
@@ -99,19 +99,19 @@ def digest_of_file(path: Path) -> str:
 
 
 def traits(labelled: Labelled, root: Any) -> Iterable[bytes]:
-    """What the pictures are: those in memory by their pixels, files by name, size and time of change."""
-    pictures = labelled.pictures
-    if isinstance(pictures, ArrayPictures):
-        yield str(pictures.tensor.shape).encode()
-        yield from (picture.numpy().tobytes() for picture in pictures.tensor.split(4096))
+    """What the images are: those in memory by their pixels, files by name, size and time of change."""
+    images = labelled.images
+    if isinstance(images, ArrayImages):
+        yield str(images.tensor.shape).encode()
+        yield from (image.numpy().tobytes() for image in images.tensor.split(4096))
         return
-    if isinstance(pictures, FilePictures):
-        yield pictures.text.numpy().tobytes()
-        yield pictures.ends.numpy().tobytes()
-        yield b"" if pictures.page_ends is None else pictures.page_ends.numpy().tobytes()
-        yield from (stamp(path) for path in pictures.files())
+    if isinstance(images, FileImages):
+        yield images.text.numpy().tobytes()
+        yield images.ends.numpy().tobytes()
+        yield b"" if images.page_ends is None else images.page_ends.numpy().tobytes()
+        yield from (stamp(path) for path in images.files())
         return
-    yield from (pictures.name(index).encode("utf-8", "surrogateescape") + b"\n" for index in range(len(pictures)))
+    yield from (images.name(index).encode("utf-8", "surrogateescape") + b"\n" for index in range(len(images)))
     for folder, _, names in sorted(os.walk(root)):
         yield from (stamp(os.path.join(folder, name)) for name in sorted(names))
 

@@ -1,6 +1,6 @@
-"""What a long pass over many pictures leaves: features as .npz, and an index for their neighbours, written in blocks.
+"""What a long pass over many images leaves: features as .npz, and an index for their neighbours, written in blocks.
 
-Letters: M pictures, D feature width.
+Letters: M images, D feature width.
 """
 
 import logging
@@ -55,7 +55,7 @@ def copy(path: Path, target: IO[bytes]) -> None:
 
 
 def write_index(file: BinaryIO, parts: FeatureParts, kind: str) -> str:
-    """Write a faiss index of the L2-normalised features by inner product, which is then the cosine; row i is picture i.
+    """Write a faiss index of the L2-normalised features by inner product, which is then the cosine; row i is image i.
 
     Args:
         kind: ``flat``: exact, written in blocks; ``ivf`` or ``hnsw``: approximate, held in memory while it is built.
@@ -77,7 +77,7 @@ def write_index(file: BinaryIO, parts: FeatureParts, kind: str) -> str:
     faiss.write_index(index, swig.PyCallbackIOWriter(file.write))
     count = min(NUM_NEIGHBORS, parts.state.num_rows)
     num_queries = min(NUM_SAMPLES, parts.state.num_rows)
-    return f"{kind}: finds {recall(index, parts, count):.1%} of the {count} nearest, over {num_queries} pictures"
+    return f"{kind}: finds {recall(index, parts, count):.1%} of the {count} nearest, over {num_queries} images"
 
 
 def blocks(parts: FeatureParts) -> Iterator[np.ndarray]:

@@ -1,6 +1,6 @@
-"""The features of a long pass over many pictures on disk as they come, so that it goes on where it was interrupted.
+"""The features of a long pass over many images on disk as they come, so that it goes on where it was interrupted.
 
-Letters: M pictures so far, N batch, D feature width.
+Letters: M images so far, N batch, D feature width.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class State:
 
 
 class FeatureParts:
-    """Features (M, D) float32 and labels (M,) int64 as plain bytes, names and unreadable pictures as lines of JSON.
+    """Features (M, D) float32 and labels (M,) int64 as plain bytes, names and unreadable images as lines of JSON.
 
     Inside a ``with`` block rows can be added. Every few seconds, and when the block is left, what is whole is put on disk.
 
@@ -51,7 +51,7 @@ class FeatureParts:
         folder: of `taken`.
         about: what must be the same when the pass goes on, as plain data: ``settings`` by key, and hashes of the ``weights``
             and of the ``data``.
-        start: place of the first picture.
+        start: place of the first image.
 
     Raises:
         InputError: the folder holds the beginning of something else.
@@ -97,7 +97,7 @@ class FeatureParts:
     def add(
         self, features: np.ndarray, names: Sequence[str], labels: np.ndarray, unreadable: Sequence[str], end: list[int]
     ) -> None:
-        """Write a batch: features (N, D) float32, names and labels of the N pictures, names of those that cannot be read."""
+        """Write a batch: features (N, D) float32, names and labels of the N images, names of those that cannot be read."""
         contents = {
             FEATURES: np.ascontiguousarray(features, "<f4").tobytes(),
             LABELS: np.ascontiguousarray(labels, "<i8").tobytes(),
@@ -150,7 +150,7 @@ class FeatureParts:
                 yield np.fromfile(file, "<f4", count * width).reshape(count, width)
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """The features of some pictures, (len(numbers), D) float32."""
+        """The features of some images, (len(numbers), D) float32."""
         shape = (self.state.num_rows, self.state.feature_dim)
         return np.array(np.memmap(self.folder / FEATURES, "<f4", "r", shape=shape)[numbers])
 
@@ -159,7 +159,7 @@ class FeatureParts:
             yield from map(json.loads, file)
 
     def unreadable(self) -> list[str]:
-        """The names of the pictures that earlier attempts could not read; before the ``with`` block."""
+        """The names of the images that earlier attempts could not read; before the ``with`` block."""
         if not self.state.num_bytes[UNREADABLE]:
             return []
         with (self.folder / UNREADABLE).open("rb") as file:
@@ -180,7 +180,7 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     if there["weights"] != here["weights"]:
         words.append("checkpoint: other weights")
     if there["data"] != here["data"]:
-        words.append("data: other pictures, names or labels, or in another order")
+        words.append("data: other images, names or labels, or in another order")
     return words
 
 

@@ -22,7 +22,7 @@ from moco.evaluation.approximate import ApproximateIndex, recall
 from moco.evaluation.knn import KNNResult, Protocol, Search, Votes, capped, classify, scores_of
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
 from moco.evaluation.neighbors import nearest_by_block
-from moco.evaluation.reports.knn_plots import Searched, knn_pictures, save_png
+from moco.evaluation.reports.knn_plots import Searched, knn_plots, save_png
 from moco.evaluation.reports.projections import check_map
 from moco.evaluation.subject import Features, Findings, Subject
 
@@ -86,10 +86,10 @@ def measure_knn(subject: Subject) -> Findings:
     label_free = NOTHING
     if settings["label_free"]:
         label_free = measure_label_free(subject, sides.bank, sides.of_bank)
-    pictures = {}
-    if settings["pictures"]:
+    images = {}
+    if settings["images"]:
         searched = searched_of(sides, chosen_search, settings["feature"])
-        pictures = knn_pictures(subject, searched, confusion, classes, label_free.views)
+        images = knn_plots(subject, searched, confusion, classes, label_free.views)
     return Findings(
         "kNN classification of frozen features",
         scores_of(result),
@@ -101,47 +101,47 @@ def measure_knn(subject: Subject) -> Findings:
                 file, classes=classes, confusion=confusion, accuracy=shares, predicted=chosen.predicted,
                 labels=sides.queries.labels, rows=sides.queries.rows,
             ),
-            **{name: partial(save_png, picture) for name, picture in pictures.items()},
+            **{name: partial(save_png, image) for name, image in images.items()},
         },
     )  # fmt: skip
 
 
 def sides_of(subject: Subject) -> Sides:
-    """Features of bank and queries; without a test part each picture of the bank is a query to all others.
+    """Features of bank and queries; without a test part each image of the bank is a query to all others.
 
     Raises:
-        InputError: the data set has no labels, or all its pictures are of one class.
+        InputError: the data set has no labels, or all its images are of one class.
     """
     source, name = subject.source, subject.data["name"]
     if source.bank is None:
-        raise InputError(f"data={name}: kNN needs labelled training and test pictures, and this set has none")
+        raise InputError(f"data={name}: kNN needs labelled training and test images, and this set has none")
     bank = with_labels(subject.features(source.bank), source.bank, name)
     classes = np.unique(bank.labels)
     if len(classes) == 1:
         raise InputError(
-            f"data={name}: all {len(bank.labels):,} pictures of the bank are of class {classes[0]}; kNN needs two"
+            f"data={name}: all {len(bank.labels):,} images of the bank are of class {classes[0]}; kNN needs two"
         )
     if source.queries is None:
-        log.info("data=%s has no test part: each picture is classified by all others (leave one out)", name)
+        log.info("data=%s has no test part: each image is classified by all others (leave one out)", name)
         return Sides(bank, bank, source.bank, source.bank, is_leave_one_out=True)
     queries = with_labels(subject.features(source.queries), source.queries, name)
     return Sides(bank, queries, source.bank, source.queries, is_leave_one_out=False)
 
 
 def with_labels(features: Features, labelled: Labelled, name: str) -> Features:
-    """Those pictures that have a label, which is 0 or more; the others are named in the log.
+    """Those images that have a label, which is 0 or more; the others are named in the log.
 
     Raises:
         InputError: none has.
     """
     missing = features.labels < 0
     if missing.all():
-        raise InputError(f"data={name}: none of {len(missing):,} pictures that can be read has a label")
+        raise InputError(f"data={name}: none of {len(missing):,} images that can be read has a label")
     if not missing.any():
         return features
-    first = [printable(labelled.pictures.name(int(row))) for row in features.rows[missing][:3]]
+    first = [printable(labelled.images.name(int(row))) for row in features.rows[missing][:3]]
     more = ", ..." if missing.sum() > 3 else ""
-    log.warning("left out %d pictures without a label: %s%s", missing.sum(), ", ".join(first), more)
+    log.warning("left out %d images without a label: %s%s", missing.sum(), ", ".join(first), more)
     kept = {feature: values[~missing] for feature, values in features.of.items()}
     return Features(kept, features.labels[~missing], features.rows[~missing])
 
@@ -164,7 +164,7 @@ def searcher(subject: Subject, sides: Sides, feature: str, num_neighbors: int) -
 
 
 def searched_of(sides: Sides, search: Search, feature: str) -> Searched:
-    """Bank and queries by one feature, with their pictures."""
+    """Bank and queries by one feature, with their images."""
     bank, queries = (
         Embedded(side.of[feature], side.labels, labelled, side.rows)
         for side, labelled in ((sides.bank, sides.of_bank), (sides.queries, sides.of_queries))
@@ -229,7 +229,7 @@ def few_label_figures(subject: Subject, sides: Sides) -> tuple[dict[str, float],
 
 
 def drawn(labels: np.ndarray, number: int, generator: np.random.Generator) -> np.ndarray:
-    """Rows of `number` random pictures of each class, of all of a class that has fewer; rising."""
+    """Rows of `number` random images of each class, of all of a class that has fewer; rising."""
     order = generator.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)

@@ -1,6 +1,6 @@
 """The label-free figures of a checkpoint, as ``moco.evaluate`` shows them beside the kNN accuracy.
 
-Letters: M pictures, D feature width, C embedding width, N batch.
+Letters: M images, D feature width, C embedding width, N batch.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from moco.evaluation.subject import Features, Subject
 log = logging.getLogger(__name__)
 
 MOST_VIEWED = 1_000
-"""Pictures of which two views are made: the mean squared distance is steady by then, and the cost that of 2,000 pictures."""
+"""Images of which two views are made: the mean squared distance is steady by then, and the cost that of 2,000 images."""
 
 
 class LabelFree(NamedTuple):
@@ -34,14 +34,14 @@ class LabelFree(NamedTuple):
     """Under the names of ``metrics.json``."""
     tables: Sequence[Table]
     views: np.ndarray | None
-    """(M, 2, C) embeddings of two augmented views of some pictures; None where they cannot be had."""
+    """(M, 2, C) embeddings of two augmented views of some images; None where they cannot be had."""
 
 
 NOTHING = LabelFree({}, [], None)
 
 
 def measure_label_free(subject: Subject, features: Features, labelled: Labelled) -> LabelFree:
-    """Figures of the features and embeddings of plain pictures, and of views that the run's own augmentation makes.
+    """Figures of the features and embeddings of plain images, and of views that the run's own augmentation makes.
 
     Warns in words of embeddings that are ill.
 
@@ -50,7 +50,7 @@ def measure_label_free(subject: Subject, features: Features, labelled: Labelled)
     """
     backbone, embeddings = features.of["backbone"], features.of.get("embedding")
     if len(backbone) < 2:
-        log.info("no label-free figures of a single picture")
+        log.info("no label-free figures of a single image")
         return NOTHING
     if embeddings is None:
         log.info("a backbone alone: of the label-free figures the rank of its features, and no similarities of views")
@@ -66,9 +66,9 @@ def measure_label_free(subject: Subject, features: Features, labelled: Labelled)
 
 
 def view_embeddings(subject: Subject, features: Features, labelled: Labelled) -> np.ndarray:
-    """Embeddings of a query view and a key view of at most `MOST_VIEWED` pictures, not normalised: (M, 2, C).
+    """Embeddings of a query view and a key view of at most `MOST_VIEWED` images, not normalised: (M, 2, C).
 
-    With ``evaluation.cache`` they are kept, under a key of the pictures' plain features and the augmentation.
+    With ``evaluation.cache`` they are kept, under a key of the images' plain features and the augmentation.
     """
     chosen = evenly_spaced(np.arange(len(features.rows)), MOST_VIEWED)
     if not subject.settings["cache"]:
@@ -87,7 +87,7 @@ def view_embeddings(subject: Subject, features: Features, labelled: Labelled) ->
 
 @torch.no_grad()
 def embedded_views(subject: Subject, labelled: Labelled, rows: np.ndarray) -> np.ndarray:
-    """`view_embeddings` of the pictures in these rows (M,), computed."""
+    """`view_embeddings` of the images in these rows (M,), computed."""
     augment = ViewPair(
         subject.pair["query"],
         subject.pair["key"],
@@ -95,11 +95,11 @@ def embedded_views(subject: Subject, labelled: Labelled, rows: np.ndarray) -> np
         image_size=subject.data["image_size"],
         seed=0,
     )
-    make, pictures, device = PairMaker(augment), labelled.pictures, subject.device
+    make, images, device = PairMaker(augment), labelled.images, subject.device
     parts = []
     for first in range(0, len(rows), subject.settings["batch_size"]):
         block = [int(row) for row in rows[first : first + subject.settings["batch_size"]]]
-        batch = make([(row, pictures.opened(row), pictures.name(row)) for row in block], 0)
+        batch = make([(row, images.opened(row), images.name(row)) for row in block], 0)
         with torch.autocast(device.type, enabled=False):
             views = augment.finished([view.to(device) for view in batch.views], 0, batch.indices)
             embeddings = [subject.encoder(view).float().cpu() for view in views]  # (N, C) each
@@ -120,7 +120,7 @@ def illnesses(figures: Mapping[str, float], shape: Sequence[int]) -> list[str]:
             f"{spread:.5f})."
         ]
     effective, highest = figures["label_free/rank_me"], min(*shape, MOST_ROWS)
-    # Of a few pictures the rank says nothing.
+    # Of a few images the rank says nothing.
     if highest >= 1 / CollapseWatch.FEW_DIMENSIONS and effective < CollapseWatch.FEW_DIMENSIONS * highest:
         return [
             "DIMENSIONAL COLLAPSE: the embeddings differ in few dimensions only (effective rank "
@@ -144,7 +144,7 @@ def figures_table(figures: Mapping[str, float], features: Sequence[int], embeddi
             "uniformity": "0: all in one place, -4: spread out",
             "alignment": "0: views are equal, 2: unrelated",
         }
-    table = Table(title=f"without labels, of {features[0]:,} pictures of the bank", title_justify="left")
+    table = Table(title=f"without labels, of {features[0]:,} images of the bank", title_justify="left")
     for name in ("figure", "value", "beside"):
         table.add_column(name, justify="right" if name == "value" else "left")
     for name, value in figures.items():

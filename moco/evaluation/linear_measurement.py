@@ -1,4 +1,4 @@
-"""Linear classification of frozen features, as ``moco.evaluate`` measures it: one pass through the pictures, then a grid.
+"""Linear classification of frozen features, as ``moco.evaluate`` measures it: one pass through the images, then a grid.
 
 Letters: M training rows, Q queries, D feature width, G heads, C classes.
 """
@@ -47,7 +47,7 @@ class Head(NamedTuple):
     lr: float
     weight_decay: float
     accuracy: float
-    """On the pictures that were held out of training."""
+    """On the images that were held out of training."""
 
 
 def measure_linear(subject: Subject) -> Findings:
@@ -64,7 +64,7 @@ def measure_linear(subject: Subject) -> Findings:
     is_held_out = held_out_rows(bank.labels, settings["held_out"], np.random.default_rng(settings["seed"]))
     if not is_held_out.any():
         raise InputError(
-            f"data={name}: no class has two labelled training pictures, one to train on and one to choose by"
+            f"data={name}: no class has two labelled training images, one to train on and one to choose by"
         )
     scale = scale_of(bank.of[feature])
     rows, query_rows = (
@@ -96,7 +96,7 @@ def measure_linear(subject: Subject) -> Findings:
 
 
 def sides_of(subject: Subject, settings: dict[str, Any]) -> tuple[Features, Features, str]:
-    """Training and test features, and what the latter are; without a test part, a share of each class's training pictures.
+    """Training and test features, and what the latter are; without a test part, a share of each class's training images.
 
     Raises:
         InputError: the data set has no labels.
@@ -107,20 +107,20 @@ def sides_of(subject: Subject, settings: dict[str, Any]) -> tuple[Features, Feat
         return bank, with_labels(subject.features(source.queries), source.queries, name), "test"
     is_query = held_out_rows(bank.labels, settings["held_out"], np.random.default_rng([settings["seed"], 1]))
     if not is_query.any():
-        raise InputError(f"data={name}: there is no test part, and no class has two pictures of which one could serve")
-    log.info("data=%s has no test part: %d of %d pictures are kept for the test", name, is_query.sum(), len(is_query))
+        raise InputError(f"data={name}: there is no test part, and no class has two images of which one could serve")
+    log.info("data=%s has no test part: %d of %d images are kept for the test", name, is_query.sum(), len(is_query))
     return chosen_rows(bank, ~is_query), chosen_rows(bank, is_query), "held out"
 
 
 def labelled_bank(subject: Subject) -> Labelled:
-    """The labelled training pictures.
+    """The labelled training images.
 
     Raises:
         InputError: there are none.
     """
     if subject.source.bank is None:
         raise InputError(
-            f"data={subject.data['name']}: a linear classifier needs labelled training pictures, and this set has none"
+            f"data={subject.data['name']}: a linear classifier needs labelled training images, and this set has none"
         )
     return subject.source.bank
 
@@ -136,7 +136,7 @@ def classes_of(labels: np.ndarray, name: str) -> Classes:
     classes = np.unique(labels)
     if len(classes) == 1:
         raise InputError(
-            f"data={name}: all {len(labels):,} training pictures are of class {classes[0]}; a classifier needs two"
+            f"data={name}: all {len(labels):,} training images are of class {classes[0]}; a classifier needs two"
         )
     return Classes(classes)
 
@@ -148,7 +148,7 @@ def warn_of_unknown(classes: Classes, labels: np.ndarray, name: str) -> None:
         names = np.unique(unknown)
         more = ", ..." if len(names) > 5 else ""
         log.warning(
-            "data=%s: %d of %d test pictures are of classes without training pictures, and count as wrong: %s%s",
+            "data=%s: %d of %d test images are of classes without training images, and count as wrong: %s%s",
             name, len(unknown), len(labels), ", ".join(map(str, names[:5])), more,
         )  # fmt: skip
 
@@ -230,10 +230,10 @@ def findings(
 
 
 def grid_table(grid: Sequence[Head], protocol: dict[str, Any]) -> Table:
-    """Accuracy on the held-out training pictures, learning rates by row and weight decays by column."""
+    """Accuracy on the held-out training images, learning rates by row and weight decays by column."""
     decays = sorted({head.weight_decay for head in grid})
     table = Table(
-        title=f"top-1 on held-out training pictures after {protocol['linear/num_epochs']} epochs: "
+        title=f"top-1 on held-out training images after {protocol['linear/num_epochs']} epochs: "
         "learning rate by row, weight decay by column",
         title_justify="left",
     )

@@ -104,14 +104,14 @@ def measure_linear_official(subject: Subject) -> Findings:
     A measurement in a run folder that one was interrupted in goes on after its last whole epoch, to the same bits.
 
     Raises:
-        InputError: the data set has no labels or no test part, or too many pictures cannot be read.
+        InputError: the data set has no labels or no test part, or too many images cannot be read.
         RunError: the loss is not finite.
     """
     settings, feature, name = subject.settings["linear_official"], subject.settings["feature"], subject.data["name"]
     labelled, source = labelled_bank(subject), subject.source
     if source.queries is None:
         raise InputError(
-            f"data={name}: linear_official needs a test part, and this set has none; evaluation=linear keeps pictures for it"
+            f"data={name}: linear_official needs a test part, and this set has none; evaluation=linear keeps images for it"
         )
     classes = classes_of(known(labelled.labels, name), name)
     views = LabelledViews(
@@ -161,17 +161,17 @@ def known(labels: np.ndarray, name: str) -> np.ndarray:
     """
     missing = int((labels < 0).sum())
     if missing == len(labels):
-        raise InputError(f"data={name}: none of {missing:,} training pictures has a label")
+        raise InputError(f"data={name}: none of {missing:,} training images has a label")
     if missing:
-        log.warning("%d of %d training pictures have no label, and are not trained on", missing, len(labels))
+        log.warning("%d of %d training images have no label, and are not trained on", missing, len(labels))
     return labels[labels >= 0]
 
 
 def train_epoch(probe: OfficialProbe, views: LabelledViews, subject: Subject, classes: Classes, epoch: int) -> float:
-    """One pass through the training pictures; the mean loss of its steps.
+    """One pass through the training images; the mean loss of its steps.
 
     Raises:
-        InputError: too many pictures cannot be read, or a feature is not finite; it names the pictures.
+        InputError: too many images cannot be read, or a feature is not finite; it names the images.
         RunError: the loss is not finite.
     """
     labelled, losses, unreadable = labelled_bank(subject), [], set()
@@ -183,7 +183,7 @@ def train_epoch(probe: OfficialProbe, views: LabelledViews, subject: Subject, cl
         own = torch.from_numpy(np.where(places < len(classes.names), places, -1))
         losses.append(probe.step(features, own.to(subject.device)))
         unreadable.update(indices[labels.cpu() != views.labels[indices]].tolist())
-    check_unreadable(unreadable, labelled.pictures, subject.data["max_bad_fraction"])
+    check_unreadable(unreadable, labelled.images, subject.data["max_bad_fraction"])
     loss = float(torch.stack(losses).mean())
     if not np.isfinite(loss):
         raise RunError(f"the loss is not finite in epoch {epoch + 1}; try a lower evaluation.linear_official.lr")

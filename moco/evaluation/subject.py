@@ -1,6 +1,6 @@
 """What a measurement of frozen features is given, and what it gives back.
 
-Letters: M pictures, D feature width, C embedding width.
+Letters: M images, D feature width, C embedding width.
 """
 
 import logging
@@ -20,7 +20,7 @@ import moco
 from moco.data.augment.views import build_evaluation_view, normalisation, rgb_batch
 from moco.data.loading.datamodule import check_unreadable
 from moco.data.loading.loaders import EvaluationBatch, evaluation_loader
-from moco.data.sources.registry import ArrayPictures, DataSource, Labelled, build_source
+from moco.data.sources.registry import ArrayImages, DataSource, Labelled, build_source
 from moco.errors import InputError, printable
 from moco.evaluation.feature_cache import FeatureCache
 from moco.evaluation.features import embed
@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
-    """Of labelled pictures, those that could be read."""
+    """Of labelled images, those that could be read."""
 
     of: dict[str, np.ndarray]
     """``backbone`` (M, D) and, if the encoder has a projector, ``embedding`` (M, C); float32, not normalised."""
     labels: np.ndarray
     """(M,) int64."""
     rows: np.ndarray
-    """(M,) int64: which of the pictures each row is."""
+    """(M,) int64: which of the images each row is."""
 
 
 @dataclass
@@ -59,14 +59,14 @@ class Findings:
 
 @dataclass
 class Subject:
-    """A frozen encoder, the pictures, and how they are looked at.
+    """A frozen encoder, the images, and how they are looked at.
 
     Args:
         encoder: in eval mode, on `device`; an `Encoder`.
         data: `EvaluateDataConfig` as plain data, nulls filled in; `image_size` may be null until `source` is built.
         augmentation: mean and std of the normalisation.
         settings: `EvaluationConfig` as plain data, nulls filled in.
-        at_image_size: told the side of the pictures once it is known, px.
+        at_image_size: told the side of the images once it is known, px.
     """
 
     encoder: Any
@@ -111,12 +111,12 @@ class Subject:
         return FeatureCache(self.checkpoint, settings | versions)
 
     def features(self, labelled: Labelled) -> Features:
-        """Features of labelled pictures, both kinds from one pass; unreadable ones are left out and counted.
+        """Features of labelled images, both kinds from one pass; unreadable ones are left out and counted.
 
         With ``evaluation.cache`` they are kept for the next evaluation.
 
         Raises:
-            InputError: too many pictures cannot be read, or a feature is not finite; it names the pictures.
+            InputError: too many images cannot be read, or a feature is not finite; it names the images.
         """
         if not self.settings["cache"]:
             features = self.embedded(labelled)
@@ -124,39 +124,39 @@ class Subject:
             path = self.cache.path(labelled, self.data["root"])
             kept = self.cache.read(path)
             if kept is not None:
-                log.info("features of %s pictures from %s", f"{len(labelled.pictures):,}", path)
+                log.info("features of %s images from %s", f"{len(labelled.images):,}", path)
                 features = Features({name: kept[name] for name in self.feature_names}, kept["labels"], kept["rows"])
             else:
                 features = self.embedded(labelled)
                 self.cache.write(path, {**features.of, "labels": features.labels, "rows": features.rows})
-        unreadable = np.delete(np.arange(len(labelled.pictures)), features.rows)
+        unreadable = np.delete(np.arange(len(labelled.images)), features.rows)
         if len(unreadable):
-            names = ", ".join(printable(labelled.pictures.name(int(row))) for row in unreadable[:3])
-            log.warning("skipped %d unreadable pictures: %s%s", len(unreadable), names, ", ..." * (len(unreadable) > 3))
-        check_unreadable(set(unreadable.tolist()), labelled.pictures, self.data["max_bad_fraction"])
+            names = ", ".join(printable(labelled.images.name(int(row))) for row in unreadable[:3])
+            log.warning("skipped %d unreadable images: %s%s", len(unreadable), names, ", ..." * (len(unreadable) > 3))
+        check_unreadable(set(unreadable.tolist()), labelled.images, self.data["max_bad_fraction"])
         return features
 
     def embedded(self, labelled: Labelled) -> Features:
         """`features`, computed."""
         started = time.monotonic()
         joined, labels, unreadable = embed(self.encode_all, self.batches(labelled), self.device)
-        rows = np.delete(np.arange(len(labelled.pictures)), unreadable)
+        rows = np.delete(np.arange(len(labelled.images)), unreadable)
         check_finite(joined, rows, labelled, self.checkpoint)
-        log.info("embedded %s pictures in %.1f s", f"{len(rows):,}", time.monotonic() - started)
+        log.info("embedded %s images in %.1f s", f"{len(rows):,}", time.monotonic() - started)
         width = self.encoder.backbone.feature_dim
         parts = np.split(joined, [width], axis=1) if len(rows) else [joined, joined]
         return Features(dict(zip(self.feature_names, parts, strict=False)), labels, rows)
 
     def batches(self, labelled: Labelled) -> Any:
-        """Batches of the pictures in order: from memory at once where nothing has to be resized."""
+        """Batches of the images in order: from memory at once where nothing has to be resized."""
         size, batch_size = self.data["image_size"], self.settings["batch_size"]
-        pictures = labelled.pictures
+        images = labelled.images
         if (
-            isinstance(pictures, ArrayPictures)
-            and pictures.tensor.shape[1:3] == (size, size)
+            isinstance(images, ArrayImages)
+            and images.tensor.shape[1:3] == (size, size)
             and round(size / self.data["crop_ratio"]) == size
         ):
-            return batches_in_memory(pictures, labelled.labels, batch_size, **self.augmentation)
+            return batches_in_memory(images, labelled.labels, batch_size, **self.augmentation)
         view = build_evaluation_view(size, self.data["crop_ratio"], **self.augmentation)
         return evaluation_loader(labelled, view, size, batch_size, self.data["num_workers"], device=self.device)
 
@@ -169,20 +169,20 @@ class Subject:
 
 
 def check_finite(features: np.ndarray, rows: np.ndarray, labelled: Labelled, checkpoint: Path) -> None:
-    """Raises InputError if a feature (M, D) is not finite; it names the first pictures."""
+    """Raises InputError if a feature (M, D) is not finite; it names the first images."""
     bad = rows[~np.isfinite(features).all(axis=1)]
     if len(bad):
-        names = ", ".join(printable(labelled.pictures.name(int(row))) for row in bad[:3])
+        names = ", ".join(printable(labelled.images.name(int(row))) for row in bad[:3])
         more = f" and {len(bad) - 3:,} more" if len(bad) > 3 else ""
         raise InputError(f"checkpoint={checkpoint}: the features of {names}{more} are not finite (NaN or infinity)")
 
 
 def batches_in_memory(
-    pictures: ArrayPictures, labels: np.ndarray, batch_size: int, mean: Sequence[float], std: Sequence[float]
+    images: ArrayImages, labels: np.ndarray, batch_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Iterator[EvaluationBatch]:
-    """What the evaluation view makes of pictures that have its size already, to the same bits."""
+    """What the evaluation view makes of images that have its size already, to the same bits."""
     scale, shift = normalisation(mean, std)
-    for first in range(0, len(pictures), batch_size):
+    for first in range(0, len(images), batch_size):
         part = slice(first, first + batch_size)
-        images = rgb_batch(pictures.tensor[part]) * scale - shift
-        yield EvaluationBatch(images, torch.from_numpy(labels[part]), torch.zeros(len(images), dtype=torch.bool))
+        batch = rgb_batch(images.tensor[part]) * scale - shift
+        yield EvaluationBatch(batch, torch.from_numpy(labels[part]), torch.zeros(len(batch), dtype=torch.bool))

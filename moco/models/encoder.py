@@ -96,7 +96,7 @@ class Encoder(nn.Module):
 
 
 def switch_off_stochastic_depth(module: nn.Module) -> None:
-    """Let every picture go through every block, in training too, in place."""
+    """Let every image go through every block, in training too, in place."""
     for layer in module.modules():
         if isinstance(layer, StochasticDepth):
             layer.p = 0.0

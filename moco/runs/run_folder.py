@@ -55,8 +55,10 @@ FREE_KEYS = (
     "data.num_workers",
     "evaluation.batch_size",
     "evaluation.diagnostics_every_n_steps",
-    "evaluation.pictures_every_n_epochs",
+    "evaluation.plots_every_n_epochs",
     "evaluation.projector_images",
+    "evaluation.num_plotted_images",
+    "evaluation.pictures_every_n_epochs",  # the names of two settings in an earlier version
     "evaluation.num_pictures",
     "slurm.requeue",
     "slurm.signal",

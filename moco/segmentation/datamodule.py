@@ -1,8 +1,8 @@
-"""From a `SegmentationSource` to batches: augmented crops in a reproducible order to train on, whole pictures to measure."""
+"""From a `SegmentationSource` to batches: augmented crops in a reproducible order to train on, whole images to measure."""
 
 import pytorch_lightning as pl
 
-from moco.data.files.images import UnreadablePicture
+from moco.data.files.images import UnreadableImage
 from moco.data.loading.datamodule import check_batch_size
 from moco.data.loading.loaders import ResumableLoader
 from moco.data.loading.lost_workers import WatchedLoader
@@ -11,23 +11,23 @@ from moco.data.loading.waiting import remedies
 from moco.data.loading.workers import device_of, loader_options
 from moco.errors import InputError, printable
 from moco.segmentation.mask_batches import CropDataset, MaskBatch, WholeDataset, batches_of_one_size
-from moco.segmentation.sources import MaskedPictures, SegmentationSource
+from moco.segmentation.sources import MaskedImages, SegmentationSource
 from moco.segmentation.views import SegmentationView
 
 
 class SegmentationData(pl.LightningDataModule):
-    """The training loader, and one for the pictures that were held out.
+    """The training loader, and one for the images that were held out.
 
     Args:
         view: makes the crops to train on.
         image_size: side of the crops, px.
         batch_size: images per optimizer step over all accumulated batches.
         batches_per_step: accumulated batches; each gets batch_size / this many images at once.
-        evaluation_batch_size: whole pictures at once, if they are of one size.
+        evaluation_batch_size: whole images at once, if they are of one size.
         num_workers: loader processes; 0 loads in this process.
 
     Raises:
-        InputError: the batch does not divide evenly, there are fewer pictures than one batch, or a single one at once.
+        InputError: the batch does not divide evenly, there are fewer images than one batch, or a single one at once.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SegmentationData(pl.LightningDataModule):
         )
 
     def evaluation_dataloader(self) -> WatchedLoader:
-        """The pictures that were held out, whole; a batch holds pictures of one size."""
+        """The images that were held out, whole; a batch holds images of one size."""
         held_out = self.source.validation
         options = loader_options(self.num_workers, device_of(self)) | {"persistent_workers": False}
         batches = batches_of_one_size(held_out.sizes, self.evaluation_batch_size)
@@ -93,15 +93,15 @@ class SegmentationData(pl.LightningDataModule):
         return batch
 
 
-def check_readable(batch: MaskBatch, pictures: MaskedPictures) -> None:
-    """Raises InputError for a picture that can no longer be read; it names the file.
+def check_readable(batch: MaskBatch, images: MaskedImages) -> None:
+    """Raises InputError for an image that can no longer be read; it names the file.
 
     Here, since an error in a loader process would come with that process's traceback.
     """
     for index in batch.indices[batch.unreadable].tolist():
-        reason = f"{printable(pictures.images.name(index))}: it, or its mask, could not be read at the first attempt"
+        reason = f"{printable(images.images.name(index))}: it, or its mask, could not be read at the first attempt"
         try:
-            pictures[index]
-        except UnreadablePicture as error:
+            images[index]
+        except UnreadableImage as error:
             reason = str(error)
         raise InputError(reason)

@@ -1,8 +1,8 @@
-"""Pictures with masks as the loader processes make batches of them.
+"""Images with masks as the loader processes make batches of them.
 
 Apart from `moco.segmentation.datamodule`, since every loader process imports this: Lightning would take it seconds.
 
-Letters: M pictures, N batch, H W pixels.
+Letters: M images, N batch, H W pixels.
 """
 
 from collections import defaultdict
@@ -14,23 +14,23 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moco.data.augment.views import Transform
-from moco.data.files.images import UnreadablePicture
+from moco.data.files.images import UnreadableImage
 from moco.data.loading.lost_workers import LastRead
-from moco.segmentation.sources import MaskedPictures
+from moco.segmentation.sources import MaskedImages
 from moco.segmentation.views import SegmentationView
 
 
 class MaskBatch(NamedTuple):
-    """A batch of pictures with their classes."""
+    """A batch of images with their classes."""
 
     images: Tensor
     """(N, 3, H, W)."""
     classes: Tensor
     """(N, H, W) int64."""
     indices: Tensor
-    """(N,) which picture of its part each row is."""
+    """(N,) which image of its part each row is."""
     unreadable: Tensor
-    """(N,) bool: that picture could not be read, and the row stands for nothing."""
+    """(N,) bool: that image could not be read, and the row stands for nothing."""
 
 
 class CropDataset(Dataset[MaskBatch]):
@@ -40,57 +40,57 @@ class CropDataset(Dataset[MaskBatch]):
         num_workers: processes that will read from this object at the same time.
     """
 
-    def __init__(self, pictures: MaskedPictures, view: SegmentationView, image_size: int, num_workers: int = 0) -> None:
+    def __init__(self, images: MaskedImages, view: SegmentationView, image_size: int, num_workers: int = 0) -> None:
         self.last_read = LastRead(num_workers)
-        self.pictures = pictures
+        self.images = images
         self.view = view
         self.image_size = image_size
 
     def __getitem__(self, place: tuple[int, int]) -> MaskBatch:
         epoch, index = place
-        self.last_read.note(self.pictures.images.name(index))
+        self.last_read.note(self.images.images.name(index))
         try:
-            picture, mask = self.pictures[index]
-        except UnreadablePicture:
+            image, mask = self.images[index]
+        except UnreadableImage:
             return unreadable_row(index, (self.image_size, self.image_size))
-        return MaskBatch(*self.view(picture, mask, epoch, index), torch.tensor(index), torch.tensor(False))
+        return MaskBatch(*self.view(image, mask, epoch, index), torch.tensor(index), torch.tensor(False))
 
 
 class WholeDataset(Dataset[MaskBatch]):
-    """Pictures as they are, normalised, by index.
+    """Images as they are, normalised, by index.
 
     Args:
         num_workers: processes that will read from this object at the same time.
     """
 
-    def __init__(self, pictures: MaskedPictures, normalize: Transform, num_workers: int = 0) -> None:
+    def __init__(self, images: MaskedImages, normalize: Transform, num_workers: int = 0) -> None:
         self.last_read = LastRead(num_workers)
-        self.pictures = pictures
+        self.images = images
         self.normalize = normalize
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> MaskBatch:
-        self.last_read.note(self.pictures.images.name(index))
+        self.last_read.note(self.images.images.name(index))
         try:
-            picture, mask = self.pictures[index]
-        except UnreadablePicture:
-            height, width = self.pictures.sizes[index].tolist()
+            image, mask = self.images[index]
+        except UnreadableImage:
+            height, width = self.images.sizes[index].tolist()
             return unreadable_row(index, (height, width))
         classes = torch.from_numpy(mask).long()
-        return MaskBatch(self.normalize(picture), classes, torch.tensor(index), torch.tensor(False))
+        return MaskBatch(self.normalize(image), classes, torch.tensor(index), torch.tensor(False))
 
 
 def unreadable_row(index: int, size: tuple[int, int]) -> MaskBatch:
-    """What stands in for a picture that could be opened when the run began, and cannot be decoded now."""
+    """What stands in for an image that could be opened when the run began, and cannot be decoded now."""
     return MaskBatch(
         torch.zeros(3, *size), torch.zeros(size, dtype=torch.int64), torch.tensor(index), torch.tensor(True)
     )
 
 
 def batches_of_one_size(sizes: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Numbers of pictures (M, 2 sizes) in batches of at most `batch_size`, each of pictures of the same size."""
+    """Numbers of images (M, 2 sizes) in batches of at most `batch_size`, each of images of the same size."""
     rows: dict[Any, list[int]] = defaultdict(list)
     for row, size in enumerate(map(tuple, sizes.tolist())):
         rows[size].append(row)

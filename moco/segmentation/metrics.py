@@ -1,4 +1,4 @@
-"""Predictions for whole pictures and how right they are. Tensors in, numbers out.
+"""Predictions for whole images and how right they are. Tensors in, numbers out.
 
 Letters: N batch, C classes, H W pixels.
 """
@@ -15,7 +15,7 @@ Predict = Callable[[Tensor], Tensor]
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin that cover `length` pixels in steps of `stride`; the last one ends with the picture."""
+    """Where windows begin that cover `length` pixels in steps of `stride`; the last one ends with the image."""
     last = max(length - window, 0)
     return [min(number * stride, last) for number in range(math.ceil(last / stride) + 1)]
 
@@ -48,7 +48,7 @@ def predicted_classes(predict: Predict, images: Tensor, inference: str, window: 
 
     Args:
         predict: images to logits.
-        inference: ``whole`` shows the pictures as they are; ``slide`` shows windows a third of which overlaps the next.
+        inference: ``whole`` shows the images as they are; ``slide`` shows windows a third of which overlaps the next.
         window: side of the windows, px.
     """
     if inference == "slide":
@@ -101,7 +101,7 @@ def class_colours(num_classes: int) -> Tensor:
     return torch.cat([colours, torch.full((1, 3), 128, dtype=torch.uint8)])
 
 
-def comparison_picture(
+def comparison_plot(
     image: Tensor, classes: Tensor, predicted: Tensor, num_classes: int, largest_side: int = 512
 ) -> Tensor:
     """Image, truth and prediction side by side with two white columns between them: (3, H, 3 W + 4) uint8.
@@ -110,7 +110,7 @@ def comparison_picture(
         image: (3, H, W) in 0..1.
         classes: (H, W), 0 to C - 1, or any larger number where there is no class.
         predicted: (H, W), 0 to C - 1.
-        largest_side: of larger pictures only every n-th pixel is shown.
+        largest_side: of larger images only every n-th pixel is shown.
     """
     step = math.ceil(max(classes.shape) / largest_side)
     image, classes, predicted = (shown[..., ::step, ::step] for shown in (image, classes, predicted))

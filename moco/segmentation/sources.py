@@ -1,9 +1,9 @@
-"""Pictures with a class for every pixel, all of them checked before training begins.
+"""Images with a class for every pixel, all of them checked before training begins.
 
 A mask is a PNG file with one number per pixel: the class, or `ignore_index` where there is none. Images and masks are
 paired by their paths.
 
-Letters: M pictures, C classes, H W pixels.
+Letters: M images, C classes, H W pixels.
 """
 
 import logging
@@ -20,15 +20,15 @@ from PIL import Image
 
 from moco.data.files.images import (
     MAX_IMAGE_PIXELS,
-    UnreadablePicture,
+    UnreadableImage,
     decoded_mask,
     opened,
     pillow_warnings_ignored,
     read_mask,
 )
-from moco.data.files.listing import list_pictures
+from moco.data.files.listing import list_images
 from moco.data.sources.class_folders import is_held_out
-from moco.data.sources.registry import MASKED, SOURCES, FilePictures, torchvision_dataset
+from moco.data.sources.registry import MASKED, SOURCES, FileImages, torchvision_dataset
 from moco.errors import InputError, printable, unknown_name
 
 log = logging.getLogger(__name__)
@@ -51,25 +51,25 @@ class Pair(NamedTuple):
     mask: str
 
 
-class MaskedPictures:
+class MaskedImages:
     """RGB images and their masks by index, decoded when asked for.
 
     Args:
         pairs: M files and their masks.
         sizes: height and width of each, (M, 2), px.
-        max_image_pixels: a picture or mask of more is unreadable.
+        max_image_pixels: an image or mask of more is unreadable.
     """
 
     def __init__(self, pairs: Sequence[Pair], sizes: np.ndarray, max_image_pixels: int = MAX_IMAGE_PIXELS) -> None:
-        self.images = FilePictures([pair.image for pair in pairs], max_image_pixels)
-        self.masks = FilePictures([pair.mask for pair in pairs], max_image_pixels)
+        self.images = FileImages([pair.image for pair in pairs], max_image_pixels)
+        self.masks = FileImages([pair.mask for pair in pairs], max_image_pixels)
         self.sizes = sizes
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """The image and its mask (H, W); raises `UnreadablePicture` where a file is damaged."""
+        """The image and its mask (H, W); raises `UnreadableImage` where a file is damaged."""
         return self.images[index], read_mask(self.masks.name(index), self.masks.max_image_pixels)
 
 
@@ -77,8 +77,8 @@ class MaskedPictures:
 class SegmentationSource:
     """What a segmentation run trains on, and what it is measured by."""
 
-    train: MaskedPictures
-    validation: MaskedPictures
+    train: MaskedImages
+    validation: MaskedImages
     class_names: tuple[str, ...]
     """C names; class number i has the i-th."""
     ignore_index: int
@@ -103,7 +103,7 @@ def build_segmentation_source(
         num_classes: C; None: as many as there are names, or else the largest number in any mask and one.
         class_names: C names; None: the data set's own, or the numbers.
         ignore_index: the number of pixels without a class.
-        max_image_pixels: a picture or mask of more is refused.
+        max_image_pixels: an image or mask of more is refused.
 
     Raises:
         InputError: names the file or the key.
@@ -125,7 +125,7 @@ def build_segmentation_source(
     inspected = [inspect_all(pairs, ignore_index, max_image_pixels) for pairs in splits]
     num_train, num_held_out = map(len, splits)
     log.info(
-        "%d pictures to train on, %d held out; all checked in %.1f s",
+        "%d images to train on, %d held out; all checked in %.1f s",
         num_train,
         num_held_out,
         time.monotonic() - started,
@@ -141,7 +141,7 @@ def build_segmentation_source(
     if ignore_index < len(names):
         log.warning("class %s is left out: its number is data.ignore_index=%d", names[ignore_index], ignore_index)
     train, validation = (
-        MaskedPictures(pairs, found.sizes, max_image_pixels) for pairs, found in zip(splits, inspected, strict=True)
+        MaskedImages(pairs, found.sizes, max_image_pixels) for pairs, found in zip(splits, inspected, strict=True)
     )
     return SegmentationSource(train, validation, tuple(names), ignore_index)
 
@@ -153,8 +153,8 @@ Names = tuple[Sequence[str], str]  # the classes' names, none if unknown, and wh
 def segmentation_folder(root: str) -> tuple[Splits, Names]:
     """Images below root/images and their masks below root/masks, at the same place and under the same name but .png.
 
-    With root/images/train (or training) the pictures below it are trained on, and those below root/images/val (or
-    validation, or test) are held out. Where there is no such folder a tenth of the pictures, by a hash of their names, is
+    With root/images/train (or training) the images below it are trained on, and those below root/images/val (or
+    validation, or test) are held out. Where there is no such folder a tenth of the images, by a hash of their names, is
     held out; at least one. Class names stand one a line in root/classes.txt.
 
     Raises:
@@ -201,7 +201,7 @@ def names_in(path: Path) -> Names:
 
 
 def voc2012(root: str, download: bool) -> tuple[Splits, Names]:
-    """Pascal VOC 2012 as torchvision unpacks it: 1,464 pictures to train on, 1,449 held out."""
+    """Pascal VOC 2012 as torchvision unpacks it: 1,464 images to train on, 1,449 held out."""
     parts = []
     for image_set in ("train", "val"):
         part = torchvision_dataset("VOCSegmentation", root, year="2012", image_set=image_set, download=download)
@@ -217,12 +217,12 @@ def paired(images: Path, masks: Path) -> dict[str, Pair]:
         InputError: names an image without mask, a mask without image, or two images for one mask.
     """
     image_of: dict[str, str] = {}
-    for path in list_pictures(images):
+    for path in list_images(images):
         name = name_below(images, path)
         if name in image_of:
             raise InputError(printable(f"{path}: {image_of[name]} has the same mask, {masks / name}.png"))
         image_of[name] = path
-    mask_of = {name_below(masks, path): path for path in list_pictures(masks) if path.lower().endswith(".png")}
+    mask_of = {name_below(masks, path): path for path in list_images(masks) if path.lower().endswith(".png")}
     without_mask, without_image = sorted(image_of.keys() - mask_of), sorted(mask_of.keys() - image_of)
     if without_mask:
         name = without_mask[0]
@@ -248,12 +248,12 @@ def split(pairs: dict[str, Pair]) -> Splits:
     """A tenth of the pairs held out by a hash of their names; at least one, and not all."""
     if len(pairs) < 2:
         raise InputError(
-            f"{printable(next(iter(pairs.values())).image)}: the only picture; at least one more is needed, to hold out"
+            f"{printable(next(iter(pairs.values())).image)}: the only image; at least one more is needed, to hold out"
         )
     held_out = is_held_out(map(os.fsencode, pairs), 0.1)
     if not held_out.any() or held_out.all():
         held_out = np.arange(len(pairs)) == 0
-    log.info("held out: %d of %d pictures, by a hash of their names", held_out.sum(), len(pairs))
+    log.info("held out: %d of %d images, by a hash of their names", held_out.sum(), len(pairs))
     everything = np.array(list(pairs.values()), dtype=object)  # (M, 2)
     train, validation = ([Pair(*files) for files in everything[chosen]] for chosen in (~held_out, held_out))
     return train, validation
@@ -302,7 +302,7 @@ def inspect_pair(pair: Pair, ignore_index: int, max_image_pixels: int) -> tuple[
         with opened(pair.image, max_image_pixels) as image:
             width, height = image.size
         mask = decoded_mask(pair.mask, max_image_pixels)
-    except UnreadablePicture as error:
+    except UnreadableImage as error:
         raise InputError(str(error)) from error
     if mask.shape != (height, width):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Augmentation of a picture and its mask together. Letters: H W pixels."""
+"""Augmentation of an image and its mask together. Letters: H W pixels."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,16 +18,16 @@ from moco.errors import InputError
 
 
 class RandomScaledCrop(v2.Transform):
-    """A random part of a picture that was resized by a random factor, and the same part of its mask.
+    """A random part of an image that was resized by a random factor, and the same part of its mask.
 
-    Only what the crop needs is resized. Where the resized picture is smaller than the crop, what is missing is filled up
-    below and to the right. Pictures are resized bilinearly; a mask's pixel takes the number of the nearest one, at the
-    same place as the picture's.
+    Only what the crop needs is resized. Where the resized image is smaller than the crop, what is missing is filled up
+    below and to the right. Images are resized bilinearly; a mask's pixel takes the number of the nearest one, at the
+    same place as the image's.
 
     Args:
         image_size: side of the crop, px.
         scale: lowest and highest factor; drawn uniformly.
-        fill: of the picture, red, green, blue.
+        fill: of the image, red, green, blue.
         ignore_index: of the mask.
     """
 
@@ -52,7 +52,7 @@ class RandomScaledCrop(v2.Transform):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         padding = [0, 0, self.image_size - params["size"][1], self.image_size - params["size"][0]]
         if isinstance(inpt, tv_tensors.Mask):
-            # As a picture: for masks torchvision has only the older nearest, which is off by up to half a pixel.
+            # As an image: for masks torchvision has only the older nearest, which is off by up to half a pixel.
             numbers = inpt.as_subclass(Tensor)[None]
             resized = v2.functional.resized_crop(
                 numbers, **params, interpolation=v2.InterpolationMode.NEAREST_EXACT, antialias=False
@@ -63,7 +63,7 @@ class RandomScaledCrop(v2.Transform):
 
 
 class SegmentationView:
-    """The augmented picture and its mask; flip and crop are the same for both, the colours change in the picture alone.
+    """The augmented image and its mask; flip and crop are the same for both, the colours change in the image alone.
 
     A draw depends on (seed, epoch, index) alone: not on the worker, nor on what was drawn before.
 
@@ -73,7 +73,7 @@ class SegmentationView:
         horizontal_flip: probability.
         color_jitter: settings of `moco.data.augment.operations.ColorJitter` and its `probability`; None: no jitter.
         mean, std: per channel, of pixels in 0..1.
-        ignore_index: of pixels that the crop has and the picture has not.
+        ignore_index: of pixels that the crop has and the image has not.
 
     Raises:
         InputError: a setting is out of range; it names the key.
@@ -102,13 +102,13 @@ class SegmentationView:
         self.ignore_index = ignore_index
         self.seed = seed
 
-    def __call__(self, picture: Image.Image, mask: np.ndarray, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Picture `index` in epoch `epoch`, normalised (3, H, W), and its classes (H, W) int64."""
+    def __call__(self, image: Image.Image, mask: np.ndarray, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """Image `index` in epoch `epoch`, normalised (3, H, W), and its classes (H, W) int64."""
         if self.ignore_index > np.iinfo(mask.dtype).max:
             mask = mask.astype(np.int32)  # the crop is filled up with it
         with draws_from(self.seed, epoch, index, 0):
-            picture, classes = self.operations(picture, tv_tensors.Mask(mask))
-        return self.normalize(picture), classes.as_subclass(Tensor).long()
+            image, classes = self.operations(image, tv_tensors.Mask(mask))
+        return self.normalize(image), classes.as_subclass(Tensor).long()
 
 
 def random_color_jitter(settings: Mapping[str, Any], image_size: int) -> v2.Transform:

@@ -57,7 +57,7 @@ class HardwareFit(pl.Callback):
             if state_dict.get(name, value) != value:
                 log.warning(
                     "%s: the run began with '%s' and goes on with '%s', by this hardware or these settings; the same "
-                    "pictures, but no longer the same to the last bit", KEYS[name], state_dict[name], value,
+                    "images, but no longer the same to the last bit", KEYS[name], state_dict[name], value,
                 )  # fmt: skip
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

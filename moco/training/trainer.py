@@ -54,7 +54,7 @@ def build_trainer(
         profiler=Unprofiled(),
         plugins=[AtomicCheckpointIO(), environment or LightningEnvironment()],
         default_root_dir=folder,
-        use_distributed_sampler=False,  # EpochSampler shares the pictures out itself
+        use_distributed_sampler=False,  # EpochSampler shares the images out itself
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -1,4 +1,4 @@
-"""Images per second that become two views: `bench_data.py`'s pipelines on files and on pictures in memory."""
+"""Images per second that become two views: `bench_data.py`'s pipelines on files and on images in memory."""
 
 import argparse
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
     """All pipelines of ``files`` on one core, and those of ``memory``."""
     if arguments.tiny:
-        arguments.pictures, arguments.size, arguments.memory_pictures = 4, "64x48", 16
+        arguments.images, arguments.size, arguments.memory_images = 4, "64x48", 16
     for what in arguments.what:
         with bench_data.turns_of(what, arguments) as turns:
             ready = {

@@ -1,4 +1,4 @@
-"""Images per second of a training on pictures of CIFAR-10's shape, data included, against its step alone and the peers."""
+"""Images per second of a training on images of CIFAR-10's shape, data included, against its step alone and the peers."""
 
 import argparse
 import dataclasses
@@ -40,15 +40,15 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
 
 
 def write_noise(folder: Path, net: Net, num_steps: int) -> Path:
-    """Random pictures for more batches than a turn takes."""
+    """Random images for more batches than a turn takes."""
     generator = np.random.default_rng(0)
     num_batches = max(ours.WARM_UP.values()) + num_steps + ours.COOL_DOWN + 2  # more than a turn takes
     shape = (num_batches * net.batch_size, net.image_size, net.image_size, 3)
-    pictures = generator.integers(0, 256, shape, dtype=np.uint8)
-    labels = np.arange(len(pictures)) % 10
+    images = generator.integers(0, 256, shape, dtype=np.uint8)
+    labels = np.arange(len(images)) % 10
     few = slice(net.batch_size)
     path = folder / "noise.npz"
-    parts = {"train_images": pictures, "train_labels": labels, "test_images": pictures[few], "test_labels": labels[few]}
+    parts = {"train_images": images, "train_labels": labels, "test_images": images[few], "test_labels": labels[few]}
     np.savez(path, **parts)
     return path
 
@@ -89,21 +89,21 @@ def lightly_views(net: Net) -> Callable[[Image.Image], list[Tensor]]:
 def official_views(net: Net) -> Callable[[Image.Image], list[Tensor]]:
     """The two views of the official CIFAR-10 notebook."""
     view = bench_data.official(bench_data.settings("cifar"), net.image_size, blur=False)
-    return lambda picture: [view(picture), view(picture)]
+    return lambda image: [view(image), view(image)]
 
 
-class Pictures(Dataset[list[Tensor]]):
-    """Pictures of an archive, one by one through Pillow, as torchvision's CIFAR10 hands them to a transform."""
+class Images(Dataset[list[Tensor]]):
+    """Images of an archive, one by one through Pillow, as torchvision's CIFAR10 hands them to a transform."""
 
     def __init__(self, archive: Path, views: Callable[[Image.Image], list[Tensor]]) -> None:
-        self.pictures = np.load(archive)["train_images"]
+        self.images = np.load(archive)["train_images"]
         self.views = views
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        return self.views(Image.fromarray(self.pictures[index]))
+        return self.views(Image.fromarray(self.images[index]))
 
 
 def fed(
@@ -117,7 +117,7 @@ def fed(
 ) -> Turn:
     """A turn of a peer's loop: a new loader, as many steps that do not count as ours has, and `num_steps`."""
     options: dict[str, Any] = {"shuffle": True, "drop_last": True, "num_workers": num_workers}
-    loader = DataLoader(Pictures(archive, views), net.batch_size, **options)
+    loader = DataLoader(Images(archive, views), net.batch_size, **options)
 
     def turn() -> dict[str, float]:
         batches = iter(loader)

@@ -21,7 +21,7 @@ from moco.config.train import TrainConfig
 from moco.data.augment.views import ViewPair, build_evaluation_view
 from moco.data.loading.datamodule import Engine, PretrainingData
 from moco.data.loading.loaders import PairBatch
-from moco.data.sources.registry import ArrayPictures, DataSource
+from moco.data.sources.registry import ArrayImages, DataSource
 from moco.methods.batch_norm import batch_norm_mode
 from moco.methods.moco import MoCo
 from moco.methods.momentum import update_key_encoder
@@ -110,7 +110,7 @@ class SamePair(PretrainingData):
         pair, size = config.augmentation, int(config.data.image_size or 0)
         self.views = views
         super().__init__(
-            DataSource(ArrayPictures(np.zeros((len(views[0]), size, size, 3), np.uint8), "same"), None, None, size),
+            DataSource(ArrayImages(np.zeros((len(views[0]), size, size, 3), np.uint8), "same"), None, None, size),
             ViewPair(pair.query, pair.key, pair.mean, pair.std, size, config.seed, "batch"),
             build_evaluation_view(size, config.data.crop_ratio, pair.mean, pair.std),
             image_size=size,
@@ -128,7 +128,7 @@ def for_steps(num_steps: int, device: torch.device) -> list[str]:
     return [
         f"trainer.accelerator={device.type}",
         f"trainer.max_steps={WARM_UP[device.type] + num_steps + COOL_DOWN}",
-        "evaluation.pictures_every_n_epochs=null",
+        "evaluation.plots_every_n_epochs=null",
     ]
 
 

@@ -57,7 +57,7 @@ def config_of(context: Context, num_steps: int, is_compiled: bool) -> Any:
         "trainer.deterministic=true",
         f"trainer.compile={str(is_compiled).lower()}",
         f"trainer.max_steps={num_steps}",
-        "evaluation.pictures_every_n_epochs=null",
+        "evaluation.plots_every_n_epochs=null",
     )
 
 

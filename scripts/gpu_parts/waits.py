@@ -201,6 +201,6 @@ def config_of(context: Context, settings: list[str]) -> TrainConfig:
         f"trainer.accelerator={context.device.type}",
         f"trainer.max_steps={STEPS}",
         f"trainer.log_every_n_steps={LOGGED}",
-        "evaluation.pictures_every_n_epochs=null",
+        "evaluation.plots_every_n_epochs=null",
         *settings,
     )

@@ -21,9 +21,9 @@ def last(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-OFTEN = ["evaluation.diagnostics_every_n_steps=1", "evaluation.pictures_every_n_epochs=1"]
+OFTEN = ["evaluation.diagnostics_every_n_steps=1", "evaluation.plots_every_n_epochs=1"]
 NEVER = [
-    "evaluation.diagnostics_every_n_steps=null", "evaluation.pictures_every_n_epochs=null", "evaluation.projector_images=0",
+    "evaluation.diagnostics_every_n_steps=null", "evaluation.plots_every_n_epochs=null", "evaluation.projector_images=0",
 ]  # fmt: skip
 OF_SEVERAL_KINDS = [
     ["method.batch_norm=split", "trainer.max_steps=6"],  # into the second epoch

@@ -1,19 +1,19 @@
-"""What evaluation draws: the right pictures in the right places, and TensorBoard's files."""
+"""What evaluation draws: the right images in the right places, and TensorBoard's files."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from moco.callbacks.feature_plots import Embedded, FeaturePictures, neighbor_row, projected, spaced
-from moco.data.sources.registry import ArrayPictures, Labelled
+from moco.callbacks.feature_plots import Embedded, FeaturePlots, neighbor_row, projected, spaced
+from moco.data.sources.registry import ArrayImages, Labelled
 from moco.evaluation.reports.drawing import (
     LINE,
     MARGIN,
     Neighbor,
     NeighborRow,
     confusion_counts,
-    confusion_picture,
-    neighbors_picture,
+    confusion_plot,
+    neighbors_plot,
     similarity_histogram,
     thumbnail,
 )
@@ -23,21 +23,21 @@ def plain(color, side=20):
     return Image.new("RGB", (side, side), color)
 
 
-def colors_of(picture):
-    return {color for _, color in picture.convert("RGB").getcolors(2**24)}
+def colors_of(image):
+    return {color for _, color in image.convert("RGB").getcolors(2**24)}
 
 
 def test_a_query_stands_left_of_its_neighbors_whose_words_are_green_or_red():
     neighbors = [Neighbor(plain("blue"), 0.9, "3", True), Neighbor(plain("yellow"), 0.5, "4", False)]
-    picture = neighbors_picture([NeighborRow(plain("black"), "3", neighbors)] * 2)
+    image = neighbors_plot([NeighborRow(plain("black"), "3", neighbors)] * 2)
     step = 20 + MARGIN
     for line in range(2):
         top = MARGIN + line * (20 + LINE + MARGIN)
-        assert picture.getpixel((MARGIN, top)) == (0, 0, 0)
-        assert picture.getpixel((3 * MARGIN + step, top)) == (0, 0, 255)
-        assert picture.getpixel((3 * MARGIN + 2 * step, top)) == (255, 255, 0)
+        assert image.getpixel((MARGIN, top)) == (0, 0, 0)
+        assert image.getpixel((3 * MARGIN + step, top)) == (0, 0, 255)
+        assert image.getpixel((3 * MARGIN + 2 * step, top)) == (255, 255, 0)
         words = [
-            picture.crop((3 * MARGIN + step * place, top + 20, 3 * MARGIN + step * place + 20, top + 20 + LINE))
+            image.crop((3 * MARGIN + step * place, top + 20, 3 * MARGIN + step * place + 20, top + 20 + LINE))
             for place in (1, 2)
         ]
         assert any(green > red + 30 for red, green, _ in colors_of(words[0]))
@@ -63,45 +63,45 @@ def test_confusions_are_counted_by_true_and_predicted_class():
 
 @pytest.mark.parametrize("number", [1, 3, 30, 1000])
 def test_confusion_matrices_of_any_size_are_dark_where_they_are_right(number):
-    picture = confusion_picture(np.eye(number, dtype=np.int64), [f"class {place}" for place in range(number)])
-    assert max(picture.size) <= 1200
-    corner = (picture.width - MARGIN - 1, picture.height - MARGIN - 1)
-    assert picture.getpixel(corner) == (8, 48, 107)
+    image = confusion_plot(np.eye(number, dtype=np.int64), [f"class {place}" for place in range(number)])
+    assert max(image.size) <= 1200
+    corner = (image.width - MARGIN - 1, image.height - MARGIN - 1)
+    assert image.getpixel(corner) == (8, 48, 107)
 
 
 def test_similarities_stand_at_their_cosines():
-    picture = similarity_histogram(np.full(50, 0.99), np.full(900, -0.5))
+    image = similarity_histogram(np.full(50, 0.99), np.full(900, -0.5))
     middle = MARGIN + LINE + 120
-    row = [picture.getpixel((MARGIN + place, middle)) for place in range(640)]
+    row = [image.getpixel((MARGIN + place, middle)) for place in range(640)]
     filled = [place for place, color in enumerate(row) if color != (255, 255, 255)]
     assert [place // 8 for place in sorted({place - place % 8 for place in filled})] == [20, 79]
 
 
 @pytest.fixture
 def embedded(generator):
-    """40 pictures of one grey level each, whose feature is an angle that grows with it; the third cannot be read."""
+    """40 images of one grey level each, whose feature is an angle that grows with it; the third cannot be read."""
     levels = np.linspace(0, 255, 40).astype(np.uint8)
-    pictures = ArrayPictures(np.repeat(levels, 64).reshape(40, 8, 8), "greys")
+    images = ArrayImages(np.repeat(levels, 64).reshape(40, 8, 8), "greys")
     rows = np.delete(np.arange(40), 2)
     angles = levels[rows] / 255
     features = 5 * np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     labels = np.arange(40) // 20
-    return Embedded(features, labels[rows], Labelled(pictures, labels), rows)
+    return Embedded(features, labels[rows], Labelled(images, labels), rows)
 
 
-def test_neighbors_are_shown_with_their_own_pictures_also_after_an_unreadable_one(embedded):
+def test_neighbors_are_shown_with_their_own_images_also_after_an_unreadable_one(embedded):
     row = neighbor_row(embedded, embedded, 5, np.array([1.0, 0.9]), np.array([5, 20]))
-    level = embedded.labelled.pictures[6].getpixel((0, 0))
-    assert row.query.getpixel((0, 0)) == row.neighbors[0].picture.getpixel((0, 0)) == level
+    level = embedded.labelled.images[6].getpixel((0, 0))
+    assert row.query.getpixel((0, 0)) == row.neighbors[0].image.getpixel((0, 0)) == level
     assert [neighbor.is_same for neighbor in row.neighbors] == [True, False]
     assert (row.label, row.neighbors[1].label, row.neighbors[1].similarity) == ("0", "1", 0.9)
 
 
-def test_pictures_come_every_so_many_epochs_wherever_the_measurements_are():
-    pictures = FeaturePictures(10, 0)
+def test_images_come_every_so_many_epochs_wherever_the_measurements_are():
+    images = FeaturePlots(10, 0)
     measured = range(4, 45, 4)
-    assert [epoch for epoch in measured if pictures.is_due(epoch, epoch - 4)] == [12, 20, 32, 40]
-    assert not any(FeaturePictures(None, 0).is_due(epoch, epoch - 4) for epoch in measured)
+    assert [epoch for epoch in measured if images.is_due(epoch, epoch - 4)] == [12, 20, 32, 40]
+    assert not any(FeaturePlots(None, 0).is_due(epoch, epoch - 4) for epoch in measured)
 
 
 class Experiment:
@@ -117,10 +117,10 @@ class Experiment:
 
 def test_a_measurement_is_drawn_as_neighbors_and_confusions(embedded):
     experiment = Experiment()
-    FeaturePictures(1, 0).draw(experiment, 3, embedded, embedded, num_neighbors=1, temperature=0.1)
+    FeaturePlots(1, 0).draw(experiment, 3, embedded, embedded, num_neighbors=1, temperature=0.1)
     assert set(experiment.images) == {"knn/neighbors", "knn/confusion"}
     shown = experiment.images["knn/neighbors"]
-    for line in range(16):  # each picture is its own nearest neighbour
+    for line in range(16):  # each image is its own nearest neighbour
         top = MARGIN + line * (64 + LINE + MARGIN)
         assert shown.getpixel((MARGIN, top)) == shown.getpixel((3 * MARGIN + 64 + MARGIN, top))
     assert shown.getpixel((MARGIN, MARGIN)) == (0, 0, 0)
@@ -137,12 +137,12 @@ def test_rows_keep_their_inner_products_in_fewer_dimensions(generator):
     assert projected(rows, 40).shape == (60, 40)
 
 
-def test_the_projector_has_one_copy_of_at_most_so_many_pictures(embedded, tmp_path, capsys):
+def test_the_projector_has_one_copy_of_at_most_so_many_images(embedded, tmp_path, capsys):
     from torch.utils.tensorboard import SummaryWriter
 
     for _ in range(2):  # as when a run goes on
         writer = SummaryWriter(str(tmp_path))
-        FeaturePictures(1, 10).project(writer, embedded)
+        FeaturePlots(1, 10).project(writer, embedded)
         writer.close()
     assert "warning" not in capsys.readouterr().out
     folder = tmp_path / "00000" / "features"

@@ -10,7 +10,7 @@ from torch import nn
 
 from moco.callbacks import monitors as monitor
 from moco.callbacks.monitors import KNNMonitor, TrainingMonitor
-from moco.callbacks.view_pairs import view_pair_picture
+from moco.callbacks.view_pairs import view_pair_plot
 from moco.evaluation.diagnostics import (
     embedding_std,
     in_batch_negative_similarity,
@@ -179,10 +179,10 @@ def test_without_a_queue_chance_is_one_of_the_batch_and_no_fill_is_shown(runner)
         assert "label_free/queue_fill" not in figures
 
 
-def test_without_labels_it_says_once_that_there_is_no_knn(runner, picture_tree, caplog):
+def test_without_labels_it_says_once_that_there_is_no_knn(runner, image_tree, caplog):
     caplog.set_level("INFO")
     figures = {}
-    config = runner.config("data=images", f"data.root={picture_tree}", "data.batch_size=8", "data.num_workers=0")
+    config = runner.config("data=images", f"data.root={image_tree}", "data.batch_size=8", "data.num_workers=0")
     runner.fit(config, monitors(config, figures))
     assert caplog.text.count("no kNN: the data set has no labelled") == 1
     assert not [key for key in figures if key.startswith("knn")]
@@ -209,12 +209,12 @@ def test_an_epoch_without_a_finite_loss_has_no_mean():
     assert math.isnan(monitor.figures["train/loss"])
 
 
-def test_picture_shows_queries_above_their_keys(runner):
+def test_image_shows_queries_above_their_keys(runner):
     data = build_data(runner.config())
-    picture = view_pair_picture(data, 16)
-    assert picture.shape == (3, 2 * 18 + 2, 16 * 18 + 2)
-    assert 0 <= picture.min() < picture.max() <= 1
+    image = view_pair_plot(data, 16)
+    assert image.shape == (3, 2 * 18 + 2, 16 * 18 + 2)
+    assert 0 <= image.min() < image.max() <= 1
     first = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     mean, std = data.augment.mean[0], data.augment.std[0]
-    shown = picture[:, 2:18, 2:18]
+    shown = image[:, 2:18, 2:18]
     torch.testing.assert_close(shown, (first.views[0][0] * std + mean).clamp(0, 1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moco.callbacks.online_probe import OnlineProbe, standardised, training_classes
-from moco.data.sources.registry import ArrayPictures, DataSource, Labelled
+from moco.data.sources.registry import ArrayImages, DataSource, Labelled
 from moco.errors import InputError, Interrupted
 from moco.train import run
 from moco.training.hardware_fit import HardwareFit
@@ -90,21 +90,21 @@ def test_a_resumed_run_goes_on_with_the_probe(runner, tmp_path, monkeypatch):
         assert torch.equal(value, probes[1]["head"][name])
 
 
-def test_pictures_without_labels_are_refused(runner, picture_tree):
-    config = runner.config("data=images", f"data.root={picture_tree}", "data.batch_size=8", "data.num_workers=0")
-    with pytest.raises(InputError, match=r"^evaluation.online_probe=true: the training pictures have no labels$"):
+def test_images_without_labels_are_refused(runner, image_tree):
+    config = runner.config("data=images", f"data.root={image_tree}", "data.batch_size=8", "data.num_workers=0")
+    with pytest.raises(InputError, match=r"^evaluation.online_probe=true: the training images have no labels$"):
         runner.fit(config, [OnlineProbe({}, 1)])
 
 
-def test_labels_belong_to_the_pictures_that_are_trained_on(generator):
-    def pictures(what, rows):
-        return ArrayPictures(generator.integers(0, 256, (rows, 4, 4), "uint8"), what)
+def test_labels_belong_to_the_images_that_are_trained_on(generator):
+    def images(what, rows):
+        return ArrayImages(generator.integers(0, 256, (rows, 4, 4), "uint8"), what)
 
-    class Renamed(ArrayPictures):
+    class Renamed(ArrayImages):
         def name(self, index):
             return f"all[{index + 2}]"
 
-    everything = pictures("all", 6)
+    everything = images("all", 6)
     bank = Labelled(Renamed(everything.tensor[2:5].numpy(), "all"), torch.tensor([7, 5, 6]).numpy())
     assert training_classes(DataSource(everything, bank, None, 4)).tolist() == [-1, -1, 7, 5, 6, -1]
     same = Labelled(everything, torch.arange(6).numpy())

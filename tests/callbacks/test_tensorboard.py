@@ -28,7 +28,7 @@ const images = node => [...node.querySelectorAll("*")].flatMap(child =>
     [...(child.tagName == "IMG" ? [child] : []), ...(child.shadowRoot ? images(child.shadowRoot) : [])]);
 return images(document).filter(image => image.complete).map(image => [image.naturalWidth, image.naturalHeight]);
 """
-"""The sizes of the pictures that have come."""
+"""The sizes of the images that have come."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def run_folder(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("tensorboard")
     done = run_program(
         "moco.train", "+experiment=quickstart", "trainer.max_epochs=2", "evaluation.every_n_epochs=1",
-        "evaluation.pictures_every_n_epochs=1", "evaluation.diagnostics_every_n_steps=10", "hydra.run.dir=run", cwd=cwd,
+        "evaluation.plots_every_n_epochs=1", "evaluation.diagnostics_every_n_steps=10", "hydra.run.dir=run", cwd=cwd,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return cwd / "run"
@@ -118,12 +118,12 @@ def test_scalars_are_in_their_groups(address, browser):
     wait_for_words(browser, "gradient_norm", "label_free", "tag: encoder_distance/backbone.layer1")
 
 
-def test_pictures_come_at_their_full_size(address, browser):
+def test_images_come_at_their_full_size(address, browser):
     open_tab(browser, address, "images")
     wait_for_words(browser, "knn/neighbors", "knn/confusion", "views/query_above_key")
     # 16 pairs of 16 px with margins of 2; 16 rows of 9 thumbnails of 64 px with margins of 6 and a line of 14.
     expected = {(16 * 18 + 2, 2 * 18 + 2), (9 * 70 + 18, 16 * 84 + 6)}
-    wait_until(lambda: expected <= {tuple(size) for size in browser.execute_script(IMAGES)}, f"pictures of {expected}")
+    wait_until(lambda: expected <= {tuple(size) for size in browser.execute_script(IMAGES)}, f"images of {expected}")
 
 
 def test_the_projector_shows_every_query_with_its_label(address, browser):

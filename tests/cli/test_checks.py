@@ -6,26 +6,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moco.cli.checks import check_deterministic, check_deterministic_segmentation, check_same_pictures
+from moco.cli.checks import check_deterministic, check_deterministic_segmentation, check_same_images
 from moco.config.train import TrainerConfig
-from moco.data.loading.streams import ShardedPictures
+from moco.data.loading.streams import ShardedImages
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
 
 
-def identity_of(pictures, monkeypatch):
-    """What a process tells the others about its pictures."""
+def identity_of(images, monkeypatch):
+    """What a process tells the others about its images."""
     told = []
     monkeypatch.setattr("moco.training.distributed.collectives.world_size", lambda: 2)
     monkeypatch.setattr(
         "moco.training.distributed.collectives.gather_objects", lambda value: told.append(value) or [value] * 2
     )
-    check_same_pictures(SimpleNamespace(source=SimpleNamespace(train=pictures)))
+    check_same_images(SimpleNamespace(source=SimpleNamespace(train=images)))
     return told[0]
 
 
 def sharded(shards, num_images):
-    return ShardedPictures(shards, num_images, num_streams=1, shuffle_buffer=1, max_image_pixels=1)
+    return ShardedImages(shards, num_images, num_streams=1, shuffle_buffer=1, max_image_pixels=1)
 
 
 def test_processes_with_other_shards_or_another_number_do_not_see_the_same(monkeypatch):
@@ -36,11 +36,11 @@ def test_processes_with_other_shards_or_another_number_do_not_see_the_same(monke
     assert len(set(identities)) == 4
     assert identity_of(sharded(["a.tar", "b.tar"], 8), monkeypatch) == identities[0]
     monkeypatch.setattr("moco.training.distributed.collectives.gather_objects", lambda value: identities[:2])
-    with pytest.raises(InputError, match="do not see the same pictures"):
-        check_same_pictures(SimpleNamespace(source=SimpleNamespace(train=sharded(["a.tar"], 8))))
+    with pytest.raises(InputError, match="do not see the same images"):
+        check_same_images(SimpleNamespace(source=SimpleNamespace(train=sharded(["a.tar"], 8))))
 
 
-def test_a_billion_pictures_in_shards_are_not_gone_through_one_by_one(monkeypatch):
+def test_a_billion_images_in_shards_are_not_gone_through_one_by_one(monkeypatch):
     identity_of(sharded(["a.tar"], 10**9), monkeypatch)
 
 

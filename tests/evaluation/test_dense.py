@@ -42,7 +42,7 @@ class MeanColours(nn.Module):
 
 
 def draw_quarters(root, sizes, num_val=3, ignored_rows=0):
-    """Pictures (height, width) of coloured halves, left and right of a column of its own, colours by turns."""
+    """Images (height, width) of coloured halves, left and right of a column of its own, colours by turns."""
     generator = np.random.default_rng(1)
     for number, (height, width) in enumerate(sizes):
         part = "val" if number < num_val else "train"
@@ -50,9 +50,9 @@ def draw_quarters(root, sizes, num_val=3, ignored_rows=0):
         column = generator.integers(width // 4, 3 * width // 4)
         mask[:, :column], mask[:, column:] = number % 3, (number + 1) % 3
         noise = generator.integers(-9, 10, (height, width, 3))
-        picture = (COLOURS[mask].astype(int) + noise).astype(np.uint8)
+        image = (COLOURS[mask].astype(int) + noise).astype(np.uint8)
         mask[:ignored_rows] = 255
-        save(root / "images" / part / f"{number:02}.png", picture)
+        save(root / "images" / part / f"{number:02}.png", image)
         save(root / "masks" / part / f"{number:02}.png", mask)
     return root
 
@@ -62,10 +62,10 @@ def dense_set(root, **settings):
     return DenseSet(build_segmentation_source("segmentation_folder", str(root)), PLAIN, **usual | settings)
 
 
-def knn_figures(pictures, backbone, k=5, temperature=0.1):
-    bank = pictures.bank(backbone, "cpu")
+def knn_figures(images, backbone, k=5, temperature=0.1):
+    bank = images.bank(backbone, "cpu")
     scorer = partial(knn_scores, bank, k, temperature, "cpu")
-    return figures_of(pictures.confusions({"knn": scorer}, backbone, "cpu")["knn"], pictures.source.class_names, "knn")
+    return figures_of(images.confusions({"knn": scorer}, backbone, "cpu")["knn"], images.source.class_names, "knn")
 
 
 @pytest.mark.parametrize(("size", "grid"), [((8, 12), (2, 3)), ((11, 7), (3, 2)), ((3, 5), (4, 4))])
@@ -137,7 +137,7 @@ def test_joined_maps_weigh_the_same_in_every_cell():
 
 
 @pytest.mark.parametrize("size", [(375, 500), (333, 500), (1, 100_000), (40, 30)])
-def test_pictures_are_scaled_to_whole_cells(size):
+def test_images_are_scaled_to_whole_cells(size):
     height, width = scaled_size(size, 224, 32)
     assert height % 32 == width % 32 == 0
     assert 32 <= min(height, width) <= 224
@@ -162,24 +162,24 @@ def test_the_linear_head_is_scikit_learns_logistic_regression(generator):
     np.testing.assert_allclose(ours, other.predict_proba(standardised), atol=2e-3)
 
 
-def test_the_weight_decay_is_chosen_by_pictures_that_were_not_learned_from(generator):
+def test_the_weight_decay_is_chosen_by_images_that_were_not_learned_from(generator):
     features = generator.normal(size=(600, 200)).astype(np.float32)
     noise = np.eye(2, dtype=np.float32)[generator.integers(0, 2, 600)]
     signal = np.eye(2, dtype=np.float32)[(features[:, 0] > 0).astype(int)]
-    pictures, ones = np.arange(600) // 60 * 7, np.ones(600, np.float32)
-    assert fit_best(Bank(features, noise, ones, pictures))[1] == max(WEIGHT_DECAYS)
-    assert fit_best(Bank(features[:, :1], signal, ones, pictures))[1] == min(WEIGHT_DECAYS)
+    images, ones = np.arange(600) // 60 * 7, np.ones(600, np.float32)
+    assert fit_best(Bank(features, noise, ones, images))[1] == max(WEIGHT_DECAYS)
+    assert fit_best(Bank(features[:, :1], signal, ones, images))[1] == min(WEIGHT_DECAYS)
     assert fit_best(Bank(features, noise, ones, np.zeros(600, np.int64)))[1] == USUAL
 
 
 def slow_knn_segmentation(root, k, temperature):
-    """The confusion of the held-out pictures by all patches of 4 px, one loop inside the other."""
+    """The confusion of the held-out images by all patches of 4 px, one loop inside the other."""
 
     def patches(part):
         for path in sorted((root / "images" / part).iterdir()):
-            picture, mask = Image.open(path), np.array(Image.open(root / "masks" / part / path.name))
+            image, mask = Image.open(path), np.array(Image.open(root / "masks" / part / path.name))
             height, width = scaled_size(mask.shape, 24, 8)
-            pixels = np.array(picture.resize((width, height), Image.Resampling.BILINEAR)) / 255
+            pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR)) / 255
             grid = height // 4, width // 4
             cells = np.empty((*grid, 3))
             for row, column in np.ndindex(grid):
@@ -220,10 +220,10 @@ def slow_knn_segmentation(root, k, temperature):
 
 def test_knn_segmentation_is_that_of_a_slow_loop_on_sizes_that_are_no_multiple_of_the_stride(tmp_path):
     draw_quarters(tmp_path, [(24, 31), (29, 26), (50, 37), (33, 27), (27, 33), (24, 40)], num_val=2, ignored_rows=7)
-    pictures = dense_set(tmp_path, bank_size=10_000)
-    bank = pictures.bank(MeanColours(), "cpu")
+    images = dense_set(tmp_path, bank_size=10_000)
+    bank = images.bank(MeanColours(), "cpu")
     scorer = partial(knn_scores, bank, 9, 0.05, "cpu")
-    ours = pictures.confusions({"knn": scorer}, MeanColours(), "cpu")["knn"].numpy()
+    ours = images.confusions({"knn": scorer}, MeanColours(), "cpu")["knn"].numpy()
     slow = slow_knn_segmentation(tmp_path, 9, 0.05)
     assert ours.sum() == slow.sum() == 17 * 31 + 22 * 26
     assert abs(ours - slow).sum() <= 0.01 * slow.sum()  # nearly equal scores may be rounded to either side
@@ -234,15 +234,15 @@ def test_knn_segmentation_is_that_of_a_slow_loop_on_sizes_that_are_no_multiple_o
 def test_classes_that_are_colours_are_told_apart_by_an_untrained_backbone(tmp_path, maps):
     draw_quarters(tmp_path, [(32, 40)] * 12)
     backbone = build_backbone("resnet_tiny", stem="cifar").eval()
-    pictures = dense_set(tmp_path, image_size=32, maps=maps, bank_size=2000)
-    assert knn_figures(pictures, backbone)["dense/knn_miou"] > 0.95
-    head, _ = fit_best(pictures.bank(backbone, "cpu"))
-    confusion = pictures.confusions({"linear": head.scores}, backbone, "cpu")["linear"]
-    assert figures_of(confusion, pictures.source.class_names, "linear")["dense/linear_miou"] > 0.95
+    images = dense_set(tmp_path, image_size=32, maps=maps, bank_size=2000)
+    assert knn_figures(images, backbone)["dense/knn_miou"] > 0.95
+    head, _ = fit_best(images.bank(backbone, "cpu"))
+    confusion = images.confusions({"linear": head.scores}, backbone, "cpu")["linear"]
+    assert figures_of(confusion, images.source.class_names, "linear")["dense/linear_miou"] > 0.95
 
 
 @pytest.mark.parametrize("name", ["resnet_tiny", "swin_v2_tiny_patch2", "vit_tiny_patch4"])
-def test_the_cells_of_every_backbone_cover_the_scaled_picture(name):
+def test_the_cells_of_every_backbone_cover_the_scaled_image(name):
     backbone = build_backbone(name).eval()
     height, width = scaled_size((37, 53), 64, backbone.feature_map_strides[-1])
     for number, stride in enumerate(backbone.feature_map_strides, start=1):
@@ -253,34 +253,34 @@ def test_the_cells_of_every_backbone_cover_the_scaled_picture(name):
 def test_pixels_without_a_class_neither_teach_nor_count(tmp_path):
     draw_quarters(tmp_path, [(32, 32)] * 9, ignored_rows=16)
     for path in [*(tmp_path / "images").rglob("*.png")]:
-        picture = np.array(Image.open(path))
-        picture[:16] = np.roll(picture[:16], 1, axis=2)  # other colours where there is no class
-        save(path, picture)
-    pictures = dense_set(tmp_path, image_size=32)
-    bank = pictures.bank(MeanColours(), "cpu")
+        image = np.array(Image.open(path))
+        image[:16] = np.roll(image[:16], 1, axis=2)  # other colours where there is no class
+        save(path, image)
+    images = dense_set(tmp_path, image_size=32)
+    bank = images.bank(MeanColours(), "cpu")
     np.testing.assert_allclose(bank.shares.sum(axis=1), 1, rtol=1e-6)
-    figures = knn_figures(pictures, MeanColours())
+    figures = knn_figures(images, MeanColours())
     assert figures["dense/knn_pixel_accuracy"] > 0.9
 
 
 def test_the_bank_has_its_size_and_is_the_same_for_every_batch_size(tmp_path):
     draw_quarters(tmp_path, [(32, 40), (40, 32), (32, 32), (32, 40), (40, 32), (32, 40), (32, 32)])
     one, all_at_once = (dense_set(tmp_path, bank_size=30, batch_size=size) for size in (1, 100))
-    banks = [pictures.bank(MeanColours(), "cpu") for pictures in (one, all_at_once)]
-    assert np.unique(banks[0].pictures, return_counts=True)[1].tolist() == [7, 8, 7, 8]
-    for name in ("features", "shares", "weights", "pictures"):
+    banks = [images.bank(MeanColours(), "cpu") for images in (one, all_at_once)]
+    assert np.unique(banks[0].images, return_counts=True)[1].tolist() == [7, 8, 7, 8]
+    for name in ("features", "shares", "weights", "images"):
         assert np.array_equal(*(getattr(bank, name) for bank in banks))
     other = dense_set(tmp_path, bank_size=30, seed=1).bank(MeanColours(), "cpu")
     assert not np.array_equal(other.features, banks[0].features)
     assert knn_figures(one, MeanColours()) == knn_figures(all_at_once, MeanColours())
 
 
-def test_a_few_of_many_pictures_are_spread_evenly(tmp_path):
+def test_a_few_of_many_images_are_spread_evenly(tmp_path):
     draw_quarters(tmp_path, [(16, 16)] * 13)
-    pictures = dense_set(tmp_path, num_images=5, image_size=16)
-    assert pictures.rows(pictures.source.train) == [0, 2, 4, 6, 8]
-    assert pictures.rows(pictures.source.validation) == [0, 1, 2]
-    assert set(pictures.bank(MeanColours(), "cpu").pictures) == {0, 2, 4, 6, 8}
+    images = dense_set(tmp_path, num_images=5, image_size=16)
+    assert images.rows(images.source.train) == [0, 2, 4, 6, 8]
+    assert images.rows(images.source.validation) == [0, 1, 2]
+    assert set(images.bank(MeanColours(), "cpu").images) == {0, 2, 4, 6, 8}
 
 
 def test_measuring_in_blocks_changes_nothing(tmp_path, monkeypatch):
@@ -292,18 +292,18 @@ def test_measuring_in_blocks_changes_nothing(tmp_path, monkeypatch):
     assert knn_figures(dense_set(tmp_path), MeanColours()) == before
 
 
-def test_unreadable_pictures_are_named_and_left_out_up_to_a_limit(tmp_path, caplog):
+def test_unreadable_images_are_named_and_left_out_up_to_a_limit(tmp_path, caplog):
     draw_quarters(tmp_path, [(32, 32)] * 9)
     path = tmp_path / "images/train/05.png"
-    pictures = dense_set(tmp_path, max_bad_fraction=0.5)
+    images = dense_set(tmp_path, max_bad_fraction=0.5)
     path.write_bytes(path.read_bytes()[:400])  # after the files were checked
-    assert 2 not in pictures.bank(MeanColours(), "cpu").pictures
-    assert f"skipped 1 unreadable pictures: {path}" in caplog.text
+    assert 2 not in images.bank(MeanColours(), "cpu").images
+    assert f"skipped 1 unreadable images: {path}" in caplog.text
     with pytest.raises(InputError, match=r"05\.png"):
-        list(dense_set(tmp_path).patches(pictures.source.train, MeanColours(), "cpu"))
+        list(dense_set(tmp_path).patches(images.source.train, MeanColours(), "cpu"))
 
 
-def test_a_picture_whose_features_are_not_finite_is_named(tmp_path):
+def test_an_image_whose_features_are_not_finite_is_named(tmp_path):
     class Broken(MeanColours):
         def feature_maps(self, images):
             return [part * torch.nan for part in super().feature_maps(images)]

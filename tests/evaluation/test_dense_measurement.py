@@ -93,7 +93,7 @@ def test_data_that_do_not_suit_are_one_line(evaluated, quarters, tmp_path):
     assert "evaluation.index: a setting of evaluation=knn" in error(quarters, index="ivf")
 
 
-def test_features_that_are_not_finite_name_checkpoint_and_picture(evaluated, quarters, checkpoint, monkeypatch):
+def test_features_that_are_not_finite_name_checkpoint_and_image(evaluated, quarters, checkpoint, monkeypatch):
     from moco.models.backbones import ResNet
 
     maps = ResNet.feature_maps

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from moco.data.loading.image_sets import PictureBatch
+from moco.data.loading.image_sets import ImageBatch
 from moco.embed import check_files, embed
 from moco.errors import InputError
 from moco.evaluation.feature_files import write_index, write_npz
@@ -95,7 +95,7 @@ def test_what_a_killed_process_left_behind_its_last_commit_does_not_count(tmp_pa
     ("changed", "message"),
     [
         ({"weights": "other"}, "checkpoint: other weights"),
-        ({"data": "other"}, "data: other pictures, names or labels, or in another order"),
+        ({"data": "other"}, "data: other images, names or labels, or in another order"),
         (
             {"settings": {"feature": "embedding", "data": {"name": "images"}}},
             "feature: backbone there, embedding here",
@@ -167,7 +167,7 @@ def test_a_flat_index_is_to_the_byte_the_one_that_faiss_writes(tmp_path, batches
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 @pytest.mark.parametrize("num_batches", [1, 20, 400])
-def test_an_approximate_index_finds_each_picture_itself_and_says_how_much_it_finds(
+def test_an_approximate_index_finds_each_image_itself_and_says_how_much_it_finds(
     tmp_path, generator, capfd, kind, num_batches
 ):
     batches = [batch(generator, number) for number in range(num_batches)]
@@ -185,17 +185,17 @@ def test_an_approximate_index_finds_each_picture_itself_and_says_how_much_it_fin
         len({*np.argsort(-exact[row])[:count]} & {*found.search(features[row : row + 1], count)[1][0]})
         for row in queries
     ]
-    assert said == f"{kind}: finds {np.mean(hits) / count:.1%} of the {count} nearest, over {len(queries)} pictures"
+    assert said == f"{kind}: finds {np.mean(hits) / count:.1%} of the {count} nearest, over {len(queries)} images"
     assert not capfd.readouterr().err
 
 
-def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, monkeypatch):
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
     monkeypatch.setattr("moco.evaluation.feature_files.BLOCK", 2**16)
 
     def loader(number):
         for start in range(0, 256 * number, 256):
             names = [f"{row:09}.png" for row in range(start, start + 256)]
-            yield PictureBatch(torch.empty(256, 1), names, torch.zeros(256, dtype=torch.int64), [], [start + 256])
+            yield ImageBatch(torch.empty(256, 1), names, torch.zeros(256, dtype=torch.int64), [], [start + 256])
 
     def encode(images):
         return np.ones((len(images), 256), np.float32)  # 256 KB a batch
@@ -221,11 +221,11 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, monkeypatch)
     assert second < 1.1 * first
 
 
-def test_pictures_whose_features_are_not_finite_are_named(tmp_path):
+def test_images_whose_features_are_not_finite_are_named(tmp_path):
     from moco.errors import RunError
 
     names = [f"{number}\n.png" for number in range(30)]
-    one = PictureBatch(torch.zeros(30, 1), names, torch.zeros(30, dtype=torch.int64), [], [30])
+    one = ImageBatch(torch.zeros(30, 1), names, torch.zeros(30, dtype=torch.int64), [], [30])
 
     def encode(images):
         features = np.zeros((30, 2), np.float32)
@@ -233,16 +233,14 @@ def test_pictures_whose_features_are_not_finite_are_named(tmp_path):
         return features
 
     parts = FeatureParts(tmp_path, ABOUT, [0])
-    with pytest.raises(
-        RunError, match=r"features of 2 pictures are not finite, of 3\\n\.png, 7\\n\.png; the checkpoint"
-    ):
+    with pytest.raises(RunError, match=r"features of 2 images are not finite, of 3\\n\.png, 7\\n\.png; the checkpoint"):
         embed(encode, [one], parts, 30, 0.0, Console(file=io.StringIO()))
     assert parts.state.num_rows == 0
 
 
-def test_a_batch_of_unreadable_pictures_alone_adds_nothing_but_their_names(tmp_path):
+def test_a_batch_of_unreadable_images_alone_adds_nothing_but_their_names(tmp_path):
     problem = SimpleNamespace(name="bad.png", reason="bad.png: empty", is_shard=False)
-    nothing = PictureBatch(torch.empty(0, 3, 2, 2), [], torch.empty(0, dtype=torch.int64), [problem], [1])
+    nothing = ImageBatch(torch.empty(0, 3, 2, 2), [], torch.empty(0, dtype=torch.int64), [problem], [1])
     parts = FeatureParts(tmp_path, ABOUT, [0])
     embed(None, [nothing], parts, 30, 0.1, Console(file=io.StringIO()))
     assert parts.state.num_rows == 0

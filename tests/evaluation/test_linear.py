@@ -165,15 +165,15 @@ def test_classes_that_training_lacks_are_named_and_count_as_wrong(evaluated, gen
     test_images = (60 * np.array([0, 1, 0, 1])[:, None, None] + generator.integers(0, 60, (4, 8, 8))).astype(np.uint8)
     data = archive(tmp_path / "x.npz", generator, labels, test_images=test_images, test_labels=np.array([0, 1, 7, 8]))
     figures, _, log = evaluated(data=data, **section("linear", **SMALL))
-    assert "2 of 4 test pictures are of classes without training pictures, and count as wrong: 7, 8" in log
+    assert "2 of 4 test images are of classes without training images, and count as wrong: 7, 8" in log
     assert figures["linear/top1"] <= 0.5
     assert figures["linear/top5"] <= 0.5
 
 
-def test_without_a_test_part_some_training_pictures_are_kept_for_it(evaluated, generator, tmp_path):  # noqa: F811
+def test_without_a_test_part_some_training_images_are_kept_for_it(evaluated, generator, tmp_path):  # noqa: F811
     data = archive(tmp_path / "x.npz", generator, np.arange(60) % 3)
     figures, _, log = evaluated(data=data, **section("linear", **SMALL, held_out=0.2))
-    assert "no test part: 12 of 60 pictures are kept for the test" in log
+    assert "no test part: 12 of 60 images are kept for the test" in log
     assert (figures["linear/queries"], figures["linear/num_training"], figures["linear/num_queries"]) == (
         "held out",
         48,
@@ -184,8 +184,8 @@ def test_without_a_test_part_some_training_pictures_are_kept_for_it(evaluated, g
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ([4] * 9, "all 8 training pictures are of class 4; a classifier needs two"),
-        ([0, 1, 2, 3], "there is no test part, and no class has two pictures"),
+        ([4] * 9, "all 8 training images are of class 4; a classifier needs two"),
+        ([0, 1, 2, 3], "there is no test part, and no class has two images"),
     ],
 )
 def test_labels_that_nothing_can_be_learned_from_are_refused(labels, said, evaluated, generator, tmp_path):  # noqa: F811
@@ -194,35 +194,35 @@ def test_labels_that_nothing_can_be_learned_from_are_refused(labels, said, evalu
         evaluated(data=data, **section("linear", **SMALL))
 
 
-def test_classes_of_one_picture_leave_none_to_choose_by(evaluated, generator, tmp_path):  # noqa: F811
+def test_classes_of_one_image_leave_none_to_choose_by(evaluated, generator, tmp_path):  # noqa: F811
     test = {"test_images": np.zeros((2, 8, 8), np.uint8), "test_labels": np.array([0, 1])}
-    with pytest.raises(InputError, match="no class has two labelled training pictures"):
+    with pytest.raises(InputError, match="no class has two labelled training images"):
         evaluated(data=archive(tmp_path / "x.npz", generator, [0, 1, 2], **test), **section("linear", **SMALL))
 
 
-def test_pictures_without_a_label_are_left_out(evaluated, generator, monkeypatch):  # noqa: F811
+def test_images_without_a_label_are_left_out(evaluated, generator, monkeypatch):  # noqa: F811
     import moco.evaluation.subject as module
-    from moco.data.sources.registry import ArrayPictures, DataSource, Labelled
+    from moco.data.sources.registry import ArrayImages, DataSource, Labelled
 
     labels = np.arange(60) % 3
-    pictures = ArrayPictures(generator.integers(0, 256, (60, 8, 8), np.uint8), "mine")
-    queries = Labelled(pictures, labels.copy())
+    images = ArrayImages(generator.integers(0, 256, (60, 8, 8), np.uint8), "mine")
+    queries = Labelled(images, labels.copy())
     labels[[0, 7]] = -1
 
     def evaluate_with(bank_labels, kind, **settings):
-        source = DataSource(pictures, Labelled(pictures, bank_labels), queries, 8)
+        source = DataSource(images, Labelled(images, bank_labels), queries, 8)
         monkeypatch.setattr(module, "build_source", lambda *_, **__: source)
         return evaluated(**section(kind, **settings))
 
     figures, _, log = evaluate_with(labels, "linear", **SMALL)
-    assert "left out 2 pictures without a label: mine[0], mine[7]" in log
+    assert "left out 2 images without a label: mine[0], mine[7]" in log
     assert figures["linear/num_training"] == 58
-    with pytest.raises(InputError, match="none of 60 pictures that can be read has a label"):
+    with pytest.raises(InputError, match="none of 60 images that can be read has a label"):
         evaluate_with(np.full(60, -1), "linear", **SMALL)
     figures, _, log = evaluate_with(labels, "linear_official", **OFFICIAL)
-    assert "2 of 60 training pictures have no label, and are not trained on" in log
+    assert "2 of 60 training images have no label, and are not trained on" in log
     assert figures["linear_official/num_training"] == 58
-    with pytest.raises(InputError, match="none of 60 training pictures has a label"):
+    with pytest.raises(InputError, match="none of 60 training images has a label"):
         evaluate_with(np.full(60, -1), "linear_official", **OFFICIAL)
 
 
@@ -314,31 +314,31 @@ def test_the_heads_steps_are_those_of_torchs_sgd_with_the_published_schedule(tmp
     torch.testing.assert_close(probe.head.weight.detach(), own.weight.detach())
 
 
-def test_a_view_of_files_is_that_of_the_query_in_pretraining(picture_tree):
+def test_a_view_of_files_is_that_of_the_query_in_pretraining(image_tree):
     from moco.data.augment.views import ViewPair
     from moco.data.loading.loaders import PairMaker
     from moco.data.loading.one_view import LabelledViews
-    from moco.data.sources.registry import FilePictures, Labelled
+    from moco.data.sources.registry import FileImages, Labelled
 
-    (picture_tree / "a" / "99.png").write_bytes(b"no picture")
-    paths = sorted(str(path) for path in picture_tree.rglob("*.png"))
+    (image_tree / "a" / "99.png").write_bytes(b"no image")
+    paths = sorted(str(path) for path in image_tree.rglob("*.png"))
     bad = next(row for row, path in enumerate(paths) if path.endswith("99.png"))
-    pictures, labels = FilePictures(paths), np.arange(len(paths)) % 4
+    images, labels = FileImages(paths), np.arange(len(paths)) % 4
     operations = {"random_resized_crop": {"scale": [0.3, 1.0]}, "horizontal_flip": {"probability": 0.5}}
     norm = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
     views = LabelledViews(
-        Labelled(pictures, labels), operations, "here", **norm, image_size=8, batch_size=7, seed=5, num_workers=0,
+        Labelled(images, labels), operations, "here", **norm, image_size=8, batch_size=7, seed=5, num_workers=0,
         device=torch.device("cpu"),
     )  # fmt: skip
     pair = ViewPair(operations, operations, **norm, image_size=8, seed=5)
     seen = []
-    for images, own, indices in views.epoch(3):
-        for image, label, index in zip(images, own.tolist(), indices.tolist(), strict=True):
+    for views_of_batch, own, indices in views.epoch(3):
+        for image, label, index in zip(views_of_batch, own.tolist(), indices.tolist(), strict=True):
             seen.append(index)
             if index == bad:
                 assert label == -1
                 continue
-            batch = PairMaker(pair)([(index, pictures.opened(index), "")], 3)
+            batch = PairMaker(pair)([(index, images.opened(index), "")], 3)
             torch.testing.assert_close(image, pair.finished(batch.views, 3, batch.indices)[0][0], rtol=0, atol=0)
             assert label == labels[index]
     assert sorted(seen) == list(range(len(paths)))

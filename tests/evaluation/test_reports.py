@@ -1,4 +1,4 @@
-"""What ``moco.evaluate`` shows beside its figures: the label-free figures and the pictures in its run folder."""
+"""What ``moco.evaluate`` shows beside its figures: the label-free figures and the images in its run folder."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from moco.callbacks.feature_plots import Embedded
 from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
 from moco.evaluate import run
 from moco.evaluation.label_free_measurement import illnesses
-from moco.evaluation.reports.drawing import MARGIN, NUMBERED_CLASSES, feature_maps_picture, map_picture
+from moco.evaluation.reports.drawing import MARGIN, NUMBERED_CLASSES, feature_maps_plot, map_plot
 from moco.evaluation.reports.knn_plots import (
     Searched,
     map_of_queries,
@@ -48,21 +48,21 @@ def evaluated(checkpoint, tmp_path, caplog, capsys):
     return call
 
 
-def pictures_in(folder):
+def images_in(folder):
     found = {}
     for path in sorted(folder.glob("*.png")):
-        with Image.open(path) as picture:
-            picture.load()
-            assert picture.format == "PNG"
-            found[path.name] = picture.size
+        with Image.open(path) as image:
+            image.load()
+            assert image.format == "PNG"
+            found[path.name] = image.size
     return found
 
 
-def test_an_evaluation_leaves_pictures_and_label_free_figures(evaluated):
+def test_an_evaluation_leaves_images_and_label_free_figures(evaluated):
     figures, printed, _ = evaluated()
-    pictures = pictures_in(evaluated.folder)
-    assert sorted(pictures) == NAMES
-    assert all(100 < side < 1400 for size in pictures.values() for side in size)
+    images = images_in(evaluated.folder)
+    assert sorted(images) == NAMES
+    assert all(100 < side < 1400 for size in images.values() for side in size)
     assert all(f"{name}" in printed for name in NAMES)
     found = {name for name in figures if name.startswith("label_free/")}
     assert found == {
@@ -72,30 +72,30 @@ def test_an_evaluation_leaves_pictures_and_label_free_figures(evaluated):
     assert f"{figures['label_free/alignment']:.4f}" in printed
 
 
-def test_without_pictures_and_label_free_figures_there_are_none(evaluated):
-    figures, _, _ = evaluated(pictures=False, label_free=False)
-    assert not pictures_in(evaluated.folder)
+def test_without_images_and_label_free_figures_there_are_none(evaluated):
+    figures, _, _ = evaluated(images=False, label_free=False)
+    assert not images_in(evaluated.folder)
     assert not any(name.startswith("label_free/") for name in figures)
     evaluated(map="none", label_free=False)
-    assert sorted(pictures_in(evaluated.folder)) == ["confusion.png", "feature_maps.png", "neighbors.png"]
+    assert sorted(images_in(evaluated.folder)) == ["confusion.png", "feature_maps.png", "neighbors.png"]
 
 
-def test_figures_are_those_of_plain_pictures_and_of_the_runs_own_views(evaluated, checkpoint):
+def test_figures_are_those_of_plain_images_and_of_the_runs_own_views(evaluated, checkpoint):
     from moco.data.augment.views import ViewPair, build_evaluation_view
     from moco.data.sources.registry import build_source
     from moco.evaluation.diagnostics import label_free_figures
     from moco.weights.pretrained import load_pretrained
 
-    figures, _, _ = evaluated(pictures=False)
+    figures, _, _ = evaluated(images=False)
     pretrained = load_pretrained(str(checkpoint), "query", {})
     settings, bank = pretrained.config["augmentation"], build_source("digits", None, num_images=1).bank
     size = figures["image_size"]
     augment = ViewPair(settings["query"], settings["key"], settings["mean"], settings["std"], size, 0)
-    plain = bank.pictures.tensor[:, None].expand(-1, 3, -1, -1)
+    plain = bank.images.tensor[:, None].expand(-1, 3, -1, -1)
     view = build_evaluation_view(size, pretrained.config["data"]["crop_ratio"], settings["mean"], settings["std"])
     rows = torch.from_numpy(np.linspace(0, len(plain) - 1, 1000).astype(np.int64))
     with torch.no_grad():
-        features = pretrained.encoder.backbone(torch.stack([view(picture) for picture in bank.pictures]))
+        features = pretrained.encoder.backbone(torch.stack([view(image) for image in bank.images]))
         views = [pretrained.encoder(view) for view in augment.on_batch(plain[rows].contiguous(), 0, rows)]
         embeddings = pretrained.encoder.projector(features)
     expected = label_free_figures(features.numpy(), embeddings.numpy(), torch.stack(views, dim=1).numpy())
@@ -125,7 +125,7 @@ def test_what_is_ill_is_said_by_the_thresholds_of_the_watch():
         0.05, 4.9
     )
     assert words(0.006, 1).count("COLLAPSE") == 1
-    assert words(0.05, 1, (19, 100)) == ""  # of so few pictures the rank says nothing
+    assert words(0.05, 1, (19, 100)) == ""  # of so few images the rank says nothing
 
 
 def test_a_constant_encoder_is_named_and_drawn(evaluated, checkpoint, tmp_path):
@@ -136,7 +136,7 @@ def test_a_constant_encoder_is_named_and_drawn(evaluated, checkpoint, tmp_path):
             tensor.zero_()
     torch.save(held, path)
     assert "COLLAPSED" in evaluated(path=path)[2]
-    assert sorted(pictures_in(evaluated.folder)) == NAMES
+    assert sorted(images_in(evaluated.folder)) == NAMES
 
 
 @pytest.mark.parametrize("num_classes", [2, 1000])
@@ -145,22 +145,22 @@ def test_few_and_many_classes_are_drawn(evaluated, generator, tmp_path, num_clas
     images = generator.integers(0, 256, (len(labels), 8, 8), np.uint8)
     data = archive(tmp_path / "x.npz", generator, labels, test_images=images[:1], test_labels=labels[:1])
     evaluated(data, label_free=False)  # a single query, of a single class
-    assert sorted(pictures_in(evaluated.folder)) == ["confusion.png", "feature_maps.png", "neighbors.png"]
+    assert sorted(images_in(evaluated.folder)) == ["confusion.png", "feature_maps.png", "neighbors.png"]
     data = archive(tmp_path / "x.npz", generator, labels, test_images=images, test_labels=labels)
     evaluated(data, map="none", label_free=False)
-    assert max(pictures_in(evaluated.folder)["confusion.png"]) < 1200
+    assert max(images_in(evaluated.folder)["confusion.png"]) < 1200
 
 
-def test_unreadable_pictures_and_sets_without_a_test_part_are_drawn(evaluated, generator, tmp_path):
+def test_unreadable_images_and_sets_without_a_test_part_are_drawn(evaluated, generator, tmp_path):
     for number in range(12):
         path = tmp_path / "set" / "train" / "ab"[number % 2] / f"{number:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (8 + number, 8, 3), np.uint8)).save(path)
-    (tmp_path / "set" / "train" / "a" / "00.png").write_bytes(b"no picture")
+    (tmp_path / "set" / "train" / "a" / "00.png").write_bytes(b"no image")
     data = {"name": "image_folder", "root": str(tmp_path / "set"), "image_size": 8, "max_bad_fraction": 0.5}
     figures, _, _ = evaluated({**data, "held_out": 0.0})
     assert figures["knn/queries"] == "leave one out"
-    assert sorted(pictures_in(evaluated.folder)) == NAMES
+    assert sorted(images_in(evaluated.folder)) == NAMES
 
 
 @pytest.mark.parametrize("backbone", ["vit_tiny_patch4", "swin_v2_tiny_patch2"])
@@ -169,7 +169,7 @@ def test_feature_maps_of_transformers_are_drawn(evaluated, generator, tmp_path, 
     write_checkpoint(runner, path, f"backbone={backbone}", "data.image_size=32")
     data = archive(tmp_path / "x.npz", generator, np.arange(20) % 4) | {"image_size": 32}
     evaluated(path=path, data=data, map="none", label_free=False)
-    assert "feature_maps.png" in pictures_in(evaluated.folder)
+    assert "feature_maps.png" in images_in(evaluated.folder)
 
 
 def test_a_backbone_alone_has_the_rank_of_its_features(checkpoint, evaluated, tmp_path, runner):
@@ -181,22 +181,22 @@ def test_a_backbone_alone_has_the_rank_of_its_features(checkpoint, evaluated, tm
     figures, _, log = evaluated(path=path, map="none")
     assert "a backbone alone: of the label-free figures the rank of its features" in log
     assert [name for name in figures if name.startswith("label_free/")] == ["label_free/feature_rank_me"]
-    assert "similarities.png" not in pictures_in(evaluated.folder)
+    assert "similarities.png" not in images_in(evaluated.folder)
 
 
 @pytest.fixture
 def searched(generator):
-    """60 pictures of one grey level each, and random features."""
-    from moco.data.sources.registry import ArrayPictures, Labelled
+    """60 images of one grey level each, and random features."""
+    from moco.data.sources.registry import ArrayImages, Labelled
     from moco.evaluation.neighbors import nearest_by_block
 
-    pictures = ArrayPictures(np.repeat(np.arange(60, dtype=np.uint8) * 4, 64).reshape(60, 8, 8), "greys")
+    images = ArrayImages(np.repeat(np.arange(60, dtype=np.uint8) * 4, 64).reshape(60, 8, 8), "greys")
     labels, features = np.arange(60) % 3, generator.normal(size=(60, 5)).astype(np.float32)
-    bank = Embedded(features, labels, Labelled(pictures, labels), np.arange(60))
+    bank = Embedded(features, labels, Labelled(images, labels), np.arange(60))
     return Searched(bank, bank, partial(nearest_by_block, features), np.arange(60))
 
 
-def test_the_neighbours_in_the_picture_are_those_of_the_search(searched):
+def test_the_neighbours_in_the_image_are_those_of_the_search(searched):
     shown = neighbors_of_some(searched)
     units = searched.bank.features / np.linalg.norm(searched.bank.features, axis=1, keepdims=True)
     for line, query in enumerate(spread_over_classes(searched.queries.labels, 16)):
@@ -228,18 +228,18 @@ def test_similarities_of_one_image_and_maps_of_few_queries_are_left_out(searched
 def test_points_have_the_colour_that_the_legend_gives_their_class(num_classes):
     num_points = max(2, num_classes)
     labels = np.arange(num_points) % num_classes
-    picture = map_picture(np.stack([np.arange(num_points)] * 2, axis=1), labels, "a map")
+    image = map_plot(np.stack([np.arange(num_points)] * 2, axis=1), labels, "a map")
     for place, label in enumerate(labels):
         middle = 12 + place * 616 / (num_points - 1)
-        point = picture.getpixel((MARGIN + round(middle), 32 + round(middle)))
-        legend = picture.getpixel((640 + 3 * MARGIN + 5, 32 + 9 + 18 * int(label)))
+        point = image.getpixel((MARGIN + round(middle), 32 + round(middle)))
+        legend = image.getpixel((640 + 3 * MARGIN + 5, 32 + 9 + 18 * int(label)))
         seen = [255 - (255 - value) * 200 / 255 for value in legend]  # the discs let through a little
         np.testing.assert_allclose(point, seen, atol=12)
 
 
 def test_a_thousand_classes_are_counted_instead_of_listed(generator):
-    picture = map_picture(generator.normal(size=(2000, 2)) * [5, 1], np.arange(2000) % 1000, "a map")
-    assert picture.height < picture.width < 900
+    image = map_plot(generator.normal(size=(2000, 2)) * [5, 1], np.arange(2000) % 1000, "a map")
+    assert image.height < image.width < 900
 
 
 def test_each_image_stands_beside_its_own_maps():
@@ -247,10 +247,10 @@ def test_each_image_stands_beside_its_own_maps():
     maps = {name: np.full((5, 2, 2, 3), np.arange(5, dtype=np.uint8)[:, None, None, None]) for name in ("a", "b")}
     for number in (1, 5):
         few = {name: values[:number] for name, values in maps.items()}
-        picture = feature_maps_picture(images[:number], few)
+        plot = feature_maps_plot(images[:number], few)
         lines, num_blocks = -(-number // min(2, number)), min(2, number)
-        assert picture.width == num_blocks * (3 * 118 + 18) - 12
+        assert plot.width == num_blocks * (3 * 118 + 18) - 12
         for image in range(number):
             left, top = MARGIN + image // lines * (3 * 118 + 18), 26 + image % lines * 118
-            assert picture.getpixel((left, top)) == (image, 0, 0)
-            assert picture.getpixel((left + 118, top)) == picture.getpixel((left + 236, top)) == (image,) * 3
+            assert plot.getpixel((left, top)) == (image, 0, 0)
+            assert plot.getpixel((left + 118, top)) == plot.getpixel((left + 236, top)) == (image,) * 3

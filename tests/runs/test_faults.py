@@ -43,7 +43,7 @@ def bad_steps(figures, limit=10):
 
 
 def poison(monkeypatch, config, *batches):
-    """Make the first picture of these batches, counted from 0 in every epoch, NaN."""
+    """Make the first image of these batches, counted from 0 in every epoch, NaN."""
     per_batch = config.data.batch_size // config.trainer.accumulate_grad_batches
     original = PretrainingData.on_after_batch_transfer
     poisoned = set()
@@ -138,7 +138,7 @@ def of_four_steps(runner, monkeypatch):
     [([], [1]), ([], [0, 2]), (ADAMW, [0, 2]), (["trainer.accumulate_grad_batches=2"], [3]), (["method.queue_size=20"], [2])],
     ids=["sgd", "sgd, from the first step", "adamw", "in the second of two batches", "a batch larger than the queue"],
 )  # fmt: skip
-def test_a_step_with_a_picture_that_is_not_finite_is_as_if_it_had_not_been(
+def test_a_step_with_an_image_that_is_not_finite_is_as_if_it_had_not_been(
     variant, bad, of_four_steps, runner, monkeypatch
 ):
     config = of_four_steps(*variant)

@@ -120,7 +120,7 @@ def test_updates_are_measured_against_flat_passes(measured, official):
 @pytest.mark.filterwarnings(
     "ignore:.*decoding and encoding capabilities.*:DeprecationWarning"
 )  # one contender is of them
-def test_pipelines_of_data_take_the_same_pictures(measured):
+def test_pipelines_of_data_take_the_same_images(measured):
     rows = measured("data")
     for what, count in (("files", 4), ("memory", 16)):
         turns = [row["turns"] for (case, _), row in rows.items() if case == what]

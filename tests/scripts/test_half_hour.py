@@ -69,9 +69,9 @@ def test_the_table_tells_how_each_ended(script):
 @pytest.mark.slow
 def test_a_race_of_seconds_ends_with_a_curve_of_each(tmp_path):
     generator = np.random.default_rng(0)
-    pictures = {name: generator.integers(0, 256, (num, 32, 32, 3), np.uint8) for name, num in SIZES.items()}
+    images = {name: generator.integers(0, 256, (num, 32, 32, 3), np.uint8) for name, num in SIZES.items()}
     labels = {name.replace("images", "labels"): np.arange(num) % 10 for name, num in SIZES.items()}
-    np.savez(tmp_path / "some.npz", **pictures, **labels)
+    np.savez(tmp_path / "some.npz", **images, **labels)
     command = [sys.executable, "scripts/half_hour.py", str(tmp_path / "some.npz"), str(tmp_path / "race")]
     options = ["--contenders", "ours", "official", "--minutes", "0.1", "--turn", "0.06", "--batch-size", "64"]
     own = ["data.batch_size=64", "trainer.max_epochs=100"]

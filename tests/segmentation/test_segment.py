@@ -115,7 +115,7 @@ def test_the_run_folder_is_as_promised(trained):
     assert best["figures"]["segment/miou"] >= figures["segment/miou"]
 
 
-def test_tensorboard_shows_the_figures_and_the_pictures(trained):
+def test_tensorboard_shows_the_figures_and_the_images(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -171,7 +171,7 @@ def test_the_closing_table_shows_every_class(trained):
     folder, figures = trained
     shown = (folder / "shown.txt").read_text()
     assert re.search(rf"IoU, disc +│ {figures['segment/iou/disc']:.4f}", shown)
-    assert "8 pictures, inference=whole" in shown
+    assert "8 images, inference=whole" in shown
     assert "next: tensorboard --logdir" in shown
 
 
@@ -402,7 +402,7 @@ MISTAKES = [
     (["checkpoint={swin}", "data.num_classes=2"],
      "{shapes}/masks/train/01.png: holds the number 2, and data.num_classes says 2 classes, 0 to 1 (and 11 more like it)"),
     (["checkpoint={swin}", "data.ignore_index=65536"], "data.ignore_index=65536: "),
-    (["checkpoint={swin}", "data.batch_size=25"], "data.batch_size=25: there are only 24 pictures to train on"),
+    (["checkpoint={swin}", "data.batch_size=25"], "data.batch_size=25: there are only 24 images to train on"),
     (["checkpoint={swin}", "decoder=fcn", "decoder.channels=64"], "decoder.channels=64: the decoder fcn has no such setting"),
     (["checkpoint={swin}", "resume={swin}"],
      "resume={swin}: the checkpoint is of another model or optimizer: backbone.pretrained_window_size:"),
@@ -434,19 +434,17 @@ def test_a_library_that_is_missing_is_named_before_the_data_are_read(shapes, swi
 
 
 def test_the_program_sweeps_and_a_mistake_is_one_line_and_exit_code_2(shapes, tmp_path):
-    picture = shapes / "images/val/00.png"
+    image = shapes / "images/val/00.png"
     bad = tmp_path / "bad"
     save(bad / "images/train/a.png", np.zeros((8, 8, 3), np.uint8))
     save(bad / "masks/train/a.png", np.zeros((8, 9), np.uint8))
-    assert picture.is_file()
+    assert image.is_file()
     done = run_program(
         "moco.segment", "-m", *SMALL, *FROM_SCRATCH, f"data.root={bad},{shapes}", "trainer.max_steps=1",
         "hydra.sweep.dir=sweep", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert (
-        done.stderr == f"error: {bad}/images/train/a.png: the only picture; at least one more is needed, to hold out\n"
-    )
+    assert done.stderr == f"error: {bad}/images/train/a.png: the only image; at least one more is needed, to hold out\n"
     jobs = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/status.json")]
     assert sorted(job["exit_code"] for job in jobs) == [0, 2]
     assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 1

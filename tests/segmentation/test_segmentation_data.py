@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from moco.data.files.images import UnreadablePicture, read_mask
+from moco.data.files.images import UnreadableImage, read_mask
 from moco.errors import InputError
 from moco.segmentation.datamodule import SegmentationData
 from moco.segmentation.mask_batches import batches_of_one_size
@@ -24,25 +24,25 @@ SIDE = 32
 
 def save(path, array, mode=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(array)
+    image = Image.fromarray(array)
     if mode == "P":
-        picture.putpalette([value for grey in range(256) for value in (grey, 255 - grey, 128)])
-    (picture.convert(mode) if mode == "1" else picture).save(path)
+        image.putpalette([value for grey in range(256) for value in (grey, 255 - grey, 128)])
+    (image.convert(mode) if mode == "1" else image).save(path)
     return path
 
 
 def draw_shape(generator, kind, side=SIDE):
-    """A picture (side, side, 3) of a red disc or a blue square on grey, and its mask: 1 or 2, 0 beside, 255 at the top."""
+    """An image (side, side, 3) of a red disc or a blue square on grey, and its mask: 1 or 2, 0 beside, 255 at the top."""
     rows, columns = np.mgrid[:side, :side]
     middle_row, middle_column = generator.integers(side // 4, 3 * side // 4, 2)
     radius = generator.integers(side // 6, side // 4)
     down, right = abs(rows - middle_row), abs(columns - middle_column)
     inside = down**2 + right**2 < radius**2 if kind == 1 else (down < radius) & (right < radius)
-    picture = np.full((side, side, 3), 90, dtype=np.uint8)
-    picture[inside] = (220, 40, 40) if kind == 1 else (40, 40, 220)
+    image = np.full((side, side, 3), 90, dtype=np.uint8)
+    image[inside] = (220, 40, 40) if kind == 1 else (40, 40, 220)
     mask = np.where(inside, kind, 0).astype(np.uint8)
     mask[0] = 255
-    return picture, mask
+    return image, mask
 
 
 def draw_shapes(root, num_train=8, num_val=4):
@@ -50,8 +50,8 @@ def draw_shapes(root, num_train=8, num_val=4):
     generator = np.random.default_rng(0)
     for part, count in (("train", num_train), ("val", num_val)):
         for number in range(count):
-            picture, mask = draw_shape(generator, 1 + number % 2)
-            save(root / "images" / part / f"{number:02}.png", picture)
+            image, mask = draw_shape(generator, 1 + number % 2)
+            save(root / "images" / part / f"{number:02}.png", image)
             save(root / "masks" / part / f"{number:02}.png", mask)
     return root
 
@@ -77,10 +77,10 @@ def test_the_split_by_folders_is_kept_and_classes_are_counted(shapes):
     source = source_of(shapes)
     assert (len(source.train), len(source.validation)) == (8, 4)
     assert source.class_names == ("0", "1", "2")
-    picture, mask = source.validation[1]
+    image, mask = source.validation[1]
     assert source.validation.images.name(1) == str(shapes / "images/val/01.png")
     assert np.array_equal(mask, np.array(Image.open(shapes / "masks/val/01.png")))
-    assert np.array_equal(np.array(picture), np.array(Image.open(shapes / "images/val/01.png")))
+    assert np.array_equal(np.array(image), np.array(Image.open(shapes / "images/val/01.png")))
     assert source.train.sizes.tolist() == [[SIDE, SIDE]] * 8
 
 
@@ -100,14 +100,14 @@ def test_without_folders_a_tenth_by_name_is_held_out_and_stays_so(tmp_path):
     assert 1 < len(held_out()) < 15
 
 
-def test_few_pictures_still_hold_one_out_and_the_log_says_how(tmp_path, caplog):
+def test_few_images_still_hold_one_out_and_the_log_says_how(tmp_path, caplog):
     caplog.set_level("INFO")
     for number in range(2):
         save(tmp_path / "images" / f"{number}.jpg", np.zeros((4, 4, 3), np.uint8))
         save(tmp_path / "masks" / f"{number}.png", np.eye(4, dtype=np.uint8))
     source = source_of(tmp_path)
     assert (len(source.train), len(source.validation)) == (1, 1)
-    assert "held out: 1 of 2 pictures, by a hash of their names" in caplog.text
+    assert "held out: 1 of 2 images, by a hash of their names" in caplog.text
 
 
 @pytest.mark.parametrize("held_out", ["val", "validation", "test"])
@@ -139,12 +139,12 @@ def test_checking_files_in_threads_leaves_the_warning_filters(tmp_path, monkeypa
     for number in range(16):
         save(tmp_path / "images" / f"{number}.png", np.zeros((SIDE, SIDE, 3), np.uint8))
         save(tmp_path / "masks" / f"{number}.png", np.eye(SIDE, dtype=np.uint8))
-    open_picture, counts = Image.open, itertools.count()
+    open_image, counts = Image.open, itertools.count()
 
     def delayed(path, **options):
-        picture = open_picture(path, **options)
+        image = open_image(path, **options)
         time.sleep(0.001 * (next(counts) % 7))  # so that threads end in another order than they begin
-        return picture
+        return image
 
     monkeypatch.setattr(Image, "open", delayed)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
@@ -158,8 +158,8 @@ def test_masks_of_every_kind_give_their_numbers(mode, dtype, tmp_path):
     numbers = np.arange(12).reshape(3, 4) % (2 if mode == "1" else 12) * (1000 if mode == "I;16" else 1)
     stored = numbers.astype(np.uint16 if mode == "I;16" else np.uint8)
     path = save(tmp_path / "mask.png", stored * 255 if mode == "1" else stored, mode)
-    with Image.open(path) as picture:
-        assert picture.mode == mode
+    with Image.open(path) as image:
+        assert image.mode == mode
     mask = read_mask(str(path))
     assert mask.dtype == dtype
     assert np.array_equal(mask, numbers)
@@ -196,9 +196,7 @@ def test_masks_of_few_bits_give_their_numbers(bit_depth, colour_type, tmp_path):
 
 def test_a_mask_of_colours_is_refused(tmp_path):
     path = save(tmp_path / "mask.png", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(
-        UnreadablePicture, match=r"mask.png: mode RGB: expected one number per pixel \(modes 1, I, I;16"
-    ):
+    with pytest.raises(UnreadableImage, match=r"mask.png: mode RGB: expected one number per pixel \(modes 1, I, I;16"):
         read_mask(str(path))
 
 
@@ -371,26 +369,26 @@ def test_pretraining_says_where_masks_belong():
 
 
 def coordinates(height, width):
-    """A picture whose red is 4 times the column and green 4 times the row, and a mask of row * 64 + column."""
+    """An image whose red is 4 times the column and green 4 times the row, and a mask of row * 64 + column."""
     rows, columns = np.mgrid[:height, :width]
-    picture = np.stack([4 * columns, 4 * rows, np.zeros_like(rows)], axis=2).astype(np.uint8)
-    return Image.fromarray(picture), (rows * 64 + columns).astype(np.int32)
+    image = np.stack([4 * columns, 4 * rows, np.zeros_like(rows)], axis=2).astype(np.uint8)
+    return Image.fromarray(image), (rows * 64 + columns).astype(np.int32)
 
 
 @pytest.mark.parametrize("scale", [[1.0, 1.0], [0.5, 2.0]])
-def test_picture_and_mask_move_together(scale):
-    picture, mask = coordinates(60, 50)
+def test_image_and_mask_move_together(scale):
+    raw, mask = coordinates(60, 50)
     augment = view(24, scale=scale, horizontal_flip=0.5, mean=[0, 0, 0], ignore_index=60000)
     seen = set()
     for index in range(40):
-        image, classes = augment(picture, mask, epoch=0, index=index)
+        image, classes = augment(raw, mask, epoch=0, index=index)
         assert image.shape == (3, 24, 24)
         assert (classes.dtype, classes.shape) == (torch.int64, (24, 24))
         columns, rows = image[0] * 255 / 4, image[1] * 255 / 4
         inner = (
             slice(2, -2),
             slice(2, -2),
-        )  # at the borders the bilinear picture is made of less than its surroundings
+        )  # at the borders the bilinear image is made of less than its surroundings
         tolerance = (
             0.01 if scale == [1.0, 1.0] else 0.8
         )  # in px of the source; nearest and bilinear differ by up to 0.5
@@ -403,18 +401,18 @@ def test_picture_and_mask_move_together(scale):
 
 
 @pytest.mark.parametrize("factor", [0.7, 1.6])
-def test_resized_masks_stay_where_their_pictures_are(factor):
-    picture, mask = coordinates(60, 50)
+def test_resized_masks_stay_where_their_images_are(factor):
+    raw, mask = coordinates(60, 50)
     shifts = []
     for index in range(20):
-        image, classes = view(24, scale=[factor, factor], mean=[0, 0, 0])(picture, mask, 0, index)
+        image, classes = view(24, scale=[factor, factor], mean=[0, 0, 0])(raw, mask, 0, index)
         shifts.append((classes % 64 - image[0] * 255 / 4)[4:-4, 4:-4].mean())
     assert abs(torch.stack(shifts).mean()) < 0.08  # torchvision's resizing of masks is off by 0.2 here
 
 
-def test_what_the_picture_lacks_is_its_mean_and_has_no_class():
-    picture, mask = coordinates(20, 50)
-    image, classes = view(40, scale=[0.5, 0.5], mean=[0.2, 0.4, 0.6])(picture, mask, 0, 0)
+def test_what_the_image_lacks_is_its_mean_and_has_no_class():
+    raw, mask = coordinates(20, 50)
+    image, classes = view(40, scale=[0.5, 0.5], mean=[0.2, 0.4, 0.6])(raw, mask, 0, 0)
     assert (classes[:10, :25] != 255).all()
     assert (classes[10:] == 255).all()
     assert (classes[:, 25:] == 255).all()
@@ -422,32 +420,32 @@ def test_what_the_picture_lacks_is_its_mean_and_has_no_class():
     assert image[:, :, 25:].abs().max() < 1 / 255
 
 
-def test_what_the_picture_lacks_has_no_class_where_that_takes_more_bits_than_the_mask_has():
-    picture, mask = coordinates(20, 50)
-    _, classes = view(40, scale=[0.5, 0.5], ignore_index=300)(picture, (mask % 200).astype(np.uint8), 0, 0)
+def test_what_the_image_lacks_has_no_class_where_that_takes_more_bits_than_the_mask_has():
+    raw, mask = coordinates(20, 50)
+    _, classes = view(40, scale=[0.5, 0.5], ignore_index=300)(raw, (mask % 200).astype(np.uint8), 0, 0)
     assert (classes[:10, :25] < 200).all()
     assert (classes[10:] == 300).all()
     assert (classes[:, 25:] == 300).all()
 
 
 def test_draws_depend_on_seed_epoch_and_index_alone():
-    picture, mask = coordinates(60, 60)
+    raw, mask = coordinates(60, 60)
     settings = {"scale": [0.5, 2.0], "horizontal_flip": 0.5, "color_jitter": {"brightness": 0.5, "probability": 0.5}}
     augment = view(24, **settings)
-    first = augment(picture, mask, 1, 5)
+    first = augment(raw, mask, 1, 5)
     torch.rand(7)
-    augment(picture, mask, 0, 0)
-    again = view(24, **settings)(picture, mask, 1, 5)
+    augment(raw, mask, 0, 0)
+    again = view(24, **settings)(raw, mask, 1, 5)
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
     for seed, epoch, index in ((1, 1, 5), (0, 2, 5), (0, 1, 6)):
-        other = view(24, **(settings | {"seed": seed}))(picture, mask, epoch, index)
+        other = view(24, **(settings | {"seed": seed}))(raw, mask, epoch, index)
         assert not torch.equal(first[0], other[0])
 
 
 def test_colour_jitter_leaves_the_mask_alone():
-    picture, mask = coordinates(24, 24)
-    plain = view(24)(picture, mask, 0, 0)
-    jittered = view(24, color_jitter={"brightness": 0.5, "saturation": 0.5, "hue": 0.1})(picture, mask, 0, 0)
+    raw, mask = coordinates(24, 24)
+    plain = view(24)(raw, mask, 0, 0)
+    jittered = view(24, color_jitter={"brightness": 0.5, "saturation": 0.5, "hue": 0.1})(raw, mask, 0, 0)
     assert not torch.allclose(plain[0], jittered[0])
     assert torch.equal(plain[1], jittered[1])
 
@@ -495,7 +493,7 @@ def test_loader_processes_can_be_handed_the_data(shapes):
         assert all(torch.equal(*pair) for pair in zip(copied[place], loader.dataset[place], strict=True))
 
 
-def test_evaluation_batches_hold_whole_pictures_of_one_size(shapes):
+def test_evaluation_batches_hold_whole_images_of_one_size(shapes):
     save(shapes / "images/val/01.png", np.zeros((20, 10, 3), np.uint8))
     save(shapes / "masks/val/01.png", np.zeros((20, 10), np.uint8))
     batches = list(data_of(source_of(shapes), evaluation_batch_size=2).evaluation_dataloader())
@@ -503,7 +501,7 @@ def test_evaluation_batches_hold_whole_pictures_of_one_size(shapes):
     assert [tuple(batch.classes.shape) for batch in batches] == [(2, 32, 32), (1, 32, 32), (1, 20, 10)]
 
 
-def test_batches_of_one_size_hold_every_picture_once():
+def test_batches_of_one_size_hold_every_image_once():
     sizes = np.random.default_rng(0).integers(1, 4, (50, 2))
     batches = batches_of_one_size(sizes, 4)
     assert sorted(row for batch in batches for row in batch) == list(range(50))
@@ -523,7 +521,7 @@ def test_a_file_that_goes_bad_after_the_check_is_named(shapes):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"batch_size": 9}, "data.batch_size=9: there are only 8 pictures to train on"),
+        ({"batch_size": 9}, "data.batch_size=9: there are only 8 images to train on"),
         ({"batch_size": 4, "batches_per_step": 3}, "data.batch_size=4: expected a multiple of 3"),
         (
             {"batch_size": 4, "batches_per_step": 4},

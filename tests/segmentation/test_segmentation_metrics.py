@@ -6,7 +6,7 @@ import torch
 
 from moco.segmentation.metrics import (
     class_colours,
-    comparison_picture,
+    comparison_plot,
     confusion_matrix,
     predicted_classes,
     segmentation_figures,
@@ -87,7 +87,7 @@ def test_sliding_averages_all_windows_that_hold_a_pixel():
 
 
 @pytest.mark.parametrize("size", [(12, 12), (12, 7), (5, 5)])
-def test_a_window_that_covers_the_picture_is_the_whole_picture(size):
+def test_a_window_that_covers_the_image_is_the_whole_image(size):
     images = torch.randn(2, 3, *size)
     assert torch.equal(sliding_logits(position_aware, images, window=12, stride=8), position_aware(images))
     assert torch.equal(
@@ -106,19 +106,19 @@ def test_windows_overlap_by_a_third():
     assert sizes == [(12, 12), (12, 12)]  # rows 0 to 11 and 8 to 19
 
 
-def test_pictures_show_image_truth_and_prediction():
+def test_images_show_image_truth_and_prediction():
     colours = class_colours(3)
     assert len({tuple(colour) for colour in colours.tolist()}) == 4
     classes = torch.tensor([[0, 1], [2, 255]])
-    picture = comparison_picture(torch.ones(3, 2, 2) * 0.5, classes, torch.tensor([[0, 1], [1, 1]]), 3)
-    assert (picture.shape, picture.dtype) == ((3, 2, 10), torch.uint8)
-    assert (picture[:, :, :2] == 128).all()
-    assert (picture[:, :, 2:4] == 255).all()
-    assert picture[:, 1, 4].tolist() == colours[2].tolist()
-    assert picture[:, 1, 5].tolist() == colours[3].tolist()  # without a class
-    assert picture[:, 1, 8].tolist() == colours[1].tolist()
+    image = comparison_plot(torch.ones(3, 2, 2) * 0.5, classes, torch.tensor([[0, 1], [1, 1]]), 3)
+    assert (image.shape, image.dtype) == ((3, 2, 10), torch.uint8)
+    assert (image[:, :, :2] == 128).all()
+    assert (image[:, :, 2:4] == 255).all()
+    assert image[:, 1, 4].tolist() == colours[2].tolist()
+    assert image[:, 1, 5].tolist() == colours[3].tolist()  # without a class
+    assert image[:, 1, 8].tolist() == colours[1].tolist()
 
 
-def test_large_pictures_are_thinned_out():
-    picture = comparison_picture(torch.ones(3, 50, 80), *torch.zeros(2, 50, 80, dtype=torch.long), 2, largest_side=40)
-    assert picture.shape == (3, 25, 3 * 40 + 4)
+def test_large_images_are_thinned_out():
+    image = comparison_plot(torch.ones(3, 50, 80), *torch.zeros(2, 50, 80, dtype=torch.long), 2, largest_side=40)
+    assert image.shape == (3, 25, 3 * 40 + 4)

@@ -19,8 +19,8 @@ from moco.data.loading.samplers import EpochSampler
 from moco.errors import InputError, Interrupted, RunError
 from moco.methods.key_queue import KeyQueue
 from moco.runs.interrupts import StopRequest
-from moco.training.distributed.collectives import Agreement, Shuffle, all_gather
 from moco.training.distributed import collectives as distributed
+from moco.training.distributed.collectives import Agreement, Shuffle, all_gather
 from moco.training.distributed.processes import run_on_devices
 from tests.conftest import REPOSITORY
 
@@ -123,7 +123,7 @@ def test_two_processes_exchange_shuffle_agree_and_gather():
 
 def fail_on_rank_one(rank):
     if rank == 1:
-        raise InputError("a bad picture")
+        raise InputError("a bad image")
     all_gather(torch.zeros(1))
 
 
@@ -136,7 +136,7 @@ def end_rank_one(rank):
 @pytest.mark.parametrize(
     ("work", "kind", "message"),
     [
-        (fail_on_rank_one, InputError, "^a bad picture$"),
+        (fail_on_rank_one, InputError, "^a bad image$"),
         (end_rank_one, RunError, r"rank 1 of 2 \(process \d+\) was killed by SIGKILL: .*there is no checkpoint yet"),
     ],
 )
@@ -179,7 +179,7 @@ def test_collectives_get_contiguous_tensors(monkeypatch):
 
 
 def global_batches(world_size, resume_from=None):
-    """The pictures of each global batch of 12 of an epoch, in rank order; after 3 of them the position is taken."""
+    """The images of each global batch of 12 of an epoch, in rank order; after 3 of them the position is taken."""
     batches, state = [], None
     loaders = []
     for rank in range(world_size):

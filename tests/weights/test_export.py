@@ -331,7 +331,7 @@ def evaluated(checkpoints, name, tmp_path, image_size, window_size=None):
     config = EvaluateConfig(
         str(checkpoints / f"{name}.ckpt"),
         EvaluateDataConfig(image_size=image_size, num_images=20),
-        EvaluationConfig(num_neighbors=2, label_free=False, pictures=False),
+        EvaluationConfig(num_neighbors=2, label_free=False, images=False),
         accelerator="cpu",
         backbone=PretrainedBackboneConfig(window_size=window_size),
     )
@@ -346,7 +346,7 @@ def test_evaluate_looks_through_windows_of_another_size(checkpoints, tmp_path, c
 
     def said():
         """Without what every evaluation says."""
-        usual = ("embedded 20 pictures in ", "embedded 2 pictures in ")
+        usual = ("embedded 20 images in ", "embedded 2 images in ")
         return [message for message in caplog.messages if not message.startswith(usual)]
 
     assert said() == [

@@ -154,7 +154,7 @@ def test_of_a_backbone_alone_its_feature_is_measured_where_the_run_measured_embe
 
 
 def figures_of(folder, *overrides):
-    given = [*overrides, "accelerator=cpu", "evaluation.num_neighbors=5", "evaluation.pictures=false"]
+    given = [*overrides, "accelerator=cpu", "evaluation.num_neighbors=5", "evaluation.plots=false"]
     config = composed("evaluate", EvaluateConfig, *given)
     evaluate.run(config, folder)
     return json.loads((folder / "metrics.json").read_text())
@@ -176,13 +176,13 @@ def test_the_backbone_alone_measures_as_the_checkpoint(ours, tmp_path):
     assert differing == {"checkpoint", "epoch", "step"}  # the whole one was saved before its first epoch
 
 
-def test_other_projects_weights_are_embedded_with_imagenets_normalisation(official, picture_tree, tmp_path):
+def test_other_projects_weights_are_embedded_with_imagenets_normalisation(official, image_tree, tmp_path):
     path, model = official
     given = [f"checkpoint={path}", f"output={tmp_path / 'x.npz'}", "accelerator=cpu"]
     with pytest.raises(InputError) as error:
         embed.run(composed("embed", EmbedConfig, *given), tmp_path / "run")
     assert str(error.value) == f"data: missing; {path} does not say it, give data=NAME"
-    given += ["data=images", f"data.root={picture_tree}", "data.image_size=16"]
+    given += ["data=images", f"data.root={image_tree}", "data.image_size=16"]
     for extra, mean, std in (
         ([], [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         (["augmentation.mean=[0.5,0.5,0.5]", "augmentation.std=[0.25,0.25,0.25]"], [0.5] * 3, [0.25] * 3),

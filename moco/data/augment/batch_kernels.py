@@ -73,7 +73,7 @@ def affine(images: Tensor, angle: Tensor, shift: Tensor, shear: Tensor) -> Tenso
 def color_jitter(images: Tensor, factors: Tensor, order: Tensor, *, has_hue: bool) -> Tensor:
     """Brightness, contrast, saturation and hue, in each image's own order.
 
-    The first three are blends with black, with the mean grey and with the picture's grey. All images take the blends that
+    The first three are blends with black, with the mean grey and with the image's grey. All images take the blends that
     come before hue, then hue, then the others.
 
     Args:

@@ -12,9 +12,9 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64  # as the signed number that a 64-bit 
 
 
 def uniforms(seed: int, epoch: int, indices: Tensor, view: int, count: int) -> Tensor:
-    """Numbers from 0 up to 1 for each picture: a pure function of (seed, epoch, index, view), the same on every device.
+    """Numbers from 0 up to 1 for each image: a pure function of (seed, epoch, index, view), the same on every device.
 
-    Each picture has a stream of SplitMix64 (Steele, Lea & Flood 2014, doi.org/10.1145/2660193.2660195), which is a hash of
+    Each image has a stream of SplitMix64 (Steele, Lea & Flood 2014, doi.org/10.1145/2660193.2660195), which is a hash of
     a counter, so that no number waits for the one before it. Where the streams begin is a hash as well.
 
     Args:

@@ -22,7 +22,7 @@ def jitter_matrix(factors: np.ndarray, order: np.ndarray, mean: np.ndarray) -> n
     Args:
         factors: (4,), of brightness, contrast and saturation, and the shift of hue, a fraction of a turn.
         order: (4,), which step comes first, second, ...: 0 brightness, 1 contrast, 2 saturation, 3 hue.
-        mean: (3,), of the picture's pixels.
+        mean: (3,), of the image's pixels.
     """
     matrix = np.column_stack([np.eye(3), np.zeros(3)])
     for step in order:
@@ -42,7 +42,7 @@ def jitter_matrix(factors: np.ndarray, order: np.ndarray, mean: np.ndarray) -> n
 
 
 def jitter_matrices(factors: Tensor, order: Tensor, means: Tensor) -> Tensor:
-    """The same of many pictures, (N, 3, 4), of (N, 4), (N, 4) and (N, 3)."""
+    """The same of many images, (N, 3, 4), of (N, 4), (N, 4) and (N, 3)."""
     identity, to_gray, chroma, quarter = (
         torch.from_numpy(matrix).to(means, non_blocking=True) for matrix in (np.eye(3), TO_GRAY, CHROMA, QUARTER_TURN)
     )

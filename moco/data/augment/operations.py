@@ -1,8 +1,8 @@
-"""The operations of augmentation: what each draws, and its work on one picture and on a batch.
+"""The operations of augmentation: what each draws, and its work on one image and on a batch.
 
-An operation says how its numbers follow from draws between 0 and 1, and does its work on one picture (``on_picture``, in the
+An operation says how its numbers follow from draws between 0 and 1, and does its work on one image (``on_image``, in the
 loader's workers) or on a whole batch (``on_batch``, on the device). The reference for both is torchvision.transforms.v2 on
-Pillow pictures.
+Pillow images.
 
 Letters: N batch, H W pixels of the source, S side of a view. Sizes in px; scales as fractions of the area.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moco.data.augment import batch_kernels
-from moco.data.augment import image_kernels as picture_kernels
+from moco.data.augment import image_kernels as image_kernels
 
 Drawn = dict[str, Tensor]
 """What was drawn for one operation, by name, (N, ...) each."""
@@ -28,7 +28,7 @@ Drawn = dict[str, Tensor]
 class Operation(ABC):
     """One step of a view.
 
-    ``on_picture`` takes (H, W, 3) uint8 and one picture's numbers,
+    ``on_image`` takes (H, W, 3) uint8 and one image's numbers,
     ``on_batch`` (N, 3, H, W) float32 in 0..1 and those of all.
     """
 
@@ -39,18 +39,18 @@ class Operation(ABC):
 
         Args:
             draws: (N, num_draws) float64, from 0 up to 1.
-            sizes: (N, 2) int64, height and width of each picture.
+            sizes: (N, 2) int64, height and width of each image.
         """
         return {}
 
     @abstractmethod
-    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray: ...
+    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray: ...
 
     @abstractmethod
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor: ...
 
     def described(self, drawn: Mapping[str, Any]) -> str:
-        """One picture's numbers in words, for people; empty if there are none."""
+        """One image's numbers in words, for people; empty if there are none."""
         return ""
 
 
@@ -102,11 +102,11 @@ class RandomResizedCrop(Operation):
             torch.where(ratio > high, torch.round(height * high).clamp(1), width),
         )
 
-    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
-        reduction = drawn.get("reduction", 1)  # by how much the picture was decoded smaller
+    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        reduction = drawn.get("reduction", 1)  # by how much the image was decoded smaller
         if reduction == 1:
-            return picture_kernels.resized_crop(picture, drawn["box"], self.image_size, self.antialias)
-        return picture_kernels.resized_crop_between_pixels(picture, drawn["box"] / reduction, self.image_size)
+            return image_kernels.resized_crop(image, drawn["box"], self.image_size, self.antialias)
+        return image_kernels.resized_crop_between_pixels(image, drawn["box"] / reduction, self.image_size)
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return batch_kernels.resized_crop(images, drawn["box"], self.image_size, self.antialias)
@@ -138,8 +138,8 @@ class RandomAffine(Operation):
             "shear": between([-self.shear, self.shear], draws[:, 3]),
         }
 
-    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
-        images = torch.tensor(picture).permute(2, 0, 1)[None] / 255
+    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        images = torch.tensor(image).permute(2, 0, 1)[None] / 255
         turned = self.on_batch(images, {name: torch.as_tensor(value)[None] for name, value in drawn.items()})
         return np.ascontiguousarray(torch.round(turned[0] * 255).to(torch.uint8).permute(1, 2, 0).numpy())
 
@@ -181,14 +181,14 @@ class ColorJitter(Operation):
         hue = between([-self.hue, self.hue], draws[:, 3])
         return {"factors": torch.stack([*values, hue], 1), "order": draws[:, 4:8].argsort(1)}
 
-    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
         factors = drawn["factors"]
         if self.linear:
-            return picture_kernels.linear_color_jitter(picture, factors, drawn["order"])
+            return image_kernels.linear_color_jitter(image, factors, drawn["order"])
         for step in drawn["order"]:
             if getattr(self, self.STEPS[step]):
-                picture = picture_kernels.COLOR_STEPS[step](picture, float(factors[step]))
-        return picture
+                image = image_kernels.COLOR_STEPS[step](image, float(factors[step]))
+        return image
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         if self.linear:
@@ -214,8 +214,8 @@ class GaussianBlur(Operation):
     def drawn(self, draws: Tensor, sizes: Tensor) -> Drawn:
         return {"sigma": between(self.sigma, draws[:, 0])}
 
-    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
-        return picture_kernels.gaussian_blur(picture, float(drawn["sigma"]))
+    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        return image_kernels.gaussian_blur(image, float(drawn["sigma"]))
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return batch_kernels.gaussian_blur(images, drawn["sigma"], max_sigma=self.sigma[1])
@@ -234,8 +234,8 @@ class Solarize(Operation):
         is_whole = isinstance(self.threshold, int)
         expect(is_whole and 0 <= self.threshold <= 256, "threshold", self.threshold, "a whole number, 0 to 256")
 
-    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
-        return picture_kernels.solarize(picture, self.threshold)
+    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        return image_kernels.solarize(image, self.threshold)
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return torch.where(images >= self.threshold / 255, 1 - images, images)
@@ -245,8 +245,8 @@ class Solarize(Operation):
 class Grayscale(Operation):
     """Luma in all three channels."""
 
-    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
-        return picture_kernels.grayscale(picture)
+    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        return image_kernels.grayscale(image)
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return batch_kernels.luma(images).expand_as(images)
@@ -256,8 +256,8 @@ class Grayscale(Operation):
 class HorizontalFlip(Operation):
     """Left and right exchanged."""
 
-    def on_picture(self, picture: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
-        return picture_kernels.horizontal_flip(picture)
+    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+        return image_kernels.horizontal_flip(image)
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return images.flip(-1)

@@ -1,7 +1,7 @@
 """Augmentation pairs from numbers: each view is an ordered mapping from operation to its settings.
 
-One definition, two engines. What is drawn for a picture is a pure function of (seed, epoch, index, view); the operations
-(`moco.data.augment.operations`) turn it into their numbers and do the work, picture by picture or on a whole batch.
+One definition, two engines. What is drawn for an image is a pure function of (seed, epoch, index, view); the operations
+(`moco.data.augment.operations`) turn it into their numbers and do the work, image by image or on a whole batch.
 
 Letters: N batch, H W pixels of the source, S side of a view. Sizes in px.
 """
@@ -48,12 +48,12 @@ class View:
         self.image_size = image_size
 
     def drawn(self, seed: int, epoch: int, indices: Tensor, view: int, sizes: Tensor) -> list[Drawn]:
-        """The numbers of each step, for a batch of pictures.
+        """The numbers of each step, for a batch of images.
 
         Args:
-            indices: (N,) int64, which pictures they are.
+            indices: (N,) int64, which images they are.
             view: 0 for the query's, 1 for the key's.
-            sizes: (N, 2) int64, height and width of each picture, on the same device.
+            sizes: (N, 2) int64, height and width of each image, on the same device.
         """
         # Each step has its own draws, whether or not it is applied: changing one leaves the others as they are.
         counts = [1 + step.operation.num_draws for step in self.steps]
@@ -65,18 +65,16 @@ class View:
         return numbers
 
     def described(self, numbers: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What is done to one picture, a line for each step that is."""
+        """What is done to one image, a line for each step that is."""
         pairs = zip(self.steps, numbers, strict=True)
         return [f"{step.name} {step.operation.described(drawn)}".strip() for step, drawn in pairs if drawn["applied"]]
 
-    def on_picture(
-        self, picture: np.ndarray, numbers: Sequence[Mapping[str, Any]], end: int | None = None
-    ) -> np.ndarray:
-        """The steps up to `end` on (H, W, 3) uint8, with one picture's numbers."""
+    def on_image(self, image: np.ndarray, numbers: Sequence[Mapping[str, Any]], end: int | None = None) -> np.ndarray:
+        """The steps up to `end` on (H, W, 3) uint8, with one image's numbers."""
         for step, drawn in zip(self.steps[:end], numbers, strict=False):
             if drawn["applied"]:
-                picture = step.operation.on_picture(picture, drawn)
-        return picture
+                image = step.operation.on_image(image, drawn)
+        return image
 
     def on_batch(self, images: Tensor, numbers: Sequence[Drawn], start: int = 0) -> Tensor:
         """The steps from `start` on (N, 3, H, W) float32 in 0..1; their result, of that kind."""

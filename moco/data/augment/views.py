@@ -1,4 +1,4 @@
-"""Pictures to tensors: the pair of augmented views to train on, the plain view to evaluate.
+"""Images to tensors: the pair of augmented views to train on, the plain view to evaluate.
 
 Letters: N batch, H W pixels of the source, S side of a view.
 """
@@ -16,8 +16,8 @@ from moco.data.augment.image_kernels import write_planes
 from moco.data.augment.operations import Drawn
 from moco.data.augment.resolution_ramp import ResolutionRamp
 from moco.data.augment.view_steps import View
-from moco.data.files.decoding import EncodedPicture
-from moco.data.files.images import UnreadablePicture
+from moco.data.files.decoding import EncodedImage
+from moco.data.files.images import UnreadableImage
 from moco.errors import InputError
 
 Transform = Callable[[Any], Any]
@@ -26,7 +26,7 @@ PIECE = 2**18  # pixels of all channels: what a processor's cache holds; the col
 
 
 class ViewPair:
-    """The query view and the key view of each picture, each with its own draws.
+    """The query view and the key view of each image, each with its own draws.
 
     A draw depends on (seed, epoch, index, view) alone: not on the engine, the worker, nor on what was drawn before.
 
@@ -65,11 +65,11 @@ class ViewPair:
         return self.smaller_views.get(self.ramp.size_at(epoch), self.views)
 
     def drawn(self, epoch: int, indices: Tensor, sizes: Tensor) -> list[list[Drawn]]:
-        """What is drawn for the pictures `indices` (N,) of so many rows and columns (N, 2): for each view, for each step."""
+        """What is drawn for the images `indices` (N,) of so many rows and columns (N, 2): for each view, for each step."""
         return [view.drawn(self.seed, epoch, indices, side, sizes) for side, view in enumerate(self.views_at(epoch))]
 
     def described(self, epoch: int, index: int, size: Sequence[int]) -> list[list[str]]:
-        """What is drawn for one picture of so many rows and columns, in words: for each view, a line for each step."""
+        """What is drawn for one image of so many rows and columns, in words: for each view, a line for each step."""
         drawn = self.drawn(epoch, torch.tensor([index]), torch.tensor([list(size)]))
         own = [[{name: values[0] for name, values in step.items()} for step in view] for view in drawn]
         return [view.described(numbers) for view, numbers in zip(self.views_at(epoch), own, strict=True)]
@@ -78,8 +78,8 @@ class ViewPair:
         """How many steps of each view a worker takes."""
         return [len(view.steps) if self.engine == "worker" else view.crop + 1 for view in self.views]
 
-    def on_pictures(self, pictures: Sequence[EncodedPicture], epoch: int, indices: Tensor, views: Tensor) -> list[int]:
-        """The worker's part, on pictures of any size.
+    def on_images(self, images: Sequence[EncodedImage], epoch: int, indices: Tensor, views: Tensor) -> list[int]:
+        """The worker's part, on images of any size.
 
         Args:
             views: gets two views of each, (2, N, 3, S, S) uint8.
@@ -87,32 +87,32 @@ class ViewPair:
         Returns:
             The rows of those that cannot be decoded.
         """
-        drawn = self.drawn(epoch, indices, torch.tensor([picture.size for picture in pictures]))
+        drawn = self.drawn(epoch, indices, torch.tensor([image.size for image in images]))
         numbers = [[{name: values.numpy() for name, values in step.items()} for step in view] for view in drawn]
         planes = views.numpy()
         failed = []
-        for row, picture in enumerate(pictures):
+        for row, image in enumerate(images):
             own = [[{name: values[row] for name, values in step.items()} for step in view] for view in numbers]
             try:
                 reduction = self._reduction(own, self.ramp.size_at(epoch))
-                pixels = picture.pixels(reduction)
-            except UnreadablePicture:
+                pixels = image.pixels(reduction)
+            except UnreadableImage:
                 failed.append(row)
                 continue
             for side, (view, end) in enumerate(zip(self.views_at(epoch), self.ends_in_worker(), strict=True)):
-                if pixels.shape[:2] != tuple(picture.size):
+                if pixels.shape[:2] != tuple(image.size):
                     own[side][view.crop]["reduction"] = reduction
-                write_planes(view.on_picture(pixels, own[side], end), planes[side, row])
+                write_planes(view.on_image(pixels, own[side], end), planes[side, row])
         return failed
 
     def empty_views(self, num: int, epoch: int = 0) -> Tensor:
-        """Room for the views of so many pictures in that epoch."""
+        """Room for the views of so many images in that epoch."""
         side = self.ramp.size_at(epoch)
         return torch.empty(len(self.views), num, 3, side, side, dtype=torch.uint8)
 
     def _reduction(self, numbers: Sequence[Sequence[Mapping[str, Any]]], side: int) -> int:
-        """How many times smaller a picture may be decoded so that both its crops are still as large as views of `side`."""
-        if any(view.crop > 0 for view in self.views):  # what comes before the crop is meant for the whole picture
+        """How many times smaller an image may be decoded so that both its crops are still as large as views of `side`."""
+        if any(view.crop > 0 for view in self.views):  # what comes before the crop is meant for the whole image
             return 1
         shortest = min(int(drawn[0]["box"][2:].min()) for drawn in numbers)
         return next((reduction for reduction in REDUCTIONS if shortest >= reduction * side), 1)
@@ -132,7 +132,7 @@ class ViewPair:
         return pair[0], pair[-1]
 
     def on_batch(self, images: Tensor, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """All steps, on the device: pictures of one size, (N, 3, H, W) uint8, to two normalised views (N, 3, S, S)."""
+        """All steps, on the device: images of one size, (N, 3, H, W) uint8, to two normalised views (N, 3, S, S)."""
         sizes = same_size(images, indices)
         drawn = self.drawn(epoch, indices, sizes)
         views = self.views_at(epoch)
@@ -172,7 +172,7 @@ def same_size(images: Tensor, indices: Tensor) -> Tensor:
 def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
     """By what 8-bit pixels are multiplied, and what is subtracted then, (3, 1, 1) each.
 
-    One product and one difference: on small pictures ToImage, ToDtype and Normalize cost as much as the colour jitter.
+    One product and one difference: on small images ToImage, ToDtype and Normalize cost as much as the colour jitter.
 
     Raises:
         InputError: they are not three each, or a std is not above 0.
@@ -184,7 +184,7 @@ def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, 
 
 
 class Normalized:
-    """A Pillow picture as (3, H, W) float32: pixels in 0..1, minus `mean`, over `std`, per channel.
+    """A Pillow image as (3, H, W) float32: pixels in 0..1, minus `mean`, over `std`, per channel.
 
     Raises:
         InputError: as of `normalisation`.
@@ -193,12 +193,12 @@ class Normalized:
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.scale, self.shift = normalisation(mean, std)
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        return v2.functional.pil_to_tensor(picture) * self.scale - self.shift
+    def __call__(self, image: Image.Image) -> Tensor:
+        return v2.functional.pil_to_tensor(image) * self.scale - self.shift
 
 
 class EvaluationView:
-    """Pillow picture to (3, H, W) without chance: resize the shorter side to image_size / crop_ratio, centre crop.
+    """Pillow image to (3, H, W) without chance: resize the shorter side to image_size / crop_ratio, centre crop.
 
     Raises:
         InputError: as of `normalisation`.
@@ -208,10 +208,10 @@ class EvaluationView:
         self.crop = evaluation_crop(image_size, crop_ratio)
         self.normalized = Normalized(mean, std)
         self.unchanged_size = image_size if round(image_size / crop_ratio) == image_size else None
-        """Side of the pictures of which it leaves every pixel as it is, px."""
+        """Side of the images of which it leaves every pixel as it is, px."""
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        return self.normalized(self.crop(picture))
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.normalized(self.crop(image))
 
 
 def build_evaluation_view(
@@ -222,36 +222,36 @@ def build_evaluation_view(
 
 
 def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[Image.Image], Image.Image]:
-    """`build_evaluation_view` up to the pixels: Pillow picture to Pillow picture of image_size px."""
+    """`build_evaluation_view` up to the pixels: Pillow image to Pillow image of image_size px."""
     return v2.Compose([middle_of_stripe, v2.Resize(round(image_size / crop_ratio)), v2.CenterCrop(image_size)])
 
 
-def middle_of_stripe(picture: Image.Image) -> Image.Image:
-    """Of a picture that is more than 32 times as long as wide the middle, 32 times as long.
+def middle_of_stripe(image: Image.Image) -> Image.Image:
+    """Of an image that is more than 32 times as long as wide the middle, 32 times as long.
 
     Enlarged to a shorter side of 224 px, a line of one pixel by a million would take 150 GB.
     """
-    longest = 32 * min(picture.size)
-    if max(picture.size) <= longest:
-        return picture
-    return v2.functional.center_crop(picture, [min(picture.height, longest), min(picture.width, longest)])
+    longest = 32 * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    return v2.functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
 
 
 def rgb_batch(pixels: Tensor) -> Tensor:
-    """Pictures in memory, grey (M, H, W), RGB or RGBA (M, H, W, 3 or 4), as (M, 3, H, W) uint8; transparent is white."""
+    """Images in memory, grey (M, H, W), RGB or RGBA (M, H, W, 3 or 4), as (M, 3, H, W) uint8; transparent is white."""
     if pixels.ndim == 3:
         return pixels[:, None].expand(-1, 3, -1, -1)
     if pixels.shape[3] == 4:
-        pictures = [Image.fromarray(picture.numpy()) for picture in pixels.cpu()]
-        white = Image.new("RGBA", pictures[0].size, "white")
-        flat = [np.asarray(Image.alpha_composite(white, picture).convert("RGB")) for picture in pictures]
+        images = [Image.fromarray(image.numpy()) for image in pixels.cpu()]
+        white = Image.new("RGBA", images[0].size, "white")
+        flat = [np.asarray(Image.alpha_composite(white, image).convert("RGB")) for image in images]
         pixels = torch.from_numpy(np.stack(flat)).to(pixels.device)
     return pixels.permute(0, 3, 1, 2)
 
 
 def picked(pixels: Tensor, indices: Tensor) -> Tensor:
-    """Those of `rgb_batch`'s pictures, (N, 3, H, W), in new memory plane by plane.
+    """Those of `rgb_batch`'s images, (N, 3, H, W), in new memory plane by plane.
 
-    Whole pictures are copied as they lie, which a CPU does several times as fast as `pixels[indices]`.
+    Whole images are copied as they lie, which a CPU does several times as fast as `pixels[indices]`.
     """
     return pixels.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2).contiguous()

@@ -1,6 +1,6 @@
 """Reading .npz archives without running code, and without memory for more than they hold.
 
-Letters: M pictures.
+Letters: M images.
 """
 
 import math
@@ -40,7 +40,7 @@ def check_members(archive: zipfile.ZipFile, names: Sequence[str], max_image_pixe
     """Hold what the arrays claim against what the archive holds, before there is memory for any of them.
 
     Raises:
-        ValueError: an array holds Python objects or too large pictures, another amount than its header says, or more than
+        ValueError: an array holds Python objects or too large images, another amount than its header says, or more than
             its compressed bytes can; or all together are more than this machine's memory.
     """
     total = 0
@@ -59,7 +59,7 @@ def check_members(archive: zipfile.ZipFile, names: Sequence[str], max_image_pixe
         if claimed != member.file_size or claimed > MOST_DEFLATED * member.compress_size:
             raise ValueError(f"{name} says that it is {dtype} {shape}, {claimed:,} bytes, and is not")
         if name.endswith("_images") and math.prod(shape[1:3]) > max_image_pixels:
-            raise ValueError(f"{name} is {shape}: its pictures exceed data.max_image_pixels={max_image_pixels}")
+            raise ValueError(f"{name} is {shape}: its images exceed data.max_image_pixels={max_image_pixels}")
         total += claimed
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if total > memory:

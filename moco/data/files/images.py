@@ -1,4 +1,4 @@
-"""Reading pictures: any common format and pixel type to 8-bit RGB, masks to class numbers.
+"""Reading images: any common format and pixel type to 8-bit RGB, masks to class numbers.
 
 Letters: H W pixels.
 """
@@ -19,24 +19,24 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 # Those of the extensions, whatever a file is called. Pillow would open others as well, and it hands PostScript to an
 # interpreter.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own: from there on it takes a picture for an attack; half a gigabyte as RGB
+MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own: from there on it takes an image for an attack; half a gigabyte as RGB
 MASK_MODES = ("1", "I", "I;16", "L", "P")  # Pillow's names of one whole number per pixel
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-class UnreadablePicture(Exception):
-    """A file that is not a picture that can be decoded; the message names the file and the reason."""
+class UnreadableImage(Exception):
+    """A file that is not an image that can be decoded; the message names the file and the reason."""
 
 
 def read_mask(path: str, max_image_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
-    """The numbers in a one-channel picture: (H, W) uint8, or int32 of a 16-bit file. A palette's indices, not its colours.
+    """The numbers in a one-channel image: (H, W) uint8, or int32 of a 16-bit file. A palette's indices, not its colours.
 
     Args:
-        max_image_pixels: a picture of more is not decoded.
+        max_image_pixels: an image of more is not decoded.
 
     Raises:
-        UnreadablePicture: the file is missing, empty, cut short, too large, not a picture, or not even a regular file, or
-            the picture has colours instead of numbers.
+        UnreadableImage: the file is missing, empty, cut short, too large, not an image, or not even a regular file, or
+            the image has colours instead of numbers.
     """
     with pillow_warnings_ignored():
         return decoded_mask(path, max_image_pixels)
@@ -44,11 +44,11 @@ def read_mask(path: str, max_image_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray
 
 def decoded_mask(path: str, max_image_pixels: int) -> np.ndarray:
     """`read_mask` for threads; the caller has to ignore Pillow's warnings around all of them."""
-    with opened(path, max_image_pixels) as picture:
-        if picture.mode not in MASK_MODES:
-            raise ValueError(f"mode {picture.mode}: expected one number per pixel (modes {', '.join(MASK_MODES)})")
-        numbers = np.array(picture, dtype=np.int32 if picture.mode.startswith("I") else np.uint8)
-        if picture.mode == "L":
+    with opened(path, max_image_pixels) as image:
+        if image.mode not in MASK_MODES:
+            raise ValueError(f"mode {image.mode}: expected one number per pixel (modes {', '.join(MASK_MODES)})")
+        numbers = np.array(image, dtype=np.int32 if image.mode.startswith("I") else np.uint8)
+        if image.mode == "L":
             numbers //= 255 // (2 ** png_bit_depth(path) - 1)  # Pillow stretches grey of 2 and 4 bits to 0..255
         return numbers
 
@@ -74,47 +74,45 @@ def pillow_warnings_ignored() -> Iterator[None]:
 
 @contextmanager
 def opened(source: str | bytes, max_image_pixels: int, name: str | None = None) -> Iterator[Image.Image]:
-    """The picture in a file, its header read and its pixels not yet. Pillow's warnings pass.
+    """The image in a file, its header read and its pixels not yet. Pillow's warnings pass.
 
     Sets Pillow's own limit in this process, since its decoders also meet sizes that are not in the header: frames, tiles.
 
     Args:
         source: the file's path, or its content.
-        max_image_pixels: a picture of more is refused.
+        max_image_pixels: an image of more is refused.
         name: what to call it in a message; of a path the path itself.
 
     Raises:
-        UnreadablePicture: for what Pillow raises here or inside the ``with`` block.
+        UnreadableImage: for what Pillow raises here or inside the ``with`` block.
     """
     Image.MAX_IMAGE_PIXELS = max_image_pixels / 2  # type: ignore[assignment]  # Pillow refuses what is twice as large
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with errors_named(name or str(source), max_image_pixels, file):
         if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
             raise OSError("not a regular file")  # a pipe would wait for a writer, a device may do anything
-        with Image.open(file, formats=FORMATS) as picture:
-            if 0 in picture.size:
-                raise ValueError(f"{picture.width} x {picture.height} px")
-            yield picture
+        with Image.open(file, formats=FORMATS) as image:
+            if 0 in image.size:
+                raise ValueError(f"{image.width} x {image.height} px")
+            yield image
 
 
 @contextmanager
 def errors_named(name: str, max_image_pixels: int, file: object = None) -> Iterator[None]:
-    """Inside, whatever goes wrong with a picture becomes an `UnreadablePicture` that names it.
+    """Inside, whatever goes wrong with an image becomes an `UnreadableImage` that names it.
 
     Args:
         file: what Pillow was handed, which its messages repeat.
     """
     try:
         yield
-    except UnreadablePicture:
+    except UnreadableImage:
         raise
     except Image.DecompressionBombError as error:
         size, _, _ = str(error).partition(" exceeds")  # Image size (200000000 pixels) exceeds limit of ...
-        raise UnreadablePicture(
-            f"{printable(name)}: {size} exceeds data.max_image_pixels={max_image_pixels}"
-        ) from error
+        raise UnreadableImage(f"{printable(name)}: {size} exceeds data.max_image_pixels={max_image_pixels}") from error
     except Exception as error:  # on damaged data Pillow's decoders raise nearly anything
-        raise UnreadablePicture(f"{printable(name)}: {reason(error, file)}") from error
+        raise UnreadableImage(f"{printable(name)}: {reason(error, file)}") from error
 
 
 def reason(error: Exception, file: object) -> str:
@@ -124,8 +122,8 @@ def reason(error: Exception, file: object) -> str:
     return printable(str(error).removesuffix(f" {file!r}")) or type(error).__name__
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any Pillow picture as 8-bit RGB.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB.
 
     16-bit values are scaled by 1/257, so that black and white stay black and white (Pillow's own conversion clips at
     255); transparent pixels are laid over white.
@@ -133,13 +131,13 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     Raises:
         ValueError: floating-point pixels, whose range is unknown.
     """
-    if picture.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; convert the picture to 8 or 16 bits")
-    if picture.mode.startswith("I"):  # I;16, I;16B, and I, in which some Pillow versions hand out 16-bit files
-        values = np.asarray(picture).clip(0, 65535).astype(np.int32)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; convert the image to 8 or 16 bits")
+    if image.mode.startswith("I"):  # I;16, I;16B, and I, in which some Pillow versions hand out 16-bit files
+        values = np.asarray(image).clip(0, 65535).astype(np.int32)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

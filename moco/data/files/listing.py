@@ -1,6 +1,6 @@
-"""Folder trees to sorted lists of pictures: walked once, kept in a file, walked again when a folder has changed.
+"""Folder trees to sorted lists of images: walked once, kept in a file, walked again when a folder has changed.
 
-Letters: M pictures.
+Letters: M images.
 """
 
 import logging
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moco.data.files.images import EXTENSIONS, UnreadablePicture, opened, pillow_warnings_ignored
+from moco.data.files.images import EXTENSIONS, UnreadableImage, opened, pillow_warnings_ignored
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -82,31 +82,31 @@ class Folder(NamedTuple):
     links: list[str]
     """Paths of the folders in it, and of the symbolic links to folders."""
     runs: list[tuple[str, bytes]]
-    """Pictures between which nothing of a sub-folder comes in sorted order: path of the first, all their paths."""
+    """Images between which nothing of a sub-folder comes in sorted order: path of the first, all their paths."""
     num_files: int
-    """Pictures in `runs`."""
+    """Images in `runs`."""
 
 
-def list_pictures(root: str | Path) -> list[str]:
-    """Paths of all pictures below a folder, by extension, in sorted order.
+def list_images(root: str | Path) -> list[str]:
+    """Paths of all images below a folder, by extension, in sorted order.
 
     Symbolic links are followed, but not up to a folder that holds root; a folder that several paths lead to is listed once,
-    under its own name if that is below root. A link to nowhere counts as a picture that cannot be read. A folder that
+    under its own name if that is below root. A link to nowhere counts as an image that cannot be read. A folder that
     cannot be read is left out with a warning.
 
     Raises:
-        InputError: the folder does not exist or holds no pictures.
+        InputError: the folder does not exist or holds no images.
     """
     return list(walked(str(root))[0])
 
 
 def walked(root: str) -> tuple[PathList, list[Folder], bool]:
-    """`list_pictures` as a PathList; then the folders that were listed, and whether all could be."""
+    """`list_images` as a PathList; then the folders that were listed, and whether all could be."""
     check_folder(root)
     folders, is_complete = folders_below(root)
     runs = sorted(run for folder in folders for run in folder.runs)
     if not runs:
-        raise InputError(f"data.root={root}: no pictures in there (looked for {', '.join(EXTENSIONS)} at any depth)")
+        raise InputError(f"data.root={root}: no images in there (looked for {', '.join(EXTENSIONS)} at any depth)")
     return PathList.of_bytes(text for _, text in runs), folders, is_complete
 
 
@@ -141,7 +141,7 @@ def folders_below(root: str) -> tuple[list[Folder], bool]:
                     num_files += folder.num_files
             if time.perf_counter() - said > PROGRESS_SECONDS:
                 said = time.perf_counter()
-                log.info("listing %s: %s pictures so far", printable(root), f"{num_files:,}")
+                log.info("listing %s: %s images so far", printable(root), f"{num_files:,}")
     return found, is_complete
 
 
@@ -191,7 +191,7 @@ def scanned(path: str) -> Folder | OSError:
 
 
 def contents(descriptor: int) -> tuple[list[str], list[str], list[str]]:
-    """Names of pictures, folders and links to folders, in sorted order each.
+    """Names of images, folders and links to folders, in sorted order each.
 
     Args:
         descriptor: an open folder; of its path `os.scandir` would make one for each entry, which takes a tenth of the time.
@@ -206,10 +206,10 @@ def contents(descriptor: int) -> tuple[list[str], list[str], list[str]]:
     if len(names) < len(entries):
         below = sorted((entry.name, entry.is_symlink()) for entry in entries if is_folder(entry))
         folders, links = ([name for name, is_link in below if is_link == wanted] for wanted in (False, True))
-    return pictures_among(sorted(names)), folders, links
+    return images_among(sorted(names)), folders, links
 
 
-def pictures_among(names: list[str]) -> list[str]:
+def images_among(names: list[str]) -> list[str]:
     """The names with one of the extensions, in any case."""
     _, ending = os.path.splitext(names[0] if names else "")
     if ending.lower() in EXTENSIONS and "\0".join([*names, ""]).count(f"{ending}\0") == len(names):
@@ -218,7 +218,7 @@ def pictures_among(names: list[str]) -> list[str]:
 
 
 def runs_of(prefix: str, names: list[str], folders: list[str]) -> list[tuple[str, bytes]]:
-    """Sorted names of pictures, cut where a sub-folder's pictures come in the order of whole paths: see `Folder.runs`."""
+    """Sorted names of images, cut where a sub-folder's images come in the order of whole paths: see `Folder.runs`."""
     cuts = [0, *(bisect(names, f"{folder}/") for folder in folders), len(names)]
     return [
         (prefix + names[start], os.fsencode(prefix + f"\0{prefix}".join(names[start:end]) + "\0"))
@@ -242,7 +242,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def count_pages(paths: PathList) -> np.ndarray:
-    """Pictures in each file, (M,) int64: those of a TIFF file, by its name; 1 of all others and of what cannot be read."""
+    """Images in each file, (M,) int64: those of a TIFF file, by its name; 1 of all others and of what cannot be read."""
     num_pages = np.ones(len(paths), dtype=np.int64)
     stacks = [index for index, path in enumerate(paths) if path.lower().endswith((".tif", ".tiff"))]
     with pillow_warnings_ignored(), ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -253,7 +253,7 @@ def count_pages(paths: PathList) -> np.ndarray:
 def pages_of(path: str) -> int:
     """For threads; the caller has to ignore Pillow's warnings around all of them."""
     try:
-        with opened(path, 2**62) as picture:  # the limit holds when a page is decoded
-            return getattr(picture, "n_frames", 1)
-    except UnreadablePicture:
+        with opened(path, 2**62) as image:  # the limit holds when a page is decoded
+            return getattr(image, "n_frames", 1)
+    except UnreadableImage:
         return 1

@@ -1,6 +1,6 @@
-"""Lists of pictures that are kept in a file from one start to the next, and checked by the folders' times.
+"""Lists of images that are kept in a file from one start to the next, and checked by the folders' times.
 
-Letters: M pictures.
+Letters: M images.
 """
 
 import json
@@ -39,11 +39,11 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Listing:
-    """Picture files in sorted order."""
+    """Image files in sorted order."""
 
     paths: PathList
     num_pages: np.ndarray | None
-    """(files,) int64: how many pictures each holds; None: one."""
+    """(files,) int64: how many images each holds; None: one."""
 
     @classmethod
     def of_all(cls, parts: Sequence["Listing"]) -> "Listing":
@@ -67,8 +67,8 @@ class Listing:
         """Those of the files for which `chosen`, (files,) bool, is true."""
         return Listing(self.paths.where(chosen), None if self.num_pages is None else self.num_pages[chosen])
 
-    def of_pictures(self, of_files: np.ndarray) -> np.ndarray:
-        """A value for each file as one for each picture, (M,)."""
+    def of_images(self, of_files: np.ndarray) -> np.ndarray:
+        """A value for each file as one for each image, (M,)."""
         return of_files if self.num_pages is None else np.repeat(of_files, self.num_pages)
 
 
@@ -77,15 +77,15 @@ class Outdated(Exception):
 
 
 def listed(roots: Sequence[str], pages: str = "first", cache: Path | None = None) -> list[Listing]:
-    """The pictures below each of the folders, as of `moco.data.files.listing.list_pictures`.
+    """The images below each of the folders, as of `moco.data.files.listing.list_images`.
 
     Args:
-        pages: ``first``: every file is one picture; ``each``: every page of a TIFF file.
+        pages: ``first``: every file is one image; ``each``: every page of a TIFF file.
         cache: a file that keeps the listing. It stands in for walking the folders as long as none of them has changed, which
             a folder does when something in it is added, removed or renamed, and not when a file is written anew.
 
     Raises:
-        InputError: a folder does not exist or holds no pictures.
+        InputError: a folder does not exist or holds no images.
     """
     for root in roots:
         check_folder(root)
@@ -93,7 +93,7 @@ def listed(roots: Sequence[str], pages: str = "first", cache: Path | None = None
         try:
             return read(cache, roots, pages)
         except Outdated as reason:
-            log.info("listing the pictures below %s anew: %s", printable(", ".join(roots)), reason)
+            log.info("listing the images below %s anew: %s", printable(", ".join(roots)), reason)
     now = time.time_ns()
     walks = [walked(root) for root in roots]
     parts = [Listing(paths, count_pages(paths) if pages == "each" else None) for paths, _, _ in walks]
@@ -134,7 +134,7 @@ def write(cache: Path, key: np.ndarray, parts: Sequence[Listing], folders: Seque
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        log.warning("the list of pictures is not kept for the next start: %s: %s", cache, error.strerror)
+        log.warning("the list of images is not kept for the next start: %s: %s", cache, error.strerror)
 
 
 def read(cache: Path, roots: Sequence[str], pages: str) -> list[Listing]:

@@ -1,6 +1,6 @@
-"""All pictures of a set once, as evaluation sees them, in the set's own order and from any place of it on.
+"""All images of a set once, as evaluation sees them, in the set's own order and from any place of it on.
 
-Letters: M pictures, N batch, S side of a picture, px.
+Letters: M images, N batch, S side of an image, px.
 """
 
 import hashlib
@@ -16,19 +16,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from moco.data.files.decoding import EncodedPicture
-from moco.data.files.images import UnreadablePicture
-from moco.data.loading.lost_workers import LastRead, WatchedLoader, WatchedPicture
-from moco.data.loading.streams import ShardedPictures
+from moco.data.files.decoding import EncodedImage
+from moco.data.files.images import UnreadableImage
+from moco.data.loading.lost_workers import LastRead, WatchedImage, WatchedLoader
+from moco.data.loading.streams import ShardedImages
 from moco.data.loading.workers import CPU, loader_options
-from moco.data.sources.registry import ArrayPictures, Labelled
-from moco.data.sources.shards import Problem, Sample, is_local, pictures_in, sample_key
+from moco.data.sources.registry import ArrayImages, Labelled
+from moco.data.sources.shards import Problem, Sample, images_in, is_local, sample_key
 
 Crop = Callable[[Image.Image], Image.Image]
 
 
-class PictureBatch(NamedTuple):
-    """Pictures that are neighbours in the set. Those that cannot be read are left out, so that N may even be 0."""
+class ImageBatch(NamedTuple):
+    """Images that are neighbours in the set. Those that cannot be read are left out, so that N may even be 0."""
 
     images: Tensor
     """(N, 3, S, S) uint8."""
@@ -41,12 +41,12 @@ class PictureBatch(NamedTuple):
     """The place where the next batch starts."""
 
 
-class PictureSet(Protocol):
-    """Pictures with a first and a last one."""
+class ImageSet(Protocol):
+    """Images with a first and a last one."""
 
     @property
     def start(self) -> list[int]:
-        """The place of the first picture."""
+        """The place of the first image."""
         ...
 
     @property
@@ -70,11 +70,11 @@ class PictureSet(Protocol):
         num_workers: int,
         device: torch.device = CPU,
     ) -> WatchedLoader:
-        """Every picture from `place` on.
+        """Every image from `place` on.
 
         Args:
             place: `start`, or the end of a batch of the same `batch_size`; then the batches are the same as without a break.
-            crop: makes a square of `image_size` px of any picture.
+            crop: makes a square of `image_size` px of any image.
             device: what the batches are for.
         """
         ...
@@ -82,7 +82,7 @@ class PictureSet(Protocol):
 
 @dataclass(frozen=True)
 class IndexedSet:
-    """A `PictureSet` of pictures by number; a place is [number]."""
+    """A `ImageSet` of images by number; a place is [number]."""
 
     labelled: Labelled
     has_labels: bool
@@ -94,19 +94,19 @@ class IndexedSet:
 
     @property
     def is_in_memory(self) -> bool:
-        return isinstance(self.labelled.pictures, ArrayPictures)
+        return isinstance(self.labelled.images, ArrayImages)
 
     def __len__(self) -> int:
-        return len(self.labelled.pictures)
+        return len(self.labelled.images)
 
     def fingerprint(self) -> str:
-        """See `PictureSet`; pictures in memory have no names of their own, and their pixels count."""
-        pictures = self.labelled.pictures
+        """See `ImageSet`; images in memory have no names of their own, and their pixels count."""
+        images = self.labelled.images
         digest = hashlib.blake2b(self.labelled.labels.tobytes(), digest_size=16)
-        if isinstance(pictures, ArrayPictures):
-            digest.update(pictures.tensor.numpy().data)
-        for index in range(len(pictures)):
-            digest.update(pictures.name(index).encode(errors="surrogatepass") + b"\0")
+        if isinstance(images, ArrayImages):
+            digest.update(images.tensor.numpy().data)
+        for index in range(len(images)):
+            digest.update(images.name(index).encode(errors="surrogatepass") + b"\0")
         return digest.hexdigest()
 
     def batches(
@@ -118,14 +118,14 @@ class IndexedSet:
         num_workers: int,
         device: torch.device = CPU,
     ) -> WatchedLoader:
-        """See `PictureSet`."""
+        """See `ImageSet`."""
         starts = range(place[0], len(self), batch_size)
         places = [(start, min(start + batch_size, len(self))) for start in starts]
         dataset = IndexedBatches(self.labelled, crop, image_size, num_workers)
         return in_order(dataset, places, num_workers, device)
 
 
-class IndexedBatches(Dataset[PictureBatch]):
+class IndexedBatches(Dataset[ImageBatch]):
     """The worker's part of `IndexedSet`, asked for by (start, stop).
 
     Args:
@@ -134,35 +134,35 @@ class IndexedBatches(Dataset[PictureBatch]):
 
     def __init__(self, labelled: Labelled, crop: Crop, image_size: int, num_workers: int = 0) -> None:
         self.last_read = LastRead(num_workers)
-        self.pictures = labelled.pictures
+        self.images = labelled.images
         self.labels = torch.from_numpy(labelled.labels)  # a tensor, which loader processes share
         self.crop = crop
         self.image_size = image_size
 
-    def __getitem__(self, place: tuple[int, int]) -> PictureBatch:
+    def __getitem__(self, place: tuple[int, int]) -> ImageBatch:
         numbers = range(*place)
-        names = [self.pictures.name(number) for number in numbers]
+        names = [self.images.name(number) for number in numbers]
         decode = [partial(self._decoded, number) for number in numbers]
         images, rows, reasons = cropped(decode, self.crop, self.image_size)
         problems = [Problem(names[row], reason, is_shard=False) for row, reason in reasons.items()]
         labels = self.labels[torch.tensor(rows, dtype=torch.int64) + place[0]]
-        return PictureBatch(images, [names[row] for row in rows], labels, problems, [place[1]])
+        return ImageBatch(images, [names[row] for row in rows], labels, problems, [place[1]])
 
     def _decoded(self, number: int) -> Image.Image:
-        """Raises UnreadablePicture."""
-        self.last_read.note(self.pictures.name(number))
-        return self.pictures[number]
+        """Raises UnreadableImage."""
+        self.last_read.note(self.images.name(number))
+        return self.images[number]
 
 
 @dataclass(frozen=True)
 class ShardedSet:
-    """A `PictureSet` of tar shards, one after the other; a place is [number of the shard, members of it that are done].
+    """A `ImageSet` of tar shards, one after the other; a place is [number of the shard, members of it that are done].
 
-    The calling process reads the shards and hands the encoded pictures to the workers: so the order is that of the shards,
+    The calling process reads the shards and hands the encoded images to the workers: so the order is that of the shards,
     and a place is found again, whatever the number of workers.
     """
 
-    sharded: ShardedPictures
+    sharded: ShardedImages
 
     has_labels = False
     is_in_memory = False
@@ -175,7 +175,7 @@ class ShardedSet:
         return len(self.sharded)
 
     def fingerprint(self) -> str:
-        """See `PictureSet`: the shards' names and, where they are files, sizes."""
+        """See `ImageSet`: the shards' names and, where they are files, sizes."""
         digest = hashlib.blake2b(digest_size=16)
         for shard in self.sharded.shards:
             size = os.path.getsize(shard) if is_local(shard) else ""
@@ -191,7 +191,7 @@ class ShardedSet:
         num_workers: int,
         device: torch.device = CPU,
     ) -> WatchedLoader:
-        """See `PictureSet`.
+        """See `ImageSet`.
 
         Raises:
             InputError: while iterating, a shard is refused.
@@ -214,7 +214,7 @@ class Chunk(NamedTuple):
 class Chunks:
     """All samples from a place on, so many at a time."""
 
-    sharded: ShardedPictures
+    sharded: ShardedImages
     place: list[int]
     batch_size: int
 
@@ -241,12 +241,12 @@ class Chunks:
         first, done = self.place
         for number in range(first, len(self.sharded.shards)):
             shard = self.sharded.shards[number]
-            for member, found in enumerate(pictures_in(shard, self.sharded.max_image_pixels), start=1):
+            for member, found in enumerate(images_in(shard, self.sharded.max_image_pixels), start=1):
                 if number > first or member > done:
                     yield shard, [number, member], found
 
 
-class ShardedBatches(Dataset[PictureBatch]):
+class ShardedBatches(Dataset[ImageBatch]):
     """The worker's part of `ShardedSet`.
 
     Args:
@@ -258,43 +258,41 @@ class ShardedBatches(Dataset[PictureBatch]):
         self.crop = crop
         self.image_size = image_size
 
-    def __getitem__(self, chunk: Chunk) -> PictureBatch:
+    def __getitem__(self, chunk: Chunk) -> ImageBatch:
         note = self.last_read.note
-        watched = [WatchedPicture(sample.picture, sample.name, note) for sample in chunk.samples]
-        decode = [partial(decoded, picture) for picture in watched]
+        watched = [WatchedImage(sample.image, sample.name, note) for sample in chunk.samples]
+        decode = [partial(decoded, image) for image in watched]
         images, rows, reasons = cropped(decode, self.crop, self.image_size)
         problems = chunk.problems + [
             Problem(chunk.samples[row].name, reason, is_shard=False) for row, reason in reasons.items()
         ]
         labels = torch.full((len(rows),), -1)
-        return PictureBatch(images, [chunk.names[row] for row in rows], labels, problems, chunk.end)
+        return ImageBatch(images, [chunk.names[row] for row in rows], labels, problems, chunk.end)
 
 
-def decoded(picture: EncodedPicture) -> Image.Image:
-    """Raises UnreadablePicture."""
-    return Image.fromarray(picture.pixels())
+def decoded(image: EncodedImage) -> Image.Image:
+    """Raises UnreadableImage."""
+    return Image.fromarray(image.pixels())
 
 
 def cropped(
     decode: Sequence[Callable[[], Image.Image]], crop: Crop, image_size: int
 ) -> tuple[Tensor, list[int], dict[int, str]]:
-    """Pictures as (N, 3, S, S) uint8, which of the given ones they are, and of each of the others what is wrong with it."""
+    """Images as (N, 3, S, S) uint8, which of the given ones they are, and of each of the others what is wrong with it."""
     images = torch.empty(len(decode), 3, image_size, image_size, dtype=torch.uint8)
     rows: list[int] = []
     reasons: dict[int, str] = {}
-    for row, picture in enumerate(decode):
+    for row, image in enumerate(decode):
         try:
-            images[len(rows)] = pil_to_tensor(crop(picture()))
-        except UnreadablePicture as error:
+            images[len(rows)] = pil_to_tensor(crop(image()))
+        except UnreadableImage as error:
             reasons[row] = str(error)
         else:
             rows.append(row)
     return images[: len(rows)], rows, reasons
 
 
-def in_order(
-    dataset: Dataset[PictureBatch], places: Any, num_workers: int, device: torch.device = CPU
-) -> WatchedLoader:
+def in_order(dataset: Dataset[ImageBatch], places: Any, num_workers: int, device: torch.device = CPU) -> WatchedLoader:
     """Loads the batches at `places` for `device`, in their order."""
     options = loader_options(num_workers, device) | {"persistent_workers": False}
     return WatchedLoader(dataset, batch_size=None, sampler=places, collate_fn=as_it_is, **options)

@@ -1,6 +1,6 @@
-"""From pictures to batches: view pairs in a reproducible order to train on, plain pictures to evaluate.
+"""From images to batches: view pairs in a reproducible order to train on, plain images to evaluate.
 
-Letters: M pictures, N batch, H W pixels, S side of a view.
+Letters: M images, N batch, H W pixels, S side of a view.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moco.data.augment.views import Transform, ViewPair, picked, rgb_batch
-from moco.data.files.decoding import EncodedPicture
-from moco.data.files.images import UnreadablePicture
-from moco.data.loading.lost_workers import LastRead, WatchedLoader, WatchedPicture
-from moco.data.loading.samplers import EpochSampler
+from moco.data.files.decoding import EncodedImage
+from moco.data.files.images import UnreadableImage
+from moco.data.loading.lost_workers import LastRead, WatchedImage, WatchedLoader
+from moco.data.loading.samplers import EpochSampler, images_handed_out
 from moco.data.loading.workers import CPU, loader_options
-from moco.data.sources.registry import ArrayPictures, Labelled, Pictures
+from moco.data.sources.registry import ArrayImages, Images, Labelled
 
 MOST_STAND_INS = 100
 AT_ONCE = 16  # files that a worker holds in memory, encoded
@@ -32,15 +32,15 @@ class PairBatch(NamedTuple):
     views: tuple[Tensor, Tensor]
     """Query views and key views, (N, 3, S, S) each: uint8 from a worker, normalised float32 for the method."""
     indices: Tensor
-    """(N,) which picture of the training set each row was asked to be."""
+    """(N,) which image of the training set each row was asked to be."""
     unreadable: Tensor
-    """(N,) bool: that picture could not be read, and the next readable one stands in for it."""
+    """(N,) bool: that image could not be read, and the next readable one stands in for it."""
     epoch: int
     """Of the draws; no tensor, which a GPU would have to be asked for."""
 
 
 class EvaluationBatch(NamedTuple):
-    """A batch of plain pictures."""
+    """A batch of plain images."""
 
     images: Tensor
     """(N, 3, H, W)."""
@@ -53,14 +53,14 @@ class EvaluationBatch(NamedTuple):
 class PairDataset(Dataset[PairBatch]):
     """The worker's part of view pairs, asked for by a batch of (epoch, index).
 
-    A picture that cannot be read is replaced by the next one that can, or by a black one where a hundred in a row cannot.
+    An image that cannot be read is replaced by the next one that can, or by a black one where a hundred in a row cannot.
 
     Args:
         num_workers: processes that will read from this object at the same time.
     """
 
-    def __init__(self, pictures: Pictures, augment: ViewPair, num_workers: int = 0) -> None:
-        self.pictures = pictures
+    def __init__(self, images: Images, augment: ViewPair, num_workers: int = 0) -> None:
+        self.images = images
         self.augment = augment
         self.last_read = LastRead(num_workers)
 
@@ -71,8 +71,8 @@ class PairDataset(Dataset[PairBatch]):
         failed = []
         for first in range(0, len(places), AT_ONCE):
             rows = slice(first, first + AT_ONCE)
-            pictures = [self._watched(index) for _, index in places[rows]]
-            unreadable_here = self.augment.on_pictures(pictures, epoch, indices[rows], views[:, rows])
+            images = [self._watched(index) for _, index in places[rows]]
+            unreadable_here = self.augment.on_images(images, epoch, indices[rows], views[:, rows])
             failed += [first + row for row in unreadable_here]
         for row in failed:
             self._stand_in(views[:, row : row + 1], epoch, indices[row])
@@ -81,44 +81,44 @@ class PairDataset(Dataset[PairBatch]):
         return PairBatch((views[0], views[-1]), indices, unreadable, epoch)
 
     def _stand_in(self, views: Tensor, epoch: int, index: Tensor) -> None:
-        """Fill the two views, (2, 1, 3, S, S), of a picture that cannot be read."""
+        """Fill the two views, (2, 1, 3, S, S), of an image that cannot be read."""
         for attempt in range(1, MOST_STAND_INS):
-            other = self._watched((int(index) + attempt) % len(self.pictures))
-            if not self.augment.on_pictures([other], epoch, index[None], views):
+            other = self._watched((int(index) + attempt) % len(self.images))
+            if not self.augment.on_images([other], epoch, index[None], views):
                 return
         views.zero_()
 
-    def _watched(self, index: int) -> WatchedPicture:
-        name, note = self.pictures.name(index), self.last_read.note
+    def _watched(self, index: int) -> WatchedImage:
+        name, note = self.images.name(index), self.last_read.note
         note(name)
         try:
-            return WatchedPicture(self.pictures.opened(index), name, note)
-        except UnreadablePicture:
-            return WatchedPicture(None, name, note)
+            return WatchedImage(self.images.opened(index), name, note)
+        except UnreadableImage:
+            return WatchedImage(None, name, note)
 
 
 @dataclass(frozen=True)
 class PairMaker:
-    """The worker's part of view pairs, of pictures that it is handed.
+    """The worker's part of view pairs, of images that it is handed.
 
-    A picture that cannot be decoded is replaced by the next one of the batch that can, and by a black one if none can.
+    An image that cannot be decoded is replaced by the next one of the batch that can, and by a black one if none can.
     """
 
     augment: ViewPair
 
-    def __call__(self, pictures: Sequence[tuple[int, EncodedPicture, str]], epoch: int) -> PairBatch:
-        """The pairs of pictures given as index, on which the draws depend, picture and name."""
-        indices = torch.tensor([index for index, _, _ in pictures])
-        views = self.augment.empty_views(len(pictures), epoch)
-        failed = self.augment.on_pictures([picture for _, picture, _ in pictures], epoch, indices, views)
-        readable = [row for row in range(len(pictures)) if row not in failed]
+    def __call__(self, images: Sequence[tuple[int, EncodedImage, str]], epoch: int) -> PairBatch:
+        """The pairs of images given as index, on which the draws depend, image and name."""
+        indices = torch.tensor([index for index, _, _ in images])
+        views = self.augment.empty_views(len(images), epoch)
+        failed = self.augment.on_images([image for _, image, _ in images], epoch, indices, views)
+        readable = [row for row in range(len(images)) if row not in failed]
         for row in failed:
             other = next((one for one in readable if one > row), readable[0] if readable else None)
             own = slice(row, row + 1)
             views[:, own] = 0
             if other is not None:
-                self.augment.on_pictures([pictures[other][1]], epoch, indices[own], views[:, own])
-        unreadable = torch.zeros(len(pictures), dtype=torch.bool)
+                self.augment.on_images([images[other][1]], epoch, indices[own], views[:, own])
+        unreadable = torch.zeros(len(images), dtype=torch.bool)
         unreadable[failed] = True
         return PairBatch((views[0], views[1]), indices, unreadable, epoch)
 
@@ -129,7 +129,7 @@ def as_it_is(batch: PairBatch) -> PairBatch:
 
 
 class EvaluationDataset(Dataset[EvaluationBatch]):
-    """Labelled pictures without augmentation, by index.
+    """Labelled images without augmentation, by index.
 
     Args:
         num_workers: processes that will read from this object at the same time.
@@ -142,14 +142,14 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         self.image_size = image_size
 
     def __len__(self) -> int:
-        return len(self.labelled.pictures)
+        return len(self.labelled.images)
 
     def __getitem__(self, index: int) -> EvaluationBatch:
-        self.last_read.note(self.labelled.pictures.name(index))
+        self.last_read.note(self.labelled.images.name(index))
         label = torch.tensor(int(self.labelled.labels[index]))
         try:
-            return EvaluationBatch(self.view(self.labelled.pictures[index]), label, torch.tensor(False))
-        except UnreadablePicture:
+            return EvaluationBatch(self.view(self.labelled.images[index]), label, torch.tensor(False))
+        except UnreadableImage:
             return EvaluationBatch(torch.zeros(3, self.image_size, self.image_size), label, torch.tensor(True))
 
 
@@ -170,28 +170,28 @@ class ResumableLoader(WatchedLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its pictures were handed out, by all processes together."""
-        pictures = self.batches_done * self.batch_size * self.sampler.world_size
-        return {"epoch": self.sampler.epoch, "pictures": pictures}
+        """The epoch, and how many of its images were handed out, by all processes together."""
+        images = self.batches_done * self.batch_size * self.sampler.world_size
+        return {"epoch": self.sampler.epoch, "images": images}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from there when that epoch is iterated next, also with another number of processes."""
-        self.sampler.resume_at = (state["epoch"], state["pictures"] // self.sampler.world_size)
+        self.sampler.resume_at = (state["epoch"], images_handed_out(state) // self.sampler.world_size)
 
 
 class MemoryLoader:
-    """Pictures that are in memory all at once, augmented on the device in whole batches: no workers, nothing to copy.
+    """Images that are in memory all at once, augmented on the device in whole batches: no workers, nothing to copy.
 
     Args:
-        pictures: moved to `device`.
+        images: moved to `device`.
         sampler: the order; it has the same role as in `ResumableLoader`, and so has the state.
         batch_size: images at once.
     """
 
     def __init__(
-        self, pictures: ArrayPictures, augment: ViewPair, sampler: EpochSampler, batch_size: int, device: torch.device
+        self, images: ArrayImages, augment: ViewPair, sampler: EpochSampler, batch_size: int, device: torch.device
     ) -> None:
-        self.pixels = rgb_batch(pictures.tensor.to(device))
+        self.pixels = rgb_batch(images.tensor.to(device))
         self.augment = augment
         self.sampler = sampler
         self.batch_size = batch_size
@@ -234,8 +234,8 @@ def evaluation_loader(
     world_size: int = 1,
     device: torch.device = CPU,
 ) -> WatchedLoader:
-    """Labelled pictures in order for `device`, without augmentation: every `world_size`-th from `rank` on."""
+    """Labelled images in order for `device`, without augmentation: every `world_size`-th from `rank` on."""
     dataset = EvaluationDataset(labelled, view, image_size, num_workers)
-    rows = range(rank, len(labelled.pictures), world_size)
+    rows = range(rank, len(labelled.images), world_size)
     options = loader_options(num_workers, device) | {"persistent_workers": False}
     return WatchedLoader(dataset, batch_size=batch_size, sampler=rows, **options)

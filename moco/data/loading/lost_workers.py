@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from moco.data.files.decoding import EncodedPicture
-from moco.data.files.images import UnreadablePicture
+from moco.data.files.decoding import EncodedImage
+from moco.data.files.images import UnreadableImage
 from moco.data.loading.workers import is_gone
 from moco.errors import printable
 
@@ -45,10 +45,10 @@ class LastRead:
 
 
 @dataclass(frozen=True)
-class WatchedPicture:
-    """A picture that says when it is decoded, so that a decoder that kills its process can be told which one it was."""
+class WatchedImage:
+    """An image that says when it is decoded, so that a decoder that kills its process can be told which one it was."""
 
-    picture: EncodedPicture | None
+    image: EncodedImage | None
     """None if not even its header can be read."""
     name: str
     note: Callable[[str], None]
@@ -56,14 +56,14 @@ class WatchedPicture:
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.picture.size if self.picture else (1, 1)
+        return self.image.size if self.image else (1, 1)
 
     def pixels(self, reduction: int = 1) -> np.ndarray:
-        """See `EncodedPicture`."""
-        if self.picture is None:
-            raise UnreadablePicture
+        """See `EncodedImage`."""
+        if self.image is None:
+            raise UnreadableImage
         self.note(self.name)
-        return self.picture.pixels(reduction)
+        return self.image.pixels(reduction)
 
 
 class WatchedLoader(DataLoader[Any]):

@@ -1,6 +1,6 @@
-"""Plain pictures that lie in memory, as batches: no loader processes, nothing done picture by picture.
+"""Plain images that lie in memory, as batches: no loader processes, nothing done image by image.
 
-Letters: M pictures, N batch, S side of a picture.
+Letters: M images, N batch, S side of an image.
 """
 
 from collections.abc import Iterator
@@ -10,24 +10,24 @@ import torch
 
 from moco.data.augment.views import EvaluationView, Transform, rgb_batch
 from moco.data.loading.loaders import EvaluationBatch
-from moco.data.sources.registry import ArrayPictures, Labelled
+from moco.data.sources.registry import ArrayImages, Labelled
 
 
 class MemoryBatches:
-    """What the evaluation view makes of pictures that have its size already, to the same bits as one by one.
+    """What the evaluation view makes of images that have its size already, to the same bits as one by one.
 
     They travel to `device` as bytes and are normalised there.
 
     Args:
-        pictures: of (S, S), S the view's `unchanged_size`.
+        images: of (S, S), S the view's `unchanged_size`.
         labels: (M,).
         batch_size: images at once.
-        rank, world_size: every `world_size`-th picture from `rank` on.
+        rank, world_size: every `world_size`-th image from `rank` on.
     """
 
     def __init__(
         self,
-        pictures: ArrayPictures,
+        images: ArrayImages,
         labels: np.ndarray,
         view: EvaluationView,
         batch_size: int,
@@ -35,7 +35,7 @@ class MemoryBatches:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.pixels = pictures.tensor[rank::world_size]
+        self.pixels = images.tensor[rank::world_size]
         self.labels = torch.from_numpy(labels)[rank::world_size]
         self.scale, self.shift = view.normalized.scale.to(device), view.normalized.shift.to(device)
         self.batch_size = batch_size
@@ -53,10 +53,10 @@ class MemoryBatches:
 def memory_batches(
     labelled: Labelled, view: Transform, batch_size: int, rank: int, world_size: int, device: torch.device
 ) -> MemoryBatches | None:
-    """None where pictures have to be read, resized or cropped one by one."""
-    pictures = labelled.pictures
-    if not isinstance(pictures, ArrayPictures) or not isinstance(view, EvaluationView):
+    """None where images have to be read, resized or cropped one by one."""
+    images = labelled.images
+    if not isinstance(images, ArrayImages) or not isinstance(view, EvaluationView):
         return None
-    if pictures.tensor.shape[1:3] != (view.unchanged_size, view.unchanged_size):
+    if images.tensor.shape[1:3] != (view.unchanged_size, view.unchanged_size):
         return None
-    return MemoryBatches(pictures, labelled.labels, view, batch_size, rank, world_size, device)
+    return MemoryBatches(images, labelled.labels, view, batch_size, rank, world_size, device)

@@ -1,4 +1,4 @@
-"""Labelled pictures to train a classifier on: one augmented view of each, by the engines of pretraining.
+"""Labelled images to train a classifier on: one augmented view of each, by the engines of pretraining.
 
 Letters: N batch, S side of a view.
 """
@@ -15,11 +15,11 @@ from moco.data.loading.datamodule import choose_engine
 from moco.data.loading.loaders import MemoryLoader, PairDataset, ResumableLoader, as_it_is
 from moco.data.loading.samplers import EpochSampler
 from moco.data.loading.workers import loader_options
-from moco.data.sources.registry import ArrayPictures, Labelled
+from moco.data.sources.registry import ArrayImages, Labelled
 
 
 class OneView(ViewPair):
-    """One view of each picture; what gives a pair gives the same view twice.
+    """One view of each image; what gives a pair gives the same view twice.
 
     Args:
         operations: of the view.
@@ -64,25 +64,25 @@ class LabelledViews:
         num_workers: int,
         device: torch.device,
     ) -> None:
-        pictures = labelled.pictures
+        images = labelled.images
         self.labels = torch.from_numpy(labelled.labels)
         self.device = device
-        self.engine = choose_engine("auto", pictures, image_size, device.type)
+        self.engine = choose_engine("auto", images, image_size, device.type)
         self.view = OneView(operations, where, mean, std, image_size, seed, self.engine.name)
-        self.sampler = EpochSampler(len(pictures), 1, seed)  # in ones: no picture sits an epoch out
+        self.sampler = EpochSampler(len(images), 1, seed)  # in ones: no image sits an epoch out
         self.loader: MemoryLoader | ResumableLoader
         if self.engine.in_memory:
-            assert isinstance(pictures, ArrayPictures)
-            self.loader = MemoryLoader(pictures, self.view, self.sampler, batch_size, device)
+            assert isinstance(images, ArrayImages)
+            self.loader = MemoryLoader(images, self.view, self.sampler, batch_size, device)
         else:
-            dataset = PairDataset(pictures, self.view, num_workers)
+            dataset = PairDataset(images, self.view, num_workers)
             options = loader_options(num_workers, device) | {"collate_fn": as_it_is}
             self.loader = ResumableLoader(dataset, self.sampler, batch_size, **options)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Views (N, 3, S, S) float32, normalised, and labels (N,), on the device, and indices (N,) on the CPU.
 
-        Where a picture cannot be read another's view stands in for it, and the label is -1.
+        Where an image cannot be read another's view stands in for it, and the label is -1.
         """
         self.sampler.set_epoch(number)
         for batch in self.loader:

@@ -1,6 +1,6 @@
 """What comes when in an epoch: a function of (seed, epoch), the same after a resume in the middle.
 
-Letters: M pictures.
+Letters: M images.
 """
 
 from collections.abc import Iterator
@@ -31,35 +31,35 @@ class ResumableSampler(Sampler[tuple[int, int]]):
 
 
 class EpochSampler(ResumableSampler):
-    """Each epoch's own random order of the pictures, as (epoch, index); every process takes its share of each batch.
+    """Each epoch's own random order of the images, as (epoch, index); every process takes its share of each batch.
 
-    The order depends on (seed, epoch) alone. Pictures left over after the last whole global batch sit out the epoch,
+    The order depends on (seed, epoch) alone. Images left over after the last whole global batch sit out the epoch,
     as with drop_last in the official code.
 
     Args:
-        num_pictures: pictures in the training set.
+        num_images: images in the training set.
         batch_size: images per optimizer step over all processes.
         rank, world_size: this process and how many there are.
     """
 
-    def __init__(self, num_pictures: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__()
-        self.num_pictures = num_pictures
+        self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
 
     def __len__(self) -> int:
-        return self.num_pictures // self.batch_size * self.batch_size // self.world_size
+        return self.num_images // self.batch_size * self.batch_size // self.world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((self.epoch, index) for index in self.share()[self.start :].tolist())
 
     def share(self) -> Tensor:
-        """This process's pictures in the current epoch, (M,), those before `start` too."""
+        """This process's images in the current epoch, (M,), those before `start` too."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        order = torch.randperm(self.num_pictures, generator=generator)
+        order = torch.randperm(self.num_images, generator=generator)
         order = order[: len(self) * self.world_size].view(-1, self.batch_size)  # one row per optimizer step
         return order.chunk(self.world_size, dim=1)[self.rank].flatten()
 
@@ -76,3 +76,8 @@ class StreamSampler(ResumableSampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((self.epoch, number) for number in range(self.start, self.num_batches))
+
+
+def images_handed_out(state: dict[str, int]) -> int:
+    """Return how far a loader was, also from a checkpoint of an earlier version, which said "pictures"."""
+    return state["images"] if "images" in state else state["pictures"]

@@ -19,30 +19,30 @@ from torch.utils.data import Dataset
 
 from moco.data.augment.draws import derived_seed
 from moco.data.files.bad_fraction import check_bad_fraction
-from moco.data.files.decoding import EncodedPicture
-from moco.data.loading.lost_workers import LastRead, WatchedLoader, WatchedPicture
-from moco.data.loading.samplers import StreamSampler
+from moco.data.files.decoding import EncodedImage
+from moco.data.loading.lost_workers import LastRead, WatchedImage, WatchedLoader
+from moco.data.loading.samplers import StreamSampler, images_handed_out
 from moco.data.sources.packed_index import INDEX, read_index
 from moco.data.sources.registry import DataSource
-from moco.data.sources.shards import NO_LIBRARY, Problem, Sample, count_pictures, is_local, list_shards, pictures_in
+from moco.data.sources.shards import NO_LIBRARY, Problem, Sample, count_images, images_in, is_local, list_shards
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 
 NO_INDEX = (
-    "data=webdataset is a stream to train on and has no pictures by number; data=packed reads the shards of moco.pack, "
+    "data=webdataset is a stream to train on and has no images by number; data=packed reads the shards of moco.pack, "
     "data=images files"
 )
 
 T = TypeVar("T")
-MakeBatch = Callable[[Sequence[tuple[int, EncodedPicture, str]], int], Any]
-"""From (position in the epoch, picture, name) of each row and the epoch to a batch, whose field ``unreadable``, (N,) bool,
-says which rows' pictures could not be decoded."""
+MakeBatch = Callable[[Sequence[tuple[int, EncodedImage, str]], int], Any]
+"""From (position in the epoch, image, name) of each row and the epoch to a batch, whose field ``unreadable``, (N,) bool,
+says which rows' images could not be decoded."""
 
 
 @dataclass(frozen=True)
-class ShardedPictures:
-    """The training pictures of `webdataset`: a number of them and where they stream from, not each by its index."""
+class ShardedImages:
+    """The training images of `webdataset`: a number of them and where they stream from, not each by its index."""
 
     shards: Sequence[str]
     num_images: int
@@ -58,7 +58,7 @@ class ShardedPictures:
     def __getitem__(self, index: int) -> Image.Image:
         raise InputError(NO_INDEX)
 
-    def opened(self, index: int) -> EncodedPicture:
+    def opened(self, index: int) -> EncodedImage:
         """Raises InputError."""
         raise InputError(NO_INDEX)
 
@@ -94,7 +94,7 @@ def webdataset(
         num_images: samples in all shards together; None counts those of local shards.
 
     Raises:
-        InputError: the library is missing, or there are no such shards, or no pictures in them.
+        InputError: the library is missing, or there are no such shards, or no images in them.
     """
     try:
         import webdataset as library  # noqa: F401
@@ -102,13 +102,13 @@ def webdataset(
         raise InputError(NO_LIBRARY) from error
     shards = list_shards(root)
     if num_images is None:
-        num_images = _number_of_pictures(root, shards)
+        num_images = _number_of_images(root, shards)
     return DataSource(
-        ShardedPictures(shards, num_images, streams, shuffle_buffer, max_image_pixels), None, None, image_size=224
+        ShardedImages(shards, num_images, streams, shuffle_buffer, max_image_pixels), None, None, image_size=224
     )
 
 
-def _number_of_pictures(root: Any, shards: Sequence[str]) -> int:
+def _number_of_images(root: Any, shards: Sequence[str]) -> int:
     if isinstance(root, str) and os.path.isfile(os.path.join(root, INDEX)):
         return int(read_index(root)["num_images"])
     remote = next((shard for shard in shards if not is_local(shard)), None)
@@ -117,14 +117,14 @@ def _number_of_pictures(root: Any, shards: Sequence[str]) -> int:
             f"data.num_images: missing; {printable(remote)} is not a local file whose samples can be counted"
         )
     started = time.monotonic()
-    num_images, problems = count_pictures(shards)
+    num_images, problems = count_images(shards)
     for problem in problems:
         log.warning("%s", problem.reason)
     if not num_images:
-        raise InputError(f"data.root={root}: no pictures in the {len(shards)} shards")
+        raise InputError(f"data.root={root}: no images in the {len(shards)} shards")
     seconds = time.monotonic() - started
     log.info(
-        "%s pictures in %d shards, counted in %.1f s; data.num_images=%d saves that",
+        "%s images in %d shards, counted in %.1f s; data.num_images=%d saves that",
         f"{num_images:,}", len(shards), seconds, num_images,
     )  # fmt: skip
     return num_images
@@ -161,7 +161,7 @@ class Streams:
             note: told the name of each sample before it is read.
 
         Raises:
-            InputError: no shard of it holds a picture, or a shard is refused.
+            InputError: no shard of it holds an image, or a shard is refused.
         """
         shards = self.shards_of(epoch, stream)
         for number in itertools.count():
@@ -174,7 +174,7 @@ class Streams:
                 is_empty = is_empty and isinstance(found, Problem)
                 yield found
             if is_empty:
-                raise InputError(f"data.root: no pictures in {', '.join(map(printable, shards[:10]))}")
+                raise InputError(f"data.root: no images in {', '.join(map(printable, shards[:10]))}")
 
     def _shuffled(
         self, shards: Iterable[str], draws: random.Random, note: Callable[[str], None]
@@ -182,7 +182,7 @@ class Streams:
         """Every sample of the shards once, the next one always drawn from a buffer; problems as they come up."""
         waiting: list[Sample] = []
         for shard in shards:
-            for found in pictures_in(shard, self.max_image_pixels, note):
+            for found in images_in(shard, self.max_image_pixels, note):
                 if isinstance(found, Problem):
                     yield found
                 elif len(waiting) < self.shuffle_buffer:
@@ -233,8 +233,8 @@ class StreamDataset(Dataset[StreamBatch]):
             return StreamBatch(None, [], str(error))
         first = (number * self.streams.world_size + self.streams.rank) * self.batch_size
         note = self.last_read.note
-        watched = [WatchedPicture(sample.picture, sample.name, note) for sample in samples]
-        rows = [(first + row, picture, picture.name) for row, picture in enumerate(watched)]
+        watched = [WatchedImage(sample.image, sample.name, note) for sample in samples]
+        rows = [(first + row, image, image.name) for row, image in enumerate(watched)]
         batch = self.make_batch(rows, epoch)
         for row in batch.unreadable.nonzero().flatten().tolist():
             name = samples[row].name
@@ -327,15 +327,15 @@ class StreamLoader(WatchedLoader):
         check_bad_fraction(self.unreadable, self.num_images, self.max_bad_fraction)
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its pictures were handed out, by all processes together."""
-        return {"epoch": self.sampler.epoch, "pictures": self.batches_done * self._pictures_at_once}
+        """The epoch, and how many of its images were handed out, by all processes together."""
+        return {"epoch": self.sampler.epoch, "images": self.batches_done * self._images_at_once}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from there when that epoch is iterated next."""
-        self.sampler.resume_at = (state["epoch"], state["pictures"] // self._pictures_at_once)
+        self.sampler.resume_at = (state["epoch"], images_handed_out(state) // self._images_at_once)
 
     @property
-    def _pictures_at_once(self) -> int:
+    def _images_at_once(self) -> int:
         return self.dataset.batch_size * self.dataset.streams.world_size
 
 

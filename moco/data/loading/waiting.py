@@ -1,16 +1,16 @@
-"""What a run that waits for its pictures can change, by how it reads them."""
+"""What a run that waits for its images can change, by how it reads them."""
 
 import math
 import os
 
 from moco.data.loading.streams import Streams, divisors
-from moco.data.sources.hugging_face import TablePictures
-from moco.data.sources.packed import PIXELS, PackedPictures
-from moco.data.sources.registry import FilePictures
+from moco.data.sources.hugging_face import TableImages
+from moco.data.sources.packed import PIXELS, PackedImages
+from moco.data.sources.registry import FileImages
 from moco.errors import printable
 
 MOST_REMEDIES = 2
-PACKED_LARGER = 8 / 7  # side of a packed picture over that of a view: 256 px for 224
+PACKED_LARGER = 8 / 7  # side of a packed image over that of a view: 256 px for 224
 
 
 def cores_of(num_processes: int) -> int:
@@ -19,7 +19,7 @@ def cores_of(num_processes: int) -> int:
 
 
 def remedies(
-    pictures: object,
+    images: object,
     share: float,
     *,
     num_workers: int,
@@ -29,22 +29,22 @@ def remedies(
     engine: str | None = None,
     streams: Streams | None = None,
 ) -> list[str]:
-    """What would have training wait less for pictures that are not in the device's memory, most effective first.
+    """What would have training wait less for images that are not in the device's memory, most effective first.
 
     Args:
-        pictures: any data set's, those with masks too.
+        images: any data set's, those with masks too.
         share: of the time that goes into waiting, 0 to 1.
         num_cores: that this process and its `num_workers` may use.
         image_size: side of a view, px.
         engine: worker or batch; None where there is no choice.
-        streams: of this process, where the pictures come from tar shards.
+        streams: of this process, where the images come from tar shards.
     """
     wanted = min(num_cores, workers_that_suffice(num_workers, share))
     has_idle_cores = wanted > num_workers and (num_cores > 1 or has_gpu)
     found = [
         _more_workers(streams, num_workers, wanted, num_cores) if has_idle_cores else "",
         _other_engine(engine, has_gpu),
-        _copy(pictures, image_size),
+        _copy(images, image_size),
     ]
     said = [remedy for remedy in found if remedy][:MOST_REMEDIES]
     if said:
@@ -84,17 +84,17 @@ def _other_engine(engine: str | None, has_gpu: bool) -> str:
     return ""
 
 
-def _copy(pictures: object, image_size: int) -> str:
+def _copy(images: object, image_size: int) -> str:
     """A copy that is faster to read; empty where moco.pack makes none."""
-    if isinstance(pictures, (FilePictures, TablePictures)):
+    if isinstance(images, (FileImages, TableImages)):
         size = math.ceil(image_size * PACKED_LARGER)
         return (
             f"a smaller, packed copy (python -m moco.pack with this run's data settings, data.resize={size} and output=DIR; "
             "then data=packed data.root=DIR)"
         )
-    if not isinstance(pictures, PackedPictures) or pictures.files == [PIXELS]:
+    if not isinstance(images, PackedImages) or images.files == [PIXELS]:
         return ""
-    root = printable(pictures.folder)
+    root = printable(images.folder)
     return (
         f"a copy that needs no decoding (python -m moco.pack data=packed data.root={root} format=array output=DIR; then "
         "data.root=DIR)"

@@ -1,6 +1,6 @@
-"""Pictures whose classes are the names of folders.
+"""Images whose classes are the names of folders.
 
-Letters: M pictures.
+Letters: M images.
 """
 
 import os
@@ -33,7 +33,7 @@ class ClassFolders:
         in_folder = np.array([b"/" in name for name in files.paths.below(root)])
         if not in_folder.any():
             raise InputError(
-                f"data.root={root}: no class sub-folders with pictures; data=images takes a plain folder tree"
+                f"data.root={root}: no class sub-folders with images; data=images takes a plain folder tree"
             )
         return cls(root, files.where(in_folder))
 
@@ -50,7 +50,7 @@ class ClassFolders:
         return sorted({os.fsdecode(name) for name in {class_of(path) for path in self.names()}})
 
     def labels(self, classes: list[str]) -> np.ndarray:
-        """Each picture's place in `classes`, (M,) int64.
+        """Each image's place in `classes`, (M,) int64.
 
         Raises:
             InputError: there are classes that are not among them.
@@ -58,10 +58,10 @@ class ClassFolders:
         unknown = sorted(set(self.classes()) - set(classes))
         if unknown:
             raise InputError(
-                f"data.root={self.root}: classes that the training pictures do not have: {printable(', '.join(unknown))}"
+                f"data.root={self.root}: classes that the training images do not have: {printable(', '.join(unknown))}"
             )
         place = {os.fsencode(name): number for number, name in enumerate(classes)}
-        return self.files.of_pictures(np.array([place[class_of(path)] for path in self.names()]))
+        return self.files.of_images(np.array([place[class_of(path)] for path in self.names()]))
 
 
 def class_of(path: bytes) -> bytes:

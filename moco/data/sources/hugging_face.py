@@ -1,6 +1,6 @@
 """Folders that Hugging Face's `datasets` wrote with ``save_to_disk``: Arrow tables, mapped into memory.
 
-They are data: their columns' types come from JSON, pictures are taken as encoded bytes, and no code in a folder is run.
+They are data: their columns' types come from JSON, images are taken as encoded bytes, and no code in a folder is run.
 """
 
 import json
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moco.data.files.decoding import EncodedPicture, encoded
-from moco.data.files.images import UnreadablePicture
+from moco.data.files.decoding import EncodedImage, encoded
+from moco.data.files.images import UnreadableImage
 from moco.data.sources.registry import DataSource, Labelled
 from moco.errors import InputError, printable, unknown_name
 
@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 HELD_OUT = ("validation", "val", "test")
 
 
-class TablePictures:
-    """Pictures in a column of a `datasets.Dataset`.
+class TableImages:
+    """Images in a column of a `datasets.Dataset`.
 
     Args:
         table: the data set, that column alone, its rows as Arrow gives them.
@@ -42,12 +42,12 @@ class TablePictures:
     def __getitem__(self, index: int) -> Image.Image:
         return Image.fromarray(self.opened(index).pixels())
 
-    def opened(self, index: int) -> EncodedPicture:
-        """See `Pictures`; raises UnreadablePicture also where a row holds a path instead of a picture."""
+    def opened(self, index: int) -> EncodedImage:
+        """See `Images`; raises UnreadableImage also where a row holds a path instead of an image."""
         name = self.name(index)
         content = (self.table[index][self.column][0].as_py() or {}).get("bytes")
         if content is None:
-            raise UnreadablePicture(f"{printable(name)}: no picture in the table")
+            raise UnreadableImage(f"{printable(name)}: no image in the table")
         return encoded(content, name, self.max_image_pixels)
 
     def name(self, index: int) -> str:
@@ -69,13 +69,13 @@ def hugging_face(root: str, image_column: str | None, label_column: str | None, 
     if "train" not in splits:
         raise InputError(f"data.root={root}: no split train in there (found {printable(', '.join(sorted(splits)))})")
     held_out = next((name for name in HELD_OUT if name in splits), None)
-    train, bank = _pictures(root, "train", splits["train"], image_column, label_column, max_image_pixels)
+    train, bank = _images(root, "train", splits["train"], image_column, label_column, max_image_pixels)
     queries = None
     if held_out is not None and bank is not None:
-        _, queries = _pictures(root, held_out, splits[held_out], image_column, label_column, max_image_pixels)
+        _, queries = _images(root, held_out, splits[held_out], image_column, label_column, max_image_pixels)
         if queries is not None:
             there, here = (_class_names(root, name, splits[name], label_column) for name in ("train", held_out))
-            queries = Labelled(queries.pictures, _renumbered(queries.labels, here, there, f"{root}, split {held_out}"))
+            queries = Labelled(queries.images, _renumbered(queries.labels, here, there, f"{root}, split {held_out}"))
     return DataSource(train, bank, queries, image_size=224)
 
 
@@ -108,9 +108,9 @@ def _empty_splits(root: str) -> list[str]:
     return [path.parent.name for path in states if json.loads(path.read_text()).get("_data_files") == []]
 
 
-def _pictures(
+def _images(
     root: str, split: str, dataset: Any, image_column: str | None, label_column: str | None, max_image_pixels: int
-) -> tuple[TablePictures, Labelled | None]:
+) -> tuple[TableImages, Labelled | None]:
     import datasets
 
     features = dataset.features
@@ -121,10 +121,10 @@ def _pictures(
     if column is None:
         raise InputError(f"data.root={where}: no column of type Image in there ({_described(features)})")
     undecoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    pictures = TablePictures(undecoded.with_format("arrow"), column, f"{root}[{split}]", max_image_pixels)
+    images = TableImages(undecoded.with_format("arrow"), column, f"{root}[{split}]", max_image_pixels)
     label = _chosen(features, label_column, "data.label_column", datasets.ClassLabel, where)
     labels = None if label is None else _labels(dataset, label, where)
-    return pictures, None if labels is None else Labelled(pictures, labels)
+    return images, None if labels is None else Labelled(images, labels)
 
 
 def _chosen(features: Any, given: str | None, key: str, kind: type, where: str) -> str | None:

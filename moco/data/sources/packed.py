@@ -1,10 +1,10 @@
 """Packed copies of data sets, as moco.pack writes them: what is on disk, and how it is read.
 
 A copy is a folder with ``index.json``: its format, its settings, its source, and its parts in order, each written once and
-whole. In the format `array` all pixels, (H, W, 3) uint8 a picture, stand one after the other in ``pixels.bin``; in the
-format `shards` the parts are tar files of encoded pictures. ``index.npz`` says where each picture is.
+whole. In the format `array` all pixels, (H, W, 3) uint8 an image, stand one after the other in ``pixels.bin``; in the
+format `shards` the parts are tar files of encoded images. ``index.npz`` says where each image is.
 
-Letters: M pictures, H W pixels.
+Letters: M images, H W pixels.
 """
 
 import mmap
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moco.data.files.decoding import DecodedPicture, EncodedPicture, encoded
+from moco.data.files.decoding import DecodedImage, EncodedImage, encoded
 from moco.data.sources.packed_index import COLUMNS, INDEX, SIDES, TABLE, check_finished, read_index, read_table
 from moco.data.sources.registry import DataSource, Labelled
 from moco.errors import InputError
@@ -27,13 +27,13 @@ PIXELS = "pixels.bin"
 MOST_OPEN = 256  # files of a process
 
 
-class PackedPictures:
-    """Pictures of a packed copy, read from where they lie.
+class PackedImages:
+    """Images of a packed copy, read from where they lie.
 
     Args:
         folder: of the copy.
         files: its parts, or the one file with all pixels.
-        table: of all its pictures: `COLUMNS`; ``parts``, which of the files each is in; ``names`` and ``name_ends``, the
+        table: of all its images: `COLUMNS`; ``parts``, which of the files each is in; ``names`` and ``name_ends``, the
             bytes of all names and where each ends.
         rows: (M,) int64, which of them these are.
     """
@@ -57,35 +57,35 @@ class PackedPictures:
     def __getitem__(self, index: int) -> Image.Image:
         return Image.fromarray(self.opened(index).pixels())
 
-    def opened(self, index: int) -> EncodedPicture:
-        """Of an array a view of the file, of shards the encoded picture."""
+    def opened(self, index: int) -> EncodedImage:
+        """Of an array a view of the file, of shards the encoded image."""
         content = self.content(index)
         if self.files != [PIXELS]:
             return encoded(bytes(content), self.name(index), self.max_image_pixels)
         row = self.rows[index]
         shape = (int(self.table["heights"][row]), int(self.table["widths"][row]), 3)
-        return DecodedPicture(np.frombuffer(content, dtype=np.uint8).reshape(shape))
+        return DecodedImage(np.frombuffer(content, dtype=np.uint8).reshape(shape))
 
     def content(self, index: int) -> memoryview:
-        """The bytes of a picture: its pixels, or its file."""
+        """The bytes of an image: its pixels, or its file."""
         row = self.rows[index]
         start = int(self.table["offsets"][row])
         return memoryview(self._map(int(self.table["parts"][row])))[start : start + int(self.table["lengths"][row])]
 
     def name(self, index: int) -> str:
-        """The picture's name in the source."""
+        """The image's name in the source."""
         row, ends = int(self.rows[index]), self.table["name_ends"]
         start = int(ends[row - 1]) if row else 0
         return os.fsdecode(self.table["names"][start : int(ends[row])].numpy().tobytes())
 
-    def chosen(self, places: np.ndarray) -> "PackedPictures":
+    def chosen(self, places: np.ndarray) -> "PackedImages":
         """Some of these, (M',) int64."""
-        return PackedPictures(
+        return PackedImages(
             self.folder, self.files, self.table, self.rows[torch.from_numpy(places)], self.max_image_pixels
         )
 
     def is_damaged(self, index: int) -> bool:
-        """Whether a picture's bytes are others than were written."""
+        """Whether an image's bytes are others than were written."""
         return zlib.crc32(self.content(index)) != int(self.table["checksums"][self.rows[index]])
 
     def _map(self, number: int) -> mmap.mmap:
@@ -118,21 +118,19 @@ def packed(root: str, max_image_pixels: int) -> DataSource:
     return DataSource(train, sides["bank"], sides["queries"], image_size=index["image_size"])
 
 
-def read_copy(root: str, index: dict[str, Any], max_image_pixels: int) -> tuple[PackedPictures, dict[str, np.ndarray]]:
-    """Every picture of a finished copy, and the arrays of ``index.npz``.
+def read_copy(root: str, index: dict[str, Any], max_image_pixels: int) -> tuple[PackedImages, dict[str, np.ndarray]]:
+    """Every image of a finished copy, and the arrays of ``index.npz``.
 
     Raises:
         InputError: the copy is damaged; it names the file.
     """
     table = read_table(Path(root, TABLE))
-    counts, sizes = ([part[what] for part in index["parts"]] for what in ("pictures", "bytes"))
+    counts, sizes = ([part[what] for part in index["parts"]] for what in ("images", "bytes"))
     files = [part["file"] for part in index["parts"]]
     if index["format"] == "array":
         files, counts, sizes = [PIXELS], [sum(counts)], [sum(sizes)]
     if sum(counts) != len(table["rows"]):
-        raise InputError(
-            f"{Path(root, TABLE)}: {len(table['rows'])} pictures, {INDEX} says {sum(counts)}; pack it anew"
-        )
+        raise InputError(f"{Path(root, TABLE)}: {len(table['rows'])} images, {INDEX} says {sum(counts)}; pack it anew")
     for file, size in zip(files, sizes, strict=True):
         check_size(Path(root, file), size)
     table["parts"] = np.repeat(np.arange(len(files)), np.array(counts, np.int64))
@@ -146,7 +144,7 @@ def read_copy(root: str, index: dict[str, Any], max_image_pixels: int) -> tuple[
     if not is_sound:
         raise InputError(f"{Path(root, TABLE)}: does not go with {INDEX}; pack it anew")
     tensors = {name: torch.from_numpy(table[name]) for name in (*COLUMNS, "parts", "names", "name_ends")}
-    return PackedPictures(root, files, tensors, torch.arange(len(table["rows"])), max_image_pixels), table
+    return PackedImages(root, files, tensors, torch.arange(len(table["rows"])), max_image_pixels), table
 
 
 def check_size(path: Path, expected: int) -> None:

@@ -3,7 +3,7 @@
 A copy may come from elsewhere. What passes here has all its keys and arrays, of the right types, whose numbers go together
 and whose files lie in the copy's folder.
 
-Letters: M pictures.
+Letters: M images.
 """
 
 import json
@@ -19,7 +19,7 @@ from moco.errors import InputError, printable
 INDEX = "index.json"
 TABLE = "index.npz"
 COLUMNS = {
-    "rows": np.int64,  # of the source: first the pictures to train on, then the others
+    "rows": np.int64,  # of the source: first the images to train on, then the others
     "offsets": np.int64,  # bytes from the start of the file
     "lengths": np.int64,  # bytes
     "heights": np.int32,
@@ -50,16 +50,16 @@ Form = Mapping[str, tuple[str, Callable[[Any], bool]]]
 INDEX_FORM: Form = {
     "format": ("array or shards", lambda value: value in ("array", "shards")),
     "complete": ("true or false", lambda value: isinstance(value, bool)),
-    "num_images": ("a number of pictures, or null", lambda value: value is None or is_count(value)),
+    "num_images": ("a number of images, or null", lambda value: value is None or is_count(value)),
     "image_size": ("a number of px, 1 or more", lambda value: is_count(value) and value > 0),
     "settings": ("settings, quality among them", lambda value: isinstance(value, dict) and "quality" in value),
-    "source": ("its number of pictures", lambda value: isinstance(value, dict) and is_count(value.get("pictures"))),
+    "source": ("its number of images", lambda value: isinstance(value, dict) and is_count(value.get("images"))),
     "parts": ("a list", lambda value: isinstance(value, list) and all(isinstance(part, dict) for part in value)),
 }
 PART_FORM: Form = {
     "file": ("the name of a file in this folder", is_file_name),
     "stop": ("a number, 0 or more", is_count),
-    "pictures": ("a number, 0 or more", is_count),
+    "images": ("a number, 0 or more", is_count),
     "bytes": ("a number, 0 or more", is_count),
     "skipped": ("a list of rows and reasons", is_skipped),
 }
@@ -81,13 +81,24 @@ def read_index(root: str) -> dict[str, Any]:
         raise InputError(f"{path}: not the index of a packed copy ({printable(str(error))})") from error
     if version != 1:
         raise InputError(f"{path}: version {printable(str(version))} of a packed copy; this program reads version 1")
+    rename_old_keys(index)
     check_form(path, index, INDEX_FORM)
     for number, part in enumerate(index["parts"]):
         check_form(path, part, PART_FORM, f"parts[{number}].")
-    num_pictures = sum(part["pictures"] for part in index["parts"])
-    if index["complete"] and (index["num_images"] is None or index["num_images"] > num_pictures):
-        raise InputError(f"{path}: num_images={index['num_images']}, and its parts hold {num_pictures}; pack it anew")
+    num_images = sum(part["images"] for part in index["parts"])
+    if index["complete"] and (index["num_images"] is None or index["num_images"] > num_images):
+        raise InputError(f"{path}: num_images={index['num_images']}, and its parts hold {num_images}; pack it anew")
     return index
+
+
+def rename_old_keys(index: dict[str, Any]) -> None:
+    """Give the keys of a copy that was packed by an earlier version, which said "pictures", today's names."""
+    parts = index.get("parts")
+    for section in [index.get("source"), *(parts if isinstance(parts, list) else [])]:
+        if isinstance(section, dict) and "pictures" in section:
+            section["images"] = section.pop("pictures")
+    if "num_pictures" in index:
+        index["num_images"] = index.pop("num_pictures")
 
 
 def check_form(path: Path, found: dict[str, Any], form: Form, prefix: str = "") -> None:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from moco.data.sources.packed import PIXELS, PackedPictures
+from moco.data.sources.packed import PIXELS, PackedImages
 from moco.data.sources.packed_index import COLUMNS, INDEX, TABLE, read_table
 from moco.data.sources.packing import Chunk, Pool
 from moco.errors import printable
@@ -31,7 +31,7 @@ class PartFile(Protocol):
     num_bytes: int
 
     def add(self, content: np.ndarray, place: int, label: int) -> int:
-        """Write the picture that is at `place` in the copy; its offset in the file."""
+        """Write the image that is at `place` in the copy; its offset in the file."""
         ...
 
     def close(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class ArrayPart:
 
 
 class ShardPart:
-    """A tar file as webdataset reads it: KEY.jpg for each picture, and KEY.cls with the label where there is one.
+    """A tar file as webdataset reads it: KEY.jpg for each image, and KEY.cls with the label where there is one.
 
     The headers are written by hand, since tarfile does not say at which offset the content of a member starts.
     """
@@ -162,7 +162,7 @@ class Writer:
 
     def _begin(self) -> None:
         parts = self.index["parts"]
-        self.num_before = sum(part["pictures"] for part in parts)
+        self.num_before = sum(part["images"] for part in parts)
         self.offsets: list[int] = []
         self.columns: dict[str, list[int]] = {name: [] for name in COLUMNS if name != "offsets"}
         if self.index["format"] == "array":
@@ -183,7 +183,7 @@ class Writer:
             {
                 "file": self.part.name,
                 "stop": stop,
-                "pictures": len(self.offsets),
+                "images": len(self.offsets),
                 "bytes": self.part.num_bytes,
                 "skipped": self.part_skipped,
                 **about,
@@ -246,11 +246,11 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     os.replace(temporary, folder / INDEX)
 
 
-def verify(copy: PackedPictures, pool: Pool, rows: np.ndarray) -> Iterator[tuple[str, bool]]:
-    """For each picture of a copy its name, and whether it is as it was written and called as in the source.
+def verify(copy: PackedImages, pool: Pool, rows: np.ndarray) -> Iterator[tuple[str, bool]]:
+    """For each image of a copy its name, and whether it is as it was written and called as in the source.
 
     Args:
-        rows: (M,) of the pool, one for each picture of the copy.
+        rows: (M,) of the pool, one for each image of the copy.
     """
     for index, row in enumerate(rows.tolist()):
         name = copy.name(index)

@@ -1,6 +1,6 @@
-"""What goes into a packed copy: every picture of a source once, resized and encoded in worker processes, in chunks.
+"""What goes into a packed copy: every image of a source once, resized and encoded in worker processes, in chunks.
 
-Letters: M pictures, H W pixels.
+Letters: M images, H W pixels.
 """
 
 import hashlib
@@ -18,24 +18,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moco.data.augment.draws import derived_seed
-from moco.data.files.decoding import EncodedFile, EncodedPicture
-from moco.data.files.images import UnreadablePicture
+from moco.data.files.decoding import EncodedFile, EncodedImage
+from moco.data.files.images import UnreadableImage
 from moco.data.loading.workers import CPU, loader_options
 from moco.data.sources.packed_index import COLUMNS, SIDES
-from moco.data.sources.registry import DataSource, Labelled, Pictures
+from moco.data.sources.registry import DataSource, Images, Labelled
 from moco.errors import printable
 
-CHUNK = 8  # pictures that a worker hands over at once; of 50 megapixels each they take 1.2 GB
-REDUCING_GAP = 3  # a picture is decoded at no less than so many times the size that it is then resized to
+CHUNK = 8  # images that a worker hands over at once; of 50 megapixels each they take 1.2 GB
+REDUCING_GAP = 3  # an image is decoded at no less than so many times the size that it is then resized to
 LARGEST_JPEG_SIDE = 65500  # px, libjpeg's
 
 
 class Pool:
-    """Every picture of a source once: the `num_train` to train on, then those that only bank or queries have."""
+    """Every image of a source once: the `num_train` to train on, then those that only bank or queries have."""
 
     def __init__(self, source: DataSource) -> None:
         self.num_train = len(source.train)
-        self.sets: list[Pictures] = [source.train]
+        self.sets: list[Images] = [source.train]
         self.others: list[tuple[int, int]] = []  # set and index of each further row
         self.sides: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         """Rows and labels of bank and queries."""
@@ -43,17 +43,17 @@ class Pool:
         for name in SIDES:
             side: Labelled | None = getattr(source, name)
             if side is not None:
-                self.sides[name] = self._rows(side.pictures, rows_of), side.labels
+                self.sides[name] = self._rows(side.images, rows_of), side.labels
 
-    def _rows(self, pictures: Pictures, rows_of: dict[str, int]) -> np.ndarray:
-        if pictures is self.sets[0]:
+    def _rows(self, images: Images, rows_of: dict[str, int]) -> np.ndarray:
+        if images is self.sets[0]:
             return np.arange(self.num_train)
         if not rows_of:
             rows_of |= {self.sets[0].name(index): index for index in range(self.num_train)}
-        self.sets.append(pictures)
+        self.sets.append(images)
         rows = []
-        for index in range(len(pictures)):
-            row = rows_of.setdefault(pictures.name(index), len(self))
+        for index in range(len(images)):
+            row = rows_of.setdefault(images.name(index), len(self))
             if row == len(self):
                 self.others.append((len(self.sets) - 1, index))
             rows.append(row)
@@ -62,18 +62,18 @@ class Pool:
     def __len__(self) -> int:
         return self.num_train + len(self.others)
 
-    def _place(self, row: int) -> tuple[Pictures, int]:
+    def _place(self, row: int) -> tuple[Images, int]:
         number, index = (0, row) if row < self.num_train else self.others[row - self.num_train]
         return self.sets[number], index
 
-    def opened(self, row: int) -> EncodedPicture:
-        """See `Pictures`."""
-        pictures, index = self._place(row)
-        return pictures.opened(index)
+    def opened(self, row: int) -> EncodedImage:
+        """See `Images`."""
+        images, index = self._place(row)
+        return images.opened(index)
 
     def name(self, row: int) -> str:
-        pictures, index = self._place(row)
-        return pictures.name(index)
+        images, index = self._place(row)
+        return images.name(index)
 
     def labels(self) -> np.ndarray:
         """(M,) int64, -1 where there is none."""
@@ -83,15 +83,15 @@ class Pool:
         return labels
 
     def fingerprint(self) -> dict[str, Any]:
-        """How many pictures there are, and a hash of their names and labels."""
+        """How many images there are, and a hash of their names and labels."""
         digest = hashlib.blake2b(self.labels().tobytes(), digest_size=16)
         for row in range(len(self)):
             digest.update(os.fsencode(self.name(row)) + b"\0")
-        return {"pictures": len(self), "hash": digest.hexdigest()}
+        return {"images": len(self), "hash": digest.hexdigest()}
 
 
 class Chunk(NamedTuple):
-    """Pictures that are neighbours in the copy."""
+    """Images that are neighbours in the copy."""
 
     stop: int
     """The place in the copy's order after the last one."""
@@ -109,7 +109,7 @@ class Chunks(Dataset[Chunk]):
 
     Args:
         order: (M,) int64, row of the pool at each place of the copy.
-        resize: shorter side, px, of pictures that are larger; None keeps the size.
+        resize: shorter side, px, of images that are larger; None keeps the size.
         quality: of JPEG, 1 to 100; None for plain pixels.
     """
 
@@ -125,7 +125,7 @@ class Chunks(Dataset[Chunk]):
         for row in self.order[start:stop].tolist():
             try:
                 content, (height, width) = self.packed(self.pool.opened(row), self.pool.name(row))
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 skipped.append((row, str(error)))
                 continue
             contents.append(content)
@@ -135,39 +135,39 @@ class Chunks(Dataset[Chunk]):
         joined = torch.frombuffer(bytearray(b"".join(contents) or b"\0"), dtype=torch.uint8)
         return Chunk(stop, joined, columns, skipped)
 
-    def packed(self, picture: EncodedPicture, name: str) -> tuple[bytes, tuple[int, int]]:
-        """What the copy holds of a picture, and its height and width. A JPEG that keeps its size is copied as it is.
+    def packed(self, image: EncodedImage, name: str) -> tuple[bytes, tuple[int, int]]:
+        """What the copy holds of an image, and its height and width. A JPEG that keeps its size is copied as it is.
 
         Raises:
-            UnreadablePicture: it cannot be decoded, or no JPEG can be that large.
+            UnreadableImage: it cannot be decoded, or no JPEG can be that large.
         """
-        pixels = resized(picture, self.resize)
+        pixels = resized(image, self.resize)
         height, width = pixels.shape[:2]
         if self.quality is None:
             return pixels.tobytes(), (height, width)
-        is_jpeg = isinstance(picture, EncodedFile) and picture.is_jpeg and isinstance(picture.source, bytes)
-        if is_jpeg and picture.size == (height, width):
-            return picture.source, (height, width)  # type: ignore[attr-defined]
+        is_jpeg = isinstance(image, EncodedFile) and image.is_jpeg and isinstance(image.source, bytes)
+        if is_jpeg and image.size == (height, width):
+            return image.source, (height, width)  # type: ignore[attr-defined]
         if max(height, width) > LARGEST_JPEG_SIDE:
-            raise UnreadablePicture(
+            raise UnreadableImage(
                 f"{printable(name)}: {width} x {height} px, and JPEG has at most {LARGEST_JPEG_SIDE} a side; set data.resize"
             )
         encoded: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), self.quality, colorsubsampling="420")
         return encoded, (height, width)
 
 
-def resized(picture: EncodedPicture, resize: int | None) -> np.ndarray:
+def resized(image: EncodedImage, resize: int | None) -> np.ndarray:
     """The pixels, (H, W, 3) uint8, the shorter side brought down to `resize` px, bicubic, antialiased."""
-    height, width = resized_size(picture.size, resize)
-    if (height, width) == picture.size:
-        return picture.pixels()
-    most = picture.size[0] / height / REDUCING_GAP
+    height, width = resized_size(image.size, resize)
+    if (height, width) == image.size:
+        return image.pixels()
+    most = image.size[0] / height / REDUCING_GAP
     reduction = next((reduction for reduction in (8, 4, 2) if reduction <= most), 1)
-    pixels = picture.pixels(reduction)
-    if pixels.shape[:2] == picture.size:
+    pixels = image.pixels(reduction)
+    if pixels.shape[:2] == image.size:
         reduction = 1
-    # A reduced picture's sides are rounded up: its last row and column may lie partly outside of the whole one.
-    box = (0, 0, picture.size[1] / reduction, picture.size[0] / reduction)
+    # A reduced image's sides are rounded up: its last row and column may lie partly outside of the whole one.
+    box = (0, 0, image.size[1] / reduction, image.size[0] / reduction)
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box))
 
 
@@ -180,12 +180,12 @@ def resized_size(size: tuple[int, int], resize: int | None) -> tuple[int, int]:
 
 
 def array_bytes(pool: Pool, resize: int | None, sample: int = 256) -> int:
-    """About how many bytes the pixels of all pictures take, by the sizes of some of them."""
+    """About how many bytes the pixels of all images take, by the sizes of some of them."""
     sizes = []
     for row in np.linspace(0, len(pool) - 1, min(sample, len(pool)), dtype=int).tolist():
         try:
             height, width = resized_size(pool.opened(row).size, resize)
-        except UnreadablePicture:
+        except UnreadableImage:
             continue
         sizes.append(3 * height * width)
     return int(np.mean(sizes) * len(pool)) if sizes else 0
@@ -210,7 +210,7 @@ def order(pool: Pool, is_random: bool) -> Tensor:
 
 
 def places(pool: Pool, start: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of every chunk; none has pictures to train on and others."""
+    """(start, stop) of every chunk; none has images to train on and others."""
     while start < len(pool):
         end = pool.num_train if start < pool.num_train else len(pool)
         stop = min(start + CHUNK, end)

@@ -1,6 +1,6 @@
-"""Where pictures come from. Every data set becomes a `DataSource`: pictures to train on, and labelled ones if there are.
+"""Where images come from. Every data set becomes a `DataSource`: images to train on, and labelled ones if there are.
 
-Letters: M pictures, H W pixels.
+Letters: M images, H W pixels.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from moco.data.files.archives import DAMAGED, read_arrays
-from moco.data.files.decoding import DecodedPicture, EncodedPicture, encoded_file
+from moco.data.files.decoding import DecodedImage, EncodedImage, encoded_file
 from moco.data.files.images import MAX_IMAGE_PIXELS, to_rgb
 from moco.data.files.listing import PathList
 from moco.data.files.listing_cache import Listing, listed
@@ -23,26 +23,26 @@ from moco.data.sources.class_folders import ClassFolders, is_held_out
 from moco.errors import InputError, printable, unknown_name
 
 
-class Pictures(Protocol):
-    """RGB pictures by index."""
+class Images(Protocol):
+    """RGB images by index."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Image.Image:
-        """The whole picture. Raises `UnreadablePicture` where the file is damaged."""
+        """The whole image. Raises `UnreadableImage` where the file is damaged."""
         ...
 
-    def opened(self, index: int) -> EncodedPicture:
-        """The picture, its size known and not decoded yet. Raises `UnreadablePicture` where the file is damaged."""
+    def opened(self, index: int) -> EncodedImage:
+        """The image, its size known and not decoded yet. Raises `UnreadableImage` where the file is damaged."""
         ...
 
     def name(self, index: int) -> str:
-        """What to call the picture in a message."""
+        """What to call the image in a message."""
         ...
 
 
-class ArrayPictures:
-    """Pictures in memory: uint8, (M, H, W) grey, (M, H, W, 1) grey, (M, H, W, 3) RGB or (M, H, W, 4) RGBA."""
+class ArrayImages:
+    """Images in memory: uint8, (M, H, W) grey, (M, H, W, 1) grey, (M, H, W, 3) RGB or (M, H, W, 4) RGBA."""
 
     def __init__(self, array: np.ndarray, what: str) -> None:
         is_stack = array.ndim == 3 or (array.ndim == 4 and array.shape[-1] in (1, 3, 4))
@@ -61,19 +61,19 @@ class ArrayPictures:
     def __getitem__(self, index: int) -> Image.Image:
         return to_rgb(Image.fromarray(self.tensor[index].numpy()))
 
-    def opened(self, index: int) -> DecodedPicture:
+    def opened(self, index: int) -> DecodedImage:
         array = self.tensor[index].numpy()
-        return DecodedPicture(array if array.shape[2:] == (3,) else np.array(self[index]))
+        return DecodedImage(array if array.shape[2:] == (3,) else np.array(self[index]))
 
     def name(self, index: int) -> str:
         return f"{self.what}[{index}]"
 
 
-class FilePictures:
-    """Pictures in files, decoded when asked for, if they have no more than `max_image_pixels`.
+class FileImages:
+    """Images in files, decoded when asked for, if they have no more than `max_image_pixels`.
 
     Args:
-        num_pages: pictures in each file, (len(paths),); None: of each the first alone.
+        num_pages: images in each file, (len(paths),); None: of each the first alone.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class FilePictures:
     def __getitem__(self, index: int) -> Image.Image:
         return Image.fromarray(self.opened(index).pixels())
 
-    def opened(self, index: int) -> EncodedPicture:
+    def opened(self, index: int) -> EncodedImage:
         path, page, _ = self._place(index)
         return encoded_file(path, self.name(index), self.max_image_pixels, page)
 
@@ -109,7 +109,7 @@ class FilePictures:
         return PathList(self.text.numpy(), self.ends.numpy())
 
     def _place(self, index: int) -> tuple[str, int, int]:
-        """The picture's file, its page in there, and how many of the pages are pictures."""
+        """The image's file, its page in there, and how many of the pages are images."""
         paths = self.files()
         if self.page_ends is None:
             return paths[index], 0, 1
@@ -120,9 +120,9 @@ class FilePictures:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Pictures with a class number each."""
+    """Images with a class number each."""
 
-    pictures: Pictures
+    images: Images
     labels: np.ndarray
     """(M,) int64, 0 or more; numbers may have gaps."""
 
@@ -131,11 +131,11 @@ class Labelled:
 class DataSource:
     """What a run trains on, and what the kNN monitor compares."""
 
-    train: Pictures
+    train: Images
     bank: Labelled | None
-    """Labelled training pictures; None without labels."""
+    """Labelled training images; None without labels."""
     queries: Labelled | None
-    """Labelled pictures that are held out of the bank; None without labels."""
+    """Labelled images that are held out of the bank; None without labels."""
     image_size: int
     """Side at which the data set is usually used, px."""
 
@@ -163,10 +163,10 @@ def build_source(
         num_images: size of ``synthetic``, or of all shards of ``webdataset`` together; None: 1,024, or counted.
         streams, shuffle_buffer: of ``webdataset``, see `moco.data.loading.streams`.
         image_column, label_column: of ``hf``, see `moco.data.sources.hugging_face`.
-        max_image_pixels: pictures of more are unreadable.
-        held_out: share of the pictures that ``image_folder`` without a validation folder keeps out of the bank.
-        pages: of TIFF files with several take the ``first``, or ``each`` as a picture of its own.
-        listing: file that keeps the list of pictures below folders for the next start; None: list them each time.
+        max_image_pixels: images of more are unreadable.
+        held_out: share of the images that ``image_folder`` without a validation folder keeps out of the bank.
+        pages: of TIFF files with several take the ``first``, or ``each`` as an image of its own.
+        listing: file that keeps the list of images below folders for the next start; None: list them each time.
 
     Raises:
         InputError: unknown name, nothing at `root`, or something else than expected there; it names the place.
@@ -174,7 +174,7 @@ def build_source(
     if name in MASKED:
         raise InputError(
             f"data={name}: its masks are for moco.segment and evaluation=dense; "
-            "data=images data.root=PATH takes any pictures"
+            "data=images data.root=PATH takes any images"
         )
     if name not in SOURCES:
         raise InputError(f"data.name: {unknown_name('data set', name, SOURCES)}")
@@ -183,7 +183,7 @@ def build_source(
     if name == "digits":
         return digits()
     if root is None:
-        raise InputError(f"data.root: missing; data={name} needs to know where the pictures are: data.root=PATH")
+        raise InputError(f"data.root: missing; data={name} needs to know where the images are: data.root=PATH")
     if name == "images":
         return images(root, max_image_pixels, pages, listing)
     if name == "webdataset":
@@ -220,7 +220,7 @@ def digits() -> DataSource:
 
 
 def synthetic(num_images: int) -> DataSource:
-    """Uniform noise of 224 px in 10 arbitrary classes: costs what pictures cost, and teaches nothing."""
+    """Uniform noise of 224 px in 10 arbitrary classes: costs what images cost, and teaches nothing."""
     generator = np.random.default_rng(0)
     array = generator.integers(0, 256, (num_images, 224, 224, 3), dtype=np.uint8)
     labels = np.arange(num_images) % 10
@@ -229,22 +229,22 @@ def synthetic(num_images: int) -> DataSource:
 
 
 def images(root: Any, max_image_pixels: int, pages: str, listing: Path | None) -> DataSource:
-    """Every picture below a folder, or below several; no labels: sub-folders are not classes."""
+    """Every image below a folder, or below several; no labels: sub-folders are not classes."""
     roots = [root] if isinstance(root, str) else root
     if not isinstance(roots, list) or not roots or not all(isinstance(one, str) for one in roots):
         raise InputError(f"data.root={root}: expected a folder or a list of folders")
     refuse_overlap(roots)
     found = Listing.of_all(listed(roots, pages, listing))
-    return DataSource(FilePictures(found.paths, max_image_pixels, found.num_pages), None, None, image_size=224)
+    return DataSource(FileImages(found.paths, max_image_pixels, found.num_pages), None, None, image_size=224)
 
 
 def refuse_overlap(roots: Sequence[str]) -> None:
-    """Raises InputError if a folder is another one of them or lies below it: its pictures would be listed twice."""
+    """Raises InputError if a folder is another one of them or lies below it: its images would be listed twice."""
     for inner, outer in itertools.permutations(roots, 2):
         real = os.path.realpath(outer)
         if os.path.commonpath([real, os.path.realpath(inner)]) == real:
             raise InputError(
-                f"data.root: {printable(inner)} is {printable(outer)} or lies below it, and its pictures would be listed "
+                f"data.root: {printable(inner)} is {printable(outer)} or lies below it, and its images would be listed "
                 "twice; leave one of them out"
             )
 
@@ -252,7 +252,7 @@ def refuse_overlap(roots: Sequence[str]) -> None:
 def image_folder(root: str, max_image_pixels: int, held_out: float, pages: str, listing: Path | None) -> DataSource:
     """Class sub-folders: root/train/CLASS/... with root/val/CLASS/... (or test), else root/CLASS/....
 
-    Of root/CLASS/... alone the pictures that `is_held_out` chooses by their paths below root are kept out of the bank and
+    Of root/CLASS/... alone the images that `is_held_out` chooses by their paths below root are kept out of the bank and
     serve as queries; all are trained on. With root/train and nothing beside it there are no queries and no monitor.
     """
     top = Path(root)
@@ -263,26 +263,26 @@ def image_folder(root: str, max_image_pixels: int, held_out: float, pages: str, 
     classes = folders[0].classes()
     train, *others = (in_classes(one, classes, max_image_pixels) for one in folders)
     if has_train:
-        return DataSource(train.pictures, train, others[0] if others else None, image_size=224)
+        return DataSource(train.images, train, others[0] if others else None, image_size=224)
     is_query = is_held_out(folders[0].names(), held_out)
     if not is_query.any() or is_query.all():
-        return DataSource(train.pictures, train, None, image_size=224)
+        return DataSource(train.images, train, None, image_size=224)
     bank, queries = (
         in_classes(folders[0].where(chosen), classes, max_image_pixels) for chosen in (~is_query, is_query)
     )
-    return DataSource(train.pictures, bank, queries, image_size=224)
+    return DataSource(train.images, bank, queries, image_size=224)
 
 
 def in_classes(folders: ClassFolders, classes: list[str], max_image_pixels: int) -> Labelled:
-    """The pictures below class folders, numbered by their class's place in `classes`."""
-    pictures = FilePictures(folders.files.paths, max_image_pixels, folders.files.num_pages)
-    return Labelled(pictures, folders.labels(classes))
+    """The images below class folders, numbered by their class's place in `classes`."""
+    images = FileImages(folders.files.paths, max_image_pixels, folders.files.num_pages)
+    return Labelled(images, folders.labels(classes))
 
 
 def npz(root: str, max_image_pixels: int) -> DataSource:
     """One archive in the MedMNIST layout: train_images, and where there are labels train_labels, test_images, test_labels.
 
-    Pictures are uint8 (M, H, W[, C]); labels (M,) or (M, 1) integers.
+    Images are uint8 (M, H, W[, C]); labels (M,) or (M, 1) integers.
     """
     if not Path(root).is_file():
         raise InputError(f"data.root={root}: no such file")
@@ -301,13 +301,13 @@ def npz(root: str, max_image_pixels: int) -> DataSource:
 
 
 def _npz_labels(arrays: dict[str, np.ndarray], part: str, root: str) -> np.ndarray | None:
-    labels, pictures = arrays.get(f"{part}_labels"), arrays.get(f"{part}_images")
-    if labels is None or pictures is None:
+    labels, images = arrays.get(f"{part}_labels"), arrays.get(f"{part}_images")
+    if labels is None or images is None:
         return None
-    if labels.size != len(pictures) or not np.issubdtype(labels.dtype, np.integer) or (labels < 0).any():
+    if labels.size != len(images) or not np.issubdtype(labels.dtype, np.integer) or (labels < 0).any():
         raise InputError(
-            f"data.root={root}: {part}_labels must hold one class number (0 or more) for each of the {len(pictures)} "
-            f"pictures, got {labels.dtype} {labels.shape}"
+            f"data.root={root}: {part}_labels must hold one class number (0 or more) for each of the {len(images)} "
+            f"images, got {labels.dtype} {labels.shape}"
         )
     return labels.reshape(-1).astype(np.int64)
 
@@ -332,9 +332,9 @@ def _stl10(root: str, download: bool) -> DataSource:
         torchvision_dataset("STL10", root, split=split, download=download)
         for split in ("train+unlabeled", "train", "test")
     )
-    pictures = {name: part.data.transpose(0, 2, 3, 1) for name, part in (("train", train), ("test", test))}
-    labelled = _from_arrays("STL10", pictures["train"], train.labels, pictures["test"], test.labels)
-    everything = ArrayPictures(unlabelled.data.transpose(0, 2, 3, 1), "STL10")
+    images = {name: part.data.transpose(0, 2, 3, 1) for name, part in (("train", train), ("test", test))}
+    labelled = _from_arrays("STL10", images["train"], train.labels, images["test"], test.labels)
+    everything = ArrayImages(unlabelled.data.transpose(0, 2, 3, 1), "STL10")
     return DataSource(everything, labelled.bank, labelled.queries, labelled.image_size)
 
 
@@ -374,11 +374,11 @@ def _from_arrays(
 ) -> DataSource:
     for images, labels in ((train_images, train_labels), (test_images, test_labels)):
         if images is not None and labels is not None and len(images) != len(labels):
-            raise InputError(f"{what}: {len(images)} pictures and {len(labels)} labels")
-    train = ArrayPictures(train_images, f"{what}: train_images")
+            raise InputError(f"{what}: {len(images)} images and {len(labels)} labels")
+    train = ArrayImages(train_images, f"{what}: train_images")
     bank = None if train_labels is None else Labelled(train, np.asarray(train_labels, dtype=np.int64))
     queries = None
     if test_images is not None and test_labels is not None:
-        test = ArrayPictures(test_images, f"{what}: test_images")
+        test = ArrayImages(test_images, f"{what}: test_images")
         queries = Labelled(test, np.asarray(test_labels, dtype=np.int64))
     return DataSource(train, bank, queries, image_size=max(train.tensor.shape[1:3]))

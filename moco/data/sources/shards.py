@@ -1,7 +1,7 @@
-"""Tar shards in the layout of webdataset: which there are, and the pictures in each, from its start to its end.
+"""Tar shards in the layout of webdataset: which there are, and the images in each, from its start to its end.
 
-A sample is a run of members whose names agree up to the first dot of their last part; its first member with a picture's
-extension is the picture, and the others are not read.
+A sample is a run of members whose names agree up to the first dot of their last part; its first member with an image's
+extension is the image, and the others are not read.
 """
 
 import glob
@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from moco.data.files.decoding import EncodedPicture, encoded
-from moco.data.files.images import EXTENSIONS, UnreadablePicture
+from moco.data.files.decoding import EncodedImage, encoded
+from moco.data.files.images import EXTENSIONS, UnreadableImage
 from moco.data.sources.packed_index import INDEX, check_finished, read_index
 from moco.errors import InputError, printable
 
@@ -27,16 +27,16 @@ log = logging.getLogger(__name__)
 
 # What tarfile, the decompressors and pipes raise on damaged archives.
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
-LARGEST_PICTURE = (
+LARGEST_IMAGE = (
     2**28
-)  # bytes; an encoded picture of more is unreadable, whatever a header or a compressed shard makes of it
+)  # bytes; an encoded image of more is unreadable, whatever a header or a compressed shard makes of it
 NO_LIBRARY = "data=webdataset needs another package: pip install 'moco-ssl[webdataset]'"
 
 
 class Sample(NamedTuple):
-    """A picture of a shard."""
+    """An image of a shard."""
 
-    picture: EncodedPicture
+    image: EncodedImage
     name: str
     """SHARD/MEMBER, for messages."""
 
@@ -85,13 +85,13 @@ def is_local(shard: str) -> bool:
     return not re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", shard)
 
 
-def pictures_in(
+def images_in(
     shard: str, max_image_pixels: int, note: Callable[[str], None] = lambda name: None
 ) -> Iterator[Sample | Problem]:
-    """The pictures of a shard in their order, and what could not be read. Pixels are not decoded.
+    """The images of a shard in their order, and what could not be read. Pixels are not decoded.
 
     Args:
-        note: told the name of each picture before it is read.
+        note: told the name of each image before it is read.
 
     Raises:
         InputError: a member's path is absolute or leads out of the archive.
@@ -99,12 +99,12 @@ def pictures_in(
     number = 0
     try:
         with _opened(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedHeader) as archive:
-            for member in _picture_members(archive, shard):
+            for member in _image_members(archive, shard):
                 name = f"{shard}/{member.name}"
                 note(name)
                 try:
                     sample = Sample(encoded(_content(archive, member, name), name, max_image_pixels), name)
-                except UnreadablePicture as error:
+                except UnreadableImage as error:
                     yield Problem(name, str(error), is_shard=False)
                 else:
                     yield sample
@@ -113,11 +113,11 @@ def pictures_in(
         yield Problem(shard, _cut_short(shard, number, error), is_shard=True)
 
 
-def count_pictures(shards: Sequence[str]) -> tuple[int, list[Problem]]:
-    """How many pictures local shards hold, by the headers of their members, and which shards are damaged or empty.
+def count_images(shards: Sequence[str]) -> tuple[int, list[Problem]]:
+    """How many images local shards hold, by the headers of their members, and which shards are damaged or empty.
 
     Raises:
-        InputError: as of `pictures_in`.
+        InputError: as of `images_in`.
     """
     with ThreadPoolExecutor() as pool:
         counted = list(pool.map(_counted, shards))
@@ -199,14 +199,14 @@ def _counted(shard: str) -> tuple[int, Problem | None]:
     try:
         with tarfile.open(shard, mode="r:*", tarinfo=CheckedHeader) as archive:
             try:
-                for member in _picture_members(archive, shard):
+                for member in _image_members(archive, shard):
                     number, last = number + 1, member
             except TAR_ERRORS as error:
                 number -= last is not None and not _is_whole(archive, last)
                 return number, Problem(shard, _cut_short(shard, number, error), is_shard=True)
     except TAR_ERRORS as error:  # on opening it, which reads the first header
         return 0, Problem(shard, _cut_short(shard, 0, error), is_shard=True)
-    return number, None if number else Problem(shard, f"{printable(shard)}: no pictures in there", is_shard=True)
+    return number, None if number else Problem(shard, f"{printable(shard)}: no images in there", is_shard=True)
 
 
 def _is_whole(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
@@ -221,11 +221,11 @@ def _is_whole(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
 
 def _cut_short(shard: str, number: int, error: Exception) -> str:
     reason = printable(" ".join(str(error).split())) or type(error).__name__
-    return f"{printable(shard)}: cannot be read beyond its first {number} pictures ({reason})"
+    return f"{printable(shard)}: cannot be read beyond its first {number} images ({reason})"
 
 
-def _picture_members(archive: tarfile.TarFile, shard: str) -> Iterator[tarfile.TarInfo]:
-    """The headers of the samples' pictures."""
+def _image_members(archive: tarfile.TarFile, shard: str) -> Iterator[tarfile.TarInfo]:
+    """The headers of the samples' images."""
     sample: str | None = None
     for member in archive:
         archive.members = []  # type: ignore[attr-defined]  # it would keep every header
@@ -250,8 +250,8 @@ def sample_key(name: str) -> str:
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> bytes:
-    if member.size > LARGEST_PICTURE:
-        raise UnreadablePicture(f"{printable(name)}: {member.size:,} bytes, more than {LARGEST_PICTURE:,}")
+    if member.size > LARGEST_IMAGE:
+        raise UnreadableImage(f"{printable(name)}: {member.size:,} bytes, more than {LARGEST_IMAGE:,}")
     file = archive.extractfile(member)
     assert file is not None  # of a regular file it never is
     return file.read()

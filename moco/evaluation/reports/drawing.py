@@ -1,4 +1,4 @@
-"""Pictures of an evaluation, drawn with Pillow. Arrays and thumbnails in, a picture out.
+"""Images of an evaluation, drawn with Pillow. Arrays and thumbnails in, an image out.
 
 Letters: Q queries, A classes, P positive pairs, K negative pairs, M points, N images, h w cells of a map.
 """
@@ -20,9 +20,9 @@ MAP_SIDE, MAPPED_SIDE = 640, 112  # px: of a map of points, of an image beside i
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A picture of the bank beside a query."""
+    """An image of the bank beside a query."""
 
-    picture: Image.Image
+    image: Image.Image
     similarity: float
     label: str
     is_same: bool
@@ -38,17 +38,17 @@ class NeighborRow:
     neighbors: Sequence[Neighbor]
 
 
-def thumbnail(picture: Image.Image, side: int) -> Image.Image:
-    """The middle square of a picture at `side` x `side` px; small pictures show their pixels."""
-    method = Image.Resampling.NEAREST if min(picture.size) < side else Image.Resampling.BICUBIC
-    return ImageOps.fit(picture.convert("RGB"), (side, side), method)
+def thumbnail(image: Image.Image, side: int) -> Image.Image:
+    """The middle square of an image at `side` x `side` px; small images show their pixels."""
+    method = Image.Resampling.NEAREST if min(image.size) < side else Image.Resampling.BICUBIC
+    return ImageOps.fit(image.convert("RGB"), (side, side), method)
 
 
-def neighbors_picture(rows: Sequence[NeighborRow]) -> Image.Image:
+def neighbors_plot(rows: Sequence[NeighborRow]) -> Image.Image:
     """A line for each query: itself, then its neighbours with label and similarity, green where the class is the query's.
 
     Args:
-        rows: at least one, their pictures of one size.
+        rows: at least one, their images of one size.
     """
     side = rows[0].query.width
     width, height = side + MARGIN, side + LINE + MARGIN
@@ -61,7 +61,7 @@ def neighbors_picture(rows: Sequence[NeighborRow]) -> Image.Image:
         pen.text((MARGIN, top + side), cut(row.label, side, font), "black", font)
         for column, neighbor in enumerate(row.neighbors, start=1):
             left = 3 * MARGIN + column * width  # a gap after the query
-            sheet.paste(neighbor.picture, (left, top))
+            sheet.paste(neighbor.image, (left, top))
             words = cut(f"{neighbor.label}: {neighbor.similarity:.2f}", side, font)
             pen.text((left, top + side), words, RIGHT if neighbor.is_same else WRONG, font)
     return sheet
@@ -109,7 +109,7 @@ def confusion_counts(labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndar
     return counts.reshape(len(classes), len(classes)), classes
 
 
-def confusion_picture(counts: np.ndarray, names: Sequence[str]) -> Image.Image:
+def confusion_plot(counts: np.ndarray, names: Sequence[str]) -> Image.Image:
     """The confusion matrix, rows the true class, columns the predicted one; the darker the larger a share of its row.
 
     Args:
@@ -156,7 +156,7 @@ def write_cells(
             pen.text(place, str(counts[row, column]), color, font, anchor="mm")
 
 
-def map_picture(points: np.ndarray, labels: np.ndarray, title: str) -> Image.Image:
+def map_plot(points: np.ndarray, labels: np.ndarray, title: str) -> Image.Image:
     """Points on a plane, a colour for each class; a legend where the classes are few.
 
     Args:
@@ -204,7 +204,7 @@ def class_colors(number: int) -> list[tuple[int, int, int]]:
     return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in found]
 
 
-def feature_maps_picture(images: Sequence[Image.Image], maps: Mapping[str, np.ndarray]) -> Image.Image:
+def feature_maps_plot(images: Sequence[Image.Image], maps: Mapping[str, np.ndarray]) -> Image.Image:
     """Each image beside its maps, in two blocks side by side.
 
     Args:

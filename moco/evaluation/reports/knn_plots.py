@@ -1,6 +1,6 @@
 """What ``moco.evaluate`` draws beside its figures.
 
-Letters: M pictures, Q queries, N images.
+Letters: M images, Q queries, N images.
 """
 
 import logging
@@ -15,10 +15,10 @@ from moco.data.augment.views import Normalized, evaluation_crop
 from moco.evaluation.knn import Search, without_own
 from moco.evaluation.neighbors import normalized
 from moco.evaluation.reports.drawing import (
-    confusion_picture,
-    feature_maps_picture,
-    map_picture,
-    neighbors_picture,
+    confusion_plot,
+    feature_maps_plot,
+    map_plot,
+    neighbors_plot,
     similarity_histogram,
 )
 from moco.evaluation.reports.projections import LEAST_ROWS, laid_out, principal_colors
@@ -41,7 +41,7 @@ class Searched(NamedTuple):
     """(Q,) each query's own row in the bank, which is no neighbour; None: the queries are others."""
 
 
-def knn_pictures(
+def knn_plots(
     subject: Subject,
     searched: Searched,
     confusion: np.ndarray,
@@ -58,16 +58,16 @@ def knn_pictures(
     found = {
         "neighbors.png": neighbors_of_some(searched),
         "similarities.png": None if views is None else similarities_of_views(views),
-        "confusion.png": confusion_picture(confusion, [str(name) for name in classes]),
+        "confusion.png": confusion_plot(confusion, [str(name) for name in classes]),
         "map.png": None if kind == "none" else map_of_queries(queries, kind, subject.settings["feature"]),
         "feature_maps.png": feature_maps_of_some(subject, queries),
     }
-    return {name: picture for name, picture in found.items() if picture is not None}
+    return {name: image for name, image in found.items() if image is not None}
 
 
-def save_png(picture: Image.Image, file: BinaryIO) -> None:
-    """Write the picture as a small file."""
-    picture.save(file, "PNG", optimize=True)
+def save_png(image: Image.Image, file: BinaryIO) -> None:
+    """Write the image as a small file."""
+    image.save(file, "PNG", optimize=True)
 
 
 def neighbors_of_some(searched: Searched) -> Image.Image:
@@ -81,7 +81,7 @@ def neighbors_of_some(searched: Searched) -> Image.Image:
     if own_rows is not None:
         similarities, rows = without_own(similarities, rows, own_rows[shown])
     lines = zip(shown, similarities, rows, strict=True)
-    return neighbors_picture([neighbor_row(bank, queries, int(query), near, row) for query, near, row in lines])
+    return neighbors_plot([neighbor_row(bank, queries, int(query), near, row) for query, near, row in lines])
 
 
 def spread_over_classes(labels: np.ndarray, number: int) -> np.ndarray:
@@ -126,21 +126,21 @@ def map_of_queries(queries: Embedded, kind: str, feature: str) -> Image.Image | 
         return None
     points = laid_out(normalized(queries.features[shown]), kind)
     title = f"{MAP_TITLES[kind]} of {len(shown):,} queries by their {feature} features; colour: class"
-    return map_picture(points, queries.labels[shown], title)
+    return map_plot(points, queries.labels[shown], title)
 
 
 @torch.no_grad()
 def feature_maps_of_some(subject: Subject, queries: Embedded) -> Image.Image:
-    """Pictures of all classes beside their last two feature maps, each in its own principal components."""
+    """Images of all classes beside their last two feature maps, each in its own principal components."""
     data, device = subject.data, subject.device
     crop = evaluation_crop(data["image_size"], data["crop_ratio"])
     chosen = spread_over_classes(queries.labels, NUM_MAPPED_IMAGES)
-    pictures = [crop(queries.labelled.pictures[int(row)]) for row in queries.rows[chosen]]
-    images = torch.stack([Normalized(**subject.augmentation)(picture) for picture in pictures])  # (N, 3, S, S)
+    thumbnails = [crop(queries.labelled.images[int(row)]) for row in queries.rows[chosen]]
+    batch = torch.stack([Normalized(**subject.augmentation)(image) for image in thumbnails])  # (N, 3, S, S)
     with torch.autocast(device.type, enabled=False):
-        maps: list[Any] = subject.encoder.backbone.feature_maps(images.to(device))[-2:]
+        maps: list[Any] = subject.encoder.backbone.feature_maps(batch.to(device))[-2:]
     columns = {}
     for name, values in zip(("the map before it", "last map"), maps, strict=True):
         height, width = values.shape[2:]
         columns[f"{name}, {height} x {width}"] = principal_colors(values.float().cpu().numpy())
-    return feature_maps_picture(pictures, dict(reversed(columns.items())))
+    return feature_maps_plot(thumbnails, dict(reversed(columns.items())))

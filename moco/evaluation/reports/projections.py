@@ -34,7 +34,7 @@ def laid_out(features: np.ndarray, name: str) -> np.ndarray:
     spread = rows[:, 0].std()
     if spread < SAME:
         return rows[:, :2]
-    # A start that follows the data gives the same picture each time; t-SNE needs it small.
+    # A start that follows the data gives the same image each time; t-SNE needs it small.
     start = rows[:, :2] / spread * 1e-4
     if name == "umap":
         from umap import UMAP

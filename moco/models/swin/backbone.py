@@ -155,8 +155,8 @@ class Swin(swin_transformer.SwinTransformer):
 
         Args:
             images: (N, 3, H, W), of any height and width.
-            size: (height, width) of the pictures, px, at the top left of the canvas (H, W); what lies beyond does not
-                matter. None: the pictures fill it.
+            size: (height, width) of the images, px, at the top left of the canvas (H, W); what lies beyond does not
+                matter. None: the images fill it.
 
         Raises:
             ValueError: `size` is larger than the canvas.
@@ -302,7 +302,7 @@ class WindowSuggestion:
 def suggest_window(
     image_size: int, pretrained_window_size: int, pretrained_image_size: int | None = None, patch_size: int = 4
 ) -> WindowSuggestion:
-    """The window that sees as much of the picture as the pretraining window did, with the least padding nearby.
+    """The window that sees as much of the image as the pretraining window did, with the least padding nearby.
 
     Args:
         image_size: side of the new images, px.

@@ -33,7 +33,7 @@ SIZE = torch.tensor([[90, 120]])
 
 
 @pytest.fixture
-def picture(generator):
+def image(generator):
     return COMPARE.photograph(generator, 90, 120)
 
 
@@ -76,17 +76,17 @@ def test_view_has_the_official_operations_in_the_official_order(recipe):
 
 
 @pytest.mark.parametrize("recipe", OFFICIAL)
-def test_both_engines_make_the_official_view_within_rounding(recipe, picture):
+def test_both_engines_make_the_official_view_within_rounding(recipe, image):
     name, side = recipe.split()
     view = View(pair(name)[side], 64, "augmentation")
     drawn = view.drawn(0, 0, torch.arange(40), 0, SIZE.expand(40, 2))
-    images = torch.from_numpy(picture.transpose(2, 0, 1).copy()).expand(40, -1, -1, -1) / 255
+    images = torch.from_numpy(image.transpose(2, 0, 1).copy()).expand(40, -1, -1, -1) / 255
     in_batch = (view.on_batch(images, drawn) * 255).permute(0, 2, 3, 1).numpy()
     different = set()
     for row in range(40):
         numbers = COMPARE.row_of(drawn, row)
-        theirs = np.asarray(COMPARE.official_view(view, Image.fromarray(picture), numbers)).astype(float)
-        ours = view.on_picture(picture, [{name: values.numpy() for name, values in step.items()} for step in numbers])
+        theirs = np.asarray(COMPARE.official_view(view, Image.fromarray(image), numbers)).astype(float)
+        ours = view.on_image(image, [{name: values.numpy() for name, values in step.items()} for step in numbers])
         solarized = any(step.name == "solarize" and n["applied"] for step, n in zip(view.steps, numbers, strict=True))
         for engine in (ours, in_batch[row]):
             # In grey levels of 256. A value beside the threshold may be inverted by one engine and not by the other.
@@ -97,32 +97,32 @@ def test_both_engines_make_the_official_view_within_rounding(recipe, picture):
     assert len(different) == 40
 
 
-def worker(operation, picture, drawn):
-    return operation.on_picture(picture, {name: values[0].numpy() for name, values in drawn.items()})
+def worker(operation, image, drawn):
+    return operation.on_image(image, {name: values[0].numpy() for name, values in drawn.items()})
 
 
-def batch(operation, picture, drawn):
-    images = torch.from_numpy(picture.transpose(2, 0, 1).copy())[None] / 255
+def batch(operation, image, drawn):
+    images = torch.from_numpy(image.transpose(2, 0, 1).copy())[None] / 255
     return (operation.on_batch(images, drawn)[0] * 255).permute(1, 2, 0).numpy()
 
 
 @pytest.mark.parametrize("box", [(0, 0, 90, 120), (10, 30, 71, 53), (5, 2, 20, 30), (40, 50, 1, 1), (3, 0, 64, 64)])
-def test_crop_equals_pillows_bilinear_resize(box, picture):
-    theirs = np.asarray(official.resized_crop(Image.fromarray(picture), *box, [64, 64])).astype(float)
+def test_crop_equals_pillows_bilinear_resize(box, image):
+    theirs = np.asarray(official.resized_crop(Image.fromarray(image), *box, [64, 64])).astype(float)
     drawn = {"box": torch.tensor([box]), "size": SIZE}
     operation = RandomResizedCrop(64, [0.2, 1.0])
-    assert np.abs(worker(operation, picture, drawn) - theirs).max() <= 1
-    assert np.abs(batch(operation, picture, drawn) - theirs).max() <= 1
+    assert np.abs(worker(operation, image, drawn) - theirs).max() <= 1
+    assert np.abs(batch(operation, image, drawn) - theirs).max() <= 1
 
 
-def test_crop_of_a_picture_decoded_to_half_its_size_shows_the_same(picture):
+def test_crop_of_an_image_decoded_to_half_its_size_shows_the_same(image):
     drawn = {"box": torch.tensor([[21, 31, 59, 71]]), "size": SIZE}
-    half = np.asarray(Image.fromarray(picture).reduce(2))
+    half = np.asarray(Image.fromarray(image).reduce(2))
     operation = RandomResizedCrop(24, [0.2, 1.0])
     numbers = {name: values[0].numpy() for name, values in drawn.items()}
     whole, reduced = (
-        operation.on_picture(source, numbers | {"reduction": reduction}).astype(float)
-        for source, reduction in ((picture, 1), (half, 2))
+        operation.on_image(source, numbers | {"reduction": reduction}).astype(float)
+        for source, reduction in ((image, 1), (half, 2))
     )
     in_whole_pixels = resized_crop(half, (10, 16, 30, 35), 24).astype(float)
     assert np.abs(whole - reduced).mean() < 0.5 * np.abs(whole - in_whole_pixels).mean()
@@ -167,17 +167,17 @@ def jittered(factors, order):
     ("step", "factor", "tolerance"),
     [(0, 0.6, 0), (0, 1.4, 0), (1, 0.6, 1), (1, 1.4, 1), (2, 0.6, 2), (2, 1.4, 2), (3, 0.1, 13), (3, -0.1, 13), (3, 0.0, 13)],
 )  # fmt: skip
-def test_color_steps_equal_pillows_within_rounding(step, factor, tolerance, picture):
+def test_color_steps_equal_pillows_within_rounding(step, factor, tolerance, image):
     jitter = ColorJitter(*(0.4 if number == step else 0 for number in range(4)))
     factors = [1.0, 1.0, 1.0, 0.0]
     factors[step] = factor
     drawn = jittered(factors, [step, *(number for number in range(4) if number != step)])
-    theirs = np.asarray(COMPARE.COLOR_STEPS[step](Image.fromarray(picture), factor)).astype(float)
-    difference = np.abs(worker(jitter, picture, drawn) - theirs)
+    theirs = np.asarray(COMPARE.COLOR_STEPS[step](Image.fromarray(image), factor)).astype(float)
+    difference = np.abs(worker(jitter, image, drawn) - theirs)
     assert difference.max() <= tolerance
     assert difference.mean() <= 1
     # Pillow and torchvision cut the fraction off, the batch engine keeps it; Pillow's hue has 256 steps a turn.
-    difference = np.abs(batch(jitter, picture, drawn) - theirs)
+    difference = np.abs(batch(jitter, image, drawn) - theirs)
     assert difference.max() <= max(tolerance, 1.5)
     assert difference.mean() <= (1.7 if step == 3 else 1)
 
@@ -205,8 +205,8 @@ def test_batch_hue_of_grey_black_and_white_stays():
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 1, 0, 3], [1, 3, 0, 2]])
-def test_linear_jitter_without_hue_equals_the_steps_where_nothing_is_cut_off(order, picture):
-    pale = (96 + picture * 0.25).astype(np.uint8)  # far from black and white
+def test_linear_jitter_without_hue_equals_the_steps_where_nothing_is_cut_off(order, image):
+    pale = (96 + image * 0.25).astype(np.uint8)  # far from black and white
     factors = torch.tensor([[1.2, 0.7, 1.3, 0.0], [0.8, 1.3, 0.6, 0.0]], dtype=torch.float64)
     drawn = {"factors": factors, "order": torch.tensor([order, order[::-1]])}
     images = torch.from_numpy(pale.transpose(2, 0, 1).copy()).expand(2, -1, -1, -1) / 255
@@ -214,7 +214,7 @@ def test_linear_jitter_without_hue_equals_the_steps_where_nothing_is_cut_off(ord
     in_batch = linear.on_batch(images, drawn)
     torch.testing.assert_close(in_batch, exact.on_batch(images, drawn), atol=1e-5, rtol=0)
     for row in range(2):
-        one = linear.on_picture(pale, {name: values[row].numpy() for name, values in drawn.items()})
+        one = linear.on_image(pale, {name: values[row].numpy() for name, values in drawn.items()})
         assert np.abs(one - in_batch[row].permute(1, 2, 0).numpy() * 255).max() <= 1.5
 
 
@@ -231,34 +231,34 @@ def test_linear_hue_turns_as_hsv_does_and_keeps_grey_and_luma():
 STRONG = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
 
 
-def test_linear_jitter_is_the_same_in_both_engines_whatever_is_cut_off(picture):
+def test_linear_jitter_is_the_same_in_both_engines_whatever_is_cut_off(image):
     view = View({"random_resized_crop": {"scale": [0.2, 1]}, "color_jitter": STRONG | {"linear": True}}, 64, "x")
     drawn = view.drawn(0, 0, torch.arange(20), 0, SIZE.expand(20, 2))[1]
-    images = torch.from_numpy(picture.transpose(2, 0, 1).copy()).expand(20, -1, -1, -1) / 255
+    images = torch.from_numpy(image.transpose(2, 0, 1).copy()).expand(20, -1, -1, -1) / 255
     jitter = view.steps[1].operation
     in_batch = (jitter.on_batch(images, drawn) * 255).permute(0, 2, 3, 1).numpy()
     for row in range(20):
-        one = jitter.on_picture(picture, {name: values[row].numpy() for name, values in drawn.items()})
+        one = jitter.on_image(image, {name: values[row].numpy() for name, values in drawn.items()})
         assert np.abs(one - in_batch[row]).max() <= 2
 
 
-def test_a_crop_without_antialiasing_equals_torchvisions_on_tensors(picture):
-    images = torch.from_numpy(picture.transpose(2, 0, 1).copy())[None] / 255
+def test_a_crop_without_antialiasing_equals_torchvisions_on_tensors(image):
+    images = torch.from_numpy(image.transpose(2, 0, 1).copy())[None] / 255
     box = (3, 5, 80, 100)
     theirs = official.resized_crop(images, *box, [32, 32], antialias=False)
     drawn = {"box": torch.tensor([box]), "size": SIZE}
     operation = RandomResizedCrop(32, [0.2, 1.0], antialias=False)
     torch.testing.assert_close(operation.on_batch(images, drawn), theirs, atol=1e-5, rtol=0)
-    assert np.abs(worker(operation, picture, drawn) - theirs[0].permute(1, 2, 0).numpy() * 255).max() <= 1
+    assert np.abs(worker(operation, image, drawn) - theirs[0].permute(1, 2, 0).numpy() * 255).max() <= 1
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.1, 0.5, 1.0, 2.0])
-def test_both_blurs_equal_a_gaussian_summed_up_pixel_by_pixel(sigma, picture):
+def test_both_blurs_equal_a_gaussian_summed_up_pixel_by_pixel(sigma, image):
     radius = max(1, math.ceil(3 * sigma))
     offsets = np.arange(-radius, radius + 1)
     kernel = np.exp(-(offsets**2) / (2 * max(sigma, 1e-3) ** 2))
     kernel /= kernel.sum()
-    expected = picture.astype(float)
+    expected = image.astype(float)
     for axis in (0, 1):
         width = [(0, 0)] * 3
         width[axis] = (radius, radius)
@@ -271,8 +271,8 @@ def test_both_blurs_equal_a_gaussian_summed_up_pixel_by_pixel(sigma, picture):
         View({"random_resized_crop": {"scale": [1, 1]}, "gaussian_blur": {"sigma": [0, 2]}}, 8, "x").steps[1].operation
     )
     drawn = {"sigma": torch.tensor([sigma], dtype=torch.float64)}
-    assert np.abs(worker(operation, picture, drawn) - expected).max() <= 1
-    assert np.abs(batch(operation, picture, drawn) - expected).max() < 0.01
+    assert np.abs(worker(operation, image, drawn) - expected).max() <= 1
+    assert np.abs(batch(operation, image, drawn) - expected).max() < 0.01
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_affine_equals_torchvisions(angle, shift, shear):
         torch.tensor([shear], dtype=torch.float64),
     )
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    turned = RandomAffine(30).on_picture(
+    turned = RandomAffine(30).on_image(
         (images[0] * 255).byte().permute(1, 2, 0).numpy(),
         {"angle": np.float64(angle), "shift": np.array(shift, dtype=float), "shear": np.float64(shear)},
     )
@@ -297,12 +297,12 @@ def test_affine_equals_torchvisions(angle, shift, shear):
 
 
 @pytest.mark.parametrize("name", ["horizontal_flip", "grayscale", "solarize"])
-def test_operations_without_numbers_equal_torchvisions(name, picture):
+def test_operations_without_numbers_equal_torchvisions(name, image):
     view = View({"random_resized_crop": {"scale": [1, 1]}, name: {}}, 8, "x")
     step = view.steps[1]
-    theirs = np.asarray(COMPARE.official_step(step, Image.fromarray(picture), {})).astype(float)
-    assert np.abs(step.operation.on_picture(picture, {}) - theirs).max() <= 1
-    assert np.abs(batch(step.operation, picture, {}) - theirs).max() <= 1
+    theirs = np.asarray(COMPARE.official_step(step, Image.fromarray(image), {})).astype(float)
+    assert np.abs(step.operation.on_image(image, {}) - theirs).max() <= 1
+    assert np.abs(batch(step.operation, image, {}) - theirs).max() <= 1
 
 
 MANY = 20_000
@@ -314,8 +314,8 @@ def test_draws_are_distributed_as_torchvisions():
     random.seed(1)
     view = View(pair("moco_v2")["query"], 64, "x")
     crop, jitter, gray, blur, flip = view.drawn(0, 0, torch.arange(MANY), 0, SIZE.expand(MANY, 2))
-    picture = torch.zeros(3, *SIZE[0].tolist())
-    theirs = torch.tensor([v1.RandomResizedCrop.get_params(picture, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(MANY)])
+    image = torch.zeros(3, *SIZE[0].tolist())
+    theirs = torch.tensor([v1.RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(MANY)])
     expect_same_moments(crop["box"], theirs)
     areas = (crop["box"][:, 2] * crop["box"][:, 3], theirs[:, 2] * theirs[:, 3])
     expect_same_moments(*(area[:, None] for area in areas))
@@ -411,11 +411,11 @@ def test_mistakes_in_a_pair_name_the_key(operations, message):
         ({"grayscale": {"probability": 0.0}}, False),
     ],
 )
-def test_operations_do_what_their_names_say(operation, changed, picture):
+def test_operations_do_what_their_names_say(operation, changed, image):
     plain = {"random_resized_crop": {"scale": [1.0, 1.0], "ratio": [4 / 3, 4 / 3]}}
     results = []
     for operations in (plain, plain | operation):
         view = View(operations, 60, "x")
         numbers = COMPARE.row_of(view.drawn(0, 0, torch.tensor([0]), 0, SIZE), 0)
-        results.append(view.on_picture(picture, [{name: n.numpy() for name, n in drawn.items()} for drawn in numbers]))
+        results.append(view.on_image(image, [{name: n.numpy() for name, n in drawn.items()} for drawn in numbers]))
     assert (not np.array_equal(*results)) == changed

@@ -19,7 +19,7 @@ def test_the_hash_is_splitmix64():
     assert [number % 2**64 for number in mixed(state).tolist()] == published
 
 
-def test_numbers_of_a_picture_do_not_depend_on_the_others():
+def test_numbers_of_an_image_do_not_depend_on_the_others():
     together = uniforms(1, 2, torch.arange(100), 0, 30)
     apart = torch.cat([uniforms(1, 2, torch.tensor([index]), 0, 30) for index in range(100)])
     assert torch.equal(together, apart)
@@ -31,9 +31,9 @@ def test_numbers_are_uniform_and_unrelated():
     assert numbers.min() >= 0
     assert numbers.max() < 1
     assert stats.kstest(numbers.ravel(), "uniform").pvalue > 1e-3
-    # Neighbours in every direction: pictures, draws, epochs, views, seeds.
+    # Neighbours in every direction: images, draws, epochs, views, seeds.
     others = {
-        "picture": (numbers[:-1], numbers[1:]),
+        "image": (numbers[:-1], numbers[1:]),
         "draw": (numbers[:, :-1], numbers[:, 1:]),
         "epoch": (numbers, uniforms(0, 1, torch.arange(4000), 0, 25).numpy()),
         "view": (numbers, uniforms(0, 0, torch.arange(4000), 1, 25).numpy()),
@@ -43,7 +43,7 @@ def test_numbers_are_uniform_and_unrelated():
         assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 4 / np.sqrt(one.size), name
 
 
-def test_no_two_pictures_share_their_numbers():
+def test_no_two_images_share_their_numbers():
     numbers = torch.cat([uniforms(7, epoch, torch.arange(20_000), view, 1) for epoch in range(3) for view in range(2)])
     assert len(numbers.unique()) == numbers.numel()
 

@@ -50,7 +50,7 @@ def test_numbers_that_contradict_each_other_are_named(numbers, message):
 
 
 @pytest.mark.parametrize("engine", ["worker", "batch"])
-def test_small_views_are_the_whole_pictures_shrunk(engine, generator):
+def test_small_views_are_the_whole_images_shrunk(engine, generator):
     coarse = torch.from_numpy(generator.random((6, 3, 8, 8), dtype=np.float32))
     images = (interpolate(coarse, size=32, mode="bicubic").clamp(0, 1) * 255).round().to(torch.uint8)
     pair = ViewPair(PLAIN, PLAIN, [0.0] * 3, [1.0] * 3, 32, 0, engine, ResolutionRamp(32, 8, 8, 3))
@@ -62,25 +62,25 @@ def test_small_views_are_the_whole_pictures_shrunk(engine, generator):
 
 
 def views_by(engine, pair, images, epoch):
-    """Both views of pictures in memory, (N, 3, S, S), as the engine makes them."""
+    """Both views of images in memory, (N, 3, S, S), as the engine makes them."""
     indices = torch.arange(len(images))
     if engine == "batch":
         return pair.on_batch(images, epoch, indices)
     arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
-    pictures = [SimpleNamespace(size=array.shape[:2], pixels=lambda _, array=array: array) for array in arrays]
+    encoded = [SimpleNamespace(size=array.shape[:2], pixels=lambda _, array=array: array) for array in arrays]
     views = pair.empty_views(len(images), epoch)
-    assert pair.on_pictures(pictures, epoch, indices, views) == []
+    assert pair.on_images(encoded, epoch, indices, views) == []
     return pair.finished(views, epoch, indices)
 
 
-def test_a_picture_is_decoded_no_smaller_than_the_views_of_its_epoch_need():
+def test_an_image_is_decoded_no_smaller_than_the_views_of_its_epoch_need():
     pair = ViewPair(PLAIN, PLAIN, [0.0] * 3, [1.0] * 3, 64, 0, ramp=ResolutionRamp(64, 16, 48, 1))
     asked = []
-    picture = SimpleNamespace(
+    image = SimpleNamespace(
         size=(128, 128), pixels=lambda by: asked.append(by) or np.zeros((128 // by,) * 2 + (3,), "u1")
     )
     for epoch in (0, 1):
-        pair.on_pictures([picture], epoch, torch.tensor([0]), pair.empty_views(1, epoch))
+        pair.on_images([image], epoch, torch.tensor([0]), pair.empty_views(1, epoch))
     assert asked == [8, 2]
 
 
@@ -100,15 +100,15 @@ def test_loaders_and_their_processes_follow_the_epoch_also_after_a_resume(runner
     whole = list(batches((1, 2)))
     half = len(whole) // 2
     assert [query.shape[-1] for query, _ in whole] == [12] * half + [16] * half
-    resumed = list(batches((1, 2), {"epoch": 1, "pictures": 32 * (half - 1)}))
+    resumed = list(batches((1, 2), {"epoch": 1, "images": 32 * (half - 1)}))
     assert len(resumed) == half + 1
     for ours, theirs in zip(resumed, whole[half - 1 :], strict=True):
         torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), atol=0, rtol=0)
 
 
-def test_the_preview_and_the_first_picture_of_a_run_show_the_first_epoch(runner):
+def test_the_preview_and_the_first_image_of_a_run_show_the_first_epoch(runner):
     data = build_data(runner.config(*RAMP))
-    assert [view.shape for view in data.pairs(data.first_pictures(3))] == [(3, 3, 8, 8)] * 2
+    assert [view.shape for view in data.pairs(data.first_images(3))] == [(3, 3, 8, 8)] * 2
 
 
 def test_training_goes_through_all_sizes_and_is_evaluated_at_the_full_one(runner):

@@ -11,7 +11,7 @@ from moco.errors import InputError
 
 
 class Plain:
-    """A picture that is decoded already; it notes by how much it was asked to be smaller."""
+    """An image that is decoded already; it notes by how much it was asked to be smaller."""
 
     def __init__(self, array):
         self.array = array
@@ -34,7 +34,7 @@ def view_pair(name="moco_v2", image_size=32, seed=0, engine="worker"):
 
 
 @pytest.fixture
-def pictures(generator):
+def images(generator):
     """Of several sizes, smooth enough that an error of half a pixel does not count."""
     sizes = [(90, 120), (64, 64), (33, 200), (48, 40), (70, 71)]
     small = [generator.integers(0, 256, (6, 8, 3), dtype=np.uint8) for _ in sizes]
@@ -44,17 +44,17 @@ def pictures(generator):
     ]
 
 
-def made(augment, pictures, epoch=0, indices=None):
-    indices = torch.arange(len(pictures)) if indices is None else torch.tensor(indices)
-    views = augment.empty_views(len(pictures))
-    failed = augment.on_pictures([Plain(picture) for picture in pictures], epoch, indices, views)
+def made(augment, images, epoch=0, indices=None):
+    indices = torch.arange(len(images)) if indices is None else torch.tensor(indices)
+    views = augment.empty_views(len(images))
+    failed = augment.on_images([Plain(image) for image in images], epoch, indices, views)
     assert failed == []
     return torch.stack(augment.finished(views, epoch, indices))
 
 
 @pytest.mark.parametrize("name", ["moco_v1", "moco_v2", "byol", "moby", "cifar", "digits"])
-def test_both_engines_make_the_same_pairs_within_rounding(name, pictures):
-    many = pictures * 20
+def test_both_engines_make_the_same_pairs_within_rounding(name, images):
+    many = images * 20
     pairs = [made(view_pair(name, engine=engine), many) for engine in ("worker", "batch")]
     std = torch.tensor(settings(name)["std"]).view(1, 1, 3, 1, 1)
     difference = ((pairs[0] - pairs[1]) * std * 255).abs()  # grey levels of 256
@@ -74,15 +74,15 @@ def test_in_memory_the_device_takes_every_step_as_workers_would(generator):
 
 
 @pytest.mark.parametrize("engine", ["worker", "batch"])
-def test_draws_depend_on_seed_epoch_index_and_view_alone(engine, pictures):
-    picture = pictures[0]
-    first = made(view_pair(engine=engine), [picture], 3, [5])
-    among_others = made(view_pair(engine=engine), [*pictures, picture], 3, [0, 1, 2, 3, 4, 5])
+def test_draws_depend_on_seed_epoch_index_and_view_alone(engine, images):
+    image = images[0]
+    first = made(view_pair(engine=engine), [image], 3, [5])
+    among_others = made(view_pair(engine=engine), [*images, image], 3, [0, 1, 2, 3, 4, 5])
     torch.testing.assert_close(first[:, 0], among_others[:, 5], atol=1e-6, rtol=0)
     others = [
-        made(view_pair(engine=engine), [picture], 3, [6]),
-        made(view_pair(engine=engine), [picture], 4, [5]),
-        made(view_pair(engine=engine, seed=1), [picture], 3, [5]),
+        made(view_pair(engine=engine), [image], 3, [6]),
+        made(view_pair(engine=engine), [image], 4, [5]),
+        made(view_pair(engine=engine, seed=1), [image], 3, [5]),
     ]
     views = [first[0], first[1], *(other[0] for other in others)]
     assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
@@ -97,25 +97,25 @@ def test_pieces_of_a_batch_are_put_together_in_order(monkeypatch, generator):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 
-def test_a_picture_is_decoded_no_smaller_than_its_crops_need():
+def test_an_image_is_decoded_no_smaller_than_its_crops_need():
     augment = view_pair(image_size=64)
     many = [Plain(np.zeros((side, side, 3), np.uint8)) for side in (64, 200, 400, 1100, 2500)]
     indices = torch.arange(5)
-    augment.on_pictures(many, 0, indices, augment.empty_views(5))
+    augment.on_images(many, 0, indices, augment.empty_views(5))
     boxes = [view[0]["box"][:, 2:].amin(1) for view in augment.drawn(0, indices, torch.tensor([p.size for p in many]))]
     shortest = torch.stack(boxes).amin(0).tolist()
-    for picture, side in zip(many, shortest, strict=True):
-        assert picture.reduction == 1 or side / picture.reduction >= 64
-        assert picture.reduction == 8 or side / (2 * picture.reduction) < 64
-    assert {picture.reduction for picture in many} >= {1, 8}
+    for image, side in zip(many, shortest, strict=True):
+        assert image.reduction == 1 or side / image.reduction >= 64
+        assert image.reduction == 8 or side / (2 * image.reduction) < 64
+    assert {image.reduction for image in many} >= {1, 8}
 
 
-def test_a_picture_is_decoded_whole_where_an_operation_comes_before_the_crop():
+def test_an_image_is_decoded_whole_where_an_operation_comes_before_the_crop():
     operations = {"gaussian_blur": {"sigma": [1, 1]}, "random_resized_crop": {"scale": [0.9, 1.0]}}
     augment = ViewPair(operations, operations, [0.5] * 3, [0.5] * 3, 16, 0)
-    picture = Plain(np.zeros((300, 300, 3), np.uint8))
-    augment.on_pictures([picture], 0, torch.tensor([0]), augment.empty_views(1))
-    assert picture.reduction == 1
+    image = Plain(np.zeros((300, 300, 3), np.uint8))
+    augment.on_images([image], 0, torch.tensor([0]), augment.empty_views(1))
+    assert image.reduction == 1
 
 
 def test_pixels_in_memory_become_rgb(generator):
@@ -128,21 +128,21 @@ def test_pixels_in_memory_become_rgb(generator):
     assert (transparent == 255).all()
 
 
-def test_normalisation_equals_to_tensor_and_normalize(pictures):
-    config, picture = settings("cifar"), Image.fromarray(pictures[0])
+def test_normalisation_equals_to_tensor_and_normalize(images):
+    config, image = settings("cifar"), Image.fromarray(images[0])
     official = v1.Compose([v1.CenterCrop(90), v1.ToTensor(), v1.Normalize(config["mean"], config["std"])])
     view = build_evaluation_view(90, 1.0, config["mean"], config["std"])
-    torch.testing.assert_close(view(picture), official(picture))
+    torch.testing.assert_close(view(image), official(image))
     augment = view_pair("cifar")
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     uncropped = v1.Compose([v1.ToTensor(), v1.Normalize(config["mean"], config["std"])])
-    torch.testing.assert_close(augment.normalized(pixels)[0], uncropped(picture))
+    torch.testing.assert_close(augment.normalized(pixels)[0], uncropped(image))
 
 
-def test_evaluation_view_is_the_official_resize_and_centre_crop(pictures):
+def test_evaluation_view_is_the_official_resize_and_centre_crop(images):
     ours = build_evaluation_view(56, 0.875, [0.5] * 3, [0.5] * 3)
     official = v1.Compose([v1.Resize(64), v1.CenterCrop(56), v1.ToTensor(), v1.Normalize([0.5] * 3, [0.5] * 3)])
-    torch.testing.assert_close(ours(Image.fromarray(pictures[0])), official(Image.fromarray(pictures[0])))
+    torch.testing.assert_close(ours(Image.fromarray(images[0])), official(Image.fromarray(images[0])))
 
 
 @pytest.mark.parametrize(("mean", "std"), [([0.5], [0.5] * 3), ([0.5] * 3, [0.5, 0, 0.5])])

@@ -1,4 +1,4 @@
-"""A run on a tree a fifth of which is damaged: it goes on, and its list of unreadable pictures is exact."""
+"""A run on a tree a fifth of which is damaged: it goes on, and its list of unreadable images is exact."""
 
 import io
 import json
@@ -15,13 +15,13 @@ from tests.conftest import run_program
 from tests.data.files.test_hostile_images import ODD_NAMES, png_that_claims
 
 
-def encoded(picture, file_format, **options):
+def encoded(image, file_format, **options):
     with io.BytesIO() as file:
-        picture.save(file, file_format, **options)
+        image.save(file, file_format, **options)
         return file.getvalue()
 
 
-def small_picture(generator, width=24, height=20):
+def small_image(generator, width=24, height=20):
     """Smooth, so that a damaged JPEG is not always noise."""
     coarse = Image.fromarray(generator.integers(0, 256, (3, 3, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
@@ -32,61 +32,59 @@ def some_format(generator):
 
 
 def truncated(generator):
-    content = encoded(small_picture(generator), some_format(generator))
+    content = encoded(small_image(generator), some_format(generator))
     return content[: generator.integers(1, len(content))]
 
 
 def flipped(generator):
-    content = bytearray(encoded(small_picture(generator), some_format(generator)))
+    content = bytearray(encoded(small_image(generator), some_format(generator)))
     for place in generator.integers(0, len(content), generator.integers(1, 20)):
         content[place] ^= generator.integers(1, 256)
     return bytes(content)
 
 
 def animated(generator):
-    frames = [small_picture(generator) for _ in range(3)]
+    frames = [small_image(generator) for _ in range(3)]
     return encoded(frames[0], ("GIF", "WEBP", "PNG")[generator.integers(3)], save_all=True, append_images=frames[1:])
 
 
 def sixteen_bit(generator):
-    picture = Image.fromarray(generator.integers(0, 65536, (20, 24), dtype=np.uint16))
-    return encoded(picture, ("PNG", "TIFF")[generator.integers(2)])
+    image = Image.fromarray(generator.integers(0, 65536, (20, 24), dtype=np.uint16))
+    return encoded(image, ("PNG", "TIFF")[generator.integers(2)])
 
 
-MAX_IMAGE_PIXELS = 1000  # the sound pictures have 480
+MAX_IMAGE_PIXELS = 1000  # the sound images have 480
 
 DAMAGE = {
     "truncated": truncated,
     "flipped": flipped,
     "empty": lambda _: b"",
-    "wrong_extension": lambda generator: encoded(small_picture(generator), "PNG"),
+    "wrong_extension": lambda generator: encoded(small_image(generator), "PNG"),
     "html": lambda _: b"<!DOCTYPE html><html><body><h1>404 Not Found</h1></body></html>",
-    "large": lambda generator: encoded(small_picture(generator, 40, 40), "JPEG"),
+    "large": lambda generator: encoded(small_image(generator, 40, 40), "JPEG"),
     "bomb": lambda generator: png_that_claims(int(generator.integers(20_000, 10**6)), 20_000),
     "animated": animated,
-    "cmyk": lambda generator: encoded(
-        small_picture(generator).convert("CMYK"), ("JPEG", "TIFF")[generator.integers(2)]
-    ),
+    "cmyk": lambda generator: encoded(small_image(generator).convert("CMYK"), ("JPEG", "TIFF")[generator.integers(2)]),
     "sixteen_bit": sixteen_bit,
 }
 
 
-def make_tree(root, num_pictures, num_damaged, seed=0):
-    """Pictures of 24 x 20 px in ten folders, the damaged ones among them; all are called .jpg, or as oddly as can be."""
+def make_tree(root, num_images, num_damaged, seed=0):
+    """Images of 24 x 20 px in ten folders, the damaged ones among them; all are called .jpg, or as oddly as can be."""
     generator = np.random.default_rng(seed)
-    damaged = set(generator.choice(num_pictures, num_damaged, replace=False).tolist())
+    damaged = set(generator.choice(num_images, num_damaged, replace=False).tolist())
     kinds = list(DAMAGE)
-    for number in range(num_pictures):
+    for number in range(num_images):
         folder = root / f"{number % 10}"
         folder.mkdir(parents=True, exist_ok=True)
         if number in damaged:
             kind = kinds[number % len(kinds)]
             content, name = DAMAGE[kind](generator), f"{number}_{kind}.jpg"
         else:
-            content, name = encoded(small_picture(generator), "JPEG"), f"{number}.jpg"
+            content, name = encoded(small_image(generator), "JPEG"), f"{number}.jpg"
         (folder / name).write_bytes(content)
     for name in ODD_NAMES:
-        (root / "0" / name).write_bytes(b"no picture")
+        (root / "0" / name).write_bytes(b"no image")
     (root / "1" / "up").symlink_to(root)
     os.mkfifo(root / "2" / "pipe.png")
 
@@ -96,20 +94,20 @@ def is_readable(path):
     if not os.path.isfile(path):
         return False
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
+        with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
-            picture.load()
-            return picture.width * picture.height <= MAX_IMAGE_PIXELS
+            image.load()
+            return image.width * image.height <= MAX_IMAGE_PIXELS
     except Exception:
         return False
 
 
-def run_on_a_damaged_tree(folder, num_pictures, num_damaged, batch_size, *arguments):
-    """The finished program, and what Pillow cannot read; every picture is in a batch of every epoch."""
-    make_tree(folder / "tree", num_pictures - len(ODD_NAMES) - 1, num_damaged)
+def run_on_a_damaged_tree(folder, num_images, num_damaged, batch_size, *arguments):
+    """The finished program, and what Pillow cannot read; every image is in a batch of every epoch."""
+    make_tree(folder / "tree", num_images - len(ODD_NAMES) - 1, num_damaged)
     paths = [os.path.join(top, name) for top, _, names in os.walk(folder / "tree") for name in names]
-    assert len(paths) == num_pictures
-    assert num_pictures % batch_size == 0
+    assert len(paths) == num_images
+    assert num_images % batch_size == 0
     done = run_program(
         "moco.train", "data=images", f"data.root={folder / 'tree'}", "backbone=resnet_tiny", "augmentation=cifar",
         "method.queue_size=500", "data.image_size=32", f"data.batch_size={batch_size}", "data.max_bad_fraction=0.5", f"data.max_image_pixels={MAX_IMAGE_PIXELS}",
@@ -123,21 +121,21 @@ def run_on_a_damaged_tree(folder, num_pictures, num_damaged, batch_size, *argume
 def check(folder, done, expected):
     listed = [json.loads(line) for line in (folder / "run" / UNREADABLE).read_text().splitlines()]
     assert listed == expected
-    assert re.search(rf"unreadable pictures skipped +\S {len(expected)} ", done.stdout)
-    assert done.stdout.count("skipped an unreadable picture: ") == len(expected)
+    assert re.search(rf"unreadable images skipped +\S {len(expected)} ", done.stdout)
+    assert done.stdout.count("skipped an unreadable image: ") == len(expected)
     assert "Traceback" not in done.stdout + done.stderr
     assert "Logging error" not in done.stderr
 
 
-def test_training_goes_on_over_damaged_pictures_and_lists_each_once(tmp_path):
-    """Two epochs, pictures read in another process, a terminal that knows only ASCII."""
+def test_training_goes_on_over_damaged_images_and_lists_each_once(tmp_path):
+    """Two epochs, images read in another process, a terminal that knows only ASCII."""
     done, expected = run_on_a_damaged_tree(tmp_path, 250, 45, 50, "trainer.max_epochs=2", "data.num_workers=1")
     assert 25 < len(expected) < 50
     check(tmp_path, done, expected)
 
 
 @pytest.mark.slow
-def test_a_thousand_damaged_pictures_in_five_thousand(tmp_path):
+def test_a_thousand_damaged_images_in_five_thousand(tmp_path):
     done, expected = run_on_a_damaged_tree(tmp_path, 5000, 1000, 100, "trainer.max_epochs=1", "data.num_workers=2")
     assert 450 < len(expected) < 700
     check(tmp_path, done, expected)

@@ -8,25 +8,25 @@ import pytest
 from PIL import Image
 
 from moco.data.files.decoding import encoded, encoded_file, jpeg_pixels
-from moco.data.files.images import MAX_IMAGE_PIXELS, UnreadablePicture, to_rgb
-from moco.data.sources.registry import ArrayPictures, FilePictures, build_source
+from moco.data.files.images import MAX_IMAGE_PIXELS, UnreadableImage, to_rgb
+from moco.data.sources.registry import ArrayImages, FileImages, build_source
 
 
 def smooth(generator, height=125, width=166):
-    """A picture as a photograph is one: smooth, with a little of everything."""
+    """An image as a photograph is one: smooth, with a little of everything."""
     small = Image.fromarray(generator.integers(0, 256, (8, 10, 3), dtype=np.uint8))
     return Image.fromarray(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) // 2 + 60)
 
 
-def file_of(picture, file_format, **options):
+def file_of(image, file_format, **options):
     with io.BytesIO() as file:
-        picture.save(file, file_format, **options)
+        image.save(file, file_format, **options)
         return file.getvalue()
 
 
 def by_pillow(content):
-    with Image.open(io.BytesIO(content)) as picture:
-        return np.asarray(to_rgb(picture))
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(to_rgb(image))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -35,11 +35,11 @@ def by_pillow(content):
 )
 def test_jpegs_have_the_pixels_that_pillow_decodes(mode, options, generator):
     content = file_of(smooth(generator).convert(mode), "JPEG", **options)
-    picture = encoded(content, "x", MAX_IMAGE_PIXELS)
-    assert picture.size == (125, 166)
-    assert jpeg_pixels(content, picture.size, 1).flags.c_contiguous
-    assert (jpeg_pixels(content, picture.size, 1) == by_pillow(content)).all()
-    assert (picture.pixels() == by_pillow(content)).all()
+    image = encoded(content, "x", MAX_IMAGE_PIXELS)
+    assert image.size == (125, 166)
+    assert jpeg_pixels(content, image.size, 1).flags.c_contiguous
+    assert (jpeg_pixels(content, image.size, 1) == by_pillow(content)).all()
+    assert (image.pixels() == by_pillow(content)).all()
 
 
 @pytest.mark.parametrize("reduction", [2, 4, 8])
@@ -52,9 +52,9 @@ def test_a_pixel_of_a_reduced_jpeg_is_the_mean_of_a_block(reduction, height, wid
     whole = by_pillow(content)[: rows * reduction, : columns * reduction].astype(float)
     means = whole.reshape(rows, reduction, columns, reduction, 3).mean((1, 3))
     assert np.abs(pixels[:rows, :columns] - means).sum() <= 1.0 * means.size  # grey levels
-    with Image.open(io.BytesIO(content)) as picture:
-        picture.draft("RGB", pixels.shape[1::-1])  # Pillow's own way to the same scale
-        assert picture.size != pixels.shape[1::-1] or (np.asarray(picture) == pixels).all()
+    with Image.open(io.BytesIO(content)) as image:
+        image.draft("RGB", pixels.shape[1::-1])  # Pillow's own way to the same scale
+        assert image.size != pixels.shape[1::-1] or (np.asarray(image) == pixels).all()
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ def test_what_libjpeg_does_not_decode_is_read_by_pillow_and_never_reduced(mode, 
     else:
         source = smooth(generator, 12, 18).convert(mode)
     content = file_of(source, file_format, **options)
-    picture = encoded(content, "x", MAX_IMAGE_PIXELS)
-    assert picture.size == (12, 18)
+    image = encoded(content, "x", MAX_IMAGE_PIXELS)
+    assert image.size == (12, 18)
     for reduction in (1, 8):
-        pixels = picture.pixels(reduction)
+        pixels = image.pixels(reduction)
         assert pixels.flags.c_contiguous
         assert pixels.dtype == np.uint8
         assert (pixels == by_pillow(content)).all()
@@ -84,8 +84,8 @@ def test_what_libjpeg_does_not_decode_is_read_by_pillow_and_never_reduced(mode, 
 def test_the_way_up_that_a_camera_noted_is_left_alone_except_in_tiff(file_format, generator):
     notes = Image.Exif()
     notes[274] = 6  # Orientation: to be turned by a quarter
-    picture = encoded(file_of(smooth(generator, 12, 18), file_format, exif=notes), "x", MAX_IMAGE_PIXELS)
-    assert picture.size == picture.pixels().shape[:2] == (12, 18)
+    image = encoded(file_of(smooth(generator, 12, 18), file_format, exif=notes), "x", MAX_IMAGE_PIXELS)
+    assert image.size == image.pixels().shape[:2] == (12, 18)
     turned = encoded(file_of(smooth(generator, 12, 18), "TIFF", exif=notes), "x", MAX_IMAGE_PIXELS)
     assert turned.size == turned.pixels().shape[:2] == (18, 12)  # Pillow turns these itself
 
@@ -105,20 +105,20 @@ def damaged_jpegs(generator, count):
         yield bytes(content[: generator.integers(len(content))] if generator.random() < 0.2 else content)
 
 
-def test_of_damaged_jpegs_pillow_says_which_are_pictures_and_of_which_pixels(generator):
+def test_of_damaged_jpegs_pillow_says_which_are_images_and_of_which_pixels(generator):
     outcomes = set()
     for content in damaged_jpegs(generator, 600):
         try:
             expected = replace(encoded(content, "x", 10**6), is_jpeg=False).pixels()
-        except UnreadablePicture as error:
-            with pytest.raises(UnreadablePicture) as ours:
+        except UnreadableImage as error:
+            with pytest.raises(UnreadableImage) as ours:
                 encoded(content, "x", 10**6).pixels()
             assert str(ours.value) == str(error)  # noqa: PT017
             outcomes.add("unreadable")
         else:
-            picture = encoded(content, "x", 10**6)
-            assert (picture.pixels() == expected).all()
-            assert picture.size == expected.shape[:2]
+            image = encoded(content, "x", 10**6)
+            assert (image.pixels() == expected).all()
+            assert image.size == expected.shape[:2]
             outcomes.add("readable")
     assert outcomes == {"readable", "unreadable"}
 
@@ -132,12 +132,10 @@ def jpeg_that_claims(content, height, width):
 def test_the_limit_holds_before_a_jpeg_is_decoded(generator):
     content = file_of(smooth(generator), "JPEG")
     assert encoded(content, "x", 125 * 166).pixels().shape == (125, 166, 3)
-    with pytest.raises(
-        UnreadablePicture, match=r"^x: Image size \(20750 pixels\) exceeds data.max_image_pixels=20749$"
-    ):
+    with pytest.raises(UnreadableImage, match=r"^x: Image size \(20750 pixels\) exceeds data.max_image_pixels=20749$"):
         encoded(content, "x", 125 * 166 - 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UnreadablePicture, match="4294836225 pixels"):
+    with pytest.raises(UnreadableImage, match="4294836225 pixels"):
         encoded(jpeg_that_claims(content, 65535, 65535), "x", MAX_IMAGE_PIXELS)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 50_000  # kB
 
@@ -146,9 +144,9 @@ def test_a_file_in_memory_is_unreadable_with_the_words_of_one_on_disk(tmp_path, 
     for content in (b"", b"<html>", file_of(smooth(generator), "JPEG")[:900], file_of(smooth(generator), "PNG")[:900]):
         (tmp_path / "x.jpg").write_bytes(content)
         path = str(tmp_path / "x.jpg")
-        with pytest.raises(UnreadablePicture) as on_disk:
+        with pytest.raises(UnreadableImage) as on_disk:
             encoded(path, path, MAX_IMAGE_PIXELS).pixels()
-        with pytest.raises(UnreadablePicture) as in_memory:
+        with pytest.raises(UnreadableImage) as in_memory:
             encoded_file(path, path, MAX_IMAGE_PIXELS).pixels()
         assert str(in_memory.value) == str(on_disk.value)
 
@@ -156,8 +154,8 @@ def test_a_file_in_memory_is_unreadable_with_the_words_of_one_on_disk(tmp_path, 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     for name, message in (("pipe.jpg", "not a regular file"), ("nowhere.jpg", "No such file or directory")):
-        with pytest.raises(UnreadablePicture, match=rf"{name}: {message}$"):
-            FilePictures([str(tmp_path / name)]).opened(0)
+        with pytest.raises(UnreadableImage, match=rf"{name}: {message}$"):
+            FileImages([str(tmp_path / name)]).opened(0)
 
 
 def test_a_file_that_is_too_large_to_be_read_whole_is_read_by_pillow(tmp_path, monkeypatch, generator):
@@ -165,20 +163,20 @@ def test_a_file_that_is_too_large_to_be_read_whole_is_read_by_pillow(tmp_path, m
     content = file_of(smooth(generator), "JPEG")
     assert len(content) > 1000
     (tmp_path / "x.jpg").write_bytes(content)
-    picture = FilePictures([str(tmp_path / "x.jpg")]).opened(0)
-    assert isinstance(picture.source, str)
-    assert (picture.pixels(4) == by_pillow(content)).all()
+    image = FileImages([str(tmp_path / "x.jpg")]).opened(0)
+    assert isinstance(image.source, str)
+    assert (image.pixels(4) == by_pillow(content)).all()
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (3, 5, 7, 1), (3, 5, 7, 3), (3, 5, 7, 4)])
-def test_pictures_in_memory_are_handed_out_decoded(shape, generator):
-    pictures = ArrayPictures(generator.integers(0, 256, shape, dtype=np.uint8), "x")
-    picture = pictures.opened(1)
-    assert picture.size == (5, 7)
-    assert (picture.pixels(8) == np.asarray(pictures[1])).all()
-    assert picture.pixels().flags.c_contiguous
+def test_images_in_memory_are_handed_out_decoded(shape, generator):
+    images = ArrayImages(generator.integers(0, 256, shape, dtype=np.uint8), "x")
+    image = images.opened(1)
+    assert image.size == (5, 7)
+    assert (image.pixels(8) == np.asarray(images[1])).all()
+    assert image.pixels().flags.c_contiguous
     if shape[3:] == (3,):
-        assert np.shares_memory(picture.pixels(), pictures.tensor.numpy())  # not a copy
+        assert np.shares_memory(image.pixels(), images.tensor.numpy())  # not a copy
 
 
 def stack(path, colors, sizes=None):
@@ -186,7 +184,7 @@ def stack(path, colors, sizes=None):
     pages[0].save(path, save_all=True, append_images=pages[1:])
 
 
-def test_every_page_of_a_tiff_file_can_be_a_picture_of_its_own(tmp_path):
+def test_every_page_of_a_tiff_file_can_be_an_image_of_its_own(tmp_path):
     stack(tmp_path / "b.tif", ["red", "lime", "blue"], [(8, 6), (4, 4), (9, 2)])
     Image.new("RGB", (5, 5), "white").save(tmp_path / "a.tif")
     Image.new("RGB", (5, 5), "black").save(tmp_path / "c.png")
@@ -203,21 +201,21 @@ def test_every_page_of_a_tiff_file_can_be_a_picture_of_its_own(tmp_path):
 
 def test_a_page_that_is_too_large_or_gone_is_named(tmp_path):
     stack(tmp_path / "x.tif", ["red", "lime"], [(8, 6), (8, 7)])
-    pictures = build_source("images", str(tmp_path), pages="each", max_image_pixels=48).train
-    assert pictures[0].size == (8, 6)
-    with pytest.raises(UnreadablePicture, match=r"x.tif#2: Image size .56 pixels. exceeds data.max_image_pixels=48$"):
-        pictures.opened(1)
+    images = build_source("images", str(tmp_path), pages="each", max_image_pixels=48).train
+    assert images[0].size == (8, 6)
+    with pytest.raises(UnreadableImage, match=r"x.tif#2: Image size .56 pixels. exceeds data.max_image_pixels=48$"):
+        images.opened(1)
     stack(tmp_path / "x.tif", ["red"])
-    with pytest.raises(UnreadablePicture, match=r"x.tif#2: .*attempt to seek outside sequence"):
-        pictures.opened(1)
+    with pytest.raises(UnreadableImage, match=r"x.tif#2: .*attempt to seek outside sequence"):
+        images.opened(1)
 
 
-def test_a_stack_that_cannot_be_read_is_one_unreadable_picture(tmp_path):
+def test_a_stack_that_cannot_be_read_is_one_unreadable_image(tmp_path):
     (tmp_path / "x.tif").write_bytes(b"II*\0 no stack")
-    pictures = build_source("images", str(tmp_path), pages="each").train
-    assert len(pictures) == 1
-    with pytest.raises(UnreadablePicture, match=r"x\.tif: "):
-        pictures.opened(0)
+    images = build_source("images", str(tmp_path), pages="each").train
+    assert len(images) == 1
+    with pytest.raises(UnreadableImage, match=r"x\.tif: "):
+        images.opened(0)
 
 
 def test_pages_stay_in_their_class_and_on_one_side_of_the_split(tmp_path):
@@ -231,7 +229,7 @@ def test_pages_stay_in_their_class_and_on_one_side_of_the_split(tmp_path):
     )
     sides = []
     for labelled in (source.bank, source.queries):
-        names = [labelled.pictures.name(index) for index in range(len(labelled.pictures))]
+        names = [labelled.images.name(index) for index in range(len(labelled.images))]
         assert [("cat", "dog")[label] in name for name, label in zip(names, labelled.labels, strict=True)]
         sides.append({name.partition("#")[0] for name in names})
     assert not sides[0] & sides[1]

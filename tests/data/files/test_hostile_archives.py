@@ -12,7 +12,7 @@ import pytest
 from moco.data.sources.registry import build_source
 from moco.errors import InputError
 
-PICTURES = np.zeros((6, 8, 8, 3), np.uint8)
+IMAGES = np.zeros((6, 8, 8, 3), np.uint8)
 
 
 def npy(header, content=b""):
@@ -49,8 +49,8 @@ def refused(path, **settings):
 
 
 CLAIMS = {
-    "10^12 pictures": npy(header((10**12, 8, 8)), bytes(100)),
-    "a picture less": npy(header((5, 8, 8)), bytes(6 * 64)),
+    "10^12 images": npy(header((10**12, 8, 8)), bytes(100)),
+    "an image less": npy(header((5, 8, 8)), bytes(6 * 64)),
     "more than 64 bits": npy(header((2**63, 2**63)), bytes(100)),
     "negative shape": npy(header((-6, -64)), bytes(6 * 64)),
     "numbers of a gigabyte": npy(header((1,), ("|u1", (10**9,))), bytes(100)),
@@ -70,7 +70,7 @@ CLAIMS = {
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_what_an_array_claims_is_held_against_what_is_there(claim, name, compression, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    members = {"train_images": as_npy(PICTURES)} | {name: CLAIMS[claim]}
+    members = {"train_images": as_npy(IMAGES)} | {name: CLAIMS[claim]}
     refused(archive(tmp_path / "x.npz", compression, **members))
     assert not os.path.exists("canary")
 
@@ -82,7 +82,7 @@ def test_the_reasons_are_said(tmp_path):
     }
     assert (
         "train_images says that it is uint8 (1000000000000, 8, 8), 64,000,000,000,128 bytes, and is not"
-        in (said["10^12 pictures"])
+        in (said["10^12 images"])
     )
     assert "train_images holds Python objects, whose loading would run code" in said["objects"]
 
@@ -112,20 +112,20 @@ def test_compressions_that_numpy_never_writes_are_refused(compression, tmp_path)
     assert "compressed in another way" in refused(path)
 
 
-def test_pictures_beyond_the_limit_are_refused(tmp_path):
-    np.savez_compressed(tmp_path / "x.npz", train_images=PICTURES)
-    assert "its pictures exceed data.max_image_pixels=63" in refused(tmp_path / "x.npz", max_image_pixels=63)
+def test_images_beyond_the_limit_are_refused(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", train_images=IMAGES)
+    assert "its images exceed data.max_image_pixels=63" in refused(tmp_path / "x.npz", max_image_pixels=63)
     assert len(build_source("npz", str(tmp_path / "x.npz"), max_image_pixels=64).train) == 6
 
 
 def test_arrays_beyond_the_machines_memory_are_refused(tmp_path, monkeypatch):
-    np.savez(tmp_path / "x.npz", train_images=PICTURES)
+    np.savez(tmp_path / "x.npz", train_images=IMAGES)
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 1000}[name])
     assert "its arrays take 0.0 GB, and this machine has 0.0" in refused(tmp_path / "x.npz")
 
 
 def test_an_encrypted_archive_is_refused(tmp_path):
-    path = archive(tmp_path / "x.npz", train_images=as_npy(PICTURES))
+    path = archive(tmp_path / "x.npz", train_images=as_npy(IMAGES))
     content = bytearray(path.read_bytes())
     for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         content[content.index(signature) + flags] |= 1
@@ -134,16 +134,16 @@ def test_an_encrypted_archive_is_refused(tmp_path):
 
 
 def test_arrays_in_fortran_order_and_all_zero_ones_are_read(tmp_path):
-    pictures = np.asfortranarray(np.random.default_rng(0).integers(0, 256, (6, 8, 5, 3), dtype=np.uint8))
-    np.savez_compressed(tmp_path / "x.npz", train_images=pictures)
-    assert (np.asarray(build_source("npz", str(tmp_path / "x.npz")).train[3]) == pictures[3]).all()
+    images = np.asfortranarray(np.random.default_rng(0).integers(0, 256, (6, 8, 5, 3), dtype=np.uint8))
+    np.savez_compressed(tmp_path / "x.npz", train_images=images)
+    assert (np.asarray(build_source("npz", str(tmp_path / "x.npz")).train[3]) == images[3]).all()
     np.savez_compressed(tmp_path / "zeros.npz", train_images=np.zeros((5000, 32, 32, 3), np.uint8))
     assert len(build_source("npz", str(tmp_path / "zeros.npz")).train) == 5000
 
 
 def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path, generator):
-    pictures = generator.integers(0, 256, PICTURES.shape, dtype=np.uint8)
-    np.savez_compressed(tmp_path / "sound.npz", train_images=pictures, train_labels=np.arange(6))
+    images = generator.integers(0, 256, IMAGES.shape, dtype=np.uint8)
+    np.savez_compressed(tmp_path / "sound.npz", train_images=images, train_labels=np.arange(6))
     content = (tmp_path / "sound.npz").read_bytes()
     found = 0
     for place in generator.choice(len(content), 200, replace=False):
@@ -155,7 +155,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path, generator):
         except InputError:
             found += 1
         else:
-            assert (source.train.tensor.numpy() == pictures).all()
+            assert (source.train.tensor.numpy() == images).all()
             assert source.bank is None or source.bank.labels.tolist() == list(range(6))
     assert found > 150
 
@@ -183,7 +183,7 @@ def fashion_mnist(root, **contents):
 )  # fmt: skip
 def test_damaged_files_of_fashion_mnist_are_one_error(content, tmp_path):
     root = fashion_mnist(tmp_path, **{"train_images_idx3_ubyte": content})
-    with pytest.raises(InputError, match=r"FashionMNIST(: 4 pictures and 5 labels| is not there or damaged \(.+\))"):
+    with pytest.raises(InputError, match=r"FashionMNIST(: 4 images and 5 labels| is not there or damaged \(.+\))"):
         build_source("fashion_mnist", root)
 
 

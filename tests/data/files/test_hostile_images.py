@@ -21,14 +21,14 @@ from moco.config.train import DataConfig
 from moco.data.augment.views import build_evaluation_view
 from moco.data.files.images import (
     MAX_IMAGE_PIXELS,
-    UnreadablePicture,
+    UnreadableImage,
     opened,
     pillow_warnings_ignored,
     read_mask,
 )
-from moco.data.files.listing import list_pictures
+from moco.data.files.listing import list_images
 from moco.data.sources.class_folders import is_held_out
-from moco.data.sources.registry import FilePictures, build_source
+from moco.data.sources.registry import FileImages, build_source
 from moco.errors import InputError, printable
 from moco.segmentation.sources import build_segmentation_source
 
@@ -43,14 +43,14 @@ ODD_NAMES = [
 
 
 @pytest.fixture
-def picture(generator):
+def image(generator):
     return Image.fromarray(generator.integers(0, 256, (60, 80, 3), dtype=np.uint8))
 
 
 def unreadable(path, *limit):
     """The message, which is one line and names the file."""
-    with pytest.raises(UnreadablePicture) as error:
-        FilePictures([str(path)], *limit)[0]
+    with pytest.raises(UnreadableImage) as error:
+        FileImages([str(path)], *limit)[0]
     assert str(error.value).startswith(printable(str(path)))
     assert str(error.value).isprintable()
     return str(error.value)
@@ -63,9 +63,9 @@ def test_the_limit_has_one_default():
 
 
 @pytest.mark.parametrize("file_format", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
-def test_pictures_beyond_the_limit_are_refused_in_every_format(file_format, picture, tmp_path):
-    picture.save(tmp_path / "x.jpg", format=file_format)
-    assert FilePictures([str(tmp_path / "x.jpg")], 4800)[0].size == (80, 60)
+def test_images_beyond_the_limit_are_refused_in_every_format(file_format, image, tmp_path):
+    image.save(tmp_path / "x.jpg", format=file_format)
+    assert FileImages([str(tmp_path / "x.jpg")], 4800)[0].size == (80, 60)
     message = unreadable(tmp_path / "x.jpg", 4799)
     assert message.endswith("x.jpg: Image size (4800 pixels) exceeds data.max_image_pixels=4799")
 
@@ -89,13 +89,13 @@ def test_a_bomb_is_refused_by_its_header_and_the_limit_can_be_raised_above_pillo
     assert unreadable(tmp_path / "x.png").endswith(
         "x.png: Image size (200000000 pixels) exceeds data.max_image_pixels=178956970"
     )
-    with pillow_warnings_ignored(), opened(str(tmp_path / "x.png"), 200_000_000) as picture:
-        assert picture.size == (20_000, 10_000)
+    with pillow_warnings_ignored(), opened(str(tmp_path / "x.png"), 200_000_000) as image:
+        assert image.size == (20_000, 10_000)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 50_000  # kB
 
 
-def test_a_frame_that_is_larger_than_its_canvas_is_refused(picture, tmp_path):
-    picture.resize((10, 10)).save(tmp_path / "x.gif")
+def test_a_frame_that_is_larger_than_its_canvas_is_refused(image, tmp_path):
+    image.resize((10, 10)).save(tmp_path / "x.gif")
     content = bytearray((tmp_path / "x.gif").read_bytes())
     frame = content.index(b",\x00\x00\x00\x00\x0a\x00\x0a\x00")
     struct.pack_into("<HH", content, frame + 5, 60_000, 60_000)
@@ -104,7 +104,7 @@ def test_a_frame_that_is_larger_than_its_canvas_is_refused(picture, tmp_path):
 
 
 @pytest.mark.parametrize("compression", [1, 8], ids=["plain", "deflate"])
-def test_a_tile_that_is_larger_than_its_picture_does_not_fill_the_memory(compression, tmp_path):
+def test_a_tile_that_is_larger_than_its_image_does_not_fill_the_memory(compression, tmp_path):
     tags = {
         256: 10, 257: 10, 258: 8, 259: compression, 262: 1, 277: 1,  # 10 x 10 px of 8 bits
         322: 60_000, 323: 60_000, 324: 8, 325: 0,  # in one tile of 3.6 gigapixels
@@ -125,22 +125,22 @@ def test_of_several_frames_the_first_is_read(suffix, tmp_path):
         append_images=frames[1:],
         **({"lossless": True} if suffix == "webp" else {}),
     )
-    assert FilePictures([str(tmp_path / f"x.{suffix}")])[0].getpixel((4, 4)) == (255, 0, 0)
+    assert FileImages([str(tmp_path / f"x.{suffix}")])[0].getpixel((4, 4)) == (255, 0, 0)
 
 
-def test_compressed_text_and_colour_profiles_do_not_unpack_without_end(picture, tmp_path):
+def test_compressed_text_and_colour_profiles_do_not_unpack_without_end(image, tmp_path):
     texts = PngImagePlugin.PngInfo()
     texts.add_text("comment", "0" * 50_000_000, zip=True)
-    picture.save(tmp_path / "text.png", pnginfo=texts)
+    image.save(tmp_path / "text.png", pnginfo=texts)
     assert "MAX_TEXT_CHUNK" in unreadable(tmp_path / "text.png")
-    picture.save(tmp_path / "profile.png", icc_profile=bytes(50_000_000))
+    image.save(tmp_path / "profile.png", icc_profile=bytes(50_000_000))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert "MAX_TEXT_CHUNK" in unreadable(tmp_path / "profile.png")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 20_000  # kB
 
 
-def test_postscript_is_not_handed_to_an_interpreter(picture, tmp_path, monkeypatch):
-    picture.save(tmp_path / "x.jpg", format="EPS")
+def test_postscript_is_not_handed_to_an_interpreter(image, tmp_path, monkeypatch):
+    image.save(tmp_path / "x.jpg", format="EPS")
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
     assert "cannot identify image file" in unreadable(tmp_path / "x.jpg")
 
@@ -155,7 +155,7 @@ def test_what_is_no_file_is_unreadable_at_once(tmp_path):
     (tmp_path / "folder.png").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "folder.png" / "inside.png")
     (tmp_path / "denied.png").write_bytes(b"")
-    names = [os.path.relpath(path, tmp_path) for path in list_pictures(tmp_path)]
+    names = [os.path.relpath(path, tmp_path) for path in list_images(tmp_path)]
     assert names == sorted(
         ["denied.png", "device.png", "folder.png/inside.png", "itself.png", "nowhere.png", "pipe.png", "socket.png"]
     )
@@ -165,7 +165,7 @@ def test_what_is_no_file_is_unreadable_at_once(tmp_path):
     assert unreadable(tmp_path / "itself.png").endswith(": Too many levels of symbolic links")
 
 
-def test_files_and_folders_that_may_not_be_read_are_named(picture_tree, caplog, monkeypatch):
+def test_files_and_folders_that_may_not_be_read_are_named(image_tree, caplog, monkeypatch):
     """Root may read everything, so the system's answer is put in its mouth."""
     real_folder, real_open = os.open, open
 
@@ -176,28 +176,28 @@ def test_files_and_folders_that_may_not_be_read_are_named(picture_tree, caplog, 
 
     monkeypatch.setattr("os.open", lambda path, *rest, **options: denied(path, *rest, real=real_folder, **options))
     monkeypatch.setattr("builtins.open", lambda path, *rest, **options: denied(path, *rest, real=real_open))
-    assert len(list_pictures(picture_tree)) == 16
-    assert f"left out a folder that cannot be read: {picture_tree}/b/deeper (Permission denied)" in caplog.text
-    assert unreadable(picture_tree / "a" / "00.png").endswith("00.png: Permission denied")
+    assert len(list_images(image_tree)) == 16
+    assert f"left out a folder that cannot be read: {image_tree}/b/deeper (Permission denied)" in caplog.text
+    assert unreadable(image_tree / "a" / "00.png").endswith("00.png: Permission denied")
 
 
-def test_loops_of_links_end_and_every_picture_is_listed_once_under_its_own_name(picture_tree):
-    own = list_pictures(picture_tree)
-    (picture_tree / "a" / "to_b").symlink_to(picture_tree / "b")
-    (picture_tree / "b" / "to_a").symlink_to(picture_tree / "a")
-    (picture_tree / "a" / "up").symlink_to("..")
-    (picture_tree / "a" / "itself").symlink_to("itself")
-    (picture_tree / "A first in order").symlink_to("b")
-    (picture_tree / "b" / "deeper" / "x.png").symlink_to(picture_tree)
-    assert list_pictures(picture_tree) == own
-    assert len(build_source("image_folder", str(picture_tree)).train) == 24
+def test_loops_of_links_end_and_every_image_is_listed_once_under_its_own_name(image_tree):
+    own = list_images(image_tree)
+    (image_tree / "a" / "to_b").symlink_to(image_tree / "b")
+    (image_tree / "b" / "to_a").symlink_to(image_tree / "a")
+    (image_tree / "a" / "up").symlink_to("..")
+    (image_tree / "a" / "itself").symlink_to("itself")
+    (image_tree / "A first in order").symlink_to("b")
+    (image_tree / "b" / "deeper" / "x.png").symlink_to(image_tree)
+    assert list_images(image_tree) == own
+    assert len(build_source("image_folder", str(image_tree)).train) == 24
 
 
-def test_a_linked_folder_from_elsewhere_is_listed_once(picture_tree, tmp_path):
+def test_a_linked_folder_from_elsewhere_is_listed_once(image_tree, tmp_path):
     (tmp_path / "tree").mkdir()
-    (tmp_path / "tree" / "one").symlink_to(picture_tree)
-    (tmp_path / "tree" / "two").symlink_to(picture_tree)
-    listed = list_pictures(tmp_path / "tree")
+    (tmp_path / "tree" / "one").symlink_to(image_tree)
+    (tmp_path / "tree" / "two").symlink_to(image_tree)
+    listed = list_images(tmp_path / "tree")
     assert len(listed) == 24
     assert all("/tree/one/" in path for path in listed)
 
@@ -224,7 +224,7 @@ def test_masks_and_their_images_hold_to_the_limit(tmp_path):
     with pytest.raises(InputError, match=rf"exceeds data.max_image_pixels={width * height - 1}"):
         build_segmentation_source("segmentation_folder", str(root), max_image_pixels=width * height - 1)
     (tmp_path / "bomb.png").write_bytes(png_that_claims(50_000, 50_000))
-    with pytest.raises(UnreadablePicture, match=r"Image size .2500000000 pixels. exceeds data.max_image_pixels="):
+    with pytest.raises(UnreadableImage, match=r"Image size .2500000000 pixels. exceeds data.max_image_pixels="):
         read_mask(str(tmp_path / "bomb.png"))
 
 
@@ -237,9 +237,9 @@ def test_a_tree_of_any_depth_is_listed(tmp_path):
             os.chdir("d")
         Image.new("RGB", (4, 4)).save("x.png")
         os.chdir(here)
-        (path,) = list_pictures(tmp_path)
+        (path,) = list_images(tmp_path)
         assert path == f"{tmp_path}/{'d/' * 1500}x.png"
-        assert FilePictures([path])[0].size == (4, 4)
+        assert FileImages([path])[0].size == (4, 4)
     finally:
         os.chdir(here)
         subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # pytest's own cleaning up would fail at such a depth
@@ -247,11 +247,11 @@ def test_a_tree_of_any_depth_is_listed(tmp_path):
 
 @pytest.fixture
 def oddly_named(tmp_path):
-    """A picture under each name, all of them damaged; below a class folder with such a name as well."""
+    """An image under each name, all of them damaged; below a class folder with such a name as well."""
     for folder in ("cat\nalog", os.fsdecode(b"do\xfeg")):
         (tmp_path / folder).mkdir()
         for name in ODD_NAMES:
-            (tmp_path / folder / name).write_bytes(b"no picture")
+            (tmp_path / folder / name).write_bytes(b"no image")
     return tmp_path
 
 
@@ -268,15 +268,15 @@ def test_names_of_bytes_have_a_place_in_the_split():
     assert 0 < is_held_out(map(os.fsencode, names), 0.1).sum() < 30
 
 
-def test_the_list_of_unreadable_pictures_gives_every_name_back(oddly_named):
-    names = list_pictures(oddly_named)
+def test_the_list_of_unreadable_images_gives_every_name_back(oddly_named):
+    names = list_images(oddly_named)
     write_unreadable(oddly_named / "run", reversed(names))
-    lines = (oddly_named / "run" / "unreadable_pictures.jsonl").read_bytes().splitlines()
+    lines = (oddly_named / "run" / "unreadable_images.jsonl").read_bytes().splitlines()
     assert [json.loads(line) for line in lines] == names
     assert all(os.path.isfile(json.loads(line)) for line in lines)
     assert b"".join(lines).isascii()
     write_unreadable(oddly_named / "run", names[:1])
-    assert (oddly_named / "run" / "unreadable_pictures.jsonl").read_text().count("\n") == 1
+    assert (oddly_named / "run" / "unreadable_images.jsonl").read_text().count("\n") == 1
 
 
 def test_no_list_is_written_where_everything_was_readable(tmp_path):
@@ -317,7 +317,7 @@ def test_the_middle_of_a_stripe_looks_as_if_it_had_been_resized_whole(generator)
     assert torch.allclose(ours, whole.float(), atol=0.01)
 
 
-def random_pictures(generator, count):
+def random_images(generator, count):
     """Small files of all formats with random bytes changed or the end cut off."""
     base = Image.fromarray(generator.integers(0, 256, (12, 12, 3), dtype=np.uint8))
     files = []
@@ -338,13 +338,13 @@ def random_pictures(generator, count):
         yield bytes(content[: generator.integers(len(content))] if generator.random() < 0.2 else content)
 
 
-def test_damaged_files_are_pictures_or_unreadable_and_nothing_else(generator, tmp_path):
+def test_damaged_files_are_images_or_unreadable_and_nothing_else(generator, tmp_path):
     outcomes = set()
-    for content in random_pictures(generator, 1000):
+    for content in random_images(generator, 1000):
         (tmp_path / "x.jpg").write_bytes(content)
         try:
-            outcomes.add(FilePictures([str(tmp_path / "x.jpg")], 10**6)[0].mode)
-        except UnreadablePicture as error:
+            outcomes.add(FileImages([str(tmp_path / "x.jpg")], 10**6)[0].mode)
+        except UnreadableImage as error:
             assert str(error).isprintable()  # noqa: PT017
             outcomes.add("unreadable")
     assert outcomes == {"RGB", "unreadable"}

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco.data.files.images import UnreadablePicture, to_rgb
-from moco.data.files.listing import list_pictures
-from moco.data.sources.registry import FilePictures
+from moco.data.files.images import UnreadableImage, to_rgb
+from moco.data.files.listing import list_images
+from moco.data.sources.registry import FileImages
 from moco.errors import InputError
 
 
-def pixel(picture, x=0, y=0):
-    assert picture.mode == "RGB"
-    return picture.getpixel((x, y))
+def pixel(image, x=0, y=0):
+    assert image.mode == "RGB"
+    return image.getpixel((x, y))
 
 
 @pytest.mark.parametrize(
@@ -33,32 +33,32 @@ def test_every_pixel_type_becomes_rgb(mode, color, expected):
 
 
 def test_palette_keeps_its_colours_and_transparency(tmp_path):
-    picture = Image.new("P", (4, 4), 1)
-    picture.putpalette([0, 0, 0, 200, 100, 50])
-    picture.save(tmp_path / "plain.png")
-    picture.save(tmp_path / "clear.png", transparency=1)
-    assert pixel(FilePictures([str(tmp_path / "plain.png")])[0]) == (200, 100, 50)
-    assert pixel(FilePictures([str(tmp_path / "clear.png")])[0]) == (255, 255, 255)
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "clear.png", transparency=1)
+    assert pixel(FileImages([str(tmp_path / "plain.png")])[0]) == (200, 100, 50)
+    assert pixel(FileImages([str(tmp_path / "clear.png")])[0]) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bit_values_are_scaled_and_not_clipped(suffix, tmp_path):
     values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
-    picture = FilePictures([str(tmp_path / f"deep.{suffix}")])[0]
-    assert [pixel(picture, x) for x in range(4)] == [(v, v, v) for v in (0, 1, 128, 255)]
+    image = FileImages([str(tmp_path / f"deep.{suffix}")])[0]
+    assert [pixel(image, x) for x in range(4)] == [(v, v, v) for v in (0, 1, 128, 255)]
 
 
 def test_jpeg_in_cmyk_is_read(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=95)
-    red, green, blue = pixel(FilePictures([str(tmp_path / "print.jpg")])[0])
+    red, green, blue = pixel(FileImages([str(tmp_path / "print.jpg")])[0])
     assert red > 220
     assert max(green, blue) < 40
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", None, "cut", "float"])
-def test_unreadable_pictures_are_named(content, tmp_path, generator):
-    path = tmp_path / "picture.tif"
+def test_unreadable_images_are_named(content, tmp_path, generator):
+    path = tmp_path / "image.tif"
     if content == "cut":
         Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path, format="JPEG")
         path.write_bytes(path.read_bytes()[:600])
@@ -66,26 +66,26 @@ def test_unreadable_pictures_are_named(content, tmp_path, generator):
         Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(path)
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(UnreadablePicture, match=r"picture\.tif"):
-        FilePictures([str(path)])[0]
+    with pytest.raises(UnreadableImage, match=r"image\.tif"):
+        FileImages([str(path)])[0]
 
 
-def test_listing_is_recursive_sorted_and_by_extension(picture_tree):
-    (picture_tree / "notes.txt").write_text("no picture")
-    (picture_tree / "b" / "LOUD.JPG").write_bytes(b"")
-    listed = list_pictures(picture_tree)
+def test_listing_is_recursive_sorted_and_by_extension(image_tree):
+    (image_tree / "notes.txt").write_text("no image")
+    (image_tree / "b" / "LOUD.JPG").write_bytes(b"")
+    listed = list_images(image_tree)
     assert listed == sorted(listed)
     assert len(listed) == 25
     assert any(path.endswith("LOUD.JPG") for path in listed)
 
 
-def test_a_link_back_into_the_tree_ends(picture_tree):
-    os.symlink(picture_tree, picture_tree / "b" / "loop")
-    assert len(list_pictures(picture_tree)) == 24
+def test_a_link_back_into_the_tree_ends(image_tree):
+    os.symlink(image_tree, image_tree / "b" / "loop")
+    assert len(list_images(image_tree)) == 24
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(InputError, match=r"data\.root=.*nowhere: no such folder"):
-        list_pictures(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"no pictures in there \(looked for \.bmp"):
-        list_pictures(tmp_path)
+        list_images(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"no images in there \(looked for \.bmp"):
+        list_images(tmp_path)

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from moco.data.files import listing
-from moco.data.files.listing import PathList, list_pictures
+from moco.data.files.listing import PathList, list_images
 from moco.data.files.listing_cache import Listing, listed
 from moco.data.sources.class_folders import is_held_out
-from moco.data.sources.registry import FilePictures, build_source
+from moco.data.sources.registry import FileImages, build_source
 
 NAMES = ["a/x.png", "a", "ü.png", os.fsdecode(b"\xff.png"), "new\nline.png", "long" * 60]
 
@@ -49,7 +49,7 @@ def by_walk(root):
 
 @pytest.mark.parametrize("suffix", ["", "/"])
 def test_the_order_is_that_of_whole_paths(tree, suffix):
-    assert list_pictures(f"{tree}{suffix}") == by_walk(f"{tree}{suffix}")
+    assert list_images(f"{tree}{suffix}") == by_walk(f"{tree}{suffix}")
 
 
 def test_random_trees_are_listed_in_order(tmp_path, generator):
@@ -60,14 +60,14 @@ def test_random_trees_are_listed_in_order(tmp_path, generator):
         if not any(parent.is_file() for parent in path.parents) and not path.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-    assert list_pictures(tmp_path) == by_walk(tmp_path)
+    assert list_images(tmp_path) == by_walk(tmp_path)
     assert len(by_walk(tmp_path)) > 100
 
 
 def test_a_relative_root_gives_relative_paths(tree, monkeypatch):
     monkeypatch.chdir(tree)
-    assert list_pictures(".") == by_walk(".")
-    assert PathList.of(list_pictures(".")).below(".")[0] == b"B/1.bmp"
+    assert list_images(".") == by_walk(".")
+    assert PathList.of(list_images(".")).below(".")[0] == b"B/1.bmp"
 
 
 def test_slow_folders_are_listed_side_by_side(tmp_path, monkeypatch):
@@ -89,15 +89,15 @@ def test_slow_folders_are_listed_side_by_side(tmp_path, monkeypatch):
         return real(folder)
 
     monkeypatch.setattr("os.scandir", slow)
-    assert list_pictures(tmp_path) == expected
+    assert list_images(tmp_path) == expected
     assert most > 4
 
 
 def test_a_long_listing_says_how_far_it_is(tree, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(listing, "PROGRESS_SECONDS", -1.0)
-    list_pictures(tree)
-    assert f"listing {tree}: 11 pictures so far" in caplog.text
+    list_images(tree)
+    assert f"listing {tree}: 11 images so far" in caplog.text
 
 
 def test_names_come_out_of_the_arrays_as_they_went_in():
@@ -119,16 +119,16 @@ def test_listings_are_joined_and_split_again():
     assert [list(part.paths) for part in again] == [list(part.paths) for part in parts]
     assert [part.paths[0] for part in again] == [NAMES[0], NAMES[2], NAMES[3]]
     assert [part.num_pages.tolist() for part in again] == [[1, 2], [1], [1, 2, 3]]
-    assert whole.of_pictures(np.arange(6)).tolist() == [0, 1, 1, 2, 3, 4, 4, 5, 5, 5]
+    assert whole.of_images(np.arange(6)).tolist() == [0, 1, 1, 2, 3, 4, 4, 5, 5, 5]
 
 
 def test_a_loader_process_is_handed_as_little_for_a_hundred_thousand_names_as_for_ten():
     def handed(count):
-        return len(ForkingPickler.dumps(FilePictures([f"/pictures/{number:09}.jpg" for number in range(count)])))
+        return len(ForkingPickler.dumps(FileImages([f"/images/{number:09}.jpg" for number in range(count)])))
 
     assert abs(handed(100_000) - handed(10)) < 100
-    pictures = FilePictures([f"/pictures/{number:09}.jpg" for number in range(100_000)])
-    assert len(pickle.dumps(pictures.text)) < 100_000 * 25  # each name once, and a byte between two
+    images = FileImages([f"/images/{number:09}.jpg" for number in range(100_000)])
+    assert len(pickle.dumps(images.text)) < 100_000 * 25  # each name once, and a byte between two
 
 
 class Watch:
@@ -150,7 +150,7 @@ def lists(roots, cache, **options):
 
 
 def test_a_second_start_lists_no_folder(tree, tmp_path, monkeypatch):
-    cache = tmp_path / "pictures.npz"
+    cache = tmp_path / "images.npz"
     (tree / "loop").symlink_to(tree / "a")
     settle(tree)
     roots = [tree, tree / "a"]
@@ -159,7 +159,7 @@ def test_a_second_start_lists_no_folder(tree, tmp_path, monkeypatch):
     watch = Watch(monkeypatch)
     assert lists(roots, cache) == first
     assert watch.count == 0
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["pictures.npz"]  # no temporary file is left
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["images.npz"]  # no temporary file is left
 
 
 def added(tree):
@@ -197,23 +197,23 @@ def replaced(tree):
 @pytest.mark.parametrize("change", [added, removed, moved, new_folder, gone, replaced])
 def test_a_changed_tree_is_listed_anew_and_the_log_says_why(change, tree, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    cache = tmp_path / "pictures.npz"
+    cache = tmp_path / "images.npz"
     before = lists([tree], cache)
     change(tree)
     after = lists([tree], cache)
     assert after == [by_walk(tree)] != before
     (line,) = caplog.messages
-    assert line.startswith(f"listing the pictures below {tree} anew: {tree}")
+    assert line.startswith(f"listing the images below {tree} anew: {tree}")
     assert line.endswith("has changed")
 
 
 def test_other_roots_or_pages_are_listed_anew(tree, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    cache = tmp_path / "pictures.npz"
+    cache = tmp_path / "images.npz"
     lists([tree], cache)
     assert lists([tree / "a"], cache) == [by_walk(tree / "a")]
     assert lists([tree / "a"], cache, pages="each") == [by_walk(tree / "a")]
-    assert caplog.text.count("pictures.npz is of other folders or settings") == 2
+    assert caplog.text.count("images.npz is of other folders or settings") == 2
 
 
 def test_pages_are_counted_once(tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_pages_are_counted_once(tmp_path, monkeypatch):
     settle(tmp_path / "tree")
     sources = []
     for _ in range(2):
-        source = build_source("images", str(tmp_path / "tree"), pages="each", listing=tmp_path / "pictures.npz")
+        source = build_source("images", str(tmp_path / "tree"), pages="each", listing=tmp_path / "images.npz")
         sources.append([source.train[index].getpixel((0, 0)) for index in range(len(source.train))])
         monkeypatch.setattr(listing, "pages_of", lambda path: pytest.fail("counted again"))
     assert sources == [[(255, 0, 0), (0, 255, 0)]] * 2
@@ -232,7 +232,7 @@ def test_pages_are_counted_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "older", "array", "ends"])
 def test_a_damaged_list_is_left_out_with_a_line(damage, tree, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    cache = tmp_path / "pictures.npz"
+    cache = tmp_path / "images.npz"
     lists([tree], cache)
     content = cache.read_bytes()
     arrays = dict(np.load(cache))
@@ -250,7 +250,7 @@ def test_a_damaged_list_is_left_out_with_a_line(damage, tree, tmp_path, caplog):
         cache.write_bytes({"empty": b"", "text": b"hello", "cut": content[:-200], "flipped": flipped}[damage])
     assert lists([tree], cache) == [by_walk(tree)]
     assert len(caplog.messages) == 1
-    assert "pictures.npz cannot be read (" in caplog.text
+    assert "images.npz cannot be read (" in caplog.text
     assert lists([tree], cache) == [by_walk(tree)]  # it was written anew
     assert len(caplog.messages) == 1
 
@@ -258,8 +258,8 @@ def test_a_damaged_list_is_left_out_with_a_line(damage, tree, tmp_path, caplog):
 def test_a_folder_that_was_just_changed_is_not_trusted_to_stay(tree, tmp_path):
     """Within a step of the file system's clock it could change again under the same time."""
     (tree / "a" / "new.png").touch()
-    lists([tree], tmp_path / "pictures.npz")
-    assert not (tmp_path / "pictures.npz").exists()
+    lists([tree], tmp_path / "images.npz")
+    assert not (tmp_path / "images.npz").exists()
 
 
 def test_a_folder_that_cannot_be_read_is_named_at_every_start(tree, tmp_path, monkeypatch, caplog):
@@ -272,14 +272,14 @@ def test_a_folder_that_cannot_be_read_is_named_at_every_start(tree, tmp_path, mo
 
     monkeypatch.setattr("os.open", denied)
     for _ in range(2):
-        lists([tree], tmp_path / "pictures.npz")
+        lists([tree], tmp_path / "images.npz")
     assert caplog.text.count(f"left out a folder that cannot be read: {tree}/a/b (Permission denied)") == 2
 
 
 def test_where_the_list_cannot_be_kept_the_run_goes_on(tree, tmp_path, caplog):
     (tmp_path / "run").touch()
-    assert lists([tree], tmp_path / "run" / "pictures.npz") == [by_walk(tree)]
-    assert "the list of pictures is not kept for the next start" in caplog.text
+    assert lists([tree], tmp_path / "run" / "images.npz") == [by_walk(tree)]
+    assert "the list of images is not kept for the next start" in caplog.text
     assert "Not a directory" in caplog.text
 
 
@@ -292,12 +292,12 @@ def test_class_folders_of_a_kept_list_come_out_as_of_a_new_one(tmp_path, generat
     settle(tmp_path / "set")
     sources = [
         build_source("image_folder", str(tmp_path / "set"), listing=kept)
-        for kept in (None, tmp_path / "pictures.npz", tmp_path / "pictures.npz")
+        for kept in (None, tmp_path / "images.npz", tmp_path / "images.npz")
     ]
-    assert (tmp_path / "pictures.npz").exists()
+    assert (tmp_path / "images.npz").exists()
     described = [
         [
-            (labelled.pictures.name(index), int(labelled.labels[index]))
+            (labelled.images.name(index), int(labelled.labels[index]))
             for labelled in (source.bank, source.queries)
             for index in range(len(labelled.labels))
         ]
@@ -323,11 +323,11 @@ def test_a_larger_share_holds_out_all_that_a_smaller_one_does():
     assert is_held_out(names, 1.0).all()
 
 
-def test_a_picture_stays_on_its_side_when_others_come(tmp_path):
+def test_an_image_stays_on_its_side_when_others_come(tmp_path):
     def sides():
         source = build_source("image_folder", str(tmp_path), held_out=0.25)
         return [
-            {part.pictures.name(index) for index in range(len(part.labels))} for part in (source.bank, source.queries)
+            {part.images.name(index) for index in range(len(part.labels))} for part in (source.bank, source.queries)
         ]
 
     def add(numbers):
@@ -344,7 +344,7 @@ def test_a_picture_stays_on_its_side_when_others_come(tmp_path):
     assert queries < larger_queries
 
 
-def test_held_out_pictures_are_chosen_by_their_paths_below_root(tmp_path, monkeypatch):
+def test_held_out_images_are_chosen_by_their_paths_below_root(tmp_path, monkeypatch):
     for name in ("one", "two"):
         for number in range(50):
             path = tmp_path / name / "cat" / f"{number}.png"
@@ -353,7 +353,7 @@ def test_held_out_pictures_are_chosen_by_their_paths_below_root(tmp_path, monkey
     monkeypatch.chdir(tmp_path / "one")
     chosen = []
     for root in (str(tmp_path / "one"), f"{tmp_path}/two/", "."):
-        queries = build_source("image_folder", root, held_out=0.3).queries.pictures
+        queries = build_source("image_folder", root, held_out=0.3).queries.images
         chosen.append([Path(queries.name(index)).name for index in range(len(queries))])
     assert chosen[0] == chosen[1] == chosen[2]
 
@@ -363,4 +363,4 @@ def test_nothing_is_held_out_of_nothing(tmp_path):
     for number in range(20):
         (tmp_path / "cat" / f"{number}.png").touch()
     source = build_source("image_folder", str(tmp_path), held_out=0.0)
-    assert (len(source.train), len(source.bank.pictures), source.queries) == (20, 20, None)
+    assert (len(source.train), len(source.bank.images), source.queries) == (20, 20, None)

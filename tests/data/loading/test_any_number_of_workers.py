@@ -1,4 +1,4 @@
-"""Order and pixels do not depend on the number of loader processes, nor on a resume, wherever pictures come from."""
+"""Order and pixels do not depend on the number of loader processes, nor on a resume, wherever images come from."""
 
 import tarfile
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 wo
 
 
 def shards_of(paths, root):
-    """Four tar files of six pictures each."""
+    """Four tar files of six images each."""
     root.mkdir()
     for shard in range(4):
         with tarfile.open(root / f"{shard}.tar", "w") as archive:
@@ -22,7 +22,7 @@ def shards_of(paths, root):
 
 
 def table_of(paths, root):
-    """The same pictures as Hugging Face's library saves them."""
+    """The same images as Hugging Face's library saves them."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -33,13 +33,13 @@ def table_of(paths, root):
 
 
 @pytest.fixture(params=["memory", "images", "webdataset", "hf"])
-def source(request, picture_tree, tmp_path):
-    """24 pictures, or in memory 30."""
-    paths = sorted(picture_tree.rglob("*.png"))
+def source(request, image_tree, tmp_path):
+    """24 images, or in memory 30."""
+    paths = sorted(image_tree.rglob("*.png"))
     if request.param == "memory":
         return request.getfixturevalue("numbered")
     if request.param == "images":
-        return build_source("images", str(picture_tree))
+        return build_source("images", str(image_tree))
     pytest.importorskip({"webdataset": "webdataset", "hf": "datasets"}[request.param])
     return (shards_of if request.param == "webdataset" else table_of)(paths, tmp_path / "set")
 
@@ -58,7 +58,7 @@ def test_one_and_four_workers_give_what_the_training_process_alone_does(source):
         loader = data_for(source, batch_size=4, num_workers=num_workers).train_dataloader()
         for epoch in (0, 1):
             assert_same(epoch_of(loader, epoch), expected[epoch])
-        loader.load_state_dict({"epoch": 2, "pictures": 3 * 4})
+        loader.load_state_dict({"epoch": 2, "images": 3 * 4})
         assert_same(epoch_of(loader, 2), expected[2][3:])
 
 

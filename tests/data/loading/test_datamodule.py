@@ -11,7 +11,7 @@ from PIL import Image
 from moco.data.augment.views import ViewPair, build_evaluation_view
 from moco.data.loading.datamodule import PretrainingData, choose_engine
 from moco.data.loading.samplers import EpochSampler
-from moco.data.sources.registry import ArrayPictures, DataSource, Labelled, build_source
+from moco.data.sources.registry import ArrayImages, DataSource, Labelled, build_source
 from moco.errors import InputError
 
 VIEW = {"random_resized_crop": {"scale": [0.2, 1.0]}, "color_jitter": {"brightness": 0.4, "probability": 0.8}}
@@ -27,11 +27,11 @@ def data_for(source, **changes):
 
 @pytest.fixture
 def numbered(generator):
-    """30 pictures in memory, their labels their numbers."""
+    """30 images in memory, their labels their numbers."""
     array = generator.integers(0, 256, (30, 8, 8, 3), dtype="uint8")
-    pictures = ArrayPictures(array, "numbered")
-    labelled = Labelled(pictures, torch.arange(30).numpy())
-    return DataSource(pictures, labelled, labelled, 8)
+    images = ArrayImages(array, "numbered")
+    labelled = Labelled(images, torch.arange(30).numpy())
+    return DataSource(images, labelled, labelled, 8)
 
 
 def epoch_of(loader, epoch):
@@ -50,7 +50,7 @@ def test_loader_processes_leave_signals_to_the_training_process(numbered):
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_an_epoch_visits_each_picture_once_and_leaves_out_the_rest_of_the_last_batch(numbered):
+def test_an_epoch_visits_each_image_once_and_leaves_out_the_rest_of_the_last_batch(numbered):
     loader = data_for(numbered).train_dataloader()
     epochs = [torch.cat([batch.indices for batch in epoch_of(loader, epoch)]).tolist() for epoch in (0, 1)]
     assert all(len(set(order)) == 24 for order in epochs)
@@ -65,14 +65,14 @@ def test_a_resumed_epoch_goes_on_with_its_next_batch(num_workers, numbered):
     iterator = iter(loader)
     next(iterator)
     state = loader.state_dict()
-    assert state == {"epoch": 1, "pictures": 8}
+    assert state == {"epoch": 1, "images": 8}
     resumed = data_for(numbered, num_workers=num_workers).train_dataloader()
     resumed.load_state_dict(state)
     assert len(resumed) == 3
     rest = epoch_of(resumed, 1)
     assert [batch.indices.tolist() for batch in rest] == [batch.indices.tolist() for batch in whole[1:]]
     assert torch.equal(rest[0].views[0], whole[1].views[0])
-    assert resumed.state_dict() == {"epoch": 1, "pictures": 24}
+    assert resumed.state_dict() == {"epoch": 1, "images": 24}
     assert len(epoch_of(resumed, 2)) == 3
 
 
@@ -92,14 +92,14 @@ def test_accumulated_batches_make_up_the_batch_size(numbered):
 
 
 def test_batches_that_do_not_fit_are_named(numbered):
-    with pytest.raises(InputError, match=r"data\.batch_size=31: there are only 30 pictures"):
+    with pytest.raises(InputError, match=r"data\.batch_size=31: there are only 30 images"):
         data_for(numbered, batch_size=31)
     with pytest.raises(InputError, match=r"data\.batch_size=8: expected a multiple of 3"):
         data_for(numbered, batches_per_step=3)
 
 
 @pytest.mark.parametrize("engine", ["worker", "batch"])
-def test_both_engines_see_the_same_pictures_in_the_same_order(engine, numbered):
+def test_both_engines_see_the_same_images_in_the_same_order(engine, numbered):
     plain = list(data_for(numbered).train_dataloader())
     for ours, theirs in zip(epochs_of(data_for(numbered, engine=engine), 1)[0], plain, strict=True):
         assert torch.equal(ours.indices, theirs.indices)
@@ -118,7 +118,7 @@ def test_a_resumed_epoch_in_memory_goes_on_with_its_next_batch(engine, numbered)
     whole = epochs_of(data_for(numbered, engine=engine), 2)[1]
     data = data_for(numbered, engine=engine)
     data_loader = data.train_dataloader()
-    data_loader.load_state_dict({"epoch": 1, "pictures": 8})
+    data_loader.load_state_dict({"epoch": 1, "images": 8})
     data_loader.sampler.set_epoch(1)
     rest = [data.on_after_batch_transfer(batch, 0) for batch in data_loader]
     assert len(rest) == len(whole) - 1
@@ -140,63 +140,63 @@ def test_a_resumed_epoch_in_memory_goes_on_with_its_next_batch(engine, numbered)
         ("batch", "cpu", 224, True, "batch", False),
     ],
 )
-def test_the_engine_is_chosen_by_rule(given, device_type, image_size, files, name, in_memory, numbered, picture_tree):
-    pictures = build_source("images", str(picture_tree)).train if files else numbered.train
-    chosen = choose_engine(given, pictures, image_size, device_type)
+def test_the_engine_is_chosen_by_rule(given, device_type, image_size, files, name, in_memory, numbered, image_tree):
+    images = build_source("images", str(image_tree)).train if files else numbered.train
+    chosen = choose_engine(given, images, image_size, device_type)
     assert (chosen.name, chosen.in_memory) == (name, in_memory)
     assert chosen.reason
 
 
 def damage(tree, count):
     for path in sorted(tree.rglob("*.png"))[:count]:
-        path.write_bytes(b"not a picture")
+        path.write_bytes(b"not an image")
 
 
-def test_unreadable_pictures_are_replaced_counted_and_named_once(picture_tree, caplog):
-    damage(picture_tree, 2)
-    data = data_for(build_source("images", str(picture_tree)), max_bad_fraction=0.1)
+def test_unreadable_images_are_replaced_counted_and_named_once(image_tree, caplog):
+    damage(image_tree, 2)
+    data = data_for(build_source("images", str(image_tree)), max_bad_fraction=0.1)
     for epoch in (0, 1):
         for batch in epoch_of(data.train_dataloader(), epoch):
             data.on_before_batch_transfer(batch, 0)
             assert torch.isfinite(batch.views[0]).all()
             assert len(batch.indices) == 8
     assert len(data.unreadable) == 2
-    assert caplog.text.count("skipped an unreadable picture: ") == 2
+    assert caplog.text.count("skipped an unreadable image: ") == 2
 
 
-def test_too_many_unreadable_pictures_stop_the_run_and_the_first_ten_are_named(picture_tree):
-    damage(picture_tree, 12)
-    data = data_for(build_source("images", str(picture_tree)), max_bad_fraction=0.4)
+def test_too_many_unreadable_images_stop_the_run_and_the_first_ten_are_named(image_tree):
+    damage(image_tree, 12)
+    data = data_for(build_source("images", str(image_tree)), max_bad_fraction=0.4)
     with pytest.raises(InputError) as error:  # noqa: PT012
         for batch in epoch_of(data.train_dataloader(), 0):
             data.on_before_batch_transfer(batch, 0)
-    assert "of 24 pictures cannot be read, more than data.max_bad_fraction=0.4; the first are " in str(error.value)
+    assert "of 24 images cannot be read, more than data.max_bad_fraction=0.4; the first are " in str(error.value)
     assert str(error.value).count(".png") == 10
 
 
-def test_a_set_without_a_readable_picture_has_no_first_ones_either(picture_tree):
-    damage(picture_tree, 24)
-    data = data_for(build_source("images", str(picture_tree)), max_bad_fraction=0.1)
-    with pytest.raises(InputError, match="3 of 24 pictures cannot be read"):
-        data.first_pictures(4)
+def test_a_set_without_a_readable_image_has_no_first_ones_either(image_tree):
+    damage(image_tree, 24)
+    data = data_for(build_source("images", str(image_tree)), max_bad_fraction=0.1)
+    with pytest.raises(InputError, match="3 of 24 images cannot be read"):
+        data.first_images(4)
 
 
-def test_nothing_readable_is_an_error(picture_tree):
-    damage(picture_tree, 24)
-    data = data_for(build_source("images", str(picture_tree)), max_bad_fraction=1.0)
-    with pytest.raises(InputError, match="24 of 24 pictures cannot be read"):  # noqa: PT012
+def test_nothing_readable_is_an_error(image_tree):
+    damage(image_tree, 24)
+    data = data_for(build_source("images", str(image_tree)), max_bad_fraction=1.0)
+    with pytest.raises(InputError, match="24 of 24 images cannot be read"):  # noqa: PT012
         for batch in epoch_of(data.train_dataloader(), 0):
             data.on_before_batch_transfer(batch, 0)
 
 
-def test_evaluation_pictures_come_in_order_and_unreadable_ones_are_marked(tmp_path):
+def test_evaluation_images_come_in_order_and_unreadable_ones_are_marked(tmp_path):
     for number in range(4):
         (tmp_path / "x").mkdir(exist_ok=True)
         Image.new("RGB", (9, 12), (number * 10,) * 3).save(tmp_path / "x" / f"{number}.png")
     (tmp_path / "x" / "2.png").write_bytes(b"")
-    pictures = build_source("images", str(tmp_path)).train
-    data = data_for(DataSource(pictures, None, None, 8), batch_size=2)
-    (batch,) = data.evaluation_dataloader(Labelled(pictures, torch.arange(4).numpy()))
+    images = build_source("images", str(tmp_path)).train
+    data = data_for(DataSource(images, None, None, 8), batch_size=2)
+    (batch,) = data.evaluation_dataloader(Labelled(images, torch.arange(4).numpy()))
     assert batch.images.shape == (4, 3, 8, 8)
     assert batch.labels.tolist() == [0, 1, 2, 3]
     assert batch.unreadable.tolist() == [False, False, True, False]
@@ -206,15 +206,15 @@ LEFT_OPEN = """
 import os, signal, sys
 import numpy as np
 from moco.data.loading.loaders import evaluation_loader
-from moco.data.sources.registry import ArrayPictures, Labelled
+from moco.data.sources.registry import ArrayImages, Labelled
 
-def tensor(picture):
+def tensor(image):
     import torch
     return torch.zeros(3, 8, 8)
 
 if __name__ == "__main__":
-    pictures = ArrayPictures(np.zeros((30, 8, 8, 3), dtype=np.uint8), "zeros")
-    iterator = iter(evaluation_loader(Labelled(pictures, np.zeros(30)), tensor, 8, 2, num_workers=2))
+    images = ArrayImages(np.zeros((30, 8, 8, 3), dtype=np.uint8), "zeros")
+    iterator = iter(evaluation_loader(Labelled(images, np.zeros(30)), tensor, 8, 2, num_workers=2))
     next(iterator)
     from multiprocessing import forkserver
     from multiprocessing import active_children

@@ -1,4 +1,4 @@
-"""Every picture of a set once, in order, from any place on."""
+"""Every image of a set once, in order, from any place on."""
 
 import io
 import tarfile
@@ -10,7 +10,7 @@ from PIL import Image
 
 from moco.data.augment.views import build_evaluation_view, evaluation_crop, normalisation
 from moco.data.loading.image_sets import IndexedSet, ShardedSet
-from moco.data.sources.registry import FilePictures, Labelled, build_source
+from moco.data.sources.registry import FileImages, Labelled, build_source
 from moco.errors import InputError
 
 SIDE = 8
@@ -32,12 +32,12 @@ def write_shard(path, members):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Three shards of 7, 0 and 6 pictures, the fourth of them no picture and the ninth damaged behind its header."""
+    """Three shards of 7, 0 and 6 images, the fourth of them no image and the ninth damaged behind its header."""
     pytest.importorskip("webdataset")
     folder = tmp_path / "shards"
     folder.mkdir()
     members = [(f"k{number}.png", png(number)) for number in range(13)]
-    members[3] = ("k3.png", b"no picture")
+    members[3] = ("k3.png", b"no image")
     members[8] = ("k8.png", png(8)[:50])
     labelled = [pair for name, content in members for pair in ((name, content), (f"{name[:-4]}.cls", b"1"))]
     for number, part in enumerate((labelled[:14], [], labelled[14:])):
@@ -45,8 +45,8 @@ def shards(tmp_path):
     return ShardedSet(build_source("webdataset", str(folder), num_images=13).train)
 
 
-def loaded(pictures, place=None, batch_size=4, num_workers=0):
-    return list(pictures.batches(place or pictures.start, evaluation_crop(SIDE, 1.0), SIDE, batch_size, num_workers))
+def loaded(images, place=None, batch_size=4, num_workers=0):
+    return list(images.batches(place or images.start, evaluation_crop(SIDE, 1.0), SIDE, batch_size, num_workers))
 
 
 def names(batches):
@@ -94,27 +94,27 @@ def test_a_shard_with_paths_that_lead_out_is_refused(shards):
         loaded(shards)
 
 
-def test_pictures_by_number_go_on_after_any_batch(picture_tree):
-    (picture_tree / "a" / "x.png").write_bytes(b"no picture")
-    train = build_source("images", str(picture_tree)).train
-    pictures = IndexedSet(Labelled(train, np.arange(25)), has_labels=True)
-    batches = loaded(pictures)
+def test_images_by_number_go_on_after_any_batch(image_tree):
+    (image_tree / "a" / "x.png").write_bytes(b"no image")
+    train = build_source("images", str(image_tree)).train
+    images = IndexedSet(Labelled(train, np.arange(25)), has_labels=True)
+    batches = loaded(images)
     assert [int(label) for batch in batches for label in batch.labels] == [
         number for number in range(25) if number != 8
     ]
-    assert [problem.name for batch in batches for problem in batch.problems] == [str(picture_tree / "a" / "x.png")]
+    assert [problem.name for batch in batches for problem in batch.problems] == [str(image_tree / "a" / "x.png")]
     for number, batch in enumerate(batches, start=1):
-        assert same(loaded(pictures, batch.end), batches[number:])
+        assert same(loaded(images, batch.end), batches[number:])
 
 
-def test_loader_processes_make_the_same_batches(shards, picture_tree):
-    indexed = IndexedSet(Labelled(build_source("images", str(picture_tree)).train, np.arange(24)), has_labels=True)
-    for pictures in (shards, indexed):
-        assert same(loaded(pictures, num_workers=2), loaded(pictures))
+def test_loader_processes_make_the_same_batches(shards, image_tree):
+    indexed = IndexedSet(Labelled(build_source("images", str(image_tree)).train, np.arange(24)), has_labels=True)
+    for images in (shards, indexed):
+        assert same(loaded(images, num_workers=2), loaded(images))
 
 
-def test_the_pixels_are_those_of_the_evaluation_view(picture_tree):
-    train = build_source("images", str(picture_tree)).train
+def test_the_pixels_are_those_of_the_evaluation_view(image_tree):
+    train = build_source("images", str(image_tree)).train
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
     view, (scale, shift) = build_evaluation_view(SIDE, 0.875, mean, std), normalisation(mean, std)
     loader = IndexedSet(Labelled(train, np.zeros(24, np.int64)), False).batches(
@@ -124,11 +124,11 @@ def test_the_pixels_are_those_of_the_evaluation_view(picture_tree):
     assert torch.equal(batch.images * scale - shift, torch.stack([view(train[number]) for number in range(24)]))
 
 
-def test_fingerprints_tell_sets_apart(shards, picture_tree):
-    paths = sorted(str(path) for path in picture_tree.rglob("*.png"))
+def test_fingerprints_tell_sets_apart(shards, image_tree):
+    paths = sorted(str(path) for path in image_tree.rglob("*.png"))
 
     def fingerprint(paths, labels=range(24)):
-        return IndexedSet(Labelled(FilePictures(paths), np.array(labels)), has_labels=True).fingerprint()
+        return IndexedSet(Labelled(FileImages(paths), np.array(labels)), has_labels=True).fingerprint()
 
     assert fingerprint(paths) == fingerprint(list(paths))
     others = [fingerprint(paths[::-1]), fingerprint(paths, range(1, 25)), fingerprint([*paths[:-1], paths[0]])]

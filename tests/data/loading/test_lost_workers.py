@@ -13,19 +13,19 @@ import pytest
 from PIL import Image
 
 from moco.data.loading.lost_workers import LONGEST_NAME, LastRead
-from moco.data.sources.shards import Sample, pictures_in
+from moco.data.sources.shards import Sample, images_in
 
 FILES = """
 import os, signal
 import numpy as np
-from moco.data.sources.registry import ArrayPictures
+from moco.data.sources.registry import ArrayImages
 from moco.data.loading.loaders import PairDataset, ResumableLoader, as_it_is
 from moco.data.loading.samplers import EpochSampler
 from moco.data.augment.views import ViewPair
 from moco.data.loading.workers import loader_options
 import torch
 
-class Dying(ArrayPictures):
+class Dying(ArrayImages):
     def opened(self, index):
         if index == 13:
             if "{bad}" == "defect":
@@ -34,7 +34,7 @@ class Dying(ArrayPictures):
         return super().opened(index)
 
     def name(self, index):
-        return f"picture {{index}}"
+        return f"image {{index}}"
 
 VIEW = {{"random_resized_crop": {{"scale": [0.2, 1.0]}}}}
 
@@ -67,8 +67,8 @@ def dying(self, *how):
 EncodedFile.pixels = dying  # in the loader processes too, which run this file again
 
 def make_batch(rows, epoch):
-    for _, picture, _ in rows:
-        picture.pixels()
+    for _, image, _ in rows:
+        image.pixels()
     return SimpleNamespace(unreadable=torch.zeros(len(rows), dtype=torch.bool))
 
 if __name__ == "__main__":
@@ -152,9 +152,9 @@ def shard_of(folder, numbers):
     [(FILES, "killed"), (FILES, "defect"), (SHARDS, "killed")],
     ids=["files-killed", "files-defect", "shards-killed"],
 )
-def test_the_process_that_died_is_named_with_its_own_picture_and_no_other_failure_is(script, bad, tmp_path):
-    """Two processes, of which one ends itself when it comes to a picture; and one in which a picture's reader is defective."""
-    culprit = "picture 13"
+def test_the_process_that_died_is_named_with_its_own_image_and_no_other_failure_is(script, bad, tmp_path):
+    """Two processes, of which one ends itself when it comes to an image; and one in which an image's reader is defective."""
+    culprit = "image 13"
     if script == SHARDS:
         pytest.importorskip("webdataset")
         culprit = f"{shard_of(tmp_path, range(10, 20))}/13.png"
@@ -170,7 +170,7 @@ def test_the_process_that_died_is_named_with_its_own_picture_and_no_other_failur
         assert re.search(said, done.stdout.strip()), done.stderr
 
 
-def test_every_other_loader_names_the_picture_too(tmp_path):
+def test_every_other_loader_names_the_image_too(tmp_path):
     """Of evaluation, of segmentation, of dense evaluation and of embed, in files and shards; 13 is in both parts."""
     pytest.importorskip("webdataset")
     for folder, part, number in itertools.product(("images", "masks"), ("train", "val"), range(10, 18)):
@@ -195,7 +195,7 @@ def test_every_other_loader_names_the_picture_too(tmp_path):
 def test_a_sample_is_noted_before_it_is_read(tmp_path):
     pytest.importorskip("webdataset")
     noted = []
-    found = pictures_in(shard_of(tmp_path, range(5)), 10**6, noted.append)
+    found = images_in(shard_of(tmp_path, range(5)), 10**6, noted.append)
     for number, sample in enumerate(found, start=1):
         assert isinstance(sample, Sample)
         assert noted[-1] == sample.name

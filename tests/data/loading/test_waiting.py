@@ -14,12 +14,12 @@ from moco.callbacks.monitors import LossMonitor
 from moco.cli.progress import ProgressBar
 from moco.data.loading.streams import Streams
 from moco.data.loading.waiting import cores_of, remedies, workers_that_suffice
-from moco.data.sources.packed import PIXELS, PackedPictures
-from moco.data.sources.registry import FilePictures
+from moco.data.sources.packed import PIXELS, PackedImages
+from moco.data.sources.registry import FileImages
 from moco.segmentation.datamodule import SegmentationData
 from tests.data.loading.test_datamodule import data_for, numbered  # noqa: F401  (a fixture)
 
-FILES = FilePictures(["a.jpg"])
+FILES = FileImages(["a.jpg"])
 MORE_CORES = ["more than the 4 cores that this process may use, or an augmentation with less to do"]
 COPY = (
     "a smaller, packed copy (python -m moco.pack with this run's data settings, data.resize=256 and output=DIR; then "
@@ -28,16 +28,16 @@ COPY = (
 
 
 def packed(*files):
-    return PackedPictures("/fast/copy", list(files), {}, None, 10**6)
+    return PackedImages("/fast/copy", list(files), {}, None, 10**6)
 
 
 def streams(num_shards, num_streams, world_size=1):
     return Streams(["x.tar"] * num_shards, num_streams, 500, 10**6, 0, 0, world_size)
 
 
-def advice(pictures=FILES, share=0.5, **changes):
+def advice(images=FILES, share=0.5, **changes):
     options = {"num_workers": 2, "num_cores": 4, "image_size": 224, "engine": "batch", "has_gpu": True} | changes
-    return remedies(pictures, share, **options)
+    return remedies(images, share, **options)
 
 
 def test_idle_cores_are_advised_first_and_as_many_as_the_share_asks_for():
@@ -135,7 +135,7 @@ def test_crops_with_masks_have_loader_processes_alone():
     assert said == "data.num_workers=4 (2 now; this process may use 8 cores)"
 
 
-def test_pictures_in_the_devices_memory_are_not_waited_for(numbered, caplog):  # noqa: F811
+def test_images_in_the_devices_memory_are_not_waited_for(numbered, caplog):  # noqa: F811
     data = data_for(numbered, engine="batch")
     assert data.remedies_for_waiting(0.9, 4, True) == []
     wait = DataWait()
@@ -155,9 +155,9 @@ class SlowCheckpoint(pl.callbacks.Checkpoint):  # Lightning calls checkpoints la
         time.sleep(0.3)
 
 
-def test_the_time_of_callbacks_is_not_waiting(runner, picture_tree):
+def test_the_time_of_callbacks_is_not_waiting(runner, image_tree):
     figures = {}
-    config = runner.config("data=images", f"data.root={picture_tree}", "data.batch_size=8", "data.num_workers=0")
+    config = runner.config("data=images", f"data.root={image_tree}", "data.batch_size=8", "data.num_workers=0")
     monitor = LossMonitor(figures, 1)
     runner.fit(config, [SlowCheckpoint(), monitor])
     assert monitor.data_wait.seconds > 0.6  # of two steps, the first left out
@@ -170,14 +170,14 @@ def test_making_a_batch_in_the_devices_memory_is_not_waiting(runner):
     assert figures["data_wait"] == 0
 
 
-def test_a_run_that_waits_says_so_once_with_what_to_change(runner, picture_tree, caplog, monkeypatch):
+def test_a_run_that_waits_says_so_once_with_what_to_change(runner, image_tree, caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr("moco.callbacks.monitors.SECONDS", 0.5)
-    opened = FilePictures.opened
-    monkeypatch.setattr(FilePictures, "opened", lambda self, index: time.sleep(0.05) or opened(self, index))
+    opened = FileImages.opened
+    monkeypatch.setattr(FileImages, "opened", lambda self, index: time.sleep(0.05) or opened(self, index))
     config = runner.config(
-        "data=images", f"data.root={picture_tree}", "data.batch_size=8", "data.num_workers=0", "trainer.max_steps=6"
+        "data=images", f"data.root={image_tree}", "data.batch_size=8", "data.num_workers=0", "trainer.max_steps=6"
     )
     figures = {}
     runner.fit(config, [LossMonitor(figures, 1)])

@@ -18,28 +18,28 @@ def test_digits_are_split_once_and_for_all():
     assert source.queries.labels[:8].tolist() == DIGITS
     assert set(np.unique(source.queries.labels)) == set(range(10))
     train = {source.train[i].tobytes() for i in range(1437)}
-    test = {source.queries.pictures[i].tobytes() for i in range(360)}
+    test = {source.queries.images[i].tobytes() for i in range(360)}
     assert not train & test
 
 
 DIGITS = [7, 9, 4, 7, 0, 2, 6, 1]
 
 
-def test_images_takes_a_tree_and_sub_folders_are_no_classes(picture_tree):
-    source = build_source("images", str(picture_tree))
+def test_images_takes_a_tree_and_sub_folders_are_no_classes(image_tree):
+    source = build_source("images", str(image_tree))
     assert len(source.train) == 24
     assert source.bank is None
     assert source.queries is None
     assert source.train[0].size == (20, 16)
 
 
-def test_loader_processes_are_handed_pictures_as_shared_memory(picture_tree):
+def test_loader_processes_are_handed_images_as_shared_memory(image_tree):
     from multiprocessing.reduction import ForkingPickler
 
     import torch.multiprocessing  # noqa: F401  (registers how tensors travel)
 
-    for pictures in (build_source("digits").train, build_source("images", str(picture_tree)).train):
-        assert len(ForkingPickler.dumps(pictures)) < 1500
+    for images in (build_source("digits").train, build_source("images", str(image_tree)).train):
+        assert len(ForkingPickler.dumps(images)) < 1500
 
 
 def test_names_with_odd_characters_survive(tmp_path):
@@ -51,24 +51,24 @@ def test_names_with_odd_characters_survive(tmp_path):
     assert source.train[2].size == (4, 4)
 
 
-def test_images_takes_several_trees(picture_tree):
-    source = build_source("images", [str(picture_tree / "a"), str(picture_tree / "b" / "deeper")])
+def test_images_takes_several_trees(image_tree):
+    source = build_source("images", [str(image_tree / "a"), str(image_tree / "b" / "deeper")])
     assert len(source.train) == 16
 
 
 @pytest.mark.parametrize(("first", "second"), [(".", "a"), ("a", "."), ("a", "a/"), ("link", "b/deeper"), (".", ".")])
-def test_trees_that_overlap_are_refused_with_both_names(picture_tree, first, second):
-    (picture_tree / "link").symlink_to(picture_tree / "b")
-    first, second = (f"{picture_tree}/{name}" for name in (first, second))
-    with pytest.raises(InputError, match=r"is .* or lies below it, and its pictures would be listed twice") as error:
+def test_trees_that_overlap_are_refused_with_both_names(image_tree, first, second):
+    (image_tree / "link").symlink_to(image_tree / "b")
+    first, second = (f"{image_tree}/{name}" for name in (first, second))
+    with pytest.raises(InputError, match=r"is .* or lies below it, and its images would be listed twice") as error:
         build_source("images", [first, second])
     assert first in str(error.value)
     assert second in str(error.value)
 
 
-def test_trees_whose_names_begin_alike_do_not_overlap(picture_tree):
-    (picture_tree / "a").rename(picture_tree / "bb")
-    assert len(build_source("images", [str(picture_tree / "b"), str(picture_tree / "bb")]).train) == 24
+def test_trees_whose_names_begin_alike_do_not_overlap(image_tree):
+    (image_tree / "a").rename(image_tree / "bb")
+    assert len(build_source("images", [str(image_tree / "b"), str(image_tree / "bb")]).train) == 24
 
 
 @pytest.mark.parametrize("root", [[], [3], {"a": 1}])
@@ -99,10 +99,10 @@ def test_image_folder_without_val_keeps_a_tenth_out_of_the_bank_but_trains_on_it
     assert len(source.train) == 200
     assert len(source.bank.labels) + len(source.queries.labels) == 200
     assert 8 <= len(source.queries.labels) <= 35
-    paths = {source.bank.pictures.name(i) for i in range(len(source.bank.pictures))}
-    assert not paths & {source.queries.pictures.name(i) for i in range(len(source.queries.pictures))}
+    paths = {source.bank.images.name(i) for i in range(len(source.bank.images))}
+    assert not paths & {source.queries.images.name(i) for i in range(len(source.queries.images))}
     for labelled in (source.bank, source.queries):
-        names = [Path(labelled.pictures.name(i)).relative_to(tmp_path).parts[0] for i in range(len(labelled.labels))]
+        names = [Path(labelled.images.name(i)).relative_to(tmp_path).parts[0] for i in range(len(labelled.labels))]
         assert [("cat", "dog")[label] for label in labelled.labels] == names
 
 
@@ -114,9 +114,9 @@ def test_image_folder_train_alone_has_no_monitor(tmp_path):
 def test_image_folder_names_unknown_classes_and_missing_class_folders(tmp_path):
     class_folders(tmp_path / "train", 4)
     class_folders(tmp_path / "val", 4, classes=("eel",))
-    with pytest.raises(InputError, match=r"val: classes that the training pictures do not have: eel"):
+    with pytest.raises(InputError, match=r"val: classes that the training images do not have: eel"):
         build_source("image_folder", str(tmp_path))
-    with pytest.raises(InputError, match=r"no class sub-folders with pictures; data=images takes a plain folder"):
+    with pytest.raises(InputError, match=r"no class sub-folders with images; data=images takes a plain folder"):
         build_source("image_folder", str(tmp_path / "train" / "cat" / "deeper"))
 
 
@@ -141,7 +141,7 @@ def test_npz_reads_the_medmnist_layout(shape, tmp_path):
     assert source.queries.labels.tolist() == [7, 900]
 
 
-def test_npz_without_labels_or_test_pictures_trains_without_a_monitor(tmp_path):
+def test_npz_without_labels_or_test_images_trains_without_a_monitor(tmp_path):
     assert build_source("npz", save_npz(tmp_path / "a.npz", train_labels=None)).bank is None
     assert build_source("npz", save_npz(tmp_path / "b.npz", test_labels=None)).queries is None
     assert build_source("npz", save_npz(tmp_path / "c.npz", test_images=None)).queries is None

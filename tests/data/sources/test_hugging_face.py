@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco.data.files.images import UnreadablePicture
+from moco.data.files.images import UnreadableImage
 from moco.data.sources.registry import build_source
 from moco.errors import InputError
 
@@ -40,8 +40,8 @@ def saved(folder, dataset):
     return str(folder)
 
 
-def sizes(pictures):
-    return [pictures.opened(index).size for index in range(len(pictures))]
+def sizes(images):
+    return [images.opened(index).size for index in range(len(images))]
 
 
 def test_a_data_set_is_trained_on_with_its_labels(tmp_path):
@@ -50,7 +50,7 @@ def test_a_data_set_is_trained_on_with_its_labels(tmp_path):
     assert source.train[3].getpixel((0, 0)) == (3, 0, 7)
     assert source.train.opened(3).pixels()[0, 0].tolist() == [3, 0, 7]
     assert source.bank.labels.tolist() == [0, 1, 0, 1, 0]
-    assert source.bank.pictures is source.train
+    assert source.bank.images is source.train
     assert source.queries is None
     assert source.train.name(3) == f"{tmp_path / 'set'}[train][3]"
 
@@ -60,7 +60,7 @@ def test_a_dict_of_splits_brings_its_queries(tmp_path, split):
     both = datasets.DatasetDict({"train": table(4), split: table(3, start=10), "other": table(1)})
     source = build_source("hf", saved(tmp_path / "set", both))
     assert len(source.train) == 4
-    assert sizes(source.queries.pictures) == [(6, 18), (6, 19), (6, 20)]
+    assert sizes(source.queries.images) == [(6, 18), (6, 19), (6, 20)]
     assert source.queries.labels.tolist() == [0, 1, 0]
 
 
@@ -88,11 +88,11 @@ def test_classes_that_the_training_split_does_not_have_are_named(tmp_path):
 def test_rows_that_were_chosen_and_shuffled_before_saving_keep_their_order(tmp_path):
     chosen = table(20).shuffle(seed=3).select(range(7))
     source = build_source("hf", saved(tmp_path / "set", chosen))
-    assert [size[1] for size in sizes(source.train)] == [picture.width for picture in chosen["image"]]
+    assert [size[1] for size in sizes(source.train)] == [image.width for image in chosen["image"]]
     assert source.bank.labels.tolist() == chosen["label"][:]
 
 
-def test_pictures_of_files_are_embedded_when_saved(tmp_path):
+def test_images_of_files_are_embedded_when_saved(tmp_path):
     (tmp_path / "cat.png").write_bytes(encoded(2))
     paths = datasets.Dataset.from_dict({"photo": [str(tmp_path / "cat.png")]}).cast_column("photo", datasets.Image())
     source = build_source("hf", saved(tmp_path / "set", paths))
@@ -135,7 +135,7 @@ def test_two_label_columns_have_to_be_chosen_from(tmp_path):
         build_source("hf", root)
 
 
-def test_a_table_without_pictures_rows_or_training_split_is_named(tmp_path):
+def test_a_table_without_images_rows_or_training_split_is_named(tmp_path):
     texts = datasets.Dataset.from_dict({"text": ["a"]})
     with pytest.raises(InputError, match=r"split train: no column of type Image in there \(text: string\)"):
         build_source("hf", saved(tmp_path / "texts", texts))
@@ -194,14 +194,14 @@ def test_a_plain_number_that_is_no_label_is_named_with_its_row(tmp_path):
         build_source("hf", root, label_column="coarse")
 
 
-def test_a_row_without_a_picture_or_with_a_broken_one_is_unreadable(tmp_path):
-    rows = [{"bytes": b"no picture", "path": None}, None, {"bytes": encoded(1), "path": None}]
+def test_a_row_without_an_image_or_with_a_broken_one_is_unreadable(tmp_path):
+    rows = [{"bytes": b"no image", "path": None}, None, {"bytes": encoded(1), "path": None}]
     broken = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
-    pictures = build_source("hf", saved(tmp_path / "set", broken)).train
-    for index, reason in ((0, "cannot identify"), (1, "no picture in the table")):
-        with pytest.raises(UnreadablePicture, match=rf"set\[train\]\[{index}\]: .*{reason}"):
-            pictures.opened(index)
-    assert pictures.opened(2).size == (6, 9)
+    images = build_source("hf", saved(tmp_path / "set", broken)).train
+    for index, reason in ((0, "cannot identify"), (1, "no image in the table")):
+        with pytest.raises(UnreadableImage, match=rf"set\[train\]\[{index}\]: .*{reason}"):
+            images.opened(index)
+    assert images.opened(2).size == (6, 9)
 
 
 def test_a_row_that_only_names_a_file_is_not_opened(tmp_path):
@@ -216,15 +216,15 @@ def test_a_row_that_only_names_a_file_is_not_opened(tmp_path):
     rows = pa.table({"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}], "label": [0]}, schema=schema)
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         writer.write_table(rows)
-    with pytest.raises(UnreadablePicture, match="no picture in the table"):
+    with pytest.raises(UnreadableImage, match="no image in the table"):
         build_source("hf", str(root)).train.opened(0)
 
 
-def test_a_picture_larger_than_the_limit_is_unreadable(tmp_path):
-    pictures = build_source("hf", saved(tmp_path / "set", table(3)), max_image_pixels=50).train
-    assert pictures.opened(0).size == (6, 8)
-    with pytest.raises(UnreadablePicture, match=r"54 pixels\) exceeds data\.max_image_pixels=50"):
-        pictures.opened(1)
+def test_an_image_larger_than_the_limit_is_unreadable(tmp_path):
+    images = build_source("hf", saved(tmp_path / "set", table(3)), max_image_pixels=50).train
+    assert images.opened(0).size == (6, 8)
+    with pytest.raises(UnreadableImage, match=r"54 pixels\) exceeds data\.max_image_pixels=50"):
+        images.opened(1)
 
 
 def test_a_folder_with_a_loading_script_is_refused_and_the_script_not_run(tmp_path):
@@ -253,14 +253,14 @@ def test_a_folder_that_is_none_or_damaged_is_named(tmp_path):
         build_source("hf", root)
 
 
-def test_the_pictures_travel_small_to_workers(tmp_path):
+def test_the_images_travel_small_to_workers(tmp_path):
     sizes = []
     for count in (10, 200):
         noise = np.random.default_rng(0).bytes(3000)
         rows = {"image": [{"bytes": noise, "path": None}] * count}
         whole = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
-        pictures = build_source("hf", saved(tmp_path / str(count), whole)).train
-        sizes.append(len(pickle.dumps(pictures)))
-        assert len(pickle.loads(pickle.dumps(pictures))) == count
+        images = build_source("hf", saved(tmp_path / str(count), whole)).train
+        sizes.append(len(pickle.dumps(images)))
+        assert len(pickle.loads(pickle.dumps(images))) == count
     assert max(sizes) < 10_000
     assert sizes[1] - sizes[0] < 100

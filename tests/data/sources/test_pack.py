@@ -1,4 +1,4 @@
-"""moco.pack: copies that hold the same pictures under the same names and labels, as an array or as shards."""
+"""moco.pack: copies that hold the same images under the same names and labels, as an array or as shards."""
 
 import dataclasses
 import io
@@ -15,7 +15,7 @@ from PIL import Image
 from moco import pack
 from moco.config.pack import PackConfig
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
-from moco.data.files.decoding import DecodedPicture, encoded
+from moco.data.files.decoding import DecodedImage, encoded
 from moco.data.sources.packing import Pool, resized, resized_size
 from moco.data.sources.registry import build_source
 from moco.errors import InputError
@@ -29,12 +29,12 @@ def run(folder, *overrides):
     return folder / "copy"
 
 
-def names(pictures):
-    return [pictures.name(index) for index in range(len(pictures))]
+def names(images):
+    return [images.name(index) for index in range(len(images))]
 
 
-def arrays(pictures):
-    return [pictures.opened(index).pixels() for index in range(len(pictures))]
+def arrays(images):
+    return [images.opened(index).pixels() for index in range(len(images))]
 
 
 def files(folder):
@@ -64,7 +64,7 @@ def test_shards_hold_each_jpeg_as_it_was_in_another_order(tmp_path, photographs)
             assert bytes(copy.content(index)) == file.read()
 
 
-def test_pictures_are_brought_down_to_the_shorter_side_and_never_enlarged(tmp_path, photographs):
+def test_images_are_brought_down_to_the_shorter_side_and_never_enlarged(tmp_path, photographs):
     root = str(photographs)
     copy = build_source("packed", str(run(tmp_path, f"data.root={root}", "format=array", "data.resize=64"))).train
     source = build_source("images", root).train
@@ -90,14 +90,14 @@ def test_a_reduced_decode_of_a_large_jpeg_stays_near_the_full_one(generator):
     photograph = coarse.resize((1800, 1200), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     photograph.save(file, "JPEG", quality=92)
-    picture = encoded(file.getvalue(), "photograph", 10**8)
-    small, full = resized(picture, 128), resized(DecodedPicture(picture.pixels()), 128)
+    image = encoded(file.getvalue(), "photograph", 10**8)
+    small, full = resized(image, 128), resized(DecodedImage(image.pixels()), 128)
     assert small.shape == full.shape == (128, 192, 3)
     assert np.abs(small.astype(int) - full).mean() < 0.5
 
 
-def test_other_formats_become_jpegs_of_the_quality_given(tmp_path, picture_tree):
-    copy = build_source("packed", str(run(tmp_path, f"data.root={picture_tree}", "format=shards", "quality=95"))).train
+def test_other_formats_become_jpegs_of_the_quality_given(tmp_path, image_tree):
+    copy = build_source("packed", str(run(tmp_path, f"data.root={image_tree}", "format=shards", "quality=95"))).train
     for index in range(len(copy)):
         with Image.open(io.BytesIO(bytes(copy.content(index)))) as jpeg, Image.open(copy.name(index)) as original:
             file = io.BytesIO()
@@ -113,12 +113,12 @@ def test_labels_of_bank_and_queries_come_along(tmp_path, form):
     assert copy.image_size == 8
     for side in ("bank", "queries"):
         there, here = getattr(source, side), getattr(copy, side)
-        expected = dict(zip(names(there.pictures), there.labels.tolist(), strict=True))
-        assert dict(zip(names(here.pictures), here.labels.tolist(), strict=True)) == expected
-    assert copy.bank.pictures is copy.train
+        expected = dict(zip(names(there.images), there.labels.tolist(), strict=True))
+        assert dict(zip(names(here.images), here.labels.tolist(), strict=True)) == expected
+    assert copy.bank.images is copy.train
     assert len(copy.train) == 1437
     if form == "array":
-        assert np.array_equal(np.asarray(copy.queries.pictures[5]), np.asarray(source.queries.pictures[5]))
+        assert np.array_equal(np.asarray(copy.queries.images[5]), np.asarray(source.queries.images[5]))
 
 
 def test_queries_that_are_trained_on_are_stored_once(tmp_path, photographs):
@@ -127,9 +127,9 @@ def test_queries_that_are_trained_on_are_stored_once(tmp_path, photographs):
         "packed", str(run(tmp_path, "data=image_folder", f"data.root={photographs}", "data.held_out=0.3"))
     )
     assert len(copy.train) == 30
-    assert names(copy.queries.pictures) == names(source.queries.pictures)
+    assert names(copy.queries.images) == names(source.queries.images)
     assert copy.queries.labels.tolist() == source.queries.labels.tolist()
-    assert names(copy.bank.pictures) == names(source.bank.pictures)
+    assert names(copy.bank.images) == names(source.bank.images)
     assert (tmp_path / "copy" / "pixels.bin").stat().st_size == sum(array.size for array in arrays(copy.train))
 
 
@@ -147,7 +147,7 @@ def test_shards_are_what_webdataset_reads(tmp_path):
     assert [sample["jpg"] for sample in samples[:20]] == [bytes(copy.train.content(number)) for number in range(20)]
     for part in index["parts"]:
         with tarfile.open(folder / part["file"]) as archive:
-            assert len(archive.getnames()) == 2 * part["pictures"]
+            assert len(archive.getnames()) == 2 * part["images"]
 
 
 def test_worker_processes_write_the_same_copy(tmp_path, photographs):
@@ -156,13 +156,13 @@ def test_worker_processes_write_the_same_copy(tmp_path, photographs):
 
 
 @pytest.mark.parametrize("form", ["array", "shards"])
-def test_unreadable_pictures_are_left_out_of_every_side_and_limited(tmp_path, photographs, caplog, form):
+def test_unreadable_images_are_left_out_of_every_side_and_limited(tmp_path, photographs, caplog, form):
     for name in ("a/04.jpg", "b/07.jpg"):
-        (photographs / name).write_bytes(b"no picture")
+        (photographs / name).write_bytes(b"no image")
     arguments = ["data=image_folder", f"data.root={photographs}", "data.held_out=0.5", f"format={form}"]
-    with pytest.raises(InputError, match=r"2 of 30 pictures cannot be read.*a/04\.jpg|1 of 30.*a/04\.jpg"):
+    with pytest.raises(InputError, match=r"2 of 30 images cannot be read.*a/04\.jpg|1 of 30.*a/04\.jpg"):
         run(tmp_path / "strict", *arguments)
-    with pytest.raises(InputError, match=r"pictures cannot be read"):  # nor does trying again get past it
+    with pytest.raises(InputError, match=r"images cannot be read"):  # nor does trying again get past it
         run(tmp_path / "strict", *arguments)
     folder = run(tmp_path, *arguments, "data.max_bad_fraction=0.1")
     copy = build_source("packed", str(folder))
@@ -171,24 +171,24 @@ def test_unreadable_pictures_are_left_out_of_every_side_and_limited(tmp_path, ph
     assert sorted(names(copy.train)) == readable
     for side in ("bank", "queries"):
         there, here = getattr(source, side), getattr(copy, side)
-        labels = dict(zip(names(there.pictures), there.labels.tolist(), strict=True))
+        labels = dict(zip(names(there.images), there.labels.tolist(), strict=True))
         kept = {name: label for name, label in labels.items() if name in readable}
-        assert dict(zip(names(here.pictures), here.labels.tolist(), strict=True)) == kept
+        assert dict(zip(names(here.images), here.labels.tolist(), strict=True)) == kept
     run(tmp_path, *arguments, "data.max_bad_fraction=0.1", "check=true")
     assert "04.jpg" in caplog.text
 
 
-def test_auto_takes_an_array_where_it_fits_in_half_of_the_free_space(tmp_path, picture_tree, monkeypatch, caplog):
+def test_auto_takes_an_array_where_it_fits_in_half_of_the_free_space(tmp_path, image_tree, monkeypatch, caplog):
     caplog.set_level("INFO")
     needed = 24 * 16 * 20 * 3
     for free, name in ((2 * needed, "shards"), (2 * needed + 1, "array")):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
-        folder = run(tmp_path / name, f"data.root={picture_tree}")
+        folder = run(tmp_path / name, f"data.root={image_tree}")
         assert json.loads((folder / "index.json").read_text())["format"] == name
         assert f"format={name}: an array takes about 0.00 GB, and 0.0 GB are free" in caplog.text
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     with pytest.raises(InputError, match=r"format=shards or a smaller data\.resize takes less"):
-        run(tmp_path / "none", f"data.root={picture_tree}", "format=array")
+        run(tmp_path / "none", f"data.root={image_tree}", "format=array")
 
 
 def test_loader_processes_are_handed_the_copy_as_shared_memory(tmp_path):
@@ -210,11 +210,11 @@ def test_only_so_many_files_are_open_at_once(tmp_path, photographs, monkeypatch)
     assert len(train.maps) == 2
 
 
-def test_pool_holds_each_picture_once():
+def test_pool_holds_each_image_once():
     source = build_source("digits")
     pool = Pool(source)
     assert (len(pool), pool.num_train) == (1797, 1437)
-    assert pool.name(1440) == source.queries.pictures.name(3)
+    assert pool.name(1440) == source.queries.images.name(3)
     both = dataclasses.replace(source, queries=source.bank)
     assert len(Pool(both)) == 1437
 

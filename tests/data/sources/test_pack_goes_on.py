@@ -108,9 +108,9 @@ def test_another_source_or_setting_in_the_same_folder_is_refused(tmp_path, photo
 def test_a_source_that_has_grown_is_refused_and_fails_the_check(tmp_path, photographs):
     run(tmp_path, f"data.root={photographs}")
     Image.new("RGB", (9, 9)).save(photographs / "new.png")
-    with pytest.raises(InputError, match="the source: 30 pictures there, 31 here"):
+    with pytest.raises(InputError, match="the source: 30 images there, 31 here"):
         run(tmp_path, f"data.root={photographs}")
-    with pytest.raises(RunError, match="made of 30 pictures, and the source has 31"):
+    with pytest.raises(RunError, match="made of 30 images, and the source has 31"):
         run(tmp_path, f"data.root={photographs}", "check=true")
 
 
@@ -218,10 +218,10 @@ def test_the_program_ends_on_sigterm_with_a_line_and_goes_on(tmp_path, photograp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["array", "shards"])
-def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path, picture_tree, generator, form):
+def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path, image_tree, generator, form):
     for number in range(100, 1500):
-        Image.fromarray(generator.integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(picture_tree / f"{number}.png")
-    arguments = [f"data.root={picture_tree}", "max_shard_bytes=2000000", f"format={form}", "data.resize=64"]
+        Image.fromarray(generator.integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(image_tree / f"{number}.png")
+    arguments = [f"data.root={image_tree}", "max_shard_bytes=2000000", f"format={form}", "data.resize=64"]
     straight = files(run(tmp_path / "straight", *arguments))
     for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
         before = num_parts(tmp_path)

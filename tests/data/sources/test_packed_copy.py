@@ -14,7 +14,7 @@ from tests.data.sources.test_pack import run
 
 @pytest.fixture(scope="module")
 def labelled_copy(tmp_path_factory):
-    """24 pictures in two classes, about half of them the bank."""
+    """24 images in two classes, about half of them the bank."""
     folder = tmp_path_factory.mktemp("labelled")
     for number in range(24):
         path = folder / "source" / "ab"[number % 2] / f"{number}.png"
@@ -24,7 +24,7 @@ def labelled_copy(tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", ["array", "shards"])
-def test_check_names_the_pictures_whose_bytes_have_changed(tmp_path, photographs, form):
+def test_check_names_the_images_whose_bytes_have_changed(tmp_path, photographs, form):
     arguments = [f"data.root={photographs}", f"format={form}"]
     folder = run(tmp_path, *arguments)
     run(tmp_path, *arguments, "check=true")
@@ -38,16 +38,16 @@ def test_check_names_the_pictures_whose_bytes_have_changed(tmp_path, photographs
     path.write_bytes(content)
     with pytest.raises(RunError) as error:
         run(tmp_path, *arguments, "check=true")
-    assert f"2 of 30 pictures are not as they were written: {copy.name(3)}, {copy.name(17)}" in str(error.value)
+    assert f"2 of 30 images are not as they were written: {copy.name(3)}, {copy.name(17)}" in str(error.value)
 
 
-def test_check_sees_a_flipped_bit_between_two_pictures_of_a_shard(tmp_path, photographs):
+def test_check_sees_a_flipped_bit_between_two_images_of_a_shard(tmp_path, photographs):
     arguments = [f"data.root={photographs}", "format=shards"]
     path = run(tmp_path, *arguments) / "train-00000.tar"
     content = bytearray(path.read_bytes())
     content[0] ^= 1  # of the first member's name
     path.write_bytes(content)
-    with pytest.raises(RunError, match=r"between its pictures other than it was written: train-00000\.tar"):
+    with pytest.raises(RunError, match=r"between its images other than it was written: train-00000\.tar"):
         run(tmp_path, *arguments, "check=true")
 
 
@@ -72,15 +72,15 @@ def test_a_copy_that_is_not_finished_is_neither_checked_nor_read(tmp_path, photo
         (lambda folder: (folder / "index.json").unlink(), "no packed copy there"),
     ],
 )
-def test_a_damaged_copy_is_named(tmp_path, picture_tree, damage, message):
-    folder = run(tmp_path, f"data.root={picture_tree}", "format=array")
+def test_a_damaged_copy_is_named(tmp_path, image_tree, damage, message):
+    folder = run(tmp_path, f"data.root={image_tree}", "format=array")
     damage(folder)
     with pytest.raises(InputError, match=message):
         build_source("packed", str(folder))
 
 
-def test_an_index_that_points_beyond_the_file_is_refused(tmp_path, picture_tree):
-    folder = run(tmp_path, f"data.root={picture_tree}", "format=array")
+def test_an_index_that_points_beyond_the_file_is_refused(tmp_path, image_tree):
+    folder = run(tmp_path, f"data.root={image_tree}", "format=array")
     with np.load(folder / "index.npz") as file:
         table = dict(file)
     np.savez(folder / "index.npz", **table | {"offsets": table["offsets"] + 1})
@@ -111,10 +111,10 @@ def changed(index, place, value):
         (["num_images"], -1, r"num_images=-1: expected a number"),
         (["image_size"], "a", r'image_size="a": expected a number'),
         (["settings"], {}, r"settings=\{\}: expected settings, quality among them"),
-        (["source"], [], r"source=\[\]: expected its number of pictures"),
+        (["source"], [], r"source=\[\]: expected its number of images"),
         (["parts"], {}, r"parts=\{\}: expected a list"),
         (["parts", 0, "bytes"], None, r"parts\[0\]\.bytes is missing"),
-        (["parts", 0, "pictures"], 1.5, r"parts\[0\]\.pictures=1\.5: expected a number"),
+        (["parts", 0, "images"], 1.5, r"parts\[0\]\.images=1\.5: expected a number"),
         (["parts", 0, "skipped"], [[1]], r"parts\[0\]\.skipped=\[\[1\]\]: expected a list of rows and reasons"),
         *[
             (["parts", 0, "file"], name, r"parts\[0\]\.file=.*: expected the name of a file in this folder")

@@ -14,7 +14,7 @@ from PIL import Image
 from moco.data.loading.streams import StreamDataset, StreamLoader, check_num_workers
 from moco.data.loading.workers import loader_options
 from moco.data.sources.registry import build_source
-from moco.data.sources.shards import Problem, Sample, count_pictures, list_shards, pictures_in
+from moco.data.sources.shards import Problem, Sample, count_images, images_in, list_shards
 from moco.errors import InputError
 
 pytest.importorskip("webdataset")
@@ -22,7 +22,7 @@ pytest.importorskip("webdataset")
 LIMIT = 10**8
 
 
-def picture(number, form="PNG"):
+def image(number, form="PNG"):
     file = io.BytesIO()
     Image.new("RGB", (8, 6), (number % 256, number // 256, 7)).save(file, form)
     return file.getvalue()
@@ -44,25 +44,25 @@ def write_tar(path, members, mode="w"):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Twelve shards of 10 pictures each, numbered from 0 to 119."""
+    """Twelve shards of 10 images each, numbered from 0 to 119."""
     for shard in range(12):
         members = []
         for number in range(10 * shard, 10 * shard + 10):
-            members += [(f"{number:04}.png", picture(number)), (f"{number:04}.cls", b"3")]
+            members += [(f"{number:04}.png", image(number)), (f"{number:04}.cls", b"3")]
         write_tar(tmp_path / f"part-{shard:03}.tar", members)
     return f"{tmp_path}/part-{{000..011}}.tar"
 
 
 def numbers_in(shard):
-    return [number_of(found.picture) for found in pictures_in(shard, LIMIT) if isinstance(found, Sample)]
+    return [number_of(found.image) for found in images_in(shard, LIMIT) if isinstance(found, Sample)]
 
 
 def problems_of(shard):
-    return [found for found in pictures_in(shard, LIMIT) if isinstance(found, Problem)]
+    return [found for found in images_in(shard, LIMIT) if isinstance(found, Problem)]
 
 
 def make_batch(rows, epoch):
-    numbers = torch.tensor([number_of(picture) for _, picture, _ in rows])
+    numbers = torch.tensor([number_of(image) for _, image, _ in rows])
     positions = torch.tensor([position for position, _, _ in rows])
     return SimpleNamespace(
         numbers=numbers, positions=positions, epoch=epoch, unreadable=torch.zeros(len(rows), dtype=torch.bool)
@@ -107,20 +107,20 @@ def test_a_root_without_shards_is_named(root, message, tmp_path, monkeypatch):
         build_source("webdataset", root)
 
 
-def test_a_sample_is_its_first_picture_and_the_rest_of_it_is_not_read(tmp_path):
+def test_a_sample_is_its_first_image_and_the_rest_of_it_is_not_read(tmp_path):
     members = [
-        ("a/0001.txt", b"no picture"), ("a/0001.left.PNG", picture(1)), ("a/0001.right.png", picture(2)),
-        ("a/0002.jpg", picture(3)), ("b/0002.jpg", picture(4)), ("a.b/0003.png", picture(5)), ("0004.json", b"{}"),
+        ("a/0001.txt", b"no image"), ("a/0001.left.PNG", image(1)), ("a/0001.right.png", image(2)),
+        ("a/0002.jpg", image(3)), ("b/0002.jpg", image(4)), ("a.b/0003.png", image(5)), ("0004.json", b"{}"),
     ]  # fmt: skip
     shard = write_tar(tmp_path / "shard.tar", members)
     assert numbers_in(shard) == [1, 3, 4, 5]
-    assert count_pictures([shard]) == (4, [])
+    assert count_images([shard]) == (4, [])
     compressed = write_tar(tmp_path / "shard.tar.gz", members, "w:gz")
     assert numbers_in(compressed) == [1, 3, 4, 5]
-    assert count_pictures([compressed]) == (4, [])
+    assert count_images([compressed]) == (4, [])
 
 
-def test_pictures_are_counted_in_local_shards_unless_the_number_is_given(shards):
+def test_images_are_counted_in_local_shards_unless_the_number_is_given(shards):
     assert len(build_source("webdataset", shards).train) == 120
     assert len(build_source("webdataset", shards, num_images=77).train) == 77
     assert len(build_source("webdataset", f"pipe:cat {shards}", num_images=77).train.shards) == 12
@@ -128,9 +128,9 @@ def test_pictures_are_counted_in_local_shards_unless_the_number_is_given(shards)
 
 def test_a_copy_of_moco_pack_brings_its_number_and_its_training_shards(shards, tmp_path):
     files = ("part-001.tar", "train-00000.tar", "train-00001.tar")
-    parts = [{"file": file, "stop": 0, "pictures": 617, "bytes": 1, "skipped": []} for file in files]
+    parts = [{"file": file, "stop": 0, "images": 617, "bytes": 1, "skipped": []} for file in files]
     index = {"version": 1, "format": "shards", "complete": True, "num_images": 1234, "image_size": 224, "parts": parts}
-    index |= {"settings": {"quality": 90}, "source": {"pictures": 1851}}
+    index |= {"settings": {"quality": 90}, "source": {"images": 1851}}
     (tmp_path / "index.json").write_text(json.dumps(index))
     source = build_source("webdataset", str(tmp_path))
     assert len(source.train) == 1234
@@ -143,12 +143,12 @@ def test_a_copy_of_moco_pack_brings_its_number_and_its_training_shards(shards, t
         build_source("webdataset", str(tmp_path))
 
 
-def test_one_pass_of_all_streams_hands_out_every_picture_once(shards):
+def test_one_pass_of_all_streams_hands_out_every_image_once(shards):
     streams = build_source("webdataset", shards, streams=6, shuffle_buffer=7).train.streams(seed=1)
     found = []
     for stream in range(6):
         samples = streams.samples(0, stream)
-        numbers = [number_of(next(samples).picture) for _ in range(20)]
+        numbers = [number_of(next(samples).image) for _ in range(20)]
         assert len({number // 10 for number in numbers}) == 2  # whole shards
         assert numbers != sorted(numbers)
         found += numbers
@@ -157,17 +157,17 @@ def test_one_pass_of_all_streams_hands_out_every_picture_once(shards):
 
 def test_a_stream_begins_again_in_another_order(shards):
     samples = build_source("webdataset", shards, streams=6, shuffle_buffer=7).train.streams(seed=1).samples(0, 2)
-    first, second = ([number_of(next(samples).picture) for _ in range(20)] for _ in range(2))
+    first, second = ([number_of(next(samples).image) for _ in range(20)] for _ in range(2))
     assert sorted(first) == sorted(second)
     assert first != second
 
 
-def test_the_buffer_bounds_how_early_a_picture_can_come(shards):
+def test_the_buffer_bounds_how_early_an_image_can_come(shards):
     """No sample is handed out before it was read: at most `shuffle_buffer` are waiting."""
     streams = build_source("webdataset", shards, streams=1, shuffle_buffer=5).train.streams(seed=3)
     read = [number for shard in streams.shards_of(4, 0) for number in numbers_in(shard)]
     samples = streams.samples(4, 0)
-    handed = [number_of(next(samples).picture) for _ in range(120)]
+    handed = [number_of(next(samples).image) for _ in range(120)]
     assert sorted(handed) == sorted(read)
     assert all(read.index(number) <= place + 5 for place, number in enumerate(handed))
 
@@ -178,7 +178,7 @@ def test_epochs_and_seeds_have_their_own_order(shards):
     assert epoch_of(batches, 0) != epoch_of(batches, 1)
 
 
-def test_processes_share_the_pictures_and_the_positions(shards):
+def test_processes_share_the_images_and_the_positions(shards):
     seen, positions = [], []
     for rank in (0, 1):
         batches = loader(shards, batch_size=5, num_batches=12, rank=rank, world_size=2)
@@ -197,7 +197,7 @@ def test_a_resumed_epoch_goes_on_with_its_next_batch_without_decoding_what_went_
         whole.append((batch.numbers.tolist(), batch.positions.tolist()))
         if len(whole) == 9:
             state = straight.state_dict()
-    assert state == {"epoch": 3, "pictures": 36}
+    assert state == {"epoch": 3, "images": 36}
 
     from moco.data.files.decoding import EncodedFile
 
@@ -242,35 +242,33 @@ def test_pipes_are_read_and_a_command_that_fails_is_named(shards, caplog):
     assert numbers_in(f"pipe:cat {local[2]}") == list(range(20, 30))
     # More zeros than a pipe holds: the command cannot end, and webdataset not notice it, before the archive is read.
     assert problems_of(f"pipe:cat {local[2]}; head -c 200000 /dev/zero; exit 3")[0].reason.endswith(
-        "cannot be read beyond its first 10 pictures (its command failed)"
+        "cannot be read beyond its first 10 images (its command failed)"
     )
     (problem,) = problems_of(f"pipe:cat {local[2]}.missing 2>/dev/null")
     assert problem.is_shard
-    assert problem.reason.endswith("cannot be read beyond its first 0 pictures (its command failed)")
+    assert problem.reason.endswith("cannot be read beyond its first 0 images (its command failed)")
 
 
 def test_a_file_whose_name_looks_like_an_address_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run1:x").mkdir()
-    write_tar("run1:x/s.tar", [("0.png", picture(5))])
+    write_tar("run1:x/s.tar", [("0.png", image(5))])
     assert len(build_source("webdataset", "run1:x/s.tar").train) == 1
     assert numbers_in("run1:x/s.tar") == [5]
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_label_that_was_cut_off_does_not_cost_its_picture(tmp_path, mode):
+def test_a_label_that_was_cut_off_does_not_cost_its_image(tmp_path, mode):
     path = tmp_path / "shard.tar"
-    write_tar(
-        path, [("0.png", picture(0)), ("1.png", picture(1)), ("1.cls", np.random.default_rng(0).bytes(90_000))], mode
-    )
+    write_tar(path, [("0.png", image(0)), ("1.png", image(1)), ("1.cls", np.random.default_rng(0).bytes(90_000))], mode)
     path.write_bytes(path.read_bytes()[:40_000])
     assert numbers_in(str(path)) == [0, 1]
-    assert count_pictures([str(path)])[0] == 2
+    assert count_images([str(path)])[0] == 2
 
 
 def test_a_stream_can_be_given_up_in_the_middle_of_a_command(shards):
-    found = pictures_in(f"pipe:cat {list_shards(shards)[0]}; sleep 0.1; cat /dev/zero", LIMIT)
-    assert number_of(next(found).picture) == 0
+    found = images_in(f"pipe:cat {list_shards(shards)[0]}; sleep 0.1; cat /dev/zero", LIMIT)
+    assert number_of(next(found).image) == 0
     found.close()
 
 
@@ -278,7 +276,7 @@ def test_a_stream_can_be_given_up_in_the_middle_of_a_command(shards):
     ("cut", "whole"),
     [
         (lambda content: content[: 512 * 9], 4),  # four of a header and a block each, and a header
-        (lambda content: content[: len(content) // 2 + 100], None),  # in the middle of a header or of a picture
+        (lambda content: content[: len(content) // 2 + 100], None),  # in the middle of a header or of an image
         (lambda content: content[: 512 * 8], 4),  # as if it were complete, but for the end's zeros
         (lambda content: b"", 0),
         (lambda content: b"this is no tar archive" * 100, 0),
@@ -286,13 +284,13 @@ def test_a_stream_can_be_given_up_in_the_middle_of_a_command(shards):
 )
 def test_of_a_shard_that_was_cut_short_what_is_whole_is_used(tmp_path, cut, whole):
     path = tmp_path / "shard.tar"
-    write_tar(path, [(f"{number}.bmp", picture(number, "BMP")) for number in range(40)])
+    write_tar(path, [(f"{number}.bmp", image(number, "BMP")) for number in range(40)])
     path.write_bytes(cut(path.read_bytes()))
     numbers, (problem,) = numbers_in(str(path)), problems_of(str(path))
     assert numbers == list(range(len(numbers)))
     assert problem.is_shard
-    assert f"shard.tar: cannot be read beyond its first {len(numbers)} pictures" in problem.reason
-    counted, problems = count_pictures([str(path)])
+    assert f"shard.tar: cannot be read beyond its first {len(numbers)} images" in problem.reason
+    counted, problems = count_images([str(path)])
     assert counted == len(numbers)
     assert [one.name for one in problems] == [str(path)]
     if whole is not None:
@@ -314,17 +312,17 @@ def test_training_goes_on_beside_damaged_and_empty_shards_and_names_them_once(sh
     assert batches.unreadable == set()
 
 
-def test_shards_without_any_picture_are_an_error(tmp_path):
+def test_shards_without_any_image_are_an_error(tmp_path):
     paths = [write_tar(tmp_path / f"{number}.tar", [("0.txt", b"text")]) for number in range(2)]
-    with pytest.raises(InputError, match="no pictures in the 2 shards"):
+    with pytest.raises(InputError, match="no images in the 2 shards"):
         build_source("webdataset", paths)
-    with pytest.raises(InputError, match=r"no pictures in .*[01]\.tar"):
+    with pytest.raises(InputError, match=r"no images in .*[01]\.tar"):
         epoch_of(loader(paths, streams=1), 0)
 
 
 @pytest.mark.parametrize("name", ["/etc/0001.png", "../0001.png", "a/../../0001.png"])
 def test_a_shard_with_members_outside_of_it_is_refused(tmp_path, name):
-    path = write_tar(tmp_path / "shard.tar", [("0.png", picture(0)), (name, picture(1))])
+    path = write_tar(tmp_path / "shard.tar", [("0.png", image(0)), (name, image(1))])
     message = f"shard.tar: refused, since its member {name} lies outside of the archive"
     with pytest.raises(InputError) as error:
         build_source("webdataset", path)
@@ -335,18 +333,18 @@ def test_a_shard_with_members_outside_of_it_is_refused(tmp_path, name):
     assert "Traceback" not in str(error.value)
 
 
-def test_samples_that_are_no_pictures_are_skipped_named_and_limited(shards, caplog):
+def test_samples_that_are_no_images_are_skipped_named_and_limited(shards, caplog):
     path = list_shards(shards)[0]
-    good = [(f"{number:04}.png", picture(number)) for number in range(9)]
-    write_tar(path, [("bad.png", b"no picture"), *good])
+    good = [(f"{number:04}.png", image(number)) for number in range(9)]
+    write_tar(path, [("bad.png", b"no image"), *good])
     batches = loader(shards)
     seen = [number for epoch in range(2) for batch in epoch_of(batches, epoch) for number in batch]
     assert batches.unreadable == {f"{path}/bad.png"}
     assert caplog.text.count("skipped: ") == 1
     assert f"{path}/bad.png" in caplog.text
     assert 9 not in seen
-    write_tar(path, [("bad.png", b"no picture"), ("worse.jpg", b""), *good])
-    with pytest.raises(InputError, match=r"2 of 120 pictures cannot be read.*bad\.png.*worse\.jpg"):
+    write_tar(path, [("bad.png", b"no image"), ("worse.jpg", b""), *good])
+    with pytest.raises(InputError, match=r"2 of 120 images cannot be read.*bad\.png.*worse\.jpg"):
         epoch_of(loader(shards), 0)
 
 
@@ -363,15 +361,15 @@ def test_rows_that_turn_out_to_be_damaged_when_decoded_count_as_unreadable(shard
     assert next(iter(batches.unreadable)).endswith(f"/{batch.numbers[2]:04}.png")
 
 
-def test_members_that_no_picture_needs_are_not_taken_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("moco.data.sources.shards.LARGEST_PICTURE", 1000)
-    path = write_tar(tmp_path / "shard.tar", [("0.png", bytes(1001)), ("1.png", picture(1)), ("2.txt", bytes(5000))])
+def test_members_that_no_image_needs_are_not_taken_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("moco.data.sources.shards.LARGEST_IMAGE", 1000)
+    path = write_tar(tmp_path / "shard.tar", [("0.png", bytes(1001)), ("1.png", image(1)), ("2.txt", bytes(5000))])
     assert numbers_in(path) == [1]
     (problem,) = problems_of(path)
     assert "0.png: 1,001 bytes, more than 1,000" in problem.reason
 
 
-def test_there_are_no_pictures_by_number(shards):
+def test_there_are_no_images_by_number(shards):
     train = build_source("webdataset", shards).train
     for ask in (train.opened, train.__getitem__):
         with pytest.raises(InputError, match=r"data=webdataset is a stream to train on"):
@@ -386,12 +384,12 @@ def test_the_data_set_travels_small_to_workers(shards):
 
 
 def test_the_shuffle_is_as_good_as_its_buffer(tmp_path):
-    """With a buffer as large as the stream each picture is as likely to come early as late."""
-    path = write_tar(tmp_path / "shard.tar", [(f"{number}.png", picture(number)) for number in range(20)])
+    """With a buffer as large as the stream each image is as likely to come early as late."""
+    path = write_tar(tmp_path / "shard.tar", [(f"{number}.png", image(number)) for number in range(20)])
     streams = build_source("webdataset", path, streams=1, shuffle_buffer=20).train.streams(seed=0)
     places = np.zeros((20, 200))
     for epoch in range(200):
         samples = streams.samples(epoch, 0)
         for place in range(20):
-            places[number_of(next(samples).picture), epoch] = place
+            places[number_of(next(samples).image), epoch] = place
     assert np.abs(places.mean(axis=1) - 9.5).max() < 4 * 5.77 / np.sqrt(200)  # 5.77: standard deviation of 0..19
