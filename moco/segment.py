@@ -291,7 +291,7 @@ def build_trainer(
             figures,
             inference=config.inference,
             every_n_epochs=config.evaluation.every_n_epochs,
-            num_images=config.evaluation.num_plotted_images,
+            num_plotted_images=config.evaluation.num_plotted_images,
             should_stop=lambda: bool(stop),
         ),
         RunDescription(folder, plain, ["segment/miou", "epoch/loss"]),
