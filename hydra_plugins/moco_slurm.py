@@ -23,7 +23,9 @@ from moco.runs.run_status import read_status, slurm_queue
 
 try:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
-    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as SubmititLauncher
+    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import (
+        SlurmLauncher as SubmititLauncher,
+    )
 except ImportError:
     SubmititLauncher = Launcher
 
@@ -41,7 +43,9 @@ QUESTIONS = 4
 class SlurmLauncher(SubmititLauncher):
     """Submits through submitit and waits for all jobs, whatever becomes of the others."""
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         set_up_logging()
         jobs = self.submit(job_overrides, initial_job_idx)
         sweep = self.config.hydra.sweep.dir
@@ -71,7 +75,9 @@ class SlurmLauncher(SubmititLauncher):
 
         settings = dict(self.params)
         executor = AutoExecutor(
-            settings.pop("submitit_folder"), cluster="slurm", slurm_max_num_timeout=settings.pop("max_num_timeout")
+            settings.pop("submitit_folder"),
+            cluster="slurm",
+            slurm_max_num_timeout=settings.pop("max_num_timeout"),
         )
         shared = {item.name for item in dataclasses.fields(BaseQueueConf)}
         executor.update_parameters(
@@ -80,7 +86,13 @@ class SlurmLauncher(SubmititLauncher):
         )
         numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
         calls = [
-            (list(overrides), "hydra.sweep.dir", number, f"job_id_for_{number}", Singleton.get_state())
+            (
+                list(overrides),
+                "hydra.sweep.dir",
+                number,
+                f"job_id_for_{number}",
+                Singleton.get_state(),
+            )
             for overrides, number in zip(job_overrides, numbers, strict=True)
         ]
         return executor.map_array(self, *zip(*calls, strict=True))
@@ -96,7 +108,11 @@ def ended(jobs: Sequence[Any]) -> Iterator[int]:
     missing = dict.fromkeys(range(len(jobs)), 0)
     asked = time.monotonic()
     while missing:
-        for number in [number for number in missing if has_results(jobs[number]) or missing[number] >= QUESTIONS]:
+        for number in [
+            number
+            for number in missing
+            if has_results(jobs[number]) or missing[number] >= QUESTIONS
+        ]:
             del missing[number]
             yield number
         time.sleep(1)
@@ -105,7 +121,10 @@ def ended(jobs: Sequence[Any]) -> Iterator[int]:
         queue = slurm_queue()
         asked = time.monotonic()
         if queue is not None:
-            missing = {number: 0 if jobs[number].job_id in queue else missing[number] + 1 for number in missing}
+            missing = {
+                number: 0 if jobs[number].job_id in queue else missing[number] + 1
+                for number in missing
+            }
 
 
 def has_results(job: Any) -> bool:
@@ -125,7 +144,10 @@ def outcome(job: Any, folder: Path) -> JobReturn | Failure:
     status = read_status(folder)
     if status and status["slurm_job_id"] == job.job_id and status["exit_code"]:
         return Failure(status["exit_code"], f"{status['state']}: {status['message']}")
-    return Failure(1, f"ended without a word: killed, or its node failed; its log is {job.task(0).paths.stdout}")
+    return Failure(
+        1,
+        f"ended without a word: killed, or its node failed; its log is {job.task(0).paths.stdout}",
+    )
 
 
 def tell(name: str, result: JobReturn | Failure) -> None:

@@ -103,7 +103,9 @@ def run(config: EmbedConfig, folder: Path) -> None:
         if num_workers is None:
             num_workers = 0 if images.is_in_memory else min(USUAL_WORKERS, cores_of(1))
         crop = evaluation_crop(data["image_size"], data["crop_ratio"])
-        loader = images.batches(parts.state.end, crop, data["image_size"], config.batch_size, num_workers, device)
+        loader = images.batches(
+            parts.state.end, crop, data["image_size"], config.batch_size, num_workers, device
+        )
         embed(encode, loader, parts, len(images), data["max_bad_fraction"], console)
         if not parts.state.num_rows:
             raise InputError(f"data.root={data['root']}: no images in there")
@@ -120,7 +122,9 @@ def check_files(output: Path) -> None:
         raise InputError(f"output={output}: expected a file that ends in .npz")
     check_output(output)
     if index_of(output).is_dir():
-        raise InputError(f"output={output}: {index_of(output)} is a folder; expected the name of a file")
+        raise InputError(
+            f"output={output}: {index_of(output)} is a folder; expected the name of a file"
+        )
 
 
 def index_of(output: Path) -> Path:
@@ -162,7 +166,9 @@ def labels_of_both_sides(source: "DataSource") -> "ndarray | None":
     sides = (source.bank, source.queries)
     if sum(len(side.images) for side in sides) != len(source.train):
         return None
-    label_of = {side.images.name(row): label for side in sides for row, label in enumerate(side.labels)}
+    label_of = {
+        side.images.name(row): label for side in sides for row, label in enumerate(side.labels)
+    }
     labels = [label_of.get(source.train.name(row)) for row in range(len(source.train))]
     return None if None in labels else np.array(labels, dtype=np.int64)
 
@@ -175,7 +181,9 @@ def hash_of(encoder: "nn.Module") -> str:
     return digest.hexdigest()
 
 
-def encoding(encoder: Any, feature: str, transform: dict[str, Any], device: Any) -> "Callable[[Tensor], ndarray]":
+def encoding(
+    encoder: Any, feature: str, transform: dict[str, Any], device: Any
+) -> "Callable[[Tensor], ndarray]":
     """From 8-bit images (N, 3, S, S) to features (N, D), computed on `device` in float32.
 
     Args:
@@ -222,7 +230,9 @@ def embed(
         log.info("going on after %s of %s images", f"{done:,}", f"{num_images:,}")
     check_bad_fraction(bad, num_images, max_bad_fraction)
     with parts, ImageProgress(console, "embedding", done, num_images) as progress:
-        with held_back(ENDING):  # a loader that is interrupted while it starts complains about itself when it goes
+        with held_back(
+            ENDING
+        ):  # a loader that is interrupted while it starts complains about itself when it goes
             arriving = iter(loader)
         for batch in arriving:
             features = encode(batch.images) if batch.names else np.empty((0, 0), np.float32)
@@ -258,7 +268,9 @@ def write_files(output: Path, parts: "FeatureParts", index: str, has_labels: boo
     said: list[str] = []
     if index != "none":
         log.info("writing %s", index_of(output))
-        write_atomically(index_of(output), lambda file: said.append(write_index(file, parts, index)))
+        write_atomically(
+            index_of(output), lambda file: said.append(write_index(file, parts, index))
+        )
     elif index_of(output).exists():
         log.warning("%s is of an earlier run and does not go with the new file", index_of(output))
     log.info("writing %s", output)
@@ -267,7 +279,12 @@ def write_files(output: Path, parts: "FeatureParts", index: str, has_labels: boo
 
 
 def report(
-    config: EmbedConfig, data: dict[str, Any], parts: "FeatureParts", has_labels: bool, index: str, console: "Console"
+    config: EmbedConfig,
+    data: dict[str, Any],
+    parts: "FeatureParts",
+    has_labels: bool,
+    index: str,
+    console: "Console",
 ) -> None:
     """Print what was written."""
     from moco.cli.progress import print_table
@@ -281,7 +298,9 @@ def report(
         ("index", index),
     ]
     print_table(console, "Embedded", rows)
-    written = [Path(config.output)] + ([index_of(Path(config.output))] if config.index != "none" else [])
+    written = [Path(config.output)] + (
+        [index_of(Path(config.output))] if config.index != "none" else []
+    )
     names = " and ".join(os.path.relpath(path) for path in written)
     console.print(f"written to {names}", soft_wrap=True, highlight=False)
 

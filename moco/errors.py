@@ -32,12 +32,16 @@ def printable(text: str) -> str:
 
     A newline becomes ``\n``; a byte of a name that is no UTF-8, 255 for instance, ``\udcff``, as Python's strings hold it.
     """
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def unknown_name(what: str, name: str, choices: Iterable[str]) -> str:
     """A sentence for a name that is not among the choices: the nearest one, then all of them."""
     choices = sorted(choices)
-    nearest = difflib.get_close_matches(name, choices, n=1) or [choice for choice in choices if name and name in choice]
+    nearest = difflib.get_close_matches(name, choices, n=1) or [
+        choice for choice in choices if name and name in choice
+    ]
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
     return f"unknown {what} '{name}'{hint} (choices: {', '.join(choices)})"

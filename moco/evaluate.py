@@ -46,7 +46,10 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         findings = measure(subject)
     origin = origin_of(subject, pretrained)
     console = show(findings, origin)
-    with failures_without_training_named("evaluation.batch_size"), claimed(folder, dataclasses.asdict(config)):
+    with (
+        failures_without_training_named("evaluation.batch_size"),
+        claimed(folder, dataclasses.asdict(config)),
+    ):
         save_hydra_files(folder)
         for name, write in findings.files.items():
             write_atomically(folder / name, write)
@@ -87,7 +90,9 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
 
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)
-    pretrained = load_pretrained(config.checkpoint, config.evaluation.encoder, given, config.evaluation.feature)
+    pretrained = load_pretrained(
+        config.checkpoint, config.evaluation.encoder, given, config.evaluation.feature
+    )
     of_run = with_usual_settings(pretrained.config)
     data = with_defaults(config.data, of_run["data"], new_data=config.data.name is not None)
     if data["name"] is None:
@@ -102,7 +107,11 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
         Path(config.checkpoint),
         pretrained.settings,
         lambda image_size: log_window_advice(pretrained, given, image_size),
-        {side: of_run["augmentation"][side] for side in ("query", "key") if of_run["augmentation"]["query"]},
+        {
+            side: of_run["augmentation"][side]
+            for side in ("query", "key")
+            if of_run["augmentation"]["query"]
+        },
     )
     return subject, pretrained
 

@@ -24,7 +24,10 @@ ENDINGS = {
     "timm": (".pt", ".pth", ".safetensors"),
     "torchvision": (".pt", ".pth", ".safetensors"),
 }
-TORCHVISION_WINDOWS = {1: 7, 2: 8}  # of torchvision's builders, by version of Swin; they take no other
+TORCHVISION_WINDOWS = {
+    1: 7,
+    2: 8,
+}  # of torchvision's builders, by version of Swin; they take no other
 TORCHVISION_HEADS = 12  # of torchvision's vit_b_16
 
 
@@ -45,11 +48,15 @@ def run(config: ExportConfig, folder: Path) -> None:
     check_output(output, config.format)
     given = given_settings(config.backbone)
     pretrained = load_pretrained(config.checkpoint, config.encoder, given)
-    backbone: Any = pretrained.encoder.backbone.to(memory_format=torch.contiguous_format)  # as any reader expects it
+    backbone: Any = pretrained.encoder.backbone.to(
+        memory_format=torch.contiguous_format
+    )  # as any reader expects it
     built_with, of_run = pretrained.settings, with_usual_settings(pretrained.config)
     image_size = of_run["data"]["image_size"] or config.image_size
     if image_size is None:
-        raise InputError(f"image_size: missing; {config.checkpoint} does not say it, give image_size=PIXELS")
+        raise InputError(
+            f"image_size: missing; {config.checkpoint} does not say it, give image_size=PIXELS"
+        )
     if pretrained.window_size is not None:
         image_size = round(image_size * backbone.window_size[0] / pretrained.window_size[0])
     image_size = config.image_size or image_size
@@ -154,7 +161,10 @@ def loading_lines(
 
     path = json.dumps(str(output))
     if file_format == "safetensors":
-        return ["from moco.weights.library_names import read_backbone", f"model, about = read_backbone({path})"]
+        return [
+            "from moco.weights.library_names import read_backbone",
+            f"model, about = read_backbone({path})",
+        ]
     name = counterpart(built_with, file_format)
     if output.suffix == ".safetensors":
         reading, weights = ["from safetensors.torch import load_file"], f"load_file({path})"
@@ -162,7 +172,10 @@ def loading_lines(
         reading, weights = [], f"torch.load({path}, weights_only=True)"
     if file_format == "timm":
         arguments = timm_arguments(backbone, image_size)
-        model = ["import timm, torch", f'model = timm.create_model("{name}", num_classes=0{arguments})']
+        model = [
+            "import timm, torch",
+            f'model = timm.create_model("{name}", num_classes=0{arguments})',
+        ]
     else:
         model = [
             *torchvision_model(name, backbone, image_size),
@@ -209,7 +222,10 @@ def torchvision_model(name: str, backbone: Any, image_size: int) -> list[str]:
 
     if isinstance(backbone, VisionTransformer):
         return torchvision_vit(name, backbone, image_size)
-    if not isinstance(backbone, Swin) or backbone.window_size[0] == TORCHVISION_WINDOWS[backbone.version]:
+    if (
+        not isinstance(backbone, Swin)
+        or backbone.window_size[0] == TORCHVISION_WINDOWS[backbone.version]
+    ):
         return ["import torch, torchvision", f"model = torchvision.models.{name}()"]
     block, merging = (
         ("SwinTransformerBlock", "PatchMerging")
@@ -236,7 +252,10 @@ def torchvision_vit(name: str, backbone: "VisionTransformer", image_size: int) -
     """The same for ViT, of which torchvision names none of this width or number of heads but vit_b_16."""
     side = whole_patches(backbone, image_size)
     if name == "vit_b_16" and backbone.num_heads == TORCHVISION_HEADS:
-        return ["import torch, torchvision", f"model = torchvision.models.{name}(image_size={side})"]
+        return [
+            "import torch, torchvision",
+            f"model = torchvision.models.{name}(image_size={side})",
+        ]
     return [
         "import torch",
         "from torchvision.models.vision_transformer import VisionTransformer",
@@ -267,7 +286,9 @@ def deviation(file_format: str, backbone: Any, image_size: int) -> str | None:
         if whole == image_size:
             return None
         remedy = (
-            "fill the images up with zeros at the right and the bottom" if whole > image_size else "cut the rest off"
+            "fill the images up with zeros at the right and the bottom"
+            if whole > image_size
+            else "cut the rest off"
         )
         return f"{file_format}'s model takes {whole} px and not {image_size}; for the same outputs {remedy}"
     if file_format == "safetensors" or not isinstance(backbone, Swin):

@@ -79,7 +79,9 @@ def interruptible() -> Iterator[None]:
     """Inside, Ctrl-C and SIGTERM end the program at once with a line that says how to go on."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number, "the parts that are whole are kept; the same command goes on there")
+        raise Interrupted(
+            number, "the parts that are whole are kept; the same command goes on there"
+        )
 
     before = {number: signal.signal(number, stop) for number in ENDING}
     try:
@@ -97,7 +99,9 @@ def full_disk_named(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RunError(f"output={output}: {error.strerror}; with room there the same command goes on") from error
+        raise RunError(
+            f"output={output}: {error.strerror}; with room there the same command goes on"
+        ) from error
 
 
 def begun(output: Path, config: PackConfig, pool: "Pool", source: "DataSource") -> dict[str, Any]:
@@ -125,12 +129,20 @@ def begun(output: Path, config: PackConfig, pool: "Pool", source: "DataSource") 
                 f"the source: {index['source']['images']} images there, {fingerprint['images']} here, or others"
             ]
         if different:
-            raise InputError(f"output={output}: holds another copy: {'; '.join(different)}; choose another folder")
+            raise InputError(
+                f"output={output}: holds another copy: {'; '.join(different)}; choose another folder"
+            )
         return index
     if {*output.iterdir()} - {temporary_of(output / INDEX)}:
-        raise InputError(f"output={output}: holds other files; choose an empty folder or one that is not there")
+        raise InputError(
+            f"output={output}: holds other files; choose an empty folder or one that is not there"
+        )
     here["format"] = chosen_format(config, pool)
-    image_size = source.image_size if config.data.resize is None else min(source.image_size, config.data.resize)
+    image_size = (
+        source.image_size
+        if config.data.resize is None
+        else min(source.image_size, config.data.resize)
+    )
     index = {
         "version": 1,
         "format": here["format"],
@@ -150,7 +162,12 @@ def settings(config: PackConfig) -> dict[str, Any]:
     data = dataclasses.asdict(config.data)
     if isinstance(data["root"], str):
         data["root"] = os.path.abspath(data["root"])
-    return {"data": data, "format": config.format, "max_shard_bytes": config.max_shard_bytes, "quality": config.quality}
+    return {
+        "data": data,
+        "format": config.format,
+        "max_shard_bytes": config.max_shard_bytes,
+        "quality": config.quality,
+    }
 
 
 def chosen_format(config: PackConfig, pool: "Pool") -> str:
@@ -165,7 +182,9 @@ def chosen_format(config: PackConfig, pool: "Pool") -> str:
     needed = array_bytes(pool, config.data.resize)
     room = f"an array takes about {needed / 1e9:,.2f} GB, and {free / 1e9:,.1f} GB are free"
     if config.format == "array" and needed > free:
-        raise InputError(f"output={config.output}: {room}; format=shards or a smaller data.resize takes less")
+        raise InputError(
+            f"output={config.output}: {room}; format=shards or a smaller data.resize takes less"
+        )
     if config.format != "auto":
         return config.format
     name = "array" if needed < free / 2 else "shards"
@@ -191,7 +210,9 @@ def write(config: PackConfig, index: dict[str, Any], pool: "Pool", max_bad_fract
         check_bad_fraction(skipped, len(pool), max_bad_fraction)
         progress = Progress(writer.done, len(pool))
         loader = chunks(pool, writer.done, config.data.resize, quality, config.num_workers)
-        with held_back(ENDING):  # a loader that is interrupted while it starts complains about itself when it goes
+        with held_back(
+            ENDING
+        ):  # a loader that is interrupted while it starts complains about itself when it goes
             arriving = iter(loader)
         for chunk in arriving:
             for row, reason in chunk.skipped:
@@ -217,10 +238,22 @@ class Progress:
         self.said = now
         rate = (done - self.start) / (now - self.began)
         minutes = (self.total - done) / rate / 60
-        log.info("%s of %s images, %.0f a second, %.0f minutes left", f"{done:,}", f"{self.total:,}", rate, minutes)
+        log.info(
+            "%s of %s images, %.0f a second, %.0f minutes left",
+            f"{done:,}",
+            f"{self.total:,}",
+            rate,
+            minutes,
+        )
 
 
-def report(config: PackConfig, index: dict[str, Any], source: "DataSource", pool: "Pool", resize: int | None) -> None:
+def report(
+    config: PackConfig,
+    index: dict[str, Any],
+    source: "DataSource",
+    pool: "Pool",
+    resize: int | None,
+) -> None:
     """Print what was written, and how fast it reads."""
     from rich.console import Console
 
@@ -242,7 +275,12 @@ def report(config: PackConfig, index: dict[str, Any], source: "DataSource", pool
     ]
     console = Console()
     print_table(console, "Packed", rows)
-    console.print(f"train with data=packed data.root={config.output}", soft_wrap=True, highlight=False, markup=False)
+    console.print(
+        f"train with data=packed data.root={config.output}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
 
 
 def seconds_per_image(source: "DataSource", copy: "DataSource") -> tuple[float, float]:
@@ -287,7 +325,9 @@ def check(output: Path, pool: "Pool") -> None:
 
     index = read_index(str(output))
     if not index["complete"]:
-        raise InputError(f"output={output}: not finished; start the same command without check, then check")
+        raise InputError(
+            f"output={output}: not finished; start the same command without check, then check"
+        )
     copy, table = read_copy(str(output), index, max_image_pixels=1)
     num_skipped = sum(len(part["skipped"]) for part in index["parts"])
     if len(copy) + num_skipped != len(pool):
@@ -302,12 +342,18 @@ def check(output: Path, pool: "Pool") -> None:
         progress.say(number)
     if differing:
         first = ", ".join(map(printable, differing[:10]))
-        raise RunError(f"{output}: {len(differing)} of {len(copy)} images are not as they were written: {first}")
+        raise RunError(
+            f"{output}: {len(differing)} of {len(copy)} images are not as they were written: {first}"
+        )
     shards = damaged_shards(output, index)
     if shards:
-        raise RunError(f"{output}: between its images other than it was written: {', '.join(shards[:10])}")
+        raise RunError(
+            f"{output}: between its images other than it was written: {', '.join(shards[:10])}"
+        )
     log.info(
-        "%s: all %s images are as they were written, and the source's by name and number", output, f"{len(copy):,}"
+        "%s: all %s images are as they were written, and the source's by name and number",
+        output,
+        f"{len(copy):,}",
     )
 
 

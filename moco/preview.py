@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from moco.data.loading.datamodule import PretrainingData
 
 SMALLEST = 112  # px; smaller views are enlarged, so that what is written beside them has room
-LINE, MARGIN, TEXT = 15, 8, 430  # px: height of a line of text, space around, width of a column of text
+LINE, MARGIN, TEXT = (
+    15,
+    8,
+    430,
+)  # px: height of a line of text, space around, width of a column of text
 
 
 def run(config: PreviewConfig, folder: Path) -> None:
@@ -61,7 +65,9 @@ def sheet(data: "PretrainingData", images: "list[tuple[int, EncodedImage, str]]"
         for side, name in enumerate(("query", "key")):
             left, top = side * width + MARGIN, row * height + MARGIN
             image.paste(columns[side][row], (left, top))
-            for number, text in enumerate([f"{name} of {Path(images[row][2]).name}", *described[side]]):
+            for number, text in enumerate(
+                [f"{name} of {Path(images[row][2]).name}", *described[side]]
+            ):
                 place = (left + side_length + MARGIN, top + number * LINE)
                 pen.text(place, text.replace("_", " "), "black" if number else "gray", font)
     return image
@@ -72,7 +78,9 @@ def as_images(views: "Tensor", data: "PretrainingData") -> "list[Image.Image]":
     import torch
     from torchvision.transforms.v2.functional import to_pil_image
 
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.augment.mean, data.augment.std))
+    mean, std = (
+        torch.tensor(values).view(1, 3, 1, 1) for values in (data.augment.mean, data.augment.std)
+    )
     times = -(-SMALLEST // views.shape[3])
     shown = (views * std + mean).clamp(0, 1).repeat_interleave(times, 2).repeat_interleave(times, 3)
     return [to_pil_image(view) for view in shown]

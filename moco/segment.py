@@ -51,11 +51,17 @@ def run(config: SegmentConfig, folder: Path) -> None:
     """
     check_run(config.resume, config.trainer)
     if config.trainer.devices * config.trainer.num_nodes > 1:
-        raise InputError(f"trainer.devices={config.trainer.devices}: moco.segment trains on one device")
+        raise InputError(
+            f"trainer.devices={config.trainer.devices}: moco.segment trains on one device"
+        )
     if config.trainer.compile:
-        raise InputError("trainer.compile=true: moco.segment does not compile its model; expected false")
+        raise InputError(
+            "trainer.compile=true: moco.segment does not compile its model; expected false"
+        )
     if config.trainer.cuda_graphs:
-        raise InputError("trainer.cuda_graphs=true: moco.segment does not compile its model; expected false")
+        raise InputError(
+            "trainer.cuda_graphs=true: moco.segment does not compile its model; expected false"
+        )
 
     import pytorch_lightning as pl
     from rich.console import Console
@@ -90,9 +96,14 @@ def run(config: SegmentConfig, folder: Path) -> None:
         trainer = build_trainer(config, folder, plain, figures, console, stop)
         with failures_named(folder), claimed(folder, plain):
             save_hydra_files(folder)
-            with failures_named(folder):  # once more, since the folder's status is to hold the same line
+            with failures_named(
+                folder
+            ):  # once more, since the folder's status is to hold the same line
                 trainer.fit(
-                    segmenter, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
+                    segmenter,
+                    datamodule=data,
+                    ckpt_path=str(checkpoint) if checkpoint else None,
+                    weights_only=True,
                 )
             write_json(folder / "metrics.json", figures)
     close(console, folder, figures, data)
@@ -117,13 +128,23 @@ def starting_point(config: SegmentConfig) -> Start:
         if config.image_size is None:
             raise InputError("image_size: missing; without a checkpoint give image_size=PIXELS")
         if config.freeze_backbone:
-            log.warning("freeze_backbone=true and checkpoint=null: the backbone stays at its random weights")
-        return Start(build_backbone(**given), given, config.image_size, mean or default.mean, std or default.std)
+            log.warning(
+                "freeze_backbone=true and checkpoint=null: the backbone stays at its random weights"
+            )
+        return Start(
+            build_backbone(**given),
+            given,
+            config.image_size,
+            mean or default.mean,
+            std or default.std,
+        )
     pretrained = load_pretrained(config.checkpoint, config.encoder, given)
     of_run = with_usual_settings(pretrained.config)
     image_size = config.image_size or of_run["data"]["image_size"]
     if image_size is None:
-        raise InputError(f"image_size: missing; {config.checkpoint} does not say it, give image_size=PIXELS")
+        raise InputError(
+            f"image_size: missing; {config.checkpoint} does not say it, give image_size=PIXELS"
+        )
     log_window(pretrained, given, image_size)
     settings = pretrained.settings | {"freeze_patch_embed": given.get("freeze_patch_embed")}
     of_pretraining = of_run["augmentation"]
@@ -144,7 +165,9 @@ def log_window(pretrained: "Pretrained", given: dict[str, Any], image_size: int)
     backbone = pretrained.encoder.backbone
     if isinstance(backbone, Swin) and "window_size" in given:
         log.info(
-            "attention windows of %s cells, pretrained with %s", backbone.window_size, backbone.pretrained_window_size
+            "attention windows of %s cells, pretrained with %s",
+            backbone.window_size,
+            backbone.pretrained_window_size,
         )
     log_window_advice(pretrained, given, image_size)
 
@@ -240,7 +263,10 @@ def build_segmenter(
     )
     segmenter.model.backbone.load_state_dict(start.backbone.state_dict())
     log.info(
-        "decoder: %s; %d classes; layer decay %g", decoder["name"], segmenter.num_classes, optimizer["layer_decay"]
+        "decoder: %s; %d classes; layer decay %g",
+        decoder["name"],
+        segmenter.num_classes,
+        optimizer["layer_decay"],
     )
     return segmenter
 
@@ -256,7 +282,9 @@ def check_resumable(path: Path, segmenter: "Segmenter") -> None:
         for hparams in (read_checkpoint(path)["hyper_parameters"], segmenter.hparams)
     )
     if differing := differences(there, here):
-        raise InputError(f"resume={path}: the checkpoint is of another model or optimizer: {'; '.join(differing)}")
+        raise InputError(
+            f"resume={path}: the checkpoint is of another model or optimizer: {'; '.join(differing)}"
+        )
 
 
 def origin(config: SegmentConfig, start: Start) -> dict[str, Any]:
@@ -272,7 +300,12 @@ def origin(config: SegmentConfig, start: Start) -> dict[str, Any]:
 
 
 def build_trainer(
-    config: SegmentConfig, folder: Path, plain: dict[str, Any], figures: dict[str, Any], console: Any, stop: Any
+    config: SegmentConfig,
+    folder: Path,
+    plain: dict[str, Any],
+    figures: dict[str, Any],
+    console: Any,
+    stop: Any,
 ) -> "pl.Trainer":
     """Lightning's Trainer with the callbacks of segmentation; `figures` is what they report into."""
     from moco.callbacks.checkpoints import Checkpoints
@@ -286,7 +319,12 @@ def build_trainer(
 
     callbacks = [
         LossMonitor(figures, config.trainer.log_every_n_steps),
-        BadSteps(figures, config.trainer.max_bad_steps, config.trainer.log_every_n_steps, partial(last_good, folder)),
+        BadSteps(
+            figures,
+            config.trainer.max_bad_steps,
+            config.trainer.log_every_n_steps,
+            partial(last_good, folder),
+        ),
         SegmentationMonitor(
             figures,
             inference=config.inference,
@@ -296,7 +334,9 @@ def build_trainer(
         ),
         RunDescription(folder, plain, ["segment/miou", "epoch/loss"]),
         ProgressBar(figures, console, ("segment/miou", "mIoU")),
-        Checkpoints(folder, plain, figures, stop, config.checkpoint_every_n_epochs, monitor="segment/miou"),
+        Checkpoints(
+            folder, plain, figures, stop, config.checkpoint_every_n_epochs, monitor="segment/miou"
+        ),
     ]
     return trainer.build_trainer(dataclasses.asdict(config.trainer), folder, callbacks)
 
@@ -318,10 +358,14 @@ def close(console: Any, folder: Path, figures: dict[str, Any], data: "Segmentati
         names = data.source.class_names if len(data.source.class_names) <= LONGEST_TABLE else ()
         for name in names:
             iou = figures[f"segment/iou/{name}"]
-            rows.append((f"IoU, {name}", "neither there nor predicted" if iou is None else f"{iou:.4f}"))
+            rows.append(
+                (f"IoU, {name}", "neither there nor predicted" if iou is None else f"{iou:.4f}")
+            )
     rows.append(("checkpoint", os.path.relpath(folder / LAST_CHECKPOINT)))
     print_table(console, "Segmentation is done", rows)
-    console.print(f"next: tensorboard --logdir {os.path.relpath(folder)}", soft_wrap=True, highlight=False)
+    console.print(
+        f"next: tensorboard --logdir {os.path.relpath(folder)}", soft_wrap=True, highlight=False
+    )
 
 
 def main() -> None:

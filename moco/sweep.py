@@ -68,7 +68,11 @@ def check_folder(folder: Path) -> None:
         of = f" of the sweep {folder.parent}" if (folder.parent / MULTIRUN).is_file() else ""
         raise InputError(f"{folder}: a single run{of}; expected the folder of a sweep (-m)")
     sweeps = sorted(folder.rglob(MULTIRUN), key=lambda path: path.stat().st_mtime, reverse=True)
-    inside = f"; sweeps in it, newest first: {', '.join(str(path.parent) for path in sweeps[:5])}" if sweeps else ""
+    inside = (
+        f"; sweeps in it, newest first: {', '.join(str(path.parent) for path in sweeps[:5])}"
+        if sweeps
+        else ""
+    )
     raise InputError(f"{folder}: not the folder of a sweep (-m), it has no {MULTIRUN}{inside}")
 
 
@@ -85,29 +89,53 @@ def planned_jobs(sweep: Path) -> dict[str, dict[str, str]]:
 
     try:
         running = yaml.safe_load((sweep / MULTIRUN).read_text())["hydra"]
-        typed = [f"{key}={value}" for key, value in (running["sweeper"].get("params") or {}).items()]
+        typed = [
+            f"{key}={value}" for key, value in (running["sweeper"].get("params") or {}).items()
+        ]
         typed += running["overrides"]["task"]
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):  # the choices that glob(*) stands for
-            overrides = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(typed)
+        with initialize_config_dir(
+            str(CONFIG_DIR), version_base="1.3"
+        ):  # the choices that glob(*) stands for
+            overrides = OverridesParser.create(
+                GlobalHydra.instance().config_loader()
+            ).parse_overrides(typed)
             (combinations,) = BasicSweeper.split_arguments(overrides, None)
-    except (HydraException, yaml.YAMLError, KeyError, TypeError, AttributeError):  # or the file was cut short
+    except (
+        HydraException,
+        yaml.YAMLError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # or the file was cut short
         return {}
     swept = swept_keys(typed)
-    return {job_name(combination, swept): varied(combination, swept) for combination in combinations}
+    return {
+        job_name(combination, swept): varied(combination, swept) for combination in combinations
+    }
 
 
 def varied(overrides: Sequence[str], swept: Sequence[str]) -> dict[str, str]:
     """A job's values of the keys `swept`."""
     from moco.cli.run_names import key_of, parsed
 
-    return {key_of(item): item.get_value_element_as_str() for item in parsed(overrides) if key_of(item) in swept}
+    return {
+        key_of(item): item.get_value_element_as_str()
+        for item in parsed(overrides)
+        if key_of(item) in swept
+    }
 
 
 def job_in(folder: Path, overrides: dict[str, str] | None, queue: Mapping[str, str] | None) -> Job:
     """The job whose run folder is this, which need not exist; without its overrides its name has to do."""
     metrics = folder / "metrics.json"
     figures = json.loads(metrics.read_text()) if metrics.is_file() else {}
-    return Job(folder, overrides or {"job": folder.name}, state_now(folder, queue), read_status(folder) or {}, figures)
+    return Job(
+        folder,
+        overrides or {"job": folder.name},
+        state_now(folder, queue),
+        read_status(folder) or {},
+        figures,
+    )
 
 
 def as_text(jobs: Sequence[Job]) -> str:
@@ -117,13 +145,26 @@ def as_text(jobs: Sequence[Job]) -> str:
     rows = [[*keys, "state", *columns, "message"]]
     for job in jobs:
         figures = [shown(title, job.figures.get(FIGURES[title])) for title in columns]
-        rows.append([*(job.overrides.get(key, "") for key in keys), job.state, *figures, job.status.get("message", "")])
+        rows.append(
+            [
+                *(job.overrides.get(key, "") for key in keys),
+                job.state,
+                *figures,
+                job.status.get("message", ""),
+            ]
+        )
     for overrides, of_seeds in over_seeds(jobs).items():
         of_keys = dict(overrides) | {SEED: f"mean of {len(of_seeds)}"}
-        figures = [mean_and_spread(title, [job.figures.get(FIGURES[title]) for job in of_seeds]) for title in columns]
+        figures = [
+            mean_and_spread(title, [job.figures.get(FIGURES[title]) for job in of_seeds])
+            for title in columns
+        ]
         rows.append([*(of_keys.get(key, "") for key in keys), "", *figures, ""])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
     return "\n".join(printable(line.rstrip()) for line in lines)
 
 
@@ -156,10 +197,19 @@ def shown(title: str, figure: Any) -> str:
 def as_csv(jobs: Sequence[Job]) -> str:
     """The table with every figure, for programs."""
     rows = [
-        {"folder": str(job.folder), **job.overrides, **job.status, "state": job.state, **job.figures} for job in jobs
+        {
+            "folder": str(job.folder),
+            **job.overrides,
+            **job.status,
+            "state": job.state,
+            **job.figures,
+        }
+        for job in jobs
     ]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list({key: None for row in rows for key in row}), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list({key: None for row in rows for key in row}), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -169,7 +219,9 @@ def main() -> None:
     """Entry point of ``moco-sweep``."""
     parser = argparse.ArgumentParser(prog="moco.sweep", description="A table of a sweep's jobs.")
     parser.add_argument("folder", type=Path, help="of the sweep, for instance runs/sweep/NAME")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table with every figure there too")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write the table with every figure there too"
+    )
     given = parser.parse_args()
     try:
         jobs = jobs_of(given.folder)

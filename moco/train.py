@@ -37,7 +37,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("moco.train")  # __name__ is __main__ under python -m
 
 DEFAULTS = dataclasses.asdict(TrainConfig())
-DENSE_VOTE = ("every_n_epochs", "num_neighbors", "temperature")  # of monitor.dense, all other keys are its data's
+DENSE_VOTE = (
+    "every_n_epochs",
+    "num_neighbors",
+    "temperature",
+)  # of monitor.dense, all other keys are its data's
 
 # torch and Lightning are imported where they are first needed: a mistake in the config or a path shows in a second.
 
@@ -73,7 +77,9 @@ def run(config: TrainConfig, folder: Path) -> None:
     with StopRequest(stop_signals(config.slurm.signal)) as stop:
         if starts_its_own(environment_of(devices, config.trainer.num_nodes), devices):
             try:
-                run_on_devices(train_on_one_of_several, arguments, devices, stop, partial(last_good, folder))
+                run_on_devices(
+                    train_on_one_of_several, arguments, devices, stop, partial(last_good, folder)
+                )
             except RunError as error:
                 if state_now(folder) == "crashed":  # no process was left to say it
                     write_ending(folder, error)
@@ -82,7 +88,9 @@ def run(config: TrainConfig, folder: Path) -> None:
             train(*arguments, stop, data)
 
 
-def train_on_one_of_several(config: TrainConfig, folder: Path, files: dict[str, str], stop: "StopRequest") -> None:
+def train_on_one_of_several(
+    config: TrainConfig, folder: Path, files: dict[str, str], stop: "StopRequest"
+) -> None:
     """`train` in a process that has only just begun."""
     set_up_logging()
     train(config, folder, files, stop)
@@ -120,7 +128,11 @@ def train(
 
     environment = environment_of(config.trainer.devices, config.trainer.num_nodes)
     backend = "nccl" if choose_device(config.trainer.accelerator).type == "cuda" else "gloo"
-    with lost_peers_named(), process_group(environment, backend, config.trainer.timeout_minutes), ExitStack() as stack:
+    with (
+        lost_peers_named(),
+        process_group(environment, backend, config.trainer.timeout_minutes),
+        ExitStack() as stack,
+    ):
         if rank() > 0:
             logging.getLogger("moco").setLevel(logging.ERROR)  # what there is to say, rank 0 says
         stack.enter_context(failures_named(folder))
@@ -131,19 +143,32 @@ def train(
         images = from_rank_zero(lambda: dense_set(config, data.image_size))
         check_batch_norm(method.query_encoder, config)
         check_deterministic(method, config, data.augment.ramp.sizes)
-        check_resolution_ramp(data.augment.ramp, method.query_encoder.backbone, config.trainer.max_epochs)
+        check_resolution_ramp(
+            data.augment.ramp, method.query_encoder.backbone, config.trainer.max_epochs
+        )
         warn_of_negatives(config, len(data.source.train))
-        is_new = from_rank_zero(lambda: find_checkpoint(folder, plain, config.resume, DEFAULTS)) is None
+        is_new = (
+            from_rank_zero(lambda: find_checkpoint(folder, plain, config.resume, DEFAULTS)) is None
+        )
         if is_new and config.init_from is not None:
             start_from(method, config.init_from)
         elif config.init_from is not None:
-            log.info("init_from=%s is not read: the run goes on from a checkpoint", config.init_from)
+            log.info(
+                "init_from=%s is not read: the run goes on from a checkpoint", config.init_from
+            )
         read: dict[Path, dict[str, Any]] = {}
-        checkpoint, step = from_rank_zero(lambda: take_folder(stack, folder, plain, config.resume, files, read))
+        checkpoint, step = from_rank_zero(
+            lambda: take_folder(stack, folder, plain, config.resume, files, read)
+        )
         figures: dict[str, Any] = {}
         console = Console(quiet=rank() > 0)
-        trainer = build_trainer(config, folder, plain, figures, console, stop, environment, step, images)
-        with failures_named(folder), lost_peers_named():  # once more, for the line in the folder's status
+        trainer = build_trainer(
+            config, folder, plain, figures, console, stop, environment, step, images
+        )
+        with (
+            failures_named(folder),
+            lost_peers_named(),
+        ):  # once more, for the line in the folder's status
             fit(trainer, method, data, checkpoint, stop, read)
             # A run that had reached its last step within its first epoch, and goes on, ends at once.
             figures.setdefault("epoch", trainer.current_epoch)
@@ -215,7 +240,12 @@ def fit(
     assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     trainer.strategy.checkpoint_io.read = read
     try:
-        trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+        trainer.fit(
+            method,
+            datamodule=data,
+            ckpt_path=str(checkpoint) if checkpoint else None,
+            weights_only=True,
+        )
     except EmbeddingStopped as error:
         number = largest([stop.signal_number or 0])[0]
         raise Interrupted(number, "before the first training step; nothing to save") from error
@@ -258,7 +288,9 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
     log.info("augmentation: %s engine%s (%s)", engine.name, where, engine.reason)
     return PretrainingData(
         source,
-        ViewPair(pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, engine.name, ramp),
+        ViewPair(
+            pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, engine.name, ramp
+        ),
         build_evaluation_view(image_size, data.crop_ratio, pair.mean, pair.std),
         image_size=image_size,
         batch_size=data.batch_size,
@@ -324,7 +356,12 @@ def build_trainer(
     vote = {key: getattr(config.monitor.dense, key) for key in DENSE_VOTE}
     callbacks = [
         TrainingMonitor(figures, config.trainer.log_every_n_steps),
-        BadSteps(figures, config.trainer.max_bad_steps, config.trainer.log_every_n_steps, partial(last_good, folder)),
+        BadSteps(
+            figures,
+            config.trainer.max_bad_steps,
+            config.trainer.log_every_n_steps,
+            partial(last_good, folder),
+        ),
         KNNMonitor(
             figures,
             num_neighbors=knn.num_neighbors,
@@ -339,7 +376,11 @@ def build_trainer(
         ),
         CollapseWatch(),
         LabelFreeMonitor(knn.diagnostics_every_n_steps),
-        *([DenseMonitor(figures, images, **vote, should_stop=lambda: bool(stop))] if images else []),
+        *(
+            [DenseMonitor(figures, images, **vote, should_stop=lambda: bool(stop))]
+            if images
+            else []
+        ),
         *([OnlineProbe(figures, config.trainer.log_every_n_steps)] if knn.online_probe else []),
         ViewPairPlot(knn.plots_every_n_epochs),
         RunDescription(folder, plain, ["knn/top1", "epoch/loss"]),
@@ -347,8 +388,12 @@ def build_trainer(
         ProgressBar(figures, console, ("knn/top1", "kNN"), ("dense/knn_miou", "dense mIoU")),
         checkpoints,
     ]
-    purge_step = 0 if step is None else step + 1  # 0: a process before this one may have died without a checkpoint
-    return trainer.build_trainer(dataclasses.asdict(config.trainer), folder, callbacks, environment, purge_step)
+    purge_step = (
+        0 if step is None else step + 1
+    )  # 0: a process before this one may have died without a checkpoint
+    return trainer.build_trainer(
+        dataclasses.asdict(config.trainer), folder, callbacks, environment, purge_step
+    )
 
 
 def dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":
@@ -356,12 +401,16 @@ def dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":
     dense = config.monitor.dense
     if dense.data is None:
         if dense.root is not None:
-            raise InputError(f"monitor.dense.root={dense.root}: without monitor.dense.data it has no effect")
+            raise InputError(
+                f"monitor.dense.root={dense.root}: without monitor.dense.data it has no effect"
+            )
         return None
 
     from moco.callbacks.dense_monitor import build_dense_set
 
-    settings = {key: value for key, value in dataclasses.asdict(dense).items() if key not in DENSE_VOTE}
+    settings = {
+        key: value for key, value in dataclasses.asdict(dense).items() if key not in DENSE_VOTE
+    }
     return build_dense_set(
         **settings | {"image_size": settings["image_size"] or image_size},
         mean=config.augmentation.mean,

@@ -50,7 +50,9 @@ def official(pair: dict[str, Any], side: int, blur: bool) -> v1.Compose:
     scale = pair["query"]["random_resized_crop"]["scale"]
     steps = [v1.RandomResizedCrop(side, scale=scale), jitter, v1.RandomGrayscale(p=0.2)]
     steps += [v1.RandomApply([OfficialBlur()], p=0.5)] if blur else []
-    return v1.Compose([*steps, v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(pair["mean"], pair["std"])])
+    return v1.Compose(
+        [*steps, v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(pair["mean"], pair["std"])]
+    )
 
 
 def on_tensors(pair: dict[str, Any], side: int) -> v2.Compose:
@@ -133,7 +135,9 @@ def memory(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
     if arguments.npz:
         images = np.load(arguments.npz)["train_images"][: arguments.memory_images]
     else:
-        images = np.random.default_rng(0).integers(0, 256, (arguments.memory_images, 32, 32, 3), dtype=np.uint8)
+        images = np.random.default_rng(0).integers(
+            0, 256, (arguments.memory_images, 32, 32, 3), dtype=np.uint8
+        )
     pair = settings("cifar")
     official_view = official(pair, 32, blur=False)
     device = torch.device(arguments.device)
@@ -168,7 +172,9 @@ def turns_of(what: str, arguments: argparse.Namespace) -> Iterator[dict[str, Tur
     # Of one thread the time on the core: what else the machine does counts less.
     clock = time.process_time if what == "files" else time.perf_counter
     with tempfile.TemporaryDirectory() as arguments.folder:
-        yield {name: timed(pipeline, clock=clock) for name, pipeline in KINDS[what](arguments).items()}
+        yield {
+            name: timed(pipeline, clock=clock) for name, pipeline in KINDS[what](arguments).items()
+        }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +187,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=KINDS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -190,14 +198,18 @@ def main() -> None:
     arguments = parser.parse_args()
     with turns_of(arguments.what, arguments) as turns:
         found = in_turns(turns, arguments.repeats)
-    speeds = {name: [turn["images"] / turn["seconds"] for turn in done] for name, done in found.items()}
+    speeds = {
+        name: [turn["images"] / turn["seconds"] for turn in done] for name, done in found.items()
+    }
     print(f"{platform.machine()}, torch {torch.__version__}, torchvision {torchvision.__version__}")
     print("| pipeline | images/s, median (slowest to fastest) | against official |")
     print("|---|---|---|")
     reference = statistics.median(next(iter(speeds.values())))
     for name, values in speeds.items():
         median = statistics.median(values)
-        print(f"| {name} | {median:,.0f} ({min(values):,.0f} to {max(values):,.0f}) | {median / reference:.2f} |")
+        print(
+            f"| {name} | {median:,.0f} ({min(values):,.0f} to {max(values):,.0f}) | {median / reference:.2f} |"
+        )
 
 
 if __name__ == "__main__":

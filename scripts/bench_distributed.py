@@ -29,7 +29,9 @@ class Encoder(nn.Module):
 
     def __init__(self, queue_size: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128))
+        self.net = nn.Sequential(
+            nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128)
+        )
         self.queue = KeyQueue(queue_size, 128)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -89,13 +91,21 @@ def step(model: DistributedDataParallel, rows: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--queue-size", type=int, default=65536)
     arguments = parser.parse_args()
     with StopRequest() as stop:
-        run_on_devices(measure, tuple(vars(arguments).values()), arguments.processes, stop, lambda: "nothing was saved")
+        run_on_devices(
+            measure,
+            tuple(vars(arguments).values()),
+            arguments.processes,
+            stop,
+            lambda: "nothing was saved",
+        )
 
 
 if __name__ == "__main__":

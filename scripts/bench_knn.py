@@ -59,13 +59,17 @@ def write_bank(path: Path, num_rows: int, width: int) -> None:
         give_back(bank)
 
 
-def product(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device) -> None:
+def product(
+    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device
+) -> None:
     """The bare matrix product, in blocks; of a mapped bank with one read of it. On a GPU both travel there."""
     height = READ_BYTES // (4 * bank.shape[1]) if isinstance(bank, np.memmap) else len(bank)
     on_device = torch.from_numpy(queries).to(device)
     room = torch.empty(BLOCK, height, device=device)
     for first in range(0, len(bank), height):
-        block = torch.from_numpy(np.array(bank[first : first + height]) if height < len(bank) else bank).to(device)
+        block = torch.from_numpy(
+            np.array(bank[first : first + height]) if height < len(bank) else bank
+        ).to(device)
         give_back(bank)
         for part in on_device.split(BLOCK):
             torch.mm(part, block.T, out=room[: len(part), : len(block)])
@@ -76,10 +80,14 @@ def ours(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torc
     """Search and vote of this project."""
     from moco.evaluation.knn import knn_accuracy
 
-    knn_accuracy(bank, labels, queries, np.zeros(len(queries), np.int64), NUM_NEIGHBORS, TEMPERATURE, device)
+    knn_accuracy(
+        bank, labels, queries, np.zeros(len(queries), np.int64), NUM_NEIGHBORS, TEMPERATURE, device
+    )
 
 
-def faiss_flat(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device) -> None:
+def faiss_flat(
+    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device
+) -> None:
     """Faiss's exact search with this project's vote."""
     import faiss
 
@@ -87,11 +95,15 @@ def faiss_flat(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device
 
     index = faiss.IndexFlatIP(bank.shape[1])
     index.add(bank / np.linalg.norm(bank, axis=1, keepdims=True))
-    similarities, rows = index.search(queries / np.linalg.norm(queries, axis=1, keepdims=True), NUM_NEIGHBORS)
+    similarities, rows = index.search(
+        queries / np.linalg.norm(queries, axis=1, keepdims=True), NUM_NEIGHBORS
+    )
     vote(similarities, labels[rows], NUM_CLASSES, TEMPERATURE).argmax(axis=1)
 
 
-def lightly(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device) -> None:
+def lightly(
+    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device
+) -> None:
     """The knn_predict of lightly on blocks of queries."""
     from lightly.utils.benchmarking import knn_predict
 
@@ -116,7 +128,9 @@ def measure(name: str, size: str, num_threads: int, path: str, device: torch.dev
     bank = np.load(path, mmap_mode="r") if size == "large" else rows_of(0, num_rows, width)
     labels = np.random.default_rng(1).integers(0, NUM_CLASSES, num_rows)
     queries = rows_of(2, num_queries, width)
-    CONTENDERS[name](np.array(bank[:1000]), labels[:1000], queries[:10], device)  # libraries start their threads
+    CONTENDERS[name](
+        np.array(bank[:1000]), labels[:1000], queries[:10], device
+    )  # libraries start their threads
     before = resident_mib("VmHWM")
     start = time.perf_counter()
     CONTENDERS[name](bank, labels, queries, device)
@@ -136,10 +150,21 @@ def turns_of(size: str, num_threads: int, path: Path, device: str = "cpu") -> di
         names = [name for name in names if name != "faiss_flat"]  # its wheel is for CPUs
 
     def turn(name: str) -> dict[str, float]:
-        child = [sys.executable, __file__, "--child", name, "--size", size, "--threads", str(num_threads)]
+        child = [
+            sys.executable,
+            __file__,
+            "--child",
+            name,
+            "--size",
+            size,
+            "--threads",
+            str(num_threads),
+        ]
         child += ["--device", device]
         environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
-        done = subprocess.run([*child, "--bank", str(path)], env=environment, capture_output=True, check=True)
+        done = subprocess.run(
+            [*child, "--bank", str(path)], env=environment, capture_output=True, check=True
+        )
         return json.loads(done.stdout.splitlines()[-1])
 
     return {name: partial(turn, name) for name in names}
@@ -159,12 +184,16 @@ def run(size: str, num_threads: int, repeats: int, path: Path, device: str) -> N
     """Measure all contenders in turns and print the table."""
     found = in_turns(turns_of(size, num_threads, path, device), repeats, warm_ups=0)
     num_rows, width, num_queries = SIZES[size]
-    print(f"bank {num_rows:,} x {width}, {num_queries:,} queries, {device}, {num_threads} threads, {repeats} repeats")
+    print(
+        f"bank {num_rows:,} x {width}, {num_queries:,} queries, {device}, {num_threads} threads, {repeats} repeats"
+    )
     for name, results in found.items():
         against = ratio(results, found["product"])
         keys = ("seconds", "peak", "peak_mib")
         seconds, peak, added = (statistics.median(one[key] for one in results) for key in keys)
-        print(f"{name:<12}{seconds:9.2f} s {against:8.2f} x{peak:8.0f} MB peak{added:8.0f} MB added")
+        print(
+            f"{name:<12}{seconds:9.2f} s {against:8.2f} x{peak:8.0f} MB peak{added:8.0f} MB added"
+        )
 
 
 def compare_indexes(num_threads: int) -> None:
@@ -194,17 +223,23 @@ def compare_indexes(num_threads: int) -> None:
         index = ApproximateIndex(bank, kind)
         predicted, top1, seconds = measured(index.search)
         found, same = recall(index, bank, queries, NUM_NEIGHBORS), (predicted == exact).mean()
-        print(f"{kind:<10}{seconds:7.2f} s   top-1 {top1:.4f}   recall {found:.4f}   same predictions {same:.4f}")
+        print(
+            f"{kind:<10}{seconds:7.2f} s   top-1 {top1:.4f}   recall {found:.4f}   same predictions {same:.4f}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", default=None, help="where the file of the large bank goes")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--indexes", action="store_true", help="compare the approximate indexes instead")
+    parser.add_argument(
+        "--indexes", action="store_true", help="compare the approximate indexes instead"
+    )
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--bank", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()

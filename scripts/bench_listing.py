@@ -42,7 +42,9 @@ def seconds(work: Callable[[], object]) -> float:
 def measure(root: str, cache: Path, repeats: int) -> None:
     """Print the table of one tree."""
     works: dict[str, Callable[[], object]] = {
-        "find": lambda: subprocess.run(["find", root, "-type", "f"], stdout=subprocess.DEVNULL, check=True),
+        "find": lambda: subprocess.run(
+            ["find", root, "-type", "f"], stdout=subprocess.DEVNULL, check=True
+        ),
         "listing": lambda: listed([root]),
         "second start": lambda: listed([root], cache=cache),
     }
@@ -53,11 +55,17 @@ def measure(root: str, cache: Path, repeats: int) -> None:
         for name in list(works) if repeat % 2 else reversed(works):
             times[name].append(seconds(works[name]))
     for name, all_times in times.items():
-        print(f"{name:<14}{statistics.median(all_times):8.3f} s (from {min(all_times):.3f} to {max(all_times):.3f})")
-    ratio = statistics.median(ours / theirs for ours, theirs in zip(times["listing"], times["find"], strict=True))
+        print(
+            f"{name:<14}{statistics.median(all_times):8.3f} s (from {min(all_times):.3f} to {max(all_times):.3f})"
+        )
+    ratio = statistics.median(
+        ours / theirs for ours, theirs in zip(times["listing"], times["find"], strict=True)
+    )
     print(f"{len(found.paths):,} images; listing / find {ratio:.2f}")
     images = FileImages(found.paths)
-    print(f"handed to a loader process: {len(ForkingPickler.dumps(images)):,} bytes, beside {shared(images):,} shared")
+    print(
+        f"handed to a loader process: {len(ForkingPickler.dumps(images)):,} bytes, beside {shared(images):,} shared"
+    )
     print(f"as a list of strings: {len(pickle.dumps(list(found.paths))):,} bytes to each")
 
 

@@ -79,7 +79,9 @@ class SameBatch:
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
         images = torch.zeros(ROWS, 3, 1, 1)
-        self.batch = PairBatch((images, images), torch.arange(ROWS), torch.zeros(ROWS, dtype=torch.bool), 0)
+        self.batch = PairBatch(
+            (images, images), torch.arange(ROWS), torch.zeros(ROWS, dtype=torch.bool), 0
+        )
 
     def __len__(self) -> int:
         return self.num_steps
@@ -176,7 +178,9 @@ def main() -> None:
         return
     figures = measured(arguments.steps, arguments.repeats)
     for kind, milliseconds in figures.items():
-        print(f"{kind:30} {milliseconds:7.3f} ms per step  {milliseconds - figures[KINDS[0]]:+7.3f}")
+        print(
+            f"{kind:30} {milliseconds:7.3f} ms per step  {milliseconds - figures[KINDS[0]]:+7.3f}"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 

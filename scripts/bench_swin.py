@@ -26,8 +26,18 @@ CASES = ("224/7/fp32", "565/18/fp32", "224/7/bf16", "565/18/bf16")
 
 
 SHAPES = {
-    "swin_v2_t": {"patch_size": [4, 4], "embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
-    "swin_v2_tiny_patch2": {"patch_size": [2, 2], "embed_dim": 32, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8]},
+    "swin_v2_t": {
+        "patch_size": [4, 4],
+        "embed_dim": 96,
+        "depths": [2, 2, 6, 2],
+        "num_heads": [3, 6, 12, 24],
+    },
+    "swin_v2_tiny_patch2": {
+        "patch_size": [2, 2],
+        "embed_dim": 32,
+        "depths": [2, 2, 2, 2],
+        "num_heads": [1, 2, 4, 8],
+    },
 }
 """Of nets of ``conf/backbone``, as torchvision's class takes them."""
 
@@ -62,7 +72,10 @@ def step(model: nn.Module, images: Tensor, dtype: str) -> None:
 
 def forward(model: nn.Module, images: Tensor, dtype: str) -> None:
     """One forward pass without gradients."""
-    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+    with (
+        torch.no_grad(),
+        torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16"),
+    ):
         model(images)
 
 
@@ -96,7 +109,9 @@ def print_peak_memory(case: str, name: str, device: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--case", nargs="+", default=CASES, help="image size/window/precision")
@@ -116,16 +131,21 @@ def main() -> None:
         _, window, dtype = parse(case)
         both, images = models(window, arguments.device), images_of(case, arguments.device)
         for what, work in (("fwd+bwd", step), ("forward", forward)):
-            turns = {name: timed(partial(work, model, images, dtype), images.device) for name, model in both.items()}
+            turns = {
+                name: timed(partial(work, model, images, dtype), images.device)
+                for name, model in both.items()
+            }
             found = in_turns(turns, arguments.repeats)
             theirs, ours = (
-                statistics.median(turn["seconds"] for turn in found[name]) * 1e3 for name in ("torchvision", "ours")
+                statistics.median(turn["seconds"] for turn in found[name]) * 1e3
+                for name in ("torchvision", "ours")
             )
             faster = ratio(found["torchvision"], found["ours"])
             peaks = ""
             if what == "fwd+bwd" and not arguments.no_memory:
                 peaks = " ".join(
-                    f"{peak_memory(case, name, arguments.device):>13,.0f}" for name in ("torchvision", "ours")
+                    f"{peak_memory(case, name, arguments.device):>13,.0f}"
+                    for name in ("torchvision", "ours")
                 )
             print(
                 f"{case:<14}{len(images):>6}{what:>10}{theirs:>16,.0f}{ours:>10,.0f}{faster:>8.2f}{peaks:>28}",

@@ -20,13 +20,18 @@ from moco.data.loading.datamodule import PretrainingData
 from moco.data.sources.registry import build_source
 
 SIZE = 32  # px of a view
-VIEW = {"random_resized_crop": {"scale": [0.2, 1.0]}, "color_jitter": {"brightness": 0.4, "probability": 0.8}}
+VIEW = {
+    "random_resized_crop": {"scale": [0.2, 1.0]},
+    "color_jitter": {"brightness": 0.4, "probability": 0.8},
+}
 LINKS = 30_000  # names of one file; file systems have a limit
 
 
 def make_tree(root: Path, num_files: int) -> None:
     """PNGs of 4 x 4 px, 1,000 in each folder; most are names of the same file."""
-    paths = [root / f"{number // 1000:05d}" / f"image_{number:08d}.png" for number in range(num_files)]
+    paths = [
+        root / f"{number // 1000:05d}" / f"image_{number:08d}.png" for number in range(num_files)
+    ]
     for folder in {path.parent for path in paths}:
         folder.mkdir()
     for start in range(0, num_files, LINKS):
@@ -38,7 +43,9 @@ def make_tree(root: Path, num_files: int) -> None:
 
 def own_memory(pid: int | str) -> float:
     """What a process would give back if it ended, MiB."""
-    private = re.findall(r"^Private_\w+: +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    private = re.findall(
+        r"^Private_\w+: +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE
+    )
     return sum(map(int, private)) / 1024
 
 
@@ -70,15 +77,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, nargs="+", default=[2_000, 200_000])
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=300, help="of 64 images, at most, in an epoch")
+    parser.add_argument(
+        "--batches", type=int, default=300, help="of 64 images, at most, in an epoch"
+    )
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    print(f"{'files':>9}  {'':<18}" + "".join(f"{f'epoch {epoch + 1}':>10}" for epoch in range(arguments.epochs)))
+    print(
+        f"{'files':>9}  {'':<18}"
+        + "".join(f"{f'epoch {epoch + 1}':>10}" for epoch in range(arguments.epochs))
+    )
     for num_files in arguments.files:
         with tempfile.TemporaryDirectory() as scratch:
             make_tree(Path(scratch), num_files)
-            for name, sizes in measure(scratch, arguments.epochs, arguments.batches, arguments.workers).items():
-                print(f"{num_files:>9,}  {name:<18}" + "".join(f"{size:>10.1f}" for size in sizes), flush=True)
+            for name, sizes in measure(
+                scratch, arguments.epochs, arguments.batches, arguments.workers
+            ).items():
+                print(
+                    f"{num_files:>9,}  {name:<18}" + "".join(f"{size:>10.1f}" for size in sizes),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -45,13 +45,22 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("kind", nargs="?", choices=KINDS)
     kind = first.parse_known_args(arguments)[0].kind
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--against", action="append", default=[], metavar="PEER", help="lightly, official=PATH")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="of 'case: contender'")
+    parser.add_argument(
+        "--against", action="append", default=[], metavar="PEER", help="lightly, official=PATH"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="PATTERN", help="of 'case: contender'"
+    )
     parser.add_argument("--repeats", type=positive, default=5, help="rounds that count")
     parser.add_argument(
-        "--sittings", type=positive, default=1, help="new processes for all contenders, each with its rounds"
+        "--sittings",
+        type=positive,
+        default=1,
+        help="new processes for all contenders, each with its rounds",
     )
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -72,7 +81,9 @@ def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
     peers = peers_of(arguments.against)
     torch.set_num_threads(arguments.threads)
     machine = describe(torch.device(arguments.device), arguments.threads) | versions(peers)
-    settings: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name not in ("kind", "json")}
+    settings: dict[str, Any] = {
+        name: value for name, value in vars(arguments).items() if name not in ("kind", "json")
+    }
     rows: list[Row] = []
     for case in importlib.import_module(f"benchmarks.{arguments.kind}").cases(arguments, peers):
         say = partial(console.print, highlight=False)
@@ -93,7 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
         logging.WARNING
     )  # it would tell of every Trainer that there is no GPU
     if getattr(given, "memory_of", None):
-        importlib.import_module("benchmarks.loss").print_memory_of(given.memory_of[0], *map(int, given.memory_of[1:]))
+        importlib.import_module("benchmarks.loss").print_memory_of(
+            given.memory_of[0], *map(int, given.memory_of[1:])
+        )
         return
     try:
         run(given, Console(width=None if sys.stdout.isatty() else report.WIDTH))

@@ -22,14 +22,21 @@ from moco.config.parsing import CONFIG_DIR
 from moco.data.augment.operations import ColorJitter, RandomResizedCrop, Solarize
 from moco.data.augment.view_steps import Step, View
 
-COLOR_STEPS = (official.adjust_brightness, official.adjust_contrast, official.adjust_saturation, official.adjust_hue)
+COLOR_STEPS = (
+    official.adjust_brightness,
+    official.adjust_contrast,
+    official.adjust_saturation,
+    official.adjust_hue,
+)
 
 
 def official_step(step: Step, image: Image.Image, drawn: Mapping[str, Any]) -> Image.Image:
     """A step of a view with one image's numbers, by torchvision and Pillow."""
     operation = step.operation
     if isinstance(operation, RandomResizedCrop):
-        return official.resized_crop(image, *(int(side) for side in drawn["box"]), [operation.image_size] * 2)
+        return official.resized_crop(
+            image, *(int(side) for side in drawn["box"]), [operation.image_size] * 2
+        )
     if isinstance(operation, ColorJitter):
         for number in drawn["order"].tolist():
             if getattr(operation, operation.STEPS[number]):
@@ -42,7 +49,12 @@ def official_step(step: Step, image: Image.Image, drawn: Mapping[str, Any]) -> I
     if step.name == "random_affine":
         shift, shear = drawn["shift"].tolist(), [float(drawn["shear"]), 0.0]
         return official.affine(
-            image, float(drawn["angle"]), shift, 1.0, shear, interpolation=v2.InterpolationMode.BILINEAR
+            image,
+            float(drawn["angle"]),
+            shift,
+            1.0,
+            shear,
+            interpolation=v2.InterpolationMode.BILINEAR,
         )
     if step.name == "grayscale":
         return official.rgb_to_grayscale(image, num_output_channels=3)
@@ -50,7 +62,9 @@ def official_step(step: Step, image: Image.Image, drawn: Mapping[str, Any]) -> I
     return official.horizontal_flip(image)
 
 
-def official_view(view: View, image: Image.Image, numbers: list[dict[str, torch.Tensor]]) -> Image.Image:
+def official_view(
+    view: View, image: Image.Image, numbers: list[dict[str, torch.Tensor]]
+) -> Image.Image:
     """All steps of a view with one image's numbers."""
     for step, drawn in zip(view.steps, numbers, strict=True):
         if drawn["applied"]:
@@ -76,7 +90,9 @@ def photograph(random: np.random.Generator, height: int, width: int) -> np.ndarr
     return np.clip(128 + image + random.normal(size=image.shape) * 3, 0, 255).astype(np.uint8)
 
 
-def on_batch(view: View, step: int, image: np.ndarray, numbers: list[dict[str, torch.Tensor]]) -> np.ndarray:
+def on_batch(
+    view: View, step: int, image: np.ndarray, numbers: list[dict[str, torch.Tensor]]
+) -> np.ndarray:
     """One step of the batch engine on one image, as grey levels."""
     images = torch.from_numpy(image.transpose(2, 0, 1).copy())[None] / 255
     drawn = {name: values[None] for name, values in numbers[step].items()}
@@ -85,19 +101,25 @@ def on_batch(view: View, step: int, image: np.ndarray, numbers: list[dict[str, t
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pair", default="moco_v2")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--images", type=int, default=64)
     arguments = parser.parse_args()
     pair = yaml.safe_load((CONFIG_DIR / "augmentation" / f"{arguments.pair}.yaml").read_text())
-    side = "query" if pair["key"] == "${.query}" else "key"  # the key's view has every operation of an unequal pair
+    side = (
+        "query" if pair["key"] == "${.query}" else "key"
+    )  # the key's view has every operation of an unequal pair
     view = View(pair[side], arguments.image_size, side)
     random = np.random.default_rng(0)
     differences: dict[tuple[str, str], list[np.ndarray]] = {}
 
     def note(step: str, engine: str, theirs: np.ndarray, ours: np.ndarray) -> None:
-        differences.setdefault((step, engine), []).append(np.abs(theirs - ours.astype(np.float64)).ravel())
+        differences.setdefault((step, engine), []).append(
+            np.abs(theirs - ours.astype(np.float64)).ravel()
+        )
 
     for index in range(arguments.images):
         whole = photograph(random, 375, 500)
@@ -112,7 +134,10 @@ def main() -> None:
             plain = {name: values.numpy() for name, values in drawn.items()}
             note(step.name, "worker", np.asarray(image), step.operation.on_image(before, plain))
             note(step.name, "batch", np.asarray(image), on_batch(view, place, before, numbers))
-            worker, tensor = step.operation.on_image(worker, plain), on_batch(view, place, tensor, numbers)
+            worker, tensor = (
+                step.operation.on_image(worker, plain),
+                on_batch(view, place, tensor, numbers),
+            )
         note("whole chain", "worker", np.asarray(image), worker)
         note("whole chain", "batch", np.asarray(image), tensor)
 
@@ -122,7 +147,11 @@ def main() -> None:
         cells = []
         for engine in ("worker", "batch"):
             values = np.concatenate(differences[name, engine])
-            cells += [f"{values.mean():.2f}", f"{np.percentile(values, 99):.1f}", f"{values.max():.0f}"]
+            cells += [
+                f"{values.mean():.2f}",
+                f"{np.percentile(values, 99):.1f}",
+                f"{values.max():.0f}",
+            ]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -47,7 +47,9 @@ def maps_of_torchvision(model: nn.Module, images: Tensor) -> list[Tensor]:
 @torch.no_grad()
 def padding_errors() -> list[tuple[str, list[float]]]:
     """Largest relative change per stage."""
-    ours = trained_alike(build_backbone("swin_v2_t", window_size=NEW_WINDOW, pretrained_window_size=WINDOW))
+    ours = trained_alike(
+        build_backbone("swin_v2_t", window_size=NEW_WINDOW, pretrained_window_size=WINDOW)
+    )
     theirs = trained_alike(torchvisions(NEW_WINDOW))
     image = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     rows = []
@@ -56,7 +58,10 @@ def padding_errors() -> list[tuple[str, list[float]]]:
         canvas[..., :IMAGE_SIZE, :IMAGE_SIZE] = image
         size = (IMAGE_SIZE, IMAGE_SIZE)
         rows.append(
-            (f"this project, canvas of {name}", errors(ours.feature_maps(image), ours.feature_maps(canvas, size)))
+            (
+                f"this project, canvas of {name}",
+                errors(ours.feature_maps(image), ours.feature_maps(canvas, size)),
+            )
         )
     side = IMAGE_SIZE // 4 * 4  # torchvision drops the rest
     canvas = torch.zeros(1, 3, CANVAS, CANVAS)
@@ -76,7 +81,9 @@ def errors(alone: list[Tensor], padded: list[Tensor]) -> list[float]:
 def table_of(attention: nn.Module, window: int) -> Tensor:
     """Position biases by offset (2 window - 1, 2 window - 1, heads)."""
     side = 2 * window - 1
-    if isinstance(attention, swin_transformer.ShiftedWindowAttentionV2) and hasattr(attention, "relative_coords_table"):
+    if isinstance(attention, swin_transformer.ShiftedWindowAttentionV2) and hasattr(
+        attention, "relative_coords_table"
+    ):
         table = 16 * torch.sigmoid(attention.cpb_mlp(attention.relative_coords_table))
     elif hasattr(attention, "bias_table"):
         table = attention.bias_table((window, window))
@@ -90,7 +97,8 @@ def bias_error(before: list[Tensor], after: list[Tensor]) -> float:
     """Largest difference on the offsets that both windows have."""
     first, last = NEW_WINDOW - WINDOW, NEW_WINDOW + WINDOW - 1
     return max(
-        float((one - other[first:last, first:last]).abs().max()) for one, other in zip(before, after, strict=True)
+        float((one - other[first:last, first:last]).abs().max())
+        for one, other in zip(before, after, strict=True)
     )
 
 
@@ -108,9 +116,15 @@ def bias_errors() -> list[tuple[str, float, str]]:
         [table_of(layer, window) for layer in model.modules() if hasattr(layer, "cpb_mlp")]
         for model, window in ((narrow, WINDOW), (wide, NEW_WINDOW))
     ]
-    rows.append(("torchvision, built anew", bias_error(*sides), "coordinates normalised by the new window"))
+    rows.append(
+        ("torchvision, built anew", bias_error(*sides), "coordinates normalised by the new window")
+    )
 
-    model = trained_alike(timm.create_model("swinv2_tiny_window8_256", window_size=WINDOW, img_size=224, num_classes=0))
+    model = trained_alike(
+        timm.create_model(
+            "swinv2_tiny_window8_256", window_size=WINDOW, img_size=224, num_classes=0
+        )
+    )
     layers = [layer for layer in model.modules() if hasattr(layer, "cpb_mlp")]
     before = [table_of(layer, WINDOW) for layer in layers]
     model.set_input_size(img_size=576, window_size=(NEW_WINDOW, NEW_WINDOW))
@@ -122,9 +136,13 @@ def bias_errors() -> list[tuple[str, float, str]]:
         )
     )
 
-    ours, older = (trained_alike(build_backbone(name, window_size=WINDOW)) for name in ("swin_v2_t", "swin_t"))
+    ours, older = (
+        trained_alike(build_backbone(name, window_size=WINDOW)) for name in ("swin_v2_t", "swin_t")
+    )
     start = [table_of(layer, WINDOW) for layer in layers_of(ours)]
-    for layer, values in zip(layers_of(older), start, strict=True):  # V1's free tables hold V2's smooth biases
+    for layer, values in zip(
+        layers_of(older), start, strict=True
+    ):  # V1's free tables hold V2's smooth biases
         layer.relative_position_bias_table.copy_(values.flatten(0, 1))
     for name, backbone, how in (
         ("Swin V1", older, "the same biases as a table, resized bicubically"),
@@ -145,7 +163,12 @@ def main() -> None:
     for name, values in padding_errors():
         table.add_row(name, *(f"{value:.1e}" for value in values))
     console.print(table)
-    table = Table("position bias of", "largest error", "how", title=f"Shared offsets, window {WINDOW} to {NEW_WINDOW}")
+    table = Table(
+        "position bias of",
+        "largest error",
+        "how",
+        title=f"Shared offsets, window {WINDOW} to {NEW_WINDOW}",
+    )
     for name, value, how in bias_errors():
         table.add_row(name, f"{value:.3g}", how)
     console.print(table)

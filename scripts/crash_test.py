@@ -44,15 +44,24 @@ NOT_COMPARED = (*OF_THE_CLOCK, "seconds", "train/seconds", "config")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where the two runs go; left out: a temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="where the two runs go; left out: a temporary one"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        print(json.dumps(crash_test(folder.resolve(), arguments.kills, random.Random(arguments.seed)), indent=2))
+        print(
+            json.dumps(
+                crash_test(folder.resolve(), arguments.kills, random.Random(arguments.seed)),
+                indent=2,
+            )
+        )
 
 
 def crash_test(folder: Path, kills: int, generator: random.Random) -> dict[str, Any]:
@@ -74,7 +83,10 @@ def crash_test(folder: Path, kills: int, generator: random.Random) -> dict[str, 
         writing += life.kill()
         losses.append(life.loss())
         steps, seconds = losses[-1]
-        print(f"kill {number + 1}: at step {life.reached}, lost {steps} of {seconds:.1f} s", file=sys.stderr)
+        print(
+            f"kill {number + 1}: at step {life.reached}, lost {steps} of {seconds:.1f} s",
+            file=sys.stderr,
+        )
     last = Life(folder / "killed", command)
     last.finish()
     check_ends(folder / "whole", folder / "killed")
@@ -104,7 +116,14 @@ class Life:
         self.started = time.time()
         with self.log.with_suffix(".output").open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, "--record", str(self.log), *overrides, f"hydra.run.dir={run}"],
+                [
+                    sys.executable,
+                    __file__,
+                    "--record",
+                    str(self.log),
+                    *overrides,
+                    f"hydra.run.dir={run}",
+                ],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -158,7 +177,9 @@ class Life:
 
     def check_alive(self) -> None:
         if self.process.poll() is not None:
-            raise RuntimeError(f"ended by itself with exit code {self.process.returncode}: {self.output()}")
+            raise RuntimeError(
+                f"ended by itself with exit code {self.process.returncode}: {self.output()}"
+            )
 
     def output(self) -> str:
         return self.log.with_suffix(".output").read_text()
@@ -195,7 +216,9 @@ class Life:
         lost = [(step, second) for step, second in self.steps if step > saved]
         overdue = [step for step, second in lost[:-1] if second > since + 60 * INTERVAL_MINUTES]
         if overdue:
-            raise RuntimeError(f"no checkpoint after step {overdue[0]}, when one was due: {self.steps}, saved {saved}")
+            raise RuntimeError(
+                f"no checkpoint after step {overdue[0]}, when one was due: {self.steps}, saved {saved}"
+            )
         return len(lost), lost[-1][1] - since if lost else 0.0
 
 
@@ -213,10 +236,13 @@ def check_ends(whole: Path, killed: Path) -> None:
     found = [f"{path} was left behind" for path in killed.rglob(".*.tmp")]
     for name in ("last.ckpt", "best.ckpt"):
         one, other = (
-            torch.load(run / "checkpoints" / name, map_location="cpu", weights_only=True) for run in (whole, killed)
+            torch.load(run / "checkpoints" / name, map_location="cpu", weights_only=True)
+            for run in (whole, killed)
         )
         found += differences(one, other, name)
-    found += differences(*(json.loads((run / "metrics.json").read_text()) for run in (whole, killed)), "metrics.json")
+    found += differences(
+        *(json.loads((run / "metrics.json").read_text()) for run in (whole, killed)), "metrics.json"
+    )
     found += differences(curves(whole), curves(killed), "TensorBoard")
     if found:
         raise RuntimeError("\n".join(found))
@@ -230,7 +256,11 @@ def differences(one: Any, other: Any, place: str) -> list[str]:
         return [] if torch.equal(one, other) else [f"{place} differs"]
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         compared = [key for key in one if key not in NOT_COMPARED]
-        return [line for key in compared for line in differences(one[key], other[key], f"{place}: {key}")]
+        return [
+            line
+            for key in compared
+            for line in differences(one[key], other[key], f"{place}: {key}")
+        ]
     if isinstance(one, (list, tuple)) and len(one) == len(other):
         pairs = enumerate(zip(one, other, strict=True))
         return [line for number, pair in pairs for line in differences(*pair, f"{place}[{number}]")]

@@ -105,8 +105,12 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=minutes, default=9.0, help="that all of it may take")
     parser.add_argument("--again", nargs="+", default=[], metavar="PATTERN", help="measure anew")
     parser.add_argument("--npz", metavar="FILE", help="images of the speed run")
-    parser.add_argument("--against", action="append", default=[], metavar="official=PATH", help="a checkout")
-    parser.add_argument("--rehearse", action="store_true", help="everything at tiny sizes, on the CPU")
+    parser.add_argument(
+        "--against", action="append", default=[], metavar="official=PATH", help="a checkout"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="everything at tiny sizes, on the CPU"
+    )
     parser.add_argument("--write-docs", type=Path, metavar="FOLDER", help="fill docs/gpu.md")
     return parser.parse_args(arguments)
 

@@ -41,12 +41,32 @@ class Contender:
         options: as of half_hour_contender.py.
     """
 
-    def __init__(self, name: str, python: str, npz: Path, folder: Path, seconds: float, options: Sequence[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        python: str,
+        npz: Path,
+        folder: Path,
+        seconds: float,
+        options: Sequence[str],
+    ) -> None:
         self.name = name
         self.features = folder / f"{name}.npz"
-        command = [python, str(CONTENDER), name, str(npz), str(self.features), str(seconds), *options]
+        command = [
+            python,
+            str(CONTENDER),
+            name,
+            str(npz),
+            str(self.features),
+            str(seconds),
+            *options,
+        ]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         self.finished = False
         self.curve: list[dict[str, float]] = []
@@ -62,13 +82,18 @@ class Contender:
         top1 = accuracy(self.features, labels)
         epochs = answer["images"] / len(labels[0])
         self.curve.append({"minutes": answer["seconds"] / 60, "epochs": epochs, "top1": top1})
-        print(f"{self.name}: {answer['seconds'] / 60:.1f} minutes, {epochs:.2f} epochs, kNN {top1:.4f}", flush=True)
+        print(
+            f"{self.name}: {answer['seconds'] / 60:.1f} minutes, {epochs:.2f} epochs, kNN {top1:.4f}",
+            flush=True,
+        )
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"{self.name} ended with status {self.process.wait()}; what it said stands above")
+            sys.exit(
+                f"{self.name} ended with status {self.process.wait()}; what it said stands above"
+            )
         return dict(json.loads(line))
 
     def end(self) -> None:
@@ -82,10 +107,14 @@ def accuracy(features: Path, labels: tuple[np.ndarray, np.ndarray]) -> float:
     from moco.evaluation.knn import knn_accuracy
 
     arrays = np.load(features)
-    return knn_accuracy(arrays["bank"], labels[0], arrays["queries"], labels[1], NUM_NEIGHBORS, TEMPERATURE).top1
+    return knn_accuracy(
+        arrays["bank"], labels[0], arrays["queries"], labels[1], NUM_NEIGHBORS, TEMPERATURE
+    ).top1
 
 
-def compare(contenders: Sequence[Contender], npz: Path, seconds: float, turn: float, output: Path) -> None:
+def compare(
+    contenders: Sequence[Contender], npz: Path, seconds: float, turn: float, output: Path
+) -> None:
     """Let them take turns until each had its seconds, writing down how they stand."""
     arrays = np.load(npz)
     labels = (arrays["train_labels"].ravel(), arrays["test_labels"].ravel())
@@ -103,7 +132,11 @@ def write(contenders: Sequence[Contender], seconds: float, output: Path) -> None
     """The three files."""
     output.mkdir(parents=True, exist_ok=True)
     curves = {contender.name: contender.curve for contender in contenders}
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+    machine = {
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }
     result = {
         "minutes": seconds / 60,
         "num_neighbors": NUM_NEIGHBORS,
@@ -122,7 +155,9 @@ def table(curves: dict[str, list[dict[str, float]]]) -> str:
     lines = ["| | minutes | epochs | kNN top-1, % |", "|---|---|---|---|"]
     for name, curve in curves.items():
         end = curve[-1]
-        lines.append(f"| {NAMES[name]} | {end['minutes']:.1f} | {end['epochs']:.2f} | {100 * end['top1']:.1f} |")
+        lines.append(
+            f"| {NAMES[name]} | {end['minutes']:.1f} | {end['epochs']:.2f} | {100 * end['top1']:.1f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -133,9 +168,16 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, curve in curves.items():
         axes.plot(
-            [point["minutes"] for point in curve], [100 * point["top1"] for point in curve], "o-", label=NAMES[name]
+            [point["minutes"] for point in curve],
+            [100 * point["top1"] for point in curve],
+            "o-",
+            label=NAMES[name],
         )
-    axes.set(xlabel="minutes of training", ylabel="kNN top-1, %", title=f"CIFAR-10, {os.cpu_count()} cores")
+    axes.set(
+        xlabel="minutes of training",
+        ylabel="kNN top-1, %",
+        title=f"CIFAR-10, {os.cpu_count()} cores",
+    )
     axes.legend()
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -143,14 +185,25 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="What half an hour on this machine buys.")
-    parser.add_argument("npz", type=Path, help="CIFAR-10: train_images, train_labels, test_images, test_labels")
+    parser.add_argument(
+        "npz", type=Path, help="CIFAR-10: train_images, train_labels, test_images, test_labels"
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--turn", type=float, default=5, help="minutes until the next contender's turn")
+    parser.add_argument(
+        "--turn", type=float, default=5, help="minutes until the next contender's turn"
+    )
     parser.add_argument("--contenders", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--lightly", default=sys.executable, metavar="PYTHON", help="an interpreter that has lightly")
+    parser.add_argument(
+        "--lightly",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="an interpreter that has lightly",
+    )
     parser.add_argument("--batch-size", default="0", help="of the others; 0: as published")
-    parser.add_argument("--num-workers", default=str(os.cpu_count()), help="loader processes of the others")
+    parser.add_argument(
+        "--num-workers", default=str(os.cpu_count()), help="loader processes of the others"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of ours")
     given = parser.parse_intermixed_args(arguments)
     seconds = 60 * given.minutes

@@ -75,7 +75,9 @@ class Turns:
 class Views(Dataset[list[Tensor]]):
     """Two views of each image of (M, 32, 32, 3) uint8, by a transform of Pillow images that gives both."""
 
-    def __init__(self, images: np.ndarray, transform: Callable[[Image.Image], list[Tensor]]) -> None:
+    def __init__(
+        self, images: np.ndarray, transform: Callable[[Image.Image], list[Tensor]]
+    ) -> None:
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
@@ -95,7 +97,9 @@ class Twice:
         return [self.transform(image), self.transform(image)]
 
 
-def endless(images: np.ndarray, transform: Any, batch_size: int, num_workers: int) -> Iterator[list[Tensor]]:
+def endless(
+    images: np.ndarray, transform: Any, batch_size: int, num_workers: int
+) -> Iterator[list[Tensor]]:
     """Shuffled batches, epoch after epoch; the first is made before the clock runs."""
     views = Views(images, transform)
     workers = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
@@ -156,7 +160,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
         weight, bias = self.weight.repeat(self.GROUPS), self.bias.repeat(self.GROUPS)
         num, channels, height, width = images.shape
         grouped = images.reshape(num // self.GROUPS, self.GROUPS * channels, height, width)
-        normed = F.batch_norm(grouped, mean, var, weight, bias, True, self.momentum or 0.0, self.eps)
+        normed = F.batch_norm(
+            grouped, mean, var, weight, bias, True, self.momentum or 0.0, self.eps
+        )
         self.running_mean.copy_(mean.view(self.GROUPS, channels).mean(0))
         self.running_var.copy_(var.view(self.GROUPS, channels).mean(0))
         return normed.view(images.shape)
@@ -174,7 +180,9 @@ def official(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int
     query_encoder.maxpool = nn.Identity()
     key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
     queue, pointer = F.normalize(torch.randn(4096, 128)), 0  # (K, C) unit norm
-    optimizer = torch.optim.SGD(query_encoder.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        query_encoder.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4
+    )
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
     view = transforms.Compose(
         [
@@ -194,10 +202,14 @@ def official(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int
         query_view, key_view = batch
         query = F.normalize(query_encoder(query_view))  # (N, C)
         with torch.no_grad():
-            torch._foreach_lerp_(list(key_encoder.parameters()), list(query_encoder.parameters()), 0.01)
+            torch._foreach_lerp_(
+                list(key_encoder.parameters()), list(query_encoder.parameters()), 0.01
+            )
             order = torch.randperm(len(key_view))
             key = F.normalize(key_encoder(key_view[order]))[order.argsort()]  # (N, C)
-        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], 1) / 0.1  # (N, 1+K)
+        logits = (
+            torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], 1) / 0.1
+        )  # (N, 1+K)
         loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
         optimizer.zero_grad()
         loss.backward()
@@ -225,13 +237,22 @@ def ours(npz: str, turns: Turns, overrides: list[str]) -> None:
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             turns.begin()
 
-        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, index: int) -> None:
+        def on_train_batch_end(
+            self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, index: int
+        ) -> None:
             backbone = pl_module.query_encoder.backbone
-            turns.step_done(len(batch.indices), backbone, trainer.global_step == pl_module.num_steps)
+            turns.step_done(
+                len(batch.indices), backbone, trainer.global_step == pl_module.num_steps
+            )
 
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        given = ["+experiment=cifar10_cpu", "data=npz", f"data.root={npz}", "evaluation.every_n_epochs=100000"]
+        given = [
+            "+experiment=cifar10_cpu",
+            "data=npz",
+            f"data.root={npz}",
+            "evaluation.every_n_epochs=100000",
+        ]
         config = parse(compose("train", [*given, *overrides]), TrainConfig)
     pl.seed_everything(config.seed, verbose=False)
     data, plain = build_data(config), dataclasses.asdict(config)
@@ -242,7 +263,9 @@ def ours(npz: str, turns: Turns, overrides: list[str]) -> None:
         trainer.fit(build_method(plain), datamodule=data)
 
 
-def embedding(npz: dict[str, np.ndarray], normalisation: Any, path: str) -> Callable[[nn.Module], None]:
+def embedding(
+    npz: dict[str, np.ndarray], normalisation: Any, path: str
+) -> Callable[[nn.Module], None]:
     """What writes a backbone's features of all images, in eval mode and fp32, to `path`."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalisation)
 
@@ -256,7 +279,11 @@ def embedding(npz: dict[str, np.ndarray], normalisation: Any, path: str) -> Call
         if classifier is not None:
             backbone.fc = nn.Identity()
         backbone.eval()
-        np.savez(path, bank=features(backbone, npz["train_images"]), queries=features(backbone, npz["test_images"]))
+        np.savez(
+            path,
+            bank=features(backbone, npz["train_images"]),
+            queries=features(backbone, npz["test_images"]),
+        )
         backbone.train()
         if classifier is not None:
             backbone.fc = classifier
@@ -270,8 +297,12 @@ def main() -> None:
     parser.add_argument("npz")
     parser.add_argument("features")
     parser.add_argument("seconds", type=float)
-    parser.add_argument("--batch-size", type=int, default=0, help="of lightly and official; 0: as published")
-    parser.add_argument("--num-workers", type=int, default=2, help="loader processes of lightly and official")
+    parser.add_argument(
+        "--batch-size", type=int, default=0, help="of lightly and official; 0: as published"
+    )
+    parser.add_argument(
+        "--num-workers", type=int, default=2, help="loader processes of lightly and official"
+    )
     parser.add_argument("overrides", nargs="*", help="of ours, KEY=VALUE")
     given = parser.parse_intermixed_args()
     answers = os.fdopen(os.dup(1), "w")

@@ -35,15 +35,23 @@ def composed(experiment: str) -> tuple[dict[str, str], TrainConfig]:
     """The names chosen in each group, and the config."""
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = compose("train", [f"+experiment={experiment}", "data.root=."], return_hydra_config=True)
+        config = compose(
+            "train", [f"+experiment={experiment}", "data.root=."], return_hydra_config=True
+        )
     choices = dict(config.hydra.runtime.choices)
-    return choices, parse(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), TrainConfig)
+    return choices, parse(
+        OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), TrainConfig
+    )
 
 
 def row(experiment: str) -> dict[str, str]:
     """What the experiment's method is, by column."""
     choices, config = composed(experiment)
-    method, optimizer, crop = config.method, config.optimizer, config.augmentation.query["random_resized_crop"]
+    method, optimizer, crop = (
+        config.method,
+        config.optimizer,
+        config.augmentation.query["random_resized_crop"],
+    )
     batch_size = optimizer.lr_for_batch_size or config.data.batch_size
     texts = {
         "method": f"`{choices['method']}`",
@@ -69,7 +77,9 @@ def head(settings: ProjectorConfig) -> str:
     """A projector or predictor in words."""
     if settings.num_layers < 2:
         return ("none", "linear")[settings.num_layers]
-    width = f"{settings.num_layers} layers" + (f", {settings.hidden_dim} wide" if settings.hidden_dim else "")
+    width = f"{settings.num_layers} layers" + (
+        f", {settings.hidden_dim} wide" if settings.hidden_dim else ""
+    )
     norms = {(True, False): ", BN", (True, True): ", BN, last too"}
     return width + norms.get((settings.hidden_batch_norm, settings.last_batch_norm), "")
 
@@ -84,13 +94,19 @@ def negatives(config: TrainConfig) -> str:
 
 def symmetric(config: TrainConfig) -> str:
     method = config.method
-    return (method.symmetric_reduction if method.symmetric else "no") + (", times 2T" if method.loss_times_2t else "")
+    return (method.symmetric_reduction if method.symmetric else "no") + (
+        ", times 2T" if method.loss_times_2t else ""
+    )
 
 
 def table() -> str:
     """In Markdown, its lines ended."""
     rows = [row(experiment) for experiment in EXPERIMENTS]
-    cells = [COLUMNS, ["---"] * len(COLUMNS), *([texts[column] for column in COLUMNS] for texts in rows)]
+    cells = [
+        COLUMNS,
+        ["---"] * len(COLUMNS),
+        *([texts[column] for column in COLUMNS] for texts in rows),
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 

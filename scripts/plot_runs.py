@@ -20,19 +20,30 @@ PAIRS = "views/query_above_key"
 
 def scalars(events: EventAccumulator, tag: str) -> tuple[list[int], list[float]]:
     """Steps and values of one curve, the latest value where a resumed run wrote a step twice."""
-    latest = {event.step: event.value for event in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}
+    latest = (
+        {event.step: event.value for event in events.Scalars(tag)}
+        if tag in events.Tags()["scalars"]
+        else {}
+    )
     return list(latest), list(latest.values())
 
 
 def main(output: Path, folders: list[Path]) -> None:
     """Write the image."""
-    runs = {folder: EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1}) for folder in folders}
+    runs = {
+        folder: EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1})
+        for folder in folders
+    }
     for events in runs.values():
         events.Reload()
     first = runs[folders[0]]
     has_pairs = PAIRS in first.Tags()["images"]
     figure = plt.figure(figsize=(10, 5.2 if has_pairs else 3.6), layout="constrained")
-    grid = figure.add_gridspec(2, 2, height_ratios=[1, 2.4]) if has_pairs else figure.add_gridspec(1, 2)
+    grid = (
+        figure.add_gridspec(2, 2, height_ratios=[1, 2.4])
+        if has_pairs
+        else figure.add_gridspec(1, 2)
+    )
     knn, loss = (figure.add_subplot(grid[-1, column]) for column in (0, 1))
     if has_pairs:
         pairs = figure.add_subplot(grid[0, :])
@@ -45,7 +56,12 @@ def main(output: Path, folders: list[Path]) -> None:
         steps_per_epoch = figures["step"] / figures["epoch"]
         for axes, tag in ((knn, "knn/top1"), (loss, "epoch/loss")):
             steps, values = scalars(events, tag)
-            axes.plot([step / steps_per_epoch for step in steps], values, marker=".", label="/".join(folder.parts[-2:]))
+            axes.plot(
+                [step / steps_per_epoch for step in steps],
+                values,
+                marker=".",
+                label="/".join(folder.parts[-2:]),
+            )
         for key, style, name in (
             ("knn_raw_pixels/top1", ":", "raw pixels"),
             ("knn_untrained/top1", "--", "untrained backbone"),

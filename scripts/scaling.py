@@ -44,7 +44,9 @@ def bytes_of(tensors: Any) -> int:
 def kept_bytes(method: MoCo, image_size: int, precision: str, batch: int = 8) -> float:
     """Bytes per image that the forward passes of a step keep for backward."""
     held = {parameter.untyped_storage().data_ptr() for parameter in method.parameters()}
-    storages: dict[int, Tensor] = {}  # the tensors too, so that no storage is freed and its address used again
+    storages: dict[
+        int, Tensor
+    ] = {}  # the tensors too, so that no storage is freed and its address used again
 
     def note(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in held:
@@ -71,7 +73,9 @@ def measured(experiment: str) -> dict[str, float]:
     states = 2 if config.optimizer.name == "adamw" else 1
     directions = 1 + config.method.symmetric
     is_shuffled = config.method.batch_norm == "auto" and has_batch_norm(method.key_encoder)
-    queues = bytes_of(queue.keys for queue in set(method.queues)) * 2  # and the copy that a step's loss works on
+    queues = (
+        bytes_of(queue.keys for queue in set(method.queues)) * 2
+    )  # and the copy that a step's loss works on
     return {
         "batch": config.data.batch_size,
         "epochs": config.trainer.max_epochs,
@@ -96,9 +100,13 @@ def received(figures: dict[str, float], devices: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images-per-second", type=float, help="of one device, measured by a run")
-    parser.add_argument("--bandwidth", type=float, default=20.0, help="GB/s that a process receives with")
+    parser.add_argument(
+        "--bandwidth", type=float, default=20.0, help="GB/s that a process receives with"
+    )
     arguments = parser.parse_args()
     console = Console(width=140)
     for experiment in RECIPES:
@@ -118,8 +126,14 @@ def main() -> None:
             ]  # fmt: skip
             if speed := arguments.images_per_second:
                 steps = figures["epochs"] * (IMAGENET // figures["batch"])
-                computing, sending = each / speed, sum(traffic.values()) / (arguments.bandwidth * 1e9)
-                row += [f"{steps * seconds / 3600:.1f}" for seconds in (max(computing, sending), computing + sending)]
+                computing, sending = (
+                    each / speed,
+                    sum(traffic.values()) / (arguments.bandwidth * 1e9),
+                )
+                row += [
+                    f"{steps * seconds / 3600:.1f}"
+                    for seconds in (max(computing, sending), computing + sending)
+                ]
             per_device.add_row(*row)
         console.print(per_device)
 

@@ -69,8 +69,12 @@ def mosaics(
         for row in range(grid):
             for column in range(grid):
                 which = generator.integers(len(tiles))
-                place = np.s_[number, row * side : (row + 1) * side, column * side : (column + 1) * side]
-                images[place] = Image.fromarray(tiles[which]).resize((side, side), Image.Resampling.BICUBIC)
+                place = np.s_[
+                    number, row * side : (row + 1) * side, column * side : (column + 1) * side
+                ]
+                images[place] = Image.fromarray(tiles[which]).resize(
+                    (side, side), Image.Resampling.BICUBIC
+                )
                 masks[place] = labels[which]
     return images, masks
 
@@ -83,7 +87,10 @@ def prepare(archive: Path, folder: Path, scale: Scale) -> None:
             raise SystemExit(f"{folder} holds a journey of another scale: {marker.read_text()}")
         return
     with np.load(archive) as arrays:
-        tiles = {part: (arrays[f"{part}_images"], arrays[f"{part}_labels"].ravel()) for part in ("train", "test")}
+        tiles = {
+            part: (arrays[f"{part}_images"], arrays[f"{part}_labels"].ravel())
+            for part in ("train", "test")
+        }
     folder.mkdir(parents=True, exist_ok=True)
     images, _ = mosaics(*tiles["train"], scale.pretraining_mosaics, grid=2, side=32, seed=0)
     np.savez(folder / "unlabelled.npz", train_images=images)
@@ -92,7 +99,9 @@ def prepare(archive: Path, folder: Path, scale: Scale) -> None:
         ("test", "val", scale.test_mosaics, 2),
     ):
         for kind, arrays_of_kind in zip(
-            ("images", "masks"), mosaics(*tiles[part], count, grid=3, side=48, seed=seed), strict=True
+            ("images", "masks"),
+            mosaics(*tiles[part], count, grid=3, side=48, seed=seed),
+            strict=True,
         ):
             target = folder / "segmentation" / kind / split
             target.mkdir(parents=True, exist_ok=True)
@@ -101,7 +110,13 @@ def prepare(archive: Path, folder: Path, scale: Scale) -> None:
     marker.write_text(json.dumps(dataclasses.asdict(scale)))
 
 
-def call(program: Callable[[Any, Path], None], name: str, schema: type, folder: Path, overrides: list[str]) -> dict:
+def call(
+    program: Callable[[Any, Path], None],
+    name: str,
+    schema: type,
+    folder: Path,
+    overrides: list[str],
+) -> dict:
     """Run one of the programs unless its folder says that it is done; its figures."""
     done = folder / "done.json"
     if not done.exists():
@@ -157,7 +172,9 @@ def journey(archive: Path, folder: Path, seeds: int, scale: Scale) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiles", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
@@ -166,10 +183,21 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     archive, folder, seeds = (arguments.pop(name) for name in ("tiles", "folder", "seeds"))
     results = journey(archive, folder, seeds, Scale(**arguments))
-    table = Table("variant", "mIoU, mean", "spread", "each seed", title="Segmentation of mosaics, 64 px to 144 px")
+    table = Table(
+        "variant",
+        "mIoU, mean",
+        "spread",
+        "each seed",
+        title="Segmentation of mosaics, 64 px to 144 px",
+    )
     for name, scores in results.items():
         spread = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
-        table.add_row(name, f"{statistics.mean(scores):.4f}", spread, ", ".join(f"{score:.4f}" for score in scores))
+        table.add_row(
+            name,
+            f"{statistics.mean(scores):.4f}",
+            spread,
+            ", ".join(f"{score:.4f}" for score in scores),
+        )
     Console().print(table)
 
 

@@ -14,7 +14,11 @@ LONGEST_FIRST = ("test_interrupts.py", "test_train.py", "test_resume.py", "test_
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99)
+    items.sort(
+        key=lambda item: (
+            LONGEST_FIRST.index(item.path.name) if item.path.name in LONGEST_FIRST else 99
+        )
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +138,9 @@ class Runner:
             **settings,
             callbacks=list(callbacks),
             logger=False,
-            enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
+            enable_checkpointing=any(
+                isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks
+            ),
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,

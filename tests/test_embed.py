@@ -42,16 +42,28 @@ def checkpoint(tmp_path_factory):
         "queue_size": 8,
     }
     config = {
-        "data": {"name": "digits", "root": None, "image_size": 32, "crop_ratio": 1.0, "num_images": 1024},
+        "data": {
+            "name": "digits",
+            "root": None,
+            "image_size": 32,
+            "crop_ratio": 1.0,
+            "num_images": 1024,
+        },
         "augmentation": {"mean": [0.5] * 3, "std": [0.5] * 3},
         "evaluation": {},
     }
     path = tmp_path_factory.mktemp("checkpoint") / "last.ckpt"
     made = MoCo(**hparams)
     for name, parameter in made.named_parameters():
-        if "norm" in name or "cpb_mlp" in name:  # an untrained block is the identity, whatever its window
+        if (
+            "norm" in name or "cpb_mlp" in name
+        ):  # an untrained block is the identity, whatever its window
             torch.nn.init.normal_(parameter, std=0.5)
-    state = {"state_dict": made.state_dict(), "hyper_parameters": dict(made.hparams), "config": config}
+    state = {
+        "state_dict": made.state_dict(),
+        "hyper_parameters": dict(made.hparams),
+        "config": config,
+    }
     torch.save(state | {"figures": {}, "random_states": [], "global_step": 0}, path)
     return path
 
@@ -61,7 +73,13 @@ def embed(checkpoint, folder, *overrides):
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = parse(
             compose(
-                "embed", [f"checkpoint={checkpoint}", f"output={folder / 'f.npz'}", "data.num_workers=0", *overrides]
+                "embed",
+                [
+                    f"checkpoint={checkpoint}",
+                    f"output={folder / 'f.npz'}",
+                    "data.num_workers=0",
+                    *overrides,
+                ],
             ),
             EmbedConfig,
         )
@@ -88,9 +106,16 @@ def test_features_names_and_labels_go_together(checkpoint, tmp_path):
     torch.testing.assert_close(torch.from_numpy(test["features"][[0, 1, 359]]), expected)
 
 
-def test_files_are_named_by_their_paths_and_the_unreadable_are_left_out(checkpoint, tmp_path, image_tree):
+def test_files_are_named_by_their_paths_and_the_unreadable_are_left_out(
+    checkpoint, tmp_path, image_tree
+):
     (image_tree / "a" / "broken.png").write_bytes(b"no image")
-    given = [f"data.root={image_tree}", "data=images", "data.max_bad_fraction=0.1", "data.image_size=40"]
+    given = [
+        f"data.root={image_tree}",
+        "data=images",
+        "data.max_bad_fraction=0.1",
+        "data.image_size=40",
+    ]
     found = embed(checkpoint, tmp_path, *given)
     assert found["features"].shape == (24, 256)
     assert "labels" not in found
@@ -120,7 +145,10 @@ def test_class_folders_without_a_validation_folder_keep_the_labels_of_all_images
     ("overrides", "message"),
     [
         (["output=features.npy"], "output=features.npy: expected a file that ends in .npz"),
-        (["backbone.window_size=0"], "backbone.window_size=0: expected a whole number of cells from 1 to 64"),
+        (
+            ["backbone.window_size=0"],
+            "backbone.window_size=0: expected a whole number of cells from 1 to 64",
+        ),
         (["data=images", "data.root=nowhere"], "data.root=nowhere: no such folder"),
         (["output=/dev/null/f.npz"], "output=/dev/null/f.npz: cannot write to /dev/null"),
     ],
@@ -177,8 +205,12 @@ def straight(checkpoint, tmp_path_factory):
     return bytes_of(folder)
 
 
-@pytest.mark.parametrize(("error", "num_batches"), [(ENDED, 1), (KeyboardInterrupt(), 0), (FULL, 3)])
-def test_an_interrupted_and_continued_run_ends_in_the_same_bytes(checkpoint, tmp_path, straight, error, num_batches):
+@pytest.mark.parametrize(
+    ("error", "num_batches"), [(ENDED, 1), (KeyboardInterrupt(), 0), (FULL, 3)]
+)
+def test_an_interrupted_and_continued_run_ends_in_the_same_bytes(
+    checkpoint, tmp_path, straight, error, num_batches
+):
     ended_after(num_batches, checkpoint, tmp_path, *SMALL, error=error)
     state = json.loads((tmp_path / "f.npz.part" / "state.json").read_text())["state"]
     assert state["num_rows"] == 100 * num_batches
@@ -210,7 +242,9 @@ def test_where_the_disk_is_read_only_the_output_is_what_to_change(checkpoint, tm
         patch.setattr(FeatureParts, "add", After(FeatureParts.add, 1, gone))
         with pytest.raises(RunError) as error:
             embed(checkpoint, tmp_path, *SMALL)
-    assert "start again, or choose another output=FILE.npz; what is done is kept in" in str(error.value)
+    assert "start again, or choose another output=FILE.npz; what is done is kept in" in str(
+        error.value
+    )
     assert "hydra.run.dir" not in str(error.value)
 
 
@@ -231,12 +265,17 @@ def test_a_run_that_is_ended_while_it_removes_its_parts_can_be_started_again(
     assert not (tmp_path / "f.npz.part").exists()
 
 
-def test_a_file_that_may_not_grow_is_one_line_and_the_run_goes_on_later(checkpoint, tmp_path, straight):
+def test_a_file_that_may_not_grow_is_one_line_and_the_run_goes_on_later(
+    checkpoint, tmp_path, straight
+):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (250 * 256 * 4, before[1]))  # in the middle of the third batch
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (250 * 256 * 4, before[1])
+    )  # in the middle of the third batch
     try:
         with pytest.raises(
-            RunError, match=r"raise the limit on the size of files \(ulimit -f\).* the same command goes on"
+            RunError,
+            match=r"raise the limit on the size of files \(ulimit -f\).* the same command goes on",
         ):
             embed(checkpoint, tmp_path, *SMALL)
     finally:
@@ -271,7 +310,9 @@ def test_the_same_name_with_other_weights_does_not_go_on(checkpoint, tmp_path, s
     ended_after(1, checkpoint, tmp_path, *SMALL)
     state["state_dict"]["query_encoder.backbone.norm.bias"][0] += 1
     torch.save(state, tmp_path / "trained_on.ckpt")
-    with pytest.raises(InputError, match="of another run: checkpoint: other weights; remove that folder"):
+    with pytest.raises(
+        InputError, match="of another run: checkpoint: other weights; remove that folder"
+    ):
         embed(tmp_path / "trained_on.ckpt", tmp_path, *SMALL)
     embed(own, tmp_path, *SMALL)  # the same weights in another place
     assert bytes_of(tmp_path) == straight
@@ -291,7 +332,9 @@ def test_row_i_of_the_index_is_image_i(checkpoint, tmp_path, kind, capsys):
     assert "f.npz and" in capsys.readouterr().out
 
 
-def test_no_index_is_written_when_none_is_wanted_and_an_old_one_is_named(checkpoint, tmp_path, caplog):
+def test_no_index_is_written_when_none_is_wanted_and_an_old_one_is_named(
+    checkpoint, tmp_path, caplog
+):
     embed(checkpoint, tmp_path, *SMALL, "index=none")
     assert not (tmp_path / "f.faiss").exists()
     (tmp_path / "f.faiss").write_bytes(b"old")
@@ -305,7 +348,9 @@ def test_names_that_no_encoding_has_come_back_as_paths(checkpoint, tmp_path, ima
     paths = sorted(image_tree.rglob("*.png"))
     for path, name in zip(paths, odd, strict=False):
         path.rename(path.with_name(name))
-    found = embed(checkpoint, tmp_path, "data=images", f"data.root={image_tree}", "data.image_size=16")
+    found = embed(
+        checkpoint, tmp_path, "data=images", f"data.root={image_tree}", "data.image_size=16"
+    )
     assert {*map(str, image_tree.rglob("*.png"))} == {*found["names"].tolist()}
     assert all(os.path.isfile(name) for name in found["names"].tolist())
 
@@ -316,9 +361,13 @@ def test_too_many_unreadable_images_end_the_run_early_and_a_higher_limit_goes_on
     for name in ("00.png", "02.png"):
         next(image_tree.rglob(name)).write_bytes(b"no image")
     given = ["data=images", f"data.root={image_tree}", "data.image_size=16", "batch_size=6"]
-    with pytest.raises(InputError, match=r"1 of 24 images cannot be read, more than data\.max_bad_fraction=0\.01"):
+    with pytest.raises(
+        InputError, match=r"1 of 24 images cannot be read, more than data\.max_bad_fraction=0\.01"
+    ):
         embed(checkpoint, tmp_path, *given)
-    with pytest.raises(InputError, match=r"2 of 24 images cannot be read, more than data\.max_bad_fraction=0\.05"):
+    with pytest.raises(
+        InputError, match=r"2 of 24 images cannot be read, more than data\.max_bad_fraction=0\.05"
+    ):
         embed(checkpoint, tmp_path, *given, "data.max_bad_fraction=0.05")
     found = embed(checkpoint, tmp_path, *given, "data.max_bad_fraction=0.1")
     assert len(found["features"]) == len(found["names"]) == 22
@@ -351,11 +400,22 @@ def test_shards_are_embedded_in_their_order_and_gone_on_with(checkpoint, tmp_pat
     given = ["data=webdataset", f"data.root={tmp_path}", "data.image_size=16", "batch_size=5"]
     ended_after(2, checkpoint, tmp_path, *given)
     found = embed(checkpoint, tmp_path, *given)
-    assert found["names"].tolist() == [f"{row // 8}.tar/folder/{path.stem}" for row, path in enumerate(paths)]
+    assert found["names"].tolist() == [
+        f"{row // 8}.tar/folder/{path.stem}" for row, path in enumerate(paths)
+    ]
     assert "labels" not in found
-    plain = embed(checkpoint, tmp_path, "data=images", f"data.root={image_tree}", "data.image_size=16", "batch_size=5")
+    plain = embed(
+        checkpoint,
+        tmp_path,
+        "data=images",
+        f"data.root={image_tree}",
+        "data.image_size=16",
+        "batch_size=5",
+    )
     assert np.array_equal(found["features"], plain["features"])
-    with pytest.raises(InputError, match="split=test: data=webdataset has no images that are held out"):
+    with pytest.raises(
+        InputError, match="split=test: data=webdataset has no images that are held out"
+    ):
         embed(checkpoint, tmp_path, *given, "split=test")
 
 
@@ -387,8 +447,15 @@ SAID = "interrupted: the parts that are whole are kept; the same command goes on
 
 
 def test_the_program_ends_on_sigint_with_a_line_and_goes_on(checkpoint, tmp_path):
-    arguments = ["batch_size=1", "data=digits", "data.image_size=16"]  # so slow that the signal comes before the end
-    assert ended_in_the_middle(tmp_path, signal.SIGINT, f"checkpoint={checkpoint}", *arguments) == (130, SAID)
+    arguments = [
+        "batch_size=1",
+        "data=digits",
+        "data.image_size=16",
+    ]  # so slow that the signal comes before the end
+    assert ended_in_the_middle(tmp_path, signal.SIGINT, f"checkpoint={checkpoint}", *arguments) == (
+        130,
+        SAID,
+    )
     assert not (tmp_path / "f.npz").exists()
     assert json.loads((tmp_path / "f.npz.part" / "state.json").read_text())["state"]["num_rows"] > 0
     (tmp_path / "straight").mkdir()
@@ -398,13 +465,21 @@ def test_the_program_ends_on_sigint_with_a_line_and_goes_on(checkpoint, tmp_path
 
 
 @pytest.mark.slow
-def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(checkpoint, tmp_path, image_tree, generator):
+def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(
+    checkpoint, tmp_path, image_tree, generator
+):
     for number in range(100, 2000):
-        Image.fromarray(generator.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save(image_tree / f"{number}.png")
+        Image.fromarray(generator.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save(
+            image_tree / f"{number}.png"
+        )
     arguments = ["batch_size=8", "data=images", f"data.root={image_tree}", "data.image_size=32"]
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
-        code, said = ended_in_the_middle(tmp_path, number, f"checkpoint={checkpoint}", *arguments, "data.num_workers=2")
-        is_kill = number == signal.SIGKILL  # after which Python's own resource tracker has something to say
+        code, said = ended_in_the_middle(
+            tmp_path, number, f"checkpoint={checkpoint}", *arguments, "data.num_workers=2"
+        )
+        is_kill = (
+            number == signal.SIGKILL
+        )  # after which Python's own resource tracker has something to say
         assert (code, is_kill or said) == (-number if is_kill else 128 + number, is_kill or SAID)
     (tmp_path / "straight").mkdir()
     for folder in (tmp_path, tmp_path / "straight"):

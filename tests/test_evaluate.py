@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig, check_settings
+from moco.config.pretrained import (
+    EvaluateConfig,
+    EvaluateDataConfig,
+    EvaluationConfig,
+    check_settings,
+)
 from moco.errors import InputError, RunError
 
 
@@ -32,7 +37,9 @@ def evaluated(checkpoint, tmp_path, capsys, caplog):
         is_knn = settings.get("name", "knn") == "knn"
         plain = {"images": False, "label_free": False} if is_knn else {}
         measured = EvaluationConfig(**{**plain, **settings})
-        config = EvaluateConfig(str(path), EvaluateDataConfig(**(data or {"name": "digits"})), measured, "cpu")
+        config = EvaluateConfig(
+            str(path), EvaluateDataConfig(**(data or {"name": "digits"})), measured, "cpu"
+        )
         run(config, tmp_path / "out")
         figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
         return figures, capsys.readouterr().out, "\n".join(caplog.messages)
@@ -55,7 +62,9 @@ def test_a_full_gpu_is_one_line(evaluated, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("moco.evaluate.measure", full)
-    with pytest.raises(RunError, match=r"^the GPU is out of memory; a smaller evaluation\.batch_size needs less$"):
+    with pytest.raises(
+        RunError, match=r"^the GPU is out of memory; a smaller evaluation\.batch_size needs less$"
+    ):
         evaluated()
 
 
@@ -63,10 +72,14 @@ def test_a_disk_that_is_full_when_the_figures_are_written_is_one_line(evaluated,
     def full(path, write):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("moco.runs.run_folder.write_atomically", full)  # not that of the kept features
+    monkeypatch.setattr(
+        "moco.runs.run_folder.write_atomically", full
+    )  # not that of the kept features
     with pytest.raises(RunError) as error:
         evaluated(num_neighbors=3)
-    assert re.search(r"No space left on device: .*; free some space and start again$", str(error.value))
+    assert re.search(
+        r"No space left on device: .*; free some space and start again$", str(error.value)
+    )
 
 
 def test_one_pass_gives_a_grid_with_the_protocol_beside_it(evaluated):
@@ -101,8 +114,12 @@ def test_embedding_figures_are_those_of_an_evaluation_of_the_embedding(evaluated
 def test_the_confusion_matrix_is_written_and_its_worst_classes_are_named(evaluated, tmp_path):
     figures, printed, _ = evaluated(num_neighbors=20)
     with np.load(tmp_path / "out" / "confusion.npz") as written:
-        confusion, labels, predicted = (written[name] for name in ("confusion", "labels", "predicted"))
-        np.testing.assert_allclose(written["accuracy"], [(predicted[labels == c] == c).mean() for c in range(10)])
+        confusion, labels, predicted = (
+            written[name] for name in ("confusion", "labels", "predicted")
+        )
+        np.testing.assert_allclose(
+            written["accuracy"], [(predicted[labels == c] == c).mean() for c in range(10)]
+        )
         assert (labels == predicted).mean() == figures["knn/top1"]
     for true, taken in np.ndindex(10, 10):
         assert confusion[true, taken] == ((labels == true) & (predicted == taken)).sum()
@@ -119,7 +136,9 @@ def test_a_second_evaluation_uses_what_the_first_has_kept(evaluated):
     assert second == first
 
 
-def test_kept_features_are_not_used_for_another_checkpoint_or_other_data(evaluated, generator, tmp_path):
+def test_kept_features_are_not_used_for_another_checkpoint_or_other_data(
+    evaluated, generator, tmp_path
+):
     evaluated()
     assert "embedded" in evaluated(encoder="key")[2]
     assert "embedded" in evaluated(data={"name": "digits", "image_size": 12})[2]
@@ -133,16 +152,26 @@ def test_kept_features_are_not_used_for_another_checkpoint_or_other_data(evaluat
     users = path.parents[1] / "features" / "last-cifar.npz"
     users.touch()
     held = torch.load(path, weights_only=True)
-    name = next(name for name, value in held["state_dict"].items() if name.startswith("query_encoder.backbone"))
+    name = next(
+        name
+        for name, value in held["state_dict"].items()
+        if name.startswith("query_encoder.backbone")
+    )
     held["state_dict"][name][0] += 1
     torch.save(held, path)
     assert "embedded" in evaluated()[2]
-    digests = {kept.name.split("-")[1] for kept in (path.parents[1] / "features").iterdir() if kept != users}
+    digests = {
+        kept.name.split("-")[1]
+        for kept in (path.parents[1] / "features").iterdir()
+        if kept != users
+    }
     assert len(digests) == 1  # those of the checkpoint's former content are gone
     assert users.exists()
 
 
-def test_features_of_a_checkpoint_outside_a_run_folder_are_kept_among_the_users_files(evaluated, tmp_path):
+def test_features_of_a_checkpoint_outside_a_run_folder_are_kept_among_the_users_files(
+    evaluated, tmp_path
+):
     (tmp_path / "run" / ".hydra" / "config.yaml").unlink()
     evaluated()
     assert not (tmp_path / "run" / "features").exists()
@@ -152,9 +181,13 @@ def test_features_of_a_checkpoint_outside_a_run_folder_are_kept_among_the_users_
 def test_kept_features_of_files_follow_the_files(evaluated, tmp_path, generator):
     from PIL import Image
 
-    for part, name in ((part, name) for part in ("train/a", "train/b", "val/a", "val/b") for name in "xyz"):
+    for part, name in (
+        (part, name) for part in ("train/a", "train/b", "val/a", "val/b") for name in "xyz"
+    ):
         (tmp_path / part).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / part / f"{name}.png")
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(
+            tmp_path / part / f"{name}.png"
+        )
     data = {"name": "image_folder", "root": str(tmp_path), "image_size": 8}
     evaluated(data=data, num_neighbors=3)
     assert "embedded" not in evaluated(data=data, num_neighbors=3)[2]
@@ -176,7 +209,9 @@ def test_a_damaged_file_of_features_is_made_again(evaluated):
     assert second == first
 
 
-def test_features_of_a_checkpoint_outside_a_run_go_to_the_users_cache(evaluated, tmp_path, monkeypatch):
+def test_features_of_a_checkpoint_outside_a_run_go_to_the_users_cache(
+    evaluated, tmp_path, monkeypatch
+):
     path = tmp_path / "alone.ckpt"
     shutil.copy(evaluated.checkpoint, path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -187,7 +222,9 @@ def test_features_of_a_checkpoint_outside_a_run_go_to_the_users_cache(evaluated,
     assert "features are not kept for the next evaluation" in evaluated(path)[2]
 
 
-def test_images_in_memory_give_the_features_that_they_give_one_by_one(checkpoint, generator, monkeypatch):
+def test_images_in_memory_give_the_features_that_they_give_one_by_one(
+    checkpoint, generator, monkeypatch
+):
     import moco.evaluation.subject as module
     from moco.data.augment.views import build_evaluation_view
     from moco.data.loading.loaders import evaluation_loader
@@ -197,18 +234,26 @@ def test_images_in_memory_give_the_features_that_they_give_one_by_one(checkpoint
     for shape in ((9, 8, 8), (9, 8, 8, 3), (9, 8, 8, 4)):
         images = ArrayImages(generator.integers(0, 256, shape, np.uint8), "x")
         labels = np.arange(9)
-        loader = evaluation_loader(Labelled(images, labels), build_evaluation_view(8, 1.0, mean, std), 8, 4)
-        for slow, fast in zip(loader, module.batches_in_memory(images, labels, 4, mean, std), strict=True):
+        loader = evaluation_loader(
+            Labelled(images, labels), build_evaluation_view(8, 1.0, mean, std), 8, 4
+        )
+        for slow, fast in zip(
+            loader, module.batches_in_memory(images, labels, 4, mean, std), strict=True
+        ):
             assert all(torch.equal(*pair) for pair in zip(slow, fast, strict=True))
 
 
-def test_without_a_test_part_every_image_is_classified_by_the_others(evaluated, generator, tmp_path):
+def test_without_a_test_part_every_image_is_classified_by_the_others(
+    evaluated, generator, tmp_path
+):
     data = archive(tmp_path / "x.npz", generator, [0] * 10 + [1] * 10 + [2])
     figures, printed, log = evaluated(data=data, num_neighbors=3)
     assert "no test part: each image is classified by all others (leave one out)" in log
     assert figures["knn/queries"] == "leave one out"
     assert "leave one out" in printed
-    assert figures["knn/top1"] == pytest.approx(20 / 21)  # the only one of its class has nobody to vote for it
+    assert figures["knn/top1"] == pytest.approx(
+        20 / 21
+    )  # the only one of its class has nobody to vote for it
     assert (figures["knn/bank_size"], figures["knn/num_queries"]) == (21, 21)
 
 
@@ -266,25 +311,38 @@ def test_a_bank_of_one_class_is_refused(evaluated, generator, tmp_path):
 def test_images_whose_features_are_not_finite_are_named(evaluated, generator, tmp_path):
     path = evaluated.checkpoint
     held = torch.load(path, weights_only=True)
-    name = next(name for name, value in held["state_dict"].items() if name.startswith("query_encoder.backbone"))
+    name = next(
+        name
+        for name, value in held["state_dict"].items()
+        if name.startswith("query_encoder.backbone")
+    )
     held["state_dict"][name][:] = torch.nan
     torch.save(held, path)
     data = archive(tmp_path / "x.npz", generator, [0, 1, 2, 0, 1])
     with pytest.raises(InputError) as error:
         evaluated(data=data)
     names = ", ".join(f"{data['root']}: train_images[{row}]" for row in range(3))
-    assert str(error.value) == f"checkpoint={path}: the features of {names} and 2 more are not finite (NaN or infinity)"
+    assert (
+        str(error.value)
+        == f"checkpoint={path}: the features of {names} and 2 more are not finite (NaN or infinity)"
+    )
 
 
 def test_an_image_that_cannot_be_read_is_named(evaluated, generator, tmp_path):
     from PIL import Image
 
-    for part, name in ((part, name) for part in ("train/a", "train/b", "val/a", "val/b") for name in "xyz"):
+    for part, name in (
+        (part, name) for part in ("train/a", "train/b", "val/a", "val/b") for name in "xyz"
+    ):
         (tmp_path / part).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / part / f"{name}.png")
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(
+            tmp_path / part / f"{name}.png"
+        )
     (tmp_path / "val/b/x.png").write_bytes(b"no image")
     data = {"name": "image_folder", "root": str(tmp_path), "image_size": 8}
-    with pytest.raises(InputError, match=r"val/b/x\.png"):  # one of six is more than data.max_bad_fraction
+    with pytest.raises(
+        InputError, match=r"val/b/x\.png"
+    ):  # one of six is more than data.max_bad_fraction
         evaluated(data=data, num_neighbors=3)
     for _ in ("embedded", "kept"):
         figures, _, log = evaluated(data=data | {"max_bad_fraction": 0.5}, num_neighbors=3)
@@ -300,7 +358,10 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
     check_settings(EvaluateConfig(evaluation=EvaluationConfig(name="other", temperature=0.5)))
     with pytest.raises(InputError) as error:
         check_settings(EvaluateConfig(evaluation=EvaluationConfig(name="other", index="ivf")))
-    assert str(error.value) == "evaluation.index: a setting of evaluation=knn, and evaluation=other has no such"
+    assert (
+        str(error.value)
+        == "evaluation.index: a setting of evaluation=knn, and evaluation=other has no such"
+    )
 
 
 @pytest.mark.parametrize(
@@ -337,10 +398,14 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
 )  # fmt: skip
 def test_a_setting_that_has_no_effect_is_refused(settings, data, expected):
     with pytest.raises(InputError) as error:
-        check_settings(EvaluateConfig(evaluation=EvaluationConfig(**settings), data=EvaluateDataConfig(**data)))
+        check_settings(
+            EvaluateConfig(evaluation=EvaluationConfig(**settings), data=EvaluateDataConfig(**data))
+        )
     assert str(error.value) == expected
 
 
 def test_fewer_than_one_image_per_class_is_refused(evaluated):
-    with pytest.raises(InputError, match=r"evaluation.images_per_class=\[0\]: expected numbers of 1 or more"):
+    with pytest.raises(
+        InputError, match=r"evaluation.images_per_class=\[0\]: expected numbers of 1 or more"
+    ):
         evaluated(images_per_class=[0])

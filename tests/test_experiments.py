@@ -143,7 +143,10 @@ PUBLISHED = {
 def recipe_of(config):
     method, optimizer = config.method, config.optimizer
     queues = "batch" if method.negatives == "batch" else str(method.queue_size)
-    crops = {view["random_resized_crop"]["scale"][0] for view in (config.augmentation.query, config.augmentation.key)}
+    crops = {
+        view["random_resized_crop"]["scale"][0]
+        for view in (config.augmentation.query, config.augmentation.key)
+    }
     (smallest_crop,) = crops
     rises = method.key_momentum_schedule == "cosine"
     return Recipe(
@@ -159,7 +162,9 @@ def recipe_of(config):
         method.temperature,
         f"2 x {queues}" if method.num_queues == 2 else queues,
         method.embedding_dim,
-        f"{method.key_momentum:g} to {method.key_momentum_end:g}" if rises else f"{method.key_momentum:g}",
+        f"{method.key_momentum:g} to {method.key_momentum_end:g}"
+        if rises
+        else f"{method.key_momentum:g}",
         smallest_crop,
     )
 
@@ -185,7 +190,11 @@ def test_every_experiment_is_plain_data_and_builds(name):
     with torch.device("meta"):
         method = build_method(plain)
     size = config.method.queue_size
-    assert (method.queue is None) if size is None else method.queue.keys.shape == (size, config.method.embedding_dim)
+    assert (
+        (method.queue is None)
+        if size is None
+        else method.queue.keys.shape == (size, config.method.embedding_dim)
+    )
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -196,19 +205,34 @@ def test_every_experiment_says_its_command_cost_expectation_and_source(name):
 
 
 def test_the_documentation_lists_every_experiment():
-    listed = re.findall(r"^\| `(\w+)`", (REPOSITORY / "docs" / "recipes.md").read_text(), flags=re.MULTILINE)
+    listed = re.findall(
+        r"^\| `(\w+)`", (REPOSITORY / "docs" / "recipes.md").read_text(), flags=re.MULTILINE
+    )
     assert sorted(listed) == EXPERIMENTS
 
 
 def test_the_official_cifar_notebook_beyond_its_table():
     config = experiment("cifar10_resnet18")
     method, optimizer, knn = config.method, config.optimizer, config.evaluation
-    assert (method.projector.num_layers, method.predictor.num_layers, method.num_queues) == (1, 0, 1)
+    assert (method.projector.num_layers, method.predictor.num_layers, method.num_queues) == (
+        1,
+        0,
+        1,
+    )
     assert (method.batch_norm, method.batch_norm_splits, method.symmetric) == ("split", 8, False)
-    assert (optimizer.sgd_momentum, optimizer.schedule_offset_epochs, optimizer.decay_all) == (0.9, 1, True)
+    assert (optimizer.sgd_momentum, optimizer.schedule_offset_epochs, optimizer.decay_all) == (
+        0.9,
+        1,
+        True,
+    )
     assert (config.data.image_size, config.backbone.stem) == (32, "cifar")
     assert (knn.num_neighbors, knn.temperature, knn.feature) == (200, 0.1, "embedding")
-    assert list(config.augmentation.query) == ["random_resized_crop", "horizontal_flip", "color_jitter", "grayscale"]
+    assert list(config.augmentation.query) == [
+        "random_resized_crop",
+        "horizontal_flip",
+        "color_jitter",
+        "grayscale",
+    ]
     symmetric = experiment("cifar10_resnet18_symmetric")
     assert (symmetric.method.symmetric, symmetric.method.symmetric_reduction) == (True, "sum")
     assert symmetric.optimizer == optimizer
@@ -221,8 +245,16 @@ def test_moby_beyond_its_table(name):
     for head in (method.projector, method.predictor):
         assert (head.num_layers, head.hidden_dim) == (2, 4096)
         assert (head.hidden_batch_norm, head.last_batch_norm) == (True, False)
-    assert (method.symmetric, method.symmetric_reduction, method.batch_norm) == (True, "sum", "sync")
-    assert (optimizer.warmup_start_lr, optimizer.final_lr, optimizer.decay_all) == (5e-7, 5e-6, False)
+    assert (method.symmetric, method.symmetric_reduction, method.batch_norm) == (
+        True,
+        "sum",
+        "sync",
+    )
+    assert (optimizer.warmup_start_lr, optimizer.final_lr, optimizer.decay_all) == (
+        5e-7,
+        5e-6,
+        False,
+    )
     assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.999, 1e-8)
     assert (config.data.image_size, config.trainer.gradient_clip_val) == (224, 5.0)
     assert (config.backbone.window_size, config.backbone.stochastic_depth) == (7, 0.2)
@@ -237,18 +269,29 @@ def test_moco_v3_beyond_its_table(name):
     assert method.projector.hidden_dim == method.predictor.hidden_dim == 4096
     assert (method.symmetric, method.loss_times_2t, method.batch_norm) == (True, True, "sync")
     assert optimizer.decay_all is is_vit
-    assert (optimizer.sgd_momentum, optimizer.beta1, optimizer.beta2, optimizer.final_lr) == (0.9, 0.9, 0.999, 0)
+    assert (optimizer.sgd_momentum, optimizer.beta1, optimizer.beta2, optimizer.final_lr) == (
+        0.9,
+        0.9,
+        0.999,
+        0,
+    )
     is_official = name.startswith("imagenet_")
     assert (config.backbone.zero_init_residual is True) == (is_official and not is_vit)
     assert (config.backbone.freeze_patch_embed is True) == is_vit
     if not is_vit:
-        assert (optimizer.trust_coefficient, optimizer.trust_clip) == ((1e-3, False) if is_official else (0.02, True))
+        assert (optimizer.trust_coefficient, optimizer.trust_clip) == (
+            (1e-3, False) if is_official else (0.02, True)
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if "moco_v2_plus" in name])
 def test_moco_v2_plus_beyond_its_table(name):
     config = experiment(name)
-    method, optimizer, blur = config.method, config.optimizer, config.augmentation.key["gaussian_blur"]
+    method, optimizer, blur = (
+        config.method,
+        config.optimizer,
+        config.augmentation.key["gaussian_blur"],
+    )
     assert (method.projector.num_layers, method.projector.hidden_dim) == (2, 2048)
     assert (method.symmetric, method.symmetric_reduction) == (True, "mean")
     assert (optimizer.warmup_start_lr, optimizer.decay_all) == (3e-5, True)
@@ -256,18 +299,28 @@ def test_moco_v2_plus_beyond_its_table(name):
 
 
 def test_the_six_variants_on_cifar_differ_in_the_method():
-    names = ["cifar10_moco_v1", "cifar10_moco_v2", "cifar10_moco_v2_plus", "cifar10_moco_v3", "cifar10_moby"]
+    names = [
+        "cifar10_moco_v1",
+        "cifar10_moco_v2",
+        "cifar10_moco_v2_plus",
+        "cifar10_moco_v3",
+        "cifar10_moby",
+    ]
     configs = [experiment(name) for name in (*names, "cifar10_densecl")]
-    assert {(config.backbone.name, config.backbone.stem, config.data.name) for config in configs} == {
-        ("resnet18", "cifar", "cifar10")
-    }
+    assert {
+        (config.backbone.name, config.backbone.stem, config.data.name) for config in configs
+    } == {("resnet18", "cifar", "cifar10")}
     assert len({yaml.safe_dump(dataclasses.asdict(config.method)) for config in configs}) == 6
     assert [config.method.dense_weight for config in configs] == [0, 0, 0, 0, 0, 0.5]
 
 
 @pytest.mark.parametrize(
     ("name", "fewest", "most"),
-    [("own_images_small", 5_120, 10_000), ("own_images_medium", 40_960, 200_000), ("own_images_large", 200_000, 10**8)],
+    [
+        ("own_images_small", 5_120, 10_000),
+        ("own_images_medium", 40_960, 200_000),
+        ("own_images_large", 200_000, 10**8),
+    ],
 )
 def test_the_presets_for_own_images_fit_data_sets_of_their_size(name, fewest, most, caplog):
     config = experiment(name)
@@ -309,8 +362,13 @@ LONG = (
         ("cifar10_resnet18", 600, {"max_epochs": 1000}, f"{LONG % (4096, 600)}; 32 would fit"),
     ],
 )  # fmt: skip
-def test_a_queue_too_long_for_the_data_or_the_run_is_said_in_one_line(name, num_images, changes, said, caplog):
+def test_a_queue_too_long_for_the_data_or_the_run_is_said_in_one_line(
+    name, num_images, changes, said, caplog
+):
     config = experiment(name)
-    warn_of_negatives(dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **changes)), num_images)
+    warn_of_negatives(
+        dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, **changes)),
+        num_images,
+    )
     assert caplog.messages == ([said] if said else [])
     assert {record.levelname for record in caplog.records} <= {"WARNING"}

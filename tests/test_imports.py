@@ -58,7 +58,9 @@ def test_rooms_import_only_what_they_may(path):
             target = name.split(".")[1]
             assert target in ALLOWED[room] | {room, "errors"}, f"{room} imports {name}"
         if room not in ("config", "cli"):
-            assert name.split(".")[0] not in ("hydra", "omegaconf"), f"{path} knows about config files"
+            assert name.split(".")[0] not in ("hydra", "omegaconf"), (
+                f"{path} knows about config files"
+            )
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

@@ -11,7 +11,9 @@ from tests.conftest import REPOSITORY
 
 @pytest.fixture(scope="module")
 def journey():
-    spec = importlib.util.spec_from_file_location("journey", REPOSITORY / "scripts" / "segmentation_journey.py")
+    spec = importlib.util.spec_from_file_location(
+        "journey", REPOSITORY / "scripts" / "segmentation_journey.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -31,14 +33,19 @@ def tiles(tmp_path):
 
 
 def test_masks_hold_the_class_of_each_pixels_tile(journey):
-    tiles = np.arange(10, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2).repeat(3, 3) * 20
+    tiles = (
+        np.arange(10, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2).repeat(3, 3)
+        * 20
+    )
     images, masks = journey.mosaics(tiles, np.arange(10), count=3, grid=3, side=4, seed=0)
     assert images.shape == (3, 12, 12, 3)
     assert (images[..., 0] == masks * 20).all()
     assert len(np.unique(masks)) > 3
 
 
-def test_every_variant_goes_from_64_to_144_px_and_nothing_is_run_twice(journey, tiles, tmp_path, monkeypatch):
+def test_every_variant_goes_from_64_to_144_px_and_nothing_is_run_twice(
+    journey, tiles, tmp_path, monkeypatch
+):
     pytest.importorskip("segmentation_models_pytorch")
     scale = journey.Scale(
         pretraining_mosaics=16,

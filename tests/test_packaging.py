@@ -14,7 +14,10 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "uv", "build", "--wheel", "--out-dir", folder, REPOSITORY], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "uv", "build", "--wheel", "--out-dir", folder, REPOSITORY],
+        check=True,
+    )
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -29,11 +32,19 @@ def test_wheel_holds_the_package_and_every_config(wheel):
 
 def test_wheel_trains_from_an_empty_folder(wheel, tmp_path):
     site = tmp_path / "site"
-    subprocess.run([sys.executable, "-m", "uv", "pip", "install", "--no-deps", "--target", site, wheel], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "uv", "pip", "install", "--no-deps", "--target", site, wheel],
+        check=True,
+    )
     empty = tmp_path / "empty"
     empty.mkdir()
     done = run_program(
-        "moco.train", "+experiment=quickstart", "trainer.max_epochs=2", cwd=empty, timeout=300, PYTHONPATH=str(site)
+        "moco.train",
+        "+experiment=quickstart",
+        "trainer.max_epochs=2",
+        cwd=empty,
+        timeout=300,
+        PYTHONPATH=str(site),
     )
     assert done.returncode == 0, done.stderr
     assert list(empty.glob("runs/quickstart/*/metrics.json"))

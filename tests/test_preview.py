@@ -17,7 +17,9 @@ def test_shows_the_pairs_that_training_sees(runner, engine):
     row = (image.shape[0] - 8) // 3
     for pair in range(3):
         for view in (0, 1):
-            shown = image[8 + pair * row : 120 + pair * row : 7, side * view + 8 : side * view + 120 : 7, 0]
+            shown = image[
+                8 + pair * row : 120 + pair * row : 7, side * view + 8 : side * view + 120 : 7, 0
+            ]
             pixels = (first.views[view][pair, 0] * std + mean).clamp(0, 1) * 255
             assert np.abs(shown - pixels.numpy()).max() <= 1
             words = image[8 + pair * row : (pair + 1) * row, side * view + 130 : side * (view + 1)]
@@ -25,7 +27,13 @@ def test_shows_the_pairs_that_training_sees(runner, engine):
 
 
 def test_draws_a_run_of_files_from_the_command_line(tmp_path, image_tree):
-    arguments = ["data=images", f"data.root={image_tree}", "data.batch_size=8", "data.image_size=48", "num_pairs=2"]
+    arguments = [
+        "data=images",
+        f"data.root={image_tree}",
+        "data.batch_size=8",
+        "data.image_size=48",
+        "num_pairs=2",
+    ]
     done = run_program("moco.preview", *arguments, "output=deep/pairs.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 pairs in deep/pairs.png" in done.stdout

@@ -31,7 +31,9 @@ def test_help_imports_nothing_that_computes(program, tmp_path):
 
 
 def test_showing_a_config_imports_nothing_that_computes(tmp_path):
-    assert not imported("moco.train", "+experiment=quickstart", "--cfg", "job", cwd=tmp_path) & HEAVY
+    assert (
+        not imported("moco.train", "+experiment=quickstart", "--cfg", "job", cwd=tmp_path) & HEAVY
+    )
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,9 @@ def test_a_killed_run_has_crashed(tmp_path):
         f"with claimed(Path({str(tmp_path)!r}), {{}}): print('there', flush=True); time.sleep(60)"
     )
     run = subprocess.Popen(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.PIPE
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
     )
     with run:
         run.stdout.readline()
@@ -102,7 +104,11 @@ def elsewhere(folder, **changes):
     """As if the run's last word had come from another host, whose locks do not reach here."""
     with claimed(folder, CONFIG):
         pass
-    status = read_status(folder) | {"state": "running", "host": "elsewhere", "slurm_job_id": "5_2"} | changes
+    status = (
+        read_status(folder)
+        | {"state": "running", "host": "elsewhere", "slurm_job_id": "5_2"}
+        | changes
+    )
     write_json(folder / "status.json", status)
 
 
@@ -145,11 +151,18 @@ def launched(tmp_path_factory):
             if config.seed == 1:
                 raise RunError("the disk is full")
             write_json(
-                folder / "metrics.json", {"epoch": 2, "step": 44, "knn/top1": 0.9 + config.method.temperature / 10}
+                folder / "metrics.json",
+                {"epoch": 2, "step": 44, "knn/top1": 0.9 + config.method.temperature / 10},
             )
 
     folder = tmp_path_factory.mktemp("launched")
-    command = ["moco.train", "-m", "+experiment=quickstart", "seed=0,1", "method.temperature=0.1,0.2,-1"]
+    command = [
+        "moco.train",
+        "-m",
+        "+experiment=quickstart",
+        "seed=0,1",
+        "method.temperature=0.1,0.2,-1",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", command)
@@ -193,20 +206,27 @@ def test_the_table_shows_every_job_whatever_became_of_it(sweep):
     ]
     widths = (4, 18, 30, 11, 5, 4, 6, 50)
     assert as_text(jobs).splitlines() == [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in expected
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in expected
     ]
     rows = list(csv.DictReader(as_csv(jobs).splitlines()))
     assert [row["state"] for row in rows] == [job.state for job in jobs]
-    assert (rows[0]["knn/top1"], rows[3]["message"], rows[3]["exit_code"]) == ("0.91", "the disk is full", "1")
+    assert (rows[0]["knn/top1"], rows[3]["message"], rows[3]["exit_code"]) == (
+        "0.91",
+        "the disk is full",
+        "1",
+    )
 
 
 def test_a_folder_that_is_no_sweep_is_told_in_one_line(sweep):
     root, job = sweep.parents[2], sweep / "method.temperature-0.1__seed-0"
     of_job = f"{job}: a single run of the sweep {sweep}; expected the folder of a sweep (-m)"
-    of_runs = (
-        f"{root}/runs: not the folder of a sweep (-m), it has no multirun.yaml; sweeps in it, newest first: {sweep}"
-    )
-    for folder, said in ((root / "runs", of_runs), (job, of_job), (root / "none", f"{root}/none: no such folder")):
+    of_runs = f"{root}/runs: not the folder of a sweep (-m), it has no multirun.yaml; sweeps in it, newest first: {sweep}"
+    for folder, said in (
+        (root / "runs", of_runs),
+        (job, of_job),
+        (root / "none", f"{root}/none: no such folder"),
+    ):
         with pytest.raises(InputError) as error:
             jobs_of(folder)
         assert str(error.value) == said
@@ -223,8 +243,14 @@ def test_jobs_with_one_value_each_and_all_choices_of_a_group_are_found_again(swe
     record.write_text(yaml.safe_dump(config))
     jobs = [job for job in jobs_of(sweep) if job.state == "not started"]
     assert [job.overrides for job in jobs] == [
-        {"optimizer": name, "seed": seed} for name in ("adamw", "lars", "sgd") for seed in ("0", "1")
+        {"optimizer": name, "seed": seed}
+        for name in ("adamw", "lars", "sgd")
+        for seed in ("0", "1")
     ]
-    config["hydra"]["overrides"]["task"] = ["seed=interval(0,1)"]  # known to an optimizing sweeper alone
+    config["hydra"]["overrides"]["task"] = [
+        "seed=interval(0,1)"
+    ]  # known to an optimizing sweeper alone
     record.write_text(yaml.safe_dump(config))
-    assert {job.folder.name for job in jobs_of(sweep)} == {path.parent.name for path in sweep.glob("*/status.json")}
+    assert {job.folder.name for job in jobs_of(sweep)} == {
+        path.parent.name for path in sweep.glob("*/status.json")
+    }

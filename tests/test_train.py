@@ -34,14 +34,29 @@ def test_a_run_leaves_its_folder_as_promised(finished):
     cwd, _ = finished
     run = cwd / "run"
     assert {".hydra", "checkpoints", "metrics.json"} <= set(os.listdir(run))
-    assert set(os.listdir(run / ".hydra")) == {"config.yaml", "hydra.yaml", "lock", "overrides.yaml"}
-    assert set(os.listdir(run / "checkpoints")) == {"last.ckpt", "previous.ckpt", "best.ckpt", "backbone.pth"}
+    assert set(os.listdir(run / ".hydra")) == {
+        "config.yaml",
+        "hydra.yaml",
+        "lock",
+        "overrides.yaml",
+    }
+    assert set(os.listdir(run / "checkpoints")) == {
+        "last.ckpt",
+        "previous.ckpt",
+        "best.ckpt",
+        "backbone.pth",
+    }
     assert len(list(run.glob("events.out.tfevents*"))) == 1
     figures = json.loads((run / "metrics.json").read_text())
     assert (figures["epoch"], figures["step"]) == (2, 44)
-    assert {"knn/top1", "knn/top5", "train/loss", "images_per_second", "knn/num_neighbors", "knn/temperature"} <= set(
-        figures
-    )
+    assert {
+        "knn/top1",
+        "knn/top5",
+        "train/loss",
+        "images_per_second",
+        "knn/num_neighbors",
+        "knn/temperature",
+    } <= set(figures)
     assert (figures["knn/feature"], figures["knn/bank_size"]) == ("backbone", 1437)
 
 
@@ -65,7 +80,11 @@ def test_tensorboard_holds_scalars_and_the_view_pairs(finished):
         "images_per_second", "label_free/embedding_std", "label_free/positive_similarity",
         "label_free/negative_similarity", "label_free/queue_fill",
     } <= set(events.Tags()["scalars"])  # fmt: skip
-    assert set(events.Tags()["images"]) == {"views/query_above_key", "knn/neighbors", "knn/confusion"}
+    assert set(events.Tags()["images"]) == {
+        "views/query_above_key",
+        "knn/neighbors",
+        "knn/confusion",
+    }
 
 
 def test_the_parts_of_an_epochs_time_add_up_to_it(finished):
@@ -73,23 +92,51 @@ def test_the_parts_of_an_epochs_time_add_up_to_it(finished):
 
     events = EventAccumulator(str(finished[0] / "run"))
     events.Reload()
-    parts = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag.startswith("time/")}
-    assert set(parts) == {"time/steps", "time/data_wait", "time/monitors", "time/checkpoints", "time/logging"}
+    parts = {
+        tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag.startswith("time/")
+    }
+    assert set(parts) == {
+        "time/steps",
+        "time/data_wait",
+        "time/monitors",
+        "time/checkpoints",
+        "time/logging",
+    }
     first, second = parts["time/steps"][:2]
     assert (first.step, second.step) == (22, 44)
     seconds = {tag: laps[1].value for tag, laps in parts.items()}
-    assert sum(seconds.values()) == pytest.approx(second.wall_time - first.wall_time, rel=0.1, abs=0.2)
-    assert all(seconds[f"time/{name}"] > 0 for name in ("steps", "monitors", "checkpoints", "logging"))
+    assert sum(seconds.values()) == pytest.approx(
+        second.wall_time - first.wall_time, rel=0.1, abs=0.2
+    )
+    assert all(
+        seconds[f"time/{name}"] > 0 for name in ("steps", "monitors", "checkpoints", "logging")
+    )
     assert "time of its epochs" in finished[1].stdout
     assert "kNN and other monitors" in finished[1].stdout
 
 
 def test_evaluate_repeats_the_monitors_figure_to_the_last_digit(finished):
     cwd, _ = finished
-    done = run_program("moco.evaluate", "checkpoint=run/checkpoints/last.ckpt", "data=digits", "output=x.json", cwd=cwd)
+    done = run_program(
+        "moco.evaluate",
+        "checkpoint=run/checkpoints/last.ckpt",
+        "data=digits",
+        "output=x.json",
+        cwd=cwd,
+    )
     assert done.returncode == 0, done.stderr
-    figures, trained = (json.loads((cwd / name).read_text()) for name in ("x.json", "run/metrics.json"))
-    for key in ("knn/top1", "knn/top5", "knn/num_neighbors", "knn/temperature", "knn/feature", "knn/bank_size", "step"):
+    figures, trained = (
+        json.loads((cwd / name).read_text()) for name in ("x.json", "run/metrics.json")
+    )
+    for key in (
+        "knn/top1",
+        "knn/top5",
+        "knn/num_neighbors",
+        "knn/temperature",
+        "knn/feature",
+        "knn/bank_size",
+        "step",
+    ):
         assert figures[key] == trained[key]
     assert f"{figures['knn/top1']:.4f}" in done.stdout
     assert "key" not in figures["knn/encoder"]
@@ -100,13 +147,19 @@ def test_evaluate_takes_another_protocol_and_the_key_encoder(finished):
     from moco.evaluate import run
 
     cwd, _ = finished
-    settings = EvaluationConfig(encoder="key", num_neighbors=5, temperature=0.5, feature="embedding")
+    settings = EvaluationConfig(
+        encoder="key", num_neighbors=5, temperature=0.5, feature="embedding"
+    )
     output = cwd / "key.json"
     checkpoint = str(cwd / "run/checkpoints/best.ckpt")
     config = EvaluateConfig(checkpoint, EvaluateDataConfig(), settings, "cpu", str(output))
     run(config, cwd)
     figures = json.loads(output.read_text())
-    assert (figures["knn/encoder"], figures["knn/num_neighbors"], figures["knn/temperature"]) == ("key", 5, 0.5)
+    assert (figures["knn/encoder"], figures["knn/num_neighbors"], figures["knn/temperature"]) == (
+        "key",
+        5,
+        0.5,
+    )
     assert figures["knn/feature"] == "embedding"
 
 
@@ -145,4 +198,7 @@ def test_evaluate_names_what_it_cannot_read(tmp_path):
     done = run_program("moco.evaluate", "checkpoint=none.ckpt", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "error: checkpoint=none.ckpt: no such file\n")
     done = run_program("moco.evaluate", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "error: checkpoint: missing; give checkpoint=VALUE\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: checkpoint: missing; give checkpoint=VALUE\n",
+    )

@@ -14,8 +14,13 @@ import torch
 from tests.conftest import REPOSITORY
 
 pytestmark = [
-    pytest.mark.skipif(torch.version.cuda is None, reason="needs a build of PyTorch with CUDA, for its fake kernels"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU, and the tests marked gpu use it"),
+    pytest.mark.skipif(
+        torch.version.cuda is None,
+        reason="needs a build of PyTorch with CUDA, for its fake kernels",
+    ),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="there is a real GPU, and the tests marked gpu use it"
+    ),
 ]
 
 MIXED = "16-mixed"
@@ -36,10 +41,17 @@ ALLOWED = {
 
 def sweep(folder, size):
     """The results of the sweep in a process of its own, by case."""
-    program = [sys.executable, str(REPOSITORY / "tests" / "stand_in" / "sweep.py"), str(folder), size]
+    program = [
+        sys.executable,
+        str(REPOSITORY / "tests" / "stand_in" / "sweep.py"),
+        str(folder),
+        size,
+    ]
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     environment = {**os.environ, "PYTHONPATH": paths}
-    told = subprocess.run(program, capture_output=True, text=True, check=False, timeout=3600, env=environment)
+    told = subprocess.run(
+        program, capture_output=True, text=True, check=False, timeout=3600, env=environment
+    )
     assert told.returncode == 0, told.stderr[-4000:]
     return {result["case"]: result for result in map(json.loads, told.stdout.splitlines())}
 
@@ -60,7 +72,9 @@ def assert_healthy(results):
 
 
 def assert_faults_are_found(results):
-    missed = [case for case, result in results.items() if not result["error"] and not result["waits"]]
+    missed = [
+        case for case, result in results.items() if not result["error"] and not result["waits"]
+    ]
     assert not missed
 
 

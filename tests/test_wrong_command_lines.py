@@ -121,14 +121,23 @@ def leaves(schema, prefix=""):
             yield from leaves(kind, f"{prefix}{item.name}.")
             continue
         is_optional = type(None) in typing.get_args(kind)
-        kind = next((one for one in typing.get_args(kind) if one is not type(None)), kind) if is_optional else kind
+        kind = (
+            next((one for one in typing.get_args(kind) if one is not type(None)), kind)
+            if is_optional
+            else kind
+        )
         if kind in (int, float, bool, str):
             yield f"{prefix}{item.name}", kind, is_optional, item.metadata
 
 
 def misspelt(generator, name):
     place = int(generator.integers(len(name)))
-    wrong = (name[:place] + name[place + 1 :], name[:place] + "q" + name[place:], name + "s", name.upper() + "_")
+    wrong = (
+        name[:place] + name[place + 1 :],
+        name[:place] + "q" + name[place:],
+        name + "s",
+        name.upper() + "_",
+    )
     return wrong[generator.integers(4)] or "q"
 
 
@@ -159,9 +168,18 @@ def wrong_type(generator, program):
 
 
 def out_of_range(generator, program):
-    choices = [(key, limits) for key, kind, _, limits in leaves(SCHEMAS[program]) if kind in (int, float) and limits]
+    choices = [
+        (key, limits)
+        for key, kind, _, limits in leaves(SCHEMAS[program])
+        if kind in (int, float) and limits
+    ]
     key, limits = choices[generator.integers(len(choices))]
-    values = [limits[name] - distance for name in ("at_least",) if name in limits for distance in (1, 10**6)]
+    values = [
+        limits[name] - distance
+        for name in ("at_least",)
+        if name in limits
+        for distance in (1, 10**6)
+    ]
     values += [limits["above"] - distance for distance in (0, 1) if "above" in limits]
     values += [limits["at_most"] + distance for distance in (1, 10**9) if "at_most" in limits]
     values += [limits["below"] + distance for distance in (0, 1) if "below" in limits]
@@ -197,7 +215,10 @@ def drive(path):
         os.environ.pop("HYDRA_FULL_ERROR", None)  # set by the program before
         sys.argv = [f"moco.{program}", *arguments]
         started, code = time.monotonic(), None
-        with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()):
+        with (
+            contextlib.redirect_stderr(io.StringIO()) as stderr,
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             try:
                 importlib.import_module(f"moco.{program}").main()
             except SystemExit as exit:
@@ -225,7 +246,10 @@ def folder(tmp_path_factory):
 
 def tried(lines, folder, cwd):
     """What came of every command line: ((program, arguments), exit code, stderr, seconds)."""
-    filled = [(program, [argument.format(folder=folder) for argument in arguments]) for program, arguments in lines]
+    filled = [
+        (program, [argument.format(folder=folder) for argument in arguments])
+        for program, arguments in lines
+    ]
     (cwd / "lines.json").write_text(json.dumps(filled))
     subprocess.run(
         [sys.executable, __file__, str(cwd / "lines.json")],
@@ -243,7 +267,10 @@ def check(outcomes, cwd):
     wrong = [
         f"{' '.join(line[1])!r} of {line[0]}: exit {code}, {stderr[:600]!r}"
         for line, code, stderr, _ in outcomes
-        if code != 2 or stderr.count("\n") != 1 or not stderr.startswith("error: ") or "Traceback" in stderr
+        if code != 2
+        or stderr.count("\n") != 1
+        or not stderr.startswith("error: ")
+        or "Traceback" in stderr
     ]
     assert not wrong, "\n".join(wrong)
     left = [name for _, _, names in os.walk(cwd) for name in names]
@@ -262,7 +289,11 @@ def test_two_hundred_wrong_command_lines(folder, tmp_path):
 def test_the_generator_knows_every_program_and_setting():
     assert set(SCHEMAS) == {path.stem for path in CONFIG_DIR.glob("*.yaml")}
     settings = [key for key, *_ in leaves(TrainConfig)]
-    assert {"data.batch_size", "method.temperature", "trainer.devices"} <= set(settings) <= set(keys(TrainConfig))
+    assert (
+        {"data.batch_size", "method.temperature", "trainer.devices"}
+        <= set(settings)
+        <= set(keys(TrainConfig))
+    )
 
 
 def test_real_processes_do_the_same(folder, tmp_path):

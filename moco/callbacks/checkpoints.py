@@ -73,7 +73,9 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.best = -1.0
         self.saved_at = -1  # the step at which last.ckpt was written in the middle of an epoch
         self.last_saved = 0.0  # on the monotonic clock
-        self.asked_before = False  # the agreement's next answer is to a question from before the last save
+        self.asked_before = (
+            False  # the agreement's next answer is to a question from before the last save
+        )
         self.agreement = Agreement()
         self._loaded: dict[str, Any] | None = None
 
@@ -106,7 +108,9 @@ class Checkpoints(pl.callbacks.Checkpoint):
             is_best = loaded.get(self.best_epoch) == loaded["epoch"]
             self.best = loaded[self.best_name] if is_best else self.best
             self._link(trainer, loaded["epoch"], is_best)
-        if self.figures.get(self.monitor_epoch) != loaded.get(self.monitor_epoch):  # a measurement that was owed
+        if self.figures.get(self.monitor_epoch) != loaded.get(
+            self.monitor_epoch
+        ):  # a measurement that was owed
             is_best = self._is_best()
             self._add_figures(trainer)
             self._link(trainer, self.figures["epoch"], is_best)
@@ -118,7 +122,9 @@ class Checkpoints(pl.callbacks.Checkpoint):
         if len(states) == trainer.world_size:
             set_random_states(states[trainer.global_rank])
             return
-        if trainer.global_rank > 0 or states:  # the weights are equal everywhere, but not what stochastic depth draws
+        if (
+            trainer.global_rank > 0 or states
+        ):  # the weights are equal everywhere, but not what stochastic depth draws
             seed_generators(torch.initial_seed(), trainer.global_step, trainer.global_rank)
         if states:
             log.warning(
@@ -128,7 +134,12 @@ class Checkpoints(pl.callbacks.Checkpoint):
             )  # fmt: skip
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -153,7 +164,9 @@ class Checkpoints(pl.callbacks.Checkpoint):
         is_best = self._is_best()
         is_end = epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
         is_due = time.monotonic() - self.last_saved > self.every_n_seconds
-        stop, save = largest([self.stop.signal_number or 0, int(is_due or epoch % self.every_n_epochs == 0)])
+        stop, save = largest(
+            [self.stop.signal_number or 0, int(is_due or epoch % self.every_n_epochs == 0)]
+        )
         if stop:
             self.stop.request(stop)
         if is_best or is_end or self._is_kept(epoch) or stop or save:
@@ -174,10 +187,14 @@ class Checkpoints(pl.callbacks.Checkpoint):
         Raises:
             RunError: a weight is not finite; the old file stays.
         """
-        weights = [weight.detach() for weight in trainer.lightning_module.parameters() if weight.numel()]
+        weights = [
+            weight.detach() for weight in trainer.lightning_module.parameters() if weight.numel()
+        ]
         # The largest absolute value of all: not finite if any is not, and one wait for a GPU instead of one a weight.
         if not torch.nn.utils.get_total_norm(weights, norm_type=math.inf).isfinite():
-            raise RunError(f"a weight is not finite at step {trainer.global_step}; {last_good(self.folder)}")
+            raise RunError(
+                f"a weight is not finite at step {trainer.global_step}; {last_good(self.folder)}"
+            )
         for logger in trainer.loggers:
             logger.save()  # a run that goes on from here writes no point of the curves up to here again
         trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
@@ -199,7 +216,10 @@ class Checkpoints(pl.callbacks.Checkpoint):
 
     def _is_best(self) -> bool:
         """Whether the monitored figure is this epoch's and the best so far; takes note of it."""
-        is_new = self.monitor_epoch in self.figures and self.figures[self.monitor_epoch] == self.figures["epoch"]
+        is_new = (
+            self.monitor_epoch in self.figures
+            and self.figures[self.monitor_epoch] == self.figures["epoch"]
+        )
         is_best = is_new and self.figures[self.monitor] > self.best
         if is_best:
             self.best = self.figures[self.monitor]

@@ -62,9 +62,13 @@ class CollapseWatch(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.checks = dict(state_dict)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if is_step_end(trainer, batch_idx) and trainer.global_step % self.EVERY_N_STEPS == 0:
-            self.check(outputs["query"], embeddings_of_keys(pl_module, outputs), trainer.global_step)
+            self.check(
+                outputs["query"], embeddings_of_keys(pl_module, outputs), trainer.global_step
+            )
 
     def check(self, query: Tensor, keys: Tensor, step: int) -> None:
         """One look at the queries (N, C) and the newest keys (M, C), all of unit norm."""
@@ -116,20 +120,28 @@ class LabelFreeMonitor(pl.Callback):
         self.kept: Kept | None = None
         self.gradients: dict[str, float] = {}
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer
+    ) -> None:
         if self._is_due(trainer.global_step + 1):
             self.gradients = gradient_norms(pl_module.query_encoder)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self.every_n_steps is None or not is_step_end(trainer, batch_idx):
             return
         step, figures = trainer.global_step, {}
         if self._is_due(step):
             figures = self._figures(trainer, pl_module, outputs)
             if self.kept is None and pl_module.queue is not None:
-                view = batch.views[0 if pl_module.symmetric else 1]  # of the last direction, whose keys are handed out
+                view = batch.views[
+                    0 if pl_module.symmetric else 1
+                ]  # of the last direction, whose keys are handed out
                 self.kept = Kept(view.cpu(), outputs["key"], step)
-        if self.kept is not None and step - self.kept.step >= self._steps_in_queue(trainer, pl_module):
+        if self.kept is not None and step - self.kept.step >= self._steps_in_queue(
+            trainer, pl_module
+        ):
             figures |= self._drift(trainer, pl_module, self.kept)
             self.kept = None
         if figures and trainer.logger:
@@ -139,7 +151,9 @@ class LabelFreeMonitor(pl.Callback):
         return self.every_n_steps is not None and step % self.every_n_steps == 0
 
     @epoch_time.measured(MONITORS)
-    def _figures(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Any]) -> dict[str, float]:
+    def _figures(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Any]
+    ) -> dict[str, float]:
         query, key = outputs["query"], outputs["key"]
         figures = {
             "label_free/alignment": float(alignment(query, key)),
@@ -173,7 +187,9 @@ class LabelFreeMonitor(pl.Callback):
     @epoch_time.measured(MONITORS)
     def _drift(self, trainer: pl.Trainer, pl_module: Any, kept: Kept) -> dict[str, float]:
         with untouched(pl_module.key_encoder), trainer.precision_plugin.train_step_context():
-            now = pl_module.encode_keys([kept.view.to(pl_module.device)])[0].embedding  # (N, C) unit norm
+            now = pl_module.encode_keys([kept.view.to(pl_module.device)])[
+                0
+            ].embedding  # (N, C) unit norm
         return {
             "queue/drift": float(positive_similarity(kept.keys, now)),
             # As the next step sees them: the key encoder has moved after this step, too.

@@ -44,9 +44,13 @@ def build_dense_set(
     """
     check_maps(maps, "monitor.dense.maps")
     try:
-        source = build_segmentation_source(data, root, ignore_index=ignore_index, max_image_pixels=max_image_pixels)
+        source = build_segmentation_source(
+            data, root, ignore_index=ignore_index, max_image_pixels=max_image_pixels
+        )
     except InputError as error:
-        raise InputError(re.sub(r"\bdata\.(root|ignore_index)\b", r"monitor.dense.\1", str(error))) from error
+        raise InputError(
+            re.sub(r"\bdata\.(root|ignore_index)\b", r"monitor.dense.\1", str(error))
+        ) from error
     return DenseSet(source, Normalized(mean, std), maps=maps, **settings)
 
 
@@ -118,5 +122,7 @@ class DenseMonitor(EpochMeasurement):
             score = partial(knn_scores, bank, self.num_neighbors, self.temperature, device)
             confusion = images.confusions({"knn": score}, backbone, device, self.should_stop)["knn"]
         figures = figures_of(confusion, images.source.class_names, "knn")
-        scores = {key: value for key, value in figures.items() if value is not None and "_iou/" not in key}
+        scores = {
+            key: value for key, value in figures.items() if value is not None and "_iou/" not in key
+        }
         return scores, images.protocol(bank, self.num_neighbors, self.temperature)

@@ -16,7 +16,10 @@ class EpochMeasurement(pl.Callback):
     """
 
     def __init__(
-        self, figures: dict[str, Any], every_n_epochs: int = 1, should_stop: Callable[[], bool] = lambda: False
+        self,
+        figures: dict[str, Any],
+        every_n_epochs: int = 1,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.figures = figures
         self.every_n_epochs = every_n_epochs

@@ -59,10 +59,19 @@ class FeaturePlots:
 
     def is_due(self, epoch: int, previous_epoch: int) -> bool:
         """Whether an image is, at a measurement after `epoch` when the one before was after `previous_epoch`."""
-        return self.every_n_epochs is not None and epoch // self.every_n_epochs > previous_epoch // self.every_n_epochs
+        return (
+            self.every_n_epochs is not None
+            and epoch // self.every_n_epochs > previous_epoch // self.every_n_epochs
+        )
 
     def draw(
-        self, experiment: Any, step: int, bank: Embedded, queries: Embedded, num_neighbors: int, temperature: float
+        self,
+        experiment: Any,
+        step: int,
+        bank: Embedded,
+        queries: Embedded,
+        num_neighbors: int,
+        temperature: float,
     ) -> None:
         """The nearest neighbours of some queries, and the confusion matrix of at most 5,000.
 
@@ -70,13 +79,22 @@ class FeaturePlots:
             experiment: TensorBoard's ``SummaryWriter``.
             num_neighbors, temperature: k and T of the vote.
         """
-        shown, predicted = spaced(len(queries.rows), NUM_QUERIES), spaced(len(queries.rows), MOST_PREDICTED)
+        shown, predicted = (
+            spaced(len(queries.rows), NUM_QUERIES),
+            spaced(len(queries.rows), MOST_PREDICTED),
+        )
         asked = normalized(queries.features[np.concatenate([shown, predicted])])
         most = min(max(num_neighbors, NUM_NEIGHBORS), len(bank.rows))
         similarities, rows = nearest(bank.features, asked, most)
         image = neighbors_plot(
             [
-                neighbor_row(bank, queries, query, similarities[place, :NUM_NEIGHBORS], rows[place, :NUM_NEIGHBORS])
+                neighbor_row(
+                    bank,
+                    queries,
+                    query,
+                    similarities[place, :NUM_NEIGHBORS],
+                    rows[place, :NUM_NEIGHBORS],
+                )
                 for place, query in enumerate(shown)
             ]
         )
@@ -84,7 +102,10 @@ class FeaturePlots:
         classes, bank_classes = np.unique(bank.labels, return_inverse=True)
         voters = rows[len(shown) :, :num_neighbors]
         scores = vote(
-            similarities[len(shown) :, :num_neighbors], bank_classes.reshape(-1)[voters], len(classes), temperature
+            similarities[len(shown) :, :num_neighbors],
+            bank_classes.reshape(-1)[voters],
+            len(classes),
+            temperature,
         )
         counts, names = confusion_counts(queries.labels[predicted], classes[scores.argmax(axis=1)])
         matrix = confusion_plot(counts, [str(name) for name in names])
@@ -93,8 +114,12 @@ class FeaturePlots:
     def project(self, experiment: Any, queries: Embedded) -> None:
         """Features, labels and thumbnails of the queries for the embedding projector, in place of earlier ones."""
         chosen = spaced(len(queries.rows), self.projector_images)
-        shutil.rmtree(Path(experiment.log_dir) / "00000", ignore_errors=True)  # where add_embedding puts its files
-        thumbnails = np.stack([np.asarray(queries.thumbnail(row, SPRITE)) for row in chosen])  # (Q, 32, 32, 3)
+        shutil.rmtree(
+            Path(experiment.log_dir) / "00000", ignore_errors=True
+        )  # where add_embedding puts its files
+        thumbnails = np.stack(
+            [np.asarray(queries.thumbnail(row, SPRITE)) for row in chosen]
+        )  # (Q, 32, 32, 3)
         experiment.add_embedding(
             projected(normalized(queries.features[chosen]), PROJECTED_DIM).round(4),
             [str(label) for label in queries.labels[chosen]],

@@ -34,7 +34,11 @@ from moco.evaluation.diagnostics import (
 )
 from moco.evaluation.features import EmbeddingStopped, evaluating
 from moco.evaluation.knn import KNNResult, knn_accuracy, scores_of
-from moco.training.distributed.collectives import copy_from_rank_zero, from_rank_zero, gather_objects
+from moco.training.distributed.collectives import (
+    copy_from_rank_zero,
+    from_rank_zero,
+    gather_objects,
+)
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +92,9 @@ class KNNMonitor(EpochMeasurement):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         source = data_of(trainer).source
         if source.bank is None or source.queries is None:
-            log.info("no kNN: the data set has no labelled training and test images; watch label_free/* instead")
+            log.info(
+                "no kNN: the data set has no labelled training and test images; watch label_free/* instead"
+            )
             return
         log.info(
             "kNN every %d epochs: k %d, T %s, %s feature, %d queries against a bank of %d",
@@ -126,7 +132,9 @@ class KNNMonitor(EpochMeasurement):
         self.num_neighbors = result.num_neighbors  # if it was capped, one warning is enough
         scores = scores_of(result)
         self.figures.pop("knn/top5", None)  # of an earlier part of the run, if k is below 5 now
-        conditions = protocol(result, self.temperature, self.feature) | {"knn/precision": self.precision}
+        conditions = protocol(result, self.temperature, self.feature) | {
+            "knn/precision": self.precision
+        }
         self.figures |= scores | {"knn/epoch": epoch} | conditions
         if trainer.logger:
             trainer.logger.log_metrics(scores, step=trainer.global_step)
@@ -141,7 +149,9 @@ class KNNMonitor(EpochMeasurement):
             return
         experiment = trainer.logger.experiment  # type: ignore[attr-defined]
         previous = max(0, epoch - self.every_n_epochs)
-        if self.images.is_due(epoch, previous) or (self.images.every_n_epochs and is_end(trainer, epoch)):
+        if self.images.is_due(epoch, previous) or (
+            self.images.every_n_epochs and is_end(trainer, epoch)
+        ):
             k = min(self.num_neighbors, len(bank.rows))
             self.images.draw(experiment, trainer.global_step, bank, queries, k, self.temperature)
         if self.images.projector_images and is_end(trainer, epoch):
@@ -166,21 +176,33 @@ class KNNMonitor(EpochMeasurement):
         with evaluating(pl_module):
             embedded = [
                 embed_together(
-                    encode, data.evaluation_dataloader(labelled), pl_module.device, self.should_stop, self.precision
+                    encode,
+                    data.evaluation_dataloader(labelled),
+                    pl_module.device,
+                    self.should_stop,
+                    self.precision,
                 )
                 for labelled in (bank, queries)
             ]
 
         def search() -> KNNResult:
             sets = []
-            for labelled, (features, labels, unreadable) in zip((bank, queries), embedded, strict=True):
+            for labelled, (features, labels, unreadable) in zip(
+                (bank, queries), embedded, strict=True
+            ):
                 check_unreadable(set(unreadable.tolist()), labelled.images, data.max_bad_fraction)
                 readable = np.delete(np.arange(len(labelled.images)), unreadable)
                 sets.append(Embedded(features, labels, labelled, readable))
             show(*sets)
             (features, labels, _, _), (query_features, query_labels, _, _) = sets
             measure = partial(
-                knn_accuracy, features, labels, query_features, query_labels, self.num_neighbors, self.temperature
+                knn_accuracy,
+                features,
+                labels,
+                query_features,
+                query_labels,
+                self.num_neighbors,
+                self.temperature,
             )
             with contextlib.suppress(torch.OutOfMemoryError):
                 return measure(pl_module.device)
@@ -238,8 +260,14 @@ class LossMonitor(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Of all processes together: the mean over them, so that each can go on from it."""
         self._add_losses()
-        names, own = ("loss_sum", "batches", "seconds"), (self.loss_sum, self.batches, self._seconds())
-        return {name: sum(all_of) / len(all_of) for name, *all_of in zip(names, *gather_objects(own), strict=True)}
+        names, own = (
+            ("loss_sum", "batches", "seconds"),
+            (self.loss_sum, self.batches, self._seconds()),
+        )
+        return {
+            name: sum(all_of) / len(all_of)
+            for name, *all_of in zip(names, *gather_objects(own), strict=True)
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.loss_sum, self.batches = state_dict["loss_sum"], state_dict["batches"]
@@ -279,12 +307,19 @@ class LossMonitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.batch_waited = time.perf_counter() - self.batch_ended if is_waited_for(trainer) else 0.0
+        self.batch_waited = (
+            time.perf_counter() - self.batch_ended if is_waited_for(trainer) else 0.0
+        )
         self.waited += self.batch_waited
         epoch_time.give(WAITING, self.batch_waited)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         # Lightning divides the loss by the accumulated batches. A copy, as the next step may reuse the memory.
         self.losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
@@ -311,7 +346,9 @@ class LossMonitor(pl.Callback):
         if trainer.logger:
             trainer.logger.log_metrics(figures, step=trainer.global_step)
 
-    def step_figures(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> dict[str, float]:
+    def step_figures(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]
+    ) -> dict[str, float]:
         """What else a method shows of a step, under the names of TensorBoard; `outputs` is what its step returned."""
         return {}
 
@@ -331,7 +368,10 @@ class LossMonitor(pl.Callback):
         self.epoch_ended = True
         self.data_wait.check(trainer, EPOCH_SECONDS)
         if trainer.logger:
-            scalars = {"epoch/loss": figures["train/loss"], "epoch/images_per_second": figures["images_per_second"]}
+            scalars = {
+                "epoch/loss": figures["train/loss"],
+                "epoch/images_per_second": figures["images_per_second"],
+            }
             trainer.logger.log_metrics(scalars, step=trainer.global_step)
 
 
@@ -342,7 +382,12 @@ class BatchClock(pl.Callback):
         self.monitor = monitor
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         self.monitor.end_batch(trainer)
 
@@ -361,7 +406,9 @@ class TrainingMonitor(LossMonitor):
     made of, and the spread of the embeddings, of which `moco.callbacks.collapse_watch` warns.
     """
 
-    def step_figures(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> dict[str, float]:
+    def step_figures(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]
+    ) -> dict[str, float]:
         query = outputs["query"]
         return {
             "train/key_momentum": pl_module.key_momentum_at(trainer.global_step - 1),
@@ -369,7 +416,11 @@ class TrainingMonitor(LossMonitor):
             **(in_batch_figures if pl_module.queue is None else queue_figures)(pl_module, outputs),
             "label_free/embedding_std": float(embedding_std(query)),
             "label_free/embedding_std_if_spread": 1 / math.sqrt(query.shape[1]),
-            **{f"train/{term}": float(outputs[term]) for term in ("loss_global", "loss_dense") if term in outputs},
+            **{
+                f"train/{term}": float(outputs[term])
+                for term in ("loss_global", "loss_dense")
+                if term in outputs
+            },
         }
 
 
@@ -378,7 +429,9 @@ def queue_figures(pl_module: Any, outputs: dict[str, Any]) -> dict[str, float]:
     queue, query, negatives = pl_module.queue, outputs["query"], outputs["negatives"]()
     return {
         "train/loss_of_chance": pl_module.loss_of_chance(len(negatives)),
-        "label_free/negative_similarity": float(negative_similarity(query, negatives)) if len(negatives) else 0.0,
+        "label_free/negative_similarity": float(negative_similarity(query, negatives))
+        if len(negatives)
+        else 0.0,
         "label_free/queue_fill": float(queue.filled) / len(queue.keys),
     }
 

@@ -67,7 +67,9 @@ class OnlineProbe(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         encoder = pl_module.query_encoder
         # Not nn.Linear's own first weights: they are random, and the run's draws are to stay what they are.
-        head = nn.utils.skip_init(nn.Linear, encoder.backbone.feature_dim, int(self.labels.max()) + 1)
+        head = nn.utils.skip_init(
+            nn.Linear, encoder.backbone.feature_dim, int(self.labels.max()) + 1
+        )
         self.head = head.requires_grad_(False).to(pl_module.device)
         self.head.weight.zero_()
         self.head.bias.zero_()
@@ -93,10 +95,17 @@ class OnlineProbe(pl.Callback):
             self.feature = arguments[0].detach()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         assert self.feature is not None
-        feature = self.feature[: len(batch.indices)].float()  # of the first view, where one pass took both
+        feature = self.feature[
+            : len(batch.indices)
+        ].float()  # of the first view, where one pass took both
         is_known = feature.isfinite().all(dim=1) & ~batch.unreadable.to(feature.device)
         classes = self.labels[batch.indices.to(feature.device)].where(is_known, -1)
         self._learn(all_gather(feature.where(is_known[:, None], 0.0)), all_gather(classes))
@@ -124,7 +133,9 @@ class OnlineProbe(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.figures |= {"probe/top1": self._accuracy(), "probe/epoch": trainer.current_epoch + 1}
         if trainer.logger:
-            trainer.logger.log_metrics({"epoch/probe_top1": self._accuracy()}, step=trainer.global_step)
+            trainer.logger.log_metrics(
+                {"epoch/probe_top1": self._accuracy()}, step=trainer.global_step
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.hook.remove()
@@ -145,8 +156,12 @@ def training_classes(source: DataSource) -> Tensor:
     if source.bank is not None and len(source.bank.images) == len(source.train):
         classes = source.bank.labels
     elif source.bank is not None:
-        named = {source.bank.images.name(row): label for row, label in enumerate(source.bank.labels)}
-        classes = np.array([named.get(source.train.name(row), -1) for row in range(len(source.train))])
+        named = {
+            source.bank.images.name(row): label for row, label in enumerate(source.bank.labels)
+        }
+        classes = np.array(
+            [named.get(source.train.name(row), -1) for row in range(len(source.train))]
+        )
     if not (classes >= 0).any():
         raise InputError("evaluation.online_probe=true: the training images have no labels")
     return torch.from_numpy(classes).long()

@@ -16,7 +16,12 @@ from moco.callbacks.stopwatches import MONITORS, epoch_time
 from moco.evaluation.features import evaluating
 from moco.segmentation.datamodule import SegmentationData, check_readable
 from moco.segmentation.mask_batches import MaskBatch
-from moco.segmentation.metrics import comparison_plot, confusion_matrix, predicted_classes, segmentation_figures
+from moco.segmentation.metrics import (
+    comparison_plot,
+    confusion_matrix,
+    predicted_classes,
+    segmentation_figures,
+)
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +61,21 @@ class SegmentationMonitor(EpochMeasurement):
                     self.owed = True
                     return
                 check_readable(batch, data.source.validation)
-                images, classes = batch.images.to(pl_module.device), batch.classes.to(pl_module.device)
-                predicted = predicted_classes(pl_module.logits, images, self.inference, data.image_size)
-                matrix = confusion_matrix(predicted, classes, pl_module.num_classes, pl_module.ignore_index)
+                images, classes = (
+                    batch.images.to(pl_module.device),
+                    batch.classes.to(pl_module.device),
+                )
+                predicted = predicted_classes(
+                    pl_module.logits, images, self.inference, data.image_size
+                )
+                matrix = confusion_matrix(
+                    predicted, classes, pl_module.num_classes, pl_module.ignore_index
+                )
                 confusion = matrix if confusion is None else confusion + matrix
                 if len(plots) < self.num_plotted_images:
-                    plots += images_of(batch, predicted, hparams, self.num_plotted_images - len(plots))
+                    plots += images_of(
+                        batch, predicted, hparams, self.num_plotted_images - len(plots)
+                    )
         assert confusion is not None  # a source without held-out images does not exist
         self.owed = False
         scores = segmentation_figures(confusion.cpu(), data.source.class_names)

@@ -41,7 +41,9 @@ def embed_together(
     if largest([stopped])[0]:
         raise EmbeddingStopped
     readable = np.delete(np.arange(len(features) + len(unreadable)), unreadable)
-    places, not_places = (gather_rows(local * world_size() + rank()) for local in (readable, unreadable))
+    places, not_places = (
+        gather_rows(local * world_size() + rank()) for local in (readable, unreadable)
+    )
     features, labels = gather_rows(features), gather_rows(labels)
     order = places.argsort()
     return features[order], labels[order], np.sort(not_places)

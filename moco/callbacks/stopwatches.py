@@ -5,7 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-STEPS, WAITING, MONITORS, CHECKPOINTS, LOGGING = "steps", "data_wait", "monitors", "checkpoints", "logging"
+STEPS, WAITING, MONITORS, CHECKPOINTS, LOGGING = (
+    "steps",
+    "data_wait",
+    "monitors",
+    "checkpoints",
+    "logging",
+)
 WORDS = {
     STEPS: "training steps",
     WAITING: "waiting for data",
@@ -81,4 +87,6 @@ def in_words(seconds: Mapping[str, float]) -> str:
     """The shares of the names of `WORDS`, the largest first; those below half a percent are left out."""
     whole = sum(seconds.values())
     parts = sorted(seconds.items(), key=lambda part: -part[1])
-    return ", ".join(f"{WORDS[name]} {part / whole:.0%}" for name, part in parts if part >= 0.005 * whole)
+    return ", ".join(
+        f"{WORDS[name]} {part / whole:.0%}" for name, part in parts if part >= 0.005 * whole
+    )

@@ -49,7 +49,9 @@ class UnreadableList(pl.Callback):
 
     def _bring_together(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        data.unreadable.update(*gather_objects(data.unreadable))  # in place: a loader adds to the same set
+        data.unreadable.update(
+            *gather_objects(data.unreadable)
+        )  # in place: a loader adds to the same set
         self.figures["unreadable_images"] = len(data.unreadable)
         if self.trainer.is_global_zero:
             write_unreadable(self.folder, data.unreadable)

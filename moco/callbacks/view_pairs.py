@@ -27,13 +27,21 @@ class ViewPairPlot(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.every_n_epochs and trainer.global_step == 0 and trainer.logger:
-            self._show(trainer, *data_of(trainer).pairs(data_of(trainer).first_images(self.NUM_PAIRS)))
+            self._show(
+                trainer, *data_of(trainer).pairs(data_of(trainer).first_images(self.NUM_PAIRS))
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         epoch = trainer.current_epoch
-        if self.every_n_epochs and batch_idx == 0 and epoch > 0 and epoch % self.every_n_epochs == 0 and trainer.logger:
+        if (
+            self.every_n_epochs
+            and batch_idx == 0
+            and epoch > 0
+            and epoch % self.every_n_epochs == 0
+            and trainer.logger
+        ):
             self._show(trainer, *(view[: self.NUM_PAIRS].cpu() for view in batch.views))
 
     @epoch_time.measured(LOGGING)
@@ -49,5 +57,7 @@ def view_pair_plot(data: PretrainingData, num_pairs: int) -> Tensor:
 
 def pairs_in_columns(data: PretrainingData, query: Tensor, key: Tensor) -> Tensor:
     """Normalised views (N, 3, S, S) of N images as what they show, query above key: (3, H, W) in 0..1."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.augment.mean, data.augment.std))
+    mean, std = (
+        torch.tensor(values).view(1, 3, 1, 1) for values in (data.augment.mean, data.augment.std)
+    )
     return make_grid((torch.cat([query, key]) * std + mean).clamp(0, 1), nrow=len(query), padding=2)

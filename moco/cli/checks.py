@@ -100,8 +100,14 @@ def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
             f"of method.batch_norm_splits={splits}"
         )
     images = at_once // splits if mode == "split" else at_once
-    if images == 1 and mode != "sync" and any(isinstance(layer, BatchNorm1d) for layer in encoder.modules()):
-        where = f"each of method.batch_norm_splits={splits} groups" if mode == "split" else "a device"
+    if (
+        images == 1
+        and mode != "sync"
+        and any(isinstance(layer, BatchNorm1d) for layer in encoder.modules())
+    ):
+        where = (
+            f"each of method.batch_norm_splits={splits} groups" if mode == "split" else "a device"
+        )
         raise InputError(
             f"data.batch_size={config.data.batch_size}: {where} gets 1 image at once, which has no variance for the "
             "projector's BatchNorm"
@@ -239,7 +245,9 @@ def warn_of_negatives(config: TrainConfig, num_images: int) -> None:
         reasons.append(f"more than the {num_keys} keys that this run will ever put in")
     if reasons:
         fitting = 2 ** (max(min(tenth, num_keys), 1).bit_length() - 1)
-        log.warning("method.queue_size=%d is %s; %d would fit", size, ", and ".join(reasons), fitting)
+        log.warning(
+            "method.queue_size=%d is %s; %d would fit", size, ", and ".join(reasons), fitting
+        )
 
 
 def num_keys_of_run(config: TrainConfig, num_images: int) -> int:
@@ -278,6 +286,7 @@ def tensor_settings(config: dict[str, Any]) -> dict[str, Any]:
     shapes = ("projector", "predictor", "embedding_dim", "queue_size", "num_queues")
     return {
         "backbone": config["backbone"],
-        "method": {key: method[key] for key in shapes} | {"dense_weight": "above 0" if method["dense_weight"] else 0},
+        "method": {key: method[key] for key in shapes}
+        | {"dense_weight": "above 0" if method["dense_weight"] else 0},
         "optimizer": {key: optimizer[key] for key in ("name", "decay_all")},
     }

@@ -45,7 +45,9 @@ def close(console: Console, folder: Path, figures: dict[str, Any], num_unreadabl
     rows.append(("its backbone alone", os.path.relpath(folder / BACKBONE_FILE)))
     print_table(console, "Pretraining is done", rows)
     console.print(
-        f"next: python -m moco.evaluate {as_override('checkpoint', checkpoint)}", soft_wrap=True, highlight=False
+        f"next: python -m moco.evaluate {as_override('checkpoint', checkpoint)}",
+        soft_wrap=True,
+        highlight=False,
     )
 
 

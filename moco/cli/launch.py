@@ -23,7 +23,12 @@ import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -59,7 +64,9 @@ def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str
     With ``HYDRA_FULL_ERROR=1`` an error shows its traceback instead of one line.
     """
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would otherwise print its own report and exit with 1 for everything
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # Hydra would otherwise print its own report and exit with 1 for everything
+    )
     argparse.ArgumentParser.error = refuse_option  # type: ignore[assignment]  # Hydra's would print its usage as well
     # --help copies all schemas for every group that it lists, most of its time. Hydra hands out copies of them anyhow.
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
@@ -108,12 +115,16 @@ def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str
     except Interrupted as error:  # before the job began, or while a sweep's jobs run elsewhere
         if not is_first_task():
             sys.exit(0)  # as in `end`
-        is_refused = any(re.fullmatch(r"slurm\.(requeue=false|signal=null)", argument) for argument in sys.argv)
+        is_refused = any(
+            re.fullmatch(r"slurm\.(requeue=false|signal=null)", argument) for argument in sys.argv
+        )
         sys.exit(report(error if is_refused else queued_again(error), schema)[1])
     except Exception as error:
         if wants_traceback:
             raise
-        if not isinstance(error, KNOWN):  # Hydra found something in the command line that it has no name for
+        if not isinstance(
+            error, KNOWN
+        ):  # Hydra found something in the command line that it has no name for
             error = InputError(str(error))
         sys.exit(report(error, schema)[1])
     finally:
@@ -152,11 +163,17 @@ class StdoutHandler(logging.StreamHandler):
 def set_up_logging() -> None:
     """The project's log to stdout; of the libraries' only what the user has to know."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files hold what no encoding has
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # names of files hold what no encoding has
     handler = StdoutHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    )
     # A filter and not levels: Lightning sets its loggers' levels again when it is imported.
-    handler.addFilter(lambda record: record.name.startswith("moco") or record.levelno >= logging.WARNING)
+    handler.addFilter(
+        lambda record: record.name.startswith("moco") or record.levelno >= logging.WARNING
+    )
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)  # stderr is for the one line that says why the program ended
     for message in (
@@ -195,7 +212,9 @@ def save_hydra_files(folder: Path) -> None:
 def report(error: BaseException, schema: type) -> tuple[str, int]:
     """Print one line for the error on stderr; that line, and the exit code that it stands for."""
     line, code = explain(error, schema)
-    if code == 1 and not isinstance(error, RunError):  # a defect, ours or a library's: its place matters
+    if code == 1 and not isinstance(
+        error, RunError
+    ):  # a defect, ours or a library's: its place matters
         traceback.print_exception(error)
     line = printable(" ".join(line.split()))
     print(line, file=sys.stderr)
@@ -214,7 +233,9 @@ def explain(error: BaseException, schema: type) -> tuple[str, int]:
         return "interrupted", 128 + signal.SIGINT
     if isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError)):
         return f"error: {explain_config(error, schema)}", 2
-    if isinstance(error, OSError):  # while the run folder is made; a running program reports its own
+    if isinstance(
+        error, OSError
+    ):  # while the run folder is made; a running program reports its own
         return f"error: {error}", 2
     return f"failed: {type(error).__name__}: {error}", 1
 
@@ -233,7 +254,9 @@ def explain_config(error: Exception, schema: type) -> str:
         return unknown_key(str(cause.full_key), schema)
     if isinstance(cause, OmegaConfBaseException):
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
-    in_file = re.search(r"In '(.+?)': .* raised while composing config:\n(.+)\n +full_key: (\S+)", message)
+    in_file = re.search(
+        r"In '(.+?)': .* raised while composing config:\n(.+)\n +full_key: (\S+)", message
+    )
     if isinstance(error, ConfigCompositionException) and in_file:
         file, reason, key = in_file.groups()
         reason = unknown_key(key, schema) if reason.startswith("Key ") else f"{key}: {reason}"

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 SECONDS_BETWEEN_LINES = 60.0
@@ -25,7 +32,9 @@ class ProgressBar(pl.Callback):
         scores: the figures to show, ``GROUP/NAME``, of which ``GROUP/epoch`` is the epoch, and what to call them.
     """
 
-    def __init__(self, figures: Mapping[str, Any], console: Console, *scores: tuple[str, str]) -> None:
+    def __init__(
+        self, figures: Mapping[str, Any], console: Console, *scores: tuple[str, str]
+    ) -> None:
         self.figures = figures
         self.console = console
         self.scores = scores
@@ -50,14 +59,21 @@ class ProgressBar(pl.Callback):
         self.last_line = self.last_update = time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         now = time.monotonic()
         if self.console.is_terminal:
             if now - self.last_update > 1 / FRAMES_PER_SECOND:
                 self._update(trainer)
         elif now - self.last_line > SECONDS_BETWEEN_LINES:
-            self._print(f"epoch {trainer.current_epoch + 1:>4}/{trainer.max_epochs}  step {trainer.global_step}")
+            self._print(
+                f"epoch {trainer.current_epoch + 1:>4}/{trainer.max_epochs}  step {trainer.global_step}"
+            )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
@@ -72,7 +88,9 @@ class ProgressBar(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.progress.stop()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         self.progress.stop()
 
     def _update(self, trainer: pl.Trainer) -> None:
@@ -89,7 +107,11 @@ class ProgressBar(pl.Callback):
             parts.append(
                 f"{self.figures['images_per_second']:,.0f} images/s, data wait {self.figures['data_wait']:.0%}"
             )
-        parts += [f"{name} {self.figures[score]:.4f}" for score, name in self.scores if score in self.figures]
+        parts += [
+            f"{name} {self.figures[score]:.4f}"
+            for score, name in self.scores
+            if score in self.figures
+        ]
         return " ".join(parts)
 
 

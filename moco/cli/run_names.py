@@ -48,7 +48,11 @@ def run_name(otherwise: str) -> str:
         InputError: torchrun has started this process, and the others may read another time.
     """
     name = slurm.run_name()
-    if name is None and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+    if (
+        name is None
+        and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        and "TORCHELASTIC_RUN_ID" in os.environ
+    ):
         raise InputError(
             "under torchrun the run folder has to be named, the same for all processes: hydra.run.dir=PATH"
         )

@@ -41,7 +41,10 @@ class LinearOfficialConfig:
     init_std: float = setting(0.01, at_least=0)
     """Standard deviation of the head's first weights; its biases start at 0."""
     view: dict[str, Any] = field(
-        default_factory=lambda: {"random_resized_crop": {"scale": [0.08, 1.0]}, "horizontal_flip": {"probability": 0.5}}
+        default_factory=lambda: {
+            "random_resized_crop": {"scale": [0.08, 1.0]},
+            "horizontal_flip": {"probability": 0.5},
+        }
     )
     """The training view's operations in order: see ``moco.data.augment.view_steps``."""
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)

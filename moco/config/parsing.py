@@ -84,7 +84,9 @@ def check_limits(config: Any, prefix: str = "") -> None:
             and ("below" not in limits or value < limits["below"])
             and value <= limits.get("at_most", float("inf"))
         ):
-            words = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
+            words = " and ".join(
+                f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items()
+            )
             raise InputError(f"{key}={value}: expected a number {words}")
 
 
@@ -93,9 +95,14 @@ def unknown_key(full_key: str, schema: type) -> str:
     parent, _, name = full_key.rpartition(".")
     every = {key: key.rpartition(".") for key in keys(schema)}
     siblings = [key for key, (above, _, _) in every.items() if above == parent]
-    for candidates in (siblings, list(every)):  # a slip of the pen, else the right name under the wrong parent
+    for candidates in (
+        siblings,
+        list(every),
+    ):  # a slip of the pen, else the right name under the wrong parent
         names = [every[key][2] for key in candidates]
-        nearest = [candidates[names.index(match)] for match in difflib.get_close_matches(name, names, n=1)]
+        nearest = [
+            candidates[names.index(match)] for match in difflib.get_close_matches(name, names, n=1)
+        ]
         if nearest:
             break
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""

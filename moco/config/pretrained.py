@@ -186,7 +186,9 @@ def check_settings(config: EvaluateConfig) -> None:
     """
     evaluation = config.evaluation
     if min(evaluation.images_per_class, default=1) < 1:
-        raise InputError(f"evaluation.images_per_class={evaluation.images_per_class}: expected numbers of 1 or more")
+        raise InputError(
+            f"evaluation.images_per_class={evaluation.images_per_class}: expected numbers of 1 or more"
+        )
     check_kind("evaluation", evaluation, KINDS, evaluation.name)
     check_kind("data", config.data, DATA_OF_KINDS, evaluation.name)
     needed = {
@@ -200,12 +202,18 @@ def check_settings(config: EvaluateConfig) -> None:
             raise InputError(f"evaluation.{key}: without {what} it has no effect")
 
 
-def check_kind(section: str, settings: Any, of_kinds: dict[str, tuple[str, ...]], kind: str) -> None:
+def check_kind(
+    section: str, settings: Any, of_kinds: dict[str, tuple[str, ...]], kind: str
+) -> None:
     """Raises InputError if one of a section's settings was given that only other kinds have; it names them."""
     for key in sorted(set().union(*of_kinds.values()) - set(of_kinds[kind])):
         if is_given(settings, key):
-            owners = " and ".join(f"evaluation={name}" for name, keys in of_kinds.items() if key in keys)
-            raise InputError(f"{section}.{key}: a setting of {owners}, and evaluation={kind} has no such")
+            owners = " and ".join(
+                f"evaluation={name}" for name, keys in of_kinds.items() if key in keys
+            )
+            raise InputError(
+                f"{section}.{key}: a setting of {owners}, and evaluation={kind} has no such"
+            )
 
 
 def is_given(settings: Any, key: str) -> bool:
@@ -218,7 +226,9 @@ def given_settings(settings: Any) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
 
 
-def with_defaults(given: Any, from_checkpoint: dict[str, Any], new_data: bool = False) -> dict[str, Any]:
+def with_defaults(
+    given: Any, from_checkpoint: dict[str, Any], new_data: bool = False
+) -> dict[str, Any]:
     """The given settings, nulls filled in from the run that made the checkpoint.
 
     Args:
@@ -227,7 +237,8 @@ def with_defaults(given: Any, from_checkpoint: dict[str, Any], new_data: bool = 
     settings = dataclasses.asdict(given)
     kept = {"root"} if new_data else set()
     return {
-        key: from_checkpoint.get(key) if value is None and key not in kept else value for key, value in settings.items()
+        key: from_checkpoint.get(key) if value is None and key not in kept else value
+        for key, value in settings.items()
     }
 
 

@@ -16,7 +16,9 @@ class SegmentBackboneConfig(PretrainedBackboneConfig):
 
 @dataclass
 class DecoderConfig:
-    name: str = setting("auto", choices=("auto", "deeplabv3", "fcn", "fpn", "linear", "unet", "upernet"))
+    name: str = setting(
+        "auto", choices=("auto", "deeplabv3", "fcn", "fpn", "linear", "unet", "upernet")
+    )
     """See ``moco.segmentation.decoders``. auto: linear on a frozen backbone, otherwise upernet."""
     channels: Optional[int] = setting(None, at_least=4)
     """Width of fpn, unet and upernet; null is 256."""

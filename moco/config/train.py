@@ -16,8 +16,17 @@ def setting(
     choices: tuple[str, ...] | None = None,
 ) -> Any:
     """A dataclass field whose value `moco.config.parsing.parse` holds to a range or a list of choices."""
-    limits = {"above": above, "at_least": at_least, "below": below, "at_most": at_most, "choices": choices}
-    return field(default=default, metadata={name: limit for name, limit in limits.items() if limit is not None})
+    limits = {
+        "above": above,
+        "at_least": at_least,
+        "below": below,
+        "at_most": at_most,
+        "choices": choices,
+    }
+    return field(
+        default=default,
+        metadata={name: limit for name, limit in limits.items() if limit is not None},
+    )
 
 
 @dataclass

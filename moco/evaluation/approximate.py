@@ -6,7 +6,14 @@ from typing import Any
 import faiss
 import numpy as np
 
-from moco.evaluation.neighbors import BANK_BYTES, NOTHING, give_back, nearest, normalized, queries_at_once
+from moco.evaluation.neighbors import (
+    BANK_BYTES,
+    NOTHING,
+    give_back,
+    nearest,
+    normalized,
+    queries_at_once,
+)
 
 KINDS = ("float16", "int8", "ivf", "hnsw")
 TRAINING_ROWS_PER_CELL = 64  # k-means of faiss takes at most 256 and warns below 39
@@ -25,7 +32,9 @@ class ApproximateIndex:
         ef_search: candidates that a walk through ``hnsw`` keeps.
     """
 
-    def __init__(self, bank: np.ndarray, kind: str, num_probes: int = 32, ef_search: int = 256) -> None:
+    def __init__(
+        self, bank: np.ndarray, kind: str, num_probes: int = 32, ef_search: int = 256
+    ) -> None:
         self.index: Any = empty_index(bank, kind)
         height = max(1, BANK_BYTES // (4 * bank.shape[1]))
         for first in range(0, len(bank), height):
@@ -36,14 +45,18 @@ class ApproximateIndex:
         if kind == "hnsw":
             self.index.hnsw.efSearch = ef_search
 
-    def search(self, queries: np.ndarray, num_neighbors: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def search(
+        self, queries: np.ndarray, num_neighbors: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Similarities and rows (., k) of one block of queries after the other.
 
         Where cells hold fewer than k rows, the first row of the bank fills the list, as unlike as a number can say.
         """
         size = queries_at_once(num_neighbors, queries.shape[1])
         for start in range(0, len(queries), size):
-            similarities, rows = self.index.search(normalized(queries[start : start + size]), num_neighbors)
+            similarities, rows = self.index.search(
+                normalized(queries[start : start + size]), num_neighbors
+            )
             similarities[rows < 0] = NOTHING  # no weight in any vote
             yield similarities, np.maximum(rows, 0)
 
@@ -54,26 +67,39 @@ def empty_index(bank: np.ndarray, kind: str) -> Any:
     if kind == "hnsw":
         return faiss.IndexHNSWFlat(width, LINKS, faiss.METRIC_INNER_PRODUCT)
     if kind == "float16":
-        return faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        return faiss.IndexScalarQuantizer(
+            width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+        )
     index: Any
     num_cells = max(1, min(round(4 * len(bank) ** 0.5), len(bank) // TRAINING_ROWS_PER_CELL))
     if kind == "int8":
-        index = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.IndexScalarQuantizer(
+            width, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+        )
         num_rows = 65_536
     else:
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, num_cells, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.IndexIVFFlat(
+            faiss.IndexFlatIP(width), width, num_cells, faiss.METRIC_INNER_PRODUCT
+        )
         num_rows = num_cells * TRAINING_ROWS_PER_CELL
     chosen = np.random.default_rng(0).permutation(len(bank))[:num_rows]
     index.train(normalized(bank[np.sort(chosen)]))
     return index
 
 
-def recall(index: ApproximateIndex, bank: np.ndarray, queries: np.ndarray, num_neighbors: int) -> float:
+def recall(
+    index: ApproximateIndex, bank: np.ndarray, queries: np.ndarray, num_neighbors: int
+) -> float:
     """Share of the exact neighbours that the index finds, for a sample of the queries."""
     chosen = np.random.default_rng(0).permutation(len(queries))[:SAMPLE]
     sample = queries[np.sort(chosen)]
     _, exact = nearest(bank, sample, num_neighbors)
     found = np.concatenate(
-        [np.where(similarities == NOTHING, -1, rows) for similarities, rows in index.search(sample, num_neighbors)]
+        [
+            np.where(similarities == NOTHING, -1, rows)
+            for similarities, rows in index.search(sample, num_neighbors)
+        ]
     )
-    return float(np.mean([np.isin(one, other).mean() for one, other in zip(exact, found, strict=True)]))
+    return float(
+        np.mean([np.isin(one, other).mean() for one, other in zip(exact, found, strict=True)])
+    )

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from moco.evaluation.neighbors import nearest_by_block
 
-CLASSES_AT_ONCE = 8  # that are enlarged to an image's size; with all of them memory would grow with their number
+CLASSES_AT_ONCE = (
+    8  # that are enlarged to an image's size; with all of them memory would grow with their number
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,14 @@ def joined_maps(maps: Sequence[Tensor]) -> Tensor:
     """
     unit = [F.normalize(part.float(), dim=1) for part in maps]
     height, width = max(part.shape[2:] for part in unit)
-    return torch.cat([F.interpolate(part, (height, width), mode="bilinear") for part in unit], dim=1)
+    return torch.cat(
+        [F.interpolate(part, (height, width), mode="bilinear") for part in unit], dim=1
+    )
 
 
-def class_shares(classes: np.ndarray, grid: tuple[int, int], num_classes: int, ignore_index: int) -> np.ndarray:
+def class_shares(
+    classes: np.ndarray, grid: tuple[int, int], num_classes: int, ignore_index: int
+) -> np.ndarray:
     """How much of each patch belongs to each class: (P, C) float32, row by row of the grid.
 
     A row adds up to 1, or to 0 where a patch has no labelled pixel. A pixel belongs to the patch that holds its upper left
@@ -54,7 +60,9 @@ def class_shares(classes: np.ndarray, grid: tuple[int, int], num_classes: int, i
         classes: (H, W), 0 to C - 1 or `ignore_index`.
         grid: h and w.
     """
-    rows, columns = (np.arange(side) * cells // side for side, cells in zip(classes.shape, grid, strict=True))
+    rows, columns = (
+        np.arange(side) * cells // side for side, cells in zip(classes.shape, grid, strict=True)
+    )
     patch = rows[:, None] * grid[1] + columns
     labelled = classes != ignore_index
     cells = patch[labelled] * num_classes + classes[labelled]
@@ -62,7 +70,9 @@ def class_shares(classes: np.ndarray, grid: tuple[int, int], num_classes: int, i
     return (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(np.float32)
 
 
-def drawn(labels: np.ndarray, number: int, sampling: str, generator: np.random.Generator) -> np.ndarray:
+def drawn(
+    labels: np.ndarray, number: int, sampling: str, generator: np.random.Generator
+) -> np.ndarray:
     """At most `number` random patches of an image, as rows.
 
     Args:
@@ -87,7 +97,11 @@ def patches_stood_for(labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def knn_scores(
-    bank: Bank, num_neighbors: int, temperature: float, device: torch.device | str, queries: np.ndarray
+    bank: Bank,
+    num_neighbors: int,
+    temperature: float,
+    device: torch.device | str,
+    queries: np.ndarray,
 ) -> np.ndarray:
     """The classes of the k nearest patches, weighted by the softmax of similarity / T: (Q, C) float32, rows add up to 1.
 
@@ -118,7 +132,9 @@ def pixel_classes(scores: Tensor, size: tuple[int, int]) -> Tensor:
     best = scores.new_full(size, -torch.inf)
     classes = torch.zeros(size, dtype=torch.int64, device=scores.device)
     for first in range(0, len(scores), CLASSES_AT_ONCE):
-        some = F.interpolate(scores[None, first : first + CLASSES_AT_ONCE], size, mode="bilinear")[0]
+        some = F.interpolate(scores[None, first : first + CLASSES_AT_ONCE], size, mode="bilinear")[
+            0
+        ]
         value, number = some.max(dim=0)
         is_better = value > best
         classes = torch.where(is_better, number + first, classes)

@@ -15,7 +15,14 @@ from torch import Tensor
 from moco.data.augment.views import Normalized
 from moco.data.loading.datamodule import check_unreadable
 from moco.errors import InputError, printable
-from moco.evaluation.dense import Bank, class_shares, drawn, joined_maps, patches_stood_for, pixel_classes
+from moco.evaluation.dense import (
+    Bank,
+    class_shares,
+    drawn,
+    joined_maps,
+    patches_stood_for,
+    pixel_classes,
+)
 from moco.evaluation.features import EmbeddingStopped
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
 from moco.segmentation.scaled_images import scaled_loader
@@ -120,10 +127,20 @@ class DenseSet:
                 yield PatchGrid(index, features[place], grid, batch.classes[place].numpy())
         if unreadable:
             names = ", ".join(printable(images.images.name(index)) for index in unreadable[:3])
-            log.warning("skipped %d unreadable images: %s%s", len(unreadable), names, ", ..." * (len(unreadable) > 3))
+            log.warning(
+                "skipped %d unreadable images: %s%s",
+                len(unreadable),
+                names,
+                ", ..." * (len(unreadable) > 3),
+            )
             check_unreadable(unreadable, images.images, self.max_bad_fraction)
 
-    def bank(self, backbone: Any, device: torch.device | str, should_stop: Callable[[], bool] = lambda: False) -> Bank:
+    def bank(
+        self,
+        backbone: Any,
+        device: torch.device | str,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Bank:
         """Random patches of the images to learn from; which ones depends on the seed and the image's number alone.
 
         Patches without a labelled pixel are left out. Errors of `patches`.
@@ -136,11 +153,15 @@ class DenseSet:
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # shares, weights, images
         filled = 0
         for patches in self.patches(self.source.train, backbone, device, should_stop):
-            shares = class_shares(patches.classes, patches.grid, self.num_classes, self.source.ignore_index)
+            shares = class_shares(
+                patches.classes, patches.grid, self.num_classes, self.source.ignore_index
+            )
             labelled = shares.any(axis=1).nonzero()[0]
             labels = shares[labelled].argmax(axis=1)
             place = numbers[patches.image]
-            quota = (place + 1) * self.bank_size // len(numbers) - place * self.bank_size // len(numbers)
+            quota = (place + 1) * self.bank_size // len(numbers) - place * self.bank_size // len(
+                numbers
+            )
             generator = np.random.default_rng((self.seed, patches.image))
             chosen = drawn(labels, quota, self.sampling, generator)
             if features is None:  # made at once, since joining parts would take the memory twice
@@ -150,7 +171,9 @@ class DenseSet:
             weights = patches_stood_for(labels, chosen) if len(chosen) else np.empty(0, np.float32)
             parts.append((shares[labelled[chosen]], weights, np.full(len(chosen), patches.image)))
         if features is None or filled == 0:
-            raise InputError("none of the patches that were drawn from the images to learn from has a labelled pixel")
+            raise InputError(
+                "none of the patches that were drawn from the images to learn from has a labelled pixel"
+            )
         return Bank(features[:filled], *map(np.concatenate, zip(*parts, strict=True)))
 
     def confusions(
@@ -164,19 +187,26 @@ class DenseSet:
 
         Errors of `patches`.
         """
-        totals = {name: torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64) for name in scorers}
+        totals = {
+            name: torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
+            for name in scorers
+        }
         for block in blocks(self.patches(self.source.validation, backbone, device, should_stop)):
             features = np.concatenate([patches.features for patches in block])
             ends = np.cumsum([len(patches.features) for patches in block])[:-1]
             for name, scorer in scorers.items():
                 for patches, scores in zip(block, np.split(scorer(features), ends), strict=True):
-                    totals[name] += self.confusion(patches, torch.from_numpy(scores).to(device)).cpu()
+                    totals[name] += self.confusion(
+                        patches, torch.from_numpy(scores).to(device)
+                    ).cpu()
         return totals
 
     def confusion(self, patches: PatchGrid, scores: Tensor) -> Tensor:
         """Of one image, by its patches' scores (P, C)."""
         classes = torch.from_numpy(patches.classes).to(scores.device)
-        predicted = pixel_classes(scores.T.unflatten(1, patches.grid), (classes.shape[0], classes.shape[1]))
+        predicted = pixel_classes(
+            scores.T.unflatten(1, patches.grid), (classes.shape[0], classes.shape[1])
+        )
         return confusion_matrix(predicted, classes, self.num_classes, self.source.ignore_index)
 
     def protocol(self, bank: Bank, num_neighbors: int, temperature: float) -> dict[str, Any]:

@@ -44,9 +44,13 @@ def fit(features: Tensor, shares: Tensor, weights: Tensor, weight_decay: float) 
     """
     std, mean = torch.std_mean(features, dim=0, correction=0)
     std = std.where(std > 0, 1.0)
-    weight = torch.zeros(shares.shape[1], features.shape[1], device=features.device, requires_grad=True)
+    weight = torch.zeros(
+        shares.shape[1], features.shape[1], device=features.device, requires_grad=True
+    )
     bias = torch.zeros(shares.shape[1], device=features.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe"
+    )
 
     def unstandardised() -> tuple[Tensor, Tensor]:
         """Weight and bias for features as they are: a standardised copy of them would double the memory."""
@@ -55,7 +59,10 @@ def fit(features: Tensor, shares: Tensor, weights: Tensor, weight_decay: float) 
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        loss = cross_entropy(features, shares, weights, *unstandardised()) + weight_decay / 2 * weight.square().sum()
+        loss = (
+            cross_entropy(features, shares, weights, *unstandardised())
+            + weight_decay / 2 * weight.square().sum()
+        )
         loss.backward()
         return loss
 
@@ -65,7 +72,9 @@ def fit(features: Tensor, shares: Tensor, weights: Tensor, weight_decay: float) 
     return LinearHead(*final)
 
 
-def cross_entropy(features: Tensor, shares: Tensor, weights: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def cross_entropy(
+    features: Tensor, shares: Tensor, weights: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
     """Weighted mean over patches, in nats."""
     losses = F.cross_entropy(features @ weight.T + bias, shares, reduction="none")
     return (losses * weights).sum() / weights.sum()

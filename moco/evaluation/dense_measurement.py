@@ -42,7 +42,9 @@ def dense_set(subject: Subject) -> DenseSet:
     data, settings = subject.data, subject.settings
     check_maps(settings["maps"], "evaluation.maps")
     if data["image_size"] is None:
-        raise InputError(f"data.image_size: missing; {subject.checkpoint} does not say it, give data.image_size=PIXELS")
+        raise InputError(
+            f"data.image_size: missing; {subject.checkpoint} does not say it, give data.image_size=PIXELS"
+        )
     checked = {name: data[name] for name in ("download", "ignore_index", "max_image_pixels")}
     source = build_segmentation_source(data["name"], data["root"], **checked)
     subject.at_image_size(data["image_size"])
@@ -50,7 +52,9 @@ def dense_set(subject: Subject) -> DenseSet:
         source,
         Normalized(**subject.augmentation),
         **{name: data[name] for name in ("image_size", "num_workers", "max_bad_fraction")},
-        **{name: settings[name] for name in ("maps", "bank_size", "sampling", "seed", "batch_size")},
+        **{
+            name: settings[name] for name in ("maps", "bank_size", "sampling", "seed", "batch_size")
+        },
     )
 
 
@@ -78,7 +82,10 @@ def measured(subject: Subject, images: DenseSet, backbone: object) -> Findings:
     figures = {kind: figures_of(confusion, names, kind) for kind, confusion in confusions.items()}
     every = {key: value for found in figures.values() for key, value in found.items()}
     kind = {"dense/encoder": subject.settings["encoder"], "dense/linear_weight_decay": weight_decay}
-    rows = [(name, *(shown(figures[kind][f"dense/{kind}_iou/{name}"]) for kind in figures)) for name in names]
+    rows = [
+        (name, *(shown(figures[kind][f"dense/{kind}_iou/{name}"]) for kind in figures))
+        for name in names
+    ]
     return Findings(
         "segmentation by frozen patch features",
         {key: value for key, value in every.items() if value is not None and "_iou/" not in key},

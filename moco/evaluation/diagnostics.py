@@ -101,15 +101,21 @@ def lidar(embeddings: Tensor) -> float:
     views = embeddings.double()
     means = views.mean(dim=1)  # (M, C)
     between = (means - means.mean(dim=0)).T.cov(correction=0)  # (C, C)
-    within = (views - means[:, None]).flatten(0, 1).T.cov(correction=0) + 1e-4 * torch.eye(views.shape[2]).to(views)
+    within = (views - means[:, None]).flatten(0, 1).T.cov(correction=0) + 1e-4 * torch.eye(
+        views.shape[2]
+    ).to(views)
     values, vectors = torch.linalg.eigh(within)
     whitening = vectors * values.rsqrt() @ vectors.T
-    return float(exponential_of_entropy(torch.linalg.eigvalsh(whitening @ between @ whitening).clamp(min=0)))
+    return float(
+        exponential_of_entropy(torch.linalg.eigvalsh(whitening @ between @ whitening).clamp(min=0))
+    )
 
 
 def exponential_of_entropy(weights: Tensor) -> Tensor:
     """How many weights (C,), none negative, count: C if all are equal, 1 if one is all; also if all are 0."""
-    shares = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny) + 1e-7  # of RankMe and LiDAR alike
+    shares = (
+        weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny) + 1e-7
+    )  # of RankMe and LiDAR alike
     return (-shares * shares.log()).sum().exp().clamp(min=1)
 
 
@@ -124,7 +130,9 @@ def label_free_figures(
         views: (M', V, C) embeddings of V >= 2 augmented views of other or the same images; any norm. Without them there
             is no alignment and no LiDAR.
     """
-    units = nn.functional.normalize(torch.from_numpy(evenly_spaced(embeddings, MOST_ROWS)).float(), dim=1)
+    units = nn.functional.normalize(
+        torch.from_numpy(evenly_spaced(embeddings, MOST_ROWS)).float(), dim=1
+    )
     figures = {
         "label_free/feature_rank_me": rank_me(torch.from_numpy(evenly_spaced(features, MOST_ROWS))),
         "label_free/rank_me": rank_me(units),
@@ -173,7 +181,9 @@ def total_norms(stages: Mapping[str, list[Tensor]]) -> dict[str, float]:
 def gradient_norms(encoder: nn.Module) -> dict[str, float]:
     """Of each stage the L2 norm of its gradients; none of a stage without, as all are in a step that was left out."""
     return total_norms(
-        by_stage((name, part.grad) for name, part in encoder.named_parameters() if part.grad is not None)
+        by_stage(
+            (name, part.grad) for name, part in encoder.named_parameters() if part.grad is not None
+        )
     )
 
 
@@ -181,7 +191,9 @@ def gradient_norms(encoder: nn.Module) -> dict[str, float]:
 def encoder_distances(key_encoder: nn.Module, query_encoder: nn.Module) -> dict[str, float]:
     """Of each stage how far the key encoder's weights are behind: the L2 norm of the difference over the query's norm."""
     queries = dict(query_encoder.named_parameters())
-    apart = total_norms(by_stage((name, key - queries[name]) for name, key in key_encoder.named_parameters()))
+    apart = total_norms(
+        by_stage((name, key - queries[name]) for name, key in key_encoder.named_parameters())
+    )
     sizes = total_norms(by_stage(queries.items()))
     return {stage: distance / max(sizes[stage], 1e-12) for stage, distance in apart.items()}
 
@@ -195,7 +207,9 @@ class PairSimilarities(NamedTuple):
     """(P,) of queries and others' keys."""
 
 
-def pair_similarities(query: Tensor, key: Tensor, negatives: Tensor, most_negatives: int = 1024) -> PairSimilarities:
+def pair_similarities(
+    query: Tensor, key: Tensor, negatives: Tensor, most_negatives: int = 1024
+) -> PairSimilarities:
     """The cosines that a step compared: of `query` (N, C) with its own `key` (N, C) and with `negatives` (K, C).
 
     Args:

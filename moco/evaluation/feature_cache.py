@@ -111,7 +111,10 @@ def traits(labelled: Labelled, root: Any) -> Iterable[bytes]:
         yield b"" if images.page_ends is None else images.page_ends.numpy().tobytes()
         yield from (stamp(path) for path in images.files())
         return
-    yield from (images.name(index).encode("utf-8", "surrogateescape") + b"\n" for index in range(len(images)))
+    yield from (
+        images.name(index).encode("utf-8", "surrogateescape") + b"\n"
+        for index in range(len(images))
+    )
     for folder, _, names in sorted(os.walk(root)):
         yield from (stamp(os.path.join(folder, name)) for name in sorted(names))
 

@@ -21,7 +21,9 @@ from moco.evaluation.neighbors import normalized
 log = logging.getLogger(__name__)
 
 BLOCK = 2**20  # values that are in memory at once
-POINTS_PER_LIST = 64  # rows that each list of an IVF index is trained on; faiss asks for 39 at least
+POINTS_PER_LIST = (
+    64  # rows that each list of an IVF index is trained on; faiss asks for 39 at least
+)
 NUM_LINKS = 32  # of each row in an HNSW index
 NUM_SAMPLES, NUM_NEIGHBORS = 100, 10  # of the search that measures what an approximate index finds
 
@@ -45,7 +47,9 @@ def write_npz(file: BinaryIO, parts: FeatureParts, has_labels: bool) -> None:
 def member(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...]) -> IO[bytes]:
     """An array of an .npz file, to which its content is to be written."""
     target = archive.open(f"{name}.npy", "w", force_zip64=True)
-    np.lib.format.write_array_header_1_0(target, {"descr": dtype, "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        target, {"descr": dtype, "fortran_order": False, "shape": shape}
+    )
     return target
 
 
@@ -100,19 +104,27 @@ def ivf(parts: FeatureParts) -> Any:
     """An empty inverted-file index, trained on a fixed random sample; a search looks into a sixteenth of the lists."""
     num_rows, feature_dim = parts.state.num_rows, parts.state.feature_dim
     num_lists = max(1, min(int(4 * num_rows**0.5), num_rows // POINTS_PER_LIST))
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(feature_dim), feature_dim, num_lists, faiss.METRIC_INNER_PRODUCT)
+    index = faiss.IndexIVFFlat(
+        faiss.IndexFlatIP(feature_dim), feature_dim, num_lists, faiss.METRIC_INNER_PRODUCT
+    )
     index.cp.spherical = True  # the lists' centres are of unit norm, as the rows are
     index.cp.min_points_per_centroid = 1  # of a small set faiss would complain
     index.nprobe = -(-num_lists // 16)
     size = min(num_rows, POINTS_PER_LIST * num_lists)
-    index.train(normalized(parts.rows(np.sort(np.random.default_rng(0).choice(num_rows, size, replace=False)))))
+    index.train(
+        normalized(
+            parts.rows(np.sort(np.random.default_rng(0).choice(num_rows, size, replace=False)))
+        )
+    )
     return index
 
 
 def recall(index: Any, parts: FeatureParts, count: int) -> float:
     """Share of the `count` nearest rows of some that the index finds; of rows that are equally near any will do."""
     num_rows = parts.state.num_rows
-    queries = normalized(parts.rows(np.linspace(0, num_rows - 1, min(NUM_SAMPLES, num_rows), dtype=np.int64)))
+    queries = normalized(
+        parts.rows(np.linspace(0, num_rows - 1, min(NUM_SAMPLES, num_rows), dtype=np.int64))
+    )
     best = np.full((len(queries), count), -np.inf, np.float32)
     for block in blocks(parts):
         both = np.concatenate([best, queries @ block.T], axis=1)

@@ -22,7 +22,12 @@ from moco.runs.folder_lock import locked
 from moco.runs.run_folder import flattened, remove_half_written, write_atomically
 
 STATE = "state.json"
-FEATURES, LABELS, NAMES, UNREADABLE = "features.bin", "labels.bin", "names.jsonl", "unreadable.jsonl"
+FEATURES, LABELS, NAMES, UNREADABLE = (
+    "features.bin",
+    "labels.bin",
+    "names.jsonl",
+    "unreadable.jsonl",
+)
 FILES = (FEATURES, LABELS, NAMES, UNREADABLE)
 SECONDS_BETWEEN_COMMITS = 10.0
 
@@ -95,7 +100,12 @@ class FeatureParts:
         return self
 
     def add(
-        self, features: np.ndarray, names: Sequence[str], labels: np.ndarray, unreadable: Sequence[str], end: list[int]
+        self,
+        features: np.ndarray,
+        names: Sequence[str],
+        labels: np.ndarray,
+        unreadable: Sequence[str],
+        end: list[int],
     ) -> None:
         """Write a batch: features (N, D) float32, names and labels of the N images, names of those that cannot be read."""
         contents = {
@@ -128,13 +138,18 @@ class FeatureParts:
         self.committed = time.monotonic()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             if error is None:
                 self.commit()
             else:
-                with suppress(OSError):  # a full disk is what ended it; the last commit still counts
+                with suppress(
+                    OSError
+                ):  # a full disk is what ended it; the last commit still counts
                     self.commit()
         finally:
             for file in self.files.values():
@@ -163,7 +178,10 @@ class FeatureParts:
         if not self.state.num_bytes[UNREADABLE]:
             return []
         with (self.folder / UNREADABLE).open("rb") as file:
-            return [json.loads(line) for line in file.read(self.state.num_bytes[UNREADABLE]).splitlines()]
+            return [
+                json.loads(line)
+                for line in file.read(self.state.num_bytes[UNREADABLE]).splitlines()
+            ]
 
 
 def lines(names: Sequence[str]) -> bytes:
@@ -175,7 +193,9 @@ def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What is not the same, in words."""
     old, new = flattened(there["settings"]), flattened(here["settings"])
     words = [
-        f"{key}: {old.get(key)} there, {new.get(key)} here" for key in sorted(old | new) if old.get(key) != new.get(key)
+        f"{key}: {old.get(key)} there, {new.get(key)} here"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key)
     ]
     if there["weights"] != here["weights"]:
         words.append("checkpoint: other weights")
@@ -198,7 +218,11 @@ def taken(folder: Path) -> Iterator[None]:
         InputError: one does, the folder cannot be made, or something else is in there.
     """
     with locked(folder, str(folder), "writing"):
-        others = [path.name for path in folder.iterdir() if path.name not in (STATE, *FILES) and path.suffix != ".tmp"]
+        others = [
+            path.name
+            for path in folder.iterdir()
+            if path.name not in (STATE, *FILES) and path.suffix != ".tmp"
+        ]
         if others:
             raise InputError(f"{folder}: holds other files; choose another output")
         yield

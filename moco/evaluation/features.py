@@ -47,7 +47,11 @@ def embed(
         unreadable.append(batch.unreadable)
     if not features:  # of several processes one may have no image at all
         return np.empty((0, 0), np.float32), np.empty(0, np.int64), np.empty(0, np.int64)
-    return torch.cat(features).numpy(), torch.cat(labels).numpy(), torch.cat(unreadable).nonzero()[:, 0].numpy()
+    return (
+        torch.cat(features).numpy(),
+        torch.cat(labels).numpy(),
+        torch.cat(unreadable).nonzero()[:, 0].numpy(),
+    )
 
 
 @contextmanager

@@ -73,7 +73,9 @@ class Votes(NamedTuple):
         return shares
 
 
-def vote(similarities: np.ndarray, neighbor_classes: np.ndarray, num_classes: int, temperature: float) -> np.ndarray:
+def vote(
+    similarities: np.ndarray, neighbor_classes: np.ndarray, num_classes: int, temperature: float
+) -> np.ndarray:
     """Each class's share of a query's votes up to a factor: (Q, num_classes), float64.
 
     Args:
@@ -89,7 +91,9 @@ def vote(similarities: np.ndarray, neighbor_classes: np.ndarray, num_classes: in
 def sums(weights: np.ndarray, neighbor_classes: np.ndarray, num_classes: int) -> np.ndarray:
     """The weights (Q, k) added up by class: (Q, num_classes)."""
     cells = np.arange(len(weights))[:, None] * num_classes + neighbor_classes
-    return np.bincount(cells.ravel(), weights.ravel(), len(weights) * num_classes).reshape(-1, num_classes)
+    return np.bincount(cells.ravel(), weights.ravel(), len(weights) * num_classes).reshape(
+        -1, num_classes
+    )
 
 
 def ranked(scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,12 +105,20 @@ def ranked(scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     """
     num_classes = scores.shape[1]
     own_score = np.take_along_axis(scores, np.minimum(own, num_classes - 1)[:, None], axis=1)
-    is_before = (scores > own_score) | ((scores == own_score) & (np.arange(num_classes) < own[:, None]))
-    return scores.argmax(axis=1), np.where(own < num_classes, is_before.sum(axis=1), num_classes + 5)
+    is_before = (scores > own_score) | (
+        (scores == own_score) & (np.arange(num_classes) < own[:, None])
+    )
+    return scores.argmax(axis=1), np.where(
+        own < num_classes, is_before.sum(axis=1), num_classes + 5
+    )
 
 
 def votes_of_block(
-    similarities: np.ndarray, classes: np.ndarray, own: np.ndarray, num_classes: int, protocols: Sequence[Protocol]
+    similarities: np.ndarray,
+    classes: np.ndarray,
+    own: np.ndarray,
+    num_classes: int,
+    protocols: Sequence[Protocol],
 ) -> dict[Protocol, tuple[np.ndarray, np.ndarray]]:
     """`ranked` under every protocol; for each T the votes of a larger k go on from those of the smaller one.
 
@@ -151,9 +163,13 @@ def classify(
     own = np.where(names[np.minimum(own, len(names) - 1)] == query_labels, own, len(names))
     num_neighbors = max(k for k, _ in protocols)
     size = max(1, SCORES // max(len(names), num_neighbors))
-    parts: dict[Protocol, list[tuple[np.ndarray, np.ndarray]]] = {protocol: [] for protocol in protocols}
+    parts: dict[Protocol, list[tuple[np.ndarray, np.ndarray]]] = {
+        protocol: [] for protocol in protocols
+    }
     done = 0
-    for similarities, rows in blocks_of(search(queries, num_neighbors + (own_rows is not None)), size):
+    for similarities, rows in blocks_of(
+        search(queries, num_neighbors + (own_rows is not None)), size
+    ):
         block = slice(done, done + len(rows))
         done += len(rows)
         if own_rows is not None:
@@ -162,19 +178,26 @@ def classify(
         for protocol, votes in found.items():
             parts[protocol].append(votes)
     joined = {
-        protocol: [np.concatenate(part) for part in zip(*found, strict=True)] for protocol, found in parts.items()
+        protocol: [np.concatenate(part) for part in zip(*found, strict=True)]
+        for protocol, found in parts.items()
     }
-    return {protocol: Votes(names[predicted], rank) for protocol, (predicted, rank) in joined.items()}
+    return {
+        protocol: Votes(names[predicted], rank) for protocol, (predicted, rank) in joined.items()
+    }
 
 
-def blocks_of(found: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def blocks_of(
+    found: Iterable[tuple[np.ndarray, np.ndarray]], size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Similarities and rows in pieces of at most `size` queries."""
     for similarities, rows in found:
         for start in range(0, len(rows), size):
             yield similarities[start : start + size], rows[start : start + size]
 
 
-def without_own(similarities: np.ndarray, rows: np.ndarray, own_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def without_own(
+    similarities: np.ndarray, rows: np.ndarray, own_rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Neighbours (Q, k + 1) without the query itself: (Q, k); the last one goes where it is not among them."""
     is_own = rows == own_rows[:, None]
     # Only its first place: an index may fill a list with the bank's first row, again and again.
@@ -187,7 +210,11 @@ def without_own(similarities: np.ndarray, rows: np.ndarray, own_rows: np.ndarray
 def capped(num_neighbors: int, most: int) -> int:
     """k, at most `most`, with a warning."""
     if num_neighbors > most:
-        log.warning("evaluation.num_neighbors=%d is more than the bank's %d; using those", num_neighbors, most)
+        log.warning(
+            "evaluation.num_neighbors=%d is more than the bank's %d; using those",
+            num_neighbors,
+            most,
+        )
     return min(num_neighbors, most)
 
 

@@ -61,8 +61,12 @@ def measure_knn(subject: Subject) -> Findings:
     """
     check_map(subject.settings["map"])
     sides, settings = sides_of(subject), subject.settings
-    main = Protocol(capped(settings["num_neighbors"], sides.most_neighbors), settings["temperature"])
-    grid = {Protocol(k, t) for k in NUM_NEIGHBORS if k <= sides.most_neighbors for t in TEMPERATURES} | {main}
+    main = Protocol(
+        capped(settings["num_neighbors"], sides.most_neighbors), settings["temperature"]
+    )
+    grid = {
+        Protocol(k, t) for k in NUM_NEIGHBORS if k <= sides.most_neighbors for t in TEMPERATURES
+    } | {main}
     votes: dict[str, dict[Protocol, Votes]] = {}
     recalls: dict[str, float] = {}
     for feature in subject.feature_names:
@@ -71,7 +75,12 @@ def measure_knn(subject: Subject) -> Findings:
         if feature == settings["feature"]:
             chosen_search = search
         votes[feature] = classify(
-            search, sides.bank.labels, sides.queries.of[feature], sides.queries.labels, sorted(grid), sides.own_rows
+            search,
+            sides.bank.labels,
+            sides.queries.of[feature],
+            sides.queries.labels,
+            sorted(grid),
+            sides.own_rows,
         )
     chosen = votes[settings["feature"]][main]
     sizes = len(sides.bank.labels), len(sides.queries.labels)
@@ -114,7 +123,9 @@ def sides_of(subject: Subject) -> Sides:
     """
     source, name = subject.source, subject.data["name"]
     if source.bank is None:
-        raise InputError(f"data={name}: kNN needs labelled training and test images, and this set has none")
+        raise InputError(
+            f"data={name}: kNN needs labelled training and test images, and this set has none"
+        )
     bank = with_labels(subject.features(source.bank), source.bank, name)
     classes = np.unique(bank.labels)
     if len(classes) == 1:
@@ -122,7 +133,9 @@ def sides_of(subject: Subject) -> Sides:
             f"data={name}: all {len(bank.labels):,} images of the bank are of class {classes[0]}; kNN needs two"
         )
     if source.queries is None:
-        log.info("data=%s has no test part: each image is classified by all others (leave one out)", name)
+        log.info(
+            "data=%s has no test part: each image is classified by all others (leave one out)", name
+        )
         return Sides(bank, bank, source.bank, source.bank, is_leave_one_out=True)
     queries = with_labels(subject.features(source.queries), source.queries, name)
     return Sides(bank, queries, source.bank, source.queries, is_leave_one_out=False)
@@ -136,7 +149,9 @@ def with_labels(features: Features, labelled: Labelled, name: str) -> Features:
     """
     missing = features.labels < 0
     if missing.all():
-        raise InputError(f"data={name}: none of {len(missing):,} images that can be read has a label")
+        raise InputError(
+            f"data={name}: none of {len(missing):,} images that can be read has a label"
+        )
     if not missing.any():
         return features
     first = [printable(labelled.images.name(int(row))) for row in features.rows[missing][:3]]
@@ -146,7 +161,9 @@ def with_labels(features: Features, labelled: Labelled, name: str) -> Features:
     return Features(kept, features.labels[~missing], features.rows[~missing])
 
 
-def searcher(subject: Subject, sides: Sides, feature: str, num_neighbors: int) -> tuple[Search, dict[str, float]]:
+def searcher(
+    subject: Subject, sides: Sides, feature: str, num_neighbors: int
+) -> tuple[Search, dict[str, float]]:
     """The search through a bank as configured, and the recall of one that is not exact, for ``metrics.json``."""
     settings, bank = subject.settings, sides.bank.of[feature]
     if settings["index"] == "flat":
@@ -182,7 +199,9 @@ def grid_figures(votes: Mapping[str, Mapping[Protocol, Votes]]) -> dict[str, flo
     return figures
 
 
-def grid_table(votes: Mapping[str, Mapping[Protocol, Votes]], sides: Sides, kind: Mapping[str, str]) -> Table:
+def grid_table(
+    votes: Mapping[str, Mapping[Protocol, Votes]], sides: Sides, kind: Mapping[str, str]
+) -> Table:
     """Top-1 for every feature and k by row and T by column."""
     protocols = sorted(next(iter(votes.values())))
     temperatures = sorted({temperature for _, temperature in protocols})
@@ -219,11 +238,20 @@ def few_label_figures(subject: Subject, sides: Sides) -> tuple[dict[str, float],
         table.add_column(name, justify="right")
     figures: dict[str, float] = {}
     for number in numbers:
-        draws = [drawn(sides.bank.labels, number, np.random.default_rng(draw)) for draw in range(settings["num_draws"])]
+        draws = [
+            drawn(sides.bank.labels, number, np.random.default_rng(draw))
+            for draw in range(settings["num_draws"])
+        ]
         k = min(settings["num_neighbors"], len(draws[0]))
-        tops = [top1_of(sides, rows, feature, Protocol(k, temperature), subject.device) for rows in draws]
+        tops = [
+            top1_of(sides, rows, feature, Protocol(k, temperature), subject.device)
+            for rows in draws
+        ]
         mean, spread = float(np.mean(tops)), float(np.std(tops, ddof=1))
-        figures |= {f"knn_few/{number}_per_class/top1": mean, f"knn_few/{number}_per_class/top1_std": spread}
+        figures |= {
+            f"knn_few/{number}_per_class/top1": mean,
+            f"knn_few/{number}_per_class/top1_std": spread,
+        }
         table.add_row(str(number), f"{len(draws[0]):,}", str(k), f"{mean:.4f}", f"{spread:.4f}")
     return figures, [table]
 
@@ -237,16 +265,22 @@ def drawn(labels: np.ndarray, number: int, generator: np.random.Generator) -> np
     return np.sort(order[place < number])
 
 
-def top1_of(sides: Sides, rows: np.ndarray, feature: str, protocol: Protocol, device: torch.device) -> float:
+def top1_of(
+    sides: Sides, rows: np.ndarray, feature: str, protocol: Protocol, device: torch.device
+) -> float:
     """Accuracy with these rows of the bank alone; of leave-one-out the other rows are the queries."""
     is_query = np.ones(len(sides.queries.labels), bool)
     if sides.is_leave_one_out:
         is_query[rows] = False
     if not is_query.any():
-        raise InputError("evaluation.images_per_class: so many images of each class leave none to classify")
+        raise InputError(
+            "evaluation.images_per_class: so many images of each class leave none to classify"
+        )
     queries, labels = sides.queries.of[feature][is_query], sides.queries.labels[is_query]
     search = partial(nearest_by_block, sides.bank.of[feature][rows], device=device)
-    return classify(search, sides.bank.labels[rows], queries, labels, [protocol])[protocol].accuracy(1)
+    return classify(search, sides.bank.labels[rows], queries, labels, [protocol])[
+        protocol
+    ].accuracy(1)
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -262,14 +296,22 @@ def class_tables(classes: np.ndarray, confusion: np.ndarray) -> Sequence[Table]:
     present = totals.nonzero()[0]
     shares = confusion.diagonal()[present] / totals[present]
     worst = present[np.argsort(shares, kind="stable")[:SHOWN]]
-    rows = [(str(classes[i]), f"{confusion[i, i] / totals[i]:.4f}", f"{totals[i]:,}") for i in worst]
+    rows = [
+        (str(classes[i]), f"{confusion[i, i] / totals[i]:.4f}", f"{totals[i]:,}") for i in worst
+    ]
     mistakes = confusion - np.diag(confusion.diagonal())
     cells = np.argsort(-mistakes, axis=None, kind="stable")[:SHOWN]
     pairs = [divmod(int(cell), len(classes)) for cell in cells if mistakes.flat[cell]]
-    mixed = [(str(classes[i]), str(classes[j]), f"{mistakes[i, j]:,} of {totals[i]:,}") for i, j in pairs]
+    mixed = [
+        (str(classes[i]), str(classes[j]), f"{mistakes[i, j]:,} of {totals[i]:,}") for i, j in pairs
+    ]
     return [
         table_of("classes with the lowest top-1", ("class", "top-1", "queries"), rows),
-        *([table_of("most confused classes", ("class", "taken for", "queries"), mixed)] if mixed else []),
+        *(
+            [table_of("most confused classes", ("class", "taken for", "queries"), mixed)]
+            if mixed
+            else []
+        ),
     ]
 
 

@@ -53,11 +53,19 @@ def measure_label_free(subject: Subject, features: Features, labelled: Labelled)
         log.info("no label-free figures of a single image")
         return NOTHING
     if embeddings is None:
-        log.info("a backbone alone: of the label-free figures the rank of its features, and no similarities of views")
-        figures = {"label_free/feature_rank_me": rank_me(torch.from_numpy(evenly_spaced(backbone, MOST_ROWS)))}
+        log.info(
+            "a backbone alone: of the label-free figures the rank of its features, and no similarities of views"
+        )
+        figures = {
+            "label_free/feature_rank_me": rank_me(
+                torch.from_numpy(evenly_spaced(backbone, MOST_ROWS))
+            )
+        }
         return LabelFree(figures, [figures_table(figures, backbone.shape, None)], None)
     if not subject.pair:
-        log.info("the checkpoint does not say how its run augmented: no alignment, LiDAR and similarities of views")
+        log.info(
+            "the checkpoint does not say how its run augmented: no alignment, LiDAR and similarities of views"
+        )
     views = view_embeddings(subject, features, labelled) if subject.pair else None
     figures = label_free_figures(backbone, embeddings, views)
     for words in illnesses(figures, embeddings.shape):
@@ -121,7 +129,10 @@ def illnesses(figures: Mapping[str, float], shape: Sequence[int]) -> list[str]:
         ]
     effective, highest = figures["label_free/rank_me"], min(*shape, MOST_ROWS)
     # Of a few images the rank says nothing.
-    if highest >= 1 / CollapseWatch.FEW_DIMENSIONS and effective < CollapseWatch.FEW_DIMENSIONS * highest:
+    if (
+        highest >= 1 / CollapseWatch.FEW_DIMENSIONS
+        and effective < CollapseWatch.FEW_DIMENSIONS * highest
+    ):
         return [
             "DIMENSIONAL COLLAPSE: the embeddings differ in few dimensions only (effective rank "
             f"{effective:.1f} of {highest})."
@@ -129,7 +140,9 @@ def illnesses(figures: Mapping[str, float], shape: Sequence[int]) -> list[str]:
     return []
 
 
-def figures_table(figures: Mapping[str, float], features: Sequence[int], embeddings: Sequence[int] | None) -> Table:
+def figures_table(
+    figures: Mapping[str, float], features: Sequence[int], embeddings: Sequence[int] | None
+) -> Table:
     """Each figure beside what it is held to.
 
     Args:
@@ -144,7 +157,9 @@ def figures_table(figures: Mapping[str, float], features: Sequence[int], embeddi
             "uniformity": "0: all in one place, -4: spread out",
             "alignment": "0: views are equal, 2: unrelated",
         }
-    table = Table(title=f"without labels, of {features[0]:,} images of the bank", title_justify="left")
+    table = Table(
+        title=f"without labels, of {features[0]:,} images of the bank", title_justify="left"
+    )
     for name in ("figure", "value", "beside"):
         table.add_column(name, justify="right" if name == "value" else "left")
     for name, value in figures.items():

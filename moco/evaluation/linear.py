@@ -89,14 +89,21 @@ def train_heads(
     shape = num_classes, len(lrs)
     lr = features.new_tensor(lrs).repeat(num_classes)  # (C * G,)
     decay = features.new_tensor(weight_decays).repeat(num_classes)[:, None]
-    weights, biases = features.new_zeros(math.prod(shape), features.shape[1]), features.new_zeros(math.prod(shape))
+    weights, biases = (
+        features.new_zeros(math.prod(shape), features.shape[1]),
+        features.new_zeros(math.prod(shape)),
+    )
     weight_steps, bias_steps = torch.zeros_like(weights), torch.zeros_like(biases)
     generator = torch.Generator().manual_seed(seed)
     num_steps, step = num_epochs * math.ceil(len(features) / batch_size), 0
     for _ in range(num_epochs):
-        for rows in torch.randperm(len(features), generator=generator).to(features.device).split(batch_size):
+        for rows in (
+            torch.randperm(len(features), generator=generator).to(features.device).split(batch_size)
+        ):
             batch = features[rows]
-            errors = errors_of(torch.addmm(biases, batch, weights.T).view(-1, *shape), classes[rows])  # (N, C * G)
+            errors = errors_of(
+                torch.addmm(biases, batch, weights.T).view(-1, *shape), classes[rows]
+            )  # (N, C * G)
             weight_steps.mul_(SGD_MOMENTUM).addmm_(errors.T, batch).addcmul_(decay, weights)
             bias_steps.mul_(SGD_MOMENTUM).add_(errors.sum(0))
             now = lr * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))

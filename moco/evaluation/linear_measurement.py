@@ -56,19 +56,26 @@ def measure_linear(subject: Subject) -> Findings:
     Raises:
         InputError: settings out of range, or labels that no classifier can be chosen by.
     """
-    settings, feature, name = subject.settings["linear"], subject.settings["feature"], subject.data["name"]
+    settings, feature, name = (
+        subject.settings["linear"],
+        subject.settings["feature"],
+        subject.data["name"],
+    )
     check_grid(settings["lrs"], settings["weight_decays"])
     bank, queries, kind = sides_of(subject, settings)
     classes = classes_of(bank.labels, name)
     warn_of_unknown(classes, queries.labels, name)
-    is_held_out = held_out_rows(bank.labels, settings["held_out"], np.random.default_rng(settings["seed"]))
+    is_held_out = held_out_rows(
+        bank.labels, settings["held_out"], np.random.default_rng(settings["seed"])
+    )
     if not is_held_out.any():
         raise InputError(
             f"data={name}: no class has two labelled training images, one to train on and one to choose by"
         )
     scale = scale_of(bank.of[feature])
     rows, query_rows = (
-        torch.from_numpy(scale.applied(side.of[feature])).to(subject.device) for side in (bank, queries)
+        torch.from_numpy(scale.applied(side.of[feature])).to(subject.device)
+        for side in (bank, queries)
     )
     own = torch.from_numpy(classes.places(bank.labels)).to(subject.device)
 
@@ -78,10 +85,19 @@ def measure_linear(subject: Subject) -> Findings:
         "seed": settings["seed"],
     }
     started = time.monotonic()
-    grid = grid_of(rows, own, torch.from_numpy(is_held_out).to(subject.device), len(classes.names), settings, training)
+    grid = grid_of(
+        rows,
+        own,
+        torch.from_numpy(is_held_out).to(subject.device),
+        len(classes.names),
+        settings,
+        training,
+    )
     best = max(grid, key=lambda head: (head.accuracy, head.weight_decay, -head.lr))
     chosen = train_heads(rows, own, len(classes.names), [best.lr], [best.weight_decay], **training)
-    log.info("trained %d heads, and the best one again, in %.1f s", len(grid), time.monotonic() - started)
+    log.info(
+        "trained %d heads, and the best one again, in %.1f s", len(grid), time.monotonic() - started
+    )
     say_if_at_the_edge(best, settings["lrs"])
     protocol = {
         "linear/lr": best.lr, "linear/weight_decay": best.weight_decay, "linear/held_out_top1": round(best.accuracy, 6),
@@ -90,9 +106,13 @@ def measure_linear(subject: Subject) -> Findings:
         "linear/queries": kind, "linear/feature": feature, "linear/encoder": subject.settings["encoder"],
     }  # fmt: skip
     votes = votes_of(scores_of(chosen, query_rows), classes, queries.labels)
-    figures = {f"linear_grid/lr{lr:g}/wd{decay:g}/held_out_top1": accuracy for lr, decay, accuracy in grid}
+    figures = {
+        f"linear_grid/lr{lr:g}/wd{decay:g}/held_out_top1": accuracy for lr, decay, accuracy in grid
+    }
     title = "linear classification of frozen features"
-    return findings("linear", title, votes, queries, protocol, [grid_table(grid, protocol)], figures)
+    return findings(
+        "linear", title, votes, queries, protocol, [grid_table(grid, protocol)], figures
+    )
 
 
 def sides_of(subject: Subject, settings: dict[str, Any]) -> tuple[Features, Features, str]:
@@ -105,10 +125,19 @@ def sides_of(subject: Subject, settings: dict[str, Any]) -> tuple[Features, Feat
     bank = with_labels(subject.features(labelled_bank(subject)), labelled_bank(subject), name)
     if source.queries is not None:
         return bank, with_labels(subject.features(source.queries), source.queries, name), "test"
-    is_query = held_out_rows(bank.labels, settings["held_out"], np.random.default_rng([settings["seed"], 1]))
+    is_query = held_out_rows(
+        bank.labels, settings["held_out"], np.random.default_rng([settings["seed"], 1])
+    )
     if not is_query.any():
-        raise InputError(f"data={name}: there is no test part, and no class has two images of which one could serve")
-    log.info("data=%s has no test part: %d of %d images are kept for the test", name, is_query.sum(), len(is_query))
+        raise InputError(
+            f"data={name}: there is no test part, and no class has two images of which one could serve"
+        )
+    log.info(
+        "data=%s has no test part: %d of %d images are kept for the test",
+        name,
+        is_query.sum(),
+        len(is_query),
+    )
     return chosen_rows(bank, ~is_query), chosen_rows(bank, is_query), "held out"
 
 
@@ -158,7 +187,9 @@ def check_grid(lrs: Sequence[float], weight_decays: Sequence[float]) -> None:
     if not lrs or not all(math.isfinite(lr) and lr > 0 for lr in lrs):
         raise InputError(f"evaluation.linear.lrs={list(lrs)}: expected finite numbers above 0")
     if not weight_decays or not all(math.isfinite(decay) and decay >= 0 for decay in weight_decays):
-        raise InputError(f"evaluation.linear.weight_decays={list(weight_decays)}: expected finite numbers of 0 or more")
+        raise InputError(
+            f"evaluation.linear.weight_decays={list(weight_decays)}: expected finite numbers of 0 or more"
+        )
 
 
 def usual_epochs(num_rows: int, batch_size: int) -> int:
@@ -175,7 +206,9 @@ def grid_of(
     training: dict[str, Any],
 ) -> list[Head]:
     """A head for each learning rate and weight decay, trained on the rows (M, D) that are not held out."""
-    pairs = list(itertools.product(sorted(set(settings["lrs"])), sorted(set(settings["weight_decays"]))))
+    pairs = list(
+        itertools.product(sorted(set(settings["lrs"])), sorted(set(settings["weight_decays"])))
+    )
     lrs, decays = zip(*pairs, strict=True)
     heads = train_heads(rows[~is_held_out], own[~is_held_out], num_classes, lrs, decays, **training)
     found = accuracies(heads, rows[is_held_out], own[is_held_out]).tolist()
@@ -187,13 +220,17 @@ def say_if_at_the_edge(best: Head, lrs: Sequence[float]) -> None:
     if len(set(lrs)) > 1 and best.lr in (min(lrs), max(lrs)):
         side = "smallest" if best.lr == min(lrs) else "largest"
         log.info(
-            "the best learning rate, %g, is the %s of evaluation.linear.lrs: others beyond may be better", best.lr, side
+            "the best learning rate, %g, is the %s of evaluation.linear.lrs: others beyond may be better",
+            best.lr,
+            side,
         )
 
 
 def scores_of(heads: Heads, features: torch.Tensor) -> np.ndarray:
     """Of the only head: logits (Q, C)."""
-    return np.concatenate([heads.logits(part)[:, :, 0].cpu().numpy() for part in features.split(BLOCK)])
+    return np.concatenate(
+        [heads.logits(part)[:, :, 0].cpu().numpy() for part in features.split(BLOCK)]
+    )
 
 
 def votes_of(scores: np.ndarray, classes: Classes, labels: np.ndarray) -> Votes:

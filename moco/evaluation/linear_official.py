@@ -20,7 +20,14 @@ from moco.data.loading.datamodule import check_unreadable
 from moco.data.loading.one_view import LabelledViews
 from moco.errors import InputError, RunError
 from moco.evaluation.knn_measurement import with_labels
-from moco.evaluation.linear_measurement import Classes, classes_of, findings, labelled_bank, votes_of, warn_of_unknown
+from moco.evaluation.linear_measurement import (
+    Classes,
+    classes_of,
+    findings,
+    labelled_bank,
+    votes_of,
+    warn_of_unknown,
+)
 from moco.evaluation.subject import Findings, Subject, check_finite
 from moco.runs.run_folder import write_atomically
 
@@ -39,7 +46,13 @@ class OfficialProbe:
     """
 
     def __init__(
-        self, width: int, num_classes: int, settings: dict[str, Any], device: torch.device, path: Path, key: str
+        self,
+        width: int,
+        num_classes: int,
+        settings: dict[str, Any],
+        device: torch.device,
+        path: Path,
+        key: str,
     ) -> None:
         self.settings, self.path, self.key = settings, path, key
         self.top1: list[float] = []
@@ -52,7 +65,10 @@ class OfficialProbe:
         batch_for_lr = settings["lr_for_batch_size"] or settings["batch_size"]
         self.lr = settings["lr"] * settings["batch_size"] / batch_for_lr
         self.optimizer = torch.optim.SGD(
-            self.head.parameters(), self.lr, settings["sgd_momentum"], weight_decay=settings["weight_decay"]
+            self.head.parameters(),
+            self.lr,
+            settings["sgd_momentum"],
+            weight_decay=settings["weight_decay"],
         )
 
     def begin_epoch(self, epoch: int) -> None:
@@ -78,7 +94,9 @@ class OfficialProbe:
     def save(self) -> None:
         """Keep the state of an epoch's end."""
         state = {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
-        write_atomically(self.path, lambda file: torch.save(state | {"key": self.key, "top1": self.top1}, file))
+        write_atomically(
+            self.path, lambda file: torch.save(state | {"key": self.key, "top1": self.top1}, file)
+        )
 
     def load(self) -> None:
         """Go on from the file, if it is there and of the same measurement."""
@@ -90,7 +108,9 @@ class OfficialProbe:
             log.warning("%s is damaged (%s): starting anew", self.path, error)
             return
         if state["key"] != self.key:
-            log.warning("%s is of another checkpoint, other data or settings: starting anew", self.path)
+            log.warning(
+                "%s is of another checkpoint, other data or settings: starting anew", self.path
+            )
             return
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -107,7 +127,11 @@ def measure_linear_official(subject: Subject) -> Findings:
         InputError: the data set has no labels or no test part, or too many images cannot be read.
         RunError: the loss is not finite.
     """
-    settings, feature, name = subject.settings["linear_official"], subject.settings["feature"], subject.data["name"]
+    settings, feature, name = (
+        subject.settings["linear_official"],
+        subject.settings["feature"],
+        subject.data["name"],
+    )
     labelled, source = labelled_bank(subject), subject.source
     if source.queries is None:
         raise InputError(
@@ -125,7 +149,12 @@ def measure_linear_official(subject: Subject) -> Findings:
 
     key = json.dumps([settings, feature, subject.cache.path(labelled, subject.data["root"]).name])
     probe = OfficialProbe(
-        query_rows.shape[1], len(classes.names), settings, subject.device, subject.folder / HEAD_FILE, key
+        query_rows.shape[1],
+        len(classes.names),
+        settings,
+        subject.device,
+        subject.folder / HEAD_FILE,
+        key,
     )
     probe.load()
     for epoch in range(len(probe.top1), settings["num_epochs"]):
@@ -136,7 +165,12 @@ def measure_linear_official(subject: Subject) -> Findings:
         probe.save()
         seconds = time.monotonic() - started
         log.info(
-            "epoch %d/%d: loss %.4f, test top-1 %.4f, %.1f s", epoch + 1, settings["num_epochs"], loss, top1, seconds
+            "epoch %d/%d: loss %.4f, test top-1 %.4f, %.1f s",
+            epoch + 1,
+            settings["num_epochs"],
+            loss,
+            top1,
+            seconds,
         )
 
     votes = votes_of(probe.scores(query_rows), classes, queries.labels)
@@ -163,11 +197,15 @@ def known(labels: np.ndarray, name: str) -> np.ndarray:
     if missing == len(labels):
         raise InputError(f"data={name}: none of {missing:,} training images has a label")
     if missing:
-        log.warning("%d of %d training images have no label, and are not trained on", missing, len(labels))
+        log.warning(
+            "%d of %d training images have no label, and are not trained on", missing, len(labels)
+        )
     return labels[labels >= 0]
 
 
-def train_epoch(probe: OfficialProbe, views: LabelledViews, subject: Subject, classes: Classes, epoch: int) -> float:
+def train_epoch(
+    probe: OfficialProbe, views: LabelledViews, subject: Subject, classes: Classes, epoch: int
+) -> float:
     """One pass through the training images; the mean loss of its steps.
 
     Raises:
@@ -186,7 +224,9 @@ def train_epoch(probe: OfficialProbe, views: LabelledViews, subject: Subject, cl
     check_unreadable(unreadable, labelled.images, subject.data["max_bad_fraction"])
     loss = float(torch.stack(losses).mean())
     if not np.isfinite(loss):
-        raise RunError(f"the loss is not finite in epoch {epoch + 1}; try a lower evaluation.linear_official.lr")
+        raise RunError(
+            f"the loss is not finite in epoch {epoch + 1}; try a lower evaluation.linear_official.lr"
+        )
     return loss
 
 

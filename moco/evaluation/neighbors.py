@@ -26,16 +26,24 @@ GROUP = 4
 BANK_BYTES = 2**27  # of bank rows that are normalised at once
 PRODUCT_BYTES = 2**26  # of similarities that one thread makes at once
 ALL_PRODUCTS_BYTES = 2**28  # of those that all threads make at once
-STRIP = {"cpu": 512}  # bank rows whose similarities are looked at as soon as they are made; elsewhere a whole block's
+STRIP = {
+    "cpu": 512
+}  # bank rows whose similarities are looked at as soon as they are made; elsewhere a whole block's
 CROWD = 8  # times k: so many candidates of a query are sorted; where there are more the k largest groups are faster
-NOTHING = np.finfo(np.float32).min  # the similarity of a place in a list that nothing fills: of features that are NaN
-LIST_BYTES = 2**26  # of neighbours, their similarities and places, that are kept while the bank is walked over
+NOTHING = np.finfo(
+    np.float32
+).min  # the similarity of a place in a list that nothing fills: of features that are NaN
+LIST_BYTES = (
+    2**26
+)  # of neighbours, their similarities and places, that are kept while the bank is walked over
 
 
 def normalized(features: np.ndarray) -> np.ndarray:
     """Rows scaled to unit L2 norm in float32, as a copy; a zero row stays zero."""
     features = np.array(features, dtype=np.float32, order="C", subok=False)
-    rows = torch.from_numpy(features)  # for its threads: of a large bank NumPy's one takes a tenth of the search
+    rows = torch.from_numpy(
+        features
+    )  # for its threads: of a large bank NumPy's one takes a tenth of the search
     rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-12)
     return features
 
@@ -61,7 +69,9 @@ def nearest_by_block(
     """`nearest` of one block of queries after the other, so that memory does not grow with their number."""
     size = queries_at_once(num_neighbors, queries.shape[1])
     for start in range(0, len(queries), size):
-        yield walk(bank, normalized(queries[start : start + size]), num_neighbors, torch.device(device))
+        yield walk(
+            bank, normalized(queries[start : start + size]), num_neighbors, torch.device(device)
+        )
 
 
 def queries_at_once(num_neighbors: int, width: int) -> int:
@@ -83,7 +93,9 @@ def walk(
         not_numbers = block.sum(dim=1).isnan().nonzero().flatten()
         num_threads = torch.get_num_threads() if device.type == "cpu" else 1
         width = max(1, min(PRODUCT_BYTES, ALL_PRODUCTS_BYTES // num_threads) // (4 * len(block)))
-        rooms = threading.local()  # new memory costs half as much as the product that is written to it
+        rooms = (
+            threading.local()
+        )  # new memory costs half as much as the product that is written to it
 
         def improve(
             start: int,
@@ -95,7 +107,9 @@ def walk(
         ) -> None:
             part = on_device[start : start + width]
             if not hasattr(rooms, "products"):
-                rooms.products = Products(min(width, len(queries)), len(block), num_neighbors, device)
+                rooms.products = Products(
+                    min(width, len(queries)), len(block), num_neighbors, device
+                )
             values, columns = rooms.products.nearest(part, block, num_neighbors, not_numbers)
             lists = slice(start, start + width)
             merge(similarities[lists], rows[lists], values, columns + first, is_first=not first)
@@ -113,7 +127,9 @@ class Products:
         num_neighbors: k.
     """
 
-    def __init__(self, num_queries: int, num_rows: int, num_neighbors: int, device: torch.device) -> None:
+    def __init__(
+        self, num_queries: int, num_rows: int, num_neighbors: int, device: torch.device
+    ) -> None:
         whole = GROUP * -(-max(num_rows, num_neighbors) // GROUP)
         self.strip = min(STRIP.get(device.type, whole), whole)
         num_columns = self.strip * -(-whole // self.strip)
@@ -149,7 +165,11 @@ class Products:
             torch.amax(strip.unflatten(1, (GROUP, -1)), dim=1, out=of_groups)
         if len(not_numbers):
             values[:, not_numbers] = -torch.inf
-            torch.amax(values.unflatten(1, (len(strips), GROUP, -1)), dim=2, out=maxima.unflatten(1, (len(strips), -1)))
+            torch.amax(
+                values.unflatten(1, (len(strips), GROUP, -1)),
+                dim=2,
+                out=maxima.unflatten(1, (len(strips), -1)),
+            )
         no_queries = queries.isnan().any(dim=1)
         if no_queries.any():
             values[no_queries], maxima[no_queries] = -torch.inf, -torch.inf
@@ -176,17 +196,31 @@ class Products:
         """
         most = CROWD * num_neighbors
         at_once = max(1, maxima.shape[1] // (2 * num_neighbors))
-        of_many = maxima[:, : maxima.shape[1] // at_once * at_once].reshape(len(maxima), at_once, -1).max(axis=1)
+        of_many = (
+            maxima[:, : maxima.shape[1] // at_once * at_once]
+            .reshape(len(maxima), at_once, -1)
+            .max(axis=1)
+        )
         cut = of_many.shape[1] - num_neighbors
         least = np.partition(of_many, cut, axis=1)[:, cut]  # (N,)
         query, group = np.divmod(np.flatnonzero(maxima >= least[:, None]), maxima.shape[1])
         if len(query) > most * len(values):
             return None
-        width, first_columns, steps = values.shape[1], self.first_columns.numpy(), self.steps.numpy()
-        places = (query * width + first_columns[group])[:, None] + steps  # in `values`, (groups of all queries, GROUP)
+        width, first_columns, steps = (
+            values.shape[1],
+            self.first_columns.numpy(),
+            self.steps.numpy(),
+        )
+        places = (query * width + first_columns[group])[
+            :, None
+        ] + steps  # in `values`, (groups of all queries, GROUP)
         members = values.ravel().take(places)
         chosen = np.flatnonzero(members >= least[query][:, None])
-        query, places, members = query[chosen // GROUP], places.ravel()[chosen], members.ravel()[chosen]
+        query, places, members = (
+            query[chosen // GROUP],
+            places.ravel()[chosen],
+            members.ravel()[chosen],
+        )
         counts = np.bincount(query, minlength=len(values))
         if counts.max() > most:
             return None
@@ -206,7 +240,9 @@ class Products:
             columns, is_tied = largest(values, num_neighbors)
         else:
             group, is_tied = largest(maxima, num_neighbors)
-            members = (self.first_columns[group][:, :, None] + self.steps).flatten(1)  # (N, k * GROUP)
+            members = (self.first_columns[group][:, :, None] + self.steps).flatten(
+                1
+            )  # (N, k * GROUP)
             place, is_tied_within = largest(values.gather(1, members), num_neighbors)
             columns = members.gather(1, place)
             is_tied |= is_tied_within
@@ -234,7 +270,13 @@ def first_largest(values: Tensor, k: int) -> Tensor:
     return is_among.nonzero()[:, 1].view(len(values), k)
 
 
-def merge(similarities: np.ndarray, rows: np.ndarray, values: np.ndarray, numbers: np.ndarray, is_first: bool) -> None:
+def merge(
+    similarities: np.ndarray,
+    rows: np.ndarray,
+    values: np.ndarray,
+    numbers: np.ndarray,
+    is_first: bool,
+) -> None:
     """Put a block's neighbours, their similarities and rows (N, L), into the lists of those so far (N, k), in place.
 
     Args:
@@ -261,7 +303,9 @@ def falling(values: np.ndarray, numbers: np.ndarray, num_first: int) -> np.ndarr
 
 def give_back(bank: np.ndarray) -> None:
     """Let the pages of a mapped file go, which count as this process's memory until something else needs the room."""
-    if not isinstance(bank, np.memmap) or bank.mode == "c":  # of a private copy the changes would be lost
+    if (
+        not isinstance(bank, np.memmap) or bank.mode == "c"
+    ):  # of a private copy the changes would be lost
         return
     owner: object = bank
     while isinstance(owner, np.ndarray):
@@ -281,7 +325,9 @@ def side_by_side(work: Callable[[int], None], starts: range, device: torch.devic
             work(start)
         return
     try:
-        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(
+            num_threads, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             for _ in pool.map(work, starts):
                 pass
     finally:

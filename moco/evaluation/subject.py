@@ -90,8 +90,18 @@ class Subject:
         Raises:
             InputError: there is no such data set.
         """
-        names = ("download", "num_images", "image_column", "label_column", "max_image_pixels", "held_out", "pages")
-        source = build_source(self.data["name"], self.data["root"], **{name: self.data[name] for name in names})
+        names = (
+            "download",
+            "num_images",
+            "image_column",
+            "label_column",
+            "max_image_pixels",
+            "held_out",
+            "pages",
+        )
+        source = build_source(
+            self.data["name"], self.data["root"], **{name: self.data[name] for name in names}
+        )
         self.data["image_size"] = self.data["image_size"] or source.image_size
         self.at_image_size(self.data["image_size"])
         return source
@@ -99,14 +109,26 @@ class Subject:
     @property
     def feature_names(self) -> list[str]:
         """Those that the encoder has, of backbone and embedding."""
-        return ["backbone"] if isinstance(self.encoder.projector, nn.Identity) else ["backbone", "embedding"]
+        return (
+            ["backbone"]
+            if isinstance(self.encoder.projector, nn.Identity)
+            else ["backbone", "embedding"]
+        )
 
     @cached_property
     def cache(self) -> FeatureCache:
         """The features of this checkpoint that earlier evaluations have kept."""
         looked_at = ("image_size", "crop_ratio", "max_image_pixels")
-        settings = {name: self.data[name] for name in looked_at} | self.augmentation | {"backbone": self.backbone}
-        settings |= {"encoder": self.settings["encoder"], "features": self.feature_names, "device": self.device.type}
+        settings = (
+            {name: self.data[name] for name in looked_at}
+            | self.augmentation
+            | {"backbone": self.backbone}
+        )
+        settings |= {
+            "encoder": self.settings["encoder"],
+            "features": self.feature_names,
+            "device": self.device.type,
+        }
         versions = {"torch": torch.__version__, "pillow": PIL.__version__, "moco": moco.__version__}
         return FeatureCache(self.checkpoint, settings | versions)
 
@@ -125,14 +147,23 @@ class Subject:
             kept = self.cache.read(path)
             if kept is not None:
                 log.info("features of %s images from %s", f"{len(labelled.images):,}", path)
-                features = Features({name: kept[name] for name in self.feature_names}, kept["labels"], kept["rows"])
+                features = Features(
+                    {name: kept[name] for name in self.feature_names}, kept["labels"], kept["rows"]
+                )
             else:
                 features = self.embedded(labelled)
-                self.cache.write(path, {**features.of, "labels": features.labels, "rows": features.rows})
+                self.cache.write(
+                    path, {**features.of, "labels": features.labels, "rows": features.rows}
+                )
         unreadable = np.delete(np.arange(len(labelled.images)), features.rows)
         if len(unreadable):
             names = ", ".join(printable(labelled.images.name(int(row))) for row in unreadable[:3])
-            log.warning("skipped %d unreadable images: %s%s", len(unreadable), names, ", ..." * (len(unreadable) > 3))
+            log.warning(
+                "skipped %d unreadable images: %s%s",
+                len(unreadable),
+                names,
+                ", ..." * (len(unreadable) > 3),
+            )
         check_unreadable(set(unreadable.tolist()), labelled.images, self.data["max_bad_fraction"])
         return features
 
@@ -158,7 +189,9 @@ class Subject:
         ):
             return batches_in_memory(images, labelled.labels, batch_size, **self.augmentation)
         view = build_evaluation_view(size, self.data["crop_ratio"], **self.augmentation)
-        return evaluation_loader(labelled, view, size, batch_size, self.data["num_workers"], device=self.device)
+        return evaluation_loader(
+            labelled, view, size, batch_size, self.data["num_workers"], device=self.device
+        )
 
     def encode_all(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) to features and, if there is a projector, embeddings beside them: (N, D + C)."""
@@ -168,21 +201,31 @@ class Subject:
         return torch.cat([feature, self.encoder.projector(feature)], dim=1)
 
 
-def check_finite(features: np.ndarray, rows: np.ndarray, labelled: Labelled, checkpoint: Path) -> None:
+def check_finite(
+    features: np.ndarray, rows: np.ndarray, labelled: Labelled, checkpoint: Path
+) -> None:
     """Raises InputError if a feature (M, D) is not finite; it names the first images."""
     bad = rows[~np.isfinite(features).all(axis=1)]
     if len(bad):
         names = ", ".join(printable(labelled.images.name(int(row))) for row in bad[:3])
         more = f" and {len(bad) - 3:,} more" if len(bad) > 3 else ""
-        raise InputError(f"checkpoint={checkpoint}: the features of {names}{more} are not finite (NaN or infinity)")
+        raise InputError(
+            f"checkpoint={checkpoint}: the features of {names}{more} are not finite (NaN or infinity)"
+        )
 
 
 def batches_in_memory(
-    images: ArrayImages, labels: np.ndarray, batch_size: int, mean: Sequence[float], std: Sequence[float]
+    images: ArrayImages,
+    labels: np.ndarray,
+    batch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> Iterator[EvaluationBatch]:
     """What the evaluation view makes of images that have its size already, to the same bits."""
     scale, shift = normalisation(mean, std)
     for first in range(0, len(images), batch_size):
         part = slice(first, first + batch_size)
         batch = rgb_batch(images.tensor[part]) * scale - shift
-        yield EvaluationBatch(batch, torch.from_numpy(labels[part]), torch.zeros(len(batch), dtype=torch.bool))
+        yield EvaluationBatch(
+            batch, torch.from_numpy(labels[part]), torch.zeros(len(batch), dtype=torch.bool)
+        )

@@ -51,7 +51,11 @@ class SplitBatchNorm(_BatchNorm):
 
     def __init__(self, wrapped: _BatchNorm, num_splits: int, in_blocks: bool = False) -> None:
         super().__init__(
-            wrapped.num_features, wrapped.eps, wrapped.momentum, wrapped.affine, wrapped.track_running_stats
+            wrapped.num_features,
+            wrapped.eps,
+            wrapped.momentum,
+            wrapped.affine,
+            wrapped.track_running_stats,
         )
         self.num_splits = num_splits
         self.in_blocks = in_blocks
@@ -88,7 +92,9 @@ class SplitBatchNorm(_BatchNorm):
             None if each is None else each.repeat(self.num_splits)
             for each in (self.running_mean, self.running_var, self.weight, self.bias)
         )
-        output = F.batch_norm(grouped, mean, variance, weight, bias, True, self.momentum or 0.0, self.eps)
+        output = F.batch_norm(
+            grouped, mean, variance, weight, bias, True, self.momentum or 0.0, self.eps
+        )
         with torch.no_grad():
             for buffer, moved in ((self.running_mean, mean), (self.running_var, variance)):
                 if buffer is not None and moved is not None:
@@ -109,17 +115,24 @@ class SplitBatchNorm(_BatchNorm):
     def of_blocks_in_place(self, input: Tensor) -> Tensor:
         """The same, each block to its place: to join them afterwards takes a CPU as long as to normalise them."""
         statistics = (self.running_mean, self.running_var)
-        return NormalizedBlocks.apply(input, self.weight, self.bias, *statistics, self.momenta(), self.eps)
+        return NormalizedBlocks.apply(
+            input, self.weight, self.bias, *statistics, self.momenta(), self.eps
+        )
 
     def momenta(self) -> list[float]:
         """What moves the running statistics by one group after the other as `momentum` does by the mean of all."""
         momentum = self.momentum or 0.0
-        return [momentum / (self.num_splits - later * momentum) for later in reversed(range(self.num_splits))]
+        return [
+            momentum / (self.num_splits - later * momentum)
+            for later in reversed(range(self.num_splits))
+        ]
 
     def by_formula(self, input: Tensor) -> Tensor:
         """The same as a compiler takes it best: all groups in one kernel, whatever the layout."""
         shape = (self.num_splits, -1) if self.in_blocks else (-1, self.num_splits)
-        side = 1 if self.in_blocks else 0  # of the images of a group, in (S, N / S, C, ...) or (N / S, S, C, ...)
+        side = (
+            1 if self.in_blocks else 0
+        )  # of the images of a group, in (S, N / S, C, ...) or (N / S, S, C, ...)
         groups = input.unflatten(0, shape).to(torch.promote_types(input.dtype, torch.float32))
         over = (side, *range(3, groups.ndim))
         own_variance, own_mean = torch.var_mean(groups, over, correction=0, keepdim=True)
@@ -160,7 +173,9 @@ class NormalizedBlocks(torch.autograd.Function):
         own = like.new_empty(2, splits, input.shape[1])  # means, inverse standard deviations
         places = zip(output.chunk(splits), *own, strict=True)
         for block, momentum, place in zip(input.chunk(splits), momenta, places, strict=True):
-            torch.native_batch_norm(block, weight, bias, mean, variance, True, momentum, eps, out=place)
+            torch.native_batch_norm(
+                block, weight, bias, mean, variance, True, momentum, eps, out=place
+            )
         ctx.save_for_backward(input, weight, own)
         ctx.eps = eps
         return output
@@ -173,16 +188,29 @@ class NormalizedBlocks(torch.autograd.Function):
         splits = own.shape[1]
         gradient = torch.empty_like(input)
         of_parameters = []
-        blocks = zip(upper.chunk(splits), input.chunk(splits), gradient.chunk(splits), *own, strict=True)
+        blocks = zip(
+            upper.chunk(splits), input.chunk(splits), gradient.chunk(splits), *own, strict=True
+        )
         for above, block, place, mean, scale in blocks:
             found = torch.ops.aten.native_batch_norm_backward.default(
-                above, block, weight, None, None, mean, scale, True, ctx.eps, [True, *ctx.needs_input_grad[1:3]]
+                above,
+                block,
+                weight,
+                None,
+                None,
+                mean,
+                scale,
+                True,
+                ctx.eps,
+                [True, *ctx.needs_input_grad[1:3]],
             )
             place.copy_(found[0])  # while the processor's cache holds it
             of_parameters.append(found[1:])
         sums = (
             torch.stack(parts).sum(dim=0) if is_needed else None
-            for parts, is_needed in zip(zip(*of_parameters, strict=True), ctx.needs_input_grad[1:3], strict=True)
+            for parts, is_needed in zip(
+                zip(*of_parameters, strict=True), ctx.needs_input_grad[1:3], strict=True
+            )
         )
         return gradient, *sums, None, None, None, None
 
@@ -215,7 +243,9 @@ def split_batch_norm(module: nn.Module, num_splits: int, in_blocks: bool = False
             split_batch_norm(child, num_splits, in_blocks)
 
 
-def batch_norm_mode(mode: str, encoder: nn.Module, num_devices: int, device_type: str, negatives: str = "queue") -> str:
+def batch_norm_mode(
+    mode: str, encoder: nn.Module, num_devices: int, device_type: str, negatives: str = "queue"
+) -> str:
     """The mode that is in force: ``plain``, ``shuffle``, ``split`` or ``sync``.
 
     Args:
@@ -243,7 +273,9 @@ def batch_norm_mode(mode: str, encoder: nn.Module, num_devices: int, device_type
     return "shuffle" if several else "split"
 
 
-def log_batch_norm(mode: str, encoder: nn.Module, num_devices: int, negatives: str = "queue") -> None:
+def log_batch_norm(
+    mode: str, encoder: nn.Module, num_devices: int, negatives: str = "queue"
+) -> None:
     """Say in one line which mode is in force and what that means."""
     if not has_batch_norm(encoder):
         log.info("batch norm: the encoder has none, so the keys need no shuffling")
@@ -251,10 +283,13 @@ def log_batch_norm(mode: str, encoder: nn.Module, num_devices: int, negatives: s
         log_with_negatives_of_the_batch(mode, num_devices)
     elif mode in ("plain", "sync"):
         log.warning(
-            "batch norm: %s, which leaks the positive of each query; method.batch_norm=auto prevents that", mode
+            "batch norm: %s, which leaks the positive of each query; method.batch_norm=auto prevents that",
+            mode,
         )
     elif mode == "shuffle" and num_devices == 1:
-        log.warning("batch norm: shuffle, which prevents nothing on one device; method.batch_norm=split does")
+        log.warning(
+            "batch norm: shuffle, which prevents nothing on one device; method.batch_norm=split does"
+        )
     else:
         log.info("batch norm: %s, so that it cannot leak the positive of each query", mode)
 

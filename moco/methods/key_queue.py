@@ -27,10 +27,18 @@ class KeyQueue(nn.Module):
     def __init__(self, queue_size: int, embedding_dim: int, start: str = "random") -> None:
         super().__init__()
         self.start = start
-        self.register_buffer("keys", F.normalize(torch.randn(queue_size, embedding_dim), dim=1))  # (K, C) unit norm
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))  # row that the next key goes to
-        self.register_buffer("filled", torch.zeros((), dtype=torch.long))  # rows that hold real keys
-        self.num_filled = 0  # the same on the host, so that no step has to wait for the device to tell
+        self.register_buffer(
+            "keys", F.normalize(torch.randn(queue_size, embedding_dim), dim=1)
+        )  # (K, C) unit norm
+        self.register_buffer(
+            "pointer", torch.zeros((), dtype=torch.long)
+        )  # row that the next key goes to
+        self.register_buffer(
+            "filled", torch.zeros((), dtype=torch.long)
+        )  # rows that hold real keys
+        self.num_filled = (
+            0  # the same on the host, so that no step has to wait for the device to tell
+        )
         self.num_given = 0
         self.replaced: list[tuple[Tensor, Tensor]] = []
 
@@ -53,7 +61,9 @@ class KeyQueue(nn.Module):
     def newest(self, most: int) -> Tensor:
         """A copy of the keys that were enqueued last, the oldest of them first: (min(most, filled), C)."""
         count = min(most, self.num_filled)
-        return self.keys[(self.pointer - count + torch.arange(count, device=self.keys.device)) % len(self.keys)]
+        return self.keys[
+            (self.pointer - count + torch.arange(count, device=self.keys.device)) % len(self.keys)
+        ]
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
@@ -64,7 +74,9 @@ class KeyQueue(nn.Module):
         """
         size, count = len(self.keys), len(keys)
         newest = keys[-size:].to(self.keys.dtype)  # (n, C)
-        rows = (self.pointer + count - len(newest) + torch.arange(len(newest), device=keys.device)) % size
+        rows = (
+            self.pointer + count - len(newest) + torch.arange(len(newest), device=keys.device)
+        ) % size
         is_finite = newest.isfinite().all(dim=1, keepdim=True)  # (N, 1)
         before = self.keys[rows]
         self.replaced.append((rows, before))

@@ -35,7 +35,9 @@ def info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float) 
     # fp32 whatever the precision: with T = 0.07 a similarity error of bf16's 1/256 would move a logit by 0.06.
     with torch.autocast(query.device.type, enabled=False):
         with_gradient = query.requires_grad and torch.is_grad_enabled()
-        return InfoNCE.apply(query.float(), key.float(), negatives.float(), temperature, with_gradient)
+        return InfoNCE.apply(
+            query.float(), key.float(), negatives.float(), temperature, with_gradient
+        )
 
 
 class InfoNCE(torch.autograd.Function):
@@ -48,11 +50,18 @@ class InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, negatives: Tensor, temperature: float, with_gradient: bool
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor,
+        temperature: float,
+        with_gradient: bool,
     ) -> Tensor:
         blocks = zip(query.split(ROWS), key.split(ROWS), strict=True)
         parts = [contrast(*rows, negatives, temperature, with_gradient) for rows in blocks]
-        losses, gradients = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        losses, gradients = (
+            parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        )
         ctx.save_for_backward(gradients / len(query))
         return losses.mean()
 
@@ -83,7 +92,9 @@ def contrast(
     room = query.new_empty(len(query) * min(columns, len(negatives)))
     for start in range(0, len(negatives), columns):
         block = negatives[start : start + columns]
-        logits = torch.mm(scaled, block.T, out=room[: len(query) * len(block)].view(len(query), -1))  # (n, columns)
+        logits = torch.mm(
+            scaled, block.T, out=room[: len(query) * len(block)].view(len(query), -1)
+        )  # (n, columns)
         if isinstance(highest, Tensor):
             before, highest = highest, torch.maximum(highest, logits.amax(dim=1))
             shrink = (before - highest).exp()
@@ -132,7 +143,9 @@ def dense_info_nce(
         negatives: (K, C), unit norm.
         temperature: T.
     """
-    positives = key_cells.gather(1, matches[:, :, None].expand(-1, -1, key_cells.shape[2]))  # (N, S, C)
+    positives = key_cells.gather(
+        1, matches[:, :, None].expand(-1, -1, key_cells.shape[2])
+    )  # (N, S, C)
     return info_nce(query_cells.flatten(0, 1), positives.flatten(0, 1), negatives, temperature)
 
 

@@ -27,7 +27,13 @@ from moco.methods.key_queue import KeyQueue
 from moco.methods.losses import dense_info_nce, in_batch_info_nce, info_nce, most_similar_cells
 from moco.methods.momentum import key_momentum_at, update_key_encoder
 from moco.models.backbones import build_backbone
-from moco.models.encoder import Encoded, Encoder, is_channels_last, per_view, switch_off_stochastic_depth
+from moco.models.encoder import (
+    Encoded,
+    Encoder,
+    is_channels_last,
+    per_view,
+    switch_off_stochastic_depth,
+)
 from moco.models.heads import DenseProjector, build_head
 from moco.training import trainer
 from moco.training.distributed.collectives import Shuffle, all_gather, rank
@@ -92,14 +98,20 @@ class MoCo(pl.LightningModule):
         net = build_backbone(**backbone)
         self.query_encoder = Encoder(net, build_head(net.feature_dim, embedding_dim, **projector))
         if dense_weight:
-            dense_head = DenseProjector(net.feature_dim, embedding_dim, projector.get("hidden_dim"), dense_grid)
+            dense_head = DenseProjector(
+                net.feature_dim, embedding_dim, projector.get("hidden_dim"), dense_grid
+            )
             self.query_encoder.dense_projector = dense_head
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
         switch_off_stochastic_depth(self.key_encoder)
         self.predictor = build_head(embedding_dim, embedding_dim, **predictor)
 
         def new_queue(is_wanted: bool = True) -> KeyQueue | None:
-            return KeyQueue(queue_size, embedding_dim, queue_start) if is_wanted and queue_size is not None else None
+            return (
+                KeyQueue(queue_size, embedding_dim, queue_start)
+                if is_wanted and queue_size is not None
+                else None
+            )
 
         self.queue = new_queue()
         self.reverse_queue = new_queue(num_queues == 2)
@@ -117,7 +129,9 @@ class MoCo(pl.LightningModule):
         """Put the batch-norm mode in force; before this (so for evaluation) BatchNorm is PyTorch's own."""
         devices, negatives = self.trainer.world_size, self.hparams["negatives"]
         device_type = self.trainer.strategy.root_device.type
-        mode = batch_norm_mode(self.hparams["batch_norm"], self.key_encoder, devices, device_type, negatives)
+        mode = batch_norm_mode(
+            self.hparams["batch_norm"], self.key_encoder, devices, device_type, negatives
+        )
         log_batch_norm(mode, self.key_encoder, devices, negatives)
         self.put_in_force(mode)
 
@@ -212,7 +226,10 @@ class MoCo(pl.LightningModule):
         shuffles = [Shuffle(len(view), view.device) for view in views]
         shuffled = [shuffle.shuffled(view) for shuffle, view in zip(shuffles, views, strict=True)]
         encoded = self.embed(self.key_encoder, shuffled)
-        return [view.map(unit_norm).map(shuffle.unshuffled) for shuffle, view in zip(shuffles, encoded, strict=True)]
+        return [
+            view.map(unit_norm).map(shuffle.unshuffled)
+            for shuffle, view in zip(shuffles, encoded, strict=True)
+        ]
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """One batch of view pairs; returns the loss, and for the monitors what it was made of, of the last direction.
@@ -220,8 +237,12 @@ class MoCo(pl.LightningModule):
         The negatives of a queue come as a function that gives them (K, C), until the next step: to keep them is dear.
         """
         first, second = batch.views  # (N, 3, H, W) each
-        queries = self.encode_queries([first, second] if self.symmetric else [first])  # (N, C) unit norm each
-        keys = self.encode_keys([second, first] if self.symmetric else [second])  # (N, C) unit norm each, no gradient
+        queries = self.encode_queries(
+            [first, second] if self.symmetric else [first]
+        )  # (N, C) unit norm each
+        keys = self.encode_keys(
+            [second, first] if self.symmetric else [second]
+        )  # (N, C) unit norm each, no gradient
         contrast: Callable[..., tuple[list[Tensor], Any]] = (
             self.against_batch if self.queue is None else self.against_queue
         )
@@ -230,7 +251,9 @@ class MoCo(pl.LightningModule):
         outputs = {"loss": self.total(losses), "query": query, "key": key, "negatives": negatives}
         return self.with_dense_term(outputs, queries, keys) if self.dense_weight else outputs
 
-    def against_queue(self, queries: list[Encoded], keys: list[Encoded]) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    def against_queue(
+        self, queries: list[Encoded], keys: list[Encoded]
+    ) -> tuple[list[Tensor], Callable[[], Tensor]]:
         """Each direction's loss, and what gives the last one's negatives (K, C); advances the queues."""
         losses = []
         for query, key, queue in zip(queries, keys, self.queues, strict=False):
@@ -243,7 +266,9 @@ class MoCo(pl.LightningModule):
             queue.enqueue(all_gather(key.embedding))
         return losses, negatives_given_last
 
-    def against_batch(self, queries: list[Encoded], keys: list[Encoded]) -> tuple[list[Tensor], Tensor]:
+    def against_batch(
+        self, queries: list[Encoded], keys: list[Encoded]
+    ) -> tuple[list[Tensor], Tensor]:
         """Each direction's loss, and the last one's keys of all devices (M, C), each query's own among them."""
         losses = []
         for query, key in zip(queries, keys, strict=True):
@@ -255,7 +280,9 @@ class MoCo(pl.LightningModule):
         """The loss of a step from those of its directions."""
         return self.loss_factor * self.reduce_directions(torch.stack(losses))
 
-    def with_dense_term(self, outputs: dict[str, Any], queries: list[Encoded], keys: list[Encoded]) -> dict[str, Any]:
+    def with_dense_term(
+        self, outputs: dict[str, Any], queries: list[Encoded], keys: list[Encoded]
+    ) -> dict[str, Any]:
         """A step's outputs with DenseCL's loss for MoCo's (arXiv 2011.09157, section 3), and both of its terms.
 
         Each cell of a query is to find the most similar cell of its own key; negatives are other images' mean embeddings.
@@ -273,10 +300,18 @@ class MoCo(pl.LightningModule):
             queue.enqueue(all_gather(rows_of_view))  # in the order of the other queue
         loss_global, loss_dense = outputs["loss"], self.total(losses)
         loss = (1 - self.dense_weight) * loss_global + self.dense_weight * loss_dense
-        return outputs | {"loss": loss, "loss_global": loss_global.detach(), "loss_dense": loss_dense.detach()}
+        return outputs | {
+            "loss": loss,
+            "loss_global": loss_global.detach(),
+            "loss_dense": loss_dense.detach(),
+        }
 
     def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """The learning rate of this step, the step, then the key encoder's update: once per optimizer step.
 
@@ -309,13 +344,19 @@ class MoCo(pl.LightningModule):
 
     def learning_rate_at(self, step: int) -> float:
         """A pure function of the optimizer step, counted from 0."""
-        return learning_rate_at(step, self.num_steps, self.steps_per_epoch, **self.hparams["optimizer"])
+        return learning_rate_at(
+            step, self.num_steps, self.steps_per_epoch, **self.hparams["optimizer"]
+        )
 
     def key_momentum_at(self, step: int) -> float:
         """A pure function of the optimizer step, counted from 0."""
         hparams = self.hparams
         return key_momentum_at(
-            step, self.num_steps, hparams["key_momentum"], hparams["key_momentum_end"], hparams["key_momentum_schedule"]
+            step,
+            self.num_steps,
+            hparams["key_momentum"],
+            hparams["key_momentum_end"],
+            hparams["key_momentum_schedule"],
         )
 
 
@@ -329,9 +370,13 @@ def check_switches(
 ) -> None:
     """Raises InputError if they contradict each other."""
     if num_queues == 2 and not symmetric:
-        raise InputError("method.num_queues=2: the second queue is the second direction's; add method.symmetric=true")
+        raise InputError(
+            "method.num_queues=2: the second queue is the second direction's; add method.symmetric=true"
+        )
     if negatives == "queue" and queue_size is None:
-        raise InputError("method.queue_size=null: method.negatives=queue needs a size; expected a number at least 1")
+        raise InputError(
+            "method.queue_size=null: method.negatives=queue needs a size; expected a number at least 1"
+        )
     if negatives == "queue":
         return
     for name, value, without_queue in (

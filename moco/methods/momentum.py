@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def update_key_encoder(key_encoder: nn.Module, query_encoder: nn.Module, key_momentum: float) -> None:
+def update_key_encoder(
+    key_encoder: nn.Module, query_encoder: nn.Module, key_momentum: float
+) -> None:
     """Key <- m * key + (1 - m) * query for every parameter, in place (arXiv 1911.05722, equation 2).
 
     Only parameters are averaged: BatchNorm's running statistics in the key encoder come from its own forward passes.

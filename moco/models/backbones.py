@@ -65,7 +65,12 @@ class ResNet(resnet.ResNet):
         if stem not in STEMS:
             raise InputError(f"backbone.stem: {unknown_name('stem', stem, STEMS)}")
         self.width = width
-        super().__init__(block, list(depths), width_per_group=width_per_group, zero_init_residual=zero_init_residual)
+        super().__init__(
+            block,
+            list(depths),
+            width_per_group=width_per_group,
+            zero_init_residual=zero_init_residual,
+        )
         del self.fc
         self.has_wide_padding = stem == "solo_cifar"
         if stem in CIFAR_STEMS:
@@ -133,11 +138,15 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet101": partial(ResNet, resnet.Bottleneck, (3, 4, 23, 3)),
     "resnet152": partial(ResNet, resnet.Bottleneck, (3, 8, 36, 3)),
     "wide_resnet50_2": partial(ResNet, resnet.Bottleneck, (3, 4, 6, 3), width_per_group=128),
-    "swin_tiny_patch2": partial(Swin, 1, 32, (2, 2, 2, 2), (1, 2, 4, 8), patch_size=2, window_size=4),
+    "swin_tiny_patch2": partial(
+        Swin, 1, 32, (2, 2, 2, 2), (1, 2, 4, 8), patch_size=2, window_size=4
+    ),
     "swin_t": partial(Swin, 1, 96, (2, 2, 6, 2), (3, 6, 12, 24)),
     "swin_s": partial(Swin, 1, 96, (2, 2, 18, 2), (3, 6, 12, 24)),
     "swin_b": partial(Swin, 1, 128, (2, 2, 18, 2), (4, 8, 16, 32)),
-    "swin_v2_tiny_patch2": partial(Swin, 2, 32, (2, 2, 2, 2), (1, 2, 4, 8), patch_size=2, window_size=4),
+    "swin_v2_tiny_patch2": partial(
+        Swin, 2, 32, (2, 2, 2, 2), (1, 2, 4, 8), patch_size=2, window_size=4
+    ),
     "swin_v2_t": partial(Swin, 2, 96, (2, 2, 6, 2), (3, 6, 12, 24)),
     "swin_v2_s": partial(Swin, 2, 96, (2, 2, 18, 2), (3, 6, 12, 24)),
     "swin_v2_b": partial(Swin, 2, 128, (2, 2, 18, 2), (4, 8, 16, 32)),
@@ -150,7 +159,9 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 def settings_of_backbone(name: str) -> list[str]:
     """The keyword arguments that `build_backbone` takes for a backbone; none if there is no such backbone."""
     parameters = inspect.signature(BACKBONES[name]).parameters if name in BACKBONES else {}
-    return [key for key, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY]
+    return [
+        key for key, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY
+    ]
 
 
 def build_backbone(name: str, **kwargs: Any) -> Any:
@@ -168,5 +179,7 @@ def build_backbone(name: str, **kwargs: Any) -> Any:
     known = settings_of_backbone(name)
     for key, value in kwargs.items():
         if key not in known:
-            raise InputError(f"backbone.{key}={value}: {name} has no such setting (it has {', '.join(known)})")
+            raise InputError(
+                f"backbone.{key}={value}: {name} has no such setting (it has {', '.join(known)})"
+            )
     return BACKBONES[name](**kwargs)

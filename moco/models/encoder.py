@@ -32,7 +32,9 @@ class Encoder(nn.Module):
         dense_projector: makes `Cells` of the backbone's last map, beside the projector.
     """
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module, dense_projector: nn.Module | None = None) -> None:
+    def __init__(
+        self, backbone: nn.Module, projector: nn.Module, dense_projector: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = projector
@@ -49,17 +51,27 @@ class Encoder(nn.Module):
         if self.is_called_whole:
             return [Encoded(embedding) for embedding in per_view(self, views)]
         if self.dense_projector is None:
-            return [Encoded(embedding) for embedding in per_view(self.projector, per_view(self.backbone, views))]
-        features, maps = zip(*per_view(self.backbone, views, self.feature_and_last_map), strict=True)
+            return [
+                Encoded(embedding)
+                for embedding in per_view(self.projector, per_view(self.backbone, views))
+            ]
+        features, maps = zip(
+            *per_view(self.backbone, views, self.feature_and_last_map), strict=True
+        )
         cells = per_view(self.dense_projector, maps)
         return [
-            Encoded(*both) for both in zip(per_view(self.projector, features), map(Cells._make, cells), strict=True)
+            Encoded(*both)
+            for both in zip(
+                per_view(self.projector, features), map(Cells._make, cells), strict=True
+            )
         ]
 
     @cached_property
     def is_called_whole(self) -> bool:
         """Whether backbone and projector take the views alike: no other head, and no BatchNorm in the projector alone."""
-        return self.dense_projector is None and has_batch_norm(self.backbone) == has_batch_norm(self)
+        return self.dense_projector is None and has_batch_norm(self.backbone) == has_batch_norm(
+            self
+        )
 
     def compile_training(self, options: dict[str, Any]) -> None:
         """Let `embed` run by torch.compile, for one shape of batches: as a whole if it `is_called_whole`, else part by part.
@@ -102,7 +114,9 @@ def switch_off_stochastic_depth(module: nn.Module) -> None:
             layer.p = 0.0
 
 
-def per_view(module: nn.Module, views: Sequence[Tensor], forward: Callable[[Tensor], Any] | None = None) -> list[Any]:
+def per_view(
+    module: nn.Module, views: Sequence[Tensor], forward: Callable[[Tensor], Any] | None = None
+) -> list[Any]:
     """What a module makes of each view: in one pass of all views, unless it has BatchNorm.
 
     BatchNorm would normalise one view with the other's statistics: the published methods let it see each view by itself.
@@ -129,4 +143,6 @@ def is_channels_last(weights: Iterable[Tensor]) -> bool:
     """Whether those of convolutions lie in memory with the channels innermost."""
     four = [weight for weight in weights if weight.dim() == 4]
     # Those of 1x1 are contiguous either way.
-    return any(w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in four)
+    return any(
+        w.is_contiguous(memory_format=torch.channels_last) and not w.is_contiguous() for w in four
+    )

@@ -71,7 +71,9 @@ class DenseProjector(nn.Module):
         grid: side of the grid that the map is pooled to, cells. A side of the map that is shorter stays as it is.
     """
 
-    def __init__(self, feature_dim: int, embedding_dim: int, hidden_dim: int | None = None, grid: int = 7) -> None:
+    def __init__(
+        self, feature_dim: int, embedding_dim: int, hidden_dim: int | None = None, grid: int = 7
+    ) -> None:
         super().__init__()
         hidden_dim = hidden_dim or feature_dim
         self.grid = grid
@@ -85,7 +87,9 @@ class DenseProjector(nn.Module):
         """The cells of a map (N, D, H, W), not normalised."""
         feature_map = pooled_to_grid(feature_map, self.grid)  # (N, D, sqrt S, sqrt S)
         embeddings = self.layers(feature_map).flatten(2).transpose(1, 2)  # (N, S, C)
-        return Cells(embeddings, embeddings.mean(dim=1), feature_map.detach().flatten(2).transpose(1, 2))
+        return Cells(
+            embeddings, embeddings.mean(dim=1), feature_map.detach().flatten(2).transpose(1, 2)
+        )
 
 
 def pooled_to_grid(feature_map: Tensor, grid: int) -> Tensor:

@@ -76,7 +76,9 @@ class VisionTransformer(nn.Module):
         super().__init__()
         assert depth % 4 == 0, depth  # four maps
         if embed_dim % num_heads:
-            raise InputError(f"backbone.num_heads={num_heads}: expected a divisor of the width, {embed_dim}")
+            raise InputError(
+                f"backbone.num_heads={num_heads}: expected a divisor of the width, {embed_dim}"
+            )
         self.patch_size = patch_size
         self.num_heads = num_heads
         self.learned_positions = learned_positions
@@ -88,12 +90,18 @@ class VisionTransformer(nn.Module):
         self.conv_proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         blocks = {
-            f"encoder_layer_{number}": Block(num_heads, embed_dim, stochastic_depth * number / (depth - 1))
+            f"encoder_layer_{number}": Block(
+                num_heads, embed_dim, stochastic_depth * number / (depth - 1)
+            )
             for number in range(depth)
         }
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleDict(blocks), "ln": nn.LayerNorm(embed_dim, eps=1e-6)})
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.ModuleDict(blocks), "ln": nn.LayerNorm(embed_dim, eps=1e-6)}
+        )
         if learned_positions:
-            self.encoder.pos_embedding = nn.Parameter(torch.empty(1, 1 + learned_positions**2, embed_dim))
+            self.encoder.pos_embedding = nn.Parameter(
+                torch.empty(1, 1 + learned_positions**2, embed_dim)
+            )
         self._initialise()
         self.conv_proj.requires_grad_(not freeze_patch_embed)
 
@@ -122,7 +130,11 @@ class VisionTransformer(nn.Module):
 
     def cells(self, side: int) -> int:
         """How many cells an image's side of so many px has."""
-        return side // self.patch_size if self.partial_patches == "drop" else -(-side // self.patch_size)
+        return (
+            side // self.patch_size
+            if self.partial_patches == "drop"
+            else -(-side // self.patch_size)
+        )
 
     def positions(self, grid: Size, device: torch.device | None = None) -> Tensor:
         """The tokens' positions (1, P, D) on a grid of h x w cells."""
@@ -134,7 +146,9 @@ class VisionTransformer(nn.Module):
         """`forward` and `feature_maps` in one pass."""
         x = self.conv_proj(self._whole_patches(images))  # (N, D, h, w)
         grid = (x.shape[2], x.shape[3])
-        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+        tokens = torch.cat(
+            [self.class_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1
+        )
         tokens = tokens + self.positions(grid, x.device)  # (N, P, D)
         blocks = list(self.blocks())
         outputs = []
@@ -146,7 +160,9 @@ class VisionTransformer(nn.Module):
             if number % (len(blocks) // 4) == 0:
                 outputs.append(tokens)
         outputs[-1] = self.encoder["ln"](tokens)
-        return outputs[-1][:, 0], [output[:, 1:].transpose(1, 2).unflatten(2, grid) for output in outputs]
+        return outputs[-1][:, 0], [
+            output[:, 1:].transpose(1, 2).unflatten(2, grid) for output in outputs
+        ]
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """The patches' tokens after each quarter of the blocks, the last ones normalised: four maps (N, D, h, w).
@@ -198,7 +214,9 @@ def resized_positions(positions: Tensor, grid: Size) -> Tensor:
     if grid == (side, side):
         return positions
     of_cells = positions[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-    of_cells = F.interpolate(of_cells, size=grid, mode="bicubic", align_corners=False, antialias=True)
+    of_cells = F.interpolate(
+        of_cells, size=grid, mode="bicubic", align_corners=False, antialias=True
+    )
     return torch.cat([positions[:, :1], of_cells.flatten(2).transpose(1, 2)], dim=1)
 
 

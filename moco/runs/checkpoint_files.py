@@ -18,7 +18,12 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
 from moco.errors import InputError
-from moco.runs.run_folder import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, link_atomically, write_atomically
+from moco.runs.run_folder import (
+    LAST_CHECKPOINT,
+    PREVIOUS_CHECKPOINT,
+    link_atomically,
+    write_atomically,
+)
 from moco.weights.safetensors_files import read_safetensors
 
 log = logging.getLogger(__name__)
@@ -39,9 +44,7 @@ SET_ITEM = "(BINUNICODE|SHORT_BINSTRING|BININT1|BININT2|BININT|BINFLOAT|NONE|NEW
 SET_CALL = f"EMPTY_LIST ({SET_ITEM} APPEND |MARK ({SET_ITEM} )*APPENDS )*TUPLE1 REDUCE"
 OTHER_SET = "a set of more than strings and numbers"
 ZIP_START = b"PK\x03\x04"
-LEGACY_START = (
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled, with which torch.save began until 1.5
-)
+LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled, with which torch.save began until 1.5
 LEGACY_PICKLES = 5  # magic number, version, machine, content, names of the storages that follow
 
 
@@ -54,15 +57,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """What this process has read of files already; each is handed out once, instead of the file."""
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.read.pop(Path(path)) if Path(path) in self.read else super().load_checkpoint(path, *args, **kwargs)
+        return (
+            self.read.pop(Path(path))
+            if Path(path) in self.read
+            else super().load_checkpoint(path, *args, **kwargs)
+        )
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         try:
             is_last = Path(path).name == LAST_CHECKPOINT.name
             previous = Path(path).with_name(PREVIOUS_CHECKPOINT.name) if is_last else None
             write_atomically(Path(path), lambda file: torch.save(checkpoint, file), keep=previous)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # a full disk, under the zip writer's complaint about it
+            if isinstance(
+                error.__context__, OSError
+            ):  # a full disk, under the zip writer's complaint about it
                 raise error.__context__ from error
             raise
 
@@ -88,11 +99,15 @@ def sound_checkpoint(folder: Path) -> dict[str, Any] | None:
         checkpoint = read_checkpoint(previous)
     except InputError as error:
         both = (
-            f"{damaged}, and so is {PREVIOUS_CHECKPOINT.name}" if damaged and previous.is_file() else damaged or error
+            f"{damaged}, and so is {PREVIOUS_CHECKPOINT.name}"
+            if damaged and previous.is_file()
+            else damaged or error
         )
         raise InputError(f"{both}; {way_out(folder)}") from error
     if damaged:
-        set_aside = next(name for name in numbered(last.with_name(last.name + ".damaged")) if not name.exists())
+        set_aside = next(
+            name for name in numbered(last.with_name(last.name + ".damaged")) if not name.exists()
+        )
         os.replace(last, set_aside)
         log.warning("%s; set aside as %s, going on from %s", damaged, set_aside.name, previous)
     link_atomically(previous, last)
@@ -101,7 +116,9 @@ def sound_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 def way_out(folder: Path) -> str:
     """What to do when the newest checkpoints of a run are damaged."""
-    sound = [path for path in sorted((folder / LAST_CHECKPOINT).parent.glob("*.ckpt")) if is_sound(path)]
+    sound = [
+        path for path in sorted((folder / LAST_CHECKPOINT).parent.glob("*.ckpt")) if is_sound(path)
+    ]
     if not sound:
         return "the run has no older one; move it away to start anew"
     return f"to go on from {' or '.join(path.name for path in sound)}, copy it over {LAST_CHECKPOINT.name}"
@@ -133,18 +150,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise InputError(f"checkpoint={path}: no such file")
     checkpoint = read_archive(path, f"checkpoint={path}")
-    missing = CHECKPOINT_PARTS.keys() - (checkpoint.keys() if isinstance(checkpoint, dict) else set())
+    missing = CHECKPOINT_PARTS.keys() - (
+        checkpoint.keys() if isinstance(checkpoint, dict) else set()
+    )
     if missing:
-        raise InputError(f"checkpoint={path}: not written by moco.train (it lacks {', '.join(sorted(missing))})")
+        raise InputError(
+            f"checkpoint={path}: not written by moco.train (it lacks {', '.join(sorted(missing))})"
+        )
     check_parts(checkpoint, f"checkpoint={path}")
     return checkpoint
 
 
-def check_parts(checkpoint: dict[str, Any], source: str, parts: dict[str, type] = CHECKPOINT_PARTS) -> None:
+def check_parts(
+    checkpoint: dict[str, Any], source: str, parts: dict[str, type] = CHECKPOINT_PARTS
+) -> None:
     """Raises InputError if a part of a file of ours is not of its kind."""
     for name, kind in parts.items():
         if not isinstance(checkpoint[name], kind):
-            raise InputError(f"{source}: not written by moco.train (its {name} is no {kind.__name__})")
+            raise InputError(
+                f"{source}: not written by moco.train (its {name} is no {kind.__name__})"
+            )
 
 
 def read_weights(path: str | Path, source: str) -> Any:
@@ -172,7 +197,9 @@ def read_weights(path: str | Path, source: str) -> Any:
         return read_legacy(path, source)
     if start[8:9] == b"{":  # after the length of the header, which is JSON
         return read_described(path, source)
-    raise InputError(f"{source}: damaged, or no checkpoint at all (neither torch.save nor safetensors has written it)")
+    raise InputError(
+        f"{source}: damaged, or no checkpoint at all (neither torch.save nor safetensors has written it)"
+    )
 
 
 def read_archive(path: str | Path, source: str) -> Any:
@@ -184,12 +211,24 @@ def read_archive(path: str | Path, source: str) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             check_records(archive, os.path.getsize(path))
-            (pickled,) = (name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
+            (pickled,) = (
+                name
+                for name in archive.namelist()
+                if name.count("/") == 1 and name.endswith("/data.pkl")
+            )
             imported = imports_of(archive.read(pickled))
     except PermissionError as error:
         raise InputError(f"{source}: may not be read") from error
     # What zipfile and pickletools raise on damaged files.
-    except (ValueError, OSError, EOFError, RuntimeError, LookupError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        RuntimeError,
+        LookupError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise InputError(f"{source}: damaged, or no checkpoint at all ({error})") from error
     return load_plain(path, source, imported)
 
@@ -201,7 +240,10 @@ def read_legacy(path: str | Path, source: str) -> Any:
         InputError: damaged, or in need of unpickling code.
     """
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
             imported = {name for _ in range(LEGACY_PICKLES) for name in imports_of(content)}
     except (ValueError, EOFError, LookupError) as error:
         raise InputError(f"{source}: damaged, or no checkpoint at all ({error})") from error
@@ -227,7 +269,9 @@ def load_plain(path: str | Path, source: str, imported: set[str]) -> Any:
     try:
         with torch.serialization.safe_globals([(OrderedDict, name) for name in SETTINGS]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a pickle that is sound and makes no sense, torch reports nearly anything
+    except (
+        Exception
+    ) as error:  # of a pickle that is sound and makes no sense, torch reports nearly anything
         raise InputError(f"{source}: damaged ({error})") from error
 
 
@@ -239,7 +283,11 @@ def read_described(path: str | Path, source: str) -> dict[str, Any]:
     """
     weights, metadata = read_safetensors(path, source)
     try:
-        about = {key: json.loads(value) for key, value in metadata.items()} if "backbone" in metadata else {}
+        about = (
+            {key: json.loads(value) for key, value in metadata.items()}
+            if "backbone" in metadata
+            else {}
+        )
     except ValueError as error:
         raise InputError(f"{source}: damaged, or no safetensors file ({error})") from error
     return {**about, "state_dict": weights}

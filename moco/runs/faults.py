@@ -44,7 +44,11 @@ class BadSteps(pl.Callback):
     """
 
     def __init__(
-        self, figures: dict[str, Any], max_bad_steps: int, log_every_n_steps: int, last_good: Callable[[], str]
+        self,
+        figures: dict[str, Any],
+        max_bad_steps: int,
+        log_every_n_steps: int,
+        last_good: Callable[[], str],
     ) -> None:
         self.figures = figures
         self.max_bad_steps = max_bad_steps
@@ -73,12 +77,20 @@ class BadSteps(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.figures["skipped_steps"] = self.skipped
         self.precision = trainer.precision
-        self.trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
-        layers = [layer for layer in pl_module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+        self.trained = [
+            parameter for parameter in pl_module.parameters() if parameter.requires_grad
+        ]
+        layers = [
+            layer
+            for layer in pl_module.modules()
+            if isinstance(layer, _BatchNorm) and layer.track_running_stats
+        ]
         # One list for each kind: buffers of one dtype are copied in one go. Rows of the buffers' own memory, made once: to
         # make them in every step would take a host longer than a small net takes its GPU.
         kinds = ("running_mean", "running_var", "num_batches_tracked")
-        self.statistics = [[getattr(layer, kind).view(-1) for layer in layers] for kind in kinds if layers]
+        self.statistics = [
+            [getattr(layer, kind).view(-1) for layer in layers] for kind in kinds if layers
+        ]
         self.before = [torch.cat(rows) for rows in self.statistics]
 
     def on_train_batch_start(
@@ -87,7 +99,9 @@ class BadSteps(pl.Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.before = [torch.cat(rows) for rows in self.statistics]
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
         # An infinite loss can have finite gradients, and is one device's alone. This makes them NaN, on all devices once
         # they are averaged; to the gradients of a finite loss it adds nothing. The hook may not hold the loss itself: the
         # two would keep each other, and the step's whole graph, until Python looks for such rings.
@@ -119,9 +133,16 @@ class BadSteps(pl.Callback):
             trainer.logger.log_metrics(scalars, step=step)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # Lightning has divided it by them
+        loss = (
+            outputs["loss"].detach() * trainer.accumulate_grad_batches
+        )  # Lightning has divided it by them
         self.last_finite_loss = torch.where(loss.isfinite(), loss, self.last_finite_loss)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -156,7 +177,11 @@ class BadSteps(pl.Callback):
                 f"would hold; values in the data that are not finite; {self.last_good()}"
             )
         if self.in_a_row == 1:
-            usual = "; usual with 16-mixed while it looks for its loss scale" if self.precision == "16-mixed" else ""
+            usual = (
+                "; usual with 16-mixed while it looks for its loss scale"
+                if self.precision == "16-mixed"
+                else ""
+            )
             log.warning("step %d left out: its loss or gradients are not finite%s", step, usual)
 
 
@@ -216,12 +241,8 @@ OR_IN_TRAINING = (
     ", more trainer.accumulate_grad_batches, trainer.precision=bf16-mixed or, of a Swin, "
     "backbone.gradient_checkpointing=true"
 )
-MEMORY_IS_FULL = (
-    "the machine is out of memory; fewer data.num_workers or a smaller {batch_size} needs less, or give the job more"
-)
-TOO_MANY_FILES = (
-    "too many files are open; raise the limit with 'ulimit -n 65536' before the start, or use fewer data.num_workers"
-)
+MEMORY_IS_FULL = "the machine is out of memory; fewer data.num_workers or a smaller {batch_size} needs less, or give the job more"
+TOO_MANY_FILES = "too many files are open; raise the limit with 'ulimit -n 65536' before the start, or use fewer data.num_workers"
 # Found in the message of a RuntimeError, or of what a loader process raised; the first that is there counts.
 SIGNS = (
     (
@@ -279,9 +300,13 @@ def explained(
         return explained_os_error(error, batch_size, place)
     for sign, said in SIGNS:
         if re.search(sign, f"{type(error).__name__}: {text}", re.IGNORECASE):
-            last_read = re.search(r"; it was reading .*$", text)  # what a lost loader process was at
+            last_read = re.search(
+                r"; it was reading .*$", text
+            )  # what a lost loader process was at
             return said.format(**keys) + (last_read[0] if last_read else "")
-    if isinstance(error, OSError):  # of a loader process, which hands on no more than its traceback as text
+    if isinstance(
+        error, OSError
+    ):  # of a loader process, which hands on no more than its traceback as text
         return f"in a loader process, {text.splitlines()[-1]}"
     return None
 

@@ -66,15 +66,22 @@ class StopRequest:
             signal.signal(number, self._receive)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            is_late = error is None and number in REQUEUEING  # the run is done: nothing to queue again
+            is_late = (
+                error is None and number in REQUEUEING
+            )  # the run is done: nothing to queue again
             signal.signal(number, signal.SIG_IGN if is_late else handler)
         if self.wants_requeue and isinstance(error, Exception):
             assert self.signal_number is not None
             if not isinstance(error, Interrupted):
-                raise Interrupted(self.signal_number, f"and the run failed while it was stopping: {error}") from error
+                raise Interrupted(
+                    self.signal_number, f"and the run failed while it was stopping: {error}"
+                ) from error
             error.signal_number = self.signal_number
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

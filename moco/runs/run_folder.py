@@ -66,7 +66,9 @@ FREE_KEYS = (
 FREE_GROUPS = ("monitor.",)  # measurements that leave no trace in the training
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> None:
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None
+) -> None:
     """Call `write` with a temporary file beside `path`, then put it in place.
 
     The content is on disk before the name points to it, so after a crash `path` is the old file or the new one.
@@ -143,15 +145,21 @@ def find_checkpoint(
     saved, last = folder / CONFIG, folder / LAST_CHECKPOINT
     holds_results = has_checkpoint(folder) or (folder / "metrics.json").is_file()
     if holds_results and saved.is_file():
-        differing = differences(completed(yaml.safe_load(saved.read_text()) or {}, defaults), config)
+        differing = differences(
+            completed(yaml.safe_load(saved.read_text()) or {}, defaults), config
+        )
         if differing:
             raise InputError(
                 f"{folder} holds a run with another configuration: {'; '.join(differing)}. "
                 "Choose another folder with hydra.run.dir=PATH"
             )
-    is_requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0  # then the results are this job's own
+    is_requeued = (
+        int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    )  # then the results are this job's own
     if resume is None and holds_results and not is_requeued:
-        raise InputError(f"{folder} holds a run and resume=null would overwrite it; choose another hydra.run.dir=PATH")
+        raise InputError(
+            f"{folder} holds a run and resume=null would overwrite it; choose another hydra.run.dir=PATH"
+        )
     if has_checkpoint(folder):
         return last  # also with an explicit resume: this run has its own checkpoint by now
     return None if resume in (None, "auto") else Path(str(resume))
@@ -165,11 +173,20 @@ def is_finished(folder: Path, config: Mapping[str, Any], defaults: Mapping[str, 
         defaults: as of `find_checkpoint`.
     """
     status, metrics = read_status(folder), folder / "metrics.json"
-    if config["resume"] is None or not status or status["state"] != "finished" or not metrics.is_file():
+    if (
+        config["resume"] is None
+        or not status
+        or status["state"] != "finished"
+        or not metrics.is_file()
+    ):
         return False
     figures, trainer = json.loads(metrics.read_text()), config["trainer"]
-    reached = figures.get("epoch", 0) >= trainer["max_epochs"] or 0 < trainer["max_steps"] <= figures.get("step", 0)
-    return reached and not differences(completed(yaml.safe_load((folder / CONFIG).read_text()), defaults), config)
+    reached = figures.get("epoch", 0) >= trainer["max_epochs"] or 0 < trainer[
+        "max_steps"
+    ] <= figures.get("step", 0)
+    return reached and not differences(
+        completed(yaml.safe_load((folder / CONFIG).read_text()), defaults), config
+    )
 
 
 @contextmanager
@@ -248,7 +265,9 @@ def write_ending(folder: Path, error: BaseException, state: str | None = None) -
         usual, code = "failed", 2 if isinstance(error, InputError) else 1
     try:
         write_status(folder, state or usual, str(error) or type(error).__name__, code)
-    except OSError as failure:  # a full disk may be what ended the run; that is what its user has to hear
+    except (
+        OSError
+    ) as failure:  # a full disk may be what ended the run; that is what its user has to hear
         log.warning("cannot write %s: %s", folder / STATUS, failure)
 
 
@@ -256,7 +275,11 @@ def last_good(folder: Path) -> str:
     """A phrase that names a run's newest checkpoint."""
     path = folder / LAST_CHECKPOINT
     try:
-        return f"the last good checkpoint is {path}" if path.is_file() else "there is no checkpoint yet"
+        return (
+            f"the last good checkpoint is {path}"
+            if path.is_file()
+            else "there is no checkpoint yet"
+        )
     except OSError:  # such as a network file system that is gone
         return f"its checkpoints are in {path.parent}, which cannot be read now"
 

@@ -33,7 +33,9 @@ def state_now(folder: Path, queue: Mapping[str, str] | None = None) -> str:
     status = read_status(folder)
     if status is None:
         return "not started"
-    if (queue or {}).get(str(status.get("slurm_job_id"))) == "PENDING" and status.get("state") != "finished":
+    if (queue or {}).get(str(status.get("slurm_job_id"))) == "PENDING" and status.get(
+        "state"
+    ) != "finished":
         return "queued"
     if status.get("state") == "running":
         return "running" if is_alive(folder, status, queue) else "crashed"

@@ -72,19 +72,36 @@ def requeue(interrupted: Interrupted) -> None:
     """
     if not is_first_task():
         return
-    number_there = signal.Signals[f"SIG{submitits_signal()}"] if under_submitit() else interrupted.signal_number
+    number_there = (
+        signal.Signals[f"SIG{submitits_signal()}"]
+        if under_submitit()
+        else interrupted.signal_number
+    )
     handler = signal.getsignal(number_there)
-    for number in (*ENDING, interrupted.signal_number):  # blocking them would be for this thread alone
+    for number in (
+        *ENDING,
+        interrupted.signal_number,
+    ):  # blocking them would be for this thread alone
         signal.signal(number, signal.SIG_IGN)
     try:
         if under_submitit() and callable(handler):
             handler(number_there, None)
         else:
             subprocess.run(
-                ["scontrol", "requeue", str(job_id())], check=True, capture_output=True, text=True, timeout=60
+                ["scontrol", "requeue", str(job_id())],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=60,
             )
     except SystemExit:
         pass  # how submitit's handler ends when all went well
     except Exception as error:
-        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) and error.stderr else str(error)
-        raise Interrupted(interrupted.signal_number, f"{interrupted}; not queued again: {said}") from error
+        said = (
+            error.stderr.strip()
+            if isinstance(error, subprocess.CalledProcessError) and error.stderr
+            else str(error)
+        )
+        raise Interrupted(
+            interrupted.signal_number, f"{interrupted}; not queued again: {said}"
+        ) from error

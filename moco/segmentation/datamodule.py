@@ -59,7 +59,9 @@ class SegmentationData(pl.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         train = self.source.train
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
         sampler = EpochSampler(len(train), self.batch_size, self.seed, rank, world_size)
         dataset = CropDataset(train, self.view, self.image_size, self.num_workers)
         return ResumableLoader(

@@ -33,7 +33,9 @@ class SegmentationModel(nn.Module):
             was left.
     """
 
-    def __init__(self, backbone: nn.Module, decoder: nn.Module, freeze_backbone: bool = False) -> None:
+    def __init__(
+        self, backbone: nn.Module, decoder: nn.Module, freeze_backbone: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.decoder = decoder
@@ -65,11 +67,15 @@ def enlarged(logits: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
     if stride > 1:
         logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
     if height < size[0] or width < size[1]:
-        logits = F.pad(logits, (0, max(size[1] - width, 0), 0, max(size[0] - height, 0)), mode="replicate")
+        logits = F.pad(
+            logits, (0, max(size[1] - width, 0), 0, max(size[0] - height, 0)), mode="replicate"
+        )
     return logits[..., : size[0], : size[1]]
 
 
-def build_decoder(name: str, backbone: Any, num_classes: int, channels: int | None = None) -> nn.Module:
+def build_decoder(
+    name: str, backbone: Any, num_classes: int, channels: int | None = None
+) -> nn.Module:
     """A freshly initialised decoder for a backbone's maps; ``stride`` says how many pixels wide its cells are.
 
     Args:
@@ -82,7 +88,9 @@ def build_decoder(name: str, backbone: Any, num_classes: int, channels: int | No
     dims, strides = backbone.feature_map_dims, backbone.feature_map_strides
     if name in PYRAMID_DECODERS:
         is_transformer = isinstance(backbone, (Swin, VisionTransformer))
-        return PyramidDecoder(name, dims, num_classes, strides, channels or 256, normalize=is_transformer)
+        return PyramidDecoder(
+            name, dims, num_classes, strides, channels or 256, normalize=is_transformer
+        )
     if channels is not None:
         raise InputError(f"decoder.channels={channels}: the decoder {name} has no such setting")
     if name == "linear":
@@ -143,7 +151,10 @@ class PyramidDecoder(nn.Module):
     ) -> None:
         super().__init__()
         library = pyramid_decoders(name)
-        from segmentation_models_pytorch.base.initialization import initialize_decoder, initialize_head
+        from segmentation_models_pytorch.base.initialization import (
+            initialize_decoder,
+            initialize_head,
+        )
 
         self.name = name
         self.has_one_stride = strides[0] == strides[-1]
@@ -151,9 +162,13 @@ class PyramidDecoder(nn.Module):
         width = {"fpn": channels // 2, "unet": channels // 4, "upernet": channels}[name]
         if name == "fpn":
             if channels % 64 or channels < 128:  # half of them in 32 groups, of at least two
-                raise InputError(f"decoder.channels={channels}: the FPN needs a multiple of 64 from 128 on")
+                raise InputError(
+                    f"decoder.channels={channels}: the FPN needs a multiple of 64 from 128 on"
+                )
             self.num_finer_maps = 0
-            self.decoder = library["fpn"](list(dims), pyramid_channels=channels, segmentation_channels=width)
+            self.decoder = library["fpn"](
+                list(dims), pyramid_channels=channels, segmentation_channels=width
+            )
         elif name == "unet":
             self.num_finer_maps = 1
             self.decoder = library["unet"]((0, *dims), (channels, channels // 2, width), n_blocks=3)
@@ -164,7 +179,9 @@ class PyramidDecoder(nn.Module):
         initialize_decoder(self.decoder)
         initialize_head(self.head)
         needs_norm = normalize and name != "upernet"
-        self.norms = nn.ModuleList([LayerNorm2d(dim) if needs_norm else nn.Identity() for dim in dims[:-1]])
+        self.norms = nn.ModuleList(
+            [LayerNorm2d(dim) if needs_norm else nn.Identity() for dim in dims[:-1]]
+        )
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Logits (N, C, h, w) of the cells of the first map, or of the pyramid's."""
@@ -201,7 +218,9 @@ def completed(maps: Sequence[Tensor]) -> list[Tensor]:
     """
     height, width = maps[-1].shape[-2:]
     return [
-        F.pad(x, (0, times * width - x.shape[-1], 0, times * height - x.shape[-2]), mode="replicate")
+        F.pad(
+            x, (0, times * width - x.shape[-1], 0, times * height - x.shape[-2]), mode="replicate"
+        )
         for times, x in zip((8, 4, 2, 1), maps, strict=True)
     ]
 
@@ -239,7 +258,8 @@ class LinearDecoder(nn.Module):
         self.stride = strides[0]
         self.enlargements = [stride // strides[0] for stride in strides]
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, num_classes, kernel_size=1)) for dim in dims
+            nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, num_classes, kernel_size=1))
+            for dim in dims
         )
 
     def forward(self, maps: list[Tensor]) -> Tensor:
@@ -269,16 +289,23 @@ def depths_from_the_top(backbone: nn.Module) -> dict[nn.Parameter, int]:
         layers[-1].append(backbone.norm)
     elif isinstance(backbone, VisionTransformer):
         tokens = [
-            value for name, value in backbone.named_parameters() if name.endswith(("class_token", "pos_embedding"))
+            value
+            for name, value in backbone.named_parameters()
+            if name.endswith(("class_token", "pos_embedding"))
         ]
-        layers = [[backbone.conv_proj, nn.ParameterList(tokens)], *([block] for block in backbone.blocks())]
+        layers = [
+            [backbone.conv_proj, nn.ParameterList(tokens)],
+            *([block] for block in backbone.blocks()),
+        ]
         layers[-1].append(backbone.encoder["ln"])
     elif isinstance(backbone, ResNet):
         layers = [
             [backbone.conv1, backbone.bn1], [backbone.layer1], [backbone.layer2], [backbone.layer3], [backbone.layer4]
         ]  # fmt: skip
     else:
-        raise InputError(f"optimizer.layer_decay: the layers of {type(backbone).__name__} are not known; set it to 1")
+        raise InputError(
+            f"optimizer.layer_decay: the layers of {type(backbone).__name__} are not known; set it to 1"
+        )
     return {
         parameter: depth
         for depth, modules in enumerate(reversed(layers), start=1)

@@ -40,7 +40,9 @@ class CropDataset(Dataset[MaskBatch]):
         num_workers: processes that will read from this object at the same time.
     """
 
-    def __init__(self, images: MaskedImages, view: SegmentationView, image_size: int, num_workers: int = 0) -> None:
+    def __init__(
+        self, images: MaskedImages, view: SegmentationView, image_size: int, num_workers: int = 0
+    ) -> None:
         self.last_read = LastRead(num_workers)
         self.images = images
         self.view = view
@@ -53,7 +55,9 @@ class CropDataset(Dataset[MaskBatch]):
             image, mask = self.images[index]
         except UnreadableImage:
             return unreadable_row(index, (self.image_size, self.image_size))
-        return MaskBatch(*self.view(image, mask, epoch, index), torch.tensor(index), torch.tensor(False))
+        return MaskBatch(
+            *self.view(image, mask, epoch, index), torch.tensor(index), torch.tensor(False)
+        )
 
 
 class WholeDataset(Dataset[MaskBatch]):
@@ -85,7 +89,10 @@ class WholeDataset(Dataset[MaskBatch]):
 def unreadable_row(index: int, size: tuple[int, int]) -> MaskBatch:
     """What stands in for an image that could be opened when the run began, and cannot be decoded now."""
     return MaskBatch(
-        torch.zeros(3, *size), torch.zeros(size, dtype=torch.int64), torch.tensor(index), torch.tensor(True)
+        torch.zeros(3, *size),
+        torch.zeros(size, dtype=torch.int64),
+        torch.tensor(index),
+        torch.tensor(True),
     )
 
 
@@ -94,4 +101,8 @@ def batches_of_one_size(sizes: np.ndarray, batch_size: int) -> list[list[int]]:
     rows: dict[Any, list[int]] = defaultdict(list)
     for row, size in enumerate(map(tuple, sizes.tolist())):
         rows[size].append(row)
-    return [alike[start : start + batch_size] for alike in rows.values() for start in range(0, len(alike), batch_size)]
+    return [
+        alike[start : start + batch_size]
+        for alike in rows.values()
+        for start in range(0, len(alike), batch_size)
+    ]

@@ -56,14 +56,18 @@ def predicted_classes(predict: Predict, images: Tensor, inference: str, window: 
     return predict(images).argmax(dim=1)
 
 
-def confusion_matrix(predicted: Tensor, classes: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def confusion_matrix(
+    predicted: Tensor, classes: Tensor, num_classes: int, ignore_index: int
+) -> Tensor:
     """(C, C) int64: pixels of the class (row) that were predicted as a class (column).
 
     Args:
         predicted: (N, H, W), 0 to C - 1.
         classes: (N, H, W), 0 to C - 1 or `ignore_index`, which is left out.
     """
-    return multiclass_confusion_matrix(predicted, classes, num_classes, ignore_index=ignore_index, validate_args=False)
+    return multiclass_confusion_matrix(
+        predicted, classes, num_classes, ignore_index=ignore_index, validate_args=False
+    )
 
 
 def segmentation_figures(confusion: Tensor, class_names: Sequence[str]) -> dict[str, float | None]:
@@ -79,7 +83,10 @@ def segmentation_figures(confusion: Tensor, class_names: Sequence[str]) -> dict[
     """
     right = confusion.diagonal().double()
     union = confusion.sum(dim=0) + confusion.sum(dim=1) - confusion.diagonal()
-    ious = [float(hits / pixels) if pixels else None for hits, pixels in zip(right, union.double(), strict=True)]
+    ious = [
+        float(hits / pixels) if pixels else None
+        for hits, pixels in zip(right, union.double(), strict=True)
+    ]
     present = [iou for iou in ious if iou is not None]
     return {
         "segment/miou": sum(present) / len(present) if present else 0.0,
@@ -95,7 +102,9 @@ def class_colours(num_classes: int) -> Tensor:
     """
     hues = torch.arange(num_classes) * 0.61803 % 1
     bright = torch.where(torch.arange(num_classes) % 2 == 0, 1.0, 0.65)
-    channels = [bright * (torch.cos(2 * math.pi * (hues - third / 3)) * 0.5 + 0.5) for third in range(3)]
+    channels = [
+        bright * (torch.cos(2 * math.pi * (hues - third / 3)) * 0.5 + 0.5) for third in range(3)
+    ]
     colours = (torch.stack(channels, dim=1) * 255).round().to(torch.uint8)
     colours[0] = 0
     return torch.cat([colours, torch.full((1, 3), 128, dtype=torch.uint8)])
@@ -113,11 +122,15 @@ def comparison_plot(
         largest_side: of larger images only every n-th pixel is shown.
     """
     step = math.ceil(max(classes.shape) / largest_side)
-    image, classes, predicted = (shown[..., ::step, ::step] for shown in (image, classes, predicted))
+    image, classes, predicted = (
+        shown[..., ::step, ::step] for shown in (image, classes, predicted)
+    )
     colours = class_colours(num_classes)
     shown = [
         colours[torch.where(numbers < num_classes, numbers, num_classes)].permute(2, 0, 1)
         for numbers in (classes.cpu(), predicted.cpu())
     ]
     gap = torch.full((3, image.shape[1], 2), 255, dtype=torch.uint8)
-    return torch.cat([(image.cpu() * 255).round().to(torch.uint8), gap, shown[0], gap, shown[1]], dim=2)
+    return torch.cat(
+        [(image.cpu() * 255).round().to(torch.uint8), gap, shown[0], gap, shown[1]], dim=2
+    )

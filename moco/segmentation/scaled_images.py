@@ -38,7 +38,12 @@ class ScaledDataset(Dataset[MaskBatch]):
     """
 
     def __init__(
-        self, images: MaskedImages, image_size: int, stride: int, normalize: Normalized, num_workers: int = 0
+        self,
+        images: MaskedImages,
+        image_size: int,
+        stride: int,
+        normalize: Normalized,
+        num_workers: int = 0,
     ) -> None:
         self.last_read = LastRead(num_workers)
         self.images = images
@@ -59,7 +64,9 @@ class ScaledDataset(Dataset[MaskBatch]):
             nothing = torch.zeros(3, *scaled), torch.zeros(size, dtype=torch.int64)
             return MaskBatch(*nothing, torch.tensor(index), torch.tensor(True))
         image = self.normalize(v2.functional.resize(raw, list(scaled)))
-        return MaskBatch(image, torch.from_numpy(mask).long(), torch.tensor(index), torch.tensor(False))
+        return MaskBatch(
+            image, torch.from_numpy(mask).long(), torch.tensor(index), torch.tensor(False)
+        )
 
 
 def scaled_loader(

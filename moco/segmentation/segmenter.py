@@ -65,10 +65,16 @@ class Segmenter(pl.LightningModule):
         return logits
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        return {"loss": pixel_cross_entropy(self.model(batch.images), batch.classes, self.ignore_index)}
+        return {
+            "loss": pixel_cross_entropy(self.model(batch.images), batch.classes, self.ignore_index)
+        }
 
     def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """The learning rate of this step in every layer, then the step."""
         lr = self.learning_rate_at(self.trainer.global_step)
@@ -103,5 +109,7 @@ def pixel_cross_entropy(logits: Tensor, classes: Tensor, ignore_index: int) -> T
     """
     with torch.autocast(logits.device.type, enabled=False):
         # Summed here: CUDA has no deterministic form of the loss that sums by itself.
-        losses = F.cross_entropy(logits.float(), classes, ignore_index=ignore_index, reduction="none")  # (N, H, W)
+        losses = F.cross_entropy(
+            logits.float(), classes, ignore_index=ignore_index, reduction="none"
+        )  # (N, H, W)
     return losses.sum() / (classes != ignore_index).sum().clamp(min=1)

@@ -60,7 +60,9 @@ class MaskedImages:
         max_image_pixels: an image or mask of more is unreadable.
     """
 
-    def __init__(self, pairs: Sequence[Pair], sizes: np.ndarray, max_image_pixels: int = MAX_IMAGE_PIXELS) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair], sizes: np.ndarray, max_image_pixels: int = MAX_IMAGE_PIXELS
+    ) -> None:
         self.images = FileImages([pair.image for pair in pairs], max_image_pixels)
         self.masks = FileImages([pair.mask for pair in pairs], max_image_pixels)
         self.sizes = sizes
@@ -114,7 +116,9 @@ def build_segmentation_source(
         raise InputError(f"data.name: {unknown_name('data set', str(name), MASKED)}")
     if not isinstance(root, str):
         raise InputError(f"data.root={root}: expected the data set's folder; give data.root=PATH")
-    splits, (names, origin) = voc2012(root, download) if name == "voc2012" else segmentation_folder(root)
+    splits, (names, origin) = (
+        voc2012(root, download) if name == "voc2012" else segmentation_folder(root)
+    )
     if class_names:
         names, origin = class_names, "data.class_names"
     if len(set(names)) < len(names):
@@ -137,11 +141,18 @@ def build_segmentation_source(
         names, origin = [str(number) for number in range(count)], "data.num_classes"
     for pairs, found in zip(splits, inspected, strict=True):
         check_classes(pairs, found.largest(), len(names), origin)
-    warn_of_unseen([name for number, name in enumerate(names) if number not in (*trained_on, ignore_index)])
+    warn_of_unseen(
+        [name for number, name in enumerate(names) if number not in (*trained_on, ignore_index)]
+    )
     if ignore_index < len(names):
-        log.warning("class %s is left out: its number is data.ignore_index=%d", names[ignore_index], ignore_index)
+        log.warning(
+            "class %s is left out: its number is data.ignore_index=%d",
+            names[ignore_index],
+            ignore_index,
+        )
     train, validation = (
-        MaskedImages(pairs, found.sizes, max_image_pixels) for pairs, found in zip(splits, inspected, strict=True)
+        MaskedImages(pairs, found.sizes, max_image_pixels)
+        for pairs, found in zip(splits, inspected, strict=True)
     )
     return SegmentationSource(train, validation, tuple(names), ignore_index)
 
@@ -166,10 +177,13 @@ def segmentation_folder(root: str) -> tuple[Splits, Names]:
         raise InputError(f"data.root={root}: no such folder")
     for folder in (images, masks):
         if not folder.is_dir():
-            raise InputError(f"data.root={root}: no folder {folder.name} in there (expected images and masks)")
+            raise InputError(
+                f"data.root={root}: no folder {folder.name} in there (expected images and masks)"
+            )
     names = names_in(Path(root, "classes.txt"))
     trained_on, held_out = (
-        next((name for name in choices if (images / name).is_dir()), None) for choices in (TRAINED_ON, HELD_OUT)
+        next((name for name in choices if (images / name).is_dir()), None)
+        for choices in (TRAINED_ON, HELD_OUT)
     )
     if trained_on is None and held_out is not None:
         raise InputError(
@@ -196,7 +210,9 @@ def names_in(path: Path) -> Names:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     names = [line.strip() for line in text.rstrip().splitlines()]
     if "" in names:
-        raise InputError(f"{path}: line {names.index('') + 1} is empty; expected a class name in every line")
+        raise InputError(
+            f"{path}: line {names.index('') + 1} is empty; expected a class name in every line"
+        )
     return names, str(path)
 
 
@@ -204,7 +220,9 @@ def voc2012(root: str, download: bool) -> tuple[Splits, Names]:
     """Pascal VOC 2012 as torchvision unpacks it: 1,464 images to train on, 1,449 held out."""
     parts = []
     for image_set in ("train", "val"):
-        part = torchvision_dataset("VOCSegmentation", root, year="2012", image_set=image_set, download=download)
+        part = torchvision_dataset(
+            "VOCSegmentation", root, year="2012", image_set=image_set, download=download
+        )
         download = False  # the archive has both
         parts.append([Pair(*files) for files in zip(part.images, part.masks, strict=True)])
     return (parts[0], parts[1]), (VOC_CLASSES, "voc2012")
@@ -220,16 +238,29 @@ def paired(images: Path, masks: Path) -> dict[str, Pair]:
     for path in list_images(images):
         name = name_below(images, path)
         if name in image_of:
-            raise InputError(printable(f"{path}: {image_of[name]} has the same mask, {masks / name}.png"))
+            raise InputError(
+                printable(f"{path}: {image_of[name]} has the same mask, {masks / name}.png")
+            )
         image_of[name] = path
-    mask_of = {name_below(masks, path): path for path in list_images(masks) if path.lower().endswith(".png")}
-    without_mask, without_image = sorted(image_of.keys() - mask_of), sorted(mask_of.keys() - image_of)
+    mask_of = {
+        name_below(masks, path): path
+        for path in list_images(masks)
+        if path.lower().endswith(".png")
+    }
+    without_mask, without_image = (
+        sorted(image_of.keys() - mask_of),
+        sorted(mask_of.keys() - image_of),
+    )
     if without_mask:
         name = without_mask[0]
-        raise InputError(printable(f"{image_of[name]}: no mask {masks / name}.png{more(without_mask)}"))
+        raise InputError(
+            printable(f"{image_of[name]}: no mask {masks / name}.png{more(without_mask)}")
+        )
     if without_image:
         raise InputError(
-            printable(f"{mask_of[without_image[0]]}: no image of that name in {images}{more(without_image)}")
+            printable(
+                f"{mask_of[without_image[0]]}: no image of that name in {images}{more(without_image)}"
+            )
         )
     return {name: Pair(image_of[name], mask_of[name]) for name in sorted(image_of)}
 
@@ -255,7 +286,9 @@ def split(pairs: dict[str, Pair]) -> Splits:
         held_out = np.arange(len(pairs)) == 0
     log.info("held out: %d of %d images, by a hash of their names", held_out.sum(), len(pairs))
     everything = np.array(list(pairs.values()), dtype=object)  # (M, 2)
-    train, validation = ([Pair(*files) for files in everything[chosen]] for chosen in (~held_out, held_out))
+    train, validation = (
+        [Pair(*files) for files in everything[chosen]] for chosen in (~held_out, held_out)
+    )
     return train, validation
 
 
@@ -286,11 +319,15 @@ def inspect_all(pairs: Sequence[Pair], ignore_index: int, max_image_pixels: int)
         InputError: for the first pair that cannot be used; it names the file.
     """
     with pillow_warnings_ignored(), ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(lambda pair: inspect_pair(pair, ignore_index, max_image_pixels), pairs))
+        found = list(
+            pool.map(lambda pair: inspect_pair(pair, ignore_index, max_image_pixels), pairs)
+        )
     return Inspected(np.array([size for size, _ in found]), [numbers for _, numbers in found])
 
 
-def inspect_pair(pair: Pair, ignore_index: int, max_image_pixels: int) -> tuple[tuple[int, int], np.ndarray]:
+def inspect_pair(
+    pair: Pair, ignore_index: int, max_image_pixels: int
+) -> tuple[tuple[int, int], np.ndarray]:
     """Height and width of a pair, and the numbers in its mask but `ignore_index`, ascending.
 
     For threads: the caller ignores Pillow's warnings.
@@ -311,7 +348,9 @@ def inspect_pair(pair: Pair, ignore_index: int, max_image_pixels: int) -> tuple[
             )
         )
     # Counting takes half as long as sorting, and a count up to the largest number is only as long as 8 bits are.
-    numbers = np.flatnonzero(np.bincount(mask.ravel())) if mask.dtype == np.uint8 else np.unique(mask)
+    numbers = (
+        np.flatnonzero(np.bincount(mask.ravel())) if mask.dtype == np.uint8 else np.unique(mask)
+    )
     return (height, width), numbers[numbers != ignore_index]
 
 
@@ -344,7 +383,9 @@ def counted_classes(inspected: Sequence[Inspected]) -> int:
     return largest + 1
 
 
-def check_classes(pairs: Sequence[Pair], largest: np.ndarray, num_classes: int, origin: str) -> None:
+def check_classes(
+    pairs: Sequence[Pair], largest: np.ndarray, num_classes: int, origin: str
+) -> None:
     """Raises InputError if a mask holds a number past the classes.
 
     Args:

@@ -31,7 +31,9 @@ class RandomScaledCrop(v2.Transform):
         ignore_index: of the mask.
     """
 
-    def __init__(self, image_size: int, scale: Sequence[float], fill: Sequence[int], ignore_index: int) -> None:
+    def __init__(
+        self, image_size: int, scale: Sequence[float], fill: Sequence[int], ignore_index: int
+    ) -> None:
         super().__init__()
         self.image_size = image_size
         self.scale = scale
@@ -46,8 +48,18 @@ class RandomScaledCrop(v2.Transform):
             length = min(side, max(1, round(self.image_size / factor)))
             starts.append(int(torch.randint(side - length + 1, ())))
             lengths.append(length)
-            size.append(self.image_size if length < side else min(self.image_size, max(1, round(side * factor))))
-        return {"top": starts[0], "left": starts[1], "height": lengths[0], "width": lengths[1], "size": size}
+            size.append(
+                self.image_size
+                if length < side
+                else min(self.image_size, max(1, round(side * factor)))
+            )
+        return {
+            "top": starts[0],
+            "left": starts[1],
+            "height": lengths[0],
+            "width": lengths[1],
+            "size": size,
+        }
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         padding = [0, 0, self.image_size - params["size"][1], self.image_size - params["size"][0]]
@@ -92,17 +104,24 @@ class SegmentationView:
         seed: int,
     ) -> None:
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-            raise InputError(f"augmentation.scale={list(scale)}: expected two factors, 0 < low <= high")
+            raise InputError(
+                f"augmentation.scale={list(scale)}: expected two factors, 0 < low <= high"
+            )
         self.normalize = Normalized(mean, std)
         fill = [round(255 * channel) for channel in mean]  # 0 once it is normalised
-        operations = [RandomScaledCrop(image_size, scale, fill, ignore_index), v2.RandomHorizontalFlip(horizontal_flip)]
+        operations = [
+            RandomScaledCrop(image_size, scale, fill, ignore_index),
+            v2.RandomHorizontalFlip(horizontal_flip),
+        ]
         if color_jitter is not None:
             operations.append(random_color_jitter(color_jitter, image_size))
         self.operations = v2.Compose(operations)
         self.ignore_index = ignore_index
         self.seed = seed
 
-    def __call__(self, image: Image.Image, mask: np.ndarray, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, image: Image.Image, mask: np.ndarray, epoch: int, index: int
+    ) -> tuple[Tensor, Tensor]:
         """Image `index` in epoch `epoch`, normalised (3, H, W), and its classes (H, W) int64."""
         if self.ignore_index > np.iinfo(mask.dtype).max:
             mask = mask.astype(np.int32)  # the crop is filled up with it

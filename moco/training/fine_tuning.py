@@ -13,7 +13,12 @@ LONGEST_WARMUP = 1500  # steps; of the Swin segmentation code
 
 
 def build_layered_optimizer(
-    module: nn.Module, depths: Mapping[nn.Parameter, int], *, lr: float, weight_decay: float, layer_decay: float
+    module: nn.Module,
+    depths: Mapping[nn.Parameter, int],
+    *,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float,
 ) -> torch.optim.AdamW:
     """AdamW over the parameters of `module` that are trained, with the learning rate lr * layer_decay^depth for each.
 
@@ -29,7 +34,12 @@ def build_layered_optimizer(
         if parameter.requires_grad:
             depth, is_spared = depths.get(parameter, 0), path in spared
             scale = layer_decay**depth
-            new = {"params": [], "lr": lr * scale, "scale": scale, "weight_decay": 0.0 if is_spared else weight_decay}
+            new = {
+                "params": [],
+                "lr": lr * scale,
+                "scale": scale,
+                "weight_decay": 0.0 if is_spared else weight_decay,
+            }
             groups.setdefault((depth, is_spared), new)["params"].append(parameter)
     return fused(torch.optim.AdamW, [groups[key] for key in sorted(groups)], lr=lr)
 

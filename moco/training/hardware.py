@@ -32,7 +32,9 @@ def choose_device(accelerator: str, num_devices: int = 1) -> torch.device:
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InputError(f"accelerator={accelerator}: no CUDA device can be used here; auto takes what there is")
+        raise InputError(
+            f"accelerator={accelerator}: no CUDA device can be used here; auto takes what there is"
+        )
     found = torch.cuda.device_count()
     if num_devices > found:
         gpus = "1 GPU" if found == 1 else f"{found} GPUs"
@@ -58,7 +60,10 @@ def is_faster_in_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     reported = torch.cpu.get_capabilities()
     is_amd = reported.get("sse4a", False)  # which no other maker has
-    return any(reported.get(name, False) for name in ("amx_bf16", "bf16", *(["avx512_bf16"] if is_amd else [])))
+    return any(
+        reported.get(name, False)
+        for name in ("amx_bf16", "bf16", *(["avx512_bf16"] if is_amd else []))
+    )
 
 
 def choose_memory_format(memory_format: str, module: nn.Module) -> str:

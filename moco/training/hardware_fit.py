@@ -12,7 +12,11 @@ from moco.training.hardware import choose_memory_format, keep_freed_memory
 log = logging.getLogger(__name__)
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-KEYS = {"precision": "trainer.precision", "memory_format": "trainer.memory_format", "compiled": "trainer.compile"}
+KEYS = {
+    "precision": "trainer.precision",
+    "memory_format": "trainer.memory_format",
+    "compiled": "trainer.compile",
+}
 WITH_GRAPHS = "yes, with CUDA graphs"
 SIZES_AT_MOST = 64
 """That are compiled: each size of views counts twice, for queries and for keys. What comes after runs as it is."""
@@ -68,8 +72,14 @@ class HardwareFit(pl.Callback):
         self.way["memory_format"] = memory_format
         is_one_gpu = self.device.type == "cuda" and trainer.world_size == 1
         is_of_convolutions = choose_memory_format("auto", pl_module) == "channels_last"
-        is_default = is_one_gpu and is_of_convolutions and getattr(pl_module, "has_one_view_per_encoder", False)
-        compile, graphs = (is_default if given is None else given for given in (self.compile, self.cuda_graphs))
+        is_default = (
+            is_one_gpu
+            and is_of_convolutions
+            and getattr(pl_module, "has_one_view_per_encoder", False)
+        )
+        compile, graphs = (
+            is_default if given is None else given for given in (self.compile, self.cuda_graphs)
+        )
         obstacle = obstacle_to_compiling(self.device) if compile else None
         self.way["compiled"] = "no"
         if compile and obstacle is None:
@@ -79,7 +89,9 @@ class HardwareFit(pl.Callback):
             torch.compiler.reset()  # an earlier training in this process counts as well
             torch._dynamo.config.recompile_limit = SIZES_AT_MOST
             # The tracer looks at the gradient of all that it is given, the projector's input among it.
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+            warnings.filterwarnings(
+                "ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning
+            )
             pl_module.compile_encoders(compiler_options(self.device, graphs))  # type: ignore[operator]
         if self.cuda_graphs and self.way["compiled"] != WITH_GRAPHS:
             log.warning(
@@ -87,9 +99,17 @@ class HardwareFit(pl.Callback):
                 "trainer.accumulate_grad_batches above 1"
             )
         where = (
-            torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+            torch.cuda.get_device_name()
+            if self.device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"
         )
-        more = f", {obstacle}" if obstacle else ", which takes a while at the first steps" if compile else ""
+        more = (
+            f", {obstacle}"
+            if obstacle
+            else ", which takes a while at the first steps"
+            if compile
+            else ""
+        )
         log.info("device: %s; %s%s", where, described(self.way), more)
 
 
@@ -104,14 +124,18 @@ def compiler_options(device: torch.device, cuda_graphs: bool) -> dict[str, Any]:
     # Of reductions in two orders it makes one kernel, and fails at the groups of split BatchNorm (torch 2.11).
     without = {"triton.mix_order_reduction": False}
     known = torch._inductor.list_options()
-    return {"triton.cudagraphs": cuda_graphs} | {name: value for name, value in without.items() if name in known}
+    return {"triton.cudagraphs": cuda_graphs} | {
+        name: value for name, value in without.items() if name in known
+    }
 
 
 def obstacle_to_compiling(device: torch.device) -> str | None:
     """Why torch.compile does not work here, in a few words, by compiling next to nothing; None if it does."""
     try:
         torch.compile(torch.neg, dynamic=False)(torch.ones(2, device=device))
-    except Exception as error:  # of many kinds: no compiler, a Python that it does not know, an old GPU
+    except (
+        Exception
+    ) as error:  # of many kinds: no compiler, a Python that it does not know, an old GPU
         said = str(error).strip().splitlines() or [type(error).__name__]
         return f"torch.compile fails ({said[0]})"
     return None

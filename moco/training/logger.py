@@ -24,20 +24,30 @@ class RunLogger(TensorBoardLogger):
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        super().__init__(save_dir=str(folder), name="", version="", default_hp_metric=False, purge_step=purge_step)
+        super().__init__(
+            save_dir=str(folder),
+            name="",
+            version="",
+            default_hp_metric=False,
+            purge_step=purge_step,
+        )
 
     @rank_zero_only
     @epoch_time.measured(LOGGING)
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """All scalars of a step in one event, where Lightning writes one each."""
-        values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in metrics.items()]
+        values = [
+            Summary.Value(tag=tag, simple_value=float(value)) for tag, value in metrics.items()
+        ]
         self.experiment._get_file_writer().add_summary(Summary(value=values), step)
 
     @epoch_time.measured(LOGGING)
     def save(self) -> None:
         self.experiment.flush()
 
-    def describe(self, config: Mapping[str, Any], metrics: Sequence[str], chosen: Sequence[str], step: int) -> None:
+    def describe(
+        self, config: Mapping[str, Any], metrics: Sequence[str], chosen: Sequence[str], step: int
+    ) -> None:
         """The config as text, and as hyperparameters of this very run in the HPARAMS tab.
 
         Lightning's `log_hyperparams` would write values of the metrics too, at step 0.
@@ -94,11 +104,15 @@ class RunDescription(pl.Callback):
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if isinstance(trainer.logger, RunLogger):
-            trainer.logger.describe(self.config, self.metrics, given_keys(self.folder), trainer.global_step)
+            trainer.logger.describe(
+                self.config, self.metrics, given_keys(self.folder), trainer.global_step
+            )
 
 
 def given_keys(folder: Path) -> list[str]:
     """The keys and groups that the command line of the run in `folder` set."""
     path = folder / ".hydra" / "overrides.yaml"
-    overrides = yaml.safe_load(path.read_text()) if path.is_file() else []  # not of a run from Python
+    overrides = (
+        yaml.safe_load(path.read_text()) if path.is_file() else []
+    )  # not of a run from Python
     return [override.partition("=")[0].lstrip("+~").replace("/", ".") for override in overrides]

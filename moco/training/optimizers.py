@@ -47,15 +47,26 @@ def build_optimizer(
             (spared_group if path in spared else decayed_group)["params"].append(parameter)
     groups = [group for group in (decayed_group, spared_group) if group["params"]]
     if name == "adamw":
-        return fused(torch.optim.AdamW, groups, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
+        return fused(
+            torch.optim.AdamW,
+            groups,
+            lr=lr,
+            betas=(beta1, beta2),
+            eps=eps,
+            weight_decay=weight_decay,
+        )
     if name == "lars":
         from timm.optim.lars import Lars  # an optional extra
 
         decayed_group["always_adapt"] = True  # timm's default adapts nothing once weight decay is 0
         momentum, eta = sgd_momentum, trust_coefficient
-        return Lars(groups, lr, momentum, weight_decay=weight_decay, trust_coeff=eta, trust_clip=trust_clip)
+        return Lars(
+            groups, lr, momentum, weight_decay=weight_decay, trust_coeff=eta, trust_clip=trust_clip
+        )
     assert name == "sgd", name  # the schema has no other
-    optimizer = fused(torch.optim.SGD, groups, lr=lr, momentum=sgd_momentum, weight_decay=weight_decay)
+    optimizer = fused(
+        torch.optim.SGD, groups, lr=lr, momentum=sgd_momentum, weight_decay=weight_decay
+    )
     if sgd_momentum:
         # From the gradient alone, as PyTorch begins, is from zero. PyTorch's own buffers of the first step are not written
         # to before it, and what is in them would be taken for momentum if that step is left out on the device.
@@ -64,7 +75,9 @@ def build_optimizer(
     return optimizer
 
 
-def fused(kind: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]], **settings: Any) -> Any:
+def fused(
+    kind: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]], **settings: Any
+) -> Any:
     """PyTorch's optimizer `kind` that takes its step in one kernel, on CPUs as on GPUs.
 
     Its state in a checkpoint is that of any other: it takes those of optimizers that were not fused, and of weights that lay
@@ -103,7 +116,11 @@ def without_decay(module: nn.Module, decay_all: bool = False) -> set[str]:
         decay_all: decay norms and biases too, as the official MoCo code does, but for those of submodules with such
             keywords, which know better.
     """
-    spared = {path for path, parameter in module.named_parameters() if parameter.ndim <= 1 and not decay_all}
+    spared = {
+        path
+        for path, parameter in module.named_parameters()
+        if parameter.ndim <= 1 and not decay_all
+    }
     for prefix, layer in module.named_modules():
         keywords = getattr(layer, "no_weight_decay_keywords", None)
         if keywords is not None:
@@ -161,6 +178,8 @@ def learning_rate_at(
     if schedule == "constant":
         return lr
     if schedule == "step":
-        return lr * step_factor ** sum(position >= milestone * steps_per_epoch for milestone in milestones)
+        return lr * step_factor ** sum(
+            position >= milestone * steps_per_epoch for milestone in milestones
+        )
     progress = (position - warmup_steps) / max(num_steps - warmup_steps, 1)
     return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2

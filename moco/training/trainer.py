@@ -40,9 +40,14 @@ def build_trainer(
     """
     device = choose_device(settings["accelerator"], settings["devices"])
     precision = choose_precision(settings["precision"], device)
-    fit = HardwareFit(device, precision, settings["memory_format"], settings["compile"], settings["cuda_graphs"])
+    fit = HardwareFit(
+        device, precision, settings["memory_format"], settings["compile"], settings["cuda_graphs"]
+    )
     settings = {name: value for name, value in settings.items() if name not in OURS}
-    settings |= {"precision": precision, "accelerator": device.type}  # Lightning's own auto would take an Apple GPU
+    settings |= {
+        "precision": precision,
+        "accelerator": device.type,
+    }  # Lightning's own auto would take an Apple GPU
     settings["benchmark"] &= not settings["deterministic"]  # cuDNN's trials choose by timing
     if world_size() > 1:
         options: dict[str, Any] = {buffers_switch(): False, "gradient_as_bucket_view": True}
@@ -74,7 +79,9 @@ def buffers_switch() -> str:
     are measured or saved.
     """
     known = inspect.signature(DistributedDataParallel.__init__).parameters
-    return "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+    return (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # its older name
 
 
 def steps_per_epoch(trainer: pl.Trainer) -> int:

@@ -35,9 +35,15 @@ from moco.weights.library_names import (
 )
 
 HEADS = tuple(part for part in METHOD_PARTS if "projector" in part or part == "predictor.")
-BACKBONE_CLASSIFIERS = tuple(f"{encoder}backbone.{name}" for encoder in (QUERY, KEY) for name in CLASSIFIERS)
+BACKBONE_CLASSIFIERS = tuple(
+    f"{encoder}backbone.{name}" for encoder in (QUERY, KEY) for name in CLASSIFIERS
+)
 WRAPPERS = r"(?:module\.|_orig_mod\.)+"  # of DistributedDataParallel and torch.compile
-COMPUTED = (f".{INDEX}", f".{COORDINATES}", ".attn_mask")  # of Swin's windows; some libraries save them
+COMPUTED = (
+    f".{INDEX}",
+    f".{COORDINATES}",
+    ".attn_mask",
+)  # of Swin's windows; some libraries save them
 LONGEST_LIST = 6  # names in a line of the log
 
 
@@ -69,7 +75,9 @@ def tensors_in(content: Any, source: str) -> Weights:
         if isinstance(tensor, Tensor):
             put(weights, re.sub(f"^{WRAPPERS}", "", str(name)), tensor, source)
     if not weights:
-        raise InputError(f"{source}: holds no tensors by name, neither directly nor in an item state_dict or model")
+        raise InputError(
+            f"{source}: holds no tensors by name, neither directly nor in an item state_dict or model"
+        )
     return weights
 
 
@@ -94,7 +102,9 @@ def recognise(weights: Weights, source: str) -> Recognised:
     ignored = []
     for name, tensor in weights.items():
         pattern = next((pattern for pattern in layout.names if re.match(pattern, name)), None)
-        renamed = "" if pattern is None else re.sub(f"^{pattern}", layout.names[pattern], name, count=1)
+        renamed = (
+            "" if pattern is None else re.sub(f"^{pattern}", layout.names[pattern], name, count=1)
+        )
         if pattern is None or renamed.startswith(BACKBONE_CLASSIFIERS):
             ignored.append(name)
         else:
@@ -103,7 +113,10 @@ def recognise(weights: Weights, source: str) -> Recognised:
     for part in HEADS:
         head, others = split(ours, part)
         inner = "layers." if "dense" in part else ""
-        ours = others | {f"{part}{inner}{name}": x for name, x in in_our_order(head, is_dense=bool(inner)).items()}
+        ours = others | {
+            f"{part}{inner}{name}": x
+            for name, x in in_our_order(head, is_dense=bool(inner)).items()
+        }
     return Recognised(layout.origin, with_queues(ours), ignored)
 
 
@@ -120,7 +133,11 @@ def put(weights: Weights, name: str, tensor: Tensor, source: str) -> None:
 
 def split(weights: Weights, prefix: str) -> tuple[Weights, Weights]:
     """The tensors whose names begin so, without the beginning, and the others."""
-    these = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    these = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in weights.items()
+        if name.startswith(prefix)
+    }
     return these, {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
 
 
@@ -137,7 +154,11 @@ def in_our_order(head: Weights, is_dense: bool) -> Weights:
     for name, tensor in head.items():
         layer, _, parameter = name.rpartition(".")
         layers.setdefault(layer, {})[parameter] = tensor
-    linear = {layer for layer, tensors in layers.items() if "weight" in tensors and tensors["weight"].ndim >= 2}
+    linear = {
+        layer
+        for layer, tensors in layers.items()
+        if "weight" in tensors and tensors["weight"].ndim >= 2
+    }
     order = sorted(layers, key=lambda layer: (number_in(layer), layer not in linear))
     ours: Weights = {}
     place = 0
@@ -146,7 +167,9 @@ def in_our_order(head: Weights, is_dense: bool) -> Weights:
         prefix = f"{place}." if len(order) > 1 or is_dense else ""
         ours |= {prefix + parameter: tensor for parameter, tensor in layers[layer].items()}
         place += 1
-    return {name: x[:, :, None, None] if is_dense and x.ndim == 2 else x for name, x in ours.items()}
+    return {
+        name: x[:, :, None, None] if is_dense and x.ndim == 2 else x for name, x in ours.items()
+    }
 
 
 def number_in(name: str) -> float:
@@ -161,7 +184,9 @@ def drop_unusable_queues(weights: Weights) -> list[str]:
     for queue in QUEUES:
         keys, pointer = weights.get(queue + "keys"), weights.get(queue + "pointer")
         if keys is not None and not (
-            keys.is_floating_point() and keys.numel() and (keys.ndim == 2 or keys.shape[:-2] == (2,))
+            keys.is_floating_point()
+            and keys.numel()
+            and (keys.ndim == 2 or keys.shape[:-2] == (2,))
         ):
             unusable.append(queue + "keys")
         if pointer is not None and pointer.numel() != 1:
@@ -175,7 +200,9 @@ def with_queues(weights: Weights) -> Weights:
     """The weights with their queues in the form of `KeyQueue`: rows of keys, pointer, and all of them filled."""
     weights = dict(weights)
     keys = weights.get("queue.keys")
-    if keys is not None and keys.ndim == 3:  # solo-learn's (2, C, K): the first view's keys, then the second's
+    if (
+        keys is not None and keys.ndim == 3
+    ):  # solo-learn's (2, C, K): the first view's keys, then the second's
         weights |= {"reverse_queue.keys": keys[0], "queue.keys": keys[1]}
     pointer = weights.get("queue.pointer", torch.zeros(1))
     for queue in QUEUES:
@@ -191,7 +218,11 @@ def with_queues(weights: Weights) -> Weights:
 
 def rows_of_unit_norm(keys: Tensor) -> Tensor:
     """A queue as (K, C), which nearly all projects store as (C, K)."""
-    return (keys.T if (keys.norm(dim=0) - 1).abs().mean() < (keys.norm(dim=1) - 1).abs().mean() else keys).contiguous()
+    return (
+        keys.T
+        if (keys.norm(dim=0) - 1).abs().mean() < (keys.norm(dim=1) - 1).abs().mean()
+        else keys
+    ).contiguous()
 
 
 def backbone_weights(weights: Weights, backbone: nn.Module) -> Weights:
@@ -218,8 +249,14 @@ def backbone_weights(weights: Weights, backbone: nn.Module) -> Weights:
     else:
         weights = from_torchvision(weights, backbone)
     # Files from before PyTorch 0.4.1 have no such counters.
-    counters = {name: x for name, x in backbone.state_dict().items() if name.endswith("num_batches_tracked")}
-    return {name: torch.zeros_like(x, device="cpu") for name, x in counters.items() if name not in weights} | weights
+    counters = {
+        name: x for name, x in backbone.state_dict().items() if name.endswith("num_batches_tracked")
+    }
+    return {
+        name: torch.zeros_like(x, device="cpu")
+        for name, x in counters.items()
+        if name not in weights
+    } | weights
 
 
 def from_sequential(weights: Weights) -> Weights:
@@ -249,7 +286,10 @@ def merging_before_its_stage(weights: Weights) -> Weights:
     if not any(name.startswith("layers.0.downsample.") for name in weights):
         return weights
     moved = re.compile(r"^layers\.(\d)\.downsample\.")
-    return {moved.sub(lambda found: f"layers.{int(found[1]) + 1}.downsample.", name): x for name, x in weights.items()}
+    return {
+        moved.sub(lambda found: f"layers.{int(found[1]) + 1}.downsample.", name): x
+        for name, x in weights.items()
+    }
 
 
 def misfit(weights: Weights, expected: Weights) -> str | None:
@@ -261,7 +301,11 @@ def misfit(weights: Weights, expected: Weights) -> str | None:
         if name in shapes and x.shape != shapes[name]
     ]
     found += [f"{name} {shape} is missing" for name, shape in shapes.items() if name not in weights]
-    found += [f"{name} {tuple(x.shape)} has no counterpart" for name, x in weights.items() if name not in shapes]
+    found += [
+        f"{name} {tuple(x.shape)} has no counterpart"
+        for name, x in weights.items()
+        if name not in shapes
+    ]
     more = f", and {len(found) - 1} more differ" if len(found) > 1 else ""
     return found[0] + more if found else None
 
@@ -287,7 +331,10 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
         seen["window_size"] = one_or_each(windows)
         pretrained = [pretrained_window_of(table) for table in tables]
         seen["pretrained_window_size"] = one_or_each(
-            [normaliser[0] if normaliser else window for normaliser, window in zip(pretrained, windows, strict=True)]
+            [
+                normaliser[0] if normaliser else window
+                for normaliser, window in zip(pretrained, windows, strict=True)
+            ]
         )
     return {key: value for key, value in seen.items() if key in settings_of_backbone(name)}
 
@@ -315,8 +362,12 @@ def windows_in_name(file_name: str) -> dict[str, Any]:
 
 def first_of_each_stage(weights: Weights, ending: str) -> list[Tensor]:
     """Of the tensors in a Swin's blocks whose names end so, the first of each stage."""
-    names = sorted(name for name in weights if re.match(rf"(features|layers)\.\d\..*\.{ending}$", name))
-    return [weights[next(stage)] for _, stage in groupby(names, key=lambda name: name.split(".")[1])]
+    names = sorted(
+        name for name in weights if re.match(rf"(features|layers)\.\d\..*\.{ending}$", name)
+    )
+    return [
+        weights[next(stage)] for _, stage in groupby(names, key=lambda name: name.split(".")[1])
+    ]
 
 
 def fitting_backbones(weights: Weights) -> list[dict[str, Any]]:
@@ -325,7 +376,9 @@ def fitting_backbones(weights: Weights) -> list[dict[str, Any]]:
     for name in BACKBONES:
         settings = {"name": name, **settings_seen(weights, name)}
         try:
-            backbone = outline(**{key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()})
+            backbone = outline(
+                **{key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()}
+            )
             is_fitting = misfit(backbone_weights(weights, backbone), backbone.state_dict()) is None
         except InputError:  # Swin V1 has no pretraining window
             continue
@@ -367,7 +420,10 @@ def listed(names: Iterable[str]) -> str:
     if len(names) <= LONGEST_LIST:
         return ", ".join(names)
     groups = Counter(name.partition(".")[0] for name in names)
-    shown = [f"{group}.* ({count})" if count > 1 else group for group, count in groups.most_common(LONGEST_LIST)]
+    shown = [
+        f"{group}.* ({count})" if count > 1 else group
+        for group, count in groups.most_common(LONGEST_LIST)
+    ]
     return ", ".join(shown) + (", ..." if len(groups) > LONGEST_LIST else "")
 
 

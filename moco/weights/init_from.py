@@ -52,14 +52,28 @@ def start_from(method: "MoCo", path: str) -> None:
     new = ours | {name: x for name, x in weights.items() if name.startswith(tuple(taken))}
     for part in reasons:
         if part.startswith(KEY):
-            new |= {name: new[QUERY + name.removeprefix(KEY)] for name in ours if name.startswith(part)}
+            new |= {
+                name: new[QUERY + name.removeprefix(KEY)] for name in ours if name.startswith(part)
+            }
     method.load_state_dict(new)
     unused = {name: x for name, x in weights.items() if not name.startswith(tuple(taken))}
-    log.info("%s: %s; taken: %s", source, held.origin, listed_parts({n: weights[n] for n in weights.keys() - unused}))
+    log.info(
+        "%s: %s; taken: %s",
+        source,
+        held.origin,
+        listed_parts({n: weights[n] for n in weights.keys() - unused}),
+    )
     for part, reason in reasons.items():
-        log.info("%s: %s; %s", METHOD_PARTS[part], reason, "as the query's" if part.startswith(KEY) else "begins anew")
+        log.info(
+            "%s: %s; %s",
+            METHOD_PARTS[part],
+            reason,
+            "as the query's" if part.startswith(KEY) else "begins anew",
+        )
     if unused or held.ignored:
-        log.info("not used: %s", "; ".join(filter(None, [listed_parts(unused), listed(held.ignored)])))
+        log.info(
+            "not used: %s", "; ".join(filter(None, [listed_parts(unused), listed(held.ignored)]))
+        )
 
 
 def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
@@ -71,7 +85,9 @@ def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
     from moco.weights.foreign import backbone_weights, misfit, settings_seen, split
 
     backbone: Any = method.query_encoder.backbone
-    settings = {key: value for key, value in method.hparams["backbone"].items() if value is not None}
+    settings = {
+        key: value for key, value in method.hparams["backbone"].items() if value is not None
+    }
     weights = held.weights
     for encoder in (QUERY, KEY):
         theirs, others = split(weights, f"{encoder}backbone.")
@@ -87,7 +103,9 @@ def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
                         seen |= held.named_windows
                     check_what_shapes_hide(held.origin, seen | settings, source, is_saved)
                 theirs = backbone_weights(theirs, backbone)
-            weights = others | {f"{encoder}backbone.{name}": tensor for name, tensor in theirs.items()}
+            weights = others | {
+                f"{encoder}backbone.{name}": tensor for name, tensor in theirs.items()
+            }
     theirs, _ = split(weights, QUERY + "backbone.")
     if problem := misfit(theirs, backbone.state_dict()):
         raise InputError(f"{source}: its weights do not fit backbone={settings['name']}: {problem}")
@@ -102,7 +120,9 @@ def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
     return weights
 
 
-def check_named_windows(named: dict[str, Any], settings: dict[str, Any], pretrained: tuple[int, ...]) -> None:
+def check_named_windows(
+    named: dict[str, Any], settings: dict[str, Any], pretrained: tuple[int, ...]
+) -> None:
     """Hold a Swin V2 to the windows that the name of the file says, unless its config says others.
 
     Args:

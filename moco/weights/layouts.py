@@ -151,7 +151,11 @@ LAYOUTS = (
     Layout(BACKBONE_ALONE, (r"backbone\.",), {r"backbone\.": QUERY + "backbone."}),
     Layout("torchvision or timm ResNet", (r"layer1\.0\.conv1\.",), {"": QUERY + "backbone."}),
     Layout("torchvision Swin Transformer", (r"features\.1\.0\.attn\.",), {"": QUERY + "backbone."}),
-    Layout("timm or Microsoft Swin Transformer", (r"layers\.0\.blocks\.0\.attn\.",), {"": QUERY + "backbone."}),
+    Layout(
+        "timm or Microsoft Swin Transformer",
+        (r"layers\.0\.blocks\.0\.attn\.",),
+        {"": QUERY + "backbone."},
+    ),
     Layout("torchvision ViT", (r"encoder\.layers\.encoder_layer_0\.",), {"": QUERY + "backbone."}),
     Layout("timm ViT", (r"cls_token$", r"blocks\.0\.attn\."), {"": QUERY + "backbone."}),
 )

@@ -33,7 +33,17 @@ Weights = dict[str, Tensor]
 
 # torchvision's names are ours; it has a class for vit_small, but no such name.
 TIMM_MODELS = {
-    **{name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2")},
+    **{
+        name: name
+        for name in (
+            "resnet18",
+            "resnet34",
+            "resnet50",
+            "resnet101",
+            "resnet152",
+            "wide_resnet50_2",
+        )
+    },
     "swin_t": "swin_tiny_patch4_window7_224",
     "swin_s": "swin_small_patch4_window7_224",
     "swin_b": "swin_base_patch4_window7_224",
@@ -105,7 +115,9 @@ def to_torchvision(backbone: nn.Module, image_size: int | None = None) -> Weight
             index = relative_positions(window, torch.device("cpu"))  # (L, L), shared by all blocks
             weights[f"{name}.{INDEX}"] = index.flatten().clone()
         if isinstance(attention, WindowAttentionV2):
-            weights[f"{name}.{COORDINATES}"] = saved_coordinates(window, attention.pretrained_window_size)
+            weights[f"{name}.{COORDINATES}"] = saved_coordinates(
+                window, attention.pretrained_window_size
+            )
     return weights
 
 
@@ -159,7 +171,11 @@ def from_torchvision(weights: Weights, backbone: nn.Module) -> Weights:
         if coordinates is not None and isinstance(attention, WindowAttentionV2):
             check_pretrained_window(coordinates, attention.pretrained_window_size)
     tables = (f".{INDEX}", f".{COORDINATES}")
-    kept = {name: x for name, x in weights.items() if not name.startswith(CLASSIFIERS) and not name.endswith(tables)}
+    kept = {
+        name: x
+        for name, x in weights.items()
+        if not name.startswith(CLASSIFIERS) and not name.endswith(tables)
+    }
     return with_fitting_positions(kept, backbone)
 
 
@@ -179,7 +195,9 @@ def to_timm(backbone: nn.Module, image_size: int | None = None) -> Weights:
         theirs = timm_name(name)
         if isinstance(backbone, Swin) and backbone.version == 2 and name.endswith(".qkv.bias"):
             query, _, value = tensor.chunk(3)
-            weights[theirs.replace("qkv.bias", "q_bias")] = query.clone()  # a view would take the whole along
+            weights[theirs.replace("qkv.bias", "q_bias")] = (
+                query.clone()
+            )  # a view would take the whole along
             weights[theirs.replace("qkv.bias", "v_bias")] = value.clone()
         else:
             weights[theirs] = tensor
@@ -274,7 +292,9 @@ def write_backbone(backbone: nn.Module, settings: dict[str, Any], about: dict[st
         InputError: safetensors is not installed.
     """
     metadata = {"backbone": settings_of(backbone, settings), **about}
-    return as_safetensors(dict(backbone.state_dict()), {key: json.dumps(value) for key, value in metadata.items()})
+    return as_safetensors(
+        dict(backbone.state_dict()), {key: json.dumps(value) for key, value in metadata.items()}
+    )
 
 
 def read_backbone(path: str | Path) -> tuple[Any, dict[str, Any]]:
@@ -294,5 +314,7 @@ def read_backbone(path: str | Path) -> tuple[Any, dict[str, Any]]:
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{path}: the weights do not fit the backbone that its metadata describe ({error})") from error
+        raise InputError(
+            f"{path}: the weights do not fit the backbone that its metadata describe ({error})"
+        ) from error
     return backbone.eval(), about

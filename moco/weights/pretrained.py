@@ -41,7 +41,9 @@ class Pretrained(NamedTuple):
     """A Swin's windows in the file."""
 
 
-def load_pretrained(path: str, which: str, given: dict[str, Any], feature: str | None = "backbone") -> Pretrained:
+def load_pretrained(
+    path: str, which: str, given: dict[str, Any], feature: str | None = "backbone"
+) -> Pretrained:
     """The query or the key encoder in any file of weights; of other projects' files the log says what was taken.
 
     Args:
@@ -67,24 +69,36 @@ def load_pretrained(path: str, which: str, given: dict[str, Any], feature: str |
     is_backbone_alone = held.settings is not None and held.checkpoint is None
     of_run = held.config.get("evaluation", {}).get("feature", "backbone")
     if feature is None and is_backbone_alone and of_run == "embedding":
-        log.info("%s: a backbone alone, so its own feature is measured, where the run measured embeddings", source)
+        log.info(
+            "%s: a backbone alone, so its own feature is measured, where the run measured embeddings",
+            source,
+        )
     feature = feature or ("backbone" if is_backbone_alone else of_run)
     if held.settings is None:
         encoder, settings, is_window_set = load_foreign(held, which, given, feature, source)
     else:
-        settings = held.settings | {key: value for key, value in given.items() if key != "window_size"}
+        settings = held.settings | {
+            key: value for key, value in given.items() if key != "window_size"
+        }
         check_architecture(held.settings, given, source)
         for key in ("pretrained_window_size", "pretrained_image_size"):
             if key in given:
-                log.warning("backbone.%s: another one than the checkpoint's stretches the position biases", key)
+                log.warning(
+                    "backbone.%s: another one than the checkpoint's stretches the position biases",
+                    key,
+                )
         encoder, is_window_set = load_ours(held, which, settings, feature, path), False
     window_size: Any = getattr(encoder.backbone, "window_size", None)
     if "window_size" in given and not is_window_set:
         rewindow(encoder.backbone, given["window_size"])
     settings = settings_of(encoder.backbone, settings)
-    if is_channels_last(held.weights.values()):  # so that a monitor's figure is repeated to the last digit
+    if is_channels_last(
+        held.weights.values()
+    ):  # so that a monitor's figure is repeated to the last digit
         encoder.to(memory_format=torch.channels_last)
-    return Pretrained(encoder.eval(), settings, held.config, held.epoch, held.step, feature, window_size)
+    return Pretrained(
+        encoder.eval(), settings, held.config, held.epoch, held.step, feature, window_size
+    )
 
 
 def log_window_advice(pretrained: Pretrained, given: dict[str, Any], image_size: int) -> None:
@@ -107,14 +121,20 @@ def check_architecture(there: dict[str, Any], given: dict[str, Any], source: str
     from moco.runs.run_folder import differences
 
     outline = described(there, source)
-    usual = {key: getattr(outline, key, "imagenet" if key == "stem" else None) for key in ARCHITECTURE}
+    usual = {
+        key: getattr(outline, key, "imagenet" if key == "stem" else None) for key in ARCHITECTURE
+    }
     own = usual | {key: value for key, value in there.items() if value is not None}
     asked = {key: given[key] for key in ARCHITECTURE if key in given}
-    if differing := differences({"backbone": {key: own.get(key) for key in asked}}, {"backbone": asked}):
+    if differing := differences(
+        {"backbone": {key: own.get(key) for key in asked}}, {"backbone": asked}
+    ):
         raise InputError(f"{source}: of another architecture: {'; '.join(differing)}")
 
 
-def load_ours(held: Held, which: str, settings: dict[str, Any], feature: str, path: str) -> "Encoder":
+def load_ours(
+    held: Held, which: str, settings: dict[str, Any], feature: str, path: str
+) -> "Encoder":
     """The encoder of a file that a program of ours has written.
 
     Args:
@@ -132,9 +152,13 @@ def load_ours(held: Held, which: str, settings: dict[str, Any], feature: str, pa
     if held.checkpoint is not None:
         return load_encoder(held.checkpoint, which, path, settings)
     if which == "key" and held.encoder != "key":
-        raise InputError(f"checkpoint={path}: the query encoder's backbone alone, and encoder=key asks for the key's")
+        raise InputError(
+            f"checkpoint={path}: the query encoder's backbone alone, and encoder=key asks for the key's"
+        )
     if feature == "embedding":
-        raise InputError(f"checkpoint={path}: a backbone alone, and feature=embedding needs the projector too")
+        raise InputError(
+            f"checkpoint={path}: a backbone alone, and feature=embedding needs the projector too"
+        )
     weights, _ = split(held.weights, QUERY + "backbone.")
     return Encoder(built_and_loaded(weights, settings, f"checkpoint={path}"), nn.Identity())
 
@@ -150,7 +174,9 @@ def built_and_loaded(weights: "Weights", settings: dict[str, Any], source: str) 
 
     backbone = build_backbone(**settings)
     if problem := misfit(weights, backbone.state_dict()):
-        raise InputError(f"{source}: its weights do not fit the backbone {settings['name']}: {problem}")
+        raise InputError(
+            f"{source}: its weights do not fit the backbone {settings['name']}: {problem}"
+        )
     backbone.load_state_dict(weights)
     return backbone
 
@@ -172,13 +198,17 @@ def load_encoder(
     from moco.methods.moco import MoCo
 
     if "decoder" in checkpoint["hyper_parameters"]:
-        raise InputError(f"checkpoint={path}: written by moco.segment, and expected is one of moco.train")
+        raise InputError(
+            f"checkpoint={path}: written by moco.segment, and expected is one of moco.train"
+        )
     hyper_parameters = checkpoint["hyper_parameters"] | ({"backbone": settings} if settings else {})
     try:
         method = MoCo(**hyper_parameters)
         method.load_state_dict(checkpoint["state_dict"])
     except (TypeError, RuntimeError) as error:
-        raise InputError(f"checkpoint={path}: its weights do not fit its own hyperparameters ({error})") from error
+        raise InputError(
+            f"checkpoint={path}: its weights do not fit its own hyperparameters ({error})"
+        ) from error
     encoder: Any = method.query_encoder if which == "query" else method.key_encoder
     return encoder.eval()
 
@@ -193,7 +223,14 @@ def load_foreign(
     """
     from moco.models.backbones import build_backbone
     from moco.models.encoder import Encoder
-    from moco.weights.foreign import backbone_weights, listed, listed_parts, misfit, settings_seen, split
+    from moco.weights.foreign import (
+        backbone_weights,
+        listed,
+        listed_parts,
+        misfit,
+        settings_seen,
+        split,
+    )
 
     prefix = f"{which}_encoder."
     theirs, others = split(held.weights, prefix + "backbone.")
@@ -213,7 +250,9 @@ def load_foreign(
         )
     if "pretrained_image_size" in given and not is_normaliser_saved:
         seen.pop("pretrained_window_size", None)  # what is given counts more than a file's name
-    settings = settings | {key: value for key, value in seen.items() if key == "window_size" or key not in given}
+    settings = settings | {
+        key: value for key, value in seen.items() if key == "window_size" or key not in given
+    }
     check_what_shapes_hide(held.origin, settings, source, is_normaliser_saved)
     backbone = build_backbone(**settings)
     with named(source):
@@ -222,14 +261,25 @@ def load_foreign(
         raise InputError(f"{source}: its weights do not fit backbone={settings['name']}: {problem}")
     backbone.load_state_dict(weights)
     head, unused = split(others, prefix + "projector.")
-    encoder = Encoder(backbone, projector_of(head if feature == "embedding" else None, backbone.feature_dim, source))
+    encoder = Encoder(
+        backbone,
+        projector_of(head if feature == "embedding" else None, backbone.feature_dim, source),
+    )
     if feature == "backbone":
         unused = others
     others_set = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "name")
-    log.info("%s: %s; backbone %s%s", source, held.origin, settings["name"], others_set and f" ({others_set})")
+    log.info(
+        "%s: %s; backbone %s%s",
+        source,
+        held.origin,
+        settings["name"],
+        others_set and f" ({others_set})",
+    )
     log.info("taken: %s", listed_parts({n: x for n, x in held.weights.items() if n not in unused}))
     if unused or held.ignored:
-        log.info("not used: %s", "; ".join(filter(None, [listed_parts(unused), listed(held.ignored)])))
+        log.info(
+            "not used: %s", "; ".join(filter(None, [listed_parts(unused), listed(held.ignored)]))
+        )
     log.info("the file says nothing of images: mean and std are ImageNet's where none are given")
     return encoder, settings, "window_size" not in seen
 
@@ -246,7 +296,11 @@ def recognised(weights: "Weights", source: str) -> dict[str, Any]:
     if len(fitting) == 1:
         log.info("%s: backbone=%s, recognised by its tensors' shapes", source, fitting[0]["name"])
         return fitting[0]
-    which = f"{' and '.join(settings['name'] for settings in fitting)} have" if fitting else "no backbone here has"
+    which = (
+        f"{' and '.join(settings['name'] for settings in fitting)} have"
+        if fitting
+        else "no backbone here has"
+    )
     raise InputError(f"{source}: {which} tensors of these shapes; give backbone=NAME")
 
 

@@ -21,7 +21,9 @@ def as_safetensors(weights: "dict[str, Tensor]", metadata: dict[str, str] | None
         from safetensors.torch import save
     except ImportError as error:
         raise InputError(NOT_INSTALLED) from error
-    return save(weights, {"format": "pt", **(metadata or {})})  # "pt" is what other readers of the format look for
+    return save(
+        weights, {"format": "pt", **(metadata or {})}
+    )  # "pt" is what other readers of the format look for
 
 
 def read_safetensors(path: str | Path, source: str) -> "tuple[dict[str, Tensor], dict[str, str]]":

@@ -63,13 +63,19 @@ def read_held(path: str, source: str) -> Held:
         check_parts(content, source)
         hyper_parameters = content["hyper_parameters"]
         if "decoder" in hyper_parameters:
-            raise InputError(f"{source}: written by moco.segment, and expected is one of moco.train")
+            raise InputError(
+                f"{source}: written by moco.segment, and expected is one of moco.train"
+            )
         if not isinstance(hyper_parameters.get("backbone"), dict):
-            raise InputError(f"{source}: not written by moco.train (its hyper_parameters have no backbone)")
+            raise InputError(
+                f"{source}: not written by moco.train (its hyper_parameters have no backbone)"
+            )
         epoch, step = content["figures"].get("epoch", 0), content["global_step"]
         origin = f"a checkpoint of moco.train, epoch {epoch}"
         weights, settings = content["state_dict"], hyper_parameters["backbone"]
-        return Held(origin, weights, [], settings, content["config"], epoch, step, checkpoint=content)
+        return Held(
+            origin, weights, [], settings, content["config"], epoch, step, checkpoint=content
+        )
     if keys >= BACKBONE_PARTS.keys():
         check_parts({"config": {}, **content}, source, BACKBONE_PARTS | {"config": dict})
         described(content["backbone"], source)
@@ -124,10 +130,14 @@ def named(source: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise error if str(error).startswith(source) else InputError(f"{source}: {error}") from error
+        raise (
+            error if str(error).startswith(source) else InputError(f"{source}: {error}")
+        ) from error
 
 
-def write_backbone_file(path: Path, method: "MoCo", config: dict[str, Any], figures: dict[str, Any]) -> None:
+def write_backbone_file(
+    path: Path, method: "MoCo", config: dict[str, Any], figures: dict[str, Any]
+) -> None:
     """Write the query encoder's backbone and what is to be known of it: plain data, for `load_pretrained` and anyone else.
 
     Args:

@@ -10,7 +10,9 @@ from benchmarks.turns import Case
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--what", nargs="+", choices=bench_data.KINDS, default=list(bench_data.KINDS))
+    parser.add_argument(
+        "--what", nargs="+", choices=bench_data.KINDS, default=list(bench_data.KINDS)
+    )
     bench_data.add_arguments(parser)
 
 
@@ -21,6 +23,12 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
     for what in arguments.what:
         with bench_data.turns_of(what, arguments) as turns:
             ready = {
-                name: (lambda turn=turn: turn) for name, turn in turns.items() if name != "lightly" or name in peers
+                name: (lambda turn=turn: turn)
+                for name, turn in turns.items()
+                if name != "lightly" or name in peers
             }
-            yield Case(what, ready, tuple(name for name in ready if name.startswith(("official", "lightly"))))
+            yield Case(
+                what,
+                ready,
+                tuple(name for name in ready if name.startswith(("official", "lightly"))),
+            )

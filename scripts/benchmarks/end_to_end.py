@@ -25,8 +25,12 @@ STEP = "our step alone"
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--npz", help="an archive with train_images (M, 32, 32, 3), uint8; else noise of that shape")
-    parser.add_argument("--steps", type=int, default=10, help="in one turn, after the first that do not count")
+    parser.add_argument(
+        "--npz", help="an archive with train_images (M, 32, 32, 3), uint8; else noise of that shape"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10, help="in one turn, after the first that do not count"
+    )
     parser.add_argument("--workers", type=int, default=2, help="loader processes of the peers")
 
 
@@ -42,13 +46,20 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
 def write_noise(folder: Path, net: Net, num_steps: int) -> Path:
     """Random images for more batches than a turn takes."""
     generator = np.random.default_rng(0)
-    num_batches = max(ours.WARM_UP.values()) + num_steps + ours.COOL_DOWN + 2  # more than a turn takes
+    num_batches = (
+        max(ours.WARM_UP.values()) + num_steps + ours.COOL_DOWN + 2
+    )  # more than a turn takes
     shape = (num_batches * net.batch_size, net.image_size, net.image_size, 3)
     images = generator.integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(len(images)) % 10
     few = slice(net.batch_size)
     path = folder / "noise.npz"
-    parts = {"train_images": images, "train_labels": labels, "test_images": images[few], "test_labels": labels[few]}
+    parts = {
+        "train_images": images,
+        "train_labels": labels,
+        "test_images": images[few],
+        "test_labels": labels[few],
+    }
     np.savez(path, **parts)
     return path
 
@@ -64,7 +75,9 @@ def case_of(net: Net, archive: Path, arguments: argparse.Namespace, peers: Peers
 
     def with_data() -> Turn:
         data = build_data(config)
-        data.source = dataclasses.replace(data.source, bank=None, queries=None)  # no evaluation at the end of a turn
+        data.source = dataclasses.replace(
+            data.source, bank=None, queries=None
+        )  # no evaluation at the end of a turn
         return ours.training(config, data)
 
     contenders: dict[str, Callable[[], Turn]] = {STEP: step_alone, "ours, with data": with_data}
@@ -76,7 +89,10 @@ def case_of(net: Net, archive: Path, arguments: argparse.Namespace, peers: Peers
         contenders["official"] = lambda: fed_from(step, official_views(net))
     images = "noise" if not arguments.npz else archive.name
     return Case(
-        f"{net.backbone}, batch {net.batch_size}, {images}", contenders, (STEP, "official", "lightly"), warm_ups=0
+        f"{net.backbone}, batch {net.batch_size}, {images}",
+        contenders,
+        (STEP, "official", "lightly"),
+        warm_ups=0,
     )
 
 

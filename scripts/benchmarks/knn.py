@@ -19,5 +19,14 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
     num_rows, width, num_queries = bench_knn.SIZES[size]
     with bench_knn.bank_file(size, arguments.folder) as path:
         turns = bench_knn.turns_of(size, arguments.threads, path, arguments.device)
-        ready = {name: (lambda turn=turn: turn) for name, turn in turns.items() if name != "lightly" or name in peers}
-        yield Case(f"bank {num_rows:,} x {width}, {num_queries:,} queries", ready, ("product", "lightly"), warm_ups=0)
+        ready = {
+            name: (lambda turn=turn: turn)
+            for name, turn in turns.items()
+            if name != "lightly" or name in peers
+        }
+        yield Case(
+            f"bank {num_rows:,} x {width}, {num_queries:,} queries",
+            ready,
+            ("product", "lightly"),
+            warm_ups=0,
+        )

@@ -26,7 +26,9 @@ TINY, TINY_MEMORY = ((8, 64),), ((8, 64),)
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
-    parser.add_argument("--memory-of", nargs=3, metavar=("CONTENDER", "N", "K"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--memory-of", nargs=3, metavar=("CONTENDER", "N", "K"), help=argparse.SUPPRESS
+    )
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
@@ -35,7 +37,9 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
     references = (BOUND, "plain form", "lightly")
     for num_queries, queue_size in TINY if arguments.tiny else TIMED:
         contenders = {
-            name: partial(turn_of, build, num_queries, queue_size, device, calls_of(queue_size, device))
+            name: partial(
+                turn_of, build, num_queries, queue_size, device, calls_of(queue_size, device)
+            )
             for name, build in forms(peers).items()
         }
         yield Case(f"N {num_queries:,}, K {queue_size:,}", contenders, references)
@@ -43,7 +47,10 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
         return
     for num_queries, queue_size in TINY_MEMORY if arguments.tiny else MEMORY:
         name = f"memory, N {num_queries:,}, K {queue_size:,}"
-        contenders = {form: partial(alone, form, num_queries, queue_size, arguments.threads) for form in forms(peers)}
+        contenders = {
+            form: partial(alone, form, num_queries, queue_size, arguments.threads)
+            for form in forms(peers)
+        }
         yield Case(name, contenders, references, repeats=1, warm_ups=0)
 
 
@@ -60,7 +67,9 @@ def forms(peers: Peers) -> dict[str, Callable[..., Callable[[], Any]]]:
     return {BOUND: products, "ours": ours, "plain form": plain} | of_peers
 
 
-def turn_of(build: Callable[..., Any], num_queries: int, queue_size: int, device: torch.device, calls: int) -> Turn:
+def turn_of(
+    build: Callable[..., Any], num_queries: int, queue_size: int, device: torch.device, calls: int
+) -> Turn:
     return timed(build(*rows(num_queries, queue_size, device)), device, calls=calls)
 
 
@@ -68,7 +77,10 @@ def rows(num_queries: int, queue_size: int, device: torch.device) -> list[Tensor
     """Queries (N, C), their keys (N, C) and negatives (K, C), unit norm."""
     generator = torch.Generator().manual_seed(0)
     counts = (num_queries, num_queries, queue_size)
-    made = [F.normalize(torch.randn(count, EMBEDDING_DIM, generator=generator), dim=1).to(device) for count in counts]
+    made = [
+        F.normalize(torch.randn(count, EMBEDDING_DIM, generator=generator), dim=1).to(device)
+        for count in counts
+    ]
     made[0].requires_grad_()
     return made
 
@@ -117,7 +129,9 @@ def lightly(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]
 
 def alone(form: str, num_queries: int, queue_size: int, num_threads: int) -> Turn:
     """Time and memory of one call in a new process; its negatives are not counted."""
-    return lambda: in_child(["loss", "--memory-of", form, str(num_queries), str(queue_size)], num_threads)
+    return lambda: in_child(
+        ["loss", "--memory-of", form, str(num_queries), str(queue_size)], num_threads
+    )
 
 
 def print_memory_of(form: str, num_queries: int, queue_size: int) -> None:

@@ -13,7 +13,17 @@ import torch
 import moco
 
 PACKAGES = ("torchvision", "pytorch-lightning", "numpy", "faiss-cpu", "opencv-python-headless")
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
+FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_tile",
+    "asimd",
+    "bf16",
+    "sve",
+)
 """Of a CPU, those that decide how fast it multiplies matrices, in fp32 and in bf16, on x86-64 and on ARM."""
 
 
@@ -26,7 +36,9 @@ def describe(device: torch.device, num_threads: int) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "cpu": model[1] if model else platform.processor() or platform.machine(),
         "cpu_flags": [flag for flag in FLAGS if flags and flag in flags[1].split()],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "threads": num_threads,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

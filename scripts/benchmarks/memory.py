@@ -44,7 +44,13 @@ def in_child(arguments: Sequence[str], num_threads: int) -> Mapping[str, float]:
     Raises:
         LeftOut: there was not enough memory.
     """
-    command = [sys.executable, str(SCRIPTS / "benchmark.py"), *arguments, "--threads", str(num_threads)]
+    command = [
+        sys.executable,
+        str(SCRIPTS / "benchmark.py"),
+        *arguments,
+        "--threads",
+        str(num_threads),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode and "allocate memory" in done.stderr:

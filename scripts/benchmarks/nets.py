@@ -139,4 +139,6 @@ class Setting:
 
 def head(feature_dim: int) -> nn.Sequential:
     """MoCo v2's: from feature to embedding through one hidden layer."""
-    return nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, EMBEDDING_DIM))
+    return nn.Sequential(
+        nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, EMBEDDING_DIM)
+    )

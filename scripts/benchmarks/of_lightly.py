@@ -27,7 +27,9 @@ def step(net: Net, setting: Setting) -> Callable[[Tensor, Tensor], None]:
     online = nn.ModuleList([backbone, projection_head])
     averaged = copy.deepcopy(online)
     deactivate_requires_grad(averaged)
-    criterion = NTXentLoss(TEMPERATURE, memory_bank_size=(net.queue_size, EMBEDDING_DIM)).to(setting.device)
+    criterion = NTXentLoss(TEMPERATURE, memory_bank_size=(net.queue_size, EMBEDDING_DIM)).to(
+        setting.device
+    )
     optimizer = torch.optim.SGD(online.parameters(), **SGD)
 
     def step(query_view: Tensor, key_view: Tensor) -> None:
@@ -44,7 +46,9 @@ def step(net: Net, setting: Setting) -> Callable[[Tensor, Tensor], None]:
     return step
 
 
-def loss(queue_size: int, embedding_dim: int, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+def loss(
+    queue_size: int, embedding_dim: int, temperature: float
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Their loss of a batch of queries and keys, which also normalises both and takes the keys into its memory bank."""
     from lightly.loss import NTXentLoss
 

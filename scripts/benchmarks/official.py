@@ -39,7 +39,9 @@ def builder_of(checkout: str) -> Path:
 
 def version(checkout: str) -> str:
     """The class's file by its digest: its repository has no releases."""
-    return f"{BUILDER}, SHA-256 {hashlib.sha256(builder_of(checkout).read_bytes()).hexdigest()[:12]}"
+    return (
+        f"{BUILDER}, SHA-256 {hashlib.sha256(builder_of(checkout).read_bytes()).hexdigest()[:12]}"
+    )
 
 
 class WithClassifier(nn.Module):
@@ -64,7 +66,9 @@ def model_of(checkout: str, net: Net, device: torch.device) -> Any:
     def base_encoder(num_classes: int) -> nn.Module:
         return WithClassifier(net.theirs(), num_classes)
 
-    return module.MoCo(base_encoder, EMBEDDING_DIM, net.queue_size, KEY_MOMENTUM, TEMPERATURE, mlp=True)
+    return module.MoCo(
+        base_encoder, EMBEDDING_DIM, net.queue_size, KEY_MOMENTUM, TEMPERATURE, mlp=True
+    )
 
 
 def join_alone(device: torch.device) -> None:
@@ -80,7 +84,9 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def step(checkout: str, net: Net, setting: Setting, with_accuracy: bool) -> Callable[[Tensor, Tensor], None]:
+def step(
+    checkout: str, net: Net, setting: Setting, with_accuracy: bool
+) -> Callable[[Tensor, Tensor], None]:
     """One step as their ``main_moco.py`` takes it.
 
     Args:

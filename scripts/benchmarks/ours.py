@@ -33,11 +33,16 @@ from moco.training.hardware import keep_freed_memory
 def pair_batch(query_view: Tensor, key_view: Tensor) -> PairBatch:
     """A batch as the loaders make it."""
     indices = torch.arange(len(query_view))
-    return PairBatch((query_view, key_view), indices, torch.zeros_like(indices, dtype=torch.bool), 0)
+    return PairBatch(
+        (query_view, key_view), indices, torch.zeros_like(indices, dtype=torch.bool), 0
+    )
 
 
 def step(
-    net: Net, setting: Setting, batch_norm: str = "auto", prepare: Callable[[MoCo], None] | None = None
+    net: Net,
+    setting: Setting,
+    batch_norm: str = "auto",
+    prepare: Callable[[MoCo], None] | None = None,
 ) -> Callable[[Tensor, Tensor], None]:
     """The method's training step, backward, its optimizer's step and the momentum update, without a Trainer.
 
@@ -77,7 +82,9 @@ class StepClock(pl.Callback):
         self.edges = (warm_up - 1, warm_up - 1 + num_steps)
         self.ends: list[float] = []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
         if len(self.ends) in self.edges:  # between them nothing waits for a GPU
             wait_for(pl_module.device)
         self.ends.append(time.perf_counter())
@@ -110,14 +117,21 @@ class SamePair(PretrainingData):
         pair, size = config.augmentation, int(config.data.image_size or 0)
         self.views = views
         super().__init__(
-            DataSource(ArrayImages(np.zeros((len(views[0]), size, size, 3), np.uint8), "same"), None, None, size),
+            DataSource(
+                ArrayImages(np.zeros((len(views[0]), size, size, 3), np.uint8), "same"),
+                None,
+                None,
+                size,
+            ),
             ViewPair(pair.query, pair.key, pair.mean, pair.std, size, config.seed, "batch"),
             build_evaluation_view(size, config.data.crop_ratio, pair.mean, pair.std),
             image_size=size,
             batch_size=config.data.batch_size,
             engine=Engine("batch", in_memory=True, reason=""),
         )
-        self.num_batches = config.trainer.max_steps + 1  # one more than are asked for: no step is at an epoch's end
+        self.num_batches = (
+            config.trainer.max_steps + 1
+        )  # one more than are asked for: no step is at an epoch's end
 
     def train_dataloader(self) -> Any:
         return Repeated(pair_batch(*self.views), self.num_batches)

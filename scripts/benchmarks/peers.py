@@ -37,7 +37,9 @@ def peers_of(asked: Sequence[str]) -> Peers:
         elif name in UNINSTALLABLE:
             raise InputError(f"--against {one}: {UNINSTALLABLE[name]}")
         elif name not in INSTALLED:
-            raise InputError(f"--against {one}: {unknown_name('peer', name, [*INSTALLED, 'official=PATH'])}")
+            raise InputError(
+                f"--against {one}: {unknown_name('peer', name, [*INSTALLED, 'official=PATH'])}"
+            )
         elif (version := version_of(name)) is None:
             raise InputError(f"--against {one}: {name} is not installed here")
         else:
@@ -46,4 +48,7 @@ def peers_of(asked: Sequence[str]) -> Peers:
 
 
 def versions(peers: Peers) -> dict[str, str]:
-    return {name: official.version(found) if name == "official" else found for name, found in peers.items()}
+    return {
+        name: official.version(found) if name == "official" else found
+        for name, found in peers.items()
+    }

@@ -49,12 +49,20 @@ def milliseconds(seconds: float) -> str:
 def show(console: Console, rows: Sequence[Row], machine: dict[str, Any]) -> None:
     """Print the machine and the table."""
     for name, value in machine.items():
-        console.print(f"{name}: {', '.join(value) if isinstance(value, list) else value}", highlight=False)
+        console.print(
+            f"{name}: {', '.join(value) if isinstance(value, list) else value}", highlight=False
+        )
     if rows:
         console.print(table(rows))
 
 
-def write(path: Path, benchmark: str, settings: dict[str, Any], machine: dict[str, Any], rows: Sequence[Row]) -> None:
+def write(
+    path: Path,
+    benchmark: str,
+    settings: dict[str, Any],
+    machine: dict[str, Any],
+    rows: Sequence[Row],
+) -> None:
     """Everything that was measured, turn by turn."""
     content = {
         "benchmark": benchmark,

@@ -31,20 +31,34 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
-    contenders = {name: partial(started, command, arguments.threads) for name, command in PROGRAMS.items()}
+    contenders = {
+        name: partial(started, command, arguments.threads) for name, command in PROGRAMS.items()
+    }
     if arguments.tiny:
         contenders = {name: contenders[name] for name in ("python", "moco.train --help")}
         yield Case("start-up", contenders, ("python",), warm_ups=0)
         return
-    yield Case("start-up", contenders, (REFERENCE,))  # the round that does not count brings the files into memory
+    yield Case(
+        "start-up", contenders, (REFERENCE,)
+    )  # the round that does not count brings the files into memory
 
 
 def started(command: list[str], num_threads: int) -> Turn:
     """From the start of a process to its end, in an empty folder."""
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": str(num_threads)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(SCRIPTS.parent),
+        "OMP_NUM_THREADS": str(num_threads),
+    }
 
     def work() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, check=True)
+            subprocess.run(
+                [sys.executable, *command],
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                check=True,
+            )
 
     return timed(work)

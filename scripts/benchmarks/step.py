@@ -22,7 +22,9 @@ CALLS = {"cpu": 1, "cuda": 5}
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--steps", type=int, default=3, help="of the Trainer in one turn")
-    parser.add_argument("--compile", choices=("true", "false"), help="also the Trainer with this trainer.compile")
+    parser.add_argument(
+        "--compile", choices=("true", "false"), help="also the Trainer with this trainer.compile"
+    )
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
@@ -31,12 +33,19 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
     # A GPU's memory is PyTorch's own business, so there all can share a process.
     num_threads = None if arguments.tiny or device.type == "cuda" else arguments.threads
     for name, net in nets_of(device, arguments.tiny).items():
-        layouts = ("contiguous",) if net.window_size else ("contiguous", "channels_last")  # a Swin has no layout
+        layouts = (
+            ("contiguous",) if net.window_size else ("contiguous", "channels_last")
+        )  # a Swin has no layout
         for precision in ("fp32", "bf16"):
             for layout in layouts:
                 setting = Setting(device, precision, layout)
                 contenders = alike(net, setting) | of_peers(net, setting, peers)
-                yield Case(f"{name}, {precision}, {layout}", contenders, REFERENCES, num_threads=num_threads)
+                yield Case(
+                    f"{name}, {precision}, {layout}",
+                    contenders,
+                    REFERENCES,
+                    num_threads=num_threads,
+                )
         setting = Setting(device)
         contenders = {
             "lower bound": partial(one_step, lower_bound.step, net, setting),
@@ -44,7 +53,9 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
         }
         if arguments.compile:
             other = f"trainer.compile={arguments.compile}"
-            contenders[f"ours, {other}, Trainer"] = partial(by_trainer, net, setting, arguments.steps, other)
+            contenders[f"ours, {other}, Trainer"] = partial(
+                by_trainer, net, setting, arguments.steps, other
+            )
         contenders |= of_peers(net, setting, peers)
         yield Case(f"{name}, defaults", contenders, REFERENCES, num_threads=num_threads)
 
@@ -53,7 +64,9 @@ def one_step(build: Callable[..., Step], net: Net, setting: Setting, *more: obje
     """A turn of a step that `build` makes, on the same two views."""
     step = build(net, setting, *more)
     calls = CALLS[setting.device.type]
-    return timed(partial(step, *setting.views(net)), setting.device, images=net.batch_size, calls=calls)
+    return timed(
+        partial(step, *setting.views(net)), setting.device, images=net.batch_size, calls=calls
+    )
 
 
 def alike(net: Net, setting: Setting) -> dict[str, Callable[[], Turn]]:

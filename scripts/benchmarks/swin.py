@@ -14,15 +14,22 @@ TINY = ("64/4/fp32",)
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--case", nargs="+", default=bench_swin.CASES, help="image size/window/precision")
+    parser.add_argument(
+        "--case", nargs="+", default=bench_swin.CASES, help="image size/window/precision"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
     for case in TINY if arguments.tiny else arguments.case:
-        steps = {name: partial(step_turn, name, case, arguments) for name in ("torchvision", "ours")}
+        steps = {
+            name: partial(step_turn, name, case, arguments) for name in ("torchvision", "ours")
+        }
         yield Case(f"{case}, forward and backward", steps, ("torchvision",))
-        passes = {name: partial(turn_of, name, bench_swin.forward, case, arguments.device) for name in steps}
+        passes = {
+            name: partial(turn_of, name, bench_swin.forward, case, arguments.device)
+            for name in steps
+        }
         yield Case(f"{case}, forward", passes, ("torchvision",))
 
 

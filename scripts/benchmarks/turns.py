@@ -62,11 +62,23 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: every turn as it was measured, and the medians of the table."""
         seconds = [turn["seconds"] for turn in self.turns]
-        summary = {"median": self.median("seconds"), "lowest": min(seconds), "highest": max(seconds)}
-        return {"case": self.case, "contender": self.contender, **summary, "ratios": self.ratios, "turns": self.turns}
+        summary = {
+            "median": self.median("seconds"),
+            "lowest": min(seconds),
+            "highest": max(seconds),
+        }
+        return {
+            "case": self.case,
+            "contender": self.contender,
+            **summary,
+            "ratios": self.ratios,
+            "turns": self.turns,
+        }
 
 
-def measure(case: Case, repeats: int, only: Sequence[str], say: Callable[[str], None], sittings: int = 1) -> list[Row]:
+def measure(
+    case: Case, repeats: int, only: Sequence[str], say: Callable[[str], None], sittings: int = 1
+) -> list[Row]:
     """A row for each contender that `only` chooses.
 
     Args:
@@ -79,10 +91,17 @@ def measure(case: Case, repeats: int, only: Sequence[str], say: Callable[[str], 
     found = one_sitting(case, chosen(case, only), repeats, say)
     for _ in range(1, sittings):
         more = one_sitting(case, list(found), repeats, say)
-        found = {name: found[name] + turns for name, turns in more.items()}  # who gives up now has no row
+        found = {
+            name: found[name] + turns for name, turns in more.items()
+        }  # who gives up now has no row
     compared = [name for name in case.references if name in found]
     return [
-        Row(case.name, name, turns, {reference: ratio(turns, found[reference]) for reference in compared})
+        Row(
+            case.name,
+            name,
+            turns,
+            {reference: ratio(turns, found[reference]) for reference in compared},
+        )
         for name, turns in found.items()
     ]
 
@@ -100,7 +119,11 @@ def one_sitting(
         for name in names:
             build = case.contenders[name]
             try:
-                ready[name] = processes.enter_context(apart(build, case.num_threads)) if case.num_threads else build()
+                ready[name] = (
+                    processes.enter_context(apart(build, case.num_threads))
+                    if case.num_threads
+                    else build()
+                )
             except LeftOut as reason:
                 leave_out(name, reason)
         return in_turns(ready, case.repeats or repeats, case.warm_ups, leave_out)
@@ -127,7 +150,9 @@ def apart(build: Callable[[], Turn], num_threads: int) -> Iterator[Turn]:
             error, value = here.recv()
         except EOFError:
             process.join()
-            raise RuntimeError(f"a contender's process ended with status {process.exitcode}") from None
+            raise RuntimeError(
+                f"a contender's process ended with status {process.exitcode}"
+            ) from None
         if error is not None:
             raise error
         return value
@@ -205,7 +230,8 @@ def in_turns(
 def ratio(turns: Sequence[Mapping[str, float]], references: Sequence[Mapping[str, float]]) -> float:
     """Median over the rounds of the seconds of one over those of the other."""
     return statistics.median(
-        turn["seconds"] / reference["seconds"] for turn, reference in zip(turns, references, strict=True)
+        turn["seconds"] / reference["seconds"]
+        for turn, reference in zip(turns, references, strict=True)
     )
 
 
@@ -232,7 +258,9 @@ def timed(
             returned = work()
         wait_for(device)
         done = images or returned
-        return {"seconds": (clock() - started) / calls} | ({"images": done} if isinstance(done, int) else {})
+        return {"seconds": (clock() - started) / calls} | (
+            {"images": done} if isinstance(done, int) else {}
+        )
 
     return turn
 

@@ -31,11 +31,20 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
     nets = TINY if arguments.tiny else {name: NETS[name] for name in ("resnet50", "swin_v2_t")}
     for name, net in nets.items():
         references = ("flat lerp_", "official", "lightly")
-        yield Case(f"{name}, momentum update", momentum_updates(net, device, peers), references, warm_ups=2)
+        yield Case(
+            f"{name}, momentum update", momentum_updates(net, device, peers), references, warm_ups=2
+        )
         for optimizer in OF_TORCH:
             built = partial(optimizer_turn, optimizer, net, device)
-            contenders = {name: partial(built, name) for name in ("flat, fused", "ours", "torch's default")}
-            yield Case(f"{name}, {optimizer} step", contenders, ("flat, fused", "torch's default"), warm_ups=2)
+            contenders = {
+                name: partial(built, name) for name in ("flat, fused", "ours", "torch's default")
+            }
+            yield Case(
+                f"{name}, {optimizer} step",
+                contenders,
+                ("flat, fused", "torch's default"),
+                warm_ups=2,
+            )
 
 
 def encoder(net: Net, device: torch.device) -> nn.Module:
@@ -61,9 +70,14 @@ def ours(query_encoder: nn.Module, key_encoder: nn.Module) -> Callable[[], None]
 def momentum_updates(net: Net, device: torch.device, peers: Peers) -> dict[str, Callable[[], Turn]]:
     def turn(build: Callable[[nn.Module, nn.Module], Callable[[], Any]]) -> Turn:
         query_encoder = encoder(net, device)
-        return timed(build(query_encoder, copy.deepcopy(query_encoder).requires_grad_(False)), device)
+        return timed(
+            build(query_encoder, copy.deepcopy(query_encoder).requires_grad_(False)), device
+        )
 
-    updates: dict[str, Callable[[], Turn]] = {"flat lerp_": partial(turn, flat_lerp), "ours": partial(turn, ours)}
+    updates: dict[str, Callable[[], Turn]] = {
+        "flat lerp_": partial(turn, flat_lerp),
+        "ours": partial(turn, ours),
+    }
     if "official" in peers:
         checkout = peers["official"]
         updates["official"] = lambda: timed(official.momentum_update(checkout, net, device), device)

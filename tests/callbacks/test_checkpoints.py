@@ -11,7 +11,12 @@ from moco.training.random_states import random_states, set_random_states
 
 
 def draws():
-    return torch.rand(3).tolist(), np.random.normal(size=3).tolist(), random.random(), random.gauss(0, 1)
+    return (
+        torch.rand(3).tolist(),
+        np.random.normal(size=3).tolist(),
+        random.random(),
+        random.gauss(0, 1),
+    )
 
 
 def test_random_states_survive_a_file_that_holds_no_code(tmp_path):
@@ -42,7 +47,9 @@ class Bomb:
         ("cut", "damaged"),
     ],
 )
-def test_files_that_are_no_checkpoint_of_ours_are_named_and_run_no_code(content, message, tmp_path, monkeypatch):
+def test_files_that_are_no_checkpoint_of_ours_are_named_and_run_no_code(
+    content, message, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "x.ckpt"
     if isinstance(content, bytes):

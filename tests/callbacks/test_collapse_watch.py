@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco.callbacks.collapse_watch import CollapseWatch, LabelFreeMonitor, embeddings_of_keys, untouched
+from moco.callbacks.collapse_watch import (
+    CollapseWatch,
+    LabelFreeMonitor,
+    embeddings_of_keys,
+    untouched,
+)
 from moco.methods.key_queue import KeyQueue
 from moco.train import run
 
@@ -27,9 +32,16 @@ NEVER = [
 ]  # fmt: skip
 OF_SEVERAL_KINDS = [
     ["method.batch_norm=split", "trainer.max_steps=6"],  # into the second epoch
-    pytest.param(["method.symmetric=true", "trainer.accumulate_grad_batches=2"], marks=pytest.mark.slow),
     pytest.param(
-        ["method.negatives=batch", "method.queue_size=null", "backbone=swin_v2_tiny_patch2", "backbone.window_size=2"],
+        ["method.symmetric=true", "trainer.accumulate_grad_batches=2"], marks=pytest.mark.slow
+    ),
+    pytest.param(
+        [
+            "method.negatives=batch",
+            "method.queue_size=null",
+            "backbone=swin_v2_tiny_patch2",
+            "backbone.window_size=2",
+        ],
         marks=pytest.mark.slow,
     ),
 ]
@@ -52,7 +64,12 @@ def test_a_run_ends_in_the_same_bits_with_and_without_diagnostics(kind, runner, 
 
 @pytest.mark.slow
 def test_two_processes_measure_together_and_end_in_the_same_bits(runner, tmp_path):
-    settings = ["data.batch_size=240", "trainer.devices=2", "trainer.max_steps=7", "method.queue_size=480"]
+    settings = [
+        "data.batch_size=240",
+        "trainer.devices=2",
+        "trainer.max_steps=7",
+        "method.queue_size=480",
+    ]
     for name, how_much in (("often", OFTEN), ("never", NEVER)):
         run(runner.config(*settings, *how_much), tmp_path / name)
     assert_same_run(last(tmp_path / "often"), last(tmp_path / "never"))
@@ -71,16 +88,22 @@ class Watched(LabelFreeMonitor):
 
     def _drift(self, trainer, pl_module, kept):
         queue = pl_module.queue.keys
-        places = [int((queue == key).all(dim=1).nonzero()) for key in kept.keys]  # each is there, once
+        places = [
+            int((queue == key).all(dim=1).nonzero()) for key in kept.keys
+        ]  # each is there, once
         oldest = (int(pl_module.queue.pointer) - places[0]) % len(queue) or len(queue)
-        self.drifts.append((super()._drift(trainer, pl_module, kept), oldest, int(pl_module.queue.filled)))
+        self.drifts.append(
+            (super()._drift(trainer, pl_module, kept), oldest, int(pl_module.queue.filled))
+        )
         return self.drifts[-1][0]
 
 
 WITHOUT_BATCH_NORM = ["backbone=vit_tiny_patch4", "optimizer.lr=0.01"]
 
 
-@pytest.mark.parametrize("kind", [[], ["method.symmetric=true"], ["trainer.accumulate_grad_batches=2"]])
+@pytest.mark.parametrize(
+    "kind", [[], ["method.symmetric=true"], ["trainer.accumulate_grad_batches=2"]]
+)
 def test_drift_is_of_the_oldest_whole_batch_in_the_queue(kind, runner):
     monitor = Watched(1)
     runner.fit(runner.config("method.queue_size=200", "trainer.max_steps=9", *kind), [monitor])
@@ -97,7 +120,11 @@ def test_keys_of_an_encoder_that_stands_still_do_not_drift_and_those_of_a_fast_o
     drifts = []
     for momentum in (1.0, 0.5):
         monitor = Watched(1)
-        settings = (f"method.key_momentum={momentum}", "method.queue_size=128", "trainer.max_steps=5")
+        settings = (
+            f"method.key_momentum={momentum}",
+            "method.queue_size=128",
+            "trainer.max_steps=5",
+        )
         runner.fit(runner.config(*WITHOUT_BATCH_NORM, *settings), [monitor])
         drifts.append(monitor.drifts[-1][0]["queue/drift"])
     assert drifts[0] == pytest.approx(1, abs=1e-5)
@@ -119,17 +146,25 @@ def test_figures_come_at_every_nth_step_and_are_finite(runner):
 def test_of_a_step_that_is_not_finite_only_what_is_finite_is_drawn(bad_rows, drawn):
     query, histograms = unit(8, 4), {}
     query[:bad_rows] = math.nan
-    experiment = SimpleNamespace(add_histogram=lambda name, values, step: histograms.update({name: values}))
+    experiment = SimpleNamespace(
+        add_histogram=lambda name, values, step: histograms.update({name: values})
+    )
     trainer = SimpleNamespace(
         logger=SimpleNamespace(experiment=experiment, log_metrics=lambda figures, step: None),
         global_step=1, num_training_batches=9, accumulate_grad_batches=1,
     )  # fmt: skip
-    encoder = nn.ModuleDict({"projector": nn.Linear(3, 4)})  # without gradients: the step was left out
+    encoder = nn.ModuleDict(
+        {"projector": nn.Linear(3, 4)}
+    )  # without gradients: the step was left out
     module = SimpleNamespace(query_encoder=encoder, key_encoder=encoder, queue=None)
     monitor = LabelFreeMonitor(1)
     monitor.on_before_optimizer_step(trainer, module, None)
-    monitor.on_train_batch_end(trainer, module, {"query": query, "key": unit(8, 4), "negatives": unit(5, 4)}, None, 0)
-    assert {name.removeprefix("similarity/"): len(values) for name, values in histograms.items()} == drawn
+    monitor.on_train_batch_end(
+        trainer, module, {"query": query, "key": unit(8, 4), "negatives": unit(5, 4)}, None, 0
+    )
+    assert {
+        name.removeprefix("similarity/"): len(values) for name, values in histograms.items()
+    } == drawn
     assert all(values.isfinite().all() for values in histograms.values())
 
 
@@ -150,7 +185,10 @@ def test_a_collapse_is_named_at_the_fifth_look_in_a_row_and_once(caplog):
         watch.check(query, spread, 20)
     assert not caplog.text
     watch.check(same, spread, 140)
-    assert "COLLAPSED at step 140: all embeddings are nearly the same (standard deviation 0.00000" in caplog.text
+    assert (
+        "COLLAPSED at step 140: all embeddings are nearly the same (standard deviation 0.00000"
+        in caplog.text
+    )
     watch.check(same, spread, 160)
     assert caplog.text.count("COLLAPSED") == 1
 
@@ -170,7 +208,9 @@ def test_the_newest_keys_of_a_long_queue_are_looked_at(monkeypatch):
     monkeypatch.setattr("moco.callbacks.collapse_watch.MOST_KEYS", 40)
     queue = KeyQueue(100, 16)
     queue.enqueue(unit(70, 16))
-    queue.enqueue(unit(40, 2) @ F.pad(torch.eye(2), (0, 14)))  # in a plane, the last ten wrap around
+    queue.enqueue(
+        unit(40, 2) @ F.pad(torch.eye(2), (0, 14))
+    )  # in a plane, the last ten wrap around
     keys = embeddings_of_keys(SimpleNamespace(queue=queue), {})
     assert len(keys) == 40
     assert torch.linalg.matrix_rank(keys) == 2
@@ -191,14 +231,19 @@ def test_a_run_that_goes_on_goes_on_counting():
     assert again.checks == {"COLLAPSED": 3, "DIMENSIONAL COLLAPSE": 0}
 
 
-def test_a_run_without_key_momentum_collapses_and_is_named_soon_however_rarely_it_logs(runner, caplog):
+def test_a_run_without_key_momentum_collapses_and_is_named_soon_however_rarely_it_logs(
+    runner, caplog
+):
     settings = [
         "method.key_momentum=0",
         "method.queue_size=128",
         "data.batch_size=64",
         "trainer.log_every_n_steps=1000",
     ]
-    runner.fit(runner.config(*settings, "trainer.max_epochs=20", "trainer.max_steps=120"), [CollapseWatch()])
+    runner.fit(
+        runner.config(*settings, "trainer.max_epochs=20", "trainer.max_steps=120"),
+        [CollapseWatch()],
+    )
     assert "COLLAPSED at step " in caplog.text
 
 
@@ -215,6 +260,11 @@ def test_a_constant_encoder_is_named(runner, caplog, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_a_healthy_run_is_not_warned_of(seed, runner, caplog):
-    settings = ["method.queue_size=128", "data.batch_size=64", "trainer.max_epochs=15", "trainer.max_steps=-1"]
+    settings = [
+        "method.queue_size=128",
+        "data.batch_size=64",
+        "trainer.max_epochs=15",
+        "trainer.max_steps=-1",
+    ]
     runner.fit(runner.config(*settings, f"seed={seed}"), [CollapseWatch()])
     assert "COLLAPSE" not in caplog.text

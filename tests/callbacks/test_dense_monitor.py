@@ -36,7 +36,10 @@ def monitor_of(config, figures, **settings):
 def test_a_run_with_the_monitor_has_the_weights_of_one_without(runner, quarters):
     ends = []
     for overrides in ([], with_dense(quarters)):
-        config, figures = runner.config("trainer.max_steps=-1", "trainer.max_epochs=2", *overrides), {}
+        config, figures = (
+            runner.config("trainer.max_steps=-1", "trainer.max_epochs=2", *overrides),
+            {},
+        )
         monitors = [monitor_of(config, figures)] if overrides else []
         torch.manual_seed(7)
         np.random.seed(7)
@@ -46,7 +49,9 @@ def test_a_run_with_the_monitor_has_the_weights_of_one_without(runner, quarters)
     assert figures["dense/epoch"] == 2
     (weights, states), (watched, states_watched) = ends
     assert weights.keys() == watched.keys()
-    assert all(torch.equal(weights[name], watched[name]) for name in weights)  # running statistics too
+    assert all(
+        torch.equal(weights[name], watched[name]) for name in weights
+    )  # running statistics too
     assert torch.equal(states["torch"], states_watched["torch"])
     assert json.dumps(states["python"]) == json.dumps(states_watched["python"])
 
@@ -65,7 +70,12 @@ def test_it_reports_miou_and_its_protocol(runner, quarters):
 def test_a_whole_run_shows_it_and_may_go_on_without_it(runner, quarters, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    overrides = ["trainer.max_steps=-1", "trainer.max_epochs=2", "data.batch_size=1024", "trainer.accelerator=cpu"]
+    overrides = [
+        "trainer.max_steps=-1",
+        "trainer.max_epochs=2",
+        "data.batch_size=1024",
+        "trainer.accelerator=cpu",
+    ]
     config = runner.config(*with_dense(quarters, "monitor.dense.every_n_epochs=2"), *overrides)
     folder = tmp_path / "run"
     train.run(config, folder)
@@ -91,10 +101,15 @@ def test_a_whole_run_shows_it_and_may_go_on_without_it(runner, quarters, tmp_pat
         (["monitor.dense.root=null"], "monitor.dense.root=None: expected the data set's folder"),
         (["monitor.dense.root=/nowhere"], "monitor.dense.root=/nowhere: no such folder"),
         (["monitor.dense.maps=[5]"], r"monitor.dense.maps=\[5\]: expected numbers from 1"),
-        (["monitor.dense.data=null"], "monitor.dense.root=.*: without monitor.dense.data it has no effect"),
+        (
+            ["monitor.dense.data=null"],
+            "monitor.dense.root=.*: without monitor.dense.data it has no effect",
+        ),
     ],
 )
-def test_a_mistake_is_told_before_training_under_the_name_of_the_key(runner, quarters, tmp_path, overrides, message):
+def test_a_mistake_is_told_before_training_under_the_name_of_the_key(
+    runner, quarters, tmp_path, overrides, message
+):
     config = runner.config(*with_dense(quarters), *overrides)
     with pytest.raises(InputError, match=message):
         train.run(config, tmp_path / "run")
@@ -125,10 +140,14 @@ def test_features_that_are_not_finite_are_a_warning_and_no_figure(quarters, capl
 
 def test_a_bank_smaller_than_k_is_said_once(quarters, caplog):
     figures = {}
-    monitor = DenseMonitor(figures, dense_set(quarters, bank_size=6), num_neighbors=30, temperature=0.1)
+    monitor = DenseMonitor(
+        figures, dense_set(quarters, bank_size=6), num_neighbors=30, temperature=0.1
+    )
     for epoch in (1, 2):
         monitor.measure(Trainer(), Module(), epoch)
-    assert caplog.text.count("monitor.dense.num_neighbors=30 is more than the bank's 6 patches") == 1
+    assert (
+        caplog.text.count("monitor.dense.num_neighbors=30 is more than the bank's 6 patches") == 1
+    )
     assert figures["dense/num_neighbors"] == 6
 
 
@@ -143,7 +162,9 @@ def measured_by(rank, root, expected):
 @pytest.mark.slow
 def test_every_process_learns_what_rank_zero_measured(quarters):
     figures = {}
-    DenseMonitor(figures, dense_set(quarters), num_neighbors=5, temperature=0.1).measure(Trainer(), Module(), 3)
+    DenseMonitor(figures, dense_set(quarters), num_neighbors=5, temperature=0.1).measure(
+        Trainer(), Module(), 3
+    )
     on_two(measured_by, quarters, figures)
 
 

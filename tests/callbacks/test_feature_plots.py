@@ -28,7 +28,10 @@ def colors_of(image):
 
 
 def test_a_query_stands_left_of_its_neighbors_whose_words_are_green_or_red():
-    neighbors = [Neighbor(plain("blue"), 0.9, "3", True), Neighbor(plain("yellow"), 0.5, "4", False)]
+    neighbors = [
+        Neighbor(plain("blue"), 0.9, "3", True),
+        Neighbor(plain("yellow"), 0.5, "4", False),
+    ]
     image = neighbors_plot([NeighborRow(plain("black"), "3", neighbors)] * 2)
     step = 20 + MARGIN
     for line in range(2):
@@ -37,7 +40,14 @@ def test_a_query_stands_left_of_its_neighbors_whose_words_are_green_or_red():
         assert image.getpixel((3 * MARGIN + step, top)) == (0, 0, 255)
         assert image.getpixel((3 * MARGIN + 2 * step, top)) == (255, 255, 0)
         words = [
-            image.crop((3 * MARGIN + step * place, top + 20, 3 * MARGIN + step * place + 20, top + 20 + LINE))
+            image.crop(
+                (
+                    3 * MARGIN + step * place,
+                    top + 20,
+                    3 * MARGIN + step * place + 20,
+                    top + 20 + LINE,
+                )
+            )
             for place in (1, 2)
         ]
         assert any(green > red + 30 for red, green, _ in colors_of(words[0]))
@@ -57,13 +67,18 @@ def test_confusions_are_counted_by_true_and_predicted_class():
     labels, predicted = np.array([7, 7, 2, 9, 9]), np.array([7, 2, 2, 9, 5])
     counts, classes = confusion_counts(labels, predicted)
     assert classes.tolist() == [2, 5, 7, 9]
-    slow = [[int(((labels == true) & (predicted == said)).sum()) for said in classes] for true in classes]
+    slow = [
+        [int(((labels == true) & (predicted == said)).sum()) for said in classes]
+        for true in classes
+    ]
     assert counts.tolist() == slow
 
 
 @pytest.mark.parametrize("number", [1, 3, 30, 1000])
 def test_confusion_matrices_of_any_size_are_dark_where_they_are_right(number):
-    image = confusion_plot(np.eye(number, dtype=np.int64), [f"class {place}" for place in range(number)])
+    image = confusion_plot(
+        np.eye(number, dtype=np.int64), [f"class {place}" for place in range(number)]
+    )
     assert max(image.size) <= 1200
     corner = (image.width - MARGIN - 1, image.height - MARGIN - 1)
     assert image.getpixel(corner) == (8, 48, 107)
@@ -124,12 +139,18 @@ def test_a_measurement_is_drawn_as_neighbors_and_confusions(embedded):
         top = MARGIN + line * (64 + LINE + MARGIN)
         assert shown.getpixel((MARGIN, top)) == shown.getpixel((3 * MARGIN + 64 + MARGIN, top))
     assert shown.getpixel((MARGIN, MARGIN)) == (0, 0, 0)
-    assert shown.getpixel((MARGIN, MARGIN + 15 * (64 + LINE + MARGIN))) == (255, 255, 255)  # from the first to the last
+    assert shown.getpixel((MARGIN, MARGIN + 15 * (64 + LINE + MARGIN))) == (
+        255,
+        255,
+        255,
+    )  # from the first to the last
     assert experiment.images["knn/confusion"].getpixel((20, 60)) is not None
 
 
 def test_rows_keep_their_inner_products_in_fewer_dimensions(generator):
-    rows = (generator.normal(size=(60, 5)) @ generator.normal(size=(5, 40))).astype(np.float32)  # of rank 5
+    rows = (generator.normal(size=(60, 5)) @ generator.normal(size=(5, 40))).astype(
+        np.float32
+    )  # of rank 5
     fewer = projected(rows, 8)
     assert fewer.shape == (60, 8)
     np.testing.assert_allclose(fewer @ fewer.T, rows @ rows.T, atol=1e-3)

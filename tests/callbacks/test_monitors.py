@@ -27,8 +27,12 @@ def unit(*shape):
 
 def test_similarities_equal_the_mean_over_all_pairs():
     query, key, negatives = unit(10, 16), unit(10, 16), unit(50, 16)
-    assert float(positive_similarity(query, key)) == pytest.approx(float((query @ key.T).diagonal().mean()), abs=1e-6)
-    assert float(negative_similarity(query, negatives)) == pytest.approx(float((query @ negatives.T).mean()), abs=1e-6)
+    assert float(positive_similarity(query, key)) == pytest.approx(
+        float((query @ key.T).diagonal().mean()), abs=1e-6
+    )
+    assert float(negative_similarity(query, negatives)) == pytest.approx(
+        float((query @ negatives.T).mean()), abs=1e-6
+    )
 
 
 def test_a_querys_own_key_is_none_of_its_negatives_in_the_batch():
@@ -76,7 +80,8 @@ def test_embed_computes_in_the_precision_that_it_is_told():
     batch.images = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     exact, mixed = (
-        embed(lambda x: x @ weight, [batch], "cpu", precision=name)[0] for name in ("32-true", "bf16-mixed")
+        embed(lambda x: x @ weight, [batch], "cpu", precision=name)[0]
+        for name in ("32-true", "bf16-mixed")
     )
     assert np.array_equal(exact, (batch.images @ weight).numpy())
     assert np.array_equal(mixed, (batch.images.bfloat16() @ weight.bfloat16()).float().numpy())
@@ -98,8 +103,16 @@ def test_knn_and_its_protocol_are_reported_with_baselines(runner):
     assert 0.8 < figures["knn/top1"] <= figures["knn/top5"] <= 1.0
     assert figures["knn_raw_pixels/top1"] > 0.95
     assert 0.5 < figures["knn_untrained/top1"] < 1.0
-    assert (figures["knn/num_neighbors"], figures["knn/temperature"], figures["knn/feature"]) == (20, 0.1, "backbone")
-    assert (figures["knn/bank_size"], figures["knn/num_queries"], figures["knn/epoch"]) == (1437, 360, 1)
+    assert (figures["knn/num_neighbors"], figures["knn/temperature"], figures["knn/feature"]) == (
+        20,
+        0.1,
+        "backbone",
+    )
+    assert (figures["knn/bank_size"], figures["knn/num_queries"], figures["knn/epoch"]) == (
+        1437,
+        360,
+        1,
+    )
     assert figures["knn/precision"] == "32-true"
     assert figures["images_per_second"] > 0
     assert 0 <= figures["data_wait"] <= 1
@@ -111,13 +124,17 @@ def test_fewer_than_five_neighbours_leave_top5_out_of_figures_and_tensorboard(ru
     class Monitor(KNNMonitor):
         def measure(self, trainer, pl_module, epoch):
             logger = SimpleNamespace(log_metrics=lambda figures, step: logged.append(figures))
-            stand_in = SimpleNamespace(logger=logger, global_step=trainer.global_step, datamodule=trainer.datamodule)
+            stand_in = SimpleNamespace(
+                logger=logger, global_step=trainer.global_step, datamodule=trainer.datamodule
+            )
             self._show = lambda *arguments: None
             super().measure(stand_in, pl_module, epoch)
 
     for num_neighbors in (4, 5):
         figures = {"knn/top5": 0.5}  # of an earlier part of the run
-        measured = Monitor(figures, num_neighbors=num_neighbors, temperature=0.1, feature="backbone")
+        measured = Monitor(
+            figures, num_neighbors=num_neighbors, temperature=0.1, feature="backbone"
+        )
         runner.fit(runner.config("trainer.max_steps=1", "trainer.max_epochs=1"), [measured])
         assert ("knn/top5" in figures) == ("knn/top5" in logged[-1]) == (num_neighbors == 5)
         assert figures["knn/top1"] == logged[-1]["knn/top1"]
@@ -150,11 +167,15 @@ def test_mean_loss_of_the_epoch_counts_every_batch_once(runner):
 def test_both_terms_are_shown_where_there_is_a_dense_one(runner):
     class Watch(TrainingMonitor):
         def step_figures(self, trainer, pl_module, outputs):
-            shown.append(super().step_figures(trainer, pl_module, outputs) | {"loss": float(outputs["loss"])})
+            shown.append(
+                super().step_figures(trainer, pl_module, outputs) | {"loss": float(outputs["loss"])}
+            )
             return shown[-1]
 
     shown = []
-    runner.fit(runner.config("method.dense_weight=0.25", "method.queue_start=random"), [Watch({}, 1)])
+    runner.fit(
+        runner.config("method.dense_weight=0.25", "method.queue_start=random"), [Watch({}, 1)]
+    )
     for figures in shown:
         mixed = 0.75 * figures["train/loss_global"] + 0.25 * figures["train/loss_dense"]
         assert figures["loss"] == pytest.approx(mixed, rel=1e-6)
@@ -182,7 +203,9 @@ def test_without_a_queue_chance_is_one_of_the_batch_and_no_fill_is_shown(runner)
 def test_without_labels_it_says_once_that_there_is_no_knn(runner, image_tree, caplog):
     caplog.set_level("INFO")
     figures = {}
-    config = runner.config("data=images", f"data.root={image_tree}", "data.batch_size=8", "data.num_workers=0")
+    config = runner.config(
+        "data=images", f"data.root={image_tree}", "data.batch_size=8", "data.num_workers=0"
+    )
     runner.fit(config, monitors(config, figures))
     assert caplog.text.count("no kNN: the data set has no labelled") == 1
     assert not [key for key in figures if key.startswith("knn")]
@@ -199,13 +222,17 @@ def test_one_loss_that_is_not_finite_is_left_out_of_the_epochs_mean(runner):
 
     figures, losses = {}, Losses()
     runner.fit(runner.config("trainer.max_steps=4"), [losses, Spoil(), TrainingMonitor(figures, 1)])
-    assert figures["train/loss"] == pytest.approx(np.mean([losses.values[number] for number in (0, 2, 3)]), rel=1e-6)
+    assert figures["train/loss"] == pytest.approx(
+        np.mean([losses.values[number] for number in (0, 2, 3)]), rel=1e-6
+    )
 
 
 def test_an_epoch_without_a_finite_loss_has_no_mean():
     monitor = TrainingMonitor({}, 1)
     monitor._start_clock()
-    monitor.on_train_epoch_end(pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), None)
+    monitor.on_train_epoch_end(
+        pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"), None
+    )
     assert math.isnan(monitor.figures["train/loss"])
 
 

@@ -65,10 +65,15 @@ def test_a_step_is_the_gradient_of_softmax_regression_by_hand():
     feature, classes = torch.randn(5, 3), torch.tensor([0, 1, 1, -1, 0])
     probe._learn(feature, classes)
     rows = standardised(feature)
-    torch.testing.assert_close(rows, (feature - feature.mean(0)) / feature.std(0, correction=0), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        rows, (feature - feature.mean(0)) / feature.std(0, correction=0), rtol=1e-3, atol=1e-4
+    )
     signs = torch.tensor([0.5, -0.5, -0.5, 0, 0.5])  # one-hot minus one half, of class 0
     torch.testing.assert_close(probe.head.weight.detach()[0], (signs[:, None] * rows).sum(0) / 4)
-    assert (float(probe.right), float(probe.seen)) == (2, 4)  # of equal logits the first class is taken
+    assert (float(probe.right), float(probe.seen)) == (
+        2,
+        4,
+    )  # of equal logits the first class is taken
 
 
 def test_a_resumed_run_goes_on_with_the_probe(runner, tmp_path, monkeypatch):
@@ -91,8 +96,12 @@ def test_a_resumed_run_goes_on_with_the_probe(runner, tmp_path, monkeypatch):
 
 
 def test_images_without_labels_are_refused(runner, image_tree):
-    config = runner.config("data=images", f"data.root={image_tree}", "data.batch_size=8", "data.num_workers=0")
-    with pytest.raises(InputError, match=r"^evaluation.online_probe=true: the training images have no labels$"):
+    config = runner.config(
+        "data=images", f"data.root={image_tree}", "data.batch_size=8", "data.num_workers=0"
+    )
+    with pytest.raises(
+        InputError, match=r"^evaluation.online_probe=true: the training images have no labels$"
+    ):
         runner.fit(config, [OnlineProbe({}, 1)])
 
 

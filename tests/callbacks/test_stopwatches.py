@@ -54,5 +54,13 @@ def test_what_was_counted_already_can_be_given_to_another_name(clock):
 
 
 def test_shares_are_told_largest_first_without_what_is_nearly_nothing():
-    seconds = {"steps": 60.0, "data_wait": 9.9, "monitors": 29.7, "checkpoints": 0.0, "logging": 0.4}
-    assert in_words(seconds) == "training steps 60%, kNN and other monitors 30%, waiting for data 10%"
+    seconds = {
+        "steps": 60.0,
+        "data_wait": 9.9,
+        "monitors": 29.7,
+        "checkpoints": 0.0,
+        "logging": 0.4,
+    }
+    assert (
+        in_words(seconds) == "training steps 60%, kNN and other monitors 30%, waiting for data 10%"
+    )

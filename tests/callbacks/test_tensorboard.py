@@ -102,17 +102,31 @@ def wait_until(is_so, what, seconds=60):
 
 
 def open_tab(browser, address, tab):
-    browser.get("about:blank")  # the tabs differ in their fragment only, which would not load the page anew
+    browser.get(
+        "about:blank"
+    )  # the tabs differ in their fragment only, which would not load the page anew
     browser.get(f"{address}/#{tab}")
 
 
 def wait_for_words(browser, *words):
-    wait_until(lambda: all(word in browser.execute_script(TEXT) for word in words), f"the page says {words}")
+    wait_until(
+        lambda: all(word in browser.execute_script(TEXT) for word in words),
+        f"the page says {words}",
+    )
 
 
 def test_scalars_are_in_their_groups(address, browser):
     open_tab(browser, address, "timeseries")
-    groups = ("encoder_distance", "gradient_norm", "knn", "label_free", "queue", "similarity", "train", "views")
+    groups = (
+        "encoder_distance",
+        "gradient_norm",
+        "knn",
+        "label_free",
+        "queue",
+        "similarity",
+        "train",
+        "views",
+    )
     wait_for_words(browser, *groups)
     open_tab(browser, address, "scalars")
     wait_for_words(browser, "gradient_norm", "label_free", "tag: encoder_distance/backbone.layer1")
@@ -123,7 +137,10 @@ def test_images_come_at_their_full_size(address, browser):
     wait_for_words(browser, "knn/neighbors", "knn/confusion", "views/query_above_key")
     # 16 pairs of 16 px with margins of 2; 16 rows of 9 thumbnails of 64 px with margins of 6 and a line of 14.
     expected = {(16 * 18 + 2, 2 * 18 + 2), (9 * 70 + 18, 16 * 84 + 6)}
-    wait_until(lambda: expected <= {tuple(size) for size in browser.execute_script(IMAGES)}, f"images of {expected}")
+    wait_until(
+        lambda: expected <= {tuple(size) for size in browser.execute_script(IMAGES)},
+        f"images of {expected}",
+    )
 
 
 def test_the_projector_shows_every_query_with_its_label(address, browser):
@@ -131,11 +148,15 @@ def test_the_projector_shows_every_query_with_its_label(address, browser):
     for _ in range(2):  # a frame in a frame
         wait_until(lambda: browser.find_elements("tag name", "iframe"), "the projector's frame")
         browser.switch_to.frame(browser.find_elements("tag name", "iframe")[0])
-    wait_for_words(browser, "Points: 360", "Dimension: 64", "features:00000 360x64", "10 colors")  # of as many classes
+    wait_for_words(
+        browser, "Points: 360", "Dimension: 64", "features:00000 360x64", "10 colors"
+    )  # of as many classes
     browser.switch_to.default_content()
 
 
-def test_settings_stand_beside_the_knn_figure_with_those_of_the_command_line_first(address, browser):
+def test_settings_stand_beside_the_knn_figure_with_those_of_the_command_line_first(
+    address, browser
+):
     open_tab(browser, address, "hparams")
     wait_for_words(browser, "knn/top1", "epoch/loss", "method.temperature")
     text = browser.execute_script(TEXT)

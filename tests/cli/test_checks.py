@@ -18,7 +18,8 @@ def identity_of(images, monkeypatch):
     told = []
     monkeypatch.setattr("moco.training.distributed.collectives.world_size", lambda: 2)
     monkeypatch.setattr(
-        "moco.training.distributed.collectives.gather_objects", lambda value: told.append(value) or [value] * 2
+        "moco.training.distributed.collectives.gather_objects",
+        lambda value: told.append(value) or [value] * 2,
     )
     check_same_images(SimpleNamespace(source=SimpleNamespace(train=images)))
     return told[0]
@@ -31,11 +32,18 @@ def sharded(shards, num_images):
 def test_processes_with_other_shards_or_another_number_do_not_see_the_same(monkeypatch):
     identities = [
         identity_of(sharded(*of), monkeypatch)
-        for of in ((["a.tar", "b.tar"], 8), (["a.tar", "c.tar"], 8), (["b.tar", "a.tar"], 8), (["a.tar", "b.tar"], 9))
+        for of in (
+            (["a.tar", "b.tar"], 8),
+            (["a.tar", "c.tar"], 8),
+            (["b.tar", "a.tar"], 8),
+            (["a.tar", "b.tar"], 9),
+        )
     ]
     assert len(set(identities)) == 4
     assert identity_of(sharded(["a.tar", "b.tar"], 8), monkeypatch) == identities[0]
-    monkeypatch.setattr("moco.training.distributed.collectives.gather_objects", lambda value: identities[:2])
+    monkeypatch.setattr(
+        "moco.training.distributed.collectives.gather_objects", lambda value: identities[:2]
+    )
     with pytest.raises(InputError, match="do not see the same images"):
         check_same_images(SimpleNamespace(source=SimpleNamespace(train=sharded(["a.tar"], 8))))
 
@@ -70,7 +78,9 @@ LEARNED = ["backbone=vit_tiny_patch4", "backbone.learned_positions=4"]
 def test_what_has_no_deterministic_form_on_a_gpu_is_said_before_the_run(
     device, settings, sizes, said, runner, monkeypatch
 ):
-    monkeypatch.setattr("moco.training.hardware.choose_device", lambda accelerator: torch.device(device))
+    monkeypatch.setattr(
+        "moco.training.hardware.choose_device", lambda accelerator: torch.device(device)
+    )
     config = runner.config(*settings, "trainer.deterministic=true")
     method = runner.method(config)
     if said is None or device == "cpu":
@@ -85,17 +95,24 @@ def test_what_has_no_deterministic_form_on_a_gpu_is_said_before_the_run(
 
 
 def test_segmentation_says_it_as_well(monkeypatch):
-    monkeypatch.setattr("moco.training.hardware.choose_device", lambda accelerator: torch.device("cuda"))
+    monkeypatch.setattr(
+        "moco.training.hardware.choose_device", lambda accelerator: torch.device("cuda")
+    )
     trainer = TrainerConfig(deterministic=True)
     vit = build_backbone("vit_tiny_patch4", learned_positions=4)
     check_deterministic_segmentation(trainer, vit, "fpn", 16, False)
     check_deterministic_segmentation(trainer, vit, "fpn", 24, True)
-    for decoder, said in (("fpn", "learned_positions=4 to the 6 x 6"), ("upernet", "decoder=upernet")):
+    for decoder, said in (
+        ("fpn", "learned_positions=4 to the 6 x 6"),
+        ("upernet", "decoder=upernet"),
+    ):
         with pytest.raises(InputError, match=said):
             check_deterministic_segmentation(trainer, vit, decoder, 24, False)
 
 
 def test_pytorch_itself_names_the_operations_without_a_deterministic_form():
-    refused = torch.use_deterministic_algorithms.__doc__.split(":class:`RuntimeError` when ``mode=True``")[1]
+    refused = torch.use_deterministic_algorithms.__doc__.split(
+        ":class:`RuntimeError` when ``mode=True``"
+    )[1]
     assert ":class:`torch.nn.AdaptiveAvgPool2d`" in refused
     assert "- ``bicubic``" in refused

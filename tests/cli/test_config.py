@@ -32,12 +32,27 @@ def test_every_option_composes_and_parses(group, option):
     from moco.data.augment.views import ViewPair
 
     if group in ("backbone", "decoder", "trainer") or option in ("segmentation_folder", "voc2012"):
-        composed("checkpoint=null", f"{group}={option}", "data.root=y", name="segment", schema=SegmentConfig)
+        composed(
+            "checkpoint=null",
+            f"{group}={option}",
+            "data.root=y",
+            name="segment",
+            schema=SegmentConfig,
+        )
     if group in ("data", "evaluation"):
-        composed("checkpoint=x", f"{group}={option}", "data.root=y", name="evaluate", schema=EvaluateConfig)
+        composed(
+            "checkpoint=x",
+            f"{group}={option}",
+            "data.root=y",
+            name="evaluate",
+            schema=EvaluateConfig,
+        )
     if group == "decoder" or (group == "evaluation" and option != "knn"):
         return  # pretraining has none
-    config = composed(f"{group}={option}", *(["data.root=somewhere"] if (group, option) != ("data", "digits") else []))
+    config = composed(
+        f"{group}={option}",
+        *(["data.root=somewhere"] if (group, option) != ("data", "digits") else []),
+    )
     pair = config.augmentation
     ViewPair(pair.query, pair.key, pair.mean, pair.std, 32, seed=0)
 
@@ -51,19 +66,25 @@ def test_the_sweep_leaves_no_file_out():
 
 
 def test_densecl_is_moco_v2_with_a_dense_term():
-    densecl, v2 = (composed(f"method={name}", "data.root=x").method for name in ("densecl", "moco_v2"))
+    densecl, v2 = (
+        composed(f"method={name}", "data.root=x").method for name in ("densecl", "moco_v2")
+    )
     assert (densecl.dense_weight, densecl.dense_grid, v2.dense_weight) == (0.5, 7, 0)
     assert dataclasses.replace(densecl, dense_weight=0) == v2
 
 
-@pytest.mark.parametrize("method", sorted(path.stem for path in (CONFIG_DIR / "method").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "method", sorted(path.stem for path in (CONFIG_DIR / "method").glob("*.yaml"))
+)
 def test_every_method_takes_the_dense_term(method):
     import torch
 
     from moco.train import build_method
 
     queue = ["method.negatives=queue", "method.queue_size=64"] if method == "moco_v3" else []
-    config = composed(f"method={method}", "method.dense_weight=0.5", "backbone=resnet18", "data.root=x", *queue)
+    config = composed(
+        f"method={method}", "method.dense_weight=0.5", "backbone=resnet18", "data.root=x", *queue
+    )
     with torch.device("meta"):
         built = build_method(dataclasses.asdict(config))
     queues = ["queue", "reverse_queue"][: config.method.num_queues]
@@ -77,7 +98,9 @@ def test_a_scaled_learning_rate_is_said_in_one_line(caplog):
 
     caplog.set_level("INFO")
     small = ["backbone=resnet_tiny", "method=moby", "method.queue_size=8", "data.root=x"]
-    method = build_method(dataclasses.asdict(composed(*small, "optimizer=adamw", "data.batch_size=128")))
+    method = build_method(
+        dataclasses.asdict(composed(*small, "optimizer=adamw", "data.batch_size=128"))
+    )
     assert caplog.messages == [
         "learning rate 0.001 for batch 512, 0.00025 at this run's 128; warm-up from 1.25e-07, end at 1.25e-06"
     ]
@@ -96,7 +119,9 @@ def test_sgds_learning_rate_is_for_batch_256_as_the_official_readme_gives_it():
 
 
 def test_a_key_overridden_in_the_query_view_reaches_a_key_view_that_refers_to_it():
-    config = composed("augmentation=moco_v2", "augmentation.query.color_jitter.hue=0.3", "data.root=x")
+    config = composed(
+        "augmentation=moco_v2", "augmentation.query.color_jitter.hue=0.3", "data.root=x"
+    )
     assert config.augmentation.key["color_jitter"]["hue"] == 0.3
 
 
@@ -104,9 +129,17 @@ def test_a_key_overridden_in_the_query_view_reaches_a_key_view_that_refers_to_it
     ("key", "value", "expected"),
     [
         ("method.temperature", 0.0, "method.temperature=0.0: expected a number above 0"),
-        ("method.key_momentum", 1.5, "method.key_momentum=1.5: expected a number at least 0 and at most 1"),
+        (
+            "method.key_momentum",
+            1.5,
+            "method.key_momentum=1.5: expected a number at least 0 and at most 1",
+        ),
         ("data.batch_size", 0, "data.batch_size=0: expected a number at least 1"),
-        ("method.batch_norm", "splt", "method.batch_norm: unknown value 'splt'; did you mean 'split'?"),
+        (
+            "method.batch_norm",
+            "splt",
+            "method.batch_norm: unknown value 'splt'; did you mean 'split'?",
+        ),
         ("optimizer.lr", float("nan"), "optimizer.lr=nan: expected a finite number"),
         ("optimizer.beta1", 1.0, "optimizer.beta1=1.0: expected a number at least 0 and below 1"),
     ],
@@ -165,7 +198,9 @@ def own_configs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("arguments", "expected"), MISTAKES, ids=lambda value: " ".join(value)[:40])
+@pytest.mark.parametrize(
+    ("arguments", "expected"), MISTAKES, ids=lambda value: " ".join(value)[:40]
+)
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs):
     needs_data = not any(word.startswith(("data=", "+experiment")) for word in arguments)
     if needs_data:
@@ -185,7 +220,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs)
             "augmentation.query: unknown operation 'blur'; did you mean 'gaussian_blur'?",
         ),
         (["data.batch_size=2000"], "data.batch_size=2000: there are only 1437 images to train on"),
-        (["data.batch_size=100"], "data.batch_size=100: the 100 images that a device gets at once are no multiple of"),
+        (
+            ["data.batch_size=100"],
+            "data.batch_size=100: the 100 images that a device gets at once are no multiple of",
+        ),
         (["trainer.max_steps=0"], "trainer.max_steps=0: expected -1 for no limit, or at least 1"),
         (["trainer.accelerator=gpu"], "accelerator=gpu: no CUDA device can be used here"),
         (["augmentation.std=[0,0,0]"], "augmentation.mean="),
@@ -193,11 +231,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs)
             ["method.num_queues=2"],
             "method.num_queues=2: the second queue is the second direction's; add method.symmetric",
         ),
-        (["trainer.num_nodes=2"], "trainer.num_nodes=2: start one process per device with srun or torchrun"),
+        (
+            ["trainer.num_nodes=2"],
+            "trainer.num_nodes=2: start one process per device with srun or torchrun",
+        ),
         (["trainer.accumulate_grad_batches=3"], "data.batch_size=64: expected a multiple of 3"),
     ],
 )
-def test_what_only_the_data_show_is_found_before_the_run_folder_is_touched(overrides, expected, tmp_path, monkeypatch):
+def test_what_only_the_data_show_is_found_before_the_run_folder_is_touched(
+    overrides, expected, tmp_path, monkeypatch
+):
     import torch
 
     from moco.train import run
@@ -221,7 +264,11 @@ def test_help_and_cfg_work(program, own_configs):
     shown = run_program(program, *overrides, "--cfg", "job", "--resolve", cwd=own_configs)
     assert shown.returncode == 0, shown.stderr
     config = yaml.safe_load(shown.stdout)
-    assert (config["data"]["batch_size"] == 64) if program == "moco.train" else (config["checkpoint"] == "x")
+    assert (
+        (config["data"]["batch_size"] == 64)
+        if program == "moco.train"
+        else (config["checkpoint"] == "x")
+    )
     helped = run_program(program, "--help", cwd=own_configs)
     assert helped.returncode == 0
     assert "experiment" in helped.stdout or "evaluation" in helped.stdout

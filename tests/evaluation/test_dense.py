@@ -58,14 +58,25 @@ def draw_quarters(root, sizes, num_val=3, ignored_rows=0):
 
 
 def dense_set(root, **settings):
-    usual = {"image_size": 24, "maps": [2], "bank_size": 300, "sampling": "balanced", "seed": 0, "batch_size": 4}
-    return DenseSet(build_segmentation_source("segmentation_folder", str(root)), PLAIN, **usual | settings)
+    usual = {
+        "image_size": 24,
+        "maps": [2],
+        "bank_size": 300,
+        "sampling": "balanced",
+        "seed": 0,
+        "batch_size": 4,
+    }
+    return DenseSet(
+        build_segmentation_source("segmentation_folder", str(root)), PLAIN, **usual | settings
+    )
 
 
 def knn_figures(images, backbone, k=5, temperature=0.1):
     bank = images.bank(backbone, "cpu")
     scorer = partial(knn_scores, bank, k, temperature, "cpu")
-    return figures_of(images.confusions({"knn": scorer}, backbone, "cpu")["knn"], images.source.class_names, "knn")
+    return figures_of(
+        images.confusions({"knn": scorer}, backbone, "cpu")["knn"], images.source.class_names, "knn"
+    )
 
 
 @pytest.mark.parametrize(("size", "grid"), [((8, 12), (2, 3)), ((11, 7), (3, 2)), ((3, 5), (4, 4))])
@@ -76,7 +87,9 @@ def test_shares_count_the_labelled_pixels_of_each_patch(size, grid, generator):
         held = [
             classes[y, x]
             for y, x in np.ndindex(size)
-            if y * grid[0] // size[0] == row and x * grid[1] // size[1] == column and classes[y, x] != 255
+            if y * grid[0] // size[0] == row
+            and x * grid[1] // size[1] == column
+            and classes[y, x] != 255
         ]
         expected = [held.count(number) / len(held) if held else 0 for number in range(3)]
         np.testing.assert_allclose(shares[row * grid[1] + column], expected, rtol=1e-6)
@@ -100,7 +113,9 @@ def test_drawn_patches_together_stand_for_all_of_their_classes(generator):
     labels = generator.choice(5, 200, p=[0.6, 0.2, 0.1, 0.1, 0])
     rows = drawn(labels, 17, "balanced", generator)
     weights = patches_stood_for(labels, rows)
-    np.testing.assert_allclose(np.bincount(labels[rows], weights, 5), np.bincount(labels, minlength=5), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.bincount(labels[rows], weights, 5), np.bincount(labels, minlength=5), rtol=1e-6
+    )
 
 
 def test_knn_scores_are_those_of_a_slow_loop(generator):
@@ -110,11 +125,15 @@ def test_knn_scores_are_those_of_a_slow_loop(generator):
     found = knn_scores(bank, 7, 0.05, "cpu", queries)
     for query, scores in zip(queries.astype(float), found, strict=True):
         similarities = [
-            float(query @ row / np.linalg.norm(query) / np.linalg.norm(row)) for row in features.astype(float)
+            float(query @ row / np.linalg.norm(query) / np.linalg.norm(row))
+            for row in features.astype(float)
         ]
         nearest = sorted(range(40), key=lambda row: -similarities[row])[:7]
         weights = np.array([np.exp(similarities[row] / 0.05) for row in nearest])
-        expected = sum(weight * shares[row] for weight, row in zip(weights / weights.sum(), nearest, strict=True))
+        expected = sum(
+            weight * shares[row]
+            for weight, row in zip(weights / weights.sum(), nearest, strict=True)
+        )
         np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -150,11 +169,16 @@ def test_the_linear_head_is_scikit_learns_logistic_regression(generator):
     from sklearn.linear_model import LogisticRegression
 
     features = generator.normal(3, [1, 5, 0.1, 2], (300, 4)).astype(np.float32)
-    labels = (features[:, 0] + features[:, 1] / 5 + generator.normal(size=300) > 3.6).astype(int) + (
-        features[:, 2] > 3.1
-    )
+    labels = (features[:, 0] + features[:, 1] / 5 + generator.normal(size=300) > 3.6).astype(
+        int
+    ) + (features[:, 2] > 3.1)
     weights = generator.uniform(0.5, 2, 300).astype(np.float32)
-    head = fit(torch.from_numpy(features), F.one_hot(torch.from_numpy(labels)).float(), torch.from_numpy(weights), 0.01)
+    head = fit(
+        torch.from_numpy(features),
+        F.one_hot(torch.from_numpy(labels)).float(),
+        torch.from_numpy(weights),
+        0.01,
+    )
     standardised = (features - features.mean(0)) / features.std(0)
     other = LogisticRegression(C=1 / (0.01 * weights.sum()), tol=1e-8, max_iter=1000)
     other.fit(standardised, labels, weights)
@@ -194,17 +218,24 @@ def slow_knn_segmentation(root, k, temperature):
             inside = [
                 mask[y, x]
                 for y, x in np.ndindex(mask.shape)
-                if (y * cells.shape[0] // mask.shape[0], x * cells.shape[1] // mask.shape[1]) == (row, column)
+                if (y * cells.shape[0] // mask.shape[0], x * cells.shape[1] // mask.shape[1])
+                == (row, column)
             ]
             known = [number for number in inside if number != 255]
             if known:
-                bank.append((cells[row, column], [known.count(number) / len(known) for number in range(3)]))
+                bank.append(
+                    (cells[row, column], [known.count(number) / len(known) for number in range(3)])
+                )
     confusion = np.zeros((3, 3), int)
     for cells, mask in patches("val"):
         scores = np.empty((*cells.shape[:2], 3), np.float32)
         for row, column in np.ndindex(cells.shape[:2]):
-            nearest = sorted(bank, key=lambda held, row=row, column=column: -float(held[0] @ cells[row, column]))[:k]
-            weights = np.array([np.exp(float(held[0] @ cells[row, column]) / temperature) for held in nearest])
+            nearest = sorted(
+                bank, key=lambda held, row=row, column=column: -float(held[0] @ cells[row, column])
+            )[:k]
+            weights = np.array(
+                [np.exp(float(held[0] @ cells[row, column]) / temperature) for held in nearest]
+            )
             shares = [held[1] for held in nearest]
             scores[row, column] = (weights[:, None] * shares).sum(0) / weights.sum()
         size = mask.shape[::-1]
@@ -218,15 +249,24 @@ def slow_knn_segmentation(root, k, temperature):
     return confusion
 
 
-def test_knn_segmentation_is_that_of_a_slow_loop_on_sizes_that_are_no_multiple_of_the_stride(tmp_path):
-    draw_quarters(tmp_path, [(24, 31), (29, 26), (50, 37), (33, 27), (27, 33), (24, 40)], num_val=2, ignored_rows=7)
+def test_knn_segmentation_is_that_of_a_slow_loop_on_sizes_that_are_no_multiple_of_the_stride(
+    tmp_path,
+):
+    draw_quarters(
+        tmp_path,
+        [(24, 31), (29, 26), (50, 37), (33, 27), (27, 33), (24, 40)],
+        num_val=2,
+        ignored_rows=7,
+    )
     images = dense_set(tmp_path, bank_size=10_000)
     bank = images.bank(MeanColours(), "cpu")
     scorer = partial(knn_scores, bank, 9, 0.05, "cpu")
     ours = images.confusions({"knn": scorer}, MeanColours(), "cpu")["knn"].numpy()
     slow = slow_knn_segmentation(tmp_path, 9, 0.05)
     assert ours.sum() == slow.sum() == 17 * 31 + 22 * 26
-    assert abs(ours - slow).sum() <= 0.01 * slow.sum()  # nearly equal scores may be rounded to either side
+    assert (
+        abs(ours - slow).sum() <= 0.01 * slow.sum()
+    )  # nearly equal scores may be rounded to either side
     assert (slow.diagonal().sum() / slow.sum()) > 0.9
 
 
@@ -247,7 +287,12 @@ def test_the_cells_of_every_backbone_cover_the_scaled_image(name):
     height, width = scaled_size((37, 53), 64, backbone.feature_map_strides[-1])
     for number, stride in enumerate(backbone.feature_map_strides, start=1):
         maps = encoded(backbone, torch.randn(2, 3, height, width), [number])
-        assert maps.shape == (2, backbone.feature_map_dims[number - 1], height / stride, width / stride)
+        assert maps.shape == (
+            2,
+            backbone.feature_map_dims[number - 1],
+            height / stride,
+            width / stride,
+        )
 
 
 def test_pixels_without_a_class_neither_teach_nor_count(tmp_path):
@@ -321,5 +366,7 @@ def test_it_stops_when_told_to(tmp_path):
 
 @pytest.mark.parametrize("maps", [[], [0], [5], [1, 1]])
 def test_maps_that_no_backbone_has_are_refused(maps):
-    with pytest.raises(InputError, match=r"evaluation.maps=.*: expected numbers from 1, the finest map, to 4"):
+    with pytest.raises(
+        InputError, match=r"evaluation.maps=.*: expected numbers from 1, the finest map, to 4"
+    ):
         check_maps(maps, "evaluation.maps")

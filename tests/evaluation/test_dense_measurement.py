@@ -25,10 +25,18 @@ def evaluated(checkpoint, tmp_path, capsys):
     from moco.evaluate import run
 
     def call(root, data=None, **settings):
-        settings = {"num_neighbors": 10, "temperature": 0.02, "batch_size": 16, "maps": [1]} | settings
+        settings = {
+            "num_neighbors": 10,
+            "temperature": 0.02,
+            "batch_size": 16,
+            "maps": [1],
+        } | settings
         config = EvaluateConfig(
             str(checkpoint),
-            EvaluateDataConfig(**{"name": "segmentation_folder", "root": str(root), "image_size": 32} | (data or {})),
+            EvaluateDataConfig(
+                **{"name": "segmentation_folder", "root": str(root), "image_size": 32}
+                | (data or {})
+            ),
             EvaluationConfig(name="dense", **settings),
             "cpu",
         )
@@ -93,10 +101,18 @@ def test_data_that_do_not_suit_are_one_line(evaluated, quarters, tmp_path):
     assert "evaluation.index: a setting of evaluation=knn" in error(quarters, index="ivf")
 
 
-def test_features_that_are_not_finite_name_checkpoint_and_image(evaluated, quarters, checkpoint, monkeypatch):
+def test_features_that_are_not_finite_name_checkpoint_and_image(
+    evaluated, quarters, checkpoint, monkeypatch
+):
     from moco.models.backbones import ResNet
 
     maps = ResNet.feature_maps
-    monkeypatch.setattr(ResNet, "feature_maps", lambda self, images: [part * torch.nan for part in maps(self, images)])
-    with pytest.raises(InputError, match=rf"checkpoint={checkpoint}: the features of .*train/03.png are not finite"):
+    monkeypatch.setattr(
+        ResNet,
+        "feature_maps",
+        lambda self, images: [part * torch.nan for part in maps(self, images)],
+    )
+    with pytest.raises(
+        InputError, match=rf"checkpoint={checkpoint}: the features of .*train/03.png are not finite"
+    ):
         evaluated(quarters)

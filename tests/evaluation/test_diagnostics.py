@@ -37,14 +37,20 @@ def test_alignment_is_zero_for_equal_views_two_for_orthogonal_ones_and_four_for_
 
 def test_uniformity_is_zero_for_equal_rows_and_that_of_the_sphere_for_spread_ones():
     assert float(uniformity(unit(1, 16).expand(50, 16))) == pytest.approx(0, abs=1e-6)
-    for dim in (2, 16, 128):  # the mean of exp(4 cos) over a sphere is the confluent hypergeometric limit function
+    for dim in (
+        2,
+        16,
+        128,
+    ):  # the mean of exp(4 cos) over a sphere is the confluent hypergeometric limit function
         expected = -4 + math.log(special.hyp0f1(dim / 2, 4.0))
         assert float(uniformity(unit(3000, dim))) == pytest.approx(expected, abs=0.02)
 
 
 def test_uniformity_counts_every_pair_once():
     rows = unit(9, 4)
-    pairs = [math.exp(-2 * float((rows[i] - rows[j]).square().sum())) for i in range(9) for j in range(i)]
+    pairs = [
+        math.exp(-2 * float((rows[i] - rows[j]).square().sum())) for i in range(9) for j in range(i)
+    ]
     assert float(uniformity(rows)) == pytest.approx(math.log(sum(pairs) / len(pairs)), rel=1e-5)
 
 
@@ -70,7 +76,9 @@ def test_rank_of_nothing_is_one_and_of_what_is_not_finite_is_not_a_number():
 
 
 def test_lidar_equals_the_formula_with_scipys_matrix_root():
-    views = (torch.randn(40, 1, 6) * torch.tensor([3, 2, 1, 0.5, 0.1, 0]) + 0.2 * torch.randn(40, 3, 6)).double()
+    views = (
+        torch.randn(40, 1, 6) * torch.tensor([3, 2, 1, 0.5, 0.1, 0]) + 0.2 * torch.randn(40, 3, 6)
+    ).double()
     means = views.mean(dim=1).numpy()
     centre = means.mean(axis=0)
     between = sum(np.outer(mean - centre, mean - centre) for mean in means) / 40
@@ -85,7 +93,9 @@ def test_lidar_equals_the_formula_with_scipys_matrix_root():
 
 
 def test_lidar_takes_no_notice_of_directions_in_which_only_the_views_differ():
-    informative = torch.cat([torch.eye(4), -torch.eye(4)]).repeat(20, 1)[:, None].expand(-1, 5, -1)  # 4 directions
+    informative = (
+        torch.cat([torch.eye(4), -torch.eye(4)]).repeat(20, 1)[:, None].expand(-1, 5, -1)
+    )  # 4 directions
     noise = torch.randn(160, 5, 4)
     noise = 10 * (noise - noise.mean(dim=1, keepdim=True))  # none of the image
     assert lidar(torch.cat([informative, noise], dim=2)) == pytest.approx(4, rel=0.05)
@@ -138,7 +148,10 @@ def test_distance_of_the_encoders_is_relative_and_zero_for_equal_ones():
     ],
 )  # fmt: skip
 def test_every_backbone_falls_into_its_stages(name, stages):
-    found = [stage_of(f"backbone.{parameter}") for parameter, _ in build_backbone(name).named_parameters()]
+    found = [
+        stage_of(f"backbone.{parameter}")
+        for parameter, _ in build_backbone(name).named_parameters()
+    ]
     assert list(dict.fromkeys(found)) == [f"backbone.{stage}" for stage in stages]
     assert stage_of("projector.0.weight") == "projector"
     assert stage_of("dense_projector.layers.0.weight") == "dense_projector"
@@ -149,7 +162,9 @@ def test_similarities_are_of_all_pairs_but_the_own_ones():
     similarities = pair_similarities(query, keys[4:8], keys)
     others = [float(query[i] @ keys[j]) for i in range(4) for j in range(12) if j != 4 + i]
     torch.testing.assert_close(similarities.negative, torch.tensor(others))
-    torch.testing.assert_close(similarities.positive, torch.stack([query[i] @ keys[4 + i] for i in range(4)]))
+    torch.testing.assert_close(
+        similarities.positive, torch.stack([query[i] @ keys[4 + i] for i in range(4)])
+    )
     assert (
         len(pair_similarities(query, keys[:4], keys, most_negatives=3).negative) == 3 * 4 - 1
     )  # the first row is one's own
@@ -161,12 +176,20 @@ def test_evenly_spaced_rows_reach_from_the_first_to_the_last():
 
 
 def test_figures_of_arrays_are_those_of_their_parts(generator):
-    features, embeddings = generator.normal(size=(30, 12)), generator.normal(size=(30, 6)).astype(np.float32)
+    features, embeddings = (
+        generator.normal(size=(30, 12)),
+        generator.normal(size=(30, 6)).astype(np.float32),
+    )
     views = generator.normal(size=(20, 3, 6)).astype(np.float32)
     figures = label_free_figures(features, 5 * embeddings, views)
-    units, unit_views = F.normalize(torch.from_numpy(embeddings), dim=1), F.normalize(torch.from_numpy(views), dim=2)
+    units, unit_views = (
+        F.normalize(torch.from_numpy(embeddings), dim=1),
+        F.normalize(torch.from_numpy(views), dim=2),
+    )
     assert figures["label_free/rank_me"] == pytest.approx(rank_me(units), rel=1e-5)
-    assert figures["label_free/feature_rank_me"] == pytest.approx(rank_me(torch.from_numpy(features)), rel=1e-5)
+    assert figures["label_free/feature_rank_me"] == pytest.approx(
+        rank_me(torch.from_numpy(features)), rel=1e-5
+    )
     assert figures["label_free/uniformity"] == pytest.approx(float(uniformity(units)), rel=1e-5)
     assert figures["label_free/alignment"] == pytest.approx(
         float(alignment(unit_views[:, 0], unit_views[:, 1])), rel=1e-5

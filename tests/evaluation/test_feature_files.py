@@ -18,8 +18,21 @@ from moco.errors import InputError
 from moco.evaluation.feature_files import write_index, write_npz
 from moco.evaluation.feature_parts import FILES, FeatureParts, taken
 
-ABOUT = {"settings": {"feature": "backbone", "data": {"name": "images"}}, "weights": "w", "data": "d"}
-EXOTIC = ["a\nb.png", "\udcff.png", "日本/漢字.png", '"quoted"\\', "pages.tif#2", "x" * 300, "🙂", "plain.png"]
+ABOUT = {
+    "settings": {"feature": "backbone", "data": {"name": "images"}},
+    "weights": "w",
+    "data": "d",
+}
+EXOTIC = [
+    "a\nb.png",
+    "\udcff.png",
+    "日本/漢字.png",
+    '"quoted"\\',
+    "pages.tif#2",
+    "x" * 300,
+    "🙂",
+    "plain.png",
+]
 
 
 def batch(generator, number, size=4):
@@ -60,7 +73,9 @@ def contents(folder):
 
 
 def test_the_file_is_the_one_that_numpy_writes(tmp_path, batches):
-    features, names, labels = (np.concatenate([np.array(one[column]) for one in batches]) for column in range(3))
+    features, names, labels = (
+        np.concatenate([np.array(one[column]) for one in batches]) for column in range(3)
+    )
     expected = io.BytesIO()
     np.savez(expected, features=features, names=names, labels=labels)
     parts = written(tmp_path / "parts", batches)
@@ -100,10 +115,15 @@ def test_what_a_killed_process_left_behind_its_last_commit_does_not_count(tmp_pa
             {"settings": {"feature": "embedding", "data": {"name": "images"}}},
             "feature: backbone there, embedding here",
         ),
-        ({"settings": {"feature": "backbone", "data": {"name": "hf"}}}, "data.name: images there, hf here"),
+        (
+            {"settings": {"feature": "backbone", "data": {"name": "hf"}}},
+            "data.name: images there, hf here",
+        ),
     ],
 )
-def test_the_beginning_of_another_run_is_refused_with_what_differs(tmp_path, batches, changed, message):
+def test_the_beginning_of_another_run_is_refused_with_what_differs(
+    tmp_path, batches, changed, message
+):
     written(tmp_path / "parts", batches[:3])
     with pytest.raises(InputError) as error:
         FeatureParts(tmp_path / "parts", ABOUT | changed, [0])
@@ -142,12 +162,17 @@ def test_two_processes_do_not_write_the_same_parts(tmp_path):
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds other files; choose another output"), taken(tmp_path):
+    with (
+        pytest.raises(InputError, match="holds other files; choose another output"),
+        taken(tmp_path),
+    ):
         pass
 
 
 def test_a_flat_index_is_to_the_byte_the_one_that_faiss_writes(tmp_path, batches, monkeypatch):
-    monkeypatch.setattr("moco.evaluation.feature_files.BLOCK", 7 * 8)  # blocks that do not end with the rows
+    monkeypatch.setattr(
+        "moco.evaluation.feature_files.BLOCK", 7 * 8
+    )  # blocks that do not end with the rows
     parts = written(tmp_path / "parts", batches)
     features = np.concatenate([one[0] for one in batches])
     faiss.normalize_L2(features)
@@ -182,10 +207,16 @@ def test_an_approximate_index_finds_each_image_itself_and_says_how_much_it_finds
     exact = features @ features.T
     queries = np.linspace(0, len(features) - 1, min(100, len(features)), dtype=int)
     hits = [
-        len({*np.argsort(-exact[row])[:count]} & {*found.search(features[row : row + 1], count)[1][0]})
+        len(
+            {*np.argsort(-exact[row])[:count]}
+            & {*found.search(features[row : row + 1], count)[1][0]}
+        )
         for row in queries
     ]
-    assert said == f"{kind}: finds {np.mean(hits) / count:.1%} of the {count} nearest, over {len(queries)} images"
+    assert (
+        said
+        == f"{kind}: finds {np.mean(hits) / count:.1%} of the {count} nearest, over {len(queries)} images"
+    )
     assert not capfd.readouterr().err
 
 
@@ -195,7 +226,9 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
     def loader(number):
         for start in range(0, 256 * number, 256):
             names = [f"{row:09}.png" for row in range(start, start + 256)]
-            yield ImageBatch(torch.empty(256, 1), names, torch.zeros(256, dtype=torch.int64), [], [start + 256])
+            yield ImageBatch(
+                torch.empty(256, 1), names, torch.zeros(256, dtype=torch.int64), [], [start + 256]
+            )
 
     def encode(images):
         return np.ones((len(images), 256), np.float32)  # 256 KB a batch
@@ -233,14 +266,19 @@ def test_images_whose_features_are_not_finite_are_named(tmp_path):
         return features
 
     parts = FeatureParts(tmp_path, ABOUT, [0])
-    with pytest.raises(RunError, match=r"features of 2 images are not finite, of 3\\n\.png, 7\\n\.png; the checkpoint"):
+    with pytest.raises(
+        RunError,
+        match=r"features of 2 images are not finite, of 3\\n\.png, 7\\n\.png; the checkpoint",
+    ):
         embed(encode, [one], parts, 30, 0.0, Console(file=io.StringIO()))
     assert parts.state.num_rows == 0
 
 
 def test_a_batch_of_unreadable_images_alone_adds_nothing_but_their_names(tmp_path):
     problem = SimpleNamespace(name="bad.png", reason="bad.png: empty", is_shard=False)
-    nothing = ImageBatch(torch.empty(0, 3, 2, 2), [], torch.empty(0, dtype=torch.int64), [problem], [1])
+    nothing = ImageBatch(
+        torch.empty(0, 3, 2, 2), [], torch.empty(0, dtype=torch.int64), [problem], [1]
+    )
     parts = FeatureParts(tmp_path, ABOUT, [0])
     embed(None, [nothing], parts, 30, 0.1, Console(file=io.StringIO()))
     assert parts.state.num_rows == 0
@@ -249,5 +287,7 @@ def test_a_batch_of_unreadable_images_alone_adds_nothing_but_their_names(tmp_pat
 
 def test_a_folder_in_the_indexs_place_is_named(tmp_path):
     (tmp_path / "f.faiss").mkdir()
-    with pytest.raises(InputError, match=r"f\.npz: .*f\.faiss is a folder; expected the name of a file"):
+    with pytest.raises(
+        InputError, match=r"f\.npz: .*f\.faiss is a folder; expected the name of a file"
+    ):
         check_files(tmp_path / "f.npz")

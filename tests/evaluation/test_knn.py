@@ -49,7 +49,9 @@ def small_blocks(monkeypatch):
 def test_accuracy_equals_a_slow_reference(generator, num_neighbors, temperature):
     bank, queries = generator.normal(size=(200, 8)), generator.normal(size=(60, 8))
     bank_labels, query_labels = generator.integers(0, 9, 200), generator.integers(0, 9, 60)
-    top1, top5 = shares(reference(bank, bank_labels, queries, num_neighbors, temperature), query_labels)
+    top1, top5 = shares(
+        reference(bank, bank_labels, queries, num_neighbors, temperature), query_labels
+    )
     result = knn_accuracy(bank, bank_labels, queries, query_labels, num_neighbors, temperature)
     assert (result.top1, result.top5) == (top1, top5 if num_neighbors >= 5 else None)
 
@@ -71,7 +73,9 @@ def official_vote(bank, bank_labels, queries, num_classes, num_neighbors, temper
     similarity, rows = torch.mm(queries, bank.T).topk(num_neighbors, dim=-1)
     labels = bank_labels[rows].reshape(-1, 1)
     one_hot = torch.zeros(len(labels), num_classes).scatter(-1, labels, 1.0)
-    scores = (one_hot.view(len(queries), -1, num_classes) * (similarity / temperature).exp()[..., None]).sum(dim=1)
+    scores = (
+        one_hot.view(len(queries), -1, num_classes) * (similarity / temperature).exp()[..., None]
+    ).sum(dim=1)
     return scores.argmax(dim=-1)
 
 
@@ -82,7 +86,9 @@ def test_votes_are_those_of_the_official_notebook_to_the_last_sample(generator):
     queries = normalized(centres[query_labels] + 2.5 * generator.normal(size=(500, 128)))
     expected = official_vote(*map(torch.from_numpy, (bank, labels, queries)), 10, 200, 0.1)
     protocol = Protocol(200, 0.1)
-    votes = classify(partial(nearest_by_block, bank), labels, queries, query_labels, [protocol])[protocol]
+    votes = classify(partial(nearest_by_block, bank), labels, queries, query_labels, [protocol])[
+        protocol
+    ]
     np.testing.assert_array_equal(votes.predicted, expected)
     assert 0.5 < votes.accuracy(1) < 1  # neither chance nor certainty
 
@@ -90,7 +96,9 @@ def test_votes_are_those_of_the_official_notebook_to_the_last_sample(generator):
 @pytest.mark.parametrize("num_rows", [13, 64, 300])
 @pytest.mark.parametrize("is_as_on_a_gpu", [False, True])
 @pytest.mark.usefixtures("small_blocks")
-def test_neighbours_are_those_of_faiss_in_blocks_and_threads(generator, num_rows, is_as_on_a_gpu, monkeypatch):
+def test_neighbours_are_those_of_faiss_in_blocks_and_threads(
+    generator, num_rows, is_as_on_a_gpu, monkeypatch
+):
     import faiss
 
     if is_as_on_a_gpu:
@@ -111,7 +119,9 @@ def test_neighbours_are_those_of_faiss_in_blocks_and_threads(generator, num_rows
 def test_a_gpus_way_of_choosing_and_a_cpus_find_the_same(generator, monkeypatch, num_distinct):
     monkeypatch.setattr(neighbors, "STRIP", {"cpu": 128})
     block = torch.from_numpy(
-        normalized(generator.normal(size=(num_distinct, 8))[generator.integers(0, num_distinct, 1000)])
+        normalized(
+            generator.normal(size=(num_distinct, 8))[generator.integers(0, num_distinct, 1000)]
+        )
     )
     queries = torch.from_numpy(normalized(generator.normal(size=(20, 8))))
     products = neighbors.Products(20, 1000, 10, torch.device("cpu"))
@@ -137,7 +147,10 @@ def test_equally_similar_rows_come_in_their_order(generator):
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_bank_mapped_from_a_file_is_found_in_and_left_as_it_is(generator, tmp_path):
-    bank, queries = generator.normal(size=(300, 8)).astype(np.float32), generator.normal(size=(50, 8))
+    bank, queries = (
+        generator.normal(size=(300, 8)).astype(np.float32),
+        generator.normal(size=(50, 8)),
+    )
     np.save(tmp_path / "bank.npy", bank)
     mapped = np.load(tmp_path / "bank.npy", mmap_mode="r")
     for expected, found in zip(nearest(bank, queries, 5), nearest(mapped, queries, 5), strict=True):
@@ -209,14 +222,26 @@ QUERY = np.array([[2.0, 0.0]])  # length does not count
     ("labels", "num_neighbors", "temperature", "winner"),
     [
         ([3, 7, 7, 7], 1, 0.1, 3),  # the nearest alone
-        ([3, 7, 7, 7], 3, 0.1, 7),  # two near ones outvote the nearest: exp(9.85) + exp(9.40) > exp(10)
-        ([3, 7, 7, 7], 3, 0.01, 3),  # at low T only the nearest counts: exp(100) > exp(98.5) + exp(94.0)
+        (
+            [3, 7, 7, 7],
+            3,
+            0.1,
+            7,
+        ),  # two near ones outvote the nearest: exp(9.85) + exp(9.40) > exp(10)
+        (
+            [3, 7, 7, 7],
+            3,
+            0.01,
+            3,
+        ),  # at low T only the nearest counts: exp(100) > exp(98.5) + exp(94.0)
         ([3, 3, 7, 7], 4, 0.1, 3),
         ([5, 2, 9, 9], 2, 1e-4, 5),  # exp(1e4) does not overflow
     ],
 )
 def test_vote_on_hand_placed_points(labels, num_neighbors, temperature, winner):
-    result = knn_accuracy(BANK, np.array(labels), QUERY, np.array([winner]), num_neighbors, temperature)
+    result = knn_accuracy(
+        BANK, np.array(labels), QUERY, np.array([winner]), num_neighbors, temperature
+    )
     assert result.top1 == 1.0
 
 
@@ -226,7 +251,9 @@ def test_equal_votes_go_to_the_smaller_class():
 
 
 def test_votes_add_up_by_class():
-    scores = vote(np.array([[1.0, 0.5, 0.5]]), np.array([[0, 2, 2]]), num_classes=3, temperature=0.5)
+    scores = vote(
+        np.array([[1.0, 0.5, 0.5]]), np.array([[0, 2, 2]]), num_classes=3, temperature=0.5
+    )
     np.testing.assert_allclose(scores, [[1.0, 0.0, 2 * np.exp(-1.0)]])
 
 
@@ -239,7 +266,9 @@ def test_more_neighbours_than_the_bank_holds_are_capped_with_a_warning(caplog):
 
 def test_classes_that_only_one_side_has_are_counted():
     labels = np.array([0, 4, 4, 900])  # gaps, and 4 is no query's class
-    result = knn_accuracy(BANK, labels, np.vstack([QUERY, [[0.0, 1.0]], QUERY]), np.array([0, 900, 5]), 1, 0.1)
+    result = knn_accuracy(
+        BANK, labels, np.vstack([QUERY, [[0.0, 1.0]], QUERY]), np.array([0, 900, 5]), 1, 0.1
+    )
     assert result.top1 == pytest.approx(2 / 3)  # class 5 is not in the bank and can't be right
 
 
@@ -260,14 +289,18 @@ def test_fewer_than_five_neighbours_give_no_top5(num_neighbors, size, generator)
 
 
 def test_zero_features_do_not_divide_by_zero():
-    assert np.isfinite(knn_accuracy(np.zeros((4, 2)), np.arange(4), QUERY, np.array([0]), 2, 0.1).top1)
+    assert np.isfinite(
+        knn_accuracy(np.zeros((4, 2)), np.arange(4), QUERY, np.array([0]), 2, 0.1).top1
+    )
 
 
 def test_features_that_are_no_numbers_do_not_pass_for_right(generator):
     bank, queries = generator.normal(size=(40, 8)), np.full((30, 8), np.nan)
     labels, query_labels = np.arange(40) % 4, np.arange(30) % 4
     assert knn_accuracy(bank, labels, queries, query_labels, 5, 0.1).top1 < 0.3  # that of a guess
-    assert knn_accuracy(np.full((40, 8), np.nan), labels, bank[:30], query_labels, 5, 0.1).top1 < 0.3
+    assert (
+        knn_accuracy(np.full((40, 8), np.nan), labels, bank[:30], query_labels, 5, 0.1).top1 < 0.3
+    )
 
 
 def test_a_query_that_is_no_number_has_no_neighbours_and_the_others_theirs(generator, monkeypatch):
@@ -294,7 +327,9 @@ def test_a_row_that_stands_twice_is_found_where_it_stands_first(generator, size)
 def test_no_number_of_threads_makes_the_blocks_large(generator, monkeypatch):
     sizes = []
     monkeypatch.setattr(neighbors.torch, "get_num_threads", lambda: 64)
-    monkeypatch.setattr(neighbors, "side_by_side", lambda work, starts, device: sizes.append(starts.step))
+    monkeypatch.setattr(
+        neighbors, "side_by_side", lambda work, starts, device: sizes.append(starts.step)
+    )
     nearest(generator.normal(size=(2000, 8)), generator.normal(size=(3000, 8)), 5)
     assert 64 * 4 * 2000 * sizes[0] <= neighbors.ALL_PRODUCTS_BYTES
 

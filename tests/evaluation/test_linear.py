@@ -8,7 +8,13 @@ from torch import nn
 
 from moco.errors import InputError, RunError
 from moco.evaluation.linear import accuracies, held_out_rows, scale_of, train_heads
-from moco.evaluation.linear_measurement import Classes, Head, check_grid, say_if_at_the_edge, usual_epochs
+from moco.evaluation.linear_measurement import (
+    Classes,
+    Head,
+    check_grid,
+    say_if_at_the_edge,
+    usual_epochs,
+)
 from tests.test_evaluate import archive, evaluated  # noqa: F401
 
 SMALL = {"lrs": [0.03, 0.3], "weight_decays": [0.0, 1e-3], "num_epochs": 20}
@@ -17,7 +23,10 @@ SMALL = {"lrs": [0.03, 0.3], "weight_decays": [0.0, 1e-3], "num_epochs": 20}
 def section(kind, **settings):
     from moco.config.linear import LinearConfig, LinearOfficialConfig
 
-    return {"name": kind, kind: {"linear": LinearConfig, "linear_official": LinearOfficialConfig}[kind](**settings)}
+    return {
+        "name": kind,
+        kind: {"linear": LinearConfig, "linear_official": LinearOfficialConfig}[kind](**settings),
+    }
 
 
 def blobs(generator, rows, width=6, classes=3):
@@ -54,9 +63,15 @@ def test_heads_that_are_trained_side_by_side_are_those_that_torch_trains_one_by_
     logits = heads.logits(features)
     for place, (lr, decay) in enumerate(zip(lrs, decays, strict=True)):
         alone = trained_alone(features, classes, lr, decay, 4, 16)
-        torch.testing.assert_close(heads.weights[:, place], alone.weight.detach(), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(heads.biases[:, place], alone.bias.detach(), atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(logits[:, :, place], alone(features).detach(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            heads.weights[:, place], alone.weight.detach(), atol=1e-5, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            heads.biases[:, place], alone.bias.detach(), atol=1e-5, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            logits[:, :, place], alone(features).detach(), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_trained_to_the_end_a_head_is_scikit_learns_logistic_regression(generator):
@@ -78,7 +93,9 @@ def test_the_accuracy_of_a_head_that_diverged_is_zero(generator):
 
 
 def test_scaled_features_have_mean_0_and_deviation_1_and_constant_dimensions_stay_0(generator):
-    features = (generator.normal(size=(500, 4)) * [1, 100, 0, 1e-3] + [0, 1e3, 0.1, 5]).astype(np.float32)
+    features = (generator.normal(size=(500, 4)) * [1, 100, 0, 1e-3] + [0, 1e3, 0.1, 5]).astype(
+        np.float32
+    )
     scaled = scale_of(features).applied(features)
     np.testing.assert_allclose(scaled.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(scaled.std(0), [1, 1, 0, 1], atol=1e-3)
@@ -88,11 +105,20 @@ def test_a_share_of_each_class_is_held_out_and_never_all_of_it(generator):
     labels = generator.permutation(np.repeat([0, 3, 4, 9], [100, 10, 2, 1]))
     is_held_out = held_out_rows(labels, 0.2, generator)
     assert [int(is_held_out[labels == label].sum()) for label in (0, 3, 4, 9)] == [20, 2, 1, 0]
-    assert [int(held_out_rows(labels, 0.99, generator)[labels == label].sum()) for label in (0, 3)] == [99, 9]
+    assert [
+        int(held_out_rows(labels, 0.99, generator)[labels == label].sum()) for label in (0, 3)
+    ] == [99, 9]
 
 
 def test_places_are_those_of_the_training_classes():
-    assert Classes(np.array([2, 5, 9])).places(np.array([9, 2, 3, 10, 0, 5])).tolist() == [2, 0, 3, 3, 3, 1]
+    assert Classes(np.array([2, 5, 9])).places(np.array([9, 2, 3, 10, 0, 5])).tolist() == [
+        2,
+        0,
+        3,
+        3,
+        3,
+        1,
+    ]
 
 
 def test_small_sets_are_gone_through_more_often():
@@ -107,7 +133,11 @@ def test_a_grid_out_of_range_is_refused_before_anything_is_computed():
         ([], [0.0], r"evaluation.linear.lrs=\[\]: expected finite numbers above 0"),
         ([0.1, 0.0], [0.0], r"evaluation.linear.lrs=\[0.1, 0.0\]: expected finite numbers above 0"),
         ([float("inf")], [0.0], "lrs=.*expected finite numbers above 0"),
-        ([0.1], [-1.0], r"evaluation.linear.weight_decays=\[-1.0\]: expected finite numbers of 0 or more"),
+        (
+            [0.1],
+            [-1.0],
+            r"evaluation.linear.weight_decays=\[-1.0\]: expected finite numbers of 0 or more",
+        ),
     ):
         with pytest.raises(InputError, match=said):
             check_grid(lrs, decays)
@@ -122,14 +152,20 @@ def test_a_best_learning_rate_at_the_edge_of_the_grid_is_said(caplog):
     assert "the best learning rate, 1, is the largest of evaluation.linear.lrs" in caplog.text
 
 
-def test_the_grid_is_measured_once_on_the_test_part_and_its_choice_stands_beside_it(evaluated, tmp_path):  # noqa: F811
+def test_the_grid_is_measured_once_on_the_test_part_and_its_choice_stands_beside_it(
+    evaluated, tmp_path
+):
     figures, printed, _ = evaluated(**section("linear", **SMALL))
     held_out = {key: value for key, value in figures.items() if key.startswith("linear_grid/")}
     assert list(held_out) == [
-        f"linear_grid/lr{lr}/wd{decay}/held_out_top1" for lr in ("0.03", "0.3") for decay in ("0", "0.001")
+        f"linear_grid/lr{lr}/wd{decay}/held_out_top1"
+        for lr in ("0.03", "0.3")
+        for decay in ("0", "0.001")
     ]
     assert figures["linear/held_out_top1"] == pytest.approx(max(held_out.values()), abs=1e-6)
-    chosen = f"linear_grid/lr{figures['linear/lr']:g}/wd{figures['linear/weight_decay']:g}/held_out_top1"
+    chosen = (
+        f"linear_grid/lr{figures['linear/lr']:g}/wd{figures['linear/weight_decay']:g}/held_out_top1"
+    )
     assert held_out[chosen] == max(held_out.values())
     assert 0.8 < figures["linear/top1"] < figures["linear/top5"] <= 1
     assert (figures["linear/num_training"], figures["linear/num_queries"]) == (1437, 360)
@@ -143,13 +179,19 @@ def test_the_grid_is_measured_once_on_the_test_part_and_its_choice_stands_beside
         assert (written["predicted"] == written["labels"]).mean() == figures["linear/top1"]
 
 
-def test_the_same_seed_gives_the_same_figures_and_the_test_labels_choose_nothing(evaluated, generator, tmp_path):  # noqa: F811
+def test_the_same_seed_gives_the_same_figures_and_the_test_labels_choose_nothing(
+    evaluated, generator, tmp_path
+):
     train_labels = np.arange(60) % 3
     test_images = generator.integers(0, 256, (9, 8, 8)).astype(np.uint8)
 
     def figures_with(test_labels):
         data = archive(
-            tmp_path / "x.npz", np.random.default_rng(0), train_labels, test_images=test_images, test_labels=test_labels
+            tmp_path / "x.npz",
+            np.random.default_rng(0),
+            train_labels,
+            test_images=test_images,
+            test_labels=test_labels,
         )
         return evaluated(data=data, **section("linear", **SMALL))[0]
 
@@ -162,10 +204,20 @@ def test_the_same_seed_gives_the_same_figures_and_the_test_labels_choose_nothing
 
 def test_classes_that_training_lacks_are_named_and_count_as_wrong(evaluated, generator, tmp_path):  # noqa: F811
     labels = np.arange(40) % 2
-    test_images = (60 * np.array([0, 1, 0, 1])[:, None, None] + generator.integers(0, 60, (4, 8, 8))).astype(np.uint8)
-    data = archive(tmp_path / "x.npz", generator, labels, test_images=test_images, test_labels=np.array([0, 1, 7, 8]))
+    test_images = (
+        60 * np.array([0, 1, 0, 1])[:, None, None] + generator.integers(0, 60, (4, 8, 8))
+    ).astype(np.uint8)
+    data = archive(
+        tmp_path / "x.npz",
+        generator,
+        labels,
+        test_images=test_images,
+        test_labels=np.array([0, 1, 7, 8]),
+    )
     figures, _, log = evaluated(data=data, **section("linear", **SMALL))
-    assert "2 of 4 test images are of classes without training images, and count as wrong: 7, 8" in log
+    assert (
+        "2 of 4 test images are of classes without training images, and count as wrong: 7, 8" in log
+    )
     assert figures["linear/top1"] <= 0.5
     assert figures["linear/top5"] <= 0.5
 
@@ -174,7 +226,11 @@ def test_without_a_test_part_some_training_images_are_kept_for_it(evaluated, gen
     data = archive(tmp_path / "x.npz", generator, np.arange(60) % 3)
     figures, _, log = evaluated(data=data, **section("linear", **SMALL, held_out=0.2))
     assert "no test part: 12 of 60 images are kept for the test" in log
-    assert (figures["linear/queries"], figures["linear/num_training"], figures["linear/num_queries"]) == (
+    assert (
+        figures["linear/queries"],
+        figures["linear/num_training"],
+        figures["linear/num_queries"],
+    ) == (
         "held out",
         48,
         12,
@@ -188,7 +244,9 @@ def test_without_a_test_part_some_training_images_are_kept_for_it(evaluated, gen
         ([0, 1, 2, 3], "there is no test part, and no class has two images"),
     ],
 )
-def test_labels_that_nothing_can_be_learned_from_are_refused(labels, said, evaluated, generator, tmp_path):  # noqa: F811
+def test_labels_that_nothing_can_be_learned_from_are_refused(
+    labels, said, evaluated, generator, tmp_path
+):
     data = archive(tmp_path / "x.npz", generator, labels)
     with pytest.raises(InputError, match=said):
         evaluated(data=data, **section("linear", **SMALL))
@@ -197,7 +255,10 @@ def test_labels_that_nothing_can_be_learned_from_are_refused(labels, said, evalu
 def test_classes_of_one_image_leave_none_to_choose_by(evaluated, generator, tmp_path):  # noqa: F811
     test = {"test_images": np.zeros((2, 8, 8), np.uint8), "test_labels": np.array([0, 1])}
     with pytest.raises(InputError, match="no class has two labelled training images"):
-        evaluated(data=archive(tmp_path / "x.npz", generator, [0, 1, 2], **test), **section("linear", **SMALL))
+        evaluated(
+            data=archive(tmp_path / "x.npz", generator, [0, 1, 2], **test),
+            **section("linear", **SMALL),
+        )
 
 
 def test_images_without_a_label_are_left_out(evaluated, generator, monkeypatch):  # noqa: F811
@@ -232,7 +293,9 @@ OFFICIAL = {"lr": 0.01, "num_epochs": 3, "milestones": [2], "batch_size": 256}
 def test_the_official_protocol_trains_on_views_and_reports_its_last_epoch(evaluated, monkeypatch):  # noqa: F811
     projection = torch.randn(3 * 16 * 16, 128, generator=torch.Generator().manual_seed(0)) / 28
     # Features that tell something, which those of an untrained encoder hardly do: of one network, images to features.
-    monkeypatch.setattr("moco.models.backbones.ResNet.forward", lambda _, images: images.flatten(1) @ projection)
+    monkeypatch.setattr(
+        "moco.models.backbones.ResNet.forward", lambda _, images: images.flatten(1) @ projection
+    )
     figures, printed, log = evaluated(**section("linear_official", **OFFICIAL | {"lr": 0.3}))
     assert figures["linear_official/top1"] > 0.5
     assert "epoch 3/3: loss" in log
@@ -248,20 +311,33 @@ def test_the_official_defaults_are_those_of_the_published_code():
     from moco.config.linear import LinearOfficialConfig
 
     settings = LinearOfficialConfig()
-    assert (settings.lr, settings.batch_size, settings.sgd_momentum, settings.weight_decay) == (30, 256, 0.9, 0)
+    assert (settings.lr, settings.batch_size, settings.sgd_momentum, settings.weight_decay) == (
+        30,
+        256,
+        0.9,
+        0,
+    )
     assert (settings.num_epochs, settings.milestones, settings.step_factor, settings.init_std) == (
         100,
         [60, 80],
         0.1,
         0.01,
     )
-    assert settings.view == {"random_resized_crop": {"scale": [0.08, 1.0]}, "horizontal_flip": {"probability": 0.5}}
+    assert settings.view == {
+        "random_resized_crop": {"scale": [0.08, 1.0]},
+        "horizontal_flip": {"probability": 0.5},
+    }
 
 
-def test_an_interrupted_official_measurement_goes_on_to_the_same_bits(evaluated, generator, tmp_path, monkeypatch):  # noqa: F811
+def test_an_interrupted_official_measurement_goes_on_to_the_same_bits(
+    evaluated, generator, tmp_path, monkeypatch
+):
     import moco.evaluation.linear_official as module
 
-    test = {"test_images": generator.integers(0, 256, (9, 8, 8), np.uint8), "test_labels": np.arange(9) % 3}
+    test = {
+        "test_images": generator.integers(0, 256, (9, 8, 8), np.uint8),
+        "test_labels": np.arange(9) % 3,
+    }
     data = archive(tmp_path / "x.npz", generator, np.arange(60) % 3, **test)
     settings = {"data": data, **section("linear_official", **OFFICIAL | {"batch_size": 32})}
     others = {"data": data, **section("linear_official", lr=0.02, num_epochs=1)}
@@ -324,7 +400,10 @@ def test_a_view_of_files_is_that_of_the_query_in_pretraining(image_tree):
     paths = sorted(str(path) for path in image_tree.rglob("*.png"))
     bad = next(row for row, path in enumerate(paths) if path.endswith("99.png"))
     images, labels = FileImages(paths), np.arange(len(paths)) % 4
-    operations = {"random_resized_crop": {"scale": [0.3, 1.0]}, "horizontal_flip": {"probability": 0.5}}
+    operations = {
+        "random_resized_crop": {"scale": [0.3, 1.0]},
+        "horizontal_flip": {"probability": 0.5},
+    }
     norm = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
     views = LabelledViews(
         Labelled(images, labels), operations, "here", **norm, image_size=8, batch_size=7, seed=5, num_workers=0,
@@ -339,19 +418,25 @@ def test_a_view_of_files_is_that_of_the_query_in_pretraining(image_tree):
                 assert label == -1
                 continue
             batch = PairMaker(pair)([(index, images.opened(index), "")], 3)
-            torch.testing.assert_close(image, pair.finished(batch.views, 3, batch.indices)[0][0], rtol=0, atol=0)
+            torch.testing.assert_close(
+                image, pair.finished(batch.views, 3, batch.indices)[0][0], rtol=0, atol=0
+            )
             assert label == labels[index]
     assert sorted(seen) == list(range(len(paths)))
     assert [index for _, _, rows in views.epoch(4) for index in rows.tolist()] != seen
 
 
 def test_a_view_without_a_crop_names_the_setting(evaluated):  # noqa: F811
-    with pytest.raises(InputError, match=r"evaluation.linear_official.view: random_resized_crop is missing"):
+    with pytest.raises(
+        InputError, match=r"evaluation.linear_official.view: random_resized_crop is missing"
+    ):
         evaluated(**section("linear_official", view={"horizontal_flip": {}}))
 
 
 def test_a_loss_that_is_not_finite_says_what_to_try(evaluated):  # noqa: F811
-    with pytest.raises(RunError, match=r"not finite in epoch \d; try a lower evaluation.linear_official.lr"):
+    with pytest.raises(
+        RunError, match=r"not finite in epoch \d; try a lower evaluation.linear_official.lr"
+    ):
         evaluated(**section("linear_official", lr=1e38, num_epochs=2))
 
 

@@ -7,7 +7,13 @@ import pytest
 
 from moco.errors import InputError
 from moco.evaluation.neighbors import normalized
-from moco.evaluation.reports.projections import LEAST_ROWS, check_map, laid_out, principal_colors, principal_components
+from moco.evaluation.reports.projections import (
+    LEAST_ROWS,
+    check_map,
+    laid_out,
+    principal_colors,
+    principal_components,
+)
 
 
 def test_principal_components_are_those_of_numpys_svd(generator):
@@ -73,10 +79,16 @@ def test_umap_keeps_clusters_together(generator):
 
 
 def test_umap_is_refused_where_it_is_not_installed(monkeypatch):
-    monkeypatch.setattr("moco.evaluation.reports.projections.find_spec", lambda name: importlib.util.find_spec("numpy"))
+    monkeypatch.setattr(
+        "moco.evaluation.reports.projections.find_spec",
+        lambda name: importlib.util.find_spec("numpy"),
+    )
     check_map("umap")
     monkeypatch.setattr("moco.evaluation.reports.projections.find_spec", lambda name: None)
     for name in ("tsne", "none"):
         check_map(name)
-    with pytest.raises(InputError, match=r"evaluation.map=umap needs another package: pip install 'moco-ssl\[umap\]'"):
+    with pytest.raises(
+        InputError,
+        match=r"evaluation.map=umap needs another package: pip install 'moco-ssl\[umap\]'",
+    ):
         check_map("umap")

@@ -38,7 +38,10 @@ def evaluated(checkpoint, tmp_path, caplog, capsys):
         shutil.rmtree(call.folder, ignore_errors=True)
         settings = {"num_neighbors": 3, **settings}
         config = EvaluateConfig(
-            str(path), EvaluateDataConfig(**(data or {"name": "digits"})), EvaluationConfig(**settings), "cpu"
+            str(path),
+            EvaluateDataConfig(**(data or {"name": "digits"})),
+            EvaluationConfig(**settings),
+            "cpu",
         )
         run(config, call.folder)
         figures = json.loads((call.folder / "metrics.json").read_text())
@@ -77,7 +80,11 @@ def test_without_images_and_label_free_figures_there_are_none(evaluated):
     assert not images_in(evaluated.folder)
     assert not any(name.startswith("label_free/") for name in figures)
     evaluated(map="none", label_free=False)
-    assert sorted(images_in(evaluated.folder)) == ["confusion.png", "feature_maps.png", "neighbors.png"]
+    assert sorted(images_in(evaluated.folder)) == [
+        "confusion.png",
+        "feature_maps.png",
+        "neighbors.png",
+    ]
 
 
 def test_figures_are_those_of_plain_images_and_of_the_runs_own_views(evaluated, checkpoint):
@@ -88,19 +95,32 @@ def test_figures_are_those_of_plain_images_and_of_the_runs_own_views(evaluated, 
 
     figures, _, _ = evaluated(images=False)
     pretrained = load_pretrained(str(checkpoint), "query", {})
-    settings, bank = pretrained.config["augmentation"], build_source("digits", None, num_images=1).bank
+    settings, bank = (
+        pretrained.config["augmentation"],
+        build_source("digits", None, num_images=1).bank,
+    )
     size = figures["image_size"]
-    augment = ViewPair(settings["query"], settings["key"], settings["mean"], settings["std"], size, 0)
+    augment = ViewPair(
+        settings["query"], settings["key"], settings["mean"], settings["std"], size, 0
+    )
     plain = bank.images.tensor[:, None].expand(-1, 3, -1, -1)
-    view = build_evaluation_view(size, pretrained.config["data"]["crop_ratio"], settings["mean"], settings["std"])
+    view = build_evaluation_view(
+        size, pretrained.config["data"]["crop_ratio"], settings["mean"], settings["std"]
+    )
     rows = torch.from_numpy(np.linspace(0, len(plain) - 1, 1000).astype(np.int64))
     with torch.no_grad():
         features = pretrained.encoder.backbone(torch.stack([view(image) for image in bank.images]))
-        views = [pretrained.encoder(view) for view in augment.on_batch(plain[rows].contiguous(), 0, rows)]
+        views = [
+            pretrained.encoder(view) for view in augment.on_batch(plain[rows].contiguous(), 0, rows)
+        ]
         embeddings = pretrained.encoder.projector(features)
-    expected = label_free_figures(features.numpy(), embeddings.numpy(), torch.stack(views, dim=1).numpy())
+    expected = label_free_figures(
+        features.numpy(), embeddings.numpy(), torch.stack(views, dim=1).numpy()
+    )
     for name, value in expected.items():
-        assert figures[name] == pytest.approx(value, rel=1e-2), name  # the engines round pixels each in its own way
+        assert figures[name] == pytest.approx(value, rel=1e-2), (
+            name
+        )  # the engines round pixels each in its own way
 
 
 def test_a_second_evaluation_makes_no_views(evaluated, checkpoint, tmp_path, monkeypatch):
@@ -114,15 +134,19 @@ def test_a_second_evaluation_makes_no_views(evaluated, checkpoint, tmp_path, mon
 
 def test_what_is_ill_is_said_by_the_thresholds_of_the_watch():
     def words(std, rank, shape=(5000, 100)):
-        return " ".join(illnesses({"label_free/embedding_std": std, "label_free/rank_me": rank}, shape))
+        return " ".join(
+            illnesses({"label_free/embedding_std": std, "label_free/rank_me": rank}, shape)
+        )
 
     assert words(0.05, 40) == ""
     assert words(0.008, 5.1) == ""
-    assert "COLLAPSED: all embeddings are nearly the same (standard deviation 0.00600, spread out it would" in words(
-        0.006, 40
+    assert (
+        "COLLAPSED: all embeddings are nearly the same (standard deviation 0.00600, spread out it would"
+        in words(0.006, 40)
     )
-    assert "DIMENSIONAL COLLAPSE: the embeddings differ in few dimensions only (effective rank 4.9 of 100)" in words(
-        0.05, 4.9
+    assert (
+        "DIMENSIONAL COLLAPSE: the embeddings differ in few dimensions only (effective rank 4.9 of 100)"
+        in words(0.05, 4.9)
     )
     assert words(0.006, 1).count("COLLAPSE") == 1
     assert words(0.05, 1, (19, 100)) == ""  # of so few images the rank says nothing
@@ -143,9 +167,15 @@ def test_a_constant_encoder_is_named_and_drawn(evaluated, checkpoint, tmp_path):
 def test_few_and_many_classes_are_drawn(evaluated, generator, tmp_path, num_classes):
     labels = np.arange(2 * num_classes) % num_classes
     images = generator.integers(0, 256, (len(labels), 8, 8), np.uint8)
-    data = archive(tmp_path / "x.npz", generator, labels, test_images=images[:1], test_labels=labels[:1])
+    data = archive(
+        tmp_path / "x.npz", generator, labels, test_images=images[:1], test_labels=labels[:1]
+    )
     evaluated(data, label_free=False)  # a single query, of a single class
-    assert sorted(images_in(evaluated.folder)) == ["confusion.png", "feature_maps.png", "neighbors.png"]
+    assert sorted(images_in(evaluated.folder)) == [
+        "confusion.png",
+        "feature_maps.png",
+        "neighbors.png",
+    ]
     data = archive(tmp_path / "x.npz", generator, labels, test_images=images, test_labels=labels)
     evaluated(data, map="none", label_free=False)
     assert max(images_in(evaluated.folder)["confusion.png"]) < 1200
@@ -157,7 +187,12 @@ def test_unreadable_images_and_sets_without_a_test_part_are_drawn(evaluated, gen
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (8 + number, 8, 3), np.uint8)).save(path)
     (tmp_path / "set" / "train" / "a" / "00.png").write_bytes(b"no image")
-    data = {"name": "image_folder", "root": str(tmp_path / "set"), "image_size": 8, "max_bad_fraction": 0.5}
+    data = {
+        "name": "image_folder",
+        "root": str(tmp_path / "set"),
+        "image_size": 8,
+        "max_bad_fraction": 0.5,
+    }
     figures, _, _ = evaluated({**data, "held_out": 0.0})
     assert figures["knn/queries"] == "leave one out"
     assert sorted(images_in(evaluated.folder)) == NAMES
@@ -177,10 +212,14 @@ def test_a_backbone_alone_has_the_rank_of_its_features(checkpoint, evaluated, tm
 
     config = runner.config()
     path = tmp_path / "backbone.pth"
-    write_backbone_file(path, runner.method(config), dataclasses.asdict(config), {"epoch": 1, "step": 2})
+    write_backbone_file(
+        path, runner.method(config), dataclasses.asdict(config), {"epoch": 1, "step": 2}
+    )
     figures, _, log = evaluated(path=path, map="none")
     assert "a backbone alone: of the label-free figures the rank of its features" in log
-    assert [name for name in figures if name.startswith("label_free/")] == ["label_free/feature_rank_me"]
+    assert [name for name in figures if name.startswith("label_free/")] == [
+        "label_free/feature_rank_me"
+    ]
     assert "similarities.png" not in images_in(evaluated.folder)
 
 
@@ -190,7 +229,9 @@ def searched(generator):
     from moco.data.sources.registry import ArrayImages, Labelled
     from moco.evaluation.neighbors import nearest_by_block
 
-    images = ArrayImages(np.repeat(np.arange(60, dtype=np.uint8) * 4, 64).reshape(60, 8, 8), "greys")
+    images = ArrayImages(
+        np.repeat(np.arange(60, dtype=np.uint8) * 4, 64).reshape(60, 8, 8), "greys"
+    )
     labels, features = np.arange(60) % 3, generator.normal(size=(60, 5)).astype(np.float32)
     bank = Embedded(features, labels, Labelled(images, labels), np.arange(60))
     return Searched(bank, bank, partial(nearest_by_block, features), np.arange(60))
@@ -233,7 +274,9 @@ def test_points_have_the_colour_that_the_legend_gives_their_class(num_classes):
         middle = 12 + place * 616 / (num_points - 1)
         point = image.getpixel((MARGIN + round(middle), 32 + round(middle)))
         legend = image.getpixel((640 + 3 * MARGIN + 5, 32 + 9 + 18 * int(label)))
-        seen = [255 - (255 - value) * 200 / 255 for value in legend]  # the discs let through a little
+        seen = [
+            255 - (255 - value) * 200 / 255 for value in legend
+        ]  # the discs let through a little
         np.testing.assert_allclose(point, seen, atol=12)
 
 
@@ -244,7 +287,10 @@ def test_a_thousand_classes_are_counted_instead_of_listed(generator):
 
 def test_each_image_stands_beside_its_own_maps():
     images = [Image.new("RGB", (16, 16), (number, 0, 0)) for number in range(5)]
-    maps = {name: np.full((5, 2, 2, 3), np.arange(5, dtype=np.uint8)[:, None, None, None]) for name in ("a", "b")}
+    maps = {
+        name: np.full((5, 2, 2, 3), np.arange(5, dtype=np.uint8)[:, None, None, None])
+        for name in ("a", "b")
+    }
     for number in (1, 5):
         few = {name: values[:number] for name, values in maps.items()}
         plot = feature_maps_plot(images[:number], few)
@@ -253,4 +299,6 @@ def test_each_image_stands_beside_its_own_maps():
         for image in range(number):
             left, top = MARGIN + image // lines * (3 * 118 + 18), 26 + image % lines * 118
             assert plot.getpixel((left, top)) == (image, 0, 0)
-            assert plot.getpixel((left + 118, top)) == plot.getpixel((left + 236, top)) == (image,) * 3
+            assert (
+                plot.getpixel((left + 118, top)) == plot.getpixel((left + 236, top)) == (image,) * 3
+            )

@@ -21,11 +21,21 @@ from moco.models.heads import build_head
 
 @pytest.mark.parametrize(
     ("layer", "shape"),
-    [(nn.BatchNorm2d(3), (12, 3, 5, 5)), (nn.BatchNorm1d(3), (12, 3)), (nn.BatchNorm2d(3), (4, 3, 2, 2))],
+    [
+        (nn.BatchNorm2d(3), (12, 3, 5, 5)),
+        (nn.BatchNorm1d(3), (12, 3)),
+        (nn.BatchNorm2d(3), (4, 3, 2, 2)),
+    ],
 )
 @pytest.mark.parametrize(
     ("in_blocks", "way"),
-    [(False, "of_all"), (False, "by_formula"), (True, "by_formula"), (True, "of_blocks"), (True, "of_blocks_in_place")],
+    [
+        (False, "of_all"),
+        (False, "by_formula"),
+        (True, "by_formula"),
+        (True, "of_blocks"),
+        (True, "of_blocks_in_place"),
+    ],
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_split_equals_separate_batch_norms_on_every_nth_sample(
@@ -43,7 +53,10 @@ def test_split_equals_separate_batch_norms_on_every_nth_sample(
         leaf, reference_leaf = images.clone().requires_grad_(), images.clone().requires_grad_()
         expected = torch.empty_like(images)
         for number, norm in enumerate(separate):
-            norm.running_mean, norm.running_var = split.running_mean.clone(), split.running_var.clone()
+            norm.running_mean, norm.running_var = (
+                split.running_mean.clone(),
+                split.running_var.clone(),
+            )
             expected[number::4] = norm(reference_leaf[number::4])
         output = in_batch_order(split(sorted_by_group(leaf, 4)), 4) if in_blocks else split(leaf)
         torch.testing.assert_close(output, expected)
@@ -51,12 +64,18 @@ def test_split_equals_separate_batch_norms_on_every_nth_sample(
         (output * weights).sum().backward()
         (expected * weights).sum().backward()
         torch.testing.assert_close(leaf.grad, reference_leaf.grad, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(split.running_mean, torch.stack([n.running_mean for n in separate]).mean(0))
-        torch.testing.assert_close(split.running_var, torch.stack([n.running_var for n in separate]).mean(0))
+        torch.testing.assert_close(
+            split.running_mean, torch.stack([n.running_mean for n in separate]).mean(0)
+        )
+        torch.testing.assert_close(
+            split.running_var, torch.stack([n.running_var for n in separate]).mean(0)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": 0.5}])
+@pytest.mark.parametrize(
+    "kind", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": 0.5}]
+)
 @pytest.mark.parametrize("is_trained", [True, False])
 def test_blocks_in_place_are_the_blocks_joined_to_the_last_bit(dtype, kind, is_trained):
     norm = nn.BatchNorm2d(6, **kind).requires_grad_(is_trained)
@@ -77,7 +96,10 @@ def test_blocks_in_place_are_the_blocks_joined_to_the_last_bit(dtype, kind, is_t
 
 @pytest.mark.parametrize("momentum", [None, 0.1, 0.5, 1.0])
 def test_momenta_from_group_to_group_move_as_one_does_by_the_mean(momentum):
-    norm, start = SplitBatchNorm(nn.BatchNorm2d(3, momentum=momentum), 8), torch.randn(5, dtype=torch.float64)
+    norm, start = (
+        SplitBatchNorm(nn.BatchNorm2d(3, momentum=momentum), 8),
+        torch.randn(5, dtype=torch.float64),
+    )
     groups, moved = torch.randn(8, 5, dtype=torch.float64), start.clone()
     for group, own in zip(groups, norm.momenta(), strict=True):
         moved.lerp_(group, own)
@@ -95,7 +117,9 @@ def test_the_formula_takes_float64():
 
 
 def test_each_device_has_its_way(monkeypatch):
-    usual, sorted_by_groups = (SplitBatchNorm(nn.BatchNorm2d(3), 4, in_blocks) for in_blocks in (False, True))
+    usual, sorted_by_groups = (
+        SplitBatchNorm(nn.BatchNorm2d(3), 4, in_blocks) for in_blocks in (False, True)
+    )
     assert {usual.way("cpu"), usual.way("cuda")} == {usual.of_all}
     assert sorted_by_groups.way("cpu") == sorted_by_groups.of_blocks_in_place
     assert sorted_by_groups.way("cuda") == sorted_by_groups.of_blocks
@@ -107,7 +131,10 @@ def test_each_device_has_its_way(monkeypatch):
 @pytest.mark.parametrize("in_blocks", [False, True])
 def test_a_group_with_one_value_of_a_channel_is_named(in_blocks):
     split = SplitBatchNorm(nn.BatchNorm1d(3), num_splits=4, in_blocks=in_blocks)
-    with pytest.raises(InputError, match=r"batch_norm_splits=4: a group is 1 of the 4 images.*larger data.batch_size"):
+    with pytest.raises(
+        InputError,
+        match=r"batch_norm_splits=4: a group is 1 of the 4 images.*larger data.batch_size",
+    ):
         split(torch.randn(4, 3))
 
 
@@ -144,12 +171,16 @@ def test_converted_network_copies_and_loads_like_any_other():
 
 def test_batch_that_does_not_split_evenly_is_named():
     for broken in (SplitBatchNorm(nn.BatchNorm2d(3), 8), partial(sorted_by_group, splits=8)):
-        with pytest.raises(InputError, match=r"method\.batch_norm_splits=8 does not divide the 12 images"):
+        with pytest.raises(
+            InputError, match=r"method\.batch_norm_splits=8 does not divide the 12 images"
+        ):
             broken(torch.randn(12, 3, 2, 2))
 
 
 WITH, WITHOUT = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.LayerNorm(3))
-IN_THE_HEAD = nn.Sequential(nn.LayerNorm(3), build_head(3, 2, hidden_batch_norm=True))  # as with MoBY's Swin
+IN_THE_HEAD = nn.Sequential(
+    nn.LayerNorm(3), build_head(3, 2, hidden_batch_norm=True)
+)  # as with MoBY's Swin
 
 
 @pytest.mark.parametrize(
@@ -189,7 +220,9 @@ def test_the_mode_in_force_is_chosen_and_said(mode, encoder, devices, expected, 
         ("shuffle", 2, "cpu", "shuffle", "shuffle, with which the keys"),
     ],
 )
-def test_negatives_of_the_batch_have_modes_of_their_own(mode, devices, device_type, expected, said, caplog):
+def test_negatives_of_the_batch_have_modes_of_their_own(
+    mode, devices, device_type, expected, said, caplog
+):
     caplog.set_level("INFO")
     in_force = batch_norm_mode(mode, WITH, devices, device_type, negatives="batch")
     assert in_force == expected
@@ -205,7 +238,8 @@ def test_sync_on_several_cpu_processes_is_refused_before_the_run_begins(negative
         *(["method.queue_size=null"] if negatives == "batch" else []),
     )  # fmt: skip
     with pytest.raises(
-        InputError, match=r"^method\.batch_norm=sync: statistics are shared between GPUs only, [^\n]*2 CPU"
+        InputError,
+        match=r"^method\.batch_norm=sync: statistics are shared between GPUs only, [^\n]*2 CPU",
     ):
         check_batch_norm(runner.method(config).query_encoder, config)
 
@@ -214,12 +248,20 @@ def test_sync_on_several_cpu_processes_is_refused_before_the_run_begins(negative
     ("settings", "who"),
     [
         (["data.batch_size=8"], r"each of method\.batch_norm_splits=8 groups"),
-        (["data.batch_size=2", "trainer.accumulate_grad_batches=2", "method.batch_norm=plain"], "a device"),
+        (
+            ["data.batch_size=2", "trainer.accumulate_grad_batches=2", "method.batch_norm=plain"],
+            "a device",
+        ),
     ],
 )
 def test_a_vector_alone_is_refused_before_the_run_begins(settings, who, runner):
-    config = runner.config("method.projector.hidden_batch_norm=true", "method.projector.num_layers=2", *settings)
-    with pytest.raises(InputError, match=rf"^data\.batch_size=\d: {who} gets 1 image at once, which has no variance"):
+    config = runner.config(
+        "method.projector.hidden_batch_norm=true", "method.projector.num_layers=2", *settings
+    )
+    with pytest.raises(
+        InputError,
+        match=rf"^data\.batch_size=\d: {who} gets 1 image at once, which has no variance",
+    ):
         check_batch_norm(runner.method(config).query_encoder, config)
     without = runner.config(*settings)
     check_batch_norm(runner.method(without).query_encoder, without)
@@ -227,14 +269,20 @@ def test_a_vector_alone_is_refused_before_the_run_begins(settings, who, runner):
 
 def test_sync_makes_every_batch_norm_one_over_all_devices_and_keeps_the_parameters(runner):
     heads = [f"method.{head}.hidden_batch_norm=true" for head in ("projector", "predictor")]
-    method = runner.method(runner.config("method=moby", "method.num_queues=1", *heads, "method.batch_norm=sync"))
+    method = runner.method(
+        runner.config("method=moby", "method.num_queues=1", *heads, "method.batch_norm=sync")
+    )
     names, parameters = method.state_dict().keys(), dict(method.named_parameters())
     gpu = SimpleNamespace(root_device=torch.device("cuda"))
     method._trainer = SimpleNamespace(world_size=2, strategy=gpu)
     method.setup("fit")
     assert method.batch_norm == "sync"
     for module in (method.query_encoder, method.key_encoder, method.predictor):
-        layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        layers = [
+            layer
+            for layer in module.modules()
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        ]
         assert layers
         assert all(isinstance(layer, nn.SyncBatchNorm) for layer in layers)
     assert method.state_dict().keys() == names

@@ -94,8 +94,13 @@ def test_methods_have_the_numbers_of_their_papers(name):
     expected["predictor"] = HEAD | expected.get("predictor", {"num_layers": 0})
     size = "null" if expected["queue_size"] is None else expected["queue_size"]
     assert dataclasses.asdict(composed(name, f"method.queue_size={size}").method) == expected
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):  # the number that `composed` replaces
-        assert compose("train", [f"method={name}", "data=digits"]).method.queue_size == expected["queue_size"]
+    with initialize_config_dir(
+        str(CONFIG_DIR), version_base="1.3"
+    ):  # the number that `composed` replaces
+        assert (
+            compose("train", [f"method={name}", "data=digits"]).method.queue_size
+            == expected["queue_size"]
+        )
 
 
 # Loss and gradients on fixed embeddings. Every reference takes queries[direction], keys[direction] and
@@ -109,7 +114,10 @@ def one_direction(queries, keys, queues, temperature):
 
 def mean_of_two_directions(queries, keys, queues, temperature):
     """One queue for both."""
-    sides = [reference(query, key, queues[0], temperature) for query, key in zip(queries, keys, strict=True)]
+    sides = [
+        reference(query, key, queues[0], temperature)
+        for query, key in zip(queries, keys, strict=True)
+    ]
     return np.mean([value for value, _ in sides]), [gradient / 2 for _, gradient in sides]
 
 
@@ -121,8 +129,13 @@ def sum_of_two_directions(queries, keys, queues, temperature):
 
 def times_2t(queries, keys, queues, temperature):
     """Algorithm 1 of arXiv 2104.02057: the sum of both directions, each times 2T."""
-    sides = [in_batch_reference(query, key, temperature) for query, key in zip(queries, keys, strict=True)]
-    return 2 * temperature * sum(value for value, _ in sides), [2 * temperature * gradient for _, gradient in sides]
+    sides = [
+        in_batch_reference(query, key, temperature)
+        for query, key in zip(queries, keys, strict=True)
+    ]
+    return 2 * temperature * sum(value for value, _ in sides), [
+        2 * temperature * gradient for _, gradient in sides
+    ]
 
 
 LOSSES = {
@@ -149,7 +162,11 @@ def step_on(method, queries, keys):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("temperature", [None, 0.15], ids=["", "another T"])
 def test_loss_and_gradients_equal_the_papers(name, temperature):
-    config = composed(name, "backbone=resnet_tiny", *([f"method.temperature={temperature}"] if temperature else []))
+    config = composed(
+        name,
+        "backbone=resnet_tiny",
+        *([f"method.temperature={temperature}"] if temperature else []),
+    )
     method, width = built(config), config.method.embedding_dim
     queries, keys = unit(2, 6, width), unit(2, 6, width)
     queues = [queue.negatives().double().numpy() for queue in method.queues]
@@ -160,7 +177,9 @@ def test_loss_and_gradients_equal_the_papers(name, temperature):
         cells, dense_value, dense_gradient = dense_step(method, width, temperature or published)
         value = (value + dense_value) / 2
         gradients = [gradients[0] / 2, dense_gradient / 2]
-        outputs = step_on(method, [Encoded(leaves[0], cells[0])], [Encoded(keys[0].float(), cells[1])])
+        outputs = step_on(
+            method, [Encoded(leaves[0], cells[0])], [Encoded(keys[0].float(), cells[1])]
+        )
         leaves = [leaves[0], cells[0].embeddings]
     else:
         outputs = step_on(method, list(map(Encoded, leaves)), list(map(Encoded, keys.float())))
@@ -175,7 +194,9 @@ def dense_step(method, width, temperature):
     """Cells of queries and keys, and the dense loss of them with its gradient with respect to the queries'."""
     embeddings, features = unit(2, 6, 4, width), unit(2, 6, 4, 12)
     negatives = method.dense_queue.negatives().double().numpy()
-    value, gradient = dense_reference(*embeddings.numpy(), *features.numpy(), negatives, temperature)
+    value, gradient = dense_reference(
+        *embeddings.numpy(), *features.numpy(), negatives, temperature
+    )
     query, key = (
         Cells(rows.float(), F.normalize(rows.float().mean(dim=1), dim=1), seen.float())
         for rows, seen in zip(embeddings, features, strict=True)
@@ -193,7 +214,9 @@ def dense_step(method, width, temperature):
         ("moco_v3", ["method.temperature=0.2"], 31, 2 * 0.4 * math.log(32)),
     ],
 )
-def test_loss_of_chance_is_the_loss_when_all_embeddings_are_equal(name, overrides, num_negatives, expected):
+def test_loss_of_chance_is_the_loss_when_all_embeddings_are_equal(
+    name, overrides, num_negatives, expected
+):
     method = built(composed(name, "backbone=resnet_tiny", *overrides))
     assert method.loss_of_chance(num_negatives) == pytest.approx(expected, rel=1e-6)
     same = F.normalize(torch.ones(32, method.hparams["embedding_dim"]), dim=1)
@@ -210,32 +233,51 @@ def plain_encode(encoder, images, dense_grid, predictor):
     """Normalised embeddings (N, C); of the cells of a dense encoder also embeddings, their mean, and features."""
     if not dense_grid:
         return [F.normalize(predictor(encoder.projector(encoder.backbone(images))), dim=1)]
-    last = F.adaptive_avg_pool2d(encoder.backbone.feature_maps(images)[-1], dense_grid)  # (N, D, S, S)
+    last = F.adaptive_avg_pool2d(
+        encoder.backbone.feature_maps(images)[-1], dense_grid
+    )  # (N, D, S, S)
     first, _, second = encoder.dense_projector.layers
     features = last.permute(0, 2, 3, 1).flatten(1, 2)  # (N, S * S, D)
     hidden = (features @ first.weight[:, :, 0, 0].T + first.bias).relu()
     cells = hidden @ second.weight[:, :, 0, 0].T + second.bias
     embedding = predictor(encoder.projector(last.mean(dim=(2, 3))))
-    return [F.normalize(part, dim=-1) for part in (embedding, cells, cells.mean(dim=1), features.detach())]
+    return [
+        F.normalize(part, dim=-1)
+        for part in (embedding, cells, cells.mean(dim=1), features.detach())
+    ]
 
 
 def plain_info_nce(query, key, queue, temperature):
-    logits = torch.cat([torch.einsum("nc,nc->n", query, key)[:, None], query @ queue.clone()], dim=1)
+    logits = torch.cat(
+        [torch.einsum("nc,nc->n", query, key)[:, None], query @ queue.clone()], dim=1
+    )
     return F.cross_entropy(logits / temperature, torch.zeros(len(query), dtype=torch.long))
 
 
 def plain_in_batch_info_nce(query, keys, temperature):
-    return F.cross_entropy(torch.einsum("nc,mc->nm", query, keys) / temperature, torch.arange(len(query)))
+    return F.cross_entropy(
+        torch.einsum("nc,mc->nm", query, keys) / temperature, torch.arange(len(query))
+    )
 
 
 def plain_update(name, parameter, gradient, state, number, options, lr):
     """A step of SGD with momentum, AdamW (arXiv 1711.05101, algorithm 2) or LARS (arXiv 1708.03888) on one parameter."""
-    of_positions = any(word in name for word in ("cpb_mlp", "logit_scale"))  # Swin V2's, which no decay is for
-    decay = options.weight_decay if (options.decay_all or parameter.ndim > 1) and not of_positions else 0.0
+    of_positions = any(
+        word in name for word in ("cpb_mlp", "logit_scale")
+    )  # Swin V2's, which no decay is for
+    decay = (
+        options.weight_decay
+        if (options.decay_all or parameter.ndim > 1) and not of_positions
+        else 0.0
+    )
     if options.name != "adamw":
         step = gradient + decay * parameter
         if options.name == "lars" and parameter.ndim > 1:
-            ratio = options.trust_coefficient * parameter.norm() / (gradient.norm() + decay * parameter.norm())
+            ratio = (
+                options.trust_coefficient
+                * parameter.norm()
+                / (gradient.norm() + decay * parameter.norm())
+            )
             step = ratio * step
         state[name] = options.sgd_momentum * state.get(name, 0) + step
         parameter -= lr * state[name]
@@ -264,16 +306,21 @@ def plain_loop(method, config):
     """
     options, num_steps = config.method, config.trainer.max_steps
     query_encoder, key_encoder, predictor = (
-        copy.deepcopy(module).double() for module in (method.query_encoder, method.key_encoder, method.predictor)
+        copy.deepcopy(module).double()
+        for module in (method.query_encoder, method.key_encoder, method.predictor)
     )
-    has_norm = any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in key_encoder.modules())
+    has_norm = any(
+        isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in key_encoder.modules()
+    )
     shuffled = has_norm and options.negatives == "queue" and options.batch_norm in ("auto", "split")
     if shuffled:
         for module in (query_encoder, key_encoder, predictor):
             split_batch_norm(module, options.batch_norm_splits)
     trained = torch.nn.ModuleDict({"encoder": query_encoder, "predictor": predictor})
     # (C, K), as in the official code; queues[term][direction]
-    names = [["queue", "reverse_queue"], ["dense_queue", "reverse_dense_queue"]][: 1 + (options.dense_weight > 0)]
+    names = [["queue", "reverse_queue"], ["dense_queue", "reverse_dense_queue"]][
+        : 1 + (options.dense_weight > 0)
+    ]
     names = [term[: options.num_queues] for term in names] if options.negatives == "queue" else [[]]
     queues = [[getattr(method, name).keys.T.double() for name in term] for term in names]
     pointers, state, losses, rates = [[0] * len(term) for term in names], {}, [], []
@@ -301,7 +348,9 @@ def plain_loop(method, config):
         step = number // accumulate
         first, second = (view.double() for view in data.on_after_batch_transfer(batch, 0).views)
         directions = [(first, second), (second, first)][: 1 + options.symmetric]
-        queries = [plain_encode(query_encoder, view, dense_grid, predictor) for view, _ in directions]
+        queries = [
+            plain_encode(query_encoder, view, dense_grid, predictor) for view, _ in directions
+        ]
         if number % accumulate == 0:
             gradient = {name: torch.zeros_like(p) for name, p in trained.named_parameters()}
             update_keys(step)
@@ -320,17 +369,26 @@ def plain_loop(method, config):
             enqueued.append((0, side, key[0]))
             if dense_grid:
                 match = torch.einsum("nsd,ntd->nst", query[3], key[3]).max(dim=2).indices
-                positive = torch.stack([cells[row] for cells, row in zip(key[1], match, strict=True)])
-                cells = (query[1].reshape(-1, query[1].shape[2]), positive.reshape(-1, query[1].shape[2]))
+                positive = torch.stack(
+                    [cells[row] for cells, row in zip(key[1], match, strict=True)]
+                )
+                cells = (
+                    query[1].reshape(-1, query[1].shape[2]),
+                    positive.reshape(-1, query[1].shape[2]),
+                )
                 terms[1].append(plain_info_nce(*cells, queues[1][side], options.temperature))
                 enqueued.append((1, side, key[2]))
         per_direction = 2 if options.symmetric and options.symmetric_reduction == "mean" else 1
         weights = (1 - options.dense_weight, options.dense_weight)
-        loss = sum(weight * sum(term) / per_direction for weight, term in zip(weights, terms, strict=True))
+        loss = sum(
+            weight * sum(term) / per_direction for weight, term in zip(weights, terms, strict=True)
+        )
         loss = loss * (2 * options.temperature if options.loss_times_2t else 1)
         losses.append(float(loss.detach()) / accumulate)
         paths, parameters = zip(*trained.named_parameters(), strict=True)
-        for path, value in zip(paths, torch.autograd.grad(loss / accumulate, parameters), strict=True):
+        for path, value in zip(
+            paths, torch.autograd.grad(loss / accumulate, parameters), strict=True
+        ):
             gradient[path] += value
         for term, side, rows in reversed(enqueued):
             for row in rows:
@@ -340,7 +398,15 @@ def plain_loop(method, config):
             rates.append(config.optimizer.lr * scale * half_cosine(step, num_steps))
             with torch.no_grad():
                 for path, parameter in trained.named_parameters():
-                    plain_update(path, parameter, gradient[path], state, 1 + step, config.optimizer, rates[-1])
+                    plain_update(
+                        path,
+                        parameter,
+                        gradient[path],
+                        state,
+                        1 + step,
+                        config.optimizer,
+                        rates[-1],
+                    )
     update_keys(num_steps)  # with which the next step would begin
     expected = {
         name: (queue.T, pointer)
@@ -426,7 +492,12 @@ class Watch(pl.Callback):
             self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-SGD = ["backbone=resnet_tiny", "optimizer=sgd", "optimizer.schedule=cosine", "optimizer.schedule_interval=step"]
+SGD = [
+    "backbone=resnet_tiny",
+    "optimizer=sgd",
+    "optimizer.schedule=cosine",
+    "optimizer.schedule_interval=step",
+]
 # AdamW's large eps keeps rounding errors of gradients near zero (a bias before BatchNorm) from becoming whole steps.
 ADAMW = [
     "backbone=swin_v2_tiny_patch2", "backbone.stochastic_depth=0", "optimizer=adamw", "optimizer.lr=0.1",
@@ -445,7 +516,15 @@ NARROW = ["method.projector.hidden_dim=64", "method.predictor.hidden_dim=64"]
         ("moco_v2_plus", SGD),
         ("moco_v3", [*SGD, *NARROW]),
         ("moco_v3", [*LARS, *NARROW]),
-        ("moco_v3", [*ADAMW, *NARROW, "method.projector.num_layers=3", "method.predictor.last_batch_norm=true"]),
+        (
+            "moco_v3",
+            [
+                *ADAMW,
+                *NARROW,
+                "method.projector.num_layers=3",
+                "method.predictor.last_batch_norm=true",
+            ],
+        ),
         ("moby", [*ADAMW, *NARROW]),
         ("densecl", SGD),
         ("moco_v1", [*SGD, "method.batch_norm=plain", ACCUMULATED]),
@@ -459,7 +538,9 @@ NARROW = ["method.projector.hidden_dim=64", "method.predictor.hidden_dim=64"]
 def test_three_steps_equal_a_plain_loop_in_the_official_order(name, overrides, runner, monkeypatch):
     if "optimizer=lars" in overrides:
         pytest.importorskip("timm")
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # what is done in fp32 whatever the precision
+    monkeypatch.setattr(
+        torch.Tensor, "float", torch.Tensor.double
+    )  # what is done in fp32 whatever the precision
     config, watch = composed(name, *overrides), Watch()
     expected = plain_loop(built(config), config)
     method = runner.fit(config, [watch], precision="64-true")
@@ -467,7 +548,11 @@ def test_three_steps_equal_a_plain_loop_in_the_official_order(name, overrides, r
     assert watch.losses == pytest.approx(losses, rel=1e-6)
     assert watch.rates == pytest.approx(rates, rel=1e-12)
     moved = 0.0
-    for path, module in (("query_encoder", query_encoder), ("key_encoder", key_encoder), ("predictor", predictor)):
+    for path, module in (
+        ("query_encoder", query_encoder),
+        ("key_encoder", key_encoder),
+        ("predictor", predictor),
+    ):
         start, now = (getattr(each, path).state_dict() for each in (built(config), method))
         for key, value in module.state_dict().items():
             torch.testing.assert_close(now[key], value, rtol=1e-6, atol=1e-6, msg=f"{path}.{key}")
@@ -520,7 +605,9 @@ def test_each_encoder_takes_both_views_in_one_pass_unless_it_has_batch_norm(name
     together = [sum(apart)]
     method = built(composed(name, "backbone=swin_v2_tiny_patch2"))
     (stem,) = [
-        path for path, layer in method.query_encoder.backbone.named_modules() if isinstance(layer, torch.nn.Conv2d)
+        path
+        for path, layer in method.query_encoder.backbone.named_modules()
+        if isinstance(layer, torch.nn.Conv2d)
     ]
     stems = [f"{encoder}.backbone.{stem}" for encoder in ("query_encoder", "key_encoder")]
     heads = ["query_encoder.projector", "key_encoder.projector", "predictor"]
@@ -529,7 +616,9 @@ def test_each_encoder_takes_both_views_in_one_pass_unless_it_has_batch_norm(name
 
 
 def test_views_that_go_through_together_come_out_apart():
-    method = built(composed("moco_v2_plus", "backbone=swin_v2_tiny_patch2", "method.dense_weight=0.5")).train()
+    method = built(
+        composed("moco_v2_plus", "backbone=swin_v2_tiny_patch2", "method.dense_weight=0.5")
+    ).train()
     views = list(torch.randn(2, 8, 3, 16, 16))
     for ours, view in zip(method.query_encoder.embed(views), views, strict=True):
         (alone,) = method.query_encoder.embed([view])
@@ -545,21 +634,33 @@ def on_half_a_batch(rank):
         f"method.{head}.{setting}" for head in ("projector", "predictor")
         for setting in ("hidden_dim=32", "hidden_batch_norm=false", "last_batch_norm=false")
     ]  # fmt: skip
-    backbone = ["backbone=swin_v2_tiny_patch2", "backbone.stochastic_depth=0", "method.temperature=0.2"]
+    backbone = [
+        "backbone=swin_v2_tiny_patch2",
+        "backbone.stochastic_depth=0",
+        "method.temperature=0.2",
+    ]
     method = built(composed("moco_v3", *backbone, *heads)).double().train()
     for parameter in method.key_encoder.parameters():
         parameter += torch.randn_like(parameter) / 10
     views = torch.randn(2, 8, 3, 16, 16, dtype=torch.float64)
-    outputs = method.training_step(SimpleNamespace(views=tuple(views[:, 4 * rank : 4 * rank + 4])), 0)
+    outputs = method.training_step(
+        SimpleNamespace(views=tuple(views[:, 4 * rank : 4 * rank + 4])), 0
+    )
     outputs["loss"].backward()
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     ours = [all_gather(parameter.grad[None]).mean(dim=0) for parameter in trained]
 
     queries = [F.normalize(method.predictor(method.query_encoder(view)), dim=1) for view in views]
     keys = [F.normalize(method.key_encoder(view), dim=1) for view in views]
-    loss = 2 * 0.2 * sum(plain_in_batch_info_nce(q, k, 0.2) for q, k in zip(queries, keys[::-1], strict=True))
+    loss = (
+        2
+        * 0.2
+        * sum(plain_in_batch_info_nce(q, k, 0.2) for q, k in zip(queries, keys[::-1], strict=True))
+    )
     expected = torch.autograd.grad(loss, trained)
-    assert float(all_gather(outputs["loss"][None]).mean()) == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert float(all_gather(outputs["loss"][None]).mean()) == pytest.approx(
+        float(loss.detach()), rel=1e-6
+    )
     assert max(float(gradient.abs().max()) for gradient in expected) > 1e-2
     for gradient, value in zip(ours, expected, strict=True):
         torch.testing.assert_close(gradient, value, rtol=1e-5, atol=1e-7)

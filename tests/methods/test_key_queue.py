@@ -12,7 +12,9 @@ def keys_numbered(start, count, dim=4):
     return torch.arange(start, start + count, dtype=torch.float32)[:, None].expand(count, dim)
 
 
-@pytest.mark.parametrize(("size", "batches"), [(10, [4] * 7), (10, [3, 10, 1]), (7, [16, 5, 30]), (1, [3, 1])])
+@pytest.mark.parametrize(
+    ("size", "batches"), [(10, [4] * 7), (10, [3, 10, 1]), (7, [16, 5, 30]), (1, [3, 1])]
+)
 def test_contents_equal_a_queue_that_takes_one_key_at_a_time(size, batches):
     queue, reference, position, start = KeyQueue(size, 4), [None] * size, 0, 0
     newest = deque(maxlen=size)
@@ -48,7 +50,9 @@ def test_empty_start_offers_only_enqueued_keys():
 def test_the_loss_is_fit_for_backward_after_its_negatives_were_replaced():
     queue, key = KeyQueue(8, 4), F.normalize(torch.randn(2, 4), dim=1)
     query, same = (F.normalize(torch.ones(2, 4), dim=1).requires_grad_() for _ in range(2))
-    logits = torch.cat([(same * key).sum(dim=1, keepdim=True), same @ queue.keys.clone().T], dim=1) / 0.2
+    logits = (
+        torch.cat([(same * key).sum(dim=1, keepdim=True), same @ queue.keys.clone().T], dim=1) / 0.2
+    )
     F.cross_entropy(logits, torch.zeros(2, dtype=torch.long)).backward()
     loss = info_nce(query, key, queue.negatives(), 0.2)
     queue.enqueue(torch.ones(8, 4))

@@ -30,7 +30,9 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture
 def bench_loop():
-    spec = importlib.util.spec_from_file_location("bench_loop", REPOSITORY / "scripts" / "bench_loop.py")
+    spec = importlib.util.spec_from_file_location(
+        "bench_loop", REPOSITORY / "scripts" / "bench_loop.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -39,12 +41,16 @@ def bench_loop():
 def test_a_step_that_is_not_logged_costs_the_monitor_one_operation():
     monitor = TrainingMonitor({}, log_every_n_steps=100)
     trainer = SimpleNamespace(accumulate_grad_batches=2, world_size=1, global_step=1)
-    batch = PairBatch((torch.zeros(4, 3, 1, 1),) * 2, torch.arange(4), torch.zeros(4, dtype=torch.bool), 0)
+    batch = PairBatch(
+        (torch.zeros(4, 3, 1, 1),) * 2, torch.arange(4), torch.zeros(4, dtype=torch.bool), 0
+    )
     monitor._start_clock()
     with Operations() as operations:
         for index, loss in enumerate([1.0, float("nan"), 2.5, float("inf")]):
             monitor.on_train_batch_end(trainer, None, {"loss": torch.tensor(loss)}, batch, index)
-    counted = [name for name in operations.names if "lift_fresh" not in name and "detach" not in name]
+    counted = [
+        name for name in operations.names if "lift_fresh" not in name and "detach" not in name
+    ]
     assert len(counted) == 4
     state = monitor.state_dict()
     assert state == {"loss_sum": 7.0, "batches": 2.0, "seconds": state["seconds"]}
@@ -55,7 +61,9 @@ def test_the_seconds_of_training_go_on_where_the_checkpoint_was():
     before = monitor.state_dict()["seconds"]
     monitor.load_state_dict({"loss_sum": 0.0, "batches": 0.0, "seconds": 1000.0})
     assert 1000 + before <= monitor.state_dict()["seconds"] < 1001 + before
-    monitor.load_state_dict({"loss_sum": 0.0, "batches": 0.0})  # of a run from before they were counted
+    monitor.load_state_dict(
+        {"loss_sum": 0.0, "batches": 0.0}
+    )  # of a run from before they were counted
     assert before <= monitor.state_dict()["seconds"] < 1 + before
 
 
@@ -73,7 +81,9 @@ def test_the_bar_is_drawn_at_its_own_pace_and_not_in_every_step(monkeypatch):
     trainer, method = SimpleNamespace(global_step=0), SimpleNamespace(num_steps=1000)
     updates = []
     monkeypatch.setattr(bar.progress, "start", lambda: None)
-    monkeypatch.setattr(bar.progress, "update", lambda task, completed, status: updates.append(completed))
+    monkeypatch.setattr(
+        bar.progress, "update", lambda task, completed, status: updates.append(completed)
+    )
     bar.on_train_start(trainer, method)
     for step in range(1, 1001):
         now[0] += 0.001

@@ -39,7 +39,10 @@ def test_value_and_gradient_equal_the_papers_equation(temperature):
 
 def plain(query, key, negatives, temperature):
     """The same from all logits at once."""
-    logits = torch.cat([(query * key).sum(dim=1, keepdim=True), query @ negatives.T], dim=1) / temperature
+    logits = (
+        torch.cat([(query * key).sum(dim=1, keepdim=True), query @ negatives.T], dim=1)
+        / temperature
+    )
     return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
 
 
@@ -93,9 +96,13 @@ class LargestTensor(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize(("num_queries", "num_negatives"), [(300, 20_000), (2_000, 3_000), (4, 400_000)])
+@pytest.mark.parametrize(
+    ("num_queries", "num_negatives"), [(300, 20_000), (2_000, 3_000), (4, 400_000)]
+)
 def test_no_tensor_is_made_that_holds_more_than_a_block_of_logits(num_queries, num_negatives):
-    query, key, negatives = (unit(count, 4).float() for count in (num_queries, num_queries, num_negatives))
+    query, key, negatives = (
+        unit(count, 4).float() for count in (num_queries, num_queries, num_negatives)
+    )
     with LargestTensor() as made:
         info_nce(query.requires_grad_(), key, negatives, 0.2).backward()
     assert made.elements <= losses.BLOCK["cpu"]
@@ -131,7 +138,9 @@ def test_it_can_be_compiled_as_a_whole():
 
 def test_equal_similarities_give_log_of_one_plus_k():
     rows = F.normalize(torch.ones(4, 8), dim=1)
-    assert info_nce(rows, rows, rows.repeat(25, 1), 0.07).item() == pytest.approx(math.log(101), rel=1e-6)
+    assert info_nce(rows, rows, rows.repeat(25, 1), 0.07).item() == pytest.approx(
+        math.log(101), rel=1e-6
+    )
 
 
 def test_perfect_match_at_low_temperature_gives_zero():
@@ -180,7 +189,9 @@ def test_in_batch_value_and_gradient_equal_the_papers_algorithm(temperature, ran
 def test_in_batch_loss_of_one_pair_is_zero_and_of_equal_ones_log_m():
     rows = F.normalize(torch.ones(8, 4), dim=1)
     assert in_batch_info_nce(rows[:1], rows[:1], 0.2).item() == 0.0
-    assert in_batch_info_nce(rows[:4], rows, 0.2, rank=1).item() == pytest.approx(math.log(8), rel=1e-6)
+    assert in_batch_info_nce(rows[:4], rows, 0.2, rank=1).item() == pytest.approx(
+        math.log(8), rel=1e-6
+    )
 
 
 def dense_reference(query, key, query_features, key_features, negatives, temperature):
@@ -189,11 +200,16 @@ def dense_reference(query, key, query_features, key_features, negatives, tempera
     for image in range(len(query)):
         for cell in range(query.shape[1]):
             similarities = [
-                f @ query_features[image, cell] / np.linalg.norm(f) / np.linalg.norm(query_features[image, cell])
+                f
+                @ query_features[image, cell]
+                / np.linalg.norm(f)
+                / np.linalg.norm(query_features[image, cell])
                 for f in key_features[image]
             ]
             positive = key[image, int(np.argmax(similarities))]
-            value, slope = reference(query[image, cell][None], positive[None], negatives, temperature)
+            value, slope = reference(
+                query[image, cell][None], positive[None], negatives, temperature
+            )
             losses.append(value)
             gradient[image, cell] = slope[0]
     return np.mean(losses), gradient / len(losses)

@@ -23,7 +23,11 @@ MOBY = [
         for setting in ("num_layers=2", "hidden_dim=24", "hidden_batch_norm=true")
     ],
 ]  # fmt: skip
-DENSE = ["method.dense_weight=0.3", "method.projector.num_layers=2", "method.projector.hidden_dim=24"]
+DENSE = [
+    "method.dense_weight=0.3",
+    "method.projector.num_layers=2",
+    "method.projector.hidden_dim=24",
+]
 
 
 def test_momentum_update_happens_once_per_optimizer_step(runner, monkeypatch):
@@ -31,7 +35,9 @@ def test_momentum_update_happens_once_per_optimizer_step(runner, monkeypatch):
 
     calls = []
     original = module.update_key_encoder
-    monkeypatch.setattr(module, "update_key_encoder", lambda *args: (calls.append(args[2]), original(*args)))
+    monkeypatch.setattr(
+        module, "update_key_encoder", lambda *args: (calls.append(args[2]), original(*args))
+    )
     runner.fit(runner.config("trainer.accumulate_grad_batches=4", "trainer.max_steps=3"))
     assert calls == [0.99] * 3
 
@@ -42,7 +48,9 @@ def test_a_positive_is_never_among_its_own_negatives(runner, monkeypatch):
     seen = []
     original = module.info_nce
     monkeypatch.setattr(
-        module, "info_nce", lambda q, k, n, t: (seen.append((k.clone(), n.clone())), original(q, k, n, t))[1]
+        module,
+        "info_nce",
+        lambda q, k, n, t: (seen.append((k.clone(), n.clone())), original(q, k, n, t))[1],
     )
     runner.fit(runner.config("method.symmetric=true", "method.queue_size=1024"))
     assert len(seen) == 6
@@ -57,7 +65,9 @@ def test_monitors_are_given_the_negatives_that_the_last_loss_saw(settings, runne
 
     seen, given = [], []
     original = module.info_nce
-    monkeypatch.setattr(module, "info_nce", lambda q, k, n, t: (seen.append(n.clone()), original(q, k, n, t))[1])
+    monkeypatch.setattr(
+        module, "info_nce", lambda q, k, n, t: (seen.append(n.clone()), original(q, k, n, t))[1]
+    )
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -71,7 +81,9 @@ def test_monitors_are_given_the_negatives_that_the_last_loss_saw(settings, runne
 
 def test_key_encoder_starts_equal_and_gets_no_gradient(runner):
     method = runner.method(runner.config())
-    for q, k in zip(method.query_encoder.parameters(), method.key_encoder.parameters(), strict=True):
+    for q, k in zip(
+        method.query_encoder.parameters(), method.key_encoder.parameters(), strict=True
+    ):
         assert torch.equal(q, k)
         assert not k.requires_grad
     trained = runner.fit(runner.config())
@@ -82,7 +94,12 @@ def test_key_encoder_starts_equal_and_gets_no_gradient(runner):
 def test_a_checkpoint_without_switches_holds_the_names_of_the_first_version(runner):
     names = runner.method(runner.config()).state_dict()
     assert {name.split(".")[0] for name in names} == {"query_encoder", "key_encoder", "queue"}
-    assert {"query_encoder.projector.weight", "queue.keys", "queue.pointer", "queue.filled"} <= names.keys()
+    assert {
+        "query_encoder.projector.weight",
+        "queue.keys",
+        "queue.pointer",
+        "queue.filled",
+    } <= names.keys()
 
 
 def test_the_predictor_is_of_queries_alone_and_evaluation_looks_at_the_projector(runner):
@@ -92,7 +109,9 @@ def test_the_predictor_is_of_queries_alone_and_evaluation_looks_at_the_projector
     images = torch.randn(4, 3, 16, 16)
     projected = method.query_encoder.projector(method.query_encoder.backbone(images))
     assert torch.equal(method.query_encoder.encode(images, "embedding"), projected)
-    torch.testing.assert_close(method.encode_keys([images])[0].embedding, F.normalize(projected, dim=1))
+    torch.testing.assert_close(
+        method.encode_keys([images])[0].embedding, F.normalize(projected, dim=1)
+    )
     predicted = F.normalize(method.predictor(projected), dim=1)
     torch.testing.assert_close(method.encode_queries([images])[0].embedding, predicted)
 
@@ -109,7 +128,9 @@ def test_the_dense_term_costs_no_second_pass_through_the_backbone(runner):
 
 @pytest.mark.parametrize("backbone", ["resnet_tiny", "swin_v2_tiny_patch2"])
 def test_shuffled_keys_come_back_in_order_view_by_view_and_cell_by_cell(backbone, runner):
-    method = runner.method(runner.config(*DENSE, f"backbone={backbone}")).eval()  # in eval mode company does not matter
+    method = runner.method(
+        runner.config(*DENSE, f"backbone={backbone}")
+    ).eval()  # in eval mode company does not matter
     views = list(torch.randn(2, 8, 3, 16, 16))
     in_order = method.encode_keys(views)
     method.batch_norm = "shuffle"
@@ -126,7 +147,9 @@ def test_key_encoder_goes_without_stochastic_depth():
     method = MoCo(backbone, {}, {"num_layers": 1}, {"num_layers": 0}, queue_size=8).train()
     images = torch.randn(4, 3, 16, 16)
     for norm in (module for module in method.modules() if "norm" in type(module).__name__.lower()):
-        torch.nn.init.ones_(norm.weight)  # they start at zero, where a branch that is left out makes no difference
+        torch.nn.init.ones_(
+            norm.weight
+        )  # they start at zero, where a branch that is left out makes no difference
     first, second = (method.encode_keys([images])[0].embedding for _ in range(2))
     assert torch.equal(first, second)
     first, second = (method.encode_queries([images])[0].embedding for _ in range(2))
@@ -135,9 +158,13 @@ def test_key_encoder_goes_without_stochastic_depth():
     torch.testing.assert_close(method.encode_keys([images]), method.encode_queries([images]))
 
 
-@pytest.mark.parametrize(("reduction", "expected"), [("sum", 2 * math.log(49)), ("mean", math.log(49))])
+@pytest.mark.parametrize(
+    ("reduction", "expected"), [("sum", 2 * math.log(49)), ("mean", math.log(49))]
+)
 def test_loss_of_chance_counts_the_directions(reduction, expected, runner):
-    method = runner.method(runner.config("method.symmetric=true", f"method.symmetric_reduction={reduction}"))
+    method = runner.method(
+        runner.config("method.symmetric=true", f"method.symmetric_reduction={reduction}")
+    )
     assert method.loss_of_chance(48) == pytest.approx(expected)
 
 
@@ -148,7 +175,9 @@ def test_learning_rate_and_key_momentum_follow_their_schedules(runner):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    config = runner.config("optimizer.lr=0.1", "trainer.max_steps=4", "method.key_momentum_schedule=cosine")
+    config = runner.config(
+        "optimizer.lr=0.1", "trainer.max_steps=4", "method.key_momentum_schedule=cosine"
+    )
     method = runner.fit(config, [Watch()])
     assert rates == pytest.approx([0.1, 0.0853553, 0.05, 0.0146447], rel=1e-5)
     assert [method.key_momentum_at(step) for step in (0, 2, 4)] == pytest.approx([0.99, 0.995, 1.0])

@@ -14,7 +14,9 @@ def test_update_averages_every_parameter_and_leaves_buffers_alone():
     for parameter in query.parameters():
         parameter.data.normal_()
     query[1].running_mean.fill_(7.0)
-    expected = [0.9 * k + 0.1 * q for k, q in zip(key.parameters(), query.parameters(), strict=True)]
+    expected = [
+        0.9 * k + 0.1 * q for k, q in zip(key.parameters(), query.parameters(), strict=True)
+    ]
     update_key_encoder(key, query, 0.9)
     for parameter, value in zip(key.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter, value)

@@ -31,16 +31,24 @@ def test_every_backbone_keeps_the_contract(path):
 
 
 def test_the_sweep_finds_the_backbones():
-    assert {"resnet18", "resnet50", "resnet18_cifar", "resnet_tiny", "wide_resnet50_2", "swin_t", "vit_small"} <= {
-        path.stem for path in CONFIGS
-    }
+    assert {
+        "resnet18",
+        "resnet50",
+        "resnet18_cifar",
+        "resnet_tiny",
+        "wide_resnet50_2",
+        "swin_t",
+        "vit_small",
+    } <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2"])
 def test_resnet_is_torchvisions_without_its_classifier(name):
     theirs = torchvision.models.get_model(name, weights=None).eval()
     ours = build_backbone(name).eval()
-    ours.load_state_dict({key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")})
+    ours.load_state_dict(
+        {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
+    )
     theirs.fc = torch.nn.Identity()
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(ours(images), theirs(images))
@@ -48,7 +56,9 @@ def test_resnet_is_torchvisions_without_its_classifier(name):
 
 @pytest.mark.parametrize("name", ["resnet_tiny", "resnet50"])
 def test_every_block_can_start_as_the_identity(name):
-    block = build_backbone(name, zero_init_residual=True).layer1[-1]  # ends in a ReLU, without a projection in resnet50
+    block = build_backbone(name, zero_init_residual=True).layer1[
+        -1
+    ]  # ends in a ReLU, without a projection in resnet50
     x = torch.rand(2, block.conv1.in_channels, 8, 8)
     assert torch.equal(block(x), x)
     default = build_backbone(name).layer1[-1]
@@ -57,7 +67,12 @@ def test_every_block_can_start_as_the_identity(name):
 
 def test_cifar_stem_keeps_the_resolution():
     maps = build_backbone("resnet18", stem="cifar").feature_maps(torch.randn(2, 3, 32, 32))
-    assert [tuple(map_.shape[1:]) for map_ in maps] == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    assert [tuple(map_.shape[1:]) for map_ in maps] == [
+        (64, 32, 32),
+        (128, 16, 16),
+        (256, 8, 8),
+        (512, 4, 4),
+    ]
 
 
 @torch.no_grad()
@@ -84,7 +99,9 @@ def test_an_unknown_stem_is_named():
 
 
 def test_tiny_resnet_has_under_half_a_million_parameters():
-    assert sum(parameter.numel() for parameter in build_backbone("resnet_tiny").parameters()) < 500_000
+    assert (
+        sum(parameter.numel() for parameter in build_backbone("resnet_tiny").parameters()) < 500_000
+    )
 
 
 def test_unknown_backbone_suggests_the_nearest():

@@ -45,7 +45,10 @@ def parts_of(encoder):
     images = torch.randn(IMAGES)
     if encoder.is_called_whole:
         return [(encoder, images)]
-    return [(encoder.backbone, images), (encoder.projector, torch.randn(4, encoder.backbone.feature_dim))]
+    return [
+        (encoder.backbone, images),
+        (encoder.projector, torch.randn(4, encoder.backbone.feature_dim)),
+    ]
 
 
 @pytest.mark.parametrize("name", ["resnet, split BatchNorm", "vit", "swin v2"])
@@ -64,7 +67,10 @@ def results_of(function, part, inputs, trains, precision):
     if not trains:
         return [output]
     (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
-    return [output.detach(), *(parameter.grad for parameter in part.parameters() if parameter.requires_grad)]
+    return [
+        output.detach(),
+        *(parameter.grad for parameter in part.parameters() if parameter.requires_grad),
+    ]
 
 
 @pytest.mark.slow

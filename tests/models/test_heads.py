@@ -27,7 +27,15 @@ SHAPES = {
     "MoCo v2": [(2048, 2048), (2048,), (128, 2048), (128,)],
     "MoBY projector": [(4096, 768), (4096,), (4096,), (4096,), (256, 4096), (256,)],
     "MoBY predictor": [(4096, 256), (4096,), (4096,), (4096,), (256, 4096), (256,)],
-    "MoCo v3 ViT projector": [(4096, 384), (4096,), (4096,), (4096, 4096), (4096,), (4096,), (256, 4096)],
+    "MoCo v3 ViT projector": [
+        (4096, 384),
+        (4096,),
+        (4096,),
+        (4096, 4096),
+        (4096,),
+        (4096,),
+        (256, 4096),
+    ],
     "no predictor": [],
 }
 
@@ -37,7 +45,12 @@ def test_heads_have_the_published_layers(name):
     (input_dim, output_dim, settings), layers = PUBLISHED[name]
     with torch.device("meta"):
         head = build_head(input_dim, output_dim, **settings)
-    assert " ".join(type(layer).__name__ for layer in head.modules() if not isinstance(layer, nn.Sequential)) == layers
+    assert (
+        " ".join(
+            type(layer).__name__ for layer in head.modules() if not isinstance(layer, nn.Sequential)
+        )
+        == layers
+    )
     assert [tuple(parameter.shape) for parameter in head.parameters()] == SHAPES[name]
 
 
@@ -51,7 +64,9 @@ def test_a_head_with_batch_norm_computes_what_is_published():
 
 
 def test_split_heads_equal_separate_heads_on_every_nth_row():
-    head = build_head(8, 4, num_layers=3, hidden_dim=16, hidden_batch_norm=True, last_batch_norm=True, bias=False)
+    head = build_head(
+        8, 4, num_layers=3, hidden_dim=16, hidden_batch_norm=True, last_batch_norm=True, bias=False
+    )
     separate = [copy.deepcopy(head) for _ in range(4)]
     split_batch_norm(head, 4)
     rows = torch.randn(32, 8)
@@ -85,13 +100,21 @@ def test_dense_projector_is_the_same_mlp_at_every_cell():
     projector = DenseProjector(6, 4, hidden_dim=5, grid=2)
     feature_map = torch.randn(3, 6, 4, 4, requires_grad=True)
     cells = projector(feature_map)
-    assert (cells.embeddings.shape, cells.pooled.shape, cells.features.shape) == ((3, 4, 4), (3, 4), (3, 4, 6))
-    first, second = (nn.utils.skip_init(nn.Linear, *sizes).requires_grad_(False) for sizes in ((6, 5), (5, 4)))
+    assert (cells.embeddings.shape, cells.pooled.shape, cells.features.shape) == (
+        (3, 4, 4),
+        (3, 4),
+        (3, 4, 6),
+    )
+    first, second = (
+        nn.utils.skip_init(nn.Linear, *sizes).requires_grad_(False) for sizes in ((6, 5), (5, 4))
+    )
     for linear, convolution in ((first, projector.layers[0]), (second, projector.layers[2])):
         linear.load_state_dict({"weight": convolution.weight[:, :, 0, 0], "bias": convolution.bias})
     for number in range(4):
         row, column = divmod(number, 2)
-        patch = feature_map[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean(dim=(2, 3))
+        patch = feature_map[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean(
+            dim=(2, 3)
+        )
         torch.testing.assert_close(cells.features[:, number], patch)
         torch.testing.assert_close(cells.embeddings[:, number], second(F.relu(first(patch))))
     torch.testing.assert_close(cells.pooled, cells.embeddings.mean(dim=1))
@@ -104,7 +127,9 @@ def test_dense_projector_is_as_wide_as_its_input_by_default():
 
 
 def test_stochastic_depth_is_switched_off_in_training_too():
-    block = nn.Sequential(nn.Sequential(StochasticDepth(0.5, "row")), StochasticDepth(0.3, "batch")).train()
+    block = nn.Sequential(
+        nn.Sequential(StochasticDepth(0.5, "row")), StochasticDepth(0.3, "batch")
+    ).train()
     rows = torch.ones(64, 2)
     assert not torch.equal(block(rows), rows)
     switch_off_stochastic_depth(block)

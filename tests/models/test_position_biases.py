@@ -90,7 +90,11 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self.config = config
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
-        checkpoint |= {"config": dataclasses.asdict(self.config), "figures": {}, "random_states": []}
+        checkpoint |= {
+            "config": dataclasses.asdict(self.config),
+            "figures": {},
+            "random_states": [],
+        }
 
     def on_train_end(self, trainer, pl_module):
         trainer.save_checkpoint(self.path)
@@ -99,7 +103,12 @@ class Checkpoint(pl.callbacks.Checkpoint):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", SWINS)
 def test_biases_follow_every_change_of_the_weights(name, optimizer, runner, tmp_path):
-    settings = [f"backbone={name}", "data.image_size=16", "method.key_momentum=0.5", *OPTIMIZERS[optimizer]]
+    settings = [
+        f"backbone={name}",
+        "data.image_size=16",
+        "method.key_momentum=0.5",
+        *OPTIMIZERS[optimizer],
+    ]
     config = runner.config(*settings)
     check, path = BiasCheck(name), tmp_path / "last.ckpt"
     # Real optimizer steps and real key updates.
@@ -117,7 +126,9 @@ def test_biases_follow_every_change_of_the_weights(name, optimizer, runner, tmp_
     start_from(other, str(path))
     check.check(other)
     # A key update that was compiled.
-    torch.compile(update_key_encoder, backend="aot_eager")(other.key_encoder, method.query_encoder, 0.5)
+    torch.compile(update_key_encoder, backend="aot_eager")(
+        other.key_encoder, method.query_encoder, 0.5
+    )
     check.check(other)
     # Other windows.
     for window in (2, 6):
@@ -162,7 +173,12 @@ def embedded(monkeypatch):
 @pytest.mark.parametrize(("name", "optimizer"), KNN_RUNS)
 def test_the_knn_of_a_run_is_that_of_its_checkpoint(name, optimizer, runner, tmp_path, embedded):
     settings = [f"backbone={name}", "data.image_size=16", *OPTIMIZERS[optimizer]]
-    length = ["trainer.max_epochs=3", "trainer.max_steps=-1", "evaluation.every_n_epochs=1", "data.batch_size=256"]
+    length = [
+        "trainer.max_epochs=3",
+        "trainer.max_steps=-1",
+        "evaluation.every_n_epochs=1",
+        "data.batch_size=256",
+    ]
     config = runner.config(*settings, *length)
     train.run(config, tmp_path / "run")
     monitored = json.loads((tmp_path / "run" / "metrics.json").read_text())

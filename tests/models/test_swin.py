@@ -30,12 +30,21 @@ def small(version=2, **settings):
 def torchvisions(window, version=2):
     """torchvision's model of the same shape."""
     settings = (
-        {"block": swin_transformer.SwinTransformerBlockV2, "downsample_layer": swin_transformer.PatchMergingV2}
+        {
+            "block": swin_transformer.SwinTransformerBlockV2,
+            "downsample_layer": swin_transformer.PatchMergingV2,
+        }
         if version == 2
         else {}
     )
     made = swin_transformer.SwinTransformer(
-        [4, 4], 24, [2, 2, 2, 2], [1, 2, 4, 8], [window, window], stochastic_depth_prob=0, **settings
+        [4, 4],
+        24,
+        [2, 2, 2, 2],
+        [1, 2, 4, 8],
+        [window, window],
+        stochastic_depth_prob=0,
+        **settings,
     )
     made.head = nn.Identity()
     return made.eval()
@@ -48,7 +57,9 @@ def test_outputs_are_torchvisions_where_nothing_is_padded(name, window):
         if isinstance(module, nn.LayerNorm):
             nn.init.normal_(module.weight, 1, 0.3)
     ours = build_backbone(name, window_size=window).eval()
-    ours.load_state_dict({key: value for key, value in theirs.state_dict().items() if not key.startswith("head.")})
+    ours.load_state_dict(
+        {key: value for key, value in theirs.state_dict().items() if not key.startswith("head.")}
+    )
     theirs.head = nn.Identity()
     images = torch.randn(1, 3, 32 * window, 32 * window)
     with torch.no_grad():
@@ -103,7 +114,9 @@ def test_any_size_goes(version, side):
 
 def test_565_px_are_142_patches_completed_or_141_as_in_torchvision():
     images = torch.randn(1, 3, 69, 69)
-    complete, dropped = (small(partial_patches=how).feature_maps(images) for how in ("complete", "drop"))
+    complete, dropped = (
+        small(partial_patches=how).feature_maps(images) for how in ("complete", "drop")
+    )
     assert [one.shape[-1] for one in complete] == [18, 9, 5, 3]
     assert [one.shape[-1] for one in dropped] == [17, 9, 5, 3]
     with torch.device("meta"):
@@ -117,7 +130,10 @@ def test_565_px_are_142_patches_completed_or_141_as_in_torchvision():
     with torch.no_grad():
         assert torch.allclose(ours.features[0](whole), theirs.features[0](whole))
         torch.testing.assert_close(
-            ours.feature_maps(whole)[0], theirs.features[:2](whole).permute(0, 3, 1, 2), rtol=1e-5, atol=1e-5
+            ours.feature_maps(whole)[0],
+            theirs.features[:2](whole).permute(0, 3, 1, 2),
+            rtol=1e-5,
+            atol=1e-5,
         )
 
 
@@ -151,7 +167,10 @@ def test_torchvisions_own_way_to_another_window_stretches_the_bias():
         model.load_state_dict(ours.state_dict() | kept)
     with torch.no_grad():
         tables = [
-            16 * torch.sigmoid(model.features[1][0].attn.cpb_mlp(model.features[1][0].attn.relative_coords_table))[0]
+            16
+            * torch.sigmoid(
+                model.features[1][0].attn.cpb_mlp(model.features[1][0].attn.relative_coords_table)
+            )[0]
             for model in (narrow, wide)
         ]
     assert (tables[0] - tables[1][11:24, 11:24]).abs().max() > 0.05
@@ -197,12 +216,16 @@ def test_each_stage_can_have_a_window_of_its_own():
 def test_torchvision_weights_of_another_window_are_not_stretched_in_silence():
     theirs = torchvisions(8).state_dict()
     with pytest.raises(
-        InputError, match="pretrained with windows of 8 x 8 cells, and pretrained_window_size=7 would stretch"
+        InputError,
+        match="pretrained with windows of 8 x 8 cells, and pretrained_window_size=7 would stretch",
     ):
         small(window_size=7).load_state_dict(theirs)
     small(window_size=7, pretrained_window_size=8).load_state_dict(theirs)
     widened = to_torchvision(rewindow(small(window_size=4), 8))
-    with pytest.raises(InputError, match="pretrained with windows of 4 x 4 cells, and pretrained_window_size=8 would"):
+    with pytest.raises(
+        InputError,
+        match="pretrained with windows of 4 x 4 cells, and pretrained_window_size=8 would",
+    ):
         small(window_size=8).load_state_dict(widened)
     small(window_size=8, pretrained_window_size=4).load_state_dict(widened)
 
@@ -231,13 +254,17 @@ def test_the_suggestion_says_why():
 
 @pytest.mark.parametrize("window", [0, -1, 2.5, "7", True, 65, [7, 7], [7, 7, 7, 0], None])
 def test_a_window_that_is_none_is_refused(window):
-    with pytest.raises(InputError, match=r"window_size=.*expected a whole number of cells from 1 to 64"):
+    with pytest.raises(
+        InputError, match=r"window_size=.*expected a whole number of cells from 1 to 64"
+    ):
         rewindow(small(), window)
 
 
 @pytest.mark.parametrize("window", [0, [], 7.5])
 def test_a_pretraining_window_that_is_none_is_refused(window):
-    with pytest.raises(InputError, match=r"pretrained_window_size=.*expected a whole number of cells from 1 to 64"):
+    with pytest.raises(
+        InputError, match=r"pretrained_window_size=.*expected a whole number of cells from 1 to 64"
+    ):
         small(pretrained_window_size=window)
 
 
@@ -245,7 +272,11 @@ def test_a_pretraining_window_that_is_none_is_refused(window):
     ("image_size", "window_size", "clipped"),
     [
         (256, 16, (16, 16, 16, 8)),  # swinv2_tiny_window16_256
-        (192, 12, (12, 12, 12, 6)),  # swinv2_base_window12to16_192to256: PRETRAINED_WINDOW_SIZES there
+        (
+            192,
+            12,
+            (12, 12, 12, 6),
+        ),  # swinv2_base_window12to16_192to256: PRETRAINED_WINDOW_SIZES there
         (256, 8, (8, 8, 8, 8)),
         (224, 7, (7, 7, 7, 7)),
         (250, [8, 64, 8, 9], (8, 32, 8, 8)),
@@ -253,7 +284,11 @@ def test_a_pretraining_window_that_is_none_is_refused(window):
 )
 def test_windows_are_clipped_to_the_maps_of_an_image_size(image_size, window_size, clipped):
     assert clipped_windows(image_size, window_size) == clipped
-    settings = {"name": "swin_v2_t", "window_size": window_size, "pretrained_image_size": image_size}
+    settings = {
+        "name": "swin_v2_t",
+        "window_size": window_size,
+        "pretrained_image_size": image_size,
+    }
     with torch.device("meta"):
         backbone = build_backbone(**settings)
         again = build_backbone(**settings_of(backbone, settings))
@@ -263,8 +298,15 @@ def test_windows_are_clipped_to_the_maps_of_an_image_size(image_size, window_siz
 
 def test_the_patch_counts_for_clipped_windows():
     assert clipped_windows(32, 4, patch_size=2) == (4, 4, 4, 2)
-    assert small(window_size=16, pretrained_image_size=64, patch_size=2).pretrained_window_size == (16, 16, 8, 4)
-    with pytest.raises(InputError, match=r"backbone.pretrained_image_size: Swin V1 has no coordinates"):
+    assert small(window_size=16, pretrained_image_size=64, patch_size=2).pretrained_window_size == (
+        16,
+        16,
+        8,
+        4,
+    )
+    with pytest.raises(
+        InputError, match=r"backbone.pretrained_image_size: Swin V1 has no coordinates"
+    ):
         small(version=1, pretrained_image_size=64)
 
 
@@ -276,7 +318,9 @@ def test_a_size_beyond_the_canvas_and_an_image_without_a_whole_patch_are_refused
 
 
 def test_settings_of_another_architecture_are_refused():
-    with pytest.raises(InputError, match=r"backbone.window_size=7: resnet18 has no such setting \(it has stem"):
+    with pytest.raises(
+        InputError, match=r"backbone.window_size=7: resnet18 has no such setting \(it has stem"
+    ):
         build_backbone("resnet18", window_size=7)
     with pytest.raises(InputError, match="this backbone has no attention windows"):
         rewindow(build_backbone("resnet_tiny"), 7)
@@ -310,13 +354,18 @@ def test_gradient_checkpointing_changes_no_gradient():
         model(images).square().sum().backward()
     for one, other in zip(plain.parameters(), kept.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
-    with torch.no_grad(), unittest.mock.patch("moco.models.swin.backbone.checkpoint", side_effect=AssertionError):
+    with (
+        torch.no_grad(),
+        unittest.mock.patch("moco.models.swin.backbone.checkpoint", side_effect=AssertionError),
+    ):
         kept(images)  # nothing to keep, so nothing to compute again
 
 
 def test_a_frozen_patch_projection_is_the_only_frozen_part():
     backbone = small(freeze_patch_embed=True)
-    frozen = [name for name, parameter in backbone.named_parameters() if not parameter.requires_grad]
+    frozen = [
+        name for name, parameter in backbone.named_parameters() if not parameter.requires_grad
+    ]
     assert frozen == ["features.0.0.weight", "features.0.0.bias"]
 
 

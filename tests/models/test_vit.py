@@ -54,7 +54,9 @@ def test_outputs_and_gradients_are_timms():
         model(images).square().sum().backward()
     expected = dict(theirs.named_parameters())
     for name, parameter in to_timm_names(ours).items():
-        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(
+            parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-4, msg=name
+        )
 
 
 def to_timm_names(backbone):
@@ -101,7 +103,9 @@ def test_fixed_positions_follow_their_formula():
 
 def test_fixed_positions_are_no_weights_and_stay_where_they_are_in_a_larger_image():
     assert not [name for name in small().state_dict() if "pos" in name]
-    near, far = (sine_cosine_positions((side, side), 32, CPU)[0, 1:].view(side, side, 32) for side in (4, 9))
+    near, far = (
+        sine_cosine_positions((side, side), 32, CPU)[0, 1:].view(side, side, 32) for side in (4, 9)
+    )
     assert torch.equal(near, far[:4, :4])
 
 
@@ -132,7 +136,9 @@ def test_saved_positions_tell_whether_they_are_learned():
 def test_learned_positions_are_resized_as_timms(grid):
     timm_layers = pytest.importorskip("timm.layers")
     positions = torch.randn(1, 101, 8)
-    torch.testing.assert_close(resized_positions(positions, grid), timm_layers.resample_abs_pos_embed(positions, grid))
+    torch.testing.assert_close(
+        resized_positions(positions, grid), timm_layers.resample_abs_pos_embed(positions, grid)
+    )
     assert torch.equal(resized_positions(positions, (10, 10)), positions)
 
 
@@ -151,10 +157,14 @@ def test_the_start_is_moco_v3s():
 
     def is_uniform(tensor, fan_in, fan_out):
         bound = math.sqrt(6 / (fan_in + fan_out))
-        return tensor.abs().max() <= bound and tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        return tensor.abs().max() <= bound and tensor.std().item() == pytest.approx(
+            bound / math.sqrt(3), rel=0.05
+        )
 
     for block in backbone.blocks():
-        assert all(is_uniform(matrix, 64, 64) for matrix in block.self_attention.in_proj_weight.chunk(3))
+        assert all(
+            is_uniform(matrix, 64, 64) for matrix in block.self_attention.in_proj_weight.chunk(3)
+        )
         assert is_uniform(block.self_attention.out_proj.weight, 64, 64)
         assert is_uniform(block.mlp[0].weight, 64, 256)
         assert is_uniform(block.mlp[3].weight, 256, 64)
@@ -185,7 +195,10 @@ def test_an_incomplete_patch_is_filled_up_with_zeros_or_left_out():
     assert torch.equal(drop(images), drop(images[..., :8, :12]))
     with pytest.raises(InputError) as error:
         drop(images[..., :3])
-    assert str(error.value) == "backbone.partial_patches=drop: an image of 11 x 3 px has no whole patch of 4 px"
+    assert (
+        str(error.value)
+        == "backbone.partial_patches=drop: an image of 11 x 3 px has no whole patch of 4 px"
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,13 +218,17 @@ def test_settings_that_it_cannot_have_are_one_line(settings, expected):
 
 
 def test_it_has_no_windows_to_change():
-    with pytest.raises(InputError, match=r"^backbone.window_size=18: this backbone has no attention windows$"):
+    with pytest.raises(
+        InputError, match=r"^backbone.window_size=18: this backbone has no attention windows$"
+    ):
         rewindow(small(), 18)
 
 
 def test_a_frozen_patch_projection_is_the_only_frozen_part():
     backbone = small(freeze_patch_embed=True)
-    frozen = [name for name, parameter in backbone.named_parameters() if not parameter.requires_grad]
+    frozen = [
+        name for name, parameter in backbone.named_parameters() if not parameter.requires_grad
+    ]
     assert frozen == ["conv_proj.weight", "conv_proj.bias"]
     backbone(torch.randn(1, 3, 8, 8)).sum().backward()
     assert backbone.class_token.grad is not None
@@ -219,7 +236,9 @@ def test_a_frozen_patch_projection_is_the_only_frozen_part():
 
 def test_stochastic_depth_rises_to_its_setting_and_is_off_in_eval_mode():
     backbone = small(stochastic_depth=0.6)
-    assert [block.stochastic_depth.p for block in backbone.blocks()] == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert [block.stochastic_depth.p for block in backbone.blocks()] == pytest.approx(
+        [0, 0.2, 0.4, 0.6]
+    )
     images = torch.randn(4, 3, 16, 16)
     assert torch.equal(backbone(images), backbone(images))
     backbone.train()
@@ -236,11 +255,16 @@ def test_gradient_checkpointing_changes_no_gradient():
         model(images).square().sum().backward()
     for one, other in zip(plain.parameters(), kept.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
-    with torch.no_grad(), unittest.mock.patch("moco.models.vit.checkpoint", side_effect=AssertionError):
+    with (
+        torch.no_grad(),
+        unittest.mock.patch("moco.models.vit.checkpoint", side_effect=AssertionError),
+    ):
         kept(images)  # nothing to keep, so nothing to compute again
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)]
+)
 @pytest.mark.parametrize("is_training", [False, True])
 def test_it_runs_in_half_precision(is_training, precision, tolerance):
     backbone = small().train(is_training)

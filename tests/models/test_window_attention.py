@@ -24,7 +24,9 @@ CPU = torch.device("cpu")
 
 
 def attention(version, window, shifted=False, dim=24, num_heads=3):
-    made = (WindowAttention, WindowAttentionV2)[version - 1](dim, [window, window], [0, 0], num_heads)
+    made = (WindowAttention, WindowAttentionV2)[version - 1](
+        dim, [window, window], [0, 0], num_heads
+    )
     made.shifted = shifted
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -41,27 +43,39 @@ def by_the_paper(layer, x, size):
     n, _, _, channels = x.shape
     height, width = size
     window = [min(layer.window_size[0], side) for side in size]
-    shift = [cells // 2 if layer.shifted and cells < side else 0 for cells, side in zip(window, size, strict=True)]
+    shift = [
+        cells // 2 if layer.shifted and cells < side else 0
+        for cells, side in zip(window, size, strict=True)
+    ]
     x = x[:, :height, :width].double()
     weight, bias = layer.qkv.weight.double(), layer.qkv.bias.double().clone()
     if isinstance(layer, WindowAttentionV2):
         bias = torch.cat([bias[:channels], torch.zeros(channels), bias[2 * channels :]])
     h = layer.num_heads
-    query, key, value = F.linear(x, weight, bias).view(n, height * width, 3, h, -1).permute(2, 0, 3, 1, 4)
+    query, key, value = (
+        F.linear(x, weight, bias).view(n, height * width, 3, h, -1).permute(2, 0, 3, 1, 4)
+    )
     if isinstance(layer, WindowAttentionV2):
         tau = 1 / layer.logit_scale.double().clamp(max=math.log(100)).exp()
         scores = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1) / tau
     else:
         scores = query @ key.transpose(-2, -1) / math.sqrt(channels // h)
     cells = [(row, column) for row in range(height) for column in range(width)]
-    places = [tuple((at - by) // of for at, by, of in zip(cell, shift, window, strict=True)) for cell in cells]
+    places = [
+        tuple((at - by) // of for at, by, of in zip(cell, shift, window, strict=True))
+        for cell in cells
+    ]
     together = torch.tensor([[one == other for other in places] for one in places])
-    offsets = torch.tensor([[(a - c, b - d) for c, d in cells] for a, b in cells])  # (cells, cells, 2)
+    offsets = torch.tensor(
+        [[(a - c, b - d) for c, d in cells] for a, b in cells]
+    )  # (cells, cells, 2)
     if isinstance(layer, WindowAttentionV2):
         reference = layer.pretrained_window_size[0] - 1
         scaled = offsets.double() * 8 / reference
         scaled = scaled.sign() * torch.log2(1 + scaled.abs()) / math.log2(8)
-        hidden = F.relu(scaled @ layer.cpb_mlp[0].weight.double().T + layer.cpb_mlp[0].bias.double())
+        hidden = F.relu(
+            scaled @ layer.cpb_mlp[0].weight.double().T + layer.cpb_mlp[0].bias.double()
+        )
         biases = 16 / (1 + torch.exp(-(hidden @ layer.cpb_mlp[2].weight.double().T)))
     else:
         side = 2 * layer.window_size[0] - 1
@@ -105,7 +119,9 @@ def test_outputs_and_gradients_are_the_papers(version, canvas, size, window, shi
     gradients = []
     for out in (ours, expected):
         out.backward(weights.to(out.dtype))
-        gradients.append({"x": x.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()})
+        gradients.append(
+            {"x": x.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()}
+        )
         x.grad = None
         layer.zero_grad(set_to_none=True)
     for name, gradient in gradients[1].items():
@@ -126,7 +142,9 @@ def test_what_lies_beyond_the_real_cells_does_not_matter(garbage):
 def test_gradients_of_the_cpu_function_are_those_of_finite_differences():
     grid = window_grid((5, 7), (5, 7), (3, 3), True, CPU)
     h, length, d = 2, 9, 4
-    query, key, value = (torch.randn(grid.num_windows * h, length, d, dtype=torch.float64) for _ in range(3))
+    query, key, value = (
+        torch.randn(grid.num_windows * h, length, d, dtype=torch.float64) for _ in range(3)
+    )
     bias = torch.randn(h, length, length, dtype=torch.float64)
     inputs = [x.requires_grad_() for x in (query, key, value, bias)]
     assert torch.autograd.gradcheck(lambda *x: _CPUAttention.apply(*x, grid), inputs)
@@ -144,7 +162,9 @@ def test_masks_in_two_parts_give_what_one_mask_gives(canvas, at_once, monkeypatc
     weights = torch.randn(shape)
     results = []
     for way in (
-        lambda: attend(*inputs, additive_masks(layer.position_bias(grid.window), grid, torch.float32)),
+        lambda: attend(
+            *inputs, additive_masks(layer.position_bias(grid.window), grid, torch.float32)
+        ),
         lambda: attend_on_cpu(*inputs, layer.position_bias(grid.window), grid),
     ):
         out = way()
@@ -193,14 +213,18 @@ def test_attention_is_the_same_whether_its_weights_are_kept(dtype, monkeypatch):
     weights = torch.full((len(query), 16, 16), float("nan"), dtype=dtype)
     out = _attended(query, key, value, bias, grid, weights)
     assert torch.equal(out, _attended(query, key, value, bias, grid))
-    torch.testing.assert_close(weights.sum(dim=-1, dtype=torch.float32), torch.ones(len(query), 16), rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        weights.sum(dim=-1, dtype=torch.float32), torch.ones(len(query), 16), rtol=0, atol=0.02
+    )
 
 
 def test_float64_layers_attend_in_float64():
     layer, x = attention(2, 4, shifted=True).double(), torch.randn(2, 9, 9, 24, dtype=torch.float64)
     with torch.no_grad():
         without = layer(x)
-    assert (without - by_the_paper(layer, x, (9, 9))).abs().max() < 1e-6  # of the bias, which is rounded to float32
+    assert (
+        without - by_the_paper(layer, x, (9, 9))
+    ).abs().max() < 1e-6  # of the bias, which is rounded to float32
     assert torch.equal(without, layer(x).detach())
 
 

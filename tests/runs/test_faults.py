@@ -72,14 +72,24 @@ def plain_run(method, config, num_batches, spoil=lambda number: 0.0):
     query, key = copy.deepcopy(method.query_encoder), copy.deepcopy(method.key_encoder)
     if settings.name == "sgd":
         kind = torch.optim.SGD(
-            query.parameters(), settings.lr, momentum=settings.sgd_momentum, weight_decay=settings.weight_decay
+            query.parameters(),
+            settings.lr,
+            momentum=settings.sgd_momentum,
+            weight_decay=settings.weight_decay,
         )
     else:
         decayed = [parameter for parameter in query.parameters() if parameter.ndim > 1]
         spared = [parameter for parameter in query.parameters() if parameter.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": spared, "weight_decay": 0.0},
+        ]
         kind = torch.optim.AdamW(groups, settings.lr, eps=settings.eps)
-    rows, pointer, accumulate = list(method.queue.keys.clone()), 0, config.trainer.accumulate_grad_batches
+    rows, pointer, accumulate = (
+        list(method.queue.keys.clone()),
+        0,
+        config.trainer.accumulate_grad_batches,
+    )
     data = build_data(config)
     for number, raw in zip(range(num_batches), data.train_dataloader(), strict=False):
         batch = data.on_after_batch_transfer(raw, 0)
@@ -88,8 +98,12 @@ def plain_run(method, config, num_batches, spoil=lambda number: 0.0):
         with torch.no_grad():
             keys = F.normalize(key(batch.views[1]), dim=1)
         queries = F.normalize(query(batch.views[0]), dim=1)
-        logits = torch.cat([(queries * keys).sum(dim=1, keepdim=True), queries @ torch.stack(rows).T], dim=1)
-        loss = F.cross_entropy(logits / options.temperature, torch.zeros(len(keys), dtype=torch.long)) + spoil(number)
+        logits = torch.cat(
+            [(queries * keys).sum(dim=1, keepdim=True), queries @ torch.stack(rows).T], dim=1
+        )
+        loss = F.cross_entropy(
+            logits / options.temperature, torch.zeros(len(keys), dtype=torch.long)
+        ) + spoil(number)
         is_good &= bool(loss.isfinite())
         (loss / accumulate).backward()
         for new in keys:
@@ -114,7 +128,9 @@ def assert_equal_to_plain(method, expected):
     for ours, theirs in ((method.query_encoder, query), (method.key_encoder, key)):
         for name, value in theirs.state_dict().items():
             assert value.isfinite().all(), name
-            torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(
+                ours.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name
+            )
     torch.testing.assert_close(method.queue.keys, rows, rtol=1e-4, atol=1e-5)
     assert int(method.queue.pointer) == pointer
 
@@ -125,9 +141,17 @@ def of_four_steps(runner, monkeypatch):
     monkeypatch.setattr(nn, "ReLU", nn.SiLU)
 
     def config(*overrides):
-        constant = ["optimizer.schedule=constant", "method.queue_start=random", "method.batch_norm=plain"]
+        constant = [
+            "optimizer.schedule=constant",
+            "method.queue_start=random",
+            "method.batch_norm=plain",
+        ]
         return runner.config(
-            *constant, "trainer.max_steps=4", *overrides, "optimizer.weight_decay=0.5", "optimizer.lr=0.03"
+            *constant,
+            "trainer.max_steps=4",
+            *overrides,
+            "optimizer.weight_decay=0.5",
+            "optimizer.lr=0.03",
         )
 
     return config
@@ -183,7 +207,10 @@ def test_a_steps_graph_is_freed_at_once_and_not_when_python_looks_for_rings(runn
 
 def test_a_run_without_bad_steps_is_not_changed_in_one_bit(runner):
     config = runner.config("optimizer.lr=0.06", "trainer.gradient_clip_val=1.0")
-    ours, without = runner.fit(config, [bad_steps({})]).state_dict(), runner.fit(config).state_dict()
+    ours, without = (
+        runner.fit(config, [bad_steps({})]).state_dict(),
+        runner.fit(config).state_dict(),
+    )
     for name, value in without.items():
         assert torch.equal(ours[name], value), name
 
@@ -194,7 +221,9 @@ def test_with_fp16s_loss_scaling_the_same_steps_are_left_out_as_without_us(runne
     def half(*callbacks):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, backoff_factor=2.0**-4)
         plugin = pl.plugins.MixedPrecision("16-mixed", device="cpu", scaler=scaler)
-        config = runner.config(*ADAMW, "trainer.max_steps=5", "trainer.gradient_clip_val=1.0", "data.batch_size=8")
+        config = runner.config(
+            *ADAMW, "trainer.max_steps=5", "trainer.gradient_clip_val=1.0", "data.batch_size=8"
+        )
         method = runner.fit(config, callbacks, precision=None, plugins=[plugin])
         return method.state_dict(), math.log2(2.0**24 / scaler.get_scale()) / 4
 
@@ -216,7 +245,9 @@ def test_optimizers_of_one_kernel_leave_weights_alone_without_gradients():
         before = copy.deepcopy([layer.state_dict(), optimizer.state_dict()])
         optimizer.zero_grad()
         optimizer.step()
-        torch.testing.assert_close([layer.state_dict(), optimizer.state_dict()], before, rtol=0, atol=0)
+        torch.testing.assert_close(
+            [layer.state_dict(), optimizer.state_dict()], before, rtol=0, atol=0
+        )
 
 
 @pytest.fixture
@@ -244,7 +275,9 @@ def test_a_step_left_out_on_the_device_leaves_the_same_behind_as_one_that_is_wai
         assert torch.equal(ours[name], value), name
 
 
-def test_bad_steps_on_the_device_are_told_of_when_figures_are_logged(runner, monkeypatch, caplog, decided_on_device):
+def test_bad_steps_on_the_device_are_told_of_when_figures_are_logged(
+    runner, monkeypatch, caplog, decided_on_device
+):
     figures, told = {}, []
 
     class Watch(pl.Callback):
@@ -257,8 +290,12 @@ def test_bad_steps_on_the_device_are_told_of_when_figures_are_logged(runner, mon
     runner.fit(config, [monitor, Watch()])
     assert told == [0, 0, 2, 2, 2, 4, 4, 4]
     assert monitor.state_dict()["in_a_row"] == 0
-    warnings = [record.getMessage() for record in caplog.records if record.name == "moco.runs.faults"]
-    assert warnings == [f"step {step} left out: its loss or gradients are not finite" for step in (2, 5)]
+    warnings = [
+        record.getMessage() for record in caplog.records if record.name == "moco.runs.faults"
+    ]
+    assert warnings == [
+        f"step {step} left out: its loss or gradients are not finite" for step in (2, 5)
+    ]
 
 
 def test_too_many_in_a_row_on_the_device_end_the_run_with_the_step_that_was_too_many(
@@ -266,7 +303,9 @@ def test_too_many_in_a_row_on_the_device_end_the_run_with_the_step_that_was_too_
 ):
     config = runner.config("trainer.max_steps=8", "method.queue_start=random")
     poison(monkeypatch, config, 1, 2, 3)
-    with pytest.raises(RunError, match=r"in 3 steps in a row, up to step 4 .* last good checkpoint is X"):
+    with pytest.raises(
+        RunError, match=r"in 3 steps in a row, up to step 4 .* last good checkpoint is X"
+    ):
         runner.fit(config, [BadSteps({}, 3, 5, lambda: "the last good checkpoint is X")])
 
 
@@ -316,8 +355,12 @@ def test_shorter_streaks_are_warned_of_once_each_and_do_not_add_up(runner, monke
     poison(monkeypatch, config, 1, 2, 4, 5)
     runner.fit(config, [bad_steps(figures, limit=3)])
     assert figures["skipped_steps"] == 4
-    warnings = [record.getMessage() for record in caplog.records if record.name == "moco.runs.faults"]
-    assert warnings == [f"step {step} left out: its loss or gradients are not finite" for step in (2, 5)]
+    warnings = [
+        record.getMessage() for record in caplog.records if record.name == "moco.runs.faults"
+    ]
+    assert warnings == [
+        f"step {step} left out: its loss or gradients are not finite" for step in (2, 5)
+    ]
 
 
 def scalars(folder, tag):
@@ -337,10 +380,14 @@ def test_a_resume_in_the_middle_of_a_streak_keeps_the_count(runner, monkeypatch,
 
     poison(monkeypatch, config(9, 4), 1, 2, 3, 4)  # steps 2 to 5
     run(config(3, 4), tmp_path)
-    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["BadSteps"]
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"][
+        "BadSteps"
+    ]
     assert (state["skipped"], state["in_a_row"]) == (2, 2)
     assert json.loads((tmp_path / "metrics.json").read_text())["skipped_steps"] == 2
-    with pytest.raises(RunError, match=r"in 4 steps in a row, up to step 5 .* last good checkpoint is .*last\.ckpt"):
+    with pytest.raises(
+        RunError, match=r"in 4 steps in a row, up to step 5 .* last good checkpoint is .*last\.ckpt"
+    ):
         run(config(9, 4), tmp_path)
     run(config(9, 5), tmp_path)  # the limit may change between a run and its continuation
     figures = json.loads((tmp_path / "metrics.json").read_text())
@@ -359,7 +406,9 @@ def test_fine_tuning_leaves_bad_steps_out_too(tmp_path, monkeypatch):
 
     original, calls = module.pixel_cross_entropy, iter(range(100))
     monkeypatch.setattr(
-        module, "pixel_cross_entropy", lambda *args: original(*args) * (math.nan if next(calls) == 1 else 1)
+        module,
+        "pixel_cross_entropy",
+        lambda *args: original(*args) * (math.nan if next(calls) == 1 else 1),
     )
     shapes = draw_shapes(tmp_path / "shapes", num_train=24, num_val=4)
     segment(config_of(shapes, *FROM_SCRATCH, "trainer.max_epochs=1"), tmp_path / "run")
@@ -394,7 +443,9 @@ def end_with_signal():
 
 
 def fill_shared_memory():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))  # also of files in shared memory
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY)
+    )  # also of files in shared memory
     return torch.zeros(100_000)
 
 
@@ -417,7 +468,10 @@ def run_out_of_memory():
 )  # fmt: skip
 def test_what_happens_to_a_loader_process_is_said_in_one_line(fail, said, tmp_path):
     loader = DataLoader(Failing(fail), 4, num_workers=1, multiprocessing_context="fork")
-    with pytest.raises(RunError, match=f"^{said}.*; there is no checkpoint yet$"), failures_named(tmp_path):
+    with (
+        pytest.raises(RunError, match=f"^{said}.*; there is no checkpoint yet$"),
+        failures_named(tmp_path),
+    ):
         first_batch(loader)
 
 
@@ -464,15 +518,24 @@ def open_too_many_files():
 @pytest.mark.parametrize(
     ("fail", "said"),
     [
-        (write_to_a_full_disk, r"\[Errno 28\] No space left on device; free some space and start again; in the run "),
-        (save_to_a_full_disk, r"\[Errno 28\] No space left on device; free some space and start again; in the run "),
+        (
+            write_to_a_full_disk,
+            r"\[Errno 28\] No space left on device; free some space and start again; in the run ",
+        ),
+        (
+            save_to_a_full_disk,
+            r"\[Errno 28\] No space left on device; free some space and start again; in the run ",
+        ),
         (open_too_many_files, "too many files are open; raise the limit with 'ulimit -n"),
         (run_out_of_memory, "the machine is out of memory; "),
         (lambda: torch.empty(1 << 50), "the machine is out of memory; "),
     ],
 )
 def test_a_machine_that_gives_out_is_named_with_what_to_do(fail, said, tmp_path):
-    with pytest.raises(RunError, match=f"^{said}.*; there is no checkpoint yet$"), failures_named(tmp_path):
+    with (
+        pytest.raises(RunError, match=f"^{said}.*; there is no checkpoint yet$"),
+        failures_named(tmp_path),
+    ):
         fail()
 
 
@@ -480,7 +543,9 @@ def test_a_machine_that_gives_out_is_named_with_what_to_do(fail, said, tmp_path)
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError(
+            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
+        ),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
@@ -496,7 +561,10 @@ def test_encoders_that_cannot_be_compiled_are_told_how_to_do_without():
         torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no kernel"), None),
         InductorError(AssertionError("mix order reduction"), None),
     ):
-        assert explained(error) == "torch.compile fails at these encoders; trainer.compile=false does without"
+        assert (
+            explained(error)
+            == "torch.compile fails at these encoders; trainer.compile=false does without"
+        )
 
 
 @pytest.mark.parametrize(
@@ -509,7 +577,10 @@ def test_encoders_that_cannot_be_compiled_are_told_how_to_do_without():
     ],
 )
 def test_without_training_only_settings_that_are_there_are_named(error):
-    with pytest.raises(RunError) as caught, failures_without_training_named("evaluation.batch_size"):
+    with (
+        pytest.raises(RunError) as caught,
+        failures_without_training_named("evaluation.batch_size"),
+    ):
         raise error
     said = str(caught.value)
     assert "a smaller evaluation.batch_size" in said
@@ -519,7 +590,8 @@ def test_without_training_only_settings_that_are_there_are_named(error):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyError("x"), RunError("x")]
+    "error",
+    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyError("x"), RunError("x")],
 )
 def test_what_is_no_sign_of_a_weak_machine_passes_as_it_is(error, tmp_path):
     with pytest.raises(type(error)) as caught, failures_named(tmp_path):
@@ -541,7 +613,10 @@ def test_a_run_folder_that_may_not_be_written_is_named_even_if_its_checkpoints_c
             os.seteuid(user)
             folder.chmod(0o700)
     said = str(error.value)
-    assert re.match(rf"\[Errno 13\] Permission denied: '{name}\S*'; make it writable for you and start again", said)
+    assert re.match(
+        rf"\[Errno 13\] Permission denied: '{name}\S*'; make it writable for you and start again",
+        said,
+    )
     assert said.endswith(f"; its checkpoints are in {name}/checkpoints, which cannot be read now")
 
 
@@ -551,12 +626,17 @@ def draw_noise(logger):
         logger.save()
 
 
-def test_a_disk_that_fills_up_under_tensorboard_is_named_and_its_threads_traceback_is_not_shown(tmp_path, capfd):
+def test_a_disk_that_fills_up_under_tensorboard_is_named_and_its_threads_traceback_is_not_shown(
+    tmp_path, capfd
+):
     logger = RunLogger(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(RunError, match=r"^\[Errno 27\] File too large; "), failures_named(tmp_path):
+        with (
+            pytest.raises(RunError, match=r"^\[Errno 27\] File too large; "),
+            failures_named(tmp_path),
+        ):
             draw_noise(logger)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -581,10 +661,16 @@ def wait_for_checkpoint(process, checkpoint):
         time.sleep(0.05)
 
 
-def test_a_loader_process_that_the_kernel_ends_ends_the_run_in_one_line_with_the_checkpoint_intact(tmp_path):
+def test_a_loader_process_that_the_kernel_ends_ends_the_run_in_one_line_with_the_checkpoint_intact(
+    tmp_path,
+):
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     with start(
-        "run", "data.engine=worker", "data.num_workers=1", "evaluation.every_n_epochs=100", cwd=tmp_path
+        "run",
+        "data.engine=worker",
+        "data.num_workers=1",
+        "evaluation.every_n_epochs=100",
+        cwd=tmp_path,
     ) as process:
         wait_for_checkpoint(process, checkpoint)
         os.kill(loader_process(process.pid), signal.SIGKILL)
@@ -611,6 +697,9 @@ def test_a_full_disk_ends_the_run_in_one_line_with_the_checkpoint_intact(tmp_pat
         "failed: [Errno 27] File too large; raise the limit on the size of files (ulimit -f) and start again; "
         f"in the run {tmp_path / 'run'}; the last good checkpoint is {checkpoint}\n"
     )
-    assert f"failed: {json.loads((tmp_path / 'run' / 'status.json').read_text())['message']}\n" == stderr
+    assert (
+        f"failed: {json.loads((tmp_path / 'run' / 'status.json').read_text())['message']}\n"
+        == stderr
+    )
     assert torch.load(checkpoint, weights_only=True)["global_step"] >= 22
     assert not list(checkpoint.parent.glob(".*"))

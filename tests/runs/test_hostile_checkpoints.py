@@ -27,7 +27,9 @@ CANARY = "canary"  # what the malicious files try to make in the current folder
 def sound(tmp_path_factory):
     """A checkpoint of half a megabyte as moco.train leaves it."""
     folder = tmp_path_factory.mktemp("sound")
-    path = pretraining_checkpoint(folder / "last.ckpt", "backbone=resnet_tiny", "method.embedding_dim=16")
+    path = pretraining_checkpoint(
+        folder / "last.ckpt", "backbone=resnet_tiny", "method.embedding_dim=16"
+    )
     content = torch.load(path, weights_only=True)
     content["state_dict"] = {
         name: tensor for name, tensor in content["state_dict"].items() if tensor.numel() < 20_000
@@ -41,7 +43,9 @@ def same(one, other):
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
-        return list(one) == list(other) and all(same(value, other[key]) for key, value in one.items())
+        return list(one) == list(other) and all(
+            same(value, other[key]) for key, value in one.items()
+        )
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     return type(one) is type(other) and one == other
@@ -110,7 +114,9 @@ def test_a_flipped_bit_in_a_tensor_is_found_where_torch_sees_nothing(sound, tmp_
     damaged[start + 5] ^= 4
     (tmp_path / "x.ckpt").write_bytes(damaged)
     assert f"the checksum of {record.filename} is wrong" in refused(tmp_path / "x.ckpt")
-    assert not same(torch.load(tmp_path / "x.ckpt", weights_only=True), torch.load(sound, weights_only=True))
+    assert not same(
+        torch.load(tmp_path / "x.ckpt", weights_only=True), torch.load(sound, weights_only=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,7 +173,12 @@ MALICIOUS = {
 
 
 def nested(value):
-    return {"state_dict": {"w": [{"deep": (value,)}]}, "hyper_parameters": {}, "config": {}, "figures": {}}
+    return {
+        "state_dict": {"w": [{"deep": (value,)}]},
+        "hyper_parameters": {},
+        "config": {},
+        "figures": {},
+    }
 
 
 @pytest.mark.parametrize("container", [lambda value: value, nested], ids=["alone", "nested"])
@@ -187,13 +198,29 @@ def test_code_in_a_pickle_is_named_and_never_runs(protocol, kind, container, tmp
 # for a list, a one item, K a small number, X a string, \x85 and \x86 tuples of one and two, R a call.
 GLOBAL_SET, LIST, FETCH_LIST = b"c__builtin__\nset\n", b"]q\x01", b"h\x01"
 ODD_SETS = {
-    "of a list from elsewhere": LIST + b"(" + b"K\x01" * 9 + b"e" + GLOBAL_SET + FETCH_LIST + b"\x85R" + b"\x86",
+    "of a list from elsewhere": LIST
+    + b"("
+    + b"K\x01" * 9
+    + b"e"
+    + GLOBAL_SET
+    + FETCH_LIST
+    + b"\x85R"
+    + b"\x86",
     "of a list that holds one": LIST + GLOBAL_SET + b"](" + FETCH_LIST + b"e\x85R" + b"\x86",
-    "called with a list in place of a tuple": LIST + GLOBAL_SET + b"]" + FETCH_LIST + b"aR" + b"\x86",
+    "called with a list in place of a tuple": LIST
+    + GLOBAL_SET
+    + b"]"
+    + FETCH_LIST
+    + b"aR"
+    + b"\x86",
     "of tuples": GLOBAL_SET + b"](K\x01\x85e\x85R",
     "of a string": GLOBAL_SET + b"X\x02\x00\x00\x00ab\x85R",
     "never called": GLOBAL_SET,
-    "called later": GLOBAL_SET + b"q\x02]\x86" + b"h\x02" + FETCH_LIST.replace(b"\x01", b"\x02") + b"\x85R\x86",
+    "called later": GLOBAL_SET
+    + b"q\x02]\x86"
+    + b"h\x02"
+    + FETCH_LIST.replace(b"\x01", b"\x02")
+    + b"\x85R\x86",
     "of sets": GLOBAL_SET + b"](" + GLOBAL_SET + b"]\x85Re\x85R",
 }
 
@@ -207,7 +234,10 @@ def test_a_set_copies_nothing_but_strings_and_numbers_written_out_for_it(opcodes
 def test_many_calls_after_an_odd_set_are_read_in_one_go(tmp_path):
     """The list of opcodes since the set once grew with every call: this file took minutes."""
     calls = b"(R" * 200_000
-    as_zip(tmp_path / "x.ckpt", **{"x/data.pkl": b"\x80\x02" + GLOBAL_SET + calls + b".", "x/version": "3"})
+    as_zip(
+        tmp_path / "x.ckpt",
+        **{"x/data.pkl": b"\x80\x02" + GLOBAL_SET + calls + b".", "x/version": "3"},
+    )
     started = time.process_time()
     assert "(a set of more than strings and numbers)" in refused(tmp_path / "x.ckpt")
     assert time.process_time() - started < 60  # of this process, on any machine
@@ -216,9 +246,18 @@ def test_many_calls_after_an_odd_set_are_read_in_one_go(tmp_path):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_sets_of_strings_and_numbers_are_plain_data(legacy, tmp_path):
     name = "twice in the file"
-    sets = [set(), {"one"}, {name, "other", 3, -70_000, 0.5, None, True}, {name}, set(), {f"n{i}" for i in range(3000)}]
+    sets = [
+        set(),
+        {"one"},
+        {name, "other", 3, -70_000, 0.5, None, True},
+        {name},
+        set(),
+        {f"n{i}" for i in range(3000)},
+    ]
     torch.save(
-        {"state_dict": {"w": torch.ones(3)}, name: sets}, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy
+        {"state_dict": {"w": torch.ones(3)}, name: sets},
+        tmp_path / "x.pth",
+        _use_new_zipfile_serialization=not legacy,
     )
     assert read_weights(tmp_path / "x.pth", "x")[name] == sets
 
@@ -237,7 +276,9 @@ OLDER_FORMATS = {
 
 @pytest.mark.parametrize("write", OLDER_FORMATS.values(), ids=OLDER_FORMATS)
 @pytest.mark.parametrize(
-    "value", [nested(1), MALICIOUS["os.system"](), MALICIOUS["eval"]()], ids=["plain", "system", "eval"]
+    "value",
+    [nested(1), MALICIOUS["os.system"](), MALICIOUS["eval"]()],
+    ids=["plain", "system", "eval"],
 )
 def test_formats_that_are_no_archive_are_refused(value, write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -266,20 +307,31 @@ OTHER_FILES = {
     "text": lambda path: path.write_text("nothing to see here\n" * 100),
     "html": lambda path: path.write_text("<html><body>404 not found</body></html>"),
     "noise": lambda path: path.write_bytes(np.random.default_rng(0).bytes(10_000)),
-    "zip signature and noise": lambda path: path.write_bytes(b"PK\x03\x04" + np.random.default_rng(0).bytes(10_000)),
+    "zip signature and noise": lambda path: path.write_bytes(
+        b"PK\x03\x04" + np.random.default_rng(0).bytes(10_000)
+    ),
     "end of a zip": lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)),
     "tar": as_tar,
-    "npz": lambda path: np.savez(path.with_suffix(""), features=np.zeros(3)) or path.with_suffix(".npz").rename(path),
+    "npz": lambda path: (
+        np.savez(path.with_suffix(""), features=np.zeros(3))
+        or path.with_suffix(".npz").rename(path)
+    ),
     "other zip": lambda path: as_zip(path, **{"word/document.xml": "<xml/>"}),
     "pickle that is none": lambda path: as_zip(path, **{"x/data.pkl": "what?", "x/version": "3"}),
-    "pickle without end": lambda path: as_zip(path, **{"x/data.pkl": b"\x80\x02}q\x00", "x/version": "3"}),
+    "pickle without end": lambda path: as_zip(
+        path, **{"x/data.pkl": b"\x80\x02}q\x00", "x/version": "3"}
+    ),
     "pickle that takes from an empty stack": lambda path: as_zip(
         path, **{"x/data.pkl": b"\x80\x02R.", "x/version": "3"}
     ),
-    "two pickles": lambda path: as_zip(path, **{"x/data.pkl": b"\x80\x02}.", "y/data.pkl": b"\x80\x02}."}),
+    "two pickles": lambda path: as_zip(
+        path, **{"x/data.pkl": b"\x80\x02}.", "y/data.pkl": b"\x80\x02}."}
+    ),
     "no weights": lambda path: torch.save({"state_dict": {}}, path),
     "a list": lambda path: torch.save([1, 2], path),
-    "a script": lambda path: torch.jit.save(torch.jit.trace(torch.nn.Identity(), torch.zeros(1)), path),
+    "a script": lambda path: torch.jit.save(
+        torch.jit.trace(torch.nn.Identity(), torch.zeros(1)), path
+    ),
     "folder": lambda path: path.mkdir(),
     "pipe": os.mkfifo,
     "link to nowhere": lambda path: path.symlink_to("nowhere"),
@@ -295,7 +347,10 @@ def test_files_of_another_kind_are_refused(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     OTHER_FILES[kind](tmp_path / "x.ckpt")
     message = refused(tmp_path / "x.ckpt")
-    assert any(words in message for words in ("no such file", "damaged", "not written by moco.train", "would run code"))
+    assert any(
+        words in message
+        for words in ("no such file", "damaged", "not written by moco.train", "would run code")
+    )
     assert not (tmp_path / CANARY).exists()
 
 
@@ -335,9 +390,13 @@ EDITS = {
     "pickle and version exchanged": pickle_and_version_exchanged,
     "tensor gone": lambda records: [(n, c) for n, c in records if not n.endswith("data/3")],
     "tensor cut": lambda records: [(n, c[:-4] if n.endswith("data/3") else c) for n, c in records],
-    "tensor longer": lambda records: [(n, c + bytes(64) if n.endswith("data/3") else c) for n, c in records],
+    "tensor longer": lambda records: [
+        (n, c + bytes(64) if n.endswith("data/3") else c) for n, c in records
+    ],
     "pickle gone": lambda records: [(n, c) for n, c in records if not n.endswith("data.pkl")],
-    "pickle cut": lambda records: [(n, c[:500] if n.endswith("data.pkl") else c) for n, c in records],
+    "pickle cut": lambda records: [
+        (n, c[:500] if n.endswith("data.pkl") else c) for n, c in records
+    ],
     "all in a deeper folder": lambda records: [(f"deeper/{n}", c) for n, c in records],
 }
 
@@ -355,7 +414,12 @@ def test_a_record_that_is_there_twice_is_refused(sound, tmp_path):
 
 
 def test_compressed_records_are_refused_before_they_are_unpacked(sound, tmp_path):
-    rewritten(sound, tmp_path / "x.ckpt", lambda records: [*records, ("x/data/99", bytes(10**8))], zipfile.ZIP_DEFLATED)
+    rewritten(
+        sound,
+        tmp_path / "x.ckpt",
+        lambda records: [*records, ("x/data/99", bytes(10**8))],
+        zipfile.ZIP_DEFLATED,
+    )
     assert "a record is compressed" in refused(tmp_path / "x.ckpt")
 
 
@@ -374,7 +438,9 @@ class Longer:
     """A tensor of 3 numbers that says it has 10^12."""
 
     def __reduce__(self):
-        storage = torch.storage.TypedStorage(wrap_storage=torch.zeros(3).untyped_storage(), dtype=torch.float32)
+        storage = torch.storage.TypedStorage(
+            wrap_storage=torch.zeros(3).untyped_storage(), dtype=torch.float32
+        )
         return torch._utils._rebuild_tensor_v2, (storage, 0, (10**12,), (1,), False, {})
 
 
@@ -384,19 +450,29 @@ def test_a_tensor_longer_than_what_is_stored_is_refused(tmp_path):
     assert "damaged" in refused(tmp_path / "x.ckpt")
 
 
-@pytest.mark.parametrize("part", ["state_dict", "hyper_parameters", "config", "figures", "global_step"])
+@pytest.mark.parametrize(
+    "part", ["state_dict", "hyper_parameters", "config", "figures", "global_step"]
+)
 def test_parts_of_the_wrong_kind_are_refused(part, sound, tmp_path):
     torch.save(torch.load(sound, weights_only=True) | {part: 0.5}, tmp_path / "x.ckpt")
     assert f"not written by moco.train (its {part} is no " in refused(tmp_path / "x.ckpt")
 
 
 def test_the_program_says_one_line_for_each_and_exits_with_2(sound, tmp_path):
-    files = {"cut": sound.read_bytes()[:5000], "text": b"text", "bits": bytearray(sound.read_bytes())}
+    files = {
+        "cut": sound.read_bytes()[:5000],
+        "text": b"text",
+        "bits": bytearray(sound.read_bytes()),
+    }
     files["bits"][len(files["bits"]) // 2] ^= 1
     for name, content in files.items():
         (tmp_path / f"{name}.ckpt").write_bytes(content)
     torch.save(nested(MALICIOUS["os.system"]()), tmp_path / "code.ckpt")
-    torch.save(nested(MALICIOUS["os.system"]()), tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    torch.save(
+        nested(MALICIOUS["os.system"]()),
+        tmp_path / "old.ckpt",
+        _use_new_zipfile_serialization=False,
+    )
     torch.save({"state_dict": {"nobodys.weight": torch.zeros(3)}}, tmp_path / "names.ckpt")
     torch.save({"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}, tmp_path / "shapes.ckpt")
     os.mkfifo(tmp_path / "pipe.ckpt")
@@ -407,12 +483,17 @@ def test_the_program_says_one_line_for_each_and_exits_with_2(sound, tmp_path):
     )  # fmt: skip
     lines = done.stderr.splitlines()
     assert done.returncode == 2
-    assert [line.split(".ckpt")[0] for line in lines] == [f"error: checkpoint={name}" for name in names]
+    assert [line.split(".ckpt")[0] for line in lines] == [
+        f"error: checkpoint={name}" for name in names
+    ]
     assert "posix.system" in lines[3]
     assert "posix.system" in lines[5]
     assert lines[6].startswith(
         "error: checkpoint=names.ckpt: tensors named nobodys.weight are of no known format (known: "
     )
-    assert lines[7] == "error: checkpoint=shapes.ckpt: no backbone here has tensors of these shapes; give backbone=NAME"
+    assert (
+        lines[7]
+        == "error: checkpoint=shapes.ckpt: no backbone here has tensors of these shapes; give backbone=NAME"
+    )
     assert "Traceback" not in done.stdout
     assert not (tmp_path / CANARY).exists()

@@ -49,23 +49,33 @@ def undisturbed(tmp_path_factory, engine):
 
 
 @pytest.mark.parametrize(("engine", "num_workers"), [("batch", 0), ("worker", 2)], scope="module")
-def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(engine, num_workers, undisturbed, tmp_path):
+def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(
+    engine, num_workers, undisturbed, tmp_path
+):
     arguments = [f"data.num_workers={num_workers}", f"data.engine={engine}", *TO_RESUME]
-    code, stderr = interrupt_after(start("parts", *arguments, cwd=tmp_path), "epoch    2/4", 0.4, signal.SIGINT)
+    code, stderr = interrupt_after(
+        start("parts", *arguments, cwd=tmp_path), "epoch    2/4", 0.4, signal.SIGINT
+    )
     assert code == 130, stderr
     assert stderr.startswith("interrupted: in epoch ")
     assert "saved " in stderr
-    step = torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    step = torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)[
+        "global_step"
+    ]
     assert 44 <= step < 4 * 22
     resumed = train("parts", *arguments, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    ends = [undisturbed, torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)]
+    ends = [
+        undisturbed,
+        torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True),
+    ]
     assert ends[0]["global_step"] == ends[1]["global_step"] == 88
     for name, value in ends[0]["state_dict"].items():
         assert torch.equal(value, ends[1]["state_dict"][name]), name
     for parameter, state in ends[0]["optimizer_states"][0]["state"].items():
         assert torch.equal(
-            state["momentum_buffer"], ends[1]["optimizer_states"][0]["state"][parameter]["momentum_buffer"]
+            state["momentum_buffer"],
+            ends[1]["optimizer_states"][0]["state"][parameter]["momentum_buffer"],
         )
     assert torch.equal(ends[0]["random_states"][0]["torch"], ends[1]["random_states"][0]["torch"])
     for key in ("knn/top1", "train/loss"):
@@ -74,6 +84,8 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(engine, num_worker
 
 def test_termination_of_the_whole_group_saves_too_and_keeps_the_signals_code(tmp_path):
     arguments = ["data.engine=worker", "data.num_workers=2", "trainer.accumulate_grad_batches=4"]
-    code, stderr = interrupt_after(start("run", *arguments, cwd=tmp_path), "epoch    1/60", 0.2, signal.SIGTERM)
+    code, stderr = interrupt_after(
+        start("run", *arguments, cwd=tmp_path), "epoch    1/60", 0.2, signal.SIGTERM
+    )
     assert code == 128 + signal.SIGTERM, stderr
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()

@@ -46,7 +46,9 @@ def assert_same_end(one, other):
     assert one["global_step"] == other["global_step"]
     for name, value in one["state_dict"].items():
         assert torch.equal(value, other["state_dict"][name]), name
-    for state, other_state in zip(*(end["optimizer_states"][0]["state"].values() for end in (one, other)), strict=True):
+    for state, other_state in zip(
+        *(end["optimizer_states"][0]["state"].values() for end in (one, other)), strict=True
+    ):
         assert torch.equal(state["momentum_buffer"], other_state["momentum_buffer"])
     assert torch.equal(one["random_states"][0]["torch"], other["random_states"][0]["torch"])
     for key in ("epoch", "step", "train/loss", "knn/top1"):
@@ -54,14 +56,23 @@ def assert_same_end(one, other):
 
 
 @pytest.mark.parametrize(
-    "length", [["trainer.max_epochs=3", "trainer.max_steps=-1"], ["trainer.max_epochs=9", "trainer.max_steps=13"]]
+    "length",
+    [
+        ["trainer.max_epochs=3", "trainer.max_steps=-1"],
+        ["trainer.max_epochs=9", "trainer.max_steps=13"],
+    ],
 )
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_stopping_anywhere_changes_nothing(length, accumulate, small, tmp_path, monkeypatch):
     config = [*length, f"trainer.accumulate_grad_batches={accumulate}"]
     run(small(*config), tmp_path / "whole")
     # In the middle, during an epoch's last step, in the middle again, and after an epoch's last step.
-    for step, stopped in ((1, 2), (EPOCH - 1, EPOCH), (EPOCH + 2, EPOCH + 3), (2 * EPOCH, 2 * EPOCH)):
+    for step, stopped in (
+        (1, 2),
+        (EPOCH - 1, EPOCH),
+        (EPOCH + 2, EPOCH + 3),
+        (2 * EPOCH, 2 * EPOCH),
+    ):
         with monkeypatch.context() as context:
             interrupt_at(step, context)
             with pytest.raises(Interrupted, match=rf"step {stopped};"):
@@ -70,7 +81,9 @@ def test_stopping_anywhere_changes_nothing(length, accumulate, small, tmp_path, 
     assert_same_end(last(tmp_path / "whole"), last(tmp_path / "parts"))
 
 
-def test_a_run_that_goes_on_at_its_last_step_inside_its_first_epoch_leaves_all_its_files(small, tmp_path, monkeypatch):
+def test_a_run_that_goes_on_at_its_last_step_inside_its_first_epoch_leaves_all_its_files(
+    small, tmp_path, monkeypatch
+):
     with monkeypatch.context() as context:
         interrupt_at(1, context)
         with pytest.raises(Interrupted, match="in epoch 1, step 2;"):
@@ -141,7 +154,9 @@ def test_predictor_every_queue_and_adamw_go_on_where_they_were(small, tmp_path):
     }  # fmt: skip
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, parts["state_dict"][name]), name
-    for one, other in zip(*(end["optimizer_states"][0]["state"].values() for end in (whole, parts)), strict=True):
+    for one, other in zip(
+        *(end["optimizer_states"][0]["state"].values() for end in (whole, parts)), strict=True
+    ):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
@@ -152,7 +167,10 @@ def test_a_checkpoint_with_other_tensors_is_named(small, tmp_path):
         ("method.embedding_dim=64", "method.embedding_dim: 128 there, 64 here"),
         ("method.predictor.num_layers=2", "method.predictor.num_layers: 0 there, 2 here"),
         ("method.dense_weight=0.5", "method.dense_weight: 0 there, above 0 here"),
-        ("optimizer=adamw", "optimizer.decay_all: True there, False here; optimizer.name: sgd there, adamw here"),
+        (
+            "optimizer=adamw",
+            "optimizer.decay_all: True there, False here; optimizer.name: sgd there, adamw here",
+        ),
     ):
         with pytest.raises(InputError, match=f"another architecture or optimizer: {said}"):
             run(small(override, f"resume={checkpoint}"), tmp_path / "two")
@@ -160,13 +178,22 @@ def test_a_checkpoint_with_other_tensors_is_named(small, tmp_path):
 
 def test_a_run_from_before_some_keys_existed_goes_on(small, tmp_path):
     run(small("trainer.max_steps=1"), tmp_path)
-    checkpoint, stored = last(tmp_path), yaml.safe_load((tmp_path / ".hydra" / "config.yaml").read_text())
+    checkpoint, stored = (
+        last(tmp_path),
+        yaml.safe_load((tmp_path / ".hydra" / "config.yaml").read_text()),
+    )
     for config in (stored, checkpoint["config"]):
-        del config["method"]["num_queues"], config["method"]["dense_weight"], config["optimizer"]["decay_all"]
+        del (
+            config["method"]["num_queues"],
+            config["method"]["dense_weight"],
+            config["optimizer"]["decay_all"],
+        )
         del config["method"]["predictor"], config["slurm"], config["init_from"]
     write_config(tmp_path, stored)
     torch.save(checkpoint, tmp_path / "checkpoints" / "last.ckpt")
-    with pytest.raises(InputError, match=r"configuration: method\.num_queues: 1 there, 2 here; method\.symmetric: "):
+    with pytest.raises(
+        InputError, match=r"configuration: method\.num_queues: 1 there, 2 here; method\.symmetric: "
+    ):
         run(small("trainer.max_steps=2", "method.num_queues=2", "method.symmetric=true"), tmp_path)
     run(small("trainer.max_steps=2"), tmp_path)
     assert last(tmp_path)["global_step"] == 2
@@ -184,8 +211,14 @@ def test_a_run_that_goes_on_reads_its_checkpoint_once(explicit, small, tmp_path,
     run(small("trainer.max_steps=1"), tmp_path / "one")
     checkpoint = tmp_path / "one" / "checkpoints" / "last.ckpt"
     loaded, load = [], torch.load
-    monkeypatch.setattr("torch.load", lambda path, *args, **kwargs: loaded.append(path) or load(path, *args, **kwargs))
-    length = ["trainer.max_steps=-1", "trainer.max_epochs=2"]  # a run that max_steps ends adds figures to its last file
+    monkeypatch.setattr(
+        "torch.load",
+        lambda path, *args, **kwargs: loaded.append(path) or load(path, *args, **kwargs),
+    )
+    length = [
+        "trainer.max_steps=-1",
+        "trainer.max_epochs=2",
+    ]  # a run that max_steps ends adds figures to its last file
     if explicit:
         run(small(*length, f"resume={checkpoint}"), tmp_path / "two")
     else:
@@ -216,4 +249,8 @@ def test_a_best_checkpoint_that_a_crash_left_without_its_name_stays_the_best(sma
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["global_step"] == checkpoint["global_step"]
     figures = json.loads((tmp_path / "metrics.json").read_text())
-    assert (figures["knn/best_top1"], figures["knn/best_epoch"], figures["knn/epoch"]) == (0.9999, 1, 2)
+    assert (figures["knn/best_top1"], figures["knn/best_epoch"], figures["knn/epoch"]) == (
+        0.9999,
+        1,
+        2,
+    )

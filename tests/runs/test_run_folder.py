@@ -24,7 +24,10 @@ CONFIG = {
 }
 
 
-DEFAULTS = {"method": {"num_queues": 1, "predictor": {"num_layers": 0}}, "slurm": {"shells": {"login": "bash"}}}
+DEFAULTS = {
+    "method": {"num_queues": 1, "predictor": {"num_layers": 0}},
+    "slurm": {"shells": {"login": "bash"}},
+}
 
 
 def changed(group, **values):
@@ -62,8 +65,9 @@ def test_another_configuration_is_refused_and_the_keys_are_named(tmp_path):
     other = changed("method", temperature=0.1) | {"seed": 3}
     with pytest.raises(InputError) as error:
         claim(tmp_path, other, "auto")
-    assert "another configuration: method.temperature: 0.2 there, 0.1 here; seed: None there, 3 here." in str(
-        error.value
+    assert (
+        "another configuration: method.temperature: 0.2 there, 0.1 here; seed: None there, 3 here."
+        in str(error.value)
     )
     assert (tmp_path / ".hydra" / "config.yaml").read_text() == before
 
@@ -71,7 +75,9 @@ def test_another_configuration_is_refused_and_the_keys_are_named(tmp_path):
 def test_a_run_from_before_a_key_existed_goes_on_where_the_key_has_its_default(tmp_path):
     claim(tmp_path, CONFIG, "auto")
     last = with_checkpoint(tmp_path)
-    now = changed("method", num_queues=1, predictor={"num_layers": 0}) | {"slurm": {"shells": {"login": "bash"}}}
+    now = changed("method", num_queues=1, predictor={"num_layers": 0}) | {
+        "slurm": {"shells": {"login": "bash"}}
+    }
     assert claim(tmp_path, now, "auto", DEFAULTS) == last
 
 
@@ -79,11 +85,19 @@ def test_a_run_from_before_a_key_existed_goes_on_where_the_key_has_its_default(t
     ("now", "said"),
     [
         (changed("method", num_queues=2), "method.num_queues: 1 there, 2 here"),
-        (changed("method", predictor={"num_layers": 2}), "method.predictor.num_layers: 0 there, 2 here"),
-        (CONFIG | {"slurm": {"shells": {"login": "zsh"}}}, "slurm.shells.login: bash there, zsh here"),
+        (
+            changed("method", predictor={"num_layers": 2}),
+            "method.predictor.num_layers: 0 there, 2 here",
+        ),
+        (
+            CONFIG | {"slurm": {"shells": {"login": "zsh"}}},
+            "slurm.shells.login: bash there, zsh here",
+        ),
     ],
 )
-def test_a_run_from_before_a_key_existed_is_refused_where_the_key_has_another_value(now, said, tmp_path):
+def test_a_run_from_before_a_key_existed_is_refused_where_the_key_has_another_value(
+    now, said, tmp_path
+):
     claim(tmp_path, CONFIG, "auto")
     with_checkpoint(tmp_path)
     with pytest.raises(InputError, match=f"another configuration: {said}. Choose"):
@@ -94,7 +108,9 @@ def test_a_null_in_place_of_a_group_is_no_missing_key():
     defaults = {"augmentation": {"color_jitter": {"hue": 0.05}}}
     without = {"augmentation": {"color_jitter": None}}
     assert completed(without, defaults) == without
-    assert "augmentation.color_jitter.hue: None there, 0.05 here" in differences(completed(without, defaults), defaults)
+    assert "augmentation.color_jitter.hue: None there, 0.05 here" in differences(
+        completed(without, defaults), defaults
+    )
 
 
 def test_a_folder_without_results_may_be_taken_with_another_configuration(tmp_path):
@@ -103,12 +119,17 @@ def test_a_folder_without_results_may_be_taken_with_another_configuration(tmp_pa
 
 
 def test_two_processes_cannot_work_in_one_folder(tmp_path):
-    with claimed(tmp_path, CONFIG), pytest.raises(InputError, match="another process is at work there"):
+    with (
+        claimed(tmp_path, CONFIG),
+        pytest.raises(InputError, match="another process is at work there"),
+    ):
         claim(tmp_path, CONFIG, "auto")
     claim(tmp_path, CONFIG, "auto")
 
 
-@pytest.mark.parametrize("path", ["runs/a-b_1.ckpt", "with space/x", "a=b,c", "it's", 'quo"te', "übung/(1)"])
+@pytest.mark.parametrize(
+    "path", ["runs/a-b_1.ckpt", "with space/x", "a=b,c", "it's", 'quo"te', "übung/(1)"]
+)
 def test_printed_overrides_can_be_typed(path):
     import shlex
 
@@ -126,7 +147,9 @@ def test_length_and_place_of_computation_may_change(tmp_path):
 
 def test_the_order_of_augmentations_is_part_of_the_configuration():
     swapped = CONFIG | {"augmentation": {"query": {"b": {}, "a": {"x": 1}}}}
-    assert differences(CONFIG, swapped) == ["augmentation.query (order): ['a', 'b'] there, ['b', 'a'] here"]
+    assert differences(CONFIG, swapped) == [
+        "augmentation.query (order): ['a', 'b'] there, ['b', 'a'] here"
+    ]
 
 
 def test_starting_anew_does_not_overwrite_a_run(tmp_path):
@@ -161,10 +184,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
 
 def test_figures_are_one_flat_object(tmp_path):
     write_json(tmp_path / "deep" / "metrics.json", {"knn/top1": 0.5, "knn/feature": "backbone"})
-    assert json.loads((tmp_path / "deep" / "metrics.json").read_text()) == {"knn/top1": 0.5, "knn/feature": "backbone"}
+    assert json.loads((tmp_path / "deep" / "metrics.json").read_text()) == {
+        "knn/top1": 0.5,
+        "knn/feature": "backbone",
+    }
 
 
 def test_a_figure_that_is_not_finite_is_null_in_a_file_that_any_reader_of_json_takes(tmp_path):
-    write_json(tmp_path / "metrics.json", {"train/loss": math.nan, "knn/top1": math.inf, "epoch": 1})
+    write_json(
+        tmp_path / "metrics.json", {"train/loss": math.nan, "knn/top1": math.inf, "epoch": 1}
+    )
     strict = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert strict == {"train/loss": None, "knn/top1": None, "epoch": 1}

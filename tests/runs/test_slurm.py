@@ -30,7 +30,10 @@ def job(monkeypatch):
 
     def set_up(**variables):
         for name in list(os.environ):
-            if name.startswith(("SLURM_", "SUBMITIT_", "TORCHELASTIC_")) or name in ("ENVIRONMENT", "WORLD_SIZE"):
+            if name.startswith(("SLURM_", "SUBMITIT_", "TORCHELASTIC_")) or name in (
+                "ENVIRONMENT",
+                "WORLD_SIZE",
+            ):
                 monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -72,9 +75,15 @@ def test_a_job_and_its_requeue_have_one_name(job):
         (JOB, "slurm-7"),
         (JOB | ARRAY, "slurm-5_2"),
         (JOB | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3"}, "slurm-7"),
-        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "4"}, "slurm-7.4"),  # srun from an interactive shell
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "4"},
+            "slurm-7.4",
+        ),  # srun from an interactive shell
         ({"SLURM_JOB_ID": "7"}, None),  # that shell itself
-        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "1"}, None),  # srun --pty bash
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "1"},
+            None,
+        ),  # srun --pty bash
     ):
         job(**variables)
         assert job_run_name() == name
@@ -93,7 +102,8 @@ def test_torchrun_without_a_named_folder_ends_in_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert (
-        "under torchrun the run folder has to be named, the same for all processes: hydra.run.dir=PATH" in done.stderr
+        "under torchrun the run folder has to be named, the same for all processes: hydra.run.dir=PATH"
+        in done.stderr
     )
 
 
@@ -103,9 +113,14 @@ SWEEP = ["+experiment=a,b", "seed=1", "trainer.max_epochs=5", "method.temperatur
 def test_a_sweep_keeps_its_folder_when_it_is_run_again_extended_or_made_longer():
     name = "experiment__method.temperature__seed-1"
     assert sweep_name(SWEEP) == name
-    assert sweep_name([*SWEEP[:2], "trainer.max_epochs=9", "method.temperature=0.1,0.2,0.4"]) == name
+    assert (
+        sweep_name([*SWEEP[:2], "trainer.max_epochs=9", "method.temperature=0.1,0.2,0.4"]) == name
+    )
     assert sweep_name([SWEEP[3], SWEEP[1], SWEEP[0]]) == name
-    assert sweep_name([*SWEEP, "optimizer.lr=0.1"]) == "experiment__method.temperature__optimizer.lr-0.1__seed-1"
+    assert (
+        sweep_name([*SWEEP, "optimizer.lr=0.1"])
+        == "experiment__method.temperature__optimizer.lr-0.1__seed-1"
+    )
     assert sweep_name([]) == "defaults"
 
 
@@ -113,7 +128,8 @@ def test_a_job_is_named_by_what_its_sweep_varies():
     swept = swept_keys(SWEEP)
     assert swept == ["experiment", "method.temperature"]
     assert (
-        job_name(["+experiment=a", "seed=1", "method.temperature=0.1"], swept) == "experiment-a__method.temperature-0.1"
+        job_name(["+experiment=a", "seed=1", "method.temperature=0.1"], swept)
+        == "experiment-a__method.temperature-0.1"
     )
     assert job_name(["seed=1"], swept_keys(["seed=1"])) == "job"
 
@@ -182,7 +198,9 @@ def failing_save(number):
 
 
 def test_a_save_that_fails_does_not_stop_the_requeue(same_signals):
-    with pytest.raises(Interrupted, match="failed while it was stopping: the disk is full") as raised:
+    with pytest.raises(
+        Interrupted, match="failed while it was stopping: the disk is full"
+    ) as raised:
         failing_save(signal.SIGUSR1)
     assert raised.value.signal_number == signal.SIGUSR1
     with pytest.raises(RunError):
@@ -209,11 +227,15 @@ def test_an_early_signal_of_the_scheduler_ends_the_program_at_once(same_signals,
 
 
 @pytest.mark.parametrize(("variables", "name"), [(JOB, "7"), (JOB | ARRAY, "5_2")])
-def test_the_first_task_has_the_job_queued_again(variables, name, job, monkeypatch, tmp_path, same_signals):
+def test_the_first_task_has_the_job_queued_again(
+    variables, name, job, monkeypatch, tmp_path, same_signals
+):
     monkeypatch.setenv("PATH", scontrol(tmp_path))
     job(**variables)
     ended = Interrupted(signal.SIGUSR1, "in epoch 3, step 7")
-    assert str(queued_again(ended, tmp_path / "run")) == "in epoch 3, step 7; the job is queued again"
+    assert (
+        str(queued_again(ended, tmp_path / "run")) == "in epoch 3, step 7; the job is queued again"
+    )
     assert calls(tmp_path) == [f"requeue {name}"]
     status = read_status(tmp_path / "run")
     assert (status["state"], status["exit_code"], status["slurm_job_id"]) == ("requeued", 138, name)
@@ -233,14 +255,22 @@ def test_other_tasks_and_other_signals_requeue_nothing(job, monkeypatch, tmp_pat
 
 
 def test_a_requeue_that_slurm_refuses_is_told(job, monkeypatch, tmp_path, same_signals):
-    monkeypatch.setenv("PATH", scontrol(tmp_path, code=1, says="Requested operation is presently disabled for job 7"))
+    monkeypatch.setenv(
+        "PATH",
+        scontrol(tmp_path, code=1, says="Requested operation is presently disabled for job 7"),
+    )
     job(**JOB)
     write_status(tmp_path, "interrupted")
     said = queued_again(Interrupted(signal.SIGUSR1, "in epoch 3"), tmp_path)
-    assert str(said) == "in epoch 3; not queued again: Requested operation is presently disabled for job 7"
+    assert (
+        str(said)
+        == "in epoch 3; not queued again: Requested operation is presently disabled for job 7"
+    )
     assert read_status(tmp_path)["state"] == "interrupted"
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))  # in a container without SLURM's commands
-    assert "not queued again: [Errno 2] No such file" in str(queued_again(Interrupted(signal.SIGUSR1, ""), tmp_path))
+    assert "not queued again: [Errno 2] No such file" in str(
+        queued_again(Interrupted(signal.SIGUSR1, ""), tmp_path)
+    )
 
 
 def test_under_submitit_its_own_handler_does_it(job, monkeypatch, tmp_path, same_signals):
@@ -253,7 +283,9 @@ def test_under_submitit_its_own_handler_does_it(job, monkeypatch, tmp_path, same
     monkeypatch.setenv("PATH", scontrol(tmp_path))
     job(**JOB, SUBMITIT_EXECUTOR="slurm")
     signal.signal(signal.SIGUSR2, handler)
-    assert str(queued_again(Interrupted(signal.SIGUSR2, "in epoch 3"))).endswith("the job is queued again")
+    assert str(queued_again(Interrupted(signal.SIGUSR2, "in epoch 3"))).endswith(
+        "the job is queued again"
+    )
     assert received == [signal.SIGUSR2]
     assert calls(tmp_path) == []
 
@@ -266,12 +298,20 @@ def test_submitits_refusal_is_told_too(job, tmp_path, same_signals):
 
     job(**JOB, SUBMITIT_EXECUTOR="slurm")
     signal.signal(signal.SIGUSR2, handler)
-    assert "not queued again: Job not requeued because: timed-out" in str(queued_again(Interrupted(signal.SIGUSR2, "")))
+    assert "not queued again: Job not requeued because: timed-out" in str(
+        queued_again(Interrupted(signal.SIGUSR2, ""))
+    )
 
 
 def start(cwd, *arguments, path, **options):
     """A training in the environment of a job, each of its processes in reach of one signal."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **JOB, "PATH": path}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        **JOB,
+        "PATH": path,
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "moco.train", "+experiment=quickstart", *arguments],
         cwd=cwd, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -306,7 +346,9 @@ def test_loader_workers_leave_the_schedulers_signals_to_the_training_process():
 
     loader_options(1, CPU)
     status = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read_text()
-    (blocked,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk:"))
+    (blocked,) = (
+        int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk:")
+    )
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         assert blocked >> (number - 1) & 1, signal.Signals(number).name
 
@@ -330,12 +372,21 @@ def test_without_the_extra_the_launcher_says_what_to_install(tmp_path):
     command = ["-m", "hydra/launcher=slurm", "+experiment=quickstart", "seed=0,1"]
     done = run_program("moco.train", *command, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
     assert done.returncode == 2
-    assert done.stderr == "error: hydra/launcher=slurm needs another package: pip install 'moco-ssl[slurm]'\n"
+    assert (
+        done.stderr
+        == "error: hydra/launcher=slurm needs another package: pip install 'moco-ssl[slurm]'\n"
+    )
 
 
 def test_without_slurm_the_launcher_says_so(tmp_path):
     pytest.importorskip("submitit")
-    command = ["-m", "hydra/launcher=slurm", "+experiment=quickstart", "seed=0,1", "hydra.launcher.partition=gpu"]
+    command = [
+        "-m",
+        "hydra/launcher=slurm",
+        "+experiment=quickstart",
+        "seed=0,1",
+        "hydra.launcher.partition=gpu",
+    ]
     done = run_program("moco.train", *command, cwd=tmp_path, PATH=str(tmp_path))
     assert done.returncode == 2
     assert "srun" in done.stderr

@@ -62,7 +62,17 @@ def measured(tmp_path):
     def measure(kind, *arguments):
         benchmark = importlib.import_module("benchmark")
         file = tmp_path / f"{kind}.json"
-        given = [kind, "--tiny", "--threads", "1", "--repeats", "2", "--json", str(file), *arguments]
+        given = [
+            kind,
+            "--tiny",
+            "--threads",
+            "1",
+            "--repeats",
+            "2",
+            "--json",
+            str(file),
+            *arguments,
+        ]
         with torch.random.fork_rng():
             benchmark.run(benchmark.parsed(given), Console(quiet=True))
         content = json.loads(file.read_text())
@@ -82,7 +92,9 @@ def contenders(rows, case):
 
 
 def test_a_step_is_measured_alike_in_each_precision_and_layout(measured, official):
-    rows = measured("step", "--against", official, "--only", "*fp32, contiguous*", "*bf16, channels_last*")
+    rows = measured(
+        "step", "--against", official, "--only", "*fp32, contiguous*", "*bf16, channels_last*"
+    )
     alike = [
         "lower bound",
         "lower bound, again",
@@ -100,21 +112,32 @@ def test_a_step_is_measured_alike_in_each_precision_and_layout(measured, officia
 
 def test_the_default_settings_are_measured_in_the_trainer(measured):
     rows = measured("step", "--only", "*defaults*", "--steps", "2", "--repeats", "1")
-    assert contenders(rows, "resnet_tiny, defaults") == ["lower bound", "ours, default settings, Trainer"]
+    assert contenders(rows, "resnet_tiny, defaults") == [
+        "lower bound",
+        "ours, default settings, Trainer",
+    ]
 
 
 def test_the_loss_is_measured_in_time_and_memory(measured):
     rows = measured("loss", "--only", "N 8*", "memory*ours")
     assert contenders(rows, "N 8, K 64") == ["two matrix products", "ours", "plain form"]
     assert contenders(rows, "memory, N 8, K 64") == ["two matrix products", "ours"]
-    assert all("peak_mib" in row["turns"][0] for (case, _), row in rows.items() if case.startswith("memory"))
+    assert all(
+        "peak_mib" in row["turns"][0]
+        for (case, _), row in rows.items()
+        if case.startswith("memory")
+    )
 
 
 def test_updates_are_measured_against_flat_passes(measured, official):
     rows = measured("update", "--against", official)
     assert contenders(rows, "resnet_tiny, momentum update") == ["flat lerp_", "ours", "official"]
     for optimizer in ("sgd", "adamw"):
-        assert contenders(rows, f"resnet_tiny, {optimizer} step") == ["flat, fused", "ours", "torch's default"]
+        assert contenders(rows, f"resnet_tiny, {optimizer} step") == [
+            "flat, fused",
+            "ours",
+            "torch's default",
+        ]
 
 
 @pytest.mark.filterwarnings(
@@ -140,8 +163,14 @@ def test_swin_is_measured_against_torchvisions(measured):
 
 
 def test_a_training_with_data_is_measured_against_its_step(measured, official):
-    rows = measured("end_to_end", "--against", official, "--steps", "2", "--repeats", "1", "--workers", "0")
-    assert contenders(rows, "resnet_tiny, batch 16, noise") == ["our step alone", "ours, with data", "official"]
+    rows = measured(
+        "end_to_end", "--against", official, "--steps", "2", "--repeats", "1", "--workers", "0"
+    )
+    assert contenders(rows, "resnet_tiny, batch 16, noise") == [
+        "our step alone",
+        "ours, with data",
+        "official",
+    ]
     assert {turn["images"] for row in rows.values() for turn in row["turns"]} == {16}
 
 
@@ -166,16 +195,23 @@ class Counted(nn.Linear):
 
 
 def test_the_lower_bound_is_two_forward_passes_one_backward_and_one_step(monkeypatch):
-    lower_bound, nets = importlib.import_module("benchmarks.lower_bound"), importlib.import_module("benchmarks.nets")
+    lower_bound, nets = (
+        importlib.import_module("benchmarks.lower_bound"),
+        importlib.import_module("benchmarks.nets"),
+    )
     queries, keys = Counted(), Counted()
     monkeypatch.setattr(lower_bound.copy, "deepcopy", lambda module: keys)
     steps = []
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer: steps.append(optimizer.param_groups[0]["params"]))
+    monkeypatch.setattr(
+        torch.optim.SGD, "step", lambda optimizer: steps.append(optimizer.param_groups[0]["params"])
+    )
     step = lower_bound.step_of(queries, nets.Setting(torch.device("cpu")))
     step(torch.randn(4, 3), torch.randn(4, 3))
     assert queries.passes == ["with gradient", "backward"]
     assert keys.passes == ["without"]
-    assert [[id(parameter) for parameter in given] for given in steps] == [[id(p) for p in queries.parameters()]]
+    assert [[id(parameter) for parameter in given] for given in steps] == [
+        [id(p) for p in queries.parameters()]
+    ]
 
 
 def test_forms_of_the_loss_have_the_same_gradient():
@@ -201,7 +237,9 @@ def test_flat_passes_change_the_parameters_as_the_others_do():
         one.step()
         for name, other in zip(("ours", "torch's default"), others, strict=True):
             update.stepping(optimizer, name, other).step()
-            torch.testing.assert_close(update.flat(other), one.param_groups[0]["params"][0].detach())
+            torch.testing.assert_close(
+                update.flat(other), one.param_groups[0]["params"][0].detach()
+            )
 
 
 def test_turns_alternate_and_ratios_are_taken_within_a_round():
@@ -218,7 +256,9 @@ def test_turns_alternate_and_ratios_are_taken_within_a_round():
     case = turns.Case("a case", {"fast": contender("fast"), "slow": contender("slow")}, ("fast",))
     fast, slow = turns.measure(case, 3, [], print)
     assert order == ["slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]
-    assert slow.ratios == {"fast": 2}  # of 2/1, 40/10 and 6/3; the ratio of the medians is 6/3, of the means 24/7
+    assert slow.ratios == {
+        "fast": 2
+    }  # of 2/1, 40/10 and 6/3; the ratio of the medians is 6/3, of the means 24/7
     assert (fast.median("seconds"), slow.median("seconds")) == (3, 6)
 
 
@@ -234,7 +274,9 @@ def test_each_sitting_builds_anew_and_all_its_rounds_count():
 
         return build
 
-    case = turns.Case("a case", {"bound": contender("bound"), "ours": contender("ours")}, ("bound",))
+    case = turns.Case(
+        "a case", {"bound": contender("bound"), "ours": contender("ours")}, ("bound",)
+    )
     bound, ours = turns.measure(case, 2, [], print, sittings=3)
     assert built == ["bound", "ours"] * 3
     assert [turn["seconds"] for turn in bound.turns] == [2] * 6
@@ -267,7 +309,9 @@ def test_a_contender_that_gives_up_is_named_and_the_others_go_on():
         raise turns.LeftOut("not enough memory")
 
     said = []
-    case = turns.Case("a case", {"one": lambda: lambda: {"seconds": 1.0}, "two": lambda: giving_up}, ("one",))
+    case = turns.Case(
+        "a case", {"one": lambda: lambda: {"seconds": 1.0}, "two": lambda: giving_up}, ("one",)
+    )
     rows = turns.measure(case, 2, [], said.append)
     assert [row.contender for row in rows] == ["one"]
     assert said == ["left out: a case: two: not enough memory"]
@@ -276,7 +320,9 @@ def test_a_contender_that_gives_up_is_named_and_the_others_go_on():
 def test_only_keeps_the_lower_bound_beside_what_it_chooses():
     turns = importlib.import_module("benchmarks.turns")
     case = turns.Case(
-        "net, fp32", dict.fromkeys(["lower bound", "ours", "lightly"], lambda: None), ("lower bound", "lightly")
+        "net, fp32",
+        dict.fromkeys(["lower bound", "ours", "lightly"], lambda: None),
+        ("lower bound", "lightly"),
     )
     assert turns.chosen(case, ["*fp32: ours"]) == ["lower bound", "ours"]
     assert turns.chosen(case, ["other*"]) == []
@@ -323,7 +369,8 @@ def test_a_count_below_one_is_refused(capsys, option, count):
 
 def test_a_contender_in_a_process_of_its_own_takes_turns_and_tells_what_went_wrong(scripts):
     step, lower_bound, nets, turns = (
-        importlib.import_module(f"benchmarks.{name}") for name in ("step", "lower_bound", "nets", "turns")
+        importlib.import_module(f"benchmarks.{name}")
+        for name in ("step", "lower_bound", "nets", "turns")
     )
     net, setting = nets.TINY["resnet_tiny"], nets.Setting(torch.device("cpu"))
     with turns.apart(partial(step.one_step, lower_bound.step, net, setting), num_threads=1) as turn:

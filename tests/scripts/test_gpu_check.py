@@ -55,14 +55,18 @@ def states(content, part):
     return {(row["case"], row["contender"]): row["state"] for row in content["parts"][part]["rows"]}
 
 
-def test_parts_are_measured_and_a_second_start_goes_on_with_what_is_missing(check, rehearse, capsys):
+def test_parts_are_measured_and_a_second_start_goes_on_with_what_is_missing(
+    check, rehearse, capsys
+):
     code, content = rehearse("loss")
     assert code == 0
     assert content["rehearsal"]
     loss = content["parts"]["loss"]
     assert loss["complete"]
     rows = check.rows_of("loss", check.TINY_SIZES)
-    assert [(row["case"], row["contender"]) for row in loss["rows"]] == [(row.case, row.contender) for row in rows]
+    assert [(row["case"], row["contender"]) for row in loss["rows"]] == [
+        (row.case, row.contender) for row in rows
+    ]
     for row in loss["rows"]:
         if row["contender"] != "lightly":
             assert row["state"] == "measured"
@@ -79,8 +83,12 @@ def test_one_case_is_measured_again_and_the_others_are_kept(rehearse):
     _, before = rehearse("loss")
     _, after = rehearse("loss", "--again", "loss: N 8, K 64")
     old, new = (content["parts"]["loss"]["rows"] for content in (before, after))
-    assert [row for row in old if row["case"] != "N 8, K 64"] == [row for row in new if row["case"] != "N 8, K 64"]
-    assert [row for row in old if row["case"] == "N 8, K 64"] != [row for row in new if row["case"] == "N 8, K 64"]
+    assert [row for row in old if row["case"] != "N 8, K 64"] == [
+        row for row in new if row["case"] != "N 8, K 64"
+    ]
+    assert [row for row in old if row["case"] == "N 8, K 64"] != [
+        row for row in new if row["case"] == "N 8, K 64"
+    ]
     assert len(old) == len(new)
 
 
@@ -124,10 +132,14 @@ def test_a_process_that_dies_costs_its_case_alone(check, rehearse, monkeypatch):
     assert len(found) == len(check.rows_of("loss", check.TINY_SIZES))
     failed = [row for row in content["parts"]["loss"]["rows"] if row["state"] == "failed"]
     assert {row["case"] for row in failed} == {"N 8, K 128"}
-    assert {row["error"] for row in failed} == {"RuntimeError: its process ended with status 7, see loss.log"}
+    assert {row["error"] for row in failed} == {
+        "RuntimeError: its process ended with status 7, see loss.log"
+    }
 
 
-def test_a_part_that_takes_too_long_is_ended_and_keeps_what_it_has(check, rehearse, monkeypatch, tmp_path):
+def test_a_part_that_takes_too_long_is_ended_and_keeps_what_it_has(
+    check, rehearse, monkeypatch, tmp_path
+):
     losses = importlib.import_module("gpu_parts.losses")
     measure = losses.measure
 
@@ -145,9 +157,15 @@ def test_a_part_that_takes_too_long_is_ended_and_keeps_what_it_has(check, rehear
     done = {case for case, _ in states(content, "loss")}
     assert {"N 8, K 64", "N 8, K 128"} <= done
     assert "N 16, K 64" not in done
-    assert "| N 16, K 64 | ours | ms | no time left |" in (tmp_path / "results" / "gpu_check.md").read_text()
+    assert (
+        "| N 16, K 64 | ours | ms | no time left |"
+        in (tmp_path / "results" / "gpu_check.md").read_text()
+    )
     state = subprocess.run(
-        ["ps", "-o", "stat=", "-p", (tmp_path / "sleeper").read_text()], capture_output=True, text=True, check=False
+        ["ps", "-o", "stat=", "-p", (tmp_path / "sleeper").read_text()],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout
     assert not state.strip() or state.startswith("Z")  # ended with its part
     monkeypatch.undo()
@@ -163,7 +181,9 @@ def test_without_a_gpu_one_line_says_so(check, capsys, monkeypatch, tmp_path):
         check.main(["--output", str(tmp_path / "results")])
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: no CUDA device can be used here; --rehearse tries everything on the CPU")
+    assert line.startswith(
+        "error: no CUDA device can be used here; --rehearse tries everything on the CPU"
+    )
     assert not (tmp_path / "results").exists()
 
 
@@ -172,9 +192,15 @@ def test_without_a_gpu_one_line_says_so(check, capsys, monkeypatch, tmp_path):
     [
         (["setp"], "error: unknown part 'setp'; did you mean 'step'?"),
         (["--npz", "/nowhere.npz"], "error: --npz /nowhere.npz: no such file"),
-        (["--against", "official=/nowhere"], "error: --against official=/nowhere: no moco/builder.py there"),
+        (
+            ["--against", "official=/nowhere"],
+            "error: --against official=/nowhere: no moco/builder.py there",
+        ),
         (["--again", "nothing"], "error: --again nothing: fits no part"),
-        (["--write-docs", "/nowhere"], "error: /nowhere/gpu_check.json: not a readable file of results"),
+        (
+            ["--write-docs", "/nowhere"],
+            "error: /nowhere/gpu_check.json: not a readable file of results",
+        ),
     ],
 )
 def test_a_mistake_in_the_command_is_one_line(check, capsys, tmp_path, arguments, line):
@@ -216,8 +242,22 @@ def test_figures_come_into_the_page_row_by_row(check, tmp_path):
         return tables.write_docs(tmp_path, page, kept, rows)
 
     case = {"case": "N 256, K 4,096", "unit": "ms"}
-    ours = {**case, "contender": "ours", "state": "measured", "value": 0.123, "turns": [1], "ratios": {"plain form": 2}}
-    assert take("one GPU", ours, {**case, "contender": "lightly", "state": "absent", "note": "not installed"}) == 1
+    ours = {
+        **case,
+        "contender": "ours",
+        "state": "measured",
+        "value": 0.123,
+        "turns": [1],
+        "ratios": {"plain form": 2},
+    }
+    assert (
+        take(
+            "one GPU",
+            ours,
+            {**case, "contender": "lightly", "state": "absent", "note": "not installed"},
+        )
+        == 1
+    )
     plain = {**case, "contender": "plain form", "state": "failed", "error": "out | of memory"}
     assert take("another GPU", plain) == 1
     # A measured row stays where a later check has no figure for it.
@@ -230,7 +270,10 @@ def test_figures_come_into_the_page_row_by_row(check, tmp_path):
     assert "| N 256, K 4,096 | ours | ms | 0.123 | plain form 2.00 |" in lines
     assert "| N 256, K 4,096 | plain form | ms | failed: out \\| of memory |  |" in lines
     assert "| N 256, K 4,096 | lightly | ms | not installed |  |" in lines
-    assert {"Measured on: device one GPU, torch 2.", "Measured on: device another GPU, torch 2."} <= set(lines)
+    assert {
+        "Measured on: device one GPU, torch 2.",
+        "Measured on: device another GPU, torch 2.",
+    } <= set(lines)
 
 
 def test_every_part_has_rows_a_share_and_a_module(check):
@@ -254,7 +297,14 @@ def test_drawn_shapes_are_ten_classes_that_can_be_told_apart():
 
 @pytest.mark.slow
 def test_a_rehearsal_fills_every_row(tmp_path, official):
-    command = [sys.executable, "-m", "scripts.gpu_check", "--rehearse", "--output", str(tmp_path / "results")]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.gpu_check",
+        "--rehearse",
+        "--output",
+        str(tmp_path / "results"),
+    ]
     done = subprocess.run(
         [*command, "--against", official(STAND_IN)],
         cwd=REPOSITORY,

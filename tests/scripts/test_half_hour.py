@@ -60,7 +60,10 @@ def test_only_the_seconds_of_turns_count(script, monkeypatch):
 
 def test_the_table_tells_how_each_ended(script):
     curves = {
-        "ours": [{"minutes": 1.0, "epochs": 0.5, "top1": 0.2}, {"minutes": 2.04, "epochs": 1.234, "top1": 0.4567}]
+        "ours": [
+            {"minutes": 1.0, "epochs": 0.5, "top1": 0.2},
+            {"minutes": 2.04, "epochs": 1.234, "top1": 0.4567},
+        ]
     }
     last = script("half_hour").table(curves).splitlines()[-1]
     assert last == "| this project, cifar10_cpu | 2.0 | 1.23 | 45.7 |"
@@ -69,14 +72,35 @@ def test_the_table_tells_how_each_ended(script):
 @pytest.mark.slow
 def test_a_race_of_seconds_ends_with_a_curve_of_each(tmp_path):
     generator = np.random.default_rng(0)
-    images = {name: generator.integers(0, 256, (num, 32, 32, 3), np.uint8) for name, num in SIZES.items()}
+    images = {
+        name: generator.integers(0, 256, (num, 32, 32, 3), np.uint8) for name, num in SIZES.items()
+    }
     labels = {name.replace("images", "labels"): np.arange(num) % 10 for name, num in SIZES.items()}
     np.savez(tmp_path / "some.npz", **images, **labels)
-    command = [sys.executable, "scripts/half_hour.py", str(tmp_path / "some.npz"), str(tmp_path / "race")]
-    options = ["--contenders", "ours", "official", "--minutes", "0.1", "--turn", "0.06", "--batch-size", "64"]
+    command = [
+        sys.executable,
+        "scripts/half_hour.py",
+        str(tmp_path / "some.npz"),
+        str(tmp_path / "race"),
+    ]
+    options = [
+        "--contenders",
+        "ours",
+        "official",
+        "--minutes",
+        "0.1",
+        "--turn",
+        "0.06",
+        "--batch-size",
+        "64",
+    ]
     own = ["data.batch_size=64", "trainer.max_epochs=100"]
     told = subprocess.run(
-        [*command, *options, *own, "--num-workers", "1"], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+        [*command, *options, *own, "--num-workers", "1"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert told.returncode == 0, told.stderr
     result = json.loads((tmp_path / "race" / "half_hour.json").read_text())

@@ -10,7 +10,9 @@ from tests.conftest import REPOSITORY
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("method_table", REPOSITORY / "scripts" / "method_table.py")
+    spec = importlib.util.spec_from_file_location(
+        "method_table", REPOSITORY / "scripts" / "method_table.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -23,7 +25,9 @@ def test_the_table_in_the_docs_is_the_one_that_conf_gives(script):
 
 def test_every_method_has_a_row(script):
     methods = {path.stem for path in (CONFIG_DIR / "method").glob("*.yaml")}
-    assert {f"`{method}`" for method in methods} == {script.row(name)["method"] for name in script.EXPERIMENTS}
+    assert {f"`{method}`" for method in methods} == {
+        script.row(name)["method"] for name in script.EXPERIMENTS
+    }
 
 
 def test_every_switch_of_the_method_is_explained(script):
@@ -32,4 +36,6 @@ def test_every_switch_of_the_method_is_explained(script):
     from moco.config.train import MethodConfig
 
     page = script.PAGE.read_text()
-    assert not [item.name for item in dataclasses.fields(MethodConfig) if f"`{item.name}" not in page]
+    assert not [
+        item.name for item in dataclasses.fields(MethodConfig) if f"`{item.name}" not in page
+    ]

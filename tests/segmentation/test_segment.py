@@ -45,7 +45,12 @@ def pretraining_checkpoint(path, *overrides):
     from moco.train import build_method
 
     config = composed(
-        "train", TrainConfig, "+experiment=quickstart", "method.queue_size=48", "data.image_size=32", *overrides
+        "train",
+        TrainConfig,
+        "+experiment=quickstart",
+        "method.queue_size=48",
+        "data.image_size=32",
+        *overrides,
     )
     plain = dataclasses.asdict(config)
     torch.manual_seed(1)
@@ -76,7 +81,9 @@ def shapes(tmp_path_factory):
 def swin(tmp_path_factory):
     """A checkpoint of a small Swin V2 in windows of 4, for 32 px."""
     path = tmp_path_factory.mktemp("pretrained") / "swin.ckpt"
-    return pretraining_checkpoint(path, "backbone=swin_v2_tiny_patch2", "backbone.stochastic_depth=0.1")
+    return pretraining_checkpoint(
+        path, "backbone=swin_v2_tiny_patch2", "backbone.stochastic_depth=0.1"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +92,15 @@ def trained(tmp_path_factory, shapes):
     folder = tmp_path_factory.mktemp("trained")
     torch.set_num_threads(1)
     with (folder / "shown.txt").open("w") as shown, contextlib.redirect_stdout(shown):
-        run(config_of(shapes, *FROM_SCRATCH, "trainer.max_epochs=10", "data.class_names=[wall,disc,square]"), folder)
+        run(
+            config_of(
+                shapes,
+                *FROM_SCRATCH,
+                "trainer.max_epochs=10",
+                "data.class_names=[wall,disc,square]",
+            ),
+            folder,
+        )
     return folder, json.loads((folder / "metrics.json").read_text())
 
 
@@ -122,14 +137,20 @@ def test_tensorboard_shows_the_figures_and_the_images(trained):
     events = EventAccumulator(str(trained[0]))
     events.Reload()
     tags = events.Tags()
-    assert {"train/loss", "train/learning_rate", "segment/miou", "segment/iou/disc", "data_wait"} <= set(
-        tags["scalars"]
-    )
+    assert {
+        "train/loss",
+        "train/learning_rate",
+        "segment/miou",
+        "segment/iou/disc",
+        "data_wait",
+    } <= set(tags["scalars"])
     assert tags["images"] == [f"image_truth_prediction/{number}" for number in range(4)]
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "image_size: 32\n" in text
     hparams = events.PluginTagToContent("hparams")
-    session = HParamsPluginData.FromString(hparams["_hparams_/session_start_info"]).session_start_info
+    session = HParamsPluginData.FromString(
+        hparams["_hparams_/session_start_info"]
+    ).session_start_info
     assert session.hparams["optimizer.lr"].number_value == 0.005
     metrics = HParamsPluginData.FromString(hparams["_hparams_/experiment"]).experiment.metric_infos
     assert [metric.name.tag for metric in metrics] == ["segment/miou", "epoch/loss"]
@@ -137,7 +158,9 @@ def test_tensorboard_shows_the_figures_and_the_images(trained):
     losses = [event.value for event in events.Scalars("epoch/loss")]
     assert losses[-1] < losses[0] / 2
     rates = [event.value for event in events.Scalars("train/learning_rate")]
-    np.testing.assert_allclose(rates[1:], [0.005 * (1 - (step - 1) / 29) for step in range(1, 30)], rtol=1e-5)
+    np.testing.assert_allclose(
+        rates[1:], [0.005 * (1 - (step - 1) / 29) for step in range(1, 30)], rtol=1e-5
+    )
 
 
 def test_the_figures_are_a_slow_count_over_the_checkpoints_predictions(trained, shapes):
@@ -152,7 +175,9 @@ def test_the_figures_are_a_slow_count_over_the_checkpoints_predictions(trained, 
     found, there, both = np.zeros(3), np.zeros(3), np.zeros(3)
     for path in sorted(shapes.glob("images/val/*.png")):
         pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) / 255
-        mean, std = (torch.tensor(segmenter.hparams[name]).view(3, 1, 1) for name in ("mean", "std"))
+        mean, std = (
+            torch.tensor(segmenter.hparams[name]).view(3, 1, 1) for name in ("mean", "std")
+        )
         predicted = segmenter(((pixels - mean) / std)[None]).argmax(dim=1)[0].numpy()
         truth = np.array(Image.open(shapes / "masks/val" / path.name))
         for row, column in zip(*np.nonzero(truth != 255), strict=True):
@@ -163,7 +188,9 @@ def test_the_figures_are_a_slow_count_over_the_checkpoints_predictions(trained, 
             total += 1
     # A pixel between two classes may fall to either, since a batch of one is added up in another order.
     assert figures["segment/pixel_accuracy"] == pytest.approx(hits / total, abs=1e-3)
-    assert figures["segment/miou"] == pytest.approx((both / (found + there - both)).mean(), abs=5e-3)
+    assert figures["segment/miou"] == pytest.approx(
+        (both / (found + there - both)).mean(), abs=5e-3
+    )
     assert segmenter.hparams["class_names"] == ["wall", "disc", "square"]
 
 
@@ -204,18 +231,25 @@ def test_stopping_anywhere_changes_nothing(shapes, tmp_path, monkeypatch):
     assert one["global_step"] == other["global_step"] == 9
     for name, value in one["state_dict"].items():
         assert torch.equal(value, other["state_dict"][name]), name
-    for state, other_state in zip(*(end["optimizer_states"][0]["state"].values() for end in (one, other)), strict=True):
+    for state, other_state in zip(
+        *(end["optimizer_states"][0]["state"].values() for end in (one, other)), strict=True
+    ):
         assert torch.equal(state["exp_avg_sq"], other_state["exp_avg_sq"])
-    figures = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts")]
+    figures = [
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts")
+    ]
     for key in ("segment/miou", "segment/iou/1", "train/loss", "segment/epoch", "step"):
         assert figures[0][key] == figures[1][key]
     with pytest.raises(
-        InputError, match="holds a run with another configuration: freeze_backbone: False there, True here"
+        InputError,
+        match="holds a run with another configuration: freeze_backbone: False there, True here",
     ):
         run(config_of(shapes, *settings, "freeze_backbone=true"), tmp_path / "parts")
 
 
-def test_stopping_goes_on_with_what_dropout_and_stochastic_depth_draw(shapes, tmp_path, monkeypatch):
+def test_stopping_goes_on_with_what_dropout_and_stochastic_depth_draw(
+    shapes, tmp_path, monkeypatch
+):
     settings = [
         "checkpoint=null", "backbone=swin_v2_tiny_patch2", "backbone.stochastic_depth=0.5", "decoder=fcn",
         "trainer.max_epochs=2", "image_size=16",
@@ -274,10 +308,14 @@ def test_the_backbone_is_the_checkpoints_in_new_windows(version, shapes, swin, t
         swin = pretraining_checkpoint(
             tmp_path / "v1.ckpt", "backbone=swin_tiny_patch2", "backbone.stochastic_depth=0.1"
         )
-    segmenter = segmenter_of(config_of(shapes, f"checkpoint={swin}", "image_size=70", "backbone.window_size=9"))
+    segmenter = segmenter_of(
+        config_of(shapes, f"checkpoint={swin}", "image_size=70", "backbone.window_size=9")
+    )
     backbone, expected = segmenter.model.backbone.eval(), rewindow(encoder_of(swin), 9)
     images = torch.randn(1, 3, 70, 70)
-    for one, other in zip(backbone.feature_maps(images), expected.feature_maps(images), strict=True):
+    for one, other in zip(
+        backbone.feature_maps(images), expected.feature_maps(images), strict=True
+    ):
         assert torch.equal(one, other)
     assert backbone.window_size == (9,) * 4
     assert segmenter.hparams["backbone"]["stochastic_depth"] == 0.1
@@ -292,7 +330,9 @@ def test_another_pretraining_window_stretches_the_biases_and_says_so(shapes, swi
 
 
 def test_the_key_encoder_can_be_taken_and_the_size_is_the_checkpoints(shapes, swin):
-    start = starting_point(config_of(shapes, f"checkpoint={swin}", "encoder=key", "image_size=null"))
+    start = starting_point(
+        config_of(shapes, f"checkpoint={swin}", "encoder=key", "image_size=null")
+    )
     assert start.image_size == 32
     key, query = encoder_of(swin, "key"), encoder_of(swin, "query")
     assert torch.equal(start.backbone.norm.weight, key.norm.weight)
@@ -307,7 +347,9 @@ def test_a_window_is_suggested_for_another_image_size(shapes, swin, caplog):
 
 
 def test_the_window_is_the_checkpoints_where_only_the_backbone_is_named(shapes, tmp_path):
-    path = pretraining_checkpoint(tmp_path / "wide.ckpt", "backbone=swin_tiny_patch2", "backbone.window_size=8")
+    path = pretraining_checkpoint(
+        tmp_path / "wide.ckpt", "backbone=swin_tiny_patch2", "backbone.window_size=8"
+    )
     start = starting_point(config_of(shapes, f"checkpoint={path}", "backbone=swin_tiny_patch2"))
     assert start.backbone.window_size == (8,) * 4
 
@@ -317,7 +359,10 @@ def test_a_pretrained_swin_is_fine_tuned_at_another_window(shapes, swin, tmp_pat
     decoder = "upernet" if has_extra else "fcn"
     width = ["decoder=auto", "decoder.channels=32"] if has_extra else ["decoder=fcn"]
     settings = ["backbone.window_size=5", "image_size=40", "trainer.max_steps=1", *width]
-    run(config_of(shapes, f"checkpoint={swin}", *settings, "backbone.gradient_checkpointing=true"), tmp_path)
+    run(
+        config_of(shapes, f"checkpoint={swin}", *settings, "backbone.gradient_checkpointing=true"),
+        tmp_path,
+    )
     end = last(tmp_path)
     backbone = Segmenter(**end["hyper_parameters"]).model.backbone
     assert (backbone.window_size, backbone.pretrained_window_size) == ((5,) * 4, (4,) * 4)
@@ -328,13 +373,21 @@ def test_a_pretrained_swin_is_fine_tuned_at_another_window(shapes, swin, tmp_pat
     weight = "features.7.1.mlp.0.weight"
     moved = end["state_dict"][f"model.backbone.{weight}"] - encoder_of(swin).state_dict()[weight]
     assert 0 < moved.abs().max() < 0.02
-    with pytest.raises(InputError, match=r"last.ckpt: written by moco.segment, and expected is one of moco.train"):
-        run(config_of(shapes, f"checkpoint={tmp_path / 'checkpoints/last.ckpt'}"), tmp_path / "next")
+    with pytest.raises(
+        InputError, match=r"last.ckpt: written by moco.segment, and expected is one of moco.train"
+    ):
+        run(
+            config_of(shapes, f"checkpoint={tmp_path / 'checkpoints/last.ckpt'}"), tmp_path / "next"
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*")
-@pytest.mark.parametrize("kind", ["swin", "resnet"])  # with stochastic depth; with BatchNorm, whose buffers count too
-def test_linear_segmentation_leaves_the_backbone_as_it_was(kind, shapes, swin, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "kind", ["swin", "resnet"]
+)  # with stochastic depth; with BatchNorm, whose buffers count too
+def test_linear_segmentation_leaves_the_backbone_as_it_was(
+    kind, shapes, swin, tmp_path, monkeypatch
+):
     modes = []  # of the backbone's layers in each step, also after a measurement
 
     def on_before_zero_grad(self, _):
@@ -342,7 +395,9 @@ def test_linear_segmentation_leaves_the_backbone_as_it_was(kind, shapes, swin, t
 
     monkeypatch.setattr(Segmenter, "on_before_zero_grad", on_before_zero_grad)
     path = swin if kind == "swin" else pretraining_checkpoint(tmp_path / "resnet.ckpt")
-    config = config_of(shapes, f"checkpoint={path}", "freeze_backbone=true", "decoder=auto", "trainer.max_steps=4")
+    config = config_of(
+        shapes, f"checkpoint={path}", "freeze_backbone=true", "decoder=auto", "trainer.max_steps=4"
+    )
     run(config, tmp_path / "run")
     end = last(tmp_path / "run")
     assert modes == [False] * 4
@@ -350,7 +405,11 @@ def test_linear_segmentation_leaves_the_backbone_as_it_was(kind, shapes, swin, t
     for name, value in encoder_of(path).state_dict().items():
         assert torch.equal(end["state_dict"][f"model.backbone.{name}"], value), name
     assert len(end["optimizer_states"][0]["state"]) == len(
-        [name for name in end["state_dict"] if name.startswith("model.decoder") and name.endswith(("weight", "bias"))]
+        [
+            name
+            for name in end["state_dict"]
+            if name.startswith("model.decoder") and name.endswith(("weight", "bias"))
+        ]
     )
 
 
@@ -359,7 +418,9 @@ def test_a_decoder_starts_the_same_with_and_without_a_checkpoint(shapes, swin):
     for overrides in ([f"checkpoint={swin}"], ["checkpoint=null", "backbone=swin_v2_tiny_patch2"]):
         segmenter = segmenter_of(config_of(shapes, *overrides))
         decoders.append(segmenter.model.decoder.state_dict())
-        assert segmenter.hparams["optimizer"]["layer_decay"] == (1.0 if "checkpoint=null" in overrides else 0.9)
+        assert segmenter.hparams["optimizer"]["layer_decay"] == (
+            1.0 if "checkpoint=null" in overrides else 0.9
+        )
     assert all(torch.equal(value, decoders[1][name]) for name, value in decoders[0].items())
 
 
@@ -369,7 +430,9 @@ def test_the_loss_is_the_mean_over_pixels_that_have_a_class():
     kept = classes != 255
     rows = logits.permute(0, 2, 3, 1)[kept].double()
     expected = -(rows[torch.arange(len(rows)), classes[kept]] - rows.exp().sum(dim=1).log()).mean()
-    assert float(pixel_cross_entropy(logits, classes, 255)) == pytest.approx(float(expected), abs=1e-6)
+    assert float(pixel_cross_entropy(logits, classes, 255)) == pytest.approx(
+        float(expected), abs=1e-6
+    )
     assert float(pixel_cross_entropy(logits, torch.full_like(classes, 255), 255)) == 0.0
 
 
@@ -410,8 +473,12 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("overrides", "expected"), MISTAKES, ids=lambda value: " ".join(value)[-40:])
-def test_a_mistake_is_found_before_the_run_folder_is_touched(overrides, expected, shapes, swin, tmp_path):
+@pytest.mark.parametrize(
+    ("overrides", "expected"), MISTAKES, ids=lambda value: " ".join(value)[-40:]
+)
+def test_a_mistake_is_found_before_the_run_folder_is_touched(
+    overrides, expected, shapes, swin, tmp_path
+):
     resnet = pretraining_checkpoint(tmp_path / "resnet.ckpt") if "resnet}" in overrides[0] else None
     places = {"swin": swin, "resnet": resnet, "shapes": shapes}
     with pytest.raises(InputError) as error:
@@ -421,14 +488,17 @@ def test_a_mistake_is_found_before_the_run_folder_is_touched(overrides, expected
     assert not (tmp_path / "run").exists()
 
 
-def test_a_library_that_is_missing_is_named_before_the_data_are_read(shapes, swin, tmp_path, monkeypatch):
+def test_a_library_that_is_missing_is_named_before_the_data_are_read(
+    shapes, swin, tmp_path, monkeypatch
+):
     import sys
 
     for name in [name for name in sys.modules if name.startswith("segmentation_models_pytorch")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
     with pytest.raises(
-        InputError, match=r"decoder=upernet: .* is not installed: pip install moco-ssl\[segment\]; decoder=fcn"
+        InputError,
+        match=r"decoder=upernet: .* is not installed: pip install moco-ssl\[segment\]; decoder=fcn",
     ):
         run(config_of(shapes, f"checkpoint={swin}", "decoder=auto", "data.root=nowhere"), tmp_path)
 
@@ -444,7 +514,10 @@ def test_the_program_sweeps_and_a_mistake_is_one_line_and_exit_code_2(shapes, tm
         "hydra.sweep.dir=sweep", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert done.stderr == f"error: {bad}/images/train/a.png: the only image; at least one more is needed, to hold out\n"
+    assert (
+        done.stderr
+        == f"error: {bad}/images/train/a.png: the only image; at least one more is needed, to hold out\n"
+    )
     jobs = [json.loads(path.read_text()) for path in (tmp_path / "sweep").glob("*/status.json")]
     assert sorted(job["exit_code"] for job in jobs) == [0, 2]
     assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 1

@@ -143,19 +143,27 @@ def test_checking_files_in_threads_leaves_the_warning_filters(tmp_path, monkeypa
 
     def delayed(path, **options):
         image = open_image(path, **options)
-        time.sleep(0.001 * (next(counts) % 7))  # so that threads end in another order than they begin
+        time.sleep(
+            0.001 * (next(counts) % 7)
+        )  # so that threads end in another order than they begin
         return image
 
     monkeypatch.setattr(Image, "open", delayed)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     before = list(warnings.filters)
-    source_of(tmp_path, max_image_pixels=SIDE * SIDE)  # Pillow warns of every file: from half of this on
+    source_of(
+        tmp_path, max_image_pixels=SIDE * SIDE
+    )  # Pillow warns of every file: from half of this on
     assert warnings.filters == before
 
 
-@pytest.mark.parametrize(("mode", "dtype"), [("1", np.uint8), ("L", np.uint8), ("P", np.uint8), ("I;16", np.int32)])
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("1", np.uint8), ("L", np.uint8), ("P", np.uint8), ("I;16", np.int32)]
+)
 def test_masks_of_every_kind_give_their_numbers(mode, dtype, tmp_path):
-    numbers = np.arange(12).reshape(3, 4) % (2 if mode == "1" else 12) * (1000 if mode == "I;16" else 1)
+    numbers = (
+        np.arange(12).reshape(3, 4) % (2 if mode == "1" else 12) * (1000 if mode == "I;16" else 1)
+    )
     stored = numbers.astype(np.uint16 if mode == "I;16" else np.uint8)
     path = save(tmp_path / "mask.png", stored * 255 if mode == "1" else stored, mode)
     with Image.open(path) as image:
@@ -169,10 +177,17 @@ def png(numbers, bit_depth, colour_type):
     """A PNG file by its specification: Pillow writes no grey of 2 or 4 bits."""
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     height, width = numbers.shape
-    bits = np.unpackbits(numbers.astype(np.uint8)[:, :, None], axis=2)[:, :, -bit_depth:].reshape(height, -1)
+    bits = np.unpackbits(numbers.astype(np.uint8)[:, :, None], axis=2)[:, :, -bit_depth:].reshape(
+        height, -1
+    )
     lines = b"".join(b"\0" + line.tobytes() for line in np.packbits(bits, axis=1))
     palette = chunk(b"PLTE", bytes(range(3 * 2**bit_depth))) if colour_type == 3 else b""
     header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
@@ -196,12 +211,19 @@ def test_masks_of_few_bits_give_their_numbers(bit_depth, colour_type, tmp_path):
 
 def test_a_mask_of_colours_is_refused(tmp_path):
     path = save(tmp_path / "mask.png", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(UnreadableImage, match=r"mask.png: mode RGB: expected one number per pixel \(modes 1, I, I;16"):
+    with pytest.raises(
+        UnreadableImage,
+        match=r"mask.png: mode RGB: expected one number per pixel \(modes 1, I, I;16",
+    ):
         read_mask(str(path))
 
 
 def test_class_names_come_from_the_config_or_a_file(shapes):
-    assert source_of(shapes, class_names=["sky", "disc", "square"]).class_names == ("sky", "disc", "square")
+    assert source_of(shapes, class_names=["sky", "disc", "square"]).class_names == (
+        "sky",
+        "disc",
+        "square",
+    )
     (shapes / "classes.txt").write_text("sky\ndisc\nsquare\nmoon\n\n")
     assert source_of(shapes).class_names == ("sky", "disc", "square", "moon")
     assert source_of(shapes, class_names=["a", "b", "c"]).class_names == ("a", "b", "c")
@@ -230,7 +252,8 @@ def test_one_class_beside_another_number_without_class_is_named(shapes):
     for path in shapes.glob("masks/train/*.png"):
         save(path, np.eye(SIDE, dtype=np.uint8))
     with pytest.raises(
-        InputError, match=r"only the number 1 beside data.ignore_index=0, and at least two classes are ne"
+        InputError,
+        match=r"only the number 1 beside data.ignore_index=0, and at least two classes are ne",
     ):
         source_of(shapes, ignore_index=0)
 
@@ -336,13 +359,21 @@ def test_every_mistake_in_the_folder_names_the_file(mistake, shapes):
     with pytest.raises(InputError) as error:
         source_of(root, **settings)
     expected = MISTAKES[mistake].format(root=shapes)
-    assert str(error.value) == expected if mistake != "damaged mask" else str(error.value).startswith(expected)
+    assert (
+        str(error.value) == expected
+        if mistake != "damaged mask"
+        else str(error.value).startswith(expected)
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "root", "expected"),
     [
-        ("cifar10", ".", "data=cifar10: this set has no masks (choices: segmentation_folder, voc2012)"),
+        (
+            "cifar10",
+            ".",
+            "data=cifar10: this set has no masks (choices: segmentation_folder, voc2012)",
+        ),
         (
             "voc2021",
             ".",
@@ -407,7 +438,9 @@ def test_resized_masks_stay_where_their_images_are(factor):
     for index in range(20):
         image, classes = view(24, scale=[factor, factor], mean=[0, 0, 0])(raw, mask, 0, index)
         shifts.append((classes % 64 - image[0] * 255 / 4)[4:-4, 4:-4].mean())
-    assert abs(torch.stack(shifts).mean()) < 0.08  # torchvision's resizing of masks is off by 0.2 here
+    assert (
+        abs(torch.stack(shifts).mean()) < 0.08
+    )  # torchvision's resizing of masks is off by 0.2 here
 
 
 def test_what_the_image_lacks_is_its_mean_and_has_no_class():
@@ -422,7 +455,9 @@ def test_what_the_image_lacks_is_its_mean_and_has_no_class():
 
 def test_what_the_image_lacks_has_no_class_where_that_takes_more_bits_than_the_mask_has():
     raw, mask = coordinates(20, 50)
-    _, classes = view(40, scale=[0.5, 0.5], ignore_index=300)(raw, (mask % 200).astype(np.uint8), 0, 0)
+    _, classes = view(40, scale=[0.5, 0.5], ignore_index=300)(
+        raw, (mask % 200).astype(np.uint8), 0, 0
+    )
     assert (classes[:10, :25] < 200).all()
     assert (classes[10:] == 300).all()
     assert (classes[:, 25:] == 300).all()
@@ -430,7 +465,11 @@ def test_what_the_image_lacks_has_no_class_where_that_takes_more_bits_than_the_m
 
 def test_draws_depend_on_seed_epoch_and_index_alone():
     raw, mask = coordinates(60, 60)
-    settings = {"scale": [0.5, 2.0], "horizontal_flip": 0.5, "color_jitter": {"brightness": 0.5, "probability": 0.5}}
+    settings = {
+        "scale": [0.5, 2.0],
+        "horizontal_flip": 0.5,
+        "color_jitter": {"brightness": 0.5, "probability": 0.5},
+    }
     augment = view(24, **settings)
     first = augment(raw, mask, 1, 5)
     torch.rand(7)
@@ -445,7 +484,9 @@ def test_draws_depend_on_seed_epoch_and_index_alone():
 def test_colour_jitter_leaves_the_mask_alone():
     raw, mask = coordinates(24, 24)
     plain = view(24)(raw, mask, 0, 0)
-    jittered = view(24, color_jitter={"brightness": 0.5, "saturation": 0.5, "hue": 0.1})(raw, mask, 0, 0)
+    jittered = view(24, color_jitter={"brightness": 0.5, "saturation": 0.5, "hue": 0.1})(
+        raw, mask, 0, 0
+    )
     assert not torch.allclose(plain[0], jittered[0])
     assert torch.equal(plain[1], jittered[1])
 
@@ -453,10 +494,19 @@ def test_colour_jitter_leaves_the_mask_alone():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"scale": [2.0, 0.5]}, "augmentation.scale=[2.0, 0.5]: expected two factors, 0 < low <= high"),
+        (
+            {"scale": [2.0, 0.5]},
+            "augmentation.scale=[2.0, 0.5]: expected two factors, 0 < low <= high",
+        ),
         ({"scale": [1.0]}, "augmentation.scale=[1.0]: expected two factors, 0 < low <= high"),
-        ({"color_jitter": {"hues": 1}}, "augmentation.color_jitter: unknown setting 'hues'; did you mean 'hue'?"),
-        ({"color_jitter": {"hue": 2}}, "augmentation.color_jitter: hue=2: expected a fraction of a turn, 0 to 0.5"),
+        (
+            {"color_jitter": {"hues": 1}},
+            "augmentation.color_jitter: unknown setting 'hues'; did you mean 'hue'?",
+        ),
+        (
+            {"color_jitter": {"hue": 2}},
+            "augmentation.color_jitter: hue=2: expected a fraction of a turn, 0 to 0.5",
+        ),
         (
             {"std": [0, 1, 1]},
             "augmentation.mean=[0.5, 0.5, 0.5], augmentation.std=[0, 1, 1]: expected three numbers each",
@@ -490,7 +540,9 @@ def test_loader_processes_can_be_handed_the_data(shapes):
     data = data_of(source_of(shapes))
     for loader, place in ((data.train_dataloader(), (0, 5)), (data.evaluation_dataloader(), 2)):
         copied = pickle.loads(pickle.dumps(loader.dataset))
-        assert all(torch.equal(*pair) for pair in zip(copied[place], loader.dataset[place], strict=True))
+        assert all(
+            torch.equal(*pair) for pair in zip(copied[place], loader.dataset[place], strict=True)
+        )
 
 
 def test_evaluation_batches_hold_whole_images_of_one_size(shapes):
@@ -498,14 +550,20 @@ def test_evaluation_batches_hold_whole_images_of_one_size(shapes):
     save(shapes / "masks/val/01.png", np.zeros((20, 10), np.uint8))
     batches = list(data_of(source_of(shapes), evaluation_batch_size=2).evaluation_dataloader())
     assert [batch.indices.tolist() for batch in batches] == [[0, 2], [3], [1]]
-    assert [tuple(batch.classes.shape) for batch in batches] == [(2, 32, 32), (1, 32, 32), (1, 20, 10)]
+    assert [tuple(batch.classes.shape) for batch in batches] == [
+        (2, 32, 32),
+        (1, 32, 32),
+        (1, 20, 10),
+    ]
 
 
 def test_batches_of_one_size_hold_every_image_once():
     sizes = np.random.default_rng(0).integers(1, 4, (50, 2))
     batches = batches_of_one_size(sizes, 4)
     assert sorted(row for batch in batches for row in batch) == list(range(50))
-    assert all(len({tuple(sizes[row]) for row in batch}) == 1 and len(batch) <= 4 for batch in batches)
+    assert all(
+        len({tuple(sizes[row]) for row in batch}) == 1 and len(batch) <= 4 for batch in batches
+    )
 
 
 def test_a_file_that_goes_bad_after_the_check_is_named(shapes):

@@ -27,14 +27,18 @@ def slow_confusion(predicted, classes, num_classes, ignore_index):
 def test_the_confusion_matrix_counts_every_pixel_with_a_class(ignore_index, generator):
     predicted, classes = generator.integers(0, 5, (2, 3, 20, 20))
     classes[generator.random(classes.shape) < 0.2] = ignore_index
-    matrix = confusion_matrix(torch.from_numpy(predicted), torch.from_numpy(classes), 5, ignore_index)
+    matrix = confusion_matrix(
+        torch.from_numpy(predicted), torch.from_numpy(classes), 5, ignore_index
+    )
     assert np.array_equal(matrix.numpy(), slow_confusion(predicted, classes, 5, ignore_index))
 
 
 def test_figures_equal_a_count_with_sets_of_pixels(generator):
     predicted, classes = generator.integers(0, 3, (2, 400))
     predicted[generator.random(400) < 0.5] = classes[0]
-    figures = segmentation_figures(torch.from_numpy(slow_confusion(predicted, classes, 3, 255)), ["a", "b", "c"])
+    figures = segmentation_figures(
+        torch.from_numpy(slow_confusion(predicted, classes, 3, 255)), ["a", "b", "c"]
+    )
     ious = []
     for number, name in enumerate("abc"):
         found, truth = (set(np.flatnonzero(numbers == number)) for numbers in (predicted, classes))
@@ -81,17 +85,24 @@ def test_sliding_averages_all_windows_that_hold_a_pixel():
     total, counts = torch.zeros(2, 2, 11, 9), torch.zeros(11, 9)
     for top in (0, 4, 5):
         for left in (0, 3):
-            total[..., top : top + 6, left : left + 6] += position_aware(images[..., top : top + 6, left : left + 6])
+            total[..., top : top + 6, left : left + 6] += position_aware(
+                images[..., top : top + 6, left : left + 6]
+            )
             counts[top : top + 6, left : left + 6] += 1
-    torch.testing.assert_close(sliding_logits(position_aware, images, window=6, stride=4), total / counts)
+    torch.testing.assert_close(
+        sliding_logits(position_aware, images, window=6, stride=4), total / counts
+    )
 
 
 @pytest.mark.parametrize("size", [(12, 12), (12, 7), (5, 5)])
 def test_a_window_that_covers_the_image_is_the_whole_image(size):
     images = torch.randn(2, 3, *size)
-    assert torch.equal(sliding_logits(position_aware, images, window=12, stride=8), position_aware(images))
     assert torch.equal(
-        predicted_classes(position_aware, images, "slide", 12), predicted_classes(position_aware, images, "whole", 12)
+        sliding_logits(position_aware, images, window=12, stride=8), position_aware(images)
+    )
+    assert torch.equal(
+        predicted_classes(position_aware, images, "slide", 12),
+        predicted_classes(position_aware, images, "whole", 12),
     )
 
 
@@ -120,5 +131,7 @@ def test_images_show_image_truth_and_prediction():
 
 
 def test_large_images_are_thinned_out():
-    image = comparison_plot(torch.ones(3, 50, 80), *torch.zeros(2, 50, 80, dtype=torch.long), 2, largest_side=40)
+    image = comparison_plot(
+        torch.ones(3, 50, 80), *torch.zeros(2, 50, 80, dtype=torch.long), 2, largest_side=40
+    )
     assert image.shape == (3, 25, 3 * 40 + 4)

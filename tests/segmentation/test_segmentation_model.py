@@ -37,7 +37,9 @@ def model_of(backbone, decoder, freeze_backbone=False, num_classes=3):
         pytest.importorskip("segmentation_models_pytorch")
     net = build_backbone(**BACKBONES[backbone])
     channels = 128 if decoder in PYRAMID_DECODERS else None
-    return SegmentationModel(net, build_decoder(decoder, net, num_classes, channels), freeze_backbone)
+    return SegmentationModel(
+        net, build_decoder(decoder, net, num_classes, channels), freeze_backbone
+    )
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -91,15 +93,24 @@ def test_the_linear_decoder_takes_maps_of_one_stride_as_they_are():
 
 def test_maps_of_one_stride_become_a_pyramid_of_the_same_places():
     height, width = 6, 8
-    rows = torch.arange(height).view(1, 1, -1, 1).expand(1, 1, height, width) + 0.5  # centres, in cells
+    rows = (
+        torch.arange(height).view(1, 1, -1, 1).expand(1, 1, height, width) + 0.5
+    )  # centres, in cells
     pyramid = pyramid_of([rows] * 4)
     assert [tuple(x.shape[2:]) for x in pyramid] == [(24, 32), (12, 16), (6, 8), (3, 4)]
     for x, cells in zip(pyramid, (1 / 4, 1 / 2, 1, 2), strict=True):
         centres = (torch.arange(x.shape[2]) + 0.5) * cells
         inner = (centres > 0.5) & (centres < height - 0.5)  # the rims repeat the outermost cell
         torch.testing.assert_close(x[0, 0, inner, 0], centres[inner])
-    assert [tuple(x.shape[2:]) for x in pyramid_of([torch.ones(1, 1, 5, 1)] * 4)] == [(20, 4), (10, 2), (5, 1), (3, 1)]
-    assert (pyramid_of([torch.ones(1, 1, 5, 1)] * 4)[-1] == 1).all()  # half a cell is averaged over what there is
+    assert [tuple(x.shape[2:]) for x in pyramid_of([torch.ones(1, 1, 5, 1)] * 4)] == [
+        (20, 4),
+        (10, 2),
+        (5, 1),
+        (3, 1),
+    ]
+    assert (
+        pyramid_of([torch.ones(1, 1, 5, 1)] * 4)[-1] == 1
+    ).all()  # half a cell is averaged over what there is
 
 
 @pytest.mark.parametrize("is_told_to_train", [False, True])
@@ -113,12 +124,16 @@ def test_a_frozen_backbone_gets_no_gradient_and_stays_in_eval_mode(is_told_to_tr
     assert all(layer.training for layer in model.decoder.modules())
     assert all(parameter.grad is None for parameter in model.backbone.parameters())
     assert all(parameter.grad is not None for parameter in model.decoder.parameters())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.backbone.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in model.backbone.state_dict().items()
+    )
 
 
 def test_a_frozen_backbone_drops_no_blocks():
     net = build_backbone("swin_tiny_patch2", window_size=4, stochastic_depth=0.9)
-    model = SegmentationModel(net, build_decoder("linear", net, num_classes=3), freeze_backbone=True)
+    model = SegmentationModel(
+        net, build_decoder("linear", net, num_classes=3), freeze_backbone=True
+    )
     images = torch.randn(2, 3, 32, 32)
     with evaluating(model):
         expected = model.backbone.feature_maps(images)
@@ -162,7 +177,9 @@ def depths_by_name(backbone):
 
 
 def test_depths_of_swin_count_blocks_from_the_top():
-    backbone = build_backbone("swin_v2_tiny_patch2", window_size=4)  # two blocks in each of four stages
+    backbone = build_backbone(
+        "swin_v2_tiny_patch2", window_size=4
+    )  # two blocks in each of four stages
     depths = depths_by_name(backbone)
     assert depths["features.0.0.weight"] == 9
     assert (depths["features.1.0.mlp.0.weight"], depths["features.1.1.norm1.bias"]) == (8, 7)
@@ -187,7 +204,9 @@ def test_depths_of_vit_count_blocks_from_the_top():
 
 
 def test_layers_without_order_are_named():
-    with pytest.raises(InputError, match=r"optimizer.layer_decay: the layers of Linear are not known; set it to 1"):
+    with pytest.raises(
+        InputError, match=r"optimizer.layer_decay: the layers of Linear are not known; set it to 1"
+    ):
         depths_from_the_top(torch.nn.Linear(1, 1))
 
 
@@ -196,9 +215,13 @@ def test_every_parameter_has_its_layers_rate_and_weight_decay_spares_what_it_sho
     optimizer = build_layered_optimizer(
         model, depths_from_the_top(model.backbone), lr=0.1, weight_decay=0.5, layer_decay=0.8
     )
-    settings = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    settings = {
+        parameter: group for group in optimizer.param_groups for parameter in group["params"]
+    }
     names = dict(model.named_parameters())
-    assert len(settings) == len(names) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert (
+        len(settings) == len(names) == sum(len(group["params"]) for group in optimizer.param_groups)
+    )
 
     def of(name):
         group = settings[names[name]]
@@ -227,7 +250,9 @@ def test_the_rate_follows_its_formulas():
     assert fine_tuning_lr_at(60, 110, **settings) == pytest.approx(0.2 * 0.5**0.9)
     assert fine_tuning_lr_at(110, 110, **settings) == 0.0
     cosine = settings | {"schedule": "cosine"}
-    assert fine_tuning_lr_at(35, 110, **cosine) == pytest.approx(0.2 * (1 + math.cos(math.pi / 4)) / 2)
+    assert fine_tuning_lr_at(35, 110, **cosine) == pytest.approx(
+        0.2 * (1 + math.cos(math.pi / 4)) / 2
+    )
     by_length = settings | {"warmup_steps": None}
     assert fine_tuning_lr_at(1, 40, **by_length) == pytest.approx(0.1)  # a twentieth: two steps
     assert fine_tuning_lr_at(750, 10**6, **by_length) == pytest.approx(0.1)  # at most 1,500

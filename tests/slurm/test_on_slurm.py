@@ -20,7 +20,11 @@ from tests.conftest import REPOSITORY, run_program
 pytestmark = pytest.mark.slurm
 
 ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"},
+    **{
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("SLURM_") or name == "SLURM_CONF"
+    },
     "PYTHONPATH": str(REPOSITORY),
     "OMP_NUM_THREADS": "1",
     "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
@@ -43,21 +47,28 @@ LONG = [
 def cluster():
     """The SLURM that `local_slurm.sh` has started, whose jobs are ours, or any if MOCO_TEST_SLURM=required."""
     required = os.environ.get("MOCO_TEST_SLURM") == "required"
-    is_there = shutil.which("scontrol") and b"ClusterName" in slurm("scontrol", "show", "config", check=False).encode()
+    is_there = (
+        shutil.which("scontrol")
+        and b"ClusterName" in slurm("scontrol", "show", "config", check=False).encode()
+    )
     if not is_there and required:
         pytest.fail("MOCO_TEST_SLURM=required, and there is no SLURM")
     if not is_there:
         pytest.skip("there is no SLURM here; tests/slurm/local_slurm.sh starts one")
     is_own = "moco-test" in slurm("scontrol", "show", "config")
     if not required and not is_own:
-        pytest.skip("this SLURM is not the tests' own; MOCO_TEST_SLURM=required uses it all the same")
+        pytest.skip(
+            "this SLURM is not the tests' own; MOCO_TEST_SLURM=required uses it all the same"
+        )
     yield
     for name in ("moco", "train") if is_own else ():  # elsewhere a user may have jobs of such names
         slurm("scancel", "--quiet", "--me", f"--name={name}", check=False)
 
 
 def slurm(*command, check=True, cwd=None):
-    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
     return done.stdout
 
@@ -72,11 +83,15 @@ def wait_for(what, condition, seconds=90):
 
 
 def state_of(job):
-    return slurm("squeue", "--noheader", "--array", f"--jobs={job}", "--format=%T", check=False).strip()
+    return slurm(
+        "squeue", "--noheader", "--array", f"--jobs={job}", "--format=%T", check=False
+    ).strip()
 
 
 def epochs_in(log):
-    return len(re.findall(r"^epoch +\d+/", log.read_text(), flags=re.MULTILINE)) if log.exists() else 0
+    return (
+        len(re.findall(r"^epoch +\d+/", log.read_text(), flags=re.MULTILINE)) if log.exists() else 0
+    )
 
 
 def started_now(job):
@@ -144,7 +159,15 @@ def submit_and_preempt(cwd):
 def submit(cwd, *arguments, options=()):
     """The id of a job of the sbatch script, with its log in ``cwd/log``."""
     script = REPOSITORY / "scripts" / "slurm" / "train.sbatch"
-    command = ("sbatch", "--parsable", "--cpus-per-task=1", "--output=log", *options, str(script), *arguments)
+    command = (
+        "sbatch",
+        "--parsable",
+        "--cpus-per-task=1",
+        "--output=log",
+        *options,
+        str(script),
+        *arguments,
+    )
     return slurm(*command, cwd=cwd).strip()
 
 
@@ -152,7 +175,10 @@ def test_preempted_jobs_end_in_the_same_bits(preempted):
     cwd, (job, _), _ = preempted
     undisturbed = last(cwd / "sweep" / "data.num_workers-0")
     assert undisturbed["global_step"] == EPOCHS * EPOCH
-    for folder in (cwd / "sweep" / "data.num_workers-1", cwd / "runs" / "quickstart" / f"slurm-{job}"):
+    for folder in (
+        cwd / "sweep" / "data.num_workers-1",
+        cwd / "runs" / "quickstart" / f"slurm-{job}",
+    ):
         disturbed = last(folder)
         assert disturbed["global_step"] == EPOCHS * EPOCH
         assert "queue.keys" in disturbed["state_dict"]
@@ -161,7 +187,9 @@ def test_preempted_jobs_end_in_the_same_bits(preempted):
         states = (end["optimizer_states"][0]["state"].values() for end in (undisturbed, disturbed))
         for one, other in zip(*states, strict=True):
             assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
-        assert torch.equal(undisturbed["random_states"][0]["torch"], disturbed["random_states"][0]["torch"])
+        assert torch.equal(
+            undisturbed["random_states"][0]["torch"], disturbed["random_states"][0]["torch"]
+        )
         for key in ("knn/top1", "train/loss"):
             assert undisturbed["figures"][key] == disturbed["figures"][key]
 
@@ -173,24 +201,39 @@ def test_each_preemption_met_an_epoch_in_its_middle_and_was_followed_by_one_requ
     assert "Restarts=3" in slurm("scontrol", "show", "job", folder.name)
     logs = {"sbatch": log, "launcher": (folder / f"{folder.name}_0_log.out").read_text()}
     for text in logs.values():
-        steps = [int(step) for step in re.findall(r"^interrupted: in epoch \d+, step (\d+)", text, flags=re.MULTILINE)]
+        steps = [
+            int(step)
+            for step in re.findall(
+                r"^interrupted: in epoch \d+, step (\d+)", text, flags=re.MULTILINE
+            )
+        ]
         assert len(steps) == 3
         assert all(step % EPOCH for step in steps)
-        assert text.count("; the job is queued again") == 2  # by us or submitit; the third time by scontrol requeue
+        assert (
+            text.count("; the job is queued again") == 2
+        )  # by us or submitit; the third time by scontrol requeue
 
 
 def test_curves_go_on_in_one_line(preempted):
     cwd, (job, _), _ = preempted
-    for folder in (cwd / "sweep" / "data.num_workers-1", cwd / "runs" / "quickstart" / f"slurm-{job}"):
+    for folder in (
+        cwd / "sweep" / "data.num_workers-1",
+        cwd / "runs" / "quickstart" / f"slurm-{job}",
+    ):
         events = EventAccumulator(str(folder))
         events.Reload()
-        assert [event.step for event in events.Scalars("train/loss")] == list(range(1, EPOCHS * EPOCH + 1))
+        assert [event.step for event in events.Scalars("train/loss")] == list(
+            range(1, EPOCHS * EPOCH + 1)
+        )
 
 
 def test_the_waiting_command_outlives_preemptions(preempted):
     _, _, (code, output, error) = preempted
     assert (code, error) == (0, "")
-    assert re.findall(r"job \d+_(\d), data.num_workers-(\d): finished", output) == [("0", "0"), ("1", "1")]
+    assert re.findall(r"job \d+_(\d), data.num_workers-(\d): finished", output) == [
+        ("0", "0"),
+        ("1", "1"),
+    ]
 
 
 def test_a_sweep_tells_of_every_job_and_its_table_shows_them(tmp_path):
@@ -205,7 +248,9 @@ def test_a_sweep_tells_of_every_job_and_its_table_shows_them(tmp_path):
         done.stderr,
     )
     (sweep,) = (tmp_path / "runs" / "sweep").iterdir()
-    assert sweep.name == "evaluation.baselines-False__experiment-quickstart__method.temperature__seed"
+    assert (
+        sweep.name == "evaluation.baselines-False__experiment-quickstart__method.temperature__seed"
+    )
     table = run_program("moco.sweep", str(sweep), "--csv", "table.csv", cwd=tmp_path, **ENVIRONMENT)
     assert table.returncode == 0, table.stderr
     assert [line.split()[:3] for line in table.stdout.splitlines()] == [
@@ -227,14 +272,18 @@ def test_a_sweep_tells_of_every_job_and_its_table_shows_them(tmp_path):
 
 def test_a_job_that_is_cancelled_is_told_of_with_its_signals_code(tmp_path):
     with waiting_sweep(tmp_path, *LONG, "trainer.max_epochs=500", "seed=0") as sweep:
-        (pickle,) = wait_for("the job", lambda: list((tmp_path / "sweep" / ".submitit").glob("*/*_submitted.pkl")))
+        (pickle,) = wait_for(
+            "the job", lambda: list((tmp_path / "sweep" / ".submitit").glob("*/*_submitted.pkl"))
+        )
         folder = pickle.parent
         log = folder / f"{folder.name}_0_log.out"
         wait_for("an epoch", lambda: epochs_in(log) > 0)
         slurm("scancel", folder.name)
         _, error = sweep.communicate(timeout=240)
         assert sweep.returncode == 143, error
-        assert re.fullmatch(rf"job {folder.name}, job: interrupted: in epoch \d+, step \d+; saved .*\n", error)
+        assert re.fullmatch(
+            rf"job {folder.name}, job: interrupted: in epoch \d+, step \d+; saved .*\n", error
+        )
 
 
 TOGETHER = [*LONG, "trainer.max_epochs=3", "evaluation.every_n_epochs=3"]
@@ -252,11 +301,15 @@ def check_preempted_once(job, log, folder):
 def test_the_tasks_of_a_job_stop_at_one_step_and_the_first_requeues(tmp_path):
     job = submit(tmp_path, *TOGETHER, options=["--ntasks-per-node=2"])
     preempt(job, tmp_path / "log", [("scancel", "--signal=USR1")])
-    check_preempted_once(job, (tmp_path / "log").read_text(), tmp_path / "runs" / "quickstart" / f"slurm-{job}")
+    check_preempted_once(
+        job, (tmp_path / "log").read_text(), tmp_path / "runs" / "quickstart" / f"slurm-{job}"
+    )
 
 
 def test_two_nodes_train_together_by_sbatch_and_by_the_launcher_to_the_same_bits(tmp_path):
-    assert len(slurm("sinfo", "--noheader", "--Node").splitlines()) > 1, "this SLURM has one node only"
+    assert len(slurm("sinfo", "--noheader", "--Node").splitlines()) > 1, (
+        "this SLURM has one node only"
+    )
     job = submit(tmp_path, *TOGETHER, options=["--nodes=2"])
     assert "NumNodes=2" in slurm("scontrol", "show", "job", job)
     preempt(job, tmp_path / "log", [("scancel", "--signal=USR1")])
@@ -274,4 +327,6 @@ def test_two_nodes_train_together_by_sbatch_and_by_the_launcher_to_the_same_bits
     by_launcher = tmp_path / "sweep" / "job"
     check_preempted_once(job, log.read_text(), by_launcher)
     one, other = last(by_sbatch), last(by_launcher)
-    assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
+    assert all(
+        torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items()
+    )

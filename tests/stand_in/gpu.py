@@ -67,8 +67,12 @@ class StandInGPU(TorchDispatchMode):
         with contextlib.suppress(RuntimeError):  # once in a process
             # Autograd's engine then asks no driver for streams.
             backend_registration._setup_privateuseone_for_python_backend("standin")
-        self.patches.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU first
+        self.patches.callback(
+            torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors()
+        )
+        torch._C._set_only_lift_cpu_tensors(
+            True
+        )  # torch.tensor(..., device="cuda") is made on the CPU first
         for target, name, value in [*self.cuda(), *self.internals()]:
             self.patches.enter_context(mock.patch.object(target, name, value))
         return super().__enter__()
@@ -103,9 +107,17 @@ class StandInGPU(TorchDispatchMode):
         yield torch.cuda, "synchronize", lambda *_: self.note("synchronize")
         yield torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda")
         yield torch.Tensor, "pin_memory", lambda tensor, *_: tensor
-        yield torch.nn.Module, "cpu", lambda module: module  # weights without numbers stay where they are
+        yield (
+            torch.nn.Module,
+            "cpu",
+            lambda module: module,
+        )  # weights without numbers stay where they are
         save = torch.save
-        yield torch, "save", lambda content, *more, **options: save(with_zeros(content), *more, **options)
+        yield (
+            torch,
+            "save",
+            lambda content, *more, **options: save(with_zeros(content), *more, **options),
+        )
 
     def internals(self) -> Iterator[tuple[object, str, object]]:
         """What makes autograd's engine and fake tensors do without a driver."""
@@ -140,7 +152,10 @@ class StandInGPU(TorchDispatchMode):
         self.waits.append(Wait(what, where))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        in_engine, self.in_engine = self.in_engine, False  # what kernels ask is not the engine's question
+        in_engine, self.in_engine = (
+            self.in_engine,
+            False,
+        )  # what kernels ask is not the engine's question
         try:
             return self.compute(function, args, dict(kwargs or {}), in_engine)
         finally:
@@ -155,7 +170,11 @@ class StandInGPU(TorchDispatchMode):
             return torch.device("meta") if in_engine else args[0].fake_device
         if in_engine and str(kwargs.get("device")) == "meta":
             kwargs["device"] = GPU
-        tensors = [leaf for leaf in _pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, torch.Tensor)]
+        tensors = [
+            leaf
+            for leaf in _pytree.arg_tree_leaves(*args, **kwargs)
+            if isinstance(leaf, torch.Tensor)
+        ]
         given = kwargs.get("device")
         target = None if given is None else torch.device(given).type
         if target != "cuda" and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
@@ -182,7 +201,11 @@ class StandInGPU(TorchDispatchMode):
             if is_blocking:
                 self.note("copy_ between devices")
             return args[0]
-        if name.startswith(("index", "_index_put")) and len(args) > 1 and isinstance(args[1], (list, tuple)):
+        if (
+            name.startswith(("index", "_index_put"))
+            and len(args) > 1
+            and isinstance(args[1], (list, tuple))
+        ):
             indices = [index for index in args[1] if index is not None]
             if any(index.dtype is torch.bool for index in indices):
                 self.note("index that is a mask")
@@ -203,10 +226,14 @@ def number_for(tensor):
     """A number that a healthy run might read: whether all is finite is answered with yes, and any other question with no."""
     if tensor.dtype is torch.bool:
         frames = traceback.extract_stack()
-        return any(".isfinite()" in (frame.line or "") and "~" not in frame.line for frame in frames[-14:])
+        return any(
+            ".isfinite()" in (frame.line or "") and "~" not in frame.line for frame in frames[-14:]
+        )
     return 0.5 if tensor.is_floating_point() else 1
 
 
 def with_zeros(content):
     """The same content with zeros on the CPU for tensors without numbers."""
-    return _pytree.tree_map_only(FakeTensor, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), content)
+    return _pytree.tree_map_only(
+        FakeTensor, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), content
+    )

@@ -39,7 +39,11 @@ METHODS = {
     "moco_v1": [],
     "moco_v2": [],
     "moco_v2_plus": [],
-    "moco_v3": ["method.queue_size=null", "method.projector.hidden_dim=32", "method.predictor.hidden_dim=32"],
+    "moco_v3": [
+        "method.queue_size=null",
+        "method.projector.hidden_dim=32",
+        "method.predictor.hidden_dim=32",
+    ],
     "moby": ["method.projector.hidden_dim=32", "method.predictor.hidden_dim=32"],
     # With BatchNorm in the head keys are shuffled, and with a Swin or ViT their cells have strides of their own.
     "densecl": ["method.dense_grid=2", "method.projector.hidden_batch_norm=true"],
@@ -122,7 +126,9 @@ def evaluated(gpu, folder, overrides, name):
     only_knn = {"images": False} if name == "knn" else {}
     measured = EvaluationConfig(name=name, **only_knn)
     path = str(folder / "run" / "checkpoints" / "last.ckpt")
-    evaluate.run(EvaluateConfig(path, EvaluateDataConfig(), measured, "cuda"), folder / "evaluation")
+    evaluate.run(
+        EvaluateConfig(path, EvaluateDataConfig(), measured, "cuda"), folder / "evaluation"
+    )
 
 
 def segmented(gpu, folder, overrides):
@@ -132,7 +138,10 @@ def segmented(gpu, folder, overrides):
         "image_size=32", "decoder=linear", "data.batch_size=8", "data.num_workers=0", "evaluation.batch_size=8",
         "trainer.accelerator=cuda", "trainer.max_epochs=1", "checkpoint=null",
     ]  # fmt: skip
-    segment.run(composed("segment", SegmentConfig, *small, f"data.root={root}", *overrides), folder / "segment")
+    segment.run(
+        composed("segment", SegmentConfig, *small, f"data.root={root}", *overrides),
+        folder / "segment",
+    )
 
 
 def on_gpu(folder, overrides):
@@ -168,13 +177,17 @@ def with_fault(gpu, folder, fault):
 
 
 FAULTS: dict[str, Callable] = {
-    "a tensor that is no buffer": lambda query, negatives: (query + torch.ones(query.shape[1])).sum(),
+    "a tensor that is no buffer": lambda query, negatives: (
+        query + torch.ones(query.shape[1])
+    ).sum(),
     "a number that is read": lambda query, negatives: query.sum().item(),
     "a tensor made on the host": lambda query, negatives: query.mul(torch.rand(query.shape)).sum(),
     "a mask as index": lambda query, negatives: query[query[:, 0] > 0].sum(),
     "a blocking copy": lambda query, negatives: torch.ones(3).to(query.device).sum(),
     "an index on the host": lambda query, negatives: query[torch.tensor([0, 1])].sum(),
-    "a copy to the host": lambda query, negatives: query.detach().cpu().sum().to(query.device, non_blocking=True),
+    "a copy to the host": lambda query, negatives: (
+        query.detach().cpu().sum().to(query.device, non_blocking=True)
+    ),
     "two types in a product": lambda query, negatives: (query @ negatives.double().T).sum(),
 }
 
@@ -213,7 +226,9 @@ def stand_in_collective(call, output, *inputs, **options):
     """Fill nothing, but hold a collective's tensors to what NCCL and gloo ask for."""
     device = "cuda" if options.get("group") is None else "cpu"  # the groups of their own are gloo's
     for tensor in (output, *inputs):
-        assert tensor.is_contiguous(), f"{call}: tensors must be contiguous, got strides {tensor.stride()}"
+        assert tensor.is_contiguous(), (
+            f"{call}: tensors must be contiguous, got strides {tensor.stride()}"
+        )
         assert tensor.device.type == device, f"{call}: {tensor.device}, expected {device}"
     if call == "all_to_all_single":
         assert sum(options["input_split_sizes"]) == len(inputs[0])
@@ -225,7 +240,9 @@ def stand_in_collective(call, output, *inputs, **options):
 def one_of_two(gpu, folder, overrides, mode):
     """Two training steps as the second of two GPUs takes them; returns the waits in the second one."""
     method, batch, config = on_gpu(folder, overrides)
-    method.put_in_force(batch_norm_mode(mode, method.key_encoder, 2, "cuda", config.method.negatives))
+    method.put_in_force(
+        batch_norm_mode(mode, method.key_encoder, 2, "cuda", config.method.negatives)
+    )
     names = ("all_gather_into_tensor", "all_to_all_single", "broadcast")
     with contextlib.ExitStack() as patches:
         for module in (distributed, method_module):
@@ -233,7 +250,9 @@ def one_of_two(gpu, folder, overrides, mode):
         patches.enter_context(mock.patch.object(distributed, "world_size", return_value=2))
         patches.enter_context(mock.patch.object(distributed, "_steps", "gloo"))
         for name in names:
-            call = lambda *tensors, name=name, **options: stand_in_collective(name, *tensors, **options)  # noqa: E731
+            call = lambda *tensors, name=name, **options: stand_in_collective(
+                name, *tensors, **options
+            )
             patches.enter_context(mock.patch.object(distributed.dist, name, call))
         return waits_of_second_step(gpu, method, batch)
 
@@ -248,17 +267,28 @@ def cases():
                 overrides = [*chosen, *backbone, f"trainer.precision={precision}"]
                 found[f"training: {method}, {family}, {precision}"] = (trained, overrides)
             for mode in ("auto", "shuffle", "plain"):
-                found[f"one of two: {method}, {family}, {mode}"] = (one_of_two, [*chosen, *backbone], mode)
+                found[f"one of two: {method}, {family}, {mode}"] = (
+                    one_of_two,
+                    [*chosen, *backbone],
+                    mode,
+                )
     for family, backbone in FAMILIES.items():
         for switch, settings in SWITCHES.items():
-            if family != "resnet" and switch in ("channels_last", "plain BatchNorm", "shuffled BatchNorm"):
+            if family != "resnet" and switch in (
+                "channels_last",
+                "plain BatchNorm",
+                "shuffled BatchNorm",
+            ):
                 continue
             found[f"switch: {family}, {switch}"] = (trained, [*backbone, *settings])
         found[f"evaluate: {family}"] = (evaluated, backbone, "knn")
         found[f"segment: {family}"] = (segmented, backbone)
     found["evaluate linear: vit"] = (evaluated, FAMILIES["vit"], "linear")
     for optimizer in ("sgd", "adamw", "lars"):
-        found[f"biases: {optimizer}"] = (with_fresh_biases, [f"optimizer={optimizer}", "optimizer.warmup_epochs=0"])
+        found[f"biases: {optimizer}"] = (
+            with_fresh_biases,
+            [f"optimizer={optimizer}", "optimizer.warmup_epochs=0"],
+        )
     for fault, function in FAULTS.items():
         found[f"fault: {fault}"] = (with_fault, function)
     # On several GPUs auto means SyncBatchNorm for negatives of the batch, which the stand-in cannot show.
@@ -281,7 +311,11 @@ def run_case(case, folder):
             error = f"{type(caught).__name__}: {caught}"
             traceback.print_exc()
     found = [f"{wait.what} in {wait.where}" for wait in waits]
-    return {"seconds": round(time.perf_counter() - started, 2), "error": error, "waits": sorted(set(found))}
+    return {
+        "seconds": round(time.perf_counter() - started, 2),
+        "error": error,
+        "waits": sorted(set(found)),
+    }
 
 
 def main():

@@ -36,7 +36,10 @@ def on_two(work, *arguments):
 def connected(work, arguments, stop):
     torch.set_num_threads(1)
     environment = distributed.environment_of(2, 1)
-    with distributed.lost_peers_named(), distributed.process_group(environment, "gloo", timeout_minutes=1):
+    with (
+        distributed.lost_peers_named(),
+        distributed.process_group(environment, "gloo", timeout_minutes=1),
+    ):
         work(distributed.rank(), *arguments)
 
 
@@ -44,7 +47,9 @@ def exchange(rank):
     torch.manual_seed(rank)
     own = torch.arange(4.0)[:, None] + 10 * rank  # rank 0: 0 to 3, rank 1: 10 to 13
     assert all_gather(own)[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
-    maps = torch.arange(24.0).view(2, 3, 4).transpose(1, 2) + 100 * rank  # not contiguous, as cells of a map are
+    maps = (
+        torch.arange(24.0).view(2, 3, 4).transpose(1, 2) + 100 * rank
+    )  # not contiguous, as cells of a map are
     assert torch.equal(all_gather(maps)[2 * rank : 2 * rank + 2], maps)
     foreign = 0
     for _ in range(20):
@@ -102,7 +107,9 @@ def normalise_keys(rank):
     shuffle = Shuffle(len(own), own.device)
     normalised = shuffle.unshuffled(nn.BatchNorm2d(3, dtype=torch.float64)(shuffle.shuffled(own)))
     expected = torch.empty_like(everything)
-    for places in shuffle.order.chunk(2):  # what each rank normalises together, computed here by hand
+    for places in shuffle.order.chunk(
+        2
+    ):  # what each rank normalises together, computed here by hand
         together = everything[places]
         mean, variance = together.mean(dim=(0, 2, 3)), together.var(dim=(0, 2, 3), unbiased=False)
         expected[places] = (together - mean.view(3, 1, 1)) / (variance.view(3, 1, 1) + 1e-5).sqrt()
@@ -137,7 +144,11 @@ def end_rank_one(rank):
     ("work", "kind", "message"),
     [
         (fail_on_rank_one, InputError, "^a bad image$"),
-        (end_rank_one, RunError, r"rank 1 of 2 \(process \d+\) was killed by SIGKILL: .*there is no checkpoint yet"),
+        (
+            end_rank_one,
+            RunError,
+            r"rank 1 of 2 \(process \d+\) was killed by SIGKILL: .*there is no checkpoint yet",
+        ),
     ],
 )
 def test_the_process_that_failed_first_says_why_the_training_ended(work, kind, message):
@@ -227,7 +238,9 @@ def dump_after_training(config, folder, stop):
 
 def trained(runner, folder, steps, devices, *overrides):
     """The final state of every rank; its figures are in the folder."""
-    config = runner.config(*LAYER_NORM, f"trainer.max_steps={steps}", f"trainer.devices={devices}", *overrides)
+    config = runner.config(
+        *LAYER_NORM, f"trainer.max_steps={steps}", f"trainer.devices={devices}", *overrides
+    )
     with StopRequest() as stop:
         run_on_devices(dump_after_training, (config, folder), devices, stop, NO_CHECKPOINT)
     return [torch.load(folder.parent / f"{folder.name}_rank{rank}.pt") for rank in range(devices)]
@@ -235,7 +248,9 @@ def trained(runner, folder, steps, devices, *overrides):
 
 def largest_difference(one, other):
     assert one.keys() == other.keys()
-    return max(float((value.double() - other[name].double()).abs().max()) for name, value in one.items())
+    return max(
+        float((value.double() - other[name].double()).abs().max()) for name, value in one.items()
+    )
 
 
 def test_two_processes_end_where_one_does_and_may_change_in_number(runner, tmp_path):
@@ -245,22 +260,32 @@ def test_two_processes_end_where_one_does_and_may_change_in_number(runner, tmp_p
     for name in ("queue.keys", "queue.pointer", "queue.filled"):
         assert torch.equal(together[0][name], together[1][name]), name
     assert largest_difference(together[0], together[1]) == 0
-    figures = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("alone", "together")]
-    assert figures[0]["knn/top1"] == pytest.approx(figures[1]["knn/top1"], abs=0.01)  # the search of 360 queries
+    figures = [
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("alone", "together")
+    ]
+    assert figures[0]["knn/top1"] == pytest.approx(
+        figures[1]["knn/top1"], abs=0.01
+    )  # the search of 360 queries
     assert figures[0]["train/loss"] == pytest.approx(figures[1]["train/loss"], abs=1e-5)
 
     trained(runner, tmp_path / "changing", 7, 2)
     trained(runner, tmp_path / "changing", 13, 1)
     changing = trained(runner, tmp_path / "changing", 20, 2)
     assert largest_difference(alone, changing[0]) < 1e-5
-    states = torch.load(tmp_path / "changing" / "checkpoints" / "last.ckpt", weights_only=True)["random_states"]
+    states = torch.load(tmp_path / "changing" / "checkpoints" / "last.ckpt", weights_only=True)[
+        "random_states"
+    ]
     assert len(states) == 2
     assert not torch.equal(states[0]["torch"], states[1]["torch"])
 
 
 def children_of(pid):
     tasks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in tasks if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [
+        int(child)
+        for child in tasks
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 @pytest.fixture
@@ -309,11 +334,15 @@ def test_a_launcher_that_started_another_number_of_processes_is_refused(monkeypa
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(
-        InputError, match=r"torchrun started 4 processes, but trainer\.devices=2 on trainer\.num_nodes=1 need 2"
+        InputError,
+        match=r"torchrun started 4 processes, but trainer\.devices=2 on trainer\.num_nodes=1 need 2",
     ):
         distributed.environment_of(2, 1)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    with pytest.raises(InputError, match=r"trainer\.num_nodes=2: start one process per device with srun or torchrun"):
+    with pytest.raises(
+        InputError,
+        match=r"trainer\.num_nodes=2: start one process per device with srun or torchrun",
+    ):
         distributed.environment_of(2, 2)
 
 

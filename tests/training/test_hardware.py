@@ -41,7 +41,9 @@ PLAIN = ["method.batch_norm=plain", "method.queue_start=random", "optimizer.lr=0
         ({"neon": True, "bf16": False}, "32-true"),
     ],
 )
-def test_the_precision_of_a_cpu_is_decided_by_the_instructions_that_it_reports(reported, expected, monkeypatch):
+def test_the_precision_of_a_cpu_is_decided_by_the_instructions_that_it_reports(
+    reported, expected, monkeypatch
+):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: reported)
     assert choose_precision("auto", CPU) == expected
     assert choose_precision("16-mixed", CPU) == "16-mixed"
@@ -55,18 +57,25 @@ def two_gpus(monkeypatch):
 
 def test_more_gpus_than_there_are_is_one_line(two_gpus):
     assert choose_device("auto", 2).type == "cuda"
-    with pytest.raises(InputError, match=r"^trainer\.devices=3: only 2 GPUs can be used on this machine$"):
+    with pytest.raises(
+        InputError, match=r"^trainer\.devices=3: only 2 GPUs can be used on this machine$"
+    ):
         choose_device("gpu", 3)
     assert choose_device("cpu", 3).type == "cpu"
 
 
 def test_apples_gpus_are_refused_in_one_line_and_never_chosen(monkeypatch, runner, tmp_path):
     with pytest.raises(
-        InputError, match=r"^accelerator=mps: Apple's GPUs are not supported, since they have no float64"
+        InputError,
+        match=r"^accelerator=mps: Apple's GPUs are not supported, since they have no float64",
     ):
         choose_device("mps")
-    monkeypatch.setattr("lightning_fabric.accelerators.mps.MPSAccelerator.is_available", lambda: True)
-    monkeypatch.setattr("pytorch_lightning.accelerators.mps.MPSAccelerator.is_available", lambda: True)
+    monkeypatch.setattr(
+        "lightning_fabric.accelerators.mps.MPSAccelerator.is_available", lambda: True
+    )
+    monkeypatch.setattr(
+        "pytorch_lightning.accelerators.mps.MPSAccelerator.is_available", lambda: True
+    )
     settings = dataclasses.asdict(runner.config("trainer.accelerator=auto").trainer)
     assert build_trainer(settings, tmp_path, []).strategy.root_device.type == "cpu"
 
@@ -111,7 +120,9 @@ class Maps(pl.Callback):
     def on_train_start(self, trainer, pl_module):
         for encoder in (pl_module.query_encoder, pl_module.key_encoder):
             encoder.backbone.layer4.register_forward_hook(
-                lambda module, inputs, output: self.seen.append(output.is_contiguous(memory_format=torch.channels_last))
+                lambda module, inputs, output: self.seen.append(
+                    output.is_contiguous(memory_format=torch.channels_last)
+                )
             )
 
 
@@ -122,9 +133,13 @@ def double(monkeypatch):
     monkeypatch.setattr("moco.training.trainer.choose_precision", lambda *_: "64-true")
 
 
-def test_channels_last_goes_through_both_encoders_and_changes_the_losses_by_rounding_only(runner, double):
+def test_channels_last_goes_through_both_encoders_and_changes_the_losses_by_rounding_only(
+    runner, double
+):
     maps, losses = Maps(), [Losses(), Losses()]
-    config = runner.config(*PLAIN, "data.image_size=32")  # where the last maps have more than one cell
+    config = runner.config(
+        *PLAIN, "data.image_size=32"
+    )  # where the last maps have more than one cell
     fit = HardwareFit(CPU, "64-true", "auto", False)
     method = runner.fit(config, [fit, maps, losses[0]], precision="64-true")
     runner.fit(config, [losses[1]], precision="64-true")
@@ -136,7 +151,12 @@ def test_channels_last_goes_through_both_encoders_and_changes_the_losses_by_roun
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_split_batch_norm_has_the_same_groups_in_either_layout(symmetric, runner, double):
     losses = [Losses(), Losses()]
-    split = ["method.batch_norm=split", "data.image_size=32", f"method.symmetric={symmetric}", *PLAIN[1:]]
+    split = [
+        "method.batch_norm=split",
+        "data.image_size=32",
+        f"method.symmetric={symmetric}",
+        *PLAIN[1:],
+    ]
     config = runner.config(*split, "trainer.memory_format=auto")
     fit = HardwareFit(CPU, "64-true", "auto", False)
     method = runner.fit(config, [fit, losses[0]], precision="64-true")
@@ -156,12 +176,20 @@ def test_the_contiguous_layout_keeps_the_recorded_losses(runner):
 
 def test_the_log_says_in_one_line_how_the_run_computes(runner, caplog):
     caplog.set_level("INFO")
-    runner.fit(runner.config(*PLAIN, "trainer.max_steps=1"), [HardwareFit(CPU, "32-true", "auto", False)])
-    lines = [record.getMessage() for record in caplog.records if record.name == hardware_fit.__name__]
-    assert lines == ["device: CPU, 1 threads; precision: 32-true; memory format: channels_last; compiled: no"]
+    runner.fit(
+        runner.config(*PLAIN, "trainer.max_steps=1"), [HardwareFit(CPU, "32-true", "auto", False)]
+    )
+    lines = [
+        record.getMessage() for record in caplog.records if record.name == hardware_fit.__name__
+    ]
+    assert lines == [
+        "device: CPU, 1 threads; precision: 32-true; memory format: channels_last; compiled: no"
+    ]
 
 
-def test_a_resume_where_the_hardware_decides_otherwise_goes_on_and_says_so(runner, tmp_path, monkeypatch, caplog):
+def test_a_resume_where_the_hardware_decides_otherwise_goes_on_and_says_so(
+    runner, tmp_path, monkeypatch, caplog
+):
     from moco.train import run
 
     def config(max_steps):
@@ -172,7 +200,9 @@ def test_a_resume_where_the_hardware_decides_otherwise_goes_on_and_says_so(runne
             "data.batch_size=96",
             f"trainer.max_steps={max_steps}",
         ]
-        return runner.config(*PLAIN[:2], *settings, "trainer.memory_format=auto", "trainer.precision=32-true")
+        return runner.config(
+            *PLAIN[:2], *settings, "trainer.memory_format=auto", "trainer.precision=32-true"
+        )
 
     def decide(memory_format):
         monkeypatch.setattr(hardware_fit, "choose_memory_format", lambda *_: memory_format)
@@ -187,7 +217,10 @@ def test_a_resume_where_the_hardware_decides_otherwise_goes_on_and_says_so(runne
     assert "the run began" not in caplog.text
     decide("channels_last")
     run(config(6), tmp_path / "resumed")
-    assert "trainer.memory_format: the run began with 'contiguous' and goes on with 'channels_last'" in caplog.text
+    assert (
+        "trainer.memory_format: the run began with 'contiguous' and goes on with 'channels_last'"
+        in caplog.text
+    )
     resumed, straight = state("resumed"), state("straight")
     assert resumed["callbacks"]["HardwareFit"] == {
         "precision": "32-true", "memory_format": "contiguous", "compiled": "no",
@@ -212,7 +245,15 @@ def test_bf16_trains_on_a_cpu_with_the_loss_and_statistics_in_fp32(runner):
 class Waits(TorchDispatchMode):
     """Counts what makes the host wait for a device: reading a number, and shapes that depend on numbers."""
 
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2")
+    WAITING = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "is_nonzero",
+        "equal",
+        "unique",
+        "_unique2",
+    )
 
     def __init__(self):
         super().__init__()
@@ -249,11 +290,18 @@ class InSteps(pl.Callback):
     ids=["queue that fills up", "adamw, clipped", "symmetric, dense", "batch"],
 )
 def test_between_logged_steps_nothing_waits_for_the_device(settings, runner, monkeypatch):
-    monkeypatch.setattr("moco.runs.faults.is_decided_on_device", lambda optimizer, norm: True)  # as on a GPU
+    monkeypatch.setattr(
+        "moco.runs.faults.is_decided_on_device", lambda optimizer, norm: True
+    )  # as on a GPU
     config = runner.config("trainer.log_every_n_steps=3", "trainer.max_steps=4", *settings)
     with Waits() as waits:
         steps = InSteps(waits)
-        monitors = [TrainingMonitor({}, 3), BadSteps({}, 10, 3, lambda: ""), CollapseWatch(), LabelFreeMonitor(100)]
+        monitors = [
+            TrainingMonitor({}, 3),
+            BadSteps({}, 10, 3, lambda: ""),
+            CollapseWatch(),
+            LabelFreeMonitor(100),
+        ]
         runner.fit(config, [*monitors, steps])
     assert [bool(seen) for seen in steps.of_steps] == [False, False, True, False]
 
@@ -268,13 +316,21 @@ def test_cuda_itself_finds_no_wait_between_logged_steps(runner):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             torch.cuda.set_sync_debug_mode("default")
 
-    config = runner.config("trainer.accelerator=cuda", "trainer.log_every_n_steps=5", "trainer.max_steps=6")
-    runner.fit(config, [TrainingMonitor({}, 5), BadSteps({}, 10, 5, lambda: ""), CollapseWatch(), Strict()])
+    config = runner.config(
+        "trainer.accelerator=cuda", "trainer.log_every_n_steps=5", "trainer.max_steps=6"
+    )
+    runner.fit(
+        config, [TrainingMonitor({}, 5), BadSteps({}, 10, 5, lambda: ""), CollapseWatch(), Strict()]
+    )
 
 
-def test_without_a_compiler_the_nets_run_as_they_are_and_one_line_says_why(runner, monkeypatch, caplog):
+def test_without_a_compiler_the_nets_run_as_they_are_and_one_line_says_why(
+    runner, monkeypatch, caplog
+):
     def fail(*args, **kwargs):
-        raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no g++ here\nsecond line"), None)
+        raise torch._dynamo.exc.BackendCompilerFailed(
+            lambda: None, RuntimeError("no g++ here\nsecond line"), None
+        )
 
     caplog.set_level("INFO")
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: fail)
@@ -282,7 +338,9 @@ def test_without_a_compiler_the_nets_run_as_they_are_and_one_line_says_why(runne
     runner.fit(runner.config(*PLAIN), [HardwareFit(CPU, "32-true", "contiguous", True), losses])
     runner.fit(runner.config(*PLAIN), [expected])
     assert losses.values == expected.values
-    (line,) = [record.getMessage() for record in caplog.records if record.name == hardware_fit.__name__]
+    (line,) = [
+        record.getMessage() for record in caplog.records if record.name == hardware_fit.__name__
+    ]
     assert line.count("\n") == 0
     assert "; compiled: no, torch.compile fails (" in line
 
@@ -299,7 +357,9 @@ def test_without_a_compiler_the_nets_run_as_they_are_and_one_line_says_why(runne
 )
 def test_compiled_nets_have_the_same_losses_names_and_evaluation(settings, runner):
     losses, expected = Losses(), Losses()
-    memory_format = "channels_last" if "trainer.memory_format=channels_last" in settings else "contiguous"
+    memory_format = (
+        "channels_last" if "trainer.memory_format=channels_last" in settings else "contiguous"
+    )
     fit = HardwareFit(CPU, "32-true", memory_format, True)
     assert hardware_fit.obstacle_to_compiling(CPU) is None
     method = runner.fit(runner.config(*PLAIN, *settings), [fit, losses])
@@ -320,17 +380,27 @@ def test_every_size_of_a_long_ramp_is_compiled(runner, monkeypatch):
         seen.append(graph)
         return graph
 
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compile_module(self, dynamic=False, backend=backend))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **_: compile_module(self, dynamic=False, backend=backend)
+    )
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    sizes = ["augmentation.start_image_size=4", "augmentation.image_size_step=2", "augmentation.ramp_epochs=6"]
-    config = runner.config(*PLAIN, *sizes, "trainer.max_steps=-1", "trainer.max_epochs=7", "data.batch_size=256")
+    sizes = [
+        "augmentation.start_image_size=4",
+        "augmentation.image_size_step=2",
+        "augmentation.ramp_epochs=6",
+    ]
+    config = runner.config(
+        *PLAIN, *sizes, "trainer.max_steps=-1", "trainer.max_epochs=7", "data.batch_size=256"
+    )
     steps = Losses()
     runner.fit(config, [HardwareFit(CPU, "32-true", "auto", True), steps])
     assert len(steps.values) >= 7  # 4, 6, 8, 10, 12, 14 and 16 px
     assert len(seen) >= 2 * 7
 
 
-def test_files_of_channels_last_weights_give_the_features_of_the_run_and_are_exported(runner, tmp_path):
+def test_files_of_channels_last_weights_give_the_features_of_the_run_and_are_exported(
+    runner, tmp_path
+):
     from moco.config.pretrained import ExportConfig
     from moco.export import run as export
     from moco.train import run
@@ -346,7 +416,9 @@ def test_files_of_channels_last_weights_give_the_features_of_the_run_and_are_exp
         encoder = load_pretrained(str(file), "query", {}).encoder
         assert strides(encoder.backbone) == {True}
         assert torch.equal(encoder.encode(images), method.query_encoder.eval().encode(images))
-    export(ExportConfig(str(path), "safetensors", str(tmp_path / "x.safetensors")), tmp_path / "export")
+    export(
+        ExportConfig(str(path), "safetensors", str(tmp_path / "x.safetensors")), tmp_path / "export"
+    )
     assert (tmp_path / "x.safetensors").is_file()
 
 
@@ -358,7 +430,9 @@ def test_segmentation_does_not_compile_and_says_so(tmp_path):
     for key in ("compile", "cuda_graphs"):
         config = SegmentConfig()
         config.trainer = dataclasses.replace(config.trainer, **{key: True})
-        with pytest.raises(InputError, match=rf"trainer\.{key}=true: moco\.segment does not compile"):
+        with pytest.raises(
+            InputError, match=rf"trainer\.{key}=true: moco\.segment does not compile"
+        ):
             run(config, tmp_path)
 
 
@@ -377,7 +451,9 @@ def faults(num_mib):
 keep_freed_memory()
 print(faults(200), faults(200), faults(150))
 """
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     first, *others = map(int, told.stdout.split())
     assert first > 50
     assert max(others) < first / 10
@@ -404,7 +480,12 @@ class Compiled(nn.Module):
         ("cuda", True, {}, "yes, with CUDA graphs"),
         ("cuda", False, {}, "no"),
         ("cuda", None, {"cuda_graphs": False}, "yes"),
-        ("cuda", None, {"accumulate": 2}, "yes"),  # a graph writes over the gradients of its last start
+        (
+            "cuda",
+            None,
+            {"accumulate": 2},
+            "yes",
+        ),  # a graph writes over the gradients of its last start
         ("cuda", None, {"devices": 2}, "no"),
         ("cuda", True, {"devices": 2}, "yes"),
         ("cuda", None, {"layer": nn.Linear(2, 2)}, "no"),  # not measured, as is the next
@@ -416,31 +497,50 @@ class Compiled(nn.Module):
         ("cpu", True, {}, "yes"),
     ],
 )
-def test_one_gpu_compiles_and_starts_whole_passes_at_once(device, compile, settings, way, monkeypatch):
+def test_one_gpu_compiles_and_starts_whole_passes_at_once(
+    device, compile, settings, way, monkeypatch
+):
     monkeypatch.setattr(hardware_fit, "obstacle_to_compiling", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    given = {"cuda_graphs": None, "accumulate": 1, "devices": 1, "layer": nn.Conv2d(1, 1, 3), "one": True} | settings
-    trainer = SimpleNamespace(world_size=given["devices"], accumulate_grad_batches=given["accumulate"])
+    given = {
+        "cuda_graphs": None,
+        "accumulate": 1,
+        "devices": 1,
+        "layer": nn.Conv2d(1, 1, 3),
+        "one": True,
+    } | settings
+    trainer = SimpleNamespace(
+        world_size=given["devices"], accumulate_grad_batches=given["accumulate"]
+    )
     fit = HardwareFit(torch.device(device), "32-true", "auto", compile, given["cuda_graphs"])
     module = Compiled(given["layer"], given["one"])
     fit.setup(trainer, module, "fit")
     assert fit.way["compiled"] == way
     assert (module.options is not None) == (way != "no")
     graphs = (module.options or {}).get("triton.cudagraphs")
-    assert graphs is ((way == "yes, with CUDA graphs") if device == "cuda" and way != "no" else None)
+    assert graphs is (
+        (way == "yes, with CUDA graphs") if device == "cuda" and way != "no" else None
+    )
     assert set(module.options or {}) <= set(torch._inductor.list_options())
 
 
-@pytest.mark.parametrize(("settings", "expected"), [({}, 0), ({"accumulate": 2}, 1), ({"devices": 2}, 1)])
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({}, 0), ({"accumulate": 2}, 1), ({"devices": 2}, 1)]
+)
 def test_cuda_graphs_that_were_asked_for_in_vain_are_said(settings, expected, monkeypatch, caplog):
     monkeypatch.setattr(hardware_fit, "obstacle_to_compiling", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     given = {"accumulate": 1, "devices": 1} | settings
-    trainer = SimpleNamespace(world_size=given["devices"], accumulate_grad_batches=given["accumulate"])
+    trainer = SimpleNamespace(
+        world_size=given["devices"], accumulate_grad_batches=given["accumulate"]
+    )
     HardwareFit(torch.device("cuda"), "32-true", "auto", True, True).setup(
         trainer, Compiled(nn.Conv2d(1, 1, 3), True), ""
     )
-    assert sum("trainer.cuda_graphs=true has no effect" in message for message in caplog.messages) == expected
+    assert (
+        sum("trainer.cuda_graphs=true has no effect" in message for message in caplog.messages)
+        == expected
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,17 @@ def test_the_config_is_text_and_hyperparameters_of_the_run_itself(tmp_path):
     logger.finalize("success")
     events = events_of(tmp_path)
     contents = events.PluginTagToContent("hparams")
-    session = HParamsPluginData.FromString(contents["_hparams_/session_start_info"]).session_start_info
+    session = HParamsPluginData.FromString(
+        contents["_hparams_/session_start_info"]
+    ).session_start_info
     assert session.hparams["method.temperature"].number_value == 0.1
     assert session.hparams["data.root"].string_value == "['a', 'b']"
     experiment = HParamsPluginData.FromString(contents["_hparams_/experiment"]).experiment
     assert [metric.name.tag for metric in experiment.metric_infos] == ["knn/top1"]
-    assert {info.name for info in experiment.hparam_infos if info.differs} == {"method.temperature", "method.symmetric"}
+    assert {info.name for info in experiment.hparam_infos if info.differs} == {
+        "method.temperature",
+        "method.symmetric",
+    }
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "temperature: 0.1\n" in text
     assert events.Tags()["scalars"] == []  # no value of a metric was made up
@@ -72,7 +77,11 @@ def test_a_run_that_goes_on_writes_every_tag_once_for_a_step(runner, tmp_path):
     assert [event.step for event in events.Images("views/query_above_key")] == [0, 5]
     assert [event.step for event in events.Tensors("config/text_summary")] == [0, 5]
     assert {"similarity/positive", "similarity/negative"} == set(tags["histograms"])
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [".hydra", "00000", "checkpoints"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        ".hydra",
+        "00000",
+        "checkpoints",
+    ]
     assert (tmp_path / "projector_config.pbtxt").read_text().count("tensor_path") == 1
 
 
@@ -89,7 +98,9 @@ def test_scalars_of_a_step_are_one_event_and_read_as_those_of_lightnings_logger(
         logger.log_metrics(metrics, step=7)
         logger.finalize("success")
         (path,) = (tmp_path / name).glob("events*")
-        num_events.append(sum(event.HasField("summary") for event in EventFileLoader(str(path)).Load()))
+        num_events.append(
+            sum(event.HasField("summary") for event in EventFileLoader(str(path)).Load())
+        )
         events = EventAccumulator(str(tmp_path / name))
         events.Reload()
         scalars.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in metrics})

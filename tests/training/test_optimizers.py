@@ -8,7 +8,12 @@ import torch
 from torch import nn
 
 from moco.errors import InputError
-from moco.training.optimizers import build_optimizer, learning_rate_at, scaled_to_batch, without_decay
+from moco.training.optimizers import (
+    build_optimizer,
+    learning_rate_at,
+    scaled_to_batch,
+    without_decay,
+)
 
 
 def official(epoch, epochs, lr=0.06):
@@ -20,7 +25,13 @@ def official(epoch, epochs, lr=0.06):
 def test_cosine_by_epoch_equals_the_official_notebook(epoch):
     step = (epoch - 1) * 97 + 50
     ours = learning_rate_at(
-        step, 200 * 97, 97, lr=0.06, schedule="cosine", schedule_interval="epoch", schedule_offset_epochs=1
+        step,
+        200 * 97,
+        97,
+        lr=0.06,
+        schedule="cosine",
+        schedule_interval="epoch",
+        schedule_offset_epochs=1,
     )
     assert ours == pytest.approx(official(epoch, 200), abs=1e-12)
 
@@ -33,7 +44,9 @@ def test_cosine_by_step_goes_from_lr_to_zero():
 @pytest.mark.parametrize("epoch", [0, 1, 120, 199])
 def test_cosine_by_epoch_equals_the_official_main_program(epoch):
     """The learning rate of --cos in facebookresearch/moco's main_moco.py, epochs counted from 0."""
-    ours = learning_rate_at(epoch * 50 + 49, 200 * 50, 50, lr=0.03, schedule="cosine", schedule_interval="epoch")
+    ours = learning_rate_at(
+        epoch * 50 + 49, 200 * 50, 50, lr=0.03, schedule="cosine", schedule_interval="epoch"
+    )
     assert ours == pytest.approx(official(epoch, 200, lr=0.03), abs=1e-12)
 
 
@@ -48,7 +61,15 @@ def test_warmup_and_cosine_by_step_equal_moco_v3s(step):
 
 def test_step_schedule_drops_at_its_milestones():
     rates = [
-        learning_rate_at(epoch * 5, 1000, 5, lr=0.03, schedule="step", schedule_interval="epoch", milestones=[120, 160])
+        learning_rate_at(
+            epoch * 5,
+            1000,
+            5,
+            lr=0.03,
+            schedule="step",
+            schedule_interval="epoch",
+            milestones=[120, 160],
+        )
         for epoch in (0, 119, 120, 159, 160, 199)
     ]
     assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
@@ -56,7 +77,8 @@ def test_step_schedule_drops_at_its_milestones():
 
 def test_warmup_is_linear_from_zero_and_the_cosine_starts_after_it():
     rates = [
-        learning_rate_at(step, 110, 10, lr=1.0, schedule="cosine", warmup_epochs=1) for step in (0, 5, 10, 60, 110)
+        learning_rate_at(step, 110, 10, lr=1.0, schedule="cosine", warmup_epochs=1)
+        for step in (0, 5, 10, 60, 110)
     ]
     assert rates == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
 
@@ -67,7 +89,16 @@ def test_constant_schedule_stays():
 
 def test_warmup_and_cosine_have_their_own_ends():
     rates = [
-        learning_rate_at(step, 110, 10, lr=1.0, schedule="cosine", warmup_epochs=1, warmup_start_lr=0.2, final_lr=0.1)
+        learning_rate_at(
+            step,
+            110,
+            10,
+            lr=1.0,
+            schedule="cosine",
+            warmup_epochs=1,
+            warmup_start_lr=0.2,
+            final_lr=0.1,
+        )
         for step in (0, 5, 10, 60, 110)
     ]
     assert rates == pytest.approx([0.2, 0.6, 1.0, 0.55, 0.1])
@@ -78,7 +109,9 @@ def test_mobys_schedule_differs_from_the_official_one_by_as_much_as_its_file_say
     epochs, differences = 300, []
     for epoch in range(5, epochs + 1):
         theirs = 5e-6 + (1e-3 - 5e-6) * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        ours = learning_rate_at(epoch * 10, epochs * 10, 10, lr=1e-3, schedule="cosine", warmup_epochs=5, final_lr=5e-6)
+        ours = learning_rate_at(
+            epoch * 10, epochs * 10, 10, lr=1e-3, schedule="cosine", warmup_epochs=5, final_lr=5e-6
+        )
         differences.append((ours - theirs) / 1e-3)
     assert min(differences) > -1e-12
     assert 0.015 < max(differences) < 0.0155
@@ -100,7 +133,9 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = Body()
-        self.table = nn.Parameter(torch.randn(5, 5))  # the keyword is the body's, so this is decayed
+        self.table = nn.Parameter(
+            torch.randn(5, 5)
+        )  # the keyword is the body's, so this is decayed
 
 
 SETTINGS = {"lr": 0.1, "weight_decay": 0.2, "schedule": "cosine"}
@@ -108,7 +143,10 @@ SETTINGS = {"lr": 0.1, "weight_decay": 0.2, "schedule": "cosine"}
 
 def names_in(optimizer, model):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [(group["weight_decay"], [names[id(p)] for p in group["params"]]) for group in optimizer.param_groups]
+    return [
+        (group["weight_decay"], [names[id(p)] for p in group["params"]])
+        for group in optimizer.param_groups
+    ]
 
 
 def test_decay_of_everything_is_one_group_of_all_that_is_trained():
@@ -119,7 +157,9 @@ def test_decay_of_everything_is_one_group_of_all_that_is_trained():
 
 def test_what_names_its_exceptions_is_spared_even_then():
     model = nn.Sequential(Body(), nn.Linear(2, 2))
-    decayed, spared = names_in(build_optimizer(model, name="sgd", decay_all=True, **SETTINGS), model)
+    decayed, spared = names_in(
+        build_optimizer(model, name="sgd", decay_all=True, **SETTINGS), model
+    )
     assert decayed == (0.2, ["0.linear.weight", "1.weight", "1.bias"])
     assert (spared[0], len(spared[1])) == (0.0, 6)
 
@@ -127,7 +167,9 @@ def test_what_names_its_exceptions_is_spared_even_then():
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_norms_biases_and_what_the_module_names_are_spared(name):
     model = Model()
-    decayed, spared = names_in(build_optimizer(model, name=name, decay_all=False, **SETTINGS), model)
+    decayed, spared = names_in(
+        build_optimizer(model, name=name, decay_all=False, **SETTINGS), model
+    )
     assert decayed == (0.2, ["table", "body.linear.weight"])
     assert spared[0] == 0.0
     assert set(spared[1]) == {
@@ -137,14 +179,19 @@ def test_norms_biases_and_what_the_module_names_are_spared(name):
 
 
 def test_without_norms_there_is_no_empty_group():
-    (group,) = build_optimizer(nn.Linear(2, 2, bias=False), name="adamw", decay_all=False, **SETTINGS).param_groups
+    (group,) = build_optimizer(
+        nn.Linear(2, 2, bias=False), name="adamw", decay_all=False, **SETTINGS
+    ).param_groups
     assert group["weight_decay"] == 0.2
 
 
 def test_swins_position_biases_are_spared():
     from moco.models.backbones import build_backbone
 
-    for name, words in (("swin_v2_t", ("cpb_mlp", "logit_scale")), ("swin_t", ("relative_position_bias_table",))):
+    for name, words in (
+        ("swin_v2_t", ("cpb_mlp", "logit_scale")),
+        ("swin_t", ("relative_position_bias_table",)),
+    ):
         with torch.device("meta"):
             net = build_backbone(name)
         spared = without_decay(net)
@@ -162,7 +209,14 @@ def test_adamw_equals_its_published_algorithm():
     module = nn.Linear(1, 1, bias=False)
     weight, mean, square = module.weight.item(), 0.0, 0.0
     optimizer = build_optimizer(
-        module, name="adamw", lr=0.1, weight_decay=0.2, beta1=0.8, beta2=0.95, eps=1e-3, schedule="constant"
+        module,
+        name="adamw",
+        lr=0.1,
+        weight_decay=0.2,
+        beta1=0.8,
+        beta2=0.95,
+        eps=1e-3,
+        schedule="constant",
     )
     for step in range(1, 6):
         gradient = math.sin(step)
@@ -188,10 +242,15 @@ def take_steps(module, optimizer, steps):
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("before", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("after", [torch.contiguous_format, torch.channels_last])
-def test_a_state_of_pytorchs_usual_optimizers_is_gone_on_from_in_any_memory_format(name, before, after, tmp_path):
+def test_a_state_of_pytorchs_usual_optimizers_is_gone_on_from_in_any_memory_format(
+    name, before, after, tmp_path
+):
     """The first runs had such optimizers, and weights that were contiguous; PyTorch's own go straight on."""
     kind = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}[name]
-    straight, resumed = (nn.Sequential(nn.Conv2d(3, 5, 3), nn.Linear(4, 3)).to(memory_format=before) for _ in range(2))
+    straight, resumed = (
+        nn.Sequential(nn.Conv2d(3, 5, 3), nn.Linear(4, 3)).to(memory_format=before)
+        for _ in range(2)
+    )
     usual = kind(straight.parameters(), lr=0.1, weight_decay=0.2, foreach=False)
     take_steps(straight, usual, range(3))
     torch.save([straight.state_dict(), usual.state_dict()], tmp_path / "state.pt")
@@ -223,7 +282,13 @@ def test_steps_left_out_by_the_kernel_are_as_if_they_had_not_been(name, bad):
 
 
 def test_learning_rates_are_scaled_to_the_batch():
-    given = {"lr": 1e-3, "final_lr": 5e-6, "warmup_start_lr": 5e-7, "lr_for_batch_size": 512, "weight_decay": 0.05}
+    given = {
+        "lr": 1e-3,
+        "final_lr": 5e-6,
+        "warmup_start_lr": 5e-7,
+        "lr_for_batch_size": 512,
+        "weight_decay": 0.05,
+    }
     scaled = scaled_to_batch(given, 128)
     assert scaled == {
         "lr": 2.5e-4, "final_lr": 1.25e-6, "warmup_start_lr": 1.25e-7, "lr_for_batch_size": None, "weight_decay": 0.05,
@@ -245,7 +310,11 @@ def lars_by_loop(weights, gradients, lr, momentum, decay, eta, clip=False, moco_
                 size = math.sqrt(sum(value**2 for value in weight.flat))
                 slope = math.sqrt(sum(value**2 for value in gradient.flat))
                 step = gradient + decay * weight
-                whole = math.sqrt(sum(value**2 for value in step.flat)) if moco_v3 else slope + decay * size
+                whole = (
+                    math.sqrt(sum(value**2 for value in step.flat))
+                    if moco_v3
+                    else slope + decay * size
+                )
                 trust = eta * size / whole if size > 0 and slope > 0 else 1.0
                 rate = min(lr, trust) if clip else lr * trust
             speed *= momentum
@@ -284,7 +353,12 @@ def stepped(num_steps, **settings):
 @pytest.mark.parametrize("trust_clip", [False, True])
 def test_lars_equals_its_published_formula(weight_decay, trust_clip):
     pytest.importorskip("timm")
-    settings = {"lr": 0.2, "weight_decay": weight_decay, "trust_coefficient": 0.1, "trust_clip": trust_clip}
+    settings = {
+        "lr": 0.2,
+        "weight_decay": weight_decay,
+        "trust_coefficient": 0.1,
+        "trust_clip": trust_clip,
+    }
     after, before, gradients = stepped(4, **settings)
     expected = lars_by_loop(before, gradients, 0.2, 0.9, weight_decay, eta=0.1, clip=trust_clip)
     for ours, theirs in zip(after, expected, strict=True):
@@ -295,7 +369,9 @@ def test_lars_at_moco_v3s_weight_decay_is_the_official_codes_to_a_ten_thousandth
     """The denominators differ by at most twice the decay's share of the gradient, here 1.5e-6 * 70 / 7."""
     pytest.importorskip("timm")
     after, start, gradients = stepped(5, lr=4.8, weight_decay=1.5e-6)
-    expected = lars_by_loop([weight.copy() for weight in start], gradients, 4.8, 0.9, 1.5e-6, eta=1e-3, moco_v3=True)
+    expected = lars_by_loop(
+        [weight.copy() for weight in start], gradients, 4.8, 0.9, 1.5e-6, eta=1e-3, moco_v3=True
+    )
     for ours, theirs, before in zip(after, expected, start, strict=True):
         assert abs(ours - theirs).max() <= 1e-4 * abs(theirs - before).max()
 
@@ -317,14 +393,20 @@ def official_lars_step(weight, gradient, lr, decay, eta):
         (0.0, 1e-3, 0.6 * 1e-3, 0.6 * 1e-3),
     ],
 )
-def test_lars_decays_a_layer_without_gradient_less_than_moco_v3s_code(weight_decay, gradient, ours, official):
+def test_lars_decays_a_layer_without_gradient_less_than_moco_v3s_code(
+    weight_decay, gradient, ours, official
+):
     """Documented in docs/methods.md; `gradient` is in units of the weights, and so are the steps."""
     pytest.importorskip("timm")
     module = nn.Linear(4, 3, bias=False).double()
     before = module.weight.detach().numpy().copy()
     module.weight.grad = gradient * module.weight.detach()
-    build_optimizer(module, name="lars", lr=0.6, weight_decay=weight_decay, schedule="constant").step()
-    np.testing.assert_allclose(before - module.weight.detach().numpy(), ours * before, rtol=1e-3, atol=1e-15)
+    build_optimizer(
+        module, name="lars", lr=0.6, weight_decay=weight_decay, schedule="constant"
+    ).step()
+    np.testing.assert_allclose(
+        before - module.weight.detach().numpy(), ours * before, rtol=1e-3, atol=1e-15
+    )
     there = official_lars_step(before, gradient * before, 0.6, weight_decay, 1e-3)
     np.testing.assert_allclose(there, official * before, rtol=1e-6, atol=1e-15)
 
@@ -373,15 +455,24 @@ def test_lars_sees_the_gradients_as_they_were_clipped(runner):
 
     class Steps(pl.Callback):
         def on_fit_start(self, trainer, pl_module):
-            optimizer = trainer.optimizers[0]  # its step begins with the backward pass, so the norm is taken after it
+            optimizer = trainer.optimizers[
+                0
+            ]  # its step begins with the backward pass, so the norm is taken after it
             optimizer.register_step_post_hook(lambda *_: norms.append(total_norm(optimizer)))
 
     def total_norm(optimizer):
-        gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-        return float(torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in gradients])))
+        gradients = [
+            parameter.grad for group in optimizer.param_groups for parameter in group["params"]
+        ]
+        return float(
+            torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in gradients]))
+        )
 
     config = runner.config(
-        "optimizer=lars", "optimizer.warmup_epochs=0", "trainer.gradient_clip_val=0.05", "method.queue_start=random"
+        "optimizer=lars",
+        "optimizer.warmup_epochs=0",
+        "trainer.gradient_clip_val=0.05",
+        "method.queue_start=random",
     )
     method = runner.fit(config, [Steps()])
     assert norms == pytest.approx([0.05] * 3, rel=1e-4)
@@ -393,5 +484,7 @@ def test_lars_without_timm_says_what_to_install(runner, monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError) as error:
-        run(runner.config("optimizer=lars", "data.name=nowhere"), tmp_path)  # before the data are looked at
+        run(
+            runner.config("optimizer=lars", "data.name=nowhere"), tmp_path
+        )  # before the data are looked at
     assert str(error.value) == "optimizer.name=lars needs timm: pip install 'moco-ssl[lars]'"

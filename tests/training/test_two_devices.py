@@ -18,14 +18,28 @@ from tests.methods.test_family import composed, plain_encode, plain_info_nce, pl
 from tests.training.test_distributed import on_two
 
 SWIN = ["backbone=swin_v2_tiny_patch2", "backbone.stochastic_depth=0"]
-ADAMW = ["optimizer=adamw", "optimizer.lr=0.05", "optimizer.eps=0.01", "optimizer.lr_for_batch_size=null"]
-LARS = ["optimizer=lars", "optimizer.lr=20", "optimizer.weight_decay=0.01", "optimizer.lr_for_batch_size=null"]
+ADAMW = [
+    "optimizer=adamw",
+    "optimizer.lr=0.05",
+    "optimizer.eps=0.01",
+    "optimizer.lr_for_batch_size=null",
+]
+LARS = [
+    "optimizer=lars",
+    "optimizer.lr=20",
+    "optimizer.weight_decay=0.01",
+    "optimizer.lr_for_batch_size=null",
+]
 HEADS = ["method.projector.hidden_dim=32", "method.predictor.hidden_dim=32"]
 NO_NORM = [
     f"method.{head}.{setting}=false" for head in ("projector", "predictor")
     for setting in ("hidden_batch_norm", "last_batch_norm")
 ]  # fmt: skip
-NORM = ["method.projector.num_layers=2", "method.projector.hidden_dim=32", "method.projector.hidden_batch_norm=true"]
+NORM = [
+    "method.projector.num_layers=2",
+    "method.projector.hidden_dim=32",
+    "method.projector.hidden_batch_norm=true",
+]
 DENSE = ["method.dense_weight=0.3", "method.dense_grid=2"]
 CASES = [
     ("moby", [*SWIN, *ADAMW, *HEADS]),
@@ -46,9 +60,12 @@ class Device:
 
     def __init__(self, method):
         self.query_encoder, self.key_encoder, self.predictor = (
-            copy.deepcopy(module) for module in (method.query_encoder, method.key_encoder, method.predictor)
+            copy.deepcopy(module)
+            for module in (method.query_encoder, method.key_encoder, method.predictor)
         )
-        self.trained = torch.nn.ModuleDict({"encoder": self.query_encoder, "predictor": self.predictor})
+        self.trained = torch.nn.ModuleDict(
+            {"encoder": self.query_encoder, "predictor": self.predictor}
+        )
 
 
 class Reference:
@@ -60,11 +77,15 @@ class Reference:
         self.lr = method.configure_optimizers().param_groups[0]["lr"]
         self.mode = method.batch_norm
         self.dense_grid = self.options.dense_weight and 2
-        names = [["queue", "reverse_queue"], ["dense_queue", "reverse_dense_queue"]][: 1 + bool(self.dense_grid)]
+        names = [["queue", "reverse_queue"], ["dense_queue", "reverse_dense_queue"]][
+            : 1 + bool(self.dense_grid)
+        ]
         self.names = [term[: self.options.num_queues] for term in names]
         self.queues = [[]]
         if self.options.negatives == "queue":
-            self.queues = [[getattr(method, name).keys.T.clone() for name in term] for term in self.names]
+            self.queues = [
+                [getattr(method, name).keys.T.clone() for name in term] for term in self.names
+            ]
         self.states, self.number = [{}, {}], 0
 
     def keys_of(self, halves):
@@ -74,7 +95,9 @@ class Reference:
         whole = None
         for device, places in zip(self.devices, order.chunk(2), strict=True):
             with torch.no_grad():
-                parts = plain_encode(device.key_encoder, images[places], self.dense_grid, torch.nn.Identity())
+                parts = plain_encode(
+                    device.key_encoder, images[places], self.dense_grid, torch.nn.Identity()
+                )
             whole = whole or [part.new_empty(len(images), *part.shape[1:]) for part in parts]
             for rows, part in zip(whole, parts, strict=True):
                 rows[places] = part
@@ -101,10 +124,16 @@ class Reference:
         self.number += 1
         for device, state in zip(self.devices, self.states, strict=True):
             with torch.no_grad():
-                for (name, parameter), one, other in zip(device.trained.named_parameters(), *gradients, strict=True):
+                for (name, parameter), one, other in zip(
+                    device.trained.named_parameters(), *gradients, strict=True
+                ):
                     gradient = (one + other) / 2
-                    plain_update(name, parameter, gradient, state, self.number, self.optimizer, self.lr)
-                pairs = zip(device.query_encoder.parameters(), device.key_encoder.parameters(), strict=True)
+                    plain_update(
+                        name, parameter, gradient, state, self.number, self.optimizer, self.lr
+                    )
+                pairs = zip(
+                    device.query_encoder.parameters(), device.key_encoder.parameters(), strict=True
+                )
                 for query, key in pairs:
                     key.copy_(0.9 * key + 0.1 * query)
         for place, key in enumerate(keys if options.negatives == "queue" else []):
@@ -137,7 +166,9 @@ class Reference:
             terms[0].append(plain_info_nce(query[0], key[0][own], queue, options.temperature))
             if self.dense_grid:
                 match = torch.einsum("nsd,ntd->nst", query[3], key[3][own]).max(dim=2).indices
-                positive = torch.stack([cells[row] for cells, row in zip(key[1][own], match, strict=True)])
+                positive = torch.stack(
+                    [cells[row] for cells, row in zip(key[1][own], match, strict=True)]
+                )
                 rows = [part.reshape(-1, part.shape[2]) for part in (query[1], positive)]
                 queue = self.queues[1][side][:, -options.queue_size :]
                 terms[1].append(plain_info_nce(*rows, queue, options.temperature))
@@ -154,7 +185,9 @@ def as_one_device(rank, cases):
         config = composed(name, "data.batch_size=8", "method.batch_norm=auto", *overrides)
         torch.manual_seed(0)
         method = built_in_double(config)
-        method.put_in_force(batch_norm_mode("auto", method.key_encoder, 2, "cpu", config.method.negatives))
+        method.put_in_force(
+            batch_norm_mode("auto", method.key_encoder, 2, "cpu", config.method.negatives)
+        )
         reference, optimizer = Reference(method, config), method.configure_optimizers()
         trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
         start = [parameter.detach().clone() for parameter in trained]
@@ -172,7 +205,11 @@ def as_one_device(rank, cases):
             update_key_encoder(method.key_encoder, method.query_encoder, 0.9)
             torch.manual_seed(step)
             expected = reference.step(*views)[rank]
-            assert float(loss.detach()) == pytest.approx(expected, rel=1e-9), (name, overrides, step)
+            assert float(loss.detach()) == pytest.approx(expected, rel=1e-9), (
+                name,
+                overrides,
+                step,
+            )
         device = reference.devices[rank]
         for path in ("query_encoder", "key_encoder", "predictor"):
             here, there = getattr(method, path).state_dict(), getattr(device, path).state_dict()
@@ -183,8 +220,13 @@ def as_one_device(rank, cases):
             for term, names in enumerate(reference.names):
                 for side, queue in enumerate(names):
                     ring = reference.negatives(term, side, getattr(method, queue))
-                    torch.testing.assert_close(getattr(method, queue).keys, ring.T, rtol=0, atol=1e-9)
-        moved = max(float((now.detach() - before).abs().max()) for now, before in zip(trained, start, strict=True))
+                    torch.testing.assert_close(
+                        getattr(method, queue).keys, ring.T, rtol=0, atol=1e-9
+                    )
+        moved = max(
+            float((now.detach() - before).abs().max())
+            for now, before in zip(trained, start, strict=True)
+        )
         assert moved > 1e-3, (name, overrides)
 
 

@@ -36,7 +36,9 @@ def write_checkpoint(runner, path, *overrides):
             torch.nn.init.normal_(tensor, 0.5, 0.3)
     with torch.no_grad():
         encoders = (method.key_encoder, method.query_encoder)
-        for key, query in zip(*(encoder.backbone.parameters() for encoder in encoders), strict=True):
+        for key, query in zip(
+            *(encoder.backbone.parameters() for encoder in encoders), strict=True
+        ):
             key.copy_(query / 2)
     checkpoint = {
         "state_dict": method.state_dict(),
@@ -74,7 +76,9 @@ def exported(checkpoints, tmp_path, monkeypatch, capsys):
     def call(name, file_format, output, window_size=None, **settings):
         backbone = PretrainedBackboneConfig(window_size=window_size)
         path = str(checkpoints / f"{name}.ckpt")
-        run(ExportConfig(path, file_format, output, backbone=backbone, **settings), tmp_path / "run")
+        run(
+            ExportConfig(path, file_format, output, backbone=backbone, **settings), tmp_path / "run"
+        )
         return capsys.readouterr().out
 
     return call
@@ -87,7 +91,9 @@ def backbone_of(checkpoints, name, encoder="query"):
 
 def loaded_as_printed(printed):
     """The model that the printed lines make."""
-    return loaded_by(line.removeprefix("    ") for line in printed.splitlines() if line.startswith("    "))
+    return loaded_by(
+        line.removeprefix("    ") for line in printed.splitlines() if line.startswith("    ")
+    )
 
 
 def loaded_by(lines):
@@ -112,7 +118,9 @@ def agree(model, backbone, size, tolerance):
         ("safetensors", "x.safetensors"),
     ],
 )
-def test_the_printed_lines_load_a_resnet_into_the_other_library(checkpoints, exported, file_format, output):
+def test_the_printed_lines_load_a_resnet_into_the_other_library(
+    checkpoints, exported, file_format, output
+):
     if file_format == "timm":
         pytest.importorskip("timm")
     if output.endswith(".safetensors"):
@@ -123,9 +131,12 @@ def test_the_printed_lines_load_a_resnet_into_the_other_library(checkpoints, exp
 
 
 @pytest.mark.parametrize(
-    ("file_format", "window", "size", "tolerance"), [("torchvision", None, 128, 1e-5), ("timm", 8, 256, 1e-4)]
+    ("file_format", "window", "size", "tolerance"),
+    [("torchvision", None, 128, 1e-5), ("timm", 8, 256, 1e-4)],
 )
-def test_the_printed_lines_load_a_swin_v2_with_its_windows(checkpoints, exported, file_format, window, size, tolerance):
+def test_the_printed_lines_load_a_swin_v2_with_its_windows(
+    checkpoints, exported, file_format, window, size, tolerance
+):
     if file_format == "timm":
         pytest.importorskip("timm")
     printed = exported("swin_v2_t", file_format, "x.pth", window)
@@ -147,7 +158,9 @@ def test_the_printed_lines_load_a_swin_v2_with_its_windows(checkpoints, exported
          'model = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, img_size=32)'),
     ],
 )  # fmt: skip
-def test_the_lines_load_a_vit_for_the_images_of_one_size(tmp_path, file_format, name, settings, image_size, line):
+def test_the_lines_load_a_vit_for_the_images_of_one_size(
+    tmp_path, file_format, name, settings, image_size, line
+):
     if file_format == "timm":
         pytest.importorskip("timm")
     built_with = {"name": name} | settings
@@ -163,7 +176,9 @@ def test_the_lines_load_a_vit_for_the_images_of_one_size(tmp_path, file_format, 
 def test_the_key_encoder_can_be_exported(checkpoints, exported):
     exported("resnet18", "torchvision", "query.pth")
     exported("resnet18", "torchvision", "key.pth", encoder="key")
-    query, key = (torch.load(name, weights_only=True)["conv1.weight"] for name in ("query.pth", "key.pth"))
+    query, key = (
+        torch.load(name, weights_only=True)["conv1.weight"] for name in ("query.pth", "key.pth")
+    )
     assert torch.equal(key, query / 2)
 
 
@@ -174,8 +189,17 @@ def test_a_file_of_our_own_says_what_it_is(checkpoints, exported):
     printed = exported("small_swin", "safetensors", "x.safetensors", 8)
     rebuilt, about = read_backbone("x.safetensors")
     assert agree(rebuilt, rewindow(backbone_of(checkpoints, "small_swin"), 8), 50, 1e-7)
-    assert about["backbone"] == {"name": "swin_v2_tiny_patch2", "window_size": 8, "pretrained_window_size": 4}
-    assert (about["image_size"], about["epoch"], about["step"], about["encoder"]) == (64, 3, 12, "query")
+    assert about["backbone"] == {
+        "name": "swin_v2_tiny_patch2",
+        "window_size": 8,
+        "pretrained_window_size": 4,
+    }
+    assert (about["image_size"], about["epoch"], about["step"], about["encoder"]) == (
+        64,
+        3,
+        12,
+        "query",
+    )
     assert (len(about["mean"]), len(about["std"])) == (3, 3)
     assert agree(loaded_as_printed(printed), rebuilt, 32, 1e-7)
 
@@ -187,7 +211,11 @@ PADS = "lets the padding take part in attention: its outputs differ there from t
     ("file_format", "image_size", "note"),
     [
         ("torchvision", 128, None),
-        ("torchvision", 144, f"for 144 px torchvision pads maps (18 to 20, 9 to 12, 5 to 8 cells) and {PADS}"),
+        (
+            "torchvision",
+            144,
+            f"for 144 px torchvision pads maps (18 to 20, 9 to 12, 5 to 8 cells) and {PADS}",
+        ),
         ("timm", 144, f"for 144 px timm pads maps (18 to 20, 9 to 12, 5 to 8 cells) and {PADS}"),
         ("torchvision", 64, f"for 64 px torchvision pads maps (2 to 4 cells) and {PADS}"),
         ("timm", 64, None),
@@ -223,7 +251,10 @@ def test_torchvisions_builder_is_named_where_it_has_the_window():
             backbone = build_backbone(name, window_size=window)
         assert torchvision_model(name, backbone, 224)[-1] == f"model = torchvision.models.{name}()"
         assert "    window_size=[9, 9]," in torchvision_model(name, rewindow(backbone, 9), 224)
-    for settings, last in (({}, "model = torchvision.models.vit_b_16(image_size=32)"), ({"num_heads": 6}, ")")):
+    for settings, last in (
+        ({}, "model = torchvision.models.vit_b_16(image_size=32)"),
+        ({"num_heads": 6}, ")"),
+    ):
         with torch.device("meta"):
             backbone = build_backbone("vit_b_16", **settings)
         assert torchvision_model("vit_b_16", backbone, 32)[-1] == last
@@ -244,7 +275,9 @@ def test_torchvisions_builder_is_named_where_it_has_the_window():
         ("small_resnet", "torchvision", "x.pth", {}, "format=torchvision: torchvision has no resnet_tiny; format=safetensors keeps the names of this project"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_line(checkpoints, exported, tmp_path, name, file_format, output, settings, expected):
+def test_mistakes_are_one_line(
+    checkpoints, exported, tmp_path, name, file_format, output, settings, expected
+):
     (tmp_path / "occupied").write_text("a file")
     with pytest.raises(InputError) as error:
         exported(name, file_format, output, **settings)
@@ -300,7 +333,9 @@ def composed(*overrides):
 
 
 def test_the_config_composes_and_names_what_is_missing():
-    config = composed("checkpoint=x", "format=timm", "output=y.pth", "backbone.window_size=[18,18,18,9]")
+    config = composed(
+        "checkpoint=x", "format=timm", "output=y.pth", "backbone.window_size=[18,18,18,9]"
+    )
     assert (config.encoder, config.backbone.window_size) == ("query", [18, 18, 18, 9])
     for given, expected in (
         (["format=timm", "output=y"], "checkpoint: missing; give checkpoint=VALUE"),
@@ -317,7 +352,11 @@ def test_the_config_composes_and_names_what_is_missing():
 
 
 def test_the_program_leaves_the_file_and_a_record_of_the_command(checkpoints, tmp_path):
-    arguments = [f"checkpoint={checkpoints}/resnet18.ckpt", "format=torchvision", "output=out/x.pth"]
+    arguments = [
+        f"checkpoint={checkpoints}/resnet18.ckpt",
+        "format=torchvision",
+        "output=out/x.pth",
+    ]
     done = run_program("moco.export", *arguments, "hydra.run.dir=run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "written to out/x.pth; to load it:\n" in done.stdout
@@ -354,7 +393,9 @@ def test_evaluate_looks_through_windows_of_another_size(checkpoints, tmp_path, c
         "backbone.window_size=8"
     ]
     caplog.clear()
-    figures = evaluated(checkpoints, "small_swin", tmp_path, image_size=64, window_size=[8, 8, 8, 4])
+    figures = evaluated(
+        checkpoints, "small_swin", tmp_path, image_size=64, window_size=[8, 8, 8, 4]
+    )
     assert (figures["image_size"], figures["window_size"], said()) == (64, [8, 8, 8, 4], [])
     assert evaluated(checkpoints, "small_swin", tmp_path, image_size=32)["window_size"] == 4
     assert said() == []

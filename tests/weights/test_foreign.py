@@ -23,7 +23,13 @@ from moco.errors import InputError
 from moco.methods.moco import MoCo
 from moco.models.backbones import build_backbone
 from moco.runs.checkpoint_files import read_weights
-from moco.weights.foreign import fitting_backbones, in_our_order, listed, rows_of_unit_norm, windows_in_name
+from moco.weights.foreign import (
+    fitting_backbones,
+    in_our_order,
+    listed,
+    rows_of_unit_norm,
+    windows_in_name,
+)
 from moco.weights.init_from import start_from
 from moco.weights.library_names import read_backbone
 from moco.weights.pretrained import load_pretrained
@@ -101,7 +107,12 @@ def pointer(value):
 def official(fc):
     query, key = query_and_key(lambda: resnet(fc()))
     state = as_parts(encoder_q=query, encoder_k=key, queue=queue(), queue_ptr=pointer(32))
-    content = {"epoch": 200, "arch": "resnet18", "state_dict": prefixed(state), "optimizer": {"state": {}}}
+    content = {
+        "epoch": 200,
+        "arch": "resnet18",
+        "state_dict": prefixed(state),
+        "optimizer": {"state": {}},
+    }
     return content, query, key
 
 
@@ -130,25 +141,39 @@ def notebook():
         children["conv1"] = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         fc = children.pop("fc")
         del children["maxpool"]
-        return nn.Sequential(OrderedDict({"net": nn.Sequential(*children.values(), nn.Flatten(1), fc)}))
+        return nn.Sequential(
+            OrderedDict({"net": nn.Sequential(*children.values(), nn.Flatten(1), fc)})
+        )
 
     query, key = query_and_key(build)
     state = as_parts(encoder_q=query, encoder_k=key, queue=queue(), queue_ptr=pointer(16))
-    return {"epoch": 200, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}, query, key
+    return (
+        {"epoch": 200, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}},
+        query,
+        key,
+    )
 
 
 def moco_v3():
-    query, key = query_and_key(lambda: resnet(mlp(512, 64, C, norm=True, last_norm=True, bias=False)))
+    query, key = query_and_key(
+        lambda: resnet(mlp(512, 64, C, norm=True, last_norm=True, bias=False))
+    )
     predictor = randomised(mlp(C, 64, C, norm=True, bias=False))
     state = as_parts(base_encoder=query, momentum_encoder=key, predictor=predictor)
-    return {"epoch": 300, "arch": "resnet18", "state_dict": prefixed(state), "scaler": {"scale": 1.0}}, query, key
+    return (
+        {"epoch": 300, "arch": "resnet18", "state_dict": prefixed(state), "scaler": {"scale": 1.0}},
+        query,
+        key,
+    )
 
 
 def moco_v3_vit():
     timm = pytest.importorskip("timm")
 
     def build():
-        model = timm.models.vision_transformer.VisionTransformer(32, 4, embed_dim=64, depth=4, num_heads=4)
+        model = timm.models.vision_transformer.VisionTransformer(
+            32, 4, embed_dim=64, depth=4, num_heads=4
+        )
         model.head = mlp(64, 32, 32, C, norm=True, last_norm=True, bias=False)
         positions = torch.zeros(1, 65, 64)
         for place in range(64):
@@ -161,7 +186,9 @@ def moco_v3_vit():
         return model
 
     query, key = query_and_key(build)
-    state = as_parts(base_encoder=query, momentum_encoder=key, predictor=mlp(C, 32, C, norm=True, bias=False))
+    state = as_parts(
+        base_encoder=query, momentum_encoder=key, predictor=mlp(C, 32, C, norm=True, bias=False)
+    )
     return {"state_dict": prefixed(state)}, query, key
 
 
@@ -192,7 +219,13 @@ def microsoft_names(swin):
 
 def moby():
     swin = pytest.importorskip("timm").models.swin_transformer.SwinTransformer
-    settings = {"img_size": 32, "patch_size": 2, "embed_dim": 32, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8)}
+    settings = {
+        "img_size": 32,
+        "patch_size": 2,
+        "embed_dim": 32,
+        "depths": (2, 2, 2, 2),
+        "num_heads": (1, 2, 4, 8),
+    }
     encoders = query_and_key(lambda: swin(**settings, window_size=4, num_classes=0))
     heads = query_and_key(lambda: MoBYHead(256, 64, C))
     state = as_parts(
@@ -201,7 +234,9 @@ def moby():
     )  # fmt: skip
     for name, encoder in zip(("encoder.", "encoder_k."), encoders, strict=True):
         state |= prefixed(microsoft_names(encoder), name)
-    return {"model": state, "epoch": 299, "config": Namespace(seed=0)}, *map(nn.Sequential, encoders, heads)
+    return {"model": state, "epoch": 299, "config": Namespace(seed=0)}, *map(
+        nn.Sequential, encoders, heads
+    )
 
 
 class DenseCLNeck(nn.Module):
@@ -248,7 +283,11 @@ class NumberedNeck(nn.Module):
 
 def mmselfsup():
     query, key = query_and_key(lambda: nn.Sequential(resnet(nn.Identity()), NumberedNeck()))
-    return {"state_dict": as_parts(backbone=query[0], neck=query[1], momentum_encoder=Averaged(key))}, query, key
+    return (
+        {"state_dict": as_parts(backbone=query[0], neck=query[1], momentum_encoder=Averaged(key))},
+        query,
+        key,
+    )
 
 
 def solo_learn():
@@ -319,7 +358,9 @@ def assert_same(encoder, model, feature, size=64):
 def test_both_encoders_of_a_file_give_the_outputs_of_their_models(build, tmp_path):
     content, query, key = build()
     # The official weights of MoCo v1 and v2 are older than today's format.
-    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=build not in (moco_v1, moco_v2))
+    torch.save(
+        content, tmp_path / "x.pth", _use_new_zipfile_serialization=build not in (moco_v1, moco_v2)
+    )
     size = 32 if build in (moco_v3_vit, moby) else 64
     for which, model in (("query", query), ("key", key)):
         pretrained = load_pretrained(str(tmp_path / "x.pth"), which, {}, "embedding")
@@ -332,7 +373,9 @@ class CfgNode(dict):
     """Stands for yacs' class of 0.1.8: a dict of settings with attributes of its own, and attribute access."""
 
     def __init__(self, items, deprecated=()):
-        super().__init__({key: CfgNode(value) if type(value) is dict else value for key, value in items.items()})
+        super().__init__(
+            {key: CfgNode(value) if type(value) is dict else value for key, value in items.items()}
+        )
         self.__dict__ |= {
             "__immutable__": True,
             "__deprecated_keys__": set(deprecated),
@@ -435,7 +478,9 @@ def torchvision_resnet():
 
 def old_torchvision_resnet():
     """Of before PyTorch 0.4.1: BatchNorm without counters."""
-    state = {name: x for name, x in resnet18().state_dict().items() if "num_batches_tracked" not in name}
+    state = {
+        name: x for name, x in resnet18().state_dict().items() if "num_batches_tracked" not in name
+    }
     return state, without_classifier(resnet18(), "fc"), {"name": "resnet18"}
 
 
@@ -448,7 +493,11 @@ def torchvision_swin():
         "window_size": [4, 4],
     }
     model = randomised(swin_transformer.SwinTransformer(**settings))
-    return model.state_dict(), without_classifier(model, "head"), {"name": "swin_tiny_patch2", "window_size": 4}
+    return (
+        model.state_dict(),
+        without_classifier(model, "head"),
+        {"name": "swin_tiny_patch2", "window_size": 4},
+    )
 
 
 def torchvision_swin_v2():
@@ -473,7 +522,9 @@ def torchvision_vit():
 
 def timm_vit():
     timm = pytest.importorskip("timm")
-    model = randomised(timm.models.vision_transformer.VisionTransformer(64, 4, embed_dim=64, depth=4, num_heads=4))
+    model = randomised(
+        timm.models.vision_transformer.VisionTransformer(64, 4, embed_dim=64, depth=4, num_heads=4)
+    )
     settings = {"name": "vit_tiny_patch4", "learned_positions": 16}
     return model.state_dict(), without_classifier(model, "head"), settings
 
@@ -481,7 +532,14 @@ def timm_vit():
 def lightly_cifar_resnet():
     """lightly's own ResNet, as its examples cut it: shortcut for downsample, no modules for ReLU and pooling."""
     model = randomised(build_backbone("resnet18", stem="cifar"))
-    children = {"conv1": "0", "bn1": "1", "layer1": "2", "layer2": "3", "layer3": "4", "layer4": "5"}
+    children = {
+        "conv1": "0",
+        "bn1": "1",
+        "layer1": "2",
+        "layer2": "3",
+        "layer3": "4",
+        "layer4": "5",
+    }
     state = {}
     for name, tensor in model.state_dict().items():
         child, _, rest = name.partition(".")
@@ -552,11 +610,22 @@ def test_what_shapes_do_not_show_has_to_be_given(tmp_path):
     assert complaint({"name": "vit_small"}).startswith(heads)
     assert_same(load_pretrained(path, "query", {"num_heads": 6}).encoder, small, "backbone", 32)
 
-    settings = {"patch_size": 2, "embed_dim": 32, "depths": (2,) * 4, "num_heads": (1, 2, 4, 8), "num_classes": 0}
-    swin = randomised(timm.models.swin_transformer_v2.SwinTransformerV2(img_size=64, window_size=4, **settings))
+    settings = {
+        "patch_size": 2,
+        "embed_dim": 32,
+        "depths": (2,) * 4,
+        "num_heads": (1, 2, 4, 8),
+        "num_classes": 0,
+    }
+    swin = randomised(
+        timm.models.swin_transformer_v2.SwinTransformerV2(img_size=64, window_size=4, **settings)
+    )
     torch.save(swin.state_dict(), path)
     for given in ({}, {"name": "swin_v2_tiny_patch2"}):
-        assert "does not say which windows it was pretrained with; give backbone.window_size" in complaint(given)
+        assert (
+            "does not say which windows it was pretrained with; give backbone.window_size"
+            in complaint(given)
+        )
     assert_same(load_pretrained(path, "query", {"window_size": 4}).encoder, swin, "backbone")
     widened = timm.models.swin_transformer_v2.SwinTransformerV2(
         img_size=128, window_size=8, pretrained_window_sizes=[4] * 4, **settings
@@ -566,7 +635,13 @@ def test_what_shapes_do_not_show_has_to_be_given(tmp_path):
     assert_same(load_pretrained(path, "query", given).encoder, widened, "backbone", 128)
 
 
-SMALL_V2 = {"patch_size": 2, "embed_dim": 32, "depths": (2,) * 4, "num_heads": (1, 2, 4, 8), "num_classes": 0}
+SMALL_V2 = {
+    "patch_size": 2,
+    "embed_dim": 32,
+    "depths": (2,) * 4,
+    "num_heads": (1, 2, 4, 8),
+    "num_classes": 0,
+}
 
 
 def timm_swin_v2(**settings):
@@ -597,7 +672,9 @@ def relative_error(encoder, model, size):
         ("swinv2_base_window12to16_192to256", 256, [12, 12, 12, 6]),
     ],
 )
-def test_timms_windows_that_are_larger_than_a_map_load_right_by_their_name(name, size, pretrained, tmp_path, caplog):
+def test_timms_windows_that_are_larger_than_a_map_load_right_by_their_name(
+    name, size, pretrained, tmp_path, caplog
+):
     """timm and Microsoft clip a window to its map, and then normalise the position biases by it."""
     caplog.set_level(logging.INFO)
     timm = pytest.importorskip("timm")
@@ -630,7 +707,10 @@ def test_clipped_pretraining_windows_are_made_of_an_image_size_or_given(tmp_path
         loaded = load_pretrained(str(path), "query", given)
         assert loaded.settings["pretrained_window_size"] == [8, 8, 4, 2]
         assert relative_error(loaded.encoder, model, 32) < 1e-4
-    assert relative_error(load_pretrained(str(path), "query", {"window_size": 8}).encoder, model, 32) > 1e-3
+    assert (
+        relative_error(load_pretrained(str(path), "query", {"window_size": 8}).encoder, model, 32)
+        > 1e-3
+    )
 
 
 def test_windows_that_may_have_been_clipped_have_to_be_explained(tmp_path, caplog):
@@ -673,10 +753,22 @@ def test_microsofts_tables_tell_the_pretraining_windows_of_each_stage(tmp_path):
 def test_the_name_of_a_file_tells_its_windows():
     clipped = {"window_size": 16, "pretrained_window_size": [12, 12, 12, 6]}
     assert windows_in_name("swinv2_base_patch4_window12to16_192to256_22kto1k_ft.pth") == clipped
-    assert windows_in_name("swinv2_small_window16_256.safetensors")["pretrained_window_size"] == [16, 16, 16, 8]
-    assert windows_in_name("swinv2_tiny_window8_256.pth") == {"window_size": 8, "pretrained_window_size": [8] * 4}
+    assert windows_in_name("swinv2_small_window16_256.safetensors")["pretrained_window_size"] == [
+        16,
+        16,
+        16,
+        8,
+    ]
+    assert windows_in_name("swinv2_tiny_window8_256.pth") == {
+        "window_size": 8,
+        "pretrained_window_size": [8] * 4,
+    }
     assert windows_in_name("swinv2_tiny_window16_512.pth")["pretrained_window_size"] == [16] * 4
-    for name in ("swinv2_tiny_window8_0.pth", "swinv2_tiny_window0_256.pth", "swinv2_tiny_window100_256.pth"):
+    for name in (
+        "swinv2_tiny_window8_0.pth",
+        "swinv2_tiny_window0_256.pth",
+        "swinv2_tiny_window100_256.pth",
+    ):
         assert windows_in_name(name) == {}
     for name in ("swin_tiny_patch4_window7_224.pth", "swinv2_cr_tiny_ns_224.pth", "last.ckpt"):
         assert windows_in_name(name) == {}
@@ -708,7 +800,9 @@ def test_a_run_starts_from_clipped_windows_or_is_told_which(tmp_path):
     loaded = load_pretrained(str(tmp_path / named), "query", given)
     assert loaded.settings["pretrained_window_size"] == [16, 16, 8, 4]
     assert relative_error(start(named, window_size=8, pretrained_image_size=32), model, 32) < 1e-4
-    with pytest.raises(InputError, match="does not say on which images its windows of 16 cells were pretrained"):
+    with pytest.raises(
+        InputError, match="does not say on which images its windows of 16 cells were pretrained"
+    ):
         start("x.pth", window_size=16)
 
 
@@ -741,13 +835,27 @@ def test_another_architecture_is_named_with_tensor_and_shapes(tmp_path):
     assert refused(path, {"name": "resnet34"}).startswith(
         "its weights do not fit backbone=resnet34: layer1.2.conv1.weight (64, 64, 3, 3) is missing, and "
     )
-    deeper = {name: x for name, x in build_backbone("resnet34").state_dict().items() if not name.startswith("layer4.")}
-    torch.save(deeper | {name: x for name, x in resnet18().state_dict().items() if name.startswith("layer4.")}, path)
+    deeper = {
+        name: x
+        for name, x in build_backbone("resnet34").state_dict().items()
+        if not name.startswith("layer4.")
+    }
+    torch.save(
+        deeper
+        | {name: x for name, x in resnet18().state_dict().items() if name.startswith("layer4.")},
+        path,
+    )
     assert refused(path) == "no backbone here has tensors of these shapes; give backbone=NAME"
-    assert "layer1.2.conv1.weight (64, 64, 3, 3) has no counterpart" in refused(path, {"name": "resnet18"})
-    missing = {name: x for name, x in resnet18().state_dict().items() if name != "layer3.1.bn2.running_var"}
+    assert "layer1.2.conv1.weight (64, 64, 3, 3) has no counterpart" in refused(
+        path, {"name": "resnet18"}
+    )
+    missing = {
+        name: x for name, x in resnet18().state_dict().items() if name != "layer3.1.bn2.running_var"
+    }
     torch.save(missing, path)
-    assert refused(path, {"name": "resnet18"}).endswith("layer3.1.bn2.running_var (256,) is missing")
+    assert refused(path, {"name": "resnet18"}).endswith(
+        "layer3.1.bn2.running_var (256,) is missing"
+    )
     torch.save(torchvision_swin()[0], path)
     assert "conv1.weight (64, 3, 7, 7) is missing" in refused(path, {"name": "resnet18"})
 
@@ -755,7 +863,9 @@ def test_another_architecture_is_named_with_tensor_and_shapes(tmp_path):
 def test_a_file_lacks_what_is_asked_of_it(tmp_path):
     path = tmp_path / "x.pth"
     torch.save(resnet18().state_dict(), path)
-    assert refused(path, which="key") == "torchvision or timm ResNet, without key encoder's backbone"
+    assert (
+        refused(path, which="key") == "torchvision or timm ResNet, without key encoder's backbone"
+    )
     assert refused(path, feature="embedding") == "holds no projector, which feature=embedding needs"
 
 
@@ -781,7 +891,9 @@ def test_code_in_a_file_is_named_and_never_runs(legacy, tmp_path, monkeypatch):
     torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
     message = refused(tmp_path / "x.pth")
     assert message.startswith("it holds objects whose loading would run code (")
-    assert message.endswith("if you trust its source, write its tensors alone to a new file with torch.save")
+    assert message.endswith(
+        "if you trust its source, write its tensors alone to a new file with torch.save"
+    )
     assert not (tmp_path / "canary").exists()
 
 
@@ -789,7 +901,10 @@ def test_files_that_hold_no_weights_are_one_line(tmp_path):
     path = tmp_path / "x.pth"
     assert refused(path) == "no such file"
     path.write_text("layer1: [0.1, 0.2]\n" * 20)
-    assert refused(path) == "damaged, or no checkpoint at all (neither torch.save nor safetensors has written it)"
+    assert (
+        refused(path)
+        == "damaged, or no checkpoint at all (neither torch.save nor safetensors has written it)"
+    )
     torch.save(resnet18().state_dict(), path, _use_new_zipfile_serialization=False)
     whole = path.read_bytes()
     generator = np.random.default_rng(0)
@@ -830,7 +945,15 @@ def test_a_damaged_safetensors_file_is_one_line(tmp_path):
     assert refused(path).startswith("damaged, or no safetensors file (")
 
 
-def method(queue_size=K, embedding_dim=C, num_queues=1, dense_weight=0.0, backbone=None, predictor=None, **projector):
+def method(
+    queue_size=K,
+    embedding_dim=C,
+    num_queues=1,
+    dense_weight=0.0,
+    backbone=None,
+    predictor=None,
+    **projector,
+):
     torch.manual_seed(7)
     return MoCo(
         backbone=backbone or {"name": "resnet18"},
@@ -859,7 +982,9 @@ def started(content, tmp_path, **settings):
     before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
     logged = []
     handler = logging.Handler()
-    handler.emit = lambda record: logged.append(record.getMessage().removeprefix(f"init_from={path}: "))
+    handler.emit = lambda record: logged.append(
+        record.getMessage().removeprefix(f"init_from={path}: ")
+    )
     logger = logging.getLogger("moco.weights.init_from")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -871,7 +996,11 @@ def started(content, tmp_path, **settings):
 
 
 def changed(new, before, part):
-    return any(not torch.equal(x, before[name]) for name, x in new.state_dict().items() if name.startswith(part))
+    return any(
+        not torch.equal(x, before[name])
+        for name, x in new.state_dict().items()
+        if name.startswith(part)
+    )
 
 
 def test_a_run_starts_from_official_weights_with_key_encoder_and_queue(tmp_path):
@@ -933,10 +1062,14 @@ def test_parts_that_do_not_fit_are_rebuilt_and_said(tmp_path):
     assert not changed(new, before, "query_encoder.projector.")
     assert not changed(new, before, "queue.")
     for mine, other in zip(
-        new.key_encoder.projector.parameters(), new.query_encoder.projector.parameters(), strict=True
+        new.key_encoder.projector.parameters(),
+        new.query_encoder.projector.parameters(),
+        strict=True,
     ):
         assert torch.equal(mine, other)
-    assert logged[1] == ("projector: does not fit: 0.weight (512, 512) is missing, and 5 more differ; begins anew")
+    assert logged[1] == (
+        "projector: does not fit: 0.weight (512, 512) is missing, and 5 more differ; begins anew"
+    )
     assert logged[-1] == "not used: projector (2), key encoder's projector (2), queue (3)"
     _, before, logged = started(moco_v2()[0], tmp_path, queue_size=32)
     assert logged[1] == "queue: does not fit: keys is (48, 16) and should be (32, 16); begins anew"
@@ -964,7 +1097,9 @@ def test_two_queues_hold_the_views_that_they_are_for(tmp_path):
     content, query, _ = moby()
     backbone = {"name": "swin_tiny_patch2", "window_size": [4, 4, 4, 2]}
     heads = {"num_layers": 2, "hidden_dim": 64, "hidden_batch_norm": True}
-    new, before, logged = started(content, tmp_path, num_queues=2, backbone=backbone, predictor=heads, **heads)
+    new, before, logged = started(
+        content, tmp_path, num_queues=2, backbone=backbone, predictor=heads, **heads
+    )
     torch.testing.assert_close(new.queue.keys, content["model"]["queue2"].T)
     torch.testing.assert_close(new.reverse_queue.keys, content["model"]["queue1"].T)
     assert_same(new.query_encoder, query, "embedding", 32)
@@ -978,7 +1113,9 @@ def test_the_dense_parts_are_taken(tmp_path):
     dense_map = torch.randn(2, 512, 3, 3)
     with torch.no_grad():
         expected = query[1].mlp2(dense_map).flatten(2).transpose(1, 2)
-        torch.testing.assert_close(new.query_encoder.dense_projector(dense_map).embeddings, expected)
+        torch.testing.assert_close(
+            new.query_encoder.dense_projector(dense_map).embeddings, expected
+        )
     torch.testing.assert_close(new.dense_queue.keys, content["state_dict"]["queue2"].T)
     assert (int(new.queue.pointer), int(new.dense_queue.pointer)) == (8, 24)
     assert len(logged) == 1
@@ -1000,7 +1137,10 @@ def solo_learn_on_cifar():
         return model
 
     query, key = query_and_key(build)
-    for model in (query, key):  # statistics that fit, with which the padding changes the features most
+    for model in (
+        query,
+        key,
+    ):  # statistics that fit, with which the padding changes the features most
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.momentum = 1.0
@@ -1032,7 +1172,9 @@ def test_solo_learns_stem_for_cifar_is_chosen_by_the_files_origin(tmp_path, capl
     with torch.no_grad():
         assert F.cosine_similarity(other.encoder.encode(images), query(images)).max() < 0.98
 
-    new, _, _ = started(content, tmp_path, backbone={"name": "resnet18", "stem": "solo_cifar"}, hidden_dim=32)
+    new, _, _ = started(
+        content, tmp_path, backbone={"name": "resnet18", "stem": "solo_cifar"}, hidden_dim=32
+    )
     assert_same(new.query_encoder, query, "backbone", 32)
     caplog.clear()
     started(content, tmp_path, backbone={"name": "resnet18", "stem": "cifar"}, hidden_dim=32)
@@ -1047,7 +1189,9 @@ def test_a_backbone_alone_does_not_say_how_its_stem_pads(tmp_path, caplog):
     torch.save(alone, path)
     load_pretrained(path, "query", {})
     assert "if the weights are solo-learn's give backbone.stem=solo_cifar" in caplog.text
-    assert_same(load_pretrained(path, "query", {"stem": "solo_cifar"}).encoder, query, "backbone", 32)
+    assert_same(
+        load_pretrained(path, "query", {"stem": "solo_cifar"}).encoder, query, "backbone", 32
+    )
 
 
 def test_a_head_is_put_into_our_order_whatever_the_order_of_its_tensors():
@@ -1060,8 +1204,13 @@ def test_a_head_is_put_into_our_order_whatever_the_order_of_its_tensors():
         "0.weight": (5, 6), "1.running_mean": (5,), "3.weight": (4, 5), "4.running_mean": (4,),
     }  # fmt: skip
     assert list(in_our_order({"layers.0.weight": torch.zeros(2, 3)}, is_dense=False)) == ["weight"]
-    local = in_our_order({"layers.0.weight": torch.zeros(5, 6), "layers.2.weight": torch.zeros(4, 5)}, is_dense=True)
-    assert {name: tuple(x.shape) for name, x in local.items()} == {"0.weight": (5, 6, 1, 1), "2.weight": (4, 5, 1, 1)}
+    local = in_our_order(
+        {"layers.0.weight": torch.zeros(5, 6), "layers.2.weight": torch.zeros(4, 5)}, is_dense=True
+    )
+    assert {name: tuple(x.shape) for name, x in local.items()} == {
+        "0.weight": (5, 6, 1, 1),
+        "2.weight": (4, 5, 1, 1),
+    }
 
 
 def test_a_queue_is_rows_of_unit_norm_however_it_was_stored():
@@ -1070,7 +1219,9 @@ def test_a_queue_is_rows_of_unit_norm_however_it_was_stored():
     assert torch.equal(rows_of_unit_norm(keys.T), keys.T)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "resnet101", "wide_resnet50_2", "swin_t", "swin_s", "vit_b_16"])
+@pytest.mark.parametrize(
+    "name", ["resnet50", "resnet101", "wide_resnet50_2", "swin_t", "swin_s", "vit_b_16"]
+)
 def test_every_published_architecture_has_one_backbone(name):
     with torch.device("meta"):
         model = torchvision.models.get_model(name)

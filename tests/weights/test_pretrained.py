@@ -38,7 +38,9 @@ def ours(tmp_path_factory):
     content = read_checkpoint(path)
     method = MoCo(**content["hyper_parameters"])
     method.load_state_dict(content["state_dict"])
-    write_backbone_file(folder / "backbone.pth", method, content["config"], {"epoch": 3, "step": 12})
+    write_backbone_file(
+        folder / "backbone.pth", method, content["config"], {"epoch": 3, "step": 12}
+    )
     return folder
 
 
@@ -66,19 +68,33 @@ def same_features(one, other):
 def test_the_backbone_alone_is_the_checkpoints(ours):
     assert same_features(encoder_of(ours / "backbone.pth"), encoder_of(ours / "last.ckpt"))
     slim = load_pretrained(str(ours / "backbone.pth"), "query", {"window_size": 8})
-    assert slim.settings == {"name": "swin_v2_tiny_patch2", "window_size": 8, "pretrained_window_size": 4}
+    assert slim.settings == {
+        "name": "swin_v2_tiny_patch2",
+        "window_size": 8,
+        "pretrained_window_size": 4,
+    }
     assert (slim.epoch, slim.step, slim.config["data"]["image_size"]) == (3, 12, 32)
 
 
 def test_what_was_exported_comes_back_with_what_it_says_of_images(ours, tmp_path):
     pytest.importorskip("safetensors")
     encoder = encoder_of(ours / "last.ckpt", "key")
-    about = {"image_size": 32, "mean": [0.4] * 3, "std": [0.3] * 3, "encoder": "key", "epoch": 3, "step": 12}
+    about = {
+        "image_size": 32,
+        "mean": [0.4] * 3,
+        "std": [0.3] * 3,
+        "encoder": "key",
+        "epoch": 3,
+        "step": 12,
+    }
     path = tmp_path / "key.safetensors"
     path.write_bytes(write_backbone(encoder.backbone, {"name": "swin_v2_tiny_patch2"}, about))
     exported = load_pretrained(str(path), "key", {})
     assert same_features(exported.encoder, encoder)
-    assert exported.config == {"data": {"image_size": 32}, "augmentation": {"mean": [0.4] * 3, "std": [0.3] * 3}}
+    assert exported.config == {
+        "data": {"image_size": 32},
+        "augmentation": {"mean": [0.4] * 3, "std": [0.3] * 3},
+    }
 
 
 def test_the_backbone_alone_needs_no_package_of_ours(ours):
@@ -120,8 +136,12 @@ def test_a_backbone_file_that_was_edited_is_refused(ours, tmp_path):
     assert complaint({"backbone": settings | {"name": "resnet81"}}).startswith(
         "its settings are of no backbone (backbone.name: "
     )
-    assert complaint({"backbone": {"stem": "cifar"}}).startswith("its settings are of no backbone (")
-    assert complaint({"state_dict": {}}).startswith("its weights do not fit the backbone swin_v2_tiny_patch2: ")
+    assert complaint({"backbone": {"stem": "cifar"}}).startswith(
+        "its settings are of no backbone ("
+    )
+    assert complaint({"state_dict": {}}).startswith(
+        "its weights do not fit the backbone swin_v2_tiny_patch2: "
+    )
     for change in ({"state_dict": 3}, {"config": []}, {"mean": 0.5}, {"epoch": "last"}):
         ((name, _),) = change.items()
         assert complaint(change).startswith(f"not written by moco.train (its {name} is no ")
@@ -135,13 +155,19 @@ def test_a_checkpoint_whose_hyperparameters_are_gone_is_refused(ours, tmp_path):
 
 
 def test_a_default_may_be_said_of_a_file_that_does_not_mention_it(tmp_path):
-    path = pretraining_checkpoint(tmp_path / "last.ckpt", "backbone=resnet_tiny", "backbone.stem=null", "data=digits")
-    assert load_pretrained(str(path), "query", {"stem": "imagenet"}).settings["name"] == "resnet_tiny"
+    path = pretraining_checkpoint(
+        tmp_path / "last.ckpt", "backbone=resnet_tiny", "backbone.stem=null", "data=digits"
+    )
+    assert (
+        load_pretrained(str(path), "query", {"stem": "imagenet"}).settings["name"] == "resnet_tiny"
+    )
     with pytest.raises(InputError, match=r"backbone\.stem: imagenet there, cifar here"):
         load_pretrained(str(path), "query", {"stem": "cifar"})
 
 
-def test_of_a_backbone_alone_its_feature_is_measured_where_the_run_measured_embeddings(ours, tmp_path, caplog):
+def test_of_a_backbone_alone_its_feature_is_measured_where_the_run_measured_embeddings(
+    ours, tmp_path, caplog
+):
     caplog.set_level(logging.INFO)
     content = torch.load(ours / "backbone.pth", weights_only=True)
     content["config"]["evaluation"]["feature"] = "embedding"
@@ -149,8 +175,12 @@ def test_of_a_backbone_alone_its_feature_is_measured_where_the_run_measured_embe
     figures = figures_of(tmp_path / "run", f"checkpoint={tmp_path / 'x.pth'}", "data.image_size=16")
     assert figures["knn/feature"] == "backbone"
     assert any("so its own feature is measured" in message for message in caplog.messages)
-    with pytest.raises(InputError, match="a backbone alone, and feature=embedding needs the projector too"):
-        figures_of(tmp_path / "other", f"checkpoint={tmp_path / 'x.pth'}", "evaluation.feature=embedding")
+    with pytest.raises(
+        InputError, match="a backbone alone, and feature=embedding needs the projector too"
+    ):
+        figures_of(
+            tmp_path / "other", f"checkpoint={tmp_path / 'x.pth'}", "evaluation.feature=embedding"
+        )
 
 
 def figures_of(folder, *overrides):
@@ -165,18 +195,30 @@ def test_the_backbone_alone_measures_as_the_checkpoint(ours, tmp_path):
         figures_of(tmp_path / name, f"checkpoint={ours / name}", "data.image_size=16")
         for name in ("last.ckpt", "backbone.pth")
     )
-    protocols = {(5, whole["knn/temperature"]), *itertools.product((1, 10, 20, 100, 200), (0.07, 0.1, 0.2))}
+    protocols = {
+        (5, whole["knn/temperature"]),
+        *itertools.product((1, 10, 20, 100, 200), (0.07, 0.1, 0.2)),
+    }
     of_embeddings = set()
     for k, t in protocols:
         tops = ("top1", "top5") if k >= 5 else ("top1",)
         of_embeddings |= {f"knn_grid/embedding/k{k}/t{t:g}/{top}" for top in tops}
-    of_embeddings |= {f"label_free/{name}" for name in ("rank_me", "embedding_std", "uniformity", "alignment", "lidar")}
+    of_embeddings |= {
+        f"label_free/{name}"
+        for name in ("rank_me", "embedding_std", "uniformity", "alignment", "lidar")
+    }
     assert whole.keys() - slim.keys() == of_embeddings  # which take the projector
     differing = {key for key in slim if whole[key] != slim[key]}
-    assert differing == {"checkpoint", "epoch", "step"}  # the whole one was saved before its first epoch
+    assert differing == {
+        "checkpoint",
+        "epoch",
+        "step",
+    }  # the whole one was saved before its first epoch
 
 
-def test_other_projects_weights_are_embedded_with_imagenets_normalisation(official, image_tree, tmp_path):
+def test_other_projects_weights_are_embedded_with_imagenets_normalisation(
+    official, image_tree, tmp_path
+):
     path, model = official
     given = [f"checkpoint={path}", f"output={tmp_path / 'x.npz'}", "accelerator=cpu"]
     with pytest.raises(InputError) as error:
@@ -185,16 +227,24 @@ def test_other_projects_weights_are_embedded_with_imagenets_normalisation(offici
     given += ["data=images", f"data.root={image_tree}", "data.image_size=16"]
     for extra, mean, std in (
         ([], [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        (["augmentation.mean=[0.5,0.5,0.5]", "augmentation.std=[0.25,0.25,0.25]"], [0.5] * 3, [0.25] * 3),
+        (
+            ["augmentation.mean=[0.5,0.5,0.5]", "augmentation.std=[0.25,0.25,0.25]"],
+            [0.5] * 3,
+            [0.25] * 3,
+        ),
     ):
         embed.run(composed("embed", EmbedConfig, *given, *extra), tmp_path / "run")
         with np.load(tmp_path / "x.npz") as file:
             features, names = file["features"], file["names"]
-        pixels = np.stack([np.asarray(Image.open(name))[:, 2:18] for name in names[:3]]) / 255  # of 20 x 16, the middle
+        pixels = (
+            np.stack([np.asarray(Image.open(name))[:, 2:18] for name in names[:3]]) / 255
+        )  # of 20 x 16, the middle
         images = torch.from_numpy((pixels - mean) / std).permute(0, 3, 1, 2).float()
         with torch.no_grad():
             expected = model(images).numpy()
-        np.testing.assert_allclose(features[:3], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(
+            features[:3], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
+        )
 
 
 def test_other_projects_weights_begin_a_segmentation(official):
@@ -202,11 +252,15 @@ def test_other_projects_weights_begin_a_segmentation(official):
     given = [f"checkpoint={path}", "data.root=nowhere"]
     with pytest.raises(InputError) as error:
         segment.starting_point(composed("segment", SegmentConfig, *given))
-    assert str(error.value) == f"image_size: missing; {path} does not say it, give image_size=PIXELS"
+    assert (
+        str(error.value) == f"image_size: missing; {path} does not say it, give image_size=PIXELS"
+    )
     start = segment.starting_point(composed("segment", SegmentConfig, *given, "image_size=64"))
     assert (start.settings["name"], start.image_size, start.mean[0]) == ("resnet18", 64, 0.485)
     weights = model.state_dict()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in start.backbone.state_dict().items())
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in start.backbone.state_dict().items()
+    )
 
 
 def test_other_projects_weights_are_exported_to_a_third(official, tmp_path, capsys):
@@ -215,7 +269,10 @@ def test_other_projects_weights_are_exported_to_a_third(official, tmp_path, caps
     given = [f"checkpoint={path}", "format=torchvision", f"output={output}"]
     with pytest.raises(InputError, match="image_size: missing"):
         export.run(composed("export", ExportConfig, *given), tmp_path / "run")
-    export.run(composed("export", ExportConfig, *given, "image_size=224", "backbone=resnet18"), tmp_path / "run")
+    export.run(
+        composed("export", ExportConfig, *given, "image_size=224", "backbone=resnet18"),
+        tmp_path / "run",
+    )
     assert "query, epoch 200, step 0" in capsys.readouterr().out
     exported = torchvision.models.resnet18()
     exported.fc = torch.nn.Identity()
@@ -241,26 +298,39 @@ def method_of(config):
 
 
 def test_a_run_starts_from_a_checkpoint_of_ours_with_all_of_it(tmp_path):
-    moby = ["backbone=resnet_tiny", "method=moby", "method.queue_size=48", "method.embedding_dim=16"]
+    moby = [
+        "backbone=resnet_tiny",
+        "method=moby",
+        "method.queue_size=48",
+        "method.embedding_dim=16",
+    ]
     path = pretraining_checkpoint(tmp_path / "last.ckpt", *moby, "method.predictor.hidden_dim=32")
     state = read_checkpoint(path)["state_dict"]
-    config = composed("train", TrainConfig, "+experiment=quickstart", *moby, "method.predictor.hidden_dim=32")
+    config = composed(
+        "train", TrainConfig, "+experiment=quickstart", *moby, "method.predictor.hidden_dim=32"
+    )
     method = method_of(config)
     start_from(method, str(path))
     assert all(torch.equal(tensor, state[name]) for name, tensor in method.state_dict().items())
     smaller = method_of(
-        composed("train", TrainConfig, "+experiment=quickstart", *moby, "method.predictor.hidden_dim=8")
+        composed(
+            "train", TrainConfig, "+experiment=quickstart", *moby, "method.predictor.hidden_dim=8"
+        )
     )
     fresh = copy.deepcopy(smaller.predictor)
     start_from(smaller, str(path))
     for name, tensor in smaller.state_dict().items():
         if not name.startswith("predictor."):
             assert torch.equal(tensor, state[name])
-    assert all(map(torch.equal, smaller.predictor.state_dict().values(), fresh.state_dict().values()))
+    assert all(
+        map(torch.equal, smaller.predictor.state_dict().values(), fresh.state_dict().values())
+    )
 
 
 def test_a_run_does_not_start_from_weights_of_other_windows(ours):
-    config = composed("train", TrainConfig, "+experiment=quickstart", *SWIN, "backbone.window_size=8")
+    config = composed(
+        "train", TrainConfig, "+experiment=quickstart", *SWIN, "backbone.window_size=8"
+    )
     with pytest.raises(InputError) as error:
         start_from(method_of(config), str(ours / "last.ckpt"))
     assert str(error.value) == (
@@ -299,7 +369,10 @@ def test_init_from_is_read_by_a_new_run_and_not_by_one_that_goes_on(tmp_path, ca
     config.trainer.max_steps = 2
     train.run(config, tmp_path / "run")
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 2
-    assert torch.load(tmp_path / "run" / "checkpoints" / "backbone.pth", weights_only=True)["step"] == 2
+    assert (
+        torch.load(tmp_path / "run" / "checkpoints" / "backbone.pth", weights_only=True)["step"]
+        == 2
+    )
     with pytest.raises(InputError, match=f"init_from={path}: no such file"):
         train.run(config, tmp_path / "another")
     assert not (tmp_path / "another").exists()

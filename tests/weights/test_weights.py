@@ -43,7 +43,9 @@ def randomised(name, window=None):
         elif "cpb_mlp" in key or key.endswith("relative_position_bias_table"):
             tensor.normal_(0, 0.5)
         if "v2" in name and key.endswith("qkv.bias"):
-            tensor[len(tensor) // 3 : 2 * len(tensor) // 3] = 0  # training never touches the keys' part
+            tensor[len(tensor) // 3 : 2 * len(tensor) // 3] = (
+                0  # training never touches the keys' part
+            )
     return backbone.eval()
 
 
@@ -64,8 +66,12 @@ def torchvision_model(name, weights, window=None, image_size=224):
                 depths=[2, 2, 6, 2],
                 num_heads=[3, 6, 12, 24],
                 window_size=[window, window],
-                block=swin_transformer.SwinTransformerBlockV2 if version2 else swin_transformer.SwinTransformerBlock,
-                downsample_layer=swin_transformer.PatchMergingV2 if version2 else swin_transformer.PatchMerging,
+                block=swin_transformer.SwinTransformerBlockV2
+                if version2
+                else swin_transformer.SwinTransformerBlock,
+                downsample_layer=swin_transformer.PatchMergingV2
+                if version2
+                else swin_transformer.PatchMerging,
             )
         classifier = "fc" if "resnet" in name else "heads" if "vit" in name else "head"
         setattr(model, classifier, nn.Identity())
@@ -97,7 +103,9 @@ CASES = [("resnet18", None, 65), ("resnet50", None, 64), ("swin_t", 4, 128), ("s
 @pytest.mark.parametrize(("name", "window", "size"), CASES)
 def test_torchvisions_own_model_gives_our_outputs(name, window, size):
     backbone = randomised(name, window)
-    assert difference(torchvision_model(name, to_torchvision(backbone), window), backbone, size) < 1e-5
+    assert (
+        difference(torchvision_model(name, to_torchvision(backbone), window), backbone, size) < 1e-5
+    )
 
 
 @pytest.mark.parametrize(("name", "window", "size"), CASES)
@@ -117,8 +125,17 @@ def test_torchvisions_vit_b_16_gives_our_outputs_at_its_own_size():
 
 def test_a_vit_agrees_at_another_size_in_both_libraries():
     backbone = randomised("vit_small")
-    assert difference(torchvision_model("vit_small", to_torchvision(backbone, 64), image_size=64), backbone, 64) < 1e-5
-    assert difference(timm_model("vit_small", to_timm(backbone, 64), img_size=64), backbone, 64) < 1e-5
+    assert (
+        difference(
+            torchvision_model("vit_small", to_torchvision(backbone, 64), image_size=64),
+            backbone,
+            64,
+        )
+        < 1e-5
+    )
+    assert (
+        difference(timm_model("vit_small", to_timm(backbone, 64), img_size=64), backbone, 64) < 1e-5
+    )
 
 
 @torch.no_grad()
@@ -126,10 +143,16 @@ def test_a_vit_agrees_at_another_size_in_both_libraries():
 def test_an_incomplete_patch_of_a_vit_counts_as_in_the_backbone(partial_patches):
     backbone = build_backbone("vit_small", partial_patches=partial_patches).eval()
     model = torchvision_model(
-        "vit_small", to_torchvision(backbone, 40), image_size=48 if partial_patches == "complete" else 32
+        "vit_small",
+        to_torchvision(backbone, 40),
+        image_size=48 if partial_patches == "complete" else 32,
     )
     images = torch.randn(1, 3, 40, 40)
-    whole = nn.functional.pad(images, (0, 8, 0, 8)) if partial_patches == "complete" else images[..., :32, :32]
+    whole = (
+        nn.functional.pad(images, (0, 8, 0, 8))
+        if partial_patches == "complete"
+        else images[..., :32, :32]
+    )
     torch.testing.assert_close(model(whole), backbone(images), rtol=1e-5, atol=1e-5)
 
 
@@ -172,7 +195,9 @@ def test_learned_positions_are_resized_to_the_backbones_grid_as_timm_does():
     same = build_backbone("vit_small", learned_positions=4).eval()
     same.load_state_dict(from_torchvision(theirs.state_dict(), same))
     timm = pytest.importorskip("timm")
-    model = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, img_size=64, dynamic_img_size=True)
+    model = timm.create_model(
+        "vit_small_patch16_224", num_classes=0, num_heads=12, img_size=64, dynamic_img_size=True
+    )
     model.load_state_dict(to_timm(same, 64))
     images = torch.randn(1, 3, 96, 96)
     for ours in (wider, same):
@@ -186,7 +211,9 @@ def test_our_fixed_positions_are_recognised_in_the_weights_of_others():
             assert back(there(ours, image_size), ours).keys() == ours.state_dict().keys()
 
 
-@pytest.mark.parametrize(("name", "normaliser"), [("swin_t", {}), ("swin_v2_t", {"pretrained_window_sizes": [4] * 4})])
+@pytest.mark.parametrize(
+    ("name", "normaliser"), [("swin_t", {}), ("swin_v2_t", {"pretrained_window_sizes": [4] * 4})]
+)
 def test_timm_agrees_where_it_cuts_the_window_down_to_the_map(name, normaliser):
     backbone = randomised(name, 4)  # in maps of 16, 8, 4 and 2 cells
     model = timm_model(name, to_timm(backbone, 64), img_size=64, window_size=4, **normaliser)
@@ -205,14 +232,20 @@ def test_torchvisions_own_coordinates_stretch_the_biases():
     """The control: the test above would find a table that is normalised by the new window."""
     backbone = rewindow(copy.deepcopy(randomised("swin_v2_t", 4)), 8)
     stretched = saved_coordinates((8, 8), (8, 8))
-    weights = {name: stretched if name.endswith("coords_table") else x for name, x in to_torchvision(backbone).items()}
+    weights = {
+        name: stretched if name.endswith("coords_table") else x
+        for name, x in to_torchvision(backbone).items()
+    }
     assert difference(torchvision_model("swin_v2_t", weights), backbone, 128) > 1e-3
 
 
 def test_timm_takes_a_window_for_each_stage():
     backbone = rewindow(copy.deepcopy(randomised("swin_v2_t", 4)), [8, 4, 4, 2])
     settings = {"img_size": 128, "window_size": [8, 4, 4, 2], "pretrained_window_sizes": [4] * 4}
-    assert difference(timm_model("swin_v2_t", to_timm(backbone, 128), **settings), backbone, 128) < 1e-4
+    assert (
+        difference(timm_model("swin_v2_t", to_timm(backbone, 128), **settings), backbone, 128)
+        < 1e-4
+    )
 
 
 def shapes(weights):
@@ -226,15 +259,25 @@ def test_names_and_shapes_are_those_of_the_libraries(name):
         backbone = build_backbone(name, window_size=8 if "v2" in name else None)
     weights = to_torchvision(backbone)
     assert shapes(weights) == shapes(theirs.state_dict())
-    assert shapes(from_torchvision(theirs.state_dict() | weights, backbone)) == shapes(backbone.state_dict())
+    assert shapes(from_torchvision(theirs.state_dict() | weights, backbone)) == shapes(
+        backbone.state_dict()
+    )
 
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         theirs = timm.create_model(TIMM_MODELS[name])
-    named = {key: shape for key, shape in shapes(theirs.state_dict()).items() if not key.startswith(("fc.", "head."))}
+    named = {
+        key: shape
+        for key, shape in shapes(theirs.state_dict()).items()
+        if not key.startswith(("fc.", "head."))
+    }
     assert shapes(to_timm(backbone)) == named
-    positions = {"pos_embed": to_timm(backbone)["pos_embed"]} if "vit" in name else {}  # fixed ones, and not on meta
-    assert shapes(from_timm(theirs.state_dict() | positions, backbone)) == shapes(backbone.state_dict())
+    positions = (
+        {"pos_embed": to_timm(backbone)["pos_embed"]} if "vit" in name else {}
+    )  # fixed ones, and not on meta
+    assert shapes(from_timm(theirs.state_dict() | positions, backbone)) == shapes(
+        backbone.state_dict()
+    )
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -242,7 +285,9 @@ def test_weights_come_back_to_the_bit(name):
     backbone = randomised(name)
     ours = backbone.state_dict()
     for there, back in ((to_torchvision, from_torchvision), (to_timm, from_timm)):
-        returned = back(there(backbone) | {"fc.weight": torch.zeros(1), "head.bias": torch.zeros(1)}, backbone)
+        returned = back(
+            there(backbone) | {"fc.weight": torch.zeros(1), "head.bias": torch.zeros(1)}, backbone
+        )
         assert returned.keys() == ours.keys()
         assert all(torch.equal(returned[key], ours[key]) for key in ours)
 
@@ -254,13 +299,18 @@ def test_the_tables_for_torchvision_are_its_own_to_the_bit():
         assert torch.equal(ours[f"features.1.0.attn.{name}"], theirs[name])
     for window in range(2, 33):
         theirs = swin_transformer.ShiftedWindowAttentionV2(8, [window, window], [0, 0], num_heads=2)
-        assert torch.equal(saved_coordinates((window, window), (window, window)), theirs.relative_coords_table)
+        assert torch.equal(
+            saved_coordinates((window, window), (window, window)), theirs.relative_coords_table
+        )
 
 
 def test_the_pretraining_window_is_read_off_the_coordinates():
     for pretrained in range(2, 65):
         for window in (2, pretrained, 64):
-            assert pretrained_window_of(saved_coordinates((window, 9), (pretrained, 3))) == (pretrained, 3)
+            assert pretrained_window_of(saved_coordinates((window, 9), (pretrained, 3))) == (
+                pretrained,
+                3,
+            )
     assert pretrained_window_of(saved_coordinates((1, 1), (1, 1))) is None
 
 
@@ -322,14 +372,18 @@ def test_a_file_of_our_own_rebuilds_the_backbone(settings, window, tmp_path):
     if window:
         rewindow(backbone, window)
     path = tmp_path / "backbone.safetensors"
-    path.write_bytes(write_backbone(backbone, settings, {"image_size": 32, "mean": [0.5, 0.5, 0.5]}))
+    path.write_bytes(
+        write_backbone(backbone, settings, {"image_size": 32, "mean": [0.5, 0.5, 0.5]})
+    )
     rebuilt, about = read_backbone(path)
     images = torch.randn(2, 3, 40, 33)
     with torch.no_grad():
         assert torch.equal(rebuilt(images), backbone(images))
     assert (about["image_size"], about["mean"]) == (32, [0.5, 0.5, 0.5])
     assert about["backbone"].get("window_size") == window
-    assert about["backbone"].get("pretrained_window_size") == (4 if "v2" in settings["name"] else None)
+    assert about["backbone"].get("pretrained_window_size") == (
+        4 if "v2" in settings["name"] else None
+    )
 
 
 def test_files_that_are_not_ours_are_named(tmp_path):
@@ -345,10 +399,19 @@ def test_files_that_are_not_ours_are_named(tmp_path):
     path.write_bytes(b"something else")
     assert complaint().startswith("FILE: damaged, or no safetensors file (")
     save_file({"x": torch.zeros(1)}, path)
-    foreign = "FILE: not written by moco.export format=safetensors (its metadata describe no backbone)"
+    foreign = (
+        "FILE: not written by moco.export format=safetensors (its metadata describe no backbone)"
+    )
     assert complaint() == foreign
-    for metadata in ({"author": "someone"}, {"backbone": "resnet50"}, {"backbone": "[1]"}, {"backbone": "{}"}):
+    for metadata in (
+        {"author": "someone"},
+        {"backbone": "resnet50"},
+        {"backbone": "[1]"},
+        {"backbone": "{}"},
+    ):
         save_file({"x": torch.zeros(1)}, path, metadata)
         assert complaint() == foreign
     save_file({"x": torch.zeros(1)}, path, {"backbone": json.dumps({"name": "resnet_tiny"})})
-    assert complaint().startswith("FILE: the weights do not fit the backbone that its metadata describe (")
+    assert complaint().startswith(
+        "FILE: the weights do not fit the backbone that its metadata describe ("
+    )

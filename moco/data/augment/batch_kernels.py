@@ -33,7 +33,9 @@ def resized_crop(images: Tensor, boxes: Tensor, side: int, antialias: bool = Tru
     return rows[:, None] @ narrow.view(num, channels, height, side)
 
 
-def resize_weights(start: Tensor, length: Tensor, size: int, side: int, antialias: bool = True) -> Tensor:
+def resize_weights(
+    start: Tensor, length: Tensor, size: int, side: int, antialias: bool = True
+) -> Tensor:
     """(N, side, size): how much each of `size` pixels counts for each of `side` that the stretch from `start` is resized to.
 
     A triangle as wide as two pixels, of the source or, antialiased, of the result if those are larger (Pillow's bilinear
@@ -42,7 +44,9 @@ def resize_weights(start: Tensor, length: Tensor, size: int, side: int, antialia
     start, length = start[:, None, None], length[:, None, None]
     scale = length / side
     pixels = torch.arange(size, device=start.device, dtype=start.dtype) + 0.5
-    centres = start + (torch.arange(side, device=start.device, dtype=start.dtype)[:, None] + 0.5) * scale
+    centres = (
+        start + (torch.arange(side, device=start.device, dtype=start.dtype)[:, None] + 0.5) * scale
+    )
     if not antialias or size <= side:  # two pixels count for each of the result, at the edges one
         inside = centres.clamp(start + 0.5, start + length - 0.5)
         return 1 - (pixels - inside).abs_().clamp_(max=1)
@@ -64,7 +68,9 @@ def affine(images: Tensor, angle: Tensor, shift: Tensor, shear: Tensor) -> Tenso
     # The inverse of rotation times shear, whose determinant is 1; for F.affine_grid in halves of the sides.
     (right, down), (a, b) = shift.unbind(1), (cos - sin * tan, cos * tan + sin)
     across = torch.stack([a, b * (height / width), -(a * right + b * down) / (width / 2)], 1)
-    along = torch.stack([-sin * (width / height), cos, (sin * right - cos * down) / (height / 2)], 1)
+    along = torch.stack(
+        [-sin * (width / height), cos, (sin * right - cos * down) / (height / 2)], 1
+    )
     theta = torch.stack([across, along], 1).to(images.dtype)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -89,13 +95,17 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor, *, has_hue: boo
     if images.device.type == "cpu":
         # Sorted by how many of their blends come before hue, the images that take a blend there are the first ones.
         rows = is_before.sum(1).argsort(descending=True)
-        images, blends, chosen, shift = (values.index_select(0, rows) for values in (images, blends, chosen, shift))
+        images, blends, chosen, shift = (
+            values.index_select(0, rows) for values in (images, blends, chosen, shift)
+        )
         counts = is_before.sum(0).tolist()
         before, after = [slice(count) for count in counts], [slice(count, None) for count in counts]
         early = late = blend_shares(chosen, blends)
     else:  # there each takes every blend, and on the other side of hue with the factor 1
         images, before, after = images.clone(), [slice(None)] * 3, [slice(None)] * 3
-        early, late = (blend_shares(chosen.where(here, 1.0), blends) for here in (is_before, ~is_before))
+        early, late = (
+            blend_shares(chosen.where(here, 1.0), blends) for here in (is_before, ~is_before)
+        )
     for place, some in enumerate(before):
         blend_(images[some], early[some, place])
     if has_hue:

@@ -15,12 +15,16 @@ from PIL import Image
 
 from moco.data.augment.linear_colors import TO_GRAY, jitter_matrix
 
-cv2.setNumThreads(1)  # an image is too small for several, and the loader's processes are parallel already
+cv2.setNumThreads(
+    1
+)  # an image is too small for several, and the loader's processes are parallel already
 
 VALUES = np.arange(256, dtype=np.float32)  # Pillow blends in single precision
 
 
-def resized_crop(image: np.ndarray, box: Sequence[int], side: int, antialias: bool = True) -> np.ndarray:
+def resized_crop(
+    image: np.ndarray, box: Sequence[int], side: int, antialias: bool = True
+) -> np.ndarray:
     """The box (top, left, height, width), resized to side x side: bilinear, antialiased where it shrinks."""
     top, left, height, width = (int(number) for number in box)
     crop = image[top : top + height, left : left + width]
@@ -83,7 +87,12 @@ def as_pixels(values: np.ndarray) -> np.ndarray:
     return values.clip(0, 255).astype(np.uint8)
 
 
-COLOR_STEPS: tuple[Callable[[np.ndarray, float], np.ndarray], ...] = (brightness, contrast, saturation, hue)
+COLOR_STEPS: tuple[Callable[[np.ndarray, float], np.ndarray], ...] = (
+    brightness,
+    contrast,
+    saturation,
+    hue,
+)
 
 
 def grayscale(image: np.ndarray) -> np.ndarray:

@@ -44,7 +44,8 @@ def jitter_matrix(factors: np.ndarray, order: np.ndarray, mean: np.ndarray) -> n
 def jitter_matrices(factors: Tensor, order: Tensor, means: Tensor) -> Tensor:
     """The same of many images, (N, 3, 4), of (N, 4), (N, 4) and (N, 3)."""
     identity, to_gray, chroma, quarter = (
-        torch.from_numpy(matrix).to(means, non_blocking=True) for matrix in (np.eye(3), TO_GRAY, CHROMA, QUARTER_TURN)
+        torch.from_numpy(matrix).to(means, non_blocking=True)
+        for matrix in (np.eye(3), TO_GRAY, CHROMA, QUARTER_TURN)
     )
     factors = factors.to(means)
     matrix = torch.cat([identity, torch.zeros_like(identity[:, :1])], 1).expand(len(means), 3, 4)
@@ -52,9 +53,13 @@ def jitter_matrices(factors: Tensor, order: Tensor, means: Tensor) -> Tensor:
     turn = to_gray + angle.cos() * chroma + angle.sin() * quarter
     for step in order.unbind(1):
         factor = factors.gather(1, step[:, None])[:, :, None]
-        is_contrast, is_saturation, is_hue = ((step == number)[:, None, None].to(means) for number in (1, 2, 3))
+        is_contrast, is_saturation, is_hue = (
+            (step == number)[:, None, None].to(means) for number in (1, 2, 3)
+        )
         blend = factor * identity + (1 - factor) * is_saturation * to_gray
         gray = to_gray @ (matrix[..., :3] @ means[..., None] + matrix[..., 3:])
         matrix = torch.lerp(blend, turn, is_hue) @ matrix
-        matrix = torch.cat([matrix[..., :3], matrix[..., 3:] + (1 - factor) * is_contrast * gray], 2)
+        matrix = torch.cat(
+            [matrix[..., :3], matrix[..., 3:] + (1 - factor) * is_contrast * gray], 2
+        )
     return matrix

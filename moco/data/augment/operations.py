@@ -72,9 +72,14 @@ class RandomResizedCrop(Operation):
     def __post_init__(self) -> None:
         is_scale, is_ratio = is_range(self.scale), is_range(self.ratio)
         expect(
-            is_scale and 0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "two areas, 0 < low <= high <= 1"
+            is_scale and 0 < self.scale[0] <= self.scale[1] <= 1,
+            "scale",
+            self.scale,
+            "two areas, 0 < low <= high <= 1",
         )
-        expect(is_ratio and self.ratio[0] > 0, "ratio", self.ratio, "two positive numbers, low <= high")
+        expect(
+            is_ratio and self.ratio[0] > 0, "ratio", self.ratio, "two positive numbers, low <= high"
+        )
         expect(isinstance(self.antialias, bool), "antialias", self.antialias, "true or false")
 
     def drawn(self, draws: Tensor, sizes: Tensor) -> Drawn:
@@ -82,15 +87,22 @@ class RandomResizedCrop(Operation):
         area = (height * width)[:, None] * between(self.scale, draws[:, :10])
         root = torch.exp(between([math.log(side) for side in self.ratio], draws[:, 10:20]) / 2)
         # Half to even, as Python's round.
-        heights, widths = torch.round(area.sqrt() / root), torch.round(area.sqrt() * root)  # (N, 10)
-        fits = (heights > 0) & (heights <= height[:, None]) & (widths > 0) & (widths <= width[:, None])
+        heights, widths = (
+            torch.round(area.sqrt() / root),
+            torch.round(area.sqrt() * root),
+        )  # (N, 10)
+        fits = (
+            (heights > 0) & (heights <= height[:, None]) & (widths > 0) & (widths <= width[:, None])
+        )
         first = fits.to(torch.uint8).argmax(1, keepdim=True)
         found = fits.any(1)
         middle_height, middle_width = self._largest(height, width)
         crop_height = torch.where(found, heights.gather(1, first)[:, 0], middle_height)
         crop_width = torch.where(found, widths.gather(1, first)[:, 0], middle_width)
         room = torch.stack([height - crop_height, width - crop_width], 1)
-        corner = torch.where(found[:, None], torch.floor(draws[:, 20:22] * (room + 1)), torch.floor(room / 2))
+        corner = torch.where(
+            found[:, None], torch.floor(draws[:, 20:22] * (room + 1)), torch.floor(room / 2)
+        )
         box = torch.cat([corner, torch.stack([crop_height, crop_width], 1)], 1).long()
         return {"box": box, "size": sizes}
 
@@ -106,7 +118,9 @@ class RandomResizedCrop(Operation):
         reduction = drawn.get("reduction", 1)  # by how much the image was decoded smaller
         if reduction == 1:
             return image_kernels.resized_crop(image, drawn["box"], self.image_size, self.antialias)
-        return image_kernels.resized_crop_between_pixels(image, drawn["box"] / reduction, self.image_size)
+        return image_kernels.resized_crop_between_pixels(
+            image, drawn["box"] / reduction, self.image_size
+        )
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return batch_kernels.resized_crop(images, drawn["box"], self.image_size, self.antialias)
@@ -126,8 +140,18 @@ class RandomAffine(Operation):
     num_draws: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
-        expect(is_number(self.translate, 0, 1), "translate", self.translate, "a fraction of the side, 0 to 1")
-        expect(is_number(self.degrees, 0, 360), "degrees", self.degrees, "a number of degrees, 0 to 360")
+        expect(
+            is_number(self.translate, 0, 1),
+            "translate",
+            self.translate,
+            "a fraction of the side, 0 to 1",
+        )
+        expect(
+            is_number(self.degrees, 0, 360),
+            "degrees",
+            self.degrees,
+            "a number of degrees, 0 to 360",
+        )
         expect(is_number(self.shear, 0, 89), "shear", self.shear, "a number of degrees, 0 to 89")
 
     def drawn(self, draws: Tensor, sizes: Tensor) -> Drawn:
@@ -140,8 +164,12 @@ class RandomAffine(Operation):
 
     def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
         images = torch.tensor(image).permute(2, 0, 1)[None] / 255
-        turned = self.on_batch(images, {name: torch.as_tensor(value)[None] for name, value in drawn.items()})
-        return np.ascontiguousarray(torch.round(turned[0] * 255).to(torch.uint8).permute(1, 2, 0).numpy())
+        turned = self.on_batch(
+            images, {name: torch.as_tensor(value)[None] for name, value in drawn.items()}
+        )
+        return np.ascontiguousarray(
+            torch.round(turned[0] * 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        )
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return batch_kernels.affine(images, drawn["angle"], drawn["shift"], drawn["shear"])
@@ -169,7 +197,12 @@ class ColorJitter(Operation):
 
     def __post_init__(self) -> None:
         for name in self.STEPS[:3]:
-            expect(is_number(getattr(self, name), 0, 100), name, getattr(self, name), "a number, 0 to 100")
+            expect(
+                is_number(getattr(self, name), 0, 100),
+                name,
+                getattr(self, name),
+                "a number, 0 to 100",
+            )
         expect(is_number(self.hue, 0, 0.5), "hue", self.hue, "a fraction of a turn, 0 to 0.5")
         expect(isinstance(self.linear, bool), "linear", self.linear, "true or false")
 
@@ -193,7 +226,9 @@ class ColorJitter(Operation):
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         if self.linear:
             return batch_kernels.linear_color_jitter(images, drawn["factors"], drawn["order"])
-        return batch_kernels.color_jitter(images, drawn["factors"], drawn["order"], has_hue=self.hue > 0)
+        return batch_kernels.color_jitter(
+            images, drawn["factors"], drawn["order"], has_hue=self.hue > 0
+        )
 
     def described(self, drawn: Mapping[str, Any]) -> str:
         steps = [step for step in drawn["order"].tolist() if getattr(self, self.STEPS[step])]
@@ -232,7 +267,12 @@ class Solarize(Operation):
 
     def __post_init__(self) -> None:
         is_whole = isinstance(self.threshold, int)
-        expect(is_whole and 0 <= self.threshold <= 256, "threshold", self.threshold, "a whole number, 0 to 256")
+        expect(
+            is_whole and 0 <= self.threshold <= 256,
+            "threshold",
+            self.threshold,
+            "a whole number, 0 to 256",
+        )
 
     def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
         return image_kernels.solarize(image, self.threshold)
@@ -286,7 +326,9 @@ def is_range(values: Any) -> bool:
     return is_pair and all(is_number(value) for value in values) and values[0] <= values[1]
 
 
-def is_number(value: Any, lowest: float = -sys.float_info.max, highest: float = sys.float_info.max) -> bool:
+def is_number(
+    value: Any, lowest: float = -sys.float_info.max, highest: float = sys.float_info.max
+) -> bool:
     """A number in the range; infinity and NaN are in none."""
     return isinstance(value, (int, float)) and lowest <= value <= highest
 

@@ -39,15 +39,24 @@ class View:
         InputError: unknown operation, setting or value; it names the key.
     """
 
-    def __init__(self, operations: Mapping[str, Mapping[str, Any] | None], image_size: int, where: str) -> None:
+    def __init__(
+        self, operations: Mapping[str, Mapping[str, Any] | None], image_size: int, where: str
+    ) -> None:
         if "random_resized_crop" not in operations:
-            raise InputError(f"{where}: random_resized_crop is missing; without it views have no common size")
-        self.steps = [build_operation(name, settings, image_size, where) for name, settings in operations.items()]
+            raise InputError(
+                f"{where}: random_resized_crop is missing; without it views have no common size"
+            )
+        self.steps = [
+            build_operation(name, settings, image_size, where)
+            for name, settings in operations.items()
+        ]
         self.crop = list(operations).index("random_resized_crop")
         """Which step gives the view its size."""
         self.image_size = image_size
 
-    def drawn(self, seed: int, epoch: int, indices: Tensor, view: int, sizes: Tensor) -> list[Drawn]:
+    def drawn(
+        self, seed: int, epoch: int, indices: Tensor, view: int, sizes: Tensor
+    ) -> list[Drawn]:
         """The numbers of each step, for a batch of images.
 
         Args:
@@ -61,15 +70,23 @@ class View:
         numbers = []
         for place, (step, own) in enumerate(zip(self.steps, draws, strict=True)):
             known = sizes if place <= self.crop else torch.full_like(sizes, self.image_size)
-            numbers.append(step.operation.drawn(own[:, 1:], known) | {"applied": own[:, 0] < step.probability})
+            numbers.append(
+                step.operation.drawn(own[:, 1:], known) | {"applied": own[:, 0] < step.probability}
+            )
         return numbers
 
     def described(self, numbers: Sequence[Mapping[str, Any]]) -> list[str]:
         """What is done to one image, a line for each step that is."""
         pairs = zip(self.steps, numbers, strict=True)
-        return [f"{step.name} {step.operation.described(drawn)}".strip() for step, drawn in pairs if drawn["applied"]]
+        return [
+            f"{step.name} {step.operation.described(drawn)}".strip()
+            for step, drawn in pairs
+            if drawn["applied"]
+        ]
 
-    def on_image(self, image: np.ndarray, numbers: Sequence[Mapping[str, Any]], end: int | None = None) -> np.ndarray:
+    def on_image(
+        self, image: np.ndarray, numbers: Sequence[Mapping[str, Any]], end: int | None = None
+    ) -> np.ndarray:
         """The steps up to `end` on (H, W, 3) uint8, with one image's numbers."""
         for step, drawn in zip(self.steps[:end], numbers, strict=False):
             if drawn["applied"]:
@@ -105,20 +122,30 @@ def on_device(steps: Sequence[tuple[Step, Drawn]], images: Tensor) -> Tensor:
     """Each step on all images, and then a choice: on a GPU, asking how many it was drawn for would wait for it."""
     for step, drawn in steps:
         done = step.operation.on_batch(images, drawn)
-        images = done if step.probability == 1 else torch.where(drawn["applied"][:, None, None, None], done, images)
+        images = (
+            done
+            if step.probability == 1
+            else torch.where(drawn["applied"][:, None, None, None], done, images)
+        )
     return images
 
 
-def build_operation(name: str, settings: Mapping[str, Any] | None, image_size: int, where: str) -> Step:
+def build_operation(
+    name: str, settings: Mapping[str, Any] | None, image_size: int, where: str
+) -> Step:
     """One step of a view; arguments and errors as of `View`."""
     if name not in OPERATIONS:
         raise InputError(f"{where}: {unknown_name('operation', name, OPERATIONS)}")
     if settings is not None and not isinstance(settings, Mapping):
-        raise InputError(f"{where}.{name}: expected settings, {{name: number, ...}}, got {settings}")
+        raise InputError(
+            f"{where}.{name}: expected settings, {{name: number, ...}}, got {settings}"
+        )
     arguments = dict(settings or {})
     probability = arguments.pop("probability", 1.0)
     if name == "random_resized_crop" and probability != 1:
-        raise InputError(f"{where}.{name}: probability={probability}: it gives the views their common size, so always")
+        raise InputError(
+            f"{where}.{name}: probability={probability}: it gives the views their common size, so always"
+        )
     allowed = [*inspect.signature(OPERATIONS[name]).parameters, "probability"]
     for argument in arguments:
         if argument not in allowed or argument == "image_size":

@@ -22,7 +22,9 @@ from moco.errors import InputError
 
 Transform = Callable[[Any], Any]
 REDUCTIONS = (8, 4, 2)
-PIECE = 2**18  # pixels of all channels: what a processor's cache holds; the colour operations go over them many times
+PIECE = (
+    2**18
+)  # pixels of all channels: what a processor's cache holds; the colour operations go over them many times
 
 
 class ViewPair:
@@ -48,7 +50,10 @@ class ViewPair:
         engine: str = "worker",
         ramp: ResolutionRamp | None = None,
     ) -> None:
-        self.views = [View(query, image_size, "augmentation.query"), View(key, image_size, "augmentation.key")]
+        self.views = [
+            View(query, image_size, "augmentation.query"),
+            View(key, image_size, "augmentation.key"),
+        ]
         self.ramp = ramp or ResolutionRamp(image_size)
         self.smaller_views = {
             size: [View(query, size, "augmentation.query"), View(key, size, "augmentation.key")]
@@ -66,19 +71,30 @@ class ViewPair:
 
     def drawn(self, epoch: int, indices: Tensor, sizes: Tensor) -> list[list[Drawn]]:
         """What is drawn for the images `indices` (N,) of so many rows and columns (N, 2): for each view, for each step."""
-        return [view.drawn(self.seed, epoch, indices, side, sizes) for side, view in enumerate(self.views_at(epoch))]
+        return [
+            view.drawn(self.seed, epoch, indices, side, sizes)
+            for side, view in enumerate(self.views_at(epoch))
+        ]
 
     def described(self, epoch: int, index: int, size: Sequence[int]) -> list[list[str]]:
         """What is drawn for one image of so many rows and columns, in words: for each view, a line for each step."""
         drawn = self.drawn(epoch, torch.tensor([index]), torch.tensor([list(size)]))
-        own = [[{name: values[0] for name, values in step.items()} for step in view] for view in drawn]
-        return [view.described(numbers) for view, numbers in zip(self.views_at(epoch), own, strict=True)]
+        own = [
+            [{name: values[0] for name, values in step.items()} for step in view] for view in drawn
+        ]
+        return [
+            view.described(numbers) for view, numbers in zip(self.views_at(epoch), own, strict=True)
+        ]
 
     def ends_in_worker(self) -> list[int]:
         """How many steps of each view a worker takes."""
-        return [len(view.steps) if self.engine == "worker" else view.crop + 1 for view in self.views]
+        return [
+            len(view.steps) if self.engine == "worker" else view.crop + 1 for view in self.views
+        ]
 
-    def on_images(self, images: Sequence[EncodedImage], epoch: int, indices: Tensor, views: Tensor) -> list[int]:
+    def on_images(
+        self, images: Sequence[EncodedImage], epoch: int, indices: Tensor, views: Tensor
+    ) -> list[int]:
         """The worker's part, on images of any size.
 
         Args:
@@ -88,18 +104,26 @@ class ViewPair:
             The rows of those that cannot be decoded.
         """
         drawn = self.drawn(epoch, indices, torch.tensor([image.size for image in images]))
-        numbers = [[{name: values.numpy() for name, values in step.items()} for step in view] for view in drawn]
+        numbers = [
+            [{name: values.numpy() for name, values in step.items()} for step in view]
+            for view in drawn
+        ]
         planes = views.numpy()
         failed = []
         for row, image in enumerate(images):
-            own = [[{name: values[row] for name, values in step.items()} for step in view] for view in numbers]
+            own = [
+                [{name: values[row] for name, values in step.items()} for step in view]
+                for view in numbers
+            ]
             try:
                 reduction = self._reduction(own, self.ramp.size_at(epoch))
                 pixels = image.pixels(reduction)
             except UnreadableImage:
                 failed.append(row)
                 continue
-            for side, (view, end) in enumerate(zip(self.views_at(epoch), self.ends_in_worker(), strict=True)):
+            for side, (view, end) in enumerate(
+                zip(self.views_at(epoch), self.ends_in_worker(), strict=True)
+            ):
                 if pixels.shape[:2] != tuple(image.size):
                     own[side][view.crop]["reduction"] = reduction
                 write_planes(view.on_image(pixels, own[side], end), planes[side, row])
@@ -112,12 +136,16 @@ class ViewPair:
 
     def _reduction(self, numbers: Sequence[Sequence[Mapping[str, Any]]], side: int) -> int:
         """How many times smaller an image may be decoded so that both its crops are still as large as views of `side`."""
-        if any(view.crop > 0 for view in self.views):  # what comes before the crop is meant for the whole image
+        if any(
+            view.crop > 0 for view in self.views
+        ):  # what comes before the crop is meant for the whole image
             return 1
         shortest = min(int(drawn[0]["box"][2:].min()) for drawn in numbers)
         return next((reduction for reduction in REDUCTIONS if shortest >= reduction * side), 1)
 
-    def finished(self, views: Sequence[Tensor], epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def finished(
+        self, views: Sequence[Tensor], epoch: int, indices: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The device's part of what workers began: (N, 3, S, S) uint8 to normalised float32."""
         sizes = same_size(views[0], indices)
         pair = []
@@ -136,7 +164,10 @@ class ViewPair:
         sizes = same_size(images, indices)
         drawn = self.drawn(epoch, indices, sizes)
         views = self.views_at(epoch)
-        pair = [self._on_device(view, images, numbers, 0) for view, numbers in zip(views, drawn, strict=True)]
+        pair = [
+            self._on_device(view, images, numbers, 0)
+            for view, numbers in zip(views, drawn, strict=True)
+        ]
         return pair[0], pair[-1]
 
     def _on_device(self, view: View, images: Tensor, drawn: list[Drawn], start: int) -> Tensor:
@@ -144,12 +175,18 @@ class ViewPair:
         at_once = PIECE * torch.get_num_threads()
         piece = max(1, at_once // largest) if images.device.type == "cpu" else len(images)
         self._normalise_on(images.device)
-        results = torch.empty(len(images), 3, view.image_size, view.image_size, device=images.device)
+        results = torch.empty(
+            len(images), 3, view.image_size, view.image_size, device=images.device
+        )
         for first in range(0, len(images), piece):
             rows = slice(first, first + piece)
             numbers = [{name: values[rows] for name, values in step.items()} for step in drawn]
-            pixels = images[rows].to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-            torch.mul(view.on_batch(pixels, numbers, start), 255 * self.scale, out=results[rows]).sub_(self.shift)
+            pixels = (
+                images[rows].to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+            )
+            torch.mul(
+                view.on_batch(pixels, numbers, start), 255 * self.scale, out=results[rows]
+            ).sub_(self.shift)
         return results
 
     def normalized(self, images: Tensor) -> Tensor:
@@ -178,7 +215,9 @@ def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, 
         InputError: they are not three each, or a std is not above 0.
     """
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise InputError(f"augmentation.mean={mean}, augmentation.std={std}: expected three numbers each, std above 0")
+        raise InputError(
+            f"augmentation.mean={mean}, augmentation.std={std}: expected three numbers each, std above 0"
+        )
     scale = 1 / (255 * torch.tensor(std).view(3, 1, 1))
     return scale, torch.tensor(mean).view(3, 1, 1) / torch.tensor(std).view(3, 1, 1)
 
@@ -204,7 +243,9 @@ class EvaluationView:
         InputError: as of `normalisation`.
     """
 
-    def __init__(self, image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         self.crop = evaluation_crop(image_size, crop_ratio)
         self.normalized = Normalized(mean, std)
         self.unchanged_size = image_size if round(image_size / crop_ratio) == image_size else None
@@ -223,7 +264,9 @@ def build_evaluation_view(
 
 def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[Image.Image], Image.Image]:
     """`build_evaluation_view` up to the pixels: Pillow image to Pillow image of image_size px."""
-    return v2.Compose([middle_of_stripe, v2.Resize(round(image_size / crop_ratio)), v2.CenterCrop(image_size)])
+    return v2.Compose(
+        [middle_of_stripe, v2.Resize(round(image_size / crop_ratio)), v2.CenterCrop(image_size)]
+    )
 
 
 def middle_of_stripe(image: Image.Image) -> Image.Image:

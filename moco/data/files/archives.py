@@ -18,7 +18,16 @@ from moco.data.files.images import MAX_IMAGE_PIXELS
 MOST_DEFLATED = 1032  # bytes that one byte of zlib's compression can stand for (https://zlib.net/zlib_tech.html)
 # What zipfile and NumPy raise on damaged archives; zipfile has NotImplementedError, which is a RuntimeError, for what it
 # cannot unpack, and RuntimeError for what is encrypted.
-DAMAGED = (ValueError, OSError, EOFError, RuntimeError, MemoryError, KeyError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (
+    ValueError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    KeyError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def read_arrays(
@@ -57,13 +66,19 @@ def check_members(archive: zipfile.ZipFile, names: Sequence[str], max_image_pixe
         if dtype.hasobject:
             raise ValueError(f"{name} holds Python objects, whose loading would run code")
         if claimed != member.file_size or claimed > MOST_DEFLATED * member.compress_size:
-            raise ValueError(f"{name} says that it is {dtype} {shape}, {claimed:,} bytes, and is not")
+            raise ValueError(
+                f"{name} says that it is {dtype} {shape}, {claimed:,} bytes, and is not"
+            )
         if name.endswith("_images") and math.prod(shape[1:3]) > max_image_pixels:
-            raise ValueError(f"{name} is {shape}: its images exceed data.max_image_pixels={max_image_pixels}")
+            raise ValueError(
+                f"{name} is {shape}: its images exceed data.max_image_pixels={max_image_pixels}"
+            )
         total += claimed
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if total > memory:
-        raise ValueError(f"its arrays take {total / 1e9:,.1f} GB, and this machine has {memory / 1e9:,.1f}")
+        raise ValueError(
+            f"its arrays take {total / 1e9:,.1f} GB, and this machine has {memory / 1e9:,.1f}"
+        )
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -71,7 +86,11 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):  # 3 is for arrays with named fields
         raise ValueError(f"version {version} of NumPy's format")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     shape, _, dtype = read(file)
     return shape, dtype
 

@@ -18,7 +18,9 @@ from moco.data.files.images import errors_named, opened, pillow_warnings_ignored
 # simplejpeg's names of what it decodes as Pillow does, bit for bit. It also takes CMYK, and gives other colours.
 JPEG_COLORS = ("Gray", "RGB", "YCbCr")
 JPEG_START = b"\xff\xd8\xff"
-LARGEST_READ_WHOLE = 2**28  # bytes; Pillow reads larger files piece by piece, so that nothing fills the memory
+LARGEST_READ_WHOLE = (
+    2**28
+)  # bytes; Pillow reads larger files piece by piece, so that nothing fills the memory
 
 
 class EncodedImage(Protocol):
@@ -62,9 +64,14 @@ class EncodedFile:
         if self.is_jpeg and isinstance(self.source, bytes):
             try:
                 return jpeg_pixels(self.source, self.size, reduction)
-            except ValueError:  # Pillow reads some of what is odd or damaged, and says what is wrong with the rest
+            except (
+                ValueError
+            ):  # Pillow reads some of what is odd or damaged, and says what is wrong with the rest
                 pass
-        with pillow_warnings_ignored(), opened(self.source, self.max_image_pixels, self.name) as image:
+        with (
+            pillow_warnings_ignored(),
+            opened(self.source, self.max_image_pixels, self.name) as image,
+        ):
             turn_to(image, self.page, self.max_image_pixels)
             return np.array(to_rgb(image))
 
@@ -105,7 +112,9 @@ def encoded(source: bytes | str, name: str, max_image_pixels: int, page: int = 0
     with pillow_warnings_ignored(), opened(source, max_image_pixels, name) as image:
         turn_to(image, page, max_image_pixels)
         width, height = image.size
-        return EncodedFile(source, name, (height, width), max_image_pixels, page, image.format in ("JPEG", "MPO"))
+        return EncodedFile(
+            source, name, (height, width), max_image_pixels, page, image.format in ("JPEG", "MPO")
+        )
 
 
 def encoded_file(path: str, name: str, max_image_pixels: int, page: int = 0) -> EncodedFile:
@@ -113,7 +122,9 @@ def encoded_file(path: str, name: str, max_image_pixels: int, page: int = 0) -> 
     with errors_named(name, max_image_pixels):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError("not a regular file")  # a pipe would wait for a writer, a device may do anything
+            raise OSError(
+                "not a regular file"
+            )  # a pipe would wait for a writer, a device may do anything
         if page or status.st_size > LARGEST_READ_WHOLE:
             return encoded(path, name, max_image_pixels, page)
         with open(path, "rb") as file:

@@ -46,17 +46,23 @@ def decoded_mask(path: str, max_image_pixels: int) -> np.ndarray:
     """`read_mask` for threads; the caller has to ignore Pillow's warnings around all of them."""
     with opened(path, max_image_pixels) as image:
         if image.mode not in MASK_MODES:
-            raise ValueError(f"mode {image.mode}: expected one number per pixel (modes {', '.join(MASK_MODES)})")
+            raise ValueError(
+                f"mode {image.mode}: expected one number per pixel (modes {', '.join(MASK_MODES)})"
+            )
         numbers = np.array(image, dtype=np.int32 if image.mode.startswith("I") else np.uint8)
         if image.mode == "L":
-            numbers //= 255 // (2 ** png_bit_depth(path) - 1)  # Pillow stretches grey of 2 and 4 bits to 0..255
+            numbers //= 255 // (
+                2 ** png_bit_depth(path) - 1
+            )  # Pillow stretches grey of 2 and 4 bits to 0..255
         return numbers
 
 
 def png_bit_depth(path: str) -> int:
     """Bits per sample, from the header of a PNG file; 8 of any other file."""
     with open(path, "rb") as file:
-        start = file.read(25)  # signature, then the header's length, name, width, height and bit depth
+        start = file.read(
+            25
+        )  # signature, then the header's length, name, width, height and bit depth
     return start[24] if start.startswith(PNG_SIGNATURE) else 8
 
 
@@ -73,7 +79,9 @@ def pillow_warnings_ignored() -> Iterator[None]:
 
 
 @contextmanager
-def opened(source: str | bytes, max_image_pixels: int, name: str | None = None) -> Iterator[Image.Image]:
+def opened(
+    source: str | bytes, max_image_pixels: int, name: str | None = None
+) -> Iterator[Image.Image]:
     """The image in a file, its header read and its pixels not yet. Pillow's warnings pass.
 
     Sets Pillow's own limit in this process, since its decoders also meet sizes that are not in the header: frames, tiles.
@@ -90,7 +98,9 @@ def opened(source: str | bytes, max_image_pixels: int, name: str | None = None) 
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with errors_named(name or str(source), max_image_pixels, file):
         if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
-            raise OSError("not a regular file")  # a pipe would wait for a writer, a device may do anything
+            raise OSError(
+                "not a regular file"
+            )  # a pipe would wait for a writer, a device may do anything
         with Image.open(file, formats=FORMATS) as image:
             if 0 in image.size:
                 raise ValueError(f"{image.width} x {image.height} px")
@@ -109,8 +119,12 @@ def errors_named(name: str, max_image_pixels: int, file: object = None) -> Itera
     except UnreadableImage:
         raise
     except Image.DecompressionBombError as error:
-        size, _, _ = str(error).partition(" exceeds")  # Image size (200000000 pixels) exceeds limit of ...
-        raise UnreadableImage(f"{printable(name)}: {size} exceeds data.max_image_pixels={max_image_pixels}") from error
+        size, _, _ = str(error).partition(
+            " exceeds"
+        )  # Image size (200000000 pixels) exceeds limit of ...
+        raise UnreadableImage(
+            f"{printable(name)}: {size} exceeds data.max_image_pixels={max_image_pixels}"
+        ) from error
     except Exception as error:  # on damaged data Pillow's decoders raise nearly anything
         raise UnreadableImage(f"{printable(name)}: {reason(error, file)}") from error
 
@@ -132,8 +146,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: floating-point pixels, whose range is unknown.
     """
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; convert the image to 8 or 16 bits")
-    if image.mode.startswith("I"):  # I;16, I;16B, and I, in which some Pillow versions hand out 16-bit files
+        raise ValueError(
+            "floating-point pixels have no agreed range; convert the image to 8 or 16 bits"
+        )
+    if image.mode.startswith(
+        "I"
+    ):  # I;16, I;16B, and I, in which some Pillow versions hand out 16-bit files
         values = np.asarray(image).clip(0, 65535).astype(np.int32)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:

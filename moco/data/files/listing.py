@@ -106,7 +106,9 @@ def walked(root: str) -> tuple[PathList, list[Folder], bool]:
     folders, is_complete = folders_below(root)
     runs = sorted(run for folder in folders for run in folder.runs)
     if not runs:
-        raise InputError(f"data.root={root}: no images in there (looked for {', '.join(EXTENSIONS)} at any depth)")
+        raise InputError(
+            f"data.root={root}: no images in there (looked for {', '.join(EXTENSIONS)} at any depth)"
+        )
     return PathList.of_bytes(text for _, text in runs), folders, is_complete
 
 
@@ -122,16 +124,24 @@ def folders_below(root: str) -> tuple[list[Folder], bool]:
     Not `os.walk`, which recurses in Python 3.11 and older, and takes a folder by the first of its names that comes up.
     """
     pending, linked = deque([root]), deque[str]()  # what links lead to waits until the rest is done
-    seen = {identity(folder) for folder in Path(root).resolve().parents}  # a link up there leads to what is beside root
+    seen = {
+        identity(folder) for folder in Path(root).resolve().parents
+    }  # a link up there leads to what is beside root
     found: list[Folder] = []
     is_complete, num_files, said = True, 0, time.perf_counter()
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         scanner = Scanner(pool)
         while pending or linked:
-            batch = [pending.popleft() for _ in range(min(BATCH, len(pending)))] or [linked.popleft()]
+            batch = [pending.popleft() for _ in range(min(BATCH, len(pending)))] or [
+                linked.popleft()
+            ]
             for path, folder in zip(batch, scanner.scan(batch), strict=True):
                 if isinstance(folder, OSError):
-                    log.warning("left out a folder that cannot be read: %s (%s)", printable(path), folder.strerror)
+                    log.warning(
+                        "left out a folder that cannot be read: %s (%s)",
+                        printable(path),
+                        folder.strerror,
+                    )
                     is_complete = False
                 elif folder.identity not in seen:
                     seen.add(folder.identity)
@@ -199,13 +209,17 @@ def contents(descriptor: int) -> tuple[list[str], list[str], list[str]]:
     with os.scandir(descriptor) as listed:
         entries = list(listed)
     try:
-        names = [entry.name for entry in entries if not entry.is_dir()]  # asks the file system about links alone
+        names = [
+            entry.name for entry in entries if not entry.is_dir()
+        ]  # asks the file system about links alone
     except OSError:  # a link to itself
         names = [entry.name for entry in entries if not is_folder(entry)]
     folders, links = [], []
     if len(names) < len(entries):
         below = sorted((entry.name, entry.is_symlink()) for entry in entries if is_folder(entry))
-        folders, links = ([name for name, is_link in below if is_link == wanted] for wanted in (False, True))
+        folders, links = (
+            [name for name, is_link in below if is_link == wanted] for wanted in (False, True)
+        )
     return images_among(sorted(names)), folders, links
 
 

@@ -22,7 +22,9 @@ from moco.errors import printable
 
 log = logging.getLogger(__name__)
 
-SETTLED_SECONDS = 2  # file systems count time in steps up to this: a folder may change again and keep its time
+SETTLED_SECONDS = (
+    2  # file systems count time in steps up to this: a folder may change again and keep its time
+)
 CHUNK = 256  # folders that one thread asks for in a row
 NAMES = (
     "key",
@@ -50,7 +52,9 @@ class Listing:
         """One after the other."""
         text = np.concatenate([part.paths.text for part in parts])
         sizes = np.cumsum([0, *(len(part.paths.text) for part in parts)])
-        ends = np.concatenate([part.paths.ends + start for part, start in zip(parts, sizes, strict=False)])
+        ends = np.concatenate(
+            [part.paths.ends + start for part, start in zip(parts, sizes, strict=False)]
+        )
         pages = [part.num_pages for part in parts if part.num_pages is not None]
         return cls(PathList(text, ends), np.concatenate(pages) if pages else None)
 
@@ -58,14 +62,20 @@ class Listing:
         """The opposite of `of_all`, with as many files in each part."""
         start = 0
         for end in np.cumsum(files_below):
-            text_start, text_end = (int(self.paths.ends[place - 1]) if place else 0 for place in (start, end))
-            paths = PathList(self.paths.text[text_start:text_end], self.paths.ends[start:end] - text_start)
+            text_start, text_end = (
+                int(self.paths.ends[place - 1]) if place else 0 for place in (start, end)
+            )
+            paths = PathList(
+                self.paths.text[text_start:text_end], self.paths.ends[start:end] - text_start
+            )
             yield Listing(paths, None if self.num_pages is None else self.num_pages[start:end])
             start = end
 
     def where(self, chosen: np.ndarray) -> "Listing":
         """Those of the files for which `chosen`, (files,) bool, is true."""
-        return Listing(self.paths.where(chosen), None if self.num_pages is None else self.num_pages[chosen])
+        return Listing(
+            self.paths.where(chosen), None if self.num_pages is None else self.num_pages[chosen]
+        )
 
     def of_images(self, of_files: np.ndarray) -> np.ndarray:
         """A value for each file as one for each image, (M,)."""
@@ -96,7 +106,9 @@ def listed(roots: Sequence[str], pages: str = "first", cache: Path | None = None
             log.info("listing the images below %s anew: %s", printable(", ".join(roots)), reason)
     now = time.time_ns()
     walks = [walked(root) for root in roots]
-    parts = [Listing(paths, count_pages(paths) if pages == "each" else None) for paths, _, _ in walks]
+    parts = [
+        Listing(paths, count_pages(paths) if pages == "each" else None) for paths, _, _ in walks
+    ]
     folders = [folder for _, below, _ in walks for folder in below]
     is_settled = max(folder.mtime_ns for folder in folders) < now - SETTLED_SECONDS * 10**9
     # A folder that could not be read is named in a warning, at each start, until it can.
@@ -111,7 +123,9 @@ def key_of(roots: Sequence[str], pages: str) -> np.ndarray:
     return np.frombuffer(key.encode(), dtype=np.uint8)
 
 
-def write(cache: Path, key: np.ndarray, parts: Sequence[Listing], folders: Sequence[Folder]) -> None:
+def write(
+    cache: Path, key: np.ndarray, parts: Sequence[Listing], folders: Sequence[Folder]
+) -> None:
     """Put the listing in place of an older one, at once."""
     everything, below = Listing.of_all(parts), PathList.of(folder.path for folder in folders)
     arrays: dict[str, Any] = {
@@ -119,10 +133,14 @@ def write(cache: Path, key: np.ndarray, parts: Sequence[Listing], folders: Seque
         "text": everything.paths.text,
         "ends": everything.paths.ends,
         "files_below": np.array([len(part.paths) for part in parts]),
-        "num_pages": np.zeros(0, np.int64) if everything.num_pages is None else everything.num_pages,
+        "num_pages": np.zeros(0, np.int64)
+        if everything.num_pages is None
+        else everything.num_pages,
         "folder_text": below.text,
         "folder_ends": below.ends,
-        "folder_times": np.array([stamp(folder.identity[1], folder.mtime_ns) for folder in folders]),
+        "folder_times": np.array(
+            [stamp(folder.identity[1], folder.mtime_ns) for folder in folders]
+        ),
         "folder_files": np.array([folder.num_files for folder in folders]),
     }
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
@@ -134,7 +152,9 @@ def write(cache: Path, key: np.ndarray, parts: Sequence[Listing], folders: Seque
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        log.warning("the list of images is not kept for the next start: %s: %s", cache, error.strerror)
+        log.warning(
+            "the list of images is not kept for the next start: %s: %s", cache, error.strerror
+        )
 
 
 def read(cache: Path, roots: Sequence[str], pages: str) -> list[Listing]:

@@ -27,7 +27,13 @@ from moco.data.loading.loaders import (
 from moco.data.loading.lost_workers import WatchedLoader
 from moco.data.loading.memory_batches import MemoryBatches, memory_batches
 from moco.data.loading.samplers import EpochSampler
-from moco.data.loading.streams import OpenStream, ShardedImages, StreamDataset, StreamLoader, Streams
+from moco.data.loading.streams import (
+    OpenStream,
+    ShardedImages,
+    StreamDataset,
+    StreamLoader,
+    Streams,
+)
 from moco.data.loading.waiting import remedies
 from moco.data.loading.workers import device_of, loader_options
 from moco.data.sources.registry import ArrayImages, DataSource, Images, Labelled
@@ -160,7 +166,9 @@ class PretrainingData(pl.LightningDataModule):
             return self._stream_loader(self.source.train, batch_size)
         if self.engine.in_memory:
             assert isinstance(self.source.train, ArrayImages)
-            return MemoryLoader(self.source.train, self.augment, self.sampler(), batch_size, device_of(self))
+            return MemoryLoader(
+                self.source.train, self.augment, self.sampler(), batch_size, device_of(self)
+            )
         dataset = PairDataset(self.source.train, self.augment, self.num_workers)
         options = loader_options(self.num_workers, device_of(self)) | {"collate_fn": as_it_is}
         return ResumableLoader(dataset, self.sampler(), batch_size, **options)
@@ -188,7 +196,9 @@ class PretrainingData(pl.LightningDataModule):
         """Plain images in order, for the bank or the queries; of several processes each gets every n-th image."""
         rank, world_size = self.place
         size = self.evaluation_batch_size
-        in_memory = memory_batches(labelled, self.evaluation_view, size, rank, world_size, device_of(self))
+        in_memory = memory_batches(
+            labelled, self.evaluation_view, size, rank, world_size, device_of(self)
+        )
         if in_memory is not None:
             return in_memory
         return evaluation_loader(
@@ -256,11 +266,19 @@ def choose_engine(engine: str, images: Images, image_size: int, device_type: str
     if isinstance(images, ArrayImages) and is_cpu:
         largest = max(image_size, *images.tensor.shape[1:3])
         if largest <= LARGEST_ON_CPU:
-            return Engine("batch", True, f"the images are in memory and at most {LARGEST_ON_CPU} px")
-        return Engine("worker", False, f"on a CPU images above {LARGEST_ON_CPU} px are augmented faster one by one")
+            return Engine(
+                "batch", True, f"the images are in memory and at most {LARGEST_ON_CPU} px"
+            )
+        return Engine(
+            "worker",
+            False,
+            f"on a CPU images above {LARGEST_ON_CPU} px are augmented faster one by one",
+        )
     if is_cpu:
         return Engine("worker", False, "the images are files, and there is no GPU")
-    return Engine("batch", False, "there is a GPU; loader processes decode and crop, it does the rest")
+    return Engine(
+        "batch", False, "there is a GPU; loader processes decode and crop, it does the rest"
+    )
 
 
 def check_batch_size(batch_size: int, batches_per_step: int, num_images: int) -> None:
@@ -271,7 +289,9 @@ def check_batch_size(batch_size: int, batches_per_step: int, num_images: int) ->
             "the devices times trainer.accumulate_grad_batches"
         )
     if batch_size > num_images:
-        raise InputError(f"data.batch_size={batch_size}: there are only {num_images} images to train on")
+        raise InputError(
+            f"data.batch_size={batch_size}: there are only {num_images} images to train on"
+        )
 
 
 def check_unreadable(unreadable: Iterable[int], images: Images, max_bad_fraction: float) -> None:

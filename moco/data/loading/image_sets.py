@@ -132,7 +132,9 @@ class IndexedBatches(Dataset[ImageBatch]):
         num_workers: processes that will read from this object at the same time.
     """
 
-    def __init__(self, labelled: Labelled, crop: Crop, image_size: int, num_workers: int = 0) -> None:
+    def __init__(
+        self, labelled: Labelled, crop: Crop, image_size: int, num_workers: int = 0
+    ) -> None:
         self.last_read = LastRead(num_workers)
         self.images = labelled.images
         self.labels = torch.from_numpy(labelled.labels)  # a tensor, which loader processes share
@@ -241,7 +243,9 @@ class Chunks:
         first, done = self.place
         for number in range(first, len(self.sharded.shards)):
             shard = self.sharded.shards[number]
-            for member, found in enumerate(images_in(shard, self.sharded.max_image_pixels), start=1):
+            for member, found in enumerate(
+                images_in(shard, self.sharded.max_image_pixels), start=1
+            ):
                 if number > first or member > done:
                     yield shard, [number, member], found
 
@@ -264,7 +268,8 @@ class ShardedBatches(Dataset[ImageBatch]):
         decode = [partial(decoded, image) for image in watched]
         images, rows, reasons = cropped(decode, self.crop, self.image_size)
         problems = chunk.problems + [
-            Problem(chunk.samples[row].name, reason, is_shard=False) for row, reason in reasons.items()
+            Problem(chunk.samples[row].name, reason, is_shard=False)
+            for row, reason in reasons.items()
         ]
         labels = torch.full((len(rows),), -1)
         return ImageBatch(images, [chunk.names[row] for row in rows], labels, problems, chunk.end)
@@ -292,7 +297,9 @@ def cropped(
     return images[: len(rows)], rows, reasons
 
 
-def in_order(dataset: Dataset[ImageBatch], places: Any, num_workers: int, device: torch.device = CPU) -> WatchedLoader:
+def in_order(
+    dataset: Dataset[ImageBatch], places: Any, num_workers: int, device: torch.device = CPU
+) -> WatchedLoader:
     """Loads the batches at `places` for `device`, in their order."""
     options = loader_options(num_workers, device) | {"persistent_workers": False}
     return WatchedLoader(dataset, batch_size=None, sampler=places, collate_fn=as_it_is, **options)

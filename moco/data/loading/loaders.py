@@ -135,7 +135,9 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         num_workers: processes that will read from this object at the same time.
     """
 
-    def __init__(self, labelled: Labelled, view: Transform, image_size: int, num_workers: int = 0) -> None:
+    def __init__(
+        self, labelled: Labelled, view: Transform, image_size: int, num_workers: int = 0
+    ) -> None:
         self.last_read = LastRead(num_workers)
         self.labelled = labelled
         self.view = view
@@ -148,9 +150,13 @@ class EvaluationDataset(Dataset[EvaluationBatch]):
         self.last_read.note(self.labelled.images.name(index))
         label = torch.tensor(int(self.labelled.labels[index]))
         try:
-            return EvaluationBatch(self.view(self.labelled.images[index]), label, torch.tensor(False))
+            return EvaluationBatch(
+                self.view(self.labelled.images[index]), label, torch.tensor(False)
+            )
         except UnreadableImage:
-            return EvaluationBatch(torch.zeros(3, self.image_size, self.image_size), label, torch.tensor(True))
+            return EvaluationBatch(
+                torch.zeros(3, self.image_size, self.image_size), label, torch.tensor(True)
+            )
 
 
 class ResumableLoader(WatchedLoader):
@@ -159,7 +165,9 @@ class ResumableLoader(WatchedLoader):
     sampler: EpochSampler
     batch_size: int
 
-    def __init__(self, dataset: Dataset[Any], sampler: EpochSampler, batch_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], sampler: EpochSampler, batch_size: int, **kwargs: Any
+    ) -> None:
         super().__init__(dataset, batch_size=batch_size, sampler=sampler, **kwargs)
         self.batches_done = 0
 
@@ -176,7 +184,10 @@ class ResumableLoader(WatchedLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from there when that epoch is iterated next, also with another number of processes."""
-        self.sampler.resume_at = (state["epoch"], images_handed_out(state) // self.sampler.world_size)
+        self.sampler.resume_at = (
+            state["epoch"],
+            images_handed_out(state) // self.sampler.world_size,
+        )
 
 
 class MemoryLoader:
@@ -189,7 +200,12 @@ class MemoryLoader:
     """
 
     def __init__(
-        self, images: ArrayImages, augment: ViewPair, sampler: EpochSampler, batch_size: int, device: torch.device
+        self,
+        images: ArrayImages,
+        augment: ViewPair,
+        sampler: EpochSampler,
+        batch_size: int,
+        device: torch.device,
     ) -> None:
         self.pixels = rgb_batch(images.tensor.to(device))
         self.augment = augment
@@ -204,9 +220,13 @@ class MemoryLoader:
         # The blocks are the same wherever an epoch goes on, since a product's last bits can depend on its size.
         block, done = self._block(), self.sampler.start
         self.batches_done = (done - done % block) // self.batch_size
-        for indices in self.sampler.share()[done - done % block :].to(self.pixels.device).split(block):
+        for indices in (
+            self.sampler.share()[done - done % block :].to(self.pixels.device).split(block)
+        ):
             pair = self.augment.on_batch(picked(self.pixels, indices), self.sampler.epoch, indices)
-            parts = zip(*(values.split(self.batch_size) for values in (*pair, indices)), strict=True)
+            parts = zip(
+                *(values.split(self.batch_size) for values in (*pair, indices)), strict=True
+            )
             for query, key, own in parts:
                 self.batches_done += 1
                 if self.batches_done * self.batch_size <= done:
@@ -218,7 +238,9 @@ class MemoryLoader:
         """Images to augment at once."""
         if self.pixels.device.type == "cpu":
             return self.batch_size
-        return max(1, BLOCK // (3 * self.augment.image_size**2) // self.batch_size) * self.batch_size
+        return (
+            max(1, BLOCK // (3 * self.augment.image_size**2) // self.batch_size) * self.batch_size
+        )
 
     state_dict = ResumableLoader.state_dict
     load_state_dict = ResumableLoader.load_state_dict

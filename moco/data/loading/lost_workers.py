@@ -109,7 +109,9 @@ def lost_worker_named(last_read: Callable[[], list[tuple[int, str]]]) -> Iterato
 
 def _lost(workers: list[tuple[int, str]]) -> str:
     """Which process is gone; empty if none is."""
-    for _ in range(20 if workers else 0):  # its end of a pipe may be closed a little before it is gone
+    for _ in range(
+        20 if workers else 0
+    ):  # its end of a pipe may be closed a little before it is gone
         for pid, name in workers:
             if is_gone(pid):
                 return f"DataLoader worker (pid {pid}) exited unexpectedly; it was reading {printable(name)}"

@@ -45,13 +45,20 @@ class MemoryBatches:
         return -(-len(self.pixels) // self.batch_size)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        for pixels, labels in zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
+        for pixels, labels in zip(
+            self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True
+        ):
             images = rgb_batch(pixels.to(self.device)) * self.scale - self.shift  # (N, 3, S, S)
             yield EvaluationBatch(images, labels, torch.zeros(len(labels), dtype=torch.bool))
 
 
 def memory_batches(
-    labelled: Labelled, view: Transform, batch_size: int, rank: int, world_size: int, device: torch.device
+    labelled: Labelled,
+    view: Transform,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
 ) -> MemoryBatches | None:
     """None where images have to be read, resized or cropped one by one."""
     images = labelled.images

@@ -90,5 +90,7 @@ class LabelledViews:
             labels = self.labels[indices].masked_fill(batch.unreadable.cpu(), -1).to(self.device)
             views = batch.views[0]
             if not self.engine.in_memory:
-                views, _ = self.view.finished([views.to(self.device)], number, batch.indices.to(self.device))
+                views, _ = self.view.finished(
+                    [views.to(self.device)], number, batch.indices.to(self.device)
+                )
             yield views, labels, indices

@@ -17,7 +17,10 @@ class ResumableSampler(Sampler[tuple[int, int]]):
 
     def __init__(self) -> None:
         self.epoch = 0
-        self.resume_at = (-1, 0)  # an epoch, and this process's places of it that were trained on before
+        self.resume_at = (
+            -1,
+            0,
+        )  # an epoch, and this process's places of it that were trained on before
 
     @property
     def start(self) -> int:
@@ -42,7 +45,9 @@ class EpochSampler(ResumableSampler):
         rank, world_size: this process and how many there are.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         super().__init__()
         self.num_images = num_images
         self.batch_size = batch_size
@@ -60,7 +65,9 @@ class EpochSampler(ResumableSampler):
         """This process's images in the current epoch, (M,), those before `start` too."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_images, generator=generator)
-        order = order[: len(self) * self.world_size].view(-1, self.batch_size)  # one row per optimizer step
+        order = order[: len(self) * self.world_size].view(
+            -1, self.batch_size
+        )  # one row per optimizer step
         return order.chunk(self.world_size, dim=1)[self.rank].flatten()
 
 

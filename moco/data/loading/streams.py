@@ -24,7 +24,15 @@ from moco.data.loading.lost_workers import LastRead, WatchedImage, WatchedLoader
 from moco.data.loading.samplers import StreamSampler, images_handed_out
 from moco.data.sources.packed_index import INDEX, read_index
 from moco.data.sources.registry import DataSource
-from moco.data.sources.shards import NO_LIBRARY, Problem, Sample, count_images, images_in, is_local, list_shards
+from moco.data.sources.shards import (
+    NO_LIBRARY,
+    Problem,
+    Sample,
+    count_images,
+    images_in,
+    is_local,
+    list_shards,
+)
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -82,7 +90,15 @@ class ShardedImages:
                 "%d streams instead of data.streams=%d, for %d shards a process",
                 num_streams, self.num_streams, per_process,
             )  # fmt: skip
-        return Streams(self.shards, num_streams, self.shuffle_buffer, self.max_image_pixels, seed, rank, world_size)
+        return Streams(
+            self.shards,
+            num_streams,
+            self.shuffle_buffer,
+            self.max_image_pixels,
+            seed,
+            rank,
+            world_size,
+        )
 
 
 def webdataset(
@@ -104,7 +120,10 @@ def webdataset(
     if num_images is None:
         num_images = _number_of_images(root, shards)
     return DataSource(
-        ShardedImages(shards, num_images, streams, shuffle_buffer, max_image_pixels), None, None, image_size=224
+        ShardedImages(shards, num_images, streams, shuffle_buffer, max_image_pixels),
+        None,
+        None,
+        image_size=224,
     )
 
 
@@ -150,7 +169,10 @@ class Streams:
         """The shards of a stream, in the order of its first pass."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(len(self.shards), generator=generator)
-        return [self.shards[number] for number in order[self.rank :: self.world_size][stream :: self.num_streams]]
+        return [
+            self.shards[number]
+            for number in order[self.rank :: self.world_size][stream :: self.num_streams]
+        ]
 
     def samples(
         self, epoch: int, stream: int, note: Callable[[str], None] = lambda name: None
@@ -174,7 +196,9 @@ class Streams:
                 is_empty = is_empty and isinstance(found, Problem)
                 yield found
             if is_empty:
-                raise InputError(f"data.root: no images in {', '.join(map(printable, shards[:10]))}")
+                raise InputError(
+                    f"data.root: no images in {', '.join(map(printable, shards[:10]))}"
+                )
 
     def _shuffled(
         self, shards: Iterable[str], draws: random.Random, note: Callable[[str], None]
@@ -218,7 +242,9 @@ class StreamDataset(Dataset[StreamBatch]):
         num_workers: processes that will read from this object at the same time.
     """
 
-    def __init__(self, streams: Streams, batch_size: int, make_batch: MakeBatch, num_workers: int = 0) -> None:
+    def __init__(
+        self, streams: Streams, batch_size: int, make_batch: MakeBatch, num_workers: int = 0
+    ) -> None:
         self.last_read = LastRead(num_workers)
         self.streams = streams
         self.batch_size = batch_size
@@ -245,10 +271,14 @@ class StreamDataset(Dataset[StreamBatch]):
         """The stream that holds a batch, at that batch."""
         turn, stream = divmod(number, self.streams.num_streams)
         # After a resume within an epoch a worker serves other streams in the next one: what it no longer reads is closed.
-        self.opened = {place: opened for place, opened in self.opened.items() if opened.epoch == epoch}
+        self.opened = {
+            place: opened for place, opened in self.opened.items() if opened.epoch == epoch
+        }
         opened = self.opened.get(stream)
         if opened is None or opened.num_taken > turn * self.batch_size:
-            opened = self.opened[stream] = OpenStream(epoch, self.streams.samples(epoch, stream, self.last_read.note))
+            opened = self.opened[stream] = OpenStream(
+                epoch, self.streams.samples(epoch, stream, self.last_read.note)
+            )
         opened.take(turn * self.batch_size - opened.num_taken)
         return opened
 
@@ -302,7 +332,13 @@ class StreamLoader(WatchedLoader):
         **options: Any,
     ) -> None:
         check_num_workers(options["num_workers"], dataset.streams.num_streams)
-        super().__init__(dataset, batch_size=None, sampler=StreamSampler(num_batches), collate_fn=unchanged, **options)
+        super().__init__(
+            dataset,
+            batch_size=None,
+            sampler=StreamSampler(num_batches),
+            collate_fn=unchanged,
+            **options,
+        )
         self.num_images = num_images
         self.max_bad_fraction = max_bad_fraction
         self.unreadable = unreadable
@@ -343,7 +379,9 @@ def check_num_workers(num_workers: int, num_streams: int) -> None:
     """Raises InputError if workers would have to share a stream: both would have to read all of it."""
     if num_workers and num_streams % num_workers:
         choices = ", ".join(map(str, [0, *divisors(num_streams)]))
-        raise InputError(f"data.num_workers={num_workers}: expected a divisor of the {num_streams} streams: {choices}")
+        raise InputError(
+            f"data.num_workers={num_workers}: expected a divisor of the {num_streams} streams: {choices}"
+        )
 
 
 def divisors(number: int) -> list[int]:

@@ -50,8 +50,12 @@ def remedies(
     if said:
         return said
     if has_idle_cores:  # and too few shards
-        return [f"more and smaller shards: {num_workers} loader processes are the most that these can feed"]
-    return [f"more than the {num_cores} cores that this process may use, or an augmentation with less to do"]
+        return [
+            f"more and smaller shards: {num_workers} loader processes are the most that these can feed"
+        ]
+    return [
+        f"more than the {num_cores} cores that this process may use, or an augmentation with less to do"
+    ]
 
 
 def workers_that_suffice(num_workers: int, share: float) -> int:
@@ -69,11 +73,15 @@ def _more_workers(streams: Streams | None, num_workers: int, wanted: int, num_co
     said = f"{num_workers} now; this process may use {num_cores} cores"
     if streams is None:
         return f"data.num_workers={wanted} ({said})"
-    possible = [number for number in divisors(streams.num_streams) if num_workers < number <= num_cores]
+    possible = [
+        number for number in divisors(streams.num_streams) if num_workers < number <= num_cores
+    ]
     if possible:
         return f"data.num_workers={next((number for number in possible if number >= wanted), possible[-1])} ({said})"
     wanted = min(wanted, len(streams.shards) // streams.world_size)
-    return f"data.streams={wanted} data.num_workers={wanted} ({said})" if wanted > num_workers else ""
+    return (
+        f"data.streams={wanted} data.num_workers={wanted} ({said})" if wanted > num_workers else ""
+    )
 
 
 def _other_engine(engine: str | None, has_gpu: bool) -> str:

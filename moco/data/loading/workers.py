@@ -87,4 +87,6 @@ def leave_with_parent(worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
     # When the training process ends while it fetches a batch, a thread of multiprocessing here would print a traceback.
     show = sys.excepthook
-    sys.excepthook = lambda kind, *error: None if issubclass(kind, ConnectionError) else show(kind, *error)
+    sys.excepthook = lambda kind, *error: (
+        None if issubclass(kind, ConnectionError) else show(kind, *error)
+    )

@@ -54,7 +54,9 @@ class TableImages:
         return f"{self.what}[{index}]"
 
 
-def hugging_face(root: str, image_column: str | None, label_column: str | None, max_image_pixels: int) -> DataSource:
+def hugging_face(
+    root: str, image_column: str | None, label_column: str | None, max_image_pixels: int
+) -> DataSource:
     """A Dataset, or a DatasetDict whose split ``train`` is trained on and whose validation or test split is held out.
 
     Args:
@@ -67,15 +69,26 @@ def hugging_face(root: str, image_column: str | None, label_column: str | None, 
     found = _loaded(root)
     splits = found if isinstance(found, dict) else {"train": found}
     if "train" not in splits:
-        raise InputError(f"data.root={root}: no split train in there (found {printable(', '.join(sorted(splits)))})")
+        raise InputError(
+            f"data.root={root}: no split train in there (found {printable(', '.join(sorted(splits)))})"
+        )
     held_out = next((name for name in HELD_OUT if name in splits), None)
-    train, bank = _images(root, "train", splits["train"], image_column, label_column, max_image_pixels)
+    train, bank = _images(
+        root, "train", splits["train"], image_column, label_column, max_image_pixels
+    )
     queries = None
     if held_out is not None and bank is not None:
-        _, queries = _images(root, held_out, splits[held_out], image_column, label_column, max_image_pixels)
+        _, queries = _images(
+            root, held_out, splits[held_out], image_column, label_column, max_image_pixels
+        )
         if queries is not None:
-            there, here = (_class_names(root, name, splits[name], label_column) for name in ("train", held_out))
-            queries = Labelled(queries.images, _renumbered(queries.labels, here, there, f"{root}, split {held_out}"))
+            there, here = (
+                _class_names(root, name, splits[name], label_column) for name in ("train", held_out)
+            )
+            queries = Labelled(
+                queries.images,
+                _renumbered(queries.labels, here, there, f"{root}, split {held_out}"),
+            )
     return DataSource(train, bank, queries, image_size=224)
 
 
@@ -96,7 +109,9 @@ def _loaded(root: str) -> Any:
         found = None if empty else datasets.load_from_disk(root)
     except Exception as error:  # on damaged folders its parsers and Arrow's raise nearly anything
         reason = printable(" ".join(str(error).split())) or type(error).__name__
-        raise InputError(f"data.root={root}: not a folder of datasets' save_to_disk ({reason})") from error
+        raise InputError(
+            f"data.root={root}: not a folder of datasets' save_to_disk ({reason})"
+        ) from error
     if empty:
         raise InputError(f"data.root={root}: no rows in {printable(', '.join(empty))}")
     return found
@@ -104,12 +119,23 @@ def _loaded(root: str) -> Any:
 
 def _empty_splits(root: str) -> list[str]:
     """Folders that hold a table without any file, which the library writes and does not read."""
-    states = [path for pattern in ("state.json", "*/state.json") for path in sorted(Path(root).glob(pattern))]
-    return [path.parent.name for path in states if json.loads(path.read_text()).get("_data_files") == []]
+    states = [
+        path
+        for pattern in ("state.json", "*/state.json")
+        for path in sorted(Path(root).glob(pattern))
+    ]
+    return [
+        path.parent.name for path in states if json.loads(path.read_text()).get("_data_files") == []
+    ]
 
 
 def _images(
-    root: str, split: str, dataset: Any, image_column: str | None, label_column: str | None, max_image_pixels: int
+    root: str,
+    split: str,
+    dataset: Any,
+    image_column: str | None,
+    label_column: str | None,
+    max_image_pixels: int,
 ) -> tuple[TableImages, Labelled | None]:
     import datasets
 
@@ -119,9 +145,13 @@ def _images(
         raise InputError(f"data.root={where}: no rows in there")
     column = _chosen(features, image_column, "data.image_column", datasets.Image, where)
     if column is None:
-        raise InputError(f"data.root={where}: no column of type Image in there ({_described(features)})")
+        raise InputError(
+            f"data.root={where}: no column of type Image in there ({_described(features)})"
+        )
     undecoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    images = TableImages(undecoded.with_format("arrow"), column, f"{root}[{split}]", max_image_pixels)
+    images = TableImages(
+        undecoded.with_format("arrow"), column, f"{root}[{split}]", max_image_pixels
+    )
     label = _chosen(features, label_column, "data.label_column", datasets.ClassLabel, where)
     labels = None if label is None else _labels(dataset, label, where)
     return images, None if labels is None else Labelled(images, labels)
@@ -133,11 +163,15 @@ def _chosen(features: Any, given: str | None, key: str, kind: type, where: str) 
     if given is None:
         if len(columns) > 1:
             choices = printable(", ".join(columns))
-            raise InputError(f"{key}: missing; {where} has several columns of type {kind.__name__}: {choices}")
+            raise InputError(
+                f"{key}: missing; {where} has several columns of type {kind.__name__}: {choices}"
+            )
         return columns[0] if columns else None
     if given not in features:
         raise InputError(f"{key}: {unknown_name('column', given, features)}")
-    is_number = key == "data.label_column" and str(getattr(features[given], "dtype", "")).startswith(("int", "uint"))
+    is_number = key == "data.label_column" and str(
+        getattr(features[given], "dtype", "")
+    ).startswith(("int", "uint"))
     if given not in columns and not is_number:
         raise InputError(
             f"{key}={given}: expected a column of type {kind.__name__} ({where} has {_described(features)})"
@@ -146,7 +180,10 @@ def _chosen(features: Any, given: str | None, key: str, kind: type, where: str) 
 
 
 def _described(features: Any) -> str:
-    return printable(", ".join(f"{name}: {_kind(feature)}" for name, feature in features.items())) or "no columns"
+    return (
+        printable(", ".join(f"{name}: {_kind(feature)}" for name, feature in features.items()))
+        or "no columns"
+    )
 
 
 def _kind(feature: Any) -> str:
@@ -161,7 +198,9 @@ def _labels(dataset: Any, column: str, where: str) -> np.ndarray | None:
         InputError: a label is no class; it names the row.
     """
     # `datasets` looks at labels when they are put into a table, and not when the table is read.
-    given: Iterable[int | None] = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    given: Iterable[int | None] = (
+        dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    )
     values = [-1 if value is None else value for value in given]
     names = getattr(dataset.features[column], "names", None)
     end = len(names) if names is not None else 2**63
@@ -183,12 +222,20 @@ def _class_names(root: str, split: str, dataset: Any, label_column: str | None) 
     """Of a split that has labels, in the order of their numbers; None where the labels are plain numbers."""
     import datasets
 
-    column = _chosen(dataset.features, label_column, "data.label_column", datasets.ClassLabel, f"{root}, split {split}")
+    column = _chosen(
+        dataset.features,
+        label_column,
+        "data.label_column",
+        datasets.ClassLabel,
+        f"{root}, split {split}",
+    )
     feature = dataset.features[column]
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def _renumbered(labels: np.ndarray, here: list[str] | None, there: list[str] | None, where: str) -> np.ndarray:
+def _renumbered(
+    labels: np.ndarray, here: list[str] | None, there: list[str] | None, where: str
+) -> np.ndarray:
     """The labels, (M,) int64, of classes called `here`, as numbers of the training split, which calls them `there`.
 
     Raises:

@@ -19,7 +19,15 @@ from PIL import Image
 from torch import Tensor
 
 from moco.data.files.decoding import DecodedImage, EncodedImage, encoded
-from moco.data.sources.packed_index import COLUMNS, INDEX, SIDES, TABLE, check_finished, read_index, read_table
+from moco.data.sources.packed_index import (
+    COLUMNS,
+    INDEX,
+    SIDES,
+    TABLE,
+    check_finished,
+    read_index,
+    read_table,
+)
 from moco.data.sources.registry import DataSource, Labelled
 from moco.errors import InputError
 
@@ -39,7 +47,12 @@ class PackedImages:
     """
 
     def __init__(
-        self, folder: str, files: list[str], table: dict[str, Tensor], rows: Tensor, max_image_pixels: int
+        self,
+        folder: str,
+        files: list[str],
+        table: dict[str, Tensor],
+        rows: Tensor,
+        max_image_pixels: int,
     ) -> None:
         self.folder = folder
         self.files = files
@@ -70,7 +83,9 @@ class PackedImages:
         """The bytes of an image: its pixels, or its file."""
         row = self.rows[index]
         start = int(self.table["offsets"][row])
-        return memoryview(self._map(int(self.table["parts"][row])))[start : start + int(self.table["lengths"][row])]
+        return memoryview(self._map(int(self.table["parts"][row])))[
+            start : start + int(self.table["lengths"][row])
+        ]
 
     def name(self, index: int) -> str:
         """The image's name in the source."""
@@ -81,7 +96,11 @@ class PackedImages:
     def chosen(self, places: np.ndarray) -> "PackedImages":
         """Some of these, (M',) int64."""
         return PackedImages(
-            self.folder, self.files, self.table, self.rows[torch.from_numpy(places)], self.max_image_pixels
+            self.folder,
+            self.files,
+            self.table,
+            self.rows[torch.from_numpy(places)],
+            self.max_image_pixels,
         )
 
     def is_damaged(self, index: int) -> bool:
@@ -118,7 +137,9 @@ def packed(root: str, max_image_pixels: int) -> DataSource:
     return DataSource(train, sides["bank"], sides["queries"], image_size=index["image_size"])
 
 
-def read_copy(root: str, index: dict[str, Any], max_image_pixels: int) -> tuple[PackedImages, dict[str, np.ndarray]]:
+def read_copy(
+    root: str, index: dict[str, Any], max_image_pixels: int
+) -> tuple[PackedImages, dict[str, np.ndarray]]:
     """Every image of a finished copy, and the arrays of ``index.npz``.
 
     Raises:
@@ -130,21 +151,31 @@ def read_copy(root: str, index: dict[str, Any], max_image_pixels: int) -> tuple[
     if index["format"] == "array":
         files, counts, sizes = [PIXELS], [sum(counts)], [sum(sizes)]
     if sum(counts) != len(table["rows"]):
-        raise InputError(f"{Path(root, TABLE)}: {len(table['rows'])} images, {INDEX} says {sum(counts)}; pack it anew")
+        raise InputError(
+            f"{Path(root, TABLE)}: {len(table['rows'])} images, {INDEX} says {sum(counts)}; pack it anew"
+        )
     for file, size in zip(files, sizes, strict=True):
         check_size(Path(root, file), size)
     table["parts"] = np.repeat(np.arange(len(files)), np.array(counts, np.int64))
     # In this form no number of theirs overflows.
-    is_sound = (table["lengths"] <= np.array(sizes, np.int64)[table["parts"]] - table["offsets"]).all()
+    is_sound = (
+        table["lengths"] <= np.array(sizes, np.int64)[table["parts"]] - table["offsets"]
+    ).all()
     if index["format"] == "array":
         thirds, rest = np.divmod(table["lengths"], 3)
         is_sound = (
-            is_sound and not rest.any() and np.array_equal(thirds, table["heights"].astype(np.int64) * table["widths"])
+            is_sound
+            and not rest.any()
+            and np.array_equal(thirds, table["heights"].astype(np.int64) * table["widths"])
         )
     if not is_sound:
         raise InputError(f"{Path(root, TABLE)}: does not go with {INDEX}; pack it anew")
-    tensors = {name: torch.from_numpy(table[name]) for name in (*COLUMNS, "parts", "names", "name_ends")}
-    return PackedImages(root, files, tensors, torch.arange(len(table["rows"])), max_image_pixels), table
+    tensors = {
+        name: torch.from_numpy(table[name]) for name in (*COLUMNS, "parts", "names", "name_ends")
+    }
+    return PackedImages(
+        root, files, tensors, torch.arange(len(table["rows"])), max_image_pixels
+    ), table
 
 
 def check_size(path: Path, expected: int) -> None:

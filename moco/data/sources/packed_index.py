@@ -41,7 +41,8 @@ def is_file_name(value: Any) -> bool:
 
 def is_skipped(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(one, list) and len(one) == 2 and is_count(one[0]) and isinstance(one[1], str) for one in value
+        isinstance(one, list) and len(one) == 2 and is_count(one[0]) and isinstance(one[1], str)
+        for one in value
     )
 
 
@@ -52,9 +53,18 @@ INDEX_FORM: Form = {
     "complete": ("true or false", lambda value: isinstance(value, bool)),
     "num_images": ("a number of images, or null", lambda value: value is None or is_count(value)),
     "image_size": ("a number of px, 1 or more", lambda value: is_count(value) and value > 0),
-    "settings": ("settings, quality among them", lambda value: isinstance(value, dict) and "quality" in value),
-    "source": ("its number of images", lambda value: isinstance(value, dict) and is_count(value.get("images"))),
-    "parts": ("a list", lambda value: isinstance(value, list) and all(isinstance(part, dict) for part in value)),
+    "settings": (
+        "settings, quality among them",
+        lambda value: isinstance(value, dict) and "quality" in value,
+    ),
+    "source": (
+        "its number of images",
+        lambda value: isinstance(value, dict) and is_count(value.get("images")),
+    ),
+    "parts": (
+        "a list",
+        lambda value: isinstance(value, list) and all(isinstance(part, dict) for part in value),
+    ),
 }
 PART_FORM: Form = {
     "file": ("the name of a file in this folder", is_file_name),
@@ -76,18 +86,26 @@ def read_index(root: str) -> dict[str, Any]:
         index: dict[str, Any] = json.loads(path.read_text())
         version = index["version"]
     except FileNotFoundError as error:
-        raise InputError(f"{root}: no packed copy there ({path} is missing); moco.pack writes one") from error
+        raise InputError(
+            f"{root}: no packed copy there ({path} is missing); moco.pack writes one"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not the index of a packed copy ({printable(str(error))})") from error
+        raise InputError(
+            f"{path}: not the index of a packed copy ({printable(str(error))})"
+        ) from error
     if version != 1:
-        raise InputError(f"{path}: version {printable(str(version))} of a packed copy; this program reads version 1")
+        raise InputError(
+            f"{path}: version {printable(str(version))} of a packed copy; this program reads version 1"
+        )
     rename_old_keys(index)
     check_form(path, index, INDEX_FORM)
     for number, part in enumerate(index["parts"]):
         check_form(path, part, PART_FORM, f"parts[{number}].")
     num_images = sum(part["images"] for part in index["parts"])
     if index["complete"] and (index["num_images"] is None or index["num_images"] > num_images):
-        raise InputError(f"{path}: num_images={index['num_images']}, and its parts hold {num_images}; pack it anew")
+        raise InputError(
+            f"{path}: num_images={index['num_images']}, and its parts hold {num_images}; pack it anew"
+        )
     return index
 
 
@@ -129,7 +147,11 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
         table, _ = read_arrays(path, (*ARRAYS, *SIDE_ARRAYS))
         check_arrays(table)
     except DAMAGED as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else printable(str(error))
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else printable(str(error))
+        )
         raise InputError(f"{path}: damaged ({reason}); pack it anew") from error
     return table
 
@@ -143,7 +165,9 @@ def check_arrays(table: Mapping[str, np.ndarray]) -> None:
     for name, dtype in ARRAYS.items():
         if name not in table:
             raise ValueError(f"{name} is missing")
-        check_array(name, table[name], dtype, None if name in ("rows", "names") else len(table["rows"]))
+        check_array(
+            name, table[name], dtype, None if name in ("rows", "names") else len(table["rows"])
+        )
     for name in ("lengths", "heights", "widths"):
         check_range(name, table[name], 1)
     check_range("rows", table["rows"], 0)
@@ -173,4 +197,6 @@ def check_array(name: str, array: np.ndarray, dtype: Any, length: int | None = N
 def check_range(name: str, array: np.ndarray, least: int, stop: int | None = None) -> None:
     """Raises ValueError for numbers below `least`, or from `stop` on."""
     if (array < least).any() or (stop is not None and (array >= stop).any()):
-        raise ValueError(f"{name} has numbers below {least}" + ("" if stop is None else f" or above {stop - 1}"))
+        raise ValueError(
+            f"{name} has numbers below {least}" + ("" if stop is None else f" or above {stop - 1}")
+        )

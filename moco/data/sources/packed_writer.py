@@ -115,7 +115,9 @@ class Writer:
         max_part_bytes: a part ends with the chunk that reaches so many.
     """
 
-    def __init__(self, folder: Path, index: dict[str, Any], pool: Pool, max_part_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, index: dict[str, Any], pool: Pool, max_part_bytes: int
+    ) -> None:
         self.folder = folder
         self.index = index
         self.pool = pool
@@ -150,14 +152,19 @@ class Writer:
         content, start = chunk.content.numpy(), 0
         for row, length in zip(chunk.columns["rows"], chunk.columns["lengths"], strict=True):
             offset = self.part.add(
-                content[start : start + length], self.num_before + len(self.offsets), self.labels[row]
+                content[start : start + length],
+                self.num_before + len(self.offsets),
+                self.labels[row],
             )
             self.offsets.append(offset)
             start += length
         for name, values in chunk.columns.items():
             self.columns[name] += values
         self.part_skipped += chunk.skipped
-        if self.part.num_bytes >= self.max_part_bytes or chunk.stop in (self.pool.num_train, len(self.pool)):
+        if self.part.num_bytes >= self.max_part_bytes or chunk.stop in (
+            self.pool.num_train,
+            len(self.pool),
+        ):
             self._end(chunk.stop)
 
     def _begin(self) -> None:
@@ -197,8 +204,12 @@ class Writer:
 
     def finish(self) -> None:
         """Join the parts' tables, and say that the copy is complete."""
-        tables = [read_table(self._table_path(number)) for number in range(len(self.index["parts"]))]
-        joined = {name: np.concatenate([table[name] for table in tables]) for name in (*COLUMNS, "names")}
+        tables = [
+            read_table(self._table_path(number)) for number in range(len(self.index["parts"]))
+        ]
+        joined = {
+            name: np.concatenate([table[name] for table in tables]) for name in (*COLUMNS, "names")
+        }
         lengths = [np.diff(table["name_ends"], prepend=0) for table in tables]
         joined["name_ends"] = np.cumsum(np.concatenate(lengths), dtype=np.int64)
         places = np.full(len(self.pool), -1, dtype=np.int64)
@@ -207,7 +218,10 @@ class Writer:
             in_order = np.argsort(places[rows], kind="stable")[
                 (places[rows] < 0).sum() :
             ]  # of the copy, skipped ones left out
-            joined[f"{side}_rows"], joined[f"{side}_labels"] = places[rows][in_order], labels[in_order]
+            joined[f"{side}_rows"], joined[f"{side}_labels"] = (
+                places[rows][in_order],
+                labels[in_order],
+            )
         save_table(self.folder / TABLE, joined)
         self.index["num_images"] = int((joined["rows"] < self.pool.num_train).sum())
         self.index["complete"] = True

@@ -26,7 +26,9 @@ from moco.data.sources.registry import DataSource, Images, Labelled
 from moco.errors import printable
 
 CHUNK = 8  # images that a worker hands over at once; of 50 megapixels each they take 1.2 GB
-REDUCING_GAP = 3  # an image is decoded at no less than so many times the size that it is then resized to
+REDUCING_GAP = (
+    3  # an image is decoded at no less than so many times the size that it is then resized to
+)
 LARGEST_JPEG_SIDE = 65500  # px, libjpeg's
 
 
@@ -145,14 +147,18 @@ class Chunks(Dataset[Chunk]):
         height, width = pixels.shape[:2]
         if self.quality is None:
             return pixels.tobytes(), (height, width)
-        is_jpeg = isinstance(image, EncodedFile) and image.is_jpeg and isinstance(image.source, bytes)
+        is_jpeg = (
+            isinstance(image, EncodedFile) and image.is_jpeg and isinstance(image.source, bytes)
+        )
         if is_jpeg and image.size == (height, width):
             return image.source, (height, width)  # type: ignore[attr-defined]
         if max(height, width) > LARGEST_JPEG_SIDE:
             raise UnreadableImage(
                 f"{printable(name)}: {width} x {height} px, and JPEG has at most {LARGEST_JPEG_SIDE} a side; set data.resize"
             )
-        encoded: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), self.quality, colorsubsampling="420")
+        encoded: bytes = simplejpeg.encode_jpeg(
+            np.ascontiguousarray(pixels), self.quality, colorsubsampling="420"
+        )
         return encoded, (height, width)
 
 
@@ -168,7 +174,9 @@ def resized(image: EncodedImage, resize: int | None) -> np.ndarray:
         reduction = 1
     # A reduced image's sides are rounded up: its last row and column may lie partly outside of the whole one.
     box = (0, 0, image.size[1] / reduction, image.size[0] / reduction)
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box))
+    return np.asarray(
+        Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box)
+    )
 
 
 def resized_size(size: tuple[int, int], resize: int | None) -> tuple[int, int]:
@@ -191,11 +199,15 @@ def array_bytes(pool: Pool, resize: int | None, sample: int = 256) -> int:
     return int(np.mean(sizes) * len(pool)) if sizes else 0
 
 
-def chunks(pool: Pool, start: int, resize: int | None, quality: int | None, num_workers: int) -> DataLoader[Chunk]:
+def chunks(
+    pool: Pool, start: int, resize: int | None, quality: int | None, num_workers: int
+) -> DataLoader[Chunk]:
     """Loads every chunk of a copy from place `start` on; the other arguments as of `Chunks`."""
     dataset = Chunks(pool, order(pool, is_random=quality is not None), resize, quality)
     options = loader_options(num_workers, CPU) | {"persistent_workers": False}
-    return DataLoader(dataset, batch_size=None, sampler=list(places(pool, start)), collate_fn=as_it_is, **options)
+    return DataLoader(
+        dataset, batch_size=None, sampler=list(places(pool, start)), collate_fn=as_it_is, **options
+    )
 
 
 def order(pool: Pool, is_random: bool) -> Tensor:
@@ -206,7 +218,12 @@ def order(pool: Pool, is_random: bool) -> Tensor:
     if not is_random:
         return torch.arange(len(pool))
     generator = torch.Generator().manual_seed(derived_seed(0, pool.num_train))
-    return torch.cat([torch.randperm(pool.num_train, generator=generator), torch.arange(pool.num_train, len(pool))])
+    return torch.cat(
+        [
+            torch.randperm(pool.num_train, generator=generator),
+            torch.arange(pool.num_train, len(pool)),
+        ]
+    )
 
 
 def places(pool: Pool, start: int) -> Iterator[tuple[int, int]]:

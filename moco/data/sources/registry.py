@@ -183,7 +183,9 @@ def build_source(
     if name == "digits":
         return digits()
     if root is None:
-        raise InputError(f"data.root: missing; data={name} needs to know where the images are: data.root=PATH")
+        raise InputError(
+            f"data.root: missing; data={name} needs to know where the images are: data.root=PATH"
+        )
     if name == "images":
         return images(root, max_image_pixels, pages, listing)
     if name == "webdataset":
@@ -191,7 +193,9 @@ def build_source(
 
         return webdataset(root, streams, shuffle_buffer, num_images, max_image_pixels)
     if not isinstance(root, str):
-        raise InputError(f"data.root={root}: expected one path; only data=images and data=webdataset take several")
+        raise InputError(
+            f"data.root={root}: expected one path; only data=images and data=webdataset take several"
+        )
     if name == "packed":
         from moco.data.sources.packed import packed
 
@@ -214,7 +218,9 @@ def digits() -> DataSource:
     data = load_digits()
     array = np.round(data.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
     labels = data.target.astype(np.int64)
-    order = np.random.RandomState(0).permutation(len(array))  # RandomState's streams are frozen (NEP 19)
+    order = np.random.RandomState(0).permutation(
+        len(array)
+    )  # RandomState's streams are frozen (NEP 19)
     train, test = order[:1437], order[1437:]
     return _from_arrays("digits", array[train], labels[train], array[test], labels[test])
 
@@ -235,7 +241,9 @@ def images(root: Any, max_image_pixels: int, pages: str, listing: Path | None) -
         raise InputError(f"data.root={root}: expected a folder or a list of folders")
     refuse_overlap(roots)
     found = Listing.of_all(listed(roots, pages, listing))
-    return DataSource(FileImages(found.paths, max_image_pixels, found.num_pages), None, None, image_size=224)
+    return DataSource(
+        FileImages(found.paths, max_image_pixels, found.num_pages), None, None, image_size=224
+    )
 
 
 def refuse_overlap(roots: Sequence[str]) -> None:
@@ -249,7 +257,9 @@ def refuse_overlap(roots: Sequence[str]) -> None:
             )
 
 
-def image_folder(root: str, max_image_pixels: int, held_out: float, pages: str, listing: Path | None) -> DataSource:
+def image_folder(
+    root: str, max_image_pixels: int, held_out: float, pages: str, listing: Path | None
+) -> DataSource:
     """Class sub-folders: root/train/CLASS/... with root/val/CLASS/... (or test), else root/CLASS/....
 
     Of root/CLASS/... alone the images that `is_held_out` chooses by their paths below root are kept out of the bank and
@@ -257,9 +267,13 @@ def image_folder(root: str, max_image_pixels: int, held_out: float, pages: str, 
     """
     top = Path(root)
     has_train = (top / "train").is_dir()
-    tops = [str(top / name) for name in ("train", "val", "validation", "test") if (top / name).is_dir()][:2]
+    tops = [
+        str(top / name) for name in ("train", "val", "validation", "test") if (top / name).is_dir()
+    ][:2]
     tops = tops if has_train else [str(top)]
-    folders = [ClassFolders.of(*one) for one in zip(tops, listed(tops, pages, listing), strict=True)]
+    folders = [
+        ClassFolders.of(*one) for one in zip(tops, listed(tops, pages, listing), strict=True)
+    ]
     classes = folders[0].classes()
     train, *others = (in_classes(one, classes, max_image_pixels) for one in folders)
     if has_train:
@@ -268,7 +282,8 @@ def image_folder(root: str, max_image_pixels: int, held_out: float, pages: str, 
     if not is_query.any() or is_query.all():
         return DataSource(train.images, train, None, image_size=224)
     bank, queries = (
-        in_classes(folders[0].where(chosen), classes, max_image_pixels) for chosen in (~is_query, is_query)
+        in_classes(folders[0].where(chosen), classes, max_image_pixels)
+        for chosen in (~is_query, is_query)
     )
     return DataSource(train.images, bank, queries, image_size=224)
 
@@ -290,7 +305,9 @@ def npz(root: str, max_image_pixels: int) -> DataSource:
     try:
         arrays, present = read_arrays(root, names, max_image_pixels)
     except DAMAGED as error:
-        raise InputError(f"data.root={root}: not a readable .npz archive of plain arrays ({error})") from error
+        raise InputError(
+            f"data.root={root}: not a readable .npz archive of plain arrays ({error})"
+        ) from error
     if "train_images" not in arrays:
         raise InputError(
             f"data.root={root}: no array train_images in there (found {printable(', '.join(present)) or 'none'})"
@@ -304,7 +321,11 @@ def _npz_labels(arrays: dict[str, np.ndarray], part: str, root: str) -> np.ndarr
     labels, images = arrays.get(f"{part}_labels"), arrays.get(f"{part}_images")
     if labels is None or images is None:
         return None
-    if labels.size != len(images) or not np.issubdtype(labels.dtype, np.integer) or (labels < 0).any():
+    if (
+        labels.size != len(images)
+        or not np.issubdtype(labels.dtype, np.integer)
+        or (labels < 0).any()
+    ):
         raise InputError(
             f"data.root={root}: {part}_labels must hold one class number (0 or more) for each of the {len(images)} "
             f"images, got {labels.dtype} {labels.shape}"
@@ -314,16 +335,28 @@ def _npz_labels(arrays: dict[str, np.ndarray], part: str, root: str) -> np.ndarr
 
 def _cifar(dataset: str) -> Callable[[str, bool], DataSource]:
     def build(root: str, download: bool) -> DataSource:
-        train, test = (torchvision_dataset(dataset, root, train=part, download=download) for part in (True, False))
-        return _from_arrays(dataset, train.data, np.array(train.targets), test.data, np.array(test.targets))
+        train, test = (
+            torchvision_dataset(dataset, root, train=part, download=download)
+            for part in (True, False)
+        )
+        return _from_arrays(
+            dataset, train.data, np.array(train.targets), test.data, np.array(test.targets)
+        )
 
     return build
 
 
 def _fashion_mnist(root: str, download: bool) -> DataSource:
-    train, test = (torchvision_dataset("FashionMNIST", root, train=part, download=download) for part in (True, False))
+    train, test = (
+        torchvision_dataset("FashionMNIST", root, train=part, download=download)
+        for part in (True, False)
+    )
     return _from_arrays(
-        "FashionMNIST", train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy()
+        "FashionMNIST",
+        train.data.numpy(),
+        train.targets.numpy(),
+        test.data.numpy(),
+        test.targets.numpy(),
     )
 
 
@@ -332,7 +365,9 @@ def _stl10(root: str, download: bool) -> DataSource:
         torchvision_dataset("STL10", root, split=split, download=download)
         for split in ("train+unlabeled", "train", "test")
     )
-    images = {name: part.data.transpose(0, 2, 3, 1) for name, part in (("train", train), ("test", test))}
+    images = {
+        name: part.data.transpose(0, 2, 3, 1) for name, part in (("train", train), ("test", test))
+    }
     labelled = _from_arrays("STL10", images["train"], train.labels, images["test"], test.labels)
     everything = ArrayImages(unlabelled.data.transpose(0, 2, 3, 1), "STL10")
     return DataSource(everything, labelled.bank, labelled.queries, labelled.image_size)
@@ -352,7 +387,9 @@ def torchvision_dataset(dataset: str, root: str, **kwargs: Any) -> Any:
     except Exception as error:
         advice = "" if kwargs.get("download") else "; data.download=true fetches it"
         reason = str(error) or type(error).__name__
-        raise InputError(f"data.root={root}: {dataset} is not there or damaged ({reason}){advice}") from error
+        raise InputError(
+            f"data.root={root}: {dataset} is not there or damaged ({reason}){advice}"
+        ) from error
 
 
 TORCHVISION: dict[str, Callable[[str, bool], DataSource]] = {
@@ -361,7 +398,17 @@ TORCHVISION: dict[str, Callable[[str, bool], DataSource]] = {
     "fashion_mnist": _fashion_mnist,
     "stl10": _stl10,
 }
-SOURCES = ("digits", "hf", "image_folder", "images", "npz", "packed", "synthetic", "webdataset", *TORCHVISION)
+SOURCES = (
+    "digits",
+    "hf",
+    "image_folder",
+    "images",
+    "npz",
+    "packed",
+    "synthetic",
+    "webdataset",
+    *TORCHVISION,
+)
 MASKED = ("segmentation_folder", "voc2012")  # see moco.segmentation.sources
 
 
@@ -376,7 +423,9 @@ def _from_arrays(
         if images is not None and labels is not None and len(images) != len(labels):
             raise InputError(f"{what}: {len(images)} images and {len(labels)} labels")
     train = ArrayImages(train_images, f"{what}: train_images")
-    bank = None if train_labels is None else Labelled(train, np.asarray(train_labels, dtype=np.int64))
+    bank = (
+        None if train_labels is None else Labelled(train, np.asarray(train_labels, dtype=np.int64))
+    )
     queries = None
     if test_images is not None and test_labels is not None:
         test = ArrayImages(test_images, f"{what}: test_images")

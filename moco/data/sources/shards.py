@@ -77,7 +77,9 @@ def list_shards(root: Any) -> list[str]:
         raise InputError(
             f"data.root={root}: expected tar shards: a pattern, a folder, pipe:COMMAND, or a list of these"
         )
-    return [shard for one in roots for pattern in _without_braces(one) for shard in _matching(pattern)]
+    return [
+        shard for one in roots for pattern in _without_braces(one) for shard in _matching(pattern)
+    ]
 
 
 def is_local(shard: str) -> bool:
@@ -98,12 +100,17 @@ def images_in(
     """
     number = 0
     try:
-        with _opened(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedHeader) as archive:
+        with (
+            _opened(shard) as stream,
+            tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedHeader) as archive,
+        ):
             for member in _image_members(archive, shard):
                 name = f"{shard}/{member.name}"
                 note(name)
                 try:
-                    sample = Sample(encoded(_content(archive, member, name), name, max_image_pixels), name)
+                    sample = Sample(
+                        encoded(_content(archive, member, name), name, max_image_pixels), name
+                    )
                 except UnreadableImage as error:
                     yield Problem(name, str(error), is_shard=False)
                 else:
@@ -152,7 +159,9 @@ def _shards_of_folder(folder: str) -> list[str]:
     if os.path.isfile(os.path.join(folder, INDEX)):
         index = read_index(folder)
         if index["format"] != "shards":
-            raise InputError(f"data.root={folder}: holds a packed array and no shards; data=packed reads it")
+            raise InputError(
+                f"data.root={folder}: holds a packed array and no shards; data=packed reads it"
+            )
         check_finished(folder, index)
         names = [part["file"] for part in index["parts"] if part["file"].startswith("train-")]
     else:
@@ -206,7 +215,9 @@ def _counted(shard: str) -> tuple[int, Problem | None]:
                 return number, Problem(shard, _cut_short(shard, number, error), is_shard=True)
     except TAR_ERRORS as error:  # on opening it, which reads the first header
         return 0, Problem(shard, _cut_short(shard, 0, error), is_shard=True)
-    return number, None if number else Problem(shard, f"{printable(shard)}: no images in there", is_shard=True)
+    return number, None if number else Problem(
+        shard, f"{printable(shard)}: no images in there", is_shard=True
+    )
 
 
 def _is_whole(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
@@ -251,7 +262,9 @@ def sample_key(name: str) -> str:
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> bytes:
     if member.size > LARGEST_IMAGE:
-        raise UnreadableImage(f"{printable(name)}: {member.size:,} bytes, more than {LARGEST_IMAGE:,}")
+        raise UnreadableImage(
+            f"{printable(name)}: {member.size:,} bytes, more than {LARGEST_IMAGE:,}"
+        )
     file = archive.extractfile(member)
     assert file is not None  # of a regular file it never is
     return file.read()

@@ -85,11 +85,15 @@ def similarity_histogram(positive: np.ndarray, negative: np.ndarray) -> Image.Im
     sheet = Image.new("RGB", (width + 2 * MARGIN, height + 3 * LINE + 2 * MARGIN), "white")
     pen, font = ImageDraw.Draw(sheet, "RGBA"), ImageFont.load_default(FONT)
     bottom = MARGIN + LINE + height
-    for place, (name, values, color) in enumerate((("negative", negative, BLUE), ("positive", positive, ORANGE))):
+    for place, (name, values, color) in enumerate(
+        (("negative", negative, BLUE), ("positive", positive, ORANGE))
+    ):
         counts, _ = np.histogram(np.clip(values, -1, 1), num_bins, (-1, 1))
         for number, share in enumerate(counts / max(counts.max(), 1)):
             left = MARGIN + number * width / num_bins
-            pen.rectangle((left, bottom - share * height, left + width / num_bins - 1, bottom), (*color, 150))
+            pen.rectangle(
+                (left, bottom - share * height, left + width / num_bins - 1, bottom), (*color, 150)
+            )
         words = f"{name}: {len(values):,} pairs, mean {float(np.mean(values)):.3f}"
         pen.text((MARGIN + place * width / 2, MARGIN), words, color, font)
     for cosine in (-1, -0.5, 0, 0.5, 1):
@@ -120,15 +124,23 @@ def confusion_plot(counts: np.ndarray, names: Sequence[str]) -> Image.Image:
     cell = max(1, min(34, WIDEST_MATRIX // number))
     font = ImageFont.load_default(FONT)
     is_written = number <= NUMBERED_CLASSES
-    room = int(max(font.getlength(name) for name in names)) + 2 * MARGIN if is_written else 2 * MARGIN
+    room = (
+        int(max(font.getlength(name) for name in names)) + 2 * MARGIN if is_written else 2 * MARGIN
+    )
     left, top = min(room, 140), LINE * (2 if is_written else 1) + MARGIN
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     sheet = Image.new("RGB", (left + number * cell + MARGIN, top + number * cell + MARGIN), "white")
     shades = np.stack([255 - shares * (255 - end) for end in (8, 48, 107)], axis=2).astype(np.uint8)
-    sheet.paste(Image.fromarray(shades).resize((number * cell, number * cell), Image.Resampling.NEAREST), (left, top))
+    sheet.paste(
+        Image.fromarray(shades).resize((number * cell, number * cell), Image.Resampling.NEAREST),
+        (left, top),
+    )
     pen = ImageDraw.Draw(sheet)
     pen.text(
-        (left, 2), f"{np.trace(counts) / max(counts.sum(), 1):.1%} right; rows: true, columns: predicted", "black", font
+        (left, 2),
+        f"{np.trace(counts) / max(counts.sum(), 1):.1%} right; rows: true, columns: predicted",
+        "black",
+        font,
     )
     if is_written:
         write_cells(pen, counts, names, (left, top), cell, font)
@@ -148,7 +160,13 @@ def write_cells(
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     for row, name in enumerate(names):
         middle = (row + 0.5) * cell
-        pen.text((left - MARGIN, top + middle), cut(name, left - MARGIN, font), "black", font, anchor="rm")
+        pen.text(
+            (left - MARGIN, top + middle),
+            cut(name, left - MARGIN, font),
+            "black",
+            font,
+            anchor="rm",
+        )
         pen.text((left + middle, top - 2), cut(name, cell, font), "black", font, anchor="ms")
         for column in np.flatnonzero(counts[row]):
             color = "white" if shares[row, column] > 0.5 else "black"
@@ -174,17 +192,23 @@ def map_plot(points: np.ndarray, labels: np.ndarray, title: str) -> Image.Image:
     sheet.paste(plane, (MARGIN, top))
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN), title, "black", font)
-    pen.rectangle((MARGIN, top, MARGIN + plane.width - 1, top + plane.height - 1), outline="lightgray")
+    pen.rectangle(
+        (MARGIN, top, MARGIN + plane.width - 1, top + plane.height - 1), outline="lightgray"
+    )
     left = plane.width + 3 * MARGIN
     for line, word in enumerate(words):
         middle = top + (line + 0.5) * step
         if has_legend:
             pen.ellipse((left, middle - 5, left + 10, middle + 5), colors[line])
-        pen.text((left + (3 * MARGIN if has_legend else 0), middle), word, "black", font, anchor="lm")
+        pen.text(
+            (left + (3 * MARGIN if has_legend else 0), middle), word, "black", font, anchor="lm"
+        )
     return sheet
 
 
-def scatter(points: np.ndarray, numbers: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> Image.Image:
+def scatter(
+    points: np.ndarray, numbers: np.ndarray, colors: Sequence[tuple[int, int, int]]
+) -> Image.Image:
     """A disc for each point (M, 2) in the colour of its number (M,), `MAP_SIDE` px wide or high, whichever is more."""
     finer, radius, edge = 2, 6, 24  # drawn at twice the size, then reduced: discs with smooth edges
     lowest, extent = points.min(axis=0), np.ptp(points, axis=0)
@@ -192,7 +216,9 @@ def scatter(points: np.ndarray, numbers: np.ndarray, colors: Sequence[tuple[int,
     width, height = (finer * (int(length * scale + 2 * edge) // finer) for length in extent)
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet, "RGBA")
-    for (x, y), number in zip(((points - lowest) * scale + edge).tolist(), numbers.tolist(), strict=True):
+    for (x, y), number in zip(
+        ((points - lowest) * scale + edge).tolist(), numbers.tolist(), strict=True
+    ):
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), (*colors[number], 200))
     return sheet.resize((width // finer, height // finer), Image.Resampling.LANCZOS)
 
@@ -221,9 +247,13 @@ def feature_maps_plot(images: Sequence[Image.Image], maps: Mapping[str, np.ndarr
         left = MARGIN + number // lines * block
         cells = [Image.fromarray(values[number]) for values in maps.values()]
         squares = [thumbnail(image, MAPPED_SIDE)]
-        squares += [cell.resize((MAPPED_SIDE, MAPPED_SIDE), Image.Resampling.NEAREST) for cell in cells]
+        squares += [
+            cell.resize((MAPPED_SIDE, MAPPED_SIDE), Image.Resampling.NEAREST) for cell in cells
+        ]
         for column, (name, square) in enumerate(zip(names, squares, strict=True)):
             sheet.paste(square, (left + column * step, top + number % lines * step))
             if number % lines == 0:
-                pen.text((left + column * step, MARGIN), cut(name, MAPPED_SIDE, font), "black", font)
+                pen.text(
+                    (left + column * step, MARGIN), cut(name, MAPPED_SIDE, font), "black", font
+                )
     return sheet

@@ -59,7 +59,9 @@ def knn_plots(
         "neighbors.png": neighbors_of_some(searched),
         "similarities.png": None if views is None else similarities_of_views(views),
         "confusion.png": confusion_plot(confusion, [str(name) for name in classes]),
-        "map.png": None if kind == "none" else map_of_queries(queries, kind, subject.settings["feature"]),
+        "map.png": None
+        if kind == "none"
+        else map_of_queries(queries, kind, subject.settings["feature"]),
         "feature_maps.png": feature_maps_of_some(subject, queries),
     }
     return {name: image for name, image in found.items() if image is not None}
@@ -81,7 +83,9 @@ def neighbors_of_some(searched: Searched) -> Image.Image:
     if own_rows is not None:
         similarities, rows = without_own(similarities, rows, own_rows[shown])
     lines = zip(shown, similarities, rows, strict=True)
-    return neighbors_plot([neighbor_row(bank, queries, int(query), near, row) for query, near, row in lines])
+    return neighbors_plot(
+        [neighbor_row(bank, queries, int(query), near, row) for query, near, row in lines]
+    )
 
 
 def spread_over_classes(labels: np.ndarray, number: int) -> np.ndarray:
@@ -125,7 +129,9 @@ def map_of_queries(queries: Embedded, kind: str, feature: str) -> Image.Image | 
         log.info("map.png: left out, of fewer than %d queries there is none", LEAST_ROWS)
         return None
     points = laid_out(normalized(queries.features[shown]), kind)
-    title = f"{MAP_TITLES[kind]} of {len(shown):,} queries by their {feature} features; colour: class"
+    title = (
+        f"{MAP_TITLES[kind]} of {len(shown):,} queries by their {feature} features; colour: class"
+    )
     return map_plot(points, queries.labels[shown], title)
 
 
@@ -136,7 +142,9 @@ def feature_maps_of_some(subject: Subject, queries: Embedded) -> Image.Image:
     crop = evaluation_crop(data["image_size"], data["crop_ratio"])
     chosen = spread_over_classes(queries.labels, NUM_MAPPED_IMAGES)
     thumbnails = [crop(queries.labelled.images[int(row)]) for row in queries.rows[chosen]]
-    batch = torch.stack([Normalized(**subject.augmentation)(image) for image in thumbnails])  # (N, 3, S, S)
+    batch = torch.stack(
+        [Normalized(**subject.augmentation)(image) for image in thumbnails]
+    )  # (N, 3, S, S)
     with torch.autocast(device.type, enabled=False):
         maps: list[Any] = subject.encoder.backbone.feature_maps(batch.to(device))[-2:]
     columns = {}

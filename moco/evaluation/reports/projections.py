@@ -20,7 +20,9 @@ SAME = 1e-6
 def check_map(name: str) -> None:
     """Raises InputError if UMAP is asked for and not installed."""
     if name == "umap" and find_spec("umap") is None:
-        raise InputError("evaluation.map=umap needs another package: pip install 'moco-ssl[umap]'; tsne needs none")
+        raise InputError(
+            "evaluation.map=umap needs another package: pip install 'moco-ssl[umap]'; tsne needs none"
+        )
 
 
 def laid_out(features: np.ndarray, name: str) -> np.ndarray:
@@ -40,7 +42,9 @@ def laid_out(features: np.ndarray, name: str) -> np.ndarray:
         from umap import UMAP
 
         num_neighbors = min(NUM_NEIGHBORS, len(rows) - 1)
-        return UMAP(n_neighbors=num_neighbors, init=start, random_state=0, n_jobs=1).fit_transform(rows)
+        return UMAP(n_neighbors=num_neighbors, init=start, random_state=0, n_jobs=1).fit_transform(
+            rows
+        )
     from sklearn.manifold import TSNE
 
     perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
@@ -73,5 +77,7 @@ def principal_components(rows: np.ndarray, num_components: int) -> np.ndarray:
     centred = rows.astype(np.float64) - rows.mean(axis=0, dtype=np.float64)
     num_found = min(num_components, *rows.shape)
     # More iterations than usual, which cost little: components of nearly the same weight are told apart, too.
-    left, values, _ = randomized_svd(centred, num_found, n_oversamples=20, n_iter=20, random_state=0)
+    left, values, _ = randomized_svd(
+        centred, num_found, n_oversamples=20, n_iter=20, random_state=0
+    )
     return np.pad(left * values, ((0, 0), (0, num_components - num_found)))

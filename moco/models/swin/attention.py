@@ -32,7 +32,9 @@ from moco.models.swin.windows import (
 
 MAX_LOGIT_SCALE = 100.0  # arXiv 2111.09883, section 3.2: tau is not below 0.01
 MAX_BIAS = 16.0  # of the official code's 16 * sigmoid(MLP(coordinates))
-SCORES_AT_ONCE = 1 << 19  # computed at a time on a CPU: 2 MiB of float32, so that they stay in its cache
+SCORES_AT_ONCE = (
+    1 << 19
+)  # computed at a time on a CPU: 2 MiB of float32, so that they stay in its cache
 MASK_AT_ONCE = 1 << 22  # numbers in a mask for all windows of a map: 16 MiB of float32
 
 
@@ -65,7 +67,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
     if len(masks) == 1:
         return _attend(query, key, value, masks[0][1])
     windows = sum(len(which) for which, _ in masks if which is not None)
-    query, key, value = (x.unflatten(0, (-1, windows)) for x in (query, key, value))  # (N, windows, h, L, d)
+    query, key, value = (
+        x.unflatten(0, (-1, windows)) for x in (query, key, value)
+    )  # (N, windows, h, L, d)
     out = torch.empty_like(value)
     for which, mask in masks:
         part = [x[:, which].flatten(0, 1) for x in (query, key, value)]
@@ -79,12 +83,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask[None], scale=1.0)
     windows, h, length, _ = mask.shape
     shape = value.shape
-    query, key, value = (x.reshape(-1, windows * h, length, x.shape[-1]) for x in (query, key, value))
+    query, key, value = (
+        x.reshape(-1, windows * h, length, x.shape[-1]) for x in (query, key, value)
+    )
     mask = mask.view(1, windows * h, length, length)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0).reshape(shape)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0).reshape(
+        shape
+    )
 
 
-def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid) -> Tensor:
+def attend_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid
+) -> Tensor:
     """The same on a CPU, a few windows at a time, so that their scores stay in its cache.
 
     There scaled_dot_product_attention has no fused form that gives the bias a gradient, and the one that gives none took
@@ -97,7 +107,9 @@ def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid:
     """
     b, h, length, d = query.shape
     bias = bias.to(torch.promote_types(value.dtype, bias.dtype))
-    query, key, value = (x.reshape(b * h, length, d) for x in (query.to(bias.dtype), key.to(bias.dtype), value))
+    query, key, value = (
+        x.reshape(b * h, length, d) for x in (query.to(bias.dtype), key.to(bias.dtype), value)
+    )
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias)):
         out = _CPUAttention.apply(query, key, value, bias, grid)
     else:
@@ -106,7 +118,12 @@ def attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid:
 
 
 def _attended(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid, weights: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    grid: WindowGrid,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """`attend_on_cpu` of (B h, L, d); `weights` (B h, L, L) of the value's type are filled, if they are kept."""
     h, length, _ = bias.shape
@@ -140,7 +157,9 @@ class _CPUAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid
+    ) -> Tensor:
         weights = value.new_empty(len(query), *bias.shape[1:])
         out = _attended(query, key, value, bias, grid, weights)
         ctx.save_for_backward(query.to(value.dtype), key.to(value.dtype), value, weights)
@@ -162,7 +181,9 @@ class _CPUAttention(torch.autograd.Function):
             d_scores = d_products[: rows.stop - rows.start]
             torch.bmm(weights[rows].transpose(1, 2), grad[rows], out=d_value[rows])
             torch.bmm(grad[rows], value[rows].transpose(1, 2), out=d_scores)
-            torch._softmax_backward_data(d_scores, weights[rows], -1, weights.dtype, grad_input=d_scores)
+            torch._softmax_backward_data(
+                d_scores, weights[rows], -1, weights.dtype, grad_input=d_scores
+            )
             windows = d_scores.view(-1, h, *weights.shape[1:])
             d_bias += windows[0] if len(windows) == 1 else windows.sum(dim=0, dtype=d_bias.dtype)
             torch.bmm(d_scores, key[rows], out=d_query[rows])
@@ -212,7 +233,10 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
 
     def define_relative_position_index(self) -> None:
         """Keep none: positions are computed where they are needed, so that the window shapes nothing but V1's table."""
-        self.window_size = (self.window_size[0], self.window_size[1])  # torchvision's constructor leaves a list
+        self.window_size = (
+            self.window_size[0],
+            self.window_size[1],
+        )  # torchvision's constructor leaves a list
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
         """Maps (N, H, W, C) to maps (N, H, W, C).
@@ -221,7 +245,9 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
             size: (height, width) of the real cells, at the top left; the rest is padding. None: all are real.
         """
         n, height, width, channels = x.shape
-        grid = window_grid((height, width), size or (height, width), self.window_size, self.shifted, x.device)
+        grid = window_grid(
+            (height, width), size or (height, width), self.window_size, self.shifted, x.device
+        )
         length = math.prod(grid.window)
         x = into_windows(x.reshape(n, -1, channels), grid)
         x = F.linear(x, self.qkv.weight, self.qkv_bias())
@@ -258,8 +284,12 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
 
     def bias_table(self, window: Size) -> Tensor:
         """The biases of all offsets in a window no larger than `window_size`, as in `relative_positions`: (offsets, h)."""
-        full = self.relative_position_bias_table.view(*(2 * cells - 1 for cells in self.window_size), -1)
-        top, left = (cells - clipped for cells, clipped in zip(self.window_size, window, strict=True))
+        full = self.relative_position_bias_table.view(
+            *(2 * cells - 1 for cells in self.window_size), -1
+        )
+        top, left = (
+            cells - clipped for cells, clipped in zip(self.window_size, window, strict=True)
+        )
         return full[top : len(full) - top, left : full.shape[1] - left].flatten(0, 1).float()
 
     def set_window(self, window: Size) -> None:
@@ -277,7 +307,9 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         table = state_dict.get(prefix + "relative_position_bias_table")
         if table is not None and table.shape != self.relative_position_bias_table.shape:
             there = round((math.sqrt(len(table)) + 1) / 2)
-            state_dict[prefix + "relative_position_bias_table"] = resized_table(table, (there, there), self.window_size)
+            state_dict[prefix + "relative_position_bias_table"] = resized_table(
+                table, (there, there), self.window_size
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -287,7 +319,10 @@ def resized_table(table: Tensor, window: Size, new_window: Size) -> Tensor:
         return table.clone()
     image = table.T.reshape(1, -1, *(2 * cells - 1 for cells in window))
     resized = F.interpolate(
-        image.float(), size=tuple(2 * cells - 1 for cells in new_window), mode="bicubic", align_corners=True
+        image.float(),
+        size=tuple(2 * cells - 1 for cells in new_window),
+        mode="bicubic",
+        align_corners=True,
     )
     return resized.flatten(2)[0].T.to(table.dtype).contiguous()
 
@@ -317,7 +352,9 @@ class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttention
     def bias_table(self, window: Size) -> Tensor:
         # In float64, rounded at the end: in float32 the last bits of an offset's bias depend on how many offsets there are.
         into, _, out = self.cpb_mlp
-        coordinates = log_coordinates(window, self.pretrained_window_size, into.weight.device).flatten(0, 1)
+        coordinates = log_coordinates(
+            window, self.pretrained_window_size, into.weight.device
+        ).flatten(0, 1)
         hidden = F.relu(F.linear(coordinates, into.weight.double(), into.bias.double()))
         return (MAX_BIAS * torch.sigmoid(F.linear(hidden, out.weight.double()))).float()
 

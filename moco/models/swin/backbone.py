@@ -164,7 +164,9 @@ class Swin(swin_transformer.SwinTransformer):
         """
         height, width = size or images.shape[-2:]
         if height > images.shape[-2] or width > images.shape[-1]:
-            raise ValueError(f"size={size}: larger than the canvas of {images.shape[-2]} x {images.shape[-1]} px")
+            raise ValueError(
+                f"size={size}: larger than the canvas of {images.shape[-2]} x {images.shape[-1]} px"
+            )
         canvas = [-(-side // self.patch_size) * self.patch_size for side in images.shape[-2:]]
         if self.partial_patches == "drop":
             height, width = (side // self.patch_size * self.patch_size for side in (height, width))
@@ -175,7 +177,9 @@ class Swin(swin_transformer.SwinTransformer):
                     f"patch of {self.patch_size} px"
                 )
         images = images[..., :height, :width]
-        x = self.features[0](F.pad(images, (0, canvas[1] - width, 0, canvas[0] - height)))  # (N, H, W, C)
+        x = self.features[0](
+            F.pad(images, (0, canvas[1] - width, 0, canvas[0] - height))
+        )  # (N, H, W, C)
         cells = (-(-height // self.patch_size), -(-width // self.patch_size))
         maps = []
         for stage, blocks in enumerate(self.stages()):
@@ -217,7 +221,8 @@ def windows_of(name: str, value: Any) -> tuple[int, ...]:
     """
     windows = list(value) if isinstance(value, (list, tuple)) else [value] * 4
     if len(windows) != 4 or not all(
-        isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= MAX_WINDOW_SIZE for side in windows
+        isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= MAX_WINDOW_SIZE
+        for side in windows
     ):
         raise InputError(
             f"backbone.{name}={value}: expected a whole number of cells from 1 to {MAX_WINDOW_SIZE}, or a list of four, "
@@ -237,7 +242,9 @@ def map_sides(image_size: int, patch_size: int = 4) -> list[int]:
     return sides
 
 
-def clipped_windows(image_size: int, window_size: int | Sequence[int], patch_size: int = 4) -> tuple[int, ...]:
+def clipped_windows(
+    image_size: int, window_size: int | Sequence[int], patch_size: int = 4
+) -> tuple[int, ...]:
     """Return the windows of the four stages, each no larger than the stage's map.
 
     Microsoft's code and timm clip a window to its map before they normalise Swin V2's log
@@ -270,7 +277,9 @@ def rewindow(backbone: nn.Module, window_size: int | Sequence[int]) -> nn.Module
         InputError: the backbone has no windows, or the window is not one.
     """
     if not isinstance(backbone, Swin):
-        raise InputError(f"backbone.window_size={window_size}: this backbone has no attention windows")
+        raise InputError(
+            f"backbone.window_size={window_size}: this backbone has no attention windows"
+        )
     backbone._set_windows(windows_of("window_size", window_size))
     return backbone
 
@@ -300,7 +309,10 @@ class WindowSuggestion:
 
 
 def suggest_window(
-    image_size: int, pretrained_window_size: int, pretrained_image_size: int | None = None, patch_size: int = 4
+    image_size: int,
+    pretrained_window_size: int,
+    pretrained_image_size: int | None = None,
+    patch_size: int = 4,
 ) -> WindowSuggestion:
     """The window that sees as much of the image as the pretraining window did, with the least padding nearby.
 
@@ -313,8 +325,12 @@ def suggest_window(
     """
     pretrained_image_size = pretrained_image_size or pretrained_window_size * patch_size * 8
     same_view = pretrained_window_size * image_size / pretrained_image_size
-    candidates = range(max(1, math.floor(same_view * 0.9)), min(MAX_WINDOW_SIZE, math.ceil(same_view * 1.1)) + 1)
-    suggestions = [_padding(window, image_size, patch_size) for window in candidates or [MAX_WINDOW_SIZE]]
+    candidates = range(
+        max(1, math.floor(same_view * 0.9)), min(MAX_WINDOW_SIZE, math.ceil(same_view * 1.1)) + 1
+    )
+    suggestions = [
+        _padding(window, image_size, patch_size) for window in candidates or [MAX_WINDOW_SIZE]
+    ]
     return min(suggestions, key=lambda it: (round(it.padding, 9), abs(it.window_size - same_view)))
 
 

@@ -27,7 +27,9 @@ def constant_of_sizes(function: Callable[..., T]) -> Callable[..., T]:
     Compiled code reads the kept tensors where they are. It neither traces the function nor copies anything to the device
     in a step. The arguments must be hashable, and no result may depend on anything else, such as weights.
     """
-    kept = lru_cache(maxsize=512)(torch.inference_mode(False)(function))  # what is kept serves training too
+    kept = lru_cache(maxsize=512)(
+        torch.inference_mode(False)(function)
+    )  # what is kept serves training too
 
     @wraps(function)
     def constant(*arguments: Any) -> T:
@@ -58,7 +60,9 @@ class WindowGrid:
     """(b, L, L) float32, of the windows `cut`: 0 where a cell (row) sees a cell (column), -inf where not."""
 
 
-def window_grid(canvas: Size, size: Size, window: Size, shifted: bool, device: torch.device) -> WindowGrid:
+def window_grid(
+    canvas: Size, size: Size, window: Size, shifted: bool, device: torch.device
+) -> WindowGrid:
     """Return the windows of a map of `canvas` cells whose top left `size` cells are real; the rest is padding.
 
     A side of the canvas that is no multiple of the window is filled up with padding, at its end and before the cyclic
@@ -73,7 +77,9 @@ def window_grid(canvas: Size, size: Size, window: Size, shifted: bool, device: t
 
 # One tensor a call: torch.compile of torch 2.11 takes no other constants.
 @constant_of_sizes
-def grid_tensor(name: str, canvas: Size, size: Size, window: Size, shifted: bool, device: torch.device) -> Tensor:
+def grid_tensor(
+    name: str, canvas: Size, size: Size, window: Size, shifted: bool, device: torch.device
+) -> Tensor:
     """Return one of the tensors of a `WindowGrid` by its name."""
     return grid_tensors(canvas, size, window, shifted)[name].to(device)
 
@@ -145,7 +151,11 @@ class _Rearranged(torch.autograd.Function):
 
 def _rows(x: Tensor, take: Tensor) -> Tensor:
     starts = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.reshape(-1, x.shape[2]).index_select(0, (starts + take).flatten()).view(len(x), len(take), x.shape[2])
+    return (
+        x.reshape(-1, x.shape[2])
+        .index_select(0, (starts + take).flatten())
+        .view(len(x), len(take), x.shape[2])
+    )
 
 
 @constant_of_sizes
@@ -157,7 +167,9 @@ def relative_positions(window: Size, device: torch.device) -> Tensor:
     """
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in window), indexing="ij")
     down, right = (cells.flatten()[:, None] - cells.flatten() for cells in (rows, columns))
-    return ((down + window[0] - 1) * (2 * window[1] - 1) + right + window[1] - 1).flatten().to(device)
+    return (
+        ((down + window[0] - 1) * (2 * window[1] - 1) + right + window[1] - 1).flatten().to(device)
+    )
 
 
 @constant_of_sizes

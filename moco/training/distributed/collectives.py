@@ -51,7 +51,9 @@ def environment_of(num_devices: int, num_nodes: int) -> ClusterEnvironment:
         # auto_requeue would be Lightning's own answer to the scheduler's signal, beside ours.
         environment, launcher = SLURMEnvironment(auto_requeue=False), "srun"
     elif num_nodes > 1:
-        raise InputError(f"trainer.num_nodes={num_nodes}: start one process per device with srun or torchrun")
+        raise InputError(
+            f"trainer.num_nodes={num_nodes}: start one process per device with srun or torchrun"
+        )
     else:
         return LightningEnvironment()
     if environment.world_size() != num_devices * num_nodes:
@@ -63,7 +65,9 @@ def environment_of(num_devices: int, num_nodes: int) -> ClusterEnvironment:
 
 
 @contextmanager
-def process_group(environment: ClusterEnvironment, backend: str, timeout_minutes: float) -> Iterator[None]:
+def process_group(
+    environment: ClusterEnvironment, backend: str, timeout_minutes: float
+) -> Iterator[None]:
     """Inside, the processes that a launcher started can talk to each other.
 
     Args:
@@ -83,7 +87,9 @@ def process_group(environment: ClusterEnvironment, backend: str, timeout_minutes
             os.environ.setdefault(name, loopback())  # nobody outside has to reach them
         rank, size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
         place = f"file://{os.environ['MOCO_RENDEZVOUS']}"
-        dist.init_process_group(backend, init_method=place, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(
+            backend, init_method=place, rank=rank, world_size=size, timeout=timeout
+        )
     else:
         os.environ["MASTER_ADDR"] = environment.main_address
         os.environ["MASTER_PORT"] = str(environment.main_port)
@@ -158,7 +164,9 @@ def exchanged(call: Callable[..., Any], rows: Tensor, num_rows: int, **options: 
     """Return the `num_rows` rows that a collective gives this process for its own `rows` (N, ...), in their layout."""
     is_channels_last = rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last)
     if is_channels_last and not rows.is_contiguous():
-        inner = exchanged(call, rows.permute(0, 2, 3, 1), num_rows, **options)  # as they lie in memory: no copy
+        inner = exchanged(
+            call, rows.permute(0, 2, 3, 1), num_rows, **options
+        )  # as they lie in memory: no copy
         return inner.permute(0, 3, 1, 2)
     received = rows.new_empty(num_rows, *rows.shape[1:])
     collective(call, received, rows, **options)
@@ -238,7 +246,9 @@ def route_to(places: Tensor, num_rows: int) -> Route:
 
 def on_device(routes: Sequence[Route], device: torch.device) -> list[Route]:
     """Return the same routes with their indices on a device, after one copy."""
-    indices = [index for route in routes for index in (route.sending, route.taking) if index is not None]
+    indices = [
+        index for route in routes for index in (route.sending, route.taking) if index is not None
+    ]
     together = torch.stack(indices)
     if device.type == "cuda":
         together = together.pin_memory()
@@ -297,7 +307,9 @@ class Agreement:
             work.wait()
             answer = tensor.tolist()
         tensor = torch.tensor(numbers)
-        work = collective(dist.all_reduce, tensor, op=dist.ReduceOp.MAX, group=_steps, async_op=True)
+        work = collective(
+            dist.all_reduce, tensor, op=dist.ReduceOp.MAX, group=_steps, async_op=True
+        )
         self._sent = (tensor, work)
         return answer
 
@@ -341,7 +353,11 @@ def gather_rows(rows: np.ndarray) -> np.ndarray:
     per_message = max(1, ROWS_AT_ONCE // max(1, rows.itemsize * math.prod(row)))
     if rank() > 0:
         for start in range(0, len(rows), per_message):
-            dist.send(torch.from_numpy(np.ascontiguousarray(rows[start : start + per_message])), dst=0, group=_control)
+            dist.send(
+                torch.from_numpy(np.ascontiguousarray(rows[start : start + per_message])),
+                dst=0,
+                group=_control,
+            )
         return rows[:0]
     everything = np.empty((sum(counts), *row), dtype=rows.dtype)
     if counts[0]:
@@ -350,6 +366,8 @@ def gather_rows(rows: np.ndarray) -> np.ndarray:
     for source in range(1, world_size()):
         for start in range(0, counts[source], per_message):
             count = min(per_message, counts[source] - start)
-            dist.recv(torch.from_numpy(everything[place : place + count]), src=source, group=_control)
+            dist.recv(
+                torch.from_numpy(everything[place : place + count]), src=source, group=_control
+            )
             place += count
     return everything

@@ -83,7 +83,12 @@ def run_on_devices(
 
 
 def start(
-    work: Callable[..., None], arguments: Sequence[Any], rank: int, num_devices: int, rendezvous: str, stop: StopRequest
+    work: Callable[..., None],
+    arguments: Sequence[Any],
+    rank: int,
+    num_devices: int,
+    rendezvous: str,
+    stop: StopRequest,
 ) -> Child:
     """Start the process of one rank."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -108,7 +113,10 @@ def supervise(children: Sequence[Child], stop: StopRequest) -> None:
             told = True
             for child in alive:
                 tell(child, stop.signal_number)
-        wait([child.process.sentinel for child in alive] + [child.connection for child in alive], timeout=0.2)
+        wait(
+            [child.process.sentinel for child in alive] + [child.connection for child in alive],
+            timeout=0.2,
+        )
         for child in list(alive):
             read_error(child)
             if child.process.exitcode is None:
@@ -144,7 +152,11 @@ def first_failure(children: Sequence[Child], last_good: Callable[[], str]) -> Ba
     for child in children:
         code = child.process.exitcode
         if child.is_cause and child.error is None and code:
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            how = (
+                f"was killed by {signal.Signals(-code).name}"
+                if code < 0
+                else f"ended with exit code {code}"
+            )
             return RunError(
                 f"rank {child.rank} of {len(children)} (process {child.process.pid}) {how}: by the kernel if memory ran "
                 f"out, or from outside; {last_good()}"
@@ -168,7 +180,11 @@ def _run_child(
     connection: Connection,
     signals: Sequence[int],
 ) -> None:
-    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_devices), "MOCO_RENDEZVOUS": rendezvous}
+    os.environ |= {
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_devices),
+        "MOCO_RENDEZVOUS": rendezvous,
+    }
     code = 1
     try:
         with StopRequest(signals) as stop:
@@ -182,7 +198,9 @@ def _run_child(
         connection.send(RunError(f"rank {rank}: {type(error).__name__}: {error}"))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # without waiting for what may hang: a connection to a process that is gone, a loader's threads
+    os._exit(
+        code
+    )  # without waiting for what may hang: a connection to a process that is gone, a loader's threads
 
 
 def _listen(connection: Connection, stop: StopRequest) -> None:

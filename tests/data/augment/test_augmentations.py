@@ -22,7 +22,9 @@ from tests.conftest import REPOSITORY
 
 
 def compare_augmentations():
-    spec = importlib.util.spec_from_file_location("compare", REPOSITORY / "scripts" / "compare_augmentations.py")
+    spec = importlib.util.spec_from_file_location(
+        "compare", REPOSITORY / "scripts" / "compare_augmentations.py"
+    )
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script
@@ -85,9 +87,16 @@ def test_both_engines_make_the_official_view_within_rounding(recipe, image):
     different = set()
     for row in range(40):
         numbers = COMPARE.row_of(drawn, row)
-        theirs = np.asarray(COMPARE.official_view(view, Image.fromarray(image), numbers)).astype(float)
-        ours = view.on_image(image, [{name: values.numpy() for name, values in step.items()} for step in numbers])
-        solarized = any(step.name == "solarize" and n["applied"] for step, n in zip(view.steps, numbers, strict=True))
+        theirs = np.asarray(COMPARE.official_view(view, Image.fromarray(image), numbers)).astype(
+            float
+        )
+        ours = view.on_image(
+            image, [{name: values.numpy() for name, values in step.items()} for step in numbers]
+        )
+        solarized = any(
+            step.name == "solarize" and n["applied"]
+            for step, n in zip(view.steps, numbers, strict=True)
+        )
         for engine in (ours, in_batch[row]):
             # In grey levels of 256. A value beside the threshold may be inverted by one engine and not by the other.
             difference = np.abs(engine - theirs)
@@ -106,7 +115,9 @@ def batch(operation, image, drawn):
     return (operation.on_batch(images, drawn)[0] * 255).permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize("box", [(0, 0, 90, 120), (10, 30, 71, 53), (5, 2, 20, 30), (40, 50, 1, 1), (3, 0, 64, 64)])
+@pytest.mark.parametrize(
+    "box", [(0, 0, 90, 120), (10, 30, 71, 53), (5, 2, 20, 30), (40, 50, 1, 1), (3, 0, 64, 64)]
+)
 def test_crop_equals_pillows_bilinear_resize(box, image):
     theirs = np.asarray(official.resized_crop(Image.fromarray(image), *box, [64, 64])).astype(float)
     drawn = {"box": torch.tensor([box]), "size": SIZE}
@@ -144,7 +155,12 @@ def test_boxes_follow_torchvisions_rule():
             aspect = math.exp(low + (high - low) * numbers[10 + attempt])
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
-                expected = [int(numbers[20] * (height - h + 1)), int(numbers[21] * (width - w + 1)), h, w]
+                expected = [
+                    int(numbers[20] * (height - h + 1)),
+                    int(numbers[21] * (width - w + 1)),
+                    h,
+                    w,
+                ]
                 break
         if expected is None:
             fallbacks += 1
@@ -186,7 +202,13 @@ def test_color_steps_equal_pillows_within_rounding(step, factor, tolerance, imag
 def test_batch_jitter_equals_torchvisions_tensor_operations_in_any_order(order):
     images = torch.rand(5, 3, 16, 20)
     factors = torch.tensor(
-        [[1.3, 0.7, 1.4, 0.1], [0.6, 1.2, 0.6, -0.1], [1.0, 1.0, 1.0, 0.5], [0, 2, 3, 0.3], [2, 0, 0, 0]]
+        [
+            [1.3, 0.7, 1.4, 0.1],
+            [0.6, 1.2, 0.6, -0.1],
+            [1.0, 1.0, 1.0, 0.5],
+            [0, 2, 3, 0.3],
+            [2, 0, 0, 0],
+        ]
     )
     mixed = torch.tensor([order, order[::-1], order, order[1:] + order[:1], order])
     ours = batch_kernels.color_jitter(images, factors.double(), mixed, has_hue=True)
@@ -194,7 +216,9 @@ def test_batch_jitter_equals_torchvisions_tensor_operations_in_any_order(order):
         theirs = images[row]
         for number in mixed[row].tolist():
             theirs = COMPARE.COLOR_STEPS[number](theirs, float(factors[row, number]))
-        torch.testing.assert_close(ours[row], theirs, atol=5e-4, rtol=0)  # its luma has 0.2989 for 0.299
+        torch.testing.assert_close(
+            ours[row], theirs, atol=5e-4, rtol=0
+        )  # its luma has 0.2989 for 0.299
 
 
 def test_batch_hue_of_grey_black_and_white_stays():
@@ -221,10 +245,15 @@ def test_linear_jitter_without_hue_equals_the_steps_where_nothing_is_cut_off(ord
 def test_linear_hue_turns_as_hsv_does_and_keeps_grey_and_luma():
     images = torch.tensor([[0.6, 0.3, 0.3], [0.5, 0.5, 0.5]]).view(2, 3, 1, 1).expand(2, 3, 4, 4)
     for shift, strongest in ((0.0, 0), (1 / 3, 1), (-1 / 3, 2)):
-        drawn = {"factors": torch.tensor([[1, 1, 1, shift]] * 2), "order": torch.tensor([[3, 0, 1, 2]] * 2)}
+        drawn = {
+            "factors": torch.tensor([[1, 1, 1, shift]] * 2),
+            "order": torch.tensor([[3, 0, 1, 2]] * 2),
+        }
         reddish, grey = ColorJitter(hue=0.5, linear=True).on_batch(images, drawn)
         assert reddish[:, 0, 0].argmax() == strongest
-        torch.testing.assert_close(batch_kernels.luma(reddish[None]), batch_kernels.luma(images[:1]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            batch_kernels.luma(reddish[None]), batch_kernels.luma(images[:1]), atol=1e-4, rtol=0
+        )
         torch.testing.assert_close(grey, images[1], atol=1e-5, rtol=0)
 
 
@@ -232,7 +261,11 @@ STRONG = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
 
 
 def test_linear_jitter_is_the_same_in_both_engines_whatever_is_cut_off(image):
-    view = View({"random_resized_crop": {"scale": [0.2, 1]}, "color_jitter": STRONG | {"linear": True}}, 64, "x")
+    view = View(
+        {"random_resized_crop": {"scale": [0.2, 1]}, "color_jitter": STRONG | {"linear": True}},
+        64,
+        "x",
+    )
     drawn = view.drawn(0, 0, torch.arange(20), 0, SIZE.expand(20, 2))[1]
     images = torch.from_numpy(image.transpose(2, 0, 1).copy()).expand(20, -1, -1, -1) / 255
     jitter = view.steps[1].operation
@@ -249,7 +282,10 @@ def test_a_crop_without_antialiasing_equals_torchvisions_on_tensors(image):
     drawn = {"box": torch.tensor([box]), "size": SIZE}
     operation = RandomResizedCrop(32, [0.2, 1.0], antialias=False)
     torch.testing.assert_close(operation.on_batch(images, drawn), theirs, atol=1e-5, rtol=0)
-    assert np.abs(worker(operation, image, drawn) - theirs[0].permute(1, 2, 0).numpy() * 255).max() <= 1
+    assert (
+        np.abs(worker(operation, image, drawn) - theirs[0].permute(1, 2, 0).numpy() * 255).max()
+        <= 1
+    )
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.1, 0.5, 1.0, 2.0])
@@ -268,7 +304,9 @@ def test_both_blurs_equal_a_gaussian_summed_up_pixel_by_pixel(sigma, image):
             for place, weight in enumerate(kernel)
         )
     operation = (
-        View({"random_resized_crop": {"scale": [1, 1]}, "gaussian_blur": {"sigma": [0, 2]}}, 8, "x").steps[1].operation
+        View({"random_resized_crop": {"scale": [1, 1]}, "gaussian_blur": {"sigma": [0, 2]}}, 8, "x")
+        .steps[1]
+        .operation
     )
     drawn = {"sigma": torch.tensor([sigma], dtype=torch.float64)}
     assert np.abs(worker(operation, image, drawn) - expected).max() <= 1
@@ -276,12 +314,15 @@ def test_both_blurs_equal_a_gaussian_summed_up_pixel_by_pixel(sigma, image):
 
 
 @pytest.mark.parametrize(
-    ("angle", "shift", "shear"), [(10, (0, 0), 0), (-25, (5, -8), 0), (0, (3, 4), 12), (7, (-6, 2), -9)]
+    ("angle", "shift", "shear"),
+    [(10, (0, 0), 0), (-25, (5, -8), 0), (0, (3, 4), 12), (7, (-6, 2), -9)],
 )
 def test_affine_equals_torchvisions(angle, shift, shear):
     images = torch.rand(1, 3, 24, 32)
     bilinear = v1.InterpolationMode.BILINEAR
-    theirs = official.affine(images, float(angle), list(shift), 1.0, [float(shear), 0.0], interpolation=bilinear)
+    theirs = official.affine(
+        images, float(angle), list(shift), 1.0, [float(shear), 0.0], interpolation=bilinear
+    )
     ours = batch_kernels.affine(
         images,
         torch.tensor([angle], dtype=torch.float64),
@@ -291,7 +332,11 @@ def test_affine_equals_torchvisions(angle, shift, shear):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     turned = RandomAffine(30).on_image(
         (images[0] * 255).byte().permute(1, 2, 0).numpy(),
-        {"angle": np.float64(angle), "shift": np.array(shift, dtype=float), "shear": np.float64(shear)},
+        {
+            "angle": np.float64(angle),
+            "shift": np.array(shift, dtype=float),
+            "shear": np.float64(shear),
+        },
     )
     assert np.abs(turned - (theirs[0] * 255).permute(1, 2, 0).numpy()).mean() < 1
 
@@ -315,11 +360,16 @@ def test_draws_are_distributed_as_torchvisions():
     view = View(pair("moco_v2")["query"], 64, "x")
     crop, jitter, gray, blur, flip = view.drawn(0, 0, torch.arange(MANY), 0, SIZE.expand(MANY, 2))
     image = torch.zeros(3, *SIZE[0].tolist())
-    theirs = torch.tensor([v1.RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(MANY)])
+    theirs = torch.tensor(
+        [v1.RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(MANY)]
+    )
     expect_same_moments(crop["box"], theirs)
     areas = (crop["box"][:, 2] * crop["box"][:, 3], theirs[:, 2] * theirs[:, 3])
     expect_same_moments(*(area[:, None] for area in areas))
-    drawn = [v1.ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1)) for _ in range(MANY)]
+    drawn = [
+        v1.ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1))
+        for _ in range(MANY)
+    ]
     expect_same_moments(jitter["factors"], torch.tensor([factors for _, *factors in drawn]))
     orders = [
         torch.bincount((order * torch.tensor([64, 16, 4, 1])).sum(1), minlength=256) / MANY
@@ -345,7 +395,10 @@ def expect_same_moments(ours, theirs):
 def test_a_changed_step_leaves_the_draws_of_those_before_it():
     settings = pair("moco_v2")["query"]
     changed = settings | {"gaussian_blur": {"sigma": [0.5, 0.6], "probability": 1.0}}
-    one, other = (View(s, 64, "x").drawn(3, 1, torch.arange(9), 0, SIZE.expand(9, 2)) for s in (settings, changed))
+    one, other = (
+        View(s, 64, "x").drawn(3, 1, torch.arange(9), 0, SIZE.expand(9, 2))
+        for s in (settings, changed)
+    )
     for before, after in zip(one[:3], other[:3], strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(one[4]["applied"], other[4]["applied"])
@@ -375,24 +428,51 @@ CROP_ONLY = {"random_resized_crop": {"scale": [0.2, 1.0]}}
             CROP_ONLY | {"grayscale": {"probability": 1.5}},
             "augmentation.query.grayscale: probability=1.5: expected a number",
         ),
-        (CROP_ONLY | {"gaussian_blur": {"sigma": [2, 1]}}, "augmentation.query.gaussian_blur: sigma="),
+        (
+            CROP_ONLY | {"gaussian_blur": {"sigma": [2, 1]}},
+            "augmentation.query.gaussian_blur: sigma=",
+        ),
         (CROP_ONLY | {"gaussian_blur": {"sigma": 1}}, "augmentation.query.gaussian_blur: "),
         (CROP_ONLY | {"gaussian_blur": {}}, "augmentation.query.gaussian_blur: "),
-        (CROP_ONLY | {"gaussian_blur": {"sigma": [0.1, float("inf")]}}, "augmentation.query.gaussian_blur: sigma="),
-        (CROP_ONLY | {"color_jitter": {"brightness": float("inf")}}, "augmentation.query.color_jitter: brightness="),
-        (CROP_ONLY | {"color_jitter": {"contrast": "much"}}, "augmentation.query.color_jitter: contrast=much"),
-        (CROP_ONLY | {"random_affine": {"degrees": float("nan")}}, "augmentation.query.random_affine: degrees="),
+        (
+            CROP_ONLY | {"gaussian_blur": {"sigma": [0.1, float("inf")]}},
+            "augmentation.query.gaussian_blur: sigma=",
+        ),
+        (
+            CROP_ONLY | {"color_jitter": {"brightness": float("inf")}},
+            "augmentation.query.color_jitter: brightness=",
+        ),
+        (
+            CROP_ONLY | {"color_jitter": {"contrast": "much"}},
+            "augmentation.query.color_jitter: contrast=much",
+        ),
+        (
+            CROP_ONLY | {"random_affine": {"degrees": float("nan")}},
+            "augmentation.query.random_affine: degrees=",
+        ),
         (CROP_ONLY | {"color_jitter": {"hue": 0.7}}, "augmentation.query.color_jitter: hue=0.7"),
         (CROP_ONLY | {"color_jitter": 3}, "augmentation.query.color_jitter: expected settings"),
-        (CROP_ONLY | {"gaussian_blur": {"sigma": [0.1, 1, 2]}}, "augmentation.query.gaussian_blur: sigma="),
-        (CROP_ONLY | {"solarize": {"threshold": "abc"}}, "augmentation.query.solarize: threshold=abc"),
-        (CROP_ONLY | {"grayscale": {"probability": "often"}}, "augmentation.query.grayscale: probability=often"),
+        (
+            CROP_ONLY | {"gaussian_blur": {"sigma": [0.1, 1, 2]}},
+            "augmentation.query.gaussian_blur: sigma=",
+        ),
+        (
+            CROP_ONLY | {"solarize": {"threshold": "abc"}},
+            "augmentation.query.solarize: threshold=abc",
+        ),
+        (
+            CROP_ONLY | {"grayscale": {"probability": "often"}},
+            "augmentation.query.grayscale: probability=often",
+        ),
         ({"random_resized_crop": {"scale": 5}}, "augmentation.query.random_resized_crop: scale=5"),
         (
             {"random_resized_crop": {"scale": [0.2, 1], "probability": 0.5}},
             "augmentation.query.random_resized_crop: prob",
         ),
-        ({"random_resized_crop": {"scale": [0.0, 1.0]}}, "augmentation.query.random_resized_crop: scale="),
+        (
+            {"random_resized_crop": {"scale": [0.0, 1.0]}},
+            "augmentation.query.random_resized_crop: scale=",
+        ),
     ],
 )
 def test_mistakes_in_a_pair_name_the_key(operations, message):
@@ -417,5 +497,9 @@ def test_operations_do_what_their_names_say(operation, changed, image):
     for operations in (plain, plain | operation):
         view = View(operations, 60, "x")
         numbers = COMPARE.row_of(view.drawn(0, 0, torch.tensor([0]), 0, SIZE), 0)
-        results.append(view.on_image(image, [{name: n.numpy() for name, n in drawn.items()} for drawn in numbers]))
+        results.append(
+            view.on_image(
+                image, [{name: n.numpy() for name, n in drawn.items()} for drawn in numbers]
+            )
+        )
     assert (not np.array_equal(*results)) == changed

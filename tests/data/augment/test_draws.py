@@ -44,7 +44,13 @@ def test_numbers_are_uniform_and_unrelated():
 
 
 def test_no_two_images_share_their_numbers():
-    numbers = torch.cat([uniforms(7, epoch, torch.arange(20_000), view, 1) for epoch in range(3) for view in range(2)])
+    numbers = torch.cat(
+        [
+            uniforms(7, epoch, torch.arange(20_000), view, 1)
+            for epoch in range(3)
+            for view in range(2)
+        ]
+    )
     assert len(numbers.unique()) == numbers.numel()
 
 

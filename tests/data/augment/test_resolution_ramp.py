@@ -14,7 +14,11 @@ from moco.errors import InputError, Interrupted
 from moco.train import build_data, run
 from tests.runs.test_resume import assert_same_end, interrupt_at, last
 
-RAMP = ["augmentation.start_image_size=8", "augmentation.image_size_step=4", "augmentation.ramp_epochs=2"]
+RAMP = [
+    "augmentation.start_image_size=8",
+    "augmentation.image_size_step=4",
+    "augmentation.ramp_epochs=2",
+]
 PLAIN = {"random_resized_crop": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}}
 
 
@@ -37,10 +41,22 @@ def test_the_size_of_every_epoch(numbers, sizes):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ((32, None, 8, None), "augmentation.image_size_step=8: it has no effect without augmentation.start_image_size"),
-        ((32, None, None, 5), "augmentation.ramp_epochs=5: it has no effect without augmentation.start_image_size"),
-        ((32, 32, 8, 5), "augmentation.start_image_size=32: expected less than data.image_size, 32, or null"),
-        ((32, 16, 8, None), "augmentation.ramp_epochs: missing; augmentation.start_image_size needs the number"),
+        (
+            (32, None, 8, None),
+            "augmentation.image_size_step=8: it has no effect without augmentation.start_image_size",
+        ),
+        (
+            (32, None, None, 5),
+            "augmentation.ramp_epochs=5: it has no effect without augmentation.start_image_size",
+        ),
+        (
+            (32, 32, 8, 5),
+            "augmentation.start_image_size=32: expected less than data.image_size, 32, or null",
+        ),
+        (
+            (32, 16, 8, None),
+            "augmentation.ramp_epochs: missing; augmentation.start_image_size needs the number",
+        ),
         ((32, 16, 4, 3), r"ramp_epochs=3: expected at least one .* \(16, 20, 24, 28, 32 px\)"),
     ],
 )
@@ -52,7 +68,9 @@ def test_numbers_that_contradict_each_other_are_named(numbers, message):
 @pytest.mark.parametrize("engine", ["worker", "batch"])
 def test_small_views_are_the_whole_images_shrunk(engine, generator):
     coarse = torch.from_numpy(generator.random((6, 3, 8, 8), dtype=np.float32))
-    images = (interpolate(coarse, size=32, mode="bicubic").clamp(0, 1) * 255).round().to(torch.uint8)
+    images = (
+        (interpolate(coarse, size=32, mode="bicubic").clamp(0, 1) * 255).round().to(torch.uint8)
+    )
     pair = ViewPair(PLAIN, PLAIN, [0.0] * 3, [1.0] * 3, 32, 0, engine, ResolutionRamp(32, 8, 8, 3))
     for epoch, size in ((0, 8), (1, 16), (2, 24), (3, 32)):
         views = views_by(engine, pair, images, epoch)
@@ -67,7 +85,10 @@ def views_by(engine, pair, images, epoch):
     if engine == "batch":
         return pair.on_batch(images, epoch, indices)
     arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
-    encoded = [SimpleNamespace(size=array.shape[:2], pixels=lambda _, array=array: array) for array in arrays]
+    encoded = [
+        SimpleNamespace(size=array.shape[:2], pixels=lambda _, array=array: array)
+        for array in arrays
+    ]
     views = pair.empty_views(len(images), epoch)
     assert pair.on_images(encoded, epoch, indices, views) == []
     return pair.finished(views, epoch, indices)
@@ -77,7 +98,8 @@ def test_an_image_is_decoded_no_smaller_than_the_views_of_its_epoch_need():
     pair = ViewPair(PLAIN, PLAIN, [0.0] * 3, [1.0] * 3, 64, 0, ramp=ResolutionRamp(64, 16, 48, 1))
     asked = []
     image = SimpleNamespace(
-        size=(128, 128), pixels=lambda by: asked.append(by) or np.zeros((128 // by,) * 2 + (3,), "u1")
+        size=(128, 128),
+        pixels=lambda by: asked.append(by) or np.zeros((128 // by,) * 2 + (3,), "u1"),
     )
     for epoch in (0, 1):
         pair.on_images([image], epoch, torch.tensor([0]), pair.empty_views(1, epoch))
@@ -85,7 +107,9 @@ def test_an_image_is_decoded_no_smaller_than_the_views_of_its_epoch_need():
 
 
 @pytest.mark.parametrize(("engine", "num_workers"), [("batch", 0), ("worker", 0), ("worker", 2)])
-def test_loaders_and_their_processes_follow_the_epoch_also_after_a_resume(runner, engine, num_workers):
+def test_loaders_and_their_processes_follow_the_epoch_also_after_a_resume(
+    runner, engine, num_workers
+):
     config = runner.config(*RAMP, f"data.engine={engine}", f"data.num_workers={num_workers}")
 
     def batches(epochs, state=None):
@@ -122,7 +146,10 @@ def test_training_goes_through_all_sizes_and_is_evaluated_at_the_full_one(runner
             self.seen.append((trainer.current_epoch, batch.views[0].shape[-1]))
 
     sizes = Sizes()
-    runner.fit(runner.config(*RAMP, "trainer.max_steps=-1", "trainer.max_epochs=3", "data.batch_size=512"), [sizes])
+    runner.fit(
+        runner.config(*RAMP, "trainer.max_steps=-1", "trainer.max_epochs=3", "data.batch_size=512"),
+        [sizes],
+    )
     assert dict(sizes.seen) == {0: 8, 1: 12, 2: 16}
 
 
@@ -131,11 +158,16 @@ def test_views_have_to_be_whole_patches_of_the_backbone(caplog):
 
     caplog.set_level("INFO")
     swin = build_backbone("swin_v2_tiny_patch2")
-    with pytest.raises(InputError, match=r"views of 19 px are no multiple of the backbone's patches of 2 px"):
+    with pytest.raises(
+        InputError, match=r"views of 19 px are no multiple of the backbone's patches of 2 px"
+    ):
         check_resolution_ramp(ResolutionRamp(32, 16, 3, 9), swin, 20)
     check_resolution_ramp(ResolutionRamp(32, 16, 8, 9), swin, 20)
     check_resolution_ramp(ResolutionRamp(32, 15, 8, 9), build_backbone("resnet_tiny"), 20)
-    assert caplog.messages == ["views grow over 9 epochs: 16, 24, 32 px", "views grow over 9 epochs: 15, 23, 31, 32 px"]
+    assert caplog.messages == [
+        "views grow over 9 epochs: 16, 24, 32 px",
+        "views grow over 9 epochs: 15, 23, 31, 32 px",
+    ]
     assert swin(torch.zeros(2, 3, 24, 24)).shape == (2, swin.feature_dim)
 
 
@@ -150,7 +182,9 @@ def test_a_run_that_ends_before_its_views_are_full_says_so(caplog):
     ]
 
 
-def test_a_run_that_is_stopped_between_two_sizes_ends_in_the_same_bits(runner, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_between_two_sizes_ends_in_the_same_bits(
+    runner, tmp_path, monkeypatch
+):
     config = runner.config(
         *RAMP, "augmentation.ramp_epochs=3", "trainer.max_epochs=4", "trainer.max_steps=-1", "data.batch_size=704",
         "method.queue_size=500", "evaluation.every_n_epochs=100", "checkpoint.every_n_epochs=100",
@@ -166,5 +200,8 @@ def test_a_run_that_is_stopped_between_two_sizes_ends_in_the_same_bits(runner, t
 
 
 def test_a_mistake_is_told_before_anything_is_trained(runner):
-    with pytest.raises(InputError, match=r"augmentation.start_image_size=16: expected less than data.image_size, 16"):
+    with pytest.raises(
+        InputError,
+        match=r"augmentation.start_image_size=16: expected less than data.image_size, 16",
+    ):
         build_data(runner.config("augmentation.start_image_size=16", "augmentation.ramp_epochs=3"))

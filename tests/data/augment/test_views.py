@@ -30,7 +30,9 @@ def settings(name="moco_v2"):
 
 def view_pair(name="moco_v2", image_size=32, seed=0, engine="worker"):
     config = settings(name)
-    return ViewPair(config["query"], config["key"], config["mean"], config["std"], image_size, seed, engine)
+    return ViewPair(
+        config["query"], config["key"], config["mean"], config["std"], image_size, seed, engine
+    )
 
 
 @pytest.fixture
@@ -64,11 +66,18 @@ def test_both_engines_make_the_same_pairs_within_rounding(name, images):
 
 def test_in_memory_the_device_takes_every_step_as_workers_would(generator):
     smooth = generator.integers(0, 256, (40, 6, 6, 3), dtype=np.uint8)
-    array = np.stack([np.asarray(Image.fromarray(one).resize((40, 40), Image.Resampling.BICUBIC)) for one in smooth])
+    array = np.stack(
+        [
+            np.asarray(Image.fromarray(one).resize((40, 40), Image.Resampling.BICUBIC))
+            for one in smooth
+        ]
+    )
     augment, indices = view_pair(), torch.arange(40)
     in_memory = torch.stack(augment.on_batch(rgb_batch(torch.from_numpy(array)), 5, indices))
     one_by_one = made(augment, list(array), epoch=5)
-    difference = ((in_memory - one_by_one) * torch.tensor(augment.std).view(1, 1, 3, 1, 1) * 255).abs()
+    difference = (
+        (in_memory - one_by_one) * torch.tensor(augment.std).view(1, 1, 3, 1, 1) * 255
+    ).abs()
     assert difference.median() < 2
     assert difference.mean() < 2.5
 
@@ -102,7 +111,10 @@ def test_an_image_is_decoded_no_smaller_than_its_crops_need():
     many = [Plain(np.zeros((side, side, 3), np.uint8)) for side in (64, 200, 400, 1100, 2500)]
     indices = torch.arange(5)
     augment.on_images(many, 0, indices, augment.empty_views(5))
-    boxes = [view[0]["box"][:, 2:].amin(1) for view in augment.drawn(0, indices, torch.tensor([p.size for p in many]))]
+    boxes = [
+        view[0]["box"][:, 2:].amin(1)
+        for view in augment.drawn(0, indices, torch.tensor([p.size for p in many]))
+    ]
     shortest = torch.stack(boxes).amin(0).tolist()
     for image, side in zip(many, shortest, strict=True):
         assert image.reduction == 1 or side / image.reduction >= 64
@@ -130,7 +142,9 @@ def test_pixels_in_memory_become_rgb(generator):
 
 def test_normalisation_equals_to_tensor_and_normalize(images):
     config, image = settings("cifar"), Image.fromarray(images[0])
-    official = v1.Compose([v1.CenterCrop(90), v1.ToTensor(), v1.Normalize(config["mean"], config["std"])])
+    official = v1.Compose(
+        [v1.CenterCrop(90), v1.ToTensor(), v1.Normalize(config["mean"], config["std"])]
+    )
     view = build_evaluation_view(90, 1.0, config["mean"], config["std"])
     torch.testing.assert_close(view(image), official(image))
     augment = view_pair("cifar")
@@ -141,11 +155,17 @@ def test_normalisation_equals_to_tensor_and_normalize(images):
 
 def test_evaluation_view_is_the_official_resize_and_centre_crop(images):
     ours = build_evaluation_view(56, 0.875, [0.5] * 3, [0.5] * 3)
-    official = v1.Compose([v1.Resize(64), v1.CenterCrop(56), v1.ToTensor(), v1.Normalize([0.5] * 3, [0.5] * 3)])
-    torch.testing.assert_close(ours(Image.fromarray(images[0])), official(Image.fromarray(images[0])))
+    official = v1.Compose(
+        [v1.Resize(64), v1.CenterCrop(56), v1.ToTensor(), v1.Normalize([0.5] * 3, [0.5] * 3)]
+    )
+    torch.testing.assert_close(
+        ours(Image.fromarray(images[0])), official(Image.fromarray(images[0]))
+    )
 
 
 @pytest.mark.parametrize(("mean", "std"), [([0.5], [0.5] * 3), ([0.5] * 3, [0.5, 0, 0.5])])
 def test_normalisation_needs_three_numbers_and_a_spread(mean, std):
-    with pytest.raises(InputError, match=r"augmentation\.mean=.*augmentation\.std=.*expected three numbers each"):
+    with pytest.raises(
+        InputError, match=r"augmentation\.mean=.*augmentation\.std=.*expected three numbers each"
+    ):
         build_evaluation_view(32, 1.0, mean, std)

@@ -45,7 +45,12 @@ def flipped(generator):
 
 def animated(generator):
     frames = [small_image(generator) for _ in range(3)]
-    return encoded(frames[0], ("GIF", "WEBP", "PNG")[generator.integers(3)], save_all=True, append_images=frames[1:])
+    return encoded(
+        frames[0],
+        ("GIF", "WEBP", "PNG")[generator.integers(3)],
+        save_all=True,
+        append_images=frames[1:],
+    )
 
 
 def sixteen_bit(generator):
@@ -64,7 +69,9 @@ DAMAGE = {
     "large": lambda generator: encoded(small_image(generator, 40, 40), "JPEG"),
     "bomb": lambda generator: png_that_claims(int(generator.integers(20_000, 10**6)), 20_000),
     "animated": animated,
-    "cmyk": lambda generator: encoded(small_image(generator).convert("CMYK"), ("JPEG", "TIFF")[generator.integers(2)]),
+    "cmyk": lambda generator: encoded(
+        small_image(generator).convert("CMYK"), ("JPEG", "TIFF")[generator.integers(2)]
+    ),
     "sixteen_bit": sixteen_bit,
 }
 
@@ -105,7 +112,9 @@ def is_readable(path):
 def run_on_a_damaged_tree(folder, num_images, num_damaged, batch_size, *arguments):
     """The finished program, and what Pillow cannot read; every image is in a batch of every epoch."""
     make_tree(folder / "tree", num_images - len(ODD_NAMES) - 1, num_damaged)
-    paths = [os.path.join(top, name) for top, _, names in os.walk(folder / "tree") for name in names]
+    paths = [
+        os.path.join(top, name) for top, _, names in os.walk(folder / "tree") for name in names
+    ]
     assert len(paths) == num_images
     assert num_images % batch_size == 0
     done = run_program(
@@ -129,13 +138,17 @@ def check(folder, done, expected):
 
 def test_training_goes_on_over_damaged_images_and_lists_each_once(tmp_path):
     """Two epochs, images read in another process, a terminal that knows only ASCII."""
-    done, expected = run_on_a_damaged_tree(tmp_path, 250, 45, 50, "trainer.max_epochs=2", "data.num_workers=1")
+    done, expected = run_on_a_damaged_tree(
+        tmp_path, 250, 45, 50, "trainer.max_epochs=2", "data.num_workers=1"
+    )
     assert 25 < len(expected) < 50
     check(tmp_path, done, expected)
 
 
 @pytest.mark.slow
 def test_a_thousand_damaged_images_in_five_thousand(tmp_path):
-    done, expected = run_on_a_damaged_tree(tmp_path, 5000, 1000, 100, "trainer.max_epochs=1", "data.num_workers=2")
+    done, expected = run_on_a_damaged_tree(
+        tmp_path, 5000, 1000, 100, "trainer.max_epochs=1", "data.num_workers=2"
+    )
     assert 450 < len(expected) < 700
     check(tmp_path, done, expected)

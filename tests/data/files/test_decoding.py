@@ -15,7 +15,9 @@ from moco.data.sources.registry import ArrayImages, FileImages, build_source
 def smooth(generator, height=125, width=166):
     """An image as a photograph is one: smooth, with a little of everything."""
     small = Image.fromarray(generator.integers(0, 256, (8, 10, 3), dtype=np.uint8))
-    return Image.fromarray(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) // 2 + 60)
+    return Image.fromarray(
+        np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) // 2 + 60
+    )
 
 
 def file_of(image, file_format, **options):
@@ -31,7 +33,15 @@ def by_pillow(content):
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize(
-    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"keep_rgb": True}, {"quality": 20}]
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"keep_rgb": True},
+        {"quality": 20},
+    ],
 )
 def test_jpegs_have_the_pixels_that_pillow_decodes(mode, options, generator):
     content = file_of(smooth(generator).convert(mode), "JPEG", **options)
@@ -65,7 +75,9 @@ def test_a_pixel_of_a_reduced_jpeg_is_the_mean_of_a_block(reduction, height, wid
         ("I;16", "TIFF", {}), ("1", "PNG", {}), ("LA", "PNG", {}),
     ],
 )  # fmt: skip
-def test_what_libjpeg_does_not_decode_is_read_by_pillow_and_never_reduced(mode, file_format, options, generator):
+def test_what_libjpeg_does_not_decode_is_read_by_pillow_and_never_reduced(
+    mode, file_format, options, generator
+):
     if mode == "I;16":
         source = Image.fromarray(generator.integers(0, 65536, (12, 18), dtype=np.uint16))
     else:
@@ -84,7 +96,9 @@ def test_what_libjpeg_does_not_decode_is_read_by_pillow_and_never_reduced(mode, 
 def test_the_way_up_that_a_camera_noted_is_left_alone_except_in_tiff(file_format, generator):
     notes = Image.Exif()
     notes[274] = 6  # Orientation: to be turned by a quarter
-    image = encoded(file_of(smooth(generator, 12, 18), file_format, exif=notes), "x", MAX_IMAGE_PIXELS)
+    image = encoded(
+        file_of(smooth(generator, 12, 18), file_format, exif=notes), "x", MAX_IMAGE_PIXELS
+    )
     assert image.size == image.pixels().shape[:2] == (12, 18)
     turned = encoded(file_of(smooth(generator, 12, 18), "TIFF", exif=notes), "x", MAX_IMAGE_PIXELS)
     assert turned.size == turned.pixels().shape[:2] == (18, 12)  # Pillow turns these itself
@@ -102,7 +116,9 @@ def damaged_jpegs(generator, count):
             near_the_start = generator.random() < 0.6
             place = generator.integers(min(700, len(content)) if near_the_start else len(content))
             content[place] = generator.integers(256)
-        yield bytes(content[: generator.integers(len(content))] if generator.random() < 0.2 else content)
+        yield bytes(
+            content[: generator.integers(len(content))] if generator.random() < 0.2 else content
+        )
 
 
 def test_of_damaged_jpegs_pillow_says_which_are_images_and_of_which_pixels(generator):
@@ -126,13 +142,21 @@ def test_of_damaged_jpegs_pillow_says_which_are_images_and_of_which_pixels(gener
 def jpeg_that_claims(content, height, width):
     """The same file with another size in its header."""
     place = content.index(b"\xff\xc0") + 5
-    return content[:place] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + content[place + 4 :]
+    return (
+        content[:place]
+        + height.to_bytes(2, "big")
+        + width.to_bytes(2, "big")
+        + content[place + 4 :]
+    )
 
 
 def test_the_limit_holds_before_a_jpeg_is_decoded(generator):
     content = file_of(smooth(generator), "JPEG")
     assert encoded(content, "x", 125 * 166).pixels().shape == (125, 166, 3)
-    with pytest.raises(UnreadableImage, match=r"^x: Image size \(20750 pixels\) exceeds data.max_image_pixels=20749$"):
+    with pytest.raises(
+        UnreadableImage,
+        match=r"^x: Image size \(20750 pixels\) exceeds data.max_image_pixels=20749$",
+    ):
         encoded(content, "x", 125 * 166 - 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UnreadableImage, match="4294836225 pixels"):
@@ -141,7 +165,12 @@ def test_the_limit_holds_before_a_jpeg_is_decoded(generator):
 
 
 def test_a_file_in_memory_is_unreadable_with_the_words_of_one_on_disk(tmp_path, generator):
-    for content in (b"", b"<html>", file_of(smooth(generator), "JPEG")[:900], file_of(smooth(generator), "PNG")[:900]):
+    for content in (
+        b"",
+        b"<html>",
+        file_of(smooth(generator), "JPEG")[:900],
+        file_of(smooth(generator), "PNG")[:900],
+    ):
         (tmp_path / "x.jpg").write_bytes(content)
         path = str(tmp_path / "x.jpg")
         with pytest.raises(UnreadableImage) as on_disk:
@@ -153,12 +182,17 @@ def test_a_file_in_memory_is_unreadable_with_the_words_of_one_on_disk(tmp_path, 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
-    for name, message in (("pipe.jpg", "not a regular file"), ("nowhere.jpg", "No such file or directory")):
+    for name, message in (
+        ("pipe.jpg", "not a regular file"),
+        ("nowhere.jpg", "No such file or directory"),
+    ):
         with pytest.raises(UnreadableImage, match=rf"{name}: {message}$"):
             FileImages([str(tmp_path / name)]).opened(0)
 
 
-def test_a_file_that_is_too_large_to_be_read_whole_is_read_by_pillow(tmp_path, monkeypatch, generator):
+def test_a_file_that_is_too_large_to_be_read_whole_is_read_by_pillow(
+    tmp_path, monkeypatch, generator
+):
     monkeypatch.setattr("moco.data.files.decoding.LARGEST_READ_WHOLE", 1000)
     content = file_of(smooth(generator), "JPEG")
     assert len(content) > 1000
@@ -180,7 +214,10 @@ def test_images_in_memory_are_handed_out_decoded(shape, generator):
 
 
 def stack(path, colors, sizes=None):
-    pages = [Image.new("RGB", size, color) for color, size in zip(colors, sizes or [(8, 6)] * len(colors), strict=True)]
+    pages = [
+        Image.new("RGB", size, color)
+        for color, size in zip(colors, sizes or [(8, 6)] * len(colors), strict=True)
+    ]
     pages[0].save(path, save_all=True, append_images=pages[1:])
 
 
@@ -189,21 +226,35 @@ def test_every_page_of_a_tiff_file_can_be_an_image_of_its_own(tmp_path):
     Image.new("RGB", (5, 5), "white").save(tmp_path / "a.tif")
     Image.new("RGB", (5, 5), "black").save(tmp_path / "c.png")
     first = build_source("images", str(tmp_path)).train
-    assert [os.path.basename(first.name(index)) for index in range(len(first))] == ["a.tif", "b.tif", "c.png"]
+    assert [os.path.basename(first.name(index)) for index in range(len(first))] == [
+        "a.tif",
+        "b.tif",
+        "c.png",
+    ]
     each = build_source("images", str(tmp_path), pages="each").train
     names = [os.path.basename(each.name(index)) for index in range(len(each))]
     assert names == ["a.tif", "b.tif#1", "b.tif#2", "b.tif#3", "c.png"]
-    assert [each.opened(index).size for index in range(5)] == [(5, 5), (6, 8), (4, 4), (2, 9), (5, 5)]
+    assert [each.opened(index).size for index in range(5)] == [
+        (5, 5),
+        (6, 8),
+        (4, 4),
+        (2, 9),
+        (5, 5),
+    ]
     corners = [each[index].getpixel((0, 0)) for index in range(5)]
     assert corners == [(255,) * 3, (255, 0, 0), (0, 255, 0), (0, 0, 255), (0,) * 3]
-    assert [each.opened(index).pixels()[0, 0].tolist() for index in range(5)] == [list(corner) for corner in corners]
+    assert [each.opened(index).pixels()[0, 0].tolist() for index in range(5)] == [
+        list(corner) for corner in corners
+    ]
 
 
 def test_a_page_that_is_too_large_or_gone_is_named(tmp_path):
     stack(tmp_path / "x.tif", ["red", "lime"], [(8, 6), (8, 7)])
     images = build_source("images", str(tmp_path), pages="each", max_image_pixels=48).train
     assert images[0].size == (8, 6)
-    with pytest.raises(UnreadableImage, match=r"x.tif#2: Image size .56 pixels. exceeds data.max_image_pixels=48$"):
+    with pytest.raises(
+        UnreadableImage, match=r"x.tif#2: Image size .56 pixels. exceeds data.max_image_pixels=48$"
+    ):
         images.opened(1)
     stack(tmp_path / "x.tif", ["red"])
     with pytest.raises(UnreadableImage, match=r"x.tif#2: .*attempt to seek outside sequence"):
@@ -225,11 +276,16 @@ def test_pages_stay_in_their_class_and_on_one_side_of_the_split(tmp_path):
         stack(folder / f"{number}.tif", ["red"] * (1 + number % 3))
     source = build_source("image_folder", str(tmp_path), pages="each", held_out=0.3)
     assert (
-        len(source.train) == len(source.bank.labels) + len(source.queries.labels) == sum(1 + n % 3 for n in range(40))
+        len(source.train)
+        == len(source.bank.labels) + len(source.queries.labels)
+        == sum(1 + n % 3 for n in range(40))
     )
     sides = []
     for labelled in (source.bank, source.queries):
         names = [labelled.images.name(index) for index in range(len(labelled.images))]
-        assert [("cat", "dog")[label] in name for name, label in zip(names, labelled.labels, strict=True)]
+        assert [
+            ("cat", "dog")[label] in name
+            for name, label in zip(names, labelled.labels, strict=True)
+        ]
         sides.append({name.partition("#")[0] for name in names})
     assert not sides[0] & sides[1]

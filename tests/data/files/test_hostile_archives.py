@@ -65,10 +65,14 @@ CLAIMS = {
 }
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+@pytest.mark.parametrize(
+    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"]
+)
 @pytest.mark.parametrize("name", ["train_images", "train_labels", "test_images"])
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_what_an_array_claims_is_held_against_what_is_there(claim, name, compression, tmp_path, monkeypatch):
+def test_what_an_array_claims_is_held_against_what_is_there(
+    claim, name, compression, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     members = {"train_images": as_npy(IMAGES)} | {name: CLAIMS[claim]}
     refused(archive(tmp_path / "x.npz", compression, **members))
@@ -102,19 +106,29 @@ def test_a_member_that_unpacks_to_more_than_it_declares_is_cut_off_there(tmp_pat
 
 
 def test_a_member_that_declares_more_than_its_bytes_can_unpack_to_is_refused(tmp_path):
-    path = archive(tmp_path / "x.npz", zipfile.ZIP_DEFLATED, train_images=npy(header((10**6, 32, 32, 3)), bytes(1000)))
+    path = archive(
+        tmp_path / "x.npz",
+        zipfile.ZIP_DEFLATED,
+        train_images=npy(header((10**6, 32, 32, 3)), bytes(1000)),
+    )
     assert "and is not" in refused(with_size(path, 128 + 10**6 * 3072))
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA], ids=["bzip2", "lzma"])
+@pytest.mark.parametrize(
+    "compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA], ids=["bzip2", "lzma"]
+)
 def test_compressions_that_numpy_never_writes_are_refused(compression, tmp_path):
-    path = archive(tmp_path / "x.npz", compression, train_images=npy(header((1, 10**4, 10**4)), bytes(10**8)))
+    path = archive(
+        tmp_path / "x.npz", compression, train_images=npy(header((1, 10**4, 10**4)), bytes(10**8))
+    )
     assert "compressed in another way" in refused(path)
 
 
 def test_images_beyond_the_limit_are_refused(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", train_images=IMAGES)
-    assert "its images exceed data.max_image_pixels=63" in refused(tmp_path / "x.npz", max_image_pixels=63)
+    assert "its images exceed data.max_image_pixels=63" in refused(
+        tmp_path / "x.npz", max_image_pixels=63
+    )
     assert len(build_source("npz", str(tmp_path / "x.npz"), max_image_pixels=64).train) == 6
 
 
@@ -134,7 +148,9 @@ def test_an_encrypted_archive_is_refused(tmp_path):
 
 
 def test_arrays_in_fortran_order_and_all_zero_ones_are_read(tmp_path):
-    images = np.asfortranarray(np.random.default_rng(0).integers(0, 256, (6, 8, 5, 3), dtype=np.uint8))
+    images = np.asfortranarray(
+        np.random.default_rng(0).integers(0, 256, (6, 8, 5, 3), dtype=np.uint8)
+    )
     np.savez_compressed(tmp_path / "x.npz", train_images=images)
     assert (np.asarray(build_source("npz", str(tmp_path / "x.npz")).train[3]) == images[3]).all()
     np.savez_compressed(tmp_path / "zeros.npz", train_images=np.zeros((5000, 32, 32, 3), np.uint8))
@@ -167,7 +183,9 @@ def fashion_mnist(root, **contents):
         (folder / f"{part}-images-idx3-ubyte").write_bytes(
             struct.pack(">IIII", 0x803, count, 28, 28) + bytes(count * 784)
         )
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + bytes(count))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 0x801, count) + bytes(count)
+        )
     for name, content in contents.items():
         (folder / name.replace("_", "-")).write_bytes(content)
     return str(root)
@@ -183,12 +201,16 @@ def fashion_mnist(root, **contents):
 )  # fmt: skip
 def test_damaged_files_of_fashion_mnist_are_one_error(content, tmp_path):
     root = fashion_mnist(tmp_path, **{"train_images_idx3_ubyte": content})
-    with pytest.raises(InputError, match=r"FashionMNIST(: 4 images and 5 labels| is not there or damaged \(.+\))"):
+    with pytest.raises(
+        InputError, match=r"FashionMNIST(: 4 images and 5 labels| is not there or damaged \(.+\))"
+    ):
         build_source("fashion_mnist", root)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_the_pickles_of_cifar_are_not_opened_unless_their_checksum_is_right(name, tmp_path, monkeypatch):
+def test_the_pickles_of_cifar_are_not_opened_unless_their_checksum_is_right(
+    name, tmp_path, monkeypatch
+):
     import torchvision.datasets
 
     monkeypatch.chdir(tmp_path)

@@ -57,9 +57,9 @@ def unreadable(path, *limit):
 
 
 def test_the_limit_has_one_default():
-    assert {config.max_image_pixels for config in (DataConfig, EvaluateDataConfig, SegmentDataConfig)} == {
-        MAX_IMAGE_PIXELS
-    }
+    assert {
+        config.max_image_pixels for config in (DataConfig, EvaluateDataConfig, SegmentDataConfig)
+    } == {MAX_IMAGE_PIXELS}
 
 
 @pytest.mark.parametrize("file_format", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
@@ -74,10 +74,20 @@ def png_that_claims(width, height):
     """A PNG file of a few bytes with any size in its header."""
 
     def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        return (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        PNG
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -110,7 +120,9 @@ def test_a_tile_that_is_larger_than_its_image_does_not_fill_the_memory(compressi
         322: 60_000, 323: 60_000, 324: 8, 325: 0,  # in one tile of 3.6 gigapixels
     }  # fmt: skip
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    (tmp_path / "x.tif").write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4))
+    (tmp_path / "x.tif").write_bytes(
+        b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unreadable(tmp_path / "x.tif")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000  # kB
@@ -141,7 +153,9 @@ def test_compressed_text_and_colour_profiles_do_not_unpack_without_end(image, tm
 
 def test_postscript_is_not_handed_to_an_interpreter(image, tmp_path, monkeypatch):
     image.save(tmp_path / "x.jpg", format="EPS")
-    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    monkeypatch.setattr(
+        "subprocess.check_call", lambda *_, **__: pytest.fail("a program was started")
+    )
     assert "cannot identify image file" in unreadable(tmp_path / "x.jpg")
 
 
@@ -157,7 +171,15 @@ def test_what_is_no_file_is_unreadable_at_once(tmp_path):
     (tmp_path / "denied.png").write_bytes(b"")
     names = [os.path.relpath(path, tmp_path) for path in list_images(tmp_path)]
     assert names == sorted(
-        ["denied.png", "device.png", "folder.png/inside.png", "itself.png", "nowhere.png", "pipe.png", "socket.png"]
+        [
+            "denied.png",
+            "device.png",
+            "folder.png/inside.png",
+            "itself.png",
+            "nowhere.png",
+            "pipe.png",
+            "socket.png",
+        ]
     )
     for name in ("pipe", "socket", "device"):
         assert unreadable(tmp_path / f"{name}.png").endswith(f"{name}.png: not a regular file")
@@ -174,10 +196,17 @@ def test_files_and_folders_that_may_not_be_read_are_named(image_tree, caplog, mo
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, *arguments, **options)
 
-    monkeypatch.setattr("os.open", lambda path, *rest, **options: denied(path, *rest, real=real_folder, **options))
-    monkeypatch.setattr("builtins.open", lambda path, *rest, **options: denied(path, *rest, real=real_open))
+    monkeypatch.setattr(
+        "os.open", lambda path, *rest, **options: denied(path, *rest, real=real_folder, **options)
+    )
+    monkeypatch.setattr(
+        "builtins.open", lambda path, *rest, **options: denied(path, *rest, real=real_open)
+    )
     assert len(list_images(image_tree)) == 16
-    assert f"left out a folder that cannot be read: {image_tree}/b/deeper (Permission denied)" in caplog.text
+    assert (
+        f"left out a folder that cannot be read: {image_tree}/b/deeper (Permission denied)"
+        in caplog.text
+    )
     assert unreadable(image_tree / "a" / "00.png").endswith("00.png: Permission denied")
 
 
@@ -219,12 +248,18 @@ def test_masks_and_their_images_hold_to_the_limit(tmp_path):
     root = draw_shapes(tmp_path, num_train=4, num_val=2)
     with Image.open(next(root.glob("images/train/*.png"))) as image:
         width, height = image.size
-    source = build_segmentation_source("segmentation_folder", str(root), max_image_pixels=width * height)
+    source = build_segmentation_source(
+        "segmentation_folder", str(root), max_image_pixels=width * height
+    )
     assert source.train[0][1].shape == (height, width)
     with pytest.raises(InputError, match=rf"exceeds data.max_image_pixels={width * height - 1}"):
-        build_segmentation_source("segmentation_folder", str(root), max_image_pixels=width * height - 1)
+        build_segmentation_source(
+            "segmentation_folder", str(root), max_image_pixels=width * height - 1
+        )
     (tmp_path / "bomb.png").write_bytes(png_that_claims(50_000, 50_000))
-    with pytest.raises(UnreadableImage, match=r"Image size .2500000000 pixels. exceeds data.max_image_pixels="):
+    with pytest.raises(
+        UnreadableImage, match=r"Image size .2500000000 pixels. exceeds data.max_image_pixels="
+    ):
         read_mask(str(tmp_path / "bomb.png"))
 
 
@@ -242,7 +277,9 @@ def test_a_tree_of_any_depth_is_listed(tmp_path):
         assert FileImages([path])[0].size == (4, 4)
     finally:
         os.chdir(here)
-        subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # pytest's own cleaning up would fail at such a depth
+        subprocess.run(
+            ["rm", "-r", tmp_path / "d"], check=True
+        )  # pytest's own cleaning up would fail at such a depth
 
 
 @pytest.fixture
@@ -332,10 +369,12 @@ def random_images(generator, count):
         content = bytearray(files[generator.integers(len(files))])
         for _ in range(2 ** generator.integers(5)):
             near_the_start = generator.random() < 0.5
-            content[generator.integers(min(64, len(content)) if near_the_start else len(content))] = generator.integers(
-                256
-            )
-        yield bytes(content[: generator.integers(len(content))] if generator.random() < 0.2 else content)
+            content[
+                generator.integers(min(64, len(content)) if near_the_start else len(content))
+            ] = generator.integers(256)
+        yield bytes(
+            content[: generator.integers(len(content))] if generator.random() < 0.2 else content
+        )
 
 
 def test_damaged_files_are_images_or_unreadable_and_nothing_else(generator, tmp_path):

@@ -60,7 +60,9 @@ def test_jpeg_in_cmyk_is_read(tmp_path):
 def test_unreadable_images_are_named(content, tmp_path, generator):
     path = tmp_path / "image.tif"
     if content == "cut":
-        Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path, format="JPEG")
+        Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+            path, format="JPEG"
+        )
         path.write_bytes(path.read_bytes()[:600])
     elif content == "float":
         Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(path)

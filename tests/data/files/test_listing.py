@@ -55,7 +55,10 @@ def test_the_order_is_that_of_whole_paths(tree, suffix):
 def test_random_trees_are_listed_in_order(tmp_path, generator):
     letters = ["a", "b", "-", ".", "0", "ü", "~", " ", ".png", "/"]
     for _ in range(300):
-        name = "".join(letters[number] for number in generator.integers(len(letters), size=generator.integers(1, 8)))
+        name = "".join(
+            letters[number]
+            for number in generator.integers(len(letters), size=generator.integers(1, 8))
+        )
         path = tmp_path / f"x{name}.png"
         if not any(parent.is_file() for parent in path.parents) and not path.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +114,10 @@ def test_names_come_out_of_the_arrays_as_they_went_in():
 
 
 def test_listings_are_joined_and_split_again():
-    parts = [Listing(PathList.of(names), np.arange(len(names)) + 1) for names in (NAMES[:2], NAMES[2:3], NAMES[3:])]
+    parts = [
+        Listing(PathList.of(names), np.arange(len(names)) + 1)
+        for names in (NAMES[:2], NAMES[2:3], NAMES[3:])
+    ]
     whole = Listing.of_all(parts)
     assert list(whole.paths) == NAMES
     assert whole.num_pages.tolist() == [1, 2, 1, 1, 2, 3]
@@ -124,7 +130,11 @@ def test_listings_are_joined_and_split_again():
 
 def test_a_loader_process_is_handed_as_little_for_a_hundred_thousand_names_as_for_ten():
     def handed(count):
-        return len(ForkingPickler.dumps(FileImages([f"/images/{number:09}.jpg" for number in range(count)])))
+        return len(
+            ForkingPickler.dumps(
+                FileImages([f"/images/{number:09}.jpg" for number in range(count)])
+            )
+        )
 
     assert abs(handed(100_000) - handed(10)) < 100
     images = FileImages([f"/images/{number:09}.jpg" for number in range(100_000)])
@@ -146,7 +156,9 @@ class Watch:
 
 
 def lists(roots, cache, **options):
-    return [list(part.paths) for part in listed([str(root) for root in roots], cache=cache, **options)]
+    return [
+        list(part.paths) for part in listed([str(root) for root in roots], cache=cache, **options)
+    ]
 
 
 def test_a_second_start_lists_no_folder(tree, tmp_path, monkeypatch):
@@ -159,7 +171,9 @@ def test_a_second_start_lists_no_folder(tree, tmp_path, monkeypatch):
     watch = Watch(monkeypatch)
     assert lists(roots, cache) == first
     assert watch.count == 0
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["images.npz"]  # no temporary file is left
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [
+        "images.npz"
+    ]  # no temporary file is left
 
 
 def added(tree):
@@ -223,7 +237,9 @@ def test_pages_are_counted_once(tmp_path, monkeypatch):
     settle(tmp_path / "tree")
     sources = []
     for _ in range(2):
-        source = build_source("images", str(tmp_path / "tree"), pages="each", listing=tmp_path / "images.npz")
+        source = build_source(
+            "images", str(tmp_path / "tree"), pages="each", listing=tmp_path / "images.npz"
+        )
         sources.append([source.train[index].getpixel((0, 0)) for index in range(len(source.train))])
         monkeypatch.setattr(listing, "pages_of", lambda path: pytest.fail("counted again"))
     assert sources == [[(255, 0, 0), (0, 255, 0)]] * 2
@@ -247,7 +263,9 @@ def test_a_damaged_list_is_left_out_with_a_line(damage, tree, tmp_path, caplog):
     else:
         middle = content.index(b"a.png")
         flipped = content[:middle] + b"b" + content[middle + 1 :]
-        cache.write_bytes({"empty": b"", "text": b"hello", "cut": content[:-200], "flipped": flipped}[damage])
+        cache.write_bytes(
+            {"empty": b"", "text": b"hello", "cut": content[:-200], "flipped": flipped}[damage]
+        )
     assert lists([tree], cache) == [by_walk(tree)]
     assert len(caplog.messages) == 1
     assert "images.npz cannot be read (" in caplog.text
@@ -273,7 +291,10 @@ def test_a_folder_that_cannot_be_read_is_named_at_every_start(tree, tmp_path, mo
     monkeypatch.setattr("os.open", denied)
     for _ in range(2):
         lists([tree], tmp_path / "images.npz")
-    assert caplog.text.count(f"left out a folder that cannot be read: {tree}/a/b (Permission denied)") == 2
+    assert (
+        caplog.text.count(f"left out a folder that cannot be read: {tree}/a/b (Permission denied)")
+        == 2
+    )
 
 
 def test_where_the_list_cannot_be_kept_the_run_goes_on(tree, tmp_path, caplog):
@@ -327,7 +348,8 @@ def test_an_image_stays_on_its_side_when_others_come(tmp_path):
     def sides():
         source = build_source("image_folder", str(tmp_path), held_out=0.25)
         return [
-            {part.images.name(index) for index in range(len(part.labels))} for part in (source.bank, source.queries)
+            {part.images.name(index) for index in range(len(part.labels))}
+            for part in (source.bank, source.queries)
         ]
 
     def add(numbers):

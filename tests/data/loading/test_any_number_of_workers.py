@@ -8,7 +8,9 @@ import torch
 from moco.data.sources.registry import build_source
 from tests.data.loading.test_datamodule import data_for, epoch_of, numbered  # noqa: F401  (a fixture)
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on a small machine
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create 4 worker processes"
+)  # on a small machine
 
 
 def shards_of(paths, root):
@@ -51,7 +53,9 @@ def assert_same(ours, theirs):
 
 
 def test_one_and_four_workers_give_what_the_training_process_alone_does(source):
-    expected = [epoch_of(data_for(source, batch_size=4).train_dataloader(), epoch) for epoch in range(3)]
+    expected = [
+        epoch_of(data_for(source, batch_size=4).train_dataloader(), epoch) for epoch in range(3)
+    ]
     assert len(expected[0]) >= 6
     assert not torch.equal(expected[0][0].views[0], expected[1][0].views[0])
     for num_workers in (1, 4):
@@ -63,7 +67,9 @@ def test_one_and_four_workers_give_what_the_training_process_alone_does(source):
 
 
 @pytest.mark.parametrize("num_workers", [0, 4])
-def test_a_run_that_goes_on_in_the_middle_of_an_epoch_sees_what_it_would_have_seen(num_workers, source):
+def test_a_run_that_goes_on_in_the_middle_of_an_epoch_sees_what_it_would_have_seen(
+    num_workers, source
+):
     whole = epoch_of(data_for(source, batch_size=4).train_dataloader(), 1)
     stopped = data_for(source, batch_size=4, num_workers=num_workers).train_dataloader()
     stopped.sampler.set_epoch(1)

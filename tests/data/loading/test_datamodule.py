@@ -14,7 +14,10 @@ from moco.data.loading.samplers import EpochSampler
 from moco.data.sources.registry import ArrayImages, DataSource, Labelled, build_source
 from moco.errors import InputError
 
-VIEW = {"random_resized_crop": {"scale": [0.2, 1.0]}, "color_jitter": {"brightness": 0.4, "probability": 0.8}}
+VIEW = {
+    "random_resized_crop": {"scale": [0.2, 1.0]},
+    "color_jitter": {"brightness": 0.4, "probability": 0.8},
+}
 
 
 def data_for(source, **changes):
@@ -22,7 +25,9 @@ def data_for(source, **changes):
     name = options.pop("engine", "worker")
     augment = ViewPair(VIEW, VIEW, [0.5] * 3, [0.5] * 3, 8, options["seed"], name)
     options["engine"] = choose_engine(name, source.train, 8, "cpu")
-    return PretrainingData(source, augment, build_evaluation_view(8, 1.0, [0.5] * 3, [0.5] * 3), **options)
+    return PretrainingData(
+        source, augment, build_evaluation_view(8, 1.0, [0.5] * 3, [0.5] * 3), **options
+    )
 
 
 @pytest.fixture
@@ -42,7 +47,10 @@ def epoch_of(loader, epoch):
 def test_loader_processes_leave_signals_to_the_training_process(numbered):
     iterator = iter(data_for(numbered, num_workers=1).train_dataloader())
     next(iterator)
-    for pid in (multiprocessing.forkserver._forkserver._forkserver_pid, multiprocessing.active_children()[0].pid):
+    for pid in (
+        multiprocessing.forkserver._forkserver._forkserver_pid,
+        multiprocessing.active_children()[0].pid,
+    ):
         status = Path(f"/proc/{pid}/status").read_text()
         blocked = int(status.split("SigBlk:")[1].split()[0], 16)
         assert blocked & 1 << (signal.SIGINT - 1)
@@ -52,7 +60,9 @@ def test_loader_processes_leave_signals_to_the_training_process(numbered):
 
 def test_an_epoch_visits_each_image_once_and_leaves_out_the_rest_of_the_last_batch(numbered):
     loader = data_for(numbered).train_dataloader()
-    epochs = [torch.cat([batch.indices for batch in epoch_of(loader, epoch)]).tolist() for epoch in (0, 1)]
+    epochs = [
+        torch.cat([batch.indices for batch in epoch_of(loader, epoch)]).tolist() for epoch in (0, 1)
+    ]
     assert all(len(set(order)) == 24 for order in epochs)
     assert epochs[0] != epochs[1]
 
@@ -70,7 +80,9 @@ def test_a_resumed_epoch_goes_on_with_its_next_batch(num_workers, numbered):
     resumed.load_state_dict(state)
     assert len(resumed) == 3
     rest = epoch_of(resumed, 1)
-    assert [batch.indices.tolist() for batch in rest] == [batch.indices.tolist() for batch in whole[1:]]
+    assert [batch.indices.tolist() for batch in rest] == [
+        batch.indices.tolist() for batch in whole[1:]
+    ]
     assert torch.equal(rest[0].views[0], whole[1].views[0])
     assert resumed.state_dict() == {"epoch": 1, "images": 24}
     assert len(epoch_of(resumed, 2)) == 3
@@ -110,7 +122,10 @@ def test_both_engines_see_the_same_images_in_the_same_order(engine, numbered):
 def epochs_of(data, count):
     """Finished batches, as the method gets them."""
     loader = data.train_dataloader()
-    return [[data.on_after_batch_transfer(batch, 0) for batch in epoch_of(loader, epoch)] for epoch in range(count)]
+    return [
+        [data.on_after_batch_transfer(batch, 0) for batch in epoch_of(loader, epoch)]
+        for epoch in range(count)
+    ]
 
 
 @pytest.mark.parametrize("engine", ["worker", "batch"])
@@ -140,7 +155,9 @@ def test_a_resumed_epoch_in_memory_goes_on_with_its_next_batch(engine, numbered)
         ("batch", "cpu", 224, True, "batch", False),
     ],
 )
-def test_the_engine_is_chosen_by_rule(given, device_type, image_size, files, name, in_memory, numbered, image_tree):
+def test_the_engine_is_chosen_by_rule(
+    given, device_type, image_size, files, name, in_memory, numbered, image_tree
+):
     images = build_source("images", str(image_tree)).train if files else numbered.train
     chosen = choose_engine(given, images, image_size, device_type)
     assert (chosen.name, chosen.in_memory) == (name, in_memory)
@@ -170,7 +187,10 @@ def test_too_many_unreadable_images_stop_the_run_and_the_first_ten_are_named(ima
     with pytest.raises(InputError) as error:  # noqa: PT012
         for batch in epoch_of(data.train_dataloader(), 0):
             data.on_before_batch_transfer(batch, 0)
-    assert "of 24 images cannot be read, more than data.max_bad_fraction=0.4; the first are " in str(error.value)
+    assert (
+        "of 24 images cannot be read, more than data.max_bad_fraction=0.4; the first are "
+        in str(error.value)
+    )
     assert str(error.value).count(".png") == 10
 
 
@@ -231,7 +251,9 @@ def test_no_loader_process_outlives_the_training_process(end, tmp_path):
 
     script = tmp_path / "left_open.py"
     script.write_text(LEFT_OPEN)
-    ended = subprocess.run([sys.executable, script, end], capture_output=True, text=True, timeout=90, check=False)
+    ended = subprocess.run(
+        [sys.executable, script, end], capture_output=True, text=True, timeout=90, check=False
+    )
     pids = [int(pid) for pid in ended.stdout.split()]
     assert len(pids) == 3, ended.stderr
     deadline = time.monotonic() + 20

@@ -39,14 +39,20 @@ def shards(tmp_path):
     members = [(f"k{number}.png", png(number)) for number in range(13)]
     members[3] = ("k3.png", b"no image")
     members[8] = ("k8.png", png(8)[:50])
-    labelled = [pair for name, content in members for pair in ((name, content), (f"{name[:-4]}.cls", b"1"))]
+    labelled = [
+        pair for name, content in members for pair in ((name, content), (f"{name[:-4]}.cls", b"1"))
+    ]
     for number, part in enumerate((labelled[:14], [], labelled[14:])):
         write_shard(folder / f"{number}.tar", part)
     return ShardedSet(build_source("webdataset", str(folder), num_images=13).train)
 
 
 def loaded(images, place=None, batch_size=4, num_workers=0):
-    return list(images.batches(place or images.start, evaluation_crop(SIDE, 1.0), SIDE, batch_size, num_workers))
+    return list(
+        images.batches(
+            place or images.start, evaluation_crop(SIDE, 1.0), SIDE, batch_size, num_workers
+        )
+    )
 
 
 def names(batches):
@@ -62,13 +68,20 @@ def same(batches, others):
 
 def test_shards_come_in_order_and_samples_are_named_by_shard_and_key(shards):
     batches = loaded(shards)
-    assert names(batches) == [f"{0 if number < 7 else 2}.tar/k{number}" for number in range(13) if number not in (3, 8)]
+    assert names(batches) == [
+        f"{0 if number < 7 else 2}.tar/k{number}" for number in range(13) if number not in (3, 8)
+    ]
     values = [int(image[0, 0, 0]) for batch in batches for image in batch.images]
     assert values == [number for number in range(13) if number not in (3, 8)]
     problems = [problem for batch in batches for problem in batch.problems]
     folder = shards.sharded.shards[0].removesuffix("/0.tar")
-    assert [problem.name for problem in problems] == [f"{folder}/0.tar/k3.png", f"{folder}/2.tar/k8.png"]
-    assert all(problem.reason.startswith(problem.name) and not problem.is_shard for problem in problems)
+    assert [problem.name for problem in problems] == [
+        f"{folder}/0.tar/k3.png",
+        f"{folder}/2.tar/k8.png",
+    ]
+    assert all(
+        problem.reason.startswith(problem.name) and not problem.is_shard for problem in problems
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
@@ -102,13 +115,17 @@ def test_images_by_number_go_on_after_any_batch(image_tree):
     assert [int(label) for batch in batches for label in batch.labels] == [
         number for number in range(25) if number != 8
     ]
-    assert [problem.name for batch in batches for problem in batch.problems] == [str(image_tree / "a" / "x.png")]
+    assert [problem.name for batch in batches for problem in batch.problems] == [
+        str(image_tree / "a" / "x.png")
+    ]
     for number, batch in enumerate(batches, start=1):
         assert same(loaded(images, batch.end), batches[number:])
 
 
 def test_loader_processes_make_the_same_batches(shards, image_tree):
-    indexed = IndexedSet(Labelled(build_source("images", str(image_tree)).train, np.arange(24)), has_labels=True)
+    indexed = IndexedSet(
+        Labelled(build_source("images", str(image_tree)).train, np.arange(24)), has_labels=True
+    )
     for images in (shards, indexed):
         assert same(loaded(images, num_workers=2), loaded(images))
 
@@ -121,17 +138,25 @@ def test_the_pixels_are_those_of_the_evaluation_view(image_tree):
         [0], evaluation_crop(SIDE, 0.875), SIDE, 24, 0
     )
     (batch,) = loader
-    assert torch.equal(batch.images * scale - shift, torch.stack([view(train[number]) for number in range(24)]))
+    assert torch.equal(
+        batch.images * scale - shift, torch.stack([view(train[number]) for number in range(24)])
+    )
 
 
 def test_fingerprints_tell_sets_apart(shards, image_tree):
     paths = sorted(str(path) for path in image_tree.rglob("*.png"))
 
     def fingerprint(paths, labels=range(24)):
-        return IndexedSet(Labelled(FileImages(paths), np.array(labels)), has_labels=True).fingerprint()
+        return IndexedSet(
+            Labelled(FileImages(paths), np.array(labels)), has_labels=True
+        ).fingerprint()
 
     assert fingerprint(paths) == fingerprint(list(paths))
-    others = [fingerprint(paths[::-1]), fingerprint(paths, range(1, 25)), fingerprint([*paths[:-1], paths[0]])]
+    others = [
+        fingerprint(paths[::-1]),
+        fingerprint(paths, range(1, 25)),
+        fingerprint([*paths[:-1], paths[0]]),
+    ]
     source = build_source("digits")
     digits = IndexedSet(source.bank, has_labels=True)
     others += [digits.fingerprint(), shards.fingerprint()]

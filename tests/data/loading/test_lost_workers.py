@@ -152,7 +152,9 @@ def shard_of(folder, numbers):
     [(FILES, "killed"), (FILES, "defect"), (SHARDS, "killed")],
     ids=["files-killed", "files-defect", "shards-killed"],
 )
-def test_the_process_that_died_is_named_with_its_own_image_and_no_other_failure_is(script, bad, tmp_path):
+def test_the_process_that_died_is_named_with_its_own_image_and_no_other_failure_is(
+    script, bad, tmp_path
+):
     """Two processes, of which one ends itself when it comes to an image; and one in which an image's reader is defective."""
     culprit = "image 13"
     if script == SHARDS:
@@ -161,7 +163,9 @@ def test_the_process_that_died_is_named_with_its_own_image_and_no_other_failure_
         shard_of(tmp_path, range(20, 30))
     program = tmp_path / "program.py"
     program.write_text(script.format(bad=bad))
-    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(
+        [sys.executable, program, tmp_path], capture_output=True, text=True, timeout=90, check=False
+    )
     if bad == "defect":
         assert "a defect" in done.stdout, done.stderr
         assert "exited" not in done.stdout
@@ -173,17 +177,23 @@ def test_the_process_that_died_is_named_with_its_own_image_and_no_other_failure_
 def test_every_other_loader_names_the_image_too(tmp_path):
     """Of evaluation, of segmentation, of dense evaluation and of embed, in files and shards; 13 is in both parts."""
     pytest.importorskip("webdataset")
-    for folder, part, number in itertools.product(("images", "masks"), ("train", "val"), range(10, 18)):
+    for folder, part, number in itertools.product(
+        ("images", "masks"), ("train", "val"), range(10, 18)
+    ):
         path = tmp_path / folder / part / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB" if folder == "images" else "L", (8, 8), number % 2).save(path)
     shard = shard_of(tmp_path, range(10, 18))
     program = tmp_path / "program.py"
     program.write_text(WITHOUT_VIEW_PAIRS)
-    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(
+        [sys.executable, program, tmp_path], capture_output=True, text=True, timeout=90, check=False
+    )
     assert done.returncode == 0, done.stderr
     said = re.findall(
-        r"^(\w+) DataLoader worker \(pid \d+\) exited unexpectedly; it was reading (.+)$", done.stdout, re.M
+        r"^(\w+) DataLoader worker \(pid \d+\) exited unexpectedly; it was reading (.+)$",
+        done.stdout,
+        re.M,
     )
     train, held_out = (str(tmp_path / "images" / part / "13.png") for part in ("train", "val"))
     assert said[0] in [("evaluation", train), ("evaluation", held_out)]
@@ -202,12 +212,16 @@ def test_a_sample_is_noted_before_it_is_read(tmp_path):
         assert len(noted) == number
 
 
-@pytest.mark.parametrize("name", ["a.tar/1.png", "bad \udcff byte.tar/é.png", "x" * 1000 + "/2.png"])
+@pytest.mark.parametrize(
+    "name", ["a.tar/1.png", "bad \udcff byte.tar/é.png", "x" * 1000 + "/2.png"]
+)
 def test_names_are_kept_by_their_end_whatever_bytes_they_have(name, monkeypatch):
     last_read = LastRead(2)
     last_read.note(name)
     assert last_read() == []  # in the training process there is nothing to note
-    monkeypatch.setattr("moco.data.loading.lost_workers.get_worker_info", lambda: SimpleNamespace(id=1))
+    monkeypatch.setattr(
+        "moco.data.loading.lost_workers.get_worker_info", lambda: SimpleNamespace(id=1)
+    )
     last_read.note("something longer than the next one" * 9)
     last_read.note(name)
     assert last_read() == [(os.getpid(), name[-LONGEST_NAME:])]

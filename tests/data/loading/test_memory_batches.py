@@ -18,10 +18,14 @@ def labelled_images(generator, *channels, side=8):
 
 @pytest.mark.parametrize("channels", [(), (1,), (3,), (4,)])
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 3)])
-def test_batches_equal_those_of_the_loader_that_takes_one_image_after_the_other(channels, rank, world_size, generator):
+def test_batches_equal_those_of_the_loader_that_takes_one_image_after_the_other(
+    channels, rank, world_size, generator
+):
     labelled, view = labelled_images(generator, *channels), build_evaluation_view(8, 1.0, MEAN, STD)
     batches = memory_batches(labelled, view, 4, rank, world_size, torch.device("cpu"))
-    for ours, slow in zip(batches, evaluation_loader(labelled, view, 8, 4, 0, rank, world_size), strict=True):
+    for ours, slow in zip(
+        batches, evaluation_loader(labelled, view, 8, 4, 0, rank, world_size), strict=True
+    ):
         for values, expected in zip(ours, slow, strict=True):
             assert torch.equal(values, expected)
     assert len(batches) == -(-len(range(rank, 11, world_size)) // 4)

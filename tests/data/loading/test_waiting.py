@@ -36,12 +36,21 @@ def streams(num_shards, num_streams, world_size=1):
 
 
 def advice(images=FILES, share=0.5, **changes):
-    options = {"num_workers": 2, "num_cores": 4, "image_size": 224, "engine": "batch", "has_gpu": True} | changes
+    options = {
+        "num_workers": 2,
+        "num_cores": 4,
+        "image_size": 224,
+        "engine": "batch",
+        "has_gpu": True,
+    } | changes
     return remedies(images, share, **options)
 
 
 def test_idle_cores_are_advised_first_and_as_many_as_the_share_asks_for():
-    assert advice(num_cores=64) == ["data.num_workers=4 (2 now; this process may use 64 cores)", COPY]
+    assert advice(num_cores=64) == [
+        "data.num_workers=4 (2 now; this process may use 64 cores)",
+        COPY,
+    ]
     assert advice(num_cores=64, share=0.9)[0].startswith("data.num_workers=20 ")
     assert advice(num_cores=8, share=0.9)[0].startswith("data.num_workers=8 ")
     assert advice(num_cores=2) == [COPY]
@@ -110,7 +119,9 @@ def trainer_of(data):
 
 def test_the_first_step_does_not_count_and_one_warning_is_enough(caplog):
     asked = []
-    trainer = trainer_of(SimpleNamespace(remedies_for_waiting=lambda share, *_: asked.append(share) or ["A", "B"]))
+    trainer = trainer_of(
+        SimpleNamespace(remedies_for_waiting=lambda share, *_: asked.append(share) or ["A", "B"])
+    )
     wait = DataWait()
     wait.add(30.0, 31.0)
     for _ in range(20):
@@ -157,7 +168,9 @@ class SlowCheckpoint(pl.callbacks.Checkpoint):  # Lightning calls checkpoints la
 
 def test_the_time_of_callbacks_is_not_waiting(runner, image_tree):
     figures = {}
-    config = runner.config("data=images", f"data.root={image_tree}", "data.batch_size=8", "data.num_workers=0")
+    config = runner.config(
+        "data=images", f"data.root={image_tree}", "data.batch_size=8", "data.num_workers=0"
+    )
     monitor = LossMonitor(figures, 1)
     runner.fit(config, [SlowCheckpoint(), monitor])
     assert monitor.data_wait.seconds > 0.6  # of two steps, the first left out
@@ -175,13 +188,23 @@ def test_a_run_that_waits_says_so_once_with_what_to_change(runner, image_tree, c
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr("moco.callbacks.monitors.SECONDS", 0.5)
     opened = FileImages.opened
-    monkeypatch.setattr(FileImages, "opened", lambda self, index: time.sleep(0.05) or opened(self, index))
+    monkeypatch.setattr(
+        FileImages, "opened", lambda self, index: time.sleep(0.05) or opened(self, index)
+    )
     config = runner.config(
-        "data=images", f"data.root={image_tree}", "data.batch_size=8", "data.num_workers=0", "trainer.max_steps=6"
+        "data=images",
+        f"data.root={image_tree}",
+        "data.batch_size=8",
+        "data.num_workers=0",
+        "trainer.max_steps=6",
     )
     figures = {}
     runner.fit(config, [LossMonitor(figures, 1)])
-    said = [record.getMessage() for record in caplog.records if "waiting for data" in record.getMessage()]
+    said = [
+        record.getMessage()
+        for record in caplog.records
+        if "waiting for data" in record.getMessage()
+    ]
     assert len(said) == 1
     assert "data.num_workers=" in said[0]
     assert "(0 now; this process may use 16 cores), or a smaller, packed copy" in said[0]

@@ -12,7 +12,11 @@ from moco.errors import InputError
 
 def test_digits_are_split_once_and_for_all():
     source = build_source("digits")
-    assert (len(source.train), len(source.bank.labels), len(source.queries.labels)) == (1437, 1437, 360)
+    assert (len(source.train), len(source.bank.labels), len(source.queries.labels)) == (
+        1437,
+        1437,
+        360,
+    )
     assert source.image_size == 8
     assert np.bincount(source.bank.labels).sum() == 1437
     assert source.queries.labels[:8].tolist() == DIGITS
@@ -47,7 +51,9 @@ def test_names_with_odd_characters_survive(tmp_path):
     for name in names:
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     source = build_source("images", str(tmp_path))
-    assert sorted(source.train.name(i) for i in range(3)) == sorted(str(tmp_path / name) for name in names)
+    assert sorted(source.train.name(i) for i in range(3)) == sorted(
+        str(tmp_path / name) for name in names
+    )
     assert source.train[2].size == (4, 4)
 
 
@@ -56,11 +62,15 @@ def test_images_takes_several_trees(image_tree):
     assert len(source.train) == 16
 
 
-@pytest.mark.parametrize(("first", "second"), [(".", "a"), ("a", "."), ("a", "a/"), ("link", "b/deeper"), (".", ".")])
+@pytest.mark.parametrize(
+    ("first", "second"), [(".", "a"), ("a", "."), ("a", "a/"), ("link", "b/deeper"), (".", ".")]
+)
 def test_trees_that_overlap_are_refused_with_both_names(image_tree, first, second):
     (image_tree / "link").symlink_to(image_tree / "b")
     first, second = (f"{image_tree}/{name}" for name in (first, second))
-    with pytest.raises(InputError, match=r"is .* or lies below it, and its images would be listed twice") as error:
+    with pytest.raises(
+        InputError, match=r"is .* or lies below it, and its images would be listed twice"
+    ) as error:
         build_source("images", [first, second])
     assert first in str(error.value)
     assert second in str(error.value)
@@ -102,7 +112,10 @@ def test_image_folder_without_val_keeps_a_tenth_out_of_the_bank_but_trains_on_it
     paths = {source.bank.images.name(i) for i in range(len(source.bank.images))}
     assert not paths & {source.queries.images.name(i) for i in range(len(source.queries.images))}
     for labelled in (source.bank, source.queries):
-        names = [Path(labelled.images.name(i)).relative_to(tmp_path).parts[0] for i in range(len(labelled.labels))]
+        names = [
+            Path(labelled.images.name(i)).relative_to(tmp_path).parts[0]
+            for i in range(len(labelled.labels))
+        ]
         assert [("cat", "dog")[label] for label in labelled.labels] == names
 
 
@@ -116,7 +129,9 @@ def test_image_folder_names_unknown_classes_and_missing_class_folders(tmp_path):
     class_folders(tmp_path / "val", 4, classes=("eel",))
     with pytest.raises(InputError, match=r"val: classes that the training images do not have: eel"):
         build_source("image_folder", str(tmp_path))
-    with pytest.raises(InputError, match=r"no class sub-folders with images; data=images takes a plain folder"):
+    with pytest.raises(
+        InputError, match=r"no class sub-folders with images; data=images takes a plain folder"
+    ):
         build_source("image_folder", str(tmp_path / "train" / "cat" / "deeper"))
 
 
@@ -133,7 +148,9 @@ def save_npz(path, **changes):
 
 @pytest.mark.parametrize("shape", [(6, 28, 28), (6, 28, 28, 1), (6, 28, 28, 3), (6, 28, 28, 4)])
 def test_npz_reads_the_medmnist_layout(shape, tmp_path):
-    source = build_source("npz", save_npz(tmp_path / "set.npz", train_images=np.full(shape, 200, np.uint8)))
+    source = build_source(
+        "npz", save_npz(tmp_path / "set.npz", train_images=np.full(shape, 200, np.uint8))
+    )
     assert len(source.train) == 6
     assert source.train[0].mode == "RGB"
     assert source.image_size == 28
@@ -150,11 +167,17 @@ def test_npz_without_labels_or_test_images_trains_without_a_monitor(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_images": None}, "no array train_images in there (found train_labels, test_images, test_labels)"),
+        (
+            {"train_images": None},
+            "no array train_images in there (found train_labels, test_images, test_labels)",
+        ),
         ({"train_images": np.zeros((6, 28, 28), np.float32)}, "expected uint8 of shape (M, H, W)"),
         ({"train_images": np.zeros((6, 28), np.uint8)}, "expected uint8 of shape (M, H, W)"),
         ({"train_images": np.zeros((6, 28, 28, 2), np.uint8)}, "expected uint8 of shape (M, H, W)"),
-        ({"train_images": np.zeros((0, 28, 28), np.uint8), "train_labels": None}, "expected uint8 of shape (M, H, W)"),
+        (
+            {"train_images": np.zeros((0, 28, 28), np.uint8), "train_labels": None},
+            "expected uint8 of shape (M, H, W)",
+        ),
         ({"train_labels": np.arange(5)}, "train_labels must hold one class number"),
         ({"train_labels": np.arange(6) - 1}, "train_labels must hold one class number"),
         ({"train_labels": np.arange(6.0)}, "train_labels must hold one class number"),
@@ -182,7 +205,9 @@ def test_npz_that_is_none_is_refused(kind, tmp_path, monkeypatch):
         save_npz(path)
         path.write_bytes(path.read_bytes()[:400])
     elif kind == "flipped":
-        np.savez_compressed(path, train_images=np.random.default_rng(0).integers(0, 9, (6, 28, 28), dtype=np.uint8))
+        np.savez_compressed(
+            path, train_images=np.random.default_rng(0).integers(0, 9, (6, 28, 28), dtype=np.uint8)
+        )
         content = bytearray(path.read_bytes())
         content[100:140] = bytes(40)
         path.write_bytes(content)
@@ -210,7 +235,14 @@ def test_cifar10_is_read_by_torchvisions_own_class(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_load_meta", lambda self: None)
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    for name in ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"]:
+    for name in [
+        "data_batch_1",
+        "data_batch_2",
+        "data_batch_3",
+        "data_batch_4",
+        "data_batch_5",
+        "test_batch",
+    ]:
         (folder / name).write_bytes(pickle.dumps(cifar_batch(4, "labels")))
     source = build_source("cifar10", str(tmp_path))
     assert (len(source.train), len(source.queries.labels), source.image_size) == (20, 4, 32)
@@ -228,7 +260,11 @@ def test_fashion_mnist_is_read_by_torchvisions_own_class(tmp_path):
         (folder / f"{part}-images-idx3-ubyte").write_bytes(images)
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
     source = build_source("fashion_mnist", str(tmp_path))
-    assert (len(source.train), source.queries.labels.tolist(), source.image_size) == (5, [0, 1, 2], 28)
+    assert (len(source.train), source.queries.labels.tolist(), source.image_size) == (
+        5,
+        [0, 1, 2],
+        28,
+    )
 
 
 def test_stl10_trains_on_its_unlabelled_split_too(tmp_path, monkeypatch):
@@ -249,7 +285,9 @@ def test_stl10_trains_on_its_unlabelled_split_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist", "stl10"])
 def test_torchvision_sets_that_are_not_there_say_how_to_fetch_them(name, tmp_path):
-    with pytest.raises(InputError, match=r"is not there or damaged \(.*data\.download=true fetches it"):
+    with pytest.raises(
+        InputError, match=r"is not there or damaged \(.*data\.download=true fetches it"
+    ):
         build_source(name, str(tmp_path))
 
 

@@ -65,11 +65,17 @@ def test_a_dict_of_splits_brings_its_queries(tmp_path, split):
 
 
 def labels_of(*names):
-    return table(4).remove_columns("label").add_column("label", [0, 1, 0, 1], feature=datasets.ClassLabel(names=names))
+    return (
+        table(4)
+        .remove_columns("label")
+        .add_column("label", [0, 1, 0, 1], feature=datasets.ClassLabel(names=names))
+    )
 
 
 def test_classes_of_the_queries_are_those_of_the_same_name_in_the_training_split(tmp_path):
-    both = datasets.DatasetDict({"train": labels_of("cat", "dog", "owl"), "test": labels_of("owl", "cat")})
+    both = datasets.DatasetDict(
+        {"train": labels_of("cat", "dog", "owl"), "test": labels_of("owl", "cat")}
+    )
     source = build_source("hf", saved(tmp_path / "set", both))
     assert source.bank.labels.tolist() == [0, 1, 0, 1]
     assert source.queries.labels.tolist() == [2, 0, 2, 0]
@@ -77,7 +83,9 @@ def test_classes_of_the_queries_are_those_of_the_same_name_in_the_training_split
 
 def test_classes_that_the_training_split_does_not_have_are_named(tmp_path):
     both = datasets.DatasetDict({"train": labels_of("cat", "dog"), "test": labels_of("dog", "fox")})
-    with pytest.raises(InputError, match=r"split test: classes that the split train does not have: fox$"):
+    with pytest.raises(
+        InputError, match=r"split test: classes that the split train does not have: fox$"
+    ):
         build_source("hf", saved(tmp_path / "set", both))
     numbers = table(2).cast_column("label", datasets.Value("int64"))
     both = datasets.DatasetDict({"train": labels_of("cat", "dog"), "test": numbers})
@@ -94,7 +102,9 @@ def test_rows_that_were_chosen_and_shuffled_before_saving_keep_their_order(tmp_p
 
 def test_images_of_files_are_embedded_when_saved(tmp_path):
     (tmp_path / "cat.png").write_bytes(encoded(2))
-    paths = datasets.Dataset.from_dict({"photo": [str(tmp_path / "cat.png")]}).cast_column("photo", datasets.Image())
+    paths = datasets.Dataset.from_dict({"photo": [str(tmp_path / "cat.png")]}).cast_column(
+        "photo", datasets.Image()
+    )
     source = build_source("hf", saved(tmp_path / "set", paths))
     (tmp_path / "cat.png").unlink()
     assert sizes(source.train) == [(6, 10)]
@@ -105,7 +115,10 @@ def test_columns_can_be_named(tmp_path):
     second = ([{"bytes": encoded(30), "path": None}] * 4, datasets.Image())
     coarse = ([5, 6, 5, 6], datasets.Value("int16"))
     root = saved(tmp_path / "set", table(4, depth=second, coarse=coarse))
-    with pytest.raises(InputError, match=r"data\.image_column: missing; .*several columns of type Image: image, depth"):
+    with pytest.raises(
+        InputError,
+        match=r"data\.image_column: missing; .*several columns of type Image: image, depth",
+    ):
         build_source("hf", root)
     source = build_source("hf", root, image_column="depth", label_column="coarse")
     assert sizes(source.train) == [(6, 38)] * 4
@@ -115,10 +128,22 @@ def test_columns_can_be_named(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"image_column": "label"}, r"data\.image_column=label: expected a column of type Image .*label: ClassLabel"),
-        ({"image_column": "imge"}, r"data\.image_column: unknown column 'imge'; did you mean 'image'"),
-        ({"label_column": "image"}, r"data\.label_column=image: expected a column of type ClassLabel .*image: Image"),
-        ({"label_column": "text"}, r"data\.label_column=text: expected a column of type ClassLabel .*text: string"),
+        (
+            {"image_column": "label"},
+            r"data\.image_column=label: expected a column of type Image .*label: ClassLabel",
+        ),
+        (
+            {"image_column": "imge"},
+            r"data\.image_column: unknown column 'imge'; did you mean 'image'",
+        ),
+        (
+            {"label_column": "image"},
+            r"data\.label_column=image: expected a column of type ClassLabel .*image: Image",
+        ),
+        (
+            {"label_column": "text"},
+            r"data\.label_column=text: expected a column of type ClassLabel .*text: string",
+        ),
     ],
 )
 def test_columns_of_the_wrong_type_are_named_with_the_choices(tmp_path, columns, message):
@@ -130,21 +155,30 @@ def test_columns_of_the_wrong_type_are_named_with_the_choices(tmp_path, columns,
 def test_two_label_columns_have_to_be_chosen_from(tmp_path):
     root = saved(tmp_path / "set", table(2, coarse=([0, 0], datasets.ClassLabel(names=["animal"]))))
     with pytest.raises(
-        InputError, match=r"data\.label_column: missing; .*several columns of type ClassLabel: label, coarse"
+        InputError,
+        match=r"data\.label_column: missing; .*several columns of type ClassLabel: label, coarse",
     ):
         build_source("hf", root)
 
 
 def test_a_table_without_images_rows_or_training_split_is_named(tmp_path):
     texts = datasets.Dataset.from_dict({"text": ["a"]})
-    with pytest.raises(InputError, match=r"split train: no column of type Image in there \(text: string\)"):
+    with pytest.raises(
+        InputError, match=r"split train: no column of type Image in there \(text: string\)"
+    ):
         build_source("hf", saved(tmp_path / "texts", texts))
     with pytest.raises(InputError, match=r"empty: no rows in empty$"):
         build_source("hf", saved(tmp_path / "empty", table(0)))
     with pytest.raises(InputError, match=r"half: no rows in test$"):
-        build_source("hf", saved(tmp_path / "half", datasets.DatasetDict({"train": table(1), "test": table(0)})))
+        build_source(
+            "hf",
+            saved(tmp_path / "half", datasets.DatasetDict({"train": table(1), "test": table(0)})),
+        )
     with pytest.raises(InputError, match=r"no split train in there \(found other, test\)"):
-        build_source("hf", saved(tmp_path / "splits", datasets.DatasetDict({"test": table(1), "other": table(1)})))
+        build_source(
+            "hf",
+            saved(tmp_path / "splits", datasets.DatasetDict({"test": table(1), "other": table(1)})),
+        )
 
 
 @pytest.mark.parametrize("missing", [None, -1])
@@ -155,7 +189,9 @@ def test_labels_that_are_missing_are_not_used(tmp_path, caplog, missing):
         .remove_columns("label")
         .add_column("label", [0, missing], feature=datasets.ClassLabel(names=["cat", "dog"]))
     )
-    source = build_source("hf", saved(tmp_path / "set", datasets.DatasetDict({"train": table(2), "test": test})))
+    source = build_source(
+        "hf", saved(tmp_path / "set", datasets.DatasetDict({"train": table(2), "test": test}))
+    )
     assert source.bank is not None
     assert source.queries is None
     assert "split test has rows without a label" in caplog.text
@@ -169,7 +205,9 @@ def with_labels(root, *labels):
     (file,) = root.glob("*.arrow")
     with pa.memory_map(str(file)) as mapped:
         there = pa.ipc.open_stream(mapped).read_all()
-        there = there.set_column(1, there.schema.field("label"), pa.array(labels, there.schema.field("label").type))
+        there = there.set_column(
+            1, there.schema.field("label"), pa.array(labels, there.schema.field("label").type)
+        )
         content = pa.BufferOutputStream()
         with pa.ipc.new_stream(content, there.schema) as writer:
             writer.write_table(there)
@@ -181,22 +219,25 @@ def with_labels(root, *labels):
 def test_a_label_that_is_no_class_is_named_with_its_row(tmp_path, number, row):
     labels = [0, 1, -1]
     labels[row] = number
-    message = (
-        rf"split train: column label holds {number} in row {row}; expected 0 to 1, its 2 classes, or -1 \(no label\)$"
-    )
+    message = rf"split train: column label holds {number} in row {row}; expected 0 to 1, its 2 classes, or -1 \(no label\)$"
     with pytest.raises(InputError, match=message):
         build_source("hf", with_labels(tmp_path / "set", *labels))
 
 
 def test_a_plain_number_that_is_no_label_is_named_with_its_row(tmp_path):
     root = saved(tmp_path / "set", table(2, coarse=([5, -7], datasets.Value("int32"))))
-    with pytest.raises(InputError, match=r"column coarse holds -7 in row 1; expected 0 or more, or -1 \(no label\)$"):
+    with pytest.raises(
+        InputError,
+        match=r"column coarse holds -7 in row 1; expected 0 or more, or -1 \(no label\)$",
+    ):
         build_source("hf", root, label_column="coarse")
 
 
 def test_a_row_without_an_image_or_with_a_broken_one_is_unreadable(tmp_path):
     rows = [{"bytes": b"no image", "path": None}, None, {"bytes": encoded(1), "path": None}]
-    broken = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
+    broken = datasets.Dataset.from_dict(
+        {"image": rows}, features=datasets.Features({"image": datasets.Image()})
+    )
     images = build_source("hf", saved(tmp_path / "set", broken)).train
     for index, reason in ((0, "cannot identify"), (1, "no image in the table")):
         with pytest.raises(UnreadableImage, match=rf"set\[train\]\[{index}\]: .*{reason}"):
@@ -213,7 +254,10 @@ def test_a_row_that_only_names_a_file_is_not_opened(tmp_path):
     (file,) = root.glob("*.arrow")
     with pa.memory_map(str(file)) as mapped:
         schema = pa.ipc.open_stream(mapped).schema
-    rows = pa.table({"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}], "label": [0]}, schema=schema)
+    rows = pa.table(
+        {"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}], "label": [0]},
+        schema=schema,
+    )
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         writer.write_table(rows)
     with pytest.raises(UnreadableImage, match="no image in the table"):
@@ -231,7 +275,9 @@ def test_a_folder_with_a_loading_script_is_refused_and_the_script_not_run(tmp_pa
     root = tmp_path / "set"
     saved(root, table(1))
     (root / "set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(InputError, match=r"holds a loading script \(set\.py\), and no code is run from there"):
+    with pytest.raises(
+        InputError, match=r"holds a loading script \(set\.py\), and no code is run from there"
+    ):
         build_source("hf", str(root))
     assert not (tmp_path / "ran").exists()
 
@@ -243,7 +289,9 @@ def test_a_folder_that_is_none_or_damaged_is_named(tmp_path):
     with pytest.raises(InputError, match="not a folder of datasets' save_to_disk"):
         build_source("hf", str(tmp_path / "empty"))
     root = saved(tmp_path / "set", table(1))
-    (tmp_path / "set" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "gone.arrow"}]}))
+    (tmp_path / "set" / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": "gone.arrow"}]})
+    )
     with pytest.raises(InputError, match=r"set: not a folder of datasets' save_to_disk"):
         build_source("hf", root)
     root = saved(tmp_path / "cut", table(3))
@@ -258,7 +306,9 @@ def test_the_images_travel_small_to_workers(tmp_path):
     for count in (10, 200):
         noise = np.random.default_rng(0).bytes(3000)
         rows = {"image": [{"bytes": noise, "path": None}] * count}
-        whole = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
+        whole = datasets.Dataset.from_dict(
+            rows, features=datasets.Features({"image": datasets.Image()})
+        )
         images = build_source("hf", saved(tmp_path / str(count), whole)).train
         sizes.append(len(pickle.dumps(images)))
         assert len(pickle.loads(pickle.dumps(images))) == count

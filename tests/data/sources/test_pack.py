@@ -24,7 +24,9 @@ from moco.errors import InputError
 def run(folder, *overrides):
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = parse(compose("pack", [f"output={folder / 'copy'}", "num_workers=0", *overrides]), PackConfig)
+        config = parse(
+            compose("pack", [f"output={folder / 'copy'}", "num_workers=0", *overrides]), PackConfig
+        )
     pack.run(config, folder / "run")
     return folder / "copy"
 
@@ -66,7 +68,9 @@ def test_shards_hold_each_jpeg_as_it_was_in_another_order(tmp_path, photographs)
 
 def test_images_are_brought_down_to_the_shorter_side_and_never_enlarged(tmp_path, photographs):
     root = str(photographs)
-    copy = build_source("packed", str(run(tmp_path, f"data.root={root}", "format=array", "data.resize=64"))).train
+    copy = build_source(
+        "packed", str(run(tmp_path, f"data.root={root}", "format=array", "data.resize=64"))
+    ).train
     source = build_source("images", root).train
     assert copy.folder == str(tmp_path / "copy")
     for index in range(len(source)):
@@ -79,7 +83,12 @@ def test_images_are_brought_down_to_the_shorter_side_and_never_enlarged(tmp_path
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((500, 375), (341, 256)), ((10, 3000), (10, 3000)), ((3000, 10), (3000, 10)), ((256, 256), (256, 256))],
+    [
+        ((500, 375), (341, 256)),
+        ((10, 3000), (10, 3000)),
+        ((3000, 10), (3000, 10)),
+        ((256, 256), (256, 256)),
+    ],
 )
 def test_the_aspect_is_kept(size, expected):
     assert resized_size(size, 256) == expected
@@ -97,9 +106,14 @@ def test_a_reduced_decode_of_a_large_jpeg_stays_near_the_full_one(generator):
 
 
 def test_other_formats_become_jpegs_of_the_quality_given(tmp_path, image_tree):
-    copy = build_source("packed", str(run(tmp_path, f"data.root={image_tree}", "format=shards", "quality=95"))).train
+    copy = build_source(
+        "packed", str(run(tmp_path, f"data.root={image_tree}", "format=shards", "quality=95"))
+    ).train
     for index in range(len(copy)):
-        with Image.open(io.BytesIO(bytes(copy.content(index)))) as jpeg, Image.open(copy.name(index)) as original:
+        with (
+            Image.open(io.BytesIO(bytes(copy.content(index)))) as jpeg,
+            Image.open(copy.name(index)) as original,
+        ):
             file = io.BytesIO()
             original.save(file, "JPEG", quality=95, subsampling="4:2:0")
             assert jpeg.quantization == Image.open(file).quantization
@@ -118,33 +132,44 @@ def test_labels_of_bank_and_queries_come_along(tmp_path, form):
     assert copy.bank.images is copy.train
     assert len(copy.train) == 1437
     if form == "array":
-        assert np.array_equal(np.asarray(copy.queries.images[5]), np.asarray(source.queries.images[5]))
+        assert np.array_equal(
+            np.asarray(copy.queries.images[5]), np.asarray(source.queries.images[5])
+        )
 
 
 def test_queries_that_are_trained_on_are_stored_once(tmp_path, photographs):
     source = build_source("image_folder", str(photographs), held_out=0.3)
     copy = build_source(
-        "packed", str(run(tmp_path, "data=image_folder", f"data.root={photographs}", "data.held_out=0.3"))
+        "packed",
+        str(run(tmp_path, "data=image_folder", f"data.root={photographs}", "data.held_out=0.3")),
     )
     assert len(copy.train) == 30
     assert names(copy.queries.images) == names(source.queries.images)
     assert copy.queries.labels.tolist() == source.queries.labels.tolist()
     assert names(copy.bank.images) == names(source.bank.images)
-    assert (tmp_path / "copy" / "pixels.bin").stat().st_size == sum(array.size for array in arrays(copy.train))
+    assert (tmp_path / "copy" / "pixels.bin").stat().st_size == sum(
+        array.size for array in arrays(copy.train)
+    )
 
 
-@pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*unclosed file:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 def test_shards_are_what_webdataset_reads(tmp_path):
     webdataset = pytest.importorskip("webdataset")
     folder = run(tmp_path, "data=digits", "format=shards", "max_shard_bytes=500000")
     index = json.loads((folder / "index.json").read_text())
-    shards = [str(folder / part["file"]) for part in index["parts"] if part["file"].startswith("train-")]
+    shards = [
+        str(folder / part["file"]) for part in index["parts"] if part["file"].startswith("train-")
+    ]
     assert len(shards) > 1
     samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
     copy = build_source("packed", str(folder))
     assert [sample["__key__"] for sample in samples] == [f"{number:09}" for number in range(1437)]
     assert [int(sample["cls"]) for sample in samples] == copy.bank.labels.tolist()
-    assert [sample["jpg"] for sample in samples[:20]] == [bytes(copy.train.content(number)) for number in range(20)]
+    assert [sample["jpg"] for sample in samples[:20]] == [
+        bytes(copy.train.content(number)) for number in range(20)
+    ]
     for part in index["parts"]:
         with tarfile.open(folder / part["file"]) as archive:
             assert len(archive.getnames()) == 2 * part["images"]
@@ -152,17 +177,30 @@ def test_shards_are_what_webdataset_reads(tmp_path):
 
 def test_worker_processes_write_the_same_copy(tmp_path, photographs):
     arguments = [f"data.root={photographs}", "format=shards", "data.resize=40"]
-    assert files(run(tmp_path, *arguments)) == files(run(tmp_path / "two", *arguments, "num_workers=2"))
+    assert files(run(tmp_path, *arguments)) == files(
+        run(tmp_path / "two", *arguments, "num_workers=2")
+    )
 
 
 @pytest.mark.parametrize("form", ["array", "shards"])
-def test_unreadable_images_are_left_out_of_every_side_and_limited(tmp_path, photographs, caplog, form):
+def test_unreadable_images_are_left_out_of_every_side_and_limited(
+    tmp_path, photographs, caplog, form
+):
     for name in ("a/04.jpg", "b/07.jpg"):
         (photographs / name).write_bytes(b"no image")
-    arguments = ["data=image_folder", f"data.root={photographs}", "data.held_out=0.5", f"format={form}"]
-    with pytest.raises(InputError, match=r"2 of 30 images cannot be read.*a/04\.jpg|1 of 30.*a/04\.jpg"):
+    arguments = [
+        "data=image_folder",
+        f"data.root={photographs}",
+        "data.held_out=0.5",
+        f"format={form}",
+    ]
+    with pytest.raises(
+        InputError, match=r"2 of 30 images cannot be read.*a/04\.jpg|1 of 30.*a/04\.jpg"
+    ):
         run(tmp_path / "strict", *arguments)
-    with pytest.raises(InputError, match=r"images cannot be read"):  # nor does trying again get past it
+    with pytest.raises(
+        InputError, match=r"images cannot be read"
+    ):  # nor does trying again get past it
         run(tmp_path / "strict", *arguments)
     folder = run(tmp_path, *arguments, "data.max_bad_fraction=0.1")
     copy = build_source("packed", str(folder))
@@ -178,7 +216,9 @@ def test_unreadable_images_are_left_out_of_every_side_and_limited(tmp_path, phot
     assert "04.jpg" in caplog.text
 
 
-def test_auto_takes_an_array_where_it_fits_in_half_of_the_free_space(tmp_path, image_tree, monkeypatch, caplog):
+def test_auto_takes_an_array_where_it_fits_in_half_of_the_free_space(
+    tmp_path, image_tree, monkeypatch, caplog
+):
     caplog.set_level("INFO")
     needed = 24 * 16 * 20 * 3
     for free, name in ((2 * needed, "shards"), (2 * needed + 1, "array")):

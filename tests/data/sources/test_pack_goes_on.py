@@ -21,9 +21,16 @@ from tests.data.sources.test_pack import files, run
 
 
 @pytest.mark.parametrize("form", ["array", "shards"])
-def test_a_copy_that_was_interrupted_anywhere_ends_in_the_same_bytes(tmp_path, photographs, monkeypatch, form):
+def test_a_copy_that_was_interrupted_anywhere_ends_in_the_same_bytes(
+    tmp_path, photographs, monkeypatch, form
+):
     size = {"array": 100_000, "shards": 30_000}[form]  # two chunks of eight
-    arguments = [f"data.root={photographs}", f"format={form}", "data.resize=48", f"max_shard_bytes={size}"]
+    arguments = [
+        f"data.root={photographs}",
+        f"format={form}",
+        "data.resize=48",
+        f"max_shard_bytes={size}",
+    ]
     straight = files(run(tmp_path / "straight", *arguments))
     add, finish = Writer.add, Writer.finish
 
@@ -97,7 +104,9 @@ def test_the_same_command_after_the_end_changes_nothing(tmp_path, photographs):
         (["data=digits"], "data.name: images there, digits here"),
     ],
 )
-def test_another_source_or_setting_in_the_same_folder_is_refused(tmp_path, photographs, change, message):
+def test_another_source_or_setting_in_the_same_folder_is_refused(
+    tmp_path, photographs, change, message
+):
     run(tmp_path, f"data.root={photographs}", "format=array", "data.resize=48")
     with pytest.raises(InputError) as error:
         run(tmp_path, f"data.root={photographs}", "format=array", "data.resize=48", *change)
@@ -122,7 +131,10 @@ def test_a_folder_with_other_files_is_refused(tmp_path, photographs):
 
 
 def test_two_processes_do_not_pack_into_one_folder(tmp_path, photographs):
-    with pack.taken(tmp_path / "copy"), pytest.raises(InputError, match="another process is packing there"):
+    with (
+        pack.taken(tmp_path / "copy"),
+        pytest.raises(InputError, match="another process is packing there"),
+    ):
         run(tmp_path, f"data.root={photographs}")
 
 
@@ -137,7 +149,9 @@ def test_a_full_disk_is_one_line_and_the_copy_goes_on_later(tmp_path, photograph
         add(self, chunk)
 
     monkeypatch.setattr(Writer, "add", full)
-    with pytest.raises(RunError, match="No space left on device; with room there the same command goes on"):
+    with pytest.raises(
+        RunError, match="No space left on device; with room there the same command goes on"
+    ):
         run(tmp_path, *arguments)
     monkeypatch.setattr(Writer, "add", add)
     assert len(build_source("packed", str(run(tmp_path, *arguments))).train) == 30
@@ -153,7 +167,9 @@ def test_a_full_disk_at_the_first_write_is_one_line_and_what_it_leaves_is_not_in
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(RunError, match="No space left on device; with room there the same command goes on"):
+        with pytest.raises(
+            RunError, match="No space left on device; with room there the same command goes on"
+        ):
             run(tmp_path, f"data.root={photographs}")
     assert [path.name for path in (tmp_path / "copy").iterdir()] == [".index.json.tmp"]
     folder = run(tmp_path, f"data.root={photographs}")
@@ -218,10 +234,19 @@ def test_the_program_ends_on_sigterm_with_a_line_and_goes_on(tmp_path, photograp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["array", "shards"])
-def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path, image_tree, generator, form):
+def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(
+    tmp_path, image_tree, generator, form
+):
     for number in range(100, 1500):
-        Image.fromarray(generator.integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(image_tree / f"{number}.png")
-    arguments = [f"data.root={image_tree}", "max_shard_bytes=2000000", f"format={form}", "data.resize=64"]
+        Image.fromarray(generator.integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(
+            image_tree / f"{number}.png"
+        )
+    arguments = [
+        f"data.root={image_tree}",
+        "max_shard_bytes=2000000",
+        f"format={form}",
+        "data.resize=64",
+    ]
     straight = files(run(tmp_path / "straight", *arguments))
     for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
         before = num_parts(tmp_path)
@@ -229,7 +254,12 @@ def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_pat
         while process.poll() is None and num_parts(tmp_path) <= before:
             time.sleep(0.01)
         code, said = ended_by(number, process)
-        is_kill = number == signal.SIGKILL  # after which Python's own resource tracker has something to say
-        assert (code, is_kill or said) == (-number if is_kill else 128 + number, is_kill or INTERRUPTED)
+        is_kill = (
+            number == signal.SIGKILL
+        )  # after which Python's own resource tracker has something to say
+        assert (code, is_kill or said) == (
+            -number if is_kill else 128 + number,
+            is_kill or INTERRUPTED,
+        )
     assert num_parts(tmp_path) < num_parts(tmp_path / "straight")
     assert files(run(tmp_path, *arguments)) == straight

@@ -20,7 +20,13 @@ def labelled_copy(tmp_path_factory):
         path = folder / "source" / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 5), (number, 0, 0)).save(path)
-    return run(folder, "data=image_folder", f"data.root={folder / 'source'}", "data.held_out=0.5", "format=array")
+    return run(
+        folder,
+        "data=image_folder",
+        f"data.root={folder / 'source'}",
+        "data.held_out=0.5",
+        "format=array",
+    )
 
 
 @pytest.mark.parametrize("form", ["array", "shards"])
@@ -38,7 +44,9 @@ def test_check_names_the_images_whose_bytes_have_changed(tmp_path, photographs, 
     path.write_bytes(content)
     with pytest.raises(RunError) as error:
         run(tmp_path, *arguments, "check=true")
-    assert f"2 of 30 images are not as they were written: {copy.name(3)}, {copy.name(17)}" in str(error.value)
+    assert f"2 of 30 images are not as they were written: {copy.name(3)}, {copy.name(17)}" in str(
+        error.value
+    )
 
 
 def test_check_sees_a_flipped_bit_between_two_images_of_a_shard(tmp_path, photographs):
@@ -47,12 +55,18 @@ def test_check_sees_a_flipped_bit_between_two_images_of_a_shard(tmp_path, photog
     content = bytearray(path.read_bytes())
     content[0] ^= 1  # of the first member's name
     path.write_bytes(content)
-    with pytest.raises(RunError, match=r"between its images other than it was written: train-00000\.tar"):
+    with pytest.raises(
+        RunError, match=r"between its images other than it was written: train-00000\.tar"
+    ):
         run(tmp_path, *arguments, "check=true")
 
 
-def test_a_copy_that_is_not_finished_is_neither_checked_nor_read(tmp_path, photographs, monkeypatch):
-    monkeypatch.setattr(Writer, "finish", lambda self: (_ for _ in ()).throw(Interrupted(2, "stopped")))
+def test_a_copy_that_is_not_finished_is_neither_checked_nor_read(
+    tmp_path, photographs, monkeypatch
+):
+    monkeypatch.setattr(
+        Writer, "finish", lambda self: (_ for _ in ()).throw(Interrupted(2, "stopped"))
+    )
     with pytest.raises(Interrupted):
         run(tmp_path, f"data.root={photographs}")
     with pytest.raises(InputError, match="not finished; start the same command without check"):
@@ -64,11 +78,20 @@ def test_a_copy_that_is_not_finished_is_neither_checked_nor_read(tmp_path, photo
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "pixels.bin").write_bytes(b"abc"), r"pixels\.bin: 3 bytes, and the index says"),
+        (
+            lambda folder: (folder / "pixels.bin").write_bytes(b"abc"),
+            r"pixels\.bin: 3 bytes, and the index says",
+        ),
         (lambda folder: (folder / "pixels.bin").unlink(), r"pixels\.bin: No such file"),
         (lambda folder: (folder / "index.npz").write_bytes(b"PK\x03\x04"), r"index\.npz: damaged"),
-        (lambda folder: (folder / "index.json").write_text("{"), r"index\.json: not the index of a packed copy"),
-        (lambda folder: (folder / "index.json").write_text('{"version": 2}'), "version 2 of a packed copy"),
+        (
+            lambda folder: (folder / "index.json").write_text("{"),
+            r"index\.json: not the index of a packed copy",
+        ),
+        (
+            lambda folder: (folder / "index.json").write_text('{"version": 2}'),
+            "version 2 of a packed copy",
+        ),
         (lambda folder: (folder / "index.json").unlink(), "no packed copy there"),
     ],
 )
@@ -115,9 +138,17 @@ def changed(index, place, value):
         (["parts"], {}, r"parts=\{\}: expected a list"),
         (["parts", 0, "bytes"], None, r"parts\[0\]\.bytes is missing"),
         (["parts", 0, "images"], 1.5, r"parts\[0\]\.images=1\.5: expected a number"),
-        (["parts", 0, "skipped"], [[1]], r"parts\[0\]\.skipped=\[\[1\]\]: expected a list of rows and reasons"),
+        (
+            ["parts", 0, "skipped"],
+            [[1]],
+            r"parts\[0\]\.skipped=\[\[1\]\]: expected a list of rows and reasons",
+        ),
         *[
-            (["parts", 0, "file"], name, r"parts\[0\]\.file=.*: expected the name of a file in this folder")
+            (
+                ["parts", 0, "file"],
+                name,
+                r"parts\[0\]\.file=.*: expected the name of a file in this folder",
+            )
             for name in ("../x", "/etc/passwd", "..", "", 3)
         ],
     ],
@@ -143,7 +174,11 @@ def test_an_index_of_a_version_alone_is_no_copy(tmp_path):
         ("bank_labels", lambda array: None, "bank_labels is missing"),
         ("bank_rows", lambda array: array + 24, "bank_rows has numbers below 0 or above 23"),
         ("bank_rows", lambda array: array - 1, "bank_rows has numbers below 0 or above 23"),
-        ("bank_rows", lambda array: array.astype(float), r"bank_rows is float64 \(\d+,\), expected int64"),
+        (
+            "bank_rows",
+            lambda array: array.astype(float),
+            r"bank_rows is float64 \(\d+,\), expected int64",
+        ),
         ("bank_labels", lambda array: array - 9, "bank_labels has numbers below 0"),
         ("bank_labels", lambda array: array[1:], r"bank_labels is int64"),
         ("heights", lambda array: array[1:], r"heights is int32 \(23,\), expected int32 \(24,\)"),
@@ -162,7 +197,10 @@ def test_a_table_is_held_to_its_form(labelled_copy, tmp_path, name, change, mess
     with np.load(tmp_path / "index.npz") as file:
         table = dict(file)
     table[name] = change(table[name])
-    np.savez(tmp_path / "index.npz", **{name: array for name, array in table.items() if array is not None})
+    np.savez(
+        tmp_path / "index.npz",
+        **{name: array for name, array in table.items() if array is not None},
+    )
     with pytest.raises(InputError, match=message) as error:
         build_source("packed", str(tmp_path))
     assert str(error.value).startswith(f"{tmp_path}/index.npz: ")

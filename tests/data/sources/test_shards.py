@@ -54,7 +54,9 @@ def shards(tmp_path):
 
 
 def numbers_in(shard):
-    return [number_of(found.image) for found in images_in(shard, LIMIT) if isinstance(found, Sample)]
+    return [
+        number_of(found.image) for found in images_in(shard, LIMIT) if isinstance(found, Sample)
+    ]
 
 
 def problems_of(shard):
@@ -65,15 +67,24 @@ def make_batch(rows, epoch):
     numbers = torch.tensor([number_of(image) for _, image, _ in rows])
     positions = torch.tensor([position for position, _, _ in rows])
     return SimpleNamespace(
-        numbers=numbers, positions=positions, epoch=epoch, unreadable=torch.zeros(len(rows), dtype=torch.bool)
+        numbers=numbers,
+        positions=positions,
+        epoch=epoch,
+        unreadable=torch.zeros(len(rows), dtype=torch.bool),
     )
 
 
 def loader(shards, batch_size=4, num_workers=0, num_batches=20, streams=6, buffer=7, **place):
-    source = build_source("webdataset", shards, streams=streams, shuffle_buffer=buffer, num_images=120)
-    dataset = StreamDataset(source.train.streams(seed=5, **place), batch_size, make_batch, num_workers)
+    source = build_source(
+        "webdataset", shards, streams=streams, shuffle_buffer=buffer, num_images=120
+    )
+    dataset = StreamDataset(
+        source.train.streams(seed=5, **place), batch_size, make_batch, num_workers
+    )
     settings = {"num_images": 120, "max_bad_fraction": 0.01, "unreadable": set()}
-    return StreamLoader(dataset, num_batches, **settings, **loader_options(num_workers, torch.device("cpu")))
+    return StreamLoader(
+        dataset, num_batches, **settings, **loader_options(num_workers, torch.device("cpu"))
+    )
 
 
 def epoch_of(loader, epoch):
@@ -86,7 +97,11 @@ def test_patterns_lists_wildcards_and_folders_name_the_same_shards(shards, tmp_p
     assert list_shards(shards) == expected
     assert list_shards(f"{tmp_path}/part-*.tar") == expected
     assert list_shards(str(tmp_path)) == expected
-    assert list_shards([expected[3], f"{tmp_path}/part-00{{1,0}}.tar"]) == [expected[3], expected[1], expected[0]]
+    assert list_shards([expected[3], f"{tmp_path}/part-00{{1,0}}.tar"]) == [
+        expected[3],
+        expected[1],
+        expected[0],
+    ]
     assert list_shards("pipe:cat {a,b}.tar") == ["pipe:cat a.tar", "pipe:cat b.tar"]
 
 
@@ -129,17 +144,28 @@ def test_images_are_counted_in_local_shards_unless_the_number_is_given(shards):
 def test_a_copy_of_moco_pack_brings_its_number_and_its_training_shards(shards, tmp_path):
     files = ("part-001.tar", "train-00000.tar", "train-00001.tar")
     parts = [{"file": file, "stop": 0, "images": 617, "bytes": 1, "skipped": []} for file in files]
-    index = {"version": 1, "format": "shards", "complete": True, "num_images": 1234, "image_size": 224, "parts": parts}
+    index = {
+        "version": 1,
+        "format": "shards",
+        "complete": True,
+        "num_images": 1234,
+        "image_size": 224,
+        "parts": parts,
+    }
     index |= {"settings": {"quality": 90}, "source": {"images": 1851}}
     (tmp_path / "index.json").write_text(json.dumps(index))
     source = build_source("webdataset", str(tmp_path))
     assert len(source.train) == 1234
     assert source.train.shards == [f"{tmp_path}/train-00000.tar", f"{tmp_path}/train-00001.tar"]
-    (tmp_path / "index.json").write_text(json.dumps(index | {"complete": False, "num_images": None}))
+    (tmp_path / "index.json").write_text(
+        json.dumps(index | {"complete": False, "num_images": None})
+    )
     with pytest.raises(InputError, match=r"not finished; start the same moco\.pack again"):
         build_source("webdataset", str(tmp_path))
     (tmp_path / "index.json").write_text(json.dumps(index | {"format": "array"}))
-    with pytest.raises(InputError, match="holds a packed array and no shards; data=packed reads it"):
+    with pytest.raises(
+        InputError, match="holds a packed array and no shards; data=packed reads it"
+    ):
         build_source("webdataset", str(tmp_path))
 
 
@@ -156,7 +182,11 @@ def test_one_pass_of_all_streams_hands_out_every_image_once(shards):
 
 
 def test_a_stream_begins_again_in_another_order(shards):
-    samples = build_source("webdataset", shards, streams=6, shuffle_buffer=7).train.streams(seed=1).samples(0, 2)
+    samples = (
+        build_source("webdataset", shards, streams=6, shuffle_buffer=7)
+        .train.streams(seed=1)
+        .samples(0, 2)
+    )
     first, second = ([number_of(next(samples).image) for _ in range(20)] for _ in range(2))
     assert sorted(first) == sorted(second)
     assert first != second
@@ -189,7 +219,9 @@ def test_processes_share_the_images_and_the_positions(shards):
     assert sorted(positions) == list(range(120))
 
 
-def test_a_resumed_epoch_goes_on_with_its_next_batch_without_decoding_what_went_before(shards, monkeypatch):
+def test_a_resumed_epoch_goes_on_with_its_next_batch_without_decoding_what_went_before(
+    shards, monkeypatch
+):
     straight = loader(shards)
     straight.sampler.set_epoch(3)
     whole = []
@@ -202,7 +234,9 @@ def test_a_resumed_epoch_goes_on_with_its_next_batch_without_decoding_what_went_
     from moco.data.files.decoding import EncodedFile
 
     decoded, pixels = [], EncodedFile.pixels
-    monkeypatch.setattr(EncodedFile, "pixels", lambda self, *how: decoded.append(self) or pixels(self, *how))
+    monkeypatch.setattr(
+        EncodedFile, "pixels", lambda self, *how: decoded.append(self) or pixels(self, *how)
+    )
     resumed = loader(shards)
     resumed.load_state_dict(state)
     resumed.sampler.set_epoch(3)
@@ -213,7 +247,9 @@ def test_a_resumed_epoch_goes_on_with_its_next_batch_without_decoding_what_went_
 
 
 def test_streams_of_an_earlier_epoch_are_closed_though_the_worker_now_serves_others(shards):
-    dataset = StreamDataset(build_source("webdataset", shards, streams=6).train.streams(seed=1), 4, make_batch)
+    dataset = StreamDataset(
+        build_source("webdataset", shards, streams=6).train.streams(seed=1), 4, make_batch
+    )
     for stream in (0, 2, 4):
         dataset[0, stream]
     earlier = [weakref.ref(opened.samples) for opened in dataset.opened.values()]
@@ -228,12 +264,16 @@ def test_fewer_shards_than_streams_make_fewer_streams_that_workers_still_divide(
     assert source.train.streams(seed=0).num_streams == 4
     assert "4 streams instead of data.streams=12, for 5 shards a process" in caplog.text
     assert source.train.streams(seed=0, rank=1, world_size=2).num_streams == 2
-    with pytest.raises(InputError, match="5 shards for 6 processes; expected at least one for each"):
+    with pytest.raises(
+        InputError, match="5 shards for 6 processes; expected at least one for each"
+    ):
         source.train.streams(seed=0, rank=5, world_size=6)
 
 
 def test_workers_that_do_not_divide_the_streams_are_refused_with_the_choices():
-    with pytest.raises(InputError, match=r"data\.num_workers=5: expected a divisor of the 6 streams: 0, 1, 2, 3, 6"):
+    with pytest.raises(
+        InputError, match=r"data\.num_workers=5: expected a divisor of the 6 streams: 0, 1, 2, 3, 6"
+    ):
         check_num_workers(5, 6)
 
 
@@ -260,7 +300,15 @@ def test_a_file_whose_name_looks_like_an_address_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_a_label_that_was_cut_off_does_not_cost_its_image(tmp_path, mode):
     path = tmp_path / "shard.tar"
-    write_tar(path, [("0.png", image(0)), ("1.png", image(1)), ("1.cls", np.random.default_rng(0).bytes(90_000))], mode)
+    write_tar(
+        path,
+        [
+            ("0.png", image(0)),
+            ("1.png", image(1)),
+            ("1.cls", np.random.default_rng(0).bytes(90_000)),
+        ],
+        mode,
+    )
     path.write_bytes(path.read_bytes()[:40_000])
     assert numbers_in(str(path)) == [0, 1]
     assert count_images([str(path)])[0] == 2
@@ -276,7 +324,10 @@ def test_a_stream_can_be_given_up_in_the_middle_of_a_command(shards):
     ("cut", "whole"),
     [
         (lambda content: content[: 512 * 9], 4),  # four of a header and a block each, and a header
-        (lambda content: content[: len(content) // 2 + 100], None),  # in the middle of a header or of an image
+        (
+            lambda content: content[: len(content) // 2 + 100],
+            None,
+        ),  # in the middle of a header or of an image
         (lambda content: content[: 512 * 8], 4),  # as if it were complete, but for the end's zeros
         (lambda content: b"", 0),
         (lambda content: b"this is no tar archive" * 100, 0),
@@ -363,7 +414,10 @@ def test_rows_that_turn_out_to_be_damaged_when_decoded_count_as_unreadable(shard
 
 def test_members_that_no_image_needs_are_not_taken_into_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("moco.data.sources.shards.LARGEST_IMAGE", 1000)
-    path = write_tar(tmp_path / "shard.tar", [("0.png", bytes(1001)), ("1.png", image(1)), ("2.txt", bytes(5000))])
+    path = write_tar(
+        tmp_path / "shard.tar",
+        [("0.png", bytes(1001)), ("1.png", image(1)), ("2.txt", bytes(5000))],
+    )
     assert numbers_in(path) == [1]
     (problem,) = problems_of(path)
     assert "0.png: 1,001 bytes, more than 1,000" in problem.reason
@@ -385,11 +439,15 @@ def test_the_data_set_travels_small_to_workers(shards):
 
 def test_the_shuffle_is_as_good_as_its_buffer(tmp_path):
     """With a buffer as large as the stream each image is as likely to come early as late."""
-    path = write_tar(tmp_path / "shard.tar", [(f"{number}.png", image(number)) for number in range(20)])
+    path = write_tar(
+        tmp_path / "shard.tar", [(f"{number}.png", image(number)) for number in range(20)]
+    )
     streams = build_source("webdataset", path, streams=1, shuffle_buffer=20).train.streams(seed=0)
     places = np.zeros((20, 200))
     for epoch in range(200):
         samples = streams.samples(epoch, 0)
         for place in range(20):
             places[number_of(next(samples).image), epoch] = place
-    assert np.abs(places.mean(axis=1) - 9.5).max() < 4 * 5.77 / np.sqrt(200)  # 5.77: standard deviation of 0..19
+    assert np.abs(places.mean(axis=1) - 9.5).max() < 4 * 5.77 / np.sqrt(
+        200
+    )  # 5.77: standard deviation of 0..19
