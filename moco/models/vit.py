@@ -19,7 +19,7 @@ from torchvision.models import vision_transformer
 from torchvision.ops import StochasticDepth
 
 from moco.errors import InputError
-from moco.models.swin.windows import Size, constant_of_sizes
+from moco.models.size_constants import Size, constant_of_sizes
 
 WAVE_BASE = 10_000  # the longest wave of the fixed positions is 2 pi times as many cells
 
