@@ -54,7 +54,9 @@ def step(
     method = setting.placed(build_method(net.plain()))
     if prepare is not None:
         prepare(method)
-    method.put_in_force(batch_norm_mode(batch_norm, method.key_encoder, 1, setting.device.type))
+    method.install_batch_norm(
+        batch_norm_mode(batch_norm, method.key_encoder, 1, setting.device.type)
+    )
     optimizer = method.configure_optimizers()
 
     def step(query_view: Tensor, key_view: Tensor) -> None:

@@ -294,7 +294,7 @@ def test_the_official_protocol_trains_on_views_and_reports_its_last_epoch(evalua
     projection = torch.randn(3 * 16 * 16, 128, generator=torch.Generator().manual_seed(0)) / 28
     # Features that tell something, which those of an untrained encoder hardly do: of one network, images to features.
     monkeypatch.setattr(
-        "moco.models.backbones.ResNet.forward", lambda _, images: images.flatten(1) @ projection
+        "moco.models.resnet.ResNet.forward", lambda _, images: images.flatten(1) @ projection
     )
     figures, printed, log = evaluated(**section("linear_official", **OFFICIAL | {"lr": 0.3}))
     assert figures["linear_official/top1"] > 0.5
