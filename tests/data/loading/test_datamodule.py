@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from moco.data.augment.views import ViewPair, build_evaluation_view
-from moco.data.loading.datamodule import PretrainingData, choose_engine
+from moco.data.loading.datamodule import PretrainingData
+from moco.data.loading.engine import choose_engine
 from moco.data.loading.samplers import EpochSampler
 from moco.data.sources.registry import ArrayImages, DataSource, Labelled, build_source
 from moco.errors import InputError
