@@ -31,7 +31,11 @@ def write_table(paths, root):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(root))
 
 
-@pytest.fixture(params=["memory", "images", "webdataset", "hf"])
+# Every loader process imports the datasets library, which takes seconds.
+HUGGING_FACE = pytest.param("hf", marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=["memory", "images", "webdataset", HUGGING_FACE])
 def source(request, image_tree, tmp_path):
     """A dataset of 24 images, or of 30 in memory."""
     paths = sorted(image_tree.rglob("*.png"))
