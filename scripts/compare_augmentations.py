@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as official
 
 from moco.config.parsing import CONFIG_DIR
 from moco.data.augment.operations import ColorJitter, RandomResizedCrop, Solarize, Step
-from moco.data.augment.views import View
+from moco.data.augment.views import View, row_of
 
 COLOR_STEPS = (
     official.adjust_brightness,
@@ -70,11 +70,6 @@ def official_view(
         if drawn["applied"]:
             image = official_step(step, image, drawn)
     return image
-
-
-def row_of(numbers: list[dict[str, torch.Tensor]], row: int) -> list[dict[str, torch.Tensor]]:
-    """One image's numbers out of a batch's."""
-    return [{name: values[row] for name, values in drawn.items()} for drawn in numbers]
 
 
 def photograph(random: np.random.Generator, height: int, width: int) -> np.ndarray:
