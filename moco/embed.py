@@ -46,7 +46,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from rich.console import Console
 
     from moco.data.augment.views import evaluation_crop
-    from moco.data.loading.waiting import cores_of
+    from moco.data.loading.workers import cores_of
     from moco.data.sources.registry import build_source
     from moco.evaluation.feature_parts import FeatureParts, remove_parts, taken
     from moco.runs.faults import failures_without_training_named
@@ -141,8 +141,8 @@ def images_of(source: "DataSource", split: str, name: str) -> "ImageSet":
     import numpy as np
 
     from moco.data.loading.image_sets import IndexedSet, ShardedSet
-    from moco.data.loading.streams import ShardedImages
     from moco.data.sources.registry import Labelled
+    from moco.data.sources.shards import ShardedImages
 
     side = source.bank if split == "train" else source.queries
     if split == "test" and side is None:

@@ -43,9 +43,9 @@ def run(config: PackConfig, folder: Path) -> None:
         InputError: the source cannot be read, or the output folder holds something else.
         RunError: the disk is full, or images of the copy differ.
     """
-    from moco.data.loading.streams import NO_INDEX, ShardedImages
     from moco.data.sources.packing import Pool
     from moco.data.sources.registry import build_source
+    from moco.data.sources.shards import NO_INDEX, ShardedImages
     from moco.runs.run_folder import claimed
 
     data = dataclasses.asdict(config.data)
@@ -302,7 +302,8 @@ def seconds_per_image(source: "DataSource", copy: "DataSource") -> tuple[float, 
     def seconds(images: "Images", indices: "Tensor") -> float:
         views = pair.empty_views(len(indices))
         began = time.perf_counter()
-        pair.on_images([images.opened(index) for index in indices.tolist()], 0, indices, views)
+        pixels = [images.opened(index).pixels() for index in indices.tolist()]
+        pair.on_images(pixels, 0, indices, views)
         return time.perf_counter() - began
 
     seconds(source.train, rows[:1])  # the first one also pays for what is loaded once

@@ -20,15 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from moco.data.augment.draws import derived_seed
 from moco.data.files.decoding import EncodedFile, EncodedImage
 from moco.data.files.images import UnreadableImage
-from moco.data.loading.workers import CPU, loader_options
+from moco.data.loading.workers import CPU, loader_options, unchanged
 from moco.data.sources.packed_index import COLUMNS, SIDES
 from moco.data.sources.registry import DataSource, Images, Labelled
 from moco.errors import printable
 
 CHUNK = 8  # images that a worker hands over at once; of 50 megapixels each they take 1.2 GB
-REDUCING_GAP = (
-    3  # an image is decoded at no less than so many times the size that it is then resized to
-)
 LARGEST_JPEG_SIDE = 65500  # px, libjpeg's
 
 
@@ -167,16 +164,8 @@ def resized(image: EncodedImage, resize: int | None) -> np.ndarray:
     height, width = resized_size(image.size, resize)
     if (height, width) == image.size:
         return image.pixels()
-    most = image.size[0] / height / REDUCING_GAP
-    reduction = next((reduction for reduction in (8, 4, 2) if reduction <= most), 1)
-    pixels = image.pixels(reduction)
-    if pixels.shape[:2] == image.size:
-        reduction = 1
-    # A reduced image's sides are rounded up: its last row and column may lie partly outside of the whole one.
-    box = (0, 0, image.size[1] / reduction, image.size[0] / reduction)
-    return np.asarray(
-        Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box)
-    )
+    whole = Image.fromarray(image.pixels())
+    return np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def resized_size(size: tuple[int, int], resize: int | None) -> tuple[int, int]:
@@ -206,7 +195,7 @@ def chunks(
     dataset = Chunks(pool, order(pool, is_random=quality is not None), resize, quality)
     options = loader_options(num_workers, CPU) | {"persistent_workers": False}
     return DataLoader(
-        dataset, batch_size=None, sampler=list(places(pool, start)), collate_fn=as_it_is, **options
+        dataset, batch_size=None, sampler=list(places(pool, start)), collate_fn=unchanged, **options
     )
 
 
@@ -233,8 +222,3 @@ def places(pool: Pool, start: int) -> Iterator[tuple[int, int]]:
         stop = min(start + CHUNK, end)
         yield start, stop
         start = stop
-
-
-def as_it_is(chunk: Any) -> Any:
-    """Instead of collating."""
-    return chunk

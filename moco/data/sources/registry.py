@@ -161,7 +161,7 @@ def build_source(
         root: folder or file, as the data set needs it; ``images`` also takes a list of folders.
         download: let torchvision fetch what is not under `root`.
         num_images: size of ``synthetic``, or of all shards of ``webdataset`` together; None: 1,024, or counted.
-        streams, shuffle_buffer: of ``webdataset``, see `moco.data.loading.streams`.
+        streams, shuffle_buffer: of ``webdataset``, see `moco.data.sources.shards.ShardedImages`.
         image_column, label_column: of ``hf``, see `moco.data.sources.hugging_face`.
         max_image_pixels: images of more are unreadable.
         held_out: share of the images that ``image_folder`` without a validation folder keeps out of the bank.
@@ -189,9 +189,9 @@ def build_source(
     if name == "images":
         return images(root, max_image_pixels, pages, listing)
     if name == "webdataset":
-        from moco.data.loading.streams import webdataset
+        from moco.data.sources.shards import sharded_source
 
-        return webdataset(root, streams, shuffle_buffer, num_images, max_image_pixels)
+        return sharded_source(root, streams, shuffle_buffer, num_images, max_image_pixels)
     if not isinstance(root, str):
         raise InputError(
             f"data.root={root}: expected one path; only data=images and data=webdataset take several"

@@ -11,16 +11,21 @@ import os
 import re
 import subprocess
 import tarfile
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
+
+from PIL import Image
 
 from moco.data.files.decoding import EncodedImage, encoded
 from moco.data.files.images import EXTENSIONS, UnreadableImage
 from moco.data.sources.packed_index import INDEX, check_finished, read_index
+from moco.data.sources.registry import DataSource
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -31,6 +36,11 @@ LARGEST_IMAGE = (
     2**28
 )  # bytes; an encoded image of more is unreadable, whatever a header or a compressed shard makes of it
 NO_LIBRARY = "data=webdataset needs another package: pip install 'moco-ssl[webdataset]'"
+
+NO_INDEX = (
+    "data=webdataset is a stream to train on and has no images by number; "
+    "data=packed reads the shards of moco.pack, data=images files"
+)
 
 
 class Sample(NamedTuple):
@@ -47,6 +57,89 @@ class Problem(NamedTuple):
     name: str
     reason: str
     is_shard: bool
+
+
+@dataclass(frozen=True)
+class ShardedImages:
+    """Training images in shards: their number is known, and they arrive as a stream.
+
+    `moco.data.loading.streams` makes the streams.
+    """
+
+    shards: Sequence[str]
+    num_images: int
+    num_streams: int
+    """Streams of each process; fewer if there are fewer shards."""
+    shuffle_buffer: int
+    """Number of samples of a stream from which the next one is drawn."""
+    max_image_pixels: int
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __getitem__(self, index: int) -> Image.Image:
+        raise InputError(NO_INDEX)
+
+    def opened(self, index: int) -> EncodedImage:
+        """Raise InputError: a stream has no images by number."""
+        raise InputError(NO_INDEX)
+
+    def name(self, index: int) -> str:
+        """See `Images`."""
+        return f"sample {index} of {len(self.shards)} shards"
+
+
+def sharded_source(
+    root: Any, streams: int, shuffle_buffer: int, num_images: int | None, max_image_pixels: int
+) -> DataSource:
+    """Return tar shards without labels.
+
+    Args:
+        root: see `list_shards`.
+        num_images: number of samples in all shards; None counts those of local shards.
+
+    Raises:
+        InputError: the library is missing, or there are no shards, or no images in them.
+    """
+    try:
+        import webdataset  # noqa: F401
+    except ImportError as error:
+        raise InputError(NO_LIBRARY) from error
+    shards = list_shards(root)
+    if num_images is None:
+        num_images = find_num_images(root, shards)
+    images = ShardedImages(shards, num_images, streams, shuffle_buffer, max_image_pixels)
+    return DataSource(images, None, None, 224)
+
+
+def find_num_images(root: Any, shards: Sequence[str]) -> int:
+    """Return the number of images by the index of a packed copy, or by counting local shards.
+
+    Raises:
+        InputError: a shard is not local, or there are no images.
+    """
+    if isinstance(root, str) and os.path.isfile(os.path.join(root, INDEX)):
+        return int(read_index(root)["num_images"])
+    for shard in shards:
+        if not is_local(shard):
+            raise InputError(
+                f"data.num_images: missing; {printable(shard)} is not a local file "
+                "whose samples can be counted"
+            )
+    started = time.monotonic()
+    num_images, problems = count_images(shards)
+    for problem in problems:
+        log.warning("%s", problem.reason)
+    if num_images == 0:
+        raise InputError(f"data.root={root}: no images in the {len(shards)} shards")
+    log.info(
+        "%s images in %d shards, counted in %.1f s; data.num_images=%d saves that",
+        f"{num_images:,}",
+        len(shards),
+        time.monotonic() - started,
+        num_images,
+    )
+    return num_images
 
 
 class CheckedHeader(tarfile.TarInfo):

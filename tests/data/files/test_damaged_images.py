@@ -1,4 +1,4 @@
-"""A run on a tree a fifth of which is damaged: it goes on, and its list of unreadable images is exact."""
+"""A run goes on over damaged images, and lists exactly those that cannot be read."""
 
 import io
 import json
@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from moco.callbacks.unreadable_images import UNREADABLE
+from moco.data.sources.registry import build_source
 from tests.conftest import run_program
 from tests.data.files.test_hostile_images import ODD_NAMES, png_that_claims
+from tests.data.loading.test_datamodule import data_for, epoch_of
 
 
 def encoded(image, file_format, **options):
@@ -22,7 +24,7 @@ def encoded(image, file_format, **options):
 
 
 def small_image(generator, width=24, height=20):
-    """Smooth, so that a damaged JPEG is not always noise."""
+    """Return a smooth image, whose damaged JPEG is not always noise."""
     coarse = Image.fromarray(generator.integers(0, 256, (3, 3, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -58,7 +60,7 @@ def sixteen_bit(generator):
     return encoded(image, ("PNG", "TIFF")[generator.integers(2)])
 
 
-MAX_IMAGE_PIXELS = 1000  # the sound images have 480
+MAX_IMAGE_PIXELS = 1000  # an undamaged image has 480
 
 DAMAGE = {
     "truncated": truncated,
@@ -77,7 +79,7 @@ DAMAGE = {
 
 
 def make_tree(root, num_images, num_damaged, seed=0):
-    """Images of 24 x 20 px in ten folders, the damaged ones among them; all are called .jpg, or as oddly as can be."""
+    """Write images of 24 x 20 px into ten folders, some of them damaged, some with odd names."""
     generator = np.random.default_rng(seed)
     damaged = set(generator.choice(num_images, num_damaged, replace=False).tolist())
     kinds = list(DAMAGE)
@@ -97,7 +99,7 @@ def make_tree(root, num_images, num_damaged, seed=0):
 
 
 def is_readable(path):
-    """By Pillow alone."""
+    """Return whether Pillow can read an image of an allowed size."""
     if not os.path.isfile(path):
         return False
     try:
@@ -109,46 +111,73 @@ def is_readable(path):
         return False
 
 
-def run_on_a_damaged_tree(folder, num_images, num_damaged, batch_size, *arguments):
-    """The finished program, and what Pillow cannot read; every image is in a batch of every epoch."""
-    make_tree(folder / "tree", num_images - len(ODD_NAMES) - 1, num_damaged)
-    paths = [
-        os.path.join(top, name) for top, _, names in os.walk(folder / "tree") for name in names
-    ]
+def damaged_tree(folder, num_images, num_damaged):
+    """Make a tree of `num_images` files. Return its path, and the files that Pillow cannot read."""
+    root = folder / "tree"
+    num_others = len(ODD_NAMES) + 1
+    make_tree(root, num_images - num_others, num_damaged)
+    paths = []
+    for top, _, names in os.walk(root):
+        paths += [os.path.join(top, name) for name in names]
     assert len(paths) == num_images
-    assert num_images % batch_size == 0
+    return root, sorted(path for path in paths if not is_readable(path))
+
+
+def test_the_unreadable_images_are_those_that_pillow_cannot_read(tmp_path):
+    root, expected = damaged_tree(tmp_path, 250, 45)
+    assert 25 < len(expected) < 50
+    source = build_source("images", str(root), max_image_pixels=MAX_IMAGE_PIXELS)
+    # The batches hold every image of an epoch.
+    data = data_for(source, batch_size=50, max_bad_fraction=0.5)
+    for epoch in (0, 1):
+        for batch in epoch_of(data.train_dataloader(), epoch):
+            data.on_before_batch_transfer(batch, 0)
+        assert sorted(data.unreadable) == expected
+
+
+def train_on(root, batch_size, *arguments):
+    """Run the training program in a terminal that knows only ASCII."""
+    settings = [
+        "data=images",
+        f"data.root={root}",
+        "backbone=resnet_tiny",
+        "augmentation=cifar",
+        "method.queue_size=500",
+        "method.batch_norm=plain",
+        "data.image_size=32",
+        f"data.batch_size={batch_size}",
+        "data.max_bad_fraction=0.5",
+        f"data.max_image_pixels={MAX_IMAGE_PIXELS}",
+        "trainer.accelerator=cpu",
+        "hydra.run.dir=run",
+    ]
     done = run_program(
-        "moco.train", "data=images", f"data.root={folder / 'tree'}", "backbone=resnet_tiny", "augmentation=cifar",
-        "method.queue_size=500", "data.image_size=32", f"data.batch_size={batch_size}", "data.max_bad_fraction=0.5", f"data.max_image_pixels={MAX_IMAGE_PIXELS}",
-        "method.batch_norm=plain", "trainer.accelerator=cpu", "hydra.run.dir=run", *arguments,
-        cwd=folder, timeout=600, PYTHONIOENCODING="ascii",
-    )  # fmt: skip
+        "moco.train",
+        *settings,
+        *arguments,
+        cwd=root.parent,
+        timeout=600,
+        PYTHONIOENCODING="ascii",
+    )
     assert done.returncode == 0, done.stderr
-    return done, sorted(path for path in paths if not is_readable(path))
+    return done
 
 
-def check(folder, done, expected):
-    listed = [json.loads(line) for line in (folder / "run" / UNREADABLE).read_text().splitlines()]
-    assert listed == expected
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_images", "num_damaged", "batch_size", "num_workers", "epochs"),
+    [(250, 45, 50, 1, 2), (5000, 1000, 100, 2, 1)],
+)
+def test_training_goes_on_over_damaged_images_and_lists_each_once(
+    num_images, num_damaged, batch_size, num_workers, epochs, tmp_path
+):
+    root, expected = damaged_tree(tmp_path, num_images, num_damaged)
+    assert 0.4 * num_damaged < len(expected) < 1.1 * num_damaged
+    workers = f"data.num_workers={num_workers}"
+    done = train_on(root, batch_size, workers, f"trainer.max_epochs={epochs}")
+    listing = (tmp_path / "run" / UNREADABLE).read_text()
+    assert [json.loads(line) for line in listing.splitlines()] == expected
     assert re.search(rf"unreadable images skipped +\S {len(expected)} ", done.stdout)
     assert done.stdout.count("skipped an unreadable image: ") == len(expected)
     assert "Traceback" not in done.stdout + done.stderr
     assert "Logging error" not in done.stderr
-
-
-def test_training_goes_on_over_damaged_images_and_lists_each_once(tmp_path):
-    """Two epochs, images read in another process, a terminal that knows only ASCII."""
-    done, expected = run_on_a_damaged_tree(
-        tmp_path, 250, 45, 50, "trainer.max_epochs=2", "data.num_workers=1"
-    )
-    assert 25 < len(expected) < 50
-    check(tmp_path, done, expected)
-
-
-@pytest.mark.slow
-def test_a_thousand_damaged_images_in_five_thousand(tmp_path):
-    done, expected = run_on_a_damaged_tree(
-        tmp_path, 5000, 1000, 100, "trainer.max_epochs=1", "data.num_workers=2"
-    )
-    assert 450 < len(expected) < 700
-    check(tmp_path, done, expected)
