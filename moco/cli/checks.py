@@ -63,7 +63,7 @@ def num_processes(config: TrainConfig) -> int:
 
 def check_same_images(data: "PretrainingData") -> None:
     """Raises InputError if the processes of a training do not see the same images, or the same shards."""
-    from moco.data.loading.streams import ShardedImages
+    from moco.data.sources.shards import ShardedImages
     from moco.training.distributed.collectives import gather_objects, world_size
 
     if world_size() == 1:

@@ -21,7 +21,7 @@ from moco.config.train import TrainConfig
 from moco.data.augment.views import ViewPair, build_evaluation_view
 from moco.data.loading.datamodule import Engine, PretrainingData
 from moco.data.loading.loaders import PairBatch
-from moco.data.sources.registry import ArrayImages, DataSource
+from moco.data.sources.source import ArrayImages, DataSource
 from moco.methods.batch_norm import batch_norm_mode
 from moco.methods.moco import MoCo
 from moco.methods.momentum import update_key_encoder

@@ -263,7 +263,7 @@ def test_classes_of_one_image_leave_none_to_choose_by(evaluated, generator, tmp_
 
 def test_images_without_a_label_are_left_out(evaluated, generator, monkeypatch):  # noqa: F811
     import moco.evaluation.subject as module
-    from moco.data.sources.registry import ArrayImages, DataSource, Labelled
+    from moco.data.sources.source import ArrayImages, DataSource, Labelled
 
     labels = np.arange(60) % 3
     images = ArrayImages(generator.integers(0, 256, (60, 8, 8), np.uint8), "mine")
@@ -394,7 +394,7 @@ def test_a_view_of_files_is_that_of_the_query_in_pretraining(image_tree):
     from moco.data.augment.views import ViewPair
     from moco.data.loading.loaders import PairMaker
     from moco.data.loading.one_view import LabelledViews
-    from moco.data.sources.registry import FileImages, Labelled
+    from moco.data.sources.source import FileImages, Labelled
 
     (image_tree / "a" / "99.png").write_bytes(b"no image")
     paths = sorted(str(path) for path in image_tree.rglob("*.png"))

@@ -29,14 +29,15 @@ from moco.data.loading.memory_batches import MemoryBatches, memory_batches
 from moco.data.loading.samplers import EpochSampler
 from moco.data.loading.streams import (
     OpenStream,
-    ShardedImages,
     StreamDataset,
     StreamLoader,
     Streams,
+    build_streams,
 )
 from moco.data.loading.waiting import remedies
 from moco.data.loading.workers import device_of, loader_options
-from moco.data.sources.registry import ArrayImages, DataSource, Images, Labelled
+from moco.data.sources.shards import ShardedImages
+from moco.data.sources.source import ArrayImages, DataSource, Images, Labelled
 from moco.errors import InputError, printable
 
 LARGEST_ON_GPU = 4 * 2**30  # bytes of images; more stay where they are
@@ -176,7 +177,7 @@ class PretrainingData(pl.LightningDataModule):
     def streams(self, shards: ShardedImages) -> Streams:
         """This process's streams over the shards."""
         if self._streams is None:
-            self._streams = shards.streams(self.seed, *self.place)
+            self._streams = build_streams(shards, self.seed, *self.place)
         return self._streams
 
     def _stream_loader(self, shards: ShardedImages, batch_size: int) -> StreamLoader:

@@ -19,10 +19,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from moco.data.files.decoding import EncodedImage
 from moco.data.files.images import UnreadableImage
 from moco.data.loading.lost_workers import LastRead, WatchedImage, WatchedLoader
-from moco.data.loading.streams import ShardedImages
 from moco.data.loading.workers import CPU, loader_options
-from moco.data.sources.registry import ArrayImages, Labelled
-from moco.data.sources.shards import Problem, Sample, images_in, is_local, sample_key
+from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in, is_local, sample_key
+from moco.data.sources.source import ArrayImages, Labelled
 
 Crop = Callable[[Image.Image], Image.Image]
 

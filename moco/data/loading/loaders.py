@@ -17,7 +17,7 @@ from moco.data.files.images import UnreadableImage
 from moco.data.loading.lost_workers import LastRead, WatchedImage, WatchedLoader
 from moco.data.loading.samplers import EpochSampler, images_handed_out
 from moco.data.loading.workers import CPU, loader_options
-from moco.data.sources.registry import ArrayImages, Images, Labelled
+from moco.data.sources.source import ArrayImages, Images, Labelled
 
 MOST_STAND_INS = 100
 AT_ONCE = 16  # files that a worker holds in memory, encoded

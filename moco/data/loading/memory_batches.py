@@ -10,7 +10,7 @@ import torch
 
 from moco.data.augment.views import EvaluationView, Transform, rgb_batch
 from moco.data.loading.loaders import EvaluationBatch
-from moco.data.sources.registry import ArrayImages, Labelled
+from moco.data.sources.source import ArrayImages, Labelled
 
 
 class MemoryBatches:

@@ -15,7 +15,7 @@ from moco.data.loading.datamodule import choose_engine
 from moco.data.loading.loaders import MemoryLoader, PairDataset, ResumableLoader, as_it_is
 from moco.data.loading.samplers import EpochSampler
 from moco.data.loading.workers import loader_options
-from moco.data.sources.registry import ArrayImages, Labelled
+from moco.data.sources.source import ArrayImages, Labelled
 
 
 class OneView(ViewPair):

@@ -6,15 +6,12 @@ process, stream), and a loader's worker serves whole streams, so the batches are
 
 import itertools
 import logging
-import os
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from moco.data.augment.draws import derived_seed
@@ -22,25 +19,10 @@ from moco.data.files.bad_fraction import check_bad_fraction
 from moco.data.files.decoding import EncodedImage
 from moco.data.loading.lost_workers import LastRead, WatchedImage, WatchedLoader
 from moco.data.loading.samplers import StreamSampler, images_handed_out
-from moco.data.sources.packed_index import INDEX, read_index
-from moco.data.sources.registry import DataSource
-from moco.data.sources.shards import (
-    NO_LIBRARY,
-    Problem,
-    Sample,
-    count_images,
-    images_in,
-    is_local,
-    list_shards,
-)
+from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
-
-NO_INDEX = (
-    "data=webdataset is a stream to train on and has no images by number; data=packed reads the shards of moco.pack, "
-    "data=images files"
-)
 
 T = TypeVar("T")
 MakeBatch = Callable[[Sequence[tuple[int, EncodedImage, str]], int], Any]
@@ -48,105 +30,40 @@ MakeBatch = Callable[[Sequence[tuple[int, EncodedImage, str]], int], Any]
 says which rows' images could not be decoded."""
 
 
-@dataclass(frozen=True)
-class ShardedImages:
-    """The training images of `webdataset`: a number of them and where they stream from, not each by its index."""
-
-    shards: Sequence[str]
-    num_images: int
-    num_streams: int
-    """Per process; fewer where there are not as many shards."""
-    shuffle_buffer: int
-    """Samples of each stream among which the next one is drawn."""
-    max_image_pixels: int
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def __getitem__(self, index: int) -> Image.Image:
-        raise InputError(NO_INDEX)
-
-    def opened(self, index: int) -> EncodedImage:
-        """Raises InputError."""
-        raise InputError(NO_INDEX)
-
-    def name(self, index: int) -> str:
-        return f"sample {index} of {len(self.shards)} shards"
-
-    def streams(self, seed: int, rank: int = 0, world_size: int = 1) -> "Streams":
-        """This process's share.
-
-        Raises:
-            InputError: there are fewer shards than processes.
-        """
-        per_process = len(self.shards) // world_size
-        if not per_process:
-            raise InputError(
-                f"data.root: {len(self.shards)} shards for {world_size} processes; expected at least one for each"
-            )
-        num_streams = max(number for number in divisors(self.num_streams) if number <= per_process)
-        if num_streams < self.num_streams:
-            log.info(
-                "%d streams instead of data.streams=%d, for %d shards a process",
-                num_streams, self.num_streams, per_process,
-            )  # fmt: skip
-        return Streams(
-            self.shards,
-            num_streams,
-            self.shuffle_buffer,
-            self.max_image_pixels,
-            seed,
-            rank,
-            world_size,
-        )
-
-
-def webdataset(
-    root: Any, streams: int, shuffle_buffer: int, num_images: int | None, max_image_pixels: int
-) -> DataSource:
-    """Tar shards without labels: see `moco.data.sources.shards.list_shards` for `root`.
-
-    Args:
-        num_images: samples in all shards together; None counts those of local shards.
+def build_streams(
+    images: ShardedImages, seed: int, rank: int = 0, world_size: int = 1
+) -> "Streams":
+    """Return this process's share of the streams over the shards.
 
     Raises:
-        InputError: the library is missing, or there are no such shards, or no images in them.
+        InputError: there are fewer shards than processes.
     """
-    try:
-        import webdataset as library  # noqa: F401
-    except ImportError as error:
-        raise InputError(NO_LIBRARY) from error
-    shards = list_shards(root)
-    if num_images is None:
-        num_images = _number_of_images(root, shards)
-    return DataSource(
-        ShardedImages(shards, num_images, streams, shuffle_buffer, max_image_pixels),
-        None,
-        None,
-        image_size=224,
-    )
-
-
-def _number_of_images(root: Any, shards: Sequence[str]) -> int:
-    if isinstance(root, str) and os.path.isfile(os.path.join(root, INDEX)):
-        return int(read_index(root)["num_images"])
-    remote = next((shard for shard in shards if not is_local(shard)), None)
-    if remote is not None:
+    shards_per_process = len(images.shards) // world_size
+    if shards_per_process == 0:
         raise InputError(
-            f"data.num_images: missing; {printable(remote)} is not a local file whose samples can be counted"
+            f"data.root: {len(images.shards)} shards for {world_size} processes; "
+            "expected at least one for each"
         )
-    started = time.monotonic()
-    num_images, problems = count_images(shards)
-    for problem in problems:
-        log.warning("%s", problem.reason)
-    if not num_images:
-        raise InputError(f"data.root={root}: no images in the {len(shards)} shards")
-    seconds = time.monotonic() - started
-    log.info(
-        "%s images in %d shards, counted in %.1f s; data.num_images=%d saves that",
-        f"{num_images:,}", len(shards), seconds, num_images,
-    )  # fmt: skip
-    return num_images
+    # A divisor, since the number of loader processes was chosen to divide data.streams.
+    num_streams = max(
+        number for number in divisors(images.num_streams) if number <= shards_per_process
+    )
+    if num_streams < images.num_streams:
+        log.info(
+            "%d streams instead of data.streams=%d, for %d shards a process",
+            num_streams,
+            images.num_streams,
+            shards_per_process,
+        )
+    return Streams(
+        images.shards,
+        num_streams,
+        images.shuffle_buffer,
+        images.max_image_pixels,
+        seed,
+        rank,
+        world_size,
+    )
 
 
 @dataclass(frozen=True)

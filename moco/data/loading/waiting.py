@@ -5,8 +5,8 @@ import os
 
 from moco.data.loading.streams import Streams, divisors
 from moco.data.sources.hugging_face import TableImages
-from moco.data.sources.packed import PIXELS, PackedImages
-from moco.data.sources.registry import FileImages
+from moco.data.sources.packed_copy import PIXELS, PackedImages
+from moco.data.sources.source import FileImages
 from moco.errors import printable
 
 MOST_REMEDIES = 2

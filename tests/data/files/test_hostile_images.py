@@ -27,8 +27,9 @@ from moco.data.files.images import (
     read_mask,
 )
 from moco.data.files.listing import list_images
-from moco.data.sources.class_folders import is_held_out
-from moco.data.sources.registry import FileImages, build_source
+from moco.data.sources.folders import is_held_out
+from moco.data.sources.registry import build_source
+from moco.data.sources.source import FileImages
 from moco.errors import InputError, printable
 from moco.segmentation.sources import build_segmentation_source
 

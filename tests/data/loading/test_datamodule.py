@@ -11,7 +11,8 @@ from PIL import Image
 from moco.data.augment.views import ViewPair, build_evaluation_view
 from moco.data.loading.datamodule import PretrainingData, choose_engine
 from moco.data.loading.samplers import EpochSampler
-from moco.data.sources.registry import ArrayImages, DataSource, Labelled, build_source
+from moco.data.sources.registry import build_source
+from moco.data.sources.source import ArrayImages, DataSource, Labelled
 from moco.errors import InputError
 
 VIEW = {
@@ -226,7 +227,7 @@ LEFT_OPEN = """
 import os, signal, sys
 import numpy as np
 from moco.data.loading.loaders import evaluation_loader
-from moco.data.sources.registry import ArrayImages, Labelled
+from moco.data.sources.source import ArrayImages, Labelled
 
 def tensor(image):
     import torch

@@ -18,7 +18,7 @@ from moco.data.sources.shards import Sample, images_in
 FILES = """
 import os, signal
 import numpy as np
-from moco.data.sources.registry import ArrayImages
+from moco.data.sources.source import ArrayImages
 from moco.data.loading.loaders import PairDataset, ResumableLoader, as_it_is
 from moco.data.loading.samplers import EpochSampler
 from moco.data.augment.views import ViewPair
@@ -54,7 +54,7 @@ from types import SimpleNamespace
 import torch
 from moco.data.sources.registry import build_source
 from moco.data.files.decoding import EncodedFile
-from moco.data.loading.streams import StreamDataset, StreamLoader
+from moco.data.loading.streams import StreamDataset, StreamLoader, build_streams
 from moco.data.loading.workers import loader_options
 
 pixels = EncodedFile.pixels
@@ -72,7 +72,7 @@ def make_batch(rows, epoch):
     return SimpleNamespace(unreadable=torch.zeros(len(rows), dtype=torch.bool))
 
 if __name__ == "__main__":
-    streams = build_source("webdataset", sys.argv[1], streams=2, shuffle_buffer=4).train.streams(seed=0)
+    streams = build_streams(build_source("webdataset", sys.argv[1], streams=2, shuffle_buffer=4).train, seed=0)
     settings = {{"num_images": 20, "max_bad_fraction": 0.1, "unreadable": set()}}
     loader = StreamLoader(StreamDataset(streams, 2, make_batch, 2), 10, **settings, **loader_options(2, torch.device("cpu")))
     try:
@@ -98,7 +98,8 @@ EncodedFile.pixels = dying  # in the loader processes too, which run this file a
 
 def loaders(folder):
     import numpy as np
-    from moco.data.sources.registry import Labelled, build_source
+    from moco.data.sources.registry import build_source
+    from moco.data.sources.source import Labelled
     from moco.data.loading.loaders import evaluation_loader
     from moco.data.loading.image_sets import IndexedSet, ShardedSet
     from moco.segmentation.scaled_images import scaled_loader

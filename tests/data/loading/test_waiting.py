@@ -14,8 +14,8 @@ from moco.callbacks.monitors import LossMonitor
 from moco.cli.progress import ProgressBar
 from moco.data.loading.streams import Streams
 from moco.data.loading.waiting import cores_of, remedies, workers_that_suffice
-from moco.data.sources.packed import PIXELS, PackedImages
-from moco.data.sources.registry import FileImages
+from moco.data.sources.packed_copy import PIXELS, PackedImages
+from moco.data.sources.source import FileImages
 from moco.segmentation.datamodule import SegmentationData
 from tests.data.loading.test_datamodule import data_for, numbered  # noqa: F401  (a fixture)
 

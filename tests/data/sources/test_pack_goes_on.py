@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco import pack
-from moco.data.sources.packed_writer import Writer
-from moco.data.sources.packing import chunks
+from moco.data.packing import LOCK, CopyWriter, chunk_loader
 from moco.data.sources.registry import build_source
 from moco.errors import InputError, Interrupted, RunError
+from moco.runs.folder_lock import locked
 from tests.conftest import REPOSITORY
 from tests.data.sources.test_pack import files, run
 
@@ -32,7 +31,7 @@ def test_a_copy_that_was_interrupted_anywhere_ends_in_the_same_bytes(
         f"max_shard_bytes={size}",
     ]
     straight = files(run(tmp_path / "straight", *arguments))
-    add, finish = Writer.add, Writer.finish
+    add, finish = CopyWriter.add, CopyWriter.finish
 
     def adding_so_often(number):
         calls = []
@@ -53,27 +52,27 @@ def test_a_copy_that_was_interrupted_anywhere_ends_in_the_same_bytes(
         stop(self)
 
     for number in (1, 3, 1):  # in the first part; in the second; there again
-        monkeypatch.setattr(Writer, "add", adding_so_often(number))
+        monkeypatch.setattr(CopyWriter, "add", adding_so_often(number))
         with pytest.raises(Interrupted):
             run(tmp_path, *arguments)
-    monkeypatch.setattr(Writer, "add", add)
+    monkeypatch.setattr(CopyWriter, "add", add)
     for ending in (stop, finish_and_stop):
-        monkeypatch.setattr(Writer, "finish", ending)
+        monkeypatch.setattr(CopyWriter, "finish", ending)
         with pytest.raises(Interrupted):
             run(tmp_path, *arguments)
-    monkeypatch.setattr(Writer, "finish", finish)
+    monkeypatch.setattr(CopyWriter, "finish", finish)
     assert files(run(tmp_path, *arguments)) == straight
 
 
 def test_a_finished_part_is_not_done_again(tmp_path, photographs, monkeypatch):
     seen = []
 
-    def watched(pool, start, *rest):
+    def watched(pool, index, start, num_workers):
         seen.append(start)
-        return chunks(pool, start, *rest)
+        return chunk_loader(pool, index, start, num_workers)
 
-    monkeypatch.setattr("moco.data.sources.packing.chunks", watched)
-    add = Writer.add
+    monkeypatch.setattr("moco.data.packing.chunk_loader", watched)
+    add = CopyWriter.add
 
     def broken(self, chunk):
         if chunk.stop > 16:
@@ -81,10 +80,10 @@ def test_a_finished_part_is_not_done_again(tmp_path, photographs, monkeypatch):
         add(self, chunk)
 
     arguments = [f"data.root={photographs}", "format=array", "max_shard_bytes=1"]
-    monkeypatch.setattr(Writer, "add", broken)
+    monkeypatch.setattr(CopyWriter, "add", broken)
     with pytest.raises(Interrupted):
         run(tmp_path, *arguments)
-    monkeypatch.setattr(Writer, "add", add)
+    monkeypatch.setattr(CopyWriter, "add", add)
     run(tmp_path, *arguments)
     assert seen == [0, 16]
 
@@ -131,9 +130,10 @@ def test_a_folder_with_other_files_is_refused(tmp_path, photographs):
 
 
 def test_two_processes_do_not_pack_into_one_folder(tmp_path, photographs):
+    (tmp_path / "copy").mkdir()
     with (
-        pack.taken(tmp_path / "copy"),
-        pytest.raises(InputError, match="another process is packing there"),
+        locked(tmp_path / "copy" / LOCK, "the copy"),
+        pytest.raises(InputError, match="another process is at work there"),
     ):
         run(tmp_path, f"data.root={photographs}")
 
@@ -141,19 +141,22 @@ def test_two_processes_do_not_pack_into_one_folder(tmp_path, photographs):
 def test_a_full_disk_is_one_line_and_the_copy_goes_on_later(tmp_path, photographs, monkeypatch):
     import errno
 
-    add, arguments = Writer.add, [f"data.root={photographs}", "format=array", "max_shard_bytes=1"]
+    add, arguments = (
+        CopyWriter.add,
+        [f"data.root={photographs}", "format=array", "max_shard_bytes=1"],
+    )
 
     def full(self, chunk):
         if chunk.stop > 16:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         add(self, chunk)
 
-    monkeypatch.setattr(Writer, "add", full)
+    monkeypatch.setattr(CopyWriter, "add", full)
     with pytest.raises(
         RunError, match="No space left on device; with room there the same command goes on"
     ):
         run(tmp_path, *arguments)
-    monkeypatch.setattr(Writer, "add", add)
+    monkeypatch.setattr(CopyWriter, "add", add)
     assert len(build_source("packed", str(run(tmp_path, *arguments))).train) == 30
 
 
@@ -171,7 +174,7 @@ def test_a_full_disk_at_the_first_write_is_one_line_and_what_it_leaves_is_not_in
             RunError, match="No space left on device; with room there the same command goes on"
         ):
             run(tmp_path, f"data.root={photographs}")
-    assert [path.name for path in (tmp_path / "copy").iterdir()] == [".index.json.tmp"]
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {LOCK, ".index.json.tmp"}
     folder = run(tmp_path, f"data.root={photographs}")
     assert len(build_source("packed", str(folder)).train) == 30
     assert not (folder / ".index.json.tmp").exists()
@@ -206,13 +209,13 @@ INTERRUPTED = "interrupted: the parts that are whole are kept; the same command 
 RESTS_AFTER_A_CHUNK = """
 import time
 from moco import pack
-from moco.data.sources.packed_writer import Writer
+from moco.data.packing import CopyWriter
 
-def add(self, chunk, add=Writer.add):
+def add(self, chunk, add=CopyWriter.add):
     add(self, chunk)
     time.sleep(60)
 
-Writer.add = add
+CopyWriter.add = add
 pack.main()
 """
 """The program, which a signal surely finds at work, however fast the machine is."""
