@@ -1,5 +1,6 @@
 """Datasets that fit in memory: scikit-learn's digits, synthetic noise, and .npz archives."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def npz_source(root: str, max_image_pixels: int) -> DataSource:
     if not Path(root).is_file():
         raise InputError(f"data.root={root}: no such file")
     try:
-        arrays, present = read_arrays(root, NPZ_ARRAYS, max_image_pixels)
+        arrays, present = read_arrays(root, NPZ_ARRAYS)
     except DAMAGED as error:
         raise InputError(
             f"data.root={root}: not a readable .npz archive of plain arrays "
@@ -59,11 +60,23 @@ def npz_source(root: str, max_image_pixels: int) -> DataSource:
     if "train_images" not in arrays:
         found = printable(", ".join(present)) or "none"
         raise InputError(f"data.root={root}: no array train_images in there (found {found})")
+    check_image_size(root, "train_images", arrays["train_images"], max_image_pixels)
+    if "test_images" in arrays:
+        check_image_size(root, "test_images", arrays["test_images"], max_image_pixels)
     train_labels = npz_labels(arrays, "train", root)
     test_labels = npz_labels(arrays, "test", root)
     return source_from_arrays(
         root, arrays["train_images"], train_labels, arrays.get("test_images"), test_labels
     )
+
+
+def check_image_size(root: str, name: str, images: np.ndarray, max_image_pixels: int) -> None:
+    """Raise InputError if images, (images, height, width, ...), have too many pixels."""
+    if math.prod(images.shape[1:3]) > max_image_pixels:
+        raise InputError(
+            f"data.root={root}: {name} is {images.shape}: "
+            f"its images exceed data.max_image_pixels={max_image_pixels}"
+        )
 
 
 def npz_labels(arrays: dict[str, np.ndarray], part: str, root: str) -> np.ndarray | None:
