@@ -45,7 +45,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from rich.console import Console
 
     from moco.data.augment.views import evaluation_crop
-    from moco.data.loading.waiting import cores_of
+    from moco.data.loading.workers import cores_of
     from moco.data.sources.registry import build_source
     from moco.evaluation.feature_parts import FeatureParts, remove_parts, taken
     from moco.runs.faults import failures_without_training_named

@@ -227,7 +227,7 @@ def test_images_in_memory_give_the_features_that_they_give_one_by_one(
 ):
     import moco.evaluation.subject as module
     from moco.data.augment.views import build_evaluation_view
-    from moco.data.loading.loaders import evaluation_loader
+    from moco.data.loading.every_image import evaluation_loader
     from moco.data.sources.source import ArrayImages, Labelled
 
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]

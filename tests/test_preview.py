@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco.preview import sheet
+from moco.preview import draw_pairs
 from moco.train import build_data
 from tests.conftest import run_program
 
@@ -10,7 +10,7 @@ from tests.conftest import run_program
 @pytest.mark.parametrize("engine", ["worker", "batch"])
 def test_shows_the_pairs_that_training_sees(runner, engine):
     data = build_data(runner.config(f"data.engine={engine}"))
-    image = np.asarray(sheet(data, data.first_images(3)))
+    image = np.asarray(draw_pairs(data, data.first_images(3)))
     first = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     mean, std = data.augment.mean[0], data.augment.std[0]
     side = image.shape[1] // 2

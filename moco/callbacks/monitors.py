@@ -226,7 +226,7 @@ def protocol(result: KNNResult, temperature: float, feature: str) -> dict[str, A
 class LossMonitor(pl.Callback):
     """Loss, learning rate and speed every n steps, and each epoch's mean loss and speed, of any training.
 
-    It warns once where much of the time goes into waiting for data; the data module says what to change. Waiting begins
+    It warns once where much of the time goes into waiting for data. Waiting begins
     when all callbacks are done with a batch, for which it adds a `BatchClock` behind them. When an epoch is over, its
     checkpoint written, it logs the seconds that each part took, ``time/NAME`` of `moco.callbacks.stopwatches`.
 
@@ -333,7 +333,7 @@ class LossMonitor(pl.Callback):
         """All callbacks are done with the batch: from here on training waits for the next."""
         before, self.batch_ended = self.batch_ended, time.perf_counter()
         self.data_wait.add(self.batch_waited, self.batch_ended - before)
-        self.data_wait.check(trainer, SECONDS)
+        self.data_wait.check(SECONDS)
 
     def _log_step(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> None:
         figures = {
@@ -366,7 +366,7 @@ class LossMonitor(pl.Callback):
         figures = {"train/loss": mean_loss, **self._speed()}
         self.figures |= figures | {"train/seconds": state["seconds"]}
         self.epoch_ended = True
-        self.data_wait.check(trainer, EPOCH_SECONDS)
+        self.data_wait.check(EPOCH_SECONDS)
         if trainer.logger:
             scalars = {
                 "epoch/loss": figures["train/loss"],

@@ -46,6 +46,6 @@ class LinearOfficialConfig:
             "horizontal_flip": {"probability": 0.5},
         }
     )
-    """The training view's operations in order: see ``moco.data.augment.view_steps``."""
+    """The training view's operations in order: see ``moco.data.augment.views``."""
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     """Of the head's first weights, the order of the images and what is drawn for them."""

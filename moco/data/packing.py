@@ -29,7 +29,7 @@ from moco.data.augment.views import ViewPair
 from moco.data.files.bad_fraction import check_bad_fraction
 from moco.data.files.decoding import EncodedFile, EncodedImage
 from moco.data.files.images import UnreadableImage
-from moco.data.loading.workers import CPU, loader_options
+from moco.data.loading.workers import CPU, loader_options, unchanged
 from moco.data.sources.packed_copy import (
     COLUMNS,
     INDEX,
@@ -252,14 +252,9 @@ def chunk_loader(
         Chunks(pool, order, resize, quality),
         batch_size=None,
         sampler=chunk_places(pool, start),
-        collate_fn=keep_chunk,
+        collate_fn=unchanged,
         **options,
     )
-
-
-def keep_chunk(chunk: Any) -> Any:
-    """Return the chunk: it is a batch already."""
-    return chunk
 
 
 def order_of_copy(pool: Pool, is_random: bool) -> Tensor:
@@ -744,6 +739,6 @@ def seconds_to_read(images: Images, indices: Tensor, pair: ViewPair) -> float:
     """Return the seconds that reading some images and cropping their views takes."""
     views = pair.empty_views(len(indices))
     start = time.perf_counter()
-    opened = [images.opened(index) for index in indices.tolist()]
-    pair.on_images(opened, 0, indices, views)
+    pixels = [images.opened(index).pixels() for index in indices.tolist()]
+    pair.on_images(pixels, 0, indices, views)
     return time.perf_counter() - start

@@ -10,19 +10,6 @@ from moco.data.augment.views import ViewPair, build_evaluation_view, rgb_batch
 from moco.errors import InputError
 
 
-class Plain:
-    """An image that is decoded already; it notes by how much it was asked to be smaller."""
-
-    def __init__(self, array):
-        self.array = array
-        self.size = array.shape[:2]
-        self.reduction = None
-
-    def pixels(self, reduction=1):
-        self.reduction = reduction
-        return self.array
-
-
 def settings(name="moco_v2"):
     config = yaml.safe_load((CONFIG_DIR / "augmentation" / f"{name}.yaml").read_text())
     return config | ({"key": config["query"]} if config["key"] == "${.query}" else {})
@@ -49,8 +36,7 @@ def images(generator):
 def made(augment, images, epoch=0, indices=None):
     indices = torch.arange(len(images)) if indices is None else torch.tensor(indices)
     views = augment.empty_views(len(images))
-    failed = augment.on_images([Plain(image) for image in images], epoch, indices, views)
-    assert failed == []
+    augment.on_images(images, epoch, indices, views)
     return torch.stack(augment.finished(views, epoch, indices))
 
 
@@ -101,33 +87,9 @@ def test_pieces_of_a_batch_are_put_together_in_order(monkeypatch, generator):
     images = torch.from_numpy(generator.integers(0, 256, (7, 3, 8, 8), dtype=np.uint8))
     augment, indices = view_pair(image_size=8), torch.arange(7)
     whole = augment.on_batch(images, 0, indices)
-    monkeypatch.setattr("moco.data.augment.views.PIECE", 400)  # two images
+    monkeypatch.setattr("moco.data.augment.views.VALUES_AT_ONCE", 400)  # two images
     for one, other in zip(whole, augment.on_batch(images, 0, indices), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
-
-
-def test_an_image_is_decoded_no_smaller_than_its_crops_need():
-    augment = view_pair(image_size=64)
-    many = [Plain(np.zeros((side, side, 3), np.uint8)) for side in (64, 200, 400, 1100, 2500)]
-    indices = torch.arange(5)
-    augment.on_images(many, 0, indices, augment.empty_views(5))
-    boxes = [
-        view[0]["box"][:, 2:].amin(1)
-        for view in augment.drawn(0, indices, torch.tensor([p.size for p in many]))
-    ]
-    shortest = torch.stack(boxes).amin(0).tolist()
-    for image, side in zip(many, shortest, strict=True):
-        assert image.reduction == 1 or side / image.reduction >= 64
-        assert image.reduction == 8 or side / (2 * image.reduction) < 64
-    assert {image.reduction for image in many} >= {1, 8}
-
-
-def test_an_image_is_decoded_whole_where_an_operation_comes_before_the_crop():
-    operations = {"gaussian_blur": {"sigma": [1, 1]}, "random_resized_crop": {"scale": [0.9, 1.0]}}
-    augment = ViewPair(operations, operations, [0.5] * 3, [0.5] * 3, 16, 0)
-    image = Plain(np.zeros((300, 300, 3), np.uint8))
-    augment.on_images([image], 0, torch.tensor([0]), augment.empty_views(1))
-    assert image.reduction == 1
 
 
 def test_pixels_in_memory_become_rgb(generator):
