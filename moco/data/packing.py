@@ -37,11 +37,13 @@ from moco.data.sources.packed_copy import (
     SIDES,
     TABLE,
     PackedImages,
+    count_skipped,
     damaged_shards,
     packed_source,
     read_copy,
     read_index,
     read_table,
+    total_of_parts,
 )
 from moco.data.sources.shards import NO_INDEX, ShardedImages
 from moco.data.sources.source import DataSource, Images, Labelled
@@ -244,9 +246,10 @@ def chunk_loader(
 ) -> DataLoader[Chunk]:
     """Return a loader of every chunk of a copy from place `start` on."""
     resize = index["settings"]["data"]["resize"]
-    has_jpegs = index["format"] == "shards"
-    quality = index["settings"]["quality"] if has_jpegs else None
-    order = order_of_copy(pool, is_random=has_jpegs)
+    quality = None
+    if index["format"] == "shards":
+        quality = index["settings"]["quality"]
+    order = order_of_copy(pool, is_random=index["format"] == "shards")
     options = loader_options(num_workers, CPU) | {"persistent_workers": False}
     return DataLoader(
         Chunks(pool, order, resize, quality),
@@ -274,8 +277,9 @@ def chunk_places(pool: Pool, start: int) -> list[tuple[int, int]]:
     """Return (start, stop) of every chunk; no chunk has training images and others."""
     places = []
     while start < len(pool):
-        end = pool.num_train if start < pool.num_train else len(pool)
-        stop = min(start + IMAGES_PER_CHUNK, end)
+        stop = min(start + IMAGES_PER_CHUNK, len(pool))
+        if start < pool.num_train:
+            stop = min(stop, pool.num_train)
         places.append((start, stop))
         start = stop
     return places
@@ -429,16 +433,19 @@ class CopyWriter:
         check_bad_fraction(self.skipped_names, len(self.pool), max_bad_fraction)
 
     def _begin_part(self) -> PartFile:
-        parts = self.index["parts"]
-        self.num_images_before = sum(part["images"] for part in parts)
+        self.num_images_before = total_of_parts(self.index, "images")
         self.offsets: list[int] = []
         self.columns = empty_columns()
         self.skipped: list[tuple[int, str]] = []
         if self.index["format"] == "array":
-            return ArrayPart(self.folder, start=sum(part["bytes"] for part in parts))
-        is_train = self.num_done < self.pool.num_train
-        prefix = "train-" if is_train else "held_out-"
-        number = sum(part["file"].startswith(prefix) for part in parts)
+            return ArrayPart(self.folder, start=total_of_parts(self.index, "bytes"))
+        prefix = "held_out-"
+        if self.num_done < self.pool.num_train:
+            prefix = "train-"
+        number = 0
+        for part in self.index["parts"]:
+            if part["file"].startswith(prefix):
+                number += 1
         return ShardPart(self.folder, f"{prefix}{number:05}.tar")
 
     def _end_part(self, part: PartFile, stop: int) -> None:
@@ -463,17 +470,11 @@ class CopyWriter:
 
     def finish(self) -> None:
         """Join the tables of the parts, and mark the copy as complete."""
-        num_parts = len(self.index["parts"])
-        tables = [read_table(self._table_path(number)) for number in range(num_parts)]
-        joined: dict[str, np.ndarray] = {}
-        for name in (*COLUMNS, "names"):
-            joined[name] = np.concatenate([table[name] for table in tables])
-        name_lengths = [np.diff(table["name_ends"], prepend=0) for table in tables]
-        joined["name_ends"] = np.cumsum(np.concatenate(name_lengths), dtype=np.int64)
-
+        joined = self._join_tables()
         place_of_row = np.full(len(self.pool), -1, dtype=np.int64)  # -1: skipped
         place_of_row[joined["rows"]] = np.arange(len(joined["rows"]))
         for side, (rows, labels) in self.pool.sides.items():
+            # In the copy's order and without skipped images.
             places = place_of_row[rows]
             is_there = places >= 0
             order = np.argsort(places[is_there], kind="stable")
@@ -484,6 +485,19 @@ class CopyWriter:
         self.index["complete"] = True
         write_index(self.folder, self.index)
         shutil.rmtree(self.folder / PARTS)
+
+    def _join_tables(self) -> dict[str, np.ndarray]:
+        """Return the tables of all parts as one."""
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, "names")}
+        name_lengths = []
+        for number in range(len(self.index["parts"])):
+            table = read_table(self._table_path(number))
+            for name, arrays in columns.items():
+                arrays.append(table[name])
+            name_lengths.append(np.diff(table["name_ends"], prepend=0))
+        joined = {name: np.concatenate(arrays) for name, arrays in columns.items()}
+        joined["name_ends"] = np.cumsum(np.concatenate(name_lengths), dtype=np.int64)
+        return joined
 
 
 def prepare_folder(folder: Path) -> None:
@@ -604,9 +618,12 @@ def sync_and_close(file: BinaryIO) -> None:
 
 def pack_names(names: list[str]) -> dict[str, np.ndarray]:
     """Return names as two arrays: the bytes of all names, and where each name ends."""
-    encoded_names = [os.fsencode(name) for name in names]
-    ends = np.cumsum([len(name) for name in encoded_names], dtype=np.int64)
-    return {"names": np.frombuffer(b"".join(encoded_names), dtype=np.uint8), "name_ends": ends}
+    text = bytearray()
+    ends = []
+    for name in names:
+        text += os.fsencode(name)
+        ends.append(len(text))
+    return {"names": np.frombuffer(text, dtype=np.uint8), "name_ends": np.array(ends, np.int64)}
 
 
 def choose_format(wanted: str, folder: Path, pool: Pool, resize: int | None) -> str:
@@ -626,7 +643,9 @@ def choose_format(wanted: str, folder: Path, pool: Pool, resize: int | None) -> 
                 f"output={folder}: {room}; format=shards or a smaller data.resize takes less"
             )
         return wanted
-    chosen = "array" if needed < free / 2 else "shards"
+    chosen = "shards"
+    if needed < free / 2:
+        chosen = "array"
     log.info("format=%s: %s", chosen, room)
     return chosen
 
@@ -662,11 +681,10 @@ def check_copy(folder: Path, pool: Pool) -> Iterator[int]:
             f"output={folder}: not finished; start the same command without check, then check"
         )
     copy, table = read_copy(str(folder), index, max_image_pixels=1)  # nothing is decoded
-    num_skipped = sum(len(part["skipped"]) for part in index["parts"])
-    if len(copy) + num_skipped != len(pool):
+    num_packed = len(copy) + count_skipped(index)
+    if num_packed != len(pool):
         raise RunError(
-            f"{folder}: made of {len(copy) + num_skipped} images, and the source has {len(pool)}; "
-            "pack it anew"
+            f"{folder}: made of {num_packed} images, and the source has {len(pool)}; pack it anew"
         )
     differing = []
     for number, row in enumerate(table["rows"].tolist()):
@@ -694,22 +712,23 @@ def describe_copy(
 ) -> list[tuple[str, str]]:
     """Return what a finished copy holds, and how fast it reads, as rows of a table."""
     copy = packed_source(str(folder), max_image_pixels)
-    num_bytes = sum(part["bytes"] for part in index["parts"])
-    num_skipped = sum(len(part["skipped"]) for part in index["parts"])
+    gigabytes = total_of_parts(index, "bytes") / 1e9
     resize = index["settings"]["data"]["resize"]
-    size = "as it was" if resize is None else f"shorter side at most {resize} px"
+    size = "as it was"
+    if resize is not None:
+        size = f"shorter side at most {resize} px"
     sides = [name for name in SIDES if getattr(copy, name) is not None]
     before, after = seconds_per_image(pool.source, copy)
+    speed = (
+        f"{before / after:.1f} x as fast: {before * 1e3:.2f} ms an image from the source, "
+        f"{after * 1e3:.2f} from the copy"
+    )
     return [
-        ("images", f"{len(copy.train):,} to train on, {num_skipped} unreadable left out"),
+        ("images", f"{len(copy.train):,} to train on, {count_skipped(index)} unreadable left out"),
         ("labels", ", ".join(sides) or "none"),
-        ("format", f"{index['format']}, {num_bytes / 1e9:,.2f} GB in {len(index['parts'])} parts"),
+        ("format", f"{index['format']}, {gigabytes:,.2f} GB in {len(index['parts'])} parts"),
         ("size", size),
-        (
-            "one epoch reads",
-            f"{before / after:.1f} x as fast: {before * 1e3:.2f} ms an image from the source, "
-            f"{after * 1e3:.2f} from the copy",
-        ),
+        ("one epoch reads", speed),
     ]
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class PathList(Sequence[str]):
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]
-        start = int(self.ends[index - 1]) if index > 0 else 0
+        start = start_of(self.ends, index)
         end = int(self.ends[index]) - 1
         return os.fsdecode(self.text[start:end].tobytes())
 
@@ -72,6 +72,13 @@ class PathList(Sequence[str]):
         lengths = np.diff(self.ends, prepend=0)
         is_chosen_byte = np.repeat(chosen, lengths)
         return PathList(self.text[is_chosen_byte], np.cumsum(lengths[chosen]))
+
+
+def start_of(ends: Any, index: int) -> int:
+    """Return where an entry starts, which is where the entry before it ends."""
+    if index == 0:
+        return 0
+    return int(ends[index - 1])
 
 
 class Folder(NamedTuple):

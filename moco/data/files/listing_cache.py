@@ -21,13 +21,13 @@ from moco.data.files.listing import (
     check_folder,
     count_pages,
     list_tree,
+    start_of,
 )
 from moco.errors import printable
 
 log = logging.getLogger(__name__)
 
-# File systems count time in steps of up to this: a folder could change again and keep its time.
-SETTLED_SECONDS = 2
+SETTLED_SECONDS = 2  # file systems count time in steps of up to this
 FOLDERS_PER_TASK = 256
 ARRAYS = (
     "key",
@@ -76,8 +76,8 @@ class Listing:
         return parts
 
     def _between(self, start: int, end: int) -> "Listing":
-        text_start = int(self.paths.ends[start - 1]) if start > 0 else 0
-        text_end = int(self.paths.ends[end - 1]) if end > 0 else 0
+        text_start = start_of(self.paths.ends, start)
+        text_end = start_of(self.paths.ends, end)
         text = self.paths.text[text_start:text_end]
         paths = PathList(text, self.paths.ends[start:end] - text_start)
         num_pages = self.num_pages
@@ -128,9 +128,13 @@ def listed(roots: Sequence[str], pages: str = "first", cache: Path | None = None
     may_be_kept = True
     for root in roots:
         paths, folders_below, is_complete = list_tree(root)
-        parts.append(Listing(paths, count_pages(paths) if pages == "each" else None))
+        num_pages = None
+        if pages == "each":
+            num_pages = count_pages(paths)
+        parts.append(Listing(paths, num_pages))
         folders += folders_below
         may_be_kept = may_be_kept and is_complete
+    # A folder that has just changed could change again within a step of the file system's clock.
     newest_change = max(folder.mtime_ns for folder in folders)
     is_settled = newest_change < now - SETTLED_SECONDS * 10**9
     if cache is not None and is_settled and may_be_kept:
@@ -150,6 +154,11 @@ def write_listing(
     """Write a listing as a whole or not at all; warn if that fails."""
     files = Listing.of_all(parts)
     folder_paths = PathList.of(folder.path for folder in folders)
+    stamps = []
+    files_in_folder = []
+    for folder in folders:
+        stamps.append(stamp(folder.identity[1], folder.mtime_ns))
+        files_in_folder.append(folder.num_files)
     num_pages = files.num_pages
     if num_pages is None:
         num_pages = np.zeros(0, np.int64)
@@ -161,10 +170,8 @@ def write_listing(
         "num_pages": num_pages,
         "folder_text": folder_paths.text,
         "folder_ends": folder_paths.ends,
-        "folder_times": np.array(
-            [stamp(folder.identity[1], folder.mtime_ns) for folder in folders]
-        ),
-        "folder_files": np.array([folder.num_files for folder in folders]),
+        "folder_times": np.array(stamps),
+        "folder_files": np.array(files_in_folder),
     }
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
     try:
@@ -215,6 +222,7 @@ def changed_folders(folders: list[str], times: np.ndarray) -> Iterator[str]:
     """Yield the folders that have changed or were replaced, given their stamps, (folders, 2)."""
     starts = range(0, len(folders), FOLDERS_PER_TASK)
     tasks = [folders[start : start + FOLDERS_PER_TASK] for start in starts]
+    # Threads, since a file system on a network answers slowly, but many requests at a time.
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         for start, stamps in zip(starts, pool.map(stamps_of, tasks), strict=True):
             expected = times[start : start + FOLDERS_PER_TASK]

@@ -24,8 +24,8 @@ def folder_source(root: Any, max_image_pixels: int, pages: str, listing: Path | 
     Raises:
         InputError: a folder is missing or holds no images, or one folder contains another.
     """
-    roots = [root] if isinstance(root, str) else root
-    if not is_list_of_paths(roots):
+    roots = list_of_paths(root)
+    if roots is None:
         raise InputError(f"data.root={root}: expected a folder or a list of folders")
     check_no_overlap(roots)
     files = Listing.of_all(listed(roots, pages, listing))
@@ -33,9 +33,16 @@ def folder_source(root: Any, max_image_pixels: int, pages: str, listing: Path | 
     return DataSource(images, None, None, IMAGE_SIZE)
 
 
-def is_list_of_paths(roots: Any) -> bool:
-    """Return whether this is a list of one or more strings."""
-    return isinstance(roots, list) and len(roots) > 0 and all(isinstance(one, str) for one in roots)
+def list_of_paths(root: Any) -> list[str] | None:
+    """Return one or several paths as a list, or None if `root` is something else."""
+    if isinstance(root, str):
+        return [root]
+    if not isinstance(root, list) or len(root) == 0:
+        return None
+    for path in root:
+        if not isinstance(path, str):
+            return None
+    return root
 
 
 def check_no_overlap(roots: Sequence[str]) -> None:

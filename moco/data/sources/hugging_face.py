@@ -107,7 +107,9 @@ class Split:
                     f"{key}: missing; {self.where} has several columns of type "
                     f"{column_type.__name__}: {printable(', '.join(columns))}"
                 )
-            return columns[0] if columns else None
+            if not columns:
+                return None
+            return columns[0]
         if given not in features:
             raise InputError(f"{key}: {unknown_name('column', given, features)}")
         is_label = key == "data.label_column"
@@ -131,8 +133,7 @@ class Split:
     def class_names(self) -> list[str] | None:
         """Return the class names in the order of their numbers; None for plain numbers."""
         feature = self.dataset.features[self.label_column]
-        names = getattr(feature, "names", None)
-        return None if names is None else list(names)
+        return getattr(feature, "names", None)
 
     def labels(self) -> np.ndarray | None:
         """Return the labels, (rows,) int64; None if there are none or some rows have none.
@@ -145,17 +146,20 @@ class Split:
         if self.label_column is None:
             return None
         column = self.dataset.select_columns([self.label_column]).with_format("arrow")
-        labels = []
-        for label in column[:][self.label_column].to_pylist():
-            labels.append(NO_LABEL if label is None else label)
-        # `datasets` checks labels when a table is written, and not when it is read.
         names = self.class_names()
-        end = 2**63 if names is None else len(names)
-        for row, label in enumerate(labels):
+        end = 2**63
+        expected = "0 or more"
+        if names is not None:
+            end = len(names)
+            expected = f"0 to {end - 1}, its {end} classes"
+        labels: list[int] = []
+        # `datasets` checks labels when a table is written, and not when it is read.
+        for row, label in enumerate(column[:][self.label_column].to_pylist()):
+            if label is None:
+                labels.append(NO_LABEL)
+                continue
+            labels.append(label)
             if not NO_LABEL <= label < end:
-                expected = "0 or more"
-                if names is not None:
-                    expected = f"0 to {end - 1}, its {end} classes"
                 raise InputError(
                     f"data.root={self.where}: column {printable(self.label_column)} holds {label} "
                     f"in row {row}; expected {expected}, or -1 (no label)"
@@ -247,7 +251,9 @@ def load_splits(root: str) -> dict[str, Any]:
         )
     try:
         empty_splits = find_empty_splits(root)
-        found = None if empty_splits else datasets.load_from_disk(root)
+        found = None
+        if not empty_splits:
+            found = datasets.load_from_disk(root)
     except Exception as error:  # its parsers and Arrow's raise nearly anything on damaged folders
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         raise InputError(

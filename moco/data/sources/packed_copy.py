@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moco.data.files.archives import DAMAGED, read_arrays
 from moco.data.files.decoding import DecodedImage, EncodedImage, encoded
+from moco.data.files.listing import start_of
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, printable
 
@@ -101,7 +102,7 @@ class PackedImages:
         """Return the image's name in the source."""
         row = int(self.rows[index])
         name_ends = self.table["name_ends"]
-        start = int(name_ends[row - 1]) if row > 0 else 0
+        start = start_of(name_ends, row)
         end = int(name_ends[row])
         return os.fsdecode(self.table["names"][start:end].numpy().tobytes())
 
@@ -163,22 +164,29 @@ def read_copy(
     """
     path = Path(root, TABLE)
     table = read_table(path)
-    files = [part["file"] for part in index["parts"]]
-    counts = np.array([part["images"] for part in index["parts"]], np.int64)
-    sizes = np.array([part["bytes"] for part in index["parts"]], np.int64)
+    num_images = total_of_parts(index, "images")
+    if num_images != len(table["rows"]):
+        raise InputError(
+            f"{path}: {len(table['rows'])} images, {INDEX} says {num_images}; pack it anew"
+        )
+    files: list[str] = []
+    counts: list[int] = []
+    sizes: list[int] = []
     if index["format"] == "array":  # all parts are in one file
         files = [PIXELS]
-        counts = counts.sum(keepdims=True)
-        sizes = sizes.sum(keepdims=True)
-    if counts.sum() != len(table["rows"]):
-        raise InputError(
-            f"{path}: {len(table['rows'])} images, {INDEX} says {counts.sum()}; pack it anew"
-        )
-    for file, size in zip(files, sizes.tolist(), strict=True):
+        counts = [num_images]
+        sizes = [total_of_parts(index, "bytes")]
+    else:
+        for part in index["parts"]:
+            files.append(part["file"])
+            counts.append(part["images"])
+            sizes.append(part["bytes"])
+    for file, size in zip(files, sizes, strict=True):
         check_file_size(Path(root, file), size)
-    table["parts"] = np.repeat(np.arange(len(files)), counts)
-    # Subtracting, since the sum of a damaged offset and a length may overflow.
-    is_inside_file = table["lengths"] <= sizes[table["parts"]] - table["offsets"]
+    table["parts"] = np.repeat(np.arange(len(files)), np.array(counts, np.int64))
+    size_of_file = np.array(sizes, np.int64)[table["parts"]]
+    # A difference, because the sum of a damaged offset and a length could overflow.
+    is_inside_file = table["lengths"] <= size_of_file - table["offsets"]
     if not is_inside_file.all():
         raise InputError(f"{path}: does not go with {INDEX}; pack it anew")
     if index["format"] == "array" and not pixels_fill_lengths(table):
@@ -252,13 +260,23 @@ def read_index(root: str) -> dict[str, Any]:
     check_keys(path, index, INDEX_KEYS)
     for number, part in enumerate(index["parts"]):
         check_keys(path, part, PART_KEYS, prefix=f"parts[{number}].")
-    num_images = sum(part["images"] for part in index["parts"])
+    num_images = total_of_parts(index, "images")
     if index["complete"] and (index["num_images"] is None or index["num_images"] > num_images):
         raise InputError(
             f"{path}: num_images={index['num_images']}, and its parts hold {num_images}; "
             "pack it anew"
         )
     return index
+
+
+def total_of_parts(index: Mapping[str, Any], key: str) -> int:
+    """Return the sum of ``images`` or ``bytes`` over all parts of a copy."""
+    return sum(part[key] for part in index["parts"])
+
+
+def count_skipped(index: Mapping[str, Any]) -> int:
+    """Return how many images a copy leaves out because they could not be read."""
+    return sum(len(part["skipped"]) for part in index["parts"])
 
 
 def rename_old_keys(index: dict[str, Any]) -> None:

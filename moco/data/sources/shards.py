@@ -24,6 +24,7 @@ from PIL import Image
 
 from moco.data.files.decoding import EncodedImage, encoded
 from moco.data.files.images import EXTENSIONS, UnreadableImage
+from moco.data.sources.folders import list_of_paths
 from moco.data.sources.packed_copy import INDEX, check_finished, read_index
 from moco.data.sources.source import DataSource
 from moco.errors import InputError, printable
@@ -152,16 +153,15 @@ def list_shards(root: Any) -> list[str]:
     Raises:
         InputError: it is something else, or there is no such file.
     """
-    roots = [root] if isinstance(root, str) else root
-    is_list = isinstance(roots, list) and len(roots) > 0
-    if not is_list or not all(isinstance(one, str) for one in roots):
+    roots = list_of_paths(root)
+    if roots is None:
         raise InputError(
             f"data.root={root}: expected tar shards: a pattern, a folder, pipe:COMMAND, "
             "or a list of these"
         )
     shards = []
-    for one in roots:
-        for pattern in expand_braces(one):
+    for root_pattern in roots:
+        for pattern in expand_braces(root_pattern):
             shards += shards_of_pattern(pattern)
     return shards
 

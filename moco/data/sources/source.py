@@ -13,7 +13,7 @@ from PIL import Image
 
 from moco.data.files.decoding import DecodedImage, EncodedImage, encoded_file
 from moco.data.files.images import MAX_IMAGE_PIXELS, to_rgb
-from moco.data.files.listing import PathList
+from moco.data.files.listing import PathList, start_of
 from moco.errors import InputError
 
 
@@ -134,7 +134,7 @@ class FileImages:
         if self.page_ends is None:
             return paths[index], 0, 1
         file = int(np.searchsorted(self.page_ends.numpy(), index, side="right"))
-        start = int(self.page_ends[file - 1]) if file > 0 else 0
+        start = start_of(self.page_ends, file)
         end = int(self.page_ends[file])
         return paths[file], index - start, end - start
 
