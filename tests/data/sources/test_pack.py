@@ -1,4 +1,4 @@
-"""moco.pack: copies that hold the same images under the same names and labels, as an array or as shards."""
+"""moco.pack: a copy holds the same images with the same names and labels, as an array or shards."""
 
 import dataclasses
 import io
@@ -163,6 +163,7 @@ def test_shards_are_what_webdataset_reads(tmp_path):
             assert len(archive.getnames()) == 2 * part["images"]
 
 
+@pytest.mark.slow
 def test_worker_processes_write_the_same_copy(tmp_path, photographs):
     arguments = [f"data.root={photographs}", "format=shards", "data.resize=40"]
     assert files(run(tmp_path, *arguments)) == files(
