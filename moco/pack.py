@@ -36,7 +36,7 @@ def run(config: PackConfig, folder: Path) -> None:
 
     output = Path(config.output)
     data = dataclasses.asdict(config.data)
-    del data["max_bad_fraction"], data["resize"]
+    del data["max_bad_fraction"], data["resize"]  # settings of the copy, not of the source
     pool = Pool(build_source(**data))
     if config.check:
         check(output, pool)
@@ -74,6 +74,7 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
     from moco.data.packing import describe_copy, open_copy
 
     data = dataclasses.asdict(config.data)
+    # The same command may go on from another working directory.
     if isinstance(data["root"], str):
         data["root"] = os.path.abspath(data["root"])
     # What must stay the same while a copy is written.

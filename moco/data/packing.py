@@ -93,6 +93,7 @@ class Pool:
         """Return the rows of a side's images; images with a new name get a new row."""
         if images is self.sets[0]:
             return np.arange(self.num_train)
+        # Bank or queries may be a part of the training images: their names tell.
         if not row_of_name:
             for index in range(self.num_train):
                 row_of_name[self.sets[0].name(index)] = index
@@ -308,6 +309,7 @@ class ArrayPart:
 
     def __init__(self, folder: Path, start: int) -> None:
         (folder / PIXELS).touch()
+        # "r+b" keeps what is in the file; "wb" would cut it to nothing.
         self.file: BinaryIO = (folder / PIXELS).open("r+b")
         self.file.truncate(start)
         self.file.seek(start)
@@ -414,6 +416,7 @@ class CopyWriter:
         start = 0
         for row, length in zip(chunk.columns["rows"], chunk.columns["lengths"], strict=True):
             image_content = content[start : start + length]
+            # A member of a shard is named by its place in the copy, so all names differ.
             place = self.num_images_before + len(self.offsets)
             self.offsets.append(self.part.add(image_content, place, self.labels[row]))
             start += length
@@ -423,6 +426,7 @@ class CopyWriter:
             log.warning("skipped an unreadable image: %s", reason)
             self.skipped.append((row, reason))
             self.skipped_names.append(self.pool.name(row))
+        # Training images and others are in different parts: webdataset reads the first alone.
         is_full = self.part.num_bytes >= self.max_part_bytes
         if is_full or chunk.stop in (self.pool.num_train, len(self.pool)):
             self._end_part(self.part, chunk.stop)
@@ -449,6 +453,7 @@ class CopyWriter:
         return ShardPart(self.folder, f"{prefix}{number:05}.tar")
 
     def _end_part(self, part: PartFile, stop: int) -> None:
+        # First the part, then its table, last the index: a crash in between leaves no trace there.
         more = part.close()
         table = {"offsets": np.array(self.offsets, np.int64)}
         for name, values in self.columns.items():
@@ -652,6 +657,7 @@ def choose_format(wanted: str, folder: Path, pool: Pool, resize: int | None) -> 
 
 def estimate_array_bytes(pool: Pool, resize: int | None) -> int:
     """Return about how many bytes the pixels of all images take, by the sizes of some of them."""
+    # Images in equal distances, since neighbours in a folder are often of one size.
     num_sizes = min(NUM_SIZES, len(pool))
     sizes = []
     for row in np.linspace(0, len(pool) - 1, num_sizes, dtype=int).tolist():
@@ -740,7 +746,7 @@ def seconds_per_image(source: DataSource, copy: DataSource) -> tuple[float, floa
     """
     assert isinstance(copy.train, PackedImages)
     crop = {"random_resized_crop": {"scale": [0.2, 1]}}
-    half = [0.5] * 3
+    half = [0.5] * 3  # mean and standard deviation do not change the time
     pair = ViewPair(crop, crop, mean=half, std=half, image_size=copy.image_size, seed=0)
     num_timed = min(NUM_TIMED_IMAGES, len(copy.train))
     places = torch.linspace(0, len(copy.train) - 1, num_timed).long()

@@ -83,6 +83,7 @@ def class_folder_source(
         validation_files = files_in_class_folders(folders[1], listings[1])
         queries = labelled_files(folders[1], validation_files, classes, max_image_pixels)
         return DataSource(train.images, train, queries, IMAGE_SIZE)
+    # A monitor needs images on both sides.
     is_query = is_held_out(names, held_out)
     if has_training_folder or is_query.all() or not is_query.any():
         return DataSource(train.images, train, None, IMAGE_SIZE)
@@ -160,6 +161,7 @@ def is_held_out(names: Iterable[bytes], share: float) -> np.ndarray:
     Args:
         share: fraction from 0 to 1.
     """
+    # The digit is moved to the front of the number, and the share is a threshold.
     hashes_per_digit = NUM_HASHES // 10 + 1
     hashes = np.fromiter(map(zlib.crc32, names), dtype=np.int64)
     places = hashes % 10 * hashes_per_digit + hashes // 10

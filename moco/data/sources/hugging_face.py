@@ -124,6 +124,7 @@ class Split:
         """Return the split's images."""
         import datasets
 
+        # Undecoded, so that an image is read in the loader process as files are.
         table = self.dataset.select_columns([self.image_column])
         table = table.cast_column(self.image_column, datasets.Image(decode=False))
         return TableImages(
@@ -227,6 +228,7 @@ def queries_of(held_out: Split, train: Split, max_image_pixels: int) -> Labelled
             f"data.root={held_out.where}: classes that the split train does not have: "
             f"{printable(', '.join(unknown))}"
         )
+    # The two splits may number the same classes differently.
     new_numbers = np.array([train_names.index(name) for name in names])
     return Labelled(images, new_numbers[labels])
 

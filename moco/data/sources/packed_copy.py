@@ -118,6 +118,7 @@ class PackedImages:
 
     def _map_file(self, number: int) -> mmap.mmap:
         if number not in self.maps:
+            # A copy may have more shards than a process may open files.
             if len(self.maps) == MAX_OPEN_FILES:
                 oldest = next(iter(self.maps))
                 del self.maps[oldest]
@@ -257,6 +258,7 @@ def read_index(root: str) -> dict[str, Any]:
             "this program reads version 1"
         )
     rename_old_keys(index)
+    # A copy may come from elsewhere: nothing may rely on a key or a file name before this.
     check_keys(path, index, INDEX_KEYS)
     for number, part in enumerate(index["parts"]):
         check_keys(path, part, PART_KEYS, prefix=f"parts[{number}].")

@@ -318,6 +318,7 @@ def open_shard(shard: str) -> Iterator[IO[bytes]]:
         read_to_the_end(stream)
         stream.close()
     except TAR_ERRORS as error:
+        # A failed command cuts its output short, which tarfile reports as damage.
         if command_has_failed(stream):
             raise OSError("its command failed") from error
         raise
@@ -382,6 +383,7 @@ def count_in_shard(shard: str) -> tuple[int, Problem | None]:
                     num_images += 1
                     last_member = member
             except TAR_ERRORS:
+                # Only headers were read: the last image may be cut off.
                 if last_member is not None and not is_complete(archive, last_member):
                     num_images -= 1
                 raise
