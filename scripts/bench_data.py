@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 from moco.config.parsing import CONFIG_DIR
 from moco.data.augment.views import ViewPair, picked, rgb_batch
 from moco.data.loading.loaders import PairDataset
-from moco.data.sources.registry import FileImages
+from moco.data.sources.source import FileImages
 
 
 class OfficialBlur:

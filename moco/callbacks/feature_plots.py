@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from moco.data.sources.registry import Labelled
+from moco.data.sources.source import Labelled
 from moco.evaluation.knn import vote
 from moco.evaluation.neighbors import nearest, normalized
 from moco.evaluation.reports.drawing import (

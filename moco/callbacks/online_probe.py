@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moco.callbacks.monitors import data_of
 from moco.callbacks.stopwatches import MONITORS, epoch_time
-from moco.data.sources.registry import DataSource
+from moco.data.sources.source import DataSource
 from moco.errors import InputError
 from moco.training.distributed.collectives import all_gather
 

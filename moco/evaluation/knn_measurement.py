@@ -16,7 +16,7 @@ from rich.table import Table
 
 from moco.callbacks.feature_plots import Embedded
 from moco.callbacks.monitors import protocol as protocol_figures
-from moco.data.sources.registry import Labelled
+from moco.data.sources.source import Labelled
 from moco.errors import InputError, printable
 from moco.evaluation.approximate import ApproximateIndex, recall
 from moco.evaluation.knn import KNNResult, Protocol, Search, Votes, capped, classify, scores_of

@@ -17,7 +17,7 @@ from rich.table import Table
 from moco.callbacks.collapse_watch import CAUSES, CollapseWatch
 from moco.data.augment.views import ViewPair
 from moco.data.loading.loaders import PairMaker
-from moco.data.sources.registry import Labelled
+from moco.data.sources.source import Labelled
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, label_free_figures, rank_me
 from moco.evaluation.subject import Features, Subject
 

@@ -23,7 +23,7 @@ from moco.data.augment.views import ViewPair, build_evaluation_view
 from moco.data.loading.datamodule import PretrainingData
 from moco.data.loading.engine import Engine
 from moco.data.loading.loaders import PairBatch
-from moco.data.sources.registry import ArrayImages, DataSource
+from moco.data.sources.source import ArrayImages, DataSource
 from moco.methods.batch_norm import batch_norm_mode
 from moco.methods.moco import MoCo
 from moco.methods.momentum import update_key_encoder

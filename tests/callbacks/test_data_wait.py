@@ -10,7 +10,7 @@ from moco.callbacks.data_wait import DataWait
 from moco.callbacks.monitors import LossMonitor
 from moco.cli.progress import ProgressBar
 from moco.data.loading.workers import cores_of
-from moco.data.sources.registry import FileImages
+from moco.data.sources.source import FileImages
 
 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from moco.callbacks.feature_plots import Embedded, FeaturePlots, neighbor_row, projected, spaced
-from moco.data.sources.registry import ArrayImages, Labelled
+from moco.data.sources.source import ArrayImages, Labelled
 from moco.evaluation.reports.drawing import (
     LINE,
     MARGIN,

@@ -226,7 +226,7 @@ def test_a_backbone_alone_has_the_rank_of_its_features(checkpoint, evaluated, tm
 @pytest.fixture
 def searched(generator):
     """60 images of one grey level each, and random features."""
-    from moco.data.sources.registry import ArrayImages, Labelled
+    from moco.data.sources.source import ArrayImages, Labelled
     from moco.evaluation.neighbors import nearest_by_block
 
     images = ArrayImages(

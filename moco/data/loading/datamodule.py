@@ -30,8 +30,8 @@ from moco.data.loading.streams import (
     build_streams,
 )
 from moco.data.loading.workers import device_of, loader_options, unchanged
-from moco.data.sources.registry import ArrayImages, DataSource, Images, Labelled
 from moco.data.sources.shards import ShardedImages
+from moco.data.sources.source import ArrayImages, DataSource, Images, Labelled
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from moco.data.sources.registry import ArrayImages, Images
+from moco.data.sources.source import ArrayImages, Images
 
 LARGEST_ON_GPU = 4 * 2**30  # bytes; a larger dataset is not moved to the GPU
 LARGEST_ON_CPU = 96  # px; larger images are augmented faster one by one, in several processes

@@ -16,7 +16,7 @@ from moco.data.augment.views import EvaluationView, Transform, rgb_batch
 from moco.data.files.images import UnreadableImage
 from moco.data.loading.lost_workers import WatchedLoader, note_read
 from moco.data.loading.workers import CPU, loader_options
-from moco.data.sources.registry import ArrayImages, Labelled
+from moco.data.sources.source import ArrayImages, Labelled
 
 
 class KeyedImages(Protocol):

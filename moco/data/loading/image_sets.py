@@ -15,7 +15,6 @@ from moco.data.files.images import UnreadableImage
 from moco.data.loading.every_image import ReadImage, every_image, in_batches
 from moco.data.loading.lost_workers import WatchedLoader
 from moco.data.loading.workers import CPU
-from moco.data.sources.registry import ArrayImages, Labelled
 from moco.data.sources.shards import (
     Problem,
     Sample,
@@ -24,6 +23,7 @@ from moco.data.sources.shards import (
     is_local,
     sample_key,
 )
+from moco.data.sources.source import ArrayImages, Labelled
 
 Crop = Callable[[Image.Image], Image.Image]
 

@@ -11,7 +11,7 @@ from moco.data.loading.engine import choose_engine
 from moco.data.loading.loaders import MemoryLoader, PairDataset, ResumableLoader
 from moco.data.loading.samplers import EpochSampler
 from moco.data.loading.workers import loader_options, unchanged
-from moco.data.sources.registry import ArrayImages, Labelled
+from moco.data.sources.source import ArrayImages, Labelled
 
 
 class OneView(ViewPair):

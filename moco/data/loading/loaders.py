@@ -18,7 +18,7 @@ from moco.data.files.decoding import EncodedImage
 from moco.data.files.images import UnreadableImage
 from moco.data.loading.lost_workers import WatchedLoader, note_read
 from moco.data.loading.samplers import EpochSampler
-from moco.data.sources.registry import ArrayImages, Images
+from moco.data.sources.source import ArrayImages, Images
 
 MOST_ATTEMPTS = 100  # images in a row that are tried in place of an unreadable one
 # A loader process augments decoded images in groups: their numbers are drawn together, which is

@@ -1,4 +1,4 @@
-"""A run goes on over damaged images, and lists exactly those that cannot be read."""
+"""A run on a tree with many damaged images goes on, and its list of unreadable images is exact."""
 
 import io
 import json
@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moco import train
 from moco.callbacks.unreadable_images import UNREADABLE
-from moco.data.sources.registry import build_source
 from tests.conftest import run_program
 from tests.data.files.test_hostile_images import ODD_NAMES, png_that_claims
-from tests.data.loading.test_datamodule import data_for, epoch_of
 
 
 def encoded(image, file_format, **options):
@@ -24,7 +23,7 @@ def encoded(image, file_format, **options):
 
 
 def small_image(generator, width=24, height=20):
-    """Return a smooth image, whose damaged JPEG is not always noise."""
+    """Return a smooth image: most damaged JPEGs of it can still be decoded."""
     coarse = Image.fromarray(generator.integers(0, 256, (3, 3, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -60,7 +59,7 @@ def sixteen_bit(generator):
     return encoded(image, ("PNG", "TIFF")[generator.integers(2)])
 
 
-MAX_IMAGE_PIXELS = 1000  # an undamaged image has 480
+MAX_IMAGE_PIXELS = 1000  # the sound images have 480
 
 DAMAGE = {
     "truncated": truncated,
@@ -79,7 +78,7 @@ DAMAGE = {
 
 
 def make_tree(root, num_images, num_damaged, seed=0):
-    """Write images of 24 x 20 px into ten folders, some of them damaged, some with odd names."""
+    """Make images of 24 x 20 px in ten folders, some of them damaged, some with odd names."""
     generator = np.random.default_rng(seed)
     damaged = set(generator.choice(num_images, num_damaged, replace=False).tolist())
     kinds = list(DAMAGE)
@@ -99,7 +98,7 @@ def make_tree(root, num_images, num_damaged, seed=0):
 
 
 def is_readable(path):
-    """Return whether Pillow can read an image of an allowed size."""
+    """Return whether Pillow alone can read an image."""
     if not os.path.isfile(path):
         return False
     try:
@@ -112,34 +111,20 @@ def is_readable(path):
 
 
 def damaged_tree(folder, num_images, num_damaged):
-    """Make a tree of `num_images` files. Return its path, and the files that Pillow cannot read."""
-    root = folder / "tree"
-    num_others = len(ODD_NAMES) + 1
-    make_tree(root, num_images - num_others, num_damaged)
+    """Make a tree; return the paths that Pillow cannot read, in sorted order."""
+    make_tree(folder / "tree", num_images - len(ODD_NAMES) - 1, num_damaged)
     paths = []
-    for top, _, names in os.walk(root):
-        paths += [os.path.join(top, name) for name in names]
+    for top, _, names in os.walk(folder / "tree"):
+        for name in names:
+            paths.append(os.path.join(top, name))
     assert len(paths) == num_images
-    return root, sorted(path for path in paths if not is_readable(path))
+    return sorted(path for path in paths if not is_readable(path))
 
 
-def test_the_unreadable_images_are_those_that_pillow_cannot_read(tmp_path):
-    root, expected = damaged_tree(tmp_path, 250, 45)
-    assert 25 < len(expected) < 50
-    source = build_source("images", str(root), max_image_pixels=MAX_IMAGE_PIXELS)
-    # The batches hold every image of an epoch.
-    data = data_for(source, batch_size=50, max_bad_fraction=0.5)
-    for epoch in (0, 1):
-        for batch in epoch_of(data.train_dataloader(), epoch):
-            data.on_before_batch_transfer(batch, 0)
-        assert sorted(data.unreadable) == expected
-
-
-def train_on(root, batch_size, *arguments):
-    """Run the training program in a terminal that knows only ASCII."""
-    settings = [
+def settings(folder, batch_size):
+    return [
         "data=images",
-        f"data.root={root}",
+        f"data.root={folder / 'tree'}",
         "backbone=resnet_tiny",
         "augmentation=cifar",
         "method.queue_size=500",
@@ -149,35 +134,47 @@ def train_on(root, batch_size, *arguments):
         "data.max_bad_fraction=0.5",
         f"data.max_image_pixels={MAX_IMAGE_PIXELS}",
         "trainer.accelerator=cpu",
-        "hydra.run.dir=run",
     ]
+
+
+def listed_in_the_run_folder(folder):
+    lines = (folder / "run" / UNREADABLE).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_training_goes_on_over_damaged_images_and_lists_each_once(tmp_path, runner, caplog):
+    """Every image is in a batch of both epochs."""
+    unreadable = damaged_tree(tmp_path, num_images=100, num_damaged=20)
+    assert 10 < len(unreadable) < 30
+    config = runner.config(
+        *settings(tmp_path, batch_size=50),
+        "trainer.max_epochs=2",
+        "trainer.max_steps=-1",
+        "data.num_workers=0",
+    )
+    train.run(config, tmp_path / "run")
+    assert listed_in_the_run_folder(tmp_path) == unreadable
+    assert caplog.text.count("skipped an unreadable image: ") == len(unreadable)
+
+
+@pytest.mark.slow
+def test_a_thousand_damaged_images_in_five_thousand(tmp_path):
+    """Images are read in two processes, and the terminal knows only ASCII."""
+    unreadable = damaged_tree(tmp_path, num_images=5000, num_damaged=1000)
+    assert 450 < len(unreadable) < 700
     done = run_program(
         "moco.train",
-        *settings,
-        *arguments,
-        cwd=root.parent,
+        *settings(tmp_path, batch_size=100),
+        "trainer.max_epochs=2",
+        "data.num_workers=2",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
         timeout=600,
         PYTHONIOENCODING="ascii",
     )
     assert done.returncode == 0, done.stderr
-    return done
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("num_images", "num_damaged", "batch_size", "num_workers", "epochs"),
-    [(250, 45, 50, 1, 2), (5000, 1000, 100, 2, 1)],
-)
-def test_training_goes_on_over_damaged_images_and_lists_each_once(
-    num_images, num_damaged, batch_size, num_workers, epochs, tmp_path
-):
-    root, expected = damaged_tree(tmp_path, num_images, num_damaged)
-    assert 0.4 * num_damaged < len(expected) < 1.1 * num_damaged
-    workers = f"data.num_workers={num_workers}"
-    done = train_on(root, batch_size, workers, f"trainer.max_epochs={epochs}")
-    listing = (tmp_path / "run" / UNREADABLE).read_text()
-    assert [json.loads(line) for line in listing.splitlines()] == expected
-    assert re.search(rf"unreadable images skipped +\S {len(expected)} ", done.stdout)
-    assert done.stdout.count("skipped an unreadable image: ") == len(expected)
+    assert listed_in_the_run_folder(tmp_path) == unreadable
+    assert re.search(rf"unreadable images skipped +\S {len(unreadable)} ", done.stdout)
+    assert done.stdout.count("skipped an unreadable image: ") == len(unreadable)
     assert "Traceback" not in done.stdout + done.stderr
     assert "Logging error" not in done.stderr

@@ -9,7 +9,8 @@ from PIL import Image
 
 from moco.data.files.decoding import encoded, encoded_file, jpeg_pixels
 from moco.data.files.images import MAX_IMAGE_PIXELS, UnreadableImage, to_rgb
-from moco.data.sources.registry import ArrayImages, FileImages, build_source
+from moco.data.sources.registry import build_source
+from moco.data.sources.source import ArrayImages, FileImages
 
 
 def smooth(generator, height=125, width=166):

@@ -3,7 +3,7 @@ import multiprocessing
 import pytest
 import torch
 
-from moco.data.sources.registry import ArrayImages, DataSource, Labelled
+from moco.data.sources.source import ArrayImages, DataSource, Labelled
 
 
 @pytest.fixture(autouse=True)

@@ -216,7 +216,7 @@ from multiprocessing import active_children
 import numpy as np
 from torchvision.transforms.v2.functional import pil_to_tensor
 from moco.data.loading.every_image import evaluation_loader
-from moco.data.sources.registry import ArrayImages, Labelled
+from moco.data.sources.source import ArrayImages, Labelled
 
 if __name__ == "__main__":
     images = ArrayImages(np.zeros((30, 8, 8, 3), dtype=np.uint8), "zeros")

@@ -22,8 +22,9 @@ from moco.data.loading.lost_workers import LONGEST_NAME, ReadNotes, note_read
 from moco.data.loading.samplers import EpochSampler
 from moco.data.loading.streams import StreamDataset, StreamLoader, build_streams
 from moco.data.loading.workers import CPU, loader_options, unchanged
-from moco.data.sources.registry import Labelled, build_source
+from moco.data.sources.registry import build_source
 from moco.data.sources.shards import Sample, images_in
+from moco.data.sources.source import Labelled
 from tests.data.loading.deadly import DeadlyImages, DeadlyPairMaker, deadly_crop
 
 VIEW = {"random_resized_crop": {"scale": [0.2, 1.0]}}

@@ -1,4 +1,4 @@
-"""moco.pack: copies that hold the same images under the same names and labels, as an array or as shards."""
+"""moco.pack: a copy holds the same images with the same names and labels, as an array or shards."""
 
 import dataclasses
 import io
@@ -15,7 +15,7 @@ from PIL import Image
 from moco import pack
 from moco.config.pack import PackConfig
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
-from moco.data.sources.packing import Pool, resized_size
+from moco.data.packing import Pool, resized_size
 from moco.data.sources.registry import build_source
 from moco.errors import InputError
 
@@ -52,7 +52,7 @@ def test_an_array_holds_the_same_pixels_in_the_same_order(tmp_path, photographs)
     for index in range(len(source)):
         assert np.array_equal(np.asarray(copy[index]), np.asarray(source[index]))
         assert copy.opened(index).size == source.opened(index).size
-        assert copy.opened(index).pixels(8).flags.c_contiguous
+        assert copy.opened(index).pixels().flags.c_contiguous
 
 
 def test_shards_hold_each_jpeg_as_it_was_in_another_order(tmp_path, photographs):
@@ -163,6 +163,7 @@ def test_shards_are_what_webdataset_reads(tmp_path):
             assert len(archive.getnames()) == 2 * part["images"]
 
 
+@pytest.mark.slow
 def test_worker_processes_write_the_same_copy(tmp_path, photographs):
     arguments = [f"data.root={photographs}", "format=shards", "data.resize=40"]
     assert files(run(tmp_path, *arguments)) == files(
@@ -230,7 +231,7 @@ def test_loader_processes_are_handed_the_copy_as_shared_memory(tmp_path):
 
 
 def test_only_so_many_files_are_open_at_once(tmp_path, photographs, monkeypatch):
-    monkeypatch.setattr("moco.data.sources.packed.MOST_OPEN", 2)
+    monkeypatch.setattr("moco.data.sources.packed_copy.MAX_OPEN_FILES", 2)
     folder = run(tmp_path, f"data.root={photographs}", "format=shards", "max_shard_bytes=1")
     train = build_source("packed", str(folder)).train
     assert len(train.files) == 4

@@ -418,7 +418,7 @@ def test_rows_that_turn_out_to_be_damaged_when_decoded_count_as_unreadable(shard
 
 
 def test_members_that_no_image_needs_are_not_taken_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("moco.data.sources.shards.LARGEST_IMAGE", 1000)
+    monkeypatch.setattr("moco.data.sources.shards.MAX_ENCODED_BYTES", 1000)
     path = write_tar(
         tmp_path / "shard.tar",
         [("0.png", bytes(1001)), ("1.png", image(1)), ("2.txt", bytes(5000))],
