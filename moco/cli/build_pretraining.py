@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moco.data.loading.datamodule import PretrainingData
-    from moco.data.sources.registry import DataSource
+    from moco.data.sources.source import DataSource
     from moco.evaluation.dense_features import DenseSet
     from moco.methods.moco import MoCo
     from moco.runs.interrupts import StopRequest
