@@ -14,7 +14,7 @@ from moco.cli.launch import launch, save_hydra_files
 from moco.config.pretrained import EmbedConfig, given_settings, with_defaults, with_usual_settings
 from moco.errors import InputError, RunError, printable
 from moco.pack import interruptible
-from moco.weights.pretrained import load_pretrained, log_window_advice
+from moco.weights.loading import load_pretrained, log_window_advice
 
 if TYPE_CHECKING:
     from numpy import ndarray

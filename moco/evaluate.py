@@ -21,11 +21,11 @@ from moco.config.pretrained import (
     with_usual_settings,
 )
 from moco.errors import InputError
-from moco.weights.pretrained import load_pretrained, log_window_advice
+from moco.weights.loading import load_pretrained, log_window_advice
 
 if TYPE_CHECKING:
     from moco.evaluation.subject import Findings, Subject
-    from moco.weights.pretrained import Pretrained
+    from moco.weights.loading import Pretrained
 
 
 def run(config: EvaluateConfig, folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moco.cli.launch import launch, save_hydra_files
 from moco.config.pretrained import ExportConfig, given_settings, with_usual_settings
 from moco.errors import InputError, RunError
-from moco.weights.pretrained import load_pretrained
+from moco.weights.loading import load_pretrained
 
 if TYPE_CHECKING:
     from moco.models.vit import VisionTransformer
@@ -103,8 +103,8 @@ def content_of(
     """
     import torch
 
+    from moco.weights.backbone_files import as_safetensors
     from moco.weights.library_names import counterpart, to_timm, to_torchvision, write_backbone
-    from moco.weights.safetensors_files import as_safetensors
 
     if file_format == "safetensors":
         return write_backbone(backbone, built_with, about)

@@ -24,7 +24,7 @@ from moco.runs.run_folder import (
     link_atomically,
     write_atomically,
 )
-from moco.weights.safetensors_files import read_safetensors
+from moco.weights.backbone_files import read_safetensors
 
 log = logging.getLogger(__name__)
 

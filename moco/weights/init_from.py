@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from moco.errors import InputError
 from moco.weights.layouts import KEY, METHOD_PARTS, QUERY
-from moco.weights.pretrained import check_what_shapes_hide
-from moco.weights.weight_files import Held, described, named, read_held
+from moco.weights.loading import check_what_shapes_hide
+from moco.weights.reading import Held, described, named, read_held
 
 if TYPE_CHECKING:
     from moco.methods.moco import MoCo
@@ -35,7 +35,7 @@ def start_from(method: "MoCo", path: str) -> None:
     Raises:
         InputError: the file cannot be read, is of an unknown format, or its backbone is another one.
     """
-    from moco.weights.foreign import listed, listed_parts
+    from moco.weights.recognise import listed, listed_parts
 
     source = f"init_from={path}"
     held = read_held(path, source)
@@ -82,7 +82,7 @@ def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
     Raises:
         InputError: the query encoder's backbone is another one than the method's.
     """
-    from moco.weights.foreign import backbone_weights, misfit, settings_seen, split
+    from moco.weights.recognise import backbone_weights, misfit, settings_seen, split
 
     backbone: Any = method.query_encoder.backbone
     settings = {
@@ -152,7 +152,7 @@ def reason_against(part: str, weights: "Weights", ours: "Weights", taken: set[st
     Args:
         taken: the parts before it that it takes.
     """
-    from moco.weights.foreign import misfit, split
+    from moco.weights.recognise import misfit, split
 
     theirs, own = split(weights, part)[0], split(ours, part)[0]
     if not theirs or not own:

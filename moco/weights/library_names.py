@@ -27,7 +27,7 @@ from moco.models.swin.attention import WindowAttention, WindowAttentionV2, check
 from moco.models.swin.backbone import Swin, map_sides
 from moco.models.swin.windows import Size, relative_positions
 from moco.models.vit import VisionTransformer, learned_grid_side, resized_positions
-from moco.weights.safetensors_files import as_safetensors, read_safetensors
+from moco.weights.backbone_files import as_safetensors, read_safetensors
 
 Weights = dict[str, Tensor]
 

@@ -290,7 +290,7 @@ def test_an_interrupted_measurement_is_made_up_for(shapes, tmp_path, monkeypatch
 
 def encoder_of(path, which="query"):
     from moco.runs.checkpoint_files import read_checkpoint
-    from moco.weights.pretrained import load_encoder
+    from moco.weights.loading import load_encoder
 
     return load_encoder(read_checkpoint(path), which, str(path)).backbone
 

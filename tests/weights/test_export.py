@@ -21,7 +21,7 @@ from moco.export import content_of, deviation, loading_lines, run, torchvision_m
 from moco.models.backbones import build_backbone
 from moco.models.swin.backbone import rewindow
 from moco.runs.checkpoint_files import read_checkpoint
-from moco.weights.pretrained import load_encoder
+from moco.weights.loading import load_encoder
 from tests.conftest import run_program
 
 SMALL_SWIN = ["backbone=swin_v2_tiny_patch2", "data=synthetic", "data.image_size=32"]

@@ -23,17 +23,17 @@ from moco.errors import InputError
 from moco.methods.moco import MoCo
 from moco.models.backbones import build_backbone
 from moco.runs.checkpoint_files import read_weights
-from moco.weights.foreign import (
+from moco.weights.init_from import start_from
+from moco.weights.library_names import read_backbone
+from moco.weights.loading import load_pretrained
+from moco.weights.reading import read_held
+from moco.weights.recognise import (
     fitting_backbones,
     in_our_order,
     listed,
     rows_of_unit_norm,
     windows_in_name,
 )
-from moco.weights.init_from import start_from
-from moco.weights.library_names import read_backbone
-from moco.weights.pretrained import load_pretrained
-from moco.weights.weight_files import read_held
 from tests.conftest import run_program
 from tests.runs.test_hostile_checkpoints import Calls
 

@@ -55,7 +55,7 @@ def read_held(path: str, source: str) -> Held:
         InputError: it cannot be read, or is of an unknown format.
     """
     from moco.runs.checkpoint_files import CHECKPOINT_PARTS, check_parts, read_weights
-    from moco.weights.foreign import recognise, tensors_in, windows_in_name
+    from moco.weights.recognise import recognise, tensors_in, windows_in_name
 
     content = read_weights(path, source)
     keys = content.keys() if isinstance(content, dict) else set()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moco.errors import InputError
 from moco.weights.layouts import BACKBONE_ALONE, METHOD_PARTS, MOCO_V3, QUERY, SOLO_LEARN
-from moco.weights.weight_files import Held, described, named, read_held
+from moco.weights.reading import Held, described, named, read_held
 
 if TYPE_CHECKING:
     from torch import nn
@@ -147,7 +147,7 @@ def load_ours(
     from torch import nn
 
     from moco.models.encoder import Encoder
-    from moco.weights.foreign import split
+    from moco.weights.recognise import split
 
     if held.checkpoint is not None:
         return load_encoder(held.checkpoint, which, path, settings)
@@ -170,7 +170,7 @@ def built_and_loaded(weights: "Weights", settings: dict[str, Any], source: str) 
         InputError: there is no such backbone, or the weights do not fit it.
     """
     from moco.models.backbones import build_backbone
-    from moco.weights.foreign import misfit
+    from moco.weights.recognise import misfit
 
     backbone = build_backbone(**settings)
     if problem := misfit(weights, backbone.state_dict()):
@@ -223,7 +223,7 @@ def load_foreign(
     """
     from moco.models.backbones import build_backbone
     from moco.models.encoder import Encoder
-    from moco.weights.foreign import (
+    from moco.weights.recognise import (
         backbone_weights,
         listed,
         listed_parts,
@@ -290,7 +290,7 @@ def recognised(weights: "Weights", source: str) -> dict[str, Any]:
     Raises:
         InputError: none has, or several have.
     """
-    from moco.weights.foreign import fitting_backbones
+    from moco.weights.recognise import fitting_backbones
 
     fitting = fitting_backbones(weights)
     if len(fitting) == 1:
@@ -378,7 +378,7 @@ def projector_of(head: "Weights | None", feature_dim: int, source: str) -> "nn.M
     from torch import nn
 
     from moco.models.heads import build_head
-    from moco.weights.foreign import head_settings, misfit
+    from moco.weights.recognise import head_settings, misfit
 
     if head is None:
         return nn.Identity()

@@ -22,10 +22,10 @@ from moco.models.backbones import build_backbone
 from moco.runs.checkpoint_files import read_checkpoint
 from moco.weights.init_from import start_from
 from moco.weights.library_names import write_backbone
-from moco.weights.pretrained import load_pretrained
-from moco.weights.weight_files import write_backbone_file
+from moco.weights.loading import load_pretrained
+from moco.weights.reading import write_backbone_file
 from tests.segmentation.test_segment import composed, pretraining_checkpoint
-from tests.weights.test_foreign import moco_v2, prefixed, randomised
+from tests.weights.test_other_projects import moco_v2, prefixed, randomised
 
 SWIN = ("backbone=swin_v2_tiny_patch2", "data=digits")
 
