@@ -123,8 +123,8 @@ def train(
         rank,
     )
     from moco.training.hardware import choose_device
+    from moco.weights.backbone_files import write_backbone_file
     from moco.weights.init_from import start_from
-    from moco.weights.reading import write_backbone_file
 
     environment = environment_of(config.trainer.devices, config.trainer.num_nodes)
     backend = "nccl" if choose_device(config.trainer.accelerator).type == "cuda" else "gloo"

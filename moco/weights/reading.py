@@ -1,164 +1,181 @@
-"""What a file of weights holds, whoever has written it; and the file of a run's backbone alone."""
+"""Read any file of weights, whoever wrote it, to a state dict under our names."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from moco.errors import InputError
+from moco.runs.checkpoint_files import (
+    CHECKPOINT_PARTS,
+    check_parts,
+    read_torch_archive,
+    read_torch_file,
+)
+from moco.weights.architecture import outline_of_file, windows_in_name
+from moco.weights.backbone_files import BACKBONE_PARTS, read_safetensors
 from moco.weights.layouts import QUERY
+from moco.weights.library_names import Weights
+from moco.weights.recognise import recognise, tensors_in
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from moco.methods.moco import MoCo
-    from moco.weights.library_names import Weights
-
-# torch is imported where it is first needed: what only names these functions starts in a moment.
-
-# What a file of the backbone alone has, and of which kind it is.
-BACKBONE_PARTS = {
-    "state_dict": dict, "backbone": dict, "encoder": str, "image_size": int, "mean": list, "std": list, "epoch": int,
-    "step": int,
-}  # fmt: skip
+ZIP_START = b"PK\x03\x04"
 
 
-class Held(NamedTuple):
-    """What is in a file."""
+class WeightFile(NamedTuple):
+    """What a file of weights holds.
+
+    Attributes:
+        origin: who wrote it, for the log.
+        weights: under the names of `MoCo`. If `settings` is None, those of the backbones keep the
+            names of their library behind the prefix.
+        ignored: the names of tensors that our methods have no place for.
+        settings: the arguments of `build_backbone`; None if the file does not say.
+        config: the config of the run that made it, as much as is known.
+        epoch: epochs that were trained; 0 if the file does not say.
+        step: optimizer steps that were trained; 0 if the file does not say.
+        checkpoint: the whole content, if it is a checkpoint of moco.train.
+        encoder: ``query`` or ``key``, if it is one backbone that we wrote.
+        named_windows: the windows that the name of another project's file says, see
+            `windows_in_name`.
+    """
 
     origin: str
-    weights: "Weights"
-    """By the names of `MoCo`; of the backbones by their library's, where `settings` is None."""
+    weights: Weights
     ignored: list[str]
-    """Names of tensors that have no place here."""
     settings: dict[str, Any] | None
-    """The arguments of `build_backbone`; None: the file does not say."""
     config: dict[str, Any]
-    """Of the run that made it, as much as is known."""
     epoch: int
     step: int
     checkpoint: dict[str, Any] | None = None
-    """All of it, if it is a whole checkpoint of ours."""
     encoder: str | None = None
-    """``query`` or ``key``, if it is one backbone that we have written."""
     named_windows: dict[str, Any] | None = None
-    """What the name of another project's file says of windows, see `windows_in_name`."""
 
 
-def read_held(path: str, source: str) -> Held:
-    """What is in a file of weights, whoever has written it.
+def read_weight_file(path: str, source: str) -> WeightFile:
+    """Return what a file of weights holds.
 
     Args:
-        source: the key and the path, for the errors.
+        source: the key and the path that errors begin with.
 
     Raises:
-        InputError: it cannot be read, or is of an unknown format.
+        InputError: the file cannot be read, or its format is unknown.
     """
-    from moco.runs.checkpoint_files import CHECKPOINT_PARTS, check_parts, read_weights
-    from moco.weights.recognise import recognise, tensors_in, windows_in_name
-
-    content = read_weights(path, source)
+    content = read_content(path, source)
     keys = content.keys() if isinstance(content, dict) else set()
     if keys >= CHECKPOINT_PARTS.keys():
-        check_parts(content, source)
-        hyper_parameters = content["hyper_parameters"]
-        if "decoder" in hyper_parameters:
-            raise InputError(
-                f"{source}: written by moco.segment, and expected is one of moco.train"
-            )
-        if not isinstance(hyper_parameters.get("backbone"), dict):
-            raise InputError(
-                f"{source}: not written by moco.train (its hyper_parameters have no backbone)"
-            )
-        epoch, step = content["figures"].get("epoch", 0), content["global_step"]
-        origin = f"a checkpoint of moco.train, epoch {epoch}"
-        weights, settings = content["state_dict"], hyper_parameters["backbone"]
-        return Held(
-            origin, weights, [], settings, content["config"], epoch, step, checkpoint=content
-        )
+        return from_checkpoint(content, source)
     if keys >= BACKBONE_PARTS.keys():
-        check_parts({"config": {}, **content}, source, BACKBONE_PARTS | {"config": dict})
-        described(content["backbone"], source)
-        of_images = {
-            "data": {"image_size": content["image_size"]},
-            "augmentation": {"mean": content["mean"], "std": content["std"]},
-        }
-        return Held(
-            f"a backbone of moco.train, epoch {content['epoch']}",
-            {f"{QUERY}backbone.{name}": tensor for name, tensor in content["state_dict"].items()},
-            [],
-            content["backbone"],
-            of_images | content.get("config", {}),
-            content["epoch"],
-            content["step"],
-            encoder=content["encoder"],
-        )
-    origin, weights, ignored = recognise(tensors_in(content, source), source)
-    epoch = content.get("epoch") if isinstance(content, dict) else None
-    return Held(
-        origin,
-        weights,
-        ignored,
-        None,
-        {},
-        epoch if isinstance(epoch, int) else 0,
-        0,
+        return from_backbone_file(content, source)
+
+    recognised = recognise(tensors_in(content, source), source)
+    epoch = content.get("epoch")
+    return WeightFile(
+        origin=recognised.origin,
+        weights=recognised.weights,
+        ignored=recognised.ignored,
+        settings=None,
+        config={},
+        epoch=epoch if isinstance(epoch, int) else 0,
+        step=0,
         named_windows=windows_in_name(Path(path).name),
     )
 
 
-def described(settings: dict[str, Any], source: str) -> "nn.Module":
-    """The backbone of a file's settings, without memory for its tensors.
+def from_checkpoint(content: dict[str, Any], source: str) -> WeightFile:
+    """Return the content of a checkpoint of moco.train.
 
     Raises:
-        InputError: they are no settings of a backbone.
+        InputError: another program of ours wrote it, or a part is missing.
     """
-    import torch
+    check_parts(content, source, CHECKPOINT_PARTS)
+    hyper_parameters = content["hyper_parameters"]
+    if "decoder" in hyper_parameters:
+        raise InputError(f"{source}: written by moco.segment; expected a checkpoint of moco.train")
+    if not isinstance(hyper_parameters.get("backbone"), dict):
+        raise InputError(
+            f"{source}: not written by moco.train (its hyper_parameters have no backbone)"
+        )
+    epoch = content["figures"].get("epoch", 0)
+    return WeightFile(
+        origin=f"a checkpoint of moco.train, epoch {epoch}",
+        weights=content["state_dict"],
+        ignored=[],
+        settings=hyper_parameters["backbone"],
+        config=content["config"],
+        epoch=epoch,
+        step=content["global_step"],
+        checkpoint=content,
+    )
 
-    from moco.models.backbones import build_backbone
 
-    try:
-        with torch.device("meta"):
-            return build_backbone(**settings)
-    except (TypeError, InputError) as error:
-        raise InputError(f"{source}: its settings are of no backbone ({error})") from error
+def from_backbone_file(content: dict[str, Any], source: str) -> WeightFile:
+    """Return the content of ``backbone.pth``, or of a safetensors file of moco.export.
+
+    Raises:
+        InputError: a part has the wrong type, or the settings are of no backbone.
+    """
+    content = {"config": {}, **content}
+    check_parts(content, source, BACKBONE_PARTS | {"config": dict})
+    outline_of_file(content["backbone"], source)
+    weights = {}
+    for name, tensor in content["state_dict"].items():
+        weights[f"{QUERY}backbone.{name}"] = tensor
+    about_images = {
+        "data": {"image_size": content["image_size"]},
+        "augmentation": {"mean": content["mean"], "std": content["std"]},
+    }
+    return WeightFile(
+        origin=f"a backbone of moco.train, epoch {content['epoch']}",
+        weights=weights,
+        ignored=[],
+        settings=content["backbone"],
+        config=about_images | content["config"],
+        epoch=content["epoch"],
+        step=content["step"],
+        encoder=content["encoder"],
+    )
 
 
-@contextmanager
-def named(source: str) -> Iterator[None]:
-    """Inside, an error about the weights of a file says which file."""
-    try:
-        yield
-    except InputError as error:
-        raise (
-            error if str(error).startswith(source) else InputError(f"{source}: {error}")
-        ) from error
+def read_content(path: str | Path, source: str) -> Any:
+    """Return the content of any project's file of weights: plain data, and tensors on the CPU.
 
-
-def write_backbone_file(
-    path: Path, method: "MoCo", config: dict[str, Any], figures: dict[str, Any]
-) -> None:
-    """Write the query encoder's backbone and what is to be known of it: plain data, for `load_pretrained` and anyone else.
+    The file may be of any version of torch.save, or of safetensors. Tensors of safetensors are the
+    item ``state_dict``; what `moco.export` wrote about them are the other items. No code in the
+    file is run.
 
     Args:
-        config: of the run, as plain data.
-        figures: of the run, under the names of ``metrics.json``.
+        source: the key and the path that errors begin with.
+
+    Raises:
+        InputError: there is no such file, it is damaged or of another kind, loading it would run
+            code, or safetensors is not installed.
     """
-    import torch
+    if not Path(path).is_file():
+        raise InputError(f"{source}: no such file")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except PermissionError as error:
+        raise InputError(f"{source}: no permission to read it") from error
+    if start.startswith(ZIP_START):
+        return read_torch_archive(path, source)
+    # safetensors begins with the length of its header in 8 bytes, and the header is JSON.
+    if start[8:] == b"{":
+        return read_described_tensors(path, source)
+    return read_torch_file(path, source)
 
-    from moco.runs.run_folder import write_atomically
-    from moco.weights.library_names import settings_of
 
-    backbone: Any = method.query_encoder.backbone
-    content = {
-        "state_dict": {name: tensor.cpu() for name, tensor in backbone.state_dict().items()},
-        "backbone": settings_of(backbone, method.hparams["backbone"]),
-        "encoder": "query",
-        "image_size": config["data"]["image_size"],
-        "mean": config["augmentation"]["mean"],
-        "std": config["augmentation"]["std"],
-        "epoch": figures["epoch"],
-        "step": figures["step"],
-        "config": config,
-    }
-    write_atomically(path, lambda file: torch.save(content, file))
+def read_described_tensors(path: str | Path, source: str) -> dict[str, Any]:
+    """Return the tensors of a safetensors file, and what `moco.export` wrote about them.
+
+    Raises:
+        InputError: the file is damaged, or safetensors is not installed.
+    """
+    weights, metadata = read_safetensors(path, source)
+    content: dict[str, Any] = {}
+    if "backbone" in metadata:
+        try:
+            content = {key: json.loads(value) for key, value in metadata.items()}
+        except ValueError as error:
+            raise InputError(f"{source}: damaged, or no safetensors file ({error})") from error
+    content["state_dict"] = weights
+    return content

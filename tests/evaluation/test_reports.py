@@ -208,7 +208,7 @@ def test_feature_maps_of_transformers_are_drawn(evaluated, generator, tmp_path, 
 
 
 def test_a_backbone_alone_has_the_rank_of_its_features(checkpoint, evaluated, tmp_path, runner):
-    from moco.weights.reading import write_backbone_file
+    from moco.weights.backbone_files import write_backbone_file
 
     config = runner.config()
     path = tmp_path / "backbone.pth"

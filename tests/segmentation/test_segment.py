@@ -374,7 +374,7 @@ def test_a_pretrained_swin_is_fine_tuned_at_another_window(shapes, swin, tmp_pat
     moved = end["state_dict"][f"model.backbone.{weight}"] - encoder_of(swin).state_dict()[weight]
     assert 0 < moved.abs().max() < 0.02
     with pytest.raises(
-        InputError, match=r"last.ckpt: written by moco.segment, and expected is one of moco.train"
+        InputError, match=r"last.ckpt: written by moco.segment; expected a checkpoint of moco.train"
     ):
         run(
             config_of(shapes, f"checkpoint={tmp_path / 'checkpoints/last.ckpt'}"), tmp_path / "next"

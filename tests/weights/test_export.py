@@ -17,10 +17,17 @@ from moco.config.pretrained import (
     PretrainedBackboneConfig,
 )
 from moco.errors import InputError, RunError
-from moco.export import content_of, deviation, loading_lines, run, torchvision_model, write
+from moco.export import run
 from moco.models.backbones import build_backbone
 from moco.models.swin.backbone import rewindow
 from moco.runs.checkpoint_files import read_checkpoint
+from moco.weights.exporting import (
+    deviation,
+    export_content,
+    loading_lines,
+    torchvision_model,
+    write_export,
+)
 from moco.weights.loading import load_encoder
 from tests.conftest import run_program
 
@@ -167,7 +174,8 @@ def test_the_lines_load_a_vit_for_the_images_of_one_size(
     backbone = build_backbone(**built_with)
     torch.nn.init.normal_(backbone.class_token)
     path = tmp_path / "x.pth"
-    write(path, content_of(file_format, path, backbone, built_with, {"image_size": image_size}))
+    about = {"image_size": image_size}
+    write_export(path, export_content(file_format, path, backbone, built_with, about))
     lines = loading_lines(file_format, path, backbone, built_with, image_size)
     assert line in lines
     assert agree(loaded_by(lines), backbone, backbone.cells(image_size) * 16, 1e-5)
@@ -184,7 +192,7 @@ def test_the_key_encoder_can_be_exported(checkpoints, exported):
 
 def test_a_file_of_our_own_says_what_it_is(checkpoints, exported):
     pytest.importorskip("safetensors")
-    from moco.weights.library_names import read_backbone
+    from moco.weights.backbone_files import read_backbone
 
     printed = exported("small_swin", "safetensors", "x.safetensors", 8)
     rebuilt, about = read_backbone("x.safetensors")
@@ -313,7 +321,7 @@ def test_a_full_disk_is_a_failed_run(exported, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moco.runs.run_folder.write_atomically", fail)
+    monkeypatch.setattr("moco.weights.exporting.write_atomically", fail)
     with pytest.raises(RunError, match=r"^output=x\.pth: No space left on device$"):
         exported("resnet18", "torchvision", "x.pth")
 

@@ -22,18 +22,12 @@ from torchvision.models import swin_transformer, vision_transformer
 from moco.errors import InputError
 from moco.methods.moco import MoCo
 from moco.models.backbones import build_backbone
-from moco.runs.checkpoint_files import read_weights
+from moco.weights.architecture import fitting_backbones, windows_in_name
+from moco.weights.backbone_files import read_backbone
 from moco.weights.init_from import start_from
-from moco.weights.library_names import read_backbone
 from moco.weights.loading import load_pretrained
-from moco.weights.reading import read_held
-from moco.weights.recognise import (
-    fitting_backbones,
-    in_our_order,
-    listed,
-    rows_of_unit_norm,
-    windows_in_name,
-)
+from moco.weights.reading import read_content, read_weight_file
+from moco.weights.recognise import listed, renumber_layers, rows_of_unit_norm
 from tests.conftest import run_program
 from tests.runs.test_hostile_checkpoints import Calls
 
@@ -427,7 +421,7 @@ def test_checkpoints_of_the_official_moby_code_load_without_yacs(legacy, tmp_pat
     path = tmp_path / "checkpoint.pth"
     as_moby_saves(content, path, monkeypatch, _use_new_zipfile_serialization=not legacy)
     assert b"yacs.config" in path.read_bytes()
-    read = read_weights(path, "x")
+    read = read_content(path, "x")
     assert type(read["config"]) is OrderedDict
     assert read["config"] == MOBY_CONFIG
     assert vars(read["config"])["__deprecated_keys__"] == {"DATA.OLD", "BASE"}
@@ -461,7 +455,7 @@ def test_programs_take_checkpoints_of_the_official_moby_code(tmp_path, monkeypat
 def test_settings_of_argparse_are_read_as_a_dict(tmp_path):
     content, _, _ = moby()
     torch.save(content | {"config": Namespace(seed=3)}, tmp_path / "x.pth")
-    read = read_weights(tmp_path / "x.pth", "x")["config"]
+    read = read_content(tmp_path / "x.pth", "x")["config"]
     assert type(read) is OrderedDict
     assert read.seed == 3
 
@@ -926,7 +920,7 @@ def test_what_cannot_be_a_queue_is_left_aside_and_listed(tmp_path):
     }.items():  # fmt: skip
         changed = {"state_dict": content["state_dict"] | {name.strip(): tensor}}
         torch.save(changed, tmp_path / "x.pth")
-        held = read_held(str(tmp_path / "x.pth"), "checkpoint=x")
+        held = read_weight_file(str(tmp_path / "x.pth"), "checkpoint=x")
         assert held.ignored[-1] == ("queue.pointer" if "ptr" in name else "queue.keys")
 
 
@@ -1199,12 +1193,14 @@ def test_a_head_is_put_into_our_order_whatever_the_order_of_its_tensors():
         "bn1.running_mean": torch.zeros(4), "fc1.weight": torch.zeros(4, 5), "bn0.running_mean": torch.zeros(5),
         "fc0.weight": torch.zeros(5, 6),
     }  # fmt: skip
-    ours = in_our_order(weights, is_dense=False)
+    ours = renumber_layers(weights, is_dense=False)
     assert {name: tuple(x.shape) for name, x in ours.items()} == {
         "0.weight": (5, 6), "1.running_mean": (5,), "3.weight": (4, 5), "4.running_mean": (4,),
     }  # fmt: skip
-    assert list(in_our_order({"layers.0.weight": torch.zeros(2, 3)}, is_dense=False)) == ["weight"]
-    local = in_our_order(
+    assert list(renumber_layers({"layers.0.weight": torch.zeros(2, 3)}, is_dense=False)) == [
+        "weight"
+    ]
+    local = renumber_layers(
         {"layers.0.weight": torch.zeros(5, 6), "layers.2.weight": torch.zeros(4, 5)}, is_dense=True
     )
     assert {name: tuple(x.shape) for name, x in local.items()} == {

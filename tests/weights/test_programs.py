@@ -20,10 +20,9 @@ from moco.errors import InputError
 from moco.methods.moco import MoCo
 from moco.models.backbones import build_backbone
 from moco.runs.checkpoint_files import read_checkpoint
+from moco.weights.backbone_files import write_backbone, write_backbone_file
 from moco.weights.init_from import start_from
-from moco.weights.library_names import write_backbone
 from moco.weights.loading import load_pretrained
-from moco.weights.reading import write_backbone_file
 from tests.segmentation.test_segment import composed, pretraining_checkpoint
 from tests.weights.test_other_projects import moco_v2, prefixed, randomised
 
