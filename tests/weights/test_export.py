@@ -212,7 +212,7 @@ def test_a_file_of_our_own_says_what_it_is(checkpoints, exported):
     assert agree(loaded_as_printed(printed), rebuilt, 32, 1e-7)
 
 
-PADS = "lets the padding take part in attention: its outputs differ there from this project's"
+PADS = "lets the padding take part in attention: its outputs differ from this project's"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,11 @@ PADS = "lets the padding take part in attention: its outputs differ there from t
         ("timm", 144, f"for 144 px timm pads maps (18 to 20, 9 to 12, 5 to 8 cells) and {PADS}"),
         ("torchvision", 64, f"for 64 px torchvision pads maps (2 to 4 cells) and {PADS}"),
         ("timm", 64, None),
-        ("torchvision", 130, "of 130 px torchvision leaves the last 2 out: its outputs differ"),
+        (
+            "torchvision",
+            130,
+            "torchvision drops the last 2 of 130 px: its outputs differ from this project's",
+        ),
         ("safetensors", 144, None),
     ],
 )
@@ -241,9 +245,9 @@ def test_a_note_says_where_the_library_differs(file_format, image_size, note):
     ("partial_patches", "image_size", "note"),
     [
         ("complete", 224, None),
-        ("complete", 565, "timm's model takes 576 px and not 565; for the same outputs fill the images up with zeros at the "
-         "right and the bottom"),
-        ("drop", 565, "timm's model takes 560 px and not 565; for the same outputs cut the rest off"),
+        ("complete", 565, "timm's model takes 576 px and not 565 px; for the same outputs pad the images with zeros "
+         "at the right and the bottom"),
+        ("drop", 565, "timm's model takes 560 px and not 565 px; for the same outputs crop the images at the right and the bottom"),
     ],
 )  # fmt: skip
 def test_a_note_says_which_images_a_vit_takes_there(partial_patches, image_size, note):
@@ -304,7 +308,7 @@ def test_mistakes_are_one_line(
             {"random_states": []}
             | {key: {} for key in ("state_dict", "config", "figures")}
             | {"hyper_parameters": {"decoder": {}}, "global_step": 0},
-            "written by moco.segment, and expected is one of moco.train",
+            "written by moco.segment; expected a checkpoint of moco.train",
         ),
     ],
 )
