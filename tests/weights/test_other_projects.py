@@ -11,12 +11,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from moco import export
-from moco.config.pretrained import ExportConfig
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.weights.architecture import fitting_backbones
-from moco.weights.backbone_files import read_backbone
 from moco.weights.init_from import start_from
 from moco.weights.loading import load_pretrained
 from moco.weights.reading import read_content
@@ -84,18 +81,6 @@ def test_checkpoints_of_the_official_moby_code_load_without_yacs(legacy, tmp_pat
     assert_same(new.eval().query_encoder, query, "embedding", 32)
     torch.testing.assert_close(new.reverse_queue.keys, content["model"]["queue1"].T)
     assert "yacs" not in sys.modules
-
-
-def test_programs_take_checkpoints_of_the_official_moby_code(tmp_path, monkeypatch):
-    content, _, _ = moby()
-    path = tmp_path / "checkpoint.pth"
-    output = tmp_path / "x.safetensors"
-    as_moby_saves(content, path, monkeypatch)
-    export.run(ExportConfig(str(path), "safetensors", str(output), image_size=32), tmp_path / "run")
-    backbone, about = read_backbone(output)
-    assert about["backbone"]["window_size"] == [4, 4, 4, 2]
-    patches = content["model"]["encoder.patch_embed.proj.weight"]
-    assert torch.equal(backbone.features[0][0].weight, patches)
 
 
 def test_settings_of_argparse_are_read_as_a_dict(tmp_path):
