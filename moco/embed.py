@@ -13,7 +13,6 @@ from moco.cli.checks import check_output
 from moco.cli.launch import launch, save_hydra_files
 from moco.config.pretrained import EmbedConfig, given_settings, with_defaults, with_usual_settings
 from moco.errors import InputError, RunError, printable
-from moco.weights.pretrained import load_pretrained, log_window_advice
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -52,6 +51,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.runs.interrupts import ending_at_once
     from moco.runs.run_folder import claimed
     from moco.training.hardware import choose_device
+    from moco.weights.loading import load_pretrained, log_window_advice
 
     output = Path(config.output)
     check_files(output)

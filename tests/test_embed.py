@@ -27,7 +27,7 @@ from moco.errors import InputError, Interrupted, RunError
 from moco.evaluation.feature_parts import FeatureParts
 from moco.methods.moco import MoCo
 from moco.models.swin.backbone import rewindow
-from moco.weights.pretrained import load_encoder
+from moco.weights.loading import load_encoder
 from tests.conftest import REPOSITORY
 
 
