@@ -21,7 +21,8 @@ from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.pretrained import EmbedConfig
 from moco.data.augment.views import build_evaluation_view
 from moco.data.sources.registry import FileImages, build_source
-from moco.embed import images_of, run
+from moco.embed import run
+from moco.evaluation.embedding import choose_images
 from moco.errors import InputError, Interrupted, RunError
 from moco.evaluation.feature_parts import FeatureParts
 from moco.methods.moco import MoCo
@@ -135,7 +136,7 @@ def test_class_folders_without_a_validation_folder_keep_the_labels_of_all_images
         (folder / f"{number}.png").touch()
     source = build_source("image_folder", str(tmp_path))
     assert 0 < len(source.queries.labels) < 60
-    images = images_of(source, "train", "image_folder")
+    images = choose_images(source, "train", "image_folder")
     assert images.has_labels
     classes = [source.train.name(row).split("/")[-2] for row in range(60)]
     assert images.labelled.labels.tolist() == ["abc".index(name) for name in classes]
@@ -318,11 +319,11 @@ def test_the_same_name_with_other_weights_does_not_go_on(checkpoint, tmp_path, s
     assert bytes_of(tmp_path) == straight
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+@pytest.mark.parametrize("kind", ["flat", "'IVF4,Flat'", "HNSW32"])
 def test_row_i_of_the_index_is_image_i(checkpoint, tmp_path, kind, capsys):
     file = embed(checkpoint, tmp_path, *SMALL, f"index={kind}")
     index = faiss.read_index(str(tmp_path / "f.faiss"))
-    if kind == "ivf":
+    if "IVF" in kind:
         index.make_direct_map()
     features = file["features"]
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -385,8 +386,8 @@ def test_features_that_are_not_finite_name_their_images(checkpoint, tmp_path):
         embed(tmp_path / "bad.ckpt", tmp_path, *SMALL)
     first = ", ".join(f"digits: test_images[{number}]" for number in range(10))
     assert str(error.value) == (
-        f"the features of 100 images are not finite, of {first}; the checkpoint's weights are damaged, or too large for "
-        "these images"
+        f"the features of 100 images are not finite: {first}; "
+        "the checkpoint's weights are damaged, or too large for these images"
     )
 
 

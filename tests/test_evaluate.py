@@ -35,7 +35,7 @@ def evaluated(checkpoint, tmp_path, capsys, caplog):
         caplog.clear()
         # What is shown beside the accuracy is the matter of test_evaluation_images.py.
         is_knn = settings.get("name", "knn") == "knn"
-        plain = {"images": False, "label_free": False} if is_knn else {}
+        plain = {"plots": False, "label_free": False} if is_knn else {}
         measured = EvaluationConfig(**{**plain, **settings})
         config = EvaluateConfig(
             str(path), EvaluateDataConfig(**(data or {"name": "digits"})), measured, "cpu"
@@ -266,20 +266,30 @@ def test_few_labels_are_drawn_several_times(evaluated):
 
 
 def test_a_draw_holds_so_many_of_each_class(generator):
-    from moco.evaluation.knn_measurement import drawn
+    from moco.evaluation.knn_measurement import draw_per_class
 
     labels = generator.choice([2, 5, 9], 100, p=[0.8, 0.15, 0.05])
-    rows = drawn(labels, 10, generator)
+    rows = draw_per_class(labels, 10, generator)
     assert len(set(rows)) == len(rows)
     for label in (2, 5, 9):
         assert (labels[rows] == label).sum() == min(10, (labels == label).sum())
 
 
 def test_an_index_that_is_not_exact_says_how_much_it_finds(evaluated):
-    figures, printed, log = evaluated(index="float16", num_neighbors=20)
-    assert 0 < figures["knn/recall_backbone"] < 1  # untrained: all similarities are nearly 1
+    figures, printed, log = evaluated(index="IVF16,Flat", num_probes=4, num_neighbors=20)
+    assert 0.5 < figures["knn/recall_backbone"] < 1
     assert f"{figures['knn/recall_backbone']:.4f} of the exact 20 neighbours" in log
-    assert "float16 index" in printed
+    assert "IVF16,Flat index" in printed
+
+
+def test_an_index_that_faiss_does_not_know_is_refused_before_any_image_is_read(evaluated):
+    with pytest.raises(InputError) as error:
+        evaluated(index="hnsw")
+    assert str(error.value) == (
+        "evaluation.index=hnsw: faiss has no such index for features of width 128 "
+        "(could not parse index string hnsw); expected flat, which is exact, "
+        "or a string of faiss.index_factory such as HNSW32 or 'IVF1024,Flat'"
+    )
 
 
 def test_images_without_a_label_are_left_out_and_named(evaluated, monkeypatch, generator, tmp_path):
@@ -296,9 +306,9 @@ def test_images_without_a_label_are_left_out_and_named(evaluated, monkeypatch, g
         return evaluated(num_neighbors=3)
 
     figures, _, log = evaluate_with([-1, *labels[1:19], -1])
-    assert "left out 2 images without a label: mine[0], mine[19]" in log
+    assert "skipped 2 images without a label: mine[0], mine[19]" in log
     assert figures["knn/bank_size"] == 18
-    with pytest.raises(InputError, match="none of 20 images that can be read has a label"):
+    with pytest.raises(InputError, match="none of 20 readable images has a label"):
         evaluate_with([-1] * 20)
 
 
@@ -322,9 +332,8 @@ def test_images_whose_features_are_not_finite_are_named(evaluated, generator, tm
     with pytest.raises(InputError) as error:
         evaluated(data=data)
     names = ", ".join(f"{data['root']}: train_images[{row}]" for row in range(3))
-    assert (
-        str(error.value)
-        == f"checkpoint={path}: the features of {names} and 2 more are not finite (NaN or infinity)"
+    assert str(error.value) == (
+        f"checkpoint={path}: the features of 5 images are not finite (NaN or infinity): {names}, ..."
     )
 
 
@@ -357,7 +366,7 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
     monkeypatch.setitem(pretrained.DATA_OF_KINDS, "other", ())
     check_settings(EvaluateConfig(evaluation=EvaluationConfig(name="other", temperature=0.5)))
     with pytest.raises(InputError) as error:
-        check_settings(EvaluateConfig(evaluation=EvaluationConfig(name="other", index="ivf")))
+        check_settings(EvaluateConfig(evaluation=EvaluationConfig(name="other", index="HNSW32")))
     assert (
         str(error.value)
         == "evaluation.index: a setting of evaluation=knn, and evaluation=other has no such"
@@ -390,10 +399,16 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
             {"name": "linear"}, {"ignore_index": 0},
             "data.ignore_index: a setting of evaluation=dense, and evaluation=linear has no such",
         ),
-        ({"num_probes": 9}, {}, "evaluation.num_probes: without evaluation.index=ivf it has no effect"),
-        ({"index": "ivf", "ef_search": 9}, {}, "evaluation.ef_search: without evaluation.index=hnsw it has no effect"),
+        (
+            {"num_probes": 9}, {},
+            "evaluation.num_probes: without an IVF index in evaluation.index it has no effect",
+        ),
+        (
+            {"index": "IVF16,Flat", "ef_search": 9}, {},
+            "evaluation.ef_search: without an HNSW index in evaluation.index it has no effect",
+        ),
         ({"num_draws": 9}, {}, "evaluation.num_draws: without evaluation.images_per_class it has no effect"),
-        ({"map": "none", "images": False}, {}, "evaluation.map: without evaluation.plots=true it has no effect"),
+        ({"map": "none", "plots": False}, {}, "evaluation.map: without evaluation.plots=true it has no effect"),
     ],
 )  # fmt: skip
 def test_a_setting_that_has_no_effect_is_refused(settings, data, expected):

@@ -52,12 +52,12 @@ class EvaluationConfig:
     """Images per forward pass."""
     cache: bool = True
     """Keep features for the next evaluation, in the checkpoint's run folder; see ``docs/evaluation.md``."""
-    index: str = setting("flat", choices=("flat", "float16", "hnsw", "int8", "ivf"))
-    """How the bank is searched. flat: exactly; float16, int8: less memory; ivf, hnsw: faster above a million rows."""
+    index: str = "flat"
+    """How faiss searches the bank. flat: exactly; else a string of ``faiss.index_factory``, such as HNSW32."""
     num_probes: int = setting(32, at_least=1)
-    """ivf: cells that are looked into."""
+    """Cells of an IVF index that are searched."""
     ef_search: int = setting(256, at_least=1)
-    """hnsw: candidates that a walk through the graph keeps."""
+    """Candidates that a search in an HNSW index keeps."""
     images_per_class: list[int] = field(default_factory=list)
     """Measure also with a bank of so few images of each class: one measurement for each number."""
     num_draws: int = setting(5, at_least=2)
@@ -147,9 +147,9 @@ class EmbedConfig:
     project's, see ``docs/weights.md``."""
     output: str = MISSING
     """The .npz file; the index goes beside it, FILE.faiss beside FILE.npz."""
-    index: str = setting("flat", choices=("flat", "hnsw", "ivf", "none"))
-    """For neighbours by cosine, of faiss. flat: exact; ivf and hnsw: approximate, and faster beyond a million images; they
-    are held in memory while they are built."""
+    index: str = "flat"
+    """The faiss index for neighbours by cosine, built in memory. flat: exact; none; else a string of
+    ``faiss.index_factory``, such as HNSW32."""
     data: EmbedDataConfig = field(default_factory=EmbedDataConfig)
     split: str = setting("train", choices=("test", "train"))
     """train: all images that training would see; test: those that are held out for measurements."""
@@ -192,8 +192,8 @@ def check_settings(config: EvaluateConfig) -> None:
     check_kind("evaluation", evaluation, KINDS, evaluation.name)
     check_kind("data", config.data, DATA_OF_KINDS, evaluation.name)
     needed = {
-        "num_probes": ("evaluation.index=ivf", evaluation.index == "ivf"),
-        "ef_search": ("evaluation.index=hnsw", evaluation.index == "hnsw"),
+        "num_probes": ("an IVF index in evaluation.index", "IVF" in evaluation.index),
+        "ef_search": ("an HNSW index in evaluation.index", "HNSW" in evaluation.index),
         "num_draws": ("evaluation.images_per_class", evaluation.images_per_class),
         "map": ("evaluation.plots=true", evaluation.plots),
     }

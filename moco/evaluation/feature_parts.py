@@ -156,18 +156,19 @@ class FeatureParts:
                 with suppress(OSError):
                     file.close()
 
-    def blocks(self, num_rows: int) -> Iterator[np.ndarray]:
-        """All features in their order, (up to `num_rows`, D) float32 at a time."""
-        width = self.state.feature_dim
-        with (self.folder / FEATURES).open("rb") as file:
-            for start in range(0, self.state.num_rows, num_rows):
-                count = min(num_rows, self.state.num_rows - start)
-                yield np.fromfile(file, "<f4", count * width).reshape(count, width)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of the features: (images, width)."""
+        return self.state.num_rows, self.state.feature_dim
 
-    def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """The features of some images, (len(numbers), D) float32."""
-        shape = (self.state.num_rows, self.state.feature_dim)
-        return np.array(np.memmap(self.folder / FEATURES, "<f4", "r", shape=shape)[numbers])
+    @property
+    def num_done(self) -> int:
+        """Return how many images were read, unreadable ones included; before the ``with`` block."""
+        return self.state.num_rows + len(self.unreadable())
+
+    def features(self) -> np.ndarray:
+        """Return all features, mapped from the file."""
+        return np.memmap(self.folder / FEATURES, "<f4", "r", shape=self.shape)
 
     def names(self) -> Iterator[str]:
         with (self.folder / NAMES).open() as file:

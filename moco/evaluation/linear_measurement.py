@@ -17,7 +17,7 @@ from rich.table import Table
 
 from moco.data.sources.registry import Labelled
 from moco.errors import InputError
-from moco.evaluation.knn import Votes, ranked
+from moco.evaluation.knn import Votes, rank_classes
 from moco.evaluation.knn_measurement import class_tables, confusion_matrix, with_labels
 from moco.evaluation.linear import BLOCK, Heads, accuracies, held_out_rows, scale_of, train_heads
 from moco.evaluation.subject import Features, Findings, Subject
@@ -235,7 +235,7 @@ def scores_of(heads: Heads, features: torch.Tensor) -> np.ndarray:
 
 def votes_of(scores: np.ndarray, classes: Classes, labels: np.ndarray) -> Votes:
     """What the scores (Q, C) say of each query."""
-    predicted, rank = ranked(scores, classes.places(labels))
+    predicted, rank = rank_classes(scores, classes.places(labels))
     return Votes(classes.names[predicted], rank)
 
 

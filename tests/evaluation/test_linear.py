@@ -276,9 +276,9 @@ def test_images_without_a_label_are_left_out(evaluated, generator, monkeypatch):
         return evaluated(**section(kind, **settings))
 
     figures, _, log = evaluate_with(labels, "linear", **SMALL)
-    assert "left out 2 images without a label: mine[0], mine[7]" in log
+    assert "skipped 2 images without a label: mine[0], mine[7]" in log
     assert figures["linear/num_training"] == 58
-    with pytest.raises(InputError, match="none of 60 images that can be read has a label"):
+    with pytest.raises(InputError, match="none of 60 readable images has a label"):
         evaluate_with(np.full(60, -1), "linear", **SMALL)
     figures, _, log = evaluate_with(labels, "linear_official", **OFFICIAL)
     assert "2 of 60 training images have no label, and are not trained on" in log

@@ -123,7 +123,7 @@ def trained(gpu, folder, overrides):
 def evaluated(gpu, folder, overrides, name):
     """`moco.evaluate` of a run on the stand-in."""
     trained(gpu, folder, overrides)
-    only_knn = {"images": False} if name == "knn" else {}
+    only_knn = {"plots": False} if name == "knn" else {}
     measured = EvaluationConfig(name=name, **only_knn)
     path = str(folder / "run" / "checkpoints" / "last.ckpt")
     evaluate.run(
