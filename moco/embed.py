@@ -20,15 +20,11 @@ def run(config: EmbedConfig, folder: Path) -> None:
     """Write features and names of all images to an .npz file, and a faiss index beside it.
 
     Until all features are there, they lie in a folder beside the file, and the same command
-    continues from there.
-
-    Args:
-        config: the settings.
-        folder: keeps a record of them.
+    continues from there. `folder` keeps a record of the settings.
 
     Raises:
-        InputError: the checkpoint cannot be used, the dataset has no such images, faiss has no such
-            index, or the file cannot be written.
+        InputError: the checkpoint or the data cannot be used, faiss has no such index, or the file
+            cannot be written.
         RunError: features are not finite, or the machine ran out of memory or disk.
     """
     from rich.console import Console
@@ -103,11 +99,13 @@ def report(
     from moco.cli.progress import print_table
 
     num_images, width = shape
-    labels = f", labels {(num_images,)}" if has_labels else ""
+    arrays = f"features {shape}, names {(num_images,)}"
+    if has_labels:
+        arrays += f", labels {(num_images,)}"
     rows = [
         ("images", f"{num_images:,}, {config.split} of {data['name']}, {data['image_size']} px"),
         ("features", f"{config.feature} of the {config.encoder} encoder, {width} wide"),
-        ("arrays", f"features {shape}, names {(num_images,)}{labels}"),
+        ("arrays", arrays),
         ("index", index),
     ]
     print_table(console, "Embedded", rows)

@@ -61,7 +61,7 @@ def test_a_full_gpu_is_one_line(evaluated, monkeypatch):
     def full(subject):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("moco.evaluate.measure", full)
+    monkeypatch.setattr("moco.evaluation.measurements.measure", full)
     with pytest.raises(
         RunError, match=r"^the GPU is out of memory; a smaller evaluation\.batch_size needs less$"
     ):

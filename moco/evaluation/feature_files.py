@@ -40,9 +40,7 @@ def write_npz(file: BinaryIO, parts: FeatureParts, has_labels: bool) -> None:
                 copy(parts.folder / LABELS, target)
 
 
-def array_in(
-    archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...]
-) -> IO[bytes]:
+def array_in(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...]) -> IO[bytes]:
     """Open an array of an .npz file to write its content to."""
     target = archive.open(f"{name}.npy", "w", force_zip64=True)
     header = {"descr": dtype, "fortran_order": False, "shape": shape}

@@ -95,9 +95,7 @@ def vote_weights(similarities: np.ndarray, temperature: float) -> np.ndarray:
     return np.exp(relative / temperature)
 
 
-def sum_by_class(
-    weights: np.ndarray, neighbor_classes: np.ndarray, num_classes: int
-) -> np.ndarray:
+def sum_by_class(weights: np.ndarray, neighbor_classes: np.ndarray, num_classes: int) -> np.ndarray:
     """Add up weights (queries, k) of each class: (queries, classes)."""
     first_cells = np.arange(len(weights))[:, None] * num_classes
     cells = first_cells + neighbor_classes
@@ -202,7 +200,9 @@ def classify(
             ranks[protocol].append(rank)
     votes = {}
     for protocol in protocols:
-        votes[protocol] = Votes(np.concatenate(predicted[protocol]), np.concatenate(ranks[protocol]))
+        votes[protocol] = Votes(
+            np.concatenate(predicted[protocol]), np.concatenate(ranks[protocol])
+        )
     return votes
 
 

@@ -287,9 +287,7 @@ def measure_few_labels(subject: Subject, sides: Sides) -> tuple[dict[str, float]
     for images_per_class in settings["images_per_class"]:
         top1 = []
         for seed in range(settings["num_draws"]):
-            drawn = draw_per_class(
-                sides.bank.labels, images_per_class, np.random.default_rng(seed)
-            )
+            drawn = draw_per_class(sides.bank.labels, images_per_class, np.random.default_rng(seed))
             k = min(settings["num_neighbors"], len(drawn))
             top1.append(top1_of(subject, sides, drawn, Protocol(k, temperature)))
         mean, spread = float(np.mean(top1)), float(np.std(top1, ddof=1))
@@ -306,9 +304,7 @@ def measure_few_labels(subject: Subject, sides: Sides) -> tuple[dict[str, float]
     return figures, [table_of(title, columns, rows)]
 
 
-def draw_per_class(
-    labels: np.ndarray, number: int, generator: np.random.Generator
-) -> np.ndarray:
+def draw_per_class(labels: np.ndarray, number: int, generator: np.random.Generator) -> np.ndarray:
     """Return rows of `number` random images of each class in rising order; of a smaller class all of them."""
     order = generator.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]

@@ -207,7 +207,9 @@ def test_an_index_that_needs_more_images_is_refused(tmp_path, batches):
     parts = written(tmp_path / "parts", batches)
     with pytest.raises(InputError) as error:
         index(parts, "IVF1024,Flat")
-    assert str(error.value).startswith("index=IVF1024,Flat: faiss cannot build this index of 80 rows")
+    assert str(error.value).startswith(
+        "index=IVF1024,Flat: faiss cannot build this index of 80 rows"
+    )
     assert "\n" not in str(error.value)
 
 
