@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from moco.cli.checks import check_output
 from moco.cli.launch import launch, save_hydra_files
-from moco.config.pretrained import EvaluateConfig, check_settings, given_settings
-from moco.config.pretrained import with_defaults, with_usual_settings
+from moco.config.pretrained import (
+    EvaluateConfig,
+    check_settings,
+    given_settings,
+    with_defaults,
+    with_usual_settings,
+)
 from moco.errors import InputError
 from moco.weights.pretrained import load_pretrained, log_window_advice
 

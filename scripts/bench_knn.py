@@ -199,8 +199,8 @@ def run(size: str, num_threads: int, repeats: int, path: Path, device: str) -> N
 def compare_indexes(num_threads: int) -> None:
     """What the approximate indexes lose, on features in overlapping clusters: 50,000 x 128 and 2,000 queries."""
     import faiss
-
     from moco.evaluation.approximate import KINDS, ApproximateIndex, recall
+
     from moco.evaluation.knn import Protocol, classify
     from moco.evaluation.neighbors import nearest_by_block
 

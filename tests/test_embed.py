@@ -22,8 +22,8 @@ from moco.config.pretrained import EmbedConfig
 from moco.data.augment.views import build_evaluation_view
 from moco.data.sources.registry import FileImages, build_source
 from moco.embed import run
-from moco.evaluation.embedding import choose_images
 from moco.errors import InputError, Interrupted, RunError
+from moco.evaluation.embedding import choose_images
 from moco.evaluation.feature_parts import FeatureParts
 from moco.methods.moco import MoCo
 from moco.models.swin.backbone import rewindow

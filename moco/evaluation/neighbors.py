@@ -98,10 +98,10 @@ def search_bank(
             similarities, rows = search_with_torch(block, queries, block_neighbors, device)
         order_ties(similarities, rows)
         rows += start
-        if best is None:
-            best = similarities, rows
-        else:
-            best = merge(best, (similarities, rows), num_neighbors)
+        found = similarities, rows
+        if best is not None:
+            found = merge(best, found, num_neighbors)
+        best = found
     assert best is not None
     return best
 

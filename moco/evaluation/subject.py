@@ -145,10 +145,7 @@ class Subject:
         Raises:
             InputError: too many images cannot be read, or a feature is not finite; it names the images.
         """
-        if self.settings["cache"]:
-            features = self._features_from_cache(labelled)
-        else:
-            features = self._embedded(labelled)
+        features = self._kept_or_embedded(labelled)
         unreadable = np.delete(np.arange(len(labelled.images)), features.rows)
         if len(unreadable):
             names = first_names(labelled, unreadable)
@@ -156,7 +153,9 @@ class Subject:
         check_unreadable(set(unreadable.tolist()), labelled.images, self.data["max_bad_fraction"])
         return features
 
-    def _features_from_cache(self, labelled: Labelled) -> Features:
+    def _kept_or_embedded(self, labelled: Labelled) -> Features:
+        if not self.settings["cache"]:
+            return self._embedded(labelled)
         path = self.cache.path(labelled, self.data["root"])
         kept = self.cache.read(path)
         if kept is not None:
@@ -184,9 +183,10 @@ class Subject:
         """Return batches of all images in order; images in memory that need no resizing come without a loader."""
         size, batch_size = self.data["image_size"], self.settings["batch_size"]
         images = labelled.images
-        is_cropped = round(size / self.data["crop_ratio"]) != size
-        if isinstance(images, ArrayImages) and not is_cropped:
-            if images.tensor.shape[1:3] == (size, size):
+        if isinstance(images, ArrayImages):
+            is_cropped = round(size / self.data["crop_ratio"]) != size
+            is_resized = images.tensor.shape[1:3] != (size, size)
+            if not is_cropped and not is_resized:
                 return batches_in_memory(images, labelled.labels, batch_size, **self.augmentation)
         view = build_evaluation_view(size, self.data["crop_ratio"], **self.augmentation)
         return evaluation_loader(

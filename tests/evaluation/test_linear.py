@@ -12,7 +12,7 @@ from moco.evaluation.linear_measurement import (
     Classes,
     Head,
     check_grid,
-    say_if_at_the_edge,
+    log_edge_of_grid,
     usual_epochs,
 )
 from tests.test_evaluate import archive, evaluated  # noqa: F401
@@ -145,15 +145,16 @@ def test_a_grid_out_of_range_is_refused_before_anything_is_computed():
 
 def test_a_best_learning_rate_at_the_edge_of_the_grid_is_said(caplog):
     caplog.set_level("INFO", logger="moco")
-    say_if_at_the_edge(Head(0.1, 0.0, 0.5), [0.01, 0.1, 1.0])
-    say_if_at_the_edge(Head(0.1, 0.0, 0.5), [0.1])
+    log_edge_of_grid(Head(0.1, 0.0, 0.5), [0.01, 0.1, 1.0])
+    log_edge_of_grid(Head(0.1, 0.0, 0.5), [0.1])
     assert not caplog.text
-    say_if_at_the_edge(Head(1.0, 0.0, 0.5), [0.01, 0.1, 1.0])
+    log_edge_of_grid(Head(1.0, 0.0, 0.5), [0.01, 0.1, 1.0])
     assert "the best learning rate, 1, is the largest of evaluation.linear.lrs" in caplog.text
 
 
 def test_the_grid_is_measured_once_on_the_test_part_and_its_choice_stands_beside_it(
-    evaluated, tmp_path
+    evaluated,  # noqa: F811
+    tmp_path,
 ):
     figures, printed, _ = evaluated(**section("linear", **SMALL))
     held_out = {key: value for key, value in figures.items() if key.startswith("linear_grid/")}
@@ -180,7 +181,9 @@ def test_the_grid_is_measured_once_on_the_test_part_and_its_choice_stands_beside
 
 
 def test_the_same_seed_gives_the_same_figures_and_the_test_labels_choose_nothing(
-    evaluated, generator, tmp_path
+    evaluated,  # noqa: F811
+    generator,
+    tmp_path,
 ):
     train_labels = np.arange(60) % 3
     test_images = generator.integers(0, 256, (9, 8, 8)).astype(np.uint8)
@@ -245,7 +248,11 @@ def test_without_a_test_part_some_training_images_are_kept_for_it(evaluated, gen
     ],
 )
 def test_labels_that_nothing_can_be_learned_from_are_refused(
-    labels, said, evaluated, generator, tmp_path
+    labels,
+    said,
+    evaluated,  # noqa: F811
+    generator,
+    tmp_path,
 ):
     data = archive(tmp_path / "x.npz", generator, labels)
     with pytest.raises(InputError, match=said):
@@ -330,7 +337,10 @@ def test_the_official_defaults_are_those_of_the_published_code():
 
 
 def test_an_interrupted_official_measurement_goes_on_to_the_same_bits(
-    evaluated, generator, tmp_path, monkeypatch
+    evaluated,  # noqa: F811
+    generator,
+    tmp_path,
+    monkeypatch,
 ):
     import moco.evaluation.linear_official as module
 
