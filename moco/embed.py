@@ -1,19 +1,21 @@
-"""Write features of any images to a file: ``python -m moco.embed checkpoint=PATH output=FILE.npz``."""
+"""Features of any images: ``python -m moco.embed checkpoint=PATH output=FILE.npz``."""
 
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from moco.cli.checks import check_output
 from moco.cli.launch import launch, save_hydra_files
-from moco.config.pretrained import EmbedConfig, given_settings, with_defaults, with_usual_settings
+from moco.config.pretrained import (
+    EmbedConfig,
+    data_settings,
+    given_settings,
+    with_defaults,
+    with_usual_settings,
+)
 from moco.errors import InputError
 from moco.pack import interruptible
 from moco.weights.pretrained import load_pretrained, log_window_advice
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def run(config: EmbedConfig, folder: Path) -> None:
@@ -30,6 +32,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from rich.console import Console
 
     from moco.cli.image_progress import ImageProgress
+    from moco.cli.progress import print_table
     from moco.evaluation import embedding
     from moco.evaluation.feature_parts import remove_parts, taken
     from moco.evaluation.subject import build_source_of
@@ -44,9 +47,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     pretrained = load_pretrained(config.checkpoint, config.encoder, given, config.feature)
     embedding.check_index(config.index, pretrained.encoder, config.feature)
     run_settings = with_usual_settings(pretrained.config)
-    data = with_defaults(config.data, run_settings["data"], new_data=config.data.name is not None)
-    if data["name"] is None:
-        raise InputError(f"data: missing; {config.checkpoint} does not say it, give data=NAME")
+    data = data_settings(config, run_settings["data"])
     images = embedding.choose_images(build_source_of(data), config.split, data["name"])
     log_window_advice(pretrained, given, data["image_size"])
     transform = with_defaults(config.augmentation, run_settings["augmentation"])
@@ -78,7 +79,11 @@ def run(config: EmbedConfig, folder: Path) -> None:
         remove_parts(parts_folder)
     with failures_without_training_named("batch_size"), claimed(folder, dataclasses.asdict(config)):
         save_hydra_files(folder)
-    report(console, config, data, parts.shape, images.has_labels, index)
+    print_table(console, "Embedded", embedding.summary(settings, parts, images.has_labels, index))
+    names = os.path.relpath(output)
+    if config.index != embedding.NO_INDEX:
+        names += f" and {Path(names).with_suffix('.faiss')}"
+    console.print(f"written to {names}", soft_wrap=True, highlight=False)
 
 
 def check_files(output: Path) -> None:
@@ -89,30 +94,6 @@ def check_files(output: Path) -> None:
     index = output.with_suffix(".faiss")
     if index.is_dir():
         raise InputError(f"output={output}: {index} is a folder; expected the name of a file")
-
-
-def report(
-    console: "Console", config: EmbedConfig, data: dict[str, Any], shape: tuple[int, int],
-    has_labels: bool, index: str,
-) -> None:  # fmt: skip
-    """Print what was written: features of `shape` (images, width), and the description of the index."""
-    from moco.cli.progress import print_table
-
-    num_images, width = shape
-    arrays = f"features {shape}, names {(num_images,)}"
-    if has_labels:
-        arrays += f", labels {(num_images,)}"
-    rows = [
-        ("images", f"{num_images:,}, {config.split} of {data['name']}, {data['image_size']} px"),
-        ("features", f"{config.feature} of the {config.encoder} encoder, {width} wide"),
-        ("arrays", arrays),
-        ("index", index),
-    ]
-    print_table(console, "Embedded", rows)
-    names = os.path.relpath(config.output)
-    if config.index != "none":
-        names += f" and {os.path.relpath(Path(config.output).with_suffix('.faiss'))}"
-    console.print(f"written to {names}", soft_wrap=True, highlight=False)
 
 
 def main() -> None:

@@ -1,8 +1,4 @@
-"""Evaluate frozen features: ``python -m moco.evaluate checkpoint=PATH [evaluation=KIND] [data=NAME]``.
-
-The checkpoint is any file of weights that ``docs/weights.md`` lists. A Swin can have other windows
-than in pretraining, at another image size: ``data.image_size=565 backbone.window_size=18``.
-"""
+"""Evaluate frozen features: ``python -m moco.evaluate checkpoint=PATH [evaluation=KIND]``."""
 
 import dataclasses
 import os
@@ -15,11 +11,11 @@ from moco.cli.launch import launch, save_hydra_files
 from moco.config.pretrained import (
     EvaluateConfig,
     check_settings,
+    data_settings,
     given_settings,
     with_defaults,
     with_usual_settings,
 )
-from moco.errors import InputError
 from moco.weights.pretrained import load_pretrained, log_window_advice
 
 if TYPE_CHECKING:
@@ -66,11 +62,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
 
 
 def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrained]":
-    """Return the encoder with all settings resolved, and where it is from.
-
-    Raises:
-        InputError: the checkpoint cannot be used, or the data are not named.
-    """
+    """Return the encoder with all settings resolved, and the checkpoint that it is from."""
     from moco.evaluation.subject import Subject
     from moco.training.hardware import choose_device
 
@@ -79,9 +71,7 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
     asked = config.evaluation
     pretrained = load_pretrained(config.checkpoint, asked.encoder, given, asked.feature)
     run_settings = with_usual_settings(pretrained.config)
-    data = with_defaults(config.data, run_settings["data"], new_data=config.data.name is not None)
-    if data["name"] is None:
-        raise InputError(f"data: missing; {config.checkpoint} does not say it, give data=NAME")
+    data = data_settings(config, run_settings["data"])
     settings = with_defaults(config.evaluation, run_settings["evaluation"])
     views = run_settings["augmentation"]
     pair = {"query": views["query"], "key": views["key"]} if views["query"] else {}

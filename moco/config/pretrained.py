@@ -242,6 +242,18 @@ def with_defaults(
     }
 
 
+def data_settings(config: Any, run_data: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the data, nulls filled in from the run that made the checkpoint.
+
+    Raises:
+        InputError: neither the command line nor the checkpoint names the dataset.
+    """
+    data = with_defaults(config.data, run_data, new_data=config.data.name is not None)
+    if data["name"] is None:
+        raise InputError(f"data: missing; {config.checkpoint} does not say it, give data=NAME")
+    return data
+
+
 def with_usual_settings(of_run: dict[str, Any]) -> dict[str, Any]:
     """A run's config as far as measurements look at it, completed: nothing is known of other projects' runs."""
     usual = {

@@ -1,4 +1,4 @@
-"""The long pass of ``moco.embed``: features of every image of a dataset, one batch after the other."""
+"""The long pass of ``moco.embed``: features of every image of a dataset, batch after batch."""
 
 import hashlib
 import logging
@@ -29,7 +29,8 @@ NO_INDEX = "none"
 """The setting `index` of a run that writes no index."""
 USUAL_WORKERS = 4
 FREE_SETTINGS = ("download", "max_bad_fraction", "num_images", "num_workers")
-"""Settings that may differ when a pass is continued: the features do not depend on them, or the names show it."""
+"""Settings that may differ when a pass is continued: the features do not depend on them, or the
+names of the images show the difference."""
 MOST_NAMED = 10
 """Images that a message names."""
 
@@ -61,7 +62,10 @@ def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
 
 
 def labels_of_both_sides(source: DataSource) -> np.ndarray | None:
-    """Return the labels of training images that are divided into bank and queries; None if they are not."""
+    """Return the labels of training images that are divided into bank and queries.
+
+    If they are not, or an image has no label, return None.
+    """
     if source.bank is None or source.queries is None:
         return None
     if len(source.bank.images) + len(source.queries.images) != len(source.train):
@@ -88,7 +92,7 @@ def check_index(index: str, encoder: Any, feature: str) -> None:
 def open_parts(
     folder: Path, settings: dict[str, Any], encoder: nn.Module, images: ImageSet
 ) -> FeatureParts:
-    """Return the features that an earlier run with the same settings has left in the folder, or none.
+    """Return the features that an earlier run has left in the folder, or none.
 
     Args:
         folder: of the parts.
@@ -137,7 +141,9 @@ def weights_digest(encoder: nn.Module) -> str:
 def build_encode(
     encoder: Any, feature: str, transform: dict[str, Any], device: torch.device
 ) -> Callable[[Tensor], np.ndarray]:
-    """Return a function from 8-bit images (batch, 3, height, width) to features (batch, width) float32.
+    """Return a function from images to features.
+
+    It takes 8-bit images (batch, 3, height, width) and returns (batch, width) float32.
 
     Args:
         encoder: a module with ``encode(images, feature)``; moved to the device.
@@ -240,3 +246,24 @@ def write_files(output: Path, parts: FeatureParts, index: str, has_labels: bool)
     log.info("writing %s", output)
     write_atomically(output, lambda file: write_npz(file, parts, has_labels))
     return description
+
+
+def summary(
+    settings: dict[str, Any], parts: FeatureParts, has_labels: bool, index: str
+) -> list[tuple[str, str]]:
+    """Return the rows of the closing table.
+
+    Args:
+        settings: see `open_parts`.
+        parts: the features.
+        has_labels: whether labels were written.
+        index: a description of the index.
+    """
+    data = settings["data"]
+    num_images, width = parts.shape
+    arrays = f"features {parts.shape}, names {(num_images,)}"
+    if has_labels:
+        arrays += f", labels {(num_images,)}"
+    images = f"{num_images:,}, {settings['split']} of {data['name']}, {data['image_size']} px"
+    features = f"{settings['feature']} of the {settings['encoder']} encoder, {width} wide"
+    return [("images", images), ("features", features), ("arrays", arrays), ("index", index)]

@@ -1,7 +1,7 @@
-"""Features that are kept from one evaluation to the next, under a key of everything that they depend on.
+"""Features that are kept from one evaluation to the next.
 
-A file is used only if its name holds the key that is asked for, so a changed checkpoint, setting or
-image leads to a new file.
+The name of a file holds a key of everything that the features depend on, so a changed checkpoint,
+setting or image leads to a new file.
 """
 
 import hashlib
@@ -117,7 +117,10 @@ def file_digest(path: Path) -> str:
 
 
 def image_traits(labelled: Labelled, root: Any) -> Iterable[bytes]:
-    """Yield what identifies the images: pixels of images in memory; name, size and time of change of files."""
+    """Yield what identifies the images.
+
+    These are pixels of images in memory, and name, size and time of change of files.
+    """
     images = labelled.images
     if isinstance(images, ArrayImages):
         yield str(images.tensor.shape).encode()

@@ -1,4 +1,4 @@
-"""The features of a long pass over many images, on disk as they come, so that the pass can be continued."""
+"""The features of a long pass over many images, kept on disk so that it can be continued."""
 
 import dataclasses
 import json
@@ -44,9 +44,10 @@ class State:
 
 
 class FeatureParts:
-    """Features float32 and labels int64 as plain bytes, names and unreadable images as lines of JSON.
+    """The files of a pass: features, labels, names of the images and of the unreadable ones.
 
-    Rows can be added inside a ``with`` block. Every few seconds, and at the end of the block, they are
+    Features (float32) and labels (int64) are plain bytes, names are lines of JSON. Rows can be
+    added inside a ``with`` block. Every few seconds, and at the end of the block, they are
     committed to the disk.
 
     Args:
@@ -178,7 +179,7 @@ class FeatureParts:
 
     @property
     def num_done(self) -> int:
-        """Return how many images were read, unreadable ones included; call it before the ``with`` block."""
+        """Return how many images were read, unreadable ones included, before the ``with`` block."""
         return self.state.num_rows + len(self.unreadable())
 
     def features(self) -> np.ndarray:
@@ -202,7 +203,10 @@ class FeatureParts:
 
 
 def json_lines(names: Sequence[str]) -> bytes:
-    """Return a line for each name, a JSON string in ASCII: a name may hold newlines and invalid UTF-8."""
+    """Return a line for each name, a JSON string in ASCII.
+
+    A name may hold newlines and bytes that are not UTF-8.
+    """
     lines = [json.dumps(name) + "\n" for name in names]
     return "".join(lines).encode("ascii")
 
@@ -232,7 +236,7 @@ def remove_parts(folder: Path) -> None:
 
 @contextmanager
 def taken(folder: Path) -> Iterator[None]:
-    """Make the folder if it is missing, and keep other processes from working there inside the block.
+    """Make the folder if it is missing, and lock it inside the block.
 
     Raises:
         InputError: another process works there, the folder cannot be made, or it holds other files.

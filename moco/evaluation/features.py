@@ -56,7 +56,7 @@ def embed(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put `module` into eval mode inside the block, and each of its layers back into its mode after it."""
+    """Put `module` into eval mode inside the block; afterwards each layer has its old mode."""
     modes = [(layer, layer.training) for layer in module.modules()]
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""Approximate indexes of faiss, named by the strings of ``faiss.index_factory`` such as ``HNSW32``."""
+"""Indexes of faiss by name: ``flat``, or a string of ``faiss.index_factory`` such as ``HNSW32``."""
 
 from typing import Any
 
@@ -41,7 +41,8 @@ def empty_index(name: str, width: int, key: str) -> Any:
         reason = str(error).rsplit(": ", 1)[-1]
         raise InputError(
             f"{key}={name}: faiss has no such index for features of width {width} ({reason}); "
-            "expected flat, which is exact, or a string of faiss.index_factory such as HNSW32 or 'IVF1024,Flat'"
+            "expected flat, which is exact, or a string of faiss.index_factory "
+            "such as HNSW32 or 'IVF1024,Flat'"
         ) from error
 
 
@@ -65,7 +66,8 @@ def build_index(bank: np.ndarray, name: str, key: str) -> Any:
     except RuntimeError as error:
         reason = str(error).rsplit(": ", 1)[-1]
         raise InputError(
-            f"{key}={name}: faiss cannot build this index of {len(bank):,} rows ({reason}); choose one for fewer rows"
+            f"{key}={name}: faiss cannot build this index of {len(bank):,} rows ({reason}); "
+            "choose another index"
         ) from error
     return index
 
@@ -103,7 +105,7 @@ def set_search_effort(
 
 
 def recall(index: Any, bank: np.ndarray, queries: np.ndarray, num_neighbors: int) -> float:
-    """Return the share of the exact neighbours that the index finds, for a sample of the queries."""
+    """Return the share of the exact neighbours that the index finds for a sample of queries."""
     chosen = np.random.default_rng(0).permutation(len(queries))[:SAMPLE_SIZE]
     sample = queries[np.sort(chosen)]
     _, exact_rows = nearest(bank, sample, num_neighbors)

@@ -1,7 +1,8 @@
 """Weighted k-nearest-neighbour classification of features.
 
-The protocol is that of InstDisc (arXiv 1805.01978, section 3.4), by which MoCo's authors monitor their runs: features are
-L2-normalised, and the k bank rows with the largest inner product vote for their class with weight exp(similarity / T).
+The protocol is that of InstDisc (arXiv 1805.01978, section 3.4), by which MoCo's authors monitor
+their runs. Features are L2-normalised. The k bank rows with the largest inner product vote for
+their class, with weight exp(similarity / T).
 """
 
 import logging
@@ -21,8 +22,8 @@ SCORES_AT_ONCE = 2**22
 """Scores, one for each query and class, that are in memory at once."""
 
 Search = Callable[[np.ndarray, int], Iterable[tuple[np.ndarray, np.ndarray]]]
-"""Finds the k nearest bank rows of queries (queries, width): yields, for one block of queries after the other,
-similarities in falling order and row numbers, (block, k) each."""
+"""A function of queries (queries, width) and k that finds the nearest bank rows. For one block of
+queries after the other it yields similarities in falling order and row numbers, (block, k) each."""
 
 
 class Protocol(NamedTuple):
@@ -62,8 +63,8 @@ class Votes(NamedTuple):
     def top(self, num_neighbors: int) -> dict[str, float]:
         """Return ``top1``, and ``top5`` if the votes are of at least five neighbours.
 
-        Fewer neighbours cannot name five classes. Which class without a vote would be the fifth does not
-        depend on the features.
+        Fewer neighbours cannot name five classes. Which class without a vote would be the fifth
+        does not depend on the features.
 
         Args:
             num_neighbors: k of the vote.
@@ -113,7 +114,8 @@ def rank_classes(scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.nd
         own: (queries,) classes; the number of classes stands for one that is not among them.
 
     Returns:
-        Best classes (queries,) and ranks (queries,). The rank of a class that is not there is never below 5.
+        Best classes (queries,) and ranks (queries,). The rank of a class that is not there is at
+        least 5.
     """
     num_classes = scores.shape[1]
     is_known = own < num_classes
@@ -167,8 +169,8 @@ def classify(
 ) -> dict[Protocol, Votes]:
     """Classify the queries under several protocols by one search.
 
-    A class that only the queries have is never right. A class that only the bank has can win votes. Of classes
-    with equal votes the smaller number ranks first.
+    A class that only the queries have is never right. A class that only the bank has can win votes.
+    Of classes with equal votes the smaller number ranks first.
 
     Args:
         search: finds neighbours in the bank.
@@ -176,8 +178,8 @@ def classify(
         queries: (queries, width) features of any norm.
         query_labels: (queries,) class numbers.
         protocols: in any order.
-        own_rows: (queries,) each query's own row in the bank, which has no vote (leave one out); None where the
-            queries are not in the bank.
+        own_rows: (queries,) each query's own row in the bank, which has no vote (leave one out);
+            None if the queries are not in the bank.
     """
     classes, bank_classes = np.unique(bank_labels, return_inverse=True)
     own = class_places(classes, query_labels)
@@ -207,7 +209,10 @@ def classify(
 
 
 def class_places(classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return where each label is among the rising class numbers; their number stands for one that is not."""
+    """Return the place of each label among the rising class numbers.
+
+    The number of classes stands for a label that is not among them.
+    """
     places = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
     return np.where(classes[places] == labels, places, len(classes))
 
@@ -224,7 +229,7 @@ def split_blocks(
 def without_own(
     similarities: np.ndarray, rows: np.ndarray, own_rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Remove each query itself from its neighbours; the last neighbour goes if it is not among them.
+    """Remove each query itself from its neighbours, or the last one if it is not among them.
 
     Args:
         similarities, rows: (queries, k + 1) each.
@@ -287,7 +292,7 @@ def result_of(votes: Votes, num_neighbors: int, bank_size: int) -> KNNResult:
 
 
 def scores_of(result: KNNResult) -> dict[str, float]:
-    """Return the accuracies under the names of ``metrics.json``, without a top-5 that there is not."""
+    """Return the accuracies under the names of ``metrics.json``; top-5 only if there is one."""
     scores = {"knn/top1": result.top1}
     if result.top5 is not None:
         scores["knn/top5"] = result.top5

@@ -1,4 +1,4 @@
-"""The kNN measurement of ``moco.evaluate``: a grid of protocols from one pass through the images."""
+"""The kNN measurement of ``moco.evaluate``: many protocols from one pass through the images."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +51,7 @@ class Sides:
 
     @property
     def own_rows(self) -> np.ndarray | None:
-        """Return each query's row in the bank, (queries,); None if the queries are not in the bank."""
+        """Return each query's row in the bank, (queries,); None if the queries are others."""
         if not self.is_leave_one_out:
             return None
         return np.arange(len(self.bank.labels))
@@ -68,11 +68,11 @@ class Sides:
 
 
 def measure_knn(subject: Subject) -> Findings:
-    """Measure the accuracy of the weighted vote under the protocol of the settings, and under a grid of others.
+    """Measure the accuracy of the weighted vote under the settings' protocol and a grid of others.
 
     Raises:
-        InputError: the dataset has no labels, all are of one class, faiss has no such index, or the map needs a
-            package that is missing.
+        InputError: the dataset has no labels, all are of one class, faiss has no such index, or the
+            map needs a package that is missing.
     """
     settings = subject.settings
     feature, temperature = settings["feature"], settings["temperature"]
@@ -141,7 +141,9 @@ def grid_of(main: Protocol, most_neighbors: int) -> list[Protocol]:
 
 
 def sides_of(subject: Subject) -> Sides:
-    """Return features of bank and queries; without a test part each image of the bank is a query to all others.
+    """Return features of bank and queries.
+
+    Without a test part each image of the bank is a query, and all others are its bank.
 
     Raises:
         InputError: the dataset has no labels, or all its images are of one class.
@@ -155,7 +157,8 @@ def sides_of(subject: Subject) -> Sides:
     classes = np.unique(bank.labels)
     if len(classes) == 1:
         raise InputError(
-            f"data={name}: all {len(bank.labels):,} images of the bank are of class {classes[0]}; kNN needs two"
+            f"data={name}: all {len(bank.labels):,} images of the bank are of class {classes[0]}; "
+            "kNN needs two"
         )
     if source.queries is None:
         log.info(
@@ -233,7 +236,7 @@ def searched_of(sides: Sides, search: Search, feature: str) -> Searched:
 
 
 def grid_figures(votes: Mapping[str, Mapping[Protocol, Votes]]) -> dict[str, float]:
-    """Return the grid under the names of ``metrics.json``, such as ``knn_grid/backbone/k20/t0.07/top1``."""
+    """Return the grid under names such as ``knn_grid/backbone/k20/t0.07/top1``."""
     figures = {}
     for feature, votes_by_protocol in votes.items():
         for protocol, found in sorted(votes_by_protocol.items()):
@@ -270,10 +273,13 @@ def grid_table(
 
 
 def measure_few_labels(subject: Subject, sides: Sides) -> tuple[dict[str, float], list[Table]]:
-    """Measure top-1 with a bank of n images of each class: mean and standard deviation over several draws.
+    """Measure top-1 with a bank of a few images of each class.
+
+    The images are drawn several times, and the mean and the standard deviation are reported.
 
     Returns:
-        Figures under the names of ``metrics.json`` and the table; both empty if the settings do not ask for it.
+        Figures under the names of ``metrics.json`` and the table; both are empty if the settings do
+        not ask for them.
 
     Raises:
         InputError: a number of images leaves no queries.
@@ -305,7 +311,10 @@ def measure_few_labels(subject: Subject, sides: Sides) -> tuple[dict[str, float]
 
 
 def draw_per_class(labels: np.ndarray, number: int, generator: np.random.Generator) -> np.ndarray:
-    """Return rows of `number` random images of each class in rising order; of a smaller class all of them."""
+    """Return rows of `number` random images of each class, in rising order.
+
+    Of a class with fewer images all are returned.
+    """
     order = generator.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
@@ -314,7 +323,9 @@ def draw_per_class(labels: np.ndarray, number: int, generator: np.random.Generat
 
 
 def top1_of(subject: Subject, sides: Sides, rows: np.ndarray, protocol: Protocol) -> float:
-    """Return the accuracy with these rows of the bank alone; in leave one out the other rows are the queries.
+    """Return the accuracy with these rows of the bank alone.
+
+    In leave one out the other rows are the queries.
 
     Raises:
         InputError: there is no other row.
@@ -325,7 +336,8 @@ def top1_of(subject: Subject, sides: Sides, rows: np.ndarray, protocol: Protocol
         is_query[rows] = False
     if not is_query.any():
         raise InputError(
-            "evaluation.images_per_class: this number of images of each class leaves none to classify"
+            "evaluation.images_per_class: "
+            "this number of images of each class leaves none to classify"
         )
     search = partial(nearest_by_block, sides.bank.of[feature][rows], device=subject.device)
     queries, labels = sides.queries.of[feature][is_query], sides.queries.labels[is_query]
@@ -373,7 +385,7 @@ def confusion_file(
 
 
 def class_tables(classes: np.ndarray, confusion: np.ndarray) -> list[Table]:
-    """Return tables of the classes with the lowest accuracy, and of the most confused pairs if there are any."""
+    """Return a table of the worst classes, and one of the most confused pairs if there are any."""
     totals = confusion.sum(axis=1)
     present = totals.nonzero()[0]
     accuracy = confusion.diagonal()[present] / totals[present]

@@ -20,8 +20,8 @@ ROWS_AT_ONCE = 1024
 class Heads(NamedTuple):
     """Linear classifiers.
 
-    The classes come first: a CPU computes the softmax of neighbouring heads at once, 8 times as fast
-    as that of neighbouring classes.
+    The classes come first: a CPU computes the softmax of neighbouring heads at once, 8 times as
+    fast as that of neighbouring classes.
     """
 
     weights: Tensor
@@ -59,7 +59,9 @@ def scale_of(features: np.ndarray) -> Scale:
 
 
 def held_out_rows(labels: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
-    """Choose a random share of each class's rows, at least one, but none of a class with a single row.
+    """Choose a random share of each class's rows, at least one row.
+
+    Nothing is chosen of a class with a single row.
 
     Returns:
         (rows,) bool.
@@ -87,8 +89,8 @@ def train_heads(
 ) -> Heads:
     """Train multinomial logistic regression by SGD with momentum 0.9 from zero.
 
-    The learning rate falls to 0 along a cosine. All heads see the same batches. Weight decay is a term
-    of the gradient, as in torch.optim.SGD, and does not apply to the biases.
+    The learning rate falls to 0 along a cosine. All heads see the same batches. Weight decay is a
+    term of the gradient, as in torch.optim.SGD, and does not apply to the biases.
 
     Args:
         features: (rows, width) float32, standardised, on the device that computes.
@@ -126,7 +128,9 @@ def train_heads(
 
 
 def logit_gradient(logits: Tensor, classes: Tensor) -> Tensor:
-    """Return the gradient of each head's mean cross-entropy by its logits, (softmax - one-hot) / batch.
+    """Return the gradient of each head's mean cross-entropy by its logits.
+
+    It is (softmax - one-hot) / batch.
 
     Args:
         logits: (batch, classes, heads).
@@ -141,7 +145,10 @@ def logit_gradient(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def accuracies(heads: Heads, features: Tensor, classes: Tensor) -> np.ndarray:
-    """Return the top-1 accuracy (heads,) on features (rows, width); that of a head with infinite weights is 0."""
+    """Return the top-1 accuracy (heads,) on features (rows, width).
+
+    The accuracy of a head whose weights are not finite is 0.
+    """
     num_right = torch.zeros(heads.biases.shape[1], dtype=torch.int64, device=features.device)
     blocks = zip(features.split(ROWS_AT_ONCE), classes.split(ROWS_AT_ONCE), strict=True)
     for block, own in blocks:

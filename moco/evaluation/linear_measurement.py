@@ -1,4 +1,4 @@
-"""The linear measurement of ``moco.evaluate``: one pass through the images, then a grid of heads."""
+"""The linear measurement of ``moco.evaluate``: a grid of heads on features of plain images."""
 
 import itertools
 import logging
@@ -147,7 +147,8 @@ def sides_of(subject: Subject, settings: dict[str, Any]) -> tuple[Features, Feat
     is_query = held_out_rows(bank.labels, settings["held_out"], generator)
     if not is_query.any():
         raise InputError(
-            f"data={name}: there is no test part, and no class has two images of which one could serve"
+            f"data={name}: there is no test part, "
+            "and no class has two images of which one could serve"
         )
     num_queries = int(is_query.sum())
     log.info(
@@ -198,7 +199,8 @@ def warn_of_unknown(classes: Classes, labels: np.ndarray, name: str) -> None:
     if len(unknown_classes) > MOST_NAMED:
         names.append("...")
     log.warning(
-        "data=%s: %d of %d test images are of classes without training images, and count as wrong: %s",
+        "data=%s: %d of %d test images are of classes without training images, "
+        "and count as wrong: %s",
         name,
         len(unknown),
         len(labels),
@@ -290,7 +292,7 @@ def linear_findings(
     tables: list[Table],
     details: dict[str, Any],
 ) -> Findings:
-    """Return the findings of a classifier: accuracies as ``GROUP/top1`` and ``GROUP/top5``, and by class."""
+    """Return the findings of a classifier, with accuracies under ``GROUP/top1`` and so on."""
     classes, confusion = confusion_matrix(queries.labels, votes.predicted)
     return Findings(
         title=title,

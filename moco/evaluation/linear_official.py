@@ -83,7 +83,12 @@ class OfficialProbe:
             group["lr"] = self.lr * self.settings["step_factor"] ** num_passed
 
     def step(self, features: Tensor, classes: Tensor) -> Tensor:
-        """Learn from features (batch, width) with classes (batch,), -1 for none; return the mean loss."""
+        """Learn from a batch and return its mean loss.
+
+        Args:
+            features: (batch, width).
+            classes: (batch,); -1 for an image without a class.
+        """
         num_classified = (classes >= 0).sum().clamp(min=1)
         loss = F.cross_entropy(self.head(features), classes, ignore_index=-1, reduction="sum")
         loss = loss / num_classified

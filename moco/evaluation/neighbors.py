@@ -1,6 +1,7 @@
 """Search for the rows of a bank that are most similar to a query.
 
-The similarity is the inner product of unit vectors, the cosine. faiss searches on the CPU, torch on a GPU.
+The similarity is the inner product of unit vectors, the cosine. faiss searches on the CPU, torch
+on a GPU.
 """
 
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 
 BANK_BYTES = 2**28
-"""Bank rows that are searched at once. faiss copies them, so this bounds the memory that a search adds to the bank's."""
+"""Bank rows that are searched at once. They are copied twice, to normalise them and by faiss, so
+this bounds the memory that a search needs beside the bank."""
 RESULT_BYTES = 2**27
 """Neighbours that are kept at once, their similarities and rows."""
 PRODUCT_BYTES = 2**28
@@ -32,8 +34,8 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the bank rows that are most similar to each query.
 
-    Equally similar rows come in the order of the bank. Where more rows are as similar as the last neighbour, faiss or
-    torch chooses which of them are included.
+    Equally similar rows come in the order of the bank. If more rows are as similar as the last
+    neighbour, faiss or torch chooses which of them are included.
 
     Args:
         bank: (bank size, width) features of any norm; may be mapped from a file (`np.memmap`).
@@ -55,7 +57,7 @@ def nearest(
 def nearest_by_block(
     bank: np.ndarray, queries: np.ndarray, num_neighbors: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield what `nearest` returns for one block of queries after the other, which bounds the memory."""
+    """Yield what `nearest` returns, for one block of queries after the other."""
     for block in query_blocks(queries, num_neighbors):
         yield search_bank(bank, block, num_neighbors, torch.device(device))
 
@@ -65,7 +67,8 @@ def search_index(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the neighbours that a faiss index finds, for one block of queries after the other.
 
-    An approximate index may find fewer than k rows. Row 0 with the similarity `NOTHING` fills such a list.
+    An approximate index may find fewer than k rows. Row 0 with the similarity `NOTHING` fills such
+    a list.
     """
     for block in query_blocks(queries, num_neighbors):
         similarities, rows = search_with_faiss(index, block, num_neighbors)
@@ -148,7 +151,10 @@ def search_with_torch(
 
 
 def order_ties(similarities: np.ndarray, rows: np.ndarray) -> None:
-    """Sort equally similar neighbours by their row in place, so that their order does not depend on the search."""
+    """Sort equally similar neighbours by their row, in place.
+
+    Their order then does not depend on the search.
+    """
     is_tied = (similarities[:, 1:] == similarities[:, :-1]).any(axis=1)
     tied_rows = rows[is_tied]
     order = np.lexsort((tied_rows, -similarities[is_tied]))
@@ -158,7 +164,7 @@ def order_ties(similarities: np.ndarray, rows: np.ndarray) -> None:
 def merge(
     first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], num_neighbors: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most similar neighbours of two lists; of equally similar ones those of the first list."""
+    """Return the most similar neighbours of two lists; equal ones of the first list come first."""
     similarities = np.hstack([first[0], second[0]])
     rows = np.hstack([first[1], second[1]])
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :num_neighbors]

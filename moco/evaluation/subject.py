@@ -42,8 +42,8 @@ class Features(NamedTuple):
     """Features of the labelled images that could be read."""
 
     of: dict[str, np.ndarray]
-    """By name: ``backbone`` (images, width) and, if the encoder has a projector, ``embedding`` (images, embedding
-    width); float32, not normalised."""
+    """By name: ``backbone`` (images, width) and, if the encoder has a projector, ``embedding``
+    (images, embedding width); float32, not normalised."""
     labels: np.ndarray
     """(images,) int64."""
     rows: np.ndarray
@@ -80,8 +80,10 @@ class Subject:
     """A frozen encoder, the images, and the settings of the measurement.
 
     Args:
-        encoder: in eval mode, on `device`; has ``encode(images)``, and ``projector`` if it is an `Encoder`.
-        data: `EvaluateDataConfig` as plain data, nulls filled in; `image_size` may be null until `source` is built.
+        encoder: in eval mode, on `device`; a module with ``encode(images)``. An `Encoder` has a
+            projector, too.
+        data: `EvaluateDataConfig` as plain data, nulls filled in; `image_size` may be null until
+            `source` is built.
         augmentation: mean and std of the normalisation.
         settings: `EvaluationConfig` as plain data, nulls filled in.
         at_image_size: called with the side of the images in px as soon as it is known.
@@ -99,7 +101,8 @@ class Subject:
     """The arguments of `build_backbone` that make the encoder's backbone."""
     at_image_size: Callable[[int], None] = lambda image_size: None
     pair: dict[str, Any] = field(default_factory=dict)
-    """``query`` and ``key``: the operations of the run's two views; empty where the checkpoint does not name them."""
+    """``query`` and ``key``: the operations of the run's two views; empty if the checkpoint does
+    not name them."""
 
     @cached_property
     def source(self) -> DataSource:
@@ -138,12 +141,13 @@ class Subject:
         return FeatureCache(self.checkpoint, settings)
 
     def features(self, labelled: Labelled) -> Features:
-        """Return features of labelled images, of both kinds from one pass, without unreadable images.
+        """Return features of labelled images, of both kinds from one pass.
 
-        With ``evaluation.cache`` they are kept for the next evaluation.
+        Unreadable images are skipped. With ``evaluation.cache`` the features are kept for the next
+        evaluation.
 
         Raises:
-            InputError: too many images cannot be read, or a feature is not finite; it names the images.
+            InputError: too many images cannot be read, or a feature is not finite.
         """
         features = self._kept_or_embedded(labelled)
         unreadable = np.delete(np.arange(len(labelled.images)), features.rows)
@@ -180,7 +184,10 @@ class Subject:
         return Features(of, labels, rows)
 
     def _batches(self, labelled: Labelled) -> Iterable[EvaluationBatch]:
-        """Return batches of all images in order; images in memory that need no resizing come without a loader."""
+        """Return batches of all images in order.
+
+        Images in memory that need no resizing do not go through a loader.
+        """
         size, batch_size = self.data["image_size"], self.settings["batch_size"]
         images = labelled.images
         if isinstance(images, ArrayImages):
@@ -194,7 +201,10 @@ class Subject:
         )
 
     def _encode_all(self, images: Tensor) -> Tensor:
-        """Return features of a batch and, if there is a projector, embeddings beside them: (batch, all widths)."""
+        """Return features of a batch and, if there is a projector, embeddings beside them.
+
+        The result is (batch, width), or (batch, width + embedding width).
+        """
         feature = self.encoder.encode(images)
         if len(self.feature_names) == 1:
             return feature
@@ -233,7 +243,8 @@ def check_finite(
         return
     names = first_names(labelled, bad)
     raise InputError(
-        f"checkpoint={checkpoint}: the features of {len(bad):,} images are not finite (NaN or infinity): {names}"
+        f"checkpoint={checkpoint}: the features of {len(bad):,} images "
+        f"are not finite (NaN or infinity): {names}"
     )
 
 
@@ -244,7 +255,7 @@ def batches_in_memory(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Iterator[EvaluationBatch]:
-    """Yield the batches that the evaluation view would make of images that already have its size, bit by bit."""
+    """Yield the batches that the evaluation view makes of images that already have its size."""
     scale, shift = normalisation(mean, std)
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
