@@ -57,6 +57,16 @@ def archive(path, generator, train_labels, **others):
     return {"name": "npz", "root": str(path), "image_size": 8}
 
 
+@pytest.fixture
+def tiny(generator, tmp_path):
+    """60 training and 12 test images of 8 px in 3 classes."""
+    test = {
+        "test_images": generator.integers(0, 256, (12, 8, 8), np.uint8),
+        "test_labels": np.arange(12) % 3,
+    }
+    return archive(tmp_path / "tiny.npz", generator, np.arange(60) % 3, **test)
+
+
 def test_a_full_gpu_is_one_line(evaluated, monkeypatch):
     def full(subject):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -68,7 +78,7 @@ def test_a_full_gpu_is_one_line(evaluated, monkeypatch):
         evaluated()
 
 
-def test_a_disk_that_is_full_when_the_figures_are_written_is_one_line(evaluated, monkeypatch):
+def test_a_disk_that_is_full_when_the_figures_are_written_is_one_line(evaluated, monkeypatch, tiny):
     def full(path, write):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
@@ -76,7 +86,7 @@ def test_a_disk_that_is_full_when_the_figures_are_written_is_one_line(evaluated,
         "moco.runs.run_folder.write_atomically", full
     )  # not that of the kept features
     with pytest.raises(RunError) as error:
-        evaluated(num_neighbors=3)
+        evaluated(data=tiny, num_neighbors=3)
     assert re.search(
         r"No space left on device: .*; free some space and start again$", str(error.value)
     )
@@ -105,9 +115,11 @@ def test_fewer_than_five_neighbours_leave_top5_out_of_tables_and_figures(evaluat
     assert "knn/top5" in printed
 
 
-def test_embedding_figures_are_those_of_an_evaluation_of_the_embedding(evaluated):
-    both = evaluated(num_neighbors=20, temperature=0.1)[0]
-    embedding = evaluated(num_neighbors=20, temperature=0.1, feature="embedding", cache=False)[0]
+def test_embedding_figures_are_those_of_an_evaluation_of_the_embedding(evaluated, tiny):
+    both = evaluated(data=tiny, num_neighbors=20, temperature=0.1)[0]
+    embedding = evaluated(
+        data=tiny, num_neighbors=20, temperature=0.1, feature="embedding", cache=False
+    )[0]
     assert embedding["knn/top1"] == both["knn_grid/embedding/k20/t0.1/top1"]
 
 
@@ -127,27 +139,27 @@ def test_the_confusion_matrix_is_written_and_its_worst_classes_are_named(evaluat
     assert "most confused classes" in printed
 
 
-def test_a_second_evaluation_uses_what_the_first_has_kept(evaluated):
-    first, _, log = evaluated()
-    assert "embedded 1,437 images in" in log
-    second, _, log = evaluated()
-    assert "features of 1,437 images from" in log
+def test_a_second_evaluation_uses_what_the_first_has_kept(evaluated, tiny):
+    first, _, log = evaluated(data=tiny)
+    assert "embedded 60 images in" in log
+    second, _, log = evaluated(data=tiny)
+    assert "features of 60 images from" in log
     assert "embedded" not in log
     assert second == first
 
 
 def test_kept_features_are_not_used_for_another_checkpoint_or_other_data(
-    evaluated, generator, tmp_path
+    evaluated, generator, tmp_path, tiny
 ):
-    evaluated()
-    assert "embedded" in evaluated(encoder="key")[2]
-    assert "embedded" in evaluated(data={"name": "digits", "image_size": 12})[2]
-    assert "embedded" in evaluated(data={"name": "digits", "crop_ratio": 0.5})[2]
+    evaluated(data=tiny)
+    assert "embedded" in evaluated(data=tiny, encoder="key")[2]
+    assert "embedded" in evaluated(data=tiny | {"image_size": 12})[2]
+    assert "embedded" in evaluated(data=tiny | {"crop_ratio": 0.5})[2]
     data = archive(tmp_path / "x.npz", generator, np.arange(30) % 3)
     assert "embedded" in evaluated(data=data, num_neighbors=3)[2]
     archive(tmp_path / "x.npz", generator, np.arange(30) % 3)  # other noise under the same name
     assert "embedded" in evaluated(data=data, num_neighbors=3)[2]
-    assert "embedded" not in evaluated()[2]
+    assert "embedded" not in evaluated(data=tiny)[2]
     path = evaluated.checkpoint
     users = path.parents[1] / "features" / "last-cifar.npz"
     users.touch()
@@ -159,7 +171,7 @@ def test_kept_features_are_not_used_for_another_checkpoint_or_other_data(
     )
     held["state_dict"][name][0] += 1
     torch.save(held, path)
-    assert "embedded" in evaluated()[2]
+    assert "embedded" in evaluated(data=tiny)[2]
     digests = {
         kept.name.split("-")[1]
         for kept in (path.parents[1] / "features").iterdir()
@@ -170,12 +182,12 @@ def test_kept_features_are_not_used_for_another_checkpoint_or_other_data(
 
 
 def test_features_of_a_checkpoint_outside_a_run_folder_are_kept_among_the_users_files(
-    evaluated, tmp_path
+    evaluated, tmp_path, tiny
 ):
     (tmp_path / "run" / ".hydra" / "config.yaml").unlink()
-    evaluated()
+    evaluated(data=tiny)
     assert not (tmp_path / "run" / "features").exists()
-    assert "embedded" not in evaluated()[2]
+    assert "embedded" not in evaluated(data=tiny)[2]
 
 
 def test_kept_features_of_files_follow_the_files(evaluated, tmp_path, generator):
@@ -197,29 +209,29 @@ def test_kept_features_of_files_follow_the_files(evaluated, tmp_path, generator)
     assert "features of 6 images from" in log  # of the bank
 
 
-def test_a_damaged_file_of_features_is_made_again(evaluated):
-    first, _, _ = evaluated()
+def test_a_damaged_file_of_features_is_made_again(evaluated, tiny):
+    first, _, _ = evaluated(data=tiny)
     for kept in (evaluated.checkpoint.parents[1] / "features").iterdir():
         content = bytearray(kept.read_bytes())
         content[len(content) // 2] ^= 255
         kept.write_bytes(content)
-    second, _, log = evaluated()
+    second, _, log = evaluated(data=tiny)
     assert "is damaged" in log
-    assert "embedded 1,437 images in" in log
+    assert "embedded 60 images in" in log
     assert second == first
 
 
 def test_features_of_a_checkpoint_outside_a_run_go_to_the_users_cache(
-    evaluated, tmp_path, monkeypatch
+    evaluated, tmp_path, monkeypatch, tiny
 ):
     path = tmp_path / "alone.ckpt"
     shutil.copy(evaluated.checkpoint, path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    evaluated(path)
+    evaluated(path, data=tiny)
     assert len(list((tmp_path / "cache" / "moco" / "features").iterdir())) == 2
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert "features are not kept for the next evaluation" in evaluated(path)[2]
+    assert "features are not kept for the next evaluation" in evaluated(path, data=tiny)[2]
 
 
 def test_images_in_memory_give_the_features_that_they_give_one_by_one(
