@@ -82,9 +82,10 @@ def test_a_disk_that_is_full_when_the_figures_are_written_is_one_line(evaluated,
     def full(path, write):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(
-        "moco.runs.run_folder.write_atomically", full
-    )  # not that of the kept features
+    # Imported before the patch, the kept features are still written.
+    import moco.evaluation.feature_cache  # noqa: F401
+
+    monkeypatch.setattr("moco.runs.run_folder.write_atomically", full)
     with pytest.raises(RunError) as error:
         evaluated(data=tiny, num_neighbors=3)
     assert re.search(
