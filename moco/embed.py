@@ -52,6 +52,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     log_window_advice(pretrained, given, data["image_size"])
     transform = with_defaults(config.augmentation, run_settings["augmentation"])
     encode = embedding.build_encode(pretrained.encoder, config.feature, transform, device)
+    # A pass continues only with these same settings.
     settings = {
         "encoder": config.encoder,
         "feature": config.feature,
@@ -65,6 +66,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     console = Console()
     parts_folder = output.with_name(f"{output.name}.part")
     kept = f"what is done is kept in {parts_folder}, and the same command goes on there"
+    # An interruption or a full disk loses nothing, and the message says so.
     failures_named = failures_without_training_named("batch_size", kept, "output=FILE.npz")
     with taken(parts_folder), interruptible(), failures_named:
         parts = embedding.open_parts(parts_folder, settings, pretrained.encoder, images)

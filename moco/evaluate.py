@@ -74,6 +74,7 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
     data = data_settings(config, run_settings["data"])
     settings = with_defaults(config.evaluation, run_settings["evaluation"])
     views = run_settings["augmentation"]
+    # Weights of other projects do not say how their views were made.
     pair = {"query": views["query"], "key": views["key"]} if views["query"] else {}
     subject = Subject(
         encoder=pretrained.encoder.to(device),

@@ -70,6 +70,7 @@ def labels_of_both_sides(source: DataSource) -> np.ndarray | None:
         return None
     if len(source.bank.images) + len(source.queries.images) != len(source.train):
         return None
+    # Bank and queries are in another order than the training images; the names connect them.
     label_of = {}
     for side in (source.bank, source.queries):
         for row, label in enumerate(side.labels):
@@ -157,6 +158,7 @@ def build_encode(
 
     @torch.no_grad()
     def encode(images: Tensor) -> np.ndarray:
+        # float32, whatever autocast the caller is in.
         with torch.autocast(device.type, enabled=False):
             features = encoder.encode(images.to(device) * scale - shift, feature)
         return features.float().cpu().numpy()
@@ -205,6 +207,7 @@ def add_features(
                 newly_unreadable.append(problem.name)
         parts.add(features, batch.names, batch.labels.numpy(), newly_unreadable, batch.end)
         if newly_unreadable:
+            # Checked at once: a long pass should not end with this error.
             unreadable += newly_unreadable
             check_bad_fraction(unreadable, num_images, max_bad_fraction)
         show_progress(parts.state.num_rows + len(unreadable))

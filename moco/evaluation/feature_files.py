@@ -42,6 +42,7 @@ def write_npz(file: BinaryIO, parts: FeatureParts, has_labels: bool) -> None:
 
 def array_in(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple[int, ...]) -> IO[bytes]:
     """Open an array of an .npz file to write its content to."""
+    # The size is not known in advance and may be above 4 GB.
     target = archive.open(f"{name}.npy", "w", force_zip64=True)
     header = {"descr": dtype, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(target, header)

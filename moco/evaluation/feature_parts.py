@@ -62,6 +62,7 @@ class FeatureParts:
 
     def __init__(self, folder: Path, about: Mapping[str, Any], start: list[int]) -> None:
         self.folder = folder
+        # As it will be read back: JSON turns tuples into lists.
         self.about = json.loads(json.dumps(about))
         state = self._read_state()
         self.state = State(start) if state is None else state
@@ -99,6 +100,7 @@ class FeatureParts:
             path = self.folder / name
             path.touch()
             file = path.open("r+b")
+            # What is behind the last commit is of a batch that was not finished.
             file.truncate(self.state.num_bytes[name])
             file.seek(0, os.SEEK_END)
             self.files[name] = file

@@ -44,6 +44,7 @@ def embed(
             raise EmbeddingStopped
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
             encoded = encode(batch.images.to(device, non_blocking=True)).float()
+        # A batch keeps a black image in the place of an unreadable one.
         is_readable = ~batch.unreadable
         features.append(encoded.cpu()[is_readable])
         labels.append(batch.labels[is_readable])

@@ -38,6 +38,7 @@ def empty_index(name: str, width: int, key: str) -> Any:
     try:
         return faiss.index_factory(width, name, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
+        # faiss puts the names of its functions and files before the reason.
         reason = str(error).rsplit(": ", 1)[-1]
         raise InputError(
             f"{key}={name}: faiss has no such index for features of width {width} ({reason}); "
@@ -77,6 +78,7 @@ def training_rows(bank: np.ndarray, index: Any) -> np.ndarray:
     import faiss
 
     num_rows = TRAINING_ROWS
+    # k-means needs rows for each of its cells; other indexes need a sample of a fixed size.
     cells = faiss.try_extract_index_ivf(index)
     if cells is not None:
         num_rows = max(num_rows, TRAINING_ROWS_PER_CELL * cells.nlist)

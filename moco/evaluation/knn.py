@@ -100,6 +100,7 @@ def sum_by_class(weights: np.ndarray, neighbor_classes: np.ndarray, num_classes:
     """Add up weights (queries, k) of each class: (queries, classes)."""
     first_cells = np.arange(len(weights))[:, None] * num_classes
     cells = first_cells + neighbor_classes
+    # Each query and class has a cell of its own, so one call adds up all votes.
     sums = np.bincount(cells.ravel(), weights.ravel(), len(weights) * num_classes)
     return sums.reshape(-1, num_classes)
 
@@ -119,6 +120,7 @@ def rank_classes(scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.nd
     """
     num_classes = scores.shape[1]
     is_known = own < num_classes
+    # The column of an unknown class does not matter, its rank is replaced below.
     own_column = np.minimum(own, num_classes - 1)[:, None]
     own_score = np.take_along_axis(scores, own_column, axis=1)
     is_smaller_class = np.arange(num_classes) < own[:, None]
@@ -149,6 +151,7 @@ def rank_by_protocol(
         weights = vote_weights(similarities, temperature)
         scores = np.zeros((len(weights), num_classes))
         num_added = 0
+        # A protocol sorts by its k, so the votes of each are added to those of the one before.
         for protocol in sorted(protocols):
             if protocol.temperature != temperature:
                 continue
@@ -184,6 +187,7 @@ def classify(
     classes, bank_classes = np.unique(bank_labels, return_inverse=True)
     own = class_places(classes, query_labels)
     most_neighbors = max(protocol.num_neighbors for protocol in protocols)
+    # The query itself may be found and is removed, so one more row is needed.
     num_searched = most_neighbors if own_rows is None else most_neighbors + 1
     block_size = max(1, SCORES_AT_ONCE // max(len(classes), most_neighbors))
     predicted: dict[Protocol, list[np.ndarray]] = {protocol: [] for protocol in protocols}

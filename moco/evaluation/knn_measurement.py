@@ -76,6 +76,7 @@ def measure_knn(subject: Subject) -> Findings:
     """
     settings = subject.settings
     feature, temperature = settings["feature"], settings["temperature"]
+    # What can be refused is refused before the images are embedded.
     check_map(settings["map"])
     if feature == "backbone":
         empty_index(settings["index"], subject.encoder.backbone.feature_dim, INDEX_KEY)
@@ -220,6 +221,7 @@ def search_of(
         share,
         num_neighbors,
     )
+    # Rounded, as it is measured on a sample.
     recalls[f"knn/recall_{feature}"] = round(share, 6)
     return partial(search_index, index)
 
@@ -315,6 +317,7 @@ def draw_per_class(labels: np.ndarray, number: int, generator: np.random.Generat
 
     Of a class with fewer images all are returned.
     """
+    # The rows by class, in random order within each class.
     order = generator.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
@@ -396,6 +399,7 @@ def class_tables(classes: np.ndarray, confusion: np.ndarray) -> list[Table]:
         worst_rows.append([str(classes[true]), f"{accuracy[place]:.4f}", f"{totals[true]:,}"])
     tables = [table_of("classes with the lowest top-1", ("class", "top-1", "queries"), worst_rows)]
 
+    # Without the diagonal only mistakes are left.
     mistakes = confusion - np.diag(confusion.diagonal())
     most_frequent = np.argsort(-mistakes, axis=None, kind="stable")[:NUM_WORST]
     mistake_rows = []

@@ -69,6 +69,7 @@ def held_out_rows(labels: np.ndarray, share: float, generator: np.random.Generat
     order = generator.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    # At least one row of each class is left to train on.
     wanted = np.clip(np.round(share * counts), 1, counts - 1)
     place_in_class = np.arange(len(labels)) - np.repeat(starts, counts)
     is_held_out = np.empty(len(labels), bool)
@@ -117,6 +118,7 @@ def train_heads(
             batch = features[rows]
             logits = torch.addmm(biases, batch, weights.T)  # (batch, classes * heads)
             logits = logits.view(-1, num_classes, num_heads)
+            # The gradient has a closed form, so autograd is not needed.
             gradient = logit_gradient(logits, classes[rows])
             weight_steps.mul_(SGD_MOMENTUM).addmm_(gradient.T, batch).addcmul_(decay, weights)
             bias_steps.mul_(SGD_MOMENTUM).add_(gradient.sum(0))

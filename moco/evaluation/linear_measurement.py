@@ -101,6 +101,7 @@ def measure_linear(subject: Subject) -> Findings:
     num_classes = len(classes.names)
     started = time.monotonic()
     grid = train_grid(rows, own, held_out, num_classes, settings, training)
+    # Of equally good heads the one with more weight decay and the lower learning rate.
     best = max(grid, key=lambda head: (head.accuracy, head.weight_decay, -head.lr))
     chosen = train_heads(rows, own, num_classes, [best.lr], [best.weight_decay], **training)
     seconds = time.monotonic() - started
@@ -143,6 +144,7 @@ def sides_of(subject: Subject, settings: dict[str, Any]) -> tuple[Features, Feat
     if source.queries is not None:
         queries = with_labels(subject.features(source.queries), source.queries, name)
         return bank, queries, "test"
+    # Another stream of numbers than that of the images that choose the head.
     generator = np.random.default_rng([settings["seed"], 1])
     is_query = held_out_rows(bank.labels, settings["held_out"], generator)
     if not is_query.any():

@@ -168,6 +168,7 @@ def measure_linear_official(subject: Subject) -> Findings:
     warn_of_unknown(classes, queries.labels, name)
     query_rows = torch.from_numpy(queries.of[feature]).to(subject.device)
 
+    # The key of the kept features names everything that the images and the encoder depend on.
     images_key = subject.cache.path(labelled, subject.data["root"]).name
     probe = OfficialProbe(
         width=query_rows.shape[1],
@@ -247,6 +248,7 @@ def train_epoch(
         check_finite(features.cpu().numpy(), indices.numpy(), labelled, subject.checkpoint)
         places = classes.places(labels.cpu().numpy())
         is_known = places < len(classes.names)
+        # -1 makes the loss skip images of no class.
         own = torch.from_numpy(np.where(is_known, places, -1))
         losses.append(probe.step(features, own.to(subject.device)))
         # The label of an unreadable image is replaced by -1.

@@ -90,6 +90,7 @@ def search_bank(
     bank: np.ndarray, queries: np.ndarray, num_neighbors: int, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
     """Search normalised queries in the bank, one block of its rows after the other."""
+    # A block holds at least k rows, so that the first one fills the lists.
     block_size = max(num_neighbors, BANK_BYTES // (4 * bank.shape[1]))
     best: tuple[np.ndarray, np.ndarray] | None = None
     for start in range(0, len(bank), block_size):
@@ -111,6 +112,7 @@ def search_bank(
 
 def flat_index(features: np.ndarray) -> Any:
     """Return faiss's exact index of normalised features."""
+    # faiss is imported where it is used: training without kNN does not need it.
     import faiss
 
     index = faiss.IndexFlatIP(features.shape[1])
@@ -127,6 +129,7 @@ def search_with_faiss(
     # faiss brings an OpenMP library of its own, which does not know of torch's number of threads.
     faiss.omp_set_num_threads(torch.get_num_threads())
     similarities, rows = index.search(queries, num_neighbors)
+    # faiss marks the places that it cannot fill by row -1.
     is_missing = rows < 0
     similarities[is_missing] = NOTHING
     rows[is_missing] = 0
@@ -155,6 +158,7 @@ def order_ties(similarities: np.ndarray, rows: np.ndarray) -> None:
 
     Their order then does not depend on the search.
     """
+    # Few queries have ties, so only these are sorted.
     is_tied = (similarities[:, 1:] == similarities[:, :-1]).any(axis=1)
     tied_rows = rows[is_tied]
     order = np.lexsort((tied_rows, -similarities[is_tied]))
@@ -167,6 +171,7 @@ def merge(
     """Return the most similar neighbours of two lists; equal ones of the first list come first."""
     similarities = np.hstack([first[0], second[0]])
     rows = np.hstack([first[1], second[1]])
+    # A stable sort keeps equally similar rows in the order of the bank.
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :num_neighbors]
     return (
         np.take_along_axis(similarities, order, axis=1),

@@ -112,6 +112,7 @@ class Subject:
             InputError: there is no such dataset.
         """
         source = build_source_of(self.data)
+        # The advice on attention windows needs the size, which only the dataset may know.
         self.at_image_size(self.data["image_size"])
         return source
 
@@ -173,6 +174,7 @@ class Subject:
 
     def _embedded(self, labelled: Labelled) -> Features:
         started = time.monotonic()
+        # One pass computes both features, side by side.
         joined, labels, unreadable = embed(self._encode_all, self._batches(labelled), self.device)
         rows = np.delete(np.arange(len(labelled.images)), unreadable)
         check_finite(joined, rows, labelled, self.checkpoint)
@@ -191,6 +193,7 @@ class Subject:
         size, batch_size = self.data["image_size"], self.settings["batch_size"]
         images = labelled.images
         if isinstance(images, ArrayImages):
+            # A crop ratio below 1 enlarges the image first and cuts its middle out.
             is_cropped = round(size / self.data["crop_ratio"]) != size
             is_resized = images.tensor.shape[1:3] != (size, size)
             if not is_cropped and not is_resized:
@@ -256,6 +259,7 @@ def batches_in_memory(
     std: Sequence[float],
 ) -> Iterator[EvaluationBatch]:
     """Yield the batches that the evaluation view makes of images that already have its size."""
+    # The arithmetic of the evaluation view, for whole batches.
     scale, shift = normalisation(mean, std)
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
