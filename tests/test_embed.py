@@ -223,7 +223,8 @@ def test_a_disk_that_is_full_when_the_files_are_made_is_one_line_and_no_feature_
         with pytest.raises(RunError) as error:
             embed(checkpoint, tmp_path, *SMALL)
     assert str(error.value) == (
-        "[Errno 28] No space left on device; free some space and start again; what is done is kept in "
+        "[Errno 28] No space left on device; free some space and start again; "
+        "what is done is kept in "
         f"{tmp_path / 'f.npz.part'}, and the same command goes on there"
     )
     monkeypatch.setattr(FeatureParts, "add", After(None, 0, AssertionError("computed again")))
@@ -283,7 +284,8 @@ def test_a_file_that_may_not_grow_is_one_line_and_the_run_goes_on_later(
     [
         (
             ["batch_size=50"],
-            "batch_size: 100 there, 50 here; remove that folder to start anew, or choose another output",
+            "batch_size: 100 there, 50 here; "
+            "remove that folder to start anew, or choose another output",
         ),
         (["feature=embedding"], "feature: backbone there, embedding here"),
         (["backbone.window_size=4"], "backbone.window_size: 2 there, 4 here"),

@@ -1,4 +1,4 @@
-"""What a user of ``moco.evaluate`` sees: the tables, the files, what is kept, and what is said of bad data."""
+"""What a user of ``moco.evaluate`` sees: tables, files, kept features, messages."""
 
 import errno
 import json
@@ -21,7 +21,10 @@ from moco.errors import InputError, RunError
 
 @pytest.fixture
 def evaluated(checkpoint, tmp_path, capsys, caplog):
-    """Evaluates the checkpoint's copy in a run folder of its own: the figures, and what was printed and logged."""
+    """A function that evaluates a copy of the checkpoint in a run folder of its own.
+
+    It returns the figures, the output and the log.
+    """
     from moco.evaluate import run
 
     own = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -346,7 +349,8 @@ def test_images_whose_features_are_not_finite_are_named(evaluated, generator, tm
         evaluated(data=data)
     names = ", ".join(f"{data['root']}: train_images[{row}]" for row in range(3))
     assert str(error.value) == (
-        f"checkpoint={path}: the features of 5 images are not finite (NaN or infinity): {names}, ..."
+        f"checkpoint={path}: the features of 5 images "
+        f"are not finite (NaN or infinity): {names}, ..."
     )
 
 
@@ -391,22 +395,23 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
     [
         (
             {"name": "dense", "feature": "embedding"}, {},
-            "evaluation.feature: a setting of evaluation=knn and evaluation=linear and evaluation=linear_official, and "
-            "evaluation=dense has no such",
+            "evaluation.feature: a setting of evaluation=knn and evaluation=linear "
+            "and evaluation=linear_official, and evaluation=dense has no such",
         ),
         (
             {"name": "dense", "cache": False}, {},
-            "evaluation.cache: a setting of evaluation=knn and evaluation=linear and evaluation=linear_official, and "
-            "evaluation=dense has no such",
+            "evaluation.cache: a setting of evaluation=knn and evaluation=linear "
+            "and evaluation=linear_official, and evaluation=dense has no such",
         ),
         (
             {"name": "linear", "num_neighbors": 5}, {},
-            "evaluation.num_neighbors: a setting of evaluation=knn and evaluation=dense, and evaluation=linear has no such",
+            "evaluation.num_neighbors: a setting of evaluation=knn and evaluation=dense, "
+            "and evaluation=linear has no such",
         ),
         (
             {"name": "dense"}, {"held_out": 0.5},
-            "data.held_out: a setting of evaluation=knn and evaluation=linear and evaluation=linear_official, and "
-            "evaluation=dense has no such",
+            "data.held_out: a setting of evaluation=knn and evaluation=linear "
+            "and evaluation=linear_official, and evaluation=dense has no such",
         ),
         (
             {"name": "linear"}, {"ignore_index": 0},
@@ -420,8 +425,14 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
             {"index": "IVF16,Flat", "ef_search": 9}, {},
             "evaluation.ef_search: without an HNSW index in evaluation.index it has no effect",
         ),
-        ({"num_draws": 9}, {}, "evaluation.num_draws: without evaluation.images_per_class it has no effect"),
-        ({"map": "none", "plots": False}, {}, "evaluation.map: without evaluation.plots=true it has no effect"),
+        (
+            {"num_draws": 9}, {},
+            "evaluation.num_draws: without evaluation.images_per_class it has no effect",
+        ),
+        (
+            {"map": "none", "plots": False}, {},
+            "evaluation.map: without evaluation.plots=true it has no effect",
+        ),
     ],
 )  # fmt: skip
 def test_a_setting_that_has_no_effect_is_refused(settings, data, expected):

@@ -25,14 +25,15 @@ from moco.runs.run_folder import write_atomically
 
 log = logging.getLogger(__name__)
 
+# The setting `index` of a run that writes no index.
 NO_INDEX = "none"
-"""The setting `index` of a run that writes no index."""
+# Loader processes where the settings do not say a number.
 USUAL_WORKERS = 4
+# Settings that may differ when a pass is continued: the features do not depend on them, or the
+# names of the images show the difference.
 FREE_SETTINGS = ("download", "max_bad_fraction", "num_images", "num_workers")
-"""Settings that may differ when a pass is continued: the features do not depend on them, or the
-names of the images show the difference."""
+# Images that a message names.
 MOST_NAMED = 10
-"""Images that a message names."""
 
 
 def choose_images(source: DataSource, split: str, name: str) -> ImageSet:

@@ -21,6 +21,7 @@ from moco.runs.run_folder import CONFIG, write_atomically
 
 log = logging.getLogger(__name__)
 
+# Bytes of a checkpoint, and images in memory, that are hashed at once.
 READ_BYTES = 2**22
 IMAGES_AT_ONCE = 4096
 

@@ -12,13 +12,14 @@ import numpy as np
 from moco.evaluation.feature_parts import FEATURES, LABELS, FeatureParts
 from moco.evaluation.indexes import EXACT, build_index, recall, set_search_effort
 
+# Characters of names that are in memory at once.
 CHARACTERS_AT_ONCE = 2**20
-"""Characters of names that are in memory at once."""
+# Bytes of a file that are copied at once.
 COPIED_BYTES = 2**20
+# Images whose neighbours are searched to measure what an approximate index finds.
 NUM_SAMPLES = 100
-"""Images whose neighbours are searched to measure what an approximate index finds."""
+# Neighbours of each of them.
 NUM_NEIGHBORS = 10
-"""Neighbours of each of them."""
 
 
 def write_npz(file: BinaryIO, parts: FeatureParts, has_labels: bool) -> None:

@@ -24,6 +24,7 @@ LABELS = "labels.bin"
 NAMES = "names.jsonl"
 UNREADABLE = "unreadable.jsonl"
 FILES = (FEATURES, LABELS, NAMES, UNREADABLE)
+# At most this much work is lost when the process is killed.
 SECONDS_BETWEEN_COMMITS = 10.0
 
 

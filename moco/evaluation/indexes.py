@@ -7,17 +7,17 @@ import numpy as np
 from moco.errors import InputError
 from moco.evaluation.neighbors import BANK_BYTES, NOTHING, nearest, normalized, search_index
 
+# Our name of the exact search; faiss calls such an index ``Flat``.
 EXACT = "flat"
-"""Our name of the exact search; faiss calls such an index ``Flat``."""
 TRAINING_ROWS = 65_536
+# k-means of faiss uses at most 256 rows for each cell and warns below 39.
 TRAINING_ROWS_PER_CELL = 64
-"""k-means of faiss uses at most 256 rows for each cell and warns below 39."""
+# Cells of an IVF index that a search looks into; faiss's own number is 1.
 NUM_PROBES = 32
-"""Cells of an IVF index that a search looks into; faiss's own number is 1."""
+# Candidates that a search in an HNSW graph keeps; faiss's own number is 16.
 EF_SEARCH = 256
-"""Candidates that a search in an HNSW graph keeps; faiss's own number is 16."""
+# Queries by which the recall is measured.
 SAMPLE_SIZE = 1_000
-"""Queries by which the recall is measured."""
 
 
 def empty_index(name: str, width: int, key: str) -> Any:

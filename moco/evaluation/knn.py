@@ -18,8 +18,8 @@ from moco.evaluation.neighbors import nearest_by_block
 
 log = logging.getLogger(__name__)
 
+# Scores, one for each query and class, that are in memory at once.
 SCORES_AT_ONCE = 2**22
-"""Scores, one for each query and class, that are in memory at once."""
 
 Search = Callable[[np.ndarray, int], Iterable[tuple[np.ndarray, np.ndarray]]]
 """A function of queries (queries, width) and k that finds the nearest bank rows. For one block of

@@ -31,10 +31,11 @@ from moco.evaluation.subject import Features, Findings, Subject, first_names
 
 log = logging.getLogger(__name__)
 
+# The grid of protocols that is measured beside the main one.
 NUM_NEIGHBORS = (1, 10, 20, 100, 200)
 TEMPERATURES = (0.07, 0.1, 0.2)
+# Worst classes, and most confused pairs of classes, in the tables.
 NUM_WORST = 5
-"""Worst classes, and most confused pairs of classes, in the tables."""
 INDEX_KEY = "evaluation.index"
 
 

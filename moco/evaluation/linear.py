@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# As in the official protocol.
 SGD_MOMENTUM = 0.9
+# Rows for which all heads compute logits at once.
 ROWS_AT_ONCE = 1024
-"""Rows for which all heads compute logits at once."""
 
 
 class Heads(NamedTuple):

@@ -34,12 +34,12 @@ from moco.evaluation.subject import Features, Findings, Subject
 
 log = logging.getLogger(__name__)
 
+# With evaluation.linear.num_epochs=null a small dataset is trained on for this number of steps.
 MIN_STEPS = 2000
-"""With evaluation.linear.num_epochs=null a small dataset is trained on for at least these steps."""
+# A larger dataset is trained on for this number of epochs.
 NUM_EPOCHS = 30
-"""And a larger one for these epochs."""
+# Classes that a message names.
 MOST_NAMED = 5
-"""Classes that a message names."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from moco.runs.run_folder import write_atomically
 
 log = logging.getLogger(__name__)
 
+# The state after every epoch, in the run folder.
 HEAD_FILE = "linear_official.ckpt"
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
+# Bank rows that are searched at once. They are copied twice, to normalise them and by faiss, so
+# this bounds the memory that a search needs beside the bank.
 BANK_BYTES = 2**28
-"""Bank rows that are searched at once. They are copied twice, to normalise them and by faiss, so
-this bounds the memory that a search needs beside the bank."""
+# Neighbours that are kept at once, their similarities and rows.
 RESULT_BYTES = 2**27
-"""Neighbours that are kept at once, their similarities and rows."""
+# Similarities that a GPU computes at once.
 PRODUCT_BYTES = 2**28
-"""Similarities that a GPU computes at once."""
+# The similarity in a place of a list that nothing fills. It has no weight in any vote.
 NOTHING = np.finfo(np.float32).min
-"""The similarity in a place of a list that nothing fills. It has no weight in any vote."""
 
 
 def normalized(features: np.ndarray) -> np.ndarray:

@@ -34,8 +34,8 @@ SOURCE_SETTINGS = (
     "pages",
 )
 """The settings of the data that `build_source` takes, beside name and root."""
+# Images that a message names.
 MOST_NAMED = 3
-"""Images that a message names."""
 
 
 class Features(NamedTuple):

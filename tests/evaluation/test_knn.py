@@ -79,7 +79,7 @@ def test_votes_do_not_depend_on_the_order_of_equally_similar_rows(generator):
 
 
 def official_vote(bank, bank_labels, queries, num_classes, num_neighbors, temperature):
-    """Predicted classes as MoCo's CIFAR notebook has them: one-hot neighbours times exp(similarity / T), added up."""
+    """Return predicted classes as MoCo's CIFAR notebook computes them."""
     similarity, rows = torch.mm(queries, bank.T).topk(num_neighbors, dim=-1)
     labels = bank_labels[rows].reshape(-1, 1)
     one_hot = torch.zeros(len(labels), num_classes).scatter(-1, labels, 1.0)
@@ -149,7 +149,7 @@ class Products(torch.utils.data.Dataset):
 
 
 def test_a_search_between_batches_of_loader_processes_disturbs_neither(generator):
-    """faiss and torch each bring an OpenMP library, and loader processes are forked after its first use."""
+    """faiss and torch each bring an OpenMP library, and loader processes are forked after both."""
     bank = generator.normal(size=(3000, 8))
     queries = generator.normal(size=(50, 8))
     expected = nearest(bank, queries, 5)

@@ -1,4 +1,4 @@
-"""The linear probes: the arithmetic against torch's and scikit-learn's, and what a user of ``moco.evaluate`` sees."""
+"""The linear probes: arithmetic against torch's and scikit-learn's, and what a user sees."""
 
 import numpy as np
 import pytest
@@ -299,7 +299,7 @@ OFFICIAL = {"lr": 0.01, "num_epochs": 3, "milestones": [2], "batch_size": 256}
 
 def test_the_official_protocol_trains_on_views_and_reports_its_last_epoch(evaluated, monkeypatch):  # noqa: F811
     projection = torch.randn(3 * 16 * 16, 128, generator=torch.Generator().manual_seed(0)) / 28
-    # Features that tell something, which those of an untrained encoder hardly do: of one network, images to features.
+    # Features of an untrained encoder hardly tell the classes apart; a projection of pixels does.
     monkeypatch.setattr(
         "moco.models.backbones.ResNet.forward", lambda _, images: images.flatten(1) @ projection
     )
@@ -416,9 +416,16 @@ def test_a_view_of_files_is_that_of_the_query_in_pretraining(image_tree):
     }
     norm = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
     views = LabelledViews(
-        Labelled(images, labels), operations, "here", **norm, image_size=8, batch_size=7, seed=5, num_workers=0,
+        Labelled(images, labels),
+        operations,
+        "here",
+        **norm,
+        image_size=8,
+        batch_size=7,
+        seed=5,
+        num_workers=0,
         device=torch.device("cpu"),
-    )  # fmt: skip
+    )
     pair = ViewPair(operations, operations, **norm, image_size=8, seed=5)
     seen = []
     for views_of_batch, own, indices in views.epoch(3):
