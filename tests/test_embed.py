@@ -473,7 +473,9 @@ def ended_in_the_middle(folder, number, *arguments):
     file = folder / "f.npz.part" / "features.bin"
     size_before = file.stat().st_size if file.exists() else 0
     with started(folder, *arguments) as process:
+        deadline = time.monotonic() + 300
         while process.poll() is None:
+            assert time.monotonic() < deadline
             if file.exists() and file.stat().st_size > size_before:
                 break
             time.sleep(0.01)
