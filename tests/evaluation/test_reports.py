@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from moco.callbacks.feature_plots import Embedded
-from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
+from moco.config.data import EvaluateDataConfig
+from moco.config.pretrained import EvaluateConfig, EvaluationConfig
 from moco.evaluate import run
 from moco.evaluation.label_free_measurement import illnesses
 from moco.evaluation.reports.drawing import MARGIN, NUMBERED_CLASSES, feature_maps_plot, map_plot

@@ -14,7 +14,8 @@ import pytorch_lightning as pl
 import torch
 
 from moco import evaluate, train
-from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
+from moco.config.data import EvaluateDataConfig
+from moco.config.pretrained import EvaluateConfig, EvaluationConfig
 from moco.evaluation.features import embed
 from moco.methods.momentum import update_key_encoder
 from moco.models.backbones import build_backbone
@@ -185,7 +186,7 @@ def test_the_knn_of_a_run_is_that_of_its_checkpoint(name, optimizer, runner, tmp
     of_checkpoint = EvaluateConfig(
         str(tmp_path / "run" / "checkpoints" / "last.ckpt"),
         EvaluateDataConfig(),
-        EvaluationConfig(images=False, label_free=False),
+        EvaluationConfig(plots=False, label_free=False),
         "cpu",
     )
     evaluate.run(of_checkpoint, tmp_path / "evaluation")

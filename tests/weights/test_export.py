@@ -8,10 +8,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from moco.config.data import EvaluateDataConfig
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.pretrained import (
     EvaluateConfig,
-    EvaluateDataConfig,
     EvaluationConfig,
     ExportConfig,
     PretrainedBackboneConfig,

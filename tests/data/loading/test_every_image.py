@@ -14,7 +14,8 @@ from moco.data.loading.every_image import (
     every_image,
     in_batches,
 )
-from moco.data.sources.registry import ArrayImages, DataSource, Labelled, build_source
+from moco.data.sources.registry import build_source
+from moco.data.sources.source import ArrayImages, DataSource, Labelled
 from tests.data.loading.test_datamodule import data_for
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
