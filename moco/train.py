@@ -338,11 +338,13 @@ def build_trainer(
         images: of `dense_set`.
     """
     from moco.callbacks.checkpoints import Checkpoints
-    from moco.callbacks.collapse_watch import CollapseWatch, LabelFreeMonitor
+    from moco.callbacks.collapse_watch import CollapseWatch
     from moco.callbacks.dense_monitor import DenseMonitor
     from moco.callbacks.feature_plots import FeaturePlots
-    from moco.callbacks.monitors import KNNMonitor, TrainingMonitor
+    from moco.callbacks.knn_monitor import KNNMonitor
+    from moco.callbacks.label_free_monitor import LabelFreeMonitor
     from moco.callbacks.online_probe import OnlineProbe
+    from moco.callbacks.training_monitor import TrainingMonitor
     from moco.callbacks.unreadable_images import UnreadableList
     from moco.callbacks.view_pairs import ViewPairPlot
     from moco.cli.progress import ProgressBar
@@ -372,7 +374,7 @@ def build_trainer(
             baselines=knn.baselines,
             is_untrained=config.init_from is None,
             should_stop=lambda: bool(stop),
-            images=FeaturePlots(knn.plots_every_n_epochs, knn.projector_images),
+            plots=FeaturePlots(knn.plots_every_n_epochs, knn.projector_images),
         ),
         CollapseWatch(),
         LabelFreeMonitor(knn.diagnostics_every_n_steps),

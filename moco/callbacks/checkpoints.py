@@ -9,7 +9,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from moco.callbacks.stopwatches import CHECKPOINTS, epoch_time
 from moco.errors import Interrupted, RunError
 from moco.runs.interrupts import StopRequest
 from moco.runs.run_folder import (
@@ -23,6 +22,7 @@ from moco.runs.run_folder import (
 )
 from moco.training.distributed.collectives import Agreement, gather_objects, largest
 from moco.training.random_states import random_states, seed_generators, set_random_states
+from moco.training.stopwatches import CHECKPOINTS, epoch_time
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.callbacks.monitors import data_of
-from moco.callbacks.stopwatches import MONITORS, epoch_time
+from moco.callbacks.running_trainer import data_of
 from moco.data.sources.registry import DataSource
 from moco.errors import InputError
 from moco.training.distributed.collectives import all_gather
+from moco.training.stopwatches import MONITORS, epoch_time
 
 log = logging.getLogger(__name__)
 

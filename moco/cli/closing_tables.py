@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from moco.callbacks.stopwatches import epoch_time, in_words
 from moco.cli.progress import print_table
 from moco.runs.run_folder import BACKBONE_FILE, LAST_CHECKPOINT, as_override
+from moco.training.stopwatches import epoch_time, in_words
 
 
 def close(console: Console, folder: Path, figures: dict[str, Any], num_unreadable: int) -> None:

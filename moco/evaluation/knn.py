@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -252,3 +252,14 @@ def scores_of(result: KNNResult) -> dict[str, float]:
     if result.top5 is not None:
         scores["knn/top5"] = result.top5
     return scores
+
+
+def protocol_figures(result: KNNResult, temperature: float, feature: str) -> dict[str, Any]:
+    """Return the conditions of a kNN figure under the names of ``metrics.json``."""
+    return {
+        "knn/num_neighbors": result.num_neighbors,
+        "knn/temperature": temperature,
+        "knn/feature": feature,
+        "knn/bank_size": result.bank_size,
+        "knn/num_queries": result.num_queries,
+    }

@@ -14,14 +14,22 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moco.callbacks.feature_plots import Embedded
-from moco.callbacks.monitors import protocol as protocol_figures
 from moco.data.sources.registry import Labelled
 from moco.errors import InputError, printable
 from moco.evaluation.approximate import ApproximateIndex, recall
-from moco.evaluation.knn import KNNResult, Protocol, Search, Votes, capped, classify, scores_of
+from moco.evaluation.knn import (
+    KNNResult,
+    Protocol,
+    Search,
+    Votes,
+    capped,
+    classify,
+    protocol_figures,
+    scores_of,
+)
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
 from moco.evaluation.neighbors import nearest_by_block
+from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.reports.knn_plots import Searched, knn_plots, save_png
 from moco.evaluation.reports.projections import check_map
 from moco.evaluation.subject import Features, Findings, Subject
@@ -96,7 +104,7 @@ def measure_knn(subject: Subject) -> Findings:
     if settings["label_free"]:
         label_free = measure_label_free(subject, sides.bank, sides.of_bank)
     images = {}
-    if settings["images"]:
+    if settings["plots"]:
         searched = searched_of(sides, chosen_search, settings["feature"])
         images = knn_plots(subject, searched, confusion, classes, label_free.views)
     return Findings(

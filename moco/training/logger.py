@@ -12,7 +12,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
-from moco.callbacks.stopwatches import LOGGING, epoch_time
+from moco.training.stopwatches import LOGGING, epoch_time
 
 
 class RunLogger(TensorBoardLogger):

@@ -6,10 +6,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from moco.callbacks.monitors import KNNMonitor, TrainingMonitor
 from torch import nn
 
 from moco.callbacks import monitors as monitor
-from moco.callbacks.monitors import KNNMonitor, TrainingMonitor
 from moco.callbacks.view_pairs import view_pair_plot
 from moco.evaluation.diagnostics import (
     embedding_std,

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from moco.callbacks.data_wait import DataWait
-from moco.callbacks.monitors import LossMonitor
+from moco.callbacks.training_monitor import LossMonitor
 from moco.cli.progress import ProgressBar
 from moco.data.loading.streams import Streams
 from moco.data.loading.waiting import cores_of, remedies, workers_that_suffice
@@ -186,7 +186,7 @@ def test_making_a_batch_in_the_devices_memory_is_not_waiting(runner):
 def test_a_run_that_waits_says_so_once_with_what_to_change(runner, image_tree, caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.setattr("moco.callbacks.monitors.SECONDS", 0.5)
+    monkeypatch.setattr("moco.callbacks.training_monitor.SECONDS", 0.5)
     opened = FileImages.opened
     monkeypatch.setattr(
         FileImages, "opened", lambda self, index: time.sleep(0.05) or opened(self, index)
