@@ -11,12 +11,16 @@ from torch import nn
 
 from moco.evaluation.diagnostics import (
     alignment,
+    embedding_std,
     encoder_distances,
     evenly_spaced,
     gradient_norms,
+    in_batch_negative_similarity,
     label_free_figures,
     lidar,
+    negative_similarity,
     pair_similarities,
+    positive_similarity,
     rank_me,
     stage_of,
     uniformity,
@@ -26,6 +30,27 @@ from moco.models.backbones import build_backbone
 
 def unit(*shape):
     return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def test_similarities_equal_the_mean_over_all_pairs():
+    query, key, negatives = unit(10, 16), unit(10, 16), unit(50, 16)
+    positive = float((query @ key.T).diagonal().mean())
+    negative = float((query @ negatives.T).mean())
+    assert float(positive_similarity(query, key)) == pytest.approx(positive, abs=1e-6)
+    assert float(negative_similarity(query, negatives)) == pytest.approx(negative, abs=1e-6)
+
+
+def test_a_querys_own_key_is_none_of_its_negatives_in_the_batch():
+    # The keys of three devices; the queries are those of the second.
+    query, keys = unit(10, 16), unit(30, 16)
+    others = [float(query[i] @ keys[j]) for i in range(10) for j in range(30) if j != 10 + i]
+    ours = in_batch_negative_similarity(query, keys[10:20], keys)
+    assert float(ours) == pytest.approx(sum(others) / len(others), abs=1e-6)
+
+
+def test_embedding_std_is_zero_when_collapsed_and_one_over_root_c_when_spread():
+    assert float(embedding_std(unit(1, 64).expand(100, 64))) == pytest.approx(0.0, abs=1e-7)
+    assert float(embedding_std(unit(20000, 64))) == pytest.approx(1 / math.sqrt(64), rel=1e-2)
 
 
 def test_alignment_is_zero_for_equal_views_two_for_orthogonal_ones_and_four_for_opposite_ones():

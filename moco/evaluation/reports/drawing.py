@@ -1,7 +1,7 @@
 """Plots of an evaluation, drawn by matplotlib: arrays and images in, a figure out.
 
 A figure is made without pyplot, so no global state changes and no window opens. matplotlib is
-imported when the first plot is drawn, because importing it takes a fifth of a second.
+imported when the first plot is drawn, because importing it takes half a second.
 """
 
 from collections.abc import Mapping, Sequence

@@ -15,7 +15,7 @@ NUM_QUERIES = 16
 """Queries in a plot of neighbours."""
 NUM_NEIGHBORS = 8
 """Neighbours of each of them."""
-THUMBNAIL = 72
+THUMBNAIL = 64
 """Side of an image in that plot, in px."""
 GAP = 12
 """Space between a query and its neighbours, in px."""
