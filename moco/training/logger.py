@@ -37,7 +37,9 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_only
     @epoch_time.measured(LOGGING)
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics(dict(metrics), step)
+        # Lightning's own would turn an error of the disk into a ValueError about the metric.
+        for name, value in metrics.items():
+            self.experiment.add_scalar(name, float(value), step)
 
     @epoch_time.measured(LOGGING)
     def save(self) -> None:

@@ -1,5 +1,6 @@
 """What TensorBoard finds in a run folder."""
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -92,3 +93,13 @@ def test_the_event_file_of_a_summary_writer_is_public():
 
     assert "file_writer" in SummaryWriter.__init__.__code__.co_names
     assert callable(FileWriter.add_summary)
+
+
+def test_a_disk_error_while_a_scalar_is_written_stays_one(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    logger = RunLogger(tmp_path)
+    monkeypatch.setattr(logger.experiment, "add_scalar", full)
+    with pytest.raises(OSError, match="No space left"):
+        logger.log_metrics({"train/loss": 0.1}, step=7)
