@@ -67,6 +67,7 @@ def test_a_run_that_goes_on_goes_on_counting():
     assert again.checks == {"COLLAPSED": 3, "DIMENSIONAL COLLAPSE": 0}
 
 
+@pytest.mark.slow
 def test_a_run_without_key_momentum_collapses_and_is_named_soon_however_rarely_it_logs(
     runner, caplog
 ):

@@ -52,7 +52,8 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize("kind", OF_SEVERAL_KINDS)
 def test_a_run_ends_in_the_same_bits_with_and_without_diagnostics(kind, runner, tmp_path):
     for name, how_much in (("often", OFTEN), ("never", NEVER)):
-        run(runner.config("data.batch_size=240", *kind, *how_much), tmp_path / name)
+        settings = ["data.batch_size=240", "data.image_size=8", *kind, *how_much]
+        run(runner.config(*settings), tmp_path / name)
     assert_same_run(last(tmp_path / "often"), last(tmp_path / "never"))
 
 

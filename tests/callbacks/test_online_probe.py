@@ -46,6 +46,7 @@ class Shown(OnlineProbe):
         self.shown = [*getattr(self, "shown", []), self.figures["probe/top1"]]
 
 
+@pytest.mark.slow
 def test_it_learns(runner):
     figures = {}
     probe = Shown(figures, 10, lr=0.01)
@@ -78,7 +79,7 @@ def test_a_step_is_the_gradient_of_softmax_regression_by_hand():
 
 def test_a_resumed_run_goes_on_with_the_probe(runner, tmp_path, monkeypatch):
     config = runner.config(
-        "data.batch_size=240", "evaluation.every_n_epochs=100", "method.queue_size=500", "evaluation.online_probe=true",
+        "data.batch_size=240", "data.image_size=8", "evaluation.every_n_epochs=100", "method.queue_size=500", "evaluation.online_probe=true",
         "trainer.max_steps=7",
     )  # fmt: skip
     run(config, tmp_path / "straight")

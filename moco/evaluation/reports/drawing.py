@@ -59,7 +59,9 @@ def new_figure(width: float, height: float) -> "Figure":
     """Return an empty white figure of `width` x `height` px."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    # matplotlib 3.9 rounds the size in px down, so 459.9999 would become 459.
+    size = ((width + 0.01) / DPI, (height + 0.01) / DPI)
+    return Figure(figsize=size, dpi=DPI, facecolor="white")
 
 
 def pixels(figure: "Figure") -> np.ndarray:
