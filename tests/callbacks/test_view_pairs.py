@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from moco.callbacks.view_pairs import as_shown
-from moco.train import build_data
+from moco.cli.build_pretraining import build_data
 
 
 def test_views_are_shown_without_their_normalisation(runner):
