@@ -39,7 +39,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         folder: the run folder.
         config: the run's config as plain data.
         figures: the flat dict that becomes ``metrics.json``. Other callbacks fill it in, on every
-            rank alike. It gets ``GROUP/best_NAME`` and ``GROUP/best_epoch`` of the monitored figure.
+            rank alike. It gets ``GROUP/best_NAME`` and ``GROUP/best_epoch`` of the monitored
+            figure.
         stop: a signal to save and end the run.
         every_n_epochs: epochs between two checkpoints; the last epoch always gets one.
         every_n_minutes: after this long without a checkpoint, one is saved at the end of the step.

@@ -1,4 +1,4 @@
-"""Expensive figures of embeddings, queue and encoders while a run trains, as a Lightning callback."""
+"""Expensive figures of embeddings, queue and encoders of a training, as a Lightning callback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -131,8 +131,10 @@ def embedded_views(subject: Subject, labelled: Labelled, rows: np.ndarray) -> np
     batch_size = subject.settings["batch_size"]
     parts = []
     for start in range(0, len(rows), batch_size):
-        block = [int(row) for row in rows[start : start + batch_size]]
-        batch = make([(row, images.opened(row), images.name(row)) for row in block], 0)
+        samples = []
+        for row in rows[start : start + batch_size].tolist():
+            samples.append((row, images.opened(row), images.name(row)))
+        batch = make(samples, 0)
         with torch.autocast(device.type, enabled=False):
             views = augment.finished([view.to(device) for view in batch.views], 0, batch.indices)
             embeddings = [subject.encoder(view).float().cpu() for view in views]
