@@ -34,9 +34,9 @@ def test_embeddings_in_a_plane_are_a_dimensional_collapse(caplog):
     for step in range(20, 120, 20):
         watch.check(flat[:32], flat, step)
     assert (
-        "DIMENSIONAL COLLAPSE at step 100: the embeddings differ in few dimensions only (effective rank 2.0 of 64)"
-        in caplog.text
-    )
+        "DIMENSIONAL COLLAPSE at step 100: the embeddings differ in few dimensions only "
+        "(effective rank 2.0 of 64). The features will be poor. Usual causes: "
+    ) in caplog.text
     assert "\nCOLLAPSED" not in caplog.text
 
 
@@ -44,9 +44,8 @@ def test_the_newest_keys_of_a_long_queue_are_looked_at(monkeypatch):
     monkeypatch.setattr("moco.callbacks.collapse_watch.MOST_KEYS", 40)
     queue = KeyQueue(100, 16)
     queue.enqueue(unit(70, 16))
-    queue.enqueue(
-        unit(40, 2) @ F.pad(torch.eye(2), (0, 14))
-    )  # in a plane, the last ten wrap around
+    # These are in a plane, and the last ten wrap around.
+    queue.enqueue(unit(40, 2) @ F.pad(torch.eye(2), (0, 14)))
     keys = newest_keys(SimpleNamespace(queue=queue), {})
     assert len(keys) == 40
     assert torch.linalg.matrix_rank(keys) == 2

@@ -22,10 +22,13 @@ def last(folder):
 
 OFTEN = ["evaluation.diagnostics_every_n_steps=1", "evaluation.plots_every_n_epochs=1"]
 NEVER = [
-    "evaluation.diagnostics_every_n_steps=null", "evaluation.plots_every_n_epochs=null", "evaluation.projector_images=0",
-]  # fmt: skip
+    "evaluation.diagnostics_every_n_steps=null",
+    "evaluation.plots_every_n_epochs=null",
+    "evaluation.projector_images=0",
+]
 OF_SEVERAL_KINDS = [
-    ["method.batch_norm=split", "trainer.max_steps=6"],  # into the second epoch
+    # Six steps go into the second epoch.
+    ["method.batch_norm=split", "data.image_size=8", "trainer.max_steps=6"],
     pytest.param(
         ["method.symmetric=true", "trainer.accumulate_grad_batches=2"], marks=pytest.mark.slow
     ),
@@ -52,7 +55,7 @@ def assert_same_run(one, other):
 @pytest.mark.parametrize("kind", OF_SEVERAL_KINDS)
 def test_a_run_ends_in_the_same_bits_with_and_without_diagnostics(kind, runner, tmp_path):
     for name, how_much in (("often", OFTEN), ("never", NEVER)):
-        settings = ["data.batch_size=240", "data.image_size=8", *kind, *how_much]
+        settings = ["data.batch_size=240", *kind, *how_much]
         run(runner.config(*settings), tmp_path / name)
     assert_same_run(last(tmp_path / "often"), last(tmp_path / "never"))
 
@@ -83,9 +86,8 @@ class Watched(LabelFreeMonitor):
 
     def _drift(self, trainer, pl_module, kept):
         queue = pl_module.queue.keys
-        places = [
-            int((queue == key).all(dim=1).nonzero()) for key in kept.keys
-        ]  # each is there, once
+        # Each of the keys is there, once.
+        places = [int((queue == key).all(dim=1).nonzero()) for key in kept.keys]
         oldest = (int(pl_module.queue.pointer) - places[0]) % len(queue) or len(queue)
         self.drifts.append(
             (super()._drift(trainer, pl_module, kept), oldest, int(pl_module.queue.filled))
@@ -108,7 +110,8 @@ def test_drift_is_of_the_oldest_whole_batch_in_the_queue(kind, runner):
     figures, oldest, filled = monitor.drifts[-1]
     assert figures["queue/drift_age"] == steps + 1
     assert figures["queue/oldest_age"] == filled / per_step
-    assert oldest + per_step > 200  # one step later it is no longer whole
+    # One step later the batch is no longer whole.
+    assert oldest + per_step > 200
 
 
 def test_keys_of_an_encoder_that_stands_still_do_not_drift_and_those_of_a_fast_one_do(runner):
@@ -148,9 +151,8 @@ def test_of_a_step_that_is_not_finite_only_what_is_finite_is_drawn(bad_rows, dra
         logger=SimpleNamespace(experiment=experiment, log_metrics=lambda figures, step: None),
         global_step=1, num_training_batches=9, accumulate_grad_batches=1,
     )  # fmt: skip
-    encoder = nn.ModuleDict(
-        {"projector": nn.Linear(3, 4)}
-    )  # without gradients: the step was left out
+    # Without gradients, as after a skipped step.
+    encoder = nn.ModuleDict({"projector": nn.Linear(3, 4)})
     module = SimpleNamespace(query_encoder=encoder, key_encoder=encoder, queue=None)
     monitor = LabelFreeMonitor(1)
     monitor.on_before_optimizer_step(trainer, module, None)

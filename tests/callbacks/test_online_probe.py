@@ -71,10 +71,8 @@ def test_a_step_is_the_gradient_of_softmax_regression_by_hand():
     )
     signs = torch.tensor([0.5, -0.5, -0.5, 0, 0.5])  # one-hot minus one half, of class 0
     torch.testing.assert_close(probe.head.weight.detach()[0], (signs[:, None] * rows).sum(0) / 4)
-    assert (float(probe.right), float(probe.seen)) == (
-        2,
-        4,
-    )  # of equal logits the first class is taken
+    # Of equal logits the first class is taken.
+    assert (float(probe.right), float(probe.seen)) == (2, 4)
 
 
 def test_a_resumed_run_goes_on_with_the_probe(runner, tmp_path, monkeypatch):

@@ -62,11 +62,8 @@ def test_alignment_is_zero_for_equal_views_two_for_orthogonal_ones_and_four_for_
 
 def test_uniformity_is_zero_for_equal_rows_and_that_of_the_sphere_for_spread_ones():
     assert float(uniformity(unit(1, 16).expand(50, 16))) == pytest.approx(0, abs=1e-6)
-    for dim in (
-        2,
-        16,
-        128,
-    ):  # the mean of exp(4 cos) over a sphere is the confluent hypergeometric limit function
+    # The mean of exp(4 cos) over a sphere is the confluent hypergeometric limit function.
+    for dim in (2, 16, 128):
         expected = -4 + math.log(special.hyp0f1(dim / 2, 4.0))
         assert float(uniformity(unit(3000, dim))) == pytest.approx(expected, abs=0.02)
 
@@ -118,11 +115,12 @@ def test_lidar_equals_the_formula_with_scipys_matrix_root():
 
 
 def test_lidar_takes_no_notice_of_directions_in_which_only_the_views_differ():
-    informative = (
-        torch.cat([torch.eye(4), -torch.eye(4)]).repeat(20, 1)[:, None].expand(-1, 5, -1)
-    )  # 4 directions
+    # The images differ in four directions.
+    images = torch.cat([torch.eye(4), -torch.eye(4)]).repeat(20, 1)
+    informative = images[:, None].expand(-1, 5, -1)
+    # The views differ in four others, around the same mean.
     noise = torch.randn(160, 5, 4)
-    noise = 10 * (noise - noise.mean(dim=1, keepdim=True))  # none of the image
+    noise = 10 * (noise - noise.mean(dim=1, keepdim=True))
     assert lidar(torch.cat([informative, noise], dim=2)) == pytest.approx(4, rel=0.05)
 
 
@@ -190,9 +188,9 @@ def test_similarities_are_of_all_pairs_but_the_own_ones():
     torch.testing.assert_close(
         similarities.positive, torch.stack([query[i] @ keys[4 + i] for i in range(4)])
     )
-    assert (
-        len(pair_similarities(query, keys[:4], keys, most_negatives=3).negative) == 3 * 4 - 1
-    )  # the first row is one's own
+    # The first of the three rows is one query's own key.
+    few = pair_similarities(query, keys[:4], keys, most_negatives=3)
+    assert len(few.negative) == 3 * 4 - 1
 
 
 def test_evenly_spaced_rows_reach_from_the_first_to_the_last():

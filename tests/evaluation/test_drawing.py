@@ -1,4 +1,4 @@
-"""The plots: the right images and numbers in the right places, readable with any number of classes."""
+"""The plots: the right images and numbers in the right places, for any number of classes."""
 
 import numpy as np
 import pytest

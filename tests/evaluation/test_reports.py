@@ -1,4 +1,4 @@
-"""What ``moco.evaluate`` shows beside its figures: the label-free figures and the images in its run folder."""
+"""What ``moco.evaluate`` adds to its accuracy: label-free figures, and plots in its run folder."""
 
 import dataclasses
 import json
@@ -67,9 +67,13 @@ def test_an_evaluation_leaves_images_and_label_free_figures(evaluated):
     assert all(f"{name}" in printed for name in NAMES)
     found = {name for name in figures if name.startswith("label_free/")}
     assert found == {
-        "label_free/feature_rank_me", "label_free/rank_me", "label_free/embedding_std", "label_free/uniformity",
-        "label_free/alignment", "label_free/lidar",
-    }  # fmt: skip
+        "label_free/feature_rank_me",
+        "label_free/rank_me",
+        "label_free/embedding_std",
+        "label_free/uniformity",
+        "label_free/alignment",
+        "label_free/lidar",
+    }
     assert f"{figures['label_free/alignment']:.4f}" in printed
 
 
@@ -116,9 +120,8 @@ def test_figures_are_those_of_plain_images_and_of_the_runs_own_views(evaluated, 
         features.numpy(), embeddings.numpy(), torch.stack(views, dim=1).numpy()
     )
     for name, value in expected.items():
-        assert figures[name] == pytest.approx(value, rel=1e-2), (
-            name
-        )  # the engines round pixels each in its own way
+        # Each engine rounds pixels in its own way.
+        assert figures[name] == pytest.approx(value, rel=1e-2), name
 
 
 def test_a_second_evaluation_makes_no_views(evaluated, checkpoint, tmp_path, monkeypatch):
