@@ -13,8 +13,6 @@ from moco.cli.checks import check_output
 from moco.cli.launch import launch, save_hydra_files
 from moco.config.pretrained import EmbedConfig, given_settings, with_defaults, with_usual_settings
 from moco.errors import InputError, RunError, printable
-from moco.pack import interruptible
-from moco.weights.pretrained import load_pretrained, log_window_advice
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from moco.data.loading.image_sets import ImageSet
-    from moco.data.sources.registry import DataSource
+    from moco.data.sources.source import DataSource
     from moco.evaluation.feature_parts import FeatureParts
 
 log = logging.getLogger("moco.embed")  # __name__ is __main__ under python -m
@@ -46,12 +44,14 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from rich.console import Console
 
     from moco.data.augment.views import evaluation_crop
-    from moco.data.loading.waiting import cores_of
+    from moco.data.loading.workers import cores_of
     from moco.data.sources.registry import build_source
     from moco.evaluation.feature_parts import FeatureParts, remove_parts, taken
     from moco.runs.faults import failures_without_training_named
+    from moco.runs.interrupts import ending_at_once
     from moco.runs.run_folder import claimed
     from moco.training.hardware import choose_device
+    from moco.weights.loading import load_pretrained, log_window_advice
 
     output = Path(config.output)
     check_files(output)
@@ -97,7 +97,9 @@ def run(config: EmbedConfig, folder: Path) -> None:
     console = Console()
     kept = f"what is done is kept in {parts_folder}, and the same command goes on there"
     failures_named = partial(failures_without_training_named, "batch_size")
-    with taken(parts_folder), interruptible(), failures_named(kept, place="output=FILE.npz"):
+    failures = failures_named(kept, place="output=FILE.npz")
+    interrupted = "the parts that are whole are kept; the same command goes on there"
+    with failures, taken(parts_folder), ending_at_once(interrupted):
         parts = FeatureParts(parts_folder, about, images.start)
         num_workers = config.data.num_workers
         if num_workers is None:
@@ -141,8 +143,8 @@ def images_of(source: "DataSource", split: str, name: str) -> "ImageSet":
     import numpy as np
 
     from moco.data.loading.image_sets import IndexedSet, ShardedSet
-    from moco.data.loading.streams import ShardedImages
-    from moco.data.sources.registry import Labelled
+    from moco.data.sources.shards import ShardedImages
+    from moco.data.sources.source import Labelled
 
     side = source.bank if split == "train" else source.queries
     if split == "test" and side is None:

@@ -21,11 +21,10 @@ from moco.config.pretrained import (
     with_usual_settings,
 )
 from moco.errors import InputError
-from moco.weights.pretrained import load_pretrained, log_window_advice
 
 if TYPE_CHECKING:
     from moco.evaluation.subject import Findings, Subject
-    from moco.weights.pretrained import Pretrained
+    from moco.weights.loading import Pretrained
 
 
 def run(config: EvaluateConfig, folder: Path) -> None:
@@ -87,6 +86,7 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
     """
     from moco.evaluation.subject import Subject
     from moco.training.hardware import choose_device
+    from moco.weights.loading import load_pretrained, log_window_advice
 
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)
@@ -119,7 +119,7 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
 def origin_of(subject: "Subject", pretrained: "Pretrained") -> dict[str, Any]:
     """What was measured, under the names of ``metrics.json``."""
     from moco.models.swin.backbone import Swin
-    from moco.weights.library_names import one_or_each
+    from moco.weights.architecture import one_or_each
 
     origin = {
         "data": subject.data["name"],

@@ -1,6 +1,7 @@
-"""An image of pairs as the model will see them: ``python -m moco.preview +experiment=NAME output=FILE.png``.
+"""Draw pairs of views: ``python -m moco.preview +experiment=NAME output=FILE.png``.
 
-It takes every setting of ``moco.train``. The pairs are the first ones of a run with these settings, made by its own engine.
+It takes every setting of ``moco.train``. The pairs are the first ones of a run with these settings,
+made by the engine of that run.
 """
 
 from pathlib import Path
@@ -17,19 +18,18 @@ if TYPE_CHECKING:
     from moco.data.files.decoding import EncodedImage
     from moco.data.loading.datamodule import PretrainingData
 
-SMALLEST = 112  # px; smaller views are enlarged, so that what is written beside them has room
-LINE, MARGIN, TEXT = (
-    15,
-    8,
-    430,
-)  # px: height of a line of text, space around, width of a column of text
+# All in px.
+SMALLEST_VIEW = 112  # smaller views are enlarged, so that the text beside them has room
+LINE_HEIGHT = 15
+MARGIN = 8
+TEXT_WIDTH = 430
 
 
 def run(config: PreviewConfig, folder: Path) -> None:
-    """Draw the image; nothing is kept in `folder`.
+    """Draw the pairs into a file; `folder` stays empty.
 
     Raises:
-        InputError: something in the config does not fit the data, or the image cannot be written.
+        InputError: a setting does not fit the data, or the file cannot be written.
     """
     output = Path(config.output)
     if output.suffix.lower() != ".png":
@@ -39,51 +39,62 @@ def run(config: PreviewConfig, folder: Path) -> None:
 
     data = build_data(config)
     images = data.first_images(config.num_pairs)
-    image = sheet(data, images)
+    sheet = draw_pairs(data, images)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        image.save(output)
+        sheet.save(output)
     except OSError as error:
         raise InputError(f"output={config.output}: {error.strerror or error}") from error
+    # Hydra made the folder.
     if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()  # made by Hydra
+        folder.rmdir()
     print(f"{len(images)} pairs in {output}")
 
 
-def sheet(data: "PretrainingData", images: "list[tuple[int, EncodedImage, str]]") -> "Image.Image":
-    """A row for each pair: query view, its numbers, key view, its numbers."""
+def draw_pairs(
+    data: "PretrainingData", images: "list[tuple[int, EncodedImage, str]]"
+) -> "Image.Image":
+    """Draw a row for each pair: query view, its numbers, key view, its numbers.
+
+    Args:
+        images: the result of `PretrainingData.first_images`.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    columns = [as_images(views, data) for views in data.pairs(images)]
-    words = [data.augment.described(0, index, encoded.size) for index, encoded, _ in images]
-    lines = max(len(described) for row in words for described in row) + 2
-    side_length = columns[0][0].height
-    height, width = max(side_length, lines * LINE) + MARGIN, side_length + 2 * MARGIN + TEXT
-    image = Image.new("RGB", (2 * width, len(words) * height + MARGIN), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-    for row, described in enumerate(words):
-        for side, name in enumerate(("query", "key")):
-            left, top = side * width + MARGIN, row * height + MARGIN
-            image.paste(columns[side][row], (left, top))
-            for number, text in enumerate(
-                [f"{name} of {Path(images[row][2]).name}", *described[side]]
-            ):
-                place = (left + side_length + MARGIN, top + number * LINE)
-                pen.text(place, text.replace("_", " "), "black" if number else "gray", font)
-    return image
+    queries, keys = data.pairs(images)
+    columns = {"query": to_images(queries, data), "key": to_images(keys, data)}
+    texts = [data.augment.describe(0, index, image.size) for index, image, _ in images]
+    num_lines = 2 + max(len(lines) for pair in texts for lines in pair)
+    side = columns["query"][0].height
+    row_height = max(side, num_lines * LINE_HEIGHT) + MARGIN
+    column_width = side + 2 * MARGIN + TEXT_WIDTH
+    sheet = Image.new("RGB", (2 * column_width, len(images) * row_height + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    for row, (_, _, path) in enumerate(images):
+        top = row * row_height + MARGIN
+        for column, name in enumerate(columns):
+            left = column * column_width + MARGIN
+            sheet.paste(columns[name][row], (left, top))
+            text_left = left + side + MARGIN
+            draw.text((text_left, top), f"{name} of {Path(path).name}", "gray", font)
+            for number, line in enumerate(texts[row][column], start=1):
+                place = (text_left, top + number * LINE_HEIGHT)
+                draw.text(place, line.replace("_", " "), "black", font)
+    return sheet
 
 
-def as_images(views: "Tensor", data: "PretrainingData") -> "list[Image.Image]":
-    """Normalised views (N, 3, S, S) as what they show."""
+def to_images(views: "Tensor", data: "PretrainingData") -> "list[Image.Image]":
+    """Return normalised views (images, 3, side, side) as Pillow images, enlarged if small."""
     import torch
     from torchvision.transforms.v2.functional import to_pil_image
 
-    mean, std = (
-        torch.tensor(values).view(1, 3, 1, 1) for values in (data.augment.mean, data.augment.std)
-    )
-    times = -(-SMALLEST // views.shape[3])
-    shown = (views * std + mean).clamp(0, 1).repeat_interleave(times, 2).repeat_interleave(times, 3)
-    return [to_pil_image(view) for view in shown]
+    mean = torch.tensor(data.augment.mean).view(1, 3, 1, 1)
+    std = torch.tensor(data.augment.std).view(1, 3, 1, 1)
+    pixels = (views * std + mean).clamp(0, 1)
+    factor = -(-SMALLEST_VIEW // views.shape[3])
+    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    return [to_pil_image(view) for view in pixels]
 
 
 def main() -> None:

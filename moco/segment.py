@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from moco.segmentation.datamodule import SegmentationData
     from moco.segmentation.segmenter import Segmenter
-    from moco.weights.pretrained import Pretrained
+    from moco.weights.loading import Pretrained
 
 log = logging.getLogger("moco.segment")  # __name__ is __main__ under python -m
 
@@ -117,7 +117,7 @@ def starting_point(config: SegmentConfig) -> Start:
             has another backbone than was asked for.
     """
     from moco.models.backbones import build_backbone
-    from moco.weights.pretrained import load_pretrained
+    from moco.weights.loading import load_pretrained
 
     given = given_settings(config.backbone)
     default = AugmentationConfig()
@@ -160,7 +160,7 @@ def starting_point(config: SegmentConfig) -> Start:
 def log_window(pretrained: "Pretrained", given: dict[str, Any], image_size: int) -> None:
     """Say which windows are in force, or which would suit the images."""
     from moco.models.swin.backbone import Swin
-    from moco.weights.pretrained import log_window_advice
+    from moco.weights.loading import log_window_advice
 
     backbone = pretrained.encoder.backbone
     if isinstance(backbone, Swin) and "window_size" in given:

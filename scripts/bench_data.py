@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 from moco.config.parsing import CONFIG_DIR
 from moco.data.augment.views import ViewPair, picked, rgb_batch
 from moco.data.loading.loaders import PairDataset
-from moco.data.sources.registry import FileImages
+from moco.data.sources.source import FileImages
 
 
 class OfficialBlur:
@@ -111,8 +111,8 @@ def files(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
         dataset = LightlyDataset(arguments.folder, transform=MoCoV2Transform(input_size=224))
         pipelines["lightly"] = lambda: len([dataset[number] for number in range(len(dataset))])
 
-    def ours(name: str, *, to_floats: bool) -> Callable[[], int]:
-        dataset = PairDataset(FileImages(paths), view_pair(settings(name), 224, "worker"))
+    def ours(*, to_floats: bool) -> Callable[[], int]:
+        dataset = PairDataset(FileImages(paths), view_pair(pair, 224, "worker"))
 
         def by_worker() -> int:
             for first in range(0, len(paths), 64):
@@ -124,9 +124,8 @@ def files(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
 
         return by_worker
 
-    for name in ("moco_v2", "moco_v2_fast"):
-        pipelines[f"ours, {name}"] = ours(name, to_floats=True)
-        pipelines[f"ours, {name}, a worker's part (uint8)"] = ours(name, to_floats=False)
+    pipelines["ours"] = ours(to_floats=True)
+    pipelines["ours, a loader process's part (uint8)"] = ours(to_floats=False)
     return pipelines
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch.multiprocessing  # noqa: F401  (registers how tensors travel)
 
 from moco.data.files.listing_cache import SETTLED_SECONDS, listed
-from moco.data.sources.registry import FileImages
+from moco.data.sources.source import FileImages
 
 
 def make_tree(root: Path, num_folders: int, num_files: int) -> None:

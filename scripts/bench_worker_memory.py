@@ -66,7 +66,7 @@ def measure(root: str, epochs: int, batches: int, workers: int) -> dict[str, lis
         loader.sampler.set_epoch(epoch)
         for _ in itertools.islice(loader, batches):
             pass
-        pids = [pid for pid, _ in loader.dataset.last_read()]
+        pids = [pid for pid, _ in loader.notes.read()]
         for number, pid in enumerate(pids):
             found.setdefault(f"loader process {number + 1}", []).append(own_memory(pid))
         found.setdefault("training process", []).append(own_memory("self"))

@@ -19,8 +19,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as official
 
 from moco.config.parsing import CONFIG_DIR
-from moco.data.augment.operations import ColorJitter, RandomResizedCrop, Solarize
-from moco.data.augment.view_steps import Step, View
+from moco.data.augment.operations import ColorJitter, RandomResizedCrop, Solarize, Step
+from moco.data.augment.views import View, row_of
 
 COLOR_STEPS = (
     official.adjust_brightness,
@@ -72,11 +72,6 @@ def official_view(
     return image
 
 
-def row_of(numbers: list[dict[str, torch.Tensor]], row: int) -> list[dict[str, torch.Tensor]]:
-    """One image's numbers out of a batch's."""
-    return [{name: values[row] for name, values in drawn.items()} for drawn in numbers]
-
-
 def photograph(random: np.random.Generator, height: int, width: int) -> np.ndarray:
     """(H, W, 3) uint8 with structure of every size, as in photographs, strong colours and a little noise."""
     image = np.zeros((height, width, 3))
@@ -123,7 +118,7 @@ def main() -> None:
 
     for index in range(arguments.images):
         whole = photograph(random, 375, 500)
-        batch = view.drawn(0, 0, torch.tensor([index]), 0, torch.tensor([whole.shape[:2]]))
+        batch = view.draw(0, 0, torch.tensor([index]), 0, torch.tensor([whole.shape[:2]]))
         numbers = row_of(batch, 0)
         image = Image.fromarray(whole)
         worker, tensor = whole, whole.astype(np.float32)

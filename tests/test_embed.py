@@ -20,13 +20,14 @@ from PIL import Image
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.pretrained import EmbedConfig
 from moco.data.augment.views import build_evaluation_view
-from moco.data.sources.registry import FileImages, build_source
+from moco.data.sources.registry import build_source
+from moco.data.sources.source import FileImages
 from moco.embed import images_of, run
 from moco.errors import InputError, Interrupted, RunError
 from moco.evaluation.feature_parts import FeatureParts
 from moco.methods.moco import MoCo
 from moco.models.swin.backbone import rewindow
-from moco.weights.pretrained import load_encoder
+from moco.weights.loading import load_encoder
 from tests.conftest import REPOSITORY
 
 

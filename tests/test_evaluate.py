@@ -227,8 +227,8 @@ def test_images_in_memory_give_the_features_that_they_give_one_by_one(
 ):
     import moco.evaluation.subject as module
     from moco.data.augment.views import build_evaluation_view
-    from moco.data.loading.loaders import evaluation_loader
-    from moco.data.sources.registry import ArrayImages, Labelled
+    from moco.data.loading.every_image import evaluation_loader
+    from moco.data.sources.source import ArrayImages, Labelled
 
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
     for shape in ((9, 8, 8), (9, 8, 8, 3), (9, 8, 8, 4)):
@@ -284,7 +284,7 @@ def test_an_index_that_is_not_exact_says_how_much_it_finds(evaluated):
 
 def test_images_without_a_label_are_left_out_and_named(evaluated, monkeypatch, generator, tmp_path):
     import moco.evaluation.subject as module
-    from moco.data.sources.registry import ArrayImages, DataSource, Labelled
+    from moco.data.sources.source import ArrayImages, DataSource, Labelled
 
     labels = np.array([0, 1] * 10)
     images = ArrayImages(generator.integers(0, 256, (20, 8, 8), np.uint8), "mine")

@@ -1,48 +1,56 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from moco.cli.build_pretraining import build_data
-from moco.preview import sheet
+from moco.errors import InputError
+from moco.preview import MARGIN, SMALLEST_VIEW, draw_pairs, run
 from tests.conftest import run_program
 
 
 @pytest.mark.parametrize("engine", ["worker", "batch"])
-def test_shows_the_pairs_that_training_sees(runner, engine):
+def test_the_pairs_are_those_that_training_sees(runner, engine):
     data = build_data(runner.config(f"data.engine={engine}"))
-    image = np.asarray(sheet(data, data.first_images(3)))
-    first = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    sheet = np.asarray(draw_pairs(data, data.first_images(3)))
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     mean, std = data.augment.mean[0], data.augment.std[0]
-    side = image.shape[1] // 2
-    row = (image.shape[0] - 8) // 3
+    column_width = sheet.shape[1] // 2
+    row_height = (sheet.shape[0] - MARGIN) // 3
+    enlarged = SMALLEST_VIEW // batch.views[0].shape[3]
     for pair in range(3):
         for view in (0, 1):
-            shown = image[
-                8 + pair * row : 120 + pair * row : 7, side * view + 8 : side * view + 120 : 7, 0
-            ]
-            pixels = (first.views[view][pair, 0] * std + mean).clamp(0, 1) * 255
-            assert np.abs(shown - pixels.numpy()).max() <= 1
-            words = image[8 + pair * row : (pair + 1) * row, side * view + 130 : side * (view + 1)]
-            assert (words < 128).any()  # what was drawn stands beside it
+            top = MARGIN + pair * row_height
+            left = MARGIN + view * column_width
+            drawn = sheet[top : top + SMALLEST_VIEW, left : left + SMALLEST_VIEW, 0]
+            pixels = (batch.views[view][pair, 0] * std + mean).clamp(0, 1) * 255
+            assert np.abs(drawn[::enlarged, ::enlarged] - pixels.numpy()).max() <= 1
+            text = sheet[top : (pair + 1) * row_height, left + 122 : (view + 1) * column_width]
+            assert (text < 128).any()
 
 
-def test_draws_a_run_of_files_from_the_command_line(tmp_path, image_tree):
-    arguments = [
-        "data=images",
-        f"data.root={image_tree}",
-        "data.batch_size=8",
-        "data.image_size=48",
-        "num_pairs=2",
-    ]
-    done = run_program("moco.preview", *arguments, "output=deep/pairs.png", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "2 pairs in deep/pairs.png" in done.stdout
-    with Image.open(tmp_path / "deep" / "pairs.png") as image:
-        assert image.width > 1000
-    assert [*(tmp_path / "runs" / "preview").iterdir()] == []
+def test_a_run_of_files_is_drawn(runner, tmp_path, image_tree, capsys):
+    config = runner.config("data=images", f"data.root={image_tree}", "data.batch_size=8")
+    output = tmp_path / "deep" / "pairs.png"
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    run(SimpleNamespace(**vars(config), output=str(output), num_pairs=2), folder)
+    assert f"2 pairs in {output}" in capsys.readouterr().out
+    with Image.open(output) as sheet:
+        assert sheet.width > 1000
+    assert not folder.exists()
 
 
 def test_only_a_png_is_drawn(tmp_path):
-    done = run_program("moco.preview", "+experiment=quickstart", "output=pairs.gif", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == "error: output=pairs.gif: expected a name that ends in .png\n"
+    with pytest.raises(InputError, match=r"^output=a.gif: expected a name that ends in .png$"):
+        run(SimpleNamespace(output="a.gif"), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_program_draws_from_the_command_line(tmp_path, image_tree):
+    arguments = ["data=images", f"data.root={image_tree}", "data.batch_size=8", "num_pairs=2"]
+    done = run_program("moco.preview", *arguments, "output=pairs.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 pairs in pairs.png" in done.stdout
+    assert list((tmp_path / "runs" / "preview").iterdir()) == []

@@ -13,8 +13,9 @@ from moco.cli import sweep_table
 from moco.cli.launch import launch
 from moco.cli.sweep_table import Job, as_csv, as_text, find_jobs
 from moco.errors import InputError, Interrupted, RunError
+from moco.runs.folder_lock import is_locked
 from moco.runs.run_folder import claimed, is_finished, write_json
-from moco.runs.run_status import is_locked, read_status, state_now
+from moco.runs.run_status import LOCK, read_status, state_now
 from tests.conftest import REPOSITORY, run_program
 
 CONFIG = {"resume": "auto", "seed": 0, "trainer": {"max_epochs": 2, "max_steps": -1}}
@@ -79,7 +80,7 @@ def test_a_killed_run_has_crashed(tmp_path):
     )
     with run:
         run.stdout.readline()
-        assert is_locked(tmp_path)
+        assert is_locked(tmp_path / LOCK)
         assert state_now(tmp_path) == "running"
         run.kill()
     assert state_now(tmp_path) == "crashed"

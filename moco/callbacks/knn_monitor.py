@@ -14,7 +14,7 @@ from moco.callbacks.feature_plots import FeaturePlots
 from moco.callbacks.running_trainer import data_of, is_end
 from moco.callbacks.shared_embedding import embed_together
 from moco.data.loading.datamodule import PretrainingData, check_unreadable
-from moco.data.sources.registry import Labelled
+from moco.data.sources.source import Labelled
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, rank_me
 from moco.evaluation.features import EmbeddingStopped, evaluating
 from moco.evaluation.knn import KNNResult, knn_accuracy, protocol_figures, scores_of

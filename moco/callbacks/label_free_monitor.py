@@ -98,17 +98,13 @@ class LabelFreeMonitor(pl.Callback):
         for stage, distance in distances.items():
             figures[f"encoder_distance/{stage}"] = distance
         if trainer.logger and rank() == 0:
-            self._log_similarities(trainer, pl_module, outputs)
+            self._log_similarities(trainer, outputs)
         return figures
 
-    def _log_similarities(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Any]
-    ) -> None:
+    def _log_similarities(self, trainer: pl.Trainer, outputs: dict[str, Any]) -> None:
         """Write histograms of the cosines of positive and of negative pairs."""
-        negatives = outputs["negatives"]
-        if pl_module.queue is not None:
-            negatives = negatives()
-        similarities = pair_similarities(outputs["query"], outputs["key"], negatives)
+        query, key, negatives = outputs["query"], outputs["key"], outputs["negatives"]
+        similarities = pair_similarities(query, key, negatives)
         experiment = trainer.logger.experiment  # type: ignore[union-attr]
         for name, values in similarities._asdict().items():
             finite = values[values.isfinite()]
@@ -119,7 +115,7 @@ class LabelFreeMonitor(pl.Callback):
     def _steps_in_queue(self, trainer: pl.Trainer, pl_module: Any, kept: Kept) -> int:
         """Return for how many steps all of the kept keys stay in the queue.
 
-        A queue that takes both views' keys takes the kept ones first, see `MoCo.against_queue`.
+        A queue that takes both views' keys takes the kept ones first, see `MoCo.enqueue`.
         """
         num_keys = len(kept.keys) * world_size()
         num_keys_of_batch = num_keys * directions_per_queue(pl_module)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.callbacks.running_trainer import data_of
-from moco.data.sources.registry import DataSource
+from moco.data.sources.source import DataSource
 from moco.errors import InputError
 from moco.training.distributed.collectives import all_gather
 from moco.training.stopwatches import MONITORS, epoch_time

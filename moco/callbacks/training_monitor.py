@@ -152,7 +152,7 @@ class LossMonitor(pl.Callback):
         started = self.batch_ended
         self.batch_ended = time.perf_counter()
         self.data_wait.add(self.batch_waited, self.batch_ended - started)
-        self.data_wait.check(trainer, SECONDS)
+        self.data_wait.check(SECONDS)
 
     def _log_step(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> None:
         speed = self._speed()
@@ -195,7 +195,7 @@ class LossMonitor(pl.Callback):
         speed = self._speed()
         self.figures |= {"train/loss": mean_loss, **speed, "train/seconds": state["seconds"]}
         self.epoch_ended = True
-        self.data_wait.check(trainer, EPOCH_SECONDS)
+        self.data_wait.check(EPOCH_SECONDS)
         if trainer.logger:
             scalars = {
                 "epoch/loss": mean_loss,
@@ -262,7 +262,7 @@ class TrainingMonitor(LossMonitor):
 def queue_figures(pl_module: Any, outputs: dict[str, Any]) -> dict[str, float]:
     """Return the figures of a step whose negatives came from the queue."""
     queue = pl_module.queue
-    negatives = outputs["negatives"]()
+    negatives = outputs["negatives"]
     similarity = 0.0
     if len(negatives):
         similarity = float(negative_similarity(outputs["query"], negatives))

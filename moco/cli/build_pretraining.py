@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moco.data.loading.datamodule import PretrainingData
-    from moco.data.sources.registry import DataSource
+    from moco.data.sources.source import DataSource
     from moco.evaluation.dense_features import DenseSet
     from moco.methods.moco import MoCo
     from moco.runs.interrupts import StopRequest
@@ -70,7 +70,8 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
 
     from moco.data.augment.resolution_ramp import ResolutionRamp
     from moco.data.augment.views import ViewPair, build_evaluation_view
-    from moco.data.loading.datamodule import PretrainingData, choose_engine
+    from moco.data.loading.datamodule import PretrainingData
+    from moco.data.loading.engine import choose_engine
     from moco.training.hardware import choose_device
 
     data = config.data

@@ -85,7 +85,7 @@ def check_same_images(data: "PretrainingData") -> None:
 
 def hash_of_names(data: "PretrainingData") -> str:
     """Return a hash of the names of all training images, or of all shards."""
-    from moco.data.loading.streams import ShardedImages
+    from moco.data.sources.shards import ShardedImages
 
     train = data.source.train
     if isinstance(train, ShardedImages):

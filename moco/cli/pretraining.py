@@ -55,8 +55,8 @@ def train(
     from moco.runs.run_folder import BACKBONE_FILE, find_checkpoint, write_json
     from moco.training.distributed import collectives
     from moco.training.hardware import choose_device
+    from moco.weights.backbone_files import write_backbone_file
     from moco.weights.init_from import start_from
-    from moco.weights.weight_files import write_backbone_file
 
     environment = collectives.environment_of(config.trainer.devices, config.trainer.num_nodes)
     device = choose_device(config.trainer.accelerator)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moco.data.files.archives import DAMAGED
-from moco.data.sources.registry import ArrayImages, FileImages, Labelled
+from moco.data.sources.source import ArrayImages, FileImages, Labelled
 from moco.runs.run_folder import CONFIG, write_atomically
 
 log = logging.getLogger(__name__)

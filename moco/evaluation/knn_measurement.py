@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moco.data.sources.registry import Labelled
+from moco.data.sources.source import Labelled
 from moco.errors import InputError, printable
 from moco.evaluation.approximate import ApproximateIndex, recall
 from moco.evaluation.knn import (

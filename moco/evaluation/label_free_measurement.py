@@ -13,7 +13,7 @@ from rich.table import Table
 
 from moco.data.augment.views import ViewPair
 from moco.data.loading.loaders import PairMaker
-from moco.data.sources.registry import Labelled
+from moco.data.sources.source import Labelled
 from moco.evaluation.collapse import (
     CAUSES,
     COLLAPSED,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moco.data.sources.registry import Labelled
+from moco.data.sources.source import Labelled
 from moco.errors import InputError
 from moco.evaluation.knn import Votes, ranked
 from moco.evaluation.knn_measurement import class_tables, confusion_matrix, with_labels

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moco.data.files.archives import DAMAGED
 from moco.data.loading.datamodule import check_unreadable
-from moco.data.loading.one_view import LabelledViews
+from moco.data.loading.labelled_views import LabelledViews
 from moco.errors import InputError, RunError
 from moco.evaluation.knn_measurement import with_labels
 from moco.evaluation.linear_measurement import (

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import moco
 from moco.data.augment.views import build_evaluation_view, normalisation, rgb_batch
 from moco.data.loading.datamodule import check_unreadable
-from moco.data.loading.loaders import EvaluationBatch, evaluation_loader
-from moco.data.sources.registry import ArrayImages, DataSource, Labelled, build_source
+from moco.data.loading.every_image import EvaluationBatch, evaluation_loader
+from moco.data.sources.registry import build_source
+from moco.data.sources.source import ArrayImages, DataSource, Labelled
 from moco.errors import InputError, printable
 from moco.evaluation.feature_cache import FeatureCache
 from moco.evaluation.features import embed

@@ -1,16 +1,16 @@
-"""Checkpoint files and other files of weights: written whole or not at all, read without running code."""
+"""Write and read checkpoint files.
+
+A checkpoint is on the disk as a whole or not at all, and reading one never runs code from it.
+"""
 
 import itertools
-import json
 import logging
-import mmap
 import os
-import pickletools
+import pickle
 import re
+import warnings
 import zipfile
-import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,327 +24,214 @@ from moco.runs.run_folder import (
     link_atomically,
     write_atomically,
 )
-from moco.weights.safetensors_files import read_safetensors
 
 log = logging.getLogger(__name__)
 
-# What every checkpoint has, and of which kind it is.
+# What every checkpoint holds, and the type of each part.
 CHECKPOINT_PARTS: dict[str, type] = {
-    "state_dict": dict, "hyper_parameters": dict, "config": dict, "figures": dict, "random_states": list,
+    "state_dict": dict,
+    "hyper_parameters": dict,
+    "config": dict,
+    "figures": dict,
+    "random_states": list,
     "global_step": int,
-}  # fmt: skip
-PLAIN = r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor(_v2)?|parameter)|torch\.(\w+Storage|Size|device)"
-# Settings that projects save beside their weights, read as plain dicts: the classes are not imported.
-SETTINGS = ("argparse.Namespace", "yacs.config.CfgNode")
-# The settings of yacs hold sets of names. `set` is called with what the pickle spells out at the
-# call, strings and numbers: copies of a list that is written once could take any memory, and the
-# hash of nested tuples any time.
-SET = r"(__builtin__|builtins)\.set"
-SET_ITEM = "(BINUNICODE|SHORT_BINSTRING|BININT1|BININT2|BININT|BINFLOAT|NONE|NEWTRUE|NEWFALSE)"
-SET_CALL = f"EMPTY_LIST ({SET_ITEM} APPEND |MARK ({SET_ITEM} )*APPENDS )*TUPLE1 REDUCE"
-OTHER_SET = "a set of more than strings and numbers"
-ZIP_START = b"PK\x03\x04"
-LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled, with which torch.save began until 1.5
-LEGACY_PICKLES = 5  # magic number, version, machine, content, names of the storages that follow
+}
+
+# Some projects save their settings beside their weights. Objects of these classes are read as
+# plain dicts, so the classes are neither needed nor imported.
+SETTINGS_AS_DICTS: list[Any] = [
+    (OrderedDict, "argparse.Namespace"),
+    (OrderedDict, "yacs.config.CfgNode"),
+]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint file, but complete on disk before it takes its name; the old ``last.ckpt`` becomes previous."""
+    """Write Lightning's checkpoints atomically, and keep the old ``last.ckpt`` as ``previous.ckpt``.
+
+    Attributes:
+        read: contents of files that this process has read already. Each is handed out once, in
+            place of reading the file again.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.read: dict[Path, dict[str, Any]] = {}
-        """What this process has read of files already; each is handed out once, instead of the file."""
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        return (
-            self.read.pop(Path(path))
-            if Path(path) in self.read
-            else super().load_checkpoint(path, *args, **kwargs)
-        )
+        if Path(path) in self.read:
+            return self.read.pop(Path(path))
+        return super().load_checkpoint(path, *args, **kwargs)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
+        path = Path(path)
+        previous = None
+        if path.name == LAST_CHECKPOINT.name:
+            previous = path.with_name(PREVIOUS_CHECKPOINT.name)
         try:
-            is_last = Path(path).name == LAST_CHECKPOINT.name
-            previous = Path(path).with_name(PREVIOUS_CHECKPOINT.name) if is_last else None
-            write_atomically(Path(path), lambda file: torch.save(checkpoint, file), keep=previous)
+            write_atomically(path, lambda file: torch.save(checkpoint, file), keep=previous)
         except RuntimeError as error:
-            if isinstance(
-                error.__context__, OSError
-            ):  # a full disk, under the zip writer's complaint about it
+            # On a full disk torch's zip writer raises its own complaint on top of the OSError.
+            if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
 
 
 def sound_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """What the newest checkpoint of a run holds that can be read, or None if it has none; that file is ``last.ckpt`` then.
+    """Return the content of a run's newest readable checkpoint, or None if the run has none.
 
-    If ``last.ckpt`` is damaged it becomes ``last.ckpt.damaged`` and ``previous.ckpt`` takes its place.
+    If ``last.ckpt`` is damaged, it becomes ``last.ckpt.damaged``, and ``previous.ckpt`` takes its
+    place.
 
     Raises:
-        InputError: both are damaged; it names other checkpoints of the run that are not.
+        InputError: both are damaged; the error names other readable checkpoints of the run.
     """
-    last, previous = folder / LAST_CHECKPOINT, folder / PREVIOUS_CHECKPOINT
+    last = folder / LAST_CHECKPOINT
+    previous = folder / PREVIOUS_CHECKPOINT
     if not last.is_file() and not previous.is_file():
         return None
-    damaged = None
+
+    damage = None
     if last.is_file():
         try:
             return read_checkpoint(last)
         except InputError as error:
-            damaged = error
+            damage = str(error)
+
     try:
         checkpoint = read_checkpoint(previous)
     except InputError as error:
-        both = (
-            f"{damaged}, and so is {PREVIOUS_CHECKPOINT.name}"
-            if damaged and previous.is_file()
-            else damaged or error
-        )
-        raise InputError(f"{both}; {way_out(folder)}") from error
-    if damaged:
-        set_aside = next(
-            name for name in numbered(last.with_name(last.name + ".damaged")) if not name.exists()
-        )
+        if damage is None:
+            damage = str(error)
+        elif previous.is_file():
+            damage += f", and so is {previous.name}"
+        raise InputError(f"{damage}; {way_out(folder)}") from error
+
+    if damage is not None:
+        set_aside = free_name(last.with_name(last.name + ".damaged"))
         os.replace(last, set_aside)
-        log.warning("%s; set aside as %s, going on from %s", damaged, set_aside.name, previous)
+        log.warning("%s; renamed to %s, continuing from %s", damage, set_aside.name, previous)
     link_atomically(previous, last)
     return checkpoint
 
 
 def way_out(folder: Path) -> str:
-    """What to do when the newest checkpoints of a run are damaged."""
-    sound = [
-        path for path in sorted((folder / LAST_CHECKPOINT).parent.glob("*.ckpt")) if is_sound(path)
-    ]
-    if not sound:
+    """Return what the user can do when a run's last two checkpoints are damaged."""
+    readable = []
+    for path in sorted((folder / LAST_CHECKPOINT).parent.glob("*.ckpt")):
+        try:
+            read_checkpoint(path)
+        except InputError:
+            continue
+        readable.append(path.name)
+    if not readable:
         return "the run has no older one; move it away to start anew"
-    return f"to go on from {' or '.join(path.name for path in sound)}, copy it over {LAST_CHECKPOINT.name}"
+    return f"to continue from {' or '.join(readable)}, copy it over {LAST_CHECKPOINT.name}"
 
 
-def is_sound(path: Path) -> bool:
-    """Whether a checkpoint can be read."""
-    try:
-        read_checkpoint(path)
-    except InputError:
-        return False
-    return True
-
-
-def numbered(path: Path) -> Iterator[Path]:
-    """The path, then with .2, .3 and so on."""
-    yield path
-    yield from (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+def free_name(path: Path) -> Path:
+    """Return the path if nothing is there, else the first of PATH.2, PATH.3 and so on."""
+    if not path.exists():
+        return path
+    for number in itertools.count(2):
+        numbered = path.with_name(f"{path.name}.{number}")
+        if not numbered.exists():
+            break
+    return numbered
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of ours on the CPU, as plain data and tensors; no code in it is run.
+    """Return the content of one of our checkpoints, plain data and tensors on the CPU.
 
-    Every checksum is compared, which torch writes and does not look at. A gigabyte takes half a second more.
+    No code in the file is run. All checksums are compared, which takes half a second a gigabyte.
 
     Raises:
-        InputError: no such file, damaged, not written by a program of ours, or in need of unpickling code.
+        InputError: there is no such file, it is damaged, moco.train did not write it, or loading
+            it would run code.
     """
+    source = f"checkpoint={path}"
     if not Path(path).is_file():
-        raise InputError(f"checkpoint={path}: no such file")
-    checkpoint = read_archive(path, f"checkpoint={path}")
-    missing = CHECKPOINT_PARTS.keys() - (
-        checkpoint.keys() if isinstance(checkpoint, dict) else set()
-    )
+        raise InputError(f"{source}: no such file")
+    checkpoint = read_torch_archive(path, source)
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{source}: not written by moco.train (it holds no dict)")
+    missing = CHECKPOINT_PARTS.keys() - checkpoint.keys()
     if missing:
-        raise InputError(
-            f"checkpoint={path}: not written by moco.train (it lacks {', '.join(sorted(missing))})"
-        )
-    check_parts(checkpoint, f"checkpoint={path}")
+        lacking = ", ".join(sorted(missing))
+        raise InputError(f"{source}: not written by moco.train (it lacks {lacking})")
+    check_parts(checkpoint, source, CHECKPOINT_PARTS)
     return checkpoint
 
 
-def check_parts(
-    checkpoint: dict[str, Any], source: str, parts: dict[str, type] = CHECKPOINT_PARTS
-) -> None:
-    """Raises InputError if a part of a file of ours is not of its kind."""
+def check_parts(content: dict[str, Any], source: str, parts: dict[str, type]) -> None:
+    """Raise InputError if a part of one of our files has another type than it should."""
     for name, kind in parts.items():
-        if not isinstance(checkpoint[name], kind):
+        if not isinstance(content[name], kind):
             raise InputError(
                 f"{source}: not written by moco.train (its {name} is no {kind.__name__})"
             )
 
 
-def read_weights(path: str | Path, source: str) -> Any:
-    """The content of any project's file of weights, on the CPU, as plain data and tensors; no code in it is run.
+def read_torch_archive(path: str | Path, source: str) -> Any:
+    """Return the content of a file that torch.save wrote, which is a zip archive since torch 1.6.
 
-    What torch.save writes, today's archives or the format before version 1.6, or safetensors. Of safetensors the tensors are
-    the item ``state_dict``, and what `moco.export` says of them are the others.
+    torch.save writes a checksum for each tensor, but torch.load does not compare them: a flipped
+    bit in a weight would go unnoticed.
 
     Args:
-        source: the key and the path, for the errors.
+        source: the key and the path that errors begin with.
 
     Raises:
-        InputError: no such file, damaged, of another kind, or in need of unpickling code; or safetensors is not installed.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{source}: no such file")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(len(LEGACY_START))
-    except PermissionError as error:
-        raise InputError(f"{source}: may not be read") from error
-    if start.startswith(ZIP_START):
-        return read_archive(path, source)
-    if start == LEGACY_START:
-        return read_legacy(path, source)
-    if start[8:9] == b"{":  # after the length of the header, which is JSON
-        return read_described(path, source)
-    raise InputError(
-        f"{source}: damaged, or no checkpoint at all (neither torch.save nor safetensors has written it)"
-    )
-
-
-def read_archive(path: str | Path, source: str) -> Any:
-    """What torch.save has written since version 1.6, every checksum compared.
-
-    Raises:
-        InputError: damaged, or in need of unpickling code.
+        InputError: the file cannot be read, is damaged, or loading it would run code.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            check_records(archive, os.path.getsize(path))
-            (pickled,) = (
-                name
-                for name in archive.namelist()
-                if name.count("/") == 1 and name.endswith("/data.pkl")
-            )
-            imported = imports_of(archive.read(pickled))
+            damaged = archive.testzip()
     except PermissionError as error:
-        raise InputError(f"{source}: may not be read") from error
-    # What zipfile and pickletools raise on damaged files.
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        LookupError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        raise InputError(f"{source}: no permission to read it") from error
+    except Exception as error:  # zipfile raises many kinds of errors on damaged archives.
         raise InputError(f"{source}: damaged, or no checkpoint at all ({error})") from error
-    return load_plain(path, source, imported)
+    if damaged is not None:
+        raise InputError(f"{source}: damaged (the checksum of {damaged} is wrong)")
+    return read_torch_file(path, source)
 
 
-def read_legacy(path: str | Path, source: str) -> Any:
-    """What torch.save wrote until version 1.5, as the official MoCo v1 and v2 weights are: without checksums.
-
-    Raises:
-        InputError: damaged, or in need of unpickling code.
-    """
-    try:
-        with (
-            open(path, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        ):
-            imported = {name for _ in range(LEGACY_PICKLES) for name in imports_of(content)}
-    except (ValueError, EOFError, LookupError) as error:
-        raise InputError(f"{source}: damaged, or no checkpoint at all ({error})") from error
-    return load_plain(path, source, imported)
-
-
-def load_plain(path: str | Path, source: str, imported: set[str]) -> Any:
-    """The content of a file whose pickle would import these names.
-
-    Raises:
-        InputError: some of them are neither plain data nor settings, or the pickle makes no sense.
-    """
-    foreign = set()
-    for name in imported:
-        if not re.fullmatch(f"{PLAIN}|{SET}", name) and name not in SETTINGS:
-            foreign.add(name)
-    if foreign:
-        raise InputError(
-            f"{source}: it holds objects whose loading would run code "
-            f"({', '.join(sorted(foreign))}), so it is not loaded; if you trust its source, write its "
-            "tensors alone to a new file with torch.save"
-        )
-    try:
-        with torch.serialization.safe_globals([(OrderedDict, name) for name in SETTINGS]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # of a pickle that is sound and makes no sense, torch reports nearly anything
-        raise InputError(f"{source}: damaged ({error})") from error
-
-
-def read_described(path: str | Path, source: str) -> dict[str, Any]:
-    """The tensors of a safetensors file, and what `moco.export` wrote of them into its metadata.
-
-    Raises:
-        InputError: damaged, or safetensors is not installed.
-    """
-    weights, metadata = read_safetensors(path, source)
-    try:
-        about = (
-            {key: json.loads(value) for key, value in metadata.items()}
-            if "backbone" in metadata
-            else {}
-        )
-    except ValueError as error:
-        raise InputError(f"{source}: damaged, or no safetensors file ({error})") from error
-    return {**about, "state_dict": weights}
-
-
-def check_records(archive: zipfile.ZipFile, size: int) -> None:
-    """Hold every record to its checksum.
+def read_torch_file(path: str | Path, source: str) -> Any:
+    """Return the content of a file that any version of torch.save wrote, tensors on the CPU.
 
     Args:
-        size: of the file, bytes.
+        source: the key and the path that errors begin with.
 
     Raises:
-        ValueError: one is damaged, there twice, or compressed; or together they are more than the file. torch stores each
-            once and as it is; a compressed one could unpack to any size.
+        InputError: the file cannot be read, is damaged, or loading it would run code.
     """
-    records = archive.infolist()
-    if len({record.filename for record in records}) < len(records):
-        raise ValueError("a record is there twice")
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        raise ValueError("a record is compressed")
-    if sum(record.file_size for record in records) > size:
-        raise ValueError("its records claim to be larger than the file")
-    if damaged := archive.testzip():
-        raise ValueError(f"the checksum of {damaged} is wrong")
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(SETTINGS_AS_DICTS):
+            # torch warns of odd files before it refuses them; the error below says enough.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise InputError(f"{source}: no permission to read it") from error
+    except pickle.UnpicklingError as error:
+        # torch names the function or class that it refuses to import.
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is not None:
+            raise InputError(
+                f"{source}: it holds objects whose loading would run code ({refused[1]}), so it "
+                "is not loaded; if you trust its source, write its tensors alone to a new file "
+                "with torch.save"
+            ) from error
+        reason = reason_of(error)
+        raise InputError(f"{source}: damaged, or no checkpoint at all ({reason})") from error
+    except Exception as error:  # torch raises nearly any kind of error on damaged files.
+        reason = reason_of(error)
+        raise InputError(f"{source}: damaged, or no checkpoint at all ({reason})") from error
 
 
-def imports_of(pickled: Any) -> set[str]:
-    """The names of what a pickle would import: bytes, or a file, which is read to the pickle's end.
-
-    torch's own list of harmless names is longer than `PLAIN`, and some of those take as much memory as the file tells them
-    to. A `set` that is not called as in `SET_CALL` adds `OTHER_SET`.
-    """
-    imported = set()
-    memo: dict[Any, str] = {}  # of what the pickle numbers, only what may be fetched for a set
-    last = ""
-    set_call: list[str] | None = None  # the opcodes since `set` was pushed
-    for opcode, argument, _ in pickletools.genops(pickled):
-        name = opcode.name
-        if name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = last if re.fullmatch(f"{SET_ITEM}|{SET}", last) else ""
-            continue
-        if name in ("BINGET", "LONG_BINGET"):
-            name = memo.get(argument) or name
-        elif name in ("GLOBAL", "INST"):
-            name = str(argument).replace(" ", ".")
-            imported.add(name)
-        elif name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):  # torch.save never writes these
-            imported.add("an object whose name is hidden")
-        last = name
-        is_set = re.fullmatch(SET, name) is not None
-        if set_call is not None:
-            set_call.append(name)
-            if name == "REDUCE" and re.fullmatch(SET_CALL, " ".join(set_call)):
-                set_call = None
-            elif name in ("REDUCE", "STOP") or is_set:
-                imported.add(OTHER_SET)
-                set_call = None  # refused already: a list that grows with the file would take hours to look through
-        if is_set:
-            set_call = []
-    return imported
+def reason_of(error: Exception) -> str:
+    """Return the one line of torch's long message that says what is wrong with a file."""
+    message = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    if not message:
+        return type(error).__name__
+    return message.splitlines()[0]

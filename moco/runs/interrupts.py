@@ -130,3 +130,18 @@ def held_back(signals: Iterable[int]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def ending_at_once(message: str) -> Iterator[None]:
+    """Inside the ``with`` block, Ctrl-C and SIGTERM raise `Interrupted` with this message."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number, message)
+
+    before = {number: signal.signal(number, stop) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

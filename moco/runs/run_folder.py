@@ -1,6 +1,5 @@
 """What a run leaves on disk, and how it comes back to it. Files are whole or absent: never half-written."""
 
-import fcntl
 import json
 import logging
 import math
@@ -9,16 +8,16 @@ import re
 import shlex
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 import yaml
 
 from moco.errors import InputError, Interrupted, PeerLost
+from moco.runs.folder_lock import locked
 from moco.runs.run_status import LOCK, STATUS, read_status
 from moco.runs.slurm import job_id
 
@@ -197,8 +196,7 @@ def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
         InputError: another process is at work there.
     """
     (folder / LOCK).parent.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:  # left behind: the lock is the kernel's, not the file
-        take(lock, folder)
+    with locked(folder / LOCK, str(folder), "; choose another hydra.run.dir=PATH"):
         remove_half_written(folder)
         write_config(folder, config)
         write_status(folder, "running")
@@ -210,21 +208,6 @@ def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
             write_ending(folder, error)
             raise
         write_status(folder, "finished", exit_code=0)
-
-
-def take(lock: TextIO, folder: Path) -> None:
-    """Lock the file; raises InputError if another process has."""
-    for is_last_try in (False, True):
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if is_last_try:
-                raise InputError(
-                    f"{folder}: another process is at work there; choose another hydra.run.dir=PATH"
-                ) from error
-            time.sleep(0.2)  # it may have been `is_locked`, which holds it for a moment
-        except OSError:  # a file system without locks
-            return
 
 
 def remove_half_written(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """What has become of a run, seen from outside its process: from ``status.json`` and the lock of its folder."""
 
-import fcntl
 import json
 import socket
 import subprocess
@@ -8,6 +7,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from moco.runs.folder_lock import is_locked
 
 STATUS = Path("status.json")
 LOCK = Path(".hydra", "lock")
@@ -48,27 +49,13 @@ def is_alive(folder: Path, status: Mapping[str, Any], queue: Mapping[str, str] |
     Its lock shows it on this host, and on others where the file system passes locks on. Else SLURM knows, and without
     SLURM the folder's newest file has to do.
     """
-    locked = is_locked(folder)
-    if locked or (locked is False and status.get("host") == socket.gethostname()):
-        return locked
+    has_lock = is_locked(folder / LOCK)
+    if has_lock or (has_lock is False and status.get("host") == socket.gethostname()):
+        return has_lock
     if queue is not None and status.get("slurm_job_id"):
         return status["slurm_job_id"] in queue
     newest = max(path.stat().st_mtime for path in folder.iterdir())
     return time.time() - newest < SILENCE_MINUTES * 60
-
-
-def is_locked(folder: Path) -> bool | None:
-    """Whether a process of this host holds the lock of `run_folder.claimed`; None on a file system without locks."""
-    try:
-        with (folder / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return None
-    return False
 
 
 def slurm_queue() -> dict[str, str] | None:

@@ -7,7 +7,6 @@ from moco.data.loading.datamodule import check_batch_size
 from moco.data.loading.loaders import ResumableLoader
 from moco.data.loading.lost_workers import WatchedLoader
 from moco.data.loading.samplers import EpochSampler
-from moco.data.loading.waiting import remedies
 from moco.data.loading.workers import device_of, loader_options
 from moco.errors import InputError, printable
 from moco.segmentation.mask_batches import CropDataset, MaskBatch, WholeDataset, batches_of_one_size
@@ -63,7 +62,7 @@ class SegmentationData(pl.LightningDataModule):
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
         sampler = EpochSampler(len(train), self.batch_size, self.seed, rank, world_size)
-        dataset = CropDataset(train, self.view, self.image_size, self.num_workers)
+        dataset = CropDataset(train, self.view, self.image_size)
         return ResumableLoader(
             dataset,
             sampler,
@@ -76,19 +75,8 @@ class SegmentationData(pl.LightningDataModule):
         held_out = self.source.validation
         options = loader_options(self.num_workers, device_of(self)) | {"persistent_workers": False}
         batches = batches_of_one_size(held_out.sizes, self.evaluation_batch_size)
-        dataset = WholeDataset(held_out, self.view.normalize, self.num_workers)
+        dataset = WholeDataset(held_out, self.view.normalize)
         return WatchedLoader(dataset, batch_sampler=batches, **options)
-
-    def remedies_for_waiting(self, share: float, num_cores: int, has_gpu: bool) -> list[str]:
-        """See `remedies`."""
-        return remedies(
-            self.source.train,
-            share,
-            num_workers=self.num_workers,
-            num_cores=num_cores,
-            image_size=self.image_size,
-            has_gpu=has_gpu,
-        )
 
     def on_before_batch_transfer(self, batch: MaskBatch, dataloader_idx: int) -> MaskBatch:
         check_readable(batch, self.source.train)

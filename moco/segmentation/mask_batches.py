@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from moco.data.augment.views import Transform
 from moco.data.files.images import UnreadableImage
-from moco.data.loading.lost_workers import LastRead
+from moco.data.loading.lost_workers import note_read
 from moco.segmentation.sources import MaskedImages
 from moco.segmentation.views import SegmentationView
 
@@ -34,23 +34,16 @@ class MaskBatch(NamedTuple):
 
 
 class CropDataset(Dataset[MaskBatch]):
-    """Augmented crops, asked for by (epoch, index).
+    """Augmented crops, asked for by (epoch, index)."""
 
-    Args:
-        num_workers: processes that will read from this object at the same time.
-    """
-
-    def __init__(
-        self, images: MaskedImages, view: SegmentationView, image_size: int, num_workers: int = 0
-    ) -> None:
-        self.last_read = LastRead(num_workers)
+    def __init__(self, images: MaskedImages, view: SegmentationView, image_size: int) -> None:
         self.images = images
         self.view = view
         self.image_size = image_size
 
     def __getitem__(self, place: tuple[int, int]) -> MaskBatch:
         epoch, index = place
-        self.last_read.note(self.images.images.name(index))
+        note_read(self.images.images.name(index))
         try:
             image, mask = self.images[index]
         except UnreadableImage:
@@ -61,14 +54,9 @@ class CropDataset(Dataset[MaskBatch]):
 
 
 class WholeDataset(Dataset[MaskBatch]):
-    """Images as they are, normalised, by index.
+    """Images as they are, normalised, by index."""
 
-    Args:
-        num_workers: processes that will read from this object at the same time.
-    """
-
-    def __init__(self, images: MaskedImages, normalize: Transform, num_workers: int = 0) -> None:
-        self.last_read = LastRead(num_workers)
+    def __init__(self, images: MaskedImages, normalize: Transform) -> None:
         self.images = images
         self.normalize = normalize
 
@@ -76,7 +64,7 @@ class WholeDataset(Dataset[MaskBatch]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> MaskBatch:
-        self.last_read.note(self.images.images.name(index))
+        note_read(self.images.images.name(index))
         try:
             image, mask = self.images[index]
         except UnreadableImage:

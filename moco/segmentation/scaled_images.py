@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from moco.data.augment.views import Normalized
 from moco.data.files.images import UnreadableImage
-from moco.data.loading.lost_workers import LastRead, WatchedLoader
+from moco.data.loading.lost_workers import WatchedLoader, note_read
 from moco.data.loading.workers import CPU, loader_options
 from moco.segmentation.mask_batches import MaskBatch, batches_of_one_size
 from moco.segmentation.sources import MaskedImages
@@ -31,11 +31,7 @@ def scaled_size(size: Sequence[int], image_size: int, stride: int) -> tuple[int,
 
 
 class ScaledDataset(Dataset[MaskBatch]):
-    """Images scaled to `scaled_size` and normalised, by index: images (3, h, w), classes (H, W).
-
-    Args:
-        num_workers: processes that will read from this object at the same time.
-    """
+    """Images scaled to `scaled_size` and normalised, by index: images (3, h, w), classes (H, W)."""
 
     def __init__(
         self,
@@ -43,9 +39,7 @@ class ScaledDataset(Dataset[MaskBatch]):
         image_size: int,
         stride: int,
         normalize: Normalized,
-        num_workers: int = 0,
     ) -> None:
-        self.last_read = LastRead(num_workers)
         self.images = images
         self.image_size = image_size
         self.stride = stride
@@ -55,7 +49,7 @@ class ScaledDataset(Dataset[MaskBatch]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> MaskBatch:
-        self.last_read.note(self.images.images.name(index))
+        note_read(self.images.images.name(index))
         size = self.images.sizes[index].tolist()
         scaled = scaled_size(size, self.image_size, self.stride)
         try:
@@ -86,5 +80,5 @@ def scaled_loader(
     places = batches_of_one_size(images.sizes[list(rows)], batch_size)
     batches = [[rows[place] for place in batch] for batch in places]
     options = loader_options(num_workers, device) | {"persistent_workers": False}
-    dataset = ScaledDataset(images, image_size, stride, normalize, num_workers)
+    dataset = ScaledDataset(images, image_size, stride, normalize)
     return WatchedLoader(dataset, batch_sampler=batches, **options)

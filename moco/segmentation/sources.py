@@ -27,8 +27,10 @@ from moco.data.files.images import (
     read_mask,
 )
 from moco.data.files.listing import list_images
-from moco.data.sources.class_folders import is_held_out
-from moco.data.sources.registry import MASKED, SOURCES, FileImages, torchvision_dataset
+from moco.data.sources.folders import is_held_out
+from moco.data.sources.registry import MASKED, SOURCES
+from moco.data.sources.source import FileImages
+from moco.data.sources.torchvision_sets import torchvision_dataset
 from moco.errors import InputError, printable, unknown_name
 
 log = logging.getLogger(__name__)

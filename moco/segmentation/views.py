@@ -11,8 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from moco.data.augment.draws import draws_from
-from moco.data.augment.operations import ColorJitter
-from moco.data.augment.view_steps import build_operation
+from moco.data.augment.operations import ColorJitter, build_operation
 from moco.data.augment.views import Normalized
 from moco.errors import InputError
 

@@ -1,20 +1,26 @@
-"""A new run that begins with the weights of a file: ``init_from``."""
+"""Start a new run with the weights of a file: the setting ``init_from``."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moco.errors import InputError
+from moco.methods.moco import MoCo
+from moco.models.swin.backbone import windows_of
+from moco.weights.architecture import (
+    check_hidden_settings,
+    misfit,
+    outline_of_file,
+    settings_seen,
+    source_in_errors,
+)
 from moco.weights.layouts import KEY, METHOD_PARTS, QUERY
-from moco.weights.pretrained import check_what_shapes_hide
-from moco.weights.weight_files import Held, described, named, read_held
-
-if TYPE_CHECKING:
-    from moco.methods.moco import MoCo
-    from moco.weights.library_names import Weights
+from moco.weights.library_names import Weights, to_our_names
+from moco.weights.reading import WeightFile, read_weight_file
+from moco.weights.recognise import listed_parts, listed_unused, split
 
 log = logging.getLogger(__name__)
 
-# What has to be the file's for a part to be of use; without it the part is made anew.
+# A part is of use only together with another part of the same file.
 NEEDS = {
     "predictor.": "query_encoder.projector.",
     "key_encoder.projector.": "query_encoder.projector.",
@@ -26,138 +32,164 @@ NEEDS = {
 }
 
 
-def start_from(method: "MoCo", path: str) -> None:
-    """Let a new method begin with the weights of a file, as many as fit; the log says what was taken.
+def start_from(method: MoCo, path: str) -> None:
+    """Load the weights of a file into a new method, all parts that fit; the log lists them.
 
-    The backbone has to fit. Without the file's key encoder the key encoder is a copy of the query encoder; a queue is taken
-    with the key encoder that has made it, or else begins as in any new run.
+    The backbone has to fit. If the file has no key encoder, the key encoder is a copy of the query
+    encoder. A queue is loaded with the key encoder that made it, or else starts as in any new run.
 
     Raises:
-        InputError: the file cannot be read, is of an unknown format, or its backbone is another one.
+        InputError: the file cannot be read, its format is unknown, or its backbone does not fit.
     """
-    from moco.weights.foreign import listed, listed_parts
-
     source = f"init_from={path}"
-    held = read_held(path, source)
-    weights = fitted_to(held, method, source)
-    ours = method.state_dict()
-    taken: set[str] = set()
+    file = read_weight_file(path, source)
+    weights = with_our_backbones(file, method, source)
+    check_backbone(file, weights, method, source)
+
+    state = method.state_dict()
+    loaded_parts: set[str] = set()
     reasons = {}
     for part in METHOD_PARTS:
-        reason = reason_against(part, weights, ours, taken)
+        reason = reason_against(part, weights, state, loaded_parts)
         if reason is None:
-            taken.add(part)
-        elif any(name.startswith(part) for name in ours):
+            loaded_parts.add(part)
+        elif any(name.startswith(part) for name in state):
             reasons[part] = reason
-    new = ours | {name: x for name, x in weights.items() if name.startswith(tuple(taken))}
-    for part in reasons:
-        if part.startswith(KEY):
-            new |= {
-                name: new[QUERY + name.removeprefix(KEY)] for name in ours if name.startswith(part)
-            }
-    method.load_state_dict(new)
-    unused = {name: x for name, x in weights.items() if not name.startswith(tuple(taken))}
-    log.info(
-        "%s: %s; taken: %s",
-        source,
-        held.origin,
-        listed_parts({n: weights[n] for n in weights.keys() - unused}),
-    )
+
+    loaded = {}
+    unused = {}
+    for name, tensor in weights.items():
+        if name.startswith(tuple(loaded_parts)):
+            loaded[name] = tensor
+        else:
+            unused[name] = tensor
+    state |= loaded
+    for name in state:
+        if name.startswith(KEY) and name.startswith(tuple(reasons)):
+            state[name] = state[QUERY + name.removeprefix(KEY)]
+    method.load_state_dict(state)
+
+    log.info("%s: %s; loaded: %s", source, file.origin, listed_parts(loaded))
     for part, reason in reasons.items():
-        log.info(
-            "%s: %s; %s",
-            METHOD_PARTS[part],
-            reason,
-            "as the query's" if part.startswith(KEY) else "begins anew",
-        )
-    if unused or held.ignored:
-        log.info(
-            "not used: %s", "; ".join(filter(None, [listed_parts(unused), listed(held.ignored)]))
-        )
+        remedy = "starts as in a new run"
+        if part.startswith(KEY):
+            remedy = "copied from the query encoder"
+        log.info("%s: %s; %s", METHOD_PARTS[part], reason, remedy)
+    if unused or file.ignored:
+        log.info("not used: %s", listed_unused(unused, file.ignored))
 
 
-def fitted_to(held: Held, method: "MoCo", source: str) -> "Weights":
-    """The weights of a file with the backbones' under our names, their shapes held to those of the method.
+def with_our_backbones(file: WeightFile, method: MoCo, source: str) -> Weights:
+    """Return the weights of a file, with the backbones' tensors under our names.
 
     Raises:
-        InputError: the query encoder's backbone is another one than the method's.
+        InputError: they were pretrained with other windows or positions than the method has, or
+            a setting is neither in the file nor in the config.
     """
-    from moco.weights.foreign import backbone_weights, misfit, settings_seen, split
-
+    if file.settings is not None:
+        return file.weights
     backbone: Any = method.query_encoder.backbone
-    settings = {
-        key: value for key, value in method.hparams["backbone"].items() if value is not None
-    }
-    weights = held.weights
+    weights = file.weights
     for encoder in (QUERY, KEY):
-        theirs, others = split(weights, f"{encoder}backbone.")
-        if held.settings is None and theirs:
-            with named(source):
-                if encoder == QUERY:
-                    seen = settings_seen(theirs, settings["name"], held.origin)
-                    is_saved = "pretrained_window_size" in seen
-                    is_v2 = settings["name"].startswith("swin_v2")
-                    if is_v2 and not is_saved and held.named_windows:
-                        pretrained = backbone.pretrained_window_size
-                        check_named_windows(held.named_windows, settings, pretrained)
-                        seen |= held.named_windows
-                    check_what_shapes_hide(held.origin, seen | settings, source, is_saved)
-                theirs = backbone_weights(theirs, backbone)
-            weights = others | {
-                f"{encoder}backbone.{name}": tensor for name, tensor in theirs.items()
-            }
-    theirs, _ = split(weights, QUERY + "backbone.")
-    if problem := misfit(theirs, backbone.state_dict()):
-        raise InputError(f"{source}: its weights do not fit backbone={settings['name']}: {problem}")
-    if held.settings is not None:
-        there = described(held.settings, source)
-        for key in ("pretrained_window_size", "num_heads"):
-            value, own = getattr(there, key, None), getattr(backbone, key, None)
-            if value != own:
-                raise InputError(
-                    f"{source}: backbone.{key}: {value} there, {own} here, which would change the features"
-                )
+        prefix = f"{encoder}backbone."
+        theirs, others = split(weights, prefix)
+        if not theirs:
+            continue
+        with source_in_errors(source):
+            if encoder == QUERY:
+                check_settings(file, theirs, method, source)
+            renamed = to_our_names(theirs, backbone)
+        weights = others
+        for name, tensor in renamed.items():
+            weights[prefix + name] = tensor
     return weights
+
+
+def check_settings(file: WeightFile, theirs: Weights, method: MoCo, source: str) -> None:
+    """Hold the method's backbone to what another project's file says about its own.
+
+    Raises:
+        InputError: the windows of the pretraining differ, or a setting is not known.
+    """
+    backbone: Any = method.query_encoder.backbone
+    settings = {}
+    for key, value in method.hparams["backbone"].items():
+        if value is not None:
+            settings[key] = value
+    seen = settings_seen(theirs, settings["name"], file.origin)
+    is_pretraining_saved = "pretrained_window_size" in seen
+    is_swin_v2 = settings["name"].startswith("swin_v2")
+    if is_swin_v2 and not is_pretraining_saved and file.named_windows:
+        check_named_windows(file.named_windows, settings, backbone.pretrained_window_size)
+        seen |= file.named_windows
+    check_hidden_settings(file.origin, seen | settings, source, is_pretraining_saved)
 
 
 def check_named_windows(
     named: dict[str, Any], settings: dict[str, Any], pretrained: tuple[int, ...]
 ) -> None:
-    """Hold a Swin V2 to the windows that the name of the file says, unless its config says others.
+    """Hold a Swin V2 to the windows in the name of the file, unless its config gives others.
 
     Args:
-        named: of `windows_in_name`.
+        named: what `windows_in_name` returns.
         settings: of the backbone, those that are not null.
-        pretrained: its pretraining windows.
+        pretrained: the backbone's pretraining windows, cells.
 
     Raises:
-        InputError: they differ, and the config says nothing of the pretraining.
+        InputError: they differ, and the config does not give the windows of the pretraining.
     """
-    from moco.models.swin.backbone import windows_of
-
-    there = list(windows_of("pretrained_window_size", named["pretrained_window_size"]))
-    is_given = "pretrained_window_size" in settings or "pretrained_image_size" in settings
-    if is_given or there == list(pretrained):
+    if "pretrained_window_size" in settings or "pretrained_image_size" in settings:
         return
+    there = list(windows_of("pretrained_window_size", named["pretrained_window_size"]))
+    if there == list(pretrained):
+        return
+    value = str(there).replace(" ", "")
     raise InputError(
-        f"by its name it was pretrained with windows of {there} cells, and this backbone's are "
+        f"by its name it was pretrained with windows of {there} cells, and this backbone has "
         f"{list(pretrained)}; set backbone.window_size={named['window_size']} "
-        f"backbone.pretrained_window_size={str(there).replace(' ', '')}"
+        f"backbone.pretrained_window_size={value}"
     )
 
 
-def reason_against(part: str, weights: "Weights", ours: "Weights", taken: set[str]) -> str | None:
-    """Why a method with the state dict `ours` cannot take one of its parts from a file's weights; None if it can.
+def check_backbone(file: WeightFile, weights: Weights, method: MoCo, source: str) -> None:
+    """Raise InputError if the file's backbone does not fit the method's."""
+    backbone: Any = method.query_encoder.backbone
+    theirs, _ = split(weights, QUERY + "backbone.")
+    problem = misfit(theirs, backbone.state_dict())
+    if problem is not None:
+        name = method.hparams["backbone"]["name"]
+        raise InputError(f"{source}: its weights do not fit backbone={name}: {problem}")
+    if file.settings is None:
+        return
+    # These settings change the features, and the shapes of the tensors do not show them.
+    outline = outline_of_file(file.settings, source)
+    for key in ("pretrained_window_size", "num_heads"):
+        there = getattr(outline, key, None)
+        here = getattr(backbone, key, None)
+        if there != here:
+            raise InputError(
+                f"{source}: backbone.{key}: {there} there, {here} here, "
+                "which would change the features"
+            )
+
+
+def reason_against(
+    part: str, weights: Weights, state: Weights, loaded_parts: set[str]
+) -> str | None:
+    """Return why a method cannot load one of its parts from a file, or None if it can.
 
     Args:
-        taken: the parts before it that it takes.
+        weights: the file's.
+        state: the method's state dict.
+        loaded_parts: the parts before this one that it loads.
     """
-    from moco.weights.foreign import misfit, split
-
-    theirs, own = split(weights, part)[0], split(ours, part)[0]
+    theirs, _ = split(weights, part)
+    own, _ = split(state, part)
     if not theirs or not own:
         return "not in the file"
-    if part in NEEDS and NEEDS[part] not in taken:
+    if part in NEEDS and NEEDS[part] not in loaded_parts:
         return f"of no use without the file's {METHOD_PARTS[NEEDS[part]]}"
     problem = misfit(theirs, own)
-    return problem and f"does not fit: {problem}"
+    if problem is not None:
+        return f"does not fit: {problem}"
+    return None

@@ -1,41 +1,54 @@
-"""How other projects name the parts of their methods, and what those are called in `moco.methods.moco.MoCo`.
+"""How other projects name the tensors of their methods.
 
-The names are facts of the projects' public code, at facebookresearch/moco 3b42c2a (and its branch
-colab-notebook), facebookresearch/moco-v3 c349e6e,
-SwinTransformer/Transformer-SSL 4510de1, WXinlong/DenseCL b64bbb6, open-mmlab/mmselfsup 20488d0 and db861f3,
-vturrisi/solo-learn 9187ea3, lightly-ai/lightly 00283d7 and e8d317f.
+Each layout maps the names of a project to the names in `moco.methods.moco.MoCo`. The names are
+facts of the projects' public code, read at these commits: facebookresearch/moco 3b42c2a and its
+branch colab-notebook, facebookresearch/moco-v3 c349e6e, SwinTransformer/Transformer-SSL 4510de1,
+WXinlong/DenseCL b64bbb6, open-mmlab/mmselfsup 20488d0 and db861f3, vturrisi/solo-learn 9187ea3,
+lightly-ai/lightly 00283d7 and e8d317f.
 """
 
 from typing import NamedTuple
 
-QUERY, KEY = "query_encoder.", "key_encoder."
+QUERY = "query_encoder."
+KEY = "key_encoder."
 QUEUES = ("queue.", "reverse_queue.", "dense_queue.", "reverse_dense_queue.")
-# The parts of a method, by the beginning of their tensors' names, and what to call them.
+
+# The parts of our method: how the names of their tensors begin, and what the log calls them.
 METHOD_PARTS = {
-    QUERY + "backbone.": "backbone",
-    QUERY + "projector.": "projector",
-    QUERY + "dense_projector.": "dense projector",
+    "query_encoder.backbone.": "backbone",
+    "query_encoder.projector.": "projector",
+    "query_encoder.dense_projector.": "dense projector",
     "predictor.": "predictor",
-    KEY + "backbone.": "key encoder's backbone",
-    KEY + "projector.": "key encoder's projector",
-    KEY + "dense_projector.": "key encoder's dense projector",
-    **{queue: queue.removesuffix(".").replace("_", " ") for queue in QUEUES},
+    "key_encoder.backbone.": "key encoder's backbone",
+    "key_encoder.projector.": "key encoder's projector",
+    "key_encoder.dense_projector.": "key encoder's dense projector",
+    "queue.": "queue",
+    "reverse_queue.": "reverse queue",
+    "dense_queue.": "dense queue",
+    "reverse_dense_queue.": "reverse dense queue",
 }
 
 
 class Layout(NamedTuple):
-    """How a project names the parts of its method."""
+    """How a project names the parts of its method.
+
+    Attributes:
+        origin: the project, for the log.
+        marks: patterns; a state dict is of this layout if each of them matches the beginning of
+            some name.
+        names: patterns for the beginning of a name, and what takes the place of that beginning.
+            The first pattern that matches counts.
+    """
 
     origin: str
     marks: tuple[str, ...]
-    """Patterns: for each there is a name that begins so."""
     names: dict[str, str]
-    """Patterns for the beginning of a name, and what takes its place; the first that matches counts."""
 
 
 MOCO_V3 = "MoCo v3 (facebookresearch/moco-v3)"
 SOLO_LEARN = "solo-learn"
 BACKBONE_ALONE = "backbone alone"
+# The first layout that fits counts, so the more specific ones come first.
 LAYOUTS = (
     Layout(
         "DenseCL or mmselfsup (OpenMMLab)",
@@ -61,7 +74,7 @@ LAYOUTS = (
         "the CIFAR-10 notebook of MoCo (facebookresearch/moco, branch colab-notebook)",
         (r"encoder_q\.net\.0\.",),
         {
-            # An nn.Sequential of torchvision's children without max-pool, and Flatten before the last.
+            # An nn.Sequential of torchvision's children, without max-pool. Number 8 is Flatten.
             r"encoder_q\.net\.9\.": QUERY + "projector.",
             r"encoder_q\.net\.": QUERY + "backbone.",
             r"encoder_k\.net\.9\.": KEY + "projector.",
@@ -102,7 +115,7 @@ LAYOUTS = (
             r"predictor\.": "predictor.",
             r"encoder_k\.": KEY + "backbone.",
             r"projector_k\.": KEY + "projector.",
-            # Its first query meets queue2, which holds the second view's keys.
+            # Its first query is compared with queue2, which holds the second view's keys.
             r"queue2$": "queue.keys",
             r"queue1$": "reverse_queue.keys",
             r"queue_ptr$": "queue.pointer",
@@ -127,8 +140,8 @@ LAYOUTS = (
             r"projection_head(?:_global)?\.": QUERY + "projector.",
             r"(?:backbone_momentum|momentum_backbone|key_backbone)\.": KEY + "backbone.",
             r"projection_head_local_momentum\.": KEY + "dense_projector.",
-            r"(?:projection_head(?:_global)?_momentum|momentum_projection_head|key_projection_head)\.": KEY
-            + "projector.",
+            r"projection_head(?:_global)?_momentum\.": KEY + "projector.",
+            r"(?:momentum|key)_projection_head\.": KEY + "projector.",
             r"criterion_local\.(?:memory_bank\.)?bank$": "dense_queue.keys",
             r"criterion_local\.(?:memory_bank\.)?bank_ptr$": "dense_queue.pointer",
             r"criterion\w*\.(?:memory_bank\.)?bank$": "queue.keys",

@@ -20,9 +20,10 @@ from benchmarks.turns import Turn, wait_for
 from moco.cli.build_pretraining import build_method, build_trainer
 from moco.config.train import TrainConfig
 from moco.data.augment.views import ViewPair, build_evaluation_view
-from moco.data.loading.datamodule import Engine, PretrainingData
+from moco.data.loading.datamodule import PretrainingData
+from moco.data.loading.engine import Engine
 from moco.data.loading.loaders import PairBatch
-from moco.data.sources.registry import ArrayImages, DataSource
+from moco.data.sources.source import ArrayImages, DataSource
 from moco.methods.batch_norm import batch_norm_mode
 from moco.methods.moco import MoCo
 from moco.methods.momentum import update_key_encoder
@@ -54,7 +55,9 @@ def step(
     method = setting.placed(build_method(net.plain()))
     if prepare is not None:
         prepare(method)
-    method.put_in_force(batch_norm_mode(batch_norm, method.key_encoder, 1, setting.device.type))
+    method.install_batch_norm(
+        batch_norm_mode(batch_norm, method.key_encoder, 1, setting.device.type)
+    )
     optimizer = method.configure_optimizers()
 
     def step(query_view: Tensor, key_view: Tensor) -> None:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from moco.callbacks.feature_plots import FeaturePlots, predict
-from moco.data.sources.registry import ArrayImages, Labelled
+from moco.data.sources.source import ArrayImages, Labelled
 from moco.evaluation.reports.drawing import LINE, MARGIN, pixels
 from moco.evaluation.reports.embedded import GAP, THUMBNAIL, Embedded, neighbors_plot
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moco.callbacks.online_probe import OnlineProbe, standardised, training_classes
-from moco.data.sources.registry import ArrayImages, DataSource, Labelled
+from moco.data.sources.source import ArrayImages, DataSource, Labelled
 from moco.errors import InputError, Interrupted
 from moco.train import run
 from moco.training.hardware_fit import HardwareFit

@@ -8,7 +8,7 @@ import torch
 
 from moco.cli.checks import check_deterministic, check_deterministic_segmentation, check_same_images
 from moco.config.train import TrainerConfig
-from moco.data.loading.streams import ShardedImages
+from moco.data.sources.shards import ShardedImages
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
 

@@ -93,7 +93,7 @@ def test_figures_are_those_of_plain_images_and_of_the_runs_own_views(evaluated, 
     from moco.data.augment.views import ViewPair, build_evaluation_view
     from moco.data.sources.registry import build_source
     from moco.evaluation.diagnostics import label_free_figures
-    from moco.weights.pretrained import load_pretrained
+    from moco.weights.loading import load_pretrained
 
     figures, _, _ = evaluated(plots=False)
     pretrained = load_pretrained(str(checkpoint), "query", {})
@@ -210,7 +210,7 @@ def test_feature_maps_of_transformers_are_drawn(evaluated, generator, tmp_path, 
 
 
 def test_a_backbone_alone_has_the_rank_of_its_features(checkpoint, evaluated, tmp_path, runner):
-    from moco.weights.weight_files import write_backbone_file
+    from moco.weights.backbone_files import write_backbone_file
 
     config = runner.config()
     path = tmp_path / "backbone.pth"
@@ -228,7 +228,7 @@ def test_a_backbone_alone_has_the_rank_of_its_features(checkpoint, evaluated, tm
 @pytest.fixture
 def searched(generator):
     """60 images of one grey level each, and random features."""
-    from moco.data.sources.registry import ArrayImages, Labelled
+    from moco.data.sources.source import ArrayImages, Labelled
     from moco.evaluation.neighbors import nearest_by_block
 
     images = ArrayImages(

@@ -13,7 +13,8 @@ from torchvision.models import get_model, swin_transformer
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.models.swin.backbone import Swin, clipped_windows, rewindow, suggest_window, windows_of
-from moco.weights.library_names import settings_of, to_torchvision
+from moco.weights.architecture import settings_of
+from moco.weights.library_names import to_torchvision
 
 
 def small(version=2, **settings):

@@ -290,7 +290,7 @@ def test_an_interrupted_measurement_is_made_up_for(shapes, tmp_path, monkeypatch
 
 def encoder_of(path, which="query"):
     from moco.runs.checkpoint_files import read_checkpoint
-    from moco.weights.pretrained import load_encoder
+    from moco.weights.loading import load_encoder
 
     return load_encoder(read_checkpoint(path), which, str(path)).backbone
 
@@ -374,7 +374,7 @@ def test_a_pretrained_swin_is_fine_tuned_at_another_window(shapes, swin, tmp_pat
     moved = end["state_dict"][f"model.backbone.{weight}"] - encoder_of(swin).state_dict()[weight]
     assert 0 < moved.abs().max() < 0.02
     with pytest.raises(
-        InputError, match=r"last.ckpt: written by moco.segment, and expected is one of moco.train"
+        InputError, match=r"last.ckpt: written by moco.segment; expected a checkpoint of moco.train"
     ):
         run(
             config_of(shapes, f"checkpoint={tmp_path / 'checkpoints/last.ckpt'}"), tmp_path / "next"
@@ -449,9 +449,9 @@ MISTAKES = [
     (["checkpoint={swin}", "backbone.window_size=65"], "backbone.window_size=65: expected a whole number of cells from 1 to 64"),
     (["checkpoint={swin}", "backbone.window_size=many"], "backbone.window_size=many: expected a whole number of cells from"),
     (["checkpoint={swin}", "backbone=resnet_tiny"],
-     "checkpoint={swin}: of another architecture: backbone.name: swin_v2_tiny_patch2 there, resnet_tiny here; backbone.stem:"),
+     "checkpoint={swin}: has another architecture: backbone.name: swin_v2_tiny_patch2 there, resnet_tiny here; backbone.stem:"),
     (["checkpoint={swin}", "backbone.num_heads=6"],
-     "checkpoint={swin}: of another architecture: backbone.num_heads: None there, 6 here"),
+     "checkpoint={swin}: has another architecture: backbone.num_heads: None there, 6 here"),
     (["checkpoint={resnet}", "backbone.window_size=18"], "backbone.window_size=18: this backbone has no attention windows"),
     (["checkpoint={resnet}", "backbone.stochastic_depth=0.1"],
      "backbone.stochastic_depth=0.1: resnet_tiny has no such setting (it has stem"),

@@ -161,9 +161,9 @@ def test_split_batch_norm_has_the_same_groups_in_either_layout(symmetric, runner
     config = runner.config(*split, "trainer.memory_format=auto")
     fit = HardwareFit(CPU, "64-true", "auto", False)
     method = runner.fit(config, [fit, losses[0]], precision="64-true")
-    assert (fit.way["memory_format"], method.in_blocks) == ("channels_last", True)
+    assert (fit.way["memory_format"], method.sorts_by_group) == ("channels_last", True)
     method = runner.fit(config, [losses[1]], precision="64-true")
-    assert not method.in_blocks
+    assert not method.sorts_by_group
     assert losses[0].values == pytest.approx(losses[1].values, rel=1e-9)
 
 
@@ -405,7 +405,7 @@ def test_files_of_channels_last_weights_give_the_features_of_the_run_and_are_exp
     from moco.config.pretrained import ExportConfig
     from moco.export import run as export
     from moco.train import run
-    from moco.weights.pretrained import load_pretrained
+    from moco.weights.loading import load_pretrained
 
     config = runner.config(*PLAIN, "trainer.max_steps=2", "trainer.memory_format=auto")
     run(config, tmp_path / "run")

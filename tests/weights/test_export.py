@@ -1,4 +1,4 @@
-"""moco.export, and the window that evaluate and export change."""
+"""moco.export, and the attention windows that evaluate and export change."""
 
 import dataclasses
 import json
@@ -17,28 +17,37 @@ from moco.config.pretrained import (
     PretrainedBackboneConfig,
 )
 from moco.errors import InputError, RunError
-from moco.export import content_of, deviation, loading_lines, run, torchvision_model, write
+from moco.export import run
 from moco.models.backbones import build_backbone
 from moco.models.swin.backbone import rewindow
 from moco.runs.checkpoint_files import read_checkpoint
-from moco.weights.pretrained import load_encoder
+from moco.weights.exporting import (
+    deviation,
+    export_content,
+    loading_lines,
+    torchvision_model,
+    write_export,
+)
+from moco.weights.loading import load_encoder
 from tests.conftest import run_program
 
 SMALL_SWIN = ["backbone=swin_v2_tiny_patch2", "data=synthetic", "data.image_size=32"]
 
 
 def write_checkpoint(runner, path, *overrides):
-    """A checkpoint as training writes it, of untrained encoders whose every tensor matters."""
+    """Write a checkpoint as training does, of untrained encoders whose every tensor matters.
+
+    The key encoder's backbone is half of the query encoder's.
+    """
     config = runner.config(*overrides)
     method = runner.method(config)
     for name, tensor in method.query_encoder.named_parameters():
         if tensor.ndim == 1 or "cpb_mlp" in name:
             torch.nn.init.normal_(tensor, 0.5, 0.3)
+    query_parameters = method.query_encoder.backbone.parameters()
+    key_parameters = method.key_encoder.backbone.parameters()
     with torch.no_grad():
-        encoders = (method.key_encoder, method.query_encoder)
-        for key, query in zip(
-            *(encoder.backbone.parameters() for encoder in encoders), strict=True
-        ):
+        for query, key in zip(query_parameters, key_parameters, strict=True):
             key.copy_(query / 2)
     checkpoint = {
         "state_dict": method.state_dict(),
@@ -51,6 +60,14 @@ def write_checkpoint(runner, path, *overrides):
     torch.save(checkpoint, path)
 
 
+CHECKPOINTS = {
+    "resnet18": ["backbone=resnet18", "data.image_size=64"],
+    "swin_v2_t": ["backbone=swin_v2_t", "backbone.window_size=4", "data.image_size=128"],
+    "small_swin": SMALL_SWIN,
+    "small_resnet": [],
+}
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """A folder with a checkpoint of each kind."""
@@ -58,27 +75,21 @@ def checkpoints(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
-    for name, overrides in {
-        "resnet18": ["backbone=resnet18", "data.image_size=64"],
-        "swin_v2_t": ["backbone=swin_v2_t", "backbone.window_size=4", "data.image_size=128"],
-        "small_swin": SMALL_SWIN,
-        "small_resnet": [],
-    }.items():
+    for name, overrides in CHECKPOINTS.items():
         write_checkpoint(Runner(folder), folder / f"{name}.ckpt", *overrides)
     return folder
 
 
 @pytest.fixture
 def exported(checkpoints, tmp_path, monkeypatch, capsys):
-    """Calls the program in a fresh folder; what it printed."""
+    """Return a function that exports a checkpoint in a fresh folder, and returns what is printed."""
     monkeypatch.chdir(tmp_path)
 
     def call(name, file_format, output, window_size=None, **settings):
         backbone = PretrainedBackboneConfig(window_size=window_size)
         path = str(checkpoints / f"{name}.ckpt")
-        run(
-            ExportConfig(path, file_format, output, backbone=backbone, **settings), tmp_path / "run"
-        )
+        config = ExportConfig(path, file_format, output, backbone=backbone, **settings)
+        run(config, tmp_path / "run")
         return capsys.readouterr().out
 
     return call
@@ -90,10 +101,9 @@ def backbone_of(checkpoints, name, encoder="query"):
 
 
 def loaded_as_printed(printed):
-    """The model that the printed lines make."""
-    return loaded_by(
-        line.removeprefix("    ") for line in printed.splitlines() if line.startswith("    ")
-    )
+    """Return the model that the printed lines make."""
+    lines = [line for line in printed.splitlines() if line.startswith("    ")]
+    return loaded_by(line.removeprefix("    ") for line in lines)
 
 
 def loaded_by(lines):
@@ -149,42 +159,40 @@ def test_the_printed_lines_load_a_swin_v2_with_its_windows(
 
 
 @pytest.mark.parametrize(
-    ("file_format", "name", "settings", "image_size", "line"),
+    ("file_format", "settings", "image_size", "line"),
     [
-        ("torchvision", "vit_small", {}, 48, "    image_size=48,"),
-        ("timm", "vit_small", {"num_heads": 6, "learned_positions": 2}, 40,
-         'model = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=6, img_size=48)'),
-        ("timm", "vit_small", {"partial_patches": "drop"}, 40,
-         'model = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, img_size=32)'),
+        ("torchvision", {}, 48, "    image_size=48,"),
+        ("timm", {"num_heads": 6, "learned_positions": 2}, 40, "num_heads=6, img_size=48)"),
+        ("timm", {"partial_patches": "drop"}, 40, "num_heads=12, img_size=32)"),
     ],
-)  # fmt: skip
+)
 def test_the_lines_load_a_vit_for_the_images_of_one_size(
-    tmp_path, file_format, name, settings, image_size, line
+    tmp_path, file_format, settings, image_size, line
 ):
     if file_format == "timm":
         pytest.importorskip("timm")
-    built_with = {"name": name} | settings
-    backbone = build_backbone(**built_with)
+    settings = {"name": "vit_small"} | settings
+    backbone = build_backbone(**settings)
     torch.nn.init.normal_(backbone.class_token)
     path = tmp_path / "x.pth"
-    write(path, content_of(file_format, path, backbone, built_with, {"image_size": image_size}))
-    lines = loading_lines(file_format, path, backbone, built_with, image_size)
-    assert line in lines
+    about = {"image_size": image_size}
+    write_export(path, export_content(file_format, path, backbone, settings, about))
+    lines = loading_lines(file_format, path, backbone, settings, image_size)
+    assert any(printed.endswith(line) for printed in lines)
     assert agree(loaded_by(lines), backbone, backbone.cells(image_size) * 16, 1e-5)
 
 
 def test_the_key_encoder_can_be_exported(checkpoints, exported):
     exported("resnet18", "torchvision", "query.pth")
     exported("resnet18", "torchvision", "key.pth", encoder="key")
-    query, key = (
-        torch.load(name, weights_only=True)["conv1.weight"] for name in ("query.pth", "key.pth")
-    )
+    query = torch.load("query.pth", weights_only=True)["conv1.weight"]
+    key = torch.load("key.pth", weights_only=True)["conv1.weight"]
     assert torch.equal(key, query / 2)
 
 
 def test_a_file_of_our_own_says_what_it_is(checkpoints, exported):
     pytest.importorskip("safetensors")
-    from moco.weights.library_names import read_backbone
+    from moco.weights.backbone_files import read_backbone
 
     printed = exported("small_swin", "safetensors", "x.safetensors", 8)
     rebuilt, about = read_backbone("x.safetensors")
@@ -204,7 +212,7 @@ def test_a_file_of_our_own_says_what_it_is(checkpoints, exported):
     assert agree(loaded_as_printed(printed), rebuilt, 32, 1e-7)
 
 
-PADS = "lets the padding take part in attention: its outputs differ there from this project's"
+PADS = "lets the padding take part in attention: its outputs differ from this project's"
 
 
 @pytest.mark.parametrize(
@@ -219,7 +227,11 @@ PADS = "lets the padding take part in attention: its outputs differ there from t
         ("timm", 144, f"for 144 px timm pads maps (18 to 20, 9 to 12, 5 to 8 cells) and {PADS}"),
         ("torchvision", 64, f"for 64 px torchvision pads maps (2 to 4 cells) and {PADS}"),
         ("timm", 64, None),
-        ("torchvision", 130, "of 130 px torchvision leaves the last 2 out: its outputs differ"),
+        (
+            "torchvision",
+            130,
+            "torchvision drops the last 2 of 130 px: its outputs differ from this project's",
+        ),
         ("safetensors", 144, None),
     ],
 )
@@ -233,11 +245,20 @@ def test_a_note_says_where_the_library_differs(file_format, image_size, note):
     ("partial_patches", "image_size", "note"),
     [
         ("complete", 224, None),
-        ("complete", 565, "timm's model takes 576 px and not 565; for the same outputs fill the images up with zeros at the "
-         "right and the bottom"),
-        ("drop", 565, "timm's model takes 560 px and not 565; for the same outputs cut the rest off"),
+        (
+            "complete",
+            565,
+            "timm's model takes 576 px and not 565 px; for the same outputs "
+            "pad the images with zeros at the right and the bottom",
+        ),
+        (
+            "drop",
+            565,
+            "timm's model takes 560 px and not 565 px; for the same outputs "
+            "crop the images at the right and the bottom",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_note_says_which_images_a_vit_takes_there(partial_patches, image_size, note):
     with torch.device("meta"):
         backbone = build_backbone("vit_b_16", partial_patches=partial_patches)
@@ -260,21 +281,67 @@ def test_torchvisions_builder_is_named_where_it_has_the_window():
         assert torchvision_model("vit_b_16", backbone, 32)[-1] == last
 
 
+NO_MODEL = "format=safetensors keeps the names of this project"
+
+
 @pytest.mark.parametrize(
     ("name", "file_format", "output", "settings", "expected"),
     [
         ("none", "timm", "x.pth", {}, "checkpoint=CKPT: no such file"),
         ("resnet18", "timm", ".", {}, "output=.: a folder; expected the name of a file"),
-        ("resnet18", "timm", "x.ckpt", {}, "output=x.ckpt: unknown ending '.ckpt' of a file for format=timm (choices: .pt, .pth, .safetensors)"),
-        ("resnet18", "safetensors", "x.pth", {}, "output=x.pth: unknown ending '.pth' of a file for format=safetensors (choices: .safetensors)"),
-        ("resnet18", "timm", "occupied/x.pth", {}, "output=occupied/x.pth: cannot be written (File exists)"),
-        ("resnet18", "timm", "occupied/y/x.pth", {}, "output=occupied/y/x.pth: cannot be written (Not a directory)"),
-        ("resnet18", "timm", "x.pth", {"window_size": 18}, "backbone.window_size=18: this backbone has no attention windows"),
-        ("small_swin", "timm", "x.pth", {"window_size": 0}, "backbone.window_size=0: expected a whole number of cells from 1 to 64, or a list of four, one for each stage"),
-        ("small_swin", "timm", "x.pth", {}, "format=timm: timm has no swin_v2_tiny_patch2; format=safetensors keeps the names of this project"),
-        ("small_resnet", "torchvision", "x.pth", {}, "format=torchvision: torchvision has no resnet_tiny; format=safetensors keeps the names of this project"),
+        (
+            "resnet18",
+            "timm",
+            "x.ckpt",
+            {},
+            "output=x.ckpt: unknown ending '.ckpt' of a file for format=timm "
+            "(choices: .pt, .pth, .safetensors)",
+        ),
+        (
+            "resnet18",
+            "safetensors",
+            "x.pth",
+            {},
+            "output=x.pth: unknown ending '.pth' of a file for format=safetensors "
+            "(choices: .safetensors)",
+        ),
+        (
+            "resnet18",
+            "timm",
+            "occupied/x.pth",
+            {},
+            "output=occupied/x.pth: cannot be written (File exists)",
+        ),
+        (
+            "resnet18",
+            "timm",
+            "occupied/y/x.pth",
+            {},
+            "output=occupied/y/x.pth: cannot be written (Not a directory)",
+        ),
+        (
+            "resnet18",
+            "timm",
+            "x.pth",
+            {"window_size": 18},
+            "backbone.window_size=18: this backbone has no attention windows",
+        ),
+        (
+            "small_swin",
+            "timm",
+            "x.pth",
+            {},
+            f"format=timm: timm has no swin_v2_tiny_patch2; {NO_MODEL}",
+        ),
+        (
+            "small_resnet",
+            "torchvision",
+            "x.pth",
+            {},
+            f"format=torchvision: torchvision has no resnet_tiny; {NO_MODEL}",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(
     checkpoints, exported, tmp_path, name, file_format, output, settings, expected
 ):
@@ -296,7 +363,7 @@ def test_mistakes_are_one_line(
             {"random_states": []}
             | {key: {} for key in ("state_dict", "config", "figures")}
             | {"hyper_parameters": {"decoder": {}}, "global_step": 0},
-            "written by moco.segment, and expected is one of moco.train",
+            "written by moco.segment; expected a checkpoint of moco.train",
         ),
     ],
 )
@@ -313,7 +380,7 @@ def test_a_full_disk_is_a_failed_run(exported, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moco.runs.run_folder.write_atomically", fail)
+    monkeypatch.setattr("moco.weights.exporting.write_atomically", fail)
     with pytest.raises(RunError, match=r"^output=x\.pth: No space left on device$"):
         exported("resnet18", "torchvision", "x.pth")
 
@@ -343,7 +410,8 @@ def test_the_config_composes_and_names_what_is_missing():
         (["checkpoint=x", "output=y"], "format: missing; give format=VALUE"),
         (
             ["checkpoint=x", "output=y", "format=tim"],
-            "format: unknown value 'tim'; did you mean 'timm'? (choices: safetensors, timm, torchvision)",
+            "format: unknown value 'tim'; did you mean 'timm'? "
+            "(choices: safetensors, timm, torchvision)",
         ),
     ):
         with pytest.raises(InputError) as error:
@@ -383,22 +451,20 @@ def test_evaluate_looks_through_windows_of_another_size(checkpoints, tmp_path, c
     figures = evaluated(checkpoints, "small_swin", tmp_path, image_size=64)
     assert (figures["image_size"], figures["window_size"]) == (64, 4)
 
-    def said():
-        """Without what every evaluation says."""
-        usual = ("embedded 20 images in ", "embedded 2 images in ")
-        return [message for message in caplog.messages if not message.startswith(usual)]
+    def logged():
+        """Return the log without the lines of every evaluation."""
+        return [message for message in caplog.messages if not message.startswith("embedded ")]
 
-    assert said() == [
-        "pretrained on 32 px with window 4; window 8 for 64 px: the four maps are padded 32, 16, 8, 4 (0.0% more cells): "
-        "backbone.window_size=8"
-    ]
+    (advice,) = logged()
+    assert advice.startswith("pretrained on 32 px with window 4; window 8 for 64 px: ")
+    assert advice.endswith("backbone.window_size=8")
     caplog.clear()
     figures = evaluated(
         checkpoints, "small_swin", tmp_path, image_size=64, window_size=[8, 8, 8, 4]
     )
-    assert (figures["image_size"], figures["window_size"], said()) == (64, [8, 8, 8, 4], [])
+    assert (figures["image_size"], figures["window_size"], logged()) == (64, [8, 8, 8, 4], [])
     assert evaluated(checkpoints, "small_swin", tmp_path, image_size=32)["window_size"] == 4
-    assert said() == []
+    assert logged() == []
 
 
 def test_evaluate_says_that_a_resnet_has_no_windows(checkpoints, tmp_path):

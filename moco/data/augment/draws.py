@@ -1,4 +1,4 @@
-"""Random draws that depend on what they are for, not on what was drawn before."""
+"""Random draws that depend on what they are for, and not on what was drawn before."""
 
 import hashlib
 import struct
@@ -8,51 +8,57 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64  # as the signed number that a 64-bit tensor holds
+# The constants of SplitMix64, as the signed numbers that a 64-bit tensor holds.
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+FIRST_FACTOR = 0xBF58476D1CE4E5B9 - 2**64
+SECOND_FACTOR = 0x94D049BB133111EB - 2**64
 
 
 def uniforms(seed: int, epoch: int, indices: Tensor, view: int, count: int) -> Tensor:
-    """Numbers from 0 up to 1 for each image: a pure function of (seed, epoch, index, view), the same on every device.
+    """Return numbers in [0, 1) for each image, the same on every device.
 
-    Each image has a stream of SplitMix64 (Steele, Lea & Flood 2014, doi.org/10.1145/2660193.2660195), which is a hash of
-    a counter, so that no number waits for the one before it. Where the streams begin is a hash as well.
+    They are a pure function of (seed, epoch, index, view). Each image has its own stream of
+    SplitMix64 (Steele, Lea & Flood 2014, doi.org/10.1145/2660193.2660195). SplitMix64 hashes a
+    counter, so that all numbers of a stream are computed at once. Another hash gives the start of
+    each stream.
 
     Args:
-        indices: (N,) int64.
+        indices: (images,) int64.
+        count: numbers for each image.
 
     Returns:
-        (N, count) float64, on the device of `indices`.
+        (images, count) float64, on the device of `indices`.
     """
     start = indices.new_full((), derived_seed(seed, epoch, view))
-    begin = mixed(mixed(start + indices * GOLDEN_GAMMA) + indices)
+    streams = splitmix64(splitmix64(start + indices * GOLDEN_GAMMA) + indices)
     counters = torch.arange(1, count + 1, device=indices.device) * GOLDEN_GAMMA
-    bits = mixed(begin[:, None] + counters)
-    return shifted_right(bits, 11).double() * 2.0**-53
+    bits = splitmix64(streams[:, None] + counters)
+    return shift_right(bits, 11).double() * 2.0**-53
 
 
-def mixed(numbers: Tensor) -> Tensor:
-    """The output function of SplitMix64, on int64 taken for unsigned 64-bit numbers."""
-    numbers = (numbers ^ shifted_right(numbers, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
-    numbers = (numbers ^ shifted_right(numbers, 27)) * (0x94D049BB133111EB - 2**64)
-    return numbers ^ shifted_right(numbers, 31)
+def splitmix64(numbers: Tensor) -> Tensor:
+    """Hash int64 numbers by SplitMix64's output function, which takes them as unsigned."""
+    numbers = (numbers ^ shift_right(numbers, 30)) * FIRST_FACTOR
+    numbers = (numbers ^ shift_right(numbers, 27)) * SECOND_FACTOR
+    return numbers ^ shift_right(numbers, 31)
 
 
-def shifted_right(numbers: Tensor, bits: int) -> Tensor:
-    """Zeros come in from the left; torch's own shift of int64 brings in the sign."""
+def shift_right(numbers: Tensor, bits: int) -> Tensor:
+    """Shift int64 as unsigned numbers; torch's own shift would copy the sign bit."""
     return (numbers >> bits) & (2 ** (64 - bits) - 1)
 
 
 def derived_seed(*numbers: int) -> int:
-    """A 63-bit seed from integers; different integers give unrelated seeds."""
+    """Return a 63-bit seed; different numbers give unrelated seeds."""
     packed = struct.pack(f"<{len(numbers)}q", *numbers)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
 @contextmanager
 def draws_from(*numbers: int) -> Iterator[None]:
-    """Inside, torch's default CPU generator draws from the seed derived from `numbers`; afterwards it goes on as before.
+    """Seed torch's default CPU generator from `numbers`, and restore its state at the end.
 
-    torchvision's transforms know no other generator.
+    torchvision's transforms can use no other generator.
     """
     generator = torch.default_generator
     state = generator.get_state()

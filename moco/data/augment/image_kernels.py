@@ -1,92 +1,75 @@
-"""Augmentation of one image in memory, (H, W, 3) uint8 RGB: torchvision's operations with faster kernels.
+"""The work of each operation on one image in memory, (height, width, 3) uint8 RGB.
 
-Brightness, contrast and solarisation give Pillow's pixels. The others round differently, by a grey level or so; hue goes
-through 8-bit HSV as Pillow's does, with another rounding. `scripts/compare_augmentations.py` prints the differences.
+Brightness, contrast and solarisation give Pillow's pixels. The others round differently, by about
+one grey level. Hue goes through 8-bit HSV, as in Pillow, with another rounding.
+`scripts/compare_augmentations.py` prints the differences.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from moco.data.augment.linear_colors import TO_GRAY, jitter_matrix
+# One image is too small for several threads, and the loader has several processes already.
+cv2.setNumThreads(1)
 
-cv2.setNumThreads(
-    1
-)  # an image is too small for several, and the loader's processes are parallel already
-
-VALUES = np.arange(256, dtype=np.float32)  # Pillow blends in single precision
+# All values of a pixel. Pillow blends in single precision.
+VALUES = np.arange(256, dtype=np.float32)
+TO_GRAY = np.array([[0.299, 0.587, 0.114]] * 3)  # ITU-R BT.601, as in Pillow
 
 
-def resized_crop(
-    image: np.ndarray, box: Sequence[int], side: int, antialias: bool = True
-) -> np.ndarray:
-    """The box (top, left, height, width), resized to side x side: bilinear, antialiased where it shrinks."""
+def resized_crop(image: np.ndarray, box: Sequence[int], side: int) -> np.ndarray:
+    """Cut out the box and resize it to (side, side, 3), bilinear, antialiased where it shrinks.
+
+    Args:
+        box: top, left, height, width, px.
+    """
     top, left, height, width = (int(number) for number in box)
     crop = image[top : top + height, left : left + width]
-    if not antialias or (height <= side and width <= side):
+    if height <= side and width <= side:
         return cv2.resize(crop, (side, side), interpolation=cv2.INTER_LINEAR)
-    # Of pixels that lie together, and whose batch dimension says so too, torch resizes all channels at once.
+    # torch resizes all channels at once only if the memory is contiguous, and if the strides of
+    # the batch dimension say so too.
     images = torch.from_numpy(crop.copy()).view(1, height, width, 3).permute(0, 3, 1, 2)
     resized = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def resized_crop_between_pixels(image: np.ndarray, box: Sequence[float], side: int) -> np.ndarray:
-    """The same of a box whose edges are no whole pixels, by Pillow.
-
-    Of an image that was decoded to half its size, a box in whole pixels is off by up to a pixel at each edge, which changes
-    the view more than decoding it smaller does.
-    """
-    top, left, height, width = box
-    first_row, first_column = int(top), int(left)
-    last_row, last_column = math.ceil(top + height), math.ceil(left + width)
-    crop = Image.fromarray(image[first_row:last_row, first_column:last_column])
-    inside = (
-        left - first_column,
-        top - first_row,
-        min(left + width - first_column, crop.width),
-        min(top + height - first_row, crop.height),
-    )
-    return np.asarray(crop.resize((side, side), Image.Resampling.BILINEAR, inside))
-
-
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    return cv2.LUT(image, as_pixels(VALUES * factor))
+    """Blend with black."""
+    return cv2.LUT(image, to_pixels(VALUES * factor))
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    mean = int(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0] + 0.5)
-    return cv2.LUT(image, as_pixels(mean + (VALUES - mean) * factor))
+    """Blend with the mean grey of the image."""
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    mean = int(cv2.mean(gray)[0] + 0.5)
+    return cv2.LUT(image, to_pixels(mean + (VALUES - mean) * factor))
 
 
 def saturation(image: np.ndarray, factor: float) -> np.ndarray:
+    """Blend with the grey image."""
     return cv2.transform(image, factor * np.eye(3) + (1 - factor) * TO_GRAY)
 
 
 def hue(image: np.ndarray, shift: float) -> np.ndarray:
-    """A turn of the colour circle by `shift`, a fraction of it."""
+    """Turn the colour circle by `shift`, a fraction of a turn."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    # Adding to all three channels is several times as fast as adding to the first one alone.
     row = np.zeros(hsv.shape[1:], np.uint8)
     row[:, 0] = int(shift * 255) % 256
-    hsv += row  # several times as fast as on the first of three channels alone
+    hsv += row
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
-def linear_color_jitter(image: np.ndarray, factors: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """All color steps at once, see `moco.data.augment.linear_colors`."""
-    return cv2.transform(image, jitter_matrix(factors, order, np.array(cv2.mean(image)[:3])))
-
-
-def as_pixels(values: np.ndarray) -> np.ndarray:
-    """Cut off to 0..255 and to whole numbers, as Pillow blends."""
+def to_pixels(values: np.ndarray) -> np.ndarray:
+    """Clip to 0..255 and cut off the fraction, as Pillow does when it blends."""
     return values.clip(0, 255).astype(np.uint8)
 
 
+# In the order of ColorJitter.STEPS.
 COLOR_STEPS: tuple[Callable[[np.ndarray, float], np.ndarray], ...] = (
     brightness,
     contrast,
@@ -96,11 +79,12 @@ COLOR_STEPS: tuple[Callable[[np.ndarray, float], np.ndarray], ...] = (
 
 
 def grayscale(image: np.ndarray) -> np.ndarray:
+    """Return the luma in all three channels."""
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
 def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Edges are continued; the kernel ends at three sigma."""
+    """Blur with `sigma` px. The kernel ends at three sigma, and the edge pixels are repeated."""
     if sigma == 0:
         return image
     kernel = cv2.getGaussianKernel(2 * int(np.ceil(3 * sigma)) + 1, sigma)
@@ -109,13 +93,16 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def solarize(image: np.ndarray, threshold: int) -> np.ndarray:
-    return cv2.LUT(image, np.where(threshold <= VALUES, 255 - VALUES, VALUES).astype(np.uint8))
+    """Invert the values from `threshold` upwards."""
+    values = np.where(threshold <= VALUES, 255 - VALUES, VALUES)
+    return cv2.LUT(image, values.astype(np.uint8))
 
 
 def horizontal_flip(image: np.ndarray) -> np.ndarray:
+    """Exchange left and right."""
     return cv2.flip(image, 1)
 
 
 def write_planes(image: np.ndarray, planes: np.ndarray) -> None:
-    """The (H, W, 3) image into `planes`, (3, H, W)."""
+    """Write an image (height, width, 3) into `planes` (3, height, width)."""
     cv2.split(image, [*planes])

@@ -1,6 +1,8 @@
-"""Images to tensors: the pair of augmented views to train on, the plain view to evaluate.
+"""Images to tensors: the two augmented views to train on, and the plain view to evaluate.
 
-Letters: N batch, H W pixels of the source, S side of a view.
+A view to train on is an ordered list of operations. Its random numbers are a pure function of
+(seed, epoch, index, view). Two engines do the work with the same numbers: loader processes, one
+image at a time, or the device, one batch at a time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,31 +14,141 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from moco.data.augment.draws import uniforms
 from moco.data.augment.image_kernels import write_planes
-from moco.data.augment.operations import Drawn
+from moco.data.augment.operations import Drawn, Step, build_operation
 from moco.data.augment.resolution_ramp import ResolutionRamp
-from moco.data.augment.view_steps import View
-from moco.data.files.decoding import EncodedImage
-from moco.data.files.images import UnreadableImage
 from moco.errors import InputError
 
 Transform = Callable[[Any], Any]
-REDUCTIONS = (8, 4, 2)
-PIECE = (
-    2**18
-)  # pixels of all channels: what a processor's cache holds; the colour operations go over them many times
+# Values that one thread augments at once. They fit into a processor's cache, and the colour
+# operations read them many times.
+VALUES_AT_ONCE = 2**18
+LONGEST_STRIPE = 32  # times the shorter side
+
+
+class View:
+    """The operations of one view, in order.
+
+    Args:
+        operations: settings by name; one of them is `random_resized_crop`.
+        image_size: side of the result, px.
+        where: key of the view in the config, for error messages.
+
+    Raises:
+        InputError: an operation, a setting or a value is unknown; the message names the key.
+    """
+
+    def __init__(
+        self, operations: Mapping[str, Mapping[str, Any] | None], image_size: int, where: str
+    ) -> None:
+        if "random_resized_crop" not in operations:
+            raise InputError(
+                f"{where}: random_resized_crop is missing; without it views have no common size"
+            )
+        self.steps = [
+            build_operation(name, settings, image_size, where)
+            for name, settings in operations.items()
+        ]
+        self.crop = list(operations).index("random_resized_crop")
+        """The number of the step that gives the view its size."""
+        self.image_size = image_size
+
+    def draw(self, seed: int, epoch: int, indices: Tensor, view: int, sizes: Tensor) -> list[Drawn]:
+        """Return the numbers of each step for a batch of images.
+
+        Args:
+            indices: (batch,) int64, number of each image in the dataset.
+            view: 0 for the query's view, 1 for the key's.
+            sizes: (batch, 2) int64, height and width of each image, on the same device.
+        """
+        # Each step has its own draws, whether it is applied or not. So changing one step leaves
+        # the draws of the steps before it as they are.
+        counts = [1 + step.operation.num_draws for step in self.steps]
+        draws = uniforms(seed, epoch, indices, view, sum(counts)).split(counts, 1)
+        cropped_sizes = torch.full_like(sizes, self.image_size)
+        numbers = []
+        for place, step in enumerate(self.steps):
+            sizes_here = sizes if place <= self.crop else cropped_sizes
+            drawn = step.operation.draw(draws[place][:, 1:], sizes_here)
+            drawn["applied"] = draws[place][:, 0] < step.probability
+            numbers.append(drawn)
+        return numbers
+
+    def describe(self, numbers: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return a line of text for each step that is applied to one image."""
+        lines = []
+        for step, drawn in zip(self.steps, numbers, strict=True):
+            if drawn["applied"]:
+                lines.append(f"{step.name} {step.operation.describe(drawn)}".strip())
+        return lines
+
+    def on_image(
+        self, image: np.ndarray, numbers: Sequence[Mapping[str, Any]], end: int | None = None
+    ) -> np.ndarray:
+        """Apply the steps before `end` to one image (height, width, 3) uint8."""
+        for step, drawn in zip(self.steps[:end], numbers, strict=False):
+            if drawn["applied"]:
+                image = step.operation.on_image(image, drawn)
+        return image
+
+    def on_batch(self, images: Tensor, numbers: Sequence[Drawn], start: int = 0) -> Tensor:
+        """Apply the steps from `start` on to a batch (batch, 3, height, width) float32 in 0..1."""
+        if images.device.type == "cpu":
+            return apply_on_cpu(self.steps[start:], numbers[start:], images)
+        return apply_on_gpu(self.steps[start:], numbers[start:], images)
+
+
+def apply_on_cpu(steps: Sequence[Step], numbers: Sequence[Drawn], images: Tensor) -> Tensor:
+    """Apply each step only to the images that it was drawn for."""
+    order = torch.arange(len(images))
+    for step, drawn in zip(steps, numbers, strict=True):
+        num_applied = len(images)
+        if step.probability < 1:
+            # The images that the step changes move to the front: one piece of a batch is read
+            # and written several times as fast as single rows.
+            applied = drawn["applied"].index_select(0, order)
+            num_applied = int(applied.sum())
+            sorting = applied.argsort(descending=True)
+            order = order.index_select(0, sorting)
+            images = images.index_select(0, sorting)
+        if num_applied == 0:
+            continue
+        rows = order[:num_applied]
+        own = {name: values.index_select(0, rows) for name, values in drawn.items()}
+        changed = step.operation.on_batch(images[:num_applied], own)
+        if num_applied == len(images):
+            images = changed
+        else:
+            images[:num_applied] = changed
+    return images.index_select(0, order.argsort())
+
+
+def apply_on_gpu(steps: Sequence[Step], numbers: Sequence[Drawn], images: Tensor) -> Tensor:
+    """Apply each step to all images, then choose; counting images would wait for the device."""
+    for step, drawn in zip(steps, numbers, strict=True):
+        changed = step.operation.on_batch(images, drawn)
+        if step.probability == 1:
+            images = changed
+        else:
+            is_applied = drawn["applied"][:, None, None, None]
+            images = torch.where(is_applied, changed, images)
+    return images
 
 
 class ViewPair:
-    """The query view and the key view of each image, each with its own draws.
-
-    A draw depends on (seed, epoch, index, view) alone: not on the engine, the worker, nor on what was drawn before.
+    """The query view and the key view of each image, with independent draws.
 
     Args:
         query, key: operations of the two views.
-        image_size: S, side of both views, px; where there is a `ramp`, the full one.
-        engine: worker: a loader's worker takes all steps; batch: those up to the crop, and the device the others.
-        ramp: S as a function of the epoch, if it is not the same in all.
+        mean, std: of each channel, for the normalisation.
+        image_size: side of both views, px; with a `ramp`, the full side.
+        engine: ``worker``: a loader process applies all steps; ``batch``: a loader process applies
+            the steps up to the crop, and the device applies the others.
+        ramp: the side as a function of the epoch; None: it is always the same.
+
+    Raises:
+        InputError: a setting is wrong; the message names its key.
     """
 
     def __init__(
@@ -50,183 +162,192 @@ class ViewPair:
         engine: str = "worker",
         ramp: ResolutionRamp | None = None,
     ) -> None:
-        self.views = [
-            View(query, image_size, "augmentation.query"),
-            View(key, image_size, "augmentation.key"),
-        ]
         self.ramp = ramp or ResolutionRamp(image_size)
-        self.smaller_views = {
-            size: [View(query, size, "augmentation.query"), View(key, size, "augmentation.key")]
-            for size in self.ramp.sizes[:-1]
-        }
-        self.mean, self.std = mean, std
+        self.views_of_size = {}
+        for size in self.ramp.sizes:
+            query_view = View(query, size, "augmentation.query")
+            key_view = View(key, size, "augmentation.key")
+            self.views_of_size[size] = [query_view, key_view]
+        self.mean = mean
+        self.std = std
         self.scale, self.shift = normalisation(mean, std)
         self.image_size = image_size
         self.seed = seed
         self.engine = engine
 
     def views_at(self, epoch: int) -> list[View]:
-        """The views of the epoch's size."""
-        return self.smaller_views.get(self.ramp.size_at(epoch), self.views)
+        """Return the views with the size of an epoch."""
+        return self.views_of_size[self.ramp.size_at(epoch)]
 
-    def drawn(self, epoch: int, indices: Tensor, sizes: Tensor) -> list[list[Drawn]]:
-        """What is drawn for the images `indices` (N,) of so many rows and columns (N, 2): for each view, for each step."""
-        return [
-            view.drawn(self.seed, epoch, indices, side, sizes)
-            for side, view in enumerate(self.views_at(epoch))
-        ]
-
-    def described(self, epoch: int, index: int, size: Sequence[int]) -> list[list[str]]:
-        """What is drawn for one image of so many rows and columns, in words: for each view, a line for each step."""
-        drawn = self.drawn(epoch, torch.tensor([index]), torch.tensor([list(size)]))
-        own = [
-            [{name: values[0] for name, values in step.items()} for step in view] for view in drawn
-        ]
-        return [
-            view.described(numbers) for view, numbers in zip(self.views_at(epoch), own, strict=True)
-        ]
-
-    def ends_in_worker(self) -> list[int]:
-        """How many steps of each view a worker takes."""
-        return [
-            len(view.steps) if self.engine == "worker" else view.crop + 1 for view in self.views
-        ]
-
-    def on_images(
-        self, images: Sequence[EncodedImage], epoch: int, indices: Tensor, views: Tensor
-    ) -> list[int]:
-        """The worker's part, on images of any size.
+    def draw(self, epoch: int, indices: Tensor, sizes: Tensor) -> list[list[Drawn]]:
+        """Return the numbers for each view and each of its steps.
 
         Args:
-            views: gets two views of each, (2, N, 3, S, S) uint8.
-
-        Returns:
-            The rows of those that cannot be decoded.
+            indices: (batch,) int64, number of each image in the dataset.
+            sizes: (batch, 2) int64, height and width of each image, px.
         """
-        drawn = self.drawn(epoch, indices, torch.tensor([image.size for image in images]))
-        numbers = [
-            [{name: values.numpy() for name, values in step.items()} for step in view]
-            for view in drawn
-        ]
+        numbers = []
+        for place, view in enumerate(self.views_at(epoch)):
+            numbers.append(view.draw(self.seed, epoch, indices, place, sizes))
+        return numbers
+
+    def describe(self, epoch: int, index: int, size: Sequence[int]) -> list[list[str]]:
+        """Return, for each view of one image, a line of text for each step that is applied.
+
+        Args:
+            size: height and width of the image, px.
+        """
+        numbers = self.draw(epoch, torch.tensor([index]), torch.tensor([list(size)]))
+        lines = []
+        for view, drawn in zip(self.views_at(epoch), numbers, strict=True):
+            lines.append(view.describe(row_of(drawn, 0)))
+        return lines
+
+    def num_worker_steps(self, view: View) -> int:
+        """Return how many steps of a view a loader process applies."""
+        if self.engine == "worker":
+            return len(view.steps)
+        return view.crop + 1
+
+    def on_images(
+        self, images: Sequence[np.ndarray], epoch: int, indices: Tensor, views: Tensor
+    ) -> None:
+        """Apply the steps of a loader process.
+
+        Args:
+            images: (height, width, 3) uint8 each, of any size.
+            indices: (batch,) int64, number of each image in the dataset.
+            views: the result is written here, (2, batch, 3, side, side) uint8.
+        """
+        sizes = torch.tensor([image.shape[:2] for image in images])
+        numbers = self.draw(epoch, indices, sizes)
         planes = views.numpy()
-        failed = []
-        for row, image in enumerate(images):
-            own = [
-                [{name: values[row] for name, values in step.items()} for step in view]
-                for view in numbers
-            ]
-            try:
-                reduction = self._reduction(own, self.ramp.size_at(epoch))
-                pixels = image.pixels(reduction)
-            except UnreadableImage:
-                failed.append(row)
-                continue
-            for side, (view, end) in enumerate(
-                zip(self.views_at(epoch), self.ends_in_worker(), strict=True)
-            ):
-                if pixels.shape[:2] != tuple(image.size):
-                    own[side][view.crop]["reduction"] = reduction
-                write_planes(view.on_image(pixels, own[side], end), planes[side, row])
-        return failed
+        for place, view in enumerate(self.views_at(epoch)):
+            end = self.num_worker_steps(view)
+            arrays = [as_arrays(drawn) for drawn in numbers[place]]
+            for row, image in enumerate(images):
+                result = view.on_image(image, row_of(arrays, row), end)
+                write_planes(result, planes[place, row])
 
     def empty_views(self, num: int, epoch: int = 0) -> Tensor:
-        """Room for the views of so many images in that epoch."""
+        """Return memory for the views of `num` images, (2, num, 3, side, side) uint8."""
         side = self.ramp.size_at(epoch)
-        return torch.empty(len(self.views), num, 3, side, side, dtype=torch.uint8)
-
-    def _reduction(self, numbers: Sequence[Sequence[Mapping[str, Any]]], side: int) -> int:
-        """How many times smaller an image may be decoded so that both its crops are still as large as views of `side`."""
-        if any(
-            view.crop > 0 for view in self.views
-        ):  # what comes before the crop is meant for the whole image
-            return 1
-        shortest = min(int(drawn[0]["box"][2:].min()) for drawn in numbers)
-        return next((reduction for reduction in REDUCTIONS if shortest >= reduction * side), 1)
+        return torch.empty(len(self.views_at(epoch)), num, 3, side, side, dtype=torch.uint8)
 
     def finished(
         self, views: Sequence[Tensor], epoch: int, indices: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The device's part of what workers began: (N, 3, S, S) uint8 to normalised float32."""
-        sizes = same_size(views[0], indices)
-        pair = []
-        for side, (view, images, end) in enumerate(
-            zip(self.views_at(epoch), views, self.ends_in_worker(), strict=True)
-        ):
-            if end == len(view.steps):
-                pair.append(self.normalized(images))
+        """Apply the steps of the device to the views that loader processes made.
+
+        Args:
+            views: (batch, 3, side, side) uint8 each.
+
+        Returns:
+            The two views, (batch, 3, side, side) float32 each, normalised.
+        """
+        sizes = sizes_of(views[0], indices)
+        results = []
+        for place, view in enumerate(self.views_at(epoch)):
+            start = self.num_worker_steps(view)
+            if start == len(view.steps):
+                results.append(self.normalized(views[place]))
             else:
-                drawn = view.drawn(self.seed, epoch, indices, side, sizes)
-                pair.append(self._on_device(view, images, drawn, end))
-        return pair[0], pair[-1]
+                numbers = view.draw(self.seed, epoch, indices, place, sizes)
+                results.append(self._on_device(view, views[place], numbers, start))
+        return results[0], results[-1]
 
     def on_batch(self, images: Tensor, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """All steps, on the device: images of one size, (N, 3, H, W) uint8, to two normalised views (N, 3, S, S)."""
-        sizes = same_size(images, indices)
-        drawn = self.drawn(epoch, indices, sizes)
-        views = self.views_at(epoch)
-        pair = [
-            self._on_device(view, images, numbers, 0)
-            for view, numbers in zip(views, drawn, strict=True)
-        ]
-        return pair[0], pair[-1]
+        """Apply all steps on the device.
 
-    def _on_device(self, view: View, images: Tensor, drawn: list[Drawn], start: int) -> Tensor:
-        largest = max(images[0].numel(), 3 * view.image_size**2)
-        at_once = PIECE * torch.get_num_threads()
-        piece = max(1, at_once // largest) if images.device.type == "cpu" else len(images)
-        self._normalise_on(images.device)
-        results = torch.empty(
-            len(images), 3, view.image_size, view.image_size, device=images.device
-        )
-        for first in range(0, len(images), piece):
-            rows = slice(first, first + piece)
-            numbers = [{name: values[rows] for name, values in step.items()} for step in drawn]
-            pixels = (
-                images[rows].to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-            )
-            torch.mul(
-                view.on_batch(pixels, numbers, start), 255 * self.scale, out=results[rows]
-            ).sub_(self.shift)
+        Args:
+            images: (batch, 3, height, width) uint8.
+
+        Returns:
+            The two views, (batch, 3, side, side) float32 each, normalised.
+        """
+        numbers = self.draw(epoch, indices, sizes_of(images, indices))
+        results = []
+        for view, drawn in zip(self.views_at(epoch), numbers, strict=True):
+            results.append(self._on_device(view, images, drawn, 0))
+        return results[0], results[-1]
+
+    def _on_device(self, view: View, images: Tensor, numbers: list[Drawn], start: int) -> Tensor:
+        """Apply the steps of a view from `start` on, and normalise."""
+        self._move_normalisation(images.device)
+        side = view.image_size
+        num_at_once = len(images)
+        if images.device.type == "cpu":
+            values_of_image = max(images[0].numel(), 3 * side**2)
+            num_at_once = max(1, VALUES_AT_ONCE * torch.get_num_threads() // values_of_image)
+        results = torch.empty(len(images), 3, side, side, device=images.device)
+        for first in range(0, len(images), num_at_once):
+            rows = slice(first, first + num_at_once)
+            own = []
+            for drawn in numbers:
+                own.append({name: values[rows] for name, values in drawn.items()})
+            pixels = to_float(images[rows]).mul_(1 / 255)
+            pixels = view.on_batch(pixels, own, start)
+            torch.mul(pixels, 255 * self.scale, out=results[rows]).sub_(self.shift)
         return results
 
     def normalized(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) uint8 as the encoders want them: float32, minus mean, over std, per channel."""
-        self._normalise_on(images.device)
-        # In place: they are large, and new memory costs a CPU as much as the arithmetic.
-        pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
-        return pixels.mul_(self.scale).sub_(self.shift)
+        """Return uint8 images (batch, 3, side, side) as normalised float32."""
+        self._move_normalisation(images.device)
+        # In place: new memory would cost a CPU as much as the arithmetic.
+        return to_float(images).mul_(self.scale).sub_(self.shift)
 
-    def _normalise_on(self, device: torch.device) -> None:
+    def _move_normalisation(self, device: torch.device) -> None:
         if self.scale.device != device:
-            self.scale, self.shift = self.scale.to(device), self.shift.to(device)
+            self.scale = self.scale.to(device)
+            self.shift = self.shift.to(device)
 
 
-def same_size(images: Tensor, indices: Tensor) -> Tensor:
-    """(N, 2): the height and width of the images, for each of `indices`; filled in on their device."""
-    return torch.stack([torch.full_like(indices, side) for side in images.shape[2:]], 1)
+def row_of(numbers: Sequence[Mapping[str, Any]], row: int) -> list[dict[str, Any]]:
+    """Return the numbers of one image for each step."""
+    own = []
+    for drawn in numbers:
+        own.append({name: values[row] for name, values in drawn.items()})
+    return own
+
+
+def as_arrays(drawn: Drawn) -> dict[str, np.ndarray]:
+    """Return drawn numbers as numpy arrays, whose single elements are much faster to read."""
+    return {name: values.numpy() for name, values in drawn.items()}
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Return a float32 copy, contiguous plane by plane."""
+    return images.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def sizes_of(images: Tensor, indices: Tensor) -> Tensor:
+    """Return height and width for each of `indices`, (batch, 2), filled in on their device."""
+    height, width = images.shape[2:]
+    return torch.stack([torch.full_like(indices, height), torch.full_like(indices, width)], 1)
 
 
 def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """By what 8-bit pixels are multiplied, and what is subtracted then, (3, 1, 1) each.
-
-    One product and one difference: on small images ToImage, ToDtype and Normalize cost as much as the colour jitter.
+    """Return scale and shift, (3, 1, 1) each; an 8-bit pixel becomes pixel * scale - shift.
 
     Raises:
-        InputError: they are not three each, or a std is not above 0.
+        InputError: there are not three numbers each, or a std is not above 0.
     """
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise InputError(
-            f"augmentation.mean={mean}, augmentation.std={std}: expected three numbers each, std above 0"
+            f"augmentation.mean={mean}, augmentation.std={std}: "
+            "expected three numbers each, std above 0"
         )
-    scale = 1 / (255 * torch.tensor(std).view(3, 1, 1))
-    return scale, torch.tensor(mean).view(3, 1, 1) / torch.tensor(std).view(3, 1, 1)
+    std_tensor = torch.tensor(std).view(3, 1, 1)
+    scale = 1 / (255 * std_tensor)
+    shift = torch.tensor(mean).view(3, 1, 1) / std_tensor
+    return scale, shift
 
 
 class Normalized:
-    """A Pillow image as (3, H, W) float32: pixels in 0..1, minus `mean`, over `std`, per channel.
+    """From a Pillow image to (3, height, width) float32: (pixels in 0..1 - mean) / std.
 
     Raises:
-        InputError: as of `normalisation`.
+        InputError: as in `normalisation`.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -237,10 +358,12 @@ class Normalized:
 
 
 class EvaluationView:
-    """Pillow image to (3, H, W) without chance: resize the shorter side to image_size / crop_ratio, centre crop.
+    """From a Pillow image to (3, image_size, image_size) float32, without randomness.
+
+    The shorter side is resized to image_size / crop_ratio, and the middle is cut out.
 
     Raises:
-        InputError: as of `normalisation`.
+        InputError: as in `normalisation`.
     """
 
     def __init__(
@@ -248,8 +371,10 @@ class EvaluationView:
     ) -> None:
         self.crop = evaluation_crop(image_size, crop_ratio)
         self.normalized = Normalized(mean, std)
-        self.unchanged_size = image_size if round(image_size / crop_ratio) == image_size else None
-        """Side of the images of which it leaves every pixel as it is, px."""
+        self.unchanged_size: int | None = None
+        """Side of the square images whose pixels the view only normalises, px."""
+        if round(image_size / crop_ratio) == image_size:
+            self.unchanged_size = image_size
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.normalized(self.crop(image))
@@ -258,43 +383,54 @@ class EvaluationView:
 def build_evaluation_view(
     image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]
 ) -> EvaluationView:
-    """See `EvaluationView`."""
+    """Build an `EvaluationView`."""
     return EvaluationView(image_size, crop_ratio, mean, std)
 
 
 def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[Image.Image], Image.Image]:
-    """`build_evaluation_view` up to the pixels: Pillow image to Pillow image of image_size px."""
-    return v2.Compose(
-        [middle_of_stripe, v2.Resize(round(image_size / crop_ratio)), v2.CenterCrop(image_size)]
-    )
+    """Return the evaluation view without its normalisation, from Pillow image to Pillow image."""
+    resize = v2.Resize(round(image_size / crop_ratio))
+    return v2.Compose([middle_of_stripe, resize, v2.CenterCrop(image_size)])
 
 
 def middle_of_stripe(image: Image.Image) -> Image.Image:
-    """Of an image that is more than 32 times as long as wide the middle, 32 times as long.
+    """Cut the middle out of an image whose sides differ by more than a factor of 32.
 
-    Enlarged to a shorter side of 224 px, a line of one pixel by a million would take 150 GB.
+    Resizing the shorter side of a line of 1 x 1,000,000 px to 224 px would take 150 GB.
     """
-    longest = 32 * min(image.size)
+    longest = LONGEST_STRIPE * min(image.size)
     if max(image.size) <= longest:
         return image
     return v2.functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
 
 
 def rgb_batch(pixels: Tensor) -> Tensor:
-    """Images in memory, grey (M, H, W), RGB or RGBA (M, H, W, 3 or 4), as (M, 3, H, W) uint8; transparent is white."""
+    """Return images in memory as (images, 3, height, width) uint8; transparent pixels are white.
+
+    Args:
+        pixels: (images, height, width) grey, or (images, height, width, 3 or 4), RGB or RGBA.
+    """
     if pixels.ndim == 3:
         return pixels[:, None].expand(-1, 3, -1, -1)
     if pixels.shape[3] == 4:
-        images = [Image.fromarray(image.numpy()) for image in pixels.cpu()]
-        white = Image.new("RGBA", images[0].size, "white")
-        flat = [np.asarray(Image.alpha_composite(white, image).convert("RGB")) for image in images]
-        pixels = torch.from_numpy(np.stack(flat)).to(pixels.device)
+        pixels = without_transparency(pixels)
     return pixels.permute(0, 3, 1, 2)
 
 
-def picked(pixels: Tensor, indices: Tensor) -> Tensor:
-    """Those of `rgb_batch`'s images, (N, 3, H, W), in new memory plane by plane.
+def without_transparency(pixels: Tensor) -> Tensor:
+    """Lay RGBA images (images, height, width, 4) over white: (images, height, width, 3)."""
+    results = []
+    for array in pixels.cpu().numpy():
+        image = Image.fromarray(array)
+        white = Image.new("RGBA", image.size, "white")
+        results.append(np.asarray(Image.alpha_composite(white, image).convert("RGB")))
+    return torch.from_numpy(np.stack(results)).to(pixels.device)
 
-    Whole images are copied as they lie, which a CPU does several times as fast as `pixels[indices]`.
+
+def picked(pixels: Tensor, indices: Tensor) -> Tensor:
+    """Return some of the images of `rgb_batch`, (batch, 3, height, width), contiguous.
+
+    Whole images are copied as they lie in memory. On a CPU this is several times as fast as
+    `pixels[indices]`.
     """
     return pixels.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2).contiguous()

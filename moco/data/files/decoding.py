@@ -1,6 +1,7 @@
-"""From an image's encoded bytes to its pixels, with the size known before anything is decoded.
+"""From the encoded bytes of an image to its pixels. The size is known before anything is decoded.
 
-Letters: H W pixels of the whole image, H' W' of what a decoder returned.
+JPEGs are decoded by libjpeg-turbo (simplejpeg), bit for bit as by Pillow and faster. Pillow decodes
+all other formats.
 """
 
 import math
@@ -15,29 +16,26 @@ from PIL import Image
 
 from moco.data.files.images import errors_named, opened, pillow_warnings_ignored, to_rgb
 
-# simplejpeg's names of what it decodes as Pillow does, bit for bit. It also takes CMYK, and gives other colours.
+# simplejpeg's names of the colours that it decodes as Pillow does. It also reads CMYK, but the
+# resulting colours differ.
 JPEG_COLORS = ("Gray", "RGB", "YCbCr")
 JPEG_START = b"\xff\xd8\xff"
-LARGEST_READ_WHOLE = (
-    2**28
-)  # bytes; Pillow reads larger files piece by piece, so that nothing fills the memory
+# Bytes. Pillow reads larger files piece by piece, so that they cannot fill the memory.
+LARGEST_READ_WHOLE = 2**28
 
 
 class EncodedImage(Protocol):
-    """An image whose header was read and whose pixels were not."""
+    """An image whose header was read, and whose pixels were not."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the whole image, px."""
+        """(height, width), px."""
         ...
 
-    def pixels(self, reduction: int = 1) -> np.ndarray:
-        """The decoded image, (H', W', 3) uint8 RGB, C-contiguous; a caller must not write to it.
+    def pixels(self) -> np.ndarray:
+        """Return the decoded image, (height, width, 3) uint8 RGB, C-contiguous.
 
-        Args:
-            reduction: 1, 2, 4 or 8. A decoder that can do it cheaply may return the image so many times smaller, each side
-                rounded up; the others return it whole. A pixel then stands for reduction x reduction of them, also where H
-                or W is no multiple of that: divide coordinates by the reduction and not by H / H'.
+        The caller must not write to it.
 
         Raises:
             UnreadableImage: the data is damaged.
@@ -47,26 +45,25 @@ class EncodedImage(Protocol):
 
 @dataclass(frozen=True)
 class EncodedFile:
-    """An `EncodedImage` in a file's format."""
+    """An `EncodedImage` in the format of a file."""
 
     source: bytes | str
-    """The content of a file, or the path of one that is not held in memory."""
+    """The content of a file, or the path of a file that is not held in memory."""
     name: str
-    """What to call it in a message."""
+    """For messages."""
     size: tuple[int, int]
     max_image_pixels: int
     page: int
-    """Of a file with several, from 0."""
+    """The number of the image in a file with several, counted from 0."""
     is_jpeg: bool
 
-    def pixels(self, reduction: int = 1) -> np.ndarray:
-        """See `EncodedImage`. JPEGs alone are reduced, by the scale of their cosine transform."""
+    def pixels(self) -> np.ndarray:
+        """Return the pixels, see `EncodedImage`."""
         if self.is_jpeg and isinstance(self.source, bytes):
             try:
-                return jpeg_pixels(self.source, self.size, reduction)
-            except (
-                ValueError
-            ):  # Pillow reads some of what is odd or damaged, and says what is wrong with the rest
+                return jpeg_pixels(self.source, self.size)
+            except ValueError:
+                # Pillow can read some of the damaged files, and its messages say more.
                 pass
         with (
             pillow_warnings_ignored(),
@@ -81,7 +78,7 @@ class DecodedImage:
     """An `EncodedImage` whose pixels are in memory already."""
 
     array: np.ndarray
-    """(H, W, 3) uint8 RGB."""
+    """(height, width, 3) uint8 RGB."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -89,42 +86,41 @@ class DecodedImage:
         height, width, _ = self.array.shape
         return height, width
 
-    def pixels(self, reduction: int = 1) -> np.ndarray:
-        """See `EncodedImage`; never reduced."""
+    def pixels(self) -> np.ndarray:
+        """Return the pixels, see `EncodedImage`."""
         return self.array
 
 
 def encoded(source: bytes | str, name: str, max_image_pixels: int, page: int = 0) -> EncodedFile:
-    """The image in a file's bytes, or in the file at a path, whose pixels Pillow then reads when they are asked for.
+    """Read the header of an image.
 
     Args:
-        name: what to call it in a message.
-        max_image_pixels: an image of more is not decoded.
-        page: which of a file with several, from 0.
+        source: the content of a file, or its path. Pillow reads the pixels from a path later.
+        name: for messages.
+        max_image_pixels: larger images are unreadable.
+        page: the number of the image in a file with several, counted from 0.
 
     Raises:
-        UnreadableImage: the file is missing, empty, too large or not an image; and if its pixels are damaged, when they
-            are asked for.
+        UnreadableImage: the file is missing, empty, too large or not an image. Damaged pixels are
+            found when they are decoded.
     """
     size = jpeg_size(source) if isinstance(source, bytes) and page == 0 else None
     if size and math.prod(size) <= max_image_pixels:
         return EncodedFile(source, name, size, max_image_pixels, page, is_jpeg=True)
     with pillow_warnings_ignored(), opened(source, max_image_pixels, name) as image:
         turn_to(image, page, max_image_pixels)
-        width, height = image.size
-        return EncodedFile(
-            source, name, (height, width), max_image_pixels, page, image.format in ("JPEG", "MPO")
-        )
+        is_jpeg = image.format in ("JPEG", "MPO")
+        size = (image.height, image.width)
+        return EncodedFile(source, name, size, max_image_pixels, page, is_jpeg)
 
 
 def encoded_file(path: str, name: str, max_image_pixels: int, page: int = 0) -> EncodedFile:
-    """The image in a regular file; raises and arguments as of `encoded`."""
+    """Read the header of the image in a regular file; see `encoded`."""
     with errors_named(name, max_image_pixels):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(
-                "not a regular file"
-            )  # a pipe would wait for a writer, a device may do anything
+            # Reading a pipe would wait for a writer, and a device can do anything.
+            raise OSError("not a regular file")
         if page or status.st_size > LARGEST_READ_WHOLE:
             return encoded(path, name, max_image_pixels, page)
         with open(path, "rb") as file:
@@ -133,10 +129,11 @@ def encoded_file(path: str, name: str, max_image_pixels: int, page: int = 0) -> 
 
 
 def turn_to(image: Image.Image, page: int, max_image_pixels: int) -> None:
-    """Make `page` the image's current one; Pillow holds only the first to a limit.
+    """Make `page` the current one of a Pillow image; Pillow checks the size of the first alone.
 
     Raises:
-        EOFError, Image.DecompressionBombError: there is no such page, or it is too large.
+        EOFError: there is no such page.
+        Image.DecompressionBombError: the page is too large.
     """
     image.seek(page)
     num_pixels = image.width * image.height
@@ -145,7 +142,10 @@ def turn_to(image: Image.Image, page: int, max_image_pixels: int) -> None:
 
 
 def jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG file that `jpeg_pixels` may read, ten times as fast as by Pillow; None of any other."""
+    """Return (height, width) of a JPEG that `jpeg_pixels` can read, and None for other files.
+
+    This takes a tenth of the time that Pillow takes.
+    """
     if not content.startswith(JPEG_START):
         return None
     try:
@@ -155,14 +155,14 @@ def jpeg_size(content: bytes) -> tuple[int, int] | None:
     return (height, width) if color in JPEG_COLORS else None
 
 
-def jpeg_pixels(content: bytes, size: tuple[int, int], reduction: int) -> np.ndarray:
-    """The pixels of a JPEG file by libjpeg-turbo; at reduction 1 the same as Pillow's.
+def jpeg_pixels(content: bytes, size: tuple[int, int]) -> np.ndarray:
+    """Decode a JPEG by libjpeg-turbo; the pixels are Pillow's.
 
     Raises:
-        ValueError: the data is damaged, however little, or not of JPEG_COLORS, or the image not of that size.
+        ValueError: the data is damaged in any way, its colours are not in JPEG_COLORS, or its size
+            is not the given one.
     """
     height, width, color, _ = simplejpeg.decode_jpeg_header(content)
     if (height, width) != size or color not in JPEG_COLORS:
         raise ValueError(f"{height} x {width} px, {color}")
-    least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
-    return simplejpeg.decode_jpeg(content, "RGB", **(least if reduction > 1 else {}))
+    return simplejpeg.decode_jpeg(content, "RGB")

@@ -1,7 +1,4 @@
-"""Reading images: any common format and pixel type to 8-bit RGB, masks to class numbers.
-
-Letters: H W pixels.
-"""
+"""Reading images with Pillow: any common format and pixel type to 8-bit RGB, masks to numbers."""
 
 import io
 import os
@@ -16,62 +13,66 @@ from PIL import Image
 from moco.errors import printable
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# Those of the extensions, whatever a file is called. Pillow would open others as well, and it hands PostScript to an
-# interpreter.
+# The formats of these extensions, whatever a file is called. Pillow would open more formats, and
+# it hands PostScript to an interpreter.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own: from there on it takes an image for an attack; half a gigabyte as RGB
-MASK_MODES = ("1", "I", "I;16", "L", "P")  # Pillow's names of one whole number per pixel
+# Pillow's own limit, half a gigabyte as RGB: it takes a larger image for an attack.
+MAX_IMAGE_PIXELS = 178_956_970
+MASK_MODES = ("1", "I", "I;16", "L", "P")  # Pillow's names for one whole number per pixel
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_BIT_DEPTH_OFFSET = 24  # after the signature, a chunk's length and name, width and height
 
 
 class UnreadableImage(Exception):
-    """A file that is not an image that can be decoded; the message names the file and the reason."""
+    """An image that cannot be decoded; the message names the file and the reason."""
 
 
 def read_mask(path: str, max_image_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
-    """The numbers in a one-channel image: (H, W) uint8, or int32 of a 16-bit file. A palette's indices, not its colours.
+    """Return the numbers in a one-channel image, (height, width) uint8, or int32 for 16 bits.
+
+    For a palette these are the indices and not the colours.
 
     Args:
-        max_image_pixels: an image of more is not decoded.
+        max_image_pixels: a larger image is not decoded.
 
     Raises:
-        UnreadableImage: the file is missing, empty, cut short, too large, not an image, or not even a regular file, or
-            the image has colours instead of numbers.
+        UnreadableImage: the file is not a readable image, is too large, or has colours.
     """
     with pillow_warnings_ignored():
         return decoded_mask(path, max_image_pixels)
 
 
 def decoded_mask(path: str, max_image_pixels: int) -> np.ndarray:
-    """`read_mask` for threads; the caller has to ignore Pillow's warnings around all of them."""
+    """Do what `read_mask` does, for threads: the caller ignores Pillow's warnings around them."""
     with opened(path, max_image_pixels) as image:
         if image.mode not in MASK_MODES:
             raise ValueError(
                 f"mode {image.mode}: expected one number per pixel (modes {', '.join(MASK_MODES)})"
             )
-        numbers = np.array(image, dtype=np.int32 if image.mode.startswith("I") else np.uint8)
+        if image.mode.startswith("I"):
+            return np.array(image, dtype=np.int32)
+        numbers = np.array(image, dtype=np.uint8)
         if image.mode == "L":
-            numbers //= 255 // (
-                2 ** png_bit_depth(path) - 1
-            )  # Pillow stretches grey of 2 and 4 bits to 0..255
+            # Pillow stretches grey values of 2 and 4 bits to 0..255.
+            largest_number = 2 ** png_bit_depth(path) - 1
+            numbers //= 255 // largest_number
         return numbers
 
 
 def png_bit_depth(path: str) -> int:
-    """Bits per sample, from the header of a PNG file; 8 of any other file."""
+    """Return the bits per sample of a PNG file, or 8 for any other file."""
     with open(path, "rb") as file:
-        start = file.read(
-            25
-        )  # signature, then the header's length, name, width, height and bit depth
-    return start[24] if start.startswith(PNG_SIGNATURE) else 8
+        header = file.read(PNG_BIT_DEPTH_OFFSET + 1)
+    if not header.startswith(PNG_SIGNATURE):
+        return 8
+    return header[PNG_BIT_DEPTH_OFFSET]
 
 
 @contextmanager
 def pillow_warnings_ignored() -> Iterator[None]:
-    """Inside, there are no warnings: Pillow warns of odd metadata and of sizes that it still reads.
+    """Ignore warnings inside: Pillow warns about odd metadata and sizes that it can read.
 
-    For one thread at a time: the filters belong to the whole process, and the last of several threads to leave would put
-    back what another one had set.
+    Use this in one thread at a time, since the warning filters belong to the whole process.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -82,78 +83,82 @@ def pillow_warnings_ignored() -> Iterator[None]:
 def opened(
     source: str | bytes, max_image_pixels: int, name: str | None = None
 ) -> Iterator[Image.Image]:
-    """The image in a file, its header read and its pixels not yet. Pillow's warnings pass.
+    """Open an image and read its header; its pixels are read later.
 
-    Sets Pillow's own limit in this process, since its decoders also meet sizes that are not in the header: frames, tiles.
+    This sets Pillow's own limit in this process, since its decoders meet sizes that are not in the
+    header too, such as those of tiles.
 
     Args:
         source: the file's path, or its content.
-        max_image_pixels: an image of more is refused.
-        name: what to call it in a message; of a path the path itself.
+        max_image_pixels: a larger image is refused.
+        name: what to call the image in a message; by default the path.
 
     Raises:
-        UnreadableImage: for what Pillow raises here or inside the ``with`` block.
+        UnreadableImage: for whatever Pillow raises here or inside the ``with`` block.
     """
-    Image.MAX_IMAGE_PIXELS = max_image_pixels / 2  # type: ignore[assignment]  # Pillow refuses what is twice as large
+    Image.MAX_IMAGE_PIXELS = max_image_pixels / 2  # type: ignore[assignment]  # it refuses 2 x this
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with errors_named(name or str(source), max_image_pixels, file):
-        if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
-            raise OSError(
-                "not a regular file"
-            )  # a pipe would wait for a writer, a device may do anything
+        if isinstance(file, str):
+            check_regular_file(os.stat(file))
         with Image.open(file, formats=FORMATS) as image:
             if 0 in image.size:
                 raise ValueError(f"{image.width} x {image.height} px")
             yield image
 
 
+def check_regular_file(status: os.stat_result) -> None:
+    """Raise OSError for a pipe, which would wait for a writer, and for a device or a folder."""
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a regular file")
+
+
 @contextmanager
 def errors_named(name: str, max_image_pixels: int, file: object = None) -> Iterator[None]:
-    """Inside, whatever goes wrong with an image becomes an `UnreadableImage` that names it.
+    """Turn any error inside into an `UnreadableImage` that names the image.
 
     Args:
-        file: what Pillow was handed, which its messages repeat.
+        file: what Pillow was given; its messages repeat it.
     """
     try:
         yield
     except UnreadableImage:
         raise
     except Image.DecompressionBombError as error:
-        size, _, _ = str(error).partition(
-            " exceeds"
-        )  # Image size (200000000 pixels) exceeds limit of ...
+        # "Image size (200000000 pixels) exceeds limit of ..."
+        size, _, _ = str(error).partition(" exceeds")
         raise UnreadableImage(
             f"{printable(name)}: {size} exceeds data.max_image_pixels={max_image_pixels}"
         ) from error
-    except Exception as error:  # on damaged data Pillow's decoders raise nearly anything
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
         raise UnreadableImage(f"{printable(name)}: {reason(error, file)}") from error
 
 
 def reason(error: Exception, file: object) -> str:
-    """What an error says, without the file that the operating system's and Pillow's errors repeat."""
+    """Return an error's message without the file that system and Pillow repeat in it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return printable(str(error).removesuffix(f" {file!r}")) or type(error).__name__
+    message = str(error).removesuffix(f" {file!r}")
+    return printable(message) or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB.
+    """Return any Pillow image as 8-bit RGB; transparent pixels are laid over white.
 
-    16-bit values are scaled by 1/257, so that black and white stay black and white (Pillow's own conversion clips at
-    255); transparent pixels are laid over white.
+    16-bit values are divided by 257, so that black and white stay black and white. Pillow's own
+    conversion clips them at 255.
 
     Raises:
-        ValueError: floating-point pixels, whose range is unknown.
+        ValueError: the image has floating-point pixels, whose range is unknown.
     """
     if image.mode == "F":
         raise ValueError(
             "floating-point pixels have no agreed range; convert the image to 8 or 16 bits"
         )
-    if image.mode.startswith(
-        "I"
-    ):  # I;16, I;16B, and I, in which some Pillow versions hand out 16-bit files
+    if image.mode.startswith("I"):  # I;16, I;16B, and I, which some Pillow versions use for 16 bits
         values = np.asarray(image).clip(0, 65535).astype(np.int32)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        rounded = (values + 128) // 257
+        return Image.fromarray(rounded.astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

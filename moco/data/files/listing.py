@@ -1,6 +1,6 @@
-"""Folder trees to sorted lists of images: walked once, kept in a file, walked again when a folder has changed.
+"""Lists of the images below a folder, in sorted order; `moco.data.files.listing_cache` keeps them.
 
-Letters: M images.
+Trees of millions of files are listed in seconds, so this code avoids work for each single file.
 """
 
 import logging
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,29 +23,29 @@ from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 
-# A thread that lists a folder lets go of Python's lock at each entry, so that several of them are two to three times slower
-# than one where the system has the answers at hand; where it has to fetch them, from a network say, they wait together.
 NUM_THREADS = 16
-BATCH = 64  # folders between two looks at the clock
+FOLDERS_PER_BATCH = 64  # progress is reported between two batches
 PROGRESS_SECONDS = 10.0
+NO_LIMIT = 2**62  # pixels
 
 
 @dataclass(frozen=True)
 class PathList(Sequence[str]):
-    """Paths as two arrays, since a list of millions of str takes gigabytes."""
+    """Paths in two arrays; a list of millions of str would take gigabytes."""
 
     text: np.ndarray
-    """uint8: the bytes of all paths, a zero after each."""
+    """uint8, the bytes of all paths with a zero after each."""
     ends: np.ndarray
-    """(M,) int64: where in `text` the next path starts."""
+    """(paths,) int64, the place in `text` where the next path starts."""
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> "PathList":
+        """Return these paths as a PathList."""
         return cls.of_bytes(os.fsencode(path) + b"\0" for path in paths)
 
     @classmethod
     def of_bytes(cls, parts: Iterable[bytes]) -> "PathList":
-        """Of paths with a zero after each."""
+        """Return encoded paths, each with a zero behind it, as a PathList."""
         text = np.frombuffer(bytearray().join(parts), dtype=np.uint8)
         return cls(text, np.flatnonzero(text == 0) + 1)
 
@@ -53,21 +53,32 @@ class PathList(Sequence[str]):
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]
-        start = int(self.ends[index - 1]) if index else 0
-        return os.fsdecode(self.text[start : int(self.ends[index]) - 1].tobytes())
+        start = start_of(self.ends, index)
+        end = int(self.ends[index]) - 1
+        return os.fsdecode(self.text[start:end].tobytes())
 
     def __iter__(self) -> Iterator[str]:
-        return iter(os.fsdecode(self.text.tobytes()).split("\0")[:-1])
+        paths = os.fsdecode(self.text.tobytes()).split("\0")
+        return iter(paths[:-1])
 
     def below(self, root: str) -> list[bytes]:
-        """The paths from root on, in which all of them have to be."""
+        """Return the paths relative to `root`; all of them have to be below it."""
         start = len(os.fsencode(os.path.join(root, "")))
-        return [path[start:] for path in self.text.tobytes().split(b"\0")[:-1]]
+        paths = self.text.tobytes().split(b"\0")[:-1]
+        return [path[start:] for path in paths]
 
     def where(self, chosen: np.ndarray) -> "PathList":
-        """Those of them for which `chosen`, (M,) bool, is true."""
+        """Return the paths for which `chosen`, (paths,) bool, is true."""
         lengths = np.diff(self.ends, prepend=0)
-        return PathList(self.text[np.repeat(chosen, lengths)], np.cumsum(lengths[chosen]))
+        is_chosen_byte = np.repeat(chosen, lengths)
+        return PathList(self.text[is_chosen_byte], np.cumsum(lengths[chosen]))
+
+
+def start_of(ends: Any, index: int) -> int:
+    """Return where an entry starts, which is where the entry before it ends."""
+    if index == 0:
+        return 0
+    return int(ends[index - 1])
 
 
 class Folder(NamedTuple):
@@ -75,66 +86,76 @@ class Folder(NamedTuple):
 
     path: str
     identity: tuple[int, int]
-    """The same for all the paths that lead to it."""
+    """Device and inode: the same for all paths that lead to the folder."""
     mtime_ns: int
     """When an entry was last added, removed or renamed."""
     folders: list[str]
+    """Paths of the sub-folders."""
     links: list[str]
-    """Paths of the folders in it, and of the symbolic links to folders."""
+    """Paths of the symbolic links to folders."""
     runs: list[tuple[str, bytes]]
-    """Images between which nothing of a sub-folder comes in sorted order: path of the first, all their paths."""
+    """Images that follow each other in sorted order: the first one's path, and all paths encoded.
+
+    Between two runs come the images of a sub-folder.
+    """
     num_files: int
-    """Images in `runs`."""
+    """Number of images in `runs`."""
 
 
 def list_images(root: str | Path) -> list[str]:
-    """Paths of all images below a folder, by extension, in sorted order.
+    """Return the paths of all images below a folder in sorted order; the extension decides.
 
-    Symbolic links are followed, but not up to a folder that holds root; a folder that several paths lead to is listed once,
-    under its own name if that is below root. A link to nowhere counts as an image that cannot be read. A folder that
-    cannot be read is left out with a warning.
+    Symbolic links are followed, but not to a folder that contains `root`. A folder that several
+    paths lead to is listed once, under its own name if it is below `root`. A broken link counts as
+    an image that cannot be read. A folder that cannot be read is left out with a warning.
 
     Raises:
         InputError: the folder does not exist or holds no images.
     """
-    return list(walked(str(root))[0])
+    paths, _, _ = list_tree(str(root))
+    return list(paths)
 
 
-def walked(root: str) -> tuple[PathList, list[Folder], bool]:
-    """`list_images` as a PathList; then the folders that were listed, and whether all could be."""
+def list_tree(root: str) -> tuple[PathList, list[Folder], bool]:
+    """Return the images of `list_images`, the listed folders, and whether all could be read."""
     check_folder(root)
-    folders, is_complete = folders_below(root)
-    runs = sorted(run for folder in folders for run in folder.runs)
+    folders, is_complete = list_folders(root)
+    runs = []
+    for folder in folders:
+        runs += folder.runs
     if not runs:
         raise InputError(
-            f"data.root={root}: no images in there (looked for {', '.join(EXTENSIONS)} at any depth)"
+            f"data.root={root}: no images in there (looked for {', '.join(EXTENSIONS)} "
+            "at any depth)"
         )
+    runs.sort()
     return PathList.of_bytes(text for _, text in runs), folders, is_complete
 
 
 def check_folder(root: str) -> None:
-    """Raises InputError where there is none."""
+    """Raise InputError if there is no such folder."""
     if not os.path.isdir(root):
         raise InputError(f"data.root={root}: no such folder")
 
 
-def folders_below(root: str) -> tuple[list[Folder], bool]:
-    """Root and everything below it, each folder once; and whether all could be read.
+def list_folders(root: str) -> tuple[list[Folder], bool]:
+    """Return `root` and each folder below it once, and whether all could be read.
 
-    Not `os.walk`, which recurses in Python 3.11 and older, and takes a folder by the first of its names that comes up.
+    This is not `os.walk`, which recurses in Python 3.11 and older, and which takes a folder by the
+    first of its names that it meets.
     """
-    pending, linked = deque([root]), deque[str]()  # what links lead to waits until the rest is done
-    seen = {
-        identity(folder) for folder in Path(root).resolve().parents
-    }  # a link up there leads to what is beside root
+    pending = deque([root])
+    linked: deque[str] = deque()  # links wait until all folders are listed by their own names
+    # A link to a folder above root would lead to what is beside root.
+    seen = {identity(folder) for folder in Path(root).resolve().parents}
     found: list[Folder] = []
-    is_complete, num_files, said = True, 0, time.perf_counter()
+    is_complete = True
+    num_files = 0
+    last_report = time.perf_counter()
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         scanner = Scanner(pool)
         while pending or linked:
-            batch = [pending.popleft() for _ in range(min(BATCH, len(pending)))] or [
-                linked.popleft()
-            ]
+            batch = next_batch(pending, linked)
             for path, folder in zip(batch, scanner.scan(batch), strict=True):
                 if isinstance(folder, OSError):
                     log.warning(
@@ -149,41 +170,56 @@ def folders_below(root: str) -> tuple[list[Folder], bool]:
                     pending += folder.folders
                     linked += folder.links
                     num_files += folder.num_files
-            if time.perf_counter() - said > PROGRESS_SECONDS:
-                said = time.perf_counter()
+            if time.perf_counter() - last_report > PROGRESS_SECONDS:
+                last_report = time.perf_counter()
                 log.info("listing %s: %s images so far", printable(root), f"{num_files:,}")
     return found, is_complete
 
 
+def next_batch(pending: deque[str], linked: deque[str]) -> list[str]:
+    """Remove and return the next folders to list: one link if no other folders are left."""
+    if not pending:
+        return [linked.popleft()]
+    size = min(FOLDERS_PER_BATCH, len(pending))
+    return [pending.popleft() for _ in range(size)]
+
+
 class Scanner:
-    """Lists folders one after the other, or in several threads once it has had to wait for more than half of them."""
+    """Lists folders in one thread, or in several once listing mostly waits for the file system.
+
+    Threads hand Python's lock around at each entry. Where the system has the answers in its cache,
+    several threads are two to three times slower than one. Where it has to fetch them, for example
+    from a network, they wait together.
+    """
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self.pool = pool
-        self.num_folders = self.num_waits = 0
+        self.num_folders = 0
+        self.num_waits = 0
 
     def scan(self, paths: Sequence[str]) -> list[Folder | OSError]:
-        if self.num_folders > BATCH and self.num_waits > self.num_folders / 2:
-            return list(self.pool.map(scanned, paths))
-        before = num_waits()
-        folders = [scanned(path) for path in paths]
-        self.num_waits += num_waits() - before
+        """Return each folder's content, or the error if it cannot be read."""
+        if self.num_folders > FOLDERS_PER_BATCH and self.num_waits > self.num_folders / 2:
+            return list(self.pool.map(scan_folder, paths))
+        waits_before = count_waits()
+        folders = [scan_folder(path) for path in paths]
+        self.num_waits += count_waits() - waits_before
         self.num_folders += len(paths)
         return folders
 
 
-def num_waits() -> int:
-    """How often this process has left the processor of its own accord; being put aside for others does not count."""
+def count_waits() -> int:
+    """Return how often this process has given up the processor to wait for something."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
 
 
-def scanned(path: str) -> Folder | OSError:
-    """What is in a folder, or why it cannot be read."""
+def scan_folder(path: str) -> Folder | OSError:
+    """Return a folder's content, or the error if it cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             status = os.fstat(descriptor)
-            names, folders, links = contents(descriptor)
+            names, folders, links = read_entries(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -195,60 +231,75 @@ def scanned(path: str) -> Folder | OSError:
         status.st_mtime_ns,
         [prefix + name for name in folders],
         [prefix + name for name in links],
-        runs_of(prefix, names, [*folders, *links]),
+        cut_into_runs(prefix, names, [*folders, *links]),
         len(names),
     )
 
 
-def contents(descriptor: int) -> tuple[list[str], list[str], list[str]]:
-    """Names of images, folders and links to folders, in sorted order each.
+def read_entries(descriptor: int) -> tuple[list[str], list[str], list[str]]:
+    """Return the names of images, folders, and links to folders, each in sorted order.
 
     Args:
-        descriptor: an open folder; of its path `os.scandir` would make one for each entry, which takes a tenth of the time.
+        descriptor: an open folder. Given its path, `os.scandir` would build a path for each entry,
+            which takes a tenth of the time.
     """
-    with os.scandir(descriptor) as listed:
-        entries = list(listed)
+    with os.scandir(descriptor) as iterator:
+        entries = list(iterator)
     try:
-        names = [
-            entry.name for entry in entries if not entry.is_dir()
-        ]  # asks the file system about links alone
+        # This asks the file system about links alone.
+        names = [entry.name for entry in entries if not entry.is_dir()]
     except OSError:  # a link to itself
         names = [entry.name for entry in entries if not is_folder(entry)]
-    folders, links = [], []
+    folders: list[str] = []
+    links: list[str] = []
     if len(names) < len(entries):
-        below = sorted((entry.name, entry.is_symlink()) for entry in entries if is_folder(entry))
-        folders, links = (
-            [name for name, is_link in below if is_link == wanted] for wanted in (False, True)
-        )
-    return images_among(sorted(names)), folders, links
+        for entry in entries:
+            if is_folder(entry):
+                if entry.is_symlink():
+                    links.append(entry.name)
+                else:
+                    folders.append(entry.name)
+    return select_images(sorted(names)), sorted(folders), sorted(links)
 
 
-def images_among(names: list[str]) -> list[str]:
-    """The names with one of the extensions, in any case."""
-    _, ending = os.path.splitext(names[0] if names else "")
-    if ending.lower() in EXTENSIONS and "\0".join([*names, ""]).count(f"{ending}\0") == len(names):
-        return names  # all end as the first one does, which is found much faster than asking each
+def select_images(names: list[str]) -> list[str]:
+    """Return the names with an image's extension, in upper or lower case."""
+    if not names:
+        return names
+    _, ending = os.path.splitext(names[0])
+    if ending.lower() in EXTENSIONS:
+        # Usually all names end as the first one does; counting is much faster than asking each.
+        joined = "\0".join(names) + "\0"
+        if joined.count(f"{ending}\0") == len(names):
+            return names
     return [name for name in names if name.lower().endswith(EXTENSIONS)]
 
 
-def runs_of(prefix: str, names: list[str], folders: list[str]) -> list[tuple[str, bytes]]:
-    """Sorted names of images, cut where a sub-folder's images come in the order of whole paths: see `Folder.runs`."""
-    cuts = [0, *(bisect(names, f"{folder}/") for folder in folders), len(names)]
-    return [
-        (prefix + names[start], os.fsencode(prefix + f"\0{prefix}".join(names[start:end]) + "\0"))
-        for start, end in pairwise(sorted(cuts) if folders else cuts)
-        if start < end
-    ]
+def cut_into_runs(prefix: str, names: list[str], folders: list[str]) -> list[tuple[str, bytes]]:
+    """Cut the sorted names of images where the images of a sub-folder come; see `Folder.runs`."""
+    cuts = [0, len(names)]
+    for folder in folders:
+        cuts.append(bisect(names, f"{folder}/"))
+    cuts.sort()
+    runs = []
+    for start, end in pairwise(cuts):
+        if start < end:
+            paths = prefix + f"\0{prefix}".join(names[start:end]) + "\0"
+            runs.append((prefix + names[start], os.fsencode(paths)))
+    return runs
 
 
 def identity(path: str | Path) -> tuple[int, int]:
-    """The same for all the paths that lead to a file or folder."""
+    """Return the device and inode of a file or folder."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Also what a link leads to; without asking the file system for plain files, as `os.path.isdir` would."""
+    """Return whether an entry is a folder or a link to one.
+
+    `os.path.isdir` would ask the file system about plain files too.
+    """
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -256,18 +307,25 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def count_pages(paths: PathList) -> np.ndarray:
-    """Images in each file, (M,) int64: those of a TIFF file, by its name; 1 of all others and of what cannot be read."""
+    """Return the number of images in each file, (files,) int64.
+
+    A TIFF file may hold several; other files and unreadable files count as one image.
+    """
     num_pages = np.ones(len(paths), dtype=np.int64)
-    stacks = [index for index, path in enumerate(paths) if path.lower().endswith((".tif", ".tiff"))]
+    tiff_files = []
+    for index, path in enumerate(paths):
+        if path.lower().endswith((".tif", ".tiff")):
+            tiff_files.append(index)
     with pillow_warnings_ignored(), ThreadPoolExecutor(NUM_THREADS) as pool:
-        num_pages[stacks] = list(pool.map(lambda index: pages_of(paths[index]), stacks))
+        tiff_paths = [paths[index] for index in tiff_files]
+        num_pages[tiff_files] = list(pool.map(pages_of, tiff_paths))
     return num_pages
 
 
 def pages_of(path: str) -> int:
-    """For threads; the caller has to ignore Pillow's warnings around all of them."""
+    """Return the number of images in a file; the caller ignores Pillow's warnings."""
     try:
-        with opened(path, 2**62) as image:  # the limit holds when a page is decoded
+        with opened(path, NO_LIMIT) as image:  # the size is checked when a page is decoded
             return getattr(image, "n_frames", 1)
     except UnreadableImage:
         return 1

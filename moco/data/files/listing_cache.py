@@ -1,7 +1,4 @@
-"""Lists of images that are kept in a file from one start to the next, and checked by the folders' times.
-
-Letters: M images.
-"""
+"""Lists of images that are kept in a file for the next start, as long as no folder changes."""
 
 import json
 import logging
@@ -17,16 +14,22 @@ import numpy as np
 
 from moco.data.files.archives import DAMAGED, read_arrays
 from moco.data.files.images import EXTENSIONS
-from moco.data.files.listing import NUM_THREADS, Folder, PathList, check_folder, count_pages, walked
+from moco.data.files.listing import (
+    NUM_THREADS,
+    Folder,
+    PathList,
+    check_folder,
+    count_pages,
+    list_tree,
+    start_of,
+)
 from moco.errors import printable
 
 log = logging.getLogger(__name__)
 
-SETTLED_SECONDS = (
-    2  # file systems count time in steps up to this: a folder may change again and keep its time
-)
-CHUNK = 256  # folders that one thread asks for in a row
-NAMES = (
+SETTLED_SECONDS = 2  # file systems count time in steps of up to this
+FOLDERS_PER_TASK = 256
+ARRAYS = (
     "key",
     "text",
     "ends",
@@ -45,41 +48,55 @@ class Listing:
 
     paths: PathList
     num_pages: np.ndarray | None
-    """(files,) int64: how many images each holds; None: one."""
+    """(files,) int64, the number of images in each file; None if each holds one."""
 
     @classmethod
     def of_all(cls, parts: Sequence["Listing"]) -> "Listing":
-        """One after the other."""
-        text = np.concatenate([part.paths.text for part in parts])
-        sizes = np.cumsum([0, *(len(part.paths.text) for part in parts)])
-        ends = np.concatenate(
-            [part.paths.ends + start for part, start in zip(parts, sizes, strict=False)]
-        )
-        pages = [part.num_pages for part in parts if part.num_pages is not None]
-        return cls(PathList(text, ends), np.concatenate(pages) if pages else None)
+        """Return several listings as one."""
+        texts = []
+        ends = []
+        pages = []
+        num_bytes = 0
+        for part in parts:
+            texts.append(part.paths.text)
+            ends.append(part.paths.ends + num_bytes)
+            num_bytes += len(part.paths.text)
+            if part.num_pages is not None:
+                pages.append(part.num_pages)
+        paths = PathList(np.concatenate(texts), np.concatenate(ends))
+        return cls(paths, np.concatenate(pages) if pages else None)
 
-    def split(self, files_below: np.ndarray) -> Iterator["Listing"]:
-        """The opposite of `of_all`, with as many files in each part."""
+    def split(self, files_below: np.ndarray) -> list["Listing"]:
+        """Return this listing in parts with so many files each; the opposite of `of_all`."""
+        parts = []
         start = 0
-        for end in np.cumsum(files_below):
-            text_start, text_end = (
-                int(self.paths.ends[place - 1]) if place else 0 for place in (start, end)
-            )
-            paths = PathList(
-                self.paths.text[text_start:text_end], self.paths.ends[start:end] - text_start
-            )
-            yield Listing(paths, None if self.num_pages is None else self.num_pages[start:end])
+        for end in np.cumsum(files_below).tolist():
+            parts.append(self._between(start, end))
             start = end
+        return parts
+
+    def _between(self, start: int, end: int) -> "Listing":
+        text_start = start_of(self.paths.ends, start)
+        text_end = start_of(self.paths.ends, end)
+        text = self.paths.text[text_start:text_end]
+        paths = PathList(text, self.paths.ends[start:end] - text_start)
+        num_pages = self.num_pages
+        if num_pages is not None:
+            num_pages = num_pages[start:end]
+        return Listing(paths, num_pages)
 
     def where(self, chosen: np.ndarray) -> "Listing":
-        """Those of the files for which `chosen`, (files,) bool, is true."""
-        return Listing(
-            self.paths.where(chosen), None if self.num_pages is None else self.num_pages[chosen]
-        )
+        """Return the files for which `chosen`, (files,) bool, is true."""
+        num_pages = self.num_pages
+        if num_pages is not None:
+            num_pages = num_pages[chosen]
+        return Listing(self.paths.where(chosen), num_pages)
 
-    def of_images(self, of_files: np.ndarray) -> np.ndarray:
-        """A value for each file as one for each image, (M,)."""
-        return of_files if self.num_pages is None else np.repeat(of_files, self.num_pages)
+    def of_images(self, values: np.ndarray) -> np.ndarray:
+        """Return one value for each image, given one for each file."""
+        if self.num_pages is None:
+            return values
+        return np.repeat(values, self.num_pages)
 
 
 class Outdated(Exception):
@@ -87,12 +104,12 @@ class Outdated(Exception):
 
 
 def listed(roots: Sequence[str], pages: str = "first", cache: Path | None = None) -> list[Listing]:
-    """The images below each of the folders, as of `moco.data.files.listing.list_images`.
+    """Return the images below each folder; see `moco.data.files.listing.list_images`.
 
     Args:
-        pages: ``first``: every file is one image; ``each``: every page of a TIFF file.
-        cache: a file that keeps the listing. It stands in for walking the folders as long as none of them has changed, which
-            a folder does when something in it is added, removed or renamed, and not when a file is written anew.
+        pages: ``first``: every file is one image; ``each``: every page of a TIFF file is one.
+        cache: file that keeps the listing. It is used instead of listing the folders until one of
+            them changes: when an entry is added, removed or renamed, not when a file is rewritten.
 
     Raises:
         InputError: a folder does not exist or holds no images.
@@ -101,47 +118,60 @@ def listed(roots: Sequence[str], pages: str = "first", cache: Path | None = None
         check_folder(root)
     if cache is not None and cache.exists():
         try:
-            return read(cache, roots, pages)
+            return read_listing(cache, roots, pages)
         except Outdated as reason:
             log.info("listing the images below %s anew: %s", printable(", ".join(roots)), reason)
     now = time.time_ns()
-    walks = [walked(root) for root in roots]
-    parts = [
-        Listing(paths, count_pages(paths) if pages == "each" else None) for paths, _, _ in walks
-    ]
-    folders = [folder for _, below, _ in walks for folder in below]
-    is_settled = max(folder.mtime_ns for folder in folders) < now - SETTLED_SECONDS * 10**9
-    # A folder that could not be read is named in a warning, at each start, until it can.
-    if cache is not None and is_settled and all(is_complete for _, _, is_complete in walks):
-        write(cache, key_of(roots, pages), parts, folders)
+    parts: list[Listing] = []
+    folders: list[Folder] = []
+    # A folder that could not be read is listed at each start, to name it in a warning.
+    may_be_kept = True
+    for root in roots:
+        paths, folders_below, is_complete = list_tree(root)
+        num_pages = None
+        if pages == "each":
+            num_pages = count_pages(paths)
+        parts.append(Listing(paths, num_pages))
+        folders += folders_below
+        may_be_kept = may_be_kept and is_complete
+    # A folder that has just changed could change again within a step of the file system's clock.
+    newest_change = max(folder.mtime_ns for folder in folders)
+    is_settled = newest_change < now - SETTLED_SECONDS * 10**9
+    if cache is not None and is_settled and may_be_kept:
+        write_listing(cache, key_of(roots, pages), parts, folders)
     return parts
 
 
 def key_of(roots: Sequence[str], pages: str) -> np.ndarray:
-    """What a listing is of, as uint8."""
+    """Return what a listing depends on, as uint8."""
     key = json.dumps({"format": 1, "roots": list(roots), "pages": pages, "extensions": EXTENSIONS})
     return np.frombuffer(key.encode(), dtype=np.uint8)
 
 
-def write(
+def write_listing(
     cache: Path, key: np.ndarray, parts: Sequence[Listing], folders: Sequence[Folder]
 ) -> None:
-    """Put the listing in place of an older one, at once."""
-    everything, below = Listing.of_all(parts), PathList.of(folder.path for folder in folders)
+    """Write a listing as a whole or not at all; warn if that fails."""
+    files = Listing.of_all(parts)
+    folder_paths = PathList.of(folder.path for folder in folders)
+    stamps = []
+    files_in_folder = []
+    for folder in folders:
+        stamps.append(stamp(folder.identity[1], folder.mtime_ns))
+        files_in_folder.append(folder.num_files)
+    num_pages = files.num_pages
+    if num_pages is None:
+        num_pages = np.zeros(0, np.int64)
     arrays: dict[str, Any] = {
         "key": key,
-        "text": everything.paths.text,
-        "ends": everything.paths.ends,
+        "text": files.paths.text,
+        "ends": files.paths.ends,
         "files_below": np.array([len(part.paths) for part in parts]),
-        "num_pages": np.zeros(0, np.int64)
-        if everything.num_pages is None
-        else everything.num_pages,
-        "folder_text": below.text,
-        "folder_ends": below.ends,
-        "folder_times": np.array(
-            [stamp(folder.identity[1], folder.mtime_ns) for folder in folders]
-        ),
-        "folder_files": np.array([folder.num_files for folder in folders]),
+        "num_pages": num_pages,
+        "folder_text": folder_paths.text,
+        "folder_ends": folder_paths.ends,
+        "folder_times": np.array(stamps),
+        "folder_files": np.array(files_in_folder),
     }
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
     try:
@@ -157,53 +187,66 @@ def write(
         )
 
 
-def read(cache: Path, roots: Sequence[str], pages: str) -> list[Listing]:
-    """The listing in a file.
+def read_listing(cache: Path, roots: Sequence[str], pages: str) -> list[Listing]:
+    """Return the listing in a file.
 
     Raises:
-        Outdated: it is damaged, or of other folders, or one of the folders has changed.
+        Outdated: it is damaged or of other folders, or a folder has changed.
     """
     try:
-        arrays, present = read_arrays(cache, NAMES)
-        if missing := set(NAMES) - set(present):
-            raise ValueError(f"it does not hold {', '.join(sorted(missing))}")
-        paths = PathList(arrays["text"], arrays["ends"])
-        folders = PathList(arrays["folder_text"], arrays["folder_ends"])
-        if len(paths) != arrays["folder_files"].sum() or len(paths) != arrays["files_below"].sum():
-            raise ValueError("its parts do not fit each other")
+        arrays, _ = read_arrays(cache, ARRAYS)
+        check_listing(arrays)
     except DAMAGED as error:
         raise Outdated(f"{cache} cannot be read ({error})") from error
     if not np.array_equal(arrays["key"], key_of(roots, pages)):
         raise Outdated(f"{cache} is of other folders or settings")
-    for path in changed(list(folders), arrays["folder_times"]):
+    folders = PathList(arrays["folder_text"], arrays["folder_ends"])
+    for path in changed_folders(list(folders), arrays["folder_times"]):
         raise Outdated(f"{printable(path)} has changed")
+    paths = PathList(arrays["text"], arrays["ends"])
     num_pages = arrays["num_pages"] if pages == "each" else None
-    return list(Listing(paths, num_pages).split(arrays["files_below"]))
+    return Listing(paths, num_pages).split(arrays["files_below"])
 
 
-def changed(folders: list[str], times: np.ndarray) -> Iterator[str]:
-    """Those of the folders that are not the ones they were, a stamp each, or that have changed since."""
+def check_listing(arrays: dict[str, np.ndarray]) -> None:
+    """Raise ValueError if an array is missing, or if their lengths do not fit each other."""
+    missing = sorted(set(ARRAYS) - set(arrays))
+    if missing:
+        raise ValueError(f"it does not hold {', '.join(missing)}")
+    num_files = len(arrays["ends"])
+    if num_files != arrays["folder_files"].sum() or num_files != arrays["files_below"].sum():
+        raise ValueError("its parts do not fit each other")
 
-    def now(start: int) -> list[tuple[int, int]]:
-        return [stamp_of(path) for path in folders[start : start + CHUNK]]
 
+def changed_folders(folders: list[str], times: np.ndarray) -> Iterator[str]:
+    """Yield the folders that have changed or were replaced, given their stamps, (folders, 2)."""
+    starts = range(0, len(folders), FOLDERS_PER_TASK)
+    tasks = [folders[start : start + FOLDERS_PER_TASK] for start in starts]
+    # Threads, since a file system on a network answers slowly, but many requests at a time.
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for start, found in zip(
-            range(0, len(folders), CHUNK), pool.map(now, range(0, len(folders), CHUNK)), strict=True
-        ):
-            is_other = (np.array(found) != times[start : start + CHUNK]).any(axis=1)
-            yield from (folders[start + place] for place in np.flatnonzero(is_other))
+        for start, stamps in zip(starts, pool.map(stamps_of, tasks), strict=True):
+            expected = times[start : start + FOLDERS_PER_TASK]
+            is_changed = (np.array(stamps) != expected).any(axis=1)
+            for place in np.flatnonzero(is_changed):
+                yield folders[start + place]
 
 
-def stamp_of(path: str) -> tuple[int, int]:
-    """Zeros where there is nothing."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0, 0
-    return stamp(status.st_ino, status.st_mtime_ns)
+def stamps_of(folders: list[str]) -> list[tuple[int, int]]:
+    """Return the stamp of each folder as it is now; zeros if it is gone."""
+    stamps = []
+    for path in folders:
+        try:
+            status = os.stat(path)
+        except OSError:
+            stamps.append((0, 0))
+        else:
+            stamps.append(stamp(status.st_ino, status.st_mtime_ns))
+    return stamps
 
 
 def stamp(inode: int, mtime_ns: int) -> tuple[int, int]:
-    """Tells a folder from others and from what it was before; fits into int64, as an inode need not."""
+    """Return two numbers that tell a folder from others and from its earlier content.
+
+    They fit into int64, as an inode need not.
+    """
     return inode % 2**63, mtime_ns

@@ -1,48 +1,49 @@
-"""All images of a set once, as evaluation sees them, in the set's own order and from any place of it on.
-
-Letters: M images, N batch, S side of an image, px.
-"""
+"""The image sets of `moco.embed`: every image once, from the place where an earlier pass stopped."""
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from moco.data.files.decoding import EncodedImage
 from moco.data.files.images import UnreadableImage
-from moco.data.loading.lost_workers import LastRead, WatchedImage, WatchedLoader
-from moco.data.loading.streams import ShardedImages
-from moco.data.loading.workers import CPU, loader_options
-from moco.data.sources.registry import ArrayImages, Labelled
-from moco.data.sources.shards import Problem, Sample, images_in, is_local, sample_key
+from moco.data.loading.every_image import ReadImage, every_image, in_batches
+from moco.data.loading.lost_workers import WatchedLoader
+from moco.data.loading.workers import CPU
+from moco.data.sources.shards import (
+    Problem,
+    Sample,
+    ShardedImages,
+    images_in,
+    is_local,
+    sample_key,
+)
+from moco.data.sources.source import ArrayImages, Labelled
 
 Crop = Callable[[Image.Image], Image.Image]
 
 
 class ImageBatch(NamedTuple):
-    """Images that are neighbours in the set. Those that cannot be read are left out, so that N may even be 0."""
+    """Neighbouring images of a set. Unreadable ones are left out, so that it may be empty."""
 
     images: Tensor
-    """(N, 3, S, S) uint8."""
+    """(readable images, 3, side, side) uint8."""
     names: list[str]
     labels: Tensor
-    """(N,) int64, -1 where there is none."""
+    """(readable images,) int64; -1 without labels."""
     problems: list[Problem]
-    """What cannot be read here."""
+    """What cannot be read in this part of the set."""
     end: list[int]
     """The place where the next batch starts."""
 
 
 class ImageSet(Protocol):
-    """Images with a first and a last one."""
+    """Images in a fixed order. A place is a list of numbers."""
 
     @property
     def start(self) -> list[int]:
@@ -50,15 +51,19 @@ class ImageSet(Protocol):
         ...
 
     @property
-    def has_labels(self) -> bool: ...
+    def has_labels(self) -> bool:
+        """Whether every image has a label."""
+        ...
 
     @property
-    def is_in_memory(self) -> bool: ...
+    def is_in_memory(self) -> bool:
+        """Whether the images are in memory, so that loader processes would not help."""
+        ...
 
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> str:
-        """Differs where the names, the labels or the order differ; the content of files is not looked at."""
+        """Return a hash of the names, labels and order. The content of files does not count."""
         ...
 
     def batches(
@@ -70,23 +75,24 @@ class ImageSet(Protocol):
         num_workers: int,
         device: torch.device = CPU,
     ) -> WatchedLoader:
-        """Every image from `place` on.
+        """Return a loader of all images from `place` on, as `ImageBatch`.
 
         Args:
-            place: `start`, or the end of a batch of the same `batch_size`; then the batches are the same as without a break.
-            crop: makes a square of `image_size` px of any image.
-            device: what the batches are for.
+            place: `start`, or the end of a batch. With the same `batch_size`, the batches are then
+                the same as in one pass.
+            crop: cuts an image to a square of `image_size` px.
+            device: the device that uses the batches.
         """
         ...
 
 
 @dataclass(frozen=True)
 class IndexedSet:
-    """A `ImageSet` of images by number; a place is [number]."""
+    """An `ImageSet` of images by number; a place is [number]."""
 
     labelled: Labelled
     has_labels: bool
-    """If not, the labels are all -1."""
+    """If not, all labels are -1."""
 
     @property
     def start(self) -> list[int]:
@@ -100,7 +106,7 @@ class IndexedSet:
         return len(self.labelled.images)
 
     def fingerprint(self) -> str:
-        """See `ImageSet`; images in memory have no names of their own, and their pixels count."""
+        """See `ImageSet`. The pixels of images in memory count, because they have no names."""
         images = self.labelled.images
         digest = hashlib.blake2b(self.labelled.labels.tobytes(), digest_size=16)
         if isinstance(images, ArrayImages):
@@ -119,49 +125,61 @@ class IndexedSet:
         device: torch.device = CPU,
     ) -> WatchedLoader:
         """See `ImageSet`."""
-        starts = range(place[0], len(self), batch_size)
-        places = [(start, min(start + batch_size, len(self))) for start in starts]
-        dataset = IndexedBatches(self.labelled, crop, image_size, num_workers)
-        return in_order(dataset, places, num_workers, device)
+        keys = in_batches(range(place[0], len(self)), batch_size)
+        collate = IndexedBatches(torch.from_numpy(self.labelled.labels), image_size)
+        images = self.labelled.images
+        return every_image(images, CropToTensor(crop), collate, keys, num_workers, device)
 
 
-class IndexedBatches(Dataset[ImageBatch]):
-    """The worker's part of `IndexedSet`, asked for by (start, stop).
+@dataclass(frozen=True)
+class CropToTensor:
+    """From a Pillow image to a square tensor (3, side, side) uint8."""
+
+    crop: Crop
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return pil_to_tensor(self.crop(image))
+
+
+@dataclass(frozen=True)
+class IndexedBatches:
+    """Make an `ImageBatch` of images that were read by their number.
 
     Args:
-        num_workers: processes that will read from this object at the same time.
+        labels: (images,) int64, of the whole set. A tensor, because processes share its memory.
     """
 
-    def __init__(
-        self, labelled: Labelled, crop: Crop, image_size: int, num_workers: int = 0
-    ) -> None:
-        self.last_read = LastRead(num_workers)
-        self.images = labelled.images
-        self.labels = torch.from_numpy(labelled.labels)  # a tensor, which loader processes share
-        self.crop = crop
-        self.image_size = image_size
+    labels: Tensor
+    image_size: int
 
-    def __getitem__(self, place: tuple[int, int]) -> ImageBatch:
-        numbers = range(*place)
-        names = [self.images.name(number) for number in numbers]
-        decode = [partial(self._decoded, number) for number in numbers]
-        images, rows, reasons = cropped(decode, self.crop, self.image_size)
-        problems = [Problem(names[row], reason, is_shard=False) for row, reason in reasons.items()]
-        labels = self.labels[torch.tensor(rows, dtype=torch.int64) + place[0]]
-        return ImageBatch(images, [names[row] for row in rows], labels, problems, [place[1]])
+    def __call__(self, read: list[ReadImage]) -> ImageBatch:
+        readable = [image for image in read if not image.problem]
+        problems = []
+        for image in read:
+            if image.problem:
+                problems.append(Problem(image.name, image.problem, is_shard=False))
+        names = [image.name for image in readable]
+        keys = torch.tensor([image.key for image in readable], dtype=torch.int64)
+        end = [read[-1].key + 1]
+        images = stack_images(readable, self.image_size)
+        return ImageBatch(images, names, self.labels[keys], problems, end)
 
-    def _decoded(self, number: int) -> Image.Image:
-        """Raises UnreadableImage."""
-        self.last_read.note(self.images.name(number))
-        return self.images[number]
+
+def stack_images(readable: list[ReadImage], image_size: int) -> Tensor:
+    """Return images as (images, 3, image_size, image_size) uint8, also if there are none."""
+    images = torch.empty(len(readable), 3, image_size, image_size, dtype=torch.uint8)
+    for row, image in enumerate(readable):
+        images[row] = image.value
+    return images
 
 
 @dataclass(frozen=True)
 class ShardedSet:
-    """A `ImageSet` of tar shards, one after the other; a place is [number of the shard, members of it that are done].
+    """An `ImageSet` of tar shards, one after the other.
 
-    The calling process reads the shards and hands the encoded images to the workers: so the order is that of the shards,
-    and a place is found again, whatever the number of workers.
+    A place is [number of the shard, members of it that are done]. The calling process reads the
+    shards and hands the encoded images to the loader processes. So the order is that of the shards
+    for any number of loader processes.
     """
 
     sharded: ShardedImages
@@ -177,10 +195,10 @@ class ShardedSet:
         return len(self.sharded)
 
     def fingerprint(self) -> str:
-        """See `ImageSet`: the shards' names and, where they are files, sizes."""
+        """See `ImageSet`: a hash of the names of the shards, and of the sizes of local ones."""
         digest = hashlib.blake2b(digest_size=16)
         for shard in self.sharded.shards:
-            size = os.path.getsize(shard) if is_local(shard) else ""
+            size = str(os.path.getsize(shard)) if is_local(shard) else ""
             digest.update(f"{shard}\0{size}\0".encode(errors="surrogatepass"))
         return digest.hexdigest()
 
@@ -198,113 +216,69 @@ class ShardedSet:
         Raises:
             InputError: while iterating, a shard is refused.
         """
-        dataset = ShardedBatches(crop, image_size, num_workers)
-        return in_order(dataset, Chunks(self.sharded, place, batch_size), num_workers, device)
+        keys = in_batches(ShardedSamples(self.sharded, place), batch_size)
+        collate = ShardedBatches(image_size)
+        make = CropToTensor(crop)
+        return every_image(DecodedSamples(), make, collate, keys, num_workers, device)
 
 
-class Chunk(NamedTuple):
-    """What a worker makes a batch of."""
+class FoundSample(NamedTuple):
+    """A sample of a shard, or what cannot be read there."""
 
-    samples: list[Sample]
-    names: list[str]
-    """SHARD/KEY, the shard's file without its folders: keys alone often start anew in every shard."""
-    problems: list[Problem]
+    found: Sample | Problem
+    name: str
+    """SHARD/KEY without the folders of the shard. A key alone can be in several shards."""
     end: list[int]
+    """The place after it."""
 
 
 @dataclass(frozen=True)
-class Chunks:
-    """All samples from a place on, so many at a time."""
+class ShardedSamples:
+    """All samples of the shards from a place on, as `FoundSample`."""
 
     sharded: ShardedImages
     place: list[int]
-    batch_size: int
 
-    def __iter__(self) -> Iterator[Chunk]:
-        samples: list[Sample] = []
-        problems: list[Problem] = []
-        names: list[str] = []
-        end = self.place
-        for shard, end, found in self._found():
-            if isinstance(found, Problem):
-                problems.append(found)
-            else:
-                samples.append(found)
-                key = sample_key(found.name.removeprefix(f"{shard}/"))
-                names.append(f"{os.path.basename(shard)}/{key}")
-            if len(samples) == self.batch_size:
-                yield Chunk(samples, names, problems, end)
-                samples, names, problems = [], [], []
-        if samples or problems:
-            yield Chunk(samples, names, problems, end)
-
-    def _found(self) -> Iterator[tuple[str, list[int], Sample | Problem]]:
-        """For each sample its shard, the place behind it, and itself; so too for what cannot be read."""
-        first, done = self.place
-        for number in range(first, len(self.sharded.shards)):
+    def __iter__(self) -> Iterator[FoundSample]:
+        first_shard, num_done = self.place
+        for number in range(first_shard, len(self.sharded.shards)):
             shard = self.sharded.shards[number]
-            for member, found in enumerate(
-                images_in(shard, self.sharded.max_image_pixels), start=1
-            ):
-                if number > first or member > done:
-                    yield shard, [number, member], found
+            samples = images_in(shard, self.sharded.max_image_pixels)
+            for member, found in enumerate(samples, start=1):
+                if number == first_shard and member <= num_done:
+                    continue
+                key = sample_key(found.name.removeprefix(f"{shard}/"))
+                yield FoundSample(found, f"{os.path.basename(shard)}/{key}", [number, member])
 
 
-class ShardedBatches(Dataset[ImageBatch]):
-    """The worker's part of `ShardedSet`.
+class DecodedSamples:
+    """The images of `FoundSample` keys."""
 
-    Args:
-        num_workers: processes that will read from this object at the same time.
-    """
+    def name(self, key: FoundSample) -> str:
+        """Return the name for messages."""
+        return key.found.name
 
-    def __init__(self, crop: Crop, image_size: int, num_workers: int = 0) -> None:
-        self.last_read = LastRead(num_workers)
-        self.crop = crop
-        self.image_size = image_size
-
-    def __getitem__(self, chunk: Chunk) -> ImageBatch:
-        note = self.last_read.note
-        watched = [WatchedImage(sample.image, sample.name, note) for sample in chunk.samples]
-        decode = [partial(decoded, image) for image in watched]
-        images, rows, reasons = cropped(decode, self.crop, self.image_size)
-        problems = chunk.problems + [
-            Problem(chunk.samples[row].name, reason, is_shard=False)
-            for row, reason in reasons.items()
-        ]
-        labels = torch.full((len(rows),), -1)
-        return ImageBatch(images, [chunk.names[row] for row in rows], labels, problems, chunk.end)
+    def __getitem__(self, key: FoundSample) -> Image.Image:
+        if isinstance(key.found, Problem):
+            raise UnreadableImage(key.found.reason)
+        return Image.fromarray(key.found.image.pixels())
 
 
-def decoded(image: EncodedImage) -> Image.Image:
-    """Raises UnreadableImage."""
-    return Image.fromarray(image.pixels())
+@dataclass(frozen=True)
+class ShardedBatches:
+    """Make an `ImageBatch` of samples that were read."""
 
+    image_size: int
 
-def cropped(
-    decode: Sequence[Callable[[], Image.Image]], crop: Crop, image_size: int
-) -> tuple[Tensor, list[int], dict[int, str]]:
-    """Images as (N, 3, S, S) uint8, which of the given ones they are, and of each of the others what is wrong with it."""
-    images = torch.empty(len(decode), 3, image_size, image_size, dtype=torch.uint8)
-    rows: list[int] = []
-    reasons: dict[int, str] = {}
-    for row, image in enumerate(decode):
-        try:
-            images[len(rows)] = pil_to_tensor(crop(image()))
-        except UnreadableImage as error:
-            reasons[row] = str(error)
-        else:
-            rows.append(row)
-    return images[: len(rows)], rows, reasons
-
-
-def in_order(
-    dataset: Dataset[ImageBatch], places: Any, num_workers: int, device: torch.device = CPU
-) -> WatchedLoader:
-    """Loads the batches at `places` for `device`, in their order."""
-    options = loader_options(num_workers, device) | {"persistent_workers": False}
-    return WatchedLoader(dataset, batch_size=None, sampler=places, collate_fn=as_it_is, **options)
-
-
-def as_it_is(batch: Any) -> Any:
-    """Instead of collating: the data sets hand out whole batches."""
-    return batch
+    def __call__(self, read: list[ReadImage]) -> ImageBatch:
+        readable = [image for image in read if not image.problem]
+        problems = []
+        for image in read:
+            if image.problem:
+                found = image.key.found
+                is_shard = isinstance(found, Problem) and found.is_shard
+                problems.append(Problem(image.name, image.problem, is_shard))
+        names = [image.key.name for image in readable]
+        labels = torch.full((len(readable),), -1)
+        images = stack_images(readable, self.image_size)
+        return ImageBatch(images, names, labels, problems, read[-1].key.end)

@@ -1,174 +1,177 @@
-"""From images to batches: view pairs in a reproducible order to train on, plain images to evaluate.
+"""Batches of view pairs to train on, in a reproducible order.
 
-Letters: M images, N batch, H W pixels, S side of a view.
+`PairDataset` and `ResumableLoader` read images in loader processes. `MemoryLoader` takes them from
+memory and augments them on the device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moco.data.augment.views import Transform, ViewPair, picked, rgb_batch
+from moco.data.augment.views import ViewPair, picked, rgb_batch
 from moco.data.files.decoding import EncodedImage
 from moco.data.files.images import UnreadableImage
-from moco.data.loading.lost_workers import LastRead, WatchedImage, WatchedLoader
-from moco.data.loading.samplers import EpochSampler, images_handed_out
-from moco.data.loading.workers import CPU, loader_options
-from moco.data.sources.registry import ArrayImages, Images, Labelled
+from moco.data.loading.lost_workers import WatchedLoader, note_read
+from moco.data.loading.samplers import EpochSampler
+from moco.data.sources.source import ArrayImages, Images
 
-MOST_STAND_INS = 100
-AT_ONCE = 16  # files that a worker holds in memory, encoded
-BLOCK = (
-    2**25
-)  # values of a view; as many batches as that are augmented at once on a GPU, whose small kernels cost their start
+MOST_ATTEMPTS = 100  # images in a row that are tried in place of an unreadable one
+# A loader process augments decoded images in groups: their numbers are drawn together, which is
+# faster. A group ends at either limit, so that large images cannot fill the memory.
+MOST_AT_ONCE = 16
+MOST_BYTES_AT_ONCE = 2**25
+# Values of a view. A GPU augments this many at once: its kernels are short, and starting one takes
+# most of the time.
+VALUES_ON_GPU = 2**25
+BLACK = np.zeros((1, 1, 3), dtype=np.uint8)
 
 
 class PairBatch(NamedTuple):
     """A batch of view pairs."""
 
     views: tuple[Tensor, Tensor]
-    """Query views and key views, (N, 3, S, S) each: uint8 from a worker, normalised float32 for the method."""
+    """Query views and key views, (batch, 3, side, side) each.
+
+    They are uint8 when they come from a loader process, and normalised float32 for the method."""
     indices: Tensor
-    """(N,) which image of the training set each row was asked to be."""
+    """(batch,) number of each image in the dataset."""
     unreadable: Tensor
-    """(N,) bool: that image could not be read, and the next readable one stands in for it."""
+    """(batch,) bool: the image cannot be read, and another one stands in for it."""
     epoch: int
-    """Of the draws; no tensor, which a GPU would have to be asked for."""
+    """The epoch of the draws. A number, because reading a tensor would wait for the GPU."""
 
 
-class EvaluationBatch(NamedTuple):
-    """A batch of plain images."""
+def make_pairs(
+    augment: ViewPair,
+    epoch: int,
+    indices: Tensor,
+    images: Iterable[tuple[np.ndarray, bool]],
+) -> PairBatch:
+    """Augment images in a loader process.
 
-    images: Tensor
-    """(N, 3, H, W)."""
-    labels: Tensor
-    """(N,)."""
-    unreadable: Tensor
-    """(N,) bool: the row is black and stands for nothing."""
+    Args:
+        indices: (batch,) number of each image in the dataset, on which the draws depend.
+        images: pixels (height, width, 3) uint8, and whether this is the image itself or one that
+            stands in for it.
+    """
+    views = augment.empty_views(len(indices), epoch)
+    unreadable = torch.zeros(len(indices), dtype=torch.bool)
+    group: list[np.ndarray] = []
+    first = 0
+    for row, (pixels, is_readable) in enumerate(images):
+        unreadable[row] = not is_readable
+        group.append(pixels)
+        num_bytes = sum(image.nbytes for image in group)
+        is_last = row == len(indices) - 1
+        if is_last or len(group) == MOST_AT_ONCE or num_bytes >= MOST_BYTES_AT_ONCE:
+            rows = slice(first, row + 1)
+            augment.on_images(group, epoch, indices[rows], views[:, rows])
+            group = []
+            first = row + 1
+    return PairBatch((views[0], views[-1]), indices, unreadable, epoch)
+
+
+def decoded(image: EncodedImage, name: str) -> np.ndarray | None:
+    """Return the pixels of an image, or None if it cannot be decoded."""
+    note_read(name)
+    try:
+        return image.pixels()
+    except UnreadableImage:
+        return None
 
 
 class PairDataset(Dataset[PairBatch]):
-    """The worker's part of view pairs, asked for by a batch of (epoch, index).
+    """View pairs of images by index, asked for by a batch of (epoch, index).
 
-    An image that cannot be read is replaced by the next one that can, or by a black one where a hundred in a row cannot.
-
-    Args:
-        num_workers: processes that will read from this object at the same time.
+    The next readable image stands in for an unreadable one. After a hundred unreadable images in a
+    row, a black one does.
     """
 
-    def __init__(self, images: Images, augment: ViewPair, num_workers: int = 0) -> None:
+    def __init__(self, images: Images, augment: ViewPair) -> None:
         self.images = images
         self.augment = augment
-        self.last_read = LastRead(num_workers)
 
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> PairBatch:
         epoch = places[0][0]
-        indices = torch.tensor([index for _, index in places])
-        views = self.augment.empty_views(len(places), epoch)
-        failed = []
-        for first in range(0, len(places), AT_ONCE):
-            rows = slice(first, first + AT_ONCE)
-            images = [self._watched(index) for _, index in places[rows]]
-            unreadable_here = self.augment.on_images(images, epoch, indices[rows], views[:, rows])
-            failed += [first + row for row in unreadable_here]
-        for row in failed:
-            self._stand_in(views[:, row : row + 1], epoch, indices[row])
-        unreadable = torch.zeros(len(places), dtype=torch.bool)
-        unreadable[failed] = True
-        return PairBatch((views[0], views[-1]), indices, unreadable, epoch)
+        indices = [index for _, index in places]
+        return make_pairs(self.augment, epoch, torch.tensor(indices), self._read(indices))
 
-    def _stand_in(self, views: Tensor, epoch: int, index: Tensor) -> None:
-        """Fill the two views, (2, 1, 3, S, S), of an image that cannot be read."""
-        for attempt in range(1, MOST_STAND_INS):
-            other = self._watched((int(index) + attempt) % len(self.images))
-            if not self.augment.on_images([other], epoch, index[None], views):
-                return
-        views.zero_()
+    def _read(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, bool]]:
+        for index in indices:
+            pixels = self._decoded(index)
+            if pixels is None:
+                yield self._stand_in(index), False
+            else:
+                yield pixels, True
 
-    def _watched(self, index: int) -> WatchedImage:
-        name, note = self.images.name(index), self.last_read.note
-        note(name)
+    def _decoded(self, index: int) -> np.ndarray | None:
+        name = self.images.name(index)
+        note_read(name)
         try:
-            return WatchedImage(self.images.opened(index), name, note)
+            image = self.images.opened(index)
         except UnreadableImage:
-            return WatchedImage(None, name, note)
+            return None
+        return decoded(image, name)
+
+    def _stand_in(self, index: int) -> np.ndarray:
+        for attempt in range(1, MOST_ATTEMPTS):
+            pixels = self._decoded((index + attempt) % len(self.images))
+            if pixels is not None:
+                return pixels
+        return BLACK
 
 
 @dataclass(frozen=True)
 class PairMaker:
-    """The worker's part of view pairs, of images that it is handed.
+    """Make view pairs of images that are given with their index and name.
 
-    An image that cannot be decoded is replaced by the next one of the batch that can, and by a black one if none can.
+    The next readable image of the batch stands in for an unreadable one, or a black one if the
+    whole batch is unreadable.
     """
 
     augment: ViewPair
 
     def __call__(self, images: Sequence[tuple[int, EncodedImage, str]], epoch: int) -> PairBatch:
-        """The pairs of images given as index, on which the draws depend, image and name."""
         indices = torch.tensor([index for index, _, _ in images])
-        views = self.augment.empty_views(len(images), epoch)
-        failed = self.augment.on_images([image for _, image, _ in images], epoch, indices, views)
-        readable = [row for row in range(len(images)) if row not in failed]
-        for row in failed:
-            other = next((one for one in readable if one > row), readable[0] if readable else None)
-            own = slice(row, row + 1)
-            views[:, own] = 0
-            if other is not None:
-                self.augment.on_images([images[other][1]], epoch, indices[own], views[:, own])
-        unreadable = torch.zeros(len(images), dtype=torch.bool)
-        unreadable[failed] = True
-        return PairBatch((views[0], views[1]), indices, unreadable, epoch)
+        return make_pairs(self.augment, epoch, indices, self._read(images))
 
+    def _read(
+        self, images: Sequence[tuple[int, EncodedImage, str]]
+    ) -> Iterator[tuple[np.ndarray, bool]]:
+        for row, (_, image, name) in enumerate(images):
+            pixels = decoded(image, name)
+            if pixels is None:
+                yield self._stand_in(images, row), False
+            else:
+                yield pixels, True
 
-def as_it_is(batch: PairBatch) -> PairBatch:
-    """Instead of collating: the data set hands out whole batches."""
-    return batch
-
-
-class EvaluationDataset(Dataset[EvaluationBatch]):
-    """Labelled images without augmentation, by index.
-
-    Args:
-        num_workers: processes that will read from this object at the same time.
-    """
-
-    def __init__(
-        self, labelled: Labelled, view: Transform, image_size: int, num_workers: int = 0
-    ) -> None:
-        self.last_read = LastRead(num_workers)
-        self.labelled = labelled
-        self.view = view
-        self.image_size = image_size
-
-    def __len__(self) -> int:
-        return len(self.labelled.images)
-
-    def __getitem__(self, index: int) -> EvaluationBatch:
-        self.last_read.note(self.labelled.images.name(index))
-        label = torch.tensor(int(self.labelled.labels[index]))
-        try:
-            return EvaluationBatch(
-                self.view(self.labelled.images[index]), label, torch.tensor(False)
-            )
-        except UnreadableImage:
-            return EvaluationBatch(
-                torch.zeros(3, self.image_size, self.image_size), label, torch.tensor(True)
-            )
+    def _stand_in(self, images: Sequence[tuple[int, EncodedImage, str]], row: int) -> np.ndarray:
+        for attempt in range(1, len(images)):
+            _, image, name = images[(row + attempt) % len(images)]
+            pixels = decoded(image, name)
+            if pixels is not None:
+                return pixels
+        return BLACK
 
 
 class ResumableLoader(WatchedLoader):
-    """A loader whose position Lightning keeps in the checkpoint, so that a resumed epoch goes on with its next batch."""
+    """Batches from loader processes.
+
+    Lightning keeps the position in the checkpoint, and a resumed epoch goes on with its next batch.
+    """
 
     sampler: EpochSampler
     batch_size: int
 
     def __init__(
-        self, dataset: Dataset[Any], sampler: EpochSampler, batch_size: int, **kwargs: Any
+        self, dataset: Dataset[Any], sampler: EpochSampler, batch_size: int, **options: Any
     ) -> None:
-        super().__init__(dataset, batch_size=batch_size, sampler=sampler, **kwargs)
+        super().__init__(dataset, batch_size=batch_size, sampler=sampler, **options)
         self.batches_done = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -178,25 +181,21 @@ class ResumableLoader(WatchedLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its images were handed out, by all processes together."""
-        images = self.batches_done * self.batch_size * self.sampler.world_size
-        return {"epoch": self.sampler.epoch, "images": images}
+        """See `EpochSampler.state_after`."""
+        return self.sampler.state_after(self.batches_done * self.batch_size)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there when that epoch is iterated next, also with another number of processes."""
-        self.sampler.resume_at = (
-            state["epoch"],
-            images_handed_out(state) // self.sampler.world_size,
-        )
+        """See `EpochSampler.resume`."""
+        self.sampler.resume(state)
 
 
 class MemoryLoader:
-    """Images that are in memory all at once, augmented on the device in whole batches: no workers, nothing to copy.
+    """Batches of images in memory, augmented on the device, without loader processes.
+
+    Its position is kept as that of `ResumableLoader`.
 
     Args:
-        images: moved to `device`.
-        sampler: the order; it has the same role as in `ResumableLoader`, and so has the state.
-        batch_size: images at once.
+        images: they are moved to `device`.
     """
 
     def __init__(
@@ -207,7 +206,7 @@ class MemoryLoader:
         batch_size: int,
         device: torch.device,
     ) -> None:
-        self.pixels = rgb_batch(images.tensor.to(device))
+        self.pixels = rgb_batch(images.tensor.to(device))  # (images, 3, height, width)
         self.augment = augment
         self.sampler = sampler
         self.batch_size = batch_size
@@ -217,47 +216,36 @@ class MemoryLoader:
         return len(self.sampler) // self.batch_size
 
     def __iter__(self) -> Iterator[PairBatch]:
-        # The blocks are the same wherever an epoch goes on, since a product's last bits can depend on its size.
-        block, done = self._block(), self.sampler.start
-        self.batches_done = (done - done % block) // self.batch_size
-        for indices in (
-            self.sampler.share()[done - done % block :].to(self.pixels.device).split(block)
-        ):
-            pair = self.augment.on_batch(picked(self.pixels, indices), self.sampler.epoch, indices)
-            parts = zip(
-                *(values.split(self.batch_size) for values in (*pair, indices)), strict=True
-            )
-            for query, key, own in parts:
+        # Several batches are augmented as one block. A resumed epoch starts with the same blocks
+        # and skips batches, because the last bits of a product can depend on its size.
+        epoch = self.sampler.epoch
+        num_done = self.sampler.start
+        block_size = self._block_size()
+        num_skipped = num_done - num_done % block_size
+        self.batches_done = num_skipped // self.batch_size
+        order = self.sampler.share()[num_skipped:].to(self.pixels.device)
+        for block in order.split(block_size):
+            views = self.augment.on_batch(picked(self.pixels, block), epoch, block)
+            for first in range(0, len(block), self.batch_size):
                 self.batches_done += 1
-                if self.batches_done * self.batch_size <= done:
+                if self.batches_done * self.batch_size <= num_done:
                     continue
-                unreadable = torch.zeros_like(own, dtype=torch.bool)
-                yield PairBatch((query, key), own, unreadable, self.sampler.epoch)
+                rows = slice(first, first + self.batch_size)
+                indices = block[rows]
+                unreadable = torch.zeros_like(indices, dtype=torch.bool)
+                yield PairBatch((views[0][rows], views[1][rows]), indices, unreadable, epoch)
 
-    def _block(self) -> int:
-        """Images to augment at once."""
+    def _block_size(self) -> int:
+        """Return how many images are augmented at once, a multiple of the batch."""
         if self.pixels.device.type == "cpu":
             return self.batch_size
-        return (
-            max(1, BLOCK // (3 * self.augment.image_size**2) // self.batch_size) * self.batch_size
-        )
+        most_images = max(1, VALUES_ON_GPU // (3 * self.augment.image_size**2))
+        return max(1, most_images // self.batch_size) * self.batch_size
 
-    state_dict = ResumableLoader.state_dict
-    load_state_dict = ResumableLoader.load_state_dict
+    def state_dict(self) -> dict[str, int]:
+        """See `EpochSampler.state_after`."""
+        return self.sampler.state_after(self.batches_done * self.batch_size)
 
-
-def evaluation_loader(
-    labelled: Labelled,
-    view: Transform,
-    image_size: int,
-    batch_size: int,
-    num_workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device = CPU,
-) -> WatchedLoader:
-    """Labelled images in order for `device`, without augmentation: every `world_size`-th from `rank` on."""
-    dataset = EvaluationDataset(labelled, view, image_size, num_workers)
-    rows = range(rank, len(labelled.images), world_size)
-    options = loader_options(num_workers, device) | {"persistent_workers": False}
-    return WatchedLoader(dataset, batch_size=batch_size, sampler=rows, **options)
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """See `EpochSampler.resume`."""
+        self.sampler.resume(state)

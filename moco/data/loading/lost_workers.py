@@ -1,119 +1,123 @@
-"""Which of a loader's processes died, and what it was reading."""
+"""Name the image that a loader process was reading when it died.
+
+Every loader process writes the name of the image that it reads into shared memory. When a process
+is lost, the training process looks there.
+"""
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from moco.data.files.decoding import EncodedImage
-from moco.data.files.images import UnreadableImage
-from moco.data.loading.workers import is_gone
+from moco.data.loading.workers import is_gone, start_worker
 from moco.errors import printable
 
 LONGEST_NAME = 512  # bytes
 
 
-class LastRead:
-    """The name of what each loader process is at, in memory that they share with the training process.
+class ReadNotes:
+    """The name of the image that each loader process reads, in shared memory.
 
-    Of a name longer than `LONGEST_NAME` the end is kept.
+    Only the last `LONGEST_NAME` bytes of a name are kept.
     """
 
     def __init__(self, num_workers: int) -> None:
         self.pids = torch.zeros(num_workers, dtype=torch.int64).share_memory_()
         self.names = torch.zeros(num_workers, LONGEST_NAME, dtype=torch.uint8).share_memory_()
 
-    def note(self, name: str) -> None:
-        """This process is at `name` now; does nothing in the training process."""
-        worker = get_worker_info()
-        if worker is None:
-            return
-        content = os.fsencode(name)[-LONGEST_NAME:]
-        self.names[worker.id].numpy()[:] = memoryview(content.ljust(LONGEST_NAME, b"\0"))
-        self.pids[worker.id] = os.getpid()
+    def write(self, worker: int, name: str) -> None:
+        """Write what this process, loader process number `worker`, reads."""
+        content = os.fsencode(name)[-LONGEST_NAME:].ljust(LONGEST_NAME, b"\0")
+        self.names[worker].numpy()[:] = memoryview(content)
+        self.pids[worker] = os.getpid()
 
-    def __call__(self) -> list[tuple[int, str]]:
-        """The process id of each worker that has begun, and the name of what it is or was at."""
-        names = [os.fsdecode(row.numpy().tobytes().rstrip(b"\0")) for row in self.names]
-        return [(pid, name) for pid, name in zip(self.pids.tolist(), names, strict=True) if pid]
+    def read(self) -> list[tuple[int, str]]:
+        """Return the process id and the last name of each loader process that has read one."""
+        notes = []
+        for pid, row in zip(self.pids.tolist(), self.names, strict=True):
+            if pid:
+                name = row.numpy().tobytes().rstrip(b"\0")
+                notes.append((pid, os.fsdecode(name)))
+        return notes
 
 
-@dataclass(frozen=True)
-class WatchedImage:
-    """An image that says when it is decoded, so that a decoder that kills its process can be told which one it was."""
+notes_of_this_process: ReadNotes | None = None
+"""Set in a loader process of a `WatchedLoader`, and there only."""
 
-    image: EncodedImage | None
-    """None if not even its header can be read."""
-    name: str
-    note: Callable[[str], None]
-    """Of a `LastRead`."""
 
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.image.size if self.image else (1, 1)
+def keep_notes(notes: ReadNotes, worker: int) -> None:
+    """Prepare this loader process, and have it keep notes."""
+    global notes_of_this_process
+    start_worker(worker)
+    notes_of_this_process = notes
 
-    def pixels(self, reduction: int = 1) -> np.ndarray:
-        """See `EncodedImage`."""
-        if self.image is None:
-            raise UnreadableImage
-        self.note(self.name)
-        return self.image.pixels(reduction)
+
+def note_read(name: str) -> None:
+    """Note that this loader process now reads the image `name`; elsewhere do nothing."""
+    worker = get_worker_info()
+    if worker is not None and notes_of_this_process is not None:
+        notes_of_this_process.write(worker.id, name)
 
 
 class WatchedLoader(DataLoader[Any]):
-    """A loader that names what a process of its was reading when it was lost, and draws no global random number.
+    """A DataLoader whose error names what a lost process was reading.
+
+    Its dataset calls `note_read` before it reads an image. Unlike DataLoader, it draws no number
+    from the global random generator, whose state a resumed run would have to restore.
 
     Args:
-        dataset: where there are loader processes, with a `LastRead` as ``last_read``, in which it notes what it reads.
-        options: of `moco.data.loading.workers.loader_options`, and DataLoader's others.
+        options: arguments of DataLoader, with those of `moco.data.loading.workers.loader_options`.
     """
 
-    dataset: Any
-
-    def __init__(self, dataset: Any, **options: Any) -> None:
-        # DataLoader would draw its workers' seeds from the global generator, which a resume has to restore.
-        super().__init__(dataset, generator=torch.Generator(), **options)
+    def __init__(self, dataset: Any, *, num_workers: int = 0, **options: Any) -> None:
+        notes = ReadNotes(num_workers)
+        if num_workers:
+            options["worker_init_fn"] = partial(keep_notes, notes)
+        super().__init__(dataset, num_workers=num_workers, generator=torch.Generator(), **options)
+        self.notes = notes
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Starts the processes at once, not with the first batch."""
-        if not self.num_workers:
-            return super().__iter__()
-        with lost_worker_named(self.dataset.last_read):
-            return self._named(super().__iter__())
+        """Start the processes at once, and not with the first batch."""
+        with lost_worker_named(self.notes):
+            batches = super().__iter__()
+        return self._watched(batches)
 
-    def _named(self, batches: Iterator[Any]) -> Iterator[Any]:
-        with lost_worker_named(self.dataset.last_read):
+    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        with lost_worker_named(self.notes):
             yield from batches
 
 
 @contextmanager
-def lost_worker_named(last_read: Callable[[], list[tuple[int, str]]]) -> Iterator[None]:
-    """Inside, the failure that a lost loader process causes becomes a RuntimeError that names what it was reading.
-
-    Args:
-        last_read: the loader processes' ids, and what each was at last.
-    """
+def lost_worker_named(notes: ReadNotes) -> Iterator[None]:
+    """Turn the error of a lost loader process into a RuntimeError that names its image."""
     try:
         yield
     except (EOFError, OSError, RuntimeError) as error:  # a lost process shows as any of them
-        if said := _lost(last_read()):
-            raise RuntimeError(said) from error
-        raise
+        message = lost_worker(notes)
+        if message is None:
+            raise
+        raise RuntimeError(message) from error
 
 
-def _lost(workers: list[tuple[int, str]]) -> str:
-    """Which process is gone; empty if none is."""
-    for _ in range(
-        20 if workers else 0
-    ):  # its end of a pipe may be closed a little before it is gone
+def lost_worker(notes: ReadNotes) -> str | None:
+    """Return which process is gone and what it was reading, or None if none is gone.
+
+    The pipe of a process can close shortly before the process is gone, so wait up to a second.
+    """
+    workers = notes.read()
+    if not workers:
+        return None
+    for _ in range(20):
         for pid, name in workers:
             if is_gone(pid):
-                return f"DataLoader worker (pid {pid}) exited unexpectedly; it was reading {printable(name)}"
+                return (
+                    f"DataLoader worker (pid {pid}) exited unexpectedly; "
+                    f"it was reading {printable(name)}"
+                )
         time.sleep(0.05)
-    return ""
+    return None

@@ -1,7 +1,4 @@
-"""What comes when in an epoch: a function of (seed, epoch), the same after a resume in the middle.
-
-Letters: M images.
-"""
+"""The order of an epoch: a function of (seed, epoch), the same after a resume in its middle."""
 
 from collections.abc import Iterator
 
@@ -13,36 +10,38 @@ from moco.data.augment.draws import derived_seed
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):
-    """Places of the current epoch, as (epoch, number). The length is the whole epoch's, also if it starts in the middle."""
+    """Yield places of the current epoch as (epoch, number).
+
+    The length is that of the whole epoch, also if the epoch starts in its middle.
+    """
 
     def __init__(self) -> None:
         self.epoch = 0
-        self.resume_at = (
-            -1,
-            0,
-        )  # an epoch, and this process's places of it that were trained on before
+        self.resume_at = (-1, 0)
+        """An epoch, and how many of this process's places an earlier run trained on in it."""
 
     @property
     def start(self) -> int:
-        """How many of this process's places the current epoch leaves out, since an earlier run trained on them."""
+        """How many places of this process the current epoch skips."""
         epoch, position = self.resume_at
         return position if epoch == self.epoch else 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this at the start of every epoch."""
+        """Set the current epoch; Lightning calls this when an epoch starts."""
         self.epoch = epoch
 
 
 class EpochSampler(ResumableSampler):
-    """Each epoch's own random order of the images, as (epoch, index); every process takes its share of each batch.
+    """A random order of the images for each epoch, as (epoch, index).
 
-    The order depends on (seed, epoch) alone. Images left over after the last whole global batch sit out the epoch,
-    as with drop_last in the official code.
+    The order depends on (seed, epoch) alone. Every process takes its share of each batch. Images
+    that do not fill a last global batch are skipped in this epoch, as in the official code
+    (drop_last).
 
     Args:
         num_images: images in the training set.
         batch_size: images per optimizer step over all processes.
-        rank, world_size: this process and how many there are.
+        rank, world_size: the number of this process, and how many there are.
     """
 
     def __init__(
@@ -59,20 +58,31 @@ class EpochSampler(ResumableSampler):
         return self.num_images // self.batch_size * self.batch_size // self.world_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in self.share()[self.start :].tolist())
+        for index in self.share()[self.start :].tolist():
+            yield self.epoch, index
 
     def share(self) -> Tensor:
-        """This process's images in the current epoch, (M,), those before `start` too."""
+        """Return this process's images in the current epoch, also those before `start`."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_images, generator=generator)
-        order = order[: len(self) * self.world_size].view(
-            -1, self.batch_size
-        )  # one row per optimizer step
-        return order.chunk(self.world_size, dim=1)[self.rank].flatten()
+        used = order[: len(self) * self.world_size]
+        batches = used.view(-1, self.batch_size)  # (optimizer steps, images of all processes)
+        return batches.chunk(self.world_size, dim=1)[self.rank].flatten()
+
+    def state_after(self, num_images: int) -> dict[str, int]:
+        """Return the state for the checkpoint when this process has used `num_images` of its images.
+
+        The state counts the images of all processes.
+        """
+        return {"epoch": self.epoch, "images": num_images * self.world_size}
+
+    def resume(self, state: dict[str, int]) -> None:
+        """Go on from a state in its epoch, also with another number of processes."""
+        self.resume_at = (state["epoch"], images_handed_out(state) // self.world_size)
 
 
 class StreamSampler(ResumableSampler):
-    """An epoch's batches as (epoch, batch)."""
+    """The batches of an epoch as (epoch, batch)."""
 
     def __init__(self, num_batches: int) -> None:
         super().__init__()
@@ -82,9 +92,10 @@ class StreamSampler(ResumableSampler):
         return self.num_batches
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, number) for number in range(self.start, self.num_batches))
+        for number in range(self.start, self.num_batches):
+            yield self.epoch, number
 
 
 def images_handed_out(state: dict[str, int]) -> int:
-    """Return how far a loader was, also from a checkpoint of an earlier version, which said "pictures"."""
+    """Return how far a loader was; checkpoints of earlier versions call this "pictures"."""
     return state["images"] if "images" in state else state["pictures"]

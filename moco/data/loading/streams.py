@@ -1,251 +1,164 @@
-"""Training from tar shards: endless streams of samples in a reproducible order, batches from them, and their loader.
+"""Training from tar shards: endless streams of samples, batches of them, and their loader.
 
-Batch b of an epoch comes whole from stream b modulo the number of streams. What a stream holds depends on (seed, epoch,
-process, stream), and a loader's worker serves whole streams, so the batches are the same for any number of workers.
+Batch b of an epoch comes from stream b modulo the number of streams. What a stream holds depends on
+(seed, epoch, process, stream), and each loader process reads whole streams. So the batches are the
+same for any number of loader processes.
 """
 
 import itertools
 import logging
-import os
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from moco.data.augment.draws import derived_seed
 from moco.data.files.bad_fraction import check_bad_fraction
 from moco.data.files.decoding import EncodedImage
-from moco.data.loading.lost_workers import LastRead, WatchedImage, WatchedLoader
+from moco.data.loading.lost_workers import WatchedLoader, note_read
 from moco.data.loading.samplers import StreamSampler, images_handed_out
-from moco.data.sources.packed_index import INDEX, read_index
-from moco.data.sources.registry import DataSource
-from moco.data.sources.shards import (
-    NO_LIBRARY,
-    Problem,
-    Sample,
-    count_images,
-    images_in,
-    is_local,
-    list_shards,
-)
+from moco.data.loading.workers import unchanged
+from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 
-NO_INDEX = (
-    "data=webdataset is a stream to train on and has no images by number; data=packed reads the shards of moco.pack, "
-    "data=images files"
-)
-
-T = TypeVar("T")
 MakeBatch = Callable[[Sequence[tuple[int, EncodedImage, str]], int], Any]
-"""From (position in the epoch, image, name) of each row and the epoch to a batch, whose field ``unreadable``, (N,) bool,
-says which rows' images could not be decoded."""
+"""From (position in the epoch, image, name) of each row and the epoch to a batch.
 
-
-@dataclass(frozen=True)
-class ShardedImages:
-    """The training images of `webdataset`: a number of them and where they stream from, not each by its index."""
-
-    shards: Sequence[str]
-    num_images: int
-    num_streams: int
-    """Per process; fewer where there are not as many shards."""
-    shuffle_buffer: int
-    """Samples of each stream among which the next one is drawn."""
-    max_image_pixels: int
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def __getitem__(self, index: int) -> Image.Image:
-        raise InputError(NO_INDEX)
-
-    def opened(self, index: int) -> EncodedImage:
-        """Raises InputError."""
-        raise InputError(NO_INDEX)
-
-    def name(self, index: int) -> str:
-        return f"sample {index} of {len(self.shards)} shards"
-
-    def streams(self, seed: int, rank: int = 0, world_size: int = 1) -> "Streams":
-        """This process's share.
-
-        Raises:
-            InputError: there are fewer shards than processes.
-        """
-        per_process = len(self.shards) // world_size
-        if not per_process:
-            raise InputError(
-                f"data.root: {len(self.shards)} shards for {world_size} processes; expected at least one for each"
-            )
-        num_streams = max(number for number in divisors(self.num_streams) if number <= per_process)
-        if num_streams < self.num_streams:
-            log.info(
-                "%d streams instead of data.streams=%d, for %d shards a process",
-                num_streams, self.num_streams, per_process,
-            )  # fmt: skip
-        return Streams(
-            self.shards,
-            num_streams,
-            self.shuffle_buffer,
-            self.max_image_pixels,
-            seed,
-            rank,
-            world_size,
-        )
-
-
-def webdataset(
-    root: Any, streams: int, shuffle_buffer: int, num_images: int | None, max_image_pixels: int
-) -> DataSource:
-    """Tar shards without labels: see `moco.data.sources.shards.list_shards` for `root`.
-
-    Args:
-        num_images: samples in all shards together; None counts those of local shards.
-
-    Raises:
-        InputError: the library is missing, or there are no such shards, or no images in them.
-    """
-    try:
-        import webdataset as library  # noqa: F401
-    except ImportError as error:
-        raise InputError(NO_LIBRARY) from error
-    shards = list_shards(root)
-    if num_images is None:
-        num_images = _number_of_images(root, shards)
-    return DataSource(
-        ShardedImages(shards, num_images, streams, shuffle_buffer, max_image_pixels),
-        None,
-        None,
-        image_size=224,
-    )
-
-
-def _number_of_images(root: Any, shards: Sequence[str]) -> int:
-    if isinstance(root, str) and os.path.isfile(os.path.join(root, INDEX)):
-        return int(read_index(root)["num_images"])
-    remote = next((shard for shard in shards if not is_local(shard)), None)
-    if remote is not None:
-        raise InputError(
-            f"data.num_images: missing; {printable(remote)} is not a local file whose samples can be counted"
-        )
-    started = time.monotonic()
-    num_images, problems = count_images(shards)
-    for problem in problems:
-        log.warning("%s", problem.reason)
-    if not num_images:
-        raise InputError(f"data.root={root}: no images in the {len(shards)} shards")
-    seconds = time.monotonic() - started
-    log.info(
-        "%s images in %d shards, counted in %.1f s; data.num_images=%d saves that",
-        f"{num_images:,}", len(shards), seconds, num_images,
-    )  # fmt: skip
-    return num_images
+The batch has a field ``unreadable``, (batch,) bool: the images that cannot be decoded."""
 
 
 @dataclass(frozen=True)
 class Streams:
-    """This process's endless streams over all shards.
+    """The endless streams of this process over all shards.
 
-    In each epoch the shards' order is drawn anew; process r of R takes every R-th, its stream l of L every L-th of those. A
-    stream hands out all its samples before it begins again, in another order.
+    The shards get a new order in each epoch. Of R processes, process r reads every R-th shard, and
+    of L streams, stream l reads every L-th of those. When a stream has handed out all its samples,
+    it starts again in another order.
     """
 
     shards: Sequence[str]
     num_streams: int
     shuffle_buffer: int
+    """Number of samples of a stream from which the next one is drawn."""
     max_image_pixels: int
     seed: int
     rank: int = 0
     world_size: int = 1
 
     def shards_of(self, epoch: int, stream: int) -> list[str]:
-        """The shards of a stream, in the order of its first pass."""
+        """Return the shards of a stream, in the order in which it reads them first."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(len(self.shards), generator=generator)
-        return [
-            self.shards[number]
-            for number in order[self.rank :: self.world_size][stream :: self.num_streams]
-        ]
+        of_process = order[self.rank :: self.world_size]
+        of_stream = of_process[stream :: self.num_streams]
+        return [self.shards[number] for number in of_stream]
 
-    def samples(
-        self, epoch: int, stream: int, note: Callable[[str], None] = lambda name: None
-    ) -> Iterator[Sample | Problem]:
-        """One stream, without end.
-
-        Args:
-            note: told the name of each sample before it is read.
+    def samples(self, epoch: int, stream: int) -> Iterator[Sample | Problem]:
+        """Yield the samples of one stream, without end.
 
         Raises:
-            InputError: no shard of it holds an image, or a shard is refused.
+            InputError: its shards hold no image, or a shard is refused.
         """
         shards = self.shards_of(epoch, stream)
         for number in itertools.count():
             draws = random.Random(derived_seed(self.seed, epoch, self.rank, stream, number))
-            if number:
-                # By sorting: of Python's generator only random() is promised to give the same in every version.
+            if number > 0:
+                # Sorting by random() shuffles: Python promises the same numbers in every version
+                # only for random().
                 shards = sorted(shards, key=lambda shard: draws.random())
             is_empty = True
-            for found in self._shuffled(shards, draws, note):
-                is_empty = is_empty and isinstance(found, Problem)
+            for found in self._shuffled(shards, draws):
+                if isinstance(found, Sample):
+                    is_empty = False
                 yield found
             if is_empty:
-                raise InputError(
-                    f"data.root: no images in {', '.join(map(printable, shards[:10]))}"
-                )
+                names = ", ".join(printable(shard) for shard in shards[:10])
+                raise InputError(f"data.root: no images in {names}")
 
-    def _shuffled(
-        self, shards: Iterable[str], draws: random.Random, note: Callable[[str], None]
-    ) -> Iterator[Sample | Problem]:
-        """Every sample of the shards once, the next one always drawn from a buffer; problems as they come up."""
-        waiting: list[Sample] = []
+    def _shuffled(self, shards: Iterable[str], draws: random.Random) -> Iterator[Sample | Problem]:
+        """Yield every sample of the shards once, drawn from a buffer, and problems at once."""
+        buffer: list[Sample] = []
         for shard in shards:
-            for found in images_in(shard, self.max_image_pixels, note):
+            for found in images_in(shard, self.max_image_pixels, note_read):
                 if isinstance(found, Problem):
                     yield found
-                elif len(waiting) < self.shuffle_buffer:
-                    waiting.append(found)
+                elif len(buffer) < self.shuffle_buffer:
+                    buffer.append(found)
                 else:
-                    place = int(draws.random() * len(waiting))
-                    yield waiting[place]
-                    waiting[place] = found
-        while waiting:
-            place = int(draws.random() * len(waiting))
-            waiting[place], waiting[-1] = waiting[-1], waiting[place]
-            yield waiting.pop()
+                    place = int(draws.random() * len(buffer))
+                    yield buffer[place]
+                    buffer[place] = found
+        while buffer:
+            place = int(draws.random() * len(buffer))
+            buffer[place], buffer[-1] = buffer[-1], buffer[place]
+            yield buffer.pop()
+
+
+def build_streams(images: ShardedImages, seed: int, rank: int = 0, world_size: int = 1) -> Streams:
+    """Build the streams of this process.
+
+    Raises:
+        InputError: there are fewer shards than processes.
+    """
+    shards_per_process = len(images.shards) // world_size
+    if shards_per_process == 0:
+        raise InputError(
+            f"data.root: {len(images.shards)} shards for {world_size} processes; "
+            "expected at least one for each"
+        )
+    # Every stream needs a shard. A divisor of the wanted number keeps the numbers of loader
+    # processes possible that divide it.
+    num_streams = 1
+    for divisor in divisors(images.num_streams):
+        if divisor <= shards_per_process:
+            num_streams = divisor
+    if num_streams < images.num_streams:
+        log.info(
+            "%d streams instead of data.streams=%d, for %d shards a process",
+            num_streams,
+            images.num_streams,
+            shards_per_process,
+        )
+    return Streams(
+        images.shards,
+        num_streams,
+        images.shuffle_buffer,
+        images.max_image_pixels,
+        seed,
+        rank,
+        world_size,
+    )
 
 
 class StreamBatch(NamedTuple):
-    """What a worker hands to the training process."""
+    """What a loader process hands to the training process."""
 
     batch: Any
-    """What `MakeBatch` returned; None where a shard was refused."""
+    """The result of `MakeBatch`; None if a shard was refused."""
     problems: list[Problem]
-    """Met on the way to these rows, or in them."""
+    """Problems found while reading up to the last row of the batch."""
     refused: str
     """Why training cannot go on; empty if it can."""
 
 
 class StreamDataset(Dataset[StreamBatch]):
-    """Batches by (epoch, batch). A worker keeps its streams open; one that it is not at yet is read forward, undecoded.
+    """Batches by (epoch, batch).
 
-    A row's position in the epoch counts the rows of all processes: it is what augmentation draws depend on.
+    A loader process keeps its streams open. It reads a stream forward to the batch that it is asked
+    for, without decoding.
 
     Args:
-        batch_size: N, rows of each batch in this process.
-        num_workers: processes that will read from this object at the same time.
+        batch_size: rows of each batch in this process.
+        make_batch: gets the position of each row in the epoch, on which its draws depend. The
+            positions count the rows of all processes.
     """
 
-    def __init__(
-        self, streams: Streams, batch_size: int, make_batch: MakeBatch, num_workers: int = 0
-    ) -> None:
-        self.last_read = LastRead(num_workers)
+    def __init__(self, streams: Streams, batch_size: int, make_batch: MakeBatch) -> None:
         self.streams = streams
         self.batch_size = batch_size
         self.make_batch = make_batch
@@ -254,37 +167,39 @@ class StreamDataset(Dataset[StreamBatch]):
     def __getitem__(self, place: tuple[int, int]) -> StreamBatch:
         epoch, number = place
         try:
-            samples, problems = self._stream(epoch, number).take(self.batch_size)
-        except InputError as error:  # raised in a worker it would arrive as a traceback
+            samples, problems = self._stream_at(epoch, number).take(self.batch_size)
+        except InputError as error:
+            # Raised in a loader process, it would arrive with that process's traceback.
             return StreamBatch(None, [], str(error))
         first = (number * self.streams.world_size + self.streams.rank) * self.batch_size
-        note = self.last_read.note
-        watched = [WatchedImage(sample.image, sample.name, note) for sample in samples]
-        rows = [(first + row, image, image.name) for row, image in enumerate(watched)]
+        rows = []
+        for row, sample in enumerate(samples):
+            rows.append((first + row, sample.image, sample.name))
         batch = self.make_batch(rows, epoch)
         for row in batch.unreadable.nonzero().flatten().tolist():
             name = samples[row].name
             problems.append(Problem(name, f"{printable(name)}: cannot be decoded", is_shard=False))
         return StreamBatch(batch, problems, "")
 
-    def _stream(self, epoch: int, number: int) -> "OpenStream":
-        """The stream that holds a batch, at that batch."""
+    def _stream_at(self, epoch: int, number: int) -> "OpenStream":
+        """Return the stream of a batch, read forward to that batch."""
         turn, stream = divmod(number, self.streams.num_streams)
-        # After a resume within an epoch a worker serves other streams in the next one: what it no longer reads is closed.
-        self.opened = {
-            place: opened for place, opened in self.opened.items() if opened.epoch == epoch
-        }
-        opened = self.opened.get(stream)
-        if opened is None or opened.num_taken > turn * self.batch_size:
-            opened = self.opened[stream] = OpenStream(
-                epoch, self.streams.samples(epoch, stream, self.last_read.note)
-            )
-        opened.take(turn * self.batch_size - opened.num_taken)
+        # After a resume in the middle of an epoch, a loader process reads other streams in the next
+        # epoch. Close those of the last one.
+        for other, opened in list(self.opened.items()):
+            if opened.epoch != epoch:
+                del self.opened[other]
+        num_before = turn * self.batch_size
+        if stream not in self.opened or self.opened[stream].num_taken > num_before:
+            samples = self.streams.samples(epoch, stream)
+            self.opened[stream] = OpenStream(epoch, samples)
+        opened = self.opened[stream]
+        opened.take(num_before - opened.num_taken)
         return opened
 
 
 class OpenStream:
-    """A stream in an epoch, and how many samples were taken from it."""
+    """A stream in an epoch, and the number of samples taken from it."""
 
     def __init__(self, epoch: int, samples: Iterator[Sample | Problem]) -> None:
         self.epoch = epoch
@@ -292,7 +207,7 @@ class OpenStream:
         self.samples = samples
 
     def take(self, number: int) -> tuple[list[Sample], list[Problem]]:
-        """The next samples, and the problems before and between them."""
+        """Return the next samples, and the problems before and between them."""
         samples: list[Sample] = []
         problems: list[Problem] = []
         while len(samples) < number:
@@ -306,16 +221,20 @@ class OpenStream:
 
 
 class StreamLoader(WatchedLoader):
-    """Yields what `MakeBatch` makes. Lightning keeps its position in the checkpoint, so that a resumed epoch goes on there.
+    """Yield the batches of `MakeBatch`.
+
+    Lightning keeps the position in the checkpoint, and a resumed epoch goes on there.
 
     Args:
-        num_batches: of an epoch, in each process.
-        unreadable: gets the names of samples that could not be read.
+        num_batches: batches of an epoch in each process.
+        num_images: images of an epoch in all processes.
+        unreadable: gets the names of samples that cannot be read.
         options: of `moco.data.loading.workers.loader_options`.
 
     Raises:
-        InputError: the number of workers does not divide that of the streams. While iterating: unreadable samples are more
-            than `max_bad_fraction` of `num_images`, or a shard is refused.
+        InputError: the number of loader processes does not divide that of the streams. While
+            iterating: more than `max_bad_fraction` of the images are unreadable, or a shard is
+            refused.
     """
 
     sampler: StreamSampler
@@ -347,27 +266,30 @@ class StreamLoader(WatchedLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.batches_done = self.sampler.start
-        for handed in super().__iter__():
-            if handed.refused:
-                raise InputError(handed.refused)
-            self._note(handed.problems)
+        for result in super().__iter__():
+            if result.refused:
+                raise InputError(result.refused)
+            self._report(result.problems)
             self.batches_done += 1
-            yield handed.batch
+            yield result.batch
 
-    def _note(self, problems: Sequence[Problem]) -> None:
+    def _report(self, problems: Sequence[Problem]) -> None:
+        """Log each problem once, and stop if there are too many."""
         for problem in problems:
-            known = self.damaged_shards if problem.is_shard else self.unreadable
-            if problem.name not in known:
-                known.add(problem.name)
-                log.warning("%s: %s", "damaged" if problem.is_shard else "skipped", problem.reason)
+            if problem.is_shard and problem.name not in self.damaged_shards:
+                self.damaged_shards.add(problem.name)
+                log.warning("damaged: %s", problem.reason)
+            if not problem.is_shard and problem.name not in self.unreadable:
+                self.unreadable.add(problem.name)
+                log.warning("skipped: %s", problem.reason)
         check_bad_fraction(self.unreadable, self.num_images, self.max_bad_fraction)
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its images were handed out, by all processes together."""
+        """Return the epoch, and how many of its images all processes together have used."""
         return {"epoch": self.sampler.epoch, "images": self.batches_done * self._images_at_once}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there when that epoch is iterated next."""
+        """Resume there in that epoch."""
         self.sampler.resume_at = (state["epoch"], images_handed_out(state) // self._images_at_once)
 
     @property
@@ -376,18 +298,21 @@ class StreamLoader(WatchedLoader):
 
 
 def check_num_workers(num_workers: int, num_streams: int) -> None:
-    """Raises InputError if workers would have to share a stream: both would have to read all of it."""
+    """Refuse a number of loader processes that would have to share a stream.
+
+    Each of them would read all of it.
+
+    Raises:
+        InputError: the number does not divide that of the streams.
+    """
     if num_workers and num_streams % num_workers:
         choices = ", ".join(map(str, [0, *divisors(num_streams)]))
         raise InputError(
-            f"data.num_workers={num_workers}: expected a divisor of the {num_streams} streams: {choices}"
+            f"data.num_workers={num_workers}: "
+            f"expected a divisor of the {num_streams} streams: {choices}"
         )
 
 
 def divisors(number: int) -> list[int]:
+    """Return all divisors, the smallest first."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def unchanged(batch: T) -> T:
-    """Instead of collating: the data set hands out whole batches."""
-    return batch

@@ -1,4 +1,4 @@
-"""The loader's processes: how they start, what they leave to the training process, how they end."""
+"""The loader's processes: how they start, which signals they ignore, and how they end."""
 
 import atexit
 import multiprocessing
@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -18,52 +19,81 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 CPU = torch.device("cpu")
+Batch = TypeVar("Batch")
 
 
 def device_of(data: "pl.LightningDataModule") -> torch.device:
-    """Return the device that a module's batches are for: its Trainer's, or the CPU without a Trainer."""
+    """Return the device of a module's batches: its Trainer's, or the CPU without a Trainer."""
     return data.trainer.strategy.root_device if data.trainer else CPU
 
 
+def cores_of(num_processes: int) -> int:
+    """Return how many cores each of this machine's training processes may use."""
+    return max(1, len(os.sched_getaffinity(0)) // num_processes)
+
+
+def unchanged(batch: Batch) -> Batch:
+    """Return a batch as it is: the collate function of datasets that hand out whole batches."""
+    return batch
+
+
 def loader_options(num_workers: int, device: torch.device) -> dict[str, Any]:
-    """Return DataLoader's arguments for so many worker processes.
+    """Return DataLoader's arguments for this many worker processes.
 
     Args:
-        device: what the batches are for. Pinned memory is of use to CUDA alone, and asking for it elsewhere would make a
-            machine's idle GPU set up.
+        device: the device that uses the batches. Only CUDA gains from pinned memory. Elsewhere
+            pinning would initialise a GPU that the run does not use.
     """
-    options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
+    options: dict[str, Any] = {
+        "num_workers": num_workers,
+        "pin_memory": device.type == "cuda",
+        "persistent_workers": num_workers > 0,
+    }
     if num_workers == 0:
-        return options | {"persistent_workers": False}
-    # A fork of a process with threads (torch's, faiss's) can deadlock; the fork server has none.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["moco.data.loading.loaders"])
-    # Ctrl-C and SIGTERM reach the whole process group, a scheduler's signals every process of the job; the training process
-    # alone decides what happens then. The server and its workers inherit the mask; they leave when that process closes its
-    # end or is gone.
+        return options
+    start_fork_server()
+    options["multiprocessing_context"] = "forkserver"
+    options["worker_init_fn"] = start_worker
+    return options
+
+
+def start_fork_server() -> None:
+    """Start the process that forks the workers, if it does not run yet.
+
+    Forking the training process could deadlock, because it has threads (of torch and faiss).
+
+    Ctrl-C and SIGTERM reach the whole process group, and a scheduler's signals reach every process
+    of a job. Only the training process decides what happens then. The server and its workers
+    inherit a mask that blocks these signals.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moco.data.loading.loaders"])
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-        multiprocessing.resource_tracker.ensure_running()  # it lifts the mask of the first two
+        # Starting the resource tracker unblocks SIGINT and SIGTERM, so block them again.
+        multiprocessing.resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return options | {
-        "multiprocessing_context": "forkserver", "persistent_workers": True, "worker_init_fn": leave_with_parent
-    }  # fmt: skip
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended, even if nobody has asked for its exit status yet."""
+    """Return whether a process has ended, even if nobody has read its exit status yet."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return True
-    return status.rpartition(")")[2].split()[0] in "ZX"
+    state = status.rpartition(")")[2].split()[0]
+    return state in ("Z", "X")
 
 
 def end_workers() -> None:
-    """Kill loader processes that are still there: they take no SIGTERM, and multiprocessing would wait for them for ever."""
+    """Kill the loader processes that still run when this process ends.
+
+    They block SIGTERM, and multiprocessing would wait for them for ever.
+    """
     for child in multiprocessing.active_children():
         if isinstance(child, multiprocessing.context.ForkServerProcess):
             child.kill()
@@ -72,21 +102,28 @@ def end_workers() -> None:
 atexit.register(end_workers)
 
 
-def leave_with_parent(worker: int) -> None:
-    """Have this worker end when the training process is gone, whatever ended that.
+def start_worker(worker: int) -> None:
+    """Prepare this loader process: it ends when the training process has ended in any way.
 
-    PyTorch's own watch asks for the fork server instead, which in turn waits for its workers.
+    PyTorch checks the parent process instead. That is the fork server, which waits for its workers.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
+    threading.Thread(target=leave_after, args=(parent,), daemon=True).start()
+    # If the training process ends while a batch is on its way, a thread of multiprocessing would
+    # print a traceback here.
+    sys.excepthook = show_unless_disconnected
 
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
-    # When the training process ends while it fetches a batch, a thread of multiprocessing here would print a traceback.
-    show = sys.excepthook
-    sys.excepthook = lambda kind, *error: (
-        None if issubclass(kind, ConnectionError) else show(kind, *error)
-    )
+def leave_after(parent: Any) -> None:
+    """Wait until the parent process has ended, then end this one."""
+    parent.join()
+    os._exit(1)
+
+
+def show_unless_disconnected(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Print an uncaught error, except that a connection was closed."""
+    if not issubclass(kind, ConnectionError):
+        sys.__excepthook__(kind, error, traceback)

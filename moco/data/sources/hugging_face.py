@@ -1,11 +1,10 @@
-"""Folders that Hugging Face's `datasets` wrote with ``save_to_disk``: Arrow tables, mapped into memory.
+"""Folders that Hugging Face's `datasets` wrote with ``save_to_disk``: memory-mapped Arrow tables.
 
-They are data: their columns' types come from JSON, images are taken as encoded bytes, and no code in a folder is run.
+Nothing in such a folder is run: column types come from JSON, and images are encoded bytes.
 """
 
 import json
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,22 @@ from PIL import Image
 
 from moco.data.files.decoding import EncodedImage, encoded
 from moco.data.files.images import UnreadableImage
-from moco.data.sources.registry import DataSource, Labelled
+from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, printable, unknown_name
 
 log = logging.getLogger(__name__)
 
-HELD_OUT = ("validation", "val", "test")
+HELD_OUT_SPLITS = ("validation", "val", "test")  # the first one that exists is taken
+IMAGE_SIZE = 224  # px
+NO_LABEL = -1
 
 
 class TableImages:
     """Images in a column of a `datasets.Dataset`.
 
     Args:
-        table: the data set, that column alone, its rows as Arrow gives them.
-        what: the data set's name for messages.
+        table: the dataset with this column alone, in the format ``arrow``.
+        what: the dataset's name for messages.
     """
 
     def __init__(self, table: Any, column: str, what: str, max_image_pixels: int) -> None:
@@ -43,56 +44,201 @@ class TableImages:
         return Image.fromarray(self.opened(index).pixels())
 
     def opened(self, index: int) -> EncodedImage:
-        """See `Images`; raises UnreadableImage also where a row holds a path instead of an image."""
+        """See `Images`; a row with a path in place of an image is unreadable too."""
         name = self.name(index)
-        content = (self.table[index][self.column][0].as_py() or {}).get("bytes")
+        row = self.table[index][self.column][0].as_py()
+        content = row.get("bytes") if row else None
         if content is None:
             raise UnreadableImage(f"{printable(name)}: no image in the table")
         return encoded(content, name, self.max_image_pixels)
 
     def name(self, index: int) -> str:
+        """See `Images`."""
         return f"{self.what}[{index}]"
 
 
-def hugging_face(
-    root: str, image_column: str | None, label_column: str | None, max_image_pixels: int
-) -> DataSource:
-    """A Dataset, or a DatasetDict whose split ``train`` is trained on and whose validation or test split is held out.
+class Split:
+    """One split of a saved folder, and which of its columns are used.
 
     Args:
-        image_column: None: the only column of type Image.
-        label_column: None: the only column of type ClassLabel, if there is one.
+        image_column: None takes the only column of type Image.
+        label_column: None takes the only column of type ClassLabel, if there is one.
 
     Raises:
-        InputError: the library is missing, or the folder is something else; for columns it names the choices.
+        InputError: the split is empty or has no such columns; the message names the choices.
     """
-    found = _loaded(root)
-    splits = found if isinstance(found, dict) else {"train": found}
+
+    def __init__(
+        self,
+        root: str,
+        name: str,
+        dataset: Any,
+        image_column: str | None,
+        label_column: str | None,
+    ) -> None:
+        import datasets
+
+        self.name = f"{root}[{name}]"
+        self.where = f"{root}, split {name}"
+        self.dataset = dataset
+        if len(dataset) == 0:
+            raise InputError(f"data.root={self.where}: no rows in there")
+        found = self._choose_column(image_column, "data.image_column", datasets.Image)
+        if found is None:
+            columns = describe_columns(dataset.features)
+            raise InputError(
+                f"data.root={self.where}: no column of type Image in there ({columns})"
+            )
+        self.image_column = found
+        self.label_column = self._choose_column(
+            label_column, "data.label_column", datasets.ClassLabel
+        )
+
+    def _choose_column(self, given: str | None, key: str, column_type: type) -> str | None:
+        """Return the given column, or the only one of a type; None if there is none."""
+        features = self.dataset.features
+        columns = []
+        for name, feature in features.items():
+            if isinstance(feature, column_type):
+                columns.append(name)
+        if given is None:
+            if len(columns) > 1:
+                raise InputError(
+                    f"{key}: missing; {self.where} has several columns of type "
+                    f"{column_type.__name__}: {printable(', '.join(columns))}"
+                )
+            if not columns:
+                return None
+            return columns[0]
+        if given not in features:
+            raise InputError(f"{key}: {unknown_name('column', given, features)}")
+        is_label = key == "data.label_column"
+        if given not in columns and not (is_label and is_integer(features[given])):
+            raise InputError(
+                f"{key}={given}: expected a column of type {column_type.__name__} "
+                f"({self.where} has {describe_columns(features)})"
+            )
+        return given
+
+    def images(self, max_image_pixels: int) -> TableImages:
+        """Return the split's images."""
+        import datasets
+
+        # Undecoded, so that an image is read in the loader process as files are.
+        table = self.dataset.select_columns([self.image_column])
+        table = table.cast_column(self.image_column, datasets.Image(decode=False))
+        return TableImages(
+            table.with_format("arrow"), self.image_column, self.name, max_image_pixels
+        )
+
+    def class_names(self) -> list[str] | None:
+        """Return the class names in the order of their numbers; None for plain numbers."""
+        feature = self.dataset.features[self.label_column]
+        return getattr(feature, "names", None)
+
+    def labels(self) -> np.ndarray | None:
+        """Return the labels, (rows,) int64; None if there are none or some rows have none.
+
+        Published test splits often have no labels.
+
+        Raises:
+            InputError: a label is no class; the message names the row.
+        """
+        if self.label_column is None:
+            return None
+        column = self.dataset.select_columns([self.label_column]).with_format("arrow")
+        names = self.class_names()
+        end = 2**63
+        expected = "0 or more"
+        if names is not None:
+            end = len(names)
+            expected = f"0 to {end - 1}, its {end} classes"
+        labels: list[int] = []
+        # `datasets` checks labels when a table is written, and not when it is read.
+        for row, label in enumerate(column[:][self.label_column].to_pylist()):
+            if label is None:
+                labels.append(NO_LABEL)
+                continue
+            labels.append(label)
+            if not NO_LABEL <= label < end:
+                raise InputError(
+                    f"data.root={self.where}: column {printable(self.label_column)} holds {label} "
+                    f"in row {row}; expected {expected}, or -1 (no label)"
+                )
+        if NO_LABEL in labels:
+            log.info("%s has rows without a label: its labels are not used", printable(self.where))
+            return None
+        return np.array(labels, dtype=np.int64)
+
+
+def hugging_face_source(
+    root: str, image_column: str | None, label_column: str | None, max_image_pixels: int
+) -> DataSource:
+    """Return a Dataset, or a DatasetDict: it trains on the split ``train``.
+
+    The validation or test split is the queries.
+
+    Args:
+        image_column, label_column: see `Split`.
+
+    Raises:
+        InputError: the library is missing, or the folder is something else.
+    """
+    splits = load_splits(root)
     if "train" not in splits:
-        raise InputError(
-            f"data.root={root}: no split train in there (found {printable(', '.join(sorted(splits)))})"
-        )
-    held_out = next((name for name in HELD_OUT if name in splits), None)
-    train, bank = _images(
-        root, "train", splits["train"], image_column, label_column, max_image_pixels
-    )
+        found = printable(", ".join(sorted(splits)))
+        raise InputError(f"data.root={root}: no split train in there (found {found})")
+    train = Split(root, "train", splits["train"], image_column, label_column)
+    train_images = train.images(max_image_pixels)
+    train_labels = train.labels()
+    if train_labels is None:
+        return DataSource(train_images, None, None, IMAGE_SIZE)
+    bank = Labelled(train_images, train_labels)
     queries = None
-    if held_out is not None and bank is not None:
-        _, queries = _images(
-            root, held_out, splits[held_out], image_column, label_column, max_image_pixels
+    for name in HELD_OUT_SPLITS:
+        if name in splits:
+            held_out = Split(root, name, splits[name], image_column, label_column)
+            queries = queries_of(held_out, train, max_image_pixels)
+            break
+    return DataSource(train_images, bank, queries, IMAGE_SIZE)
+
+
+def queries_of(held_out: Split, train: Split, max_image_pixels: int) -> Labelled | None:
+    """Return the images of the held-out split with the training split's class numbers.
+
+    Raises:
+        InputError: the splits' classes do not go together.
+    """
+    labels = held_out.labels()
+    if labels is None:
+        return None
+    names = held_out.class_names()
+    train_names = train.class_names()
+    images = held_out.images(max_image_pixels)
+    if names == train_names:
+        return Labelled(images, labels)
+    if names is None or train_names is None:
+        raise InputError(
+            f"data.root={held_out.where}: one of its labels and those of the split train has class "
+            "names, the other none"
         )
-        if queries is not None:
-            there, here = (
-                _class_names(root, name, splits[name], label_column) for name in ("train", held_out)
-            )
-            queries = Labelled(
-                queries.images,
-                _renumbered(queries.labels, here, there, f"{root}, split {held_out}"),
-            )
-    return DataSource(train, bank, queries, image_size=224)
+    unknown = sorted(set(names) - set(train_names))
+    if unknown:
+        raise InputError(
+            f"data.root={held_out.where}: classes that the split train does not have: "
+            f"{printable(', '.join(unknown))}"
+        )
+    # The two splits may number the same classes differently.
+    new_numbers = np.array([train_names.index(name) for name in names])
+    return Labelled(images, new_numbers[labels])
 
 
-def _loaded(root: str) -> Any:
+def load_splits(root: str) -> dict[str, Any]:
+    """Return the datasets of a saved folder by split; a single Dataset is the split ``train``.
+
+    Raises:
+        InputError: the library is missing, or the folder is something else.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -102,153 +248,47 @@ def _loaded(root: str) -> Any:
     scripts = sorted(path.name for path in Path(root).glob("*.py"))
     if scripts:
         raise InputError(
-            f"data.root={root}: holds a loading script ({printable(scripts[0])}), and no code is run from there"
+            f"data.root={root}: holds a loading script ({printable(scripts[0])}), "
+            "and no code is run from there"
         )
     try:
-        empty = _empty_splits(root)
-        found = None if empty else datasets.load_from_disk(root)
-    except Exception as error:  # on damaged folders its parsers and Arrow's raise nearly anything
+        empty_splits = find_empty_splits(root)
+        found = None
+        if not empty_splits:
+            found = datasets.load_from_disk(root)
+    except Exception as error:  # its parsers and Arrow's raise nearly anything on damaged folders
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         raise InputError(
             f"data.root={root}: not a folder of datasets' save_to_disk ({reason})"
         ) from error
-    if empty:
-        raise InputError(f"data.root={root}: no rows in {printable(', '.join(empty))}")
-    return found
+    if empty_splits:
+        raise InputError(f"data.root={root}: no rows in {printable(', '.join(empty_splits))}")
+    if isinstance(found, dict):
+        return found
+    return {"train": found}
 
 
-def _empty_splits(root: str) -> list[str]:
-    """Folders that hold a table without any file, which the library writes and does not read."""
-    states = [
-        path
-        for pattern in ("state.json", "*/state.json")
-        for path in sorted(Path(root).glob(pattern))
-    ]
-    return [
-        path.parent.name for path in states if json.loads(path.read_text()).get("_data_files") == []
-    ]
+def find_empty_splits(root: str) -> list[str]:
+    """Return the folders of tables without a file, which the library writes but cannot read."""
+    empty = []
+    for pattern in ("state.json", "*/state.json"):
+        for path in sorted(Path(root).glob(pattern)):
+            if json.loads(path.read_text()).get("_data_files") == []:
+                empty.append(path.parent.name)
+    return empty
 
 
-def _images(
-    root: str,
-    split: str,
-    dataset: Any,
-    image_column: str | None,
-    label_column: str | None,
-    max_image_pixels: int,
-) -> tuple[TableImages, Labelled | None]:
-    import datasets
-
-    features = dataset.features
-    where = f"{root}, split {split}"
-    if not len(dataset):
-        raise InputError(f"data.root={where}: no rows in there")
-    column = _chosen(features, image_column, "data.image_column", datasets.Image, where)
-    if column is None:
-        raise InputError(
-            f"data.root={where}: no column of type Image in there ({_described(features)})"
-        )
-    undecoded = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    images = TableImages(
-        undecoded.with_format("arrow"), column, f"{root}[{split}]", max_image_pixels
-    )
-    label = _chosen(features, label_column, "data.label_column", datasets.ClassLabel, where)
-    labels = None if label is None else _labels(dataset, label, where)
-    return images, None if labels is None else Labelled(images, labels)
+def describe_columns(features: Any) -> str:
+    """Return the columns and their types in words."""
+    columns = []
+    for name, feature in features.items():
+        column_type = type(feature).__name__
+        if column_type == "Value":
+            column_type = str(feature.dtype)
+        columns.append(f"{name}: {column_type}")
+    return printable(", ".join(columns)) or "no columns"
 
 
-def _chosen(features: Any, given: str | None, key: str, kind: type, where: str) -> str | None:
-    """The column of a type: the given one, or the only one; None without any."""
-    columns = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if given is None:
-        if len(columns) > 1:
-            choices = printable(", ".join(columns))
-            raise InputError(
-                f"{key}: missing; {where} has several columns of type {kind.__name__}: {choices}"
-            )
-        return columns[0] if columns else None
-    if given not in features:
-        raise InputError(f"{key}: {unknown_name('column', given, features)}")
-    is_number = key == "data.label_column" and str(
-        getattr(features[given], "dtype", "")
-    ).startswith(("int", "uint"))
-    if given not in columns and not is_number:
-        raise InputError(
-            f"{key}={given}: expected a column of type {kind.__name__} ({where} has {_described(features)})"
-        )
-    return given
-
-
-def _described(features: Any) -> str:
-    return (
-        printable(", ".join(f"{name}: {_kind(feature)}" for name, feature in features.items()))
-        or "no columns"
-    )
-
-
-def _kind(feature: Any) -> str:
-    kind = type(feature).__name__
-    return str(feature.dtype) if kind == "Value" else kind
-
-
-def _labels(dataset: Any, column: str, where: str) -> np.ndarray | None:
-    """(M,) int64; None where some are missing, as in test splits that were published without.
-
-    Raises:
-        InputError: a label is no class; it names the row.
-    """
-    # `datasets` looks at labels when they are put into a table, and not when the table is read.
-    given: Iterable[int | None] = (
-        dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
-    )
-    values = [-1 if value is None else value for value in given]
-    names = getattr(dataset.features[column], "names", None)
-    end = len(names) if names is not None else 2**63
-    row = next((row for row, value in enumerate(values) if not -1 <= value < end), None)
-    if row is not None:
-        expected = "0 or more" if names is None else f"0 to {end - 1}, its {end} classes"
-        raise InputError(
-            f"data.root={where}: column {printable(column)} holds {values[row]} in row {row}; expected {expected}, "
-            "or -1 (no label)"
-        )
-    labels = np.array(values, dtype=np.int64)
-    if (labels < 0).any():
-        log.info("%s has rows without a label: its labels are not used", printable(where))
-        return None
-    return labels
-
-
-def _class_names(root: str, split: str, dataset: Any, label_column: str | None) -> list[str] | None:
-    """Of a split that has labels, in the order of their numbers; None where the labels are plain numbers."""
-    import datasets
-
-    column = _chosen(
-        dataset.features,
-        label_column,
-        "data.label_column",
-        datasets.ClassLabel,
-        f"{root}, split {split}",
-    )
-    feature = dataset.features[column]
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-
-
-def _renumbered(
-    labels: np.ndarray, here: list[str] | None, there: list[str] | None, where: str
-) -> np.ndarray:
-    """The labels, (M,) int64, of classes called `here`, as numbers of the training split, which calls them `there`.
-
-    Raises:
-        InputError: that split does not have one of the names, or only one of the two has names.
-    """
-    if here == there:
-        return labels
-    if here is None or there is None:
-        raise InputError(
-            f"data.root={where}: one of its labels and those of the split train has class names, the other none"
-        )
-    if unknown := sorted(set(here) - set(there)):
-        raise InputError(
-            f"data.root={where}: classes that the split train does not have: {printable(', '.join(unknown))}"
-        )
-    return np.array([there.index(name) for name in here])[labels]
+def is_integer(feature: Any) -> bool:
+    """Return whether a column holds whole numbers."""
+    return str(getattr(feature, "dtype", "")).startswith(("int", "uint"))

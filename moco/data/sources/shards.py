@@ -1,7 +1,7 @@
-"""Tar shards in the layout of webdataset: which there are, and the images in each, from its start to its end.
+"""Tar shards in webdataset's layout: which shards there are, and the images in each of them.
 
-A sample is a run of members whose names agree up to the first dot of their last part; its first member with an image's
-extension is the image, and the others are not read.
+A sample is a run of members whose names agree up to the first dot of their last part. Its image is
+the first member with an image's extension; the other members are not read.
 """
 
 import glob
@@ -11,26 +11,35 @@ import os
 import re
 import subprocess
 import tarfile
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 
+from PIL import Image
+
 from moco.data.files.decoding import EncodedImage, encoded
 from moco.data.files.images import EXTENSIONS, UnreadableImage
-from moco.data.sources.packed_index import INDEX, check_finished, read_index
+from moco.data.sources.folders import list_of_paths
+from moco.data.sources.packed_copy import INDEX, check_finished, read_index
+from moco.data.sources.source import DataSource
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 
 # What tarfile, the decompressors and pipes raise on damaged archives.
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
-LARGEST_IMAGE = (
-    2**28
-)  # bytes; an encoded image of more is unreadable, whatever a header or a compressed shard makes of it
+MAX_ENCODED_BYTES = 2**28  # a larger encoded image is unreadable
+IMAGE_SIZE = 224  # px
 NO_LIBRARY = "data=webdataset needs another package: pip install 'moco-ssl[webdataset]'"
+NO_INDEX = (
+    "data=webdataset is a stream to train on and has no images by number; "
+    "data=packed reads the shards of moco.pack, data=images files"
+)
 
 
 class Sample(NamedTuple):
@@ -42,96 +51,123 @@ class Sample(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What could not be read: a sample, or all of a shard from some place on."""
+    """What could not be read: a sample, or the rest of a shard."""
 
     name: str
     reason: str
     is_shard: bool
 
 
-class CheckedHeader(tarfile.TarInfo):
-    """A member's header. tarfile takes whatever is none for the archive's end; only zeros are one."""
+@dataclass(frozen=True)
+class ShardedImages:
+    """Training images in shards: their number is known, and they arrive as a stream.
 
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "CheckedHeader":
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
-                raise
-            raise tarfile.ReadError(str(error)) from error
+    `moco.data.loading.streams` makes the streams.
+    """
+
+    shards: Sequence[str]
+    num_images: int
+    num_streams: int
+    """Streams of each process; fewer if there are fewer shards."""
+    shuffle_buffer: int
+    """Number of samples of a stream from which the next one is drawn."""
+    max_image_pixels: int
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __getitem__(self, index: int) -> Image.Image:
+        raise InputError(NO_INDEX)
+
+    def opened(self, index: int) -> EncodedImage:
+        """Raise InputError: a stream has no images by number."""
+        raise InputError(NO_INDEX)
+
+    def name(self, index: int) -> str:
+        """See `Images`."""
+        return f"sample {index} of {len(self.shards)} shards"
+
+
+def sharded_source(
+    root: Any, streams: int, shuffle_buffer: int, num_images: int | None, max_image_pixels: int
+) -> DataSource:
+    """Return tar shards without labels.
+
+    Args:
+        root: see `list_shards`.
+        num_images: number of samples in all shards; None counts those of local shards.
+
+    Raises:
+        InputError: the library is missing, or there are no shards, or no images in them.
+    """
+    try:
+        import webdataset  # noqa: F401
+    except ImportError as error:
+        raise InputError(NO_LIBRARY) from error
+    shards = list_shards(root)
+    if num_images is None:
+        num_images = find_num_images(root, shards)
+    images = ShardedImages(shards, num_images, streams, shuffle_buffer, max_image_pixels)
+    return DataSource(images, None, None, IMAGE_SIZE)
+
+
+def find_num_images(root: Any, shards: Sequence[str]) -> int:
+    """Return the number of images by the index of a packed copy, or by counting local shards.
+
+    Raises:
+        InputError: a shard is not local, or there are no images.
+    """
+    if isinstance(root, str) and os.path.isfile(os.path.join(root, INDEX)):
+        return int(read_index(root)["num_images"])
+    for shard in shards:
+        if not is_local(shard):
+            raise InputError(
+                f"data.num_images: missing; {printable(shard)} is not a local file "
+                "whose samples can be counted"
+            )
+    started = time.monotonic()
+    num_images, problems = count_images(shards)
+    for problem in problems:
+        log.warning("%s", problem.reason)
+    if num_images == 0:
+        raise InputError(f"data.root={root}: no images in the {len(shards)} shards")
+    log.info(
+        "%s images in %d shards, counted in %.1f s; data.num_images=%d saves that",
+        f"{num_images:,}",
+        len(shards),
+        time.monotonic() - started,
+        num_images,
+    )
+    return num_images
 
 
 def list_shards(root: Any) -> list[str]:
-    """The shards that `root` stands for, braces and lists in their order, wildcards and folders sorted by name.
+    """Return the shards of `root`.
+
+    Braces and lists keep their order; what a wildcard or a folder stands for is sorted by name.
 
     Args:
-        root: a path, with braces or wildcards or without; a folder of .tar files; an address that webdataset opens, such as
-            ``pipe:COMMAND``; or a list of these. Of a folder that moco.pack wrote, the shards to train on.
+        root: a path, with or without braces or wildcards; a folder of .tar files or of moco.pack;
+            an address that webdataset opens, such as ``pipe:COMMAND``; or a list of these.
 
     Raises:
         InputError: it is something else, or there is no such file.
     """
-    roots = [root] if isinstance(root, str) else root
-    if not isinstance(roots, list) or not roots or not all(isinstance(one, str) for one in roots):
+    roots = list_of_paths(root)
+    if roots is None:
         raise InputError(
-            f"data.root={root}: expected tar shards: a pattern, a folder, pipe:COMMAND, or a list of these"
+            f"data.root={root}: expected tar shards: a pattern, a folder, pipe:COMMAND, "
+            "or a list of these"
         )
-    return [
-        shard for one in roots for pattern in _without_braces(one) for shard in _matching(pattern)
-    ]
+    shards = []
+    for root_pattern in roots:
+        for pattern in expand_braces(root_pattern):
+            shards += shards_of_pattern(pattern)
+    return shards
 
 
-def is_local(shard: str) -> bool:
-    """Whether it is the path of a file, and not an address or a command."""
-    return not re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", shard)
-
-
-def images_in(
-    shard: str, max_image_pixels: int, note: Callable[[str], None] = lambda name: None
-) -> Iterator[Sample | Problem]:
-    """The images of a shard in their order, and what could not be read. Pixels are not decoded.
-
-    Args:
-        note: told the name of each image before it is read.
-
-    Raises:
-        InputError: a member's path is absolute or leads out of the archive.
-    """
-    number = 0
-    try:
-        with (
-            _opened(shard) as stream,
-            tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedHeader) as archive,
-        ):
-            for member in _image_members(archive, shard):
-                name = f"{shard}/{member.name}"
-                note(name)
-                try:
-                    sample = Sample(
-                        encoded(_content(archive, member, name), name, max_image_pixels), name
-                    )
-                except UnreadableImage as error:
-                    yield Problem(name, str(error), is_shard=False)
-                else:
-                    yield sample
-                number += 1
-    except TAR_ERRORS as error:
-        yield Problem(shard, _cut_short(shard, number, error), is_shard=True)
-
-
-def count_images(shards: Sequence[str]) -> tuple[int, list[Problem]]:
-    """How many images local shards hold, by the headers of their members, and which shards are damaged or empty.
-
-    Raises:
-        InputError: as of `images_in`.
-    """
-    with ThreadPoolExecutor() as pool:
-        counted = list(pool.map(_counted, shards))
-    return sum(number for number, _ in counted), [problem for _, problem in counted if problem]
-
-
-def _without_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """Return the patterns that braces such as {000..499} stand for."""
     from braceexpand import braceexpand
 
     try:
@@ -140,22 +176,24 @@ def _without_braces(pattern: str) -> list[str]:
         raise InputError(f"data.root={pattern}: {error}") from error
 
 
-def _matching(pattern: str) -> list[str]:
+def shards_of_pattern(pattern: str) -> list[str]:
+    """Return the shards of one address, folder, pattern with wildcards, or path."""
     if not is_local(pattern):
         return [pattern]
     if os.path.isdir(pattern):
-        return _shards_of_folder(pattern)
-    if glob.has_magic(pattern) and not os.path.exists(pattern):
-        found = sorted(glob.glob(pattern))
-        if not found:
-            raise InputError(f"data.root={pattern}: no file matches")
-        return found
-    if not os.path.isfile(pattern):
+        return shards_of_folder(pattern)
+    if os.path.isfile(pattern):
+        return [pattern]
+    if not glob.has_magic(pattern):
         raise InputError(f"data.root={pattern}: no such file")
-    return [pattern]
+    found = sorted(glob.glob(pattern))
+    if not found:
+        raise InputError(f"data.root={pattern}: no file matches")
+    return found
 
 
-def _shards_of_folder(folder: str) -> list[str]:
+def shards_of_folder(folder: str) -> list[str]:
+    """Return the .tar files of a folder; of a packed copy only those to train on."""
     if os.path.isfile(os.path.join(folder, INDEX)):
         index = read_index(folder)
         if index["format"] != "shards":
@@ -163,7 +201,8 @@ def _shards_of_folder(folder: str) -> list[str]:
                 f"data.root={folder}: holds a packed array and no shards; data=packed reads it"
             )
         check_finished(folder, index)
-        names = [part["file"] for part in index["parts"] if part["file"].startswith("train-")]
+        files = [part["file"] for part in index["parts"]]
+        names = [name for name in files if name.startswith("train-")]
     else:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
     if not names:
@@ -171,31 +210,143 @@ def _shards_of_folder(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
-@contextmanager
-def _opened(shard: str) -> Iterator[IO[bytes]]:
-    """The shard as a stream of bytes; OSError where the command that should have written it has failed."""
-    from webdataset.gopen import gopen
+def is_local(shard: str) -> bool:
+    """Return whether a shard is a path and not an address or a command."""
+    return not re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", shard)
 
-    # gopen would take run1:x.tar for an address.
-    stream: Any = open(shard, "rb") if is_local(shard) else gopen(shard)  # noqa: SIM115 (closed below)
+
+class CheckedHeader(tarfile.TarInfo):
+    """A member's header; only a block of zeros ends the archive.
+
+    tarfile takes any block that is no header for the end, and would not notice damage.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "CheckedHeader":
+        """Raise ReadError for a block that is neither a header nor the archive's end."""
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+                raise
+            raise tarfile.ReadError(str(error)) from error
+
+
+def ignore_name(name: str) -> None:
+    """Do nothing: nobody wants to know which image is read."""
+
+
+def images_in(
+    shard: str, max_image_pixels: int, note: Callable[[str], None] = ignore_name
+) -> Iterator[Sample | Problem]:
+    """Yield the images of a shard in their order, not decoded, and what could not be read.
+
+    Args:
+        note: called with the name of each image before it is read.
+
+    Raises:
+        InputError: a member's path is absolute or leads out of the archive.
+    """
+    num_images = 0
+    try:
+        with (
+            open_shard(shard) as stream,
+            tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedHeader) as archive,
+        ):
+            for member in image_members(archive, shard):
+                name = f"{shard}/{member.name}"
+                note(name)
+                yield read_sample(archive, member, name, max_image_pixels)
+                num_images += 1
+    except TAR_ERRORS as error:
+        yield Problem(shard, describe_damage(shard, num_images, error), is_shard=True)
+
+
+def read_sample(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, name: str, max_image_pixels: int
+) -> Sample | Problem:
+    """Return a member as a sample, or what is wrong with it."""
+    if member.size > MAX_ENCODED_BYTES:
+        reason = f"{printable(name)}: {member.size:,} bytes, more than {MAX_ENCODED_BYTES:,}"
+        return Problem(name, reason, is_shard=False)
+    file = archive.extractfile(member)
+    assert file is not None  # it is None for folders and links only
+    try:
+        return Sample(encoded(file.read(), name, max_image_pixels), name)
+    except UnreadableImage as error:
+        return Problem(name, str(error), is_shard=False)
+
+
+def image_members(archive: tarfile.TarFile, shard: str) -> Iterator[tarfile.TarInfo]:
+    """Yield the headers of the samples' images."""
+    previous_key: str | None = None
+    for member in archive:
+        archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+        check_member_path(member.name, shard)
+        key = sample_key(member.name)
+        is_image = member.isreg() and member.name.lower().endswith(EXTENSIONS)
+        if is_image and key != previous_key:
+            previous_key = key
+            yield member
+
+
+def check_member_path(name: str, shard: str) -> None:
+    """Raise InputError if a member's path is absolute or leads out of the archive."""
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        raise InputError(
+            f"{printable(shard)}: refused, since its member {printable(name)} "
+            "lies outside of the archive; pack it anew"
+        )
+
+
+def sample_key(name: str) -> str:
+    """Return the part of a member's name that all members of its sample share."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
+
+
+@contextmanager
+def open_shard(shard: str) -> Iterator[IO[bytes]]:
+    """Open a shard as a stream of bytes.
+
+    Raises:
+        OSError: the command that writes the shard has failed.
+    """
+    stream = open_file_or_address(shard)
     try:
         yield stream
-        while stream.read(2**20):  # past the archive's end, or its writer might fail
-            pass
+        read_to_the_end(stream)
         stream.close()
     except TAR_ERRORS as error:
-        if _has_failed(stream):
+        # A failed command cuts its output short, which tarfile reports as damage.
+        if command_has_failed(stream):
             raise OSError("its command failed") from error
         raise
     finally:
-        with suppress(OSError):  # of a command that is not to be read to its end
+        # Closing a pipe early is an error of the command, which is not interesting here.
+        with suppress(OSError):
             stream.close()
 
 
-def _has_failed(stream: Any) -> bool:
-    """Whether the command behind a stream of webdataset's has ended with an error; files have none."""
+def open_file_or_address(shard: str) -> Any:
+    """Open a file, or with webdataset an address or a command, for reading."""
+    from webdataset.gopen import gopen
+
+    if is_local(shard):  # gopen would take the file run1:x.tar for an address
+        return open(shard, "rb")
+    return gopen(shard)
+
+
+def read_to_the_end(stream: IO[bytes]) -> None:
+    """Read what follows the archive: the command that writes it might fail on a closed pipe."""
+    while stream.read(2**20):
+        pass
+
+
+def command_has_failed(stream: Any) -> bool:
+    """Return whether the command behind a webdataset stream ended with an error."""
     process = getattr(stream, "proc", None)
-    if process is None:
+    if process is None:  # a file
         return False
     try:
         return process.wait(timeout=1) != 0
@@ -203,25 +354,48 @@ def _has_failed(stream: Any) -> bool:
         return False
 
 
-def _counted(shard: str) -> tuple[int, Problem | None]:
-    number, last = 0, None
+def count_images(shards: Sequence[str]) -> tuple[int, list[Problem]]:
+    """Return the number of images in local shards, and which shards are damaged or empty.
+
+    The members' headers are read, and the images are not.
+
+    Raises:
+        InputError: see `images_in`.
+    """
+    total = 0
+    problems = []
+    with ThreadPoolExecutor() as pool:
+        for num_images, problem in pool.map(count_in_shard, shards):
+            total += num_images
+            if problem is not None:
+                problems.append(problem)
+    return total, problems
+
+
+def count_in_shard(shard: str) -> tuple[int, Problem | None]:
+    """Return the number of images in a local shard, and what is wrong with the shard."""
+    num_images = 0
+    last_member: tarfile.TarInfo | None = None
     try:
         with tarfile.open(shard, mode="r:*", tarinfo=CheckedHeader) as archive:
             try:
-                for member in _image_members(archive, shard):
-                    number, last = number + 1, member
-            except TAR_ERRORS as error:
-                number -= last is not None and not _is_whole(archive, last)
-                return number, Problem(shard, _cut_short(shard, number, error), is_shard=True)
-    except TAR_ERRORS as error:  # on opening it, which reads the first header
-        return 0, Problem(shard, _cut_short(shard, 0, error), is_shard=True)
-    return number, None if number else Problem(
-        shard, f"{printable(shard)}: no images in there", is_shard=True
-    )
+                for member in image_members(archive, shard):
+                    num_images += 1
+                    last_member = member
+            except TAR_ERRORS:
+                # Only headers were read: the last image may be cut off.
+                if last_member is not None and not is_complete(archive, last_member):
+                    num_images -= 1
+                raise
+    except TAR_ERRORS as error:
+        return num_images, Problem(shard, describe_damage(shard, num_images, error), is_shard=True)
+    if num_images == 0:
+        return 0, Problem(shard, f"{printable(shard)}: no images in there", is_shard=True)
+    return num_images, None
 
 
-def _is_whole(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
-    """Whether a member's content is there to its last byte."""
+def is_complete(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
+    """Return whether a member's content is there up to its last byte."""
     assert archive.fileobj is not None
     try:
         archive.fileobj.seek(member.offset_data + member.size - 1)
@@ -230,41 +404,7 @@ def _is_whole(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
         return False
 
 
-def _cut_short(shard: str, number: int, error: Exception) -> str:
+def describe_damage(shard: str, num_images: int, error: Exception) -> str:
+    """Return a line that says how much of a shard can be read, and why not more."""
     reason = printable(" ".join(str(error).split())) or type(error).__name__
-    return f"{printable(shard)}: cannot be read beyond its first {number} images ({reason})"
-
-
-def _image_members(archive: tarfile.TarFile, shard: str) -> Iterator[tarfile.TarInfo]:
-    """The headers of the samples' images."""
-    sample: str | None = None
-    for member in archive:
-        archive.members = []  # type: ignore[attr-defined]  # it would keep every header
-        _check_path(member.name, shard)
-        key = sample_key(member.name)
-        if member.isreg() and key != sample and member.name.lower().endswith(EXTENSIONS):
-            sample = key
-            yield member
-
-
-def _check_path(name: str, shard: str) -> None:
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        raise InputError(
-            f"{printable(shard)}: refused, since its member {printable(name)} lies outside of the archive; pack it anew"
-        )
-
-
-def sample_key(name: str) -> str:
-    """What a member's name has in common with the others of its sample."""
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.partition(".")[0]
-
-
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> bytes:
-    if member.size > LARGEST_IMAGE:
-        raise UnreadableImage(
-            f"{printable(name)}: {member.size:,} bytes, more than {LARGEST_IMAGE:,}"
-        )
-    file = archive.extractfile(member)
-    assert file is not None  # of a regular file it never is
-    return file.read()
+    return f"{printable(shard)}: cannot be read beyond its first {num_images} images ({reason})"

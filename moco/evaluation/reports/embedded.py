@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from moco.data.sources.registry import Labelled
+from moco.data.sources.source import Labelled
 from moco.evaluation.reports.drawing import RIGHT, WRONG, Tile, thumbnail, tile_plot
 
 if TYPE_CHECKING:

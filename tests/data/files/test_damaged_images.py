@@ -1,4 +1,4 @@
-"""A run on a tree a fifth of which is damaged: it goes on, and its list of unreadable images is exact."""
+"""A run on a tree with many damaged images goes on, and its list of unreadable images is exact."""
 
 import io
 import json
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moco import train
 from moco.callbacks.unreadable_images import UNREADABLE
 from tests.conftest import run_program
 from tests.data.files.test_hostile_images import ODD_NAMES, png_that_claims
@@ -22,7 +23,7 @@ def encoded(image, file_format, **options):
 
 
 def small_image(generator, width=24, height=20):
-    """Smooth, so that a damaged JPEG is not always noise."""
+    """Return a smooth image: most damaged JPEGs of it can still be decoded."""
     coarse = Image.fromarray(generator.integers(0, 256, (3, 3, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -77,7 +78,7 @@ DAMAGE = {
 
 
 def make_tree(root, num_images, num_damaged, seed=0):
-    """Images of 24 x 20 px in ten folders, the damaged ones among them; all are called .jpg, or as oddly as can be."""
+    """Make images of 24 x 20 px in ten folders, some of them damaged, some with odd names."""
     generator = np.random.default_rng(seed)
     damaged = set(generator.choice(num_images, num_damaged, replace=False).tolist())
     kinds = list(DAMAGE)
@@ -97,7 +98,7 @@ def make_tree(root, num_images, num_damaged, seed=0):
 
 
 def is_readable(path):
-    """By Pillow alone."""
+    """Return whether Pillow alone can read an image."""
     if not os.path.isfile(path):
         return False
     try:
@@ -109,46 +110,71 @@ def is_readable(path):
         return False
 
 
-def run_on_a_damaged_tree(folder, num_images, num_damaged, batch_size, *arguments):
-    """The finished program, and what Pillow cannot read; every image is in a batch of every epoch."""
+def damaged_tree(folder, num_images, num_damaged):
+    """Make a tree; return the paths that Pillow cannot read, in sorted order."""
     make_tree(folder / "tree", num_images - len(ODD_NAMES) - 1, num_damaged)
-    paths = [
-        os.path.join(top, name) for top, _, names in os.walk(folder / "tree") for name in names
-    ]
+    paths = []
+    for top, _, names in os.walk(folder / "tree"):
+        for name in names:
+            paths.append(os.path.join(top, name))
     assert len(paths) == num_images
-    assert num_images % batch_size == 0
-    done = run_program(
-        "moco.train", "data=images", f"data.root={folder / 'tree'}", "backbone=resnet_tiny", "augmentation=cifar",
-        "method.queue_size=500", "data.image_size=32", f"data.batch_size={batch_size}", "data.max_bad_fraction=0.5", f"data.max_image_pixels={MAX_IMAGE_PIXELS}",
-        "method.batch_norm=plain", "trainer.accelerator=cpu", "hydra.run.dir=run", *arguments,
-        cwd=folder, timeout=600, PYTHONIOENCODING="ascii",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done, sorted(path for path in paths if not is_readable(path))
+    return sorted(path for path in paths if not is_readable(path))
 
 
-def check(folder, done, expected):
-    listed = [json.loads(line) for line in (folder / "run" / UNREADABLE).read_text().splitlines()]
-    assert listed == expected
-    assert re.search(rf"unreadable images skipped +\S {len(expected)} ", done.stdout)
-    assert done.stdout.count("skipped an unreadable image: ") == len(expected)
-    assert "Traceback" not in done.stdout + done.stderr
-    assert "Logging error" not in done.stderr
+def settings(folder, batch_size):
+    return [
+        "data=images",
+        f"data.root={folder / 'tree'}",
+        "backbone=resnet_tiny",
+        "augmentation=cifar",
+        "method.queue_size=500",
+        "method.batch_norm=plain",
+        "data.image_size=32",
+        f"data.batch_size={batch_size}",
+        "data.max_bad_fraction=0.5",
+        f"data.max_image_pixels={MAX_IMAGE_PIXELS}",
+        "trainer.accelerator=cpu",
+    ]
 
 
-def test_training_goes_on_over_damaged_images_and_lists_each_once(tmp_path):
-    """Two epochs, images read in another process, a terminal that knows only ASCII."""
-    done, expected = run_on_a_damaged_tree(
-        tmp_path, 250, 45, 50, "trainer.max_epochs=2", "data.num_workers=1"
+def listed_in_the_run_folder(folder):
+    lines = (folder / "run" / UNREADABLE).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_training_goes_on_over_damaged_images_and_lists_each_once(tmp_path, runner, caplog):
+    """Every image is in a batch of both epochs."""
+    unreadable = damaged_tree(tmp_path, num_images=100, num_damaged=20)
+    assert 10 < len(unreadable) < 30
+    config = runner.config(
+        *settings(tmp_path, batch_size=50),
+        "trainer.max_epochs=2",
+        "trainer.max_steps=-1",
+        "data.num_workers=0",
     )
-    assert 25 < len(expected) < 50
-    check(tmp_path, done, expected)
+    train.run(config, tmp_path / "run")
+    assert listed_in_the_run_folder(tmp_path) == unreadable
+    assert caplog.text.count("skipped an unreadable image: ") == len(unreadable)
 
 
 @pytest.mark.slow
 def test_a_thousand_damaged_images_in_five_thousand(tmp_path):
-    done, expected = run_on_a_damaged_tree(
-        tmp_path, 5000, 1000, 100, "trainer.max_epochs=1", "data.num_workers=2"
+    """Images are read in two processes, and the terminal knows only ASCII."""
+    unreadable = damaged_tree(tmp_path, num_images=5000, num_damaged=1000)
+    assert 450 < len(unreadable) < 700
+    done = run_program(
+        "moco.train",
+        *settings(tmp_path, batch_size=100),
+        "trainer.max_epochs=2",
+        "data.num_workers=2",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+        timeout=600,
+        PYTHONIOENCODING="ascii",
     )
-    assert 450 < len(expected) < 700
-    check(tmp_path, done, expected)
+    assert done.returncode == 0, done.stderr
+    assert listed_in_the_run_folder(tmp_path) == unreadable
+    assert re.search(rf"unreadable images skipped +\S {len(unreadable)} ", done.stdout)
+    assert done.stdout.count("skipped an unreadable image: ") == len(unreadable)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "Logging error" not in done.stderr

@@ -9,7 +9,8 @@ from PIL import Image
 
 from moco.data.files.decoding import encoded, encoded_file, jpeg_pixels
 from moco.data.files.images import MAX_IMAGE_PIXELS, UnreadableImage, to_rgb
-from moco.data.sources.registry import ArrayImages, FileImages, build_source
+from moco.data.sources.registry import build_source
+from moco.data.sources.source import ArrayImages, FileImages
 
 
 def smooth(generator, height=125, width=166):
@@ -47,24 +48,9 @@ def test_jpegs_have_the_pixels_that_pillow_decodes(mode, options, generator):
     content = file_of(smooth(generator).convert(mode), "JPEG", **options)
     image = encoded(content, "x", MAX_IMAGE_PIXELS)
     assert image.size == (125, 166)
-    assert jpeg_pixels(content, image.size, 1).flags.c_contiguous
-    assert (jpeg_pixels(content, image.size, 1) == by_pillow(content)).all()
+    assert jpeg_pixels(content, image.size).flags.c_contiguous
+    assert (jpeg_pixels(content, image.size) == by_pillow(content)).all()
     assert (image.pixels() == by_pillow(content)).all()
-
-
-@pytest.mark.parametrize("reduction", [2, 4, 8])
-@pytest.mark.parametrize(("height", "width"), [(125, 166), (1, 1), (16, 3)])
-def test_a_pixel_of_a_reduced_jpeg_is_the_mean_of_a_block(reduction, height, width, generator):
-    content = file_of(smooth(generator, height, width), "JPEG", quality=95)
-    pixels = encoded(content, "x", MAX_IMAGE_PIXELS).pixels(reduction)
-    assert pixels.shape == (-(-height // reduction), -(-width // reduction), 3)
-    rows, columns = height // reduction, width // reduction  # of whole blocks
-    whole = by_pillow(content)[: rows * reduction, : columns * reduction].astype(float)
-    means = whole.reshape(rows, reduction, columns, reduction, 3).mean((1, 3))
-    assert np.abs(pixels[:rows, :columns] - means).sum() <= 1.0 * means.size  # grey levels
-    with Image.open(io.BytesIO(content)) as image:
-        image.draft("RGB", pixels.shape[1::-1])  # Pillow's own way to the same scale
-        assert image.size != pixels.shape[1::-1] or (np.asarray(image) == pixels).all()
 
 
 @pytest.mark.parametrize(
@@ -75,9 +61,7 @@ def test_a_pixel_of_a_reduced_jpeg_is_the_mean_of_a_block(reduction, height, wid
         ("I;16", "TIFF", {}), ("1", "PNG", {}), ("LA", "PNG", {}),
     ],
 )  # fmt: skip
-def test_what_libjpeg_does_not_decode_is_read_by_pillow_and_never_reduced(
-    mode, file_format, options, generator
-):
+def test_what_libjpeg_does_not_decode_is_read_by_pillow(mode, file_format, options, generator):
     if mode == "I;16":
         source = Image.fromarray(generator.integers(0, 65536, (12, 18), dtype=np.uint16))
     else:
@@ -85,11 +69,10 @@ def test_what_libjpeg_does_not_decode_is_read_by_pillow_and_never_reduced(
     content = file_of(source, file_format, **options)
     image = encoded(content, "x", MAX_IMAGE_PIXELS)
     assert image.size == (12, 18)
-    for reduction in (1, 8):
-        pixels = image.pixels(reduction)
-        assert pixels.flags.c_contiguous
-        assert pixels.dtype == np.uint8
-        assert (pixels == by_pillow(content)).all()
+    pixels = image.pixels()
+    assert pixels.flags.c_contiguous
+    assert pixels.dtype == np.uint8
+    assert (pixels == by_pillow(content)).all()
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
@@ -199,7 +182,7 @@ def test_a_file_that_is_too_large_to_be_read_whole_is_read_by_pillow(
     (tmp_path / "x.jpg").write_bytes(content)
     image = FileImages([str(tmp_path / "x.jpg")]).opened(0)
     assert isinstance(image.source, str)
-    assert (image.pixels(4) == by_pillow(content)).all()
+    assert (image.pixels() == by_pillow(content)).all()
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7), (3, 5, 7, 1), (3, 5, 7, 3), (3, 5, 7, 4)])
@@ -207,7 +190,7 @@ def test_images_in_memory_are_handed_out_decoded(shape, generator):
     images = ArrayImages(generator.integers(0, 256, shape, dtype=np.uint8), "x")
     image = images.opened(1)
     assert image.size == (5, 7)
-    assert (image.pixels(8) == np.asarray(images[1])).all()
+    assert (image.pixels() == np.asarray(images[1])).all()
     assert image.pixels().flags.c_contiguous
     if shape[3:] == (3,):
         assert np.shares_memory(image.pixels(), images.tensor.numpy())  # not a copy

@@ -1,4 +1,4 @@
-"""Archives that claim more than they hold, or hold more than they should: refused in one line, before memory is taken."""
+"""Archives that claim more than they hold, or hold code: refused in one line, without taking memory."""
 
 import os
 import resource
@@ -16,7 +16,7 @@ IMAGES = np.zeros((6, 8, 8, 3), np.uint8)
 
 
 def npy(header, content=b""):
-    """A file of NumPy's format whose header says what one likes."""
+    """Return a file of NumPy's format with any header."""
     text = (repr(header) if isinstance(header, dict) else header).encode().ljust(117) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + content
 
@@ -39,18 +39,19 @@ def archive(path, compression=zipfile.ZIP_STORED, **members):
 
 
 def refused(path, **settings):
-    """The message; on the way no memory was taken."""
+    """Return the message; check that it names the file and that no memory was taken."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError) as error:
         build_source("npz", str(path), **settings)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000  # kB
     assert str(error.value).startswith(f"data.root={path}: ")
+    assert str(error.value).isprintable()
     return str(error.value)
 
 
 CLAIMS = {
     "10^12 images": npy(header((10**12, 8, 8)), bytes(100)),
-    "an image less": npy(header((5, 8, 8)), bytes(6 * 64)),
+    "an image too few": npy(header((5, 8, 8)), bytes(6 * 64)),
     "more than 64 bits": npy(header((2**63, 2**63)), bytes(100)),
     "negative shape": npy(header((-6, -64)), bytes(6 * 64)),
     "numbers of a gigabyte": npy(header((1,), ("|u1", (10**9,))), bytes(100)),
@@ -65,34 +66,27 @@ CLAIMS = {
 }
 
 
-@pytest.mark.parametrize(
-    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"]
-)
-@pytest.mark.parametrize("name", ["train_images", "train_labels", "test_images"])
+@pytest.mark.parametrize("name", ["train_images", "train_labels"])
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_what_an_array_claims_is_held_against_what_is_there(
-    claim, name, compression, tmp_path, monkeypatch
+def test_an_array_that_claims_more_than_is_there_or_holds_code_is_refused(
+    claim, name, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     members = {"train_images": as_npy(IMAGES)} | {name: CLAIMS[claim]}
-    refused(archive(tmp_path / "x.npz", compression, **members))
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        refused(archive(tmp_path / "x.npz", compression, **members))
     assert not os.path.exists("canary")
 
 
 def test_the_reasons_are_said(tmp_path):
-    said = {
-        claim: refused(archive(tmp_path / f"{number}.npz", train_images=CLAIMS[claim]))
-        for number, claim in enumerate(CLAIMS)
-    }
-    assert (
-        "train_images says that it is uint8 (1000000000000, 8, 8), 64,000,000,000,128 bytes, and is not"
-        in (said["10^12 images"])
-    )
-    assert "train_images holds Python objects, whose loading would run code" in said["objects"]
+    path = archive(tmp_path / "objects.npz", train_images=CLAIMS["objects"])
+    assert "Object arrays cannot be loaded when allow_pickle=False" in refused(path)
+    path = archive(tmp_path / "few.npz", train_images=CLAIMS["an image too few"])
+    assert "train_images holds more than its header says" in refused(path)
 
 
 def with_size(path, size):
-    """The archive with another unpacked size in its table, of its last member."""
+    """Change the unpacked size of the last member in the archive's directory."""
     content = bytearray(path.read_bytes())
     struct.pack_into("<I", content, content.rindex(b"PK\x01\x02") + 24, size)
     path.write_bytes(content)
@@ -105,22 +99,17 @@ def test_a_member_that_unpacks_to_more_than_it_declares_is_cut_off_there(tmp_pat
     refused(with_size(path, 128 + 6 * 64))
 
 
-def test_a_member_that_declares_more_than_its_bytes_can_unpack_to_is_refused(tmp_path):
-    path = archive(
-        tmp_path / "x.npz",
-        zipfile.ZIP_DEFLATED,
-        train_images=npy(header((10**6, 32, 32, 3)), bytes(1000)),
-    )
-    assert "and is not" in refused(with_size(path, 128 + 10**6 * 3072))
+def test_a_member_that_declares_more_than_it_unpacks_to_is_refused(tmp_path):
+    content = npy(header((10**6, 32, 32, 3)), bytes(1000))
+    path = archive(tmp_path / "x.npz", zipfile.ZIP_DEFLATED, train_images=content)
+    refused(with_size(path, 128 + 10**6 * 3072))
 
 
 @pytest.mark.parametrize(
     "compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA], ids=["bzip2", "lzma"]
 )
 def test_compressions_that_numpy_never_writes_are_refused(compression, tmp_path):
-    path = archive(
-        tmp_path / "x.npz", compression, train_images=npy(header((1, 10**4, 10**4)), bytes(10**8))
-    )
+    path = archive(tmp_path / "x.npz", compression, train_images=as_npy(IMAGES))
     assert "compressed in another way" in refused(path)
 
 
@@ -162,7 +151,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path, generator):
     np.savez_compressed(tmp_path / "sound.npz", train_images=images, train_labels=np.arange(6))
     content = (tmp_path / "sound.npz").read_bytes()
     found = 0
-    for place in generator.choice(len(content), 200, replace=False):
+    for place in generator.choice(len(content), 100, replace=False):
         damaged = bytearray(content)
         damaged[place] ^= 1 << generator.integers(8)
         (tmp_path / "x.npz").write_bytes(damaged)
@@ -173,7 +162,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path, generator):
         else:
             assert (source.train.tensor.numpy() == images).all()
             assert source.bank is None or source.bank.labels.tolist() == list(range(6))
-    assert found > 150
+    assert found > 75
 
 
 def fashion_mnist(root, **contents):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from moco.data.files.images import UnreadableImage, to_rgb
 from moco.data.files.listing import list_images
-from moco.data.sources.registry import FileImages
+from moco.data.sources.source import FileImages
 from moco.errors import InputError
 
 

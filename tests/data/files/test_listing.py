@@ -15,8 +15,9 @@ from PIL import Image
 from moco.data.files import listing
 from moco.data.files.listing import PathList, list_images
 from moco.data.files.listing_cache import Listing, listed
-from moco.data.sources.class_folders import is_held_out
-from moco.data.sources.registry import FileImages, build_source
+from moco.data.sources.folders import is_held_out
+from moco.data.sources.registry import build_source
+from moco.data.sources.source import FileImages
 
 NAMES = ["a/x.png", "a", "ü.png", os.fsdecode(b"\xff.png"), "new\nline.png", "long" * 60]
 

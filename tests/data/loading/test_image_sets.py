@@ -10,7 +10,8 @@ from PIL import Image
 
 from moco.data.augment.views import build_evaluation_view, evaluation_crop, normalisation
 from moco.data.loading.image_sets import IndexedSet, ShardedSet
-from moco.data.sources.registry import FileImages, Labelled, build_source
+from moco.data.sources.registry import build_source
+from moco.data.sources.source import FileImages, Labelled
 from moco.errors import InputError
 
 SIDE = 8

@@ -1,5 +1,6 @@
-"""moco.pack into a folder where something is: what an interrupted one left, a finished copy, other files, a full disk."""
+"""moco.pack into a folder that is not empty: an interrupted copy, a finished one, other files."""
 
+import errno
 import json
 import os
 import signal
@@ -11,69 +12,72 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco import pack
-from moco.data.sources.packed_writer import Writer
-from moco.data.sources.packing import chunks
+from moco.data.packing import LOCK, CopyWriter, chunk_loader
 from moco.data.sources.registry import build_source
 from moco.errors import InputError, Interrupted, RunError
+from moco.runs.folder_lock import locked
 from tests.conftest import REPOSITORY
 from tests.data.sources.test_pack import files, run
+
+
+class Stop:
+    """Replaces `CopyWriter.add`: interrupts the program after some chunks."""
+
+    def __init__(self, add, num_chunks):
+        self.add = add
+        self.num_left = num_chunks
+
+    def __call__(self, writer, chunk):
+        self.add(writer, chunk)
+        self.num_left -= 1
+        if self.num_left == 0:
+            raise Interrupted(signal.SIGTERM, "stopped")
 
 
 @pytest.mark.parametrize("form", ["array", "shards"])
 def test_a_copy_that_was_interrupted_anywhere_ends_in_the_same_bytes(
     tmp_path, photographs, monkeypatch, form
 ):
-    size = {"array": 100_000, "shards": 30_000}[form]  # two chunks of eight
+    bytes_of_two_chunks = {"array": 100_000, "shards": 30_000}[form]
     arguments = [
         f"data.root={photographs}",
         f"format={form}",
         "data.resize=48",
-        f"max_shard_bytes={size}",
+        f"max_shard_bytes={bytes_of_two_chunks}",
     ]
     straight = files(run(tmp_path / "straight", *arguments))
-    add, finish = Writer.add, Writer.finish
+    add, finish = CopyWriter.add, CopyWriter.finish
 
-    def adding_so_often(number):
-        calls = []
-
-        def stop_after(self, chunk):
-            add(self, chunk)
-            calls.append(chunk.stop)
-            if len(calls) == number:
-                raise Interrupted(signal.SIGTERM, "stopped")
-
-        return stop_after
-
-    def stop(self):
+    def stop_before_finish(self):
         raise Interrupted(signal.SIGTERM, "stopped")
 
-    def finish_and_stop(self):
+    def stop_after_finish(self):
         finish(self)
-        stop(self)
+        raise Interrupted(signal.SIGTERM, "stopped")
 
-    for number in (1, 3, 1):  # in the first part; in the second; there again
-        monkeypatch.setattr(Writer, "add", adding_so_often(number))
+    for num_chunks in (1, 3, 1):  # in the first part, in the second part, and there again
+        stop = Stop(add, num_chunks)
+        monkeypatch.setattr(CopyWriter, "add", lambda self, chunk, stop=stop: stop(self, chunk))
         with pytest.raises(Interrupted):
             run(tmp_path, *arguments)
-    monkeypatch.setattr(Writer, "add", add)
-    for ending in (stop, finish_and_stop):
-        monkeypatch.setattr(Writer, "finish", ending)
+    monkeypatch.setattr(CopyWriter, "add", add)
+    for ending in (stop_before_finish, stop_after_finish):
+        monkeypatch.setattr(CopyWriter, "finish", ending)
         with pytest.raises(Interrupted):
             run(tmp_path, *arguments)
-    monkeypatch.setattr(Writer, "finish", finish)
+    monkeypatch.setattr(CopyWriter, "finish", finish)
     assert files(run(tmp_path, *arguments)) == straight
 
 
 def test_a_finished_part_is_not_done_again(tmp_path, photographs, monkeypatch):
     seen = []
 
-    def watched(pool, start, *rest):
+    def watched(pool, index, start, num_workers):
         seen.append(start)
-        return chunks(pool, start, *rest)
+        return chunk_loader(pool, index, start, num_workers)
 
-    monkeypatch.setattr("moco.data.sources.packing.chunks", watched)
-    add = Writer.add
+    monkeypatch.setattr("moco.data.packing.chunk_loader", watched)
+    add = CopyWriter.add
 
     def broken(self, chunk):
         if chunk.stop > 16:
@@ -81,10 +85,10 @@ def test_a_finished_part_is_not_done_again(tmp_path, photographs, monkeypatch):
         add(self, chunk)
 
     arguments = [f"data.root={photographs}", "format=array", "max_shard_bytes=1"]
-    monkeypatch.setattr(Writer, "add", broken)
+    monkeypatch.setattr(CopyWriter, "add", broken)
     with pytest.raises(Interrupted):
         run(tmp_path, *arguments)
-    monkeypatch.setattr(Writer, "add", add)
+    monkeypatch.setattr(CopyWriter, "add", add)
     run(tmp_path, *arguments)
     assert seen == [0, 16]
 
@@ -131,37 +135,37 @@ def test_a_folder_with_other_files_is_refused(tmp_path, photographs):
 
 
 def test_two_processes_do_not_pack_into_one_folder(tmp_path, photographs):
+    (tmp_path / "copy").mkdir()
     with (
-        pack.taken(tmp_path / "copy"),
-        pytest.raises(InputError, match="another process is packing there"),
+        locked(tmp_path / "copy" / LOCK, "the copy"),
+        pytest.raises(InputError, match="another process is at work there"),
     ):
         run(tmp_path, f"data.root={photographs}")
 
 
 def test_a_full_disk_is_one_line_and_the_copy_goes_on_later(tmp_path, photographs, monkeypatch):
-    import errno
-
-    add, arguments = Writer.add, [f"data.root={photographs}", "format=array", "max_shard_bytes=1"]
+    add, arguments = (
+        CopyWriter.add,
+        [f"data.root={photographs}", "format=array", "max_shard_bytes=1"],
+    )
 
     def full(self, chunk):
         if chunk.stop > 16:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         add(self, chunk)
 
-    monkeypatch.setattr(Writer, "add", full)
+    monkeypatch.setattr(CopyWriter, "add", full)
     with pytest.raises(
         RunError, match="No space left on device; with room there the same command goes on"
     ):
         run(tmp_path, *arguments)
-    monkeypatch.setattr(Writer, "add", add)
+    monkeypatch.setattr(CopyWriter, "add", add)
     assert len(build_source("packed", str(run(tmp_path, *arguments))).train) == 30
 
 
 def test_a_full_disk_at_the_first_write_is_one_line_and_what_it_leaves_is_not_in_the_way(
     tmp_path, photographs, monkeypatch
 ):
-    import errno
-
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -171,60 +175,31 @@ def test_a_full_disk_at_the_first_write_is_one_line_and_what_it_leaves_is_not_in
             RunError, match="No space left on device; with room there the same command goes on"
         ):
             run(tmp_path, f"data.root={photographs}")
-    assert [path.name for path in (tmp_path / "copy").iterdir()] == [".index.json.tmp"]
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {LOCK, ".index.json.tmp"}
     folder = run(tmp_path, f"data.root={photographs}")
     assert len(build_source("packed", str(folder)).train) == 30
     assert not (folder / ".index.json.tmp").exists()
 
 
-def started(folder, *arguments, program=("-m", "moco.pack")):
-    return subprocess.Popen(
-        [sys.executable, *program, *arguments, f"output={folder / 'copy'}"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-
-
-def num_parts(folder):
-    """-1 before there is an index."""
-    index = folder / "copy" / "index.json"
-    return len(json.loads(index.read_text())["parts"]) if index.exists() else -1
-
-
-def ended_by(number, process):
-    """What the program said, when it had the signal."""
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    return process.returncode, said.strip()
-
-
 INTERRUPTED = "interrupted: the parts that are whole are kept; the same command goes on there"
 
-RESTS_AFTER_A_CHUNK = """
-import time
-from moco import pack
-from moco.data.sources.packed_writer import Writer
 
-def add(self, chunk, add=Writer.add):
-    add(self, chunk)
-    time.sleep(60)
-
-Writer.add = add
-pack.main()
-"""
-"""The program, which a signal surely finds at work, however fast the machine is."""
-
-
-def test_the_program_ends_on_sigterm_with_a_line_and_goes_on(tmp_path, photographs, capsys):
+def test_sigterm_ends_the_program_and_the_same_command_goes_on(
+    tmp_path, photographs, monkeypatch, capsys
+):
     arguments = [f"data.root={photographs}", "max_shard_bytes=1", "format=array"]
-    process = started(tmp_path, *arguments, "num_workers=0", program=("-c", RESTS_AFTER_A_CHUNK))
-    while process.poll() is None and num_parts(tmp_path) < 1:
-        time.sleep(0.01)
-    assert ended_by(signal.SIGTERM, process) == (128 + signal.SIGTERM, INTERRUPTED)
+    add = CopyWriter.add
+
+    def add_and_receive_signal(self, chunk):
+        add(self, chunk)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(CopyWriter, "add", add_and_receive_signal)
+    with pytest.raises(Interrupted, match="the same command goes on there") as error:
+        run(tmp_path, *arguments)
+    assert error.value.signal_number == signal.SIGTERM
     assert num_parts(tmp_path) == 1
+    monkeypatch.setattr(CopyWriter, "add", add)
     folder = run(tmp_path, *arguments)
     assert len(build_source("packed", str(folder)).train) == 30
     printed = capsys.readouterr().out
@@ -232,15 +207,47 @@ def test_the_program_ends_on_sigterm_with_a_line_and_goes_on(tmp_path, photograp
     assert f"data=packed data.root={folder}" in printed
 
 
+def num_parts(folder):
+    """Return the number of whole parts; -1 before there is an index."""
+    index = folder / "copy" / "index.json"
+    if not index.exists():
+        return -1
+    return len(json.loads(index.read_text())["parts"])
+
+
+@pytest.fixture
+def start_pack(tmp_path):
+    """Return a function that starts moco.pack; what is still running when the test ends is killed."""
+    processes = []
+
+    def start(*arguments):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moco.pack", *arguments, f"output={tmp_path / 'copy'}"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["array", "shards"])
 def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(
-    tmp_path, image_tree, generator, form
+    tmp_path, image_tree, generator, start_pack, form
 ):
     for number in range(100, 1500):
-        Image.fromarray(generator.integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(
-            image_tree / f"{number}.png"
-        )
+        pixels = generator.integers(0, 256, (90, 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(image_tree / f"{number}.png")
     arguments = [
         f"data.root={image_tree}",
         "max_shard_bytes=2000000",
@@ -249,17 +256,16 @@ def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(
     ]
     straight = files(run(tmp_path / "straight", *arguments))
     for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
-        before = num_parts(tmp_path)
-        process = started(tmp_path, *arguments, "num_workers=2")
-        while process.poll() is None and num_parts(tmp_path) <= before:
+        parts_before = num_parts(tmp_path)
+        process = start_pack(*arguments, "num_workers=2")
+        while process.poll() is None and num_parts(tmp_path) <= parts_before:
             time.sleep(0.01)
-        code, said = ended_by(number, process)
-        is_kill = (
-            number == signal.SIGKILL
-        )  # after which Python's own resource tracker has something to say
-        assert (code, is_kill or said) == (
-            -number if is_kill else 128 + number,
-            is_kill or INTERRUPTED,
-        )
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        if number == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert process.returncode == 128 + number
+            assert errors.strip() == INTERRUPTED
     assert num_parts(tmp_path) < num_parts(tmp_path / "straight")
     assert files(run(tmp_path, *arguments)) == straight

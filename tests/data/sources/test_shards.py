@@ -11,7 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from moco.data.loading.streams import StreamDataset, StreamLoader, check_num_workers
+from moco.data.loading.streams import (
+    StreamDataset,
+    StreamLoader,
+    build_streams,
+    check_num_workers,
+)
 from moco.data.loading.workers import loader_options
 from moco.data.sources.registry import build_source
 from moco.data.sources.shards import Problem, Sample, count_images, images_in, list_shards
@@ -78,9 +83,7 @@ def loader(shards, batch_size=4, num_workers=0, num_batches=20, streams=6, buffe
     source = build_source(
         "webdataset", shards, streams=streams, shuffle_buffer=buffer, num_images=120
     )
-    dataset = StreamDataset(
-        source.train.streams(seed=5, **place), batch_size, make_batch, num_workers
-    )
+    dataset = StreamDataset(build_streams(source.train, seed=5, **place), batch_size, make_batch)
     settings = {"num_images": 120, "max_bad_fraction": 0.01, "unreadable": set()}
     return StreamLoader(
         dataset, num_batches, **settings, **loader_options(num_workers, torch.device("cpu"))
@@ -170,7 +173,9 @@ def test_a_copy_of_moco_pack_brings_its_number_and_its_training_shards(shards, t
 
 
 def test_one_pass_of_all_streams_hands_out_every_image_once(shards):
-    streams = build_source("webdataset", shards, streams=6, shuffle_buffer=7).train.streams(seed=1)
+    streams = build_streams(
+        build_source("webdataset", shards, streams=6, shuffle_buffer=7).train, seed=1
+    )
     found = []
     for stream in range(6):
         samples = streams.samples(0, stream)
@@ -182,11 +187,9 @@ def test_one_pass_of_all_streams_hands_out_every_image_once(shards):
 
 
 def test_a_stream_begins_again_in_another_order(shards):
-    samples = (
-        build_source("webdataset", shards, streams=6, shuffle_buffer=7)
-        .train.streams(seed=1)
-        .samples(0, 2)
-    )
+    samples = build_streams(
+        build_source("webdataset", shards, streams=6, shuffle_buffer=7).train, seed=1
+    ).samples(0, 2)
     first, second = ([number_of(next(samples).image) for _ in range(20)] for _ in range(2))
     assert sorted(first) == sorted(second)
     assert first != second
@@ -194,7 +197,9 @@ def test_a_stream_begins_again_in_another_order(shards):
 
 def test_the_buffer_bounds_how_early_an_image_can_come(shards):
     """No sample is handed out before it was read: at most `shuffle_buffer` are waiting."""
-    streams = build_source("webdataset", shards, streams=1, shuffle_buffer=5).train.streams(seed=3)
+    streams = build_streams(
+        build_source("webdataset", shards, streams=1, shuffle_buffer=5).train, seed=3
+    )
     read = [number for shard in streams.shards_of(4, 0) for number in numbers_in(shard)]
     samples = streams.samples(4, 0)
     handed = [number_of(next(samples).image) for _ in range(120)]
@@ -248,7 +253,7 @@ def test_a_resumed_epoch_goes_on_with_its_next_batch_without_decoding_what_went_
 
 def test_streams_of_an_earlier_epoch_are_closed_though_the_worker_now_serves_others(shards):
     dataset = StreamDataset(
-        build_source("webdataset", shards, streams=6).train.streams(seed=1), 4, make_batch
+        build_streams(build_source("webdataset", shards, streams=6).train, seed=1), 4, make_batch
     )
     for stream in (0, 2, 4):
         dataset[0, stream]
@@ -261,13 +266,13 @@ def test_streams_of_an_earlier_epoch_are_closed_though_the_worker_now_serves_oth
 def test_fewer_shards_than_streams_make_fewer_streams_that_workers_still_divide(shards, caplog):
     caplog.set_level("INFO")
     source = build_source("webdataset", list_shards(shards)[:5], num_images=50)
-    assert source.train.streams(seed=0).num_streams == 4
+    assert build_streams(source.train, seed=0).num_streams == 4
     assert "4 streams instead of data.streams=12, for 5 shards a process" in caplog.text
-    assert source.train.streams(seed=0, rank=1, world_size=2).num_streams == 2
+    assert build_streams(source.train, seed=0, rank=1, world_size=2).num_streams == 2
     with pytest.raises(
         InputError, match="5 shards for 6 processes; expected at least one for each"
     ):
-        source.train.streams(seed=0, rank=5, world_size=6)
+        build_streams(source.train, seed=0, rank=5, world_size=6)
 
 
 def test_workers_that_do_not_divide_the_streams_are_refused_with_the_choices():
@@ -413,7 +418,7 @@ def test_rows_that_turn_out_to_be_damaged_when_decoded_count_as_unreadable(shard
 
 
 def test_members_that_no_image_needs_are_not_taken_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("moco.data.sources.shards.LARGEST_IMAGE", 1000)
+    monkeypatch.setattr("moco.data.sources.shards.MAX_ENCODED_BYTES", 1000)
     path = write_tar(
         tmp_path / "shard.tar",
         [("0.png", bytes(1001)), ("1.png", image(1)), ("2.txt", bytes(5000))],
@@ -433,7 +438,7 @@ def test_there_are_no_images_by_number(shards):
 def test_the_data_set_travels_small_to_workers(shards):
     import pickle
 
-    streams = build_source("webdataset", shards).train.streams(seed=0)
+    streams = build_streams(build_source("webdataset", shards).train, seed=0)
     assert len(pickle.dumps(StreamDataset(streams, 4, make_batch))) < 3000
 
 
@@ -442,7 +447,9 @@ def test_the_shuffle_is_as_good_as_its_buffer(tmp_path):
     path = write_tar(
         tmp_path / "shard.tar", [(f"{number}.png", image(number)) for number in range(20)]
     )
-    streams = build_source("webdataset", path, streams=1, shuffle_buffer=20).train.streams(seed=0)
+    streams = build_streams(
+        build_source("webdataset", path, streams=1, shuffle_buffer=20).train, seed=0
+    )
     places = np.zeros((20, 200))
     for epoch in range(200):
         samples = streams.samples(epoch, 0)

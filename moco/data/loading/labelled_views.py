@@ -1,7 +1,4 @@
-"""Labelled images to train a classifier on: one augmented view of each, by the engines of pretraining.
-
-Letters: N batch, S side of a view.
-"""
+"""Labelled images to train a classifier on: one augmented view of each image."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,21 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moco.data.augment.view_steps import View
-from moco.data.augment.views import ViewPair
-from moco.data.loading.datamodule import choose_engine
-from moco.data.loading.loaders import MemoryLoader, PairDataset, ResumableLoader, as_it_is
+from moco.data.augment.views import View, ViewPair
+from moco.data.loading.engine import choose_engine
+from moco.data.loading.loaders import MemoryLoader, PairDataset, ResumableLoader
 from moco.data.loading.samplers import EpochSampler
-from moco.data.loading.workers import loader_options
-from moco.data.sources.registry import ArrayImages, Labelled
+from moco.data.loading.workers import loader_options, unchanged
+from moco.data.sources.source import ArrayImages, Labelled
 
 
 class OneView(ViewPair):
-    """One view of each image; what gives a pair gives the same view twice.
+    """One view of each image. Where a pair is expected, both are this view.
 
     Args:
-        operations: of the view.
+        operations: settings of the view's operations by name.
         where: their key in the config, for error messages.
+        engine: see `ViewPair`.
     """
 
     def __init__(
@@ -38,16 +35,16 @@ class OneView(ViewPair):
     ) -> None:
         view = View(operations, image_size, where)
         super().__init__(operations, operations, mean, std, image_size, seed, engine)
-        self.views = [view]
+        self.views_of_size = {image_size: [view]}
 
 
 class LabelledViews:
-    """Batches of views with labels, an epoch's own order and draws as a function of the seed and the epoch.
+    """Batches of views with labels. Order and draws of an epoch depend on (seed, epoch) alone.
 
-    The last batch of an epoch may be smaller.
+    The last batch of an epoch can be smaller.
 
     Args:
-        operations, where, mean, std: of the view, see `OneView`.
+        operations, where, mean, std: see `OneView`.
     """
 
     def __init__(
@@ -69,28 +66,33 @@ class LabelledViews:
         self.device = device
         self.engine = choose_engine("auto", images, image_size, device.type)
         self.view = OneView(operations, where, mean, std, image_size, seed, self.engine.name)
-        self.sampler = EpochSampler(len(images), 1, seed)  # in ones: no image sits an epoch out
+        # With a batch size of 1 the sampler leaves no image out.
+        self.sampler = EpochSampler(len(images), batch_size=1, seed=seed)
         self.loader: MemoryLoader | ResumableLoader
         if self.engine.in_memory:
             assert isinstance(images, ArrayImages)
             self.loader = MemoryLoader(images, self.view, self.sampler, batch_size, device)
         else:
-            dataset = PairDataset(images, self.view, num_workers)
-            options = loader_options(num_workers, device) | {"collate_fn": as_it_is}
-            self.loader = ResumableLoader(dataset, self.sampler, batch_size, **options)
+            dataset = PairDataset(images, self.view)
+            options = loader_options(num_workers, device)
+            self.loader = ResumableLoader(
+                dataset, self.sampler, batch_size, collate_fn=unchanged, **options
+            )
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Views (N, 3, S, S) float32, normalised, and labels (N,), on the device, and indices (N,) on the CPU.
+        """Yield the batches of an epoch.
 
-        Where an image cannot be read another's view stands in for it, and the label is -1.
+        Yields:
+            Views (batch, 3, side, side) float32, normalised, and labels (batch,), on the device;
+            and indices (batch,) on the CPU. If an image cannot be read, its label is -1, and
+            another image stands in for it.
         """
         self.sampler.set_epoch(number)
         for batch in self.loader:
             indices = batch.indices.cpu()
-            labels = self.labels[indices].masked_fill(batch.unreadable.cpu(), -1).to(self.device)
+            labels = self.labels[indices].masked_fill(batch.unreadable.cpu(), -1)
             views = batch.views[0]
             if not self.engine.in_memory:
-                views, _ = self.view.finished(
-                    [views.to(self.device)], number, batch.indices.to(self.device)
-                )
-            yield views, labels, indices
+                views = views.to(self.device)
+                views, _ = self.view.finished([views], number, batch.indices.to(self.device))
+            yield views, labels.to(self.device), indices

@@ -14,16 +14,15 @@ from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.models.swin.attention import pretrained_window_of
 from moco.models.swin.backbone import rewindow
+from moco.weights.backbone_files import read_backbone, write_backbone
 from moco.weights.library_names import (
     TIMM_MODELS,
     counterpart,
     from_timm,
     from_torchvision,
-    read_backbone,
     saved_coordinates,
     to_timm,
     to_torchvision,
-    write_backbone,
 )
 
 SMALL = ["resnet18", "swin_t", "swin_v2_t", "vit_small"]

@@ -1,0 +1,196 @@
+"""Every image of a set once, in order, from any place on. Unreadable images are marked.
+
+`every_image` is the only way to do this. Evaluation uses it here, and `moco.embed` in
+`moco.data.loading.image_sets`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, Dataset
+
+from moco.data.augment.views import EvaluationView, Transform, rgb_batch
+from moco.data.files.images import UnreadableImage
+from moco.data.loading.lost_workers import WatchedLoader, note_read
+from moco.data.loading.workers import CPU, loader_options
+from moco.data.sources.source import ArrayImages, Labelled
+
+
+class KeyedImages(Protocol):
+    """Images by any key, for example a number."""
+
+    def name(self, key: Any, /) -> str:
+        """Return the name of an image, for messages."""
+        ...
+
+    def __getitem__(self, key: Any, /) -> Any:
+        """Return an image. Raises `UnreadableImage` if it cannot be read."""
+        ...
+
+
+class ReadImage(NamedTuple):
+    """One image that was read, or that cannot be read."""
+
+    key: Any
+    name: str
+    value: Any
+    """The result of `make`; None if the image cannot be read."""
+    problem: str
+    """Why the image cannot be read; empty if it can."""
+
+
+@dataclass(frozen=True)
+class ImageReader(Dataset[ReadImage]):
+    """Read images by their keys, in a loader process.
+
+    Args:
+        make: gets an image and returns what is wanted of it. It may raise `UnreadableImage`.
+    """
+
+    images: KeyedImages
+    make: Callable[[Any], Any]
+
+    def __getitem__(self, key: Any) -> ReadImage:
+        name = self.images.name(key)
+        note_read(name)
+        try:
+            value = self.make(self.images[key])
+        except UnreadableImage as error:
+            return ReadImage(key, name, None, str(error))
+        return ReadImage(key, name, value, "")
+
+
+def every_image(
+    images: KeyedImages,
+    make: Callable[[Any], Any],
+    collate: Callable[[list[ReadImage]], Any],
+    batches: Iterable[list[Any]],
+    num_workers: int = 0,
+    device: torch.device = CPU,
+) -> WatchedLoader:
+    """Return a loader that reads the images of each batch of keys, in order.
+
+    Args:
+        make: gets an image and returns what is wanted of it; runs in the loader processes.
+        collate: makes a batch of the results; runs in the loader processes.
+        batches: the keys of each batch.
+        device: the device that uses the batches.
+    """
+    options = loader_options(num_workers, device)
+    # The processes end with the pass.
+    options["persistent_workers"] = False
+    reader = ImageReader(images, make)
+    return WatchedLoader(reader, batch_sampler=batches, collate_fn=collate, **options)
+
+
+def in_batches(keys: Iterable[Any], batch_size: int) -> BatchSampler:
+    """Return the keys in batches; the last one can be smaller."""
+    return BatchSampler(keys, batch_size, drop_last=False)
+
+
+class EvaluationBatch(NamedTuple):
+    """A batch of plain images with labels."""
+
+    images: Tensor
+    """(batch, 3, side, side) float32, normalised."""
+    labels: Tensor
+    """(batch,) int64."""
+    unreadable: Tensor
+    """(batch,) bool: the image cannot be read, and its row is zero."""
+
+
+@dataclass(frozen=True)
+class EvaluationBatches:
+    """Make an `EvaluationBatch` of images that were read by their number.
+
+    Args:
+        labels: (images,) int64, of the whole set. A tensor, because processes share its memory.
+        image_size: side of the images, px.
+    """
+
+    labels: Tensor
+    image_size: int
+
+    def __call__(self, read: list[ReadImage]) -> EvaluationBatch:
+        images = torch.zeros(len(read), 3, self.image_size, self.image_size)
+        unreadable = torch.zeros(len(read), dtype=torch.bool)
+        for row, image in enumerate(read):
+            if image.problem:
+                unreadable[row] = True
+            else:
+                images[row] = image.value
+        labels = self.labels[[image.key for image in read]]
+        return EvaluationBatch(images, labels, unreadable)
+
+
+def evaluation_loader(
+    labelled: Labelled,
+    view: Transform,
+    image_size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device = CPU,
+) -> "WatchedLoader | MemoryBatches":
+    """Return labelled images in order as `EvaluationBatch`, without augmentation.
+
+    Args:
+        view: from an image to a tensor (3, image_size, image_size).
+        rank, world_size: every `world_size`-th image from `rank` on.
+        device: the device that uses the batches.
+    """
+    labels = torch.from_numpy(labelled.labels)
+    images = labelled.images
+    if isinstance(images, ArrayImages) and isinstance(view, EvaluationView):
+        side = view.unchanged_size
+        if images.tensor.shape[1:3] == (side, side):
+            return MemoryBatches(images, labels, view, batch_size, rank, world_size, device)
+    batches = in_batches(range(rank, len(images), world_size), batch_size)
+    collate = EvaluationBatches(labels, image_size)
+    return every_image(images, view, collate, batches, num_workers, device)
+
+
+class MemoryBatches:
+    """Batches of images in memory whose size is the evaluation's, without loader processes.
+
+    The images are moved to `device` as bytes and normalised there. The results are the same bits
+    as those of `every_image`.
+
+    Args:
+        images: (side, side) px each.
+        labels: (images,) int64.
+        view: it only normalises these images.
+        rank, world_size: every `world_size`-th image from `rank` on.
+    """
+
+    def __init__(
+        self,
+        images: ArrayImages,
+        labels: Tensor,
+        view: EvaluationView,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.pixels = images.tensor[rank::world_size]
+        self.labels = labels[rank::world_size]
+        self.scale = view.normalized.scale.to(device)
+        self.shift = view.normalized.shift.to(device)
+        self.batch_size = batch_size
+        self.device = device
+
+    def __len__(self) -> int:
+        return -(-len(self.pixels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        for first in range(0, len(self.pixels), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            pixels = self.pixels[rows].to(self.device)
+            images = rgb_batch(pixels) * self.scale - self.shift  # (batch, 3, side, side)
+            labels = self.labels[rows]
+            yield EvaluationBatch(images, labels, torch.zeros(len(labels), dtype=torch.bool))

@@ -1,0 +1,769 @@
+"""Writing a packed copy: which images go in, how workers prepare them, and parts that resume.
+
+A part is on disk as a whole or not at all, so an interrupted copy goes on after its last part.
+`moco.data.sources.packed_copy` describes the files.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tarfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from moco.data.augment.draws import derived_seed
+from moco.data.augment.views import ViewPair
+from moco.data.files.bad_fraction import check_bad_fraction
+from moco.data.files.decoding import EncodedFile, EncodedImage
+from moco.data.files.images import UnreadableImage
+from moco.data.loading.workers import CPU, loader_options, unchanged
+from moco.data.sources.packed_copy import (
+    COLUMNS,
+    INDEX,
+    PIXELS,
+    SIDES,
+    TABLE,
+    PackedImages,
+    count_skipped,
+    damaged_shards,
+    packed_source,
+    read_copy,
+    read_index,
+    read_table,
+    total_of_parts,
+)
+from moco.data.sources.shards import NO_INDEX, ShardedImages
+from moco.data.sources.source import DataSource, Images, Labelled
+from moco.errors import InputError, RunError, printable
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+PARTS = "parts"  # a folder with the tables of the parts, until all parts are there
+IMAGES_PER_CHUNK = 8  # a worker returns these at once: 1.2 GB if they have 50 megapixels each
+TAR_BLOCK = tarfile.BLOCKSIZE
+MAX_JPEG_SIDE = 65500  # px, libjpeg's limit
+NUM_SIZES = 256  # images whose size is read to estimate the size of an array
+NUM_TIMED_IMAGES = 512
+TIMED_BLOCK = 16  # images that are timed at once
+MAX_NAMED = 10  # damaged images that a message names
+FREE_SETTINGS = ("data.download", "data.max_bad_fraction", "data.max_image_pixels")
+"""Settings that may change when a copy goes on: they change no image."""
+
+
+class Pool:
+    """Every image of a source once: first those to train on, then those of bank or queries alone.
+
+    A row is a number from 0 on that stands for one of these images.
+
+    Raises:
+        InputError: the source is a stream without images by number.
+    """
+
+    def __init__(self, source: DataSource) -> None:
+        if isinstance(source.train, ShardedImages):
+            raise InputError(NO_INDEX)
+        self.source = source
+        self.num_train = len(source.train)
+        self.sets: list[Images] = [source.train]
+        self.others: list[tuple[int, int]] = []
+        """For each row after the training images, the number of its set and its index in there."""
+        self.sides: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        """Rows and labels of ``bank`` and ``queries``."""
+        row_of_name: dict[str, int] = {}
+        for name in SIDES:
+            side: Labelled | None = getattr(source, name)
+            if side is not None:
+                self.sides[name] = (self._find_rows(side.images, row_of_name), side.labels)
+
+    def _find_rows(self, images: Images, row_of_name: dict[str, int]) -> np.ndarray:
+        """Return the rows of a side's images; images with a new name get a new row."""
+        if images is self.sets[0]:
+            return np.arange(self.num_train)
+        # Bank or queries may be a part of the training images: their names tell.
+        if not row_of_name:
+            for index in range(self.num_train):
+                row_of_name[self.sets[0].name(index)] = index
+        self.sets.append(images)
+        rows = []
+        for index in range(len(images)):
+            name = images.name(index)
+            if name not in row_of_name:
+                row_of_name[name] = len(self)
+                self.others.append((len(self.sets) - 1, index))
+            rows.append(row_of_name[name])
+        return np.array(rows, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.num_train + len(self.others)
+
+    def _find_image(self, row: int) -> tuple[Images, int]:
+        if row < self.num_train:
+            return self.sets[0], row
+        set_number, index = self.others[row - self.num_train]
+        return self.sets[set_number], index
+
+    def opened(self, row: int) -> EncodedImage:
+        """See `Images`."""
+        images, index = self._find_image(row)
+        return images.opened(index)
+
+    def name(self, row: int) -> str:
+        """See `Images`."""
+        images, index = self._find_image(row)
+        return images.name(index)
+
+    def labels(self) -> np.ndarray:
+        """Return the label of each row, int64, -1 where there is none."""
+        labels = np.full(len(self), -1, dtype=np.int64)
+        for rows, side_labels in self.sides.values():
+            labels[rows] = side_labels
+        return labels
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the number of images, and a hash of their names and labels."""
+        digest = hashlib.blake2b(self.labels().tobytes(), digest_size=16)
+        for row in range(len(self)):
+            digest.update(os.fsencode(self.name(row)) + b"\0")
+        return {"images": len(self), "hash": digest.hexdigest()}
+
+
+class Chunk(NamedTuple):
+    """Images that are neighbours in the copy, as a worker returns them."""
+
+    stop: int
+    """The place in the copy after the last one."""
+    content: Tensor
+    """uint8, the bytes of all readable images."""
+    columns: dict[str, list[int]]
+    """`COLUMNS` of these images without the offsets."""
+    skipped: list[tuple[int, str]]
+    """Rows of unreadable images, and the reasons."""
+
+
+@dataclass(frozen=True)
+class Chunks(Dataset[Chunk]):
+    """Prepares chunks in a worker; a key is (start, stop) in the copy.
+
+    Args:
+        order: (images,) int64, the row of the pool at each place of the copy.
+        resize: larger images are resized to this shorter side, px; None keeps the size.
+        quality: of JPEGs, 1 to 100; None stores plain pixels.
+    """
+
+    pool: Pool
+    order: Tensor
+    resize: int | None
+    quality: int | None
+
+    def __getitem__(self, places: tuple[int, int]) -> Chunk:
+        start, stop = places
+        columns = empty_columns()
+        contents: list[bytes] = []
+        skipped: list[tuple[int, str]] = []
+        for row in self.order[start:stop].tolist():
+            try:
+                content, height, width = self.pack_image(self.pool.opened(row), self.pool.name(row))
+            except UnreadableImage as error:
+                skipped.append((row, str(error)))
+                continue
+            contents.append(content)
+            columns["rows"].append(row)
+            columns["lengths"].append(len(content))
+            columns["heights"].append(height)
+            columns["widths"].append(width)
+            columns["checksums"].append(zlib.crc32(content))
+        joined = bytearray(b"".join(contents) or b"\0")  # torch refuses an empty buffer
+        return Chunk(stop, torch.frombuffer(joined, dtype=torch.uint8), columns, skipped)
+
+    def pack_image(self, image: EncodedImage, name: str) -> tuple[bytes, int, int]:
+        """Return what the copy stores of an image, and its height and width.
+
+        A JPEG that keeps its size is copied as it is.
+
+        Raises:
+            UnreadableImage: it cannot be decoded, or it is too large for a JPEG.
+        """
+        pixels = resize_image(image, self.resize)
+        height, width = pixels.shape[:2]
+        if self.quality is None:
+            return pixels.tobytes(), height, width
+        if isinstance(image, EncodedFile) and image.is_jpeg:
+            keeps_size = image.size == (height, width)
+            if keeps_size and isinstance(image.source, bytes):
+                return image.source, height, width
+        if max(height, width) > MAX_JPEG_SIDE:
+            raise UnreadableImage(
+                f"{printable(name)}: {width} x {height} px, and JPEG has at most {MAX_JPEG_SIDE} "
+                "a side; set data.resize"
+            )
+        pixels = np.ascontiguousarray(pixels)
+        jpeg: bytes = simplejpeg.encode_jpeg(pixels, self.quality, colorsubsampling="420")
+        return jpeg, height, width
+
+
+def resize_image(image: EncodedImage, resize: int | None) -> np.ndarray:
+    """Return an image's pixels, (height, width, 3) uint8, with a shorter side of at most `resize`.
+
+    The filter is bicubic and antialiased.
+    """
+    height, width = resized_size(image.size, resize)
+    pixels = image.pixels()
+    if (height, width) == image.size:
+        return pixels
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+def resized_size(size: tuple[int, int], resize: int | None) -> tuple[int, int]:
+    """Return (height, width) with a shorter side of at most `resize` px and the same aspect."""
+    height, width = size
+    shorter = min(size)
+    if resize is None or shorter <= resize:
+        return size
+    return round(height * resize / shorter), round(width * resize / shorter)
+
+
+def empty_columns() -> dict[str, list[int]]:
+    """Return `COLUMNS` without the offsets, as empty lists."""
+    return {name: [] for name in COLUMNS if name != "offsets"}
+
+
+def chunk_loader(
+    pool: Pool, index: Mapping[str, Any], start: int, num_workers: int
+) -> DataLoader[Chunk]:
+    """Return a loader of every chunk of a copy from place `start` on."""
+    resize = index["settings"]["data"]["resize"]
+    quality = None
+    if index["format"] == "shards":
+        quality = index["settings"]["quality"]
+    order = order_of_copy(pool, is_random=index["format"] == "shards")
+    options = loader_options(num_workers, CPU) | {"persistent_workers": False}
+    return DataLoader(
+        Chunks(pool, order, resize, quality),
+        batch_size=None,
+        sampler=chunk_places(pool, start),
+        collate_fn=unchanged,
+        **options,
+    )
+
+
+def order_of_copy(pool: Pool, is_random: bool) -> Tensor:
+    """Return the row at each place of a copy: an array keeps the source's order, shards do not.
+
+    Training from shards only mixes neighbours, and the neighbours in sorted folders are alike.
+    The random order is always the same.
+    """
+    if not is_random:
+        return torch.arange(len(pool))
+    generator = torch.Generator().manual_seed(derived_seed(0, pool.num_train))
+    train = torch.randperm(pool.num_train, generator=generator)
+    return torch.cat([train, torch.arange(pool.num_train, len(pool))])
+
+
+def chunk_places(pool: Pool, start: int) -> list[tuple[int, int]]:
+    """Return (start, stop) of every chunk; no chunk has training images and others."""
+    places = []
+    while start < len(pool):
+        stop = min(start + IMAGES_PER_CHUNK, len(pool))
+        if start < pool.num_train:
+            stop = min(stop, pool.num_train)
+        places.append((start, stop))
+        start = stop
+    return places
+
+
+class PartFile(Protocol):
+    """The file that a part of a copy is written to."""
+
+    name: str
+    file: BinaryIO
+    num_bytes: int
+
+    def add(self, content: np.ndarray, place: int, label: int) -> int:
+        """Write the image at this place of the copy; return its offset in the file."""
+        ...
+
+    def close(self) -> dict[str, Any]:
+        """Put the part on disk; return what else the index says about it."""
+        ...
+
+
+class ArrayPart:
+    """The next bytes of ``pixels.bin``; bytes after `start` are of an unfinished part and go."""
+
+    name = PIXELS
+
+    def __init__(self, folder: Path, start: int) -> None:
+        (folder / PIXELS).touch()
+        # "r+b" keeps what is in the file; "wb" would cut it to nothing.
+        self.file: BinaryIO = (folder / PIXELS).open("r+b")
+        self.file.truncate(start)
+        self.file.seek(start)
+        self.start = start
+        self.num_bytes = 0
+
+    def add(self, content: np.ndarray, place: int, label: int) -> int:
+        """See `PartFile`."""
+        offset = self.start + self.num_bytes
+        self.num_bytes += self.file.write(content.data)
+        return offset
+
+    def close(self) -> dict[str, Any]:
+        """See `PartFile`."""
+        sync_and_close(self.file)
+        return {}
+
+
+class ShardPart:
+    """A tar file in webdataset's layout: KEY.jpg for an image, and KEY.cls if it has a label.
+
+    tarfile does not say at which offset the content of a member starts, so the blocks are written
+    here.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        self.path = folder / name
+        self.temporary = temporary_path(self.path)
+        self.file: BinaryIO = self.temporary.open("wb")
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def add(self, content: np.ndarray, place: int, label: int) -> int:
+        """See `PartFile`."""
+        offset = self._add_member(f"{place:09}.jpg", content.tobytes())
+        if label >= 0:
+            self._add_member(f"{place:09}.cls", str(label).encode())
+        return offset
+
+    def _add_member(self, name: str, content: bytes) -> int:
+        header = tarfile.TarInfo(name)
+        header.size = len(content)
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.num_bytes
+        padding = bytes(-len(content) % TAR_BLOCK)
+        self._write(content + padding)
+        return offset
+
+    def _write(self, content: bytes) -> None:
+        self.digest.update(content)
+        self.num_bytes += self.file.write(content)
+
+    def close(self) -> dict[str, Any]:
+        """See `PartFile`."""
+        self._write(bytes(2 * TAR_BLOCK))  # the end of a tar file
+        sync_and_close(self.file)
+        os.replace(self.temporary, self.path)
+        return {"sha256": self.digest.hexdigest()}
+
+
+class CopyWriter:
+    """Writes a copy from where its index stops. Leaving the ``with`` block drops an open part.
+
+    Args:
+        index: see `open_copy`. A part ends with the chunk that reaches its ``max_shard_bytes``.
+    """
+
+    def __init__(self, folder: Path, index: dict[str, Any], pool: Pool) -> None:
+        self.folder = folder
+        self.index = index
+        self.pool = pool
+        self.max_part_bytes = index["settings"]["max_shard_bytes"]
+        self.labels = pool.labels()
+        self.part: PartFile | None = None
+        self.skipped_names: list[str] = []
+        """Names of all images that cannot be read."""
+        for part in index["parts"]:
+            for row, _ in part["skipped"]:
+                self.skipped_names.append(pool.name(row))
+        (folder / PARTS).mkdir(exist_ok=True)
+        if self.num_done > 0:
+            log.info("going on after %s of %s images", f"{self.num_done:,}", f"{len(pool):,}")
+
+    def __enter__(self) -> "CopyWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.part is not None:
+            self.part.file.close()
+
+    @property
+    def num_done(self) -> int:
+        """The place in the copy where the next part starts."""
+        if not self.index["parts"]:
+            return 0
+        return int(self.index["parts"][-1]["stop"])
+
+    def add(self, chunk: Chunk) -> None:
+        """Write a chunk. End the part if it is full, or if the next chunk is not to train on."""
+        if self.part is None:
+            self.part = self._begin_part()
+        content = chunk.content.numpy()
+        start = 0
+        for row, length in zip(chunk.columns["rows"], chunk.columns["lengths"], strict=True):
+            image_content = content[start : start + length]
+            # A member of a shard is named by its place in the copy, so all names differ.
+            place = self.num_images_before + len(self.offsets)
+            self.offsets.append(self.part.add(image_content, place, self.labels[row]))
+            start += length
+        for name, values in chunk.columns.items():
+            self.columns[name] += values
+        for row, reason in chunk.skipped:
+            log.warning("skipped an unreadable image: %s", reason)
+            self.skipped.append((row, reason))
+            self.skipped_names.append(self.pool.name(row))
+        # Training images and others are in different parts: webdataset reads the first alone.
+        is_full = self.part.num_bytes >= self.max_part_bytes
+        if is_full or chunk.stop in (self.pool.num_train, len(self.pool)):
+            self._end_part(self.part, chunk.stop)
+            self.part = None
+
+    def check_skipped(self, max_bad_fraction: float) -> None:
+        """Raise InputError if too many images cannot be read; see `check_bad_fraction`."""
+        check_bad_fraction(self.skipped_names, len(self.pool), max_bad_fraction)
+
+    def _begin_part(self) -> PartFile:
+        self.num_images_before = total_of_parts(self.index, "images")
+        self.offsets: list[int] = []
+        self.columns = empty_columns()
+        self.skipped: list[tuple[int, str]] = []
+        if self.index["format"] == "array":
+            return ArrayPart(self.folder, start=total_of_parts(self.index, "bytes"))
+        prefix = "held_out-"
+        if self.num_done < self.pool.num_train:
+            prefix = "train-"
+        number = 0
+        for part in self.index["parts"]:
+            if part["file"].startswith(prefix):
+                number += 1
+        return ShardPart(self.folder, f"{prefix}{number:05}.tar")
+
+    def _end_part(self, part: PartFile, stop: int) -> None:
+        # First the part, then its table, last the index: a crash in between leaves no trace there.
+        more = part.close()
+        table = {"offsets": np.array(self.offsets, np.int64)}
+        for name, values in self.columns.items():
+            table[name] = np.array(values, COLUMNS[name])
+        table |= pack_names([self.pool.name(row) for row in self.columns["rows"]])
+        save_table(self._table_path(len(self.index["parts"])), table)
+        entry = {
+            "file": part.name,
+            "stop": stop,
+            "images": len(self.offsets),
+            "bytes": part.num_bytes,
+            "skipped": self.skipped,
+        }
+        self.index["parts"].append(entry | more)
+        write_index(self.folder, self.index)
+
+    def _table_path(self, number: int) -> Path:
+        return self.folder / PARTS / f"{number:05}.npz"
+
+    def finish(self) -> None:
+        """Join the tables of the parts, and mark the copy as complete."""
+        joined = self._join_tables()
+        place_of_row = np.full(len(self.pool), -1, dtype=np.int64)  # -1: skipped
+        place_of_row[joined["rows"]] = np.arange(len(joined["rows"]))
+        for side, (rows, labels) in self.pool.sides.items():
+            # In the copy's order and without skipped images.
+            places = place_of_row[rows]
+            is_there = places >= 0
+            order = np.argsort(places[is_there], kind="stable")
+            joined[f"{side}_rows"] = places[is_there][order]
+            joined[f"{side}_labels"] = labels[is_there][order]
+        save_table(self.folder / TABLE, joined)
+        self.index["num_images"] = int((joined["rows"] < self.pool.num_train).sum())
+        self.index["complete"] = True
+        write_index(self.folder, self.index)
+        shutil.rmtree(self.folder / PARTS)
+
+    def _join_tables(self) -> dict[str, np.ndarray]:
+        """Return the tables of all parts as one."""
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, "names")}
+        name_lengths = []
+        for number in range(len(self.index["parts"])):
+            table = read_table(self._table_path(number))
+            for name, arrays in columns.items():
+                arrays.append(table[name])
+            name_lengths.append(np.diff(table["name_ends"], prepend=0))
+        joined = {name: np.concatenate(arrays) for name, arrays in columns.items()}
+        joined["name_ends"] = np.cumsum(np.concatenate(name_lengths), dtype=np.int64)
+        return joined
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder of a copy.
+
+    Raises:
+        InputError: that fails, or the folder holds files that are not of a copy.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output={folder}: {error.strerror}") from error
+    names = {path.name for path in folder.iterdir()}
+    left_by_a_crash = {LOCK, temporary_path(folder / INDEX).name}
+    if INDEX not in names and names - left_by_a_crash:
+        raise InputError(
+            f"output={folder}: holds other files; choose an empty folder or one that is not there"
+        )
+
+
+def open_copy(folder: Path, settings: dict[str, Any], pool: Pool) -> dict[str, Any]:
+    """Return the index of the copy in a folder, or write and return that of a new copy.
+
+    Args:
+        settings: what must stay the same while a copy is written: ``data``, the settings of the
+            source; ``format``, ``max_shard_bytes`` and ``quality``.
+
+    Raises:
+        InputError: the folder holds a copy of another source or with other settings.
+    """
+    fingerprint = pool.fingerprint()
+    if not (folder / INDEX).exists():
+        image_size = pool.source.image_size
+        resize = settings["data"]["resize"]
+        if resize is not None:
+            image_size = min(image_size, resize)
+        chosen_format = choose_format(settings["format"], folder, pool, resize)
+        index: dict[str, Any] = {
+            "version": 1,
+            "format": chosen_format,
+            "complete": False,
+            "num_images": None,
+            "image_size": image_size,
+            "settings": settings | {"format": chosen_format},
+            "source": fingerprint,
+            "parts": [],
+        }
+        write_index(folder, index)
+        return index
+    existing = read_index(str(folder))
+    different = different_settings(existing, settings)
+    if not different and existing["source"] != fingerprint:
+        there = existing["source"]["images"]
+        different = [f"the source: {there} images there, {len(pool)} here, or others"]
+    if different:
+        raise InputError(
+            f"output={folder}: holds another copy: {'; '.join(different)}; choose another folder"
+        )
+    if existing["complete"]:
+        log.info("%s is complete; check=true compares it with its checksums", folder)
+    return existing
+
+
+def different_settings(index: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Return ``key: old there, new here`` for each setting that differs from a copy's."""
+    there = flatten_settings(index["settings"])
+    here = flatten_settings(settings)
+    if here["format"] == "auto":
+        here["format"] = index["format"]
+    if index["format"] == "array":  # an array does not use the quality
+        here["quality"] = there["quality"]
+    different = []
+    for key in sorted(there.keys() | here.keys()):
+        if key not in FREE_SETTINGS and there.get(key) != here.get(key):
+            different.append(f"{key}: {there.get(key)} there, {here.get(key)} here")
+    return different
+
+
+def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in one dict; those of the source get the keys ``data.NAME``."""
+    flat = dict(settings)
+    for key, value in flat.pop("data", {}).items():
+        flat[f"data.{key}"] = value
+    return flat
+
+
+def write_index(folder: Path, index: Mapping[str, Any]) -> None:
+    """Write ``index.json``, as a whole or not at all."""
+    text = json.dumps(index, indent=1)
+    replace_file(folder / INDEX, lambda file: file.write(text.encode()))
+
+
+def save_table(path: Path, table: Mapping[str, np.ndarray]) -> None:
+    """Write an .npz file, as a whole or not at all."""
+    replace_file(path, lambda file: np.savez(file, **table))  # type: ignore[arg-type]
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a temporary file and give it the name when it is on disk."""
+    temporary = temporary_path(path)
+    with temporary.open("wb") as file:
+        write(file)
+        sync_and_close(file)
+    os.replace(temporary, path)
+
+
+def temporary_path(path: Path) -> Path:
+    """Return where a file is written first; what a crash leaves there is overwritten later."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def sync_and_close(file: BinaryIO) -> None:
+    """Wait until a file's content is on disk, and close the file."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def pack_names(names: list[str]) -> dict[str, np.ndarray]:
+    """Return names as two arrays: the bytes of all names, and where each name ends."""
+    text = bytearray()
+    ends = []
+    for name in names:
+        text += os.fsencode(name)
+        ends.append(len(text))
+    return {"names": np.frombuffer(text, dtype=np.uint8), "name_ends": np.array(ends, np.int64)}
+
+
+def choose_format(wanted: str, folder: Path, pool: Pool, resize: int | None) -> str:
+    """Return ``array`` or ``shards``; ``auto`` is array if that fits half of the free disk space.
+
+    Raises:
+        InputError: an array is wanted and the disk is too small.
+    """
+    if wanted == "shards":
+        return wanted
+    free = shutil.disk_usage(folder).free
+    needed = estimate_array_bytes(pool, resize)
+    room = f"an array takes about {needed / 1e9:,.2f} GB, and {free / 1e9:,.1f} GB are free"
+    if wanted == "array":
+        if needed > free:
+            raise InputError(
+                f"output={folder}: {room}; format=shards or a smaller data.resize takes less"
+            )
+        return wanted
+    chosen = "shards"
+    if needed < free / 2:
+        chosen = "array"
+    log.info("format=%s: %s", chosen, room)
+    return chosen
+
+
+def estimate_array_bytes(pool: Pool, resize: int | None) -> int:
+    """Return about how many bytes the pixels of all images take, by the sizes of some of them."""
+    # Images in equal distances, since neighbours in a folder are often of one size.
+    num_sizes = min(NUM_SIZES, len(pool))
+    sizes = []
+    for row in np.linspace(0, len(pool) - 1, num_sizes, dtype=int).tolist():
+        try:
+            height, width = resized_size(pool.opened(row).size, resize)
+        except UnreadableImage:
+            continue
+        sizes.append(3 * height * width)
+    if not sizes:
+        return 0
+    return int(np.mean(sizes) * len(pool))
+
+
+def check_copy(folder: Path, pool: Pool) -> Iterator[int]:
+    """Compare a copy with its checksums, and its names with the source's.
+
+    Yields:
+        The number of images compared so far.
+
+    Raises:
+        InputError: there is no finished copy.
+        RunError: something differs; the message names the first images or shards.
+    """
+    index = read_index(str(folder))
+    if not index["complete"]:
+        raise InputError(
+            f"output={folder}: not finished; start the same command without check, then check"
+        )
+    copy, table = read_copy(str(folder), index, max_image_pixels=1)  # nothing is decoded
+    num_packed = len(copy) + count_skipped(index)
+    if num_packed != len(pool):
+        raise RunError(
+            f"{folder}: made of {num_packed} images, and the source has {len(pool)}; pack it anew"
+        )
+    differing = []
+    for number, row in enumerate(table["rows"].tolist()):
+        name = copy.name(number)
+        has_name = row < len(pool) and pool.name(row) == name
+        if copy.is_damaged(number) or not has_name:
+            differing.append(printable(name))
+        yield number + 1
+    if differing:
+        raise RunError(
+            f"{folder}: {len(differing)} of {len(copy)} images are not as they were written: "
+            f"{', '.join(differing[:MAX_NAMED])}"
+        )
+    shards = [printable(name) for name in damaged_shards(folder, index)]
+    if shards:
+        raise RunError(
+            f"{folder}: bytes between the images are not as they were written in "
+            f"{', '.join(shards[:MAX_NAMED])}"
+        )
+    log.info("%s: all images are as they were written, under the source's names", folder)
+
+
+def describe_copy(
+    folder: Path, index: Mapping[str, Any], pool: Pool, max_image_pixels: int
+) -> list[tuple[str, str]]:
+    """Return what a finished copy holds, and how fast it reads, as rows of a table."""
+    copy = packed_source(str(folder), max_image_pixels)
+    gigabytes = total_of_parts(index, "bytes") / 1e9
+    resize = index["settings"]["data"]["resize"]
+    size = "as it was"
+    if resize is not None:
+        size = f"shorter side at most {resize} px"
+    sides = [name for name in SIDES if getattr(copy, name) is not None]
+    before, after = seconds_per_image(pool.source, copy)
+    speed = (
+        f"{before / after:.1f} x as fast: {before * 1e3:.2f} ms an image from the source, "
+        f"{after * 1e3:.2f} from the copy"
+    )
+    return [
+        ("images", f"{len(copy.train):,} to train on, {count_skipped(index)} unreadable left out"),
+        ("labels", ", ".join(sides) or "none"),
+        ("format", f"{index['format']}, {gigabytes:,.2f} GB in {len(index['parts'])} parts"),
+        ("size", size),
+        ("one epoch reads", speed),
+    ]
+
+
+def seconds_per_image(source: DataSource, copy: DataSource) -> tuple[float, float]:
+    """Return the time to read an image and crop two views, from the source and from the copy.
+
+    The same images are read in turn from both. What the page cache holds is not read from disk, so
+    this is mostly the time of computing.
+    """
+    assert isinstance(copy.train, PackedImages)
+    crop = {"random_resized_crop": {"scale": [0.2, 1]}}
+    half = [0.5] * 3  # mean and standard deviation do not change the time
+    pair = ViewPair(crop, crop, mean=half, std=half, image_size=copy.image_size, seed=0)
+    num_timed = min(NUM_TIMED_IMAGES, len(copy.train))
+    places = torch.linspace(0, len(copy.train) - 1, num_timed).long()
+    rows = copy.train.table["rows"][places]
+    seconds_to_read(source.train, rows[:1], pair)  # the first image pays for what is loaded once
+    before = 0.0
+    after = 0.0
+    for start in range(0, num_timed, TIMED_BLOCK):
+        before += seconds_to_read(source.train, rows[start : start + TIMED_BLOCK], pair)
+        after += seconds_to_read(copy.train, places[start : start + TIMED_BLOCK], pair)
+    return before / num_timed, after / num_timed
+
+
+def seconds_to_read(images: Images, indices: Tensor, pair: ViewPair) -> float:
+    """Return the seconds that reading some images and cropping their views takes."""
+    views = pair.empty_views(len(indices))
+    start = time.perf_counter()
+    pixels = [images.opened(index).pixels() for index in indices.tolist()]
+    pair.on_images(pixels, 0, indices, views)
+    return time.perf_counter() - start

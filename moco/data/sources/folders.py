@@ -1,0 +1,168 @@
+"""Images in folders: any folder tree without labels, or sub-folders that are the classes."""
+
+import itertools
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moco.data.files.listing_cache import Listing, listed
+from moco.data.sources.source import DataSource, FileImages, Labelled
+from moco.errors import InputError, printable
+
+VALIDATION_FOLDERS = ("val", "validation", "test")  # the first one that exists is taken
+IMAGE_SIZE = 224  # px
+NUM_HASHES = 2**32  # values of zlib.crc32
+
+
+def folder_source(root: Any, max_image_pixels: int, pages: str, listing: Path | None) -> DataSource:
+    """Return every image below a folder or several folders, without labels.
+
+    Raises:
+        InputError: a folder is missing or holds no images, or one folder contains another.
+    """
+    roots = list_of_paths(root)
+    if roots is None:
+        raise InputError(f"data.root={root}: expected a folder or a list of folders")
+    check_no_overlap(roots)
+    files = Listing.of_all(listed(roots, pages, listing))
+    images = FileImages(files.paths, max_image_pixels, files.num_pages)
+    return DataSource(images, None, None, IMAGE_SIZE)
+
+
+def list_of_paths(root: Any) -> list[str] | None:
+    """Return one or several paths as a list, or None if `root` is something else."""
+    if isinstance(root, str):
+        return [root]
+    if not isinstance(root, list) or len(root) == 0:
+        return None
+    for path in root:
+        if not isinstance(path, str):
+            return None
+    return root
+
+
+def check_no_overlap(roots: Sequence[str]) -> None:
+    """Raise InputError if one folder contains another, whose images would be listed twice."""
+    for inner, outer in itertools.permutations(roots, 2):
+        real_inner = os.path.realpath(inner)
+        real_outer = os.path.realpath(outer)
+        if os.path.commonpath([real_outer, real_inner]) == real_outer:
+            raise InputError(
+                f"data.root: {printable(inner)} is {printable(outer)} or lies below it, "
+                "and its images would be listed twice; leave one of them out"
+            )
+
+
+def class_folder_source(
+    root: str, max_image_pixels: int, held_out: float, pages: str, listing: Path | None
+) -> DataSource:
+    """Return root/train/CLASS/... with root/val/CLASS/..., or root/CLASS/... alone.
+
+    The validation folder may also be called ``validation`` or ``test``; without one there are no
+    queries. Of root/CLASS/... alone, `is_held_out` takes queries out of the bank by the files'
+    paths below root. Training uses all images.
+
+    Raises:
+        InputError: a folder is missing or holds no images in class folders, or a validation class
+            is not a training class.
+    """
+    has_training_folder = (Path(root) / "train").is_dir()
+    folders = [str(Path(root))]
+    if has_training_folder:
+        folders = training_and_validation_folders(Path(root))
+    listings = listed(folders, pages, listing)
+    training_files = files_in_class_folders(folders[0], listings[0])
+    names = training_files.paths.below(folders[0])
+    classes = class_names(names)
+    train = labelled_files(folders[0], training_files, classes, max_image_pixels)
+    if len(folders) == 2:
+        validation_files = files_in_class_folders(folders[1], listings[1])
+        queries = labelled_files(folders[1], validation_files, classes, max_image_pixels)
+        return DataSource(train.images, train, queries, IMAGE_SIZE)
+    # A monitor needs images on both sides.
+    is_query = is_held_out(names, held_out)
+    if has_training_folder or is_query.all() or not is_query.any():
+        return DataSource(train.images, train, None, IMAGE_SIZE)
+    bank_files = training_files.where(~is_query)
+    query_files = training_files.where(is_query)
+    bank = labelled_files(folders[0], bank_files, classes, max_image_pixels)
+    queries = labelled_files(folders[0], query_files, classes, max_image_pixels)
+    return DataSource(train.images, bank, queries, IMAGE_SIZE)
+
+
+def training_and_validation_folders(root: Path) -> list[str]:
+    """Return root/train and, if there is one, the validation folder beside it."""
+    folders = [str(root / "train")]
+    for name in VALIDATION_FOLDERS:
+        if (root / name).is_dir():
+            folders.append(str(root / name))
+            break
+    return folders
+
+
+def files_in_class_folders(root: str, files: Listing) -> Listing:
+    """Return the files below root/CLASS, without those in root itself.
+
+    Raises:
+        InputError: there are no such files.
+    """
+    is_in_class = np.array([b"/" in name for name in files.paths.below(root)])
+    if not is_in_class.any():
+        raise InputError(
+            f"data.root={root}: no class sub-folders with images; "
+            "data=images takes a plain folder tree"
+        )
+    return files.where(is_in_class)
+
+
+def labelled_files(
+    root: str, files: Listing, classes: list[str], max_image_pixels: int
+) -> Labelled:
+    """Return the images below root/CLASS; a label is the class's place in `classes`.
+
+    Raises:
+        InputError: a class is not among `classes`.
+    """
+    names = files.paths.below(root)
+    unknown = sorted(set(class_names(names)) - set(classes))
+    if unknown:
+        raise InputError(
+            f"data.root={root}: classes that the training images do not have: "
+            f"{printable(', '.join(unknown))}"
+        )
+    number_of_class = {os.fsencode(name): number for number, name in enumerate(classes)}
+    label_of_file = np.array([number_of_class[first_folder(name)] for name in names])
+    images = FileImages(files.paths, max_image_pixels, files.num_pages)
+    return Labelled(images, files.of_images(label_of_file))
+
+
+def class_names(names: Iterable[bytes]) -> list[str]:
+    """Return the first folders of the paths, each once, in sorted order."""
+    folders = {first_folder(name) for name in names}
+    return sorted(os.fsdecode(folder) for folder in folders)
+
+
+def first_folder(path: bytes) -> bytes:
+    """Return the first folder in a relative path."""
+    return path.partition(b"/")[0]
+
+
+def is_held_out(names: Iterable[bytes], share: float) -> np.ndarray:
+    """Return which names are held out, (names,) bool: about `share` of them.
+
+    The choice depends on a name's hash alone, so an image keeps its side when others are added.
+    A larger share holds out every name that a smaller share does. The hash's last decimal digit
+    counts most: a share of 0.1 holds out the names whose hash ends in 0.
+
+    Args:
+        share: fraction from 0 to 1.
+    """
+    # The digit is moved to the front of the number, and the share is a threshold.
+    hashes_per_digit = NUM_HASHES // 10 + 1
+    hashes = np.fromiter(map(zlib.crc32, names), dtype=np.int64)
+    places = hashes % 10 * hashes_per_digit + hashes // 10
+    return places < round(share * 10 * hashes_per_digit)

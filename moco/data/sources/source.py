@@ -1,0 +1,161 @@
+"""The contract of a source of images: what every dataset becomes before training or evaluation.
+
+`ArrayImages` and `FileImages` are the two common ways to hold images; other sources have their own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from moco.data.files.decoding import DecodedImage, EncodedImage, encoded_file
+from moco.data.files.images import MAX_IMAGE_PIXELS, to_rgb
+from moco.data.files.listing import PathList, start_of
+from moco.errors import InputError
+
+
+class Images(Protocol):
+    """RGB images by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Image.Image:
+        """Return the decoded image. Raises `UnreadableImage` if the file is damaged."""
+        ...
+
+    def opened(self, index: int) -> EncodedImage:
+        """Return the image with a known size, not yet decoded.
+
+        Raises:
+            UnreadableImage: the file is damaged.
+        """
+        ...
+
+    def name(self, index: int) -> str:
+        """Return the name of an image for messages; for a file it is the path."""
+        ...
+
+
+class ArrayImages:
+    """Images in memory.
+
+    Args:
+        array: uint8 of shape (images, height, width), or with a last axis of 1 (grey), 3 (RGB)
+            or 4 (RGBA) channels.
+        what: what to call the array in messages.
+    """
+
+    def __init__(self, array: np.ndarray, what: str) -> None:
+        has_channels = array.ndim == 4 and array.shape[-1] in (1, 3, 4)
+        if array.dtype != np.uint8 or not (array.ndim == 3 or has_channels) or len(array) == 0:
+            raise InputError(
+                f"{what}: expected uint8 of shape (M, H, W) or (M, H, W, 1 or 3 or 4), "
+                f"got {array.dtype} {array.shape}"
+            )
+        if array.ndim == 4 and array.shape[-1] == 1:
+            array = array[..., 0]
+        # Loader processes share a tensor's memory; an array would be copied to each of them.
+        self.tensor = torch.from_numpy(np.ascontiguousarray(array))
+        self.what = what
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return to_rgb(Image.fromarray(self.tensor[index].numpy()))
+
+    def opened(self, index: int) -> DecodedImage:
+        """See `Images`."""
+        array = self.tensor[index].numpy()
+        is_rgb = array.ndim == 3 and array.shape[2] == 3
+        if is_rgb:
+            return DecodedImage(array)
+        return DecodedImage(np.array(self[index]))
+
+    def name(self, index: int) -> str:
+        """See `Images`."""
+        return f"{self.what}[{index}]"
+
+
+class FileImages:
+    """Images in files, decoded when they are asked for.
+
+    Args:
+        max_image_pixels: larger images are unreadable.
+        num_pages: (files,) number of images in each file; None takes the first image of each file.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        num_pages: np.ndarray | None = None,
+    ) -> None:
+        if not isinstance(paths, PathList):
+            paths = PathList.of(paths)
+        # Loader processes share a tensor's memory; a list of millions of str would be copied.
+        self.text = torch.from_numpy(paths.text)
+        self.ends = torch.from_numpy(paths.ends)
+        self.page_ends = None
+        if num_pages is not None:
+            self.page_ends = torch.from_numpy(np.cumsum(num_pages))
+        self.max_image_pixels = max_image_pixels
+
+    def __len__(self) -> int:
+        if self.page_ends is None:
+            return len(self.ends)
+        return int(self.page_ends[-1])
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return Image.fromarray(self.opened(index).pixels())
+
+    def opened(self, index: int) -> EncodedImage:
+        """See `Images`."""
+        path, page, _ = self._find_page(index)
+        return encoded_file(path, self.name(index), self.max_image_pixels, page)
+
+    def name(self, index: int) -> str:
+        """Return the path; images of a file with several get #1, #2, ... behind it."""
+        path, page, num_pages = self._find_page(index)
+        if num_pages == 1:
+            return path
+        return f"{path}#{page + 1}"
+
+    def files(self) -> PathList:
+        """Return the paths of the files, each once."""
+        return PathList(self.text.numpy(), self.ends.numpy())
+
+    def _find_page(self, index: int) -> tuple[str, int, int]:
+        """Return an image's path, its page in that file, and the number of pages of the file."""
+        paths = self.files()
+        if self.page_ends is None:
+            return paths[index], 0, 1
+        file = int(np.searchsorted(self.page_ends.numpy(), index, side="right"))
+        start = start_of(self.page_ends, file)
+        end = int(self.page_ends[file])
+        return paths[file], index - start, end - start
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images with a class number each."""
+
+    images: Images
+    labels: np.ndarray
+    """(images,) int64, 0 or more; numbers may have gaps."""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """The images that a run trains on, and the labelled images that the kNN monitor compares."""
+
+    train: Images
+    bank: Labelled | None
+    """Labelled training images; None without labels."""
+    queries: Labelled | None
+    """Labelled images that are not in the bank; None without labels."""
+    image_size: int
+    """Side at which the dataset is usually used, px."""

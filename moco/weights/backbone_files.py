@@ -1,0 +1,146 @@
+"""The files that this project writes of a backbone alone, and how to read them.
+
+``backbone.pth`` is what every run leaves behind; a safetensors file is what `moco.export` writes.
+Both describe their backbone, so it can be built again without any other file.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moco.errors import InputError
+from moco.models.backbones import build_backbone
+from moco.runs.run_folder import write_atomically
+from moco.weights.architecture import settings_of
+
+if TYPE_CHECKING:
+    from moco.methods.moco import MoCo
+
+# What a file of a backbone alone holds, and the type of each part.
+BACKBONE_PARTS = {
+    "state_dict": dict,
+    "backbone": dict,
+    "encoder": str,
+    "image_size": int,
+    "mean": list,
+    "std": list,
+    "epoch": int,
+    "step": int,
+}
+NOT_INSTALLED = "safetensors is not installed: pip install moco-ssl[export]"
+
+
+def write_backbone_file(
+    path: Path, method: "MoCo", config: dict[str, Any], figures: dict[str, Any]
+) -> None:
+    """Write the query encoder's backbone with torch.save, as plain data that describes itself.
+
+    Args:
+        config: the run's config as plain data.
+        figures: the run's figures, under the names of ``metrics.json``.
+    """
+    backbone: Any = method.query_encoder.backbone
+    weights = {}
+    for name, tensor in backbone.state_dict().items():
+        weights[name] = tensor.cpu()
+    content = {
+        "state_dict": weights,
+        "backbone": settings_of(backbone, method.hparams["backbone"]),
+        "encoder": "query",
+        "image_size": config["data"]["image_size"],
+        "mean": config["augmentation"]["mean"],
+        "std": config["augmentation"]["std"],
+        "epoch": figures["epoch"],
+        "step": figures["step"],
+        "config": config,
+    }
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def write_backbone(backbone: nn.Module, settings: dict[str, Any], about: dict[str, Any]) -> bytes:
+    """Return the content of a safetensors file that `read_backbone` rebuilds the backbone from.
+
+    Args:
+        settings: the arguments of `build_backbone` that the backbone was made with.
+        about: plain data to keep beside the weights. The file's metadata hold it, and the
+            settings, as JSON, because they may only hold strings.
+
+    Raises:
+        InputError: safetensors is not installed.
+    """
+    metadata = {"backbone": json.dumps(settings_of(backbone, settings))}
+    for key, value in about.items():
+        metadata[key] = json.dumps(value)
+    return as_safetensors(dict(backbone.state_dict()), metadata)
+
+
+def read_backbone(path: str | Path) -> tuple[Any, dict[str, Any]]:
+    """Return the backbone of a file that ``moco.export format=safetensors`` wrote.
+
+    Returns:
+        The backbone in eval mode, and everything that the file's metadata say.
+
+    Raises:
+        InputError: there is no such file, it is damaged, something else wrote it, or safetensors
+            is not installed.
+    """
+    weights, metadata = read_safetensors(path, str(path))
+    try:
+        about = {key: json.loads(value) for key, value in metadata.items()}
+        backbone = build_backbone(**about["backbone"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: not written by moco.export format=safetensors "
+            "(its metadata describe no backbone)"
+        ) from error
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(
+            f"{path}: the weights do not fit the backbone that its metadata describe ({error})"
+        ) from error
+    return backbone.eval(), about
+
+
+def as_safetensors(weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Return the content of a safetensors file.
+
+    Raises:
+        InputError: safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise InputError(NOT_INSTALLED) from error
+    # Other readers of the format look for "pt".
+    return save(weights, {"format": "pt", **(metadata or {})})
+
+
+def read_safetensors(path: str | Path, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, on the CPU, and its metadata.
+
+    Args:
+        source: what the errors begin with.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or safetensors is not installed.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise InputError(f"{source}: {NOT_INSTALLED}") from error
+    if not Path(path).is_file():
+        raise InputError(f"{source}: no such file")
+    weights = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            for name in file.keys():  # noqa: SIM118 (the file is no dict)
+                weights[name] = file.get_tensor(name)
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{source}: damaged, or no safetensors file ({error})") from error
+    metadata.pop("format", None)
+    return weights, metadata

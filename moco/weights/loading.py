@@ -1,0 +1,352 @@
+"""Load an encoder from any file of weights, for the programs that begin with one."""
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from moco.errors import InputError
+from moco.methods.moco import MoCo
+from moco.models.backbones import build_backbone
+from moco.models.encoder import Encoder, is_channels_last
+from moco.models.heads import build_head
+from moco.models.swin.backbone import rewindow, window_advice
+from moco.runs.run_folder import differences
+from moco.weights.architecture import (
+    check_hidden_settings,
+    fitting_backbones,
+    head_settings,
+    misfit,
+    outline_of_file,
+    settings_of,
+    settings_seen,
+    source_in_errors,
+)
+from moco.weights.layouts import METHOD_PARTS, QUERY
+from moco.weights.library_names import Weights, to_our_names
+from moco.weights.reading import WeightFile, read_weight_file
+from moco.weights.recognise import listed_parts, listed_unused, split
+
+log = logging.getLogger(__name__)
+
+# These change what a backbone's tensors mean. A checkpoint of ours says which ones it has.
+ARCHITECTURE = ("name", "stem", "num_heads", "learned_positions")
+
+
+class Pretrained(NamedTuple):
+    """An encoder and where it is from.
+
+    Attributes:
+        encoder: in eval mode, with the windows that were asked for.
+        settings: the arguments of `build_backbone` that make such a backbone.
+        config: the config of the run that made it; empty for other projects' files.
+        epoch: epochs that were trained.
+        step: optimizer steps that were trained.
+        feature: what to measure, ``backbone`` or ``embedding``.
+        window_size: a Swin's windows in the file, cells; None for other backbones.
+    """
+
+    encoder: Encoder
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    epoch: int
+    step: int
+    feature: str
+    window_size: tuple[int, ...] | None
+
+
+def load_pretrained(
+    path: str, which: str, given: dict[str, Any], feature: str | None = "backbone"
+) -> Pretrained:
+    """Return the query or the key encoder in any file of weights.
+
+    For other projects' files the log says what was loaded.
+
+    Args:
+        which: ``query`` or ``key``.
+        given: the arguments of `build_backbone` that the user gave. They override those of a file
+            of ours. For another project's file they say what the file does not show. A Swin gets
+            the `window_size` at the end.
+        feature: what is needed of the encoder, ``backbone`` or ``embedding``. None means what the
+            run measured; for a file of a backbone alone it means ``backbone``.
+
+    Raises:
+        InputError: the file cannot be read, its format is unknown, it has another architecture
+            than the given one, or it lacks what is needed.
+    """
+    source = f"checkpoint={path}"
+    file = read_weight_file(path, source)
+    if feature is None:
+        feature = usual_feature(file, source)
+    if file.settings is None:
+        encoder, settings = load_other_project(file, which, given, feature, source)
+    else:
+        encoder, settings = load_ours(file, which, given, feature, path)
+
+    window_size: Any = getattr(encoder.backbone, "window_size", None)
+    if "window_size" in given:
+        rewindow(encoder.backbone, given["window_size"])
+    # With the memory format of training, a monitor's figure is repeated to the last digit.
+    if is_channels_last(file.weights.values()):
+        encoder.to(memory_format=torch.channels_last)
+    return Pretrained(
+        encoder=encoder.eval(),
+        settings=settings_of(encoder.backbone, settings),
+        config=file.config,
+        epoch=file.epoch,
+        step=file.step,
+        feature=feature,
+        window_size=window_size,
+    )
+
+
+def usual_feature(file: WeightFile, source: str) -> str:
+    """Return the feature that the run measured, or ``backbone`` if the file has no more."""
+    of_run = file.config.get("evaluation", {}).get("feature", "backbone")
+    is_backbone_alone = file.settings is not None and file.checkpoint is None
+    if not is_backbone_alone:
+        return of_run
+    if of_run == "embedding":
+        log.info(
+            "%s: the file holds a backbone alone, so the backbone's feature is measured; "
+            "the run measured embeddings",
+            source,
+        )
+    return "backbone"
+
+
+def log_window_advice(pretrained: Pretrained, given: dict[str, Any], image_size: int) -> None:
+    """Log which attention windows suit images of this size, if the user gave none.
+
+    Args:
+        image_size: px.
+    """
+    pretrained_image_size = pretrained.config.get("data", {}).get("image_size")
+    if pretrained_image_size is None or "window_size" in given:
+        return
+    advice = window_advice(pretrained.encoder.backbone, image_size, pretrained_image_size)
+    if advice is not None:
+        log.info(advice)
+
+
+def load_ours(
+    file: WeightFile, which: str, given: dict[str, Any], feature: str, path: str
+) -> tuple[Encoder, dict[str, Any]]:
+    """Return the encoder of a file that a program of ours wrote, and its backbone's settings.
+
+    Raises:
+        InputError: the file has another architecture than the given one, has no such encoder, or
+            its weights do not fit its own settings.
+    """
+    source = f"checkpoint={path}"
+    assert file.settings is not None
+    check_architecture(file.settings, given, source)
+    for key in ("pretrained_window_size", "pretrained_image_size"):
+        if key in given:
+            log.warning(
+                "backbone.%s: a value that is not the checkpoint's stretches the position biases",
+                key,
+            )
+    settings = dict(file.settings)
+    for key, value in given.items():
+        if key != "window_size":
+            settings[key] = value
+
+    if file.checkpoint is not None:
+        return load_encoder(file.checkpoint, which, path, settings), settings
+    if which == "key" and file.encoder != "key":
+        raise InputError(
+            f"{source}: holds the query encoder's backbone alone, and encoder=key needs the key's"
+        )
+    if feature == "embedding":
+        raise InputError(
+            f"{source}: holds a backbone alone, and feature=embedding needs the projector too"
+        )
+    weights, _ = split(file.weights, QUERY + "backbone.")
+    backbone = build_backbone(**settings)
+    load_fitting(backbone, weights, f"the backbone {settings['name']}", source)
+    return Encoder(backbone, nn.Identity()), settings
+
+
+def check_architecture(there: dict[str, Any], given: dict[str, Any], source: str) -> None:
+    """Raise InputError if a checkpoint of ours has another backbone than the user asked for."""
+    outline = outline_of_file(there, source)
+    own = {}
+    asked = {}
+    for key in ARCHITECTURE:
+        if key not in given:
+            continue
+        asked[key] = given[key]
+        own[key] = there.get(key)
+        if own[key] is None:  # The default of this backbone.
+            own[key] = getattr(outline, key, "imagenet" if key == "stem" else None)
+    differing = differences({"backbone": own}, {"backbone": asked})
+    if differing:
+        raise InputError(f"{source}: has another architecture: {'; '.join(differing)}")
+
+
+def load_encoder(
+    checkpoint: dict[str, Any], which: str, path: str, settings: dict[str, Any] | None = None
+) -> Encoder:
+    """Return the query or the key encoder of a checkpoint of ours, in eval mode.
+
+    Args:
+        checkpoint: what `moco.runs.checkpoint_files.read_checkpoint` returns.
+        which: ``query`` or ``key``.
+        path: the checkpoint's, for errors.
+        settings: the arguments of `build_backbone`. None means the checkpoint's.
+
+    Raises:
+        InputError: the checkpoint is not of pretraining, or its weights do not fit the model that
+            its hyperparameters describe.
+    """
+    source = f"checkpoint={path}"
+    hyper_parameters = dict(checkpoint["hyper_parameters"])
+    if "decoder" in hyper_parameters:
+        raise InputError(f"{source}: written by moco.segment; expected a checkpoint of moco.train")
+    if settings is not None:
+        hyper_parameters["backbone"] = settings
+    try:
+        method = MoCo(**hyper_parameters)
+        method.load_state_dict(checkpoint["state_dict"])
+    except (TypeError, RuntimeError) as error:
+        raise InputError(
+            f"{source}: its weights do not fit its own hyperparameters ({error})"
+        ) from error
+    encoder: Any = method.query_encoder if which == "query" else method.key_encoder
+    return encoder.eval()
+
+
+def load_other_project(
+    file: WeightFile, which: str, given: dict[str, Any], feature: str, source: str
+) -> tuple[Encoder, dict[str, Any]]:
+    """Return the encoder in another project's file, and its backbone's settings.
+
+    Raises:
+        InputError: the file lacks what is needed, or it fits no backbone, or not the given one.
+    """
+    prefix = f"{which}_encoder."
+    theirs, others = split(file.weights, prefix + "backbone.")
+    if not theirs:
+        raise InputError(f"{source}: {file.origin}, without {METHOD_PARTS[prefix + 'backbone.']}")
+    settings = settings_of_other_project(file, theirs, given, source)
+    backbone = build_backbone(**settings)
+    with source_in_errors(source):
+        weights = to_our_names(theirs, backbone)
+    load_fitting(backbone, weights, f"backbone={settings['name']}", source)
+
+    projector: nn.Module = nn.Identity()
+    unused = others
+    if feature == "embedding":
+        head, unused = split(others, prefix + "projector.")
+        projector = build_projector(head, backbone.feature_dim, source)
+
+    log_loaded(file, settings, unused, source)
+    return Encoder(backbone, projector), settings
+
+
+def settings_of_other_project(
+    file: WeightFile, theirs: Weights, given: dict[str, Any], source: str
+) -> dict[str, Any]:
+    """Return the arguments of `build_backbone` for the backbone in another project's file.
+
+    What the tensors show counts most for a window, which can be changed after loading. What the
+    user gives counts most for all other settings.
+
+    Args:
+        theirs: the backbone's tensors, under the names of their library.
+
+    Raises:
+        InputError: no backbone fits, or a setting is neither shown nor given.
+    """
+    settings = dict(given)
+    if "name" not in given:
+        settings = recognised_backbone(theirs, source) | given
+    with source_in_errors(source):
+        seen = settings_seen(theirs, settings["name"], file.origin)
+
+    is_pretraining_saved = "pretrained_window_size" in seen
+    is_swin_v2 = settings["name"].startswith("swin_v2")
+    if is_swin_v2 and not is_pretraining_saved and file.named_windows:
+        seen |= file.named_windows
+        log.info(
+            "%s: by its name, it has windows of %s and was pretrained with windows of %s",
+            source,
+            seen["window_size"],
+            seen["pretrained_window_size"],
+        )
+    if "pretrained_image_size" in given and not is_pretraining_saved:
+        # What the user gives counts more than the name of the file.
+        seen.pop("pretrained_window_size", None)
+
+    for key, value in seen.items():
+        if key == "window_size" or key not in given:
+            settings[key] = value
+    check_hidden_settings(file.origin, settings, source, is_pretraining_saved)
+    return settings
+
+
+def recognised_backbone(weights: Weights, source: str) -> dict[str, Any]:
+    """Return the arguments of `build_backbone` for the one backbone that the weights fit.
+
+    Raises:
+        InputError: no backbone or several backbones fit.
+    """
+    fitting = fitting_backbones(weights)
+    if len(fitting) == 1:
+        log.info("%s: backbone=%s, recognised by its tensors' shapes", source, fitting[0]["name"])
+        return fitting[0]
+    if fitting:
+        names = " and ".join(settings["name"] for settings in fitting)
+        problem = f"{names} have tensors of these shapes"
+    else:
+        problem = "no backbone here has tensors of these shapes"
+    raise InputError(f"{source}: {problem}; give backbone=NAME")
+
+
+def load_fitting(backbone: nn.Module, weights: Weights, name: str, source: str) -> None:
+    """Load weights into a backbone.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    problem = misfit(weights, backbone.state_dict())
+    if problem is not None:
+        raise InputError(f"{source}: its weights do not fit {name}: {problem}")
+    backbone.load_state_dict(weights)
+
+
+def build_projector(head: Weights, feature_dim: int, source: str) -> nn.Module:
+    """Return the projector with these weights.
+
+    Args:
+        head: under our names.
+        feature_dim: width of the backbone's features.
+
+    Raises:
+        InputError: there are no weights, or they are of an unknown kind of projector.
+    """
+    if not head:
+        raise InputError(f"{source}: holds no projector, which feature=embedding needs")
+    settings = head_settings(head)
+    projector = build_head(feature_dim, settings.pop("output_dim"), **settings)
+    problem = misfit(head, projector.state_dict())
+    if problem is not None:
+        raise InputError(f"{source}: its projector is of an unknown kind: {problem}")
+    projector.load_state_dict(head)
+    return projector
+
+
+def log_loaded(file: WeightFile, settings: dict[str, Any], unused: Weights, source: str) -> None:
+    """Log what was recognised in another project's file, what was loaded and what was not."""
+    backbone = settings["name"]
+    others = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "name")
+    if others:
+        backbone += f" ({others})"
+    log.info("%s: %s; backbone %s", source, file.origin, backbone)
+    loaded = {name: tensor for name, tensor in file.weights.items() if name not in unused}
+    log.info("loaded: %s", listed_parts(loaded))
+    if unused or file.ignored:
+        log.info("not used: %s", listed_unused(unused, file.ignored))
+    log.info("the file says nothing about images: mean and std are ImageNet's where none are given")
