@@ -309,8 +309,8 @@ def build_trainer(
 ) -> "pl.Trainer":
     """Lightning's Trainer with the callbacks of segmentation; `figures` is what they report into."""
     from moco.callbacks.checkpoints import Checkpoints
-    from moco.callbacks.monitors import LossMonitor
     from moco.callbacks.segmentation_monitor import SegmentationMonitor
+    from moco.callbacks.training_monitor import LossMonitor
     from moco.cli.progress import ProgressBar
     from moco.runs.faults import BadSteps
     from moco.runs.run_folder import last_good

@@ -401,7 +401,7 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
         ),
         (
             {"name": "linear", "num_neighbors": 5}, {},
-            "evaluation.num_neighbors: a setting of evaluation=knn and evaluation=dense, "
+            "evaluation.num_neighbors: a setting of evaluation=knn and evaluation=dense; "
             "evaluation=linear does not have it",
         ),
         (

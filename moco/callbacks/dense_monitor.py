@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import pytorch_lightning as pl
 
 from moco.callbacks.epoch_measurement import EpochMeasurement
-from moco.callbacks.stopwatches import MONITORS, epoch_time
 from moco.data.augment.views import Normalized
 from moco.errors import InputError
 from moco.evaluation.dense import knn_scores
@@ -17,6 +16,7 @@ from moco.evaluation.dense_features import DenseSet, NotFinite, check_maps, figu
 from moco.evaluation.features import EmbeddingStopped, evaluating
 from moco.segmentation.sources import build_segmentation_source
 from moco.training.distributed.collectives import from_rank_zero
+from moco.training.stopwatches import MONITORS, epoch_time
 
 log = logging.getLogger(__name__)
 

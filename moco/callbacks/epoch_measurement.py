@@ -1,18 +1,20 @@
-"""What is measured every so many epochs of a training, as a Lightning callback."""
+"""A measurement every so many epochs of a training, as a Lightning callback."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 
+from moco.callbacks.running_trainer import is_end
+
 
 class EpochMeasurement(pl.Callback):
-    """Calls `measure` every n epochs and at the end of the training.
+    """Call `measure` every n epochs and at the end of the training.
 
     Args:
-        figures: what it reports into.
-        should_stop: asked before every batch. A measurement that is cut short is `owed`: it is made up for when the run
-            goes on.
+        figures: what the measurement reports into.
+        should_stop: asked before every batch. A measurement that it stops is `owed`: it is repeated
+            when the run resumes.
     """
 
     def __init__(
@@ -27,11 +29,11 @@ class EpochMeasurement(pl.Callback):
         self.owed = False
 
     def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
-        """Measure the model after `epoch` epochs; sets `owed`."""
+        """Measure the model after `epoch` epochs, and set `owed`."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        # Without a state Lightning does not warn when the run goes on without this measurement.
+        # If the state is empty, Lightning does not warn when a run resumes without this callback.
         return {"owed": True} if self.owed else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -45,8 +47,3 @@ class EpochMeasurement(pl.Callback):
         epoch = trainer.current_epoch + 1
         if is_end(trainer, epoch) or epoch % self.every_n_epochs == 0:
             self.measure(trainer, pl_module, epoch)
-
-
-def is_end(trainer: pl.Trainer, epoch: int) -> bool:
-    """Whether the training ends with this epoch, counted from 1."""
-    return epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps

@@ -1,68 +1,51 @@
-"""What the kNN monitor's features look like in TensorBoard: neighbours, confusions, and the embedding projector.
-
-Letters: M bank size, Q queries, D feature width, k neighbours.
-"""
+"""The kNN monitor's features in TensorBoard: neighbours, confusion matrix, embedding projector."""
 
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from moco.data.sources.source import Labelled
+from moco.evaluation.diagnostics import evenly_spaced
 from moco.evaluation.knn import vote
 from moco.evaluation.neighbors import nearest, normalized
-from moco.evaluation.reports.drawing import (
-    Neighbor,
-    NeighborRow,
-    confusion_counts,
-    confusion_plot,
-    neighbors_plot,
-    thumbnail,
-)
+from moco.evaluation.reports.drawing import confusion_counts, confusion_plot, pixels
+from moco.evaluation.reports.embedded import NUM_NEIGHBORS, NUM_QUERIES, Embedded, neighbors_plot
+from moco.evaluation.reports.projections import projected
 
-NUM_QUERIES, NUM_NEIGHBORS = 16, 8
-THUMBNAIL, SPRITE = 64, 32  # px
 MOST_PREDICTED = 5_000
+"""Queries in the confusion matrix."""
+SPRITE = 32
+"""Side of a thumbnail in the projector, in px."""
 PROJECTED_DIM = 64
-"""The projector reads text, which of 2,048 dimensions would be 100 MB; it makes 3 dimensions of them in any case."""
-
-
-class Embedded(NamedTuple):
-    """Features and what they are of."""
-
-    features: np.ndarray
-    """(M, D), of any norm."""
-    labels: np.ndarray
-    """(M,)."""
-    labelled: Labelled
-    rows: np.ndarray
-    """(M,) the place of each in `labelled`."""
-
-    def thumbnail(self, row: int, side: int) -> Any:
-        """The image that a row of the features is of, as a square of so many px."""
-        return thumbnail(self.labelled.images[int(self.rows[row])], side)
+"""Dimensions in the projector. It reads text: 2,048 dimensions would be 100 MB, and it reduces them
+to 3 in any case."""
 
 
 class FeaturePlots:
-    """Draws a measurement's features, always of the same queries, so that one sees them change.
+    """Plot the features of a measurement, always of the same queries, so that one sees them change.
 
     Args:
-        every_n_epochs: between two images; None: no images.
-        projector_images: in the embedding projector, at the end of the run; 0: no projector.
+        every_n_epochs: epochs between two plots; None: no plots.
+        projector_images: images in the embedding projector, at the end of the run; 0: no projector.
     """
 
     def __init__(self, every_n_epochs: int | None, projector_images: int) -> None:
         self.every_n_epochs = every_n_epochs
         self.projector_images = projector_images
 
-    def is_due(self, epoch: int, previous_epoch: int) -> bool:
-        """Whether an image is, at a measurement after `epoch` when the one before was after `previous_epoch`."""
-        return (
-            self.every_n_epochs is not None
-            and epoch // self.every_n_epochs > previous_epoch // self.every_n_epochs
-        )
+    def is_due(self, epoch: int, previous_epoch: int, is_last: bool = False) -> bool:
+        """Return whether the measurement after `epoch` is plotted.
+
+        Args:
+            previous_epoch: the epoch of the measurement before.
+            is_last: the training ends with `epoch`.
+        """
+        if self.every_n_epochs is None:
+            return False
+        is_next = epoch // self.every_n_epochs > previous_epoch // self.every_n_epochs
+        return is_last or is_next
 
     def draw(
         self,
@@ -73,86 +56,54 @@ class FeaturePlots:
         num_neighbors: int,
         temperature: float,
     ) -> None:
-        """The nearest neighbours of some queries, and the confusion matrix of at most 5,000.
+        """Write the neighbours of some queries, and the confusion matrix of at most 5,000.
 
         Args:
             experiment: TensorBoard's ``SummaryWriter``.
-            num_neighbors, temperature: k and T of the vote.
+            num_neighbors, temperature: of the vote.
         """
-        shown, predicted = (
-            spaced(len(queries.rows), NUM_QUERIES),
-            spaced(len(queries.rows), MOST_PREDICTED),
-        )
-        asked = normalized(queries.features[np.concatenate([shown, predicted])])
-        most = min(max(num_neighbors, NUM_NEIGHBORS), len(bank.rows))
-        similarities, rows = nearest(bank.features, asked, most)
-        image = neighbors_plot(
-            [
-                neighbor_row(
-                    bank,
-                    queries,
-                    query,
-                    similarities[place, :NUM_NEIGHBORS],
-                    rows[place, :NUM_NEIGHBORS],
-                )
-                for place, query in enumerate(shown)
-            ]
-        )
-        experiment.add_image("knn/neighbors", np.asarray(image), step, dataformats="HWC")
-        classes, bank_classes = np.unique(bank.labels, return_inverse=True)
-        voters = rows[len(shown) :, :num_neighbors]
-        scores = vote(
-            similarities[len(shown) :, :num_neighbors],
-            bank_classes.reshape(-1)[voters],
-            len(classes),
-            temperature,
-        )
-        counts, names = confusion_counts(queries.labels[predicted], classes[scores.argmax(axis=1)])
-        matrix = confusion_plot(counts, [str(name) for name in names])
-        experiment.add_image("knn/confusion", np.asarray(matrix), step, dataformats="HWC")
+        every_row = np.arange(len(queries.rows))
+        shown = evenly_spaced(every_row, NUM_QUERIES)
+        k = min(NUM_NEIGHBORS, len(bank.rows))
+        similarities, rows = nearest(bank.features, queries.features[shown], k)
+        neighbors = neighbors_plot(bank, queries, shown, similarities, rows)
+        experiment.add_image("knn/neighbors", pixels(neighbors), step, dataformats="HWC")
+
+        chosen = evenly_spaced(every_row, MOST_PREDICTED)
+        predicted = predict(bank, queries.features[chosen], num_neighbors, temperature)
+        counts, classes = confusion_counts(queries.labels[chosen], predicted)
+        names = [str(number) for number in classes]
+        confusion = confusion_plot(counts, names)
+        experiment.add_image("knn/confusion", pixels(confusion), step, dataformats="HWC")
 
     def project(self, experiment: Any, queries: Embedded) -> None:
-        """Features, labels and thumbnails of the queries for the embedding projector, in place of earlier ones."""
-        chosen = spaced(len(queries.rows), self.projector_images)
-        shutil.rmtree(
-            Path(experiment.log_dir) / "00000", ignore_errors=True
-        )  # where add_embedding puts its files
-        thumbnails = np.stack(
-            [np.asarray(queries.thumbnail(row, SPRITE)) for row in chosen]
-        )  # (Q, 32, 32, 3)
+        """Write features, labels and thumbnails of the queries for the embedding projector.
+
+        They replace those of an earlier part of the run.
+        """
+        chosen = evenly_spaced(np.arange(len(queries.rows)), self.projector_images)
+        # add_embedding writes into this folder, and warns if it is there.
+        shutil.rmtree(Path(experiment.log_dir) / "00000", ignore_errors=True)
+        thumbnails = [np.asarray(queries.thumbnail(row, SPRITE)) for row in chosen]
+        images = torch.from_numpy(np.stack(thumbnails)).permute(0, 3, 1, 2) / 255
+        features = projected(normalized(queries.features[chosen]), PROJECTED_DIM)
         experiment.add_embedding(
-            projected(normalized(queries.features[chosen]), PROJECTED_DIM).round(4),
+            features.round(4),
             [str(label) for label in queries.labels[chosen]],
-            torch.from_numpy(thumbnails).permute(0, 3, 1, 2) / 255,
+            images,
             tag="features",
         )
 
 
-def spaced(number: int, most: int) -> np.ndarray:
-    """All of so many rows, or `most` of them from the first to the last."""
-    return np.linspace(0, number - 1, min(number, most)).astype(np.int64)
+def predict(
+    bank: Embedded, queries: np.ndarray, num_neighbors: int, temperature: float
+) -> np.ndarray:
+    """Return the class (queries,) that the weighted vote of the bank gives each query.
 
-
-def neighbor_row(
-    bank: Embedded, queries: Embedded, query: int, similarities: np.ndarray, rows: np.ndarray
-) -> NeighborRow:
-    """A query by its row, with its neighbours by theirs."""
-    neighbors = [
-        Neighbor(
-            bank.thumbnail(row, THUMBNAIL),
-            float(similarity),
-            str(bank.labels[row]),
-            bool(bank.labels[row] == queries.labels[query]),
-        )
-        for similarity, row in zip(similarities, rows, strict=True)
-    ]
-    return NeighborRow(queries.thumbnail(query, THUMBNAIL), str(queries.labels[query]), neighbors)
-
-
-def projected(features: np.ndarray, dim: int) -> np.ndarray:
-    """Rows (M, D) in the `dim` directions that keep most of their inner products: (M, at most dim), float64."""
-    rows = torch.from_numpy(features).double()
-    if rows.shape[1] <= dim:
-        return rows.numpy()
-    _, directions = torch.linalg.eigh(rows.T @ rows)  # the weightiest last
-    return (rows @ directions[:, -dim:].flip(1)).numpy()
+    Args:
+        queries: features (queries, feature_dim), of any norm.
+    """
+    similarities, rows = nearest(bank.features, queries, num_neighbors)
+    classes, bank_classes = np.unique(bank.labels, return_inverse=True)
+    scores = vote(similarities, bank_classes[rows], len(classes), temperature)
+    return classes[scores.argmax(axis=1)]

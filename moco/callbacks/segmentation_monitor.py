@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from moco.callbacks.epoch_measurement import EpochMeasurement
-from moco.callbacks.stopwatches import MONITORS, epoch_time
 from moco.evaluation.features import evaluating
 from moco.segmentation.datamodule import SegmentationData, check_readable
 from moco.segmentation.mask_batches import MaskBatch
@@ -22,6 +21,7 @@ from moco.segmentation.metrics import (
     predicted_classes,
     segmentation_figures,
 )
+from moco.training.stopwatches import MONITORS, epoch_time
 
 log = logging.getLogger(__name__)
 

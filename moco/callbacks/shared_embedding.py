@@ -1,4 +1,4 @@
-"""Features of many images, computed by all processes of a training. Letters: N batch, M images, D feature width."""
+"""Features of many images, computed by all processes of a training together."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,18 +18,18 @@ def embed_together(
     should_stop: Callable[[], bool] = lambda: False,
     precision: str = "32-true",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`embed` by several processes: each embeds its own images, rank 0 gets all of them in the order of the data set.
+    """Embed a dataset: each process embeds its own images, and rank 0 gets all features.
 
     Args:
-        loader: yields every n-th image of the data set, of n processes, from the process's rank on.
+        loader: yields every n-th image of the dataset, of n processes, from the process's rank on.
         encode, device, precision: see `embed`.
-        should_stop: asked before every batch; if it stops one process, all of them raise.
+        should_stop: asked before every batch. If it stops one process, all of them raise.
 
     Returns:
-        On rank 0 what `embed` returns for the whole data set; no rows on the others.
+        On rank 0 what `embed` returns for the whole dataset, in its order; on the others no rows.
 
     Raises:
-        EmbeddingStopped: `should_stop` said so on any process.
+        EmbeddingStopped: `should_stop` stopped it on any process.
     """
     if world_size() == 1:
         return embed(encode, loader, device, should_stop, precision)
@@ -41,9 +41,10 @@ def embed_together(
     if largest([stopped])[0]:
         raise EmbeddingStopped
     readable = np.delete(np.arange(len(features) + len(unreadable)), unreadable)
-    places, not_places = (
-        gather_rows(local * world_size() + rank()) for local in (readable, unreadable)
-    )
-    features, labels = gather_rows(features), gather_rows(labels)
-    order = places.argsort()
-    return features[order], labels[order], np.sort(not_places)
+    # Image i of this process is image i * world_size + rank of the dataset.
+    readable_places = gather_rows(readable * world_size() + rank())
+    unreadable_places = gather_rows(unreadable * world_size() + rank())
+    features = gather_rows(features)
+    labels = gather_rows(labels)
+    order = readable_places.argsort()
+    return features[order], labels[order], np.sort(unreadable_places)

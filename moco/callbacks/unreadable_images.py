@@ -14,22 +14,24 @@ UNREADABLE = "unreadable_images.jsonl"
 
 
 def write_unreadable(folder: Path, names: Iterable[str]) -> None:
-    r"""Write the names, sorted, to ``unreadable_images.jsonl``: in each line one, as a JSON string in ASCII.
+    r"""Write the sorted names to ``unreadable_images.jsonl``, one JSON string of ASCII a line.
 
-    So a name may hold newlines and bytes that are no UTF-8 (255 stands there as ``\udcff``), and what ``json.loads`` makes
-    of a line is the path that ``open`` takes. Replaces an older list; without names nothing is written.
+    A name may hold newlines and bytes that are not UTF-8 (byte 255 is written as ``\udcff``).
+    ``json.loads`` of a line gives the path that ``open`` takes. An older list is replaced; without
+    names nothing is written.
     """
-    text = "".join(json.dumps(name) + "\n" for name in sorted(names))
-    if text:
-        write_atomically(folder / UNREADABLE, lambda file: file.write(text.encode("ascii")))
+    lines = [json.dumps(name) + "\n" for name in sorted(names)]
+    if lines:
+        content = "".join(lines).encode("ascii")
+        write_atomically(folder / UNREADABLE, lambda file: file.write(content))
 
 
 class UnreadableList(pl.Callback):
-    """Brings together what every process could not read, at each checkpoint and epoch's end, and writes the list.
+    """Collect what each process could not read, at each checkpoint and epoch's end, and write it.
 
     Args:
         folder: the run folder.
-        figures: gets ``unreadable_images``, how many there are so far.
+        figures: gets ``unreadable_images``, the number of unreadable images so far.
     """
 
     def __init__(self, folder: Path, figures: dict[str, Any]) -> None:
@@ -40,18 +42,17 @@ class UnreadableList(pl.Callback):
         self.trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing of its own: the data module, which Lightning asks next, holds the set."""
-        self._bring_together()
+        """Return nothing: the data module, which Lightning asks next, saves the names."""
+        self._collect()
         return {}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._bring_together()
+        self._collect()
 
-    def _bring_together(self) -> None:
+    def _collect(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        data.unreadable.update(
-            *gather_objects(data.unreadable)
-        )  # in place: a loader adds to the same set
+        # In place, because a loader adds to the same set.
+        data.unreadable.update(*gather_objects(data.unreadable))
         self.figures["unreadable_images"] = len(data.unreadable)
         if self.trainer.is_global_zero:
             write_unreadable(self.folder, data.unreadable)

@@ -1,63 +1,59 @@
-"""Augmented pairs as the model sees them, for TensorBoard and for a program's image."""
+"""Augmented pairs of views in TensorBoard, as the model sees them."""
 
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
-from moco.callbacks.monitors import data_of
-from moco.callbacks.stopwatches import LOGGING, epoch_time
+from moco.callbacks.running_trainer import data_of
 from moco.data.loading.datamodule import PretrainingData
+from moco.evaluation.reports.drawing import pixels, view_pairs_plot
+from moco.training.stopwatches import LOGGING, epoch_time
+
+NUM_PAIRS = 16
+TAG = "views/query_above_key"
 
 
 class ViewPairPlot(pl.Callback):
-    """Before the first step and every n epochs, augmented pairs as the model sees them: queries above, their keys below.
+    """Plot augmented pairs before the first step and every n epochs: queries above their keys.
 
     Args:
-        every_n_epochs: None: no images.
+        every_n_epochs: None: no plots.
     """
-
-    NUM_PAIRS = 16
-    TAG = "views/query_above_key"
 
     def __init__(self, every_n_epochs: int | None) -> None:
         self.every_n_epochs = every_n_epochs
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.every_n_epochs and trainer.global_step == 0 and trainer.logger:
-            self._show(
-                trainer, *data_of(trainer).pairs(data_of(trainer).first_images(self.NUM_PAIRS))
-            )
+        if not self.every_n_epochs or not trainer.logger or trainer.global_step > 0:
+            return
+        data = data_of(trainer)
+        query, key = data.pairs(data.first_images(NUM_PAIRS))
+        self._plot(trainer, query, key)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if not self.every_n_epochs or not trainer.logger or batch_idx > 0:
+            return
         epoch = trainer.current_epoch
-        if (
-            self.every_n_epochs
-            and batch_idx == 0
-            and epoch > 0
-            and epoch % self.every_n_epochs == 0
-            and trainer.logger
-        ):
-            self._show(trainer, *(view[: self.NUM_PAIRS].cpu() for view in batch.views))
+        if epoch > 0 and epoch % self.every_n_epochs == 0:
+            query, key = batch.views
+            self._plot(trainer, query[:NUM_PAIRS], key[:NUM_PAIRS])
 
     @epoch_time.measured(LOGGING)
-    def _show(self, trainer: pl.Trainer, query: Tensor, key: Tensor) -> None:
-        image = pairs_in_columns(data_of(trainer), query, key)
-        trainer.logger.experiment.add_image(self.TAG, image, trainer.global_step)  # type: ignore[union-attr]
+    def _plot(self, trainer: pl.Trainer, query: Tensor, key: Tensor) -> None:
+        data = data_of(trainer)
+        plot = view_pairs_plot(as_shown(data, query), as_shown(data, key))
+        experiment = trainer.logger.experiment  # type: ignore[union-attr]
+        experiment.add_image(TAG, pixels(plot), trainer.global_step, dataformats="HWC")
 
 
-def view_pair_plot(data: PretrainingData, num_pairs: int) -> Tensor:
-    """Pairs of the first epoch in columns, query above key: (3, H, W) in 0..1."""
-    return pairs_in_columns(data, *data.pairs(data.first_images(num_pairs)))
-
-
-def pairs_in_columns(data: PretrainingData, query: Tensor, key: Tensor) -> Tensor:
-    """Normalised views (N, 3, S, S) of N images as what they show, query above key: (3, H, W) in 0..1."""
-    mean, std = (
-        torch.tensor(values).view(1, 3, 1, 1) for values in (data.augment.mean, data.augment.std)
-    )
-    return make_grid((torch.cat([query, key]) * std + mean).clamp(0, 1), nrow=len(query), padding=2)
+def as_shown(data: PretrainingData, views: Tensor) -> np.ndarray:
+    """Return normalised views (pairs, 3, side, side) as images (pairs, side, side, 3) uint8."""
+    mean = torch.tensor(data.augment.mean).view(1, 3, 1, 1)
+    std = torch.tensor(data.augment.std).view(1, 3, 1, 1)
+    values = (views.float().cpu() * std + mean).clamp(0, 1)
+    return (values * 255).round().byte().permute(0, 2, 3, 1).numpy()

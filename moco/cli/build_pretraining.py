@@ -179,11 +179,13 @@ def build_callbacks(
     Args: as in `build_trainer`.
     """
     from moco.callbacks.checkpoints import Checkpoints
-    from moco.callbacks.collapse_watch import CollapseWatch, LabelFreeMonitor
+    from moco.callbacks.collapse_watch import CollapseWatch
     from moco.callbacks.dense_monitor import DenseMonitor
     from moco.callbacks.feature_plots import FeaturePlots
-    from moco.callbacks.monitors import KNNMonitor, TrainingMonitor
+    from moco.callbacks.knn_monitor import KNNMonitor
+    from moco.callbacks.label_free_monitor import LabelFreeMonitor
     from moco.callbacks.online_probe import OnlineProbe
+    from moco.callbacks.training_monitor import TrainingMonitor
     from moco.callbacks.unreadable_images import UnreadableList
     from moco.callbacks.view_pairs import ViewPairPlot
     from moco.cli.progress import ProgressBar
@@ -212,7 +214,7 @@ def build_callbacks(
             baselines=evaluation.baselines,
             is_untrained=config.init_from is None,
             should_stop=is_stopping,
-            images=FeaturePlots(evaluation.plots_every_n_epochs, evaluation.projector_images),
+            plots=FeaturePlots(evaluation.plots_every_n_epochs, evaluation.projector_images),
         ),
         CollapseWatch(),
         LabelFreeMonitor(evaluation.diagnostics_every_n_steps),

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moco.callbacks.stopwatches import epoch_time, in_words
 from moco.runs.run_folder import BACKBONE_FILE, LAST_CHECKPOINT, as_override
+from moco.training.stopwatches import epoch_time, in_words
 
 # The kNN figures of a pretraining, in the order of the table.
 KNN_FIGURES = {

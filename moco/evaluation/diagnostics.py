@@ -1,7 +1,4 @@
-"""Label-free figures of a step or of a set's features. Tensors in, numbers out.
-
-Letters: N batch, M rows or images, C embedding width, K queue size, V views of an image.
-"""
+"""Label-free figures of a training step or of a dataset's features. Tensors in, numbers out."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
@@ -13,148 +10,178 @@ from torch import Tensor, nn
 Rows = TypeVar("Rows", np.ndarray, Tensor)
 
 CONTAINERS = ("encoder", "features", "layers")
-"""What torchvision calls a backbone's parts that hold the stages of a Swin or the blocks of a ViT."""
+"""torchvision's names of the parts of a backbone that hold the stages of a Swin or the blocks of a
+ViT."""
 
 MOST_ROWS = 25_600
-"""Of which a rank is estimated, as in RankMe (arXiv 2210.02885)."""
+"""A rank is estimated from at most this many rows, as in RankMe (arXiv 2210.02885)."""
 
 MOST_PAIRED_ROWS = 5_000
-"""Of which all pairs are looked at."""
+"""All pairs are compared of at most this many rows."""
 
 
 def embedding_std(embeddings: Tensor) -> Tensor:
-    """Standard deviation of each dimension over the batch, averaged: 0 is collapse, 1 / sqrt(C) evenly spread.
+    """Return the standard deviation of each dimension over the batch, averaged over dimensions.
 
+    It is 0 after a collapse and 1 / sqrt(embedding_dim) for embeddings that are spread evenly.
     Section 4.1 of SimSiam (arXiv 2011.10566).
 
     Args:
-        embeddings: (N, C), unit norm.
+        embeddings: (batch, embedding_dim), unit norm.
     """
     return embeddings.float().std(dim=0, correction=0).mean()
 
 
 def positive_similarity(query: Tensor, key: Tensor) -> Tensor:
-    """Mean cosine between each query (N, C) and its own key (N, C), both of unit norm."""
+    """Return the mean cosine between each query and its own key.
+
+    Args:
+        query, key: (batch, embedding_dim) each, unit norm.
+    """
     return (query.float() * key.float()).sum(dim=1).mean()
 
 
 def negative_similarity(query: Tensor, negatives: Tensor) -> Tensor:
-    """Mean cosine over all pairs of query (N, C) and negative (K, C), both of unit norm."""
+    """Return the mean cosine over all pairs of a query and a negative.
+
+    Args:
+        query: (batch, embedding_dim), unit norm.
+        negatives: (negatives, embedding_dim), unit norm.
+    """
     return torch.dot(query.float().mean(dim=0), negatives.float().mean(dim=0))
 
 
 def in_batch_negative_similarity(query: Tensor, key: Tensor, keys: Tensor) -> Tensor:
-    """Mean cosine over all pairs of query (N, C) and key (M, C) but its own, of unit norm.
+    """Return the mean cosine over all pairs of a query and a key that is not its own.
 
     Args:
-        key: (N, C), each query's own key, which is also one of `keys`.
+        query, key: (batch, embedding_dim) each, unit norm; a query's own key is in its row.
+        keys: (keys, embedding_dim), unit norm, all keys; they include `key`.
     """
-    others = len(keys) * negative_similarity(query, keys) - positive_similarity(query, key)
-    return others / (len(keys) - 1)
+    all_pairs = len(keys) * negative_similarity(query, keys)
+    return (all_pairs - positive_similarity(query, key)) / (len(keys) - 1)
 
 
 def alignment(query: Tensor, key: Tensor) -> Tensor:
-    """Mean squared distance between the two embeddings of an image: 0 if they are equal, 2 for unrelated directions.
+    """Return the mean squared distance between the two embeddings of an image.
 
-    Arxiv 2005.10242, section 4.1, with alpha 2.
+    It is 0 if they are equal and 2 for unrelated directions. Section 4.1 of arXiv 2005.10242, with
+    alpha 2.
 
     Args:
-        query, key: (N, C) each, unit norm; rows of one image in the same place.
+        query, key: (batch, embedding_dim) each, unit norm; an image has the same row in both.
     """
     return (query.float() - key.float()).square().sum(dim=1).mean()
 
 
 def uniformity(embeddings: Tensor) -> Tensor:
-    """Logarithm of the mean Gaussian potential of all pairs: 0 if all rows are equal, near -4 evenly on a wide sphere.
+    """Return the logarithm of the mean Gaussian potential of all pairs.
 
-    Arxiv 2005.10242, section 4.1, with t 2.
+    It is 0 if all rows are equal, and near -4 if they are spread evenly in many dimensions. Section
+    4.1 of arXiv 2005.10242, with t 2.
 
     Args:
-        embeddings: (M, C), unit norm, at least two rows.
+        embeddings: (rows, embedding_dim), unit norm, at least two rows.
     """
-    return torch.pdist(embeddings.float()).square().mul(-2).exp().mean().log()
+    squared_distances = torch.pdist(embeddings.float()).square()
+    return squared_distances.mul(-2).exp().mean().log()
 
 
 def rank_me(embeddings: Tensor) -> float:
-    """The effective number of dimensions that rows (M, C) take up, from 1 to min(M, C).
+    """Return the effective number of dimensions of the rows, from 1 to min(rows, dim).
 
-    The exponential of the entropy of the singular values, which are made to sum to 1: RankMe (arXiv 2210.02885),
-    after the effective rank of Roy and Vetterli (EUSIPCO 2007). NaN if a value is not finite.
+    It is the exponential of the entropy of the singular values, divided by their sum: RankMe (arXiv
+    2210.02885), after the effective rank of Roy and Vetterli (EUSIPCO 2007). NaN if a value is not
+    finite.
+
+    Args:
+        embeddings: (rows, dim).
     """
-    rows = embeddings.double()  # squares of singular values lose half the digits
+    # Squares of singular values lose half of the digits.
+    rows = embeddings.double()
     if not bool(rows.isfinite().all()):
         return float("nan")
-    products = rows.T @ rows if len(rows) > rows.shape[1] else rows @ rows.T
+    if len(rows) <= rows.shape[1]:
+        # The smaller one of the two products has the same singular values.
+        rows = rows.T
+    products = rows.T @ rows
     singular_values = torch.linalg.eigvalsh(products.cpu()).clamp(min=0).sqrt()
     return float(exponential_of_entropy(singular_values))
 
 
 def lidar(embeddings: Tensor) -> float:
-    """The effective number of dimensions in which images differ more than their own views do, from 1 to C.
+    """Return the effective number of dimensions in which images differ more than their own views.
 
-    LiDAR (arXiv 2312.04000, section 4): the singular values of the whitened scatter between images, within being that
-    of views around their image's mean, plus 1e-4 on the diagonal.
+    It is between 1 and embedding_dim. LiDAR (arXiv 2312.04000, section 4) takes the eigenvalues of
+    the scatter between images, whitened by the scatter of views around their image's mean, which
+    has 1e-4 added to its diagonal.
 
     Args:
-        embeddings: (M, V, C), V augmented views of each image, at least two.
+        embeddings: (images, views, embedding_dim), at least two augmented views of each image.
     """
     views = embeddings.double()
-    means = views.mean(dim=1)  # (M, C)
-    between = (means - means.mean(dim=0)).T.cov(correction=0)  # (C, C)
-    within = (views - means[:, None]).flatten(0, 1).T.cov(correction=0) + 1e-4 * torch.eye(
-        views.shape[2]
-    ).to(views)
+    means = views.mean(dim=1)  # (images, embedding_dim)
+    between = (means - means.mean(dim=0)).T.cov(correction=0)
+    within = (views - means[:, None]).flatten(0, 1).T.cov(correction=0)
+    within = within + 1e-4 * torch.eye(len(within)).to(within)
     values, vectors = torch.linalg.eigh(within)
     whitening = vectors * values.rsqrt() @ vectors.T
-    return float(
-        exponential_of_entropy(torch.linalg.eigvalsh(whitening @ between @ whitening).clamp(min=0))
-    )
+    eigenvalues = torch.linalg.eigvalsh(whitening @ between @ whitening).clamp(min=0)
+    return float(exponential_of_entropy(eigenvalues))
 
 
 def exponential_of_entropy(weights: Tensor) -> Tensor:
-    """How many weights (C,), none negative, count: C if all are equal, 1 if one is all; also if all are 0."""
-    shares = (
-        weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny) + 1e-7
-    )  # of RankMe and LiDAR alike
+    """Return how many of the weights count: all if they are equal, 1 if one of them is all.
+
+    Args:
+        weights: (n,), none negative. If all are 0, the result is 1.
+    """
+    total = weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    # RankMe and LiDAR both add 1e-7.
+    shares = weights / total + 1e-7
     return (-shares * shares.log()).sum().exp().clamp(min=1)
 
 
 def label_free_figures(
     features: np.ndarray, embeddings: np.ndarray, views: np.ndarray | None = None
 ) -> dict[str, float]:
-    """What can be said of an encoder without labels, by the names of TensorBoard.
+    """Return the label-free figures of an encoder, by their names in TensorBoard.
 
     Args:
-        features: (M, D) of the backbone, of plain images.
-        embeddings: (M, C) of the projector, of the same images; any norm.
-        views: (M', V, C) embeddings of V >= 2 augmented views of other or the same images; any norm. Without them there
-            is no alignment and no LiDAR.
+        features: (images, feature_dim) the backbone's features of plain images.
+        embeddings: (images, embedding_dim) the projector's embeddings of the same images; of any
+            norm.
+        views: (images, views, embedding_dim) embeddings of at least two augmented views of other or
+            the same images; of any norm. Without them there is no alignment and no LiDAR.
     """
-    units = nn.functional.normalize(
-        torch.from_numpy(evenly_spaced(embeddings, MOST_ROWS)).float(), dim=1
-    )
+    some_features = torch.from_numpy(evenly_spaced(features, MOST_ROWS))
+    some_embeddings = torch.from_numpy(evenly_spaced(embeddings, MOST_ROWS))
+    units = nn.functional.normalize(some_embeddings.float(), dim=1)
     figures = {
-        "label_free/feature_rank_me": rank_me(torch.from_numpy(evenly_spaced(features, MOST_ROWS))),
+        "label_free/feature_rank_me": rank_me(some_features),
         "label_free/rank_me": rank_me(units),
         "label_free/embedding_std": float(embedding_std(units)),
         "label_free/uniformity": float(uniformity(evenly_spaced(units, MOST_PAIRED_ROWS))),
     }
-    if views is None:
-        return figures
-    unit_views = nn.functional.normalize(torch.from_numpy(views).float(), dim=2)
-    return figures | {
-        "label_free/alignment": float(alignment(unit_views[:, 0], unit_views[:, 1])),
-        "label_free/lidar": lidar(unit_views),
-    }
+    if views is not None:
+        unit_views = nn.functional.normalize(torch.from_numpy(views).float(), dim=2)
+        figures["label_free/alignment"] = float(alignment(unit_views[:, 0], unit_views[:, 1]))
+        figures["label_free/lidar"] = lidar(unit_views)
+    return figures
 
 
 def evenly_spaced(rows: Rows, most: int) -> Rows:
-    """All rows, or `most` of them from the first to the last."""
-    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]
+    """Return all rows, or `most` of them from the first to the last."""
+    if len(rows) <= most:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, most).astype(np.int64)]
 
 
 def stage_of(name: str) -> str:
-    """The stage that an encoder's parameter belongs to: ``backbone.layer1``, ``backbone.features.1``, ``projector``."""
+    """Return the stage of an encoder that a parameter belongs to.
+
+    For example ``backbone.layer1``, ``backbone.features.1`` or ``projector``.
+    """
     parts = name.split(".")
     end = 2 if parts[0] == "backbone" else 1
     while parts[end - 1] in CONTAINERS:
@@ -163,7 +190,7 @@ def stage_of(name: str) -> str:
 
 
 def by_stage(values: Iterable[tuple[str, Tensor]]) -> dict[str, list[Tensor]]:
-    """Tensors with parameters' names, gathered by `stage_of`, in order."""
+    """Group pairs of a parameter's name and a tensor by stage, in their order."""
     stages: dict[str, list[Tensor]] = {}
     for name, value in values:
         stages.setdefault(stage_of(name), []).append(value)
@@ -171,7 +198,7 @@ def by_stage(values: Iterable[tuple[str, Tensor]]) -> dict[str, list[Tensor]]:
 
 
 def total_norms(stages: Mapping[str, list[Tensor]]) -> dict[str, float]:
-    """Of each stage the L2 norm of all its tensors together; one wait for the device."""
+    """Return the L2 norm of each stage's tensors together, with one wait for the device."""
     if not stages:
         return {}
     norms = torch.stack([nn.utils.get_total_norm(tensors) for tensors in stages.values()])
@@ -179,45 +206,57 @@ def total_norms(stages: Mapping[str, list[Tensor]]) -> dict[str, float]:
 
 
 def gradient_norms(encoder: nn.Module) -> dict[str, float]:
-    """Of each stage the L2 norm of its gradients; none of a stage without, as all are in a step that was left out."""
-    return total_norms(
-        by_stage(
-            (name, part.grad) for name, part in encoder.named_parameters() if part.grad is not None
-        )
-    )
+    """Return the L2 norm of each stage's gradients.
+
+    Stages without gradients are omitted, so a skipped step has none.
+    """
+    gradients = []
+    for name, parameter in encoder.named_parameters():
+        if parameter.grad is not None:
+            gradients.append((name, parameter.grad))
+    return total_norms(by_stage(gradients))
 
 
 @torch.no_grad()
 def encoder_distances(key_encoder: nn.Module, query_encoder: nn.Module) -> dict[str, float]:
-    """Of each stage how far the key encoder's weights are behind: the L2 norm of the difference over the query's norm."""
-    queries = dict(query_encoder.named_parameters())
-    apart = total_norms(
-        by_stage((name, key - queries[name]) for name, key in key_encoder.named_parameters())
-    )
-    sizes = total_norms(by_stage(queries.items()))
-    return {stage: distance / max(sizes[stage], 1e-12) for stage, distance in apart.items()}
+    """Return how far each stage of the key encoder is behind the query encoder.
+
+    It is the L2 norm of the difference of their weights, divided by that of the query encoder's.
+    """
+    query_weights = dict(query_encoder.named_parameters())
+    differences = []
+    for name, key_weight in key_encoder.named_parameters():
+        differences.append((name, key_weight - query_weights[name]))
+    distances = total_norms(by_stage(differences))
+    sizes = total_norms(by_stage(query_weights.items()))
+    return {stage: distance / max(sizes[stage], 1e-12) for stage, distance in distances.items()}
 
 
 class PairSimilarities(NamedTuple):
-    """Cosines of a step, on the CPU."""
+    """Cosines of the pairs of a step, on the CPU."""
 
     positive: Tensor
-    """(N,) of each query and its own key."""
+    """(batch,) of each query and its own key."""
     negative: Tensor
-    """(P,) of queries and others' keys."""
+    """(pairs,) of queries and the keys of other images."""
 
 
 def pair_similarities(
     query: Tensor, key: Tensor, negatives: Tensor, most_negatives: int = 1024
 ) -> PairSimilarities:
-    """The cosines that a step compared: of `query` (N, C) with its own `key` (N, C) and with `negatives` (K, C).
+    """Return the cosines that a step compared.
 
     Args:
-        negatives: may hold the own keys too, which are left out by their value.
-        most_negatives: of more, so many evenly spaced ones are taken.
+        query, key: (batch, embedding_dim) each, unit norm.
+        negatives: (negatives, embedding_dim), unit norm. They may include the queries' own keys,
+            which are recognised by their value and left out.
+        most_negatives: of more negatives, this many evenly spaced ones are taken.
     """
-    query, key = query.float(), key.float()
+    query = query.float()
+    key = key.float()
     others = evenly_spaced(negatives, most_negatives).float()
-    similarities = query @ others.T  # (N, K)
+    similarities = query @ others.T  # (batch, negatives)
+    # By differences: a matrix product would not give exactly 0 for equal rows.
     is_own = torch.cdist(key, others, compute_mode="donot_use_mm_for_euclid_dist") == 0
-    return PairSimilarities((query * key).sum(dim=1).cpu(), similarities[~is_own].cpu())
+    positive = (query * key).sum(dim=1)
+    return PairSimilarities(positive.cpu(), similarities[~is_own].cpu())

@@ -9,7 +9,6 @@ from typing import Any, BinaryIO
 import numpy as np
 from rich.table import Table
 
-from moco.callbacks.feature_plots import Embedded
 from moco.data.sources.source import Labelled
 from moco.errors import InputError
 from moco.evaluation.indexes import EXACT, build_index, empty_index, recall, set_search_effort
@@ -25,6 +24,7 @@ from moco.evaluation.knn import (
 )
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
 from moco.evaluation.neighbors import nearest_by_block, search_index
+from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.reports.knn_plots import Searched, knn_plots, save_png
 from moco.evaluation.reports.projections import check_map
 from moco.evaluation.subject import Features, Findings, Subject, first_names

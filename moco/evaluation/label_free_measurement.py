@@ -1,7 +1,4 @@
-"""The label-free figures of a checkpoint, as ``moco.evaluate`` shows them beside the kNN accuracy.
-
-Letters: M images, D feature width, C embedding width, N batch.
-"""
+"""The label-free figures of a checkpoint, which ``moco.evaluate`` shows beside the kNN accuracy."""
 
 import hashlib
 import json
@@ -14,69 +11,87 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moco.callbacks.collapse_watch import CAUSES, CollapseWatch
 from moco.data.augment.views import ViewPair
 from moco.data.loading.loaders import PairMaker
 from moco.data.sources.source import Labelled
+from moco.evaluation.collapse import (
+    CAUSES,
+    COLLAPSED,
+    DIMENSIONAL_COLLAPSE,
+    collapsed_words,
+    flat_words,
+    is_collapsed,
+    is_flat,
+)
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, label_free_figures, rank_me
 from moco.evaluation.subject import Features, Subject
 
 log = logging.getLogger(__name__)
 
 MOST_VIEWED = 1_000
-"""Images of which two views are made: the mean squared distance is steady by then, and the cost that of 2,000 images."""
+"""Images of which two views are made. The mean squared distance is steady by then, and the cost is
+that of 2,000 images."""
 
 
 class LabelFree(NamedTuple):
-    """What can be said of an encoder without labels."""
+    """What is known of an encoder without labels."""
 
     figures: Mapping[str, float]
-    """Under the names of ``metrics.json``."""
+    """By the names of ``metrics.json``."""
     tables: Sequence[Table]
     views: np.ndarray | None
-    """(M, 2, C) embeddings of two augmented views of some images; None where they cannot be had."""
+    """(images, 2, embedding_dim) embeddings of two augmented views of some images; None if the
+    encoder has no projector or the checkpoint no augmentation."""
 
 
 NOTHING = LabelFree({}, [], None)
 
 
 def measure_label_free(subject: Subject, features: Features, labelled: Labelled) -> LabelFree:
-    """Figures of the features and embeddings of plain images, and of views that the run's own augmentation makes.
+    """Measure the features and embeddings of plain images, and of augmented views of some images.
 
-    Warns in words of embeddings that are ill.
+    The views are made by the augmentation of the checkpoint's run. A collapse of the embeddings is
+    logged as a warning.
 
     Args:
         features: of `labelled`.
     """
-    backbone, embeddings = features.of["backbone"], features.of.get("embedding")
+    backbone = features.of["backbone"]
+    embeddings = features.of.get("embedding")
     if len(backbone) < 2:
-        log.info("no label-free figures of a single image")
+        log.info("no label-free figures: they need two images, and there is one")
         return NOTHING
     if embeddings is None:
         log.info(
-            "a backbone alone: of the label-free figures the rank of its features, and no similarities of views"
+            "the checkpoint has a backbone and no projector: of the label-free figures there is "
+            "the rank of its features only"
         )
-        figures = {
-            "label_free/feature_rank_me": rank_me(
-                torch.from_numpy(evenly_spaced(backbone, MOST_ROWS))
-            )
-        }
+        rank = rank_me(torch.from_numpy(evenly_spaced(backbone, MOST_ROWS)))
+        figures = {"label_free/feature_rank_me": rank}
         return LabelFree(figures, [figures_table(figures, backbone.shape, None)], None)
-    if not subject.pair:
+    views = None
+    if subject.pair:
+        views = view_embeddings(subject, features, labelled)
+    else:
         log.info(
-            "the checkpoint does not say how its run augmented: no alignment, LiDAR and similarities of views"
+            "the checkpoint does not hold the augmentation of its run: no alignment, LiDAR and "
+            "similarities of views"
         )
-    views = view_embeddings(subject, features, labelled) if subject.pair else None
     figures = label_free_figures(backbone, embeddings, views)
-    for words in illnesses(figures, embeddings.shape):
-        log.warning("%s %s", words, CAUSES)
+    warning = collapse_warning(figures, embeddings.shape)
+    if warning:
+        log.warning("%s %s", warning, CAUSES)
     return LabelFree(figures, [figures_table(figures, backbone.shape, embeddings.shape)], views)
 
 
 def view_embeddings(subject: Subject, features: Features, labelled: Labelled) -> np.ndarray:
-    """Embeddings of a query view and a key view of at most `MOST_VIEWED` images, not normalised: (M, 2, C).
+    """Embed a query view and a key view of at most `MOST_VIEWED` images.
 
-    With ``evaluation.cache`` they are kept, under a key of the images' plain features and the augmentation.
+    With ``evaluation.cache`` the embeddings are kept for the next evaluation, under a key made of
+    the images' plain features and the augmentation.
+
+    Returns:
+        (images, 2, embedding_dim), of any norm.
     """
     chosen = evenly_spaced(np.arange(len(features.rows)), MOST_VIEWED)
     if not subject.settings["cache"]:
@@ -95,7 +110,14 @@ def view_embeddings(subject: Subject, features: Features, labelled: Labelled) ->
 
 @torch.no_grad()
 def embedded_views(subject: Subject, labelled: Labelled, rows: np.ndarray) -> np.ndarray:
-    """`view_embeddings` of the images in these rows (M,), computed."""
+    """Embed two views of the images in these rows.
+
+    Args:
+        rows: (images,) indices in `labelled`.
+
+    Returns:
+        (images, 2, embedding_dim), of any norm.
+    """
     augment = ViewPair(
         subject.pair["query"],
         subject.pair["key"],
@@ -103,65 +125,63 @@ def embedded_views(subject: Subject, labelled: Labelled, rows: np.ndarray) -> np
         image_size=subject.data["image_size"],
         seed=0,
     )
-    make, images, device = PairMaker(augment), labelled.images, subject.device
+    make = PairMaker(augment)
+    images = labelled.images
+    device = subject.device
+    batch_size = subject.settings["batch_size"]
     parts = []
-    for first in range(0, len(rows), subject.settings["batch_size"]):
-        block = [int(row) for row in rows[first : first + subject.settings["batch_size"]]]
-        batch = make([(row, images.opened(row), images.name(row)) for row in block], 0)
+    for start in range(0, len(rows), batch_size):
+        samples = []
+        for row in rows[start : start + batch_size].tolist():
+            samples.append((row, images.opened(row), images.name(row)))
+        batch = make(samples, 0)
         with torch.autocast(device.type, enabled=False):
             views = augment.finished([view.to(device) for view in batch.views], 0, batch.indices)
-            embeddings = [subject.encoder(view).float().cpu() for view in views]  # (N, C) each
+            embeddings = [subject.encoder(view).float().cpu() for view in views]
         parts.append(torch.stack(embeddings, dim=1))
     return torch.cat(parts).numpy()
 
 
-def illnesses(figures: Mapping[str, float], shape: Sequence[int]) -> list[str]:
-    """What is ill, in words, by the thresholds of the run's own watch.
+def collapse_warning(figures: Mapping[str, float], shape: Sequence[int]) -> str | None:
+    """Return a warning if the embeddings have collapsed, by the thresholds of a run's own watch.
 
     Args:
-        shape: (M, C) of the embeddings.
+        figures: what `label_free_figures` returned.
+        shape: (images, embedding_dim) of the embeddings.
     """
-    std, spread = figures["label_free/embedding_std"], 1 / math.sqrt(shape[1])
-    if std < CollapseWatch.SAME * spread:
-        return [
-            f"COLLAPSED: all embeddings are nearly the same (standard deviation {std:.5f}, spread out it would be "
-            f"{spread:.5f})."
-        ]
-    effective, highest = figures["label_free/rank_me"], min(*shape, MOST_ROWS)
-    # Of a few images the rank says nothing.
-    if (
-        highest >= 1 / CollapseWatch.FEW_DIMENSIONS
-        and effective < CollapseWatch.FEW_DIMENSIONS * highest
-    ):
-        return [
-            "DIMENSIONAL COLLAPSE: the embeddings differ in few dimensions only (effective rank "
-            f"{effective:.1f} of {highest})."
-        ]
-    return []
+    std = figures["label_free/embedding_std"]
+    if is_collapsed(std, shape[1]):
+        return f"{COLLAPSED}: {collapsed_words(std, shape[1])}."
+    rank = figures["label_free/rank_me"]
+    ranked = (min(shape[0], MOST_ROWS), shape[1])
+    if is_flat(rank, ranked):
+        return f"{DIMENSIONAL_COLLAPSE}: {flat_words(rank, ranked)}."
+    return None
 
 
 def figures_table(
     figures: Mapping[str, float], features: Sequence[int], embeddings: Sequence[int] | None
 ) -> Table:
-    """Each figure beside what it is held to.
+    """Return a table of the figures, each beside the values that it can have.
 
     Args:
-        features, embeddings: the shapes (M, D) and (M, C).
+        features: (images, feature_dim), the shape of the features.
+        embeddings: (images, embedding_dim), the shape of the embeddings; None if there are none.
     """
-    held_to = {"feature_rank_me": f"at most {min(features)}"}
+    expected = {"feature_rank_me": f"at most {min(features)}"}
     if embeddings is not None:
-        held_to |= {
+        expected |= {
             "rank_me": f"at most {min(embeddings)}",
             "lidar": f"at most {min(embeddings[1], MOST_VIEWED)}",
             "embedding_std": f"{1 / math.sqrt(embeddings[1]):.4f} if spread out",
             "uniformity": "0: all in one place, -4: spread out",
             "alignment": "0: views are equal, 2: unrelated",
         }
-    table = Table(
-        title=f"without labels, of {features[0]:,} images of the bank", title_justify="left"
-    )
-    for name in ("figure", "value", "beside"):
-        table.add_column(name, justify="right" if name == "value" else "left")
+    title = f"without labels, of {features[0]:,} images of the bank"
+    table = Table(title=title, title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column("range")
     for name, value in figures.items():
-        table.add_row(name, f"{value:.4f}", held_to[name.removeprefix("label_free/")])
+        table.add_row(name, f"{value:.4f}", expected[name.removeprefix("label_free/")])
     return table

@@ -16,7 +16,7 @@ from gpu_parts import shapes
 from gpu_parts.measuring import Context, measured
 from gpu_parts.results import Result
 from gpu_parts.rows import FIRST_STEP, SPEED, knn_after, loss_after
-from moco.callbacks.monitors import KNNMonitor
+from moco.callbacks.knn_monitor import KNNMonitor
 from moco.cli.build_pretraining import build_data, build_method, build_trainer
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig

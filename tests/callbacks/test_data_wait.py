@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 from rich.console import Console
 
 from moco.callbacks.data_wait import DataWait
-from moco.callbacks.monitors import LossMonitor
+from moco.callbacks.training_monitor import LossMonitor
 from moco.cli.progress import ProgressBar
 from moco.data.loading.workers import cores_of
 from moco.data.sources.source import FileImages
@@ -67,7 +67,7 @@ def test_making_a_batch_in_the_devices_memory_is_not_waiting(runner):
 
 def test_a_run_that_waits_says_so_once(runner, image_tree, caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr("moco.callbacks.monitors.SECONDS", 0.5)
+    monkeypatch.setattr("moco.callbacks.training_monitor.SECONDS", 0.5)
     opened = FileImages.opened
 
     def open_slowly(images, index):

@@ -1,100 +1,24 @@
-"""What evaluation draws: the right images in the right places, and TensorBoard's files."""
+"""What TensorBoard gets of the kNN monitor's features."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from moco.callbacks.feature_plots import Embedded, FeaturePlots, neighbor_row, projected, spaced
+from moco.callbacks.feature_plots import FeaturePlots, predict
 from moco.data.sources.source import ArrayImages, Labelled
-from moco.evaluation.reports.drawing import (
-    LINE,
-    MARGIN,
-    Neighbor,
-    NeighborRow,
-    confusion_counts,
-    confusion_plot,
-    neighbors_plot,
-    similarity_histogram,
-    thumbnail,
-)
+from moco.evaluation.reports.drawing import LINE, MARGIN, pixels
+from moco.evaluation.reports.embedded import GAP, THUMBNAIL, Embedded, neighbors_plot
 
-
-def plain(color, side=20):
-    return Image.new("RGB", (side, side), color)
-
-
-def colors_of(image):
-    return {color for _, color in image.convert("RGB").getcolors(2**24)}
-
-
-def test_a_query_stands_left_of_its_neighbors_whose_words_are_green_or_red():
-    neighbors = [
-        Neighbor(plain("blue"), 0.9, "3", True),
-        Neighbor(plain("yellow"), 0.5, "4", False),
-    ]
-    image = neighbors_plot([NeighborRow(plain("black"), "3", neighbors)] * 2)
-    step = 20 + MARGIN
-    for line in range(2):
-        top = MARGIN + line * (20 + LINE + MARGIN)
-        assert image.getpixel((MARGIN, top)) == (0, 0, 0)
-        assert image.getpixel((3 * MARGIN + step, top)) == (0, 0, 255)
-        assert image.getpixel((3 * MARGIN + 2 * step, top)) == (255, 255, 0)
-        words = [
-            image.crop(
-                (
-                    3 * MARGIN + step * place,
-                    top + 20,
-                    3 * MARGIN + step * place + 20,
-                    top + 20 + LINE,
-                )
-            )
-            for place in (1, 2)
-        ]
-        assert any(green > red + 30 for red, green, _ in colors_of(words[0]))
-        assert any(red > green + 30 for red, green, _ in colors_of(words[1]))
-        assert not any(green > red + 30 for red, green, _ in colors_of(words[1]))
-
-
-def test_thumbnails_are_the_middle_square_and_small_ones_keep_their_pixels():
-    wide = Image.new("RGB", (90, 30), "white")
-    wide.paste(plain("red", 30), (30, 0))
-    assert all(red == 255 and green < 30 for red, green, _ in colors_of(thumbnail(wide, 10)))
-    chess = Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8))
-    assert colors_of(thumbnail(chess, 64)) == {(0, 0, 0), (255, 255, 255)}
-
-
-def test_confusions_are_counted_by_true_and_predicted_class():
-    labels, predicted = np.array([7, 7, 2, 9, 9]), np.array([7, 2, 2, 9, 5])
-    counts, classes = confusion_counts(labels, predicted)
-    assert classes.tolist() == [2, 5, 7, 9]
-    slow = [
-        [int(((labels == true) & (predicted == said)).sum()) for said in classes]
-        for true in classes
-    ]
-    assert counts.tolist() == slow
-
-
-@pytest.mark.parametrize("number", [1, 3, 30, 1000])
-def test_confusion_matrices_of_any_size_are_dark_where_they_are_right(number):
-    image = confusion_plot(
-        np.eye(number, dtype=np.int64), [f"class {place}" for place in range(number)]
-    )
-    assert max(image.size) <= 1200
-    corner = (image.width - MARGIN - 1, image.height - MARGIN - 1)
-    assert image.getpixel(corner) == (8, 48, 107)
-
-
-def test_similarities_stand_at_their_cosines():
-    image = similarity_histogram(np.full(50, 0.99), np.full(900, -0.5))
-    middle = MARGIN + LINE + 120
-    row = [image.getpixel((MARGIN + place, middle)) for place in range(640)]
-    filled = [place for place, color in enumerate(row) if color != (255, 255, 255)]
-    assert [place // 8 for place in sorted({place - place % 8 for place in filled})] == [20, 79]
+ROW = THUMBNAIL + LINE + MARGIN
+FIRST_NEIGHBOR = MARGIN + THUMBNAIL + MARGIN + GAP
 
 
 @pytest.fixture
 def embedded(generator):
-    """40 images of one grey level each, whose feature is an angle that grows with it; the third cannot be read."""
+    """39 images of one grey level each, whose feature is an angle that grows with the level.
+
+    They are of a dataset of 40 images, the third of which cannot be read.
+    """
     levels = np.linspace(0, 255, 40).astype(np.uint8)
     images = ArrayImages(np.repeat(levels, 64).reshape(40, 8, 8), "greys")
     rows = np.delete(np.arange(40), 2)
@@ -105,18 +29,21 @@ def embedded(generator):
 
 
 def test_neighbors_are_shown_with_their_own_images_also_after_an_unreadable_one(embedded):
-    row = neighbor_row(embedded, embedded, 5, np.array([1.0, 0.9]), np.array([5, 20]))
-    level = embedded.labelled.images[6].getpixel((0, 0))
-    assert row.query.getpixel((0, 0)) == row.neighbors[0].image.getpixel((0, 0)) == level
-    assert [neighbor.is_same for neighbor in row.neighbors] == [True, False]
-    assert (row.label, row.neighbors[1].label, row.neighbors[1].similarity) == ("0", "1", 0.9)
+    shown, rows = np.array([5]), np.array([[5, 20]])
+    figure = neighbors_plot(embedded, embedded, shown, np.array([[1.0, 0.9]]), rows)
+    captions = [(text.get_text(), text.get_color()) for text in figure.texts]
+    assert captions == [("class 0", "black"), ("1.00 0", "#007a3d"), ("0.90 1", "#be1e1e")]
+    drawn = pixels(figure)
+    level = embedded.labelled.images[6].getpixel((0, 0))[0]
+    assert drawn[MARGIN, MARGIN, 0] == drawn[MARGIN, FIRST_NEIGHBOR, 0] == level
 
 
-def test_images_come_every_so_many_epochs_wherever_the_measurements_are():
-    images = FeaturePlots(10, 0)
-    measured = range(4, 45, 4)
-    assert [epoch for epoch in measured if images.is_due(epoch, epoch - 4)] == [12, 20, 32, 40]
-    assert not any(FeaturePlots(None, 0).is_due(epoch, epoch - 4) for epoch in measured)
+def test_plots_come_every_so_many_epochs_wherever_the_measurements_are():
+    plots = FeaturePlots(10, 0)
+    due = [epoch for epoch in range(4, 45, 4) if plots.is_due(epoch, epoch - 4)]
+    assert due == [12, 20, 32, 40]
+    assert plots.is_due(3, 2, is_last=True)
+    assert not FeaturePlots(None, 0).is_due(10, 9, is_last=True)
 
 
 class Experiment:
@@ -127,7 +54,8 @@ class Experiment:
 
     def add_image(self, tag, image, step, dataformats):
         assert dataformats == "HWC"
-        self.images[tag] = Image.fromarray(image)
+        assert image.dtype == np.uint8
+        self.images[tag] = image
 
 
 def test_a_measurement_is_drawn_as_neighbors_and_confusions(embedded):
@@ -135,33 +63,25 @@ def test_a_measurement_is_drawn_as_neighbors_and_confusions(embedded):
     FeaturePlots(1, 0).draw(experiment, 3, embedded, embedded, num_neighbors=1, temperature=0.1)
     assert set(experiment.images) == {"knn/neighbors", "knn/confusion"}
     shown = experiment.images["knn/neighbors"]
-    for line in range(16):  # each image is its own nearest neighbour
-        top = MARGIN + line * (64 + LINE + MARGIN)
-        assert shown.getpixel((MARGIN, top)) == shown.getpixel((3 * MARGIN + 64 + MARGIN, top))
-    assert shown.getpixel((MARGIN, MARGIN)) == (0, 0, 0)
-    assert shown.getpixel((MARGIN, MARGIN + 15 * (64 + LINE + MARGIN))) == (
-        255,
-        255,
-        255,
-    )  # from the first to the last
-    assert experiment.images["knn/confusion"].getpixel((20, 60)) is not None
+    for row in range(16):
+        # Each image is its own nearest neighbour.
+        top = MARGIN + row * ROW
+        assert (shown[top, MARGIN] == shown[top, FIRST_NEIGHBOR]).all()
+    # From the first to the last.
+    assert shown[MARGIN, MARGIN, 0] == 0
+    assert shown[MARGIN + 15 * ROW, MARGIN, 0] == 255
 
 
-def test_rows_keep_their_inner_products_in_fewer_dimensions(generator):
-    rows = (generator.normal(size=(60, 5)) @ generator.normal(size=(5, 40))).astype(
-        np.float32
-    )  # of rank 5
-    fewer = projected(rows, 8)
-    assert fewer.shape == (60, 8)
-    np.testing.assert_allclose(fewer @ fewer.T, rows @ rows.T, atol=1e-3)
-    assert (fewer.var(axis=0)[:5] > 1e-3).all()
-    assert projected(rows, 40).shape == (60, 40)
+def test_the_vote_of_the_nearest_neighbours_names_the_class(embedded):
+    assert np.array_equal(predict(embedded, embedded.features, 1, 0.1), embedded.labels)
+    assert set(predict(embedded, embedded.features, len(embedded.rows), 1e6)) == {1}
 
 
 def test_the_projector_has_one_copy_of_at_most_so_many_images(embedded, tmp_path, capsys):
     from torch.utils.tensorboard import SummaryWriter
 
-    for _ in range(2):  # as when a run goes on
+    # Twice, as when a run resumes.
+    for _ in range(2):
         writer = SummaryWriter(str(tmp_path))
         FeaturePlots(1, 10).project(writer, embedded)
         writer.close()
@@ -174,8 +94,3 @@ def test_the_projector_has_one_copy_of_at_most_so_many_images(embedded, tmp_path
     with Image.open(folder / "sprite.png") as sprite:
         assert sprite.size == (4 * 32, 4 * 32)
     assert (tmp_path / "projector_config.pbtxt").read_text().count("tensor_path") == 1
-
-
-def test_chosen_rows_are_spread_over_all():
-    assert spaced(360, 16)[[0, -1]].tolist() == [0, 359]
-    assert spaced(5, 16).tolist() == [0, 1, 2, 3, 4]

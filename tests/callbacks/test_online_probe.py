@@ -46,6 +46,7 @@ class Shown(OnlineProbe):
         self.shown = [*getattr(self, "shown", []), self.figures["probe/top1"]]
 
 
+@pytest.mark.slow
 def test_it_learns(runner):
     figures = {}
     probe = Shown(figures, 10, lr=0.01)
@@ -70,15 +71,13 @@ def test_a_step_is_the_gradient_of_softmax_regression_by_hand():
     )
     signs = torch.tensor([0.5, -0.5, -0.5, 0, 0.5])  # one-hot minus one half, of class 0
     torch.testing.assert_close(probe.head.weight.detach()[0], (signs[:, None] * rows).sum(0) / 4)
-    assert (float(probe.right), float(probe.seen)) == (
-        2,
-        4,
-    )  # of equal logits the first class is taken
+    # Of equal logits the first class is taken.
+    assert (float(probe.right), float(probe.seen)) == (2, 4)
 
 
 def test_a_resumed_run_goes_on_with_the_probe(runner, tmp_path, monkeypatch):
     config = runner.config(
-        "data.batch_size=240", "evaluation.every_n_epochs=100", "method.queue_size=500", "evaluation.online_probe=true",
+        "data.batch_size=240", "data.image_size=8", "evaluation.every_n_epochs=100", "method.queue_size=500", "evaluation.online_probe=true",
         "trainer.max_steps=7",
     )  # fmt: skip
     run(config, tmp_path / "straight")

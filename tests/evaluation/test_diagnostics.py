@@ -11,12 +11,16 @@ from torch import nn
 
 from moco.evaluation.diagnostics import (
     alignment,
+    embedding_std,
     encoder_distances,
     evenly_spaced,
     gradient_norms,
+    in_batch_negative_similarity,
     label_free_figures,
     lidar,
+    negative_similarity,
     pair_similarities,
+    positive_similarity,
     rank_me,
     stage_of,
     uniformity,
@@ -28,6 +32,27 @@ def unit(*shape):
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
+def test_similarities_equal_the_mean_over_all_pairs():
+    query, key, negatives = unit(10, 16), unit(10, 16), unit(50, 16)
+    positive = float((query @ key.T).diagonal().mean())
+    negative = float((query @ negatives.T).mean())
+    assert float(positive_similarity(query, key)) == pytest.approx(positive, abs=1e-6)
+    assert float(negative_similarity(query, negatives)) == pytest.approx(negative, abs=1e-6)
+
+
+def test_a_querys_own_key_is_none_of_its_negatives_in_the_batch():
+    # The keys of three devices; the queries are those of the second.
+    query, keys = unit(10, 16), unit(30, 16)
+    others = [float(query[i] @ keys[j]) for i in range(10) for j in range(30) if j != 10 + i]
+    ours = in_batch_negative_similarity(query, keys[10:20], keys)
+    assert float(ours) == pytest.approx(sum(others) / len(others), abs=1e-6)
+
+
+def test_embedding_std_is_zero_when_collapsed_and_one_over_root_c_when_spread():
+    assert float(embedding_std(unit(1, 64).expand(100, 64))) == pytest.approx(0.0, abs=1e-7)
+    assert float(embedding_std(unit(20000, 64))) == pytest.approx(1 / math.sqrt(64), rel=1e-2)
+
+
 def test_alignment_is_zero_for_equal_views_two_for_orthogonal_ones_and_four_for_opposite_ones():
     rows = torch.eye(8)
     assert float(alignment(rows, rows)) == 0
@@ -37,11 +62,8 @@ def test_alignment_is_zero_for_equal_views_two_for_orthogonal_ones_and_four_for_
 
 def test_uniformity_is_zero_for_equal_rows_and_that_of_the_sphere_for_spread_ones():
     assert float(uniformity(unit(1, 16).expand(50, 16))) == pytest.approx(0, abs=1e-6)
-    for dim in (
-        2,
-        16,
-        128,
-    ):  # the mean of exp(4 cos) over a sphere is the confluent hypergeometric limit function
+    # The mean of exp(4 cos) over a sphere is the confluent hypergeometric limit function.
+    for dim in (2, 16, 128):
         expected = -4 + math.log(special.hyp0f1(dim / 2, 4.0))
         assert float(uniformity(unit(3000, dim))) == pytest.approx(expected, abs=0.02)
 
@@ -93,11 +115,12 @@ def test_lidar_equals_the_formula_with_scipys_matrix_root():
 
 
 def test_lidar_takes_no_notice_of_directions_in_which_only_the_views_differ():
-    informative = (
-        torch.cat([torch.eye(4), -torch.eye(4)]).repeat(20, 1)[:, None].expand(-1, 5, -1)
-    )  # 4 directions
+    # The images differ in four directions.
+    images = torch.cat([torch.eye(4), -torch.eye(4)]).repeat(20, 1)
+    informative = images[:, None].expand(-1, 5, -1)
+    # The views differ in four others, around the same mean.
     noise = torch.randn(160, 5, 4)
-    noise = 10 * (noise - noise.mean(dim=1, keepdim=True))  # none of the image
+    noise = 10 * (noise - noise.mean(dim=1, keepdim=True))
     assert lidar(torch.cat([informative, noise], dim=2)) == pytest.approx(4, rel=0.05)
 
 
@@ -165,9 +188,9 @@ def test_similarities_are_of_all_pairs_but_the_own_ones():
     torch.testing.assert_close(
         similarities.positive, torch.stack([query[i] @ keys[4 + i] for i in range(4)])
     )
-    assert (
-        len(pair_similarities(query, keys[:4], keys, most_negatives=3).negative) == 3 * 4 - 1
-    )  # the first row is one's own
+    # The first of the three rows is one query's own key.
+    few = pair_similarities(query, keys[:4], keys, most_negatives=3)
+    assert len(few.negative) == 3 * 4 - 1
 
 
 def test_evenly_spaced_rows_reach_from_the_first_to_the_last():

@@ -13,6 +13,7 @@ from moco.evaluation.reports.projections import (
     laid_out,
     principal_colors,
     principal_components,
+    projected,
 )
 
 
@@ -66,6 +67,17 @@ def test_a_few_features_are_laid_out_too(generator):
     points = laid_out(normalized(generator.normal(size=(LEAST_ROWS, 60))), "tsne")
     assert points.shape == (LEAST_ROWS, 2)
     assert np.isfinite(points).all()
+
+
+def test_rows_keep_their_inner_products_in_fewer_dimensions(generator):
+    # Of rank 5.
+    rows = generator.normal(size=(60, 5)) @ generator.normal(size=(5, 40))
+    rows = rows.astype(np.float32)
+    fewer = projected(rows, 8)
+    assert fewer.shape == (60, 8)
+    np.testing.assert_allclose(fewer @ fewer.T, rows @ rows.T, atol=1e-3)
+    assert (fewer.var(axis=0)[:5] > 1e-3).all()
+    assert projected(rows, 40).shape == (60, 40)
 
 
 @pytest.mark.slow  # its library compiles itself, which takes most of a minute

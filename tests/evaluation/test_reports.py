@@ -1,4 +1,4 @@
-"""What ``moco.evaluate`` shows beside its figures: the label-free figures and the images in its run folder."""
+"""What ``moco.evaluate`` adds to its accuracy: label-free figures, and plots in its run folder."""
 
 import dataclasses
 import json
@@ -10,17 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from moco.callbacks.feature_plots import Embedded
 from moco.config.data import EvaluateDataConfig
 from moco.config.pretrained import EvaluateConfig, EvaluationConfig
 from moco.evaluate import run
-from moco.evaluation.label_free_measurement import illnesses
-from moco.evaluation.reports.drawing import MARGIN, NUMBERED_CLASSES, feature_maps_plot, map_plot
+from moco.evaluation.label_free_measurement import collapse_warning
+from moco.evaluation.reports.drawing import LINE, MARGIN, pixels
+from moco.evaluation.reports.embedded import GAP, THUMBNAIL, Embedded
 from moco.evaluation.reports.knn_plots import (
     Searched,
-    map_of_queries,
     neighbors_of_some,
-    similarities_of_views,
     spread_over_classes,
 )
 from tests.test_evaluate import archive
@@ -52,7 +50,7 @@ def evaluated(checkpoint, tmp_path, caplog, capsys):
     return call
 
 
-def images_in(folder):
+def plots_in(folder):
     found = {}
     for path in sorted(folder.glob("*.png")):
         with Image.open(path) as image:
@@ -64,24 +62,28 @@ def images_in(folder):
 
 def test_an_evaluation_leaves_images_and_label_free_figures(evaluated):
     figures, printed, _ = evaluated()
-    images = images_in(evaluated.folder)
+    images = plots_in(evaluated.folder)
     assert sorted(images) == NAMES
     assert all(100 < side < 1400 for size in images.values() for side in size)
     assert all(f"{name}" in printed for name in NAMES)
     found = {name for name in figures if name.startswith("label_free/")}
     assert found == {
-        "label_free/feature_rank_me", "label_free/rank_me", "label_free/embedding_std", "label_free/uniformity",
-        "label_free/alignment", "label_free/lidar",
-    }  # fmt: skip
+        "label_free/feature_rank_me",
+        "label_free/rank_me",
+        "label_free/embedding_std",
+        "label_free/uniformity",
+        "label_free/alignment",
+        "label_free/lidar",
+    }
     assert f"{figures['label_free/alignment']:.4f}" in printed
 
 
 def test_without_images_and_label_free_figures_there_are_none(evaluated):
-    figures, _, _ = evaluated(images=False, label_free=False)
-    assert not images_in(evaluated.folder)
+    figures, _, _ = evaluated(plots=False, label_free=False)
+    assert not plots_in(evaluated.folder)
     assert not any(name.startswith("label_free/") for name in figures)
     evaluated(map="none", label_free=False)
-    assert sorted(images_in(evaluated.folder)) == [
+    assert sorted(plots_in(evaluated.folder)) == [
         "confusion.png",
         "feature_maps.png",
         "neighbors.png",
@@ -94,7 +96,7 @@ def test_figures_are_those_of_plain_images_and_of_the_runs_own_views(evaluated, 
     from moco.evaluation.diagnostics import label_free_figures
     from moco.weights.loading import load_pretrained
 
-    figures, _, _ = evaluated(images=False)
+    figures, _, _ = evaluated(plots=False)
     pretrained = load_pretrained(str(checkpoint), "query", {})
     settings, bank = (
         pretrained.config["augmentation"],
@@ -119,9 +121,8 @@ def test_figures_are_those_of_plain_images_and_of_the_runs_own_views(evaluated, 
         features.numpy(), embeddings.numpy(), torch.stack(views, dim=1).numpy()
     )
     for name, value in expected.items():
-        assert figures[name] == pytest.approx(value, rel=1e-2), (
-            name
-        )  # the engines round pixels each in its own way
+        # Each engine rounds pixels in its own way.
+        assert figures[name] == pytest.approx(value, rel=1e-2), name
 
 
 def test_a_second_evaluation_makes_no_views(evaluated, checkpoint, tmp_path, monkeypatch):
@@ -133,24 +134,23 @@ def test_a_second_evaluation_makes_no_views(evaluated, checkpoint, tmp_path, mon
     assert evaluated(path=path, map="none")[0] == first
 
 
-def test_what_is_ill_is_said_by_the_thresholds_of_the_watch():
-    def words(std, rank, shape=(5000, 100)):
-        return " ".join(
-            illnesses({"label_free/embedding_std": std, "label_free/rank_me": rank}, shape)
-        )
+def test_a_collapse_is_a_warning_by_the_thresholds_of_the_watch():
+    def warning(std, rank, shape=(5000, 100)):
+        figures = {"label_free/embedding_std": std, "label_free/rank_me": rank}
+        return collapse_warning(figures, shape)
 
-    assert words(0.05, 40) == ""
-    assert words(0.008, 5.1) == ""
-    assert (
-        "COLLAPSED: all embeddings are nearly the same (standard deviation 0.00600, spread out it would"
-        in words(0.006, 40)
+    assert warning(0.05, 40) is None
+    assert warning(0.008, 5.1) is None
+    assert warning(0.006, 1) == (
+        "COLLAPSED: all embeddings are nearly the same (standard deviation 0.00600, "
+        "spread out it would be 0.10000)."
     )
-    assert (
-        "DIMENSIONAL COLLAPSE: the embeddings differ in few dimensions only (effective rank 4.9 of 100)"
-        in words(0.05, 4.9)
+    assert warning(0.05, 4.9) == (
+        "DIMENSIONAL COLLAPSE: the embeddings differ in few dimensions only "
+        "(effective rank 4.9 of 100)."
     )
-    assert words(0.006, 1).count("COLLAPSE") == 1
-    assert words(0.05, 1, (19, 100)) == ""  # of so few images the rank says nothing
+    # The rank of a few images says nothing.
+    assert warning(0.05, 1, (19, 100)) is None
 
 
 def test_a_constant_encoder_is_named_and_drawn(evaluated, checkpoint, tmp_path):
@@ -161,7 +161,7 @@ def test_a_constant_encoder_is_named_and_drawn(evaluated, checkpoint, tmp_path):
             tensor.zero_()
     torch.save(held, path)
     assert "COLLAPSED" in evaluated(path=path)[2]
-    assert sorted(images_in(evaluated.folder)) == NAMES
+    assert sorted(plots_in(evaluated.folder)) == NAMES
 
 
 @pytest.mark.parametrize("num_classes", [2, 1000])
@@ -171,15 +171,17 @@ def test_few_and_many_classes_are_drawn(evaluated, generator, tmp_path, num_clas
     data = archive(
         tmp_path / "x.npz", generator, labels, test_images=images[:1], test_labels=labels[:1]
     )
-    evaluated(data, label_free=False)  # a single query, of a single class
-    assert sorted(images_in(evaluated.folder)) == [
+    # A single query, of a single class.
+    _, _, log = evaluated(data, label_free=False)
+    assert sorted(plots_in(evaluated.folder)) == [
         "confusion.png",
         "feature_maps.png",
         "neighbors.png",
     ]
+    assert "map.png: skipped, it needs at least 5 queries" in log
     data = archive(tmp_path / "x.npz", generator, labels, test_images=images, test_labels=labels)
     evaluated(data, map="none", label_free=False)
-    assert max(images_in(evaluated.folder)["confusion.png"]) < 1200
+    assert max(plots_in(evaluated.folder)["confusion.png"]) < 1200
 
 
 def test_unreadable_images_and_sets_without_a_test_part_are_drawn(evaluated, generator, tmp_path):
@@ -196,7 +198,7 @@ def test_unreadable_images_and_sets_without_a_test_part_are_drawn(evaluated, gen
     }
     figures, _, _ = evaluated({**data, "held_out": 0.0})
     assert figures["knn/queries"] == "leave one out"
-    assert sorted(images_in(evaluated.folder)) == NAMES
+    assert sorted(plots_in(evaluated.folder)) == NAMES
 
 
 @pytest.mark.parametrize("backbone", ["vit_tiny_patch4", "swin_v2_tiny_patch2"])
@@ -205,7 +207,7 @@ def test_feature_maps_of_transformers_are_drawn(evaluated, generator, tmp_path, 
     write_checkpoint(runner, path, f"backbone={backbone}", "data.image_size=32")
     data = archive(tmp_path / "x.npz", generator, np.arange(20) % 4) | {"image_size": 32}
     evaluated(path=path, data=data, map="none", label_free=False)
-    assert "feature_maps.png" in images_in(evaluated.folder)
+    assert "feature_maps.png" in plots_in(evaluated.folder)
 
 
 def test_a_backbone_alone_has_the_rank_of_its_features(checkpoint, evaluated, tmp_path, runner):
@@ -217,11 +219,11 @@ def test_a_backbone_alone_has_the_rank_of_its_features(checkpoint, evaluated, tm
         path, runner.method(config), dataclasses.asdict(config), {"epoch": 1, "step": 2}
     )
     figures, _, log = evaluated(path=path, map="none")
-    assert "a backbone alone: of the label-free figures the rank of its features" in log
+    assert "of the label-free figures there is the rank of its features only" in log
     assert [name for name in figures if name.startswith("label_free/")] == [
         "label_free/feature_rank_me"
     ]
-    assert "similarities.png" not in images_in(evaluated.folder)
+    assert "similarities.png" not in plots_in(evaluated.folder)
 
 
 @pytest.fixture
@@ -238,16 +240,16 @@ def searched(generator):
     return Searched(bank, bank, partial(nearest_by_block, features), np.arange(60))
 
 
-def test_the_neighbours_in_the_image_are_those_of_the_search(searched):
-    shown = neighbors_of_some(searched)
+def test_the_neighbours_in_the_plot_are_those_of_the_search(searched):
+    drawn = pixels(neighbors_of_some(searched))
     units = searched.bank.features / np.linalg.norm(searched.bank.features, axis=1, keepdims=True)
     for line, query in enumerate(spread_over_classes(searched.queries.labels, 16)):
-        top = MARGIN + line * (64 + 14 + MARGIN)
-        assert shown.getpixel((MARGIN + 9, top + 9)) == (4 * query,) * 3
+        top = MARGIN + line * (THUMBNAIL + LINE + MARGIN)
+        assert drawn[top, MARGIN, 0] == 4 * query
         others = [row for row in np.argsort(-(units @ units[query])) if row != query]
         for column in range(8):
-            left = 3 * MARGIN + (column + 1) * (64 + MARGIN)
-            assert shown.getpixel((left + 9, top + 9)) == (4 * others[column],) * 3
+            left = MARGIN + GAP + (column + 1) * (THUMBNAIL + MARGIN)
+            assert drawn[top, left, 0] == 4 * others[column]
 
 
 def test_rows_are_spread_over_the_classes():
@@ -256,50 +258,3 @@ def test_rows_are_spread_over_the_classes():
     assert spread_over_classes(labels, 5).tolist() == [3, 4, 0, 1, 5]
     assert spread_over_classes(labels, 99).tolist() == [3, 4, 0, 1, 2, 6, 5]
     assert np.arange(1000)[spread_over_classes(np.arange(1000), 3)].tolist() == [0, 499, 999]
-
-
-def test_similarities_of_one_image_and_maps_of_few_queries_are_left_out(searched, caplog):
-    caplog.set_level("INFO")
-    assert similarities_of_views(np.ones((1, 2, 4), np.float32)) is None
-    few = searched.queries._replace(features=searched.queries.features[:4], rows=np.arange(4))
-    assert map_of_queries(few, "tsne", "backbone") is None
-    assert "map.png: left out" in caplog.text
-
-
-@pytest.mark.parametrize("num_classes", [1, 2, NUMBERED_CLASSES])
-def test_points_have_the_colour_that_the_legend_gives_their_class(num_classes):
-    num_points = max(2, num_classes)
-    labels = np.arange(num_points) % num_classes
-    image = map_plot(np.stack([np.arange(num_points)] * 2, axis=1), labels, "a map")
-    for place, label in enumerate(labels):
-        middle = 12 + place * 616 / (num_points - 1)
-        point = image.getpixel((MARGIN + round(middle), 32 + round(middle)))
-        legend = image.getpixel((640 + 3 * MARGIN + 5, 32 + 9 + 18 * int(label)))
-        seen = [
-            255 - (255 - value) * 200 / 255 for value in legend
-        ]  # the discs let through a little
-        np.testing.assert_allclose(point, seen, atol=12)
-
-
-def test_a_thousand_classes_are_counted_instead_of_listed(generator):
-    image = map_plot(generator.normal(size=(2000, 2)) * [5, 1], np.arange(2000) % 1000, "a map")
-    assert image.height < image.width < 900
-
-
-def test_each_image_stands_beside_its_own_maps():
-    images = [Image.new("RGB", (16, 16), (number, 0, 0)) for number in range(5)]
-    maps = {
-        name: np.full((5, 2, 2, 3), np.arange(5, dtype=np.uint8)[:, None, None, None])
-        for name in ("a", "b")
-    }
-    for number in (1, 5):
-        few = {name: values[:number] for name, values in maps.items()}
-        plot = feature_maps_plot(images[:number], few)
-        lines, num_blocks = -(-number // min(2, number)), min(2, number)
-        assert plot.width == num_blocks * (3 * 118 + 18) - 12
-        for image in range(number):
-            left, top = MARGIN + image // lines * (3 * 118 + 18), 26 + image % lines * 118
-            assert plot.getpixel((left, top)) == (image, 0, 0)
-            assert (
-                plot.getpixel((left + 118, top)) == plot.getpixel((left + 236, top)) == (image,) * 3
-            )

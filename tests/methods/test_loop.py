@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moco.callbacks.monitors import TrainingMonitor
+from moco.callbacks.training_monitor import TrainingMonitor
 from moco.cli.progress import ProgressBar
 from moco.data.loading.loaders import PairBatch
 from moco.training.unprofiled import Unprofiled

@@ -96,7 +96,7 @@ def test_a_run_that_goes_on_at_its_last_step_inside_its_first_epoch_leaves_all_i
 
 
 def test_a_measurement_that_an_interrupt_cut_short_is_made_up_for(small, tmp_path, monkeypatch):
-    import moco.callbacks.monitors as module
+    import moco.callbacks.knn_monitor as module
 
     config = ["trainer.max_epochs=1", "trainer.max_steps=-1"]
     original = module.embed_together

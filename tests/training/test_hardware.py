@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moco.callbacks.collapse_watch import CollapseWatch, LabelFreeMonitor
-from moco.callbacks.monitors import TrainingMonitor
+from moco.callbacks.collapse_watch import CollapseWatch
+from moco.callbacks.label_free_monitor import LabelFreeMonitor
+from moco.callbacks.training_monitor import TrainingMonitor
 from moco.data.loading.workers import loader_options
 from moco.errors import InputError
 from moco.models.backbones import build_backbone

@@ -1,5 +1,6 @@
 """What TensorBoard finds in a run folder."""
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -60,6 +61,7 @@ def test_keys_of_the_command_line_come_without_values_and_signs(tmp_path):
 def test_a_run_that_goes_on_writes_every_tag_once_for_a_step(runner, tmp_path):
     settings = [
         "data.batch_size=240",
+        "data.image_size=8",
         "trainer.log_every_n_steps=1",
         "trainer.max_steps=-1",
         "evaluation.diagnostics_every_n_steps=1",
@@ -85,24 +87,19 @@ def test_a_run_that_goes_on_writes_every_tag_once_for_a_step(runner, tmp_path):
     assert (tmp_path / "projector_config.pbtxt").read_text().count("tensor_path") == 1
 
 
-def test_scalars_of_a_step_are_one_event_and_read_as_those_of_lightnings_logger(tmp_path):
-    from pytorch_lightning.loggers import TensorBoardLogger
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+def test_the_event_file_of_a_summary_writer_is_public():
+    """`RunLogger.describe` writes into it."""
+    from torch.utils.tensorboard import FileWriter, SummaryWriter
 
-    metrics = {"train/loss": 0.1, "knn/top1": 1, "label_free/rank_me": float("inf")}
-    scalars, num_events = [], []
-    for name, logger in (
-        ("ours", RunLogger(tmp_path / "ours")),
-        ("lightnings", TensorBoardLogger(tmp_path / "lightnings", name="", version="")),
-    ):
-        logger.log_metrics(metrics, step=7)
-        logger.finalize("success")
-        (path,) = (tmp_path / name).glob("events*")
-        num_events.append(
-            sum(event.HasField("summary") for event in EventFileLoader(str(path)).Load())
-        )
-        events = EventAccumulator(str(tmp_path / name))
-        events.Reload()
-        scalars.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in metrics})
-    assert scalars[0] == scalars[1]
-    assert num_events[0] == 1
+    assert "file_writer" in SummaryWriter.__init__.__code__.co_names
+    assert callable(FileWriter.add_summary)
+
+
+def test_a_disk_error_while_a_scalar_is_written_stays_one(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    logger = RunLogger(tmp_path)
+    monkeypatch.setattr(logger.experiment, "add_scalar", full)
+    with pytest.raises(OSError, match="No space left"):
+        logger.log_metrics({"train/loss": 0.1}, step=7)

@@ -1,259 +1,316 @@
-"""Images of an evaluation, drawn with Pillow. Arrays and thumbnails in, an image out.
+"""Plots of an evaluation, drawn by matplotlib: arrays and images in, a figure out.
 
-Letters: Q queries, A classes, P positive pairs, K negative pairs, M points, N images, h w cells of a map.
+A figure is made without pyplot, so no global state changes and no window opens. matplotlib is
+imported when the first plot is drawn, because importing it takes half a second.
 """
 
-import colorsys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
-MARGIN, LINE, FONT = 6, 14, 11  # px
-RIGHT, WRONG = (0, 120, 60), (190, 30, 30)
-BLUE, ORANGE = (60, 110, 190), (225, 130, 30)
-WIDEST_MATRIX = 900  # px
-NUMBERED_CLASSES = 30  # up to so many have their counts written in the cells, or a legend
-MAP_SIDE, MAPPED_SIDE = 640, 112  # px: of a map of points, of an image beside its feature maps
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 100
+"""Pixels per inch. Sizes below are in px; matplotlib takes inches."""
+MARGIN = 6
+"""Space around an image, in px."""
+LINE = 14
+"""Height of a caption, in px."""
+FONT = "DejaVu Sans"
+"""matplotlib brings this font along, so a plot looks the same on every machine."""
+FONT_SIZE = 8
+"""In points: 11 px."""
+CHARACTER = 7
+"""Width of most characters at most, in px."""
+RIGHT = "#007a3d"
+WRONG = "#be1e1e"
+
+NAMED_CLASSES = 30
+"""A plot with more classes than this names only some of them."""
+LONGEST_NAME = 16
+"""A longer class name is cut, in characters."""
+MATRIX_SIDE = (240, 900)
+"""Smallest and largest side of a confusion matrix, in px."""
+MAP_SIDE = 640
+"""Side of a map of points, in px."""
+MAPPED_SIDE = 112
+"""Side of an image beside its feature maps, in px."""
+VIEW_SIDE = 64
+"""Smaller views are enlarged to this side, in px."""
 
 
 @dataclass(frozen=True)
-class Neighbor:
-    """An image of the bank beside a query."""
+class Tile:
+    """A square image with a caption below."""
 
     image: Image.Image
-    similarity: float
-    label: str
-    is_same: bool
-    """Its class is the query's."""
+    caption: str
+    color: str = "black"
+    """Of the caption."""
 
 
-@dataclass(frozen=True)
-class NeighborRow:
-    """A query and its nearest neighbours, the most similar first."""
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty white figure of `width` x `height` px."""
+    from matplotlib.figure import Figure
 
-    query: Image.Image
-    label: str
-    neighbors: Sequence[Neighbor]
+    # matplotlib 3.9 rounds the size in px down, so 459.9999 would become 459.
+    size = ((width + 0.01) / DPI, (height + 0.01) / DPI)
+    return Figure(figsize=size, dpi=DPI, facecolor="white")
+
+
+def pixels(figure: "Figure") -> np.ndarray:
+    """Draw the figure and return its pixels (height, width, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[:, :, :3]
 
 
 def thumbnail(image: Image.Image, side: int) -> Image.Image:
-    """The middle square of an image at `side` x `side` px; small images show their pixels."""
-    method = Image.Resampling.NEAREST if min(image.size) < side else Image.Resampling.BICUBIC
+    """Return the middle square of an image as RGB at `side` x `side` px.
+
+    Images that are smaller are enlarged without smoothing, so that their pixels can be seen.
+    """
+    method = Image.Resampling.BICUBIC
+    if min(image.size) < side:
+        method = Image.Resampling.NEAREST
     return ImageOps.fit(image.convert("RGB"), (side, side), method)
 
 
-def neighbors_plot(rows: Sequence[NeighborRow]) -> Image.Image:
-    """A line for each query: itself, then its neighbours with label and similarity, green where the class is the query's.
+def shown_text(text: str, most: int) -> str:
+    """Return the text as the font can draw it, cut to at most `most` characters.
+
+    Characters that the font lacks would be drawn as boxes, each with a warning.
+    """
+    known = characters_of_font()
+    characters = []
+    for character in text:
+        is_drawn = ord(character) in known and character.isprintable()
+        characters.append(character if is_drawn else "?")
+    if len(characters) > most:
+        characters[most - 1 :] = "…"
+    return "".join(characters)
+
+
+@cache
+def characters_of_font() -> frozenset[int]:
+    """Return the code points that the font can draw."""
+    from matplotlib.font_manager import findfont, get_font
+
+    return frozenset(get_font(findfont(FONT)).get_charmap())
+
+
+def tile_plot(rows: Sequence[Sequence[Tile]], gap: int = 0) -> "Figure":
+    """Draw tiles in rows, their images pixel by pixel.
 
     Args:
-        rows: at least one, their images of one size.
+        rows: at least one tile in all; the images are squares of one size.
+        gap: further space after the first tile of each row, in px.
     """
-    side = rows[0].query.width
-    width, height = side + MARGIN, side + LINE + MARGIN
-    columns = 1 + max(len(row.neighbors) for row in rows)
-    sheet = Image.new("RGB", (columns * width + 3 * MARGIN, len(rows) * height + MARGIN), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
-    for line, row in enumerate(rows):
-        top = MARGIN + line * height
-        sheet.paste(row.query, (MARGIN, top))
-        pen.text((MARGIN, top + side), cut(row.label, side, font), "black", font)
-        for column, neighbor in enumerate(row.neighbors, start=1):
-            left = 3 * MARGIN + column * width  # a gap after the query
-            sheet.paste(neighbor.image, (left, top))
-            words = cut(f"{neighbor.label}: {neighbor.similarity:.2f}", side, font)
-            pen.text((left, top + side), words, RIGHT if neighbor.is_same else WRONG, font)
-    return sheet
-
-
-def cut(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """As much of the text's beginning as `width` px hold."""
-    while text and font.getlength(text) > width:
-        text = text[:-1]
-    return text
-
-
-def similarity_histogram(positive: np.ndarray, negative: np.ndarray) -> Image.Image:
-    """Two histograms of cosines, each as high as its own highest bar: what is to be near, and what apart.
-
-    Args:
-        positive: (P,) of two views of an image.
-        negative: (K,) of different images.
-    """
-    width, height, num_bins = 640, 240, 80
-    sheet = Image.new("RGB", (width + 2 * MARGIN, height + 3 * LINE + 2 * MARGIN), "white")
-    pen, font = ImageDraw.Draw(sheet, "RGBA"), ImageFont.load_default(FONT)
-    bottom = MARGIN + LINE + height
-    for place, (name, values, color) in enumerate(
-        (("negative", negative, BLUE), ("positive", positive, ORANGE))
-    ):
-        counts, _ = np.histogram(np.clip(values, -1, 1), num_bins, (-1, 1))
-        for number, share in enumerate(counts / max(counts.max(), 1)):
-            left = MARGIN + number * width / num_bins
-            pen.rectangle(
-                (left, bottom - share * height, left + width / num_bins - 1, bottom), (*color, 150)
+    side = rows[0][0].image.width
+    column_width = side + MARGIN
+    row_height = side + LINE + MARGIN
+    num_columns = max(len(tiles) for tiles in rows)
+    width = MARGIN + num_columns * column_width + gap
+    height = MARGIN + len(rows) * row_height
+    figure = new_figure(width, height)
+    for row, tiles in enumerate(rows):
+        # matplotlib measures from the bottom left corner.
+        bottom = height - MARGIN - row * row_height - side
+        left = MARGIN
+        for tile in tiles:
+            figure.figimage(np.asarray(tile.image), left, bottom, origin="upper")
+            figure.text(
+                left / width,
+                (bottom - LINE / 2) / height,
+                shown_text(tile.caption, side // CHARACTER),
+                color=tile.color,
+                family=FONT,
+                fontsize=FONT_SIZE,
+                verticalalignment="center",
+                parse_math=False,
             )
-        words = f"{name}: {len(values):,} pairs, mean {float(np.mean(values)):.3f}"
-        pen.text((MARGIN + place * width / 2, MARGIN), words, color, font)
-    for cosine in (-1, -0.5, 0, 0.5, 1):
-        tick = MARGIN + (cosine + 1) / 2 * width
-        pen.line((tick, bottom, tick, bottom + 3), "black")
-        anchor = "la" if cosine == -1 else "ra" if cosine == 1 else "ma"
-        pen.text((tick, bottom + 4), f"{cosine:g}", "black", font, anchor=anchor)
-    pen.text((MARGIN + width / 2, bottom + 4 + LINE), "cosine", "black", font, anchor="ma")
-    return sheet
+            left += column_width
+            if tile is tiles[0]:
+                left += gap
+    return figure
+
+
+def feature_maps_plot(images: Sequence[Image.Image], maps: Mapping[str, np.ndarray]) -> "Figure":
+    """Draw each image beside its feature maps, two images in a row.
+
+    Args:
+        images: at least one.
+        maps: (images, height, width, 3) uint8, colours of all images' maps, by their caption. Each
+            cell of a map is drawn as a square.
+    """
+    tiles = []
+    for number, image in enumerate(images):
+        tiles.append(Tile(thumbnail(image, MAPPED_SIDE), "image"))
+        for name, colors in maps.items():
+            tiles.append(Tile(thumbnail(Image.fromarray(colors[number]), MAPPED_SIDE), name))
+    in_row = 2 * (1 + len(maps))
+    rows = [tiles[start : start + in_row] for start in range(0, len(tiles), in_row)]
+    return tile_plot(rows)
+
+
+def view_pairs_plot(queries: np.ndarray, keys: np.ndarray) -> "Figure":
+    """Draw pairs of views in columns, the query above its key.
+
+    Args:
+        queries, keys: (pairs, side, side, 3) uint8 each.
+    """
+    rows = []
+    for name, views in (("query", queries), ("key", keys)):
+        tiles = []
+        for view in views:
+            image = Image.fromarray(view)
+            tiles.append(Tile(thumbnail(image, max(VIEW_SIDE, image.width)), name))
+        rows.append(tiles)
+    return tile_plot(rows)
+
+
+def similarity_histogram(positive: np.ndarray, negative: np.ndarray) -> "Figure":
+    """Draw the histograms of the cosines of positive and of negative pairs.
+
+    Each is divided by its highest bar, since there are many more negative pairs.
+
+    Args:
+        positive: (p,) cosines of two views of one image.
+        negative: (n,) cosines of views of different images.
+    """
+    figure = new_figure(660, 320)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    for name, values in (("negative", negative), ("positive", positive)):
+        # Rounding may carry a cosine just over 1.
+        counts, edges = np.histogram(np.clip(values, -1, 1), bins=80, range=(-1, 1))
+        label = f"{name}: {len(values):,} pairs, mean {np.mean(values):.3f}"
+        axes.stairs(counts / max(counts.max(), 1), edges, fill=True, alpha=0.6, label=label)
+    axes.set_xlabel("cosine")
+    axes.set_ylabel("share of the highest bar")
+    axes.set_xlim(-1, 1)
+    axes.set_ylim(0, 1)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    return figure
 
 
 def confusion_counts(labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How often queries (Q,) of each class were predicted to be of each: (A, A), rows the true class; and the classes."""
+    """Count how often queries of each class were predicted to be of each class.
+
+    Args:
+        labels, predicted: (queries,) class numbers.
+
+    Returns:
+        Counts (classes, classes), rows the true class; and the class numbers (classes,).
+    """
     classes, numbers = np.unique(np.concatenate([labels, predicted]), return_inverse=True)
-    true, said = numbers.reshape(2, -1)
-    counts = np.bincount(true * len(classes) + said, minlength=len(classes) ** 2)
+    true_numbers, predicted_numbers = numbers.reshape(2, -1)
+    cells = true_numbers * len(classes) + predicted_numbers
+    counts = np.bincount(cells, minlength=len(classes) ** 2)
     return counts.reshape(len(classes), len(classes)), classes
 
 
-def confusion_plot(counts: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """The confusion matrix, rows the true class, columns the predicted one; the darker the larger a share of its row.
+def confusion_plot(counts: np.ndarray, names: Sequence[str]) -> "Figure":
+    """Draw a confusion matrix: a cell is darker the larger its share of its row.
+
+    Up to `NAMED_CLASSES` classes, every class is named and every count is written in its cell.
 
     Args:
-        counts: (A, A).
-        names: of the classes, (A,); written where there is room for them.
+        counts: (classes, classes), rows the true class, columns the predicted one.
+        names: of the classes.
     """
-    number = len(counts)
-    cell = max(1, min(34, WIDEST_MATRIX // number))
-    font = ImageFont.load_default(FONT)
-    is_written = number <= NUMBERED_CLASSES
-    room = (
-        int(max(font.getlength(name) for name in names)) + 2 * MARGIN if is_written else 2 * MARGIN
-    )
-    left, top = min(room, 140), LINE * (2 if is_written else 1) + MARGIN
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    sheet = Image.new("RGB", (left + number * cell + MARGIN, top + number * cell + MARGIN), "white")
-    shades = np.stack([255 - shares * (255 - end) for end in (8, 48, 107)], axis=2).astype(np.uint8)
-    sheet.paste(
-        Image.fromarray(shades).resize((number * cell, number * cell), Image.Resampling.NEAREST),
-        (left, top),
-    )
-    pen = ImageDraw.Draw(sheet)
-    pen.text(
-        (left, 2),
-        f"{np.trace(counts) / max(counts.sum(), 1):.1%} right; rows: true, columns: predicted",
-        "black",
-        font,
-    )
-    if is_written:
-        write_cells(pen, counts, names, (left, top), cell, font)
-    return sheet
+    num_classes = len(counts)
+    totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shares = counts / totals
+    smallest, largest = MATRIX_SIDE
+    side = min(max(34 * num_classes, smallest), largest)
+    figure = new_figure(side + 220, side + 140)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, label="share of the true class", shrink=0.6)
+    accuracy = np.trace(counts) / max(counts.sum(), 1)
+    axes.set_title(f"{accuracy:.1%} of {counts.sum():,} queries right", fontsize=10)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    named = list(range(num_classes))
+    if num_classes <= NAMED_CLASSES:
+        write_counts(axes, counts, shares)
+    else:
+        named = np.linspace(0, num_classes - 1, 10).astype(int).tolist()
+    ticks = [shown_text(names[place], LONGEST_NAME) for place in named]
+    is_short = max(len(tick) for tick in ticks) <= 3
+    style: dict[str, Any] = {"family": FONT, "fontsize": FONT_SIZE, "parse_math": False}
+    axes.set_xticks(named, ticks, rotation=0 if is_short else 90, **style)
+    axes.set_yticks(named, ticks, **style)
+    return figure
 
 
-def write_cells(
-    pen: ImageDraw.ImageDraw,
-    counts: np.ndarray,
-    names: Sequence[str],
-    corner: tuple[int, int],
-    cell: int,
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
-) -> None:
-    """The classes' names beside and above the matrix, and the counts in its cells."""
-    left, top = corner
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    for row, name in enumerate(names):
-        middle = (row + 0.5) * cell
-        pen.text(
-            (left - MARGIN, top + middle),
-            cut(name, left - MARGIN, font),
-            "black",
-            font,
-            anchor="rm",
+def write_counts(axes: "Axes", counts: np.ndarray, shares: np.ndarray) -> None:
+    """Write the counts that are not 0 into their cells, legible on the cell's shade."""
+    for row, column in np.argwhere(counts):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(
+            column,
+            row,
+            str(counts[row, column]),
+            color=color,
+            fontsize=FONT_SIZE,
+            horizontalalignment="center",
+            verticalalignment="center",
+            in_layout=False,
         )
-        pen.text((left + middle, top - 2), cut(name, cell, font), "black", font, anchor="ms")
-        for column in np.flatnonzero(counts[row]):
-            color = "white" if shares[row, column] > 0.5 else "black"
-            place = (left + (column + 0.5) * cell, top + middle)
-            pen.text(place, str(counts[row, column]), color, font, anchor="mm")
 
 
-def map_plot(points: np.ndarray, labels: np.ndarray, title: str) -> Image.Image:
-    """Points on a plane, a colour for each class; a legend where the classes are few.
+def map_plot(points: np.ndarray, labels: np.ndarray, title: str) -> "Figure":
+    """Draw points on a plane, in a colour for each class, with a legend for few classes.
 
     Args:
-        points: (M, 2); both axes are scaled alike.
-        labels: (M,).
+        points: (points, 2); both axes are scaled alike.
+        labels: (points,) class numbers.
     """
     classes, numbers = np.unique(labels, return_inverse=True)
     colors = class_colors(len(classes))
-    plane, font = scatter(points, numbers, colors), ImageFont.load_default(FONT + 2)
-    has_legend = len(classes) <= NUMBERED_CLASSES
-    words = [str(name) for name in classes] if has_legend else [f"{len(classes):,} classes"]
-    room, step = int(max(font.getlength(word) for word in words)) + 6 * MARGIN, LINE + 4
-    top, height = LINE + 3 * MARGIN, max(plane.height, len(words) * step)
-    sheet = Image.new("RGB", (plane.width + room + 2 * MARGIN, top + height + MARGIN), "white")
-    sheet.paste(plane, (MARGIN, top))
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN), title, "black", font)
-    pen.rectangle(
-        (MARGIN, top, MARGIN + plane.width - 1, top + plane.height - 1), outline="lightgray"
-    )
-    left = plane.width + 3 * MARGIN
-    for line, word in enumerate(words):
-        middle = top + (line + 0.5) * step
-        if has_legend:
-            pen.ellipse((left, middle - 5, left + 10, middle + 5), colors[line])
-        pen.text(
-            (left + (3 * MARGIN if has_legend else 0), middle), word, "black", font, anchor="lm"
-        )
-    return sheet
+    figure = new_figure(MAP_SIDE + 140, MAP_SIDE)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    axes.scatter(points[:, 0], points[:, 1], s=14, c=colors[numbers], alpha=0.8, linewidths=0)
+    # Neither the axes nor distances between groups mean anything.
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_aspect("equal", adjustable="datalim")
+    if len(classes) > NAMED_CLASSES:
+        axes.set_title(f"{title} ({len(classes):,} classes)", fontsize=10)
+        return figure
+    axes.set_title(title, fontsize=10)
+    for name, color in zip(classes, colors, strict=True):
+        label = shown_text(str(name), LONGEST_NAME)
+        # No points: only an entry of the legend.
+        axes.scatter([], [], s=40, color=color, label=label)
+    legend = figure.legend(loc="outside right upper", title="class", fontsize=FONT_SIZE)
+    for text in legend.get_texts():
+        text.set(family=FONT, parse_math=False)
+    return figure
 
 
-def scatter(
-    points: np.ndarray, numbers: np.ndarray, colors: Sequence[tuple[int, int, int]]
-) -> Image.Image:
-    """A disc for each point (M, 2) in the colour of its number (M,), `MAP_SIDE` px wide or high, whichever is more."""
-    finer, radius, edge = 2, 6, 24  # drawn at twice the size, then reduced: discs with smooth edges
-    lowest, extent = points.min(axis=0), np.ptp(points, axis=0)
-    scale = (finer * MAP_SIDE - 2 * edge) / max(float(extent.max()), 1e-12)
-    width, height = (finer * (int(length * scale + 2 * edge) // finer) for length in extent)
-    sheet = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(sheet, "RGBA")
-    for (x, y), number in zip(
-        ((points - lowest) * scale + edge).tolist(), numbers.tolist(), strict=True
-    ):
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), (*colors[number], 200))
-    return sheet.resize((width // finer, height // finer), Image.Resampling.LANCZOS)
+def class_colors(number: int) -> np.ndarray:
+    """Return a colour for each class, (number, 4): red, green, blue and opacity in 0..1.
 
-
-def class_colors(number: int) -> list[tuple[int, int, int]]:
-    """So many colours: hues around the circle, neighbours in turn light and dark."""
-    shades = ((0.85, 0.95), (0.95, 0.6))
-    found = (colorsys.hsv_to_rgb(place / number, *shades[place % 2]) for place in range(number))
-    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in found]
-
-
-def feature_maps_plot(images: Sequence[Image.Image], maps: Mapping[str, np.ndarray]) -> Image.Image:
-    """Each image beside its maps, in two blocks side by side.
-
-    Args:
-        images: N, at least one.
-        maps: the maps of all images by what stands above them, (N, h, w, 3) uint8 each; cells are shown as squares.
+    Up to 40 colours can be told apart. With more, classes with close numbers look alike.
     """
-    names, step = ["image", *maps], MAPPED_SIDE + MARGIN
-    num_blocks = min(2, len(images))
-    lines, block = -(-len(images) // num_blocks), len(names) * step + 3 * MARGIN
-    top = LINE + 2 * MARGIN
-    sheet = Image.new("RGB", (num_blocks * block - 2 * MARGIN, top + lines * step), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
-    for number, image in enumerate(images):
-        left = MARGIN + number // lines * block
-        cells = [Image.fromarray(values[number]) for values in maps.values()]
-        squares = [thumbnail(image, MAPPED_SIDE)]
-        squares += [
-            cell.resize((MAPPED_SIDE, MAPPED_SIDE), Image.Resampling.NEAREST) for cell in cells
-        ]
-        for column, (name, square) in enumerate(zip(names, squares, strict=True)):
-            sheet.paste(square, (left + column * step, top + number % lines * step))
-            if number % lines == 0:
-                pen.text(
-                    (left + column * step, MARGIN), cut(name, MAPPED_SIDE, font), "black", font
-                )
-    return sheet
+    from matplotlib import colormaps
+
+    if number <= 10:
+        return colormaps["tab10"](np.arange(number))
+    if number <= 40:
+        first, second = colormaps["tab20"], colormaps["tab20b"]
+        return np.concatenate([first(np.arange(20)), second(np.arange(20))])[:number]
+    return colormaps["turbo"](np.linspace(0, 1, number))

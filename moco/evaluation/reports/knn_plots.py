@@ -1,44 +1,46 @@
-"""What ``moco.evaluate`` draws beside its figures.
-
-Letters: M images, Q queries, N images.
-"""
+"""The plots that ``moco.evaluate`` leaves beside its kNN figures."""
 
 import logging
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
-from moco.callbacks.feature_plots import NUM_NEIGHBORS, NUM_QUERIES, Embedded, neighbor_row, spaced
 from moco.data.augment.views import Normalized, evaluation_crop
+from moco.evaluation.diagnostics import evenly_spaced
 from moco.evaluation.knn import Search, without_own
 from moco.evaluation.neighbors import normalized
 from moco.evaluation.reports.drawing import (
     confusion_plot,
     feature_maps_plot,
     map_plot,
-    neighbors_plot,
     similarity_histogram,
 )
+from moco.evaluation.reports.embedded import NUM_NEIGHBORS, NUM_QUERIES, Embedded, neighbors_plot
 from moco.evaluation.reports.projections import LEAST_ROWS, laid_out, principal_colors
 from moco.evaluation.subject import Subject
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
 NUM_MAPPED_IMAGES = 8
+"""Images whose feature maps are drawn."""
 MOST_MAPPED = 2_000
+"""Queries in the map of features."""
 MAP_TITLES = {"tsne": "t-SNE", "umap": "UMAP"}
 
 
 class Searched(NamedTuple):
-    """A bank, its queries, and how neighbours are found."""
+    """A bank, its queries, and the search for neighbours."""
 
     bank: Embedded
     queries: Embedded
     search: Search
     own_rows: np.ndarray | None
-    """(Q,) each query's own row in the bank, which is no neighbour; None: the queries are others."""
+    """(queries,) each query's own row in the bank, which is not its neighbour. None if the queries
+    are not in the bank."""
 
 
 def knn_plots(
@@ -47,108 +49,116 @@ def knn_plots(
     confusion: np.ndarray,
     classes: np.ndarray,
     views: np.ndarray | None,
-) -> dict[str, Image.Image]:
-    """What there is to draw of a kNN measurement, by file name.
+) -> dict[str, "Figure"]:
+    """Return the plots of a kNN measurement by file name.
 
     Args:
-        confusion, classes: of `confusion_matrix`.
-        views: (M, 2, C) embeddings of two views of some images; None if there are none.
+        confusion, classes: what `confusion_matrix` returned.
+        views: (images, 2, embedding_dim) embeddings of two views of some images; None if there
+            are none.
     """
-    queries, kind = searched.queries, subject.settings["map"]
-    found = {
+    names = [str(name) for name in classes]
+    plots = {
         "neighbors.png": neighbors_of_some(searched),
-        "similarities.png": None if views is None else similarities_of_views(views),
-        "confusion.png": confusion_plot(confusion, [str(name) for name in classes]),
-        "map.png": None
-        if kind == "none"
-        else map_of_queries(queries, kind, subject.settings["feature"]),
-        "feature_maps.png": feature_maps_of_some(subject, queries),
+        "confusion.png": confusion_plot(confusion, names),
+        "feature_maps.png": feature_maps_of_some(subject, searched.queries),
     }
-    return {name: image for name, image in found.items() if image is not None}
+    # A single image has no other images to differ from.
+    if views is not None and len(views) > 1:
+        plots["similarities.png"] = similarities_of_views(views)
+    kind = subject.settings["map"]
+    if kind == "none":
+        return plots
+    if len(searched.queries.rows) < LEAST_ROWS:
+        log.info("map.png: skipped, it needs at least %d queries", LEAST_ROWS)
+        return plots
+    plots["map.png"] = map_of_queries(searched.queries, kind, subject.settings["feature"])
+    return plots
 
 
-def save_png(image: Image.Image, file: BinaryIO) -> None:
-    """Write the image as a small file."""
-    image.save(file, "PNG", optimize=True)
+def save_png(figure: "Figure", file: BinaryIO) -> None:
+    """Write the figure as a PNG."""
+    figure.savefig(file, format="png")
 
 
-def neighbors_of_some(searched: Searched) -> Image.Image:
-    """Queries of all classes with their nearest neighbours, found as the measurement finds them."""
+def neighbors_of_some(searched: Searched) -> "Figure":
+    """Draw queries of all classes with their nearest neighbours, as the measurement finds them."""
     bank, queries, search, own_rows = searched
     shown = spread_over_classes(queries.labels, NUM_QUERIES)
-    is_own_left_out = own_rows is not None
-    most = min(NUM_NEIGHBORS + is_own_left_out, len(bank.rows))
-    found = list(search(queries.features[shown], most))
-    similarities, rows = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    # A query in the bank is its own nearest neighbour; one more is needed in its place.
+    num_found = NUM_NEIGHBORS if own_rows is None else NUM_NEIGHBORS + 1
+    num_found = min(num_found, len(bank.rows))
+    blocks = list(search(queries.features[shown], num_found))
+    similarities = np.concatenate([block[0] for block in blocks])
+    rows = np.concatenate([block[1] for block in blocks])
     if own_rows is not None:
         similarities, rows = without_own(similarities, rows, own_rows[shown])
-    lines = zip(shown, similarities, rows, strict=True)
-    return neighbors_plot(
-        [neighbor_row(bank, queries, int(query), near, row) for query, near, row in lines]
-    )
+    return neighbors_plot(bank, queries, shown, similarities, rows)
 
 
 def spread_over_classes(labels: np.ndarray, number: int) -> np.ndarray:
-    """So many rows of all classes alike, or of evenly spaced classes where these are more; by class.
+    """Choose rows that spread over the classes, and return them sorted by class.
+
+    With more classes than `number`, it is the first row of evenly spaced classes. Else the classes
+    have equally many rows, as far as they have enough.
 
     Args:
-        labels: (M,).
+        labels: (rows,) class numbers.
+        number: rows to choose; all rows if there are fewer.
     """
     order = np.argsort(labels, kind="stable")
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    place = np.arange(len(labels)) - np.repeat(starts, counts)  # within the class
     if len(starts) >= number:
-        return order[starts[spaced(len(starts), number)]]
-    first = np.sort(np.argsort(place, kind="stable")[:number])
-    return order[first]
+        return order[evenly_spaced(starts, number)]
+    # All first rows of a class come before all second ones, and so on.
+    place_in_class = np.arange(len(labels)) - np.repeat(starts, counts)
+    first = np.argsort(place_in_class, kind="stable")[:number]
+    return order[np.sort(first)]
 
 
-def similarities_of_views(views: np.ndarray) -> Image.Image | None:
-    """Cosines of two views of an image, and of views of different images; None of one image, which has no others.
+def similarities_of_views(views: np.ndarray) -> "Figure":
+    """Draw the cosines of two views of an image, and of views of different images.
 
     Args:
-        views: (M, 2, C), of any norm.
+        views: (images, 2, embedding_dim), of any norm, at least two images.
     """
-    if len(views) < 2:
-        return None
-    query, key = normalized(views[:, 0]), normalized(views[:, 1])
-    cosines = query @ key.T  # (M, M)
+    query = normalized(views[:, 0])
+    key = normalized(views[:, 1])
+    cosines = query @ key.T  # (images, images)
     is_own = np.eye(len(cosines), dtype=bool)
     return similarity_histogram(cosines[is_own], cosines[~is_own])
 
 
-def map_of_queries(queries: Embedded, kind: str, feature: str) -> Image.Image | None:
-    """Some queries as points, near one another where their features are similar; None of too few.
+def map_of_queries(queries: Embedded, kind: str, feature: str) -> "Figure":
+    """Draw some queries as points that are near one another if their features are similar.
 
     Args:
+        queries: at least `LEAST_ROWS`.
         kind: tsne or umap.
         feature: its name, for the title.
     """
-    shown = spaced(len(queries.rows), MOST_MAPPED)
-    if len(shown) < LEAST_ROWS:
-        log.info("map.png: left out, of fewer than %d queries there is none", LEAST_ROWS)
-        return None
+    shown = evenly_spaced(np.arange(len(queries.rows)), MOST_MAPPED)
     points = laid_out(normalized(queries.features[shown]), kind)
-    title = (
-        f"{MAP_TITLES[kind]} of {len(shown):,} queries by their {feature} features; colour: class"
-    )
+    title = f"{MAP_TITLES[kind]} of the {feature} features of {len(shown):,} queries"
     return map_plot(points, queries.labels[shown], title)
 
 
 @torch.no_grad()
-def feature_maps_of_some(subject: Subject, queries: Embedded) -> Image.Image:
-    """Images of all classes beside their last two feature maps, each in its own principal components."""
-    data, device = subject.data, subject.device
-    crop = evaluation_crop(data["image_size"], data["crop_ratio"])
+def feature_maps_of_some(subject: Subject, queries: Embedded) -> "Figure":
+    """Draw images of all classes beside their last two feature maps.
+
+    The colours of a map are its principal components over all images that are drawn.
+    """
+    crop = evaluation_crop(subject.data["image_size"], subject.data["crop_ratio"])
+    normalize = Normalized(**subject.augmentation)
     chosen = spread_over_classes(queries.labels, NUM_MAPPED_IMAGES)
-    thumbnails = [crop(queries.labelled.images[int(row)]) for row in queries.rows[chosen]]
-    batch = torch.stack(
-        [Normalized(**subject.augmentation)(image) for image in thumbnails]
-    )  # (N, 3, S, S)
-    with torch.autocast(device.type, enabled=False):
-        maps: list[Any] = subject.encoder.backbone.feature_maps(batch.to(device))[-2:]
+    images = [crop(queries.labelled.images[int(row)]) for row in queries.rows[chosen]]
+    batch = torch.stack([normalize(image) for image in images])  # (images, 3, side, side)
+    with torch.autocast(subject.device.type, enabled=False):
+        maps = subject.encoder.backbone.feature_maps(batch.to(subject.device))
     columns = {}
-    for name, values in zip(("the map before it", "last map"), maps, strict=True):
+    for name, values in (("last map", maps[-1]), ("map before", maps[-2])):
         height, width = values.shape[2:]
-        columns[f"{name}, {height} x {width}"] = principal_colors(values.float().cpu().numpy())
-    return feature_maps_plot(thumbnails, dict(reversed(columns.items())))
+        colors = principal_colors(values.float().cpu().numpy())
+        columns[f"{name} {height}x{width}"] = colors
+    return feature_maps_plot(images, columns)

@@ -1,6 +1,6 @@
-"""Features laid out to be looked at: a plane of points, and feature maps as colours. Arrays in, arrays out.
+"""Features in fewer dimensions, to be looked at: a plane of points, colours of feature maps.
 
-Letters: M rows, D feature width, N images, C channels of a map, h w its cells.
+Arrays in, arrays out.
 """
 
 from importlib.util import find_spec
@@ -10,41 +10,52 @@ import numpy as np
 from moco.errors import InputError
 
 REDUCED_DIM = 50
-"""t-SNE looks for neighbours in so many principal components, as its authors do (JMLR 9, 2008, section 4.2)."""
-PERPLEXITY, NUM_NEIGHBORS = 30.0, 15  # of t-SNE and of UMAP, their authors' usual ones
+"""t-SNE searches for neighbours in this many principal components, as its authors do (JMLR 9, 2008,
+section 4.2)."""
+PERPLEXITY = 30.0
+"""Of t-SNE, as its authors and scikit-learn use it."""
+NUM_NEIGHBORS = 15
+"""Of UMAP, as its authors use it."""
 LEAST_ROWS = 5
+"""A map needs at least this many rows."""
 SAME = 1e-6
-"""Unit vectors that vary by less are all the same: there is nothing to lay out."""
+"""If unit vectors vary by less than this, they are all the same."""
 
 
 def check_map(name: str) -> None:
-    """Raises InputError if UMAP is asked for and not installed."""
+    """Check that the package of a map is installed.
+
+    Raises:
+        InputError: UMAP is asked for and not installed.
+    """
     if name == "umap" and find_spec("umap") is None:
         raise InputError(
-            "evaluation.map=umap needs another package: pip install 'moco-ssl[umap]'; tsne needs none"
+            "evaluation.map=umap needs another package: pip install 'moco-ssl[umap]'; "
+            "tsne needs none"
         )
 
 
 def laid_out(features: np.ndarray, name: str) -> np.ndarray:
-    """Points in the plane whose near ones have similar features: (M, 2). Only who is near whom means something.
+    """Lay features out as points (rows, 2) that are near one another if their features are similar.
+
+    Nothing else of the points has a meaning: neither the axes nor the distances between groups.
 
     Args:
-        features: (M, D), unit norm, at least `LEAST_ROWS`.
+        features: (rows, feature_dim), unit norm, at least `LEAST_ROWS`.
         name: tsne (JMLR 9, 2008) or umap (arXiv 1802.03426).
     """
     rows = principal_components(features, REDUCED_DIM).astype(np.float32)
     spread = rows[:, 0].std()
     if spread < SAME:
         return rows[:, :2]
-    # A start that follows the data gives the same image each time; t-SNE needs it small.
+    # A start from the data gives the same points every time. t-SNE needs a small one.
     start = rows[:, :2] / spread * 1e-4
     if name == "umap":
         from umap import UMAP
 
         num_neighbors = min(NUM_NEIGHBORS, len(rows) - 1)
-        return UMAP(n_neighbors=num_neighbors, init=start, random_state=0, n_jobs=1).fit_transform(
-            rows
-        )
+        umap = UMAP(n_neighbors=num_neighbors, init=start, random_state=0, n_jobs=1)
+        return umap.fit_transform(rows)
     from sklearn.manifold import TSNE
 
     perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
@@ -52,32 +63,60 @@ def laid_out(features: np.ndarray, name: str) -> np.ndarray:
 
 
 def principal_colors(maps: np.ndarray) -> np.ndarray:
-    """The first three principal components of all cells of all images together, as red, green and blue: (N, h, w, 3) uint8.
+    """Return the first three principal components of feature maps as red, green and blue.
 
-    Each component goes from its smallest value, 0, to its largest, 255; one that does not vary is 0.
+    They are components of all cells of all images together. Each goes from 0 at its smallest value
+    to 255 at its largest; a component that does not vary is 0.
 
     Args:
-        maps: (N, C, h, w).
+        maps: (images, channels, height, width).
+
+    Returns:
+        (images, height, width, 3) uint8.
     """
-    num, channels, height, width = maps.shape
+    num_images, channels, height, width = maps.shape
     cells = maps.transpose(0, 2, 3, 1).reshape(-1, channels)
     colors = principal_components(cells, 3)
     colors -= colors.min(axis=0)
     colors *= 255 / np.maximum(colors.max(axis=0), 1e-12)
-    return colors.round().astype(np.uint8).reshape(num, height, width, 3)
+    return colors.round().astype(np.uint8).reshape(num_images, height, width, 3)
 
 
 def principal_components(rows: np.ndarray, num_components: int) -> np.ndarray:
-    """Rows (M, D), centred, along their directions of largest variance: (M, num_components) float64.
+    """Return centred rows along their directions of largest variance.
 
-    Where there are fewer directions the rest is 0.
+    Args:
+        rows: (rows, dim).
+
+    Returns:
+        (rows, num_components) float64. If there are fewer directions, the other columns are 0.
     """
     from sklearn.utils.extmath import randomized_svd
 
     centred = rows.astype(np.float64) - rows.mean(axis=0, dtype=np.float64)
     num_found = min(num_components, *rows.shape)
-    # More iterations than usual, which cost little: components of nearly the same weight are told apart, too.
+    # More iterations than usual tell components of nearly the same weight apart, for a small cost.
     left, values, _ = randomized_svd(
         centred, num_found, n_oversamples=20, n_iter=20, random_state=0
     )
     return np.pad(left * values, ((0, 0), (0, num_components - num_found)))
+
+
+def projected(features: np.ndarray, dim: int) -> np.ndarray:
+    """Return rows in the `dim` directions that keep most of their inner products.
+
+    The rows are not centred, so cosines between them stay nearly the same.
+
+    Args:
+        features: (rows, feature_dim).
+
+    Returns:
+        (rows, at most dim) float64.
+    """
+    rows = features.astype(np.float64)
+    if rows.shape[1] <= dim:
+        return rows
+    # eigh sorts by rising eigenvalue.
+    _, directions = np.linalg.eigh(rows.T @ rows)
+    largest_first = directions[:, ::-1][:, :dim]
+    return rows @ largest_first

@@ -1,7 +1,7 @@
 import pytest
 
-from moco.callbacks import stopwatches
-from moco.callbacks.stopwatches import Stopwatches, in_words
+from moco.training import stopwatches
+from moco.training.stopwatches import Stopwatches, in_words
 
 
 @pytest.fixture

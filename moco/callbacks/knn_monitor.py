@@ -1,0 +1,230 @@
+"""The kNN accuracy of the encoder while it trains, as a Lightning callback."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from moco.callbacks.epoch_measurement import EpochMeasurement
+from moco.callbacks.feature_plots import FeaturePlots
+from moco.callbacks.running_trainer import data_of, is_end
+from moco.callbacks.shared_embedding import embed_together
+from moco.data.loading.datamodule import PretrainingData, check_unreadable
+from moco.data.sources.source import Labelled
+from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, rank_me
+from moco.evaluation.features import EmbeddingStopped, evaluating
+from moco.evaluation.knn import KNNResult, knn_accuracy, protocol_figures, scores_of
+from moco.evaluation.reports.embedded import Embedded
+from moco.training.distributed.collectives import copy_from_rank_zero, from_rank_zero
+from moco.training.stopwatches import MONITORS, epoch_time
+
+log = logging.getLogger(__name__)
+
+
+class KNNMonitor(EpochMeasurement):
+    """Measure the kNN accuracy of the query encoder every n epochs, on clean images in eval mode.
+
+    Args:
+        figures: gets ``knn/top1``, with at least five neighbours ``knn/top5``, ``knn/epoch`` and
+            the protocol. Baselines go to ``knn_raw_pixels/top1`` and to ``knn_untrained/top1``, or
+            to ``knn_start/top1`` in a run that starts from given weights.
+        should_stop: asked before every batch. A measurement that it stops is repeated when the run
+            resumes.
+        num_neighbors, temperature, feature, precision: the protocol, see `MonitorConfig`.
+        baselines: also measure raw pixels and the encoder before the first step.
+        is_untrained: the encoder starts from random weights.
+        plots: draws the features of each measurement.
+    """
+
+    def __init__(
+        self,
+        figures: dict[str, Any],
+        *,
+        num_neighbors: int,
+        temperature: float,
+        feature: str,
+        precision: str = "32-true",
+        every_n_epochs: int = 1,
+        baselines: bool = False,
+        is_untrained: bool = True,
+        should_stop: Callable[[], bool] = lambda: False,
+        plots: FeaturePlots | None = None,
+    ) -> None:
+        super().__init__(figures, every_n_epochs, should_stop)
+        self.num_neighbors = num_neighbors
+        self.temperature = temperature
+        self.feature = feature
+        self.precision = precision
+        self.baselines = baselines
+        self.is_untrained = is_untrained
+        self.plots = plots
+        self.resumed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        # Never empty: Lightning loads no empty state, and a resumed run would measure the
+        # baselines again, on an encoder that is no longer untrained.
+        return {"owed": self.owed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.resumed = True
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        source = data_of(trainer).source
+        if source.bank is None or source.queries is None:
+            log.info(
+                "no kNN: the dataset has no labelled training and test images; "
+                "watch label_free/* instead"
+            )
+            return
+        log.info(
+            "kNN every %d epochs: k %d, T %s, %s feature, %d queries against a bank of %d",
+            self.every_n_epochs,
+            self.num_neighbors,
+            self.temperature,
+            self.feature,
+            len(source.queries.labels),
+            len(source.bank.labels),
+        )
+        if self.baselines and not self.resumed:
+            self._measure_baselines(trainer, pl_module)
+        super().on_fit_start(trainer, pl_module)
+
+    @epoch_time.measured(MONITORS)
+    def _measure_baselines(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pixels = self._result(trainer, pl_module, flattened)
+        start = self._result(trainer, pl_module, self._encoding(pl_module))
+        self.figures["knn_raw_pixels/top1"] = pixels.top1
+        if self.is_untrained:
+            self.figures["knn_untrained/top1"] = start.top1
+            encoder = "untrained backbone"
+        else:
+            self.figures["knn_start/top1"] = start.top1
+            encoder = "the weights of init_from"
+        log.info("kNN before training: raw pixels %.4f, %s %.4f", pixels.top1, encoder, start.top1)
+
+    @epoch_time.measured(MONITORS)
+    def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+        source = data_of(trainer).source
+        if source.bank is None or source.queries is None:
+            return
+        try:
+            result = self._result(trainer, pl_module, self._encoding(pl_module), epoch)
+        except EmbeddingStopped:
+            self.owed = True
+            return
+        self.owed = False
+        # If k was capped, one warning is enough.
+        self.num_neighbors = result.num_neighbors
+        scores = scores_of(result)
+        # An earlier part of the run may have left a top-5; with k below 5 there is none now.
+        self.figures.pop("knn/top5", None)
+        self.figures |= scores
+        self.figures["knn/epoch"] = epoch
+        self.figures |= protocol_figures(result, self.temperature, self.feature)
+        self.figures["knn/precision"] = self.precision
+        if trainer.logger:
+            trainer.logger.log_metrics(scores, step=trainer.global_step)
+
+    def _encoding(self, pl_module: Any) -> Callable[[Tensor], Tensor]:
+        return lambda images: pl_module.query_encoder.encode(images, self.feature)
+
+    def _result(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        encode: Callable[[Tensor], Tensor],
+        epoch: int | None = None,
+    ) -> KNNResult:
+        """Embed bank and queries on all processes, then classify on rank 0.
+
+        Args:
+            encode: images (batch, channels, height, width) to features (batch, feature_dim).
+            epoch: of which the features are plotted; None: they are not.
+
+        Raises:
+            EmbeddingStopped: `should_stop` stopped it, on every process.
+            InputError: too many images could not be read.
+        """
+        data = data_of(trainer)
+        bank, queries = data.source.bank, data.source.queries
+        assert bank is not None
+        assert queries is not None
+        # Each process has running statistics of its own. Rank 0's are in the checkpoint, so they
+        # are the ones that are measured.
+        copy_from_rank_zero([*pl_module.query_encoder.buffers()])  # type: ignore[union-attr]
+        with evaluating(pl_module):
+            bank_features = self._embed(data, bank, encode, pl_module.device)
+            query_features = self._embed(data, queries, encode, pl_module.device)
+
+        def search() -> KNNResult:
+            bank_set = with_images(data, bank, *bank_features)
+            query_set = with_images(data, queries, *query_features)
+            if epoch is not None:
+                self._show(trainer, epoch, bank_set, query_set)
+            return self._classify(bank_set, query_set, pl_module.device)
+
+        return from_rank_zero(search)
+
+    def _embed(
+        self,
+        data: PretrainingData,
+        labelled: Labelled,
+        encode: Callable[[Tensor], Tensor],
+        device: torch.device,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        loader = data.evaluation_dataloader(labelled)
+        return embed_together(encode, loader, device, self.should_stop, self.precision)
+
+    def _classify(self, bank: Embedded, queries: Embedded, device: torch.device) -> KNNResult:
+        arrays = (bank.features, bank.labels, queries.features, queries.labels)
+        try:
+            return knn_accuracy(*arrays, self.num_neighbors, self.temperature, device)
+        except torch.OutOfMemoryError:
+            log.info("kNN: searching on the CPU, because training leaves too little GPU memory")
+        return knn_accuracy(*arrays, self.num_neighbors, self.temperature, "cpu")
+
+    def _show(self, trainer: pl.Trainer, epoch: int, bank: Embedded, queries: Embedded) -> None:
+        """Write to TensorBoard what it shows beside the scores; on rank 0 alone."""
+        if trainer.logger is None:
+            return
+        rank = rank_me(torch.from_numpy(evenly_spaced(bank.features, MOST_ROWS)))
+        trainer.logger.log_metrics({"label_free/feature_rank_me": rank}, step=trainer.global_step)
+        if self.plots is None:
+            return
+        experiment = trainer.logger.experiment  # type: ignore[attr-defined]
+        is_last = is_end(trainer, epoch)
+        if self.plots.is_due(epoch, max(0, epoch - self.every_n_epochs), is_last):
+            k = min(self.num_neighbors, len(bank.rows))
+            self.plots.draw(experiment, trainer.global_step, bank, queries, k, self.temperature)
+        if is_last and self.plots.projector_images:
+            self.plots.project(experiment, queries)
+
+
+def flattened(images: Tensor) -> Tensor:
+    """Return the pixels of each image as its features."""
+    return images.flatten(1)
+
+
+def with_images(
+    data: PretrainingData,
+    labelled: Labelled,
+    features: np.ndarray,
+    labels: np.ndarray,
+    unreadable: np.ndarray,
+) -> Embedded:
+    """Join features to the images that they belong to.
+
+    Args:
+        features, labels, unreadable: what `embed_together` returned for `labelled`.
+
+    Raises:
+        InputError: more images than `data` allows could not be read.
+    """
+    check_unreadable(set(unreadable.tolist()), labelled.images, data.max_bad_fraction)
+    readable = np.delete(np.arange(len(labelled.images)), unreadable)
+    return Embedded(features, labels, labelled, readable)

@@ -1,0 +1,168 @@
+"""Expensive figures of embeddings, queue and encoders of a training, as a Lightning callback."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from moco.callbacks.collapse_watch import newest_keys
+from moco.callbacks.running_trainer import is_step_end
+from moco.evaluation.diagnostics import (
+    alignment,
+    encoder_distances,
+    gradient_norms,
+    pair_similarities,
+    positive_similarity,
+    rank_me,
+    uniformity,
+)
+from moco.training.distributed.collectives import rank, world_size
+from moco.training.stopwatches import MONITORS, epoch_time
+
+
+class Kept(NamedTuple):
+    """A batch whose keys went into the queue."""
+
+    view: Tensor
+    """(batch, 3, height, width) the images that the keys were made of, on the CPU."""
+    keys: Tensor
+    """(batch, embedding_dim) the keys of this process."""
+    step: int
+
+
+class LabelFreeMonitor(pl.Callback):
+    """Log expensive figures of embeddings, queue and encoders at every n-th step.
+
+    The drift of the queue is measured on a kept batch. When its keys are about to be the oldest
+    ones, the key encoder encodes its views again, and they are compared with the keys in the queue.
+
+    It only reads the training: weights, running statistics and random generators are the same
+    without it.
+
+    Args:
+        every_n_steps: optimizer steps between two measurements; None: no measurements.
+    """
+
+    def __init__(self, every_n_steps: int | None) -> None:
+        self.every_n_steps = every_n_steps
+        self.kept: Kept | None = None
+        self.gradients: dict[str, float] = {}
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._is_due(trainer.global_step + 1):
+            self.gradients = gradient_norms(pl_module.query_encoder)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every_n_steps is None or not is_step_end(trainer, batch_idx):
+            return
+        step = trainer.global_step
+        figures: dict[str, float] = {}
+        if self._is_due(step):
+            figures |= self._figures(trainer, pl_module, outputs)
+            if self.kept is None and pl_module.queue is not None:
+                # The step returns the keys of its last direction. In a symmetric step these are
+                # made of the first view.
+                view = batch.views[0] if pl_module.symmetric else batch.views[1]
+                self.kept = Kept(view.cpu(), outputs["key"], step)
+        kept = self.kept
+        if kept and step - kept.step >= self._steps_in_queue(trainer, pl_module, kept):
+            figures |= self._drift(trainer, pl_module, kept)
+            self.kept = None
+        if figures and trainer.logger:
+            trainer.logger.log_metrics(figures, step=step)
+
+    def _is_due(self, step: int) -> bool:
+        return self.every_n_steps is not None and step % self.every_n_steps == 0
+
+    @epoch_time.measured(MONITORS)
+    def _figures(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Any]
+    ) -> dict[str, float]:
+        query = outputs["query"]
+        key = outputs["key"]
+        figures = {
+            "label_free/alignment": float(alignment(query, key)),
+            "label_free/uniformity": float(uniformity(query)),
+            "label_free/rank_me": rank_me(newest_keys(pl_module, outputs)),
+        }
+        for stage, norm in self.gradients.items():
+            figures[f"gradient_norm/{stage}"] = norm
+        distances = encoder_distances(pl_module.key_encoder, pl_module.query_encoder)
+        for stage, distance in distances.items():
+            figures[f"encoder_distance/{stage}"] = distance
+        if trainer.logger and rank() == 0:
+            self._log_similarities(trainer, outputs)
+        return figures
+
+    def _log_similarities(self, trainer: pl.Trainer, outputs: dict[str, Any]) -> None:
+        """Write histograms of the cosines of positive and of negative pairs."""
+        query, key, negatives = outputs["query"], outputs["key"], outputs["negatives"]
+        similarities = pair_similarities(query, key, negatives)
+        experiment = trainer.logger.experiment  # type: ignore[union-attr]
+        for name, values in similarities._asdict().items():
+            finite = values[values.isfinite()]
+            # An empty queue has no negatives yet, and a bad step only NaN.
+            if len(finite):
+                experiment.add_histogram(f"similarity/{name}", finite, trainer.global_step)
+
+    def _steps_in_queue(self, trainer: pl.Trainer, pl_module: Any, kept: Kept) -> int:
+        """Return for how many steps all of the kept keys stay in the queue.
+
+        A queue that takes both views' keys takes the kept ones first, see `MoCo.enqueue`.
+        """
+        num_keys = len(kept.keys) * world_size()
+        num_keys_of_batch = num_keys * directions_per_queue(pl_module)
+        others = len(pl_module.queue.keys) - num_keys_of_batch
+        return max(0, others // keys_per_step(pl_module, num_keys, trainer))
+
+    @epoch_time.measured(MONITORS)
+    def _drift(self, trainer: pl.Trainer, pl_module: Any, kept: Kept) -> dict[str, float]:
+        view = kept.view.to(pl_module.device)
+        with untouched(pl_module.key_encoder), trainer.precision_plugin.train_step_context():
+            now = pl_module.encode_keys([view])[0].embedding  # (batch, embedding_dim) unit norm
+        num_keys = keys_per_step(pl_module, len(kept.keys) * world_size(), trainer)
+        return {
+            "queue/drift": float(positive_similarity(kept.keys, now)),
+            # The age that the next step sees: the key encoder has already moved after this step.
+            "queue/drift_age": float(trainer.global_step + 1 - kept.step),
+            "queue/oldest_age": float(pl_module.queue.filled) / num_keys,
+        }
+
+
+def keys_per_step(pl_module: Any, num_keys: int, trainer: pl.Trainer) -> int:
+    """Return how many keys a queue gets in an optimizer step.
+
+    Args:
+        num_keys: images in a batch, on all devices together.
+    """
+    return num_keys * directions_per_queue(pl_module) * trainer.accumulate_grad_batches
+
+
+def directions_per_queue(pl_module: Any) -> int:
+    """Return how many directions of a symmetric loss share a queue."""
+    if pl_module.symmetric and pl_module.reverse_queue is None:
+        return 2
+    return 1
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Let `module` run in training mode, and restore its buffers and the random generators."""
+    buffers = list(module.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    devices = []
+    if buffers and buffers[0].is_cuda:
+        devices.append(buffers[0].device)
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)

@@ -1,0 +1,23 @@
+"""What several callbacks ask a running Trainer."""
+
+import pytorch_lightning as pl
+
+from moco.data.loading.datamodule import PretrainingData
+
+
+def data_of(trainer: pl.Trainer) -> PretrainingData:
+    """Return the data module of the running pretraining."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, PretrainingData)
+    return data
+
+
+def is_end(trainer: pl.Trainer, epoch: int) -> bool:
+    """Return whether the training ends with this epoch, counted from 1."""
+    return epoch == trainer.max_epochs or trainer.global_step == trainer.max_steps
+
+
+def is_step_end(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Return whether the optimizer took a step after this batch."""
+    is_last = batch_idx + 1 == trainer.num_training_batches
+    return is_last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0

@@ -1,0 +1,283 @@
+"""Loss, speed and figures of the embeddings while a run trains, as Lightning callbacks.
+
+They write scalars to the logger. What is reported at the end of the run goes to `figures`, the
+flat dict that becomes ``metrics.json``.
+"""
+
+import math
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from moco.callbacks.data_wait import EPOCH_SECONDS, SECONDS, DataWait
+from moco.data.loading.datamodule import PretrainingData
+from moco.evaluation.diagnostics import (
+    embedding_std,
+    in_batch_negative_similarity,
+    negative_similarity,
+    positive_similarity,
+)
+from moco.training.distributed.collectives import gather_objects
+from moco.training.stopwatches import STEPS, WAITING, epoch_time
+
+
+class LossMonitor(pl.Callback):
+    """Report loss, learning rate and speed of any training, every n steps and for each epoch.
+
+    It warns once if a large share of the time goes into waiting for data. The wait for a batch
+    starts when all callbacks are done with the batch before; `setup` adds a `BatchClock` behind
+    them for that. After an epoch's checkpoint is written, it logs the seconds that each part of
+    the epoch took, as ``time/NAME`` (see `moco.training.stopwatches`).
+
+    The mean loss leaves out batches whose loss is not finite. It is NaN only if all of them are.
+
+    Args:
+        figures: gets the epoch's ``train/loss`` (mean), ``images_per_second`` and ``data_wait``
+            (share of the time), and ``train/seconds`` of the whole run: seconds in steps and in
+            waiting for data, without monitors and checkpoints.
+        log_every_n_steps: optimizer steps between two rows of the log.
+    """
+
+    def __init__(self, figures: dict[str, Any], log_every_n_steps: int) -> None:
+        self.figures = figures
+        self.log_every_n_steps = log_every_n_steps
+        self.data_wait = DataWait()
+        self.loss_sum = 0.0
+        self.batches = 0.0
+        """Batches with a finite loss."""
+        self.seconds_before = 0.0
+        """Seconds of training before the run resumed from its checkpoint."""
+        self.losses: list[Tensor] = []
+        """Recent losses, kept on the device. Summing them later avoids extra kernels and a
+        synchronisation in every step."""
+
+    def _add_losses(self) -> None:
+        """Wait for the recent losses and add them to the sum.
+
+        In double precision, so that the sum does not depend on how often this is called.
+        """
+        if not self.losses:
+            return
+        losses = torch.stack(self.losses).double().cpu()
+        finite = losses[losses.isfinite()]
+        self.loss_sum += float(finite.sum())
+        self.batches += len(finite)
+        self.losses = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the means over all processes, so that each process can resume from them."""
+        self._add_losses()
+        sums = gather_objects((self.loss_sum, self.batches, self._seconds()))
+        loss_sum, batches, seconds = (sum(values) / len(sums) for values in zip(*sums, strict=True))
+        return {"loss_sum": loss_sum, "batches": batches, "seconds": seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loss_sum = state_dict["loss_sum"]
+        self.batches = state_dict["batches"]
+        # Older checkpoints do not have the seconds.
+        self.seconds_before = state_dict.get("seconds", 0.0)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # An earlier training in this process may have left its times.
+        epoch_time.start()
+        # Lightning has put the checkpoint callbacks last by now, so the clock comes after them.
+        trainer.callbacks.append(BatchClock(self))  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.epoch_ended = False
+        epoch_time.start()
+        self._start_clock()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.loss_sum = 0.0
+        self.batches = 0.0
+        self.losses = []
+        self._log_epoch_times(trainer)
+        self._start_clock()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log_epoch_times(trainer)
+
+    def _log_epoch_times(self, trainer: pl.Trainer) -> None:
+        """Log the seconds of the epoch that ended.
+
+        Not when it ends: Lightning calls the checkpoint callbacks after all others, and their time
+        belongs to the epoch.
+        """
+        if not self.epoch_ended:
+            return
+        self.epoch_ended = False
+        seconds = epoch_time.lap()
+        if trainer.logger:
+            figures = {f"time/{name}": value for name, value in seconds.items()}
+            trainer.logger.log_metrics(figures, step=trainer.global_step)
+
+    def _start_clock(self) -> None:
+        self.images = 0
+        self.waited = 0.0
+        self.started = time.perf_counter()
+        self.batch_ended = self.started
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.batch_waited = 0.0
+        if waits_for_batches(trainer):
+            self.batch_waited = time.perf_counter() - self.batch_ended
+        self.waited += self.batch_waited
+        epoch_time.give(WAITING, self.batch_waited)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        # Lightning divides the loss by the number of accumulated batches. The product is a new
+        # tensor: the next step may reuse the memory of the loss.
+        self.losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
+        self.images += len(batch.indices) * trainer.world_size
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and trainer.global_step % self.log_every_n_steps == 0:
+            self._add_losses()
+            self._log_step(trainer, pl_module, outputs)
+
+    def end_batch(self, trainer: pl.Trainer) -> None:
+        """Take note that all callbacks are done: from now on training waits for a batch."""
+        started = self.batch_ended
+        self.batch_ended = time.perf_counter()
+        self.data_wait.add(self.batch_waited, self.batch_ended - started)
+        self.data_wait.check(SECONDS)
+
+    def _log_step(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> None:
+        speed = self._speed()
+        # The progress bar shows the speed.
+        self.figures |= speed
+        if trainer.logger is None:
+            return
+        learning_rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        figures = {
+            "train/loss": float(outputs["loss"]) * trainer.accumulate_grad_batches,
+            "train/learning_rate": max(learning_rates),
+        }
+        figures |= self.step_figures(trainer, pl_module, outputs)
+        figures |= speed
+        trainer.logger.log_metrics(figures, step=trainer.global_step)
+
+    def step_figures(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Any]
+    ) -> dict[str, float]:
+        """Return what a method logs of a step beside its loss, by TensorBoard's names.
+
+        Args:
+            outputs: what the method's training step returned.
+        """
+        return {}
+
+    def _seconds(self) -> float:
+        """Return the seconds of training in the whole run so far."""
+        return self.seconds_before + epoch_time.so_far(STEPS, WAITING)
+
+    def _speed(self) -> dict[str, float]:
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        return {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        state = LossMonitor.state_dict(self)
+        mean_loss = math.nan
+        if state["batches"]:
+            mean_loss = state["loss_sum"] / state["batches"]
+        speed = self._speed()
+        self.figures |= {"train/loss": mean_loss, **speed, "train/seconds": state["seconds"]}
+        self.epoch_ended = True
+        self.data_wait.check(EPOCH_SECONDS)
+        if trainer.logger:
+            scalars = {
+                "epoch/loss": mean_loss,
+                "epoch/images_per_second": speed["images_per_second"],
+            }
+            trainer.logger.log_metrics(scalars, step=trainer.global_step)
+
+
+class BatchClock(pl.Callback):
+    """Tell `monitor` when all other callbacks are done with a batch; it is the last of them."""
+
+    def __init__(self, monitor: LossMonitor) -> None:
+        self.monitor = monitor
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self.monitor.end_batch(trainer)
+
+
+def waits_for_batches(trainer: pl.Trainer) -> bool:
+    """Return whether training waits for its batches.
+
+    With all images in the device's memory, the device makes the batch itself: that is no wait.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return not (isinstance(data, PretrainingData) and data.engine.in_memory)
+
+
+class TrainingMonitor(LossMonitor):
+    """Report label-free figures of MoCo beside what `LossMonitor` reports.
+
+    The loss alone says little. It starts low, rises while the queue fills with real keys and falls
+    afterwards; how low it gets depends on queue size and temperature. So it is logged beside its
+    value for an encoder that tells nothing apart, beside its terms, the similarities that it is
+    made of, and the spread of the embeddings. `moco.callbacks.collapse_watch` warns of the last.
+    """
+
+    def step_figures(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Any]
+    ) -> dict[str, float]:
+        query = outputs["query"]
+        figures = {
+            "train/key_momentum": pl_module.key_momentum_at(trainer.global_step - 1),
+            "label_free/positive_similarity": float(positive_similarity(query, outputs["key"])),
+        }
+        if pl_module.queue is None:
+            figures |= in_batch_figures(pl_module, outputs)
+        else:
+            figures |= queue_figures(pl_module, outputs)
+        figures["label_free/embedding_std"] = float(embedding_std(query))
+        figures["label_free/embedding_std_if_spread"] = 1 / math.sqrt(query.shape[1])
+        for term in ("loss_global", "loss_dense"):
+            if term in outputs:
+                figures[f"train/{term}"] = float(outputs[term])
+        return figures
+
+
+def queue_figures(pl_module: Any, outputs: dict[str, Any]) -> dict[str, float]:
+    """Return the figures of a step whose negatives came from the queue."""
+    queue = pl_module.queue
+    negatives = outputs["negatives"]
+    similarity = 0.0
+    if len(negatives):
+        similarity = float(negative_similarity(outputs["query"], negatives))
+    return {
+        "train/loss_of_chance": pl_module.loss_of_chance(len(negatives)),
+        "label_free/negative_similarity": similarity,
+        "label_free/queue_fill": float(queue.filled) / len(queue.keys),
+    }
+
+
+def in_batch_figures(pl_module: Any, outputs: dict[str, Any]) -> dict[str, float]:
+    """Return the figures of a step whose negatives were the other keys of its batch."""
+    keys = outputs["negatives"]
+    similarity = in_batch_negative_similarity(outputs["query"], outputs["key"], keys)
+    return {
+        "train/loss_of_chance": pl_module.loss_of_chance(len(keys) - 1),
+        "label_free/negative_similarity": float(similarity),
+    }

@@ -1,0 +1,60 @@
+"""Signs of a collapse in embeddings: the thresholds, and the warning in words."""
+
+import math
+from collections.abc import Sequence
+
+LEAST_STD = 0.07
+"""Smallest standard deviation of a healthy run, as a share of 1 / sqrt(embedding_dim), which is that
+of embeddings that are spread out. Runs that learned were lowest soon after their start: at 0.08 for
+a moment (MoBY on CIFAR-10) or at 0.1 for some 60 steps (a small ResNet on digits), mostly at 0.18
+to 0.4. Collapsed runs stay at 0.001 to 0.05."""
+
+LEAST_RANK = 0.05
+"""Smallest effective rank of a healthy run, as a share of the largest possible one. The quickstart
+has 0.25 to 0.5; with a key momentum of 0 it collapses and has 0.03."""
+
+CAUSES = (
+    "Usual causes: learning rate too high, key momentum too low, "
+    "augmentation that erases the image."
+)
+
+COLLAPSED = "COLLAPSED"
+DIMENSIONAL_COLLAPSE = "DIMENSIONAL COLLAPSE"
+
+
+def is_collapsed(std: float, embedding_dim: int) -> bool:
+    """Return whether embeddings are nearly the same.
+
+    Args:
+        std: their `embedding_std`.
+    """
+    return std < LEAST_STD / math.sqrt(embedding_dim)
+
+
+def is_flat(effective_rank: float, shape: Sequence[int]) -> bool:
+    """Return whether embeddings differ in a few dimensions only.
+
+    A few rows say nothing about dimensions: with fewer than 20 of them the answer is no.
+
+    Args:
+        effective_rank: their `rank_me`.
+        shape: (rows, embedding_dim) of the embeddings that the rank was computed from.
+    """
+    highest = min(shape)
+    return highest >= 1 / LEAST_RANK and effective_rank < LEAST_RANK * highest
+
+
+def collapsed_words(std: float, embedding_dim: int) -> str:
+    """Return what `is_collapsed` saw, in words."""
+    return (
+        f"all embeddings are nearly the same (standard deviation {std:.5f}, "
+        f"spread out it would be {1 / math.sqrt(embedding_dim):.5f})"
+    )
+
+
+def flat_words(effective_rank: float, shape: Sequence[int]) -> str:
+    """Return what `is_flat` saw, in words."""
+    return (
+        "the embeddings differ in few dimensions only "
+        f"(effective rank {effective_rank:.1f} of {min(shape)})"
+    )

@@ -1,0 +1,67 @@
+"""Features together with the images that they were computed from, and plots of neighbours."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from moco.data.sources.source import Labelled
+from moco.evaluation.reports.drawing import RIGHT, WRONG, Tile, thumbnail, tile_plot
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NUM_QUERIES = 16
+"""Queries in a plot of neighbours."""
+NUM_NEIGHBORS = 8
+"""Neighbours of each of them."""
+THUMBNAIL = 64
+"""Side of an image in that plot, in px."""
+GAP = 12
+"""Space between a query and its neighbours, in px."""
+
+
+class Embedded(NamedTuple):
+    """Features, labels and images of one side of a kNN measurement."""
+
+    features: np.ndarray
+    """(rows, feature_dim), of any norm."""
+    labels: np.ndarray
+    """(rows,) class numbers."""
+    labelled: Labelled
+    """The dataset. It may have more images than rows: some cannot be read or have no label."""
+    rows: np.ndarray
+    """(rows,) the index of each row's image in `labelled`."""
+
+    def thumbnail(self, row: int, side: int) -> Image.Image:
+        """Return the image of a row as a square of `side` px."""
+        return thumbnail(self.labelled.images[int(self.rows[row])], side)
+
+
+def neighbors_plot(
+    bank: Embedded,
+    queries: Embedded,
+    shown: np.ndarray,
+    similarities: np.ndarray,
+    neighbors: np.ndarray,
+) -> "Figure":
+    """Draw a row for each query: the query, then its neighbours with cosine and class.
+
+    The caption of a neighbour is green if it is of the query's class, else red.
+
+    Args:
+        shown: (n,) rows of `queries`.
+        similarities: (n, k) cosines of each query's neighbours, in falling order.
+        neighbors: (n, k) their rows in `bank`.
+    """
+    lines = []
+    for query, cosines, rows in zip(shown, similarities, neighbors, strict=True):
+        label = queries.labels[query]
+        tiles = [Tile(queries.thumbnail(query, THUMBNAIL), f"class {label}")]
+        for cosine, row in zip(cosines, rows, strict=True):
+            neighbor_label = bank.labels[row]
+            color = RIGHT if neighbor_label == label else WRONG
+            image = bank.thumbnail(row, THUMBNAIL)
+            tiles.append(Tile(image, f"{cosine:.2f} {neighbor_label}", color))
+        lines.append(tiles)
+    return tile_plot(lines, gap=GAP)
