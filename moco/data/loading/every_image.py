@@ -107,7 +107,7 @@ class EvaluationBatches:
     """Make an `EvaluationBatch` of images that were read by their number.
 
     Args:
-        labels: (images,) int64, of the whole set. A tensor, because processes share its memory.
+        labels: (images,) int64, of the whole set.
         image_size: side of the images, px.
     """
 
@@ -143,6 +143,7 @@ def evaluation_loader(
         rank, world_size: every `world_size`-th image from `rank` on.
         device: the device that uses the batches.
     """
+    # A tensor, because loader processes share its memory.
     labels = torch.from_numpy(labelled.labels)
     images = labelled.images
     if isinstance(images, ArrayImages) and isinstance(view, EvaluationView):

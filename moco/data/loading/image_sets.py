@@ -126,7 +126,9 @@ class IndexedSet:
     ) -> WatchedLoader:
         """See `ImageSet`."""
         keys = in_batches(range(place[0], len(self)), batch_size)
-        collate = IndexedBatches(torch.from_numpy(self.labelled.labels), image_size)
+        # A tensor, because loader processes share its memory.
+        labels = torch.from_numpy(self.labelled.labels)
+        collate = IndexedBatches(labels, image_size)
         images = self.labelled.images
         return every_image(images, CropToTensor(crop), collate, keys, num_workers, device)
 
@@ -146,7 +148,7 @@ class IndexedBatches:
     """Make an `ImageBatch` of images that were read by their number.
 
     Args:
-        labels: (images,) int64, of the whole set. A tensor, because processes share its memory.
+        labels: (images,) int64, of the whole set.
     """
 
     labels: Tensor
@@ -245,6 +247,7 @@ class ShardedSamples:
             shard = self.sharded.shards[number]
             samples = images_in(shard, self.sharded.max_image_pixels)
             for member, found in enumerate(samples, start=1):
+                # What an earlier pass has done is read again, but not decoded.
                 if number == first_shard and member <= num_done:
                     continue
                 key = sample_key(found.name.removeprefix(f"{shard}/"))
