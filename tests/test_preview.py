@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moco.cli.build_pretraining import build_data
 from moco.errors import InputError
 from moco.preview import MARGIN, SMALLEST_VIEW, draw_pairs, run
-from moco.train import build_data
 from tests.conftest import run_program
 
 

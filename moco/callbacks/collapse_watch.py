@@ -164,7 +164,7 @@ class LabelFreeMonitor(pl.Callback):
         distances = encoder_distances(pl_module.key_encoder, pl_module.query_encoder)
         figures |= {f"encoder_distance/{stage}": distance for stage, distance in distances.items()}
         if trainer.logger and rank() == 0:
-            negatives = outputs["negatives"] if pl_module.queue is None else outputs["negatives"]()
+            negatives = outputs["negatives"]
             similarities = pair_similarities(query, key, negatives)
             for name, values in zip(("positive", "negative"), similarities, strict=True):
                 finite = values[values.isfinite()]
@@ -177,7 +177,7 @@ class LabelFreeMonitor(pl.Callback):
     def _steps_in_queue(self, trainer: pl.Trainer, pl_module: Any) -> int:
         """Return how many steps later the kept keys are still in the queue, all of them.
 
-        A queue that takes both views' keys takes the kept ones first, see `MoCo.against_queue`.
+        A queue that takes both views' keys takes the kept ones first, see `MoCo.enqueue`.
         """
         num_keys = len(self.kept.keys) * world_size() if self.kept else 0
         per_step = keys_per_step(pl_module, num_keys, trainer)

@@ -426,7 +426,7 @@ class TrainingMonitor(LossMonitor):
 
 def queue_figures(pl_module: Any, outputs: dict[str, Any]) -> dict[str, float]:
     """Of a step whose negatives came from a queue."""
-    queue, query, negatives = pl_module.queue, outputs["query"], outputs["negatives"]()
+    queue, query, negatives = pl_module.queue, outputs["query"], outputs["negatives"]
     return {
         "train/loss_of_chance": pl_module.loss_of_chance(len(negatives)),
         "label_free/negative_similarity": float(negative_similarity(query, negatives))

@@ -1,7 +1,8 @@
-"""Momentum Contrast: arXiv 1911.05722 (v1), 2003.04297 (v2) and 2104.02057 (v3), as one algorithm with a few switches.
+"""Momentum Contrast as one algorithm with a few switches.
 
-Letters: N batch, M batch of all devices, C embedding width, D feature width, K queue size, S cells of the dense grid,
-H W pixels.
+The switches make MoCo v1 (arXiv 1911.05722), v2 (2003.04297), v3 (2104.02057), MoBY (2105.04553) and
+DenseCL (2011.09157). Shapes use N for the batch of this device, M for the batch of all devices, C for
+the width of an embedding and K for the size of a queue.
 """
 
 import copy
@@ -23,50 +24,57 @@ from moco.methods.batch_norm import (
     sorted_by_group,
     split_batch_norm,
 )
+from moco.methods.blocked_loss import efficient_dense_info_nce, efficient_info_nce
 from moco.methods.key_queue import KeyQueue
-from moco.methods.losses import dense_info_nce, in_batch_info_nce, info_nce, most_similar_cells
+from moco.methods.losses import in_batch_info_nce, most_similar_cells
 from moco.methods.momentum import key_momentum_at, update_key_encoder
 from moco.models.backbones import build_backbone
 from moco.models.encoder import (
     Encoded,
     Encoder,
+    disable_stochastic_depth,
     is_channels_last,
     per_view,
-    switch_off_stochastic_depth,
 )
 from moco.models.heads import DenseProjector, build_head
-from moco.training import trainer
 from moco.training.distributed.collectives import Shuffle, all_gather, rank
 from moco.training.optimizers import build_optimizer, learning_rate_at
 
 
 class MoCo(pl.LightningModule):
-    """Query encoder, momentum key encoder, negative keys from a queue or from the batch, InfoNCE.
+    """A query encoder, a momentum key encoder, and InfoNCE against the keys of a queue or batch.
 
-    The arguments are plain numbers, strings and dicts: they are the checkpoint's hyperparameters and rebuild the module.
+    The arguments are plain numbers, strings and dicts. They are the hyperparameters of a checkpoint,
+    from which the module is rebuilt.
 
     Args:
         backbone: arguments of `build_backbone`.
-        optimizer: the fields of ``OptimizerConfig``, learning rates as they are to be used.
-        projector: arguments of `build_head`; it ends in embeddings, and the key encoder has a copy.
-        predictor: arguments of `build_head`; from embedding to embedding, of queries only, as in MoBY (arXiv 2105.04553).
+        optimizer: the fields of ``OptimizerConfig``, with the learning rates to be used.
+        projector: arguments of `build_head`, from feature to embedding. The key encoder has a copy.
+        predictor: arguments of `build_head`, from embedding to embedding, for queries alone (MoBY).
         embedding_dim: C.
-        negatives: ``queue``, or ``batch`` for the other keys of the step, on all devices, as in MoCo v3.
-        queue_size, queue_start: K and its start, see `KeyQueue`. K is None without a queue.
-        num_queues: 1 takes all keys; 2 are one for each view's keys, as in MoBY: a query meets only negatives that were
-            augmented as its own key was. Two need the symmetric loss.
+        negatives: ``queue``, or ``batch`` for the other keys of the step on all devices (MoCo v3).
+        queue_size: K; None without a queue.
+        queue_start: ``random`` or ``empty``, see `KeyQueue`.
+        num_queues: 1, or 2 for a queue of each view's keys, so that queries meet negatives that were
+            augmented as their own keys were (MoBY). Two need `symmetric`.
         temperature: T.
-        key_momentum, key_momentum_schedule, key_momentum_end: m, see `key_momentum_at`.
-        symmetric: each view serves as query and as key; both views' keys are enqueued.
+        key_momentum: m at the first step, see `key_momentum_at`.
+        key_momentum_schedule: ``constant`` or ``cosine``.
+        key_momentum_end: m at the last step, for ``cosine``.
+        symmetric: each view serves as query and as key. The first direction has the first view as
+            query, the second direction has the second view.
         symmetric_reduction: ``sum`` or ``mean`` of the two directions' losses.
-        loss_times_2t: multiply the loss by 2T, as MoCo v3 does: its gradient then keeps its size whatever T is.
-        batch_norm, batch_norm_splits: see `moco.methods.batch_norm`.
-        dense_weight: w of DenseCL (arXiv 2011.09157): the loss is (1 - w) * global + w * dense, 0 is MoCo. The dense term
-            has its own projector, as wide as the other, and for each queue a queue of its own; the predictor is not for it.
-        dense_grid: side of its grid, cells, see `DenseProjector`.
+        loss_times_2t: multiply the loss by 2T, so that T does not change the size of the gradient
+            (MoCo v3).
+        batch_norm: see `moco.methods.batch_norm`.
+        batch_norm_splits: groups of split BatchNorm.
+        dense_weight: w of DenseCL: the loss is (1 - w) * global + w * dense, and 0 is MoCo. The dense
+            term has its own projector, as wide as the other one, and its own queues, but no predictor.
+        dense_grid: side of the dense term's grid, cells, see `DenseProjector`.
 
     Raises:
-        InputError: switches that contradict each other, or an unknown backbone.
+        InputError: switches contradict each other, or the backbone is unknown.
     """
 
     def __init__(
@@ -95,105 +103,174 @@ class MoCo(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         check_switches(negatives, queue_size, num_queues, symmetric, dense_weight)
-        net = build_backbone(**backbone)
-        self.query_encoder = Encoder(net, build_head(net.feature_dim, embedding_dim, **projector))
-        if dense_weight:
-            dense_head = DenseProjector(
-                net.feature_dim, embedding_dim, projector.get("hidden_dim"), dense_grid
-            )
-            self.query_encoder.dense_projector = dense_head
-        self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
-        switch_off_stochastic_depth(self.key_encoder)
-        self.predictor = build_head(embedding_dim, embedding_dim, **predictor)
-
-        def new_queue(is_wanted: bool = True) -> KeyQueue | None:
-            return (
-                KeyQueue(queue_size, embedding_dim, queue_start)
-                if is_wanted and queue_size is not None
-                else None
-            )
-
-        self.queue = new_queue()
-        self.reverse_queue = new_queue(num_queues == 2)
-        self.dense_queue = new_queue(dense_weight > 0)
-        self.reverse_dense_queue = new_queue(dense_weight > 0 and num_queues == 2)
         self.temperature = temperature
         self.symmetric = symmetric
-        self.reduce_directions = torch.sum if symmetric_reduction == "sum" else torch.mean
-        self.loss_factor = 2 * temperature if loss_times_2t else 1.0
         self.dense_weight = dense_weight
         self.batch_norm = "plain"
-        self.in_blocks = False  # split BatchNorm takes batches that are sorted by group
+        # Whether the encoders take batches sorted by group, see `SplitBatchNorm`.
+        self.sorts_by_group = False
 
-    def setup(self, stage: str) -> None:
-        """Put the batch-norm mode in force; before this (so for evaluation) BatchNorm is PyTorch's own."""
-        devices, negatives = self.trainer.world_size, self.hparams["negatives"]
-        device_type = self.trainer.strategy.root_device.type
-        mode = batch_norm_mode(
-            self.hparams["batch_norm"], self.key_encoder, devices, device_type, negatives
-        )
-        log_batch_norm(mode, self.key_encoder, devices, negatives)
-        self.put_in_force(mode)
+        net = build_backbone(**backbone)
+        self.query_encoder = Encoder(net, build_head(net.feature_dim, embedding_dim, **projector))
+        if dense_weight > 0:
+            hidden_dim = projector.get("hidden_dim")
+            dense_projector = DenseProjector(net.feature_dim, embedding_dim, hidden_dim, dense_grid)
+            self.query_encoder.dense_projector = dense_projector
+        self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+        disable_stochastic_depth(self.key_encoder)
+        self.predictor = build_head(embedding_dim, embedding_dim, **predictor)
 
-    def put_in_force(self, batch_norm: str) -> None:
-        """Let the encoders have that mode from now on, in the memory format that they are in."""
-        self.batch_norm = batch_norm
-        if batch_norm == "split":
-            splits, self.in_blocks = (
-                self.hparams["batch_norm_splits"],
-                is_channels_last(self.query_encoder.parameters()),
-            )
-            for encoder in (self.query_encoder, self.key_encoder):
-                split_batch_norm(encoder, splits, self.in_blocks)
-            split_batch_norm(self.predictor, splits)
-        elif batch_norm == "sync":
-            for module in (self.query_encoder, self.key_encoder, self.predictor):
-                nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        self.queue: KeyQueue | None = None
+        self.reverse_queue: KeyQueue | None = None
+        self.dense_queue: KeyQueue | None = None
+        self.reverse_dense_queue: KeyQueue | None = None
+        if queue_size is not None:
+            has_two = num_queues == 2
+            is_dense = dense_weight > 0
+            self.queue = KeyQueue(queue_size, embedding_dim, queue_start)
+            if has_two:
+                self.reverse_queue = KeyQueue(queue_size, embedding_dim, queue_start)
+            if is_dense:
+                self.dense_queue = KeyQueue(queue_size, embedding_dim, queue_start)
+            if is_dense and has_two:
+                self.reverse_dense_queue = KeyQueue(queue_size, embedding_dim, queue_start)
 
-    @property
-    def has_one_view_per_encoder(self) -> bool:
-        """Whether a step takes one view through each encoder, and nothing but the embedding from it."""
-        return not self.symmetric and not self.dense_weight
+    # The algorithm.
 
-    def compile_encoders(self, options: dict[str, Any]) -> None:
-        """Let training run its nets by torch.compile.
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Return the loss of a batch of view pairs, and what the monitors look at.
 
-        The loss is left out: by hand it takes less time than its two matrix products, see docs/performance.md.
-
-        Args:
-            options: of the compiler.
+        Returns:
+            ``loss``, and of the last direction ``query`` and ``key`` (N, C) and the ``negatives`` that
+            the loss compared them with: the keys of the queue (K, C), or those of the batch of all
+            devices (M, C), the positives among them. With the dense term also its two parts,
+            ``loss_global`` and ``loss_dense``.
         """
-        for encoder in (self.query_encoder, self.key_encoder):
-            encoder.compile_training(options)
-        self.predictor.compile(dynamic=False, options=options)
+        first, second = batch.views  # (N, 3, H, W) each
+        if self.symmetric:
+            queries = self.encode_queries([first, second])  # (N, C) unit norm each
+            keys = self.encode_keys([second, first])  # (N, C) unit norm each, no gradient
+        else:
+            queries = self.encode_queries([first])
+            keys = self.encode_keys([second])
 
-    @property
-    def queues(self) -> list[KeyQueue]:
-        """For each direction, the queue that holds its negatives and takes its keys; none without a queue."""
-        return [] if self.queue is None else [self.queue, self.reverse_queue or self.queue]
+        losses = []
+        if self.queue is not None:
+            for query, key, queue in zip(queries, keys, self.queues, strict=True):
+                negatives = queue.negatives()  # (K, C) unit norm
+                loss = efficient_info_nce(
+                    query.embedding, key.embedding, negatives, self.temperature
+                )
+                losses.append(loss)
+            # After the losses: a positive is never its own negative.
+            self.enqueue([key.embedding for key in keys], self.queues)
+        else:
+            for query, key in zip(queries, keys, strict=True):
+                negatives = all_gather(key.embedding)  # (M, C) unit norm
+                loss = in_batch_info_nce(query.embedding, negatives, self.temperature, rank())
+                losses.append(loss)
 
-    @property
-    def dense_queues(self) -> list[KeyQueue]:
-        """The same for the dense term."""
-        assert self.dense_queue is not None
-        return [self.dense_queue, self.reverse_dense_queue or self.dense_queue]
+        outputs = {
+            "loss": self.total_loss(losses),
+            "query": queries[-1].embedding.detach(),
+            "key": keys[-1].embedding,
+            "negatives": negatives,
+        }
+        if self.dense_weight > 0:
+            self.add_dense_term(outputs, self.dense_losses(queries, keys))
+        return outputs
 
-    def embed(self, encoder: Encoder, views: Sequence[Tensor]) -> list[Encoded]:
-        """`Encoder.embed`, in the order that split BatchNorm takes."""
-        if not self.in_blocks:
-            return encoder.embed(views)
-        splits = self.hparams["batch_norm_splits"]
-        encoded = encoder.embed([sorted_by_group(view, splits) for view in views])
-        return [view.map(partial(in_batch_order, splits=splits)) for view in encoded]
+    def dense_losses(self, queries: list[Encoded], keys: list[Encoded]) -> list[Tensor]:
+        """Return DenseCL's loss of each direction; advances the dense queues.
+
+        A query's cell is to find the most similar cell of its key. Its negatives are the mean dense
+        embeddings of other images. Source: arXiv 2011.09157, section 3.
+        """
+        losses = []
+        pooled = []
+        for query, key, queue in zip(queries, keys, self.dense_queues, strict=True):
+            assert query.cells is not None
+            assert key.cells is not None
+            matches = most_similar_cells(query.cells.features, key.cells.features)  # (N, S)
+            loss = efficient_dense_info_nce(
+                query.cells.embeddings,
+                key.cells.embeddings,
+                matches,
+                queue.negatives(),
+                self.temperature,
+            )
+            losses.append(loss)
+            pooled.append(key.cells.pooled)  # (N, C) unit norm
+        self.enqueue(pooled, self.dense_queues)
+        return losses
+
+    def add_dense_term(self, outputs: dict[str, Any], losses: list[Tensor]) -> None:
+        """Replace the loss of a step by its weighted mean with the dense loss."""
+        loss_global = outputs["loss"]
+        loss_dense = self.total_loss(losses)
+        weight = self.dense_weight
+        outputs["loss"] = (1 - weight) * loss_global + weight * loss_dense
+        outputs["loss_global"] = loss_global.detach()
+        outputs["loss_dense"] = loss_dense.detach()
+
+    def total_loss(self, losses: list[Tensor]) -> Tensor:
+        """Return the loss of a step, from one loss for each direction."""
+        stacked = torch.stack(losses)
+        is_sum = self.hparams["symmetric_reduction"] == "sum"
+        total = stacked.sum() if is_sum else stacked.mean()
+        if self.hparams["loss_times_2t"]:
+            total = 2 * self.temperature * total
+        return total
+
+    def enqueue(self, keys: list[Tensor], queues: list[KeyQueue]) -> None:
+        """Put each direction's keys (N, C), of all devices, into that direction's queue.
+
+        The last direction's keys, which are of the first view, go first: so it is in the official
+        notebook, which has one queue for both.
+        """
+        for direction in reversed(range(len(keys))):
+            queues[direction].enqueue(all_gather(keys[direction]))
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Set the learning rate, take the step, then update the key encoder.
+
+        The official codes update the key encoder at the beginning of step t, with m(t) and the query
+        weights that step t - 1 left. Here the same update ends step t - 1. All keys are encoded with
+        the same weights as there, and accumulated gradients do not make it happen twice.
+        """
+        step = self.trainer.global_step
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate_at(step)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        update_key_encoder(self.key_encoder, self.query_encoder, self.key_momentum_at(step + 1))
+
+    # Encoding.
 
     def encode_queries(self, views: Sequence[Tensor]) -> list[Encoded]:
-        """For each view (N, 3, H, W) its embeddings (N, C), and with the dense term cells; all of unit norm."""
+        """Return for each view (N, 3, H, W) its embeddings (N, C) and cells, all of unit norm."""
         encoded = self.embed(self.query_encoder, views)
-        predicted = per_view(self.predictor, [view.embedding for view in encoded])
-        return [
-            view._replace(embedding=embedding).map(unit_norm)
-            for view, embedding in zip(encoded, predicted, strict=True)
-        ]
+        predictions = per_view(self.predictor, [view.embedding for view in encoded])
+        queries = []
+        for view, prediction in zip(encoded, predictions, strict=True):
+            queries.append(Encoded(prediction, view.cells).map(unit_norm))
+        return queries
+
+    @torch.no_grad()
+    def encode_keys(self, views: Sequence[Tensor]) -> list[Encoded]:
+        """Return for each direction's key view (N, 3, H, W) its embeddings and cells, unit norm.
+
+        There is no gradient and no predictor. If BatchNorm would leak, the views are shuffled on the
+        way. With `keys_follow_the_views` the encoder sees the last direction's view first.
+        """
+        if self.keys_follow_the_views:
+            return self.encode_keys_in_order(views[::-1])[::-1]
+        return self.encode_keys_in_order(views)
 
     @property
     def keys_follow_the_views(self) -> bool:
@@ -203,127 +280,96 @@ class MoCo(pl.LightningModule):
         have two queues, and MoCo v3, which has none, encode the first view's keys first. The
         official notebook has one queue and encodes the second view's keys first.
         """
-        return self.symmetric and (self.queue is None or self.reverse_queue is not None)
-
-    @torch.no_grad()
-    def encode_keys(self, views: Sequence[Tensor]) -> list[Encoded]:
-        """Embed the keys of each direction, without gradient and predictor.
-
-        They are shuffled on the way where BatchNorm would leak.
-
-        Args:
-            views: (N, 3, H, W) of each direction. The first direction's are the second view.
-                `keys_follow_the_views` says in which order the encoder sees them.
-        """
-        if self.keys_follow_the_views:
-            return self.encode_keys_in_order(views[::-1])[::-1]
-        return self.encode_keys_in_order(views)
+        has_one_queue = self.queue is not None and self.reverse_queue is None
+        return self.symmetric and not has_one_queue
 
     def encode_keys_in_order(self, views: Sequence[Tensor]) -> list[Encoded]:
-        """`encode_keys` of views in the order in which the encoder is to see them."""
+        """Do the work of `encode_keys`, for views in the order in which the encoder sees them."""
         if self.batch_norm not in ("shuffle", "split"):
             return [view.map(unit_norm) for view in self.embed(self.key_encoder, views)]
         shuffles = [Shuffle(len(view), view.device) for view in views]
-        shuffled = [shuffle.shuffled(view) for shuffle, view in zip(shuffles, views, strict=True)]
-        encoded = self.embed(self.key_encoder, shuffled)
-        return [
-            view.map(unit_norm).map(shuffle.unshuffled)
-            for shuffle, view in zip(shuffles, encoded, strict=True)
-        ]
+        shuffled = []
+        for shuffle, view in zip(shuffles, views, strict=True):
+            shuffled.append(shuffle.shuffled(view))
+        keys = []
+        for shuffle, encoded in zip(shuffles, self.embed(self.key_encoder, shuffled), strict=True):
+            keys.append(encoded.map(unit_norm).map(shuffle.unshuffled))
+        return keys
 
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """One batch of view pairs; returns the loss, and for the monitors what it was made of, of the last direction.
+    def embed(self, encoder: Encoder, views: Sequence[Tensor]) -> list[Encoded]:
+        """Return `Encoder.embed`, in the batch order that split BatchNorm needs on the way."""
+        if not self.sorts_by_group:
+            return encoder.embed(views)
+        num_splits = self.hparams["batch_norm_splits"]
+        encoded = encoder.embed([sorted_by_group(view, num_splits) for view in views])
+        undo = partial(in_batch_order, num_splits=num_splits)
+        return [view.map(undo) for view in encoded]
 
-        The negatives of a queue come as a function that gives them (K, C), until the next step: to keep them is dear.
-        """
-        first, second = batch.views  # (N, 3, H, W) each
-        queries = self.encode_queries(
-            [first, second] if self.symmetric else [first]
-        )  # (N, C) unit norm each
-        keys = self.encode_keys(
-            [second, first] if self.symmetric else [second]
-        )  # (N, C) unit norm each, no gradient
-        contrast: Callable[..., tuple[list[Tensor], Any]] = (
-            self.against_batch if self.queue is None else self.against_queue
+    @property
+    def queues(self) -> list[KeyQueue]:
+        """For each direction the queue that has its negatives and takes its keys; empty without."""
+        return self.per_direction(self.queue, self.reverse_queue)
+
+    @property
+    def dense_queues(self) -> list[KeyQueue]:
+        """The same for the dense term."""
+        return self.per_direction(self.dense_queue, self.reverse_dense_queue)
+
+    def per_direction(self, queue: KeyQueue | None, reverse: KeyQueue | None) -> list[KeyQueue]:
+        """Return a queue for each direction, which is the same one if there is no reverse queue."""
+        if queue is None:
+            return []
+        if not self.symmetric:
+            return [queue]
+        return [queue, reverse or queue]
+
+    # What Lightning, callbacks and programs ask for.
+
+    def setup(self, stage: str) -> None:
+        """Install the batch-norm mode. Until then, and in evaluation, BatchNorm is PyTorch's."""
+        num_devices = self.trainer.world_size
+        negatives = self.hparams["negatives"]
+        mode = batch_norm_mode(
+            self.hparams["batch_norm"],
+            self.key_encoder,
+            num_devices,
+            self.trainer.strategy.root_device.type,
+            negatives,
         )
-        losses, negatives = contrast(queries, keys)
-        query, key = queries[-1].embedding.detach(), keys[-1].embedding
-        outputs = {"loss": self.total(losses), "query": query, "key": key, "negatives": negatives}
-        return self.with_dense_term(outputs, queries, keys) if self.dense_weight else outputs
+        log_batch_norm(mode, self.key_encoder, num_devices, negatives)
+        self.install_batch_norm(mode)
 
-    def against_queue(
-        self, queries: list[Encoded], keys: list[Encoded]
-    ) -> tuple[list[Tensor], Callable[[], Tensor]]:
-        """Each direction's loss, and what gives the last one's negatives (K, C); advances the queues."""
-        losses = []
-        for query, key, queue in zip(queries, keys, self.queues, strict=False):
-            negatives = queue.negatives()  # (K, C) unit norm
-            losses.append(info_nce(query.embedding, key.embedding, negatives, self.temperature))
-        negatives_given_last = queue.negatives_given_last
-        # After the losses: a positive is never its own negative. The last direction's keys are of
-        # the first view. They go first, as in the official notebook's one queue.
-        for key, queue in reversed(list(zip(keys, self.queues, strict=False))):
-            queue.enqueue(all_gather(key.embedding))
-        return losses, negatives_given_last
+    def install_batch_norm(self, mode: str) -> None:
+        """Change the encoders to a mode of `batch_norm_mode`, for their present memory format."""
+        self.batch_norm = mode
+        if mode == "split":
+            num_splits = self.hparams["batch_norm_splits"]
+            self.sorts_by_group = is_channels_last(self.query_encoder.parameters())
+            for encoder in (self.query_encoder, self.key_encoder):
+                split_batch_norm(encoder, num_splits, self.sorts_by_group)
+            # The predictor's rows are in the order of the batch again.
+            split_batch_norm(self.predictor, num_splits)
+        elif mode == "sync":
+            for module in (self.query_encoder, self.key_encoder, self.predictor):
+                nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
-    def against_batch(
-        self, queries: list[Encoded], keys: list[Encoded]
-    ) -> tuple[list[Tensor], Tensor]:
-        """Each direction's loss, and the last one's keys of all devices (M, C), each query's own among them."""
-        losses = []
-        for query, key in zip(queries, keys, strict=True):
-            everyone = all_gather(key.embedding)  # (M, C) unit norm
-            losses.append(in_batch_info_nce(query.embedding, everyone, self.temperature, rank()))
-        return losses, everyone
+    @property
+    def has_one_view_per_encoder(self) -> bool:
+        """Whether a step takes one view through each encoder, and only the embedding from it."""
+        return not self.symmetric and not self.dense_weight
 
-    def total(self, losses: list[Tensor]) -> Tensor:
-        """The loss of a step from those of its directions."""
-        return self.loss_factor * self.reduce_directions(torch.stack(losses))
+    def compile_encoders(self, options: dict[str, Any]) -> None:
+        """Let training run the encoders and the predictor by torch.compile.
 
-    def with_dense_term(
-        self, outputs: dict[str, Any], queries: list[Encoded], keys: list[Encoded]
-    ) -> dict[str, Any]:
-        """A step's outputs with DenseCL's loss for MoCo's (arXiv 2011.09157, section 3), and both of its terms.
+        The loss is left out: it takes less time than its two matrix products, see
+        docs/performance.md.
 
-        Each cell of a query is to find the most similar cell of its own key; negatives are other images' mean embeddings.
-        Advances the dense queues.
+        Args:
+            options: of torch.compile.
         """
-        losses, pooled = [], []
-        for query, key, queue in zip(queries, keys, self.dense_queues, strict=False):
-            assert query.cells is not None
-            assert key.cells is not None
-            matches = most_similar_cells(query.cells.features, key.cells.features)  # (N, S)
-            rows = (query.cells.embeddings, key.cells.embeddings)  # (N, S, C) unit norm each
-            losses.append(dense_info_nce(*rows, matches, queue.negatives(), self.temperature))
-            pooled.append(key.cells.pooled)  # (N, C) unit norm
-        for rows_of_view, queue in reversed(list(zip(pooled, self.dense_queues, strict=False))):
-            queue.enqueue(all_gather(rows_of_view))  # in the order of the other queue
-        loss_global, loss_dense = outputs["loss"], self.total(losses)
-        loss = (1 - self.dense_weight) * loss_global + self.dense_weight * loss_dense
-        return outputs | {
-            "loss": loss,
-            "loss_global": loss_global.detach(),
-            "loss_dense": loss_dense.detach(),
-        }
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """The learning rate of this step, the step, then the key encoder's update: once per optimizer step.
-
-        The official codes update at the beginning of step t, with m(t) and the query weights that step t - 1 left; the
-        first time these equal the key's. Here the same update closes step t - 1, so that no step is updated for twice
-        when gradients are accumulated, and all keys are encoded with the same weights as there.
-        """
-        step = self.trainer.global_step
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate_at(step)
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        update_key_encoder(self.key_encoder, self.query_encoder, self.key_momentum_at(step + 1))
+        for encoder in (self.query_encoder, self.key_encoder):
+            encoder.compile_training(options)
+        self.predictor.compile(dynamic=False, options=options)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self, **self.hparams["optimizer"])
@@ -331,59 +377,71 @@ class MoCo(pl.LightningModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch of the running training."""
-        return trainer.steps_per_epoch(self.trainer)
+        batches = self.trainer.num_training_batches
+        return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps in the whole running training."""
-        return trainer.num_steps(self.trainer)
-
-    def loss_of_chance(self, num_negatives: int) -> float:
-        """The loss when a query's own key cannot be told from its negatives: log(1 + their number) in every direction."""
-        return float(self.total([torch.tensor(math.log(1 + num_negatives))] * (1 + self.symmetric)))
+        return int(self.trainer.estimated_stepping_batches)
 
     def learning_rate_at(self, step: int) -> float:
-        """A pure function of the optimizer step, counted from 0."""
-        return learning_rate_at(
-            step, self.num_steps, self.steps_per_epoch, **self.hparams["optimizer"]
-        )
+        """Return the learning rate of an optimizer step, counted from 0."""
+        settings = self.hparams["optimizer"]
+        return learning_rate_at(step, self.num_steps, self.steps_per_epoch, **settings)
 
     def key_momentum_at(self, step: int) -> float:
-        """A pure function of the optimizer step, counted from 0."""
-        hparams = self.hparams
+        """Return m of an optimizer step, counted from 0."""
         return key_momentum_at(
             step,
             self.num_steps,
-            hparams["key_momentum"],
-            hparams["key_momentum_end"],
-            hparams["key_momentum_schedule"],
+            self.hparams["key_momentum"],
+            self.hparams["key_momentum_end"],
+            self.hparams["key_momentum_schedule"],
         )
+
+    def loss_of_chance(self, num_negatives: int) -> float:
+        """Return the loss of queries that cannot tell their key from the negatives.
+
+        It is log(1 + `num_negatives`) for each direction, in the unit of the training's loss.
+        """
+        num_directions = 2 if self.symmetric else 1
+        chance = torch.tensor(math.log(1 + num_negatives))
+        return float(self.total_loss([chance] * num_directions))
 
 
 def unit_norm(rows: Tensor) -> Tensor:
-    """Along the last dimension, in fp32 whatever the precision."""
+    """Return rows (..., C) scaled to unit norm, in float32 whatever the precision."""
     return F.normalize(rows.float(), dim=-1)
 
 
 def check_switches(
     negatives: str, queue_size: int | None, num_queues: int, symmetric: bool, dense_weight: float
 ) -> None:
-    """Raises InputError if they contradict each other."""
+    """Raise InputError if the switches contradict each other."""
     if num_queues == 2 and not symmetric:
         raise InputError(
-            "method.num_queues=2: the second queue is the second direction's; add method.symmetric=true"
-        )
-    if negatives == "queue" and queue_size is None:
-        raise InputError(
-            "method.queue_size=null: method.negatives=queue needs a size; expected a number at least 1"
+            "method.num_queues=2: the second queue is for the second direction; "
+            "add method.symmetric=true"
         )
     if negatives == "queue":
-        return
-    for name, value, without_queue in (
-        ("num_queues", num_queues, 1), ("dense_weight", dense_weight, 0), ("queue_size", queue_size, "null")
-    ):  # fmt: skip
-        if value not in (without_queue, None):
+        if queue_size is None:
             raise InputError(
-                f"method.{name}={value}: method.negatives=batch has no queue; expected method.{name}={without_queue}, "
-                "or method.negatives=queue"
+                "method.queue_size=null: method.negatives=queue needs a size; "
+                "expected a number of at least 1"
             )
+        return
+    without_queue = "method.negatives=batch has no queue; expected"
+    instead = "or method.negatives=queue"
+    if num_queues != 1:
+        raise InputError(
+            f"method.num_queues={num_queues}: {without_queue} method.num_queues=1, {instead}"
+        )
+    if dense_weight != 0:
+        raise InputError(
+            f"method.dense_weight={dense_weight}: {without_queue} method.dense_weight=0, {instead}"
+        )
+    if queue_size is not None:
+        raise InputError(
+            f"method.queue_size={queue_size}: {without_queue} method.queue_size=null, {instead}"
+        )

@@ -1,0 +1,4 @@
+"""Networks: backbones under one contract, their heads, and the encoder that joins them.
+
+Others take `build_backbone` from `moco.models.backbones`, and `Encoder` from `moco.models.encoder`.
+"""

@@ -1,8 +1,6 @@
-"""The heads between features and embeddings.
+"""The heads between features and embeddings: projectors, predictors, and DenseCL's dense projector."""
 
-Letters: N batch, D feature width, C embedding width, H W cells of a map, S cells of the dense grid.
-"""
-
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -19,56 +17,71 @@ def build_head(
     last_batch_norm: bool = False,
     bias: bool = True,
 ) -> nn.Module:
-    """A projector or predictor: rows (N, input_dim) to rows (N, output_dim), not normalised.
+    """Build a projector or predictor: rows (N, input_dim) to rows (N, output_dim), not normalised.
 
-    Linear layers with ReLU between them. The published ones:
+    It has linear layers with ReLU between them. The published heads are:
 
-    - MoCo v1 (arXiv 1911.05722): 1 layer; v2 (arXiv 2003.04297): 2 layers.
+    - MoCo v1 (arXiv 1911.05722): 1 layer. MoCo v2 (arXiv 2003.04297): 2 layers.
     - MoBY (arXiv 2105.04553): 2 layers, `hidden_dim` 4096, `hidden_batch_norm`.
-    - MoCo v3 (arXiv 2104.02057): `hidden_dim` 4096, `hidden_batch_norm`, `last_batch_norm`, no `bias`; 3 layers for the
-      projector of ViT, otherwise 2. The predictor of ResNet goes without `last_batch_norm`.
+    - MoCo v3 (arXiv 2104.02057): `hidden_dim` 4096, `hidden_batch_norm`, `last_batch_norm`, no
+      `bias`; 3 layers for the projector of ViT, otherwise 2. The predictor of ResNet has no
+      `last_batch_norm`.
 
     Args:
+        input_dim: width of the input.
+        output_dim: width of the output.
         num_layers: linear layers; 0 is the identity.
-        hidden_dim: width between the layers; None is `input_dim`, which gives v2's 2048 on ResNet-50.
+        hidden_dim: width between the layers; None is `input_dim`, which is v2's 2048 on ResNet-50.
         hidden_batch_norm: BatchNorm before every ReLU.
         last_batch_norm: BatchNorm without scale and shift at the end.
-        bias: of the linear layers.
+        bias: whether the linear layers have one.
     """
     if num_layers == 0:
         return nn.Identity()
     hidden_dim = hidden_dim or input_dim
-    widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
     layers: list[nn.Module] = []
-    for number in range(num_layers):
-        layers.append(nn.Linear(widths[number], widths[number + 1], bias=bias))
-        if number < num_layers - 1:
-            layers += [nn.BatchNorm1d(hidden_dim)] if hidden_batch_norm else []
-            layers.append(nn.ReLU(inplace=True))
-    layers += [nn.BatchNorm1d(output_dim, affine=False)] if last_batch_norm else []
-    return nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+    width = input_dim
+    for _ in range(num_layers - 1):
+        layers.append(nn.Linear(width, hidden_dim, bias=bias))
+        if hidden_batch_norm:
+            layers.append(nn.BatchNorm1d(hidden_dim))
+        layers.append(nn.ReLU(inplace=True))
+        width = hidden_dim
+    layers.append(nn.Linear(width, output_dim, bias=bias))
+    if last_batch_norm:
+        layers.append(nn.BatchNorm1d(output_dim, affine=False))
+    if len(layers) == 1:
+        return layers[0]  # checkpoints of MoCo v1 name it without a number
+    return nn.Sequential(*layers)
 
 
 class Cells(NamedTuple):
     """A batch of views, cell by cell."""
 
     embeddings: Tensor
-    """(N, S, C) dense embeddings."""
+    """(N, S, C) dense embeddings of the S cells."""
     pooled: Tensor
     """(N, C) the mean of a view's dense embeddings: what its key puts into the queue."""
     features: Tensor
-    """(N, S, D) the backbone's features of the same cells, by which cells are matched; no gradient."""
+    """(N, S, D) the backbone's features of the same cells, which match them; no gradient."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Cells":
+        """Return the same with `function` applied to every tensor."""
+        return Cells(function(self.embeddings), function(self.pooled), function(self.features))
 
 
 class DenseProjector(nn.Module):
-    """DenseCL's dense projection head (arXiv 2011.09157, section 3): two 1x1 convolutions with ReLU between them.
+    """DenseCL's dense projection head: two 1x1 convolutions with ReLU between them.
 
-    It has no BatchNorm whatever the projector beside it has, as published.
+    It has no BatchNorm, whatever the projector beside it has, as published.
 
     Args:
-        feature_dim, embedding_dim: D and C.
+        feature_dim: D, channels of the feature map.
+        embedding_dim: C.
         hidden_dim: width between the convolutions; None is `feature_dim`.
-        grid: side of the grid that the map is pooled to, cells. A side of the map that is shorter stays as it is.
+        grid: side of the grid that the map is pooled to, cells. A shorter side of a map stays.
+
+    Source: arXiv 2011.09157, section 3.
     """
 
     def __init__(
@@ -84,16 +97,15 @@ class DenseProjector(nn.Module):
         )
 
     def forward(self, feature_map: Tensor) -> Cells:
-        """The cells of a map (N, D, H, W), not normalised."""
-        feature_map = pooled_to_grid(feature_map, self.grid)  # (N, D, sqrt S, sqrt S)
+        """Return the cells of a feature map (N, D, H, W), not normalised."""
+        feature_map = pooled_to_grid(feature_map, self.grid)
         embeddings = self.layers(feature_map).flatten(2).transpose(1, 2)  # (N, S, C)
-        return Cells(
-            embeddings, embeddings.mean(dim=1), feature_map.detach().flatten(2).transpose(1, 2)
-        )
+        features = feature_map.detach().flatten(2).transpose(1, 2)  # (N, S, D)
+        return Cells(embeddings, embeddings.mean(dim=1), features)
 
 
 def pooled_to_grid(feature_map: Tensor, grid: int) -> Tensor:
-    """A map (N, D, H, W) averaged to (N, D, min(H, grid), min(W, grid))."""
+    """Return a map (N, D, H, W) averaged to (N, D, min(H, grid), min(W, grid))."""
     height, width = feature_map.shape[2:]
     if height <= grid and width <= grid:
         return feature_map

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
+from moco.models.size_constants import Size
 from moco.models.swin.attention import WindowAttention, WindowAttentionV2, check_pretrained_window
 from moco.models.swin.backbone import Swin, map_sides
-from moco.models.swin.windows import Size, relative_positions
+from moco.models.swin.windows import relative_positions
 from moco.models.vit import VisionTransformer, learned_grid_side, resized_positions
 from moco.weights.safetensors_files import as_safetensors, read_safetensors
 

@@ -16,7 +16,7 @@ from benchmarks.memory import in_child, limit_memory, peak_mib
 from benchmarks.peers import Peers
 from benchmarks.recipe import EMBEDDING_DIM, TEMPERATURE
 from benchmarks.turns import Case, Turn, timed
-from moco.methods.losses import info_nce
+from moco.methods.blocked_loss import efficient_info_nce
 
 BOUND = "two matrix products"
 TIMED = ((256, 4096), (256, 65536))  # N, K
@@ -106,7 +106,7 @@ def forward_backward(loss_of: Callable[[], Tensor], query: Tensor) -> Callable[[
 
 
 def ours(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]:
-    return forward_backward(lambda: info_nce(query, key, negatives, TEMPERATURE), query)
+    return forward_backward(lambda: efficient_info_nce(query, key, negatives, TEMPERATURE), query)
 
 
 def plain(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]:

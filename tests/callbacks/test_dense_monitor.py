@@ -10,6 +10,7 @@ from torch import nn
 
 from moco import train
 from moco.callbacks.dense_monitor import DenseMonitor
+from moco.cli import build_pretraining
 from moco.errors import InputError
 from moco.training.random_states import random_states
 from tests.evaluation.test_dense import MeanColours, dense_set, draw_quarters
@@ -30,7 +31,7 @@ def with_dense(root, *overrides):
 
 def monitor_of(config, figures, **settings):
     vote = {key: getattr(config.monitor.dense, key) for key in train.DENSE_VOTE}
-    return DenseMonitor(figures, train.dense_set(config, 16), **vote | settings)
+    return DenseMonitor(figures, build_pretraining.build_dense_set(config, 16), **vote | settings)
 
 
 def test_a_run_with_the_monitor_has_the_weights_of_one_without(runner, quarters):

@@ -104,7 +104,7 @@ def test_data_that_do_not_suit_are_one_line(evaluated, quarters, tmp_path):
 def test_features_that_are_not_finite_name_checkpoint_and_image(
     evaluated, quarters, checkpoint, monkeypatch
 ):
-    from moco.models.backbones import ResNet
+    from moco.models.resnet import ResNet
 
     maps = ResNet.feature_maps
     monkeypatch.setattr(

@@ -294,7 +294,7 @@ def test_the_official_protocol_trains_on_views_and_reports_its_last_epoch(evalua
     projection = torch.randn(3 * 16 * 16, 128, generator=torch.Generator().manual_seed(0)) / 28
     # Features that tell something, which those of an untrained encoder hardly do: of one network, images to features.
     monkeypatch.setattr(
-        "moco.models.backbones.ResNet.forward", lambda _, images: images.flatten(1) @ projection
+        "moco.models.resnet.ResNet.forward", lambda _, images: images.flatten(1) @ projection
     )
     figures, printed, log = evaluated(**section("linear_official", **OFFICIAL | {"lr": 0.3}))
     assert figures["linear_official/top1"] > 0.5
@@ -392,8 +392,8 @@ def test_the_heads_steps_are_those_of_torchs_sgd_with_the_published_schedule(tmp
 
 def test_a_view_of_files_is_that_of_the_query_in_pretraining(image_tree):
     from moco.data.augment.views import ViewPair
-    from moco.data.loading.loaders import PairMaker
     from moco.data.loading.labelled_views import LabelledViews
+    from moco.data.loading.loaders import PairMaker
     from moco.data.sources.registry import FileImages, Labelled
 
     (image_tree / "a" / "99.png").write_bytes(b"no image")

@@ -1,5 +1,4 @@
 import copy
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,24 @@ from moco.methods.batch_norm import (
     sorted_by_group,
     split_batch_norm,
 )
+from moco.models.encoder import BATCH_NORMS
 from moco.models.heads import build_head
+
+FORMS = {
+    "interleaved": (False, "forward_interleaved"),
+    "sorted": (True, "forward_sorted"),
+    "interleaved, compiled": (False, "forward_compiled"),
+    "sorted, compiled": (True, "forward_compiled"),
+}
+
+
+def split_output(split, form, images):
+    """The output for a batch in its own order."""
+    is_sorted, name = FORMS[form]
+    if not is_sorted:
+        return getattr(split, name)(images)
+    outputs = getattr(split, name)(sorted_by_group(images, split.num_splits))
+    return in_batch_order(outputs, split.num_splits)
 
 
 @pytest.mark.parametrize(
@@ -27,121 +43,105 @@ from moco.models.heads import build_head
         (nn.BatchNorm2d(3), (4, 3, 2, 2)),
     ],
 )
-@pytest.mark.parametrize(
-    ("in_blocks", "way"),
-    [
-        (False, "of_all"),
-        (False, "by_formula"),
-        (True, "by_formula"),
-        (True, "of_blocks"),
-        (True, "of_blocks_in_place"),
-    ],
-)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_split_equals_separate_batch_norms_on_every_nth_sample(
-    layer, shape, in_blocks, way, memory_format, monkeypatch
-):
-    monkeypatch.setattr(SplitBatchNorm, "way", lambda norm, device_type: getattr(norm, way))
+def test_split_equals_separate_batch_norms_on_every_nth_sample(layer, shape, form, memory_format):
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
     separate = [copy.deepcopy(layer) for _ in range(4)]
-    split = SplitBatchNorm(copy.deepcopy(layer), num_splits=4, in_blocks=in_blocks)
+    split = SplitBatchNorm(copy.deepcopy(layer), num_splits=4, is_sorted=FORMS[form][0])
     for _ in range(3):  # running statistics move each time
         images = torch.randn(*shape)
         if len(shape) == 4:
             images = images.to(memory_format=memory_format)
-        leaf, reference_leaf = images.clone().requires_grad_(), images.clone().requires_grad_()
+        leaf = images.clone().requires_grad_()
+        reference_leaf = images.clone().requires_grad_()
         expected = torch.empty_like(images)
         for number, norm in enumerate(separate):
-            norm.running_mean, norm.running_var = (
-                split.running_mean.clone(),
-                split.running_var.clone(),
-            )
+            norm.running_mean = split.running_mean.clone()
+            norm.running_var = split.running_var.clone()
             expected[number::4] = norm(reference_leaf[number::4])
-        output = in_batch_order(split(sorted_by_group(leaf, 4)), 4) if in_blocks else split(leaf)
+        output = split_output(split, form, leaf)
         torch.testing.assert_close(output, expected)
         weights = torch.randn_like(output)
         (output * weights).sum().backward()
         (expected * weights).sum().backward()
         torch.testing.assert_close(leaf.grad, reference_leaf.grad, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            split.running_mean, torch.stack([n.running_mean for n in separate]).mean(0)
-        )
-        torch.testing.assert_close(
-            split.running_var, torch.stack([n.running_var for n in separate]).mean(0)
-        )
+        means = torch.stack([norm.running_mean for norm in separate])
+        variances = torch.stack([norm.running_var for norm in separate])
+        torch.testing.assert_close(split.running_mean, means.mean(dim=0))
+        torch.testing.assert_close(split.running_var, variances.mean(dim=0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(8, 3), (8, 3, 4, 4)])
+def test_split_equals_the_closed_form(form, shape):
+    """Sample i is normalised with mean and variance of the samples i mod 4, channel by channel."""
+    split = SplitBatchNorm(nn.BatchNorm2d(3), num_splits=4, is_sorted=FORMS[form][0])
+    images = torch.randn(shape)
+    expected = torch.empty(shape)
+    for group in range(4):
+        for channel in range(3):
+            own = images[group::4, channel]
+            deviation = (own.var(correction=0) + 1e-5).sqrt()
+            expected[group::4, channel] = (own - own.mean()) / deviation
+    torch.testing.assert_close(split_output(split, form, images), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "kind", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": 0.5}]
+    "settings", [{"affine": False}, {"track_running_stats": False}, {"momentum": 0.5}]
 )
-@pytest.mark.parametrize("is_trained", [True, False])
-def test_blocks_in_place_are_the_blocks_joined_to_the_last_bit(dtype, kind, is_trained):
-    norm = nn.BatchNorm2d(6, **kind).requires_grad_(is_trained)
-    images = torch.randn(8, 6, 5, 5).to(dtype, memory_format=torch.channels_last)
-    weights, results = torch.randn(8, 6, 5, 5).to(dtype), []
-    for way in ("of_blocks", "of_blocks_in_place"):
-        split = SplitBatchNorm(copy.deepcopy(norm), num_splits=4, in_blocks=True)
-        split.way = lambda device_type, split=split, way=way: getattr(split, way)
-        leaf = images.clone().requires_grad_()
-        output = split(leaf)
-        (output * weights).sum().backward()
-        assert output.is_contiguous(memory_format=torch.channels_last)
-        results.append([output.detach(), leaf.grad, *split.buffers()])
-        results[-1] += [parameter.grad for parameter in split.parameters() if is_trained]
-    assert all(torch.equal(*pair) for pair in zip(*[result[:2] for result in results], strict=True))
-    torch.testing.assert_close(*results)  # sums of parameters' gradients in another order
+def test_all_forms_give_the_same_for_every_kind_of_layer(form, settings):
+    images = torch.randn(8, 6, 5, 5)
+    results = []
+    for each in ("interleaved", form):
+        split = SplitBatchNorm(nn.BatchNorm2d(6, **settings), 4, is_sorted=FORMS[each][0])
+        results.append([split_output(split, each, images), *split.buffers()])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("momentum", [None, 0.1, 0.5, 1.0])
 def test_momenta_from_group_to_group_move_as_one_does_by_the_mean(momentum):
-    norm, start = (
-        SplitBatchNorm(nn.BatchNorm2d(3, momentum=momentum), 8),
-        torch.randn(5, dtype=torch.float64),
-    )
-    groups, moved = torch.randn(8, 5, dtype=torch.float64), start.clone()
+    norm = SplitBatchNorm(nn.BatchNorm2d(3, momentum=momentum), 8)
+    start = torch.randn(5, dtype=torch.float64)
+    groups = torch.randn(8, 5, dtype=torch.float64)
+    moved = start.clone()
     for group, own in zip(groups, norm.momenta(), strict=True):
         moved.lerp_(group, own)
     torch.testing.assert_close(moved, start.lerp(groups.mean(dim=0), momentum or 0.0))
 
 
-def test_the_formula_takes_float64():
-    norm = nn.BatchNorm2d(3).double()
-    images = torch.randn(8, 3, 4, 4, dtype=torch.float64)
-    results = []
-    for way in ("by_formula", "of_all"):
-        split = SplitBatchNorm(copy.deepcopy(norm), 4)
-        results.append([getattr(split, way)(images), split.running_mean, split.running_var])
-    torch.testing.assert_close(*results)
+def test_the_compiled_form_keeps_float64():
+    split = SplitBatchNorm(nn.BatchNorm2d(3).double(), 4)
+    output = split.forward_compiled(torch.randn(8, 3, 4, 4, dtype=torch.float64))
+    assert output.dtype == torch.float64
 
 
-def test_each_device_has_its_way(monkeypatch):
-    usual, sorted_by_groups = (
-        SplitBatchNorm(nn.BatchNorm2d(3), 4, in_blocks) for in_blocks in (False, True)
-    )
-    assert {usual.way("cpu"), usual.way("cuda")} == {usual.of_all}
-    assert sorted_by_groups.way("cpu") == sorted_by_groups.of_blocks_in_place
-    assert sorted_by_groups.way("cuda") == sorted_by_groups.of_blocks
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert usual.way("cuda") == usual.by_formula
-    assert sorted_by_groups.way("cuda") == sorted_by_groups.by_formula
+@pytest.mark.parametrize(
+    ("is_sorted", "is_compiling", "expected"),
+    [
+        (False, False, "forward_interleaved"),
+        (True, False, "forward_sorted"),
+        (False, True, "forward_compiled"),
+        (True, True, "forward_compiled"),
+    ],
+)
+def test_the_form_follows_the_order_and_the_compiler(
+    is_sorted, is_compiling, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
+    monkeypatch.setattr(SplitBatchNorm, expected, lambda norm, images: "this one")
+    split = SplitBatchNorm(nn.BatchNorm2d(3), 4, is_sorted)
+    assert split(torch.randn(8, 3, 4, 4)) == "this one"
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-def test_a_group_with_one_value_of_a_channel_is_named(in_blocks):
-    split = SplitBatchNorm(nn.BatchNorm1d(3), num_splits=4, in_blocks=in_blocks)
-    with pytest.raises(
-        InputError,
-        match=r"batch_norm_splits=4: a group is 1 of the 4 images.*larger data.batch_size",
-    ):
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_a_group_with_one_value_of_a_channel_is_named(is_sorted):
+    split = SplitBatchNorm(nn.BatchNorm1d(3), num_splits=4, is_sorted=is_sorted)
+    expected = r"batch_norm_splits=4: a group is 1 of the 4 images.*increase data.batch_size"
+    with pytest.raises(InputError, match=expected):
         split(torch.randn(4, 3))
-
-
-def test_split_works_on_channels_last_images():
-    norm, images = nn.BatchNorm2d(3), torch.randn(8, 3, 4, 4)
-    split, same = (SplitBatchNorm(copy.deepcopy(norm), 4) for _ in range(2))
-    torch.testing.assert_close(split(images.to(memory_format=torch.channels_last)), same(images))
 
 
 def test_evaluation_is_ordinary_batch_norm():
@@ -170,11 +170,12 @@ def test_converted_network_copies_and_loads_like_any_other():
 
 
 def test_batch_that_does_not_split_evenly_is_named():
-    for broken in (SplitBatchNorm(nn.BatchNorm2d(3), 8), partial(sorted_by_group, splits=8)):
-        with pytest.raises(
-            InputError, match=r"method\.batch_norm_splits=8 does not divide the 12 images"
-        ):
-            broken(torch.randn(12, 3, 2, 2))
+    images = torch.randn(12, 3, 2, 2)
+    expected = r"method\.batch_norm_splits=8 does not divide the 12 images"
+    with pytest.raises(InputError, match=expected):
+        SplitBatchNorm(nn.BatchNorm2d(3), 8)(images)
+    with pytest.raises(InputError, match=expected):
+        sorted_by_group(images, 8)
 
 
 WITH, WITHOUT = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(nn.LayerNorm(3))
@@ -193,18 +194,18 @@ IN_THE_HEAD = nn.Sequential(
         ("auto", WITH, 8, "shuffle", "shuffle, so that it cannot leak"),
         ("auto", IN_THE_HEAD, 1, "split", "split, so that it cannot leak"),
         ("auto", IN_THE_HEAD, 8, "shuffle", "shuffle, so that it cannot leak"),
-        ("shuffle", WITH, 1, "shuffle", "prevents nothing on one device"),
+        ("shuffle", WITH, 1, "shuffle", "prevents no leak on one device"),
         ("plain", WITH, 1, "plain", "plain, which leaks the positive"),
         ("split", WITH, 1, "split", "split, so that it cannot leak"),
         ("sync", IN_THE_HEAD, 1, "plain", "plain, which leaks the positive"),
         ("sync", IN_THE_HEAD, 8, "sync", "sync, which leaks the positive"),
     ],
 )
-def test_the_mode_in_force_is_chosen_and_said(mode, encoder, devices, expected, said, caplog):
+def test_the_mode_is_chosen_and_logged(mode, encoder, devices, expected, said, caplog):
     caplog.set_level("INFO")
-    in_force = batch_norm_mode(mode, encoder, devices, "cuda")
-    assert in_force == expected
-    log_batch_norm(in_force, encoder, devices)
+    chosen = batch_norm_mode(mode, encoder, devices, "cuda")
+    assert chosen == expected
+    log_batch_norm(chosen, encoder, devices)
     assert len(caplog.messages) == 1
     assert said in caplog.messages[0]
 
@@ -212,21 +213,21 @@ def test_the_mode_in_force_is_chosen_and_said(mode, encoder, devices, expected, 
 @pytest.mark.parametrize(
     ("mode", "devices", "device_type", "expected", "said"),
     [
-        ("auto", 1, "cuda", "plain", "plain, with which the keys of a batch cannot be told apart"),
-        ("auto", 8, "cuda", "sync", "sync, with which the keys"),
-        ("auto", 2, "cpu", "plain", "tells a query the keys of its own device"),
-        ("sync", 1, "cpu", "plain", "plain, with which the keys"),
-        ("sync", 8, "cuda", "sync", "sync, with which the keys"),
-        ("shuffle", 2, "cpu", "shuffle", "shuffle, with which the keys"),
+        ("auto", 1, "cuda", "plain", "plain, so that all keys of a batch have the same statistics"),
+        ("auto", 8, "cuda", "sync", "sync, so that all keys"),
+        ("auto", 2, "cpu", "plain", "a query can recognise the keys of its own device"),
+        ("sync", 1, "cpu", "plain", "plain, so that all keys"),
+        ("sync", 8, "cuda", "sync", "sync, so that all keys"),
+        ("shuffle", 2, "cpu", "shuffle", "shuffle, so that all keys"),
     ],
 )
 def test_negatives_of_the_batch_have_modes_of_their_own(
     mode, devices, device_type, expected, said, caplog
 ):
     caplog.set_level("INFO")
-    in_force = batch_norm_mode(mode, WITH, devices, device_type, negatives="batch")
-    assert in_force == expected
-    log_batch_norm(in_force, WITH, devices, negatives="batch")
+    chosen = batch_norm_mode(mode, WITH, devices, device_type, negatives="batch")
+    assert chosen == expected
+    log_batch_norm(chosen, WITH, devices, negatives="batch")
     assert len(caplog.messages) == 1
     assert said in caplog.messages[0]
 
@@ -278,11 +279,7 @@ def test_sync_makes_every_batch_norm_one_over_all_devices_and_keeps_the_paramete
     method.setup("fit")
     assert method.batch_norm == "sync"
     for module in (method.query_encoder, method.key_encoder, method.predictor):
-        layers = [
-            layer
-            for layer in module.modules()
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        ]
+        layers = [layer for layer in module.modules() if isinstance(layer, BATCH_NORMS)]
         assert layers
         assert all(isinstance(layer, nn.SyncBatchNorm) for layer in layers)
     assert method.state_dict().keys() == names

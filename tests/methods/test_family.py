@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
+from moco.cli.build_pretraining import build_data, build_method
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig
 from moco.errors import InputError
 from moco.methods.batch_norm import split_batch_norm
 from moco.methods.momentum import key_momentum_at
-from moco.models.encoder import Encoded
+from moco.models.encoder import BATCH_NORMS, Encoded
 from moco.models.heads import Cells
-from moco.train import build_data, build_method
 from moco.training.distributed.collectives import all_gather
 from tests.methods.test_losses import dense_reference, in_batch_reference, reference
 from tests.training.test_distributed import on_two
@@ -309,9 +309,7 @@ def plain_loop(method, config):
         copy.deepcopy(module).double()
         for module in (method.query_encoder, method.key_encoder, method.predictor)
     )
-    has_norm = any(
-        isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in key_encoder.modules()
-    )
+    has_norm = any(isinstance(layer, BATCH_NORMS) for layer in key_encoder.modules())
     shuffled = has_norm and options.negatives == "queue" and options.batch_norm in ("auto", "split")
     if shuffled:
         for module in (query_encoder, key_encoder, predictor):
@@ -576,7 +574,8 @@ def test_the_key_encoder_of_each_step_is_the_official_one_to_the_last_bit(runner
             if batch_idx == 0:
                 official.extend(weights(pl_module.key_encoder))
             momentum = key_momentum_at(batch_idx, 4, 0.99, 1.0, "cosine")
-            torch._foreach_lerp_(official, weights(pl_module.query_encoder), 1 - momentum)
+            for key, query in zip(official, weights(pl_module.query_encoder), strict=True):
+                key.lerp_(query, 1 - momentum)
             equal.append(all(map(torch.equal, weights(pl_module.key_encoder), official)))
 
     runner.fit(composed("moco_v3", *SGD, *NARROW, "trainer.max_steps=4"), [Compare()])
@@ -679,7 +678,7 @@ def test_in_batch_loss_and_gradients_of_two_processes_are_those_of_one_with_the_
         ("moco_v3", ["method.dense_weight=0.5"], "method.dense_weight=0.5: method.negatives=batch has no queue; expected method.dense_weight=0,"),
         ("moby", ["method.negatives=batch"], "method.num_queues=2: method.negatives=batch has no queue"),
         ("moco_v2", ["method.queue_size=null"], "method.queue_size=null: method.negatives=queue needs a size"),
-        ("moco_v2", ["method.num_queues=2"], "method.num_queues=2: the second queue is the second direction's"),
+        ("moco_v2", ["method.num_queues=2"], "method.num_queues=2: the second queue is for the second direction"),
     ],
 )  # fmt: skip
 def test_switches_that_contradict_each_other_are_named(name, overrides, expected):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moco.methods.blocked_loss import blocked_info_nce
 from moco.methods.key_queue import KeyQueue
 from moco.methods.losses import info_nce
 
@@ -47,34 +48,17 @@ def test_empty_start_offers_only_enqueued_keys():
     assert queue.negatives()[:, 0].tolist() == [10.0, 11.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
 
 
-def test_the_loss_is_fit_for_backward_after_its_negatives_were_replaced():
-    queue, key = KeyQueue(8, 4), F.normalize(torch.randn(2, 4), dim=1)
-    query, same = (F.normalize(torch.ones(2, 4), dim=1).requires_grad_() for _ in range(2))
-    logits = (
-        torch.cat([(same * key).sum(dim=1, keepdim=True), same @ queue.keys.clone().T], dim=1) / 0.2
-    )
-    F.cross_entropy(logits, torch.zeros(2, dtype=torch.long)).backward()
-    loss = info_nce(query, key, queue.negatives(), 0.2)
+@pytest.mark.parametrize("loss_of", [info_nce, blocked_info_nce])
+def test_the_loss_has_its_gradient_after_its_negatives_were_replaced(loss_of):
+    queue = KeyQueue(8, 4)
+    query, key = F.normalize(torch.randn(2, 2, 4), dim=2)
+    expected = query.clone().requires_grad_()
+    loss_of(expected, key, queue.negatives(), 0.2).backward()
+    query.requires_grad_()
+    loss = loss_of(query, key, queue.negatives(), 0.2)
     queue.enqueue(torch.ones(8, 4))
     loss.backward()
-    torch.testing.assert_close(query.grad, same.grad)
-
-
-@pytest.mark.parametrize("start", ["random", "empty"])
-@pytest.mark.parametrize("batches", [[], [3], [3, 3], [5, 9], [40]])
-def test_the_negatives_given_last_are_still_known_after_any_number_of_keys(start, batches):
-    queue = KeyQueue(10, 4, start)
-    queue.enqueue(keys_numbered(0, 6))
-    expected = queue.negatives().clone()
-    for number, count in enumerate(batches, start=1):
-        queue.enqueue(keys_numbered(100 * number, count))
-    assert torch.equal(queue.negatives_given_last(), expected)
-    assert len(queue.negatives()) == (10 if start == "random" else min(6 + sum(batches), 10))
-
-
-def test_negatives_are_no_copy():
-    queue = KeyQueue(10, 4)
-    assert queue.negatives().data_ptr() == queue.keys.data_ptr()
+    torch.testing.assert_close(query.grad, expected.grad)
 
 
 def test_state_dict_restores_keys_pointer_and_fill():

@@ -7,6 +7,8 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 
+import moco.methods.moco
+
 
 class Losses(pl.Callback):
     def __init__(self):
@@ -30,53 +32,53 @@ DENSE = [
 ]
 
 
-def test_momentum_update_happens_once_per_optimizer_step(runner, monkeypatch):
-    import moco.methods.moco as module
-
+@pytest.fixture
+def contrasted(monkeypatch):
+    """The keys and negatives of every call of the loss."""
     calls = []
-    original = module.update_key_encoder
-    monkeypatch.setattr(
-        module, "update_key_encoder", lambda *args: (calls.append(args[2]), original(*args))
-    )
+    original = moco.methods.moco.efficient_info_nce
+
+    def recorded(query, key, negatives, temperature):
+        calls.append((key.clone(), negatives.clone()))
+        return original(query, key, negatives, temperature)
+
+    monkeypatch.setattr(moco.methods.moco, "efficient_info_nce", recorded)
+    return calls
+
+
+def test_momentum_update_happens_once_per_optimizer_step(runner, monkeypatch):
+    momenta = []
+    original = moco.methods.moco.update_key_encoder
+
+    def recorded(key_encoder, query_encoder, key_momentum):
+        momenta.append(key_momentum)
+        original(key_encoder, query_encoder, key_momentum)
+
+    monkeypatch.setattr(moco.methods.moco, "update_key_encoder", recorded)
     runner.fit(runner.config("trainer.accumulate_grad_batches=4", "trainer.max_steps=3"))
-    assert calls == [0.99] * 3
+    assert momenta == [0.99] * 3
 
 
-def test_a_positive_is_never_among_its_own_negatives(runner, monkeypatch):
-    import moco.methods.moco as module
-
-    seen = []
-    original = module.info_nce
-    monkeypatch.setattr(
-        module,
-        "info_nce",
-        lambda q, k, n, t: (seen.append((k.clone(), n.clone())), original(q, k, n, t))[1],
-    )
+def test_a_positive_is_never_among_its_own_negatives(runner, contrasted):
     runner.fit(runner.config("method.symmetric=true", "method.queue_size=1024"))
-    assert len(seen) == 6
-    for key, negatives in seen:
+    assert len(contrasted) == 6
+    for key, negatives in contrasted:
         if len(negatives):
             assert (key @ negatives.T).max() < 1.0 - 1e-6
 
 
 @pytest.mark.parametrize("settings", [[], ["method.queue_start=random"], ["method.num_queues=2"]])
-def test_monitors_are_given_the_negatives_that_the_last_loss_saw(settings, runner, monkeypatch):
-    import moco.methods.moco as module
-
-    seen, given = [], []
-    original = module.info_nce
-    monkeypatch.setattr(
-        module, "info_nce", lambda q, k, n, t: (seen.append(n.clone()), original(q, k, n, t))[1]
-    )
+def test_monitors_get_the_negatives_of_the_last_loss(settings, runner, contrasted):
+    given = []
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            given.append(outputs["negatives"]())
+            given.append(outputs["negatives"].clone())
 
     runner.fit(runner.config("method.symmetric=true", *settings), [Watch()])
-    assert [len(negatives) for negatives in given][-1] == 48
-    for ours, expected in zip(given, seen[1::2], strict=True):
-        assert torch.equal(ours, expected)
+    assert len(given[-1]) == 48
+    for negatives, (_, expected) in zip(given, contrasted[1::2], strict=True):
+        assert torch.equal(negatives, expected)
 
 
 def test_key_encoder_starts_equal_and_gets_no_gradient(runner):
@@ -141,10 +143,10 @@ def test_shuffled_keys_come_back_in_order_view_by_view_and_cell_by_cell(backbone
 
 
 def test_key_encoder_goes_without_stochastic_depth():
-    from moco.methods.moco import MoCo
-
     backbone = {"name": "swin_v2_tiny_patch2", "window_size": 4, "stochastic_depth": 0.5}
-    method = MoCo(backbone, {}, {"num_layers": 1}, {"num_layers": 0}, queue_size=8).train()
+    method = moco.methods.moco.MoCo(
+        backbone, {}, {"num_layers": 1}, {"num_layers": 0}, queue_size=8
+    ).train()
     images = torch.randn(4, 3, 16, 16)
     for norm in (module for module in method.modules() if "norm" in type(module).__name__.lower()):
         torch.nn.init.ones_(

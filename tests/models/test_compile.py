@@ -36,7 +36,7 @@ def static_shapes():
 def encoders(name, runner):
     """The query and the key encoder in their batch-norm mode, in training."""
     method = runner.method(runner.config(*ENCODERS[name]))
-    method.put_in_force("split" if ENCODERS[name][-2:] == SPLIT else "plain")
+    method.install_batch_norm("split" if ENCODERS[name][-2:] == SPLIT else "plain")
     return method.query_encoder, method.key_encoder
 
 

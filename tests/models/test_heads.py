@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from moco.methods.batch_norm import split_batch_norm
-from moco.models.encoder import Encoder, switch_off_stochastic_depth
+from moco.models.encoder import Encoder, disable_stochastic_depth
 from moco.models.heads import DenseProjector, build_head, pooled_to_grid
 
 WIDE = {"hidden_dim": 4096, "hidden_batch_norm": True}
@@ -132,7 +132,7 @@ def test_stochastic_depth_is_switched_off_in_training_too():
     ).train()
     rows = torch.ones(64, 2)
     assert not torch.equal(block(rows), rows)
-    switch_off_stochastic_depth(block)
+    disable_stochastic_depth(block)
     assert torch.equal(block(rows), rows)
 
 

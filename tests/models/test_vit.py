@@ -127,8 +127,8 @@ def test_saved_positions_tell_whether_they_are_learned():
         with pytest.raises(InputError) as error:
             grid_side(torch.zeros(shape))
         assert str(error.value) == (
-            f"the weights' positions are of shape {shape}; expected one for the class token and those of a square grid of "
-            "patches"
+            f"the weights' positions are of shape {shape}; expected one position for the class "
+            "token and those of a square grid of patches"
         )
 
 

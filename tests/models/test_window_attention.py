@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from moco.models.swin.attention import (
     WindowAttention,
     WindowAttentionV2,
-    _attended,
+    _attend_in_blocks,
     _CPUAttention,
     _Normalize,
     additive_masks,
@@ -154,7 +154,7 @@ def test_gradients_of_the_cpu_function_are_those_of_finite_differences():
 @pytest.mark.parametrize("canvas", [(9, 11), (8, 8), (4, 5), (3, 2)])
 def test_masks_in_two_parts_give_what_one_mask_gives(canvas, at_once, monkeypatch):
     """On a GPU this way has the gradients too."""
-    monkeypatch.setattr("moco.models.swin.attention.MASK_AT_ONCE", at_once)
+    monkeypatch.setattr("moco.models.swin.attention.MOST_MASK_NUMBERS", at_once)
     layer = attention(2, 4, shifted=True)
     grid = window_grid(canvas, canvas, (4, 4), True, CPU)
     shape = (2 * grid.num_windows, 3, math.prod(grid.window), 8)
@@ -194,7 +194,7 @@ def test_a_few_windows_at_a_time_give_what_all_at_once_give(monkeypatch):
     gradient = layer.cpb_mlp[0].weight.grad.clone()
     layer.zero_grad()
     monkeypatch.setattr(
-        "moco.models.swin.attention.SCORES_AT_ONCE", 4 * 3 * 16**2
+        "moco.models.swin.attention.SCORES_PER_BLOCK", 4 * 3 * 16**2
     )  # 27 windows: the last part is short
     parts = layer(x)
     parts.sum().backward()
@@ -206,13 +206,13 @@ def test_a_few_windows_at_a_time_give_what_all_at_once_give(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_is_the_same_whether_its_weights_are_kept(dtype, monkeypatch):
-    monkeypatch.setattr("moco.models.swin.attention.SCORES_AT_ONCE", 2 * 3 * 16**2)
+    monkeypatch.setattr("moco.models.swin.attention.SCORES_PER_BLOCK", 2 * 3 * 16**2)
     grid = window_grid((11, 11), (11, 11), (4, 4), True, CPU)
     query, key, value = (torch.randn(grid.num_windows * 3, 16, 8) for _ in range(3))
     bias, value = torch.randn(3, 16, 16), value.to(dtype)
     weights = torch.full((len(query), 16, 16), float("nan"), dtype=dtype)
-    out = _attended(query, key, value, bias, grid, weights)
-    assert torch.equal(out, _attended(query, key, value, bias, grid))
+    out = _attend_in_blocks(query, key, value, bias, grid, weights)
+    assert torch.equal(out, _attend_in_blocks(query, key, value, bias, grid))
     torch.testing.assert_close(
         weights.sum(dim=-1, dtype=torch.float32), torch.ones(len(query), 16), rtol=0, atol=0.02
     )

@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from moco.cli.build_pretraining import build_data
 from moco.data.loading.datamodule import PretrainingData
 from moco.errors import RunError
 from moco.runs.faults import BadSteps, explained, failures_named, failures_without_training_named
 from moco.runs.run_folder import write_json
-from moco.train import build_data, run
+from moco.train import run
 from moco.training.logger import RunLogger
 from tests.methods.test_moco import Losses
 from tests.runs.test_interrupts import start
@@ -180,9 +181,16 @@ def test_an_infinite_loss_with_finite_gradients_is_left_out_too(of_four_steps, r
     def spoil(number):
         return math.inf if number == 2 else 0.0
 
-    config, original, calls, figures = of_four_steps(), module.info_nce, iter(range(4)), {}
+    config, original, calls, figures = (
+        of_four_steps(),
+        module.efficient_info_nce,
+        iter(range(4)),
+        {},
+    )
     expected = plain_run(runner.method(config), config, 4, spoil)
-    monkeypatch.setattr(module, "info_nce", lambda *args: original(*args) + spoil(next(calls)))
+    monkeypatch.setattr(
+        module, "efficient_info_nce", lambda *args: original(*args) + spoil(next(calls))
+    )
     method = runner.fit(config, [bad_steps(figures)])
     assert figures["skipped_steps"] == 1
     assert_equal_to_plain(method, expected)

@@ -42,7 +42,7 @@ def config_of(root, *overrides):
 
 def pretraining_checkpoint(path, *overrides):
     """A file as moco.train leaves it, of a method whose weights are all random, both encoders' different."""
-    from moco.train import build_method
+    from moco.cli.build_pretraining import build_method
 
     config = composed(
         "train",

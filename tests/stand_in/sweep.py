@@ -24,6 +24,7 @@ import torch
 
 import moco.methods.moco as method_module
 from moco import evaluate, segment, train
+from moco.cli import build_pretraining
 from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
 from moco.config.segment import SegmentConfig
 from moco.methods.batch_norm import batch_norm_mode
@@ -108,7 +109,7 @@ def trained(gpu, folder, overrides):
     """Train on the digits as `moco.train` does, on the stand-in; returns the waits between two steps."""
     runner = Runner(folder)
     config = runner.config(*SMALL, "trainer.max_steps=4", *overrides)
-    between, build = WaitsBetweenSteps(gpu), train.build_trainer
+    between, build = WaitsBetweenSteps(gpu), build_pretraining.build_trainer
 
     def build_trainer(*arguments, **options):
         made = build(*arguments, **options)
@@ -165,14 +166,14 @@ def waits_of_second_step(gpu, method, batch):
 
 def with_fault(gpu, folder, fault):
     """Two steps whose loss does something that it must not; returns the waits in the second one."""
-    info_nce = method_module.info_nce
+    info_nce = method_module.efficient_info_nce
 
     def faulty(query, key, negatives, temperature):
         return info_nce(query, key, negatives, temperature) + 0 * fault(query, negatives)
 
     method, batch, _ = on_gpu(folder, FAMILIES["resnet"])
-    method.put_in_force("plain")
-    with mock.patch.object(method_module, "info_nce", faulty):
+    method.install_batch_norm("plain")
+    with mock.patch.object(method_module, "efficient_info_nce", faulty):
         return waits_of_second_step(gpu, method, batch)
 
 
@@ -206,7 +207,7 @@ def with_fresh_biases(gpu, folder, optimizer):
         return position_bias(self, window)
 
     method, batch, _ = on_gpu(folder, [*FAMILIES["swin_v2"], *optimizer])
-    method.put_in_force("plain")
+    method.install_batch_norm("plain")
     steps = method.configure_optimizers()
     with (
         mock.patch.object(WindowAttention, "forward", counted_forward),
@@ -240,7 +241,7 @@ def stand_in_collective(call, output, *inputs, **options):
 def one_of_two(gpu, folder, overrides, mode):
     """Two training steps as the second of two GPUs takes them; returns the waits in the second one."""
     method, batch, config = on_gpu(folder, overrides)
-    method.put_in_force(
+    method.install_batch_norm(
         batch_norm_mode(mode, method.key_encoder, 2, "cuda", config.method.negatives)
     )
     names = ("all_gather_into_tensor", "all_to_all_single", "broadcast")

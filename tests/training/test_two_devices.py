@@ -185,7 +185,7 @@ def as_one_device(rank, cases):
         config = composed(name, "data.batch_size=8", "method.batch_norm=auto", *overrides)
         torch.manual_seed(0)
         method = built_in_double(config)
-        method.put_in_force(
+        method.install_batch_norm(
             batch_norm_mode("auto", method.key_encoder, 2, "cpu", config.method.negatives)
         )
         reference, optimizer = Reference(method, config), method.configure_optimizers()

@@ -13,6 +13,7 @@ import torchvision
 from PIL import Image
 
 from moco import embed, evaluate, export, segment, train
+from moco.cli import build_pretraining
 from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
@@ -294,7 +295,7 @@ def test_another_projects_swin_v2_is_exported_in_the_window_that_it_does_not_tel
 
 
 def method_of(config):
-    return train.build_method(dataclasses.asdict(config))
+    return build_pretraining.build_method(dataclasses.asdict(config))
 
 
 def test_a_run_starts_from_a_checkpoint_of_ours_with_all_of_it(tmp_path):

@@ -1,8 +1,7 @@
-"""Swin (arXiv 2103.14030) and Swin V2 (arXiv 2111.09883) under the backbone contract, for images of any size.
+"""Swin and Swin V2 under the backbone contract, for images of any size, and their change of window.
 
-torchvision's model with its parameter names, and attention of our own: see `moco.models.swin.attention`.
-
-Letters: N batch, C channels, H W pixels or cells.
+The network is torchvision's, with its parameter names and with attention of our own, see
+`moco.models.swin.attention`.
 """
 
 import math
@@ -18,14 +17,15 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import swin_transformer
 
 from moco.errors import InputError
+from moco.models.size_constants import Size
 from moco.models.swin.attention import WindowAttention, WindowAttentionV2
-from moco.models.swin.windows import Size
 
-MAX_WINDOW_SIZE = 64  # 4,096 cells: the scores of one window and head are 64 MiB
+MAX_WINDOW_SIZE = 64
+"""Cells of a side. The scores of one window of 4,096 cells and one head take 64 MiB."""
 
 
 class Block(swin_transformer.SwinTransformerBlock):
-    """Attention and MLP, each normalised before (res-pre-norm)."""
+    """Attention and MLP, each with its norm before it (res-pre-norm)."""
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
         x = x + self.stochastic_depth(self.attn(self.norm1(x), size))
@@ -33,9 +33,10 @@ class Block(swin_transformer.SwinTransformerBlock):
 
 
 class BlockV2(swin_transformer.SwinTransformerBlockV2):
-    """Attention and MLP, each normalised afterwards (res-post-norm), with scales that start at zero.
+    """Attention and MLP, each with its norm behind it (res-post-norm).
 
-    arXiv 2111.09883, section 3.2; the start is that of the official code: a new block is the identity.
+    The norms' scales start at zero, as in the official code, so that a new block is the identity.
+    Source: arXiv 2111.09883, section 3.2.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -53,26 +54,29 @@ class Swin(swin_transformer.SwinTransformer):
 
     Args:
         version: 1 or 2.
-        embed_dim: channels of the first stage; the stages double them.
+        embed_dim: channels of the first stage. The stages double them.
         depths: blocks in each of the four stages.
         num_heads: attention heads in each stage.
-        patch_size: side of a patch, px; a cell of the first stage.
-        window_size: side of the attention windows, cells; one number, or one for each stage.
-        pretrained_window_size: the windows with which the weights were, or will be, pretrained; they normalise the
-            coordinates of V2's position bias. None: `window_size`. It stays when the window is changed afterwards.
+        patch_size: side of a patch, px; a patch is a cell of the first stage.
+        window_size: side of the attention windows, cells: one number, or one for each stage.
+        pretrained_window_size: the windows with which the weights were, or will be, pretrained. They
+            normalise the coordinates of V2's position bias, and stay when the window is changed
+            later. None: `window_size`.
         pretrained_image_size: side of the pretraining images, px. The windows that normalise V2's
             coordinates are then clipped to the maps of such images, as in Microsoft's code and timm,
-            see `clipped_windows`. None: they are as given.
-        stochastic_depth: chance of a sample to skip a block's branch in training, at the last block; rises linearly from
-            0 at the first (the papers' drop path).
-        gradient_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
-        freeze_patch_embed: keep the random patch projection untrained, for stability (arXiv 2104.02057, section 4.2).
-        partial_patches: ``complete`` fills the last row and column of patches up with zeros, ``drop`` leaves them out, as
-            torchvision does.
+            see `clipped_windows`. None: they are not clipped.
+        stochastic_depth: chance that an image skips a branch of the last block in training (the
+            papers' drop path). It rises linearly from 0 at the first block.
+        gradient_checkpointing: keep only the blocks' inputs for the backward pass, and compute the
+            rest again.
+        freeze_patch_embed: do not train the random patch projection, for stability
+            (arXiv 2104.02057, section 4.2).
+        partial_patches: ``complete`` fills the last row and column of patches up with zeros. ``drop``
+            leaves them out, as torchvision does.
 
     Raises:
-        InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`, or V1 is given a
-            pretraining window or image size.
+        InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`, or V1 gets a pretraining
+            window or image size.
     """
 
     no_weight_decay_keywords = ("cpb_mlp", "logit_scale", "relative_position_bias_table")
@@ -94,19 +98,14 @@ class Swin(swin_transformer.SwinTransformer):
         partial_patches: str = "complete",
     ) -> None:
         windows = windows_of("window_size", window_size)
-        for key, value in (
-            ("pretrained_window_size", pretrained_window_size),
-            ("pretrained_image_size", pretrained_image_size),
-        ):
-            if version == 1 and value is not None:
-                raise InputError(
-                    f"backbone.{key}: Swin V1 has no coordinates to normalise; leave it out or take Swin V2"
-                )
-        block, attention, merging = (
-            (Block, WindowAttention, swin_transformer.PatchMerging)
-            if version == 1
-            else (BlockV2, WindowAttentionV2, swin_transformer.PatchMergingV2)
-        )
+        if version == 1:
+            refuse_for_v1("pretrained_window_size", pretrained_window_size)
+            refuse_for_v1("pretrained_image_size", pretrained_image_size)
+            block = partial(Block, attn_layer=WindowAttention)
+            merging = swin_transformer.PatchMerging
+        else:
+            block = partial(BlockV2, attn_layer=WindowAttentionV2)
+            merging = swin_transformer.PatchMergingV2
         super().__init__(
             patch_size=[patch_size, patch_size],
             embed_dim=embed_dim,
@@ -114,7 +113,7 @@ class Swin(swin_transformer.SwinTransformer):
             num_heads=list(num_heads),
             window_size=[windows[0], windows[0]],
             stochastic_depth_prob=stochastic_depth,
-            block=partial(block, attn_layer=attention),
+            block=block,
             downsample_layer=merging,
         )
         del self.head
@@ -122,41 +121,46 @@ class Swin(swin_transformer.SwinTransformer):
         self.patch_size = patch_size
         self.gradient_checkpointing = gradient_checkpointing
         self.partial_patches = partial_patches
-        self.feature_map_dims = tuple(embed_dim * 2**stage for stage in range(4))
-        self.feature_map_strides = tuple(patch_size * 2**stage for stage in range(4))
+        self.feature_map_dims = (embed_dim, 2 * embed_dim, 4 * embed_dim, 8 * embed_dim)
+        self.feature_map_strides = (patch_size, 2 * patch_size, 4 * patch_size, 8 * patch_size)
         self.feature_dim = self.feature_map_dims[-1]
         pretrained = windows
         if pretrained_window_size is not None:
             pretrained = windows_of("pretrained_window_size", pretrained_window_size)
         if pretrained_image_size is not None:
             pretrained = clipped_windows(pretrained_image_size, pretrained, patch_size)
-        self._set_windows(windows, pretrained)
+        self.set_windows(windows)
+        self._set_pretrained_windows(pretrained)
         self.features[0][0].requires_grad_(not freeze_patch_embed)
 
     def stages(self) -> Iterator[Any]:
-        """The four stages' blocks."""
-        return (self.features[place] for place in (1, 3, 5, 7))
+        """Yield the four stages' blocks."""
+        for place in (1, 3, 5, 7):
+            yield self.features[place]
 
-    def _set_windows(self, windows: Sequence[int], pretrained: Sequence[int] | None = None) -> None:
+    def set_windows(self, windows: Sequence[int]) -> None:
+        """Attend in windows of other sizes, one for each stage, cells."""
         self.window_size = tuple(windows)
-        if pretrained is not None:
-            self.pretrained_window_size = tuple(pretrained)
-        for stage, blocks in enumerate(self.stages()):
-            for place, block in enumerate(blocks):
-                block.attn.shifted = place % 2 == 1
-                block.attn.set_window((windows[stage], windows[stage]))
-                if pretrained is not None:
-                    block.attn.pretrained_window_size = (pretrained[stage], pretrained[stage])
+        for window, blocks in zip(windows, self.stages(), strict=True):
+            for number, block in enumerate(blocks):
+                block.attn.shifted = number % 2 == 1
+                block.attn.set_window((window, window))
+
+    def _set_pretrained_windows(self, windows: Sequence[int]) -> None:
+        self.pretrained_window_size = tuple(windows)
+        for window, blocks in zip(windows, self.stages(), strict=True):
+            for block in blocks:
+                block.attn.pretrained_window_size = (window, window)
 
     def feature_maps(self, images: Tensor, size: Size | None = None) -> list[Tensor]:
-        """The four stages' outputs, the last one normalised: (N, C_i, ceil(H / stride_i), ceil(W / stride_i)).
+        """Return the four stages' outputs: (N, C_i, ceil(H / stride_i), ceil(W / stride_i)).
 
-        Where patch merging finds an odd side, a row of zeros completes it.
+        The last one is normalised. If patch merging finds an odd side, zeros complete it.
 
         Args:
             images: (N, 3, H, W), of any height and width.
-            size: (height, width) of the images, px, at the top left of the canvas (H, W); what lies beyond does not
-                matter. None: the images fill it.
+            size: (height, width) of the images, px, at the top left of a canvas (H, W). What lies
+                beyond does not matter. None: the images fill the canvas.
 
         Raises:
             ValueError: `size` is larger than the canvas.
@@ -167,46 +171,67 @@ class Swin(swin_transformer.SwinTransformer):
             raise ValueError(
                 f"size={size}: larger than the canvas of {images.shape[-2]} x {images.shape[-1]} px"
             )
-        canvas = [-(-side // self.patch_size) * self.patch_size for side in images.shape[-2:]]
-        if self.partial_patches == "drop":
-            height, width = (side // self.patch_size * self.patch_size for side in (height, width))
-            canvas = [side // self.patch_size * self.patch_size for side in images.shape[-2:]]
-            if not height or not width:
-                raise InputError(
-                    f"backbone.partial_patches=drop: an image of {images.shape[-2]} x {images.shape[-1]} px has no whole "
-                    f"patch of {self.patch_size} px"
-                )
-        images = images[..., :height, :width]
-        x = self.features[0](
-            F.pad(images, (0, canvas[1] - width, 0, canvas[0] - height))
-        )  # (N, H, W, C)
-        cells = (-(-height // self.patch_size), -(-width // self.patch_size))
+        x = self.features[0](self._whole_patches(images, height, width))  # (N, H, W, C)
+        cells = (self._num_patches(height), self._num_patches(width))
         maps = []
         for stage, blocks in enumerate(self.stages()):
-            if stage:
-                x = self.features[2 * stage](with_zeros_beyond(x, cells))
+            if stage > 0:
+                merge = self.features[2 * stage]
+                x = merge(with_zeros_beyond(x, cells))
                 cells = (-(-cells[0] // 2), -(-cells[1] // 2))
             for block in blocks:
                 if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                     x = checkpoint(block, x, cells, use_reentrant=False)
                 else:
                     x = block(x, cells)
-            y = x[:, : cells[0], : cells[1]]
-            maps.append((self.norm(y) if stage == 3 else y).permute(0, 3, 1, 2))
+            real = x[:, : cells[0], : cells[1]]
+            if stage == 3:
+                real = self.norm(real)
+            maps.append(real.permute(0, 3, 1, 2))
         return maps
 
+    def _num_patches(self, side: int) -> int:
+        """Return how many patches a side of an image has."""
+        if self.partial_patches == "drop":
+            return side // self.patch_size
+        return -(-side // self.patch_size)
+
+    def _whole_patches(self, images: Tensor, height: int, width: int) -> Tensor:
+        """Return the top left `height` x `width` px of a canvas, with zeros up to whole patches."""
+        real_height, real_width = height, width
+        if self.partial_patches == "drop":
+            real_height = height // self.patch_size * self.patch_size
+            real_width = width // self.patch_size * self.patch_size
+            if real_height == 0 or real_width == 0:
+                raise InputError(
+                    f"backbone.partial_patches=drop: an image of {images.shape[-2]} x "
+                    f"{images.shape[-1]} px has no whole patch of {self.patch_size} px"
+                )
+        bottom = self._num_patches(images.shape[-2]) * self.patch_size - real_height
+        right = self._num_patches(images.shape[-1]) * self.patch_size - real_width
+        return F.pad(images[..., :real_height, :real_width], (0, right, 0, bottom))
+
     def feature_and_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`forward` and `feature_maps` in one pass."""
+        """Return `forward` and `feature_maps` from one pass."""
         maps = self.feature_maps(images)
         return maps[-1].mean(dim=(2, 3)), maps
 
     def forward(self, images: Tensor) -> Tensor:
-        """The last map averaged over its cells: (N, D)."""
+        """Return the last map averaged over its cells: (N, D)."""
         return self.feature_and_maps(images)[0]
 
 
+def refuse_for_v1(name: str, value: Any) -> None:
+    """Raise InputError if a setting of Swin V2 is given to Swin V1."""
+    if value is not None:
+        raise InputError(
+            f"backbone.{name}: Swin V1 has no coordinates to normalise; remove the setting or "
+            "take Swin V2"
+        )
+
+
 def with_zeros_beyond(x: Tensor, size: Size) -> Tensor:
-    """A map (N, H, W, C) with zeros outside the top left `size` cells."""
+    """Return a map (N, H, W, C) with zeros outside its top left `size` cells."""
     height, width = x.shape[1:3]
     if (height, width) == size:
         return x
@@ -214,27 +239,40 @@ def with_zeros_beyond(x: Tensor, size: Size) -> Tensor:
 
 
 def windows_of(name: str, value: Any) -> tuple[int, ...]:
-    """One window or four as four.
+    """Return the windows of the four stages, for one window or a list of four.
+
+    Args:
+        name: of the setting, for the message.
+        value: the setting, cells.
 
     Raises:
-        InputError: for anything but whole numbers from 1 to `MAX_WINDOW_SIZE`.
+        InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`.
     """
-    windows = list(value) if isinstance(value, (list, tuple)) else [value] * 4
-    if len(windows) != 4 or not all(
-        isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= MAX_WINDOW_SIZE
-        for side in windows
-    ):
+    windows = [value] * 4
+    if isinstance(value, (list, tuple)):
+        windows = list(value)
+    if len(windows) != 4 or not all(is_window(window) for window in windows):
         raise InputError(
-            f"backbone.{name}={value}: expected a whole number of cells from 1 to {MAX_WINDOW_SIZE}, or a list of four, "
-            "one for each stage"
+            f"backbone.{name}={value}: expected a whole number of cells from 1 to "
+            f"{MAX_WINDOW_SIZE}, or a list of four, one for each stage"
         )
     return tuple(windows)
 
 
-def map_sides(image_size: int, patch_size: int = 4) -> list[int]:
-    """Return the sides of the four stages' maps, cells, for square images of `image_size` px.
+def is_window(side: Any) -> bool:
+    """Return whether a number can be the side of a window."""
+    is_number = isinstance(side, int) and not isinstance(side, bool)
+    return is_number and 1 <= side <= MAX_WINDOW_SIZE
 
-    An incomplete patch counts, and so does an odd row that patch merging finds.
+
+def map_sides(image_size: int, patch_size: int = 4) -> list[int]:
+    """Return the sides of the four stages' maps, cells, for square images.
+
+    An incomplete patch counts, and so does an odd row in patch merging.
+
+    Args:
+        image_size: side of the images, px.
+        patch_size: px.
     """
     sides = [-(-image_size // patch_size)]
     for _ in range(3):
@@ -254,7 +292,7 @@ def clipped_windows(
 
     Args:
         image_size: side of the pretraining images, px.
-        window_size: of the pretraining, cells; one number, or one for each stage.
+        window_size: of the pretraining, cells: one number, or one for each stage.
         patch_size: px.
 
     Raises:
@@ -268,19 +306,24 @@ def clipped_windows(
 
 
 def rewindow(backbone: nn.Module, window_size: int | Sequence[int]) -> nn.Module:
-    """Let a Swin attend in windows of another size, in place; returns it.
+    """Change the attention windows of a Swin in place, and return it.
 
-    Swin V2 keeps its position MLP and the pretraining normaliser: the biases of all offsets that both windows have are the
-    same. Swin V1's tables are resized bicubically.
+    Swin V2 keeps its position MLP and the window of its pretraining, so the biases of all offsets
+    that both windows have stay the same. Swin V1's tables are resized bicubically.
+
+    Args:
+        backbone: a `Swin`.
+        window_size: the new side, cells: one number, or one for each stage.
 
     Raises:
-        InputError: the backbone has no windows, or the window is not one.
+        InputError: the backbone has no windows, or the window is no whole number from 1 to
+            `MAX_WINDOW_SIZE`.
     """
     if not isinstance(backbone, Swin):
         raise InputError(
             f"backbone.window_size={window_size}: this backbone has no attention windows"
         )
-    backbone._set_windows(windows_of("window_size", window_size))
+    backbone.set_windows(windows_of("window_size", window_size))
     return backbone
 
 
@@ -293,18 +336,17 @@ class WindowSuggestion:
     maps: tuple[int, ...]
     """Side of the four stages' maps, cells."""
     padded: tuple[int, ...]
-    """The same, filled up to whole windows."""
+    """Side of the same maps with their padding, cells."""
     padding: float
     """Cells of padding per real cell, over all stages."""
 
     def __str__(self) -> str:
-        changes = ", ".join(
-            str(side) if side == filled else f"{side} to {filled}"
-            for side, filled in zip(self.maps, self.padded, strict=True)
-        )
+        changes = []
+        for side, padded in zip(self.maps, self.padded, strict=True):
+            changes.append(str(side) if side == padded else f"{side} to {padded}")
         return (
-            f"window {self.window_size} for {self.image_size} px: the four maps are padded {changes} "
-            f"({self.padding:.1%} more cells)"
+            f"window {self.window_size} for {self.image_size} px: the four maps are padded "
+            f"{', '.join(changes)} ({self.padding:.1%} more cells)"
         )
 
 
@@ -314,28 +356,53 @@ def suggest_window(
     pretrained_image_size: int | None = None,
     patch_size: int = 4,
 ) -> WindowSuggestion:
-    """The window that sees as much of the image as the pretraining window did, with the least padding nearby.
+    """Return the window for images of another size.
+
+    It covers the share of the image that the pretraining window covered, give or take a tenth. Of
+    these windows it is the one with the least padding.
 
     Args:
         image_size: side of the new images, px.
         pretrained_window_size: side of the pretraining window, cells.
-        pretrained_image_size: side of the pretraining images, px. None: the one whose last map is a single window, which is
-            224 px for window 7 and 256 px for window 8.
+        pretrained_image_size: side of the pretraining images, px. None: the size whose last map is a
+            single window, which is 224 px for window 7 and 256 px for window 8.
         patch_size: px.
     """
-    pretrained_image_size = pretrained_image_size or pretrained_window_size * patch_size * 8
-    same_view = pretrained_window_size * image_size / pretrained_image_size
-    candidates = range(
-        max(1, math.floor(same_view * 0.9)), min(MAX_WINDOW_SIZE, math.ceil(same_view * 1.1)) + 1
-    )
-    suggestions = [
-        _padding(window, image_size, patch_size) for window in candidates or [MAX_WINDOW_SIZE]
-    ]
-    return min(suggestions, key=lambda it: (round(it.padding, 9), abs(it.window_size - same_view)))
+    if pretrained_image_size is None:
+        pretrained_image_size = pretrained_window_size * patch_size * 8
+    same_share = pretrained_window_size * image_size / pretrained_image_size
+    smallest = min(max(1, math.floor(same_share * 0.9)), MAX_WINDOW_SIZE)
+    largest = min(math.ceil(same_share * 1.1), MAX_WINDOW_SIZE)
+    best = None
+    best_cost = (math.inf, math.inf)
+    for window in range(smallest, largest + 1):
+        suggestion = padding_of_window(window, image_size, patch_size)
+        cost = (round(suggestion.padding, 9), abs(window - same_share))
+        if cost < best_cost:
+            best = suggestion
+            best_cost = cost
+    assert best is not None
+    return best
+
+
+def padding_of_window(window: int, image_size: int, patch_size: int) -> WindowSuggestion:
+    """Return what a window does to the maps of images of a size, px."""
+    maps = map_sides(image_size, patch_size)
+    padded = []
+    for side in maps:
+        clipped = min(window, side)
+        padded.append(-(-side // clipped) * clipped)
+    num_cells = sum(side**2 for side in maps)
+    num_padded = sum(side**2 for side in padded)
+    padding = num_padded / num_cells - 1
+    return WindowSuggestion(window, image_size, tuple(maps), tuple(padded), padding)
 
 
 def window_advice(backbone: nn.Module, image_size: int, pretrained_image_size: int) -> str | None:
-    """A sentence on the window for images of another size than in pretraining; None where there is nothing to say."""
+    """Return a sentence on the window for images of another size than in pretraining.
+
+    None: the backbone has no windows, or the present window is the suggested one.
+    """
     if not isinstance(backbone, Swin) or image_size == pretrained_image_size:
         return None
     window = backbone.window_size[0]
@@ -346,11 +413,3 @@ def window_advice(backbone: nn.Module, image_size: int, pretrained_image_size: i
         f"pretrained on {pretrained_image_size} px with window {window}; {suggestion}: "
         f"backbone.window_size={suggestion.window_size}"
     )
-
-
-def _padding(window: int, image_size: int, patch_size: int) -> WindowSuggestion:
-    maps = map_sides(image_size, patch_size)
-    padded = [-(-side // min(window, side)) * min(window, side) for side in maps]
-    cells = sum(side**2 for side in maps)
-    padding = sum(side**2 for side in padded) / cells - 1
-    return WindowSuggestion(window, image_size, tuple(maps), tuple(padded), padding)

@@ -1,81 +1,70 @@
-"""The geometry of attention windows: which cells of a map each holds, which see each other, and how far apart they are.
+"""The geometry of attention windows: which cells a window holds, and which of them see each other.
 
-Letters: N batch, C channels, H W cells of a map, B windows of a whole batch, L cells of a window, h heads.
+Shapes use N for the batch, H and W for the cells of a map, P for all cells of a map, Q for the cells
+of its windows with their padding, L for the cells of one window, and C for channels.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Size = tuple[int, int]
+from moco.models.size_constants import Size, constant_of_sizes
 
-T = TypeVar("T")
-
-
-GRID_TENSORS = ("cells", "places", "filling", "whole", "cut", "mask")
-
-
-def constant_of_sizes(function: Callable[..., T]) -> Callable[..., T]:
-    """Keep what a pure function makes of sizes and a device; torch.compile takes the results as constants.
-
-    Compiled code reads the kept tensors where they are. It neither traces the function nor copies anything to the device
-    in a step. The arguments must be hashable, and no result may depend on anything else, such as weights.
-    """
-    kept = lru_cache(maxsize=512)(
-        torch.inference_mode(False)(function)
-    )  # what is kept serves training too
-
-    @wraps(function)
-    def constant(*arguments: Any) -> T:
-        return kept(*arguments)
-
-    return torch.compiler.assume_constant_result(constant)
+GRID_TENSORS = ("cells", "places", "padding", "whole", "cut", "mask")
 
 
 @dataclass(frozen=True, eq=False)
 class WindowGrid:
-    """How a map of P cells is cut into windows that hold Q cells together, padding included."""
+    """How a map of P cells is cut into windows, which hold Q cells together."""
 
     window: Size
     """Height and width of a window, clipped to the map."""
     num_windows: int
     """Windows of one map."""
     cells: Tensor
-    """(Q,) int64: which cell of the map each cell of the windows is, window after window; for padding any one."""
+    """(Q,) int64: which cell of the map each cell of the windows is; any cell for padding."""
     places: Tensor
     """(P,) int64: where among the windows' cells each cell of the map is."""
-    filling: Tensor
-    """(p,) int64: the windows' cells that are no cells of the map."""
+    padding: Tensor
+    """Indices of the windows' cells that are not cells of the map."""
     whole: Tensor
-    """(w,) int64: the windows whose cells all see each other."""
+    """Indices of the windows whose cells all see each other."""
     cut: Tensor
-    """(b,) int64: the windows that hold cells which must not see each other."""
+    """Indices of the windows with cells that must not see each other."""
     mask: Tensor
-    """(b, L, L) float32, of the windows `cut`: 0 where a cell (row) sees a cell (column), -inf where not."""
+    """(len(cut), L, L) float32: 0 if a cell (row) sees a cell (column), -inf if it does not."""
 
 
 def window_grid(
     canvas: Size, size: Size, window: Size, shifted: bool, device: torch.device
 ) -> WindowGrid:
-    """Return the windows of a map of `canvas` cells whose top left `size` cells are real; the rest is padding.
+    """Return the windows of a map.
 
-    A side of the canvas that is no multiple of the window is filled up with padding, at its end and before the cyclic
-    shift. Cells see each other if they are real, and neighbours in the map and not only by the cyclic shift. Padding sees
-    padding, so that no row of attention is empty.
+    A side that is no multiple of the window is padded at its end, before the cyclic shift. Two cells
+    see each other if both are real and they are neighbours in the map, not only by the cyclic shift.
+    Padding sees padding, so that no row of the attention is empty.
+
+    Args:
+        canvas: (height, width) of the map, cells.
+        size: (height, width) of its real cells, at the top left; the rest is padding.
+        window: (height, width) of the windows, cells. They are clipped to the real cells.
+        shifted: whether the windows are shifted by half their side. A clipped side is not.
+        device: of the tensors.
     """
-    height, width = min(window[0], size[0]), min(window[1], size[1])
-    num_windows = -(-canvas[0] // height) * -(-canvas[1] // width)
-    tensors = [grid_tensor(name, canvas, size, window, shifted, device) for name in GRID_TENSORS]
-    return WindowGrid((height, width), num_windows, *tensors)
+    clipped = (min(window[0], size[0]), min(window[1], size[1]))
+    num_windows = -(-canvas[0] // clipped[0]) * -(-canvas[1] // clipped[1])
+    # torch.compile of torch 2.11 takes no other constants than single tensors.
+    tensors = {}
+    for name in GRID_TENSORS:
+        tensors[name] = grid_tensor(name, canvas, size, window, shifted, device)
+    return WindowGrid(clipped, num_windows, **tensors)
 
 
-# One tensor a call: torch.compile of torch 2.11 takes no other constants.
 @constant_of_sizes
 def grid_tensor(
     name: str, canvas: Size, size: Size, window: Size, shifted: bool, device: torch.device
@@ -84,103 +73,151 @@ def grid_tensor(
     return grid_tensors(canvas, size, window, shifted)[name].to(device)
 
 
-@lru_cache(maxsize=8)  # for the six calls of a grid
+@lru_cache(maxsize=8)  # for the six calls of one grid
 def grid_tensors(canvas: Size, size: Size, window: Size, shifted: bool) -> dict[str, Tensor]:
-    """Return the tensors of a `WindowGrid` by name, on the CPU."""
-    sides = []
-    for length, real, cells in zip(canvas, size, window, strict=True):
-        clipped = min(cells, real)
-        shift = clipped // 2 if shifted and clipped < real else 0
-        filled = -(-length // clipped) * clipped
-        position = torch.arange(filled) + shift  # of the shifted map's cells
-        sides.append((clipped, position % filled, position >= filled, position % filled < real))
-    (height, rows, row_wraps, row_is_real), (width, columns, column_wraps, column_is_real) = sides
-    window = (height, width)
-    is_real = row_is_real[:, None] & column_is_real
-    group = torch.where(is_real, row_wraps[:, None] * 2 + column_wraps, 4)
-    group = partition(group[None, :, :, None], window)[..., 0]  # (windows of one map, L)
-    cell = rows[:, None] * canvas[1] + columns
-    is_there = (rows < canvas[0])[:, None] & (columns < canvas[1])
-    cell, is_there = (partition(x[None, :, :, None], window).flatten() for x in (cell, is_there))
-    places = torch.empty(canvas[0] * canvas[1], dtype=torch.int64)
-    places[cell[is_there]] = torch.arange(len(cell))[is_there]
+    """Return all tensors of a `WindowGrid` by name, on the CPU."""
+    rows = _shifted_side(canvas[0], size[0], window[0], shifted)
+    columns = _shifted_side(canvas[1], size[1], window[1], shifted)
+    clipped = (rows.window, columns.window)
+
+    # Cells see each other if they are in one window and in one group.
+    is_real = rows.is_real[:, None] & columns.is_real
+    group = torch.where(is_real, rows.wraps[:, None] * 2 + columns.wraps, 4)
+    group = _partition_cells(group, clipped)  # (windows, L)
     sees = group[:, :, None] == group[:, None, :]
     is_whole = sees.all(dim=(1, 2))
     cut = (~is_whole).nonzero()[:, 0]
+    mask = torch.zeros(len(cut), *sees.shape[1:]).masked_fill_(~sees[cut], -math.inf)
+
+    cell = rows.position[:, None] * canvas[1] + columns.position
+    is_on_canvas = (rows.position < canvas[0])[:, None] & (columns.position < canvas[1])
+    cell = _partition_cells(cell, clipped).flatten()  # (Q,)
+    is_on_canvas = _partition_cells(is_on_canvas, clipped).flatten()
+    places = torch.empty(canvas[0] * canvas[1], dtype=torch.int64)
+    places[cell[is_on_canvas]] = torch.arange(len(cell))[is_on_canvas]
     return {
-        "cells": cell.where(is_there, 0),
+        "cells": cell.where(is_on_canvas, 0),
         "places": places,
-        "filling": (~is_there).nonzero()[:, 0],
+        "padding": (~is_on_canvas).nonzero()[:, 0],
         "whole": is_whole.nonzero()[:, 0],
         "cut": cut,
-        "mask": torch.zeros(len(cut), *sees.shape[1:]).masked_fill_(~sees[cut], -math.inf),
+        "mask": mask,
     }
 
 
-def partition(x: Tensor, window: Size) -> Tensor:
-    """Maps (N, H, W, C), H and W multiples of the window, to windows (B, L, C): of one map row by row, map after map."""
-    n, height, width, channels = x.shape
-    x = x.view(n, height // window[0], window[0], width // window[1], window[1], channels)
-    return x.transpose(2, 3).reshape(-1, window[0] * window[1], channels)
+@dataclass(frozen=True)
+class _ShiftedSide:
+    """One side of a map that is filled up to whole windows and cyclically shifted."""
+
+    window: int
+    """Side of a window, clipped to the real cells."""
+    position: Tensor
+    """Where each cell of the shifted side comes from."""
+    wraps: Tensor
+    """Whether a cell came there from the other end."""
+    is_real: Tensor
+    """Whether a cell is real and not padding."""
+
+
+def _shifted_side(length: int, num_real: int, window: int, shifted: bool) -> _ShiftedSide:
+    """Return one side of a map of `length` cells, the first `num_real` of which are real."""
+    clipped = min(window, num_real)
+    shift = clipped // 2 if shifted and clipped < num_real else 0
+    filled = -(-length // clipped) * clipped
+    unwrapped = torch.arange(filled) + shift
+    position = unwrapped % filled
+    return _ShiftedSide(clipped, position, unwrapped >= filled, position < num_real)
+
+
+def _partition_cells(cells: Tensor, window: Size) -> Tensor:
+    """Return one number for each cell (H, W) window by window: (windows, L)."""
+    height, width = cells.shape
+    cells = cells.view(height // window[0], window[0], width // window[1], window[1])
+    return cells.transpose(1, 2).reshape(-1, window[0] * window[1])
 
 
 def into_windows(x: Tensor, grid: WindowGrid) -> Tensor:
-    """Maps' cells (N, P, C) to windows' cells (N, Q, C): one copy, in place of a pad, a roll and a partition."""
-    return _Rearranged.apply(x, grid.cells, grid.places, grid.cells[:0])
+    """Return the windows' cells (N, Q, C) of maps (N, P, C).
+
+    This is one copy, in place of padding, a cyclic shift and a partition.
+    """
+    nothing = grid.cells[:0]
+    return _RearrangeCells.apply(x, grid.cells, grid.places, nothing)
 
 
 def out_of_windows(x: Tensor, grid: WindowGrid) -> Tensor:
-    """Windows' cells (N, Q, C) to maps' cells (N, P, C): undo of `into_windows`."""
-    return _Rearranged.apply(x, grid.places, grid.cells, grid.filling)
+    """Return the maps' cells (N, P, C) of windows (N, Q, C): undo `into_windows`."""
+    return _RearrangeCells.apply(x, grid.places, grid.cells, grid.padding)
 
 
-class _Rearranged(torch.autograd.Function):
-    """Rows by their numbers, with a backward pass that takes too, where autograd's own would add up."""
+class _RearrangeCells(torch.autograd.Function):
+    """Takes cells by their indices, forward and backward.
+
+    The backward pass takes too, because each cell is used once. PyTorch's would add up.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, take: Tensor, back: Tensor, unused: Tensor) -> Tensor:
-        """`take` leads there, `back` back, and rows of x that are in `unused` have no gradient."""
-        ctx.back, ctx.unused = back, unused
-        return _rows(x, take)
+    def forward(ctx: Any, x: Tensor, taken: Tensor, undo: Tensor, unused: Tensor) -> Tensor:
+        """Return the cells `taken` of x (N, cells, C).
+
+        Args:
+            undo: the indices that lead back.
+            unused: the cells of x that are not taken, and have a gradient of zero.
+        """
+        ctx.undo = undo
+        ctx.unused = unused
+        return _take_cells(x, taken)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _rows(grad, ctx.back).index_fill_(1, ctx.unused, 0), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        back = _take_cells(gradient, ctx.undo).index_fill_(1, ctx.unused, 0)
+        return back, None, None, None
 
 
-def _rows(x: Tensor, take: Tensor) -> Tensor:
-    starts = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return (
-        x.reshape(-1, x.shape[2])
-        .index_select(0, (starts + take).flatten())
-        .view(len(x), len(take), x.shape[2])
-    )
+def _take_cells(x: Tensor, taken: Tensor) -> Tensor:
+    """Return x[:, taken], by the faster way over one dimension."""
+    num_maps, num_cells, channels = x.shape
+    starts = torch.arange(num_maps, device=x.device)[:, None] * num_cells
+    rows = (starts + taken).flatten()
+    return x.reshape(-1, channels).index_select(0, rows).view(num_maps, len(taken), channels)
 
 
 @constant_of_sizes
 def relative_positions(window: Size, device: torch.device) -> Tensor:
-    """For each pair of cells of a window, its place in a list of offsets: (L L,) int64.
+    """Return for each pair of cells of a window its index in a list of offsets: (L * L,) int64.
 
-    The list holds the (2 window - 1)^2 offsets from (-window + 1, -window + 1) row by row; the offset is that of the first
-    cell (the query) from the second.
+    The list holds the (2 height - 1) * (2 width - 1) offsets row by row, from (1 - height, 1 - width)
+    on. The offset is that of the first cell (the query) from the second one.
     """
-    rows, columns = torch.meshgrid(*(torch.arange(side) for side in window), indexing="ij")
-    down, right = (cells.flatten()[:, None] - cells.flatten() for cells in (rows, columns))
-    return (
-        ((down + window[0] - 1) * (2 * window[1] - 1) + right + window[1] - 1).flatten().to(device)
-    )
+    height, width = window
+    rows = torch.arange(height).repeat_interleave(width)  # (L,)
+    columns = torch.arange(width).repeat(height)
+    down = rows[:, None] - rows + height - 1  # (L, L), from 0
+    right = columns[:, None] - columns + width - 1
+    return (down * (2 * width - 1) + right).flatten().to(device)
 
 
 @constant_of_sizes
 def log_coordinates(window: Size, pretrained: Size, device: torch.device) -> Tensor:
-    """Return the offsets in a window on V2's log scale: (2 window_h - 1, 2 window_w - 1, 2) float64.
+    """Return the offsets in a window on V2's log scale.
 
-    arXiv 2111.09883, section 3.3, equation 4, in the official code's form: sign(x) log2(1 + |8 x|) / log2(8), where x is
-    the offset over the largest one of the pretraining window. Offsets beyond that one lie beyond log2(9) / 3 = 1.057.
+    The formula is sign(x) * log2(1 + |8 x|) / log2(8), where x is the offset over the largest one of
+    the pretraining window. Larger offsets lie beyond log2(9) / 3 = 1.057.
+
+    Args:
+        window: (height, width), cells.
+        pretrained: the window of the pretraining.
+        device: of the result.
+
+    Returns:
+        (2 height - 1, 2 width - 1, 2) float64.
+
+    Source: arXiv 2111.09883, section 3.3, equation 4, in the form of the official code.
     """
     axes = []
     for cells, reference in zip(window, pretrained, strict=True):
-        offsets = torch.arange(1 - cells, cells, dtype=torch.float64) / max(reference - 1, 1) * 8
-        axes.append(offsets.sign() * torch.log2(offsets.abs() + 1) / 3)
+        offsets = torch.arange(1 - cells, cells, dtype=torch.float64)
+        scaled = offsets / max(reference - 1, 1) * 8
+        axes.append(scaled.sign() * torch.log2(scaled.abs() + 1) / 3)
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).to(device)

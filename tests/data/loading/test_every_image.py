@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from moco.cli.build_pretraining import build_data
 from moco.data.augment.views import build_evaluation_view
 from moco.data.loading.every_image import (
     EvaluationBatches,
@@ -14,7 +15,6 @@ from moco.data.loading.every_image import (
     in_batches,
 )
 from moco.data.sources.registry import ArrayImages, DataSource, Labelled, build_source
-from moco.train import build_data
 from tests.data.loading.test_datamodule import data_for
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
