@@ -103,7 +103,7 @@ class EvaluationBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EvaluationBatches:
+class EvaluationCollate:
     """Make an `EvaluationBatch` of images that were read by their number.
 
     Args:
@@ -151,7 +151,7 @@ def evaluation_loader(
         if images.tensor.shape[1:3] == (side, side):
             return MemoryBatches(images, labels, view, batch_size, rank, world_size, device)
     batches = in_batches(range(rank, len(images), world_size), batch_size)
-    collate = EvaluationBatches(labels, image_size)
+    collate = EvaluationCollate(labels, image_size)
     return every_image(images, view, collate, batches, num_workers, device)
 
 

@@ -128,7 +128,7 @@ class IndexedSet:
         keys = in_batches(range(place[0], len(self)), batch_size)
         # A tensor, because loader processes share its memory.
         labels = torch.from_numpy(self.labelled.labels)
-        collate = IndexedBatches(labels, image_size)
+        collate = IndexedCollate(labels, image_size)
         images = self.labelled.images
         return every_image(images, CropToTensor(crop), collate, keys, num_workers, device)
 
@@ -144,7 +144,7 @@ class CropToTensor:
 
 
 @dataclass(frozen=True)
-class IndexedBatches:
+class IndexedCollate:
     """Make an `ImageBatch` of images that were read by their number.
 
     Args:
@@ -219,7 +219,7 @@ class ShardedSet:
             InputError: while iterating, a shard is refused.
         """
         keys = in_batches(ShardedSamples(self.sharded, place), batch_size)
-        collate = ShardedBatches(image_size)
+        collate = ShardedCollate(image_size)
         make = CropToTensor(crop)
         return every_image(DecodedSamples(), make, collate, keys, num_workers, device)
 
@@ -268,7 +268,7 @@ class DecodedSamples:
 
 
 @dataclass(frozen=True)
-class ShardedBatches:
+class ShardedCollate:
     """Make an `ImageBatch` of samples that were read."""
 
     image_size: int
