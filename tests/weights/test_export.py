@@ -438,7 +438,7 @@ def evaluated(checkpoints, name, tmp_path, image_size, window_size=None):
     config = EvaluateConfig(
         str(checkpoints / f"{name}.ckpt"),
         EvaluateDataConfig(image_size=image_size, num_images=20),
-        EvaluationConfig(num_neighbors=2, label_free=False, images=False),
+        EvaluationConfig(num_neighbors=2, label_free=False, plots=False),
         accelerator="cpu",
         backbone=PretrainedBackboneConfig(window_size=window_size),
     )
