@@ -6,20 +6,21 @@ them by those statistics: the loss falls and nothing is learned (arXiv 1911.0572
 
 - ``shuffle``: the keys' batch is shuffled over all devices, so that a query and its key are
   normalised with different images. On one device the images are the same, and nothing is prevented.
-- ``split``: the batch is normalised in groups, as if each group were on its own device, and the keys
-  are shuffled. This is the remedy for one device, from the official CIFAR-10 notebook.
-- ``sync``: every batch is normalised with the statistics of all devices, and the keys stay in order.
-  With a queue this prevents nothing: a query and its key still share their statistics, and the keys
-  in the queue have others. On one device it is the same as ``plain``.
+- ``split``: the batch is normalised in groups, as if each group were on its own device, and the
+  keys are shuffled. This is the remedy for one device, from the official CIFAR-10 notebook.
+- ``sync``: every batch is normalised with the statistics of all devices, and the keys stay in
+  order. With a queue this prevents nothing: a query and its key still share their statistics, and
+  the keys in the queue have others. On one device it is the same as ``plain``.
 - ``plain``: each device normalises its own batch. Encoders without BatchNorm need nothing else.
-- ``auto`` with a queue: ``plain`` without BatchNorm, ``split`` on one device, ``shuffle`` on several.
+- ``auto`` with a queue: ``plain`` without BatchNorm, ``split`` on one device, ``shuffle`` on
+  several.
 - ``auto`` with negatives of the same batch: ``sync`` on several GPUs, otherwise ``plain``. All keys
   that a query is compared with then share their statistics, which tell none of them apart.
 
-A BatchNorm in the projector alone (MoBY's Swin) leaks as well, so ``auto`` treats it like any other.
-In a trial the keys shared nothing with their queries but the batch of 8: with a two-layer head the
-loss fell from log(1 + K) = 7.6 to 5.7, and in groups of 8 with shuffled keys it stayed at 7.6. A
-BatchNorm in the predictor alone is safe, because keys do not pass it.
+A BatchNorm in the projector alone (MoBY's Swin) leaks as well, so ``auto`` treats it like any
+other. In a trial the keys shared nothing with their queries but the batch of 8: with a two-layer
+head the loss fell from log(1 + K) = 7.6 to 5.7, and in groups of 8 with shuffled keys it stayed at
+7.6. A BatchNorm in the predictor alone is safe, because keys do not pass it.
 """
 
 import logging
@@ -44,8 +45,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
         wrapped: any BatchNorm; its parameters and buffers are shared, under their names.
         num_splits: S.
         is_sorted: the batches come sorted by group, see `sorted_by_group`. In the channels_last
-            layout each group is then one part of the memory. Otherwise the whole batch would have to
-            be copied to another layout: a step of ResNet-50 then takes 1.5 times as long.
+            layout each group is then one part of the memory. Otherwise the whole batch would have
+            to be copied to another layout: a step of ResNet-50 then takes 1.5 times as long.
     """
 
     def __init__(self, wrapped: nn.Module, num_splits: int, is_sorted: bool = False) -> None:
@@ -97,7 +98,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         )
 
     def forward_interleaved(self, input: Tensor) -> Tensor:
-        """Normalise a batch in its own order: (N, C, ...) seen as N / S samples of S * C channels."""
+        """Normalise a batch in its own order, seen as N / S samples of S * C channels."""
         splits = self.num_splits
         grouped = input.reshape(-1, splits * self.num_features, *input.shape[2:])
         mean = repeated(self.running_mean, splits)

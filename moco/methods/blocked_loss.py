@@ -1,8 +1,8 @@
 """InfoNCE without a buffer of N x K logits, and the rule that says when it is used.
 
-On a CPU the blocked form is about twice as fast as the plain one, and it needs 3 MiB where the plain
-one needs 198 (N = 256, K = 65,536). On a GPU the plain form is faster at usual sizes: 0.57 ms against
-0.98 ms at the same N and K. See docs/performance.md.
+On a CPU the blocked form is about twice as fast as the plain one, and it needs 3 MiB where the
+plain one needs 198 (N = 256, K = 65,536). On a GPU the plain form is faster at usual sizes: 0.57 ms
+against 0.98 ms at the same N and K. See docs/performance.md.
 """
 
 from typing import Any
@@ -68,8 +68,8 @@ def blocked_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature:
 class _BlockedInfoNCE(torch.autograd.Function):
     """`blocked_info_nce`, whose gradient is computed in the forward pass.
 
-    The loss ends in a mean, so the gradient of the queries is known up to the factor that comes from
-    above. The logits are needed once, and nothing of size N x K is kept for the backward pass.
+    The loss ends in a mean, so the gradient of the queries is known up to the factor that comes
+    from above. The logits are needed once, and nothing of size N x K is kept for the backward pass.
     """
 
     @staticmethod
@@ -105,16 +105,16 @@ def losses_and_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return each query's loss (N,) and its gradient with respect to that query (N, C).
 
-    With p the exponential of a logit and P the sum of p over the key and all negatives, the gradient
-    is (sum of p * negative - (P - p of the key) * key) / (T * P). Both sums are collected block by
-    block.
+    With p the exponential of a logit and P the sum of p over the key and all negatives, the
+    gradient is (sum of p * negative - (P - p of the key) * key) / (T * P). Both sums are collected
+    block by block.
 
     Without `needs_gradient` the gradients are (N, 0).
     """
     scaled = query / temperature
     positive = (scaled * key).sum(dim=1)  # (N,)
-    # Logits of unit vectors lie between -1/T and 1/T. If their exponentials could leave the range of
-    # float32, they are taken relative to the highest logit so far (arXiv 1805.02867). That reads
+    # Logits of unit vectors lie between -1/T and 1/T. If their exponentials could leave the range
+    # of float32, they are taken relative to the highest logit so far (arXiv 1805.02867). That reads
     # every block twice more.
     is_safe = 1 / temperature <= HIGHEST_SAFE_LOGIT
     highest = torch.zeros_like(positive) if is_safe else positive

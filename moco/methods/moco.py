@@ -1,8 +1,8 @@
 """Momentum Contrast as one algorithm with a few switches.
 
-The switches make MoCo v1 (arXiv 1911.05722), v2 (2003.04297), v3 (2104.02057), MoBY (2105.04553) and
-DenseCL (2011.09157). Shapes use N for the batch of this device, M for the batch of all devices, C for
-the width of an embedding and K for the size of a queue.
+The switches make MoCo v1 (arXiv 1911.05722), v2 (2003.04297), v3 (2104.02057), MoBY (2105.04553)
+and DenseCL (2011.09157). Shapes use N for the batch of this device, M for the batch of all devices,
+C for the width of an embedding and K for the size of a queue.
 """
 
 import copy
@@ -44,8 +44,8 @@ from moco.training.optimizers import build_optimizer, learning_rate_at
 class MoCo(pl.LightningModule):
     """A query encoder, a momentum key encoder, and InfoNCE against the keys of a queue or batch.
 
-    The arguments are plain numbers, strings and dicts. They are the hyperparameters of a checkpoint,
-    from which the module is rebuilt.
+    The arguments are plain numbers, strings and dicts. They are the hyperparameters of a
+    checkpoint, from which the module is rebuilt.
 
     Args:
         backbone: arguments of `build_backbone`.
@@ -56,8 +56,8 @@ class MoCo(pl.LightningModule):
         negatives: ``queue``, or ``batch`` for the other keys of the step on all devices (MoCo v3).
         queue_size: K; None without a queue.
         queue_start: ``random`` or ``empty``, see `KeyQueue`.
-        num_queues: 1, or 2 for a queue of each view's keys, so that queries meet negatives that were
-            augmented as their own keys were (MoBY). Two need `symmetric`.
+        num_queues: 1, or 2 for a queue of each view's keys, so that queries meet negatives that
+            were augmented as their own keys were (MoBY). Two need `symmetric`.
         temperature: T.
         key_momentum: m at the first step, see `key_momentum_at`.
         key_momentum_schedule: ``constant`` or ``cosine``.
@@ -69,8 +69,9 @@ class MoCo(pl.LightningModule):
             (MoCo v3).
         batch_norm: see `moco.methods.batch_norm`.
         batch_norm_splits: groups of split BatchNorm.
-        dense_weight: w of DenseCL: the loss is (1 - w) * global + w * dense, and 0 is MoCo. The dense
-            term has its own projector, as wide as the other one, and its own queues, but no predictor.
+        dense_weight: w of DenseCL: the loss is (1 - w) * global + w * dense, and 0 is MoCo. The
+            dense term has its own projector, as wide as the other one, and its own queues, but no
+            predictor.
         dense_grid: side of the dense term's grid, cells, see `DenseProjector`.
 
     Raises:
@@ -141,9 +142,9 @@ class MoCo(pl.LightningModule):
         """Return the loss of a batch of view pairs, and what the monitors look at.
 
         Returns:
-            ``loss``, and of the last direction ``query`` and ``key`` (N, C) and the ``negatives`` that
-            the loss compared them with: the keys of the queue (K, C), or those of the batch of all
-            devices (M, C), the positives among them. With the dense term also its two parts,
+            ``loss``, and of the last direction ``query`` and ``key`` (N, C) and the ``negatives``
+            that the loss compared them with: the keys of the queue (K, C), or those of the batch of
+            all devices (M, C), the positives among them. With the dense term also its two parts,
             ``loss_global`` and ``loss_dense``.
         """
         first, second = batch.views  # (N, 3, H, W) each
@@ -240,9 +241,10 @@ class MoCo(pl.LightningModule):
     ) -> None:
         """Set the learning rate, take the step, then update the key encoder.
 
-        The official codes update the key encoder at the beginning of step t, with m(t) and the query
-        weights that step t - 1 left. Here the same update ends step t - 1. All keys are encoded with
-        the same weights as there, and accumulated gradients do not make it happen twice.
+        The official codes update the key encoder at the beginning of step t, with m(t) and the
+        query weights that step t - 1 left. Here the same update ends step t - 1. All keys are
+        encoded with the same weights as there, and accumulated gradients do not make it happen
+        twice.
         """
         step = self.trainer.global_step
         for group in optimizer.param_groups:
@@ -265,8 +267,8 @@ class MoCo(pl.LightningModule):
     def encode_keys(self, views: Sequence[Tensor]) -> list[Encoded]:
         """Return for each direction's key view (N, 3, H, W) its embeddings and cells, unit norm.
 
-        There is no gradient and no predictor. If BatchNorm would leak, the views are shuffled on the
-        way. With `keys_follow_the_views` the encoder sees the last direction's view first.
+        There is no gradient and no predictor. If BatchNorm would leak, the views are shuffled on
+        the way. With `keys_follow_the_views` the encoder sees the last direction's view first.
         """
         if self.keys_follow_the_views:
             return self.encode_keys_in_order(views[::-1])[::-1]

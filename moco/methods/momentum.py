@@ -13,7 +13,8 @@ def update_key_encoder(
 ) -> None:
     """Set every parameter of the key encoder to m * key + (1 - m) * query, in place.
 
-    Buffers stay: BatchNorm's running statistics in the key encoder come from its own forward passes.
+    Buffers stay: BatchNorm's running statistics in the key encoder come from its own forward
+    passes.
 
     Args:
         key_encoder: of the same layers as the query encoder.

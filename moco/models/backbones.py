@@ -5,14 +5,14 @@ tasks. It has no classifier. Every backbone has
 
 - ``feature_dim``: D,
 - ``forward(images) -> (N, D)``,
-- ``feature_maps(images) -> [(N, C_1, H_1, W_1), ..., (N, C_4, H_4, W_4)]``, from the first layers to
-  the last ones,
+- ``feature_maps(images) -> [(N, C_1, H_1, W_1), ..., (N, C_4, H_4, W_4)]``, from the first layers
+  to the last ones,
 - ``feature_and_maps(images)``, which returns both from one pass,
 - ``feature_map_dims`` = (C_1, ..., C_4),
 - ``feature_map_strides``, in px of the image per cell.
 
-ResNet and Swin double the stride from map to map, and the feature is the mean over the last map. ViT
-has one stride, the side of its patch, and the feature is its class token.
+ResNet and Swin double the stride from map to map, and the feature is the mean over the last map.
+ViT has one stride, the side of its patch, and the feature is its class token.
 """
 
 import inspect
@@ -34,7 +34,7 @@ SWIN_T = (96, (2, 2, 6, 2), (3, 6, 12, 24))
 SWIN_S = (96, (2, 2, 18, 2), (3, 6, 12, 24))
 SWIN_B = (128, (2, 2, 18, 2), (4, 8, 16, 32))
 
-# What a partial gives by position is fixed. What it gives by keyword is a default that users can set.
+# A partial fixes what it gives by position. What it gives by keyword is a default for users.
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet_tiny": partial(ResNet, BasicBlock, (1, 1, 1, 1), width=16),
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),

@@ -131,7 +131,8 @@ def per_view(
     """Return a module's output for each view.
 
     All views go through the module in one pass, unless it has BatchNorm. BatchNorm would normalise
-    one view with the other's statistics, so it sees each view by itself, as in the published methods.
+    one view with the other's statistics, so it sees each view by itself, as in the published
+    methods.
 
     Args:
         module: tells whether there is BatchNorm.

@@ -1,4 +1,4 @@
-"""The heads between features and embeddings: projectors, predictors, and DenseCL's dense projector."""
+"""The heads between features and embeddings: projectors, predictors and the dense projector."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -19,16 +19,16 @@ class ResNet(resnet.ResNet):
     Args:
         block: torchvision's ``BasicBlock`` or ``Bottleneck``.
         depths: blocks in each of the four stages.
-        stem: ``imagenet`` is torchvision's. ``cifar`` is a 3x3 convolution of stride 1 and padding 1
-            without max-pooling, as in the official CIFAR notebook
-            (https://github.com/facebookresearch/moco, branch colab-notebook), which also leaves that
-            convolution at PyTorch's default initialisation. ``solo_cifar`` has padding 2, as in
-            solo-learn: its feature maps are those of an image that is 2 px larger.
+        stem: ``imagenet`` is torchvision's. ``cifar`` is a 3x3 convolution of stride 1 and padding
+            1 without max-pooling, as in the official CIFAR notebook
+            (https://github.com/facebookresearch/moco, branch colab-notebook), which also leaves
+            that convolution at PyTorch's default initialisation. ``solo_cifar`` has padding 2, as
+            in solo-learn: its feature maps are those of an image that is 2 px larger.
         width: channels of the stem, and of the first stage's blocks before expansion. The stages
             double it. torchvision's is 64.
         width_per_group: 128 makes the wide variants (arXiv 1605.07146).
-        zero_init_residual: the last BatchNorm of every block starts with a scale of zero, so that the
-            block is the identity (arXiv 1706.02677, section 5.1), as in MoCo v3.
+        zero_init_residual: the last BatchNorm of every block starts with a scale of zero, so that
+            the block is the identity (arXiv 1706.02677, section 5.1), as in MoCo v3.
 
     Raises:
         InputError: there is no such stem.
@@ -95,8 +95,8 @@ class ResNet(resnet.ResNet):
     def feature_and_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return `forward` and `feature_maps` from one pass.
 
-        With the stem ``solo_cifar`` the feature is the mean over the last stage's whole output, whose
-        border lies outside the image. The maps are without that border.
+        With the stem ``solo_cifar`` the feature is the mean over the last stage's whole output,
+        whose border lies outside the image. The maps are without that border.
         """
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []

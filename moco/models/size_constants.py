@@ -16,8 +16,8 @@ def constant_of_sizes(function: Callable[..., T]) -> Callable[..., T]:
     """Keep the results of a pure function of sizes and a device.
 
     torch.compile takes the results as constants: it does not trace the function, and compiled code
-    reads the tensors where they are. The arguments must be hashable. No result may depend on anything
-    else, such as weights.
+    reads the tensors where they are. The arguments must be hashable. No result may depend on
+    anything else, such as weights.
     """
     # A tensor that was made in inference mode could not be used in training.
     without_inference_mode = torch.inference_mode(False)(function)

@@ -42,26 +42,26 @@ class Block(vision_transformer.EncoderBlock):
 class VisionTransformer(nn.Module):
     """ViT without its classifier; the feature is the class token after the last norm.
 
-    Parameter names are torchvision's. Fixed positions are not among the weights, because they follow
-    from the grid.
+    Parameter names are torchvision's. Fixed positions are not among the weights, because they
+    follow from the grid.
 
     Args:
         patch_size: side of a patch, px.
         embed_dim: D.
         depth: number of blocks, a multiple of 4.
-        num_heads: attention heads. MoCo v3's ViT-S has 12, that of DeiT and timm has 6. The shapes of
-            the weights do not tell.
-        learned_positions: side of the square grid of learned positions, cells, for weights that were
-            trained with such. They are resized bicubically to other grids. None: fixed positions, see
-            `sine_cosine_positions`.
-        stochastic_depth: chance that an image skips a branch of the last block in training. It rises
-            linearly from 0 at the first block.
+        num_heads: attention heads. MoCo v3's ViT-S has 12, that of DeiT and timm has 6. The shapes
+            of the weights do not tell.
+        learned_positions: side of the square grid of learned positions, cells, for weights that
+            were trained with such. They are resized bicubically to other grids. None: fixed
+            positions, see `sine_cosine_positions`.
+        stochastic_depth: chance that an image skips a branch of the last block in training. It
+            rises linearly from 0 at the first block.
         gradient_checkpointing: keep only the blocks' inputs for the backward pass, and compute the
             rest again.
         freeze_patch_embed: do not train the random patch projection, for stability
             (arXiv 2104.02057, section 4.2).
-        partial_patches: ``complete`` fills the last row and column of patches up with zeros. ``drop``
-            leaves them out.
+        partial_patches: ``complete`` fills the last row and column of patches up with zeros.
+            ``drop`` leaves them out.
 
     Raises:
         InputError: the width is no multiple of the heads.
@@ -113,8 +113,8 @@ class VisionTransformer(nn.Module):
     def _initialise(self) -> None:
         """Initialise as the official MoCo v3 code: xavier-uniform weights, biases of zero.
 
-        The projection to queries, keys and values is one tensor, and counts as three matrices. A patch
-        counts as one long vector. Learned positions, which MoCo v3 does not have, start as
+        The projection to queries, keys and values is one tensor, and counts as three matrices. A
+        patch counts as one long vector. Learned positions, which MoCo v3 does not have, start as
         torchvision's.
         """
         for block in self.blocks():
@@ -203,11 +203,11 @@ class VisionTransformer(nn.Module):
 def sine_cosine_positions(grid: Size, dim: int, device: torch.device) -> Tensor:
     """Return MoCo v3's fixed positions in two dimensions: (1, P, dim) float32, without gradient.
 
-    The class token's is zero. The first half of the channels holds the cell's row, the second half its
-    column. Each half has the sines of row * omega_i, then the cosines, with
-    omega_i = 10000^(-4 i / dim) for i from 0 to dim / 4 - 1. A larger image has more cells at the same
-    distances. The paper names the encoding; the order of the channels is that of the official code,
-    so that its weights keep their meaning.
+    The class token's is zero. The first half of the channels holds the cell's row, the second half
+    its column. Each half has the sines of row * omega_i, then the cosines, with
+    omega_i = 10000^(-4 i / dim) for i from 0 to dim / 4 - 1. A larger image has more cells at the
+    same distances. The paper names the encoding; the order of the channels is that of the official
+    code, so that its weights keep their meaning.
     """
     omega = WAVE_BASE ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     height, width = grid

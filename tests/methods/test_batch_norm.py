@@ -1,3 +1,5 @@
+"""BatchNorm modes: split BatchNorm against its closed form, and the choice of a mode."""
+
 import copy
 from types import SimpleNamespace
 

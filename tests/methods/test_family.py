@@ -1,7 +1,7 @@
-"""Every published variant, as conf/method/ has it, against a reference that is written from its paper.
+"""Every method of conf/method/ against a reference that is written from its paper.
 
-The references know nothing of Lightning: numpy for the losses on fixed embeddings, a plain loop in the order of the official
-codes for whole steps.
+The references know nothing of Lightning. Losses on fixed embeddings are compared with numpy, whole
+steps with a plain loop in the order of the official codes.
 """
 
 import copy
@@ -73,7 +73,7 @@ PUBLISHED = {
     },
     "densecl": {"temperature": 0.2, "projector": {"num_layers": 2, "hidden_dim": None}, "dense_weight": 0.5},
 }  # fmt: skip
-"""Beside what v1 and v2 share: K 65536, C 128, a constant m of 0.999, one direction, no predictor."""
+"""What differs from `SHARED` and `HEAD`."""
 SHARED = {
     "negatives": "queue", "queue_size": 65536, "queue_start": "random", "num_queues": 1, "embedding_dim": 128,
     "key_momentum": 0.999, "key_momentum_schedule": "constant", "key_momentum_end": 1.0, "symmetric": False,
@@ -103,8 +103,8 @@ def test_methods_have_the_numbers_of_their_papers(name):
         )
 
 
-# Loss and gradients on fixed embeddings. Every reference takes queries[direction], keys[direction] and
-# queues[direction], and returns the loss and its gradients with respect to the queries.
+# Loss and gradients on fixed embeddings. Every reference takes queries[direction], keys[direction]
+# and queues[direction]. It returns the loss, and its gradients with respect to the queries.
 
 
 def one_direction(queries, keys, queues, temperature):
@@ -191,7 +191,7 @@ def test_loss_and_gradients_equal_the_papers(name, temperature):
 
 
 def dense_step(method, width, temperature):
-    """Cells of queries and keys, and the dense loss of them with its gradient with respect to the queries'."""
+    """Cells of queries and keys, their dense loss, and its gradient for the queries' cells."""
     embeddings, features = unit(2, 6, 4, width), unit(2, 6, 4, 12)
     negatives = method.dense_queue.negatives().double().numpy()
     value, gradient = dense_reference(
@@ -230,7 +230,7 @@ def test_loss_of_chance_is_the_loss_when_all_embeddings_are_equal(
 
 
 def plain_encode(encoder, images, dense_grid, predictor):
-    """Normalised embeddings (N, C); of the cells of a dense encoder also embeddings, their mean, and features."""
+    """Normalised embeddings (N, C); with a dense grid also the parts of `Cells`."""
     if not dense_grid:
         return [F.normalize(predictor(encoder.projector(encoder.backbone(images))), dim=1)]
     last = F.adaptive_avg_pool2d(
@@ -261,7 +261,7 @@ def plain_in_batch_info_nce(query, keys, temperature):
 
 
 def plain_update(name, parameter, gradient, state, number, options, lr):
-    """A step of SGD with momentum, AdamW (arXiv 1711.05101, algorithm 2) or LARS (arXiv 1708.03888) on one parameter."""
+    """A step on one parameter: SGD, AdamW (arXiv 1711.05101) or LARS (arXiv 1708.03888)."""
     of_positions = any(
         word in name for word in ("cpb_mlp", "logit_scale")
     )  # Swin V2's, which no decay is for
@@ -496,7 +496,7 @@ SGD = [
     "optimizer.schedule=cosine",
     "optimizer.schedule_interval=step",
 ]
-# AdamW's large eps keeps rounding errors of gradients near zero (a bias before BatchNorm) from becoming whole steps.
+# A large eps: AdamW would else make whole steps of rounding errors, as of a bias before BatchNorm.
 ADAMW = [
     "backbone=swin_v2_tiny_patch2", "backbone.stochastic_depth=0", "optimizer=adamw", "optimizer.lr=0.1",
     "optimizer.lr_for_batch_size=64", "optimizer.eps=0.01", "optimizer.final_lr=0", "optimizer.weight_decay=0.5",
@@ -570,7 +570,7 @@ def test_three_steps_equal_a_plain_loop_in_the_official_order(name, overrides, r
 
 
 def test_the_key_encoder_of_each_step_is_the_official_one_to_the_last_bit(runner):
-    """Official: updated at the start of step t with m(t) and the query weights of then. Ours: at the end of step t - 1."""
+    """The official codes update at the start of step t, ours at the end of step t - 1."""
     official, equal = [], []
 
     def weights(encoder):
@@ -593,7 +593,7 @@ def test_the_key_encoder_of_each_step_is_the_official_one_to_the_last_bit(runner
 
 
 def passes(method, *paths):
-    """For each path of a module, the lengths of the batches that went through it in one training step of 8 pairs."""
+    """The sizes of the batches that go through each module in a step of 8 pairs."""
     seen = {path: [] for path in paths}
     for path, lengths in seen.items():
         method.get_submodule(path).register_forward_hook(
@@ -635,7 +635,7 @@ def test_views_that_go_through_together_come_out_apart():
 
 
 def on_half_a_batch(rank):
-    """Two processes with half of the batch each: losses and gradients, averaged as DDP does, are those of the whole."""
+    """Two processes, half of the batch each: losses and gradients average to the whole's."""
     heads = [
         f"method.{head}.{setting}" for head in ("projector", "predictor")
         for setting in ("hidden_dim=32", "hidden_batch_norm=false", "last_batch_norm=false")

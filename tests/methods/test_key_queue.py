@@ -1,3 +1,5 @@
+"""The queue against one that takes a key at a time."""
+
 from collections import deque
 
 import pytest

@@ -1,4 +1,4 @@
-"""The method's promises one by one, and its losses against their own recorded past. Against the papers: test_family.py."""
+"""The method's promises one by one, and its recorded losses. The papers are in test_family.py."""
 
 import math
 

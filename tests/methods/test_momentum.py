@@ -1,3 +1,5 @@
+"""The moving average and its schedule against their formulas."""
+
 import copy
 import math
 

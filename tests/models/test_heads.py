@@ -1,3 +1,5 @@
+"""The heads: published layers, the dense projector, and what an encoder makes of them."""
+
 import copy
 
 import pytest

@@ -3,14 +3,14 @@
 Swin is arXiv 2103.14030, Swin V2 is arXiv 2111.09883. torchvision's layers are mended here, under
 torchvision's parameter names:
 
-- A map that is no multiple of the window is padded before the cyclic shift, and no real cell attends
-  to padding.
+- A map that is no multiple of the window is padded before the cyclic shift, and no real cell
+  attends to padding.
 - A window larger than the map is clipped to it, and then there is no shift.
 - The log-spaced coordinates of V2's position bias are normalised by the window of the pretraining,
   whatever the present window is.
 
-Shapes use N for the batch, H and W for the cells of a map, B for the windows of a whole batch, L for
-the cells of a window, h for the heads and d for the width of a head.
+Shapes use N for the batch, H and W for the cells of a map, B for the windows of a whole batch, L
+for the cells of a window, h for the heads and d for the width of a head.
 """
 
 import math
@@ -163,8 +163,8 @@ def _attend_in_blocks(
     """Return `attend_on_cpu` for rows (B * h, L, d).
 
     Args:
-        weights: (B * h, L, L) of the value's type, filled with the attention weights. None: they are
-            not kept.
+        weights: (B * h, L, L) of the value's type, filled with the attention weights. None: they
+            are not kept.
     """
     h, length, _ = bias.shape
     biases = bias.repeat(_windows_per_block(bias, len(query) // h), 1, 1)
@@ -209,8 +209,8 @@ def _add_masks(scores: Tensor, grid: WindowGrid, first: int) -> None:
 class _CPUAttention(torch.autograd.Function):
     """`_attend_in_blocks` with a backward pass in blocks.
 
-    Query, key, scores and softmax are of the bias's type, float32. The attention weights are kept for
-    the backward pass in the value's type, in which that pass computes.
+    Query, key, scores and softmax are of the bias's type, float32. The attention weights are kept
+    for the backward pass in the value's type, in which that pass computes.
     """
 
     @staticmethod
@@ -254,8 +254,8 @@ class _CPUAttention(torch.autograd.Function):
 class _Normalize(torch.autograd.Function):
     """Rows (B, h, L, d) as unit vectors times a scale (h, 1, 1), in the type of the scale.
 
-    It is torch.nn.functional.normalize and a product, but keeps only the rows and their norms for the
-    backward pass.
+    It is torch.nn.functional.normalize and a product, but keeps only the rows and their norms for
+    the backward pass.
     """
 
     @staticmethod
@@ -396,8 +396,8 @@ def resized_table(table: Tensor, window: Size, new_window: Size) -> Tensor:
 class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttentionV2):
     """Swin V2's attention: scaled cosines, and position biases from a small MLP.
 
-    The MLP sees log-spaced offsets as fractions of the pretraining window. Another window asks it for
-    more offsets, and changes none. Source: arXiv 2111.09883, sections 3.2 and 3.3.
+    The MLP sees log-spaced offsets as fractions of the pretraining window. Another window asks it
+    for more offsets, and changes none. Source: arXiv 2111.09883, sections 3.2 and 3.3.
     """
 
     pretrained_window_size: Size

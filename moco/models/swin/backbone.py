@@ -59,24 +59,24 @@ class Swin(swin_transformer.SwinTransformer):
         num_heads: attention heads in each stage.
         patch_size: side of a patch, px; a patch is a cell of the first stage.
         window_size: side of the attention windows, cells: one number, or one for each stage.
-        pretrained_window_size: the windows with which the weights were, or will be, pretrained. They
-            normalise the coordinates of V2's position bias, and stay when the window is changed
-            later. None: `window_size`.
+        pretrained_window_size: the windows with which the weights were, or will be, pretrained.
+            They normalise the coordinates of V2's position bias, and stay when the window is
+            changed later. None: `window_size`.
         pretrained_image_size: side of the pretraining images, px. The windows that normalise V2's
-            coordinates are then clipped to the maps of such images, as in Microsoft's code and timm,
-            see `clipped_windows`. None: they are not clipped.
+            coordinates are then clipped to the maps of such images, as in Microsoft's code and
+            timm, see `clipped_windows`. None: they are not clipped.
         stochastic_depth: chance that an image skips a branch of the last block in training (the
             papers' drop path). It rises linearly from 0 at the first block.
         gradient_checkpointing: keep only the blocks' inputs for the backward pass, and compute the
             rest again.
         freeze_patch_embed: do not train the random patch projection, for stability
             (arXiv 2104.02057, section 4.2).
-        partial_patches: ``complete`` fills the last row and column of patches up with zeros. ``drop``
-            leaves them out, as torchvision does.
+        partial_patches: ``complete`` fills the last row and column of patches up with zeros.
+            ``drop`` leaves them out, as torchvision does.
 
     Raises:
-        InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`, or V1 gets a pretraining
-            window or image size.
+        InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`, or V1 gets a
+            pretraining window or image size.
     """
 
     no_weight_decay_keywords = ("cpb_mlp", "logit_scale", "relative_position_bias_table")
@@ -364,8 +364,8 @@ def suggest_window(
     Args:
         image_size: side of the new images, px.
         pretrained_window_size: side of the pretraining window, cells.
-        pretrained_image_size: side of the pretraining images, px. None: the size whose last map is a
-            single window, which is 224 px for window 7 and 256 px for window 8.
+        pretrained_image_size: side of the pretraining images, px. None: the size whose last map is
+            a single window, which is 224 px for window 7 and 256 px for window 8.
         patch_size: px.
     """
     if pretrained_image_size is None:

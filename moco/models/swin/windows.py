@@ -1,7 +1,7 @@
 """The geometry of attention windows: which cells a window holds, and which of them see each other.
 
-Shapes use N for the batch, H and W for the cells of a map, P for all cells of a map, Q for the cells
-of its windows with their padding, L for the cells of one window, and C for channels.
+Shapes use N for the batch, H and W for the cells of a map, P for all cells of a map, Q for the
+cells of its windows with their padding, L for the cells of one window, and C for channels.
 """
 
 import math
@@ -45,9 +45,9 @@ def window_grid(
 ) -> WindowGrid:
     """Return the windows of a map.
 
-    A side that is no multiple of the window is padded at its end, before the cyclic shift. Two cells
-    see each other if both are real and they are neighbours in the map, not only by the cyclic shift.
-    Padding sees padding, so that no row of the attention is empty.
+    A side that is no multiple of the window is padded at its end, before the cyclic shift. Two
+    cells see each other if both are real and they are neighbours in the map, not only by the cyclic
+    shift. Padding sees padding, so that no row of the attention is empty.
 
     Args:
         canvas: (height, width) of the map, cells.
@@ -187,8 +187,8 @@ def _take_cells(x: Tensor, taken: Tensor) -> Tensor:
 def relative_positions(window: Size, device: torch.device) -> Tensor:
     """Return for each pair of cells of a window its index in a list of offsets: (L * L,) int64.
 
-    The list holds the (2 height - 1) * (2 width - 1) offsets row by row, from (1 - height, 1 - width)
-    on. The offset is that of the first cell (the query) from the second one.
+    The list holds the (2 height - 1) * (2 width - 1) offsets row by row, from (1 - height, 1 -
+    width) on. The offset is that of the first cell (the query) from the second one.
     """
     height, width = window
     rows = torch.arange(height).repeat_interleave(width)  # (L,)
@@ -202,8 +202,8 @@ def relative_positions(window: Size, device: torch.device) -> Tensor:
 def log_coordinates(window: Size, pretrained: Size, device: torch.device) -> Tensor:
     """Return the offsets in a window on V2's log scale.
 
-    The formula is sign(x) * log2(1 + |8 x|) / log2(8), where x is the offset over the largest one of
-    the pretraining window. Larger offsets lie beyond log2(9) / 3 = 1.057.
+    The formula is sign(x) * log2(1 + |8 x|) / log2(8), where x is the offset over the largest one
+    of the pretraining window. Larger offsets lie beyond log2(9) / 3 = 1.057.
 
     Args:
         window: (height, width), cells.
