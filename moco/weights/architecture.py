@@ -193,6 +193,12 @@ def one_or_each(windows: Sequence[int]) -> int | list[int]:
     return list(windows)
 
 
+def listed_settings(settings: dict[str, Any]) -> str:
+    """Return a backbone's settings, without its name, for one line."""
+    shown = [f"{key} {value}" for key, value in settings.items() if key != "name"]
+    return ", ".join(shown)
+
+
 def check_hidden_settings(
     origin: str, settings: dict[str, Any], source: str, is_pretraining_saved: bool = False
 ) -> None:
@@ -279,13 +285,20 @@ def head_settings(head: Weights) -> dict[str, Any]:
             widths.append(len(tensor))
             last_linear = max(last_linear, last_number(name))
             has_bias = has_bias or name.replace("weight", "bias") in head
-    norms = [last_number(name) for name in head if name.endswith("running_mean")]
+    hidden_batch_norm = False
+    last_batch_norm = False
+    for name in head:
+        if name.endswith("running_mean"):
+            if last_number(name) < last_linear:
+                hidden_batch_norm = True
+            else:
+                last_batch_norm = True
     return {
         "output_dim": widths[-1],
         "num_layers": len(widths),
         "hidden_dim": widths[0] if len(widths) > 1 else None,
-        "hidden_batch_norm": any(number < last_linear for number in norms),
-        "last_batch_norm": any(number > last_linear for number in norms),
+        "hidden_batch_norm": hidden_batch_norm,
+        "last_batch_norm": last_batch_norm,
         "bias": has_bias,
     }
 

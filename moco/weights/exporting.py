@@ -12,7 +12,7 @@ from moco.errors import InputError, RunError
 from moco.models.swin.backbone import Swin
 from moco.models.vit import VisionTransformer
 from moco.runs.run_folder import write_atomically
-from moco.weights.architecture import one_or_each
+from moco.weights.architecture import listed_settings, one_or_each
 from moco.weights.backbone_files import as_safetensors, write_backbone
 from moco.weights.library_names import counterpart, library_map_sides, to_timm, to_torchvision
 
@@ -83,10 +83,12 @@ def summary_rows(
     backbone: Any, settings: dict[str, Any], about: dict[str, Any]
 ) -> list[tuple[str, str]]:
     """Return what is in the file, for the table."""
-    others = [f"{key} {value}" for key, value in settings.items() if key != "name"]
+    described = settings["name"]
+    if listed_settings(settings):
+        described += f", {listed_settings(settings)}"
     num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
     return [
-        ("backbone", ", ".join([settings["name"], *others])),
+        ("backbone", described),
         ("parameters", f"{num_parameters:,}"),
         ("encoder", f"{about['encoder']}, epoch {about['epoch']}, step {about['step']}"),
         ("checkpoint", about["checkpoint"]),

@@ -17,6 +17,7 @@ from moco.weights.architecture import (
     check_hidden_settings,
     fitting_backbones,
     head_settings,
+    listed_settings,
     misfit,
     outline_of_file,
     settings_of,
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # These change what a backbone's tensors mean. A checkpoint of ours says which ones it has.
 ARCHITECTURE = ("name", "stem", "num_heads", "learned_positions")
+# Backbones without these attributes have these values.
+DEFAULTS = {"stem": "imagenet"}
 
 
 class Pretrained(NamedTuple):
@@ -183,8 +186,8 @@ def check_architecture(there: dict[str, Any], given: dict[str, Any], source: str
             continue
         asked[key] = given[key]
         own[key] = there.get(key)
-        if own[key] is None:  # The default of this backbone.
-            own[key] = getattr(outline, key, "imagenet" if key == "stem" else None)
+        if own[key] is None:
+            own[key] = getattr(outline, key, DEFAULTS.get(key))
     differing = differences({"backbone": own}, {"backbone": asked})
     if differing:
         raise InputError(f"{source}: has another architecture: {'; '.join(differing)}")
@@ -345,7 +348,7 @@ def build_projector(head: Weights, feature_dim: int, source: str) -> nn.Module:
 def log_loaded(file: WeightFile, settings: dict[str, Any], unused: Weights, source: str) -> None:
     """Log what was recognised in another project's file, what was loaded and what was not."""
     backbone = settings["name"]
-    others = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "name")
+    others = listed_settings(settings)
     if others:
         backbone += f" ({others})"
     log.info("%s: %s; backbone %s", source, file.origin, backbone)

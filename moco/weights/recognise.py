@@ -108,13 +108,21 @@ def layout_of(weights: Weights, source: str) -> Layout:
         InputError: there is none.
     """
     for layout in LAYOUTS:
-        found = [any(re.match(mark, name) for name in weights) for mark in layout.marks]
-        if all(found):
+        if has_marks(weights, layout):
             return layout
     known = ", ".join(layout.origin for layout in LAYOUTS)
     raise InputError(
         f"{source}: tensors named {listed(weights)} are of no known format (known: {known})"
     )
+
+
+def has_marks(weights: Weights, layout: Layout) -> bool:
+    """Return whether each mark of a layout matches the beginning of some name."""
+    for mark in layout.marks:
+        matching = [name for name in weights if re.match(mark, name)]
+        if not matching:
+            return False
+    return True
 
 
 def renamed(name: str, layout: Layout) -> str | None:
