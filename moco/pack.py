@@ -74,8 +74,7 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
     from moco.data.packing import describe_copy, open_copy
 
     data = dataclasses.asdict(config.data)
-    # The same command may go on from another working directory.
-    if isinstance(data["root"], str):
+    if isinstance(data["root"], str):  # the command may go on from another working directory
         data["root"] = os.path.abspath(data["root"])
     # What must stay the same while a copy is written.
     settings = {"data": data, "format": config.format, "quality": config.quality}

@@ -1,13 +1,17 @@
-"""kNN classification against the bare matrix product of bank and queries, each measurement in a process of its own.
+"""kNN classification against the bare matrix product, each measurement in a process of its own.
 
-    python scripts/bench_knn.py [--size small|middle|large] [--threads 2] [--repeats 5] [--folder /tmp] [--device cuda]
+    python scripts/bench_knn.py [--size small|middle|large] [--threads 2] [--repeats 5]
+        [--folder /tmp] [--device cuda]
     python scripts/bench_knn.py --indexes
 
-small: a bank of 50,000 x 128 and 10,000 queries; middle: 200,000 x 512 and 5,000; large: 1,281,167 x 2048 and 2,000,
-the bank mapped from a file of 10.5 GB that is made in --folder and removed in the end. Random features in 100 classes;
-k 200, T 0.1. Takes turns in every repeat, so that a machine that is shared disturbs all alike; prints medians, ratios to the
-product within a repeat, and peak memory: of the process, and what the measurement added to it. lightly takes part where it
-is installed, faiss's IndexFlatIP with this project's vote as well.
+small: a bank of 50,000 x 128 and 10,000 queries; middle: 200,000 x 512 and 5,000; large: 1,281,167
+x 2048 and 2,000, the bank mapped from a file of 10.5 GB that is made in --folder and removed in the
+end. Random features in 100 classes; k 200, T 0.1.
+
+The contenders take turns in every repeat, so that a machine that is shared disturbs all alike. The
+table has medians of the wall time and of the processor time, their ratios to the product within a
+repeat, and peak memory: of the process, and what the measurement added to it. lightly takes part
+where it is installed.
 """
 
 import argparse
@@ -31,7 +35,6 @@ from benchmarks.memory import resident_mib
 from benchmarks.turns import Turn, in_turns, ratio, wait_for
 
 from moco.evaluation.knn import Search
-from moco.evaluation.neighbors import give_back
 
 SIZES = {
     "tiny": (2000, 32, 100),
@@ -42,69 +45,54 @@ SIZES = {
 NUM_CLASSES, NUM_NEIGHBORS, TEMPERATURE = 100, 200, 0.1
 BLOCK = 1024  # queries of one product
 READ_BYTES = 2**27
+INDEXES = ("IVF781,Flat", "HNSW32")
 
 
 def rows_of(seed: int, num_rows: int, width: int) -> np.ndarray:
-    """Random features (num_rows, width)."""
+    """Return random features (num_rows, width)."""
     return np.random.default_rng(seed).standard_normal((num_rows, width), dtype=np.float32)
 
 
 def write_bank(path: Path, num_rows: int, width: int) -> None:
-    """A file of random features, written in blocks."""
+    """Write a file of random features in blocks."""
     bank = np.lib.format.open_memmap(path, "w+", np.float32, (num_rows, width))
     height = READ_BYTES // (4 * width)
     for first in range(0, num_rows, height):
         block = bank[first : first + height]
         block[:] = rows_of(first, len(block), width)
-        give_back(bank)
 
 
 def product(
     bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device
 ) -> None:
-    """The bare matrix product, in blocks; of a mapped bank with one read of it. On a GPU both travel there."""
-    height = READ_BYTES // (4 * bank.shape[1]) if isinstance(bank, np.memmap) else len(bank)
-    on_device = torch.from_numpy(queries).to(device)
+    """Compute the bare matrix product in blocks, with one read of a mapped bank."""
+    height = len(bank)
+    if isinstance(bank, np.memmap):
+        height = READ_BYTES // (4 * bank.shape[1])
+    queries_on_device = torch.from_numpy(queries).to(device)
     room = torch.empty(BLOCK, height, device=device)
     for first in range(0, len(bank), height):
-        block = torch.from_numpy(
-            np.array(bank[first : first + height]) if height < len(bank) else bank
-        ).to(device)
-        give_back(bank)
-        for part in on_device.split(BLOCK):
+        rows = bank[first : first + height]
+        if isinstance(bank, np.memmap):
+            rows = np.array(rows)
+        block = torch.from_numpy(rows).to(device)
+        for part in queries_on_device.split(BLOCK):
             torch.mm(part, block.T, out=room[: len(part), : len(block)])
     wait_for(device)
 
 
 def ours(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device) -> None:
-    """Search and vote of this project."""
+    """Search and vote as this project does."""
     from moco.evaluation.knn import knn_accuracy
 
-    knn_accuracy(
-        bank, labels, queries, np.zeros(len(queries), np.int64), NUM_NEIGHBORS, TEMPERATURE, device
-    )
-
-
-def faiss_flat(
-    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device
-) -> None:
-    """Faiss's exact search with this project's vote."""
-    import faiss
-
-    from moco.evaluation.knn import vote
-
-    index = faiss.IndexFlatIP(bank.shape[1])
-    index.add(bank / np.linalg.norm(bank, axis=1, keepdims=True))
-    similarities, rows = index.search(
-        queries / np.linalg.norm(queries, axis=1, keepdims=True), NUM_NEIGHBORS
-    )
-    vote(similarities, labels[rows], NUM_CLASSES, TEMPERATURE).argmax(axis=1)
+    query_labels = np.zeros(len(queries), np.int64)
+    knn_accuracy(bank, labels, queries, query_labels, NUM_NEIGHBORS, TEMPERATURE, device)
 
 
 def lightly(
     bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, device: torch.device
 ) -> None:
-    """The knn_predict of lightly on blocks of queries."""
+    """Call lightly's knn_predict on blocks of queries."""
     from lightly.utils.benchmarking import knn_predict
 
     columns = F.normalize(torch.from_numpy(bank).to(device), dim=1).T.contiguous()
@@ -114,57 +102,46 @@ def lightly(
     wait_for(device)
 
 
-CONTENDERS = {work.__name__: work for work in (product, ours, faiss_flat, lightly)}
+CONTENDERS = {"product": product, "ours": ours, "lightly": lightly}
 
 
 def measure(name: str, size: str, num_threads: int, path: str, device: torch.device) -> None:
-    """In the child: print seconds and megabytes as JSON."""
+    """Print seconds and megabytes as JSON; the work of a child process."""
     torch.set_num_threads(num_threads)
-    if name == "faiss_flat":
-        import faiss
-
-        faiss.omp_set_num_threads(num_threads)
     num_rows, width, num_queries = SIZES[size]
     bank = np.load(path, mmap_mode="r") if size == "large" else rows_of(0, num_rows, width)
     labels = np.random.default_rng(1).integers(0, NUM_CLASSES, num_rows)
     queries = rows_of(2, num_queries, width)
-    CONTENDERS[name](
-        np.array(bank[:1000]), labels[:1000], queries[:10], device
-    )  # libraries start their threads
+    # Libraries start their threads at their first use.
+    CONTENDERS[name](np.array(bank[:1000]), labels[:1000], queries[:10], device)
     before = resident_mib("VmHWM")
-    start = time.perf_counter()
+    start, processor_start = time.perf_counter(), time.process_time()
     CONTENDERS[name](bank, labels, queries, device)
-    seconds, peak = time.perf_counter() - start, resident_mib("VmHWM")
-    print(json.dumps({"seconds": seconds, "peak": peak, "peak_mib": peak - before}))
+    seconds = time.perf_counter() - start
+    processor_seconds = time.process_time() - processor_start
+    peak = resident_mib("VmHWM")
+    found = {"seconds": seconds, "processor_seconds": processor_seconds}
+    print(json.dumps(found | {"peak": peak, "peak_mib": peak - before}))
 
 
 def turns_of(size: str, num_threads: int, path: Path, device: str = "cpu") -> dict[str, Turn]:
-    """The contenders, each in a process of its own, ready to take turns; ``peak_mib`` is what the measurement added.
+    """Return the contenders, each in a process of its own, ready to take turns.
 
     Args:
+        size: a key of `SIZES`.
+        num_threads: of torch and faiss.
         path: the file of the large bank.
+        device: where to compute.
     """
-    names = [name for name in CONTENDERS if name != "lightly" or find_spec("lightly")]
-    names = ["product", "ours"] if size == "large" else names
-    if device != "cpu":
-        names = [name for name in names if name != "faiss_flat"]  # its wheel is for CPUs
+    names = ["product", "ours"]
+    if size != "large" and find_spec("lightly"):
+        names.append("lightly")
 
     def turn(name: str) -> dict[str, float]:
-        child = [
-            sys.executable,
-            __file__,
-            "--child",
-            name,
-            "--size",
-            size,
-            "--threads",
-            str(num_threads),
-        ]
-        child += ["--device", device]
+        command = [sys.executable, __file__, "--child", name, "--size", size, "--device", device]
+        command += ["--threads", str(num_threads), "--bank", str(path)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
-        done = subprocess.run(
-            [*child, "--bank", str(path)], env=environment, capture_output=True, check=True
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
     return {name: partial(turn, name) for name in names}
@@ -172,7 +149,7 @@ def turns_of(size: str, num_threads: int, path: Path, device: str = "cpu") -> di
 
 @contextlib.contextmanager
 def bank_file(size: str, folder: str | None) -> Iterator[Path]:
-    """Where the large bank is while this lasts; the others need no file."""
+    """Yield the path of the large bank, which exists inside the block; the others need no file."""
     with tempfile.TemporaryDirectory(dir=folder) as inside:
         path = Path(inside, "bank.npy")
         if size == "large":
@@ -185,27 +162,34 @@ def run(size: str, num_threads: int, repeats: int, path: Path, device: str) -> N
     found = in_turns(turns_of(size, num_threads, path, device), repeats, warm_ups=0)
     num_rows, width, num_queries = SIZES[size]
     print(
-        f"bank {num_rows:,} x {width}, {num_queries:,} queries, {device}, {num_threads} threads, {repeats} repeats"
+        f"bank {num_rows:,} x {width}, {num_queries:,} queries, {device}, "
+        f"{num_threads} threads, {repeats} repeats"
     )
     for name, results in found.items():
-        against = ratio(results, found["product"])
-        keys = ("seconds", "peak", "peak_mib")
-        seconds, peak, added = (statistics.median(one[key] for one in results) for key in keys)
+        medians = {}
+        for key in ("seconds", "processor_seconds", "peak", "peak_mib"):
+            medians[key] = statistics.median(result[key] for result in results)
+        processor_ratios = []
+        for result, reference in zip(results, found["product"], strict=True):
+            processor_ratios.append(result["processor_seconds"] / reference["processor_seconds"])
         print(
-            f"{name:<12}{seconds:9.2f} s {against:8.2f} x{peak:8.0f} MB peak{added:8.0f} MB added"
+            f"{name:<10}{medians['seconds']:8.2f} s {ratio(results, found['product']):6.2f} x"
+            f"{medians['processor_seconds']:8.2f} s of processor time "
+            f"{statistics.median(processor_ratios):6.2f} x"
+            f"{medians['peak']:7.0f} MB peak{medians['peak_mib']:7.0f} MB added"
         )
 
 
 def compare_indexes(num_threads: int) -> None:
-    """What the approximate indexes lose, on features in overlapping clusters: 50,000 x 128 and 2,000 queries."""
-    import faiss
+    """Print what approximate indexes lose on features in overlapping clusters.
 
-    from moco.evaluation.approximate import KINDS, ApproximateIndex, recall
+    The bank is 50,000 x 128, with 2,000 queries.
+    """
+    from moco.evaluation.indexes import build_index, recall, set_search_effort
     from moco.evaluation.knn import Protocol, classify
-    from moco.evaluation.neighbors import nearest_by_block
+    from moco.evaluation.neighbors import nearest_by_block, search_index
 
     torch.set_num_threads(num_threads)
-    faiss.omp_set_num_threads(num_threads)
     centres = rows_of(3, NUM_CLASSES, 128)
     labels = np.random.default_rng(1).integers(0, NUM_CLASSES, 52_000)
     features = centres[labels] + 2 * rows_of(0, 52_000, 128)
@@ -218,13 +202,16 @@ def compare_indexes(num_threads: int) -> None:
         return votes.predicted, votes.accuracy(1), time.perf_counter() - start
 
     exact, top1, seconds = measured(partial(nearest_by_block, bank))
-    print(f"flat      {seconds:7.2f} s   top-1 {top1:.4f}")
-    for kind in KINDS:
-        index = ApproximateIndex(bank, kind)
-        predicted, top1, seconds = measured(index.search)
-        found, same = recall(index, bank, queries, NUM_NEIGHBORS), (predicted == exact).mean()
+    print(f"{'flat':<12}{seconds:7.2f} s   top-1 {top1:.4f}")
+    for name in INDEXES:
+        index = build_index(bank, name, "index")
+        set_search_effort(index, name)
+        predicted, top1, seconds = measured(partial(search_index, index))
+        found = recall(index, bank, queries, NUM_NEIGHBORS)
+        same = (predicted == exact).mean()
         print(
-            f"{kind:<10}{seconds:7.2f} s   top-1 {top1:.4f}   recall {found:.4f}   same predictions {same:.4f}"
+            f"{name:<12}{seconds:7.2f} s   top-1 {top1:.4f}   "
+            f"recall {found:.4f}   same predictions {same:.4f}"
         )
 
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import faiss
 import numpy as np
@@ -22,8 +24,9 @@ from moco.config.pretrained import EmbedConfig
 from moco.data.augment.views import build_evaluation_view
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import FileImages
-from moco.embed import images_of, run
+from moco.embed import run
 from moco.errors import InputError, Interrupted, RunError
+from moco.evaluation.embedding import choose_images
 from moco.evaluation.feature_parts import FeatureParts
 from moco.methods.moco import MoCo
 from moco.models.swin.backbone import rewindow
@@ -33,7 +36,7 @@ from tests.conftest import REPOSITORY
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Of an untrained small Swin V2, as training writes it."""
+    """Write the checkpoint of an untrained small Swin V2, as training writes it."""
     torch.manual_seed(0)
     hparams = {
         "backbone": {"name": "swin_v2_tiny_patch2", "window_size": 2},
@@ -56,9 +59,8 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "last.ckpt"
     made = MoCo(**hparams)
     for name, parameter in made.named_parameters():
-        if (
-            "norm" in name or "cpb_mlp" in name
-        ):  # an untrained block is the identity, whatever its window
+        # An untrained block is the identity, whatever its window.
+        if "norm" in name or "cpb_mlp" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     state = {
         "state_dict": made.state_dict(),
@@ -70,20 +72,11 @@ def checkpoint(tmp_path_factory):
 
 
 def embed(checkpoint, folder, *overrides):
+    """Run the program in this process, and return the arrays that it has written."""
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = parse(
-            compose(
-                "embed",
-                [
-                    f"checkpoint={checkpoint}",
-                    f"output={folder / 'f.npz'}",
-                    "data.num_workers=0",
-                    *overrides,
-                ],
-            ),
-            EmbedConfig,
-        )
+        given = [f"checkpoint={checkpoint}", f"output={folder / 'f.npz'}", "data.num_workers=0"]
+        config = parse(compose("embed", [*given, *overrides]), EmbedConfig)
     run(config, folder / "run")
     with np.load(folder / "f.npz") as file:
         return dict(file)
@@ -91,7 +84,7 @@ def embed(checkpoint, folder, *overrides):
 
 @torch.no_grad()
 def features(checkpoint, images, places, image_size, feature, window=2):
-    """Of images by their places, one at a time."""
+    """Return features of images by their places, one image at a time."""
     encoder = load_encoder(torch.load(checkpoint), "query", "")
     rewindow(encoder.backbone, window)
     view = build_evaluation_view(image_size, 1.0, [0.5] * 3, [0.5] * 3)
@@ -136,7 +129,7 @@ def test_class_folders_without_a_validation_folder_keep_the_labels_of_all_images
         (folder / f"{number}.png").touch()
     source = build_source("image_folder", str(tmp_path))
     assert 0 < len(source.queries.labels) < 60
-    images = images_of(source, "train", "image_folder")
+    images = choose_images(source, "train", "image_folder")
     assert images.has_labels
     classes = [source.train.name(row).split("/")[-2] for row in range(60)]
     assert images.labelled.labels.tolist() == ["abc".index(name) for name in classes]
@@ -170,16 +163,18 @@ def bytes_of(folder):
 
 
 class After:
-    """Stands in for a method: works so many times, then raises."""
+    """A stand-in for a method that works a number of times, then raises."""
 
     def __init__(self, method, times, error):
-        self.method, self.times, self.error = method, times, error
+        self.method = method
+        self.times = times
+        self.error = error
 
     def __get__(self, instance, owner):
-        return lambda *arguments: self(instance, *arguments)
+        return partial(self, instance)
 
     def __call__(self, *arguments):
-        if not self.times:
+        if self.times == 0:
             raise self.error
         self.times -= 1
         return self.method(*arguments)
@@ -191,7 +186,7 @@ ENDED = Interrupted(signal.SIGTERM, "ended")
 
 
 def ended_after(num_batches, checkpoint, folder, *overrides, error=ENDED):
-    """A run that ends in the middle."""
+    """Run the program until it ends with an error after some batches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureParts, "add", After(FeatureParts.add, num_batches, error))
         with pytest.raises((Interrupted, KeyboardInterrupt, RunError)):
@@ -200,7 +195,7 @@ def ended_after(num_batches, checkpoint, folder, *overrides, error=ENDED):
 
 @pytest.fixture(scope="module")
 def straight(checkpoint, tmp_path_factory):
-    """The files of a run over the digits' 360 queries that nobody interrupted."""
+    """Return the files of an uninterrupted run over the 360 queries of the digits."""
     folder = tmp_path_factory.mktemp("straight")
     embed(checkpoint, folder, *SMALL)
     return bytes_of(folder)
@@ -229,7 +224,8 @@ def test_a_disk_that_is_full_when_the_files_are_made_is_one_line_and_no_feature_
         with pytest.raises(RunError) as error:
             embed(checkpoint, tmp_path, *SMALL)
     assert str(error.value) == (
-        "[Errno 28] No space left on device; free some space and start again; what is done is kept in "
+        "[Errno 28] No space left on device; free some space and start again; "
+        "what is done is kept in "
         f"{tmp_path / 'f.npz.part'}, and the same command goes on there"
     )
     monkeypatch.setattr(FeatureParts, "add", After(None, 0, AssertionError("computed again")))
@@ -270,9 +266,8 @@ def test_a_file_that_may_not_grow_is_one_line_and_the_run_goes_on_later(
     checkpoint, tmp_path, straight
 ):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (250 * 256 * 4, before[1])
-    )  # in the middle of the third batch
+    third_batch = 250 * 256 * 4
+    resource.setrlimit(resource.RLIMIT_FSIZE, (third_batch, before[1]))
     try:
         with pytest.raises(
             RunError,
@@ -290,7 +285,8 @@ def test_a_file_that_may_not_grow_is_one_line_and_the_run_goes_on_later(
     [
         (
             ["batch_size=50"],
-            "batch_size: 100 there, 50 here; remove that folder to start anew, or choose another output",
+            "batch_size: 100 there, 50 here; "
+            "remove that folder to start anew, or choose another output",
         ),
         (["feature=embedding"], "feature: backbone there, embedding here"),
         (["backbone.window_size=4"], "backbone.window_size: 2 there, 4 here"),
@@ -319,11 +315,11 @@ def test_the_same_name_with_other_weights_does_not_go_on(checkpoint, tmp_path, s
     assert bytes_of(tmp_path) == straight
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+@pytest.mark.parametrize("kind", ["flat", "'IVF4,Flat'", "HNSW32"])
 def test_row_i_of_the_index_is_image_i(checkpoint, tmp_path, kind, capsys):
     file = embed(checkpoint, tmp_path, *SMALL, f"index={kind}")
     index = faiss.read_index(str(tmp_path / "f.faiss"))
-    if kind == "ivf":
+    if "IVF" in kind:
         index.make_direct_map()
     features = file["features"]
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
@@ -386,8 +382,8 @@ def test_features_that_are_not_finite_name_their_images(checkpoint, tmp_path):
         embed(tmp_path / "bad.ckpt", tmp_path, *SMALL)
     first = ", ".join(f"digits: test_images[{number}]" for number in range(10))
     assert str(error.value) == (
-        f"the features of 100 images are not finite, of {first}; the checkpoint's weights are damaged, or too large for "
-        "these images"
+        f"the features of 100 images are not finite: {first}; "
+        "the checkpoint's weights are damaged, or too large for these images"
     )
 
 
@@ -420,49 +416,74 @@ def test_shards_are_embedded_in_their_order_and_gone_on_with(checkpoint, tmp_pat
         embed(checkpoint, tmp_path, *given, "split=test")
 
 
-def start(folder, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "moco.embed", f"output={folder / 'f.npz'}", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def ended_in_the_middle(folder, number, *arguments):
-    """Exit code and what was said of a program that got a signal, as from a terminal, when more features than before were there."""
-    file = folder / "f.npz.part" / "features.bin"
-    before = file.stat().st_size if file.exists() else 0
-    process = start(folder, *arguments)
-    while process.poll() is None and not (file.exists() and file.stat().st_size > before):
-        time.sleep(0.01)
-    os.killpg(process.pid, number)
-    _, said = process.communicate(timeout=60)
-    return process.returncode, said.strip()
-
-
 SAID = "interrupted: the parts that are whole are kept; the same command goes on there"
 
 
-def test_the_program_ends_on_sigint_with_a_line_and_goes_on(checkpoint, tmp_path):
-    arguments = [
-        "batch_size=1",
-        "data=digits",
-        "data.image_size=16",
-    ]  # so slow that the signal comes before the end
-    assert ended_in_the_middle(tmp_path, signal.SIGINT, f"checkpoint={checkpoint}", *arguments) == (
-        130,
-        SAID,
-    )
-    assert not (tmp_path / "f.npz").exists()
-    assert json.loads((tmp_path / "f.npz.part" / "state.json").read_text())["state"]["num_rows"] > 0
-    (tmp_path / "straight").mkdir()
-    for folder in (tmp_path, tmp_path / "straight"):
-        embed(checkpoint, folder, *arguments)
-    assert bytes_of(tmp_path) == bytes_of(tmp_path / "straight")
+def sends(number):
+    """A stand-in for `FeatureParts.add` that adds the batch, then sends this process a signal."""
+
+    def add(parts, *arguments):
+        add_batch(parts, *arguments)
+        signal.raise_signal(number)
+
+    add_batch = FeatureParts.add
+    return add
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_line_and_the_run_goes_on(
+    checkpoint, tmp_path, straight, number
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureParts, "add", sends(number))
+        with pytest.raises(Interrupted) as error:
+            embed(checkpoint, tmp_path, *SMALL)
+    assert error.value.signal_number == number
+    assert f"interrupted: {error.value}" == SAID
+    state = json.loads((tmp_path / "f.npz.part" / "state.json").read_text())["state"]
+    assert state["num_rows"] == 100
+    embed(checkpoint, tmp_path, *SMALL)
+    assert bytes_of(tmp_path) == straight
+
+
+@contextmanager
+def started(folder, *arguments):
+    """The program in a process group of its own, which ends with the block."""
+    with (folder / "stderr.txt").open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moco.embed", f"output={folder / 'f.npz'}", *arguments],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def ended_in_the_middle(folder, number, *arguments):
+    """Send the program a signal, as a terminal does, when it has written more features than before.
+
+    Returns its exit code and what it wrote to stderr.
+    """
+    file = folder / "f.npz.part" / "features.bin"
+    size_before = file.stat().st_size if file.exists() else 0
+    with started(folder, *arguments) as process:
+        deadline = time.monotonic() + 300
+        while process.poll() is None:
+            assert time.monotonic() < deadline
+            if file.exists() and file.stat().st_size > size_before:
+                break
+            time.sleep(0.01)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        code = process.wait(timeout=300)
+    return code, (folder / "stderr.txt").read_text().strip()
 
 
 @pytest.mark.slow
@@ -474,14 +495,15 @@ def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(
             image_tree / f"{number}.png"
         )
     arguments = ["batch_size=8", "data=images", f"data.root={image_tree}", "data.image_size=32"]
+    arguments += [f"checkpoint={checkpoint}", "data.num_workers=2"]
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
-        code, said = ended_in_the_middle(
-            tmp_path, number, f"checkpoint={checkpoint}", *arguments, "data.num_workers=2"
-        )
-        is_kill = (
-            number == signal.SIGKILL
-        )  # after which Python's own resource tracker has something to say
-        assert (code, is_kill or said) == (-number if is_kill else 128 + number, is_kill or SAID)
+        code, said = ended_in_the_middle(tmp_path, number, *arguments)
+        if number == signal.SIGKILL:  # then Python's own resource tracker has something to say
+            assert code == -number
+        else:
+            assert (code, said) == (128 + number, SAID)
+    (tmp_path / "stderr.txt").unlink()
+    arguments = arguments[:-2]
     (tmp_path / "straight").mkdir()
     for folder in (tmp_path, tmp_path / "straight"):
         embed(checkpoint, folder, *arguments)

@@ -11,7 +11,7 @@ from tests.test_embed import checkpoint, embed  # noqa: F401  (a fixture)
 
 @pytest.fixture
 def files(checkpoint, tmp_path, image_tree, monkeypatch):  # noqa: F811
-    """features.npz and features.faiss, of images of which one is there twice, in the current folder; those two names."""
+    """Write features.npz and features.faiss of images with one copy; return the two equal names."""
     one, again = next(image_tree.rglob("07.png")), image_tree / "copy_of_07.png"
     again.write_bytes(one.read_bytes())
     embed(checkpoint, tmp_path, "data=images", f"data.root={image_tree}", "data.image_size=16")
@@ -22,7 +22,7 @@ def files(checkpoint, tmp_path, image_tree, monkeypatch):  # noqa: F811
 
 
 def blocks(path):
-    """The lines for Python; the threshold, which depends on the checkpoint, is put where only copies are."""
+    """Return the Python code of a page, with a threshold that only copies reach."""
     found = re.findall(r"```python\n(.*?)```", (REPOSITORY / path).read_text(), re.DOTALL)
     return [block.replace("0.95", "0.9999999") for block in found]
 

@@ -1,4 +1,4 @@
-"""What a user of ``moco.evaluate`` sees: the tables, the files, what is kept, and what is said of bad data."""
+"""What a user of ``moco.evaluate`` sees: tables, files, kept features, messages."""
 
 import errno
 import json
@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from moco.config.pretrained import (
-    EvaluateConfig,
-    EvaluateDataConfig,
-    EvaluationConfig,
-    check_settings,
-)
+from moco.config.data import EvaluateDataConfig
+from moco.config.pretrained import EvaluateConfig, EvaluationConfig, check_settings
 from moco.errors import InputError, RunError
 
 
 @pytest.fixture
 def evaluated(checkpoint, tmp_path, capsys, caplog):
-    """Evaluates the checkpoint's copy in a run folder of its own: the figures, and what was printed and logged."""
+    """A function that evaluates a copy of the checkpoint in a run folder of its own.
+
+    It returns the figures, the output and the log.
+    """
     from moco.evaluate import run
 
     own = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -35,7 +34,7 @@ def evaluated(checkpoint, tmp_path, capsys, caplog):
         caplog.clear()
         # What is shown beside the accuracy is the matter of test_evaluation_images.py.
         is_knn = settings.get("name", "knn") == "knn"
-        plain = {"images": False, "label_free": False} if is_knn else {}
+        plain = {"plots": False, "label_free": False} if is_knn else {}
         measured = EvaluationConfig(**{**plain, **settings})
         config = EvaluateConfig(
             str(path), EvaluateDataConfig(**(data or {"name": "digits"})), measured, "cpu"
@@ -57,26 +56,37 @@ def archive(path, generator, train_labels, **others):
     return {"name": "npz", "root": str(path), "image_size": 8}
 
 
+@pytest.fixture
+def tiny(generator, tmp_path):
+    """60 training and 12 test images of 8 px in 3 classes."""
+    test = {
+        "test_images": generator.integers(0, 256, (12, 8, 8), np.uint8),
+        "test_labels": np.arange(12) % 3,
+    }
+    return archive(tmp_path / "tiny.npz", generator, np.arange(60) % 3, **test)
+
+
 def test_a_full_gpu_is_one_line(evaluated, monkeypatch):
     def full(subject):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("moco.evaluate.measure", full)
+    monkeypatch.setattr("moco.evaluation.measurements.measure", full)
     with pytest.raises(
         RunError, match=r"^the GPU is out of memory; a smaller evaluation\.batch_size needs less$"
     ):
         evaluated()
 
 
-def test_a_disk_that_is_full_when_the_figures_are_written_is_one_line(evaluated, monkeypatch):
+def test_a_disk_that_is_full_when_the_figures_are_written_is_one_line(evaluated, monkeypatch, tiny):
     def full(path, write):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(
-        "moco.runs.run_folder.write_atomically", full
-    )  # not that of the kept features
+    # Imported before the patch, the kept features are still written.
+    import moco.evaluation.feature_cache  # noqa: F401
+
+    monkeypatch.setattr("moco.runs.run_folder.write_atomically", full)
     with pytest.raises(RunError) as error:
-        evaluated(num_neighbors=3)
+        evaluated(data=tiny, num_neighbors=3)
     assert re.search(
         r"No space left on device: .*; free some space and start again$", str(error.value)
     )
@@ -105,9 +115,11 @@ def test_fewer_than_five_neighbours_leave_top5_out_of_tables_and_figures(evaluat
     assert "knn/top5" in printed
 
 
-def test_embedding_figures_are_those_of_an_evaluation_of_the_embedding(evaluated):
-    both = evaluated(num_neighbors=20, temperature=0.1)[0]
-    embedding = evaluated(num_neighbors=20, temperature=0.1, feature="embedding", cache=False)[0]
+def test_embedding_figures_are_those_of_an_evaluation_of_the_embedding(evaluated, tiny):
+    both = evaluated(data=tiny, num_neighbors=20, temperature=0.1)[0]
+    embedding = evaluated(
+        data=tiny, num_neighbors=20, temperature=0.1, feature="embedding", cache=False
+    )[0]
     assert embedding["knn/top1"] == both["knn_grid/embedding/k20/t0.1/top1"]
 
 
@@ -127,27 +139,27 @@ def test_the_confusion_matrix_is_written_and_its_worst_classes_are_named(evaluat
     assert "most confused classes" in printed
 
 
-def test_a_second_evaluation_uses_what_the_first_has_kept(evaluated):
-    first, _, log = evaluated()
-    assert "embedded 1,437 images in" in log
-    second, _, log = evaluated()
-    assert "features of 1,437 images from" in log
+def test_a_second_evaluation_uses_what_the_first_has_kept(evaluated, tiny):
+    first, _, log = evaluated(data=tiny)
+    assert "embedded 60 images in" in log
+    second, _, log = evaluated(data=tiny)
+    assert "features of 60 images from" in log
     assert "embedded" not in log
     assert second == first
 
 
 def test_kept_features_are_not_used_for_another_checkpoint_or_other_data(
-    evaluated, generator, tmp_path
+    evaluated, generator, tmp_path, tiny
 ):
-    evaluated()
-    assert "embedded" in evaluated(encoder="key")[2]
-    assert "embedded" in evaluated(data={"name": "digits", "image_size": 12})[2]
-    assert "embedded" in evaluated(data={"name": "digits", "crop_ratio": 0.5})[2]
+    evaluated(data=tiny)
+    assert "embedded" in evaluated(data=tiny, encoder="key")[2]
+    assert "embedded" in evaluated(data=tiny | {"image_size": 12})[2]
+    assert "embedded" in evaluated(data=tiny | {"crop_ratio": 0.5})[2]
     data = archive(tmp_path / "x.npz", generator, np.arange(30) % 3)
     assert "embedded" in evaluated(data=data, num_neighbors=3)[2]
     archive(tmp_path / "x.npz", generator, np.arange(30) % 3)  # other noise under the same name
     assert "embedded" in evaluated(data=data, num_neighbors=3)[2]
-    assert "embedded" not in evaluated()[2]
+    assert "embedded" not in evaluated(data=tiny)[2]
     path = evaluated.checkpoint
     users = path.parents[1] / "features" / "last-cifar.npz"
     users.touch()
@@ -159,7 +171,7 @@ def test_kept_features_are_not_used_for_another_checkpoint_or_other_data(
     )
     held["state_dict"][name][0] += 1
     torch.save(held, path)
-    assert "embedded" in evaluated()[2]
+    assert "embedded" in evaluated(data=tiny)[2]
     digests = {
         kept.name.split("-")[1]
         for kept in (path.parents[1] / "features").iterdir()
@@ -170,12 +182,12 @@ def test_kept_features_are_not_used_for_another_checkpoint_or_other_data(
 
 
 def test_features_of_a_checkpoint_outside_a_run_folder_are_kept_among_the_users_files(
-    evaluated, tmp_path
+    evaluated, tmp_path, tiny
 ):
     (tmp_path / "run" / ".hydra" / "config.yaml").unlink()
-    evaluated()
+    evaluated(data=tiny)
     assert not (tmp_path / "run" / "features").exists()
-    assert "embedded" not in evaluated()[2]
+    assert "embedded" not in evaluated(data=tiny)[2]
 
 
 def test_kept_features_of_files_follow_the_files(evaluated, tmp_path, generator):
@@ -197,29 +209,29 @@ def test_kept_features_of_files_follow_the_files(evaluated, tmp_path, generator)
     assert "features of 6 images from" in log  # of the bank
 
 
-def test_a_damaged_file_of_features_is_made_again(evaluated):
-    first, _, _ = evaluated()
+def test_a_damaged_file_of_features_is_made_again(evaluated, tiny):
+    first, _, _ = evaluated(data=tiny)
     for kept in (evaluated.checkpoint.parents[1] / "features").iterdir():
         content = bytearray(kept.read_bytes())
         content[len(content) // 2] ^= 255
         kept.write_bytes(content)
-    second, _, log = evaluated()
+    second, _, log = evaluated(data=tiny)
     assert "is damaged" in log
-    assert "embedded 1,437 images in" in log
+    assert "embedded 60 images in" in log
     assert second == first
 
 
 def test_features_of_a_checkpoint_outside_a_run_go_to_the_users_cache(
-    evaluated, tmp_path, monkeypatch
+    evaluated, tmp_path, monkeypatch, tiny
 ):
     path = tmp_path / "alone.ckpt"
     shutil.copy(evaluated.checkpoint, path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    evaluated(path)
+    evaluated(path, data=tiny)
     assert len(list((tmp_path / "cache" / "moco" / "features").iterdir())) == 2
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert "features are not kept for the next evaluation" in evaluated(path)[2]
+    assert "features are not kept for the next evaluation" in evaluated(path, data=tiny)[2]
 
 
 def test_images_in_memory_give_the_features_that_they_give_one_by_one(
@@ -266,20 +278,30 @@ def test_few_labels_are_drawn_several_times(evaluated):
 
 
 def test_a_draw_holds_so_many_of_each_class(generator):
-    from moco.evaluation.knn_measurement import drawn
+    from moco.evaluation.knn_measurement import draw_per_class
 
     labels = generator.choice([2, 5, 9], 100, p=[0.8, 0.15, 0.05])
-    rows = drawn(labels, 10, generator)
+    rows = draw_per_class(labels, 10, generator)
     assert len(set(rows)) == len(rows)
     for label in (2, 5, 9):
         assert (labels[rows] == label).sum() == min(10, (labels == label).sum())
 
 
 def test_an_index_that_is_not_exact_says_how_much_it_finds(evaluated):
-    figures, printed, log = evaluated(index="float16", num_neighbors=20)
-    assert 0 < figures["knn/recall_backbone"] < 1  # untrained: all similarities are nearly 1
+    figures, printed, log = evaluated(index="IVF16,Flat", num_probes=4, num_neighbors=20)
+    assert 0.5 < figures["knn/recall_backbone"] < 1
     assert f"{figures['knn/recall_backbone']:.4f} of the exact 20 neighbours" in log
-    assert "float16 index" in printed
+    assert "IVF16,Flat index" in printed
+
+
+def test_an_index_that_faiss_does_not_know_is_refused_before_any_image_is_read(evaluated):
+    with pytest.raises(InputError) as error:
+        evaluated(index="hnsw")
+    assert str(error.value) == (
+        "evaluation.index=hnsw: faiss has no such index for features of width 128 "
+        "(could not parse index string hnsw); expected flat, which is exact, "
+        "or a string of faiss.index_factory such as HNSW32 or 'IVF1024,Flat'"
+    )
 
 
 def test_images_without_a_label_are_left_out_and_named(evaluated, monkeypatch, generator, tmp_path):
@@ -296,9 +318,9 @@ def test_images_without_a_label_are_left_out_and_named(evaluated, monkeypatch, g
         return evaluated(num_neighbors=3)
 
     figures, _, log = evaluate_with([-1, *labels[1:19], -1])
-    assert "left out 2 images without a label: mine[0], mine[19]" in log
+    assert "skipped 2 images without a label: mine[0], mine[19]" in log
     assert figures["knn/bank_size"] == 18
-    with pytest.raises(InputError, match="none of 20 images that can be read has a label"):
+    with pytest.raises(InputError, match="none of 20 readable images has a label"):
         evaluate_with([-1] * 20)
 
 
@@ -322,9 +344,9 @@ def test_images_whose_features_are_not_finite_are_named(evaluated, generator, tm
     with pytest.raises(InputError) as error:
         evaluated(data=data)
     names = ", ".join(f"{data['root']}: train_images[{row}]" for row in range(3))
-    assert (
-        str(error.value)
-        == f"checkpoint={path}: the features of {names} and 2 more are not finite (NaN or infinity)"
+    assert str(error.value) == (
+        f"checkpoint={path}: the features of 5 images "
+        f"are not finite (NaN or infinity): {names}, ..."
     )
 
 
@@ -357,10 +379,10 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
     monkeypatch.setitem(pretrained.DATA_OF_KINDS, "other", ())
     check_settings(EvaluateConfig(evaluation=EvaluationConfig(name="other", temperature=0.5)))
     with pytest.raises(InputError) as error:
-        check_settings(EvaluateConfig(evaluation=EvaluationConfig(name="other", index="ivf")))
+        check_settings(EvaluateConfig(evaluation=EvaluationConfig(name="other", index="HNSW32")))
     assert (
         str(error.value)
-        == "evaluation.index: a setting of evaluation=knn, and evaluation=other has no such"
+        == "evaluation.index: a setting of evaluation=knn; evaluation=other does not have it"
     )
 
 
@@ -369,31 +391,44 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
     [
         (
             {"name": "dense", "feature": "embedding"}, {},
-            "evaluation.feature: a setting of evaluation=knn and evaluation=linear and evaluation=linear_official, and "
-            "evaluation=dense has no such",
+            "evaluation.feature: a setting of evaluation=knn and evaluation=linear "
+            "and evaluation=linear_official; evaluation=dense does not have it",
         ),
         (
             {"name": "dense", "cache": False}, {},
-            "evaluation.cache: a setting of evaluation=knn and evaluation=linear and evaluation=linear_official, and "
-            "evaluation=dense has no such",
+            "evaluation.cache: a setting of evaluation=knn and evaluation=linear "
+            "and evaluation=linear_official; evaluation=dense does not have it",
         ),
         (
             {"name": "linear", "num_neighbors": 5}, {},
-            "evaluation.num_neighbors: a setting of evaluation=knn and evaluation=dense, and evaluation=linear has no such",
+            "evaluation.num_neighbors: a setting of evaluation=knn and evaluation=dense; "
+            "evaluation=linear does not have it",
         ),
         (
             {"name": "dense"}, {"held_out": 0.5},
-            "data.held_out: a setting of evaluation=knn and evaluation=linear and evaluation=linear_official, and "
-            "evaluation=dense has no such",
+            "data.held_out: a setting of evaluation=knn and evaluation=linear "
+            "and evaluation=linear_official; evaluation=dense does not have it",
         ),
         (
             {"name": "linear"}, {"ignore_index": 0},
-            "data.ignore_index: a setting of evaluation=dense, and evaluation=linear has no such",
+            "data.ignore_index: a setting of evaluation=dense; evaluation=linear does not have it",
         ),
-        ({"num_probes": 9}, {}, "evaluation.num_probes: without evaluation.index=ivf it has no effect"),
-        ({"index": "ivf", "ef_search": 9}, {}, "evaluation.ef_search: without evaluation.index=hnsw it has no effect"),
-        ({"num_draws": 9}, {}, "evaluation.num_draws: without evaluation.images_per_class it has no effect"),
-        ({"map": "none", "images": False}, {}, "evaluation.map: without evaluation.plots=true it has no effect"),
+        (
+            {"num_probes": 9}, {},
+            "evaluation.num_probes: without an IVF index in evaluation.index it has no effect",
+        ),
+        (
+            {"index": "IVF16,Flat", "ef_search": 9}, {},
+            "evaluation.ef_search: without an HNSW index in evaluation.index it has no effect",
+        ),
+        (
+            {"num_draws": 9}, {},
+            "evaluation.num_draws: without evaluation.images_per_class it has no effect",
+        ),
+        (
+            {"map": "none", "plots": False}, {},
+            "evaluation.map: without evaluation.plots=true it has no effect",
+        ),
     ],
 )  # fmt: skip
 def test_a_setting_that_has_no_effect_is_refused(settings, data, expected):

@@ -143,7 +143,8 @@ def test_evaluate_repeats_the_monitors_figure_to_the_last_digit(finished):
 
 
 def test_evaluate_takes_another_protocol_and_the_key_encoder(finished):
-    from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
+    from moco.config.data import EvaluateDataConfig
+    from moco.config.pretrained import EvaluateConfig, EvaluationConfig
     from moco.evaluate import run
 
     cwd, _ = finished

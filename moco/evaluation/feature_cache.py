@@ -1,7 +1,7 @@
-"""Features that are kept from one evaluation to the next, under a key of everything that they depend on.
+"""Features that are kept from one evaluation to the next.
 
-A file is used only if its name holds the key of what is asked for now, so a changed checkpoint, setting or image makes
-a new one. Letters: M images.
+The name of a file holds a key of everything that the features depend on, so a changed checkpoint,
+setting or image leads to a new file.
 """
 
 import hashlib
@@ -21,105 +21,132 @@ from moco.runs.run_folder import CONFIG, write_atomically
 
 log = logging.getLogger(__name__)
 
+# Bytes of a checkpoint, and images in memory, that are hashed at once.
+READ_BYTES = 2**22
+IMAGES_AT_ONCE = 4096
+
 
 class FeatureCache:
     """The files of one checkpoint.
 
-    They lie in ``features/`` of the checkpoint's run folder, else in ``$XDG_CACHE_HOME/moco/features`` (``~/.cache``).
+    They are in ``features/`` of the checkpoint's run folder. For a checkpoint in no run folder they
+    are in ``$XDG_CACHE_HOME/moco/features`` (``~/.cache``).
 
     Args:
-        settings: whatever else the features depend on, as plain data.
+        checkpoint: the file of weights.
+        settings: everything else that the features depend on, as plain data.
     """
 
     def __init__(self, checkpoint: Path, settings: Mapping[str, Any]) -> None:
-        self.digest = digest_of_file(checkpoint)
+        self.digest = file_digest(checkpoint)
         self.settings = json.dumps(settings, sort_keys=True)
         self.stem = checkpoint.stem
         folder = checkpoint.absolute().parent
         self.is_in_run = folder.name == "checkpoints" and (folder.parent / CONFIG).is_file()
-        self.folder = folder.parent / "features" if self.is_in_run else user_folder()
+        if self.is_in_run:
+            self.folder = folder.parent / "features"
+        else:
+            self.folder = user_folder()
 
     def path(self, labelled: Labelled, root: Any) -> Path:
-        """Where the features of these images belong.
+        """Return where the features of these images belong.
 
         Args:
-            root: of the data set, whose files are looked at where the images do not tell which they are in.
+            labelled: the images.
+            root: of the dataset. Its files are part of the key if the images do not name theirs.
         """
         key = hashlib.sha256(f"{self.digest} {self.settings} ".encode())
         key.update(np.ascontiguousarray(labelled.labels).tobytes())
-        for part in traits(labelled, root):
+        for part in image_traits(labelled, root):
             key.update(part)
         return self.named(key.hexdigest())
 
     def named(self, key: str) -> Path:
-        """Where what has this key belongs, of this checkpoint."""
+        """Return the file of this checkpoint with this key."""
         return self.folder / f"{self.stem}-{self.digest[:12]}-{key[:24]}.npz"
 
     def read(self, path: Path) -> dict[str, np.ndarray] | None:
-        """The arrays; None if they are not there, or damaged."""
+        """Return the arrays, or None if the file is missing or damaged."""
         if not path.is_file():
             return None
         try:
             with np.load(path, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
         except DAMAGED as error:
-            log.warning("%s is damaged (%s): embedding again", path, error)
+            log.warning("%s is damaged (%s): computing the features again", path, error)
             return None
 
     def write(self, path: Path, arrays: Mapping[str, Any]) -> None:
-        """Keep the arrays, if the folder can be written to; in a run folder those of the checkpoint's former state go."""
+        """Keep the arrays, with a warning if the folder cannot be written to.
+
+        In a run folder, files of an earlier content of the checkpoint are removed.
+        """
         try:
             write_atomically(path, lambda file: np.savez(file, **arrays))
             if self.is_in_run:
-                self._remove_former()
+                self._remove_old_files()
         except OSError as error:
             log.warning("features are not kept for the next evaluation: %s", error)
 
-    def _remove_former(self) -> None:
-        """Of this checkpoint file with another content; whatever else lies there is not ours."""
-        ours = re.compile(re.escape(self.stem) + "-([0-9a-f]{12})-[0-9a-f]{24}[.]npz")
-        for other in self.folder.iterdir():
-            name = ours.fullmatch(other.name)
-            if name and name[1] != self.digest[:12]:
-                other.unlink(missing_ok=True)
+    def _remove_old_files(self) -> None:
+        pattern = re.compile(re.escape(self.stem) + "-([0-9a-f]{12})-[0-9a-f]{24}[.]npz")
+        for path in self.folder.iterdir():
+            match = pattern.fullmatch(path.name)
+            if match is None:
+                continue  # the user's own file
+            if match[1] != self.digest[:12]:
+                path.unlink(missing_ok=True)
 
 
 def user_folder() -> Path:
-    """For checkpoints that lie in no run folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moco" / "features"
+    """Return the folder for checkpoints that are in no run folder."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if not cache:
+        cache = str(Path.home() / ".cache")
+    return Path(cache) / "moco" / "features"
 
 
-def digest_of_file(path: Path) -> str:
-    """SHA-256 of the content."""
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(2**22):
+        part = file.read(READ_BYTES)
+        while part:
             digest.update(part)
+            part = file.read(READ_BYTES)
     return digest.hexdigest()
 
 
-def traits(labelled: Labelled, root: Any) -> Iterable[bytes]:
-    """What the images are: those in memory by their pixels, files by name, size and time of change."""
+def image_traits(labelled: Labelled, root: Any) -> Iterable[bytes]:
+    """Yield what identifies the images.
+
+    These are pixels of images in memory, and name, size and time of change of files.
+    """
     images = labelled.images
     if isinstance(images, ArrayImages):
         yield str(images.tensor.shape).encode()
-        yield from (image.numpy().tobytes() for image in images.tensor.split(4096))
-        return
-    if isinstance(images, FileImages):
+        for part in images.tensor.split(IMAGES_AT_ONCE):
+            yield part.numpy().tobytes()
+    elif isinstance(images, FileImages):
         yield images.text.numpy().tobytes()
         yield images.ends.numpy().tobytes()
-        yield b"" if images.page_ends is None else images.page_ends.numpy().tobytes()
-        yield from (stamp(path) for path in images.files())
-        return
-    yield from (
-        images.name(index).encode("utf-8", "surrogateescape") + b"\n"
-        for index in range(len(images))
-    )
-    for folder, _, names in sorted(os.walk(root)):
-        yield from (stamp(os.path.join(folder, name)) for name in sorted(names))
+        if images.page_ends is not None:
+            yield images.page_ends.numpy().tobytes()
+        for path in images.files():
+            yield file_stamp(path)
+    else:
+        for index in range(len(images)):
+            yield images.name(index).encode("utf-8", "surrogateescape") + b"\n"
+        # These images do not tell which files they are in, so all files of the dataset count.
+        for folder, _, names in sorted(os.walk(root)):
+            for name in sorted(names):
+                yield file_stamp(os.path.join(folder, name))
 
 
-def stamp(path: str) -> bytes:
-    """Size and time of change of a file, and its name."""
-    status = os.stat(path) if os.path.exists(path) else None
-    return f"{path!r} {status and (status.st_size, status.st_mtime_ns)}\n".encode()
+def file_stamp(path: str) -> bytes:
+    """Return a file's name, size and time of change."""
+    stamp = None
+    if os.path.exists(path):
+        status = os.stat(path)
+        stamp = status.st_size, status.st_mtime_ns
+    return f"{path!r} {stamp}\n".encode()

@@ -1,7 +1,4 @@
-"""The features of a long pass over many images on disk as they come, so that it goes on where it was interrupted.
-
-Letters: M images so far, N batch, D feature width.
-"""
+"""The features of a long pass over many images, kept on disk so that it can be continued."""
 
 import dataclasses
 import json
@@ -23,80 +20,92 @@ from moco.runs.run_folder import flattened, remove_half_written, write_atomicall
 
 STATE = "state.json"
 LOCK = ".lock"
-FEATURES, LABELS, NAMES, UNREADABLE = (
-    "features.bin",
-    "labels.bin",
-    "names.jsonl",
-    "unreadable.jsonl",
-)
+FEATURES = "features.bin"
+LABELS = "labels.bin"
+NAMES = "names.jsonl"
+UNREADABLE = "unreadable.jsonl"
 FILES = (FEATURES, LABELS, NAMES, UNREADABLE)
+# At most this much work is lost when the process is killed.
 SECONDS_BETWEEN_COMMITS = 10.0
 
 
 @dataclass(frozen=True)
 class State:
-    """How much of the files counts; what is behind that comes from a batch that was not finished."""
+    """How much of the files counts; the bytes behind it are of a batch that was not finished."""
 
     end: list[int]
     """The place where the next batch starts, see `moco.data.loading.image_sets`."""
     num_rows: int = 0
-    """M."""
+    """Images that have features."""
     feature_dim: int = 0
-    """D."""
+    """Width of the features."""
     name_width: int = 0
     """Characters of the longest name."""
     num_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FILES, 0))
+    """Of each file."""
 
 
 class FeatureParts:
-    """Features (M, D) float32 and labels (M,) int64 as plain bytes, names and unreadable images as lines of JSON.
+    """The files of a pass: features, labels, names of the images and of the unreadable ones.
 
-    Inside a ``with`` block rows can be added. Every few seconds, and when the block is left, what is whole is put on disk.
+    Features (float32) and labels (int64) are plain bytes, names are lines of JSON. Rows can be
+    added inside a ``with`` block. Every few seconds, and at the end of the block, they are
+    committed to the disk.
 
     Args:
-        folder: of `taken`.
-        about: what must be the same when the pass goes on, as plain data: ``settings`` by key, and hashes of the ``weights``
-            and of the ``data``.
+        folder: see `taken`.
+        about: what must be the same when the pass is continued, as plain data: ``settings`` by key,
+            and hashes of the ``weights`` and of the ``data``.
         start: place of the first image.
 
     Raises:
-        InputError: the folder holds the beginning of something else.
+        InputError: the folder holds the beginning of another pass.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any], start: list[int]) -> None:
         self.folder = folder
+        # As it will be read back: JSON turns tuples into lists.
         self.about = json.loads(json.dumps(about))
-        self.state = self._found() or State(start)
+        state = self._read_state()
+        self.state = State(start) if state is None else state
 
-    def _found(self) -> State | None:
-        if not (self.folder / STATE).exists():
+    def _read_state(self) -> State | None:
+        path = self.folder / STATE
+        if not path.exists():
             return None
         try:
-            there = json.loads((self.folder / STATE).read_text())
-            about, state = there["about"], State(**there["state"])
-            sizes = {name: (self.folder / name).stat().st_size for name in FILES}
-            is_whole = all(sizes[name] >= state.num_bytes[name] for name in FILES)
+            content = json.loads(path.read_text())
+            about, state = content["about"], State(**content["state"])
+            is_whole = True
+            for name in FILES:
+                if (self.folder / name).stat().st_size < state.num_bytes[name]:
+                    is_whole = False
         except (ValueError, KeyError, TypeError, OSError):
             is_whole = False
         if not is_whole:
             raise InputError(f"{self.folder}: damaged; remove that folder to start anew")
-        if not state.num_rows:  # nothing is lost
+        if state.num_rows == 0:  # nothing is lost
             return None
-        if different := differing(about, self.about):
+        different = differences(about, self.about)
+        if different:
             raise InputError(
-                f"{self.folder} holds the first {state.num_rows:,} features of another run: {'; '.join(different)}; "
+                f"{self.folder} holds the first {state.num_rows:,} features of another run: "
+                f"{'; '.join(different)}; "
                 "remove that folder to start anew, or choose another output"
             )
         return state
 
     def __enter__(self) -> "FeatureParts":
         remove_half_written(self.folder)
+        self.files = {}
         for name in FILES:
-            (self.folder / name).touch()
-        self.files = {name: (self.folder / name).open("r+b") for name in FILES}
-        for name, file in self.files.items():
+            path = self.folder / name
+            path.touch()
+            file = path.open("r+b")
+            # What is behind the last commit is of a batch that was not finished.
             file.truncate(self.state.num_bytes[name])
             file.seek(0, os.SEEK_END)
+            self.files[name] = file
         self.commit()
         return self
 
@@ -108,28 +117,39 @@ class FeatureParts:
         unreadable: Sequence[str],
         end: list[int],
     ) -> None:
-        """Write a batch: features (N, D) float32, names and labels of the N images, names of those that cannot be read."""
+        """Write a batch.
+
+        Args:
+            features: (images, width) float32.
+            names: (images,).
+            labels: (images,) int64.
+            unreadable: names of the images that cannot be read.
+            end: the place where the next batch starts.
+        """
         contents = {
             FEATURES: np.ascontiguousarray(features, "<f4").tobytes(),
             LABELS: np.ascontiguousarray(labels, "<i8").tobytes(),
-            NAMES: lines(names),
-            UNREADABLE: lines(unreadable),
+            NAMES: json_lines(names),
+            UNREADABLE: json_lines(unreadable),
         }
+        num_bytes = {}
         for name, content in contents.items():
             self.files[name].write(content)
-        # At once and last: a signal may end the program anywhere before.
+            num_bytes[name] = self.state.num_bytes[name] + len(content)
+        feature_dim = self.state.feature_dim
+        name_width = self.state.name_width
+        if names:
+            feature_dim = features.shape[1]
+            name_width = max(name_width, *(len(name) for name in names))
+        # The state changes in one statement and last: a signal may end the program anywhere before.
         self.state = State(
-            end,
-            self.state.num_rows + len(names),
-            features.shape[1] if len(names) else self.state.feature_dim,
-            max([self.state.name_width, *map(len, names)]),
-            {name: self.state.num_bytes[name] + len(content) for name, content in contents.items()},
+            end, self.state.num_rows + len(names), feature_dim, name_width, num_bytes
         )
         if time.monotonic() - self.committed > SECONDS_BETWEEN_COMMITS:
             self.commit()
 
     def commit(self) -> None:
-        """Put on disk for good what was added."""
+        """Write what was added to the disk for good."""
         state = dataclasses.asdict(self.state)
         for file in self.files.values():
             file.flush()
@@ -148,75 +168,82 @@ class FeatureParts:
             if error is None:
                 self.commit()
             else:
-                with suppress(
-                    OSError
-                ):  # a full disk is what ended it; the last commit still counts
+                # If a full disk ended the pass, the last commit still counts.
+                with suppress(OSError):
                     self.commit()
         finally:
             for file in self.files.values():
                 with suppress(OSError):
                     file.close()
 
-    def blocks(self, num_rows: int) -> Iterator[np.ndarray]:
-        """All features in their order, (up to `num_rows`, D) float32 at a time."""
-        width = self.state.feature_dim
-        with (self.folder / FEATURES).open("rb") as file:
-            for start in range(0, self.state.num_rows, num_rows):
-                count = min(num_rows, self.state.num_rows - start)
-                yield np.fromfile(file, "<f4", count * width).reshape(count, width)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of the features: (images, width)."""
+        return self.state.num_rows, self.state.feature_dim
 
-    def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """The features of some images, (len(numbers), D) float32."""
-        shape = (self.state.num_rows, self.state.feature_dim)
-        return np.array(np.memmap(self.folder / FEATURES, "<f4", "r", shape=shape)[numbers])
+    @property
+    def num_done(self) -> int:
+        """Return how many images were read, unreadable ones included, before the ``with`` block."""
+        return self.state.num_rows + len(self.unreadable())
+
+    def features(self) -> np.ndarray:
+        """Return all features (images, width) float32, mapped from the file."""
+        return np.memmap(self.folder / FEATURES, "<f4", "r", shape=self.shape)
 
     def names(self) -> Iterator[str]:
+        """Yield the names of all images."""
         with (self.folder / NAMES).open() as file:
-            yield from map(json.loads, file)
+            for line in file:
+                yield json.loads(line)
 
     def unreadable(self) -> list[str]:
-        """The names of the images that earlier attempts could not read; before the ``with`` block."""
-        if not self.state.num_bytes[UNREADABLE]:
+        """Return the names of the images that earlier attempts could not read."""
+        num_bytes = self.state.num_bytes[UNREADABLE]
+        if num_bytes == 0:
             return []
         with (self.folder / UNREADABLE).open("rb") as file:
-            return [
-                json.loads(line)
-                for line in file.read(self.state.num_bytes[UNREADABLE]).splitlines()
-            ]
+            lines = file.read(num_bytes).splitlines()
+        return [json.loads(line) for line in lines]
 
 
-def lines(names: Sequence[str]) -> bytes:
-    """In each line a name as a JSON string in ASCII: it may hold newlines, and bytes that are no UTF-8."""
-    return "".join(json.dumps(name) + "\n" for name in names).encode("ascii")
+def json_lines(names: Sequence[str]) -> bytes:
+    """Return a line for each name, a JSON string in ASCII.
+
+    A name may hold newlines and bytes that are not UTF-8.
+    """
+    lines = [json.dumps(name) + "\n" for name in names]
+    return "".join(lines).encode("ascii")
 
 
-def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What is not the same, in words."""
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two passes, in words."""
     old, new = flattened(there["settings"]), flattened(here["settings"])
-    words = [
-        f"{key}: {old.get(key)} there, {new.get(key)} here"
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key)
-    ]
+    different = []
+    for key in sorted(old | new):
+        if old.get(key) != new.get(key):
+            different.append(f"{key}: {old.get(key)} there, {new.get(key)} here")
     if there["weights"] != here["weights"]:
-        words.append("checkpoint: other weights")
+        different.append("checkpoint: other weights")
     if there["data"] != here["data"]:
-        words.append("data: other images, names or labels, or in another order")
-    return words
+        different.append("data: other images, names or labels, or in another order")
+    return different
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove the folder. What is left of it where this is interrupted counts as new, since the state goes first."""
+    """Remove the folder.
+
+    The state goes first, so that what is left after an interruption here counts as a new folder.
+    """
     (folder / STATE).unlink()
     shutil.rmtree(folder)
 
 
 @contextmanager
 def taken(folder: Path) -> Iterator[None]:
-    """Make the folder if it isn't there; inside, no other process works there.
+    """Make the folder if it is missing, and lock it inside the block.
 
     Raises:
-        InputError: one does, the folder cannot be made, or something else is in there.
+        InputError: another process works there, the folder cannot be made, or it holds other files.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Features of many images. Letters: N batch, M images, D feature width, H W pixels."""
+"""Features of many images, by any function from images to features."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,19 +21,21 @@ def embed(
     should_stop: Callable[[], bool] = lambda: False,
     precision: str = "32-true",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features of every image that a loader yields, in order.
+    """Return features of every image that a loader yields, in order, without unreadable images.
 
     Args:
-        encode: images (N, 3, H, W) on `device` to features (N, D).
-        loader: yields batches with ``images``, ``labels`` and ``unreadable``; unreadable rows are left out.
+        encode: from images (batch, 3, height, width) on `device` to features (batch, width).
+        loader: yields batches with ``images``, ``labels`` and ``unreadable``.
+        device: where to compute.
         should_stop: asked before every batch.
         precision: ``32-true``, whatever the training's, or ``bf16-mixed``, under autocast.
 
     Returns:
-        Features (M, D) float32, labels (M,) int64, and the numbers of the unreadable images.
+        Features (images, width) float32, labels (images,) int64, and the numbers of the unreadable
+        images.
 
     Raises:
-        EmbeddingStopped: `should_stop` said so.
+        EmbeddingStopped: `should_stop` returned true.
     """
     features, labels, unreadable = [], [], []
     device = torch.device(device)
@@ -42,21 +44,20 @@ def embed(
             raise EmbeddingStopped
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
             encoded = encode(batch.images.to(device, non_blocking=True)).float()
-        features.append(encoded.cpu()[~batch.unreadable])
-        labels.append(batch.labels[~batch.unreadable])
+        # A batch keeps a black image in the place of an unreadable one.
+        is_readable = ~batch.unreadable
+        features.append(encoded.cpu()[is_readable])
+        labels.append(batch.labels[is_readable])
         unreadable.append(batch.unreadable)
-    if not features:  # of several processes one may have no image at all
+    if not features:  # one of several processes may have no image at all
         return np.empty((0, 0), np.float32), np.empty(0, np.int64), np.empty(0, np.int64)
-    return (
-        torch.cat(features).numpy(),
-        torch.cat(labels).numpy(),
-        torch.cat(unreadable).nonzero()[:, 0].numpy(),
-    )
+    unreadable_numbers = torch.cat(unreadable).nonzero()[:, 0]
+    return torch.cat(features).numpy(), torch.cat(labels).numpy(), unreadable_numbers.numpy()
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` is in eval mode; afterwards each of its layers is in the mode that it was in before."""
+    """Put `module` into eval mode inside the block; afterwards each layer has its old mode."""
     modes = [(layer, layer.training) for layer in module.modules()]
     module.eval()
     try:

@@ -1,9 +1,8 @@
 """Weighted k-nearest-neighbour classification of features.
 
-The protocol of InstDisc (arXiv 1805.01978, section 3.4) that MoCo's authors monitor with: features are L2-normalised, the
-k bank entries with the largest inner product vote for their class with weight exp(similarity / T).
-
-Letters: M bank size, Q queries, D feature width, k neighbours.
+The protocol is that of InstDisc (arXiv 1805.01978, section 3.4), by which MoCo's authors monitor
+their runs. Features are L2-normalised. The k bank rows with the largest inner product vote for
+their class, with weight exp(similarity / T).
 """
 
 import logging
@@ -19,14 +18,16 @@ from moco.evaluation.neighbors import nearest_by_block
 
 log = logging.getLogger(__name__)
 
-SCORES = 2**22  # of query and class that are added up at once
+# Scores, one for each query and class, that are in memory at once.
+SCORES_AT_ONCE = 2**22
 
 Search = Callable[[np.ndarray, int], Iterable[tuple[np.ndarray, np.ndarray]]]
-"""Of queries (Q, D) and k: similarities (., k) in falling order and rows (., k), of one block of queries after the other."""
+"""A function of queries (queries, width) and k that finds the nearest bank rows. For one block of
+queries after the other it yields similarities in falling order and row numbers, (block, k) each."""
 
 
 class Protocol(NamedTuple):
-    """What a kNN figure depends on beside the features."""
+    """What a kNN accuracy depends on beside the features."""
 
     num_neighbors: int
     """k."""
@@ -36,33 +37,34 @@ class Protocol(NamedTuple):
 
 @dataclass(frozen=True)
 class KNNResult:
-    """Accuracies are fractions of the queries; num_neighbors is k after capping."""
+    """Accuracies, as fractions of the queries, and the sizes that they were measured with."""
 
     top1: float
     top5: float | None
     """None with fewer than five neighbours, see `Votes.top`."""
     num_neighbors: int
+    """k, after it was limited to the bank size."""
     bank_size: int
     num_queries: int
 
 
 class Votes(NamedTuple):
-    """What a vote says of each query."""
+    """The outcome of a vote for each query."""
 
     predicted: np.ndarray
-    """(Q,) class numbers."""
+    """(queries,) class numbers."""
     rank: np.ndarray
-    """(Q,) int64: how many classes come before the query's own; of one that the bank lacks, all of them."""
+    """(queries,) int64: how many classes got more votes than the query's own class."""
 
     def accuracy(self, at: int) -> float:
-        """Share of the queries whose own class is among the first `at`."""
+        """Return the share of the queries whose own class is among the first `at`."""
         return float((self.rank < at).mean())
 
     def top(self, num_neighbors: int) -> dict[str, float]:
         """Return ``top1``, and ``top5`` if the votes are of at least five neighbours.
 
-        Fewer can't name five classes: which of those without a vote would come fifth is not for the
-        features to say.
+        Fewer neighbours cannot name five classes. Which class without a vote would be the fifth
+        does not depend on the features.
 
         Args:
             num_neighbors: k of the vote.
@@ -76,66 +78,88 @@ class Votes(NamedTuple):
 def vote(
     similarities: np.ndarray, neighbor_classes: np.ndarray, num_classes: int, temperature: float
 ) -> np.ndarray:
-    """Each class's share of a query's votes up to a factor: (Q, num_classes), float64.
+    """Return each class's share of a query's votes up to a factor: (queries, classes) float64.
 
     Args:
-        similarities: (Q, k) inner products in falling order.
-        neighbor_classes: (Q, k), 0 to num_classes - 1.
+        similarities: (queries, k) inner products in falling order.
+        neighbor_classes: (queries, k), from 0 to num_classes - 1.
+        num_classes: number of classes.
         temperature: T of the weights exp(similarity / T).
     """
-    # Relative to the best neighbour: the same ranking, and no overflow at any T.
-    weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)
-    return sums(weights, neighbor_classes, num_classes)
+    return sum_by_class(vote_weights(similarities, temperature), neighbor_classes, num_classes)
 
 
-def sums(weights: np.ndarray, neighbor_classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """The weights (Q, k) added up by class: (Q, num_classes)."""
-    cells = np.arange(len(weights))[:, None] * num_classes + neighbor_classes
-    return np.bincount(cells.ravel(), weights.ravel(), len(weights) * num_classes).reshape(
-        -1, num_classes
-    )
+def vote_weights(similarities: np.ndarray, temperature: float) -> np.ndarray:
+    """Return exp(similarity / T) relative to the first neighbour's weight, (queries, k) float64."""
+    # Relative weights give the same ranking and do not overflow at any T.
+    relative = (similarities - similarities[:, :1]).astype(np.float64)
+    return np.exp(relative / temperature)
 
 
-def ranked(scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first class of each row (Q,), and how many come before its own (Q,); of equal scores the smaller class first.
+def sum_by_class(weights: np.ndarray, neighbor_classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """Add up weights (queries, k) of each class: (queries, classes)."""
+    first_cells = np.arange(len(weights))[:, None] * num_classes
+    cells = first_cells + neighbor_classes
+    # Each query and class has a cell of its own, so one call adds up all votes.
+    sums = np.bincount(cells.ravel(), weights.ravel(), len(weights) * num_classes)
+    return sums.reshape(-1, num_classes)
+
+
+def rank_classes(scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best class of each row, and how many classes come before the row's own class.
+
+    Of equal scores the smaller class comes first.
 
     Args:
-        scores: (Q, num_classes).
-        own: (Q,); num_classes stands for one that is not among them.
+        scores: (queries, classes).
+        own: (queries,) classes; the number of classes stands for one that is not among them.
+
+    Returns:
+        Best classes (queries,) and ranks (queries,). The rank of a class that is not there is at
+        least 5.
     """
     num_classes = scores.shape[1]
-    own_score = np.take_along_axis(scores, np.minimum(own, num_classes - 1)[:, None], axis=1)
-    is_before = (scores > own_score) | (
-        (scores == own_score) & (np.arange(num_classes) < own[:, None])
-    )
-    return scores.argmax(axis=1), np.where(
-        own < num_classes, is_before.sum(axis=1), num_classes + 5
-    )
+    is_known = own < num_classes
+    # The column of an unknown class does not matter, its rank is replaced below.
+    own_column = np.minimum(own, num_classes - 1)[:, None]
+    own_score = np.take_along_axis(scores, own_column, axis=1)
+    is_smaller_class = np.arange(num_classes) < own[:, None]
+    is_before = (scores > own_score) | ((scores == own_score) & is_smaller_class)
+    rank = np.where(is_known, is_before.sum(axis=1), num_classes + 5)
+    return scores.argmax(axis=1), rank
 
 
-def votes_of_block(
+def rank_by_protocol(
     similarities: np.ndarray,
-    classes: np.ndarray,
+    neighbor_classes: np.ndarray,
     own: np.ndarray,
     num_classes: int,
     protocols: Sequence[Protocol],
 ) -> dict[Protocol, tuple[np.ndarray, np.ndarray]]:
-    """`ranked` under every protocol; for each T the votes of a larger k go on from those of the smaller one.
+    """Return `rank_classes` of the votes under every protocol.
+
+    For each T the votes of a larger k are added to those of the next smaller one.
 
     Args:
-        similarities, classes: of the neighbours (Q, k), k the largest of the protocols.
-        own: as of `ranked`.
+        similarities, neighbor_classes: (queries, k) each, k the largest of the protocols.
+        own: see `rank_classes`.
+        num_classes: number of classes.
+        protocols: in any order.
     """
-    found = {}
+    ranked = {}
     for temperature in {protocol.temperature for protocol in protocols}:
-        weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / temperature)
-        scores, done = np.zeros((len(weights), num_classes)), 0
-        for num_neighbors in sorted({k for k, other in protocols if other == temperature}):
-            added = slice(done, num_neighbors)
-            scores += sums(weights[:, added], classes[:, added], num_classes)
-            found[Protocol(num_neighbors, temperature)] = ranked(scores, own)
-            done = num_neighbors
-    return found
+        weights = vote_weights(similarities, temperature)
+        scores = np.zeros((len(weights), num_classes))
+        num_added = 0
+        # A protocol sorts by its k, so the votes of each are added to those of the one before.
+        for protocol in sorted(protocols):
+            if protocol.temperature != temperature:
+                continue
+            added = slice(num_added, protocol.num_neighbors)
+            scores += sum_by_class(weights[:, added], neighbor_classes[:, added], num_classes)
+            num_added = protocol.num_neighbors
+            ranked[protocol] = rank_classes(scores, own)
+    return ranked
 
 
 def classify(
@@ -148,49 +172,60 @@ def classify(
 ) -> dict[Protocol, Votes]:
     """Classify the queries under several protocols by one search.
 
-    A class that only the queries have can never be right; one that only the bank has can win votes. Of classes with equal
-    votes the smaller number ranks first.
+    A class that only the queries have is never right. A class that only the bank has can win votes.
+    Of classes with equal votes the smaller number ranks first.
 
     Args:
         search: finds neighbours in the bank.
-        bank_labels: (M,) class numbers, gaps allowed.
-        queries: features (Q, D), of any norm.
-        query_labels: (Q,) class numbers.
-        own_rows: (Q,) each query's own row in the bank, which has no vote (leave-one-out); None: the queries are others.
+        bank_labels: (bank size,) class numbers, gaps allowed.
+        queries: (queries, width) features of any norm.
+        query_labels: (queries,) class numbers.
+        protocols: in any order.
+        own_rows: (queries,) each query's own row in the bank, which has no vote (leave one out);
+            None if the queries are not in the bank.
     """
-    names, bank_classes = np.unique(bank_labels, return_inverse=True)
-    own = np.searchsorted(names, query_labels)
-    own = np.where(names[np.minimum(own, len(names) - 1)] == query_labels, own, len(names))
-    num_neighbors = max(k for k, _ in protocols)
-    size = max(1, SCORES // max(len(names), num_neighbors))
-    parts: dict[Protocol, list[tuple[np.ndarray, np.ndarray]]] = {
-        protocol: [] for protocol in protocols
-    }
-    done = 0
-    for similarities, rows in blocks_of(
-        search(queries, num_neighbors + (own_rows is not None)), size
-    ):
-        block = slice(done, done + len(rows))
-        done += len(rows)
+    classes, bank_classes = np.unique(bank_labels, return_inverse=True)
+    own = class_places(classes, query_labels)
+    most_neighbors = max(protocol.num_neighbors for protocol in protocols)
+    # The query itself may be found and is removed, so one more row is needed.
+    num_searched = most_neighbors if own_rows is None else most_neighbors + 1
+    block_size = max(1, SCORES_AT_ONCE // max(len(classes), most_neighbors))
+    predicted: dict[Protocol, list[np.ndarray]] = {protocol: [] for protocol in protocols}
+    ranks: dict[Protocol, list[np.ndarray]] = {protocol: [] for protocol in protocols}
+    num_done = 0
+    for similarities, rows in split_blocks(search(queries, num_searched), block_size):
+        block = slice(num_done, num_done + len(rows))
+        num_done += len(rows)
         if own_rows is not None:
             similarities, rows = without_own(similarities, rows, own_rows[block])
-        found = votes_of_block(similarities, bank_classes[rows], own[block], len(names), protocols)
-        for protocol, votes in found.items():
-            parts[protocol].append(votes)
-    joined = {
-        protocol: [np.concatenate(part) for part in zip(*found, strict=True)]
-        for protocol, found in parts.items()
-    }
-    return {
-        protocol: Votes(names[predicted], rank) for protocol, (predicted, rank) in joined.items()
-    }
+        ranked = rank_by_protocol(
+            similarities, bank_classes[rows], own[block], len(classes), protocols
+        )
+        for protocol, (best, rank) in ranked.items():
+            predicted[protocol].append(classes[best])
+            ranks[protocol].append(rank)
+    votes = {}
+    for protocol in protocols:
+        votes[protocol] = Votes(
+            np.concatenate(predicted[protocol]), np.concatenate(ranks[protocol])
+        )
+    return votes
 
 
-def blocks_of(
-    found: Iterable[tuple[np.ndarray, np.ndarray]], size: int
+def class_places(classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the place of each label among the rising class numbers.
+
+    The number of classes stands for a label that is not among them.
+    """
+    places = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
+    return np.where(classes[places] == labels, places, len(classes))
+
+
+def split_blocks(
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]], size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Similarities and rows in pieces of at most `size` queries."""
-    for similarities, rows in found:
+    """Yield similarities and rows in blocks of at most `size` queries."""
+    for similarities, rows in blocks:
         for start in range(0, len(rows), size):
             yield similarities[start : start + size], rows[start : start + size]
 
@@ -198,17 +233,26 @@ def blocks_of(
 def without_own(
     similarities: np.ndarray, rows: np.ndarray, own_rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbours (Q, k + 1) without the query itself: (Q, k); the last one goes where it is not among them."""
+    """Remove each query itself from its neighbours, or the last one if it is not among them.
+
+    Args:
+        similarities, rows: (queries, k + 1) each.
+        own_rows: (queries,) each query's row in the bank.
+
+    Returns:
+        Similarities and rows, (queries, k) each.
+    """
     is_own = rows == own_rows[:, None]
-    # Only its first place: an index may fill a list with the bank's first row, again and again.
-    place = np.where(is_own.any(axis=1), is_own.argmax(axis=1), rows.shape[1] - 1)
-    kept = np.arange(rows.shape[1]) != place[:, None]
-    shape = len(rows), rows.shape[1] - 1
-    return similarities[kept].reshape(shape), rows[kept].reshape(shape)
+    last = rows.shape[1] - 1
+    # Only the first place: an index may fill a list with the bank's first row again and again.
+    place = np.where(is_own.any(axis=1), is_own.argmax(axis=1), last)
+    is_kept = np.arange(rows.shape[1]) != place[:, None]
+    shape = (len(rows), last)
+    return similarities[is_kept].reshape(shape), rows[is_kept].reshape(shape)
 
 
 def capped(num_neighbors: int, most: int) -> int:
-    """k, at most `most`, with a warning."""
+    """Return k, at most `most`, with a warning where it is lowered."""
     if num_neighbors > most:
         log.warning(
             "evaluation.num_neighbors=%d is more than the bank's %d; using those",
@@ -230,24 +274,29 @@ def knn_accuracy(
     """Classify the queries by the bank, see `classify`.
 
     Args:
-        bank: features (M, D), of any norm.
-        bank_labels: (M,) class numbers, gaps allowed.
-        queries: features (Q, D), of any norm.
-        query_labels: (Q,) class numbers.
-        num_neighbors: k; capped at M with a warning.
+        bank: (bank size, width) features of any norm.
+        bank_labels: (bank size,) class numbers, gaps allowed.
+        queries: (queries, width) features of any norm.
+        query_labels: (queries,) class numbers.
+        num_neighbors: k; limited to the bank size with a warning.
         temperature: T.
-        device: that searches.
+        device: where to search.
     """
     protocol = Protocol(capped(num_neighbors, len(bank)), temperature)
     search = partial(nearest_by_block, bank, device=device)
     votes = classify(search, bank_labels, queries, query_labels, [protocol])[protocol]
-    k = protocol.num_neighbors
-    shares = votes.top(k)
-    return KNNResult(shares["top1"], shares.get("top5"), k, len(bank), len(queries))
+    return result_of(votes, protocol.num_neighbors, len(bank))
+
+
+def result_of(votes: Votes, num_neighbors: int, bank_size: int) -> KNNResult:
+    """Return the accuracies of the votes with the sizes."""
+    shares = votes.top(num_neighbors)
+    num_queries = len(votes.predicted)
+    return KNNResult(shares["top1"], shares.get("top5"), num_neighbors, bank_size, num_queries)
 
 
 def scores_of(result: KNNResult) -> dict[str, float]:
-    """Return a result's accuracies under the names of ``metrics.json``, those that there are."""
+    """Return the accuracies under the names of ``metrics.json``; top-5 only if there is one."""
     scores = {"knn/top1": result.top1}
     if result.top5 is not None:
         scores["knn/top5"] = result.top5
@@ -255,7 +304,7 @@ def scores_of(result: KNNResult) -> dict[str, float]:
 
 
 def protocol_figures(result: KNNResult, temperature: float, feature: str) -> dict[str, Any]:
-    """Return the conditions of a kNN figure under the names of ``metrics.json``."""
+    """Return the conditions of a kNN accuracy under the names of ``metrics.json``."""
     return {
         "knn/num_neighbors": result.num_neighbors,
         "knn/temperature": temperature,

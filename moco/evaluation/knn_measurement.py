@@ -1,144 +1,166 @@
-"""kNN classification of frozen features, as ``moco.evaluate`` measures it: a grid of protocols from one pass.
+"""The kNN measurement of ``moco.evaluate``: many protocols from one pass through the images."""
 
-Letters: M bank size, Q queries, D feature width, k neighbours.
-"""
-
-import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from rich.table import Table
 
 from moco.data.sources.source import Labelled
-from moco.errors import InputError, printable
-from moco.evaluation.approximate import ApproximateIndex, recall
+from moco.errors import InputError
+from moco.evaluation.indexes import EXACT, build_index, empty_index, recall, set_search_effort
 from moco.evaluation.knn import (
-    KNNResult,
     Protocol,
     Search,
     Votes,
     capped,
     classify,
     protocol_figures,
+    result_of,
     scores_of,
 )
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
-from moco.evaluation.neighbors import nearest_by_block
+from moco.evaluation.neighbors import nearest_by_block, search_index
 from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.reports.knn_plots import Searched, knn_plots, save_png
 from moco.evaluation.reports.projections import check_map
-from moco.evaluation.subject import Features, Findings, Subject
+from moco.evaluation.subject import Features, Findings, Subject, first_names
 
 log = logging.getLogger(__name__)
 
+# The grid of protocols that is measured beside the main one.
 NUM_NEIGHBORS = (1, 10, 20, 100, 200)
 TEMPERATURES = (0.07, 0.1, 0.2)
-SHOWN = 5  # worst classes, most confused pairs
+# Worst classes, and most confused pairs of classes, in the tables.
+NUM_WORST = 5
+INDEX_KEY = "evaluation.index"
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Bank and queries."""
+    """Features of bank and queries with their images."""
 
     bank: Features
     queries: Features
-    of_bank: Labelled
-    of_queries: Labelled
+    bank_images: Labelled
+    query_images: Labelled
     is_leave_one_out: bool
-    """The queries are the bank, and none has a vote on itself."""
+    """The queries are the bank, and no image has a vote on itself."""
 
     @property
     def own_rows(self) -> np.ndarray | None:
-        return np.arange(len(self.bank.labels)) if self.is_leave_one_out else None
+        """Return each query's row in the bank, (queries,); None if the queries are others."""
+        if not self.is_leave_one_out:
+            return None
+        return np.arange(len(self.bank.labels))
 
     @property
     def most_neighbors(self) -> int:
-        return len(self.bank.labels) - self.is_leave_one_out
+        """Return the largest possible k."""
+        return len(self.bank.labels) - int(self.is_leave_one_out)
+
+    @property
+    def kind(self) -> str:
+        """Return where the queries come from, in words."""
+        return "leave one out" if self.is_leave_one_out else "test"
 
 
 def measure_knn(subject: Subject) -> Findings:
-    """Accuracy of the weighted vote under the protocol of the settings, and under a grid of others.
+    """Measure the accuracy of the weighted vote under the settings' protocol and a grid of others.
 
     Raises:
-        InputError: the data set has no labels, all are of one class, or the map needs a package that is missing.
+        InputError: the dataset has no labels, all are of one class, faiss has no such index, or the
+            map needs a package that is missing.
     """
-    check_map(subject.settings["map"])
-    sides, settings = sides_of(subject), subject.settings
-    main = Protocol(
-        capped(settings["num_neighbors"], sides.most_neighbors), settings["temperature"]
-    )
-    grid = {
-        Protocol(k, t) for k in NUM_NEIGHBORS if k <= sides.most_neighbors for t in TEMPERATURES
-    } | {main}
+    settings = subject.settings
+    feature, temperature = settings["feature"], settings["temperature"]
+    # What can be refused is refused before the images are embedded.
+    check_map(settings["map"])
+    if feature == "backbone":
+        empty_index(settings["index"], subject.encoder.backbone.feature_dim, INDEX_KEY)
+    sides = sides_of(subject)
+    main = Protocol(capped(settings["num_neighbors"], sides.most_neighbors), temperature)
+    protocols = grid_of(main, sides.most_neighbors)
+    searches: dict[str, Search] = {}
     votes: dict[str, dict[Protocol, Votes]] = {}
     recalls: dict[str, float] = {}
-    for feature in subject.feature_names:
-        search, found = searcher(subject, sides, feature, main.num_neighbors)
-        recalls |= found
-        if feature == settings["feature"]:
-            chosen_search = search
-        votes[feature] = classify(
-            search,
+    for name in subject.feature_names:
+        searches[name] = search_of(subject, sides, name, main.num_neighbors, recalls)
+        queries = sides.queries.of[name]
+        votes[name] = classify(
+            searches[name],
             sides.bank.labels,
-            sides.queries.of[feature],
+            queries,
             sides.queries.labels,
-            sorted(grid),
+            protocols,
             sides.own_rows,
         )
-    chosen = votes[settings["feature"]][main]
-    sizes = len(sides.bank.labels), len(sides.queries.labels)
-    k = main.num_neighbors
-    tops = chosen.top(k)
-    result = KNNResult(tops["top1"], tops.get("top5"), k, *sizes)
-    few, few_table = few_label_figures(subject, sides)
-    classes, confusion = confusion_matrix(sides.queries.labels, chosen.predicted)
-    shares = confusion.diagonal() / np.maximum(confusion.sum(axis=1), 1)
-    kind = {"knn/encoder": settings["encoder"], "knn/index": settings["index"]}
-    kind["knn/queries"] = "leave one out" if sides.is_leave_one_out else "test"
+    main_votes = votes[feature][main]
+    result = result_of(main_votes, main.num_neighbors, len(sides.bank.labels))
+    classes, confusion = confusion_matrix(sides.queries.labels, main_votes.predicted)
+    few_label_figures, few_label_tables = measure_few_labels(subject, sides)
     label_free = NOTHING
     if settings["label_free"]:
-        label_free = measure_label_free(subject, sides.bank, sides.of_bank)
-    images = {}
+        label_free = measure_label_free(subject, sides.bank, sides.bank_images)
+    files = {"confusion.npz": confusion_file(classes, confusion, main_votes, sides.queries)}
     if settings["plots"]:
-        searched = searched_of(sides, chosen_search, settings["feature"])
-        images = knn_plots(subject, searched, confusion, classes, label_free.views)
+        searched = searched_of(sides, searches[feature], feature)
+        plots = knn_plots(subject, searched, confusion, classes, label_free.views)
+        for name, plot in plots.items():
+            files[name] = partial(save_png, plot)
+    conditions = {
+        "knn/encoder": settings["encoder"],
+        "knn/index": settings["index"],
+        "knn/queries": sides.kind,
+    }
     return Findings(
-        "kNN classification of frozen features",
-        scores_of(result),
-        {**protocol_figures(result, main.temperature, settings["feature"]), **kind, **recalls},
-        {**grid_figures(votes), **few, **label_free.figures},
-        [grid_table(votes, sides, kind), *few_table, *class_tables(classes, confusion), *label_free.tables],
-        {
-            "confusion.npz": lambda file: np.savez(
-                file, classes=classes, confusion=confusion, accuracy=shares, predicted=chosen.predicted,
-                labels=sides.queries.labels, rows=sides.queries.rows,
-            ),
-            **{name: partial(save_png, image) for name, image in images.items()},
-        },
-    )  # fmt: skip
+        title="kNN classification of frozen features",
+        scores=scores_of(result),
+        protocol={**protocol_figures(result, temperature, feature), **conditions, **recalls},
+        details={**grid_figures(votes), **few_label_figures, **label_free.figures},
+        tables=[
+            grid_table(votes, sides, settings),
+            *few_label_tables,
+            *class_tables(classes, confusion),
+            *label_free.tables,
+        ],
+        files=files,
+    )
+
+
+def grid_of(main: Protocol, most_neighbors: int) -> list[Protocol]:
+    """Return the protocols of the grid whose k is possible, and the main one."""
+    protocols = {main}
+    for num_neighbors in NUM_NEIGHBORS:
+        if num_neighbors > most_neighbors:
+            continue
+        for temperature in TEMPERATURES:
+            protocols.add(Protocol(num_neighbors, temperature))
+    return sorted(protocols)
 
 
 def sides_of(subject: Subject) -> Sides:
-    """Features of bank and queries; without a test part each image of the bank is a query to all others.
+    """Return features of bank and queries.
+
+    Without a test part each image of the bank is a query, and all others are its bank.
 
     Raises:
-        InputError: the data set has no labels, or all its images are of one class.
+        InputError: the dataset has no labels, or all its images are of one class.
     """
     source, name = subject.source, subject.data["name"]
     if source.bank is None:
         raise InputError(
-            f"data={name}: kNN needs labelled training and test images, and this set has none"
+            f"data={name}: kNN needs labelled training and test images, and this dataset has none"
         )
     bank = with_labels(subject.features(source.bank), source.bank, name)
     classes = np.unique(bank.labels)
     if len(classes) == 1:
         raise InputError(
-            f"data={name}: all {len(bank.labels):,} images of the bank are of class {classes[0]}; kNN needs two"
+            f"data={name}: all {len(bank.labels):,} images of the bank are of class {classes[0]}; "
+            "kNN needs two"
         )
     if source.queries is None:
         log.info(
@@ -150,181 +172,251 @@ def sides_of(subject: Subject) -> Sides:
 
 
 def with_labels(features: Features, labelled: Labelled, name: str) -> Features:
-    """Those images that have a label, which is 0 or more; the others are named in the log.
+    """Return the rows that have a label, which is 0 or more; the log names the others.
+
+    Args:
+        features: of `labelled`.
+        labelled: the images.
+        name: of the dataset.
 
     Raises:
-        InputError: none has.
+        InputError: no row has a label.
     """
-    missing = features.labels < 0
-    if missing.all():
-        raise InputError(
-            f"data={name}: none of {len(missing):,} images that can be read has a label"
-        )
-    if not missing.any():
+    is_missing = features.labels < 0
+    num_missing = int(is_missing.sum())
+    if num_missing == len(is_missing):
+        raise InputError(f"data={name}: none of {num_missing:,} readable images has a label")
+    if num_missing == 0:
         return features
-    first = [printable(labelled.images.name(int(row))) for row in features.rows[missing][:3]]
-    more = ", ..." if missing.sum() > 3 else ""
-    log.warning("left out %d images without a label: %s%s", missing.sum(), ", ".join(first), more)
-    kept = {feature: values[~missing] for feature, values in features.of.items()}
-    return Features(kept, features.labels[~missing], features.rows[~missing])
+    names = first_names(labelled, features.rows[is_missing])
+    log.warning("skipped %d images without a label: %s", num_missing, names)
+    return features.chosen(~is_missing)
 
 
-def searcher(
-    subject: Subject, sides: Sides, feature: str, num_neighbors: int
-) -> tuple[Search, dict[str, float]]:
-    """The search through a bank as configured, and the recall of one that is not exact, for ``metrics.json``."""
-    settings, bank = subject.settings, sides.bank.of[feature]
-    if settings["index"] == "flat":
-        return partial(nearest_by_block, bank, device=subject.device), {}
-    index = ApproximateIndex(bank, settings["index"], settings["num_probes"], settings["ef_search"])
-    share = recall(index, bank, sides.queries.of[feature], num_neighbors)
+def search_of(
+    subject: Subject, sides: Sides, feature: str, num_neighbors: int, recalls: dict[str, float]
+) -> Search:
+    """Return the search through the bank that the settings ask for.
+
+    Args:
+        subject: its settings name the index.
+        sides: bank and queries.
+        feature: which of the features.
+        num_neighbors: k of the recall.
+        recalls: gets the recall of an approximate index, under its name in ``metrics.json``.
+
+    Raises:
+        InputError: faiss cannot build such an index of the bank.
+    """
+    settings = subject.settings
+    bank, queries = sides.bank.of[feature], sides.queries.of[feature]
+    if settings["index"] == EXACT:
+        return partial(nearest_by_block, bank, device=subject.device)
+    index = build_index(bank, settings["index"], INDEX_KEY)
+    set_search_effort(index, settings["index"], settings["num_probes"], settings["ef_search"])
+    share = recall(index, bank, queries, num_neighbors)
     log.info(
-        "%s index of the %s feature finds %.4f of the exact %d neighbours",
+        "index %s of the %s feature finds %.4f of the exact %d neighbours",
         settings["index"],
         feature,
         share,
         num_neighbors,
     )
-    return index.search, {f"knn/recall_{feature}": round(share, 6)}
+    # Rounded, as it is measured on a sample.
+    recalls[f"knn/recall_{feature}"] = round(share, 6)
+    return partial(search_index, index)
 
 
 def searched_of(sides: Sides, search: Search, feature: str) -> Searched:
-    """Bank and queries by one feature, with their images."""
-    bank, queries = (
-        Embedded(side.of[feature], side.labels, labelled, side.rows)
-        for side, labelled in ((sides.bank, sides.of_bank), (sides.queries, sides.of_queries))
+    """Return bank and queries by one feature with their images, for the plots."""
+    bank, queries = sides.bank, sides.queries
+    return Searched(
+        Embedded(bank.of[feature], bank.labels, sides.bank_images, bank.rows),
+        Embedded(queries.of[feature], queries.labels, sides.query_images, queries.rows),
+        search,
+        sides.own_rows,
     )
-    return Searched(bank, queries, search, sides.own_rows)
 
 
 def grid_figures(votes: Mapping[str, Mapping[Protocol, Votes]]) -> dict[str, float]:
-    """Under the names of ``metrics.json``, such as ``knn_grid/backbone/k20/t0.07/top1``."""
+    """Return the grid under names such as ``knn_grid/backbone/k20/t0.07/top1``."""
     figures = {}
-    for feature, found in votes.items():
-        for k, temperature in sorted(found):
-            for name, share in found[Protocol(k, temperature)].top(k).items():
+    for feature, votes_by_protocol in votes.items():
+        for protocol, found in sorted(votes_by_protocol.items()):
+            k, temperature = protocol
+            for name, share in found.top(k).items():
                 figures[f"knn_grid/{feature}/k{k}/t{temperature:g}/{name}"] = share
     return figures
 
 
 def grid_table(
-    votes: Mapping[str, Mapping[Protocol, Votes]], sides: Sides, kind: Mapping[str, str]
+    votes: Mapping[str, Mapping[Protocol, Votes]], sides: Sides, settings: Mapping[str, Any]
 ) -> Table:
-    """Top-1 for every feature and k by row and T by column."""
-    protocols = sorted(next(iter(votes.values())))
-    temperatures = sorted({temperature for _, temperature in protocols})
-    table = Table(
-        title=f"top-1 of {len(sides.queries.labels):,} queries ({kind['knn/queries']}) by a bank of "
-        f"{len(sides.bank.labels):,}, {kind['knn/encoder']} encoder, {kind['knn/index']} index",
-        title_justify="left",
+    """Return a table of top-1 with a row for every feature and k, and a column for every T."""
+    protocols = next(iter(votes.values()))
+    temperatures = sorted({protocol.temperature for protocol in protocols})
+    ks = sorted({protocol.num_neighbors for protocol in protocols})
+    rows = []
+    for feature, votes_by_protocol in votes.items():
+        for k in ks:
+            row = [feature, str(k)]
+            for temperature in temperatures:
+                found = votes_by_protocol.get(Protocol(k, temperature))
+                row.append("" if found is None else f"{found.accuracy(1):.4f}")
+            rows.append(row)
+    title = (
+        f"top-1 of {len(sides.queries.labels):,} queries ({sides.kind}) "
+        f"by a bank of {len(sides.bank.labels):,}, "
+        f"{settings['encoder']} encoder, {settings['index']} index"
     )
-    for name in ("feature", "k", *(f"T {temperature:g}" for temperature in temperatures)):
-        table.add_column(name, justify="right")
-    for feature, k in itertools.product(votes, sorted({k for k, _ in protocols})):
-        found = votes[feature]
-        cells = (found.get(Protocol(k, temperature)) for temperature in temperatures)
-        shares = [f"{cell.accuracy(1):.4f}" if cell else "" for cell in cells]
-        table.add_row(feature, str(k), *shares)
-    return table
+    columns = ["feature", "k"]
+    for temperature in temperatures:
+        columns.append(f"T {temperature:g}")
+    return table_of(title, columns, rows)
 
 
-def few_label_figures(subject: Subject, sides: Sides) -> tuple[dict[str, float], list[Table]]:
-    """Top-1 with a bank of n images of each class: mean and standard deviation over several draws.
+def measure_few_labels(subject: Subject, sides: Sides) -> tuple[dict[str, float], list[Table]]:
+    """Measure top-1 with a bank of a few images of each class.
+
+    The images are drawn several times, and the mean and the standard deviation are reported.
+
+    Returns:
+        Figures under the names of ``metrics.json`` and the table; both are empty if the settings do
+        not ask for them.
 
     Raises:
         InputError: a number of images leaves no queries.
     """
-    settings, numbers = subject.settings, subject.settings["images_per_class"]
-    if not numbers:
+    settings = subject.settings
+    if not settings["images_per_class"]:
         return {}, []
     feature, temperature = settings["feature"], settings["temperature"]
-    table = Table(
-        title=f"top-1 with few labels, {feature} feature, T {temperature:g}, {settings['num_draws']} draws",
-        title_justify="left",
-    )
-    for name in ("images per class", "bank", "k", "mean", "standard deviation"):
-        table.add_column(name, justify="right")
     figures: dict[str, float] = {}
-    for number in numbers:
-        draws = [
-            drawn(sides.bank.labels, number, np.random.default_rng(draw))
-            for draw in range(settings["num_draws"])
-        ]
-        k = min(settings["num_neighbors"], len(draws[0]))
-        tops = [
-            top1_of(sides, rows, feature, Protocol(k, temperature), subject.device)
-            for rows in draws
-        ]
-        mean, spread = float(np.mean(tops)), float(np.std(tops, ddof=1))
-        figures |= {
-            f"knn_few/{number}_per_class/top1": mean,
-            f"knn_few/{number}_per_class/top1_std": spread,
-        }
-        table.add_row(str(number), f"{len(draws[0]):,}", str(k), f"{mean:.4f}", f"{spread:.4f}")
-    return figures, [table]
+    rows = []
+    for images_per_class in settings["images_per_class"]:
+        top1 = []
+        for seed in range(settings["num_draws"]):
+            drawn = draw_per_class(sides.bank.labels, images_per_class, np.random.default_rng(seed))
+            k = min(settings["num_neighbors"], len(drawn))
+            top1.append(top1_of(subject, sides, drawn, Protocol(k, temperature)))
+        mean, spread = float(np.mean(top1)), float(np.std(top1, ddof=1))
+        figures[f"knn_few/{images_per_class}_per_class/top1"] = mean
+        figures[f"knn_few/{images_per_class}_per_class/top1_std"] = spread
+        rows.append(
+            [str(images_per_class), f"{len(drawn):,}", str(k), f"{mean:.4f}", f"{spread:.4f}"]
+        )
+    title = (
+        f"top-1 with few labels, {feature} feature, "
+        f"T {temperature:g}, {settings['num_draws']} draws"
+    )
+    columns = ("images per class", "bank", "k", "mean", "standard deviation")
+    return figures, [table_of(title, columns, rows)]
 
 
-def drawn(labels: np.ndarray, number: int, generator: np.random.Generator) -> np.ndarray:
-    """Rows of `number` random images of each class, of all of a class that has fewer; rising."""
+def draw_per_class(labels: np.ndarray, number: int, generator: np.random.Generator) -> np.ndarray:
+    """Return rows of `number` random images of each class, in rising order.
+
+    Of a class with fewer images all are returned.
+    """
+    # The rows by class, in random order within each class.
     order = generator.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    place = np.arange(len(labels)) - np.repeat(starts, counts)
-    return np.sort(order[place < number])
+    place_in_class = np.arange(len(labels)) - np.repeat(starts, counts)
+    return np.sort(order[place_in_class < number])
 
 
-def top1_of(
-    sides: Sides, rows: np.ndarray, feature: str, protocol: Protocol, device: torch.device
-) -> float:
-    """Accuracy with these rows of the bank alone; of leave-one-out the other rows are the queries."""
+def top1_of(subject: Subject, sides: Sides, rows: np.ndarray, protocol: Protocol) -> float:
+    """Return the accuracy with these rows of the bank alone.
+
+    In leave one out the other rows are the queries.
+
+    Raises:
+        InputError: there is no other row.
+    """
+    feature = subject.settings["feature"]
     is_query = np.ones(len(sides.queries.labels), bool)
     if sides.is_leave_one_out:
         is_query[rows] = False
     if not is_query.any():
         raise InputError(
-            "evaluation.images_per_class: so many images of each class leave none to classify"
+            "evaluation.images_per_class: "
+            "this number of images of each class leaves none to classify"
         )
+    search = partial(nearest_by_block, sides.bank.of[feature][rows], device=subject.device)
     queries, labels = sides.queries.of[feature][is_query], sides.queries.labels[is_query]
-    search = partial(nearest_by_block, sides.bank.of[feature][rows], device=device)
-    return classify(search, sides.bank.labels[rows], queries, labels, [protocol])[
-        protocol
-    ].accuracy(1)
+    votes = classify(search, sides.bank.labels[rows], queries, labels, [protocol])
+    return votes[protocol].accuracy(1)
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Class numbers (classes,) and how many of each true class, by row, were taken for each class, by column."""
-    classes, numbers = np.unique(np.concatenate([labels, predicted]), return_inverse=True)
-    cells = numbers[: len(labels)] * len(classes) + numbers[len(labels) :]
-    return classes, np.bincount(cells, minlength=len(classes) ** 2).reshape(len(classes), -1)
+    """Count how many queries of each class were taken for each class.
+
+    Returns:
+        Class numbers (classes,), and counts (classes, classes), the true class by row.
+    """
+    classes, places = np.unique(np.concatenate([labels, predicted]), return_inverse=True)
+    true, taken_for = places[: len(labels)], places[len(labels) :]
+    counts = np.bincount(true * len(classes) + taken_for, minlength=len(classes) ** 2)
+    return classes, counts.reshape(len(classes), -1)
 
 
-def class_tables(classes: np.ndarray, confusion: np.ndarray) -> Sequence[Table]:
-    """The classes with the lowest accuracy, and the pairs that are most often taken for one another."""
+def confusion_file(
+    classes: np.ndarray, confusion: np.ndarray, votes: Votes, queries: Features
+) -> Callable[[BinaryIO], None]:
+    """Return the function that writes ``confusion.npz``.
+
+    Args:
+        classes: (classes,) class numbers.
+        confusion: (classes, classes) counts, the true class by row.
+        votes: of the queries.
+        queries: features of the queries.
+    """
+    accuracy = confusion.diagonal() / np.maximum(confusion.sum(axis=1), 1)
+
+    def write(file: BinaryIO) -> None:
+        np.savez(
+            file,
+            classes=classes,
+            confusion=confusion,
+            accuracy=accuracy,
+            predicted=votes.predicted,
+            labels=queries.labels,
+            rows=queries.rows,
+        )
+
+    return write
+
+
+def class_tables(classes: np.ndarray, confusion: np.ndarray) -> list[Table]:
+    """Return a table of the worst classes, and one of the most confused pairs if there are any."""
     totals = confusion.sum(axis=1)
     present = totals.nonzero()[0]
-    shares = confusion.diagonal()[present] / totals[present]
-    worst = present[np.argsort(shares, kind="stable")[:SHOWN]]
-    rows = [
-        (str(classes[i]), f"{confusion[i, i] / totals[i]:.4f}", f"{totals[i]:,}") for i in worst
-    ]
+    accuracy = confusion.diagonal()[present] / totals[present]
+    worst_first = np.argsort(accuracy, kind="stable")[:NUM_WORST]
+    worst_rows = []
+    for place in worst_first:
+        true = present[place]
+        worst_rows.append([str(classes[true]), f"{accuracy[place]:.4f}", f"{totals[true]:,}"])
+    tables = [table_of("classes with the lowest top-1", ("class", "top-1", "queries"), worst_rows)]
+
+    # Without the diagonal only mistakes are left.
     mistakes = confusion - np.diag(confusion.diagonal())
-    cells = np.argsort(-mistakes, axis=None, kind="stable")[:SHOWN]
-    pairs = [divmod(int(cell), len(classes)) for cell in cells if mistakes.flat[cell]]
-    mixed = [
-        (str(classes[i]), str(classes[j]), f"{mistakes[i, j]:,} of {totals[i]:,}") for i, j in pairs
-    ]
-    return [
-        table_of("classes with the lowest top-1", ("class", "top-1", "queries"), rows),
-        *(
-            [table_of("most confused classes", ("class", "taken for", "queries"), mixed)]
-            if mixed
-            else []
-        ),
-    ]
+    most_frequent = np.argsort(-mistakes, axis=None, kind="stable")[:NUM_WORST]
+    mistake_rows = []
+    for true, taken_for in zip(*np.unravel_index(most_frequent, mistakes.shape), strict=True):
+        count = mistakes[true, taken_for]
+        if count > 0:
+            share = f"{count:,} of {totals[true]:,}"
+            mistake_rows.append([str(classes[true]), str(classes[taken_for]), share])
+    if mistake_rows:
+        columns = ("class", "taken for", "queries")
+        tables.append(table_of("most confused classes", columns, mistake_rows))
+    return tables
 
 
-def table_of(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """A table of text."""
+def table_of(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table with columns that are aligned to the right."""
     table = Table(title=title, title_justify="left")
     for name in columns:
         table.add_column(name, justify="right")

@@ -1,9 +1,7 @@
 """Linear classification of frozen features: many heads trained side by side.
 
-Each has its own learning rate and weight decay, and one matrix product serves them all, as in DINOv2's
-evaluation (arXiv 2304.07193, appendix B.3).
-
-Letters: M rows, N batch, D feature width, G heads, C classes.
+Each head has its own learning rate and weight decay. One matrix product serves all heads, as in
+DINOv2's evaluation (arXiv 2304.07193, appendix B.3).
 """
 
 import math
@@ -14,53 +12,69 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# As in the official protocol.
 SGD_MOMENTUM = 0.9
-BLOCK = 1024  # rows that all heads look at at once
+# Rows for which all heads compute logits at once.
+ROWS_AT_ONCE = 1024
 
 
 class Heads(NamedTuple):
-    """Linear classifiers. Classes come first: a CPU takes the softmax of G neighbours at once, 8 times as fast as of C."""
+    """Linear classifiers.
+
+    The classes come first: a CPU computes the softmax of neighbouring heads at once, 8 times as
+    fast as that of neighbouring classes.
+    """
 
     weights: Tensor
-    """(C, G, D)."""
+    """(classes, heads, width)."""
     biases: Tensor
-    """(C, G)."""
+    """(classes, heads)."""
 
     def logits(self, features: Tensor) -> Tensor:
-        """Of features (N, D): (N, C, G)."""
-        flat = torch.addmm(self.biases.flatten(), features, self.weights.flatten(0, 1).T)
+        """Return logits (batch, classes, heads) of features (batch, width)."""
+        weights = self.weights.flatten(0, 1)
+        flat = torch.addmm(self.biases.flatten(), features, weights.T)
         return flat.view(len(features), *self.biases.shape)
 
 
 class Scale(NamedTuple):
-    """What makes every dimension of some features zero on average, with standard deviation 1."""
+    """The mean and the standard deviation by which features are standardised."""
 
     mean: np.ndarray
-    """(D,)."""
+    """(width,)."""
     std: np.ndarray
-    """(D,); 1 where the dimension is constant."""
+    """(width,); 1 where a dimension is constant."""
 
     def applied(self, features: np.ndarray) -> np.ndarray:
-        """(M, D) float32."""
+        """Return standardised features (rows, width) float32."""
         return ((features - self.mean) / self.std).astype(np.float32)
 
 
 def scale_of(features: np.ndarray) -> Scale:
-    """Of features (M, D), in float64."""
-    mean, std = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
-    is_constant = std <= 1e-6 * np.abs(mean)  # what rounding leaves of equal float32 numbers
+    """Return the scale of features (rows, width), computed in float64."""
+    mean = features.mean(axis=0, dtype=np.float64)
+    std = features.std(axis=0, dtype=np.float64)
+    # Rounding leaves a small deviation of equal float32 numbers.
+    is_constant = std <= 1e-6 * np.abs(mean)
     return Scale(mean, np.where(is_constant, 1.0, std))
 
 
 def held_out_rows(labels: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
-    """(M,) bool: a random share of each class's rows, at least one, but none of a class with only one."""
+    """Choose a random share of each class's rows, at least one row.
+
+    Nothing is chosen of a class with a single row.
+
+    Returns:
+        (rows,) bool.
+    """
     order = generator.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    # At least one row of each class is left to train on.
     wanted = np.clip(np.round(share * counts), 1, counts - 1)
-    place = np.arange(len(labels)) - np.repeat(starts, counts)
+    place_in_class = np.arange(len(labels)) - np.repeat(starts, counts)
     is_held_out = np.empty(len(labels), bool)
-    is_held_out[order] = place < np.repeat(wanted, counts)
+    is_held_out[order] = place_in_class < np.repeat(wanted, counts)
     return is_held_out
 
 
@@ -75,55 +89,73 @@ def train_heads(
     batch_size: int,
     seed: int = 0,
 ) -> Heads:
-    """Multinomial logistic regression by SGD with momentum 0.9 from zero, the learning rate falling to 0 along a cosine.
+    """Train multinomial logistic regression by SGD with momentum 0.9 from zero.
 
-    All heads see the same batches. Weight decay is a term of the gradient, as in torch.optim.SGD, and spares the biases.
+    The learning rate falls to 0 along a cosine. All heads see the same batches. Weight decay is a
+    term of the gradient, as in torch.optim.SGD, and does not apply to the biases.
 
     Args:
-        features: (M, D) float32, standardised, on the device that computes.
-        classes: (M,) int64 from 0 to num_classes - 1, on that device.
-        lrs, weight_decays: (G,) each, of the heads.
-        batch_size: N; the last batch of an epoch may be smaller.
-        seed: of the batches.
+        features: (rows, width) float32, standardised, on the device that computes.
+        classes: (rows,) int64 from 0 to num_classes - 1, on that device.
+        num_classes: number of classes.
+        lrs: (heads,) learning rates of the first step.
+        weight_decays: (heads,).
+        num_epochs: passes through the features.
+        batch_size: rows per step; the last batch of an epoch may be smaller.
+        seed: of the order of the rows.
     """
-    shape = num_classes, len(lrs)
-    lr = features.new_tensor(lrs).repeat(num_classes)  # (C * G,)
+    num_heads = len(lrs)
+    lr = features.new_tensor(lrs).repeat(num_classes)  # (classes * heads,)
     decay = features.new_tensor(weight_decays).repeat(num_classes)[:, None]
-    weights, biases = (
-        features.new_zeros(math.prod(shape), features.shape[1]),
-        features.new_zeros(math.prod(shape)),
-    )
+    weights = features.new_zeros(num_classes * num_heads, features.shape[1])
+    biases = features.new_zeros(num_classes * num_heads)
     weight_steps, bias_steps = torch.zeros_like(weights), torch.zeros_like(biases)
     generator = torch.Generator().manual_seed(seed)
-    num_steps, step = num_epochs * math.ceil(len(features) / batch_size), 0
+    num_steps = num_epochs * math.ceil(len(features) / batch_size)
+    step = 0
     for _ in range(num_epochs):
-        for rows in (
-            torch.randperm(len(features), generator=generator).to(features.device).split(batch_size)
-        ):
+        order = torch.randperm(len(features), generator=generator).to(features.device)
+        for rows in order.split(batch_size):
             batch = features[rows]
-            errors = errors_of(
-                torch.addmm(biases, batch, weights.T).view(-1, *shape), classes[rows]
-            )  # (N, C * G)
-            weight_steps.mul_(SGD_MOMENTUM).addmm_(errors.T, batch).addcmul_(decay, weights)
-            bias_steps.mul_(SGD_MOMENTUM).add_(errors.sum(0))
-            now = lr * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
-            weights.addcmul_(now[:, None], weight_steps, value=-1)
-            biases.addcmul_(now, bias_steps, value=-1)
+            logits = torch.addmm(biases, batch, weights.T)  # (batch, classes * heads)
+            logits = logits.view(-1, num_classes, num_heads)
+            # The gradient has a closed form, so autograd is not needed.
+            gradient = logit_gradient(logits, classes[rows])
+            weight_steps.mul_(SGD_MOMENTUM).addmm_(gradient.T, batch).addcmul_(decay, weights)
+            bias_steps.mul_(SGD_MOMENTUM).add_(gradient.sum(0))
+            current_lr = lr * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
+            weights.addcmul_(current_lr[:, None], weight_steps, value=-1)
+            biases.addcmul_(current_lr, bias_steps, value=-1)
             step += 1
-    return Heads(weights.view(*shape, -1), biases.view(shape))
+    return Heads(weights.view(num_classes, num_heads, -1), biases.view(num_classes, num_heads))
 
 
-def errors_of(logits: Tensor, classes: Tensor) -> Tensor:
-    """The gradient of each head's mean cross-entropy by its logits (N, C, G): (softmax - one-hot) / N, (N, C * G)."""
-    shares = logits.softmax(dim=1)
-    shares[torch.arange(len(shares), device=shares.device), classes] -= 1
-    return shares.flatten(1).div_(len(logits))
+def logit_gradient(logits: Tensor, classes: Tensor) -> Tensor:
+    """Return the gradient of each head's mean cross-entropy by its logits.
+
+    It is (softmax - one-hot) / batch.
+
+    Args:
+        logits: (batch, classes, heads).
+        classes: (batch,).
+
+    Returns:
+        (batch, classes * heads).
+    """
+    gradient = logits.softmax(dim=1)
+    gradient[torch.arange(len(gradient), device=gradient.device), classes] -= 1
+    return gradient.flatten(1).div_(len(logits))
 
 
 def accuracies(heads: Heads, features: Tensor, classes: Tensor) -> np.ndarray:
-    """Top-1 of each head (G,) on features (M, D); that of a head whose weights are not finite is 0."""
-    right = torch.zeros(heads.biases.shape[1], dtype=torch.int64, device=features.device)
-    for part, own in zip(features.split(BLOCK), classes.split(BLOCK), strict=True):
-        right += (heads.logits(part).argmax(dim=1) == own[:, None]).sum(0)
+    """Return the top-1 accuracy (heads,) on features (rows, width).
+
+    The accuracy of a head whose weights are not finite is 0.
+    """
+    num_right = torch.zeros(heads.biases.shape[1], dtype=torch.int64, device=features.device)
+    blocks = zip(features.split(ROWS_AT_ONCE), classes.split(ROWS_AT_ONCE), strict=True)
+    for block, own in blocks:
+        is_right = heads.logits(block).argmax(dim=1) == own[:, None]
+        num_right += is_right.sum(0)
     is_finite = heads.weights.isfinite().all(2).all(0) & heads.biases.isfinite().all(0)
-    return right.where(is_finite, 0).cpu().numpy() / len(features)
+    return num_right.where(is_finite, 0).cpu().numpy() / len(features)

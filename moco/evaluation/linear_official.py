@@ -1,6 +1,6 @@
-"""The linear protocol of the official MoCo code, as ``moco.evaluate`` measures it: SGD on augmented images.
+"""The linear protocol of the official MoCo code in ``moco.evaluate``: SGD on augmented images.
 
-The encoder is frozen and in eval mode, so only the head learns. Letters: N batch, D feature width, Q queries, C classes.
+The encoder is frozen and in eval mode, so only the head learns.
 """
 
 import json
@@ -23,8 +23,8 @@ from moco.evaluation.knn_measurement import with_labels
 from moco.evaluation.linear_measurement import (
     Classes,
     classes_of,
-    findings,
     labelled_bank,
+    linear_findings,
     votes_of,
     warn_of_unknown,
 )
@@ -33,16 +33,20 @@ from moco.runs.run_folder import write_atomically
 
 log = logging.getLogger(__name__)
 
+# The state after every epoch, in the run folder.
 HEAD_FILE = "linear_official.ckpt"
 
 
 class OfficialProbe:
-    """A linear layer, its optimizer, and how far they are.
+    """A linear layer, its optimizer, and how far they are trained.
 
     Args:
+        width: of the features.
+        num_classes: number of classes.
         settings: the fields of ``LinearOfficialConfig``.
-        path: where the state is kept after every epoch.
-        key: of everything that the state depends on; a file with another one is not gone on from.
+        device: where to compute.
+        path: the file that keeps the state after every epoch.
+        key: of everything that the state depends on; a file with another key is not used.
     """
 
     def __init__(
@@ -54,9 +58,11 @@ class OfficialProbe:
         path: Path,
         key: str,
     ) -> None:
-        self.settings, self.path, self.key = settings, path, key
+        self.settings = settings
+        self.path = path
+        self.key = key
         self.top1: list[float] = []
-        """On the test part, of every epoch so far."""
+        """On the test part after every epoch so far."""
         generator = torch.Generator().manual_seed(settings["seed"])
         self.head = nn.utils.skip_init(nn.Linear, width, num_classes)
         nn.init.normal_(self.head.weight, std=settings["init_std"], generator=generator)
@@ -72,15 +78,21 @@ class OfficialProbe:
         )
 
     def begin_epoch(self, epoch: int) -> None:
-        """Set its learning rate."""
-        passed = sum(epoch >= milestone for milestone in self.settings["milestones"])
+        """Set the epoch's learning rate."""
+        num_passed = sum(epoch >= milestone for milestone in self.settings["milestones"])
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * self.settings["step_factor"] ** passed
+            group["lr"] = self.lr * self.settings["step_factor"] ** num_passed
 
     def step(self, features: Tensor, classes: Tensor) -> Tensor:
-        """Learn from features (N, D) with classes (N,); -1 stands for none. The mean loss."""
+        """Learn from a batch and return its mean loss.
+
+        Args:
+            features: (batch, width).
+            classes: (batch,); -1 for an image without a class.
+        """
+        num_classified = (classes >= 0).sum().clamp(min=1)
         loss = F.cross_entropy(self.head(features), classes, ignore_index=-1, reduction="sum")
-        loss = loss / (classes >= 0).sum().clamp(min=1)
+        loss = loss / num_classified
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -88,18 +100,21 @@ class OfficialProbe:
 
     @torch.no_grad()
     def scores(self, features: Tensor) -> np.ndarray:
-        """Logits (Q, C)."""
+        """Return logits (queries, classes)."""
         return self.head(features).cpu().numpy()
 
     def save(self) -> None:
-        """Keep the state of an epoch's end."""
-        state = {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
-        write_atomically(
-            self.path, lambda file: torch.save(state | {"key": self.key, "top1": self.top1}, file)
-        )
+        """Keep the state at the end of an epoch."""
+        state = {
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "key": self.key,
+            "top1": self.top1,
+        }
+        write_atomically(self.path, lambda file: torch.save(state, file))
 
     def load(self) -> None:
-        """Go on from the file, if it is there and of the same measurement."""
+        """Continue from the file if it is there and of the same measurement."""
         if not self.path.is_file():
             return
         try:
@@ -115,90 +130,103 @@ class OfficialProbe:
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.top1 = state["top1"]
-        log.info("going on from %s after %d epochs", self.path, len(self.top1))
+        log.info("continuing from %s after %d epochs", self.path, len(self.top1))
 
 
 def measure_linear_official(subject: Subject) -> Findings:
-    """Accuracy on the test part after the last epoch.
+    """Measure the accuracy on the test part after the last epoch.
 
-    A measurement in a run folder that one was interrupted in goes on after its last whole epoch, to the same bits.
+    In the run folder of an interrupted measurement it continues after the last whole epoch, to the
+    same bits.
 
     Raises:
-        InputError: the data set has no labels or no test part, or too many images cannot be read.
+        InputError: the dataset has no labels or no test part, or too many images cannot be read.
         RunError: the loss is not finite.
     """
-    settings, feature, name = (
-        subject.settings["linear_official"],
-        subject.settings["feature"],
-        subject.data["name"],
-    )
-    labelled, source = labelled_bank(subject), subject.source
-    if source.queries is None:
+    settings, feature = subject.settings["linear_official"], subject.settings["feature"]
+    name = subject.data["name"]
+    num_epochs = settings["num_epochs"]
+    labelled = labelled_bank(subject)
+    test = subject.source.queries
+    if test is None:
         raise InputError(
-            f"data={name}: linear_official needs a test part, and this set has none; evaluation=linear keeps images for it"
+            f"data={name}: linear_official needs a test part, and this dataset has none; "
+            "evaluation=linear keeps images for it"
         )
-    classes = classes_of(known(labelled.labels, name), name)
+    classes = classes_of(known_labels(labelled.labels, name), name)
     views = LabelledViews(
-        labelled, settings["view"], "evaluation.linear_official.view", **subject.augmentation,
-        image_size=subject.data["image_size"], batch_size=settings["batch_size"], seed=settings["seed"],
-        num_workers=subject.data["num_workers"], device=subject.device,
-    )  # fmt: skip
-    queries = with_labels(subject.features(source.queries), source.queries, name)
+        labelled,
+        settings["view"],
+        "evaluation.linear_official.view",
+        **subject.augmentation,
+        image_size=subject.data["image_size"],
+        batch_size=settings["batch_size"],
+        seed=settings["seed"],
+        num_workers=subject.data["num_workers"],
+        device=subject.device,
+    )
+    queries = with_labels(subject.features(test), test, name)
     warn_of_unknown(classes, queries.labels, name)
     query_rows = torch.from_numpy(queries.of[feature]).to(subject.device)
 
-    key = json.dumps([settings, feature, subject.cache.path(labelled, subject.data["root"]).name])
+    # The key of the kept features names everything that the images and the encoder depend on.
+    images_key = subject.cache.path(labelled, subject.data["root"]).name
     probe = OfficialProbe(
-        query_rows.shape[1],
-        len(classes.names),
-        settings,
-        subject.device,
-        subject.folder / HEAD_FILE,
-        key,
+        width=query_rows.shape[1],
+        num_classes=len(classes.names),
+        settings=settings,
+        device=subject.device,
+        path=subject.folder / HEAD_FILE,
+        key=json.dumps([settings, feature, images_key]),
     )
     probe.load()
-    for epoch in range(len(probe.top1), settings["num_epochs"]):
+    for epoch in range(len(probe.top1), num_epochs):
         started = time.monotonic()
         loss = train_epoch(probe, views, subject, classes, epoch)
         top1 = votes_of(probe.scores(query_rows), classes, queries.labels).accuracy(1)
         probe.top1.append(top1)
         probe.save()
-        seconds = time.monotonic() - started
         log.info(
             "epoch %d/%d: loss %.4f, test top-1 %.4f, %.1f s",
             epoch + 1,
-            settings["num_epochs"],
+            num_epochs,
             loss,
             top1,
-            seconds,
+            time.monotonic() - started,
         )
 
     votes = votes_of(probe.scores(query_rows), classes, queries.labels)
     best = int(np.argmax(probe.top1))
     protocol = {
-        "linear_official/num_epochs": settings["num_epochs"], "linear_official/lr": probe.lr,
-        "linear_official/batch_size": settings["batch_size"], "linear_official/weight_decay": settings["weight_decay"],
-        "linear_official/best_top1": round(probe.top1[best], 6), "linear_official/best_epoch": best + 1,
+        "linear_official/num_epochs": num_epochs,
+        "linear_official/lr": probe.lr,
+        "linear_official/batch_size": settings["batch_size"],
+        "linear_official/weight_decay": settings["weight_decay"],
+        "linear_official/best_top1": round(probe.top1[best], 6),
+        "linear_official/best_epoch": best + 1,
         "linear_official/num_training": int((labelled.labels >= 0).sum()),
-        "linear_official/num_queries": len(query_rows), "linear_official/feature": feature,
+        "linear_official/num_queries": len(query_rows),
+        "linear_official/feature": feature,
         "linear_official/encoder": subject.settings["encoder"],
-    }  # fmt: skip
+    }
     title = "linear classification, official protocol, last epoch"
-    return findings("linear_official", title, votes, queries, protocol, [], {})
+    return linear_findings("linear_official", title, votes, queries, protocol, [], {})
 
 
-def known(labels: np.ndarray, name: str) -> np.ndarray:
-    """The labels that are 0 or more; how many others there are goes to the log.
+def known_labels(labels: np.ndarray, name: str) -> np.ndarray:
+    """Return the labels that are 0 or more, with a warning of the number of others.
 
     Raises:
         InputError: there are only others.
     """
-    missing = int((labels < 0).sum())
-    if missing == len(labels):
-        raise InputError(f"data={name}: none of {missing:,} training images has a label")
-    if missing:
+    num_missing = int((labels < 0).sum())
+    if num_missing == len(labels):
+        raise InputError(f"data={name}: none of {num_missing:,} training images has a label")
+    if num_missing:
         log.warning(
-            "%d of %d training images have no label, and are not trained on", missing, len(labels)
+            "%d of %d training images have no label, and are not trained on",
+            num_missing,
+            len(labels),
         )
     return labels[labels >= 0]
 
@@ -206,32 +234,39 @@ def known(labels: np.ndarray, name: str) -> np.ndarray:
 def train_epoch(
     probe: OfficialProbe, views: LabelledViews, subject: Subject, classes: Classes, epoch: int
 ) -> float:
-    """One pass through the training images; the mean loss of its steps.
+    """Train on all training images once, and return the mean loss of the steps.
 
     Raises:
         InputError: too many images cannot be read, or a feature is not finite; it names the images.
         RunError: the loss is not finite.
     """
-    labelled, losses, unreadable = labelled_bank(subject), [], set()
+    labelled = labelled_bank(subject)
+    losses = []
+    unreadable: set[int] = set()
     probe.begin_epoch(epoch)
     for images, labels, indices in views.epoch(epoch):
         features = frozen_features(subject, images)
         check_finite(features.cpu().numpy(), indices.numpy(), labelled, subject.checkpoint)
         places = classes.places(labels.cpu().numpy())
-        own = torch.from_numpy(np.where(places < len(classes.names), places, -1))
+        is_known = places < len(classes.names)
+        # -1 makes the loss skip images of no class.
+        own = torch.from_numpy(np.where(is_known, places, -1))
         losses.append(probe.step(features, own.to(subject.device)))
-        unreadable.update(indices[labels.cpu() != views.labels[indices]].tolist())
+        # The label of an unreadable image is replaced by -1.
+        is_unreadable = labels.cpu() != views.labels[indices]
+        unreadable.update(indices[is_unreadable].tolist())
     check_unreadable(unreadable, labelled.images, subject.data["max_bad_fraction"])
     loss = float(torch.stack(losses).mean())
     if not np.isfinite(loss):
         raise RunError(
-            f"the loss is not finite in epoch {epoch + 1}; try a lower evaluation.linear_official.lr"
+            f"the loss is not finite in epoch {epoch + 1}; "
+            "try a lower evaluation.linear_official.lr"
         )
     return loss
 
 
 @torch.no_grad()
 def frozen_features(subject: Subject, images: Tensor) -> Tensor:
-    """Of images (N, 3, H, W) on the device: (N, D) float32."""
+    """Return features (batch, width) float32 of images (batch, 3, height, width) on the device."""
     with torch.autocast(subject.device.type, enabled=False):
         return subject.encoder.encode(images, subject.settings["feature"]).float()

@@ -1,49 +1,30 @@
-"""Exact search for nearest neighbours by inner product, in blocks: matrix products, on the CPU or a GPU.
+"""Search for the rows of a bank that are most similar to a query.
 
-The answer has one definition. Similarities are float32 inner products of unit vectors; a query's neighbours are the rows
-with the largest, in falling order, and of equal ones the smaller row comes first.
-
-The large array of a search is the product of queries and bank, and reading it costs as much as making it. So it is read
-once, strip by strip while the processor's cache still holds it, for the maxima of groups of 4 rows. On a CPU the maxima
-give a number that k rows reach at least, and the rows that reach it are the candidates. On a GPU, and where they would be
-too many, the k nearest are looked for in the k groups with the largest maxima, which hold them all; of rows that share the
-k-th place the first are counted out. Both are as exact as top-k of the whole product.
-
-Letters: M bank size, Q queries, D feature width, k neighbours, N queries of a block, B bank rows of a block, G groups.
+The similarity is the inner product of unit vectors, the cosine. faiss searches on the CPU, torch
+on a GPU.
 """
 
-import mmap
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-GROUP = 4
-BANK_BYTES = 2**27  # of bank rows that are normalised at once
-PRODUCT_BYTES = 2**26  # of similarities that one thread makes at once
-ALL_PRODUCTS_BYTES = 2**28  # of those that all threads make at once
-STRIP = {
-    "cpu": 512
-}  # bank rows whose similarities are looked at as soon as they are made; elsewhere a whole block's
-CROWD = 8  # times k: so many candidates of a query are sorted; where there are more the k largest groups are faster
-NOTHING = np.finfo(
-    np.float32
-).min  # the similarity of a place in a list that nothing fills: of features that are NaN
-LIST_BYTES = (
-    2**26
-)  # of neighbours, their similarities and places, that are kept while the bank is walked over
+# Bank rows that are searched at once. They are copied twice, to normalise them and by faiss, so
+# this bounds the memory that a search needs beside the bank.
+BANK_BYTES = 2**28
+# Neighbours that are kept at once, their similarities and rows.
+RESULT_BYTES = 2**27
+# Similarities that a GPU computes at once.
+PRODUCT_BYTES = 2**28
+# The similarity in a place of a list that nothing fills. It has no weight in any vote.
+NOTHING = np.finfo(np.float32).min
 
 
 def normalized(features: np.ndarray) -> np.ndarray:
-    """Rows scaled to unit L2 norm in float32, as a copy; a zero row stays zero."""
+    """Return a float32 copy with rows of unit L2 norm; a zero row stays zero."""
     features = np.array(features, dtype=np.float32, order="C", subok=False)
-    rows = torch.from_numpy(
-        features
-    )  # for its threads: of a large bank NumPy's one takes a tenth of the search
+    rows = torch.from_numpy(features)  # torch uses all threads here, NumPy only one
     rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-12)
     return features
 
@@ -51,284 +32,148 @@ def normalized(features: np.ndarray) -> np.ndarray:
 def nearest(
     bank: np.ndarray, queries: np.ndarray, num_neighbors: int, device: torch.device | str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The bank rows most similar to each query: similarities (Q, k) in falling order and row numbers (Q, k).
+    """Return the bank rows that are most similar to each query.
+
+    Equally similar rows come in the order of the bank. If more rows are as similar as the last
+    neighbour, faiss or torch chooses which of them are included.
 
     Args:
-        bank: (M, D), of any norm; may be mapped from a file (`np.memmap`).
-        queries: (Q, D), of any norm.
-        num_neighbors: k, at most M.
+        bank: (bank size, width) features of any norm; may be mapped from a file (`np.memmap`).
+        queries: (queries, width) features of any norm.
+        num_neighbors: k, at most the bank size.
+        device: where to search.
+
+    Returns:
+        Similarities (queries, k) float32 in falling order, and row numbers (queries, k) int64.
     """
-    blocks = list(nearest_by_block(bank, queries, num_neighbors, device))
-    similarities, rows = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    return similarities, rows
+    similarities = []
+    rows = []
+    for block_similarities, block_rows in nearest_by_block(bank, queries, num_neighbors, device):
+        similarities.append(block_similarities)
+        rows.append(block_rows)
+    return np.concatenate(similarities), np.concatenate(rows)
 
 
 def nearest_by_block(
     bank: np.ndarray, queries: np.ndarray, num_neighbors: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`nearest` of one block of queries after the other, so that memory does not grow with their number."""
-    size = queries_at_once(num_neighbors, queries.shape[1])
-    for start in range(0, len(queries), size):
-        yield walk(
-            bank, normalized(queries[start : start + size]), num_neighbors, torch.device(device)
-        )
+    """Yield what `nearest` returns, for one block of queries after the other."""
+    for block in query_blocks(queries, num_neighbors):
+        yield search_bank(bank, block, num_neighbors, torch.device(device))
 
 
-def queries_at_once(num_neighbors: int, width: int) -> int:
-    """So many that neither their lists of neighbours nor their features (., D) take more than a block may."""
-    return max(1, min(LIST_BYTES // (12 * num_neighbors), BANK_BYTES // (4 * width)))
+def search_index(
+    index: Any, queries: np.ndarray, num_neighbors: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the neighbours that a faiss index finds, for one block of queries after the other.
+
+    An approximate index may find fewer than k rows. Row 0 with the similarity `NOTHING` fills such
+    a list.
+    """
+    for block in query_blocks(queries, num_neighbors):
+        similarities, rows = search_with_faiss(index, block, num_neighbors)
+        order_ties(similarities, rows)
+        yield similarities, rows
 
 
-def walk(
+def query_blocks(queries: np.ndarray, num_neighbors: int) -> Iterator[np.ndarray]:
+    """Yield normalised blocks of queries whose features and neighbours fit the memory limits."""
+    bytes_per_neighbor = 4 + 8  # a float32 similarity and an int64 row
+    by_result = RESULT_BYTES // (bytes_per_neighbor * num_neighbors)
+    by_features = BANK_BYTES // (4 * queries.shape[1])
+    block_size = max(1, min(by_result, by_features))
+    for start in range(0, len(queries), block_size):
+        yield normalized(queries[start : start + block_size])
+
+
+def search_bank(
     bank: np.ndarray, queries: np.ndarray, num_neighbors: int, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`nearest` of queries of unit norm, by one walk over the bank."""
-    similarities = np.full((len(queries), num_neighbors), NOTHING, np.float32)
-    rows = np.zeros((len(queries), num_neighbors), np.int64)
-    on_device = torch.from_numpy(queries).to(device)
-    height = max(num_neighbors, BANK_BYTES // (4 * bank.shape[1]))
-    for first in range(0, len(bank), height):
-        block = torch.from_numpy(normalized(bank[first : first + height])).to(device)
-        give_back(bank)
-        not_numbers = block.sum(dim=1).isnan().nonzero().flatten()
-        num_threads = torch.get_num_threads() if device.type == "cpu" else 1
-        width = max(1, min(PRODUCT_BYTES, ALL_PRODUCTS_BYTES // num_threads) // (4 * len(block)))
-        rooms = (
-            threading.local()
-        )  # new memory costs half as much as the product that is written to it
+    """Search normalised queries in the bank, one block of its rows after the other."""
+    # A block holds at least k rows, so that the first one fills the lists.
+    block_size = max(num_neighbors, BANK_BYTES // (4 * bank.shape[1]))
+    best: tuple[np.ndarray, np.ndarray] | None = None
+    for start in range(0, len(bank), block_size):
+        block = normalized(bank[start : start + block_size])
+        block_neighbors = min(num_neighbors, len(block))
+        if device.type == "cpu":
+            similarities, rows = search_with_faiss(flat_index(block), queries, block_neighbors)
+        else:
+            similarities, rows = search_with_torch(block, queries, block_neighbors, device)
+        order_ties(similarities, rows)
+        rows += start
+        found = similarities, rows
+        if best is not None:
+            found = merge(best, found, num_neighbors)
+        best = found
+    assert best is not None
+    return best
 
-        def improve(
-            start: int,
-            block: Tensor = block,
-            first: int = first,
-            width: int = width,
-            not_numbers: Tensor = not_numbers,
-            rooms: threading.local = rooms,
-        ) -> None:
-            part = on_device[start : start + width]
-            if not hasattr(rooms, "products"):
-                rooms.products = Products(
-                    min(width, len(queries)), len(block), num_neighbors, device
-                )
-            values, columns = rooms.products.nearest(part, block, num_neighbors, not_numbers)
-            lists = slice(start, start + width)
-            merge(similarities[lists], rows[lists], values, columns + first, is_first=not first)
 
-        side_by_side(improve, range(0, len(queries), width), device)
+def flat_index(features: np.ndarray) -> Any:
+    """Return faiss's exact index of normalised features."""
+    # faiss is imported where it is used: training without kNN does not need it.
+    import faiss
+
+    index = faiss.IndexFlatIP(features.shape[1])
+    index.add(features)
+    return index
+
+
+def search_with_faiss(
+    index: Any, queries: np.ndarray, num_neighbors: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Search normalised queries in an index, with as many threads as torch uses."""
+    import faiss
+
+    # faiss brings an OpenMP library of its own, which does not know of torch's number of threads.
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    similarities, rows = index.search(queries, num_neighbors)
+    # faiss marks the places that it cannot fill by row -1.
+    is_missing = rows < 0
+    similarities[is_missing] = NOTHING
+    rows[is_missing] = 0
     return similarities, rows
 
 
-class Products:
-    """Room for the similarities of some queries and the rows of a bank's block, (N, B), and for the maxima of their groups.
+def search_with_torch(
+    bank: np.ndarray, queries: np.ndarray, num_neighbors: int, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Search normalised queries in a normalised bank by matrix products and top-k on the device."""
+    bank_on_device = torch.from_numpy(bank).to(device)
+    similarities = []
+    rows = []
+    block_size = max(1, PRODUCT_BYTES // (4 * len(bank)))
+    for block in torch.from_numpy(queries).split(block_size):
+        products = block.to(device) @ bank_on_device.T  # (block, bank size)
+        products.nan_to_num_(nan=NOTHING)  # top-k would take NaN for the largest number
+        top = products.topk(num_neighbors, dim=1)
+        similarities.append(top.values.cpu())
+        rows.append(top.indices.cpu())
+    return torch.cat(similarities).numpy(), torch.cat(rows).numpy()
 
-    Args:
-        num_queries: N, at most.
-        num_rows: of the block, at most; B is the next multiple of what a strip holds, and at least k.
-        num_neighbors: k.
+
+def order_ties(similarities: np.ndarray, rows: np.ndarray) -> None:
+    """Sort equally similar neighbours by their row, in place.
+
+    Their order then does not depend on the search.
     """
-
-    def __init__(
-        self, num_queries: int, num_rows: int, num_neighbors: int, device: torch.device
-    ) -> None:
-        whole = GROUP * -(-max(num_rows, num_neighbors) // GROUP)
-        self.strip = min(STRIP.get(device.type, whole), whole)
-        num_columns = self.strip * -(-whole // self.strip)
-        self.values = torch.empty(num_queries, num_columns, device=device)
-        self.values[:, num_rows:] = -torch.inf
-        self.maxima = torch.empty(num_queries, num_columns // GROUP, device=device)
-        # A strip's n-th group has its columns n, n + strip // GROUP, ...
-        columns = torch.arange(num_columns, device=device).view(-1, GROUP, self.strip // GROUP)
-        self.first_columns = columns[:, 0].flatten()  # of each group
-        self.steps = columns[0, :, 0].clone()  # from there to each column of the group
-
-    def nearest(
-        self, queries: Tensor, block: Tensor, num_neighbors: int, not_numbers: Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The k most similar rows of the block to each query, and maybe more, in any order: similarities and row numbers.
-
-        Where the block has fewer, and for a query that is not a number, the rest is -inf and of no row.
-
-        Args:
-            queries: (N, D).
-            block: (rows, D).
-            not_numbers: the rows that are not finite, which nothing is similar to.
-        """
-        values, maxima = self.values[: len(queries)], self.maxima[: len(queries)]
-        strips, groups = values.split(self.strip, dim=1), maxima.split(self.strip // GROUP, dim=1)
-        for rows, strip, of_groups in zip(block.split(self.strip), strips, groups, strict=False):
-            # Whole strips only: of a few rows the products would be rounded in another way, and equal rows not be equal.
-            num_rows = len(rows)
-            if num_rows < strip.shape[1]:
-                rows = F.pad(rows, (0, 0, 0, strip.shape[1] - num_rows))
-            torch.mm(queries, rows.T, out=strip)
-            strip[:, num_rows:] = -torch.inf
-            torch.amax(strip.unflatten(1, (GROUP, -1)), dim=1, out=of_groups)
-        if len(not_numbers):
-            values[:, not_numbers] = -torch.inf
-            torch.amax(
-                values.unflatten(1, (len(strips), GROUP, -1)),
-                dim=2,
-                out=maxima.unflatten(1, (len(strips), -1)),
-            )
-        no_queries = queries.isnan().any(dim=1)
-        if no_queries.any():
-            values[no_queries], maxima[no_queries] = -torch.inf, -torch.inf
-        if maxima.shape[1] > num_neighbors and not values.is_cuda:
-            found = self.by_threshold(values.numpy(), maxima.numpy(), num_neighbors)
-            if found is not None:
-                return found
-        chosen, columns = self.by_top_k(values, maxima, num_neighbors)
-        return chosen.cpu().numpy(), columns.cpu().numpy()
-
-    def by_threshold(
-        self, values: np.ndarray, maxima: np.ndarray, num_neighbors: int
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """`nearest` on a CPU: all that is as large as a number that k rows reach at least, usually 1.4 k.
-
-        It is the k-th largest maximum of 2 k large groups: to select from so few costs next to nothing, and to compare all
-        small groups with it little. None where many are equal, as of features that have collapsed.
-
-        Args:
-            values, maxima: the similarities (N, B), and of their groups (N, G); G is above k.
-
-        Returns:
-            Similarities and row numbers, (N, L) each, L the most that a query has; the places of others are -inf.
-        """
-        most = CROWD * num_neighbors
-        at_once = max(1, maxima.shape[1] // (2 * num_neighbors))
-        of_many = (
-            maxima[:, : maxima.shape[1] // at_once * at_once]
-            .reshape(len(maxima), at_once, -1)
-            .max(axis=1)
-        )
-        cut = of_many.shape[1] - num_neighbors
-        least = np.partition(of_many, cut, axis=1)[:, cut]  # (N,)
-        query, group = np.divmod(np.flatnonzero(maxima >= least[:, None]), maxima.shape[1])
-        if len(query) > most * len(values):
-            return None
-        width, first_columns, steps = (
-            values.shape[1],
-            self.first_columns.numpy(),
-            self.steps.numpy(),
-        )
-        places = (query * width + first_columns[group])[
-            :, None
-        ] + steps  # in `values`, (groups of all queries, GROUP)
-        members = values.ravel().take(places)
-        chosen = np.flatnonzero(members >= least[query][:, None])
-        query, places, members = (
-            query[chosen // GROUP],
-            places.ravel()[chosen],
-            members.ravel()[chosen],
-        )
-        counts = np.bincount(query, minlength=len(values))
-        if counts.max() > most:
-            return None
-        place = np.arange(len(query)) - (counts.cumsum() - counts)[query]
-        lists = np.full((len(values), counts.max()), -np.inf, np.float32)
-        numbers = np.zeros(lists.shape, np.int64)
-        lists[query, place], numbers[query, place] = members, places - query * width
-        return lists, numbers
-
-    def by_top_k(self, values: Tensor, maxima: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
-        """`nearest` on a GPU, and where there are no more groups than neighbours: exactly k, (N, k).
-
-        Args:
-            values, maxima: the similarities (N, B), and of their groups (N, G).
-        """
-        if maxima.shape[1] <= num_neighbors:
-            columns, is_tied = largest(values, num_neighbors)
-        else:
-            group, is_tied = largest(maxima, num_neighbors)
-            members = (self.first_columns[group][:, :, None] + self.steps).flatten(
-                1
-            )  # (N, k * GROUP)
-            place, is_tied_within = largest(values.gather(1, members), num_neighbors)
-            columns = members.gather(1, place)
-            is_tied |= is_tied_within
-        tied = is_tied.nonzero().flatten()
-        if len(tied):
-            columns[tied] = first_largest(values[tied], num_neighbors)
-        return values.gather(1, columns), columns
-
-
-def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Where the k largest of each row are, in any order (N, k), and whether another is as large as the last of them (N,)."""
-    if values.shape[1] == k:
-        every = torch.arange(k, device=values.device).expand(len(values), k)
-        return every.clone(), values.new_zeros(len(values), dtype=torch.bool)
-    top = values.topk(k + 1, dim=1)
-    return top.indices[:, :k], top.values[:, k - 1] == top.values[:, k]
-
-
-def first_largest(values: Tensor, k: int) -> Tensor:
-    """`largest` where values are equal, as of features that have collapsed: of these the first count (N, k)."""
-    smallest = values.topk(k, dim=1).values[:, -1:]
-    above, equal = values > smallest, values == smallest
-    room = k - above.sum(dim=1, keepdim=True)
-    is_among = above | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))
-    return is_among.nonzero()[:, 1].view(len(values), k)
+    # Few queries have ties, so only these are sorted.
+    is_tied = (similarities[:, 1:] == similarities[:, :-1]).any(axis=1)
+    tied_rows = rows[is_tied]
+    order = np.lexsort((tied_rows, -similarities[is_tied]))
+    rows[is_tied] = np.take_along_axis(tied_rows, order, axis=1)
 
 
 def merge(
-    similarities: np.ndarray,
-    rows: np.ndarray,
-    values: np.ndarray,
-    numbers: np.ndarray,
-    is_first: bool,
-) -> None:
-    """Put a block's neighbours, their similarities and rows (N, L), into the lists of those so far (N, k), in place.
-
-    Args:
-        is_first: there are none so far. L is usually 1.4 k, so that to sort without their places takes half the time.
-    """
-    num_neighbors = similarities.shape[1]
-    fill_all = is_first and np.count_nonzero(values > NOTHING, axis=1).min() >= num_neighbors
-    if not fill_all:
-        values, numbers = np.hstack([similarities, values]), np.hstack([rows, numbers])
-    order = falling(values, numbers, num_neighbors)
-    similarities[:] = np.take_along_axis(values, order, axis=1)
-    rows[:] = np.take_along_axis(numbers, order, axis=1)
-
-
-def falling(values: np.ndarray, numbers: np.ndarray, num_first: int) -> np.ndarray:
-    """Where the `num_first` largest values of each row are, in falling order, of equal ones by rising numbers."""
-    order = np.argsort(-values, axis=1)
-    ordered = np.take_along_axis(values, order[:, : num_first + 1], axis=1)
-    tied = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
-    for row in tied.nonzero()[0]:
-        order[row] = np.lexsort((numbers[row], -values[row]))
-    return order[:, :num_first]
-
-
-def give_back(bank: np.ndarray) -> None:
-    """Let the pages of a mapped file go, which count as this process's memory until something else needs the room."""
-    if (
-        not isinstance(bank, np.memmap) or bank.mode == "c"
-    ):  # of a private copy the changes would be lost
-        return
-    owner: object = bank
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    if isinstance(owner, mmap.mmap):
-        owner.madvise(mmap.MADV_DONTNEED)
-
-
-def side_by_side(work: Callable[[int], None], starts: range, device: torch.device) -> None:
-    """Call `work` for each start: on a CPU in as many threads as torch computes with.
-
-    Selecting is NumPy's work, which uses one thread for each call, so blocks of queries go side by side.
-    """
-    num_threads = torch.get_num_threads()
-    if device.type != "cpu" or num_threads == 1 or len(starts) == 1:
-        for start in starts:
-            work(start)
-        return
-    try:
-        with ThreadPoolExecutor(
-            num_threads, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            for _ in pool.map(work, starts):
-                pass
-    finally:
-        torch.set_num_threads(num_threads)
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], num_neighbors: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the most similar neighbours of two lists; equal ones of the first list come first."""
+    similarities = np.hstack([first[0], second[0]])
+    rows = np.hstack([first[1], second[1]])
+    # A stable sort keeps equally similar rows in the order of the bank.
+    order = np.argsort(-similarities, axis=1, kind="stable")[:, :num_neighbors]
+    return (
+        np.take_along_axis(similarities, order, axis=1),
+        np.take_along_axis(rows, order, axis=1),
+    )

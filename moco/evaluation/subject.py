@@ -1,11 +1,8 @@
-"""What a measurement of frozen features is given, and what it gives back.
-
-Letters: M images, D feature width, C embedding width.
-"""
+"""What a measurement of frozen features is given, and what it gives back."""
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,46 +25,69 @@ from moco.evaluation.features import embed
 
 log = logging.getLogger(__name__)
 
+SOURCE_SETTINGS = (
+    "download",
+    "num_images",
+    "image_column",
+    "label_column",
+    "max_image_pixels",
+    "held_out",
+    "pages",
+)
+"""The settings of the data that `build_source` takes, beside name and root."""
+# Images that a message names.
+MOST_NAMED = 3
+
 
 class Features(NamedTuple):
-    """Of labelled images, those that could be read."""
+    """Features of the labelled images that could be read."""
 
     of: dict[str, np.ndarray]
-    """``backbone`` (M, D) and, if the encoder has a projector, ``embedding`` (M, C); float32, not normalised."""
+    """By name: ``backbone`` (images, width) and, if the encoder has a projector, ``embedding``
+    (images, embedding width); float32, not normalised."""
     labels: np.ndarray
-    """(M,) int64."""
+    """(images,) int64."""
     rows: np.ndarray
-    """(M,) int64: which of the images each row is."""
+    """(images,) int64: the place of each in the dataset."""
+
+    def chosen(self, is_chosen: np.ndarray) -> "Features":
+        """Return the images where `is_chosen` (images,) is true."""
+        of = {}
+        for name, values in self.of.items():
+            of[name] = values[is_chosen]
+        return Features(of, self.labels[is_chosen], self.rows[is_chosen])
 
 
 @dataclass
 class Findings:
-    """What a measurement found."""
+    """The outcome of a measurement."""
 
     title: str
     """Of the table."""
     scores: Mapping[str, float]
     """Shown with four decimals, and written to ``metrics.json``."""
     protocol: Mapping[str, Any]
-    """The conditions of the scores: shown and written as they are."""
+    """The conditions of the scores, shown and written as they are."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """Written to ``metrics.json``, and not shown."""
+    """Written to ``metrics.json``, not shown."""
     tables: Sequence[Any] = ()
-    """What rich can print, below the table of scores and protocol."""
+    """Tables of rich, printed below the table of scores and protocol."""
     files: Mapping[str, Callable[[BinaryIO], object]] = field(default_factory=dict)
-    """For the run folder: what writes each, by file name."""
+    """For the run folder: a function that writes each, by file name."""
 
 
 @dataclass
 class Subject:
-    """A frozen encoder, the images, and how they are looked at.
+    """A frozen encoder, the images, and the settings of the measurement.
 
     Args:
-        encoder: in eval mode, on `device`; an `Encoder`.
-        data: `EvaluateDataConfig` as plain data, nulls filled in; `image_size` may be null until `source` is built.
+        encoder: in eval mode, on `device`; a module with ``encode(images)``. An `Encoder` has a
+            projector, too.
+        data: `EvaluateDataConfig` as plain data, nulls filled in; `image_size` may be null until
+            `source` is built.
         augmentation: mean and std of the normalisation.
         settings: `EvaluationConfig` as plain data, nulls filled in.
-        at_image_size: told the side of the images once it is known, px.
+        at_image_size: called with the side of the images in px as soon as it is known.
     """
 
     encoder: Any
@@ -79,140 +99,157 @@ class Subject:
     """The run folder of this measurement."""
     checkpoint: Path
     backbone: dict[str, Any]
-    """The arguments of `build_backbone` that make the encoder's."""
+    """The arguments of `build_backbone` that make the encoder's backbone."""
     at_image_size: Callable[[int], None] = lambda image_size: None
     pair: dict[str, Any] = field(default_factory=dict)
-    """``query`` and ``key``: the operations of the run's two views; empty where the checkpoint does not say them."""
+    """``query`` and ``key``: the operations of the run's two views; empty if the checkpoint does
+    not name them."""
 
     @cached_property
     def source(self) -> DataSource:
-        """The data set; fills in the image size.
+        """Build the dataset, and fill in the image size.
 
         Raises:
-            InputError: there is no such data set.
+            InputError: there is no such dataset.
         """
-        names = (
-            "download",
-            "num_images",
-            "image_column",
-            "label_column",
-            "max_image_pixels",
-            "held_out",
-            "pages",
-        )
-        source = build_source(
-            self.data["name"], self.data["root"], **{name: self.data[name] for name in names}
-        )
-        self.data["image_size"] = self.data["image_size"] or source.image_size
+        source = build_source_of(self.data)
+        # The advice on attention windows needs the size, which only the dataset may know.
         self.at_image_size(self.data["image_size"])
         return source
 
     @property
     def feature_names(self) -> list[str]:
-        """Those that the encoder has, of backbone and embedding."""
-        return (
-            ["backbone"]
-            if isinstance(self.encoder.projector, nn.Identity)
-            else ["backbone", "embedding"]
-        )
+        """Return the names of the features that the encoder has."""
+        if isinstance(getattr(self.encoder, "projector", nn.Identity()), nn.Identity):
+            return ["backbone"]
+        return ["backbone", "embedding"]
 
     @cached_property
     def cache(self) -> FeatureCache:
-        """The features of this checkpoint that earlier evaluations have kept."""
-        looked_at = ("image_size", "crop_ratio", "max_image_pixels")
-        settings = (
-            {name: self.data[name] for name in looked_at}
-            | self.augmentation
-            | {"backbone": self.backbone}
-        )
-        settings |= {
+        """Return the cache of this checkpoint's features."""
+        settings = {
+            "image_size": self.data["image_size"],
+            "crop_ratio": self.data["crop_ratio"],
+            "max_image_pixels": self.data["max_image_pixels"],
+            **self.augmentation,
+            "backbone": self.backbone,
             "encoder": self.settings["encoder"],
             "features": self.feature_names,
             "device": self.device.type,
+            "torch": torch.__version__,
+            "pillow": PIL.__version__,
+            "moco": moco.__version__,
         }
-        versions = {"torch": torch.__version__, "pillow": PIL.__version__, "moco": moco.__version__}
-        return FeatureCache(self.checkpoint, settings | versions)
+        return FeatureCache(self.checkpoint, settings)
 
     def features(self, labelled: Labelled) -> Features:
-        """Features of labelled images, both kinds from one pass; unreadable ones are left out and counted.
+        """Return features of labelled images, of both kinds from one pass.
 
-        With ``evaluation.cache`` they are kept for the next evaluation.
+        Unreadable images are skipped. With ``evaluation.cache`` the features are kept for the next
+        evaluation.
 
         Raises:
-            InputError: too many images cannot be read, or a feature is not finite; it names the images.
+            InputError: too many images cannot be read, or a feature is not finite.
         """
-        if not self.settings["cache"]:
-            features = self.embedded(labelled)
-        else:
-            path = self.cache.path(labelled, self.data["root"])
-            kept = self.cache.read(path)
-            if kept is not None:
-                log.info("features of %s images from %s", f"{len(labelled.images):,}", path)
-                features = Features(
-                    {name: kept[name] for name in self.feature_names}, kept["labels"], kept["rows"]
-                )
-            else:
-                features = self.embedded(labelled)
-                self.cache.write(
-                    path, {**features.of, "labels": features.labels, "rows": features.rows}
-                )
+        features = self._kept_or_embedded(labelled)
         unreadable = np.delete(np.arange(len(labelled.images)), features.rows)
         if len(unreadable):
-            names = ", ".join(printable(labelled.images.name(int(row))) for row in unreadable[:3])
-            log.warning(
-                "skipped %d unreadable images: %s%s",
-                len(unreadable),
-                names,
-                ", ..." * (len(unreadable) > 3),
-            )
+            names = first_names(labelled, unreadable)
+            log.warning("skipped %d unreadable images: %s", len(unreadable), names)
         check_unreadable(set(unreadable.tolist()), labelled.images, self.data["max_bad_fraction"])
         return features
 
-    def embedded(self, labelled: Labelled) -> Features:
-        """`features`, computed."""
+    def _kept_or_embedded(self, labelled: Labelled) -> Features:
+        if not self.settings["cache"]:
+            return self._embedded(labelled)
+        path = self.cache.path(labelled, self.data["root"])
+        kept = self.cache.read(path)
+        if kept is not None:
+            log.info("features of %s images from %s", f"{len(labelled.images):,}", path)
+            of = {name: kept[name] for name in self.feature_names}
+            return Features(of, kept["labels"], kept["rows"])
+        features = self._embedded(labelled)
+        arrays = {**features.of, "labels": features.labels, "rows": features.rows}
+        self.cache.write(path, arrays)
+        return features
+
+    def _embedded(self, labelled: Labelled) -> Features:
         started = time.monotonic()
-        joined, labels, unreadable = embed(self.encode_all, self.batches(labelled), self.device)
+        # One pass computes both features, side by side.
+        joined, labels, unreadable = embed(self._encode_all, self._batches(labelled), self.device)
         rows = np.delete(np.arange(len(labelled.images)), unreadable)
         check_finite(joined, rows, labelled, self.checkpoint)
         log.info("embedded %s images in %.1f s", f"{len(rows):,}", time.monotonic() - started)
+        if len(self.feature_names) == 1:
+            return Features({"backbone": joined}, labels, rows)
         width = self.encoder.backbone.feature_dim
-        parts = np.split(joined, [width], axis=1) if len(rows) else [joined, joined]
-        return Features(dict(zip(self.feature_names, parts, strict=False)), labels, rows)
+        of = {"backbone": joined[:, :width], "embedding": joined[:, width:]}
+        return Features(of, labels, rows)
 
-    def batches(self, labelled: Labelled) -> Any:
-        """Batches of the images in order: from memory at once where nothing has to be resized."""
+    def _batches(self, labelled: Labelled) -> Iterable[EvaluationBatch]:
+        """Return batches of all images in order.
+
+        Images in memory that need no resizing do not go through a loader.
+        """
         size, batch_size = self.data["image_size"], self.settings["batch_size"]
         images = labelled.images
-        if (
-            isinstance(images, ArrayImages)
-            and images.tensor.shape[1:3] == (size, size)
-            and round(size / self.data["crop_ratio"]) == size
-        ):
-            return batches_in_memory(images, labelled.labels, batch_size, **self.augmentation)
+        if isinstance(images, ArrayImages):
+            # A crop ratio below 1 enlarges the image first and cuts its middle out.
+            is_cropped = round(size / self.data["crop_ratio"]) != size
+            is_resized = images.tensor.shape[1:3] != (size, size)
+            if not is_cropped and not is_resized:
+                return batches_in_memory(images, labelled.labels, batch_size, **self.augmentation)
         view = build_evaluation_view(size, self.data["crop_ratio"], **self.augmentation)
         return evaluation_loader(
             labelled, view, size, batch_size, self.data["num_workers"], device=self.device
         )
 
-    def encode_all(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) to features and, if there is a projector, embeddings beside them: (N, D + C)."""
-        feature = self.encoder.backbone(images)
+    def _encode_all(self, images: Tensor) -> Tensor:
+        """Return features of a batch and, if there is a projector, embeddings beside them.
+
+        The result is (batch, width), or (batch, width + embedding width).
+        """
+        feature = self.encoder.encode(images)
         if len(self.feature_names) == 1:
             return feature
         return torch.cat([feature, self.encoder.projector(feature)], dim=1)
 
 
+def build_source_of(data: dict[str, Any]) -> DataSource:
+    """Build the dataset that the settings of the data name, and fill in their image size.
+
+    Raises:
+        InputError: there is no such dataset.
+    """
+    settings = {name: data[name] for name in SOURCE_SETTINGS}
+    source = build_source(data["name"], data["root"], **settings)
+    if data["image_size"] is None:
+        data["image_size"] = source.image_size
+    return source
+
+
+def first_names(labelled: Labelled, rows: np.ndarray) -> str:
+    """Return the names of the first images in these rows, for a message."""
+    names = []
+    for row in rows[:MOST_NAMED]:
+        names.append(printable(labelled.images.name(int(row))))
+    if len(rows) > MOST_NAMED:
+        names.append("...")
+    return ", ".join(names)
+
+
 def check_finite(
     features: np.ndarray, rows: np.ndarray, labelled: Labelled, checkpoint: Path
 ) -> None:
-    """Raises InputError if a feature (M, D) is not finite; it names the first images."""
+    """Raise InputError if a feature (images, width) is not finite; it names the first images."""
     bad = rows[~np.isfinite(features).all(axis=1)]
-    if len(bad):
-        names = ", ".join(printable(labelled.images.name(int(row))) for row in bad[:3])
-        more = f" and {len(bad) - 3:,} more" if len(bad) > 3 else ""
-        raise InputError(
-            f"checkpoint={checkpoint}: the features of {names}{more} are not finite (NaN or infinity)"
-        )
+    if len(bad) == 0:
+        return
+    names = first_names(labelled, bad)
+    raise InputError(
+        f"checkpoint={checkpoint}: the features of {len(bad):,} images "
+        f"are not finite (NaN or infinity): {names}"
+    )
 
 
 def batches_in_memory(
@@ -222,11 +259,11 @@ def batches_in_memory(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Iterator[EvaluationBatch]:
-    """What the evaluation view makes of images that have its size already, to the same bits."""
+    """Yield the batches that the evaluation view makes of images that already have its size."""
+    # The arithmetic of the evaluation view, for whole batches.
     scale, shift = normalisation(mean, std)
-    for first in range(0, len(images), batch_size):
-        part = slice(first, first + batch_size)
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
         batch = rgb_batch(images.tensor[part]) * scale - shift
-        yield EvaluationBatch(
-            batch, torch.from_numpy(labels[part]), torch.zeros(len(batch), dtype=torch.bool)
-        )
+        unreadable = torch.zeros(len(batch), dtype=torch.bool)
+        yield EvaluationBatch(batch, torch.from_numpy(labels[part]), unreadable)

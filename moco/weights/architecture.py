@@ -116,9 +116,11 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
     """
     weights = from_sequential(weights)
     seen: dict[str, Any] = {}
+    # A ResNet for small images has a 3x3 convolution in place of 7x7.
     if "conv1.weight" in weights and weights["conv1.weight"].shape[-1] == 3:
         seen["stem"] = "solo_cifar" if origin == SOLO_LEARN else "cifar"
 
+    # Fixed positions of a ViT are no setting, so only learned ones are seen.
     for positions in ("pos_embed", POSITIONS):
         if positions in weights:
             side = learned_grid_side(weights[positions])
@@ -127,9 +129,10 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
 
     tables = first_of_each_stage(weights, "relative_position_bias_table")
     if tables:
-        # (2 * window - 1)^2 rows.
+        # A table has a row for each offset, (2 * window - 1)^2 of them.
         seen["window_size"] = one_or_each([(round(len(x) ** 0.5) + 1) // 2 for x in tables])
 
+    # Tables of coordinates also tell the windows that normalise them.
     tables = first_of_each_stage(weights, COORDINATES)
     if tables:
         windows = []

@@ -52,7 +52,7 @@ def export_content(
     """
     if file_format == "safetensors":
         return write_backbone(backbone, settings, about)
-    counterpart(settings, file_format)
+    counterpart(settings, file_format)  # Raises where the library has no such model.
     if file_format == "torchvision":
         weights = to_torchvision(backbone, about["image_size"])
     else:

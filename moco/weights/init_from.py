@@ -46,6 +46,7 @@ def start_from(method: MoCo, path: str) -> None:
     weights = with_our_backbones(file, method, source)
     check_backbone(file, weights, method, source)
 
+    # Parts come in an order in which each comes after the part that it needs.
     state = method.state_dict()
     loaded_parts: set[str] = set()
     reasons = {}
@@ -64,6 +65,7 @@ def start_from(method: MoCo, path: str) -> None:
         else:
             unused[name] = tensor
     state |= loaded
+    # What the file lacks of the key encoder is a copy of the query encoder, as in any new run.
     for name in state:
         if name.startswith(KEY) and name.startswith(tuple(reasons)):
             state[name] = state[QUERY + name.removeprefix(KEY)]

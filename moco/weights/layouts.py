@@ -50,6 +50,8 @@ SOLO_LEARN = "solo-learn"
 BACKBONE_ALONE = "backbone alone"
 # The first layout that fits counts, so the more specific ones come first.
 LAYOUTS = (
+    # Part 0 of an encoder is the backbone, part 1 the neck. mmselfsup calls the query encoder's
+    # parts by these words, and wraps the momentum encoder in a `module` that averages.
     Layout(
         "DenseCL or mmselfsup (OpenMMLab)",
         (r"(encoder_q|base_encoder)\.0\.[a-z]|neck\.",),
@@ -83,6 +85,7 @@ LAYOUTS = (
             r"queue_ptr$": "queue.pointer",
         },
     ),
+    # The projector is the last layer of torchvision's ResNet.
     Layout(
         "MoCo v1 or v2 (facebookresearch/moco)",
         (r"encoder_q\.",),
@@ -95,6 +98,7 @@ LAYOUTS = (
             r"queue_ptr$": "queue.pointer",
         },
     ),
+    # There is no queue. The projector is `fc` of a ResNet or `head` of a ViT.
     Layout(
         MOCO_V3,
         (r"base_encoder\.",),
@@ -121,6 +125,7 @@ LAYOUTS = (
             r"queue_ptr$": "queue.pointer",
         },
     ),
+    # lightly's older benchmarks: `backbone` is the key encoder's.
     Layout(
         "lightly, with a query_backbone",
         (r"query_backbone\.",),
@@ -131,6 +136,7 @@ LAYOUTS = (
             r"projection_head\.": KEY + "projector.",
         },
     ),
+    # The loss holds the queue, as a memory bank. Some versions save it.
     Layout(
         "lightly",
         (r"backbone\.", r"projection_head"),
@@ -148,6 +154,7 @@ LAYOUTS = (
             r"criterion\w*\.(?:memory_bank\.)?bank_ptr$": "queue.pointer",
         },
     ),
+    # Older versions of solo-learn call the backbone `encoder`.
     Layout(
         SOLO_LEARN,
         (r"(backbone|encoder)\.", r"momentum_(backbone|encoder|projector)\.|projector\."),
@@ -161,6 +168,7 @@ LAYOUTS = (
             r"queue_ptr$": "queue.pointer",
         },
     ),
+    # What follows holds no method: a backbone, perhaps with a classifier.
     Layout(BACKBONE_ALONE, (r"backbone\.",), {r"backbone\.": QUERY + "backbone."}),
     Layout("torchvision or timm ResNet", (r"layer1\.0\.conv1\.",), {"": QUERY + "backbone."}),
     Layout("torchvision Swin Transformer", (r"features\.1\.0\.attn\.",), {"": QUERY + "backbone."}),

@@ -262,6 +262,7 @@ def from_timm(weights: Weights, backbone: nn.Module) -> Weights:
         InputError: the weights have learned positions, and the backbone has fixed ones (ViT).
         KeyError: the weights have a Swin V2's biases, and the backbone has no place for them.
     """
+    # Fixed positions of a ViT are not in the backbone's state dict, but in timm's weights.
     our_names = {timm_name(POSITIONS): POSITIONS}
     for name in backbone.state_dict():
         our_names[timm_name(name)] = name
@@ -298,6 +299,7 @@ def timm_name(name: str) -> str:
         return f"patch_embed.{layer}.{rest}"
     if place % 2 == 0:
         return f"layers.{stage}.downsample.{rest}"
+    # Numbers 1 and 2 of torchvision's MLP are activation and dropout.
     rest = re.sub(r"^mlp\.0\.", "mlp.fc1.", rest)
     rest = re.sub(r"^mlp\.3\.", "mlp.fc2.", rest)
     return f"layers.{stage}.blocks.{block}.{rest}"
@@ -319,6 +321,7 @@ def to_our_names(weights: Weights, backbone: nn.Module) -> Weights:
             check_pretrained_windows(tables, backbone.pretrained_window_size)
     learned = {name: x for name, x in weights.items() if not name.endswith(COMPUTED)}
 
+    # Microsoft's and timm's models begin with `patch_embed`, torchvision's never do.
     if any(name.startswith("patch_embed.") for name in learned):
         try:
             renamed = from_timm(learned, backbone)

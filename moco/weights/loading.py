@@ -84,6 +84,7 @@ def load_pretrained(
     else:
         encoder, settings = load_ours(file, which, given, feature, path)
 
+    # The window in the file: `moco.export` scales the image size by it.
     window_size: Any = getattr(encoder.backbone, "window_size", None)
     if "window_size" in given:
         rewindow(encoder.backbone, given["window_size"])
@@ -148,6 +149,8 @@ def load_ours(
                 "backbone.%s: a value that is not the checkpoint's stretches the position biases",
                 key,
             )
+    # The backbone is built with the file's window, because its tensors have that size. The given
+    # window follows when they are loaded.
     settings = dict(file.settings)
     for key, value in given.items():
         if key != "window_size":
@@ -155,6 +158,7 @@ def load_ours(
 
     if file.checkpoint is not None:
         return load_encoder(file.checkpoint, which, path, settings), settings
+    # What follows is for a file that holds a backbone alone.
     if which == "key" and file.encoder != "key":
         raise InputError(
             f"{source}: holds the query encoder's backbone alone, and encoder=key needs the key's"

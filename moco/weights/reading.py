@@ -66,6 +66,7 @@ def read_weight_file(path: str, source: str) -> WeightFile:
     if keys >= BACKBONE_PARTS.keys():
         return from_backbone_file(content, source)
 
+    # Everything else is another project's, and is recognised by the names of its tensors.
     recognised = recognise(tensors_in(content, source), source)
     epoch = content.get("epoch")
     return WeightFile(
@@ -172,6 +173,7 @@ def read_described_tensors(path: str | Path, source: str) -> dict[str, Any]:
     """
     weights, metadata = read_safetensors(path, source)
     content: dict[str, Any] = {}
+    # Metadata of other programs need not be JSON.
     if "backbone" in metadata:
         try:
             content = {key: json.loads(value) for key, value in metadata.items()}

@@ -89,10 +89,12 @@ def recognise(weights: Weights, source: str) -> Recognised:
         else:
             add_tensor(ours, our_name, tensor, source)
 
+    # A tensor that is only named like a queue would break the code below.
     ignored += remove_unusable_queues(ours)
     for part in HEADS:
         head, ours = split(ours, part)
         is_dense = "dense" in part
+        # A dense projector of ours has its layers in a submodule.
         prefix = part + "layers." if is_dense else part
         for name, tensor in renumber_layers(head, is_dense).items():
             ours[prefix + name] = tensor
@@ -170,6 +172,7 @@ def renumber_layers(head: Weights, is_dense: bool) -> Weights:
     """
     layers: dict[str, Weights] = {}
     linear_layers = set()
+    # Group the tensors by layer: weight and bias, or the statistics of a BatchNorm.
     for name, tensor in head.items():
         layer, _, parameter = name.rpartition(".")
         layers.setdefault(layer, {})[parameter] = tensor
@@ -232,6 +235,7 @@ def with_our_queues(weights: Weights) -> Weights:
         # solo-learn's (2, embedding width, queue size): first the first view's keys.
         weights["reverse_queue.keys"] = keys[0]
         weights["queue.keys"] = keys[1]
+    # Projects with two queues fill them in step, so one pointer serves both.
     shared_pointer = weights.get("queue.pointer", torch.zeros(1))
     for queue in QUEUES:
         if queue + "keys" not in weights:

@@ -1,12 +1,13 @@
-"""kNN classification: `bench_knn.py`'s contenders against the bare matrix product, each in a process of its own."""
+"""The contenders of `bench_knn.py` against the bare matrix product, each in its own process."""
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 
 import bench_knn
 
 from benchmarks.peers import Peers
-from benchmarks.turns import Case
+from benchmarks.turns import Case, Turn
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
@@ -14,16 +15,20 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--folder", default=None, help="where the file of the large bank goes")
 
 
+def return_it(turn: Turn) -> Turn:
+    """Return the turn, which needs no preparation in this process."""
+    return turn
+
+
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
     size = "tiny" if arguments.tiny else arguments.size
     num_rows, width, num_queries = bench_knn.SIZES[size]
     with bench_knn.bank_file(size, arguments.folder) as path:
         turns = bench_knn.turns_of(size, arguments.threads, path, arguments.device)
-        ready = {
-            name: (lambda turn=turn: turn)
-            for name, turn in turns.items()
-            if name != "lightly" or name in peers
-        }
+        ready = {}
+        for name, turn in turns.items():
+            if name != "lightly" or name in peers:
+                ready[name] = partial(return_it, turn)
         yield Case(
             f"bank {num_rows:,} x {width}, {num_queries:,} queries",
             ready,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
+from moco.config.data import EvaluateDataConfig
+from moco.config.pretrained import EvaluateConfig, EvaluationConfig
 from moco.errors import InputError
 from tests.evaluation.test_dense import draw_quarters
 from tests.segmentation.test_segmentation_data import save

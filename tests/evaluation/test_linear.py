@@ -1,4 +1,4 @@
-"""The linear probes: the arithmetic against torch's and scikit-learn's, and what a user of ``moco.evaluate`` sees."""
+"""The linear probes: arithmetic against torch's and scikit-learn's, and what a user sees."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from moco.evaluation.linear_measurement import (
     Classes,
     Head,
     check_grid,
-    say_if_at_the_edge,
+    log_edge_of_grid,
     usual_epochs,
 )
 from tests.test_evaluate import archive, evaluated  # noqa: F401
@@ -145,15 +145,16 @@ def test_a_grid_out_of_range_is_refused_before_anything_is_computed():
 
 def test_a_best_learning_rate_at_the_edge_of_the_grid_is_said(caplog):
     caplog.set_level("INFO", logger="moco")
-    say_if_at_the_edge(Head(0.1, 0.0, 0.5), [0.01, 0.1, 1.0])
-    say_if_at_the_edge(Head(0.1, 0.0, 0.5), [0.1])
+    log_edge_of_grid(Head(0.1, 0.0, 0.5), [0.01, 0.1, 1.0])
+    log_edge_of_grid(Head(0.1, 0.0, 0.5), [0.1])
     assert not caplog.text
-    say_if_at_the_edge(Head(1.0, 0.0, 0.5), [0.01, 0.1, 1.0])
+    log_edge_of_grid(Head(1.0, 0.0, 0.5), [0.01, 0.1, 1.0])
     assert "the best learning rate, 1, is the largest of evaluation.linear.lrs" in caplog.text
 
 
 def test_the_grid_is_measured_once_on_the_test_part_and_its_choice_stands_beside_it(
-    evaluated, tmp_path
+    evaluated,  # noqa: F811
+    tmp_path,
 ):
     figures, printed, _ = evaluated(**section("linear", **SMALL))
     held_out = {key: value for key, value in figures.items() if key.startswith("linear_grid/")}
@@ -180,7 +181,9 @@ def test_the_grid_is_measured_once_on_the_test_part_and_its_choice_stands_beside
 
 
 def test_the_same_seed_gives_the_same_figures_and_the_test_labels_choose_nothing(
-    evaluated, generator, tmp_path
+    evaluated,  # noqa: F811
+    generator,
+    tmp_path,
 ):
     train_labels = np.arange(60) % 3
     test_images = generator.integers(0, 256, (9, 8, 8)).astype(np.uint8)
@@ -245,7 +248,11 @@ def test_without_a_test_part_some_training_images_are_kept_for_it(evaluated, gen
     ],
 )
 def test_labels_that_nothing_can_be_learned_from_are_refused(
-    labels, said, evaluated, generator, tmp_path
+    labels,
+    said,
+    evaluated,  # noqa: F811
+    generator,
+    tmp_path,
 ):
     data = archive(tmp_path / "x.npz", generator, labels)
     with pytest.raises(InputError, match=said):
@@ -263,7 +270,7 @@ def test_classes_of_one_image_leave_none_to_choose_by(evaluated, generator, tmp_
 
 def test_images_without_a_label_are_left_out(evaluated, generator, monkeypatch):  # noqa: F811
     import moco.evaluation.subject as module
-    from moco.data.sources.registry import ArrayImages, DataSource, Labelled
+    from moco.data.sources.source import ArrayImages, DataSource, Labelled
 
     labels = np.arange(60) % 3
     images = ArrayImages(generator.integers(0, 256, (60, 8, 8), np.uint8), "mine")
@@ -276,9 +283,9 @@ def test_images_without_a_label_are_left_out(evaluated, generator, monkeypatch):
         return evaluated(**section(kind, **settings))
 
     figures, _, log = evaluate_with(labels, "linear", **SMALL)
-    assert "left out 2 images without a label: mine[0], mine[7]" in log
+    assert "skipped 2 images without a label: mine[0], mine[7]" in log
     assert figures["linear/num_training"] == 58
-    with pytest.raises(InputError, match="none of 60 images that can be read has a label"):
+    with pytest.raises(InputError, match="none of 60 readable images has a label"):
         evaluate_with(np.full(60, -1), "linear", **SMALL)
     figures, _, log = evaluate_with(labels, "linear_official", **OFFICIAL)
     assert "2 of 60 training images have no label, and are not trained on" in log
@@ -292,7 +299,7 @@ OFFICIAL = {"lr": 0.01, "num_epochs": 3, "milestones": [2], "batch_size": 256}
 
 def test_the_official_protocol_trains_on_views_and_reports_its_last_epoch(evaluated, monkeypatch):  # noqa: F811
     projection = torch.randn(3 * 16 * 16, 128, generator=torch.Generator().manual_seed(0)) / 28
-    # Features that tell something, which those of an untrained encoder hardly do: of one network, images to features.
+    # Features of an untrained encoder hardly tell the classes apart; a projection of pixels does.
     monkeypatch.setattr(
         "moco.models.resnet.ResNet.forward", lambda _, images: images.flatten(1) @ projection
     )
@@ -330,7 +337,10 @@ def test_the_official_defaults_are_those_of_the_published_code():
 
 
 def test_an_interrupted_official_measurement_goes_on_to_the_same_bits(
-    evaluated, generator, tmp_path, monkeypatch
+    evaluated,  # noqa: F811
+    generator,
+    tmp_path,
+    monkeypatch,
 ):
     import moco.evaluation.linear_official as module
 
@@ -394,7 +404,7 @@ def test_a_view_of_files_is_that_of_the_query_in_pretraining(image_tree):
     from moco.data.augment.views import ViewPair
     from moco.data.loading.labelled_views import LabelledViews
     from moco.data.loading.loaders import PairMaker
-    from moco.data.sources.registry import FileImages, Labelled
+    from moco.data.sources.source import FileImages, Labelled
 
     (image_tree / "a" / "99.png").write_bytes(b"no image")
     paths = sorted(str(path) for path in image_tree.rglob("*.png"))
@@ -406,9 +416,16 @@ def test_a_view_of_files_is_that_of_the_query_in_pretraining(image_tree):
     }
     norm = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
     views = LabelledViews(
-        Labelled(images, labels), operations, "here", **norm, image_size=8, batch_size=7, seed=5, num_workers=0,
+        Labelled(images, labels),
+        operations,
+        "here",
+        **norm,
+        image_size=8,
+        batch_size=7,
+        seed=5,
+        num_workers=0,
         device=torch.device("cpu"),
-    )  # fmt: skip
+    )
     pair = ViewPair(operations, operations, **norm, image_size=8, seed=5)
     seen = []
     for views_of_batch, own, indices in views.epoch(3):

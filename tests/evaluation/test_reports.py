@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
+from moco.config.data import EvaluateDataConfig
+from moco.config.pretrained import EvaluateConfig, EvaluationConfig
 from moco.evaluate import run
 from moco.evaluation.label_free_measurement import collapse_warning
 from moco.evaluation.reports.drawing import LINE, MARGIN, pixels

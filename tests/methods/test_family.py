@@ -503,6 +503,13 @@ ADAMW = [
 ]  # fmt: skip
 LARS = ["backbone=resnet_tiny", "optimizer=lars", "optimizer.lr=20", "optimizer.weight_decay=0.01"]
 ACCUMULATED = "trainer.accumulate_grad_batches=2"
+
+
+def slow(*values):
+    """A case that is left to the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 NARROW = ["method.projector.hidden_dim=64", "method.predictor.hidden_dim=64"]
 
 
@@ -510,11 +517,11 @@ NARROW = ["method.projector.hidden_dim=64", "method.predictor.hidden_dim=64"]
     ("name", "overrides"),
     [
         ("moco_v1", SGD),
-        ("moco_v2", SGD),
+        slow("moco_v2", SGD),
         ("moco_v2_plus", SGD),
         ("moco_v3", [*SGD, *NARROW]),
-        ("moco_v3", [*LARS, *NARROW]),
-        (
+        slow("moco_v3", [*LARS, *NARROW]),
+        slow(
             "moco_v3",
             [
                 *ADAMW,
@@ -525,11 +532,11 @@ NARROW = ["method.projector.hidden_dim=64", "method.predictor.hidden_dim=64"]
         ),
         ("moby", [*ADAMW, *NARROW]),
         ("densecl", SGD),
-        ("moco_v1", [*SGD, "method.batch_norm=plain", ACCUMULATED]),
-        ("moco_v3", [*SGD, *NARROW, ACCUMULATED]),
-        ("moby", [*ADAMW, *NARROW, "method.batch_norm=auto"]),
-        ("moby", [*SGD, *NARROW, "method.dense_weight=0.3"]),
-        ("moco_v2_plus", [*ADAMW, "method.dense_weight=0.3", "method.symmetric_reduction=sum"]),
+        slow("moco_v1", [*SGD, "method.batch_norm=plain", ACCUMULATED]),
+        slow("moco_v3", [*SGD, *NARROW, ACCUMULATED]),
+        slow("moby", [*ADAMW, *NARROW, "method.batch_norm=auto"]),
+        slow("moby", [*SGD, *NARROW, "method.dense_weight=0.3"]),
+        slow("moco_v2_plus", [*ADAMW, "method.dense_weight=0.3", "method.symmetric_reduction=sum"]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[:2] + value[-2:]),
 )
@@ -666,6 +673,7 @@ def on_half_a_batch(rank):
     assert outputs["negatives"].shape == (8, 256)
 
 
+@pytest.mark.slow
 def test_in_batch_loss_and_gradients_of_two_processes_are_those_of_one_with_the_double_batch():
     on_two(on_half_a_batch)
 

@@ -1,3 +1,5 @@
+"""Every backbone keeps the contract of moco.models.backbones; ResNet is torchvision's."""
+
 import pytest
 import torch
 import torchvision
@@ -8,24 +10,50 @@ from moco.errors import InputError
 from moco.models.backbones import build_backbone
 
 CONFIGS = sorted(CONFIG_DIR.glob("backbone/*.yaml"))
+SMALLEST = ("resnet_tiny", "resnet18", "swin_tiny_patch2", "swin_v2_tiny_patch2", "vit_tiny_patch4")
+"""One of each family, for passes that compute; the others are slow."""
+
+
+def of_config(path):
+    return build_backbone(**yaml.safe_load(path.read_text()))
+
+
+def computed():
+    """The configs, of which the large ones are slow."""
+    cases = []
+    for path in CONFIGS:
+        marks = [] if path.stem in SMALLEST else [pytest.mark.slow]
+        cases.append(pytest.param(path, id=path.stem, marks=marks))
+    return cases
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_backbone_keeps_the_contract(path):
-    backbone = build_backbone(**yaml.safe_load(path.read_text()))
+@torch.no_grad()
+def test_every_backbone_has_the_shapes_of_the_contract(path):
+    """The weights hold anything: to initialise them takes longest."""
+    with torch.device("meta"):
+        backbone = of_config(path)
+    backbone.to_empty(device="cpu")
+    feature, maps = backbone.feature_and_maps(torch.zeros(2, 3, 64, 48))
+    assert feature.shape == (2, backbone.feature_dim)
+    assert len(maps) == 4
+    expected = zip(maps, backbone.feature_map_dims, backbone.feature_map_strides, strict=True)
+    for feature_map, dim, stride in expected:
+        assert feature_map.shape == (2, dim, -(-64 // stride), -(-48 // stride))
+
+
+@pytest.mark.parametrize("path", computed())
+def test_every_backbone_computes_by_the_contract(path):
+    backbone = of_config(path)
     images = torch.randn(2, 3, 64, 48)
     features = backbone(images)
-    assert features.shape == (2, backbone.feature_dim)
     assert torch.isfinite(features).all()
     features.sum().backward()
     assert all(parameter.grad is not None for parameter in backbone.parameters())
-    maps = backbone.eval().feature_maps(images)
-    assert [map_.shape[1] for map_ in maps] == list(backbone.feature_map_dims)
-    for map_, stride in zip(maps, backbone.feature_map_strides, strict=True):
-        assert map_.shape[2:] == (-(-64 // stride), -(-48 // stride))
-    feature, same_maps = backbone.feature_and_maps(images)
+    backbone.eval()
+    feature, maps = backbone.feature_and_maps(images)
     torch.testing.assert_close(feature, backbone(images))
-    torch.testing.assert_close(same_maps, maps)
+    torch.testing.assert_close(maps, backbone.feature_maps(images))
     if not path.stem.startswith("vit"):
         torch.testing.assert_close(feature, maps[-1].mean(dim=(2, 3)))
 
@@ -42,23 +70,27 @@ def test_the_sweep_finds_the_backbones():
     } <= {path.stem for path in CONFIGS}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        pytest.param("resnet50", marks=pytest.mark.slow),
+        pytest.param("wide_resnet50_2", marks=pytest.mark.slow),
+    ],
+)
 def test_resnet_is_torchvisions_without_its_classifier(name):
     theirs = torchvision.models.get_model(name, weights=None).eval()
     ours = build_backbone(name).eval()
-    ours.load_state_dict(
-        {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
-    )
     theirs.fc = torch.nn.Identity()
+    ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(ours(images), theirs(images))
 
 
 @pytest.mark.parametrize("name", ["resnet_tiny", "resnet50"])
 def test_every_block_can_start_as_the_identity(name):
-    block = build_backbone(name, zero_init_residual=True).layer1[
-        -1
-    ]  # ends in a ReLU, without a projection in resnet50
+    # The last block of a stage has no projection. It ends in a ReLU.
+    block = build_backbone(name, zero_init_residual=True).layer1[-1]
     x = torch.rand(2, block.conv1.in_channels, 8, 8)
     assert torch.equal(block(x), x)
     default = build_backbone(name).layer1[-1]
@@ -99,9 +131,8 @@ def test_an_unknown_stem_is_named():
 
 
 def test_tiny_resnet_has_under_half_a_million_parameters():
-    assert (
-        sum(parameter.numel() for parameter in build_backbone("resnet_tiny").parameters()) < 500_000
-    )
+    parameters = build_backbone("resnet_tiny").parameters()
+    assert sum(parameter.numel() for parameter in parameters) < 500_000
 
 
 def test_unknown_backbone_suggests_the_nearest():

@@ -51,7 +51,14 @@ def parts_of(encoder):
     ]
 
 
-@pytest.mark.parametrize("name", ["resnet, split BatchNorm", "vit", "swin v2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("resnet, split BatchNorm", marks=pytest.mark.slow),
+        "vit",
+        pytest.param("swin v2", marks=pytest.mark.slow),
+    ],
+)
 def test_an_encoder_is_one_graph(name, runner):
     for part, inputs in parts_of(encoders(name, runner)[0]):
         explained = torch._dynamo.explain(part)(inputs)

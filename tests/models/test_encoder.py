@@ -1,4 +1,4 @@
-"""The encoder: what it makes of several views."""
+"""The encoder: how several views go through its parts."""
 
 import pytest
 import torch
@@ -29,17 +29,19 @@ def test_views_are_embedded_as_the_batch_norm_of_each_part_asks_for(
     assert encoder.is_called_whole is is_called_whole
     views = [torch.randn(6, 3, 8, 8), 5 + torch.randn(6, 3, 8, 8)]
     found = [view.embedding for view in encoder.embed(views)]
-    for view, embedding in zip(
-        views, found, strict=True
-    ):  # each view by itself, whatever went through together
+    # Each view by itself, whatever went through together.
+    for view, embedding in zip(views, found, strict=True):
         torch.testing.assert_close(embedding, projector(backbone(view)))
 
 
-def test_what_is_compiled_is_the_whole_where_its_parts_take_the_views_alike(monkeypatch):
+def test_the_whole_is_compiled_if_its_parts_take_the_views_alike(monkeypatch):
     compiled = []
-    monkeypatch.setattr(
-        nn.Module, "compile", lambda self, **options: compiled.append((self, options["options"]))
-    )
+
+    def recorded(module, dynamic, options):
+        compiled.append((module, options))
+
+    monkeypatch.setattr(nn.Module, "compile", recorded)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic, options: function)
     whole = Encoder(WITH, build_head(8, 4, num_layers=1))
     whole.compile_training({"max_autotune": False})
     assert compiled == [(whole, {"max_autotune": False})]

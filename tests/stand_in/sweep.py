@@ -25,7 +25,8 @@ import torch
 import moco.methods.moco as method_module
 from moco import evaluate, segment, train
 from moco.cli import build_pretraining
-from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
+from moco.config.data import EvaluateDataConfig
+from moco.config.pretrained import EvaluateConfig, EvaluationConfig
 from moco.config.segment import SegmentConfig
 from moco.methods.batch_norm import batch_norm_mode
 from moco.methods.momentum import update_key_encoder
@@ -124,7 +125,7 @@ def trained(gpu, folder, overrides):
 def evaluated(gpu, folder, overrides, name):
     """`moco.evaluate` of a run on the stand-in."""
     trained(gpu, folder, overrides)
-    only_knn = {"images": False} if name == "knn" else {}
+    only_knn = {"plots": False} if name == "knn" else {}
     measured = EvaluationConfig(name=name, **only_knn)
     path = str(folder / "run" / "checkpoints" / "last.ckpt")
     evaluate.run(

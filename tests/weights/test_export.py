@@ -8,10 +8,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from moco.config.data import EvaluateDataConfig
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.pretrained import (
     EvaluateConfig,
-    EvaluateDataConfig,
     EvaluationConfig,
     ExportConfig,
     PretrainedBackboneConfig,
@@ -438,7 +438,7 @@ def evaluated(checkpoints, name, tmp_path, image_size, window_size=None):
     config = EvaluateConfig(
         str(checkpoints / f"{name}.ckpt"),
         EvaluateDataConfig(image_size=image_size, num_images=20),
-        EvaluationConfig(num_neighbors=2, label_free=False, images=False),
+        EvaluationConfig(num_neighbors=2, label_free=False, plots=False),
         accelerator="cpu",
         backbone=PretrainedBackboneConfig(window_size=window_size),
     )

@@ -1,4 +1,4 @@
-"""Our weights in the other libraries' own models: the same outputs, not only the same names."""
+"""Our weights give the same outputs in the other libraries' own models."""
 
 import copy
 import functools
@@ -30,7 +30,11 @@ SMALL = ["resnet18", "swin_t", "swin_v2_t", "vit_small"]
 
 @functools.cache
 def randomised(name, window=None):
-    """A backbone in eval mode in which every tensor matters: V2 starts as the identity, with almost constant biases."""
+    """Return a backbone in eval mode whose every tensor changes the outputs.
+
+    Swin V2 starts as the identity, with almost constant biases. Some of its temperatures are drawn
+    beyond their limit, log 100 = 4.6. Training never changes its biases of keys, which stay zero.
+    """
     backbone = build_backbone(name, window_size=window)
     for key, tensor in backbone.state_dict().items():
         if key.endswith("running_var"):
@@ -38,19 +42,33 @@ def randomised(name, window=None):
         elif tensor.ndim == 1 or key == "class_token":
             tensor.normal_(1 if key.endswith("weight") else 0, 0.3)
         elif key.endswith("logit_scale"):
-            tensor.uniform_(0, 6)  # some beyond the clamp at log 100 = 4.6
+            tensor.uniform_(0, 6)
         elif "cpb_mlp" in key or key.endswith("relative_position_bias_table"):
             tensor.normal_(0, 0.5)
         if "v2" in name and key.endswith("qkv.bias"):
-            tensor[len(tensor) // 3 : 2 * len(tensor) // 3] = (
-                0  # training never touches the keys' part
-            )
+            _, bias_of_keys, _ = tensor.chunk(3)
+            bias_of_keys.zero_()
     return backbone.eval()
 
 
+def torchvision_swin(name, window):
+    """Return torchvision's tiny Swin with another window than its builders have."""
+    suffix = "V2" if name.startswith("swin_v2") else ""
+    return swin_transformer.SwinTransformer(
+        patch_size=[4, 4],
+        embed_dim=96,
+        depths=[2, 2, 6, 2],
+        num_heads=[3, 6, 12, 24],
+        window_size=[window, window],
+        block=getattr(swin_transformer, f"SwinTransformerBlock{suffix}"),
+        downsample_layer=getattr(swin_transformer, f"PatchMerging{suffix}"),
+    )
+
+
 def torchvision_model(name, weights, window=None, image_size=224):
-    """torchvision's model with the weights and without classifier, by its builder or else by its class."""
-    with torch.device("meta"):  # nothing of it but what the weights bring
+    """Return torchvision's model with the weights and without classifier."""
+    # On the meta device, all tensors have to come from the weights.
+    with torch.device("meta"):
         if name == "vit_small":
             model = vision_transformer.VisionTransformer(image_size, 16, 12, 12, 384, 1536)
         elif name == "vit_b_16":
@@ -58,62 +76,56 @@ def torchvision_model(name, weights, window=None, image_size=224):
         elif window is None:
             model = torchvision.models.get_model(name)
         else:
-            version2 = name.startswith("swin_v2")
-            model = swin_transformer.SwinTransformer(
-                patch_size=[4, 4],
-                embed_dim=96,
-                depths=[2, 2, 6, 2],
-                num_heads=[3, 6, 12, 24],
-                window_size=[window, window],
-                block=swin_transformer.SwinTransformerBlockV2
-                if version2
-                else swin_transformer.SwinTransformerBlock,
-                downsample_layer=swin_transformer.PatchMergingV2
-                if version2
-                else swin_transformer.PatchMerging,
-            )
-        classifier = "fc" if "resnet" in name else "heads" if "vit" in name else "head"
-        setattr(model, classifier, nn.Identity())
+            model = torchvision_swin(name, window)
+        if "resnet" in name:
+            model.fc = nn.Identity()
+        elif "vit" in name:
+            model.heads = nn.Identity()
+        else:
+            model.head = nn.Identity()
     if weights is not None:
         model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
 
 
 def timm_model(name, weights, **settings):
-    settings |= {"num_heads": 12} if "vit" in name else {}  # not timm's own for vit_small
+    if "vit" in name:
+        settings["num_heads"] = 12  # timm's own vit_small has 6
     model = pytest.importorskip("timm").create_model(TIMM_MODELS[name], num_classes=0, **settings)
     model.load_state_dict(weights, strict=True)
     return model.eval()
 
 
 def difference(model, backbone, size):
-    """The largest difference of the features over the largest feature, for random images."""
+    """Return the largest difference of the features over the largest feature."""
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
-        expected, got = backbone(images), model(images)
+        expected = backbone(images)
+        got = model(images)
     assert got.shape == (2, backbone.feature_dim)
-    return ((got - expected).abs().max() / expected.abs().max()).item()
+    return float((got - expected).abs().max() / expected.abs().max())
 
 
-# Image sizes without padding, where the libraries have no defect; 128 px is the smallest for window 4.
+# With these image sizes nothing is padded; 128 px is the smallest for window 4.
 CASES = [("resnet18", None, 65), ("resnet50", None, 64), ("swin_t", 4, 128), ("swin_v2_t", 4, 128)]
 
 
 @pytest.mark.parametrize(("name", "window", "size"), CASES)
 def test_torchvisions_own_model_gives_our_outputs(name, window, size):
     backbone = randomised(name, window)
-    assert (
-        difference(torchvision_model(name, to_torchvision(backbone), window), backbone, size) < 1e-5
-    )
+    model = torchvision_model(name, to_torchvision(backbone), window)
+    assert difference(model, backbone, size) < 1e-5
 
 
 @pytest.mark.parametrize(("name", "window", "size"), CASES)
 def test_timms_own_model_gives_our_outputs(name, window, size):
     backbone = randomised(name, window)
     settings = {"img_size": size, "window_size": window} if window else {}
-    assert difference(timm_model(name, to_timm(backbone, size), **settings), backbone, size) < 1e-4
+    model = timm_model(name, to_timm(backbone, size), **settings)
+    assert difference(model, backbone, size) < 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_torchvisions_vit_b_16_gives_our_outputs_at_its_own_size():
     backbone = randomised("vit_b_16")
@@ -124,39 +136,26 @@ def test_torchvisions_vit_b_16_gives_our_outputs_at_its_own_size():
 
 def test_a_vit_agrees_at_another_size_in_both_libraries():
     backbone = randomised("vit_small")
-    assert (
-        difference(
-            torchvision_model("vit_small", to_torchvision(backbone, 64), image_size=64),
-            backbone,
-            64,
-        )
-        < 1e-5
-    )
-    assert (
-        difference(timm_model("vit_small", to_timm(backbone, 64), img_size=64), backbone, 64) < 1e-5
-    )
+    model = torchvision_model("vit_small", to_torchvision(backbone, 64), image_size=64)
+    assert difference(model, backbone, 64) < 1e-5
+    model = timm_model("vit_small", to_timm(backbone, 64), img_size=64)
+    assert difference(model, backbone, 64) < 1e-5
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("partial_patches", ["complete", "drop"])
-def test_an_incomplete_patch_of_a_vit_counts_as_in_the_backbone(partial_patches):
+@pytest.mark.parametrize(("partial_patches", "side"), [("complete", 48), ("drop", 32)])
+def test_an_incomplete_patch_of_a_vit_counts_as_in_the_backbone(partial_patches, side):
     backbone = build_backbone("vit_small", partial_patches=partial_patches).eval()
-    model = torchvision_model(
-        "vit_small",
-        to_torchvision(backbone, 40),
-        image_size=48 if partial_patches == "complete" else 32,
-    )
+    model = torchvision_model("vit_small", to_torchvision(backbone, 40), image_size=side)
     images = torch.randn(1, 3, 40, 40)
-    whole = (
-        nn.functional.pad(images, (0, 8, 0, 8))
-        if partial_patches == "complete"
-        else images[..., :32, :32]
-    )
-    torch.testing.assert_close(model(whole), backbone(images), rtol=1e-5, atol=1e-5)
+    whole_patches = images[..., :32, :32]
+    if partial_patches == "complete":
+        whole_patches = nn.functional.pad(images, (0, 8, 0, 8))
+    torch.testing.assert_close(model(whole_patches), backbone(images), rtol=1e-5, atol=1e-5)
 
 
 def supervised_vit(side):
-    """torchvision's ViT as supervised training leaves it: with learned positions, and a classifier."""
+    """Return a ViT of torchvision with learned positions and a classifier."""
     model = vision_transformer.VisionTransformer(side * 16, 16, 12, 12, 384, 1536, num_classes=5)
     nn.init.normal_(model.encoder.pos_embedding, std=0.5)
     nn.init.normal_(model.class_token)
@@ -181,8 +180,8 @@ def test_learned_positions_of_another_library_are_kept_or_refused():
         with pytest.raises(InputError) as error:
             read(found, fixed)
         assert str(error.value) == (
-            "the weights have learned positions on a grid of 3 x 3 cells, and this backbone has fixed ones; set "
-            "backbone.learned_positions=3"
+            "the weights have learned positions on a grid of 3 x 3 cells, and this backbone has "
+            "fixed ones; set backbone.learned_positions=3"
         )
 
 
@@ -214,7 +213,8 @@ def test_our_fixed_positions_are_recognised_in_the_weights_of_others():
     ("name", "normaliser"), [("swin_t", {}), ("swin_v2_t", {"pretrained_window_sizes": [4] * 4})]
 )
 def test_timm_agrees_where_it_cuts_the_window_down_to_the_map(name, normaliser):
-    backbone = randomised(name, 4)  # in maps of 16, 8, 4 and 2 cells
+    """The maps have 16, 8, 4 and 2 cells."""
+    backbone = randomised(name, 4)
     model = timm_model(name, to_timm(backbone, 64), img_size=64, window_size=4, **normaliser)
     assert difference(model, backbone, 64) < 1e-4
 
@@ -228,23 +228,21 @@ def test_rewindowed_weights_keep_their_biases_in_both_libraries():
 
 
 def test_torchvisions_own_coordinates_stretch_the_biases():
-    """The control: the test above would find a table that is normalised by the new window."""
+    """This shows that the test above would find a table normalised by the new window."""
     backbone = rewindow(copy.deepcopy(randomised("swin_v2_t", 4)), 8)
     stretched = saved_coordinates((8, 8), (8, 8))
-    weights = {
-        name: stretched if name.endswith("coords_table") else x
-        for name, x in to_torchvision(backbone).items()
-    }
+    weights = to_torchvision(backbone)
+    for name in weights:
+        if name.endswith("coords_table"):
+            weights[name] = stretched
     assert difference(torchvision_model("swin_v2_t", weights), backbone, 128) > 1e-3
 
 
 def test_timm_takes_a_window_for_each_stage():
     backbone = rewindow(copy.deepcopy(randomised("swin_v2_t", 4)), [8, 4, 4, 2])
     settings = {"img_size": 128, "window_size": [8, 4, 4, 2], "pretrained_window_sizes": [4] * 4}
-    assert (
-        difference(timm_model("swin_v2_t", to_timm(backbone, 128), **settings), backbone, 128)
-        < 1e-4
-    )
+    model = timm_model("swin_v2_t", to_timm(backbone, 128), **settings)
+    assert difference(model, backbone, 128) < 1e-4
 
 
 def shapes(weights):
@@ -252,41 +250,38 @@ def shapes(weights):
 
 
 @pytest.mark.parametrize("name", TIMM_MODELS)
-def test_names_and_shapes_are_those_of_the_libraries(name):
-    theirs = torchvision_model(name, None)
+def test_names_and_shapes_are_torchvisions(name):
+    theirs = torchvision_model(name, None).state_dict()
     with torch.device("meta"):
         backbone = build_backbone(name, window_size=8 if "v2" in name else None)
     weights = to_torchvision(backbone)
-    assert shapes(weights) == shapes(theirs.state_dict())
-    assert shapes(from_torchvision(theirs.state_dict() | weights, backbone)) == shapes(
-        backbone.state_dict()
-    )
+    assert shapes(weights) == shapes(theirs)
+    # `weights` brings positions that are not on the meta device, whose values are looked at.
+    ours = from_torchvision(theirs | weights, backbone)
+    assert shapes(ours) == shapes(backbone.state_dict())
 
+
+@pytest.mark.parametrize("name", TIMM_MODELS)
+def test_names_and_shapes_are_timms(name):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
-        theirs = timm.create_model(TIMM_MODELS[name])
-    named = {
-        key: shape
-        for key, shape in shapes(theirs.state_dict()).items()
-        if not key.startswith(("fc.", "head."))
-    }
-    assert shapes(to_timm(backbone)) == named
-    positions = (
-        {"pos_embed": to_timm(backbone)["pos_embed"]} if "vit" in name else {}
-    )  # fixed ones, and not on meta
-    assert shapes(from_timm(theirs.state_dict() | positions, backbone)) == shapes(
-        backbone.state_dict()
-    )
+        backbone = build_backbone(name, window_size=8 if "v2" in name else None)
+        theirs = timm.create_model(TIMM_MODELS[name], num_classes=0).state_dict()
+    weights = to_timm(backbone)
+    assert shapes(weights) == shapes(theirs)
+    if "vit" in name:
+        theirs["pos_embed"] = weights["pos_embed"]
+    ours = from_timm(theirs, backbone)
+    assert shapes(ours) == shapes(backbone.state_dict())
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_weights_come_back_to_the_bit(name):
     backbone = randomised(name)
     ours = backbone.state_dict()
-    for there, back in ((to_torchvision, from_torchvision), (to_timm, from_timm)):
-        returned = back(
-            there(backbone) | {"fc.weight": torch.zeros(1), "head.bias": torch.zeros(1)}, backbone
-        )
+    classifier = {"fc.weight": torch.zeros(1), "head.bias": torch.zeros(1)}
+    for rename, rename_back in ((to_torchvision, from_torchvision), (to_timm, from_timm)):
+        returned = rename_back(rename(backbone) | classifier, backbone)
         assert returned.keys() == ours.keys()
         assert all(torch.equal(returned[key], ours[key]) for key in ours)
 
@@ -320,8 +315,8 @@ def test_weights_of_another_pretraining_window_are_refused():
     with pytest.raises(InputError) as error:
         from_torchvision(weights, build_backbone("swin_v2_tiny_patch2", window_size=8))
     assert str(error.value) == (
-        "the weights were pretrained with windows of 4 x 4 cells, and pretrained_window_size=8 would stretch their position "
-        "biases; set pretrained_window_size=4"
+        "the weights were pretrained with windows of 4 x 4 cells, and pretrained_window_size=8 "
+        "would stretch their position biases; set pretrained_window_size=4"
     )
 
 
@@ -340,7 +335,8 @@ def test_an_architecture_without_counterpart_is_named(settings, named, library):
     with pytest.raises(InputError) as error:
         counterpart(settings, library)
     assert str(error.value) == (
-        f"format={library}: {library} has no {named}; format=safetensors keeps the names of this project"
+        f"format={library}: {library} has no {named}; "
+        "format=safetensors keeps the names of this project"
     )
 
 
@@ -348,8 +344,8 @@ def test_torchvision_has_one_window_for_all_stages():
     with pytest.raises(InputError) as error:
         to_torchvision(build_backbone("swin_v2_tiny_patch2", window_size=[8, 8, 4, 4]))
     assert str(error.value) == (
-        "backbone.window_size=[8, 8, 4, 4]: torchvision's models have one window for all stages; format=timm and "
-        "format=safetensors take one for each"
+        "backbone.window_size=[8, 8, 4, 4]: torchvision's models have one window for all stages; "
+        "format=timm and format=safetensors take one for each"
     )
 
 

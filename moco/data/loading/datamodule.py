@@ -178,6 +178,7 @@ class PretrainingData(pl.LightningDataModule):
 
     def _stream_loader(self, images: ShardedImages, batch_size: int) -> StreamLoader:
         streams = build_streams(images, self.seed, *self.place)
+        # As with other images, the last batch that is not full is skipped.
         num_steps = len(images) // self.batch_size
         batches_of_process = self.batches_per_step // streams.world_size
         return StreamLoader(

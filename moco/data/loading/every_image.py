@@ -103,11 +103,11 @@ class EvaluationBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EvaluationBatches:
+class EvaluationCollate:
     """Make an `EvaluationBatch` of images that were read by their number.
 
     Args:
-        labels: (images,) int64, of the whole set. A tensor, because processes share its memory.
+        labels: (images,) int64, of the whole set.
         image_size: side of the images, px.
     """
 
@@ -143,6 +143,7 @@ def evaluation_loader(
         rank, world_size: every `world_size`-th image from `rank` on.
         device: the device that uses the batches.
     """
+    # A tensor, because loader processes share its memory.
     labels = torch.from_numpy(labelled.labels)
     images = labelled.images
     if isinstance(images, ArrayImages) and isinstance(view, EvaluationView):
@@ -150,7 +151,7 @@ def evaluation_loader(
         if images.tensor.shape[1:3] == (side, side):
             return MemoryBatches(images, labels, view, batch_size, rank, world_size, device)
     batches = in_batches(range(rank, len(images), world_size), batch_size)
-    collate = EvaluationBatches(labels, image_size)
+    collate = EvaluationCollate(labels, image_size)
     return every_image(images, view, collate, batches, num_workers, device)
 
 

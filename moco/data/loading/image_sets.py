@@ -126,7 +126,9 @@ class IndexedSet:
     ) -> WatchedLoader:
         """See `ImageSet`."""
         keys = in_batches(range(place[0], len(self)), batch_size)
-        collate = IndexedBatches(torch.from_numpy(self.labelled.labels), image_size)
+        # A tensor, because loader processes share its memory.
+        labels = torch.from_numpy(self.labelled.labels)
+        collate = IndexedCollate(labels, image_size)
         images = self.labelled.images
         return every_image(images, CropToTensor(crop), collate, keys, num_workers, device)
 
@@ -142,11 +144,11 @@ class CropToTensor:
 
 
 @dataclass(frozen=True)
-class IndexedBatches:
+class IndexedCollate:
     """Make an `ImageBatch` of images that were read by their number.
 
     Args:
-        labels: (images,) int64, of the whole set. A tensor, because processes share its memory.
+        labels: (images,) int64, of the whole set.
     """
 
     labels: Tensor
@@ -217,7 +219,7 @@ class ShardedSet:
             InputError: while iterating, a shard is refused.
         """
         keys = in_batches(ShardedSamples(self.sharded, place), batch_size)
-        collate = ShardedBatches(image_size)
+        collate = ShardedCollate(image_size)
         make = CropToTensor(crop)
         return every_image(DecodedSamples(), make, collate, keys, num_workers, device)
 
@@ -245,6 +247,7 @@ class ShardedSamples:
             shard = self.sharded.shards[number]
             samples = images_in(shard, self.sharded.max_image_pixels)
             for member, found in enumerate(samples, start=1):
+                # What an earlier pass has done is read again, but not decoded.
                 if number == first_shard and member <= num_done:
                     continue
                 key = sample_key(found.name.removeprefix(f"{shard}/"))
@@ -265,7 +268,7 @@ class DecodedSamples:
 
 
 @dataclass(frozen=True)
-class ShardedBatches:
+class ShardedCollate:
     """Make an `ImageBatch` of samples that were read."""
 
     image_size: int

@@ -59,6 +59,7 @@ def make_pairs(
         images: pixels (height, width, 3) uint8, and whether this is the image itself or one that
             stands in for it.
     """
+    # All views of the batch lie in one piece of memory, which goes to the training process.
     views = augment.empty_views(len(indices), epoch)
     unreadable = torch.zeros(len(indices), dtype=torch.bool)
     group: list[np.ndarray] = []
@@ -111,6 +112,7 @@ class PairDataset(Dataset[PairBatch]):
 
     def _decoded(self, index: int) -> np.ndarray | None:
         name = self.images.name(index)
+        # Opening an image reads its header, which can fail as well.
         note_read(name)
         try:
             image = self.images.opened(index)

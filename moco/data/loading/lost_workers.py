@@ -36,6 +36,10 @@ class ReadNotes:
         self.names[worker].numpy()[:] = memoryview(content)
         self.pids[worker] = os.getpid()
 
+    def clear(self) -> None:
+        """Forget the loader processes."""
+        self.pids.zero_()
+
     def read(self) -> list[tuple[int, str]]:
         """Return the process id and the last name of each loader process that has read one."""
         notes = []
@@ -67,8 +71,7 @@ def note_read(name: str) -> None:
 class WatchedLoader(DataLoader[Any]):
     """A DataLoader whose error names what a lost process was reading.
 
-    Its dataset calls `note_read` before it reads an image. Unlike DataLoader, it draws no number
-    from the global random generator, whose state a resumed run would have to restore.
+    Its dataset calls `note_read` before it reads an image.
 
     Args:
         options: arguments of DataLoader, with those of `moco.data.loading.workers.loader_options`.
@@ -78,11 +81,17 @@ class WatchedLoader(DataLoader[Any]):
         notes = ReadNotes(num_workers)
         if num_workers:
             options["worker_init_fn"] = partial(keep_notes, notes)
-        super().__init__(dataset, num_workers=num_workers, generator=torch.Generator(), **options)
+        # Without a generator, DataLoader would draw from the global one. A resumed run would then
+        # have to restore that one's state.
+        generator = torch.Generator()
+        super().__init__(dataset, num_workers=num_workers, generator=generator, **options)
         self.notes = notes
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Start the processes at once, and not with the first batch."""
+        if not self.persistent_workers:
+            # The processes of an earlier pass have ended, and none of them was lost.
+            self.notes.clear()
         with lost_worker_named(self.notes):
             batches = super().__iter__()
         return self._watched(batches)

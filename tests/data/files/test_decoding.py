@@ -14,7 +14,7 @@ from moco.data.sources.source import ArrayImages, FileImages
 
 
 def smooth(generator, height=125, width=166):
-    """An image as a photograph is one: smooth, with a little of everything."""
+    """Return an image that is smooth, as a photograph is."""
     small = Image.fromarray(generator.integers(0, 256, (8, 10, 3), dtype=np.uint8))
     return Image.fromarray(
         np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) // 2 + 60
@@ -56,11 +56,20 @@ def test_jpegs_have_the_pixels_that_pillow_decodes(mode, options, generator):
 @pytest.mark.parametrize(
     ("mode", "file_format", "options"),
     [
-        ("CMYK", "JPEG", {}), ("CMYK", "TIFF", {}), ("RGBA", "PNG", {}), ("P", "GIF", {}), ("RGB", "WEBP", {"lossless": True}),
-        ("RGB", "BMP", {}), ("RGB", "PPM", {}), ("RGB", "TIFF", {"compression": "tiff_lzw"}), ("I;16", "PNG", {}),
-        ("I;16", "TIFF", {}), ("1", "PNG", {}), ("LA", "PNG", {}),
+        ("CMYK", "JPEG", {}),
+        ("CMYK", "TIFF", {}),
+        ("RGBA", "PNG", {}),
+        ("P", "GIF", {}),
+        ("RGB", "WEBP", {"lossless": True}),
+        ("RGB", "BMP", {}),
+        ("RGB", "PPM", {}),
+        ("RGB", "TIFF", {"compression": "tiff_lzw"}),
+        ("I;16", "PNG", {}),
+        ("I;16", "TIFF", {}),
+        ("1", "PNG", {}),
+        ("LA", "PNG", {}),
     ],
-)  # fmt: skip
+)
 def test_what_libjpeg_does_not_decode_is_read_by_pillow(mode, file_format, options, generator):
     if mode == "I;16":
         source = Image.fromarray(generator.integers(0, 65536, (12, 18), dtype=np.uint16))
@@ -88,23 +97,23 @@ def test_the_way_up_that_a_camera_noted_is_left_alone_except_in_tiff(file_format
 
 
 def damaged_jpegs(generator, count):
-    base = [
-        file_of(smooth(generator, 24, 28).convert(mode), "JPEG", **options)
-        for mode in ("RGB", "L", "CMYK")
-        for options in ({}, {"progressive": True}, {"subsampling": 0})
-    ]
+    """Yield JPEGs with some random bytes, a fifth of them cut short."""
+    files = []
+    for mode in ("RGB", "L", "CMYK"):
+        for options in ({}, {"progressive": True}, {"subsampling": 0}):
+            files.append(file_of(smooth(generator, 24, 28).convert(mode), "JPEG", **options))
     for _ in range(count):
-        content = bytearray(base[generator.integers(len(base))])
+        content = bytearray(files[generator.integers(len(files))])
         for _ in range(2 ** generator.integers(4)):
-            near_the_start = generator.random() < 0.6
-            place = generator.integers(min(700, len(content)) if near_the_start else len(content))
-            content[place] = generator.integers(256)
-        yield bytes(
-            content[: generator.integers(len(content))] if generator.random() < 0.2 else content
-        )
+            # The headers are in the first 700 bytes.
+            end = min(700, len(content)) if generator.random() < 0.6 else len(content)
+            content[generator.integers(end)] = generator.integers(256)
+        if generator.random() < 0.2:
+            content = content[: generator.integers(len(content))]
+        yield bytes(content)
 
 
-def test_of_damaged_jpegs_pillow_says_which_are_images_and_of_which_pixels(generator):
+def test_damaged_jpegs_are_read_or_refused_as_by_pillow(generator):
     outcomes = set()
     for content in damaged_jpegs(generator, 600):
         try:
@@ -123,14 +132,10 @@ def test_of_damaged_jpegs_pillow_says_which_are_images_and_of_which_pixels(gener
 
 
 def jpeg_that_claims(content, height, width):
-    """The same file with another size in its header."""
+    """Return the file with another size in its header."""
     place = content.index(b"\xff\xc0") + 5
-    return (
-        content[:place]
-        + height.to_bytes(2, "big")
-        + width.to_bytes(2, "big")
-        + content[place + 4 :]
-    )
+    size = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return content[:place] + size + content[place + 4 :]
 
 
 def test_the_limit_holds_before_a_jpeg_is_decoded(generator):
@@ -209,26 +214,17 @@ def test_every_page_of_a_tiff_file_can_be_an_image_of_its_own(tmp_path):
     Image.new("RGB", (5, 5), "white").save(tmp_path / "a.tif")
     Image.new("RGB", (5, 5), "black").save(tmp_path / "c.png")
     first = build_source("images", str(tmp_path)).train
-    assert [os.path.basename(first.name(index)) for index in range(len(first))] == [
-        "a.tif",
-        "b.tif",
-        "c.png",
-    ]
+    names = [os.path.basename(first.name(index)) for index in range(len(first))]
+    assert names == ["a.tif", "b.tif", "c.png"]
     each = build_source("images", str(tmp_path), pages="each").train
     names = [os.path.basename(each.name(index)) for index in range(len(each))]
     assert names == ["a.tif", "b.tif#1", "b.tif#2", "b.tif#3", "c.png"]
-    assert [each.opened(index).size for index in range(5)] == [
-        (5, 5),
-        (6, 8),
-        (4, 4),
-        (2, 9),
-        (5, 5),
-    ]
+    sizes = [each.opened(index).size for index in range(5)]
+    assert sizes == [(5, 5), (6, 8), (4, 4), (2, 9), (5, 5)]
     corners = [each[index].getpixel((0, 0)) for index in range(5)]
     assert corners == [(255,) * 3, (255, 0, 0), (0, 255, 0), (0, 0, 255), (0,) * 3]
-    assert [each.opened(index).pixels()[0, 0].tolist() for index in range(5)] == [
-        list(corner) for corner in corners
-    ]
+    for index, corner in enumerate(corners):
+        assert each.opened(index).pixels()[0, 0].tolist() == list(corner)
 
 
 def test_a_page_that_is_too_large_or_gone_is_named(tmp_path):
@@ -258,17 +254,15 @@ def test_pages_stay_in_their_class_and_on_one_side_of_the_split(tmp_path):
         folder.mkdir(exist_ok=True)
         stack(folder / f"{number}.tif", ["red"] * (1 + number % 3))
     source = build_source("image_folder", str(tmp_path), pages="each", held_out=0.3)
-    assert (
-        len(source.train)
-        == len(source.bank.labels) + len(source.queries.labels)
-        == sum(1 + n % 3 for n in range(40))
-    )
+    num_pages = sum(1 + number % 3 for number in range(40))
+    assert len(source.train) == num_pages
+    assert len(source.bank.labels) + len(source.queries.labels) == num_pages
     sides = []
     for labelled in (source.bank, source.queries):
-        names = [labelled.images.name(index) for index in range(len(labelled.images))]
-        assert [
-            ("cat", "dog")[label] in name
-            for name, label in zip(names, labelled.labels, strict=True)
-        ]
-        sides.append({name.partition("#")[0] for name in names})
+        files = set()
+        for index, label in enumerate(labelled.labels):
+            name = labelled.images.name(index)
+            assert ("cat", "dog")[label] in name
+            files.add(name.partition("#")[0])
+        sides.append(files)
     assert not sides[0] & sides[1]

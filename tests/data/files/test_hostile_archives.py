@@ -1,4 +1,4 @@
-"""Archives that claim more than they hold, or hold code: refused in one line, without taking memory."""
+"""Archives that claim too much or hold code: refused in one line, without taking memory."""
 
 import os
 import resource
@@ -183,11 +183,15 @@ def fashion_mnist(root, **contents):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"text", struct.pack(">IIII", 0x803, 5, 28, 28), struct.pack(">IIII", 0x803, 2**31, 2**31, 2**31) + bytes(9),
-        struct.pack(">IIII", 0x8FF, 5, 28, 28) + bytes(5 * 784), struct.pack(">II", 0x801, 5) + bytes(5),
+        b"",
+        b"text",
+        struct.pack(">IIII", 0x803, 5, 28, 28),
+        struct.pack(">IIII", 0x803, 2**31, 2**31, 2**31) + bytes(9),
+        struct.pack(">IIII", 0x8FF, 5, 28, 28) + bytes(5 * 784),
+        struct.pack(">II", 0x801, 5) + bytes(5),
         struct.pack(">IIII", 0x803, 4, 28, 28) + bytes(4 * 784),
     ],
-)  # fmt: skip
+)
 def test_damaged_files_of_fashion_mnist_are_one_error(content, tmp_path):
     root = fashion_mnist(tmp_path, **{"train_images_idx3_ubyte": content})
     with pytest.raises(

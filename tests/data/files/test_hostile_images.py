@@ -15,9 +15,8 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from moco.callbacks.unreadable_images import write_unreadable
-from moco.config.pretrained import EvaluateDataConfig
+from moco.config.data import DataConfig, EvaluateDataConfig
 from moco.config.segment import SegmentDataConfig
-from moco.config.train import DataConfig
 from moco.data.augment.views import build_evaluation_view
 from moco.data.files.images import (
     MAX_IMAGE_PIXELS,

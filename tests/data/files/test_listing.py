@@ -24,12 +24,26 @@ NAMES = ["a/x.png", "a", "ü.png", os.fsdecode(b"\xff.png"), "new\nline.png", "l
 
 @pytest.fixture
 def tree(tmp_path):
-    """Empty files whose sorted order is not that of a walk, and folders that have not changed for a minute."""
+    """Return a tree of empty files that a walk does not meet in sorted order.
+
+    Its folders have not changed for a minute.
+    """
     root = tmp_path / "tree"
     for name in (
-        "a/1.png", "a/2.jpg", "a-b/1.png", "a.png", "a0.png", "a/b.c/1.TIF", "a/b/2.webp", "a/b.png", "B/1.bmp", "z.Png",
-        "z.png.d/z.gif", "notes.txt", "c/notes.txt",
-    ):  # fmt: skip
+        "a/1.png",
+        "a/2.jpg",
+        "a-b/1.png",
+        "a.png",
+        "a0.png",
+        "a/b.c/1.TIF",
+        "a/b/2.webp",
+        "a/b.png",
+        "B/1.bmp",
+        "z.Png",
+        "z.png.d/z.gif",
+        "notes.txt",
+        "c/notes.txt",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     settle(root)

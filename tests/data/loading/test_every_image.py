@@ -8,13 +8,14 @@ from PIL import Image
 from moco.cli.build_pretraining import build_data
 from moco.data.augment.views import build_evaluation_view
 from moco.data.loading.every_image import (
-    EvaluationBatches,
+    EvaluationCollate,
     MemoryBatches,
     evaluation_loader,
     every_image,
     in_batches,
 )
-from moco.data.sources.registry import ArrayImages, DataSource, Labelled, build_source
+from moco.data.sources.registry import build_source
+from moco.data.sources.source import ArrayImages, DataSource, Labelled
 from tests.data.loading.test_datamodule import data_for
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
@@ -33,7 +34,7 @@ def test_batches_from_memory_equal_those_of_the_reader(channels, rank, world_siz
     from_memory = evaluation_loader(labelled, view, 8, 4, rank=rank, world_size=world_size)
     assert isinstance(from_memory, MemoryBatches)
     rows = range(rank, 11, world_size)
-    collate = EvaluationBatches(torch.arange(11), 8)
+    collate = EvaluationCollate(torch.arange(11), 8)
     one_by_one = every_image(labelled.images, view, collate, in_batches(rows, 4))
     for ours, expected in zip(from_memory, one_by_one, strict=True):
         for values, expected_values in zip(ours, expected, strict=True):

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import dataloader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from moco.data.augment.views import ViewPair
+from moco.data.augment.views import ViewPair, build_evaluation_view
 from moco.data.loading import lost_workers
 from moco.data.loading.every_image import evaluation_loader
 from moco.data.loading.image_sets import ShardedSet
@@ -125,6 +125,15 @@ def test_the_end_of_a_name_is_kept_with_all_its_bytes(name, monkeypatch):
     note_read("a name that is longer than the next one" * 9)
     note_read(name)
     assert notes.read() == [(os.getpid(), name[-LONGEST_NAME:])]
+
+
+def test_the_processes_of_an_earlier_pass_are_not_taken_for_lost(numbered):
+    view = build_evaluation_view(16, 1.0, [0.5] * 3, [0.5] * 3)
+    loader = evaluation_loader(numbered.bank, view, 16, batch_size=4, num_workers=1)
+    list(loader)
+    ((earlier, _),) = loader.notes.read()
+    iter(loader)
+    assert earlier not in [pid for pid, _ in loader.notes.read()]
 
 
 def test_a_watched_loader_draws_no_global_random_number(numbered):

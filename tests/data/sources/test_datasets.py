@@ -291,7 +291,7 @@ def test_torchvision_sets_that_are_not_there_say_how_to_fetch_them(name, tmp_pat
         build_source(name, str(tmp_path))
 
 
-def test_unknown_data_set_suggests_the_nearest():
+def test_unknown_dataset_suggests_the_nearest():
     with pytest.raises(InputError, match="unknown dataset 'cifar1'; did you mean 'cifar10'"):
         build_source("cifar1")
 

@@ -1,4 +1,4 @@
-"""Data sets that Hugging Face's library wrote to disk."""
+"""Datasets that Hugging Face's library wrote to disk."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def sizes(images):
     return [images.opened(index).size for index in range(len(images))]
 
 
-def test_a_data_set_is_trained_on_with_its_labels(tmp_path):
+def test_a_dataset_is_trained_on_with_its_labels(tmp_path):
     source = build_source("hf", saved(tmp_path / "set", table(5)))
     assert sizes(source.train) == [(6, 8 + number) for number in range(5)]
     assert source.train[3].getpixel((0, 0)) == (3, 0, 7)
@@ -198,7 +198,7 @@ def test_labels_that_are_missing_are_not_used(tmp_path, caplog, missing):
 
 
 def with_labels(root, *labels):
-    """A saved set whose table was then given other labels, which `datasets` itself does not look at again."""
+    """Save a dataset and replace its labels, which `datasets` does not check when it reads them."""
     import pyarrow as pa
 
     saved(root, table(len(labels)))
@@ -219,7 +219,10 @@ def with_labels(root, *labels):
 def test_a_label_that_is_no_class_is_named_with_its_row(tmp_path, number, row):
     labels = [0, 1, -1]
     labels[row] = number
-    message = rf"split train: column label holds {number} in row {row}; expected 0 to 1, its 2 classes, or -1 \(no label\)$"
+    message = (
+        rf"split train: column label holds {number} in row {row}; "
+        r"expected 0 to 1, its 2 classes, or -1 \(no label\)$"
+    )
     with pytest.raises(InputError, match=message):
         build_source("hf", with_labels(tmp_path / "set", *labels))
 

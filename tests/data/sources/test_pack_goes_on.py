@@ -217,7 +217,7 @@ def num_parts(folder):
 
 @pytest.fixture
 def start_pack(tmp_path):
-    """Return a function that starts moco.pack; what is still running when the test ends is killed."""
+    """Return a function that starts moco.pack; the test's end kills what is still running."""
     processes = []
 
     def start(*arguments):

@@ -1,4 +1,4 @@
-"""Packed copies that are damaged or not finished: told by moco.pack --check, refused where they are read."""
+"""Packed copies that are damaged or not finished: moco.pack --check tells, and reading refuses."""
 
 import json
 

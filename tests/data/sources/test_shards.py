@@ -1,4 +1,4 @@
-"""Training from tar shards: what is in them, in which order it comes, and what becomes of damaged ones."""
+"""Tar shards: what is in them, the order of training, and what happens to damaged ones."""
 
 import io
 import json
@@ -127,9 +127,14 @@ def test_a_root_without_shards_is_named(root, message, tmp_path, monkeypatch):
 
 def test_a_sample_is_its_first_image_and_the_rest_of_it_is_not_read(tmp_path):
     members = [
-        ("a/0001.txt", b"no image"), ("a/0001.left.PNG", image(1)), ("a/0001.right.png", image(2)),
-        ("a/0002.jpg", image(3)), ("b/0002.jpg", image(4)), ("a.b/0003.png", image(5)), ("0004.json", b"{}"),
-    ]  # fmt: skip
+        ("a/0001.txt", b"no image"),
+        ("a/0001.left.PNG", image(1)),
+        ("a/0001.right.png", image(2)),
+        ("a/0002.jpg", image(3)),
+        ("b/0002.jpg", image(4)),
+        ("a.b/0003.png", image(5)),
+        ("0004.json", b"{}"),
+    ]
     shard = write_tar(tmp_path / "shard.tar", members)
     assert numbers_in(shard) == [1, 3, 4, 5]
     assert count_images([shard]) == (4, [])
@@ -285,7 +290,7 @@ def test_workers_that_do_not_divide_the_streams_are_refused_with_the_choices():
 def test_pipes_are_read_and_a_command_that_fails_is_named(shards, caplog):
     local = list_shards(shards)
     assert numbers_in(f"pipe:cat {local[2]}") == list(range(20, 30))
-    # More zeros than a pipe holds: the command cannot end, and webdataset not notice it, before the archive is read.
+    # These are more zeros than a pipe holds, so the command cannot end before the archive is read.
     assert problems_of(f"pipe:cat {local[2]}; head -c 200000 /dev/zero; exit 3")[0].reason.endswith(
         "cannot be read beyond its first 10 images (its command failed)"
     )
@@ -435,7 +440,7 @@ def test_there_are_no_images_by_number(shards):
             ask(0)
 
 
-def test_the_data_set_travels_small_to_workers(shards):
+def test_the_dataset_travels_small_to_workers(shards):
     import pickle
 
     streams = build_streams(build_source("webdataset", shards).train, seed=0)

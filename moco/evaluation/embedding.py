@@ -1,0 +1,273 @@
+"""The long pass of ``moco.embed``: features of every image of a dataset, batch after batch."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moco.data.augment.views import evaluation_crop, normalisation
+from moco.data.files.bad_fraction import check_bad_fraction
+from moco.data.loading.image_sets import ImageBatch, ImageSet, IndexedSet, ShardedSet
+from moco.data.loading.workers import cores_of
+from moco.data.sources.shards import ShardedImages
+from moco.data.sources.source import DataSource, Labelled
+from moco.errors import InputError, RunError, printable
+from moco.evaluation.feature_files import write_index, write_npz
+from moco.evaluation.feature_parts import FeatureParts
+from moco.evaluation.indexes import empty_index
+from moco.runs.interrupts import ENDING, held_back
+from moco.runs.run_folder import write_atomically
+
+log = logging.getLogger(__name__)
+
+# The setting `index` of a run that writes no index.
+NO_INDEX = "none"
+# Loader processes where the settings do not say a number.
+USUAL_WORKERS = 4
+# Settings that may differ when a pass is continued: the features do not depend on them, or the
+# names of the images show the difference.
+FREE_SETTINGS = ("download", "max_bad_fraction", "num_images", "num_workers")
+# Images that a message names.
+MOST_NAMED = 10
+
+
+def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
+    """Return the images of a split, with labels if all of them have one.
+
+    Args:
+        source: the dataset.
+        split: ``train`` or ``test``.
+        name: of the dataset, for the message.
+
+    Raises:
+        InputError: the dataset has no test images.
+    """
+    if split == "test":
+        if source.queries is None:
+            raise InputError(f"split=test: data={name} has no images that are held out")
+        return IndexedSet(source.queries, has_labels=True)
+    if isinstance(source.train, ShardedImages):
+        return ShardedSet(source.train)
+    num_images = len(source.train)
+    if source.bank is not None and len(source.bank.images) == num_images:
+        return IndexedSet(source.bank, has_labels=True)
+    labels = labels_of_both_sides(source)
+    if labels is not None:
+        return IndexedSet(Labelled(source.train, labels), has_labels=True)
+    return IndexedSet(Labelled(source.train, np.full(num_images, -1)), has_labels=False)
+
+
+def labels_of_both_sides(source: DataSource) -> np.ndarray | None:
+    """Return the labels of training images that are divided into bank and queries.
+
+    If they are not, or an image has no label, return None.
+    """
+    if source.bank is None or source.queries is None:
+        return None
+    if len(source.bank.images) + len(source.queries.images) != len(source.train):
+        return None
+    # Bank and queries are in another order than the training images; the names connect them.
+    label_of = {}
+    for side in (source.bank, source.queries):
+        for row, label in enumerate(side.labels):
+            label_of[side.images.name(row)] = label
+    labels = []
+    for row in range(len(source.train)):
+        label = label_of.get(source.train.name(row))
+        if label is None:
+            return None
+        labels.append(label)
+    return np.array(labels, dtype=np.int64)
+
+
+def check_index(index: str, encoder: Any, feature: str) -> None:
+    """Raise InputError if faiss has no such index of the backbone's features."""
+    if index != NO_INDEX and feature == "backbone":
+        empty_index(index, encoder.backbone.feature_dim, "index")
+
+
+def open_parts(
+    folder: Path, settings: dict[str, Any], encoder: nn.Module, images: ImageSet
+) -> FeatureParts:
+    """Return the features that an earlier run has left in the folder, or none.
+
+    Args:
+        folder: of the parts.
+        settings: what the features depend on, as plain data.
+        encoder: its weights must be the same.
+        images: their names and order must be the same.
+
+    Raises:
+        InputError: the folder holds features of something else.
+    """
+    compared = {key: value for key, value in settings["data"].items() if key not in FREE_SETTINGS}
+    about = {
+        "settings": settings | {"data": compared},
+        "weights": weights_digest(encoder),
+        "data": images.fingerprint(),
+    }
+    parts = FeatureParts(folder, about, images.start)
+    if parts.num_done > 0:
+        log.info("continuing after %s of %s images", f"{parts.num_done:,}", f"{len(images):,}")
+    return parts
+
+
+def load_images(
+    images: ImageSet, parts: FeatureParts, settings: dict[str, Any], device: torch.device
+) -> Iterable[ImageBatch]:
+    """Return batches of the images that the parts do not have yet."""
+    data = settings["data"]
+    num_workers = data["num_workers"]
+    if num_workers is None:
+        num_workers = 0 if images.is_in_memory else min(USUAL_WORKERS, cores_of(1))
+    crop = evaluation_crop(data["image_size"], data["crop_ratio"])
+    batch_size = settings["batch_size"]
+    return images.batches(
+        parts.state.end, crop, data["image_size"], batch_size, num_workers, device
+    )
+
+
+def weights_digest(encoder: nn.Module) -> str:
+    """Return a hash that differs where any weight differs."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def build_encode(
+    encoder: Any, feature: str, transform: dict[str, Any], device: torch.device
+) -> Callable[[Tensor], np.ndarray]:
+    """Return a function from images to features.
+
+    It takes 8-bit images (batch, 3, height, width) and returns (batch, width) float32.
+
+    Args:
+        encoder: a module with ``encode(images, feature)``; moved to the device.
+        feature: ``backbone`` or ``embedding``.
+        transform: mean and std of the pixels.
+        device: where to compute.
+    """
+    scale, shift = normalisation(**transform)
+    scale, shift = scale.to(device), shift.to(device)
+    encoder.to(device)
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> np.ndarray:
+        # float32, whatever autocast the caller is in.
+        with torch.autocast(device.type, enabled=False):
+            features = encoder.encode(images.to(device) * scale - shift, feature)
+        return features.float().cpu().numpy()
+
+    return encode
+
+
+def add_features(
+    encode: Callable[[Tensor], np.ndarray],
+    loader: Iterable[ImageBatch],
+    parts: FeatureParts,
+    num_images: int,
+    max_bad_fraction: float,
+    show_progress: Callable[[int], None],
+) -> None:
+    """Add the features of all batches to the parts, inside the parts' ``with`` block.
+
+    Args:
+        encode: see `build_encode`.
+        loader: yields the batches.
+        parts: the features so far.
+        num_images: of the whole dataset.
+        max_bad_fraction: the share of unreadable images that is accepted.
+        show_progress: called with the number of images that are done.
+
+    Raises:
+        InputError: more images than `max_bad_fraction` are unreadable.
+        RunError: a feature is not finite.
+    """
+    unreadable = parts.unreadable()
+    check_bad_fraction(unreadable, num_images, max_bad_fraction)
+    # A loader that is interrupted while it starts complains about itself when it is destroyed.
+    with held_back(ENDING):
+        batches = iter(loader)
+    for batch in batches:
+        features = np.empty((0, 0), np.float32)
+        if batch.names:
+            features = encode(batch.images)
+        check_finite(features, batch.names)
+        newly_unreadable = []
+        for problem in batch.problems:
+            if problem.is_shard:
+                log.warning("damaged: %s", problem.reason)
+            else:
+                log.warning("skipped: %s", problem.reason)
+                newly_unreadable.append(problem.name)
+        parts.add(features, batch.names, batch.labels.numpy(), newly_unreadable, batch.end)
+        if newly_unreadable:
+            # Checked at once: a long pass should not end with this error.
+            unreadable += newly_unreadable
+            check_bad_fraction(unreadable, num_images, max_bad_fraction)
+        show_progress(parts.state.num_rows + len(unreadable))
+
+
+def check_finite(features: np.ndarray, names: list[str]) -> None:
+    """Raise RunError if features (images, width) are not finite; it names the first images."""
+    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if len(bad) == 0:
+        return
+    first = ", ".join(printable(names[row]) for row in bad[:MOST_NAMED])
+    raise RunError(
+        f"the features of {len(bad)} images are not finite: {first}; "
+        "the checkpoint's weights are damaged, or too large for these images"
+    )
+
+
+def write_files(output: Path, parts: FeatureParts, index: str, has_labels: bool) -> str:
+    """Write the index and the .npz file, each completely or not at all.
+
+    Returns:
+        A description of the index.
+
+    Raises:
+        InputError: faiss cannot build such an index.
+    """
+    description = NO_INDEX
+    path = output.with_suffix(".faiss")
+    if index != NO_INDEX:
+        log.info("writing %s", path)
+
+        def write(file: Any) -> None:
+            nonlocal description
+            description = write_index(file, parts, index)
+
+        write_atomically(path, write)
+    elif path.exists():
+        log.warning("%s is of an earlier run and does not go with the new file", path)
+    log.info("writing %s", output)
+    write_atomically(output, lambda file: write_npz(file, parts, has_labels))
+    return description
+
+
+def summary(
+    settings: dict[str, Any], parts: FeatureParts, has_labels: bool, index: str
+) -> list[tuple[str, str]]:
+    """Return the rows of the closing table.
+
+    Args:
+        settings: see `open_parts`.
+        parts: the features.
+        has_labels: whether labels were written.
+        index: a description of the index.
+    """
+    data = settings["data"]
+    num_images, width = parts.shape
+    arrays = f"features {parts.shape}, names {(num_images,)}"
+    if has_labels:
+        arrays += f", labels {(num_images,)}"
+    images = f"{num_images:,}, {settings['split']} of {data['name']}, {data['image_size']} px"
+    features = f"{settings['feature']} of the {settings['encoder']} encoder, {width} wide"
+    return [("images", images), ("features", features), ("arrays", arrays), ("index", index)]

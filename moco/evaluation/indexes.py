@@ -1,0 +1,120 @@
+"""Indexes of faiss by name: ``flat``, or a string of ``faiss.index_factory`` such as ``HNSW32``."""
+
+from typing import Any
+
+import numpy as np
+
+from moco.errors import InputError
+from moco.evaluation.neighbors import BANK_BYTES, NOTHING, nearest, normalized, search_index
+
+# Our name of the exact search; faiss calls such an index ``Flat``.
+EXACT = "flat"
+TRAINING_ROWS = 65_536
+# k-means of faiss uses at most 256 rows for each cell and warns below 39.
+TRAINING_ROWS_PER_CELL = 64
+# Cells of an IVF index that a search looks into; faiss's own number is 1.
+NUM_PROBES = 32
+# Candidates that a search in an HNSW graph keeps; faiss's own number is 16.
+EF_SEARCH = 256
+# Queries by which the recall is measured.
+SAMPLE_SIZE = 1_000
+
+
+def empty_index(name: str, width: int, key: str) -> Any:
+    """Return a faiss index without rows, for inner products.
+
+    Args:
+        name: `EXACT`, or a string of ``faiss.index_factory``.
+        width: of the features.
+        key: the setting, for the message.
+
+    Raises:
+        InputError: faiss has no such index for this width.
+    """
+    import faiss
+
+    if name == EXACT:
+        return faiss.IndexFlatIP(width)
+    try:
+        return faiss.index_factory(width, name, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        # faiss puts the names of its functions and files before the reason.
+        reason = str(error).rsplit(": ", 1)[-1]
+        raise InputError(
+            f"{key}={name}: faiss has no such index for features of width {width} ({reason}); "
+            "expected flat, which is exact, or a string of faiss.index_factory "
+            "such as HNSW32 or 'IVF1024,Flat'"
+        ) from error
+
+
+def build_index(bank: np.ndarray, name: str, key: str) -> Any:
+    """Return a faiss index of the normalised bank, which is added in blocks.
+
+    Args:
+        bank: (bank size, width) features of any norm; may be mapped from a file.
+        name, key: see `empty_index`.
+
+    Raises:
+        InputError: faiss has no such index, or the bank is too small for it.
+    """
+    index = empty_index(name, bank.shape[1], key)
+    try:
+        if not index.is_trained:
+            index.train(training_rows(bank, index))
+        block_size = max(1, BANK_BYTES // (4 * bank.shape[1]))
+        for start in range(0, len(bank), block_size):
+            index.add(normalized(bank[start : start + block_size]))
+    except RuntimeError as error:
+        reason = str(error).rsplit(": ", 1)[-1]
+        raise InputError(
+            f"{key}={name}: faiss cannot build this index of {len(bank):,} rows ({reason}); "
+            "choose another index"
+        ) from error
+    return index
+
+
+def training_rows(bank: np.ndarray, index: Any) -> np.ndarray:
+    """Return a random sample of the normalised bank that an index is trained on."""
+    import faiss
+
+    num_rows = TRAINING_ROWS
+    # k-means needs rows for each of its cells; other indexes need a sample of a fixed size.
+    cells = faiss.try_extract_index_ivf(index)
+    if cells is not None:
+        num_rows = max(num_rows, TRAINING_ROWS_PER_CELL * cells.nlist)
+    chosen = np.random.default_rng(0).permutation(len(bank))[:num_rows]
+    return normalized(bank[np.sort(chosen)])
+
+
+def set_search_effort(
+    index: Any, name: str, num_probes: int = NUM_PROBES, ef_search: int = EF_SEARCH
+) -> None:
+    """Set how much of an approximate index a search looks at.
+
+    Args:
+        index: made by `build_index`.
+        name: of the index.
+        num_probes: cells of an IVF index that are searched.
+        ef_search: candidates that a search in an HNSW graph keeps.
+    """
+    import faiss
+
+    parameters = faiss.ParameterSpace()
+    if "IVF" in name:
+        parameters.set_index_parameter(index, "nprobe", num_probes)
+    if "HNSW" in name:
+        parameters.set_index_parameter(index, "efSearch", ef_search)
+
+
+def recall(index: Any, bank: np.ndarray, queries: np.ndarray, num_neighbors: int) -> float:
+    """Return the share of the exact neighbours that the index finds for a sample of queries."""
+    chosen = np.random.default_rng(0).permutation(len(queries))[:SAMPLE_SIZE]
+    sample = queries[np.sort(chosen)]
+    _, exact_rows = nearest(bank, sample, num_neighbors)
+    num_found = 0
+    start = 0
+    for similarities, rows in search_index(index, sample, num_neighbors):
+        for found, is_missing in zip(rows, similarities == NOTHING, strict=True):
+            num_found += np.isin(exact_rows[start], found[~is_missing]).sum()
+            start += 1
+    return float(num_found / exact_rows.size)
