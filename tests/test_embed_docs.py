@@ -27,7 +27,7 @@ def blocks(path):
     return [block.replace("0.95", "0.9999999") for block in found]
 
 
-def test_the_readme_finds_neighbours_and_near_duplicates(files, capsys):
+def test_the_readme_finds_neighbours(files, capsys):
     (code,) = [block for block in blocks("README.md") if "features.faiss" in block]
     capsys.readouterr()
     made = {}
@@ -36,10 +36,6 @@ def test_the_readme_finds_neighbours_and_near_duplicates(files, capsys):
     nearest = np.argsort(-(features @ features.T), axis=1)[:, :10]
     assert {*names[made["rows"][0]]} == {*names[nearest[0]]}
     assert str(names[0]) in capsys.readouterr().out
-    first, place = made["first"], made["place"]
-    pairs = list(zip(names[first], names[made["rows"][first, place]], strict=True))
-    assert len(pairs) == 1
-    assert {*pairs[0]} == files
 
 
 def test_the_page_on_embed_finds_groups_and_neighbours_of_new_images(files, tmp_path):
