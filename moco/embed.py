@@ -49,7 +49,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.data.loading.waiting import cores_of
     from moco.data.sources.registry import build_source
     from moco.evaluation.feature_parts import FeatureParts, remove_parts, taken
-    from moco.runs.faults import failures_without_training_named
+    from moco.runs.failures import failures_without_training_named
     from moco.runs.run_folder import claimed
     from moco.training.hardware import choose_device
 
@@ -263,7 +263,7 @@ def check_finite(features: "ndarray", names: list[str]) -> None:
 def write_files(output: Path, parts: "FeatureParts", index: str, has_labels: bool) -> str:
     """Write the index and the .npz file, each whole or not at all; what the index is, in words."""
     from moco.evaluation.feature_files import write_index, write_npz
-    from moco.runs.run_folder import write_atomically
+    from moco.runs.atomic_files import write_atomically
 
     said: list[str] = []
     if index != "none":

@@ -35,8 +35,9 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         InputError: the checkpoint cannot be used, the data do not suit the measurement, or the backbone has no such window.
         RunError: the machine gave out.
     """
-    from moco.runs.faults import failures_without_training_named
-    from moco.runs.run_folder import claimed, write_atomically, write_json
+    from moco.runs.atomic_files import write_atomically, write_json
+    from moco.runs.failures import failures_without_training_named
+    from moco.runs.run_folder import claimed
 
     check_settings(config)
     output = Path(config.output) if config.output else folder / "metrics.json"

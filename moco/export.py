@@ -125,7 +125,7 @@ def write(output: Path, content: bytes) -> None:
         InputError: no file can be written there.
         RunError: the disk is full.
     """
-    from moco.runs.run_folder import write_atomically
+    from moco.runs.atomic_files import write_atomically
 
     try:
         write_atomically(output, lambda file: file.write(content))

@@ -71,7 +71,11 @@ def run(config: PackConfig, folder: Path) -> None:
 
 def taken(output: Path) -> AbstractContextManager[None]:
     """Make the folder if it isn't there; inside, no other process packs there. Errors of `locked`."""
-    return locked(output, f"output={output}", "packing")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output={output}: {error.strerror}") from error
+    return locked(output / ".lock", f"output={output}")
 
 
 @contextmanager
@@ -112,7 +116,7 @@ def begun(output: Path, config: PackConfig, pool: "Pool", source: "DataSource") 
     """
     from moco.data.sources.packed_index import INDEX, read_index
     from moco.data.sources.packed_writer import temporary_of, write_index
-    from moco.runs.run_folder import differences
+    from moco.runs.config_changes import differences
 
     here = settings(config)
     fingerprint = pool.fingerprint()

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from moco.errors import InputError, printable
-from moco.runs.run_folder import CONFIG, write_atomically
+from moco.runs.atomic_files import write_atomically
+from moco.runs.run_folder import CONFIG
 from moco.runs.run_status import read_status, slurm_queue, state_now
 
 MULTIRUN = "multirun.yaml"

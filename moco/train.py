@@ -63,8 +63,8 @@ def run(config: TrainConfig, folder: Path) -> None:
     config.data.image_size = data.image_size
 
     from moco.runs.interrupts import StopRequest
-    from moco.runs.run_folder import is_finished, last_good, write_ending
-    from moco.runs.run_status import state_now
+    from moco.runs.run_folder import is_finished, last_good
+    from moco.runs.run_status import state_now, write_ending
     from moco.runs.slurm import stop_signals
     from moco.training.distributed.collectives import environment_of
     from moco.training.distributed.processes import run_on_devices, starts_its_own
@@ -113,8 +113,9 @@ def train(
     from rich.console import Console
 
     from moco.cli.closing_tables import close
-    from moco.runs.faults import failures_named
-    from moco.runs.run_folder import BACKBONE_FILE, find_checkpoint, write_json
+    from moco.runs.atomic_files import write_json
+    from moco.runs.failures import failures_named
+    from moco.runs.run_folder import BACKBONE_FILE, find_checkpoint
     from moco.training.distributed.collectives import (
         environment_of,
         from_rank_zero,
@@ -337,6 +338,7 @@ def build_trainer(
         step: optimizer steps behind the checkpoint that the run goes on from.
         images: of `dense_set`.
     """
+    from moco.callbacks.bad_steps import BadSteps
     from moco.callbacks.checkpoints import Checkpoints
     from moco.callbacks.collapse_watch import CollapseWatch, LabelFreeMonitor
     from moco.callbacks.dense_monitor import DenseMonitor
@@ -346,7 +348,6 @@ def build_trainer(
     from moco.callbacks.unreadable_images import UnreadableList
     from moco.callbacks.view_pairs import ViewPairPlot
     from moco.cli.progress import ProgressBar
-    from moco.runs.faults import BadSteps
     from moco.runs.run_folder import last_good
     from moco.training import trainer
     from moco.training.logger import RunDescription

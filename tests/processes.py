@@ -50,7 +50,7 @@ class Program:
 
     def __init__(self, command, cwd, environment):
         self.command = [str(part) for part in command]
-        self._files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
+        self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  (see `end`)
         start = [sys.executable, "-I", "-S", "-c", START, str(os.getpid())]
         self._process = subprocess.Popen(
             [*start, *self.command],

@@ -73,7 +73,7 @@ def test_a_disk_that_is_full_when_the_figures_are_written_is_one_line(evaluated,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(
-        "moco.runs.run_folder.write_atomically", full
+        "moco.runs.atomic_files.write_atomically", full
     )  # not that of the kept features
     with pytest.raises(RunError) as error:
         evaluated(num_neighbors=3)

@@ -38,10 +38,17 @@ def child_in(program):
 
 
 def test_a_failed_test_leaves_neither_its_program_nor_what_that_started():
-    with pytest.raises(ValueError), started(sys.executable, "-c", FAMILY) as program:
-        child = child_in(program)
-        raise ValueError
-    wait_until(lambda: not exists(program.pid) and not exists(child), "the end of both")
+    pids = []
+
+    def fail():
+        with started(sys.executable, "-c", FAMILY) as program:
+            pids.extend([program.pid, child_in(program)])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    for pid in pids:
+        wait_until(lambda pid=pid: not exists(pid), "the end of both")
 
 
 def test_a_program_whose_leader_has_ended_leaves_nothing_behind(start_program):
@@ -64,7 +71,7 @@ def test_a_killed_suite_leaves_no_program_behind(start_program):
 
 def test_a_program_that_ends_too_early_fails_the_wait_at_once_and_is_quoted(start_program):
     program = start_program(sys.executable, "-c", "import sys; sys.exit('a mistake')")
-    with pytest.raises(AssertionError, match="has ended(.|\n)*a mistake"):
+    with pytest.raises(AssertionError, match=r"has ended(.|\n)*a mistake"):
         program.wait_for_output("ready")
 
 
@@ -85,7 +92,7 @@ def test_two_processes_are_used_again_until_one_has_failed(tmp_path):
     on_two(say_process, tmp_path)
     on_two(say_process, tmp_path)
     assert sorted(name.split()[1] for name in os.listdir(tmp_path)) == ["0", "1"]
-    with pytest.raises(AssertionError, match="rank 1:(.|\n)*a failure"):
+    with pytest.raises(AssertionError, match=r"rank 1:(.|\n)*a failure"):
         on_two(fail_on_one)
     on_two(say_process, tmp_path)
     assert sorted(name.split()[1] for name in os.listdir(tmp_path)) == ["0", "0", "1", "1"]

@@ -12,8 +12,10 @@ import pytest
 from moco import sweep as module
 from moco.cli.launch import launch
 from moco.errors import InputError, Interrupted, RunError
-from moco.runs.run_folder import claimed, is_finished, write_json
-from moco.runs.run_status import is_locked, read_status, state_now
+from moco.runs.atomic_files import write_json
+from moco.runs.folder_lock import is_locked
+from moco.runs.run_folder import claimed, is_finished
+from moco.runs.run_status import LOCK, read_status, state_now
 from moco.sweep import Job, as_csv, as_text, jobs_of
 from tests.conftest import REPOSITORY, run_program
 
@@ -79,7 +81,7 @@ def test_a_killed_run_has_crashed(tmp_path):
     )
     with run:
         run.stdout.readline()
-        assert is_locked(tmp_path)
+        assert is_locked(tmp_path / LOCK)
         assert state_now(tmp_path) == "running"
         run.kill()
     assert state_now(tmp_path) == "crashed"

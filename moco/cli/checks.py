@@ -269,7 +269,7 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], plain: dict[str, Any
     Raises:
         InputError: it holds other tensors than the config's run has; it names the keys.
     """
-    from moco.runs.run_folder import completed, differences
+    from moco.runs.config_changes import completed, differences
 
     stored = completed(checkpoint["config"], dataclasses.asdict(TrainConfig()))
     there, here = (tensor_settings(config) for config in (stored, plain))

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from moco.errors import InputError
 from moco.runs import slurm
-from moco.runs.run_folder import FREE_KEYS
+from moco.runs.config_changes import FREE_KEYS
 
 LONGEST = 100  # characters of a name: file systems end at 255 bytes, tables earlier
 

@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from moco.errors import InputError
+from moco.runs.atomic_files import remove_half_written, write_atomically
+from moco.runs.config_changes import flattened
 from moco.runs.folder_lock import locked
-from moco.runs.run_folder import flattened, remove_half_written, write_atomically
 
 STATE = "state.json"
+LOCK = ".lock"
 FEATURES, LABELS, NAMES, UNREADABLE = (
     "features.bin",
     "labels.bin",
@@ -217,12 +219,13 @@ def taken(folder: Path) -> Iterator[None]:
     Raises:
         InputError: one does, the folder cannot be made, or something else is in there.
     """
-    with locked(folder, str(folder), "writing"):
-        others = [
-            path.name
-            for path in folder.iterdir()
-            if path.name not in (STATE, *FILES) and path.suffix != ".tmp"
-        ]
-        if others:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}") from error
+    # Before the lock file is made: a folder that is not ours stays as it is.
+    for path in folder.iterdir():
+        if path.name not in (STATE, LOCK, *FILES) and path.suffix != ".tmp":
             raise InputError(f"{folder}: holds other files; choose another output")
+    with locked(folder / LOCK, str(folder)):
         yield

@@ -118,7 +118,7 @@ def log_window_advice(pretrained: Pretrained, given: dict[str, Any], image_size:
 
 def check_architecture(there: dict[str, Any], given: dict[str, Any], source: str) -> None:
     """Raises InputError if a checkpoint of ours has another backbone than was asked for."""
-    from moco.runs.run_folder import differences
+    from moco.runs.config_changes import differences
 
     outline = described(there, source)
     usual = {

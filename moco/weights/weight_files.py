@@ -146,7 +146,7 @@ def write_backbone_file(
     """
     import torch
 
-    from moco.runs.run_folder import write_atomically
+    from moco.runs.atomic_files import write_atomically
     from moco.weights.library_names import settings_of
 
     backbone: Any = method.query_encoder.backbone

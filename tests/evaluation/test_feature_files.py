@@ -154,7 +154,7 @@ def test_damaged_parts_are_named(tmp_path, batches, damage):
 def test_two_processes_do_not_write_the_same_parts(tmp_path):
     with (
         taken(tmp_path / "parts"),
-        pytest.raises(InputError, match="another process is writing there"),
+        pytest.raises(InputError, match="another process is at work there"),
         taken(tmp_path / "parts"),
     ):
         pass

@@ -14,8 +14,7 @@ from moco.cli.launch import queued_again
 from moco.cli.run_names import job_name, run_name, sweep_name, swept_keys
 from moco.errors import InputError, Interrupted, RunError
 from moco.runs.interrupts import ENDING, StopRequest, listen_early
-from moco.runs.run_folder import write_status
-from moco.runs.run_status import read_status
+from moco.runs.run_status import read_status, write_status
 from moco.runs.slurm import run_name as job_run_name
 from moco.runs.slurm import stop_signals
 from tests.conftest import REPOSITORY, run_program

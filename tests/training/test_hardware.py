@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moco.callbacks.bad_steps import BadSteps
 from moco.callbacks.collapse_watch import CollapseWatch, LabelFreeMonitor
 from moco.callbacks.monitors import TrainingMonitor
 from moco.data.loading.workers import loader_options
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
-from moco.runs.faults import BadSteps
 from moco.training import hardware_fit
 from moco.training.hardware import choose_device, choose_memory_format, choose_precision
 from moco.training.hardware_fit import HardwareFit
@@ -291,7 +291,7 @@ class InSteps(pl.Callback):
 )
 def test_between_logged_steps_nothing_waits_for_the_device(settings, runner, monkeypatch):
     monkeypatch.setattr(
-        "moco.runs.faults.is_decided_on_device", lambda optimizer, norm: True
+        "moco.callbacks.bad_steps.is_decided_on_device", lambda optimizer, norm: True
     )  # as on a GPU
     config = runner.config("trainer.log_every_n_steps=3", "trainer.max_steps=4", *settings)
     with Waits() as waits:

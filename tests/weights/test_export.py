@@ -313,7 +313,7 @@ def test_a_full_disk_is_a_failed_run(exported, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moco.runs.run_folder.write_atomically", fail)
+    monkeypatch.setattr("moco.runs.atomic_files.write_atomically", fail)
     with pytest.raises(RunError, match=r"^output=x\.pth: No space left on device$"):
         exported("resnet18", "torchvision", "x.pth")
 
