@@ -196,5 +196,6 @@ def is_decided_on_device(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool
 
     That is so on a GPU with fused optimizers, whose kernel looks at ``found_inf``.
     """
-    is_fused = all(group.get("fused") for group in optimizer.param_groups)
-    return norm.is_cuda and is_fused
+    if not norm.is_cuda:
+        return False
+    return all(group.get("fused") for group in optimizer.param_groups)

@@ -160,7 +160,7 @@ def test_a_step_with_an_image_that_is_not_finite_is_as_if_it_had_not_been(
     assert_equal_to_plain(method, expected)
 
 
-def test_an_infinite_loss_with_finite_gradients_is_left_out_too(of_four_steps, runner, monkeypatch):
+def test_an_infinite_loss_with_finite_gradients_is_skipped_too(of_four_steps, runner, monkeypatch):
     import moco.methods.moco as module
 
     def spoil(number):
@@ -201,7 +201,7 @@ def test_a_run_without_bad_steps_is_not_changed_in_one_bit(runner):
         assert torch.equal(ours[name], value), name
 
 
-def test_with_fp16s_loss_scaling_the_same_steps_are_left_out_as_without_us(runner):
+def test_with_fp16s_loss_scaling_the_same_steps_are_skipped_as_without_us(runner):
     """PyTorch's own scaler leaves out a step that overflows; ours must come to the same and leave it its records."""
 
     def half(*callbacks):
@@ -249,7 +249,7 @@ def decided_on_device(monkeypatch):
     [([], [0, 2]), (ADAMW, [0, 2]), (["trainer.accumulate_grad_batches=2"], [3]), (["method.batch_norm=split"], [1])],
     ids=["sgd", "adamw", "in the second of two batches", "split batch norm"],
 )  # fmt: skip
-def test_a_step_left_out_on_the_device_leaves_the_same_behind_as_one_that_is_waited_for(
+def test_a_step_skipped_on_the_device_leaves_the_same_behind_as_one_that_is_waited_for(
     variant, bad, of_four_steps, runner, monkeypatch
 ):
     config = of_four_steps(*variant)
@@ -307,7 +307,7 @@ class Loop:
     global_step, accumulate_grad_batches, precision, logger = 0, 1, "32-true", None
 
 
-def test_a_loss_that_is_infinite_on_one_of_two_devices_is_left_out_on_both():
+def test_a_loss_that_is_infinite_on_one_of_two_devices_is_skipped_on_both():
     layers = [nn.Linear(3, 1), nn.Linear(3, 1)]
     for layer, added in zip(layers, (0.0, math.inf), strict=True):
         loss = layer(torch.ones(2, 3)).sum() + added
@@ -335,7 +335,7 @@ def test_too_many_in_a_row_end_the_run_with_step_loss_causes_and_checkpoint(runn
     for part in (
         f"not finite in 3 steps in a row, up to step {len(losses.values) + 1} (trainer.max_bad_steps=3)",
         f"the last finite loss was {finite[-1]:.4g}. ",
-        "optimizer.lr too high", "bf16-mixed", "trainer.gradient_clip_val", "values in the data",
+        "optimizer.lr is too high", "bf16-mixed", "trainer.gradient_clip_val", "values in the data",
     ):  # fmt: skip
         assert part in str(error.value)
     assert str(error.value).endswith("; the last good checkpoint is X")
@@ -392,7 +392,7 @@ def test_a_resume_in_the_middle_of_a_streak_keeps_the_count(runner, monkeypatch,
     assert scalars(tmp_path, "train/skipped_steps")[9] == 4
 
 
-def test_fine_tuning_leaves_bad_steps_out_too(tmp_path, monkeypatch):
+def test_fine_tuning_skips_bad_steps_too(tmp_path, monkeypatch):
     import moco.segmentation.segmenter as module
     from moco.segment import run as segment
     from tests.segmentation.test_segment import FROM_SCRATCH, config_of

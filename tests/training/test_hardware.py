@@ -383,7 +383,7 @@ def test_every_size_of_a_long_ramp_is_compiled(runner, monkeypatch):
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **_: compile_module(self, dynamic=False, backend=backend)
     )
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch.compiler.config, "fail_on_recompile_limit_hit", True)
     sizes = [
         "augmentation.start_image_size=4",
         "augmentation.image_size_step=2",
@@ -521,7 +521,13 @@ def test_one_gpu_compiles_and_starts_whole_passes_at_once(
     assert graphs is (
         (way == "yes, with CUDA graphs") if device == "cuda" and way != "no" else None
     )
-    assert set(module.options or {}) <= set(torch._inductor.list_options())
+
+
+def test_torch_knows_the_options_for_its_compiler():
+    options = hardware_fit.compiler_options(torch.device("cuda"), cuda_graphs=True)
+    torch.compile(torch.neg, options=options)  # it refuses unknown ones here
+    with pytest.raises(RuntimeError, match="optimization option"):
+        torch.compile(torch.neg, options={"no_such_option": True})
 
 
 @pytest.mark.parametrize(
