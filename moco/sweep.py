@@ -3,13 +3,14 @@
 import argparse
 import csv
 import io
+import itertools
 import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,6 +18,9 @@ from moco.errors import InputError, printable
 from moco.runs.atomic_files import write_atomically
 from moco.runs.run_folder import CONFIG
 from moco.runs.run_status import read_status, slurm_queue, state_now
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 MULTIRUN = "multirun.yaml"
 SEED = "seed"
@@ -78,9 +82,12 @@ def check_folder(folder: Path) -> None:
 
 
 def planned_jobs(sweep: Path) -> dict[str, dict[str, str]]:
-    """Each combination of the sweep's last command, by the name of its folder; nothing if only its sweeper knows them."""
+    """Return each combination of the sweep's last command, by the name of its folder.
+
+    Nothing is returned if the file of the command is cut short, or if only the sweeper that it used
+    knows the combinations.
+    """
     from hydra import initialize_config_dir
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -90,29 +97,41 @@ def planned_jobs(sweep: Path) -> dict[str, dict[str, str]]:
 
     try:
         running = yaml.safe_load((sweep / MULTIRUN).read_text())["hydra"]
-        typed = [
-            f"{key}={value}" for key, value in (running["sweeper"].get("params") or {}).items()
-        ]
+        typed = []
+        for key, value in (running["sweeper"].get("params") or {}).items():
+            typed.append(f"{key}={value}")
         typed += running["overrides"]["task"]
-        with initialize_config_dir(
-            str(CONFIG_DIR), version_base="1.3"
-        ):  # the choices that glob(*) stands for
-            overrides = OverridesParser.create(
-                GlobalHydra.instance().config_loader()
-            ).parse_overrides(typed)
-            (combinations,) = BasicSweeper.split_arguments(overrides, None)
-    except (
-        HydraException,
-        yaml.YAMLError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # or the file was cut short
+        # Hydra has to know the config's folder for the choices that glob(*) stands for.
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+            combinations = combinations_of(parser.parse_overrides(typed))
+    except (HydraException, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return {}
     swept = swept_keys(typed)
-    return {
-        job_name(combination, swept): varied(combination, swept) for combination in combinations
-    }
+    planned = {}
+    for combination in combinations:
+        planned[job_name(combination, swept)] = varied(combination, swept)
+    return planned
+
+
+def combinations_of(overrides: Sequence["Override"]) -> list[list[str]]:
+    """Return the overrides of each job, in the order in which Hydra's basic sweeper runs them.
+
+    Raises:
+        HydraException: another sweeper has to be used for these.
+    """
+    from hydra.errors import HydraException
+
+    choices = []
+    for override in overrides:
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            if not override.is_discrete_sweep():
+                raise HydraException(f"{key}: the basic sweeper takes no intervals")
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([f"{key}={override.get_value_element_as_str()}"])
+    return [list(combination) for combination in itertools.product(*choices)]
 
 
 def varied(overrides: Sequence[str], swept: Sequence[str]) -> dict[str, str]:

@@ -1,15 +1,16 @@
-"""Start programs and processes in tests. Each of them ends with its test, also when the test or a fixture fails.
+"""Start programs in tests, and end each of them with its test, however the test ends.
 
 A test that needs a running program takes the fixture `start_program`:
 
     def test_x(start_program, tmp_path):
-        program = start_program(sys.executable, "-m", "moco.train", "+experiment=quickstart", cwd=tmp_path)
+        program = start_program(sys.executable, "-m", "moco.train", cwd=tmp_path)
         program.wait_for_output("epoch    2/")
         program.send_signal(signal.SIGTERM)
         assert program.wait() == 143, program.errors()
 
-A fixture of a module takes the context manager `started`, with the same arguments. `run_to_end` starts a program and
-waits for its end. `on_two` calls a function in two connected processes, which are started once per session.
+A fixture of a module takes the context manager `started`, with the same arguments. `run_to_end`
+starts a program and waits for its end. `on_two` calls a function in two connected processes, which
+are started once per session.
 """
 
 import contextlib
@@ -29,11 +30,11 @@ from pathlib import Path
 import pytest
 
 PATIENCE = 300.0
-"""Seconds that a test waits for an event. Only a broken program reaches this limit, on a busy machine too."""
+"""Seconds that a test waits for an event; only a broken program reaches this limit."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-# What the new process does before it becomes the program: it asks Linux to kill it when the tests end. It does not use
-# subprocess's preexec_fn, which is not safe while other threads run.
+# What the new process does before it becomes the program: it asks Linux to kill it when the tests
+# end. It does not use subprocess's preexec_fn, which is not safe while other threads run.
 START = f"""
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -46,7 +47,7 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 class Program:
-    """A program in a process group of its own. Its output goes to files, so that it never waits for a reader."""
+    """A program in a process group of its own. Its output goes to files, which never fill up."""
 
     def __init__(self, command, cwd, environment):
         self.command = [str(part) for part in command]
@@ -89,7 +90,7 @@ class Program:
             raise AssertionError(f"{self} still runs after {timeout} s") from None
 
     def wait_for(self, condition, what):
-        """Return what `condition` returns as soon as this is true; fail if the program ends before."""
+        """Return what `condition` returns when this is true; fail if the program ends before."""
         return wait_until(condition, what, program=self)
 
     def wait_for_output(self, text):
@@ -101,7 +102,7 @@ class Program:
         self._process.send_signal(number)
 
     def signal_group(self, number):
-        """Send a signal to the program and all processes that it started, as Ctrl-C in a terminal does."""
+        """Send a signal to the program and all its processes, as Ctrl-C in a terminal does."""
         os.killpg(self.pid, number)
 
     def children(self, command=""):
@@ -142,7 +143,7 @@ def wait_until(condition, what, timeout=PATIENCE, program=None):
 
 
 def children_of(pid, command=""):
-    """Return the ids of a process's children whose command line contains `command`, the oldest first."""
+    """Return the ids of a process's children whose command line contains `command`."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except FileNotFoundError:
@@ -157,7 +158,7 @@ def children_of(pid, command=""):
 
 @contextmanager
 def started(*command, cwd=None, **environment):
-    """Start a program, with one thread and this repository's code; at the end of the block it is killed.
+    """Start a program with one thread and this repository's code; kill it at the block's end.
 
     Args:
         command: the program and its arguments, such as ``sys.executable, "-m", "moco.train"``.
@@ -185,7 +186,7 @@ def start_program():
 
 
 def run_to_end(*command, cwd=None, timeout=PATIENCE, **environment):
-    """Start a program, wait for its end, and return its exit code and output as `subprocess.run` does."""
+    """Start a program and wait for its end; return what `subprocess.run` returns."""
     with started(*command, cwd=cwd, **environment) as program:
         code = program.wait(timeout)
         return subprocess.CompletedProcess(
@@ -239,9 +240,10 @@ _two_processes = None
 
 
 def call_on_two(work, *arguments):
-    """Call ``work(*arguments)`` in two processes whose environment is that of a training's two ranks.
+    """Call ``work(*arguments)`` in two processes with the environment of a training's two ranks.
 
-    Arguments have to be picklable. What `work` changes in modules it has to change back: the processes are used again.
+    Arguments have to be picklable. What `work` changes in modules it has to change back: the
+    processes are used again.
     """
     global _two_processes
     if _two_processes is None:

@@ -109,7 +109,8 @@ def is_finished(folder: Path, config: Mapping[str, Any], defaults: Mapping[str, 
 def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
     """Hold `folder` for this process alone inside the ``with`` block.
 
-    It writes the run's config, and keeps ``status.json``: running, and at the end how the run ended.
+    It writes the run's config, and keeps ``status.json``: running, and at the end how the run
+    ended.
 
     Raises:
         InputError: another process holds the folder.

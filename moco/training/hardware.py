@@ -94,8 +94,8 @@ def keep_freed_memory() -> None:
     """Let this process keep freed memory, where glibc would return large blocks to the kernel.
 
     Every step frees the feature maps and needs them again. On a CPU, the kernel's clearing of their
-    pages takes up to a quarter of the step, see docs/performance.md. The process then stays as large
-    as it once was. This does nothing on systems without glibc.
+    pages takes up to a quarter of the step, see docs/performance.md. The process then stays as
+    large as it once was. This does nothing on systems without glibc.
     """
     if sys.platform != "linux":
         return

@@ -28,8 +28,9 @@ Sizes beyond this limit run without compilation.
 class HardwareFit(pl.Callback):
     """Fits the encoders to the device before training, and logs in one line how they run.
 
-    A run that resumes elsewhere is fitted to what is there. Weights are fp32 whatever the precision,
-    so that a checkpoint serves both. A warning says if this is another way than the run began.
+    A run that resumes elsewhere is fitted to what is there. Weights are fp32 whatever the
+    precision, so that a checkpoint serves both. A warning says if this is another way than the run
+    began.
 
     Args:
         device: the device that computes.

@@ -80,7 +80,8 @@ def change_private_methods(trainer: pl.Trainer) -> None:
     # With several devices, Lightning asks rank 0 in every step whether SIGTERM has come, and waits
     # for the answer on the device. `Checkpoints` receives the signal instead of Lightning, and lets
     # the processes agree without a wait.
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    epoch_loop = trainer.fit_loop.epoch_loop
+    epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def buffers_switch() -> str:

@@ -7,6 +7,7 @@ statistics differ between devices. Everything is in float64.
 
 import copy
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from moco.methods.batch_norm import batch_norm_mode
 from moco.methods.momentum import update_key_encoder
 from tests.methods.test_family import composed, plain_encode, plain_info_nce, plain_update
-from tests.training.test_distributed import on_two
+from tests.processes import on_two
 
 SWIN = ["backbone=swin_v2_tiny_patch2", "backbone.stochastic_depth=0"]
 ADAMW = [
@@ -178,9 +179,14 @@ class Reference:
 
 
 def as_one_device(rank, cases):
+    # What is done in fp32 whatever the precision is done in float64 here.
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        compare_steps(rank, cases)
+
+
+def compare_steps(rank, cases):
     from moco.training.distributed.collectives import all_gather
 
-    torch.Tensor.float = torch.Tensor.double  # what is done in fp32 whatever the precision
     for name, overrides in cases:
         config = composed(name, "data.batch_size=8", "method.batch_norm=auto", *overrides)
         torch.manual_seed(0)

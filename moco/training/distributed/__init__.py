@@ -1,1 +1,1 @@
-"""Several processes that train together: what they exchange, and how they are started and watched."""
+"""Several processes that train together: what they exchange, who starts and watches them."""
