@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import math
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -24,6 +23,7 @@ from moco.training.hardware import choose_device, choose_memory_format, choose_p
 from moco.training.hardware_fit import HardwareFit
 from moco.training.trainer import build_trainer
 from tests.methods.test_moco import Losses
+from tests.processes import run_to_end
 
 CPU = torch.device("cpu")
 PLAIN = ["method.batch_norm=plain", "method.queue_start=random", "optimizer.lr=0.06"]
@@ -148,7 +148,7 @@ def test_channels_last_goes_through_both_encoders_and_changes_the_losses_by_roun
     assert strides(method.query_encoder) == strides(method.key_encoder) == {True}
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_split_batch_norm_has_the_same_groups_in_either_layout(symmetric, runner, double):
     losses = [Losses(), Losses()]
     split = [
@@ -373,6 +373,7 @@ def test_compiled_nets_have_the_same_losses_names_and_evaluation(settings, runne
     assert not torch._dynamo.utils.counters["frames"]  # evaluation compiles nothing
 
 
+@pytest.mark.slow
 def test_every_size_of_a_long_ramp_is_compiled(runner, monkeypatch):
     compile_module, seen = nn.Module.compile, []
 
@@ -451,10 +452,9 @@ def faults(num_mib):
 keep_freed_memory()
 print(faults(200), faults(200), faults(150))
 """
-    told = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    first, *others = map(int, told.stdout.split())
+    done = run_to_end(sys.executable, "-c", program)
+    assert done.returncode == 0, done.stderr
+    first, *others = map(int, done.stdout.split())
     assert first > 50
     assert max(others) < first / 10
 
@@ -480,12 +480,8 @@ class Compiled(nn.Module):
         ("cuda", True, {}, "yes, with CUDA graphs"),
         ("cuda", False, {}, "no"),
         ("cuda", None, {"cuda_graphs": False}, "yes"),
-        (
-            "cuda",
-            None,
-            {"accumulate": 2},
-            "yes",
-        ),  # a graph writes over the gradients of its last start
+        # A graph overwrites the gradients of its last start.
+        ("cuda", None, {"accumulate": 2}, "yes"),
         ("cuda", None, {"devices": 2}, "no"),
         ("cuda", True, {"devices": 2}, "yes"),
         ("cuda", None, {"layer": nn.Linear(2, 2)}, "no"),  # not measured, as is the next
