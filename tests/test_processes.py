@@ -12,7 +12,7 @@ from tests.processes import on_two, run_to_end, started, wait_until
 SLEEP = "import time; print('ready', flush=True); time.sleep(1000)"
 # A program that starts another one, says its process id, and waits.
 FAMILY = (
-    "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\n"
+    "import subprocess, time; child = subprocess.Popen(['sleep', '1000'])\n"
     "print('child', child.pid, flush=True); time.sleep(1000)"
 )
 # Tests that start a program, say its process id, and wait.
@@ -88,6 +88,7 @@ def fail_on_one(rank):
     assert rank == 0, "a failure"
 
 
+@pytest.mark.slow
 def test_two_processes_are_used_again_until_one_has_failed(tmp_path):
     on_two(say_process, tmp_path)
     on_two(say_process, tmp_path)

@@ -18,10 +18,13 @@ from moco.errors import RunError
 from moco.train import build_data, run
 from tests.methods.test_moco import Losses
 
-# The large eps keeps rounding errors of gradients near zero (a bias before BatchNorm) from becoming whole steps.
+# With the large eps, rounding errors of gradients near zero do not become whole steps.
 ADAMW = [
-    "optimizer=adamw", "optimizer.warmup_epochs=0", "optimizer.lr_for_batch_size=null", "optimizer.eps=1",
-]  # fmt: skip
+    "optimizer=adamw",
+    "optimizer.warmup_epochs=0",
+    "optimizer.lr_for_batch_size=null",
+    "optimizer.eps=1",
+]
 
 
 def bad_steps(figures, limit=10):
@@ -49,7 +52,7 @@ def poison(monkeypatch, config, *batches):
 
 
 def plain_run(method, config, num_batches, spoil=lambda number: 0.0):
-    """MoCo in a plain loop that takes a copy of everything before a step, and goes back to it if its loss is not finite.
+    """Train MoCo in a plain loop that undoes a step whose loss is not finite.
 
     Args:
         spoil: added to the loss of a batch.
@@ -123,7 +126,7 @@ def assert_equal_to_plain(method, expected):
 
 @pytest.fixture
 def of_four_steps(runner, monkeypatch):
-    # At a ReLU's kink rounding decides between two gradients; without kinks two orders of the same sums stay together.
+    # At a ReLU's kink, rounding decides between two gradients. A SiLU has no kink.
     monkeypatch.setattr(nn, "ReLU", nn.SiLU)
 
     def config(*overrides):
@@ -145,9 +148,15 @@ def of_four_steps(runner, monkeypatch):
 
 @pytest.mark.parametrize(
     ("variant", "bad"),
-    [([], [1]), ([], [0, 2]), (ADAMW, [0, 2]), (["trainer.accumulate_grad_batches=2"], [3]), (["method.queue_size=20"], [2])],
-    ids=["sgd", "sgd, from the first step", "adamw", "in the second of two batches", "a batch larger than the queue"],
-)  # fmt: skip
+    [
+        ([], [1]),
+        ([], [0, 2]),
+        (ADAMW, [0, 2]),
+        (["trainer.accumulate_grad_batches=2"], [3]),
+        (["method.queue_size=20"], [2]),
+    ],
+    ids=["sgd", "first step", "adamw", "second of two batches", "batch larger than the queue"],
+)
 def test_a_step_with_an_image_that_is_not_finite_is_as_if_it_had_not_been(
     variant, bad, of_four_steps, runner, monkeypatch
 ):
@@ -202,7 +211,7 @@ def test_a_run_without_bad_steps_is_not_changed_in_one_bit(runner):
 
 
 def test_with_fp16s_loss_scaling_the_same_steps_are_skipped_as_without_us(runner):
-    """PyTorch's own scaler leaves out a step that overflows; ours must come to the same and leave it its records."""
+    """PyTorch's own scaler skips a step that overflows; with ours the result is the same."""
 
     def half(*callbacks):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, backoff_factor=2.0**-4)
@@ -246,9 +255,14 @@ def decided_on_device(monkeypatch):
 
 @pytest.mark.parametrize(
     ("variant", "bad"),
-    [([], [0, 2]), (ADAMW, [0, 2]), (["trainer.accumulate_grad_batches=2"], [3]), (["method.batch_norm=split"], [1])],
-    ids=["sgd", "adamw", "in the second of two batches", "split batch norm"],
-)  # fmt: skip
+    [
+        ([], [0, 2]),
+        (ADAMW, [0, 2]),
+        (["trainer.accumulate_grad_batches=2"], [3]),
+        (["method.batch_norm=split"], [1]),
+    ],
+    ids=["sgd", "adamw", "second of two batches", "split batch norm"],
+)
 def test_a_step_skipped_on_the_device_leaves_the_same_behind_as_one_that_is_waited_for(
     variant, bad, of_four_steps, runner, monkeypatch
 ):
@@ -335,8 +349,11 @@ def test_too_many_in_a_row_end_the_run_with_step_loss_causes_and_checkpoint(runn
     for part in (
         f"not finite in 3 steps in a row, up to step {len(losses.values) + 1} (trainer.max_bad_steps=3)",
         f"the last finite loss was {finite[-1]:.4g}. ",
-        "optimizer.lr is too high", "bf16-mixed", "trainer.gradient_clip_val", "values in the data",
-    ):  # fmt: skip
+        "optimizer.lr is too high",
+        "bf16-mixed",
+        "trainer.gradient_clip_val",
+        "values in the data",
+    ):
         assert part in str(error.value)
     assert str(error.value).endswith("; the last good checkpoint is X")
 
@@ -368,9 +385,13 @@ def scalars(folder, tag):
 def test_a_resume_in_the_middle_of_a_streak_keeps_the_count(runner, monkeypatch, tmp_path, caplog):
     def config(max_steps, limit):
         return runner.config(
-            "data.batch_size=96", "optimizer.schedule=constant", f"trainer.max_steps={max_steps}",
-            f"trainer.max_bad_steps={limit}", "trainer.log_every_n_steps=1", "evaluation.every_n_epochs=100",
-        )  # fmt: skip
+            "data.batch_size=96",
+            "optimizer.schedule=constant",
+            f"trainer.max_steps={max_steps}",
+            f"trainer.max_bad_steps={limit}",
+            "trainer.log_every_n_steps=1",
+            "evaluation.every_n_epochs=100",
+        )
 
     poison(monkeypatch, config(9, 4), 1, 2, 3, 4)  # steps 2 to 5
     run(config(3, 4), tmp_path)

@@ -1,4 +1,4 @@
-"""A run that is killed without warning: the program that does it on a larger scale, with few kills."""
+"""Runs that are killed without warning end in the same bits after they are resumed."""
 
 import importlib.util
 import json

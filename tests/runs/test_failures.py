@@ -68,11 +68,17 @@ def run_out_of_memory():
     ("fail", "said"),
     [
         (end_with_signal, "a loader process was ended from outside, .* use fewer data.num_workers"),
-        (fill_shared_memory, "the loader processes have used up the shared memory; .*docker run --shm-size"),
-        (lose_the_disk, r"in a loader process, OSError: \[Errno 5\] Input/output error: '/data/x.png'"),
+        (
+            fill_shared_memory,
+            "the loader processes have used up the shared memory; .*docker run --shm-size",
+        ),
+        (
+            lose_the_disk,
+            r"in a loader process, OSError: \[Errno 5\] Input/output error: '/data/x.png'",
+        ),
         (run_out_of_memory, "the machine is out of memory; fewer data.num_workers"),
     ],
-)  # fmt: skip
+)
 def test_what_happens_to_a_loader_process_is_said_in_one_line(fail, said, tmp_path):
     loader = DataLoader(Failing(fail), 4, num_workers=1, multiprocessing_context="fork")
     with (

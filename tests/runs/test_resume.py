@@ -50,7 +50,7 @@ def one_step(run_of_one_step, tmp_path):
 
 
 def interrupt_at(step, monkeypatch):
-    """A SIGINT after that optimizer step; the run sees it at the end of the next one, or of the epoch."""
+    """Send SIGINT after that optimizer step. The run sees it after its next step, or epoch."""
     sent = []
 
     def on_train_batch_end(self, *_):
@@ -94,7 +94,7 @@ BY_STEPS = ["trainer.max_epochs=9", "trainer.max_steps=13"]
 def test_stopping_anywhere_changes_nothing(length, accumulate, small, tmp_path, monkeypatch):
     config = [*length, f"trainer.accumulate_grad_batches={accumulate}"]
     run(small(*config), tmp_path / "whole")
-    # In the middle, during an epoch's last step, in the middle again, and after an epoch's last step.
+    # In an epoch's middle, during its last step, in the middle again, and after a last step.
     for step, stopped in (
         (1, 2),
         (EPOCH - 1, EPOCH),
@@ -158,16 +158,28 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_not_written(small, one
 
 def test_predictor_every_queue_and_adamw_go_on_where_they_were(small, tmp_path):
     switches = [
-        "method.symmetric=true", "method.num_queues=2", "method.dense_weight=0.5", "method.predictor.num_layers=2",
-        "method.predictor.hidden_batch_norm=true", "optimizer=adamw", "optimizer.schedule=constant", "trainer.max_epochs=9",
+        "method.symmetric=true",
+        "method.num_queues=2",
+        "method.dense_weight=0.5",
+        "method.predictor.num_layers=2",
+        "method.predictor.hidden_batch_norm=true",
+        "optimizer=adamw",
+        "optimizer.schedule=constant",
+        "trainer.max_epochs=9",
         "data.batch_size=48",
-    ]  # fmt: skip
+    ]
     for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         run(small(*switches, f"trainer.max_steps={steps}"), tmp_path / folder)
     whole, parts = (last(tmp_path / name) for name in ("whole", "parts"))
     assert {name.split(".")[0] for name in whole["state_dict"]} == {
-        "query_encoder", "key_encoder", "predictor", "queue", "reverse_queue", "dense_queue", "reverse_dense_queue",
-    }  # fmt: skip
+        "query_encoder",
+        "key_encoder",
+        "predictor",
+        "queue",
+        "reverse_queue",
+        "dense_queue",
+        "reverse_dense_queue",
+    }
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, parts["state_dict"][name]), name
     for one, other in zip(

@@ -1,4 +1,4 @@
-"""What a run does as a job of SLURM, as far as that shows without one: names, signals, and how it is queued again."""
+"""A run as a job of SLURM, without a SLURM: names, signals, and how it is queued again."""
 
 import os
 import re
@@ -104,8 +104,8 @@ def test_torchrun_without_a_named_folder_ends_in_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert (
-        "under torchrun the run folder has to be named, the same for all processes: hydra.run.dir=PATH"
-        in done.stderr
+        "under torchrun the run folder has to be named, the same for all processes: "
+        "hydra.run.dir=PATH" in done.stderr
     )
 
 
@@ -357,7 +357,9 @@ def test_a_signal_in_the_first_moment_is_not_lost(start_job, tmp_path):
 
 def test_without_the_extra_the_launcher_says_what_to_install(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nsys.modules['hydra_plugins.hydra_submitit_launcher'] = None\nsys.modules['submitit'] = None\n"
+        "import sys\n"
+        "sys.modules['hydra_plugins.hydra_submitit_launcher'] = None\n"
+        "sys.modules['submitit'] = None\n"
     )
     command = ["-m", "hydra/launcher=slurm", "+experiment=quickstart", "seed=0,1"]
     done = run_program("moco.train", *command, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY}")

@@ -1,4 +1,4 @@
-"""Jobs of a real SLURM: a sweep and its table, and jobs that are preempted again and again and end in the same bits."""
+"""Jobs of a real SLURM: a sweep with its table, and preempted jobs that end in the same bits."""
 
 import csv
 import os
@@ -42,7 +42,7 @@ LONG = [
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """The SLURM that `local_slurm.sh` has started, whose jobs are ours, or any if MOCO_TEST_SLURM=required."""
+    """Use the SLURM of `local_slurm.sh`, or any one if MOCO_TEST_SLURM=required."""
     required = os.environ.get("MOCO_TEST_SLURM") == "required"
     is_there = (
         shutil.which("scontrol")
@@ -130,7 +130,7 @@ def submitted_job(cwd, program):
 
 @pytest.fixture(scope="module")
 def preempted(tmp_path_factory):
-    """One job by sbatch and an array of two by the launcher, of the same training; the first and the last are disturbed."""
+    """The same training by sbatch and twice by the launcher; one of the two is undisturbed."""
     cwd = tmp_path_factory.mktemp("preempted")
     with ExitStack() as stack, ThreadPoolExecutor() as threads:
         by_sbatch = threads.submit(submit_and_preempt, cwd)
@@ -233,9 +233,15 @@ def test_the_waiting_command_outlives_preemptions(preempted):
 
 def test_a_sweep_tells_of_every_job_and_its_table_shows_them(tmp_path):
     command = [
-        "-m", "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "+experiment=quickstart", "seed=0,1",
-        "method.temperature=0.1,-1", "trainer.max_steps=2", "evaluation.baselines=false",
-    ]  # fmt: skip
+        "-m",
+        "hydra/launcher=slurm",
+        "hydra.launcher.cpus_per_task=1",
+        "+experiment=quickstart",
+        "seed=0,1",
+        "method.temperature=0.1,-1",
+        "trainer.max_steps=2",
+        "evaluation.baselines=false",
+    ]
     done = run_program("moco.train", *command, cwd=tmp_path, **ENVIRONMENT)
     assert done.returncode == 2
     assert re.fullmatch(
@@ -249,13 +255,20 @@ def test_a_sweep_tells_of_every_job_and_its_table_shows_them(tmp_path):
     table = run_program("moco.sweep", str(sweep), "--csv", "table.csv", cwd=tmp_path, **ENVIRONMENT)
     assert table.returncode == 0, table.stderr
     assert [line.split()[:3] for line in table.stdout.splitlines()] == [
-        ["seed", "method.temperature", "state"], ["0", "0.1", "finished"], ["0", "-1", "failed"],
-        ["1", "0.1", "finished"], ["1", "-1", "failed"], ["mean", "of", "2"],
-    ]  # fmt: skip
+        ["seed", "method.temperature", "state"],
+        ["0", "0.1", "finished"],
+        ["0", "-1", "failed"],
+        ["1", "0.1", "finished"],
+        ["1", "-1", "failed"],
+        ["mean", "of", "2"],
+    ]
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert [(row["state"], row["exit_code"], row["step"]) for row in rows] == [
-        ("finished", "0", "2"), ("failed", "2", ""), ("finished", "0", "2"), ("failed", "2", ""),
-    ]  # fmt: skip
+        ("finished", "0", "2"),
+        ("failed", "2", ""),
+        ("finished", "0", "2"),
+        ("failed", "2", ""),
+    ]
     assert all(0.5 < float(row["knn/top1"]) <= 1 for row in rows if row["state"] == "finished")
     before = last(sweep / "method.temperature-0.1__seed-0")
     again = run_program("moco.train", *command, cwd=tmp_path, **ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""Two processes that train together: what they exchange, and that they end where one would have."""
+"""Two processes that train together: their messages, and that they end where one does."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def refuse(rank):
 
 
 def normalise_keys(rank):
-    """A batch normalisation of keys sees the other rank's images, and every key comes back to its own place."""
+    """BatchNorm of keys sees the other rank's images; each key comes back to its place."""
     torch.manual_seed(7)
     everything = torch.randn(16, 3, 4, 4, dtype=torch.float64)
     own = everything[8 * rank : 8 * rank + 8]
@@ -173,7 +173,7 @@ def test_on_one_process_collectives_are_the_identity_and_shuffling_is_undone():
 
 
 def test_collectives_get_contiguous_tensors(monkeypatch):
-    """NCCL refuses others. Cells of a Swin's or ViT's map keep their strides when their rows are picked."""
+    """NCCL refuses others. Rows picked from a Swin's feature map keep its strides."""
     asked = []
 
     def checked(*tensors, **options):
@@ -194,7 +194,7 @@ def test_collectives_get_contiguous_tensors(monkeypatch):
 
 
 def global_batches(world_size, resume_from=None):
-    """The images of each global batch of 12 of an epoch, in rank order; after 3 of them the position is taken."""
+    """Return each global batch of an epoch in rank order, and the loader's state after three."""
     batches, state = [], None
     loaders = []
     for rank in range(world_size):

@@ -94,10 +94,14 @@ def test_this_cpu_reports_what_is_asked_for():
 @pytest.mark.parametrize(
     ("backbone", "expected"),
     [
-        ("resnet18", "channels_last"), ("resnet50", "channels_last"), ("resnet_tiny", "channels_last"),
-        ("swin_v2_t", "contiguous"), ("swin_t", "contiguous"), ("vit_small", "contiguous"),
+        ("resnet18", "channels_last"),
+        ("resnet50", "channels_last"),
+        ("resnet_tiny", "channels_last"),
+        ("swin_v2_t", "contiguous"),
+        ("swin_t", "contiguous"),
+        ("vit_small", "contiguous"),
     ],
-)  # fmt: skip
+)
 def test_nets_of_convolutions_are_channels_last_and_others_are_left_as_they_are(backbone, expected):
     with torch.device("meta"):
         net = build_backbone(backbone)
@@ -128,7 +132,7 @@ class Maps(pl.Callback):
 
 @pytest.fixture
 def double(monkeypatch):
-    """Everything in float64, where another order of sums cannot grow into another result within a few steps."""
+    """Compute in float64, where another order of sums changes nothing within a few steps."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr("moco.training.trainer.choose_precision", lambda *_: "64-true")
 
@@ -223,8 +227,10 @@ def test_a_resume_where_the_hardware_decides_otherwise_goes_on_and_says_so(
     )
     resumed, straight = state("resumed"), state("straight")
     assert resumed["callbacks"]["HardwareFit"] == {
-        "precision": "32-true", "memory_format": "contiguous", "compiled": "no",
-    }  # fmt: skip
+        "precision": "32-true",
+        "memory_format": "contiguous",
+        "compiled": "no",
+    }
     for name, parameter in runner.method(config(6)).named_parameters():
         if name.startswith("query_encoder") and parameter.ndim == 4:
             theirs, ours = straight["state_dict"][name], resumed["state_dict"][name]
@@ -243,7 +249,7 @@ def test_bf16_trains_on_a_cpu_with_the_loss_and_statistics_in_fp32(runner):
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device: reading a number, and shapes that depend on numbers."""
+    """Counts what makes the host wait for a device: numbers read, shapes that depend on them."""
 
     WAITING = (
         "_local_scalar_dense",

@@ -1,8 +1,9 @@
 """Training steps on two gloo processes against one process that plays both devices in plain loops.
 
-The reference knows nothing of `moco.training.distributed.collectives`: it takes the two halves of each batch one after the other, shuffles
-keys by hand, and averages the gradients of both. It keeps a copy of the encoders for each device, since BatchNorm's running
-statistics differ between devices. Everything is in float64.
+The reference does not use `moco.training.distributed.collectives`. It takes the two halves of each
+batch one after the other, shuffles keys by hand, and averages the gradients of both. It keeps a copy
+of the encoders for each device, because BatchNorm's running statistics differ between devices.
+Everything is in float64.
 """
 
 import copy
@@ -33,9 +34,10 @@ LARS = [
 ]
 HEADS = ["method.projector.hidden_dim=32", "method.predictor.hidden_dim=32"]
 NO_NORM = [
-    f"method.{head}.{setting}=false" for head in ("projector", "predictor")
+    f"method.{head}.{setting}=false"
+    for head in ("projector", "predictor")
     for setting in ("hidden_batch_norm", "last_batch_norm")
-]  # fmt: skip
+]
 NORM = [
     "method.projector.num_layers=2",
     "method.projector.hidden_dim=32",
