@@ -9,7 +9,7 @@ import torch
 from moco.train import run
 from tests.processes import started
 
-EPOCH = 5  # steps of 240 of the 1,437 digits
+EPOCH = 5  # optimizer steps, of 240 of the 1,437 digits
 SETTINGS = [
     "method.queue_size=500",
     "data.batch_size=240",
@@ -66,13 +66,13 @@ def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(
     assert code == 128 + number, errors
     assert errors.startswith("interrupted: in epoch ")
     assert "saved " in errors
-    epochs = last(tmp_path / "parts")["global_step"] // 3 + 2  # two more than the program had
+    epochs = last(tmp_path / "parts")["global_step"] // EPOCH + 2  # the program had two fewer
     length = f"trainer.max_epochs={epochs}"
     config = runner.config(*SETTINGS, *arguments, length)
     run(config, tmp_path / "parts")
     run(config, tmp_path / "whole")
     ends = [last(tmp_path / "whole"), last(tmp_path / "parts")]
-    assert ends[0]["global_step"] == ends[1]["global_step"] == 3 * epochs
+    assert ends[0]["global_step"] == ends[1]["global_step"] == EPOCH * epochs
     for name, value in ends[0]["state_dict"].items():
         assert torch.equal(value, ends[1]["state_dict"][name]), name
     states = [end["optimizer_states"][0]["state"] for end in ends]
