@@ -111,6 +111,8 @@ class Program:
 
     def end(self):
         """Kill the whole group and wait until the program is gone."""
+        if self._files[0].closed:
+            return  # this was called before
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
