@@ -31,6 +31,8 @@ import pytest
 
 PATIENCE = 300.0
 """Seconds that a test waits for an event; only a broken program reaches this limit."""
+PATIENCE_FOR_WORK = 1800.0
+"""The same for a whole training in two processes."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # What the new process does before it becomes the program: it asks Linux to kill it when the tests
@@ -220,9 +222,9 @@ class TwoProcesses:
             connection.send((str(rendezvous), work, arguments))
         waiting = list(self.connections)
         while waiting:
-            ready = multiprocessing.connection.wait(waiting, timeout=PATIENCE)
+            ready = multiprocessing.connection.wait(waiting, timeout=PATIENCE_FOR_WORK)
             if not ready:
-                return f"{work} has not ended after {PATIENCE} s"
+                return f"{work} has not ended after {PATIENCE_FOR_WORK} s"
             for connection in ready:
                 waiting.remove(connection)
                 failure = _received(connection)
