@@ -18,6 +18,7 @@ import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,8 +219,14 @@ class TwoProcesses:
         from moco.training.distributed.collectives import new_rendezvous
 
         rendezvous = new_rendezvous()
+        try:
+            return self._run(work, arguments, str(rendezvous))
+        finally:
+            shutil.rmtree(rendezvous.parent)
+
+    def _run(self, work, arguments, rendezvous):
         for connection in self.connections:
-            connection.send((str(rendezvous), work, arguments))
+            connection.send((rendezvous, work, arguments))
         waiting = list(self.connections)
         while waiting:
             ready = multiprocessing.connection.wait(waiting, timeout=PATIENCE_FOR_WORK)
