@@ -36,7 +36,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.evaluation import embedding
     from moco.evaluation.feature_parts import remove_parts, taken
     from moco.evaluation.subject import build_source_of
-    from moco.runs.faults import failures_without_training_named
+    from moco.runs.failures import failures_without_training_named
     from moco.runs.interrupts import ending_at_once
     from moco.runs.run_folder import claimed
     from moco.training.hardware import choose_device

@@ -33,8 +33,9 @@ def run(config: EvaluateConfig, folder: Path) -> None:
 
     from moco.cli.progress import print_table
     from moco.evaluation.measurements import measure
-    from moco.runs.faults import failures_without_training_named
-    from moco.runs.run_folder import claimed, write_atomically, write_json
+    from moco.runs.atomic_files import write_atomically, write_json
+    from moco.runs.failures import failures_without_training_named
+    from moco.runs.run_folder import claimed
 
     check_settings(config)
     output = Path(config.output) if config.output else folder / "metrics.json"

@@ -66,9 +66,10 @@ def run(config: SegmentConfig, folder: Path) -> None:
     import pytorch_lightning as pl
     from rich.console import Console
 
-    from moco.runs.faults import failures_named
+    from moco.runs.atomic_files import write_json
+    from moco.runs.failures import failures_named
     from moco.runs.interrupts import StopRequest
-    from moco.runs.run_folder import claimed, find_checkpoint, is_finished, write_json
+    from moco.runs.run_folder import claimed, find_checkpoint, is_finished
     from moco.runs.slurm import stop_signals
 
     pl.seed_everything(config.seed, verbose=False)
@@ -274,7 +275,7 @@ def build_segmenter(
 def check_resumable(path: Path, segmenter: "Segmenter") -> None:
     """Raises InputError if the checkpoint holds other tensors than this run has; it names the settings."""
     from moco.runs.checkpoint_files import read_checkpoint
-    from moco.runs.run_folder import differences
+    from moco.runs.config_changes import differences
 
     there, here = (
         {key: hparams.get(key) for key in ("backbone", "decoder", "num_classes", "freeze_backbone")}
@@ -308,11 +309,11 @@ def build_trainer(
     stop: Any,
 ) -> "pl.Trainer":
     """Lightning's Trainer with the callbacks of segmentation; `figures` is what they report into."""
+    from moco.callbacks.bad_steps import BadSteps
     from moco.callbacks.checkpoints import Checkpoints
     from moco.callbacks.segmentation_monitor import SegmentationMonitor
     from moco.callbacks.training_monitor import LossMonitor
     from moco.cli.progress import ProgressBar
-    from moco.runs.faults import BadSteps
     from moco.runs.run_folder import last_good
     from moco.training import trainer
     from moco.training.logger import RunDescription

@@ -17,7 +17,7 @@ def main() -> None:
     )
     given = parser.parse_args()
 
-    from moco.runs.run_folder import write_atomically
+    from moco.runs.atomic_files import write_atomically
 
     try:
         jobs = find_jobs(given.folder)

@@ -36,8 +36,8 @@ def run(config: TrainConfig, folder: Path) -> None:
 
     from moco.cli.pretraining import train, train_in_new_process
     from moco.runs.interrupts import StopRequest
-    from moco.runs.run_folder import is_finished, last_good, write_ending
-    from moco.runs.run_status import state_now
+    from moco.runs.run_folder import is_finished, last_good
+    from moco.runs.run_status import state_now, write_ending
     from moco.runs.slurm import stop_signals
     from moco.training.distributed.collectives import environment_of
     from moco.training.distributed.processes import run_on_devices, starts_its_own

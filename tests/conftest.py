@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from pathlib import Path
 
@@ -6,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests.processes import run_to_end, start_program  # noqa: F401  (a fixture)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -74,19 +75,9 @@ def photographs(tmp_path, generator):
     return root
 
 
-def run_program(module, *arguments, cwd, timeout=120, **environment):
-    """A program of ours in its own process, as a user starts it."""
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+def run_program(module, *arguments, cwd, **environment):
+    """Run a program of ours in its own process, as a user starts it."""
+    return run_to_end(sys.executable, "-m", module, *arguments, cwd=cwd, **environment)
 
 
 class Runner:

@@ -13,8 +13,9 @@ from moco.cli import sweep_table
 from moco.cli.launch import launch
 from moco.cli.sweep_table import Job, as_csv, as_text, find_jobs
 from moco.errors import InputError, Interrupted, RunError
+from moco.runs.atomic_files import write_json
 from moco.runs.folder_lock import is_locked
-from moco.runs.run_folder import claimed, is_finished, write_json
+from moco.runs.run_folder import claimed, is_finished
 from moco.runs.run_status import LOCK, read_status, state_now
 from tests.conftest import REPOSITORY, run_program
 

@@ -11,16 +11,9 @@ import torch
 
 from moco.callbacks.running_trainer import is_end
 from moco.errors import Interrupted, RunError
+from moco.runs.atomic_files import link_atomically, write_atomically, write_json
 from moco.runs.interrupts import StopRequest
-from moco.runs.run_folder import (
-    BEST_CHECKPOINT,
-    LAST_CHECKPOINT,
-    as_override,
-    last_good,
-    link_atomically,
-    write_atomically,
-    write_json,
-)
+from moco.runs.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, as_override, last_good
 from moco.training.distributed.collectives import Agreement, gather_objects, largest
 from moco.training.random_states import random_states, seed_generators, set_random_states
 from moco.training.stopwatches import CHECKPOINTS, epoch_time

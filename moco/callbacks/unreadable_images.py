@@ -7,7 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from moco.runs.run_folder import write_atomically
+from moco.runs.atomic_files import write_atomically
 from moco.training.distributed.collectives import gather_objects
 
 UNREADABLE = "unreadable_images.jsonl"

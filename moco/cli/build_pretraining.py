@@ -178,6 +178,7 @@ def build_callbacks(
 
     Args: as in `build_trainer`.
     """
+    from moco.callbacks.bad_steps import BadSteps
     from moco.callbacks.checkpoints import Checkpoints
     from moco.callbacks.collapse_watch import CollapseWatch
     from moco.callbacks.dense_monitor import DenseMonitor
@@ -189,7 +190,6 @@ def build_callbacks(
     from moco.callbacks.unreadable_images import UnreadableList
     from moco.callbacks.view_pairs import ViewPairPlot
     from moco.cli.progress import ProgressBar
-    from moco.runs.faults import BadSteps
     from moco.runs.run_folder import last_good
     from moco.training.logger import RunDescription
 

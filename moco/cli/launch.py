@@ -26,7 +26,8 @@ from moco.cli.run_names import register_resolvers
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.errors import InputError, Interrupted
 from moco.runs.interrupts import REQUEUEING, listen_early
-from moco.runs.run_folder import CONFIG, write_ending
+from moco.runs.run_folder import CONFIG
+from moco.runs.run_status import write_ending
 from moco.runs.slurm import is_first_task, requeue, stop_signals
 
 T = TypeVar("T")

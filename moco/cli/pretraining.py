@@ -51,8 +51,9 @@ def train(
     from rich.console import Console
 
     from moco.cli.closing_tables import print_pretraining
-    from moco.runs.faults import failures_named
-    from moco.runs.run_folder import BACKBONE_FILE, find_checkpoint, write_json
+    from moco.runs.atomic_files import write_json
+    from moco.runs.failures import failures_named
+    from moco.runs.run_folder import BACKBONE_FILE, find_checkpoint
     from moco.training.distributed import collectives
     from moco.training.hardware import choose_device
     from moco.weights.backbone_files import write_backbone_file

@@ -77,7 +77,7 @@ def check_resumable(path: Path, checkpoint: dict[str, Any], plain: dict[str, Any
     Raises:
         InputError: the checkpoint holds other tensors than the run; names the settings.
     """
-    from moco.runs.run_folder import completed, differences
+    from moco.runs.config_changes import completed, differences
 
     of_checkpoint = tensor_settings(completed(checkpoint["config"], DEFAULTS))
     of_run = tensor_settings(plain)

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from moco.errors import InputError
 from moco.runs import slurm
-from moco.runs.run_folder import FREE_KEYS
+from moco.runs.config_changes import FREE_KEYS
 
 # Longest name in characters. File systems allow 255 bytes, but longer names make tables unreadable.
 MAX_NAME_LENGTH = 100

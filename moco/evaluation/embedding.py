@@ -20,8 +20,8 @@ from moco.errors import InputError, RunError, printable
 from moco.evaluation.feature_files import write_index, write_npz
 from moco.evaluation.feature_parts import FeatureParts
 from moco.evaluation.indexes import empty_index
+from moco.runs.atomic_files import write_atomically
 from moco.runs.interrupts import ENDING, held_back
-from moco.runs.run_folder import write_atomically
 
 log = logging.getLogger(__name__)
 

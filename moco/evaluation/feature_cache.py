@@ -17,7 +17,8 @@ import numpy as np
 
 from moco.data.files.archives import DAMAGED
 from moco.data.sources.source import ArrayImages, FileImages, Labelled
-from moco.runs.run_folder import CONFIG, write_atomically
+from moco.runs.atomic_files import write_atomically
+from moco.runs.run_folder import CONFIG
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from moco.errors import InputError
+from moco.runs.atomic_files import remove_half_written, write_atomically
+from moco.runs.config_changes import flattened
 from moco.runs.folder_lock import locked
-from moco.runs.run_folder import flattened, remove_half_written, write_atomically
 
 STATE = "state.json"
 LOCK = ".lock"

@@ -29,7 +29,7 @@ from moco.evaluation.linear_measurement import (
     warn_of_unknown,
 )
 from moco.evaluation.subject import Findings, Subject, check_finite
-from moco.runs.run_folder import write_atomically
+from moco.runs.atomic_files import write_atomically
 
 log = logging.getLogger(__name__)
 

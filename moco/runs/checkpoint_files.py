@@ -18,12 +18,8 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
 from moco.errors import InputError
-from moco.runs.run_folder import (
-    LAST_CHECKPOINT,
-    PREVIOUS_CHECKPOINT,
-    link_atomically,
-    write_atomically,
-)
+from moco.runs.atomic_files import link_atomically, write_atomically
+from moco.runs.run_folder import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
 
 log = logging.getLogger(__name__)
 

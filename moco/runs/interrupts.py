@@ -1,4 +1,7 @@
-"""Ctrl-C, termination, a scheduler's signal: noticed at once, acted on between two steps, where a checkpoint is exact."""
+"""Ctrl-C, termination and a scheduler's signal: noticed at once, obeyed after the current step.
+
+Between two steps a checkpoint is exact, so that the run can resume to the same bits.
+"""
 
 import logging
 import signal
@@ -12,25 +15,28 @@ from moco.errors import Interrupted
 log = logging.getLogger(__name__)
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
-"""Whoever sends one of these wants the run to end; what happens then is up to him."""
+"""Signals that ask the run to end. Whoever sends them decides what happens next."""
 REQUEUEING = (signal.SIGUSR1, signal.SIGUSR2)
-"""With one of these a scheduler says that the job's time is nearly up, and that it is to be queued again."""
-
+"""Signals of a scheduler: the job's time is nearly up, and the job is to be queued again."""
 
 BEFORE_TRAINING = "before training began; nothing to save"
 came_early: list[int] = []
-"""Scheduler's signals before any `StopRequest`. What they raise may be caught: many imports are tried and given up."""
+"""Scheduler's signals that came before any `StopRequest`.
+
+They are kept because the exception may get lost: libraries catch all errors of an import.
+"""
 
 
 class StopRequest:
-    """Inside a ``with`` block the first of some signals sets `signal_number`, which ends the run after its step.
+    """Inside the ``with`` block the first signal sets `signal_number`; the run ends after its step.
 
-    A second SIGINT or SIGTERM raises `Interrupted` at once. A scheduler's signal never does: it comes before SIGTERM, or
-    with it, and the checkpoint that it asked for is to be finished. What fails on the way to the end after a scheduler's
-    signal leaves the block as `Interrupted` too, so that the job is queued again from its last good checkpoint.
+    A second SIGINT or SIGTERM raises `Interrupted` at once. A scheduler's signal never does that:
+    SIGTERM follows it, and the checkpoint that it asked for has to be finished. If something fails
+    after a scheduler's signal, the block raises `Interrupted` too, so that the job is queued again
+    and continues from its last good checkpoint.
 
     Args:
-        signals: of `ENDING` and `REQUEUEING`.
+        signals: some of `ENDING` and `REQUEUEING`.
     """
 
     def __init__(self, signals: Sequence[int] = ENDING) -> None:
@@ -47,21 +53,32 @@ class StopRequest:
         return self.signal_number in REQUEUEING
 
     def request(self, number: int) -> None:
-        """Stop as if the signal had come; may be called from any thread. A scheduler's signal is kept before others."""
-        if not self.wants_requeue and (self.signal_number is None or number in REQUEUEING):
+        """Stop as if the signal had come; any thread may call this.
+
+        A scheduler's signal replaces another one, and is not replaced.
+        """
+        if self.wants_requeue:
+            return
+        if self.signal_number is None or number in REQUEUEING:
             self.signal_number = number
 
     def __enter__(self) -> "StopRequest":
-        self._before: dict[int, Any] = {number: signal.getsignal(number) for number in self.signals}
+        self._before: dict[int, Any] = {}
+        for number in self.signals:
+            self._before[number] = signal.getsignal(number)
         self.listen()
-        # Whoever started this process may have blocked the signals until it can take them.
+        # The process that started this one may have blocked the signals until now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
         for number in came_early:
             self.request(number)
         return self
 
     def listen(self) -> None:
-        """Take the signals, also from Lightning, which takes SIGTERM when training starts and then ends in mid-step."""
+        """Install the handlers.
+
+        To be called again when training starts: Lightning then installs its own handler of SIGTERM,
+        which would end the run in the middle of a step.
+        """
         for number in self.signals:
             signal.signal(number, self._receive)
 
@@ -72,38 +89,38 @@ class StopRequest:
         trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
-            is_late = (
-                error is None and number in REQUEUEING
-            )  # the run is done: nothing to queue again
-            signal.signal(number, signal.SIG_IGN if is_late else handler)
-        if self.wants_requeue and isinstance(error, Exception):
-            assert self.signal_number is not None
-            if not isinstance(error, Interrupted):
-                raise Interrupted(
-                    self.signal_number, f"and the run failed while it was stopping: {error}"
-                ) from error
+            if error is None and number in REQUEUEING:
+                handler = signal.SIG_IGN  # the run is finished: nothing is to be queued again
+            signal.signal(number, handler)
+        if self.signal_number is None or not self.wants_requeue:
+            return
+        if isinstance(error, Interrupted):
             error.signal_number = self.signal_number
+        elif isinstance(error, Exception):
+            message = f"and the run failed while it was stopping: {error}"
+            raise Interrupted(self.signal_number, message) from error
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        advice = ""
         if number in ENDING:
             if self._is_ending:
                 # Not KeyboardInterrupt: Lightning would turn that into exit code 1.
                 raise Interrupted(number, "at once, without a checkpoint of this step")
             self._is_ending = True
+            advice = "; once more to stop without a checkpoint"
         elif self.wants_requeue:
             return
         self.request(number)
-        once_more = "; once more to stop without a checkpoint" if number in ENDING else ""
-        log.warning("%s: stopping after this step%s", signal.Signals(number).name, once_more)
+        log.warning("%s: stopping after this step%s", signal.Signals(number).name, advice)
 
 
 def listen_early(signals: Iterable[int]) -> None:
-    """From now on a scheduler's signal raises `Interrupted` at once, unless somebody takes it already.
+    """Let a scheduler's signal raise `Interrupted` from now on, unless it has a handler already.
 
-    Its default is to kill the process, and there is nothing to save before the first step.
+    By default such a signal kills the process. Before the first step there is nothing to save.
 
     Args:
-        signals: only these; others that an earlier call has taken are given back.
+        signals: only these; handlers of others that an earlier call installed are removed.
     """
     for number in REQUEUEING:
         handler = signal.getsignal(number)
@@ -117,14 +134,17 @@ def listen_early(signals: Iterable[int]) -> None:
 
 
 def _receive_early(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)  # once is enough
+    signal.signal(number, signal.SIG_IGN)  # one is enough
     came_early.append(number)
     raise Interrupted(number, BEFORE_TRAINING)
 
 
 @contextmanager
 def held_back(signals: Iterable[int]) -> Iterator[None]:
-    """Inside, the signals wait; in a process that is started inside, until a `StopRequest` of its own lets them in."""
+    """Block the signals inside the ``with`` block.
+
+    A process that is started inside keeps them blocked until its own `StopRequest` begins.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set(signals))
     try:
         yield

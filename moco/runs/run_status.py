@@ -1,23 +1,35 @@
-"""What has become of a run, seen from outside its process: from ``status.json`` and the lock of its folder."""
+"""What a run does or how it ended: ``status.json``, which it writes and other processes read."""
 
 import json
+import logging
+import os
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from moco.errors import InputError, Interrupted
+from moco.runs.atomic_files import write_json
 from moco.runs.folder_lock import is_locked
+from moco.runs.slurm import job_id
+
+log = logging.getLogger(__name__)
 
 STATUS = Path("status.json")
 LOCK = Path(".hydra", "lock")
 SILENCE_MINUTES = 60
-"""A run on another host that has changed no file of its folder for so long is taken for dead, where SLURM cannot say."""
+"""A run on another host counts as crashed if no file of its folder has changed for this long.
+
+This is used only where neither the lock nor SLURM can tell.
+"""
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """What the run last said, or None if it has said nothing yet."""
+    """Return what the run wrote last, or None if it has written nothing yet."""
     try:
         status = json.loads((folder / STATUS).read_text())
     except (FileNotFoundError, ValueError):
@@ -25,33 +37,85 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     return status if isinstance(status, dict) else None
 
 
-def state_now(folder: Path, queue: Mapping[str, str] | None = None) -> str:
-    """The state of a run: what it last said, or crashed, queued or not started, which it cannot say.
+def write_status(folder: Path, state: str, message: str = "", exit_code: int | None = None) -> None:
+    """Write what the run of this process does.
 
     Args:
-        queue: of `slurm_queue`.
+        folder: the run folder.
+        state: running, finished, interrupted, requeued or failed.
+        message: the line that its user saw.
+        exit_code: of the process, once it is known.
+    """
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    before = read_status(folder) or {}
+    status = {
+        "state": state,
+        "message": " ".join(message.split()),
+        "exit_code": exit_code,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "slurm_job_id": job_id(),
+        "started": before.get("started", now),
+        "changed": now,
+    }
+    write_json(folder / STATUS, status)
+
+
+def write_ending(folder: Path, error: BaseException, state: str | None = None) -> None:
+    """Write what ended the run of this process.
+
+    Args:
+        folder: the run folder.
+        error: what ended the run.
+        state: None means interrupted or failed, depending on the error.
+    """
+    if isinstance(error, Interrupted):
+        usual_state, code = "interrupted", 128 + error.signal_number
+    elif isinstance(error, KeyboardInterrupt):
+        usual_state, code = "interrupted", 128 + signal.SIGINT
+    elif isinstance(error, InputError):
+        usual_state, code = "failed", 2
+    else:
+        usual_state, code = "failed", 1
+    message = str(error) or type(error).__name__
+    try:
+        write_status(folder, state or usual_state, message, code)
+    except OSError as failure:
+        # A full disk may be what ended the run, and the user has to see that error, not this one.
+        log.warning("cannot write %s: %s", folder / STATUS, failure)
+
+
+def state_now(folder: Path, queue: Mapping[str, str] | None = None) -> str:
+    """Return the state of a run: its own word, or crashed, queued or not started.
+
+    Args:
+        folder: the run folder.
+        queue: the answer of `slurm_queue`.
     """
     status = read_status(folder)
     if status is None:
         return "not started"
-    if (queue or {}).get(str(status.get("slurm_job_id"))) == "PENDING" and status.get(
-        "state"
-    ) != "finished":
+    state = str(status.get("state"))
+    state_in_queue = (queue or {}).get(str(status.get("slurm_job_id")))
+    if state_in_queue == "PENDING" and state != "finished":
         return "queued"
-    if status.get("state") == "running":
-        return "running" if is_alive(folder, status, queue) else "crashed"
-    return str(status.get("state"))
+    if state == "running" and not is_alive(folder, status, queue):
+        return "crashed"
+    return state
 
 
 def is_alive(folder: Path, status: Mapping[str, Any], queue: Mapping[str, str] | None) -> bool:
-    """Whether the process that said running is still there.
+    """Return whether the process that wrote "running" still runs.
 
-    Its lock shows it on this host, and on others where the file system passes locks on. Else SLURM knows, and without
-    SLURM the folder's newest file has to do.
+    The lock of its folder shows it on this host, and on others if the file system passes locks on.
+    Otherwise SLURM knows. Without SLURM, the folder's newest file decides.
     """
     has_lock = is_locked(folder / LOCK)
-    if has_lock or (has_lock is False and status.get("host") == socket.gethostname()):
-        return has_lock
+    if has_lock:
+        return True
+    is_from_here = status.get("host") == socket.gethostname()
+    if has_lock is False and is_from_here:
+        return False
     if queue is not None and status.get("slurm_job_id"):
         return status["slurm_job_id"] in queue
     newest = max(path.stat().st_mtime for path in folder.iterdir())
@@ -59,15 +123,14 @@ def is_alive(folder: Path, status: Mapping[str, Any], queue: Mapping[str, str] |
 
 
 def slurm_queue() -> dict[str, str] | None:
-    """State of every job that SLURM knows, by its id; None where SLURM cannot be asked."""
+    """Return the state of every job in SLURM's queue by its id; None if SLURM does not answer."""
+    command = ["squeue", "--noheader", "--array", "--format=%i %T"]
     try:
-        lines = subprocess.run(
-            ["squeue", "--noheader", "--array", "--format=%i %T"],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        ).stdout.splitlines()
+        answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return None
-    return dict(line.split() for line in lines)
+    states = {}
+    for line in answer.stdout.splitlines():
+        job, state = line.split()
+        states[job] = state
+    return states

@@ -1,4 +1,4 @@
-"""A run as a job of SLURM: what the job is called, which signal ends it, and how it is queued again."""
+"""A run as a job of SLURM: the job's name, the signal that ends it, and how it is queued again."""
 
 import os
 import signal
@@ -9,99 +9,102 @@ from moco.runs.interrupts import ENDING
 
 
 def job_id() -> str | None:
-    """The name that `scontrol` and `squeue` know this job by, ``<array job>_<task>`` in an array; None outside SLURM."""
+    """Return the id that `scontrol` and `squeue` use for this job; None outside SLURM.
+
+    In a job array it is ``<id of the array>_<task>``.
+    """
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
 
 
 def run_name() -> str | None:
-    """A name for the run that a requeued job, and all tasks of an ``srun``, find again.
+    """Return a name for the run that a requeued job and all tasks of an ``srun`` find again.
 
-    None outside SLURM and in an interactive shell of an allocation, where one job holds many runs that nobody requeues.
+    None outside SLURM, and in an interactive shell of an allocation: there one job holds many runs,
+    and nobody requeues it.
     """
     name = job_id()
-    if name is None or os.environ.get("ENVIRONMENT") == "BATCH":
-        return name and f"slurm-{name}"
-    if "SLURM_STEP_ID" in os.environ and "SLURM_PTY_PORT" not in os.environ:
+    if name is None:
+        return None
+    if os.environ.get("ENVIRONMENT") == "BATCH":
+        return f"slurm-{name}"
+    is_step = "SLURM_STEP_ID" in os.environ
+    is_shell = "SLURM_PTY_PORT" in os.environ
+    if is_step and not is_shell:
         return f"slurm-{name}.{os.environ['SLURM_STEP_ID']}"
     return None
 
 
 def under_submitit() -> bool:
-    """Whether submitit has started this process, on a node of the cluster."""
+    """Return whether submitit has started this process on a node of the cluster."""
     return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
 
 
 def submitits_signal() -> str:
-    """Name of the signal that submitit has SLURM send."""
+    """Return the name of the signal that SLURM sends for submitit, such as ``USR2``."""
     return os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")
 
 
 def is_first_task() -> bool:
-    """Whether this is the task that speaks for the job; true outside SLURM."""
+    """Return whether this task speaks for the whole job; true outside SLURM."""
     return int(os.environ.get("SLURM_PROCID", "0")) == 0
 
 
 def tasks_per_node(num_nodes: int, devices: int) -> int:
-    """Tasks of a job of `hydra/launcher=slurm`: on one node the training starts its own processes, on several it cannot."""
+    """Return how many tasks `hydra/launcher=slurm` asks for on each node.
+
+    On one node, one task starts a process per device. On several nodes SLURM has to start them.
+    """
     return 1 if num_nodes == 1 else devices
 
 
 def stop_signals(setting: str | None) -> tuple[int, ...]:
-    """The signals that end a run in an orderly way.
+    """Return the signals that end a run after its step.
 
     Args:
-        setting: ``slurm.signal``. auto: the one that submitit or ``scripts/slurm/train.sbatch`` has SLURM send.
+        setting: ``slurm.signal``. With ``auto`` it is the signal that submitit or
+            ``scripts/slurm/train.sbatch`` tells SLURM to send.
     """
     if setting == "auto":
-        in_job = "USR1" if job_id() else None
-        setting = submitits_signal() if under_submitit() else in_job
-    return ENDING if setting is None else (*ENDING, signal.Signals[f"SIG{setting}"])
+        if under_submitit():
+            setting = submitits_signal()
+        elif job_id():
+            setting = "USR1"
+        else:
+            setting = None
+    if setting is None:
+        return ENDING
+    return (*ENDING, signal.Signals[f"SIG{setting}"])
 
 
 def requeue(interrupted: Interrupted) -> None:
-    """Have SLURM queue this job again, after its scheduler's signal; the job's other tasks do nothing.
-
-    Under submitit its own handler does it: it writes the job's pickle again and counts time-outs. SLURM sends SIGTERM as
-    soon as it has agreed, to us and to the scontrol that we wait for. From here on both ignore it: this process has nothing
-    left to do but to say how it ended.
+    """Queue this job again after its scheduler's signal. The job's other tasks do nothing.
 
     Raises:
-        Interrupted: SLURM or submitit refuses; it says why.
+        Interrupted: SLURM or submitit refuses; the message says why.
     """
     if not is_first_task():
         return
-    number_there = (
-        signal.Signals[f"SIG{submitits_signal()}"]
-        if under_submitit()
-        else interrupted.signal_number
-    )
-    handler = signal.getsignal(number_there)
-    for number in (
-        *ENDING,
-        interrupted.signal_number,
-    ):  # blocking them would be for this thread alone
-        signal.signal(number, signal.SIG_IGN)
+    submitits_number = signal.Signals[f"SIG{submitits_signal()}"]
+    submitits_handler = signal.getsignal(submitits_number)
+    # SLURM sends SIGTERM as soon as it has agreed, to this process and to the scontrol for which
+    # it waits. Both ignore it: only the run's ending is left to write. A blocked signal would not
+    # do, because the mask is one thread's own.
+    for ignored in (*ENDING, interrupted.signal_number):
+        signal.signal(ignored, signal.SIG_IGN)
     try:
-        if under_submitit() and callable(handler):
-            handler(number_there, None)
+        if under_submitit() and callable(submitits_handler):
+            # It writes the job's pickle again, counts time-outs, and requeues the job.
+            submitits_handler(submitits_number, None)
         else:
-            subprocess.run(
-                ["scontrol", "requeue", str(job_id())],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
+            command = ["scontrol", "requeue", str(job_id())]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     except SystemExit:
-        pass  # how submitit's handler ends when all went well
+        pass  # submitit's handler ends the process when it has requeued the job
     except Exception as error:
-        said = (
-            error.stderr.strip()
-            if isinstance(error, subprocess.CalledProcessError) and error.stderr
-            else str(error)
-        )
-        raise Interrupted(
-            interrupted.signal_number, f"{interrupted}; not queued again: {said}"
-        ) from error
+        reason = str(error)
+        if isinstance(error, subprocess.CalledProcessError) and error.stderr:
+            reason = error.stderr.strip()
+        message = f"{interrupted}; not queued again: {reason}"
+        raise Interrupted(interrupted.signal_number, message) from error

@@ -1,37 +1,41 @@
-"""Which device computes, in what precision and layout: decided by what there is, never by timing."""
+"""Choose device, precision and memory layout by what the hardware reports, not by timing."""
 
 import ctypes
 import sys
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from moco.errors import InputError
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""Of ``malloc.h``."""
+TRIM_THRESHOLD = -1  # from malloc.h
+MMAP_THRESHOLD = -3
+LARGEST_THRESHOLD = 2**31 - 1  # bytes
+NEVER = -1
 
 
 def choose_device(accelerator: str, num_devices: int = 1) -> torch.device:
     """Return the device that ``auto``, ``cpu``, ``gpu`` or ``cuda`` stands for here.
 
-    Apple's GPUs (``mps``) are never chosen: they have no float64, in which views are drawn and Swin V2's position biases are
-    computed.
+    Apple's GPUs (``mps``) are never chosen: they have no float64, in which views are drawn and Swin
+    V2's position biases are computed.
 
     Args:
-        num_devices: devices of this machine that the run wants.
+        accelerator: the setting.
+        num_devices: devices of this machine that the run needs.
 
     Raises:
-        InputError: a GPU was asked for and there is none, or there are fewer than the run wants.
+        InputError: a GPU was asked for and there is none, or there are too few.
     """
     if accelerator == "mps":
         raise InputError(
-            "accelerator=mps: Apple's GPUs are not supported, since they have no float64; accelerator=cpu works"
+            "accelerator=mps: Apple's GPUs are not supported, since they have no float64; "
+            "accelerator=cpu works"
         )
-    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+    has_cuda = torch.cuda.is_available()
+    if accelerator == "cpu" or (accelerator == "auto" and not has_cuda):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if not has_cuda:
         raise InputError(
             f"accelerator={accelerator}: no CUDA device can be used here; auto takes what there is"
         )
@@ -43,46 +47,59 @@ def choose_device(accelerator: str, num_devices: int = 1) -> torch.device:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """Lightning's name of a precision; ``auto`` is bf16-mixed on a device that is faster in bf16, else 32-true."""
+    """Return Lightning's name of a precision.
+
+    ``auto`` is bf16-mixed on a device that is faster in bf16, otherwise 32-true.
+    """
     if precision != "auto":
         return precision
     return "bf16-mixed" if is_faster_in_bf16(device) else "32-true"
 
 
 def is_faster_in_bf16(device: torch.device) -> bool:
-    """Whether the device reports instructions that multiply more numbers in bf16 than in fp32 at once.
+    """Return whether the device multiplies more numbers at once in bf16 than in fp32.
 
-    Of CPUs these are Intel's with AMX, AMD's with AVX-512 in bf16 and ARM's with bf16. Intel's AVX-512 in bf16 is no such
-    instruction: a Xeon that has it without AMX takes 1.9 times as long for a matrix product as in fp32, and 1.5 times as
-    long for a step of a ResNet-18.
+    CPUs that do are Intel's with AMX, AMD's with AVX-512 in bf16, and ARM's with bf16. Intel's
+    AVX-512 in bf16 does not count: on a Xeon that has it without AMX, a matrix product takes 1.9
+    times as long as in fp32, and a step of a ResNet-18 1.5 times as long.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     reported = torch.cpu.get_capabilities()
-    is_amd = reported.get("sse4a", False)  # which no other maker has
-    return any(
-        reported.get(name, False)
-        for name in ("amx_bf16", "bf16", *(["avx512_bf16"] if is_amd else []))
-    )
+    if reported.get("amx_bf16") or reported.get("bf16"):
+        return True
+    is_amd = reported.get("sse4a", False)  # no other maker has this instruction
+    return bool(is_amd and reported.get("avx512_bf16"))
 
 
 def choose_memory_format(memory_format: str, module: nn.Module) -> str:
-    """``channels_last`` or ``contiguous``; ``auto`` is channels_last if most of the trained weights are convolutions'."""
+    """Return ``channels_last`` or ``contiguous``.
+
+    ``auto`` is channels_last if most of the trained weights belong to convolutions.
+    """
     if memory_format != "auto":
         return memory_format
-    convolutions = (layer.weight for layer in module.modules() if isinstance(layer, _ConvNd))
-    in_convolutions = sum(weight.numel() for weight in convolutions if weight.requires_grad)
-    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    trained = 0
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+    in_convolutions = 0
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.weight.requires_grad:
+            in_convolutions += layer.weight.numel()
     return "channels_last" if 2 * in_convolutions > trained else "contiguous"
 
 
 def keep_freed_memory() -> None:
-    """Let this process use freed memory again, where glibc would give large blocks back to the kernel.
+    """Let this process keep freed memory, where glibc would return large blocks to the kernel.
 
-    The maps of a net are freed and needed again in every step, and on a CPU the kernel's work of clearing their pages takes
-    up to a quarter of it, see docs/performance.md. The process then stays as large as it once was. Does nothing elsewhere.
+    Every step frees the feature maps and needs them again. On a CPU, the kernel's clearing of their
+    pages takes up to a quarter of the step, see docs/performance.md. The process then stays as
+    large as it once was. This does nothing on systems without glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, 2**31 - 1)
-        mallopt(TRIM_THRESHOLD, -1)  # never
+        mallopt(MMAP_THRESHOLD, LARGEST_THRESHOLD)
+        mallopt(TRIM_THRESHOLD, NEVER)

@@ -1,4 +1,4 @@
-"""The nets of a training as the device takes them best."""
+"""Fit the encoders of a training to the device that computes."""
 
 import logging
 import warnings
@@ -12,29 +12,35 @@ from moco.training.hardware import choose_memory_format, keep_freed_memory
 log = logging.getLogger(__name__)
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-KEYS = {
+SETTINGS = {
     "precision": "trainer.precision",
     "memory_format": "trainer.memory_format",
     "compiled": "trainer.compile",
 }
 WITH_GRAPHS = "yes, with CUDA graphs"
-SIZES_AT_MOST = 64
-"""That are compiled: each size of views counts twice, for queries and for keys. What comes after runs as it is."""
+MOST_SIZES = 64
+"""The number of compiled variants. Each image size needs two, for queries and for keys.
+
+Sizes beyond this limit run without compilation.
+"""
 
 
 class HardwareFit(pl.Callback):
-    """Before training, fits the nets to the device that computes, and says in one line how they run.
+    """Fits the encoders to the device before training, and logs in one line how they run.
 
-    A run that goes on from its checkpoint elsewhere is fitted to what is there: weights are fp32 whatever the precision, so
-    that the checkpoint serves both. It warns when that is another way than the run began.
+    A run that resumes elsewhere is fitted to what is there. Weights are fp32 whatever the
+    precision, so that a checkpoint serves both. A warning says if this is another way than the run
+    began.
 
     Args:
-        device: that computes.
-        precision: of `choose_precision`.
+        device: the device that computes.
+        precision: the answer of `choose_precision`.
         memory_format: see `choose_memory_format`.
-        compile: let the module compile its encoders, by its method ``compile_encoders``. None: on one GPU, if the module
-            says that it ``has_one_view_per_encoder`` and most of its weights are convolutions'.
-        cuda_graphs: of compiled encoders on one GPU. None: where ``compile=None`` compiles.
+        compile: let the module compile its encoders, by its method ``compile_encoders``. None: on
+            one GPU, if the module says ``has_one_view_per_encoder`` and most of its weights belong
+            to convolutions.
+        cuda_graphs: use CUDA graphs for compiled encoders on one GPU. None: where
+            ``compile=None`` compiles.
     """
 
     def __init__(
@@ -58,11 +64,16 @@ class HardwareFit(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.began = state_dict
         for name, value in self.way.items():
-            if state_dict.get(name, value) != value:
+            before = state_dict.get(name, value)
+            if before != value:
                 log.warning(
-                    "%s: the run began with '%s' and goes on with '%s', by this hardware or these settings; the same "
-                    "images, but no longer the same to the last bit", KEYS[name], state_dict[name], value,
-                )  # fmt: skip
+                    "%s: the run began with '%s' and goes on with '%s', because of this hardware "
+                    "or these settings; the images are the same, but the results are no longer "
+                    "equal to the last bit",
+                    SETTINGS[name],
+                    before,
+                    value,
+                )
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.device.type == "cpu":
@@ -70,72 +81,77 @@ class HardwareFit(pl.Callback):
         memory_format = choose_memory_format(self.memory_format, pl_module)
         pl_module.to(memory_format=FORMATS[memory_format])
         self.way["memory_format"] = memory_format
+
         is_one_gpu = self.device.type == "cuda" and trainer.world_size == 1
-        is_of_convolutions = choose_memory_format("auto", pl_module) == "channels_last"
-        is_default = (
-            is_one_gpu
-            and is_of_convolutions
-            and getattr(pl_module, "has_one_view_per_encoder", False)
-        )
-        compile, graphs = (
-            is_default if given is None else given for given in (self.compile, self.cuda_graphs)
-        )
-        obstacle = obstacle_to_compiling(self.device) if compile else None
+        has_one_view = getattr(pl_module, "has_one_view_per_encoder", False)
+        is_convolutional = choose_memory_format("auto", pl_module) == "channels_last"
+        is_measured_to_gain = is_one_gpu and has_one_view and is_convolutional
+        compile = is_measured_to_gain if self.compile is None else self.compile
+        graphs = is_measured_to_gain if self.cuda_graphs is None else self.cuda_graphs
+        # The next start of a graph overwrites what it wrote before, so that gradients that several
+        # passes add up would be lost.
+        graphs = graphs and is_one_gpu and trainer.accumulate_grad_batches == 1
+
+        remark = ""
         self.way["compiled"] = "no"
-        if compile and obstacle is None:
-            # What a graph wrote is written over by its next start: gradients that several passes add up would be lost.
-            graphs &= is_one_gpu and trainer.accumulate_grad_batches == 1
-            self.way["compiled"] = WITH_GRAPHS if graphs else "yes"
-            torch.compiler.reset()  # an earlier training in this process counts as well
-            torch._dynamo.config.recompile_limit = SIZES_AT_MOST
-            # The tracer looks at the gradient of all that it is given, the projector's input among it.
-            warnings.filterwarnings(
-                "ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning
-            )
-            pl_module.compile_encoders(compiler_options(self.device, graphs))  # type: ignore[operator]
+        if compile:
+            obstacle = obstacle_to_compiling(self.device)
+            if obstacle is None:
+                self.way["compiled"] = WITH_GRAPHS if graphs else "yes"
+                remark = ", which takes a while at the first steps"
+                self.compile_encoders(pl_module, compiler_options(self.device, graphs))
+            else:
+                remark = f", {obstacle}"
         if self.cuda_graphs and self.way["compiled"] != WITH_GRAPHS:
             log.warning(
-                "trainer.cuda_graphs=true has no effect: it takes compiled encoders, one GPU, and no "
-                "trainer.accumulate_grad_batches above 1"
+                "trainer.cuda_graphs=true has no effect: it needs compiled encoders, one GPU, and "
+                "trainer.accumulate_grad_batches=1"
             )
-        where = (
-            torch.cuda.get_device_name()
-            if self.device.type == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads"
-        )
-        more = (
-            f", {obstacle}"
-            if obstacle
-            else ", which takes a while at the first steps"
-            if compile
-            else ""
-        )
-        log.info("device: %s; %s%s", where, described(self.way), more)
+        log.info("device: %s; %s%s", described_device(self.device), described(self.way), remark)
+
+    def compile_encoders(self, pl_module: pl.LightningModule, options: dict[str, Any]) -> None:
+        """Have the module compile its encoders, with settings that they need."""
+        torch.compiler.reset()  # what an earlier training in this process compiled counts as well
+        torch.compiler.config.recompile_limit = MOST_SIZES
+        # The tracer looks at the gradient of every input, also of the projector's.
+        warning = "The .grad attribute of a Tensor that is not a leaf"
+        warnings.filterwarnings("ignore", warning, UserWarning)
+        pl_module.compile_encoders(options)  # type: ignore[operator]
 
 
 def described(way: dict[str, str]) -> str:
     return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in way.items())
 
 
+def described_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
 def compiler_options(device: torch.device, cuda_graphs: bool) -> dict[str, Any]:
-    """Of torch.compile's own compiler, those that are not as it has them."""
+    """Return the options of torch.compile that differ from its defaults."""
     if device.type != "cuda":
         return {}
-    # Of reductions in two orders it makes one kernel, and fails at the groups of split BatchNorm (torch 2.11).
-    without = {"triton.mix_order_reduction": False}
-    known = torch._inductor.list_options()
-    return {"triton.cudagraphs": cuda_graphs} | {
-        name: value for name, value in without.items() if name in known
+    return {
+        "triton.cudagraphs": cuda_graphs,
+        # It merges reductions over two axes into one kernel, and fails at the groups of split
+        # BatchNorm (torch 2.11).
+        "triton.mix_order_reduction": False,
     }
 
 
 def obstacle_to_compiling(device: torch.device) -> str | None:
-    """Why torch.compile does not work here, in a few words, by compiling next to nothing; None if it does."""
+    """Return why torch.compile does not work here, in a few words; None if it works.
+
+    It compiles a very small function to find out.
+    """
+    options = compiler_options(device, cuda_graphs=False)
     try:
-        torch.compile(torch.neg, dynamic=False)(torch.ones(2, device=device))
-    except (
-        Exception
-    ) as error:  # of many kinds: no compiler, a Python that it does not know, an old GPU
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        return f"torch.compile fails ({said[0]})"
+        compiled = torch.compile(torch.neg, dynamic=False, options=options)
+        compiled(torch.ones(2, device=device))
+    except Exception as error:
+        # The kinds are many: no C++ compiler, an unknown Python or option, an old GPU.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"torch.compile fails ({lines[0]})"
     return None

@@ -23,83 +23,107 @@ def build_optimizer(
     trust_clip: bool = False,
     **_: Any,
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` over the parameters of `module` that are trained; the schedule's fields are not its business.
+    """Return the optimizer `name` for the trained parameters of `module`.
 
-    SGD and AdamW are `fused`; timm's LARS takes a step parameter by parameter.
+    SGD and AdamW take a step in one fused kernel; timm's LARS takes it parameter by parameter.
 
-    ``lars`` is LARS (arXiv 1708.03888) by timm. With eta the trust coefficient, b the weight decay and the ratio
-    r = eta * |w| / (|g| + b |w|), a layer of weights w and gradient g takes the step lr * r * (g + b w), or with
-    `trust_clip` (LARC) min(lr, r) * (g + b w). What weight decay spares takes plain steps lr * g.
-    Differs from the paper: momentum adds steps up before they are multiplied by lr, as in PyTorch's SGD. MoCo v3's official
-    code does so too; it has |g + b w| in the denominator.
-    Where g is exactly zero, timm takes the ratio 1: weight decay alone, lr * b * w. MoCo v3's code
-    has the ratio eta / b there and takes lr * eta * w, a thousand times as much with its numbers.
-    With weight decay 0 both leave the layer as it is.
+    ``lars`` is LARS (arXiv 1708.03888) by timm. With eta the trust coefficient, b the weight decay
+    and the ratio r = eta * |w| / (|g| + b |w|), a layer with weights w and gradient g takes the
+    step lr * r * (g + b w), or with `trust_clip` (LARC) min(lr, r) * (g + b w). Parameters without
+    weight decay take plain steps lr * g.
+
+    Differs from the paper: momentum adds up steps before they are multiplied by lr, as in PyTorch's
+    SGD. MoCo v3's official code does so too; it has |g + b w| in the denominator.
+
+    Where g is exactly zero, timm uses the ratio 1, so that only weight decay acts: lr * b * w. MoCo
+    v3's code has the ratio eta / b there and takes lr * eta * w, which is a thousand times as much
+    with its numbers. With weight decay 0 both leave the layer as it is.
 
     Args:
-        decay_all: see `without_decay`; LARS spares norms and biases in any case.
+        module: the module.
+        name: sgd, adamw or lars.
+        lr: the learning rate.
+        weight_decay: of the parameters that are not excluded.
+        decay_all: see `without_decay`; LARS always excludes norms and biases.
+        sgd_momentum: of SGD and LARS.
+        beta1: of AdamW.
+        beta2: of AdamW.
+        eps: of AdamW.
+        trust_coefficient: of LARS.
+        trust_clip: of LARS.
+        _: the fields of the schedule, which are not used here.
     """
-    spared = without_decay(module, decay_all and name != "lars")
+    excluded = without_decay(module, decay_all and name != "lars")
     decayed_group: dict[str, Any] = {"params": []}
-    spared_group: dict[str, Any] = {"params": [], "weight_decay": 0.0}
+    excluded_group: dict[str, Any] = {"params": [], "weight_decay": 0.0}
     for path, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            (spared_group if path in spared else decayed_group)["params"].append(parameter)
-    groups = [group for group in (decayed_group, spared_group) if group["params"]]
+        if not parameter.requires_grad:
+            continue
+        if path in excluded:
+            excluded_group["params"].append(parameter)
+        else:
+            decayed_group["params"].append(parameter)
+    groups = [group for group in (decayed_group, excluded_group) if group["params"]]
     if name == "adamw":
+        betas = (beta1, beta2)
         return fused(
-            torch.optim.AdamW,
-            groups,
-            lr=lr,
-            betas=(beta1, beta2),
-            eps=eps,
-            weight_decay=weight_decay,
+            torch.optim.AdamW, groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
         )
     if name == "lars":
         from timm.optim.lars import Lars  # an optional extra
 
-        decayed_group["always_adapt"] = True  # timm's default adapts nothing once weight decay is 0
-        momentum, eta = sgd_momentum, trust_coefficient
+        decayed_group["always_adapt"] = True  # timm's default adapts nothing when weight decay is 0
         return Lars(
-            groups, lr, momentum, weight_decay=weight_decay, trust_coeff=eta, trust_clip=trust_clip
+            groups,
+            lr,
+            sgd_momentum,
+            weight_decay=weight_decay,
+            trust_coeff=trust_coefficient,
+            trust_clip=trust_clip,
         )
     assert name == "sgd", name  # the schema has no other
     optimizer = fused(
         torch.optim.SGD, groups, lr=lr, momentum=sgd_momentum, weight_decay=weight_decay
     )
     if sgd_momentum:
-        # From the gradient alone, as PyTorch begins, is from zero. PyTorch's own buffers of the first step are not written
-        # to before it, and what is in them would be taken for momentum if that step is left out on the device.
-        for parameter in (parameter for group in groups for parameter in group["params"]):
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        # PyTorch would make these buffers in the first step. If that step is skipped on the device,
+        # it leaves them uninitialised, and the next step takes their content for momentum. Zeros
+        # give the same first step as PyTorch's.
+        for group in groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def fused(
     kind: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]], **settings: Any
 ) -> Any:
-    """PyTorch's optimizer `kind` that takes its step in one kernel, on CPUs as on GPUs.
+    """Return PyTorch's optimizer `kind` that takes its step in one kernel, on CPUs and GPUs.
 
-    Its state in a checkpoint is that of any other: it takes those of optimizers that were not fused, and of weights that lay
-    in memory in another order.
+    It loads the state of an optimizer that was not fused, and of weights that had another memory
+    format.
     """
     optimizer = kind(groups, fused=True, **settings)
-    # It says that the step divides gradients by a loss scale, for which Lightning would refuse to clip them in mixed
-    # precision. Ours come to the step as they are.
+    # A fused optimizer says that its step divides gradients by the loss scale. Lightning then
+    # refuses to clip gradients in mixed precision. Ours are divided before. There is no public
+    # setting; a test clips in mixed precision.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     optimizer.register_load_state_dict_pre_hook(kept_fused)
-    optimizer.register_load_state_dict_post_hook(as_the_weights_lie)
+    optimizer.register_load_state_dict_post_hook(match_memory_format)
     return optimizer
 
 
 def kept_fused(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state whose groups say that they are fused, whatever those of its run were."""
+    """Return the state with all groups fused, also if those of its run were not."""
     groups = [group | {"fused": True, "foreach": None} for group in state_dict["param_groups"]]
     return state_dict | {"param_groups": groups}
 
 
-def as_the_weights_lie(optimizer: torch.optim.Optimizer) -> None:
-    """Bring what a state holds for each weight into the weight's memory format: the kernels read both as they lie."""
+def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
+    """Bring the loaded state of each weight into the weight's memory format.
+
+    The fused kernels read both in the order in which they lie in memory.
+    """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -107,42 +131,49 @@ def as_the_weights_lie(optimizer: torch.optim.Optimizer) -> None:
 
 
 def without_decay(module: nn.Module, decay_all: bool = False) -> set[str]:
-    """Names of the parameters that weight decay is not for.
+    """Return the names of the parameters that get no weight decay.
 
-    Those of at most one dimension (norms, biases), and those whose name inside a submodule contains one of that submodule's
-    ``no_weight_decay_keywords``.
+    These are parameters of at most one dimension (norms, biases), and those whose name inside a
+    submodule contains one of that submodule's ``no_weight_decay_keywords``.
 
     Args:
-        decay_all: decay norms and biases too, as the official MoCo code does, but for those of submodules with such
-            keywords, which know better.
+        module: the module.
+        decay_all: decay norms and biases too, as the official MoCo code does, except in submodules
+            with such keywords.
     """
-    spared = {
-        path
-        for path, parameter in module.named_parameters()
-        if parameter.ndim <= 1 and not decay_all
-    }
+    excluded = set()
+    if not decay_all:
+        for path, parameter in module.named_parameters():
+            if parameter.ndim <= 1:
+                excluded.add(path)
     for prefix, layer in module.named_modules():
         keywords = getattr(layer, "no_weight_decay_keywords", None)
-        if keywords is not None:
-            spared |= {
-                f"{prefix}.{path}".lstrip(".")
-                for path, parameter in layer.named_parameters()
-                if parameter.ndim <= 1 or any(keyword in path for keyword in keywords)
-            }
-    return spared
+        if keywords is None:
+            continue
+        for path, parameter in layer.named_parameters():
+            has_keyword = any(keyword in path for keyword in keywords)
+            if parameter.ndim <= 1 or has_keyword:
+                excluded.add(f"{prefix}.{path}".lstrip("."))
+    return excluded
 
 
 def scaled_to_batch(optimizer: dict[str, Any], batch_size: int) -> dict[str, Any]:
-    """The fields of ``OptimizerConfig`` with its learning rates for `batch_size` images per optimizer step.
+    """Return the fields of ``OptimizerConfig`` with the learning rates for a batch size.
 
-    They grow in proportion to the batch (arXiv 1706.02677) from what they are at ``lr_for_batch_size``; if that is None,
-    they stay.
+    Learning rates grow in proportion to the batch (arXiv 1706.02677), starting from their values at
+    ``lr_for_batch_size``. If that is None, they stay.
+
+    Args:
+        optimizer: the fields.
+        batch_size: images per optimizer step.
     """
     if optimizer["lr_for_batch_size"] is None:
         return optimizer
     scale = batch_size / optimizer["lr_for_batch_size"]
-    rates = {name: optimizer[name] * scale for name in ("lr", "warmup_start_lr", "final_lr")}
-    return optimizer | rates | {"lr_for_batch_size": None}
+    scaled = optimizer | {"lr_for_batch_size": None}
+    for name in ("lr", "warmup_start_lr", "final_lr"):
+        scaled[name] = optimizer[name] * scale
+    return scaled
 
 
 def learning_rate_at(
@@ -161,25 +192,26 @@ def learning_rate_at(
     final_lr: float = 0,
     **_: Any,
 ) -> float:
-    """The learning rate of optimizer step `step` of `num_steps`, counted from 0.
+    """Return the learning rate of optimizer step `step` of `num_steps`, counted from 0.
 
     After a linear warm-up from `warmup_start_lr` over `warmup_epochs`:
     ``constant`` is `lr`; ``step`` multiplies it by `step_factor` at each of `milestones` (epochs);
-    ``cosine`` is final_lr + (lr - final_lr) * (1 + cos(pi * t)) / 2, where t runs from 0 at the end of the warm-up to 1
-    after the last step.
-    With `schedule_interval` ``epoch`` the schedule sees whole epochs only, plus `schedule_offset_epochs`.
+    ``cosine`` is final_lr + (lr - final_lr) * (1 + cos(pi * t)) / 2, where t runs from 0 at the end
+    of the warm-up to 1 after the last step.
+    With `schedule_interval` ``epoch`` the schedule sees whole epochs only, plus
+    `schedule_offset_epochs`.
     """
     warmup_steps = warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         return warmup_start_lr + (lr - warmup_start_lr) * step / warmup_steps
+    if schedule == "constant":
+        return lr
     position = float(step)
     if schedule_interval == "epoch":
         position = (step // steps_per_epoch + schedule_offset_epochs) * steps_per_epoch
-    if schedule == "constant":
-        return lr
     if schedule == "step":
-        return lr * step_factor ** sum(
-            position >= milestone * steps_per_epoch for milestone in milestones
-        )
+        num_passed = sum(position >= milestone * steps_per_epoch for milestone in milestones)
+        return lr * step_factor**num_passed
     progress = (position - warmup_steps) / max(num_steps - warmup_steps, 1)
-    return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
+    progress = min(max(progress, 0.0), 1.0)
+    return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * progress)) / 2

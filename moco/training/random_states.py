@@ -1,4 +1,4 @@
-"""The state of every global random generator, to be put back when a run goes on."""
+"""The states of all global random generators, which a resumed run puts back."""
 
 import hashlib
 import random
@@ -9,33 +9,35 @@ import torch
 
 
 def seed_generators(*numbers: int) -> None:
-    """Seed every global generator from these numbers; others give unrelated draws."""
-    seed = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "little")
+    """Seed every global generator from these numbers; other numbers give unrelated draws."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
+    seed = int.from_bytes(digest, "little")
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
 
 
 def random_states() -> dict[str, Any]:
-    """The state of every global generator, as plain data and tensors."""
+    """Return the states of all global generators, as plain data and tensors."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    keys_tensor = torch.from_numpy(np.asarray(keys).astype(np.int64))
     version, words, gauss = random.getstate()
+    cuda_states = []
+    if torch.cuda.is_available():
+        cuda_states = torch.cuda.get_rng_state_all()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [
-            name,
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            position,
-            has_gauss,
-            cached,
-        ],
+        "cuda": cuda_states,
+        "numpy": [name, keys_tensor, position, has_gauss, cached],
         "python": [version, list(words), gauss],
     }
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Undo of `random_states`; CUDA's only on as many devices as there were."""
+    """Put back what `random_states` returned.
+
+    The CUDA states are skipped if this machine has another number of GPUs.
+    """
     torch.set_rng_state(states["torch"])
     if len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

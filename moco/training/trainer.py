@@ -1,4 +1,4 @@
-"""Lightning's Trainer as every program that trains uses it."""
+"""Lightning's Trainer, as every program that trains uses it."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,9 @@ from moco.training.distributed.collectives import world_size
 from moco.training.hardware import choose_device, choose_precision
 from moco.training.hardware_fit import HardwareFit
 from moco.training.logger import RunLogger
-from moco.training.unprofiled import Unprofiled
 
 OURS = ("compile", "cuda_graphs", "max_bad_steps", "memory_format", "timeout_minutes")
-"""Fields of ``TrainerConfig`` that Lightning's Trainer does not know."""
+"""Fields of ``TrainerConfig`` that Lightning's Trainer does not have."""
 
 
 def build_trainer(
@@ -29,7 +28,7 @@ def build_trainer(
     environment: ClusterEnvironment | None = None,
     purge_step: int | None = None,
 ) -> pl.Trainer:
-    """Lightning's Trainer with our checkpoints and logger, in the process group that is there.
+    """Return Lightning's Trainer with our checkpoints and logger, in the current process group.
 
     Args:
         settings: the fields of ``TrainerConfig``.
@@ -41,55 +40,70 @@ def build_trainer(
     device = choose_device(settings["accelerator"], settings["devices"])
     precision = choose_precision(settings["precision"], device)
     fit = HardwareFit(
-        device, precision, settings["memory_format"], settings["compile"], settings["cuda_graphs"]
+        device,
+        precision,
+        settings["memory_format"],
+        settings["compile"],
+        settings["cuda_graphs"],
     )
-    settings = {name: value for name, value in settings.items() if name not in OURS}
-    settings |= {
-        "precision": precision,
-        "accelerator": device.type,
-    }  # Lightning's own auto would take an Apple GPU
-    settings["benchmark"] &= not settings["deterministic"]  # cuDNN's trials choose by timing
+    options = {name: value for name, value in settings.items() if name not in OURS}
+    options["precision"] = precision
+    options["accelerator"] = device.type  # Lightning's own "auto" would take an Apple GPU
+    if options["deterministic"]:
+        options["benchmark"] = False  # cuDNN's benchmark chooses kernels by timing
     if world_size() > 1:
-        options: dict[str, Any] = {buffers_switch(): False, "gradient_as_bucket_view": True}
-        settings["strategy"] = DDPStrategy(**options)
+        ddp_options: dict[str, Any] = {buffers_switch(): False, "gradient_as_bucket_view": True}
+        options["strategy"] = DDPStrategy(**ddp_options)
     trainer = pl.Trainer(
-        **settings,
+        **options,
         callbacks=[fit, *callbacks],
         logger=RunLogger(folder, purge_step),
-        profiler=Unprofiled(),
         plugins=[AtomicCheckpointIO(), environment or LightningEnvironment()],
         default_root_dir=folder,
-        use_distributed_sampler=False,  # EpochSampler shares the images out itself
+        use_distributed_sampler=False,  # EpochSampler gives each process its share
         num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    # With max_steps Lightning takes an epoch that had ended before a resume for unfinished, and its data shift.
-    trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
-    # Over several devices Lightning asks rank 0 in every step, and waits for the devices, whether SIGTERM has come. It never
-    # hears of it: `Checkpoints` takes the signal, and has the processes agree without a wait.
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    change_private_methods(trainer)
     return trainer
 
 
-def buffers_switch() -> str:
-    """The name of DistributedDataParallel's switch that sends rank 0's buffers to the others in every step.
+def change_private_methods(trainer: pl.Trainer) -> None:
+    """Replace two methods of Lightning for which there is no public setting.
 
-    We need it off: queue and pointer are equal everywhere by construction, and running statistics matter only where they
-    are measured or saved.
+    tests/training/test_trainer.py fails if Lightning renames them.
     """
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    return (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # its older name
+    # With max_steps, Lightning takes an epoch that ended before a resume for unfinished. It then
+    # starts that epoch again, and all later epochs see other images than a straight run.
+    trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+    # With several devices, Lightning asks rank 0 in every step whether SIGTERM has come, and waits
+    # for the answer on the device. `Checkpoints` receives the signal instead of Lightning, and lets
+    # the processes agree without a wait.
+    epoch_loop = trainer.fit_loop.epoch_loop
+    epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def buffers_switch() -> str:
+    """Return the name of DistributedDataParallel's argument that broadcasts buffers in every step.
+
+    It has to be off: the queue is equal everywhere by construction, and running statistics matter
+    only where they are measured or saved.
+    """
+    arguments = inspect.signature(DistributedDataParallel.__init__).parameters
+    if "forward_sync_buffers" in arguments:
+        return "forward_sync_buffers"
+    return "broadcast_buffers"  # the older name
 
 
 def steps_per_epoch(trainer: pl.Trainer) -> int:
-    """Optimizer steps in one epoch of a running training."""
+    """Return the number of optimizer steps in one epoch of a running training."""
     return -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
 
 
 def num_steps(trainer: pl.Trainer) -> int:
-    """Optimizer steps in the whole of a running training."""
+    """Return the number of optimizer steps in the whole of a running training."""
     steps = (trainer.max_epochs or 1) * steps_per_epoch(trainer)
-    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
+    if trainer.max_steps < 0:
+        return steps
+    return min(steps, trainer.max_steps)

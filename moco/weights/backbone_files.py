@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
-from moco.runs.run_folder import write_atomically
+from moco.runs.atomic_files import write_atomically
 from moco.weights.architecture import settings_of
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from moco.errors import InputError, RunError
 from moco.models.swin.backbone import Swin
 from moco.models.vit import VisionTransformer
-from moco.runs.run_folder import write_atomically
+from moco.runs.atomic_files import write_atomically
 from moco.weights.architecture import listed_settings, one_or_each
 from moco.weights.backbone_files import as_safetensors, write_backbone
 from moco.weights.library_names import counterpart, library_map_sides, to_timm, to_torchvision

@@ -12,7 +12,7 @@ from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, is_channels_last
 from moco.models.heads import build_head
 from moco.models.swin.backbone import rewindow, window_advice
-from moco.runs.run_folder import differences
+from moco.runs.config_changes import differences
 from moco.weights.architecture import (
     check_hidden_settings,
     fitting_backbones,

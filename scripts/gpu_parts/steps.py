@@ -26,7 +26,7 @@ from gpu_parts.rows import (
     WITH_GRAPHS,
 )
 from moco.methods.moco import MoCo
-from moco.training.hardware_fit import SIZES_AT_MOST, compiler_options
+from moco.training.hardware_fit import MOST_SIZES, compiler_options
 
 REHEARSAL_NOTE = "the projector alone, backend eager, as there is no GPU"
 
@@ -90,7 +90,7 @@ def compiled(net: Net, context: Context) -> dict[str, Callable[[], Turn]]:
 
 def compile_encoders(device: torch.device, cuda_graphs: bool, method: MoCo) -> None:
     """What `HardwareFit` does, but for the reset: both ways to compile live in one process."""
-    torch._dynamo.config.recompile_limit = SIZES_AT_MOST
+    torch.compiler.config.recompile_limit = MOST_SIZES
     not_a_leaf = "The .grad attribute of a Tensor that is not a leaf"
     warnings.filterwarnings("ignore", not_a_leaf, UserWarning)
     if device.type == "cuda":

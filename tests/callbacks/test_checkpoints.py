@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moco.errors import InputError
+from moco.runs.atomic_files import link_atomically
 from moco.runs.checkpoint_files import read_checkpoint
-from moco.runs.run_folder import link_atomically
 from moco.training.random_states import random_states, set_random_states
 
 

@@ -14,7 +14,7 @@ from moco.cli import build_pretraining
 from moco.errors import InputError
 from moco.training.random_states import random_states
 from tests.evaluation.test_dense import MeanColours, dense_set, draw_quarters
-from tests.training.test_distributed import on_two
+from tests.processes import on_two
 
 
 @pytest.fixture

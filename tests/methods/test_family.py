@@ -26,7 +26,7 @@ from moco.models.encoder import BATCH_NORMS, Encoded
 from moco.models.heads import Cells
 from moco.training.distributed.collectives import all_gather
 from tests.methods.test_losses import dense_reference, in_batch_reference, reference
-from tests.training.test_distributed import on_two
+from tests.processes import on_two
 
 METHODS = sorted(path.stem for path in (CONFIG_DIR / "method").glob("*.yaml"))
 SMALL = [

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moco.callbacks.training_monitor import TrainingMonitor
 from moco.cli.progress import ProgressBar
 from moco.data.loading.loaders import PairBatch
-from moco.training.unprofiled import Unprofiled
 from tests.conftest import REPOSITORY
 
 
@@ -65,13 +64,6 @@ def test_the_seconds_of_training_go_on_where_the_checkpoint_was():
         {"loss_sum": 0.0, "batches": 0.0}
     )  # of a run from before they were counted
     assert before <= monitor.state_dict()["seconds"] < 1 + before
-
-
-def test_the_hooks_of_callbacks_are_called_without_a_context_of_their_own():
-    profiler = Unprofiled()
-    assert profiler.profile("one") is profiler.profile("another")
-    with profiler.profile("outer"), profiler.profile("inner"):
-        pass
 
 
 def test_the_bar_is_drawn_at_its_own_pace_and_not_in_every_step(monkeypatch):

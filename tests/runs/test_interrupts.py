@@ -1,91 +1,85 @@
-"""Ctrl-C and termination of the real programs: a checkpoint, the signal's exit code, and the same bits in the end."""
+"""Ctrl-C and termination of the real program: a checkpoint, an exit code, the same bits."""
 
-import os
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY
-from tests.test_train import SMALL, train
+from moco.train import run
+from tests.processes import started
+
+EPOCH = 5  # optimizer steps, of 240 of the 1,437 digits
+SETTINGS = [
+    "method.queue_size=500",
+    "data.batch_size=240",
+    "trainer.max_epochs=60",
+    "trainer.max_steps=-1",
+    "evaluation.every_n_epochs=60",
+    "evaluation.baselines=false",
+    "checkpoint.every_n_epochs=100",
+    "trainer.precision=32-true",
+    "optimizer.schedule=constant",
+]
 
 
-def start(folder, *arguments, cwd):
-    return subprocess.Popen(
-        [sys.executable, "-m", "moco.train", *SMALL, f"hydra.run.dir={folder}", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def start_training(folder, *arguments, cwd):
+    """Start the program; the ``with`` block ends it."""
+    command = [sys.executable, "-m", "moco.train", "+experiment=quickstart", *SETTINGS]
+    return started(*command, f"hydra.run.dir={folder}", *arguments, cwd=cwd)
 
 
-def interrupt_after(process, line, seconds, number):
-    """Send a signal to the whole process group, as a terminal's Ctrl-C does, some time after a line of output."""
-    for text in process.stdout:
-        if text.startswith(line):
-            break
-    time.sleep(seconds)
-    os.killpg(process.pid, number)
-    _, stderr = process.communicate(timeout=60)
-    return process.returncode, stderr
+def last(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-TO_RESUME = ["trainer.max_epochs=4", "trainer.accumulate_grad_batches=2"]
+def interrupt_group(folder, arguments, number, tmp_path):
+    """Send a signal to the program and all its processes in the middle of an epoch, as Ctrl-C does.
+
+    Returns:
+        The exit code and the errors' text.
+    """
+    with start_training(folder, *arguments, cwd=tmp_path) as program:
+        program.wait_for_output("epoch    2/")
+        program.signal_group(number)
+        code = program.wait()
+        return code, program.errors()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, engine):
-    """The last checkpoint of a run that nobody interrupted."""
-    cwd = tmp_path_factory.mktemp("undisturbed")
-    whole = train("whole", "data.num_workers=0", f"data.engine={engine}", *TO_RESUME, cwd=cwd)
-    assert whole.returncode == 0, whole.stderr
-    return torch.load(cwd / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-@pytest.mark.parametrize(("engine", "num_workers"), [("batch", 0), ("worker", 2)], scope="module")
+@pytest.mark.parametrize(
+    ("engine", "num_workers", "number"),
+    [
+        ("worker", 2, signal.SIGINT),
+        pytest.param("batch", 0, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("worker", 2, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_and_resumed_run_ends_in_the_same_bits(
-    engine, num_workers, undisturbed, tmp_path
+    engine, num_workers, number, runner, tmp_path
 ):
-    arguments = [f"data.num_workers={num_workers}", f"data.engine={engine}", *TO_RESUME]
-    code, stderr = interrupt_after(
-        start("parts", *arguments, cwd=tmp_path), "epoch    2/4", 0.4, signal.SIGINT
-    )
-    assert code == 130, stderr
-    assert stderr.startswith("interrupted: in epoch ")
-    assert "saved " in stderr
-    step = torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)[
-        "global_step"
+    arguments = [
+        f"data.num_workers={num_workers}",
+        f"data.engine={engine}",
+        "trainer.accumulate_grad_batches=2",
     ]
-    assert 44 <= step < 4 * 22
-    resumed = train("parts", *arguments, cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    ends = [
-        undisturbed,
-        torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True),
-    ]
-    assert ends[0]["global_step"] == ends[1]["global_step"] == 88
+    code, errors = interrupt_group("parts", arguments, number, tmp_path)
+    assert code == 128 + number, errors
+    assert errors.startswith("interrupted: in epoch ")
+    assert "saved " in errors
+    epochs = last(tmp_path / "parts")["global_step"] // EPOCH + 2  # the program had two fewer
+    length = f"trainer.max_epochs={epochs}"
+    config = runner.config(*SETTINGS, *arguments, length)
+    run(config, tmp_path / "parts")
+    run(config, tmp_path / "whole")
+    ends = [last(tmp_path / "whole"), last(tmp_path / "parts")]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == EPOCH * epochs
     for name, value in ends[0]["state_dict"].items():
         assert torch.equal(value, ends[1]["state_dict"][name]), name
-    for parameter, state in ends[0]["optimizer_states"][0]["state"].items():
-        assert torch.equal(
-            state["momentum_buffer"],
-            ends[1]["optimizer_states"][0]["state"][parameter]["momentum_buffer"],
-        )
-    assert torch.equal(ends[0]["random_states"][0]["torch"], ends[1]["random_states"][0]["torch"])
+    states = [end["optimizer_states"][0]["state"] for end in ends]
+    for parameter, state in states[0].items():
+        other = states[1][parameter]
+        assert torch.equal(state["momentum_buffer"], other["momentum_buffer"])
+    random_states = [end["random_states"][0]["torch"] for end in ends]
+    assert torch.equal(*random_states)
     for key in ("knn/top1", "train/loss"):
         assert ends[0]["figures"][key] == ends[1]["figures"][key]
-
-
-def test_termination_of_the_whole_group_saves_too_and_keeps_the_signals_code(tmp_path):
-    arguments = ["data.engine=worker", "data.num_workers=2", "trainer.accumulate_grad_batches=4"]
-    code, stderr = interrupt_after(
-        start("run", *arguments, cwd=tmp_path), "epoch    1/60", 0.2, signal.SIGTERM
-    )
-    assert code == 128 + signal.SIGTERM, stderr
-    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()

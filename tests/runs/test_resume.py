@@ -1,6 +1,7 @@
 """A run that is stopped at any step and started again ends in the same bits as one that was not."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -11,23 +12,45 @@ from moco.errors import InputError, Interrupted, RunError
 from moco.methods.moco import MoCo
 from moco.runs.run_folder import write_config
 from moco.train import run
+from tests.conftest import Runner
 
 EPOCH = 5  # steps of 240 of the 1,437 digits
+
+
+def small_config(runner, *overrides):
+    return runner.config(
+        "data.batch_size=240",
+        "evaluation.every_n_epochs=100",
+        "checkpoint.every_n_epochs=100",
+        "method.queue_size=500",
+        *overrides,
+    )
 
 
 @pytest.fixture
 def small(runner):
     def config(*overrides):
-        return runner.config(
-            "data.batch_size=240", "evaluation.every_n_epochs=100", "checkpoint.every_n_epochs=100", "method.queue_size=500",
-            *overrides,
-        )  # fmt: skip
+        return small_config(runner, *overrides)
 
     return config
 
 
+@pytest.fixture(scope="module")
+def run_of_one_step(tmp_path_factory):
+    """The folder of a run of one step, which is not to be changed."""
+    folder = tmp_path_factory.mktemp("one step") / "run"
+    run(small_config(Runner(folder.parent), "trainer.max_steps=1"), folder)
+    return folder
+
+
+@pytest.fixture
+def one_step(run_of_one_step, tmp_path):
+    """A copy of the folder of a run of one step."""
+    return shutil.copytree(run_of_one_step, tmp_path / "one")
+
+
 def interrupt_at(step, monkeypatch):
-    """A SIGINT after that optimizer step; the run sees it at the end of the next one, or of the epoch."""
+    """Send SIGINT after that optimizer step. The run sees it after its next step, or epoch."""
     sent = []
 
     def on_train_batch_end(self, *_):
@@ -55,18 +78,23 @@ def assert_same_end(one, other):
         assert one["figures"][key] == other["figures"][key], key
 
 
+BY_EPOCHS = ["trainer.max_epochs=3", "trainer.max_steps=-1"]
+BY_STEPS = ["trainer.max_epochs=9", "trainer.max_steps=13"]
+
+
 @pytest.mark.parametrize(
-    "length",
+    ("length", "accumulate"),
     [
-        ["trainer.max_epochs=3", "trainer.max_steps=-1"],
-        ["trainer.max_epochs=9", "trainer.max_steps=13"],
+        (BY_EPOCHS, 1),
+        (BY_STEPS, 3),
+        pytest.param(BY_EPOCHS, 3, marks=pytest.mark.slow),
+        pytest.param(BY_STEPS, 1, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("accumulate", [1, 3])
 def test_stopping_anywhere_changes_nothing(length, accumulate, small, tmp_path, monkeypatch):
     config = [*length, f"trainer.accumulate_grad_batches={accumulate}"]
     run(small(*config), tmp_path / "whole")
-    # In the middle, during an epoch's last step, in the middle again, and after an epoch's last step.
+    # In an epoch's middle, during its last step, in the middle again, and after a last step.
     for step, stopped in (
         (1, 2),
         (EPOCH - 1, EPOCH),
@@ -118,40 +146,40 @@ def test_a_measurement_that_an_interrupt_cut_short_is_made_up_for(small, tmp_pat
     assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
 
 
-def test_a_checkpoint_with_weights_that_are_not_finite_is_not_written(small, tmp_path, monkeypatch):
-    run(small("trainer.max_steps=1"), tmp_path)
-
+def test_a_checkpoint_with_weights_that_are_not_finite_is_not_written(small, one_step, monkeypatch):
     def on_train_batch_end(self, *_):
         torch.nn.init.constant_(self.query_encoder.projector.bias, float("nan"))
 
     monkeypatch.setattr(MoCo, "on_train_batch_end", on_train_batch_end)
     with pytest.raises(RunError, match=r"not finite.*the last good checkpoint is .*last\.ckpt"):
-        run(small("trainer.max_steps=3"), tmp_path)
-    assert last(tmp_path)["global_step"] == 1
-
-
-def test_two_steps_and_two_more_equal_four(small, tmp_path):
-    constant = ["optimizer.schedule=constant", "trainer.max_epochs=9"]
-    run(small(*constant, "trainer.max_steps=4"), tmp_path / "whole")
-    run(small(*constant, "trainer.max_steps=2"), tmp_path / "parts")
-    run(small(*constant, "trainer.max_steps=4"), tmp_path / "parts")
-    ends = [last(tmp_path / name) for name in ("whole", "parts")]
-    for name, value in ends[0]["state_dict"].items():
-        assert torch.equal(value, ends[1]["state_dict"][name]), name
+        run(small("trainer.max_steps=3"), one_step)
+    assert last(one_step)["global_step"] == 1
 
 
 def test_predictor_every_queue_and_adamw_go_on_where_they_were(small, tmp_path):
     switches = [
-        "method.symmetric=true", "method.num_queues=2", "method.dense_weight=0.5", "method.predictor.num_layers=2",
-        "method.predictor.hidden_batch_norm=true", "optimizer=adamw", "optimizer.schedule=constant", "trainer.max_epochs=9",
+        "method.symmetric=true",
+        "method.num_queues=2",
+        "method.dense_weight=0.5",
+        "method.predictor.num_layers=2",
+        "method.predictor.hidden_batch_norm=true",
+        "optimizer=adamw",
+        "optimizer.schedule=constant",
+        "trainer.max_epochs=9",
         "data.batch_size=48",
-    ]  # fmt: skip
+    ]
     for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         run(small(*switches, f"trainer.max_steps={steps}"), tmp_path / folder)
     whole, parts = (last(tmp_path / name) for name in ("whole", "parts"))
     assert {name.split(".")[0] for name in whole["state_dict"]} == {
-        "query_encoder", "key_encoder", "predictor", "queue", "reverse_queue", "dense_queue", "reverse_dense_queue",
-    }  # fmt: skip
+        "query_encoder",
+        "key_encoder",
+        "predictor",
+        "queue",
+        "reverse_queue",
+        "dense_queue",
+        "reverse_dense_queue",
+    }
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, parts["state_dict"][name]), name
     for one, other in zip(
@@ -160,9 +188,8 @@ def test_predictor_every_queue_and_adamw_go_on_where_they_were(small, tmp_path):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_a_checkpoint_with_other_tensors_is_named(small, tmp_path):
-    run(small("trainer.max_steps=1"), tmp_path / "one")
-    checkpoint = tmp_path / "one" / "checkpoints" / "last.ckpt"
+def test_a_checkpoint_with_other_tensors_is_named(small, run_of_one_step, tmp_path):
+    checkpoint = run_of_one_step / "checkpoints" / "last.ckpt"
     for override, said in (
         ("method.embedding_dim=64", "method.embedding_dim: 128 there, 64 here"),
         ("method.predictor.num_layers=2", "method.predictor.num_layers: 0 there, 2 here"),
@@ -176,60 +203,55 @@ def test_a_checkpoint_with_other_tensors_is_named(small, tmp_path):
             run(small(override, f"resume={checkpoint}"), tmp_path / "two")
 
 
-def test_a_run_from_before_some_keys_existed_goes_on(small, tmp_path):
-    run(small("trainer.max_steps=1"), tmp_path)
-    checkpoint, stored = (
-        last(tmp_path),
-        yaml.safe_load((tmp_path / ".hydra" / "config.yaml").read_text()),
-    )
+def test_a_run_from_before_some_keys_existed_goes_on(small, one_step):
+    checkpoint = last(one_step)
+    stored = yaml.safe_load((one_step / ".hydra" / "config.yaml").read_text())
     for config in (stored, checkpoint["config"]):
-        del (
-            config["method"]["num_queues"],
-            config["method"]["dense_weight"],
-            config["optimizer"]["decay_all"],
-        )
-        del config["method"]["predictor"], config["slurm"], config["init_from"]
-    write_config(tmp_path, stored)
-    torch.save(checkpoint, tmp_path / "checkpoints" / "last.ckpt")
-    with pytest.raises(
-        InputError, match=r"configuration: method\.num_queues: 1 there, 2 here; method\.symmetric: "
-    ):
-        run(small("trainer.max_steps=2", "method.num_queues=2", "method.symmetric=true"), tmp_path)
-    run(small("trainer.max_steps=2"), tmp_path)
-    assert last(tmp_path)["global_step"] == 2
-
-
-def test_an_explicit_checkpoint_carries_a_run_into_a_new_folder(small, tmp_path):
-    run(small("trainer.max_steps=1"), tmp_path / "one")
-    checkpoint = tmp_path / "one" / "checkpoints" / "last.ckpt"
-    run(small("trainer.max_steps=3", "optimizer.lr=0.01", f"resume={checkpoint}"), tmp_path / "two")
-    assert last(tmp_path / "two")["global_step"] == 3
+        del config["method"]["num_queues"]
+        del config["method"]["dense_weight"]
+        del config["method"]["predictor"]
+        del config["optimizer"]["decay_all"]
+        del config["slurm"]
+        del config["init_from"]
+    write_config(one_step, stored)
+    torch.save(checkpoint, one_step / "checkpoints" / "last.ckpt")
+    message = r"configuration: method\.num_queues: 1 there, 2 here; method\.symmetric: "
+    with pytest.raises(InputError, match=message):
+        run(small("trainer.max_steps=2", "method.num_queues=2", "method.symmetric=true"), one_step)
+    run(small("trainer.max_steps=2"), one_step)
+    assert last(one_step)["global_step"] == 2
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-def test_a_run_that_goes_on_reads_its_checkpoint_once(explicit, small, tmp_path, monkeypatch):
-    run(small("trainer.max_steps=1"), tmp_path / "one")
-    checkpoint = tmp_path / "one" / "checkpoints" / "last.ckpt"
-    loaded, load = [], torch.load
-    monkeypatch.setattr(
-        "torch.load",
-        lambda path, *args, **kwargs: loaded.append(path) or load(path, *args, **kwargs),
-    )
-    length = [
-        "trainer.max_steps=-1",
-        "trainer.max_epochs=2",
-    ]  # a run that max_steps ends adds figures to its last file
+def test_a_run_that_goes_on_reads_its_checkpoint_once(
+    explicit, small, one_step, tmp_path, monkeypatch
+):
+    checkpoint = one_step / "checkpoints" / "last.ckpt"
+    loaded = []
+    load = torch.load
+
+    def recorded_load(path, *args, **kwargs):
+        loaded.append(path)
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr("torch.load", recorded_load)
+    # A run that max_steps ends would read its last checkpoint again, to add figures to it.
+    length = ["trainer.max_steps=-1", "trainer.max_epochs=1"]
     if explicit:
-        run(small(*length, f"resume={checkpoint}"), tmp_path / "two")
+        # An explicit checkpoint carries a run into a new folder, also with other settings.
+        run(small(*length, "optimizer.lr=0.01", f"resume={checkpoint}"), tmp_path / "two")
+        assert (
+            load(tmp_path / "two" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+            == EPOCH
+        )
     else:
-        run(small(*length), tmp_path / "one")
+        run(small(*length), one_step)
     assert loaded == [checkpoint]
 
 
-def test_the_readmes_python_lines_work(small, tmp_path):
-    run(small("trainer.max_steps=1"), tmp_path)
+def test_the_readmes_python_lines_work(run_of_one_step):
     method = MoCo.load_from_checkpoint(
-        tmp_path / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True
+        run_of_one_step / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True
     ).eval()
     images = torch.randn(2, 3, 16, 16)
     assert method.query_encoder.encode(images).shape == (2, 128)

@@ -5,16 +5,9 @@ import os
 import pytest
 
 from moco.errors import InputError
-from moco.runs.run_folder import (
-    LAST_CHECKPOINT,
-    as_override,
-    claimed,
-    completed,
-    differences,
-    find_checkpoint,
-    write_atomically,
-    write_json,
-)
+from moco.runs.atomic_files import write_atomically, write_json
+from moco.runs.config_changes import completed, differences
+from moco.runs.run_folder import LAST_CHECKPOINT, as_override, claimed, find_checkpoint
 
 CONFIG = {
     "method": {"temperature": 0.2},

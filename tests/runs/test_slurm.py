@@ -1,6 +1,7 @@
-"""What a run does as a job of SLURM, as far as that shows without one: names, signals, and how it is queued again."""
+"""A run as a job of SLURM, without a SLURM: names, signals, and how it is queued again."""
 
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -13,12 +14,12 @@ import pytest
 from moco.cli.launch import queued_again
 from moco.cli.run_names import job_name, run_name, sweep_name, swept_keys
 from moco.errors import InputError, Interrupted, RunError
-from moco.runs.interrupts import ENDING, StopRequest, listen_early
-from moco.runs.run_folder import write_status
-from moco.runs.run_status import read_status
+from moco.runs.interrupts import ENDING, StopRequest, held_back, listen_early
+from moco.runs.run_status import read_status, write_status
 from moco.runs.slurm import run_name as job_run_name
 from moco.runs.slurm import stop_signals
 from tests.conftest import REPOSITORY, run_program
+from tests.processes import children_of
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}
 ARRAY = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}
@@ -96,14 +97,15 @@ def test_torchrun_needs_a_named_folder(job):
         run_name("12:00")
 
 
+@pytest.mark.slow
 def test_torchrun_without_a_named_folder_ends_in_one_line(tmp_path):
     started = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}
     done = run_program("moco.train", "+experiment=quickstart", cwd=tmp_path, **started)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert (
-        "under torchrun all processes need the same run folder: give hydra.run.dir=PATH"
-        in done.stderr
+        "under torchrun the run folder has to be named, the same for all processes: "
+        "hydra.run.dir=PATH" in done.stderr
     )
 
 
@@ -303,34 +305,26 @@ def test_submitits_refusal_is_told_too(job, tmp_path, same_signals):
     )
 
 
-def start(cwd, *arguments, path, **options):
-    """A training in the environment of a job, each of its processes in reach of one signal."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-        **JOB,
-        "PATH": path,
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "moco.train", "+experiment=quickstart", *arguments],
-        cwd=cwd, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        **options,
-    )  # fmt: skip
+@pytest.fixture
+def start_job(start_program, tmp_path):
+    """Start a training in the environment of a job."""
+
+    def start(*arguments):
+        command = [sys.executable, "-m", "moco.train", "+experiment=quickstart", *arguments]
+        return start_program(*command, cwd=tmp_path, PATH=scontrol(tmp_path), **JOB)
+
+    return start
 
 
-def test_a_job_saves_on_its_signal_and_is_queued_again_once(tmp_path):
-    small = ["method.queue_size=200", "evaluation.baselines=false"]
-    run = start(tmp_path, *small, path=scontrol(tmp_path))
-    for line in run.stdout:
-        if line.startswith("epoch"):
-            break
+def test_a_job_saves_on_its_signal_and_is_queued_again_once(start_job, tmp_path):
+    run = start_job("method.queue_size=200", "evaluation.baselines=false")
+    run.wait_for_output("epoch    1/")
     for _ in range(3):
-        os.killpg(run.pid, signal.SIGUSR1)
+        run.signal_group(signal.SIGUSR1)
         time.sleep(0.05)
-    _, error = run.communicate(timeout=60)
     folder = tmp_path / "runs" / "quickstart" / "slurm-7"
-    assert run.returncode == 128 + signal.SIGUSR1, error
+    assert run.wait() == 128 + signal.SIGUSR1, run.errors()
+    error = run.errors()
     assert error.startswith("interrupted: in epoch ")
     assert error.endswith("; the job is queued again\n")
     assert error.count("\n") == 1
@@ -340,34 +334,32 @@ def test_a_job_saves_on_its_signal_and_is_queued_again_once(tmp_path):
 
 
 def test_loader_workers_leave_the_schedulers_signals_to_the_training_process():
-    from multiprocessing import forkserver
-
     from moco.data.loading.workers import CPU, loader_options
 
     loader_options(1, CPU)
-    status = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read_text()
-    (blocked,) = (
-        int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigBlk:")
-    )
+    (server,) = children_of(os.getpid(), "forkserver")
+    status = Path(f"/proc/{server}/status").read_text()
+    (blocked,) = re.findall(r"^SigBlk:\s*(\w+)", status, flags=re.MULTILINE)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        assert blocked >> (number - 1) & 1, signal.Signals(number).name
+        assert int(blocked, 16) >> (number - 1) & 1, signal.Signals(number).name
 
 
-def test_a_signal_in_the_first_moment_is_not_lost(tmp_path):
-    def block():
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-
-    run = start(tmp_path, path=scontrol(tmp_path), preexec_fn=block)
+@pytest.mark.slow
+def test_a_signal_in_the_first_moment_is_not_lost(start_job, tmp_path):
+    with held_back([signal.SIGUSR1]):  # as scripts/slurm/train.sbatch does
+        run = start_job()
     run.send_signal(signal.SIGUSR1)
-    _, error = run.communicate(timeout=60)
-    assert run.returncode == 128 + signal.SIGUSR1, error
+    assert run.wait() == 128 + signal.SIGUSR1, run.errors()
+    error = run.errors()
     assert error == "interrupted: before training began; nothing to save; the job is queued again\n"
     assert calls(tmp_path) == ["requeue 7"]
 
 
 def test_without_the_extra_the_launcher_says_what_to_install(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nsys.modules['hydra_plugins.hydra_submitit_launcher'] = None\nsys.modules['submitit'] = None\n"
+        "import sys\n"
+        "sys.modules['hydra_plugins.hydra_submitit_launcher'] = None\n"
+        "sys.modules['submitit'] = None\n"
     )
     command = ["-m", "hydra/launcher=slurm", "+experiment=quickstart", "seed=0,1"]
     done = run_program("moco.train", *command, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
@@ -378,6 +370,7 @@ def test_without_the_extra_the_launcher_says_what_to_install(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_without_slurm_the_launcher_says_so(tmp_path):
     pytest.importorskip("submitit")
     command = [

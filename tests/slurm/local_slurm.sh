@@ -1,7 +1,8 @@
 #!/bin/sh
-# A SLURM for the tests, its two nodes on this machine: local_slurm.sh start|stop FOLDER
-# As root, with Debian's or Ubuntu's packages slurm-wlm and munge. FOLDER gets configuration, state and logs; after
-# `export SLURM_CONF=FOLDER/slurm.conf` all of SLURM's commands work. It keeps no accounts, as many small clusters.
+# A SLURM for the tests, with two nodes on this machine: local_slurm.sh start|stop FOLDER
+# It runs as root and needs the packages slurm-wlm and munge of Debian or Ubuntu. FOLDER gets the
+# configuration, state and logs. After `export SLURM_CONF=FOLDER/slurm.conf` all of SLURM's commands
+# work. It keeps no accounts, like many small clusters.
 set -eu
 
 usage() { echo "usage: local_slurm.sh start|stop FOLDER" >&2; exit 2; }
@@ -12,7 +13,8 @@ export SLURM_CONF="$FOLDER/slurm.conf"
 
 start() {
     host=$(hostname -s)
-    memory=$(awk '/MemAvailable/ {print int($2 / 2560)}' /proc/meminfo) # MiB; four fifths of what is free, halved
+    # In MiB: four fifths of the free memory, half for each node.
+    memory=$(awk '/MemAvailable/ {print int($2 / 2560)}' /proc/meminfo)
     mkdir -p "$FOLDER/state" "$FOLDER/logs"
     cat >"$SLURM_CONF" <<CONF
 ClusterName=moco-test
@@ -21,7 +23,7 @@ NodeName=$host NodeHostname=$host NodeAddr=127.0.0.1 Port=16818 CPUs=4 RealMemor
 NodeName=localhost NodeHostname=$host NodeAddr=127.0.0.1 Port=16819 CPUs=4 RealMemory=$memory
 PartitionName=test Nodes=$host,localhost Default=YES MaxTime=INFINITE
 
-# Everything runs as root; tasks are known by their parents, as there may be no cgroups here.
+# Everything runs as root. Tasks are known by their parents, because there may be no cgroups here.
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -31,7 +33,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU,CR_PACK_NODES
 MailProg=/bin/true
 
-# So many CPUs, whatever the machine. Jobs fill the first node before the second.
+# The nodes have this number of CPUs on every machine. Jobs fill the first node first.
 SlurmdParameters=config_overrides
 
 # Jobs may be requeued, and start soon.
@@ -58,7 +60,7 @@ CONF
     exit 1
 }
 
-# SLURM's programs prove to each other through munge who they are.
+# SLURM's programs identify themselves to each other through munge.
 start_munge() {
     munge --no-input >/dev/null 2>&1 && return
     mkdir -p /run/munge

@@ -1,9 +1,10 @@
-"""Jobs of a real SLURM: a sweep and its table, and jobs that are preempted again and again and end in the same bits."""
+"""Jobs of a real SLURM: a sweep with its table, and preempted jobs that end in the same bits."""
 
 import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,15 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moco.runs.run_status import read_status
 from tests.conftest import REPOSITORY, run_program
+from tests.processes import started, wait_until
 
 pytestmark = pytest.mark.slurm
 
 ENVIRONMENT = {
-    **{
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("SLURM_") or name == "SLURM_CONF"
-    },
     "PYTHONPATH": str(REPOSITORY),
     "OMP_NUM_THREADS": "1",
     "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
@@ -45,7 +42,7 @@ LONG = [
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """The SLURM that `local_slurm.sh` has started, whose jobs are ours, or any if MOCO_TEST_SLURM=required."""
+    """Use the SLURM of `local_slurm.sh`, or any one if MOCO_TEST_SLURM=required."""
     required = os.environ.get("MOCO_TEST_SLURM") == "required"
     is_there = (
         shutil.which("scontrol")
@@ -67,19 +64,15 @@ def cluster():
 
 def slurm(*command, check=True, cwd=None):
     done = subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        command,
+        cwd=cwd,
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
     return done.stdout
-
-
-def wait_for(what, condition, seconds=90):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if result := condition():
-            return result
-        time.sleep(0.1)
-    raise AssertionError(f"waited {seconds} s for {what}")
 
 
 def state_of(job):
@@ -103,15 +96,15 @@ def started_now(job):
 
 
 def preempt(job, log, ways):
-    """Each time that the job is in the middle of an epoch, end it in one of the ways, and let it begin again at once."""
+    """End the job in the middle of an epoch in each of the ways, and let it begin again at once."""
     for number, way in enumerate(ways):
         before = epochs_in(log)
-        wait_for(f"an epoch of {job} in {log}", lambda before=before: epochs_in(log) > before)
-        time.sleep(0.2 + 0.3 * number)  # some steps into the next
+        wait_until(lambda before=before: epochs_in(log) > before, f"an epoch of {job} in {log}")
+        time.sleep(0.2 + 0.3 * number)  # some steps into the next epoch
         slurm(*way, job)
-        wait_for(f"{job} to be queued again", lambda: state_of(job) == "PENDING")
-        wait_for(f"{job} to run again", lambda: started_now(job))
-    wait_for(f"the end of {job}", lambda: state_of(job) in ("", "COMPLETED"), seconds=240)
+        wait_until(lambda: state_of(job) == "PENDING", f"{job} to be queued again")
+        wait_until(lambda: started_now(job), f"{job} to run again")
+    wait_until(lambda: state_of(job) in ("", "COMPLETED"), f"the end of {job}")
 
 
 def last(folder):
@@ -120,32 +113,34 @@ def last(folder):
 
 @contextmanager
 def waiting_sweep(cwd, *arguments):
-    """A sweep by the launcher into ``cwd/sweep``, and the command that waits for it."""
+    """Run a sweep by the launcher into ``cwd/sweep``; yield the command that waits for it."""
     options = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.sweep.dir=sweep"]
-    sweep = subprocess.Popen(
-        [sys.executable, "-m", "moco.train", "-m", *options, *arguments],
-        cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        yield sweep
-    finally:
-        sweep.kill()
-        sweep.communicate()
+    command = [sys.executable, "-m", "moco.train", "-m", *options, *arguments]
+    with started(*command, cwd=cwd, **ENVIRONMENT) as program:
+        yield program
+
+
+def submitted_job(cwd, program):
+    """Return the id and the log of the launcher's only job."""
+    folder = cwd / "sweep" / ".submitit"
+    (pickle,) = program.wait_for(lambda: list(folder.glob("*/*_submitted.pkl")), "the job")
+    job = pickle.parent.name
+    return job, pickle.parent / f"{job}_0_log.out"
 
 
 @pytest.fixture(scope="module")
 def preempted(tmp_path_factory):
-    """One job by sbatch and an array of two by the launcher, of the same training; the first and the last are disturbed."""
+    """The same training by sbatch and twice by the launcher; one of the two is undisturbed."""
     cwd = tmp_path_factory.mktemp("preempted")
     with ExitStack() as stack, ThreadPoolExecutor() as threads:
         by_sbatch = threads.submit(submit_and_preempt, cwd)
         sweep = stack.enter_context(waiting_sweep(cwd, *LONG, "data.num_workers=0,1"))
         logs = cwd / "sweep" / ".submitit"
-        (folder,) = wait_for("the array", lambda: list(logs.glob("*_1")))
+        (folder,) = sweep.wait_for(lambda: list(logs.glob("*_1")), "the array")
         ways = (("scancel", "--signal=USR2"), ("scontrol", "requeue"), ("scancel", "--signal=USR2"))
         preempt(folder.name, folder / f"{folder.name}_0_log.out", ways)
-        output, error = sweep.communicate(timeout=240)
-        yield cwd, by_sbatch.result(), (sweep.returncode, output, error)
+        code = sweep.wait()
+        yield cwd, by_sbatch.result(), (code, sweep.output(), sweep.errors())
 
 
 def submit_and_preempt(cwd):
@@ -238,9 +233,15 @@ def test_the_waiting_command_outlives_preemptions(preempted):
 
 def test_a_sweep_tells_of_every_job_and_its_table_shows_them(tmp_path):
     command = [
-        "-m", "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "+experiment=quickstart", "seed=0,1",
-        "method.temperature=0.1,-1", "trainer.max_steps=2", "evaluation.baselines=false",
-    ]  # fmt: skip
+        "-m",
+        "hydra/launcher=slurm",
+        "hydra.launcher.cpus_per_task=1",
+        "+experiment=quickstart",
+        "seed=0,1",
+        "method.temperature=0.1,-1",
+        "trainer.max_steps=2",
+        "evaluation.baselines=false",
+    ]
     done = run_program("moco.train", *command, cwd=tmp_path, **ENVIRONMENT)
     assert done.returncode == 2
     assert re.fullmatch(
@@ -254,13 +255,20 @@ def test_a_sweep_tells_of_every_job_and_its_table_shows_them(tmp_path):
     table = run_program("moco.sweep", str(sweep), "--csv", "table.csv", cwd=tmp_path, **ENVIRONMENT)
     assert table.returncode == 0, table.stderr
     assert [line.split()[:3] for line in table.stdout.splitlines()] == [
-        ["seed", "method.temperature", "state"], ["0", "0.1", "finished"], ["0", "-1", "failed"],
-        ["1", "0.1", "finished"], ["1", "-1", "failed"], ["mean", "of", "2"],
-    ]  # fmt: skip
+        ["seed", "method.temperature", "state"],
+        ["0", "0.1", "finished"],
+        ["0", "-1", "failed"],
+        ["1", "0.1", "finished"],
+        ["1", "-1", "failed"],
+        ["mean", "of", "2"],
+    ]
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert [(row["state"], row["exit_code"], row["step"]) for row in rows] == [
-        ("finished", "0", "2"), ("failed", "2", ""), ("finished", "0", "2"), ("failed", "2", ""),
-    ]  # fmt: skip
+        ("finished", "0", "2"),
+        ("failed", "2", ""),
+        ("finished", "0", "2"),
+        ("failed", "2", ""),
+    ]
     assert all(0.5 < float(row["knn/top1"]) <= 1 for row in rows if row["state"] == "finished")
     before = last(sweep / "method.temperature-0.1__seed-0")
     again = run_program("moco.train", *command, cwd=tmp_path, **ENVIRONMENT)
@@ -271,18 +279,14 @@ def test_a_sweep_tells_of_every_job_and_its_table_shows_them(tmp_path):
 
 
 def test_a_job_that_is_cancelled_is_told_of_with_its_signals_code(tmp_path):
+    """Without accounting, submitit's own launcher would wait for ever."""
     with waiting_sweep(tmp_path, *LONG, "trainer.max_epochs=500", "seed=0") as sweep:
-        (pickle,) = wait_for(
-            "the job", lambda: list((tmp_path / "sweep" / ".submitit").glob("*/*_submitted.pkl"))
-        )
-        folder = pickle.parent
-        log = folder / f"{folder.name}_0_log.out"
-        wait_for("an epoch", lambda: epochs_in(log) > 0)
-        slurm("scancel", folder.name)
-        _, error = sweep.communicate(timeout=240)
-        assert sweep.returncode == 143, error
+        job, log = submitted_job(tmp_path, sweep)
+        sweep.wait_for(lambda: epochs_in(log) > 0, "an epoch")
+        slurm("scancel", job)
+        assert sweep.wait() == 128 + signal.SIGTERM, sweep.errors()
         assert re.fullmatch(
-            rf"job {folder.name}, job: interrupted: in epoch \d+, step \d+; saved .*\n", error
+            rf"job {job}, job: interrupted: in epoch \d+, step \d+; saved .*\n", sweep.errors()
         )
 
 
@@ -317,13 +321,10 @@ def test_two_nodes_train_together_by_sbatch_and_by_the_launcher_to_the_same_bits
     check_preempted_once(job, (tmp_path / "log").read_text(), by_sbatch)
 
     with waiting_sweep(tmp_path, *TOGETHER, "trainer.num_nodes=2") as sweep:
-        logs = tmp_path / "sweep" / ".submitit"
-        (pickle,) = wait_for("the job", lambda: list(logs.glob("*/*_submitted.pkl")))
-        job = pickle.parent.name
-        log = pickle.parent / f"{job}_0_log.out"
+        job, log = submitted_job(tmp_path, sweep)
         preempt(job, log, [("scancel", "--signal=USR2")])
-        output, error = sweep.communicate(timeout=240)
-        assert (sweep.returncode, error) == (0, ""), output
+        assert sweep.wait() == 0, sweep.errors()
+        assert sweep.errors() == ""
     by_launcher = tmp_path / "sweep" / "job"
     check_preempted_once(job, log.read_text(), by_launcher)
     one, other = last(by_sbatch), last(by_launcher)

@@ -1,13 +1,13 @@
-"""Two processes that train together: what they exchange, and that they end where one would have."""
+"""Two processes that train together: their messages, and that they end where one does."""
 
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,31 +16,16 @@ from torch import nn
 
 from moco.data.loading.loaders import ResumableLoader
 from moco.data.loading.samplers import EpochSampler
-from moco.errors import InputError, Interrupted, RunError
+from moco.errors import InputError, Interrupted, PeerLost, RunError
 from moco.methods.key_queue import KeyQueue
 from moco.runs.interrupts import StopRequest
 from moco.training.distributed import collectives as distributed
 from moco.training.distributed.collectives import Agreement, Shuffle, all_gather
-from moco.training.distributed.processes import run_on_devices
-from tests.conftest import REPOSITORY
+from moco.training.distributed.processes import Child, first_failure, run_on_devices
+from tests.conftest import REPOSITORY, Runner
+from tests.processes import call_on_two, on_two
 
 NO_CHECKPOINT = partial(str, "there is no checkpoint yet")
-
-
-def on_two(work, *arguments):
-    """Call ``work(rank, *arguments)`` in two connected processes."""
-    with StopRequest() as stop:
-        run_on_devices(connected, (work, arguments), 2, stop, NO_CHECKPOINT)
-
-
-def connected(work, arguments, stop):
-    torch.set_num_threads(1)
-    environment = distributed.environment_of(2, 1)
-    with (
-        distributed.lost_peers_named(),
-        distributed.process_group(environment, "gloo", timeout_minutes=1),
-    ):
-        work(distributed.rank(), *arguments)
 
 
 def exchange(rank):
@@ -87,8 +72,8 @@ def exchange(rank):
     assert distributed.from_rank_zero(lambda: f"of rank {rank}") == "of rank 0"
     with pytest.raises(InputError, match="seen on rank 0"):
         distributed.from_rank_zero(partial(refuse, rank))
-    distributed.ROWS_AT_ONCE = 64  # several messages
-    rows = distributed.gather_rows(np.full((50 + rank, 3), rank, dtype=np.float32))
+    with mock.patch.object(distributed, "ROWS_AT_ONCE", 64):  # several messages
+        rows = distributed.gather_rows(np.full((50 + rank, 3), rank, dtype=np.float32))
     assert rows[:, 0].tolist() == [0] * 50 + [1] * 51 if rank == 0 else len(rows) == 0
     tensors = [torch.full((2,), float(rank)), torch.full((2, 3), float(rank)).T]
     distributed.copy_from_rank_zero(tensors)
@@ -100,7 +85,7 @@ def refuse(rank):
 
 
 def normalise_keys(rank):
-    """A batch normalisation of keys sees the other rank's images, and every key comes back to its own place."""
+    """BatchNorm of keys sees the other rank's images; each key comes back to its place."""
     torch.manual_seed(7)
     everything = torch.randn(16, 3, 4, 4, dtype=torch.float64)
     own = everything[8 * rank : 8 * rank + 8]
@@ -128,32 +113,51 @@ def test_two_processes_exchange_shuffle_agree_and_gather():
     on_two(both)
 
 
-def fail_on_rank_one(rank):
-    if rank == 1:
-        raise InputError("a bad image")
-    all_gather(torch.zeros(1))
-
-
-def end_rank_one(rank):
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    all_gather(torch.zeros(1))
+def end_on_rank_one(how, stop):
+    environment = distributed.environment_of(2, 1)
+    with (
+        distributed.lost_peers_named(),
+        distributed.process_group(environment, "gloo", timeout_minutes=5),
+    ):
+        if distributed.rank() == 1:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise InputError("a bad image")
+        all_gather(torch.zeros(1))
 
 
 @pytest.mark.parametrize(
-    ("work", "kind", "message"),
+    ("how", "kind", "message"),
     [
-        (fail_on_rank_one, InputError, "^a bad image$"),
         (
-            end_rank_one,
+            "killed",
             RunError,
             r"rank 1 of 2 \(process \d+\) was killed by SIGKILL: .*there is no checkpoint yet",
         ),
+        pytest.param("failed", InputError, "^a bad image$", marks=pytest.mark.slow),
     ],
 )
-def test_the_process_that_failed_first_says_why_the_training_ended(work, kind, message):
-    with pytest.raises(kind, match=message):
-        on_two(work)
+def test_the_process_that_failed_first_says_why_the_training_ended(how, kind, message):
+    with StopRequest() as stop, pytest.raises(kind, match=message):
+        run_on_devices(end_on_rank_one, (how,), 2, stop, NO_CHECKPOINT)
+
+
+def ended_child(rank, exit_code, error=None):
+    """What the parent knows of a process that has ended."""
+    process = SimpleNamespace(exitcode=exit_code, pid=100 + rank)
+    is_cause = not isinstance(error, PeerLost)
+    return Child(rank, process, connection=None, error=error, is_cause=is_cause)
+
+
+def test_an_error_counts_more_than_the_connections_that_it_broke():
+    lost = PeerLost("rank 0 lost the connection")
+    failed = InputError("a bad image")
+    children = [ended_child(0, 1, lost), ended_child(1, 1, failed)]
+    assert first_failure(children, NO_CHECKPOINT) is failed
+    killed = [ended_child(0, 1, lost), ended_child(1, -signal.SIGKILL)]
+    assert "rank 1 of 2" in str(first_failure(killed, NO_CHECKPOINT))
+    assert first_failure([ended_child(0, 1, lost), ended_child(1, 0)], NO_CHECKPOINT) is lost
+    assert first_failure([ended_child(0, 0), ended_child(1, 0)], NO_CHECKPOINT) is None
 
 
 def test_on_one_process_collectives_are_the_identity_and_shuffling_is_undone():
@@ -169,7 +173,7 @@ def test_on_one_process_collectives_are_the_identity_and_shuffling_is_undone():
 
 
 def test_collectives_get_contiguous_tensors(monkeypatch):
-    """NCCL refuses others. Cells of a Swin's or ViT's map keep their strides when their rows are picked."""
+    """NCCL refuses others. Rows picked from a Swin's feature map keep its strides."""
     asked = []
 
     def checked(*tensors, **options):
@@ -190,7 +194,7 @@ def test_collectives_get_contiguous_tensors(monkeypatch):
 
 
 def global_batches(world_size, resume_from=None):
-    """The images of each global batch of 12 of an epoch, in rank order; after 3 of them the position is taken."""
+    """Return each global batch of an epoch in rank order, and the loader's state after three."""
     batches, state = [], None
     loaders = []
     for rank in range(world_size):
@@ -215,104 +219,111 @@ def test_another_number_of_processes_goes_on_with_the_same_global_batches(before
 
 
 LAYER_NORM = [
-    "backbone=swin_v2_tiny_patch2", "backbone.stochastic_depth=0", "data.image_size=16", "data.batch_size=32",
-    "method.queue_size=100", "method.queue_start=random", "optimizer.schedule=constant", "trainer.max_epochs=9",
+    "backbone=swin_v2_tiny_patch2",
+    "backbone.stochastic_depth=0",
+    "data.image_size=16",
+    "data.batch_size=32",
+    "method.queue_size=100",
+    "method.queue_start=random",
+    "optimizer.schedule=constant",
+    "trainer.max_epochs=9",
     "evaluation.every_n_epochs=100",
-]  # fmt: skip
+]
 """With SGD: AdamW divides gradients that are zero but for rounding by their own size."""
 
 
-def dump_after_training(config, folder, stop):
-    """Train, then write what this rank has."""
-    from moco import train
+def train_and_dump(config, folder):
+    """Train, then write this rank's final state beside the run folder."""
+    from moco.cli.pretraining import train
     from moco.methods.moco import MoCo
-
-    torch.set_num_threads(1)
 
     def on_train_end(self):
         torch.save(self.state_dict(), folder.parent / f"{folder.name}_rank{distributed.rank()}.pt")
 
-    MoCo.on_train_end = on_train_end
-    train.train(config, folder, {}, stop)
+    with mock.patch.object(MoCo, "on_train_end", on_train_end), StopRequest() as stop:
+        train(config, folder, {}, stop)
 
 
-def trained(runner, folder, steps, devices, *overrides):
-    """The final state of every rank; its figures are in the folder."""
-    config = runner.config(
-        *LAYER_NORM, f"trainer.max_steps={steps}", f"trainer.devices={devices}", *overrides
-    )
-    with StopRequest() as stop:
-        run_on_devices(dump_after_training, (config, folder), devices, stop, NO_CHECKPOINT)
+def trained(runner, folder, steps, devices):
+    """Return the final state of every rank; the run's figures are in the folder."""
+    config = runner.config(*LAYER_NORM, f"trainer.max_steps={steps}", f"trainer.devices={devices}")
+    if devices == 1:
+        train_and_dump(config, folder)
+    else:
+        call_on_two(train_and_dump, config, folder)
     return [torch.load(folder.parent / f"{folder.name}_rank{rank}.pt") for rank in range(devices)]
 
 
 def largest_difference(one, other):
     assert one.keys() == other.keys()
-    return max(
-        float((value.double() - other[name].double()).abs().max()) for name, value in one.items()
-    )
+    differences = []
+    for name, value in one.items():
+        differences.append(float((value.double() - other[name].double()).abs().max()))
+    return max(differences)
 
 
-def test_two_processes_end_where_one_does_and_may_change_in_number(runner, tmp_path):
-    (alone,) = trained(runner, tmp_path / "alone", 20, 1)
-    together = trained(runner, tmp_path / "together", 20, 2)
-    assert largest_difference(alone, together[0]) < 1e-5
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The final state of a run on one process, and its folder."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    (state,) = trained(Runner(folder.parent), folder, STEPS, 1)
+    return state, folder
+
+
+def figures_in(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_two_processes_end_where_one_does(alone, runner, tmp_path):
+    state, folder = alone
+    together = trained(runner, tmp_path / "together", STEPS, 2)
+    assert largest_difference(state, together[0]) < 1e-5
     for name in ("queue.keys", "queue.pointer", "queue.filled"):
         assert torch.equal(together[0][name], together[1][name]), name
     assert largest_difference(together[0], together[1]) == 0
-    figures = [
-        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("alone", "together")
-    ]
-    assert figures[0]["knn/top1"] == pytest.approx(
-        figures[1]["knn/top1"], abs=0.01
-    )  # the search of 360 queries
+    figures = [figures_in(folder), figures_in(tmp_path / "together")]
+    # The search of 360 queries.
+    assert figures[0]["knn/top1"] == pytest.approx(figures[1]["knn/top1"], abs=0.01)
     assert figures[0]["train/loss"] == pytest.approx(figures[1]["train/loss"], abs=1e-5)
 
+
+def test_a_run_may_go_on_with_another_number_of_processes(alone, runner, tmp_path):
     trained(runner, tmp_path / "changing", 7, 2)
     trained(runner, tmp_path / "changing", 13, 1)
-    changing = trained(runner, tmp_path / "changing", 20, 2)
-    assert largest_difference(alone, changing[0]) < 1e-5
-    states = torch.load(tmp_path / "changing" / "checkpoints" / "last.ckpt", weights_only=True)[
-        "random_states"
-    ]
+    changing = trained(runner, tmp_path / "changing", STEPS, 2)
+    assert largest_difference(alone[0], changing[0]) < 1e-5
+    checkpoint = torch.load(tmp_path / "changing" / "checkpoints" / "last.ckpt", weights_only=True)
+    states = checkpoint["random_states"]
     assert len(states) == 2
     assert not torch.equal(states[0]["torch"], states[1]["torch"])
 
 
-def children_of(pid):
-    tasks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [
-        int(child)
-        for child in tasks
-        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-    ]
-
-
 @pytest.fixture
-def two_process_run(tmp_path):
-    """The program on two processes, begun to train; what it wrote."""
-    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
-        program = subprocess.Popen(
-            [sys.executable, "-m", "moco.train", "+experiment=quickstart", "trainer.devices=2", "trainer.max_epochs=1000",
-             "evaluation.baselines=false", f"hydra.run.dir={tmp_path / 'run'}"],
-            cwd=REPOSITORY, stdout=out, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        deadline = time.monotonic() + 90
-        while "epoch    2/" not in (tmp_path / "out").read_text():
-            assert time.monotonic() < deadline, (tmp_path / "err").read_text()
-            assert program.poll() is None, (tmp_path / "err").read_text()
-            time.sleep(0.1)
-        yield program
-        program.kill()
-        program.wait()
+def two_process_run(start_program, tmp_path):
+    """The program on two processes, after its first epoch."""
+    program = start_program(
+        sys.executable,
+        "-m",
+        "moco.train",
+        "+experiment=quickstart",
+        "trainer.devices=2",
+        "trainer.max_epochs=1000",
+        "evaluation.baselines=false",
+        f"hydra.run.dir={tmp_path / 'run'}",
+        cwd=REPOSITORY,
+    )
+    program.wait_for_output("epoch    2/")
+    return program
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_at_once_and_is_named(two_process_run, tmp_path):
-    os.kill(children_of(two_process_run.pid)[1], signal.SIGKILL)
-    began = time.monotonic()
-    assert two_process_run.wait(timeout=60) == 1
-    assert time.monotonic() - began < 60
-    (line,) = (tmp_path / "err").read_text().splitlines()
+    os.kill(two_process_run.children("spawn_main")[1], signal.SIGKILL)
+    assert two_process_run.wait() == 1
+    (line,) = two_process_run.errors().splitlines()
     assert line.startswith("failed: rank 1 of 2 (process ")
     assert "was killed by SIGKILL" in line
     assert "there is no checkpoint yet" in line  # every 10 epochs
@@ -321,10 +332,10 @@ def test_a_killed_process_ends_the_run_at_once_and_is_named(two_process_run, tmp
 
 
 def test_a_signal_to_the_parent_stops_all_with_a_checkpoint(two_process_run, tmp_path):
-    children = children_of(two_process_run.pid)
-    os.kill(two_process_run.pid, signal.SIGTERM)
-    assert two_process_run.wait(timeout=60) == 128 + signal.SIGTERM
-    (line,) = (tmp_path / "err").read_text().splitlines()
+    children = two_process_run.children("spawn_main")
+    two_process_run.send_signal(signal.SIGTERM)
+    assert two_process_run.wait() == 128 + signal.SIGTERM
+    (line,) = two_process_run.errors().splitlines()
     assert line.startswith("interrupted: in epoch ")
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
     assert not any(Path(f"/proc/{child}").exists() for child in children)

@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import math
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -13,18 +12,19 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moco.callbacks.bad_steps import BadSteps
 from moco.callbacks.collapse_watch import CollapseWatch
 from moco.callbacks.label_free_monitor import LabelFreeMonitor
 from moco.callbacks.training_monitor import TrainingMonitor
 from moco.data.loading.workers import loader_options
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
-from moco.runs.faults import BadSteps
 from moco.training import hardware_fit
 from moco.training.hardware import choose_device, choose_memory_format, choose_precision
 from moco.training.hardware_fit import HardwareFit
 from moco.training.trainer import build_trainer
 from tests.methods.test_moco import Losses
+from tests.processes import run_to_end
 
 CPU = torch.device("cpu")
 PLAIN = ["method.batch_norm=plain", "method.queue_start=random", "optimizer.lr=0.06"]
@@ -95,10 +95,14 @@ def test_this_cpu_reports_what_is_asked_for():
 @pytest.mark.parametrize(
     ("backbone", "expected"),
     [
-        ("resnet18", "channels_last"), ("resnet50", "channels_last"), ("resnet_tiny", "channels_last"),
-        ("swin_v2_t", "contiguous"), ("swin_t", "contiguous"), ("vit_small", "contiguous"),
+        ("resnet18", "channels_last"),
+        ("resnet50", "channels_last"),
+        ("resnet_tiny", "channels_last"),
+        ("swin_v2_t", "contiguous"),
+        ("swin_t", "contiguous"),
+        ("vit_small", "contiguous"),
     ],
-)  # fmt: skip
+)
 def test_nets_of_convolutions_are_channels_last_and_others_are_left_as_they_are(backbone, expected):
     with torch.device("meta"):
         net = build_backbone(backbone)
@@ -129,7 +133,7 @@ class Maps(pl.Callback):
 
 @pytest.fixture
 def double(monkeypatch):
-    """Everything in float64, where another order of sums cannot grow into another result within a few steps."""
+    """Compute in float64, where another order of sums changes nothing within a few steps."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr("moco.training.trainer.choose_precision", lambda *_: "64-true")
 
@@ -149,7 +153,7 @@ def test_channels_last_goes_through_both_encoders_and_changes_the_losses_by_roun
     assert strides(method.query_encoder) == strides(method.key_encoder) == {True}
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_split_batch_norm_has_the_same_groups_in_either_layout(symmetric, runner, double):
     losses = [Losses(), Losses()]
     split = [
@@ -161,9 +165,9 @@ def test_split_batch_norm_has_the_same_groups_in_either_layout(symmetric, runner
     config = runner.config(*split, "trainer.memory_format=auto")
     fit = HardwareFit(CPU, "64-true", "auto", False)
     method = runner.fit(config, [fit, losses[0]], precision="64-true")
-    assert (fit.way["memory_format"], method.sorts_by_group) == ("channels_last", True)
+    assert (fit.way["memory_format"], method.in_blocks) == ("channels_last", True)
     method = runner.fit(config, [losses[1]], precision="64-true")
-    assert not method.sorts_by_group
+    assert not method.in_blocks
     assert losses[0].values == pytest.approx(losses[1].values, rel=1e-9)
 
 
@@ -224,8 +228,10 @@ def test_a_resume_where_the_hardware_decides_otherwise_goes_on_and_says_so(
     )
     resumed, straight = state("resumed"), state("straight")
     assert resumed["callbacks"]["HardwareFit"] == {
-        "precision": "32-true", "memory_format": "contiguous", "compiled": "no",
-    }  # fmt: skip
+        "precision": "32-true",
+        "memory_format": "contiguous",
+        "compiled": "no",
+    }
     for name, parameter in runner.method(config(6)).named_parameters():
         if name.startswith("query_encoder") and parameter.ndim == 4:
             theirs, ours = straight["state_dict"][name], resumed["state_dict"][name]
@@ -244,7 +250,7 @@ def test_bf16_trains_on_a_cpu_with_the_loss_and_statistics_in_fp32(runner):
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device: reading a number, and shapes that depend on numbers."""
+    """Counts what makes the host wait for a device: numbers read, shapes that depend on them."""
 
     WAITING = (
         "_local_scalar_dense",
@@ -292,7 +298,7 @@ class InSteps(pl.Callback):
 )
 def test_between_logged_steps_nothing_waits_for_the_device(settings, runner, monkeypatch):
     monkeypatch.setattr(
-        "moco.runs.faults.is_decided_on_device", lambda optimizer, norm: True
+        "moco.callbacks.bad_steps.is_decided_on_device", lambda optimizer, norm: True
     )  # as on a GPU
     config = runner.config("trainer.log_every_n_steps=3", "trainer.max_steps=4", *settings)
     with Waits() as waits:
@@ -374,6 +380,7 @@ def test_compiled_nets_have_the_same_losses_names_and_evaluation(settings, runne
     assert not torch._dynamo.utils.counters["frames"]  # evaluation compiles nothing
 
 
+@pytest.mark.slow
 def test_every_size_of_a_long_ramp_is_compiled(runner, monkeypatch):
     compile_module, seen = nn.Module.compile, []
 
@@ -384,7 +391,7 @@ def test_every_size_of_a_long_ramp_is_compiled(runner, monkeypatch):
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **_: compile_module(self, dynamic=False, backend=backend)
     )
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch.compiler.config, "fail_on_recompile_limit_hit", True)
     sizes = [
         "augmentation.start_image_size=4",
         "augmentation.image_size_step=2",
@@ -452,10 +459,9 @@ def faults(num_mib):
 keep_freed_memory()
 print(faults(200), faults(200), faults(150))
 """
-    told = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    first, *others = map(int, told.stdout.split())
+    done = run_to_end(sys.executable, "-c", program)
+    assert done.returncode == 0, done.stderr
+    first, *others = map(int, done.stdout.split())
     assert first > 50
     assert max(others) < first / 10
 
@@ -481,12 +487,8 @@ class Compiled(nn.Module):
         ("cuda", True, {}, "yes, with CUDA graphs"),
         ("cuda", False, {}, "no"),
         ("cuda", None, {"cuda_graphs": False}, "yes"),
-        (
-            "cuda",
-            None,
-            {"accumulate": 2},
-            "yes",
-        ),  # a graph writes over the gradients of its last start
+        # A graph overwrites the gradients of its last start.
+        ("cuda", None, {"accumulate": 2}, "yes"),
         ("cuda", None, {"devices": 2}, "no"),
         ("cuda", True, {"devices": 2}, "yes"),
         ("cuda", None, {"layer": nn.Linear(2, 2)}, "no"),  # not measured, as is the next
@@ -522,7 +524,13 @@ def test_one_gpu_compiles_and_starts_whole_passes_at_once(
     assert graphs is (
         (way == "yes, with CUDA graphs") if device == "cuda" and way != "no" else None
     )
-    assert set(module.options or {}) <= set(torch._inductor.list_options())
+
+
+def test_torch_knows_the_options_for_its_compiler():
+    options = hardware_fit.compiler_options(torch.device("cuda"), cuda_graphs=True)
+    torch.compile(torch.neg, options=options)  # it refuses unknown ones here
+    with pytest.raises(RuntimeError, match="optimization option"):
+        torch.compile(torch.neg, options={"no_such_option": True})
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_cosine_by_epoch_equals_the_official_main_program(epoch):
 
 @pytest.mark.parametrize("step", [0, 1, 499, 500, 501, 2_750, 4_999])
 def test_warmup_and_cosine_by_step_equal_moco_v3s(step):
-    """Of the official main_moco.py, which counts epochs in fractions: 10 of 100 to warm up, here of 50 steps each."""
+    """The official main_moco.py, which counts epochs in fractions: 10 of 100 to warm up."""
     epoch = step / 50
     expected = 4.8 * epoch / 10 if epoch < 10 else official(epoch - 10, 90, lr=4.8)
     ours = learning_rate_at(step, 5_000, 50, lr=4.8, schedule="cosine", warmup_epochs=10)
@@ -173,9 +173,13 @@ def test_norms_biases_and_what_the_module_names_are_spared(name):
     assert decayed == (0.2, ["table", "body.linear.weight"])
     assert spared[0] == 0.0
     assert set(spared[1]) == {
-        "body.table", "body.linear.bias", "body.norm.weight", "body.norm.bias", "body.mlp_scale.weight",
+        "body.table",
+        "body.linear.bias",
+        "body.norm.weight",
+        "body.norm.bias",
+        "body.mlp_scale.weight",
         "body.mlp_scale.bias",
-    }  # fmt: skip
+    }
 
 
 def test_without_norms_there_is_no_empty_group():
@@ -245,7 +249,7 @@ def take_steps(module, optimizer, steps):
 def test_a_state_of_pytorchs_usual_optimizers_is_gone_on_from_in_any_memory_format(
     name, before, after, tmp_path
 ):
-    """The first runs had such optimizers, and weights that were contiguous; PyTorch's own go straight on."""
+    """Early runs had such optimizers and contiguous weights; PyTorch's own continue exactly."""
     kind = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}[name]
     straight, resumed = (
         nn.Sequential(nn.Conv2d(3, 5, 3), nn.Linear(4, 3)).to(memory_format=before)
@@ -291,16 +295,20 @@ def test_learning_rates_are_scaled_to_the_batch():
     }
     scaled = scaled_to_batch(given, 128)
     assert scaled == {
-        "lr": 2.5e-4, "final_lr": 1.25e-6, "warmup_start_lr": 1.25e-7, "lr_for_batch_size": None, "weight_decay": 0.05,
-    }  # fmt: skip
+        "lr": 2.5e-4,
+        "final_lr": 1.25e-6,
+        "warmup_start_lr": 1.25e-7,
+        "lr_for_batch_size": None,
+        "weight_decay": 0.05,
+    }
     assert scaled_to_batch(scaled, 64) == scaled
 
 
 def lars_by_loop(weights, gradients, lr, momentum, decay, eta, clip=False, moco_v3=False):
-    """LARS, arXiv 1708.03888, section 4, with momentum as PyTorch's SGD has it; parameters of one dimension by SGD alone.
+    """Return LARS (arXiv 1708.03888, section 4) with PyTorch's momentum; vectors take SGD.
 
     Args:
-        moco_v3: the denominator of MoCo v3's official code, the norm of gradient and decay together.
+        moco_v3: the denominator of MoCo v3's official code, the norm of gradient plus decay.
     """
     speeds = [np.zeros_like(weight) for weight in weights]
     for of_step in gradients:
@@ -336,7 +344,7 @@ class Mixed(nn.Module):
 
 
 def stepped(num_steps, **settings):
-    """The parameters after steps of LARS by `build_optimizer`, those before, and the gradients of each step, in numpy."""
+    """Return parameters after steps of LARS, those before, and each step's gradients."""
     module = Mixed().double()
     before = [parameter.detach().numpy().copy() for parameter in module.parameters()]
     optimizer = build_optimizer(module, name="lars", schedule="constant", **settings)
@@ -366,7 +374,7 @@ def test_lars_equals_its_published_formula(weight_decay, trust_clip):
 
 
 def test_lars_at_moco_v3s_weight_decay_is_the_official_codes_to_a_ten_thousandth():
-    """The denominators differ by at most twice the decay's share of the gradient, here 1.5e-6 * 70 / 7."""
+    """The denominators differ by at most twice the decay's share, here 1.5e-6 * 70 / 7."""
     pytest.importorskip("timm")
     after, start, gradients = stepped(5, lr=4.8, weight_decay=1.5e-6)
     expected = lars_by_loop(
@@ -377,7 +385,7 @@ def test_lars_at_moco_v3s_weight_decay_is_the_official_codes_to_a_ten_thousandth
 
 
 def official_lars_step(weight, gradient, lr, decay, eta):
-    """The first step of MoCo v3's official code on a matrix: its ratio asks for the norm of gradient and decay."""
+    """Return the first step of MoCo v3's official code on a matrix."""
     step = gradient + decay * weight
     norm = np.linalg.norm(step)
     ratio = eta * np.linalg.norm(weight) / norm if np.linalg.norm(weight) > 0 and norm > 0 else 1.0
@@ -396,7 +404,7 @@ def official_lars_step(weight, gradient, lr, decay, eta):
 def test_lars_decays_a_layer_without_gradient_less_than_moco_v3s_code(
     weight_decay, gradient, ours, official
 ):
-    """Documented in docs/methods.md; `gradient` is in units of the weights, and so are the steps."""
+    """See docs/methods.md; `gradient` and the steps are in units of the weights."""
     pytest.importorskip("timm")
     module = nn.Linear(4, 3, bias=False).double()
     before = module.weight.detach().numpy().copy()

@@ -1,12 +1,14 @@
 """Training steps on two gloo processes against one process that plays both devices in plain loops.
 
-The reference knows nothing of `moco.training.distributed.collectives`: it takes the two halves of each batch one after the other, shuffles
-keys by hand, and averages the gradients of both. It keeps a copy of the encoders for each device, since BatchNorm's running
-statistics differ between devices. Everything is in float64.
+The reference does not use `moco.training.distributed.collectives`. It takes the two halves of each
+batch one after the other, shuffles keys by hand, and averages the gradients of both. It keeps a copy
+of the encoders for each device, because BatchNorm's running statistics differ between devices.
+Everything is in float64.
 """
 
 import copy
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from moco.methods.batch_norm import batch_norm_mode
 from moco.methods.momentum import update_key_encoder
 from tests.methods.test_family import composed, plain_encode, plain_info_nce, plain_update
-from tests.training.test_distributed import on_two
+from tests.processes import on_two
 
 SWIN = ["backbone=swin_v2_tiny_patch2", "backbone.stochastic_depth=0"]
 ADAMW = [
@@ -32,9 +34,10 @@ LARS = [
 ]
 HEADS = ["method.projector.hidden_dim=32", "method.predictor.hidden_dim=32"]
 NO_NORM = [
-    f"method.{head}.{setting}=false" for head in ("projector", "predictor")
+    f"method.{head}.{setting}=false"
+    for head in ("projector", "predictor")
     for setting in ("hidden_batch_norm", "last_batch_norm")
-]  # fmt: skip
+]
 NORM = [
     "method.projector.num_layers=2",
     "method.projector.hidden_dim=32",
@@ -178,9 +181,14 @@ class Reference:
 
 
 def as_one_device(rank, cases):
+    # What is done in fp32 whatever the precision is done in float64 here.
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        compare_steps(rank, cases)
+
+
+def compare_steps(rank, cases):
     from moco.training.distributed.collectives import all_gather
 
-    torch.Tensor.float = torch.Tensor.double  # what is done in fp32 whatever the precision
     for name, overrides in cases:
         config = composed(name, "data.batch_size=8", "method.batch_norm=auto", *overrides)
         torch.manual_seed(0)

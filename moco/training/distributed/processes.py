@@ -1,4 +1,4 @@
-"""One process per device of this machine: started, watched and ended by their parent, which computes nothing itself."""
+"""One process per device of this machine. Their parent starts, watches and ends them."""
 
 import contextlib
 import logging
@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 GRACE = 20.0
 """Seconds that the other processes get to end by themselves after one has failed."""
+POLL_SECONDS = 0.2
 
 
 @dataclass
@@ -35,14 +36,14 @@ class Child:
     rank: int
     process: BaseProcess
     connection: Connection
-    """It says through this why it ended, if it can; we say through it that it is to stop."""
+    """The child sends the error with which it ended. The parent sends a signal's number."""
     error: BaseException | None = None
-    is_cause: bool = field(default=True)
-    """False: it ended because another one did, or because we ended it."""
+    is_cause: bool = True
+    """False: it ended because another process did, or because the parent killed it."""
 
 
 def starts_its_own(environment: ClusterEnvironment, num_devices: int) -> bool:
-    """Whether the config's devices need more processes than there are: no launcher started them, and we are none of them."""
+    """Return whether this program has to start a process per device: no launcher has done so."""
     return isinstance(environment, LightningEnvironment) and num_devices > 1
 
 
@@ -53,32 +54,36 @@ def run_on_devices(
     stop: StopRequest,
     last_good: Callable[[], str],
 ) -> None:
-    """Call ``work(*arguments, stop)`` in one new process per device; returns when all are done.
+    """Call ``work(*arguments, stop)`` in one new process per device; return when all have ended.
 
     Inside, `moco.training.distributed.collectives.process_group` connects them.
 
     Args:
-        work, arguments: have to be picklable. The ``stop`` that is added is the process's own; it also hears of ours.
+        work: has to be picklable. Its ``stop`` is the process's own, which also hears of ours.
+        arguments: have to be picklable.
+        num_devices: the number of processes.
         stop: passed on to every process.
         last_good: names the newest checkpoint, for the message when a process is killed.
 
     Raises:
-        InputError, RunError, Interrupted: what the process that failed first has raised; it names the rank if that process
-            was killed.
+        InputError, RunError, Interrupted: what the process raised that failed first. If it was
+            killed, the message names its rank.
     """
     rendezvous = new_rendezvous()
     children: list[Child] = []
     try:
         for rank in range(num_devices):
-            children.append(start(work, arguments, rank, num_devices, str(rendezvous), stop))
+            child = start(work, arguments, rank, num_devices, str(rendezvous), stop)
+            children.append(child)
         supervise(children, stop)
     finally:
         for child in children:
-            child.process.kill()  # nothing, to one that has ended
+            child.process.kill()  # this does nothing to a process that has ended
             child.process.join()
         rendezvous.unlink(missing_ok=True)
         rendezvous.parent.rmdir()
-    if error := first_failure(children, last_good):
+    error = first_failure(children, last_good)
+    if error is not None:
         raise error
 
 
@@ -91,54 +96,54 @@ def start(
     stop: StopRequest,
 ) -> Child:
     """Start the process of one rank."""
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    ours, its = context.Pipe()
+    context = multiprocessing.get_context("spawn")  # CUDA does not work after a fork
+    parents_end, childs_end = context.Pipe()
     process = context.Process(
         target=_run_child,
-        args=(work, tuple(arguments), rank, num_devices, rendezvous, its, stop.signals),
+        args=(work, tuple(arguments), rank, num_devices, rendezvous, childs_end, stop.signals),
         name=f"rank {rank}",
     )
-    with held_back(stop.signals):  # until its own StopRequest takes them
+    with held_back(stop.signals):  # until the child's own StopRequest begins
         process.start()
-    its.close()  # so that the child's end is its alone, and closes with it
-    return Child(rank, process, ours)
+    childs_end.close()  # only the child holds it now, so that it closes when the child ends
+    return Child(rank, process, parents_end)
 
 
 def supervise(children: Sequence[Child], stop: StopRequest) -> None:
-    """Wait until every process has ended; after a failure, for `GRACE` seconds at most."""
-    told, deadline = False, float("inf")
+    """Wait until every process has ended, or for `GRACE` seconds after the first failure."""
+    has_told = False
+    deadline = float("inf")
     alive = list(children)
     while alive and time.monotonic() < deadline:
-        if stop and not told:
-            told = True
+        if stop and not has_told:
+            has_told = True
             for child in alive:
                 tell(child, stop.signal_number)
-        wait(
-            [child.process.sentinel for child in alive] + [child.connection for child in alive],
-            timeout=0.2,
-        )
+        events: list[Any] = []
+        for child in alive:
+            events += [child.process.sentinel, child.connection]
+        wait(events, timeout=POLL_SECONDS)
         for child in list(alive):
             read_error(child)
             if child.process.exitcode is None:
                 continue
             alive.remove(child)
-            read_error(child)  # what it said before it ended
-            if (
-                child.process.exitcode != 0
-            ):  # also of an interrupt: all have the same one, and leave after the same save
+            read_error(child)  # what it sent between the last reading and its end
+            # An interrupted process has a code too: all stop after the same step and the same save.
+            if child.process.exitcode != 0:
                 deadline = min(deadline, time.monotonic() + GRACE)
     for child in alive:
         child.is_cause = False
 
 
 def tell(child: Child, signal_number: int | None) -> None:
-    """Ask a process to stop as if it had got the signal."""
+    """Ask a process to stop as if it had received the signal."""
     with contextlib.suppress(OSError):  # it is ending already
         child.connection.send(signal_number)
 
 
 def read_error(child: Child) -> None:
-    """Take note of what the process has failed with, if it has said so."""
+    """Keep the error that the process has sent, if there is one."""
     try:
         while child.error is None and child.connection.poll():
             child.error = child.connection.recv()
@@ -148,27 +153,34 @@ def read_error(child: Child) -> None:
 
 
 def first_failure(children: Sequence[Child], last_good: Callable[[], str]) -> BaseException | None:
-    """Why the training ended, or None when all is well: a killed process, else an error, else a lost connection."""
+    """Return why the training ended, or None if all processes succeeded.
+
+    A killed process comes first, then an error, then a lost connection, which only follows from the
+    others.
+    """
     for child in children:
-        code = child.process.exitcode
-        if child.is_cause and child.error is None and code:
-            how = (
-                f"was killed by {signal.Signals(-code).name}"
-                if code < 0
-                else f"ended with exit code {code}"
-            )
-            return RunError(
-                f"rank {child.rank} of {len(children)} (process {child.process.pid}) {how}: by the kernel if memory ran "
-                f"out, or from outside; {last_good()}"
-            )
+        if child.is_cause and child.error is None and child.process.exitcode:
+            return killed_error(child, len(children), last_good)
     errors = [child.error for child in children if child.error is not None]
-    kinds: list[type | tuple[type, ...]] = [InputError, RunError, Interrupted, BaseException]
     causes = [error for error in errors if not isinstance(error, PeerLost)]
-    for kind in kinds:
+    for kind in (InputError, RunError, Interrupted, BaseException):
         for error in causes or errors:
             if isinstance(error, kind):
                 return error
     return None
+
+
+def killed_error(child: Child, num_devices: int, last_good: Callable[[], str]) -> RunError:
+    """Return the error for a process that ended without saying why."""
+    code = child.process.exitcode
+    assert code is not None
+    how = f"ended with exit code {code}"
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+    return RunError(
+        f"rank {child.rank} of {num_devices} (process {child.process.pid}) {how}: by the kernel "
+        f"if memory ran out, or from outside; {last_good()}"
+    )
 
 
 def _run_child(
@@ -180,11 +192,9 @@ def _run_child(
     connection: Connection,
     signals: Sequence[int],
 ) -> None:
-    os.environ |= {
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_devices),
-        "MOCO_RENDEZVOUS": rendezvous,
-    }
+    os.environ["LOCAL_RANK"] = str(rank)
+    os.environ["WORLD_SIZE"] = str(num_devices)
+    os.environ["MOCO_RENDEZVOUS"] = rendezvous
     code = 1
     try:
         with StopRequest(signals) as stop:
@@ -198,13 +208,12 @@ def _run_child(
         connection.send(RunError(f"rank {rank}: {type(error).__name__}: {error}"))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        code
-    )  # without waiting for what may hang: a connection to a process that is gone, a loader's threads
+    # A usual exit would wait for what may hang: a connection to a lost process, a loader's threads.
+    os._exit(code)
 
 
 def _listen(connection: Connection, stop: StopRequest) -> None:
-    """Pass the parent's word on to `stop`; end this process if the parent is gone."""
+    """Hand the parent's signals to `stop`; end this process when the parent is gone."""
     try:
         while True:
             stop.request(connection.recv())

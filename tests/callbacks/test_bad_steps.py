@@ -1,42 +1,31 @@
-"""Steps without finite gradients against a plain loop that leaves them out; machines that give out, for real."""
+"""Steps without finite gradients, compared with a plain loop that skips them."""
 
-import contextlib
 import copy
-import errno
 import gc
 import json
 import math
-import os
-import re
-import resource
-import signal
-import tempfile
-import time
 import weakref
-from pathlib import Path
 
-import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
-from moco.cli.build_pretraining import build_data
+from moco.callbacks.bad_steps import BadSteps
+from moco.cli.build_pretraining import build_data, run
 from moco.data.loading.datamodule import PretrainingData
-from moco.errors import RunError
-from moco.runs.faults import BadSteps, explained, failures_named, failures_without_training_named
-from moco.runs.run_folder import write_json
+from moco.cli.build_pretraining import build_data
 from moco.train import run
-from moco.training.logger import RunLogger
 from tests.methods.test_moco import Losses
-from tests.runs.test_interrupts import start
 
-# The large eps keeps rounding errors of gradients near zero (a bias before BatchNorm) from becoming whole steps.
+# With the large eps, rounding errors of gradients near zero do not become whole steps.
 ADAMW = [
-    "optimizer=adamw", "optimizer.warmup_epochs=0", "optimizer.lr_for_batch_size=null", "optimizer.eps=1",
-]  # fmt: skip
+    "optimizer=adamw",
+    "optimizer.warmup_epochs=0",
+    "optimizer.lr_for_batch_size=null",
+    "optimizer.eps=1",
+]
 
 
 def bad_steps(figures, limit=10):
@@ -64,7 +53,7 @@ def poison(monkeypatch, config, *batches):
 
 
 def plain_run(method, config, num_batches, spoil=lambda number: 0.0):
-    """MoCo in a plain loop that takes a copy of everything before a step, and goes back to it if its loss is not finite.
+    """Train MoCo in a plain loop that undoes a step whose loss is not finite.
 
     Args:
         spoil: added to the loss of a batch.
@@ -138,7 +127,7 @@ def assert_equal_to_plain(method, expected):
 
 @pytest.fixture
 def of_four_steps(runner, monkeypatch):
-    # At a ReLU's kink rounding decides between two gradients; without kinks two orders of the same sums stay together.
+    # At a ReLU's kink, rounding decides between two gradients. A SiLU has no kink.
     monkeypatch.setattr(nn, "ReLU", nn.SiLU)
 
     def config(*overrides):
@@ -160,9 +149,15 @@ def of_four_steps(runner, monkeypatch):
 
 @pytest.mark.parametrize(
     ("variant", "bad"),
-    [([], [1]), ([], [0, 2]), (ADAMW, [0, 2]), (["trainer.accumulate_grad_batches=2"], [3]), (["method.queue_size=20"], [2])],
-    ids=["sgd", "sgd, from the first step", "adamw", "in the second of two batches", "a batch larger than the queue"],
-)  # fmt: skip
+    [
+        ([], [1]),
+        ([], [0, 2]),
+        (ADAMW, [0, 2]),
+        (["trainer.accumulate_grad_batches=2"], [3]),
+        (["method.queue_size=20"], [2]),
+    ],
+    ids=["sgd", "first step", "adamw", "second of two batches", "batch larger than the queue"],
+)
 def test_a_step_with_an_image_that_is_not_finite_is_as_if_it_had_not_been(
     variant, bad, of_four_steps, runner, monkeypatch
 ):
@@ -175,22 +170,15 @@ def test_a_step_with_an_image_that_is_not_finite_is_as_if_it_had_not_been(
     assert_equal_to_plain(method, expected)
 
 
-def test_an_infinite_loss_with_finite_gradients_is_left_out_too(of_four_steps, runner, monkeypatch):
+def test_an_infinite_loss_with_finite_gradients_is_skipped_too(of_four_steps, runner, monkeypatch):
     import moco.methods.moco as module
 
     def spoil(number):
         return math.inf if number == 2 else 0.0
 
-    config, original, calls, figures = (
-        of_four_steps(),
-        module.efficient_info_nce,
-        iter(range(4)),
-        {},
-    )
+    config, original, calls, figures = of_four_steps(), module.info_nce, iter(range(4)), {}
     expected = plain_run(runner.method(config), config, 4, spoil)
-    monkeypatch.setattr(
-        module, "efficient_info_nce", lambda *args: original(*args) + spoil(next(calls))
-    )
+    monkeypatch.setattr(module, "info_nce", lambda *args: original(*args) + spoil(next(calls)))
     method = runner.fit(config, [bad_steps(figures)])
     assert figures["skipped_steps"] == 1
     assert_equal_to_plain(method, expected)
@@ -223,8 +211,8 @@ def test_a_run_without_bad_steps_is_not_changed_in_one_bit(runner):
         assert torch.equal(ours[name], value), name
 
 
-def test_with_fp16s_loss_scaling_the_same_steps_are_left_out_as_without_us(runner):
-    """PyTorch's own scaler leaves out a step that overflows; ours must come to the same and leave it its records."""
+def test_with_fp16s_loss_scaling_the_same_steps_are_skipped_as_without_us(runner):
+    """PyTorch's own scaler skips a step that overflows; with ours the result is the same."""
 
     def half(*callbacks):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, backoff_factor=2.0**-4)
@@ -261,22 +249,31 @@ def test_optimizers_of_one_kernel_leave_weights_alone_without_gradients():
 @pytest.fixture
 def decided_on_device(monkeypatch):
     """The way of a GPU, on the CPU: the kernels of fused optimizers look at the same flag there."""
-    monkeypatch.setattr("moco.runs.faults.is_decided_on_device", lambda optimizer, norm: True)
+    monkeypatch.setattr(
+        "moco.callbacks.bad_steps.is_decided_on_device", lambda optimizer, norm: True
+    )
 
 
 @pytest.mark.parametrize(
     ("variant", "bad"),
-    [([], [0, 2]), (ADAMW, [0, 2]), (["trainer.accumulate_grad_batches=2"], [3]), (["method.batch_norm=split"], [1])],
-    ids=["sgd", "adamw", "in the second of two batches", "split batch norm"],
-)  # fmt: skip
-def test_a_step_left_out_on_the_device_leaves_the_same_behind_as_one_that_is_waited_for(
+    [
+        ([], [0, 2]),
+        (ADAMW, [0, 2]),
+        (["trainer.accumulate_grad_batches=2"], [3]),
+        (["method.batch_norm=split"], [1]),
+    ],
+    ids=["sgd", "adamw", "second of two batches", "split batch norm"],
+)
+def test_a_step_skipped_on_the_device_leaves_the_same_behind_as_one_that_is_waited_for(
     variant, bad, of_four_steps, runner, monkeypatch
 ):
     config = of_four_steps(*variant)
     poison(monkeypatch, config, *bad)
     figures = [{}, {}]
     waited = runner.fit(config, [bad_steps(figures[0])]).state_dict()
-    monkeypatch.setattr("moco.runs.faults.is_decided_on_device", lambda optimizer, norm: True)
+    monkeypatch.setattr(
+        "moco.callbacks.bad_steps.is_decided_on_device", lambda optimizer, norm: True
+    )
     ours = runner.fit(config, [bad_steps(figures[1])]).state_dict()
     assert figures[0] == figures[1] == {"skipped_steps": len(bad)}
     for name, value in waited.items():
@@ -299,10 +296,12 @@ def test_bad_steps_on_the_device_are_told_of_when_figures_are_logged(
     assert told == [0, 0, 2, 2, 2, 4, 4, 4]
     assert monitor.state_dict()["in_a_row"] == 0
     warnings = [
-        record.getMessage() for record in caplog.records if record.name == "moco.runs.faults"
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "moco.callbacks.bad_steps"
     ]
     assert warnings == [
-        f"step {step} left out: its loss or gradients are not finite" for step in (2, 5)
+        f"step {step} skipped: its loss or gradients are not finite" for step in (2, 5)
     ]
 
 
@@ -323,7 +322,7 @@ class Loop:
     global_step, accumulate_grad_batches, precision, logger = 0, 1, "32-true", None
 
 
-def test_a_loss_that_is_infinite_on_one_of_two_devices_is_left_out_on_both():
+def test_a_loss_that_is_infinite_on_one_of_two_devices_is_skipped_on_both():
     layers = [nn.Linear(3, 1), nn.Linear(3, 1)]
     for layer, added in zip(layers, (0.0, math.inf), strict=True):
         loss = layer(torch.ones(2, 3)).sum() + added
@@ -351,8 +350,11 @@ def test_too_many_in_a_row_end_the_run_with_step_loss_causes_and_checkpoint(runn
     for part in (
         f"not finite in 3 steps in a row, up to step {len(losses.values) + 1} (trainer.max_bad_steps=3)",
         f"the last finite loss was {finite[-1]:.4g}. ",
-        "optimizer.lr too high", "bf16-mixed", "trainer.gradient_clip_val", "values in the data",
-    ):  # fmt: skip
+        "optimizer.lr is too high",
+        "bf16-mixed",
+        "trainer.gradient_clip_val",
+        "values in the data",
+    ):
         assert part in str(error.value)
     assert str(error.value).endswith("; the last good checkpoint is X")
 
@@ -364,10 +366,12 @@ def test_shorter_streaks_are_warned_of_once_each_and_do_not_add_up(runner, monke
     runner.fit(config, [bad_steps(figures, limit=3)])
     assert figures["skipped_steps"] == 4
     warnings = [
-        record.getMessage() for record in caplog.records if record.name == "moco.runs.faults"
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "moco.callbacks.bad_steps"
     ]
     assert warnings == [
-        f"step {step} left out: its loss or gradients are not finite" for step in (2, 5)
+        f"step {step} skipped: its loss or gradients are not finite" for step in (2, 5)
     ]
 
 
@@ -382,9 +386,13 @@ def scalars(folder, tag):
 def test_a_resume_in_the_middle_of_a_streak_keeps_the_count(runner, monkeypatch, tmp_path, caplog):
     def config(max_steps, limit):
         return runner.config(
-            "data.batch_size=96", "optimizer.schedule=constant", f"trainer.max_steps={max_steps}",
-            f"trainer.max_bad_steps={limit}", "trainer.log_every_n_steps=1", "evaluation.every_n_epochs=100",
-        )  # fmt: skip
+            "data.batch_size=96",
+            "optimizer.schedule=constant",
+            f"trainer.max_steps={max_steps}",
+            f"trainer.max_bad_steps={limit}",
+            "trainer.log_every_n_steps=1",
+            "evaluation.every_n_epochs=100",
+        )
 
     poison(monkeypatch, config(9, 4), 1, 2, 3, 4)  # steps 2 to 5
     run(config(3, 4), tmp_path)
@@ -406,7 +414,7 @@ def test_a_resume_in_the_middle_of_a_streak_keeps_the_count(runner, monkeypatch,
     assert scalars(tmp_path, "train/skipped_steps")[9] == 4
 
 
-def test_fine_tuning_leaves_bad_steps_out_too(tmp_path, monkeypatch):
+def test_fine_tuning_skips_bad_steps_too(tmp_path, monkeypatch):
     import moco.segmentation.segmenter as module
     from moco.segment import run as segment
     from tests.segmentation.test_segment import FROM_SCRATCH, config_of
@@ -423,291 +431,3 @@ def test_fine_tuning_leaves_bad_steps_out_too(tmp_path, monkeypatch):
     figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (figures["skipped_steps"], figures["step"]) == (1, 3)
     assert math.isfinite(figures["train/loss"])
-
-
-class Failing(Dataset):
-    """Fails in the loader process."""
-
-    def __init__(self, fail):
-        self.fail = fail
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        return self.fail()
-
-
-def first_batch(loader):
-    batches = iter(loader)
-    try:
-        return next(batches)
-    finally:
-        batches._shutdown_workers()  # left to the garbage collector, the processes take 5 s to end
-
-
-def end_with_signal():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fill_shared_memory():
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY)
-    )  # also of files in shared memory
-    return torch.zeros(100_000)
-
-
-def lose_the_disk():
-    raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/x.png")
-
-
-def run_out_of_memory():
-    return np.empty(1 << 50)
-
-
-@pytest.mark.parametrize(
-    ("fail", "said"),
-    [
-        (end_with_signal, "a loader process was ended from outside, .* use fewer data.num_workers"),
-        (fill_shared_memory, "the loader processes have used up the shared memory; .*docker run --shm-size"),
-        (lose_the_disk, r"in a loader process, OSError: \[Errno 5\] Input/output error: '/data/x.png'"),
-        (run_out_of_memory, "the machine is out of memory; fewer data.num_workers"),
-    ],
-)  # fmt: skip
-def test_what_happens_to_a_loader_process_is_said_in_one_line(fail, said, tmp_path):
-    loader = DataLoader(Failing(fail), 4, num_workers=1, multiprocessing_context="fork")
-    with (
-        pytest.raises(RunError, match=f"^{said}.*; there is no checkpoint yet$"),
-        failures_named(tmp_path),
-    ):
-        first_batch(loader)
-
-
-def divide_by_zero():
-    return 1 / 0
-
-
-def break_a_rule():
-    raise RuntimeError("a defect")
-
-
-@pytest.mark.parametrize("fail", [divide_by_zero, break_a_rule])
-def test_a_defect_in_a_loader_process_keeps_its_traceback(fail, tmp_path):
-    loader = DataLoader(Failing(fail), 4, num_workers=1, multiprocessing_context="fork")
-    with (
-        pytest.raises((RuntimeError, ZeroDivisionError), match=f"in {fail.__name__}") as caught,
-        failures_named(tmp_path),
-    ):
-        first_batch(loader)
-    assert not isinstance(caught.value, RunError)
-
-
-def write_to_a_full_disk():
-    with open("/dev/full", "wb", buffering=0) as file:
-        file.write(b"x")
-
-
-def save_to_a_full_disk():
-    with open("/dev/full", "wb") as file:
-        torch.save({"w": torch.zeros(100_000)}, file)
-
-
-def open_too_many_files():
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-    try:
-        with contextlib.ExitStack() as stack:
-            for _ in range(100):
-                stack.enter_context(open(os.devnull))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.mark.parametrize(
-    ("fail", "said"),
-    [
-        (
-            write_to_a_full_disk,
-            r"\[Errno 28\] No space left on device; free some space and start again; in the run ",
-        ),
-        (
-            save_to_a_full_disk,
-            r"\[Errno 28\] No space left on device; free some space and start again; in the run ",
-        ),
-        (open_too_many_files, "too many files are open; raise the limit with 'ulimit -n"),
-        (run_out_of_memory, "the machine is out of memory; "),
-        (lambda: torch.empty(1 << 50), "the machine is out of memory; "),
-    ],
-)
-def test_a_machine_that_gives_out_is_named_with_what_to_do(fail, said, tmp_path):
-    with (
-        pytest.raises(RunError, match=f"^{said}.*; there is no checkpoint yet$"),
-        failures_named(tmp_path),
-    ):
-        fail()
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError(
-            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
-        ),
-        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    ],
-)
-def test_a_full_gpu_is_told_by_its_words(error):
-    assert explained(error).startswith("the GPU is out of memory; a smaller data.batch_size, more ")
-
-
-def test_encoders_that_cannot_be_compiled_are_told_how_to_do_without():
-    from torch._inductor.exc import InductorError
-
-    for error in (
-        torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no kernel"), None),
-        InductorError(AssertionError("mix order reduction"), None),
-    ):
-        assert (
-            explained(error)
-            == "torch.compile fails at these encoders; trainer.compile=false does without"
-        )
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        MemoryError(),
-        OSError(errno.ENOMEM, "Cannot allocate memory"),
-        RuntimeError("DataLoader worker (pid 7) exited unexpectedly; it was reading {a}.png"),
-    ],
-)
-def test_without_training_only_settings_that_are_there_are_named(error):
-    with (
-        pytest.raises(RunError) as caught,
-        failures_without_training_named("evaluation.batch_size"),
-    ):
-        raise error
-    said = str(caught.value)
-    assert "a smaller evaluation.batch_size" in said
-    assert "data.batch_size" not in said
-    assert "trainer." not in said
-    assert "{a}.png" in said or "{" not in said
-
-
-@pytest.mark.parametrize(
-    "error",
-    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyError("x"), RunError("x")],
-)
-def test_what_is_no_sign_of_a_weak_machine_passes_as_it_is(error, tmp_path):
-    with pytest.raises(type(error)) as caught, failures_named(tmp_path):
-        raise error
-    assert caught.value is error
-
-
-def test_a_run_folder_that_may_not_be_written_is_named_even_if_its_checkpoints_cannot_be_seen():
-    with tempfile.TemporaryDirectory() as name:
-        folder, user = Path(name), os.geteuid()
-        if user == 0:
-            os.seteuid(65534)  # permissions do not stop root
-        else:
-            folder.chmod(0)
-        try:
-            with pytest.raises(RunError) as error, failures_named(folder):
-                write_json(folder / "metrics.json", {})
-        finally:
-            os.seteuid(user)
-            folder.chmod(0o700)
-    said = str(error.value)
-    assert re.match(
-        rf"\[Errno 13\] Permission denied: '{name}\S*'; make it writable for you and start again",
-        said,
-    )
-    assert said.endswith(f"; its checkpoints are in {name}/checkpoints, which cannot be read now")
-
-
-def draw_noise(logger):
-    for step in range(3):
-        logger.experiment.add_image("noise", torch.rand(3, 500, 500), step)  # 750 kB
-        logger.save()
-
-
-def test_a_disk_that_fills_up_under_tensorboard_is_named_and_its_threads_traceback_is_not_shown(
-    tmp_path, capfd
-):
-    logger = RunLogger(tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
-    try:
-        with (
-            pytest.raises(RunError, match=r"^\[Errno 27\] File too large; "),
-            failures_named(tmp_path),
-        ):
-            draw_noise(logger)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert capfd.readouterr().err == ""
-
-
-def children(process):
-    return Path(f"/proc/{process}/task/{process}/children").read_text().split()
-
-
-def loader_process(program):
-    """The process id of a running program's loader: what its fork server has forked."""
-    commands = {child: Path(f"/proc/{child}/cmdline").read_text() for child in children(program)}
-    (server,) = [child for child, command in commands.items() if "forkserver" in command]
-    (loader,) = children(server)
-    return int(loader)
-
-
-def wait_for_checkpoint(process, checkpoint):
-    while not checkpoint.is_file():
-        assert process.poll() is None
-        time.sleep(0.05)
-
-
-def test_a_loader_process_that_the_kernel_ends_ends_the_run_in_one_line_with_the_checkpoint_intact(
-    tmp_path,
-):
-    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    with start(
-        "run",
-        "data.engine=worker",
-        "data.num_workers=1",
-        "evaluation.every_n_epochs=100",
-        cwd=tmp_path,
-    ) as process:
-        wait_for_checkpoint(process, checkpoint)
-        os.kill(loader_process(process.pid), signal.SIGKILL)
-        stderr = process.communicate(timeout=120)[1]
-    assert process.returncode == 1
-    assert re.fullmatch(
-        r"failed: a loader process was ended from outside, mostly by the kernel .* use fewer data\.num_workers .*; "
-        r"it was reading digits: train_images\[\d+\]; .*"
-        rf"the last good checkpoint is {checkpoint}\n",
-        stderr,
-    )
-    assert torch.load(checkpoint, weights_only=True)["global_step"] >= 22
-
-
-def test_a_full_disk_ends_the_run_in_one_line_with_the_checkpoint_intact(tmp_path):
-    """A limit on the size of files stands for the disk: what a write meets is the same."""
-    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    with start("run", "evaluation.every_n_epochs=100", cwd=tmp_path) as process:
-        wait_for_checkpoint(process, checkpoint)
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
-        stderr = process.communicate(timeout=120)[1]
-    assert process.returncode == 1
-    assert stderr == (
-        "failed: [Errno 27] File too large; raise the limit on the size of files (ulimit -f) and start again; "
-        f"in the run {tmp_path / 'run'}; the last good checkpoint is {checkpoint}\n"
-    )
-    assert (
-        f"failed: {json.loads((tmp_path / 'run' / 'status.json').read_text())['message']}\n"
-        == stderr
-    )
-    assert torch.load(checkpoint, weights_only=True)["global_step"] >= 22
-    assert not list(checkpoint.parent.glob(".*"))

@@ -1,0 +1,83 @@
+"""Compare the configs of two runs, to tell whether one can continue the other."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# These settings may change when a run is resumed. They say where, how long and how loudly to
+# compute, not what.
+FREE_KEYS = (
+    "resume",
+    "trainer.accelerator",
+    "trainer.benchmark",
+    "trainer.compile",
+    "trainer.cuda_graphs",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.timeout_minutes",
+    "trainer.log_every_n_steps",
+    "trainer.max_bad_steps",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.memory_format",
+    "checkpoint.every_n_epochs",
+    "checkpoint.every_n_minutes",
+    "checkpoint.keep_every_n_epochs",
+    "checkpoint_every_n_epochs",
+    "data.download",
+    "data.max_bad_fraction",
+    "data.max_image_pixels",
+    "data.num_workers",
+    "evaluation.batch_size",
+    "evaluation.diagnostics_every_n_steps",
+    "evaluation.plots_every_n_epochs",
+    "evaluation.projector_images",
+    "evaluation.num_plotted_images",
+    "evaluation.pictures_every_n_epochs",  # the names of two settings in an earlier version
+    "evaluation.num_pictures",
+    "slurm.requeue",
+    "slurm.signal",
+)
+FREE_GROUPS = ("monitor.",)  # these measurements do not change the training
+
+
+def completed(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config with a default for each key that it lacks, also inside of groups.
+
+    A run that began before a key existed has a config without it.
+    """
+    result = dict(defaults)
+    for key, value in config.items():
+        default = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            result[key] = completed(value, default)
+        else:
+            result[key] = value
+    return result
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Return ``key: old there, new here`` for each dotted key that must not differ but does."""
+    old = flattened(there)
+    new = flattened(here)
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        is_free = key in FREE_KEYS or key.startswith(FREE_GROUPS)
+        if not is_free and old.get(key) != new.get(key):
+            found.append(f"{key}: {old.get(key)} there, {new.get(key)} here")
+    return found
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one dict with dotted keys.
+
+    The order of an augmentation's operations matters, so that it is a value too.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if not isinstance(value, Mapping):
+            flat[prefix + key] = value
+            continue
+        if prefix == "augmentation.":
+            flat[f"{prefix}{key} (order)"] = list(value)
+        flat |= flattened(value, f"{prefix}{key}.")
+    return flat
