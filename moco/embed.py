@@ -31,8 +31,8 @@ def run(config: EmbedConfig, folder: Path) -> None:
     """
     from rich.console import Console
 
+    from moco.cli.closing_tables import print_table
     from moco.cli.image_progress import ImageProgress
-    from moco.cli.progress import print_table
     from moco.evaluation import embedding
     from moco.evaluation.feature_parts import remove_parts, taken
     from moco.evaluation.subject import build_source_of

@@ -31,7 +31,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     """
     from rich.console import Console
 
-    from moco.cli.progress import print_table
+    from moco.cli.closing_tables import print_table
     from moco.evaluation.measurements import measure
     from moco.runs.atomic_files import write_atomically, write_json
     from moco.runs.failures import failures_without_training_named

@@ -32,7 +32,7 @@ def run(config: ExportConfig, folder: Path) -> None:
     import torch
     from rich.console import Console
 
-    from moco.cli.progress import print_table
+    from moco.cli.closing_tables import print_table
     from moco.runs.run_folder import claimed
     from moco.weights.exporting import (
         check_output,

@@ -70,7 +70,7 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
     """Write the copy, or what is missing of it, and print what it holds."""
     from rich.console import Console
 
-    from moco.cli.progress import print_table
+    from moco.cli.closing_tables import print_table
     from moco.data.packing import describe_copy, open_copy
 
     data = dataclasses.asdict(config.data)

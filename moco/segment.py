@@ -311,9 +311,9 @@ def build_trainer(
     """Lightning's Trainer with the callbacks of segmentation; `figures` is what they report into."""
     from moco.callbacks.bad_steps import BadSteps
     from moco.callbacks.checkpoints import Checkpoints
+    from moco.callbacks.progress import ProgressBar
     from moco.callbacks.segmentation_monitor import SegmentationMonitor
     from moco.callbacks.training_monitor import LossMonitor
-    from moco.cli.progress import ProgressBar
     from moco.runs.run_folder import last_good
     from moco.training import trainer
     from moco.training.logger import RunDescription
@@ -344,7 +344,7 @@ def build_trainer(
 
 def close(console: Any, folder: Path, figures: dict[str, Any], data: "SegmentationData") -> None:
     """The closing table: what was reached, and where it is."""
-    from moco.cli.progress import print_table
+    from moco.cli.closing_tables import print_table
     from moco.runs.run_folder import LAST_CHECKPOINT
 
     rows = [("epochs, steps", f"{figures.get('epoch', 0)}, {figures.get('step', 0)}")]

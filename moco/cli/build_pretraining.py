@@ -186,10 +186,10 @@ def build_callbacks(
     from moco.callbacks.knn_monitor import KNNMonitor
     from moco.callbacks.label_free_monitor import LabelFreeMonitor
     from moco.callbacks.online_probe import OnlineProbe
+    from moco.callbacks.progress import ProgressBar
     from moco.callbacks.training_monitor import TrainingMonitor
     from moco.callbacks.unreadable_images import UnreadableList
     from moco.callbacks.view_pairs import ViewPairPlot
-    from moco.cli.progress import ProgressBar
     from moco.runs.run_folder import last_good
     from moco.training.logger import RunDescription
 

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco.callbacks.bad_steps import BadSteps
-from moco.cli.build_pretraining import build_data, run
-from moco.data.loading.datamodule import PretrainingData
 from moco.cli.build_pretraining import build_data
+from moco.data.loading.datamodule import PretrainingData
 from moco.train import run
 from tests.methods.test_moco import Losses
 

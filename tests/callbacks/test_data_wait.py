@@ -7,8 +7,8 @@ import pytorch_lightning as pl
 from rich.console import Console
 
 from moco.callbacks.data_wait import DataWait
+from moco.callbacks.progress import ProgressBar
 from moco.callbacks.training_monitor import LossMonitor
-from moco.cli.progress import ProgressBar
 from moco.data.loading.workers import cores_of
 from moco.data.sources.source import FileImages
 

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moco.callbacks.progress import ProgressBar
 from moco.callbacks.training_monitor import TrainingMonitor
-from moco.cli.progress import ProgressBar
 from moco.data.loading.loaders import PairBatch
 from tests.conftest import REPOSITORY
 
@@ -68,7 +68,7 @@ def test_the_seconds_of_training_go_on_where_the_checkpoint_was():
 
 def test_the_bar_is_drawn_at_its_own_pace_and_not_in_every_step(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("moco.cli.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("moco.callbacks.progress.time.monotonic", lambda: now[0])
     bar = ProgressBar({}, Console(force_terminal=True, file=io.StringIO()))
     trainer, method = SimpleNamespace(global_step=0), SimpleNamespace(num_steps=1000)
     updates = []

@@ -1,7 +1,7 @@
-"""The progress bar, a line per epoch, and the tables that a program ends with."""
+"""The progress bar of a training, and the line that stays after each epoch."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,22 +14,24 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
+# Where the output is no terminal, a line shows this often that the run is alive.
 SECONDS_BETWEEN_LINES = 60.0
+# Drawing takes milliseconds of the training thread.
 FRAMES_PER_SECOND = 4
-"""Of the bar: drawing it takes milliseconds from the training thread."""
 
 
 class ProgressBar(pl.Callback):
-    """One bar over all steps with images/s, time left and the latest score; after each epoch, one line that stays.
+    """A bar over all steps with images/s, the time left and the latest scores.
 
-    Where the output is no terminal, only the lines appear, and one a minute in between.
+    After each epoch one line stays. Where the output is no terminal, only these lines are printed,
+    and one a minute in between.
 
     Args:
-        figures: the run's figures, filled in by the monitors.
-        console: where to draw.
-        scores: the figures to show, ``GROUP/NAME``, of which ``GROUP/epoch`` is the epoch, and what to call them.
+        figures: the run's figures; monitors write into them.
+        console: where the bar is drawn.
+        scores: pairs of a figure and the name to show. The figure is ``GROUP/NAME``, and
+            ``GROUP/epoch`` is the epoch in which it was measured.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class ProgressBar(pl.Callback):
             "training", total=pl_module.num_steps, completed=trainer.global_step, status=""
         )
         self.progress.start()
-        self.last_line = self.last_update = time.monotonic()
+        self.last_line = time.monotonic()
+        self.last_update = self.last_line
 
     def on_train_batch_end(
         self,
@@ -71,18 +74,22 @@ class ProgressBar(pl.Callback):
             if now - self.last_update > 1 / FRAMES_PER_SECOND:
                 self._update(trainer)
         elif now - self.last_line > SECONDS_BETWEEN_LINES:
-            self._print(
-                f"epoch {trainer.current_epoch + 1:>4}/{trainer.max_epochs}  step {trainer.global_step}"
-            )
+            epoch = f"epoch {trainer.current_epoch + 1:>4}/{trainer.max_epochs}"
+            self._print(f"{epoch}  step {trainer.global_step}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        line = f"epoch {epoch:>4}/{trainer.max_epochs}  loss {self.figures['train/loss']:.4f}"
-        for score, name in self.scores:
-            if self.figures.get(score.split("/")[0] + "/epoch") == epoch:
-                line += f"  {name} {self.figures[score]:.4f}"
-        line += f"  {self.figures['images_per_second']:,.0f} images/s  data wait {self.figures['data_wait']:.0%}"
-        self._print(line)
+        parts = [
+            f"epoch {epoch:>4}/{trainer.max_epochs}",
+            f"loss {self.figures['train/loss']:.4f}",
+        ]
+        for figure, name in self.scores:
+            group = figure.split("/")[0]
+            if self.figures.get(f"{group}/epoch") == epoch:
+                parts.append(f"{name} {self.figures[figure]:.4f}")
+        parts.append(f"{self.figures['images_per_second']:,.0f} images/s")
+        parts.append(f"data wait {self.figures['data_wait']:.0%}")
+        self._print("  ".join(parts))
         self._update(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -102,24 +109,12 @@ class ProgressBar(pl.Callback):
         self.last_line = time.monotonic()
 
     def _status(self) -> str:
+        """Return the speed and the latest scores, as far as they are known."""
         parts = []
         if "images_per_second" in self.figures:
-            parts.append(
-                f"{self.figures['images_per_second']:,.0f} images/s, data wait {self.figures['data_wait']:.0%}"
-            )
-        parts += [
-            f"{name} {self.figures[score]:.4f}"
-            for score, name in self.scores
-            if score in self.figures
-        ]
+            speed = f"{self.figures['images_per_second']:,.0f} images/s"
+            parts.append(f"{speed}, data wait {self.figures['data_wait']:.0%}")
+        for figure, name in self.scores:
+            if figure in self.figures:
+                parts.append(f"{name} {self.figures[figure]:.4f}")
         return " ".join(parts)
-
-
-def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """Two columns under a title."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column()
-    table.add_column(overflow="fold")  # a path that is cut short cannot be copied
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
