@@ -75,6 +75,7 @@ def test_a_step_is_the_gradient_of_softmax_regression_by_hand():
     assert (float(probe.right), float(probe.seen)) == (2, 4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_probe(runner, tmp_path, monkeypatch):
     config = runner.config(
         "data.batch_size=240", "data.image_size=8", "evaluation.every_n_epochs=100", "method.queue_size=500", "evaluation.online_probe=true",

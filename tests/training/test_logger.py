@@ -58,6 +58,7 @@ def test_keys_of_the_command_line_come_without_values_and_signs(tmp_path):
     assert given_keys(tmp_path) == ["experiment", "method.temperature", "method"]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_writes_every_tag_once_for_a_step(runner, tmp_path):
     settings = [
         "data.batch_size=240",
