@@ -17,7 +17,7 @@ from moco.errors import InputError
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-    from moco.segmentation.datamodule import SegmentationData
+    from moco.segmentation.segmentation_data import SegmentationData
     from moco.segmentation.segmenter import Segmenter
     from moco.weights.pretrained import Pretrained
 
@@ -199,9 +199,9 @@ def decoder_settings(config: SegmentConfig) -> dict[str, Any]:
 
 def build_data(config: SegmentConfig, start: Start) -> "SegmentationData":
     """The loaders of the config's data set and augmentation, every file of it checked."""
-    from moco.segmentation.datamodule import SegmentationData
-    from moco.segmentation.sources import build_segmentation_source
-    from moco.segmentation.views import SegmentationView
+    from moco.segmentation.mask_augmentation import SegmentationView
+    from moco.segmentation.mask_sources import build_segmentation_source
+    from moco.segmentation.segmentation_data import SegmentationData
 
     data, augmentation = config.data, config.augmentation
     view = SegmentationView(

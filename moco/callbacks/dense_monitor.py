@@ -12,10 +12,10 @@ from moco.callbacks.epoch_measurement import EpochMeasurement
 from moco.callbacks.stopwatches import MONITORS, epoch_time
 from moco.data.augment.views import Normalized
 from moco.errors import InputError
-from moco.evaluation.dense import knn_scores
+from moco.evaluation.dense_bank import knn_scores
 from moco.evaluation.dense_features import DenseSet, NotFinite, check_maps, figures_of
 from moco.evaluation.features import EmbeddingStopped, evaluating
-from moco.segmentation.sources import build_segmentation_source
+from moco.segmentation.mask_sources import build_segmentation_source
 from moco.training.distributed.collectives import from_rank_zero
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class DenseMonitor(EpochMeasurement):
     Args:
         figures: gets ``dense/knn_miou``, ``dense/knn_pixel_accuracy``, ``dense/epoch`` and the protocol.
         images: what it is measured by.
-        num_neighbors, temperature: of the vote, see `moco.evaluation.dense.knn_scores`.
+        num_neighbors, temperature: of the vote, see `moco.evaluation.dense_bank.knn_scores`.
         every_n_epochs, should_stop: see `EpochMeasurement`.
     """
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from moco.callbacks.epoch_measurement import EpochMeasurement
 from moco.callbacks.stopwatches import MONITORS, epoch_time
 from moco.evaluation.features import evaluating
-from moco.segmentation.datamodule import SegmentationData, check_readable
 from moco.segmentation.mask_batches import MaskBatch
 from moco.segmentation.metrics import (
     comparison_plot,
@@ -22,6 +21,7 @@ from moco.segmentation.metrics import (
     predicted_classes,
     segmentation_figures,
 )
+from moco.segmentation.segmentation_data import SegmentationData, check_readable
 
 log = logging.getLogger(__name__)
 

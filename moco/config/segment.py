@@ -27,7 +27,7 @@ class DecoderConfig:
 @dataclass
 class SegmentDataConfig:
     name: str = MISSING
-    """segmentation_folder or voc2012: see ``moco.segmentation.sources``."""
+    """segmentation_folder or voc2012: see ``moco.segmentation.mask_sources``."""
     root: Any = None
     download: bool = False
     """Fetch voc2012 if it is not under root yet."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from moco.data.augment.views import Normalized
 from moco.data.loading.datamodule import check_unreadable
 from moco.errors import InputError, printable
-from moco.evaluation.dense import (
+from moco.evaluation.dense_bank import (
     Bank,
     class_shares,
     drawn,
@@ -24,9 +24,9 @@ from moco.evaluation.dense import (
     pixel_classes,
 )
 from moco.evaluation.features import EmbeddingStopped
+from moco.segmentation.mask_sources import MaskedImages, SegmentationSource
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
 from moco.segmentation.scaled_images import scaled_loader
-from moco.segmentation.sources import MaskedImages, SegmentationSource
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class DenseSet:
         image_size: of the scaled images' shorter side, about, see `moco.segmentation.scaled_images`, px.
         maps: which of the backbone's maps, 1 to 4; several are joined.
         bank_size: largest M; each image to learn from gives the same share of it.
-        sampling: see `moco.evaluation.dense.drawn`.
+        sampling: see `moco.evaluation.dense_bank.drawn`.
         num_images: so many images of each part, evenly spaced; None: all.
     """
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.evaluation.dense import Bank
+from moco.evaluation.dense_bank import Bank
 
 WEIGHT_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)  # of standardised features
 USUAL = 1e-2  # where there are too few images to choose by

@@ -9,13 +9,13 @@ from functools import partial
 
 from moco.data.augment.views import Normalized
 from moco.errors import InputError
-from moco.evaluation.dense import knn_scores
+from moco.evaluation.dense_bank import knn_scores
 from moco.evaluation.dense_features import DenseSet, NotFinite, Scorer, check_maps, figures_of
 from moco.evaluation.dense_linear import fit_best
 from moco.evaluation.knn import capped
 from moco.evaluation.knn_measurement import table_of
 from moco.evaluation.subject import Findings, Subject
-from moco.segmentation.sources import build_segmentation_source
+from moco.segmentation.mask_sources import build_segmentation_source
 
 log = logging.getLogger(__name__)
 

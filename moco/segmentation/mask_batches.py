@@ -1,6 +1,6 @@
 """Images with masks as the loader processes make batches of them.
 
-Apart from `moco.segmentation.datamodule`, since every loader process imports this: Lightning would take it seconds.
+Apart from `moco.segmentation.segmentation_data`, since every loader process imports this: Lightning would take it seconds.
 
 Letters: M images, N batch, H W pixels.
 """
@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from moco.data.augment.views import Transform
 from moco.data.files.images import UnreadableImage
 from moco.data.loading.lost_workers import LastRead
-from moco.segmentation.sources import MaskedImages
-from moco.segmentation.views import SegmentationView
+from moco.segmentation.mask_augmentation import SegmentationView
+from moco.segmentation.mask_sources import MaskedImages
 
 
 class MaskBatch(NamedTuple):

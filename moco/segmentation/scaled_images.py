@@ -14,7 +14,7 @@ from moco.data.files.images import UnreadableImage
 from moco.data.loading.lost_workers import LastRead, WatchedLoader
 from moco.data.loading.workers import CPU, loader_options
 from moco.segmentation.mask_batches import MaskBatch, batches_of_one_size
-from moco.segmentation.sources import MaskedImages
+from moco.segmentation.mask_sources import MaskedImages
 
 LONGEST = 8  # times image_size: a stripe of one pixel by a million would take gigabytes otherwise
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from moco.data.augment.views import Normalized
 from moco.errors import InputError
-from moco.evaluation.dense import (
+from moco.evaluation.dense_bank import (
     Bank,
     class_shares,
     drawn,
@@ -24,8 +24,8 @@ from moco.evaluation.dense_features import DenseSet, NotFinite, check_maps, enco
 from moco.evaluation.dense_linear import USUAL, WEIGHT_DECAYS, fit, fit_best
 from moco.evaluation.features import EmbeddingStopped
 from moco.models.backbones import build_backbone
+from moco.segmentation.mask_sources import build_segmentation_source
 from moco.segmentation.scaled_images import LONGEST, scaled_size
-from moco.segmentation.sources import build_segmentation_source
 from tests.segmentation.test_segmentation_data import save
 
 COLOURS = np.array([(90, 90, 90), (220, 40, 40), (40, 40, 220)], np.uint8)

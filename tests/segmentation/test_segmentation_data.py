@@ -14,10 +14,10 @@ from PIL import Image
 
 from moco.data.files.images import UnreadableImage, read_mask
 from moco.errors import InputError
-from moco.segmentation.datamodule import SegmentationData
+from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.mask_batches import batches_of_one_size
-from moco.segmentation.sources import VOC_CLASSES, build_segmentation_source
-from moco.segmentation.views import SegmentationView
+from moco.segmentation.mask_sources import VOC_CLASSES, build_segmentation_source
+from moco.segmentation.segmentation_data import SegmentationData
 
 SIDE = 32
 

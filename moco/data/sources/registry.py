@@ -409,7 +409,7 @@ SOURCES = (
     "webdataset",
     *TORCHVISION,
 )
-MASKED = ("segmentation_folder", "voc2012")  # see moco.segmentation.sources
+MASKED = ("segmentation_folder", "voc2012")  # see moco.segmentation.mask_sources
 
 
 def _from_arrays(

@@ -30,7 +30,7 @@ from moco.data.files.listing import list_images
 from moco.data.sources.class_folders import is_held_out
 from moco.data.sources.registry import FileImages, build_source
 from moco.errors import InputError, printable
-from moco.segmentation.sources import build_segmentation_source
+from moco.segmentation.mask_sources import build_segmentation_source
 
 ODD_NAMES = [
     "ü ber.png",

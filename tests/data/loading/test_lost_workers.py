@@ -102,9 +102,9 @@ def loaders(folder):
     from moco.data.loading.loaders import evaluation_loader
     from moco.data.loading.image_sets import IndexedSet, ShardedSet
     from moco.segmentation.scaled_images import scaled_loader
-    from moco.segmentation.sources import build_segmentation_source
-    from moco.segmentation.datamodule import SegmentationData
-    from moco.segmentation.views import SegmentationView
+    from moco.segmentation.mask_sources import build_segmentation_source
+    from moco.segmentation.segmentation_data import SegmentationData
+    from moco.segmentation.mask_augmentation import SegmentationView
     from moco.data.augment.views import Normalized, build_evaluation_view, evaluation_crop
 
     half = [0.5] * 3

@@ -16,7 +16,7 @@ from moco.data.loading.streams import Streams
 from moco.data.loading.waiting import cores_of, remedies, workers_that_suffice
 from moco.data.sources.packed import PIXELS, PackedImages
 from moco.data.sources.registry import FileImages
-from moco.segmentation.datamodule import SegmentationData
+from moco.segmentation.segmentation_data import SegmentationData
 from tests.data.loading.test_datamodule import data_for, numbered  # noqa: F401  (a fixture)
 
 FILES = FileImages(["a.jpg"])

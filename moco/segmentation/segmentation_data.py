@@ -10,9 +10,9 @@ from moco.data.loading.samplers import EpochSampler
 from moco.data.loading.waiting import remedies
 from moco.data.loading.workers import device_of, loader_options
 from moco.errors import InputError, printable
+from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.mask_batches import CropDataset, MaskBatch, WholeDataset, batches_of_one_size
-from moco.segmentation.sources import MaskedImages, SegmentationSource
-from moco.segmentation.views import SegmentationView
+from moco.segmentation.mask_sources import MaskedImages, SegmentationSource
 
 
 class SegmentationData(pl.LightningDataModule):
