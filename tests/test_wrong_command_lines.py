@@ -234,7 +234,7 @@ def drive(path):
 def folder(tmp_path_factory):
     """What the command lines name."""
     from tests.segmentation.test_segment import pretraining_checkpoint
-    from tests.segmentation.test_segmentation_data import draw_shapes
+    from tests.segmentation.shapes import draw_shapes
 
     folder = tmp_path_factory.mktemp("files")
     pretraining_checkpoint(folder / "sound.ckpt", "backbone=resnet_tiny")

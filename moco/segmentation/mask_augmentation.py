@@ -1,4 +1,4 @@
-"""Augmentation of an image and its mask together. Letters: H W pixels."""
+"""Random augmentation of an image and its mask together."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,17 +18,17 @@ from moco.errors import InputError
 
 
 class RandomScaledCrop(v2.Transform):
-    """A random part of an image that was resized by a random factor, and the same part of its mask.
+    """Resize by a random factor, then crop at a random place; the same for image and mask.
 
-    Only what the crop needs is resized. Where the resized image is smaller than the crop, what is missing is filled up
-    below and to the right. Images are resized bilinearly; a mask's pixel takes the number of the nearest one, at the
-    same place as the image's.
+    Only the part that the crop needs is resized. Where the resized image is smaller than the crop,
+    the crop is filled up below and to the right. Images are resized bilinearly. A pixel of the mask
+    gets the number of the nearest pixel.
 
     Args:
         image_size: side of the crop, px.
-        scale: lowest and highest factor; drawn uniformly.
-        fill: of the image, red, green, blue.
-        ignore_index: of the mask.
+        scale: lowest and highest factor; the factor is uniform between them.
+        fill: colour that fills up the image: red, green, blue, 0 to 255.
+        ignore_index: number that fills up the mask.
     """
 
     def __init__(
@@ -41,54 +41,64 @@ class RandomScaledCrop(v2.Transform):
         self.ignore_index = ignore_index
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """The part to cut out, and its size after resizing, px."""
+        """Draw the part to cut out, and compute its size after resizing, px."""
         factor = float(torch.empty(1).uniform_(*self.scale))
-        starts, lengths, size = [], [], []
-        for side in v2.functional.get_size(flat_inputs[0]):
-            length = min(side, max(1, round(self.image_size / factor)))
-            starts.append(int(torch.randint(side - length + 1, ())))
-            lengths.append(length)
-            size.append(
-                self.image_size
-                if length < side
-                else min(self.image_size, max(1, round(side * factor)))
-            )
+        height, width = v2.functional.get_size(flat_inputs[0])
+        top, cut_height, new_height = self._draw_range(height, factor)
+        left, cut_width, new_width = self._draw_range(width, factor)
         return {
-            "top": starts[0],
-            "left": starts[1],
-            "height": lengths[0],
-            "width": lengths[1],
-            "size": size,
+            "top": top,
+            "left": left,
+            "height": cut_height,
+            "width": cut_width,
+            "size": [new_height, new_width],
         }
 
+    def _draw_range(self, side: int, factor: float) -> tuple[int, int, int]:
+        """Draw which pixels of one side the crop shows.
+
+        Returns:
+            The first pixel, the number of pixels, and their number after resizing.
+        """
+        length = min(side, max(1, round(self.image_size / factor)))
+        start = int(torch.randint(side - length + 1, ()))
+        if length < side:
+            return start, length, self.image_size
+        return start, length, min(self.image_size, max(1, round(side * factor)))
+
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        padding = [0, 0, self.image_size - params["size"][1], self.image_size - params["size"][0]]
-        if isinstance(inpt, tv_tensors.Mask):
-            # As an image: for masks torchvision has only the older nearest, which is off by up to half a pixel.
-            numbers = inpt.as_subclass(Tensor)[None]
-            resized = v2.functional.resized_crop(
-                numbers, **params, interpolation=v2.InterpolationMode.NEAREST_EXACT, antialias=False
-            )
-            return tv_tensors.Mask(v2.functional.pad(resized, padding, fill=self.ignore_index)[0])
-        resized = v2.functional.resized_crop(inpt, **params)
-        return v2.functional.pad(resized, padding, fill=self.fill)
+        height, width = params["size"]
+        padding = [0, 0, self.image_size - width, self.image_size - height]
+        if not isinstance(inpt, tv_tensors.Mask):
+            resized = v2.functional.resized_crop(inpt, **params)
+            return v2.functional.pad(resized, padding, fill=self.fill)
+        # Torchvision resizes masks with an older "nearest", which is off by up to half a pixel.
+        # As an image the mask can be resized with the exact one.
+        numbers = inpt.as_subclass(Tensor)[None]
+        resized = v2.functional.resized_crop(
+            numbers, **params, interpolation=v2.InterpolationMode.NEAREST_EXACT, antialias=False
+        )
+        padded = v2.functional.pad(resized, padding, fill=self.ignore_index)
+        return tv_tensors.Mask(padded[0])
 
 
 class SegmentationView:
-    """The augmented image and its mask; flip and crop are the same for both, the colours change in the image alone.
+    """Augment an image and its mask: one crop and flip for both, colours for the image alone.
 
-    A draw depends on (seed, epoch, index) alone: not on the worker, nor on what was drawn before.
+    The random numbers depend on (seed, epoch, index) alone. They do not depend on the worker
+    process, nor on what was drawn before.
 
     Args:
         image_size: side of the result, px.
         scale: lowest and highest factor of the size, see `RandomScaledCrop`.
         horizontal_flip: probability.
-        color_jitter: settings of `moco.data.augment.operations.ColorJitter` and its `probability`; None: no jitter.
+        color_jitter: settings of `ColorJitter` and their ``probability``; None: no jitter.
         mean, std: per channel, of pixels in 0..1.
-        ignore_index: of pixels that the crop has and the image has not.
+        ignore_index: the number of pixels of the crop that lie outside the image.
+        seed: of the random numbers.
 
     Raises:
-        InputError: a setting is out of range; it names the key.
+        InputError: a setting is out of range. The message names its key.
     """
 
     def __init__(
@@ -108,13 +118,14 @@ class SegmentationView:
                 f"augmentation.scale={list(scale)}: expected two factors, 0 < low <= high"
             )
         self.normalize = Normalized(mean, std)
-        fill = [round(255 * channel) for channel in mean]  # 0 once it is normalised
+        # Pixels outside the image are 0 after the normalisation.
+        fill = [round(255 * channel) for channel in mean]
         operations = [
             RandomScaledCrop(image_size, scale, fill, ignore_index),
             v2.RandomHorizontalFlip(horizontal_flip),
         ]
         if color_jitter is not None:
-            operations.append(random_color_jitter(color_jitter, image_size))
+            operations.append(build_color_jitter(color_jitter, image_size))
         self.operations = v2.Compose(operations)
         self.ignore_index = ignore_index
         self.seed = seed
@@ -122,18 +133,30 @@ class SegmentationView:
     def __call__(
         self, image: Image.Image, mask: np.ndarray, epoch: int, index: int
     ) -> tuple[Tensor, Tensor]:
-        """Image `index` in epoch `epoch`, normalised (3, H, W), and its classes (H, W) int64."""
+        """Augment image number `index` in epoch `epoch`.
+
+        Args:
+            mask: (height, width) class numbers.
+
+        Returns:
+            The normalised image (3, image_size, image_size) and the classes of its pixels
+            (image_size, image_size) int64.
+        """
         if self.ignore_index > np.iinfo(mask.dtype).max:
-            mask = mask.astype(np.int32)  # the crop is filled up with it
+            mask = mask.astype(np.int32)  # because the crop is filled up with ignore_index
         with draws_from(self.seed, epoch, index, 0):
             image, classes = self.operations(image, tv_tensors.Mask(mask))
         return self.normalize(image), classes.as_subclass(Tensor).long()
 
 
-def random_color_jitter(settings: Mapping[str, Any], image_size: int) -> v2.Transform:
-    """Torchvision's colour jitter with settings as in a pair of views; errors of `build_operation`."""
+def build_color_jitter(settings: Mapping[str, Any], image_size: int) -> v2.Transform:
+    """Return torchvision's colour jitter for the settings of a pretraining view's jitter.
+
+    Raises:
+        InputError: a setting is unknown or out of range.
+    """
     step = build_operation("color_jitter", settings, image_size, "augmentation")
     jitter = step.operation
     assert isinstance(jitter, ColorJitter)
-    drawing = v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-    return v2.RandomApply([drawing], p=step.probability)
+    transform = v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    return v2.RandomApply([transform], p=step.probability)

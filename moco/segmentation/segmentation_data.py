@@ -1,4 +1,7 @@
-"""From a `SegmentationSource` to batches: augmented crops in a reproducible order to train on, whole images to measure."""
+"""The data of a segmentation run as a Lightning data module."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import pytorch_lightning as pl
 
@@ -8,26 +11,30 @@ from moco.data.loading.loaders import ResumableLoader
 from moco.data.loading.lost_workers import WatchedLoader
 from moco.data.loading.samplers import EpochSampler
 from moco.data.loading.waiting import remedies
-from moco.data.loading.workers import device_of, loader_options
+from moco.data.loading.workers import device_of
 from moco.errors import InputError, printable
 from moco.segmentation.mask_augmentation import SegmentationView
-from moco.segmentation.mask_batches import CropDataset, MaskBatch, WholeDataset, batches_of_one_size
-from moco.segmentation.mask_sources import MaskedImages, SegmentationSource
+from moco.segmentation.mask_batches import MaskBatch, crop_loader, whole_image_loader
+from moco.segmentation.mask_sources import SegmentationSource
+from moco.segmentation.masked_images import MaskedImages
 
 
 class SegmentationData(pl.LightningDataModule):
-    """The training loader, and one for the images that were held out.
+    """Augmented crops in a reproducible order to train on, and whole images to measure on.
 
     Args:
-        view: makes the crops to train on.
+        source: the images with masks.
+        view: makes the training crops.
         image_size: side of the crops, px.
-        batch_size: images per optimizer step over all accumulated batches.
-        batches_per_step: accumulated batches; each gets batch_size / this many images at once.
-        evaluation_batch_size: whole images at once, if they are of one size.
+        batch_size: images per optimizer step, over all accumulated batches.
+        batches_per_step: accumulated batches. Each gets batch_size / batches_per_step images.
+        evaluation_batch_size: whole images at once, if they have one size.
         num_workers: loader processes; 0 loads in this process.
+        seed: of the order of the images.
 
     Raises:
-        InputError: the batch does not divide evenly, there are fewer images than one batch, or a single one at once.
+        InputError: the batch does not divide evenly, there are fewer images than one batch, or a
+            batch holds a single image.
     """
 
     def __init__(
@@ -46,7 +53,8 @@ class SegmentationData(pl.LightningDataModule):
         check_batch_size(batch_size, batches_per_step, len(source.train))
         if batch_size // batches_per_step < 2:
             raise InputError(
-                f"data.batch_size={batch_size}: one image at a time; the decoders' BatchNorm needs at least two"
+                f"data.batch_size={batch_size}: a batch would hold one image; "
+                "the decoders' BatchNorm needs at least two"
             )
         self.source = source
         self.view = view
@@ -58,26 +66,26 @@ class SegmentationData(pl.LightningDataModule):
         self.seed = seed
 
     def train_dataloader(self) -> ResumableLoader:
-        train = self.source.train
-        rank, world_size = (
-            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        )
-        sampler = EpochSampler(len(train), self.batch_size, self.seed, rank, world_size)
-        dataset = CropDataset(train, self.view, self.image_size, self.num_workers)
-        return ResumableLoader(
-            dataset,
+        sampler = EpochSampler(len(self.source.train), self.batch_size, self.seed, 0, 1)
+        return crop_loader(
+            self.source.train,
+            self.view,
+            self.image_size,
             sampler,
             self.batch_size // self.batches_per_step,
-            **loader_options(self.num_workers, device_of(self)),
+            self.num_workers,
+            device_of(self),
         )
 
     def evaluation_dataloader(self) -> WatchedLoader:
-        """The images that were held out, whole; a batch holds images of one size."""
-        held_out = self.source.validation
-        options = loader_options(self.num_workers, device_of(self)) | {"persistent_workers": False}
-        batches = batches_of_one_size(held_out.sizes, self.evaluation_batch_size)
-        dataset = WholeDataset(held_out, self.view.normalize, self.num_workers)
-        return WatchedLoader(dataset, batch_sampler=batches, **options)
+        """Return a loader of the held-out images at their own size."""
+        return whole_image_loader(
+            self.source.validation,
+            self.view.normalize,
+            self.evaluation_batch_size,
+            self.num_workers,
+            device_of(self),
+        )
 
     def remedies_for_waiting(self, share: float, num_cores: int, has_gpu: bool) -> list[str]:
         """See `remedies`."""
@@ -96,14 +104,52 @@ class SegmentationData(pl.LightningDataModule):
 
 
 def check_readable(batch: MaskBatch, images: MaskedImages) -> None:
-    """Raises InputError for an image that can no longer be read; it names the file.
+    """Check that every image of a batch could be read.
 
-    Here, since an error in a loader process would come with that process's traceback.
+    The check runs in the training process, because an error in a loader process would come with
+    the traceback of that process.
+
+    Raises:
+        InputError: an image could not be read. The message names the file.
     """
     for index in batch.indices[batch.unreadable].tolist():
-        reason = f"{printable(images.images.name(index))}: it, or its mask, could not be read at the first attempt"
         try:
             images[index]
         except UnreadableImage as error:
-            reason = str(error)
-        raise InputError(reason)
+            raise InputError(str(error)) from error
+        raise InputError(
+            f"{printable(images.name(index))}: the image or its mask could not be read at first, "
+            "but could be read at a second attempt; is the storage reliable?"
+        )
+
+
+def build_segmentation_data(
+    source: SegmentationSource,
+    *,
+    augmentation: Mapping[str, Any],
+    image_size: int,
+    mean: list[float],
+    std: list[float],
+    seed: int,
+    **settings: Any,
+) -> SegmentationData:
+    """Return the data module of a source with the augmentation of the settings.
+
+    Args:
+        augmentation: scale, horizontal_flip and color_jitter of `SegmentationView`.
+        settings: the others of `SegmentationData`.
+
+    Raises:
+        InputError: a setting is out of range. The message names its key.
+    """
+    view = SegmentationView(
+        image_size,
+        scale=augmentation["scale"],
+        horizontal_flip=augmentation["horizontal_flip"],
+        color_jitter=augmentation["color_jitter"],
+        mean=mean,
+        std=std,
+        ignore_index=source.ignore_index,
+        seed=seed,
+    )
+    return SegmentationData(source, view, image_size=image_size, seed=seed, **settings)

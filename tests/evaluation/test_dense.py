@@ -26,7 +26,7 @@ from moco.evaluation.features import EmbeddingStopped
 from moco.models.backbones import build_backbone
 from moco.segmentation.mask_sources import build_segmentation_source
 from moco.segmentation.scaled_images import LONGEST, scaled_size
-from tests.segmentation.test_segmentation_data import save
+from tests.segmentation.shapes import save
 
 COLOURS = np.array([(90, 90, 90), (220, 40, 40), (40, 40, 220)], np.uint8)
 PLAIN = Normalized([0.5, 0.5, 0.5], [0.25, 0.25, 0.25])

@@ -9,7 +9,7 @@ import torch
 from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
 from moco.errors import InputError
 from tests.evaluation.test_dense import draw_quarters
-from tests.segmentation.test_segmentation_data import save
+from tests.segmentation.shapes import save
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from moco.segment import build_data, build_segmenter, decoder_settings, run, sta
 from moco.segmentation.segmenter import Segmenter, pixel_cross_entropy
 from moco.training.random_states import random_states
 from tests.conftest import run_program
-from tests.segmentation.test_segmentation_data import draw_shapes, save
+from tests.segmentation.shapes import draw_shapes, save
 
 SMALL = [
     "image_size=32", "decoder=linear", "data.batch_size=8", "data.num_workers=0", "evaluation.batch_size=8",

@@ -12,7 +12,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from moco import embed, evaluate, export, segment, train
+from moco import embed, evaluate, export, train
+from moco.cli import segment_parts
 from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
@@ -251,11 +252,11 @@ def test_other_projects_weights_begin_a_segmentation(official):
     path, model = official
     given = [f"checkpoint={path}", "data.root=nowhere"]
     with pytest.raises(InputError) as error:
-        segment.starting_point(composed("segment", SegmentConfig, *given))
+        segment_parts.find_backbone(composed("segment", SegmentConfig, *given))
     assert (
-        str(error.value) == f"image_size: missing; {path} does not say it, give image_size=PIXELS"
+        str(error.value) == f"image_size: missing, and {path} does not say it; give image_size=PIXELS"
     )
-    start = segment.starting_point(composed("segment", SegmentConfig, *given, "image_size=64"))
+    start = segment_parts.find_backbone(composed("segment", SegmentConfig, *given, "image_size=64"))
     assert (start.settings["name"], start.image_size, start.mean[0]) == ("resnet18", 64, 0.485)
     weights = model.state_dict()
     assert all(

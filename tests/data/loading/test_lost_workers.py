@@ -101,7 +101,7 @@ def loaders(folder):
     from moco.data.sources.registry import Labelled, build_source
     from moco.data.loading.loaders import evaluation_loader
     from moco.data.loading.image_sets import IndexedSet, ShardedSet
-    from moco.segmentation.scaled_images import scaled_loader
+    from moco.segmentation.mask_batches import whole_image_loader
     from moco.segmentation.mask_sources import build_segmentation_source
     from moco.segmentation.segmentation_data import SegmentationData
     from moco.segmentation.mask_augmentation import SegmentationView
@@ -119,7 +119,9 @@ def loaders(folder):
     yield "evaluation", evaluation_loader(labelled, build_evaluation_view(8, 1.0, half, half), 8, 4, num_workers=2)
     yield "crops", data.train_dataloader()
     yield "whole", data.evaluation_dataloader()
-    yield "dense", scaled_loader(masked.validation, rows, 8, 8, Normalized(half, half), 4, num_workers=2)
+    yield "dense", whole_image_loader(
+        masked.validation, Normalized(half, half), 4, num_workers=2, indices=rows, image_size=8, stride=8
+    )
     yield "files", IndexedSet(labelled, True).batches([0], crop, 8, 4, 2)
     yield "shards", ShardedSet(build_source("webdataset", str(folder)).train).batches([0, 0], crop, 8, 4, 2)
 
