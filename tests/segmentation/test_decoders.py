@@ -154,11 +154,16 @@ def test_auto_is_the_linear_decoder_on_a_frozen_backbone(name, freeze_backbone, 
     assert choose_decoder(name, freeze_backbone) == expected
 
 
-def test_a_missing_library_is_named_with_what_to_do(monkeypatch):
+def hide_segmentation_models(monkeypatch):
+    """Make segmentation_models_pytorch look as if it were not installed."""
     for name in list(sys.modules):
         if name.startswith("segmentation_models_pytorch"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+
+
+def test_a_missing_library_is_named_with_what_to_do(monkeypatch):
+    hide_segmentation_models(monkeypatch)
     with pytest.raises(InputError) as error:
         choose_decoder("auto", freeze_backbone=False)
     assert str(error.value) == (
