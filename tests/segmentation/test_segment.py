@@ -229,7 +229,6 @@ def assert_equal_weights(one, other):
         assert torch.equal(value, other["state_dict"][name]), name
 
 
-@pytest.mark.slow
 def test_interrupts_do_not_change_the_result(shapes, tmp_path, monkeypatch):
     """Interrupts in the middle of an epoch and in its last step, with accumulation and windows."""
     settings = [
