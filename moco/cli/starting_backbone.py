@@ -78,7 +78,7 @@ def pretrained_backbone(
     image_size = image_size or config["data"]["image_size"]
     if image_size is None:
         raise InputError(
-            f"image_size: missing, and {checkpoint} does not say it; give image_size=PIXELS"
+            f"image_size: missing; {checkpoint} does not say it, give image_size=PIXELS"
         )
     backbone = pretrained.encoder.backbone
     if isinstance(backbone, Swin) and "window_size" in given:

@@ -41,7 +41,7 @@ def build_dense_set(subject: Subject) -> DenseSet:
     check_maps(settings["maps"], "evaluation.maps")
     if data["image_size"] is None:
         raise InputError(
-            f"data.image_size: missing, and {subject.checkpoint} does not say it; "
+            f"data.image_size: missing; {subject.checkpoint} does not say it, "
             "give data.image_size=PIXELS"
         )
     source = build_segmentation_source(

@@ -109,11 +109,7 @@ def build_segmentation_source(
     Raises:
         InputError: the dataset cannot be used. The message names the file or the key.
     """
-    check_name_and_root(name, root)
-    if name == "voc2012":
-        listing = list_voc2012(root, download)
-    else:
-        listing = list_segmentation_folder(root)
+    listing = list_files(name, root, download)
     names, names_origin = listing.class_names, listing.names_origin
     if class_names:
         names, names_origin = class_names, "data.class_names"
@@ -151,8 +147,12 @@ def build_segmentation_source(
     )
 
 
-def check_name_and_root(name: str | None, root: Any) -> None:
-    """Raise InputError if there is no such dataset with masks, or its folder is not given."""
+def list_files(name: str | None, root: Any, download: bool) -> Listing:
+    """List the files of the dataset `name`.
+
+    Raises:
+        InputError: there is no such dataset with masks, or its folder is not given or is wrong.
+    """
     if name in SOURCES:
         choices = ", ".join(MASKED)
         raise InputError(f"data={name}: this dataset has no masks (choices: {choices})")
@@ -160,6 +160,9 @@ def check_name_and_root(name: str | None, root: Any) -> None:
         raise InputError(f"data.name: {unknown_name('dataset', str(name), MASKED)}")
     if not isinstance(root, str):
         raise InputError(f"data.root={root}: expected the dataset's folder; give data.root=PATH")
+    if name == "voc2012":
+        return list_voc2012(root, download)
+    return list_segmentation_folder(root)
 
 
 def check_class_names(names: Sequence[str], origin: str, num_classes: int | None) -> None:

@@ -426,9 +426,7 @@ def test_a_frozen_backbone_is_not_changed(kind, shapes, swin, tmp_path, monkeypa
 
 def test_a_decoder_starts_the_same_with_and_without_a_checkpoint(shapes, swin):
     pretrained = segmenter_of(config_of(shapes, f"checkpoint={swin}"))
-    untrained = segmenter_of(
-        config_of(shapes, "checkpoint=null", "backbone=swin_v2_tiny_patch2")
-    )
+    untrained = segmenter_of(config_of(shapes, "checkpoint=null", "backbone=swin_v2_tiny_patch2"))
     assert pretrained.hparams["optimizer"]["layer_decay"] == 0.9
     assert untrained.hparams["optimizer"]["layer_decay"] == 1.0
     weights = untrained.model.decoder.state_dict()

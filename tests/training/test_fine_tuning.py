@@ -27,7 +27,5 @@ def test_the_rate_falls_by_a_cosine():
     [(1, 40, 0.1), (750, 10**6, 0.1), (0, 10, 0.2)],  # warm-ups of 2, 1,500 and 0 steps
 )
 def test_without_a_setting_the_warmup_is_a_twentieth_up_to_1500_steps(step, num_steps, expected):
-    rate = fine_tuning_lr_at(
-        step, num_steps, lr=0.2, schedule="poly", warmup_steps=None, power=0.9
-    )
+    rate = fine_tuning_lr_at(step, num_steps, lr=0.2, schedule="poly", warmup_steps=None, power=0.9)
     assert rate == pytest.approx(expected)

@@ -254,7 +254,7 @@ def test_other_projects_weights_begin_a_segmentation(official):
     with pytest.raises(InputError) as error:
         segment_parts.find_backbone(composed("segment", SegmentConfig, *given))
     assert (
-        str(error.value) == f"image_size: missing, and {path} does not say it; give image_size=PIXELS"
+        str(error.value) == f"image_size: missing; {path} does not say it, give image_size=PIXELS"
     )
     start = segment_parts.find_backbone(composed("segment", SegmentConfig, *given, "image_size=64"))
     assert (start.settings["name"], start.image_size, start.mean[0]) == ("resnet18", 64, 0.485)
