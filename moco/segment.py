@@ -31,8 +31,10 @@ def run(config: SegmentConfig, folder: Path) -> None:
     from moco.cli.closing_tables import close_segmentation
     from moco.cli.segment_parts import (
         backbone_origin,
-        build_data_and_model,
+        build_data,
+        build_segmenter,
         build_trainer,
+        check_decoder,
         check_resumable,
         find_backbone,
     )
@@ -44,7 +46,9 @@ def run(config: SegmentConfig, folder: Path) -> None:
     pl.seed_everything(config.seed, verbose=False)
     start = find_backbone(config)
     config.image_size = start.image_size
-    data, segmenter = build_data_and_model(config, start)
+    decoder = check_decoder(config, start)
+    data = build_data(config, start)
+    segmenter = build_segmenter(config, start, decoder, data.source.class_names)
 
     plain = dataclasses.asdict(config)
     defaults = dataclasses.asdict(SegmentConfig())

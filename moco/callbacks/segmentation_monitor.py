@@ -72,20 +72,12 @@ class SegmentationMonitor(EpochMeasurement):
         self.figures |= self._protocol(data, pl_module)
         self.figures["segment/epoch"] = epoch
         if trainer.logger:
-            self._log(trainer, scores, plots)
-
-    def _log(
-        self, trainer: pl.Trainer, scores: dict[str, float | None], plots: list[Tensor]
-    ) -> None:
-        """Send scores and plots to TensorBoard."""
-        assert trainer.logger is not None
-        known_scores = {key: score for key, score in scores.items() if score is not None}
-        trainer.logger.log_metrics(known_scores, step=trainer.global_step)
-        for number, plot in enumerate(plots):
-            name = f"image_truth_prediction/{number}"
-            trainer.logger.experiment.add_image(  # type: ignore[attr-defined]
-                name, plot, trainer.global_step
-            )
+            step = trainer.global_step
+            known_scores = {key: score for key, score in scores.items() if score is not None}
+            trainer.logger.log_metrics(known_scores, step)
+            board = trainer.logger.experiment  # type: ignore[attr-defined]
+            for number, plot in enumerate(plots):
+                board.add_image(f"image_truth_prediction/{number}", plot, step)
 
     def _protocol(self, data: SegmentationData, pl_module: Any) -> dict[str, Any]:
         """Return the conditions of the figures under their names in ``metrics.json``."""

@@ -2,11 +2,13 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from rich.console import Console
 
 from moco.callbacks.checkpoints import Checkpoints
@@ -18,18 +20,22 @@ from moco.cli.starting_backbone import StartingBackbone, pretrained_backbone, un
 from moco.config.pretrained import given_settings
 from moco.config.segment import SegmentConfig
 from moco.errors import InputError
+from moco.models.swin.backbone import Swin
 from moco.runs.checkpoint_files import read_checkpoint
 from moco.runs.faults import BadSteps
 from moco.runs.interrupts import StopRequest
 from moco.runs.run_folder import differences, last_good
 from moco.segmentation.decoders import choose_decoder
+from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.mask_sources import build_segmentation_source
-from moco.segmentation.segmentation_data import SegmentationData, build_segmentation_data
-from moco.segmentation.segmenter import Segmenter, build_segmenter
+from moco.segmentation.segmentation_data import SegmentationData
+from moco.segmentation.segmenter import Segmenter
 from moco.training import trainer
 from moco.training.logger import RunDescription
 
 log = logging.getLogger(__name__)
+
+SWIN_LAYER_DECAY = 0.9  # with which SimMIM (arXiv 2111.09886) fine-tunes Swin
 
 
 def find_backbone(config: SegmentConfig) -> StartingBackbone:
@@ -51,23 +57,21 @@ def find_backbone(config: SegmentConfig) -> StartingBackbone:
     return untrained_backbone(given, config.image_size, mean, std)
 
 
-def build_data_and_model(
-    config: SegmentConfig, start: StartingBackbone
-) -> tuple[SegmentationData, Segmenter]:
-    """Return the data, with every file checked, and the model.
+def build_data(config: SegmentConfig, start: StartingBackbone) -> SegmentationData:
+    """Return the loaders of the dataset, with every file checked.
 
     Raises:
-        InputError: something in the config does not fit the backbone or the data.
+        InputError: the dataset cannot be used, or a setting of data or augmentation is wrong.
     """
-    decoder_name = choose_decoder(config.decoder.name, config.freeze_backbone)
-    cell = start.backbone.feature_map_strides[-1]
-    if start.image_size < cell:
-        raise InputError(
-            f"image_size={start.image_size}: expected at least {cell}, "
-            "a cell of the backbone's last map"
-        )
-    check_deterministic_segmentation(
-        config.trainer, start.backbone, decoder_name, start.image_size, config.freeze_backbone
+    view = SegmentationView(
+        start.image_size,
+        scale=config.augmentation.scale,
+        horizontal_flip=config.augmentation.horizontal_flip,
+        color_jitter=config.augmentation.color_jitter,
+        mean=start.mean,
+        std=start.std,
+        ignore_index=config.data.ignore_index,
+        seed=config.seed,
     )
     source = build_segmentation_source(
         config.data.name,
@@ -78,32 +82,71 @@ def build_data_and_model(
         ignore_index=config.data.ignore_index,
         max_image_pixels=config.data.max_image_pixels,
     )
-    data = build_segmentation_data(
+    return SegmentationData(
         source,
-        augmentation=dataclasses.asdict(config.augmentation),
+        view,
         image_size=start.image_size,
-        mean=start.mean,
-        std=start.std,
         batch_size=config.data.batch_size,
         batches_per_step=config.trainer.accumulate_grad_batches,
         evaluation_batch_size=config.evaluation.batch_size,
         num_workers=config.data.num_workers,
         seed=config.seed,
     )
-    segmenter = build_segmenter(
-        start.backbone,
-        start.settings,
-        source,
-        decoder={"name": decoder_name, "channels": config.decoder.channels},
-        optimizer=dataclasses.asdict(config.optimizer),
-        is_pretrained=config.checkpoint is not None,
+
+
+def check_decoder(config: SegmentConfig, start: StartingBackbone) -> str:
+    """Return the name of the decoder.
+
+    Raises:
+        InputError: a package is missing, the images are too small, or the decoder cannot be
+            deterministic where it has to be.
+    """
+    name = choose_decoder(config.decoder.name, config.freeze_backbone)
+    cell = start.backbone.feature_map_strides[-1]
+    if start.image_size < cell:
+        raise InputError(
+            f"image_size={start.image_size}: expected at least {cell}, "
+            "a cell of the backbone's last map"
+        )
+    check_deterministic_segmentation(
+        config.trainer, start.backbone, name, start.image_size, config.freeze_backbone
+    )
+    return name
+
+
+def build_segmenter(
+    config: SegmentConfig, start: StartingBackbone, decoder: str, class_names: Sequence[str]
+) -> Segmenter:
+    """Return the model with the weights of the backbone.
+
+    The decoder's weights are the same for every backbone of one architecture and seed.
+    """
+    optimizer = dataclasses.asdict(config.optimizer)
+    if optimizer["layer_decay"] is None:
+        is_pretrained = config.checkpoint is not None
+        is_swin = isinstance(start.backbone, Swin)
+        optimizer["layer_decay"] = SWIN_LAYER_DECAY if is_pretrained and is_swin else 1.0
+    torch.manual_seed(config.seed)
+    segmenter = Segmenter(
+        backbone=start.settings,
+        decoder={"name": decoder, "channels": config.decoder.channels},
+        optimizer=optimizer,
+        num_classes=len(class_names),
+        ignore_index=config.data.ignore_index,
         freeze_backbone=config.freeze_backbone,
         image_size=start.image_size,
+        class_names=list(class_names),
         mean=start.mean,
         std=start.std,
-        seed=config.seed,
     )
-    return data, segmenter
+    segmenter.model.backbone.load_state_dict(start.backbone.state_dict())
+    log.info(
+        "decoder: %s; %d classes; layer decay %g",
+        decoder,
+        len(class_names),
+        optimizer["layer_decay"],
+    )
+    return segmenter
 
 
 def build_trainer(

@@ -24,30 +24,15 @@ MAX_THREADS = 32
 MAX_NAMED_CLASSES = 10  # in one warning
 
 
-class InspectedPair(NamedTuple):
-    """What was found in the files of one image and its mask."""
-
-    size: tuple[int, int]
-    """Height and width, px."""
-    numbers: np.ndarray
-    """The numbers in the mask except `ignore_index`, ascending, each once."""
-
-
 class InspectedPairs(NamedTuple):
     """What was found in the files of M images and their masks."""
 
     sizes: np.ndarray
     """(M, 2) height and width, px."""
-    numbers: list[np.ndarray]
-    """For each mask its numbers except `ignore_index`, ascending, each once."""
-
-    def largest_numbers(self) -> np.ndarray:
-        """Return the largest number in each mask (M,), or -1 where a mask has none."""
-        return np.array([max(numbers.tolist(), default=-1) for numbers in self.numbers])
-
-    def all_numbers(self) -> list[int]:
-        """Return the numbers that occur in any mask, ascending."""
-        return np.unique(np.concatenate(self.numbers)).tolist()
+    largest: np.ndarray
+    """(M,) the largest number in each mask except `ignore_index`; -1 where there is none."""
+    numbers: list[int]
+    """The numbers in all masks except `ignore_index`, ascending, each once."""
 
 
 def inspect_pairs(
@@ -64,16 +49,25 @@ def inspect_pairs(
     """
     inspect = partial(inspect_pair, ignore_index=ignore_index, max_image_pixels=max_image_pixels)
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    sizes, largest = [], []
+    all_numbers: set[int] = set()
     with pillow_warnings_ignored(), ThreadPoolExecutor(num_threads) as pool:
-        inspected = list(pool.map(inspect, pairs))
-    sizes = np.array([pair.size for pair in inspected])
-    return InspectedPairs(sizes, [pair.numbers for pair in inspected])
+        for size, numbers in pool.map(inspect, pairs):
+            sizes.append(size)
+            largest.append(max(numbers, default=-1))
+            all_numbers.update(numbers)
+    return InspectedPairs(np.array(sizes), np.array(largest), sorted(all_numbers))
 
 
-def inspect_pair(pair: Pair, ignore_index: int, max_image_pixels: int) -> InspectedPair:
+def inspect_pair(
+    pair: Pair, ignore_index: int, max_image_pixels: int
+) -> tuple[tuple[int, int], list[int]]:
     """Read the size of an image and the numbers in its mask.
 
     This runs in threads. The caller ignores Pillow's warnings around all of them.
+
+    Returns:
+        Height and width in px, and the numbers except `ignore_index`, each once.
 
     Raises:
         InputError: a file cannot be read, or the two files have different sizes.
@@ -85,14 +79,13 @@ def inspect_pair(pair: Pair, ignore_index: int, max_image_pixels: int) -> Inspec
     except UnreadableImage as error:
         raise InputError(str(error)) from error
     if mask.shape != (height, width):
-        mask_size = f"{mask.shape[1]} x {mask.shape[0]} px"
         message = (
-            f"{pair.mask}: the mask has {mask_size}, "
+            f"{pair.mask}: the mask has {mask.shape[1]} x {mask.shape[0]} px, "
             f"but its image {pair.image} has {width} x {height} px"
         )
         raise InputError(printable(message))
     numbers = np.unique(mask)
-    return InspectedPair((height, width), numbers[numbers != ignore_index])
+    return (height, width), numbers[numbers != ignore_index].tolist()
 
 
 def check_two_classes(root: str, numbers: Sequence[int], ignore_index: int) -> None:
@@ -120,24 +113,24 @@ def check_two_classes(root: str, numbers: Sequence[int], ignore_index: int) -> N
 
 
 def check_classes(
-    pairs: Sequence[Pair], largest_numbers: np.ndarray, num_classes: int, origin: str
+    pairs: Sequence[Pair], largest: np.ndarray, num_classes: int, origin: str
 ) -> None:
     """Check that no mask holds a number beyond the last class.
 
     Args:
         pairs: the files, M pairs.
-        largest_numbers: (M,) the largest number in each mask.
+        largest: (M,) the largest number in each mask.
         origin: what decided the number of classes, for the message.
 
     Raises:
         InputError: a mask does. The message names the first one.
     """
-    wrong = np.flatnonzero(largest_numbers >= num_classes)
+    wrong = np.flatnonzero(largest >= num_classes)
     if len(wrong) == 0:
         return
     first = wrong[0]
     raise InputError(
-        f"{printable(pairs[first].mask)}: the mask holds the number {largest_numbers[first]}, "
+        f"{printable(pairs[first].mask)}: the mask holds the number {largest[first]}, "
         f"but {origin} says {num_classes} classes, 0 to {num_classes - 1}{and_more(len(wrong))}"
     )
 

@@ -19,7 +19,6 @@ from moco.data.sources.class_folders import is_held_out
 from moco.data.sources.registry import MASKED, SOURCES, torchvision_dataset
 from moco.errors import InputError, printable, unknown_name
 from moco.segmentation.mask_checks import (
-    InspectedPairs,
     and_more,
     check_classes,
     check_two_classes,
@@ -32,28 +31,10 @@ log = logging.getLogger(__name__)
 
 # Pascal VOC 2012: the background and 20 classes, in the order of their numbers.
 VOC_CLASSES = (
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
-)
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
+)  # fmt: skip
 
 # Folders below images and masks. The first one that exists is used.
 TRAINING_FOLDERS = ("train", "training")
@@ -124,15 +105,14 @@ def build_segmentation_source(
         len(listing.validation),
         time.monotonic() - started,
     )
-    train_numbers = train.all_numbers()
-    check_two_classes(root, train_numbers, ignore_index)
+    check_two_classes(root, train.numbers, ignore_index)
     if not names:
-        count = num_classes or count_classes(train, validation)
+        count = num_classes or count_classes([*train.numbers, *validation.numbers])
         names = [str(number) for number in range(count)]
         names_origin = "data.num_classes"
-    check_classes(listing.train, train.largest_numbers(), len(names), names_origin)
-    check_classes(listing.validation, validation.largest_numbers(), len(names), names_origin)
-    warn_of_unseen_classes(names, train_numbers, ignore_index)
+    check_classes(listing.train, train.largest, len(names), names_origin)
+    check_classes(listing.validation, validation.largest, len(names), names_origin)
+    warn_of_unseen_classes(names, train.numbers, ignore_index)
     if ignore_index < len(names):
         log.warning(
             "the class %s is left out, because its number is data.ignore_index=%d",
@@ -174,11 +154,11 @@ def check_class_names(names: Sequence[str], origin: str, num_classes: int | None
         raise InputError(f"data.num_classes={num_classes}: {origin} has {len(names)} names")
 
 
-def count_classes(train: InspectedPairs, validation: InspectedPairs) -> int:
-    """Return the largest number in any mask plus one."""
-    largest = max(train.largest_numbers().max(), validation.largest_numbers().max())
+def count_classes(numbers: Sequence[int]) -> int:
+    """Return the largest number in the masks plus one."""
+    largest = max(numbers)
     log.info("%d classes: the largest number in the masks is %d", largest + 1, largest)
-    return int(largest) + 1
+    return largest + 1
 
 
 def list_segmentation_folder(root: str) -> Listing:

@@ -1,8 +1,5 @@
 """The data of a segmentation run as a Lightning data module."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import pytorch_lightning as pl
 
 from moco.data.files.images import UnreadableImage
@@ -121,35 +118,3 @@ def check_readable(batch: MaskBatch, images: MaskedImages) -> None:
             f"{printable(images.name(index))}: the image or its mask could not be read at first, "
             "but could be read at a second attempt; is the storage reliable?"
         )
-
-
-def build_segmentation_data(
-    source: SegmentationSource,
-    *,
-    augmentation: Mapping[str, Any],
-    image_size: int,
-    mean: list[float],
-    std: list[float],
-    seed: int,
-    **settings: Any,
-) -> SegmentationData:
-    """Return the data module of a source with the augmentation of the settings.
-
-    Args:
-        augmentation: scale, horizontal_flip and color_jitter of `SegmentationView`.
-        settings: the others of `SegmentationData`.
-
-    Raises:
-        InputError: a setting is out of range. The message names its key.
-    """
-    view = SegmentationView(
-        image_size,
-        scale=augmentation["scale"],
-        horizontal_flip=augmentation["horizontal_flip"],
-        color_jitter=augmentation["color_jitter"],
-        mean=mean,
-        std=std,
-        ignore_index=source.ignore_index,
-        seed=seed,
-    )
-    return SegmentationData(source, view, image_size=image_size, seed=seed, **settings)

@@ -1,7 +1,6 @@
 """The Lightning module that learns to segment, from a pretrained backbone or from scratch."""
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,15 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.models.backbones import build_backbone
-from moco.models.swin.backbone import Swin
 from moco.segmentation.decoders import SegmentationModel, build_decoder
 from moco.segmentation.layer_depths import depths_from_the_top
-from moco.segmentation.mask_sources import SegmentationSource
 from moco.training.fine_tuning import build_layered_optimizer, fine_tuning_lr_at
-
-log = logging.getLogger(__name__)
-
-SWIN_LAYER_DECAY = 0.9  # with which SimMIM (arXiv 2111.09886) fine-tunes Swin
 
 
 class Segmenter(pl.LightningModule):
@@ -136,56 +129,3 @@ def pixel_cross_entropy(logits: Tensor, classes: Tensor, ignore_index: int) -> T
         )
     num_labelled = (classes != ignore_index).sum().clamp(min=1)
     return losses.sum() / num_labelled
-
-
-def build_segmenter(
-    backbone: nn.Module,
-    backbone_settings: dict[str, Any],
-    source: SegmentationSource,
-    *,
-    decoder: dict[str, Any],
-    optimizer: Mapping[str, Any],
-    is_pretrained: bool,
-    freeze_backbone: bool,
-    image_size: int,
-    mean: list[float],
-    std: list[float],
-    seed: int,
-) -> Segmenter:
-    """Return a module with the weights of a backbone and a decoder that `seed` initialises.
-
-    The decoder starts with the same weights for every backbone of one architecture.
-
-    Args:
-        backbone_settings: the arguments of `build_backbone` that make this backbone.
-        optimizer: the fields of ``SegmentOptimizerConfig``; a `layer_decay` of None is resolved.
-        is_pretrained: the backbone's weights are not random.
-
-    The other arguments are those of `Segmenter`.
-    """
-    optimizer = dict(optimizer)
-    if optimizer["layer_decay"] is None:
-        optimizer["layer_decay"] = 1.0
-        if is_pretrained and isinstance(backbone, Swin):
-            optimizer["layer_decay"] = SWIN_LAYER_DECAY
-    torch.manual_seed(seed)
-    segmenter = Segmenter(
-        backbone=backbone_settings,
-        decoder=decoder,
-        optimizer=optimizer,
-        num_classes=len(source.class_names),
-        ignore_index=source.ignore_index,
-        freeze_backbone=freeze_backbone,
-        image_size=image_size,
-        class_names=list(source.class_names),
-        mean=mean,
-        std=std,
-    )
-    segmenter.model.backbone.load_state_dict(backbone.state_dict())
-    log.info(
-        "decoder: %s; %d classes; layer decay %g",
-        decoder["name"],
-        len(source.class_names),
-        optimizer["layer_decay"],
-    )
-    return segmenter

@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from moco.cli.segment_parts import build_data_and_model, find_backbone
+from moco.cli.segment_parts import build_data, build_segmenter, find_backbone
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
@@ -308,8 +308,9 @@ def backbone_of(path, encoder="query"):
 
 
 def segmenter_of(config):
-    _, segmenter = build_data_and_model(config, find_backbone(config))
-    return segmenter
+    start = find_backbone(config)
+    class_names = build_data(config, start).source.class_names
+    return build_segmenter(config, start, config.decoder.name, class_names)
 
 
 @pytest.mark.parametrize("version", [1, 2])
