@@ -16,7 +16,8 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 
-from moco.cli.launch import Failure, codes, set_up_logging
+from moco.cli.launch import Failure, codes
+from moco.cli.log_setup import set_up_logging
 from moco.cli.run_names import job_name, swept_keys
 from moco.errors import Interrupted, printable
 from moco.runs.run_status import read_status, slurm_queue

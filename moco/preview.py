@@ -35,7 +35,7 @@ def run(config: PreviewConfig, folder: Path) -> None:
     if output.suffix.lower() != ".png":
         raise InputError(f"output={config.output}: expected a name that ends in .png")
 
-    from moco.train import build_data
+    from moco.cli.build_pretraining import build_data
 
     data = build_data(config)
     images = data.first_images(config.num_pairs)

@@ -28,8 +28,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
     import pytorch_lightning as pl
     from rich.console import Console
 
-    from moco.cli.closing_tables import close_segmentation
-    from moco.cli.segment_parts import (
+    from moco.cli.build_segmentation import (
         backbone_origin,
         build_data,
         build_segmenter,
@@ -38,6 +37,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
         check_resumable,
         find_backbone,
     )
+    from moco.cli.closing_tables import print_segmentation
     from moco.runs.faults import failures_named
     from moco.runs.interrupts import StopRequest
     from moco.runs.run_folder import claimed, find_checkpoint, is_finished, write_json
@@ -53,12 +53,12 @@ def run(config: SegmentConfig, folder: Path) -> None:
     plain = dataclasses.asdict(config)
     defaults = dataclasses.asdict(SegmentConfig())
     if is_finished(folder, plain, defaults):
-        log.info("%s is finished; a larger trainer.max_epochs continues it", folder)
+        log.info("%s is finished; a larger trainer.max_epochs goes on", folder)
         return
     checkpoint = find_checkpoint(folder, plain, config.resume, defaults)
     if checkpoint is not None:
         check_resumable(checkpoint, segmenter)
-        log.info("resuming from %s", checkpoint)
+        log.info("going on from %s", checkpoint)
 
     figures = backbone_origin(config, start)
     console = Console()
@@ -75,7 +75,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
                     weights_only=True,
                 )
             write_json(folder / "metrics.json", figures)
-    close_segmentation(console, folder, figures, data.source.class_names)
+    print_segmentation(console, folder, figures, data.source.class_names)
 
 
 def check_trainer(trainer: TrainerConfig) -> None:

@@ -29,11 +29,11 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from torch import Tensor, nn
 
+from moco.cli.build_pretraining import build_data, build_trainer
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig
 from moco.data.loading.loaders import PairBatch
 from moco.runs.interrupts import StopRequest
-from moco.train import build_data, build_trainer
 from moco.training import trainer
 
 ROWS, WIDTH = 64, 128

@@ -228,10 +228,10 @@ def ours(npz: str, turns: Turns, overrides: list[str]) -> None:
     from hydra import compose, initialize_config_dir
     from rich.console import Console
 
+    from moco.cli.build_pretraining import build_data, build_method, build_trainer
     from moco.config.parsing import CONFIG_DIR, parse, register_schemas
     from moco.config.train import TrainConfig
     from moco.runs.interrupts import StopRequest
-    from moco.train import build_data, build_method, build_trainer
 
     class TakeTurns(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from moco.cli.build_pretraining import build_method
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig
 from moco.methods.losses import info_nce
 from moco.methods.moco import MoCo
 from moco.models.encoder import has_batch_norm
-from moco.train import build_method
 
 RECIPES = ("imagenet_moco_v2_resnet50", "imagenet_moby_swin_v2_t")
 IMAGENET = 1_281_167

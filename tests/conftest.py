@@ -117,7 +117,7 @@ class Runner:
     def method(self, config):
         import dataclasses
 
-        from moco.train import build_method
+        from moco.cli.build_pretraining import build_method
 
         torch.manual_seed(config.seed)
         return build_method(dataclasses.asdict(config))
@@ -128,7 +128,7 @@ class Runner:
 
         import pytorch_lightning as pl
 
-        from moco.train import build_data
+        from moco.cli.build_pretraining import build_data
         from moco.training.trainer import OURS
 
         method, data = self.method(config), build_data(config)

@@ -182,7 +182,7 @@ def test_numbers_are_the_published_ones(name):
 def test_every_experiment_is_plain_data_and_builds(name):
     import torch
 
-    from moco.train import build_method
+    from moco.cli.build_pretraining import build_method
 
     config = experiment(name)
     plain = dataclasses.asdict(config)
@@ -348,16 +348,16 @@ LONG = (
         ("cifar10_resnet18", 50_000, {"max_steps": 8}, None),  # 8 x 512 keys
         (
             "cifar10_resnet18", 50_000, {"max_steps": 7},
-            "method.queue_size=4096 is more than the 3584 keys that this run will ever put in; 2048 would fit",
+            "method.queue_size=4096 is more than the 3584 keys that this run produces; 2048 would fit",
         ),
         ("cifar10_resnet18_symmetric", 50_000, {"max_steps": 4}, None),  # 2 x 512 keys a step
         (
             "cifar10_moby", 50_000, {"max_steps": 4},  # 512 to each of the two queues
-            "method.queue_size=4096 is more than the 2048 keys that this run will ever put in; 2048 would fit",
+            "method.queue_size=4096 is more than the 2048 keys that this run produces; 2048 would fit",
         ),
         (
             "cifar10_resnet18", 1_000, {"max_epochs": 2},
-            f"{LONG % (4096, 1_000)}, and more than the 1024 keys that this run will ever put in; 64 would fit",
+            f"{LONG % (4096, 1_000)}, and more than the 1024 keys that this run produces; 64 would fit",
         ),
         ("cifar10_resnet18", 600, {"max_epochs": 1000}, f"{LONG % (4096, 600)}; 32 would fit"),
     ],

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moco.cli.build_pretraining import build_data
 from moco.preview import sheet
-from moco.train import build_data
 from tests.conftest import run_program
 
 

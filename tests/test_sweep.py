@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from moco import sweep as module
+from moco.cli import sweep_table
 from moco.cli.launch import launch
+from moco.cli.sweep_table import Job, as_csv, as_text, find_jobs
 from moco.errors import InputError, Interrupted, RunError
 from moco.runs.run_folder import claimed, is_finished, write_json
 from moco.runs.run_status import is_locked, read_status, state_now
-from moco.sweep import Job, as_csv, as_text, jobs_of
 from tests.conftest import REPOSITORY, run_program
 
 CONFIG = {"resume": "auto", "seed": 0, "trainer": {"max_epochs": 2, "max_steps": -1}}
@@ -23,7 +23,7 @@ CONFIG = {"resume": "auto", "seed": 0, "trainer": {"max_epochs": 2, "max_steps":
 @pytest.fixture(autouse=True)
 def no_slurm(monkeypatch):
     """No queue to ask, and no job that this process is."""
-    monkeypatch.setattr(module, "slurm_queue", lambda: None)
+    monkeypatch.setattr(sweep_table, "slurm_queue", lambda: None)
     for name in list(os.environ):
         if name.startswith("SLURM_"):
             monkeypatch.delenv(name)
@@ -192,7 +192,7 @@ def test_the_table_shows_every_job_whatever_became_of_it(sweep):
     shutil.rmtree(sweep / "method.temperature-0.2__seed-1")
     with claimed(sweep / "method.temperature-0.7__seed-0", CONFIG):  # of an earlier command
         pass
-    jobs = jobs_of(sweep)
+    jobs = find_jobs(sweep)
     wrong = "method.temperature=-1.0: expected a number above 0"
     expected = [
         ("seed", "method.temperature", "job", "state", "epoch", "step", "kNN", "message"),
@@ -228,7 +228,7 @@ def test_a_folder_that_is_no_sweep_is_told_in_one_line(sweep):
         (root / "none", f"{root}/none: no such folder"),
     ):
         with pytest.raises(InputError) as error:
-            jobs_of(folder)
+            find_jobs(folder)
         assert str(error.value) == said
     done = run_program("moco.sweep", str(job), cwd=root)
     assert (done.returncode, done.stderr) == (2, f"error: {of_job}\n")
@@ -241,7 +241,7 @@ def test_jobs_with_one_value_each_and_all_choices_of_a_group_are_found_again(swe
     config = yaml.safe_load(record.read_text())
     config["hydra"]["overrides"]["task"] = ["optimizer=glob(*)", "seed=range(0,2)"]
     record.write_text(yaml.safe_dump(config))
-    jobs = [job for job in jobs_of(sweep) if job.state == "not started"]
+    jobs = [job for job in find_jobs(sweep) if job.state == "not started"]
     assert [job.overrides for job in jobs] == [
         {"optimizer": name, "seed": seed}
         for name in ("adamw", "lars", "sgd")
@@ -251,6 +251,6 @@ def test_jobs_with_one_value_each_and_all_choices_of_a_group_are_found_again(swe
         "seed=interval(0,1)"
     ]  # known to an optimizing sweeper alone
     record.write_text(yaml.safe_dump(config))
-    assert {job.folder.name for job in jobs_of(sweep)} == {
+    assert {job.folder.name for job in find_jobs(sweep)} == {
         path.parent.name for path in sweep.glob("*/status.json")
     }

@@ -1,6 +1,9 @@
-"""What a run is held to before its first step."""
+"""Checks before the first step of a run: settings that cannot work end it at once, in one line.
 
-import dataclasses
+torch is imported inside the functions, as in the programs, so that a mistake in the command line
+shows in a second.
+"""
+
 import hashlib
 import importlib.util
 import logging
@@ -22,11 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# torch is imported where it is first needed, as in the programs.
-
 
 def check_run(resume: str | None, trainer: TrainerConfig) -> None:
-    """Raises InputError for what no training can do, whatever the data."""
+    """Raise InputError for settings with which no training can start."""
     if resume not in (None, "auto") and not Path(str(resume)).is_file():
         raise InputError(f"resume={resume}: no such file")
     if trainer.max_steps == 0:
@@ -34,7 +35,7 @@ def check_run(resume: str | None, trainer: TrainerConfig) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Raises InputError if no file can be written there; makes nothing."""
+    """Raise InputError if no file can be written to `output`. Nothing is created."""
     if output.is_dir():
         raise InputError(f"output={output}: a folder; expected the name of a file")
     existing = next(path for path in output.absolute().parents if path.exists())
@@ -43,13 +44,13 @@ def check_output(output: Path) -> None:
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """Raises InputError if the optimizer's library is not installed."""
+    """Raise InputError if the optimizer's library is not installed."""
     if optimizer.name == "lars" and importlib.util.find_spec("timm") is None:
         raise InputError("optimizer.name=lars needs timm: pip install 'moco-ssl[lars]'")
 
 
 def check_devices(trainer: TrainerConfig) -> None:
-    """Raise InputError if this machine has no such accelerator, or fewer GPUs than the run wants."""
+    """Raise InputError if this machine has no such accelerator, or fewer GPUs than the run needs."""
     from moco.training.hardware import choose_device
 
     if trainer.accelerator != "cpu":
@@ -57,71 +58,100 @@ def check_devices(trainer: TrainerConfig) -> None:
 
 
 def num_processes(config: TrainConfig) -> int:
-    """Processes that train together."""
+    """Return the number of processes that train together."""
     return config.trainer.devices * config.trainer.num_nodes
 
 
+def images_per_pass(config: TrainConfig) -> int:
+    """Return the number of images that one device gets in one forward pass."""
+    return config.data.batch_size // (
+        num_processes(config) * config.trainer.accumulate_grad_batches
+    )
+
+
 def check_same_images(data: "PretrainingData") -> None:
-    """Raises InputError if the processes of a training do not see the same images, or the same shards."""
-    from moco.data.loading.streams import ShardedImages
+    """Raise InputError if the processes of a training see different images or shards."""
     from moco.training.distributed.collectives import gather_objects, world_size
 
     if world_size() == 1:
         return
-    train = data.source.train
-    # Images of shards have no names before they are read.
-    names = train.shards if isinstance(train, ShardedImages) else map(train.name, range(len(train)))
-    digest = hashlib.blake2b()
-    for name in names:
-        digest.update(os.fsencode(name) + b"\0")
-    if len({*gather_objects((len(train), digest.hexdigest()))}) > 1:
+    identity = (len(data.source.train), hash_of_names(data))
+    if len(set(gather_objects(identity))) > 1:
         raise InputError(
-            "data.root: the processes of this run do not see the same images; is it the same folder on all nodes?"
+            "data.root: the processes of this run do not see the same images; "
+            "is it the same folder on all nodes?"
         )
 
 
-def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
-    """Raises InputError if its mode is not for these devices, or its groups do not divide the images of one at once.
+def hash_of_names(data: "PretrainingData") -> str:
+    """Return a hash of the names of all training images, or of all shards."""
+    from moco.data.loading.streams import ShardedImages
 
-    Also if what is normalised together is one vector, which has no variance.
+    train = data.source.train
+    if isinstance(train, ShardedImages):
+        # The images in shards have no names before they are read.
+        names = list(train.shards)
+    else:
+        names = [train.name(index) for index in range(len(train))]
+    digest = hashlib.blake2b()
+    for name in names:
+        digest.update(os.fsencode(name) + b"\0")
+    return digest.hexdigest()
+
+
+def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
+    """Check that the batch-norm mode works with the number of devices and images.
+
+    Raises:
+        InputError: the mode does not fit the devices; the images of a device cannot be split into
+            equal groups; or a group is one vector, which has no variance.
     """
     from torch.nn import BatchNorm1d
 
     from moco.methods.batch_norm import batch_norm_mode
     from moco.training.hardware import choose_device
 
-    method, devices, splits = config.method, num_processes(config), config.method.batch_norm_splits
+    method = config.method
+    splits = method.batch_norm_splits
     device_type = choose_device(config.trainer.accelerator).type
-    mode = batch_norm_mode(method.batch_norm, encoder, devices, device_type, method.negatives)
-    at_once = config.data.batch_size // (devices * config.trainer.accumulate_grad_batches)
-    if mode == "split" and at_once % splits:
+    mode = batch_norm_mode(
+        method.batch_norm, encoder, num_processes(config), device_type, method.negatives
+    )
+    images = images_per_pass(config)
+    setting = f"data.batch_size={config.data.batch_size}"
+    if mode == "split" and images % splits:
         raise InputError(
-            f"data.batch_size={config.data.batch_size}: the {at_once} images that a device gets at once are no multiple "
-            f"of method.batch_norm_splits={splits}"
+            f"{setting}: a device gets {images} images at once, which is no multiple of "
+            f"method.batch_norm_splits={splits}"
         )
-    images = at_once // splits if mode == "split" else at_once
-    if (
-        images == 1
-        and mode != "sync"
-        and any(isinstance(layer, BatchNorm1d) for layer in encoder.modules())
-    ):
-        where = (
-            f"each of method.batch_norm_splits={splits} groups" if mode == "split" else "a device"
-        )
+    if mode == "split":
+        images_per_group = images // splits
+        group = f"each of method.batch_norm_splits={splits} groups"
+    else:
+        images_per_group = images
+        group = "a device"
+    normalises_vectors = any(isinstance(layer, BatchNorm1d) for layer in encoder.modules())
+    if images_per_group == 1 and mode != "sync" and normalises_vectors:
         raise InputError(
-            f"data.batch_size={config.data.batch_size}: {where} gets 1 image at once, which has no variance for the "
+            f"{setting}: {group} gets 1 image at once, which has no variance for the "
             "projector's BatchNorm"
         )
 
 
 def check_deterministic(method: "MoCo", config: TrainConfig, image_sizes: Sequence[int]) -> None:
-    """Raise InputError if trainer.deterministic=true would end the run at its first backward pass on a GPU.
+    """Check that ``trainer.deterministic=true`` can work on a GPU.
 
-    PyTorch refuses adaptive average pooling and bicubic resizing there, see ``torch.use_deterministic_algorithms``. Pooling
-    to one cell is a plain mean, and a map or grid that fits is neither pooled nor resized.
+    PyTorch has no deterministic backward pass of adaptive average pooling and of bicubic resizing
+    there, see ``torch.use_deterministic_algorithms``. Pooling to one cell is a plain mean, and a map
+    or grid that fits is neither pooled nor resized.
 
     Args:
+        method: the method of the run.
+        config: the config of the run.
         image_sizes: sides of all views of the run, px.
+
+    Raises:
+        InputError: names the operations that would end the run.
     """
     if not must_be_deterministic_on_gpu(config.trainer):
         return
@@ -133,8 +163,8 @@ def check_deterministic(method: "MoCo", config: TrainConfig, image_sizes: Sequen
         side = max(last_map_side(backbone, size) for size in image_sizes)
         if side > grid > 1:
             obstacles.append(
-                f"the dense term's pooling of a map of {side} x {side} cells to method.dense_grid={grid} (a grid of {side} "
-                "needs no pooling)"
+                f"the dense term's pooling of a map of {side} x {side} cells to "
+                f"method.dense_grid={grid} (a grid of {side} needs no pooling)"
             )
     refuse_nondeterministic(obstacles)
 
@@ -145,34 +175,52 @@ def check_deterministic_segmentation(
     """Raise InputError as `check_deterministic` does, for a backbone that learns to segment.
 
     Args:
-        decoder: its name; UPerNet pools maps to small grids.
+        trainer: the settings of the Trainer.
+        backbone: the backbone.
+        decoder: its name. UPerNet pools feature maps to small grids.
         image_size: side of the images, px.
         is_frozen: the backbone is not trained.
     """
     if not must_be_deterministic_on_gpu(trainer):
         return
-    obstacles = [] if is_frozen else resized_positions(backbone, [image_size])
+    obstacles = []
+    if not is_frozen:
+        obstacles += resized_positions(backbone, [image_size])
     if decoder == "upernet":
         obstacles.append("the pooling of decoder=upernet (decoder=fpn pools nothing)")
     refuse_nondeterministic(obstacles)
 
 
 def last_map_side(backbone: Any, image_size: int) -> int:
-    """Side of a backbone's last map, cells, for square images of `image_size` px."""
+    """Return the side of a backbone's last feature map, cells, for square images.
+
+    Args:
+        backbone: under the backbone contract.
+        image_size: side of the images, px.
+    """
     if getattr(backbone, "partial_patches", None) == "drop":
         image_size = image_size // backbone.patch_size * backbone.patch_size
-    return int(-(-image_size // backbone.feature_map_strides[-1]))
+    stride = backbone.feature_map_strides[-1]
+    return int(-(-image_size // stride))  # rounded up
 
 
 def must_be_deterministic_on_gpu(trainer: TrainerConfig) -> bool:
-    """Whether operations without a deterministic form on a GPU would end the run."""
+    """Whether an operation without a deterministic form on a GPU would end the run."""
     from moco.training.hardware import choose_device
 
     return trainer.deterministic and choose_device(trainer.accelerator).type != "cpu"
 
 
 def resized_positions(backbone: "nn.Module", image_sizes: Sequence[int]) -> list[str]:
-    """Say which learned positions of a ViT are resized for images of these sizes, px; nothing where none are."""
+    """Return a description of the learned positions of a ViT that such images resize.
+
+    Args:
+        backbone: any backbone; only a ViT has learned positions.
+        image_sizes: sides of the images, px.
+
+    Returns:
+        One description, or none if nothing is resized.
+    """
     from moco.models.vit import VisionTransformer
 
     if not isinstance(backbone, VisionTransformer) or not backbone.learned_positions:
@@ -182,23 +230,23 @@ def resized_positions(backbone: "nn.Module", image_sizes: Sequence[int]) -> list
         cells = backbone.cells(size)
         if cells != learned:
             return [
-                f"the resizing of backbone.learned_positions={learned} to the {cells} x {cells} patches of images of "
-                f"{size} px"
+                f"the resizing of backbone.learned_positions={learned} to the {cells} x {cells} "
+                f"patches of images of {size} px"
             ]
     return []
 
 
 def refuse_nondeterministic(obstacles: Sequence[str]) -> None:
-    """Raise InputError if there are any."""
+    """Raise InputError if there are obstacles to a deterministic run."""
     if obstacles:
         raise InputError(
-            f"trainer.deterministic=true: a GPU has no deterministic form of {'; nor of '.join(obstacles)}; "
-            "trainer.deterministic=false runs it"
+            "trainer.deterministic=true: a GPU has no deterministic form of "
+            f"{'; nor of '.join(obstacles)}; trainer.deterministic=false runs it"
         )
 
 
 def check_resolution_ramp(ramp: "ResolutionRamp", backbone: "nn.Module", max_epochs: int) -> None:
-    """Say how views grow, and if the run ends before they have.
+    """Check and log how the views grow. Warn if the run ends before they have.
 
     Raises:
         InputError: a smaller view is no whole number of the backbone's patches.
@@ -206,87 +254,68 @@ def check_resolution_ramp(ramp: "ResolutionRamp", backbone: "nn.Module", max_epo
     if ramp.start_image_size is None:
         return
     patch = getattr(backbone, "patch_size", 1)
-    if broken := [size for size in ramp.sizes[:-1] if size % patch]:
-        raise InputError(
-            f"augmentation.start_image_size, augmentation.image_size_step: views of {broken[0]} px are no multiple of the "
-            f"backbone's patches of {patch} px"
-        )
+    for size in ramp.sizes[:-1]:
+        if size % patch:
+            raise InputError(
+                "augmentation.start_image_size, augmentation.image_size_step: views of "
+                f"{size} px are no multiple of the backbone's patches of {patch} px"
+            )
     log.info("views grow over %d epochs: %s", ramp.ramp_epochs, ramp.in_words())
     if ramp.ramp_epochs is not None and ramp.ramp_epochs >= max_epochs:
         log.warning(
-            "augmentation.ramp_epochs=%d: the run has %d epochs and no view of %d px, at which it is evaluated",
-            ramp.ramp_epochs, max_epochs, ramp.image_size,
-        )  # fmt: skip
+            "augmentation.ramp_epochs=%d: the run has only %d epochs, so no view ever has %d px, "
+            "the size at which the run is evaluated",
+            ramp.ramp_epochs,
+            max_epochs,
+            ramp.image_size,
+        )
 
 
 def warn_of_negatives(config: TrainConfig, num_images: int) -> None:
-    """Say if K is more than a tenth of the images, or more than the keys that the run will ever put in.
+    """Warn if the number of negatives does not fit the dataset or the batch.
 
-    Without a queue, say if the batch is taken in parts: each has only its own negatives.
+    With a queue: if it holds more keys than a tenth of the images, or more than the run ever
+    produces. The largest power of two within a tenth is the queue size of both official recipes:
+    65,536 for ImageNet and 4,096 for CIFAR-10.
 
-    The largest power of two within a tenth is K of both official recipes: 65,536 for ImageNet, 4,096 for CIFAR-10.
+    Without a queue: if the batch is accumulated, because each part has only its own negatives.
     """
-    size, tenth = config.method.queue_size, num_images // 10
-    if size is None:
-        if (parts := config.trainer.accumulate_grad_batches) > 1:
+    if config.method.queue_size is None:
+        num_parts = config.trainer.accumulate_grad_batches
+        if num_parts > 1:
             log.warning(
-                "method.negatives=batch: with trainer.accumulate_grad_batches=%d a query is compared with the %d keys of "
-                "its own part of the batch", parts, config.data.batch_size // parts,
-            )  # fmt: skip
+                "method.negatives=batch: with trainer.accumulate_grad_batches=%d each query is "
+                "compared with only the %d keys of its part of the batch",
+                num_parts,
+                config.data.batch_size // num_parts,
+            )
         return
+    queue_size = config.method.queue_size
+    tenth = num_images // 10
     num_keys = num_keys_of_run(config, num_images)
     reasons = []
-    if size > tenth:
+    if queue_size > tenth:
         reasons.append(
-            f"more than a tenth of the {num_images} images (older keys of a query's own image are then often among "
-            "its negatives)"
+            f"more than a tenth of the {num_images} images (older keys of a query's own image are "
+            "then often among its negatives)"
         )
-    if size > num_keys:
-        reasons.append(f"more than the {num_keys} keys that this run will ever put in")
+    if queue_size > num_keys:
+        reasons.append(f"more than the {num_keys} keys that this run produces")
     if reasons:
-        fitting = 2 ** (max(min(tenth, num_keys), 1).bit_length() - 1)
+        limit = max(min(tenth, num_keys), 1)
+        fitting = 2 ** (limit.bit_length() - 1)
         log.warning(
-            "method.queue_size=%d is %s; %d would fit", size, ", and ".join(reasons), fitting
+            "method.queue_size=%d is %s; %d would fit", queue_size, ", and ".join(reasons), fitting
         )
 
 
 def num_keys_of_run(config: TrainConfig, num_images: int) -> int:
-    """The keys that one queue is given from the first to the last step."""
-    method, trainer, batch_size = config.method, config.trainer, config.data.batch_size
-    steps = trainer.max_epochs * (num_images // batch_size)
-    if trainer.max_steps > 0:
-        steps = min(steps, trainer.max_steps)
-    return steps * batch_size * (2 if method.symmetric and method.num_queues == 1 else 1)
-
-
-def check_resumable(path: Path, checkpoint: dict[str, Any], plain: dict[str, Any]) -> int:
-    """The optimizer steps that a checkpoint has behind it.
-
-    Args:
-        path: where it was read.
-        plain: the run's config as plain data.
-
-    Raises:
-        InputError: it holds other tensors than the config's run has; it names the keys.
-    """
-    from moco.runs.run_folder import completed, differences
-
-    stored = completed(checkpoint["config"], dataclasses.asdict(TrainConfig()))
-    there, here = (tensor_settings(config) for config in (stored, plain))
-    if differing := differences(there, here):
-        raise InputError(
-            f"resume={path}: the checkpoint is of another architecture or optimizer: {'; '.join(differing)}"
-        )
-    return int(checkpoint["global_step"])
-
-
-def tensor_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide which tensors a run's checkpoint holds, and their shapes."""
-    method, optimizer = config["method"], config["optimizer"]
-    shapes = ("projector", "predictor", "embedding_dim", "queue_size", "num_queues")
-    return {
-        "backbone": config["backbone"],
-        "method": {key: method[key] for key in shapes}
-        | {"dense_weight": "above 0" if method["dense_weight"] else 0},
-        "optimizer": {key: optimizer[key] for key in ("name", "decay_all")},
-    }
+    """Return the number of keys that one queue gets from the first to the last step."""
+    batch_size = config.data.batch_size
+    num_steps = config.trainer.max_epochs * (num_images // batch_size)
+    if config.trainer.max_steps > 0:
+        num_steps = min(num_steps, config.trainer.max_steps)
+    num_keys = num_steps * batch_size
+    if config.method.symmetric and config.method.num_queues == 1:
+        num_keys *= 2
+    return num_keys

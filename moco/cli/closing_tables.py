@@ -1,4 +1,4 @@
-"""What a training prints at its end."""
+"""The table that a program prints when it is done."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,34 +7,53 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from moco.callbacks.stopwatches import epoch_time, in_words
-from moco.cli.progress import print_table
 from moco.runs.run_folder import BACKBONE_FILE, LAST_CHECKPOINT, as_override
 
+# The kNN figures of a pretraining, in the order of the table.
+KNN_FIGURES = {
+    "knn_raw_pixels/top1": "raw pixels",
+    "knn_untrained/top1": "untrained backbone",
+    "knn_start/top1": "weights of init_from",
+    "knn/top1": "pretrained backbone",
+}
 
-def close(console: Console, folder: Path, figures: dict[str, Any], num_unreadable: int) -> None:
-    """Print what was reached, where it is, what to type next.
+
+def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Print names and values in two columns under a title."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")  # a path that is cut short cannot be copied
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_pretraining(
+    console: Console, folder: Path, figures: dict[str, Any], num_unreadable: int
+) -> None:
+    """Print the results of a pretraining, where they are, and what to type next.
 
     Args:
-        num_unreadable: images that were skipped.
+        console: where to print.
+        folder: the run folder.
+        figures: the content of ``metrics.json``.
+        num_unreadable: number of skipped images.
     """
     rows = [("epochs, steps", f"{figures.get('epoch', 0)}, {figures.get('step', 0)}")]
     if "train/loss" in figures:
         rows.append(("loss of the last epoch", f"{figures['train/loss']:.4f}"))
         rows.append(("images per second", f"{figures['images_per_second']:,.0f}"))
     if "train/seconds" in figures:
-        rows.append(("time in training", str(timedelta(seconds=round(figures["train/seconds"])))))
+        duration = timedelta(seconds=round(figures["train/seconds"]))
+        rows.append(("time in training", str(duration)))
     if epoch_time.total:
         rows.append(("time of its epochs", in_words(epoch_time.total)))
     if "knn/top1" in figures:
         rows.append(("kNN protocol", knn_protocol(figures)))
-        for key, name in (
-            ("knn_raw_pixels/top1", "raw pixels"),
-            ("knn_untrained/top1", "untrained backbone"),
-            ("knn_start/top1", "weights of init_from"),
-            ("knn/top1", "pretrained backbone"),
-        ):
+        for key, name in KNN_FIGURES.items():
             if key in figures:
                 rows.append((f"kNN top-1, {name}", f"{figures[key]:.4f}"))
     if "dense/knn_miou" in figures:
@@ -45,27 +64,26 @@ def close(console: Console, folder: Path, figures: dict[str, Any], num_unreadabl
     rows.append(("checkpoint", checkpoint))
     rows.append(("its backbone alone", os.path.relpath(folder / BACKBONE_FILE)))
     print_table(console, "Pretraining is done", rows)
-    console.print(
-        f"next: python -m moco.evaluate {as_override('checkpoint', checkpoint)}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    command = f"python -m moco.evaluate {as_override('checkpoint', checkpoint)}"
+    console.print(f"next: {command}", soft_wrap=True, highlight=False)
 
 
 def knn_protocol(figures: dict[str, Any]) -> str:
-    """The conditions of a kNN figure in words."""
-    # A run from before there was a choice does not say: it was 32-true.
-    precision = " in bf16-mixed" if figures.get("knn/precision") == "bf16-mixed" else ""
+    """Return the protocol of a kNN figure in words."""
+    precision = ""
+    if figures.get("knn/precision") == "bf16-mixed":  # missing in old runs, which used 32-true
+        precision = " in bf16-mixed"
     return (
-        f"k {figures['knn/num_neighbors']}, T {figures['knn/temperature']}, {figures['knn/feature']} feature{precision}, "
-        f"{figures['knn/num_queries']:,} queries against a bank of {figures['knn/bank_size']:,}"
+        f"k {figures['knn/num_neighbors']}, T {figures['knn/temperature']}, "
+        f"{figures['knn/feature']} feature{precision}, {figures['knn/num_queries']:,} queries "
+        f"against a bank of {figures['knn/bank_size']:,}"
     )
 
 
 MAX_CLASSES_SHOWN = 40
 
 
-def close_segmentation(
+def print_segmentation(
     console: Console, folder: Path, figures: Mapping[str, Any], class_names: Sequence[str]
 ) -> None:
     """Print what a segmentation run has reached, where it is, and what to type next.

@@ -1,4 +1,4 @@
-"""How far a long pass over images is: a bar where the output is a terminal, else a line a minute."""
+"""The progress of a long pass over images: a bar on a terminal, else one log line per minute."""
 
 import logging
 import time
@@ -14,23 +14,25 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from moco.cli.progress import SECONDS_BETWEEN_LINES
+SECONDS_BETWEEN_LINES = 60.0
 
 log = logging.getLogger(__name__)
 
 
 class ImageProgress:
-    """Inside a ``with`` block, shows what `say` is told.
+    """Shows the number of finished images inside a ``with`` block.
 
     Args:
+        console: where the bar is drawn.
         title: what is being done, one word.
-        start: images that were done before.
-        total: of all.
+        start: number of images that an earlier attempt has finished.
+        total: number of all images.
     """
 
     def __init__(self, console: Console, title: str, start: int, total: int) -> None:
         self.title = title
-        self.start, self.total = start, total
+        self.start = start
+        self.total = total
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -45,7 +47,8 @@ class ImageProgress:
         self.task = self.bar.add_task(title, total=total, completed=start, rate="")
 
     def __enter__(self) -> "ImageProgress":
-        self.began = self.said = time.monotonic()
+        self.start_time = time.monotonic()
+        self.last_line_time = self.start_time
         self.bar.start()
         return self
 
@@ -58,14 +61,19 @@ class ImageProgress:
         self.bar.stop()
 
     def say(self, done: int) -> None:
-        """So many images are done by now, those of earlier attempts too."""
+        """Show that `done` images are finished, those of earlier attempts included."""
         now = time.monotonic()
-        rate = (done - self.start) / (now - self.began)
+        rate = (done - self.start) / (now - self.start_time)
         self.bar.update(self.task, completed=done, rate=f"{rate:,.0f} a second")
-        if self.bar.disable and done > self.start and now - self.said >= SECONDS_BETWEEN_LINES:
-            self.said = now
+        is_line_due = now - self.last_line_time >= SECONDS_BETWEEN_LINES
+        if self.bar.disable and is_line_due and done > self.start:
+            self.last_line_time = now
             minutes = (self.total - done) / rate / 60
             log.info(
-                "%s: %s of %s images, %.0f a second, %.0f minutes left",
-                self.title, f"{done:,}", f"{self.total:,}", rate, minutes,
-            )  # fmt: skip
+                "%s: %s of %s images, %.0f per second, %.0f minutes left",
+                self.title,
+                f"{done:,}",
+                f"{self.total:,}",
+                rate,
+                minutes,
+            )

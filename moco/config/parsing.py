@@ -1,7 +1,7 @@
-"""From what Hydra composes out of the YAML files under ``conf/`` to the dataclasses of the schema, every value checked.
+"""Turn the config that Hydra composes into the dataclasses of the schema, and check every value.
 
-A value has one name from the YAML key to the dataclass field to the keyword argument. Below the programs nothing sees an
-OmegaConf object.
+A value has one name from the YAML key to the dataclass field to the keyword argument. Nothing below
+the programs sees an OmegaConf object.
 """
 
 import dataclasses
@@ -20,15 +20,26 @@ from moco.config.segment import SegmentConfig
 from moco.config.train import PreviewConfig, TrainConfig
 from moco.errors import InputError, unknown_name
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-# A wheel carries conf/ inside the package; a checkout or an editable install has it beside the package.
-CONFIG_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
-
 T = TypeVar("T")
 
 
+def find_config_dir() -> Path:
+    """Return the folder of the YAML files.
+
+    A wheel carries ``conf/`` inside the package. A checkout has it beside the package.
+    """
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    if inside.is_dir():
+        return inside
+    return package.parent / "conf"
+
+
+CONFIG_DIR = find_config_dir()
+
+
 def register_schemas() -> None:
-    """Make the schemas known to Hydra under the names that ``conf/*.yaml`` refer to."""
+    """Register the schemas with Hydra under the names that ``conf/*.yaml`` use."""
     store = ConfigStore.instance()
     store.store("train_schema", TrainConfig)
     store.store("evaluate_schema", EvaluateConfig)
@@ -40,17 +51,18 @@ def register_schemas() -> None:
 
 
 def parse(composed: DictConfig, schema: type[T]) -> T:
-    """The composed config as an instance of `schema`, every value checked.
+    """Return the composed config as an instance of `schema`, with every value checked.
 
-    Composing already refuses unknown keys, but ``+key=value`` adds one all the same; merging the plain values into a
-    fresh schema refuses that too.
+    Composing refuses unknown keys, but ``+key=value`` still adds one. Merging the plain values into
+    a fresh schema refuses that too.
 
     Raises:
-        InputError: names the key, what was expected and what came.
+        InputError: names the key, what was expected and what was given.
     """
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
+        config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         raise InputError(f"{error.full_key}: missing; give {error.full_key}=VALUE") from error
     except ConfigKeyError as error:
@@ -62,58 +74,73 @@ def parse(composed: DictConfig, schema: type[T]) -> T:
 
 
 def check_limits(config: Any, prefix: str = "") -> None:
-    """Hold every value of a config dataclass to its `setting`.
+    """Check every value of a config dataclass against its `setting`.
+
+    Args:
+        config: an instance of a schema.
+        prefix: the dotted key of `config` with a dot at its end, for messages.
 
     Raises:
-        InputError: for the first value that is out of range.
+        InputError: names the first value that is out of range.
     """
     for item in dataclasses.fields(config):
-        key, value, limits = prefix + item.name, getattr(config, item.name), item.metadata
+        key = prefix + item.name
+        value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             check_limits(value, key + ".")
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key}={value}: expected a finite number")
-        if value is None or not limits:
+        if value is None or not item.metadata:
             continue
-        if "choices" in limits:
-            if value not in limits["choices"]:
-                raise InputError(f"{key}: {unknown_name('value', value, limits['choices'])}")
-        elif not (
-            value > limits.get("above", -float("inf"))
-            and value >= limits.get("at_least", -float("inf"))
-            and ("below" not in limits or value < limits["below"])
-            and value <= limits.get("at_most", float("inf"))
-        ):
-            words = " and ".join(
-                f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items()
-            )
-            raise InputError(f"{key}={value}: expected a number {words}")
+        choices = item.metadata.get("choices")
+        if choices is None:
+            check_range(key, value, dict(item.metadata))
+        elif value not in choices:
+            raise InputError(f"{key}: {unknown_name('value', value, choices)}")
+
+
+def check_range(key: str, value: float, limits: dict[str, float]) -> None:
+    """Raise InputError if `value` is outside the limits, as `setting` takes them."""
+    is_inside = (
+        value > limits.get("above", -math.inf)
+        and value >= limits.get("at_least", -math.inf)
+        and value < limits.get("below", math.inf)
+        and value <= limits.get("at_most", math.inf)
+    )
+    if not is_inside:
+        words = [f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items()]
+        raise InputError(f"{key}={value}: expected a number {' and '.join(words)}")
 
 
 def unknown_key(full_key: str, schema: type) -> str:
-    """A sentence for a key that the schema does not have, with the nearest one that it does."""
-    parent, _, name = full_key.rpartition(".")
-    every = {key: key.rpartition(".") for key in keys(schema)}
-    siblings = [key for key, (above, _, _) in every.items() if above == parent]
-    for candidates in (
-        siblings,
-        list(every),
-    ):  # a slip of the pen, else the right name under the wrong parent
-        names = [every[key][2] for key in candidates]
-        nearest = [
-            candidates[names.index(match)] for match in difflib.get_close_matches(name, names, n=1)
-        ]
-        if nearest:
-            break
-    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+    """Return a sentence about a key that the schema does not have, with the nearest key.
+
+    A key of the same group with a similar name comes first: that is a typing error. Otherwise the
+    name may be right and the group wrong.
+    """
+    group = full_key.rpartition(".")[0]
+    all_keys = keys(schema)
+    siblings = [key for key in all_keys if key.rpartition(".")[0] == group]
+    nearest = nearest_key(full_key, siblings) or nearest_key(full_key, all_keys)
+    hint = f"; did you mean '{nearest}'?" if nearest else ""
     return f"unknown key '{full_key}'{hint} (keys here: {', '.join(siblings)})"
 
 
+def nearest_key(full_key: str, candidates: list[str]) -> str | None:
+    """Return the first candidate whose last part is similar to that of `full_key`."""
+    names = [key.rpartition(".")[2] for key in candidates]
+    matches = difflib.get_close_matches(full_key.rpartition(".")[2], names, n=1)
+    if not matches:
+        return None
+    return candidates[names.index(matches[0])]
+
+
 def keys(schema: type, prefix: str = "") -> list[str]:
-    """All dotted keys of a schema, groups included."""
-    names = []
+    """Return all dotted keys of a schema, groups included."""
+    found = []
     for item in dataclasses.fields(schema):
-        names.append(prefix + item.name)
+        key = prefix + item.name
+        found.append(key)
         if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
-            names += keys(item.type, prefix + item.name + ".")
-    return names
+            found += keys(item.type, key + ".")
+    return found

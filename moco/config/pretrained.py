@@ -1,4 +1,6 @@
-"""The settings of the programs that begin with a file of weights, and where those that nobody gave come from."""
+"""The settings of the programs that begin with a file of weights, and where those that nobody gave
+come from.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -6,11 +8,14 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from moco.config.data import DataConfig, EmbedDataConfig, EvaluateDataConfig
 from moco.config.linear import LinearConfig, LinearOfficialConfig
-from moco.config.train import AugmentationConfig, BackboneConfig, DataConfig, MonitorConfig, setting
+from moco.config.settings import setting
+from moco.config.train import AugmentationConfig, BackboneConfig, MonitorConfig
 from moco.errors import InputError
 
-# The kinds of measurement, and the settings and sections of EvaluationConfig that only some of them have.
+# The kinds of measurement, and the settings and sections of EvaluationConfig that only some of them
+# have.
 KINDS: dict[str, tuple[str, ...]] = {
     "knn": (
         "feature",
@@ -51,9 +56,11 @@ class EvaluationConfig:
     batch_size: int = setting(256, at_least=1)
     """Images per forward pass."""
     cache: bool = True
-    """Keep features for the next evaluation, in the checkpoint's run folder; see ``docs/evaluation.md``."""
+    """Keep features for the next evaluation, in the checkpoint's run folder; see
+    ``docs/evaluation.md``."""
     index: str = setting("flat", choices=("flat", "float16", "hnsw", "int8", "ivf"))
-    """How the bank is searched. flat: exactly; float16, int8: less memory; ivf, hnsw: faster above a million rows."""
+    """How the bank is searched. flat: exactly; float16, int8: less memory; ivf, hnsw: faster above
+    a million rows."""
     num_probes: int = setting(32, at_least=1)
     """ivf: cells that are looked into."""
     ef_search: int = setting(256, at_least=1)
@@ -63,46 +70,25 @@ class EvaluationConfig:
     num_draws: int = setting(5, at_least=2)
     """Random choices of those images, over which mean and spread are given."""
     maps: list[int] = field(default_factory=lambda: [4])
-    """dense: which of the backbone's feature maps, from 1, the finest, to 4; several are joined at the finest one's size."""
+    """dense: which of the backbone's feature maps, from 1, the finest, to 4; several are joined at
+    the finest one's size."""
     bank_size: int = setting(50_000, at_least=1)
     """dense: patches that are learned from; each training image gives the same share of them."""
     sampling: str = setting("balanced", choices=("balanced", "uniform"))
-    """dense: how an image's patches are drawn. balanced: its classes take turns; uniform: all have the same chance."""
+    """dense: how an image's patches are drawn. balanced: its classes take turns; uniform: all have
+    the same chance."""
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     """dense: of that draw."""
     linear: LinearConfig = field(default_factory=LinearConfig)
     linear_official: LinearOfficialConfig = field(default_factory=LinearOfficialConfig)
     label_free: bool = True
-    """Also what needs no labels: rank, spread and uniformity, and by views of 1,000 images alignment and LiDAR."""
+    """Also what needs no labels: rank, spread and uniformity, and by views of 1,000 images
+    alignment and LiDAR."""
     plots: bool = True
-    """Draw neighbours, similarities, confusions, a map of the queries and feature maps into the run folder."""
+    """Draw neighbours, similarities, confusions, a map of the queries and feature maps into the run
+    folder."""
     map: str = setting("tsne", choices=("none", "tsne", "umap"))
     """How the queries are laid out in map.png. umap needs the extra `umap`."""
-
-
-@dataclass
-class PretrainedDataConfig:
-    """A null takes the value from the run that made the checkpoint; for other projects' weights a usual one."""
-
-    name: Optional[str] = None
-    root: Any = None
-    download: bool = False
-    image_size: Optional[int] = setting(None, at_least=4)
-    crop_ratio: Optional[float] = setting(None, above=0, at_most=1)
-    num_images: Optional[int] = setting(None, at_least=1)
-    image_column: Optional[str] = None
-    label_column: Optional[str] = None
-    held_out: Optional[float] = setting(None, at_least=0, at_most=1)
-    pages: Optional[str] = setting(None, choices=("each", "first"))
-    max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
-    max_image_pixels: int = setting(178_956_970, at_least=1)
-
-
-@dataclass
-class EvaluateDataConfig(PretrainedDataConfig):
-    num_workers: int = setting(0, at_least=0)
-    ignore_index: int = setting(255, at_least=0, at_most=65535)
-    """voc2012, segmentation_folder: the number of a mask's pixels without a class."""
 
 
 @dataclass
@@ -114,7 +100,9 @@ class NormalisationConfig:
 
 @dataclass
 class PretrainedBackboneConfig(BackboneConfig):
-    """With a checkpoint a null takes its value; of other projects' weights, what shows in the tensors' shapes."""
+    """With a checkpoint a null takes its value; of other projects' weights, what shows in the
+    tensors' shapes.
+    """
 
     name: Optional[str] = None  # type: ignore[assignment]
 
@@ -122,12 +110,13 @@ class PretrainedBackboneConfig(BackboneConfig):
 @dataclass
 class EvaluateConfig:
     checkpoint: str = MISSING
-    """A file of weights: ``checkpoints/last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or another
-    project's, see ``docs/weights.md``."""
+    """A file of weights: ``checkpoints/last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run
+    folder, or another project's, see ``docs/weights.md``."""
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu", "mps"))
-    """auto: CUDA where it can be used, else the CPU, also on a Mac. mps (Apple's GPUs) is refused: it has no float64."""
+    """auto: CUDA where it can be used, else the CPU, also on a Mac. mps (Apple's GPUs) is refused:
+    it has no float64."""
     output: Optional[str] = None
     """Where the figures go as JSON; null: metrics.json in the run folder."""
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
@@ -135,21 +124,15 @@ class EvaluateConfig:
 
 
 @dataclass
-class EmbedDataConfig(PretrainedDataConfig):
-    num_workers: Optional[int] = setting(None, at_least=0)
-    """Loader processes; null: 4, and none for images that are in memory."""
-
-
-@dataclass
 class EmbedConfig:
     checkpoint: str = MISSING
-    """A file of weights: ``checkpoints/last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or another
-    project's, see ``docs/weights.md``."""
+    """A file of weights: ``checkpoints/last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run
+    folder, or another project's, see ``docs/weights.md``."""
     output: str = MISSING
     """The .npz file; the index goes beside it, FILE.faiss beside FILE.npz."""
     index: str = setting("flat", choices=("flat", "hnsw", "ivf", "none"))
-    """For neighbours by cosine, of faiss. flat: exact; ivf and hnsw: approximate, and faster beyond a million images; they
-    are held in memory while they are built."""
+    """For neighbours by cosine, of faiss. flat: exact; ivf and hnsw: approximate, and faster beyond
+    a million images; they are held in memory while they are built."""
     data: EmbedDataConfig = field(default_factory=EmbedDataConfig)
     split: str = setting("train", choices=("test", "train"))
     """train: all images that training would see; test: those that are held out for measurements."""
@@ -159,30 +142,35 @@ class EmbedConfig:
     batch_size: int = setting(256, at_least=1)
     """Images per forward pass."""
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu", "mps"))
-    """auto: CUDA where it can be used, else the CPU, also on a Mac. mps (Apple's GPUs) is refused: it has no float64."""
+    """auto: CUDA where it can be used, else the CPU, also on a Mac. mps (Apple's GPUs) is refused:
+    it has no float64."""
     augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
 
 
 @dataclass
 class ExportConfig:
     checkpoint: str = MISSING
-    """A file of weights: ``checkpoints/last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or another
-    project's, see ``docs/weights.md``."""
+    """A file of weights: ``checkpoints/last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run
+    folder, or another project's, see ``docs/weights.md``."""
     format: str = setting(choices=("safetensors", "timm", "torchvision"))
-    """Whose names the weights get: torchvision's, timm's, or our own, in a safetensors file that describes itself."""
+    """Whose names the weights get: torchvision's, timm's, or our own, in a safetensors file that
+    describes itself."""
     output: str = MISSING
-    """A file; of torchvision's and timm's formats the ending decides: .pth or .pt by torch.save, or .safetensors."""
+    """A file; of torchvision's and timm's formats the ending decides: .pth or .pt by torch.save, or
+    .safetensors."""
     encoder: str = setting("query", choices=("key", "query"))
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
     image_size: Optional[int] = setting(None, at_least=4)
-    """Side of the images that the weights will see, px; null: the checkpoint's, in proportion to a new window."""
+    """Side of the images that the weights will see, px; null: the checkpoint's, in proportion to a
+    new window."""
 
 
 def check_settings(config: EvaluateConfig) -> None:
     """Hold a measurement to the settings that have an effect in it.
 
     Raises:
-        InputError: a setting was given that has none, it names what has; or a number out of its range.
+        InputError: a setting was given that has none, it names what has; or a number out of its
+            range.
     """
     evaluation = config.evaluation
     if min(evaluation.images_per_class, default=1) < 1:
@@ -205,7 +193,9 @@ def check_settings(config: EvaluateConfig) -> None:
 def check_kind(
     section: str, settings: Any, of_kinds: dict[str, tuple[str, ...]], kind: str
 ) -> None:
-    """Raises InputError if one of a section's settings was given that only other kinds have; it names them."""
+    """Raises InputError if one of a section's settings was given that only other kinds have; it
+    names them.
+    """
     for key in sorted(set().union(*of_kinds.values()) - set(of_kinds[kind])):
         if is_given(settings, key):
             owners = " and ".join(
@@ -243,7 +233,9 @@ def with_defaults(
 
 
 def with_usual_settings(of_run: dict[str, Any]) -> dict[str, Any]:
-    """A run's config as far as measurements look at it, completed: nothing is known of other projects' runs."""
+    """A run's config as far as measurements look at it, completed: nothing is known of other
+    projects' runs.
+    """
     usual = {
         "data": dataclasses.asdict(DataConfig()) | {"name": None},
         "augmentation": dataclasses.asdict(AugmentationConfig()),

@@ -6,7 +6,8 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 from moco.config.pretrained import PretrainedBackboneConfig
-from moco.config.train import SlurmConfig, TrainerConfig, setting
+from moco.config.settings import setting
+from moco.config.train import SlurmConfig, TrainerConfig
 
 
 @dataclass
@@ -56,7 +57,8 @@ class SegmentAugmentationConfig:
             "brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05, "probability": 0.5
         }
     )  # fmt: skip
-    """As in the views of pretraining; null: none. The strengths are those of SSD (arXiv 1512.02325), which Swin uses."""
+    """As in the views of pretraining; null: none. The strengths are those of SSD (arXiv
+    1512.02325), which Swin uses."""
     mean: Optional[list[float]] = None
     """Per channel, of pixels in 0..1; null: the checkpoint's, or ImageNet's."""
     std: Optional[list[float]] = None
@@ -70,7 +72,8 @@ class SegmentOptimizerConfig:
     """Learning rate of the decoder at the first step after warm-up."""
     weight_decay: float = setting(0.01, at_least=0)
     layer_decay: Optional[float] = setting(None, above=0, at_most=1)
-    """Factor from each layer's learning rate to that of the next lower one. Null: 0.9 for a pretrained Swin, else 1."""
+    """Factor from each layer's learning rate to that of the next lower one. Null: 0.9 for a
+    pretrained Swin, else 1."""
     schedule: str = setting("poly", choices=("cosine", "poly"))
     power: float = setting(1.0, above=0)
     """Of poly: lr * (1 - t)^power, t from 0 to 1."""
@@ -103,10 +106,12 @@ class SegmentConfig:
     optimizer: SegmentOptimizerConfig = field(default_factory=SegmentOptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     inference: str = setting("whole", choices=("slide", "whole"))
-    """Of the held-out images. whole: as they are; slide: windows of image_size that overlap by a third."""
+    """Of the held-out images. whole: as they are; slide: windows of image_size that overlap by a
+    third."""
     evaluation: SegmentEvaluationConfig = field(default_factory=SegmentEvaluationConfig)
     checkpoint_every_n_epochs: int = setting(1, at_least=1)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     resume: Optional[str] = "auto"
-    """auto: go on from the run folder's last checkpoint if it has one; a path: from that file; null: start anew."""
+    """auto: go on from the run folder's last checkpoint if it has one; a path: from that file;
+    null: start anew."""

@@ -19,7 +19,7 @@ from benchmarks import of_lightly, official, ours
 from benchmarks.nets import Net, Setting, nets_of
 from benchmarks.peers import Peers
 from benchmarks.turns import Case, Turn, timed
-from moco.train import build_data
+from moco.cli.build_pretraining import build_data
 
 STEP = "our step alone"
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.nets import Net, Setting
 from benchmarks.recipe import KEY_MOMENTUM
 from benchmarks.turns import Turn, wait_for
+from moco.cli.build_pretraining import build_method, build_trainer
 from moco.config.train import TrainConfig
 from moco.data.augment.views import ViewPair, build_evaluation_view
 from moco.data.loading.datamodule import Engine, PretrainingData
@@ -26,7 +27,6 @@ from moco.methods.batch_norm import batch_norm_mode
 from moco.methods.moco import MoCo
 from moco.methods.momentum import update_key_encoder
 from moco.runs.interrupts import StopRequest
-from moco.train import build_method, build_trainer
 from moco.training.hardware import keep_freed_memory
 
 

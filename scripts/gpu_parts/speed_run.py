@@ -17,10 +17,10 @@ from gpu_parts.measuring import Context, measured
 from gpu_parts.results import Result
 from gpu_parts.rows import FIRST_STEP, SPEED, knn_after, loss_after
 from moco.callbacks.monitors import KNNMonitor
+from moco.cli.build_pretraining import build_data, build_method, build_trainer
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig
 from moco.runs.interrupts import StopRequest
-from moco.train import build_data, build_method, build_trainer
 
 NUM_IMAGES, NUM_QUERIES, IMAGE_SIZE = 50_000, 10_000, 32
 """Of CIFAR-10."""

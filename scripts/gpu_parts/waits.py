@@ -19,9 +19,9 @@ from gpu_parts import shapes
 from gpu_parts.measuring import Context, measured
 from gpu_parts.results import Result
 from gpu_parts.rows import WAITING, WAITS
+from moco.cli.build_pretraining import build_data, build_method, build_trainer
 from moco.config.train import TrainConfig
 from moco.runs.interrupts import StopRequest
-from moco.train import build_data, build_method, build_trainer
 
 PACKAGE = Path(moco.__file__).resolve().parent
 LOGGED = 6

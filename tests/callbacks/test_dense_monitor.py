@@ -10,6 +10,7 @@ from torch import nn
 
 from moco import train
 from moco.callbacks.dense_monitor import DenseMonitor
+from moco.cli import build_pretraining
 from moco.errors import InputError
 from moco.training.random_states import random_states
 from tests.evaluation.dense_images import MeanColours, dense_set, draw_halves
@@ -33,8 +34,9 @@ def with_dense(root, *overrides):
 
 
 def monitor_of(config, figures, **settings):
-    vote = {key: getattr(config.monitor.dense, key) for key in train.DENSE_VOTE}
-    return DenseMonitor(figures, train.dense_set(config, 16), **(vote | settings))
+    vote = {key: getattr(config.monitor.dense, key) for key in build_pretraining.DENSE_VOTE}
+    images = build_pretraining.build_dense_set(config, 16)
+    return DenseMonitor(figures, images, **(vote | settings))
 
 
 class ScaledColours(MeanColours):

@@ -11,6 +11,7 @@ from torch import nn
 from moco.callbacks import monitors as monitor
 from moco.callbacks.monitors import KNNMonitor, TrainingMonitor
 from moco.callbacks.view_pairs import view_pair_plot
+from moco.cli.build_pretraining import build_data
 from moco.evaluation.diagnostics import (
     embedding_std,
     in_batch_negative_similarity,
@@ -18,7 +19,6 @@ from moco.evaluation.diagnostics import (
     positive_similarity,
 )
 from moco.evaluation.features import EmbeddingStopped, embed, evaluating
-from moco.train import build_data
 
 
 def unit(*shape):

@@ -79,7 +79,7 @@ def test_densecl_is_moco_v2_with_a_dense_term():
 def test_every_method_takes_the_dense_term(method):
     import torch
 
-    from moco.train import build_method
+    from moco.cli.build_pretraining import build_method
 
     queue = ["method.negatives=queue", "method.queue_size=64"] if method == "moco_v3" else []
     config = composed(
@@ -94,7 +94,7 @@ def test_every_method_takes_the_dense_term(method):
 
 
 def test_a_scaled_learning_rate_is_said_in_one_line(caplog):
-    from moco.train import build_method
+    from moco.cli.build_pretraining import build_method
 
     caplog.set_level("INFO")
     small = ["backbone=resnet_tiny", "method=moby", "method.queue_size=8", "data.root=x"]
@@ -222,7 +222,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs)
         (["data.batch_size=2000"], "data.batch_size=2000: there are only 1437 images to train on"),
         (
             ["data.batch_size=100"],
-            "data.batch_size=100: the 100 images that a device gets at once are no multiple of",
+            "data.batch_size=100: a device gets 100 images at once, which is no multiple of",
         ),
         (["trainer.max_steps=0"], "trainer.max_steps=0: expected -1 for no limit, or at least 1"),
         (["trainer.accelerator=gpu"], "accelerator=gpu: no CUDA device can be used here"),

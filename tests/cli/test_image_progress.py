@@ -27,4 +27,4 @@ def test_elsewhere_there_is_a_line_from_time_to_time(monkeypatch, caplog):
         for done in (1000, 1600, 1900):
             progress.say(done)
     assert console.file.getvalue().strip() == ""
-    assert caplog.messages == ["embedding: 1,600 of 10,000 images, 10 a second, 14 minutes left"]
+    assert caplog.messages == ["embedding: 1,600 of 10,000 images, 10 per second, 14 minutes left"]

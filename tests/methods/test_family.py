@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
+from moco.cli.build_pretraining import build_data, build_method
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig
 from moco.errors import InputError
@@ -23,7 +24,6 @@ from moco.methods.batch_norm import split_batch_norm
 from moco.methods.momentum import key_momentum_at
 from moco.models.encoder import Encoded
 from moco.models.heads import Cells
-from moco.train import build_data, build_method
 from moco.training.distributed.collectives import all_gather
 from tests.methods.test_losses import dense_reference, in_batch_reference, reference
 from tests.training.test_distributed import on_two

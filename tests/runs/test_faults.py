@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from moco.cli.build_pretraining import build_data
 from moco.data.loading.datamodule import PretrainingData
 from moco.errors import RunError
 from moco.runs.faults import BadSteps, explained, failures_named, failures_without_training_named
 from moco.runs.run_folder import write_json
-from moco.train import build_data, run
+from moco.train import run
 from moco.training.logger import RunLogger
 from tests.methods.test_moco import Losses
 from tests.runs.test_interrupts import start

@@ -102,7 +102,7 @@ def test_torchrun_without_a_named_folder_ends_in_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert (
-        "under torchrun the run folder has to be named, the same for all processes: hydra.run.dir=PATH"
+        "under torchrun all processes need the same run folder: give hydra.run.dir=PATH"
         in done.stderr
     )
 

@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from moco.cli.segment_parts import build_data, build_segmenter, find_backbone
+from moco.cli.build_segmentation import build_data, build_segmenter, find_backbone
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
@@ -56,7 +56,7 @@ def config_of(root, *overrides):
 
 def pretraining_checkpoint(path, *overrides):
     """Write a file as moco.train leaves it, of random weights, different in both encoders."""
-    from moco.train import build_method
+    from moco.cli.build_pretraining import build_method
 
     config = composed(
         "train",

@@ -24,6 +24,7 @@ import torch
 
 import moco.methods.moco as method_module
 from moco import evaluate, segment, train
+from moco.cli import build_pretraining
 from moco.config.pretrained import EvaluateConfig, EvaluateDataConfig, EvaluationConfig
 from moco.config.segment import SegmentConfig
 from moco.methods.batch_norm import batch_norm_mode
@@ -108,7 +109,7 @@ def trained(gpu, folder, overrides):
     """Train on the digits as `moco.train` does, on the stand-in; returns the waits between two steps."""
     runner = Runner(folder)
     config = runner.config(*SMALL, "trainer.max_steps=4", *overrides)
-    between, build = WaitsBetweenSteps(gpu), train.build_trainer
+    between, build = WaitsBetweenSteps(gpu), build_pretraining.build_trainer
 
     def build_trainer(*arguments, **options):
         made = build(*arguments, **options)

@@ -13,7 +13,7 @@ import torchvision
 from PIL import Image
 
 from moco import embed, evaluate, export, train
-from moco.cli import segment_parts
+from moco.cli import build_pretraining, build_segmentation
 from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
@@ -252,11 +252,11 @@ def test_other_projects_weights_begin_a_segmentation(official):
     path, model = official
     given = [f"checkpoint={path}", "data.root=nowhere"]
     with pytest.raises(InputError) as error:
-        segment_parts.find_backbone(composed("segment", SegmentConfig, *given))
+        build_segmentation.find_backbone(composed("segment", SegmentConfig, *given))
     assert (
         str(error.value) == f"image_size: missing; {path} does not say it, give image_size=PIXELS"
     )
-    start = segment_parts.find_backbone(composed("segment", SegmentConfig, *given, "image_size=64"))
+    start = build_segmentation.find_backbone(composed("segment", SegmentConfig, *given, "image_size=64"))
     assert (start.settings["name"], start.image_size, start.mean[0]) == ("resnet18", 64, 0.485)
     weights = model.state_dict()
     assert all(
@@ -295,7 +295,7 @@ def test_another_projects_swin_v2_is_exported_in_the_window_that_it_does_not_tel
 
 
 def method_of(config):
-    return train.build_method(dataclasses.asdict(config))
+    return build_pretraining.build_method(dataclasses.asdict(config))
 
 
 def test_a_run_starts_from_a_checkpoint_of_ours_with_all_of_it(tmp_path):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from moco.cli.build_pretraining import build_data
 from moco.cli.checks import check_resolution_ramp
 from moco.data.augment.resolution_ramp import ResolutionRamp
 from moco.data.augment.views import ViewPair
 from moco.errors import InputError, Interrupted
-from moco.train import build_data, run
+from moco.train import run
 from tests.runs.test_resume import assert_same_end, interrupt_at, last
 
 RAMP = [

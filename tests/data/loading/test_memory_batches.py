@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from moco.cli.build_pretraining import build_data
 from moco.data.augment.views import build_evaluation_view
 from moco.data.loading.loaders import evaluation_loader
 from moco.data.loading.memory_batches import MemoryBatches, memory_batches
 from moco.data.sources.registry import ArrayImages, Labelled
-from moco.train import build_data
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
 

@@ -1,0 +1,81 @@
+"""Turn an error into the one line and the exit code with which a program ends.
+
+Exit codes: 0 done, 1 the run failed, 2 bad input, 128 + signal after an interrupt.
+"""
+
+import re
+import signal
+import sys
+import traceback
+
+import yaml
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from moco.config.parsing import unknown_key
+from moco.errors import InputError, Interrupted, RunError, printable, unknown_name
+
+# What composing a config raises when the config is wrong.
+CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+
+
+def report(error: BaseException, schema: type) -> tuple[str, int]:
+    """Print one line about the error on stderr. Return that line and the exit code."""
+    line, code = explain(error, schema)
+    if code == 1 and not isinstance(error, RunError):
+        # A defect of ours or of a library: developers need to see where.
+        traceback.print_exception(error)
+    line = printable(" ".join(line.split()))
+    print(line, file=sys.stderr)
+    return line, code
+
+
+def explain(error: BaseException, schema: type) -> tuple[str, int]:
+    """Return a line about the error and the exit code."""
+    if isinstance(error, InputError):
+        return f"error: {error}", 2
+    if isinstance(error, RunError):
+        return f"failed: {error}", 1
+    if isinstance(error, Interrupted):
+        return f"interrupted: {error}", 128 + error.signal_number
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 128 + signal.SIGINT
+    if isinstance(error, CONFIG_ERRORS):
+        return f"error: {explain_config(error, schema)}", 2
+    if isinstance(error, OSError):
+        # Hydra could not make the run folder. A running program explains its own OSErrors.
+        return f"error: {error}", 2
+    return f"failed: {type(error).__name__}: {error}", 1
+
+
+def explain_config(error: Exception, schema: type) -> str:
+    """Return what is wrong with a config: the file or the override, the key, the choices."""
+    message = str(error)
+    cause = error.__cause__
+    if "submitit_slurm" in message:  # the base of conf/hydra/launcher/slurm.yaml is missing
+        return "hydra/launcher=slurm needs another package: pip install 'moco-ssl[slurm]'"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name}: {unknown_name(group.lstrip('/'), name, error.options)}"
+    if isinstance(error, OverrideParseException):
+        reason = message.splitlines()[0]
+        return f"cannot read the override '{error.override}': {reason}; expected key=value"
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
+        return unknown_key(str(cause.full_key), schema)
+    if isinstance(cause, OmegaConfBaseException):
+        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+    if isinstance(error, ConfigCompositionException):
+        in_file = re.search(
+            r"In '(.+?)': .* raised while composing config:\n(.+)\n +full_key: (\S+)", message
+        )
+        if in_file:
+            file, reason, key = in_file.groups()
+            is_unknown = reason.startswith("Key ")
+            reason = unknown_key(key, schema) if is_unknown else f"{key}: {reason}"
+            return f"in {file}.yaml: {reason}"
+    return " ".join(message.split())

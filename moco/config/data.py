@@ -1,0 +1,103 @@
+"""The settings of image sources, shared by the programs that read images."""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from moco.config.settings import setting
+
+
+@dataclass
+class ImageSourceConfig:
+    """Which images, and how they are read."""
+
+    name: str = MISSING
+    """A source of ``moco.data.sources.registry``."""
+    root: Any = None
+    """A folder or a file. ``images`` also takes a list of folders."""
+    download: bool = False
+    """Download a torchvision dataset that is not under root yet."""
+    held_out: float = setting(0.1, at_least=0, at_most=1)
+    """``image_folder`` without a validation folder: share of the images that are held out as the
+    queries of the kNN monitor. A hash of the path decides, so an image keeps its side when others
+    are added. Training uses all images."""
+    pages: str = setting("first", choices=("each", "first"))
+    """``images`` and ``image_folder``: read the first page of a TIFF file, or each page as an
+    image of its own."""
+    num_images: Optional[int] = setting(None, at_least=1)
+    """Size of ``synthetic`` (null: 1,024). Number of samples in all shards of ``webdataset``
+    (null: they are counted, if the shards are files)."""
+    image_column: Optional[str] = None
+    """``hf``: null is the only column of type Image."""
+    label_column: Optional[str] = None
+    """``hf``: null is the only column of type ClassLabel, if there is one."""
+    max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
+    """The run stops when more than this share of the images is unreadable."""
+    max_image_pixels: int = setting(178_956_970, at_least=1)
+    """An image with more pixels counts as unreadable. The header decides, because a small file can
+    claim any size. The default is Pillow's own limit; such an image takes half a gigabyte."""
+
+
+@dataclass
+class DataConfig(ImageSourceConfig):
+    """The images of a pretraining, and how batches are made of them."""
+
+    image_size: Optional[int] = setting(None, at_least=4)
+    """Side of the square views, px. Null: the dataset's own size."""
+    crop_ratio: float = setting(1.0, above=0, at_most=1)
+    """Evaluation: side of the centre crop over the resized shorter side (ImageNet: 0.875)."""
+    batch_size: int = setting(256, at_least=1)
+    """Images per optimizer step, over all devices and accumulated batches."""
+    engine: str = setting("auto", choices=("auto", "worker", "batch"))
+    """Who augments. worker: the loader processes, image by image. batch: the device, batch by
+    batch; the loader processes still decode and crop files. auto: batch for small images in memory
+    and on a GPU, else worker."""
+    num_workers: int = setting(4, at_least=0)
+    """Loader processes per device. 0 loads in the training process. Results do not depend on it."""
+    streams: int = setting(12, at_least=1)
+    """``webdataset``: number of streams of each process. Batches come from them in turn, and
+    num_workers has to divide them."""
+    shuffle_buffer: int = setting(500, at_least=1)
+    """``webdataset``: number of samples of each stream among which the next one is drawn. They are
+    held in memory, encoded."""
+
+
+@dataclass
+class PackDataConfig(ImageSourceConfig):
+    """The images of a packed copy."""
+
+    resize: Optional[int] = setting(None, at_least=4)
+    """Shorter side of the copy's images, px. Smaller images keep their size. Null: all do."""
+
+
+@dataclass
+class PretrainedDataConfig(ImageSourceConfig):
+    """The images that a pretrained backbone sees.
+
+    A null takes the value of the run that made the checkpoint, or a default for weights of other
+    projects.
+    """
+
+    name: Optional[str] = None  # type: ignore[assignment]
+    image_size: Optional[int] = setting(None, at_least=4)
+    crop_ratio: Optional[float] = setting(None, above=0, at_most=1)
+    held_out: Optional[float] = setting(None, at_least=0, at_most=1)  # type: ignore[assignment]
+    pages: Optional[str] = setting(None, choices=("each", "first"))  # type: ignore[assignment]
+
+
+@dataclass
+class EvaluateDataConfig(PretrainedDataConfig):
+    """The images of a measurement."""
+
+    num_workers: int = setting(0, at_least=0)
+    ignore_index: int = setting(255, at_least=0, at_most=65535)
+    """``voc2012`` and ``segmentation_folder``: the number of mask pixels without a class."""
+
+
+@dataclass
+class EmbedDataConfig(PretrainedDataConfig):
+    """The images that features are computed of."""
+
+    num_workers: Optional[int] = setting(None, at_least=0)
+    """Loader processes. Null: 4, and none for images in memory."""
