@@ -20,7 +20,7 @@ class Bank:
     features: np.ndarray
     """(M, feature width) float32."""
     shares: np.ndarray
-    """(M, classes) float32: the share of each class in a patch's labelled pixels; a row sums to 1."""
+    """(M, classes) float32: each class's share of a patch's labelled pixels; a row sums to 1."""
     weights: np.ndarray
     """(M,) float32: how many patches of its image each patch represents."""
     images: np.ndarray

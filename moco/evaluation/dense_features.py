@@ -198,7 +198,7 @@ class DenseSet:
         device: torch.device | str,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, Tensor]:
-        """Return the confusion matrix of each scorer on the held-out images, see `confusion_matrix`.
+        """Return each scorer's confusion matrix on the held-out images, see `confusion_matrix`.
 
         Raises:
             InputError, NotFinite, EmbeddingStopped: see `patches`.
@@ -260,7 +260,7 @@ def encode_patches(backbone: Any, images: Tensor, maps: Sequence[int]) -> Tensor
 def join_maps(maps: Sequence[Tensor]) -> Tensor:
     """Join feature maps (N, width, rows, columns) to one with as many cells as the finest.
 
-    In every map each cell has unit norm before the map is enlarged, so that all maps count the same.
+    In every map each cell has unit norm before the map is enlarged. So all maps count the same.
     """
     num_rows = max(x.shape[2] for x in maps)
     num_columns = max(x.shape[3] for x in maps)

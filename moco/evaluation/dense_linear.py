@@ -53,7 +53,7 @@ def fit(features: Tensor, shares: Tensor, weights: Tensor, weight_decay: float) 
     )
 
     def unstandardised() -> tuple[Tensor, Tensor]:
-        # The head for the features as they are. A standardised copy of them would double the memory.
+        # The head for the raw features. A standardised copy of them would double the memory.
         raw_weight = weight / std
         return raw_weight, bias - raw_weight @ mean
 
@@ -88,8 +88,9 @@ def cross_entropy(
 def fit_best(bank: Bank, device: torch.device | str = "cpu") -> tuple[LinearHead, float]:
     """Choose a weight decay and fit a head to the whole bank with it.
 
-    The choice has the smallest loss on every fifth image of the bank, when the head is fitted to the
-    others. With fewer than five images it is `DEFAULT_WEIGHT_DECAY`.
+    A head is fitted to four fifths of the bank's images with each weight decay. The one with the
+    smallest loss on the other images is chosen. With fewer than five images it is
+    `DEFAULT_WEIGHT_DECAY`.
 
     Returns:
         The head and the weight decay.

@@ -187,8 +187,8 @@ def list_segmentation_folder(root: str) -> Listing:
     if train_folder is None:
         if validation_folder is not None:
             raise InputError(
-                f"data.root={root}: there is a folder images/{validation_folder}, but none to train "
-                f"on; expected images/{' or images/'.join(TRAINING_FOLDERS)}"
+                f"data.root={root}: there is a folder images/{validation_folder}, but none to "
+                f"train on; expected images/{' or images/'.join(TRAINING_FOLDERS)}"
             )
         train, validation = hold_out_a_tenth(pair_files(images, masks))
     elif validation_folder is None:
