@@ -13,7 +13,13 @@ from moco.callbacks.stopwatches import MONITORS, epoch_time
 from moco.data.augment.views import Normalized
 from moco.errors import InputError
 from moco.evaluation.dense_bank import knn_scores
-from moco.evaluation.dense_features import DenseSet, NotFinite, check_maps, dense_figures
+from moco.evaluation.dense_features import (
+    DenseSet,
+    NotFinite,
+    check_maps,
+    dense_figures,
+    overall_scores,
+)
 from moco.evaluation.features import EmbeddingStopped, evaluating
 from moco.segmentation.mask_sources import build_segmentation_source
 from moco.training.distributed.collectives import from_rank_zero
@@ -49,6 +55,7 @@ def build_dense_set(
             data, root, ignore_index=ignore_index, max_image_pixels=max_image_pixels
         )
     except InputError as error:
+        # The message names keys below data, as moco.segment has them.
         message = re.sub(r"\bdata\.(root|ignore_index)\b", r"monitor.dense.\1", str(error))
         raise InputError(message) from error
     return DenseSet(source, Normalized(mean, std), maps=maps, **settings)
@@ -129,9 +136,7 @@ class DenseMonitor(EpochMeasurement):
                 self.num_neighbors = bank_size
             scorer = partial(knn_scores, bank, self.num_neighbors, self.temperature, device)
             confusions = images.confusions({"knn": scorer}, backbone, device, self.should_stop)
-        scores = {}
         figures = dense_figures(confusions["knn"], images.source.class_names, "knn")
-        for key, value in figures.items():
-            if value is not None and "_iou/" not in key:
-                scores[key] = value
+        # The IoU of every class would crowd TensorBoard.
+        scores = overall_scores(figures)
         return Measurement(scores, images.protocol(bank, self.num_neighbors, self.temperature))

@@ -53,6 +53,7 @@ class SegmentationMonitor(EpochMeasurement):
         plots: list[Tensor] = []
         with evaluating(pl_module), torch.autocast(device.type, enabled=False):
             for batch in data.evaluation_dataloader():
+                # A measurement that is cut short is done when the run is resumed.
                 if self.should_stop():
                     self.owed = True
                     return

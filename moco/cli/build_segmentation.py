@@ -126,6 +126,7 @@ def build_segmenter(
         is_pretrained = config.checkpoint is not None
         is_swin = isinstance(start.backbone, Swin)
         optimizer["layer_decay"] = SWIN_LAYER_DECAY if is_pretrained and is_swin else 1.0
+    # Building the backbone has drawn random numbers, and how many depends on where it is from.
     torch.manual_seed(config.seed)
     segmenter = Segmenter(
         backbone=start.settings,
@@ -165,6 +166,7 @@ def build_trainer(
     """
     plain = dataclasses.asdict(config)
     log_every_n_steps = config.trainer.log_every_n_steps
+    # The order matters: the progress bar and the checkpoint show what the monitors have reported.
     callbacks = [
         LossMonitor(figures, log_every_n_steps),
         BadSteps(

@@ -169,6 +169,7 @@ class DenseSet:
             if len(labelled) == 0 or start == end:
                 continue
             labels = patch_shares[labelled].argmax(axis=1)
+            # A generator for each image: the batch size and other images must not matter.
             generator = np.random.default_rng((self.seed, patches.image))
             drawn = draw_patches(labels, end - start, self.sampling, generator)
             if features is None:
@@ -210,6 +211,7 @@ class DenseSet:
         for block in blocks_of_images(held_out):
             features = np.concatenate([patches.features for patches in block])
             ends = np.cumsum([len(patches.features) for patches in block])
+            # A search in the bank has a fixed cost, so the patches of many images share one.
             for name, scorer in scorers.items():
                 scores_of_images = np.split(scorer(features), ends[:-1])
                 for patches, scores in zip(block, scores_of_images, strict=True):
@@ -318,6 +320,15 @@ def dense_figures(
     for key, value in segmentation_figures(confusion, class_names).items():
         figures[key.replace("segment/", f"dense/{kind}_", 1)] = value
     return figures
+
+
+def overall_scores(figures: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the figures of all classes together, without those of one class each."""
+    scores = {}
+    for key, value in figures.items():
+        if value is not None and "_iou/" not in key:
+            scores[key] = value
+    return scores
 
 
 def warn_of_unreadable(unreadable: Sequence[int], images: MaskedImages) -> None:

@@ -3,12 +3,17 @@
 import logging
 import time
 from functools import partial
-from typing import Any
 
 from moco.data.augment.views import Normalized
 from moco.errors import InputError
 from moco.evaluation.dense_bank import knn_scores
-from moco.evaluation.dense_features import DenseSet, NotFinite, check_maps, dense_figures
+from moco.evaluation.dense_features import (
+    DenseSet,
+    NotFinite,
+    check_maps,
+    dense_figures,
+    overall_scores,
+)
 from moco.evaluation.dense_linear import fit_best
 from moco.evaluation.knn import capped
 from moco.evaluation.knn_measurement import table_of
@@ -96,7 +101,8 @@ def measure(subject: Subject, images: DenseSet) -> Findings:
     protocol = images.protocol(bank, num_neighbors, temperature)
     protocol["dense/encoder"] = settings["encoder"]
     protocol["dense/linear_weight_decay"] = weight_decay
-    scores, class_ious = split_figures(figures)
+    scores = overall_scores(figures)
+    class_ious = {key: value for key, value in figures.items() if key not in scores}
     rows = []
     for name in names:
         knn_iou = shown(figures[f"dense/knn_iou/{name}"])
@@ -104,20 +110,6 @@ def measure(subject: Subject, images: DenseSet) -> Findings:
         rows.append((name, knn_iou, linear_iou))
     table = table_of("intersection over union", ("class", "kNN", "linear head"), rows)
     return Findings("segmentation by frozen patch features", scores, protocol, class_ious, [table])
-
-
-def split_figures(
-    figures: dict[str, float | None],
-) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Divide figures into those of all classes together and those of one class each."""
-    scores: dict[str, float] = {}
-    class_ious: dict[str, Any] = {}
-    for key, value in figures.items():
-        if "_iou/" in key:
-            class_ious[key] = value
-        elif value is not None:
-            scores[key] = value
-    return scores, class_ious
 
 
 def shown(iou: float | None) -> str:

@@ -46,6 +46,7 @@ def comparison_plot(
     gap = torch.full((3, image.shape[1], GAP), 255, dtype=torch.uint8)
     parts = [as_bytes(image)]
     for numbers in (classes, predicted):
+        # Every number that is no class gets the last colour, the grey.
         shown = numbers[::step, ::step].cpu().clamp(max=num_classes)
         parts += [gap, colours[shown].permute(2, 0, 1)]
     return torch.cat(parts, dim=2)

@@ -123,6 +123,7 @@ def build_decoder(
     if name == "fcn":
         return LastMapDecoder(FCNHead(dims[-1], num_classes), strides[-1])
     assert name == "deeplabv3", name  # the schema has no other
+    # Cells of another stride get the same reach in pixels.
     rates = [max(1, reach // strides[-1]) for reach in DEEPLAB_REACHES]
     return LastMapDecoder(DeepLabHead(dims[-1], num_classes, rates), strides[-1])
 
@@ -188,6 +189,7 @@ class PyramidDecoder(nn.Module):
 
         self.name = name
         self.has_one_stride = strides[0] == strides[-1]
+        # Maps of one stride become a pyramid, whose finest map has a quarter of that stride.
         if self.has_one_stride:
             self.stride = strides[0] // 4
         else:
@@ -231,6 +233,7 @@ class PyramidDecoder(nn.Module):
         maps.append(coarsest)
         if self.has_one_stride:
             maps = resample_to_pyramid(maps)
+        # The FPN's maps are padded. What the padding adds is cut off again below.
         num_rows, num_columns = maps[0].shape[-2:]
         if self.name == "fpn":
             maps = pad_to_exact_doubles(maps)

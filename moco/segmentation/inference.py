@@ -57,6 +57,7 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
     Windows follow each other in steps of `stride`. The last one ends where the image ends.
     """
+    # The last window is moved back until it ends with the image, so all windows have one size.
     last = max(length - window, 0)
     num_windows = math.ceil(last / stride) + 1
     return [min(number * stride, last) for number in range(num_windows)]

@@ -53,6 +53,7 @@ def vit_layers(backbone: VisionTransformer) -> list[list[nn.Module]]:
     The lowest layer has the patch embedding, the class token and learned positions. Each block is a
     layer, and the last one has the last norm.
     """
+    # These parameters belong to the ViT itself and to its encoder, and not to a layer of its own.
     tokens = nn.ParameterList()
     for name, parameter in backbone.named_parameters():
         if name.endswith(("class_token", "pos_embedding")):

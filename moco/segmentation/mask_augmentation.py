@@ -60,10 +60,12 @@ class RandomScaledCrop(v2.Transform):
         Returns:
             The first pixel, the number of pixels, and their number after resizing.
         """
+        # The crop shows this many pixels of the source, because they are resized by the factor.
         length = min(side, max(1, round(self.image_size / factor)))
         start = int(torch.randint(side - length + 1, ()))
         if length < side:
             return start, length, self.image_size
+        # The whole side is shown. It may be shorter than the crop, which is then filled up.
         return start, length, min(self.image_size, max(1, round(side * factor)))
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -155,6 +157,7 @@ def build_color_jitter(settings: Mapping[str, Any], image_size: int) -> v2.Trans
     Raises:
         InputError: a setting is unknown or out of range.
     """
+    # Pretraining's operation checks the settings. Torchvision's draws, because it takes a mask too.
     step = build_operation("color_jitter", settings, image_size, "augmentation")
     jitter = step.operation
     assert isinstance(jitter, ColorJitter)

@@ -109,6 +109,7 @@ class WholeDataset(Dataset[MaskBatch]):
             image, mask = self.images[index]
         except UnreadableImage:
             return unreadable_row(index, size, (height, width))
+        # The mask is not scaled. Predictions are enlarged to its size instead.
         if size != (height, width):
             image = v2.functional.resize(image, list(size))
         return readable_row(index, self.normalize(image), torch.from_numpy(mask).long())
@@ -208,6 +209,7 @@ def whole_image_loader(
     """
     if indices is None:
         indices = range(len(images))
+    # The loader processes end after each pass: passes are rare, and idle processes hold memory.
     dataset = WholeDataset(images, normalize, num_workers, image_size, stride)
     batches = batches_of_one_size(images.sizes, indices, batch_size)
     options = loader_options(num_workers, device) | {"persistent_workers": False}

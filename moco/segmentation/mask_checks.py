@@ -52,6 +52,7 @@ def inspect_pairs(
     sizes, largest = [], []
     all_numbers: set[int] = set()
     with pillow_warnings_ignored(), ThreadPoolExecutor(num_threads) as pool:
+        # The results come in the order of the pairs, so the first wrong pair is named.
         for size, numbers in pool.map(inspect, pairs):
             sizes.append(size)
             largest.append(max(numbers, default=-1))

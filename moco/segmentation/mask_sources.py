@@ -91,6 +91,7 @@ def build_segmentation_source(
         InputError: the dataset cannot be used. The message names the file or the key.
     """
     listing = list_files(name, root, download)
+    # Names decide the number of classes. Without names the masks do, further below.
     names, names_origin = listing.class_names, listing.names_origin
     if class_names:
         names, names_origin = class_names, "data.class_names"
@@ -182,6 +183,7 @@ def list_segmentation_folder(root: str) -> Listing:
             )
     names_file = Path(root, "classes.txt")
     names = read_class_names(names_file)
+    # Only the folders below images decide. Those below masks have to have the same names.
     train_folder = first_folder(images, TRAINING_FOLDERS)
     validation_folder = first_folder(images, VALIDATION_FOLDERS)
     if train_folder is None:
@@ -222,6 +224,7 @@ def read_class_names(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    # Empty lines at the end are no names. An empty line before a name would shift the numbers.
     names = [line.strip() for line in text.rstrip().splitlines()]
     if "" in names:
         number = names.index("") + 1
@@ -266,6 +269,7 @@ def pair_files(images: Path, masks: Path) -> dict[str, Pair]:
         if path.lower().endswith(".png"):
             mask_paths[path_without_ending(masks, path)] = path
 
+    # The first in alphabetical order is named, so that the message is the same on every machine.
     without_mask = sorted(image_paths.keys() - mask_paths.keys())
     if without_mask:
         key = without_mask[0]
@@ -300,6 +304,7 @@ def hold_out_a_tenth(pairs: dict[str, Pair]) -> tuple[list[Pair], list[Pair]]:
             "because one is held out"
         )
     held_out = is_held_out(map(os.fsencode, pairs), VALIDATION_SHARE)
+    # With few images the hash may choose none of them, or all.
     if not held_out.any() or held_out.all():
         held_out = np.arange(len(pairs)) == 0
     train, validation = [], []

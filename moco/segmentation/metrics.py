@@ -35,6 +35,8 @@ def segmentation_figures(confusion: Tensor, class_names: Sequence[str]) -> dict[
         class_names: one name for each class.
     """
     right = confusion.diagonal()
+    # A row counts the true pixels of a class, a column the predicted ones. The right ones are in
+    # both, so they are subtracted once.
     union = confusion.sum(dim=0) + confusion.sum(dim=1) - right
     class_ious: dict[str, float | None] = {}
     known_ious = []

@@ -77,6 +77,7 @@ class Segmenter(pl.LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Set the learning rate of every layer, then take the step."""
+        # Set here and not by a scheduler: a resumed run needs no state for a function of the step.
         lr = self.learning_rate_at(self.trainer.global_step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
