@@ -256,7 +256,9 @@ def test_other_projects_weights_begin_a_segmentation(official):
     assert (
         str(error.value) == f"image_size: missing; {path} does not say it, give image_size=PIXELS"
     )
-    start = build_segmentation.find_backbone(composed("segment", SegmentConfig, *given, "image_size=64"))
+    start = build_segmentation.find_backbone(
+        composed("segment", SegmentConfig, *given, "image_size=64")
+    )
     assert (start.settings["name"], start.image_size, start.mean[0]) == ("resnet18", 64, 0.485)
     weights = model.state_dict()
     assert all(
