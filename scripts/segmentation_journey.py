@@ -1,11 +1,12 @@
-"""Does a pretrained Swin V2 keep what it learned when the images more than double? A whole journey, without a download.
+"""Does a pretrained Swin V2 keep what it learned when the images more than double in size?
 
     python scripts/segmentation_journey.py --tiles cifar10.npz --folder /tmp/journey [--seeds 3]
 
-Pretrains small Swins on unlabelled mosaics of 2 x 2 CIFAR-10 images at 64 px with windows of 4, then segments mosaics of
-3 x 3 larger ones at 144 px with windows of 9: the class of a pixel is that of the image it is from. Training mosaics are
-made of CIFAR-10's training images, those of the measurement of its test images. All variants are fine-tuned for the same
-number of steps on the same mosaics. What is finished is not run again. --tiles takes any archive in the MedMNIST layout.
+The script pretrains small Swins on unlabelled mosaics of 2 x 2 CIFAR-10 images at 64 px, with
+windows of 4. Then it segments mosaics of 3 x 3 larger images at 144 px, with windows of 9. A
+pixel has the class of its image. Training mosaics use CIFAR-10's training images, the measured
+ones its test images. All variants are fine-tuned for the same number of steps on the same mosaics.
+Finished runs are not repeated. --tiles takes any archive in the MedMNIST layout.
 """
 
 import argparse
@@ -27,12 +28,12 @@ from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
 
-WINDOW, NEW_WINDOW = 4, 9
+NEW_WINDOW = 9  # cells; the pretraining has 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much is done."""
+    """How long a journey is."""
 
     pretraining_mosaics: int = 8192
     pretraining_epochs: int = 3
@@ -48,7 +49,7 @@ PRETRAINING = {
     "v2": ["backbone=swin_v2_tiny_patch2"],
     "v2_dense": ["backbone=swin_v2_tiny_patch2", "method.dense_weight=0.5"],
 }
-# Name in the table; pretraining; settings of the fine-tuning.
+# For each name in the table: the pretraining, and settings of the fine-tuning.
 VARIANTS = {
     "from scratch, V2": (None, ["backbone=swin_v2_tiny_patch2"]),
     "V1, table resized bicubically": ("v1", []),
@@ -56,57 +57,75 @@ VARIANTS = {
     "V2, re-windowed": ("v2", []),
     "V2 + dense term, re-windowed": ("v2_dense", []),
 }
+CIFAR_NORMALISATION = [
+    "augmentation.mean=[0.4914,0.4822,0.4465]",
+    "augmentation.std=[0.2023,0.1994,0.2010]",
+]
 
 
 def mosaics(
     tiles: np.ndarray, labels: np.ndarray, count: int, grid: int, side: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images (count, grid * side, grid * side, 3) of random tiles resized to `side` px, and their masks of classes."""
+    """Return mosaics of random tiles, and their masks of classes.
+
+    Args:
+        tiles: (M, height, width, 3) uint8.
+        labels: (M,) the class of each tile.
+        count: number of mosaics.
+        grid: tiles in a row of a mosaic.
+        side: side of a tile in the mosaic, px.
+
+    Returns:
+        Images (count, grid * side, grid * side, 3) and masks (count, grid * side, grid * side).
+    """
     generator = np.random.default_rng(seed)
     images = np.empty((count, grid * side, grid * side, 3), dtype=np.uint8)
     masks = np.empty(images.shape[:3], dtype=np.uint8)
     for number in range(count):
         for row in range(grid):
             for column in range(grid):
-                which = generator.integers(len(tiles))
-                place = np.s_[
-                    number, row * side : (row + 1) * side, column * side : (column + 1) * side
-                ]
-                images[place] = Image.fromarray(tiles[which]).resize(
-                    (side, side), Image.Resampling.BICUBIC
-                )
-                masks[place] = labels[which]
+                chosen = generator.integers(len(tiles))
+                tile = Image.fromarray(tiles[chosen])
+                resized = tile.resize((side, side), Image.Resampling.BICUBIC)
+                rows = slice(row * side, (row + 1) * side)
+                columns = slice(column * side, (column + 1) * side)
+                images[number, rows, columns] = resized
+                masks[number, rows, columns] = labels[chosen]
     return images, masks
 
 
+def save_all(arrays: np.ndarray, folder: Path) -> None:
+    """Write arrays as numbered PNG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, array in enumerate(arrays):
+        Image.fromarray(array).save(folder / f"{number:04}.png")
+
+
 def prepare(archive: Path, folder: Path, scale: Scale) -> None:
-    """Write ``unlabelled.npz`` and the folder tree ``segmentation`` once; leave a folder of another scale alone."""
+    """Write ``unlabelled.npz`` and the folder ``segmentation``, once.
+
+    Raises:
+        SystemExit: the folder holds a journey of another scale.
+    """
     marker = folder / "scale.json"
     if marker.exists():
         if json.loads(marker.read_text()) != dataclasses.asdict(scale):
             raise SystemExit(f"{folder} holds a journey of another scale: {marker.read_text()}")
         return
     with np.load(archive) as arrays:
-        tiles = {
-            part: (arrays[f"{part}_images"], arrays[f"{part}_labels"].ravel())
-            for part in ("train", "test")
-        }
+        train_tiles = (arrays["train_images"], arrays["train_labels"].ravel())
+        test_tiles = (arrays["test_images"], arrays["test_labels"].ravel())
     folder.mkdir(parents=True, exist_ok=True)
-    images, _ = mosaics(*tiles["train"], scale.pretraining_mosaics, grid=2, side=32, seed=0)
+    images, _ = mosaics(*train_tiles, scale.pretraining_mosaics, grid=2, side=32, seed=0)
     np.savez(folder / "unlabelled.npz", train_images=images)
-    for part, split, count, seed in (
-        ("train", "train", scale.training_mosaics, 1),
-        ("test", "val", scale.test_mosaics, 2),
-    ):
-        for kind, arrays_of_kind in zip(
-            ("images", "masks"),
-            mosaics(*tiles[part], count, grid=3, side=48, seed=seed),
-            strict=True,
-        ):
-            target = folder / "segmentation" / kind / split
-            target.mkdir(parents=True, exist_ok=True)
-            for number, array in enumerate(arrays_of_kind):
-                Image.fromarray(array).save(target / f"{number:04}.png")
+
+    root = folder / "segmentation"
+    images, masks = mosaics(*train_tiles, scale.training_mosaics, grid=3, side=48, seed=1)
+    save_all(images, root / "images" / "train")
+    save_all(masks, root / "masks" / "train")
+    images, masks = mosaics(*test_tiles, scale.test_mosaics, grid=3, side=48, seed=2)
+    save_all(images, root / "images" / "val")
+    save_all(masks, root / "masks" / "val")
     marker.write_text(json.dumps(dataclasses.asdict(scale)))
 
 
@@ -117,7 +136,7 @@ def call(
     folder: Path,
     overrides: list[str],
 ) -> dict:
-    """Run one of the programs unless its folder says that it is done; its figures."""
+    """Run a program, unless its folder says that it is done. Return its figures."""
     done = folder / "done.json"
     if not done.exists():
         register_schemas()
@@ -129,39 +148,69 @@ def call(
 
 
 def pretrain(folder: Path, kind: str, seed: int, scale: Scale) -> Path:
-    """MoCo v2 with AdamW; the checkpoint."""
+    """Pretrain by MoCo v2 with AdamW. Return the checkpoint."""
     run = folder / f"pretrain_{kind}_{seed}"
-    call(train.run, "train", TrainConfig, run, [
-        "data=npz", f"data.root={folder / 'unlabelled.npz'}", "data.image_size=64", "data.num_workers=0",
-        f"data.batch_size={scale.pretraining_batch}", "method=moco_v2", "method.queue_size=4096",
-        "method.queue_start=empty", "method.key_momentum=0.99", "method.projector.hidden_dim=512",
-        "augmentation=cifar", "augmentation.query.random_resized_crop.scale=[0.2,1.0]", "optimizer=adamw",
-        "optimizer.lr_for_batch_size=null", "optimizer.warmup_epochs=0.5", "trainer.gradient_clip_val=5.0",
-        f"trainer.max_epochs={scale.pretraining_epochs}", "trainer.accelerator=cpu", f"seed={seed}",
+    overrides = [
+        "data=npz",
+        f"data.root={folder / 'unlabelled.npz'}",
+        "data.image_size=64",
+        "data.num_workers=0",
+        f"data.batch_size={scale.pretraining_batch}",
+        "method=moco_v2",
+        "method.queue_size=4096",
+        "method.queue_start=empty",
+        "method.key_momentum=0.99",
+        "method.projector.hidden_dim=512",
+        "augmentation=cifar",
+        "augmentation.query.random_resized_crop.scale=[0.2,1.0]",
+        "optimizer=adamw",
+        "optimizer.lr_for_batch_size=null",
+        "optimizer.warmup_epochs=0.5",
+        "trainer.gradient_clip_val=5.0",
+        f"trainer.max_epochs={scale.pretraining_epochs}",
+        "trainer.accelerator=cpu",
+        f"seed={seed}",
         *PRETRAINING[kind],
-    ])  # fmt: skip
+    ]
+    call(train.run, "train", TrainConfig, run, overrides)
     return run / "checkpoints" / "last.ckpt"
 
 
 def fine_tune(folder: Path, name: str, seed: int, scale: Scale) -> float:
-    """The mIoU on the mosaics of test images."""
+    """Fine-tune a variant. Return its mIoU on the mosaics of test images."""
     kind, settings = VARIANTS[name]
-    checkpoint = pretrain(folder, kind, seed, scale) if kind else None
+    if kind is None:
+        start = ["checkpoint=null", *CIFAR_NORMALISATION]
+    else:
+        start = [f"checkpoint={pretrain(folder, kind, seed, scale)}"]
     run = folder / f"segment_{list(VARIANTS).index(name)}_{seed}"
-    figures = call(segment.run, "segment", SegmentConfig, run, [
-        f"checkpoint={checkpoint or 'null'}", f"backbone.window_size={NEW_WINDOW}", "data=segmentation_folder",
-        f"data.root={folder / 'segmentation'}", "data.num_workers=0", f"data.batch_size={scale.batch}",
-        "data.num_classes=10", "image_size=144", "augmentation.scale=[1.0,1.5]", "decoder=fpn", "decoder.channels=128",
-        "optimizer.lr=1e-3", "optimizer.layer_decay=1", f"trainer.max_epochs={scale.epochs}",
-        f"evaluation.every_n_epochs={scale.epochs}", "evaluation.batch_size=16", "trainer.accelerator=cpu",
-        f"seed={seed}", *([] if kind else ["augmentation.mean=[0.4914,0.4822,0.4465]",
-                                           "augmentation.std=[0.2023,0.1994,0.2010]"]), *settings,
-    ])  # fmt: skip
+    overrides = [
+        *start,
+        f"backbone.window_size={NEW_WINDOW}",
+        "data=segmentation_folder",
+        f"data.root={folder / 'segmentation'}",
+        "data.num_workers=0",
+        f"data.batch_size={scale.batch}",
+        "data.num_classes=10",
+        "image_size=144",
+        "augmentation.scale=[1.0,1.5]",
+        "decoder=fpn",
+        "decoder.channels=128",
+        "optimizer.lr=1e-3",
+        "optimizer.layer_decay=1",
+        f"trainer.max_epochs={scale.epochs}",
+        f"evaluation.every_n_epochs={scale.epochs}",
+        "evaluation.batch_size=16",
+        "trainer.accelerator=cpu",
+        f"seed={seed}",
+        *settings,
+    ]
+    figures = call(segment.run, "segment", SegmentConfig, run, overrides)
     return figures["segment/miou"]
 
 
 def journey(archive: Path, folder: Path, seeds: int, scale: Scale) -> dict[str, list[float]]:
-    """The mIoU of each variant, seed by seed; also written to ``journey.json``."""
+    """Return the mIoU of each variant, seed by seed. Also write it to ``journey.json``."""
     prepare(archive, folder, scale)
     results: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for seed in range(seeds):
@@ -171,7 +220,22 @@ def journey(archive: Path, folder: Path, seeds: int, scale: Scale) -> dict[str, 
     return results
 
 
+def print_results(results: dict[str, list[float]]) -> None:
+    """Print a table with one row for each variant."""
+    table = Table(title="Segmentation of mosaics, 64 px to 144 px")
+    for column in ("variant", "mIoU, mean", "standard deviation", "each seed"):
+        table.add_column(column)
+    for name, scores in results.items():
+        deviation = ""
+        if len(scores) > 1:
+            deviation = f"{statistics.stdev(scores):.4f}"
+        each_seed = ", ".join(f"{score:.4f}" for score in scores)
+        table.add_row(name, f"{statistics.mean(scores):.4f}", deviation, each_seed)
+    Console().print(table)
+
+
 def main() -> None:
+    """Run a journey of the scale on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -180,25 +244,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     for field in dataclasses.fields(Scale):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
-    arguments = vars(parser.parse_args())
-    archive, folder, seeds = (arguments.pop(name) for name in ("tiles", "folder", "seeds"))
-    results = journey(archive, folder, seeds, Scale(**arguments))
-    table = Table(
-        "variant",
-        "mIoU, mean",
-        "spread",
-        "each seed",
-        title="Segmentation of mosaics, 64 px to 144 px",
-    )
-    for name, scores in results.items():
-        spread = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
-        table.add_row(
-            name,
-            f"{statistics.mean(scores):.4f}",
-            spread,
-            ", ".join(f"{score:.4f}" for score in scores),
-        )
-    Console().print(table)
+    arguments = parser.parse_args()
+    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Scale)}
+    results = journey(arguments.tiles, arguments.folder, arguments.seeds, Scale(**settings))
+    print_results(results)
 
 
 if __name__ == "__main__":

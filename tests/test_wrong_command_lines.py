@@ -233,8 +233,8 @@ def drive(path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the command lines name."""
+    from tests.segmentation.shapes import draw_shapes
     from tests.segmentation.test_segment import pretraining_checkpoint
-    from tests.segmentation.test_segmentation_data import draw_shapes
 
     folder = tmp_path_factory.mktemp("files")
     pretraining_checkpoint(folder / "sound.ckpt", "backbone=resnet_tiny")

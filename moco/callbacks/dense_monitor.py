@@ -11,10 +11,16 @@ import pytorch_lightning as pl
 from moco.callbacks.epoch_measurement import EpochMeasurement
 from moco.data.augment.views import Normalized
 from moco.errors import InputError
-from moco.evaluation.dense import knn_scores
-from moco.evaluation.dense_features import DenseSet, NotFinite, check_maps, figures_of
+from moco.evaluation.dense_bank import knn_scores
+from moco.evaluation.dense_features import (
+    DenseSet,
+    NotFinite,
+    check_maps,
+    dense_figures,
+    overall_scores,
+)
 from moco.evaluation.features import EmbeddingStopped, evaluating
-from moco.segmentation.sources import build_segmentation_source
+from moco.segmentation.mask_sources import build_segmentation_source
 from moco.training.distributed.collectives import from_rank_zero
 from moco.training.stopwatches import MONITORS, epoch_time
 
@@ -32,15 +38,16 @@ def build_dense_set(
     maps: Sequence[int],
     **settings: Any,
 ) -> DenseSet:
-    """The images of ``monitor.dense``, every file of them checked.
+    """Return the images of ``monitor.dense``, with every file checked.
 
     Args:
-        data: see `build_segmentation_source`, of which root, ignore_index and max_image_pixels are, too.
+        data, root, ignore_index, max_image_pixels: see `build_segmentation_source`.
         mean, std: per channel, of pixels in 0..1.
-        settings: the others of `DenseSet`.
+        maps: see `DenseSet`.
+        settings: the other arguments of `DenseSet`.
 
     Raises:
-        InputError: they cannot be used; it names the key of that section.
+        InputError: the images cannot be used. The message names the key below ``monitor.dense``.
     """
     check_maps(maps, "monitor.dense.maps")
     try:
@@ -48,30 +55,31 @@ def build_dense_set(
             data, root, ignore_index=ignore_index, max_image_pixels=max_image_pixels
         )
     except InputError as error:
-        raise InputError(
-            re.sub(r"\bdata\.(root|ignore_index)\b", r"monitor.dense.\1", str(error))
-        ) from error
+        # The message names keys below data, as moco.segment has them.
+        message = re.sub(r"\bdata\.(root|ignore_index)\b", r"monitor.dense.\1", str(error))
+        raise InputError(message) from error
     return DenseSet(source, Normalized(mean, std), maps=maps, **settings)
 
 
-class Measured(NamedTuple):
-    """What rank 0 tells the others of a measurement."""
+class Measurement(NamedTuple):
+    """What rank 0 tells the other processes about a measurement."""
 
-    scores: dict[str, float] = {}  # noqa: RUF012
-    protocol: dict[str, Any] = {}  # noqa: RUF012
-    is_cut_short: bool = False
+    scores: dict[str, float]
+    protocol: dict[str, Any]
+    is_interrupted: bool = False
 
 
 class DenseMonitor(EpochMeasurement):
-    """kNN segmentation by the query encoder's patch features every n epochs, in eval mode and float32.
+    """Segment by the query encoder's patch features every n epochs, in eval mode and float32.
 
-    Of several processes rank 0 does it alone, with the weights and running statistics that the checkpoint holds; the others
-    wait. It draws no number of the training's random generators.
+    Rank 0 measures, with the weights and running statistics that the checkpoint holds. The other
+    processes wait. No number of the training's random generators is drawn.
 
     Args:
-        figures: gets ``dense/knn_miou``, ``dense/knn_pixel_accuracy``, ``dense/epoch`` and the protocol.
-        images: what it is measured by.
-        num_neighbors, temperature: of the vote, see `moco.evaluation.dense.knn_scores`.
+        figures: gets ``dense/knn_miou``, ``dense/knn_pixel_accuracy``, ``dense/epoch`` and the
+            protocol.
+        images: the images with masks.
+        num_neighbors, temperature: see `knn_scores`.
         every_n_epochs, should_stop: see `EpochMeasurement`.
     """
 
@@ -92,37 +100,43 @@ class DenseMonitor(EpochMeasurement):
 
     @epoch_time.measured(MONITORS)
     def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
-        def result() -> Measured:
-            try:
-                return Measured(*self._result(pl_module))
-            except EmbeddingStopped:
-                return Measured(is_cut_short=True)
-            except NotFinite as error:
-                log.warning("no dense figure at epoch %d: %s", epoch, error)
-                return Measured()
-
-        scores, protocol, self.owed = from_rank_zero(result)
-        if not scores:
+        measurement = from_rank_zero(partial(self._measure_or_explain, pl_module, epoch))
+        self.owed = measurement.is_interrupted
+        if not measurement.scores:
             return
-        self.figures |= scores | {"dense/epoch": epoch} | protocol
+        self.figures |= measurement.scores
+        self.figures |= measurement.protocol
+        self.figures["dense/epoch"] = epoch
         if trainer.logger:
-            trainer.logger.log_metrics(scores, step=trainer.global_step)
+            trainer.logger.log_metrics(measurement.scores, step=trainer.global_step)
 
-    def _result(self, pl_module: Any) -> tuple[dict[str, float], dict[str, Any]]:
-        """Scores and protocol, on rank 0."""
-        images, backbone, device = self.images, pl_module.query_encoder.backbone, pl_module.device
+    def _measure_or_explain(self, pl_module: Any, epoch: int) -> Measurement:
+        """Measure on rank 0. Without scores the reason is in the result or in the log."""
+        try:
+            return self._measure(pl_module)
+        except EmbeddingStopped:
+            return Measurement({}, {}, is_interrupted=True)
+        except NotFinite as error:
+            log.warning("no dense figure at epoch %d: %s", epoch, error)
+            return Measurement({}, {})
+
+    def _measure(self, pl_module: Any) -> Measurement:
+        images, device = self.images, pl_module.device
+        backbone = pl_module.query_encoder.backbone
         with evaluating(pl_module):
             bank = images.bank(backbone, device, self.should_stop)
-            if self.num_neighbors > len(bank.features):
+            bank_size = len(bank.features)
+            if self.num_neighbors > bank_size:
                 log.warning(
-                    "monitor.dense.num_neighbors=%d is more than the bank's %d patches; using those",
-                    self.num_neighbors, len(bank.features),
-                )  # fmt: skip
-                self.num_neighbors = len(bank.features)
-            score = partial(knn_scores, bank, self.num_neighbors, self.temperature, device)
-            confusion = images.confusions({"knn": score}, backbone, device, self.should_stop)["knn"]
-        figures = figures_of(confusion, images.source.class_names, "knn")
-        scores = {
-            key: value for key, value in figures.items() if value is not None and "_iou/" not in key
-        }
-        return scores, images.protocol(bank, self.num_neighbors, self.temperature)
+                    "monitor.dense.num_neighbors=%d is more than the bank's %d patches; "
+                    "all of them are used",
+                    self.num_neighbors,
+                    bank_size,
+                )
+                self.num_neighbors = bank_size
+            scorer = partial(knn_scores, bank, self.num_neighbors, self.temperature, device)
+            confusions = images.confusions({"knn": scorer}, backbone, device, self.should_stop)
+        figures = dense_figures(confusions["knn"], images.source.class_names, "knn")
+        # The IoU of every class would crowd TensorBoard.
+        scores = overall_scores(figures)
+        return Measurement(scores, images.protocol(bank, self.num_neighbors, self.temperature))

@@ -1,7 +1,4 @@
-"""The held-out images' figures while a segmentation model trains, as a Lightning callback.
-
-Letters: N batch, H W pixels.
-"""
+"""The figures on the held-out images while a segmentation model trains, as a Lightning callback."""
 
 import logging
 from collections.abc import Callable
@@ -13,27 +10,25 @@ from torch import Tensor
 
 from moco.callbacks.epoch_measurement import EpochMeasurement
 from moco.evaluation.features import evaluating
-from moco.segmentation.datamodule import SegmentationData, check_readable
+from moco.segmentation.comparison_plot import comparison_plot
+from moco.segmentation.inference import predicted_classes
 from moco.segmentation.mask_batches import MaskBatch
-from moco.segmentation.metrics import (
-    comparison_plot,
-    confusion_matrix,
-    predicted_classes,
-    segmentation_figures,
-)
+from moco.segmentation.metrics import confusion_matrix, segmentation_figures
+from moco.segmentation.segmentation_data import SegmentationData, check_readable
 from moco.training.stopwatches import MONITORS, epoch_time
 
 log = logging.getLogger(__name__)
 
 
 class SegmentationMonitor(EpochMeasurement):
-    """mIoU, pixel accuracy and the IoU of every class on the held-out images every n epochs, in eval mode and float32.
+    """Measure the held-out images every n epochs, in eval mode and float32.
 
     Args:
-        figures: gets ``segment/miou``, ``segment/pixel_accuracy``, ``segment/iou/NAME``, ``segment/epoch`` and the protocol.
+        figures: gets ``segment/miou``, ``segment/pixel_accuracy``, ``segment/iou/NAME``,
+            ``segment/epoch`` and the protocol.
         inference: ``whole`` or ``slide``, see `predicted_classes`.
-        num_plotted_images: so many go to TensorBoard, image, truth and prediction side by side.
         every_n_epochs, should_stop: see `EpochMeasurement`.
+        num_plotted_images: how many images TensorBoard shows beside truth and prediction.
     """
 
     def __init__(
@@ -51,60 +46,61 @@ class SegmentationMonitor(EpochMeasurement):
 
     @epoch_time.measured(MONITORS)
     def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
-        data, hparams = trainer.datamodule, pl_module.hparams  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, SegmentationData)
-        confusion: Tensor | None = None
+        num_classes, device = pl_module.num_classes, pl_module.device
+        confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
         plots: list[Tensor] = []
-        with evaluating(pl_module), torch.autocast(pl_module.device.type, enabled=False):
+        with evaluating(pl_module), torch.autocast(device.type, enabled=False):
             for batch in data.evaluation_dataloader():
+                # A measurement that is cut short is done when the run is resumed.
                 if self.should_stop():
                     self.owed = True
                     return
                 check_readable(batch, data.source.validation)
-                images, classes = (
-                    batch.images.to(pl_module.device),
-                    batch.classes.to(pl_module.device),
-                )
+                images, classes = batch.images.to(device), batch.classes.to(device)
                 predicted = predicted_classes(
                     pl_module.logits, images, self.inference, data.image_size
                 )
-                matrix = confusion_matrix(
-                    predicted, classes, pl_module.num_classes, pl_module.ignore_index
+                confusion += confusion_matrix(
+                    predicted, classes, num_classes, pl_module.ignore_index
                 )
-                confusion = matrix if confusion is None else confusion + matrix
-                if len(plots) < self.num_plotted_images:
-                    plots += images_of(
-                        batch, predicted, hparams, self.num_plotted_images - len(plots)
-                    )
-        assert confusion is not None  # a source without held-out images does not exist
+                num_missing_plots = self.num_plotted_images - len(plots)
+                plots += plot_first_images(batch, predicted, pl_module, num_missing_plots)
         self.owed = False
         scores = segmentation_figures(confusion.cpu(), data.source.class_names)
-        self.figures |= scores | {"segment/epoch": epoch} | self._protocol(data, hparams)
+        self.figures |= scores
+        self.figures |= self._protocol(data, pl_module)
+        self.figures["segment/epoch"] = epoch
         if trainer.logger:
-            known = {key: score for key, score in scores.items() if score is not None}
-            trainer.logger.log_metrics(known, step=trainer.global_step)
+            step = trainer.global_step
+            known_scores = {key: score for key, score in scores.items() if score is not None}
+            trainer.logger.log_metrics(known_scores, step)
+            board = trainer.logger.experiment  # type: ignore[attr-defined]
             for number, plot in enumerate(plots):
-                trainer.logger.experiment.add_image(  # type: ignore[attr-defined]
-                    f"image_truth_prediction/{number}", plot, trainer.global_step
-                )
+                board.add_image(f"image_truth_prediction/{number}", plot, step)
 
-    def _protocol(self, data: SegmentationData, hparams: Any) -> dict[str, Any]:
-        """The conditions of the figures, under the names of ``metrics.json``."""
+    def _protocol(self, data: SegmentationData, pl_module: Any) -> dict[str, Any]:
+        """Return the conditions of the figures under their names in ``metrics.json``."""
         return {
             "segment/inference": self.inference,
             "segment/image_size": data.image_size,
             "segment/num_images": len(data.source.validation),
             "segment/num_classes": len(data.source.class_names),
-            "segment/decoder": hparams["decoder"]["name"],
+            "segment/decoder": pl_module.hparams["decoder"]["name"],
         }
 
 
-def images_of(batch: MaskBatch, predicted: Tensor, hparams: Any, at_most: int) -> list[Tensor]:
-    """The first rows of a batch with truth and prediction beside them, see `comparison_plot`."""
-    mean, std = (torch.tensor(hparams[name]).view(3, 1, 1) for name in ("mean", "std"))
-    return [
-        comparison_plot((image * std + mean).clamp(0, 1), classes, found, hparams["num_classes"])
-        for image, classes, found in zip(
-            batch.images[:at_most], batch.classes[:at_most], predicted[:at_most], strict=True
+def plot_first_images(
+    batch: MaskBatch, predicted: Tensor, pl_module: Any, count: int
+) -> list[Tensor]:
+    """Return plots of the first `count` images of a batch, see `comparison_plot`."""
+    mean = torch.tensor(pl_module.hparams["mean"]).view(3, 1, 1)
+    std = torch.tensor(pl_module.hparams["std"]).view(3, 1, 1)
+    plots = []
+    for row in range(min(count, len(batch.images))):
+        image = (batch.images[row] * std + mean).clamp(0, 1)
+        plots.append(
+            comparison_plot(image, batch.classes[row], predicted[row], pl_module.num_classes)
         )
-    ]
+    return plots

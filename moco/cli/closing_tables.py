@@ -1,7 +1,7 @@
 """The table that a program prints when it is done."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -78,3 +78,41 @@ def knn_protocol(figures: dict[str, Any]) -> str:
         f"{figures['knn/feature']} feature{precision}, {figures['knn/num_queries']:,} queries "
         f"against a bank of {figures['knn/bank_size']:,}"
     )
+
+
+MAX_CLASSES_SHOWN = 40
+
+
+def print_segmentation(
+    console: Console, folder: Path, figures: Mapping[str, Any], class_names: Sequence[str]
+) -> None:
+    """Print what a segmentation run has reached, where it is, and what to type next.
+
+    Args:
+        class_names: with more than `MAX_CLASSES_SHOWN` no class has a row of its own.
+    """
+    rows = [("epochs, steps", f"{figures.get('epoch', 0)}, {figures.get('step', 0)}")]
+    if "train/loss" in figures:
+        rows.append(("loss of the last epoch", f"{figures['train/loss']:.4f}"))
+        rows.append(("images per second", f"{figures['images_per_second']:,.1f}"))
+    if "segment/miou" in figures:
+        protocol = (
+            f"{figures['segment/num_images']:,} images, inference={figures['segment/inference']}"
+        )
+        rows.append(("measured on", protocol))
+        rows.append(("mIoU", f"{figures['segment/miou']:.4f}"))
+        rows.append(("pixel accuracy", f"{figures['segment/pixel_accuracy']:.4f}"))
+        if len(class_names) <= MAX_CLASSES_SHOWN:
+            rows += [(f"IoU, {name}", shown_iou(figures, name)) for name in class_names]
+    rows.append(("checkpoint", os.path.relpath(folder / LAST_CHECKPOINT)))
+    print_table(console, "Segmentation is done", rows)
+    command = f"next: tensorboard --logdir {os.path.relpath(folder)}"
+    console.print(command, soft_wrap=True, highlight=False)
+
+
+def shown_iou(figures: Mapping[str, Any], class_name: str) -> str:
+    """Return the intersection over union of a class as text."""
+    iou = figures[f"segment/iou/{class_name}"]
+    if iou is None:
+        return "neither in the masks nor predicted"
+    return f"{iou:.4f}"

@@ -1,4 +1,4 @@
-"""The settings of segmentation: their names, types, ranges and meaning."""
+"""The settings of ``moco.segment``: names, types, ranges and meaning."""
 
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -12,7 +12,7 @@ from moco.config.train import SlurmConfig, TrainerConfig
 
 @dataclass
 class SegmentBackboneConfig(PretrainedBackboneConfig):
-    """The same, but a frozen patch projection is set free."""
+    """A patch projection that pretraining kept frozen is trained here, unless it is set here too."""
 
 
 @dataclass
@@ -20,7 +20,7 @@ class DecoderConfig:
     name: str = setting(
         "auto", choices=("auto", "deeplabv3", "fcn", "fpn", "linear", "unet", "upernet")
     )
-    """See ``moco.segmentation.decoders``. auto: linear on a frozen backbone, otherwise upernet."""
+    """See ``moco.segmentation.decoders``. auto: linear for a frozen backbone, otherwise upernet."""
     channels: Optional[int] = setting(None, at_least=4)
     """Width of fpn, unet and upernet; null is 256."""
 
@@ -28,28 +28,28 @@ class DecoderConfig:
 @dataclass
 class SegmentDataConfig:
     name: str = MISSING
-    """segmentation_folder or voc2012: see ``moco.segmentation.sources``."""
+    """segmentation_folder or voc2012, see ``moco.segmentation.mask_sources``."""
     root: Any = None
     download: bool = False
-    """Fetch voc2012 if it is not under root yet."""
+    """Download voc2012 if it is not below root yet."""
     num_classes: Optional[int] = setting(None, at_least=2)
-    """C; null: as many as there are names, or else the largest number in any mask and one."""
+    """Null: the number of class names, or else the largest number in any mask plus one."""
     class_names: Optional[list[str]] = None
-    """Null: the data set's own, or the numbers."""
+    """Null: the dataset's own names, or the numbers."""
     ignore_index: int = setting(255, at_least=0, at_most=65535)
-    """The number of pixels without a class; masks have at most 16 bits."""
+    """The number of pixels that have no class. Masks have at most 16 bits."""
     max_image_pixels: int = setting(178_956_970, at_least=1)
-    """An image or mask of more px is refused."""
+    """An image or mask with more pixels is refused."""
     batch_size: int = setting(16, at_least=2)
     """Images per optimizer step, over all accumulated batches."""
     num_workers: int = setting(4, at_least=0)
-    """Loader processes; 0 loads in the training process. Results do not depend on it."""
+    """Loader processes. 0 loads in the training process. The results do not depend on it."""
 
 
 @dataclass
 class SegmentAugmentationConfig:
     scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
-    """Lowest and highest factor by which an image is resized before it is cropped; uniform."""
+    """Lowest and highest factor by which an image is resized before the crop, drawn uniformly."""
     horizontal_flip: float = setting(0.5, at_least=0, at_most=1)
     """Probability."""
     color_jitter: Optional[dict[str, Any]] = field(
@@ -57,61 +57,61 @@ class SegmentAugmentationConfig:
             "brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05, "probability": 0.5
         }
     )  # fmt: skip
-    """As in the views of pretraining; null: none. The strengths are those of SSD (arXiv
-    1512.02325), which Swin uses."""
+    """As in the views of pretraining. Null: no jitter. The strengths are those of SSD
+    (arXiv 1512.02325), which Swin uses."""
     mean: Optional[list[float]] = None
-    """Per channel, of pixels in 0..1; null: the checkpoint's, or ImageNet's."""
+    """Per channel, of pixels in 0..1. Null: the checkpoint's, or ImageNet's."""
     std: Optional[list[float]] = None
 
 
 @dataclass
 class SegmentOptimizerConfig:
-    """AdamW without weight decay on norms, biases and what the backbone spares."""
+    """AdamW. Norms, biases and what the backbone excludes have no weight decay."""
 
     lr: float = setting(1e-4, above=0)
-    """Learning rate of the decoder at the first step after warm-up."""
+    """Learning rate of the decoder at the first step after the warm-up."""
     weight_decay: float = setting(0.01, at_least=0)
     layer_decay: Optional[float] = setting(None, above=0, at_most=1)
-    """Factor from each layer's learning rate to that of the next lower one. Null: 0.9 for a
-    pretrained Swin, else 1."""
+    """Factor from the learning rate of a layer to that of the next lower one. Null: 0.9 for a
+    pretrained Swin, otherwise 1."""
     schedule: str = setting("poly", choices=("cosine", "poly"))
     power: float = setting(1.0, above=0)
-    """Of poly: lr * (1 - t)^power, t from 0 to 1."""
+    """Of poly: the rate is lr * (1 - t)^power, with t from 0 to 1."""
     warmup_steps: Optional[int] = setting(None, at_least=0)
-    """Linear from 0. Null: a twentieth of all steps, at most 1,500."""
+    """The rate rises linearly from 0. Null: a twentieth of all steps, at most 1,500."""
 
 
 @dataclass
 class SegmentEvaluationConfig:
     every_n_epochs: int = setting(1, at_least=1)
     batch_size: int = setting(1, at_least=1)
-    """Images of one size that are predicted at once."""
+    """How many images of one size are predicted at once."""
     num_plotted_images: int = setting(4, at_least=0)
-    """So many go to TensorBoard at every measurement."""
+    """How many images TensorBoard shows for every measurement."""
 
 
 @dataclass
 class SegmentConfig:
     checkpoint: Optional[str] = MISSING
-    """As in moco.evaluate; null: train from scratch, with backbone=NAME."""
+    """As in moco.evaluate. Null: train from scratch, with backbone=NAME."""
     encoder: str = setting("query", choices=("key", "query"))
     backbone: SegmentBackboneConfig = field(default_factory=SegmentBackboneConfig)
     freeze_backbone: bool = False
-    """Train the decoder alone; with the linear one, what the backbone has learned is measured."""
+    """Train the decoder alone. With the linear decoder this measures the backbone."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     data: SegmentDataConfig = field(default_factory=SegmentDataConfig)
     image_size: Optional[int] = setting(None, at_least=4)
-    """Side of the crops to train on, and of sliding windows, px; null: the checkpoint's."""
+    """Side of the training crops and of sliding windows, px. Null: the checkpoint's."""
     augmentation: SegmentAugmentationConfig = field(default_factory=SegmentAugmentationConfig)
     optimizer: SegmentOptimizerConfig = field(default_factory=SegmentOptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     inference: str = setting("whole", choices=("slide", "whole"))
-    """Of the held-out images. whole: as they are; slide: windows of image_size that overlap by a
-    third."""
+    """How held-out images are predicted. whole: at their own size. slide: in windows of image_size
+    that overlap by a third."""
     evaluation: SegmentEvaluationConfig = field(default_factory=SegmentEvaluationConfig)
     checkpoint_every_n_epochs: int = setting(1, at_least=1)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     resume: Optional[str] = "auto"
-    """auto: go on from the run folder's last checkpoint if it has one; a path: from that file;
-    null: start anew."""
+    """auto: resume from the run folder's last checkpoint if there is one. A path: resume from that
+    file. Null: start from the beginning."""

@@ -1,6 +1,6 @@
-"""A set of images with masks as dense evaluation looks at it: from a frozen backbone to a bank, and to confusions.
+"""The patch features of images with masks, as a frozen backbone gives them, and what follows.
 
-Letters: N batch, M patches of the bank, P patches of an image, D feature width, C classes.
+From features to a bank of labelled patches, and from scores of patches to a confusion matrix.
 """
 
 import logging
@@ -10,58 +10,63 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moco.data.augment.views import Normalized
 from moco.data.loading.datamodule import check_unreadable
 from moco.errors import InputError, printable
-from moco.evaluation.dense import (
-    Bank,
-    class_shares,
-    drawn,
-    joined_maps,
-    patches_stood_for,
-    pixel_classes,
-)
+from moco.evaluation.dense_bank import Bank, class_shares, draw_patches, patches_represented
 from moco.evaluation.features import EmbeddingStopped
+from moco.segmentation.mask_batches import whole_image_loader
+from moco.segmentation.mask_sources import SegmentationSource
+from moco.segmentation.masked_images import MaskedImages
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
-from moco.segmentation.scaled_images import scaled_loader
-from moco.segmentation.sources import MaskedImages, SegmentationSource
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 2**27  # of features and masks that are classified at once
-NUM_MAPS = 4  # of every backbone
+BLOCK_BYTES = 2**27  # features and masks that are classified at once
+NUM_MAPS = 4  # feature maps of every backbone
+MAX_CLASSES_AT_ONCE = 8  # classes whose scores are enlarged to the image's size at the same time
+MAX_NAMED_IMAGES = 3  # in one warning
 
 Scorer = Callable[[np.ndarray], np.ndarray]
-"""Features (Q, D) to scores (Q, C)."""
+"""Features (queries, feature width) to scores (queries, classes)."""
 
 
 class NotFinite(Exception):
     """A feature is NaN or infinite; the message names the image."""
 
 
-class PatchGrid(NamedTuple):
-    """The patches of an image."""
+class ImagePatches(NamedTuple):
+    """The patches of one image."""
 
     image: int
+    """The number of the image."""
     features: np.ndarray
-    """(P, D) float32, row by row of the grid."""
+    """(patches, feature width) float32, row by row of the grid."""
     grid: tuple[int, int]
+    """Rows and columns of patches."""
     classes: np.ndarray
-    """Of the mask's pixels, (H, W) int64."""
+    """(height, width) int64, the class of each pixel of the mask."""
 
 
 @dataclass(frozen=True)
 class DenseSet:
-    """Images with masks and how a backbone is measured by them.
+    """Images with masks, and how a backbone is measured on them.
 
     Args:
-        image_size: of the scaled images' shorter side, about, see `moco.segmentation.scaled_images`, px.
-        maps: which of the backbone's maps, 1 to 4; several are joined.
-        bank_size: largest M; each image to learn from gives the same share of it.
-        sampling: see `moco.evaluation.dense.drawn`.
-        num_images: so many images of each part, evenly spaced; None: all.
+        source: the images.
+        normalize: makes a normalised tensor of an image.
+        image_size: the shorter side of the scaled images, about, px; see `scaled_size`.
+        maps: which of the backbone's feature maps to use, 1 to 4; several are joined.
+        bank_size: largest number of patches in the bank. Every image gives the same share of it.
+        sampling: see `draw_patches`.
+        seed: of the drawn patches.
+        batch_size: images at once.
+        num_workers: loader processes.
+        max_bad_fraction: the share of images that may be unreadable.
+        num_images: how many images of each part to use, evenly spaced; None: all.
     """
 
     source: SegmentationSource
@@ -80,8 +85,8 @@ class DenseSet:
     def num_classes(self) -> int:
         return len(self.source.class_names)
 
-    def rows(self, images: MaskedImages) -> list[int]:
-        """Which images of a part are looked at."""
+    def indices(self, images: MaskedImages) -> list[int]:
+        """Return the numbers of the images that are used."""
         count = min(self.num_images or len(images), len(images))
         return [number * len(images) // count for number in range(count)]
 
@@ -91,48 +96,45 @@ class DenseSet:
         backbone: Any,
         device: torch.device | str,
         should_stop: Callable[[], bool] = lambda: False,
-    ) -> Iterator[PatchGrid]:
-        """The patches of one image after the other; unreadable ones are left out and named.
+    ) -> Iterator[ImagePatches]:
+        """Yield the patches of one image after the other; unreadable images are skipped.
+
+        Args:
+            should_stop: called before every batch.
 
         Raises:
             InputError: too many images cannot be read.
-            NotFinite: a feature is.
-            EmbeddingStopped: `should_stop`, which is asked before every batch, said so.
+            NotFinite: a feature is NaN or infinite.
+            EmbeddingStopped: `should_stop` returned True.
         """
-        rows, stride = self.rows(images), backbone.feature_map_strides[-1]
-        loader = scaled_loader(
+        loader = whole_image_loader(
             images,
-            rows,
-            self.image_size,
-            stride,
             self.normalize,
             self.batch_size,
             self.num_workers,
             torch.device(device),
+            indices=self.indices(images),
+            image_size=self.image_size,
+            stride=backbone.feature_map_strides[-1],
         )
         unreadable: list[int] = []
         for batch in loader:
             if should_stop():
                 raise EmbeddingStopped
-            maps = encoded(backbone, batch.images.to(device, non_blocking=True), self.maps)
+            images_on_device = batch.images.to(device, non_blocking=True)
+            maps = encode_patches(backbone, images_on_device, self.maps)
             grid = (maps.shape[2], maps.shape[3])
-            features = maps.permute(0, 2, 3, 1).flatten(1, 2).cpu().numpy()  # (N, P, D)
-            for place, index in enumerate(batch.indices.tolist()):
-                if batch.unreadable[place]:
+            features = maps.permute(0, 2, 3, 1).flatten(1, 2).cpu().numpy()
+            for row, index in enumerate(batch.indices.tolist()):
+                if batch.unreadable[row]:
                     unreadable.append(index)
                     continue
-                if not np.isfinite(features[place]).all():
-                    name = printable(images.images.name(index))
+                if not np.isfinite(features[row]).all():
+                    name = printable(images.name(index))
                     raise NotFinite(f"the features of {name} are not finite (NaN or infinity)")
-                yield PatchGrid(index, features[place], grid, batch.classes[place].numpy())
+                yield ImagePatches(index, features[row], grid, batch.classes[row].numpy())
         if unreadable:
-            names = ", ".join(printable(images.images.name(index)) for index in unreadable[:3])
-            log.warning(
-                "skipped %d unreadable images: %s%s",
-                len(unreadable),
-                names,
-                ", ..." * (len(unreadable) > 3),
-            )
+            warn_of_unreadable(unreadable, images)
             check_unreadable(unreadable, images.images, self.max_bad_fraction)
 
     def bank(
@@ -141,40 +143,54 @@ class DenseSet:
         device: torch.device | str,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Bank:
-        """Random patches of the images to learn from; which ones depends on the seed and the image's number alone.
+        """Return random labelled patches of the training images.
 
-        Patches without a labelled pixel are left out. Errors of `patches`.
+        Which patches are drawn depends on the seed and the image's number alone.
 
         Raises:
-            InputError: no patch is left.
+            InputError: too many images cannot be read, or no patch has a labelled pixel.
+            NotFinite, EmbeddingStopped: see `patches`.
         """
-        numbers = {row: place for place, row in enumerate(self.rows(self.source.train))}
+        indices = self.indices(self.source.train)
+        place_of_image = {index: place for place, index in enumerate(indices)}
         features: np.ndarray | None = None
-        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # shares, weights, images
-        filled = 0
+        shares, weights, numbers = [], [], []
+        num_patches = 0
         for patches in self.patches(self.source.train, backbone, device, should_stop):
-            shares = class_shares(
+            # The images' parts of the bank differ by one patch at most.
+            place = place_of_image[patches.image]
+            start = place * self.bank_size // len(indices)
+            end = (place + 1) * self.bank_size // len(indices)
+
+            patch_shares = class_shares(
                 patches.classes, patches.grid, self.num_classes, self.source.ignore_index
             )
-            labelled = shares.any(axis=1).nonzero()[0]
-            labels = shares[labelled].argmax(axis=1)
-            place = numbers[patches.image]
-            quota = (place + 1) * self.bank_size // len(numbers) - place * self.bank_size // len(
-                numbers
-            )
+            labelled = patch_shares.any(axis=1).nonzero()[0]
+            if len(labelled) == 0 or start == end:
+                continue
+            labels = patch_shares[labelled].argmax(axis=1)
+            # A generator for each image: the batch size and other images must not matter.
             generator = np.random.default_rng((self.seed, patches.image))
-            chosen = drawn(labels, quota, self.sampling, generator)
-            if features is None:  # made at once, since joining parts would take the memory twice
+            drawn = draw_patches(labels, end - start, self.sampling, generator)
+            if features is None:
+                # One array from the start: joining parts at the end would take twice the memory.
                 features = np.empty((self.bank_size, patches.features.shape[1]), np.float32)
-            features[filled : filled + len(chosen)] = patches.features[labelled[chosen]]
-            filled += len(chosen)
-            weights = patches_stood_for(labels, chosen) if len(chosen) else np.empty(0, np.float32)
-            parts.append((shares[labelled[chosen]], weights, np.full(len(chosen), patches.image)))
-        if features is None or filled == 0:
+            features[num_patches : num_patches + len(drawn)] = patches.features[labelled[drawn]]
+            num_patches += len(drawn)
+            shares.append(patch_shares[labelled[drawn]])
+            weights.append(patches_represented(labels, drawn))
+            numbers.append(np.full(len(drawn), patches.image))
+        if features is None:
             raise InputError(
-                "none of the patches that were drawn from the images to learn from has a labelled pixel"
+                "no patch of the training images has a labelled pixel; "
+                "are the masks full of pixels without a class?"
             )
-        return Bank(features[:filled], *map(np.concatenate, zip(*parts, strict=True)))
+        return Bank(
+            features[:num_patches],
+            np.concatenate(shares),
+            np.concatenate(weights),
+            np.concatenate(numbers),
+        )
 
     def confusions(
         self,
@@ -183,34 +199,39 @@ class DenseSet:
         device: torch.device | str,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, Tensor]:
-        """What each scorer makes of the images held out, pixel by pixel of their masks: (C, C), see `confusion_matrix`.
+        """Return each scorer's confusion matrix on the held-out images, see `confusion_matrix`.
 
-        Errors of `patches`.
+        Raises:
+            InputError, NotFinite, EmbeddingStopped: see `patches`.
         """
-        totals = {
-            name: torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
-            for name in scorers
-        }
-        for block in blocks(self.patches(self.source.validation, backbone, device, should_stop)):
+        totals = {}
+        for name in scorers:
+            totals[name] = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
+        held_out = self.patches(self.source.validation, backbone, device, should_stop)
+        for block in blocks_of_images(held_out):
             features = np.concatenate([patches.features for patches in block])
-            ends = np.cumsum([len(patches.features) for patches in block])[:-1]
+            ends = np.cumsum([len(patches.features) for patches in block])
+            # A search in the bank has a fixed cost, so the patches of many images share one.
             for name, scorer in scorers.items():
-                for patches, scores in zip(block, np.split(scorer(features), ends), strict=True):
-                    totals[name] += self.confusion(
-                        patches, torch.from_numpy(scores).to(device)
-                    ).cpu()
+                scores_of_images = np.split(scorer(features), ends[:-1])
+                for patches, scores in zip(block, scores_of_images, strict=True):
+                    scores_on_device = torch.from_numpy(scores).to(device)
+                    totals[name] += self.confusion(patches, scores_on_device).cpu()
         return totals
 
-    def confusion(self, patches: PatchGrid, scores: Tensor) -> Tensor:
-        """Of one image, by its patches' scores (P, C)."""
+    def confusion(self, patches: ImagePatches, scores: Tensor) -> Tensor:
+        """Return the confusion matrix of one image.
+
+        Args:
+            scores: (patches, classes).
+        """
+        height, width = patches.classes.shape
         classes = torch.from_numpy(patches.classes).to(scores.device)
-        predicted = pixel_classes(
-            scores.T.unflatten(1, patches.grid), (classes.shape[0], classes.shape[1])
-        )
+        predicted = pixel_classes(scores.T.unflatten(1, patches.grid), height, width)
         return confusion_matrix(predicted, classes, self.num_classes, self.source.ignore_index)
 
     def protocol(self, bank: Bank, num_neighbors: int, temperature: float) -> dict[str, Any]:
-        """The conditions of the figures, under the names of ``metrics.json``."""
+        """Return the conditions of the figures under their names in ``metrics.json``."""
         return {
             "dense/num_neighbors": num_neighbors,
             "dense/temperature": temperature,
@@ -219,43 +240,110 @@ class DenseSet:
             "dense/sampling": self.sampling,
             "dense/seed": self.seed,
             "dense/image_size": self.image_size,
-            "dense/num_images": len(self.rows(self.source.train)),
-            "dense/num_queries": len(self.rows(self.source.validation)),
+            "dense/num_images": len(self.indices(self.source.train)),
+            "dense/num_queries": len(self.indices(self.source.validation)),
             "dense/num_classes": self.num_classes,
         }
 
 
 @torch.no_grad()
-def encoded(backbone: Any, images: Tensor, maps: Sequence[int]) -> Tensor:
-    """The chosen maps of images (N, 3, h, w) as one (N, D, cells), in float32, see `joined_maps`."""
+def encode_patches(backbone: Any, images: Tensor, maps: Sequence[int]) -> Tensor:
+    """Return the features of patches (N, feature width, rows, columns) in float32.
+
+    Args:
+        images: (N, 3, height, width).
+        maps: see `DenseSet`.
+    """
     with torch.autocast(images.device.type, enabled=False):
-        every = backbone.feature_maps(images)
-        return joined_maps([every[number - 1] for number in maps])
+        all_maps = backbone.feature_maps(images)
+        return join_maps([all_maps[number - 1] for number in maps])
 
 
-def blocks(patches: Iterator[PatchGrid]) -> Iterator[list[PatchGrid]]:
-    """Images together whose features and masks have `BLOCK_BYTES`, or a little more."""
-    block: list[PatchGrid] = []
-    held = 0
-    for image in patches:
-        block.append(image)
-        held += image.features.nbytes + image.classes.nbytes
-        if held >= BLOCK_BYTES:
+def join_maps(maps: Sequence[Tensor]) -> Tensor:
+    """Join feature maps (N, width, rows, columns) to one with as many cells as the finest.
+
+    In every map each cell has unit norm before the map is enlarged. So all maps count the same.
+    """
+    num_rows = max(x.shape[2] for x in maps)
+    num_columns = max(x.shape[3] for x in maps)
+    parts = []
+    for x in maps:
+        unit = F.normalize(x.float(), dim=1)
+        parts.append(F.interpolate(unit, (num_rows, num_columns), mode="bilinear"))
+    return torch.cat(parts, dim=1)
+
+
+def pixel_classes(scores: Tensor, height: int, width: int) -> Tensor:
+    """Return the class of every pixel, (height, width) int64, by scores of cells.
+
+    The scores are enlarged bilinearly, a few classes at a time: with all of them at once the memory
+    would grow with the number of classes. Of equal scores the smaller class wins.
+
+    Args:
+        scores: (classes, rows, columns).
+    """
+    best = scores.new_full((height, width), -torch.inf)
+    classes = torch.zeros((height, width), dtype=torch.int64, device=scores.device)
+    for first in range(0, len(scores), MAX_CLASSES_AT_ONCE):
+        part = scores[None, first : first + MAX_CLASSES_AT_ONCE]
+        enlarged = F.interpolate(part, (height, width), mode="bilinear")[0]
+        part_best, part_classes = enlarged.max(dim=0)
+        is_better = part_best > best
+        classes = torch.where(is_better, part_classes + first, classes)
+        best = torch.where(is_better, part_best, best)
+    return classes
+
+
+def blocks_of_images(images: Iterator[ImagePatches]) -> Iterator[list[ImagePatches]]:
+    """Yield images together whose features and masks have `BLOCK_BYTES`, or a little more."""
+    block: list[ImagePatches] = []
+    num_bytes = 0
+    for patches in images:
+        block.append(patches)
+        num_bytes += patches.features.nbytes + patches.classes.nbytes
+        if num_bytes >= BLOCK_BYTES:
             yield block
-            block, held = [], 0
+            block = []
+            num_bytes = 0
     if block:
         yield block
 
 
-def figures_of(confusion: Tensor, class_names: Sequence[str], kind: str) -> dict[str, float | None]:
-    """`segmentation_figures` as ``dense/KIND_miou``, ``dense/KIND_pixel_accuracy`` and ``dense/KIND_iou/NAME``."""
-    figures = segmentation_figures(confusion, class_names)
-    return {key.replace("segment/", f"dense/{kind}_", 1): value for key, value in figures.items()}
+def dense_figures(
+    confusion: Tensor, class_names: Sequence[str], kind: str
+) -> dict[str, float | None]:
+    """Return `segmentation_figures` under the names ``dense/KIND_miou`` and so on.
+
+    The others are ``dense/KIND_pixel_accuracy`` and ``dense/KIND_iou/NAME``.
+    """
+    figures = {}
+    for key, value in segmentation_figures(confusion, class_names).items():
+        figures[key.replace("segment/", f"dense/{kind}_", 1)] = value
+    return figures
+
+
+def overall_scores(figures: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the figures of all classes together, without those of one class each."""
+    scores = {}
+    for key, value in figures.items():
+        if value is not None and "_iou/" not in key:
+            scores[key] = value
+    return scores
+
+
+def warn_of_unreadable(unreadable: Sequence[int], images: MaskedImages) -> None:
+    """Log how many images were skipped, and the names of the first ones."""
+    names = ", ".join(printable(images.name(index)) for index in unreadable[:MAX_NAMED_IMAGES])
+    if len(unreadable) > MAX_NAMED_IMAGES:
+        names += ", ..."
+    log.warning("skipped %d unreadable images: %s", len(unreadable), names)
 
 
 def check_maps(maps: Sequence[int], key: str) -> None:
-    """Raises InputError if a number is not that of a map, or there is none."""
-    if not maps or not set(maps) <= set(range(1, NUM_MAPS + 1)) or len(set(maps)) < len(maps):
+    """Raise InputError if `maps` is empty, or holds a number that is no map's, or one twice."""
+    is_known = all(1 <= number <= NUM_MAPS for number in maps)
+    if not maps or not is_known or len(set(maps)) < len(maps):
         raise InputError(
-            f"{key}={list(maps)}: expected numbers from 1, the finest map, to {NUM_MAPS}, each at most once"
+            f"{key}={list(maps)}: expected numbers from 1, the finest map, to {NUM_MAPS}, "
+            "each at most once"
         )

@@ -1,6 +1,6 @@
-"""A linear head on frozen features of patches: multinomial logistic regression. Arrays in, numbers out.
+"""A linear head on frozen features of patches: multinomial logistic regression.
 
-On a feature map it is a 1x1 convolution. Letters: M patches of the bank, Q patches, D feature width, C classes.
+On a feature map it is a 1x1 convolution.
 """
 
 from dataclasses import dataclass
@@ -10,95 +10,105 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.evaluation.dense import Bank
+from moco.evaluation.dense_bank import Bank
 
-WEIGHT_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)  # of standardised features
-USUAL = 1e-2  # where there are too few images to choose by
-FOLDS = 5
-ITERATIONS = 100
+WEIGHT_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4)  # the choices, for standardised features
+DEFAULT_WEIGHT_DECAY = 1e-2  # where there are too few images to choose by
+NUM_FOLDS = 5
+MAX_ITERATIONS = 100
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """Logits of patches."""
+    """Computes logits of patches."""
 
     weight: np.ndarray
-    """(C, D) float32."""
+    """(classes, feature width) float32."""
     bias: np.ndarray
-    """(C,) float32."""
+    """(classes,) float32."""
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
-        """Features (Q, D) to logits (Q, C)."""
+        """Return logits (queries, classes) of features (queries, feature width)."""
         return queries @ self.weight.T + self.bias
 
 
 def fit(features: Tensor, shares: Tensor, weights: Tensor, weight_decay: float) -> LinearHead:
-    """Minimise the weighted mean cross entropy plus half the weight decay times the squared norm, by L-BFGS.
+    """Fit a linear head to M patches by L-BFGS.
 
-    The norm is that of the weights of standardised features; the bias goes free.
+    It minimises the weighted mean cross-entropy plus half the weight decay times the squared norm
+    of the weights for standardised features. The bias has no weight decay.
 
     Args:
-        features: (M, D) float32.
-        shares: (M, C), what the softmax is to be: the classes of a patch.
-        weights: (M,) of the patches; 0 leaves one out.
+        features: (M, feature width) float32.
+        shares: (M, classes) the target of the softmax: each class's share of a patch.
+        weights: (M,) of the patches; 0 excludes a patch.
     """
+    num_classes, width = shares.shape[1], features.shape[1]
     std, mean = torch.std_mean(features, dim=0, correction=0)
     std = std.where(std > 0, 1.0)
-    weight = torch.zeros(
-        shares.shape[1], features.shape[1], device=features.device, requires_grad=True
-    )
-    bias = torch.zeros(shares.shape[1], device=features.device, requires_grad=True)
+    weight = torch.zeros(num_classes, width, device=features.device, requires_grad=True)
+    bias = torch.zeros(num_classes, device=features.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe"
     )
 
     def unstandardised() -> tuple[Tensor, Tensor]:
-        """Weight and bias for features as they are: a standardised copy of them would double the memory."""
-        scaled = weight / std
-        return scaled, bias - scaled @ mean
+        # The head for the raw features. A standardised copy of them would double the memory.
+        raw_weight = weight / std
+        return raw_weight, bias - raw_weight @ mean
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        loss = (
-            cross_entropy(features, shares, weights, *unstandardised())
-            + weight_decay / 2 * weight.square().sum()
-        )
+        raw_weight, raw_bias = unstandardised()
+        loss = cross_entropy(features, shares, weights, raw_weight, raw_bias)
+        loss = loss + weight_decay / 2 * weight.square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(objective)
-    final = [part.detach().cpu().numpy() for part in unstandardised()]
-    return LinearHead(*final)
+    raw_weight, raw_bias = unstandardised()
+    return LinearHead(raw_weight.detach().cpu().numpy(), raw_bias.detach().cpu().numpy())
 
 
 def cross_entropy(
     features: Tensor, shares: Tensor, weights: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """Weighted mean over patches, in nats."""
-    losses = F.cross_entropy(features @ weight.T + bias, shares, reduction="none")
+    """Return the weighted mean over patches, in nats.
+
+    Args:
+        features, shares, weights: see `fit`.
+        weight, bias: of the head.
+    """
+    logits = features @ weight.T + bias
+    losses = F.cross_entropy(logits, shares, reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
 def fit_best(bank: Bank, device: torch.device | str = "cpu") -> tuple[LinearHead, float]:
-    """The head of the weight decay that suits every fifth image best when the others are learned from, then fit to all.
+    """Choose a weight decay and fit a head to the whole bank with it.
 
-    With fewer than five images the weight decay is `USUAL`.
+    A head is fitted to four fifths of the bank's images with each weight decay. The one with the
+    smallest loss on the other images is chosen. With fewer than five images it is
+    `DEFAULT_WEIGHT_DECAY`.
 
     Returns:
-        Head and weight decay.
+        The head and the weight decay.
     """
-    arrays = (bank.features, bank.shares, bank.weights)
-    features, shares, weights = (torch.from_numpy(array).to(device) for array in arrays)
-    images = np.unique(bank.images, return_inverse=True)[1]
-    if images.max() + 1 < FOLDS:
-        return fit(features, shares, weights, USUAL), USUAL
-    held_out = torch.from_numpy(images % FOLDS == FOLDS - 1).to(device)
-
-    def loss(weight_decay: float) -> float:
+    features = torch.from_numpy(bank.features).to(device)
+    shares = torch.from_numpy(bank.shares).to(device)
+    weights = torch.from_numpy(bank.weights).to(device)
+    image_names, images = np.unique(bank.images, return_inverse=True)
+    if len(image_names) < NUM_FOLDS:
+        head = fit(features, shares, weights, DEFAULT_WEIGHT_DECAY)
+        return head, DEFAULT_WEIGHT_DECAY
+    held_out = torch.from_numpy(images % NUM_FOLDS == NUM_FOLDS - 1).to(device)
+    losses = {}
+    for weight_decay in WEIGHT_DECAYS:
         head = fit(features, shares, weights * ~held_out, weight_decay)
-        parts = (torch.from_numpy(part).to(device) for part in (head.weight, head.bias))
-        return float(cross_entropy(features, shares, weights * held_out, *parts))
-
-    weight_decay = min(WEIGHT_DECAYS, key=loss)
-    return fit(features, shares, weights, weight_decay), weight_decay
+        weight = torch.from_numpy(head.weight).to(device)
+        bias = torch.from_numpy(head.bias).to(device)
+        loss = cross_entropy(features, shares, weights * held_out, weight, bias)
+        losses[weight_decay] = float(loss)
+    best = min(WEIGHT_DECAYS, key=losses.__getitem__)
+    return fit(features, shares, weights, best), best

@@ -1,0 +1,6 @@
+"""Semantic segmentation: images with masks, decoders on a backbone, the module to train, figures.
+
+Others may take `build_segmentation_source` (mask_sources), `MaskedImages` (masked_images), the
+loaders of `mask_batches`, `Segmenter` (segmenter), `SegmentationData` (segmentation_data),
+`predicted_classes` (inference) and the functions of `metrics`.
+"""

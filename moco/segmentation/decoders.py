@@ -1,8 +1,7 @@
-"""From feature maps to classes: a backbone under our contract and the decoder of a library, for images of any size.
+"""Decoders that turn a backbone's feature maps into logits for every pixel, for any image size.
 
-The decoders are segmentation_models_pytorch's (an optional extra) and torchvision's; what stands here fits them to the maps.
-
-Letters: N batch, C classes, D_1 to D_4 the maps' widths, H W pixels, h w cells of a map.
+Most decoders come from segmentation_models_pytorch (an optional extra) and torchvision. The code
+here fits them to the feature maps of our backbones.
 """
 
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
-from torchvision.models.resnet import ResNet
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
@@ -21,16 +19,20 @@ from moco.models.vit import VisionTransformer
 
 PYRAMID_DECODERS = ("fpn", "unet", "upernet")
 DECODERS = (*PYRAMID_DECODERS, "deeplabv3", "fcn", "linear")
+DEFAULT_CHANNELS = 256  # width of a pyramid decoder, as in segmentation_models_pytorch
+
+# The dilation rates 12, 24 and 36 of DeepLabV3 (arXiv 1706.05587) are for cells of 8 px.
+DEEPLAB_REACHES = (96, 192, 288)  # px
 
 
 class SegmentationModel(nn.Module):
-    """A backbone and a decoder: images (N, 3, H, W) to logits (N, C, H, W).
+    """A backbone and a decoder: images (N, 3, height, width) to logits of their pixels.
 
     Args:
-        backbone: of `build_backbone`.
-        decoder: of `build_decoder`.
-        freeze_backbone: its weights get no gradient, and it stays in eval mode: no stochastic depth, and BatchNorm as it
-            was left.
+        backbone: a module with `feature_maps`, see `build_backbone`.
+        decoder: a module with ``stride``, see `build_decoder`.
+        freeze_backbone: its weights get no gradient, and it stays in eval mode: without stochastic
+            depth, and with the running statistics of BatchNorm as they are.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class SegmentationModel(nn.Module):
         self.freeze_backbone = freeze_backbone
         if freeze_backbone:
             backbone.requires_grad_(False)
-            backbone.eval()  # Lightning calls no train(), which would do it
+            backbone.eval()  # Lightning does not call train(), which would do it
 
     def train(self, mode: bool = True) -> "SegmentationModel":
         super().train(mode)
@@ -51,46 +53,69 @@ class SegmentationModel(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.backbone.feature_maps(images)  # type: ignore[operator]  # [(N, D_1, h, w), ...], the first the finest
+        """Return logits (N, classes, height, width)."""
+        maps = self.backbone.feature_maps(images)  # type: ignore[operator]
         height, width = images.shape[-2:]
-        return enlarged(self.decoder(maps), self.decoder.stride, (height, width))  # type: ignore[arg-type]
+        logits = self.decoder(maps)
+        return enlarge_logits(logits, self.decoder.stride, height, width)  # type: ignore[arg-type]
 
 
-def enlarged(logits: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
-    """Logits of cells (N, C, h, w) as logits of pixels (N, C, *size), bilinearly.
+def enlarge_logits(logits: Tensor, stride: int, height: int, width: int) -> Tensor:
+    """Enlarge logits of cells (N, classes, rows, columns) to logits of pixels, bilinearly.
 
-    A cell is `stride` pixels wide to the last: where the image ends inside a cell, the rest is cut off. (To squeeze the
-    map into the image instead, as is usual, moves its far end by up to a cell.) Pixels past the last cell, of a backbone
-    that drops partial patches, get the nearest logits.
+    Every cell is enlarged to `stride` pixels. Where the image ends inside a cell, the rest is cut
+    off. (Squeezing the map into the image, as is usual, would move its far end by up to a cell.)
+    A backbone that drops partial patches has no cell for the last pixels of an image: they get the
+    nearest logits.
+
+    Args:
+        stride: height and width of a cell, px.
+        height, width: of the image, px.
     """
-    height, width = (cells * stride for cells in logits.shape[-2:])
+    num_rows, num_columns = logits.shape[-2:]
     if stride > 1:
-        logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
-    if height < size[0] or width < size[1]:
-        logits = F.pad(
-            logits, (0, max(size[1] - width, 0), 0, max(size[0] - height, 0)), mode="replicate"
-        )
-    return logits[..., : size[0], : size[1]]
+        size = (num_rows * stride, num_columns * stride)
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+    missing_rows = max(height - logits.shape[-2], 0)
+    missing_columns = max(width - logits.shape[-1], 0)
+    if missing_rows or missing_columns:
+        logits = F.pad(logits, (0, missing_columns, 0, missing_rows), mode="replicate")
+    return logits[..., :height, :width]
+
+
+def choose_decoder(name: str, freeze_backbone: bool) -> str:
+    """Return the decoder's name, with ``auto`` resolved.
+
+    Raises:
+        InputError: the decoder needs a package that is not installed.
+    """
+    if name == "auto":
+        name = "linear" if freeze_backbone else "upernet"
+    if name in PYRAMID_DECODERS:
+        pyramid_decoders(name)
+    return name
 
 
 def build_decoder(
     name: str, backbone: Any, num_classes: int, channels: int | None = None
 ) -> nn.Module:
-    """A freshly initialised decoder for a backbone's maps; ``stride`` says how many pixels wide its cells are.
+    """Return a freshly initialised decoder for a backbone's feature maps.
+
+    Its attribute ``stride`` says how many pixels wide a cell of its logits is.
 
     Args:
         name: one of `DECODERS`.
-        channels: width of fpn, unet and upernet; None is 256, the library's.
+        backbone: has `feature_map_dims` and `feature_map_strides`.
+        channels: width of fpn, unet and upernet; None: `DEFAULT_CHANNELS`.
 
     Raises:
-        InputError: the decoder needs a package that is not installed, or has no such width.
+        InputError: the decoder needs a package that is not installed, or cannot have this width.
     """
     dims, strides = backbone.feature_map_dims, backbone.feature_map_strides
     if name in PYRAMID_DECODERS:
         is_transformer = isinstance(backbone, (Swin, VisionTransformer))
-        return PyramidDecoder(
-            name, dims, num_classes, strides, channels or 256, normalize=is_transformer
-        )
+        width = channels or DEFAULT_CHANNELS
+        return PyramidDecoder(name, dims, num_classes, strides, width, normalize=is_transformer)
     if channels is not None:
         raise InputError(f"decoder.channels={channels}: the decoder {name} has no such setting")
     if name == "linear":
@@ -98,16 +123,19 @@ def build_decoder(
     if name == "fcn":
         return LastMapDecoder(FCNHead(dims[-1], num_classes), strides[-1])
     assert name == "deeplabv3", name  # the schema has no other
-    # The rates of arXiv 1706.05587 are for cells of 8 px; others get the same reach in pixels.
-    rates = [max(1, reach // strides[-1]) for reach in (96, 192, 288)]
+    # Cells of another stride get the same reach in pixels.
+    rates = [max(1, reach // strides[-1]) for reach in DEEPLAB_REACHES]
     return LastMapDecoder(DeepLabHead(dims[-1], num_classes, rates), strides[-1])
 
 
 def pyramid_decoders(name: str) -> dict[str, Any]:
-    """The decoder classes of segmentation_models_pytorch.
+    """Return the decoder classes of segmentation_models_pytorch by name.
+
+    Args:
+        name: the decoder that the user asked for, for the message.
 
     Raises:
-        InputError: it is not installed, and the decoder `name` needs it.
+        InputError: the package is not installed.
     """
     try:
         from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
@@ -115,29 +143,32 @@ def pyramid_decoders(name: str) -> dict[str, Any]:
         from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
     except ImportError as error:
         raise InputError(
-            f"decoder={name}: segmentation_models_pytorch is not installed: pip install moco-ssl[segment]; decoder=fcn, "
-            "deeplabv3 and linear come without it"
+            f"decoder={name}: segmentation_models_pytorch is not installed: "
+            "pip install moco-ssl[segment]; decoder=fcn, deeplabv3 and linear do not need it"
         ) from error
     return {"fpn": FPNDecoder, "unet": UnetDecoder, "upernet": UPerNetDecoder}
 
 
 class PyramidDecoder(nn.Module):
-    """UPerNet (arXiv 1807.10221), FPN (arXiv 1901.02446) or U-Net (arXiv 1505.04597) of segmentation_models_pytorch.
+    """UPerNet, FPN or U-Net of segmentation_models_pytorch, and a 1x1 convolution to logits.
 
-    All give a map as fine as their first; a 1x1 convolution makes it logits. Differs from that library's own models: its
-    U-Net goes on to the image's size, without anything to see there.
+    UPerNet is arXiv 1807.10221, FPN arXiv 1901.02446, U-Net arXiv 1505.04597. Differs from that
+    library's own models: the logits are as fine as the first feature map. Its U-Net goes on to the
+    image's size, where it has no features to use.
 
-    The decoders want strides that double. Maps of one stride are resampled to a pyramid, see `pyramid_of`.
+    The decoders need strides that double from map to map. Maps of one stride are resampled, see
+    `resample_to_pyramid`.
 
     Args:
-        dims: D_1 to D_4.
-        strides: of the maps, px.
-        channels: width.
-        normalize: normalise the maps that the backbone has not normalised (all but the last of Swin and ViT), as the
-            segmentation code of Swin does; UPerNet does it by itself.
+        name: one of `PYRAMID_DECODERS`.
+        dims: width of each feature map.
+        strides: of the feature maps, px.
+        channels: width of the decoder.
+        normalize: normalise all maps but the last, which Swin and ViT do not. Swin's segmentation
+            code does the same. UPerNet has its own normalisation.
 
     Raises:
-        InputError: the library is not installed, or the FPN's GroupNorm cannot have that width.
+        InputError: the library is not installed, or the FPN's GroupNorm cannot have this width.
     """
 
     def __init__(
@@ -158,78 +189,93 @@ class PyramidDecoder(nn.Module):
 
         self.name = name
         self.has_one_stride = strides[0] == strides[-1]
-        self.stride = strides[0] // 4 if self.has_one_stride else strides[0]
-        width = {"fpn": channels // 2, "unet": channels // 4, "upernet": channels}[name]
+        # Maps of one stride become a pyramid, whose finest map has a quarter of that stride.
+        if self.has_one_stride:
+            self.stride = strides[0] // 4
+        else:
+            self.stride = strides[0]
+        # The library counts maps from the image's own resolution on. It skips the first ones,
+        # which are given no channels here.
         if name == "fpn":
-            if channels % 64 or channels < 128:  # half of them in 32 groups, of at least two
+            # Half of the channels are normalised in 32 groups, each of at least two channels.
+            if channels % 64 or channels < 128:
                 raise InputError(
-                    f"decoder.channels={channels}: the FPN needs a multiple of 64 from 128 on"
+                    f"decoder.channels={channels}: the FPN needs a multiple of 64, at least 128"
                 )
-            self.num_finer_maps = 0
+            width = channels // 2
+            self.num_skipped_maps = 0
             self.decoder = library["fpn"](
                 list(dims), pyramid_channels=channels, segmentation_channels=width
             )
         elif name == "unet":
-            self.num_finer_maps = 1
-            self.decoder = library["unet"]((0, *dims), (channels, channels // 2, width), n_blocks=3)
+            width = channels // 4
+            self.num_skipped_maps = 1
+            widths = (channels, channels // 2, width)
+            self.decoder = library["unet"]((0, *dims), widths, n_blocks=3)
         else:
-            self.num_finer_maps = 2
+            width = channels
+            self.num_skipped_maps = 2
             self.decoder = library["upernet"]((0, 0, *dims), decoder_channels=channels)
         self.head = nn.Conv2d(width, num_classes, kernel_size=1)
         initialize_decoder(self.decoder)
         initialize_head(self.head)
-        needs_norm = normalize and name != "upernet"
-        self.norms = nn.ModuleList(
-            [LayerNorm2d(dim) if needs_norm else nn.Identity() for dim in dims[:-1]]
-        )
+        self.norms = nn.ModuleList()
+        for dim in dims[:-1]:
+            if normalize and name != "upernet":
+                self.norms.append(LayerNorm2d(dim))
+            else:
+                self.norms.append(nn.Identity())
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Logits (N, C, h, w) of the cells of the first map, or of the pyramid's."""
-        maps = [*(norm(x) for norm, x in zip(self.norms, maps[:-1], strict=True)), maps[-1]]
+        """Return logits (N, classes, rows, columns) of the cells of the finest map."""
+        *finer, coarsest = maps
+        maps = [norm(x) for norm, x in zip(self.norms, finer, strict=True)]
+        maps.append(coarsest)
         if self.has_one_stride:
-            maps = pyramid_of(maps)
-        height, width = maps[0].shape[-2:]
+            maps = resample_to_pyramid(maps)
+        # The FPN's maps are padded. What the padding adds is cut off again below.
+        num_rows, num_columns = maps[0].shape[-2:]
         if self.name == "fpn":
-            maps = completed(maps)
-        # The library counts maps from the full resolution on and passes over the finer ones, which have no channels here.
-        finer = [maps[0][:, :0]] * self.num_finer_maps
-        return self.head(self.decoder([*finer, *maps])[..., :height, :width])
+            maps = pad_to_exact_doubles(maps)
+        skipped = [maps[0][:, :0]] * self.num_skipped_maps
+        decoded = self.decoder([*skipped, *maps])
+        return self.head(decoded[..., :num_rows, :num_columns])
 
 
-def pyramid_of(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Four maps of one stride s, as ViT's, as maps of the strides s / 4, s / 2, s and 2 s.
+def resample_to_pyramid(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Resample four maps of one stride s, as a ViT has, to the strides s / 4, s / 2, s and 2 s.
 
-    As in the segmentation code of BEiT (arXiv 2106.08254), which learns how to enlarge and takes the largest of four cells;
-    here maps are enlarged bilinearly and four cells averaged, without weights.
+    The segmentation code of BEiT (arXiv 2106.08254) does the same with learned layers. Differs from
+    it: maps are enlarged bilinearly and four cells are averaged, without weights.
     """
-    quarter, half, same, double = maps
+    first, second, third, fourth = maps
     return [
-        F.interpolate(quarter, scale_factor=4, mode="bilinear", align_corners=False),
-        F.interpolate(half, scale_factor=2, mode="bilinear", align_corners=False),
-        same,
-        F.avg_pool2d(double, kernel_size=2, ceil_mode=True),
+        F.interpolate(first, scale_factor=4, mode="bilinear", align_corners=False),
+        F.interpolate(second, scale_factor=2, mode="bilinear", align_corners=False),
+        third,
+        F.avg_pool2d(fourth, kernel_size=2, ceil_mode=True),
     ]
 
 
-def completed(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Four maps, each of exactly twice the next one's height and width: odd ones get another row or column of the same.
+def pad_to_exact_doubles(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Pad four maps so that each has exactly twice the height and width of the next one.
 
-    The FPN doubles maps and adds them.
+    The FPN doubles a map and adds it to the finer one. The last row and column are repeated.
     """
     height, width = maps[-1].shape[-2:]
-    return [
-        F.pad(
-            x, (0, times * width - x.shape[-1], 0, times * height - x.shape[-2]), mode="replicate"
-        )
-        for times, x in zip((8, 4, 2, 1), maps, strict=True)
-    ]
+    padded = []
+    for factor, x in zip((8, 4, 2, 1), maps, strict=True):
+        missing_rows = factor * height - x.shape[-2]
+        missing_columns = factor * width - x.shape[-1]
+        padded.append(F.pad(x, (0, missing_columns, 0, missing_rows), mode="replicate"))
+    return padded
 
 
 class LastMapDecoder(nn.Module):
-    """A head of torchvision's on the coarsest map: FCN (arXiv 1411.4038) or DeepLabV3 (arXiv 1706.05587).
+    """A head of torchvision on the coarsest map: FCN (arXiv 1411.4038) or DeepLabV3.
 
     Args:
-        head: a map (N, D_4, h, w) to logits (N, C, h, w).
+        head: a map (N, width, rows, columns) to logits (N, classes, rows, columns).
         stride: of the last map, px.
     """
 
@@ -243,72 +289,30 @@ class LastMapDecoder(nn.Module):
 
 
 class LinearDecoder(nn.Module):
-    """Each cell's logits are linear in its features on all four maps, normalised by BatchNorm.
+    """Logits of a cell that are linear in its features on all maps, normalised by BatchNorm.
 
-    For what a frozen backbone has learned, as DINOv2's linear segmentation head (arXiv 2304.07193). The sum of the maps'
-    logits, made as fine as the first map, is the linear function of the joined features, without their memory.
+    It shows what a frozen backbone has learned, like the linear segmentation head of DINOv2
+    (arXiv 2304.07193). The sum of the logits of all maps, each enlarged to the finest map, is the
+    linear function of the concatenated features, and needs less memory.
 
     Args:
-        dims: D_1 to D_4.
-        strides: of the maps, px.
+        dims: width of each feature map.
+        strides: of the feature maps, px.
     """
 
     def __init__(self, dims: Sequence[int], num_classes: int, strides: Sequence[int]) -> None:
         super().__init__()
         self.stride = strides[0]
-        self.enlargements = [stride // strides[0] for stride in strides]
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(dim), nn.Conv2d(dim, num_classes, kernel_size=1))
-            for dim in dims
-        )
+        self.factors = [stride // strides[0] for stride in strides]
+        self.layers = nn.ModuleList()
+        for dim in dims:
+            convolution = nn.Conv2d(dim, num_classes, kernel_size=1)
+            self.layers.append(nn.Sequential(nn.BatchNorm2d(dim), convolution))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Logits (N, C, h, w) of the first map's cells."""
+        """Return logits (N, classes, rows, columns) of the cells of the first map."""
         height, width = maps[0].shape[-2:]
         total = self.layers[0](maps[0])
-        for layer, x, times in zip(self.layers[1:], maps[1:], self.enlargements[1:], strict=True):
-            total = total + enlarged(layer(x), times, (height, width))
+        for layer, x, factor in zip(self.layers[1:], maps[1:], self.factors[1:], strict=True):
+            total = total + enlarge_logits(layer(x), factor, height, width)
         return total
-
-
-def depths_from_the_top(backbone: nn.Module) -> dict[nn.Parameter, int]:
-    """How many layers below the decoder each of the backbone's parameters is, from 1.
-
-    A layer is a block of ViT or Swin, with the patch merging before it, or a stage of ResNet. The last norm counts to the
-    last block; the patch embedding, with ViT's class token and learned positions, or ResNet's stem, is the lowest layer.
-
-    Raises:
-        InputError: the backbone's layers are not known.
-    """
-    layers: list[list[nn.Module]]  # from the bottom to the top
-    if isinstance(backbone, Swin):
-        layers = [[backbone.features[0]]]
-        for stage, blocks in enumerate(backbone.stages()):
-            merging = [backbone.features[2 * stage]] if stage else []
-            layers += [[*merging, blocks[0]], *([block] for block in blocks[1:])]
-        layers[-1].append(backbone.norm)
-    elif isinstance(backbone, VisionTransformer):
-        tokens = [
-            value
-            for name, value in backbone.named_parameters()
-            if name.endswith(("class_token", "pos_embedding"))
-        ]
-        layers = [
-            [backbone.conv_proj, nn.ParameterList(tokens)],
-            *([block] for block in backbone.blocks()),
-        ]
-        layers[-1].append(backbone.encoder["ln"])
-    elif isinstance(backbone, ResNet):
-        layers = [
-            [backbone.conv1, backbone.bn1], [backbone.layer1], [backbone.layer2], [backbone.layer3], [backbone.layer4]
-        ]  # fmt: skip
-    else:
-        raise InputError(
-            f"optimizer.layer_decay: the layers of {type(backbone).__name__} are not known; set it to 1"
-        )
-    return {
-        parameter: depth
-        for depth, modules in enumerate(reversed(layers), start=1)
-        for module in modules
-        for parameter in module.parameters()
-    }

@@ -416,8 +416,8 @@ def test_a_resume_in_the_middle_of_a_streak_keeps_the_count(runner, monkeypatch,
 def test_fine_tuning_skips_bad_steps_too(tmp_path, monkeypatch):
     import moco.segmentation.segmenter as module
     from moco.segment import run as segment
+    from tests.segmentation.shapes import draw_shapes
     from tests.segmentation.test_segment import FROM_SCRATCH, config_of
-    from tests.segmentation.test_segmentation_data import draw_shapes
 
     original, calls = module.pixel_cross_entropy, iter(range(100))
     monkeypatch.setattr(

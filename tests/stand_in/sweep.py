@@ -33,8 +33,8 @@ from moco.methods.momentum import update_key_encoder
 from moco.models.swin.attention import WindowAttention
 from moco.training.distributed import collectives as distributed
 from tests.conftest import Runner
+from tests.segmentation.shapes import draw_shapes
 from tests.segmentation.test_segment import composed
-from tests.segmentation.test_segmentation_data import draw_shapes
 from tests.stand_in.gpu import StandInGPU
 
 METHODS = {

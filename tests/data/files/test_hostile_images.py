@@ -30,7 +30,7 @@ from moco.data.sources.folders import is_held_out
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import FileImages
 from moco.errors import InputError, printable
-from moco.segmentation.sources import build_segmentation_source
+from moco.segmentation.mask_sources import build_segmentation_source
 
 ODD_NAMES = [
     "ü ber.png",
@@ -232,7 +232,7 @@ def test_a_linked_folder_from_elsewhere_is_listed_once(image_tree, tmp_path):
 
 
 def test_segmentation_trees_with_loops_end(generator, tmp_path):
-    from tests.segmentation.test_segmentation_data import draw_shapes
+    from tests.segmentation.shapes import draw_shapes
 
     root = draw_shapes(tmp_path, num_train=4, num_val=2)
     for folder in ("images", "masks"):
@@ -243,7 +243,7 @@ def test_segmentation_trees_with_loops_end(generator, tmp_path):
 
 
 def test_masks_and_their_images_hold_to_the_limit(tmp_path):
-    from tests.segmentation.test_segmentation_data import draw_shapes
+    from tests.segmentation.shapes import draw_shapes
 
     root = draw_shapes(tmp_path, num_train=4, num_val=2)
     with Image.open(next(root.glob("images/train/*.png"))) as image:

@@ -1,0 +1,238 @@
+"""What ``moco.segment`` trains with, built from its config: backbone, data, model, Trainer."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+
+from moco.callbacks.bad_steps import BadSteps
+from moco.callbacks.checkpoints import Checkpoints
+from moco.callbacks.progress import ProgressBar
+from moco.callbacks.segmentation_monitor import SegmentationMonitor
+from moco.callbacks.training_monitor import LossMonitor
+from moco.cli.checks import check_deterministic_segmentation
+from moco.cli.starting_backbone import StartingBackbone, pretrained_backbone, untrained_backbone
+from moco.config.pretrained import given_settings
+from moco.config.segment import SegmentConfig
+from moco.errors import InputError
+from moco.models.swin.backbone import Swin
+from moco.runs.checkpoint_files import read_checkpoint
+from moco.runs.interrupts import StopRequest
+from moco.runs.config_changes import differences, last_good
+from moco.segmentation.decoders import choose_decoder
+from moco.segmentation.mask_augmentation import SegmentationView
+from moco.segmentation.mask_sources import build_segmentation_source
+from moco.segmentation.segmentation_data import SegmentationData
+from moco.segmentation.segmenter import Segmenter
+from moco.training import trainer
+from moco.training.logger import RunDescription
+
+log = logging.getLogger(__name__)
+
+SWIN_LAYER_DECAY = 0.9  # with which SimMIM (arXiv 2111.09886) fine-tunes Swin
+
+
+def find_backbone(config: SegmentConfig) -> StartingBackbone:
+    """Return the backbone of the checkpoint, or one with random weights without a checkpoint.
+
+    Raises:
+        InputError: see `pretrained_backbone` and `untrained_backbone`.
+    """
+    given = given_settings(config.backbone)
+    mean, std = config.augmentation.mean, config.augmentation.std
+    if config.checkpoint is not None:
+        return pretrained_backbone(
+            config.checkpoint, config.encoder, given, config.image_size, mean, std
+        )
+    if config.freeze_backbone:
+        log.warning(
+            "freeze_backbone=true and checkpoint=null: the backbone stays at its random weights"
+        )
+    return untrained_backbone(given, config.image_size, mean, std)
+
+
+def build_data(config: SegmentConfig, start: StartingBackbone) -> SegmentationData:
+    """Return the loaders of the dataset, with every file checked.
+
+    Raises:
+        InputError: the dataset cannot be used, or a setting of data or augmentation is wrong.
+    """
+    view = SegmentationView(
+        start.image_size,
+        scale=config.augmentation.scale,
+        horizontal_flip=config.augmentation.horizontal_flip,
+        color_jitter=config.augmentation.color_jitter,
+        mean=start.mean,
+        std=start.std,
+        ignore_index=config.data.ignore_index,
+        seed=config.seed,
+    )
+    source = build_segmentation_source(
+        config.data.name,
+        config.data.root,
+        download=config.data.download,
+        num_classes=config.data.num_classes,
+        class_names=config.data.class_names,
+        ignore_index=config.data.ignore_index,
+        max_image_pixels=config.data.max_image_pixels,
+    )
+    return SegmentationData(
+        source,
+        view,
+        image_size=start.image_size,
+        batch_size=config.data.batch_size,
+        batches_per_step=config.trainer.accumulate_grad_batches,
+        evaluation_batch_size=config.evaluation.batch_size,
+        num_workers=config.data.num_workers,
+        seed=config.seed,
+    )
+
+
+def check_decoder(config: SegmentConfig, start: StartingBackbone) -> str:
+    """Return the name of the decoder.
+
+    Raises:
+        InputError: a package is missing, the images are too small, or the decoder cannot be
+            deterministic where it has to be.
+    """
+    name = choose_decoder(config.decoder.name, config.freeze_backbone)
+    cell = start.backbone.feature_map_strides[-1]
+    if start.image_size < cell:
+        raise InputError(
+            f"image_size={start.image_size}: expected at least {cell}, "
+            "a cell of the backbone's last map"
+        )
+    check_deterministic_segmentation(
+        config.trainer, start.backbone, name, start.image_size, config.freeze_backbone
+    )
+    return name
+
+
+def build_segmenter(
+    config: SegmentConfig, start: StartingBackbone, decoder: str, class_names: Sequence[str]
+) -> Segmenter:
+    """Return the model with the weights of the backbone.
+
+    The decoder's weights are the same for every backbone of one architecture and seed.
+    """
+    optimizer = dataclasses.asdict(config.optimizer)
+    if optimizer["layer_decay"] is None:
+        is_pretrained = config.checkpoint is not None
+        is_swin = isinstance(start.backbone, Swin)
+        optimizer["layer_decay"] = SWIN_LAYER_DECAY if is_pretrained and is_swin else 1.0
+    # Building the backbone has drawn random numbers, and how many depends on where it is from.
+    torch.manual_seed(config.seed)
+    segmenter = Segmenter(
+        backbone=start.settings,
+        decoder={"name": decoder, "channels": config.decoder.channels},
+        optimizer=optimizer,
+        num_classes=len(class_names),
+        ignore_index=config.data.ignore_index,
+        freeze_backbone=config.freeze_backbone,
+        image_size=start.image_size,
+        class_names=list(class_names),
+        mean=start.mean,
+        std=start.std,
+    )
+    segmenter.model.backbone.load_state_dict(start.backbone.state_dict())
+    log.info(
+        "decoder: %s; %d classes; layer decay %g",
+        decoder,
+        len(class_names),
+        optimizer["layer_decay"],
+    )
+    return segmenter
+
+
+def build_trainer(
+    config: SegmentConfig,
+    folder: Path,
+    figures: dict[str, Any],
+    console: Console,
+    stop: StopRequest,
+) -> pl.Trainer:
+    """Return Lightning's Trainer with the callbacks of a segmentation run.
+
+    Args:
+        folder: the run folder.
+        figures: what the callbacks report into.
+        stop: true once the run has been asked to stop.
+    """
+    plain = dataclasses.asdict(config)
+    log_every_n_steps = config.trainer.log_every_n_steps
+    # The order matters: the progress bar and the checkpoint show what the monitors have reported.
+    callbacks = [
+        LossMonitor(figures, log_every_n_steps),
+        BadSteps(
+            figures,
+            config.trainer.max_bad_steps,
+            log_every_n_steps,
+            partial(last_good, folder),
+        ),
+        SegmentationMonitor(
+            figures,
+            inference=config.inference,
+            every_n_epochs=config.evaluation.every_n_epochs,
+            num_plotted_images=config.evaluation.num_plotted_images,
+            should_stop=lambda: bool(stop),
+        ),
+        RunDescription(folder, plain, ["segment/miou", "epoch/loss"]),
+        ProgressBar(figures, console, ("segment/miou", "mIoU")),
+        Checkpoints(
+            folder,
+            plain,
+            figures,
+            stop,
+            config.checkpoint_every_n_epochs,
+            monitor="segment/miou",
+        ),
+    ]
+    return trainer.build_trainer(dataclasses.asdict(config.trainer), folder, callbacks)
+
+
+def backbone_origin(config: SegmentConfig, start: StartingBackbone) -> dict[str, Any]:
+    """Return where the backbone is from, under the names of ``metrics.json``."""
+    figures = {
+        "segment/checkpoint": config.checkpoint,
+        "segment/encoder": None,
+        "segment/backbone": start.settings["name"],
+        "segment/freeze_backbone": config.freeze_backbone,
+    }
+    if config.checkpoint is not None:
+        figures["segment/encoder"] = config.encoder
+    if hasattr(start.backbone, "window_size"):
+        figures["segment/window_size"] = list(start.backbone.window_size)
+    return figures
+
+
+def check_resumable(path: Path, segmenter: Segmenter) -> None:
+    """Check that a checkpoint holds the tensors that this run has.
+
+    Raises:
+        InputError: it does not. The message names the settings.
+    """
+    there = tensor_settings(read_checkpoint(path)["hyper_parameters"])
+    here = tensor_settings(segmenter.hparams)
+    differing = differences(there, here)
+    if differing:
+        raise InputError(
+            f"resume={path}: the checkpoint is of another model or optimizer: "
+            f"{'; '.join(differing)}"
+        )
+
+
+def tensor_settings(hparams: Any) -> dict[str, Any]:
+    """Return the hyperparameters that decide which tensors a checkpoint holds."""
+    return {
+        "backbone": hparams.get("backbone"),
+        "decoder": hparams.get("decoder"),
+        "num_classes": hparams.get("num_classes"),
+        "freeze_backbone": hparams.get("freeze_backbone"),
+        "optimizer": {"layer_decay": hparams["optimizer"].get("layer_decay")},
+    }

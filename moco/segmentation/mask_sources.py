@@ -1,0 +1,320 @@
+"""Datasets with masks: a folder of images and masks, and Pascal VOC 2012.
+
+An image and its mask are paired by their paths. All pairs are checked before training begins.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moco.data.files.images import MAX_IMAGE_PIXELS
+from moco.data.files.listing import list_images
+from moco.data.sources.folders import is_held_out
+from moco.data.sources.registry import MASKED, SOURCES
+from moco.data.sources.torchvision_sets import torchvision_dataset
+from moco.errors import InputError, printable, unknown_name
+from moco.segmentation.mask_checks import (
+    and_more,
+    check_classes,
+    check_two_classes,
+    inspect_pairs,
+    warn_of_unseen_classes,
+)
+from moco.segmentation.masked_images import MaskedImages, Pair
+
+log = logging.getLogger(__name__)
+
+# Pascal VOC 2012: the background and 20 classes, in the order of their numbers.
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
+)  # fmt: skip
+
+# Folders below images and masks. The first one that exists is used.
+TRAINING_FOLDERS = ("train", "training")
+VALIDATION_FOLDERS = ("val", "validation", "test")
+VALIDATION_SHARE = 0.1  # where the dataset has no such folder
+
+
+@dataclass(frozen=True)
+class SegmentationSource:
+    """What a segmentation run trains on, and what it is measured on."""
+
+    train: MaskedImages
+    validation: MaskedImages
+    class_names: tuple[str, ...]
+    """The name of each class; the class number is the position."""
+    ignore_index: int
+    """The number of pixels that have no class."""
+
+
+class Listing(NamedTuple):
+    """The files of a dataset, before any of them is opened."""
+
+    train: list[Pair]
+    validation: list[Pair]
+    class_names: Sequence[str]
+    """Empty if the dataset does not name its classes."""
+    names_origin: str
+    """Where the names come from, for messages."""
+
+
+def build_segmentation_source(
+    name: str | None,
+    root: Any,
+    *,
+    download: bool = False,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    ignore_index: int = 255,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+) -> SegmentationSource:
+    """Return the dataset `name`, with every pair of files checked.
+
+    Args:
+        name: ``segmentation_folder`` or ``voc2012``.
+        root: the dataset's folder.
+        download: let torchvision download VOC if it is not there.
+        num_classes: None: the number of class names, or else the largest number in any mask
+            plus one.
+        class_names: None: the dataset's own, or the numbers.
+        ignore_index: the number of pixels that have no class.
+        max_image_pixels: an image or mask with more pixels is refused.
+
+    Raises:
+        InputError: the dataset cannot be used. The message names the file or the key.
+    """
+    listing = list_files(name, root, download)
+    # Names decide the number of classes. Without names the masks do, further below.
+    names, names_origin = listing.class_names, listing.names_origin
+    if class_names:
+        names, names_origin = class_names, "data.class_names"
+    check_class_names(names, names_origin, num_classes)
+
+    started = time.monotonic()
+    train = inspect_pairs(listing.train, ignore_index, max_image_pixels)
+    validation = inspect_pairs(listing.validation, ignore_index, max_image_pixels)
+    log.info(
+        "%d training images and %d held-out images, all checked in %.1f s",
+        len(listing.train),
+        len(listing.validation),
+        time.monotonic() - started,
+    )
+    check_two_classes(root, train.numbers, ignore_index)
+    if not names:
+        count = num_classes or count_classes([*train.numbers, *validation.numbers])
+        names = [str(number) for number in range(count)]
+        names_origin = "data.num_classes"
+    check_classes(listing.train, train.largest, len(names), names_origin)
+    check_classes(listing.validation, validation.largest, len(names), names_origin)
+    warn_of_unseen_classes(names, train.numbers, ignore_index)
+    if ignore_index < len(names):
+        log.warning(
+            "the class %s is left out, because its number is data.ignore_index=%d",
+            names[ignore_index],
+            ignore_index,
+        )
+    return SegmentationSource(
+        MaskedImages(listing.train, train.sizes, max_image_pixels),
+        MaskedImages(listing.validation, validation.sizes, max_image_pixels),
+        tuple(names),
+        ignore_index,
+    )
+
+
+def list_files(name: str | None, root: Any, download: bool) -> Listing:
+    """List the files of the dataset `name`.
+
+    Raises:
+        InputError: there is no such dataset with masks, or its folder is not given or is wrong.
+    """
+    if name in SOURCES:
+        choices = ", ".join(MASKED)
+        raise InputError(f"data={name}: this dataset has no masks (choices: {choices})")
+    if name not in MASKED:
+        raise InputError(f"data.name: {unknown_name('dataset', str(name), MASKED)}")
+    if not isinstance(root, str):
+        raise InputError(f"data.root={root}: expected the dataset's folder; give data.root=PATH")
+    if name == "voc2012":
+        return list_voc2012(root, download)
+    return list_segmentation_folder(root)
+
+
+def check_class_names(names: Sequence[str], origin: str, num_classes: int | None) -> None:
+    """Raise InputError if a class name occurs twice, or the names are not `num_classes`."""
+    for name in names:
+        if list(names).count(name) > 1:
+            raise InputError(f"{origin}: the class name {name} occurs twice")
+    if num_classes and names and num_classes != len(names):
+        raise InputError(f"data.num_classes={num_classes}: {origin} has {len(names)} names")
+
+
+def count_classes(numbers: Sequence[int]) -> int:
+    """Return the largest number in the masks plus one."""
+    largest = max(numbers)
+    log.info("%d classes: the largest number in the masks is %d", largest + 1, largest)
+    return largest + 1
+
+
+def list_segmentation_folder(root: str) -> Listing:
+    """List images below root/images and their masks below root/masks.
+
+    A mask has the path of its image, with the ending .png. Images below images/train (or training)
+    are for training; images below images/val (or validation, or test) are held out. Without such a
+    folder a tenth of the images is held out. Class names stand in root/classes.txt, one a line.
+
+    Raises:
+        InputError: a folder is missing, an image has no mask, or a mask has no image.
+    """
+    images, masks = Path(root, "images"), Path(root, "masks")
+    if not os.path.isdir(root):
+        raise InputError(f"data.root={root}: no such folder")
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise InputError(
+                f"data.root={root}: there is no folder {folder.name} in it; "
+                "expected the folders images and masks"
+            )
+    names_file = Path(root, "classes.txt")
+    names = read_class_names(names_file)
+    # Only the folders below images decide. Those below masks have to have the same names.
+    train_folder = first_folder(images, TRAINING_FOLDERS)
+    validation_folder = first_folder(images, VALIDATION_FOLDERS)
+    if train_folder is None:
+        if validation_folder is not None:
+            raise InputError(
+                f"data.root={root}: there is a folder images/{validation_folder}, but none to "
+                f"train on; expected images/{' or images/'.join(TRAINING_FOLDERS)}"
+            )
+        train, validation = hold_out_a_tenth(pair_files(images, masks))
+    elif validation_folder is None:
+        pairs = pair_files(images / train_folder, masks / train_folder)
+        train, validation = hold_out_a_tenth(pairs)
+    else:
+        train = list(pair_files(images / train_folder, masks / train_folder).values())
+        validation = list(
+            pair_files(images / validation_folder, masks / validation_folder).values()
+        )
+    return Listing(train, validation, names, str(names_file))
+
+
+def first_folder(parent: Path, names: Sequence[str]) -> str | None:
+    """Return the first of these folders that exists, or None."""
+    for name in names:
+        if (parent / name).is_dir():
+            return name
+    return None
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Read class names from a file, one a line. Return no name if there is no such file.
+
+    Raises:
+        InputError: the file is no text, or a line between two names is empty.
+    """
+    if not path.is_file():
+        return []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    # Empty lines at the end are no names. An empty line before a name would shift the numbers.
+    names = [line.strip() for line in text.rstrip().splitlines()]
+    if "" in names:
+        number = names.index("") + 1
+        raise InputError(f"{path}: line {number} is empty; expected a class name in every line")
+    return names
+
+
+def list_voc2012(root: str, download: bool) -> Listing:
+    """List Pascal VOC 2012: 1,464 training images, 1,449 held out."""
+    train = list_voc2012_part(root, "train", download)
+    # One archive holds both parts, so it is downloaded once.
+    validation = list_voc2012_part(root, "val", download=False)
+    return Listing(train, validation, VOC_CLASSES, "voc2012")
+
+
+def list_voc2012_part(root: str, image_set: str, download: bool) -> list[Pair]:
+    """List one part as torchvision unpacks it."""
+    part = torchvision_dataset(
+        "VOCSegmentation", root, year="2012", image_set=image_set, download=download
+    )
+    return [Pair(image, mask) for image, mask in zip(part.images, part.masks, strict=True)]
+
+
+def pair_files(images: Path, masks: Path) -> dict[str, Pair]:
+    """Pair the images below one folder with the masks below another.
+
+    Returns:
+        The pairs, sorted by their key: the path below the folder, without the ending.
+
+    Raises:
+        InputError: an image has no mask, a mask has no image, or two images have the same mask.
+    """
+    image_paths: dict[str, str] = {}
+    for path in list_images(images):
+        key = path_without_ending(images, path)
+        if key in image_paths:
+            message = f"{path}: {image_paths[key]} has the same mask, {masks / key}.png"
+            raise InputError(printable(message))
+        image_paths[key] = path
+    mask_paths: dict[str, str] = {}
+    for path in list_images(masks):
+        if path.lower().endswith(".png"):
+            mask_paths[path_without_ending(masks, path)] = path
+
+    # The first in alphabetical order is named, so that the message is the same on every machine.
+    without_mask = sorted(image_paths.keys() - mask_paths.keys())
+    if without_mask:
+        key = without_mask[0]
+        message = f"{image_paths[key]}: there is no mask {masks / key}.png"
+        raise InputError(printable(message + and_more(len(without_mask))))
+    without_image = sorted(mask_paths.keys() - image_paths.keys())
+    if without_image:
+        key = without_image[0]
+        message = f"{mask_paths[key]}: there is no image of that name in {images}"
+        raise InputError(printable(message + and_more(len(without_image))))
+    return {key: Pair(image_paths[key], mask_paths[key]) for key in sorted(image_paths)}
+
+
+def path_without_ending(folder: Path, path: str) -> str:
+    """Return the part of a path below `folder`, without its ending."""
+    return os.path.splitext(os.path.relpath(path, folder))[0]
+
+
+def hold_out_a_tenth(pairs: dict[str, Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Split pairs by a hash of their keys: at least one is held out, and at least one is not.
+
+    Returns:
+        The pairs to train on, and those that are held out.
+
+    Raises:
+        InputError: there is only one pair.
+    """
+    if len(pairs) < 2:
+        only = next(iter(pairs.values()))
+        raise InputError(
+            f"{printable(only.image)}: this is the only image; at least one more is needed, "
+            "because one is held out"
+        )
+    held_out = is_held_out(map(os.fsencode, pairs), VALIDATION_SHARE)
+    # With few images the hash may choose none of them, or all.
+    if not held_out.any() or held_out.all():
+        held_out = np.arange(len(pairs)) == 0
+    train, validation = [], []
+    for pair, is_in_validation in zip(pairs.values(), held_out, strict=True):
+        if is_in_validation:
+            validation.append(pair)
+        else:
+            train.append(pair)
+    log.info(
+        "%d of %d images are held out, chosen by a hash of their names", len(validation), len(pairs)
+    )
+    return train, validation

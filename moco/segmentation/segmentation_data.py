@@ -1,0 +1,108 @@
+"""The data of a segmentation run as a Lightning data module."""
+
+import pytorch_lightning as pl
+
+from moco.data.files.images import UnreadableImage
+from moco.data.loading.datamodule import check_batch_size
+from moco.data.loading.loaders import ResumableLoader
+from moco.data.loading.lost_workers import WatchedLoader
+from moco.data.loading.samplers import EpochSampler
+from moco.data.loading.workers import device_of
+from moco.errors import InputError, printable
+from moco.segmentation.mask_augmentation import SegmentationView
+from moco.segmentation.mask_batches import MaskBatch, crop_loader, whole_image_loader
+from moco.segmentation.mask_sources import SegmentationSource
+from moco.segmentation.masked_images import MaskedImages
+
+
+class SegmentationData(pl.LightningDataModule):
+    """Augmented crops in a reproducible order to train on, and whole images to measure on.
+
+    Args:
+        source: the images with masks.
+        view: makes the training crops.
+        image_size: side of the crops, px.
+        batch_size: images per optimizer step, over all accumulated batches.
+        batches_per_step: accumulated batches. Each gets batch_size / batches_per_step images.
+        evaluation_batch_size: whole images at once, if they have one size.
+        num_workers: loader processes; 0 loads in this process.
+        seed: of the order of the images.
+
+    Raises:
+        InputError: the batch does not divide evenly, there are fewer images than one batch, or a
+            batch holds a single image.
+    """
+
+    def __init__(
+        self,
+        source: SegmentationSource,
+        view: SegmentationView,
+        *,
+        image_size: int,
+        batch_size: int,
+        batches_per_step: int = 1,
+        evaluation_batch_size: int = 1,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_batch_size(batch_size, batches_per_step, len(source.train))
+        if batch_size // batches_per_step < 2:
+            raise InputError(
+                f"data.batch_size={batch_size}: a batch would hold one image; "
+                "the decoders' BatchNorm needs at least two"
+            )
+        self.source = source
+        self.view = view
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.batches_per_step = batches_per_step
+        self.evaluation_batch_size = evaluation_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+
+    def train_dataloader(self) -> ResumableLoader:
+        sampler = EpochSampler(len(self.source.train), self.batch_size, self.seed, 0, 1)
+        return crop_loader(
+            self.source.train,
+            self.view,
+            self.image_size,
+            sampler,
+            self.batch_size // self.batches_per_step,
+            self.num_workers,
+            device_of(self),
+        )
+
+    def evaluation_dataloader(self) -> WatchedLoader:
+        """Return a loader of the held-out images at their own size."""
+        return whole_image_loader(
+            self.source.validation,
+            self.view.normalize,
+            self.evaluation_batch_size,
+            self.num_workers,
+            device_of(self),
+        )
+
+    def on_before_batch_transfer(self, batch: MaskBatch, dataloader_idx: int) -> MaskBatch:
+        check_readable(batch, self.source.train)
+        return batch
+
+
+def check_readable(batch: MaskBatch, images: MaskedImages) -> None:
+    """Check that every image of a batch could be read.
+
+    The check runs in the training process, because an error in a loader process would come with
+    the traceback of that process.
+
+    Raises:
+        InputError: an image could not be read. The message names the file.
+    """
+    for index in batch.indices[batch.unreadable].tolist():
+        try:
+            images[index]
+        except UnreadableImage as error:
+            raise InputError(str(error)) from error
+        raise InputError(
+            f"{printable(images.name(index))}: the image or its mask could not be read at first, "
+            "but could be read at a second attempt; is the storage reliable?"
+        )
