@@ -1,6 +1,8 @@
-"""The arrows between the rooms: who may import whom."""
+"""Who may import whom, and how files are named."""
 
 import ast
+import sys
+from collections import Counter
 
 import pytest
 
@@ -8,69 +10,137 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "moco"
 PROGRAMS = {"train", "evaluate", "segment", "embed", "preview", "export", "pack", "sweep"}
-# A room may import itself, moco.errors and these.
+# The packages that a package may import, beside itself and moco.errors.
 ALLOWED = {
-    "models": {"weights"},
-    "weights": {"methods", "models", "runs"},
-    "data": set(),
-    "runs": {"callbacks", "weights"},
-    "training": {"callbacks", "runs"},
-    "methods": {"models", "training"},
-    "evaluation": {"callbacks", "data", "runs", "segmentation"},
-    "segmentation": {"data", "models", "training"},
-    "callbacks": {"data", "evaluation", "runs", "segmentation", "training"},
-    "cli": {"callbacks", "config", "data", "methods", "models", "runs", "training"},
-    "config": set(),
     "errors": set(),
     "__init__": set(),
+    "config": set(),
+    "runs": set(),
+    "models": set(),
+    "data": set(),
+    "training": {"runs"},
+    "methods": {"models", "training"},
+    "segmentation": {"data", "models", "training"},
+    "weights": {"methods", "models", "runs"},
+    "evaluation": {"data", "runs", "segmentation"},
+    "callbacks": {"data", "evaluation", "runs", "segmentation", "training"},
+    "cli": {
+        "callbacks",
+        "config",
+        "data",
+        "evaluation",
+        "methods",
+        "models",
+        "runs",
+        "segmentation",
+        "training",
+        "weights",
+    },
 }
+# The only files of another package that these packages may import.
+ONLY = {
+    ("methods", "training"): {
+        "moco.training.distributed.collectives",
+        "moco.training.optimizers",
+    },
+    ("segmentation", "training"): {"moco.training.fine_tuning"},
+}
+# Pure functions of tensors and arrays: these files import nothing of ours.
 LEAVES = [
-    "evaluation/neighbors.py",
-    "evaluation/features.py",
+    "evaluation/collapse.py",
     "evaluation/diagnostics.py",
+    "evaluation/features.py",
+    "evaluation/neighbors.py",
     "evaluation/reports/drawing.py",
-    "segmentation/metrics.py",
+    "methods/key_queue.py",
     "methods/losses.py",
     "methods/momentum.py",
-    "methods/key_queue.py",
+    "segmentation/comparison_plot.py",
+    "segmentation/inference.py",
+    "segmentation/metrics.py",
 ]
-
-
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: import by full name"
-            yield node.module
-
-
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
+def module_name(path):
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    if parts[-1] == "__init__":
+        parts = parts[:-1]
+    return ".".join(parts)
+
+
+NAMES = {module_name(path) for path in MODULES}
+
+
+def imports(path):
+    """Return the names of all modules that a file imports, also inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: import by full name"
+            for alias in node.names:
+                full_name = f"{node.module}.{alias.name}"
+                found.append(full_name if full_name in NAMES else node.module)
+    return found
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_rooms_import_only_what_they_may(path):
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if room in PROGRAMS:
+def test_packages_import_only_what_they_may(path):
+    package = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if package in PROGRAMS:
         return
     for name in imports(path):
         if name.startswith("moco."):
             target = name.split(".")[1]
-            assert target in ALLOWED[room] | {room, "errors"}, f"{room} imports {name}"
-        if room not in ("config", "cli"):
-            assert name.split(".")[0] not in ("hydra", "omegaconf"), (
-                f"{path} knows about config files"
-            )
+            assert target in ALLOWED[package] | {package, "errors"}, f"{package} imports {name}"
+            only = ONLY.get((package, target))
+            assert only is None or name in only, f"{package} imports {name}"
+        if package not in ("config", "cli"):
+            library = name.split(".")[0]
+            assert library not in ("hydra", "omegaconf"), f"{path} knows about config files"
+
+
+def test_no_two_files_import_each_other_even_through_others():
+    graph = {}
+    for path in MODULES:
+        name = module_name(path)
+        graph[name] = {target for target in imports(path) if target in NAMES and target != name}
+    done = set()
+
+    def visit(name, way):
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for target in graph[name]:
+                visit(target, [*way, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_leaves_import_no_other_room(leaf):
+def test_leaves_import_nothing_of_ours(leaf):
     assert not [name for name in imports(PACKAGE / leaf) if name.startswith("moco.")]
 
 
-def test_no_drawers_and_no_names_of_the_standard_library():
-    import sys
+def test_methods_know_neither_the_trainer_nor_tensorboard():
+    for path in (PACKAGE / "methods").glob("*.py"):
+        text = path.read_text()
+        assert "tensorboard" not in text.lower(), path
+        assert "pl.Trainer(" not in text, path
 
-    names = {path.stem for path in MODULES if path.stem != "__init__"}
-    assert not names & {"utils", "common", "helpers", "misc"}
-    assert not names & set(sys.stdlib_module_names)
+
+def test_every_package_says_what_it_is():
+    for path in PACKAGE.rglob("__init__.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_a_file_name_is_used_once_and_says_something():
+    stems = Counter(path.stem for path in MODULES if path.stem != "__init__")
+    in_use_by_config = {path.stem for path in (PACKAGE / "config").glob("*.py")}
+    twice = {name for name, count in stems.items() if count > 1} - in_use_by_config
+    assert not twice
+    assert not set(stems) & {"utils", "common", "helpers", "misc"}
+    assert not set(stems) & set(sys.stdlib_module_names)

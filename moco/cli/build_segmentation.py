@@ -23,8 +23,9 @@ from moco.config.segment import SegmentConfig
 from moco.errors import InputError
 from moco.models.swin.backbone import Swin
 from moco.runs.checkpoint_files import read_checkpoint
+from moco.runs.config_changes import differences
 from moco.runs.interrupts import StopRequest
-from moco.runs.config_changes import differences, last_good
+from moco.runs.run_folder import last_good
 from moco.segmentation.decoders import choose_decoder
 from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.mask_sources import build_segmentation_source
