@@ -15,6 +15,7 @@ from torch import nn
 from moco.callbacks.bad_steps import BadSteps
 from moco.cli.build_pretraining import build_data
 from moco.data.loading.datamodule import PretrainingData
+from moco.errors import RunError
 from moco.train import run
 from tests.methods.test_moco import Losses
 

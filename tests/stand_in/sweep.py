@@ -15,6 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -252,9 +253,7 @@ def one_of_two(gpu, folder, overrides, mode):
         patches.enter_context(mock.patch.object(distributed, "world_size", return_value=2))
         patches.enter_context(mock.patch.object(distributed, "_steps", "gloo"))
         for name in names:
-            call = lambda *tensors, name=name, **options: stand_in_collective(
-                name, *tensors, **options
-            )
+            call = partial(stand_in_collective, name)
             patches.enter_context(mock.patch.object(distributed.dist, name, call))
         return waits_of_second_step(gpu, method, batch)
 
