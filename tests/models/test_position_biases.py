@@ -199,7 +199,7 @@ def test_the_knn_of_a_run_is_that_of_its_checkpoint(name, optimizer, runner, tmp
     of_checkpoint = EvaluateConfig(
         str(tmp_path / "run" / "checkpoints" / "last.ckpt"),
         EvaluateDataConfig(),
-        EvaluationConfig(images=False, label_free=False),
+        EvaluationConfig(plots=False, label_free=False),
         "cpu",
     )
     evaluate.run(of_checkpoint, tmp_path / "evaluation")
