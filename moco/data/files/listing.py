@@ -112,24 +112,30 @@ def list_images(root: str | Path) -> list[str]:
     Raises:
         InputError: the folder does not exist or holds no images.
     """
-    paths, _, _ = list_tree(str(root))
+    paths, _, _ = list_trees([str(root)])
     return list(paths)
 
 
-def list_tree(root: str) -> tuple[PathList, list[Folder], bool]:
+def list_trees(roots: Sequence[str]) -> tuple[PathList, list[Folder], bool]:
     """Return the images of `list_images`, the listed folders, and whether all could be read."""
-    check_folder(root)
-    folders, is_complete = list_folders(root)
-    runs = []
-    for folder in folders:
-        runs += folder.runs
-    if not runs:
-        raise InputError(
-            f"data.root={root}: no images in there (looked for {', '.join(EXTENSIONS)} "
-            "at any depth)"
-        )
-    runs.sort()
-    return PathList.of_bytes(text for _, text in runs), folders, is_complete
+    texts: list[bytes] = []
+    folders: list[Folder] = []
+    is_complete = True
+    for root in roots:
+        check_folder(root)
+        found, could_be_read = list_folders(root)
+        runs = []
+        for folder in found:
+            runs += folder.runs
+        if not runs:
+            raise InputError(
+                f"data.root={root}: no images in there (looked for {', '.join(EXTENSIONS)} "
+                "at any depth)"
+            )
+        texts += [text for _, text in sorted(runs)]
+        folders += found
+        is_complete = is_complete and could_be_read
+    return PathList.of_bytes(texts), folders, is_complete
 
 
 def check_folder(root: str) -> None:
@@ -147,7 +153,10 @@ def list_folders(root: str) -> tuple[list[Folder], bool]:
     pending = deque([root])
     linked: deque[str] = deque()  # links wait until all folders are listed by their own names
     # A link to a folder above root would lead to what is beside root.
-    seen = {identity(folder) for folder in Path(root).resolve().parents}
+    seen = set()
+    for parent in Path(root).resolve().parents:
+        status = os.stat(parent)
+        seen.add((status.st_dev, status.st_ino))
     found: list[Folder] = []
     is_complete = True
     num_files = 0
@@ -155,7 +164,10 @@ def list_folders(root: str) -> tuple[list[Folder], bool]:
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         scanner = Scanner(pool)
         while pending or linked:
-            batch = next_batch(pending, linked)
+            if not pending:
+                pending.append(linked.popleft())
+            size = min(FOLDERS_PER_BATCH, len(pending))
+            batch = [pending.popleft() for _ in range(size)]
             for path, folder in zip(batch, scanner.scan(batch), strict=True):
                 if isinstance(folder, OSError):
                     log.warning(
@@ -174,14 +186,6 @@ def list_folders(root: str) -> tuple[list[Folder], bool]:
                 last_report = time.perf_counter()
                 log.info("listing %s: %s images so far", printable(root), f"{num_files:,}")
     return found, is_complete
-
-
-def next_batch(pending: deque[str], linked: deque[str]) -> list[str]:
-    """Remove and return the next folders to list: one link if no other folders are left."""
-    if not pending:
-        return [linked.popleft()]
-    size = min(FOLDERS_PER_BATCH, len(pending))
-    return [pending.popleft() for _ in range(size)]
 
 
 class Scanner:
@@ -215,64 +219,33 @@ def count_waits() -> int:
 
 def scan_folder(path: str) -> Folder | OSError:
     """Return a folder's content, or the error if it cannot be read."""
+    names: list[str] = []
+    folders: list[str] = []
+    links: list[str] = []
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            status = os.fstat(descriptor)
-            names, folders, links = read_entries(descriptor)
-        finally:
-            os.close(descriptor)
+        # Before its entries are read, so that a change in between counts as a later one.
+        status = os.stat(path)
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if not is_folder(entry):
+                    names.append(entry.name)
+                elif entry.is_symlink():
+                    links.append(entry.name)
+                else:
+                    folders.append(entry.name)
     except OSError as error:
         return error
+    images = sorted(name for name in names if name.lower().endswith(EXTENSIONS))
     prefix = os.path.join(path, "")
     return Folder(
         path,
         (status.st_dev, status.st_ino),
         status.st_mtime_ns,
-        [prefix + name for name in folders],
-        [prefix + name for name in links],
-        cut_into_runs(prefix, names, [*folders, *links]),
-        len(names),
+        [prefix + name for name in sorted(folders)],
+        [prefix + name for name in sorted(links)],
+        cut_into_runs(prefix, images, folders + links),
+        len(images),
     )
-
-
-def read_entries(descriptor: int) -> tuple[list[str], list[str], list[str]]:
-    """Return the names of images, folders, and links to folders, each in sorted order.
-
-    Args:
-        descriptor: an open folder. Given its path, `os.scandir` would build a path for each entry,
-            which takes a tenth of the time.
-    """
-    with os.scandir(descriptor) as iterator:
-        entries = list(iterator)
-    try:
-        # This asks the file system about links alone.
-        names = [entry.name for entry in entries if not entry.is_dir()]
-    except OSError:  # a link to itself
-        names = [entry.name for entry in entries if not is_folder(entry)]
-    folders: list[str] = []
-    links: list[str] = []
-    if len(names) < len(entries):
-        for entry in entries:
-            if is_folder(entry):
-                if entry.is_symlink():
-                    links.append(entry.name)
-                else:
-                    folders.append(entry.name)
-    return select_images(sorted(names)), sorted(folders), sorted(links)
-
-
-def select_images(names: list[str]) -> list[str]:
-    """Return the names with an image's extension, in upper or lower case."""
-    if not names:
-        return names
-    _, ending = os.path.splitext(names[0])
-    if ending.lower() in EXTENSIONS:
-        # Usually all names end as the first one does; counting is much faster than asking each.
-        joined = "\0".join(names) + "\0"
-        if joined.count(f"{ending}\0") == len(names):
-            return names
-    return [name for name in names if name.lower().endswith(EXTENSIONS)]
 
 
 def cut_into_runs(prefix: str, names: list[str], folders: list[str]) -> list[tuple[str, bytes]]:
@@ -287,12 +260,6 @@ def cut_into_runs(prefix: str, names: list[str], folders: list[str]) -> list[tup
             paths = prefix + f"\0{prefix}".join(names[start:end]) + "\0"
             runs.append((prefix + names[start], os.fsencode(paths)))
     return runs
-
-
-def identity(path: str | Path) -> tuple[int, int]:
-    """Return the device and inode of a file or folder."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -312,13 +279,10 @@ def count_pages(paths: PathList) -> np.ndarray:
     A TIFF file may hold several; other files and unreadable files count as one image.
     """
     num_pages = np.ones(len(paths), dtype=np.int64)
-    tiff_files = []
-    for index, path in enumerate(paths):
-        if path.lower().endswith((".tif", ".tiff")):
-            tiff_files.append(index)
+    endings = (".tif", ".tiff")
+    tiff_files = [index for index, path in enumerate(paths) if path.lower().endswith(endings)]
     with pillow_warnings_ignored(), ThreadPoolExecutor(NUM_THREADS) as pool:
-        tiff_paths = [paths[index] for index in tiff_files]
-        num_pages[tiff_files] = list(pool.map(pages_of, tiff_paths))
+        num_pages[tiff_files] = list(pool.map(pages_of, [paths[index] for index in tiff_files]))
     return num_pages
 
 
