@@ -80,7 +80,7 @@ def test_a_finished_part_is_not_done_again(tmp_path, photographs, monkeypatch):
     add = CopyWriter.add
 
     def broken(self, chunk):
-        if chunk.stop > 16:
+        if self.num_done >= 16:
             raise Interrupted(signal.SIGINT, "stopped")
         add(self, chunk)
 
@@ -150,7 +150,7 @@ def test_a_full_disk_is_one_line_and_the_copy_goes_on_later(tmp_path, photograph
     )
 
     def full(self, chunk):
-        if chunk.stop > 16:
+        if self.num_done >= 16:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         add(self, chunk)
 
