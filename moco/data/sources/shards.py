@@ -20,13 +20,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from PIL import Image
-
 from moco.data.files.decoding import EncodedImage, encoded
 from moco.data.files.images import EXTENSIONS, UnreadableImage
 from moco.data.sources.folders import list_of_paths
 from moco.data.sources.packed_copy import INDEX, check_finished, read_index
-from moco.data.sources.source import DataSource
+from moco.data.sources.source import DataSource, Images
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -59,7 +57,7 @@ class Problem(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShardedImages:
+class ShardedImages(Images):
     """Training images in shards: their number is known, and they arrive as a stream.
 
     `moco.data.loading.streams` makes the streams.
@@ -75,9 +73,6 @@ class ShardedImages:
 
     def __len__(self) -> int:
         return self.num_images
-
-    def __getitem__(self, index: int) -> Image.Image:
-        raise InputError(NO_INDEX)
 
     def opened(self, index: int) -> EncodedImage:
         """Raise InputError: a stream has no images by number."""
@@ -126,9 +121,8 @@ def find_num_images(root: Any, shards: Sequence[str]) -> int:
                 "whose samples can be counted"
             )
     started = time.monotonic()
-    num_images, problems = count_images(shards)
-    for problem in problems:
-        log.warning("%s", problem.reason)
+    with ThreadPoolExecutor() as pool:
+        num_images = sum(pool.map(count_images, shards))
     if num_images == 0:
         raise InputError(f"data.root={root}: no images in the {len(shards)} shards")
     log.info(
@@ -354,54 +348,19 @@ def command_has_failed(stream: Any) -> bool:
         return False
 
 
-def count_images(shards: Sequence[str]) -> tuple[int, list[Problem]]:
-    """Return the number of images in local shards, and which shards are damaged or empty.
+def count_images(shard: str) -> int:
+    """Return the number of images in a local shard; reading it says whether it is damaged.
 
-    The members' headers are read, and the images are not.
+    The members' headers are read, and the images are not: the last one may be cut off.
 
     Raises:
         InputError: see `images_in`.
     """
-    total = 0
-    problems = []
-    with ThreadPoolExecutor() as pool:
-        for num_images, problem in pool.map(count_in_shard, shards):
-            total += num_images
-            if problem is not None:
-                problems.append(problem)
-    return total, problems
-
-
-def count_in_shard(shard: str) -> tuple[int, Problem | None]:
-    """Return the number of images in a local shard, and what is wrong with the shard."""
     num_images = 0
-    last_member: tarfile.TarInfo | None = None
-    try:
-        with tarfile.open(shard, mode="r:*", tarinfo=CheckedHeader) as archive:
-            try:
-                for member in image_members(archive, shard):
-                    num_images += 1
-                    last_member = member
-            except TAR_ERRORS:
-                # Only headers were read: the last image may be cut off.
-                if last_member is not None and not is_complete(archive, last_member):
-                    num_images -= 1
-                raise
-    except TAR_ERRORS as error:
-        return num_images, Problem(shard, describe_damage(shard, num_images, error), is_shard=True)
-    if num_images == 0:
-        return 0, Problem(shard, f"{printable(shard)}: no images in there", is_shard=True)
-    return num_images, None
-
-
-def is_complete(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
-    """Return whether a member's content is there up to its last byte."""
-    assert archive.fileobj is not None
-    try:
-        archive.fileobj.seek(member.offset_data + member.size - 1)
-        return bool(archive.fileobj.read(1))
-    except TAR_ERRORS:
-        return False
+    with suppress(*TAR_ERRORS), tarfile.open(shard, mode="r:*", tarinfo=CheckedHeader) as archive:
+        for _ in image_members(archive, shard):
+            num_images += 1
+    return num_images
 
 
 def describe_damage(shard: str, num_images: int, error: Exception) -> str:
