@@ -98,8 +98,7 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
                 writer.add(chunk)
                 progress.say(writer.num_done)
         writer.finish()
-    rows = describe_copy(output, index, pool, config.data.max_image_pixels)
-    print_table(console, "Packed", rows)
+    print_table(console, "Packed", describe_copy(index, pool))
     print(f"train with data=packed data.root={output}")
 
 

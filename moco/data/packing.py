@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import tarfile
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from PIL import Image
 from torch import Tensor
 
 from moco.data.augment.draws import derived_seed
-from moco.data.augment.views import ViewPair
 from moco.data.files.bad_fraction import check_bad_fraction
 from moco.data.files.decoding import EncodedFile, EncodedImage
 from moco.data.files.images import UnreadableImage
@@ -36,9 +34,7 @@ from moco.data.sources.packed_copy import (
     PIXELS,
     SIDES,
     TABLE,
-    PackedImages,
-    count_skipped,
-    packed_source,
+    check_finished,
     read_copy,
     read_index,
     read_table,
@@ -55,11 +51,9 @@ PARTS = "parts"  # a folder with the tables of the parts, until all parts are th
 IMAGES_PER_CHUNK = 8  # a worker returns these at once: 1.2 GB if they have 50 megapixels each
 TAR_BLOCK = tarfile.BLOCKSIZE
 NUM_SIZES = 256  # images whose size is read to estimate the size of an array
-NUM_TIMED_IMAGES = 512
-TIMED_BLOCK = 16  # images that are timed at once
 MAX_NAMED = 10  # damaged images that a message names
-FREE_SETTINGS = ("data.download", "data.max_bad_fraction", "data.max_image_pixels")
-"""Settings that may change when a copy goes on: they change no image."""
+FREE_SETTINGS = ("data", "data.download", "data.max_bad_fraction", "data.max_image_pixels")
+"""Settings that may change when a copy goes on: they change no image, or are compared one by one."""
 
 
 class Pool:
@@ -513,18 +507,15 @@ def different_settings(index: Mapping[str, Any], settings: Mapping[str, Any]) ->
     if index["format"] == "array":  # an array does not use the quality
         here["quality"] = there["quality"]
     different = []
-    for key in sorted(there.keys() | here.keys()):
-        if key not in FREE_SETTINGS and there.get(key) != here.get(key):
-            different.append(f"{key}: {there.get(key)} there, {here.get(key)} here")
+    for key, value in here.items():
+        if key not in FREE_SETTINGS and there.get(key) != value:
+            different.append(f"{key}: {there.get(key)} there, {value} here")
     return different
 
 
 def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings in one dict; those of the source get the keys ``data.NAME``."""
-    flat = dict(settings)
-    for key, value in flat.pop("data", {}).items():
-        flat[f"data.{key}"] = value
-    return flat
+    return {**settings, **{f"data.{key}": value for key, value in settings["data"].items()}}
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
@@ -600,7 +591,7 @@ def estimate_array_bytes(pool: Pool, resize: int | None) -> int:
 
 
 def check_copy(folder: Path, pool: Pool) -> Iterator[int]:
-    """Compare a copy with its checksums, and its names with the source's.
+    """Compare a copy with its source's names and labels, and with its checksums.
 
     Yields:
         The number of images compared so far.
@@ -610,27 +601,22 @@ def check_copy(folder: Path, pool: Pool) -> Iterator[int]:
         RunError: something differs; the message names the first images or shards.
     """
     index = read_index(str(folder))
-    if not index["complete"]:
-        raise InputError(
-            f"output={folder}: not finished; start the same command without check, then check"
-        )
-    copy, table = read_copy(str(folder), index, max_image_pixels=1)  # nothing is decoded
-    num_packed = len(copy) + count_skipped(index)
-    if num_packed != len(pool):
+    check_finished(str(folder), index)
+    if index["source"] != pool.fingerprint():
         raise RunError(
-            f"{folder}: made of {num_packed} images, and the source has {len(pool)}; pack it anew"
+            f"{folder}: made of {index['source'].get('images')} images, and the source has "
+            f"{len(pool)}, or others; pack it anew"
         )
-    differing = []
-    for number, row in enumerate(table["rows"].tolist()):
-        name = copy.name(number)
-        has_name = row < len(pool) and pool.name(row) == name
-        if copy.is_damaged(number) or not has_name:
-            differing.append(printable(name))
+    copy, _ = read_copy(str(folder), index, max_image_pixels=1)  # nothing is decoded
+    damaged = []
+    for number in range(len(copy)):
+        if copy.is_damaged(number):
+            damaged.append(printable(copy.name(number)))
         yield number + 1
-    if differing:
+    if damaged:
         raise RunError(
-            f"{folder}: {len(differing)} of {len(copy)} images are not as they were written: "
-            f"{', '.join(differing[:MAX_NAMED])}"
+            f"{folder}: {len(damaged)} of {len(copy)} images are not as they were written: "
+            f"{', '.join(damaged[:MAX_NAMED])}"
         )
     shards = []
     for number, part in enumerate(index["parts"]):
@@ -642,60 +628,20 @@ def check_copy(folder: Path, pool: Pool) -> Iterator[int]:
             f"{folder}: bytes between the images are not as they were written in "
             f"{', '.join(shards[:MAX_NAMED])}"
         )
-    log.info("%s: all images are as they were written, under the source's names", folder)
+    log.info("%s: all images are as they were written", folder)
 
 
-def describe_copy(
-    folder: Path, index: Mapping[str, Any], pool: Pool, max_image_pixels: int
-) -> list[tuple[str, str]]:
-    """Return what a finished copy holds, and how fast it reads, as rows of a table."""
-    copy = packed_source(str(folder), max_image_pixels)
+def describe_copy(index: Mapping[str, Any], pool: Pool) -> list[tuple[str, str]]:
+    """Return what a finished copy holds, as rows of a table."""
     gigabytes = total_of_parts(index, "bytes") / 1e9
     resize = index["settings"]["data"]["resize"]
     size = "as it was"
     if resize is not None:
         size = f"shorter side at most {resize} px"
-    sides = [name for name in SIDES if getattr(copy, name) is not None]
-    before, after = seconds_per_image(pool.source, copy)
-    speed = (
-        f"{before / after:.1f} x as fast: {before * 1e3:.2f} ms an image from the source, "
-        f"{after * 1e3:.2f} from the copy"
-    )
+    num_skipped = sum(len(part["skipped"]) for part in index["parts"])
     return [
-        ("images", f"{len(copy.train):,} to train on, {count_skipped(index)} unreadable left out"),
-        ("labels", ", ".join(sides) or "none"),
+        ("images", f"{index['num_images']:,} to train on, {num_skipped} unreadable left out"),
+        ("labels", ", ".join(pool.sides) or "none"),
         ("format", f"{index['format']}, {gigabytes:,.2f} GB in {len(index['parts'])} parts"),
         ("size", size),
-        ("one epoch reads", speed),
     ]
-
-
-def seconds_per_image(source: DataSource, copy: DataSource) -> tuple[float, float]:
-    """Return the time to read an image and crop two views, from the source and from the copy.
-
-    The same images are read in turn from both. What the page cache holds is not read from disk, so
-    this is mostly the time of computing.
-    """
-    assert isinstance(copy.train, PackedImages)
-    crop = {"random_resized_crop": {"scale": [0.2, 1]}}
-    half = [0.5] * 3  # mean and standard deviation do not change the time
-    pair = ViewPair(crop, crop, mean=half, std=half, image_size=copy.image_size, seed=0)
-    num_timed = min(NUM_TIMED_IMAGES, len(copy.train))
-    places = torch.linspace(0, len(copy.train) - 1, num_timed).long()
-    rows = copy.train.table["rows"][places]
-    seconds_to_read(source.train, rows[:1], pair)  # the first image pays for what is loaded once
-    before = 0.0
-    after = 0.0
-    for start in range(0, num_timed, TIMED_BLOCK):
-        before += seconds_to_read(source.train, rows[start : start + TIMED_BLOCK], pair)
-        after += seconds_to_read(copy.train, places[start : start + TIMED_BLOCK], pair)
-    return before / num_timed, after / num_timed
-
-
-def seconds_to_read(images: Images, indices: Tensor, pair: ViewPair) -> float:
-    """Return the seconds that reading some images and cropping their views takes."""
-    views = pair.empty_views(len(indices))
-    start = time.perf_counter()
-    pixels = [images.opened(index).pixels() for index in indices.tolist()]
-    pair.on_images(pixels, 0, indices, views)
-    return time.perf_counter() - start

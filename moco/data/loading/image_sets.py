@@ -213,11 +213,7 @@ class ShardedSet:
         num_workers: int,
         device: torch.device = CPU,
     ) -> WatchedLoader:
-        """See `ImageSet`.
-
-        Raises:
-            InputError: while iterating, a shard is refused.
-        """
+        """See `ImageSet`."""
         keys = in_batches(ShardedSamples(self.sharded, place), batch_size)
         collate = ShardedCollate(image_size)
         make = CropToTensor(crop)

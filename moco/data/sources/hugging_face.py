@@ -177,43 +177,21 @@ def hugging_face_source(
         found = printable(", ".join(sorted(splits)))
         raise InputError(f"data.root={root}: no split train in there (found {found})")
     train = Split(root, "train", splits["train"], image_column, label_column)
-    train_images = train.images(max_image_pixels)
-    train_labels = train.labels()
-    if train_labels is None:
-        return DataSource(train_images, None, None, IMAGE_SIZE)
-    bank = Labelled(train_images, train_labels)
+    images = train.images(max_image_pixels)
+    labels = train.labels()
+    if labels is None:
+        return DataSource(images, None, None, IMAGE_SIZE)
     queries = None
     for name in HELD_OUT_SPLITS:
         if name in splits:
             held_out = Split(root, name, splits[name], image_column, label_column)
-            queries = queries_of(held_out, train, max_image_pixels)
+            query_labels = held_out.labels()
+            if query_labels is not None:
+                if held_out.class_names() != train.class_names():
+                    raise InputError(f"data.root={held_out.where}: other classes than split train")
+                queries = Labelled(held_out.images(max_image_pixels), query_labels)
             break
-    return DataSource(train_images, bank, queries, IMAGE_SIZE)
-
-
-def queries_of(held_out: Split, train: Split, max_image_pixels: int) -> Labelled | None:
-    """Return the images of the held-out split with the training split's class numbers.
-
-    Raises:
-        InputError: the splits' classes do not go together.
-    """
-    labels = held_out.labels()
-    if labels is None:
-        return None
-    names = held_out.class_names()
-    train_names = train.class_names()
-    images = held_out.images(max_image_pixels)
-    if names is None or train_names is None:
-        return Labelled(images, labels)
-    unknown = sorted(set(names) - set(train_names))
-    if unknown:
-        raise InputError(
-            f"data.root={held_out.where}: classes that the split train does not have: "
-            f"{printable(', '.join(unknown))}"
-        )
-    # The two splits may number the same classes differently.
-    new_numbers = np.array([train_names.index(name) for name in names])
-    return Labelled(images, new_numbers[labels])
+    return DataSource(images, Labelled(images, labels), queries, IMAGE_SIZE)
 
 
 def load_splits(root: str) -> dict[str, Any]:

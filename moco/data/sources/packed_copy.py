@@ -252,17 +252,11 @@ def total_of_parts(index: Mapping[str, Any], key: str) -> int:
     return sum(part[key] for part in index["parts"])
 
 
-def count_skipped(index: Mapping[str, Any]) -> int:
-    """Return how many images a copy leaves out because they could not be read."""
-    return sum(len(part["skipped"]) for part in index["parts"])
-
-
 def check_finished(root: str, index: dict[str, Any]) -> None:
     """Raise InputError if the copy is not complete."""
     if not index["complete"]:
         raise InputError(
-            f"data.root={root}: not finished; "
-            "start the same moco.pack again, which goes on where it stopped"
+            f"{root}: not finished; start the same moco.pack again, which goes on where it stopped"
         )
 
 

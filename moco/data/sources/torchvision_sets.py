@@ -30,9 +30,9 @@ def torchvision_source(name: str, root: str, download: bool) -> DataSource:
     return source_from_arrays(
         class_name,
         np.asarray(train.data),
-        np.asarray(train.targets),
+        train.targets,
         np.asarray(test.data),
-        np.asarray(test.targets),
+        test.targets,
     )
 
 

@@ -203,7 +203,7 @@ def test_sigterm_ends_the_program_and_the_same_command_goes_on(
     folder = run(tmp_path, *arguments)
     assert len(build_source("packed", str(folder)).train) == 30
     printed = capsys.readouterr().out
-    assert "x as fast" in printed
+    assert "30 to train on" in printed
     assert f"data=packed data.root={folder}" in printed
 
 

@@ -69,7 +69,7 @@ def test_a_copy_that_is_not_finished_is_neither_checked_nor_read(
     )
     with pytest.raises(Interrupted):
         run(tmp_path, f"data.root={photographs}")
-    with pytest.raises(InputError, match="not finished; start the same command without check"):
+    with pytest.raises(InputError, match="not finished; start the same"):
         run(tmp_path, f"data.root={photographs}", "check=true")
     with pytest.raises(InputError, match=r"not finished; start the same moco\.pack again"):
         build_source("packed", str(tmp_path / "copy"))
