@@ -561,11 +561,11 @@ def choose_format(wanted: str, folder: Path, pool: Pool, resize: int | None) -> 
     free = shutil.disk_usage(folder).free
     needed = estimate_array_bytes(pool, resize)
     room = f"an array takes about {needed / 1e9:,.2f} GB, and {free / 1e9:,.1f} GB are free"
+    if wanted == "array" and needed > free:
+        raise InputError(
+            f"output={folder}: {room}; format=shards or a smaller data.resize takes less"
+        )
     if wanted == "array":
-        if needed > free:
-            raise InputError(
-                f"output={folder}: {room}; format=shards or a smaller data.resize takes less"
-            )
         return wanted
     chosen = "shards"
     if needed < free / 2:

@@ -5,7 +5,6 @@ Trees of millions of files are listed in seconds, so this code avoids work for e
 
 import logging
 import os
-import resource
 import time
 from bisect import bisect
 from collections import deque
@@ -23,7 +22,7 @@ from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 
-NUM_THREADS = 16
+NUM_THREADS = 16  # a file system on a network answers slowly, but many requests at a time
 FOLDERS_PER_BATCH = 64  # progress is reported between two batches
 PROGRESS_SECONDS = 10.0
 NO_LIMIT = 2**62  # pixels
@@ -162,13 +161,12 @@ def list_folders(root: str) -> tuple[list[Folder], bool]:
     num_files = 0
     last_report = time.perf_counter()
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        scanner = Scanner(pool)
         while pending or linked:
             if not pending:
                 pending.append(linked.popleft())
             size = min(FOLDERS_PER_BATCH, len(pending))
             batch = [pending.popleft() for _ in range(size)]
-            for path, folder in zip(batch, scanner.scan(batch), strict=True):
+            for path, folder in zip(batch, pool.map(scan_folder, batch), strict=True):
                 if isinstance(folder, OSError):
                     log.warning(
                         "left out a folder that cannot be read: %s (%s)",
@@ -186,35 +184,6 @@ def list_folders(root: str) -> tuple[list[Folder], bool]:
                 last_report = time.perf_counter()
                 log.info("listing %s: %s images so far", printable(root), f"{num_files:,}")
     return found, is_complete
-
-
-class Scanner:
-    """Lists folders in one thread, or in several once listing mostly waits for the file system.
-
-    Threads hand Python's lock around at each entry. Where the system has the answers in its cache,
-    several threads are two to three times slower than one. Where it has to fetch them, for example
-    from a network, they wait together.
-    """
-
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self.pool = pool
-        self.num_folders = 0
-        self.num_waits = 0
-
-    def scan(self, paths: Sequence[str]) -> list[Folder | OSError]:
-        """Return each folder's content, or the error if it cannot be read."""
-        if self.num_folders > FOLDERS_PER_BATCH and self.num_waits > self.num_folders / 2:
-            return list(self.pool.map(scan_folder, paths))
-        waits_before = count_waits()
-        folders = [scan_folder(path) for path in paths]
-        self.num_waits += count_waits() - waits_before
-        self.num_folders += len(paths)
-        return folders
-
-
-def count_waits() -> int:
-    """Return how often this process has given up the processor to wait for something."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
 
 
 def scan_folder(path: str) -> Folder | OSError:

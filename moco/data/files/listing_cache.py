@@ -138,7 +138,6 @@ def read_listing(cache: Path, key: np.ndarray) -> Listing:
         raise Outdated(f"{cache} cannot be read ({error})") from error
     if not is_of_key:
         raise Outdated(f"{cache} is of other folders or settings")
-    # Threads, since a file system on a network answers slowly, but many requests at a time.
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         now = np.array(list(pool.map(stamp_of, folders)))
     for place in np.flatnonzero((now != stamps).any(axis=1)).tolist():

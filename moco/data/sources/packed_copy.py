@@ -178,7 +178,9 @@ def read_copy(
         counts[part["file"]] += part["images"]
         sizes[part["file"]] += part["bytes"]
     for file, size in sizes.items():
-        check_file_size(Path(root, file), size)
+        file_path = Path(root, file)
+        if not file_path.is_file() or file_path.stat().st_size != size:
+            raise InputError(f"{file_path}: missing, or not of {size:,} bytes; pack it anew")
     table["parts"] = np.repeat(np.arange(len(counts)), list(counts.values()))
     if not index["num_images"] <= len(table["parts"]) == len(table["rows"]):
         raise InputError(f"{path}: does not go with {INDEX}; pack it anew")
@@ -190,16 +192,6 @@ def read_copy(
     tensors = {name: torch.from_numpy(table[name]) for name in (*ARRAYS, "parts")}
     rows = torch.arange(len(table["rows"]))
     return PackedImages(root, list(sizes), tensors, rows, max_image_pixels), table
-
-
-def check_file_size(path: Path, expected: int) -> None:
-    """Raise InputError if the file is missing or does not have `expected` bytes."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; pack it anew") from error
-    if size != expected:
-        raise InputError(f"{path}: {size:,} bytes, and the index says {expected:,}; pack it anew")
 
 
 def read_index(root: str) -> dict[str, Any]:
@@ -270,10 +262,7 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
         table, _ = read_arrays(path, (*ARRAYS, *SIDE_ARRAYS))
         check_table(table)
     except DAMAGED as error:
-        reason = printable(str(error))
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        raise InputError(f"{path}: damaged ({reason}); pack it anew") from error
+        raise InputError(f"{path}: damaged ({printable(str(error))}); pack it anew") from error
     return table
 
 

@@ -184,19 +184,12 @@ def shards_of_pattern(pattern: str) -> list[str]:
 
 def shards_of_folder(folder: str) -> list[str]:
     """Return the .tar files of a folder; of a packed copy only those to train on."""
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
     if os.path.isfile(os.path.join(folder, INDEX)):
-        index = read_index(folder)
-        if index["format"] != "shards":
-            raise InputError(
-                f"data.root={folder}: holds a packed array and no shards; data=packed reads it"
-            )
-        check_finished(folder, index)
-        files = [part["file"] for part in index["parts"]]
-        names = [name for name in files if name.startswith("train-")]
-    else:
-        names = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
+        check_finished(folder, read_index(folder))
+        names = [name for name in names if name.startswith("train-")]
     if not names:
-        raise InputError(f"data.root={folder}: no .tar files in there")
+        raise InputError(f"data.root={folder}: no .tar files to train on in there")
     return [os.path.join(folder, name) for name in names]
 
 

@@ -80,9 +80,9 @@ def test_a_copy_that_is_not_finished_is_neither_checked_nor_read(
     [
         (
             lambda folder: (folder / "pixels.bin").write_bytes(b"abc"),
-            r"pixels\.bin: 3 bytes, and the index says",
+            r"pixels\.bin: missing, or not of 23,040 bytes",
         ),
-        (lambda folder: (folder / "pixels.bin").unlink(), r"pixels\.bin: No such file"),
+        (lambda folder: (folder / "pixels.bin").unlink(), r"pixels\.bin: missing, or not of"),
         (lambda folder: (folder / "index.npz").write_bytes(b"PK\x03\x04"), r"index\.npz: damaged"),
         (
             lambda folder: (folder / "index.json").write_text("{"),

@@ -115,7 +115,7 @@ def test_patterns_lists_wildcards_and_folders_name_the_same_shards(shards, tmp_p
         ("nowhere-*.tar", r"data\.root=nowhere-\*\.tar: no file matches"),
         ([], "expected tar shards"),
         ([3], "expected tar shards"),
-        (".", r"data\.root=\.: no \.tar files in there"),
+        (".", r"data\.root=\.: no \.tar files to train on"),
         ("pipe:cat x.tar", r"data\.num_images: missing; pipe:cat x\.tar is not a local file"),
     ],
 )
@@ -151,6 +151,8 @@ def test_images_are_counted_in_local_shards_unless_the_number_is_given(shards):
 
 def test_a_copy_of_moco_pack_brings_its_number_and_its_training_shards(shards, tmp_path):
     files = ("part-001.tar", "train-00000.tar", "train-00001.tar")
+    for file in files:
+        (tmp_path / file).touch()
     parts = [{"file": file, "stop": 0, "images": 617, "bytes": 1, "skipped": []} for file in files]
     index = {
         "version": 1,
@@ -169,11 +171,6 @@ def test_a_copy_of_moco_pack_brings_its_number_and_its_training_shards(shards, t
         json.dumps(index | {"complete": False, "num_images": None})
     )
     with pytest.raises(InputError, match=r"not finished; start the same moco\.pack again"):
-        build_source("webdataset", str(tmp_path))
-    (tmp_path / "index.json").write_text(json.dumps(index | {"format": "array"}))
-    with pytest.raises(
-        InputError, match="holds a packed array and no shards; data=packed reads it"
-    ):
         build_source("webdataset", str(tmp_path))
 
 
