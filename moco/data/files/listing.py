@@ -1,17 +1,15 @@
 """Lists of the images below a folder, in sorted order; `moco.data.files.listing_cache` keeps them.
 
-Trees of millions of files are listed in seconds, so this code avoids work for each single file.
+Trees of millions of files are listed in seconds, so this code avoids questions to the file system.
 """
 
 import logging
 import os
 import time
-from bisect import bisect
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,13 +38,11 @@ class PathList(Sequence[str]):
     @classmethod
     def of(cls, paths: Iterable[str]) -> "PathList":
         """Return these paths as a PathList."""
-        return cls.of_bytes(os.fsencode(path) + b"\0" for path in paths)
-
-    @classmethod
-    def of_bytes(cls, parts: Iterable[bytes]) -> "PathList":
-        """Return encoded paths, each with a zero behind it, as a PathList."""
-        text = np.frombuffer(bytearray().join(parts), dtype=np.uint8)
-        return cls(text, np.flatnonzero(text == 0) + 1)
+        text = bytearray()
+        for path in paths:
+            text += os.fsencode(path) + b"\0"
+        array = np.frombuffer(text, dtype=np.uint8)
+        return cls(array, np.flatnonzero(array == 0) + 1)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -92,13 +88,8 @@ class Folder(NamedTuple):
     """Paths of the sub-folders."""
     links: list[str]
     """Paths of the symbolic links to folders."""
-    runs: list[tuple[str, bytes]]
-    """Images that follow each other in sorted order: the first one's path, and all paths encoded.
-
-    Between two runs come the images of a sub-folder.
-    """
-    num_files: int
-    """Number of images in `runs`."""
+    images: list[str]
+    """Paths of the images in the folder itself."""
 
 
 def list_images(root: str | Path) -> list[str]:
@@ -117,24 +108,24 @@ def list_images(root: str | Path) -> list[str]:
 
 def list_trees(roots: Sequence[str]) -> tuple[PathList, list[Folder], bool]:
     """Return the images of `list_images`, the listed folders, and whether all could be read."""
-    texts: list[bytes] = []
+    paths: list[str] = []
     folders: list[Folder] = []
     is_complete = True
     for root in roots:
         check_folder(root)
         found, could_be_read = list_folders(root)
-        runs = []
+        images = []
         for folder in found:
-            runs += folder.runs
-        if not runs:
+            images += folder.images
+        if not images:
             raise InputError(
                 f"data.root={root}: no images in there (looked for {', '.join(EXTENSIONS)} "
                 "at any depth)"
             )
-        texts += [text for _, text in sorted(runs)]
+        paths += sorted(images)
         folders += found
         is_complete = is_complete and could_be_read
-    return PathList.of_bytes(texts), folders, is_complete
+    return PathList.of(paths), folders, is_complete
 
 
 def check_folder(root: str) -> None:
@@ -179,7 +170,7 @@ def list_folders(root: str) -> tuple[list[Folder], bool]:
                     found.append(folder)
                     pending += folder.folders
                     linked += folder.links
-                    num_files += folder.num_files
+                    num_files += len(folder.images)
             if time.perf_counter() - last_report > PROGRESS_SECONDS:
                 last_report = time.perf_counter()
                 log.info("listing %s: %s images so far", printable(root), f"{num_files:,}")
@@ -188,47 +179,32 @@ def list_folders(root: str) -> tuple[list[Folder], bool]:
 
 def scan_folder(path: str) -> Folder | OSError:
     """Return a folder's content, or the error if it cannot be read."""
-    names: list[str] = []
+    prefix = os.path.join(path, "")
     folders: list[str] = []
     links: list[str] = []
+    images: list[str] = []
     try:
         # Before its entries are read, so that a change in between counts as a later one.
         status = os.stat(path)
         with os.scandir(path) as entries:
             for entry in entries:
                 if not is_folder(entry):
-                    names.append(entry.name)
+                    if entry.name.lower().endswith(EXTENSIONS):
+                        images.append(prefix + entry.name)
                 elif entry.is_symlink():
-                    links.append(entry.name)
+                    links.append(prefix + entry.name)
                 else:
-                    folders.append(entry.name)
+                    folders.append(prefix + entry.name)
     except OSError as error:
         return error
-    images = sorted(name for name in names if name.lower().endswith(EXTENSIONS))
-    prefix = os.path.join(path, "")
     return Folder(
         path,
         (status.st_dev, status.st_ino),
         status.st_mtime_ns,
-        [prefix + name for name in sorted(folders)],
-        [prefix + name for name in sorted(links)],
-        cut_into_runs(prefix, images, folders + links),
-        len(images),
+        sorted(folders),
+        sorted(links),
+        images,
     )
-
-
-def cut_into_runs(prefix: str, names: list[str], folders: list[str]) -> list[tuple[str, bytes]]:
-    """Cut the sorted names of images where the images of a sub-folder come; see `Folder.runs`."""
-    cuts = [0, len(names)]
-    for folder in folders:
-        cuts.append(bisect(names, f"{folder}/"))
-    cuts.sort()
-    runs = []
-    for start, end in pairwise(cuts):
-        if start < end:
-            paths = prefix + f"\0{prefix}".join(names[start:end]) + "\0"
-            runs.append((prefix + names[start], os.fsencode(paths)))
-    return runs
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
