@@ -38,11 +38,9 @@ class PathList(Sequence[str]):
     @classmethod
     def of(cls, paths: Iterable[str]) -> "PathList":
         """Return these paths as a PathList."""
-        text = bytearray()
-        for path in paths:
-            text += os.fsencode(path) + b"\0"
-        array = np.frombuffer(text, dtype=np.uint8)
-        return cls(array, np.flatnonzero(array == 0) + 1)
+        joined = "".join(path + "\0" for path in paths)
+        text = np.frombuffer(bytearray(os.fsencode(joined)), dtype=np.uint8)
+        return cls(text, np.flatnonzero(text == 0) + 1)
 
     def __len__(self) -> int:
         return len(self.ends)

@@ -122,12 +122,7 @@ def find_num_images(root: Any, shards: Sequence[str]) -> int:
         num_images = sum(pool.map(count_images, shards))
     if num_images == 0:
         raise InputError(f"data.root={root}: no images in the {len(shards)} shards")
-    log.info(
-        "counted %d images in %d shards; data.num_images=%d saves that",
-        num_images,
-        len(shards),
-        num_images,
-    )
+    log.info("data.num_images=%d saves counting them at each start", num_images)
     return num_images
 
 
@@ -315,13 +310,10 @@ def read_to_the_end(stream: IO[bytes]) -> None:
 
 def command_has_failed(stream: Any) -> bool:
     """Return whether the command behind a webdataset stream ended with an error."""
-    process = getattr(stream, "proc", None)
-    if process is None:  # a file
-        return False
-    try:
-        return process.wait(timeout=1) != 0
-    except subprocess.TimeoutExpired:
-        return False
+    process = getattr(stream, "proc", None)  # None for a file
+    with suppress(subprocess.TimeoutExpired):
+        return process is not None and process.wait(timeout=1) != 0
+    return False
 
 
 def count_images(shard: str) -> int:
