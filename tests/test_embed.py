@@ -485,7 +485,6 @@ def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(
             assert code == -number
         else:
             assert (code, said) == (128 + number, SAID)
-    (tmp_path / "stderr.txt").unlink()
     arguments = arguments[:-2]
     (tmp_path / "straight").mkdir()
     for folder in (tmp_path, tmp_path / "straight"):
