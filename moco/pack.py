@@ -28,7 +28,10 @@ def run(config: PackConfig, folder: Path) -> None:
         InputError: the source cannot be read, or the output folder holds something else.
         RunError: the disk is full, or images of the copy differ.
     """
-    from moco.data.packing import LOCK, Pool, prepare_folder
+    from rich.console import Console
+
+    from moco.cli.image_progress import ImageProgress
+    from moco.data.packing import LOCK, Pool, check_copy, prepare_folder
     from moco.data.sources.registry import build_source
     from moco.runs.folder_lock import locked
     from moco.runs.interrupts import ending_at_once
@@ -39,7 +42,9 @@ def run(config: PackConfig, folder: Path) -> None:
     del data["max_bad_fraction"], data["resize"]  # settings of the copy, not of the source
     pool = Pool(build_source(**data))
     if config.check:
-        check(output, pool)
+        with ImageProgress(Console(), "checking", 0, len(pool)) as progress:
+            for num_done in check_copy(output, pool):
+                progress.say(num_done)
     else:
         prepare_folder(output)
         try:
@@ -52,18 +57,6 @@ def run(config: PackConfig, folder: Path) -> None:
             raise RunError(said) from error
     with claimed(folder, dataclasses.asdict(config)):
         save_hydra_files(folder)
-
-
-def check(output: Path, pool: "Pool") -> None:
-    """Compare the copy with its checksums and with the source's names; see `check_copy`."""
-    from rich.console import Console
-
-    from moco.cli.image_progress import ImageProgress
-    from moco.data.packing import check_copy
-
-    with ImageProgress(Console(), "checking", 0, len(pool)) as progress:
-        for num_done in check_copy(output, pool):
-            progress.say(num_done)
 
 
 def pack(config: PackConfig, output: Path, pool: "Pool") -> None:

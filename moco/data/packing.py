@@ -52,8 +52,8 @@ IMAGES_PER_CHUNK = 8  # a worker returns these at once: 1.2 GB if they have 50 m
 TAR_BLOCK = tarfile.BLOCKSIZE
 NUM_SIZES = 256  # images whose size is read to estimate the size of an array
 MAX_NAMED = 10  # damaged images that a message names
-FREE_SETTINGS = ("data", "data.download", "data.max_bad_fraction", "data.max_image_pixels")
-"""Settings that may change when a copy goes on: they change no image, or are compared one by one."""
+FREE_SETTINGS = ("data.download", "data.max_bad_fraction", "data.max_image_pixels")
+"""Settings that may change when a copy goes on: they change no image."""
 
 
 class Pool:
@@ -515,7 +515,10 @@ def different_settings(index: Mapping[str, Any], settings: Mapping[str, Any]) ->
 
 def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings in one dict; those of the source get the keys ``data.NAME``."""
-    return {**settings, **{f"data.{key}": value for key, value in settings["data"].items()}}
+    flat = dict(settings)
+    for key, value in flat.pop("data").items():
+        flat[f"data.{key}"] = value
+    return flat
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
