@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 from moco.data.augment.draws import derived_seed
 from moco.data.files.bad_fraction import check_bad_fraction
 from moco.data.files.decoding import EncodedImage
-from moco.data.loading.lost_workers import WatchedLoader, note_read
-from moco.data.loading.samplers import StreamSampler, images_handed_out
+from moco.data.loading.loaders import ResumableLoader
+from moco.data.loading.lost_workers import note_read
+from moco.data.loading.samplers import StreamSampler
 from moco.data.loading.workers import unchanged
 from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in
 from moco.errors import InputError, printable
@@ -220,10 +221,8 @@ class OpenStream:
         return samples, problems
 
 
-class StreamLoader(WatchedLoader):
+class StreamLoader(ResumableLoader):
     """Yield the batches of `MakeBatch`.
-
-    Lightning keeps the position in the checkpoint, and a resumed epoch goes on there.
 
     Args:
         num_batches: batches of an epoch in each process.
@@ -237,9 +236,6 @@ class StreamLoader(WatchedLoader):
             refused.
     """
 
-    sampler: StreamSampler
-    dataset: StreamDataset
-
     def __init__(
         self,
         dataset: StreamDataset,
@@ -250,27 +246,22 @@ class StreamLoader(WatchedLoader):
         unreadable: set[str],
         **options: Any,
     ) -> None:
-        check_num_workers(options["num_workers"], dataset.streams.num_streams)
-        super().__init__(
-            dataset,
-            batch_size=None,
-            sampler=StreamSampler(num_batches),
-            collate_fn=unchanged,
-            **options,
-        )
+        streams = dataset.streams
+        check_num_workers(options["num_workers"], streams.num_streams)
+        sampler = StreamSampler(num_batches, dataset.batch_size, streams.rank, streams.world_size)
+        # The dataset hands out whole batches.
+        options |= {"batch_size": None, "collate_fn": unchanged}
+        super().__init__(dataset, sampler, dataset.batch_size, **options)
         self.num_images = num_images
         self.max_bad_fraction = max_bad_fraction
         self.unreadable = unreadable
         self.damaged_shards: set[str] = set()
-        self.batches_done = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.batches_done = self.sampler.start
         for result in super().__iter__():
             if result.refused:
                 raise InputError(result.refused)
             self._report(result.problems)
-            self.batches_done += 1
             yield result.batch
 
     def _report(self, problems: Sequence[Problem]) -> None:
@@ -283,18 +274,6 @@ class StreamLoader(WatchedLoader):
                 self.unreadable.add(problem.name)
                 log.warning("skipped: %s", problem.reason)
         check_bad_fraction(self.unreadable, self.num_images, self.max_bad_fraction)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch, and how many of its images all processes together have used."""
-        return {"epoch": self.sampler.epoch, "images": self.batches_done * self._images_at_once}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume there in that epoch."""
-        self.sampler.resume_at = (state["epoch"], images_handed_out(state) // self._images_at_once)
-
-    @property
-    def _images_at_once(self) -> int:
-        return self.dataset.batch_size * self.dataset.streams.world_size
 
 
 def check_num_workers(num_workers: int, num_streams: int) -> None:
