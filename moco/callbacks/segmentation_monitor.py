@@ -57,7 +57,7 @@ class SegmentationMonitor(EpochMeasurement):
                 if self.should_stop():
                     self.owed = True
                     return
-                check_readable(batch, data.source.validation)
+                check_readable(batch)
                 images, classes = batch.images.to(device), batch.classes.to(device)
                 predicted = predicted_classes(
                     pl_module.logits, images, self.inference, data.image_size

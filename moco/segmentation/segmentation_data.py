@@ -2,17 +2,15 @@
 
 import pytorch_lightning as pl
 
-from moco.data.files.images import UnreadableImage
 from moco.data.loading.datamodule import check_batch_size
 from moco.data.loading.loaders import ResumableLoader
 from moco.data.loading.lost_workers import WatchedLoader
 from moco.data.loading.samplers import EpochSampler
 from moco.data.loading.workers import device_of
-from moco.errors import InputError, printable
+from moco.errors import InputError
 from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.mask_batches import MaskBatch, crop_loader, whole_image_loader
 from moco.segmentation.mask_sources import SegmentationSource
-from moco.segmentation.masked_images import MaskedImages
 
 
 class SegmentationData(pl.LightningDataModule):
@@ -62,11 +60,10 @@ class SegmentationData(pl.LightningDataModule):
         self.seed = seed
 
     def train_dataloader(self) -> ResumableLoader:
-        sampler = EpochSampler(len(self.source.train), self.batch_size, self.seed, 0, 1)
+        sampler = EpochSampler(len(self.source.train), self.batch_size, self.seed)
         return crop_loader(
             self.source.train,
             self.view,
-            self.image_size,
             sampler,
             self.batch_size // self.batches_per_step,
             self.num_workers,
@@ -84,11 +81,11 @@ class SegmentationData(pl.LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: MaskBatch, dataloader_idx: int) -> MaskBatch:
-        check_readable(batch, self.source.train)
+        check_readable(batch)
         return batch
 
 
-def check_readable(batch: MaskBatch, images: MaskedImages) -> None:
+def check_readable(batch: MaskBatch) -> None:
     """Check that every image of a batch could be read.
 
     The check runs in the training process, because an error in a loader process would come with
@@ -97,12 +94,5 @@ def check_readable(batch: MaskBatch, images: MaskedImages) -> None:
     Raises:
         InputError: an image could not be read. The message names the file.
     """
-    for index in batch.indices[batch.unreadable].tolist():
-        try:
-            images[index]
-        except UnreadableImage as error:
-            raise InputError(str(error)) from error
-        raise InputError(
-            f"{printable(images.name(index))}: the image or its mask could not be read at first, "
-            "but could be read at a second attempt; is the storage reliable?"
-        )
+    if batch.unreadable:
+        raise InputError(batch.unreadable[0].problem)
