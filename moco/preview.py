@@ -86,15 +86,13 @@ def draw_pairs(
 
 def to_images(views: "Tensor", data: "PretrainingData") -> "list[Image.Image]":
     """Return normalised views (images, 3, side, side) as Pillow images, enlarged if small."""
-    import torch
-    from torchvision.transforms.v2.functional import to_pil_image
+    from PIL import Image
 
-    mean = torch.tensor(data.augment.mean).view(1, 3, 1, 1)
-    std = torch.tensor(data.augment.std).view(1, 3, 1, 1)
-    pixels = (views * std + mean).clamp(0, 1)
+    from moco.callbacks.view_pairs import as_shown
+
     factor = -(-SMALLEST_VIEW // views.shape[3])
-    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    return [to_pil_image(view) for view in pixels]
+    pixels = as_shown(data, views).repeat(factor, axis=1).repeat(factor, axis=2)
+    return [Image.fromarray(view) for view in pixels]
 
 
 def main() -> None:

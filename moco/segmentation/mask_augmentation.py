@@ -128,6 +128,7 @@ class SegmentationView:
         if color_jitter is not None:
             operations.append(build_color_jitter(color_jitter, image_size))
         self.operations = v2.Compose(operations)
+        self.image_size = image_size
         self.ignore_index = ignore_index
         self.seed = seed
 

@@ -19,7 +19,6 @@ class SegmentationData(pl.LightningDataModule):
     Args:
         source: the images with masks.
         view: makes the training crops.
-        image_size: side of the crops, px.
         batch_size: images per optimizer step, over all accumulated batches.
         batches_per_step: accumulated batches. Each gets batch_size / batches_per_step images.
         evaluation_batch_size: whole images at once, if they have one size.
@@ -36,7 +35,6 @@ class SegmentationData(pl.LightningDataModule):
         source: SegmentationSource,
         view: SegmentationView,
         *,
-        image_size: int,
         batch_size: int,
         batches_per_step: int = 1,
         evaluation_batch_size: int = 1,
@@ -52,7 +50,6 @@ class SegmentationData(pl.LightningDataModule):
             )
         self.source = source
         self.view = view
-        self.image_size = image_size
         self.batch_size = batch_size
         self.batches_per_step = batches_per_step
         self.evaluation_batch_size = evaluation_batch_size

@@ -21,7 +21,7 @@ def shapes(tmp_path):
 
 def data_of(root, batch_size=4, **settings):
     source = build_segmentation_source("segmentation_folder", str(root))
-    return SegmentationData(source, view(16), image_size=16, batch_size=batch_size, **settings)
+    return SegmentationData(source, view(16), batch_size=batch_size, **settings)
 
 
 def test_training_batches_are_crops_in_the_order_of_the_epoch(shapes):

@@ -102,11 +102,14 @@ class PretrainingData(pl.LightningDataModule):
         unreadable: list[str] = []
         for _, index in self.sampler():
             name = images.name(index)
-            if is_readable(images, index):
-                found.append((index, images.opened(index), name))
-            else:
+            try:
+                image = images.opened(index)
+                image.pixels()
+            except UnreadableImage:
                 unreadable.append(name)
                 check_bad_fraction(unreadable, len(images), self.max_bad_fraction)
+            else:
+                found.append((index, image, name))
             if len(found) == number:
                 break
         return found
@@ -232,15 +235,6 @@ class PretrainingData(pl.LightningDataModule):
             return batch
         views = self.augment.finished(batch.views, batch.epoch, batch.indices)
         return batch._replace(views=views)
-
-
-def is_readable(images: Images, index: int) -> bool:
-    """Return whether an image can be opened and decoded."""
-    try:
-        images.opened(index).pixels()
-    except UnreadableImage:
-        return False
-    return True
 
 
 def check_batch_size(batch_size: int, batches_per_step: int, num_images: int) -> None:
