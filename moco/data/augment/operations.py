@@ -88,7 +88,7 @@ class RandomResizedCrop(Operation):
     ratio: Sequence[float] = (3 / 4, 4 / 3)
     # Ten areas, ten ratios, and the two coordinates of the corner.
     num_draws: ClassVar[int] = 22
-    pair_limits = {"scale": (1e-6, 1), "ratio": (1e-3, 1e3)}
+    pair_limits: ClassVar = {"scale": (1e-6, 1), "ratio": (1e-3, 1e3)}
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         height, width = sizes.double().unbind(1)
@@ -146,7 +146,7 @@ class RandomAffine(Operation):
     translate: float = 0.0
     shear: float = 0.0
     num_draws: ClassVar[int] = 4
-    limits = {"degrees": (0, 360), "translate": (0, 1), "shear": (0, 89)}
+    limits: ClassVar = {"degrees": (0, 360), "translate": (0, 1), "shear": (0, 89)}
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         largest = self.translate * sizes.flip(1)
@@ -186,7 +186,12 @@ class ColorJitter(Operation):
     saturation: float = 0
     hue: float = 0
     num_draws: ClassVar[int] = 8
-    limits = {"brightness": (0, 100), "contrast": (0, 100), "saturation": (0, 100), "hue": (0, 0.5)}
+    limits: ClassVar = {
+        "brightness": (0, 100),
+        "contrast": (0, 100),
+        "saturation": (0, 100),
+        "hue": (0, 0.5),
+    }
     STEPS: ClassVar[tuple[str, ...]] = ("brightness", "contrast", "saturation", "hue")
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
@@ -230,7 +235,7 @@ class GaussianBlur(Operation):
 
     sigma: Sequence[float]
     num_draws: ClassVar[int] = 1
-    pair_limits = {"sigma": (0, 100)}
+    pair_limits: ClassVar = {"sigma": (0, 100)}
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         return {"sigma": between(self.sigma, draws[:, 0])}
@@ -250,7 +255,7 @@ class Solarize(Operation):
     """Invert the values from `threshold` upwards, of 256."""
 
     threshold: int = 128
-    limits = {"threshold": (0, 256)}
+    limits: ClassVar = {"threshold": (0, 256)}
 
     def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
         return image_kernels.solarize(image, self.threshold)
@@ -335,7 +340,9 @@ def build_operation(
     if "image_size" in parameters:
         arguments["image_size"] = image_size
     if not is_number(probability, 0, 1):
-        raise InputError(f"{where}.{name}: probability={probability}: expected a number from 0 to 1")
+        raise InputError(
+            f"{where}.{name}: probability={probability}: expected a number from 0 to 1"
+        )
     try:
         return Step(name, OPERATIONS[name](**arguments), probability)
     except (TypeError, ValueError) as error:

@@ -157,7 +157,8 @@ class Resumable:
     A resumed epoch goes on with its next batch.
     """
 
-    sampler: ResumableSampler
+    sampler: Any
+    """A `ResumableSampler`."""
     num_at_once: int
     """Images of a batch."""
     batches_done = 0
@@ -210,7 +211,7 @@ class MemoryLoader(Resumable):
     ) -> None:
         self.pixels = rgb_batch(images.tensor.to(device))  # (images, 3, height, width)
         self.augment = augment
-        self.sampler = sampler
+        self.sampler: EpochSampler = sampler
         self.num_at_once = batch_size
 
     def __len__(self) -> int:

@@ -42,22 +42,20 @@ class Streams:
     it starts again in another order.
     """
 
-    shards: Sequence[str]
+    images: ShardedImages
     num_streams: int
-    shuffle_buffer: int
-    """Number of samples of a stream from which the next one is drawn."""
-    max_image_pixels: int
+    """Never more than the shards of a process."""
     seed: int
-    rank: int = 0
-    world_size: int = 1
+    rank: int
+    world_size: int
 
     def shards_of(self, epoch: int, stream: int) -> list[str]:
         """Return the shards of a stream, in the order in which it reads them first."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
-        order = torch.randperm(len(self.shards), generator=generator)
+        order = torch.randperm(len(self.images.shards), generator=generator)
         of_process = order[self.rank :: self.world_size]
         of_stream = of_process[stream :: self.num_streams]
-        return [self.shards[number] for number in of_stream]
+        return [self.images.shards[number] for number in of_stream]
 
     def samples(self, epoch: int, stream: int) -> Iterator[Sample | Problem]:
         """Yield the samples of one stream, without end.
@@ -85,10 +83,10 @@ class Streams:
         """Yield every sample of the shards once, drawn from a buffer, and problems at once."""
         buffer: list[Sample] = []
         for shard in shards:
-            for found in images_in(shard, self.max_image_pixels, note_read):
+            for found in images_in(shard, self.images.max_image_pixels, note_read):
                 if isinstance(found, Problem):
                     yield found
-                elif len(buffer) < self.shuffle_buffer:
+                elif len(buffer) < self.images.shuffle_buffer:
                     buffer.append(found)
                 else:
                     place = int(draws.random() * len(buffer))
@@ -114,10 +112,8 @@ def build_streams(images: ShardedImages, seed: int, rank: int = 0, world_size: i
         )
     # Every stream needs a shard. A divisor of the wanted number keeps the numbers of loader
     # processes possible that divide it.
-    num_streams = 1
-    for divisor in divisors(images.num_streams):
-        if divisor <= shards_per_process:
-            num_streams = divisor
+    possible = range(1, shards_per_process + 1)
+    num_streams = max(set(divisors(images.num_streams)).intersection(possible))
     if num_streams < images.num_streams:
         log.info(
             "%d streams instead of data.streams=%d, for %d shards a process",
@@ -125,15 +121,7 @@ def build_streams(images: ShardedImages, seed: int, rank: int = 0, world_size: i
             images.num_streams,
             shards_per_process,
         )
-    return Streams(
-        images.shards,
-        num_streams,
-        images.shuffle_buffer,
-        images.max_image_pixels,
-        seed,
-        rank,
-        world_size,
-    )
+    return Streams(images, num_streams, seed, rank, world_size)
 
 
 class StreamBatch(NamedTuple):
