@@ -135,9 +135,9 @@ class PretrainingData(pl.LightningDataModule):
             Two views, (images, 3, side, side) float32 each, normalised.
         """
         indices = torch.tensor([index for index, _, _ in images], dtype=torch.int64)
-        if self.engine.in_memory:
-            assert isinstance(self.source.train, ArrayImages)
-            pixels = rgb_batch(self.source.train.tensor[indices])
+        train = self.source.train
+        if self.engine.in_memory and isinstance(train, ArrayImages):
+            pixels = rgb_batch(train.tensor[indices])
             return self.augment.on_batch(pixels, 0, indices)
         batch = PairMaker(self.augment)(images, 0)
         return self.augment.finished(batch.views, 0, indices)
@@ -168,8 +168,7 @@ class PretrainingData(pl.LightningDataModule):
         device = device_of(self)
         if isinstance(images, ShardedImages):
             return self._stream_loader(images, batch_size)
-        if self.engine.in_memory:
-            assert isinstance(images, ArrayImages)
+        if self.engine.in_memory and isinstance(images, ArrayImages):
             return MemoryLoader(images, self.augment, self.sampler(), batch_size, device)
         return ResumableLoader(
             PairDataset(images, self.augment),

@@ -70,8 +70,7 @@ class LabelledViews:
         # With a batch size of 1 the sampler leaves no image out.
         self.sampler = EpochSampler(len(images), batch_size=1, seed=seed)
         self.loader: MemoryLoader | ResumableLoader
-        if self.engine.in_memory:
-            assert isinstance(images, ArrayImages)
+        if self.engine.in_memory and isinstance(images, ArrayImages):
             self.loader = MemoryLoader(images, self.view, self.sampler, batch_size, device)
         else:
             dataset = PairDataset(images, self.view)

@@ -10,12 +10,11 @@ import signal
 import sys
 import threading
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 CPU = torch.device("cpu")
-Batch = TypeVar("Batch")
 
 
 def device_of(data: Any) -> torch.device:
@@ -28,7 +27,7 @@ def cores_of(num_processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // num_processes)
 
 
-def unchanged(batch: Batch) -> Batch:
+def unchanged(batch: Any) -> Any:
     """Return a batch as it is: the collate function of datasets that hand out whole batches."""
     return batch
 
