@@ -104,26 +104,16 @@ def lost_worker_named(notes: ReadNotes) -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError, RuntimeError) as error:  # a lost process shows as any of them
-        message = lost_worker(notes)
-        if message is None:
-            raise
-        raise RuntimeError(message) from error
-
-
-def lost_worker(notes: ReadNotes) -> str | None:
-    """Return which process is gone and what it was reading, or None if none is gone.
-
-    The pipe of a process can close shortly before the process is gone, so wait up to a second.
-    """
-    if not notes.read():
-        return None
-    for _ in range(20):
-        running = {child.pid for child in multiprocessing.active_children()}
-        for pid, name in notes.read():
-            if pid not in running:
-                return (
-                    f"DataLoader worker (pid {pid}) exited unexpectedly; "
-                    f"it was reading {printable(name)}"
-                )
-        time.sleep(0.05)
-    return None
+        workers = notes.read()
+        # The pipe of a process can close shortly before the process is gone, so wait up to a
+        # second.
+        for _ in range(20 if workers else 0):
+            running = {child.pid for child in multiprocessing.active_children()}
+            for pid, name in workers:
+                if pid not in running:
+                    raise RuntimeError(
+                        f"DataLoader worker (pid {pid}) exited unexpectedly; "
+                        f"it was reading {printable(name)}"
+                    ) from error
+            time.sleep(0.05)
+        raise
