@@ -169,12 +169,10 @@ def backbone_origin(config: SegmentConfig, start: StartingBackbone) -> dict[str,
     """Return where the backbone is from, under the names of ``metrics.json``."""
     figures = {
         "segment/checkpoint": config.checkpoint,
-        "segment/encoder": None,
+        "segment/encoder": config.encoder if config.checkpoint is not None else None,
         "segment/backbone": start.settings["name"],
         "segment/freeze_backbone": config.freeze_backbone,
     }
-    if config.checkpoint is not None:
-        figures["segment/encoder"] = config.encoder
     if hasattr(start.backbone, "window_size"):
         figures["segment/window_size"] = list(start.backbone.window_size)
     return figures

@@ -15,11 +15,9 @@ from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from moco.data.augment.views import Normalized
-from moco.data.loading.every_image import ImageReader, ReadImage, every_image
-from moco.data.loading.loaders import ResumableLoader
+from moco.data.loading.every_image import ReadImage, every_image
 from moco.data.loading.lost_workers import WatchedLoader
-from moco.data.loading.samplers import EpochSampler
-from moco.data.loading.workers import CPU, loader_options, unchanged
+from moco.data.loading.workers import CPU, unchanged
 from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.masked_images import MaskedImages
 
@@ -129,24 +127,6 @@ def batches_of_one_size(
         for start in range(0, len(alike), batch_size):
             batches.append(alike[start : start + batch_size])
     return batches
-
-
-def crop_loader(
-    images: MaskedImages,
-    view: SegmentationView,
-    sampler: EpochSampler,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device,
-) -> ResumableLoader:
-    """Return the loader of the training crops, for `device`.
-
-    Args:
-        batch_size: images that the device gets at once.
-    """
-    reader = ImageReader(Crops(images, view), unchanged)
-    options = loader_options(num_workers, device)
-    return ResumableLoader(reader, sampler, batch_size, collate_fn=mask_batch, **options)
 
 
 def whole_image_loader(

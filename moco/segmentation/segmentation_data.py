@@ -3,13 +3,14 @@
 import pytorch_lightning as pl
 
 from moco.data.loading.datamodule import check_batch_size
+from moco.data.loading.every_image import ImageReader
 from moco.data.loading.loaders import ResumableLoader
 from moco.data.loading.lost_workers import WatchedLoader
 from moco.data.loading.samplers import EpochSampler
-from moco.data.loading.workers import device_of
+from moco.data.loading.workers import device_of, loader_options, unchanged
 from moco.errors import InputError
 from moco.segmentation.mask_augmentation import SegmentationView
-from moco.segmentation.mask_batches import MaskBatch, crop_loader, whole_image_loader
+from moco.segmentation.mask_batches import Crops, MaskBatch, mask_batch, whole_image_loader
 from moco.segmentation.mask_sources import SegmentationSource
 
 
@@ -57,14 +58,13 @@ class SegmentationData(pl.LightningDataModule):
         self.seed = seed
 
     def train_dataloader(self) -> ResumableLoader:
-        sampler = EpochSampler(len(self.source.train), self.batch_size, self.seed)
-        return crop_loader(
-            self.source.train,
-            self.view,
-            sampler,
+        train = self.source.train
+        return ResumableLoader(
+            ImageReader(Crops(train, self.view), unchanged),
+            EpochSampler(len(train), self.batch_size, self.seed),
             self.batch_size // self.batches_per_step,
-            self.num_workers,
-            device_of(self),
+            collate_fn=mask_batch,
+            **loader_options(self.num_workers, device_of(self)),
         )
 
     def evaluation_dataloader(self) -> WatchedLoader:
