@@ -5,18 +5,13 @@ made by the engine of that run.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
 
 from moco.cli.launch import launch
 from moco.config.train import PreviewConfig
 from moco.errors import InputError
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from moco.data.files.decoding import EncodedImage
-    from moco.data.loading.datamodule import PretrainingData
 
 # All in px.
 SMALLEST_VIEW = 112  # smaller views are enlarged, so that the text beside them has room
@@ -51,16 +46,13 @@ def run(config: PreviewConfig, folder: Path) -> None:
     print(f"{len(images)} pairs in {output}")
 
 
-def draw_pairs(
-    data: "PretrainingData", images: "list[tuple[int, EncodedImage, str]]"
-) -> "Image.Image":
+def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> Image.Image:
     """Draw a row for each pair: query view, its numbers, key view, its numbers.
 
     Args:
+        data: a `PretrainingData`.
         images: the result of `PretrainingData.first_images`.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     queries, keys = data.pairs(images)
     columns = {"query": to_images(queries, data), "key": to_images(keys, data)}
     texts = [data.augment.describe(0, index, image.size) for index, image, _ in images]
@@ -84,17 +76,13 @@ def draw_pairs(
     return sheet
 
 
-def to_images(views: "Tensor", data: "PretrainingData") -> "list[Image.Image]":
+def to_images(views: Any, data: Any) -> list[Image.Image]:
     """Return normalised views (images, 3, side, side) as Pillow images, enlarged if small."""
-    import torch
-    from torchvision.transforms.v2.functional import to_pil_image
+    from moco.callbacks.view_pairs import as_shown
 
-    mean = torch.tensor(data.augment.mean).view(1, 3, 1, 1)
-    std = torch.tensor(data.augment.std).view(1, 3, 1, 1)
-    pixels = (views * std + mean).clamp(0, 1)
     factor = -(-SMALLEST_VIEW // views.shape[3])
-    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    return [to_pil_image(view) for view in pixels]
+    pixels = as_shown(data, views).repeat(factor, axis=1).repeat(factor, axis=2)
+    return [Image.fromarray(view) for view in pixels]
 
 
 def main() -> None:

@@ -35,9 +35,9 @@ def run(config: SegmentConfig, folder: Path) -> None:
         build_trainer,
         check_decoder,
         check_resumable,
-        find_backbone,
     )
     from moco.cli.closing_tables import print_segmentation
+    from moco.cli.starting_backbone import find_backbone
     from moco.runs.atomic_files import write_json
     from moco.runs.failures import failures_named
     from moco.runs.interrupts import StopRequest

@@ -57,10 +57,10 @@ class SegmentationMonitor(EpochMeasurement):
                 if self.should_stop():
                     self.owed = True
                     return
-                check_readable(batch, data.source.validation)
+                check_readable(batch)
                 images, classes = batch.images.to(device), batch.classes.to(device)
                 predicted = predicted_classes(
-                    pl_module.logits, images, self.inference, data.image_size
+                    pl_module.logits, images, self.inference, data.view.image_size
                 )
                 confusion += confusion_matrix(
                     predicted, classes, num_classes, pl_module.ignore_index
@@ -84,7 +84,7 @@ class SegmentationMonitor(EpochMeasurement):
         """Return the conditions of the figures under their names in ``metrics.json``."""
         return {
             "segment/inference": self.inference,
-            "segment/image_size": data.image_size,
+            "segment/image_size": data.view.image_size,
             "segment/num_images": len(data.source.validation),
             "segment/num_classes": len(data.source.class_names),
             "segment/decoder": pl_module.hparams["decoder"]["name"],

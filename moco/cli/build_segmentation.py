@@ -17,8 +17,7 @@ from moco.callbacks.progress import ProgressBar
 from moco.callbacks.segmentation_monitor import SegmentationMonitor
 from moco.callbacks.training_monitor import LossMonitor
 from moco.cli.checks import check_deterministic_segmentation
-from moco.cli.starting_backbone import StartingBackbone, pretrained_backbone, untrained_backbone
-from moco.config.pretrained import given_settings
+from moco.cli.starting_backbone import StartingBackbone
 from moco.config.segment import SegmentConfig
 from moco.errors import InputError
 from moco.models.swin.backbone import Swin
@@ -39,58 +38,27 @@ log = logging.getLogger(__name__)
 SWIN_LAYER_DECAY = 0.9  # with which SimMIM (arXiv 2111.09886) fine-tunes Swin
 
 
-def find_backbone(config: SegmentConfig) -> StartingBackbone:
-    """Return the backbone of the checkpoint, or one with random weights without a checkpoint.
-
-    Raises:
-        InputError: see `pretrained_backbone` and `untrained_backbone`.
-    """
-    given = given_settings(config.backbone)
-    mean, std = config.augmentation.mean, config.augmentation.std
-    if config.checkpoint is not None:
-        return pretrained_backbone(
-            config.checkpoint, config.encoder, given, config.image_size, mean, std
-        )
-    if config.freeze_backbone:
-        log.warning(
-            "freeze_backbone=true and checkpoint=null: the backbone stays at its random weights"
-        )
-    return untrained_backbone(given, config.image_size, mean, std)
-
-
 def build_data(config: SegmentConfig, start: StartingBackbone) -> SegmentationData:
     """Return the loaders of the dataset, with every file checked.
 
     Raises:
         InputError: the dataset cannot be used, or a setting of data or augmentation is wrong.
     """
+    augmentation = dataclasses.asdict(config.augmentation)
+    augmentation |= {"mean": start.mean, "std": start.std}
     view = SegmentationView(
-        start.image_size,
-        scale=config.augmentation.scale,
-        horizontal_flip=config.augmentation.horizontal_flip,
-        color_jitter=config.augmentation.color_jitter,
-        mean=start.mean,
-        std=start.std,
-        ignore_index=config.data.ignore_index,
-        seed=config.seed,
+        start.image_size, **augmentation, ignore_index=config.data.ignore_index, seed=config.seed
     )
-    source = build_segmentation_source(
-        config.data.name,
-        config.data.root,
-        download=config.data.download,
-        num_classes=config.data.num_classes,
-        class_names=config.data.class_names,
-        ignore_index=config.data.ignore_index,
-        max_image_pixels=config.data.max_image_pixels,
-    )
+    source_settings = dataclasses.asdict(config.data)
+    batch_size = source_settings.pop("batch_size")
+    num_workers = source_settings.pop("num_workers")
     return SegmentationData(
-        source,
+        build_segmentation_source(**source_settings),
         view,
-        image_size=start.image_size,
-        batch_size=config.data.batch_size,
+        batch_size=batch_size,
         batches_per_step=config.trainer.accumulate_grad_batches,
         evaluation_batch_size=config.evaluation.batch_size,
-        num_workers=config.data.num_workers,
+        num_workers=num_workers,
         seed=config.seed,
     )
 
@@ -201,12 +169,10 @@ def backbone_origin(config: SegmentConfig, start: StartingBackbone) -> dict[str,
     """Return where the backbone is from, under the names of ``metrics.json``."""
     figures = {
         "segment/checkpoint": config.checkpoint,
-        "segment/encoder": None,
+        "segment/encoder": config.encoder if config.checkpoint is not None else None,
         "segment/backbone": start.settings["name"],
         "segment/freeze_backbone": config.freeze_backbone,
     }
-    if config.checkpoint is not None:
-        figures["segment/encoder"] = config.encoder
     if hasattr(start.backbone, "window_size"):
         figures["segment/window_size"] = list(start.backbone.window_size)
     return figures
@@ -230,10 +196,7 @@ def check_resumable(path: Path, segmenter: Segmenter) -> None:
 
 def tensor_settings(hparams: Any) -> dict[str, Any]:
     """Return the hyperparameters that decide which tensors a checkpoint holds."""
-    return {
-        "backbone": hparams.get("backbone"),
-        "decoder": hparams.get("decoder"),
-        "num_classes": hparams.get("num_classes"),
-        "freeze_backbone": hparams.get("freeze_backbone"),
-        "optimizer": {"layer_decay": hparams["optimizer"].get("layer_decay")},
-    }
+    keys = ("backbone", "decoder", "num_classes", "freeze_backbone")
+    settings: dict[str, Any] = {key: hparams.get(key) for key in keys}
+    settings["optimizer"] = {"layer_decay": hparams["optimizer"].get("layer_decay")}
+    return settings

@@ -3,7 +3,8 @@
 import logging
 from typing import Any, NamedTuple
 
-from moco.config.pretrained import with_usual_settings
+from moco.config.pretrained import given_settings, with_usual_settings
+from moco.config.segment import SegmentConfig
 from moco.config.train import AugmentationConfig
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
@@ -27,58 +28,22 @@ class StartingBackbone(NamedTuple):
     std: list[float]
 
 
-def untrained_backbone(
-    given: dict[str, Any],
-    image_size: int | None,
-    mean: list[float] | None,
-    std: list[float] | None,
-) -> StartingBackbone:
-    """Return a backbone with random weights.
-
-    Args:
-        given: arguments of `build_backbone`.
-        image_size: px; it has to be given.
-        mean, std: None: ImageNet's.
+def find_backbone(config: SegmentConfig) -> StartingBackbone:
+    """Return the backbone of the checkpoint, or one with random weights without a checkpoint.
 
     Raises:
-        InputError: the backbone or the image size is not given.
+        InputError: the checkpoint cannot be used or has another backbone than was asked for, or the
+            backbone or the image size is neither given nor known.
     """
-    if "name" not in given:
-        raise InputError("backbone: missing; without a checkpoint give backbone=NAME")
-    if image_size is None:
-        raise InputError("image_size: missing; without a checkpoint give image_size=PIXELS")
-    default = AugmentationConfig()
-    backbone = build_backbone(**given)
-    return StartingBackbone(backbone, given, image_size, mean or default.mean, std or default.std)
-
-
-def pretrained_backbone(
-    checkpoint: str,
-    encoder: str,
-    given: dict[str, Any],
-    image_size: int | None,
-    mean: list[float] | None,
-    std: list[float] | None,
-) -> StartingBackbone:
-    """Return the backbone of a checkpoint.
-
-    Args:
-        checkpoint: the path of any file of weights.
-        encoder: ``query`` or ``key``.
-        given: arguments of `build_backbone` that the user gave, see `load_pretrained`.
-        image_size: px; None: the checkpoint's.
-        mean, std: None: the checkpoint's, or ImageNet's if it does not say them.
-
-    Raises:
-        InputError: the checkpoint cannot be used, has another backbone than was asked for, or does
-            not say the image size.
-    """
-    pretrained = load_pretrained(checkpoint, encoder, given)
-    config = with_usual_settings(pretrained.config)
-    image_size = image_size or config["data"]["image_size"]
+    given = given_settings(config.backbone)
+    if config.checkpoint is None:
+        return untrained_backbone(config, given)
+    pretrained = load_pretrained(config.checkpoint, config.encoder, given)
+    settings_of_run = with_usual_settings(pretrained.config)
+    image_size = config.image_size or settings_of_run["data"]["image_size"]
     if image_size is None:
         raise InputError(
-            f"image_size: missing; {checkpoint} does not say it, give image_size=PIXELS"
+            f"image_size: missing; {config.checkpoint} does not say it, give image_size=PIXELS"
         )
     backbone = pretrained.encoder.backbone
     if isinstance(backbone, Swin) and "window_size" in given:
@@ -93,7 +58,31 @@ def pretrained_backbone(
     settings.pop("freeze_patch_embed", None)
     if "freeze_patch_embed" in given:
         settings["freeze_patch_embed"] = given["freeze_patch_embed"]
-    augmentation = config["augmentation"]
-    return StartingBackbone(
-        backbone, settings, image_size, mean or augmentation["mean"], std or augmentation["std"]
-    )
+    augmentation = settings_of_run["augmentation"]
+    mean = config.augmentation.mean or augmentation["mean"]
+    std = config.augmentation.std or augmentation["std"]
+    return StartingBackbone(backbone, settings, image_size, mean, std)
+
+
+def untrained_backbone(config: SegmentConfig, given: dict[str, Any]) -> StartingBackbone:
+    """Return a backbone with random weights.
+
+    Args:
+        given: arguments of `build_backbone`.
+
+    Raises:
+        InputError: the backbone or the image size is not given.
+    """
+    if config.freeze_backbone:
+        log.warning(
+            "freeze_backbone=true and checkpoint=null: the backbone stays at its random weights"
+        )
+    if "name" not in given:
+        raise InputError("backbone: missing; without a checkpoint give backbone=NAME")
+    if config.image_size is None:
+        raise InputError("image_size: missing; without a checkpoint give image_size=PIXELS")
+    backbone = build_backbone(**given)
+    usual = AugmentationConfig()
+    mean = config.augmentation.mean or usual.mean
+    std = config.augmentation.std or usual.std
+    return StartingBackbone(backbone, given, config.image_size, mean, std)

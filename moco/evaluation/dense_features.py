@@ -121,14 +121,14 @@ class DenseSet:
         for batch in loader:
             if should_stop():
                 raise EmbeddingStopped
+            unreadable += [image.key for image in batch.unreadable]
+            if len(batch.indices) == 0:
+                continue
             images_on_device = batch.images.to(device, non_blocking=True)
             maps = encode_patches(backbone, images_on_device, self.maps)
             grid = (maps.shape[2], maps.shape[3])
             features = maps.permute(0, 2, 3, 1).flatten(1, 2).cpu().numpy()
             for row, index in enumerate(batch.indices.tolist()):
-                if batch.unreadable[row]:
-                    unreadable.append(index)
-                    continue
                 if not np.isfinite(features[row]).all():
                     name = printable(images.name(index))
                     raise NotFinite(f"the features of {name} are not finite (NaN or infinity)")

@@ -126,10 +126,7 @@ def load_images(
     if num_workers is None:
         num_workers = 0 if images.is_in_memory else min(USUAL_WORKERS, cores_of(1))
     crop = evaluation_crop(data["image_size"], data["crop_ratio"])
-    batch_size = settings["batch_size"]
-    return images.batches(
-        parts.state.end, crop, data["image_size"], batch_size, num_workers, device
-    )
+    return images.batches(parts.state.end, crop, settings["batch_size"], num_workers, device)
 
 
 def weights_digest(encoder: nn.Module) -> str:

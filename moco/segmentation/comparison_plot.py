@@ -26,21 +26,18 @@ def class_colours(num_classes: int) -> Tensor:
     return as_bytes(torch.tensor(colours))
 
 
-def comparison_plot(
-    image: Tensor, classes: Tensor, predicted: Tensor, num_classes: int, max_side: int = MAX_SIDE
-) -> Tensor:
+def comparison_plot(image: Tensor, classes: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     """Return the image, the true classes and the predicted ones beside each other.
 
     Args:
         image: (3, height, width) in 0..1.
         classes: (height, width) class numbers; a number of `num_classes` or more is no class.
         predicted: (height, width) class numbers.
-        max_side: px, see `MAX_SIDE`.
 
     Returns:
         (3, height, 3 * width + 4) uint8.
     """
-    step = math.ceil(max(classes.shape) / max_side)
+    step = math.ceil(max(classes.shape) / MAX_SIDE)
     colours = class_colours(num_classes)
     image = image[:, ::step, ::step].cpu()
     gap = torch.full((3, image.shape[1], GAP), 255, dtype=torch.uint8)

@@ -1,14 +1,14 @@
 """Random augmentation of an image and its mask together."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from moco.data.augment.draws import draws_from
 from moco.data.augment.operations import ColorJitter, build_operation
@@ -16,82 +16,47 @@ from moco.data.augment.views import Normalized
 from moco.errors import InputError
 
 
-class RandomScaledCrop(v2.Transform):
-    """Resize by a random factor, then crop at a random place; the same for image and mask.
+class Cut(NamedTuple):
+    """Which pixels of one side of an image a crop shows."""
 
-    Only the part that the crop needs is resized. Where the resized image is smaller than the crop,
-    the crop is filled up below and to the right. Images are resized bilinearly. A pixel of the mask
-    gets the number of the nearest pixel.
+    start: int
+    """The first pixel."""
+    length: int
+    """The number of pixels."""
+    new_length: int
+    """Their number after resizing."""
+
+
+def draw_cut(side: int, factor: float, image_size: int) -> Cut:
+    """Draw which pixels of one side the crop shows, when the image is resized by a factor.
 
     Args:
+        side: of the image, px.
         image_size: side of the crop, px.
-        scale: lowest and highest factor; the factor is uniform between them.
-        fill: colour that fills up the image: red, green, blue, 0 to 255.
-        ignore_index: number that fills up the mask.
     """
-
-    def __init__(
-        self, image_size: int, scale: Sequence[float], fill: Sequence[int], ignore_index: int
-    ) -> None:
-        super().__init__()
-        self.image_size = image_size
-        self.scale = scale
-        self.fill = list(fill)
-        self.ignore_index = ignore_index
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the part to cut out, and compute its size after resizing, px."""
-        factor = float(torch.empty(1).uniform_(*self.scale))
-        height, width = v2.functional.get_size(flat_inputs[0])
-        top, cut_height, new_height = self._draw_range(height, factor)
-        left, cut_width, new_width = self._draw_range(width, factor)
-        return {
-            "top": top,
-            "left": left,
-            "height": cut_height,
-            "width": cut_width,
-            "size": [new_height, new_width],
-        }
-
-    def _draw_range(self, side: int, factor: float) -> tuple[int, int, int]:
-        """Draw which pixels of one side the crop shows.
-
-        Returns:
-            The first pixel, the number of pixels, and their number after resizing.
-        """
-        # The crop shows this many pixels of the source, because they are resized by the factor.
-        length = min(side, max(1, round(self.image_size / factor)))
-        start = int(torch.randint(side - length + 1, ()))
-        if length < side:
-            return start, length, self.image_size
-        # The whole side is shown. It may be shorter than the crop, which is then filled up.
-        return start, length, min(self.image_size, max(1, round(side * factor)))
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        height, width = params["size"]
-        padding = [0, 0, self.image_size - width, self.image_size - height]
-        if not isinstance(inpt, tv_tensors.Mask):
-            resized = v2.functional.resized_crop(inpt, **params)
-            return v2.functional.pad(resized, padding, fill=self.fill)
-        # Torchvision resizes masks with an older "nearest", which is off by up to half a pixel.
-        # As an image the mask can be resized with the exact one.
-        numbers = inpt.as_subclass(Tensor)[None]
-        resized = v2.functional.resized_crop(
-            numbers, **params, interpolation=v2.InterpolationMode.NEAREST_EXACT, antialias=False
-        )
-        padded = v2.functional.pad(resized, padding, fill=self.ignore_index)
-        return tv_tensors.Mask(padded[0])
+    # The crop shows this many pixels of the source, because they are resized by the factor.
+    length = min(side, max(1, round(image_size / factor)))
+    start = int(torch.randint(side - length + 1, ()))
+    if length < side:
+        return Cut(start, length, image_size)
+    # The whole side is shown. It may be shorter than the crop, which is then filled up.
+    return Cut(start, length, min(image_size, max(1, round(side * factor))))
 
 
 class SegmentationView:
     """Augment an image and its mask: one crop and flip for both, colours for the image alone.
+
+    Both are resized by a random factor and cropped at a random place. Only the part that the crop
+    needs is resized. Where the resized image is smaller than the crop, the crop is filled up below
+    and to the right. Images are resized bilinearly. A pixel of the mask gets the number of the
+    nearest pixel.
 
     The random numbers depend on (seed, epoch, index) alone. They do not depend on the worker
     process, nor on what was drawn before.
 
     Args:
         image_size: side of the result, px.
-        scale: lowest and highest factor of the size, see `RandomScaledCrop`.
+        scale: lowest and highest factor of the size; the factor is uniform between them.
         horizontal_flip: probability.
         color_jitter: settings of `ColorJitter` and their ``probability``; None: no jitter.
         mean, std: per channel, of pixels in 0..1.
@@ -120,14 +85,13 @@ class SegmentationView:
             )
         self.normalize = Normalized(mean, std)
         # Pixels outside the image are 0 after the normalisation.
-        fill = [round(255 * channel) for channel in mean]
-        operations = [
-            RandomScaledCrop(image_size, scale, fill, ignore_index),
-            v2.RandomHorizontalFlip(horizontal_flip),
-        ]
+        self.fill = [round(255 * channel) for channel in mean]
+        self.jitter = None
         if color_jitter is not None:
-            operations.append(build_color_jitter(color_jitter, image_size))
-        self.operations = v2.Compose(operations)
+            self.jitter = build_color_jitter(color_jitter, image_size)
+        self.image_size = image_size
+        self.scale = scale
+        self.horizontal_flip = horizontal_flip
         self.ignore_index = ignore_index
         self.seed = seed
 
@@ -146,8 +110,26 @@ class SegmentationView:
         if self.ignore_index > np.iinfo(mask.dtype).max:
             mask = mask.astype(np.int32)  # because the crop is filled up with ignore_index
         with draws_from(self.seed, epoch, index, 0):
-            image, classes = self.operations(image, tv_tensors.Mask(mask))
-        return self.normalize(image), classes.as_subclass(Tensor).long()
+            image, classes = self._crop(image, torch.from_numpy(mask)[None])
+            if torch.rand(1) < self.horizontal_flip:
+                image, classes = F.horizontal_flip(image), F.horizontal_flip(classes)
+            if self.jitter is not None:
+                image = self.jitter(image)
+        return self.normalize(image), classes[0].long()
+
+    def _crop(self, image: Image.Image, mask: Tensor) -> tuple[Image.Image, Tensor]:
+        """Resize and crop an image and its mask (1, height, width)."""
+        factor = float(torch.empty(1).uniform_(*self.scale))
+        rows = draw_cut(image.height, factor, self.image_size)
+        columns = draw_cut(image.width, factor, self.image_size)
+        box = (rows.start, columns.start, rows.length, columns.length)
+        size = [rows.new_length, columns.new_length]
+        padding = [0, 0, self.image_size - columns.new_length, self.image_size - rows.new_length]
+        image = F.pad(F.resized_crop(image, *box, size), padding, fill=self.fill)
+        # Torchvision's "nearest" is off by up to half a pixel; this one is exact.
+        nearest = v2.InterpolationMode.NEAREST_EXACT
+        mask = F.resized_crop(mask, *box, size, interpolation=nearest, antialias=False)
+        return image, F.pad(mask, padding, fill=self.ignore_index)
 
 
 def build_color_jitter(settings: Mapping[str, Any], image_size: int) -> v2.Transform:

@@ -5,20 +5,19 @@ Every loader process imports this file, so it does not import Lightning, which w
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from moco.data.augment.views import Normalized
-from moco.data.files.images import UnreadableImage
-from moco.data.loading.loaders import ResumableLoader
-from moco.data.loading.lost_workers import WatchedLoader, note_read
-from moco.data.loading.samplers import EpochSampler
-from moco.data.loading.workers import CPU, loader_options
+from moco.data.loading.every_image import ReadImage, every_image
+from moco.data.loading.lost_workers import WatchedLoader
+from moco.data.loading.workers import CPU, unchanged
 from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.masked_images import MaskedImages
 
@@ -28,102 +27,70 @@ MAX_ASPECT = 8
 
 
 class MaskBatch(NamedTuple):
-    """A batch of N images with their masks, or one row of it."""
+    """A batch of N readable images with their masks."""
 
     images: Tensor
-    """(N, 3, height, width) normalised."""
+    """(N, 3, height, width) normalised; no dimension but the first if N is 0."""
     classes: Tensor
     """(N, height, width) int64, the class of each pixel."""
     indices: Tensor
     """(N,) the number of each image in its dataset."""
-    unreadable: Tensor
-    """(N,) bool: the image could not be read, and its row holds zeros."""
+    unreadable: list[ReadImage]
+    """The images that were readable when the run began, and are not any more."""
 
 
-class CropDataset(Dataset[MaskBatch]):
-    """Augmented crops for training, by (epoch, index).
+@dataclass(frozen=True)
+class Crops:
+    """Augmented crops for training, by (epoch, index)."""
 
-    Args:
-        images: the training images.
-        view: the augmentation.
-        image_size: side of the crops, px.
-    """
+    images: MaskedImages
+    view: SegmentationView
 
-    def __init__(self, images: MaskedImages, view: SegmentationView, image_size: int) -> None:
-        self.images = images
-        self.view = view
-        self.image_size = image_size
+    def name(self, place: tuple[int, int]) -> str:
+        """Return the path of the image."""
+        return self.images.name(place[1])
 
-    def __getitem__(self, place: tuple[int, int]) -> MaskBatch:
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        """Return a normalised crop, the classes of its pixels, and the number of the image."""
         epoch, index = place
-        note_read(self.images.name(index))
-        try:
-            image, mask = self.images[index]
-        except UnreadableImage:
-            crop_size = (self.image_size, self.image_size)
-            return unreadable_row(index, crop_size, crop_size)
-        pixels, classes = self.view(image, mask, epoch, index)
-        return readable_row(index, pixels, classes)
+        pixels, classes = self.view(*self.images[index], epoch, index)
+        return pixels, classes, index
 
 
-class WholeDataset(Dataset[MaskBatch]):
-    """Whole images with their masks, by index.
+@dataclass(frozen=True)
+class WholeImages:
+    """Whole images with their masks, by index."""
 
-    Args:
-        images: the images.
-        normalize: makes a normalised tensor of an image.
-        image_size: None: an image keeps its size. Otherwise it is scaled, see `scaled_size`; its
-            mask keeps its size.
-        stride: the sides of a scaled image are multiples of it, px.
-    """
+    images: MaskedImages
+    normalize: Normalized
+    """Makes a normalised tensor of an image."""
+    image_size: int | None
+    """None: an image keeps its size. Otherwise it is scaled, see `scaled_size`."""
+    stride: int
+    """The sides of a scaled image are multiples of it, px."""
 
-    def __init__(
-        self,
-        images: MaskedImages,
-        normalize: Normalized,
-        image_size: int | None = None,
-        stride: int = 1,
-    ) -> None:
-        self.images = images
-        self.normalize = normalize
-        self.image_size = image_size
-        self.stride = stride
+    def name(self, index: int) -> str:
+        """Return the path of the image."""
+        return self.images.name(index)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> MaskBatch:
-        note_read(self.images.name(index))
-        height, width = self.images.sizes[index].tolist()
-        size = (height, width)
-        if self.image_size is not None:
-            size = scaled_size(height, width, self.image_size, self.stride)
-        try:
-            image, mask = self.images[index]
-        except UnreadableImage:
-            return unreadable_row(index, size, (height, width))
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        """Return a normalised image, the classes of its mask's pixels, and its number."""
+        image, mask = self.images[index]
         # The mask is not scaled. Predictions are enlarged to its size instead.
-        if size != (height, width):
+        if self.image_size is not None:
+            size = scaled_size(image.height, image.width, self.image_size, self.stride)
             image = v2.functional.resize(image, list(size))
-        return readable_row(index, self.normalize(image), torch.from_numpy(mask).long())
+        return self.normalize(image), torch.from_numpy(mask).long(), index
 
 
-def readable_row(index: int, image: Tensor, classes: Tensor) -> MaskBatch:
-    """Return one row of a batch."""
-    return MaskBatch(image, classes, torch.tensor(index), torch.tensor(False))
-
-
-def unreadable_row(
-    index: int, image_size: tuple[int, int], mask_size: tuple[int, int]
-) -> MaskBatch:
-    """Return the row for an image that was readable when the run began, and is not any more.
-
-    Args:
-        image_size, mask_size: height and width, px.
-    """
-    image = torch.zeros(3, *image_size)
-    classes = torch.zeros(mask_size, dtype=torch.int64)
-    return MaskBatch(image, classes, torch.tensor(index), torch.tensor(True))
+def mask_batch(read: list[ReadImage]) -> MaskBatch:
+    """Make a batch of `Crops`, or of `WholeImages` of one size."""
+    readable = [image.value for image in read if not image.problem]
+    unreadable = [image for image in read if image.problem]
+    if not readable:
+        return MaskBatch(torch.empty(0), torch.empty(0), torch.empty(0), unreadable)
+    images, classes, indices = default_collate(readable)
+    return MaskBatch(images, classes, indices, unreadable)
 
 
 def scaled_size(height: int, width: int, image_size: int, stride: int) -> tuple[int, int]:
@@ -162,25 +129,6 @@ def batches_of_one_size(
     return batches
 
 
-def crop_loader(
-    images: MaskedImages,
-    view: SegmentationView,
-    image_size: int,
-    sampler: EpochSampler,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device,
-) -> ResumableLoader:
-    """Return the loader of the training crops, for `device`.
-
-    Args:
-        batch_size: images that the device gets at once.
-    """
-    dataset = CropDataset(images, view, image_size)
-    options = loader_options(num_workers, device)
-    return ResumableLoader(dataset, sampler, batch_size, **options)
-
-
 def whole_image_loader(
     images: MaskedImages,
     normalize: Normalized,
@@ -198,12 +146,10 @@ def whole_image_loader(
 
     Args:
         indices: which images; None: all.
-        image_size, stride: see `WholeDataset`.
+        image_size, stride: see `WholeImages`.
     """
     if indices is None:
         indices = range(len(images))
-    # The loader processes end after each pass: passes are rare, and idle processes hold memory.
-    dataset = WholeDataset(images, normalize, image_size, stride)
+    whole = WholeImages(images, normalize, image_size, stride)
     batches = batches_of_one_size(images.sizes, indices, batch_size)
-    options = loader_options(num_workers, device) | {"persistent_workers": False}
-    return WatchedLoader(dataset, batch_sampler=batches, **options)
+    return every_image(whole, unchanged, mask_batch, batches, num_workers, device)

@@ -151,8 +151,8 @@ def warn_of_unseen_classes(
             unseen.append(name)
     if unseen:
         named = ", ".join(unseen[:MAX_NAMED_CLASSES])
-        num_unnamed = max(len(unseen) - MAX_NAMED_CLASSES, 0)
-        log.warning("no training mask contains the classes %s%s", named, and_more(num_unnamed + 1))
+        rest = and_more(len(unseen) - MAX_NAMED_CLASSES + 1)
+        log.warning("no training mask contains the classes %s%s", named, rest)
 
 
 def and_more(count: int) -> str:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,8 +110,11 @@ def build_segmentation_source(
     )
     check_two_classes(root, train.numbers, ignore_index)
     if not names:
-        count = num_classes or count_classes([*train.numbers, *validation.numbers])
-        names = [str(number) for number in range(count)]
+        if num_classes is None:
+            largest = max(*train.numbers, *validation.numbers)
+            num_classes = largest + 1
+            log.info("%d classes: the largest number in the masks is %d", num_classes, largest)
+        names = list(map(str, range(num_classes)))
         names_origin = "data.num_classes"
     check_classes(listing.train, train.largest, len(names), names_origin)
     check_classes(listing.validation, validation.largest, len(names), names_origin)
@@ -149,18 +153,11 @@ def list_files(name: str | None, root: Any, download: bool) -> Listing:
 
 def check_class_names(names: Sequence[str], origin: str, num_classes: int | None) -> None:
     """Raise InputError if a class name occurs twice, or the names are not `num_classes`."""
-    for name in names:
-        if list(names).count(name) > 1:
+    for number, name in enumerate(names):
+        if name in names[:number]:
             raise InputError(f"{origin}: the class name {name} occurs twice")
     if num_classes and names and num_classes != len(names):
         raise InputError(f"data.num_classes={num_classes}: {origin} has {len(names)} names")
-
-
-def count_classes(numbers: Sequence[int]) -> int:
-    """Return the largest number in the masks plus one."""
-    largest = max(numbers)
-    log.info("%d classes: the largest number in the masks is %d", largest + 1, largest)
-    return largest + 1
 
 
 def list_segmentation_folder(root: str) -> Listing:
@@ -187,30 +184,27 @@ def list_segmentation_folder(root: str) -> Listing:
     # Only the folders below images decide. Those below masks have to have the same names.
     train_folder = first_folder(images, TRAINING_FOLDERS)
     validation_folder = first_folder(images, VALIDATION_FOLDERS)
-    if train_folder is None:
-        if validation_folder is not None:
-            raise InputError(
-                f"data.root={root}: there is a folder images/{validation_folder}, but none to "
-                f"train on; expected images/{' or images/'.join(TRAINING_FOLDERS)}"
-            )
-        train, validation = hold_out_a_tenth(pair_files(images, masks))
-    elif validation_folder is None:
-        pairs = pair_files(images / train_folder, masks / train_folder)
-        train, validation = hold_out_a_tenth(pairs)
-    else:
-        train = list(pair_files(images / train_folder, masks / train_folder).values())
-        validation = list(
-            pair_files(images / validation_folder, masks / validation_folder).values()
+    if validation_folder and not train_folder:
+        raise InputError(
+            f"data.root={root}: there is a folder images/{validation_folder}, but none to "
+            f"train on; expected images/{' or images/'.join(TRAINING_FOLDERS)}"
         )
+    pairs = pair_files(images / train_folder, masks / train_folder)
+    if validation_folder:
+        train = list(pairs.values())
+        held_out = pair_files(images / validation_folder, masks / validation_folder)
+        validation = list(held_out.values())
+    else:
+        train, validation = hold_out_a_tenth(pairs)
     return Listing(train, validation, names, str(names_file))
 
 
-def first_folder(parent: Path, names: Sequence[str]) -> str | None:
-    """Return the first of these folders that exists, or None."""
+def first_folder(parent: Path, names: Sequence[str]) -> str:
+    """Return the first of these folders that exists, or an empty string."""
     for name in names:
         if (parent / name).is_dir():
             return name
-    return None
+    return ""
 
 
 def read_class_names(path: Path) -> list[str]:
@@ -234,19 +228,16 @@ def read_class_names(path: Path) -> list[str]:
 
 
 def list_voc2012(root: str, download: bool) -> Listing:
-    """List Pascal VOC 2012: 1,464 training images, 1,449 held out."""
-    train = list_voc2012_part(root, "train", download)
-    # One archive holds both parts, so it is downloaded once.
-    validation = list_voc2012_part(root, "val", download=False)
+    """List Pascal VOC 2012 as torchvision unpacks it: 1,464 training images, 1,449 held out."""
+    parts = []
+    for image_set in ("train", "val"):
+        part = torchvision_dataset(
+            "VOCSegmentation", root, year="2012", image_set=image_set, download=download
+        )
+        parts.append(list(map(Pair, part.images, part.masks)))
+        download = False  # one archive holds both parts
+    train, validation = parts
     return Listing(train, validation, VOC_CLASSES, "voc2012")
-
-
-def list_voc2012_part(root: str, image_set: str, download: bool) -> list[Pair]:
-    """List one part as torchvision unpacks it."""
-    part = torchvision_dataset(
-        "VOCSegmentation", root, year="2012", image_set=image_set, download=download
-    )
-    return [Pair(image, mask) for image, mask in zip(part.images, part.masks, strict=True)]
 
 
 def pair_files(images: Path, masks: Path) -> dict[str, Pair]:
@@ -272,15 +263,15 @@ def pair_files(images: Path, masks: Path) -> dict[str, Pair]:
 
     # The first in alphabetical order is named, so that the message is the same on every machine.
     without_mask = sorted(image_paths.keys() - mask_paths.keys())
-    if without_mask:
-        key = without_mask[0]
-        message = f"{image_paths[key]}: there is no mask {masks / key}.png"
-        raise InputError(printable(message + and_more(len(without_mask))))
     without_image = sorted(mask_paths.keys() - image_paths.keys())
-    if without_image:
-        key = without_image[0]
-        message = f"{mask_paths[key]}: there is no image of that name in {images}"
-        raise InputError(printable(message + and_more(len(without_image))))
+    message = ""
+    if without_mask:
+        message = f"{image_paths[without_mask[0]]}: there is no mask {masks / without_mask[0]}.png"
+    elif without_image:
+        path = mask_paths[without_image[0]]
+        message = f"{path}: there is no image of that name in {images}"
+    if message:
+        raise InputError(printable(message + and_more(len(without_mask or without_image))))
     return {key: Pair(image_paths[key], mask_paths[key]) for key in sorted(image_paths)}
 
 
@@ -308,12 +299,8 @@ def hold_out_a_tenth(pairs: dict[str, Pair]) -> tuple[list[Pair], list[Pair]]:
     # With few images the hash may choose none of them, or all.
     if not held_out.any() or held_out.all():
         held_out = np.arange(len(pairs)) == 0
-    train, validation = [], []
-    for pair, is_in_validation in zip(pairs.values(), held_out, strict=True):
-        if is_in_validation:
-            validation.append(pair)
-        else:
-            train.append(pair)
+    train = list(compress(pairs.values(), ~held_out))
+    validation = list(compress(pairs.values(), held_out))
     log.info(
         "%d of %d images are held out, chosen by a hash of their names", len(validation), len(pairs)
     )

@@ -2,17 +2,16 @@
 
 import pytorch_lightning as pl
 
-from moco.data.files.images import UnreadableImage
 from moco.data.loading.datamodule import check_batch_size
+from moco.data.loading.every_image import ImageReader
 from moco.data.loading.loaders import ResumableLoader
 from moco.data.loading.lost_workers import WatchedLoader
 from moco.data.loading.samplers import EpochSampler
-from moco.data.loading.workers import device_of
-from moco.errors import InputError, printable
+from moco.data.loading.workers import device_of, loader_options, unchanged
+from moco.errors import InputError
 from moco.segmentation.mask_augmentation import SegmentationView
-from moco.segmentation.mask_batches import MaskBatch, crop_loader, whole_image_loader
+from moco.segmentation.mask_batches import Crops, MaskBatch, mask_batch, whole_image_loader
 from moco.segmentation.mask_sources import SegmentationSource
-from moco.segmentation.masked_images import MaskedImages
 
 
 class SegmentationData(pl.LightningDataModule):
@@ -21,7 +20,6 @@ class SegmentationData(pl.LightningDataModule):
     Args:
         source: the images with masks.
         view: makes the training crops.
-        image_size: side of the crops, px.
         batch_size: images per optimizer step, over all accumulated batches.
         batches_per_step: accumulated batches. Each gets batch_size / batches_per_step images.
         evaluation_batch_size: whole images at once, if they have one size.
@@ -38,7 +36,6 @@ class SegmentationData(pl.LightningDataModule):
         source: SegmentationSource,
         view: SegmentationView,
         *,
-        image_size: int,
         batch_size: int,
         batches_per_step: int = 1,
         evaluation_batch_size: int = 1,
@@ -54,7 +51,6 @@ class SegmentationData(pl.LightningDataModule):
             )
         self.source = source
         self.view = view
-        self.image_size = image_size
         self.batch_size = batch_size
         self.batches_per_step = batches_per_step
         self.evaluation_batch_size = evaluation_batch_size
@@ -62,15 +58,13 @@ class SegmentationData(pl.LightningDataModule):
         self.seed = seed
 
     def train_dataloader(self) -> ResumableLoader:
-        sampler = EpochSampler(len(self.source.train), self.batch_size, self.seed, 0, 1)
-        return crop_loader(
-            self.source.train,
-            self.view,
-            self.image_size,
-            sampler,
+        train = self.source.train
+        return ResumableLoader(
+            ImageReader(Crops(train, self.view), unchanged),
+            EpochSampler(len(train), self.batch_size, self.seed),
             self.batch_size // self.batches_per_step,
-            self.num_workers,
-            device_of(self),
+            collate_fn=mask_batch,
+            **loader_options(self.num_workers, device_of(self)),
         )
 
     def evaluation_dataloader(self) -> WatchedLoader:
@@ -84,11 +78,11 @@ class SegmentationData(pl.LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: MaskBatch, dataloader_idx: int) -> MaskBatch:
-        check_readable(batch, self.source.train)
+        check_readable(batch)
         return batch
 
 
-def check_readable(batch: MaskBatch, images: MaskedImages) -> None:
+def check_readable(batch: MaskBatch) -> None:
     """Check that every image of a batch could be read.
 
     The check runs in the training process, because an error in a loader process would come with
@@ -97,12 +91,5 @@ def check_readable(batch: MaskBatch, images: MaskedImages) -> None:
     Raises:
         InputError: an image could not be read. The message names the file.
     """
-    for index in batch.indices[batch.unreadable].tolist():
-        try:
-            images[index]
-        except UnreadableImage as error:
-            raise InputError(str(error)) from error
-        raise InputError(
-            f"{printable(images.name(index))}: the image or its mask could not be read at first, "
-            "but could be read at a second attempt; is the storage reliable?"
-        )
+    if batch.unreadable:
+        raise InputError(batch.unreadable[0].problem)

@@ -20,7 +20,8 @@ def test_image_truth_and_prediction_are_side_by_side():
     assert plot[:, 1, 8].tolist() == colours[1].tolist()
 
 
-def test_a_large_image_is_shown_with_every_second_pixel():
+def test_a_large_image_is_shown_with_every_second_pixel(monkeypatch):
+    monkeypatch.setattr("moco.segmentation.comparison_plot.MAX_SIDE", 40)
     classes = torch.zeros(50, 80, dtype=torch.long)
-    plot = comparison_plot(torch.ones(3, 50, 80), classes, classes, 2, max_side=40)
+    plot = comparison_plot(torch.ones(3, 50, 80), classes, classes, 2)
     assert plot.shape == (3, 25, 3 * 40 + 4)

@@ -128,7 +128,7 @@ def test_colour_jitter_leaves_the_mask_alone():
             "augmentation.scale=[1.0]: expected two factors, 0 < low <= high",
         ),
         ({"color_jitter": {"hues": 1}}, "augmentation.color_jitter: unknown setting 'hues'"),
-        ({"color_jitter": {"hue": 2}}, "augmentation.color_jitter: hue=2: expected a fraction"),
+        ({"color_jitter": {"hue": 2}}, "augmentation.color_jitter: hue=2: expected a number"),
         ({"std": [0, 1, 1]}, "augmentation.mean=[0.5, 0.5, 0.5], augmentation.std=[0, 1, 1]: "),
     ],
 )

@@ -21,7 +21,7 @@ def shapes(tmp_path):
 
 def data_of(root, batch_size=4, **settings):
     source = build_segmentation_source("segmentation_folder", str(root))
-    return SegmentationData(source, view(16), image_size=16, batch_size=batch_size, **settings)
+    return SegmentationData(source, view(16), batch_size=batch_size, **settings)
 
 
 def test_training_batches_are_crops_in_the_order_of_the_epoch(shapes):
@@ -31,7 +31,7 @@ def test_training_batches_are_crops_in_the_order_of_the_epoch(shapes):
         loader.sampler.set_epoch(epoch)
         batches = list(loader)
         assert [tuple(batch.images.shape) for batch in batches] == [(4, 3, 16, 16)] * 2
-        assert not any(batch.unreadable.any() for batch in batches)
+        assert not any(batch.unreadable for batch in batches)
         orders.append(torch.cat([batch.indices for batch in batches]).tolist())
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(8))
     assert orders[0] != orders[1]
@@ -41,8 +41,8 @@ def test_datasets_can_be_sent_to_loader_processes(shapes):
     data = data_of(shapes)
     for loader, place in ((data.train_dataloader(), (0, 5)), (data.evaluation_dataloader(), 2)):
         copy = pickle.loads(pickle.dumps(loader.dataset))
-        for one, other in zip(copy[place], loader.dataset[place], strict=True):
-            assert torch.equal(one, other)
+        for one, other in zip(copy[place].value, loader.dataset[place].value, strict=True):
+            assert one == other if isinstance(one, int) else torch.equal(one, other)
 
 
 def test_evaluation_batches_hold_whole_images_of_one_size(shapes):
@@ -77,9 +77,9 @@ def test_images_are_scaled_to_whole_cells(size):
 
 def batch_with_unreadable_image(data):
     """The one training batch that has an image that cannot be read."""
-    batches = [batch for batch in data.train_dataloader() if batch.unreadable.any()]
+    batches = [batch for batch in data.train_dataloader() if batch.unreadable]
     assert len(batches) == 1
-    assert batches[0].unreadable.sum() == 1
+    assert len(batches[0].unreadable) == 1
     return batches[0]
 
 
@@ -89,17 +89,6 @@ def test_a_file_that_is_damaged_after_the_check_is_named(shapes):
     path.write_bytes(path.read_bytes()[:80])
     batch = batch_with_unreadable_image(data)
     with pytest.raises(InputError, match=r"images/train/02.png: "):
-        data.on_before_batch_transfer(batch, 0)
-
-
-def test_a_file_that_is_readable_again_is_named_too(shapes):
-    data = data_of(shapes)
-    path = shapes / "images/train/02.png"
-    content = path.read_bytes()
-    path.write_bytes(content[:80])
-    batch = batch_with_unreadable_image(data)
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"images/train/02.png: .* at a second attempt"):
         data.on_before_batch_transfer(batch, 0)
 
 

@@ -14,7 +14,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from moco.cli.build_segmentation import build_data, build_segmenter, find_backbone
+from moco.cli.build_segmentation import build_data, build_segmenter
+from moco.cli.starting_backbone import find_backbone
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
@@ -397,7 +398,7 @@ def test_a_pretrained_swin_is_fine_tuned_in_other_windows(fine_tuned, swin):
 
 def test_a_checkpoint_of_segmentation_is_no_pretraining(fine_tuned, shapes, tmp_path):
     path = fine_tuned / "checkpoints/last.ckpt"
-    message = r"last.ckpt: written by moco.segment, and expected is one of moco.train"
+    message = r"last.ckpt: written by moco.segment; expected a checkpoint of moco.train"
     with pytest.raises(InputError, match=message):
         run(config_of(shapes, f"checkpoint={path}"), tmp_path / "next")
 
@@ -451,12 +452,12 @@ MISTAKES = [
     ),
     (
         ["checkpoint={swin}", "backbone=resnet_tiny"],
-        "checkpoint={swin}: of another architecture: "
+        "checkpoint={swin}: has another architecture: "
         "backbone.name: swin_v2_tiny_patch2 there, resnet_tiny here; backbone.stem:",
     ),
     (
         ["checkpoint={swin}", "backbone.num_heads=6"],
-        "checkpoint={swin}: of another architecture: backbone.num_heads: None there, 6 here",
+        "checkpoint={swin}: has another architecture: backbone.num_heads: None there, 6 here",
     ),
     (
         ["checkpoint={resnet}", "backbone.window_size=18"],

@@ -111,44 +111,33 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor, *, has_hue: boo
     if not has_hue:
         is_before_hue = torch.ones_like(is_before_hue)
     blend_factors = factors.gather(1, blends).to(images.dtype)
-    shift = factors[:, HUE].to(images.dtype)
+    shift = factors[:, HUE].to(images.dtype) if has_hue else None
     if images.device.type == "cpu":
-        return jitter_on_cpu(images, blends, blend_factors, is_before_hue, shift, has_hue)
-    return jitter_on_gpu(images, blends, blend_factors, is_before_hue, shift, has_hue)
+        return jitter_on_cpu(images, blends, blend_factors, is_before_hue, shift)
+    return jitter_on_gpu(images, blends, blend_factors, is_before_hue, shift)
 
 
 def jitter_on_cpu(
-    images: Tensor,
-    blends: Tensor,
-    factors: Tensor,
-    is_before_hue: Tensor,
-    shift: Tensor,
-    has_hue: bool,
+    images: Tensor, blends: Tensor, factors: Tensor, is_before_hue: Tensor, shift: Tensor | None
 ) -> Tensor:
     """Apply each blend only to the images that have it on this side of hue."""
     # The images are sorted by how many of their blends come before hue. Those that take a blend
     # then stand together, and are read and written as one piece of memory.
     rows = is_before_hue.sum(1).argsort(descending=True)
     images = images.index_select(0, rows)
-    shift = shift.index_select(0, rows)
     shares = blend_shares(factors, blends).index_select(0, rows)
     counts = is_before_hue.sum(0).tolist()
     for place, count in enumerate(counts):
         blend_(images[:count], shares[:count, place])
-    if has_hue:
-        hue_(images, shift)
+    if shift is not None:
+        hue_(images, shift.index_select(0, rows))
         for place, count in enumerate(counts):
             blend_(images[count:], shares[count:, place])
     return images.index_select(0, rows.argsort())
 
 
 def jitter_on_gpu(
-    images: Tensor,
-    blends: Tensor,
-    factors: Tensor,
-    is_before_hue: Tensor,
-    shift: Tensor,
-    has_hue: bool,
+    images: Tensor, blends: Tensor, factors: Tensor, is_before_hue: Tensor, shift: Tensor | None
 ) -> Tensor:
     """Apply every blend to all images on both sides of hue, with the factor 1 on the wrong side.
 
@@ -159,7 +148,7 @@ def jitter_on_gpu(
     after = blend_shares(factors.where(~is_before_hue, 1.0), blends)
     for place in range(3):
         blend_(images, before[:, place])
-    if has_hue:
+    if shift is not None:
         hue_(images, shift)
         for place in range(3):
             blend_(images, after[:, place])

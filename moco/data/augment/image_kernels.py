@@ -5,7 +5,7 @@ one grey level. Hue goes through 8-bit HSV, as in Pillow, with another rounding.
 `scripts/compare_augmentations.py` prints the differences.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -70,12 +70,7 @@ def to_pixels(values: np.ndarray) -> np.ndarray:
 
 
 # In the order of ColorJitter.STEPS.
-COLOR_STEPS: tuple[Callable[[np.ndarray, float], np.ndarray], ...] = (
-    brightness,
-    contrast,
-    saturation,
-    hue,
-)
+COLOR_STEPS = (brightness, contrast, saturation, hue)
 
 
 def grayscale(image: np.ndarray) -> np.ndarray:

@@ -7,7 +7,6 @@ reference for both is torchvision.transforms.v2 on Pillow images.
 
 import inspect
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,29 @@ Drawn = dict[str, Tensor]
 
 
 class Operation(ABC):
-    """One step of a view."""
+    """One step of a view.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
 
     num_draws: ClassVar[int] = 0
+    limits: ClassVar[dict[str, tuple[float, float]]] = {}
+    """The lowest and the highest value of settings that are a number."""
+    pair_limits: ClassVar[dict[str, tuple[float, float]]] = {}
+    """The same for settings that are two numbers, the lower one first."""
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in self.limits.items():
+            value = getattr(self, name)
+            if not is_number(value, low, high):
+                raise ValueError(f"{name}={value}: expected a number from {low} to {high}")
+        for name, (low, high) in self.pair_limits.items():
+            value = getattr(self, name)
+            if not is_pair(value, low, high):
+                raise ValueError(
+                    f"{name}={value}: expected two numbers from {low} to {high}, the lower one first"
+                )
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         """Return the numbers of the operation for each image.
@@ -69,12 +88,7 @@ class RandomResizedCrop(Operation):
     ratio: Sequence[float] = (3 / 4, 4 / 3)
     # Ten areas, ten ratios, and the two coordinates of the corner.
     num_draws: ClassVar[int] = 22
-
-    def __post_init__(self) -> None:
-        is_scale = is_range(self.scale) and self.scale[0] > 0 and self.scale[1] <= 1
-        expect(is_scale, "scale", self.scale, "two areas, 0 < low <= high <= 1")
-        is_ratio = is_range(self.ratio) and self.ratio[0] > 0
-        expect(is_ratio, "ratio", self.ratio, "two positive numbers, low <= high")
+    pair_limits: ClassVar = {"scale": (1e-6, 1), "ratio": (1e-3, 1e3)}
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         height, width = sizes.double().unbind(1)
@@ -132,14 +146,7 @@ class RandomAffine(Operation):
     translate: float = 0.0
     shear: float = 0.0
     num_draws: ClassVar[int] = 4
-
-    def __post_init__(self) -> None:
-        is_share = is_number(self.translate, 0, 1)
-        expect(is_share, "translate", self.translate, "a fraction of the side, 0 to 1")
-        is_angle = is_number(self.degrees, 0, 360)
-        expect(is_angle, "degrees", self.degrees, "a number of degrees, 0 to 360")
-        is_shear = is_number(self.shear, 0, 89)
-        expect(is_shear, "shear", self.shear, "a number of degrees, 0 to 89")
+    limits: ClassVar = {"degrees": (0, 360), "translate": (0, 1), "shear": (0, 89)}
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         largest = self.translate * sizes.flip(1)
@@ -179,14 +186,13 @@ class ColorJitter(Operation):
     saturation: float = 0
     hue: float = 0
     num_draws: ClassVar[int] = 8
+    limits: ClassVar = {
+        "brightness": (0, 100),
+        "contrast": (0, 100),
+        "saturation": (0, 100),
+        "hue": (0, 0.5),
+    }
     STEPS: ClassVar[tuple[str, ...]] = ("brightness", "contrast", "saturation", "hue")
-
-    def __post_init__(self) -> None:
-        for name in self.STEPS[:3]:
-            value = getattr(self, name)
-            expect(is_number(value, 0, 100), name, value, "a number, 0 to 100")
-        is_turn = is_number(self.hue, 0, 0.5)
-        expect(is_turn, "hue", self.hue, "a fraction of a turn, 0 to 0.5")
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         values = []
@@ -229,10 +235,7 @@ class GaussianBlur(Operation):
 
     sigma: Sequence[float]
     num_draws: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        is_sigma = is_range(self.sigma) and self.sigma[0] >= 0 and self.sigma[1] <= 100
-        expect(is_sigma, "sigma", self.sigma, "two numbers of px, 0 <= low <= high <= 100")
+    pair_limits: ClassVar = {"sigma": (0, 100)}
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         return {"sigma": between(self.sigma, draws[:, 0])}
@@ -252,10 +255,7 @@ class Solarize(Operation):
     """Invert the values from `threshold` upwards, of 256."""
 
     threshold: int = 128
-
-    def __post_init__(self) -> None:
-        is_threshold = isinstance(self.threshold, int) and 0 <= self.threshold <= 256
-        expect(is_threshold, "threshold", self.threshold, "a whole number, 0 to 256")
+    limits: ClassVar = {"threshold": (0, 256)}
 
     def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
         return image_kernels.solarize(image, self.threshold)
@@ -339,9 +339,11 @@ def build_operation(
             raise InputError(f"{where}.{name}: {unknown_name('setting', argument, choices)}")
     if "image_size" in parameters:
         arguments["image_size"] = image_size
+    if not is_number(probability, 0, 1):
+        raise InputError(
+            f"{where}.{name}: probability={probability}: expected a number from 0 to 1"
+        )
     try:
-        is_probability = is_number(probability, 0, 1)
-        expect(is_probability, "probability", probability, "a number from 0 to 1")
         return Step(name, OPERATIONS[name](**arguments), probability)
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}.{name}: {error}") from error
@@ -353,21 +355,13 @@ def between(limits: Sequence[float], draws: Tensor) -> Tensor:
     return low + (high - low) * draws
 
 
-def is_range(values: Any) -> bool:
-    """Return whether these are two numbers, the lower one first."""
+def is_number(value: Any, low: float, high: float) -> bool:
+    """Return whether this is a number in the range; NaN is in none."""
+    return isinstance(value, (int, float)) and low <= value <= high
+
+
+def is_pair(values: Any, low: float, high: float) -> bool:
+    """Return whether these are two numbers in the range, the lower one first."""
     if not isinstance(values, (list, tuple)) or len(values) != 2:
         return False
-    return is_number(values[0]) and is_number(values[1]) and values[0] <= values[1]
-
-
-def is_number(
-    value: Any, lowest: float = -sys.float_info.max, highest: float = sys.float_info.max
-) -> bool:
-    """Return whether this is a number in the range; infinity and NaN are in none."""
-    return isinstance(value, (int, float)) and lowest <= value <= highest
-
-
-def expect(holds: bool, name: str, value: Any, expected: str) -> None:
-    """Raise ValueError if a condition on a setting does not hold."""
-    if not holds:
-        raise ValueError(f"{name}={value}: expected {expected}")
+    return all(is_number(value, low, high) for value in values) and values[0] <= values[1]

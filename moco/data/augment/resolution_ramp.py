@@ -33,8 +33,13 @@ class ResolutionRamp:
 
     def __post_init__(self) -> None:
         if self.start_image_size is None:
-            refuse_without_start("ramp_epochs", self.ramp_epochs)
-            refuse_without_start("image_size_step", self.image_size_step)
+            for name in ("ramp_epochs", "image_size_step"):
+                value = getattr(self, name)
+                if value is not None:
+                    raise InputError(
+                        f"augmentation.{name}={value}: "
+                        "it has no effect without augmentation.start_image_size"
+                    )
             return
         if self.start_image_size >= self.image_size:
             raise InputError(
@@ -49,8 +54,7 @@ class ResolutionRamp:
         if self.ramp_epochs < len(self.sizes) - 1:
             raise InputError(
                 f"augmentation.ramp_epochs={self.ramp_epochs}: expected at least one for each of "
-                f"the smaller sizes ({self.in_words()}); "
-                "or a larger augmentation.image_size_step"
+                f"the smaller sizes ({self.in_words()}), or a larger augmentation.image_size_step"
             )
 
     @property
@@ -72,11 +76,3 @@ class ResolutionRamp:
     def in_words(self) -> str:
         """Return the sizes in order, for a message."""
         return ", ".join(map(str, self.sizes)) + " px"
-
-
-def refuse_without_start(name: str, value: int | None) -> None:
-    """Raise InputError if a setting is given that needs a start size."""
-    if value is not None:
-        raise InputError(
-            f"augmentation.{name}={value}: it has no effect without augmentation.start_image_size"
-        )

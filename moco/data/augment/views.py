@@ -245,15 +245,13 @@ class ViewPair:
         Returns:
             The two views, (batch, 3, side, side) float32 each, normalised.
         """
-        sizes = sizes_of(views[0], indices)
         results = []
         for place, view in enumerate(self.views_at(epoch)):
             start = self.num_worker_steps(view)
             if start == len(view.steps):
                 results.append(self.normalized(views[place]))
             else:
-                numbers = view.draw(self.seed, epoch, indices, place, sizes)
-                results.append(self._on_device(view, views[place], numbers, start))
+                results.append(self._on_device(views[place], epoch, indices, place, start))
         return results[0], results[-1]
 
     def on_batch(self, images: Tensor, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,14 +263,17 @@ class ViewPair:
         Returns:
             The two views, (batch, 3, side, side) float32 each, normalised.
         """
-        numbers = self.draw(epoch, indices, sizes_of(images, indices))
         results = []
-        for view, drawn in zip(self.views_at(epoch), numbers, strict=True):
-            results.append(self._on_device(view, images, drawn, 0))
+        for place in range(len(self.views_at(epoch))):
+            results.append(self._on_device(images, epoch, indices, place, start=0))
         return results[0], results[-1]
 
-    def _on_device(self, view: View, images: Tensor, numbers: list[Drawn], start: int) -> Tensor:
-        """Apply the steps of a view from `start` on, and normalise."""
+    def _on_device(
+        self, images: Tensor, epoch: int, indices: Tensor, place: int, start: int
+    ) -> Tensor:
+        """Apply the steps of one view from `start` on, and normalise."""
+        view = self.views_at(epoch)[place]
+        numbers = view.draw(self.seed, epoch, indices, place, sizes_of(images, indices))
         self._move_normalisation(images.device)
         side = view.image_size
         num_at_once = len(images)
@@ -282,11 +283,8 @@ class ViewPair:
         results = torch.empty(len(images), 3, side, side, device=images.device)
         for first in range(0, len(images), num_at_once):
             rows = slice(first, first + num_at_once)
-            own = []
-            for drawn in numbers:
-                own.append({name: values[rows] for name, values in drawn.items()})
             pixels = to_float(images[rows]).mul_(1 / 255)
-            pixels = view.on_batch(pixels, own, start)
+            pixels = view.on_batch(pixels, row_of(numbers, rows), start)
             torch.mul(pixels, 255 * self.scale, out=results[rows]).sub_(self.shift)
         return results
 
@@ -302,8 +300,8 @@ class ViewPair:
             self.shift = self.shift.to(device)
 
 
-def row_of(numbers: Sequence[Mapping[str, Any]], row: int) -> list[dict[str, Any]]:
-    """Return the numbers of one image for each step."""
+def row_of(numbers: Sequence[Mapping[str, Any]], row: int | slice) -> list[dict[str, Any]]:
+    """Return the numbers of one image, or of some, for each step."""
     own = []
     for drawn in numbers:
         own.append({name: values[row] for name, values in drawn.items()})

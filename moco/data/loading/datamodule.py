@@ -102,11 +102,14 @@ class PretrainingData(pl.LightningDataModule):
         unreadable: list[str] = []
         for _, index in self.sampler():
             name = images.name(index)
-            if is_readable(images, index):
-                found.append((index, images.opened(index), name))
-            else:
+            try:
+                image = images.opened(index)
+                image.pixels()
+            except UnreadableImage:
                 unreadable.append(name)
                 check_bad_fraction(unreadable, len(images), self.max_bad_fraction)
+            else:
+                found.append((index, image, name))
             if len(found) == number:
                 break
         return found
@@ -132,9 +135,9 @@ class PretrainingData(pl.LightningDataModule):
             Two views, (images, 3, side, side) float32 each, normalised.
         """
         indices = torch.tensor([index for index, _, _ in images], dtype=torch.int64)
-        if self.engine.in_memory:
-            assert isinstance(self.source.train, ArrayImages)
-            pixels = rgb_batch(self.source.train.tensor[indices])
+        train = self.source.train
+        if self.engine.in_memory and isinstance(train, ArrayImages):
+            pixels = rgb_batch(train.tensor[indices])
             return self.augment.on_batch(pixels, 0, indices)
         batch = PairMaker(self.augment)(images, 0)
         return self.augment.finished(batch.views, 0, indices)
@@ -165,8 +168,7 @@ class PretrainingData(pl.LightningDataModule):
         device = device_of(self)
         if isinstance(images, ShardedImages):
             return self._stream_loader(images, batch_size)
-        if self.engine.in_memory:
-            assert isinstance(images, ArrayImages)
+        if self.engine.in_memory and isinstance(images, ArrayImages):
             return MemoryLoader(images, self.augment, self.sampler(), batch_size, device)
         return ResumableLoader(
             PairDataset(images, self.augment),
@@ -232,15 +234,6 @@ class PretrainingData(pl.LightningDataModule):
             return batch
         views = self.augment.finished(batch.views, batch.epoch, batch.indices)
         return batch._replace(views=views)
-
-
-def is_readable(images: Images, index: int) -> bool:
-    """Return whether an image can be opened and decoded."""
-    try:
-        images.opened(index).pixels()
-    except UnreadableImage:
-        return False
-    return True
 
 
 def check_batch_size(batch_size: int, batches_per_step: int, num_images: int) -> None:

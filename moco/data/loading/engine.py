@@ -33,10 +33,9 @@ def choose_engine(engine: str, images: Images, image_size: int, device_type: str
     if isinstance(images, ArrayImages):
         fits_on_device = is_cpu or images.tensor.numel() <= LARGEST_ON_GPU
         largest_side = max(image_size, *images.tensor.shape[1:3])
-    if engine == "worker":
-        return Engine("worker", False, "as data.engine=worker says")
-    if engine == "batch":
-        return Engine("batch", fits_on_device, "as data.engine=batch says")
+    if engine != "auto":
+        in_memory = engine == "batch" and fits_on_device
+        return Engine(engine, in_memory, f"as data.engine={engine} says")
     if not is_cpu and fits_on_device:
         return Engine("batch", True, "the images are in memory and fit on the device")
     if not is_cpu:

@@ -6,7 +6,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +17,6 @@ from moco.data.files.images import UnreadableImage
 from moco.data.loading.lost_workers import WatchedLoader, note_read
 from moco.data.loading.workers import CPU, loader_options
 from moco.data.sources.source import ArrayImages, Labelled
-
-
-class KeyedImages(Protocol):
-    """Images by any key, for example a number."""
-
-    def name(self, key: Any, /) -> str:
-        """Return the name of an image, for messages."""
-        ...
-
-    def __getitem__(self, key: Any, /) -> Any:
-        """Return an image. Raises `UnreadableImage` if it cannot be read."""
-        ...
 
 
 class ReadImage(NamedTuple):
@@ -47,10 +35,12 @@ class ImageReader(Dataset[ReadImage]):
     """Read images by their keys, in a loader process.
 
     Args:
+        images: ``images[key]`` is an image, or raises `UnreadableImage`. ``images.name(key)`` is
+            its name for messages.
         make: gets an image and returns what is wanted of it. It may raise `UnreadableImage`.
     """
 
-    images: KeyedImages
+    images: Any
     make: Callable[[Any], Any]
 
     def __getitem__(self, key: Any) -> ReadImage:
@@ -64,7 +54,7 @@ class ImageReader(Dataset[ReadImage]):
 
 
 def every_image(
-    images: KeyedImages,
+    images: Any,
     make: Callable[[Any], Any],
     collate: Callable[[list[ReadImage]], Any],
     batches: Iterable[list[Any]],
@@ -74,7 +64,7 @@ def every_image(
     """Return a loader that reads the images of each batch of keys, in order.
 
     Args:
-        make: gets an image and returns what is wanted of it; runs in the loader processes.
+        images, make: see `ImageReader`.
         collate: makes a batch of the results; runs in the loader processes.
         batches: the keys of each batch.
         device: the device that uses the batches.

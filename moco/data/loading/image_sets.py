@@ -2,9 +2,10 @@
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -32,7 +33,7 @@ class ImageBatch(NamedTuple):
     """Neighbouring images of a set. Unreadable ones are left out, so that it may be empty."""
 
     images: Tensor
-    """(readable images, 3, side, side) uint8."""
+    """(readable images, 3, side, side) uint8; no dimension but the first if there are none."""
     names: list[str]
     labels: Tensor
     """(readable images,) int64; -1 without labels."""
@@ -42,95 +43,83 @@ class ImageBatch(NamedTuple):
     """The place where the next batch starts."""
 
 
-class ImageSet(Protocol):
+class ImageKey(NamedTuple):
+    """An image of a set, or what cannot be read there."""
+
+    source: Any
+    """The number of the image, or a `Sample` or `Problem` of a shard."""
+    name: str
+    label: int
+    """-1 without labels."""
+    end: list[int]
+    """The place after it."""
+
+
+class ImageSet(ABC):
     """Images in a fixed order. A place is a list of numbers."""
 
-    @property
-    def start(self) -> list[int]:
-        """The place of the first image."""
-        ...
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether every image has a label."""
-        ...
+    start: list[int]
+    """The place of the first image."""
+    has_labels: bool
+    images: Any = None
+    """Images by number, of keys whose source is a number."""
 
     @property
     def is_in_memory(self) -> bool:
         """Whether the images are in memory, so that loader processes would not help."""
-        ...
+        return isinstance(self.images, ArrayImages)
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash of the names, labels and order. The content of files does not count."""
-        ...
+
+    @abstractmethod
+    def keys_from(self, place: list[int]) -> Iterator[ImageKey]:
+        """Yield the images from `place` on."""
 
     def batches(
         self,
         place: list[int],
         crop: Crop,
-        image_size: int,
         batch_size: int,
         num_workers: int,
         device: torch.device = CPU,
     ) -> WatchedLoader:
-        """Return a loader of all images from `place` on, as `ImageBatch`.
+        """Return a loader of all images from `place` on, as `ImageBatch`, for one pass.
 
         Args:
             place: `start`, or the end of a batch. With the same `batch_size`, the batches are then
                 the same as in one pass.
-            crop: cuts an image to a square of `image_size` px.
+            crop: cuts an image to a square.
             device: the device that uses the batches.
+
+        Raises:
+            InputError: while iterating, a shard is refused.
         """
-        ...
+        keys = in_batches(self.keys_from(place), batch_size)
+        make = CropToTensor(crop)
+        return every_image(KeyReader(self.images), make, image_batch, keys, num_workers, device)
 
 
 @dataclass(frozen=True)
-class IndexedSet:
-    """An `ImageSet` of images by number; a place is [number]."""
+class KeyReader:
+    """Read the images of an `ImageSet` by `ImageKey`, in a loader process."""
 
-    labelled: Labelled
-    has_labels: bool
-    """If not, all labels are -1."""
+    images: Any
 
-    @property
-    def start(self) -> list[int]:
-        return [0]
+    def name(self, key: ImageKey) -> str:
+        """Return the name for messages."""
+        return key.name if isinstance(key.source, int) else key.source.name
 
-    @property
-    def is_in_memory(self) -> bool:
-        return isinstance(self.labelled.images, ArrayImages)
-
-    def __len__(self) -> int:
-        return len(self.labelled.images)
-
-    def fingerprint(self) -> str:
-        """See `ImageSet`. The pixels of images in memory count, because they have no names."""
-        images = self.labelled.images
-        digest = hashlib.blake2b(self.labelled.labels.tobytes(), digest_size=16)
-        if isinstance(images, ArrayImages):
-            digest.update(images.tensor.numpy().data)
-        for index in range(len(images)):
-            digest.update(images.name(index).encode(errors="surrogatepass") + b"\0")
-        return digest.hexdigest()
-
-    def batches(
-        self,
-        place: list[int],
-        crop: Crop,
-        image_size: int,
-        batch_size: int,
-        num_workers: int,
-        device: torch.device = CPU,
-    ) -> WatchedLoader:
-        """See `ImageSet`."""
-        keys = in_batches(range(place[0], len(self)), batch_size)
-        # A tensor, because loader processes share its memory.
-        labels = torch.from_numpy(self.labelled.labels)
-        collate = IndexedCollate(labels, image_size)
-        images = self.labelled.images
-        return every_image(images, CropToTensor(crop), collate, keys, num_workers, device)
+    def __getitem__(self, key: ImageKey) -> Image.Image:
+        if isinstance(key.source, Problem):
+            raise UnreadableImage(key.source.reason)
+        if isinstance(key.source, Sample):
+            return Image.fromarray(key.source.image.pixels())
+        return self.images[key.source]
 
 
 @dataclass(frozen=True)
@@ -143,40 +132,54 @@ class CropToTensor:
         return pil_to_tensor(self.crop(image))
 
 
-@dataclass(frozen=True)
-class IndexedCollate:
-    """Make an `ImageBatch` of images that were read by their number.
+def image_batch(read: list[ReadImage]) -> ImageBatch:
+    """Make a batch of the images of an `ImageSet`."""
+    images, names, labels, problems = [], [], [], []
+    for image in read:
+        source = image.key.source
+        if image.problem:
+            is_shard = isinstance(source, Problem) and source.is_shard
+            problems.append(Problem(image.name, image.problem, is_shard))
+        else:
+            images.append(image.value)
+            names.append(image.key.name)
+            labels.append(image.key.label)
+    pixels = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
+    label_tensor = torch.tensor(labels, dtype=torch.int64)
+    return ImageBatch(pixels, names, label_tensor, problems, read[-1].key.end)
+
+
+class IndexedSet(ImageSet):
+    """An `ImageSet` of images by number; a place is [number].
 
     Args:
-        labels: (images,) int64, of the whole set.
+        has_labels: if not, all labels are -1.
     """
 
-    labels: Tensor
-    image_size: int
+    def __init__(self, labelled: Labelled, has_labels: bool) -> None:
+        self.images = labelled.images
+        self.labels = labelled.labels
+        self.has_labels = has_labels
+        self.start = [0]
 
-    def __call__(self, read: list[ReadImage]) -> ImageBatch:
-        readable = [image for image in read if not image.problem]
-        problems = []
-        for image in read:
-            if image.problem:
-                problems.append(Problem(image.name, image.problem, is_shard=False))
-        names = [image.name for image in readable]
-        keys = torch.tensor([image.key for image in readable], dtype=torch.int64)
-        end = [read[-1].key + 1]
-        images = stack_images(readable, self.image_size)
-        return ImageBatch(images, names, self.labels[keys], problems, end)
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fingerprint(self) -> str:
+        """See `ImageSet`. The pixels of images in memory count, because they have no names."""
+        digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
+        if isinstance(self.images, ArrayImages):
+            digest.update(self.images.tensor.numpy().data)
+        for index in range(len(self)):
+            digest.update(self.images.name(index).encode(errors="surrogatepass") + b"\0")
+        return digest.hexdigest()
+
+    def keys_from(self, place: list[int]) -> Iterator[ImageKey]:
+        for index in range(place[0], len(self)):
+            yield ImageKey(index, self.images.name(index), int(self.labels[index]), [index + 1])
 
 
-def stack_images(readable: list[ReadImage], image_size: int) -> Tensor:
-    """Return images as (images, 3, image_size, image_size) uint8, also if there are none."""
-    images = torch.empty(len(readable), 3, image_size, image_size, dtype=torch.uint8)
-    for row, image in enumerate(readable):
-        images[row] = image.value
-    return images
-
-
-@dataclass(frozen=True)
-class ShardedSet:
+class ShardedSet(ImageSet):
     """An `ImageSet` of tar shards, one after the other.
 
     A place is [number of the shard, members of it that are done]. The calling process reads the
@@ -184,14 +187,11 @@ class ShardedSet:
     for any number of loader processes.
     """
 
-    sharded: ShardedImages
-
     has_labels = False
-    is_in_memory = False
 
-    @property
-    def start(self) -> list[int]:
-        return [0, 0]
+    def __init__(self, sharded: ShardedImages) -> None:
+        self.sharded = sharded
+        self.start = [0, 0]
 
     def __len__(self) -> int:
         return len(self.sharded)
@@ -204,41 +204,8 @@ class ShardedSet:
             digest.update(f"{shard}\0{size}\0".encode(errors="surrogatepass"))
         return digest.hexdigest()
 
-    def batches(
-        self,
-        place: list[int],
-        crop: Crop,
-        image_size: int,
-        batch_size: int,
-        num_workers: int,
-        device: torch.device = CPU,
-    ) -> WatchedLoader:
-        """See `ImageSet`."""
-        keys = in_batches(ShardedSamples(self.sharded, place), batch_size)
-        collate = ShardedCollate(image_size)
-        make = CropToTensor(crop)
-        return every_image(DecodedSamples(), make, collate, keys, num_workers, device)
-
-
-class FoundSample(NamedTuple):
-    """A sample of a shard, or what cannot be read there."""
-
-    found: Sample | Problem
-    name: str
-    """SHARD/KEY without the folders of the shard. A key alone can be in several shards."""
-    end: list[int]
-    """The place after it."""
-
-
-@dataclass(frozen=True)
-class ShardedSamples:
-    """All samples of the shards from a place on, as `FoundSample`."""
-
-    sharded: ShardedImages
-    place: list[int]
-
-    def __iter__(self) -> Iterator[FoundSample]:
-        first_shard, num_done = self.place
+    def keys_from(self, place: list[int]) -> Iterator[ImageKey]:
+        first_shard, num_done = place
         for number in range(first_shard, len(self.sharded.shards)):
             shard = self.sharded.shards[number]
             samples = images_in(shard, self.sharded.max_image_pixels)
@@ -246,38 +213,6 @@ class ShardedSamples:
                 # What an earlier pass has done is read again, but not decoded.
                 if number == first_shard and member <= num_done:
                     continue
+                # A key alone can be in several shards.
                 key = sample_key(found.name.removeprefix(f"{shard}/"))
-                yield FoundSample(found, f"{os.path.basename(shard)}/{key}", [number, member])
-
-
-class DecodedSamples:
-    """The images of `FoundSample` keys."""
-
-    def name(self, key: FoundSample) -> str:
-        """Return the name for messages."""
-        return key.found.name
-
-    def __getitem__(self, key: FoundSample) -> Image.Image:
-        if isinstance(key.found, Problem):
-            raise UnreadableImage(key.found.reason)
-        return Image.fromarray(key.found.image.pixels())
-
-
-@dataclass(frozen=True)
-class ShardedCollate:
-    """Make an `ImageBatch` of samples that were read."""
-
-    image_size: int
-
-    def __call__(self, read: list[ReadImage]) -> ImageBatch:
-        readable = [image for image in read if not image.problem]
-        problems = []
-        for image in read:
-            if image.problem:
-                found = image.key.found
-                is_shard = isinstance(found, Problem) and found.is_shard
-                problems.append(Problem(image.name, image.problem, is_shard))
-        names = [image.key.name for image in readable]
-        labels = torch.full((len(readable),), -1)
-        images = stack_images(readable, self.image_size)
-        return ImageBatch(images, names, labels, problems, read[-1].key.end)
+                yield ImageKey(found, f"{os.path.basename(shard)}/{key}", -1, [number, member])

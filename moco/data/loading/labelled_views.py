@@ -20,21 +20,14 @@ class OneView(ViewPair):
     Args:
         operations: settings of the view's operations by name.
         where: their key in the config, for error messages.
-        engine: see `ViewPair`.
+        settings: the other arguments of `ViewPair`.
     """
 
     def __init__(
-        self,
-        operations: Mapping[str, Any],
-        where: str,
-        mean: Sequence[float],
-        std: Sequence[float],
-        image_size: int,
-        seed: int,
-        engine: str,
+        self, operations: Mapping[str, Any], where: str, image_size: int, **settings: Any
     ) -> None:
         view = View(operations, image_size, where)
-        super().__init__(operations, operations, mean, std, image_size, seed, engine)
+        super().__init__(operations, operations, image_size=image_size, **settings)
         self.views_of_size = {image_size: [view]}
 
 
@@ -65,12 +58,19 @@ class LabelledViews:
         self.labels = torch.from_numpy(labelled.labels)
         self.device = device
         self.engine = choose_engine("auto", images, image_size, device.type)
-        self.view = OneView(operations, where, mean, std, image_size, seed, self.engine.name)
+        self.view = OneView(
+            operations,
+            where,
+            image_size,
+            mean=mean,
+            std=std,
+            seed=seed,
+            engine=self.engine.name,
+        )
         # With a batch size of 1 the sampler leaves no image out.
         self.sampler = EpochSampler(len(images), batch_size=1, seed=seed)
         self.loader: MemoryLoader | ResumableLoader
-        if self.engine.in_memory:
-            assert isinstance(images, ArrayImages)
+        if self.engine.in_memory and isinstance(images, ArrayImages):
             self.loader = MemoryLoader(images, self.view, self.sampler, batch_size, device)
         else:
             dataset = PairDataset(images, self.view)

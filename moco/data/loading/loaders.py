@@ -17,7 +17,7 @@ from moco.data.augment.views import ViewPair, picked, rgb_batch
 from moco.data.files.decoding import EncodedImage
 from moco.data.files.images import UnreadableImage
 from moco.data.loading.lost_workers import WatchedLoader, note_read
-from moco.data.loading.samplers import EpochSampler
+from moco.data.loading.samplers import EpochSampler, ResumableSampler
 from moco.data.sources.source import ArrayImages, Images
 
 MOST_ATTEMPTS = 100  # images in a row that are tried in place of an unreadable one
@@ -77,6 +77,17 @@ def make_pairs(
     return PairBatch((views[0], views[-1]), indices, unreadable, epoch)
 
 
+def first_decoded(candidates: Iterable[np.ndarray | None]) -> tuple[np.ndarray, bool]:
+    """Return the pixels of the first image that could be decoded, and whether it is the first of all.
+
+    If none could, return a black image.
+    """
+    for number, pixels in enumerate(candidates):
+        if pixels is not None:
+            return pixels, number == 0
+    return BLACK, False
+
+
 def decoded(image: EncodedImage, name: str) -> np.ndarray | None:
     """Return the pixels of an image, or None if it cannot be decoded."""
     note_read(name)
@@ -100,17 +111,14 @@ class PairDataset(Dataset[PairBatch]):
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> PairBatch:
         epoch = places[0][0]
         indices = [index for _, index in places]
-        return make_pairs(self.augment, epoch, torch.tensor(indices), self._read(indices))
+        return make_pairs(self.augment, epoch, torch.tensor(indices), map(self._pixels, indices))
 
-    def _read(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray, bool]]:
-        for index in indices:
-            pixels = self._decoded(index)
-            if pixels is None:
-                yield self._stand_in(index), False
-            else:
-                yield pixels, True
+    def _pixels(self, index: int) -> tuple[np.ndarray, bool]:
+        candidates = range(index, index + MOST_ATTEMPTS)
+        return first_decoded(map(self._decoded, candidates))
 
-    def _decoded(self, index: int) -> np.ndarray | None:
+    def _decoded(self, number: int) -> np.ndarray | None:
+        index = number % len(self.images)  # after the last image comes the first one
         name = self.images.name(index)
         # Opening an image reads its header, which can fail as well.
         note_read(name)
@@ -119,13 +127,6 @@ class PairDataset(Dataset[PairBatch]):
         except UnreadableImage:
             return None
         return decoded(image, name)
-
-    def _stand_in(self, index: int) -> np.ndarray:
-        for attempt in range(1, MOST_ATTEMPTS):
-            pixels = self._decoded((index + attempt) % len(self.images))
-            if pixels is not None:
-                return pixels
-        return BLACK
 
 
 @dataclass(frozen=True)
@@ -145,56 +146,56 @@ class PairMaker:
     def _read(
         self, images: Sequence[tuple[int, EncodedImage, str]]
     ) -> Iterator[tuple[np.ndarray, bool]]:
-        for row, (_, image, name) in enumerate(images):
-            pixels = decoded(image, name)
-            if pixels is None:
-                yield self._stand_in(images, row), False
-            else:
-                yield pixels, True
-
-    def _stand_in(self, images: Sequence[tuple[int, EncodedImage, str]], row: int) -> np.ndarray:
-        for attempt in range(1, len(images)):
-            _, image, name = images[(row + attempt) % len(images)]
-            pixels = decoded(image, name)
-            if pixels is not None:
-                return pixels
-        return BLACK
+        for row in range(len(images)):
+            candidates = [*images[row:], *images[:row]]
+            yield first_decoded(decoded(image, name) for _, image, name in candidates)
 
 
-class ResumableLoader(WatchedLoader):
-    """Batches from loader processes.
+class Resumable:
+    """A loader whose position Lightning keeps in the checkpoint.
 
-    Lightning keeps the position in the checkpoint, and a resumed epoch goes on with its next batch.
+    A resumed epoch goes on with its next batch.
     """
 
-    sampler: EpochSampler
-    batch_size: int
+    sampler: Any
+    """A `ResumableSampler`."""
+    num_at_once: int
+    """Images of a batch."""
+    batches_done = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """See `ResumableSampler.state_after`."""
+        return self.sampler.state_after(self.batches_done * self.num_at_once)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """See `ResumableSampler.resume`."""
+        self.sampler.resume(state)
+
+
+class ResumableLoader(Resumable, WatchedLoader):
+    """Batches from loader processes.
+
+    Args:
+        num_at_once: images of a batch.
+        options: arguments of `WatchedLoader`.
+    """
 
     def __init__(
-        self, dataset: Dataset[Any], sampler: EpochSampler, batch_size: int, **options: Any
+        self, dataset: Dataset[Any], sampler: ResumableSampler, num_at_once: int, **options: Any
     ) -> None:
-        super().__init__(dataset, batch_size=batch_size, sampler=sampler, **options)
-        self.batches_done = 0
+        options.setdefault("batch_size", num_at_once)
+        super().__init__(dataset, sampler=sampler, **options)
+        self.num_at_once = num_at_once
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.batches_done = self.sampler.start // self.batch_size
+        self.batches_done = self.sampler.start // self.num_at_once
         for batch in super().__iter__():
             self.batches_done += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """See `EpochSampler.state_after`."""
-        return self.sampler.state_after(self.batches_done * self.batch_size)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """See `EpochSampler.resume`."""
-        self.sampler.resume(state)
-
-
-class MemoryLoader:
+class MemoryLoader(Resumable):
     """Batches of images in memory, augmented on the device, without loader processes.
-
-    Its position is kept as that of `ResumableLoader`.
 
     Args:
         images: they are moved to `device`.
@@ -210,12 +211,11 @@ class MemoryLoader:
     ) -> None:
         self.pixels = rgb_batch(images.tensor.to(device))  # (images, 3, height, width)
         self.augment = augment
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.batches_done = 0
+        self.sampler: EpochSampler = sampler
+        self.num_at_once = batch_size
 
     def __len__(self) -> int:
-        return len(self.sampler) // self.batch_size
+        return len(self.sampler) // self.num_at_once
 
     def __iter__(self) -> Iterator[PairBatch]:
         # Several batches are augmented as one block. A resumed epoch starts with the same blocks
@@ -224,15 +224,15 @@ class MemoryLoader:
         num_done = self.sampler.start
         block_size = self._block_size()
         num_skipped = num_done - num_done % block_size
-        self.batches_done = num_skipped // self.batch_size
+        self.batches_done = num_skipped // self.num_at_once
         order = self.sampler.share()[num_skipped:].to(self.pixels.device)
         for block in order.split(block_size):
             views = self.augment.on_batch(picked(self.pixels, block), epoch, block)
-            for first in range(0, len(block), self.batch_size):
+            for first in range(0, len(block), self.num_at_once):
                 self.batches_done += 1
-                if self.batches_done * self.batch_size <= num_done:
+                if self.batches_done * self.num_at_once <= num_done:
                     continue
-                rows = slice(first, first + self.batch_size)
+                rows = slice(first, first + self.num_at_once)
                 indices = block[rows]
                 unreadable = torch.zeros_like(indices, dtype=torch.bool)
                 yield PairBatch((views[0][rows], views[1][rows]), indices, unreadable, epoch)
@@ -240,14 +240,6 @@ class MemoryLoader:
     def _block_size(self) -> int:
         """Return how many images are augmented at once, a multiple of the batch."""
         if self.pixels.device.type == "cpu":
-            return self.batch_size
+            return self.num_at_once
         most_images = max(1, VALUES_ON_GPU // (3 * self.augment.image_size**2))
-        return max(1, most_images // self.batch_size) * self.batch_size
-
-    def state_dict(self) -> dict[str, int]:
-        """See `EpochSampler.state_after`."""
-        return self.sampler.state_after(self.batches_done * self.batch_size)
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """See `EpochSampler.resume`."""
-        self.sampler.resume(state)
+        return max(1, most_images // self.num_at_once) * self.num_at_once

@@ -4,6 +4,7 @@ Every loader process writes the name of the image that it reads into shared memo
 is lost, the training process looks there.
 """
 
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from moco.data.loading.workers import is_gone, start_worker
+from moco.data.loading.workers import start_worker
 from moco.errors import printable
 
 LONGEST_NAME = 512  # bytes
@@ -35,10 +36,6 @@ class ReadNotes:
         content = os.fsencode(name)[-LONGEST_NAME:].ljust(LONGEST_NAME, b"\0")
         self.names[worker].numpy()[:] = memoryview(content)
         self.pids[worker] = os.getpid()
-
-    def clear(self) -> None:
-        """Forget the loader processes."""
-        self.pids.zero_()
 
     def read(self) -> list[tuple[int, str]]:
         """Return the process id and the last name of each loader process that has read one."""
@@ -91,7 +88,7 @@ class WatchedLoader(DataLoader[Any]):
         """Start the processes at once, and not with the first batch."""
         if not self.persistent_workers:
             # The processes of an earlier pass have ended, and none of them was lost.
-            self.notes.clear()
+            self.notes.pids.zero_()
         with lost_worker_named(self.notes):
             batches = super().__iter__()
         return self._watched(batches)
@@ -107,26 +104,16 @@ def lost_worker_named(notes: ReadNotes) -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError, RuntimeError) as error:  # a lost process shows as any of them
-        message = lost_worker(notes)
-        if message is None:
-            raise
-        raise RuntimeError(message) from error
-
-
-def lost_worker(notes: ReadNotes) -> str | None:
-    """Return which process is gone and what it was reading, or None if none is gone.
-
-    The pipe of a process can close shortly before the process is gone, so wait up to a second.
-    """
-    workers = notes.read()
-    if not workers:
-        return None
-    for _ in range(20):
-        for pid, name in workers:
-            if is_gone(pid):
-                return (
-                    f"DataLoader worker (pid {pid}) exited unexpectedly; "
-                    f"it was reading {printable(name)}"
-                )
-        time.sleep(0.05)
-    return None
+        workers = notes.read()
+        # The pipe of a process can close shortly before the process is gone, so wait up to a
+        # second.
+        for _ in range(20 if workers else 0):
+            running = {child.pid for child in multiprocessing.active_children()}
+            for pid, name in workers:
+                if pid not in running:
+                    raise RuntimeError(
+                        f"DataLoader worker (pid {pid}) exited unexpectedly; "
+                        f"it was reading {printable(name)}"
+                    ) from error
+            time.sleep(0.05)
+        raise

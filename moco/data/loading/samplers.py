@@ -13,22 +13,40 @@ class ResumableSampler(Sampler[tuple[int, int]]):
     """Yield places of the current epoch as (epoch, number).
 
     The length is that of the whole epoch, also if the epoch starts in its middle.
+
+    Args:
+        rank, world_size: the number of this process, and how many there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
         self.epoch = 0
         self.resume_at = (-1, 0)
-        """An epoch, and how many of this process's places an earlier run trained on in it."""
+        """An epoch, and how many images of this process an earlier run trained on in it."""
 
     @property
     def start(self) -> int:
-        """How many places of this process the current epoch skips."""
+        """How many images of this process the current epoch skips."""
         epoch, position = self.resume_at
         return position if epoch == self.epoch else 0
 
     def set_epoch(self, epoch: int) -> None:
         """Set the current epoch; Lightning calls this when an epoch starts."""
         self.epoch = epoch
+
+    def state_after(self, num_images: int) -> dict[str, int]:
+        """Return the state for the checkpoint when this process has used `num_images` of its images.
+
+        The state counts the images of all processes.
+        """
+        return {"epoch": self.epoch, "images": num_images * self.world_size}
+
+    def resume(self, state: dict[str, int]) -> None:
+        """Go on from a state in its epoch, also with another number of processes."""
+        # Checkpoints of earlier versions say "pictures".
+        num_images = state["images"] if "images" in state else state["pictures"]
+        self.resume_at = (state["epoch"], num_images // self.world_size)
 
 
 class EpochSampler(ResumableSampler):
@@ -41,18 +59,15 @@ class EpochSampler(ResumableSampler):
     Args:
         num_images: images in the training set.
         batch_size: images per optimizer step over all processes.
-        rank, world_size: the number of this process, and how many there are.
     """
 
     def __init__(
         self, num_images: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        super().__init__()
+        super().__init__(rank, world_size)
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
 
     def __len__(self) -> int:
         return self.num_images // self.batch_size * self.batch_size // self.world_size
@@ -69,33 +84,23 @@ class EpochSampler(ResumableSampler):
         batches = used.view(-1, self.batch_size)  # (optimizer steps, images of all processes)
         return batches.chunk(self.world_size, dim=1)[self.rank].flatten()
 
-    def state_after(self, num_images: int) -> dict[str, int]:
-        """Return the state for the checkpoint when this process has used `num_images` of its images.
-
-        The state counts the images of all processes.
-        """
-        return {"epoch": self.epoch, "images": num_images * self.world_size}
-
-    def resume(self, state: dict[str, int]) -> None:
-        """Go on from a state in its epoch, also with another number of processes."""
-        self.resume_at = (state["epoch"], images_handed_out(state) // self.world_size)
-
 
 class StreamSampler(ResumableSampler):
-    """The batches of an epoch as (epoch, batch)."""
+    """The batches of an epoch as (epoch, batch).
 
-    def __init__(self, num_batches: int) -> None:
-        super().__init__()
+    Args:
+        num_batches: batches of this process in an epoch.
+        batch_size: images of each.
+    """
+
+    def __init__(self, num_batches: int, batch_size: int, rank: int, world_size: int) -> None:
+        super().__init__(rank, world_size)
         self.num_batches = num_batches
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for number in range(self.start, self.num_batches):
+        for number in range(self.start // self.batch_size, self.num_batches):
             yield self.epoch, number
-
-
-def images_handed_out(state: dict[str, int]) -> int:
-    """Return how far a loader was; checkpoints of earlier versions call this "pictures"."""
-    return state["images"] if "images" in state else state["pictures"]

@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 from moco.data.augment.draws import derived_seed
 from moco.data.files.bad_fraction import check_bad_fraction
 from moco.data.files.decoding import EncodedImage
-from moco.data.loading.lost_workers import WatchedLoader, note_read
-from moco.data.loading.samplers import StreamSampler, images_handed_out
+from moco.data.loading.loaders import ResumableLoader
+from moco.data.loading.lost_workers import note_read
+from moco.data.loading.samplers import StreamSampler
 from moco.data.loading.workers import unchanged
 from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in
 from moco.errors import InputError, printable
@@ -41,22 +42,20 @@ class Streams:
     it starts again in another order.
     """
 
-    shards: Sequence[str]
+    images: ShardedImages
     num_streams: int
-    shuffle_buffer: int
-    """Number of samples of a stream from which the next one is drawn."""
-    max_image_pixels: int
+    """Never more than the shards of a process."""
     seed: int
-    rank: int = 0
-    world_size: int = 1
+    rank: int
+    world_size: int
 
     def shards_of(self, epoch: int, stream: int) -> list[str]:
         """Return the shards of a stream, in the order in which it reads them first."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
-        order = torch.randperm(len(self.shards), generator=generator)
+        order = torch.randperm(len(self.images.shards), generator=generator)
         of_process = order[self.rank :: self.world_size]
         of_stream = of_process[stream :: self.num_streams]
-        return [self.shards[number] for number in of_stream]
+        return [self.images.shards[number] for number in of_stream]
 
     def samples(self, epoch: int, stream: int) -> Iterator[Sample | Problem]:
         """Yield the samples of one stream, without end.
@@ -84,10 +83,10 @@ class Streams:
         """Yield every sample of the shards once, drawn from a buffer, and problems at once."""
         buffer: list[Sample] = []
         for shard in shards:
-            for found in images_in(shard, self.max_image_pixels, note_read):
+            for found in images_in(shard, self.images.max_image_pixels, note_read):
                 if isinstance(found, Problem):
                     yield found
-                elif len(buffer) < self.shuffle_buffer:
+                elif len(buffer) < self.images.shuffle_buffer:
                     buffer.append(found)
                 else:
                     place = int(draws.random() * len(buffer))
@@ -113,10 +112,8 @@ def build_streams(images: ShardedImages, seed: int, rank: int = 0, world_size: i
         )
     # Every stream needs a shard. A divisor of the wanted number keeps the numbers of loader
     # processes possible that divide it.
-    num_streams = 1
-    for divisor in divisors(images.num_streams):
-        if divisor <= shards_per_process:
-            num_streams = divisor
+    possible = range(1, shards_per_process + 1)
+    num_streams = max(set(divisors(images.num_streams)).intersection(possible))
     if num_streams < images.num_streams:
         log.info(
             "%d streams instead of data.streams=%d, for %d shards a process",
@@ -124,15 +121,7 @@ def build_streams(images: ShardedImages, seed: int, rank: int = 0, world_size: i
             images.num_streams,
             shards_per_process,
         )
-    return Streams(
-        images.shards,
-        num_streams,
-        images.shuffle_buffer,
-        images.max_image_pixels,
-        seed,
-        rank,
-        world_size,
-    )
+    return Streams(images, num_streams, seed, rank, world_size)
 
 
 class StreamBatch(NamedTuple):
@@ -220,10 +209,8 @@ class OpenStream:
         return samples, problems
 
 
-class StreamLoader(WatchedLoader):
+class StreamLoader(ResumableLoader):
     """Yield the batches of `MakeBatch`.
-
-    Lightning keeps the position in the checkpoint, and a resumed epoch goes on there.
 
     Args:
         num_batches: batches of an epoch in each process.
@@ -237,9 +224,6 @@ class StreamLoader(WatchedLoader):
             refused.
     """
 
-    sampler: StreamSampler
-    dataset: StreamDataset
-
     def __init__(
         self,
         dataset: StreamDataset,
@@ -250,27 +234,22 @@ class StreamLoader(WatchedLoader):
         unreadable: set[str],
         **options: Any,
     ) -> None:
-        check_num_workers(options["num_workers"], dataset.streams.num_streams)
-        super().__init__(
-            dataset,
-            batch_size=None,
-            sampler=StreamSampler(num_batches),
-            collate_fn=unchanged,
-            **options,
-        )
+        streams = dataset.streams
+        check_num_workers(options["num_workers"], streams.num_streams)
+        sampler = StreamSampler(num_batches, dataset.batch_size, streams.rank, streams.world_size)
+        # The dataset hands out whole batches.
+        options |= {"batch_size": None, "collate_fn": unchanged}
+        super().__init__(dataset, sampler, dataset.batch_size, **options)
         self.num_images = num_images
         self.max_bad_fraction = max_bad_fraction
         self.unreadable = unreadable
         self.damaged_shards: set[str] = set()
-        self.batches_done = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.batches_done = self.sampler.start
         for result in super().__iter__():
             if result.refused:
                 raise InputError(result.refused)
             self._report(result.problems)
-            self.batches_done += 1
             yield result.batch
 
     def _report(self, problems: Sequence[Problem]) -> None:
@@ -283,18 +262,6 @@ class StreamLoader(WatchedLoader):
                 self.unreadable.add(problem.name)
                 log.warning("skipped: %s", problem.reason)
         check_bad_fraction(self.unreadable, self.num_images, self.max_bad_fraction)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch, and how many of its images all processes together have used."""
-        return {"epoch": self.sampler.epoch, "images": self.batches_done * self._images_at_once}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume there in that epoch."""
-        self.sampler.resume_at = (state["epoch"], images_handed_out(state) // self._images_at_once)
-
-    @property
-    def _images_at_once(self) -> int:
-        return self.dataset.batch_size * self.dataset.streams.world_size
 
 
 def check_num_workers(num_workers: int, num_streams: int) -> None:

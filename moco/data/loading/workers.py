@@ -9,21 +9,16 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
-
 CPU = torch.device("cpu")
-Batch = TypeVar("Batch")
 
 
-def device_of(data: "pl.LightningDataModule") -> torch.device:
-    """Return the device of a module's batches: its Trainer's, or the CPU without a Trainer."""
+def device_of(data: Any) -> torch.device:
+    """Return the device of a data module's batches: its Trainer's, or the CPU without a Trainer."""
     return data.trainer.strategy.root_device if data.trainer else CPU
 
 
@@ -32,7 +27,7 @@ def cores_of(num_processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // num_processes)
 
 
-def unchanged(batch: Batch) -> Batch:
+def unchanged(batch: Any) -> Any:
     """Return a batch as it is: the collate function of datasets that hand out whole batches."""
     return batch
 
@@ -77,16 +72,6 @@ def start_fork_server() -> None:
         multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def is_gone(pid: int) -> bool:
-    """Return whether a process has ended, even if nobody has read its exit status yet."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return True
-    state = status.rpartition(")")[2].split()[0]
-    return state in ("Z", "X")
 
 
 def end_workers() -> None:

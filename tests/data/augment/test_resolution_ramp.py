@@ -147,8 +147,8 @@ def test_a_run_that_ends_before_its_views_are_full_says_so(caplog):
     check_resolution_ramp(ResolutionRamp(32, 16, 8, 9), build_backbone("resnet_tiny"), 9)
     assert caplog.messages == [
         "views grow over 9 epochs: 16, 24, 32 px",
-        "augmentation.ramp_epochs=9: the run has 9 epochs and no view of 32 px, "
-        "at which it is evaluated",
+        "augmentation.ramp_epochs=9: the run has only 9 epochs, so no view ever has 32 px, "
+        "the size at which the run is evaluated",
     ]
 
 

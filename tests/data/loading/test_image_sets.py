@@ -54,7 +54,7 @@ def shards(tmp_path):
 
 def load(images, place=None, batch_size=4, num_workers=0):
     place = place or images.start
-    return list(images.batches(place, evaluation_crop(SIDE, 1.0), SIDE, batch_size, num_workers))
+    return list(images.batches(place, evaluation_crop(SIDE, 1.0), batch_size, num_workers))
 
 
 def names_of(batches):
@@ -139,7 +139,7 @@ def test_the_pixels_are_those_of_the_evaluation_view(image_tree):
     view = build_evaluation_view(SIDE, 0.875, mean, std)
     scale, shift = normalisation(mean, std)
     images = IndexedSet(Labelled(train, np.zeros(24, np.int64)), has_labels=False)
-    (batch,) = images.batches([0], evaluation_crop(SIDE, 0.875), SIDE, 24, 0)
+    (batch,) = images.batches([0], evaluation_crop(SIDE, 0.875), 24, 0)
     expected = torch.stack([view(train[number]) for number in range(24)])
     assert torch.equal(batch.images * scale - shift, expected)
 

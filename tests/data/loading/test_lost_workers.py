@@ -74,7 +74,7 @@ def stream_loader(folder):
 
 def sharded_set_loader(folder):
     images = ShardedSet(build_source("webdataset", str(folder)).train)
-    return images.batches([0, 0], deadly_crop, 8, batch_size=4, num_workers=2)
+    return images.batches([0, 0], deadly_crop, batch_size=4, num_workers=2)
 
 
 @pytest.mark.parametrize(
