@@ -1,6 +1,7 @@
 """The kNN monitor's features in TensorBoard: neighbours, confusion matrix, embedding projector."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import numpy as np
 import torch
 
 from moco.evaluation.diagnostics import evenly_spaced
-from moco.evaluation.knn import vote
-from moco.evaluation.neighbors import nearest, normalized
-from moco.evaluation.reports.drawing import confusion_counts, confusion_plot, pixels
+from moco.evaluation.knn import Protocol, classify, confusion_matrix
+from moco.evaluation.neighbors import nearest, nearest_by_block, normalized
+from moco.evaluation.reports.drawing import confusion_plot, pixels
 from moco.evaluation.reports.embedded import NUM_NEIGHBORS, NUM_QUERIES, Embedded, neighbors_plot
 from moco.evaluation.reports.projections import projected
 
@@ -70,8 +71,11 @@ class FeaturePlots:
         experiment.add_image("knn/neighbors", pixels(neighbors), step, dataformats="HWC")
 
         chosen = evenly_spaced(every_row, MOST_PREDICTED)
-        predicted = predict(bank, queries.features[chosen], num_neighbors, temperature)
-        counts, classes = confusion_counts(queries.labels[chosen], predicted)
+        labels = queries.labels[chosen]
+        protocol = Protocol(num_neighbors, temperature)
+        search = partial(nearest_by_block, bank.features)
+        votes = classify(search, bank.labels, queries.features[chosen], labels, [protocol])
+        classes, counts = confusion_matrix(labels, votes[protocol].predicted)
         names = [str(number) for number in classes]
         confusion = confusion_plot(counts, names)
         experiment.add_image("knn/confusion", pixels(confusion), step, dataformats="HWC")
@@ -93,17 +97,3 @@ class FeaturePlots:
             images,
             tag="features",
         )
-
-
-def predict(
-    bank: Embedded, queries: np.ndarray, num_neighbors: int, temperature: float
-) -> np.ndarray:
-    """Return the class (queries,) that the weighted vote of the bank gives each query.
-
-    Args:
-        queries: features (queries, feature_dim), of any norm.
-    """
-    similarities, rows = nearest(bank.features, queries, num_neighbors)
-    classes, bank_classes = np.unique(bank.labels, return_inverse=True)
-    scores = vote(similarities, bank_classes[rows], len(classes), temperature)
-    return classes[scores.argmax(axis=1)]

@@ -17,7 +17,7 @@ from moco.data.augment.views import Normalized
 from moco.data.loading.datamodule import check_unreadable
 from moco.errors import InputError, printable
 from moco.evaluation.dense_bank import Bank, class_shares, draw_patches, patches_represented
-from moco.evaluation.features import EmbeddingStopped
+from moco.evaluation.features import EmbeddingStopped, first_names
 from moco.segmentation.mask_batches import whole_image_loader
 from moco.segmentation.mask_sources import SegmentationSource
 from moco.segmentation.masked_images import MaskedImages
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 BLOCK_BYTES = 2**27  # features and masks that are classified at once
 NUM_MAPS = 4  # feature maps of every backbone
 MAX_CLASSES_AT_ONCE = 8  # classes whose scores are enlarged to the image's size at the same time
-MAX_NAMED_IMAGES = 3  # in one warning
 
 Scorer = Callable[[np.ndarray], np.ndarray]
 """Features (queries, feature width) to scores (queries, classes)."""
@@ -134,7 +133,8 @@ class DenseSet:
                     raise NotFinite(f"the features of {name} are not finite (NaN or infinity)")
                 yield ImagePatches(index, features[row], grid, batch.classes[row].numpy())
         if unreadable:
-            warn_of_unreadable(unreadable, images)
+            names = first_names(images, np.array(unreadable))
+            log.warning("skipped %d unreadable images: %s", len(unreadable), names)
             check_unreadable(unreadable, images.images, self.max_bad_fraction)
 
     def bank(
@@ -329,14 +329,6 @@ def overall_scores(figures: Mapping[str, float | None]) -> dict[str, float]:
         if value is not None and "_iou/" not in key:
             scores[key] = value
     return scores
-
-
-def warn_of_unreadable(unreadable: Sequence[int], images: MaskedImages) -> None:
-    """Log how many images were skipped, and the names of the first ones."""
-    names = ", ".join(printable(images.name(index)) for index in unreadable[:MAX_NAMED_IMAGES])
-    if len(unreadable) > MAX_NAMED_IMAGES:
-        names += ", ..."
-    log.warning("skipped %d unreadable images: %s", len(unreadable), names)
 
 
 def check_maps(maps: Sequence[int], key: str) -> None:

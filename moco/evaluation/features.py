@@ -8,6 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moco.errors import printable
+
+# Images that a message names.
+MOST_NAMED = 3
+
 
 class EmbeddingStopped(Exception):
     """`embed` was told to stop before the last batch."""
@@ -53,6 +58,14 @@ def embed(
         return np.empty((0, 0), np.float32), np.empty(0, np.int64), np.empty(0, np.int64)
     unreadable_numbers = torch.cat(unreadable).nonzero()[:, 0]
     return torch.cat(features).numpy(), torch.cat(labels).numpy(), unreadable_numbers.numpy()
+
+
+def first_names(images: Any, rows: np.ndarray) -> str:
+    """Return the names of the first images in these rows, for a message."""
+    names = [printable(images.name(int(row))) for row in rows[:MOST_NAMED]]
+    if len(rows) > MOST_NAMED:
+        names.append("...")
+    return ", ".join(names)
 
 
 @contextmanager

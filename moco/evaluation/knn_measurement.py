@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from rich.table import Table
 
-from moco.data.sources.source import Labelled
 from moco.errors import InputError
+from moco.evaluation.features import first_names
 from moco.evaluation.indexes import EXACT, build_index, empty_index, recall, set_search_effort
 from moco.evaluation.knn import (
     Protocol,
@@ -18,16 +18,17 @@ from moco.evaluation.knn import (
     Votes,
     capped,
     classify,
+    confusion_matrix,
     protocol_figures,
     result_of,
     scores_of,
+    turns_of_classes,
 )
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
 from moco.evaluation.neighbors import nearest_by_block, search_index
-from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.reports.knn_plots import Searched, knn_plots, save_png
 from moco.evaluation.reports.projections import check_map
-from moco.evaluation.subject import Features, Findings, Subject, first_names
+from moco.evaluation.subject import Features, Findings, Subject
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +42,10 @@ INDEX_KEY = "evaluation.index"
 
 @dataclass(frozen=True)
 class Sides:
-    """Features of bank and queries with their images."""
+    """Features of bank and queries."""
 
     bank: Features
     queries: Features
-    bank_images: Labelled
-    query_images: Labelled
     is_leave_one_out: bool
     """The queries are the bank, and no image has a vote on itself."""
 
@@ -104,10 +103,12 @@ def measure_knn(subject: Subject) -> Findings:
     few_label_figures, few_label_tables = measure_few_labels(subject, sides)
     label_free = NOTHING
     if settings["label_free"]:
-        label_free = measure_label_free(subject, sides.bank, sides.bank_images)
+        label_free = measure_label_free(subject, sides.bank)
     files = {"confusion.npz": confusion_file(classes, confusion, main_votes, sides.queries)}
     if settings["plots"]:
-        searched = searched_of(sides, searches[feature], feature)
+        searched = Searched(
+            sides.bank.by(feature), sides.queries.by(feature), searches[feature], sides.own_rows
+        )
         plots = knn_plots(subject, searched, confusion, classes, label_free.views)
         for name, plot in plots.items():
             files[name] = partial(save_png, plot)
@@ -155,7 +156,7 @@ def sides_of(subject: Subject) -> Sides:
         raise InputError(
             f"data={name}: kNN needs labelled training and test images, and this dataset has none"
         )
-    bank = with_labels(subject.features(source.bank), source.bank, name)
+    bank = with_labels(subject.features(source.bank), name)
     classes = np.unique(bank.labels)
     if len(classes) == 1:
         raise InputError(
@@ -166,17 +167,16 @@ def sides_of(subject: Subject) -> Sides:
         log.info(
             "data=%s has no test part: each image is classified by all others (leave one out)", name
         )
-        return Sides(bank, bank, source.bank, source.bank, is_leave_one_out=True)
-    queries = with_labels(subject.features(source.queries), source.queries, name)
-    return Sides(bank, queries, source.bank, source.queries, is_leave_one_out=False)
+        return Sides(bank, bank, is_leave_one_out=True)
+    queries = with_labels(subject.features(source.queries), name)
+    return Sides(bank, queries, is_leave_one_out=False)
 
 
-def with_labels(features: Features, labelled: Labelled, name: str) -> Features:
+def with_labels(features: Features, name: str) -> Features:
     """Return the rows that have a label, which is 0 or more; the log names the others.
 
     Args:
-        features: of `labelled`.
-        labelled: the images.
+        features: of labelled images.
         name: of the dataset.
 
     Raises:
@@ -188,7 +188,7 @@ def with_labels(features: Features, labelled: Labelled, name: str) -> Features:
         raise InputError(f"data={name}: none of {num_missing:,} readable images has a label")
     if num_missing == 0:
         return features
-    names = first_names(labelled, features.rows[is_missing])
+    names = first_names(features.labelled.images, features.rows[is_missing])
     log.warning("skipped %d images without a label: %s", num_missing, names)
     return features.chosen(~is_missing)
 
@@ -225,17 +225,6 @@ def search_of(
     # Rounded, as it is measured on a sample.
     recalls[f"knn/recall_{feature}"] = round(share, 6)
     return partial(search_index, index)
-
-
-def searched_of(sides: Sides, search: Search, feature: str) -> Searched:
-    """Return bank and queries by one feature with their images, for the plots."""
-    bank, queries = sides.bank, sides.queries
-    return Searched(
-        Embedded(bank.of[feature], bank.labels, sides.bank_images, bank.rows),
-        Embedded(queries.of[feature], queries.labels, sides.query_images, queries.rows),
-        search,
-        sides.own_rows,
-    )
 
 
 def grid_figures(votes: Mapping[str, Mapping[Protocol, Votes]]) -> dict[str, float]:
@@ -318,12 +307,8 @@ def draw_per_class(labels: np.ndarray, number: int, generator: np.random.Generat
 
     Of a class with fewer images all are returned.
     """
-    # The rows by class, in random order within each class.
     order = generator.permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    place_in_class = np.arange(len(labels)) - np.repeat(starts, counts)
-    return np.sort(order[place_in_class < number])
+    return np.sort(order[turns_of_classes(labels[order]) < number])
 
 
 def top1_of(subject: Subject, sides: Sides, rows: np.ndarray, protocol: Protocol) -> float:
@@ -347,18 +332,6 @@ def top1_of(subject: Subject, sides: Sides, rows: np.ndarray, protocol: Protocol
     queries, labels = sides.queries.of[feature][is_query], sides.queries.labels[is_query]
     votes = classify(search, sides.bank.labels[rows], queries, labels, [protocol])
     return votes[protocol].accuracy(1)
-
-
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count how many queries of each class were taken for each class.
-
-    Returns:
-        Class numbers (classes,), and counts (classes, classes), the true class by row.
-    """
-    classes, places = np.unique(np.concatenate([labels, predicted]), return_inverse=True)
-    true, taken_for = places[: len(labels)], places[len(labels) :]
-    counts = np.bincount(true * len(classes) + taken_for, minlength=len(classes) ** 2)
-    return classes, counts.reshape(len(classes), -1)
 
 
 def confusion_file(

@@ -47,14 +47,11 @@ class LabelFree(NamedTuple):
 NOTHING = LabelFree({}, [], None)
 
 
-def measure_label_free(subject: Subject, features: Features, labelled: Labelled) -> LabelFree:
+def measure_label_free(subject: Subject, features: Features) -> LabelFree:
     """Measure the features and embeddings of plain images, and of augmented views of some images.
 
     The views are made by the augmentation of the checkpoint's run. A collapse of the embeddings is
     logged as a warning.
-
-    Args:
-        features: of `labelled`.
     """
     backbone = features.of["backbone"]
     embeddings = features.of.get("embedding")
@@ -71,7 +68,7 @@ def measure_label_free(subject: Subject, features: Features, labelled: Labelled)
         return LabelFree(figures, [figures_table(figures, backbone.shape, None)], None)
     views = None
     if subject.pair:
-        views = view_embeddings(subject, features, labelled)
+        views = view_embeddings(subject, features)
     else:
         log.info(
             "the checkpoint does not hold the augmentation of its run: no alignment, LiDAR and "
@@ -84,7 +81,7 @@ def measure_label_free(subject: Subject, features: Features, labelled: Labelled)
     return LabelFree(figures, [figures_table(figures, backbone.shape, embeddings.shape)], views)
 
 
-def view_embeddings(subject: Subject, features: Features, labelled: Labelled) -> np.ndarray:
+def view_embeddings(subject: Subject, features: Features) -> np.ndarray:
     """Embed a query view and a key view of at most `MOST_VIEWED` images.
 
     With ``evaluation.cache`` the embeddings are kept for the next evaluation, under a key made of
@@ -95,7 +92,7 @@ def view_embeddings(subject: Subject, features: Features, labelled: Labelled) ->
     """
     chosen = evenly_spaced(np.arange(len(features.rows)), MOST_VIEWED)
     if not subject.settings["cache"]:
-        return embedded_views(subject, labelled, features.rows[chosen])
+        return embedded_views(subject, features.labelled, features.rows[chosen])
     key = hashlib.sha256(json.dumps(subject.pair, sort_keys=True).encode())
     for values in (features.rows, *features.of.values()):
         key.update(np.ascontiguousarray(values[chosen]).tobytes())
@@ -103,7 +100,7 @@ def view_embeddings(subject: Subject, features: Features, labelled: Labelled) ->
     kept = subject.cache.read(path)
     if kept is not None:
         return kept["views"]
-    views = embedded_views(subject, labelled, features.rows[chosen])
+    views = embedded_views(subject, features.labelled, features.rows[chosen])
     subject.cache.write(path, {"views": views})
     return views
 

@@ -5,7 +5,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +13,10 @@ from rich.table import Table
 
 from moco.data.sources.source import Labelled
 from moco.errors import InputError
-from moco.evaluation.knn import Votes, class_places, rank_classes
+from moco.evaluation.knn import Votes, class_places, confusion_matrix, rank_classes
 from moco.evaluation.knn_measurement import (
     class_tables,
     confusion_file,
-    confusion_matrix,
     table_of,
     with_labels,
 )
@@ -40,18 +38,6 @@ MIN_STEPS = 2000
 NUM_EPOCHS = 30
 # Classes that a message names.
 MOST_NAMED = 5
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The classes of the training labels."""
-
-    names: np.ndarray
-    """(classes,) class numbers, rising."""
-
-    def places(self, labels: np.ndarray) -> np.ndarray:
-        """Return where each label is among `names`; their number stands for one that is not."""
-        return class_places(self.names, labels)
 
 
 class Head(NamedTuple):
@@ -87,7 +73,7 @@ def measure_linear(subject: Subject) -> Findings:
     scale = scale_of(bank.of[feature])
     rows = torch.from_numpy(scale.applied(bank.of[feature])).to(subject.device)
     query_rows = torch.from_numpy(scale.applied(queries.of[feature])).to(subject.device)
-    own = torch.from_numpy(classes.places(bank.labels)).to(subject.device)
+    own = torch.from_numpy(class_places(classes, bank.labels)).to(subject.device)
     held_out = torch.from_numpy(is_held_out).to(subject.device)
 
     num_epochs = settings["num_epochs"]
@@ -98,7 +84,7 @@ def measure_linear(subject: Subject) -> Findings:
         "batch_size": settings["batch_size"],
         "seed": settings["seed"],
     }
-    num_classes = len(classes.names)
+    num_classes = len(classes)
     started = time.monotonic()
     grid = train_grid(rows, own, held_out, num_classes, settings, training)
     # Of equally good heads the one with more weight decay and the lower learning rate.
@@ -140,9 +126,9 @@ def sides_of(subject: Subject, settings: dict[str, Any]) -> tuple[Features, Feat
     """
     source, name = subject.source, subject.data["name"]
     labelled = labelled_bank(subject)
-    bank = with_labels(subject.features(labelled), labelled, name)
+    bank = with_labels(subject.features(labelled), name)
     if source.queries is not None:
-        queries = with_labels(subject.features(source.queries), source.queries, name)
+        queries = with_labels(subject.features(source.queries), name)
         return bank, queries, "test"
     # Another stream of numbers than that of the images that choose the head.
     generator = np.random.default_rng([settings["seed"], 1])
@@ -176,8 +162,8 @@ def labelled_bank(subject: Subject) -> Labelled:
     return subject.source.bank
 
 
-def classes_of(labels: np.ndarray, name: str) -> Classes:
-    """Return the classes of the training labels.
+def classes_of(labels: np.ndarray, name: str) -> np.ndarray:
+    """Return the class numbers (classes,) of the training labels, rising.
 
     Raises:
         InputError: all images are of one class.
@@ -188,12 +174,12 @@ def classes_of(labels: np.ndarray, name: str) -> Classes:
             f"data={name}: all {len(labels):,} training images are of class {classes[0]}; "
             "a classifier needs two"
         )
-    return Classes(classes)
+    return classes
 
 
-def warn_of_unknown(classes: Classes, labels: np.ndarray, name: str) -> None:
+def warn_of_unknown(classes: np.ndarray, labels: np.ndarray, name: str) -> None:
     """Warn of test labels (queries,) whose classes have no training images."""
-    unknown = labels[classes.places(labels) == len(classes.names)]
+    unknown = labels[class_places(classes, labels) == len(classes)]
     if len(unknown) == 0:
         return
     unknown_classes = np.unique(unknown)
@@ -279,10 +265,10 @@ def scores_of(heads: Heads, features: torch.Tensor) -> np.ndarray:
     return np.concatenate(scores)
 
 
-def votes_of(scores: np.ndarray, classes: Classes, labels: np.ndarray) -> Votes:
+def votes_of(scores: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> Votes:
     """Return the predictions that scores (queries, classes) make."""
-    best, rank = rank_classes(scores, classes.places(labels))
-    return Votes(classes.names[best], rank)
+    best, rank = rank_classes(scores, class_places(classes, labels))
+    return Votes(classes[best], rank)
 
 
 def linear_findings(

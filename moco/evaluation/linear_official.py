@@ -19,9 +19,9 @@ from moco.data.files.archives import DAMAGED
 from moco.data.loading.datamodule import check_unreadable
 from moco.data.loading.labelled_views import LabelledViews
 from moco.errors import InputError, RunError
+from moco.evaluation.knn import class_places
 from moco.evaluation.knn_measurement import with_labels
 from moco.evaluation.linear_measurement import (
-    Classes,
     classes_of,
     labelled_bank,
     linear_findings,
@@ -165,7 +165,7 @@ def measure_linear_official(subject: Subject) -> Findings:
         num_workers=subject.data["num_workers"],
         device=subject.device,
     )
-    queries = with_labels(subject.features(test), test, name)
+    queries = with_labels(subject.features(test), name)
     warn_of_unknown(classes, queries.labels, name)
     query_rows = torch.from_numpy(queries.of[feature]).to(subject.device)
 
@@ -173,7 +173,7 @@ def measure_linear_official(subject: Subject) -> Findings:
     images_key = subject.cache.path(labelled, subject.data["root"]).name
     probe = OfficialProbe(
         width=query_rows.shape[1],
-        num_classes=len(classes.names),
+        num_classes=len(classes),
         settings=settings,
         device=subject.device,
         path=subject.folder / HEAD_FILE,
@@ -232,7 +232,7 @@ def known_labels(labels: np.ndarray, name: str) -> np.ndarray:
 
 
 def train_epoch(
-    probe: OfficialProbe, views: LabelledViews, subject: Subject, classes: Classes, epoch: int
+    probe: OfficialProbe, views: LabelledViews, subject: Subject, classes: np.ndarray, epoch: int
 ) -> float:
     """Train on all training images once, and return the mean loss of the steps.
 
@@ -247,8 +247,8 @@ def train_epoch(
     for images, labels, indices in views.epoch(epoch):
         features = frozen_features(subject, images)
         check_finite(features.cpu().numpy(), indices.numpy(), labelled, subject.checkpoint)
-        places = classes.places(labels.cpu().numpy())
-        is_known = places < len(classes.names)
+        places = class_places(classes, labels.cpu().numpy())
+        is_known = places < len(classes)
         # -1 makes the loss skip images of no class.
         own = torch.from_numpy(np.where(is_known, places, -1))
         losses.append(probe.step(features, own.to(subject.device)))

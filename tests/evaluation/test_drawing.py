@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moco.evaluation.knn import confusion_matrix
 from moco.evaluation.reports.drawing import (
     LINE,
     LONGEST_NAME,
@@ -11,7 +12,6 @@ from moco.evaluation.reports.drawing import (
     NAMED_CLASSES,
     Tile,
     class_colors,
-    confusion_counts,
     confusion_plot,
     feature_maps_plot,
     map_plot,
@@ -81,7 +81,7 @@ def test_text_is_cut_and_what_the_font_lacks_is_a_question_mark():
 def test_confusions_are_counted_by_true_and_predicted_class():
     labels = np.array([7, 7, 2, 9, 9])
     predicted = np.array([7, 2, 2, 9, 5])
-    counts, classes = confusion_counts(labels, predicted)
+    classes, counts = confusion_matrix(labels, predicted)
     assert classes.tolist() == [2, 5, 7, 9]
     for row, true in enumerate(classes):
         for column, said in enumerate(classes):

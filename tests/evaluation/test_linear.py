@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco.errors import InputError, RunError
+from moco.evaluation.knn import class_places
 from moco.evaluation.linear import accuracies, held_out_rows, scale_of, train_heads
 from moco.evaluation.linear_measurement import (
-    Classes,
     Head,
     check_grid,
     log_edge_of_grid,
@@ -111,7 +111,7 @@ def test_a_share_of_each_class_is_held_out_and_never_all_of_it(generator):
 
 
 def test_places_are_those_of_the_training_classes():
-    assert Classes(np.array([2, 5, 9])).places(np.array([9, 2, 3, 10, 0, 5])).tolist() == [
+    assert class_places(np.array([2, 5, 9]), np.array([9, 2, 3, 10, 0, 5])).tolist() == [
         2,
         0,
         3,

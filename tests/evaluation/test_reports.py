@@ -261,7 +261,6 @@ def test_the_neighbours_in_the_plot_are_those_of_the_search(searched):
 
 def test_rows_are_spread_over_the_classes():
     labels = np.array([5, 5, 5, 1, 1, 9, 5])
-    assert spread_over_classes(labels, 3).tolist() == [3, 0, 5]
-    assert spread_over_classes(labels, 5).tolist() == [3, 4, 0, 1, 5]
+    assert spread_over_classes(labels, 3).tolist() == [3, 1, 5]
     assert spread_over_classes(labels, 99).tolist() == [3, 4, 0, 1, 2, 6, 5]
-    assert np.arange(1000)[spread_over_classes(np.arange(1000), 3)].tolist() == [0, 499, 999]
+    assert spread_over_classes(np.arange(1000), 3).tolist() == [0, 499, 999]

@@ -202,22 +202,6 @@ def similarity_histogram(positive: np.ndarray, negative: np.ndarray) -> "Figure"
     return figure
 
 
-def confusion_counts(labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count how often queries of each class were predicted to be of each class.
-
-    Args:
-        labels, predicted: (queries,) class numbers.
-
-    Returns:
-        Counts (classes, classes), rows the true class; and the class numbers (classes,).
-    """
-    classes, numbers = np.unique(np.concatenate([labels, predicted]), return_inverse=True)
-    true_numbers, predicted_numbers = numbers.reshape(2, -1)
-    cells = true_numbers * len(classes) + predicted_numbers
-    counts = np.bincount(cells, minlength=len(classes) ** 2)
-    return counts.reshape(len(classes), len(classes)), classes
-
-
 def confusion_plot(counts: np.ndarray, names: Sequence[str]) -> "Figure":
     """Draw a confusion matrix: a cell is darker the larger its share of its row.
 

@@ -97,23 +97,13 @@ def neighbors_of_some(searched: Searched) -> "Figure":
 
 
 def spread_over_classes(labels: np.ndarray, number: int) -> np.ndarray:
-    """Choose rows that spread over the classes, and return them sorted by class.
-
-    With more classes than `number`, it is the first row of evenly spaced classes. Else the classes
-    have equally many rows, as far as they have enough.
+    """Choose rows that are evenly spaced in the order of their classes, and return them in it.
 
     Args:
         labels: (rows,) class numbers.
         number: rows to choose; all rows if there are fewer.
     """
-    order = np.argsort(labels, kind="stable")
-    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    if len(starts) >= number:
-        return order[evenly_spaced(starts, number)]
-    # All first rows of a class come before all second ones, and so on.
-    place_in_class = np.arange(len(labels)) - np.repeat(starts, counts)
-    first = np.argsort(place_in_class, kind="stable")[:number]
-    return order[np.sort(first)]
+    return evenly_spaced(np.argsort(labels, kind="stable"), number)
 
 
 def similarities_of_views(views: np.ndarray) -> "Figure":
