@@ -35,6 +35,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.cli.image_progress import ImageProgress
     from moco.evaluation import embedding
     from moco.evaluation.feature_parts import remove_parts, taken
+    from moco.evaluation.indexes import empty_index
     from moco.evaluation.subject import build_source_of
     from moco.runs.failures import failures_without_training_named
     from moco.runs.interrupts import ending_at_once
@@ -43,11 +44,15 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.weights.loading import load_pretrained, log_window_advice
 
     output = Path(config.output)
-    check_files(output)
+    if output.suffix != ".npz":
+        raise InputError(f"output={output}: expected a file that ends in .npz")
+    check_output(output)
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)
     pretrained = load_pretrained(config.checkpoint, config.encoder, given, config.feature)
-    embedding.check_index(config.index, pretrained.encoder, config.feature)
+    if config.index != embedding.NO_INDEX and config.feature == "backbone":
+        # What faiss refuses is refused before the images are embedded.
+        empty_index(config.index, pretrained.encoder.backbone.feature_dim, "index")
     run_settings = with_usual_settings(pretrained.config)
     data = data_settings(config, run_settings["data"])
     images = embedding.choose_images(build_source_of(data), config.split, data["name"])
@@ -88,16 +93,6 @@ def run(config: EmbedConfig, folder: Path) -> None:
     if config.index != embedding.NO_INDEX:
         names += f" and {Path(names).with_suffix('.faiss')}"
     console.print(f"written to {names}", soft_wrap=True, highlight=False)
-
-
-def check_files(output: Path) -> None:
-    """Raise InputError if no .npz file, or no index beside it, can be written there."""
-    if output.suffix != ".npz":
-        raise InputError(f"output={output}: expected a file that ends in .npz")
-    check_output(output)
-    index = output.with_suffix(".faiss")
-    if index.is_dir():
-        raise InputError(f"output={output}: {index} is a folder; expected the name of a file")
 
 
 def main() -> None:

@@ -76,8 +76,7 @@ class FeaturePlots:
         search = partial(nearest_by_block, bank.features)
         votes = classify(search, bank.labels, queries.features[chosen], labels, [protocol])
         classes, counts = confusion_matrix(labels, votes[protocol].predicted)
-        names = [str(number) for number in classes]
-        confusion = confusion_plot(counts, names)
+        confusion = confusion_plot(counts, classes)
         experiment.add_image("knn/confusion", pixels(confusion), step, dataformats="HWC")
 
     def project(self, experiment: Any, queries: Embedded) -> None:

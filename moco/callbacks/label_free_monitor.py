@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.callbacks.collapse_watch import newest_keys
-from moco.callbacks.running_trainer import is_step_end
+from moco.callbacks.running_trainer import board_of, is_step_end, log_scalars
 from moco.evaluation.diagnostics import (
     alignment,
     encoder_distances,
@@ -75,8 +75,8 @@ class LabelFreeMonitor(pl.Callback):
         if kept and step - kept.step >= self._steps_in_queue(trainer, pl_module, kept):
             figures |= self._drift(trainer, pl_module, kept)
             self.kept = None
-        if figures and trainer.logger:
-            trainer.logger.log_metrics(figures, step=step)
+        if figures:
+            log_scalars(trainer, figures)
 
     def _is_due(self, step: int) -> bool:
         return self.every_n_steps is not None and step % self.every_n_steps == 0
@@ -105,7 +105,7 @@ class LabelFreeMonitor(pl.Callback):
         """Write histograms of the cosines of positive and of negative pairs."""
         query, key, negatives = outputs["query"], outputs["key"], outputs["negatives"]
         similarities = pair_similarities(query, key, negatives)
-        experiment = trainer.logger.experiment  # type: ignore[union-attr]
+        experiment = board_of(trainer)
         for name, values in similarities._asdict().items():
             finite = values[values.isfinite()]
             # An empty queue has no negatives yet, and a bad step only NaN.

@@ -19,7 +19,7 @@ from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, RunError, printable
 from moco.evaluation.feature_files import write_index, write_npz
 from moco.evaluation.feature_parts import FeatureParts
-from moco.evaluation.indexes import empty_index
+from moco.evaluation.features import labels_by_name
 from moco.runs.atomic_files import write_atomically
 from moco.runs.interrupts import ENDING, held_back
 
@@ -53,42 +53,16 @@ def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
         return IndexedSet(source.queries, has_labels=True)
     if isinstance(source.train, ShardedImages):
         return ShardedSet(source.train)
-    num_images = len(source.train)
-    if source.bank is not None and len(source.bank.images) == num_images:
-        return IndexedSet(source.bank, has_labels=True)
-    labels = labels_of_both_sides(source)
-    if labels is not None:
-        return IndexedSet(Labelled(source.train, labels), has_labels=True)
-    return IndexedSet(Labelled(source.train, np.full(num_images, -1)), has_labels=False)
-
-
-def labels_of_both_sides(source: DataSource) -> np.ndarray | None:
-    """Return the labels of training images that are divided into bank and queries.
-
-    If they are not, or an image has no label, return None.
-    """
-    if source.bank is None or source.queries is None:
-        return None
-    if len(source.bank.images) + len(source.queries.images) != len(source.train):
-        return None
-    # Bank and queries are in another order than the training images; the names connect them.
-    label_of = {}
-    for side in (source.bank, source.queries):
-        for row, label in enumerate(side.labels):
-            label_of[side.images.name(row)] = label
-    labels = []
-    for row in range(len(source.train)):
-        label = label_of.get(source.train.name(row))
-        if label is None:
-            return None
-        labels.append(label)
-    return np.array(labels, dtype=np.int64)
-
-
-def check_index(index: str, encoder: Any, feature: str) -> None:
-    """Raise InputError if faiss has no such index of the backbone's features."""
-    if index != NO_INDEX and feature == "backbone":
-        empty_index(index, encoder.backbone.feature_dim, "index")
+    images, bank, queries = source.train, source.bank, source.queries
+    if bank is not None and len(bank.images) == len(images):
+        return IndexedSet(bank, has_labels=True)
+    labels = np.full(len(images), -1)
+    sides = [side for side in (bank, queries) if side is not None]
+    # Training images may be divided into bank and queries.
+    has_labels = sum(len(side.images) for side in sides) == len(images)
+    if has_labels:
+        labels = labels_by_name(images, sides)
+    return IndexedSet(Labelled(images, labels), has_labels)
 
 
 def open_parts(

@@ -24,7 +24,7 @@ def write_npz(file: BinaryIO, parts: FeatureParts, has_labels: bool) -> None:
     names = np.memmap(path, f"<U{width}", "w+", shape=(parts.state.num_rows,))
     for row, name in enumerate(parts.names()):
         names[row] = name
-    arrays = {"features": parts.features(), "names": names}
+    arrays: dict[str, Any] = {"features": parts.features(), "names": names}
     if has_labels:
         arrays["labels"] = parts.labels()
     np.savez(file, **arrays)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,19 +149,14 @@ class FeatureParts:
         write_atomically(self.folder / STATE, lambda file: file.write(text.encode()))
         self.committed = time.monotonic()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *details: object) -> None:
         try:
-            if error is None:
-                self.commit()
-            else:
-                # If a full disk ended the pass, the last commit still counts.
-                with suppress(OSError):
-                    self.commit()
+            self.commit()
+        except OSError:
+            # If a full disk ended the pass, its error is the one to tell, and the last commit
+            # still counts.
+            if kind is None:
+                raise
         finally:
             for file in self.files.values():
                 with suppress(OSError):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moco.data.sources.source import Labelled
 from moco.errors import printable
 
 # Images that a message names.
@@ -36,13 +37,13 @@ def embed(
         precision: ``32-true``, whatever the training's, or ``bf16-mixed``, under autocast.
 
     Returns:
-        Features (images, width) float32, labels (images,) int64, and the numbers of the unreadable
-        images.
+        Features (images, width) float32, labels (images,) int64, and the place of each image among
+        all that the loader yields, (images,) int64.
 
     Raises:
         EmbeddingStopped: `should_stop` returned true.
     """
-    features, labels, unreadable = [], [], []
+    features, labels, readable = [], [], []
     device = torch.device(device)
     for batch in loader:
         if should_stop():
@@ -53,11 +54,11 @@ def embed(
         is_readable = ~batch.unreadable
         features.append(encoded.cpu()[is_readable])
         labels.append(batch.labels[is_readable])
-        unreadable.append(batch.unreadable)
+        readable.append(is_readable)
     if not features:  # one of several processes may have no image at all
         return np.empty((0, 0), np.float32), np.empty(0, np.int64), np.empty(0, np.int64)
-    unreadable_numbers = torch.cat(unreadable).nonzero()[:, 0]
-    return torch.cat(features).numpy(), torch.cat(labels).numpy(), unreadable_numbers.numpy()
+    rows = torch.cat(readable).nonzero()[:, 0]
+    return torch.cat(features).numpy(), torch.cat(labels).numpy(), rows.numpy()
 
 
 def first_names(images: Any, rows: np.ndarray) -> str:
@@ -66,6 +67,21 @@ def first_names(images: Any, rows: np.ndarray) -> str:
     if len(rows) > MOST_NAMED:
         names.append("...")
     return ", ".join(names)
+
+
+def labels_by_name(images: Any, sides: Iterable[Labelled]) -> np.ndarray:
+    """Return the label of each image, (images,) int64; -1 for one that no side has.
+
+    Args:
+        images: of a dataset.
+        sides: parts of these images, in any order. They have the same names there.
+    """
+    label_of = {}
+    for side in sides:
+        for row, label in enumerate(side.labels):
+            label_of[side.images.name(row)] = label
+    labels = [label_of.get(images.name(row), -1) for row in range(len(images))]
+    return np.array(labels, np.int64)
 
 
 @contextmanager

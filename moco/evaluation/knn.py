@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from moco.errors import InputError
 from moco.evaluation.neighbors import nearest_by_block
 
 log = logging.getLogger(__name__)
@@ -170,6 +171,26 @@ def classify(
     return votes
 
 
+def classes_of(labels: np.ndarray, name: str) -> np.ndarray:
+    """Return the class numbers (classes,) of labels, rising.
+
+    Args:
+        name: of the dataset, for the message.
+
+    Raises:
+        InputError: there are no labels, or all are of one class.
+    """
+    classes = np.unique(labels)
+    if len(classes) == 0:
+        raise InputError(f"data={name}: none of the training images has a label")
+    if len(classes) == 1:
+        raise InputError(
+            f"data={name}: all {len(labels):,} training images are of class {classes[0]}; "
+            "a classifier needs two"
+        )
+    return classes
+
+
 def class_places(classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the place of each label among the rising class numbers.
 
@@ -230,14 +251,10 @@ def without_own(
     return similarities[is_kept].reshape(shape), rows[is_kept].reshape(shape)
 
 
-def capped(num_neighbors: int, most: int) -> int:
+def capped(num_neighbors: int, most: int, key: str = "evaluation.num_neighbors") -> int:
     """Return k, at most `most`, with a warning where it is lowered."""
     if num_neighbors > most:
-        log.warning(
-            "evaluation.num_neighbors=%d is more than the bank's %d; using those",
-            num_neighbors,
-            most,
-        )
+        log.warning("%s=%d is more than the bank's %d; using those", key, num_neighbors, most)
     return min(num_neighbors, most)
 
 

@@ -17,6 +17,7 @@ from moco.evaluation.knn import (
     Search,
     Votes,
     capped,
+    classes_of,
     classify,
     confusion_matrix,
     protocol_figures,
@@ -26,7 +27,7 @@ from moco.evaluation.knn import (
 )
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
 from moco.evaluation.neighbors import nearest_by_block, search_index
-from moco.evaluation.reports.knn_plots import Searched, knn_plots, save_png
+from moco.evaluation.reports.knn_plots import Searched, knn_plots
 from moco.evaluation.reports.projections import check_map
 from moco.evaluation.subject import Features, Findings, Subject
 
@@ -104,14 +105,16 @@ def measure_knn(subject: Subject) -> Findings:
     label_free = NOTHING
     if settings["label_free"]:
         label_free = measure_label_free(subject, sides.bank)
-    files = {"confusion.npz": confusion_file(classes, confusion, main_votes, sides.queries)}
+    files: dict[str, Any] = {
+        "confusion.npz": confusion_file(classes, confusion, main_votes, sides.queries)
+    }
     if settings["plots"]:
         searched = Searched(
             sides.bank.by(feature), sides.queries.by(feature), searches[feature], sides.own_rows
         )
         plots = knn_plots(subject, searched, confusion, classes, label_free.views)
         for name, plot in plots.items():
-            files[name] = partial(save_png, plot)
+            files[name] = partial(plot.savefig, format="png")
     conditions = {
         "knn/encoder": settings["encoder"],
         "knn/index": settings["index"],
@@ -152,17 +155,8 @@ def sides_of(subject: Subject) -> Sides:
         InputError: the dataset has no labels, or all its images are of one class.
     """
     source, name = subject.source, subject.data["name"]
-    if source.bank is None:
-        raise InputError(
-            f"data={name}: kNN needs labelled training and test images, and this dataset has none"
-        )
-    bank = with_labels(subject.features(source.bank), name)
-    classes = np.unique(bank.labels)
-    if len(classes) == 1:
-        raise InputError(
-            f"data={name}: all {len(bank.labels):,} images of the bank are of class {classes[0]}; "
-            "kNN needs two"
-        )
+    bank = with_labels(subject.features(subject.bank), name)
+    classes_of(bank.labels, name)
     if source.queries is None:
         log.info(
             "data=%s has no test part: each image is classified by all others (leave one out)", name
@@ -345,20 +339,15 @@ def confusion_file(
         votes: of the queries.
         queries: features of the queries.
     """
-    accuracy = confusion.diagonal() / np.maximum(confusion.sum(axis=1), 1)
-
-    def write(file: BinaryIO) -> None:
-        np.savez(
-            file,
-            classes=classes,
-            confusion=confusion,
-            accuracy=accuracy,
-            predicted=votes.predicted,
-            labels=queries.labels,
-            rows=queries.rows,
-        )
-
-    return write
+    return partial(
+        np.savez,
+        classes=classes,
+        confusion=confusion,
+        accuracy=confusion.diagonal() / np.maximum(confusion.sum(axis=1), 1),
+        predicted=votes.predicted,
+        labels=queries.labels,
+        rows=queries.rows,
+    )
 
 
 def class_tables(classes: np.ndarray, confusion: np.ndarray) -> list[Table]:

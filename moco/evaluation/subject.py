@@ -123,6 +123,20 @@ class Subject:
         return source
 
     @property
+    def bank(self) -> Labelled:
+        """Return the labelled training images.
+
+        Raises:
+            InputError: there are none.
+        """
+        if self.source.bank is None:
+            raise InputError(
+                f"data={self.data['name']}: evaluation={self.settings['name']} needs labelled "
+                "training images, and this dataset has none"
+            )
+        return self.source.bank
+
+    @property
     def feature_names(self) -> list[str]:
         """Return the names of the features that the encoder has."""
         if isinstance(getattr(self.encoder, "projector", nn.Identity()), nn.Identity):
@@ -187,8 +201,7 @@ class Subject:
             labelled, view, size, batch_size, num_workers, device=self.device
         )
         # One pass computes both features, side by side.
-        joined, labels, unreadable = embed(self._encode_all, loader, self.device)
-        rows = np.delete(np.arange(len(labelled.images)), unreadable)
+        joined, labels, rows = embed(self._encode_all, loader, self.device)
         check_finite(joined, rows, labelled, self.checkpoint)
         log.info("embedded %s images in %.1f s", f"{len(rows):,}", time.monotonic() - started)
         of = {"backbone": joined}

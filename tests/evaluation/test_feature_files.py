@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from moco.data.loading.image_sets import ImageBatch
-from moco.embed import check_files
 from moco.errors import InputError
 from moco.evaluation.embedding import add_features
 from moco.evaluation.feature_files import write_index, write_npz
@@ -270,11 +269,3 @@ def test_a_batch_of_unreadable_images_alone_adds_nothing_but_their_names(tmp_pat
         add_features(None, [nothing], parts, 30, 0.1, lambda done: None)
     assert parts.state.num_rows == 0
     assert parts.unreadable() == ["bad.png"]
-
-
-def test_a_folder_in_the_indexs_place_is_named(tmp_path):
-    (tmp_path / "f.faiss").mkdir()
-    with pytest.raises(
-        InputError, match=r"f\.npz: .*f\.faiss is a folder; expected the name of a file"
-    ):
-        check_files(tmp_path / "f.npz")

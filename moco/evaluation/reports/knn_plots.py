@@ -1,7 +1,7 @@
 """The plots that ``moco.evaluate`` leaves beside its kNN figures."""
 
 import logging
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -57,10 +57,9 @@ def knn_plots(
         views: (images, 2, embedding_dim) embeddings of two views of some images; None if there
             are none.
     """
-    names = [str(name) for name in classes]
     plots = {
         "neighbors.png": neighbors_of_some(searched),
-        "confusion.png": confusion_plot(confusion, names),
+        "confusion.png": confusion_plot(confusion, classes),
         "feature_maps.png": feature_maps_of_some(subject, searched.queries),
     }
     # A single image has no other images to differ from.
@@ -74,11 +73,6 @@ def knn_plots(
         return plots
     plots["map.png"] = map_of_queries(searched.queries, kind, subject.settings["feature"])
     return plots
-
-
-def save_png(figure: "Figure", file: BinaryIO) -> None:
-    """Write the figure as a PNG."""
-    figure.savefig(file, format="png")
 
 
 def neighbors_of_some(searched: Searched) -> "Figure":
