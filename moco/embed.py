@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 from moco.cli.checks import check_output
 from moco.cli.launch import launch, save_hydra_files
@@ -50,15 +51,16 @@ def run(config: EmbedConfig, folder: Path) -> None:
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)
     pretrained = load_pretrained(config.checkpoint, config.encoder, given, config.feature)
+    encoder: Any = pretrained.encoder
     if config.index != embedding.NO_INDEX and config.feature == "backbone":
         # What faiss refuses is refused before the images are embedded.
-        empty_index(config.index, pretrained.encoder.backbone.feature_dim, "index")
+        empty_index(config.index, encoder.backbone.feature_dim, "index")
     run_settings = with_usual_settings(pretrained.config)
     data = data_settings(config, run_settings["data"])
     images = embedding.choose_images(build_source_of(data), config.split, data["name"])
     log_window_advice(pretrained, given, data["image_size"])
     transform = with_defaults(config.augmentation, run_settings["augmentation"])
-    encode = embedding.build_encode(pretrained.encoder, config.feature, transform, device)
+    encode = embedding.build_encode(encoder, config.feature, transform, device)
     # A pass continues only with these same settings.
     settings = {
         "encoder": config.encoder,
@@ -76,7 +78,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     # An interruption or a full disk loses nothing, and the message says so.
     failures_named = failures_without_training_named("batch_size", kept, "output=FILE.npz")
     with taken(parts_folder), ending_at_once(INTERRUPTED), failures_named:
-        parts = embedding.open_parts(parts_folder, settings, pretrained.encoder, images)
+        parts = embedding.open_parts(parts_folder, settings, encoder, images)
         loader = embedding.load_images(images, parts, settings, device)
         with parts, ImageProgress(console, "embedding", parts.num_done, len(images)) as progress:
             embedding.add_features(

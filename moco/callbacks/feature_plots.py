@@ -10,9 +10,10 @@ import torch
 
 from moco.evaluation.diagnostics import evenly_spaced
 from moco.evaluation.knn import Protocol, classify, confusion_matrix
-from moco.evaluation.neighbors import nearest, nearest_by_block, normalized
+from moco.evaluation.neighbors import nearest_by_block, normalized
 from moco.evaluation.reports.drawing import confusion_plot, pixels
-from moco.evaluation.reports.embedded import NUM_NEIGHBORS, NUM_QUERIES, Embedded, neighbors_plot
+from moco.evaluation.reports.embedded import Embedded
+from moco.evaluation.reports.knn_plots import Searched, neighbors_of_some
 from moco.evaluation.reports.projections import projected
 
 MOST_PREDICTED = 5_000
@@ -63,21 +64,17 @@ class FeaturePlots:
             experiment: TensorBoard's ``SummaryWriter``.
             num_neighbors, temperature: of the vote.
         """
-        every_row = np.arange(len(queries.rows))
-        shown = evenly_spaced(every_row, NUM_QUERIES)
-        k = min(NUM_NEIGHBORS, len(bank.rows))
-        similarities, rows = nearest(bank.features, queries.features[shown], k)
-        neighbors = neighbors_plot(bank, queries, shown, similarities, rows)
-        experiment.add_image("knn/neighbors", pixels(neighbors), step, dataformats="HWC")
+        searched = Searched(bank, queries, partial(nearest_by_block, bank.features), None)
+        neighbors = pixels(neighbors_of_some(searched))
+        experiment.add_image("knn/neighbors", neighbors, step, dataformats="HWC")
 
-        chosen = evenly_spaced(every_row, MOST_PREDICTED)
+        chosen = evenly_spaced(np.arange(len(queries.rows)), MOST_PREDICTED)
         labels = queries.labels[chosen]
         protocol = Protocol(num_neighbors, temperature)
-        search = partial(nearest_by_block, bank.features)
-        votes = classify(search, bank.labels, queries.features[chosen], labels, [protocol])
+        votes = classify(searched.search, bank.labels, queries.features[chosen], labels, [protocol])
         classes, counts = confusion_matrix(labels, votes[protocol].predicted)
-        confusion = confusion_plot(counts, classes)
-        experiment.add_image("knn/confusion", pixels(confusion), step, dataformats="HWC")
+        confusion = pixels(confusion_plot(counts, classes))
+        experiment.add_image("knn/confusion", confusion, step, dataformats="HWC")
 
     def project(self, experiment: Any, queries: Embedded) -> None:
         """Write features, labels and thumbnails of the queries for the embedding projector.

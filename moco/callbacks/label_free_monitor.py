@@ -117,17 +117,16 @@ class LabelFreeMonitor(pl.Callback):
 
         A queue that takes both views' keys takes the kept ones first, see `MoCo.enqueue`.
         """
-        num_keys = len(kept.keys) * world_size()
-        num_keys_of_batch = num_keys * directions_per_queue(pl_module)
-        others = len(pl_module.queue.keys) - num_keys_of_batch
-        return max(0, others // keys_per_step(pl_module, num_keys, trainer))
+        num_keys = keys_per_batch(pl_module, kept)
+        num_others = len(pl_module.queue.keys) - num_keys
+        return max(0, num_others // (num_keys * trainer.accumulate_grad_batches))
 
     @epoch_time.measured(MONITORS)
     def _drift(self, trainer: pl.Trainer, pl_module: Any, kept: Kept) -> dict[str, float]:
         view = kept.view.to(pl_module.device)
         with untouched(pl_module.key_encoder), trainer.precision_plugin.train_step_context():
             now = pl_module.encode_keys([view])[0].embedding  # (batch, embedding_dim) unit norm
-        num_keys = keys_per_step(pl_module, len(kept.keys) * world_size(), trainer)
+        num_keys = keys_per_batch(pl_module, kept) * trainer.accumulate_grad_batches
         return {
             "queue/drift": float(positive_similarity(kept.keys, now)),
             # The age that the next step sees: the key encoder has already moved after this step.
@@ -136,20 +135,13 @@ class LabelFreeMonitor(pl.Callback):
         }
 
 
-def keys_per_step(pl_module: Any, num_keys: int, trainer: pl.Trainer) -> int:
-    """Return how many keys a queue gets in an optimizer step.
-
-    Args:
-        num_keys: images in a batch, on all devices together.
-    """
-    return num_keys * directions_per_queue(pl_module) * trainer.accumulate_grad_batches
-
-
-def directions_per_queue(pl_module: Any) -> int:
-    """Return how many directions of a symmetric loss share a queue."""
+def keys_per_batch(pl_module: Any, kept: Kept) -> int:
+    """Return how many keys a queue gets of a batch, on all devices together."""
+    num_keys = len(kept.keys) * world_size()
     if pl_module.symmetric and pl_module.reverse_queue is None:
-        return 2
-    return 1
+        # Both directions of the loss share a queue.
+        return 2 * num_keys
+    return num_keys
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from moco.evaluation.knn import (
     classes_of,
     classify,
     confusion_matrix,
+    knn_accuracy,
     protocol_figures,
     result_of,
     scores_of,
@@ -89,14 +90,9 @@ def measure_knn(subject: Subject) -> Findings:
     recalls: dict[str, float] = {}
     for name in subject.feature_names:
         searches[name] = search_of(subject, sides, name, main.num_neighbors, recalls)
-        queries = sides.queries.of[name]
+        queries = sides.queries.of[name], sides.queries.labels
         votes[name] = classify(
-            searches[name],
-            sides.bank.labels,
-            queries,
-            sides.queries.labels,
-            protocols,
-            sides.own_rows,
+            searches[name], sides.bank.labels, *queries, protocols, sides.own_rows
         )
     main_votes = votes[feature][main]
     result = result_of(main_votes, main.num_neighbors, len(sides.bank.labels))
@@ -322,10 +318,9 @@ def top1_of(subject: Subject, sides: Sides, rows: np.ndarray, protocol: Protocol
             "evaluation.images_per_class: "
             "this number of images of each class leaves none to classify"
         )
-    search = partial(nearest_by_block, sides.bank.of[feature][rows], device=subject.device)
-    queries, labels = sides.queries.of[feature][is_query], sides.queries.labels[is_query]
-    votes = classify(search, sides.bank.labels[rows], queries, labels, [protocol])
-    return votes[protocol].accuracy(1)
+    bank = sides.bank.of[feature][rows], sides.bank.labels[rows]
+    queries = sides.queries.of[feature][is_query], sides.queries.labels[is_query]
+    return knn_accuracy(*bank, *queries, *protocol, subject.device).top1
 
 
 def confusion_file(
