@@ -13,8 +13,7 @@ import torch
 
 from moco.data.loading.image_sets import ImageBatch
 from moco.errors import InputError
-from moco.evaluation.embedding import add_features
-from moco.evaluation.feature_files import write_index, write_npz
+from moco.evaluation.embedding import add_features, write_index, write_npz
 from moco.evaluation.feature_parts import FILES, FeatureParts, taken
 
 ABOUT = {
