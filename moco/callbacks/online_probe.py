@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moco.callbacks.running_trainer import data_of, is_logged_step, log_scalars
 from moco.data.sources.source import DataSource
 from moco.errors import InputError
-from moco.evaluation.features import labels_by_name
+from moco.evaluation.image_names import labels_by_name
 from moco.training.distributed.collectives import all_gather
 from moco.training.stopwatches import MONITORS, epoch_time
 

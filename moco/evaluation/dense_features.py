@@ -17,7 +17,8 @@ from moco.data.augment.views import Normalized
 from moco.data.loading.datamodule import check_unreadable
 from moco.errors import InputError, printable
 from moco.evaluation.dense_bank import Bank, class_shares, draw_patches, patches_represented
-from moco.evaluation.features import EmbeddingStopped, first_names
+from moco.evaluation.features import EmbeddingStopped
+from moco.evaluation.image_names import first_names
 from moco.segmentation.mask_batches import whole_image_loader
 from moco.segmentation.mask_sources import SegmentationSource
 from moco.segmentation.masked_images import MaskedImages

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from moco.errors import InputError
-from moco.evaluation.features import first_names
+from moco.evaluation.image_names import first_names
 from moco.evaluation.indexes import EXACT, build_index, empty_index, recall, set_search_effort
 from moco.evaluation.knn import (
     Protocol,

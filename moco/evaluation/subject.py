@@ -21,7 +21,8 @@ from moco.data.sources.registry import build_source
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError
 from moco.evaluation.feature_cache import FeatureCache
-from moco.evaluation.features import embed, first_names
+from moco.evaluation.features import embed
+from moco.evaluation.image_names import first_names
 from moco.evaluation.reports.embedded import Embedded
 
 log = logging.getLogger(__name__)
