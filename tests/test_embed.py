@@ -218,7 +218,7 @@ def test_a_disk_that_is_full_when_the_files_are_made_is_one_line_and_no_feature_
     checkpoint, tmp_path, straight, monkeypatch
 ):
     with monkeypatch.context() as patch:
-        patch.setattr("moco.evaluation.feature_files.copy", After(None, 0, FULL))
+        patch.setattr("numpy.savez", After(None, 0, FULL))
         with pytest.raises(RunError) as error:
             embed(checkpoint, tmp_path, *SMALL)
     assert str(error.value) == (
