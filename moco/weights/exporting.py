@@ -12,7 +12,7 @@ from moco.errors import InputError, RunError
 from moco.models.swin.backbone import Swin
 from moco.models.vit import VisionTransformer
 from moco.runs.atomic_files import write_atomically
-from moco.weights.architecture import listed_settings, one_or_each
+from moco.weights.architecture import described, one_or_each
 from moco.weights.backbone_files import as_safetensors, write_backbone
 from moco.weights.library_names import counterpart, library_map_sides, to_timm, to_torchvision
 
@@ -83,12 +83,9 @@ def summary_rows(
     backbone: Any, settings: dict[str, Any], about: dict[str, Any]
 ) -> list[tuple[str, str]]:
     """Return what is in the file, for the table."""
-    described = settings["name"]
-    if listed_settings(settings):
-        described += f", {listed_settings(settings)}"
     num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
     return [
-        ("backbone", described),
+        ("backbone", described(settings)),
         ("parameters", f"{num_parameters:,}"),
         ("encoder", f"{about['encoder']}, epoch {about['epoch']}, step {about['step']}"),
         ("checkpoint", about["checkpoint"]),

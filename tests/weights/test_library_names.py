@@ -394,19 +394,15 @@ def test_files_that_are_not_ours_are_named(tmp_path):
     path.write_bytes(b"something else")
     assert complaint().startswith("FILE: damaged, or no safetensors file (")
     save_file({"x": torch.zeros(1)}, path)
-    foreign = (
-        "FILE: not written by moco.export format=safetensors (its metadata describe no backbone)"
-    )
-    assert complaint() == foreign
+    foreign = "FILE: not written by moco.export format=safetensors, or changed since ("
+    assert complaint().startswith(foreign)
     for metadata in (
         {"author": "someone"},
-        {"backbone": "resnet50"},
+        {"backbone": '"resnet50"'},
         {"backbone": "[1]"},
         {"backbone": "{}"},
     ):
         save_file({"x": torch.zeros(1)}, path, metadata)
-        assert complaint() == foreign
+        assert complaint().startswith(foreign)
     save_file({"x": torch.zeros(1)}, path, {"backbone": json.dumps({"name": "resnet_tiny"})})
-    assert complaint().startswith(
-        "FILE: the weights do not fit the backbone that its metadata describe ("
-    )
+    assert complaint().startswith(foreign)
