@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moco.methods.losses import info_nce, matched_cells
+from moco.methods.losses import info_nce
 
 MOST_PLAIN_LOGITS = 2**26
 """The plain form on a GPU may have this many logits: 256 MiB, of which it needs about three."""
@@ -37,15 +37,6 @@ def efficient_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperatur
     if query.device.type != "cpu" and is_small:
         return info_nce(query, key, negatives, temperature)
     return blocked_info_nce(query, key, negatives, temperature)
-
-
-def efficient_dense_info_nce(
-    query_cells: Tensor, key_cells: Tensor, matches: Tensor, negatives: Tensor, temperature: float
-) -> Tensor:
-    """Return `dense_info_nce`, with the arguments of that function, by the faster form."""
-    query = query_cells.flatten(0, 1)  # (N * S, C)
-    key = matched_cells(key_cells, matches).flatten(0, 1)  # (N * S, C)
-    return efficient_info_nce(query, key, negatives, temperature)
 
 
 def blocked_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float) -> Tensor:

@@ -7,7 +7,6 @@ rest has to be given, and is checked here.
 import functools
 import logging
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 
 from moco.errors import InputError
 from moco.models.backbones import BACKBONES, build_backbone, settings_of_backbone
-from moco.models.swin.attention import pretrained_window_of
+from moco.models.swin.attention import one_or_each, pretrained_window_of
 from moco.models.swin.backbone import MAX_WINDOW_SIZE, Swin, clipped_windows
 from moco.models.vit import learned_grid_side
 from moco.weights.layouts import BACKBONE_ALONE, MOCO_V3, SOLO_LEARN
@@ -137,12 +136,11 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
     tables = first_of_each_stage(weights, COORDINATES)
     if tables:
         windows = [(table.shape[1] + 1) // 2 for table in tables]
-        pretrained_windows = []
+        pretrained = []
         for table, window in zip(tables, windows, strict=True):
-            pretrained = pretrained_window_of(table)
-            pretrained_windows.append(pretrained[0] if pretrained else window)
+            pretrained.append(pretrained_window_of(table) or window)
         seen["window_size"] = one_or_each(windows)
-        seen["pretrained_window_size"] = one_or_each(pretrained_windows)
+        seen["pretrained_window_size"] = one_or_each(pretrained)
 
     known = settings_of_backbone(name)
     return {key: value for key, value in seen.items() if key in known}
@@ -183,13 +181,6 @@ def settings_of(backbone: nn.Module, built_with: dict[str, Any]) -> dict[str, An
             # The pretraining windows are clipped to its maps already.
             settings.pop("pretrained_image_size", None)
     return settings
-
-
-def one_or_each(windows: Sequence[int]) -> int | list[int]:
-    """Return the stages' windows as one number if they are all the same, else as a list."""
-    if len(set(windows)) == 1:
-        return windows[0]
-    return list(windows)
 
 
 def described(settings: dict[str, Any]) -> str:

@@ -22,7 +22,6 @@ from moco.models.size_constants import Size
 from moco.models.swin.attention import (
     WindowAttention,
     WindowAttentionV2,
-    check_pretrained_window,
     check_pretrained_windows,
 )
 from moco.models.swin.backbone import Swin, map_sides
@@ -167,15 +166,19 @@ def from_torchvision(weights: Weights, backbone: nn.Module) -> Weights:
         InputError: the weights were pretrained with another window than the backbone assumes
             (Swin V2), or with learned positions where it has fixed ones (ViT).
     """
-    for name, module in backbone.named_modules():
-        coordinates = weights.get(f"{name}.{COORDINATES}")
-        if coordinates is not None and isinstance(module, WindowAttentionV2):
-            check_pretrained_window(coordinates, module.pretrained_window_size)
+    check_coordinates(weights, backbone)
     kept = {}
     for name, tensor in weights.items():
         if not name.startswith(CLASSIFIERS) and not name.endswith((INDEX, COORDINATES)):
             kept[name] = tensor
     return with_fitting_positions(kept, backbone)
+
+
+def check_coordinates(weights: Weights, backbone: nn.Module) -> None:
+    """Raise InputError if a Swin V2's weights were pretrained with other windows than assumed."""
+    tables = first_of_each_stage(weights, COORDINATES)
+    if isinstance(backbone, Swin) and len(tables) == len(backbone.pretrained_window_size):
+        check_pretrained_windows(tables, backbone.pretrained_window_size)
 
 
 def with_fitting_positions(weights: Weights, backbone: nn.Module) -> Weights:
@@ -315,10 +318,7 @@ def to_our_names(weights: Weights, backbone: nn.Module) -> Weights:
             the backbone has.
     """
     weights = merging_after_its_stage(from_sequential(weights))
-    if isinstance(backbone, Swin):
-        tables = first_of_each_stage(weights, COORDINATES)
-        if len(tables) == len(backbone.pretrained_window_size):
-            check_pretrained_windows(tables, backbone.pretrained_window_size)
+    check_coordinates(weights, backbone)
     learned = {name: x for name, x in weights.items() if not name.endswith(COMPUTED)}
 
     # Microsoft's and timm's models begin with `patch_embed`, torchvision's never do.

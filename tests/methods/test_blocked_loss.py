@@ -11,10 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moco.methods import blocked_loss
 from moco.methods.blocked_loss import (
     blocked_info_nce,
-    efficient_dense_info_nce,
     efficient_info_nce,
 )
-from moco.methods.losses import dense_info_nce, info_nce
+from moco.methods.losses import info_nce
 from tests.methods.test_losses import reference, unit
 
 
@@ -163,10 +162,3 @@ def test_a_cpu_and_many_logits_take_the_blocked_form(device, num_queries, num_ne
     query = torch.empty(num_queries, 8, device=device)
     negatives = torch.empty(num_negatives, 8, device=device)
     assert called_form(query, query, negatives) == form
-
-
-def test_the_dense_loss_equals_the_plain_one():
-    query, key, negatives = unit(3, 6, 16).float(), unit(3, 6, 16).float(), unit(20, 16).float()
-    matches = torch.randint(6, (3, 6))
-    blocked = efficient_dense_info_nce(query, key, matches, negatives, 0.2)
-    torch.testing.assert_close(blocked, dense_info_nce(query, key, matches, negatives, 0.2))

@@ -301,10 +301,8 @@ def test_the_tables_for_torchvision_are_its_own_to_the_bit():
 def test_the_pretraining_window_is_read_off_the_coordinates():
     for pretrained in range(2, 65):
         for window in (2, pretrained, 64):
-            assert pretrained_window_of(saved_coordinates((window, 9), (pretrained, 3))) == (
-                pretrained,
-                3,
-            )
+            coordinates = saved_coordinates((window, window), (pretrained, pretrained))
+            assert pretrained_window_of(coordinates) == pretrained
     assert pretrained_window_of(saved_coordinates((1, 1), (1, 1))) is None
 
 
@@ -315,7 +313,7 @@ def test_weights_of_another_pretraining_window_are_refused():
     with pytest.raises(InputError) as error:
         from_torchvision(weights, build_backbone("swin_v2_tiny_patch2", window_size=8))
     assert str(error.value) == (
-        "the weights were pretrained with windows of 4 x 4 cells, and pretrained_window_size=8 "
+        "the weights were pretrained with windows of 4 cells, and pretrained_window_size=8 "
         "would stretch their position biases; set pretrained_window_size=4"
     )
 
