@@ -234,14 +234,10 @@ def log_batch_norm(
         )
     elif negatives == "batch":
         log.info("batch norm: %s, so that all keys of a batch have the same statistics", mode)
-    elif mode in ("plain", "sync"):
+    elif mode in ("plain", "sync") or (mode == "shuffle" and num_devices == 1):
         log.warning(
             "batch norm: %s, which leaks the positive of each query; set method.batch_norm=auto",
             mode,
-        )
-    elif mode == "shuffle" and num_devices == 1:
-        log.warning(
-            "batch norm: shuffle, which prevents no leak on one device; set method.batch_norm=split"
         )
     else:
         log.info("batch norm: %s, so that it cannot leak the positive of each query", mode)

@@ -259,9 +259,19 @@ class MoCo(pl.LightningModule):
         There is no gradient and no predictor. If BatchNorm would leak, the views are shuffled on
         the way. With `keys_follow_the_views` the encoder sees the last direction's view first.
         """
-        if self.keys_follow_the_views:
-            return self.encode_keys_in_order(views[::-1])[::-1]
-        return self.encode_keys_in_order(views)
+        order = -1 if self.keys_follow_the_views else 1
+        views = views[::order]
+        if self.batch_norm not in ("shuffle", "split"):
+            keys = [view.map(unit_norm) for view in self.embed(self.key_encoder, views)]
+            return keys[::order]
+        shuffles = [Shuffle(len(view), view.device) for view in views]
+        shuffled = []
+        for shuffle, view in zip(shuffles, views, strict=True):
+            shuffled.append(shuffle.shuffled(view))
+        keys = []
+        for shuffle, encoded in zip(shuffles, self.embed(self.key_encoder, shuffled), strict=True):
+            keys.append(encoded.map(unit_norm).map(shuffle.unshuffled))
+        return keys[::order]
 
     @property
     def keys_follow_the_views(self) -> bool:
@@ -273,19 +283,6 @@ class MoCo(pl.LightningModule):
         """
         has_one_queue = self.queue is not None and self.reverse_queue is None
         return self.symmetric and not has_one_queue
-
-    def encode_keys_in_order(self, views: Sequence[Tensor]) -> list[Encoded]:
-        """Do the work of `encode_keys`, for views in the order in which the encoder sees them."""
-        if self.batch_norm not in ("shuffle", "split"):
-            return [view.map(unit_norm) for view in self.embed(self.key_encoder, views)]
-        shuffles = [Shuffle(len(view), view.device) for view in views]
-        shuffled = []
-        for shuffle, view in zip(shuffles, views, strict=True):
-            shuffled.append(shuffle.shuffled(view))
-        keys = []
-        for shuffle, encoded in zip(shuffles, self.embed(self.key_encoder, shuffled), strict=True):
-            keys.append(encoded.map(unit_norm).map(shuffle.unshuffled))
-        return keys
 
     def embed(self, encoder: Encoder, views: Sequence[Tensor]) -> list[Encoded]:
         """Return `Encoder.embed`, in the batch order that split BatchNorm needs on the way."""

@@ -186,7 +186,7 @@ IN_THE_HEAD = nn.Sequential(
         ("auto", WITH, 8, "shuffle", "shuffle, so that it cannot leak"),
         ("auto", IN_THE_HEAD, 1, "split", "split, so that it cannot leak"),
         ("auto", IN_THE_HEAD, 8, "shuffle", "shuffle, so that it cannot leak"),
-        ("shuffle", WITH, 1, "shuffle", "prevents no leak on one device"),
+        ("shuffle", WITH, 1, "shuffle", "shuffle, which leaks the positive"),
         ("plain", WITH, 1, "plain", "plain, which leaks the positive"),
         ("split", WITH, 1, "split", "split, so that it cannot leak"),
         ("sync", IN_THE_HEAD, 1, "plain", "plain, which leaks the positive"),

@@ -289,10 +289,6 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
     window_size: Size
     relative_position_bias_table: nn.Parameter
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_load_table)
-
     def define_relative_position_index(self) -> None:
         """Replace torchvision's buffer of positions, which would fix the window.
 
@@ -363,18 +359,6 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         self.window_size = window
 
 
-def _load_table(attention: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Prepare a state dict for `WindowAttention`: a table of another window is resized."""
-    assert isinstance(attention, WindowAttention)
-    state_dict.pop(prefix + "relative_position_index", None)  # torchvision's
-    name = prefix + "relative_position_bias_table"
-    table = state_dict.get(name)
-    if table is None or table.shape == attention.relative_position_bias_table.shape:
-        return
-    side = round((math.sqrt(len(table)) + 1) / 2)
-    state_dict[name] = resized_table(table, (side, side), attention.window_size)
-
-
 def resized_table(table: Tensor, window: Size, new_window: Size) -> Tensor:
     """Return a table of position biases (offsets, h) resized bicubically to another window."""
     if window == new_window:
@@ -394,10 +378,6 @@ class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttention
     """
 
     pretrained_window_size: Size
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_check_coordinates)
 
     def define_relative_position_bias_table(self) -> None:
         """Replace torchvision's buffer of coordinates, which would fix the window."""
@@ -429,20 +409,6 @@ class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttention
     def set_window(self, window: Size) -> None:
         """Change the window. The biases of the offsets that both windows have stay the same."""
         self.window_size = window
-
-
-def _check_coordinates(
-    attention: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
-) -> None:
-    """Prepare torchvision's state dict for `WindowAttentionV2`.
-
-    Raises:
-        InputError: the weights were pretrained with another window.
-    """
-    assert isinstance(attention, WindowAttentionV2)
-    coordinates = state_dict.pop(prefix + "relative_coords_table", None)
-    if coordinates is not None:
-        check_pretrained_windows([coordinates], attention.pretrained_window_size[:1])
 
 
 def pretrained_window_of(coordinates: Tensor) -> int | None:

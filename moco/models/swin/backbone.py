@@ -6,7 +6,6 @@ The network is torchvision's, with its parameter names and with attention of our
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -73,8 +72,11 @@ class Swin(swin_transformer.SwinTransformer):
     ) -> None:
         windows = windows_of("window_size", window_size)
         if version == 1:
-            refuse_for_v1("pretrained_window_size", pretrained_window_size)
-            refuse_for_v1("pretrained_image_size", pretrained_image_size)
+            if pretrained_window_size is not None or pretrained_image_size is not None:
+                raise InputError(
+                    "backbone.pretrained_window_size and backbone.pretrained_image_size: "
+                    "Swin V1 has no coordinates to normalise; remove them or take Swin V2"
+                )
             block = partial(swin_transformer.SwinTransformerBlock, attn_layer=WindowAttention)
             merging = swin_transformer.PatchMerging
         else:
@@ -174,15 +176,6 @@ class Swin(swin_transformer.SwinTransformer):
         return self.feature_and_maps(images)[0]
 
 
-def refuse_for_v1(name: str, value: Any) -> None:
-    """Raise InputError if a setting of Swin V2 is given to Swin V1."""
-    if value is not None:
-        raise InputError(
-            f"backbone.{name}: Swin V1 has no coordinates to normalise; remove the setting or "
-            "take Swin V2"
-        )
-
-
 def windows_of(name: str, value: Any) -> tuple[int, ...]:
     """Return the windows of the four stages, for one window or a list of four.
 
@@ -265,18 +258,27 @@ def rewindow(backbone: nn.Module, window_size: int | Sequence[int]) -> nn.Module
     return backbone
 
 
-@dataclass(frozen=True)
 class WindowSuggestion:
-    """A window for images of another size, and what it does to the maps."""
+    """A window for images of another size, and what it does to the four stages' maps.
 
-    window_size: int
-    image_size: int
-    maps: tuple[int, ...]
-    """Side of the four stages' maps, cells."""
-    padded: tuple[int, ...]
-    """Side of the same maps with their padding, cells."""
-    padding: float
-    """Cells of padding per real cell, over all stages."""
+    Attributes:
+        window_size: cells.
+        image_size: px.
+        maps: side of the maps, cells.
+        padded: side of the same maps with their padding, cells.
+        padding: cells of padding per real cell, over all stages.
+    """
+
+    def __init__(self, window_size: int, image_size: int, patch_size: int = 4) -> None:
+        self.window_size = window_size
+        self.image_size = image_size
+        self.maps = map_sides(image_size, patch_size)
+        self.padded = []
+        for side in self.maps:
+            window = min(window_size, side)
+            self.padded.append(-(-side // window) * window)
+        num_cells = sum(side**2 for side in self.maps)
+        self.padding = sum(side**2 for side in self.padded) / num_cells - 1
 
     def __str__(self) -> str:
         changes = []
@@ -311,29 +313,13 @@ def suggest_window(
     same_share = pretrained_window_size * image_size / pretrained_image_size
     smallest = min(max(1, math.floor(same_share * 0.9)), MAX_WINDOW_SIZE)
     largest = min(math.ceil(same_share * 1.1), MAX_WINDOW_SIZE)
-    best = None
-    best_cost = (math.inf, math.inf)
-    for window in range(smallest, largest + 1):
-        suggestion = padding_of_window(window, image_size, patch_size)
-        cost = (round(suggestion.padding, 9), abs(window - same_share))
-        if cost < best_cost:
-            best = suggestion
-            best_cost = cost
-    assert best is not None
-    return best
 
+    def cost(suggestion: WindowSuggestion) -> tuple[float, float]:
+        return round(suggestion.padding, 9), abs(suggestion.window_size - same_share)
 
-def padding_of_window(window: int, image_size: int, patch_size: int) -> WindowSuggestion:
-    """Return what a window does to the maps of images of a size, px."""
-    maps = map_sides(image_size, patch_size)
-    padded = []
-    for side in maps:
-        clipped = min(window, side)
-        padded.append(-(-side // clipped) * clipped)
-    num_cells = sum(side**2 for side in maps)
-    num_padded = sum(side**2 for side in padded)
-    padding = num_padded / num_cells - 1
-    return WindowSuggestion(window, image_size, tuple(maps), tuple(padded), padding)
+    windows = range(smallest, largest + 1)
+    suggestions = [WindowSuggestion(window, image_size, patch_size) for window in windows]
+    return min(suggestions, key=cost)
 
 
 def window_advice(backbone: nn.Module, image_size: int, pretrained_image_size: int) -> str | None:
