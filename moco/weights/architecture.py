@@ -1,12 +1,11 @@
 """Which backbone and which projector the tensors of another project are of.
 
-Names and shapes of tensors show most settings of a backbone. The file's name shows some more. The
-rest has to be given, and is checked here.
+Names and shapes of tensors show most settings of a backbone. The rest has to be given, and is
+checked here.
 """
 
 import functools
 import logging
-import re
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from moco.errors import InputError
 from moco.models.backbones import BACKBONES, build_backbone, settings_of_backbone
 from moco.models.swin.attention import one_or_each, pretrained_window_of
-from moco.models.swin.backbone import MAX_WINDOW_SIZE, Swin, clipped_windows
+from moco.models.swin.backbone import Swin
 from moco.models.vit import learned_grid_side
 from moco.weights.layouts import BACKBONE_ALONE, MOCO_V3, SOLO_LEARN
 from moco.weights.library_names import (
@@ -144,27 +143,6 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
 
     known = settings_of_backbone(name)
     return {key: value for key, value in seen.items() if key in known}
-
-
-def windows_in_name(file_name: str) -> dict[str, Any]:
-    """Return the arguments of `build_backbone` for the windows in the name of a Swin V2's file.
-
-    Args:
-        file_name: with one of the names that timm and Microsoft give their models, such as
-            ``swinv2_tiny_window16_256`` or ``swinv2_base_patch4_window12to16_192to256_22kto1k_ft``:
-            the window of the pretraining, that of the fine-tuning, and the image sizes of both, px.
-    """
-    found = re.search(r"swinv2_[a-z]+_(?:patch4_)?window(\d+)(?:to(\d+))?_(\d+)", file_name)
-    if found is None:
-        return {}
-    pretrained_window, last_window, image_size = found.groups()
-    windows = [int(pretrained_window), int(last_window or pretrained_window)]
-    if min(*windows, int(image_size)) < 1 or max(windows) > MAX_WINDOW_SIZE:
-        return {}  # Neither timm nor Microsoft gave this name.
-    return {
-        "window_size": windows[1],
-        "pretrained_window_size": list(clipped_windows(int(image_size), windows[0])),
-    }
 
 
 def settings_of(backbone: nn.Module, built_with: dict[str, Any]) -> dict[str, Any]:

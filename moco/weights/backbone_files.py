@@ -6,7 +6,7 @@ Both describe their backbone, so it can be built again without any other file.
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.runs.atomic_files import write_atomically
 from moco.weights.architecture import settings_of
-
-if TYPE_CHECKING:
-    from moco.methods.moco import MoCo
 
 # What a file of a backbone alone holds, and the type of each part.
 BACKBONE_PARTS = {
@@ -34,15 +31,16 @@ NOT_INSTALLED = "safetensors is not installed: pip install moco-ssl[export]"
 
 
 def write_backbone_file(
-    path: Path, method: "MoCo", config: dict[str, Any], figures: dict[str, Any]
+    path: Path, method: Any, config: dict[str, Any], figures: dict[str, Any]
 ) -> None:
     """Write the query encoder's backbone with torch.save, as plain data that describes itself.
 
     Args:
+        method: a `MoCo`.
         config: the run's config as plain data.
         figures: the run's figures, under the names of ``metrics.json``.
     """
-    backbone: Any = method.query_encoder.backbone
+    backbone = method.query_encoder.backbone
     weights = {}
     for name, tensor in backbone.state_dict().items():
         weights[name] = tensor.cpu()
@@ -71,9 +69,8 @@ def write_backbone(backbone: nn.Module, settings: dict[str, Any], about: dict[st
     Raises:
         InputError: safetensors is not installed.
     """
-    metadata = {"backbone": json.dumps(settings_of(backbone, settings))}
-    for key, value in about.items():
-        metadata[key] = json.dumps(value)
+    content = {"backbone": settings_of(backbone, settings), **about}
+    metadata = {key: json.dumps(value) for key, value in content.items()}
     return as_safetensors(dict(backbone.state_dict()), metadata)
 
 

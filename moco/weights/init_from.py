@@ -1,7 +1,6 @@
 """Start a new run with the weights of a file: the setting ``init_from``."""
 
 import logging
-from typing import Any
 
 from moco.errors import InputError
 from moco.methods.moco import MoCo
@@ -106,35 +105,16 @@ def with_our_backbones(file: WeightFile, method: MoCo) -> Weights:
 
 
 def check_settings(file: WeightFile, method: MoCo) -> None:
-    """Compare the method's backbone with what another project's file says about its own.
+    """Check what another project's file does not show of its backbone against the config.
 
     Raises:
-        InputError: the windows of the pretraining differ, or a setting is not known.
+        InputError: a setting changes the features, and neither the file nor the config says it.
     """
     theirs, _ = split(file.weights, BACKBONE)
     given = method.hparams["backbone"]
     settings = {key: value for key, value in given.items() if value is not None}
     seen = settings_seen(theirs, settings["name"], file.origin)
-    are_windows_saved = "pretrained_window_size" in seen
-    named = file.named_windows
-    if settings["name"].startswith("swin_v2") and not are_windows_saved and named:
-        # The config counts more than the name of the file.
-        if "pretrained_window_size" not in settings and "pretrained_image_size" not in settings:
-            check_named_windows(named, method.query_encoder.backbone)
-        seen |= named
-    check_hidden_settings(file.origin, seen | settings, are_windows_saved)
-
-
-def check_named_windows(named: dict[str, Any], backbone: Any) -> None:
-    """Raise InputError if a Swin V2 has other pretraining windows than `windows_in_name` says."""
-    there = named["pretrained_window_size"]
-    here = list(backbone.pretrained_window_size)
-    if there != here:
-        raise InputError(
-            f"by its name it was pretrained with windows of {there} cells, and this backbone has "
-            f"{here}; set backbone.window_size={named['window_size']} "
-            f"backbone.pretrained_window_size={str(there).replace(' ', '')}"
-        )
+    check_hidden_settings(file.origin, seen | settings, "pretrained_window_size" in seen)
 
 
 def check_backbone(file: WeightFile, weights: Weights, method: MoCo) -> None:

@@ -251,22 +251,10 @@ def settings_of_other_project(
     """
     name = given.get("name") or recognised_backbone(theirs, source)
     seen = settings_seen(theirs, name, file.origin)
-    are_windows_saved = "pretrained_window_size" in seen
-    if name.startswith("swin_v2") and not are_windows_saved and file.named_windows:
-        seen |= file.named_windows
-        log.info(
-            "%s: by its name, it has windows of %s and was pretrained with windows of %s",
-            source,
-            seen["window_size"],
-            seen["pretrained_window_size"],
-        )
-        if "pretrained_image_size" in given:
-            del seen["pretrained_window_size"]
-
     settings = {"name": name} | seen | given
     if "window_size" in seen:
         settings["window_size"] = seen["window_size"]
-    check_hidden_settings(file.origin, settings, are_windows_saved)
+    check_hidden_settings(file.origin, settings, "pretrained_window_size" in seen)
     return settings
 
 

@@ -12,7 +12,7 @@ from moco.runs.checkpoint_files import (
     read_torch_archive,
     read_torch_file,
 )
-from moco.weights.architecture import build_outline, windows_in_name
+from moco.weights.architecture import build_outline
 from moco.weights.backbone_files import BACKBONE_PARTS, read_safetensors
 from moco.weights.layouts import BACKBONE
 from moco.weights.library_names import Weights
@@ -40,26 +40,23 @@ class WeightFile(NamedTuple):
         weights: under the names of `MoCo`. If `settings` is None, those of the backbones keep the
             names of their library behind the prefix.
         ignored: the names of tensors that our methods have no place for.
-        settings: the arguments of `build_backbone`; None if the file does not say.
-        config: the config of the run that made it, as much as is known.
         epoch: epochs that were trained; 0 if the file does not say.
         step: optimizer steps that were trained; 0 if the file does not say.
+        config: the config of the run that made it, as much as is known.
+        settings: the arguments of `build_backbone`; None if the file does not say.
         checkpoint: the whole content, if it is a checkpoint of moco.train.
         encoder: ``query`` or ``key``, if it is one backbone that we wrote.
-        named_windows: the windows that the name of another project's file says, see
-            `windows_in_name`.
     """
 
     origin: str
     weights: Weights
     ignored: list[str]
-    settings: dict[str, Any] | None
-    config: dict[str, Any]
     epoch: int
     step: int
+    config: dict[str, Any]
+    settings: dict[str, Any] | None = None
     checkpoint: dict[str, Any] | None = None
     encoder: str | None = None
-    named_windows: dict[str, Any] | None = None
 
 
 def read_weight_file(path: str, source: str) -> WeightFile:
@@ -85,11 +82,9 @@ def read_weight_file(path: str, source: str) -> WeightFile:
         origin=recognised.origin,
         weights=recognised.weights,
         ignored=recognised.ignored,
-        settings=None,
         config={},
         epoch=epoch if isinstance(epoch, int) else 0,
         step=0,
-        named_windows=windows_in_name(Path(path).name),
     )
 
 
