@@ -24,6 +24,7 @@ head the loss fell from log(1 + K) = 7.6 to 5.7, and in groups of 8 with shuffle
 """
 
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, wrapped: nn.Module, num_splits: int, is_sorted: bool = False) -> None:
+    def __init__(self, wrapped: Any, num_splits: int, is_sorted: bool = False) -> None:
         assert isinstance(wrapped, BATCH_NORMS)
         super().__init__(wrapped.num_features, wrapped.eps, wrapped.momentum, wrapped.affine)
         self.num_splits = num_splits

@@ -121,7 +121,8 @@ class MoCo(pl.LightningModule):
         disable_stochastic_depth(self.key_encoder)
         self.predictor = build_head(embedding_dim, embedding_dim, **predictor)
 
-        new_queue = partial(KeyQueue, queue_size, embedding_dim, queue_start)
+        # Without a queue there is no size, and none is built.
+        new_queue = partial(KeyQueue, queue_size or 0, embedding_dim, queue_start)
         has_two = num_queues == 2
         is_dense = dense_weight > 0
         self.queue = new_queue() if negatives == "queue" else None

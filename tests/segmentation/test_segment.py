@@ -451,12 +451,12 @@ MISTAKES = [
     ),
     (
         ["checkpoint={swin}", "backbone=resnet_tiny"],
-        "checkpoint={swin}: of another architecture: "
-        "backbone.name: swin_v2_tiny_patch2 there, resnet_tiny here; backbone.stem:",
+        "checkpoint={swin}: has another architecture: "
+        "backbone.name: swin_v2_tiny_patch2 there, resnet_tiny here",
     ),
     (
         ["checkpoint={swin}", "backbone.num_heads=6"],
-        "checkpoint={swin}: of another architecture: backbone.num_heads: None there, 6 here",
+        "checkpoint={swin}: has another architecture: backbone.num_heads: None there, 6 here",
     ),
     (
         ["checkpoint={resnet}", "backbone.window_size=18"],
@@ -464,7 +464,7 @@ MISTAKES = [
     ),
     (
         ["checkpoint={resnet}", "backbone.stochastic_depth=0.1"],
-        "backbone.stochastic_depth=0.1: resnet_tiny has no such setting (it has stem",
+        "checkpoint={resnet}: backbone.stochastic_depth=0.1: resnet_tiny has no such setting",
     ),
     (["checkpoint=nowhere.ckpt"], "checkpoint=nowhere.ckpt: no such file"),
     (
