@@ -59,16 +59,12 @@ class Encoder(nn.Module):
         if self.dense_projector is None:
             features = per_view(self.backbone, views)
             return [Encoded(embedding) for embedding in per_view(self.projector, features)]
-        features = []
-        maps = []
-        for feature, last_map in per_view(self.backbone, views, self.feature_and_last_map):
-            features.append(feature)
-            maps.append(last_map)
+        outputs = per_view(self.backbone, views, self.feature_and_last_map)
+        features, maps = zip(*outputs, strict=True)
         embeddings = per_view(self.projector, features)
-        cells = per_view(self.dense_projector, maps)
         encoded = []
-        for embedding, view_cells in zip(embeddings, cells, strict=True):
-            encoded.append(Encoded(embedding, Cells(*view_cells)))
+        for embedding, cells in zip(embeddings, per_view(self.dense_projector, maps), strict=True):
+            encoded.append(Encoded(embedding, Cells(*cells)))
         return encoded
 
     @cached_property
