@@ -19,6 +19,7 @@ from gpu_parts import shapes
 from gpu_parts.measuring import Context, measured
 from gpu_parts.results import Result
 from gpu_parts.rows import WAITING, WAITS
+from gpu_parts.waiting_operations import WAITING_OPERATIONS
 from moco.cli.build_pretraining import build_data, build_method, build_trainer
 from moco.config.train import TrainConfig
 from moco.runs.interrupts import StopRequest
@@ -30,37 +31,22 @@ not looked at."""
 STEPS = 3 * LOGGED
 WARNING = "called a synchronizing CUDA operation"
 """What CUDA's sync debug mode says."""
-WAITING_OPERATIONS = (
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "is_nonzero",
-    "equal",
-    "unique",
-    "_unique2",
-)
-"""Operations for which the host would wait if they ran on a GPU."""
 MOST_PLACES = 5
 OWN_FRAMES = ("/warnings.py", "/gpu_parts/waits.py")
 """Files whose frames say nothing about a wait."""
 
 UNCOMPILED = ["trainer.compile=false"]
-SETTINGS = dict(
-    zip(
-        WAITING,
-        [
-            [],
-            [
-                *UNCOMPILED,
-                "optimizer=adamw",
-                "optimizer.lr_for_batch_size=null",
-                "trainer.gradient_clip_val=1.0",
-            ],
-            [*UNCOMPILED, "method.symmetric=true", "method.dense_weight=0.5"],
-        ],
-        strict=True,
-    )
-)
+PLAIN, CLIPPED, SYMMETRIC = WAITING
+SETTINGS = {
+    PLAIN: [],
+    CLIPPED: [
+        *UNCOMPILED,
+        "optimizer=adamw",
+        "optimizer.lr_for_batch_size=null",
+        "trainer.gradient_clip_val=1.0",
+    ],
+    SYMMETRIC: [*UNCOMPILED, "method.symmetric=true", "method.dense_weight=0.5"],
+}
 
 
 class Places:

@@ -25,14 +25,11 @@ from torch.utils import _pytree, backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moco
+from scripts.gpu_parts.waiting_operations import WAITING_OPERATIONS
 
 GPU = torch.device("cuda", 0)
 PACKAGE = str(Path(moco.__file__).resolve().parent) + "/"
 GPU_MEMORY = 2**36
-# Operations whose result is a number on the host, or has a shape that only the GPU knows.
-READS_NUMBERS = {
-    "_local_scalar_dense", "_unique2", "bincount", "equal", "is_nonzero", "masked_select", "nonzero", "repeat_interleave",
-}  # fmt: skip
 PRODUCTS = {"addmm", "baddbmm", "bmm", "convolution", "mm"}
 TYPE_OF_DEVICE = torch.ops.prim.device.default
 
@@ -179,7 +176,7 @@ class StandInGPU(TorchDispatchMode):
         target = None if given is None else torch.device(given).type
         if target != "cuda" and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return function(*args, **kwargs)
-        if name in READS_NUMBERS:
+        if name in WAITING_OPERATIONS:
             self.note(name)
             if name == "_local_scalar_dense":
                 return number_for(tensors[0])

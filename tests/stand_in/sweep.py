@@ -1,9 +1,10 @@
-"""Programs and training steps on the stand-in GPU, case by case; a process of its own, see `stand_in.gpu`.
+"""Run programs and training steps on the stand-in GPU, case by case.
 
-    PYTHONPATH=.:tests python tests/stand_in/sweep.py FOLDER quick|full [PATTERN]
+    python -m tests.stand_in.sweep FOLDER quick|full [PATTERN]
 
-Prints one JSON object a line: the case, its seconds, the error that ended it if any, and what would have made the host wait
-between two steps that are not logged.
+Prints one JSON object a line: the case, its seconds, the error that ended it if there was one, and
+what would have made the host wait between two steps that are not logged.
+It needs a process of its own, see `tests.stand_in.gpu`.
 """
 
 import argparse
