@@ -24,8 +24,8 @@ pytestmark = [
 
 MIXED = "16-mixed"
 OPTIMIZER = "_local_scalar_dense in moco.py: optimizer_step"
-BAD_STEPS = "_local_scalar_dense in faults.py: on_before_optimizer_step"
-COUNTED = "_local_scalar_dense in faults.py: _read"
+BAD_STEPS = "_local_scalar_dense in bad_steps.py: on_before_optimizer_step"
+COUNTED = "_local_scalar_dense in bad_steps.py: _read"
 # Waits that are allowed between two steps that are not logged, as (wait, reason). A key is a part of
 # the case's name.
 ALLOWED = {

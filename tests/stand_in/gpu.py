@@ -39,7 +39,7 @@ class Wait(NamedTuple):
 
     what: str
     where: str
-    """File and function of the innermost frame of ours, such as ``faults.py: _read``."""
+    """File and function of the innermost frame of ours, such as ``bad_steps.py: _read``."""
 
 
 # One for the whole process: what the package keeps for good, such as window grids, is used by every stand-in.

@@ -26,7 +26,7 @@ import torch
 
 import moco.methods.moco as method_module
 from moco import evaluate, segment, train
-from moco.cli import build_pretraining
+from moco.cli import pretraining
 from moco.config.data import EvaluateDataConfig
 from moco.config.pretrained import EvaluateConfig, EvaluationConfig
 from moco.config.segment import SegmentConfig
@@ -112,14 +112,15 @@ def trained(gpu, folder, overrides):
     """Train on the digits as `moco.train` does, on the stand-in; returns the waits between two steps."""
     runner = Runner(folder)
     config = runner.config(*SMALL, "trainer.max_steps=4", *overrides)
-    between, build = WaitsBetweenSteps(gpu), build_pretraining.build_trainer
+    between = WaitsBetweenSteps(gpu)
+    build = pretraining.build_trainer
 
     def build_trainer(*arguments, **options):
         made = build(*arguments, **options)
         made.callbacks.append(between)
         return made
 
-    with mock.patch.object(train, "build_trainer", build_trainer):
+    with mock.patch.object(pretraining, "build_trainer", build_trainer):
         train.run(config, folder / "run")
     return between.waits
 
