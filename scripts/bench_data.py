@@ -1,7 +1,8 @@
 """Measure how many images per second become two views, in turns with other pipelines.
 
     python scripts/bench_data.py files  [--images 128] [--repeats 5] [--size 500x375] [--quality 90]
-    python scripts/bench_data.py memory [--threads 2] [--repeats 5] [--npz cifar10.npz] [--device cuda]
+    python scripts/bench_data.py memory [--threads 2] [--repeats 5] [--npz cifar10.npz]
+        [--device cuda]
 
 files: the script makes JPEGs of about 500 x 375 px. The worker engine makes two MoCo v2 views of
 224 px in one process with one thread. A worker's part ends with uint8 images, which the training

@@ -180,7 +180,8 @@ def look(device_type: str) -> dict[str, Any]:
     end_group(process)
     if isinstance(found, str):
         raise InputError(
-            f"no CUDA device can be used here; --rehearse tries everything on the CPU, at tiny sizes ({found})"
+            "no CUDA device can be used here; --rehearse tries everything on the CPU, at tiny "
+            f"sizes ({found})"
         )
     return found
 

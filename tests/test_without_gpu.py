@@ -77,6 +77,7 @@ def parts(results):
     return healthy, faults
 
 
+@pytest.mark.slow
 def test_programs_and_steps_keep_to_the_gpu_and_do_not_wait(tmp_path):
     healthy, faults = parts(sweep(tmp_path, "quick"))
     assert len(healthy) >= 9

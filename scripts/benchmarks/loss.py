@@ -136,7 +136,7 @@ def plain(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]:
 def lightly(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]:
     """Call lightly's loss.
 
-    It also normalises, copies the memory bank and adds the keys to it. No smaller part can be called.
+    It also normalises, copies the memory bank and adds the keys to it. It has no smaller part.
     """
     criterion = of_lightly.loss(len(negatives), EMBEDDING_DIM, TEMPERATURE).to(query.device)
     return forward_backward(lambda: criterion(query, key), query)

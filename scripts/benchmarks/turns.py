@@ -41,7 +41,7 @@ class Case:
     warm_ups: int = 1
     """Rounds before the counted ones."""
     num_threads: int | None = None
-    """Threads of each contender in a process of its own. None: all contenders share this process."""
+    """Threads of each contender, each in its own process. None: all share this process."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def take_turns(connection: Connection, build: Callable[[], Turn], num_threads: i
 
 
 def chosen(case: Case, only: Sequence[str]) -> list[str]:
-    """Return the contenders whose ``case: contender`` matches a pattern, and the first reference."""
+    """Return the contenders that match a pattern of `only`, and the first reference."""
     if not only:
         return list(case.contenders)
     kept = set()

@@ -1,4 +1,4 @@
-"""What makes the host wait for the GPU between logged steps, in trainings with all callbacks."""
+"""Find what makes the host wait for the GPU between logged steps, with all callbacks."""
 
 import contextlib
 import dataclasses
@@ -26,8 +26,8 @@ from moco.runs.interrupts import StopRequest
 
 PACKAGE = Path(moco.__file__).resolve().parent
 LOGGED = 6
-"""Steps from one logged row to the next. Those before the first, in which nets are compiled, are
-not looked at."""
+"""Steps from one logged row to the next. The first ones, in which nets are compiled, are not
+watched."""
 STEPS = 3 * LOGGED
 WARNING = "called a synchronizing CUDA operation"
 """What CUDA's sync debug mode says."""
@@ -154,7 +154,7 @@ def is_logged(batch_idx: int) -> bool:
 
 
 def measure(case: str, context: Context) -> list[Result]:
-    """Waits per step, with the places that wait most."""
+    """Measure the waits per step, with the places that wait most."""
     places = Places()
     watcher = OfOperations(places) if context.is_rehearsal else OfCuda(places)
     steps = BetweenLoggedSteps(watcher)
@@ -174,7 +174,7 @@ def measure(case: str, context: Context) -> list[Result]:
 
 
 def config_of(context: Context, settings: list[str]) -> TrainConfig:
-    """MoCo v2 on the net of the speed run; all else as ``conf/`` has it."""
+    """Return the config of MoCo v2 on the net of the speed run, with the defaults of ``conf/``."""
     (net,) = context.sizes.trainings.values()
     archive = context.scratch / "shapes.npz"
     if not archive.exists():
