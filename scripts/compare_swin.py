@@ -158,7 +158,7 @@ def main() -> None:
     console = Console()
     table = Table(
         "features of", "stage 1", "stage 2", "stage 3", "stage 4",
-        title=f"Largest change over largest feature, {IMAGE_SIZE} px on {CANVAS} px, window {NEW_WINDOW}",
+        title=f"Largest relative change, {IMAGE_SIZE} px on {CANVAS} px, window {NEW_WINDOW}",
     )  # fmt: skip
     for name, values in padding_errors():
         table.add_row(name, *(f"{value:.1e}" for value in values))

@@ -4,9 +4,9 @@
 
 Three figures are counted on the real models: the bytes of parameters, optimizer and queue; the
 bytes that autograd keeps for one image in fp32 and in bf16 autocast (all storages that are saved
-for backward, except parameters); and the bytes that a process receives in a step. The hours on 1, 8 and
-64 devices are computed from them, with the communication either fully hidden behind the backward
-pass or not at all.
+for backward, except parameters); and the bytes that a process receives in a step. The hours on 1, 8
+and 64 devices are computed from them, with the communication either fully hidden behind the
+backward pass or not at all.
 """
 
 import argparse

@@ -26,8 +26,8 @@ MIXED = "16-mixed"
 OPTIMIZER = "_local_scalar_dense in moco.py: optimizer_step"
 BAD_STEPS = "_local_scalar_dense in bad_steps.py: on_before_optimizer_step"
 COUNTED = "_local_scalar_dense in bad_steps.py: _read"
-# Waits that are allowed between two steps that are not logged, as (wait, reason). A key is a part of
-# the case's name.
+# Waits that are allowed between two steps that are not logged, as (wait, reason). A key is a part
+# of the case's name.
 ALLOWED = {
     MIXED: [
         (OPTIMIZER, "PyTorch's loss scaling asks in every step whether a gradient is infinite"),

@@ -1,13 +1,14 @@
 """A stand-in for a GPU on a machine that has none.
 
-Inside `StandInGPU`, tensors on ``cuda`` have a shape, a type, a layout and a device, but no numbers
-(PyTorch's FakeTensorMode). Tensors on the CPU are real. Code that mixes devices or types fails as on
-a GPU. Operations for which the host would wait for the GPU are noted.
+Inside `StandInGPU`, tensors on ``cuda`` have a shape, a type, a layout and a device, but no
+numbers (PyTorch's FakeTensorMode). Tensors on the CPU are real. Code that mixes devices or types
+fails as on a GPU. Operations for which the host would wait for the GPU are noted.
 
 It needs a build of PyTorch with CUDA. It also needs a process of its own, because it changes
-PyTorch's accelerator. It cannot show numbers, SyncBatchNorm, the reducer of DistributedDataParallel,
-CUDA graphs, Triton or fused attention. It uses several private names of PyTorch, because there is no
-public way. If a new version of PyTorch changes them, the tests fail at once.
+PyTorch's accelerator. It cannot show numbers, SyncBatchNorm, the reducer of
+DistributedDataParallel, CUDA graphs, Triton or fused attention. It uses several private names of
+PyTorch, because there is no public way. If a new version of PyTorch changes them, the tests fail
+at once.
 """
 
 import contextlib
@@ -78,7 +79,7 @@ class StandInGPU(TorchDispatchMode):
         self.patches.close()
 
     def cuda(self) -> Iterator[tuple[object, str, object]]:
-        """Yield the patches of `torch.cuda`, and those that save and move tensors without numbers."""
+        """Yield the patches of `torch.cuda`, and those that save and move fake tensors."""
         state = torch.zeros(16, dtype=torch.uint8)
         properties = SimpleNamespace(name="a stand-in", total_memory=GPU_MEMORY, major=9, minor=0)
         answers = {

@@ -49,7 +49,7 @@ METHODS = {
         "method.predictor.hidden_dim=32",
     ],
     "moby": ["method.projector.hidden_dim=32", "method.predictor.hidden_dim=32"],
-    # With BatchNorm in the head, keys are shuffled. The cells of a Swin or ViT have unusual strides.
+    # With BatchNorm in the head, keys are shuffled. Cells of a Swin or ViT have unusual strides.
     "densecl": ["method.dense_grid=2", "method.projector.hidden_batch_norm=true"],
 }
 FAMILIES = {
