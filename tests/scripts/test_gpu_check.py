@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.processes import run_to_end
+from tests.processes import run_to_end, wait_until
 from tests.scripts.test_benchmark import STAND_IN
 
 REHEARSAL = "rehearsal on a CPU, tiny sizes: the figures mean nothing"
@@ -109,9 +109,9 @@ def test_the_merged_file_alone_is_enough_to_go_on(rehearse, tmp_path):
 def test_a_part_that_fails_is_a_row_and_the_others_go_on(rehearse, tmp_path):
     broken = tmp_path / "broken.npz"
     broken.write_bytes(b"no archive")
-    code, content = rehearse("speed_run", "data", "--npz", str(broken))
+    code, content = rehearse("speed_run", "loss", "--npz", str(broken))
     assert code == 1
-    assert set(states(content, "data").values()) == {"measured"}
+    assert set(states(content, "loss").values()) <= {"measured", "absent"}
     assert set(states(content, "speed_run").values()) == {"failed"}
     (error,) = {row["error"] for row in content["parts"]["speed_run"]["rows"]}
     assert error.startswith("InputError: data.root=")
@@ -147,18 +147,38 @@ def test_a_part_that_takes_too_long_is_ended_and_keeps_what_it_has(
 ):
     losses = importlib.import_module("gpu_parts.losses")
     measure = losses.measure
+    sleeper_file = tmp_path / "sleeper"
 
     def slow(case, context):
         if case == "N 16, K 64":
             # It belongs to the group of processes that the check kills. If the tests are killed
             # before, it ends by itself.
             sleeper = subprocess.Popen(["sleep", "60"])
-            (tmp_path / "sleeper").write_text(str(sleeper.pid))
+            sleeper_file.write_text(str(sleeper.pid))
             sleeper.wait()
         return measure(case, context)
 
+    def sleeper_started():
+        return sleeper_file.exists() and sleeper_file.read_text()
+
+    start = check.started_process
+
+    def started_process(*arguments):
+        """The time of the part is over when the sleeper has started."""
+        process = start(*arguments)
+        join = process.join
+
+        def join_with_limit(limit=None):
+            if limit is None:
+                return join()
+            return wait_until(sleeper_started, "the sleeper")
+
+        process.join = join_with_limit
+        return process
+
     monkeypatch.setattr(losses, "measure", slow)
-    code, content = rehearse("loss", "--minutes", "0.1")
+    monkeypatch.setattr(check, "started_process", started_process)
+    code, content = rehearse("loss")
     assert code == 0
     assert content["parts"]["loss"]["out_of_time"]
     done = {case for case, _ in states(content, "loss")}
@@ -166,8 +186,7 @@ def test_a_part_that_takes_too_long_is_ended_and_keeps_what_it_has(
     assert "N 16, K 64" not in done
     report = (tmp_path / "results" / "gpu_check.md").read_text()
     assert "| N 16, K 64 | ours | ms | no time left |" in report
-    sleeper_id = (tmp_path / "sleeper").read_text()
-    state = run_to_end("ps", "-o", "stat=", "-p", sleeper_id).stdout.strip()
+    state = run_to_end("ps", "-o", "stat=", "-p", sleeper_file.read_text()).stdout.strip()
     assert not state or state.startswith("Z")  # it was ended with its part
     monkeypatch.undo()
     code, content = rehearse("loss")
@@ -197,7 +216,7 @@ def test_without_a_gpu_one_line_says_so(check, capsys, monkeypatch, tmp_path):
             ["--against", "official=/nowhere"],
             "error: --against official=/nowhere: no moco/builder.py there",
         ),
-        (["--again", "nothing"], "error: --again nothing: fits no part"),
+        (["--again", "nothing"], "error: --again nothing: it matches no part"),
         (
             ["--write-docs", "/nowhere"],
             "error: /nowhere/gpu_check.json: not a readable file of results",
