@@ -5,11 +5,9 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import tarfile
-import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 
 import faiss
@@ -31,7 +29,7 @@ from moco.evaluation.feature_parts import FeatureParts
 from moco.methods.moco import MoCo
 from moco.models.swin.backbone import rewindow
 from moco.weights.loading import load_encoder
-from tests.conftest import REPOSITORY
+from tests.processes import started, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -446,24 +444,12 @@ def test_a_signal_ends_the_run_with_a_line_and_the_run_goes_on(
     assert bytes_of(tmp_path) == straight
 
 
-@contextmanager
-def started(folder, *arguments):
-    """The program in a process group of its own, which ends with the block."""
-    with (folder / "stderr.txt").open("w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "moco.embed", f"output={folder / 'f.npz'}", *arguments],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            start_new_session=True,
-        )
-        try:
-            yield process
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+def size_of(file):
+    """Return the size of a file in bytes; 0 if there is none (any more)."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def ended_in_the_middle(folder, number, *arguments):
@@ -472,18 +458,15 @@ def ended_in_the_middle(folder, number, *arguments):
     Returns its exit code and what it wrote to stderr.
     """
     file = folder / "f.npz.part" / "features.bin"
-    size_before = file.stat().st_size if file.exists() else 0
-    with started(folder, *arguments) as process:
-        deadline = time.monotonic() + 300
-        while process.poll() is None:
-            assert time.monotonic() < deadline
-            if file.exists() and file.stat().st_size > size_before:
-                break
-            time.sleep(0.01)
+    size_before = size_of(file)
+    command = ["-m", "moco.embed", f"output={folder / 'f.npz'}", *arguments]
+    with started(sys.executable, *command, cwd=folder) as program:
+        wait_until(
+            lambda: program.poll() is not None or size_of(file) > size_before, "more features"
+        )
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        code = process.wait(timeout=300)
-    return code, (folder / "stderr.txt").read_text().strip()
+            program.signal_group(number)
+        return program.wait(), program.errors().strip()
 
 
 @pytest.mark.slow
@@ -502,7 +485,6 @@ def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(
             assert code == -number
         else:
             assert (code, said) == (128 + number, SAID)
-    (tmp_path / "stderr.txt").unlink()
     arguments = arguments[:-2]
     (tmp_path / "straight").mkdir()
     for folder in (tmp_path, tmp_path / "straight"):

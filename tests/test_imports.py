@@ -42,8 +42,9 @@ ONLY = {
     ("methods", "training"): {
         "moco.training.distributed.collectives",
         "moco.training.optimizers",
+        "moco.training.schedules",
     },
-    ("segmentation", "training"): {"moco.training.fine_tuning"},
+    ("segmentation", "training"): {"moco.training.optimizers", "moco.training.schedules"},
 }
 # Pure functions of tensors and arrays: these files import nothing of ours.
 LEAVES = [

@@ -4,7 +4,6 @@ import csv
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -17,7 +16,7 @@ from moco.runs.atomic_files import write_json
 from moco.runs.folder_lock import is_locked
 from moco.runs.run_folder import claimed, is_finished
 from moco.runs.run_status import LOCK, read_status, state_now
-from tests.conftest import REPOSITORY, run_program
+from tests.conftest import run_program
 
 CONFIG = {"resume": "auto", "seed": 0, "trainer": {"max_epochs": 2, "max_steps": -1}}
 
@@ -69,21 +68,17 @@ def test_a_run_says_that_it_runs_and_how_it_ended(tmp_path):
         assert status["message"] == (" ".join(str(error).split()) or "KeyboardInterrupt")
 
 
-def test_a_killed_run_has_crashed(tmp_path):
+def test_a_killed_run_has_crashed(start_program, tmp_path):
     program = (
         "import sys, time; from pathlib import Path; from moco.runs.run_folder import claimed\n"
         f"with claimed(Path({str(tmp_path)!r}), {{}}): print('there', flush=True); time.sleep(60)"
     )
-    run = subprocess.Popen(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-    )
-    with run:
-        run.stdout.readline()
-        assert is_locked(tmp_path / LOCK)
-        assert state_now(tmp_path) == "running"
-        run.kill()
+    run = start_program(sys.executable, "-c", program)
+    run.wait_for_output("there")
+    assert is_locked(tmp_path / LOCK)
+    assert state_now(tmp_path) == "running"
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
     assert state_now(tmp_path) == "crashed"
     with claimed(tmp_path, CONFIG):  # and may begin again
         pass

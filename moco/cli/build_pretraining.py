@@ -110,7 +110,7 @@ def build_method(plain: dict[str, Any]) -> "MoCo":
         plain: a `TrainConfig` as plain data.
     """
     from moco.methods.moco import MoCo
-    from moco.training.optimizers import scaled_to_batch
+    from moco.training.schedules import scaled_to_batch
 
     batch_size = plain["data"]["batch_size"]
     given = plain["optimizer"]

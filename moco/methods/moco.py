@@ -38,7 +38,8 @@ from moco.models.encoder import (
 )
 from moco.models.heads import DenseProjector, build_head
 from moco.training.distributed.collectives import Shuffle, all_gather, rank
-from moco.training.optimizers import build_optimizer, learning_rate_at
+from moco.training.optimizers import build_optimizer
+from moco.training.schedules import learning_rate_at
 
 
 class MoCo(pl.LightningModule):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from moco.models.backbones import build_backbone
 from moco.segmentation.decoders import SegmentationModel, build_decoder
 from moco.segmentation.layer_depths import depths_from_the_top
-from moco.training.fine_tuning import build_layered_optimizer, fine_tuning_lr_at
+from moco.training.optimizers import build_layered_optimizer
+from moco.training.schedules import fine_tuning_lr_at
 
 
 class Segmenter(pl.LightningModule):

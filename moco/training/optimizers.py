@@ -1,7 +1,6 @@
-"""Optimizers, and the learning rate as a pure function of the step."""
+"""Optimizers of pretraining and of fine-tuning."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -95,6 +94,45 @@ def build_optimizer(
     return optimizer
 
 
+def build_layered_optimizer(
+    module: nn.Module,
+    depths: Mapping[nn.Parameter, int],
+    *,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float,
+) -> torch.optim.AdamW:
+    """Return AdamW with the learning rate lr * layer_decay^depth for each trained parameter.
+
+    As in ELECTRA (arXiv 2003.10555) and BEiT (arXiv 2106.08254). Each group keeps its factor as
+    ``scale``. Norms, biases and what the backbone excludes have no weight decay, see
+    `without_decay`.
+
+    Args:
+        depths: how many layers below the top a parameter is; 0 for parameters that are not in it.
+    """
+    undecayed = without_decay(module)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = depths.get(parameter, 0)
+        is_decayed = name not in undecayed
+        key = (depth, not is_decayed)
+        if key not in groups:
+            scale = layer_decay**depth
+            groups[key] = {
+                "params": [],
+                "lr": lr * scale,
+                "scale": scale,
+                "weight_decay": weight_decay if is_decayed else 0.0,
+            }
+        groups[key]["params"].append(parameter)
+    # The order is part of the checkpoint format: optimizer states are stored by position.
+    ordered = [groups[key] for key in sorted(groups)]
+    return fused(torch.optim.AdamW, ordered, lr=lr)
+
+
 def fused(
     kind: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]], **settings: Any
 ) -> Any:
@@ -155,63 +193,3 @@ def without_decay(module: nn.Module, decay_all: bool = False) -> set[str]:
             if parameter.ndim <= 1 or has_keyword:
                 excluded.add(f"{prefix}.{path}".lstrip("."))
     return excluded
-
-
-def scaled_to_batch(optimizer: dict[str, Any], batch_size: int) -> dict[str, Any]:
-    """Return the fields of ``OptimizerConfig`` with the learning rates for a batch size.
-
-    Learning rates grow in proportion to the batch (arXiv 1706.02677), starting from their values at
-    ``lr_for_batch_size``. If that is None, they stay.
-
-    Args:
-        optimizer: the fields.
-        batch_size: images per optimizer step.
-    """
-    if optimizer["lr_for_batch_size"] is None:
-        return optimizer
-    scale = batch_size / optimizer["lr_for_batch_size"]
-    scaled = optimizer | {"lr_for_batch_size": None}
-    for name in ("lr", "warmup_start_lr", "final_lr"):
-        scaled[name] = optimizer[name] * scale
-    return scaled
-
-
-def learning_rate_at(
-    step: int,
-    num_steps: int,
-    steps_per_epoch: int,
-    *,
-    lr: float,
-    schedule: str,
-    schedule_interval: str = "step",
-    schedule_offset_epochs: int = 0,
-    milestones: Sequence[int] = (),
-    step_factor: float = 0.1,
-    warmup_epochs: float = 0,
-    warmup_start_lr: float = 0,
-    final_lr: float = 0,
-    **_: Any,
-) -> float:
-    """Return the learning rate of optimizer step `step` of `num_steps`, counted from 0.
-
-    After a linear warm-up from `warmup_start_lr` over `warmup_epochs`:
-    ``constant`` is `lr`; ``step`` multiplies it by `step_factor` at each of `milestones` (epochs);
-    ``cosine`` is final_lr + (lr - final_lr) * (1 + cos(pi * t)) / 2, where t runs from 0 at the end
-    of the warm-up to 1 after the last step.
-    With `schedule_interval` ``epoch`` the schedule sees whole epochs only, plus
-    `schedule_offset_epochs`.
-    """
-    warmup_steps = warmup_epochs * steps_per_epoch
-    if step < warmup_steps:
-        return warmup_start_lr + (lr - warmup_start_lr) * step / warmup_steps
-    if schedule == "constant":
-        return lr
-    position = float(step)
-    if schedule_interval == "epoch":
-        position = (step // steps_per_epoch + schedule_offset_epochs) * steps_per_epoch
-    if schedule == "step":
-        num_passed = sum(position >= milestone * steps_per_epoch for milestone in milestones)
-        return lr * step_factor**num_passed
-    progress = (position - warmup_steps) / max(num_steps - warmup_steps, 1)
-    progress = min(max(progress, 0.0), 1.0)
-    return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * progress)) / 2

@@ -3,14 +3,13 @@
 import os
 import shutil
 import socket
-import subprocess
 import sys
-import time
 import urllib.request
 
 import pytest
 
 from tests.conftest import run_program
+from tests.processes import started, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -60,11 +59,10 @@ def address(run_folder):
         "--port",
         str(port),
     ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as program:
+    with started(*command):
         address = f"http://127.0.0.1:{port}"
-        wait_until(lambda: is_ready(address), "TensorBoard has read the run", 90)
+        wait_until(lambda: is_ready(address), "TensorBoard has read the run")
         yield address
-        program.terminate()
 
 
 def is_ready(address):
@@ -92,13 +90,6 @@ def browser():
     browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     yield browser
     browser.quit()
-
-
-def wait_until(is_so, what, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
-        time.sleep(0.5)
 
 
 def open_tab(browser, address, tab):

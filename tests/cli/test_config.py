@@ -112,7 +112,7 @@ def test_a_scaled_learning_rate_is_said_in_one_line(caplog):
 
 
 def test_sgds_learning_rate_is_for_batch_256_as_the_official_readme_gives_it():
-    from moco.training.optimizers import scaled_to_batch
+    from moco.training.schedules import scaled_to_batch
 
     optimizer = dataclasses.asdict(composed("data.root=x").optimizer)
     assert scaled_to_batch(optimizer, 128)["lr"] == 0.015

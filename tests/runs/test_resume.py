@@ -236,14 +236,12 @@ def test_a_run_that_goes_on_reads_its_checkpoint_once(
 
     monkeypatch.setattr("torch.load", recorded_load)
     # A run that max_steps ends would read its last checkpoint again, to add figures to it.
-    length = ["trainer.max_steps=-1", "trainer.max_epochs=1"]
+    length = ["trainer.max_steps=-1", "trainer.max_epochs=2"]
     if explicit:
         # An explicit checkpoint carries a run into a new folder, also with other settings.
         run(small(*length, "optimizer.lr=0.01", f"resume={checkpoint}"), tmp_path / "two")
-        assert (
-            load(tmp_path / "two" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-            == EPOCH
-        )
+        end = load(tmp_path / "two" / "checkpoints" / "last.ckpt", weights_only=True)
+        assert end["global_step"] == 2 * EPOCH
     else:
         run(small(*length), one_step)
     assert loaded == [checkpoint]

@@ -7,7 +7,7 @@ from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.segmentation.decoders import SegmentationModel, build_decoder
 from moco.segmentation.layer_depths import depths_from_the_top
-from moco.training.fine_tuning import build_layered_optimizer
+from moco.training.optimizers import build_layered_optimizer
 
 
 def linear_model(name, freeze_backbone=False, **settings):

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from moco.training.fine_tuning import fine_tuning_lr_at
+from moco.training.schedules import fine_tuning_lr_at
 
 
 def test_the_rate_rises_linearly_and_then_falls_by_a_power():

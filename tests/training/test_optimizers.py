@@ -8,12 +8,8 @@ import torch
 from torch import nn
 
 from moco.errors import InputError
-from moco.training.optimizers import (
-    build_optimizer,
-    learning_rate_at,
-    scaled_to_batch,
-    without_decay,
-)
+from moco.training.optimizers import build_optimizer, without_decay
+from moco.training.schedules import learning_rate_at, scaled_to_batch
 
 
 def official(epoch, epochs, lr=0.06):

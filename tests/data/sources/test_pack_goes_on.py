@@ -4,9 +4,7 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,8 +14,8 @@ from moco.data.packing import LOCK, CopyWriter, chunk_loader
 from moco.data.sources.registry import build_source
 from moco.errors import InputError, Interrupted, RunError
 from moco.runs.folder_lock import locked
-from tests.conftest import REPOSITORY
 from tests.data.sources.test_pack import files, run
+from tests.processes import wait_until
 
 
 class Stop:
@@ -215,35 +213,10 @@ def num_parts(folder):
     return len(json.loads(index.read_text())["parts"])
 
 
-@pytest.fixture
-def start_pack(tmp_path):
-    """Return a function that starts moco.pack; the test's end kills what is still running."""
-    processes = []
-
-    def start(*arguments):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "moco.pack", *arguments, f"output={tmp_path / 'copy'}"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["array", "shards"])
 def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(
-    tmp_path, image_tree, generator, start_pack, form
+    tmp_path, image_tree, generator, start_program, form
 ):
     for number in range(100, 1500):
         pixels = generator.integers(0, 256, (90, 90, 3), dtype=np.uint8)
@@ -257,15 +230,20 @@ def test_a_program_that_is_killed_again_and_again_ends_in_the_same_bytes(
     straight = files(run(tmp_path / "straight", *arguments))
     for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
         parts_before = num_parts(tmp_path)
-        process = start_pack(*arguments, "num_workers=2")
-        while process.poll() is None and num_parts(tmp_path) <= parts_before:
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
+        output = f"output={tmp_path / 'copy'}"
+        command = ["-m", "moco.pack", *arguments, "num_workers=2", output]
+        program = start_program(sys.executable, *command, cwd=tmp_path)
+        wait_until(
+            lambda: program.poll() is not None or num_parts(tmp_path) > parts_before,  # noqa: B023
+            "another part",
+        )
+        program.send_signal(number)
+        code = program.wait()
         if number == signal.SIGKILL:
-            assert process.returncode == -signal.SIGKILL
+            assert code == -signal.SIGKILL
+            program.end()  # its worker processes
         else:
-            assert process.returncode == 128 + number
-            assert errors.strip() == INTERRUPTED
+            assert code == 128 + number
+            assert program.errors().strip() == INTERRUPTED
     assert num_parts(tmp_path) < num_parts(tmp_path / "straight")
     assert files(run(tmp_path, *arguments)) == straight
