@@ -154,6 +154,7 @@ def test_pipelines_of_data_take_the_same_images(measured):
         assert {turn["images"] for of_one in turns for turn in of_one} == {count}
 
 
+@pytest.mark.slow
 def test_knn_is_measured_against_the_bare_product(measured):
     rows = measured("knn", "--repeats", "1", "--only", "*ours")
     (case,) = {case for case, _ in rows}
@@ -369,7 +370,8 @@ def test_a_count_below_one_is_refused(capsys, option, count):
     assert last.endswith(f"error: argument {option}: '{count}' is not a whole number of at least 1")
 
 
-def test_a_contender_in_a_process_of_its_own_takes_turns_and_tells_what_went_wrong(scripts):
+@pytest.mark.slow
+def test_a_contender_in_a_process_of_its_own_takes_turns_and_tells_what_went_wrong():
     step = importlib.import_module("benchmarks.step")
     lower_bound = importlib.import_module("benchmarks.lower_bound")
     nets = importlib.import_module("benchmarks.nets")
