@@ -24,7 +24,7 @@ head the loss fell from log(1 + K) = 7.6 to 5.7, and in groups of 8 with shuffle
 """
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +62,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
         self.is_sorted = is_sorted
         self.weight = wrapped.weight
         self.bias = wrapped.bias
-        self.running_mean = wrapped.running_mean
-        self.running_var = wrapped.running_var
+        self.running_mean = cast(Tensor, wrapped.running_mean)
+        self.running_var = cast(Tensor, wrapped.running_var)
         self.num_batches_tracked = wrapped.num_batches_tracked
 
     def forward(self, input: Tensor) -> Tensor:

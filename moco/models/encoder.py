@@ -60,10 +60,11 @@ class Encoder(nn.Module):
             features = per_view(self.backbone, views)
             return [Encoded(embedding) for embedding in per_view(self.projector, features)]
         outputs = per_view(self.backbone, views, self.feature_and_last_map)
-        features, maps = zip(*outputs, strict=True)
-        embeddings = per_view(self.projector, features)
+        last_maps = [last_map for _, last_map in outputs]
+        embeddings = per_view(self.projector, [feature for feature, _ in outputs])
+        cells_of_views = per_view(self.dense_projector, last_maps)
         encoded = []
-        for embedding, cells in zip(embeddings, per_view(self.dense_projector, maps), strict=True):
+        for embedding, cells in zip(embeddings, cells_of_views, strict=True):
             encoded.append(Encoded(embedding, Cells(*cells)))
         return encoded
 
