@@ -57,8 +57,8 @@ class Encoder(nn.Module):
         if self.is_called_whole:
             return [Encoded(embedding) for embedding in per_view(self, views)]
         if self.dense_projector is None:
-            features = per_view(self.backbone, views)
-            return [Encoded(embedding) for embedding in per_view(self.projector, features)]
+            embeddings = per_view(self.projector, per_view(self.backbone, views))
+            return [Encoded(embedding) for embedding in embeddings]
         outputs = per_view(self.backbone, views, self.feature_and_last_map)
         features, maps = zip(*outputs, strict=True)
         embeddings = per_view(self.projector, features)
