@@ -56,7 +56,6 @@ class SplitBatchNorm(nn.BatchNorm2d):
     running_var: Tensor
 
     def __init__(self, wrapped: Any, num_splits: int, is_sorted: bool = False) -> None:
-        assert isinstance(wrapped, BATCH_NORMS)
         super().__init__(wrapped.num_features, wrapped.eps, wrapped.momentum, wrapped.affine)
         self.num_splits = num_splits
         self.is_sorted = is_sorted

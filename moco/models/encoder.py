@@ -57,8 +57,8 @@ class Encoder(nn.Module):
         if self.is_called_whole:
             return [Encoded(embedding) for embedding in per_view(self, views)]
         if self.dense_projector is None:
-            features = per_view(self.backbone, views)
-            return [Encoded(embedding) for embedding in per_view(self.projector, features)]
+            embeddings = per_view(self.projector, per_view(self.backbone, views))
+            return [Encoded(embedding) for embedding in embeddings]
         outputs = per_view(self.backbone, views, self.feature_and_last_map)
         last_maps = [last_map for _, last_map in outputs]
         embeddings = per_view(self.projector, [feature for feature, _ in outputs])
