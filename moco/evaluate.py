@@ -19,7 +19,7 @@ from moco.config.pretrained import (
 
 if TYPE_CHECKING:
     from moco.evaluation.subject import Subject
-    from moco.weights.loading import Pretrained
+    from moco.weights.load_encoder import Pretrained
 
 
 def run(config: EvaluateConfig, folder: Path) -> None:
@@ -65,7 +65,7 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
     """Return the encoder with all settings resolved, and the checkpoint that it is from."""
     from moco.evaluation.subject import Subject
     from moco.training.hardware import choose_device
-    from moco.weights.loading import load_pretrained, log_window_advice
+    from moco.weights.load_encoder import load_pretrained, log_window_advice
 
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)

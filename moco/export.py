@@ -13,7 +13,7 @@ from moco.config.pretrained import ExportConfig, given_settings, with_usual_sett
 from moco.errors import InputError
 
 if TYPE_CHECKING:
-    from moco.weights.loading import Pretrained
+    from moco.weights.load_encoder import Pretrained
 
 # torch is imported in `run`: the help page and a wrong command line need none of it.
 
@@ -42,7 +42,7 @@ def run(config: ExportConfig, folder: Path) -> None:
         summary_rows,
         write_export,
     )
-    from moco.weights.loading import load_pretrained
+    from moco.weights.load_encoder import load_pretrained
 
     file_format, output = config.format, Path(config.output)
     check_output(output, file_format)

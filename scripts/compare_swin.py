@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from moco.models.backbones import build_backbone
 from moco.models.swin.attention import WindowAttention
-from moco.models.swin.backbone import Swin, rewindow
+from moco.models.swin.backbone import Swin
+from moco.models.swin.window_change import rewindow
 
 IMAGE_SIZE, CANVAS = 565, 640
 WINDOW, NEW_WINDOW = 7, 18

@@ -25,10 +25,10 @@ from moco.data.sources.source import FileImages
 from moco.embed import run
 from moco.errors import InputError, Interrupted, RunError
 from moco.evaluation.embedding import choose_images
-from moco.evaluation.feature_parts import FeatureParts
+from moco.evaluation.resumable_features import FeatureParts
 from moco.methods.moco import MoCo
-from moco.models.swin.backbone import rewindow
-from moco.weights.loading import load_encoder
+from moco.models.swin.window_change import rewindow
+from moco.weights.load_encoder import load_encoder
 from tests.processes import started, wait_until
 
 

@@ -52,7 +52,7 @@ LEAVES = [
     "evaluation/diagnostics.py",
     "evaluation/features.py",
     "evaluation/neighbors.py",
-    "evaluation/reports/drawing.py",
+    "evaluation/reports/plots.py",
     "methods/key_queue.py",
     "methods/losses.py",
     "methods/momentum.py",

@@ -11,9 +11,9 @@ import torch
 from moco.evaluation.diagnostics import evenly_spaced
 from moco.evaluation.knn import Protocol, classify, confusion_matrix
 from moco.evaluation.neighbors import nearest_by_block, normalized
-from moco.evaluation.reports.drawing import confusion_plot, pixels
 from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.reports.knn_plots import Searched, neighbors_of_some
+from moco.evaluation.reports.plots import confusion_plot, pixels
 from moco.evaluation.reports.projections import projected
 
 MOST_PREDICTED = 5_000

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moco.callbacks.running_trainer import board_of, data_of
 from moco.data.loading.datamodule import PretrainingData
-from moco.evaluation.reports.drawing import pixels, view_pairs_plot
+from moco.evaluation.reports.plots import pixels, view_pairs_plot
 from moco.training.stopwatches import LOGGING, epoch_time
 
 NUM_PAIRS = 16

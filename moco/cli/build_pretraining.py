@@ -70,8 +70,8 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
 
     from moco.data.augment.resolution_ramp import ResolutionRamp
     from moco.data.augment.views import ViewPair, build_evaluation_view
+    from moco.data.loading.augmentation_engine import choose_engine
     from moco.data.loading.datamodule import PretrainingData
-    from moco.data.loading.engine import choose_engine
     from moco.training.hardware import choose_device
 
     data = config.data

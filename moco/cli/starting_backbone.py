@@ -9,7 +9,7 @@ from moco.config.train import AugmentationConfig
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.models.swin.backbone import Swin
-from moco.weights.loading import load_pretrained, log_window_advice
+from moco.weights.load_encoder import load_pretrained, log_window_advice
 
 log = logging.getLogger(__name__)
 

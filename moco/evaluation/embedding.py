@@ -17,9 +17,9 @@ from moco.data.loading.workers import cores_of
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, RunError, printable
-from moco.evaluation.feature_parts import FeatureParts
 from moco.evaluation.image_names import labels_by_name
 from moco.evaluation.indexes import EXACT, build_index, recall, set_search_effort
+from moco.evaluation.resumable_features import FeatureParts
 from moco.runs.atomic_files import write_atomically
 from moco.runs.interrupts import ENDING, held_back
 

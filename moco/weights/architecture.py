@@ -16,7 +16,6 @@ from moco.models.backbones import BACKBONES, build_backbone, settings_of_backbon
 from moco.models.swin.attention import one_or_each, pretrained_window_of
 from moco.models.swin.backbone import Swin
 from moco.models.vit import learned_grid_side
-from moco.weights.layouts import BACKBONE_ALONE, MOCO_V3, SOLO_LEARN
 from moco.weights.library_names import (
     COORDINATES,
     POSITIONS,
@@ -25,6 +24,7 @@ from moco.weights.library_names import (
     from_sequential,
     to_our_names,
 )
+from moco.weights.other_projects import BACKBONE_ALONE, MOCO_V3, SOLO_LEARN
 from moco.weights.recognise import last_number
 
 log = logging.getLogger(__name__)

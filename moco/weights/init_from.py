@@ -5,7 +5,8 @@ import logging
 from moco.errors import InputError
 from moco.methods.moco import MoCo
 from moco.weights.architecture import build_outline, check_hidden_settings, misfit, settings_seen
-from moco.weights.layouts import (
+from moco.weights.library_names import Weights, to_our_names
+from moco.weights.other_projects import (
     BACKBONE,
     DENSE_PROJECTOR,
     KEY,
@@ -17,9 +18,8 @@ from moco.weights.layouts import (
     PROJECTOR,
     QUERY,
 )
-from moco.weights.library_names import Weights, to_our_names
-from moco.weights.reading import WeightFile, read_weight_file, source_in_errors
 from moco.weights.recognise import listed_parts, listed_unused, split
+from moco.weights.weight_files import WeightFile, read_weight_file, source_in_errors
 
 log = logging.getLogger(__name__)
 

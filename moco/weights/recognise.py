@@ -1,6 +1,6 @@
 """Recognise whose state dict it is, and give its tensors the names of `moco.methods.moco.MoCo`.
 
-A state dict is recognised by its names alone, see `moco.weights.layouts`. Tensors of a backbone
+A state dict is recognised by its names alone, see `moco.weights.other_projects`. Tensors of a backbone
 keep the names of their library until there is a backbone to compare them with, see
 `moco.weights.library_names.to_our_names`.
 """
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moco.errors import InputError
-from moco.weights.layouts import (
+from moco.weights.library_names import CLASSIFIERS, Weights
+from moco.weights.other_projects import (
     BACKBONE,
     HEADS,
     KEY_BACKBONE,
@@ -23,7 +24,6 @@ from moco.weights.layouts import (
     QUEUES,
     Layout,
 )
-from moco.weights.library_names import CLASSIFIERS, Weights
 
 # DistributedDataParallel and torch.compile put these before the names of the model they wrap.
 WRAPPERS = r"^(?:module\.|_orig_mod\.)+"
@@ -49,7 +49,7 @@ def tensors_in(content: Any) -> Weights:
     """Return the state dict in a file's content, without the prefixes of wrappers.
 
     Args:
-        content: what `moco.weights.reading.read_content` returns.
+        content: what `moco.weights.weight_files.read_content` returns.
 
     Raises:
         InputError: the content has no state dict.

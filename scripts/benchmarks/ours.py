@@ -20,8 +20,8 @@ from benchmarks.turns import Turn, wait_for
 from moco.cli.build_pretraining import build_method, build_trainer
 from moco.config.train import TrainConfig
 from moco.data.augment.views import ViewPair, build_evaluation_view
+from moco.data.loading.augmentation_engine import Engine
 from moco.data.loading.datamodule import PretrainingData
-from moco.data.loading.engine import Engine
 from moco.data.loading.loaders import PairBatch
 from moco.data.sources.source import ArrayImages, DataSource
 from moco.methods.batch_norm import batch_norm_mode

@@ -6,8 +6,8 @@ from PIL import Image
 
 from moco.callbacks.feature_plots import FeaturePlots
 from moco.data.sources.source import ArrayImages, Labelled
-from moco.evaluation.reports.drawing import LINE, MARGIN, pixels
 from moco.evaluation.reports.embedded import GAP, THUMBNAIL, Embedded, neighbors_plot
+from moco.evaluation.reports.plots import LINE, MARGIN, pixels
 
 ROW = THUMBNAIL + LINE + MARGIN
 FIRST_NEIGHBOR = MARGIN + THUMBNAIL + MARGIN + GAP

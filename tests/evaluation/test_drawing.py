@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from moco.evaluation.knn import confusion_matrix
-from moco.evaluation.reports.drawing import (
+from moco.evaluation.reports.plots import (
     LINE,
     MARGIN,
     NAMED_CLASSES,

@@ -14,7 +14,7 @@ import torch
 from moco.data.loading.image_sets import ImageBatch
 from moco.errors import InputError
 from moco.evaluation.embedding import add_features, write_index, write_npz
-from moco.evaluation.feature_parts import FILES, FeatureParts, taken
+from moco.evaluation.resumable_features import FILES, FeatureParts, taken
 
 ABOUT = {
     "settings": {"feature": "backbone", "data": {"name": "images"}},

@@ -14,13 +14,13 @@ from moco.config.data import EvaluateDataConfig
 from moco.config.pretrained import EvaluateConfig, EvaluationConfig
 from moco.evaluate import run
 from moco.evaluation.collapse import collapse_of
-from moco.evaluation.reports.drawing import LINE, MARGIN, pixels
 from moco.evaluation.reports.embedded import GAP, THUMBNAIL, Embedded
 from moco.evaluation.reports.knn_plots import (
     Searched,
     neighbors_of_some,
     spread_over_classes,
 )
+from moco.evaluation.reports.plots import LINE, MARGIN, pixels
 from tests.test_evaluate import archive
 from tests.weights.test_export import write_checkpoint
 
@@ -101,7 +101,7 @@ def test_figures_are_those_of_plain_images_and_of_the_runs_own_views(evaluated, 
     from moco.data.augment.views import ViewPair, build_evaluation_view
     from moco.data.sources.registry import build_source
     from moco.evaluation.diagnostics import label_free_figures
-    from moco.weights.loading import load_pretrained
+    from moco.weights.load_encoder import load_pretrained
 
     figures, _, _ = evaluated(plots=False)
     pretrained = load_pretrained(str(checkpoint), "query", {})

@@ -21,7 +21,7 @@ from moco.evaluation.features import embed
 from moco.methods.momentum import update_key_encoder
 from moco.models.backbones import build_backbone
 from moco.models.swin import attention as window_attention
-from moco.models.swin.backbone import rewindow
+from moco.models.swin.window_change import rewindow
 from moco.weights.init_from import start_from
 
 IMAGES = torch.randn(2, 3, 16, 16)

@@ -11,7 +11,8 @@ from torchvision.models import get_model, swin_transformer
 
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
-from moco.models.swin.backbone import Swin, clipped_windows, rewindow, suggest_window, windows_of
+from moco.models.swin.backbone import Swin, clipped_windows, windows_of
+from moco.models.swin.window_change import rewindow, suggest_window
 from moco.weights.architecture import settings_of
 from moco.weights.library_names import from_torchvision, to_torchvision
 

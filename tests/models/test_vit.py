@@ -13,7 +13,7 @@ from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder
 from moco.models.heads import DenseProjector
-from moco.models.swin.backbone import rewindow
+from moco.models.swin.window_change import rewindow
 from moco.models.vit import (
     VisionTransformer,
     grid_side,

@@ -18,8 +18,8 @@ import torch
 
 from moco.errors import InputError
 from moco.runs.checkpoint_files import read_checkpoint, sound_checkpoint
-from moco.weights.loading import load_pretrained
-from moco.weights.reading import read_content
+from moco.weights.load_encoder import load_pretrained
+from moco.weights.weight_files import read_content
 from tests.conftest import run_program
 from tests.segmentation.test_segment import pretraining_checkpoint
 

@@ -20,12 +20,12 @@ from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
 from moco.errors import InputError, Interrupted
-from moco.models.swin.backbone import rewindow
+from moco.models.swin.window_change import rewindow
 from moco.runs.checkpoint_files import read_checkpoint
 from moco.segment import run
 from moco.segmentation.segmenter import Segmenter
 from moco.training.random_states import random_states
-from moco.weights.loading import load_encoder
+from moco.weights.load_encoder import load_encoder
 from tests.conftest import run_program
 from tests.segmentation.shapes import draw_shapes, save
 from tests.segmentation.test_decoders import hide_segmentation_models

@@ -403,7 +403,7 @@ def test_files_of_channels_last_weights_give_the_features_of_the_run_and_are_exp
     from moco.config.pretrained import ExportConfig
     from moco.export import run as export
     from moco.train import run
-    from moco.weights.loading import load_pretrained
+    from moco.weights.load_encoder import load_pretrained
 
     config = runner.config(*PLAIN, "trainer.max_steps=2", "trainer.memory_format=auto")
     run(config, tmp_path / "run")

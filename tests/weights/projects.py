@@ -23,7 +23,7 @@ from torchvision.models import swin_transformer, vision_transformer
 
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
-from moco.weights.loading import load_pretrained
+from moco.weights.load_encoder import load_pretrained
 
 EMBEDDING_DIM = 16
 QUEUE_SIZE = 48

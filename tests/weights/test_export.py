@@ -19,7 +19,7 @@ from moco.config.pretrained import (
 from moco.errors import InputError, RunError
 from moco.export import run
 from moco.models.backbones import build_backbone
-from moco.models.swin.backbone import rewindow
+from moco.models.swin.window_change import rewindow
 from moco.runs.checkpoint_files import read_checkpoint
 from moco.weights.exporting import (
     deviation,
@@ -27,7 +27,7 @@ from moco.weights.exporting import (
     loading_lines,
     write_export,
 )
-from moco.weights.loading import load_encoder
+from moco.weights.load_encoder import load_encoder
 from tests.conftest import run_program
 
 SMALL_SWIN = ["backbone=swin_v2_tiny_patch2", "data=synthetic", "data.image_size=32"]

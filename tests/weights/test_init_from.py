@@ -16,7 +16,7 @@ from moco.methods.moco import MoCo
 from moco.models.backbones import build_backbone
 from moco.runs.checkpoint_files import read_checkpoint
 from moco.weights.init_from import start_from
-from moco.weights.loading import load_pretrained
+from moco.weights.load_encoder import load_pretrained
 from tests.segmentation.test_segment import composed, pretraining_checkpoint
 from tests.weights.projects import (
     EMBEDDING_DIM,

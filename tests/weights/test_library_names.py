@@ -13,7 +13,7 @@ from torchvision.models import swin_transformer, vision_transformer
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.models.swin.attention import pretrained_window_of
-from moco.models.swin.backbone import rewindow
+from moco.models.swin.window_change import rewindow
 from moco.weights.backbone_files import read_backbone, write_backbone
 from moco.weights.library_names import (
     TIMM_MODELS,

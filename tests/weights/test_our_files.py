@@ -14,7 +14,7 @@ from moco.methods.moco import MoCo
 from moco.runs.checkpoint_files import read_checkpoint
 from moco.weights.backbone_files import BACKBONE_PARTS, write_backbone, write_backbone_file
 from moco.weights.init_from import start_from
-from moco.weights.loading import load_pretrained
+from moco.weights.load_encoder import load_pretrained
 from tests.segmentation.test_segment import composed, pretraining_checkpoint
 from tests.weights.projects import refused
 from tests.weights.test_init_from import method_of

@@ -10,7 +10,7 @@ import torch
 
 from moco.errors import InputError
 from moco.weights.init_from import start_from
-from moco.weights.loading import load_pretrained
+from moco.weights.load_encoder import load_pretrained
 from tests.weights.projects import (
     SMALL_SWIN,
     microsoft_names,

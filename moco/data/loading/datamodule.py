@@ -12,7 +12,7 @@ from moco.data.augment.views import Transform, ViewPair, rgb_batch
 from moco.data.files.bad_fraction import check_bad_fraction
 from moco.data.files.decoding import EncodedImage
 from moco.data.files.images import UnreadableImage
-from moco.data.loading.engine import Engine
+from moco.data.loading.augmentation_engine import Engine
 from moco.data.loading.every_image import MemoryBatches, evaluation_loader
 from moco.data.loading.loaders import (
     MemoryLoader,

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from moco.data.sources.source import Labelled
-from moco.evaluation.reports.drawing import RIGHT, WRONG, Tile, thumbnail, tile_plot
+from moco.evaluation.reports.plots import RIGHT, WRONG, Tile, thumbnail, tile_plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,13 +10,13 @@ from moco.data.augment.views import Normalized, evaluation_crop
 from moco.evaluation.diagnostics import evenly_spaced
 from moco.evaluation.knn import Search, without_own
 from moco.evaluation.neighbors import normalized
-from moco.evaluation.reports.drawing import (
+from moco.evaluation.reports.embedded import NUM_NEIGHBORS, NUM_QUERIES, Embedded, neighbors_plot
+from moco.evaluation.reports.plots import (
     confusion_plot,
     feature_maps_plot,
     map_plot,
     similarity_histogram,
 )
-from moco.evaluation.reports.embedded import NUM_NEIGHBORS, NUM_QUERIES, Embedded, neighbors_plot
 from moco.evaluation.reports.projections import LEAST_ROWS, laid_out, principal_colors
 from moco.evaluation.subject import Subject
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from moco.data.augment.views import ViewPair, build_evaluation_view
+from moco.data.loading.augmentation_engine import choose_engine
 from moco.data.loading.datamodule import PretrainingData
-from moco.data.loading.engine import choose_engine
 from moco.data.loading.samplers import EpochSampler
 from moco.data.sources.registry import build_source
 from moco.errors import InputError

@@ -14,8 +14,8 @@ from moco.runs.checkpoint_files import (
 )
 from moco.weights.architecture import build_outline
 from moco.weights.backbone_files import BACKBONE_PARTS, read_safetensors
-from moco.weights.layouts import BACKBONE
 from moco.weights.library_names import Weights
+from moco.weights.other_projects import BACKBONE
 from moco.weights.recognise import recognise, tensors_in
 
 ZIP_START = b"PK\x03\x04"

@@ -11,7 +11,7 @@ from moco.methods.moco import MoCo
 from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, is_channels_last
 from moco.models.heads import build_head
-from moco.models.swin.backbone import rewindow, window_advice
+from moco.models.swin.window_change import rewindow, window_advice
 from moco.weights.architecture import (
     build_outline,
     check_hidden_settings,
@@ -22,10 +22,10 @@ from moco.weights.architecture import (
     settings_of,
     settings_seen,
 )
-from moco.weights.layouts import BACKBONE, METHOD_PARTS
 from moco.weights.library_names import Weights, to_our_names
-from moco.weights.reading import WeightFile, read_weight_file, source_in_errors
+from moco.weights.other_projects import BACKBONE, METHOD_PARTS
 from moco.weights.recognise import listed_parts, listed_unused, split
+from moco.weights.weight_files import WeightFile, read_weight_file, source_in_errors
 
 log = logging.getLogger(__name__)
 

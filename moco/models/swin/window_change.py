@@ -1,0 +1,112 @@
+"""The change of a Swin's windows after pretraining, and which window fits images of another size."""
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from moco.errors import InputError
+from moco.models.swin.backbone import MAX_WINDOW_SIZE, Swin, map_sides, windows_of
+
+
+def rewindow(backbone: nn.Module, window_size: int | Sequence[int]) -> nn.Module:
+    """Change the attention windows of a Swin in place, and return it.
+
+    Swin V2 keeps its position MLP and the window of its pretraining, so the biases of all offsets
+    that both windows have stay the same. Swin V1's tables are resized bicubically.
+
+    Args:
+        backbone: a `Swin`.
+        window_size: the new side, cells: one number, or one for each stage.
+
+    Raises:
+        InputError: the backbone has no windows, or the window is no whole number from 1 to
+            `MAX_WINDOW_SIZE`.
+    """
+    if not isinstance(backbone, Swin):
+        raise InputError(
+            f"backbone.window_size={window_size}: this backbone has no attention windows"
+        )
+    backbone.set_windows(windows_of("window_size", window_size))
+    return backbone
+
+
+class WindowSuggestion:
+    """A window for images of another size, and what it does to the four stages' maps.
+
+    Attributes:
+        window_size: cells.
+        image_size: px.
+        maps: side of the maps, cells.
+        padded: side of the same maps with their padding, cells.
+        padding: cells of padding per real cell, over all stages.
+    """
+
+    def __init__(self, window_size: int, image_size: int, patch_size: int = 4) -> None:
+        self.window_size = window_size
+        self.image_size = image_size
+        self.maps = map_sides(image_size, patch_size)
+        self.padded = []
+        for side in self.maps:
+            window = min(window_size, side)
+            self.padded.append(-(-side // window) * window)
+        num_cells = sum(side**2 for side in self.maps)
+        self.padding = sum(side**2 for side in self.padded) / num_cells - 1
+
+    def __str__(self) -> str:
+        changes = []
+        for side, padded in zip(self.maps, self.padded, strict=True):
+            changes.append(str(side) if side == padded else f"{side} to {padded}")
+        return (
+            f"window {self.window_size} for {self.image_size} px: the four maps are padded "
+            f"{', '.join(changes)} ({self.padding:.1%} more cells)"
+        )
+
+
+def suggest_window(
+    image_size: int,
+    pretrained_window_size: int,
+    pretrained_image_size: int | None = None,
+    patch_size: int = 4,
+) -> WindowSuggestion:
+    """Return the window for images of another size.
+
+    It covers the share of the image that the pretraining window covered, give or take a tenth. Of
+    these windows it is the one with the least padding.
+
+    Args:
+        image_size: side of the new images, px.
+        pretrained_window_size: side of the pretraining window, cells.
+        pretrained_image_size: side of the pretraining images, px. None: the size whose last map is
+            a single window, which is 224 px for window 7 and 256 px for window 8.
+        patch_size: px.
+    """
+    if pretrained_image_size is None:
+        pretrained_image_size = pretrained_window_size * patch_size * 8
+    same_share = pretrained_window_size * image_size / pretrained_image_size
+    smallest = min(max(1, math.floor(same_share * 0.9)), MAX_WINDOW_SIZE)
+    largest = min(math.ceil(same_share * 1.1), MAX_WINDOW_SIZE)
+
+    def cost(suggestion: WindowSuggestion) -> tuple[float, float]:
+        return round(suggestion.padding, 9), abs(suggestion.window_size - same_share)
+
+    windows = range(smallest, largest + 1)
+    suggestions = [WindowSuggestion(window, image_size, patch_size) for window in windows]
+    return min(suggestions, key=cost)
+
+
+def window_advice(backbone: nn.Module, image_size: int, pretrained_image_size: int) -> str | None:
+    """Return a sentence on the window for images of another size than in pretraining.
+
+    None: the backbone has no windows, or the present window is the suggested one.
+    """
+    if not isinstance(backbone, Swin) or image_size == pretrained_image_size:
+        return None
+    window = backbone.window_size[0]
+    suggestion = suggest_window(image_size, window, pretrained_image_size, backbone.patch_size)
+    if suggestion.window_size == window:
+        return None
+    return (
+        f"pretrained on {pretrained_image_size} px with window {window}; {suggestion}: "
+        f"backbone.window_size={suggestion.window_size}"
+    )
