@@ -189,16 +189,14 @@ def test_what_is_no_file_is_unreadable_at_once(tmp_path):
 
 def test_files_and_folders_that_may_not_be_read_are_named(image_tree, caplog, monkeypatch):
     """Root may read everything, so the system's answer is replaced."""
-    real_folder, real_open = os.open, open
+    real_folder, real_open = os.scandir, open
 
     def denied(path, *arguments, real, **options):
         if str(path).endswith(("deeper", "00.png")):
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, *arguments, **options)
 
-    monkeypatch.setattr(
-        "os.open", lambda path, *rest, **options: denied(path, *rest, real=real_folder, **options)
-    )
+    monkeypatch.setattr("os.scandir", lambda path: denied(path, real=real_folder))
     monkeypatch.setattr(
         "builtins.open", lambda path, *rest, **options: denied(path, *rest, real=real_open)
     )
