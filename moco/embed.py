@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 from moco.cli.checks import check_output
 from moco.cli.launch import launch, save_hydra_files
@@ -35,6 +36,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.cli.image_progress import ImageProgress
     from moco.evaluation import embedding
     from moco.evaluation.feature_parts import remove_parts, taken
+    from moco.evaluation.indexes import empty_index
     from moco.evaluation.subject import build_source_of
     from moco.runs.failures import failures_without_training_named
     from moco.runs.interrupts import ending_at_once
@@ -43,17 +45,22 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.weights.loading import load_pretrained, log_window_advice
 
     output = Path(config.output)
-    check_files(output)
+    if output.suffix != ".npz":
+        raise InputError(f"output={output}: expected a file that ends in .npz")
+    check_output(output)
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)
     pretrained = load_pretrained(config.checkpoint, config.encoder, given, config.feature)
-    embedding.check_index(config.index, pretrained.encoder, config.feature)
+    encoder: Any = pretrained.encoder
+    if config.index != embedding.NO_INDEX and config.feature == "backbone":
+        # What faiss refuses is refused before the images are embedded.
+        empty_index(config.index, encoder.backbone.feature_dim, "index")
     run_settings = with_usual_settings(pretrained.config)
     data = data_settings(config, run_settings["data"])
     images = embedding.choose_images(build_source_of(data), config.split, data["name"])
     log_window_advice(pretrained, given, data["image_size"])
     transform = with_defaults(config.augmentation, run_settings["augmentation"])
-    encode = embedding.build_encode(pretrained.encoder, config.feature, transform, device)
+    encode = embedding.build_encode(encoder, config.feature, transform, device)
     # A pass continues only with these same settings.
     settings = {
         "encoder": config.encoder,
@@ -71,7 +78,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     # An interruption or a full disk loses nothing, and the message says so.
     failures_named = failures_without_training_named("batch_size", kept, "output=FILE.npz")
     with taken(parts_folder), ending_at_once(INTERRUPTED), failures_named:
-        parts = embedding.open_parts(parts_folder, settings, pretrained.encoder, images)
+        parts = embedding.open_parts(parts_folder, settings, encoder, images)
         loader = embedding.load_images(images, parts, settings, device)
         with parts, ImageProgress(console, "embedding", parts.num_done, len(images)) as progress:
             embedding.add_features(
@@ -88,16 +95,6 @@ def run(config: EmbedConfig, folder: Path) -> None:
     if config.index != embedding.NO_INDEX:
         names += f" and {Path(names).with_suffix('.faiss')}"
     console.print(f"written to {names}", soft_wrap=True, highlight=False)
-
-
-def check_files(output: Path) -> None:
-    """Raise InputError if no .npz file, or no index beside it, can be written there."""
-    if output.suffix != ".npz":
-        raise InputError(f"output={output}: expected a file that ends in .npz")
-    check_output(output)
-    index = output.with_suffix(".faiss")
-    if index.is_dir():
-        raise InputError(f"output={output}: {index} is a folder; expected the name of a file")
 
 
 def main() -> None:

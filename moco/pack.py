@@ -8,7 +8,7 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moco.cli.launch import launch, save_hydra_files
 from moco.config.pack import PackConfig
@@ -28,7 +28,10 @@ def run(config: PackConfig, folder: Path) -> None:
         InputError: the source cannot be read, or the output folder holds something else.
         RunError: the disk is full, or images of the copy differ.
     """
-    from moco.data.packing import LOCK, Pool, prepare_folder
+    from rich.console import Console
+
+    from moco.cli.image_progress import ImageProgress
+    from moco.data.packing import LOCK, Pool, check_copy, prepare_folder
     from moco.data.sources.registry import build_source
     from moco.runs.folder_lock import locked
     from moco.runs.interrupts import ending_at_once
@@ -39,7 +42,9 @@ def run(config: PackConfig, folder: Path) -> None:
     del data["max_bad_fraction"], data["resize"]  # settings of the copy, not of the source
     pool = Pool(build_source(**data))
     if config.check:
-        check(output, pool)
+        with ImageProgress(Console(), "checking", 0, len(pool)) as progress:
+            for num_done in check_copy(output, pool):
+                progress.say(num_done)
     else:
         prepare_folder(output)
         try:
@@ -54,59 +59,40 @@ def run(config: PackConfig, folder: Path) -> None:
         save_hydra_files(folder)
 
 
-def check(output: Path, pool: "Pool") -> None:
-    """Compare the copy with its checksums and with the source's names; see `check_copy`."""
-    from rich.console import Console
-
-    from moco.cli.image_progress import ImageProgress
-    from moco.data.packing import check_copy
-
-    with ImageProgress(Console(), "checking", 0, len(pool)) as progress:
-        for num_done in check_copy(output, pool):
-            progress.say(num_done)
-
-
 def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
-    """Write the copy, or what is missing of it, and print what it holds."""
+    """Write the copy, or what is missing of it, and print what it holds.
+
+    Raises:
+        InputError: too many images are unreadable.
+    """
     from rich.console import Console
 
     from moco.cli.closing_tables import print_table
-    from moco.data.packing import describe_copy, open_copy
+    from moco.cli.image_progress import ImageProgress
+    from moco.data.packing import CopyWriter, chunk_loader, describe_copy, open_copy
+    from moco.runs.interrupts import ENDING, held_back
 
-    data = dataclasses.asdict(config.data)
-    if isinstance(data["root"], str):  # the command may go on from another working directory
-        data["root"] = os.path.abspath(data["root"])
     # What must stay the same while a copy is written.
-    settings = {"data": data, "format": config.format, "quality": config.quality}
-    settings["max_shard_bytes"] = config.max_shard_bytes
+    settings = dataclasses.asdict(config)
+    for name in ("output", "num_workers", "check"):
+        del settings[name]
+    if isinstance(config.data.root, str):  # the command may go on from another working directory
+        settings["data"]["root"] = os.path.abspath(config.data.root)
     index = open_copy(output, settings, pool)
     if index["complete"]:
         return
-    write(config, index, pool)
-    rows = describe_copy(output, index, pool, config.data.max_image_pixels)
-    print_table(Console(), "Packed", rows)
-    print(f"train with data=packed data.root={output}")
-
-
-def write(config: PackConfig, index: dict[str, Any], pool: "Pool") -> None:
-    """Write what is missing of the copy. Raise InputError if too many images are unreadable."""
-    from rich.console import Console
-
-    from moco.cli.image_progress import ImageProgress
-    from moco.data.packing import CopyWriter, chunk_loader
-    from moco.runs.interrupts import ENDING, held_back
-
-    with CopyWriter(Path(config.output), index, pool) as writer:
-        writer.check_skipped(config.data.max_bad_fraction)
+    console = Console()
+    with CopyWriter(output, index, pool, config.data.max_bad_fraction) as writer:
         loader = chunk_loader(pool, index, writer.num_done, config.num_workers)
         with held_back(ENDING):  # a loader that is interrupted while it starts prints a traceback
             chunks = iter(loader)
-        with ImageProgress(Console(), "packing", writer.num_done, len(pool)) as progress:
+        with ImageProgress(console, "packing", writer.num_done, len(pool)) as progress:
             for chunk in chunks:
                 writer.add(chunk)
-                writer.check_skipped(config.data.max_bad_fraction)
-                progress.say(chunk.stop)
+                progress.say(writer.num_done)
         writer.finish()
+    print_table(console, "Packed", describe_copy(index, pool))
+    print(f"train with data=packed data.root={output}")
 
 
 def main() -> None:

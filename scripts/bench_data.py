@@ -1,13 +1,17 @@
-"""How many images a second become two views, against what others do; all in one run, in turns.
+"""Measure how many images per second become two views, in turns with other pipelines.
 
     python scripts/bench_data.py files  [--images 128] [--repeats 5] [--size 500x375] [--quality 90]
-    python scripts/bench_data.py memory [--threads 2] [--repeats 5] [--npz cifar10.npz] [--device cuda]
+    python scripts/bench_data.py memory [--threads 2] [--repeats 5] [--npz cifar10.npz]
+        [--device cuda]
 
-files: JPEGs of about 500 x 375 px that the script makes, two MoCo v2 views of 224 px by the worker engine, one process, one
-thread; a worker's part ends with uint8, which the training process or its GPU normalises.
-memory: images of 32 px (those of an archive, or noise), two views of the CIFAR pair; the batch engine has --threads.
-The official pipeline is torchvision's v1 operations and Pillow's blur on Pillow images, up to normalised tensors. lightly
-takes part if it is installed. Figures are medians, with the slowest and fastest run; only ratios within a run mean anything.
+files: the script makes JPEGs of about 500 x 375 px. The worker engine makes two MoCo v2 views of
+224 px in one process with one thread. A worker's part ends with uint8 images, which the training
+process or its GPU normalises.
+memory: images of 32 px, from an archive or noise, become two views of the CIFAR pair. The batch
+engine has --threads.
+The official pipeline is torchvision's v1 operations and Pillow's blur on Pillow images, up to
+normalised tensors. lightly takes part if it is installed. The table has medians with the slowest
+and fastest run. Only ratios within one run are comparable.
 """
 
 import argparse
@@ -38,25 +42,25 @@ from moco.data.sources.source import FileImages
 
 
 class OfficialBlur:
-    """Pillow's blur with a sigma from 0.1 to 2, as the official loader has it."""
+    """Pillow's blur with a sigma from 0.1 to 2, as in the official loader."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
 
 def official(pair: dict[str, Any], side: int, blur: bool) -> v1.Compose:
-    """One view as the official code makes it."""
+    """Return the official transform to one view."""
     jitter = v1.RandomApply([v1.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
     scale = pair["query"]["random_resized_crop"]["scale"]
     steps = [v1.RandomResizedCrop(side, scale=scale), jitter, v1.RandomGrayscale(p=0.2)]
-    steps += [v1.RandomApply([OfficialBlur()], p=0.5)] if blur else []
-    return v1.Compose(
-        [*steps, v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(pair["mean"], pair["std"])]
-    )
+    if blur:
+        steps.append(v1.RandomApply([OfficialBlur()], p=0.5))
+    steps += [v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(pair["mean"], pair["std"])]
+    return v1.Compose(steps)
 
 
 def on_tensors(pair: dict[str, Any], side: int) -> v2.Compose:
-    """One view by transforms.v2 on uint8 tensors."""
+    """Return the transform to one view by transforms.v2 on uint8 tensors."""
     scale = pair["query"]["random_resized_crop"]["scale"]
     return v2.Compose([
         v2.RandomResizedCrop(side, scale=scale, antialias=True),
@@ -78,13 +82,14 @@ def view_pair(pair: dict[str, Any], side: int, engine: str) -> ViewPair:
 
 
 def files(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
-    """The pipelines on JPEG files; each returns how many images it took."""
+    """Return the pipelines on JPEG files; each returns its number of images."""
     width, height = (int(side) for side in arguments.size.split("x"))
     random_numbers = np.random.default_rng(0)
     paths = []
     for number in range(arguments.images):
         paths.append(str(Path(arguments.folder) / f"{number:04}.jpg"))
-        image = photograph(random_numbers, *((height, width) if number % 2 else (width, height)))
+        shape = (height, width) if number % 2 else (width, height)
+        image = photograph(random_numbers, *shape)
         Image.fromarray(image).save(paths[-1], quality=arguments.quality)
     pair = settings("moco_v2")
     official_view, tensor_view = official(pair, 224, blur=True), on_tensors(pair, 224)
@@ -109,7 +114,13 @@ def files(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
         print("lightly is not installed")
     else:
         dataset = LightlyDataset(arguments.folder, transform=MoCoV2Transform(input_size=224))
-        pipelines["lightly"] = lambda: len([dataset[number] for number in range(len(dataset))])
+
+        def by_lightly() -> int:
+            for number in range(len(dataset)):
+                dataset[number]
+            return len(dataset)
+
+        pipelines["lightly"] = by_lightly
 
     def ours(*, to_floats: bool) -> Callable[[], int]:
         dataset = PairDataset(FileImages(paths), view_pair(pair, 224, "worker"))
@@ -130,17 +141,17 @@ def files(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
-    """The pipelines on small images in memory; each returns how many images it took."""
+    """Return the pipelines on small images in memory; each returns its number of images."""
     if arguments.npz:
         images = np.load(arguments.npz)["train_images"][: arguments.memory_images]
     else:
-        images = np.random.default_rng(0).integers(
-            0, 256, (arguments.memory_images, 32, 32, 3), dtype=np.uint8
-        )
+        shape = (arguments.memory_images, 32, 32, 3)
+        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     pair = settings("cifar")
     official_view = official(pair, 32, blur=False)
     device = torch.device(arguments.device)
-    augment, pixels = view_pair(pair, 32, "batch"), rgb_batch(torch.from_numpy(images).to(device))
+    augment = view_pair(pair, 32, "batch")
+    pixels = rgb_batch(torch.from_numpy(images).to(device))
     at_once = 512 if device.type == "cpu" else len(pixels)
 
     def by_official() -> int:
@@ -166,20 +177,21 @@ KINDS = {"files": files, "memory": memory}
 
 @contextlib.contextmanager
 def turns_of(what: str, arguments: argparse.Namespace) -> Iterator[dict[str, Turn]]:
-    """The pipelines of ``files`` or ``memory``, ready to take turns."""
+    """Yield the pipelines of ``files`` or ``memory``, ready to take turns."""
     torch.set_num_threads(1)
-    # Of one thread the time on the core: what else the machine does counts less.
+    # For one thread, the time on its core is less sensitive to other work of the machine.
     clock = time.process_time if what == "files" else time.perf_counter
     with tempfile.TemporaryDirectory() as arguments.folder:
-        yield {
-            name: timed(pipeline, clock=clock) for name, pipeline in KINDS[what](arguments).items()
-        }
+        turns = {}
+        for name, pipeline in KINDS[what](arguments).items():
+            turns[name] = timed(pipeline, clock=clock)
+        yield turns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=int, default=128, help="files")
-    parser.add_argument("--size", default="500x375", help="of a file, px")
-    parser.add_argument("--quality", type=int, default=90, help="of a file")
+    parser.add_argument("--images", type=int, default=128, help="number of files")
+    parser.add_argument("--size", default="500x375", help="size of a file, px")
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of a file")
     parser.add_argument("--npz", help="an archive with train_images")
     parser.add_argument("--memory-images", type=int, default=4096, help="images in memory")
 
@@ -192,23 +204,22 @@ def main() -> None:
     parser.add_argument("what", choices=KINDS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="memory")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="for memory")
     add_arguments(parser)
     arguments = parser.parse_args()
     with turns_of(arguments.what, arguments) as turns:
         found = in_turns(turns, arguments.repeats)
-    speeds = {
-        name: [turn["images"] / turn["seconds"] for turn in done] for name, done in found.items()
-    }
+    speeds = {}
+    for name, done in found.items():
+        speeds[name] = [turn["images"] / turn["seconds"] for turn in done]
     print(f"{platform.machine()}, torch {torch.__version__}, torchvision {torchvision.__version__}")
     print("| pipeline | images/s, median (slowest to fastest) | against official |")
     print("|---|---|---|")
     reference = statistics.median(next(iter(speeds.values())))
     for name, values in speeds.items():
         median = statistics.median(values)
-        print(
-            f"| {name} | {median:,.0f} ({min(values):,.0f} to {max(values):,.0f}) | {median / reference:.2f} |"
-        )
+        spread = f"{min(values):,.0f} to {max(values):,.0f}"
+        print(f"| {name} | {median:,.0f} ({spread}) | {median / reference:.2f} |")
 
 
 if __name__ == "__main__":

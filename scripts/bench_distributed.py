@@ -1,15 +1,19 @@
-"""What the processes of a training pay for each other, in interleaved runs on gloo: a step with and without broadcasts.
+"""Measure what the communication between the processes of a training costs, on gloo.
 
     python scripts/bench_distributed.py [--processes 2] [--repeats 7] [--queue-size 65536]
 
-Times, of one small encoder with MoCo's queue beside it: a step as we run it; the same with DistributedDataParallel's
-default, which sends rank 0's buffers (queue and running statistics) to the others in every step; and shuffling the keys'
-images with every row sent to the one process that needs it, against gathering all rows everywhere.
+The model is a small encoder with MoCo's queue. The script measures in turns:
+- a step as we run it;
+- the same step with the default of DistributedDataParallel, which sends the buffers of rank 0 (the
+  queue and the running statistics) to the others in every step;
+- shuffling the images of the keys, with each row sent only to the process that needs it;
+- shuffling with all rows gathered by every process.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -25,7 +29,7 @@ from moco.training.trainer import buffers_switch
 
 
 class Encoder(nn.Module):
-    """Little to compute, a queue to broadcast."""
+    """A model with little to compute and a queue to broadcast."""
 
     def __init__(self, queue_size: int) -> None:
         super().__init__()
@@ -39,22 +43,23 @@ class Encoder(nn.Module):
 
 
 def each_row_to_one(images: Tensor) -> Tensor:
-    """Shuffling as this project does it."""
+    """Shuffle as this project does."""
     return distributed.Shuffle(len(images), images.device).shuffled(images)
 
 
 def gathered_everywhere(images: Tensor) -> Tensor:
-    """Shuffling as the official code does it: every process gets all images and keeps its share."""
+    """Shuffle as the official code does: every process gets all images and keeps its share."""
     everything = distributed.all_gather(images)
     order = torch.randperm(len(everything))
     dist.broadcast(order, src=0)
     return everything[order.chunk(distributed.world_size())[distributed.rank()]]
 
 
-def timed(work: object) -> float:
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds until the work is done in all processes."""
     dist.barrier()
     began = time.perf_counter()
-    work()  # type: ignore[operator]
+    work()
     dist.barrier()
     return time.perf_counter() - began
 
@@ -64,20 +69,17 @@ def measure(processes: int, repeats: int, queue_size: int, stop: StopRequest) ->
     environment = distributed.environment_of(processes, 1)
     with distributed.process_group(environment, "gloo", timeout_minutes=10):
         torch.manual_seed(0)
-        models = {
-            name: DistributedDataParallel(
-                Encoder(queue_size), **{buffers_switch(): name == "step, broadcasting buffers"}
-            )
-            for name in ("step", "step, broadcasting buffers")
-        }
+        quiet = DistributedDataParallel(Encoder(queue_size), **{buffers_switch(): False})
+        broadcasting = DistributedDataParallel(Encoder(queue_size), **{buffers_switch(): True})
         rows, images = torch.randn(64, 512), torch.randn(32, 3, 224, 224)
-        work = {name: partial(step, model, rows) for name, model in models.items()}
-        work |= {
+        work = {
+            "step": partial(step, quiet, rows),
+            "step, broadcasting buffers": partial(step, broadcasting, rows),
             "shuffling, each row to one": partial(each_row_to_one, images),
             "shuffling, all rows to all": partial(gathered_everywhere, images),
         }
         times: dict[str, list[float]] = {name: [] for name in work}
-        for _ in range(repeats + 1):  # the first of each is thrown away
+        for _ in range(repeats + 1):  # the first time of each is discarded
             for name, call in work.items():
                 times[name].append(timed(call))
         if distributed.rank() == 0:
@@ -98,14 +100,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--queue-size", type=int, default=65536)
     arguments = parser.parse_args()
+    given = (arguments.processes, arguments.repeats, arguments.queue_size)
     with StopRequest() as stop:
-        run_on_devices(
-            measure,
-            tuple(vars(arguments).values()),
-            arguments.processes,
-            stop,
-            lambda: "nothing was saved",
-        )
+        run_on_devices(measure, given, arguments.processes, stop, lambda: "nothing was saved")
 
 
 if __name__ == "__main__":

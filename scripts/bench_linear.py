@@ -1,10 +1,12 @@
-"""The linear probe's grid against scikit-learn's logistic regression, tuned over C, on the same features.
+"""Compare the grid of the linear probe with scikit-learn's logistic regression.
 
-    python -m moco.embed checkpoint=PATH data=cifar10 split=train output=train.npz     # and split=test output=test.npz
+    python -m moco.embed checkpoint=PATH data=cifar10 split=train output=train.npz
+    python -m moco.embed checkpoint=PATH data=cifar10 split=test output=test.npz
     OMP_NUM_THREADS=1 python scripts/bench_linear.py train.npz test.npz [--repeats 1]
 
-Both get standardised features, hold out the same tenth of the training labels to choose by, train the best once more on all
-of them, and are reported on the test features. scikit-learn's C covers the weight decays of our grid, and more.
+Both get the same standardised features. Both choose their settings on the same held-out tenth of
+the training data, train again on all of it with the best settings, and report the test accuracy.
+The values of C in scikit-learn cover the weight decays of our grid, and more.
 """
 
 import argparse
@@ -26,37 +28,38 @@ STRENGTHS = np.logspace(-4, 2, 7)  # C
 
 
 def ours(train: Data, test: Data, is_held_out: np.ndarray) -> Found:
-    """Test accuracy, and what was chosen."""
+    """Return the test accuracy of our probe, and the settings that it chose."""
     settings = LinearConfig()
-    (rows, labels), (test_rows, test_labels) = (
-        [torch.from_numpy(part) for part in side] for side in (train, test)
-    )
-    held_out, num_classes = torch.from_numpy(is_held_out), int(labels.max()) + 1
+    rows, labels = torch.from_numpy(train[0]), torch.from_numpy(train[1])
+    test_rows, test_labels = torch.from_numpy(test[0]), torch.from_numpy(test[1])
+    held_out = torch.from_numpy(is_held_out)
+    num_classes = int(labels.max()) + 1
     epochs = usual_epochs(len(rows), settings.batch_size)
     training = {"num_epochs": epochs, "batch_size": settings.batch_size, "seed": settings.seed}
     grid = list(itertools.product(settings.lrs, settings.weight_decays))
     lrs, decays = zip(*grid, strict=True)
     heads = train_heads(rows[~held_out], labels[~held_out], num_classes, lrs, decays, **training)
-    lr, decay = grid[int(accuracies(heads, rows[held_out], labels[held_out]).argmax())]
-    best = train_heads(rows, labels, num_classes, [lr], [decay], **training)
-    return float(
-        accuracies(best, test_rows, test_labels)[0]
-    ), f"lr {lr:g}, weight decay {decay:g} of {len(grid)} heads"
+    best = int(accuracies(heads, rows[held_out], labels[held_out]).argmax())
+    lr, decay = grid[best]
+    head = train_heads(rows, labels, num_classes, [lr], [decay], **training)
+    accuracy = float(accuracies(head, test_rows, test_labels)[0])
+    return accuracy, f"lr {lr:g}, weight decay {decay:g} of {len(grid)} heads"
 
 
 def theirs(train: Data, test: Data, is_held_out: np.ndarray) -> Found:
-    """The same of scikit-learn."""
+    """Return the test accuracy of scikit-learn, and the C that it chose."""
     rows, labels = train
 
     def fitted(strength: float, chosen: np.ndarray) -> LogisticRegression:
         return LogisticRegression(C=strength, max_iter=1000).fit(rows[chosen], labels[chosen])
 
-    found = [
-        fitted(strength, ~is_held_out).score(rows[is_held_out], labels[is_held_out])
-        for strength in STRENGTHS
-    ]
-    best = STRENGTHS[int(np.argmax(found))]
-    return fitted(best, np.ones(len(rows), bool)).score(*test), f"C {best:g} of {len(STRENGTHS)}"
+    scores = []
+    for strength in STRENGTHS:
+        model = fitted(strength, ~is_held_out)
+        scores.append(model.score(rows[is_held_out], labels[is_held_out]))
+    best = STRENGTHS[int(np.argmax(scores))]
+    model = fitted(best, np.ones(len(rows), bool))
+    return model.score(*test), f"C {best:g} of {len(STRENGTHS)}"
 
 
 def main() -> None:
@@ -68,12 +71,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    archives = [np.load(path) for path in (arguments.train, arguments.test)]
-    scale = scale_of(archives[0]["features"])
-    train, test = ((scale.applied(archive["features"]), archive["labels"]) for archive in archives)
-    print(
-        f"{train[0].shape[0]:,} x {train[0].shape[1]} training features, {len(test[0]):,} test features"
-    )
+    train_archive, test_archive = np.load(arguments.train), np.load(arguments.test)
+    scale = scale_of(train_archive["features"])
+    train = (scale.applied(train_archive["features"]), train_archive["labels"])
+    test = (scale.applied(test_archive["features"]), test_archive["labels"])
+    num_rows, width = train[0].shape
+    print(f"{num_rows:,} x {width} training features, {len(test[0]):,} test features")
     programs: dict[str, Callable[[Data, Data, np.ndarray], Found]] = {
         "scikit-learn": theirs,
         "moco": ours,
@@ -85,10 +88,8 @@ def main() -> None:
         for name, program in programs.items():
             began = time.perf_counter()
             accuracy, chosen = program(train, test, is_held_out)
-            print(
-                f"{name:14} top-1 {accuracy:.4f}  {time.perf_counter() - began:7.1f} s  {chosen}",
-                flush=True,
-            )
+            seconds = time.perf_counter() - began
+            print(f"{name:14} top-1 {accuracy:.4f}  {seconds:7.1f} s  {chosen}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Listing a folder tree against ``find ROOT -type f``, in interleaved runs, and reading the listing that was kept of it.
+"""Measure how long it takes to list a folder tree, compared with ``find ROOT -type f``.
 
     python scripts/bench_listing.py [--folders 1000] [--files 200] [--repeats 9] [--root EXISTING]
 
-Makes a tree of empty files, unless there is one to look at; the system has all of it at hand after the first look. Prints
-medians, the ratio of listing to find (below 2: the goal), the seconds of a second start, and bytes that a loader process
-is handed for the names.
+Without --root, the script makes a tree of empty files. The system caches the tree when it is first
+read. The script prints medians, the ratio of listing to find (the goal is below 2), the seconds of
+a second start, which reads the cached listing, and the bytes that a loader process gets for the
+names.
 """
 
 import argparse
@@ -17,14 +18,15 @@ from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
-import torch.multiprocessing  # noqa: F401  (registers how tensors travel)
+import numpy as np
+import torch.multiprocessing  # noqa: F401  (registers how tensors are sent to processes)
 
 from moco.data.files.listing_cache import SETTLED_SECONDS, listed
 from moco.data.sources.source import FileImages
 
 
 def make_tree(root: Path, num_folders: int, num_files: int) -> None:
-    """Files with names as ImageNet's, made in no order."""
+    """Make files with names like those of ImageNet, in no order."""
     for folder in range(num_folders):
         path = root / f"n{folder:08d}"
         path.mkdir(parents=True)
@@ -33,14 +35,14 @@ def make_tree(root: Path, num_folders: int, num_files: int) -> None:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long that takes."""
+    """Return the seconds that the work takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def measure(root: str, cache: Path, repeats: int) -> None:
-    """Print the table of one tree."""
+    """Print the figures of one tree."""
     works: dict[str, Callable[[], object]] = {
         "find": lambda: subprocess.run(
             ["find", root, "-type", "f"], stdout=subprocess.DEVNULL, check=True
@@ -52,32 +54,31 @@ def measure(root: str, cache: Path, repeats: int) -> None:
     (found,) = listed([root], cache=cache)
     times: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats):
-        for name in list(works) if repeat % 2 else reversed(works):
+        order = list(works)
+        if repeat % 2 == 0:
+            order.reverse()
+        for name in order:
             times[name].append(seconds(works[name]))
     for name, all_times in times.items():
-        print(
-            f"{name:<14}{statistics.median(all_times):8.3f} s (from {min(all_times):.3f} to {max(all_times):.3f})"
-        )
-    ratio = statistics.median(
-        ours / theirs for ours, theirs in zip(times["listing"], times["find"], strict=True)
-    )
-    print(f"{len(found.paths):,} images; listing / find {ratio:.2f}")
+        spread = f"from {min(all_times):.3f} to {max(all_times):.3f}"
+        print(f"{name:<14}{statistics.median(all_times):8.3f} s ({spread})")
+    ratios = np.divide(times["listing"], times["find"])
+    print(f"{len(found.paths):,} images; listing / find {np.median(ratios):.2f}")
     images = FileImages(found.paths)
-    print(
-        f"handed to a loader process: {len(ForkingPickler.dumps(images)):,} bytes, beside {shared(images):,} shared"
-    )
+    sent = len(ForkingPickler.dumps(images))
+    print(f"sent to each loader process: {sent:,} bytes; shared by all: {shared(images):,} bytes")
     print(f"as a list of strings: {len(pickle.dumps(list(found.paths))):,} bytes to each")
 
 
 def shared(images: FileImages) -> int:
-    """Bytes in memory that all loader processes use together."""
+    """Return the bytes in memory that all loader processes share."""
     return images.text.nbytes + images.ends.nbytes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folders", type=int, default=1000)
-    parser.add_argument("--files", type=int, default=200, help="in each folder")
+    parser.add_argument("--files", type=int, default=200, help="files in each folder")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--root", help="an existing tree, in place of a new one")
     arguments = parser.parse_args()

@@ -1,11 +1,12 @@
-"""What the training loop costs beside the computation: milliseconds per step of a method whose step is next to nothing.
+"""Measure what the training loop costs, with a method that computes almost nothing.
 
     python scripts/bench_loop.py [--steps 500] [--repeats 5] [--json FILE] [--profile]
 
-One weight, one batch that is there already, in interleaved runs: a bare loop in PyTorch, Lightning alone, and Lightning with
-all callbacks and the logger of a pretraining. Prints the median of each and what each adds to the bare loop. It is the
-processor's time in the training thread, which other processes of the machine do not lengthen. With ``--profile``, where the
-time of the last kind goes, function by function.
+The method has one weight, and the batch is made once. The script runs a bare loop in PyTorch,
+Lightning alone, and Lightning with all callbacks and the logger of a pretraining, in turns. It
+prints the median milliseconds per step of each, and what each adds to the bare loop. It measures
+the processor time of the training thread, which does not depend on other processes of the machine.
+``--profile`` shows how the time of the last kind is spent, function by function.
 """
 
 import argparse
@@ -39,13 +40,17 @@ from moco.training import trainer
 ROWS, WIDTH = 64, 128
 KINDS = ("PyTorch", "Lightning", "Lightning with our callbacks")
 SETTINGS = (
-    "+experiment=quickstart", "trainer.max_steps=-1", "trainer.max_epochs=1", "trainer.accelerator=cpu",
-    "evaluation.diagnostics_every_n_steps=null", "evaluation.plots_every_n_epochs=null",
-)  # fmt: skip
+    "+experiment=quickstart",
+    "trainer.max_steps=-1",
+    "trainer.max_epochs=1",
+    "trainer.accelerator=cpu",
+    "evaluation.diagnostics_every_n_steps=null",
+    "evaluation.plots_every_n_epochs=null",
+)
 
 
 class EmptyMethod(pl.LightningModule):
-    """A step that multiplies two numbers, with what the callbacks ask a method for."""
+    """A method whose step multiplies two numbers, with all that the callbacks read."""
 
     queue = None
     symmetric = False
@@ -74,7 +79,7 @@ class EmptyMethod(pl.LightningModule):
 
 
 class SameBatch:
-    """The same batch `num_steps` times."""
+    """A loader that repeats one batch `num_steps` times."""
 
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
@@ -92,7 +97,7 @@ class SameBatch:
 
 
 class StepClock(pl.Callback):
-    """The thread's time when the first and the last step of an epoch began."""
+    """Notes the time of the thread when the first and the last step of an epoch start."""
 
     def on_train_batch_start(self, *args: Any) -> None:
         now = time.thread_time()
@@ -102,7 +107,7 @@ class StepClock(pl.Callback):
 
 
 def bare(num_steps: int) -> float:
-    """Seconds per step of the same in a loop of our own."""
+    """Return the seconds per step in a bare loop."""
     method = EmptyMethod()
     optimizer = method.configure_optimizers()
     started = time.thread_time()
@@ -114,27 +119,33 @@ def bare(num_steps: int) -> float:
 
 
 def lightning_alone(num_steps: int, folder: Path) -> float:
-    """Seconds per step under Lightning, with nothing to log and nobody to call."""
+    """Return the seconds per step in Lightning, without logger and callbacks."""
     clock = StepClock()
     alone = pl.Trainer(
-        max_epochs=1, accelerator="cpu", callbacks=[clock], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-    )  # fmt: skip
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
     alone.fit(EmptyMethod(), SameBatch(num_steps))
     return (clock.last - clock.first) / (num_steps - 1)
 
 
 def as_pretraining(num_steps: int, folder: Path, profile: cProfile.Profile | None = None) -> float:
-    """Seconds per step with the trainer of `moco.train`."""
+    """Return the seconds per step with the Trainer of `moco.train`."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = parse(compose("train", list(SETTINGS)), TrainConfig)
     data = build_data(config)
     data.source = dataclasses.replace(data.source, bank=None, queries=None)  # no kNN
-    data.train_dataloader = lambda: SameBatch(num_steps)  # type: ignore[method-assign, assignment, return-value]
+    data.train_dataloader = lambda: SameBatch(num_steps)
     clock = StepClock()
     with StopRequest([]) as stop, Console(quiet=True) as console:
         full = build_trainer(config, folder, dataclasses.asdict(config), {}, console, stop)
-        full.callbacks.insert(0, clock)  # type: ignore[attr-defined]
+        full.callbacks.insert(0, clock)
         if profile:
             profile.enable()
         full.fit(EmptyMethod(), datamodule=data)
@@ -144,17 +155,19 @@ def as_pretraining(num_steps: int, folder: Path, profile: cProfile.Profile | Non
 
 
 def measured(num_steps: int, repeats: int) -> dict[str, float]:
-    """Median milliseconds per step of each kind."""
+    """Return the median milliseconds per step of each kind."""
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
-        for repeat in range(-1, repeats):  # the first is for imports and caches
+        for repeat in range(repeats + 1):
             once = (
                 bare(num_steps),
                 lightning_alone(num_steps, Path(folder)),
                 as_pretraining(num_steps, Path(folder, str(repeat))),
             )
+            if repeat == 0:
+                continue  # this one was for imports and caches
             for kind, value in zip(KINDS, once, strict=True):
-                seconds[kind] += [value] if repeat >= 0 else []
+                seconds[kind].append(value)
     return {kind: 1000 * statistics.median(values) for kind, values in seconds.items()}
 
 
@@ -178,9 +191,8 @@ def main() -> None:
         return
     figures = measured(arguments.steps, arguments.repeats)
     for kind, milliseconds in figures.items():
-        print(
-            f"{kind:30} {milliseconds:7.3f} ms per step  {milliseconds - figures[KINDS[0]]:+7.3f}"
-        )
+        added = milliseconds - figures[KINDS[0]]
+        print(f"{kind:30} {milliseconds:7.3f} ms per step  {added:+7.3f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 

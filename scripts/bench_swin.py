@@ -1,9 +1,10 @@
-"""Forward and backward of Swin V2-T, ours against torchvision's with the same weights, in interleaved runs.
+"""Compare our Swin V2-T with torchvision's, forward and backward, with the same weights.
 
     python scripts/bench_swin.py [--device cpu] [--repeats 7] [--case 565/18/bf16 ...]
 
-Prints the median time of each, the ratio (above 1: ours is faster) and the peak memory of a step, which is measured in
-processes of their own: resident memory on a CPU, allocated memory on a GPU.
+The two take turns. The script prints the median time of each, the ratio (above 1: ours is faster)
+and the peak memory of a step. The memory is measured in processes of their own: resident memory on
+a CPU, allocated memory on a GPU.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import contextlib
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -39,22 +41,24 @@ SHAPES = {
         "num_heads": [1, 2, 4, 8],
     },
 }
-"""Of nets of ``conf/backbone``, as torchvision's class takes them."""
+"""Arguments of torchvision's class, by name in ``conf/backbone``."""
 
 
 def torchvisions(window: int, backbone: str = "swin_v2_t") -> nn.Module:
-    """Swin V2 of torchvision at any window, without its classifier; by default the T."""
+    """Return torchvision's Swin V2 with any window, without its classifier."""
     model = swin_transformer.SwinTransformer(
-        **SHAPES[backbone], window_size=[window, window],
-        stochastic_depth_prob=0.0, block=swin_transformer.SwinTransformerBlockV2,
+        **SHAPES[backbone],
+        window_size=[window, window],
+        stochastic_depth_prob=0.0,
+        block=swin_transformer.SwinTransformerBlockV2,
         downsample_layer=swin_transformer.PatchMergingV2,
-    )  # fmt: skip
+    )
     model.head = nn.Identity()
     return model
 
 
 def models(window: int, device: str) -> dict[str, nn.Module]:
-    """Both, with the same weights, scales of the norms away from zero."""
+    """Return both models with the same weights."""
     torch.manual_seed(0)
     theirs = torchvisions(window)
     ours = build_backbone("swin_v2_t", window_size=window, partial_patches="drop")
@@ -63,7 +67,7 @@ def models(window: int, device: str) -> dict[str, nn.Module]:
 
 
 def step(model: nn.Module, images: Tensor, dtype: str) -> None:
-    """One forward and backward pass."""
+    """Do one forward and backward pass."""
     model.zero_grad(set_to_none=True)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16"):
         features = model(images)
@@ -71,16 +75,14 @@ def step(model: nn.Module, images: Tensor, dtype: str) -> None:
 
 
 def forward(model: nn.Module, images: Tensor, dtype: str) -> None:
-    """One forward pass without gradients."""
-    with (
-        torch.no_grad(),
-        torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16"),
-    ):
+    """Do one forward pass without gradients."""
+    is_bf16 = dtype == "bf16"
+    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=is_bf16):
         model(images)
 
 
 def images_of(case: str, device: str) -> Tensor:
-    """A batch of noise (N, 3, H, W)."""
+    """Return a batch of noise (batch, 3, height, width)."""
     image_size, _, _ = parse(case)
     return torch.randn(BATCH[image_size], 3, image_size, image_size, device=device)
 
@@ -91,7 +93,7 @@ def parse(case: str) -> tuple[int, int, str]:
 
 
 def peak_memory(case: str, name: str, device: str) -> float:
-    """MiB of one training step of one model above what the model itself takes, in a process of its own."""
+    """Return the MiB that one step adds to the memory of a model, in a process of its own."""
     command = [sys.executable, __file__, "--device", device, "--memory-of", name, "--case", case]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -108,6 +110,11 @@ def print_peak_memory(case: str, name: str, device: str) -> None:
         print(torch.cuda.max_memory_allocated() / 2**20 - before)
 
 
+def milliseconds(turns: Sequence[Mapping[str, float]]) -> float:
+    """Return the median time of the turns."""
+    return 1e3 * statistics.median(turn["seconds"] for turn in turns)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -121,36 +128,29 @@ def main() -> None:
     if arguments.memory_of:
         print_peak_memory(arguments.case[0], arguments.memory_of, arguments.device)
         return
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}, {arguments.repeats} repeats"
-    )
-    print(
-        f"{'case':<14}{'batch':>6}{'work':>10}{'torchvision ms':>16}{'ours ms':>10}{'ratio':>8}{'peak MiB, both':>28}"
-    )
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {threads} threads, {arguments.device}")
+    print(f"{arguments.repeats} repeats")
+    heading = f"{'case':<14}{'batch':>6}{'work':>10}{'torchvision ms':>16}{'ours ms':>10}"
+    print(f"{heading}{'ratio':>8}{'peak MiB, both':>28}")
     for case in arguments.case:
         _, window, dtype = parse(case)
         both, images = models(window, arguments.device), images_of(case, arguments.device)
         for what, work in (("fwd+bwd", step), ("forward", forward)):
-            turns = {
-                name: timed(partial(work, model, images, dtype), images.device)
-                for name, model in both.items()
-            }
+            turns = {}
+            for name, model in both.items():
+                turns[name] = timed(partial(work, model, images, dtype), images.device)
             found = in_turns(turns, arguments.repeats)
-            theirs, ours = (
-                statistics.median(turn["seconds"] for turn in found[name]) * 1e3
-                for name in ("torchvision", "ours")
-            )
+            theirs = milliseconds(found["torchvision"])
+            ours = milliseconds(found["ours"])
             faster = ratio(found["torchvision"], found["ours"])
-            peaks = ""
-            if what == "fwd+bwd" and not arguments.no_memory:
-                peaks = " ".join(
-                    f"{peak_memory(case, name, arguments.device):>13,.0f}"
-                    for name in ("torchvision", "ours")
-                )
-            print(
-                f"{case:<14}{len(images):>6}{what:>10}{theirs:>16,.0f}{ours:>10,.0f}{faster:>8.2f}{peaks:>28}",
-                flush=True,
+            line = (
+                f"{case:<14}{len(images):>6}{what:>10}{theirs:>16,.0f}{ours:>10,.0f}{faster:>8.2f}"
             )
+            if what == "fwd+bwd" and not arguments.no_memory:
+                for name in ("torchvision", "ours"):
+                    line += f"{peak_memory(case, name, arguments.device):>14,.0f}"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

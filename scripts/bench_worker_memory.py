@@ -1,10 +1,11 @@
-"""Memory of the loader's processes over the epochs, and over the number of files.
+"""Measure the memory of the loader processes over the epochs and over the number of files.
 
-    python scripts/bench_worker_memory.py [--files 2000 200000] [--epochs 5] [--batches 300] [--workers 2]
+    python scripts/bench_worker_memory.py [--files 2000 200000] [--epochs 5] [--batches 300]
+        [--workers 2]
 
-Makes trees of tiny PNGs, reads them as training does, and prints after each epoch what each loader process holds for itself
-alone (Private_* in /proc/PID/smaps_rollup), and what the training process does, in MiB. Of large trees an epoch is cut off
-after so many batches. Linux only.
+The script makes trees of tiny PNGs and reads them as training does. After each epoch, it measures
+the private memory of each loader process and of the training process in MiB (Private_* in
+/proc/PID/smaps_rollup). An epoch of a large tree ends after --batches batches. Linux only.
 """
 
 import argparse
@@ -24,11 +25,11 @@ VIEW = {
     "random_resized_crop": {"scale": [0.2, 1.0]},
     "color_jitter": {"brightness": 0.4, "probability": 0.8},
 }
-LINKS = 30_000  # names of one file; file systems have a limit
+LINKS = 30_000  # hard links of one file; file systems have a limit
 
 
 def make_tree(root: Path, num_files: int) -> None:
-    """PNGs of 4 x 4 px, 1,000 in each folder; most are names of the same file."""
+    """Make PNGs of 4 x 4 px, 1,000 in each folder; most are hard links to the same file."""
     paths = [
         root / f"{number // 1000:05d}" / f"image_{number:08d}.png" for number in range(num_files)
     ]
@@ -42,15 +43,14 @@ def make_tree(root: Path, num_files: int) -> None:
 
 
 def own_memory(pid: int | str) -> float:
-    """What a process would give back if it ended, MiB."""
-    private = re.findall(
-        r"^Private_\w+: +(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE
-    )
+    """Return the private memory of a process, MiB."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    private = re.findall(r"^Private_\w+: +(\d+) kB$", rollup, re.MULTILINE)
     return sum(map(int, private)) / 1024
 
 
 def measure(root: str, epochs: int, batches: int, workers: int) -> dict[str, list[float]]:
-    """MiB of each process after each epoch."""
+    """Return the MiB of each process after each epoch."""
     mean = [0.5] * 3
     data = PretrainingData(
         build_source("images", root),
@@ -78,24 +78,19 @@ def main() -> None:
     parser.add_argument("--files", type=int, nargs="+", default=[2_000, 200_000])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument(
-        "--batches", type=int, default=300, help="of 64 images, at most, in an epoch"
+        "--batches", type=int, default=300, help="most batches of 64 images in an epoch"
     )
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    print(
-        f"{'files':>9}  {'':<18}"
-        + "".join(f"{f'epoch {epoch + 1}':>10}" for epoch in range(arguments.epochs))
-    )
+    names = [f"epoch {epoch + 1}" for epoch in range(arguments.epochs)]
+    print(f"{'files':>9}  {'':<18}" + "".join(f"{name:>10}" for name in names))
     for num_files in arguments.files:
         with tempfile.TemporaryDirectory() as scratch:
             make_tree(Path(scratch), num_files)
-            for name, sizes in measure(
-                scratch, arguments.epochs, arguments.batches, arguments.workers
-            ).items():
-                print(
-                    f"{num_files:>9,}  {name:<18}" + "".join(f"{size:>10.1f}" for size in sizes),
-                    flush=True,
-                )
+            found = measure(scratch, arguments.epochs, arguments.batches, arguments.workers)
+        for name, sizes in found.items():
+            columns = "".join(f"{size:>10.1f}" for size in sizes)
+            print(f"{num_files:>9,}  {name:<18}{columns}", flush=True)
 
 
 if __name__ == "__main__":

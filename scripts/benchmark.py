@@ -1,16 +1,19 @@
-"""What this project and its peers take, side by side: same machine, same run, same work, in turns.
+"""Measure this project and its peers on the same machine, in the same run, with the same work.
 
     python scripts/benchmark.py step|loss|update|data|knn|swin|end_to_end|startup
-        [--against lightly] [--against official=PATH] [--only 'resnet18*fp32*'] [--repeats 5] [--sittings 1] [--threads 2]
-        [--device cpu] [--json FILE] [--tiny]
+        [--against lightly] [--against official=PATH] [--only 'resnet18*fp32*'] [--repeats 5]
+        [--sittings 1] [--threads 2] [--device cpu] [--json FILE] [--tiny]
 
-`python scripts/benchmark.py step --help` shows what else ``step`` takes, and so on. ``--against`` names the peers that take
-part: by default every one that is installed; ``official`` is a checkout of facebookresearch/moco. Peers run as they are.
+`python scripts/benchmark.py step --help` shows the further options of ``step``, and so on.
+``--against`` names the peers that take part; by default, all that are installed do. ``official`` is
+a checkout of facebookresearch/moco. Peers run unchanged.
 
-The tables hold medians, with the lowest and highest turn, and the time over each reference's, below 1 is faster: the median
-over the rounds of the ratio within one round. Trust these; single times only on a machine that does nothing else.
-``--only`` takes patterns of ``case: contender``; the lower bound always comes along. ``--json`` keeps every turn.
-``--tiny`` shows in seconds that everything works, and its figures mean nothing.
+The contenders take turns. The tables have the median of each contender, its lowest and highest
+turn, and its time over the time of each reference: the median over the rounds of the ratio within
+one round. Below 1 is faster. Trust these ratios. Trust single times only on a machine that does
+nothing else.
+``--only`` takes patterns of ``case: contender``; the lower bound always takes part. ``--json``
+keeps every turn. ``--tiny`` shows within seconds that everything works; its figures mean nothing.
 """
 
 import argparse
@@ -34,14 +37,17 @@ KINDS = ("step", "loss", "update", "data", "knn", "swin", "end_to_end", "startup
 
 
 def positive(text: str) -> int:
-    """A count from the command line, at least 1."""
+    """Return a count from the command line, at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line; the chosen kind, which alone is imported, adds its own options."""
+    """Parse the command line.
+
+    Only the module of the chosen kind is imported. It adds its own options.
+    """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("kind", nargs="?", choices=KINDS)
     kind = first.parse_known_args(arguments)[0].kind
@@ -53,14 +59,18 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         "--against", action="append", default=[], metavar="PEER", help="lightly, official=PATH"
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="PATTERN", help="of 'case: contender'"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="only what matches 'case: contender'",
     )
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds that count")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds that are counted")
     parser.add_argument(
         "--sittings",
         type=positive,
         default=1,
-        help="new processes for all contenders, each with its rounds",
+        help="how often all contenders are built anew, each time with all rounds",
     )
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -73,40 +83,39 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> list[Row]:
-    """Measure, print a table after each case, and at the end all of them with the machine.
+    """Measure; print the times after each case, and one table with the machine at the end.
 
     Raises:
-        InputError: a peer is not there.
+        InputError: a peer is not available.
     """
     peers = peers_of(arguments.against)
     torch.set_num_threads(arguments.threads)
     machine = describe(torch.device(arguments.device), arguments.threads) | versions(peers)
-    settings: dict[str, Any] = {
-        name: value for name, value in vars(arguments).items() if name not in ("kind", "json")
-    }
+    settings: dict[str, Any] = dict(vars(arguments))
+    del settings["kind"], settings["json"]
+    say = partial(console.print, highlight=False)
+    module = importlib.import_module(f"benchmarks.{arguments.kind}")
     rows: list[Row] = []
-    for case in importlib.import_module(f"benchmarks.{arguments.kind}").cases(arguments, peers):
-        say = partial(console.print, highlight=False)
+    for case in module.cases(arguments, peers):
         found = measure(case, arguments.repeats, arguments.only, say, arguments.sittings)
         rows += found
         for row in found:
-            console.print(f"{row.case}: {row.contender}: {report.spread(row)} ms", highlight=False)
-        if arguments.json:  # after each case: what was measured is kept when a later one fails
+            say(f"{row.case}: {row.contender}: {report.spread(row)} ms")
+        if arguments.json:  # after each case, so that a case that fails later loses nothing
             report.write(arguments.json, arguments.kind, settings, machine, rows)
     report.show(console, rows, machine)
     return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: the exit code is 2, with one line, for a peer that is not there."""
+    """Run the benchmark; exit with code 2 and one line if a peer is not available."""
     given = parsed(arguments)
-    logging.getLogger("pytorch_lightning").setLevel(
-        logging.WARNING
-    )  # it would tell of every Trainer that there is no GPU
+    # Lightning would say of every Trainer that there is no GPU.
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     if getattr(given, "memory_of", None):
-        importlib.import_module("benchmarks.loss").print_memory_of(
-            given.memory_of[0], *map(int, given.memory_of[1:])
-        )
+        form, num_queries, queue_size = given.memory_of
+        module = importlib.import_module("benchmarks.loss")
+        module.print_memory_of(form, int(num_queries), int(queue_size))
         return
     try:
         run(given, Console(width=None if sys.stdout.isatty() else report.WIDTH))

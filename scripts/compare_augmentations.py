@@ -1,10 +1,11 @@
-"""How far both engines are from the official operations, step by step, when all are given the same numbers.
+"""Compare both augmentation engines with the official operations, step by step.
 
     python scripts/compare_augmentations.py [--pair moco_v2] [--image-size 224] [--images 64]
 
-The official ones are torchvision's functional operations and Pillow's blur on Pillow images. Each step is given the
-official result of the step before; the last row is the whole chain. Figures are differences in grey levels of 256: the mean,
-the 99th percentile and the largest over all pixels and channels.
+All get the same random numbers. The official operations are torchvision's functional operations and
+Pillow's blur on Pillow images. Each step gets the official result of the step before. The last row
+is the whole chain. The figures are differences in grey levels of 256: the mean, the 99th percentile
+and the largest over all pixels and channels.
 """
 
 import argparse
@@ -31,12 +32,16 @@ COLOR_STEPS = (
 
 
 def official_step(step: Step, image: Image.Image, drawn: Mapping[str, Any]) -> Image.Image:
-    """A step of a view with one image's numbers, by torchvision and Pillow."""
+    """Apply a step of a view to an image by torchvision and Pillow.
+
+    Args:
+        drawn: the random numbers of the image.
+    """
     operation = step.operation
     if isinstance(operation, RandomResizedCrop):
-        return official.resized_crop(
-            image, *(int(side) for side in drawn["box"]), [operation.image_size] * 2
-        )
+        top, left, height, width = (int(side) for side in drawn["box"])
+        size = [operation.image_size, operation.image_size]
+        return official.resized_crop(image, top, left, height, width, size)
     if isinstance(operation, ColorJitter):
         for number in drawn["order"].tolist():
             if getattr(operation, operation.STEPS[number]):
@@ -48,13 +53,9 @@ def official_step(step: Step, image: Image.Image, drawn: Mapping[str, Any]) -> I
         return image.filter(ImageFilter.GaussianBlur(float(drawn["sigma"])))
     if step.name == "random_affine":
         shift, shear = drawn["shift"].tolist(), [float(drawn["shear"]), 0.0]
+        bilinear = v2.InterpolationMode.BILINEAR
         return official.affine(
-            image,
-            float(drawn["angle"]),
-            shift,
-            1.0,
-            shear,
-            interpolation=v2.InterpolationMode.BILINEAR,
+            image, float(drawn["angle"]), shift, 1.0, shear, interpolation=bilinear
         )
     if step.name == "grayscale":
         return official.rgb_to_grayscale(image, num_output_channels=3)
@@ -65,7 +66,7 @@ def official_step(step: Step, image: Image.Image, drawn: Mapping[str, Any]) -> I
 def official_view(
     view: View, image: Image.Image, numbers: list[dict[str, torch.Tensor]]
 ) -> Image.Image:
-    """All steps of a view with one image's numbers."""
+    """Apply all steps of a view to an image with its random numbers."""
     for step, drawn in zip(view.steps, numbers, strict=True):
         if drawn["applied"]:
             image = official_step(step, image, drawn)
@@ -73,25 +74,28 @@ def official_view(
 
 
 def photograph(random: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 with structure of every size, as in photographs, strong colours and a little noise."""
+    """Return a random image (height, width, 3) uint8 that resembles a photograph.
+
+    It has structure of every size, strong colours and a little noise.
+    """
     image = np.zeros((height, width, 3))
     for cells in (3, 6, 12, 24, 48, 96):
         grid = random.normal(size=(cells, cells, 3)).astype(np.float32)
-        layers = [
-            Image.fromarray(grid[..., channel]).resize((width, height), Image.Resampling.BICUBIC)
-            for channel in range(3)
-        ]
-        image += np.stack([np.asarray(layer) for layer in layers], 2) * 90 / np.sqrt(cells)
+        for channel in range(3):
+            layer = Image.fromarray(grid[..., channel])
+            layer = layer.resize((width, height), Image.Resampling.BICUBIC)
+            image[..., channel] += np.asarray(layer) * 90 / np.sqrt(cells)
     return np.clip(128 + image + random.normal(size=image.shape) * 3, 0, 255).astype(np.uint8)
 
 
 def on_batch(
     view: View, step: int, image: np.ndarray, numbers: list[dict[str, torch.Tensor]]
 ) -> np.ndarray:
-    """One step of the batch engine on one image, as grey levels."""
+    """Return the result of one step of the batch engine on one image, in grey levels."""
     images = torch.from_numpy(image.transpose(2, 0, 1).copy())[None] / 255
     drawn = {name: values[None] for name, values in numbers[step].items()}
-    return (view.steps[step].operation.on_batch(images, drawn)[0] * 255).permute(1, 2, 0).numpy()
+    result = view.steps[step].operation.on_batch(images, drawn)[0]
+    return (result * 255).permute(1, 2, 0).numpy()
 
 
 def main() -> None:
@@ -104,17 +108,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     arguments = parser.parse_args()
     pair = yaml.safe_load((CONFIG_DIR / "augmentation" / f"{arguments.pair}.yaml").read_text())
-    side = (
-        "query" if pair["key"] == "${.query}" else "key"
-    )  # the key's view has every operation of an unequal pair
+    # The key's view has every operation of an unequal pair.
+    side = "query" if pair["key"] == "${.query}" else "key"
     view = View(pair[side], arguments.image_size, side)
     random = np.random.default_rng(0)
     differences: dict[tuple[str, str], list[np.ndarray]] = {}
 
     def note(step: str, engine: str, theirs: np.ndarray, ours: np.ndarray) -> None:
-        differences.setdefault((step, engine), []).append(
-            np.abs(theirs - ours.astype(np.float64)).ravel()
-        )
+        difference = np.abs(theirs - ours.astype(np.float64)).ravel()
+        differences.setdefault((step, engine), []).append(difference)
 
     for index in range(arguments.images):
         whole = photograph(random, 375, 500)
@@ -125,14 +127,13 @@ def main() -> None:
         for place, (step, drawn) in enumerate(zip(view.steps, numbers, strict=True)):
             if not drawn["applied"]:
                 continue
-            before, image = np.asarray(image), official_step(step, image, drawn)
+            before = np.asarray(image)
+            image = official_step(step, image, drawn)
             plain = {name: values.numpy() for name, values in drawn.items()}
             note(step.name, "worker", np.asarray(image), step.operation.on_image(before, plain))
             note(step.name, "batch", np.asarray(image), on_batch(view, place, before, numbers))
-            worker, tensor = (
-                step.operation.on_image(worker, plain),
-                on_batch(view, place, tensor, numbers),
-            )
+            worker = step.operation.on_image(worker, plain)
+            tensor = on_batch(view, place, tensor, numbers)
         note("whole chain", "worker", np.asarray(image), worker)
         note("whole chain", "batch", np.asarray(image), tensor)
 

@@ -1,15 +1,18 @@
-"""Kill a pretraining run again and again, start it again each time, and compare its end with that of an undisturbed run.
+"""Kill a pretraining run again and again, and compare its end with that of an undisturbed run.
 
     python scripts/crash_test.py --kills 50 [--seed 0] [--folder FOLDER]
 
-The run is the quickstart on a short queue. Every process is killed with SIGKILL, with all that it has started, at a moment
-drawn from the seed: while it starts, after some steps, and for every third kill while it writes a checkpoint. Each restart
-is the same command (every fifth with a loader process). Prints what was seen as one JSON object; exit code 1, and why, if
+The run is the quickstart with a short queue. Each process is killed with SIGKILL, together with its
+child processes. The moment is drawn from the seed: while it starts, after some steps, and in every
+third kill while it writes a checkpoint. Each restart has the same command; every fifth also has a
+loader process. The script prints its figures as one JSON object. It ends with exit code 1 and the
+reason if
 
-- a restart fails, or says nothing of the checkpoint that is there;
-- more is lost than steps since `checkpoint.every_n_minutes` came round;
-- a temporary file stays behind in the end;
-- the two ends differ in a bit: weights, queues, optimizer, generators, figures, best checkpoint, the curves of TensorBoard.
+- a restart fails, or does not mention the checkpoint that exists;
+- more is lost than the steps since a checkpoint was due by `checkpoint.every_n_minutes`;
+- a temporary file is left in the end;
+- the two ends differ in a bit of the weights, queues, optimizer, generators, figures, best
+  checkpoint or the curves of TensorBoard.
 
 50 kills took 20 minutes on 2 CPU cores that were busy with other work.
 """
@@ -30,16 +33,21 @@ from typing import Any
 
 BATCH_SIZE = 16
 STEPS_PER_EPOCH = 1437 // BATCH_SIZE
-STEPS_PER_LIFE = 40  # a process is killed within so many
-STEPS_PER_KILL = 24  # so many are gained at most on average, what is lost being done again
+STEPS_PER_LIFE = 40  # a process is killed within this number of steps
+STEPS_PER_KILL = 24  # what the run gains by one process, on average at most
 INTERVAL_MINUTES = 0.01
 RUN = [
-    "+experiment=quickstart", f"data.batch_size={BATCH_SIZE}", "method.queue_size=200", "evaluation.every_n_epochs=1",
-    "evaluation.baselines=false", "checkpoint.every_n_epochs=1", f"checkpoint.every_n_minutes={INTERVAL_MINUTES}",
+    "+experiment=quickstart",
+    f"data.batch_size={BATCH_SIZE}",
+    "method.queue_size=200",
+    "evaluation.every_n_epochs=1",
+    "evaluation.baselines=false",
+    "checkpoint.every_n_epochs=1",
+    f"checkpoint.every_n_minutes={INTERVAL_MINUTES}",
     "trainer.log_every_n_steps=1",
-]  # fmt: skip
+]
 OF_THE_CLOCK = ("images_per_second", "data_wait", "epoch/images_per_second")
-# "config" tells the processes apart that had a loader process.
+# "config" differs in the processes that had a loader process.
 NOT_COMPARED = (*OF_THE_CLOCK, "seconds", "train/seconds", "config")
 
 
@@ -50,23 +58,21 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--folder", type=Path, help="where the two runs go; left out: a temporary one"
+        "--folder", type=Path, help="folder of the two runs; default: a temporary folder"
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        print(
-            json.dumps(
-                crash_test(folder.resolve(), arguments.kills, random.Random(arguments.seed)),
-                indent=2,
-            )
-        )
+        generator = random.Random(arguments.seed)
+        figures = crash_test(folder.resolve(), arguments.kills, generator)
+        print(json.dumps(figures, indent=2))
 
 
 def crash_test(folder: Path, kills: int, generator: random.Random) -> dict[str, Any]:
-    """The figures of the test, in `folder`, which gets the runs ``whole`` and ``killed``."""
-    command = [*RUN, f"trainer.max_epochs={math.ceil(kills * STEPS_PER_KILL / STEPS_PER_EPOCH)}"]
+    """Run the test and return its figures; `folder` gets the runs ``whole`` and ``killed``."""
+    num_epochs = math.ceil(kills * STEPS_PER_KILL / STEPS_PER_EPOCH)
+    command = [*RUN, f"trainer.max_epochs={num_epochs}"]
     begun = time.monotonic()
     whole = Life(folder / "whole", command)
     whole.finish()
@@ -77,7 +83,7 @@ def crash_test(folder: Path, kills: int, generator: random.Random) -> dict[str, 
         if number % 3 == 0:
             life.wait_for_writing(generator)
         elif generator.random() < 0.2:
-            life.wait(lambda: False, generator.uniform(0, whole.startup_seconds))
+            time.sleep(generator.uniform(0, whole.startup_seconds))
         else:
             life.wait_for_steps(generator)
         writing += life.kill()
@@ -115,15 +121,9 @@ class Life:
         self.log = run.with_name(f"{run.name}-{time.monotonic_ns()}")
         self.started = time.time()
         with self.log.with_suffix(".output").open("w") as output:
+            command = [sys.executable, __file__, "--record", str(self.log), *overrides]
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    __file__,
-                    "--record",
-                    str(self.log),
-                    *overrides,
-                    f"hydra.run.dir={run}",
-                ],
+                [*command, f"hydra.run.dir={run}"],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -132,11 +132,18 @@ class Life:
 
     @property
     def steps(self) -> list[tuple[int, float]]:
-        """The step that training went on from, then each that is done, with the second of it."""
+        """Return pairs (step, time).
+
+        The first step is the one that the training continued from. The others are done.
+        """
         if not self.log.is_file():
             return []
         whole_lines = self.log.read_text().rpartition("\n")[0].splitlines()
-        return [(int(step), float(second)) for step, second in map(str.split, whole_lines)]
+        found = []
+        for line in whole_lines:
+            step, second = line.split()
+            found.append((int(step), float(second)))
+        return found
 
     @property
     def reached(self) -> int:
@@ -147,27 +154,31 @@ class Life:
         return self.steps[0][1] - self.started
 
     def wait(self, is_reached: Callable[[], bool], seconds: float = 300.0) -> None:
-        """Until then, or so long; raises RuntimeError if the process ends by itself before."""
+        """Wait until the condition holds, or for `seconds`.
+
+        Raises:
+            RuntimeError: the process has ended by itself.
+        """
         until = time.monotonic() + seconds
         while time.monotonic() < until and not is_reached():
             self.check_alive()
             time.sleep(0.002)
 
     def wait_for_steps(self, generator: random.Random) -> None:
-        """Into the middle of one of the next steps."""
+        """Wait into the middle of one of the next steps."""
         number = generator.randint(1, STEPS_PER_LIFE)
         self.wait(lambda: len(self.steps) >= number)
         time.sleep(generator.uniform(0, 0.1))
 
     def wait_for_writing(self, generator: random.Random) -> None:
-        """Until a checkpoint is half written."""
+        """Stop the process while it writes a checkpoint."""
         number = generator.randint(1, STEPS_PER_LIFE // 2)
         self.wait(lambda: len(self.steps) >= number)
         while True:
             self.wait(lambda: any(self.temporary_files()))
             time.sleep(generator.uniform(0, 0.01))
             os.kill(self.process.pid, signal.SIGSTOP)
-            time.sleep(0.01)  # until it stands still
+            time.sleep(0.01)  # the process stops within this time
             if any(self.temporary_files()):
                 return
             os.kill(self.process.pid, signal.SIGCONT)
@@ -177,36 +188,40 @@ class Life:
 
     def check_alive(self) -> None:
         if self.process.poll() is not None:
-            raise RuntimeError(
-                f"ended by itself with exit code {self.process.returncode}: {self.output()}"
-            )
+            code = self.process.returncode
+            raise RuntimeError(f"the process ended by itself with code {code}: {self.output()}")
 
     def output(self) -> str:
         return self.log.with_suffix(".output").read_text()
 
     def kill(self) -> bool:
-        """End the process and all that it has started; whether it was writing a checkpoint.
+        """Kill the process and its children; return whether it was writing a checkpoint.
 
         Raises:
-            RuntimeError: it was no longer there, or had gone on training without a word of the checkpoint.
+            RuntimeError: it had ended before, or its log does not mention the checkpoint.
         """
         self.check_alive()
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         if self.had_checkpoint and self.steps and "going on from" not in self.output():
-            raise RuntimeError(f"did not go on from {self.checkpoint}: {self.output()}")
+            raise RuntimeError(f"the run did not resume {self.checkpoint}: {self.output()}")
         return any(self.temporary_files())
 
     def finish(self) -> None:
-        """Let it come to its end; raises RuntimeError if that is not exit code 0."""
-        if self.process.wait() != 0:
-            raise RuntimeError(f"failed with exit code {self.process.returncode}: {self.output()}")
-
-    def loss(self) -> tuple[int, float]:
-        """How many steps the kill has undone, and how long they took from the checkpoint on.
+        """Wait for the end of the process.
 
         Raises:
-            RuntimeError: there was time for a checkpoint after the last one, and a step's end at which to write it.
+            RuntimeError: its exit code is not 0.
+        """
+        if self.process.wait() != 0:
+            code = self.process.returncode
+            raise RuntimeError(f"the process failed with code {code}: {self.output()}")
+
+    def loss(self) -> tuple[int, float]:
+        """Return how many steps the kill has undone, and their seconds since the checkpoint.
+
+        Raises:
+            RuntimeError: a checkpoint was due, and a step has ended since without writing it.
         """
         if not self.steps:
             return 0, 0.0
@@ -217,78 +232,90 @@ class Life:
         overdue = [step for step, second in lost[:-1] if second > since + 60 * INTERVAL_MINUTES]
         if overdue:
             raise RuntimeError(
-                f"no checkpoint after step {overdue[0]}, when one was due: {self.steps}, saved {saved}"
+                f"no checkpoint was written after step {overdue[0]}, when one was due: "
+                f"{self.steps}, saved {saved}"
             )
         return len(lost), lost[-1][1] - since if lost else 0.0
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer steps behind a checkpoint."""
+    """Return the number of optimizer steps of a checkpoint."""
     import torch
 
     return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
 
 
 def check_ends(whole: Path, killed: Path) -> None:
-    """Raises RuntimeError if the second run is not as the first is, or not as tidy."""
+    """Compare the two runs.
+
+    Raises:
+        RuntimeError: they differ, or the second one has left temporary files.
+    """
     import torch
 
     found = [f"{path} was left behind" for path in killed.rglob(".*.tmp")]
     for name in ("last.ckpt", "best.ckpt"):
-        one, other = (
-            torch.load(run / "checkpoints" / name, map_location="cpu", weights_only=True)
-            for run in (whole, killed)
-        )
+        one = torch.load(whole / "checkpoints" / name, map_location="cpu", weights_only=True)
+        other = torch.load(killed / "checkpoints" / name, map_location="cpu", weights_only=True)
         found += differences(one, other, name)
-    found += differences(
-        *(json.loads((run / "metrics.json").read_text()) for run in (whole, killed)), "metrics.json"
-    )
+    figures = json.loads((whole / "metrics.json").read_text())
+    other_figures = json.loads((killed / "metrics.json").read_text())
+    found += differences(figures, other_figures, "metrics.json")
     found += differences(curves(whole), curves(killed), "TensorBoard")
     if found:
         raise RuntimeError("\n".join(found))
 
 
 def differences(one: Any, other: Any, place: str) -> list[str]:
-    """The places at which two nested values are not equal, to the last bit."""
+    """Return the places at which two nested values are not equal in every bit."""
     import torch
 
     if isinstance(one, torch.Tensor):
         return [] if torch.equal(one, other) else [f"{place} differs"]
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        compared = [key for key in one if key not in NOT_COMPARED]
-        return [
-            line
-            for key in compared
-            for line in differences(one[key], other[key], f"{place}: {key}")
-        ]
+        found = []
+        for key in one:
+            if key not in NOT_COMPARED:
+                found += differences(one[key], other[key], f"{place}: {key}")
+        return found
     if isinstance(one, (list, tuple)) and len(one) == len(other):
-        pairs = enumerate(zip(one, other, strict=True))
-        return [line for number, pair in pairs for line in differences(*pair, f"{place}[{number}]")]
+        found = []
+        for number, (left, right) in enumerate(zip(one, other, strict=True)):
+            found += differences(left, right, f"{place}[{number}]")
+        return found
     return [] if one == other else [f"{place}: {str(one)[:200]} and {str(other)[:200]}"]
 
 
 def curves(run: Path) -> dict[str, Any]:
-    """TensorBoard's points by name, each as (step, value).
+    """Return TensorBoard's points by name, each as (step, value).
 
-    Without an epoch's times: they come after its checkpoint, and a run that is killed between the two has none.
+    The times of an epoch are left out. They are written after its checkpoint, and a run that is
+    killed between the two has none.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run))
     events.Reload()
     tags = events.Tags()
-    scalars = [tag for tag in tags["scalars"] if not tag.startswith("time/")]
-    points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in scalars}
+    points: dict[str, Any] = {}
+    for tag in tags["scalars"]:
+        if not tag.startswith("time/"):
+            points[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
     for tag in OF_THE_CLOCK:
         points[f"steps of {tag}"] = [step for step, _ in points[tag]]
-    return points | {tag: [event.step for event in events.Images(tag)] for tag in tags["images"]}
+    for tag in tags["images"]:
+        points[tag] = [event.step for event in events.Images(tag)]
+    return points
 
 
 def record_steps(path: Path) -> None:
-    """In the training process: note in a file the step that training starts from, and each when it is done."""
+    """Write to a file the step that the training starts from, and each step that is done.
+
+    It runs in the training process.
+    """
     from moco.methods.moco import MoCo
 
-    file = path.open("a", buffering=1)  # what is written is the system's by the time of a kill
+    file = path.open("a", buffering=1)  # a line survives a kill once it is written
 
     def note(self: MoCo, *_: Any) -> None:
         file.write(f"{self.trainer.global_step} {time.time()}\n")

@@ -1,23 +1,23 @@
-"""What a GPU must show, in one command of minutes.
+"""Check and measure everything that needs a GPU, in one command of minutes.
 
     python -m scripts.gpu_check [PART ...] [--output runs/gpu_check] [--minutes 9]
         [--npz cifar10.npz] [--against official=PATH] [--again PART ['PART: CASE*' ...]]
     python -m scripts.gpu_check --rehearse
     python -m scripts.gpu_check --write-docs runs/gpu_check
 
-Parts: tests, waits, resume, step, loss, knn, data, end_to_end, speed_run. All of them run by
-default, the most important first. Each has a process of its own and its own share of the time.
-What does not fit is left over, and the same command goes on with it.
+Parts: tests, waits, resume, step, loss, knn, data, end_to_end, speed_run. By default all of them
+run, the most important first. Each has a process of its own and a share of the time. The same
+command continues with the cases that did not fit into the time.
 
-The folder gets a JSON file and a log for each part, gpu_check.json with all of it, and
-gpu_check.md with the tables. To go on elsewhere, gpu_check.json is enough.
+The folder gets a JSON file and a log for each part, gpu_check.json with all results, and
+gpu_check.md with the tables. To continue on another machine, gpu_check.json is enough.
 
-Nothing is downloaded. A peer that is not installed has a row that says so, and without --npz the
-speed run trains on images that are made on the spot. --rehearse does everything at tiny sizes on
-the CPU. --write-docs takes the tables into docs/gpu.md.
+Nothing is downloaded. If a peer is not installed, its row says so. Without --npz, the speed run
+trains on images that the script makes. --rehearse runs everything at tiny sizes on the CPU.
+--write-docs adds the tables to docs/gpu.md.
 
-Exit codes: 0 done, or out of time; 1 something failed, and its row says what; 2 bad input, or no
-GPU.
+Exit codes: 0 done, or out of time; 1 something failed, and its row has the error; 2 bad input, or
+no GPU.
 """
 
 import argparse
@@ -37,11 +37,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# The parent must leave the GPU alone, or the processes that are forked off it cannot use it. With
-# this, PyTorch asks the driver's management library whether there is a GPU.
+# The parent must not use the GPU, because its forked processes could then not use it. With this
+# setting, PyTorch asks the management library of the driver whether there is a GPU.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-# The benchmarks import each other with this folder on the path, as `python scripts/benchmark.py`
-# has it.
+# The benchmarks import each other from this folder, as in `python scripts/benchmark.py`.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
@@ -70,14 +69,14 @@ SHARES = {
 }
 """The share of the whole time that a part may take in the first round. Most need much less."""
 LEAST_SECONDS = dict.fromkeys(PARTS, 15.0) | {"step": 30.0, "end_to_end": 40.0, "speed_run": 100.0}
-"""A part is not begun with less."""
+"""A part does not start with less time."""
 LOOK_SECONDS = 120.0
 FORKED_TOO_LATE = 76
-"""Exit code of a part whose process cannot use the GPU, as its parent has used it before."""
+"""Exit code of a part whose process cannot use the GPU because its parent has used it."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; exits with the code that the module's text says."""
+    """Run the check; exit with one of the codes in the module's docstring."""
     given = parsed(arguments)
     try:
         if given.write_docs:
@@ -101,9 +100,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="only these parts")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of the results")
-    parser.add_argument("--minutes", type=minutes, default=9.0, help="that all of it may take")
-    parser.add_argument("--again", nargs="+", default=[], metavar="PATTERN", help="measure anew")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder of the results")
+    parser.add_argument("--minutes", type=minutes, default=9.0, help="time limit")
+    parser.add_argument("--again", nargs="+", default=[], metavar="PATTERN", help="measure again")
     parser.add_argument("--npz", metavar="FILE", help="images of the speed run")
     parser.add_argument(
         "--against", action="append", default=[], metavar="official=PATH", help="a checkout"
@@ -116,13 +115,13 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def minutes(text: str) -> float:
-    """A time from the command line, above 0."""
+    """Return a number of minutes from the command line, above 0."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
     return value
 
 
@@ -137,10 +136,10 @@ def ended_by_signals() -> Any:
 
 
 def check(given: argparse.Namespace) -> bool:
-    """Measure what is missing, and write the tables; returns whether anything failed.
+    """Measure what is missing and write the tables; return whether anything failed.
 
     Raises:
-        InputError: the command line asks for something that is not there.
+        InputError: the command line names something that does not exist.
     """
     started = time.monotonic()
     for part in given.parts:
@@ -165,7 +164,7 @@ def check(given: argparse.Namespace) -> bool:
 
 
 def look(device_type: str) -> dict[str, Any]:
-    """What this machine is, found out in a process of its own.
+    """Return the description of this machine; a process of its own finds it out.
 
     Raises:
         InputError: no GPU can be used.
@@ -180,7 +179,8 @@ def look(device_type: str) -> dict[str, Any]:
     end_group(process)
     if isinstance(found, str):
         raise InputError(
-            f"no CUDA device can be used here; --rehearse tries everything on the CPU, at tiny sizes ({found})"
+            "no CUDA device can be used here; --rehearse tries everything on the CPU, at tiny "
+            f"sizes ({found})"
         )
     return found
 
@@ -207,13 +207,13 @@ def look_in_child(connection: Connection, device_type: str) -> None:
 
 
 def forget(patterns: Sequence[str], folder: Folder, sizes: Sizes) -> None:
-    """Drop the results that are to be measured again.
+    """Drop the results that will be measured again.
 
     Args:
-        patterns: of ``part`` or ``part: case``, with the wildcards of file names.
+        patterns: patterns of ``part`` or ``part: case``, with the wildcards of file names.
 
     Raises:
-        InputError: a pattern that fits nothing.
+        InputError: a pattern matches nothing.
     """
     for pattern in patterns:
         fits_any = False
@@ -226,17 +226,19 @@ def forget(patterns: Sequence[str], folder: Folder, sizes: Sizes) -> None:
                 file.forget(cases)
         if not fits_any:
             choices = ", ".join(PARTS)
-            raise InputError(f"--again {pattern}: fits no part and no 'part: case' ({choices})")
+            raise InputError(
+                f"--again {pattern}: it matches no part and no 'part: case' ({choices})"
+            )
 
 
 class Run:
-    """The parts of one start, each in a process of its own, until the time is over.
+    """Runs the parts, each in a process of its own, until the time is over.
 
     Args:
-        folder: of the results.
-        context: what the parts measure with; each gets a scratch folder of its own.
-        deadline: of `time.monotonic`.
-        seconds: from the start to the deadline.
+        folder: the folder of the results.
+        context: given to the parts; each also gets a scratch folder.
+        deadline: the end, as a value of `time.monotonic`.
+        seconds: the time from the start to the deadline.
     """
 
     def __init__(
@@ -250,14 +252,14 @@ class Run:
         self.context = context
         self.deadline = deadline
         self.seconds = seconds
-        self.method = "fork"  # imports take seconds, and a forked process has them already
+        self.method = "fork"  # a forked process needs no imports, which take seconds
 
     @property
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
 
     def all_parts(self, parts: Sequence[str]) -> None:
-        """Give each part its share, then those that need more what is left."""
+        """Give each part its share, then the rest of the time to those that need more."""
         missing = []
         for part in PARTS:
             if part not in parts:
@@ -278,13 +280,13 @@ class Run:
         self.write()
 
     def one_part(self, part: str, share: float) -> None:
-        """Run a part until it is done, or its time is over."""
+        """Run a part until it is done or its time is over."""
         file = self.folder.parts[part]
         limit = min(share, self.seconds_left)
         if limit < LEAST_SECONDS[part] and not self.context.is_rehearsal:
             file.content["out_of_time"] = True
             file.write()
-            print(f"{part}: no time left, the same command goes on with it", flush=True)
+            print(f"{part}: no time left, the same command continues with it", flush=True)
             return
         begun = time.monotonic()
         while not file.is_complete and time.monotonic() < begun + limit:
@@ -303,13 +305,13 @@ class Run:
         print(f"{part}: {counts(file)}, {time.monotonic() - begun:.0f} s", flush=True)
 
     def one_process(self, part: str, limit: float) -> int | None:
-        """Measure in a new process what the part lacks.
+        """Measure the missing cases of a part in a new process.
 
         Returns:
-            Its exit status, or None if it was ended after `limit` seconds.
+            The exit status, or None if the process was killed after `limit` seconds.
         """
         file = self.folder.parts[part]
-        file.content["running"] = None  # what an ended process was at is no concern of the next one
+        file.content["running"] = None  # a new process starts without a case
         file.write()
         with tempfile.TemporaryDirectory(prefix=f"gpu_check_{part}_") as scratch:
             context = replace(self.context, scratch=Path(scratch))
@@ -321,48 +323,48 @@ class Run:
                 end_group(process)
 
     def write(self) -> None:
-        """The merged file, and the tables as Markdown."""
+        """Write the merged file, and the tables as Markdown."""
         content = self.folder.merge()
         (self.folder.path / REPORT).write_text(tables.report(rows(self.context.sizes), content))
 
 
 def started_process(method: str, work: Any, arguments: tuple[Any, ...]) -> BaseProcess:
-    """A process, and a group of processes that begins with it."""
+    """Start a process as the first of a new process group."""
     context = multiprocessing.get_context(method)
     process = context.Process(target=in_own_group, args=(work, arguments))
     with warnings.catch_warnings():
-        # Python 3.12 warns of threads, which libraries start when they are imported. They compute
-        # nothing, and hold no locks.
+        # Python 3.12 warns of threads, which libraries start at import. They do nothing yet, and
+        # hold no locks.
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     return process
 
 
 def in_own_group(work: Any, arguments: tuple[Any, ...]) -> None:
-    """Begin a group of processes, so that all that this one starts can be ended with it."""
+    """Start a process group, so that this process can be killed with all its children."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     work(*arguments)
 
 
 def end_group(process: BaseProcess) -> None:
-    """End a process with all that it has started, such as loader processes or compilers."""
+    """Kill a process with all its children, such as loader processes or compilers."""
     assert process.pid is not None
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    if process.is_alive():  # it had not come to having a group of its own
+    if process.is_alive():  # it had no group of its own yet
         process.kill()
     process.join()
 
 
 def part_in_child(part: str, file: PartFile, context: measuring.Context) -> None:
-    """In a part's own process: all that is printed goes to its log."""
+    """Run a part in its own process; its output goes to its log."""
     with file.log.open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 (as long as the process)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    # Programs that a part starts find the same packages.
+    # Child processes of the part find the same packages.
     paths = [str(REPOSITORY), str(REPOSITORY / "scripts"), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if context.device.type == "cuda":
@@ -392,7 +394,7 @@ def note_crash(file: PartFile, of_part: list[Any], status: int) -> None:
 
 
 def counts(file: PartFile) -> str:
-    """How many rows are in which state."""
+    """Return how many rows are in which state, in words."""
     states = [row["state"] for row in file.rows]
     words = [f"{states.count(MEASURED)} rows measured"]
     if FAILED in states:

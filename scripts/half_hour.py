@@ -1,15 +1,17 @@
-"""What half an hour here buys: `+experiment=cifar10_cpu`, lightly's MoCo example and the official CIFAR-10 recipe.
+"""Compare the accuracy on CIFAR-10 after half an hour of training on this machine.
 
-    python scripts/half_hour.py cifar10.npz OUTPUT_FOLDER [--minutes 30] [--turn 5] [--lightly PYTHON] [KEY=VALUE ...]
+    python scripts/half_hour.py cifar10.npz OUTPUT_FOLDER [--minutes 30] [--turn 5]
+        [--lightly PYTHON] [KEY=VALUE ...]
 
-The contenders train in turns, each for the same time by the clock, in which nothing else of this program runs. Features and
-the kNN (k 200, T 0.1, backbone feature, test images against all training images) do not count. After every turn
-OUTPUT_FOLDER/half_hour.json and half_hour.md are written anew, and half_hour.png if matplotlib is there (the extra `docs`).
-KEY=VALUE are settings of ours, such as trainer.max_epochs=20.
+The contenders are `+experiment=cifar10_cpu`, lightly's MoCo example and the official CIFAR-10
+recipe. They train in turns for the same time, in which no other part of this program runs. The
+features and the kNN measurement (k 200, T 0.1, backbone feature, test images against all training
+images) are not counted. After every turn, half_hour.json, half_hour.md and half_hour.png are
+written to OUTPUT_FOLDER again. KEY=VALUE are settings of cifar10_cpu, such as
+trainer.max_epochs=20.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 CONTENDER = Path(__file__).with_name("half_hour_contender.py")
 NAMES = {
@@ -33,12 +36,12 @@ NUM_NEIGHBORS, TEMPERATURE = 200, 0.1
 
 
 class Contender:
-    """A process that trains when it is told to.
+    """A process that trains in its turns.
 
     Args:
-        python: the interpreter that has what it needs.
-        seconds: that it will get in all.
-        options: as of half_hour_contender.py.
+        python: an interpreter with its packages.
+        seconds: the seconds of all its turns.
+        options: further arguments of half_hour_contender.py.
     """
 
     def __init__(
@@ -52,17 +55,9 @@ class Contender:
     ) -> None:
         self.name = name
         self.features = folder / f"{name}.npz"
-        command = [
-            python,
-            str(CONTENDER),
-            name,
-            str(npz),
-            str(self.features),
-            str(seconds),
-            *options,
-        ]
+        arguments = [name, str(npz), str(self.features), str(seconds), *options]
         self.process = subprocess.Popen(
-            command,
+            [python, str(CONTENDER), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -73,7 +68,7 @@ class Contender:
         self._answer()
 
     def train(self, seconds: float, labels: tuple[np.ndarray, np.ndarray]) -> None:
-        """One turn; adds a point to the curve."""
+        """Train for one turn, and add a point to the curve."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
@@ -81,29 +76,27 @@ class Contender:
         self.finished = answer["finished"]
         top1 = accuracy(self.features, labels)
         epochs = answer["images"] / len(labels[0])
-        self.curve.append({"minutes": answer["seconds"] / 60, "epochs": epochs, "top1": top1})
-        print(
-            f"{self.name}: {answer['seconds'] / 60:.1f} minutes, {epochs:.2f} epochs, kNN {top1:.4f}",
-            flush=True,
-        )
+        minutes = answer["seconds"] / 60
+        self.curve.append({"minutes": minutes, "epochs": epochs, "top1": top1})
+        progress = f"{minutes:.1f} minutes, {epochs:.2f} epochs, kNN {top1:.4f}"
+        print(f"{self.name}: {progress}", flush=True)
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(
-                f"{self.name} ended with status {self.process.wait()}; what it said stands above"
-            )
+            status = self.process.wait()
+            sys.exit(f"{self.name} ended with status {status}; its output is above")
         return dict(json.loads(line))
 
     def end(self) -> None:
-        """With its loader processes."""
+        """Kill the process and its loader processes."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 def accuracy(features: Path, labels: tuple[np.ndarray, np.ndarray]) -> float:
-    """Top-1 of the kNN, a fraction."""
+    """Return the top-1 accuracy of the kNN, 0 to 1."""
     from moco.evaluation.knn import knn_accuracy
 
     arrays = np.load(features)
@@ -115,7 +108,7 @@ def accuracy(features: Path, labels: tuple[np.ndarray, np.ndarray]) -> float:
 def compare(
     contenders: Sequence[Contender], npz: Path, seconds: float, turn: float, output: Path
 ) -> None:
-    """Let them take turns until each had its seconds, writing down how they stand."""
+    """Let the contenders take turns until each has had its time; write the results each time."""
     arrays = np.load(npz)
     labels = (arrays["train_labels"].ravel(), arrays["test_labels"].ravel())
     begun = 0.0
@@ -129,7 +122,7 @@ def compare(
 
 
 def write(contenders: Sequence[Contender], seconds: float, output: Path) -> None:
-    """The three files."""
+    """Write the three files."""
     output.mkdir(parents=True, exist_ok=True)
     curves = {contender.name: contender.curve for contender in contenders}
     machine = {
@@ -146,45 +139,37 @@ def write(contenders: Sequence[Contender], seconds: float, output: Path) -> None
     }
     (output / "half_hour.json").write_text(json.dumps(result, indent=2) + "\n")
     (output / "half_hour.md").write_text(table(curves))
-    with contextlib.suppress(ImportError):
-        draw(curves, output / "half_hour.png")
+    draw(curves, output / "half_hour.png")
 
 
 def table(curves: dict[str, list[dict[str, float]]]) -> str:
-    """In Markdown: how each ended."""
+    """Return the final figures of each contender as a Markdown table."""
     lines = ["| | minutes | epochs | kNN top-1, % |", "|---|---|---|---|"]
     for name, curve in curves.items():
         end = curve[-1]
-        lines.append(
-            f"| {NAMES[name]} | {end['minutes']:.1f} | {end['epochs']:.2f} | {100 * end['top1']:.1f} |"
-        )
+        cells = [NAMES[name], f"{end['minutes']:.1f}", f"{end['epochs']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {100 * end['top1']:.1f} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Accuracy over the minutes of training."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    """Plot the accuracy over the minutes of training."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
     for name, curve in curves.items():
-        axes.plot(
-            [point["minutes"] for point in curve],
-            [100 * point["top1"] for point in curve],
-            "o-",
-            label=NAMES[name],
-        )
-    axes.set(
-        xlabel="minutes of training",
-        ylabel="kNN top-1, %",
-        title=f"CIFAR-10, {os.cpu_count()} cores",
-    )
+        minutes = [point["minutes"] for point in curve]
+        percents = [100 * point["top1"] for point in curve]
+        axes.plot(minutes, percents, "o-", label=NAMES[name])
+    axes.set(xlabel="minutes of training", ylabel="kNN top-1, %")
+    axes.set_title(f"CIFAR-10, {os.cpu_count()} cores")
     axes.legend()
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="What half an hour on this machine buys.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "npz", type=Path, help="CIFAR-10: train_images, train_labels, test_images, test_labels"
     )
@@ -200,11 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="PYTHON",
         help="an interpreter that has lightly",
     )
-    parser.add_argument("--batch-size", default="0", help="of the others; 0: as published")
+    parser.add_argument(
+        "--batch-size", default="0", help="batch size of the others; 0: as published"
+    )
     parser.add_argument(
         "--num-workers", default=str(os.cpu_count()), help="loader processes of the others"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of ours")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of cifar10_cpu")
     given = parser.parse_intermixed_args(arguments)
     seconds = 60 * given.minutes
     options = ["--batch-size", given.batch_size, "--num-workers", given.num_workers]

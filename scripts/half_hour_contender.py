@@ -1,9 +1,11 @@
-"""One contender of scripts/half_hour.py: trains when it is its turn, and embeds CIFAR-10 at the end of every turn.
+"""One contender of scripts/half_hour.py, which trains in turns and embeds CIFAR-10 after each turn.
 
-    python scripts/half_hour_contender.py NAME NPZ FEATURES SECONDS [--batch-size N] [--num-workers N] [KEY=VALUE ...]
+    python scripts/half_hour_contender.py NAME NPZ FEATURES SECONDS [--batch-size N]
+        [--num-workers N] [KEY=VALUE ...]
 
-Reads a number of seconds from standard input, trains for so long, writes the backbone's features of all images to FEATURES
-and answers with a line of JSON. SECONDS is all that it will get; the schedules of `lightly` and `official` end with it.
+It reads a number of seconds from standard input, trains for this time, writes the backbone's
+features of all images to FEATURES and answers with a line of JSON. SECONDS is the time of all
+turns. The schedules of `lightly` and `official` end with it.
 """
 
 import argparse
@@ -32,17 +34,20 @@ IMAGENET_NORMALISATION = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 class Turns:
-    """Ends a training loop's turns, and counts the seconds and images of those that it had.
+    """Ends the turns of a training loop, and counts their seconds and images.
 
     Args:
         total: seconds of all turns together.
-        answers: where the end of a turn is told.
+        answers: the file that gets a line of JSON at the end of a turn.
         embed: writes the features of the images.
     """
 
     def __init__(self, total: float, answers: Any, embed: Callable[[nn.Module], None]) -> None:
-        self.total, self.answers, self.embed = total, answers, embed
-        self.spent, self.images = 0.0, 0
+        self.total = total
+        self.answers = answers
+        self.embed = embed
+        self.spent = 0.0
+        self.images = 0
 
     def begin(self) -> None:
         """Say that training can start, and wait for the first turn."""
@@ -50,11 +55,11 @@ class Turns:
 
     @property
     def share(self) -> float:
-        """Of the seconds of all turns, what has passed: 0 to 1."""
+        """Return the share of the total time that has passed, 0 to 1."""
         return min(1.0, (self.spent + time.perf_counter() - self.since) / self.total)
 
     def step_done(self, images: int, backbone: nn.Module, is_last: bool = False) -> None:
-        """Count a step; where the turn is over, embed, and wait for the next one."""
+        """Count a step. At the end of a turn, embed the images and wait for the next turn."""
         self.images += images
         now = time.perf_counter()
         if now - self.since < self.seconds and not is_last:
@@ -73,12 +78,18 @@ class Turns:
 
 
 class Views(Dataset[list[Tensor]]):
-    """Two views of each image of (M, 32, 32, 3) uint8, by a transform of Pillow images that gives both."""
+    """Two views of each image.
+
+    Args:
+        images: (images, 32, 32, 3), uint8.
+        transform: from a Pillow image to both views.
+    """
 
     def __init__(
         self, images: np.ndarray, transform: Callable[[Image.Image], list[Tensor]]
     ) -> None:
-        self.images, self.transform = images, transform
+        self.images = images
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.images)
@@ -88,7 +99,7 @@ class Views(Dataset[list[Tensor]]):
 
 
 class Twice:
-    """Two views by one transform."""
+    """Makes two views with one transform."""
 
     def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
         self.transform = transform
@@ -100,24 +111,32 @@ class Twice:
 def endless(
     images: np.ndarray, transform: Any, batch_size: int, num_workers: int
 ) -> Iterator[list[Tensor]]:
-    """Shuffled batches, epoch after epoch; the first is made before the clock runs."""
+    """Yield shuffled batches, epoch after epoch."""
     views = Views(images, transform)
-    workers = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
-    loader = DataLoader(views, batch_size, shuffle=True, drop_last=True, **workers)  # type: ignore[arg-type]
+    loader = DataLoader(
+        views,
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
     while True:
         yield from loader
 
 
 def from_cosine(start: float, end: float, share: float) -> float:
-    """Half a cosine from one value to another."""
+    """Return the value of half a cosine from `start` to `end`."""
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 def lightly(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int) -> None:
-    """The MoCo example of lightly's documentation (https://docs.lightly.ai/self-supervised-learning/examples/moco.html).
+    """Train as the MoCo example of lightly's documentation.
 
-    ResNet-18 as torchvision has it, projection 512-512-128, MoCoV2Transform(32), batch 256, a memory bank of 4,096, SGD at
-    0.06, key momentum from 0.996 to 1. Differs to its benefit: the learning rate, constant there, follows a cosine to 0.
+    It has torchvision's ResNet-18, a head 512-512-128, MoCoV2Transform(32), batch 256, a memory
+    bank of 4,096, SGD with lr 0.06, and a key momentum from 0.996 to 1. Differs to its benefit: the
+    learning rate, which is constant there, follows a cosine to 0.
+    Source: https://docs.lightly.ai/self-supervised-learning/examples/moco.html
     """
     from lightly.loss import NTXentLoss
     from lightly.models.modules import MoCoProjectionHead
@@ -146,18 +165,20 @@ def lightly(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int)
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """BatchNorm that normalises eight groups of a batch each by themselves, as on eight devices."""
+    """BatchNorm that normalises eight groups of a batch separately, as on eight devices."""
 
     GROUPS = 8
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) to the same; in training N is a multiple of the groups."""
+        """Normalise (batch, channels, height, width), which eight groups must fit in training."""
         if not self.training:
             return super().forward(images)
         assert self.running_mean is not None
         assert self.running_var is not None
-        mean, var = (values.repeat(self.GROUPS) for values in (self.running_mean, self.running_var))
-        weight, bias = self.weight.repeat(self.GROUPS), self.bias.repeat(self.GROUPS)
+        mean = self.running_mean.repeat(self.GROUPS)
+        var = self.running_var.repeat(self.GROUPS)
+        weight = self.weight.repeat(self.GROUPS)
+        bias = self.bias.repeat(self.GROUPS)
         num, channels, height, width = images.shape
         grouped = images.reshape(num // self.GROUPS, self.GROUPS * channels, height, width)
         normed = F.batch_norm(
@@ -169,17 +190,19 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 def official(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int) -> None:
-    """The recipe of the official CIFAR-10 notebook (github.com/facebookresearch/moco, branch colab-notebook).
+    """Train as the official CIFAR-10 notebook.
 
-    ResNet-18 with a 3x3 stem, one linear layer to 128, split BatchNorm with shuffled keys, batch 512, K 4,096, T 0.1,
-    m 0.99, SGD at 0.06 with weight decay 5e-4, Pillow images one by one. Differs to its benefit: the cosine ends with the
-    time.
+    It has a ResNet-18 with a 3x3 stem, one linear layer to 128, split BatchNorm with shuffled keys,
+    batch 512, K 4,096, T 0.1, m 0.99, SGD with lr 0.06 and weight decay 5e-4, and Pillow images one
+    by one. Differs to its benefit: the cosine ends with the time.
+    Source: github.com/facebookresearch/moco, branch colab-notebook
     """
     query_encoder = resnet18(num_classes=128, norm_layer=SplitBatchNorm)
     query_encoder.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     query_encoder.maxpool = nn.Identity()
     key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
-    queue, pointer = F.normalize(torch.randn(4096, 128)), 0  # (K, C) unit norm
+    queue = F.normalize(torch.randn(4096, 128))  # (K, C) unit norm
+    pointer = 0
     optimizer = torch.optim.SGD(
         query_encoder.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4
     )
@@ -202,14 +225,14 @@ def official(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int
         query_view, key_view = batch
         query = F.normalize(query_encoder(query_view))  # (N, C)
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(key_encoder.parameters()), list(query_encoder.parameters()), 0.01
-            )
+            for key_weight, query_weight in zip(
+                key_encoder.parameters(), query_encoder.parameters(), strict=True
+            ):
+                key_weight.lerp_(query_weight, 0.01)
             order = torch.randperm(len(key_view))
             key = F.normalize(key_encoder(key_view[order]))[order.argsort()]  # (N, C)
-        logits = (
-            torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], 1) / 0.1
-        )  # (N, 1+K)
+        positive = (query * key).sum(1, keepdim=True)
+        logits = torch.cat([positive, query @ queue.T], 1) / 0.1  # (N, 1+K)
         loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
         optimizer.zero_grad()
         loss.backward()
@@ -221,7 +244,7 @@ def official(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int
 
 
 def ours(npz: str, turns: Turns, overrides: list[str]) -> None:
-    """`+experiment=cifar10_cpu`, with all that moco.train does beside it but for the kNN measurements."""
+    """Train `+experiment=cifar10_cpu` with all that moco.train does, except for the kNN monitor."""
     import dataclasses
 
     import pytorch_lightning as pl
@@ -240,10 +263,8 @@ def ours(npz: str, turns: Turns, overrides: list[str]) -> None:
         def on_train_batch_end(
             self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, index: int
         ) -> None:
-            backbone = pl_module.query_encoder.backbone
-            turns.step_done(
-                len(batch.indices), backbone, trainer.global_step == pl_module.num_steps
-            )
+            is_last = trainer.global_step == pl_module.num_steps
+            turns.step_done(len(batch.indices), pl_module.query_encoder.backbone, is_last)
 
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -266,8 +287,12 @@ def ours(npz: str, turns: Turns, overrides: list[str]) -> None:
 def embedding(
     npz: dict[str, np.ndarray], normalisation: Any, path: str
 ) -> Callable[[nn.Module], None]:
-    """What writes a backbone's features of all images, in eval mode and fp32, to `path`."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalisation)
+    """Return a function that writes a backbone's features of all images to `path`.
+
+    They are computed in eval mode and fp32.
+    """
+    mean = torch.tensor(normalisation[0]).view(1, 3, 1, 1)
+    std = torch.tensor(normalisation[1]).view(1, 3, 1, 1)
 
     @torch.no_grad()
     def features(backbone: nn.Module, images: np.ndarray) -> np.ndarray:
@@ -279,11 +304,9 @@ def embedding(
         if classifier is not None:
             backbone.fc = nn.Identity()
         backbone.eval()
-        np.savez(
-            path,
-            bank=features(backbone, npz["train_images"]),
-            queries=features(backbone, npz["test_images"]),
-        )
+        bank = features(backbone, npz["train_images"])
+        queries = features(backbone, npz["test_images"])
+        np.savez(path, bank=bank, queries=queries)
         backbone.train()
         if classifier is not None:
             backbone.fc = classifier
@@ -303,10 +326,10 @@ def main() -> None:
     parser.add_argument(
         "--num-workers", type=int, default=2, help="loader processes of lightly and official"
     )
-    parser.add_argument("overrides", nargs="*", help="of ours, KEY=VALUE")
+    parser.add_argument("overrides", nargs="*", help="settings of ours, KEY=VALUE")
     given = parser.parse_intermixed_args()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries may print, and that is not an answer
     torch.manual_seed(0)
     arrays = dict(np.load(given.npz))
     normalisation = IMAGENET_NORMALISATION if given.name == "lightly" else CIFAR_NORMALISATION

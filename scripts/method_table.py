@@ -1,8 +1,9 @@
-"""The table of docs/methods.md: what each published variant is, taken from conf/.
+"""Write the table of published methods in docs/methods.md from conf/.
 
     python scripts/method_table.py
 
-Composes one experiment of every method and writes the table between the two marks of the page.
+It composes at least one experiment of every method and writes the table between the two markers of
+the page.
 """
 
 from pathlib import Path
@@ -24,34 +25,40 @@ EXPERIMENTS = (
     "imagenet_moby_swin_t",
     "imagenet_densecl_resnet50",
 )
-"""At least one of each method, on ImageNet as published."""
+"""At least one experiment of each method, on ImageNet as published."""
 COLUMNS = (
-    "method", "backbone", "head", "predictor", "negatives", "symmetric", "T", "K", "dim", "m", "batch norm", "optimizer",
+    "method",
+    "backbone",
+    "head",
+    "predictor",
+    "negatives",
+    "symmetric",
+    "T",
+    "K",
+    "dim",
+    "m",
+    "batch norm",
+    "optimizer",
     "views",
-)  # fmt: skip
+)
 
 
 def composed(experiment: str) -> tuple[dict[str, str], TrainConfig]:
-    """The names chosen in each group, and the config."""
+    """Return the chosen name of each config group, and the config."""
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = compose(
-            "train", [f"+experiment={experiment}", "data.root=."], return_hydra_config=True
-        )
+        overrides = [f"+experiment={experiment}", "data.root=."]
+        config = compose("train", overrides, return_hydra_config=True)
     choices = dict(config.hydra.runtime.choices)
-    return choices, parse(
-        OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), TrainConfig
-    )
+    keys = [key for key in config if key != "hydra"]
+    return choices, parse(OmegaConf.masked_copy(config, keys), TrainConfig)
 
 
 def row(experiment: str) -> dict[str, str]:
-    """What the experiment's method is, by column."""
+    """Return the cells of an experiment's row, by column."""
     choices, config = composed(experiment)
-    method, optimizer, crop = (
-        config.method,
-        config.optimizer,
-        config.augmentation.query["random_resized_crop"],
-    )
+    method, optimizer = config.method, config.optimizer
+    crop = config.augmentation.query["random_resized_crop"]
     batch_size = optimizer.lr_for_batch_size or config.data.batch_size
     texts = {
         "method": f"`{choices['method']}`",
@@ -74,44 +81,50 @@ def row(experiment: str) -> dict[str, str]:
 
 
 def head(settings: ProjectorConfig) -> str:
-    """A projector or predictor in words."""
-    if settings.num_layers < 2:
-        return ("none", "linear")[settings.num_layers]
-    width = f"{settings.num_layers} layers" + (
-        f", {settings.hidden_dim} wide" if settings.hidden_dim else ""
-    )
-    norms = {(True, False): ", BN", (True, True): ", BN, last too"}
-    return width + norms.get((settings.hidden_batch_norm, settings.last_batch_norm), "")
+    """Return a projector or predictor in words."""
+    if settings.num_layers == 0:
+        return "none"
+    if settings.num_layers == 1:
+        return "linear"
+    words = f"{settings.num_layers} layers"
+    if settings.hidden_dim:
+        words += f", {settings.hidden_dim} wide"
+    if settings.hidden_batch_norm:
+        words += ", BN"
+        if settings.last_batch_norm:
+            words += ", last too"
+    return words
 
 
 def negatives(config: TrainConfig) -> str:
     method = config.method
     if method.negatives == "batch":
         return "batch"
-    of_cells = f", {method.dense_weight:g} dense" if method.dense_weight else ""
-    return ("queue", "2 queues")[method.num_queues - 1] + of_cells
+    words = "queue" if method.num_queues == 1 else "2 queues"
+    if method.dense_weight:
+        words += f", {method.dense_weight:g} dense"
+    return words
 
 
 def symmetric(config: TrainConfig) -> str:
     method = config.method
-    return (method.symmetric_reduction if method.symmetric else "no") + (
-        ", times 2T" if method.loss_times_2t else ""
-    )
+    words = method.symmetric_reduction if method.symmetric else "no"
+    if method.loss_times_2t:
+        words += ", times 2T"
+    return words
 
 
 def table() -> str:
-    """In Markdown, its lines ended."""
-    rows = [row(experiment) for experiment in EXPERIMENTS]
-    cells = [
-        COLUMNS,
-        ["---"] * len(COLUMNS),
-        *([texts[column] for column in COLUMNS] for texts in rows),
-    ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    """Return the table in Markdown."""
+    lines = [list(COLUMNS), ["---"] * len(COLUMNS)]
+    for experiment in EXPERIMENTS:
+        texts = row(experiment)
+        lines.append([texts[column] for column in COLUMNS])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def renewed(page: str) -> str:
-    """The page with the table as conf/ has it now."""
+    """Return the page with the table of the present conf/."""
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}{table()}{END}{after}"

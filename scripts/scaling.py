@@ -1,10 +1,12 @@
-"""What a step of the large recipes keeps and sends, per device, and how long the recipes take at a measured speed.
+"""Compute the memory and network traffic of the large recipes, and their hours at a given speed.
 
     python scripts/scaling.py [--images-per-second 1500 --bandwidth 20]
 
-Counted on the real models: parameters, optimizer and queue in bytes; what autograd keeps for one image (every storage that
-is saved for backward, parameters left out), in fp32 and under bf16 autocast; bytes that a process receives in a step.
-Computed from them: hours on 1, 8 and 64 devices, the network either hidden behind the backward pass or not at all.
+Three figures are counted on the real models: the bytes of parameters, optimizer and queue; the
+bytes that autograd keeps for one image in fp32 and in bf16 autocast (all storages that are saved
+for backward, except parameters); and the bytes that a process receives in a step. The hours on 1, 8
+and 64 devices are computed from them, with the communication either fully hidden behind the
+backward pass or not at all.
 """
 
 import argparse
@@ -28,10 +30,20 @@ RECIPES = ("imagenet_moco_v2_resnet50", "imagenet_moby_swin_v2_t")
 IMAGENET = 1_281_167
 DEVICES = (1, 8, 64)
 GIB, MIB = 2**30, 2**20
+COLUMNS = (
+    "devices",
+    "images each",
+    "states",
+    "kept fp32",
+    "kept bf16",
+    "gradients in",
+    "keys in",
+    "shuffled images in",
+)
 
 
 def composed(experiment: str) -> TrainConfig:
-    """The recipe's config."""
+    """Return the config of the recipe."""
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return parse(compose("train", [f"+experiment={experiment}", "data.root=."]), TrainConfig)
@@ -42,11 +54,10 @@ def bytes_of(tensors: Any) -> int:
 
 
 def kept_bytes(method: MoCo, image_size: int, precision: str, batch: int = 8) -> float:
-    """Bytes per image that the forward passes of a step keep for backward."""
+    """Return the bytes per image that the forward passes of a step keep for backward."""
     held = {parameter.untyped_storage().data_ptr() for parameter in method.parameters()}
-    storages: dict[
-        int, Tensor
-    ] = {}  # the tensors too, so that no storage is freed and its address used again
+    # It keeps the tensors, so that no storage is freed and its address used again.
+    storages: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in held:
@@ -57,9 +68,10 @@ def kept_bytes(method: MoCo, image_size: int, precision: str, batch: int = 8) ->
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         views = [images] * (1 + method.symmetric)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            queries, keys = method.encode_queries(views), method.encode_keys(views)
+            queries = method.encode_queries(views)
+            keys = method.encode_keys(views)
         for query, key in zip(queries, keys, strict=True):
-            # The queue's copy is one for all images, and counted with the states.
+            # All images share the copy of the queue, which is counted with the states.
             efficient_info_nce(
                 query.embedding, key.embedding, method.queue.keys[:1], method.temperature
             )
@@ -67,7 +79,7 @@ def kept_bytes(method: MoCo, image_size: int, precision: str, batch: int = 8) ->
 
 
 def measured(experiment: str) -> dict[str, float]:
-    """The figures of a recipe that need no clock."""
+    """Return the figures of a recipe that need no time measurement."""
     config = composed(experiment)
     torch.manual_seed(0)
     method = build_method(dataclasses.asdict(config))
@@ -75,9 +87,8 @@ def measured(experiment: str) -> dict[str, float]:
     states = 2 if config.optimizer.name == "adamw" else 1
     directions = 1 + config.method.symmetric
     is_shuffled = config.method.batch_norm == "auto" and has_batch_norm(method.key_encoder)
-    queues = (
-        bytes_of(queue.keys for queue in set(method.queues)) * 2
-    )  # and the copy that a step's loss works on
+    # Twice, because the loss of a step works on a copy.
+    queues = 2 * bytes_of(queue.keys for queue in set(method.queues))
     return {
         "batch": config.data.batch_size,
         "epochs": config.trainer.max_epochs,
@@ -92,7 +103,11 @@ def measured(experiment: str) -> dict[str, float]:
 
 
 def received(figures: dict[str, float], devices: int) -> dict[str, float]:
-    """Bytes that one process receives in a step: a ring's all-reduce, keys of the others, its share of shuffled images."""
+    """Return the bytes that one process receives in a step.
+
+    They are the gradients of a ring all-reduce, the keys of the other processes, and its share of
+    the shuffled images.
+    """
     others = (devices - 1) / devices
     return {
         "gradients": 2 * others * figures["gradients"],
@@ -107,35 +122,32 @@ def main() -> None:
     )
     parser.add_argument("--images-per-second", type=float, help="of one device, measured by a run")
     parser.add_argument(
-        "--bandwidth", type=float, default=20.0, help="GB/s that a process receives with"
+        "--bandwidth", type=float, default=20.0, help="GB/s that a process receives"
     )
     arguments = parser.parse_args()
     console = Console(width=140)
     for experiment in RECIPES:
         figures = measured(experiment)
-        per_device = Table(
-            "devices", "images each", "states", "kept fp32", "kept bf16", "gradients in", "keys in", "shuffled images in",
-            *(["hours, hidden", "hours, not hidden"] if arguments.images_per_second else []),
-            title=f"{experiment}: {figures['parameters'] / 1e6:.1f} M parameters, batch {figures['batch']}",
-        )  # fmt: skip
+        parameters = f"{figures['parameters'] / 1e6:.1f} M parameters"
+        title = f"{experiment}: {parameters}, batch {figures['batch']}"
+        per_device = Table(*COLUMNS, title=title)
+        if arguments.images_per_second:
+            per_device.add_column("hours, hidden")
+            per_device.add_column("hours, not hidden")
         for devices in DEVICES:
             each = figures["batch"] / devices
             traffic = received(figures, devices)
-            row = [
-                f"{devices}", f"{each:g}", f"{figures['states'] / GIB:.2f} GiB",
-                *(f"{each * figures[f'kept {precision}'] / GIB:.1f} GiB" for precision in ("fp32", "bf16")),
-                *(f"{traffic[name] / MIB:,.1f} MiB" for name in ("gradients", "keys", "images")),
-            ]  # fmt: skip
-            if speed := arguments.images_per_second:
+            row = [f"{devices}", f"{each:g}", f"{figures['states'] / GIB:.2f} GiB"]
+            for precision in ("fp32", "bf16"):
+                row.append(f"{each * figures[f'kept {precision}'] / GIB:.1f} GiB")
+            for name in ("gradients", "keys", "images"):
+                row.append(f"{traffic[name] / MIB:,.1f} MiB")
+            if arguments.images_per_second:
                 steps = figures["epochs"] * (IMAGENET // figures["batch"])
-                computing, sending = (
-                    each / speed,
-                    sum(traffic.values()) / (arguments.bandwidth * 1e9),
-                )
-                row += [
-                    f"{steps * seconds / 3600:.1f}"
-                    for seconds in (max(computing, sending), computing + sending)
-                ]
+                computing = each / arguments.images_per_second
+                sending = sum(traffic.values()) / (arguments.bandwidth * 1e9)
+                row.append(f"{steps * max(computing, sending) / 3600:.1f}")
+                row.append(f"{steps * (computing + sending) / 3600:.1f}")
             per_device.add_row(*row)
         console.print(per_device)
 

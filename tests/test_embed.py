@@ -207,7 +207,7 @@ def test_an_interrupted_and_continued_run_ends_in_the_same_bytes(
 ):
     ended_after(num_batches, checkpoint, tmp_path, *SMALL, error=error)
     state = json.loads((tmp_path / "f.npz.part" / "state.json").read_text())["state"]
-    assert state["num_rows"] == 100 * num_batches
+    assert state["num_bytes"]["labels.bin"] == 8 * 100 * num_batches
     assert not (tmp_path / "f.npz").exists()
     embed(checkpoint, tmp_path, *SMALL)
     assert bytes_of(tmp_path) == straight
@@ -217,8 +217,11 @@ def test_an_interrupted_and_continued_run_ends_in_the_same_bytes(
 def test_a_disk_that_is_full_when_the_files_are_made_is_one_line_and_no_feature_is_computed_again(
     checkpoint, tmp_path, straight, monkeypatch
 ):
+    def full(file, **arrays):
+        raise FULL
+
     with monkeypatch.context() as patch:
-        patch.setattr("moco.evaluation.feature_files.copy", After(None, 0, FULL))
+        patch.setattr("numpy.savez", full)
         with pytest.raises(RunError) as error:
             embed(checkpoint, tmp_path, *SMALL)
     assert str(error.value) == (
@@ -439,7 +442,7 @@ def test_a_signal_ends_the_run_with_a_line_and_the_run_goes_on(
     assert error.value.signal_number == number
     assert f"interrupted: {error.value}" == SAID
     state = json.loads((tmp_path / "f.npz.part" / "state.json").read_text())["state"]
-    assert state["num_rows"] == 100
+    assert state["num_bytes"]["labels.bin"] == 8 * 100
     embed(checkpoint, tmp_path, *SMALL)
     assert bytes_of(tmp_path) == straight
 

@@ -234,27 +234,6 @@ def test_features_of_a_checkpoint_outside_a_run_go_to_the_users_cache(
     assert "features are not kept for the next evaluation" in evaluated(path, data=tiny)[2]
 
 
-def test_images_in_memory_give_the_features_that_they_give_one_by_one(
-    checkpoint, generator, monkeypatch
-):
-    import moco.evaluation.subject as module
-    from moco.data.augment.views import build_evaluation_view
-    from moco.data.loading.every_image import evaluation_loader
-    from moco.data.sources.source import ArrayImages, Labelled
-
-    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
-    for shape in ((9, 8, 8), (9, 8, 8, 3), (9, 8, 8, 4)):
-        images = ArrayImages(generator.integers(0, 256, shape, np.uint8), "x")
-        labels = np.arange(9)
-        loader = evaluation_loader(
-            Labelled(images, labels), build_evaluation_view(8, 1.0, mean, std), 8, 4
-        )
-        for slow, fast in zip(
-            loader, module.batches_in_memory(images, labels, 4, mean, std), strict=True
-        ):
-            assert all(torch.equal(*pair) for pair in zip(slow, fast, strict=True))
-
-
 def test_without_a_test_part_every_image_is_classified_by_the_others(
     evaluated, generator, tmp_path
 ):
@@ -326,7 +305,9 @@ def test_images_without_a_label_are_left_out_and_named(evaluated, monkeypatch, g
 
 def test_a_bank_of_one_class_is_refused(evaluated, generator, tmp_path):
     data = archive(tmp_path / "x.npz", generator, [4] * 9)
-    with pytest.raises(InputError, match="all 9 images of the bank are of class 4; kNN needs two"):
+    with pytest.raises(
+        InputError, match="all 9 training images are of class 4; a classifier needs two"
+    ):
         evaluated(data=data)
 
 

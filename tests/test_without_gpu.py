@@ -1,17 +1,16 @@
-"""What runs on a GPU is held on machines without one, by the stand-in of `stand_in.gpu`.
+"""Run what a GPU runs on machines without one, on the stand-in of `tests.stand_in.gpu`.
 
-Devices, types, layouts and waits are checked; there are no numbers.
+The tests check devices, types, layouts and waits. The stand-in computes no numbers.
 """
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from tests.conftest import REPOSITORY
+from tests.processes import run_to_end
 
 pytestmark = [
     pytest.mark.skipif(
@@ -25,9 +24,10 @@ pytestmark = [
 
 MIXED = "16-mixed"
 OPTIMIZER = "_local_scalar_dense in moco.py: optimizer_step"
-BAD_STEPS = "_local_scalar_dense in faults.py: on_before_optimizer_step"
-COUNTED = "_local_scalar_dense in faults.py: _read"
-# Waits that are allowed between two steps that are not logged, by what is in the case's name: (wait, reason).
+BAD_STEPS = "_local_scalar_dense in bad_steps.py: on_before_optimizer_step"
+COUNTED = "_local_scalar_dense in bad_steps.py: _read"
+# Waits that are allowed between two steps that are not logged, as (wait, reason). A key is a part
+# of the case's name.
 ALLOWED = {
     MIXED: [
         (OPTIMIZER, "PyTorch's loss scaling asks in every step whether a gradient is infinite"),
@@ -40,17 +40,9 @@ ALLOWED = {
 
 
 def sweep(folder, size):
-    """The results of the sweep in a process of its own, by case."""
-    program = [
-        sys.executable,
-        str(REPOSITORY / "tests" / "stand_in" / "sweep.py"),
-        str(folder),
-        size,
-    ]
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    told = subprocess.run(
-        program, capture_output=True, text=True, check=False, timeout=3600, env=environment
+    """Run the sweep in a process of its own; return the results by case."""
+    told = run_to_end(
+        sys.executable, "-m", "tests.stand_in.sweep", folder, size, cwd=REPOSITORY, timeout=3600
     )
     assert told.returncode == 0, told.stderr[-4000:]
     return {result["case"]: result for result in map(json.loads, told.stdout.splitlines())}
@@ -79,12 +71,13 @@ def assert_faults_are_found(results):
 
 
 def parts(results):
-    """The healthy cases, and those with a planted fault."""
+    """Return the healthy cases, and those with a planted fault."""
     faults = {case: result for case, result in results.items() if case.startswith("fault: ")}
     healthy = {case: result for case, result in results.items() if case not in faults}
     return healthy, faults
 
 
+@pytest.mark.slow
 def test_programs_and_steps_keep_to_the_gpu_and_do_not_wait(tmp_path):
     healthy, faults = parts(sweep(tmp_path, "quick"))
     assert len(healthy) >= 9

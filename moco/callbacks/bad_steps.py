@@ -70,7 +70,7 @@ class BadSteps(pl.Callback):
         self.in_a_row = state_dict["in_a_row"]
         self.last_finite_loss = state_dict["last_finite_loss"]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.figures["skipped_steps"] = self.skipped
         self.precision = str(trainer.precision)
         self.trained = []
@@ -90,14 +90,12 @@ class BadSteps(pl.Callback):
         self._remember_statistics()
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._remember_statistics()
 
-    def on_before_backward(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
-    ) -> None:
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
         # An infinite loss can have finite gradients, and only one device sees it. Adding 0 * loss
         # makes its gradients NaN, on all devices after averaging. A finite loss adds nothing. The
         # hook must not hold the loss itself: the two would keep each other and the step's whole
@@ -106,7 +104,7 @@ class BadSteps(pl.Callback):
         loss.register_hook(lambda gradient: gradient + 0 * value)
 
     def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+        self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer
     ) -> None:
         gradients = []
         for parameter in self.trained:
@@ -133,18 +131,13 @@ class BadSteps(pl.Callback):
             trainer.logger.log_metrics(scalars, step=step)
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Lightning has divided the loss by the number of accumulated batches.
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
         self.last_finite_loss = torch.where(loss.isfinite(), loss, self.last_finite_loss)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._read()
 
     def _remember_statistics(self) -> None:

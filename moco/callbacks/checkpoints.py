@@ -84,19 +84,19 @@ class Checkpoints(pl.callbacks.Checkpoint):
             self.best = state_dict["best"]
 
     def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["config"] = self.config
         checkpoint["figures"] = dict(self.figures)
         checkpoint["random_states"] = gather_objects(random_states())
 
     def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         self.figures.update(checkpoint["figures"])
         self._loaded = {key: checkpoint[key] for key in ("random_states", "figures", "global_step")}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Finish what the previous process left undone after its last checkpoint."""
         if self._loaded is None or not (self.folder / LAST_CHECKPOINT).is_file():
             return
@@ -113,7 +113,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
             self._add_figures(trainer)
             self._link(trainer, self.figures["epoch"], is_best)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.stop.listen()
         self.last_saved = time.monotonic()
         states = self._loaded["random_states"] if self._loaded else []
@@ -133,12 +133,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
             )
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -160,7 +155,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
             raise self._interrupted(trainer, stop)
 
     @epoch_time.measured(CHECKPOINTS)
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1
         self.figures["epoch"] = epoch
         self.figures["step"] = trainer.global_step

@@ -6,16 +6,8 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from moco.callbacks.running_trainer import is_step_end
-from moco.evaluation.collapse import (
-    CAUSES,
-    COLLAPSED,
-    DIMENSIONAL_COLLAPSE,
-    collapsed_words,
-    flat_words,
-    is_collapsed,
-    is_flat,
-)
+from moco.callbacks.running_trainer import is_logged_step
+from moco.evaluation.collapse import COLLAPSED, DIMENSIONAL_COLLAPSE, collapse_of
 from moco.evaluation.diagnostics import embedding_std, evenly_spaced, rank_me
 
 log = logging.getLogger(__name__)
@@ -51,9 +43,9 @@ class CollapseWatch(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if is_step_end(trainer, batch_idx) and step % self.EVERY_N_STEPS == 0:
-            self.check(outputs["query"], newest_keys(pl_module, outputs), step)
+        if is_logged_step(trainer, batch_idx, self.EVERY_N_STEPS):
+            keys = newest_keys(pl_module, outputs)
+            self.check(outputs["query"], keys, trainer.global_step)
 
     def check(self, query: Tensor, keys: Tensor, step: int) -> None:
         """Look at the embeddings of a step.
@@ -62,30 +54,14 @@ class CollapseWatch(pl.Callback):
             query: (batch, embedding_dim), unit norm.
             keys: (keys, embedding_dim), unit norm, the newest keys.
         """
-        std = float(embedding_std(query))
-        rank = rank_me(keys)
-        embedding_dim = query.shape[1]
-        collapsed = is_collapsed(std, embedding_dim)
-        if self._is_fifth(COLLAPSED, collapsed):
-            words = collapsed_words(std, embedding_dim)
-            log.warning(
-                "%s at step %d: %s. The features will be useless. %s",
-                COLLAPSED, step, words, CAUSES,
-            )  # fmt: skip
-        if self._is_fifth(DIMENSIONAL_COLLAPSE, not collapsed and is_flat(rank, keys.shape)):
-            words = flat_words(rank, keys.shape)
-            log.warning(
-                "%s at step %d: %s. The features will be poor. %s",
-                DIMENSIONAL_COLLAPSE, step, words, CAUSES,
-            )  # fmt: skip
-
-    def _is_fifth(self, name: str, is_seen: bool) -> bool:
-        """Count a look, and return whether it is the fifth in a row that saw the collapse."""
-        if is_seen:
+        found = collapse_of(float(embedding_std(query)), rank_me(keys), keys.shape)
+        for name in self.checks:
+            if found is None or found[0] != name:
+                self.checks[name] = 0
+                continue
             self.checks[name] += 1
-        else:
-            self.checks[name] = 0
-        return self.checks[name] == self.CHECKS
+            if self.checks[name] == self.CHECKS:
+                log.warning("%s at step %d: %s", name, step, found[1])
 
 
 def newest_keys(pl_module: Any, outputs: dict[str, Any]) -> Tensor:

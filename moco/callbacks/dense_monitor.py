@@ -4,11 +4,12 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytorch_lightning as pl
 
 from moco.callbacks.epoch_measurement import EpochMeasurement
+from moco.callbacks.running_trainer import log_scalars
 from moco.data.augment.views import Normalized
 from moco.errors import InputError
 from moco.evaluation.dense_bank import knn_scores
@@ -17,9 +18,9 @@ from moco.evaluation.dense_features import (
     NotFinite,
     check_maps,
     dense_figures,
-    overall_scores,
 )
 from moco.evaluation.features import EmbeddingStopped, evaluating
+from moco.evaluation.knn import capped
 from moco.segmentation.mask_sources import build_segmentation_source
 from moco.training.distributed.collectives import from_rank_zero
 from moco.training.stopwatches import MONITORS, epoch_time
@@ -61,14 +62,6 @@ def build_dense_set(
     return DenseSet(source, Normalized(mean, std), maps=maps, **settings)
 
 
-class Measurement(NamedTuple):
-    """What rank 0 tells the other processes about a measurement."""
-
-    scores: dict[str, float]
-    protocol: dict[str, Any]
-    is_interrupted: bool = False
-
-
 class DenseMonitor(EpochMeasurement):
     """Segment by the query encoder's patch features every n epochs, in eval mode and float32.
 
@@ -100,43 +93,32 @@ class DenseMonitor(EpochMeasurement):
 
     @epoch_time.measured(MONITORS)
     def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
-        measurement = from_rank_zero(partial(self._measure_or_explain, pl_module, epoch))
-        self.owed = measurement.is_interrupted
-        if not measurement.scores:
+        measured = from_rank_zero(partial(self._measure, pl_module, epoch))
+        scores, protocol, self.owed = measured
+        if not scores:
             return
-        self.figures |= measurement.scores
-        self.figures |= measurement.protocol
+        self.figures |= scores
+        self.figures |= protocol
         self.figures["dense/epoch"] = epoch
-        if trainer.logger:
-            trainer.logger.log_metrics(measurement.scores, step=trainer.global_step)
+        log_scalars(trainer, scores)
 
-    def _measure_or_explain(self, pl_module: Any, epoch: int) -> Measurement:
-        """Measure on rank 0. Without scores the reason is in the result or in the log."""
-        try:
-            return self._measure(pl_module)
-        except EmbeddingStopped:
-            return Measurement({}, {}, is_interrupted=True)
-        except NotFinite as error:
-            log.warning("no dense figure at epoch %d: %s", epoch, error)
-            return Measurement({}, {})
-
-    def _measure(self, pl_module: Any) -> Measurement:
+    def _measure(self, pl_module: Any, epoch: int) -> tuple[dict[str, float], dict[str, Any], bool]:
+        """Return scores and protocol, both empty without a measurement, and whether it is owed."""
         images, device = self.images, pl_module.device
         backbone = pl_module.query_encoder.backbone
-        with evaluating(pl_module):
-            bank = images.bank(backbone, device, self.should_stop)
-            bank_size = len(bank.features)
-            if self.num_neighbors > bank_size:
-                log.warning(
-                    "monitor.dense.num_neighbors=%d is more than the bank's %d patches; "
-                    "all of them are used",
-                    self.num_neighbors,
-                    bank_size,
+        try:
+            with evaluating(pl_module):
+                bank = images.bank(backbone, device, self.should_stop)
+                self.num_neighbors = capped(
+                    self.num_neighbors, len(bank.features), "monitor.dense.num_neighbors"
                 )
-                self.num_neighbors = bank_size
-            scorer = partial(knn_scores, bank, self.num_neighbors, self.temperature, device)
-            confusions = images.confusions({"knn": scorer}, backbone, device, self.should_stop)
-        figures = dense_figures(confusions["knn"], images.source.class_names, "knn")
+                scorer = partial(knn_scores, bank, self.num_neighbors, self.temperature, device)
+                confusions = images.confusions({"knn": scorer}, backbone, device, self.should_stop)
+        except EmbeddingStopped:
+            return {}, {}, True
+        except NotFinite as error:
+            log.warning("no dense figure at epoch %d: %s", epoch, error)
+            return {}, {}, False
         # The IoU of every class would crowd TensorBoard.
-        scores = overall_scores(figures)
-        return Measurement(scores, images.protocol(bank, self.num_neighbors, self.temperature))
+        scores, _ = dense_figures(confusions["knn"], images.source.class_names, "knn")
+        return scores, images.protocol(bank, self.num_neighbors, self.temperature), False

@@ -39,11 +39,11 @@ class EpochMeasurement(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.owed = state_dict["owed"]
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.owed:
             self.measure(trainer, pl_module, self.figures["epoch"])
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1
         if is_end(trainer, epoch) or epoch % self.every_n_epochs == 0:
             self.measure(trainer, pl_module, epoch)

@@ -1,6 +1,7 @@
 """The kNN monitor's features in TensorBoard: neighbours, confusion matrix, embedding projector."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import numpy as np
 import torch
 
 from moco.evaluation.diagnostics import evenly_spaced
-from moco.evaluation.knn import vote
-from moco.evaluation.neighbors import nearest, normalized
-from moco.evaluation.reports.drawing import confusion_counts, confusion_plot, pixels
-from moco.evaluation.reports.embedded import NUM_NEIGHBORS, NUM_QUERIES, Embedded, neighbors_plot
+from moco.evaluation.knn import Protocol, classify, confusion_matrix
+from moco.evaluation.neighbors import nearest_by_block, normalized
+from moco.evaluation.reports.drawing import confusion_plot, pixels
+from moco.evaluation.reports.embedded import Embedded
+from moco.evaluation.reports.knn_plots import Searched, neighbors_of_some
 from moco.evaluation.reports.projections import projected
 
 MOST_PREDICTED = 5_000
@@ -62,19 +64,17 @@ class FeaturePlots:
             experiment: TensorBoard's ``SummaryWriter``.
             num_neighbors, temperature: of the vote.
         """
-        every_row = np.arange(len(queries.rows))
-        shown = evenly_spaced(every_row, NUM_QUERIES)
-        k = min(NUM_NEIGHBORS, len(bank.rows))
-        similarities, rows = nearest(bank.features, queries.features[shown], k)
-        neighbors = neighbors_plot(bank, queries, shown, similarities, rows)
-        experiment.add_image("knn/neighbors", pixels(neighbors), step, dataformats="HWC")
+        searched = Searched(bank, queries, partial(nearest_by_block, bank.features), None)
+        neighbors = pixels(neighbors_of_some(searched))
+        experiment.add_image("knn/neighbors", neighbors, step, dataformats="HWC")
 
-        chosen = evenly_spaced(every_row, MOST_PREDICTED)
-        predicted = predict(bank, queries.features[chosen], num_neighbors, temperature)
-        counts, classes = confusion_counts(queries.labels[chosen], predicted)
-        names = [str(number) for number in classes]
-        confusion = confusion_plot(counts, names)
-        experiment.add_image("knn/confusion", pixels(confusion), step, dataformats="HWC")
+        chosen = evenly_spaced(np.arange(len(queries.rows)), MOST_PREDICTED)
+        labels = queries.labels[chosen]
+        protocol = Protocol(num_neighbors, temperature)
+        votes = classify(searched.search, bank.labels, queries.features[chosen], labels, [protocol])
+        classes, counts = confusion_matrix(labels, votes[protocol].predicted)
+        confusion = pixels(confusion_plot(counts, classes))
+        experiment.add_image("knn/confusion", confusion, step, dataformats="HWC")
 
     def project(self, experiment: Any, queries: Embedded) -> None:
         """Write features, labels and thumbnails of the queries for the embedding projector.
@@ -93,17 +93,3 @@ class FeaturePlots:
             images,
             tag="features",
         )
-
-
-def predict(
-    bank: Embedded, queries: np.ndarray, num_neighbors: int, temperature: float
-) -> np.ndarray:
-    """Return the class (queries,) that the weighted vote of the bank gives each query.
-
-    Args:
-        queries: features (queries, feature_dim), of any norm.
-    """
-    similarities, rows = nearest(bank.features, queries, num_neighbors)
-    classes, bank_classes = np.unique(bank.labels, return_inverse=True)
-    scores = vote(similarities, bank_classes[rows], len(classes), temperature)
-    return classes[scores.argmax(axis=1)]

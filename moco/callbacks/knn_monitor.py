@@ -1,7 +1,7 @@
 """The kNN accuracy of the encoder while it trains, as a Lightning callback."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,21 @@ from torch import Tensor
 
 from moco.callbacks.epoch_measurement import EpochMeasurement
 from moco.callbacks.feature_plots import FeaturePlots
-from moco.callbacks.running_trainer import data_of, is_end
-from moco.callbacks.shared_embedding import embed_together
-from moco.data.loading.datamodule import PretrainingData, check_unreadable
+from moco.callbacks.running_trainer import board_of, data_of, is_end, log_scalars
+from moco.data.loading.datamodule import check_unreadable
 from moco.data.sources.source import Labelled
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, rank_me
-from moco.evaluation.features import EmbeddingStopped, evaluating
+from moco.evaluation.features import EmbeddingStopped, embed, evaluating
 from moco.evaluation.knn import KNNResult, knn_accuracy, protocol_figures, scores_of
 from moco.evaluation.reports.embedded import Embedded
-from moco.training.distributed.collectives import copy_from_rank_zero, from_rank_zero
+from moco.training.distributed.collectives import (
+    copy_from_rank_zero,
+    from_rank_zero,
+    gather_rows,
+    largest,
+    rank,
+    world_size,
+)
 from moco.training.stopwatches import MONITORS, epoch_time
 
 log = logging.getLogger(__name__)
@@ -73,7 +79,7 @@ class KNNMonitor(EpochMeasurement):
         super().load_state_dict(state_dict)
         self.resumed = True
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         source = data_of(trainer).source
         if source.bank is None or source.queries is None:
             log.info(
@@ -95,7 +101,7 @@ class KNNMonitor(EpochMeasurement):
         super().on_fit_start(trainer, pl_module)
 
     @epoch_time.measured(MONITORS)
-    def _measure_baselines(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _measure_baselines(self, trainer: pl.Trainer, pl_module: Any) -> None:
         pixels = self._result(trainer, pl_module, flattened)
         start = self._result(trainer, pl_module, self._encoding(pl_module))
         self.figures["knn_raw_pixels/top1"] = pixels.top1
@@ -108,7 +114,7 @@ class KNNMonitor(EpochMeasurement):
         log.info("kNN before training: raw pixels %.4f, %s %.4f", pixels.top1, encoder, start.top1)
 
     @epoch_time.measured(MONITORS)
-    def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+    def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
         source = data_of(trainer).source
         if source.bank is None or source.queries is None:
             return
@@ -127,8 +133,7 @@ class KNNMonitor(EpochMeasurement):
         self.figures["knn/epoch"] = epoch
         self.figures |= protocol_figures(result, self.temperature, self.feature)
         self.figures["knn/precision"] = self.precision
-        if trainer.logger:
-            trainer.logger.log_metrics(scores, step=trainer.global_step)
+        log_scalars(trainer, scores)
 
     def _encoding(self, pl_module: Any) -> Callable[[Tensor], Tensor]:
         return lambda images: pl_module.query_encoder.encode(images, self.feature)
@@ -136,7 +141,7 @@ class KNNMonitor(EpochMeasurement):
     def _result(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        pl_module: Any,
         encode: Callable[[Tensor], Tensor],
         epoch: int | None = None,
     ) -> KNNResult:
@@ -151,34 +156,31 @@ class KNNMonitor(EpochMeasurement):
             InputError: too many images could not be read.
         """
         data = data_of(trainer)
-        bank, queries = data.source.bank, data.source.queries
-        assert bank is not None
-        assert queries is not None
         # Each process has running statistics of its own. Rank 0's are in the checkpoint, so they
         # are the ones that are measured.
-        copy_from_rank_zero([*pl_module.query_encoder.buffers()])  # type: ignore[union-attr]
+        copy_from_rank_zero([*pl_module.query_encoder.buffers()])
+        sides = []
         with evaluating(pl_module):
-            bank_features = self._embed(data, bank, encode, pl_module.device)
-            query_features = self._embed(data, queries, encode, pl_module.device)
+            for labelled in (data.source.bank, data.source.queries):
+                assert labelled is not None
+                loader = data.evaluation_dataloader(labelled)
+                sides.append(
+                    embed_together(
+                        encode, loader, labelled, pl_module.device, self.should_stop, self.precision
+                    )
+                )
+        bank, queries = sides
 
         def search() -> KNNResult:
-            bank_set = with_images(data, bank, *bank_features)
-            query_set = with_images(data, queries, *query_features)
+            for side in sides:
+                images = side.labelled.images
+                unreadable = np.delete(np.arange(len(images)), side.rows)
+                check_unreadable(set(unreadable.tolist()), images, data.max_bad_fraction)
             if epoch is not None:
-                self._show(trainer, epoch, bank_set, query_set)
-            return self._classify(bank_set, query_set, pl_module.device)
+                self._show(trainer, epoch, bank, queries)
+            return self._classify(bank, queries, pl_module.device)
 
         return from_rank_zero(search)
-
-    def _embed(
-        self,
-        data: PretrainingData,
-        labelled: Labelled,
-        encode: Callable[[Tensor], Tensor],
-        device: torch.device,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        loader = data.evaluation_dataloader(labelled)
-        return embed_together(encode, loader, device, self.should_stop, self.precision)
 
     def _classify(self, bank: Embedded, queries: Embedded, device: torch.device) -> KNNResult:
         arrays = (bank.features, bank.labels, queries.features, queries.labels)
@@ -192,11 +194,11 @@ class KNNMonitor(EpochMeasurement):
         """Write to TensorBoard what it shows beside the scores; on rank 0 alone."""
         if trainer.logger is None:
             return
-        rank = rank_me(torch.from_numpy(evenly_spaced(bank.features, MOST_ROWS)))
-        trainer.logger.log_metrics({"label_free/feature_rank_me": rank}, step=trainer.global_step)
+        effective_rank = rank_me(torch.from_numpy(evenly_spaced(bank.features, MOST_ROWS)))
+        log_scalars(trainer, {"label_free/feature_rank_me": effective_rank})
         if self.plots is None:
             return
-        experiment = trainer.logger.experiment  # type: ignore[attr-defined]
+        experiment = board_of(trainer)
         is_last = is_end(trainer, epoch)
         if self.plots.is_due(epoch, max(0, epoch - self.every_n_epochs), is_last):
             k = min(self.num_neighbors, len(bank.rows))
@@ -210,21 +212,39 @@ def flattened(images: Tensor) -> Tensor:
     return images.flatten(1)
 
 
-def with_images(
-    data: PretrainingData,
+def embed_together(
+    encode: Callable[[Tensor], Tensor],
+    loader: Iterable[Any],
     labelled: Labelled,
-    features: np.ndarray,
-    labels: np.ndarray,
-    unreadable: np.ndarray,
+    device: torch.device | str,
+    should_stop: Callable[[], bool] = lambda: False,
+    precision: str = "32-true",
 ) -> Embedded:
-    """Join features to the images that they belong to.
+    """Embed a dataset: each process embeds its own images, and rank 0 gets all features.
 
     Args:
-        features, labels, unreadable: what `embed_together` returned for `labelled`.
+        loader: yields every n-th image of `labelled`, of n processes, from the process's rank on.
+        encode, device, precision: see `embed`.
+        should_stop: asked before every batch. If it stops one process, all of them raise.
+
+    Returns:
+        On rank 0 the features of all readable images, in their order; on the others no rows.
 
     Raises:
-        InputError: more images than `data` allows could not be read.
+        EmbeddingStopped: `should_stop` stopped it on any process.
     """
-    check_unreadable(set(unreadable.tolist()), labelled.images, data.max_bad_fraction)
-    readable = np.delete(np.arange(len(labelled.images)), unreadable)
-    return Embedded(features, labels, labelled, readable)
+    stopped = False
+    try:
+        features, labels, rows = embed(encode, loader, device, should_stop, precision)
+    except EmbeddingStopped:
+        stopped = True
+    if largest([stopped])[0]:
+        raise EmbeddingStopped
+    if world_size() == 1:
+        return Embedded(features, labels, labelled, rows)
+    # Image i of this process is image i * world_size + rank of the dataset.
+    rows = gather_rows(rows * world_size() + rank())
+    features = gather_rows(features)
+    labels = gather_rows(labels)
+    order = rows.argsort()
+    return Embedded(features[order], labels[order], labelled, rows[order])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.callbacks.collapse_watch import newest_keys
-from moco.callbacks.running_trainer import is_step_end
+from moco.callbacks.running_trainer import board_of, is_step_end, log_scalars
 from moco.evaluation.diagnostics import (
     alignment,
     encoder_distances,
@@ -75,8 +75,8 @@ class LabelFreeMonitor(pl.Callback):
         if kept and step - kept.step >= self._steps_in_queue(trainer, pl_module, kept):
             figures |= self._drift(trainer, pl_module, kept)
             self.kept = None
-        if figures and trainer.logger:
-            trainer.logger.log_metrics(figures, step=step)
+        if figures:
+            log_scalars(trainer, figures)
 
     def _is_due(self, step: int) -> bool:
         return self.every_n_steps is not None and step % self.every_n_steps == 0
@@ -105,7 +105,7 @@ class LabelFreeMonitor(pl.Callback):
         """Write histograms of the cosines of positive and of negative pairs."""
         query, key, negatives = outputs["query"], outputs["key"], outputs["negatives"]
         similarities = pair_similarities(query, key, negatives)
-        experiment = trainer.logger.experiment  # type: ignore[union-attr]
+        experiment = board_of(trainer)
         for name, values in similarities._asdict().items():
             finite = values[values.isfinite()]
             # An empty queue has no negatives yet, and a bad step only NaN.
@@ -117,17 +117,16 @@ class LabelFreeMonitor(pl.Callback):
 
         A queue that takes both views' keys takes the kept ones first, see `MoCo.enqueue`.
         """
-        num_keys = len(kept.keys) * world_size()
-        num_keys_of_batch = num_keys * directions_per_queue(pl_module)
-        others = len(pl_module.queue.keys) - num_keys_of_batch
-        return max(0, others // keys_per_step(pl_module, num_keys, trainer))
+        num_keys = keys_per_batch(pl_module, kept)
+        num_others = len(pl_module.queue.keys) - num_keys
+        return max(0, num_others // (num_keys * trainer.accumulate_grad_batches))
 
     @epoch_time.measured(MONITORS)
     def _drift(self, trainer: pl.Trainer, pl_module: Any, kept: Kept) -> dict[str, float]:
         view = kept.view.to(pl_module.device)
         with untouched(pl_module.key_encoder), trainer.precision_plugin.train_step_context():
             now = pl_module.encode_keys([view])[0].embedding  # (batch, embedding_dim) unit norm
-        num_keys = keys_per_step(pl_module, len(kept.keys) * world_size(), trainer)
+        num_keys = keys_per_batch(pl_module, kept) * trainer.accumulate_grad_batches
         return {
             "queue/drift": float(positive_similarity(kept.keys, now)),
             # The age that the next step sees: the key encoder has already moved after this step.
@@ -136,20 +135,13 @@ class LabelFreeMonitor(pl.Callback):
         }
 
 
-def keys_per_step(pl_module: Any, num_keys: int, trainer: pl.Trainer) -> int:
-    """Return how many keys a queue gets in an optimizer step.
-
-    Args:
-        num_keys: images in a batch, on all devices together.
-    """
-    return num_keys * directions_per_queue(pl_module) * trainer.accumulate_grad_batches
-
-
-def directions_per_queue(pl_module: Any) -> int:
-    """Return how many directions of a symmetric loss share a queue."""
+def keys_per_batch(pl_module: Any, kept: Kept) -> int:
+    """Return how many keys a queue gets of a batch, on all devices together."""
+    num_keys = len(kept.keys) * world_size()
     if pl_module.symmetric and pl_module.reverse_queue is None:
-        return 2
-    return 1
+        # Both directions of the loss share a queue.
+        return 2 * num_keys
+    return num_keys
 
 
 @contextmanager

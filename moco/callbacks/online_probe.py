@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.callbacks.running_trainer import data_of
+from moco.callbacks.running_trainer import data_of, is_logged_step, log_scalars
 from moco.data.sources.source import DataSource
 from moco.errors import InputError
+from moco.evaluation.image_names import labels_by_name
 from moco.training.distributed.collectives import all_gather
 from moco.training.stopwatches import MONITORS, epoch_time
 
@@ -60,7 +61,7 @@ class OnlineProbe(pl.Callback):
         self.right = state_dict["right"]
         self.seen = state_dict["seen"]
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Find the labels before anything is computed.
 
         Raises:
@@ -85,12 +86,12 @@ class OnlineProbe(pl.Callback):
         # term the backbone is not called as a module.
         self.hook = encoder.projector.register_forward_pre_hook(self._keep)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.right = 0.0
         self.seen = 0.0
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         self.feature = None
 
@@ -99,12 +100,7 @@ class OnlineProbe(pl.Callback):
             self.feature = arguments[0].detach()
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self.feature is not None
         # If one pass took both views, the first view's features come first.
@@ -113,9 +109,8 @@ class OnlineProbe(pl.Callback):
         classes = self.labels[batch.indices.to(feature.device)].where(is_known, UNKNOWN)
         feature = feature.where(is_known[:, None], 0.0)
         self._learn(all_gather(feature), all_gather(classes))
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and trainer.global_step % self.log_every_n_steps == 0 and trainer.logger:
-            trainer.logger.log_metrics({"probe/top1": self._accuracy()}, step=trainer.global_step)
+        if is_logged_step(trainer, batch_idx, self.log_every_n_steps):
+            log_scalars(trainer, {"probe/top1": self._accuracy()})
 
     @epoch_time.measured(MONITORS)
     def _learn(self, feature: Tensor, classes: Tensor) -> None:
@@ -140,14 +135,13 @@ class OnlineProbe(pl.Callback):
     def _accuracy(self) -> float:
         return float(self.right) / max(float(self.seen), 1.0)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         accuracy = self._accuracy()
         self.figures["probe/top1"] = accuracy
         self.figures["probe/epoch"] = trainer.current_epoch + 1
-        if trainer.logger:
-            trainer.logger.log_metrics({"epoch/probe_top1": accuracy}, step=trainer.global_step)
+        log_scalars(trainer, {"epoch/probe_top1": accuracy})
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.hook.remove()
 
 
@@ -170,10 +164,7 @@ def training_classes(source: DataSource) -> Tensor:
     if bank is not None and len(bank.images) == len(source.train):
         classes = bank.labels
     elif bank is not None:
-        # The bank holds a part of the training images, which have the same names there.
-        label_of = {bank.images.name(row): label for row, label in enumerate(bank.labels)}
-        for row in range(len(classes)):
-            classes[row] = label_of.get(source.train.name(row), UNKNOWN)
+        classes = labels_by_name(source.train, [bank])
     if not (classes >= 0).any():
         raise InputError("evaluation.online_probe=true: the training images have no labels")
     return torch.from_numpy(classes).long()

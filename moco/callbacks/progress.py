@@ -62,12 +62,7 @@ class ProgressBar(pl.Callback):
         self.last_update = self.last_line
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.monotonic()
         if self.console.is_terminal:
@@ -77,7 +72,7 @@ class ProgressBar(pl.Callback):
             epoch = f"epoch {trainer.current_epoch + 1:>4}/{trainer.max_epochs}"
             self._print(f"{epoch}  step {trainer.global_step}")
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1
         parts = [
             f"epoch {epoch:>4}/{trainer.max_epochs}",
@@ -92,12 +87,10 @@ class ProgressBar(pl.Callback):
         self._print("  ".join(parts))
         self._update(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.progress.stop()
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.progress.stop()
 
     def _update(self, trainer: pl.Trainer) -> None:

@@ -1,5 +1,8 @@
 """What several callbacks ask a running Trainer."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytorch_lightning as pl
 
 from moco.data.loading.datamodule import PretrainingData
@@ -21,3 +24,19 @@ def is_step_end(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Return whether the optimizer took a step after this batch."""
     is_last = batch_idx + 1 == trainer.num_training_batches
     return is_last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def is_logged_step(trainer: pl.Trainer, batch_idx: int, every_n_steps: int) -> bool:
+    """Return whether the optimizer took its every n-th step after this batch."""
+    return is_step_end(trainer, batch_idx) and trainer.global_step % every_n_steps == 0
+
+
+def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
+    """Log the scalars of the latest step, if the run has a logger."""
+    if trainer.logger:
+        trainer.logger.log_metrics(dict(scalars), step=trainer.global_step)
+
+
+def board_of(trainer: pl.Trainer) -> Any:
+    """Return TensorBoard's ``SummaryWriter`` of a run that has a logger."""
+    return trainer.logger.experiment  # type: ignore[union-attr]

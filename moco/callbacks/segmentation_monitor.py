@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moco.callbacks.epoch_measurement import EpochMeasurement
+from moco.callbacks.running_trainer import board_of, log_scalars
 from moco.evaluation.features import evaluating
 from moco.segmentation.comparison_plot import comparison_plot
 from moco.segmentation.inference import predicted_classes
@@ -72,13 +73,12 @@ class SegmentationMonitor(EpochMeasurement):
         self.figures |= scores
         self.figures |= self._protocol(data, pl_module)
         self.figures["segment/epoch"] = epoch
+        known_scores = {key: score for key, score in scores.items() if score is not None}
+        log_scalars(trainer, known_scores)
         if trainer.logger:
-            step = trainer.global_step
-            known_scores = {key: score for key, score in scores.items() if score is not None}
-            trainer.logger.log_metrics(known_scores, step)
-            board = trainer.logger.experiment  # type: ignore[attr-defined]
             for number, plot in enumerate(plots):
-                board.add_image(f"image_truth_prediction/{number}", plot, step)
+                tag = f"image_truth_prediction/{number}"
+                board_of(trainer).add_image(tag, plot, trainer.global_step)
 
     def _protocol(self, data: SegmentationData, pl_module: Any) -> dict[str, Any]:
         """Return the conditions of the figures under their names in ``metrics.json``."""

@@ -4,6 +4,7 @@ They write scalars to the logger. What is reported at the end of the run goes to
 flat dict that becomes ``metrics.json``.
 """
 
+import logging
 import math
 import time
 from typing import Any
@@ -12,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from moco.callbacks.data_wait import EPOCH_SECONDS, SECONDS, DataWait
+from moco.callbacks.running_trainer import is_logged_step, log_scalars
 from moco.data.loading.datamodule import PretrainingData
 from moco.evaluation.diagnostics import (
     embedding_std,
@@ -22,6 +23,15 @@ from moco.evaluation.diagnostics import (
 )
 from moco.training.distributed.collectives import gather_objects
 from moco.training.stopwatches import STEPS, WAITING, epoch_time
+
+log = logging.getLogger(__name__)
+
+MUCH_WAITING = 0.2
+"""Share of the training time that goes into waiting for data."""
+SECONDS = 60.0
+"""Training time after which a logged step can warn of it."""
+EPOCH_SECONDS = 30.0
+"""Training time after which the end of an epoch can warn of it."""
 
 
 class LossMonitor(pl.Callback):
@@ -44,7 +54,7 @@ class LossMonitor(pl.Callback):
     def __init__(self, figures: dict[str, Any], log_every_n_steps: int) -> None:
         self.figures = figures
         self.log_every_n_steps = log_every_n_steps
-        self.data_wait = DataWait()
+        self.has_warned = False
         self.loss_sum = 0.0
         self.batches = 0.0
         """Batches with a finite loss."""
@@ -80,25 +90,26 @@ class LossMonitor(pl.Callback):
         # Older checkpoints do not have the seconds.
         self.seconds_before = state_dict.get("seconds", 0.0)
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         # An earlier training in this process may have left its times.
         epoch_time.start()
         # Lightning has put the checkpoint callbacks last by now, so the clock comes after them.
         trainer.callbacks.append(BatchClock(self))  # type: ignore[attr-defined]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.epoch_ended = False
+        self.first_wait: float | None = None
         epoch_time.start()
         self._start_clock()
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.loss_sum = 0.0
         self.batches = 0.0
         self.losses = []
         self._log_epoch_times(trainer)
         self._start_clock()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._log_epoch_times(trainer)
 
     def _log_epoch_times(self, trainer: pl.Trainer) -> None:
@@ -111,9 +122,7 @@ class LossMonitor(pl.Callback):
             return
         self.epoch_ended = False
         seconds = epoch_time.lap()
-        if trainer.logger:
-            figures = {f"time/{name}": value for name, value in seconds.items()}
-            trainer.logger.log_metrics(figures, step=trainer.global_step)
+        log_scalars(trainer, {f"time/{name}": value for name, value in seconds.items()})
 
     def _start_clock(self) -> None:
         self.images = 0
@@ -122,37 +131,44 @@ class LossMonitor(pl.Callback):
         self.batch_ended = self.started
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.batch_waited = 0.0
+        waited = 0.0
         if waits_for_batches(trainer):
-            self.batch_waited = time.perf_counter() - self.batch_ended
-        self.waited += self.batch_waited
-        epoch_time.give(WAITING, self.batch_waited)
+            waited = time.perf_counter() - self.batch_ended
+        self.waited += waited
+        epoch_time.give(WAITING, waited)
+        if self.first_wait is None:
+            self.first_wait = waited
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Lightning divides the loss by the number of accumulated batches. The product is a new
         # tensor: the next step may reuse the memory of the loss.
         self.losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         self.images += len(batch.indices) * trainer.world_size
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and trainer.global_step % self.log_every_n_steps == 0:
+        if is_logged_step(trainer, batch_idx, self.log_every_n_steps):
             self._add_losses()
             self._log_step(trainer, pl_module, outputs)
+            self._warn_of_waiting(SECONDS)
 
-    def end_batch(self, trainer: pl.Trainer) -> None:
-        """Take note that all callbacks are done: from now on training waits for a batch."""
-        started = self.batch_ended
-        self.batch_ended = time.perf_counter()
-        self.data_wait.add(self.batch_waited, self.batch_ended - started)
-        self.data_wait.check(SECONDS)
+    def _warn_of_waiting(self, at_least: float) -> None:
+        """Warn once if training has taken `at_least` this many seconds and waited for much of it.
+
+        A resumed run starts anew, because its settings may have changed. The first batch does not
+        count, because it also waits until the loader processes have started.
+        """
+        waited = epoch_time.so_far(WAITING) - (self.first_wait or 0.0)
+        seconds = epoch_time.so_far(STEPS) + waited
+        if self.has_warned or seconds < at_least or waited <= MUCH_WAITING * seconds:
+            return
+        self.has_warned = True
+        log.warning(
+            "training waited %.0f %% of the time for images; "
+            "see docs/performance.md#waiting-for-data",
+            100 * waited / seconds,
+        )
 
     def _log_step(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> None:
         speed = self._speed()
@@ -167,7 +183,7 @@ class LossMonitor(pl.Callback):
         }
         figures |= self.step_figures(trainer, pl_module, outputs)
         figures |= speed
-        trainer.logger.log_metrics(figures, step=trainer.global_step)
+        log_scalars(trainer, figures)
 
     def step_figures(
         self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Any]
@@ -187,7 +203,7 @@ class LossMonitor(pl.Callback):
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         return {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         state = LossMonitor.state_dict(self)
         mean_loss = math.nan
         if state["batches"]:
@@ -195,13 +211,10 @@ class LossMonitor(pl.Callback):
         speed = self._speed()
         self.figures |= {"train/loss": mean_loss, **speed, "train/seconds": state["seconds"]}
         self.epoch_ended = True
-        self.data_wait.check(EPOCH_SECONDS)
-        if trainer.logger:
-            scalars = {
-                "epoch/loss": mean_loss,
-                "epoch/images_per_second": speed["images_per_second"],
-            }
-            trainer.logger.log_metrics(scalars, step=trainer.global_step)
+        self._warn_of_waiting(EPOCH_SECONDS)
+        images_per_second = speed["images_per_second"]
+        scalars = {"epoch/loss": mean_loss, "epoch/images_per_second": images_per_second}
+        log_scalars(trainer, scalars)
 
 
 class BatchClock(pl.Callback):
@@ -211,14 +224,9 @@ class BatchClock(pl.Callback):
         self.monitor = monitor
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.monitor.end_batch(trainer)
+        self.monitor.batch_ended = time.perf_counter()
 
 
 def waits_for_batches(trainer: pl.Trainer) -> bool:

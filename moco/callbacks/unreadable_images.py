@@ -38,7 +38,7 @@ class UnreadableList(pl.Callback):
         self.folder = folder
         self.figures = figures
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self.trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class UnreadableList(pl.Callback):
         self._collect()
         return {}
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._collect()
 
     def _collect(self) -> None:

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from moco.callbacks.running_trainer import data_of
+from moco.callbacks.running_trainer import board_of, data_of
 from moco.data.loading.datamodule import PretrainingData
 from moco.evaluation.reports.drawing import pixels, view_pairs_plot
 from moco.training.stopwatches import LOGGING, epoch_time
@@ -26,7 +26,7 @@ class ViewPairPlot(pl.Callback):
     def __init__(self, every_n_epochs: int | None) -> None:
         self.every_n_epochs = every_n_epochs
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not self.every_n_epochs or not trainer.logger or trainer.global_step > 0:
             return
         data = data_of(trainer)
@@ -34,7 +34,7 @@ class ViewPairPlot(pl.Callback):
         self._plot(trainer, query, key)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         if not self.every_n_epochs or not trainer.logger or batch_idx > 0:
             return
@@ -47,8 +47,7 @@ class ViewPairPlot(pl.Callback):
     def _plot(self, trainer: pl.Trainer, query: Tensor, key: Tensor) -> None:
         data = data_of(trainer)
         plot = view_pairs_plot(as_shown(data, query), as_shown(data, key))
-        experiment = trainer.logger.experiment  # type: ignore[union-attr]
-        experiment.add_image(TAG, pixels(plot), trainer.global_step, dataformats="HWC")
+        board_of(trainer).add_image(TAG, pixels(plot), trainer.global_step, dataformats="HWC")
 
 
 def as_shown(data: PretrainingData, views: Tensor) -> np.ndarray:

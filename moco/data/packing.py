@@ -4,42 +4,37 @@ A part is on disk as a whole or not at all, so an interrupted copy goes on after
 `moco.data.sources.packed_copy` describes the files.
 """
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 import tarfile
-import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from moco.data.augment.draws import derived_seed
-from moco.data.augment.views import ViewPair
 from moco.data.files.bad_fraction import check_bad_fraction
 from moco.data.files.decoding import EncodedFile, EncodedImage
 from moco.data.files.images import UnreadableImage
-from moco.data.loading.workers import CPU, loader_options, unchanged
+from moco.data.loading.every_image import ReadImage, every_image
+from moco.data.loading.lost_workers import WatchedLoader
 from moco.data.sources.packed_copy import (
     COLUMNS,
     INDEX,
     PIXELS,
     SIDES,
     TABLE,
-    PackedImages,
-    count_skipped,
-    damaged_shards,
-    packed_source,
+    check_finished,
     read_copy,
     read_index,
     read_table,
@@ -55,10 +50,7 @@ LOCK = ".lock"
 PARTS = "parts"  # a folder with the tables of the parts, until all parts are there
 IMAGES_PER_CHUNK = 8  # a worker returns these at once: 1.2 GB if they have 50 megapixels each
 TAR_BLOCK = tarfile.BLOCKSIZE
-MAX_JPEG_SIDE = 65500  # px, libjpeg's limit
 NUM_SIZES = 256  # images whose size is read to estimate the size of an array
-NUM_TIMED_IMAGES = 512
-TIMED_BLOCK = 16  # images that are timed at once
 MAX_NAMED = 10  # damaged images that a message names
 FREE_SETTINGS = ("data.download", "data.max_bad_fraction", "data.max_image_pixels")
 """Settings that may change when a copy goes on: they change no image."""
@@ -78,9 +70,8 @@ class Pool:
             raise InputError(NO_INDEX)
         self.source = source
         self.num_train = len(source.train)
-        self.sets: list[Images] = [source.train]
-        self.others: list[tuple[int, int]] = []
-        """For each row after the training images, the number of its set and its index in there."""
+        self.others: list[tuple[Images, int]] = []
+        """For each row after the training images, its set and its index in there."""
         self.sides: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         """Rows and labels of ``bank`` and ``queries``."""
         row_of_name: dict[str, int] = {}
@@ -91,20 +82,18 @@ class Pool:
 
     def _find_rows(self, images: Images, row_of_name: dict[str, int]) -> np.ndarray:
         """Return the rows of a side's images; images with a new name get a new row."""
-        if images is self.sets[0]:
+        if images is self.source.train:
             return np.arange(self.num_train)
         # Bank or queries may be a part of the training images: their names tell.
         if not row_of_name:
-            for index in range(self.num_train):
-                row_of_name[self.sets[0].name(index)] = index
-        self.sets.append(images)
+            for row in range(self.num_train):
+                row_of_name[self.name(row)] = row
         rows = []
         for index in range(len(images)):
-            name = images.name(index)
-            if name not in row_of_name:
-                row_of_name[name] = len(self)
-                self.others.append((len(self.sets) - 1, index))
-            rows.append(row_of_name[name])
+            row = row_of_name.setdefault(images.name(index), len(self))
+            if row == len(self):
+                self.others.append((images, index))
+            rows.append(row)
         return np.array(rows, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -112,12 +101,11 @@ class Pool:
 
     def _find_image(self, row: int) -> tuple[Images, int]:
         if row < self.num_train:
-            return self.sets[0], row
-        set_number, index = self.others[row - self.num_train]
-        return self.sets[set_number], index
+            return self.source.train, row
+        return self.others[row - self.num_train]
 
-    def opened(self, row: int) -> EncodedImage:
-        """See `Images`."""
+    def __getitem__(self, row: int) -> EncodedImage:
+        """Return the image, not yet decoded. Raises `UnreadableImage`."""
         images, index = self._find_image(row)
         return images.opened(index)
 
@@ -135,83 +123,69 @@ class Pool:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of images, and a hash of their names and labels."""
-        digest = hashlib.blake2b(self.labels().tobytes(), digest_size=16)
+        digest = blake2b(self.labels().tobytes(), digest_size=16)
         for row in range(len(self)):
             digest.update(os.fsencode(self.name(row)) + b"\0")
         return {"images": len(self), "hash": digest.hexdigest()}
 
 
 class Chunk(NamedTuple):
-    """Images that are neighbours in the copy, as a worker returns them."""
+    """Images that are neighbours in the copy, as a loader process returns them."""
 
-    stop: int
-    """The place in the copy after the last one."""
     content: Tensor
     """uint8, the bytes of all readable images."""
-    columns: dict[str, list[int]]
-    """`COLUMNS` of these images without the offsets."""
+    entries: list[tuple[int, int, int, int, int]]
+    """Row, length in bytes, height, width and checksum of each of them."""
     skipped: list[tuple[int, str]]
     """Rows of unreadable images, and the reasons."""
 
 
+def join_chunk(read: list[ReadImage]) -> Chunk:
+    """Make a chunk of images that `PackedImage` has made."""
+    contents: list[bytes] = []
+    entries = []
+    skipped = []
+    for image in read:
+        if image.problem:
+            skipped.append((image.key, image.problem))
+            continue
+        content, height, width = image.value
+        contents.append(content)
+        entries.append((image.key, len(content), height, width, zlib.crc32(content)))
+    joined = bytearray(b"".join(contents) or b"\0")  # torch refuses an empty buffer
+    return Chunk(torch.frombuffer(joined, dtype=torch.uint8), entries, skipped)
+
+
 @dataclass(frozen=True)
-class Chunks(Dataset[Chunk]):
-    """Prepares chunks in a worker; a key is (start, stop) in the copy.
+class PackedImage:
+    """From an image to what the copy stores of it, its height and its width.
+
+    A JPEG that keeps its size is copied as it is.
 
     Args:
-        order: (images,) int64, the row of the pool at each place of the copy.
         resize: larger images are resized to this shorter side, px; None keeps the size.
         quality: of JPEGs, 1 to 100; None stores plain pixels.
     """
 
-    pool: Pool
-    order: Tensor
     resize: int | None
     quality: int | None
 
-    def __getitem__(self, places: tuple[int, int]) -> Chunk:
-        start, stop = places
-        columns = empty_columns()
-        contents: list[bytes] = []
-        skipped: list[tuple[int, str]] = []
-        for row in self.order[start:stop].tolist():
-            try:
-                content, height, width = self.pack_image(self.pool.opened(row), self.pool.name(row))
-            except UnreadableImage as error:
-                skipped.append((row, str(error)))
-                continue
-            contents.append(content)
-            columns["rows"].append(row)
-            columns["lengths"].append(len(content))
-            columns["heights"].append(height)
-            columns["widths"].append(width)
-            columns["checksums"].append(zlib.crc32(content))
-        joined = bytearray(b"".join(contents) or b"\0")  # torch refuses an empty buffer
-        return Chunk(stop, torch.frombuffer(joined, dtype=torch.uint8), columns, skipped)
-
-    def pack_image(self, image: EncodedImage, name: str) -> tuple[bytes, int, int]:
-        """Return what the copy stores of an image, and its height and width.
-
-        A JPEG that keeps its size is copied as it is.
-
-        Raises:
-            UnreadableImage: it cannot be decoded, or it is too large for a JPEG.
-        """
+    def __call__(self, image: EncodedImage) -> tuple[bytes, int, int]:
         pixels = resize_image(image, self.resize)
         height, width = pixels.shape[:2]
         if self.quality is None:
             return pixels.tobytes(), height, width
-        if isinstance(image, EncodedFile) and image.is_jpeg:
+        name = "an image in memory"
+        if isinstance(image, EncodedFile):
+            name = image.name
             keeps_size = image.size == (height, width)
-            if keeps_size and isinstance(image.source, bytes):
+            if image.is_jpeg and keeps_size and isinstance(image.source, bytes):
                 return image.source, height, width
-        if max(height, width) > MAX_JPEG_SIDE:
-            raise UnreadableImage(
-                f"{printable(name)}: {width} x {height} px, and JPEG has at most {MAX_JPEG_SIDE} "
-                "a side; set data.resize"
-            )
         pixels = np.ascontiguousarray(pixels)
-        jpeg: bytes = simplejpeg.encode_jpeg(pixels, self.quality, colorsubsampling="420")
+        try:
+            jpeg: bytes = simplejpeg.encode_jpeg(pixels, self.quality, colorsubsampling="420")
+        except ValueError as error:  # a side is longer than JPEG allows
+            raise UnreadableImage(f"{printable(name)}: {error}; set data.resize") from error
         return jpeg, height, width
 
 
@@ -237,69 +211,35 @@ def resized_size(size: tuple[int, int], resize: int | None) -> tuple[int, int]:
     return round(height * resize / shorter), round(width * resize / shorter)
 
 
-def empty_columns() -> dict[str, list[int]]:
-    """Return `COLUMNS` without the offsets, as empty lists."""
-    return {name: [] for name in COLUMNS if name != "offsets"}
-
-
 def chunk_loader(
     pool: Pool, index: Mapping[str, Any], start: int, num_workers: int
-) -> DataLoader[Chunk]:
+) -> WatchedLoader:
     """Return a loader of every chunk of a copy from place `start` on."""
-    resize = index["settings"]["data"]["resize"]
-    quality = None
-    if index["format"] == "shards":
-        quality = index["settings"]["quality"]
-    order = order_of_copy(pool, is_random=index["format"] == "shards")
-    options = loader_options(num_workers, CPU) | {"persistent_workers": False}
-    return DataLoader(
-        Chunks(pool, order, resize, quality),
-        batch_size=None,
-        sampler=chunk_places(pool, start),
-        collate_fn=unchanged,
-        **options,
-    )
+    is_array = index["format"] == "array"
+    settings = index["settings"]
+    make = PackedImage(settings["data"]["resize"], None if is_array else settings["quality"])
+    order = torch.arange(len(pool))
+    if not is_array:
+        # Training from shards only mixes neighbours, and the neighbours in sorted folders are
+        # alike. The random order is always the same.
+        generator = torch.Generator().manual_seed(derived_seed(0, pool.num_train))
+        order[: pool.num_train] = torch.randperm(pool.num_train, generator=generator)
+    chunks = chunks_of_rows(order, start, [pool.num_train, len(pool)])
+    return every_image(pool, make, join_chunk, chunks, num_workers)
 
 
-def order_of_copy(pool: Pool, is_random: bool) -> Tensor:
-    """Return the row at each place of a copy: an array keeps the source's order, shards do not.
+def chunks_of_rows(order: Tensor, start: int, borders: list[int]) -> Iterator[list[int]]:
+    """Yield the rows of each chunk; no chunk has training images and others.
 
-    Training from shards only mixes neighbours, and the neighbours in sorted folders are alike.
-    The random order is always the same.
+    Args:
+        order: (images,) int64, the row of the pool at each place of the copy.
+        borders: the places where the training images and the others end.
     """
-    if not is_random:
-        return torch.arange(len(pool))
-    generator = torch.Generator().manual_seed(derived_seed(0, pool.num_train))
-    train = torch.randperm(pool.num_train, generator=generator)
-    return torch.cat([train, torch.arange(pool.num_train, len(pool))])
-
-
-def chunk_places(pool: Pool, start: int) -> list[tuple[int, int]]:
-    """Return (start, stop) of every chunk; no chunk has training images and others."""
-    places = []
-    while start < len(pool):
-        stop = min(start + IMAGES_PER_CHUNK, len(pool))
-        if start < pool.num_train:
-            stop = min(stop, pool.num_train)
-        places.append((start, stop))
-        start = stop
-    return places
-
-
-class PartFile(Protocol):
-    """The file that a part of a copy is written to."""
-
-    name: str
-    file: BinaryIO
-    num_bytes: int
-
-    def add(self, content: np.ndarray, place: int, label: int) -> int:
-        """Write the image at this place of the copy; return its offset in the file."""
-        ...
-
-    def close(self) -> dict[str, Any]:
-        """Put the part on disk; return what else the index says about it."""
-        ...
+    for border in borders:
+        while start < border:
+            stop = min(start + IMAGES_PER_CHUNK, border)
+            yield order[start:stop].tolist()
+            start = stop
 
 
 class ArrayPart:
@@ -310,20 +250,20 @@ class ArrayPart:
     def __init__(self, folder: Path, start: int) -> None:
         (folder / PIXELS).touch()
         # "r+b" keeps what is in the file; "wb" would cut it to nothing.
-        self.file: BinaryIO = (folder / PIXELS).open("r+b")
+        self.file = (folder / PIXELS).open("r+b")
         self.file.truncate(start)
         self.file.seek(start)
         self.start = start
         self.num_bytes = 0
 
     def add(self, content: np.ndarray, place: int, label: int) -> int:
-        """See `PartFile`."""
+        """Write the image at this place of the copy; return its offset in the file."""
         offset = self.start + self.num_bytes
         self.num_bytes += self.file.write(content.data)
         return offset
 
     def close(self) -> dict[str, Any]:
-        """See `PartFile`."""
+        """Put the part on disk; return what else the index says about it."""
         sync_and_close(self.file)
         return {}
 
@@ -339,12 +279,12 @@ class ShardPart:
         self.name = name
         self.path = folder / name
         self.temporary = temporary_path(self.path)
-        self.file: BinaryIO = self.temporary.open("wb")
-        self.digest = hashlib.sha256()
+        self.file = self.temporary.open("wb")
+        self.digest = sha256()
         self.num_bytes = 0
 
     def add(self, content: np.ndarray, place: int, label: int) -> int:
-        """See `PartFile`."""
+        """See `ArrayPart`."""
         offset = self._add_member(f"{place:09}.jpg", content.tobytes())
         if label >= 0:
             self._add_member(f"{place:09}.cls", str(label).encode())
@@ -364,7 +304,7 @@ class ShardPart:
         self.num_bytes += self.file.write(content)
 
     def close(self) -> dict[str, Any]:
-        """See `PartFile`."""
+        """See `ArrayPart`."""
         self._write(bytes(2 * TAR_BLOCK))  # the end of a tar file
         sync_and_close(self.file)
         os.replace(self.temporary, self.path)
@@ -376,20 +316,29 @@ class CopyWriter:
 
     Args:
         index: see `open_copy`. A part ends with the chunk that reaches its ``max_shard_bytes``.
+        max_bad_fraction: see `check_bad_fraction`.
+
+    Raises:
+        InputError: too many images cannot be read.
     """
 
-    def __init__(self, folder: Path, index: dict[str, Any], pool: Pool) -> None:
+    def __init__(
+        self, folder: Path, index: dict[str, Any], pool: Pool, max_bad_fraction: float
+    ) -> None:
         self.folder = folder
         self.index = index
         self.pool = pool
-        self.max_part_bytes = index["settings"]["max_shard_bytes"]
+        self.max_bad_fraction = max_bad_fraction
         self.labels = pool.labels()
-        self.part: PartFile | None = None
+        self.part: ArrayPart | ShardPart | None = None
+        self.num_packed = total_of_parts(index, "images")
+        self.num_done = 0
+        """The place in the copy after the last image, skipped ones included."""
         self.skipped_names: list[str] = []
-        """Names of all images that cannot be read."""
         for part in index["parts"]:
-            for row, _ in part["skipped"]:
-                self.skipped_names.append(pool.name(row))
+            self.num_done = part["stop"]
+            self.skipped_names += [pool.name(row) for row, _ in part["skipped"]]
+        check_bad_fraction(self.skipped_names, len(pool), max_bad_fraction)
         (folder / PARTS).mkdir(exist_ok=True)
         if self.num_done > 0:
             log.info("going on after %s of %s images", f"{self.num_done:,}", f"{len(pool):,}")
@@ -401,69 +350,60 @@ class CopyWriter:
         if self.part is not None:
             self.part.file.close()
 
-    @property
-    def num_done(self) -> int:
-        """The place in the copy where the next part starts."""
-        if not self.index["parts"]:
-            return 0
-        return int(self.index["parts"][-1]["stop"])
-
     def add(self, chunk: Chunk) -> None:
-        """Write a chunk. End the part if it is full, or if the next chunk is not to train on."""
+        """Write a chunk. End the part if it is full, or if the next chunk is not to train on.
+
+        Raises:
+            InputError: too many images cannot be read.
+        """
         if self.part is None:
             self.part = self._begin_part()
-        content = chunk.content.numpy()
         start = 0
-        for row, length in zip(chunk.columns["rows"], chunk.columns["lengths"], strict=True):
-            image_content = content[start : start + length]
+        for row, length, *others in chunk.entries:
+            content = chunk.content[start : start + length].numpy()
             # A member of a shard is named by its place in the copy, so all names differ.
-            place = self.num_images_before + len(self.offsets)
-            self.offsets.append(self.part.add(image_content, place, self.labels[row]))
+            offset = self.part.add(content, self.num_packed, self.labels[row])
+            self.entries.append((row, offset, length, *others))
+            self.num_packed += 1
             start += length
-        for name, values in chunk.columns.items():
-            self.columns[name] += values
         for row, reason in chunk.skipped:
             log.warning("skipped an unreadable image: %s", reason)
             self.skipped.append((row, reason))
             self.skipped_names.append(self.pool.name(row))
+        check_bad_fraction(self.skipped_names, len(self.pool), self.max_bad_fraction)
+        self.num_done += len(chunk.entries) + len(chunk.skipped)
         # Training images and others are in different parts: webdataset reads the first alone.
-        is_full = self.part.num_bytes >= self.max_part_bytes
-        if is_full or chunk.stop in (self.pool.num_train, len(self.pool)):
-            self._end_part(self.part, chunk.stop)
+        is_full = self.part.num_bytes >= self.index["settings"]["max_shard_bytes"]
+        if is_full or self.num_done in (self.pool.num_train, len(self.pool)):
+            self._end_part(self.part)
             self.part = None
 
-    def check_skipped(self, max_bad_fraction: float) -> None:
-        """Raise InputError if too many images cannot be read; see `check_bad_fraction`."""
-        check_bad_fraction(self.skipped_names, len(self.pool), max_bad_fraction)
-
-    def _begin_part(self) -> PartFile:
-        self.num_images_before = total_of_parts(self.index, "images")
-        self.offsets: list[int] = []
-        self.columns = empty_columns()
+    def _begin_part(self) -> ArrayPart | ShardPart:
+        self.entries: list[tuple[int, ...]] = []
         self.skipped: list[tuple[int, str]] = []
         if self.index["format"] == "array":
             return ArrayPart(self.folder, start=total_of_parts(self.index, "bytes"))
         prefix = "held_out-"
         if self.num_done < self.pool.num_train:
             prefix = "train-"
-        number = 0
-        for part in self.index["parts"]:
-            if part["file"].startswith(prefix):
-                number += 1
+        number = sum(part["file"].startswith(prefix) for part in self.index["parts"])
         return ShardPart(self.folder, f"{prefix}{number:05}.tar")
 
-    def _end_part(self, part: PartFile, stop: int) -> None:
+    def _end_part(self, part: ArrayPart | ShardPart) -> None:
         # First the part, then its table, last the index: a crash in between leaves no trace there.
         more = part.close()
-        table = {"offsets": np.array(self.offsets, np.int64)}
-        for name, values in self.columns.items():
-            table[name] = np.array(values, COLUMNS[name])
-        table |= pack_names([self.pool.name(row) for row in self.columns["rows"]])
+        entries = np.array(self.entries, np.int64).reshape(-1, len(COLUMNS))
+        table = {}
+        for (name, dtype), values in zip(COLUMNS.items(), entries.T, strict=True):
+            table[name] = values.astype(dtype)
+        names = [os.fsencode(self.pool.name(row)) for row in table["rows"].tolist()]
+        table["names"] = np.frombuffer(b"".join(names), np.uint8)
+        table["name_ends"] = np.cumsum([len(name) for name in names], dtype=np.int64)
         save_table(self._table_path(len(self.index["parts"])), table)
         entry = {
             "file": part.name,
-            "stop": stop,
-            "images": len(self.offsets),
+            "stop": self.num_done,
+            "images": len(names),
             "bytes": part.num_bytes,
             "skipped": self.skipped,
         }
@@ -475,7 +415,12 @@ class CopyWriter:
 
     def finish(self) -> None:
         """Join the tables of the parts, and mark the copy as complete."""
-        joined = self._join_tables()
+        tables = [read_table(self._table_path(n)) for n in range(len(self.index["parts"]))]
+        joined = {}
+        for name in (*COLUMNS, "names"):
+            joined[name] = np.concatenate([table[name] for table in tables])
+        name_lengths = [np.diff(table["name_ends"], prepend=0) for table in tables]
+        joined["name_ends"] = np.cumsum(np.concatenate(name_lengths), dtype=np.int64)
         place_of_row = np.full(len(self.pool), -1, dtype=np.int64)  # -1: skipped
         place_of_row[joined["rows"]] = np.arange(len(joined["rows"]))
         for side, (rows, labels) in self.pool.sides.items():
@@ -490,19 +435,6 @@ class CopyWriter:
         self.index["complete"] = True
         write_index(self.folder, self.index)
         shutil.rmtree(self.folder / PARTS)
-
-    def _join_tables(self) -> dict[str, np.ndarray]:
-        """Return the tables of all parts as one."""
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, "names")}
-        name_lengths = []
-        for number in range(len(self.index["parts"])):
-            table = read_table(self._table_path(number))
-            for name, arrays in columns.items():
-                arrays.append(table[name])
-            name_lengths.append(np.diff(table["name_ends"], prepend=0))
-        joined = {name: np.concatenate(arrays) for name, arrays in columns.items()}
-        joined["name_ends"] = np.cumsum(np.concatenate(name_lengths), dtype=np.int64)
-        return joined
 
 
 def prepare_folder(folder: Path) -> None:
@@ -575,16 +507,16 @@ def different_settings(index: Mapping[str, Any], settings: Mapping[str, Any]) ->
     if index["format"] == "array":  # an array does not use the quality
         here["quality"] = there["quality"]
     different = []
-    for key in sorted(there.keys() | here.keys()):
-        if key not in FREE_SETTINGS and there.get(key) != here.get(key):
-            different.append(f"{key}: {there.get(key)} there, {here.get(key)} here")
+    for key, value in here.items():
+        if key not in FREE_SETTINGS and there.get(key) != value:
+            different.append(f"{key}: {there.get(key)} there, {value} here")
     return different
 
 
 def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings in one dict; those of the source get the keys ``data.NAME``."""
     flat = dict(settings)
-    for key, value in flat.pop("data", {}).items():
+    for key, value in flat.pop("data").items():
         flat[f"data.{key}"] = value
     return flat
 
@@ -621,16 +553,6 @@ def sync_and_close(file: BinaryIO) -> None:
     file.close()
 
 
-def pack_names(names: list[str]) -> dict[str, np.ndarray]:
-    """Return names as two arrays: the bytes of all names, and where each name ends."""
-    text = bytearray()
-    ends = []
-    for name in names:
-        text += os.fsencode(name)
-        ends.append(len(text))
-    return {"names": np.frombuffer(text, dtype=np.uint8), "name_ends": np.array(ends, np.int64)}
-
-
 def choose_format(wanted: str, folder: Path, pool: Pool, resize: int | None) -> str:
     """Return ``array`` or ``shards``; ``auto`` is array if that fits half of the free disk space.
 
@@ -642,11 +564,11 @@ def choose_format(wanted: str, folder: Path, pool: Pool, resize: int | None) -> 
     free = shutil.disk_usage(folder).free
     needed = estimate_array_bytes(pool, resize)
     room = f"an array takes about {needed / 1e9:,.2f} GB, and {free / 1e9:,.1f} GB are free"
+    if wanted == "array" and needed > free:
+        raise InputError(
+            f"output={folder}: {room}; format=shards or a smaller data.resize takes less"
+        )
     if wanted == "array":
-        if needed > free:
-            raise InputError(
-                f"output={folder}: {room}; format=shards or a smaller data.resize takes less"
-            )
         return wanted
     chosen = "shards"
     if needed < free / 2:
@@ -662,7 +584,7 @@ def estimate_array_bytes(pool: Pool, resize: int | None) -> int:
     sizes = []
     for row in np.linspace(0, len(pool) - 1, num_sizes, dtype=int).tolist():
         try:
-            height, width = resized_size(pool.opened(row).size, resize)
+            height, width = resized_size(pool[row].size, resize)
         except UnreadableImage:
             continue
         sizes.append(3 * height * width)
@@ -672,7 +594,7 @@ def estimate_array_bytes(pool: Pool, resize: int | None) -> int:
 
 
 def check_copy(folder: Path, pool: Pool) -> Iterator[int]:
-    """Compare a copy with its checksums, and its names with the source's.
+    """Compare a copy with its source's names and labels, and with its checksums.
 
     Yields:
         The number of images compared so far.
@@ -682,88 +604,42 @@ def check_copy(folder: Path, pool: Pool) -> Iterator[int]:
         RunError: something differs; the message names the first images or shards.
     """
     index = read_index(str(folder))
-    if not index["complete"]:
-        raise InputError(
-            f"output={folder}: not finished; start the same command without check, then check"
-        )
-    copy, table = read_copy(str(folder), index, max_image_pixels=1)  # nothing is decoded
-    num_packed = len(copy) + count_skipped(index)
-    if num_packed != len(pool):
+    check_finished(str(folder), index)
+    if index["source"] != pool.fingerprint():
         raise RunError(
-            f"{folder}: made of {num_packed} images, and the source has {len(pool)}; pack it anew"
+            f"{folder}: made of {index['source'].get('images')} images, and the source has "
+            f"{len(pool)}, or others; pack it anew"
         )
-    differing = []
-    for number, row in enumerate(table["rows"].tolist()):
-        name = copy.name(number)
-        has_name = row < len(pool) and pool.name(row) == name
-        if copy.is_damaged(number) or not has_name:
-            differing.append(printable(name))
+    copy, _ = read_copy(str(folder), index, max_image_pixels=1)  # nothing is decoded
+    damaged = []
+    for number in range(len(copy)):
+        if copy.is_damaged(number):
+            damaged.append(printable(copy.name(number)))
         yield number + 1
-    if differing:
+    if not damaged:
+        for number, part in enumerate(index["parts"]):
+            expected = part.get("sha256")  # an array has none
+            if expected is not None and sha256(copy.map_file(number)).hexdigest() != expected:
+                damaged.append(f"bytes between the images of {part['file']}")
+    if damaged:
         raise RunError(
-            f"{folder}: {len(differing)} of {len(copy)} images are not as they were written: "
-            f"{', '.join(differing[:MAX_NAMED])}"
+            f"{folder}: not as it was written in {len(damaged)} places: "
+            f"{', '.join(damaged[:MAX_NAMED])}"
         )
-    shards = [printable(name) for name in damaged_shards(folder, index)]
-    if shards:
-        raise RunError(
-            f"{folder}: bytes between the images are not as they were written in "
-            f"{', '.join(shards[:MAX_NAMED])}"
-        )
-    log.info("%s: all images are as they were written, under the source's names", folder)
+    log.info("%s: everything is as it was written", folder)
 
 
-def describe_copy(
-    folder: Path, index: Mapping[str, Any], pool: Pool, max_image_pixels: int
-) -> list[tuple[str, str]]:
-    """Return what a finished copy holds, and how fast it reads, as rows of a table."""
-    copy = packed_source(str(folder), max_image_pixels)
+def describe_copy(index: Mapping[str, Any], pool: Pool) -> list[tuple[str, str]]:
+    """Return what a finished copy holds, as rows of a table."""
     gigabytes = total_of_parts(index, "bytes") / 1e9
     resize = index["settings"]["data"]["resize"]
     size = "as it was"
     if resize is not None:
         size = f"shorter side at most {resize} px"
-    sides = [name for name in SIDES if getattr(copy, name) is not None]
-    before, after = seconds_per_image(pool.source, copy)
-    speed = (
-        f"{before / after:.1f} x as fast: {before * 1e3:.2f} ms an image from the source, "
-        f"{after * 1e3:.2f} from the copy"
-    )
+    num_skipped = sum(len(part["skipped"]) for part in index["parts"])
     return [
-        ("images", f"{len(copy.train):,} to train on, {count_skipped(index)} unreadable left out"),
-        ("labels", ", ".join(sides) or "none"),
+        ("images", f"{index['num_images']:,} to train on, {num_skipped} unreadable left out"),
+        ("labels", ", ".join(pool.sides) or "none"),
         ("format", f"{index['format']}, {gigabytes:,.2f} GB in {len(index['parts'])} parts"),
         ("size", size),
-        ("one epoch reads", speed),
     ]
-
-
-def seconds_per_image(source: DataSource, copy: DataSource) -> tuple[float, float]:
-    """Return the time to read an image and crop two views, from the source and from the copy.
-
-    The same images are read in turn from both. What the page cache holds is not read from disk, so
-    this is mostly the time of computing.
-    """
-    assert isinstance(copy.train, PackedImages)
-    crop = {"random_resized_crop": {"scale": [0.2, 1]}}
-    half = [0.5] * 3  # mean and standard deviation do not change the time
-    pair = ViewPair(crop, crop, mean=half, std=half, image_size=copy.image_size, seed=0)
-    num_timed = min(NUM_TIMED_IMAGES, len(copy.train))
-    places = torch.linspace(0, len(copy.train) - 1, num_timed).long()
-    rows = copy.train.table["rows"][places]
-    seconds_to_read(source.train, rows[:1], pair)  # the first image pays for what is loaded once
-    before = 0.0
-    after = 0.0
-    for start in range(0, num_timed, TIMED_BLOCK):
-        before += seconds_to_read(source.train, rows[start : start + TIMED_BLOCK], pair)
-        after += seconds_to_read(copy.train, places[start : start + TIMED_BLOCK], pair)
-    return before / num_timed, after / num_timed
-
-
-def seconds_to_read(images: Images, indices: Tensor, pair: ViewPair) -> float:
-    """Return the seconds that reading some images and cropping their views takes."""
-    views = pair.empty_views(len(indices))
-    start = time.perf_counter()
-    pixels = [images.opened(index).pixels() for index in indices.tolist()]
-    pair.on_images(pixels, 0, indices, views)
-    return time.perf_counter() - start

@@ -22,39 +22,27 @@ COLLAPSED = "COLLAPSED"
 DIMENSIONAL_COLLAPSE = "DIMENSIONAL COLLAPSE"
 
 
-def is_collapsed(std: float, embedding_dim: int) -> bool:
-    """Return whether embeddings are nearly the same.
+def collapse_of(std: float, effective_rank: float, shape: Sequence[int]) -> tuple[str, str] | None:
+    """Return the name of a collapse and what it is, in words; None for healthy embeddings.
+
+    A few rows say nothing about dimensions: below 20 there is no dimensional collapse.
 
     Args:
-        std: their `embedding_std`.
-    """
-    return std < LEAST_STD / math.sqrt(embedding_dim)
-
-
-def is_flat(effective_rank: float, shape: Sequence[int]) -> bool:
-    """Return whether embeddings differ in a few dimensions only.
-
-    A few rows say nothing about dimensions: with fewer than 20 of them the answer is no.
-
-    Args:
+        std: `embedding_std` of embeddings.
         effective_rank: their `rank_me`.
         shape: (rows, embedding_dim) of the embeddings that the rank was computed from.
     """
+    spread_out = 1 / math.sqrt(shape[1])
+    if std < LEAST_STD * spread_out:
+        return COLLAPSED, (
+            f"all embeddings are nearly the same (standard deviation {std:.5f}, "
+            f"spread out it would be {spread_out:.5f}). The features will be useless. {CAUSES}"
+        )
     highest = min(shape)
-    return highest >= 1 / LEAST_RANK and effective_rank < LEAST_RANK * highest
-
-
-def collapsed_words(std: float, embedding_dim: int) -> str:
-    """Return what `is_collapsed` saw, in words."""
-    return (
-        f"all embeddings are nearly the same (standard deviation {std:.5f}, "
-        f"spread out it would be {1 / math.sqrt(embedding_dim):.5f})"
-    )
-
-
-def flat_words(effective_rank: float, shape: Sequence[int]) -> str:
-    """Return what `is_flat` saw, in words."""
-    return (
-        "the embeddings differ in few dimensions only "
-        f"(effective rank {effective_rank:.1f} of {min(shape)})"
-    )
+    if highest >= 1 / LEAST_RANK and effective_rank < LEAST_RANK * highest:
+        return DIMENSIONAL_COLLAPSE, (
+            "the embeddings differ in few dimensions only "
+            f"(effective rank {effective_rank:.1f} of {highest}). "
+            f"The features will be poor. {CAUSES}"
+        )
+    return None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moco.evaluation.knn import turns_of_classes
 from moco.evaluation.neighbors import nearest_by_block
 
 
@@ -72,11 +73,7 @@ def draw_patches(
     order = generator.permutation(len(labels))
     if sampling == "uniform":
         return order[:count]
-    shuffled = labels[order]
-    turns = np.empty(len(labels), np.int64)
-    for label in np.unique(labels):
-        is_of_class = shuffled == label
-        turns[is_of_class] = np.arange(is_of_class.sum())
+    turns = turns_of_classes(labels[order])
     return order[np.argsort(turns, kind="stable")][:count]
 
 

@@ -18,6 +18,7 @@ from moco.data.loading.datamodule import check_unreadable
 from moco.errors import InputError, printable
 from moco.evaluation.dense_bank import Bank, class_shares, draw_patches, patches_represented
 from moco.evaluation.features import EmbeddingStopped
+from moco.evaluation.image_names import first_names
 from moco.segmentation.mask_batches import whole_image_loader
 from moco.segmentation.mask_sources import SegmentationSource
 from moco.segmentation.masked_images import MaskedImages
@@ -27,8 +28,6 @@ log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 2**27  # features and masks that are classified at once
 NUM_MAPS = 4  # feature maps of every backbone
-MAX_CLASSES_AT_ONCE = 8  # classes whose scores are enlarged to the image's size at the same time
-MAX_NAMED_IMAGES = 3  # in one warning
 
 Scorer = Callable[[np.ndarray], np.ndarray]
 """Features (queries, feature width) to scores (queries, classes)."""
@@ -134,7 +133,8 @@ class DenseSet:
                     raise NotFinite(f"the features of {name} are not finite (NaN or infinity)")
                 yield ImagePatches(index, features[row], grid, batch.classes[row].numpy())
         if unreadable:
-            warn_of_unreadable(unreadable, images)
+            names = first_names(images, np.array(unreadable))
+            log.warning("skipped %d unreadable images: %s", len(unreadable), names)
             check_unreadable(unreadable, images.images, self.max_bad_fraction)
 
     def bank(
@@ -232,18 +232,19 @@ class DenseSet:
 
     def protocol(self, bank: Bank, num_neighbors: int, temperature: float) -> dict[str, Any]:
         """Return the conditions of the figures under their names in ``metrics.json``."""
-        return {
-            "dense/num_neighbors": num_neighbors,
-            "dense/temperature": temperature,
-            "dense/maps": list(self.maps),
-            "dense/bank_size": len(bank.features),
-            "dense/sampling": self.sampling,
-            "dense/seed": self.seed,
-            "dense/image_size": self.image_size,
-            "dense/num_images": len(self.indices(self.source.train)),
-            "dense/num_queries": len(self.indices(self.source.validation)),
-            "dense/num_classes": self.num_classes,
+        protocol = {
+            "num_neighbors": num_neighbors,
+            "temperature": temperature,
+            "maps": list(self.maps),
+            "bank_size": len(bank.features),
+            "sampling": self.sampling,
+            "seed": self.seed,
+            "image_size": self.image_size,
+            "num_images": len(self.indices(self.source.train)),
+            "num_queries": len(self.indices(self.source.validation)),
+            "num_classes": self.num_classes,
         }
+        return {f"dense/{name}": value for name, value in protocol.items()}
 
 
 @torch.no_grad()
@@ -274,24 +275,14 @@ def join_maps(maps: Sequence[Tensor]) -> Tensor:
 
 
 def pixel_classes(scores: Tensor, height: int, width: int) -> Tensor:
-    """Return the class of every pixel, (height, width) int64, by scores of cells.
+    """Return the class of every pixel, (height, width) int64, by bilinearly enlarged scores.
 
-    The scores are enlarged bilinearly, a few classes at a time: with all of them at once the memory
-    would grow with the number of classes. Of equal scores the smaller class wins.
+    Of equal scores the smaller class wins.
 
     Args:
         scores: (classes, rows, columns).
     """
-    best = scores.new_full((height, width), -torch.inf)
-    classes = torch.zeros((height, width), dtype=torch.int64, device=scores.device)
-    for first in range(0, len(scores), MAX_CLASSES_AT_ONCE):
-        part = scores[None, first : first + MAX_CLASSES_AT_ONCE]
-        enlarged = F.interpolate(part, (height, width), mode="bilinear")[0]
-        part_best, part_classes = enlarged.max(dim=0)
-        is_better = part_best > best
-        classes = torch.where(is_better, part_classes + first, classes)
-        best = torch.where(is_better, part_best, best)
-    return classes
+    return F.interpolate(scores[None], (height, width), mode="bilinear")[0].argmax(dim=0)
 
 
 def blocks_of_images(images: Iterator[ImagePatches]) -> Iterator[list[ImagePatches]]:
@@ -311,32 +302,21 @@ def blocks_of_images(images: Iterator[ImagePatches]) -> Iterator[list[ImagePatch
 
 def dense_figures(
     confusion: Tensor, class_names: Sequence[str], kind: str
-) -> dict[str, float | None]:
-    """Return `segmentation_figures` under the names ``dense/KIND_miou`` and so on.
+) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Return `segmentation_figures` under the names of ``metrics.json``.
 
-    The others are ``dense/KIND_pixel_accuracy`` and ``dense/KIND_iou/NAME``.
+    Returns:
+        The figures of all classes together, ``dense/KIND_miou`` and ``dense/KIND_pixel_accuracy``;
+        and ``dense/KIND_iou/NAME`` of each class.
     """
-    figures = {}
+    scores, class_ious = {}, {}
     for key, value in segmentation_figures(confusion, class_names).items():
-        figures[key.replace("segment/", f"dense/{kind}_", 1)] = value
-    return figures
-
-
-def overall_scores(figures: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the figures of all classes together, without those of one class each."""
-    scores = {}
-    for key, value in figures.items():
-        if value is not None and "_iou/" not in key:
-            scores[key] = value
-    return scores
-
-
-def warn_of_unreadable(unreadable: Sequence[int], images: MaskedImages) -> None:
-    """Log how many images were skipped, and the names of the first ones."""
-    names = ", ".join(printable(images.name(index)) for index in unreadable[:MAX_NAMED_IMAGES])
-    if len(unreadable) > MAX_NAMED_IMAGES:
-        names += ", ..."
-    log.warning("skipped %d unreadable images: %s", len(unreadable), names)
+        name = key.replace("segment/", f"dense/{kind}_", 1)
+        if "_iou/" in name:
+            class_ious[name] = value
+        elif value is not None:
+            scores[name] = value
+    return scores, class_ious
 
 
 def check_maps(maps: Sequence[int], key: str) -> None:

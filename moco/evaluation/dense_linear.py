@@ -22,14 +22,15 @@ MAX_ITERATIONS = 100
 class LinearHead:
     """Computes logits of patches."""
 
-    weight: np.ndarray
+    weight: Tensor
     """(classes, feature width) float32."""
-    bias: np.ndarray
+    bias: Tensor
     """(classes,) float32."""
 
     def scores(self, queries: np.ndarray) -> np.ndarray:
         """Return logits (queries, classes) of features (queries, feature width)."""
-        return queries @ self.weight.T + self.bias
+        features = torch.from_numpy(queries).to(self.weight.device)
+        return (features @ self.weight.T + self.bias).cpu().numpy()
 
 
 def fit(features: Tensor, shares: Tensor, weights: Tensor, weight_decay: float) -> LinearHead:
@@ -68,7 +69,7 @@ def fit(features: Tensor, shares: Tensor, weights: Tensor, weight_decay: float) 
     with torch.enable_grad():
         optimizer.step(objective)
     raw_weight, raw_bias = unstandardised()
-    return LinearHead(raw_weight.detach().cpu().numpy(), raw_bias.detach().cpu().numpy())
+    return LinearHead(raw_weight.detach(), raw_bias.detach())
 
 
 def cross_entropy(
@@ -106,9 +107,7 @@ def fit_best(bank: Bank, device: torch.device | str = "cpu") -> tuple[LinearHead
     losses = {}
     for weight_decay in WEIGHT_DECAYS:
         head = fit(features, shares, weights * ~held_out, weight_decay)
-        weight = torch.from_numpy(head.weight).to(device)
-        bias = torch.from_numpy(head.bias).to(device)
-        loss = cross_entropy(features, shares, weights * held_out, weight, bias)
+        loss = cross_entropy(features, shares, weights * held_out, head.weight, head.bias)
         losses[weight_decay] = float(loss)
     best = min(WEIGHT_DECAYS, key=losses.__getitem__)
     return fit(features, shares, weights, best), best

@@ -12,7 +12,6 @@ from moco.evaluation.dense_features import (
     NotFinite,
     check_maps,
     dense_figures,
-    overall_scores,
 )
 from moco.evaluation.dense_linear import fit_best
 from moco.evaluation.knn import capped
@@ -95,21 +94,23 @@ def measure(subject: Subject, images: DenseSet) -> Findings:
     log.info("held-out images segmented in %.1f s", time.monotonic() - started)
 
     names = images.source.class_names
-    figures: dict[str, float | None] = {}
-    for kind, confusion in confusions.items():
-        figures |= dense_figures(confusion, names, kind)
+    scores, knn_ious = dense_figures(confusions["knn"], names, "knn")
+    linear_scores, linear_ious = dense_figures(confusions["linear"], names, "linear")
     protocol = images.protocol(bank, num_neighbors, temperature)
     protocol["dense/encoder"] = settings["encoder"]
     protocol["dense/linear_weight_decay"] = weight_decay
-    scores = overall_scores(figures)
-    class_ious = {key: value for key, value in figures.items() if key not in scores}
     rows = []
-    for name in names:
-        knn_iou = shown(figures[f"dense/knn_iou/{name}"])
-        linear_iou = shown(figures[f"dense/linear_iou/{name}"])
-        rows.append((name, knn_iou, linear_iou))
-    table = table_of("intersection over union", ("class", "kNN", "linear head"), rows)
-    return Findings("segmentation by frozen patch features", scores, protocol, class_ious, [table])
+    for name, knn_iou, linear_iou in zip(
+        names, knn_ious.values(), linear_ious.values(), strict=True
+    ):
+        rows.append((name, shown(knn_iou), shown(linear_iou)))
+    return Findings(
+        "segmentation by frozen patch features",
+        scores | linear_scores,
+        protocol,
+        knn_ious | linear_ious,
+        [table_of("intersection over union", ("class", "kNN", "linear head"), rows)],
+    )
 
 
 def shown(iou: float | None) -> str:

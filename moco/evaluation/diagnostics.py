@@ -143,26 +143,26 @@ def exponential_of_entropy(weights: Tensor) -> Tensor:
 
 
 def label_free_figures(
-    features: np.ndarray, embeddings: np.ndarray, views: np.ndarray | None = None
+    features: np.ndarray, embeddings: np.ndarray | None, views: np.ndarray | None = None
 ) -> dict[str, float]:
     """Return the label-free figures of an encoder, by their names in TensorBoard.
 
     Args:
         features: (images, feature_dim) the backbone's features of plain images.
         embeddings: (images, embedding_dim) the projector's embeddings of the same images; of any
-            norm.
+            norm. None: only the rank of the features is measured.
         views: (images, views, embedding_dim) embeddings of at least two augmented views of other or
             the same images; of any norm. Without them there is no alignment and no LiDAR.
     """
     some_features = torch.from_numpy(evenly_spaced(features, MOST_ROWS))
+    figures = {"label_free/feature_rank_me": rank_me(some_features)}
+    if embeddings is None:
+        return figures
     some_embeddings = torch.from_numpy(evenly_spaced(embeddings, MOST_ROWS))
     units = nn.functional.normalize(some_embeddings.float(), dim=1)
-    figures = {
-        "label_free/feature_rank_me": rank_me(some_features),
-        "label_free/rank_me": rank_me(units),
-        "label_free/embedding_std": float(embedding_std(units)),
-        "label_free/uniformity": float(uniformity(evenly_spaced(units, MOST_PAIRED_ROWS))),
-    }
+    figures["label_free/rank_me"] = rank_me(units)
+    figures["label_free/embedding_std"] = float(embedding_std(units))
+    figures["label_free/uniformity"] = float(uniformity(evenly_spaced(units, MOST_PAIRED_ROWS)))
     if views is not None:
         unit_views = nn.functional.normalize(torch.from_numpy(views).float(), dim=2)
         figures["label_free/alignment"] = float(alignment(unit_views[:, 0], unit_views[:, 1]))

@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from moco.data.loading.workers import cores_of
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, RunError, printable
-from moco.evaluation.feature_files import write_index, write_npz
 from moco.evaluation.feature_parts import FeatureParts
-from moco.evaluation.indexes import empty_index
+from moco.evaluation.image_names import labels_by_name
+from moco.evaluation.indexes import EXACT, build_index, recall, set_search_effort
 from moco.runs.atomic_files import write_atomically
 from moco.runs.interrupts import ENDING, held_back
 
@@ -34,6 +34,10 @@ USUAL_WORKERS = 4
 FREE_SETTINGS = ("download", "max_bad_fraction", "num_images", "num_workers")
 # Images that a message names.
 MOST_NAMED = 10
+# Images whose neighbours are searched to measure what an approximate index finds.
+NUM_SAMPLES = 100
+# Neighbours of each of them.
+NUM_NEIGHBORS = 10
 
 
 def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
@@ -53,42 +57,16 @@ def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
         return IndexedSet(source.queries, has_labels=True)
     if isinstance(source.train, ShardedImages):
         return ShardedSet(source.train)
-    num_images = len(source.train)
-    if source.bank is not None and len(source.bank.images) == num_images:
-        return IndexedSet(source.bank, has_labels=True)
-    labels = labels_of_both_sides(source)
-    if labels is not None:
-        return IndexedSet(Labelled(source.train, labels), has_labels=True)
-    return IndexedSet(Labelled(source.train, np.full(num_images, -1)), has_labels=False)
-
-
-def labels_of_both_sides(source: DataSource) -> np.ndarray | None:
-    """Return the labels of training images that are divided into bank and queries.
-
-    If they are not, or an image has no label, return None.
-    """
-    if source.bank is None or source.queries is None:
-        return None
-    if len(source.bank.images) + len(source.queries.images) != len(source.train):
-        return None
-    # Bank and queries are in another order than the training images; the names connect them.
-    label_of = {}
-    for side in (source.bank, source.queries):
-        for row, label in enumerate(side.labels):
-            label_of[side.images.name(row)] = label
-    labels = []
-    for row in range(len(source.train)):
-        label = label_of.get(source.train.name(row))
-        if label is None:
-            return None
-        labels.append(label)
-    return np.array(labels, dtype=np.int64)
-
-
-def check_index(index: str, encoder: Any, feature: str) -> None:
-    """Raise InputError if faiss has no such index of the backbone's features."""
-    if index != NO_INDEX and feature == "backbone":
-        empty_index(index, encoder.backbone.feature_dim, "index")
+    images, bank, queries = source.train, source.bank, source.queries
+    if bank is not None and len(bank.images) == len(images):
+        return IndexedSet(bank, has_labels=True)
+    labels = np.full(len(images), -1)
+    sides = [side for side in (bank, queries) if side is not None]
+    # Training images may be divided into bank and queries.
+    has_labels = sum(len(side.images) for side in sides) == len(images)
+    if has_labels:
+        labels = labels_by_name(images, sides)
+    return IndexedSet(Labelled(images, labels), has_labels)
 
 
 def open_parts(
@@ -237,7 +215,7 @@ def write_files(output: Path, parts: FeatureParts, index: str, has_labels: bool)
     if index != NO_INDEX:
         log.info("writing %s", path)
 
-        def write(file: Any) -> None:
+        def write(file: BinaryIO) -> None:
             nonlocal description
             description = write_index(file, parts, index)
 
@@ -247,6 +225,57 @@ def write_files(output: Path, parts: FeatureParts, index: str, has_labels: bool)
     log.info("writing %s", output)
     write_atomically(output, lambda file: write_npz(file, parts, has_labels))
     return description
+
+
+def write_npz(file: BinaryIO, parts: FeatureParts, has_labels: bool) -> None:
+    """Write ``features`` (images, width), ``names`` (images,) and, with `has_labels`, ``labels``.
+
+    All arrays are mapped from files, so NumPy reads and writes them a block at a time.
+    """
+    name_type = f"<U{max(len(name) for name in parts.names())}"
+    # The suffix marks a file that an interrupted run may leave behind.
+    path = parts.folder / "names.tmp"
+    with path.open("wb") as target:
+        for name in parts.names():
+            target.write(np.array(name, name_type).tobytes())
+    names = np.memmap(path, name_type, "r")
+    arrays: dict[str, Any] = {"features": parts.features(), "names": names}
+    if has_labels:
+        arrays["labels"] = parts.labels()
+    np.savez(file, **arrays)
+    path.unlink()
+
+
+def write_index(file: BinaryIO, parts: FeatureParts, name: str) -> str:
+    """Write a faiss index of the L2-normalised features; row i is image i.
+
+    It compares by inner product, which is then the cosine. faiss builds it in memory.
+
+    Args:
+        file: to write to.
+        parts: the features.
+        name: ``flat``, which is exact, or a string of ``faiss.index_factory``.
+
+    Returns:
+        A description for the closing table.
+
+    Raises:
+        InputError: faiss cannot build such an index.
+    """
+    import faiss
+
+    features = parts.features()
+    index = build_index(features, name, "index")
+    set_search_effort(index, name)
+    swig: Any = faiss  # faiss's type stubs lack the writer
+    faiss.write_index(index, swig.PyCallbackIOWriter(file.write))
+    if name == EXACT:
+        return f"{name}: exact"
+    num_neighbors = min(NUM_NEIGHBORS, len(features))
+    num_samples = min(NUM_SAMPLES, len(features))
+    sample = np.linspace(0, len(features) - 1, num_samples).astype(np.int64)
+    share = recall(index, features, features[sample], num_neighbors)
+    return f"{name}: finds {share:.1%} of the {num_neighbors} nearest, over {num_samples} images"
 
 
 def summary(

@@ -111,10 +111,8 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        part = file.read(READ_BYTES)
-        while part:
+        while part := file.read(READ_BYTES):
             digest.update(part)
-            part = file.read(READ_BYTES)
     return digest.hexdigest()
 
 

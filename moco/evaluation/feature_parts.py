@@ -1,16 +1,13 @@
 """The features of a long pass over many images, kept on disk so that it can be continued."""
 
-import dataclasses
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,25 +22,24 @@ FEATURES = "features.bin"
 LABELS = "labels.bin"
 NAMES = "names.jsonl"
 UNREADABLE = "unreadable.jsonl"
+LABEL_BYTES = 8
 FILES = (FEATURES, LABELS, NAMES, UNREADABLE)
 # At most this much work is lost when the process is killed.
 SECONDS_BETWEEN_COMMITS = 10.0
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """How much of the files counts; the bytes behind it are of a batch that was not finished."""
 
     end: list[int]
     """The place where the next batch starts, see `moco.data.loading.image_sets`."""
-    num_rows: int = 0
-    """Images that have features."""
-    feature_dim: int = 0
-    """Width of the features."""
-    name_width: int = 0
-    """Characters of the longest name."""
-    num_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FILES, 0))
+    num_bytes: dict[str, int]
     """Of each file."""
+
+    @property
+    def num_rows(self) -> int:
+        """Return how many images have features."""
+        return self.num_bytes[LABELS] // LABEL_BYTES
 
 
 class FeatureParts:
@@ -67,8 +63,8 @@ class FeatureParts:
         self.folder = folder
         # As it will be read back: JSON turns tuples into lists.
         self.about = json.loads(json.dumps(about))
-        state = self._read_state()
-        self.state = State(start) if state is None else state
+        nothing = State(start, dict.fromkeys(FILES, 0))
+        self.state = self._read_state() or nothing
 
     def _read_state(self) -> State | None:
         path = self.folder / STATE
@@ -76,7 +72,8 @@ class FeatureParts:
             return None
         try:
             content = json.loads(path.read_text())
-            about, state = content["about"], State(**content["state"])
+            about = content["about"]
+            state = State(content["state"]["end"], content["state"]["num_bytes"])
             is_whole = True
             for name in FILES:
                 if (self.folder / name).stat().st_size < state.num_bytes[name]:
@@ -137,21 +134,14 @@ class FeatureParts:
         for name, content in contents.items():
             self.files[name].write(content)
             num_bytes[name] = self.state.num_bytes[name] + len(content)
-        feature_dim = self.state.feature_dim
-        name_width = self.state.name_width
-        if names:
-            feature_dim = features.shape[1]
-            name_width = max(name_width, *(len(name) for name in names))
         # The state changes in one statement and last: a signal may end the program anywhere before.
-        self.state = State(
-            end, self.state.num_rows + len(names), feature_dim, name_width, num_bytes
-        )
+        self.state = State(end, num_bytes)
         if time.monotonic() - self.committed > SECONDS_BETWEEN_COMMITS:
             self.commit()
 
     def commit(self) -> None:
         """Write what was added to the disk for good."""
-        state = dataclasses.asdict(self.state)
+        state = self.state._asdict()
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -159,19 +149,14 @@ class FeatureParts:
         write_atomically(self.folder / STATE, lambda file: file.write(text.encode()))
         self.committed = time.monotonic()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *details: object) -> None:
         try:
-            if error is None:
-                self.commit()
-            else:
-                # If a full disk ended the pass, the last commit still counts.
-                with suppress(OSError):
-                    self.commit()
+            self.commit()
+        except OSError:
+            # If a full disk ended the pass, its error is the one to tell, and the last commit
+            # still counts.
+            if kind is None:
+                raise
         finally:
             for file in self.files.values():
                 with suppress(OSError):
@@ -180,7 +165,9 @@ class FeatureParts:
     @property
     def shape(self) -> tuple[int, int]:
         """Return the shape of the features: (images, width)."""
-        return self.state.num_rows, self.state.feature_dim
+        num_rows = self.state.num_rows
+        width = self.state.num_bytes[FEATURES] // 4 // max(num_rows, 1)
+        return num_rows, width
 
     @property
     def num_done(self) -> int:
@@ -190,6 +177,10 @@ class FeatureParts:
     def features(self) -> np.ndarray:
         """Return all features (images, width) float32, mapped from the file."""
         return np.memmap(self.folder / FEATURES, "<f4", "r", shape=self.shape)
+
+    def labels(self) -> np.ndarray:
+        """Return all labels (images,) int64, mapped from the file."""
+        return np.memmap(self.folder / LABELS, "<i8", "r")
 
     def names(self) -> Iterator[str]:
         """Yield the names of all images."""

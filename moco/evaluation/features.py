@@ -31,13 +31,13 @@ def embed(
         precision: ``32-true``, whatever the training's, or ``bf16-mixed``, under autocast.
 
     Returns:
-        Features (images, width) float32, labels (images,) int64, and the numbers of the unreadable
-        images.
+        Features (images, width) float32, labels (images,) int64, and the place of each image among
+        all that the loader yields, (images,) int64.
 
     Raises:
         EmbeddingStopped: `should_stop` returned true.
     """
-    features, labels, unreadable = [], [], []
+    features, labels, readable = [], [], []
     device = torch.device(device)
     for batch in loader:
         if should_stop():
@@ -48,11 +48,11 @@ def embed(
         is_readable = ~batch.unreadable
         features.append(encoded.cpu()[is_readable])
         labels.append(batch.labels[is_readable])
-        unreadable.append(batch.unreadable)
+        readable.append(is_readable)
     if not features:  # one of several processes may have no image at all
         return np.empty((0, 0), np.float32), np.empty(0, np.int64), np.empty(0, np.int64)
-    unreadable_numbers = torch.cat(unreadable).nonzero()[:, 0]
-    return torch.cat(features).numpy(), torch.cat(labels).numpy(), unreadable_numbers.numpy()
+    rows = torch.cat(readable).nonzero()[:, 0]
+    return torch.cat(features).numpy(), torch.cat(labels).numpy(), rows.numpy()
 
 
 @contextmanager

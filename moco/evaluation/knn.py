@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from moco.errors import InputError
 from moco.evaluation.neighbors import nearest_by_block
 
 log = logging.getLogger(__name__)
@@ -86,22 +87,13 @@ def vote(
         num_classes: number of classes.
         temperature: T of the weights exp(similarity / T).
     """
-    return sum_by_class(vote_weights(similarities, temperature), neighbor_classes, num_classes)
-
-
-def vote_weights(similarities: np.ndarray, temperature: float) -> np.ndarray:
-    """Return exp(similarity / T) relative to the first neighbour's weight, (queries, k) float64."""
-    # Relative weights give the same ranking and do not overflow at any T.
+    # Weights relative to the first neighbour's give the same ranking and do not overflow at any T.
     relative = (similarities - similarities[:, :1]).astype(np.float64)
-    return np.exp(relative / temperature)
-
-
-def sum_by_class(weights: np.ndarray, neighbor_classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """Add up weights (queries, k) of each class: (queries, classes)."""
-    first_cells = np.arange(len(weights))[:, None] * num_classes
-    cells = first_cells + neighbor_classes
+    weights = np.exp(relative / temperature)
     # Each query and class has a cell of its own, so one call adds up all votes.
-    sums = np.bincount(cells.ravel(), weights.ravel(), len(weights) * num_classes)
+    first_cells = np.arange(len(weights))[:, None] * num_classes
+    cells = (first_cells + neighbor_classes).ravel()
+    sums = np.bincount(cells, weights.ravel(), len(weights) * num_classes)
     return sums.reshape(-1, num_classes)
 
 
@@ -127,39 +119,6 @@ def rank_classes(scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.nd
     is_before = (scores > own_score) | ((scores == own_score) & is_smaller_class)
     rank = np.where(is_known, is_before.sum(axis=1), num_classes + 5)
     return scores.argmax(axis=1), rank
-
-
-def rank_by_protocol(
-    similarities: np.ndarray,
-    neighbor_classes: np.ndarray,
-    own: np.ndarray,
-    num_classes: int,
-    protocols: Sequence[Protocol],
-) -> dict[Protocol, tuple[np.ndarray, np.ndarray]]:
-    """Return `rank_classes` of the votes under every protocol.
-
-    For each T the votes of a larger k are added to those of the next smaller one.
-
-    Args:
-        similarities, neighbor_classes: (queries, k) each, k the largest of the protocols.
-        own: see `rank_classes`.
-        num_classes: number of classes.
-        protocols: in any order.
-    """
-    ranked = {}
-    for temperature in {protocol.temperature for protocol in protocols}:
-        weights = vote_weights(similarities, temperature)
-        scores = np.zeros((len(weights), num_classes))
-        num_added = 0
-        # A protocol sorts by its k, so the votes of each are added to those of the one before.
-        for protocol in sorted(protocols):
-            if protocol.temperature != temperature:
-                continue
-            added = slice(num_added, protocol.num_neighbors)
-            scores += sum_by_class(weights[:, added], neighbor_classes[:, added], num_classes)
-            num_added = protocol.num_neighbors
-            ranked[protocol] = rank_classes(scores, own)
-    return ranked
 
 
 def classify(
@@ -198,18 +157,38 @@ def classify(
         num_done += len(rows)
         if own_rows is not None:
             similarities, rows = without_own(similarities, rows, own_rows[block])
-        ranked = rank_by_protocol(
-            similarities, bank_classes[rows], own[block], len(classes), protocols
-        )
-        for protocol, (best, rank) in ranked.items():
+        neighbor_classes = bank_classes[rows]
+        for protocol in protocols:
+            k, temperature = protocol
+            scores = vote(similarities[:, :k], neighbor_classes[:, :k], len(classes), temperature)
+            best, rank = rank_classes(scores, own[block])
             predicted[protocol].append(classes[best])
             ranks[protocol].append(rank)
     votes = {}
     for protocol in protocols:
-        votes[protocol] = Votes(
-            np.concatenate(predicted[protocol]), np.concatenate(ranks[protocol])
-        )
+        all_predicted = np.concatenate(predicted[protocol])
+        votes[protocol] = Votes(all_predicted, np.concatenate(ranks[protocol]))
     return votes
+
+
+def classes_of(labels: np.ndarray, name: str) -> np.ndarray:
+    """Return the class numbers (classes,) of labels, rising.
+
+    Args:
+        name: of the dataset, for the message.
+
+    Raises:
+        InputError: there are no labels, or all are of one class.
+    """
+    classes = np.unique(labels)
+    if len(classes) == 0:
+        raise InputError(f"data={name}: none of the training images has a label")
+    if len(classes) == 1:
+        raise InputError(
+            f"data={name}: all {len(labels):,} training images are of class {classes[0]}; "
+            "a classifier needs two"
+        )
+    return classes
 
 
 def class_places(classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -219,6 +198,27 @@ def class_places(classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
     places = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
     return np.where(classes[places] == labels, places, len(classes))
+
+
+def turns_of_classes(labels: np.ndarray) -> np.ndarray:
+    """Return how many rows of the same class come before each row: (rows,) int64."""
+    order = np.argsort(labels, kind="stable")
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    turns = np.empty(len(labels), np.int64)
+    turns[order] = np.arange(len(labels)) - np.repeat(starts, counts)
+    return turns
+
+
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Count how many queries of each class were taken for each class.
+
+    Returns:
+        Class numbers (classes,), and counts (classes, classes), the true class by row.
+    """
+    classes, places = np.unique(np.concatenate([labels, predicted]), return_inverse=True)
+    true, taken_for = places[: len(labels)], places[len(labels) :]
+    counts = np.bincount(true * len(classes) + taken_for, minlength=len(classes) ** 2)
+    return classes, counts.reshape(len(classes), -1)
 
 
 def split_blocks(
@@ -251,14 +251,10 @@ def without_own(
     return similarities[is_kept].reshape(shape), rows[is_kept].reshape(shape)
 
 
-def capped(num_neighbors: int, most: int) -> int:
+def capped(num_neighbors: int, most: int, key: str = "evaluation.num_neighbors") -> int:
     """Return k, at most `most`, with a warning where it is lowered."""
     if num_neighbors > most:
-        log.warning(
-            "evaluation.num_neighbors=%d is more than the bank's %d; using those",
-            num_neighbors,
-            most,
-        )
+        log.warning("%s=%d is more than the bank's %d; using those", key, num_neighbors, most)
     return min(num_neighbors, most)
 
 

@@ -9,25 +9,28 @@ from typing import Any, BinaryIO
 import numpy as np
 from rich.table import Table
 
-from moco.data.sources.source import Labelled
 from moco.errors import InputError
+from moco.evaluation.image_names import first_names
 from moco.evaluation.indexes import EXACT, build_index, empty_index, recall, set_search_effort
 from moco.evaluation.knn import (
     Protocol,
     Search,
     Votes,
     capped,
+    classes_of,
     classify,
+    confusion_matrix,
+    knn_accuracy,
     protocol_figures,
     result_of,
     scores_of,
+    turns_of_classes,
 )
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
 from moco.evaluation.neighbors import nearest_by_block, search_index
-from moco.evaluation.reports.embedded import Embedded
-from moco.evaluation.reports.knn_plots import Searched, knn_plots, save_png
+from moco.evaluation.reports.knn_plots import Searched, knn_plots
 from moco.evaluation.reports.projections import check_map
-from moco.evaluation.subject import Features, Findings, Subject, first_names
+from moco.evaluation.subject import Features, Findings, Subject
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +44,10 @@ INDEX_KEY = "evaluation.index"
 
 @dataclass(frozen=True)
 class Sides:
-    """Features of bank and queries with their images."""
+    """Features of bank and queries."""
 
     bank: Features
     queries: Features
-    bank_images: Labelled
-    query_images: Labelled
     is_leave_one_out: bool
     """The queries are the bank, and no image has a vote on itself."""
 
@@ -89,14 +90,9 @@ def measure_knn(subject: Subject) -> Findings:
     recalls: dict[str, float] = {}
     for name in subject.feature_names:
         searches[name] = search_of(subject, sides, name, main.num_neighbors, recalls)
-        queries = sides.queries.of[name]
+        queries = sides.queries.of[name], sides.queries.labels
         votes[name] = classify(
-            searches[name],
-            sides.bank.labels,
-            queries,
-            sides.queries.labels,
-            protocols,
-            sides.own_rows,
+            searches[name], sides.bank.labels, *queries, protocols, sides.own_rows
         )
     main_votes = votes[feature][main]
     result = result_of(main_votes, main.num_neighbors, len(sides.bank.labels))
@@ -104,13 +100,17 @@ def measure_knn(subject: Subject) -> Findings:
     few_label_figures, few_label_tables = measure_few_labels(subject, sides)
     label_free = NOTHING
     if settings["label_free"]:
-        label_free = measure_label_free(subject, sides.bank, sides.bank_images)
-    files = {"confusion.npz": confusion_file(classes, confusion, main_votes, sides.queries)}
+        label_free = measure_label_free(subject, sides.bank)
+    files: dict[str, Any] = {
+        "confusion.npz": confusion_file(classes, confusion, main_votes, sides.queries)
+    }
     if settings["plots"]:
-        searched = searched_of(sides, searches[feature], feature)
+        searched = Searched(
+            sides.bank.by(feature), sides.queries.by(feature), searches[feature], sides.own_rows
+        )
         plots = knn_plots(subject, searched, confusion, classes, label_free.views)
         for name, plot in plots.items():
-            files[name] = partial(save_png, plot)
+            files[name] = partial(plot.savefig, format="png")
     conditions = {
         "knn/encoder": settings["encoder"],
         "knn/index": settings["index"],
@@ -151,32 +151,22 @@ def sides_of(subject: Subject) -> Sides:
         InputError: the dataset has no labels, or all its images are of one class.
     """
     source, name = subject.source, subject.data["name"]
-    if source.bank is None:
-        raise InputError(
-            f"data={name}: kNN needs labelled training and test images, and this dataset has none"
-        )
-    bank = with_labels(subject.features(source.bank), source.bank, name)
-    classes = np.unique(bank.labels)
-    if len(classes) == 1:
-        raise InputError(
-            f"data={name}: all {len(bank.labels):,} images of the bank are of class {classes[0]}; "
-            "kNN needs two"
-        )
+    bank = with_labels(subject.features(subject.bank), name)
+    classes_of(bank.labels, name)
     if source.queries is None:
         log.info(
             "data=%s has no test part: each image is classified by all others (leave one out)", name
         )
-        return Sides(bank, bank, source.bank, source.bank, is_leave_one_out=True)
-    queries = with_labels(subject.features(source.queries), source.queries, name)
-    return Sides(bank, queries, source.bank, source.queries, is_leave_one_out=False)
+        return Sides(bank, bank, is_leave_one_out=True)
+    queries = with_labels(subject.features(source.queries), name)
+    return Sides(bank, queries, is_leave_one_out=False)
 
 
-def with_labels(features: Features, labelled: Labelled, name: str) -> Features:
+def with_labels(features: Features, name: str) -> Features:
     """Return the rows that have a label, which is 0 or more; the log names the others.
 
     Args:
-        features: of `labelled`.
-        labelled: the images.
+        features: of labelled images.
         name: of the dataset.
 
     Raises:
@@ -188,7 +178,7 @@ def with_labels(features: Features, labelled: Labelled, name: str) -> Features:
         raise InputError(f"data={name}: none of {num_missing:,} readable images has a label")
     if num_missing == 0:
         return features
-    names = first_names(labelled, features.rows[is_missing])
+    names = first_names(features.labelled.images, features.rows[is_missing])
     log.warning("skipped %d images without a label: %s", num_missing, names)
     return features.chosen(~is_missing)
 
@@ -225,17 +215,6 @@ def search_of(
     # Rounded, as it is measured on a sample.
     recalls[f"knn/recall_{feature}"] = round(share, 6)
     return partial(search_index, index)
-
-
-def searched_of(sides: Sides, search: Search, feature: str) -> Searched:
-    """Return bank and queries by one feature with their images, for the plots."""
-    bank, queries = sides.bank, sides.queries
-    return Searched(
-        Embedded(bank.of[feature], bank.labels, sides.bank_images, bank.rows),
-        Embedded(queries.of[feature], queries.labels, sides.query_images, queries.rows),
-        search,
-        sides.own_rows,
-    )
 
 
 def grid_figures(votes: Mapping[str, Mapping[Protocol, Votes]]) -> dict[str, float]:
@@ -318,12 +297,8 @@ def draw_per_class(labels: np.ndarray, number: int, generator: np.random.Generat
 
     Of a class with fewer images all are returned.
     """
-    # The rows by class, in random order within each class.
     order = generator.permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    place_in_class = np.arange(len(labels)) - np.repeat(starts, counts)
-    return np.sort(order[place_in_class < number])
+    return np.sort(order[turns_of_classes(labels[order]) < number])
 
 
 def top1_of(subject: Subject, sides: Sides, rows: np.ndarray, protocol: Protocol) -> float:
@@ -343,22 +318,9 @@ def top1_of(subject: Subject, sides: Sides, rows: np.ndarray, protocol: Protocol
             "evaluation.images_per_class: "
             "this number of images of each class leaves none to classify"
         )
-    search = partial(nearest_by_block, sides.bank.of[feature][rows], device=subject.device)
-    queries, labels = sides.queries.of[feature][is_query], sides.queries.labels[is_query]
-    votes = classify(search, sides.bank.labels[rows], queries, labels, [protocol])
-    return votes[protocol].accuracy(1)
-
-
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count how many queries of each class were taken for each class.
-
-    Returns:
-        Class numbers (classes,), and counts (classes, classes), the true class by row.
-    """
-    classes, places = np.unique(np.concatenate([labels, predicted]), return_inverse=True)
-    true, taken_for = places[: len(labels)], places[len(labels) :]
-    counts = np.bincount(true * len(classes) + taken_for, minlength=len(classes) ** 2)
-    return classes, counts.reshape(len(classes), -1)
+    bank = sides.bank.of[feature][rows], sides.bank.labels[rows]
+    queries = sides.queries.of[feature][is_query], sides.queries.labels[is_query]
+    return knn_accuracy(*bank, *queries, *protocol, subject.device).top1
 
 
 def confusion_file(
@@ -372,20 +334,15 @@ def confusion_file(
         votes: of the queries.
         queries: features of the queries.
     """
-    accuracy = confusion.diagonal() / np.maximum(confusion.sum(axis=1), 1)
-
-    def write(file: BinaryIO) -> None:
-        np.savez(
-            file,
-            classes=classes,
-            confusion=confusion,
-            accuracy=accuracy,
-            predicted=votes.predicted,
-            labels=queries.labels,
-            rows=queries.rows,
-        )
-
-    return write
+    return partial(
+        np.savez,
+        classes=classes,
+        confusion=confusion,
+        accuracy=confusion.diagonal() / np.maximum(confusion.sum(axis=1), 1),
+        predicted=votes.predicted,
+        labels=queries.labels,
+        rows=queries.rows,
+    )
 
 
 def class_tables(classes: np.ndarray, confusion: np.ndarray) -> list[Table]:

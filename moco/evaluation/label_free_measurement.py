@@ -14,16 +14,8 @@ from rich.table import Table
 from moco.data.augment.views import ViewPair
 from moco.data.loading.loaders import PairMaker
 from moco.data.sources.source import Labelled
-from moco.evaluation.collapse import (
-    CAUSES,
-    COLLAPSED,
-    DIMENSIONAL_COLLAPSE,
-    collapsed_words,
-    flat_words,
-    is_collapsed,
-    is_flat,
-)
-from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, label_free_figures, rank_me
+from moco.evaluation.collapse import collapse_of
+from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, label_free_figures
 from moco.evaluation.subject import Features, Subject
 
 log = logging.getLogger(__name__)
@@ -47,44 +39,42 @@ class LabelFree(NamedTuple):
 NOTHING = LabelFree({}, [], None)
 
 
-def measure_label_free(subject: Subject, features: Features, labelled: Labelled) -> LabelFree:
+def measure_label_free(subject: Subject, features: Features) -> LabelFree:
     """Measure the features and embeddings of plain images, and of augmented views of some images.
 
     The views are made by the augmentation of the checkpoint's run. A collapse of the embeddings is
     logged as a warning.
-
-    Args:
-        features: of `labelled`.
     """
     backbone = features.of["backbone"]
     embeddings = features.of.get("embedding")
     if len(backbone) < 2:
         log.info("no label-free figures: they need two images, and there is one")
         return NOTHING
+    views = None
     if embeddings is None:
         log.info(
             "the checkpoint has a backbone and no projector: of the label-free figures there is "
             "the rank of its features only"
         )
-        rank = rank_me(torch.from_numpy(evenly_spaced(backbone, MOST_ROWS)))
-        figures = {"label_free/feature_rank_me": rank}
-        return LabelFree(figures, [figures_table(figures, backbone.shape, None)], None)
-    views = None
-    if subject.pair:
-        views = view_embeddings(subject, features, labelled)
+    elif subject.pair:
+        views = view_embeddings(subject, features)
     else:
         log.info(
             "the checkpoint does not hold the augmentation of its run: no alignment, LiDAR and "
             "similarities of views"
         )
     figures = label_free_figures(backbone, embeddings, views)
-    warning = collapse_warning(figures, embeddings.shape)
-    if warning:
-        log.warning("%s %s", warning, CAUSES)
-    return LabelFree(figures, [figures_table(figures, backbone.shape, embeddings.shape)], views)
+    shape = None
+    if embeddings is not None:
+        shape = embeddings.shape
+        std, rank = figures["label_free/embedding_std"], figures["label_free/rank_me"]
+        collapse = collapse_of(std, rank, (min(shape[0], MOST_ROWS), shape[1]))
+        if collapse:
+            log.warning("%s: %s", *collapse)
+    return LabelFree(figures, [figures_table(figures, backbone.shape, shape)], views)
 
 
-def view_embeddings(subject: Subject, features: Features, labelled: Labelled) -> np.ndarray:
+def view_embeddings(subject: Subject, features: Features) -> np.ndarray:
     """Embed a query view and a key view of at most `MOST_VIEWED` images.
 
     With ``evaluation.cache`` the embeddings are kept for the next evaluation, under a key made of
@@ -95,17 +85,16 @@ def view_embeddings(subject: Subject, features: Features, labelled: Labelled) ->
     """
     chosen = evenly_spaced(np.arange(len(features.rows)), MOST_VIEWED)
     if not subject.settings["cache"]:
-        return embedded_views(subject, labelled, features.rows[chosen])
+        return embedded_views(subject, features.labelled, features.rows[chosen])
     key = hashlib.sha256(json.dumps(subject.pair, sort_keys=True).encode())
     for values in (features.rows, *features.of.values()):
         key.update(np.ascontiguousarray(values[chosen]).tobytes())
     path = subject.cache.named(key.hexdigest())
     kept = subject.cache.read(path)
-    if kept is not None:
-        return kept["views"]
-    views = embedded_views(subject, labelled, features.rows[chosen])
-    subject.cache.write(path, {"views": views})
-    return views
+    if kept is None:
+        kept = {"views": embedded_views(subject, features.labelled, features.rows[chosen])}
+        subject.cache.write(path, kept)
+    return kept["views"]
 
 
 @torch.no_grad()
@@ -140,23 +129,6 @@ def embedded_views(subject: Subject, labelled: Labelled, rows: np.ndarray) -> np
             embeddings = [subject.encoder(view).float().cpu() for view in views]
         parts.append(torch.stack(embeddings, dim=1))
     return torch.cat(parts).numpy()
-
-
-def collapse_warning(figures: Mapping[str, float], shape: Sequence[int]) -> str | None:
-    """Return a warning if the embeddings have collapsed, by the thresholds of a run's own watch.
-
-    Args:
-        figures: what `label_free_figures` returned.
-        shape: (images, embedding_dim) of the embeddings.
-    """
-    std = figures["label_free/embedding_std"]
-    if is_collapsed(std, shape[1]):
-        return f"{COLLAPSED}: {collapsed_words(std, shape[1])}."
-    rank = figures["label_free/rank_me"]
-    ranked = (min(shape[0], MOST_ROWS), shape[1])
-    if is_flat(rank, ranked):
-        return f"{DIMENSIONAL_COLLAPSE}: {flat_words(rank, ranked)}."
-    return None
 
 
 def figures_table(

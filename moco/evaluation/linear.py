@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moco.evaluation.knn import turns_of_classes
+
 # As in the official protocol.
 SGD_MOMENTUM = 0.9
 # Rows for which all heads compute logits at once.
@@ -68,13 +70,11 @@ def held_out_rows(labels: np.ndarray, share: float, generator: np.random.Generat
         (rows,) bool.
     """
     order = generator.permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    _, own, counts = np.unique(labels, return_inverse=True, return_counts=True)
     # At least one row of each class is left to train on.
     wanted = np.clip(np.round(share * counts), 1, counts - 1)
-    place_in_class = np.arange(len(labels)) - np.repeat(starts, counts)
     is_held_out = np.empty(len(labels), bool)
-    is_held_out[order] = place_in_class < np.repeat(wanted, counts)
+    is_held_out[order] = turns_of_classes(labels[order]) < wanted[own[order]]
     return is_held_out
 
 

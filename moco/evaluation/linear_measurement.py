@@ -5,20 +5,17 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.table import Table
 
-from moco.data.sources.source import Labelled
 from moco.errors import InputError
-from moco.evaluation.knn import Votes, class_places, rank_classes
+from moco.evaluation.knn import Votes, class_places, classes_of, confusion_matrix, rank_classes
 from moco.evaluation.knn_measurement import (
     class_tables,
     confusion_file,
-    confusion_matrix,
     table_of,
     with_labels,
 )
@@ -38,20 +35,6 @@ log = logging.getLogger(__name__)
 MIN_STEPS = 2000
 # A larger dataset is trained on for this number of epochs.
 NUM_EPOCHS = 30
-# Classes that a message names.
-MOST_NAMED = 5
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The classes of the training labels."""
-
-    names: np.ndarray
-    """(classes,) class numbers, rising."""
-
-    def places(self, labels: np.ndarray) -> np.ndarray:
-        """Return where each label is among `names`; their number stands for one that is not."""
-        return class_places(self.names, labels)
 
 
 class Head(NamedTuple):
@@ -87,7 +70,7 @@ def measure_linear(subject: Subject) -> Findings:
     scale = scale_of(bank.of[feature])
     rows = torch.from_numpy(scale.applied(bank.of[feature])).to(subject.device)
     query_rows = torch.from_numpy(scale.applied(queries.of[feature])).to(subject.device)
-    own = torch.from_numpy(classes.places(bank.labels)).to(subject.device)
+    own = torch.from_numpy(class_places(classes, bank.labels)).to(subject.device)
     held_out = torch.from_numpy(is_held_out).to(subject.device)
 
     num_epochs = settings["num_epochs"]
@@ -98,7 +81,7 @@ def measure_linear(subject: Subject) -> Findings:
         "batch_size": settings["batch_size"],
         "seed": settings["seed"],
     }
-    num_classes = len(classes.names)
+    num_classes = len(classes)
     started = time.monotonic()
     grid = train_grid(rows, own, held_out, num_classes, settings, training)
     # Of equally good heads the one with more weight decay and the lower learning rate.
@@ -108,17 +91,17 @@ def measure_linear(subject: Subject) -> Findings:
     log.info("trained %d heads, and the best one again, in %.1f s", len(grid), seconds)
     log_edge_of_grid(best, settings["lrs"])
     protocol = {
-        "linear/lr": best.lr,
-        "linear/weight_decay": best.weight_decay,
-        "linear/held_out_top1": round(best.accuracy, 6),
-        "linear/num_epochs": num_epochs,
-        "linear/batch_size": settings["batch_size"],
-        "linear/scaling": "standardised",
-        "linear/num_training": len(own),
-        "linear/num_queries": len(query_rows),
-        "linear/queries": kind,
-        "linear/feature": feature,
-        "linear/encoder": subject.settings["encoder"],
+        "lr": best.lr,
+        "weight_decay": best.weight_decay,
+        "held_out_top1": round(best.accuracy, 6),
+        "num_epochs": num_epochs,
+        "batch_size": settings["batch_size"],
+        "scaling": "standardised",
+        "num_training": len(own),
+        "num_queries": len(query_rows),
+        "queries": kind,
+        "feature": feature,
+        "encoder": subject.settings["encoder"],
     }
     votes = votes_of(scores_of(chosen, query_rows), classes, queries.labels)
     figures = {}
@@ -139,10 +122,9 @@ def sides_of(subject: Subject, settings: dict[str, Any]) -> tuple[Features, Feat
         InputError: the dataset has no labels.
     """
     source, name = subject.source, subject.data["name"]
-    labelled = labelled_bank(subject)
-    bank = with_labels(subject.features(labelled), labelled, name)
+    bank = with_labels(subject.features(subject.bank), name)
     if source.queries is not None:
-        queries = with_labels(subject.features(source.queries), source.queries, name)
+        queries = with_labels(subject.features(source.queries), name)
         return bank, queries, "test"
     # Another stream of numbers than that of the images that choose the head.
     generator = np.random.default_rng([settings["seed"], 1])
@@ -162,59 +144,24 @@ def sides_of(subject: Subject, settings: dict[str, Any]) -> tuple[Features, Feat
     return bank.chosen(~is_query), bank.chosen(is_query), "held out"
 
 
-def labelled_bank(subject: Subject) -> Labelled:
-    """Return the labelled training images.
-
-    Raises:
-        InputError: there are none.
-    """
-    if subject.source.bank is None:
-        raise InputError(
-            f"data={subject.data['name']}: a linear classifier needs labelled training images, "
-            "and this dataset has none"
-        )
-    return subject.source.bank
-
-
-def classes_of(labels: np.ndarray, name: str) -> Classes:
-    """Return the classes of the training labels.
-
-    Raises:
-        InputError: all images are of one class.
-    """
-    classes = np.unique(labels)
-    if len(classes) == 1:
-        raise InputError(
-            f"data={name}: all {len(labels):,} training images are of class {classes[0]}; "
-            "a classifier needs two"
-        )
-    return Classes(classes)
-
-
-def warn_of_unknown(classes: Classes, labels: np.ndarray, name: str) -> None:
+def warn_of_unknown(classes: np.ndarray, labels: np.ndarray, name: str) -> None:
     """Warn of test labels (queries,) whose classes have no training images."""
-    unknown = labels[classes.places(labels) == len(classes.names)]
-    if len(unknown) == 0:
-        return
-    unknown_classes = np.unique(unknown)
-    names = [str(number) for number in unknown_classes[:MOST_NAMED]]
-    if len(unknown_classes) > MOST_NAMED:
-        names.append("...")
-    log.warning(
-        "data=%s: %d of %d test images are of classes without training images, "
-        "and count as wrong: %s",
-        name,
-        len(unknown),
-        len(labels),
-        ", ".join(names),
-    )
+    num_unknown = int((class_places(classes, labels) == len(classes)).sum())
+    if num_unknown:
+        log.warning(
+            "data=%s: %d of %d test images are of classes without training images, "
+            "and count as wrong",
+            name,
+            num_unknown,
+            len(labels),
+        )
 
 
 def check_grid(lrs: Sequence[float], weight_decays: Sequence[float]) -> None:
     """Raise InputError if the grid is empty, or a value is not finite or too low."""
-    if not lrs or not all(math.isfinite(lr) and lr > 0 for lr in lrs):
+    if not lrs or min(lrs) <= 0 or not np.isfinite(lrs).all():
         raise InputError(f"evaluation.linear.lrs={list(lrs)}: expected finite numbers above 0")
-    if not weight_decays or not all(math.isfinite(decay) and decay >= 0 for decay in weight_decays):
+    if not weight_decays or min(weight_decays) < 0 or not np.isfinite(weight_decays).all():
         raise InputError(
             f"evaluation.linear.weight_decays={list(weight_decays)}: "
             "expected finite numbers of 0 or more"
@@ -279,10 +226,10 @@ def scores_of(heads: Heads, features: torch.Tensor) -> np.ndarray:
     return np.concatenate(scores)
 
 
-def votes_of(scores: np.ndarray, classes: Classes, labels: np.ndarray) -> Votes:
+def votes_of(scores: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> Votes:
     """Return the predictions that scores (queries, classes) make."""
-    best, rank = rank_classes(scores, classes.places(labels))
-    return Votes(classes.names[best], rank)
+    best, rank = rank_classes(scores, class_places(classes, labels))
+    return Votes(classes[best], rank)
 
 
 def linear_findings(
@@ -294,12 +241,12 @@ def linear_findings(
     tables: list[Table],
     details: dict[str, Any],
 ) -> Findings:
-    """Return the findings of a classifier, with accuracies under ``GROUP/top1`` and so on."""
+    """Return the findings of a classifier, with all figures under ``GROUP/NAME``."""
     classes, confusion = confusion_matrix(queries.labels, votes.predicted)
     return Findings(
         title=title,
         scores={f"{group}/top1": votes.accuracy(1), f"{group}/top5": votes.accuracy(5)},
-        protocol=protocol,
+        protocol={f"{group}/{name}": value for name, value in protocol.items()},
         details=details,
         tables=[*tables, *class_tables(classes, confusion)],
         files={"confusion.npz": confusion_file(classes, confusion, votes, queries)},

@@ -5,7 +5,6 @@ The encoder is frozen and in eval mode, so only the head learns.
 
 import json
 import logging
-import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.data.files.archives import DAMAGED
 from moco.data.loading.datamodule import check_unreadable
 from moco.data.loading.labelled_views import LabelledViews
 from moco.errors import InputError, RunError
+from moco.evaluation.knn import class_places, classes_of
 from moco.evaluation.knn_measurement import with_labels
 from moco.evaluation.linear_measurement import (
-    Classes,
-    classes_of,
-    labelled_bank,
     linear_findings,
     votes_of,
     warn_of_unknown,
@@ -117,11 +113,7 @@ class OfficialProbe:
         """Continue from the file if it is there and of the same measurement."""
         if not self.path.is_file():
             return
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (*DAMAGED, pickle.UnpicklingError) as error:
-            log.warning("%s is damaged (%s): starting anew", self.path, error)
-            return
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
         if state["key"] != self.key:
             log.warning(
                 "%s is of another checkpoint, other data or settings: starting anew", self.path
@@ -146,14 +138,21 @@ def measure_linear_official(subject: Subject) -> Findings:
     settings, feature = subject.settings["linear_official"], subject.settings["feature"]
     name = subject.data["name"]
     num_epochs = settings["num_epochs"]
-    labelled = labelled_bank(subject)
+    labelled = subject.bank
     test = subject.source.queries
     if test is None:
         raise InputError(
             f"data={name}: linear_official needs a test part, and this dataset has none; "
             "evaluation=linear keeps images for it"
         )
-    classes = classes_of(known_labels(labelled.labels, name), name)
+    is_known = labelled.labels >= 0
+    if not is_known.all():
+        log.warning(
+            "%d of %d training images have no label, and are not trained on",
+            (~is_known).sum(),
+            len(is_known),
+        )
+    classes = classes_of(labelled.labels[is_known], name)
     views = LabelledViews(
         labelled,
         settings["view"],
@@ -165,7 +164,7 @@ def measure_linear_official(subject: Subject) -> Findings:
         num_workers=subject.data["num_workers"],
         device=subject.device,
     )
-    queries = with_labels(subject.features(test), test, name)
+    queries = with_labels(subject.features(test), name)
     warn_of_unknown(classes, queries.labels, name)
     query_rows = torch.from_numpy(queries.of[feature]).to(subject.device)
 
@@ -173,7 +172,7 @@ def measure_linear_official(subject: Subject) -> Findings:
     images_key = subject.cache.path(labelled, subject.data["root"]).name
     probe = OfficialProbe(
         width=query_rows.shape[1],
-        num_classes=len(classes.names),
+        num_classes=len(classes),
         settings=settings,
         device=subject.device,
         path=subject.folder / HEAD_FILE,
@@ -198,41 +197,23 @@ def measure_linear_official(subject: Subject) -> Findings:
     votes = votes_of(probe.scores(query_rows), classes, queries.labels)
     best = int(np.argmax(probe.top1))
     protocol = {
-        "linear_official/num_epochs": num_epochs,
-        "linear_official/lr": probe.lr,
-        "linear_official/batch_size": settings["batch_size"],
-        "linear_official/weight_decay": settings["weight_decay"],
-        "linear_official/best_top1": round(probe.top1[best], 6),
-        "linear_official/best_epoch": best + 1,
-        "linear_official/num_training": int((labelled.labels >= 0).sum()),
-        "linear_official/num_queries": len(query_rows),
-        "linear_official/feature": feature,
-        "linear_official/encoder": subject.settings["encoder"],
+        "num_epochs": num_epochs,
+        "lr": probe.lr,
+        "batch_size": settings["batch_size"],
+        "weight_decay": settings["weight_decay"],
+        "best_top1": round(probe.top1[best], 6),
+        "best_epoch": best + 1,
+        "num_training": int(is_known.sum()),
+        "num_queries": len(query_rows),
+        "feature": feature,
+        "encoder": subject.settings["encoder"],
     }
     title = "linear classification, official protocol, last epoch"
     return linear_findings("linear_official", title, votes, queries, protocol, [], {})
 
 
-def known_labels(labels: np.ndarray, name: str) -> np.ndarray:
-    """Return the labels that are 0 or more, with a warning of the number of others.
-
-    Raises:
-        InputError: there are only others.
-    """
-    num_missing = int((labels < 0).sum())
-    if num_missing == len(labels):
-        raise InputError(f"data={name}: none of {num_missing:,} training images has a label")
-    if num_missing:
-        log.warning(
-            "%d of %d training images have no label, and are not trained on",
-            num_missing,
-            len(labels),
-        )
-    return labels[labels >= 0]
-
-
 def train_epoch(
-    probe: OfficialProbe, views: LabelledViews, subject: Subject, classes: Classes, epoch: int
+    probe: OfficialProbe, views: LabelledViews, subject: Subject, classes: np.ndarray, epoch: int
 ) -> float:
     """Train on all training images once, and return the mean loss of the steps.
 
@@ -240,15 +221,15 @@ def train_epoch(
         InputError: too many images cannot be read, or a feature is not finite; it names the images.
         RunError: the loss is not finite.
     """
-    labelled = labelled_bank(subject)
+    labelled = subject.bank
     losses = []
     unreadable: set[int] = set()
     probe.begin_epoch(epoch)
     for images, labels, indices in views.epoch(epoch):
         features = frozen_features(subject, images)
         check_finite(features.cpu().numpy(), indices.numpy(), labelled, subject.checkpoint)
-        places = classes.places(labels.cpu().numpy())
-        is_known = places < len(classes.names)
+        places = class_places(classes, labels.cpu().numpy())
+        is_known = places < len(classes)
         # -1 makes the loss skip images of no class.
         own = torch.from_numpy(np.where(is_known, places, -1))
         losses.append(probe.step(features, own.to(subject.device)))

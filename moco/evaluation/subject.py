@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import moco
-from moco.data.augment.views import build_evaluation_view, normalisation, rgb_batch
+from moco.data.augment.views import build_evaluation_view
 from moco.data.loading.datamodule import check_unreadable
-from moco.data.loading.every_image import EvaluationBatch, evaluation_loader
+from moco.data.loading.every_image import evaluation_loader
 from moco.data.sources.registry import build_source
-from moco.data.sources.source import ArrayImages, DataSource, Labelled
-from moco.errors import InputError, printable
+from moco.data.sources.source import DataSource, Labelled
+from moco.errors import InputError
 from moco.evaluation.feature_cache import FeatureCache
 from moco.evaluation.features import embed
+from moco.evaluation.image_names import first_names
+from moco.evaluation.reports.embedded import Embedded
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,6 @@ SOURCE_SETTINGS = (
     "pages",
 )
 """The settings of the data that `build_source` takes, beside name and root."""
-# Images that a message names.
-MOST_NAMED = 3
 
 
 class Features(NamedTuple):
@@ -49,13 +49,19 @@ class Features(NamedTuple):
     """(images,) int64."""
     rows: np.ndarray
     """(images,) int64: the place of each in the dataset."""
+    labelled: Labelled
+    """The dataset."""
 
     def chosen(self, is_chosen: np.ndarray) -> "Features":
         """Return the images where `is_chosen` (images,) is true."""
         of = {}
         for name, values in self.of.items():
             of[name] = values[is_chosen]
-        return Features(of, self.labels[is_chosen], self.rows[is_chosen])
+        return Features(of, self.labels[is_chosen], self.rows[is_chosen], self.labelled)
+
+    def by(self, name: str) -> Embedded:
+        """Return one of the features with the images."""
+        return Embedded(self.of[name], self.labels, self.labelled, self.rows)
 
 
 @dataclass
@@ -118,6 +124,20 @@ class Subject:
         return source
 
     @property
+    def bank(self) -> Labelled:
+        """Return the labelled training images.
+
+        Raises:
+            InputError: there are none.
+        """
+        if self.source.bank is None:
+            raise InputError(
+                f"data={self.data['name']}: evaluation={self.settings['name']} needs labelled "
+                "training images, and this dataset has none"
+            )
+        return self.source.bank
+
+    @property
     def feature_names(self) -> list[str]:
         """Return the names of the features that the encoder has."""
         if isinstance(getattr(self.encoder, "projector", nn.Identity()), nn.Identity):
@@ -154,7 +174,7 @@ class Subject:
         features = self._kept_or_embedded(labelled)
         unreadable = np.delete(np.arange(len(labelled.images)), features.rows)
         if len(unreadable):
-            names = first_names(labelled, unreadable)
+            names = first_names(labelled.images, unreadable)
             log.warning("skipped %d unreadable images: %s", len(unreadable), names)
         check_unreadable(set(unreadable.tolist()), labelled.images, self.data["max_bad_fraction"])
         return features
@@ -167,7 +187,7 @@ class Subject:
         if kept is not None:
             log.info("features of %s images from %s", f"{len(labelled.images):,}", path)
             of = {name: kept[name] for name in self.feature_names}
-            return Features(of, kept["labels"], kept["rows"])
+            return Features(of, kept["labels"], kept["rows"], labelled)
         features = self._embedded(labelled)
         arrays = {**features.of, "labels": features.labels, "rows": features.rows}
         self.cache.write(path, arrays)
@@ -175,34 +195,21 @@ class Subject:
 
     def _embedded(self, labelled: Labelled) -> Features:
         started = time.monotonic()
+        size, crop_ratio = self.data["image_size"], self.data["crop_ratio"]
+        view = build_evaluation_view(size, crop_ratio, **self.augmentation)
+        batch_size, num_workers = self.settings["batch_size"], self.data["num_workers"]
+        loader = evaluation_loader(
+            labelled, view, size, batch_size, num_workers, device=self.device
+        )
         # One pass computes both features, side by side.
-        joined, labels, unreadable = embed(self._encode_all, self._batches(labelled), self.device)
-        rows = np.delete(np.arange(len(labelled.images)), unreadable)
+        joined, labels, rows = embed(self._encode_all, loader, self.device)
         check_finite(joined, rows, labelled, self.checkpoint)
         log.info("embedded %s images in %.1f s", f"{len(rows):,}", time.monotonic() - started)
-        if len(self.feature_names) == 1:
-            return Features({"backbone": joined}, labels, rows)
-        width = self.encoder.backbone.feature_dim
-        of = {"backbone": joined[:, :width], "embedding": joined[:, width:]}
-        return Features(of, labels, rows)
-
-    def _batches(self, labelled: Labelled) -> Iterable[EvaluationBatch]:
-        """Return batches of all images in order.
-
-        Images in memory that need no resizing do not go through a loader.
-        """
-        size, batch_size = self.data["image_size"], self.settings["batch_size"]
-        images = labelled.images
-        if isinstance(images, ArrayImages):
-            # A crop ratio below 1 enlarges the image first and cuts its middle out.
-            is_cropped = round(size / self.data["crop_ratio"]) != size
-            is_resized = images.tensor.shape[1:3] != (size, size)
-            if not is_cropped and not is_resized:
-                return batches_in_memory(images, labelled.labels, batch_size, **self.augmentation)
-        view = build_evaluation_view(size, self.data["crop_ratio"], **self.augmentation)
-        return evaluation_loader(
-            labelled, view, size, batch_size, self.data["num_workers"], device=self.device
-        )
+        of = {"backbone": joined}
+        if len(self.feature_names) > 1:
+            width = self.encoder.backbone.feature_dim
+            of = {"backbone": joined[:, :width], "embedding": joined[:, width:]}
+        return Features(of, labels, rows, labelled)
 
     def _encode_all(self, images: Tensor) -> Tensor:
         """Return features of a batch and, if there is a projector, embeddings beside them.
@@ -228,42 +235,13 @@ def build_source_of(data: dict[str, Any]) -> DataSource:
     return source
 
 
-def first_names(labelled: Labelled, rows: np.ndarray) -> str:
-    """Return the names of the first images in these rows, for a message."""
-    names = []
-    for row in rows[:MOST_NAMED]:
-        names.append(printable(labelled.images.name(int(row))))
-    if len(rows) > MOST_NAMED:
-        names.append("...")
-    return ", ".join(names)
-
-
 def check_finite(
     features: np.ndarray, rows: np.ndarray, labelled: Labelled, checkpoint: Path
 ) -> None:
     """Raise InputError if a feature (images, width) is not finite; it names the first images."""
     bad = rows[~np.isfinite(features).all(axis=1)]
-    if len(bad) == 0:
-        return
-    names = first_names(labelled, bad)
-    raise InputError(
-        f"checkpoint={checkpoint}: the features of {len(bad):,} images "
-        f"are not finite (NaN or infinity): {names}"
-    )
-
-
-def batches_in_memory(
-    images: ArrayImages,
-    labels: np.ndarray,
-    batch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Iterator[EvaluationBatch]:
-    """Yield the batches that the evaluation view makes of images that already have its size."""
-    # The arithmetic of the evaluation view, for whole batches.
-    scale, shift = normalisation(mean, std)
-    for start in range(0, len(images), batch_size):
-        part = slice(start, start + batch_size)
-        batch = rgb_batch(images.tensor[part]) * scale - shift
-        unreadable = torch.zeros(len(batch), dtype=torch.bool)
-        yield EvaluationBatch(batch, torch.from_numpy(labels[part]), unreadable)
+    if len(bad):
+        raise InputError(
+            f"checkpoint={checkpoint}: the features of {len(bad):,} images "
+            f"are not finite (NaN or infinity): {first_names(labelled.images, bad)}"
+        )

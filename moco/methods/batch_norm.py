@@ -24,6 +24,7 @@ head the loss fell from log(1 + K) = 7.6 to 5.7, and in groups of 8 with shuffle
 """
 
 import logging
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,42 +43,32 @@ class SplitBatchNorm(nn.BatchNorm2d):
     groups. Evaluation is ordinary BatchNorm. Inputs are (N, C, ...) of any number of dimensions.
 
     Args:
-        wrapped: any BatchNorm; its parameters and buffers are shared, under their names.
+        wrapped: any BatchNorm with running statistics. Its parameters and buffers are shared, under
+            their names.
         num_splits: S.
         is_sorted: the batches come sorted by group, see `sorted_by_group`. In the channels_last
             layout each group is then one part of the memory. Otherwise the whole batch would have
             to be copied to another layout: a step of ResNet-50 then takes 1.5 times as long.
     """
 
-    def __init__(self, wrapped: nn.Module, num_splits: int, is_sorted: bool = False) -> None:
-        assert isinstance(wrapped, BATCH_NORMS)
-        super().__init__(
-            wrapped.num_features,
-            wrapped.eps,
-            wrapped.momentum,
-            wrapped.affine,
-            wrapped.track_running_stats,
-        )
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, wrapped: Any, num_splits: int, is_sorted: bool = False) -> None:
+        super().__init__(wrapped.num_features, wrapped.eps, wrapped.momentum, wrapped.affine)
         self.num_splits = num_splits
         self.is_sorted = is_sorted
         self.weight = wrapped.weight
         self.bias = wrapped.bias
-        self.running_mean = wrapped.running_mean
-        self.running_var = wrapped.running_var
+        self.running_mean = cast(Tensor, wrapped.running_mean)
+        self.running_var = cast(Tensor, wrapped.running_var)
         self.num_batches_tracked = wrapped.num_batches_tracked
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
-            return self.normalize(
-                input, self.momentum or 0.0, is_training=self.running_mean is None
-            )
+            return self.normalize(input, self.momentum, is_training=False)
         check_groups(len(input), self.num_splits)
-        if input.numel() == self.num_splits * input.shape[1]:
-            raise InputError(
-                f"method.batch_norm_splits={self.num_splits}: a group is 1 of the {len(input)} "
-                "images that one device gets at once, and a single value of a channel has no "
-                "variance; increase data.batch_size or take fewer groups"
-            )
         if torch.compiler.is_compiling():
             return self.forward_compiled(input)
         if self.is_sorted:
@@ -101,17 +92,15 @@ class SplitBatchNorm(nn.BatchNorm2d):
         """Normalise a batch in its own order, seen as N / S samples of S * C channels."""
         splits = self.num_splits
         grouped = input.reshape(-1, splits * self.num_features, *input.shape[2:])
-        mean = repeated(self.running_mean, splits)
-        variance = repeated(self.running_var, splits)
-        weight = repeated(self.weight, splits)
-        bias = repeated(self.bias, splits)
-        momentum = self.momentum or 0.0
-        output = F.batch_norm(grouped, mean, variance, weight, bias, True, momentum, self.eps)
-        with torch.no_grad():
-            if self.running_mean is not None and mean is not None:
-                self.running_mean.copy_(mean.view(splits, -1).mean(dim=0))
-            if self.running_var is not None and variance is not None:
-                self.running_var.copy_(variance.view(splits, -1).mean(dim=0))
+        mean = self.running_mean.repeat(splits)
+        variance = self.running_var.repeat(splits)
+        weight = bias = None
+        if self.affine:
+            weight = self.weight.repeat(splits)
+            bias = self.bias.repeat(splits)
+        output = F.batch_norm(grouped, mean, variance, weight, bias, True, self.momentum, self.eps)
+        self.running_mean.copy_(mean.view(splits, -1).mean(dim=0))
+        self.running_var.copy_(variance.view(splits, -1).mean(dim=0))
         return output.view_as(input)
 
     def forward_sorted(self, input: Tensor) -> Tensor:
@@ -127,11 +116,10 @@ class SplitBatchNorm(nn.BatchNorm2d):
         With these the running statistics move by one group after the other, and end where
         `momentum` and the mean over all groups would have brought them.
         """
-        momentum = self.momentum or 0.0
         momenta = []
         for group in range(self.num_splits):
             num_later = self.num_splits - 1 - group
-            momenta.append(momentum / (self.num_splits - num_later * momentum))
+            momenta.append(self.momentum / (self.num_splits - num_later * self.momentum))
         return momenta
 
     def forward_compiled(self, input: Tensor) -> Tensor:
@@ -160,19 +148,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
             mean: S * C numbers in any shape, the channels innermost.
             variance: the same, of unbiased variances.
         """
-        if self.running_mean is None or self.running_var is None:
-            return
-        momentum = self.momentum or 0.0
         for running, own in ((self.running_mean, mean), (self.running_var, variance)):
             mean_of_groups = own.view(self.num_splits, -1).mean(dim=0)
-            running.lerp_(mean_of_groups.to(running.dtype), momentum)
-
-
-def repeated(numbers: Tensor | None, times: int) -> Tensor | None:
-    """Return a vector repeated; None stays None."""
-    if numbers is None:
-        return None
-    return numbers.repeat(times)
+            running.lerp_(mean_of_groups.to(running.dtype), self.momentum)
 
 
 def check_groups(num_images: int, num_splits: int) -> None:
@@ -256,14 +234,10 @@ def log_batch_norm(
         )
     elif negatives == "batch":
         log.info("batch norm: %s, so that all keys of a batch have the same statistics", mode)
-    elif mode in ("plain", "sync"):
+    elif mode in ("plain", "sync") or (mode == "shuffle" and num_devices == 1):
         log.warning(
             "batch norm: %s, which leaks the positive of each query; set method.batch_norm=auto",
             mode,
-        )
-    elif mode == "shuffle" and num_devices == 1:
-        log.warning(
-            "batch norm: shuffle, which prevents no leak on one device; set method.batch_norm=split"
         )
     else:
         log.info("batch norm: %s, so that it cannot leak the positive of each query", mode)

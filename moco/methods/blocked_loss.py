@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moco.methods.losses import info_nce, matched_cells
+from moco.methods.losses import info_nce
 
 MOST_PLAIN_LOGITS = 2**26
 """The plain form on a GPU may have this many logits: 256 MiB, of which it needs about three."""
@@ -20,8 +20,8 @@ MOST_QUERIES_PER_BLOCK = 1024
 LOGITS_PER_BLOCK_ON_CPU = 2**19
 """2 MiB, which stay in the cache of a processor."""
 LOGITS_PER_BLOCK_ON_GPU = 2**26
-HIGHEST_SAFE_LOGIT = 40.0
-"""Its exponential is 2e17: float32 holds the sum of a billion of these, and their inverse."""
+LOWEST_TEMPERATURE = 1 / 40
+"""exp(40) is 2e17: float32 holds the sum of a billion of these, and their inverse."""
 
 
 def efficient_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float) -> Tensor:
@@ -34,18 +34,10 @@ def efficient_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperatur
         temperature: T.
     """
     is_small = len(query) * len(negatives) <= MOST_PLAIN_LOGITS
-    if query.device.type != "cpu" and is_small:
+    is_fast = query.device.type != "cpu" and is_small
+    if is_fast or temperature < LOWEST_TEMPERATURE:
         return info_nce(query, key, negatives, temperature)
     return blocked_info_nce(query, key, negatives, temperature)
-
-
-def efficient_dense_info_nce(
-    query_cells: Tensor, key_cells: Tensor, matches: Tensor, negatives: Tensor, temperature: float
-) -> Tensor:
-    """Return `dense_info_nce`, with the arguments of that function, by the faster form."""
-    query = query_cells.flatten(0, 1)  # (N * S, C)
-    key = matched_cells(key_cells, matches).flatten(0, 1)  # (N * S, C)
-    return efficient_info_nce(query, key, negatives, temperature)
 
 
 def blocked_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float) -> Tensor:
@@ -57,7 +49,7 @@ def blocked_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature:
         query: (N, C), unit norm, with gradient.
         key: (N, C), unit norm, no gradient.
         negatives: (K, C), unit norm, no gradient. They may change before the backward pass.
-        temperature: T.
+        temperature: T, at least `LOWEST_TEMPERATURE`.
     """
     needs_gradient = query.requires_grad and torch.is_grad_enabled()
     with torch.autocast(query.device.type, enabled=False):
@@ -113,11 +105,7 @@ def losses_and_gradients(
     """
     scaled = query / temperature
     positive = (scaled * key).sum(dim=1)  # (N,)
-    # Logits of unit vectors lie between -1/T and 1/T. If their exponentials could leave the range
-    # of float32, they are taken relative to the highest logit so far (arXiv 1805.02867). That reads
-    # every block twice more.
-    is_safe = 1 / temperature <= HIGHEST_SAFE_LOGIT
-    highest = torch.zeros_like(positive) if is_safe else positive
+    # Logits of unit vectors lie between -1/T and 1/T, so their exponentials need no common factor.
     total = torch.zeros_like(positive)  # (N,) sum of the negatives' exponentials
     weighted = torch.zeros_like(key) if needs_gradient else key[:, :0]  # (N, C)
     on_cpu = query.device.type == "cpu"
@@ -129,23 +117,15 @@ def losses_and_gradients(
         # A view of one buffer, so that all blocks use the same part of the cache.
         logits = buffer[: len(query) * len(block)].view(len(query), len(block))
         torch.mm(scaled, block.T, out=logits)
-        if not is_safe:
-            previous = highest
-            highest = torch.maximum(highest, logits.amax(dim=1))
-            shrink = (previous - highest).exp()
-            total = total * shrink
-            weighted = weighted * shrink[:, None]
-            logits -= highest[:, None]
         exponentials = logits.exp_()
         total = total + exponentials.sum(dim=1)
         if needs_gradient:
             weighted = torch.addmm(weighted, exponentials, block)
-    relative_positive = positive if is_safe else positive - highest
-    losses = F.softplus(total.log() - relative_positive)  # log(1 + total / exp(positive))
+    losses = F.softplus(total.log() - positive)  # log(1 + total / exp(positive))
     # softplus hides a positive of infinity, which the plain form turns into NaN.
     losses = losses + 0 * positive
     if not needs_gradient:
         return losses, weighted
-    scale = (total + relative_positive.exp()) * temperature
+    scale = (total + positive.exp()) * temperature
     gradients = (weighted - total[:, None] * key) / scale[:, None]
     return losses, gradients

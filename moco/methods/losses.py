@@ -53,26 +53,8 @@ def in_batch_info_nce(query: Tensor, keys: Tensor, temperature: float, rank: int
         return F.cross_entropy(logits / temperature, target)
 
 
-def dense_info_nce(
-    query_cells: Tensor, key_cells: Tensor, matches: Tensor, negatives: Tensor, temperature: float
-) -> Tensor:
-    """Return the dense loss: `info_nce` over the cells of all views, in nats.
-
-    Args:
-        query_cells: (N, S, C), unit norm, with gradient.
-        key_cells: (N, S, C), unit norm.
-        matches: (N, S), from `most_similar_cells`.
-        negatives: (K, C), unit norm.
-        temperature: T.
-
-    Source: DenseCL, arXiv 2011.09157, section 3.
-    """
-    positives = matched_cells(key_cells, matches)  # (N, S, C)
-    return info_nce(query_cells.flatten(0, 1), positives.flatten(0, 1), negatives, temperature)
-
-
 def matched_cells(key_cells: Tensor, matches: Tensor) -> Tensor:
-    """Return for each query cell the key cell that is its positive: (N, S, C).
+    """Return for each query cell the key cell that is its positive in DenseCL: (N, S, C).
 
     Args:
         key_cells: (N, S, C).

@@ -24,9 +24,9 @@ from moco.methods.batch_norm import (
     sorted_by_group,
     split_batch_norm,
 )
-from moco.methods.blocked_loss import efficient_dense_info_nce, efficient_info_nce
+from moco.methods.blocked_loss import efficient_info_nce
 from moco.methods.key_queue import KeyQueue
-from moco.methods.losses import in_batch_info_nce, most_similar_cells
+from moco.methods.losses import in_batch_info_nce, matched_cells, most_similar_cells
 from moco.methods.momentum import key_momentum_at, update_key_encoder
 from moco.models.backbones import build_backbone
 from moco.models.encoder import (
@@ -122,20 +122,14 @@ class MoCo(pl.LightningModule):
         disable_stochastic_depth(self.key_encoder)
         self.predictor = build_head(embedding_dim, embedding_dim, **predictor)
 
-        self.queue: KeyQueue | None = None
-        self.reverse_queue: KeyQueue | None = None
-        self.dense_queue: KeyQueue | None = None
-        self.reverse_dense_queue: KeyQueue | None = None
-        if queue_size is not None:
-            has_two = num_queues == 2
-            is_dense = dense_weight > 0
-            self.queue = KeyQueue(queue_size, embedding_dim, queue_start)
-            if has_two:
-                self.reverse_queue = KeyQueue(queue_size, embedding_dim, queue_start)
-            if is_dense:
-                self.dense_queue = KeyQueue(queue_size, embedding_dim, queue_start)
-            if is_dense and has_two:
-                self.reverse_dense_queue = KeyQueue(queue_size, embedding_dim, queue_start)
+        # Without a queue there is no size, and none is built.
+        new_queue = partial(KeyQueue, queue_size or 0, embedding_dim, queue_start)
+        has_two = num_queues == 2
+        is_dense = dense_weight > 0
+        self.queue = new_queue() if negatives == "queue" else None
+        self.reverse_queue = new_queue() if has_two else None
+        self.dense_queue = new_queue() if is_dense else None
+        self.reverse_dense_queue = new_queue() if is_dense and has_two else None
 
     # The algorithm.
 
@@ -160,10 +154,9 @@ class MoCo(pl.LightningModule):
         if self.queue is not None:
             for query, key, queue in zip(queries, keys, self.queues, strict=True):
                 negatives = queue.negatives()  # (K, C) unit norm
-                loss = efficient_info_nce(
-                    query.embedding, key.embedding, negatives, self.temperature
+                losses.append(
+                    efficient_info_nce(query.embedding, key.embedding, negatives, self.temperature)
                 )
-                losses.append(loss)
             # After the losses: a positive is never its own negative.
             self.enqueue([key.embedding for key in keys], self.queues)
         else:
@@ -194,14 +187,10 @@ class MoCo(pl.LightningModule):
             assert query.cells is not None
             assert key.cells is not None
             matches = most_similar_cells(query.cells.features, key.cells.features)  # (N, S)
-            loss = efficient_dense_info_nce(
-                query.cells.embeddings,
-                key.cells.embeddings,
-                matches,
-                queue.negatives(),
-                self.temperature,
-            )
-            losses.append(loss)
+            cells = query.cells.embeddings.flatten(0, 1)  # (N * S, C)
+            positives = matched_cells(key.cells.embeddings, matches).flatten(0, 1)  # (N * S, C)
+            negatives = queue.negatives()  # (K, C)
+            losses.append(efficient_info_nce(cells, positives, negatives, self.temperature))
             pooled.append(key.cells.pooled)  # (N, C) unit norm
         self.enqueue(pooled, self.dense_queues)
         return losses
@@ -218,8 +207,9 @@ class MoCo(pl.LightningModule):
     def total_loss(self, losses: list[Tensor]) -> Tensor:
         """Return the loss of a step, from one loss for each direction."""
         stacked = torch.stack(losses)
-        is_sum = self.hparams["symmetric_reduction"] == "sum"
-        total = stacked.sum() if is_sum else stacked.mean()
+        total = stacked.sum()
+        if self.hparams["symmetric_reduction"] == "mean":
+            total = stacked.mean()
         if self.hparams["loss_times_2t"]:
             total = 2 * self.temperature * total
         return total
@@ -271,9 +261,19 @@ class MoCo(pl.LightningModule):
         There is no gradient and no predictor. If BatchNorm would leak, the views are shuffled on
         the way. With `keys_follow_the_views` the encoder sees the last direction's view first.
         """
-        if self.keys_follow_the_views:
-            return self.encode_keys_in_order(views[::-1])[::-1]
-        return self.encode_keys_in_order(views)
+        order = -1 if self.keys_follow_the_views else 1
+        views = views[::order]
+        if self.batch_norm not in ("shuffle", "split"):
+            keys = [view.map(unit_norm) for view in self.embed(self.key_encoder, views)]
+            return keys[::order]
+        shuffles = [Shuffle(len(view), view.device) for view in views]
+        shuffled = []
+        for shuffle, view in zip(shuffles, views, strict=True):
+            shuffled.append(shuffle.shuffled(view))
+        keys = []
+        for shuffle, encoded in zip(shuffles, self.embed(self.key_encoder, shuffled), strict=True):
+            keys.append(encoded.map(unit_norm).map(shuffle.unshuffled))
+        return keys[::order]
 
     @property
     def keys_follow_the_views(self) -> bool:
@@ -285,19 +285,6 @@ class MoCo(pl.LightningModule):
         """
         has_one_queue = self.queue is not None and self.reverse_queue is None
         return self.symmetric and not has_one_queue
-
-    def encode_keys_in_order(self, views: Sequence[Tensor]) -> list[Encoded]:
-        """Do the work of `encode_keys`, for views in the order in which the encoder sees them."""
-        if self.batch_norm not in ("shuffle", "split"):
-            return [view.map(unit_norm) for view in self.embed(self.key_encoder, views)]
-        shuffles = [Shuffle(len(view), view.device) for view in views]
-        shuffled = []
-        for shuffle, view in zip(shuffles, views, strict=True):
-            shuffled.append(shuffle.shuffled(view))
-        keys = []
-        for shuffle, encoded in zip(shuffles, self.embed(self.key_encoder, shuffled), strict=True):
-            keys.append(encoded.map(unit_norm).map(shuffle.unshuffled))
-        return keys
 
     def embed(self, encoder: Encoder, views: Sequence[Tensor]) -> list[Encoded]:
         """Return `Encoder.embed`, in the batch order that split BatchNorm needs on the way."""
@@ -434,17 +421,14 @@ def check_switches(
                 "expected a number of at least 1"
             )
         return
-    without_queue = "method.negatives=batch has no queue; expected"
-    instead = "or method.negatives=queue"
-    if num_queues != 1:
-        raise InputError(
-            f"method.num_queues={num_queues}: {without_queue} method.num_queues=1, {instead}"
-        )
-    if dense_weight != 0:
-        raise InputError(
-            f"method.dense_weight={dense_weight}: {without_queue} method.dense_weight=0, {instead}"
-        )
-    if queue_size is not None:
-        raise InputError(
-            f"method.queue_size={queue_size}: {without_queue} method.queue_size=null, {instead}"
-        )
+    for key, value, expected in (
+        ("num_queues", num_queues, 1),
+        ("dense_weight", dense_weight, 0),
+        ("queue_size", queue_size, None),
+    ):
+        if value != expected:
+            wanted = "null" if expected is None else expected
+            raise InputError(
+                f"method.{key}={value}: method.negatives=batch has no queue; "
+                f"expected method.{key}={wanted}, or method.negatives=queue"
+            )

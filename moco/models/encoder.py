@@ -57,18 +57,15 @@ class Encoder(nn.Module):
         if self.is_called_whole:
             return [Encoded(embedding) for embedding in per_view(self, views)]
         if self.dense_projector is None:
-            features = per_view(self.backbone, views)
-            return [Encoded(embedding) for embedding in per_view(self.projector, features)]
-        features = []
-        maps = []
-        for feature, last_map in per_view(self.backbone, views, self.feature_and_last_map):
-            features.append(feature)
-            maps.append(last_map)
-        embeddings = per_view(self.projector, features)
-        cells = per_view(self.dense_projector, maps)
+            embeddings = per_view(self.projector, per_view(self.backbone, views))
+            return [Encoded(embedding) for embedding in embeddings]
+        outputs = per_view(self.backbone, views, self.feature_and_last_map)
+        last_maps = [last_map for _, last_map in outputs]
+        embeddings = per_view(self.projector, [feature for feature, _ in outputs])
+        cells_of_views = per_view(self.dense_projector, last_maps)
         encoded = []
-        for embedding, view_cells in zip(embeddings, cells, strict=True):
-            encoded.append(Encoded(embedding, Cells(*view_cells)))
+        for embedding, cells in zip(embeddings, cells_of_views, strict=True):
+            encoded.append(Encoded(embedding, Cells(*cells)))
         return encoded
 
     @cached_property

@@ -56,10 +56,9 @@ class ResNet(resnet.ResNet):
             zero_init_residual=zero_init_residual,
         )
         del self.fc
-        if stem == "cifar":
-            self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
-        elif stem == "solo_cifar":
-            self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=2, bias=False)
+        if stem != "imagenet":
+            padding = 2 if stem == "solo_cifar" else 1
+            self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=padding, bias=False)
         elif width != TORCHVISION_WIDTH:
             self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
         if width != TORCHVISION_WIDTH:
@@ -68,7 +67,7 @@ class ResNet(resnet.ResNet):
         if stem != "imagenet":
             self.maxpool = nn.Identity()
             self.feature_map_strides = STRIDES_AFTER_CIFAR_STEM
-        self.has_wide_padding = stem == "solo_cifar"
+        self.stem = stem
         first_dim = width * block.expansion
         self.feature_map_dims = (first_dim, 2 * first_dim, 4 * first_dim, 8 * first_dim)
         self.feature_dim = self.feature_map_dims[-1]
@@ -102,7 +101,7 @@ class ResNet(resnet.ResNet):
         maps = []
         for stage, stride in zip(self.stages(), self.feature_map_strides, strict=True):
             x = stage(x)
-            if self.has_wide_padding:
+            if self.stem == "solo_cifar":
                 maps.append(without_border(x, images, stride))
             else:
                 maps.append(x)

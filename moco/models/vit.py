@@ -19,6 +19,7 @@ from torchvision.models import vision_transformer
 from torchvision.ops import StochasticDepth
 
 from moco.errors import InputError
+from moco.models.patches import num_patches, with_whole_patches
 from moco.models.size_constants import Size, constant_of_sizes
 
 WAVE_BASE = 10_000
@@ -136,9 +137,7 @@ class VisionTransformer(nn.Module):
 
     def cells(self, side: int) -> int:
         """Return how many cells an image's side, px, has."""
-        if self.partial_patches == "drop":
-            return side // self.patch_size
-        return -(-side // self.patch_size)
+        return num_patches(side, self.patch_size, self.partial_patches)
 
     def positions(self, grid: Size, device: torch.device | None = None) -> Tensor:
         """Return the tokens' positions (1, P, D) on a grid of h x w cells."""
@@ -148,7 +147,8 @@ class VisionTransformer(nn.Module):
 
     def feature_and_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return `forward` and `feature_maps` from one pass."""
-        patches = self.conv_proj(self._whole_patches(images))  # (N, D, h, w)
+        images = with_whole_patches(images, self.patch_size, self.partial_patches)
+        patches = self.conv_proj(images)  # (N, D, h, w)
         grid = (patches.shape[2], patches.shape[3])
         class_tokens = self.class_token.expand(len(patches), -1, -1)
         tokens = torch.cat([class_tokens, patches.flatten(2).transpose(1, 2)], dim=1)
@@ -184,19 +184,6 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the class token after the last norm: (N, D)."""
         return self.feature_and_maps(images)[0]
-
-    def _whole_patches(self, images: Tensor) -> Tensor:
-        """Return images that are completed, or cut off, to whole patches."""
-        height, width = images.shape[-2:]
-        whole_height = self.cells(height) * self.patch_size
-        whole_width = self.cells(width) * self.patch_size
-        if whole_height == 0 or whole_width == 0:
-            raise InputError(
-                f"backbone.partial_patches=drop: an image of {height} x {width} px has no whole "
-                f"patch of {self.patch_size} px"
-            )
-        # Negative padding cuts off.
-        return F.pad(images, (0, whole_width - width, 0, whole_height - height))
 
 
 @constant_of_sizes

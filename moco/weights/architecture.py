@@ -1,14 +1,11 @@
 """Which backbone and which projector the tensors of another project are of.
 
-Names and shapes of tensors show most settings of a backbone. The file's name shows some more. The
-rest has to be given, and is checked here.
+Names and shapes of tensors show most settings of a backbone. The rest has to be given, and is
+checked here.
 """
 
 import functools
 import logging
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +13,8 @@ from torch import nn
 
 from moco.errors import InputError
 from moco.models.backbones import BACKBONES, build_backbone, settings_of_backbone
-from moco.models.swin.attention import pretrained_window_of
-from moco.models.swin.backbone import MAX_WINDOW_SIZE, Swin, clipped_windows
+from moco.models.swin.attention import one_or_each, pretrained_window_of
+from moco.models.swin.backbone import Swin
 from moco.models.vit import learned_grid_side
 from moco.weights.layouts import BACKBONE_ALONE, MOCO_V3, SOLO_LEARN
 from moco.weights.library_names import (
@@ -37,18 +34,17 @@ log = logging.getLogger(__name__)
 LARGEST_WHOLE_WINDOW = 8
 
 
-def fitting_backbones(weights: Weights) -> list[dict[str, Any]]:
-    """Return the arguments of `build_backbone` for every backbone with these names and shapes."""
+def fitting_backbones(weights: Weights) -> list[str]:
+    """Return every backbone that has tensors of these names and shapes."""
     fitting = []
     for name in BACKBONES:
-        settings = {"name": name, **settings_seen(weights, name)}
         try:
-            backbone = build_outline(settings)
+            backbone = build_outline({"name": name, **settings_seen(weights, name)})
             problem = misfit(to_our_names(weights, backbone), backbone.state_dict())
         except InputError:  # Swin V1 has no pretraining window.
             continue
         if problem is None:
-            fitting.append(settings)
+            fitting.append(name)
     return fitting
 
 
@@ -56,12 +52,15 @@ def build_outline(settings: dict[str, Any]) -> Any:
     """Return a backbone without memory for its tensors.
 
     Raises:
-        InputError, TypeError: there is no backbone with these settings.
+        InputError: there is no backbone with these settings.
     """
     hashable = {}
     for key, value in settings.items():
         hashable[key] = tuple(value) if isinstance(value, list) else value
-    return cached_outline(**hashable)
+    try:
+        return cached_outline(**hashable)
+    except (TypeError, InputError) as error:
+        raise InputError(f"its settings are of no backbone ({error})") from error
 
 
 @functools.cache
@@ -71,39 +70,39 @@ def cached_outline(**settings: Any) -> Any:
         return build_backbone(**settings)
 
 
-def outline_of_file(settings: dict[str, Any], source: str) -> Any:
-    """Return `build_outline` for the settings that a file of ours holds.
-
-    Raises:
-        InputError: there is no backbone with these settings.
-    """
-    try:
-        return build_outline(settings)
-    except (TypeError, InputError) as error:
-        raise InputError(f"{source}: its settings are of no backbone ({error})") from error
-
-
 def misfit(weights: Weights, expected: Weights) -> str | None:
     """Return where weights differ from a module's state dict, or None if they fit.
 
     The first tensor that differs is named, the others are counted.
     """
     problems = []
-    for name, tensor in weights.items():
-        shape = tuple(tensor.shape)
-        if name in expected and shape != tuple(expected[name].shape):
-            problems.append(f"{name} is {shape} and should be {tuple(expected[name].shape)}")
-    for name, tensor in expected.items():
+    for name in expected | weights:
         if name not in weights:
-            problems.append(f"{name} {tuple(tensor.shape)} is missing")
-    for name, tensor in weights.items():
+            problems.append(f"{name} {tuple(expected[name].shape)} is missing")
+            continue
+        shape = tuple(weights[name].shape)
         if name not in expected:
-            problems.append(f"{name} {tuple(tensor.shape)} has no counterpart")
-    if not problems:
-        return None
-    if len(problems) == 1:
-        return problems[0]
-    return f"{problems[0]}, and {len(problems) - 1} more differ"
+            problems.append(f"{name} {shape} has no counterpart")
+        elif shape != tuple(expected[name].shape):
+            problems.append(f"{name} is {shape} and should be {tuple(expected[name].shape)}")
+    if len(problems) > 1:
+        return f"{problems[0]}, and {len(problems) - 1} more differ"
+    return problems[0] if problems else None
+
+
+def load_fitting(module: nn.Module, weights: Weights, complaint: str) -> None:
+    """Load weights into a module.
+
+    Args:
+        complaint: what the error begins with.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    problem = misfit(weights, module.state_dict())
+    if problem is not None:
+        raise InputError(f"{complaint}: {problem}")
+    module.load_state_dict(weights)
 
 
 def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, Any]:
@@ -135,39 +134,15 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
     # Tables of coordinates also tell the windows that normalise them.
     tables = first_of_each_stage(weights, COORDINATES)
     if tables:
-        windows = []
-        pretrained_windows = []
-        for table in tables:
-            window = (table.shape[1] + 1) // 2
-            pretrained = pretrained_window_of(table)
-            windows.append(window)
-            pretrained_windows.append(pretrained[0] if pretrained else window)
+        windows = [(table.shape[1] + 1) // 2 for table in tables]
+        pretrained = []
+        for table, window in zip(tables, windows, strict=True):
+            pretrained.append(pretrained_window_of(table) or window)
         seen["window_size"] = one_or_each(windows)
-        seen["pretrained_window_size"] = one_or_each(pretrained_windows)
+        seen["pretrained_window_size"] = one_or_each(pretrained)
 
     known = settings_of_backbone(name)
     return {key: value for key, value in seen.items() if key in known}
-
-
-def windows_in_name(file_name: str) -> dict[str, Any]:
-    """Return the arguments of `build_backbone` for the windows in the name of a Swin V2's file.
-
-    Args:
-        file_name: with one of the names that timm and Microsoft give their models, such as
-            ``swinv2_tiny_window16_256`` or ``swinv2_base_patch4_window12to16_192to256_22kto1k_ft``:
-            the window of the pretraining, that of the fine-tuning, and the image sizes of both, px.
-    """
-    found = re.search(r"swinv2_[a-z]+_(?:patch4_)?window(\d+)(?:to(\d+))?_(\d+)", file_name)
-    if found is None:
-        return {}
-    pretrained_window, last_window, image_size = found.groups()
-    windows = [int(pretrained_window), int(last_window or pretrained_window)]
-    if min(*windows, int(image_size)) < 1 or max(windows) > MAX_WINDOW_SIZE:
-        return {}  # Neither timm nor Microsoft gave this name.
-    return {
-        "window_size": windows[1],
-        "pretrained_window_size": list(clipped_windows(int(image_size), windows[0])),
-    }
 
 
 def settings_of(backbone: nn.Module, built_with: dict[str, Any]) -> dict[str, Any]:
@@ -186,55 +161,48 @@ def settings_of(backbone: nn.Module, built_with: dict[str, Any]) -> dict[str, An
     return settings
 
 
-def one_or_each(windows: Sequence[int]) -> int | list[int]:
-    """Return the stages' windows as one number if they are all the same, else as a list."""
-    if len(set(windows)) == 1:
-        return windows[0]
-    return list(windows)
-
-
-def listed_settings(settings: dict[str, Any]) -> str:
-    """Return a backbone's settings, without its name, for one line."""
+def described(settings: dict[str, Any]) -> str:
+    """Return a backbone's name and its settings for one line."""
     shown = [f"{key} {value}" for key, value in settings.items() if key != "name"]
-    return ", ".join(shown)
+    if not shown:
+        return settings["name"]
+    return f"{settings['name']} ({', '.join(shown)})"
 
 
-def check_hidden_settings(
-    origin: str, settings: dict[str, Any], source: str, is_pretraining_saved: bool = False
-) -> None:
+def check_hidden_settings(origin: str, settings: dict[str, Any], are_windows_saved: bool) -> None:
     """Check the settings that tensors' shapes do not show; warn of those that are probably wrong.
 
     Args:
         origin: the project that the weights are from.
         settings: the arguments of `build_backbone`, seen or given.
-        source: the key and the path that errors begin with.
-        is_pretraining_saved: tables in the file tell the pretraining windows of a Swin V2.
+        are_windows_saved: tables in the file tell the pretraining windows of a Swin V2.
 
     Raises:
-        InputError: a setting changes the features, and the file does not show it, and the user
-            does not give it.
+        InputError: a setting changes the features, and neither file nor user say it.
     """
     name = settings["name"]
-    if name.startswith("swin_v2") and not is_pretraining_saved:
-        check_pretraining_windows(settings, source)
+    if name.startswith("swin_v2") and not are_windows_saved:
+        check_pretraining_windows(settings)
     if name == "vit_small" and "num_heads" not in settings and origin != MOCO_V3:
         raise InputError(
-            f"{source}: does not say how many heads its attention has; "
+            "does not say how many heads its attention has; "
             "give backbone.num_heads: 6 in DeiT and timm, 12 in MoCo v3"
         )
-    if origin == SOLO_LEARN and settings.get("stem") == "cifar":
+    if settings.get("stem") != "cifar":
+        return
+    if origin == SOLO_LEARN:
         log.warning(
             "solo-learn pads the first convolution by 2 pixels and stem=cifar by 1, "
             "which changes the features; backbone.stem=solo_cifar keeps them"
         )
-    if origin == BACKBONE_ALONE and settings.get("stem") == "cifar":
+    if origin == BACKBONE_ALONE:
         log.info(
             "a 3x3 convolution does not show its padding: stem=cifar pads by 1 pixel; "
             "if the weights are solo-learn's give backbone.stem=solo_cifar"
         )
 
 
-def check_pretraining_windows(settings: dict[str, Any], source: str) -> None:
+def check_pretraining_windows(settings: dict[str, Any]) -> None:
     """Check that the settings say which windows normalise a Swin V2's coordinates.
 
     This is for files without tables of the coordinates, which would say it.
@@ -247,7 +215,7 @@ def check_pretraining_windows(settings: dict[str, Any], source: str) -> None:
     """
     if "window_size" not in settings:
         raise InputError(
-            f"{source}: does not say which windows it was pretrained with; "
+            "does not say which windows it was pretrained with; "
             "give backbone.window_size, which is 8 for timm's swinv2_..._window8_256"
         )
     pretrained = settings.get("pretrained_window_size", settings["window_size"])
@@ -255,15 +223,14 @@ def check_pretraining_windows(settings: dict[str, Any], source: str) -> None:
         return
     if pretrained > LARGEST_WHOLE_WINDOW:
         raise InputError(
-            f"{source}: does not say on which images its windows of {pretrained} cells were "
+            f"does not say on which images its windows of {pretrained} cells were "
             "pretrained, and windows are clipped to smaller maps; give "
             "backbone.pretrained_image_size, which is 256 for timm's swinv2_..._window16_256, and "
             "192 with backbone.pretrained_window_size=12 for swinv2_..._window12to16_192to256"
         )
     log.info(
-        "%s: assuming that pretraining windows of %d cells fitted all maps; "
+        "assuming that pretraining windows of %d cells fitted all maps; "
         "if the images were smaller give backbone.pretrained_image_size",
-        source,
         pretrained,
     )
 
@@ -279,36 +246,18 @@ def head_settings(head: Weights) -> dict[str, Any]:
     """
     widths = []
     last_linear: float = 0
-    has_bias = False
+    norms = []
     for name, tensor in head.items():
-        if name.endswith("weight") and tensor.ndim >= 2:
-            widths.append(len(tensor))
-            last_linear = max(last_linear, last_number(name))
-            has_bias = has_bias or name.replace("weight", "bias") in head
-    hidden_batch_norm = False
-    last_batch_norm = False
-    for name in head:
         if name.endswith("running_mean"):
-            if last_number(name) < last_linear:
-                hidden_batch_norm = True
-            else:
-                last_batch_norm = True
+            norms.append(last_number(name))
+        elif tensor.ndim >= 2:
+            widths.append(len(tensor))
+            last_linear = last_number(name)
     return {
         "output_dim": widths[-1],
         "num_layers": len(widths),
         "hidden_dim": widths[0] if len(widths) > 1 else None,
-        "hidden_batch_norm": hidden_batch_norm,
-        "last_batch_norm": last_batch_norm,
-        "bias": has_bias,
+        "hidden_batch_norm": any(norm < last_linear for norm in norms),
+        "last_batch_norm": any(norm > last_linear for norm in norms),
+        "bias": f"{last_linear}.bias" in head or "bias" in head,
     }
-
-
-@contextmanager
-def source_in_errors(source: str) -> Iterator[None]:
-    """Put the key and the path of a file before errors about its weights."""
-    try:
-        yield
-    except InputError as error:
-        if str(error).startswith(source):
-            raise
-        raise InputError(f"{source}: {error}") from error

@@ -6,7 +6,7 @@ Both describe their backbone, so it can be built again without any other file.
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.runs.atomic_files import write_atomically
 from moco.weights.architecture import settings_of
-
-if TYPE_CHECKING:
-    from moco.methods.moco import MoCo
 
 # What a file of a backbone alone holds, and the type of each part.
 BACKBONE_PARTS = {
@@ -34,15 +31,16 @@ NOT_INSTALLED = "safetensors is not installed: pip install moco-ssl[export]"
 
 
 def write_backbone_file(
-    path: Path, method: "MoCo", config: dict[str, Any], figures: dict[str, Any]
+    path: Path, method: Any, config: dict[str, Any], figures: dict[str, Any]
 ) -> None:
     """Write the query encoder's backbone with torch.save, as plain data that describes itself.
 
     Args:
+        method: a `MoCo`.
         config: the run's config as plain data.
         figures: the run's figures, under the names of ``metrics.json``.
     """
-    backbone: Any = method.query_encoder.backbone
+    backbone = method.query_encoder.backbone
     weights = {}
     for name, tensor in backbone.state_dict().items():
         weights[name] = tensor.cpu()
@@ -71,9 +69,8 @@ def write_backbone(backbone: nn.Module, settings: dict[str, Any], about: dict[st
     Raises:
         InputError: safetensors is not installed.
     """
-    metadata = {"backbone": json.dumps(settings_of(backbone, settings))}
-    for key, value in about.items():
-        metadata[key] = json.dumps(value)
+    content = {"backbone": settings_of(backbone, settings), **about}
+    metadata = {key: json.dumps(value) for key, value in content.items()}
     return as_safetensors(dict(backbone.state_dict()), metadata)
 
 
@@ -87,20 +84,14 @@ def read_backbone(path: str | Path) -> tuple[Any, dict[str, Any]]:
         InputError: there is no such file, it is damaged, something else wrote it, or safetensors
             is not installed.
     """
-    weights, metadata = read_safetensors(path, str(path))
+    about = read_safetensors(path, str(path))
+    weights = about.pop("state_dict")
     try:
-        about = {key: json.loads(value) for key, value in metadata.items()}
         backbone = build_backbone(**about["backbone"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{path}: not written by moco.export format=safetensors "
-            "(its metadata describe no backbone)"
-        ) from error
-    try:
         backbone.load_state_dict(weights)
-    except RuntimeError as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{path}: the weights do not fit the backbone that its metadata describe ({error})"
+            f"{path}: not written by moco.export format=safetensors, or changed since ({error})"
         ) from error
     return backbone.eval(), about
 
@@ -119,8 +110,10 @@ def as_safetensors(weights: dict[str, Tensor], metadata: dict[str, str] | None =
     return save(weights, {"format": "pt", **(metadata or {})})
 
 
-def read_safetensors(path: str | Path, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file, on the CPU, and its metadata.
+def read_safetensors(path: str | Path, source: str) -> dict[str, Any]:
+    """Return the tensors of a safetensors file as ``state_dict``, on the CPU.
+
+    If `moco.export` wrote the file, the other items are what it wrote about the tensors.
 
     Args:
         source: what the errors begin with.
@@ -132,15 +125,19 @@ def read_safetensors(path: str | Path, source: str) -> tuple[dict[str, Tensor], 
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise InputError(f"{source}: {NOT_INSTALLED}") from error
-    if not Path(path).is_file():
-        raise InputError(f"{source}: no such file")
+    content: dict[str, Any] = {}
     weights = {}
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 (the file is no dict)
                 weights[name] = file.get_tensor(name)
+        metadata.pop("format", None)
+        # Metadata of other programs need not be JSON.
+        if "backbone" in metadata:
+            content = {key: json.loads(value) for key, value in metadata.items()}
+    except FileNotFoundError as error:
+        raise InputError(f"{source}: no such file") from error
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{source}: damaged, or no safetensors file ({error})") from error
-    metadata.pop("format", None)
-    return weights, metadata
+    return content | {"state_dict": weights}

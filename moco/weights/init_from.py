@@ -1,34 +1,37 @@
 """Start a new run with the weights of a file: the setting ``init_from``."""
 
 import logging
-from typing import Any
 
 from moco.errors import InputError
 from moco.methods.moco import MoCo
-from moco.models.swin.backbone import windows_of
-from moco.weights.architecture import (
-    check_hidden_settings,
-    misfit,
-    outline_of_file,
-    settings_seen,
-    source_in_errors,
+from moco.weights.architecture import build_outline, check_hidden_settings, misfit, settings_seen
+from moco.weights.layouts import (
+    BACKBONE,
+    DENSE_PROJECTOR,
+    KEY,
+    KEY_BACKBONE,
+    KEY_DENSE_PROJECTOR,
+    KEY_PROJECTOR,
+    METHOD_PARTS,
+    PREDICTOR,
+    PROJECTOR,
+    QUERY,
 )
-from moco.weights.layouts import KEY, METHOD_PARTS, QUERY
 from moco.weights.library_names import Weights, to_our_names
-from moco.weights.reading import WeightFile, read_weight_file
+from moco.weights.reading import WeightFile, read_weight_file, source_in_errors
 from moco.weights.recognise import listed_parts, listed_unused, split
 
 log = logging.getLogger(__name__)
 
 # A part is of use only together with another part of the same file.
 NEEDS = {
-    "predictor.": "query_encoder.projector.",
-    "key_encoder.projector.": "query_encoder.projector.",
-    "key_encoder.dense_projector.": "query_encoder.dense_projector.",
-    "queue.": "key_encoder.projector.",
-    "reverse_queue.": "key_encoder.projector.",
-    "dense_queue.": "key_encoder.dense_projector.",
-    "reverse_dense_queue.": "key_encoder.dense_projector.",
+    PREDICTOR: PROJECTOR,
+    KEY_PROJECTOR: PROJECTOR,
+    KEY_DENSE_PROJECTOR: DENSE_PROJECTOR,
+    "queue.": KEY_PROJECTOR,
+    "reverse_queue.": KEY_PROJECTOR,
+    "dense_queue.": KEY_DENSE_PROJECTOR,
+    "reverse_dense_queue.": KEY_DENSE_PROJECTOR,
 }
 
 
@@ -42,9 +45,10 @@ def start_from(method: MoCo, path: str) -> None:
         InputError: the file cannot be read, its format is unknown, or its backbone does not fit.
     """
     source = f"init_from={path}"
-    file = read_weight_file(path, source)
-    weights = with_our_backbones(file, method, source)
-    check_backbone(file, weights, method, source)
+    with source_in_errors(source):
+        file = read_weight_file(path, source)
+        weights = with_our_backbones(file, method)
+        check_backbone(file, weights, method)
 
     # Parts come in an order in which each comes after the part that it needs.
     state = method.state_dict()
@@ -81,97 +85,56 @@ def start_from(method: MoCo, path: str) -> None:
         log.info("not used: %s", listed_unused(unused, file.ignored))
 
 
-def with_our_backbones(file: WeightFile, method: MoCo, source: str) -> Weights:
+def with_our_backbones(file: WeightFile, method: MoCo) -> Weights:
     """Return the weights of a file, with the backbones' tensors under our names.
 
     Raises:
         InputError: they were pretrained with other windows or positions than the method has, or
             a setting is neither in the file nor in the config.
     """
-    if file.settings is not None:
-        return file.weights
-    backbone: Any = method.query_encoder.backbone
     weights = file.weights
-    for encoder in (QUERY, KEY):
-        prefix = f"{encoder}backbone."
-        theirs, others = split(weights, prefix)
-        if not theirs:
-            continue
-        with source_in_errors(source):
-            if encoder == QUERY:
-                check_settings(file, theirs, method, source)
-            renamed = to_our_names(theirs, backbone)
-        weights = others
-        for name, tensor in renamed.items():
-            weights[prefix + name] = tensor
+    if file.settings is not None:
+        return weights
+    check_settings(file, method)
+    for prefix in (BACKBONE, KEY_BACKBONE):
+        theirs, weights = split(weights, prefix)
+        if theirs:
+            for name, tensor in to_our_names(theirs, method.query_encoder.backbone).items():
+                weights[prefix + name] = tensor
     return weights
 
 
-def check_settings(file: WeightFile, theirs: Weights, method: MoCo, source: str) -> None:
-    """Hold the method's backbone to what another project's file says about its own.
+def check_settings(file: WeightFile, method: MoCo) -> None:
+    """Check what another project's file does not show of its backbone against the config.
 
     Raises:
-        InputError: the windows of the pretraining differ, or a setting is not known.
+        InputError: a setting changes the features, and neither the file nor the config says it.
     """
-    backbone: Any = method.query_encoder.backbone
-    settings = {}
-    for key, value in method.hparams["backbone"].items():
-        if value is not None:
-            settings[key] = value
+    theirs, _ = split(file.weights, BACKBONE)
+    given = method.hparams["backbone"]
+    settings = {key: value for key, value in given.items() if value is not None}
     seen = settings_seen(theirs, settings["name"], file.origin)
-    is_pretraining_saved = "pretrained_window_size" in seen
-    is_swin_v2 = settings["name"].startswith("swin_v2")
-    if is_swin_v2 and not is_pretraining_saved and file.named_windows:
-        check_named_windows(file.named_windows, settings, backbone.pretrained_window_size)
-        seen |= file.named_windows
-    check_hidden_settings(file.origin, seen | settings, source, is_pretraining_saved)
+    check_hidden_settings(file.origin, seen | settings, "pretrained_window_size" in seen)
 
 
-def check_named_windows(
-    named: dict[str, Any], settings: dict[str, Any], pretrained: tuple[int, ...]
-) -> None:
-    """Hold a Swin V2 to the windows in the name of the file, unless its config gives others.
-
-    Args:
-        named: what `windows_in_name` returns.
-        settings: of the backbone, those that are not null.
-        pretrained: the backbone's pretraining windows, cells.
-
-    Raises:
-        InputError: they differ, and the config does not give the windows of the pretraining.
-    """
-    if "pretrained_window_size" in settings or "pretrained_image_size" in settings:
-        return
-    there = list(windows_of("pretrained_window_size", named["pretrained_window_size"]))
-    if there == list(pretrained):
-        return
-    value = str(there).replace(" ", "")
-    raise InputError(
-        f"by its name it was pretrained with windows of {there} cells, and this backbone has "
-        f"{list(pretrained)}; set backbone.window_size={named['window_size']} "
-        f"backbone.pretrained_window_size={value}"
-    )
-
-
-def check_backbone(file: WeightFile, weights: Weights, method: MoCo, source: str) -> None:
+def check_backbone(file: WeightFile, weights: Weights, method: MoCo) -> None:
     """Raise InputError if the file's backbone does not fit the method's."""
-    backbone: Any = method.query_encoder.backbone
-    theirs, _ = split(weights, QUERY + "backbone.")
+    backbone = method.query_encoder.backbone
+    theirs, _ = split(weights, BACKBONE)
     problem = misfit(theirs, backbone.state_dict())
     if problem is not None:
         name = method.hparams["backbone"]["name"]
-        raise InputError(f"{source}: its weights do not fit backbone={name}: {problem}")
+        raise InputError(f"its weights do not fit backbone={name}: {problem}")
     if file.settings is None:
         return
     # These settings change the features, and the shapes of the tensors do not show them.
-    outline = outline_of_file(file.settings, source)
+    outline = build_outline(file.settings)
     for key in ("pretrained_window_size", "num_heads"):
         there = getattr(outline, key, None)
         here = getattr(backbone, key, None)
         if there != here:
             raise InputError(
-                f"{source}: backbone.{key}: {there} there, {here} here, "
-                "which would change the features"
+                f"backbone.{key}: {there} there, {here} here, which would change the features"
             )
 
 

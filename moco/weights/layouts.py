@@ -11,17 +11,25 @@ from typing import NamedTuple
 
 QUERY = "query_encoder."
 KEY = "key_encoder."
+BACKBONE = "query_encoder.backbone."
+PROJECTOR = "query_encoder.projector."
+DENSE_PROJECTOR = "query_encoder.dense_projector."
+PREDICTOR = "predictor."
+KEY_BACKBONE = "key_encoder.backbone."
+KEY_PROJECTOR = "key_encoder.projector."
+KEY_DENSE_PROJECTOR = "key_encoder.dense_projector."
+HEADS = (PROJECTOR, DENSE_PROJECTOR, PREDICTOR, KEY_PROJECTOR, KEY_DENSE_PROJECTOR)
 QUEUES = ("queue.", "reverse_queue.", "dense_queue.", "reverse_dense_queue.")
 
 # The parts of our method: how the names of their tensors begin, and what the log calls them.
 METHOD_PARTS = {
-    "query_encoder.backbone.": "backbone",
-    "query_encoder.projector.": "projector",
-    "query_encoder.dense_projector.": "dense projector",
-    "predictor.": "predictor",
-    "key_encoder.backbone.": "key encoder's backbone",
-    "key_encoder.projector.": "key encoder's projector",
-    "key_encoder.dense_projector.": "key encoder's dense projector",
+    BACKBONE: "backbone",
+    PROJECTOR: "projector",
+    DENSE_PROJECTOR: "dense projector",
+    PREDICTOR: "predictor",
+    KEY_BACKBONE: "key encoder's backbone",
+    KEY_PROJECTOR: "key encoder's projector",
+    KEY_DENSE_PROJECTOR: "key encoder's dense projector",
     "queue.": "queue",
     "reverse_queue.": "reverse queue",
     "dense_queue.": "dense queue",
@@ -48,6 +56,8 @@ class Layout(NamedTuple):
 MOCO_V3 = "MoCo v3 (facebookresearch/moco-v3)"
 SOLO_LEARN = "solo-learn"
 BACKBONE_ALONE = "backbone alone"
+OFFICIAL_QUEUE = {r"queue$": "queue.keys", r"queue_ptr$": "queue.pointer"}
+WHOLE_NAME = {"": BACKBONE}
 # The first layout that fits counts, so the more specific ones come first.
 LAYOUTS = (
     # Part 0 of an encoder is the backbone, part 1 the neck. mmselfsup calls the query encoder's
@@ -56,18 +66,17 @@ LAYOUTS = (
         "DenseCL or mmselfsup (OpenMMLab)",
         (r"(encoder_q|base_encoder)\.0\.[a-z]|neck\.",),
         {
-            r"(?:encoder_q|base_encoder)\.0\.": QUERY + "backbone.",
-            r"(?:encoder_q|base_encoder)\.1\.mlp2\.": QUERY + "dense_projector.",
-            r"(?:encoder_q|base_encoder)\.1\.": QUERY + "projector.",
-            r"(?:encoder_k|momentum_encoder)\.(?:module\.)?0\.": KEY + "backbone.",
-            r"(?:encoder_k|momentum_encoder)\.(?:module\.)?1\.mlp2\.": KEY + "dense_projector.",
-            r"(?:encoder_k|momentum_encoder)\.(?:module\.)?1\.": KEY + "projector.",
-            r"backbone\.": QUERY + "backbone.",
-            r"neck\.mlp2\.": QUERY + "dense_projector.",
-            r"neck\.": QUERY + "projector.",
-            r"head\.predictor\.": "predictor.",
-            r"queue$": "queue.keys",
-            r"queue_ptr$": "queue.pointer",
+            r"(encoder_q|base_encoder)\.0\.": BACKBONE,
+            r"(encoder_q|base_encoder)\.1\.mlp2\.": DENSE_PROJECTOR,
+            r"(encoder_q|base_encoder)\.1\.": PROJECTOR,
+            r"(encoder_k|momentum_encoder)\.(module\.)?0\.": KEY_BACKBONE,
+            r"(encoder_k|momentum_encoder)\.(module\.)?1\.mlp2\.": KEY_DENSE_PROJECTOR,
+            r"(encoder_k|momentum_encoder)\.(module\.)?1\.": KEY_PROJECTOR,
+            r"backbone\.": BACKBONE,
+            r"neck\.mlp2\.": DENSE_PROJECTOR,
+            r"neck\.": PROJECTOR,
+            r"head\.predictor\.": PREDICTOR,
+            **OFFICIAL_QUEUE,
             r"queue2$": "dense_queue.keys",
             r"queue2_ptr$": "dense_queue.pointer",
         },
@@ -77,12 +86,11 @@ LAYOUTS = (
         (r"encoder_q\.net\.0\.",),
         {
             # An nn.Sequential of torchvision's children, without max-pool. Number 8 is Flatten.
-            r"encoder_q\.net\.9\.": QUERY + "projector.",
-            r"encoder_q\.net\.": QUERY + "backbone.",
-            r"encoder_k\.net\.9\.": KEY + "projector.",
-            r"encoder_k\.net\.": KEY + "backbone.",
-            r"queue$": "queue.keys",
-            r"queue_ptr$": "queue.pointer",
+            r"encoder_q\.net\.9\.": PROJECTOR,
+            r"encoder_q\.net\.": BACKBONE,
+            r"encoder_k\.net\.9\.": KEY_PROJECTOR,
+            r"encoder_k\.net\.": KEY_BACKBONE,
+            **OFFICIAL_QUEUE,
         },
     ),
     # The projector is the last layer of torchvision's ResNet.
@@ -90,12 +98,11 @@ LAYOUTS = (
         "MoCo v1 or v2 (facebookresearch/moco)",
         (r"encoder_q\.",),
         {
-            r"encoder_q\.(?:fc|head)\.": QUERY + "projector.",
-            r"encoder_q\.": QUERY + "backbone.",
-            r"encoder_k\.(?:fc|head)\.": KEY + "projector.",
-            r"encoder_k\.": KEY + "backbone.",
-            r"queue$": "queue.keys",
-            r"queue_ptr$": "queue.pointer",
+            r"encoder_q\.(fc|head)\.": PROJECTOR,
+            r"encoder_q\.": BACKBONE,
+            r"encoder_k\.(fc|head)\.": KEY_PROJECTOR,
+            r"encoder_k\.": KEY_BACKBONE,
+            **OFFICIAL_QUEUE,
         },
     ),
     # There is no queue. The projector is `fc` of a ResNet or `head` of a ViT.
@@ -103,22 +110,22 @@ LAYOUTS = (
         MOCO_V3,
         (r"base_encoder\.",),
         {
-            r"base_encoder\.(?:fc|head)\.": QUERY + "projector.",
-            r"base_encoder\.": QUERY + "backbone.",
-            r"momentum_encoder\.(?:fc|head)\.": KEY + "projector.",
-            r"momentum_encoder\.": KEY + "backbone.",
-            r"predictor\.": "predictor.",
+            r"base_encoder\.(fc|head)\.": PROJECTOR,
+            r"base_encoder\.": BACKBONE,
+            r"momentum_encoder\.(fc|head)\.": KEY_PROJECTOR,
+            r"momentum_encoder\.": KEY_BACKBONE,
+            r"predictor\.": PREDICTOR,
         },
     ),
     Layout(
         "MoBY (SwinTransformer/Transformer-SSL)",
         (r"encoder\.", r"encoder_k\.|projector\.linear_"),
         {
-            r"encoder\.": QUERY + "backbone.",
-            r"projector\.": QUERY + "projector.",
-            r"predictor\.": "predictor.",
-            r"encoder_k\.": KEY + "backbone.",
-            r"projector_k\.": KEY + "projector.",
+            r"encoder\.": BACKBONE,
+            r"projector\.": PROJECTOR,
+            r"predictor\.": PREDICTOR,
+            r"encoder_k\.": KEY_BACKBONE,
+            r"projector_k\.": KEY_PROJECTOR,
             # Its first query is compared with queue2, which holds the second view's keys.
             r"queue2$": "queue.keys",
             r"queue1$": "reverse_queue.keys",
@@ -130,10 +137,10 @@ LAYOUTS = (
         "lightly, with a query_backbone",
         (r"query_backbone\.",),
         {
-            r"query_backbone\.": QUERY + "backbone.",
-            r"query_projection_head\.": QUERY + "projector.",
-            r"backbone\.": KEY + "backbone.",
-            r"projection_head\.": KEY + "projector.",
+            r"query_backbone\.": BACKBONE,
+            r"query_projection_head\.": PROJECTOR,
+            r"backbone\.": KEY_BACKBONE,
+            r"projection_head\.": KEY_PROJECTOR,
         },
     ),
     # The loss holds the queue, as a memory bank. Some versions save it.
@@ -141,17 +148,17 @@ LAYOUTS = (
         "lightly",
         (r"backbone\.", r"projection_head"),
         {
-            r"backbone\.": QUERY + "backbone.",
-            r"projection_head_local\.": QUERY + "dense_projector.",
-            r"projection_head(?:_global)?\.": QUERY + "projector.",
-            r"(?:backbone_momentum|momentum_backbone|key_backbone)\.": KEY + "backbone.",
-            r"projection_head_local_momentum\.": KEY + "dense_projector.",
-            r"projection_head(?:_global)?_momentum\.": KEY + "projector.",
-            r"(?:momentum|key)_projection_head\.": KEY + "projector.",
-            r"criterion_local\.(?:memory_bank\.)?bank$": "dense_queue.keys",
-            r"criterion_local\.(?:memory_bank\.)?bank_ptr$": "dense_queue.pointer",
-            r"criterion\w*\.(?:memory_bank\.)?bank$": "queue.keys",
-            r"criterion\w*\.(?:memory_bank\.)?bank_ptr$": "queue.pointer",
+            r"backbone\.": BACKBONE,
+            r"projection_head_local\.": DENSE_PROJECTOR,
+            r"projection_head(_global)?\.": PROJECTOR,
+            r"(backbone_momentum|momentum_backbone|key_backbone)\.": KEY_BACKBONE,
+            r"projection_head_local_momentum\.": KEY_DENSE_PROJECTOR,
+            r"projection_head(_global)?_momentum\.": KEY_PROJECTOR,
+            r"(momentum|key)_projection_head\.": KEY_PROJECTOR,
+            r"criterion_local\.(memory_bank\.)?bank$": "dense_queue.keys",
+            r"criterion_local\.(memory_bank\.)?bank_ptr$": "dense_queue.pointer",
+            r"criterion\w*\.(memory_bank\.)?bank$": "queue.keys",
+            r"criterion\w*\.(memory_bank\.)?bank_ptr$": "queue.pointer",
         },
     ),
     # Older versions of solo-learn call the backbone `encoder`.
@@ -159,24 +166,19 @@ LAYOUTS = (
         SOLO_LEARN,
         (r"(backbone|encoder)\.", r"momentum_(backbone|encoder|projector)\.|projector\."),
         {
-            r"(?:backbone|encoder)\.": QUERY + "backbone.",
-            r"projector\.": QUERY + "projector.",
-            r"predictor\.": "predictor.",
-            r"momentum_(?:backbone|encoder)\.": KEY + "backbone.",
-            r"momentum_projector\.": KEY + "projector.",
-            r"queue$": "queue.keys",
-            r"queue_ptr$": "queue.pointer",
+            r"(backbone|encoder)\.": BACKBONE,
+            r"projector\.": PROJECTOR,
+            r"predictor\.": PREDICTOR,
+            r"momentum_(backbone|encoder)\.": KEY_BACKBONE,
+            r"momentum_projector\.": KEY_PROJECTOR,
+            **OFFICIAL_QUEUE,
         },
     ),
     # What follows holds no method: a backbone, perhaps with a classifier.
-    Layout(BACKBONE_ALONE, (r"backbone\.",), {r"backbone\.": QUERY + "backbone."}),
-    Layout("torchvision or timm ResNet", (r"layer1\.0\.conv1\.",), {"": QUERY + "backbone."}),
-    Layout("torchvision Swin Transformer", (r"features\.1\.0\.attn\.",), {"": QUERY + "backbone."}),
-    Layout(
-        "timm or Microsoft Swin Transformer",
-        (r"layers\.0\.blocks\.0\.attn\.",),
-        {"": QUERY + "backbone."},
-    ),
-    Layout("torchvision ViT", (r"encoder\.layers\.encoder_layer_0\.",), {"": QUERY + "backbone."}),
-    Layout("timm ViT", (r"cls_token$", r"blocks\.0\.attn\."), {"": QUERY + "backbone."}),
+    Layout(BACKBONE_ALONE, (r"backbone\.",), {r"backbone\.": BACKBONE}),
+    Layout("torchvision or timm ResNet", (r"layer1\.0\.conv1\.",), WHOLE_NAME),
+    Layout("torchvision Swin Transformer", (r"features\.1\.0\.attn\.",), WHOLE_NAME),
+    Layout("timm or Microsoft Swin Transformer", (r"layers\.0\.blocks\.0\.attn\.",), WHOLE_NAME),
+    Layout("torchvision ViT", (r"encoder\.layers\.encoder_layer_0\.",), WHOLE_NAME),
+    Layout("timm ViT", (r"cls_token$", r"blocks\.0\.attn\."), WHOLE_NAME),
 )

@@ -22,23 +22,18 @@ from moco.models.size_constants import Size
 from moco.models.swin.attention import (
     WindowAttention,
     WindowAttentionV2,
-    check_pretrained_window,
     check_pretrained_windows,
 )
 from moco.models.swin.backbone import Swin, map_sides
-from moco.models.swin.windows import relative_positions
+from moco.models.swin.windows import log_coordinates, relative_positions
 from moco.models.vit import VisionTransformer, learned_grid_side, resized_positions
 
 Weights = dict[str, Tensor]
 
 # torchvision has a class for vit_small, but no such name. Its other names are ours.
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2")
 TIMM_MODELS = {
-    "resnet18": "resnet18",
-    "resnet34": "resnet34",
-    "resnet50": "resnet50",
-    "resnet101": "resnet101",
-    "resnet152": "resnet152",
-    "wide_resnet50_2": "wide_resnet50_2",
+    **{name: name for name in RESNETS},
     "swin_t": "swin_tiny_patch4_window7_224",
     "swin_s": "swin_small_patch4_window7_224",
     "swin_b": "swin_base_patch4_window7_224",
@@ -130,28 +125,16 @@ def window_tables(backbone: Swin) -> Weights:
         if isinstance(module, WindowAttention):
             # (cells of a window, cells of a window); all blocks share one tensor.
             index = relative_positions(module.window_size, torch.device("cpu"))
-            tables[f"{name}.{INDEX}"] = index.flatten().clone()
+            tables[f"{name}.{INDEX}"] = index.clone()
         if isinstance(module, WindowAttentionV2):
-            coordinates = saved_coordinates(module.window_size, module.pretrained_window_size)
-            tables[f"{name}.{COORDINATES}"] = coordinates
+            windows = (module.window_size, module.pretrained_window_size)
+            tables[f"{name}.{COORDINATES}"] = saved_coordinates(*windows)
     return tables
 
 
 def saved_coordinates(window: Size, pretrained: Size) -> Tensor:
-    """Return the table of log coordinates that torchvision saves.
-
-    The values are those of `moco.models.swin.windows.log_coordinates`, in torchvision's precision
-    and order of operations. If both windows are the same, they equal torchvision's to the bit.
-
-    Returns:
-        float32 (1, 2 * window height - 1, 2 * window width - 1, 2).
-    """
-    rows = torch.arange(1 - window[0], window[0], dtype=torch.float32)
-    columns = torch.arange(1 - window[1], window[1], dtype=torch.float32)
-    offsets = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
-    largest = torch.tensor([max(pretrained[0] - 1, 1), max(pretrained[1] - 1, 1)])
-    table = offsets / largest * 8
-    return (table.sign() * torch.log2(table.abs() + 1) / 3)[None]
+    """Return V2's log coordinates as torchvision saves them: float32 (1, rows, columns, 2)."""
+    return log_coordinates(window, pretrained, torch.device("cpu")).float()[None]
 
 
 def positions_for(backbone: VisionTransformer, image_size: int) -> Tensor:
@@ -167,15 +150,19 @@ def from_torchvision(weights: Weights, backbone: nn.Module) -> Weights:
         InputError: the weights were pretrained with another window than the backbone assumes
             (Swin V2), or with learned positions where it has fixed ones (ViT).
     """
-    for name, module in backbone.named_modules():
-        coordinates = weights.get(f"{name}.{COORDINATES}")
-        if coordinates is not None and isinstance(module, WindowAttentionV2):
-            check_pretrained_window(coordinates, module.pretrained_window_size)
+    check_coordinates(weights, backbone)
     kept = {}
     for name, tensor in weights.items():
         if not name.startswith(CLASSIFIERS) and not name.endswith((INDEX, COORDINATES)):
             kept[name] = tensor
     return with_fitting_positions(kept, backbone)
+
+
+def check_coordinates(weights: Weights, backbone: nn.Module) -> None:
+    """Raise InputError if a Swin V2's weights were pretrained with other windows than assumed."""
+    tables = first_of_each_stage(weights, COORDINATES)
+    if isinstance(backbone, Swin) and len(tables) == len(backbone.pretrained_window_size):
+        check_pretrained_windows(tables, backbone.pretrained_window_size)
 
 
 def with_fitting_positions(weights: Weights, backbone: nn.Module) -> Weights:
@@ -315,10 +302,7 @@ def to_our_names(weights: Weights, backbone: nn.Module) -> Weights:
             the backbone has.
     """
     weights = merging_after_its_stage(from_sequential(weights))
-    if isinstance(backbone, Swin):
-        tables = first_of_each_stage(weights, COORDINATES)
-        if len(tables) == len(backbone.pretrained_window_size):
-            check_pretrained_windows(tables, backbone.pretrained_window_size)
+    check_coordinates(weights, backbone)
     learned = {name: x for name, x in weights.items() if not name.endswith(COMPUTED)}
 
     # Microsoft's and timm's models begin with `patch_embed`, torchvision's never do.

@@ -12,29 +12,25 @@ from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, is_channels_last
 from moco.models.heads import build_head
 from moco.models.swin.backbone import rewindow, window_advice
-from moco.runs.config_changes import differences
 from moco.weights.architecture import (
+    build_outline,
     check_hidden_settings,
+    described,
     fitting_backbones,
     head_settings,
-    listed_settings,
-    misfit,
-    outline_of_file,
+    load_fitting,
     settings_of,
     settings_seen,
-    source_in_errors,
 )
-from moco.weights.layouts import METHOD_PARTS, QUERY
+from moco.weights.layouts import BACKBONE, METHOD_PARTS
 from moco.weights.library_names import Weights, to_our_names
-from moco.weights.reading import WeightFile, read_weight_file
+from moco.weights.reading import WeightFile, read_weight_file, source_in_errors
 from moco.weights.recognise import listed_parts, listed_unused, split
 
 log = logging.getLogger(__name__)
 
 # These change what a backbone's tensors mean. A checkpoint of ours says which ones it has.
 ARCHITECTURE = ("name", "stem", "num_heads", "learned_positions")
-# Backbones without these attributes have these values.
-DEFAULTS = {"stem": "imagenet"}
 
 
 class Pretrained(NamedTuple):
@@ -79,13 +75,14 @@ def load_pretrained(
             than the given one, or it lacks what is needed.
     """
     source = f"checkpoint={path}"
-    file = read_weight_file(path, source)
-    if feature is None:
-        feature = usual_feature(file, source)
-    if file.settings is None:
-        encoder, settings = load_other_project(file, which, given, feature, source)
-    else:
-        encoder, settings = load_ours(file, which, given, feature, path)
+    with source_in_errors(source):
+        file = read_weight_file(path, source)
+        if feature is None:
+            feature = usual_feature(file, source)
+        if file.settings is None:
+            encoder, settings = load_other_project(file, which, given, feature, source)
+        else:
+            encoder, settings = load_ours(file, which, given, feature, path)
 
     # The window in the file: `moco.export` scales the image size by it.
     window_size: Any = getattr(encoder.backbone, "window_size", None)
@@ -108,16 +105,14 @@ def load_pretrained(
 def usual_feature(file: WeightFile, source: str) -> str:
     """Return the feature that the run measured, or ``backbone`` if the file has no more."""
     of_run = file.config.get("evaluation", {}).get("feature", "backbone")
-    is_backbone_alone = file.settings is not None and file.checkpoint is None
-    if not is_backbone_alone:
-        return of_run
-    if of_run == "embedding":
+    if of_run == "embedding" and file.checkpoint is None:
         log.info(
             "%s: the file holds a backbone alone, so the backbone's feature is measured; "
             "the run measured embeddings",
             source,
         )
-    return "backbone"
+        return "backbone"
+    return of_run
 
 
 def log_window_advice(pretrained: Pretrained, given: dict[str, Any], image_size: int) -> None:
@@ -143,9 +138,8 @@ def load_ours(
         InputError: the file has another architecture than the given one, has no such encoder, or
             its weights do not fit its own settings.
     """
-    source = f"checkpoint={path}"
     assert file.settings is not None
-    check_architecture(file.settings, given, source)
+    check_architecture(file.settings, given)
     for key in ("pretrained_window_size", "pretrained_image_size"):
         if key in given:
             log.warning(
@@ -154,43 +148,36 @@ def load_ours(
             )
     # The backbone is built with the file's window, because its tensors have that size. The given
     # window follows when they are loaded.
-    settings = dict(file.settings)
-    for key, value in given.items():
-        if key != "window_size":
-            settings[key] = value
+    others = dict(given)
+    others.pop("window_size", None)
+    settings = file.settings | others
 
     if file.checkpoint is not None:
         return load_encoder(file.checkpoint, which, path, settings), settings
     # What follows is for a file that holds a backbone alone.
     if which == "key" and file.encoder != "key":
         raise InputError(
-            f"{source}: holds the query encoder's backbone alone, and encoder=key needs the key's"
+            "holds the query encoder's backbone alone, and encoder=key needs the key's"
         )
     if feature == "embedding":
-        raise InputError(
-            f"{source}: holds a backbone alone, and feature=embedding needs the projector too"
-        )
-    weights, _ = split(file.weights, QUERY + "backbone.")
+        raise InputError("holds a backbone alone, and feature=embedding needs the projector too")
+    weights, _ = split(file.weights, BACKBONE)
     backbone = build_backbone(**settings)
-    load_fitting(backbone, weights, f"the backbone {settings['name']}", source)
+    load_fitting(backbone, weights, f"its weights do not fit the backbone {settings['name']}")
     return Encoder(backbone, nn.Identity()), settings
 
 
-def check_architecture(there: dict[str, Any], given: dict[str, Any], source: str) -> None:
+def check_architecture(there: dict[str, Any], given: dict[str, Any]) -> None:
     """Raise InputError if a checkpoint of ours has another backbone than the user asked for."""
-    outline = outline_of_file(there, source)
-    own = {}
-    asked = {}
+    outline = build_outline(there)
     for key in ARCHITECTURE:
-        if key not in given:
-            continue
-        asked[key] = given[key]
-        own[key] = there.get(key)
-        if own[key] is None:
-            own[key] = getattr(outline, key, DEFAULTS.get(key))
-    differing = differences({"backbone": own}, {"backbone": asked})
-    if differing:
-        raise InputError(f"{source}: has another architecture: {'; '.join(differing)}")
+        own = there.get(key)
+        if own is None:
+            own = getattr(outline, key, None)
+        if key in given and given[key] != own:
+            raise InputError(
+                f"has another architecture: backbone.{key}: {own} there, {given[key]} here"
+            )
 
 
 def load_encoder(
@@ -205,13 +192,9 @@ def load_encoder(
         settings: the arguments of `build_backbone`. None means the checkpoint's.
 
     Raises:
-        InputError: the checkpoint is not of pretraining, or its weights do not fit the model that
-            its hyperparameters describe.
+        InputError: its weights do not fit the model that its hyperparameters describe.
     """
-    source = f"checkpoint={path}"
     hyper_parameters = dict(checkpoint["hyper_parameters"])
-    if "decoder" in hyper_parameters:
-        raise InputError(f"{source}: written by moco.segment; expected a checkpoint of moco.train")
     if settings is not None:
         hyper_parameters["backbone"] = settings
     try:
@@ -219,7 +202,7 @@ def load_encoder(
         method.load_state_dict(checkpoint["state_dict"])
     except (TypeError, RuntimeError) as error:
         raise InputError(
-            f"{source}: its weights do not fit its own hyperparameters ({error})"
+            f"checkpoint={path}: its weights do not fit its own hyperparameters ({error})"
         ) from error
     encoder: Any = method.query_encoder if which == "query" else method.key_encoder
     return encoder.eval()
@@ -236,18 +219,17 @@ def load_other_project(
     prefix = f"{which}_encoder."
     theirs, others = split(file.weights, prefix + "backbone.")
     if not theirs:
-        raise InputError(f"{source}: {file.origin}, without {METHOD_PARTS[prefix + 'backbone.']}")
+        raise InputError(f"{file.origin}, without {METHOD_PARTS[prefix + 'backbone.']}")
     settings = settings_of_other_project(file, theirs, given, source)
     backbone = build_backbone(**settings)
-    with source_in_errors(source):
-        weights = to_our_names(theirs, backbone)
-    load_fitting(backbone, weights, f"backbone={settings['name']}", source)
+    weights = to_our_names(theirs, backbone)
+    load_fitting(backbone, weights, f"its weights do not fit backbone={settings['name']}")
 
     projector: nn.Module = nn.Identity()
     unused = others
     if feature == "embedding":
         head, unused = split(others, prefix + "projector.")
-        projector = build_projector(head, backbone.feature_dim, source)
+        projector = build_projector(head, backbone.feature_dim)
 
     log_loaded(file, settings, unused, source)
     return Encoder(backbone, projector), settings
@@ -267,64 +249,32 @@ def settings_of_other_project(
     Raises:
         InputError: no backbone fits, or a setting is neither shown nor given.
     """
-    settings = dict(given)
-    if "name" not in given:
-        settings = recognised_backbone(theirs, source) | given
-    with source_in_errors(source):
-        seen = settings_seen(theirs, settings["name"], file.origin)
-
-    is_pretraining_saved = "pretrained_window_size" in seen
-    is_swin_v2 = settings["name"].startswith("swin_v2")
-    if is_swin_v2 and not is_pretraining_saved and file.named_windows:
-        seen |= file.named_windows
-        log.info(
-            "%s: by its name, it has windows of %s and was pretrained with windows of %s",
-            source,
-            seen["window_size"],
-            seen["pretrained_window_size"],
-        )
-    if "pretrained_image_size" in given and not is_pretraining_saved:
-        # What the user gives counts more than the name of the file.
-        seen.pop("pretrained_window_size", None)
-
-    for key, value in seen.items():
-        if key == "window_size" or key not in given:
-            settings[key] = value
-    check_hidden_settings(file.origin, settings, source, is_pretraining_saved)
+    name = given.get("name") or recognised_backbone(theirs, source)
+    seen = settings_seen(theirs, name, file.origin)
+    settings = {"name": name} | seen | given
+    if "window_size" in seen:
+        settings["window_size"] = seen["window_size"]
+    check_hidden_settings(file.origin, settings, "pretrained_window_size" in seen)
     return settings
 
 
-def recognised_backbone(weights: Weights, source: str) -> dict[str, Any]:
-    """Return the arguments of `build_backbone` for the one backbone that the weights fit.
+def recognised_backbone(weights: Weights, source: str) -> str:
+    """Return the one backbone that the weights fit.
 
     Raises:
         InputError: no backbone or several backbones fit.
     """
     fitting = fitting_backbones(weights)
-    if len(fitting) == 1:
-        log.info("%s: backbone=%s, recognised by its tensors' shapes", source, fitting[0]["name"])
-        return fitting[0]
-    if fitting:
-        names = " and ".join(settings["name"] for settings in fitting)
-        problem = f"{names} have tensors of these shapes"
-    else:
-        problem = "no backbone here has tensors of these shapes"
-    raise InputError(f"{source}: {problem}; give backbone=NAME")
+    if not fitting:
+        raise InputError("no backbone here has tensors of these shapes; give backbone=NAME")
+    if len(fitting) > 1:
+        names = " and ".join(fitting)
+        raise InputError(f"{names} have tensors of these shapes; give backbone=NAME")
+    log.info("%s: backbone=%s, recognised by its tensors' shapes", source, fitting[0])
+    return fitting[0]
 
 
-def load_fitting(backbone: nn.Module, weights: Weights, name: str, source: str) -> None:
-    """Load weights into a backbone.
-
-    Raises:
-        InputError: they do not fit.
-    """
-    problem = misfit(weights, backbone.state_dict())
-    if problem is not None:
-        raise InputError(f"{source}: its weights do not fit {name}: {problem}")
-    backbone.load_state_dict(weights)
-
-
-def build_projector(head: Weights, feature_dim: int, source: str) -> nn.Module:
+def build_projector(head: Weights, feature_dim: int) -> nn.Module:
     """Return the projector with these weights.
 
     Args:
@@ -335,23 +285,15 @@ def build_projector(head: Weights, feature_dim: int, source: str) -> nn.Module:
         InputError: there are no weights, or they are of an unknown kind of projector.
     """
     if not head:
-        raise InputError(f"{source}: holds no projector, which feature=embedding needs")
-    settings = head_settings(head)
-    projector = build_head(feature_dim, settings.pop("output_dim"), **settings)
-    problem = misfit(head, projector.state_dict())
-    if problem is not None:
-        raise InputError(f"{source}: its projector is of an unknown kind: {problem}")
-    projector.load_state_dict(head)
+        raise InputError("holds no projector, which feature=embedding needs")
+    projector = build_head(feature_dim, **head_settings(head))
+    load_fitting(projector, head, "its projector is of an unknown kind")
     return projector
 
 
 def log_loaded(file: WeightFile, settings: dict[str, Any], unused: Weights, source: str) -> None:
     """Log what was recognised in another project's file, what was loaded and what was not."""
-    backbone = settings["name"]
-    others = listed_settings(settings)
-    if others:
-        backbone += f" ({others})"
-    log.info("%s: %s; backbone %s", source, file.origin, backbone)
+    log.info("%s: %s; backbone %s", source, file.origin, described(settings))
     loaded = {name: tensor for name, tensor in file.weights.items() if name not in unused}
     log.info("loaded: %s", listed_parts(loaded))
     if unused or file.ignored:

@@ -1,6 +1,7 @@
 """Read any file of weights, whoever wrote it, to a state dict under our names."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +12,24 @@ from moco.runs.checkpoint_files import (
     read_torch_archive,
     read_torch_file,
 )
-from moco.weights.architecture import outline_of_file, windows_in_name
+from moco.weights.architecture import build_outline
 from moco.weights.backbone_files import BACKBONE_PARTS, read_safetensors
-from moco.weights.layouts import QUERY
+from moco.weights.layouts import BACKBONE
 from moco.weights.library_names import Weights
 from moco.weights.recognise import recognise, tensors_in
 
 ZIP_START = b"PK\x03\x04"
+
+
+@contextmanager
+def source_in_errors(source: str) -> Iterator[None]:
+    """Begin each error about a file of weights with the key and the path of the file."""
+    try:
+        yield
+    except InputError as error:
+        if str(error).startswith(source):
+            raise
+        raise InputError(f"{source}: {error}") from error
 
 
 class WeightFile(NamedTuple):
@@ -28,26 +40,23 @@ class WeightFile(NamedTuple):
         weights: under the names of `MoCo`. If `settings` is None, those of the backbones keep the
             names of their library behind the prefix.
         ignored: the names of tensors that our methods have no place for.
-        settings: the arguments of `build_backbone`; None if the file does not say.
-        config: the config of the run that made it, as much as is known.
         epoch: epochs that were trained; 0 if the file does not say.
         step: optimizer steps that were trained; 0 if the file does not say.
+        config: the config of the run that made it, as much as is known.
+        settings: the arguments of `build_backbone`; None if the file does not say.
         checkpoint: the whole content, if it is a checkpoint of moco.train.
         encoder: ``query`` or ``key``, if it is one backbone that we wrote.
-        named_windows: the windows that the name of another project's file says, see
-            `windows_in_name`.
     """
 
     origin: str
     weights: Weights
     ignored: list[str]
-    settings: dict[str, Any] | None
-    config: dict[str, Any]
     epoch: int
     step: int
+    config: dict[str, Any]
+    settings: dict[str, Any] | None = None
     checkpoint: dict[str, Any] | None = None
     encoder: str | None = None
-    named_windows: dict[str, Any] | None = None
 
 
 def read_weight_file(path: str, source: str) -> WeightFile:
@@ -67,17 +76,15 @@ def read_weight_file(path: str, source: str) -> WeightFile:
         return from_backbone_file(content, source)
 
     # Everything else is another project's, and is recognised by the names of its tensors.
-    recognised = recognise(tensors_in(content, source), source)
+    recognised = recognise(tensors_in(content))
     epoch = content.get("epoch")
     return WeightFile(
         origin=recognised.origin,
         weights=recognised.weights,
         ignored=recognised.ignored,
-        settings=None,
         config={},
         epoch=epoch if isinstance(epoch, int) else 0,
         step=0,
-        named_windows=windows_in_name(Path(path).name),
     )
 
 
@@ -90,11 +97,9 @@ def from_checkpoint(content: dict[str, Any], source: str) -> WeightFile:
     check_parts(content, source, CHECKPOINT_PARTS)
     hyper_parameters = content["hyper_parameters"]
     if "decoder" in hyper_parameters:
-        raise InputError(f"{source}: written by moco.segment; expected a checkpoint of moco.train")
+        raise InputError("written by moco.segment; expected a checkpoint of moco.train")
     if not isinstance(hyper_parameters.get("backbone"), dict):
-        raise InputError(
-            f"{source}: not written by moco.train (its hyper_parameters have no backbone)"
-        )
+        raise InputError("not written by moco.train (its hyper_parameters have no backbone)")
     epoch = content["figures"].get("epoch", 0)
     return WeightFile(
         origin=f"a checkpoint of moco.train, epoch {epoch}",
@@ -116,17 +121,14 @@ def from_backbone_file(content: dict[str, Any], source: str) -> WeightFile:
     """
     content = {"config": {}, **content}
     check_parts(content, source, BACKBONE_PARTS | {"config": dict})
-    outline_of_file(content["backbone"], source)
-    weights = {}
-    for name, tensor in content["state_dict"].items():
-        weights[f"{QUERY}backbone.{name}"] = tensor
+    build_outline(content["backbone"])
     about_images = {
         "data": {"image_size": content["image_size"]},
         "augmentation": {"mean": content["mean"], "std": content["std"]},
     }
     return WeightFile(
         origin=f"a backbone of moco.train, epoch {content['epoch']}",
-        weights=weights,
+        weights={BACKBONE + name: tensor for name, tensor in content["state_dict"].items()},
         ignored=[],
         settings=content["backbone"],
         config=about_images | content["config"],
@@ -161,23 +163,5 @@ def read_content(path: str | Path, source: str) -> Any:
         return read_torch_archive(path, source)
     # safetensors begins with the length of its header in 8 bytes, and the header is JSON.
     if start[8:] == b"{":
-        return read_described_tensors(path, source)
+        return read_safetensors(path, source)
     return read_torch_file(path, source)
-
-
-def read_described_tensors(path: str | Path, source: str) -> dict[str, Any]:
-    """Return the tensors of a safetensors file, and what `moco.export` wrote about them.
-
-    Raises:
-        InputError: the file is damaged, or safetensors is not installed.
-    """
-    weights, metadata = read_safetensors(path, source)
-    content: dict[str, Any] = {}
-    # Metadata of other programs need not be JSON.
-    if "backbone" in metadata:
-        try:
-            content = {key: json.loads(value) for key, value in metadata.items()}
-        except ValueError as error:
-            raise InputError(f"{source}: damaged, or no safetensors file ({error})") from error
-    content["state_dict"] = weights
-    return content

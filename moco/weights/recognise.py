@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from moco.errors import InputError
-from moco.weights.layouts import KEY, LAYOUTS, METHOD_PARTS, QUERY, QUEUES, Layout
+from moco.weights.layouts import (
+    BACKBONE,
+    HEADS,
+    KEY_BACKBONE,
+    LAYOUTS,
+    METHOD_PARTS,
+    QUEUES,
+    Layout,
+)
 from moco.weights.library_names import CLASSIFIERS, Weights
 
-HEADS = (
-    "query_encoder.projector.",
-    "query_encoder.dense_projector.",
-    "predictor.",
-    "key_encoder.projector.",
-    "key_encoder.dense_projector.",
-)
 # DistributedDataParallel and torch.compile put these before the names of the model they wrap.
 WRAPPERS = r"^(?:module\.|_orig_mod\.)+"
 LONGEST_LIST = 6  # names in a line of the log
@@ -44,12 +45,11 @@ class Recognised(NamedTuple):
     ignored: list[str]
 
 
-def tensors_in(content: Any, source: str) -> Weights:
+def tensors_in(content: Any) -> Weights:
     """Return the state dict in a file's content, without the prefixes of wrappers.
 
     Args:
         content: what `moco.weights.reading.read_content` returns.
-        source: the key and the path that errors begin with.
 
     Raises:
         InputError: the content has no state dict.
@@ -61,36 +61,31 @@ def tensors_in(content: Any, source: str) -> Weights:
     if isinstance(content, dict):
         for name, value in content.items():
             if isinstance(value, Tensor):
-                add_tensor(weights, re.sub(WRAPPERS, "", str(name)), value, source)
+                add_tensor(weights, re.sub(WRAPPERS, "", str(name)), value)
     if not weights:
         raise InputError(
-            f"{source}: holds no tensors by name, "
-            "neither directly nor in an item state_dict or model"
+            "holds no tensors by name, neither directly nor in an item state_dict or model"
         )
     return weights
 
 
-def recognise(weights: Weights, source: str) -> Recognised:
+def recognise(weights: Weights) -> Recognised:
     """Return whose weights these are, and the tensors under our names.
-
-    Args:
-        source: the key and the path that errors begin with.
 
     Raises:
         InputError: no known project names its tensors like this.
     """
-    layout = layout_of(weights, source)
+    layout = layout_of(weights)
     ours: Weights = {}
     ignored = []
     for name, tensor in weights.items():
         our_name = renamed(name, layout)
-        if our_name is None or is_classifier(our_name):
+        if our_name is None:
             ignored.append(name)
         else:
-            add_tensor(ours, our_name, tensor, source)
+            add_tensor(ours, our_name, tensor)
 
-    # A tensor that is only named like a queue would break the code below.
-    ignored += remove_unusable_queues(ours)
+    ignored += use_our_queues(ours)
     for part in HEADS:
         head, ours = split(ours, part)
         is_dense = "dense" in part
@@ -98,51 +93,36 @@ def recognise(weights: Weights, source: str) -> Recognised:
         prefix = part + "layers." if is_dense else part
         for name, tensor in renumber_layers(head, is_dense).items():
             ours[prefix + name] = tensor
-    return Recognised(layout.origin, with_our_queues(ours), ignored)
+    return Recognised(layout.origin, ours, ignored)
 
 
-def layout_of(weights: Weights, source: str) -> Layout:
+def layout_of(weights: Weights) -> Layout:
     """Return the first layout all of whose marks are found in the names.
 
     Raises:
         InputError: there is none.
     """
     for layout in LAYOUTS:
-        if has_marks(weights, layout):
+        if all(any(re.match(mark, name) for name in weights) for mark in layout.marks):
             return layout
     known = ", ".join(layout.origin for layout in LAYOUTS)
-    raise InputError(
-        f"{source}: tensors named {listed(weights)} are of no known format (known: {known})"
-    )
-
-
-def has_marks(weights: Weights, layout: Layout) -> bool:
-    """Return whether each mark of a layout matches the beginning of some name."""
-    for mark in layout.marks:
-        matching = [name for name in weights if re.match(mark, name)]
-        if not matching:
-            return False
-    return True
+    raise InputError(f"tensors named {listed(weights)} are of no known format (known: {known})")
 
 
 def renamed(name: str, layout: Layout) -> str | None:
-    """Return our name of a project's tensor, or None if we have no place for it."""
-    for pattern, replacement in layout.names.items():
-        if re.match(pattern, name):
-            return re.sub(f"^{pattern}", replacement, name, count=1)
+    """Return our name of a project's tensor; None for a classifier and what we have no place for."""
+    for pattern, part in layout.names.items():
+        found = re.match(pattern, name)
+        if found is None:
+            continue
+        rest = name[found.end() :]
+        if part in (BACKBONE, KEY_BACKBONE) and rest.startswith(CLASSIFIERS):
+            return None
+        return part + rest
     return None
 
 
-def is_classifier(our_name: str) -> bool:
-    """Return whether a tensor is of a classifier on top of a backbone."""
-    for encoder in (QUERY, KEY):
-        name = our_name.removeprefix(f"{encoder}backbone.")
-        if name != our_name:
-            return name.startswith(CLASSIFIERS)
-    return False
-
-
-def add_tensor(weights: Weights, name: str, tensor: Tensor, source: str) -> None:
+def add_tensor(weights: Weights, name: str, tensor: Tensor) -> None:
     """Add a tensor. Some projects save the same tensor under two names, which is allowed.
 
     Raises:
@@ -151,9 +131,8 @@ def add_tensor(weights: Weights, name: str, tensor: Tensor, source: str) -> None
     there = weights.setdefault(name, tensor)
     if there is tensor:
         return
-    is_same_kind = there.shape == tensor.shape and there.dtype == tensor.dtype
-    if not is_same_kind or not torch.equal(there, tensor):
-        raise InputError(f"{source}: two different tensors stand for {name}")
+    if there.dtype != tensor.dtype or not torch.equal(there, tensor):
+        raise InputError(f"two different tensors stand for {name}")
 
 
 def split(weights: Weights, prefix: str) -> tuple[Weights, Weights]:
@@ -211,49 +190,33 @@ def last_number(name: str) -> float:
     return int(numbers[-1])
 
 
-def remove_unusable_queues(weights: Weights) -> list[str]:
-    """Remove what is named like a queue but cannot be one, and return its names."""
-    removed = []
-    for queue in QUEUES:
-        keys = weights.get(queue + "keys")
-        if keys is not None and not is_queue(keys, queue):
-            removed.append(queue + "keys")
-        pointer = weights.get(queue + "pointer")
-        if pointer is not None and pointer.numel() != 1:
-            removed.append(queue + "pointer")
-    for name in removed:
-        del weights[name]
-    return removed
+def use_our_queues(weights: Weights) -> list[str]:
+    """Give the queues the form of `KeyQueue`: keys, pointer and filled.
 
-
-def is_queue(keys: Tensor, queue: str) -> bool:
-    """Return whether the tensor can hold a queue's keys: a matrix, or two as solo-learn has."""
-    if not keys.is_floating_point() or keys.numel() == 0:
-        return False
-    if queue == "queue." and keys.ndim == 3:
-        return len(keys) == 2
-    return keys.ndim == 2
-
-
-def with_our_queues(weights: Weights) -> Weights:
-    """Return the weights with their queues in the form of `KeyQueue`: keys, pointer and filled."""
-    weights = dict(weights)
+    Returns:
+        The names of empty queues, which are removed.
+    """
     keys = weights.get("queue.keys")
     if keys is not None and keys.ndim == 3:
         # solo-learn's (2, embedding width, queue size): first the first view's keys.
-        weights["reverse_queue.keys"] = keys[0]
-        weights["queue.keys"] = keys[1]
+        weights["reverse_queue.keys"], weights["queue.keys"] = keys
     # Projects with two queues fill them in step, so one pointer serves both.
     shared_pointer = weights.get("queue.pointer", torch.zeros(1))
+    removed = []
     for queue in QUEUES:
-        if queue + "keys" not in weights:
+        name = queue + "keys"
+        if name not in weights:
             continue
-        rows = rows_of_unit_norm(weights[queue + "keys"])
+        if weights[name].ndim != 2 or weights[name].numel() == 0:
+            removed.append(name)
+            del weights[name]
+            continue
+        rows = rows_of_unit_norm(weights[name])
         pointer = weights.get(queue + "pointer", shared_pointer)
-        weights[queue + "keys"] = rows
+        weights[name] = rows
         weights[queue + "pointer"] = pointer.reshape(()).long()
         weights[queue + "filled"] = torch.tensor(len(rows))
-    return weights
+    return removed
 
 
 def rows_of_unit_norm(keys: Tensor) -> Tensor:

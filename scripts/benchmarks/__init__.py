@@ -1,1 +1,4 @@
-"""What `scripts/benchmark.py` measures: one file for each subcommand, one for each peer, and what they share."""
+"""The parts of `scripts/benchmark.py`.
+
+There is one file for each subcommand and one for each peer. The others are shared.
+"""

@@ -1,4 +1,7 @@
-"""Images per second of a training on images of CIFAR-10's shape, data included, against its step alone and the peers."""
+"""Measure a training on images of CIFAR-10's shape, data included.
+
+It is compared with its step alone and with the peers.
+"""
 
 import argparse
 import dataclasses
@@ -26,29 +29,26 @@ STEP = "our step alone"
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument(
-        "--npz", help="an archive with train_images (M, 32, 32, 3), uint8; else noise of that shape"
+        "--npz", help="an archive with train_images (M, 32, 32, 3), uint8; default: noise"
     )
     parser.add_argument(
-        "--steps", type=int, default=10, help="in one turn, after the first that do not count"
+        "--steps", type=int, default=10, help="steps of one turn, after the first ones"
     )
     parser.add_argument("--workers", type=int, default=2, help="loader processes of the peers")
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
-    net = nets_of(torch.device(arguments.device), arguments.tiny)[
-        "resnet_tiny" if arguments.tiny else "resnet18 K 4096"
-    ]
+    name = "resnet_tiny" if arguments.tiny else "resnet18 K 4096"
+    net = nets_of(torch.device(arguments.device), arguments.tiny)[name]
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(arguments.npz or write_noise(Path(folder), net, arguments.steps))
         yield case_of(net, archive, arguments, peers)
 
 
 def write_noise(folder: Path, net: Net, num_steps: int) -> Path:
-    """Random images for more batches than a turn takes."""
+    """Write an archive of random images, for more batches than a turn takes."""
     generator = np.random.default_rng(0)
-    num_batches = (
-        max(ours.WARM_UP.values()) + num_steps + ours.COOL_DOWN + 2
-    )  # more than a turn takes
+    num_batches = max(ours.WARM_UP.values()) + num_steps + ours.COOL_DOWN + 2
     shape = (num_batches * net.batch_size, net.image_size, net.image_size, 3)
     images = generator.integers(0, 256, shape, dtype=np.uint8)
     labels = np.arange(len(images)) % 10
@@ -65,7 +65,11 @@ def write_noise(folder: Path, net: Net, num_steps: int) -> Path:
 
 
 def case_of(net: Net, archive: Path, arguments: argparse.Namespace, peers: Peers) -> Case:
-    """Default settings on both sides: `moco.train` with all its callbacks, the peers' example loops and loaders."""
+    """Compare default settings.
+
+    Ours is `moco.train` with all its callbacks. The peers have the loops and loaders of their
+    examples.
+    """
     setting = Setting(torch.device(arguments.device))
     overrides = ["data=npz", f"data.root={archive}", "augmentation=cifar"]
     config = net.config(*overrides, *ours.for_steps(arguments.steps, setting.device))
@@ -75,9 +79,8 @@ def case_of(net: Net, archive: Path, arguments: argparse.Namespace, peers: Peers
 
     def with_data() -> Turn:
         data = build_data(config)
-        data.source = dataclasses.replace(
-            data.source, bank=None, queries=None
-        )  # no evaluation at the end of a turn
+        # Without a bank, there is no evaluation at the end of a turn.
+        data.source = dataclasses.replace(data.source, bank=None, queries=None)
         return ours.training(config, data)
 
     contenders: dict[str, Callable[[], Turn]] = {STEP: step_alone, "ours, with data": with_data}
@@ -87,13 +90,9 @@ def case_of(net: Net, archive: Path, arguments: argparse.Namespace, peers: Peers
     if "official" in peers:
         step = official.step(peers["official"], net, setting, True)
         contenders["official"] = lambda: fed_from(step, official_views(net))
-    images = "noise" if not arguments.npz else archive.name
-    return Case(
-        f"{net.backbone}, batch {net.batch_size}, {images}",
-        contenders,
-        (STEP, "official", "lightly"),
-        warm_ups=0,
-    )
+    images = archive.name if arguments.npz else "noise"
+    name = f"{net.backbone}, batch {net.batch_size}, {images}"
+    return Case(name, contenders, (STEP, "official", "lightly"), warm_ups=0)
 
 
 def lightly_views(net: Net) -> Callable[[Image.Image], list[Tensor]]:
@@ -103,13 +102,16 @@ def lightly_views(net: Net) -> Callable[[Image.Image], list[Tensor]]:
 
 
 def official_views(net: Net) -> Callable[[Image.Image], list[Tensor]]:
-    """The two views of the official CIFAR-10 notebook."""
+    """Return the transform to two views of the official CIFAR-10 notebook."""
     view = bench_data.official(bench_data.settings("cifar"), net.image_size, blur=False)
     return lambda image: [view(image), view(image)]
 
 
 class Images(Dataset[list[Tensor]]):
-    """Images of an archive, one by one through Pillow, as torchvision's CIFAR10 hands them to a transform."""
+    """Images of an archive, transformed one by one.
+
+    A transform gets Pillow images, as from torchvision's CIFAR10.
+    """
 
     def __init__(self, archive: Path, views: Callable[[Image.Image], list[Tensor]]) -> None:
         self.images = np.load(archive)["train_images"]
@@ -131,7 +133,10 @@ def fed(
     step: Callable[[Tensor, Tensor], None],
     views: Callable[[Image.Image], list[Tensor]],
 ) -> Turn:
-    """A turn of a peer's loop: a new loader, as many steps that do not count as ours has, and `num_steps`."""
+    """Return a turn of a peer's loop.
+
+    It builds a new loader, takes as many uncounted steps as ours, and then `num_steps`.
+    """
     options: dict[str, Any] = {"shuffle": True, "drop_last": True, "num_workers": num_workers}
     loader = DataLoader(Images(archive, views), net.batch_size, **options)
 

@@ -1,4 +1,4 @@
-"""The contenders of `bench_knn.py` against the bare matrix product, each in its own process."""
+"""Measure kNN against the bare matrix product, each contender of `bench_knn.py` in a process."""
 
 import argparse
 from collections.abc import Iterator
@@ -7,17 +7,12 @@ from functools import partial
 import bench_knn
 
 from benchmarks.peers import Peers
-from benchmarks.turns import Case, Turn
+from benchmarks.turns import Case, return_it
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--size", choices=bench_knn.SIZES, default="small")
     parser.add_argument("--folder", default=None, help="where the file of the large bank goes")
-
-
-def return_it(turn: Turn) -> Turn:
-    """Return the turn, which needs no preparation in this process."""
-    return turn
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:

@@ -1,4 +1,7 @@
-"""InfoNCE forward and backward, against its two matrix products and other forms of it; and its peak memory."""
+"""Measure InfoNCE forward and backward, in time and peak memory.
+
+It is compared with its two matrix products and with other implementations.
+"""
 
 import argparse
 import json
@@ -19,52 +22,51 @@ from benchmarks.turns import Case, Turn, timed
 from moco.methods.blocked_loss import efficient_info_nce
 
 BOUND = "two matrix products"
-TIMED = ((256, 4096), (256, 65536))  # N, K
+TIMED = ((256, 4096), (256, 65536))  # queries, queue size
 MEMORY = ((256, 65536), (256, 1048576), (4096, 65536), (4096, 1048576))
 TINY, TINY_MEMORY = ((8, 64),), ((8, 64),)
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure the peak memory")
     parser.add_argument(
         "--memory-of", nargs=3, metavar=("CONTENDER", "N", "K"), help=argparse.SUPPRESS
     )
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
-    """Time with all in one process; then memory, each contender in a process of its own."""
+    """Yield the times, with all contenders in one process, then the memory, in one process each."""
     device = torch.device(arguments.device)
     references = (BOUND, "plain form", "lightly")
     for num_queries, queue_size in TINY if arguments.tiny else TIMED:
-        contenders = {
-            name: partial(
-                turn_of, build, num_queries, queue_size, device, calls_of(queue_size, device)
-            )
-            for name, build in forms(peers).items()
-        }
+        calls = calls_of(queue_size, device)
+        contenders = {}
+        for name, build in forms(peers).items():
+            contenders[name] = partial(turn_of, build, num_queries, queue_size, device, calls)
         yield Case(f"N {num_queries:,}, K {queue_size:,}", contenders, references)
     if arguments.no_memory or device.type != "cpu":
         return
     for num_queries, queue_size in TINY_MEMORY if arguments.tiny else MEMORY:
         name = f"memory, N {num_queries:,}, K {queue_size:,}"
-        contenders = {
-            form: partial(alone, form, num_queries, queue_size, arguments.threads)
-            for form in forms(peers)
-        }
+        contenders = {}
+        for form in forms(peers):
+            contenders[form] = partial(alone, form, num_queries, queue_size, arguments.threads)
         yield Case(name, contenders, references, repeats=1, warm_ups=0)
 
 
 def calls_of(queue_size: int, device: torch.device) -> int:
-    """Calls of one turn."""
+    """Return the number of calls in one turn."""
     if device.type == "cuda":
         return 50
     return 10 if queue_size <= 4096 else 1
 
 
 def forms(peers: Peers) -> dict[str, Callable[..., Callable[[], Any]]]:
-    """What is compared, each built from (query, key, negatives)."""
-    of_peers = {"lightly": lightly} if "lightly" in peers else {}
-    return {BOUND: products, "ours": ours, "plain form": plain} | of_peers
+    """Return the contenders; each is a function of (query, key, negatives)."""
+    found = {BOUND: products, "ours": ours, "plain form": plain}
+    if "lightly" in peers:
+        found["lightly"] = lightly
+    return found
 
 
 def turn_of(
@@ -74,7 +76,10 @@ def turn_of(
 
 
 def rows(num_queries: int, queue_size: int, device: torch.device) -> list[Tensor]:
-    """Queries (N, C), their keys (N, C) and negatives (K, C), unit norm."""
+    """Return queries, their keys and the negatives, all of unit norm.
+
+    Their shapes are (num_queries, dim), (num_queries, dim) and (queue_size, dim).
+    """
     generator = torch.Generator().manual_seed(0)
     counts = (num_queries, num_queries, queue_size)
     made = [
@@ -86,9 +91,13 @@ def rows(num_queries: int, queue_size: int, device: torch.device) -> list[Tensor
 
 
 def products(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]:
-    """The lower bound: logits = query negatives^T, gradient = softmax negatives; room for both is there already."""
+    """Return the lower bound: the two matrix products for the logits and for the gradient.
+
+    The memory of both results is allocated before.
+    """
     query = query.detach()
-    logits, gradient = query.new_empty(len(query), len(negatives)), torch.empty_like(query)
+    logits = query.new_empty(len(query), len(negatives))
+    gradient = torch.empty_like(query)
 
     def work() -> None:
         torch.mm(query, negatives.T, out=logits)
@@ -110,7 +119,10 @@ def ours(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]:
 
 
 def plain(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]:
-    """Logits (N, 1 + K) with the positive first, and their cross-entropy: the form of the official code."""
+    """Compute the loss as the official code does.
+
+    The logits have the shape (num_queries, 1 + queue_size), with the positive first.
+    """
     target = torch.zeros(len(query), dtype=torch.long, device=query.device)
 
     def loss() -> Tensor:
@@ -122,25 +134,31 @@ def plain(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]:
 
 
 def lightly(query: Tensor, key: Tensor, negatives: Tensor) -> Callable[[], None]:
-    """Theirs normalises, copies the bank and takes the keys into it as well: nothing less can be called."""
+    """Call lightly's loss.
+
+    It also normalises, copies the memory bank and adds the keys to it. It has no smaller part.
+    """
     criterion = of_lightly.loss(len(negatives), EMBEDDING_DIM, TEMPERATURE).to(query.device)
     return forward_backward(lambda: criterion(query, key), query)
 
 
 def alone(form: str, num_queries: int, queue_size: int, num_threads: int) -> Turn:
-    """Time and memory of one call in a new process; its negatives are not counted."""
+    """Return a turn that measures one call in a new process; its inputs are not counted."""
     return lambda: in_child(
         ["loss", "--memory-of", form, str(num_queries), str(queue_size)], num_threads
     )
 
 
 def print_memory_of(form: str, num_queries: int, queue_size: int) -> None:
-    """In the child: the figures as JSON, after a small call that starts threads and libraries."""
+    """Print the figures of one call as JSON; the work of a child process.
+
+    A small call before starts the threads and loads the libraries.
+    """
     limit_memory()
     build = forms({"lightly": ""})[form]
     build(*rows(8, 64, torch.device("cpu")))()
     given = rows(num_queries, queue_size, torch.device("cpu"))
     measured: dict[str, float] = {}
-    # Room that the lower bound has from the start is what it needs, so building counts.
+    # The lower bound allocates its memory when it is built, so building is counted.
     added = peak_mib(lambda: measured.update(timed(build(*given))()))
     json.dump({**measured, "peak_mib": added}, sys.stdout)

@@ -1,4 +1,4 @@
-"""The least that a step of MoCo has to do, whoever writes it."""
+"""The least work of a MoCo step, in any implementation."""
 
 import copy
 from collections.abc import Callable
@@ -12,17 +12,19 @@ from moco.training.hardware import keep_freed_memory
 
 
 def step(net: Net, setting: Setting) -> Callable[[Tensor, Tensor], None]:
-    """Forward and backward of the query, forward of the key without gradient, a step of plain SGD; nothing else.
+    """Return a step that is a lower bound for all contenders.
 
-    The encoder is the bare backbone with its head. No loss, no queue, no momentum update, no shuffling, no log.
+    It is a forward and backward pass of the queries, a forward pass of the keys without gradient,
+    and a step of SGD. The encoder is the backbone with its head. There is no loss, queue, momentum
+    update, shuffling or log.
     """
     backbone = net.ours()
     return step_of(nn.Sequential(backbone, head(backbone.feature_dim)), setting)
 
 
 def step_of(encoder: nn.Module, setting: Setting) -> Callable[[Tensor, Tensor], None]:
-    """The same of any encoder."""
-    keep_freed_memory()  # the least is without the kernel's work, too
+    """Return the same step of any encoder."""
+    keep_freed_memory()  # `moco.train` does so, too
     query_encoder = setting.placed(encoder)
     key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
     optimizer = torch.optim.SGD(query_encoder.parameters(), **SGD)

@@ -1,10 +1,10 @@
-"""What a measurement was taken on and with: without it no figure means anything."""
+"""Describe the machine and the software of a measurement."""
 
 import datetime
 import os
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +24,42 @@ FLAGS = (
     "bf16",
     "sve",
 )
-"""Of a CPU, those that decide how fast it multiplies matrices, in fp32 and in bf16, on x86-64 and on ARM."""
+"""CPU flags that decide how fast matrices are multiplied in fp32 and bf16, on x86-64 and ARM."""
 
 
 def describe(device: torch.device, num_threads: int) -> dict[str, Any]:
-    """The machine, the date, and the versions of what computes."""
-    said = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", said, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", said, re.MULTILINE)
-    return {
+    """Return the machine, the date, and the versions of the packages that compute."""
+    cpu_file = Path("/proc/cpuinfo")
+    cpu = cpu_file.read_text() if cpu_file.exists() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", cpu, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpu, re.MULTILINE)
+    known_flags = flags[1].split() if flags else []
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count()
+    found = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "cpu_flags": [flag for flag in FLAGS if flags and flag in flags[1].split()],
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpu_flags": [flag for flag in FLAGS if flag in known_flags],
+        "cores": cores,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "threads": num_threads,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "python": platform.python_version(),
         "moco-ssl": moco.__version__,
         "torch": torch.__version__,
-    } | {package: found for package in PACKAGES if (found := version_of(package))}
+    }
+    for package in PACKAGES:
+        version = version_of(package)
+        if version is not None:
+            found[package] = version
+    return found
 
 
 def version_of(package: str) -> str | None:
-    """Of an installed package; None: it is not installed."""
+    """Return the version of a package, or None if it is not installed."""
     try:
-        return version(package)
-    except PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None

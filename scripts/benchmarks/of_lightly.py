@@ -1,4 +1,7 @@
-"""Lightly's MoCo: the parts of the installed package, put together as its documentation's example for PyTorch does."""
+"""Lightly's MoCo, from the parts of the installed package.
+
+They are put together as in the PyTorch example of its documentation.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ if TYPE_CHECKING:
 
 
 def step(net: Net, setting: Setting) -> Callable[[Tensor, Tensor], None]:
-    """One step of the example's loop: no shuffling, the momentum update before it, the loss with its memory bank."""
-    from lightly.loss import NTXentLoss
+    """Return one step of the example's loop.
+
+    It does not shuffle. The momentum update comes first, and the loss owns the memory bank.
+    """
     from lightly.models.modules import MoCoProjectionHead
     from lightly.models.utils import deactivate_requires_grad, update_momentum
 
@@ -27,9 +32,7 @@ def step(net: Net, setting: Setting) -> Callable[[Tensor, Tensor], None]:
     online = nn.ModuleList([backbone, projection_head])
     averaged = copy.deepcopy(online)
     deactivate_requires_grad(averaged)
-    criterion = NTXentLoss(TEMPERATURE, memory_bank_size=(net.queue_size, EMBEDDING_DIM)).to(
-        setting.device
-    )
+    criterion = loss(net.queue_size, EMBEDDING_DIM, TEMPERATURE).to(setting.device)
     optimizer = torch.optim.SGD(online.parameters(), **SGD)
 
     def step(query_view: Tensor, key_view: Tensor) -> None:
@@ -38,25 +41,26 @@ def step(net: Net, setting: Setting) -> Callable[[Tensor, Tensor], None]:
         with setting.autocast():
             query = projection_head(backbone(query_view).flatten(start_dim=1))
             key = averaged[1](averaged[0](key_view).flatten(start_dim=1)).detach()
-            loss = criterion(query, key)
-        loss.backward()
+            value = criterion(query, key)
+        value.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def loss(
-    queue_size: int, embedding_dim: int, temperature: float
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Their loss of a batch of queries and keys, which also normalises both and takes the keys into its memory bank."""
+def loss(queue_size: int, embedding_dim: int, temperature: float) -> nn.Module:
+    """Return lightly's loss of queries and keys.
+
+    It also normalises both and adds the keys to its memory bank.
+    """
     from lightly.loss import NTXentLoss
 
     return NTXentLoss(temperature, memory_bank_size=(queue_size, embedding_dim))
 
 
 def momentum_update(query_encoder: nn.Module, key_encoder: nn.Module) -> Callable[[], None]:
-    """Their update of the key encoder."""
+    """Return lightly's update of the key encoder."""
     from lightly.models.utils import update_momentum
 
     return lambda: update_momentum(query_encoder, key_encoder, m=KEY_MOMENTUM)

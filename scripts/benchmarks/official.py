@@ -1,8 +1,12 @@
-"""The official MoCo, from a checkout of facebookresearch/moco: its class as it is there, its training loop retold."""
+"""The official MoCo, from a checkout of facebookresearch/moco.
+
+Its class is used unchanged. Its training loop is written again here.
+"""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import importlib.util
 from collections.abc import Callable
@@ -24,28 +28,28 @@ BUILDER = Path("moco", "builder.py")
 
 
 def builder_of(checkout: str) -> Path:
-    """The file of the class.
+    """Return the path of the file with the class.
 
     Raises:
-        InputError: it is not there.
+        InputError: there is no such file.
     """
     path = Path(checkout) / BUILDER
     if not path.is_file():
         raise InputError(
-            f"--against official={checkout}: no {BUILDER} there; expected a checkout of facebookresearch/moco"
+            f"--against official={checkout}: no {BUILDER} there; "
+            "expected a checkout of facebookresearch/moco"
         )
     return path
 
 
 def version(checkout: str) -> str:
-    """The class's file by its digest: its repository has no releases."""
-    return (
-        f"{BUILDER}, SHA-256 {hashlib.sha256(builder_of(checkout).read_bytes()).hexdigest()[:12]}"
-    )
+    """Return the digest of the file with the class, because the repository has no releases."""
+    digest = hashlib.sha256(builder_of(checkout).read_bytes()).hexdigest()
+    return f"{BUILDER}, SHA-256 {digest[:12]}"
 
 
 class WithClassifier(nn.Module):
-    """A backbone and, by the name that the official class looks for, the layer behind it."""
+    """A backbone and a last layer, named ``fc`` as the official class expects."""
 
     def __init__(self, backbone: nn.Module, num_classes: int) -> None:
         super().__init__()
@@ -57,7 +61,10 @@ class WithClassifier(nn.Module):
 
 
 def model_of(checkout: str, net: Net, device: torch.device) -> Any:
-    """Their class around torchvision's net; the official package's name is also ours, so it is loaded from its file."""
+    """Return the official class around torchvision's net.
+
+    It is loaded from its file, because the official package has the same name as ours.
+    """
     spec = importlib.util.spec_from_file_location("official_moco_builder", builder_of(checkout))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -72,7 +79,10 @@ def model_of(checkout: str, net: Net, device: torch.device) -> Any:
 
 
 def join_alone(device: torch.device) -> None:
-    """A process group of this process alone: the class gathers from all processes and shuffles over them."""
+    """Join a process group that has only this process.
+
+    The official class gathers from all processes and shuffles between them.
+    """
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -87,11 +97,11 @@ def leave() -> None:
 def step(
     checkout: str, net: Net, setting: Setting, with_accuracy: bool
 ) -> Callable[[Tensor, Tensor], None]:
-    """One step as their ``main_moco.py`` takes it.
+    """Return one step of the official ``main_moco.py``.
 
     Args:
-        with_accuracy: also how often the positive is among the first and the first five, and the loss as a number, which
-            their script works out in every step.
+        with_accuracy: also compute the top-1 and top-5 accuracy and read the loss, as that script
+            does in every step.
     """
     model = setting.placed(model_of(checkout, net, setting.device))
     criterion = nn.CrossEntropyLoss()
@@ -113,12 +123,12 @@ def step(
 
 
 def on(device: torch.device) -> Any:
-    """On a CPU ``tensor.cuda()``, which the class calls, leaves the tensor where it is."""
-    return mock.patch.object(
-        torch.Tensor, "cuda", torch.Tensor.cuda if device.type == "cuda" else lambda tensor: tensor
-    )
+    """Let ``tensor.cuda()``, which the class calls, do nothing on a CPU."""
+    if device.type == "cuda":
+        return contextlib.nullcontext()
+    return mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor)
 
 
 def momentum_update(checkout: str, net: Net, device: torch.device) -> Callable[[], None]:
-    """Their update of the key encoder."""
+    """Return the official update of the key encoder."""
     return model_of(checkout, net, device).to(device)._momentum_update_key_encoder

@@ -1,4 +1,4 @@
-"""This project's step: the method by itself, and in Lightning's Trainer as `moco.train` runs it."""
+"""This project's step, by itself and in Lightning's Trainer as `moco.train` runs it."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ from moco.training.hardware import keep_freed_memory
 
 
 def pair_batch(query_view: Tensor, key_view: Tensor) -> PairBatch:
-    """A batch as the loaders make it."""
+    """Return a batch as the loaders make it."""
     indices = torch.arange(len(query_view))
     return PairBatch(
         (query_view, key_view), indices, torch.zeros_like(indices, dtype=torch.bool), 0
@@ -45,19 +45,22 @@ def step(
     batch_norm: str = "auto",
     prepare: Callable[[MoCo], None] | None = None,
 ) -> Callable[[Tensor, Tensor], None]:
-    """The method's training step, backward, its optimizer's step and the momentum update, without a Trainer.
+    """Return the step of the method without a Trainer.
+
+    It is the training step, the backward pass, the optimizer's step and the momentum update.
 
     Args:
-        batch_norm: ``auto`` is what a training on one device has; ``shuffle`` is what the official class does.
-        prepare: called with the method on its device before the first step, for instance to compile it.
+        batch_norm: ``auto`` is the default of a training on one device; ``shuffle`` is the way of
+            the official class.
+        prepare: called with the method on its device before the first step, for instance to compile
+            it.
     """
     keep_freed_memory()  # as `moco.train` does
     method = setting.placed(build_method(net.plain()))
     if prepare is not None:
         prepare(method)
-    method.install_batch_norm(
-        batch_norm_mode(batch_norm, method.key_encoder, 1, setting.device.type)
-    )
+    mode = batch_norm_mode(batch_norm, method.key_encoder, 1, setting.device.type)
+    method.install_batch_norm(mode)
     optimizer = method.configure_optimizers()
 
     def step(query_view: Tensor, key_view: Tensor) -> None:
@@ -72,13 +75,17 @@ def step(
 
 
 WARM_UP = {"cpu": 3, "cuda": 5}
-"""Steps that do not count: the first take their memory, and on a GPU nets are compiled and their graphs recorded."""
+"""First steps that are not counted. They allocate memory, and on a GPU nets are compiled and CUDA
+graphs recorded."""
 COOL_DOWN = 1
-"""Nor does a training's last, which writes the checkpoint."""
+"""Last steps that are not counted. The last step writes the checkpoint."""
 
 
 class StepClock(pl.Callback):
-    """Notes when steps end; the first `warm_up` do not count, nor what comes after the next `num_steps`."""
+    """Notes when steps end.
+
+    The first `warm_up` steps are not counted, and neither are those after the next `num_steps`.
+    """
 
     def __init__(self, num_steps: int, warm_up: int) -> None:
         self.num_steps = num_steps
@@ -88,19 +95,19 @@ class StepClock(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        if len(self.ends) in self.edges:  # between them nothing waits for a GPU
+        if len(self.ends) in self.edges:  # other steps do not wait for the GPU
             wait_for(pl_module.device)
         self.ends.append(time.perf_counter())
 
     @property
     def seconds(self) -> float:
-        """Of one step, from the end of one to the end of the next: callbacks and loading included."""
-        first, last = (self.ends[edge] for edge in self.edges)
-        return (last - first) / self.num_steps
+        """Return the seconds of one step, with callbacks and loading."""
+        first, last = self.edges
+        return (self.ends[last] - self.ends[first]) / self.num_steps
 
 
 class Repeated:
-    """A loader of the same batch again and again."""
+    """A loader that repeats one batch."""
 
     def __init__(self, batch: PairBatch, times: int) -> None:
         self.batch = batch
@@ -114,43 +121,45 @@ class Repeated:
 
 
 class SamePair(PretrainingData):
-    """The same two views in every batch, in the device's memory: a training whose data costs nothing."""
+    """Data that costs nothing.
+
+    Every batch has the same two views, which lie in the memory of the device.
+    """
 
     def __init__(self, config: TrainConfig, views: list[Tensor]) -> None:
         pair, size = config.augmentation, int(config.data.image_size or 0)
         self.views = views
+        images = np.zeros((len(views[0]), size, size, 3), np.uint8)
         super().__init__(
-            DataSource(
-                ArrayImages(np.zeros((len(views[0]), size, size, 3), np.uint8), "same"),
-                None,
-                None,
-                size,
-            ),
+            DataSource(ArrayImages(images, "same"), None, None, size),
             ViewPair(pair.query, pair.key, pair.mean, pair.std, size, config.seed, "batch"),
             build_evaluation_view(size, config.data.crop_ratio, pair.mean, pair.std),
             image_size=size,
             batch_size=config.data.batch_size,
             engine=Engine("batch", in_memory=True, reason=""),
         )
-        self.num_batches = (
-            config.trainer.max_steps + 1
-        )  # one more than are asked for: no step is at an epoch's end
+        # One more than needed, so that no step is the last one of an epoch.
+        self.num_batches = config.trainer.max_steps + 1
 
     def train_dataloader(self) -> Any:
         return Repeated(pair_batch(*self.views), self.num_batches)
 
 
 def for_steps(num_steps: int, device: torch.device) -> list[str]:
-    """Overrides of a run that has so many steps between those that do not count; what is no step is left out."""
+    """Return the overrides of a run with `num_steps` counted steps."""
+    max_steps = WARM_UP[device.type] + num_steps + COOL_DOWN
     return [
         f"trainer.accelerator={device.type}",
-        f"trainer.max_steps={WARM_UP[device.type] + num_steps + COOL_DOWN}",
+        f"trainer.max_steps={max_steps}",
         "evaluation.plots_every_n_epochs=null",
     ]
 
 
 def training(config: TrainConfig, data: PretrainingData) -> Turn:
-    """A turn is a training of a new model with `moco.train`'s Trainer and all its callbacks; of one step, the seconds."""
+    """Return a turn that trains a new model, with the Trainer and all callbacks of `moco.train`.
+
+    Its seconds are those of one step.
+    """
     plain = dataclasses.asdict(config)
 
     def turn() -> dict[str, float]:

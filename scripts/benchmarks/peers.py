@@ -1,4 +1,4 @@
-"""Whom a run is compared with: packages as they are installed, and the official code from a checkout."""
+"""The peers of a benchmark: installed packages, and the official code from a checkout."""
 
 from collections.abc import Sequence
 
@@ -7,28 +7,32 @@ from benchmarks.machine import version_of
 from moco.errors import InputError, unknown_name
 
 INSTALLED = ("lightly",)
-"""Those that are packages; left to choose, all that are installed take part."""
+"""Peers that are packages. By default, all that are installed take part."""
 
 UNINSTALLABLE = {
-    "solo-learn": "its newest release, 1.0.2, asks for torch 1.9.1 and cannot be installed beside this project"
+    "solo-learn": "its newest release, 1.0.2, requires torch 1.9.1 and cannot be installed "
+    "with this project"
 }
 
 Peers = dict[str, str]
-"""By name: the package's version, or the official code's checkout."""
+"""By name: the version of the package, or the path of the official checkout."""
 
 
 def peers_of(asked: Sequence[str]) -> Peers:
-    """Those that take part.
+    """Return the peers that take part.
 
     Args:
-        asked: ``lightly`` or ``official=PATH``; none: all that are installed.
+        asked: ``lightly`` or ``official=PATH``; if it is empty, all that are installed.
 
     Raises:
-        InputError: one that was asked for is unknown or not there.
+        InputError: a peer is unknown or not available.
     """
-    if not asked:
-        return {name: version for name in INSTALLED if (version := version_of(name))}
     peers = {}
+    if not asked:
+        for name in INSTALLED:
+            version = version_of(name)
+            if version is not None:
+                peers[name] = version
     for one in asked:
         name, _, path = one.partition("=")
         if name == "official":
@@ -37,18 +41,19 @@ def peers_of(asked: Sequence[str]) -> Peers:
         elif name in UNINSTALLABLE:
             raise InputError(f"--against {one}: {UNINSTALLABLE[name]}")
         elif name not in INSTALLED:
-            raise InputError(
-                f"--against {one}: {unknown_name('peer', name, [*INSTALLED, 'official=PATH'])}"
-            )
-        elif (version := version_of(name)) is None:
-            raise InputError(f"--against {one}: {name} is not installed here")
+            problem = unknown_name("peer", name, [*INSTALLED, "official=PATH"])
+            raise InputError(f"--against {one}: {problem}")
         else:
+            version = version_of(name)
+            if version is None:
+                raise InputError(f"--against {one}: {name} is not installed")
             peers[name] = version
     return peers
 
 
 def versions(peers: Peers) -> dict[str, str]:
-    return {
-        name: official.version(found) if name == "official" else found
-        for name, found in peers.items()
-    }
+    """Return what identifies the code of each peer."""
+    found = dict(peers)
+    if "official" in peers:
+        found["official"] = official.version(peers["official"])
+    return found

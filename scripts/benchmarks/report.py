@@ -1,4 +1,4 @@
-"""Rows as a table to read and as JSON to keep."""
+"""Show the rows of a benchmark as a table, and write them as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -11,16 +11,26 @@ from rich.table import Table
 
 from benchmarks.turns import Row
 
-WIDTH = 200  # of a table that goes to a file: no terminal would say
+WIDTH = 200
+"""Characters in a line of a table that is not shown in a terminal."""
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Medians, the lowest and highest turn, and the time over each reference's: below 1 is faster than it."""
+    """Return the table.
+
+    It has the median, the lowest and the highest turn, and the time over the time of each
+    reference. Below 1 is faster than the reference.
+    """
     references = list(dict.fromkeys(reference for row in rows for reference in row.ratios))
     has_images = any(row.images_per_second for row in rows)
     has_memory = any("peak_mib" in row.turns[0] for row in rows)
     built = Table("case", "contender", box=box.MARKDOWN)
-    for name in ("ms", "lowest to highest", *["images/s"] * has_images, *["peak MiB"] * has_memory):
+    columns = ["ms", "lowest to highest"]
+    if has_images:
+        columns.append("images/s")
+    if has_memory:
+        columns.append("peak MiB")
+    for name in columns:
         built.add_column(name, justify="right", no_wrap=True)
     for name in references:
         built.add_column(f"time / {name}", justify="right")
@@ -41,17 +51,19 @@ def spread(row: Row) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits, or all those before the point."""
+    """Return a time in ms with three digits, or as a whole number from 100 on."""
     value = 1e3 * seconds
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
 
 
 def show(console: Console, rows: Sequence[Row], machine: dict[str, Any]) -> None:
     """Print the machine and the table."""
     for name, value in machine.items():
-        console.print(
-            f"{name}: {', '.join(value) if isinstance(value, list) else value}", highlight=False
-        )
+        if isinstance(value, list):
+            value = ", ".join(value)
+        console.print(f"{name}: {value}", highlight=False)
     if rows:
         console.print(table(rows))
 
@@ -63,7 +75,7 @@ def write(
     machine: dict[str, Any],
     rows: Sequence[Row],
 ) -> None:
-    """Everything that was measured, turn by turn."""
+    """Write everything that was measured, turn by turn."""
     content = {
         "benchmark": benchmark,
         "settings": settings,

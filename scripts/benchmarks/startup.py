@@ -1,4 +1,4 @@
-"""How long programs take to begin, in processes of their own, against ``import torch``."""
+"""Measure how long programs take to start, compared with ``import torch``."""
 
 import argparse
 import os
@@ -20,10 +20,15 @@ PROGRAMS = {
     "moco.train --help": ["-m", "moco.train", "--help"],
     "moco.train --cfg job": ["-m", "moco.train", "+experiment=quickstart", "--cfg", "job"],
     "the quickstart's first step, from start to end": [
-        "-m", "moco.train", "+experiment=quickstart", "trainer.max_steps=1", "evaluation.baselines=false",
-        "hydra.run.dir=run", "resume=null",
+        "-m",
+        "moco.train",
+        "+experiment=quickstart",
+        "trainer.max_steps=1",
+        "evaluation.baselines=false",
+        "hydra.run.dir=run",
+        "resume=null",
     ],
-}  # fmt: skip
+}
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
@@ -31,20 +36,18 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
-    contenders = {
-        name: partial(started, command, arguments.threads) for name, command in PROGRAMS.items()
-    }
+    names, reference, warm_ups = list(PROGRAMS), REFERENCE, 1
     if arguments.tiny:
-        contenders = {name: contenders[name] for name in ("python", "moco.train --help")}
-        yield Case("start-up", contenders, ("python",), warm_ups=0)
-        return
-    yield Case(
-        "start-up", contenders, (REFERENCE,)
-    )  # the round that does not count brings the files into memory
+        names, reference, warm_ups = ["python", "moco.train --help"], "python", 0
+    contenders = {}
+    for name in names:
+        contenders[name] = partial(started, PROGRAMS[name], arguments.threads)
+    # The first round, which is not counted, brings the files into memory.
+    yield Case("start-up", contenders, (reference,), warm_ups=warm_ups)
 
 
 def started(command: list[str], num_threads: int) -> Turn:
-    """From the start of a process to its end, in an empty folder."""
+    """Return a turn from the start of a process to its end, in an empty folder."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(SCRIPTS.parent),

@@ -1,4 +1,7 @@
-"""A training step on random tensors in memory, against the bare backbone and the peers, in each precision and layout."""
+"""Measure a training step on random tensors in memory.
+
+It is compared with the bare backbone and with the peers, in each precision and memory format.
+"""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -14,38 +17,36 @@ from benchmarks.turns import Case, Turn, timed
 
 Step = Callable[[Tensor, Tensor], None]
 REFERENCES = ("lower bound", "official", "lightly")
-
-
 CALLS = {"cpu": 1, "cuda": 5}
-"""Steps of one turn; on a GPU several are on their way at once, as in a training."""
+"""Steps of one turn. A GPU works on several at once, as in a training."""
 
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--steps", type=int, default=3, help="of the Trainer in one turn")
+    parser.add_argument("--steps", type=int, default=3, help="steps of the Trainer in one turn")
     parser.add_argument(
         "--compile", choices=("true", "false"), help="also the Trainer with this trainer.compile"
     )
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
-    """For each net: each precision and layout, all alike; then our defaults against what the others run as published."""
+    """Yield the cases of each net.
+
+    First come all precisions and memory formats, the same for all contenders. Then come our
+    defaults against the peers as published.
+    """
     device = torch.device(arguments.device)
-    # A GPU's memory is PyTorch's own business, so there all can share a process.
+    # PyTorch manages the memory of a GPU by itself, so there all contenders can share a process.
     num_threads = None if arguments.tiny or device.type == "cuda" else arguments.threads
     for name, net in nets_of(device, arguments.tiny).items():
-        layouts = (
-            ("contiguous",) if net.window_size else ("contiguous", "channels_last")
-        )  # a Swin has no layout
+        layouts = ["contiguous"]
+        if not net.window_size:  # a Swin has no choice of memory format
+            layouts.append("channels_last")
         for precision in ("fp32", "bf16"):
             for layout in layouts:
                 setting = Setting(device, precision, layout)
                 contenders = alike(net, setting) | of_peers(net, setting, peers)
-                yield Case(
-                    f"{name}, {precision}, {layout}",
-                    contenders,
-                    REFERENCES,
-                    num_threads=num_threads,
-                )
+                case = f"{name}, {precision}, {layout}"
+                yield Case(case, contenders, REFERENCES, num_threads=num_threads)
         setting = Setting(device)
         contenders = {
             "lower bound": partial(one_step, lower_bound.step, net, setting),
@@ -61,25 +62,24 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
 
 
 def one_step(build: Callable[..., Step], net: Net, setting: Setting, *more: object) -> Turn:
-    """A turn of a step that `build` makes, on the same two views."""
-    step = build(net, setting, *more)
+    """Return a turn of the step that `build` makes, always on the same two views."""
+    step = partial(build(net, setting, *more), *setting.views(net))
     calls = CALLS[setting.device.type]
-    return timed(
-        partial(step, *setting.views(net)), setting.device, images=net.batch_size, calls=calls
-    )
+    return timed(step, setting.device, images=net.batch_size, calls=calls)
 
 
 def alike(net: Net, setting: Setting) -> dict[str, Callable[[], Turn]]:
-    """The lower bound, and the method in the same precision and layout.
+    """Return the lower bound and our method in the same precision and memory format.
 
-    The lower bound takes part twice: how far the second is from 1 tells what a ratio of these rounds can tell.
+    The lower bound takes part twice. The distance of the second ratio from 1 shows how exact the
+    ratios of these rounds are.
     """
     steps = {
         "lower bound": partial(one_step, lower_bound.step, net, setting),
         "lower bound, again": partial(one_step, lower_bound.step, net, setting),
         "ours": partial(one_step, ours.step, net, setting),
     }
-    if net.has_batch_norm:  # without it there is one way only
+    if net.has_batch_norm:
         steps["ours, batch_norm=shuffle"] = partial(one_step, ours.step, net, setting, "shuffle")
     return steps
 
@@ -96,6 +96,9 @@ def of_peers(net: Net, setting: Setting, peers: Peers) -> dict[str, Callable[[],
 
 
 def by_trainer(net: Net, setting: Setting, num_steps: int, *more: str) -> Turn:
-    """As `moco.train` runs it, all settings that concern speed at their defaults but for the overrides `more`."""
+    """Return a turn in the Trainer of `moco.train`.
+
+    All settings of speed have their defaults, except for the overrides `more`.
+    """
     config = net.config(*ours.for_steps(num_steps, setting.device), *more)
     return ours.training(config, ours.SamePair(config, setting.views(net)))

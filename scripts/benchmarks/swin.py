@@ -1,4 +1,4 @@
-"""Swin V2-T, ours against torchvision's with the same weights: `bench_swin.py`'s work."""
+"""Measure Swin V2-T, ours against torchvision's with the same weights, as `bench_swin.py` does."""
 
 import argparse
 from collections.abc import Iterator
@@ -17,24 +17,24 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument(
         "--case", nargs="+", default=bench_swin.CASES, help="image size/window/precision"
     )
-    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure the peak memory")
 
 
 def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
     for case in TINY if arguments.tiny else arguments.case:
-        steps = {
-            name: partial(step_turn, name, case, arguments) for name in ("torchvision", "ours")
-        }
+        steps, passes = {}, {}
+        for name in ("torchvision", "ours"):
+            steps[name] = partial(step_turn, name, case, arguments)
+            passes[name] = partial(turn_of, name, bench_swin.forward, case, arguments.device)
         yield Case(f"{case}, forward and backward", steps, ("torchvision",))
-        passes = {
-            name: partial(turn_of, name, bench_swin.forward, case, arguments.device)
-            for name in steps
-        }
         yield Case(f"{case}, forward", passes, ("torchvision",))
 
 
 def step_turn(name: str, case: str, arguments: argparse.Namespace) -> Turn:
-    """A turn of forward and backward, with the peak memory of one, which a process of its own measures first."""
+    """Return a turn of forward and backward with its peak memory.
+
+    The memory is measured once, before, in a process of its own.
+    """
     turn = turn_of(name, bench_swin.step, case, arguments.device)
     if arguments.no_memory:
         return turn

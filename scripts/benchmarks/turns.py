@@ -1,4 +1,7 @@
-"""Contenders that do the same work take turns, so that whatever else the machine does disturbs all alike."""
+"""Measure contenders that do the same work in turns.
+
+Whatever else the machine does then disturbs all of them in the same way.
+"""
 
 import fnmatch
 import logging
@@ -15,62 +18,62 @@ from typing import Any
 import torch
 
 Turn = Callable[[], Mapping[str, float]]
-"""One measurement: ``seconds`` of one piece of work, and what else is known of it (``images`` in it, ``peak_mib``)."""
+"""Takes one measurement. It returns the ``seconds`` of the work, and may return its number of
+``images`` and its ``peak_mib``."""
 
 
 class LeftOut(Exception):
-    """A contender cannot do this case here, for the reason given."""
+    """A contender cannot do this case here; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Contenders at one piece of work."""
+    """Some work and the contenders that do it."""
 
     name: str
     contenders: Mapping[str, Callable[[], Turn]]
-    """Each builds its model and data, and returns what is measured. It may raise `LeftOut`, as may a turn."""
+    """Each builds its model and data and returns its turn. Both may raise `LeftOut`."""
     references: Sequence[str] = ()
-    """Contenders that all are compared with; the first is the lower bound or the plain way, and always takes part."""
+    """Contenders that all others are compared with. The first one is the lower bound or the plain
+    way, and always takes part."""
     repeats: int | None = None
-    """Instead of those of the command line."""
+    """Counted rounds, if not the number of the command line."""
     warm_ups: int = 1
-    """Rounds before those that count."""
+    """Rounds before the counted ones."""
     num_threads: int | None = None
-    """Each contender has a process of its own, with so many; None: all share this one."""
+    """Threads of each contender, each in its own process. None: all share this process."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one contender did."""
+    """The measurements of one contender."""
 
     case: str
     contender: str
     turns: list[Mapping[str, float]] = field(repr=False)
     ratios: dict[str, float]
-    """By reference: its seconds over the reference's, the median of the ratios within each round."""
+    """By reference, the contender's time over the time of the reference: the median of the ratios
+    within each round."""
 
     def median(self, name: str) -> float:
         return statistics.median(turn[name] for turn in self.turns)
 
     @property
     def images_per_second(self) -> float | None:
-        """The median over the rounds, where the work is a number of images."""
+        """Return the median over the rounds, or None if the work has no number of images."""
         if "images" not in self.turns[0]:
             return None
         return statistics.median(turn["images"] / turn["seconds"] for turn in self.turns)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: every turn as it was measured, and the medians of the table."""
+        """Return every turn and the figures of the table, for JSON."""
         seconds = [turn["seconds"] for turn in self.turns]
-        summary = {
-            "median": self.median("seconds"),
-            "lowest": min(seconds),
-            "highest": max(seconds),
-        }
         return {
             "case": self.case,
             "contender": self.contender,
-            **summary,
+            "median": self.median("seconds"),
+            "lowest": min(seconds),
+            "highest": max(seconds),
             "ratios": self.ratios,
             "turns": self.turns,
         }
@@ -79,37 +82,35 @@ class Row:
 def measure(
     case: Case, repeats: int, only: Sequence[str], say: Callable[[str], None], sittings: int = 1
 ) -> list[Row]:
-    """A row for each contender that `only` chooses.
+    """Return a row for each contender that `only` chooses.
 
     Args:
-        repeats: rounds of a sitting, for a case that does not have its own.
-        only: patterns of ``case: contender``, with the wildcards of file names; none chooses all.
-        say: told of contenders that are left out.
-        sittings: so often all are built anew, in new processes where the case has them. What a process keeps
-            for its life, as where its memory lies, is then not in all rounds.
+        repeats: counted rounds of a sitting, unless the case has its own number.
+        only: patterns of ``case: contender``, with the wildcards of file names; empty for all.
+        say: called with a line for each contender that is left out.
+        sittings: how often all contenders are built anew, in new processes if the case has them. A
+            process keeps some properties for its whole life, for example the place of its memory.
+            With several sittings, they do not influence all rounds.
     """
     found = one_sitting(case, chosen(case, only), repeats, say)
     for _ in range(1, sittings):
         more = one_sitting(case, list(found), repeats, say)
-        found = {
-            name: found[name] + turns for name, turns in more.items()
-        }  # who gives up now has no row
-    compared = [name for name in case.references if name in found]
-    return [
-        Row(
-            case.name,
-            name,
-            turns,
-            {reference: ratio(turns, found[reference]) for reference in compared},
-        )
-        for name, turns in found.items()
-    ]
+        # A contender that gives up in a later sitting has no row.
+        found = {name: found[name] + turns for name, turns in more.items()}
+    rows = []
+    for name, turns in found.items():
+        ratios = {}
+        for reference in case.references:
+            if reference in found:
+                ratios[reference] = ratio(turns, found[reference])
+        rows.append(Row(case.name, name, turns, ratios))
+    return rows
 
 
 def one_sitting(
     case: Case, names: Sequence[str], repeats: int, say: Callable[[str], None]
 ) -> dict[str, list[Mapping[str, float]]]:
-    """Builds the contenders, and what each measured in its rounds."""
+    """Build the contenders; return the measurements of each."""
     ready: dict[str, Turn] = {}
 
     def leave_out(name: str, reason: LeftOut) -> None:
@@ -119,11 +120,10 @@ def one_sitting(
         for name in names:
             build = case.contenders[name]
             try:
-                ready[name] = (
-                    processes.enter_context(apart(build, case.num_threads))
-                    if case.num_threads
-                    else build()
-                )
+                if case.num_threads:
+                    ready[name] = processes.enter_context(apart(build, case.num_threads))
+                else:
+                    ready[name] = build()
             except LeftOut as reason:
                 leave_out(name, reason)
         return in_turns(ready, case.repeats or repeats, case.warm_ups, leave_out)
@@ -131,13 +131,14 @@ def one_sitting(
 
 @contextmanager
 def apart(build: Callable[[], Turn], num_threads: int) -> Iterator[Turn]:
-    """The turns of a contender that lives in a process of its own: its allocator and threads are as it leaves them.
+    """Yield the turn of a contender in a process of its own, with its own allocator and threads.
 
     Args:
-        build: as in `Case`, and picklable.
+        build: as in `Case`; it must be picklable.
 
     Raises:
-        LeftOut: as `build` does. Whatever else it or a turn raises comes here as a RuntimeError with the traceback.
+        LeftOut: `build` or a turn raised it.
+        RuntimeError: `build` or a turn raised another exception; the message has the traceback.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -171,7 +172,10 @@ def apart(build: Callable[[], Turn], num_threads: int) -> Iterator[Turn]:
 
 
 def take_turns(connection: Connection, build: Callable[[], Turn], num_threads: int) -> None:
-    """In the process of a contender: build it, then a turn for each message, and for each of them (error, result)."""
+    """Build a contender, then take a turn for each message; runs in the contender's process.
+
+    Each answer is a pair (error, result), of which one is None.
+    """
     torch.set_num_threads(num_threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     try:
@@ -189,13 +193,14 @@ def take_turns(connection: Connection, build: Callable[[], Turn], num_threads: i
 
 
 def chosen(case: Case, only: Sequence[str]) -> list[str]:
-    """The contenders whose ``case: contender`` one of the patterns fits, and beside them the first reference."""
-    names = [
-        name
-        for name in case.contenders
-        if not only or any(fnmatch.fnmatchcase(f"{case.name}: {name}", pattern) for pattern in only)
-    ]
-    kept = {*names, *case.references[:1]} if names else set()
+    """Return the contenders that match a pattern of `only`, and the first reference."""
+    if not only:
+        return list(case.contenders)
+    kept = set()
+    for name in case.contenders:
+        for pattern in only:
+            if fnmatch.fnmatchcase(f"{case.name}: {name}", pattern):
+                kept |= {name, *case.references[:1]}
     return [name for name in case.contenders if name in kept]
 
 
@@ -205,15 +210,22 @@ def in_turns(
     warm_ups: int = 1,
     leave_out: Callable[[str, LeftOut], None] | None = None,
 ) -> dict[str, list[Mapping[str, float]]]:
-    """What each contender measured in `repeats` rounds, in which all have one turn, every other round in reverse order.
+    """Measure each contender once in every round; every other round has the reverse order.
 
     Args:
-        warm_ups: rounds before them that do not count.
-        leave_out: told of a contender that gives up; None: that is an error.
+        repeats: counted rounds.
+        warm_ups: rounds before them that are not counted.
+        leave_out: called for a contender that gives up; None lets its exception pass.
+
+    Returns:
+        The measurements of each contender.
     """
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in contenders}
     for number in range(warm_ups + repeats):
-        for name in list(found) if number % 2 else list(reversed(found)):
+        order = list(found)
+        if number % 2 == 0:
+            order.reverse()
+        for name in order:
             try:
                 measured = contenders[name]()
             except LeftOut as reason:
@@ -228,11 +240,11 @@ def in_turns(
 
 
 def ratio(turns: Sequence[Mapping[str, float]], references: Sequence[Mapping[str, float]]) -> float:
-    """Median over the rounds of the seconds of one over those of the other."""
-    return statistics.median(
-        turn["seconds"] / reference["seconds"]
-        for turn, reference in zip(turns, references, strict=True)
-    )
+    """Return the time over the time of the reference: the median of the ratios within a round."""
+    ratios = []
+    for turn, reference in zip(turns, references, strict=True):
+        ratios.append(turn["seconds"] / reference["seconds"])
+    return statistics.median(ratios)
 
 
 def timed(
@@ -243,12 +255,12 @@ def timed(
     calls: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Turn:
-    """A turn of so many calls of `work`; its seconds are those of one call.
+    """Return a turn that calls `work`; its seconds are those of one call.
 
     Args:
-        device: a GPU is waited for before the clock is read.
-        images: in one call; None: what `work` returns, if it returns a number.
-        calls: several of what takes milliseconds.
+        device: the clock is read when a GPU has finished.
+        images: the number of images in one call; None: what `work` returns, if that is a number.
+        calls: the number of calls in a turn; use several for work of milliseconds.
     """
 
     def turn() -> dict[str, float]:
@@ -257,15 +269,21 @@ def timed(
         for _ in range(calls):
             returned = work()
         wait_for(device)
-        done = images or returned
-        return {"seconds": (clock() - started) / calls} | (
-            {"images": done} if isinstance(done, int) else {}
-        )
+        measured = {"seconds": (clock() - started) / calls}
+        num_images = images or returned
+        if isinstance(num_images, int):
+            measured["images"] = num_images
+        return measured
 
     return turn
 
 
+def return_it(turn: Turn) -> Turn:
+    """Return the turn; for contenders that need no preparation in this process."""
+    return turn
+
+
 def wait_for(device: torch.device | None) -> None:
-    """Until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)

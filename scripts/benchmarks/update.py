@@ -1,4 +1,7 @@
-"""The momentum update and the optimizer's step, each against one flat pass over the same number of parameters."""
+"""Measure the momentum update and the optimizer's step.
+
+Each is compared with one pass over a flat tensor with the same number of parameters.
+"""
 
 import argparse
 import copy
@@ -31,20 +34,14 @@ def cases(arguments: argparse.Namespace, peers: Peers) -> Iterator[Case]:
     nets = TINY if arguments.tiny else {name: NETS[name] for name in ("resnet50", "swin_v2_t")}
     for name, net in nets.items():
         references = ("flat lerp_", "official", "lightly")
-        yield Case(
-            f"{name}, momentum update", momentum_updates(net, device, peers), references, warm_ups=2
-        )
+        updates = momentum_updates(net, device, peers)
+        yield Case(f"{name}, momentum update", updates, references, warm_ups=2)
         for optimizer in OF_TORCH:
-            built = partial(optimizer_turn, optimizer, net, device)
-            contenders = {
-                name: partial(built, name) for name in ("flat, fused", "ours", "torch's default")
-            }
-            yield Case(
-                f"{name}, {optimizer} step",
-                contenders,
-                ("flat, fused", "torch's default"),
-                warm_ups=2,
-            )
+            contenders = {}
+            for contender in ("flat, fused", "ours", "torch's default"):
+                contenders[contender] = partial(optimizer_turn, optimizer, net, device, contender)
+            references = ("flat, fused", "torch's default")
+            yield Case(f"{name}, {optimizer} step", contenders, references, warm_ups=2)
 
 
 def encoder(net: Net, device: torch.device) -> nn.Module:
@@ -53,12 +50,12 @@ def encoder(net: Net, device: torch.device) -> nn.Module:
 
 
 def flat(module: nn.Module) -> Tensor:
-    """All parameters in one row."""
+    """Return all parameters in one flat tensor."""
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
 def flat_lerp(query_encoder: nn.Module, key_encoder: nn.Module) -> Callable[[], Tensor]:
-    """The lower bound: what one kernel takes for as many numbers. Returns the updated ones."""
+    """Return the lower bound: one kernel for the same number of parameters."""
     query, key = flat(query_encoder), flat(key_encoder)
     return lambda: key.lerp_(query, 1 - KEY_MOMENTUM)
 
@@ -70,9 +67,8 @@ def ours(query_encoder: nn.Module, key_encoder: nn.Module) -> Callable[[], None]
 def momentum_updates(net: Net, device: torch.device, peers: Peers) -> dict[str, Callable[[], Turn]]:
     def turn(build: Callable[[nn.Module, nn.Module], Callable[[], Any]]) -> Turn:
         query_encoder = encoder(net, device)
-        return timed(
-            build(query_encoder, copy.deepcopy(query_encoder).requires_grad_(False)), device
-        )
+        key_encoder = copy.deepcopy(query_encoder).requires_grad_(False)
+        return timed(build(query_encoder, key_encoder), device)
 
     updates: dict[str, Callable[[], Turn]] = {
         "flat lerp_": partial(turn, flat_lerp),
@@ -91,7 +87,10 @@ def optimizer_turn(optimizer: str, net: Net, device: torch.device, contender: st
 
 
 def stepping(optimizer: str, contender: str, module: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer whose parameters have small gradients; the flat pass is torch's fused kernel on one that holds all."""
+    """Return an optimizer whose parameters have small gradients.
+
+    ``flat, fused`` is torch's fused kernel on one parameter that holds all of them.
+    """
     build, settings = OF_TORCH[optimizer]
     if contender == "ours":
         made = build_optimizer(module, name=optimizer, **OF_OURS[optimizer])

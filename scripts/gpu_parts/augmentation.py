@@ -1,4 +1,4 @@
-"""Images per second that become two views on the device: `bench_data.py`'s work."""
+"""Measure how many images per second become two views on the device, as `bench_data.py` does."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ PILLOW_IMAGES = 32
 
 
 def measure(case: str, context: Context) -> list[Result]:
-    """Images lie in the device's memory, for Pillow in the host's."""
+    """Measure with images in the device's memory; for Pillow, in the host's memory."""
     batches = context.sizes.batches[case]
     contenders = {
         BATCH_ENGINE: partial(batch_engine, batches, context),
@@ -27,7 +27,7 @@ def measure(case: str, context: Context) -> list[Result]:
 
 
 def noise(batches: Batches, num_images: int) -> torch.Tensor:
-    """Random images (M, H, W, 3) uint8."""
+    """Return random images (images, size, size, 3) uint8."""
     size = batches.stored_size
     generator = torch.Generator().manual_seed(0)
     shape = (num_images, size, size, 3)
@@ -35,7 +35,7 @@ def noise(batches: Batches, num_images: int) -> torch.Tensor:
 
 
 def batch_engine(batches: Batches, context: Context) -> Turn:
-    """A turn augments all images once, batch after batch."""
+    """Return a turn that augments all images once, batch after batch."""
     pair = bench_data.settings(batches.augmentation)
     augment = bench_data.view_pair(pair, batches.view_size, "batch")
     pixels = rgb_batch(noise(batches, batches.num_images).to(context.device))  # (M, 3, H, W)
@@ -50,7 +50,7 @@ def batch_engine(batches: Batches, context: Context) -> Turn:
 
 
 def pillow(batches: Batches) -> Turn:
-    """A turn of torchvision's operations on Pillow images, one by one, on one core."""
+    """Return a turn of torchvision's operations on Pillow images, one by one, on one core."""
     pair = bench_data.settings(batches.augmentation)
     view = bench_data.official(pair, batches.view_size, blur=batches.augmentation == "moco_v2")
     arrays = noise(batches, min(PILLOW_IMAGES, batches.num_images)).numpy()

@@ -1,4 +1,4 @@
-"""The tests of tests/ that are marked gpu, run by pytest."""
+"""Run the tests of tests/ that are marked gpu."""
 
 import os
 import re
@@ -17,7 +17,7 @@ MARK = re.compile(r"\bmark\.gpu\b")
 
 
 def measure(case: str, context: Context) -> list[Result]:
-    """Run them in this process, which has imported most of what they need.
+    """Run the tests in this process, which has imported most of what they need.
 
     Without a GPU they are all skipped.
 
@@ -48,7 +48,7 @@ def files() -> list[Path]:
 
 
 def read_report(report: Path) -> tuple[dict[str, int], list[str]]:
-    """How many tests passed, failed and were skipped, and the names of those that failed."""
+    """Return how many tests passed, failed and were skipped, and the names of the failed ones."""
     counts, names = {PASSED: 0, FAILED: 0, SKIPPED: 0}, []
     for test in ElementTree.parse(report).iter("testcase"):
         outcomes = {child.tag for child in test}

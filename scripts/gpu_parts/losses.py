@@ -1,4 +1,4 @@
-"""InfoNCE forward and backward, against other forms of it: `benchmarks/loss.py`'s work."""
+"""Measure InfoNCE forward and backward against other implementations, as `benchmarks/loss.py`."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from gpu_parts.rows import LIGHTLY, PRODUCTS
 
 
 def measure(case: str, context: Context) -> list[Result]:
-    """All forms in one process, in turns."""
+    """Measure all implementations in one process, in turns."""
     num_queries, queue_size = context.sizes.losses[case]
     calls = 2 if context.is_rehearsal else loss.calls_of(queue_size, context.device)
     contenders = {

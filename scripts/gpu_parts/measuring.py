@@ -1,4 +1,4 @@
-"""One part of the check: case after case, each written down as soon as it is done."""
+"""Measure one part of the check, case by case; each case is written as soon as it is done."""
 
 import dataclasses
 import gc
@@ -33,7 +33,7 @@ MODULES = {
     "end_to_end": "trainings",
     "speed_run": "speed_run",
 }
-"""By part, the file that has its ``measure(case, context) -> list of results``."""
+"""By part, the module with its ``measure(case, context)``, which returns a list of results."""
 
 MEASURES_MEMORY = Path("/proc/self/clear_refs").exists()
 """Whether the peak memory of a CPU can be measured, see `benchmarks.memory`."""
@@ -67,11 +67,11 @@ class Context:
 
 
 class Unmet(Exception):
-    """Something was measured, and it is not as it has to be."""
+    """A measurement shows that something is wrong."""
 
 
 def load(part: str) -> Any:
-    """The module of a part."""
+    """Return the module of a part."""
     return importlib.import_module(f"gpu_parts.{MODULES[part]}")
 
 
@@ -97,14 +97,14 @@ def run_part(part: str, file: PartFile, context: Context) -> None:
 
 
 def cases_left(rows: list[Row], file: PartFile) -> list[str]:
-    """Cases without results; those that an earlier start did not come to the end of go last."""
+    """Return the cases without results; those that an earlier start did not finish go last."""
     cases = list(dict.fromkeys(row.case for row in rows))
     left = [case for case in cases if case not in file.cases]
     return sorted(left, key=file.attempts)
 
 
 def free_memory() -> None:
-    """Give back what the last case took, its compiled code included."""
+    """Free the memory of the last case, with its compiled code."""
     gc.collect()
     torch.compiler.reset()
     if torch.cuda.is_initialized():
@@ -136,7 +136,7 @@ def failed(row: Row, error: BaseException) -> Result:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
+    """Return the type of an error and the first line of its message."""
     said = str(error).strip().splitlines() or [""]
     name = "" if isinstance(error, Unmet) else f"{type(error).__name__}: "
     line = f"{name}{said[0]}".removesuffix(": ")
@@ -144,7 +144,7 @@ def one_line(error: BaseException) -> str:
 
 
 class Watched:
-    """Contenders whose failures, memory and start are noted: one that fails stops no other.
+    """Notes the failures, the memory and the start of contenders. A failure stops no other one.
 
     Args:
         device: that computes.
@@ -160,7 +160,7 @@ class Watched:
         self.details: dict[str, dict[str, float]] = {}
 
     def watch(self, name: str, build: Callable[[], Turn]) -> Callable[[], Turn]:
-        """The same contender, which gives up by `LeftOut` whatever happens to it."""
+        """Return the contender in a form that raises `LeftOut` for every error."""
 
         def guarded(work: Callable[[], Any]) -> Any:
             try:
@@ -168,7 +168,7 @@ class Watched:
             except Exception as error:
                 traceback.print_exc(file=sys.stdout)
                 self.errors[name] = without_frames(error)
-            # Outside of the handler, as the error's frames held the contender's memory until here.
+            # Outside of the handler, because the frames of the error held the contender's memory.
             gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
@@ -206,7 +206,7 @@ def held() -> tuple[int, int]:
 
 
 def peak_on_gpu(turn: Turn, before: tuple[int, int]) -> float:
-    """MiB that a contender takes of the GPU at most, its model and its data included.
+    """Return the peak GPU memory of a contender with its model and data, MiB.
 
     The first turn, in which cuDNN's trials take room of their own, is over. The memory that CUDA
     graphs work in was taken when they were recorded: no tensor has it now, but PyTorch holds it.
@@ -224,7 +224,7 @@ def peak_on_gpu(turn: Turn, before: tuple[int, int]) -> float:
 
 
 def without_frames(error: BaseException) -> BaseException:
-    """The error alone: its frames, and those of its causes, would keep a contender's memory."""
+    """Return the error without frames, which would keep the contender's memory."""
     bare: BaseException | None = error
     while bare is not None:
         bare.__traceback__ = None
@@ -271,7 +271,7 @@ def in_turns(
 
 
 def from_turns(row: Row, found: turns.Row) -> Result:
-    """A result in the row's unit, ``images/s`` or ``ms``, with every turn."""
+    """Return a result in the row's unit, ``images/s`` or ``ms``, with every turn."""
     if row.unit == "images/s":
         values = [turn["images"] / turn["seconds"] for turn in found.turns]
         value = found.images_per_second

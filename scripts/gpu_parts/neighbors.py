@@ -1,4 +1,4 @@
-"""kNN classification on the device, against the bare matrix product: `bench_knn.py`'s work."""
+"""Measure kNN classification on the device against the bare matrix product."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ from gpu_parts.rows import KNN_PRODUCT, LIGHTLY, OURS
 
 
 def measure(case: str, context: Context) -> list[Result]:
-    """Bank and queries lie in the host's memory, and travel to the device within the time."""
+    """Measure with bank and queries in the host's memory; the time includes their transfer."""
     num_rows, width, num_queries = context.sizes.banks[case]
     bank, queries = bench_knn.rows_of(0, num_rows, width), bench_knn.rows_of(2, num_queries, width)
     labels = np.random.default_rng(1).integers(0, bench_knn.NUM_CLASSES, num_rows)

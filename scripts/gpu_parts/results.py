@@ -1,4 +1,4 @@
-"""The folder of results: a JSON file for each part, and one that holds them all."""
+"""The folder of results, with a JSON file for each part and one with all parts."""
 
 import json
 import os
@@ -11,20 +11,20 @@ from moco.errors import InputError
 MERGED = "gpu_check.json"
 
 MEASURED, FAILED, ABSENT = "measured", "failed", "absent"
-"""States of a result. ``failed`` has an ``error`` of one line; ``absent``, of a peer that is not
-there, a ``note``."""
+"""States of a result. ``failed`` has an ``error`` of one line. ``absent``, for a peer that is not
+available, has a ``note``."""
 
 Result = dict[str, Any]
-"""What was found for a row: ``case``, ``contender``, ``unit``, ``state`` and mostly ``value``."""
+"""The result of a row: ``case``, ``contender``, ``unit``, ``state`` and mostly ``value``."""
 
 
 class PartFile:
-    """What is known of one part.
+    """The results of one part.
 
     Args:
-        folder: of all parts.
+        folder: the folder of all parts.
         part: its name.
-        start: what is known, if there is no file yet.
+        start: the results if there is no file yet.
     """
 
     def __init__(self, folder: Path, part: str, start: Mapping[str, Any] | None = None) -> None:
@@ -43,7 +43,7 @@ class PartFile:
         self.read()
 
     def read(self) -> None:
-        """Take what the part's process has written."""
+        """Read what the part's process has written."""
         if self.path.exists():
             self.content = read_json(self.path)
 
@@ -60,21 +60,21 @@ class PartFile:
 
     @property
     def cases(self) -> set[str]:
-        """Those that are done."""
+        """Return the cases that are done."""
         return {row["case"] for row in self.rows}
 
     def attempts(self, case: str) -> int:
-        """How often the case was begun."""
+        """Return how often the case was started."""
         return self.content["attempts"].get(case, 0)
 
     def begin(self, case: str) -> None:
-        """Note that the case is being measured; the note stays if the process ends meanwhile."""
+        """Note that the case is being measured. The note remains if the process ends."""
         self.content["attempts"][case] = self.attempts(case) + 1
         self.content["running"] = case
         self.write()
 
     def finish(self, results: list[Result]) -> None:
-        """Keep the results of the case that was begun."""
+        """Keep the results of the case that was started."""
         self.rows.extend(results)
         self.content["running"] = None
         self.write()
@@ -90,9 +90,9 @@ class Folder:
     """The results of all parts.
 
     Args:
-        path: made if it is not there.
-        parts: their names.
-        is_rehearsal: whether they come from a rehearsal.
+        path: the folder; it is created if needed.
+        parts: the names of all parts.
+        is_rehearsal: whether the results come from a rehearsal.
 
     Raises:
         InputError: the folder holds results of the other kind, or files that cannot be read.
@@ -112,10 +112,10 @@ class Folder:
         self.parts = {part: PartFile(path, part, known.get(part)) for part in parts}
 
     def of_machine(self, machine: dict[str, Any]) -> None:
-        """Note where this start measures.
+        """Note the machine of this start.
 
         Raises:
-            InputError: the results that are there come from another device or another torch.
+            InputError: earlier results come from another device or another version of torch.
         """
         for name in ("device", "torch"):
             before = self.machine.get(name, machine[name])
@@ -127,11 +127,11 @@ class Folder:
         self.machine = machine
 
     def results(self) -> list[Result]:
-        """All rows that were found so far, each with its part."""
+        """Return all rows so far, each with its part."""
         return [{"part": part, **row} for part, file in self.parts.items() for row in file.rows]
 
     def merge(self) -> dict[str, Any]:
-        """Write the one file that holds all parts; returns its content."""
+        """Write the file that has all parts; return its content."""
         parts = {part: file.content for part, file in self.parts.items()}
         content = {"rehearsal": self.is_rehearsal, "machine": self.machine, "parts": parts}
         write_json(self.path / MERGED, content)
@@ -139,7 +139,7 @@ class Folder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a file of results.
+    """Return the content of a file of results.
 
     Raises:
         InputError: it cannot be read.

@@ -1,4 +1,4 @@
-"""Whether a resumed run ends in the same bits as one that was not stopped."""
+"""Check that a resumed run ends in the same bits as an uninterrupted one."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def measure(case: str, context: Context) -> list[Result]:
 
 
 def config_of(context: Context, num_steps: int, is_compiled: bool) -> Any:
-    """All steps lie within the first epoch."""
+    """Return the config of a run whose steps are all in the first epoch."""
     (net,) = context.sizes.trainings.values()
     archive = context.scratch / "shapes.npz"
     if not archive.exists():
@@ -74,5 +74,5 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest difference of two tensors of one shape."""
+    """Return the largest difference of two tensors of the same shape."""
     return float((one.double() - other.double()).abs().max())

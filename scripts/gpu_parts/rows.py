@@ -1,4 +1,4 @@
-"""The rows of the table: what is measured, at which sizes, in which unit."""
+"""The rows of the table: the work, its sizes and the unit."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,12 +130,12 @@ RESUMED = (EAGER, "compiled with CUDA graphs")
 
 
 def rows(sizes: Sizes) -> list[Row]:
-    """Every figure of the check, part by part."""
+    """Return every row of the check, part by part."""
     return [row for part in PARTS for row in rows_of(part, sizes)]
 
 
 def rows_of(part: str, sizes: Sizes) -> list[Row]:
-    """The figures of one part, in the order of the table."""
+    """Return the rows of one part, in the order of the table."""
     if part == "tests":
         return table(part, ["tests marked gpu"], (PASSED, FAILED, SKIPPED), "tests")
     if part == "waits":
@@ -162,7 +162,7 @@ def table(part: str, cases: Iterable[str], contenders: Sequence[str], unit: str)
 
 
 def step_rows(part: str, sizes: Sizes) -> list[Row]:
-    """First every net as it is, then compiled, which takes most of the time."""
+    """Return the rows of every net, first eager and then compiled, which takes most of the time."""
     found = []
     for case, net in sizes.nets.items():
         contenders = [BOUND, BOUND_AGAIN, OURS]

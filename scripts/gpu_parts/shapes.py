@@ -1,4 +1,4 @@
-"""Labelled images that are made on the spot: ten shapes at any place, in any size and colours."""
+"""Make labelled images: ten shapes at any place, in any size and colour."""
 
 from pathlib import Path
 
@@ -9,7 +9,12 @@ AT_ONCE = 1000
 
 
 def masks(columns: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Where each class's shape is, of coordinates that are -1 to 1 within its square."""
+    """Return the mask of each class's shape.
+
+    Args:
+        columns: coordinates, which are -1 to 1 within the square of the shape.
+        rows: the same for rows.
+    """
     distance = np.hypot(columns, rows)
     width, height = np.abs(columns), np.abs(rows)
     longer = np.maximum(width, height)
@@ -29,7 +34,7 @@ def masks(columns: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
 
 
 def draw(num_images: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (M, size, size, 3) uint8 and their labels (M,)."""
+    """Return images (num_images, size, size, 3) uint8 and their labels (num_images,)."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, NUM_CLASSES, num_images)
     images = np.empty((num_images, size, size, 3), np.uint8)
@@ -57,7 +62,7 @@ def write(
     *,
     has_labels: bool = True,
 ) -> Path:
-    """An archive in the MedMNIST layout."""
+    """Write an archive in the MedMNIST layout; return its path."""
     images, labels = draw(num_images, size, seed=0)
     arrays = {"train_images": images}
     if has_labels:

@@ -1,4 +1,4 @@
-"""The first seconds of `+experiment=cifar10_speedrun`: its speed, and loss and kNN over time."""
+"""Measure the first seconds of `+experiment=cifar10_speedrun`: speed, loss and kNN."""
 
 import dataclasses
 import time
@@ -23,7 +23,7 @@ from moco.config.train import TrainConfig
 from moco.runs.interrupts import StopRequest
 
 NUM_IMAGES, NUM_QUERIES, IMAGE_SIZE = 50_000, 10_000, 32
-"""Of CIFAR-10."""
+"""The sizes of CIFAR-10."""
 TINY = (
     "backbone=resnet_tiny",
     "data.image_size=16",
@@ -39,15 +39,15 @@ TINY_IMAGES, TINY_QUERIES, TINY_SIZE = 128, 32, 16
 
 
 class Curve(pl.Callback):
-    """Loss and kNN after so many seconds of training, which ends with the last of them.
+    """Measures loss and kNN at given seconds of the training, and ends it after the last.
 
     The clock starts with the end of the first step, in which the nets are compiled. It stands still
     while kNN is measured.
 
     Args:
-        monitor: measures kNN; no longer one of the training's callbacks.
-        figures: where it puts them.
-        marks: seconds.
+        monitor: measures kNN; it is not one of the training's callbacks.
+        figures: the dict that gets the monitor's figures.
+        marks: the seconds of the training at which to measure.
     """
 
     def __init__(self, monitor: KNNMonitor, figures: dict[str, Any], marks: list[float]) -> None:
@@ -59,7 +59,7 @@ class Curve(pl.Callback):
         self.measuring_seconds = 0.0
         self.num_steps = 0
         self.losses: list[Tensor] = []
-        """Since the last mark, on the device: reading one would be a wait in every step."""
+        """Losses since the last mark, on the device. Reading each would be a wait in every step."""
         self.points: list[dict[str, float]] = []
 
     def on_train_batch_end(
@@ -82,11 +82,11 @@ class Curve(pl.Callback):
 
     @property
     def seconds(self) -> float:
-        """Of training."""
+        """Return the seconds of training so far."""
         return time.perf_counter() - self.started - self.measuring_seconds
 
     def add_point(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Look at loss and kNN, and stop the training after the last mark."""
+        """Measure loss and kNN, and stop the training after the last mark."""
         wait_for(pl_module.device)
         seconds = self.seconds
         self.marks = [mark for mark in self.marks if mark > seconds]
@@ -109,7 +109,7 @@ class Curve(pl.Callback):
 
 
 def measure(case: str, context: Context) -> list[Result]:
-    """Train for so many seconds."""
+    """Train for the seconds of the speed run."""
     archive, images = archive_of(context)
     config = config_of(context, archive)
     figures: dict[str, Any] = {}
@@ -148,7 +148,7 @@ def results_of(
 
 
 def archive_of(context: Context) -> tuple[Path, str]:
-    """The images to train on, and what they are in words."""
+    """Return the archive of the training images, and their description."""
     if context.npz is not None:
         return Path(context.npz).resolve(), f"images of {Path(context.npz).name}"
     sizes = (NUM_IMAGES, NUM_QUERIES, IMAGE_SIZE)
@@ -158,7 +158,7 @@ def archive_of(context: Context) -> tuple[Path, str]:
 
 
 def config_of(context: Context, archive: Path) -> TrainConfig:
-    """The experiment as it is, on these images; in a rehearsal smaller."""
+    """Return the config of the experiment on these images; in a rehearsal, a smaller one."""
     overrides = ["+experiment=cifar10_speedrun", "data=npz", f"data.root={archive}"]
     overrides += [f"trainer.accelerator={context.device.type}"]
     overrides += TINY if context.is_rehearsal else []

@@ -1,4 +1,7 @@
-"""A training step on random tensors, as it is and compiled, against the backbone and the peers."""
+"""Measure a training step on random tensors, eager and compiled.
+
+It is compared with the bare backbone and the peers.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -32,7 +35,7 @@ REHEARSAL_NOTE = "the projector alone, backend eager, as there is no GPU"
 
 
 def measure(case: str, context: Context) -> list[Result]:
-    """All contenders of one net in one process, in turns."""
+    """Measure all contenders of one net in one process, in turns."""
     is_compiled = case.endswith(AND_COMPILED)
     net = context.sizes.nets[case.removesuffix(AND_COMPILED)]
     contenders = compiled(net, context) if is_compiled else as_they_are(net, context)
@@ -68,13 +71,13 @@ def as_they_are(net: Net, context: Context) -> dict[str, Callable[[], Turn]]:
 
 
 def torchvisions(net: Net, setting: Setting) -> Step:
-    """The lower bound with torchvision's backbone."""
+    """Return the lower bound with torchvision's backbone."""
     backbone = net.theirs()
     return lower_bound.step_of(nn.Sequential(backbone, head(backbone.feature_dim)), setting)
 
 
 def compiled(net: Net, context: Context) -> dict[str, Callable[[], Turn]]:
-    """The encoders by torch.compile, as `moco.train` lets them be compiled."""
+    """Return contenders whose encoders are compiled as in `moco.train`."""
     step = partial(one_step, net=net, setting=context.setting(net))
 
     def ours_compiled(cuda_graphs: bool) -> Turn:
@@ -89,13 +92,13 @@ def compiled(net: Net, context: Context) -> dict[str, Callable[[], Turn]]:
 
 
 def compile_encoders(device: torch.device, cuda_graphs: bool, method: MoCo) -> None:
-    """What `HardwareFit` does, but for the reset: both ways to compile live in one process."""
+    """Compile as `HardwareFit` does, without its reset: both ways share one process."""
     torch.compiler.config.recompile_limit = MOST_SIZES
     not_a_leaf = "The .grad attribute of a Tensor that is not a leaf"
     warnings.filterwarnings("ignore", not_a_leaf, UserWarning)
     if device.type == "cuda":
         method.compile_encoders(compiler_options(device, cuda_graphs))
         return
-    # To trace five nets takes half a minute on a CPU, and to compile them minutes.
+    # On a CPU, tracing five nets takes half a minute, and compiling them minutes.
     for encoder in (method.query_encoder, method.key_encoder):
         encoder.projector.compile(dynamic=False, backend="eager")

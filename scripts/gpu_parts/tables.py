@@ -1,4 +1,4 @@
-"""The rows as Markdown: for the folder of results, and for the page of the documentation."""
+"""Write the rows as Markdown, for the folder of results and for docs/gpu.md."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ REHEARSAL = "rehearsal on a CPU, tiny sizes: the figures mean nothing"
 NOT_YET_RUN, NO_TIME_LEFT = "not yet run", "no time left"
 BEGIN, END = "<!-- gpu_check: begin -->", "<!-- gpu_check: end -->"
 MACHINE = ("device", "cpu", "cores", "torch", "cuda", "date")
-"""What a table says about where it was measured."""
+"""The properties of the machine that a table names."""
 
 COLUMNS = (
     "case",
@@ -35,12 +35,12 @@ def key_of(result: Mapping[str, Any]) -> Key:
 
 
 def tables(rows: Sequence[Row], results: Iterable[Result], unfinished: Iterable[str] = ()) -> str:
-    """A heading and a table for each part.
+    """Return a heading and a table for each part.
 
     Args:
-        rows: all there are, measured or not.
-        results: what was found, each with its part.
-        unfinished: parts that ran out of time; what they lack is no longer "not yet run".
+        rows: all rows, measured or not.
+        results: the results so far, each with its part.
+        unfinished: parts that ran out of time.
     """
     found = {key_of(result): result for result in results}
     missing = dict.fromkeys(unfinished, NO_TIME_LEFT)
@@ -59,7 +59,7 @@ def key_of_row(row: Row) -> Key:
 
 
 def table_of(rows: Sequence[Row], found: Mapping[Key, Result], missing: str) -> str:
-    """One part's table; a column that no row fills is left out.
+    """Return the table of one part, without columns that no row fills.
 
     Args:
         missing: the state of a row without a result.
@@ -83,7 +83,7 @@ def markdown_row(cells: Sequence[str]) -> str:
 
 
 def value_of(result: Result) -> str:
-    """The figure, or why there is none."""
+    """Return the figure, or why there is none."""
     if result["state"] == MEASURED:
         return figure(result["value"])
     if result["state"] == FAILED:
@@ -92,7 +92,7 @@ def value_of(result: Result) -> str:
 
 
 def details_of(result: Result) -> dict[str, str]:
-    """The other cells of a row, as far as they are known."""
+    """Return the other cells of a row that are known."""
     cells = {}
     if "lowest" in result:
         cells["lowest to highest"] = f"{figure(result['lowest'])} to {figure(result['highest'])}"
@@ -112,26 +112,26 @@ def details_of(result: Result) -> dict[str, str]:
 
 
 def figure(value: float) -> str:
-    """Three digits, or all those before the point."""
+    """Return a value with three digits, or as a whole number from 100 on."""
     if float(value).is_integer() or abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
 
 
 def machines(results: Iterable[Result]) -> list[str]:
-    """A line for each machine that the results come from."""
+    """Return a line for each machine that the results come from."""
     named = [result["measured_on"] for result in results if "measured_on" in result]
     return list(dict.fromkeys(named))
 
 
 def described(machine: Mapping[str, Any]) -> str:
-    """A machine in one line."""
+    """Return the description of a machine in one line."""
     named = ", ".join(f"{name} {machine[name]}" for name in MACHINE if name in machine)
     return f"Measured on: {named}."
 
 
 def report(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
-    """The whole Markdown file of a folder of results."""
+    """Return the whole Markdown file of a folder of results."""
     heading = f"GPU check: {REHEARSAL}" if content["rehearsal"] else "GPU check"
     unfinished = [part for part, of_part in content["parts"].items() if of_part["out_of_time"]]
     parts = tables(rows, results_of(content), unfinished)
@@ -140,7 +140,7 @@ def report(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
 
 
 def results_of(content: Mapping[str, Any]) -> list[Result]:
-    """All rows of a merged file, each with its part."""
+    """Return all rows of a merged file, each with its part."""
     found = []
     for part, of_part in content["parts"].items():
         found += [{"part": part, **row} for row in of_part["rows"]]
@@ -148,7 +148,7 @@ def results_of(content: Mapping[str, Any]) -> list[Result]:
 
 
 def curves(content: Mapping[str, Any]) -> list[str]:
-    """The curve of the speed run, if there is one."""
+    """Return the curve of the speed run, if there is one."""
     written = []
     for row in results_of(content):
         if "curve" not in row:
@@ -161,15 +161,15 @@ def curves(content: Mapping[str, Any]) -> list[str]:
 
 
 def write_docs(folder: Path, page: Path, kept: Path, rows: Sequence[Row]) -> int:
-    """Take the results of a folder into the documentation, row by row.
+    """Add the results of a folder to the documentation, row by row.
 
     Args:
-        folder: with the merged file of a check on a GPU.
-        page: the Markdown file; what stands between its two marker comments is replaced.
-        kept: the JSON file beside it. Rows that the folder lacks, or has no figure for, stay as they are there.
+        folder: has the merged file of a check on a GPU.
+        page: the Markdown file; the text between its two marker comments is replaced.
+        kept: the JSON file beside it. Its rows stay if the folder has no figure for them.
 
     Returns:
-        How many rows the documentation has a figure for.
+        The number of rows for which the documentation has a figure.
 
     Raises:
         InputError: there are no results, or they come from a rehearsal.
@@ -193,17 +193,17 @@ def write_docs(folder: Path, page: Path, kept: Path, rows: Sequence[Row]) -> int
 
 
 def kept_results(kept: Path) -> list[Result]:
-    """The rows that the documentation has so far."""
+    """Return the rows that the documentation has so far."""
     return read_json(kept)["rows"] if kept.exists() else []
 
 
 def without_turns(result: Result) -> Result:
-    """A row as the documentation keeps it: its table, not every turn."""
+    """Return a row as the documentation keeps it, without every turn."""
     return {name: value for name, value in result.items() if name not in ("turns", "curve")}
 
 
 def around_markers(page: Path) -> tuple[str, str]:
-    """What stands before and after the tables.
+    """Return the text before and after the tables.
 
     Raises:
         InputError: the page lacks its two marker comments.

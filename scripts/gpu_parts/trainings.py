@@ -1,4 +1,4 @@
-"""Images per second of a training with its data: `benchmarks/end_to_end.py`'s work."""
+"""Measure the images per second of a training with its data, as `benchmarks/end_to_end.py`."""
 
 import argparse
 import os
@@ -12,11 +12,11 @@ from gpu_parts.rows import LIGHTLY, OFFICIAL, STEP_ALONE
 MOST_WORKERS = 8
 """Loader processes of the peers."""
 ROUNDS = 2
-"""Each turn of ours compiles anew."""
+"""Each turn of ours compiles again."""
 
 
 def measure(case: str, context: Context) -> list[Result]:
-    """Noise as images: what they show costs nothing."""
+    """Measure on noise, because the content of the images does not change the cost."""
     net = context.sizes.trainings[case]
     arguments = argparse.Namespace(
         device=context.device.type,

@@ -1,4 +1,4 @@
-"""What makes the host wait for the GPU between logged steps, in trainings with all callbacks."""
+"""Find what makes the host wait for the GPU between logged steps, with all callbacks."""
 
 import contextlib
 import dataclasses
@@ -19,48 +19,34 @@ from gpu_parts import shapes
 from gpu_parts.measuring import Context, measured
 from gpu_parts.results import Result
 from gpu_parts.rows import WAITING, WAITS
+from gpu_parts.waiting_operations import WAITING_OPERATIONS
 from moco.cli.build_pretraining import build_data, build_method, build_trainer
 from moco.config.train import TrainConfig
 from moco.runs.interrupts import StopRequest
 
 PACKAGE = Path(moco.__file__).resolve().parent
 LOGGED = 6
-"""Steps from one logged row to the next. Those before the first, in which nets are compiled, are
-not looked at."""
+"""Steps from one logged row to the next. The first ones, in which nets are compiled, are not
+watched."""
 STEPS = 3 * LOGGED
 WARNING = "called a synchronizing CUDA operation"
 """What CUDA's sync debug mode says."""
-WAITING_OPERATIONS = (
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "is_nonzero",
-    "equal",
-    "unique",
-    "_unique2",
-)
-"""Operations for which the host would wait if they ran on a GPU."""
 MOST_PLACES = 5
 OWN_FRAMES = ("/warnings.py", "/gpu_parts/waits.py")
 """Files whose frames say nothing about a wait."""
 
 UNCOMPILED = ["trainer.compile=false"]
-SETTINGS = dict(
-    zip(
-        WAITING,
-        [
-            [],
-            [
-                *UNCOMPILED,
-                "optimizer=adamw",
-                "optimizer.lr_for_batch_size=null",
-                "trainer.gradient_clip_val=1.0",
-            ],
-            [*UNCOMPILED, "method.symmetric=true", "method.dense_weight=0.5"],
-        ],
-        strict=True,
-    )
-)
+PLAIN, CLIPPED, SYMMETRIC = WAITING
+SETTINGS = {
+    PLAIN: [],
+    CLIPPED: [
+        *UNCOMPILED,
+        "optimizer=adamw",
+        "optimizer.lr_for_batch_size=null",
+        "trainer.gradient_clip_val=1.0",
+    ],
+    SYMMETRIC: [*UNCOMPILED, "method.symmetric=true", "method.dense_weight=0.5"],
+}
 
 
 class Places:
@@ -168,7 +154,7 @@ def is_logged(batch_idx: int) -> bool:
 
 
 def measure(case: str, context: Context) -> list[Result]:
-    """Waits per step, with the places that wait most."""
+    """Measure the waits per step, with the places that wait most."""
     places = Places()
     watcher = OfOperations(places) if context.is_rehearsal else OfCuda(places)
     steps = BetweenLoggedSteps(watcher)
@@ -188,7 +174,7 @@ def measure(case: str, context: Context) -> list[Result]:
 
 
 def config_of(context: Context, settings: list[str]) -> TrainConfig:
-    """MoCo v2 on the net of the speed run; all else as ``conf/`` has it."""
+    """Return the config of MoCo v2 on the net of the speed run, with the defaults of ``conf/``."""
     (net,) = context.sizes.trainings.values()
     archive = context.scratch / "shapes.npz"
     if not archive.exists():

@@ -176,9 +176,16 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped_too(of_four_steps, ru
     def spoil(number):
         return math.inf if number == 2 else 0.0
 
-    config, original, calls, figures = of_four_steps(), module.info_nce, iter(range(4)), {}
+    config, original, calls, figures = (
+        of_four_steps(),
+        module.efficient_info_nce,
+        iter(range(4)),
+        {},
+    )
     expected = plain_run(runner.method(config), config, 4, spoil)
-    monkeypatch.setattr(module, "info_nce", lambda *args: original(*args) + spoil(next(calls)))
+    monkeypatch.setattr(
+        module, "efficient_info_nce", lambda *args: original(*args) + spoil(next(calls))
+    )
     method = runner.fit(config, [bad_steps(figures)])
     assert figures["skipped_steps"] == 1
     assert_equal_to_plain(method, expected)

@@ -6,11 +6,11 @@ import time
 import pytorch_lightning as pl
 from rich.console import Console
 
-from moco.callbacks.data_wait import DataWait
 from moco.callbacks.progress import ProgressBar
 from moco.callbacks.training_monitor import LossMonitor
 from moco.data.loading.workers import cores_of
 from moco.data.sources.source import FileImages
+from moco.training.stopwatches import STEPS, WAITING, epoch_time
 
 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
@@ -18,21 +18,20 @@ def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
     assert [cores_of(number) for number in (1, 3, 32)] == [16, 5, 1]
 
 
-def test_the_first_step_does_not_count_and_the_warning_comes_once(caplog):
-    wait = DataWait()
-    wait.add(30.0, 31.0)
-    for _ in range(20):
-        wait.add(0.1, 1.0)
-        wait.check(0.0)
+def test_the_first_batch_does_not_count_and_the_warning_comes_once(caplog):
+    monitor = LossMonitor({}, 1)
+    monitor.first_wait = 30.0
+    epoch_time.start()
+    epoch_time.total[WAITING] = 30.0
+    epoch_time.total[STEPS] = 100.0
+    monitor._warn_of_waiting(1.0)
+    epoch_time.total[WAITING] += 50.0
+    monitor._warn_of_waiting(200.0)
     assert not caplog.text
-    for _ in range(10):
-        wait.add(0.6, 1.0)
-    wait.check(31.0)
-    assert not caplog.text
-    wait.check(30.0)
-    wait.check(30.0)
+    monitor._warn_of_waiting(100.0)
+    monitor._warn_of_waiting(100.0)
     assert caplog.messages == [
-        "training waited 27 % of the time for images; see docs/performance.md#waiting-for-data"
+        "training waited 33 % of the time for images; see docs/performance.md#waiting-for-data"
     ]
 
 
@@ -54,9 +53,9 @@ def test_the_time_of_callbacks_is_not_waiting(runner, image_tree):
     )
     monitor = LossMonitor({}, 1)
     runner.fit(config, [SlowCheckpoint(), monitor])
-    # Two steps, because the first one does not count.
-    assert monitor.data_wait.seconds > 0.6
-    assert monitor.data_wait.waited < monitor.data_wait.seconds - 0.6
+    # Three steps.
+    assert epoch_time.so_far(STEPS) > 0.9
+    assert epoch_time.so_far(WAITING) < 0.5
 
 
 def test_making_a_batch_in_the_devices_memory_is_not_waiting(runner):

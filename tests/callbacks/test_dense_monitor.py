@@ -191,7 +191,7 @@ def test_a_bank_smaller_than_k_is_named_once(halves, caplog):
     )
     for epoch in (1, 2):
         monitor.measure(Trainer(), Module(), epoch)
-    message = "monitor.dense.num_neighbors=30 is more than the bank's 6 patches"
+    message = "monitor.dense.num_neighbors=30 is more than the bank's 6"
     assert caplog.text.count(message) == 1
     assert figures["dense/num_neighbors"] == 6
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco.callbacks.feature_plots import FeaturePlots, predict
+from moco.callbacks.feature_plots import FeaturePlots
 from moco.data.sources.source import ArrayImages, Labelled
 from moco.evaluation.reports.drawing import LINE, MARGIN, pixels
 from moco.evaluation.reports.embedded import GAP, THUMBNAIL, Embedded, neighbors_plot
@@ -70,11 +70,6 @@ def test_a_measurement_is_drawn_as_neighbors_and_confusions(embedded):
     # From the first to the last.
     assert shown[MARGIN, MARGIN, 0] == 0
     assert shown[MARGIN + 15 * ROW, MARGIN, 0] == 255
-
-
-def test_the_vote_of_the_nearest_neighbours_names_the_class(embedded):
-    assert np.array_equal(predict(embedded, embedded.features, 1, 0.1), embedded.labels)
-    assert set(predict(embedded, embedded.features, len(embedded.rows), 1e6)) == {1}
 
 
 def test_the_projector_has_one_copy_of_at_most_so_many_images(embedded, tmp_path, capsys):

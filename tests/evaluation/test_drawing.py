@@ -4,36 +4,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moco.evaluation.knn import confusion_matrix
 from moco.evaluation.reports.drawing import (
     LINE,
-    LONGEST_NAME,
     MARGIN,
     NAMED_CLASSES,
     Tile,
     class_colors,
-    confusion_counts,
     confusion_plot,
     feature_maps_plot,
     map_plot,
     pixels,
-    shown_text,
     similarity_histogram,
     thumbnail,
     tile_plot,
     view_pairs_plot,
 )
-
-HOSTILE = [
-    "$\\alpha",
-    "a$b$c",
-    "日本語",
-    "x" * 300,
-    "two\nlines",
-    "\udcff.jpg",
-    "größe",
-    "_^{}",
-    "",
-]
 
 
 def plain(color, side=20):
@@ -72,16 +58,10 @@ def test_thumbnails_are_the_middle_square_and_small_images_keep_their_pixels():
     assert colors_of(thumbnail(grey, 64)) == {(0, 0, 0), (255, 255, 255)}
 
 
-def test_text_is_cut_and_what_the_font_lacks_is_a_question_mark():
-    assert shown_text("größe", 9) == "größe"
-    assert shown_text("日本 a\n\udcff", 9) == "?? a??"
-    assert shown_text("x" * 300, 5) == "xxxx…"
-
-
 def test_confusions_are_counted_by_true_and_predicted_class():
     labels = np.array([7, 7, 2, 9, 9])
     predicted = np.array([7, 2, 2, 9, 5])
-    counts, classes = confusion_counts(labels, predicted)
+    classes, counts = confusion_matrix(labels, predicted)
     assert classes.tolist() == [2, 5, 7, 9]
     for row, true in enumerate(classes):
         for column, said in enumerate(classes):
@@ -90,18 +70,17 @@ def test_confusions_are_counted_by_true_and_predicted_class():
 
 def test_a_confusion_matrix_shows_shares_of_rows_and_names_every_class():
     counts = np.array([[3, 1], [0, 0]])
-    axes = confusion_plot(counts, ["cat", "dog"]).axes[0]
+    axes = confusion_plot(counts, np.array([3, 8])).axes[0]
     assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
     written = {text.get_position(): text.get_text() for text in axes.texts}
     assert written == {(0, 0): "3", (1, 0): "1"}
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["cat", "dog"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["3", "8"]
     assert "75.0% of 4 queries right" in axes.get_title()
 
 
 @pytest.mark.parametrize("number", [1, NAMED_CLASSES + 1, 1000])
 def test_confusion_matrices_of_any_size_fit_and_are_dark_where_they_are_right(number):
-    names = [f"class {place}" for place in range(number)]
-    figure = confusion_plot(np.eye(number, dtype=np.int64), names)
+    figure = confusion_plot(np.eye(number, dtype=np.int64), np.arange(number))
     drawn = pixels(figure)
     assert max(drawn.shape) <= 1200
     box = figure.axes[0].get_window_extent()
@@ -111,16 +90,6 @@ def test_confusion_matrices_of_any_size_fit_and_are_dark_where_they_are_right(nu
     assert red[:8, :8].min() < 130
     assert red[-8:, -8:].min() < 130
     assert len(figure.axes[0].get_yticks()) == min(number, 10)
-
-
-def test_hostile_class_names_are_drawn_without_a_warning():
-    pixels(confusion_plot(np.eye(len(HOSTILE), dtype=np.int64), HOSTILE))
-    figure = map_plot(np.zeros((len(HOSTILE), 2)), np.array(HOSTILE), "a map")
-    pixels(figure)
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert {"a$b$c", "$\\alpha", "???", "?.jpg"} < set(names)
-    assert max(len(name) for name in names) == LONGEST_NAME
-    pixels(tile_plot([[Tile(plain("red", 64), name) for name in HOSTILE]]))
 
 
 def test_similarities_stand_at_their_cosines():

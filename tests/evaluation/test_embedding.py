@@ -26,9 +26,9 @@ class Batch:
 
 def test_embed_keeps_order_and_leaves_unreadable_rows_out():
     loader = [Batch(0, [False, True]), Batch(2, [False, False])]
-    features, labels, unreadable = embed(lambda images: images.flatten(1) * 2, loader, "cpu")
+    features, labels, rows = embed(lambda images: images.flatten(1) * 2, loader, "cpu")
     assert features.ravel().tolist() == [0.0, 4.0, 6.0]
-    assert (labels.tolist(), unreadable.tolist(), features.dtype) == ([0, 2, 3], [1], np.float32)
+    assert (labels.tolist(), rows.tolist(), features.dtype) == ([0, 2, 3], [0, 2, 3], np.float32)
 
 
 def test_embed_stops_when_told_to():

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco.errors import InputError, RunError
+from moco.evaluation.knn import class_places
 from moco.evaluation.linear import accuracies, held_out_rows, scale_of, train_heads
 from moco.evaluation.linear_measurement import (
-    Classes,
     Head,
     check_grid,
     log_edge_of_grid,
@@ -111,7 +111,7 @@ def test_a_share_of_each_class_is_held_out_and_never_all_of_it(generator):
 
 
 def test_places_are_those_of_the_training_classes():
-    assert Classes(np.array([2, 5, 9])).places(np.array([9, 2, 3, 10, 0, 5])).tolist() == [
+    assert class_places(np.array([2, 5, 9]), np.array([9, 2, 3, 10, 0, 5])).tolist() == [
         2,
         0,
         3,
@@ -218,9 +218,7 @@ def test_classes_that_training_lacks_are_named_and_count_as_wrong(evaluated, gen
         test_labels=np.array([0, 1, 7, 8]),
     )
     figures, _, log = evaluated(data=data, **section("linear", **SMALL))
-    assert (
-        "2 of 4 test images are of classes without training images, and count as wrong: 7, 8" in log
-    )
+    assert "2 of 4 test images are of classes without training images, and count as wrong" in log
     assert figures["linear/top1"] <= 0.5
     assert figures["linear/top5"] <= 0.5
 
@@ -290,7 +288,7 @@ def test_images_without_a_label_are_left_out(evaluated, generator, monkeypatch):
     figures, _, log = evaluate_with(labels, "linear_official", **OFFICIAL)
     assert "2 of 60 training images have no label, and are not trained on" in log
     assert figures["linear_official/num_training"] == 58
-    with pytest.raises(InputError, match="none of 60 training images has a label"):
+    with pytest.raises(InputError, match="none of the training images has a label"):
         evaluate_with(np.full(60, -1), "linear_official", **OFFICIAL)
 
 
@@ -371,8 +369,6 @@ def test_an_interrupted_official_measurement_goes_on_to_the_same_bits(
     assert resumed == whole
     assert torch.equal(torch.load(head, weights_only=True)["head"]["weight"], weight)
     assert "of another checkpoint, other data or settings" in evaluated(**others)[2]
-    head.write_bytes(b"no head")
-    assert "is damaged" in evaluated(**others)[2]
 
 
 def test_the_heads_steps_are_those_of_torchs_sgd_with_the_published_schedule(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 from moco.config.data import EvaluateDataConfig
 from moco.config.pretrained import EvaluateConfig, EvaluationConfig
 from moco.evaluate import run
-from moco.evaluation.label_free_measurement import collapse_warning
+from moco.evaluation.collapse import collapse_of
 from moco.evaluation.reports.drawing import LINE, MARGIN, pixels
 from moco.evaluation.reports.embedded import GAP, THUMBNAIL, Embedded
 from moco.evaluation.reports.knn_plots import (
@@ -142,22 +142,22 @@ def test_a_second_evaluation_makes_no_views(evaluated, checkpoint, tmp_path, mon
 
 
 def test_a_collapse_is_a_warning_by_the_thresholds_of_the_watch():
-    def warning(std, rank, shape=(5000, 100)):
-        figures = {"label_free/embedding_std": std, "label_free/rank_me": rank}
-        return collapse_warning(figures, shape)
-
-    assert warning(0.05, 40) is None
-    assert warning(0.008, 5.1) is None
-    assert warning(0.006, 1) == (
-        "COLLAPSED: all embeddings are nearly the same (standard deviation 0.00600, "
+    shape = (5000, 100)
+    assert collapse_of(0.05, 40, shape) is None
+    assert collapse_of(0.008, 5.1, shape) is None
+    name, words = collapse_of(0.006, 1, shape)
+    assert name == "COLLAPSED"
+    assert words.startswith(
+        "all embeddings are nearly the same (standard deviation 0.00600, "
         "spread out it would be 0.10000)."
     )
-    assert warning(0.05, 4.9) == (
-        "DIMENSIONAL COLLAPSE: the embeddings differ in few dimensions only "
-        "(effective rank 4.9 of 100)."
+    name, words = collapse_of(0.05, 4.9, shape)
+    assert name == "DIMENSIONAL COLLAPSE"
+    assert words.startswith(
+        "the embeddings differ in few dimensions only (effective rank 4.9 of 100)."
     )
     # The rank of a few images says nothing.
-    assert warning(0.05, 1, (19, 100)) is None
+    assert collapse_of(0.05, 1, (19, 100)) is None
 
 
 def test_a_constant_encoder_is_warned_of_and_drawn(evaluated, small, checkpoint, tmp_path):
@@ -261,7 +261,6 @@ def test_the_neighbours_in_the_plot_are_those_of_the_search(searched):
 
 def test_rows_are_spread_over_the_classes():
     labels = np.array([5, 5, 5, 1, 1, 9, 5])
-    assert spread_over_classes(labels, 3).tolist() == [3, 0, 5]
-    assert spread_over_classes(labels, 5).tolist() == [3, 4, 0, 1, 5]
+    assert spread_over_classes(labels, 3).tolist() == [3, 1, 5]
     assert spread_over_classes(labels, 99).tolist() == [3, 4, 0, 1, 2, 6, 5]
-    assert np.arange(1000)[spread_over_classes(np.arange(1000), 3)].tolist() == [0, 499, 999]
+    assert spread_over_classes(np.arange(1000), 3).tolist() == [0, 499, 999]

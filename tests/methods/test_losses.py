@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco.methods.losses import dense_info_nce, in_batch_info_nce, info_nce, most_similar_cells
+from moco.methods.losses import in_batch_info_nce, info_nce, matched_cells, most_similar_cells
 
 
 def unit(*shape):
@@ -125,17 +125,11 @@ def test_dense_value_and_gradient_equal_the_papers_equations(temperature):
     matches = most_similar_cells(query_features, key_features)
     assert matches.shape == (3, 6)
     assert len(matches.unique()) > 2
-    loss = dense_info_nce(query, key.float(), matches, negatives.float(), temperature)
+    positives = matched_cells(key.float(), matches).flatten(0, 1)
+    loss = info_nce(query.flatten(0, 1), positives, negatives.float(), temperature)
     loss.backward()
     assert loss.item() == pytest.approx(value, rel=1e-5)
     np.testing.assert_allclose(query.grad.numpy(), gradient, rtol=1e-3, atol=1e-6)
-
-
-def test_dense_loss_of_one_cell_is_the_loss_of_images():
-    query, key, negatives = (unit(*shape).float() for shape in ((6, 16), (6, 16), (50, 16)))
-    matches = torch.zeros(6, 1, dtype=torch.long)
-    dense = dense_info_nce(query[:, None], key[:, None], matches, negatives, 0.2)
-    assert torch.equal(dense, info_nce(query, key, negatives, 0.2))
 
 
 def test_cells_that_moved_are_found_again():

@@ -171,7 +171,7 @@ def test_biases_follow_every_change_in_a_training(name, optimizer, runner, tmp_p
 @pytest.fixture
 def embedded(monkeypatch):
     """All features that were computed of many images, by the module that asked for them: the monitor embeds by `sharding`."""
-    found = {"callbacks.shared_embedding": [], "evaluation.subject": []}
+    found = {"callbacks.knn_monitor": [], "evaluation.subject": []}
     for module, features in found.items():
 
         def recorded(*arguments, features=features, **options):
@@ -209,7 +209,7 @@ def test_the_knn_of_a_run_is_that_of_its_checkpoint(name, optimizer, runner, tmp
     assert monitored["knn/top1"] == evaluated["knn/top1"]
     assert monitored["knn/top5"] == evaluated["knn/top5"]
     # 360 queries hide small differences; the features of bank and queries show them.
-    ours, theirs = embedded["callbacks.shared_embedding"][-2:], embedded["evaluation.subject"]
+    ours, theirs = embedded["callbacks.knn_monitor"][-2:], embedded["evaluation.subject"]
     assert sorted(map(len, ours)) == sorted(map(len, theirs)) == [360, 1437]
     for features in ours:
         same = next(rows for rows in theirs if len(rows) == len(features))

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import math
 import unittest.mock
 
 import pytest
@@ -14,7 +13,7 @@ from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.models.swin.backbone import Swin, clipped_windows, rewindow, suggest_window, windows_of
 from moco.weights.architecture import settings_of
-from moco.weights.library_names import to_torchvision
+from moco.weights.library_names import from_torchvision, to_torchvision
 
 
 def small(version=2, **settings):
@@ -58,9 +57,7 @@ def test_outputs_are_torchvisions_where_nothing_is_padded(name, window):
         if isinstance(module, nn.LayerNorm):
             nn.init.normal_(module.weight, 1, 0.3)
     ours = build_backbone(name, window_size=window).eval()
-    ours.load_state_dict(
-        {key: value for key, value in theirs.state_dict().items() if not key.startswith("head.")}
-    )
+    ours.load_state_dict(from_torchvision(theirs.state_dict(), ours))
     theirs.head = nn.Identity()
     images = torch.randn(1, 3, 32 * window, 32 * window)
     with torch.no_grad():
@@ -82,15 +79,10 @@ def test_gradients_are_torchvisions(version):
 @pytest.mark.parametrize("window", [3, 4, 7])
 @pytest.mark.parametrize("version", [1, 2])
 @torch.no_grad()
-def test_features_do_not_depend_on_padding_and_torchvisions_do(version, window):
+def test_torchvisions_features_depend_on_padding(version, window):
     ours, theirs = small(version, window_size=window), torchvisions(window, version)
     theirs.load_state_dict(ours.state_dict(), strict=False)
     images = torch.randn(1, 3, 77, 61)  # 20 x 16 patches, then 10 x 8, 5 x 4, 3 x 2
-    alone = ours.feature_maps(images)
-    canvas = torch.full((1, 3, 131, 104), math.nan)
-    canvas[..., :77, :61] = images
-    for one, other in zip(alone, ours.feature_maps(canvas, size=(77, 61)), strict=True):
-        assert float((one - other).abs().max()) <= 1e-5 * float(one.abs().max())
     whole = images[..., :76, :60]  # torchvision drops the rest
     first_stage = theirs.features[:2]
     zeros = torch.zeros(1, 3, 128, 104)
@@ -124,7 +116,7 @@ def test_565_px_are_142_patches_completed_or_141_as_in_torchvision():
         backbone = build_backbone("swin_v2_t", window_size=7)
     assert backbone.feature_map_strides == (4, 8, 16, 32)
     suggestion = suggest_window(565, 7)
-    assert suggestion.maps == (142, 71, 36, 18)
+    assert suggestion.maps == [142, 71, 36, 18]
     theirs, ours = torchvisions(4), small(partial_patches="drop")
     theirs.load_state_dict(ours.state_dict(), strict=False)
     whole = torch.randn(1, 3, 35, 35)  # 8 patches: no padding, up to the clipped windows
@@ -189,15 +181,13 @@ def test_the_same_window_gives_the_same_bits(version):
 
 
 @pytest.mark.parametrize("window", [2, 6])
-@pytest.mark.parametrize("version", [1, 2])
 @torch.no_grad()
-def test_weights_load_at_another_window(version, window):
-    backbone = small(version)
+def test_weights_load_at_another_window(window):
+    backbone = small(2)
     file = io.BytesIO()
     torch.save(backbone.state_dict(), file)
     file.seek(0)
-    settings = {"pretrained_window_size": 4} if version == 2 else {}
-    other = small(version, window_size=window, **settings)
+    other = small(2, window_size=window, pretrained_window_size=4)
     other.load_state_dict(torch.load(file))
     images = torch.randn(1, 3, 48, 48)
     assert torch.equal(other(images), rewindow(backbone, window)(images))
@@ -218,17 +208,17 @@ def test_torchvision_weights_of_another_window_are_not_stretched_in_silence():
     theirs = torchvisions(8).state_dict()
     with pytest.raises(
         InputError,
-        match="pretrained with windows of 8 x 8 cells, and pretrained_window_size=7 would stretch",
+        match="pretrained with windows of 8 cells, and pretrained_window_size=7 would stretch",
     ):
-        small(window_size=7).load_state_dict(theirs)
-    small(window_size=7, pretrained_window_size=8).load_state_dict(theirs)
+        from_torchvision(theirs, small(window_size=7))
+    from_torchvision(theirs, small(window_size=7, pretrained_window_size=8))
     widened = to_torchvision(rewindow(small(window_size=4), 8))
     with pytest.raises(
         InputError,
-        match="pretrained with windows of 4 x 4 cells, and pretrained_window_size=8 would",
+        match="pretrained with windows of 4 cells, and pretrained_window_size=8 would",
     ):
-        small(window_size=8).load_state_dict(widened)
-    small(window_size=8, pretrained_window_size=4).load_state_dict(widened)
+        from_torchvision(widened, small(window_size=8))
+    from_torchvision(widened, small(window_size=8, pretrained_window_size=4))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +234,7 @@ def test_torchvision_weights_of_another_window_are_not_stretched_in_silence():
 )
 def test_the_suggested_window_sees_as_much_and_pads_little(image_size, pretrained, window, padded):
     suggestion = suggest_window(image_size, pretrained)
-    assert (suggestion.window_size, suggestion.padded) == (window, padded)
+    assert (suggestion.window_size, suggestion.padded) == (window, list(padded))
 
 
 def test_the_suggestion_says_why():
@@ -311,9 +301,7 @@ def test_the_patch_counts_for_clipped_windows():
         small(version=1, pretrained_image_size=64)
 
 
-def test_a_size_beyond_the_canvas_and_an_image_without_a_whole_patch_are_refused():
-    with pytest.raises(ValueError, match="larger than the canvas of 8 x 8 px"):
-        small().feature_maps(torch.randn(1, 3, 8, 8), size=(9, 8))
+def test_an_image_without_a_whole_patch_is_refused():
     with pytest.raises(InputError, match="an image of 3 x 8 px has no whole patch of 4 px"):
         small(partial_patches="drop")(torch.randn(1, 3, 3, 8))
 

@@ -1,4 +1,8 @@
-"""scripts/benchmark.py at a tiny size: that all do the same work and every row is there, never how long it took."""
+"""Run scripts/benchmark.py at tiny sizes.
+
+The tests check that all contenders do the same work and that every row is there. They never check
+how long something took.
+"""
 
 import copy
 import importlib
@@ -12,7 +16,8 @@ from torch import nn
 
 from tests.conftest import REPOSITORY
 
-# A stand-in for the official class: its signature, what it asks of the encoder, of CUDA and of the process group.
+# A stand-in for the official class. It has the same signature, and makes the same demands on the
+# encoder, on CUDA and on the process group.
 STAND_IN = """
 import torch
 from torch import distributed, nn
@@ -20,7 +25,8 @@ from torch import distributed, nn
 class MoCo(nn.Module):
     def __init__(self, base_encoder, dim, K, m, T, mlp):
         super().__init__()
-        self.encoder_q, self.encoder_k = base_encoder(num_classes=dim), base_encoder(num_classes=dim)
+        self.encoder_q = base_encoder(num_classes=dim)
+        self.encoder_k = base_encoder(num_classes=dim)
         width = self.encoder_q.fc.weight.shape[1]
         self.encoder_q.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), self.encoder_q.fc)
         self.encoder_k.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), self.encoder_k.fc)
@@ -33,7 +39,8 @@ class MoCo(nn.Module):
     def forward(self, im_q, im_k):
         assert distributed.get_world_size() == 1
         query, key = self.encoder_q(im_q), self.encoder_k(im_k)
-        logits = torch.cat([(query * key).sum(dim=1, keepdim=True), query @ self.queue.to(query.dtype)], dim=1)
+        positive = (query * key).sum(dim=1, keepdim=True)
+        logits = torch.cat([positive, query @ self.queue.to(query.dtype)], dim=1)
         return logits, torch.zeros(len(query), dtype=torch.long).cuda()
 """
 
@@ -47,7 +54,7 @@ def scripts():
 
 @pytest.fixture
 def official(tmp_path):
-    """A checkout with the stand-in; the process group that it needs ends with the test."""
+    """Make a checkout with the stand-in; its process group ends with the test."""
     (tmp_path / "official" / "moco").mkdir(parents=True)
     (tmp_path / "official" / "moco" / "builder.py").write_text(STAND_IN)
     yield f"official={tmp_path / 'official'}"
@@ -56,23 +63,20 @@ def official(tmp_path):
 
 
 @pytest.fixture
-def measured(tmp_path):
-    """Runs a subcommand in this process; returns its rows by case and contender, from its JSON file."""
+def measured(tmp_path, monkeypatch):
+    """Run a subcommand in this process, as if no peer was installed.
+
+    Returns:
+        Its rows by case and contender, from its JSON file.
+    """
+    peers = importlib.import_module("benchmarks.peers")
+    monkeypatch.setattr(peers, "version_of", lambda package: None)
 
     def measure(kind, *arguments):
         benchmark = importlib.import_module("benchmark")
         file = tmp_path / f"{kind}.json"
-        given = [
-            kind,
-            "--tiny",
-            "--threads",
-            "1",
-            "--repeats",
-            "2",
-            "--json",
-            str(file),
-            *arguments,
-        ]
+        given = [kind, "--tiny", "--threads", "1", "--repeats", "2", "--json", str(file)]
+        given += arguments
         with torch.random.fork_rng():
             benchmark.run(benchmark.parsed(given), Console(quiet=True))
         content = json.loads(file.read_text())
@@ -140,9 +144,8 @@ def test_updates_are_measured_against_flat_passes(measured, official):
         ]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*decoding and encoding capabilities.*:DeprecationWarning"
-)  # one contender is of them
+# One contender decodes with torchvision.
+@pytest.mark.filterwarnings("ignore:.*decoding and encoding capabilities.*:DeprecationWarning")
 def test_pipelines_of_data_take_the_same_images(measured):
     rows = measured("data")
     for what, count in (("files", 4), ("memory", 16)):
@@ -151,6 +154,7 @@ def test_pipelines_of_data_take_the_same_images(measured):
         assert {turn["images"] for of_one in turns for turn in of_one} == {count}
 
 
+@pytest.mark.slow
 def test_knn_is_measured_against_the_bare_product(measured):
     rows = measured("knn", "--repeats", "1", "--only", "*ours")
     (case,) = {case for case, _ in rows}
@@ -180,7 +184,7 @@ def test_programs_are_started_in_turns(measured):
 
 
 class Counted(nn.Linear):
-    """Counts its passes."""
+    """A layer that notes its passes."""
 
     def __init__(self):
         super().__init__(3, 2)
@@ -195,16 +199,16 @@ class Counted(nn.Linear):
 
 
 def test_the_lower_bound_is_two_forward_passes_one_backward_and_one_step(monkeypatch):
-    lower_bound, nets = (
-        importlib.import_module("benchmarks.lower_bound"),
-        importlib.import_module("benchmarks.nets"),
-    )
+    lower_bound = importlib.import_module("benchmarks.lower_bound")
+    nets = importlib.import_module("benchmarks.nets")
     queries, keys = Counted(), Counted()
     monkeypatch.setattr(lower_bound.copy, "deepcopy", lambda module: keys)
     steps = []
-    monkeypatch.setattr(
-        torch.optim.SGD, "step", lambda optimizer: steps.append(optimizer.param_groups[0]["params"])
-    )
+
+    def note_step(optimizer):
+        steps.append(optimizer.param_groups[0]["params"])
+
+    monkeypatch.setattr(torch.optim.SGD, "step", note_step)
     step = lower_bound.step_of(queries, nets.Setting(torch.device("cpu")))
     step(torch.randn(4, 3), torch.randn(4, 3))
     assert queries.passes == ["with gradient", "backward"]
@@ -256,9 +260,8 @@ def test_turns_alternate_and_ratios_are_taken_within_a_round():
     case = turns.Case("a case", {"fast": contender("fast"), "slow": contender("slow")}, ("fast",))
     fast, slow = turns.measure(case, 3, [], print)
     assert order == ["slow", "fast", "fast", "slow", "slow", "fast", "fast", "slow"]
-    assert slow.ratios == {
-        "fast": 2
-    }  # of 2/1, 40/10 and 6/3; the ratio of the medians is 6/3, of the means 24/7
+    # The median of 2/1, 40/10 and 6/3. The ratio of the means would be 48/14.
+    assert slow.ratios == {"fast": 2}
     assert (fast.median("seconds"), slow.median("seconds")) == (3, 6)
 
 
@@ -344,7 +347,7 @@ def test_the_clock_leaves_the_first_steps_and_the_last_out():
     [
         ("lihtly", "--against lihtly: unknown peer 'lihtly'; did you mean 'lightly'?"),
         ("official=/nowhere", "--against official=/nowhere: no moco/builder.py there"),
-        ("solo-learn", "--against solo-learn: its newest release, 1.0.2, asks for torch 1.9.1"),
+        ("solo-learn", "--against solo-learn: its newest release, 1.0.2, requires torch 1.9.1"),
     ],
 )
 def test_a_peer_that_is_not_there_is_one_line(capsys, asked, line):
@@ -364,14 +367,15 @@ def test_a_count_below_one_is_refused(capsys, option, count):
         benchmark.main(["loss", "--tiny", f"{option}={count}"])
     assert ended.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.endswith(f"error: argument {option}: '{count}' is no whole number of at least 1")
+    assert last.endswith(f"error: argument {option}: '{count}' is not a whole number of at least 1")
 
 
-def test_a_contender_in_a_process_of_its_own_takes_turns_and_tells_what_went_wrong(scripts):
-    step, lower_bound, nets, turns = (
-        importlib.import_module(f"benchmarks.{name}")
-        for name in ("step", "lower_bound", "nets", "turns")
-    )
+@pytest.mark.slow
+def test_a_contender_in_a_process_of_its_own_takes_turns_and_tells_what_went_wrong():
+    step = importlib.import_module("benchmarks.step")
+    lower_bound = importlib.import_module("benchmarks.lower_bound")
+    nets = importlib.import_module("benchmarks.nets")
+    turns = importlib.import_module("benchmarks.turns")
     net, setting = nets.TINY["resnet_tiny"], nets.Setting(torch.device("cpu"))
     with turns.apart(partial(step.one_step, lower_bound.step, net, setting), num_threads=1) as turn:
         for _ in range(2):

@@ -1,4 +1,8 @@
-"""scripts/gpu_check.py in its rehearsal on a CPU: that every row is filled, that it goes on, and how it fails."""
+"""Rehearse scripts/gpu_check.py on a CPU.
+
+The tests check that every row is filled, that a second start continues, and how failures are
+reported.
+"""
 
 import importlib
 import json
@@ -9,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.processes import run_to_end, wait_until
 from tests.scripts.test_benchmark import STAND_IN
 
 REHEARSAL = "rehearsal on a CPU, tiny sizes: the figures mean nothing"
@@ -16,7 +21,7 @@ REHEARSAL = "rehearsal on a CPU, tiny sizes: the figures mean nothing"
 
 @pytest.fixture(scope="module")
 def check():
-    """The module of the program, with the scripts' folder on the path."""
+    """Return the module of the program; the folder of the scripts is on the path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(REPOSITORY / "scripts")
         yield importlib.import_module("gpu_check")
@@ -24,7 +29,7 @@ def check():
 
 @pytest.fixture
 def rehearse(check, tmp_path):
-    """Runs some parts in this process's children; returns the exit code and the merged file."""
+    """Run some parts in child processes; return the exit code and the merged file."""
 
     def run(*arguments):
         output = tmp_path / "results"
@@ -40,7 +45,7 @@ def rehearse(check, tmp_path):
 
 @pytest.fixture
 def official(tmp_path):
-    """Makes a checkout of the official code with that text as its class."""
+    """Make a checkout of the official code with a text as the file of its class."""
 
     def checkout(text):
         folder = tmp_path / "official" / "moco"
@@ -101,18 +106,19 @@ def test_the_merged_file_alone_is_enough_to_go_on(rehearse, tmp_path):
     assert after["parts"] == before["parts"]
 
 
-def test_a_part_that_fails_is_a_row_and_the_others_go_on(rehearse, tmp_path):
-    broken = tmp_path / "broken.npz"
-    broken.write_bytes(b"no archive")
-    code, content = rehearse("speed_run", "data", "--npz", str(broken))
+def test_a_part_that_fails_is_a_row_and_the_others_go_on(rehearse, monkeypatch, tmp_path):
+    def failing(case, context):
+        raise ValueError("broken\nsecond line")
+
+    monkeypatch.setattr("gpu_parts.losses.measure", failing)
+    code, content = rehearse("loss", "knn")
     assert code == 1
-    assert set(states(content, "data").values()) == {"measured"}
-    assert set(states(content, "speed_run").values()) == {"failed"}
-    (error,) = {row["error"] for row in content["parts"]["speed_run"]["rows"]}
-    assert error.startswith("InputError: data.root=")
-    assert "\n" not in error
+    assert set(states(content, "knn").values()) <= {"measured", "absent"}
+    assert set(states(content, "loss").values()) == {"failed"}
+    (error,) = {row["error"] for row in content["parts"]["loss"]["rows"]}
+    assert error == "ValueError: broken"
     results = tmp_path / "results"
-    assert "Traceback" in (results / "speed_run.log").read_text()
+    assert "Traceback" in (results / "loss.log").read_text()
     assert f"| failed: {error}" in (results / "gpu_check.md").read_text()
 
 
@@ -142,32 +148,47 @@ def test_a_part_that_takes_too_long_is_ended_and_keeps_what_it_has(
 ):
     losses = importlib.import_module("gpu_parts.losses")
     measure = losses.measure
+    sleeper_file = tmp_path / "sleeper"
 
     def slow(case, context):
         if case == "N 16, K 64":
-            sleeper = subprocess.Popen(["sleep", "1000"])
-            (tmp_path / "sleeper").write_text(str(sleeper.pid))
+            # It belongs to the group of processes that the check kills. If the tests are killed
+            # before, it ends by itself.
+            sleeper = subprocess.Popen(["sleep", "60"])
+            sleeper_file.write_text(str(sleeper.pid))
             sleeper.wait()
         return measure(case, context)
 
+    def sleeper_started():
+        return sleeper_file.exists() and sleeper_file.read_text()
+
+    start = check.started_process
+
+    def started_process(*arguments):
+        """The time of the part is over when the sleeper has started."""
+        process = start(*arguments)
+        join = process.join
+
+        def join_with_limit(limit=None):
+            if limit is None:
+                return join()
+            return wait_until(sleeper_started, "the sleeper")
+
+        process.join = join_with_limit
+        return process
+
     monkeypatch.setattr(losses, "measure", slow)
-    code, content = rehearse("loss", "--minutes", "0.1")
+    monkeypatch.setattr(check, "started_process", started_process)
+    code, content = rehearse("loss")
     assert code == 0
     assert content["parts"]["loss"]["out_of_time"]
     done = {case for case, _ in states(content, "loss")}
     assert {"N 8, K 64", "N 8, K 128"} <= done
     assert "N 16, K 64" not in done
-    assert (
-        "| N 16, K 64 | ours | ms | no time left |"
-        in (tmp_path / "results" / "gpu_check.md").read_text()
-    )
-    state = subprocess.run(
-        ["ps", "-o", "stat=", "-p", (tmp_path / "sleeper").read_text()],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
-    assert not state.strip() or state.startswith("Z")  # ended with its part
+    report = (tmp_path / "results" / "gpu_check.md").read_text()
+    assert "| N 16, K 64 | ours | ms | no time left |" in report
+    state = run_to_end("ps", "-o", "stat=", "-p", sleeper_file.read_text()).stdout.strip()
+    assert not state or state.startswith("Z")  # it was ended with its part
     monkeypatch.undo()
     code, content = rehearse("loss")
     assert code == 0
@@ -196,7 +217,7 @@ def test_without_a_gpu_one_line_says_so(check, capsys, monkeypatch, tmp_path):
             ["--against", "official=/nowhere"],
             "error: --against official=/nowhere: no moco/builder.py there",
         ),
-        (["--again", "nothing"], "error: --again nothing: fits no part"),
+        (["--again", "nothing"], "error: --again nothing: it matches no part"),
         (
             ["--write-docs", "/nowhere"],
             "error: /nowhere/gpu_check.json: not a readable file of results",
@@ -297,22 +318,9 @@ def test_drawn_shapes_are_ten_classes_that_can_be_told_apart():
 
 @pytest.mark.slow
 def test_a_rehearsal_fills_every_row(tmp_path, official):
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.gpu_check",
-        "--rehearse",
-        "--output",
-        str(tmp_path / "results"),
-    ]
-    done = subprocess.run(
-        [*command, "--against", official(STAND_IN)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    command = [sys.executable, "-m", "scripts.gpu_check", "--rehearse"]
+    options = ["--output", tmp_path / "results", "--against", official(STAND_IN)]
+    done = run_to_end(*command, *options, cwd=REPOSITORY, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "results" / "gpu_check.json").read_text())
     for part in content["parts"].values():

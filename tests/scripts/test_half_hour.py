@@ -1,9 +1,11 @@
-"""scripts/half_hour.py: that its contenders do what they say, and that a race of seconds ends with its table."""
+"""Test scripts/half_hour.py.
+
+Its contenders do what they say, and a comparison of seconds ends with its table.
+"""
 
 import importlib
 import io
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -13,13 +15,14 @@ from torch import nn
 
 from moco.methods.batch_norm import split_batch_norm
 from tests.conftest import REPOSITORY
+from tests.processes import run_to_end
 
 SIZES = {"train_images": 256, "test_images": 64}
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """Imports one of the two files."""
+    """Return a function that imports one of the two files."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
     return importlib.import_module
 
@@ -35,7 +38,8 @@ def test_the_official_contender_has_the_batch_norm_of_split_batch_norm(script):
 
 
 def test_only_the_seconds_of_turns_count(script, monkeypatch):
-    module, clock, embedded, answers = script("half_hour_contender"), [100.0], [], io.StringIO()
+    module = script("half_hour_contender")
+    clock, embedded, answers = [100.0], [], io.StringIO()
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr("sys.stdin", io.StringIO("10\n5\n5\n"))
 
@@ -72,36 +76,16 @@ def test_the_table_tells_how_each_ended(script):
 @pytest.mark.slow
 def test_a_race_of_seconds_ends_with_a_curve_of_each(tmp_path):
     generator = np.random.default_rng(0)
-    images = {
-        name: generator.integers(0, 256, (num, 32, 32, 3), np.uint8) for name, num in SIZES.items()
-    }
-    labels = {name.replace("images", "labels"): np.arange(num) % 10 for name, num in SIZES.items()}
-    np.savez(tmp_path / "some.npz", **images, **labels)
-    command = [
-        sys.executable,
-        "scripts/half_hour.py",
-        str(tmp_path / "some.npz"),
-        str(tmp_path / "race"),
-    ]
-    options = [
-        "--contenders",
-        "ours",
-        "official",
-        "--minutes",
-        "0.1",
-        "--turn",
-        "0.06",
-        "--batch-size",
-        "64",
-    ]
-    own = ["data.batch_size=64", "trainer.max_epochs=100"]
-    told = subprocess.run(
-        [*command, *options, *own, "--num-workers", "1"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    arrays = {}
+    for name, num in SIZES.items():
+        arrays[name] = generator.integers(0, 256, (num, 32, 32, 3), np.uint8)
+        arrays[name.replace("images", "labels")] = np.arange(num) % 10
+    np.savez(tmp_path / "some.npz", **arrays)
+    command = [sys.executable, "scripts/half_hour.py", tmp_path / "some.npz", tmp_path / "race"]
+    options = ["--contenders", "ours", "official", "--minutes", "0.1", "--turn", "0.06"]
+    options += ["--batch-size", "64", "--num-workers", "1"]
+    options += ["data.batch_size=64", "trainer.max_epochs=100"]
+    told = run_to_end(*command, *options, cwd=REPOSITORY)
     assert told.returncode == 0, told.stderr
     result = json.loads((tmp_path / "race" / "half_hour.json").read_text())
     for curve in result["curves"].values():

@@ -1,10 +1,12 @@
-"""docs/methods.md says what conf/ has."""
+"""The table of docs/methods.md agrees with conf/."""
 
+import dataclasses
 import importlib.util
 
 import pytest
 
 from moco.config.parsing import CONFIG_DIR
+from moco.config.train import MethodConfig
 from tests.conftest import REPOSITORY
 
 
@@ -31,10 +33,6 @@ def test_every_method_has_a_row(script):
 
 
 def test_every_switch_of_the_method_is_explained(script):
-    import dataclasses
-
-    from moco.config.train import MethodConfig
-
     page = script.PAGE.read_text()
     assert not [
         item.name for item in dataclasses.fields(MethodConfig) if f"`{item.name}" not in page

@@ -453,7 +453,7 @@ MISTAKES = [
     (
         ["checkpoint={swin}", "backbone=resnet_tiny"],
         "checkpoint={swin}: has another architecture: "
-        "backbone.name: swin_v2_tiny_patch2 there, resnet_tiny here; backbone.stem:",
+        "backbone.name: swin_v2_tiny_patch2 there, resnet_tiny here",
     ),
     (
         ["checkpoint={swin}", "backbone.num_heads=6"],
@@ -465,7 +465,7 @@ MISTAKES = [
     ),
     (
         ["checkpoint={resnet}", "backbone.stochastic_depth=0.1"],
-        "backbone.stochastic_depth=0.1: resnet_tiny has no such setting (it has stem",
+        "checkpoint={resnet}: backbone.stochastic_depth=0.1: resnet_tiny has no such setting",
     ),
     (["checkpoint=nowhere.ckpt"], "checkpoint=nowhere.ckpt: no such file"),
     (

@@ -1,12 +1,14 @@
 """A stand-in for a GPU on a machine that has none.
 
-Inside `StandInGPU`, tensors that are made on ``cuda`` have shape, type, layout and device, but no numbers (PyTorch's
-FakeTensorMode). Tensors of the CPU are real. What mixes devices or types fails as on a GPU, and what would make the host wait
-for the GPU is noted.
+Inside `StandInGPU`, tensors on ``cuda`` have a shape, a type, a layout and a device, but no
+numbers (PyTorch's FakeTensorMode). Tensors on the CPU are real. Code that mixes devices or types
+fails as on a GPU. Operations for which the host would wait for the GPU are noted.
 
-It needs a build of PyTorch with CUDA, and a process of its own: PyTorch's accelerator is another one afterwards. It cannot
-show numbers, SyncBatchNorm, DistributedDataParallel's reducer, CUDA graphs, Triton or fused attention. Several private names
-of PyTorch are used, as there is no public way; a new version of PyTorch that changes them fails the tests at once.
+It needs a build of PyTorch with CUDA. It also needs a process of its own, because it changes
+PyTorch's accelerator. It cannot show numbers, SyncBatchNorm, the reducer of
+DistributedDataParallel, CUDA graphs, Triton or fused attention. It uses several private names of
+PyTorch, because there is no public way. If a new version of PyTorch changes them, the tests fail
+at once.
 """
 
 import contextlib
@@ -25,14 +27,11 @@ from torch.utils import _pytree, backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moco
+from scripts.gpu_parts.waiting_operations import WAITING_OPERATIONS
 
 GPU = torch.device("cuda", 0)
 PACKAGE = str(Path(moco.__file__).resolve().parent) + "/"
 GPU_MEMORY = 2**36
-# Operations whose result is a number on the host, or has a shape that only the GPU knows.
-READS_NUMBERS = {
-    "_local_scalar_dense", "_unique2", "bincount", "equal", "is_nonzero", "masked_select", "nonzero", "repeat_interleave",
-}  # fmt: skip
 PRODUCTS = {"addmm", "baddbmm", "bmm", "convolution", "mm"}
 TYPE_OF_DEVICE = torch.ops.prim.device.default
 
@@ -42,18 +41,18 @@ class Wait(NamedTuple):
 
     what: str
     where: str
-    """File and function of the innermost frame of ours, such as ``faults.py: _read``."""
+    """File and function of the innermost frame of our package, such as ``bad_steps.py: _read``."""
 
 
-# One for the whole process: what the package keeps for good, such as window grids, is used by every stand-in.
+# One for the whole process: every stand-in uses what the package caches, such as window grids.
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class StandInGPU(TorchDispatchMode):
-    """Inside, ``cuda`` is a GPU without numbers.
+    """Inside this context, ``cuda`` is a GPU without numbers.
 
     Attributes:
-        waits: what would have made the host wait, in order.
+        waits: all that would have made the host wait, in order.
     """
 
     def __init__(self) -> None:
@@ -67,12 +66,10 @@ class StandInGPU(TorchDispatchMode):
         with contextlib.suppress(RuntimeError):  # once in a process
             # Autograd's engine then asks no driver for streams.
             backend_registration._setup_privateuseone_for_python_backend("standin")
-        self.patches.callback(
-            torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors()
-        )
-        torch._C._set_only_lift_cpu_tensors(
-            True
-        )  # torch.tensor(..., device="cuda") is made on the CPU first
+        before = torch._C._only_lift_cpu_tensors()
+        self.patches.callback(torch._C._set_only_lift_cpu_tensors, before)
+        # torch.tensor(..., device="cuda") is made on the CPU first.
+        torch._C._set_only_lift_cpu_tensors(True)
         for target, name, value in [*self.cuda(), *self.internals()]:
             self.patches.enter_context(mock.patch.object(target, name, value))
         return super().__enter__()
@@ -82,7 +79,7 @@ class StandInGPU(TorchDispatchMode):
         self.patches.close()
 
     def cuda(self) -> Iterator[tuple[object, str, object]]:
-        """What `torch.cuda` says, and that it saves and moves tensors without numbers."""
+        """Yield the patches of `torch.cuda`, and those that save and move fake tensors."""
         state = torch.zeros(16, dtype=torch.uint8)
         properties = SimpleNamespace(name="a stand-in", total_memory=GPU_MEMORY, major=9, minor=0)
         answers = {
@@ -107,20 +104,17 @@ class StandInGPU(TorchDispatchMode):
         yield torch.cuda, "synchronize", lambda *_: self.note("synchronize")
         yield torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda")
         yield torch.Tensor, "pin_memory", lambda tensor, *_: tensor
-        yield (
-            torch.nn.Module,
-            "cpu",
-            lambda module: module,
-        )  # weights without numbers stay where they are
+        # Weights without numbers stay where they are.
+        yield torch.nn.Module, "cpu", lambda module: module
         save = torch.save
-        yield (
-            torch,
-            "save",
-            lambda content, *more, **options: save(with_zeros(content), *more, **options),
-        )
+
+        def save_zeros(content, *more, **options):
+            save(with_zeros(content), *more, **options)
+
+        yield torch, "save", save_zeros
 
     def internals(self) -> Iterator[tuple[object, str, object]]:
-        """What makes autograd's engine and fake tensors do without a driver."""
+        """Yield the patches by which autograd's engine and fake tensors need no driver."""
         run = torch.autograd.graph._engine_run_backward
         device_of = fake_tensor._DISPATCH_META_HANDLERS[TYPE_OF_DEVICE]
 
@@ -152,17 +146,16 @@ class StandInGPU(TorchDispatchMode):
         self.waits.append(Wait(what, where))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        in_engine, self.in_engine = (
-            self.in_engine,
-            False,
-        )  # what kernels ask is not the engine's question
+        # Within a kernel, it is not the engine that asks for the device of a tensor.
+        in_engine = self.in_engine
+        self.in_engine = False
         try:
             return self.compute(function, args, dict(kwargs or {}), in_engine)
         finally:
             self.in_engine = in_engine
 
     def compute(self, function, args, kwargs, in_engine):
-        """Run an operation, or what stands for it on the GPU."""
+        """Run an operation, or its replacement on the GPU."""
         name = function.overloadpacket.__name__
         if name == "device":
             if not isinstance(args[0], FakeTensor):
@@ -170,16 +163,13 @@ class StandInGPU(TorchDispatchMode):
             return torch.device("meta") if in_engine else args[0].fake_device
         if in_engine and str(kwargs.get("device")) == "meta":
             kwargs["device"] = GPU
-        tensors = [
-            leaf
-            for leaf in _pytree.arg_tree_leaves(*args, **kwargs)
-            if isinstance(leaf, torch.Tensor)
-        ]
+        leaves = _pytree.arg_tree_leaves(*args, **kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         given = kwargs.get("device")
         target = None if given is None else torch.device(given).type
         if target != "cuda" and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return function(*args, **kwargs)
-        if name in READS_NUMBERS:
+        if name in WAITING_OPERATIONS:
             self.note(name)
             if name == "_local_scalar_dense":
                 return number_for(tensors[0])
@@ -223,17 +213,21 @@ class StandInGPU(TorchDispatchMode):
 
 
 def number_for(tensor):
-    """A number that a healthy run might read: whether all is finite is answered with yes, and any other question with no."""
+    """Return a number that a healthy run might read.
+
+    A truth value is true where the code asks whether something is finite, and false elsewhere.
+    """
     if tensor.dtype is torch.bool:
-        frames = traceback.extract_stack()
-        return any(
-            ".isfinite()" in (frame.line or "") and "~" not in frame.line for frame in frames[-14:]
-        )
+        for frame in traceback.extract_stack()[-14:]:
+            line = frame.line or ""
+            if ".isfinite()" in line and "~" not in line:
+                return True
+        return False
     return 0.5 if tensor.is_floating_point() else 1
 
 
 def with_zeros(content):
-    """The same content with zeros on the CPU for tensors without numbers."""
+    """Return the content with zeros on the CPU in place of tensors without numbers."""
     return _pytree.tree_map_only(
         FakeTensor, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), content
     )

@@ -1,9 +1,10 @@
-"""Programs and training steps on the stand-in GPU, case by case; a process of its own, see `stand_in.gpu`.
+"""Run programs and training steps on the stand-in GPU, case by case.
 
-    PYTHONPATH=.:tests python tests/stand_in/sweep.py FOLDER quick|full [PATTERN]
+    python -m tests.stand_in.sweep FOLDER quick|full [PATTERN]
 
-Prints one JSON object a line: the case, its seconds, the error that ended it if any, and what would have made the host wait
-between two steps that are not logged.
+Prints one JSON object a line: the case, its seconds, the error that ended it if there was one, and
+what would have made the host wait between two steps that are not logged.
+It needs a process of its own, see `tests.stand_in.gpu`.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import torch
 
 import moco.methods.moco as method_module
 from moco import evaluate, segment, train
-from moco.cli import build_pretraining
+from moco.cli import pretraining
 from moco.config.data import EvaluateDataConfig
 from moco.config.pretrained import EvaluateConfig, EvaluationConfig
 from moco.config.segment import SegmentConfig
@@ -48,7 +49,7 @@ METHODS = {
         "method.predictor.hidden_dim=32",
     ],
     "moby": ["method.projector.hidden_dim=32", "method.predictor.hidden_dim=32"],
-    # With BatchNorm in the head keys are shuffled, and with a Swin or ViT their cells have strides of their own.
+    # With BatchNorm in the head, keys are shuffled. Cells of a Swin or ViT have unusual strides.
     "densecl": ["method.dense_grid=2", "method.projector.hidden_batch_norm=true"],
 }
 FAMILIES = {
@@ -59,7 +60,11 @@ FAMILIES = {
 }
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 SWITCHES = {
-    "adamw, clipped": ["optimizer=adamw", "optimizer.warmup_epochs=0", "trainer.gradient_clip_val=1"],
+    "adamw, clipped": [
+        "optimizer=adamw",
+        "optimizer.warmup_epochs=0",
+        "trainer.gradient_clip_val=1",
+    ],
     "lars": ["optimizer=lars", "optimizer.warmup_epochs=0"],
     "accumulated": ["trainer.accumulate_grad_batches=2"],
     "random queue": ["method.queue_start=random"],
@@ -72,10 +77,15 @@ SWITCHES = {
     "embedding": ["evaluation.feature=embedding"],
     "worker engine": ["data.engine=worker"],
     "growing views": [
-        "augmentation.start_image_size=16", "augmentation.image_size_step=8", "augmentation.ramp_epochs=2",
-        "trainer.max_epochs=3", "trainer.max_steps=-1", "data.batch_size=512",
+        "augmentation.start_image_size=16",
+        "augmentation.image_size_step=8",
+        "augmentation.ramp_epochs=2",
+        "trainer.max_epochs=3",
+        "trainer.max_steps=-1",
+        "data.batch_size=512",
     ],
-}  # fmt: skip
+}
+FOR_RESNETS = ("channels_last", "plain BatchNorm", "shuffled BatchNorm")
 SMALL = [
     "data.image_size=32",
     "evaluation.batch_size=1024",
@@ -84,15 +94,25 @@ SMALL = [
     "trainer.log_every_n_steps=3",
 ]
 QUICK = {
-    "training: moco_v2, resnet, bf16-mixed", "training: moco_v3, vit, 32-true", "training: moby, swin_v2, bf16-mixed",
-    "evaluate: resnet", "biases: adamw", "biases: sgd", "biases: lars",
-    "one of two: densecl, resnet, shuffle", "one of two: densecl, swin_v2, shuffle", "one of two: moby, swin, shuffle",
-}  # fmt: skip
+    "training: moco_v2, resnet, bf16-mixed",
+    "training: moco_v3, vit, 32-true",
+    "training: moby, swin_v2, bf16-mixed",
+    "evaluate: resnet",
+    "biases: adamw",
+    "biases: sgd",
+    "biases: lars",
+    "one of two: densecl, resnet, shuffle",
+    "one of two: densecl, swin_v2, shuffle",
+    "one of two: moby, swin, shuffle",
+}
 SHAPE = (8, 3, 32, 32)
 
 
 class WaitsBetweenSteps(pl.Callback):
-    """Notes which waits fall between the end of the first and the end of the second step; the third one is logged."""
+    """Notes the waits between the end of the first step and the end of the second.
+
+    The third step is logged.
+    """
 
     def __init__(self, gpu):
         self.gpu = gpu
@@ -108,23 +128,24 @@ class WaitsBetweenSteps(pl.Callback):
 
 
 def trained(gpu, folder, overrides):
-    """Train on the digits as `moco.train` does, on the stand-in; returns the waits between two steps."""
+    """Train on the digits as `moco.train` does; return the waits between two steps."""
     runner = Runner(folder)
     config = runner.config(*SMALL, "trainer.max_steps=4", *overrides)
-    between, build = WaitsBetweenSteps(gpu), build_pretraining.build_trainer
+    between = WaitsBetweenSteps(gpu)
+    build = pretraining.build_trainer
 
     def build_trainer(*arguments, **options):
         made = build(*arguments, **options)
         made.callbacks.append(between)
         return made
 
-    with mock.patch.object(train, "build_trainer", build_trainer):
+    with mock.patch.object(pretraining, "build_trainer", build_trainer):
         train.run(config, folder / "run")
     return between.waits
 
 
 def evaluated(gpu, folder, overrides, name):
-    """`moco.evaluate` of a run on the stand-in."""
+    """Train on the stand-in, then run `moco.evaluate`."""
     trained(gpu, folder, overrides)
     only_knn = {"plots": False} if name == "knn" else {}
     measured = EvaluationConfig(name=name, **only_knn)
@@ -135,20 +156,24 @@ def evaluated(gpu, folder, overrides, name):
 
 
 def segmented(gpu, folder, overrides):
-    """`moco.segment` from scratch on drawn shapes."""
+    """Run `moco.segment` from scratch on drawn shapes."""
     root = draw_shapes(folder / "shapes")
     small = [
-        "image_size=32", "decoder=linear", "data.batch_size=8", "data.num_workers=0", "evaluation.batch_size=8",
-        "trainer.accelerator=cuda", "trainer.max_epochs=1", "checkpoint=null",
-    ]  # fmt: skip
-    segment.run(
-        composed("segment", SegmentConfig, *small, f"data.root={root}", *overrides),
-        folder / "segment",
-    )
+        "image_size=32",
+        "decoder=linear",
+        "data.batch_size=8",
+        "data.num_workers=0",
+        "evaluation.batch_size=8",
+        "trainer.accelerator=cuda",
+        "trainer.max_epochs=1",
+        "checkpoint=null",
+    ]
+    config = composed("segment", SegmentConfig, *small, f"data.root={root}", *overrides)
+    segment.run(config, folder / "segment")
 
 
 def on_gpu(folder, overrides):
-    """A method on the stand-in, a batch for it, and its config."""
+    """Return a method on the stand-in, a batch for it, and its config."""
     runner = Runner(folder)
     config = runner.config(*SMALL, *overrides)
     method = runner.method(config)
@@ -159,7 +184,10 @@ def on_gpu(folder, overrides):
 
 
 def waits_of_second_step(gpu, method, batch):
-    """Take two training steps without a Trainer; what is kept for good is made in the first."""
+    """Take two training steps without a Trainer; return the waits of the second.
+
+    The first step fills the caches.
+    """
     for _ in range(2):
         before = len(gpu.waits)
         method.training_step(batch, 0)["loss"].backward()
@@ -167,7 +195,7 @@ def waits_of_second_step(gpu, method, batch):
 
 
 def with_fault(gpu, folder, fault):
-    """Two steps whose loss does something that it must not; returns the waits in the second one."""
+    """Take two steps whose loss has a planted fault; return the waits in the second."""
     info_nce = method_module.efficient_info_nce
 
     def faulty(query, key, negatives, temperature):
@@ -196,7 +224,7 @@ FAULTS: dict[str, Callable] = {
 
 
 def with_fresh_biases(gpu, folder, optimizer):
-    """Steps of a Swin in which every pass through an attention layer must compute its position bias anew."""
+    """Take steps of a Swin in which every pass must compute its position biases again."""
     counts = {"passes": 0, "biases": 0}
     forward, position_bias = WindowAttention.forward, WindowAttention.position_bias
 
@@ -221,17 +249,16 @@ def with_fresh_biases(gpu, folder, optimizer):
             update_key_encoder(method.key_encoder, method.query_encoder, 0.9)
             with torch.no_grad():
                 method.query_encoder.encode(batch.views[0])
-    # In each step both encoders, and once more the query encoder; each has eight blocks.
+    # Each step runs both encoders, and the query encoder once more. Each has eight blocks.
     assert counts["passes"] == counts["biases"] == 2 * 3 * 8, counts
 
 
 def stand_in_collective(call, output, *inputs, **options):
-    """Fill nothing, but hold a collective's tensors to what NCCL and gloo ask for."""
-    device = "cuda" if options.get("group") is None else "cpu"  # the groups of their own are gloo's
+    """Check the tensors of a collective for what NCCL and gloo require; transfer nothing."""
+    device = "cuda" if options.get("group") is None else "cpu"  # other groups are gloo's
     for tensor in (output, *inputs):
-        assert tensor.is_contiguous(), (
-            f"{call}: tensors must be contiguous, got strides {tensor.stride()}"
-        )
+        strides = tensor.stride()
+        assert tensor.is_contiguous(), f"{call}: tensors must be contiguous, got strides {strides}"
         assert tensor.device.type == device, f"{call}: {tensor.device}, expected {device}"
     if call == "all_to_all_single":
         assert sum(options["input_split_sizes"]) == len(inputs[0])
@@ -241,11 +268,10 @@ def stand_in_collective(call, output, *inputs, **options):
 
 
 def one_of_two(gpu, folder, overrides, mode):
-    """Two training steps as the second of two GPUs takes them; returns the waits in the second one."""
+    """Take two training steps as the second of two GPUs; return the waits in the second."""
     method, batch, config = on_gpu(folder, overrides)
-    method.install_batch_norm(
-        batch_norm_mode(mode, method.key_encoder, 2, "cuda", config.method.negatives)
-    )
+    mode = batch_norm_mode(mode, method.key_encoder, 2, "cuda", config.method.negatives)
+    method.install_batch_norm(mode)
     names = ("all_gather_into_tensor", "all_to_all_single", "broadcast")
     with contextlib.ExitStack() as patches:
         for module in (distributed, method_module):
@@ -259,7 +285,7 @@ def one_of_two(gpu, folder, overrides, mode):
 
 
 def cases():
-    """Every case by name: a function of the stand-in and a folder."""
+    """Return every case by name: a function of the stand-in and a folder, and its arguments."""
     found = {}
     for method, settings in METHODS.items():
         chosen = [f"method={method}", *settings]
@@ -268,39 +294,30 @@ def cases():
                 overrides = [*chosen, *backbone, f"trainer.precision={precision}"]
                 found[f"training: {method}, {family}, {precision}"] = (trained, overrides)
             for mode in ("auto", "shuffle", "plain"):
-                found[f"one of two: {method}, {family}, {mode}"] = (
-                    one_of_two,
-                    [*chosen, *backbone],
-                    mode,
-                )
+                name = f"one of two: {method}, {family}, {mode}"
+                found[name] = (one_of_two, [*chosen, *backbone], mode)
     for family, backbone in FAMILIES.items():
         for switch, settings in SWITCHES.items():
-            if family != "resnet" and switch in (
-                "channels_last",
-                "plain BatchNorm",
-                "shuffled BatchNorm",
-            ):
+            if family != "resnet" and switch in FOR_RESNETS:
                 continue
             found[f"switch: {family}, {switch}"] = (trained, [*backbone, *settings])
         found[f"evaluate: {family}"] = (evaluated, backbone, "knn")
         found[f"segment: {family}"] = (segmented, backbone)
     found["evaluate linear: vit"] = (evaluated, FAMILIES["vit"], "linear")
     for optimizer in ("sgd", "adamw", "lars"):
-        found[f"biases: {optimizer}"] = (
-            with_fresh_biases,
-            [f"optimizer={optimizer}", "optimizer.warmup_epochs=0"],
-        )
+        settings = [f"optimizer={optimizer}", "optimizer.warmup_epochs=0"]
+        found[f"biases: {optimizer}"] = (with_fresh_biases, settings)
     for fault, function in FAULTS.items():
         found[f"fault: {fault}"] = (with_fault, function)
-    # On several GPUs auto means SyncBatchNorm for negatives of the batch, which the stand-in cannot show.
-    return {
-        name: case for name, case in found.items()
-        if not (name.startswith("one of two: moco_v3") and name.endswith("auto"))
-    }  # fmt: skip
+    # With negatives from the batch, auto means SyncBatchNorm on several GPUs. The stand-in cannot
+    # show that.
+    for family in FAMILIES:
+        del found[f"one of two: moco_v3, {family}, auto"]
+    return found
 
 
 def run_case(case, folder):
-    """Run a case on a stand-in of its own; returns what there is to say of it."""
+    """Run a case on a new stand-in; return its seconds, error and waits."""
     work, *arguments = case
     started = time.perf_counter()
     torch.manual_seed(0)

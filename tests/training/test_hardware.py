@@ -23,6 +23,7 @@ from moco.training import hardware_fit
 from moco.training.hardware import choose_device, choose_memory_format, choose_precision
 from moco.training.hardware_fit import HardwareFit
 from moco.training.trainer import build_trainer
+from scripts.gpu_parts.waiting_operations import WAITING_OPERATIONS
 from tests.methods.test_moco import Losses
 from tests.processes import run_to_end
 
@@ -250,17 +251,7 @@ def test_bf16_trains_on_a_cpu_with_the_loss_and_statistics_in_fp32(runner):
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device: numbers read, shapes that depend on them."""
-
-    WAITING = (
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "is_nonzero",
-        "equal",
-        "unique",
-        "_unique2",
-    )
+    """Notes the operations for which the host would wait if they ran on a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -268,7 +259,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        if name in self.WAITING:
+        if name in WAITING_OPERATIONS:
             self.seen.append(name)
         return function(*args, **(kwargs or {}))
 

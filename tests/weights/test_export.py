@@ -25,7 +25,6 @@ from moco.weights.exporting import (
     deviation,
     export_content,
     loading_lines,
-    torchvision_model,
     write_export,
 )
 from moco.weights.loading import load_encoder
@@ -161,7 +160,7 @@ def test_the_printed_lines_load_a_swin_v2_with_its_windows(
 @pytest.mark.parametrize(
     ("file_format", "settings", "image_size", "line"),
     [
-        ("torchvision", {}, 48, "    image_size=48,"),
+        ("torchvision", {}, 48, "image_size=48, "),
         ("timm", {"num_heads": 6, "learned_positions": 2}, 40, "num_heads=6, img_size=48)"),
         ("timm", {"partial_patches": "drop"}, 40, "num_heads=12, img_size=32)"),
     ],
@@ -178,7 +177,7 @@ def test_the_lines_load_a_vit_for_the_images_of_one_size(
     about = {"image_size": image_size}
     write_export(path, export_content(file_format, path, backbone, settings, about))
     lines = loading_lines(file_format, path, backbone, settings, image_size)
-    assert any(printed.endswith(line) for printed in lines)
+    assert any(line in printed for printed in lines)
     assert agree(loaded_by(lines), backbone, backbone.cells(image_size) * 16, 1e-5)
 
 
@@ -264,21 +263,6 @@ def test_a_note_says_which_images_a_vit_takes_there(partial_patches, image_size,
         backbone = build_backbone("vit_b_16", partial_patches=partial_patches)
     assert deviation("timm", backbone, image_size) == note
     assert deviation("safetensors", backbone, image_size) is None
-
-
-def test_torchvisions_builder_is_named_where_it_has_the_window():
-    for name, window in (("swin_t", 7), ("swin_v2_t", 8)):
-        with torch.device("meta"):
-            backbone = build_backbone(name, window_size=window)
-        assert torchvision_model(name, backbone, 224)[-1] == f"model = torchvision.models.{name}()"
-        assert "    window_size=[9, 9]," in torchvision_model(name, rewindow(backbone, 9), 224)
-    for settings, last in (
-        ({}, "model = torchvision.models.vit_b_16(image_size=32)"),
-        ({"num_heads": 6}, ")"),
-    ):
-        with torch.device("meta"):
-            backbone = build_backbone("vit_b_16", **settings)
-        assert torchvision_model("vit_b_16", backbone, 32)[-1] == last
 
 
 NO_MODEL = "format=safetensors keeps the names of this project"

@@ -250,12 +250,11 @@ def test_a_damaged_file_of_the_legacy_format_is_one_line(tmp_path):
     [
         ("queue", torch.zeros(5), "queue.keys"),
         ("queue", torch.zeros(0, 0), "queue.keys"),
-        ("queue_ptr", torch.zeros(2), "queue.pointer"),
     ],
 )
 def test_what_cannot_be_a_queue_is_ignored_and_listed(name, tensor, ignored):
     weights = {"encoder_q.conv1.weight": torch.zeros(2), name: tensor}
-    assert recognise(weights, "checkpoint=x").ignored == [ignored]
+    assert recognise(weights).ignored == [ignored]
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path):
@@ -345,7 +344,7 @@ def test_every_published_architecture_has_one_backbone(name):
         if "pos_embedding" in name_of_tensor:
             # Fixed positions are told from learned ones by their values.
             state[name_of_tensor] = torch.zeros(tensor.shape)
-    assert [settings["name"] for settings in fitting_backbones(state)] == [name]
+    assert fitting_backbones(state) == [name]
 
 
 def test_names_in_a_line_are_grouped_when_there_are_many():

@@ -1,18 +1,15 @@
 """Lists of the images below a folder, in sorted order; `moco.data.files.listing_cache` keeps them.
 
-Trees of millions of files are listed in seconds, so this code avoids work for each single file.
+Trees of millions of files are listed in seconds, so this code avoids questions to the file system.
 """
 
 import logging
 import os
-import resource
 import time
-from bisect import bisect
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +20,7 @@ from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 
-NUM_THREADS = 16
+NUM_THREADS = 16  # a file system on a network answers slowly, but many requests at a time
 FOLDERS_PER_BATCH = 64  # progress is reported between two batches
 PROGRESS_SECONDS = 10.0
 NO_LIMIT = 2**62  # pixels
@@ -41,12 +38,8 @@ class PathList(Sequence[str]):
     @classmethod
     def of(cls, paths: Iterable[str]) -> "PathList":
         """Return these paths as a PathList."""
-        return cls.of_bytes(os.fsencode(path) + b"\0" for path in paths)
-
-    @classmethod
-    def of_bytes(cls, parts: Iterable[bytes]) -> "PathList":
-        """Return encoded paths, each with a zero behind it, as a PathList."""
-        text = np.frombuffer(bytearray().join(parts), dtype=np.uint8)
+        joined = "".join(path + "\0" for path in paths)
+        text = np.frombuffer(bytearray(os.fsencode(joined)), dtype=np.uint8)
         return cls(text, np.flatnonzero(text == 0) + 1)
 
     def __len__(self) -> int:
@@ -93,13 +86,8 @@ class Folder(NamedTuple):
     """Paths of the sub-folders."""
     links: list[str]
     """Paths of the symbolic links to folders."""
-    runs: list[tuple[str, bytes]]
-    """Images that follow each other in sorted order: the first one's path, and all paths encoded.
-
-    Between two runs come the images of a sub-folder.
-    """
-    num_files: int
-    """Number of images in `runs`."""
+    images: list[str]
+    """Paths of the images in the folder itself."""
 
 
 def list_images(root: str | Path) -> list[str]:
@@ -112,24 +100,30 @@ def list_images(root: str | Path) -> list[str]:
     Raises:
         InputError: the folder does not exist or holds no images.
     """
-    paths, _, _ = list_tree(str(root))
+    paths, _, _ = list_trees([str(root)])
     return list(paths)
 
 
-def list_tree(root: str) -> tuple[PathList, list[Folder], bool]:
+def list_trees(roots: Sequence[str]) -> tuple[PathList, list[Folder], bool]:
     """Return the images of `list_images`, the listed folders, and whether all could be read."""
-    check_folder(root)
-    folders, is_complete = list_folders(root)
-    runs = []
-    for folder in folders:
-        runs += folder.runs
-    if not runs:
-        raise InputError(
-            f"data.root={root}: no images in there (looked for {', '.join(EXTENSIONS)} "
-            "at any depth)"
-        )
-    runs.sort()
-    return PathList.of_bytes(text for _, text in runs), folders, is_complete
+    paths: list[str] = []
+    folders: list[Folder] = []
+    is_complete = True
+    for root in roots:
+        check_folder(root)
+        found, could_be_read = list_folders(root)
+        images = []
+        for folder in found:
+            images += folder.images
+        if not images:
+            raise InputError(
+                f"data.root={root}: no images in there (looked for {', '.join(EXTENSIONS)} "
+                "at any depth)"
+            )
+        paths += sorted(images)
+        folders += found
+        is_complete = is_complete and could_be_read
+    return PathList.of(paths), folders, is_complete
 
 
 def check_folder(root: str) -> None:
@@ -147,16 +141,21 @@ def list_folders(root: str) -> tuple[list[Folder], bool]:
     pending = deque([root])
     linked: deque[str] = deque()  # links wait until all folders are listed by their own names
     # A link to a folder above root would lead to what is beside root.
-    seen = {identity(folder) for folder in Path(root).resolve().parents}
+    seen = set()
+    for parent in Path(root).resolve().parents:
+        status = os.stat(parent)
+        seen.add((status.st_dev, status.st_ino))
     found: list[Folder] = []
     is_complete = True
     num_files = 0
     last_report = time.perf_counter()
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        scanner = Scanner(pool)
         while pending or linked:
-            batch = next_batch(pending, linked)
-            for path, folder in zip(batch, scanner.scan(batch), strict=True):
+            if not pending:
+                pending.append(linked.popleft())
+            size = min(FOLDERS_PER_BATCH, len(pending))
+            batch = [pending.popleft() for _ in range(size)]
+            for path, folder in zip(batch, pool.map(scan_folder, batch), strict=True):
                 if isinstance(folder, OSError):
                     log.warning(
                         "left out a folder that cannot be read: %s (%s)",
@@ -169,130 +168,41 @@ def list_folders(root: str) -> tuple[list[Folder], bool]:
                     found.append(folder)
                     pending += folder.folders
                     linked += folder.links
-                    num_files += folder.num_files
+                    num_files += len(folder.images)
             if time.perf_counter() - last_report > PROGRESS_SECONDS:
                 last_report = time.perf_counter()
                 log.info("listing %s: %s images so far", printable(root), f"{num_files:,}")
     return found, is_complete
 
 
-def next_batch(pending: deque[str], linked: deque[str]) -> list[str]:
-    """Remove and return the next folders to list: one link if no other folders are left."""
-    if not pending:
-        return [linked.popleft()]
-    size = min(FOLDERS_PER_BATCH, len(pending))
-    return [pending.popleft() for _ in range(size)]
-
-
-class Scanner:
-    """Lists folders in one thread, or in several once listing mostly waits for the file system.
-
-    Threads hand Python's lock around at each entry. Where the system has the answers in its cache,
-    several threads are two to three times slower than one. Where it has to fetch them, for example
-    from a network, they wait together.
-    """
-
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self.pool = pool
-        self.num_folders = 0
-        self.num_waits = 0
-
-    def scan(self, paths: Sequence[str]) -> list[Folder | OSError]:
-        """Return each folder's content, or the error if it cannot be read."""
-        if self.num_folders > FOLDERS_PER_BATCH and self.num_waits > self.num_folders / 2:
-            return list(self.pool.map(scan_folder, paths))
-        waits_before = count_waits()
-        folders = [scan_folder(path) for path in paths]
-        self.num_waits += count_waits() - waits_before
-        self.num_folders += len(paths)
-        return folders
-
-
-def count_waits() -> int:
-    """Return how often this process has given up the processor to wait for something."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
-
-
 def scan_folder(path: str) -> Folder | OSError:
     """Return a folder's content, or the error if it cannot be read."""
+    prefix = os.path.join(path, "")
+    folders: list[str] = []
+    links: list[str] = []
+    images: list[str] = []
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            status = os.fstat(descriptor)
-            names, folders, links = read_entries(descriptor)
-        finally:
-            os.close(descriptor)
+        # Before its entries are read, so that a change in between counts as a later one.
+        status = os.stat(path)
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if not is_folder(entry):
+                    if entry.name.lower().endswith(EXTENSIONS):
+                        images.append(prefix + entry.name)
+                elif entry.is_symlink():
+                    links.append(prefix + entry.name)
+                else:
+                    folders.append(prefix + entry.name)
     except OSError as error:
         return error
-    prefix = os.path.join(path, "")
     return Folder(
         path,
         (status.st_dev, status.st_ino),
         status.st_mtime_ns,
-        [prefix + name for name in folders],
-        [prefix + name for name in links],
-        cut_into_runs(prefix, names, [*folders, *links]),
-        len(names),
+        sorted(folders),
+        sorted(links),
+        images,
     )
-
-
-def read_entries(descriptor: int) -> tuple[list[str], list[str], list[str]]:
-    """Return the names of images, folders, and links to folders, each in sorted order.
-
-    Args:
-        descriptor: an open folder. Given its path, `os.scandir` would build a path for each entry,
-            which takes a tenth of the time.
-    """
-    with os.scandir(descriptor) as iterator:
-        entries = list(iterator)
-    try:
-        # This asks the file system about links alone.
-        names = [entry.name for entry in entries if not entry.is_dir()]
-    except OSError:  # a link to itself
-        names = [entry.name for entry in entries if not is_folder(entry)]
-    folders: list[str] = []
-    links: list[str] = []
-    if len(names) < len(entries):
-        for entry in entries:
-            if is_folder(entry):
-                if entry.is_symlink():
-                    links.append(entry.name)
-                else:
-                    folders.append(entry.name)
-    return select_images(sorted(names)), sorted(folders), sorted(links)
-
-
-def select_images(names: list[str]) -> list[str]:
-    """Return the names with an image's extension, in upper or lower case."""
-    if not names:
-        return names
-    _, ending = os.path.splitext(names[0])
-    if ending.lower() in EXTENSIONS:
-        # Usually all names end as the first one does; counting is much faster than asking each.
-        joined = "\0".join(names) + "\0"
-        if joined.count(f"{ending}\0") == len(names):
-            return names
-    return [name for name in names if name.lower().endswith(EXTENSIONS)]
-
-
-def cut_into_runs(prefix: str, names: list[str], folders: list[str]) -> list[tuple[str, bytes]]:
-    """Cut the sorted names of images where the images of a sub-folder come; see `Folder.runs`."""
-    cuts = [0, len(names)]
-    for folder in folders:
-        cuts.append(bisect(names, f"{folder}/"))
-    cuts.sort()
-    runs = []
-    for start, end in pairwise(cuts):
-        if start < end:
-            paths = prefix + f"\0{prefix}".join(names[start:end]) + "\0"
-            runs.append((prefix + names[start], os.fsencode(paths)))
-    return runs
-
-
-def identity(path: str | Path) -> tuple[int, int]:
-    """Return the device and inode of a file or folder."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -312,13 +222,10 @@ def count_pages(paths: PathList) -> np.ndarray:
     A TIFF file may hold several; other files and unreadable files count as one image.
     """
     num_pages = np.ones(len(paths), dtype=np.int64)
-    tiff_files = []
-    for index, path in enumerate(paths):
-        if path.lower().endswith((".tif", ".tiff")):
-            tiff_files.append(index)
+    endings = (".tif", ".tiff")
+    tiff_files = [index for index, path in enumerate(paths) if path.lower().endswith(endings)]
     with pillow_warnings_ignored(), ThreadPoolExecutor(NUM_THREADS) as pool:
-        tiff_paths = [paths[index] for index in tiff_files]
-        num_pages[tiff_files] = list(pool.map(pages_of, tiff_paths))
+        num_pages[tiff_files] = list(pool.map(pages_of, [paths[index] for index in tiff_files]))
     return num_pages
 
 

@@ -61,7 +61,7 @@ class Streams:
         """Yield the samples of one stream, without end.
 
         Raises:
-            InputError: its shards hold no image, or a shard is refused.
+            InputError: its shards hold no image.
         """
         shards = self.shards_of(epoch, stream)
         for number in itertools.count():

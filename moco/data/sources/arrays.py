@@ -1,7 +1,7 @@
 """Datasets that fit in memory: scikit-learn's digits, synthetic noise, and .npz archives."""
 
-import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +39,7 @@ def synthetic_source(num_images: int) -> DataSource:
     )
 
 
-def npz_source(root: str, max_image_pixels: int) -> DataSource:
+def npz_source(root: str) -> DataSource:
     """Return an archive in the MedMNIST layout.
 
     It holds train_images, and for labelled sets also train_labels, test_images and test_labels.
@@ -61,73 +61,44 @@ def npz_source(root: str, max_image_pixels: int) -> DataSource:
     if "train_images" not in arrays:
         found = printable(", ".join(present)) or "none"
         raise InputError(f"data.root={root}: no array train_images in there (found {found})")
-    check_image_size(root, "train_images", arrays["train_images"], max_image_pixels)
-    if "test_images" in arrays:
-        check_image_size(root, "test_images", arrays["test_images"], max_image_pixels)
-    train_labels = npz_labels(arrays, "train", root)
-    test_labels = npz_labels(arrays, "test", root)
-    return source_from_arrays(
-        root, arrays["train_images"], train_labels, arrays.get("test_images"), test_labels
-    )
-
-
-def check_image_size(root: str, name: str, images: np.ndarray, max_image_pixels: int) -> None:
-    """Raise InputError if images, (images, height, width, ...), have too many pixels."""
-    if math.prod(images.shape[1:3]) > max_image_pixels:
-        raise InputError(
-            f"data.root={root}: {name} is {images.shape}: "
-            f"its images exceed data.max_image_pixels={max_image_pixels}"
-        )
-
-
-def npz_labels(arrays: dict[str, np.ndarray], part: str, root: str) -> np.ndarray | None:
-    """Return the labels of ``train`` or ``test``, (images,) int64, or None if there are none.
-
-    Raises:
-        InputError: the labels are not one class number for each image.
-    """
-    labels = arrays.get(f"{part}_labels")
-    images = arrays.get(f"{part}_images")
-    if labels is None or images is None:
-        return None
-    is_integer = np.issubdtype(labels.dtype, np.integer)
-    if labels.size != len(images) or not is_integer or (labels < 0).any():
-        raise InputError(
-            f"data.root={root}: {part}_labels must hold one class number (0 or more) for each of "
-            f"the {len(images)} images, got {labels.dtype} {labels.shape}"
-        )
-    return labels.reshape(-1).astype(np.int64)
+    return source_from_arrays(root, *(arrays.get(name) for name in NPZ_ARRAYS))
 
 
 def source_from_arrays(
     what: str,
-    train_images: np.ndarray,
-    train_labels: np.ndarray | None,
-    test_images: np.ndarray | None,
-    test_labels: np.ndarray | None,
+    train_images: Any,
+    train_labels: Any,
+    test_images: Any,
+    test_labels: Any,
 ) -> DataSource:
     """Return arrays as a source; the labelled training images are the bank, the test the queries.
 
     Args:
         what: name of the dataset for messages.
+        train_labels, test_labels: whole numbers, (images,) or (images, 1); None without labels.
         test_images: ignored without `test_labels`.
 
     Raises:
-        InputError: the arrays are no images, or there are more or fewer labels than images.
+        InputError: the arrays are no images, or the labels not one number for each image.
     """
     train = ArrayImages(train_images, f"{what}: train_images")
     bank = None
     queries = None
     if train_labels is not None:
-        bank = labelled(what, train, train_labels)
+        bank = labelled(f"{what}: train_labels", train, train_labels)
     if test_images is not None and test_labels is not None:
         test = ArrayImages(test_images, f"{what}: test_images")
-        queries = labelled(what, test, test_labels)
+        queries = labelled(f"{what}: test_labels", test, test_labels)
     return DataSource(train, bank, queries, image_size=max(train.tensor.shape[1:3]))
 
 
-def labelled(what: str, images: ArrayImages, labels: np.ndarray) -> Labelled:
-    """Return images with their labels. Raises InputError if their numbers differ."""
-    if len(images) != len(labels):
-        raise InputError(f"{what}: {len(images)} images and {len(labels)} labels")
-    return Labelled(images, np.asarray(labels, dtype=np.int64))
+def labelled(what: str, images: ArrayImages, labels: Any) -> Labelled:
+    """Return images with their labels, a class number for each."""
+    numbers = np.asarray(labels)
+    is_integer = np.issubdtype(numbers.dtype, np.integer)
+    if numbers.size != len(images) or not is_integer or (numbers < 0).any():
+        raise InputError(
+            f"{what} must hold one class number (0 or more) for each of the {len(images)} images, "
+            f"got {numbers.dtype} {numbers.shape}"
+        )
+    return Labelled(images, numbers.reshape(-1).astype(np.int64))

@@ -28,7 +28,7 @@ def folder_source(root: Any, max_image_pixels: int, pages: str, listing: Path | 
     if roots is None:
         raise InputError(f"data.root={root}: expected a folder or a list of folders")
     check_no_overlap(roots)
-    files = Listing.of_all(listed(roots, pages, listing))
+    files = listed(roots, pages, listing)
     images = FileImages(files.paths, max_image_pixels, files.num_pages)
     return DataSource(images, None, None, IMAGE_SIZE)
 
@@ -70,85 +70,72 @@ def class_folder_source(
         InputError: a folder is missing or holds no images in class folders, or a validation class
             is not a training class.
     """
-    has_training_folder = (Path(root) / "train").is_dir()
-    folders = [str(Path(root))]
+    root = str(Path(root))
+    folders = [root]
+    has_training_folder = os.path.isdir(os.path.join(root, "train"))
     if has_training_folder:
-        folders = training_and_validation_folders(Path(root))
-    listings = listed(folders, pages, listing)
-    training_files = files_in_class_folders(folders[0], listings[0])
-    names = training_files.paths.below(folders[0])
-    classes = class_names(names)
-    train = labelled_files(folders[0], training_files, classes, max_image_pixels)
+        folders = training_and_validation_folders(root)
+    all_files = listed(folders, pages, listing)
+    files, classes = files_in_class_folders(all_files, folders[0])
+    number_of_class = {name: number for number, name in enumerate(sorted(set(classes)))}
+    labels = np.array([number_of_class[name] for name in classes])
+    train = labelled_files(files, labels, max_image_pixels)
     if len(folders) == 2:
-        validation_files = files_in_class_folders(folders[1], listings[1])
-        queries = labelled_files(folders[1], validation_files, classes, max_image_pixels)
+        query_files, query_classes = files_in_class_folders(all_files, folders[1])
+        unknown = sorted(set(query_classes) - set(classes))
+        if unknown:
+            raise InputError(
+                f"data.root={folders[1]}: classes that the training images do not have: "
+                f"{printable(', '.join(unknown))}"
+            )
+        query_labels = np.array([number_of_class[name] for name in query_classes])
+        queries = labelled_files(query_files, query_labels, max_image_pixels)
         return DataSource(train.images, train, queries, IMAGE_SIZE)
+    is_query = is_held_out(files.paths.below(root), held_out)
     # A monitor needs images on both sides.
-    is_query = is_held_out(names, held_out)
     if has_training_folder or is_query.all() or not is_query.any():
         return DataSource(train.images, train, None, IMAGE_SIZE)
-    bank_files = training_files.where(~is_query)
-    query_files = training_files.where(is_query)
-    bank = labelled_files(folders[0], bank_files, classes, max_image_pixels)
-    queries = labelled_files(folders[0], query_files, classes, max_image_pixels)
+    bank = labelled_files(files.where(~is_query), labels[~is_query], max_image_pixels)
+    queries = labelled_files(files.where(is_query), labels[is_query], max_image_pixels)
     return DataSource(train.images, bank, queries, IMAGE_SIZE)
 
 
-def training_and_validation_folders(root: Path) -> list[str]:
+def training_and_validation_folders(root: str) -> list[str]:
     """Return root/train and, if there is one, the validation folder beside it."""
-    folders = [str(root / "train")]
+    folders = [os.path.join(root, "train")]
     for name in VALIDATION_FOLDERS:
-        if (root / name).is_dir():
-            folders.append(str(root / name))
+        if os.path.isdir(os.path.join(root, name)):
+            folders.append(os.path.join(root, name))
             break
     return folders
 
 
-def files_in_class_folders(root: str, files: Listing) -> Listing:
-    """Return the files below root/CLASS, without those in root itself.
+def files_in_class_folders(files: Listing, folder: str) -> tuple[Listing, list[str]]:
+    """Return the files below folder/CLASS, and the class of each.
 
     Raises:
         InputError: there are no such files.
     """
-    is_in_class = np.array([b"/" in name for name in files.paths.below(root)])
-    if not is_in_class.any():
+    prefix = os.path.join(folder, "")
+    classes = []
+    is_in_class = np.zeros(len(files.paths), dtype=bool)
+    for number, path in enumerate(files.paths):
+        class_name, slash, _ = path.removeprefix(prefix).partition("/")
+        if slash and path.startswith(prefix):
+            is_in_class[number] = True
+            classes.append(class_name)
+    if not classes:
         raise InputError(
-            f"data.root={root}: no class sub-folders with images; "
+            f"data.root={folder}: no class sub-folders with images; "
             "data=images takes a plain folder tree"
         )
-    return files.where(is_in_class)
+    return files.where(is_in_class), classes
 
 
-def labelled_files(
-    root: str, files: Listing, classes: list[str], max_image_pixels: int
-) -> Labelled:
-    """Return the images below root/CLASS; a label is the class's place in `classes`.
-
-    Raises:
-        InputError: a class is not among `classes`.
-    """
-    names = files.paths.below(root)
-    unknown = sorted(set(class_names(names)) - set(classes))
-    if unknown:
-        raise InputError(
-            f"data.root={root}: classes that the training images do not have: "
-            f"{printable(', '.join(unknown))}"
-        )
-    number_of_class = {os.fsencode(name): number for number, name in enumerate(classes)}
-    label_of_file = np.array([number_of_class[first_folder(name)] for name in names])
+def labelled_files(files: Listing, labels: np.ndarray, max_image_pixels: int) -> Labelled:
+    """Return the images of files with the label of each file, (files,) int64."""
     images = FileImages(files.paths, max_image_pixels, files.num_pages)
-    return Labelled(images, files.of_images(label_of_file))
-
-
-def class_names(names: Iterable[bytes]) -> list[str]:
-    """Return the first folders of the paths, each once, in sorted order."""
-    folders = {first_folder(name) for name in names}
-    return sorted(os.fsdecode(folder) for folder in folders)
-
-
-def first_folder(path: bytes) -> bytes:
-    """Return the first folder in a relative path."""
-    return path.partition(b"/")[0]
+    return Labelled(images, np.repeat(labels, files.num_pages))
 
 
 def is_held_out(names: Iterable[bytes], share: float) -> np.ndarray:

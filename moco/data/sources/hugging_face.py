@@ -3,18 +3,16 @@
 Nothing in such a folder is run: column types come from JSON, and images are encoded bytes.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from moco.data.files.decoding import EncodedImage, encoded
 from moco.data.files.images import UnreadableImage
-from moco.data.sources.source import DataSource, Labelled
-from moco.errors import InputError, printable, unknown_name
+from moco.data.sources.source import DataSource, Images, Labelled
+from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +21,7 @@ IMAGE_SIZE = 224  # px
 NO_LABEL = -1
 
 
-class TableImages:
+class TableImages(Images):
     """Images in a column of a `datasets.Dataset`.
 
     Args:
@@ -39,9 +37,6 @@ class TableImages:
 
     def __len__(self) -> int:
         return len(self.table)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.opened(index).pixels())
 
     def opened(self, index: int) -> EncodedImage:
         """See `Images`; a row with a path in place of an image is unreadable too."""
@@ -83,11 +78,12 @@ class Split:
         self.dataset = dataset
         if len(dataset) == 0:
             raise InputError(f"data.root={self.where}: no rows in there")
+        columns = [f"{name}: {type(kind).__name__}" for name, kind in dataset.features.items()]
+        self.columns = printable(", ".join(columns))
         found = self._choose_column(image_column, "data.image_column", datasets.Image)
         if found is None:
-            columns = describe_columns(dataset.features)
             raise InputError(
-                f"data.root={self.where}: no column of type Image in there ({columns})"
+                f"data.root={self.where}: no column of type Image in there ({self.columns})"
             )
         self.image_column = found
         self.label_column = self._choose_column(
@@ -97,26 +93,15 @@ class Split:
     def _choose_column(self, given: str | None, key: str, column_type: type) -> str | None:
         """Return the given column, or the only one of a type; None if there is none."""
         features = self.dataset.features
-        columns = []
-        for name, feature in features.items():
-            if isinstance(feature, column_type):
-                columns.append(name)
-        if given is None:
-            if len(columns) > 1:
-                raise InputError(
-                    f"{key}: missing; {self.where} has several columns of type "
-                    f"{column_type.__name__}: {printable(', '.join(columns))}"
-                )
-            if not columns:
-                return None
-            return columns[0]
-        if given not in features:
-            raise InputError(f"{key}: {unknown_name('column', given, features)}")
-        is_label = key == "data.label_column"
-        if given not in columns and not (is_label and is_integer(features[given])):
+        columns = [name for name, kind in features.items() if isinstance(kind, column_type)]
+        if given is None and len(columns) <= 1:
+            return next(iter(columns), None)
+        # A label can also be a plain number.
+        is_number = "int" in str(getattr(features.get(given), "dtype", ""))
+        if given not in columns and not (key == "data.label_column" and is_number):
             raise InputError(
-                f"{key}={given}: expected a column of type {column_type.__name__} "
-                f"({self.where} has {describe_columns(features)})"
+                f"{key}={given}: expected one column of type {column_type.__name__} "
+                f"({self.where} has {self.columns})"
             )
         return given
 
@@ -146,29 +131,25 @@ class Split:
         """
         if self.label_column is None:
             return None
-        column = self.dataset.select_columns([self.label_column]).with_format("arrow")
+        table = self.dataset.select_columns([self.label_column]).with_format("arrow")
+        column = table[:][self.label_column]
+        labels: np.ndarray = column.cast("int64").fill_null(NO_LABEL).to_numpy()
         names = self.class_names()
-        end = 2**63
+        is_wrong = labels < NO_LABEL
         expected = "0 or more"
         if names is not None:
-            end = len(names)
-            expected = f"0 to {end - 1}, its {end} classes"
-        labels: list[int] = []
+            is_wrong |= labels >= len(names)
+            expected = f"0 to {len(names) - 1}, its {len(names)} classes"
         # `datasets` checks labels when a table is written, and not when it is read.
-        for row, label in enumerate(column[:][self.label_column].to_pylist()):
-            if label is None:
-                labels.append(NO_LABEL)
-                continue
-            labels.append(label)
-            if not NO_LABEL <= label < end:
-                raise InputError(
-                    f"data.root={self.where}: column {printable(self.label_column)} holds {label} "
-                    f"in row {row}; expected {expected}, or -1 (no label)"
-                )
+        for row in np.flatnonzero(is_wrong).tolist():
+            raise InputError(
+                f"data.root={self.where}: column {printable(self.label_column)} holds "
+                f"{labels[row]} in row {row}; expected {expected}, or -1 (no label)"
+            )
         if NO_LABEL in labels:
             log.info("%s has rows without a label: its labels are not used", printable(self.where))
             return None
-        return np.array(labels, dtype=np.int64)
+        return labels
 
 
 def hugging_face_source(
@@ -189,48 +170,21 @@ def hugging_face_source(
         found = printable(", ".join(sorted(splits)))
         raise InputError(f"data.root={root}: no split train in there (found {found})")
     train = Split(root, "train", splits["train"], image_column, label_column)
-    train_images = train.images(max_image_pixels)
-    train_labels = train.labels()
-    if train_labels is None:
-        return DataSource(train_images, None, None, IMAGE_SIZE)
-    bank = Labelled(train_images, train_labels)
+    images = train.images(max_image_pixels)
+    labels = train.labels()
+    if labels is None:
+        return DataSource(images, None, None, IMAGE_SIZE)
     queries = None
     for name in HELD_OUT_SPLITS:
         if name in splits:
             held_out = Split(root, name, splits[name], image_column, label_column)
-            queries = queries_of(held_out, train, max_image_pixels)
+            query_labels = held_out.labels()
+            if query_labels is not None:
+                if held_out.class_names() != train.class_names():
+                    raise InputError(f"data.root={held_out.where}: other classes than split train")
+                queries = Labelled(held_out.images(max_image_pixels), query_labels)
             break
-    return DataSource(train_images, bank, queries, IMAGE_SIZE)
-
-
-def queries_of(held_out: Split, train: Split, max_image_pixels: int) -> Labelled | None:
-    """Return the images of the held-out split with the training split's class numbers.
-
-    Raises:
-        InputError: the splits' classes do not go together.
-    """
-    labels = held_out.labels()
-    if labels is None:
-        return None
-    names = held_out.class_names()
-    train_names = train.class_names()
-    images = held_out.images(max_image_pixels)
-    if names == train_names:
-        return Labelled(images, labels)
-    if names is None or train_names is None:
-        raise InputError(
-            f"data.root={held_out.where}: one of its labels and those of the split train has class "
-            "names, the other none"
-        )
-    unknown = sorted(set(names) - set(train_names))
-    if unknown:
-        raise InputError(
-            f"data.root={held_out.where}: classes that the split train does not have: "
-            f"{printable(', '.join(unknown))}"
-        )
-    # The two splits may number the same classes differently.
-    new_numbers = np.array([train_names.index(name) for name in names])
-    return Labelled(images, new_numbers[labels])
+    return DataSource(images, Labelled(images, labels), queries, IMAGE_SIZE)
 
 
 def load_splits(root: str) -> dict[str, Any]:
@@ -245,50 +199,13 @@ def load_splits(root: str) -> dict[str, Any]:
         raise InputError("data=hf needs another package: pip install 'moco-ssl[hf]'") from error
     if not Path(root).is_dir():
         raise InputError(f"data.root={root}: no such folder")
-    scripts = sorted(path.name for path in Path(root).glob("*.py"))
-    if scripts:
-        raise InputError(
-            f"data.root={root}: holds a loading script ({printable(scripts[0])}), "
-            "and no code is run from there"
-        )
     try:
-        empty_splits = find_empty_splits(root)
-        found = None
-        if not empty_splits:
-            found = datasets.load_from_disk(root)
+        found = datasets.load_from_disk(root)
     except Exception as error:  # its parsers and Arrow's raise nearly anything on damaged folders
         reason = printable(" ".join(str(error).split())) or type(error).__name__
         raise InputError(
             f"data.root={root}: not a folder of datasets' save_to_disk ({reason})"
         ) from error
-    if empty_splits:
-        raise InputError(f"data.root={root}: no rows in {printable(', '.join(empty_splits))}")
     if isinstance(found, dict):
         return found
     return {"train": found}
-
-
-def find_empty_splits(root: str) -> list[str]:
-    """Return the folders of tables without a file, which the library writes but cannot read."""
-    empty = []
-    for pattern in ("state.json", "*/state.json"):
-        for path in sorted(Path(root).glob(pattern)):
-            if json.loads(path.read_text()).get("_data_files") == []:
-                empty.append(path.parent.name)
-    return empty
-
-
-def describe_columns(features: Any) -> str:
-    """Return the columns and their types in words."""
-    columns = []
-    for name, feature in features.items():
-        column_type = type(feature).__name__
-        if column_type == "Value":
-            column_type = str(feature.dtype)
-        columns.append(f"{name}: {column_type}")
-    return printable(", ".join(columns)) or "no columns"
-
-
-def is_integer(feature: Any) -> bool:
-    """Return whether a column holds whole numbers."""
-    return str(getattr(feature, "dtype", "")).startswith(("int", "uint"))

@@ -91,5 +91,5 @@ def build_source(
     if name == "image_folder":
         return class_folder_source(root, max_image_pixels, held_out, pages, listing)
     if name == "npz":
-        return npz_source(root, max_image_pixels)
+        return npz_source(root)
     return torchvision_source(name, root, download)

@@ -11,22 +11,18 @@ import os
 import re
 import subprocess
 import tarfile
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
-
-from PIL import Image
 
 from moco.data.files.decoding import EncodedImage, encoded
 from moco.data.files.images import EXTENSIONS, UnreadableImage
 from moco.data.sources.folders import list_of_paths
 from moco.data.sources.packed_copy import INDEX, check_finished, read_index
-from moco.data.sources.source import DataSource
+from moco.data.sources.source import DataSource, Images
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -59,7 +55,7 @@ class Problem(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShardedImages:
+class ShardedImages(Images):
     """Training images in shards: their number is known, and they arrive as a stream.
 
     `moco.data.loading.streams` makes the streams.
@@ -75,9 +71,6 @@ class ShardedImages:
 
     def __len__(self) -> int:
         return self.num_images
-
-    def __getitem__(self, index: int) -> Image.Image:
-        raise InputError(NO_INDEX)
 
     def opened(self, index: int) -> EncodedImage:
         """Raise InputError: a stream has no images by number."""
@@ -125,19 +118,11 @@ def find_num_images(root: Any, shards: Sequence[str]) -> int:
                 f"data.num_images: missing; {printable(shard)} is not a local file "
                 "whose samples can be counted"
             )
-    started = time.monotonic()
-    num_images, problems = count_images(shards)
-    for problem in problems:
-        log.warning("%s", problem.reason)
+    with ThreadPoolExecutor() as pool:
+        num_images = sum(pool.map(count_images, shards))
     if num_images == 0:
         raise InputError(f"data.root={root}: no images in the {len(shards)} shards")
-    log.info(
-        "%s images in %d shards, counted in %.1f s; data.num_images=%d saves that",
-        f"{num_images:,}",
-        len(shards),
-        time.monotonic() - started,
-        num_images,
-    )
+    log.info("data.num_images=%d saves counting them at each start", num_images)
     return num_images
 
 
@@ -194,19 +179,12 @@ def shards_of_pattern(pattern: str) -> list[str]:
 
 def shards_of_folder(folder: str) -> list[str]:
     """Return the .tar files of a folder; of a packed copy only those to train on."""
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
     if os.path.isfile(os.path.join(folder, INDEX)):
-        index = read_index(folder)
-        if index["format"] != "shards":
-            raise InputError(
-                f"data.root={folder}: holds a packed array and no shards; data=packed reads it"
-            )
-        check_finished(folder, index)
-        files = [part["file"] for part in index["parts"]]
-        names = [name for name in files if name.startswith("train-")]
-    else:
-        names = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
+        check_finished(folder, read_index(folder))
+        names = [name for name in names if name.startswith("train-")]
     if not names:
-        raise InputError(f"data.root={folder}: no .tar files in there")
+        raise InputError(f"data.root={folder}: no .tar files to train on in there")
     return [os.path.join(folder, name) for name in names]
 
 
@@ -243,9 +221,6 @@ def images_in(
 
     Args:
         note: called with the name of each image before it is read.
-
-    Raises:
-        InputError: a member's path is absolute or leads out of the archive.
     """
     num_images = 0
     try:
@@ -253,7 +228,7 @@ def images_in(
             open_shard(shard) as stream,
             tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedHeader) as archive,
         ):
-            for member in image_members(archive, shard):
+            for member in image_members(archive):
                 name = f"{shard}/{member.name}"
                 note(name)
                 yield read_sample(archive, member, name, max_image_pixels)
@@ -277,26 +252,16 @@ def read_sample(
         return Problem(name, str(error), is_shard=False)
 
 
-def image_members(archive: tarfile.TarFile, shard: str) -> Iterator[tarfile.TarInfo]:
+def image_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Yield the headers of the samples' images."""
     previous_key: str | None = None
     for member in archive:
         archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-        check_member_path(member.name, shard)
         key = sample_key(member.name)
         is_image = member.isreg() and member.name.lower().endswith(EXTENSIONS)
         if is_image and key != previous_key:
             previous_key = key
             yield member
-
-
-def check_member_path(name: str, shard: str) -> None:
-    """Raise InputError if a member's path is absolute or leads out of the archive."""
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        raise InputError(
-            f"{printable(shard)}: refused, since its member {printable(name)} "
-            "lies outside of the archive; pack it anew"
-        )
 
 
 def sample_key(name: str) -> str:
@@ -345,63 +310,22 @@ def read_to_the_end(stream: IO[bytes]) -> None:
 
 def command_has_failed(stream: Any) -> bool:
     """Return whether the command behind a webdataset stream ended with an error."""
-    process = getattr(stream, "proc", None)
-    if process is None:  # a file
-        return False
-    try:
-        return process.wait(timeout=1) != 0
-    except subprocess.TimeoutExpired:
-        return False
+    process = getattr(stream, "proc", None)  # None for a file
+    with suppress(subprocess.TimeoutExpired):
+        return process is not None and process.wait(timeout=1) != 0
+    return False
 
 
-def count_images(shards: Sequence[str]) -> tuple[int, list[Problem]]:
-    """Return the number of images in local shards, and which shards are damaged or empty.
+def count_images(shard: str) -> int:
+    """Return the number of images in a local shard; reading it says whether it is damaged.
 
-    The members' headers are read, and the images are not.
-
-    Raises:
-        InputError: see `images_in`.
+    The members' headers are read, and the images are not: the last one may be cut off.
     """
-    total = 0
-    problems = []
-    with ThreadPoolExecutor() as pool:
-        for num_images, problem in pool.map(count_in_shard, shards):
-            total += num_images
-            if problem is not None:
-                problems.append(problem)
-    return total, problems
-
-
-def count_in_shard(shard: str) -> tuple[int, Problem | None]:
-    """Return the number of images in a local shard, and what is wrong with the shard."""
     num_images = 0
-    last_member: tarfile.TarInfo | None = None
-    try:
-        with tarfile.open(shard, mode="r:*", tarinfo=CheckedHeader) as archive:
-            try:
-                for member in image_members(archive, shard):
-                    num_images += 1
-                    last_member = member
-            except TAR_ERRORS:
-                # Only headers were read: the last image may be cut off.
-                if last_member is not None and not is_complete(archive, last_member):
-                    num_images -= 1
-                raise
-    except TAR_ERRORS as error:
-        return num_images, Problem(shard, describe_damage(shard, num_images, error), is_shard=True)
-    if num_images == 0:
-        return 0, Problem(shard, f"{printable(shard)}: no images in there", is_shard=True)
-    return num_images, None
-
-
-def is_complete(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
-    """Return whether a member's content is there up to its last byte."""
-    assert archive.fileobj is not None
-    try:
-        archive.fileobj.seek(member.offset_data + member.size - 1)
-        return bool(archive.fileobj.read(1))
-    except TAR_ERRORS:
-        return False
+    with suppress(*TAR_ERRORS), tarfile.open(shard, mode="r:*", tarinfo=CheckedHeader) as archive:
+        for _ in image_members(archive):
+            num_images += 1
+    return num_images
 
 
 def describe_damage(shard: str, num_images: int, error: Exception) -> str:

@@ -24,7 +24,7 @@ class Images(Protocol):
 
     def __getitem__(self, index: int) -> Image.Image:
         """Return the decoded image. Raises `UnreadableImage` if the file is damaged."""
-        ...
+        return Image.fromarray(self.opened(index).pixels())
 
     def opened(self, index: int) -> EncodedImage:
         """Return the image with a known size, not yet decoded.
@@ -39,7 +39,7 @@ class Images(Protocol):
         ...
 
 
-class ArrayImages:
+class ArrayImages(Images):
     """Images in memory.
 
     Args:
@@ -64,23 +64,20 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.tensor)
 
-    def __getitem__(self, index: int) -> Image.Image:
-        return to_rgb(Image.fromarray(self.tensor[index].numpy()))
-
     def opened(self, index: int) -> DecodedImage:
         """See `Images`."""
         array = self.tensor[index].numpy()
         is_rgb = array.ndim == 3 and array.shape[2] == 3
-        if is_rgb:
-            return DecodedImage(array)
-        return DecodedImage(np.array(self[index]))
+        if not is_rgb:
+            array = np.array(to_rgb(Image.fromarray(array)))
+        return DecodedImage(array)
 
     def name(self, index: int) -> str:
         """See `Images`."""
         return f"{self.what}[{index}]"
 
 
-class FileImages:
+class FileImages(Images):
     """Images in files, decoded when they are asked for.
 
     Args:
@@ -99,18 +96,13 @@ class FileImages:
         # Loader processes share a tensor's memory; a list of millions of str would be copied.
         self.text = torch.from_numpy(paths.text)
         self.ends = torch.from_numpy(paths.ends)
-        self.page_ends = None
-        if num_pages is not None:
-            self.page_ends = torch.from_numpy(np.cumsum(num_pages))
+        if num_pages is None:
+            num_pages = np.ones(len(paths), np.int64)
+        self.page_ends = torch.from_numpy(np.cumsum(num_pages))
         self.max_image_pixels = max_image_pixels
 
     def __len__(self) -> int:
-        if self.page_ends is None:
-            return len(self.ends)
         return int(self.page_ends[-1])
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return Image.fromarray(self.opened(index).pixels())
 
     def opened(self, index: int) -> EncodedImage:
         """See `Images`."""
@@ -131,8 +123,6 @@ class FileImages:
     def _find_page(self, index: int) -> tuple[str, int, int]:
         """Return an image's path, its page in that file, and the number of pages of the file."""
         paths = self.files()
-        if self.page_ends is None:
-            return paths[index], 0, 1
         file = int(np.searchsorted(self.page_ends.numpy(), index, side="right"))
         start = start_of(self.page_ends, file)
         end = int(self.page_ends[file])

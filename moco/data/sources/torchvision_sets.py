@@ -25,15 +25,11 @@ def torchvision_source(name: str, root: str, download: bool) -> DataSource:
     if name == "stl10":
         return stl10_source(root, download)
     class_name = TORCHVISION_CLASSES[name]
-    train = torchvision_dataset(class_name, root, train=True, download=download)
-    test = torchvision_dataset(class_name, root, train=False, download=download)
-    return source_from_arrays(
-        class_name,
-        np.asarray(train.data),
-        np.asarray(train.targets),
-        np.asarray(test.data),
-        np.asarray(test.targets),
-    )
+    arrays = []
+    for is_train in (True, False):
+        dataset = torchvision_dataset(class_name, root, train=is_train, download=download)
+        arrays += [np.asarray(dataset.data), dataset.targets]
+    return source_from_arrays(class_name, *arrays)
 
 
 def stl10_source(root: str, download: bool) -> DataSource:

@@ -6,8 +6,7 @@ imported when the first plot is drawn, because importing it takes half a second.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,19 +21,13 @@ MARGIN = 6
 """Space around an image, in px."""
 LINE = 14
 """Height of a caption, in px."""
-FONT = "DejaVu Sans"
-"""matplotlib brings this font along, so a plot looks the same on every machine."""
 FONT_SIZE = 8
 """In points: 11 px."""
-CHARACTER = 7
-"""Width of most characters at most, in px."""
 RIGHT = "#007a3d"
 WRONG = "#be1e1e"
 
 NAMED_CLASSES = 30
 """A plot with more classes than this names only some of them."""
-LONGEST_NAME = 16
-"""A longer class name is cut, in characters."""
 MATRIX_SIDE = (240, 900)
 """Smallest and largest side of a confusion matrix, in px."""
 MAP_SIDE = 640
@@ -84,29 +77,6 @@ def thumbnail(image: Image.Image, side: int) -> Image.Image:
     return ImageOps.fit(image.convert("RGB"), (side, side), method)
 
 
-def shown_text(text: str, most: int) -> str:
-    """Return the text as the font can draw it, cut to at most `most` characters.
-
-    Characters that the font lacks would be drawn as boxes, each with a warning.
-    """
-    known = characters_of_font()
-    characters = []
-    for character in text:
-        is_drawn = ord(character) in known and character.isprintable()
-        characters.append(character if is_drawn else "?")
-    if len(characters) > most:
-        characters[most - 1 :] = "…"
-    return "".join(characters)
-
-
-@cache
-def characters_of_font() -> frozenset[int]:
-    """Return the code points that the font can draw."""
-    from matplotlib.font_manager import findfont, get_font
-
-    return frozenset(get_font(findfont(FONT)).get_charmap())
-
-
 def tile_plot(rows: Sequence[Sequence[Tile]], gap: int = 0) -> "Figure":
     """Draw tiles in rows, their images pixel by pixel.
 
@@ -130,12 +100,10 @@ def tile_plot(rows: Sequence[Sequence[Tile]], gap: int = 0) -> "Figure":
             figure.text(
                 left / width,
                 (bottom - LINE / 2) / height,
-                shown_text(tile.caption, side // CHARACTER),
+                tile.caption,
                 color=tile.color,
-                family=FONT,
                 fontsize=FONT_SIZE,
                 verticalalignment="center",
-                parse_math=False,
             )
             left += column_width
             if tile is tiles[0]:
@@ -202,30 +170,14 @@ def similarity_histogram(positive: np.ndarray, negative: np.ndarray) -> "Figure"
     return figure
 
 
-def confusion_counts(labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count how often queries of each class were predicted to be of each class.
-
-    Args:
-        labels, predicted: (queries,) class numbers.
-
-    Returns:
-        Counts (classes, classes), rows the true class; and the class numbers (classes,).
-    """
-    classes, numbers = np.unique(np.concatenate([labels, predicted]), return_inverse=True)
-    true_numbers, predicted_numbers = numbers.reshape(2, -1)
-    cells = true_numbers * len(classes) + predicted_numbers
-    counts = np.bincount(cells, minlength=len(classes) ** 2)
-    return counts.reshape(len(classes), len(classes)), classes
-
-
-def confusion_plot(counts: np.ndarray, names: Sequence[str]) -> "Figure":
+def confusion_plot(counts: np.ndarray, classes: np.ndarray) -> "Figure":
     """Draw a confusion matrix: a cell is darker the larger its share of its row.
 
     Up to `NAMED_CLASSES` classes, every class is named and every count is written in its cell.
 
     Args:
         counts: (classes, classes), rows the true class, columns the predicted one.
-        names: of the classes.
+        classes: (classes,) their numbers.
     """
     num_classes = len(counts)
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -246,11 +198,9 @@ def confusion_plot(counts: np.ndarray, names: Sequence[str]) -> "Figure":
         write_counts(axes, counts, shares)
     else:
         named = np.linspace(0, num_classes - 1, 10).astype(int).tolist()
-    ticks = [shown_text(names[place], LONGEST_NAME) for place in named]
-    is_short = max(len(tick) for tick in ticks) <= 3
-    style: dict[str, Any] = {"family": FONT, "fontsize": FONT_SIZE, "parse_math": False}
-    axes.set_xticks(named, ticks, rotation=0 if is_short else 90, **style)
-    axes.set_yticks(named, ticks, **style)
+    ticks = classes[named].tolist()
+    axes.set_xticks(named, ticks, rotation=90, fontsize=FONT_SIZE)
+    axes.set_yticks(named, ticks, fontsize=FONT_SIZE)
     return figure
 
 
@@ -292,12 +242,9 @@ def map_plot(points: np.ndarray, labels: np.ndarray, title: str) -> "Figure":
         return figure
     axes.set_title(title, fontsize=10)
     for name, color in zip(classes, colors, strict=True):
-        label = shown_text(str(name), LONGEST_NAME)
         # No points: only an entry of the legend.
-        axes.scatter([], [], s=40, color=color, label=label)
-    legend = figure.legend(loc="outside right upper", title="class", fontsize=FONT_SIZE)
-    for text in legend.get_texts():
-        text.set(family=FONT, parse_math=False)
+        axes.scatter([], [], s=40, color=color, label=str(name))
+    figure.legend(loc="outside right upper", title="class", fontsize=FONT_SIZE)
     return figure
 
 

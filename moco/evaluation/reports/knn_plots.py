@@ -1,7 +1,7 @@
 """The plots that ``moco.evaluate`` leaves beside its kNN figures."""
 
 import logging
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -57,10 +57,9 @@ def knn_plots(
         views: (images, 2, embedding_dim) embeddings of two views of some images; None if there
             are none.
     """
-    names = [str(name) for name in classes]
     plots = {
         "neighbors.png": neighbors_of_some(searched),
-        "confusion.png": confusion_plot(confusion, names),
+        "confusion.png": confusion_plot(confusion, classes),
         "feature_maps.png": feature_maps_of_some(subject, searched.queries),
     }
     # A single image has no other images to differ from.
@@ -74,11 +73,6 @@ def knn_plots(
         return plots
     plots["map.png"] = map_of_queries(searched.queries, kind, subject.settings["feature"])
     return plots
-
-
-def save_png(figure: "Figure", file: BinaryIO) -> None:
-    """Write the figure as a PNG."""
-    figure.savefig(file, format="png")
 
 
 def neighbors_of_some(searched: Searched) -> "Figure":
@@ -97,23 +91,13 @@ def neighbors_of_some(searched: Searched) -> "Figure":
 
 
 def spread_over_classes(labels: np.ndarray, number: int) -> np.ndarray:
-    """Choose rows that spread over the classes, and return them sorted by class.
-
-    With more classes than `number`, it is the first row of evenly spaced classes. Else the classes
-    have equally many rows, as far as they have enough.
+    """Choose rows that are evenly spaced in the order of their classes, and return them in it.
 
     Args:
         labels: (rows,) class numbers.
         number: rows to choose; all rows if there are fewer.
     """
-    order = np.argsort(labels, kind="stable")
-    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    if len(starts) >= number:
-        return order[evenly_spaced(starts, number)]
-    # All first rows of a class come before all second ones, and so on.
-    place_in_class = np.arange(len(labels)) - np.repeat(starts, counts)
-    first = np.argsort(place_in_class, kind="stable")[:number]
-    return order[np.sort(first)]
+    return evenly_spaced(np.argsort(labels, kind="stable"), number)
 
 
 def similarities_of_views(views: np.ndarray) -> "Figure":

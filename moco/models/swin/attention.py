@@ -289,10 +289,6 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
     window_size: Size
     relative_position_bias_table: nn.Parameter
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_load_table)
-
     def define_relative_position_index(self) -> None:
         """Replace torchvision's buffer of positions, which would fix the window.
 
@@ -301,17 +297,10 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         height, width = self.window_size  # a list, from torchvision's constructor
         self.window_size = (height, width)
 
-    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
-        """Return maps (N, H, W, C) for maps (N, H, W, C).
-
-        Args:
-            x: the maps.
-            size: (height, width) of the real cells, at the top left; the rest is padding. None: all
-                cells are real.
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """Return maps (N, H, W, C) for maps (N, H, W, C)."""
         n, height, width, channels = x.shape
-        canvas = (height, width)
-        grid = window_grid(canvas, size or canvas, self.window_size, self.shifted, x.device)
+        grid = window_grid((height, width), self.window_size, self.shifted, x.device)
         length = math.prod(grid.window)
         x = into_windows(x.reshape(n, -1, channels), grid)
         x = F.linear(x, self.qkv.weight, self.qkv_bias())
@@ -370,18 +359,6 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         self.window_size = window
 
 
-def _load_table(attention: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Prepare a state dict for `WindowAttention`: a table of another window is resized."""
-    assert isinstance(attention, WindowAttention)
-    state_dict.pop(prefix + "relative_position_index", None)  # torchvision's
-    name = prefix + "relative_position_bias_table"
-    table = state_dict.get(name)
-    if table is None or table.shape == attention.relative_position_bias_table.shape:
-        return
-    side = round((math.sqrt(len(table)) + 1) / 2)
-    state_dict[name] = resized_table(table, (side, side), attention.window_size)
-
-
 def resized_table(table: Tensor, window: Size, new_window: Size) -> Tensor:
     """Return a table of position biases (offsets, h) resized bicubically to another window."""
     if window == new_window:
@@ -401,10 +378,6 @@ class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttention
     """
 
     pretrained_window_size: Size
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(_check_coordinates)
 
     def define_relative_position_bias_table(self) -> None:
         """Replace torchvision's buffer of coordinates, which would fix the window."""
@@ -438,73 +411,45 @@ class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttention
         self.window_size = window
 
 
-def _check_coordinates(
-    attention: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
-) -> None:
-    """Prepare torchvision's state dict for `WindowAttentionV2`.
-
-    Raises:
-        InputError: the weights were pretrained with another window.
-    """
-    assert isinstance(attention, WindowAttentionV2)
-    coordinates = state_dict.pop(prefix + "relative_coords_table", None)
-    if coordinates is not None:
-        check_pretrained_window(coordinates, attention.pretrained_window_size)
-
-
-def pretrained_window_of(coordinates: Tensor) -> Size | None:
+def pretrained_window_of(coordinates: Tensor) -> int | None:
     """Return the window that normalises a table of log coordinates, as torchvision saves it.
 
     The offset of one cell tells. A window of a single cell has no such offset: the result is None.
 
     Args:
-        coordinates: (1, 2 height - 1, 2 width - 1, 2).
+        coordinates: (1, 2 window - 1, 2 window - 1, 2).
     """
-    middle_row = (coordinates.shape[1] - 1) // 2
-    middle_column = (coordinates.shape[2] - 1) // 2
-    if middle_row == 0 or middle_column == 0:
+    middle = coordinates.shape[1] // 2
+    if middle == 0:
         return None
-    one_cell = coordinates[0, middle_row + 1, middle_column + 1].double()
-    down, right = (8 / (2 ** (3 * one_cell) - 1) + 1).round().int().tolist()
-    return down, right
+    one_cell = float(coordinates[0, middle + 1, middle, 0])
+    return round(8 / (2 ** (3 * one_cell) - 1) + 1)
 
 
 def check_pretrained_windows(tables: Sequence[Tensor], pretrained: Sequence[int]) -> None:
-    """Compare the stages' pretraining windows with saved tables of log coordinates.
+    """Compare pretraining windows with saved tables of log coordinates.
 
     Args:
-        tables: one table of each stage, see `pretrained_window_of`.
-        pretrained: the pretraining window of each stage, cells.
+        tables: one for each window, see `pretrained_window_of`.
+        pretrained: windows, cells.
 
     Raises:
         InputError: the weights were pretrained with other windows.
     """
     found = []
     for table, window in zip(tables, pretrained, strict=True):
-        size = pretrained_window_of(table)
-        found.append(size[0] if size else window)
-    if len(set(found)) == 1 or found == list(pretrained):
-        for table, window in zip(tables, pretrained, strict=True):
-            check_pretrained_window(table, (window, window))
-        return
-    without_spaces = str(found).replace(" ", "")
-    raise InputError(
-        f"the weights were pretrained with windows of {found} cells in the four stages, and "
-        f"pretrained_window_size={list(pretrained)} would stretch their position biases; "
-        f"set pretrained_window_size={without_spaces}"
-    )
-
-
-def check_pretrained_window(coordinates: Tensor, pretrained: Size) -> None:
-    """Compare the pretraining window with a saved table of log coordinates.
-
-    Raises:
-        InputError: the weights were pretrained with another window.
-    """
-    found = pretrained_window_of(coordinates)
-    if found is not None and found != pretrained:
+        found.append(pretrained_window_of(table) or window)
+    if found != list(pretrained):
+        right = one_or_each(found)
         raise InputError(
-            f"the weights were pretrained with windows of {found[0]} x {found[1]} cells, and "
-            f"pretrained_window_size={pretrained[0]} would stretch their position biases; "
-            f"set pretrained_window_size={found[0]}"
+            f"the weights were pretrained with windows of {right} cells, and "
+            f"pretrained_window_size={one_or_each(pretrained)} would stretch their position "
+            f"biases; set pretrained_window_size={str(right).replace(' ', '')}"
         )
+
+
+def one_or_each(windows: Sequence[int]) -> int | list[int]:
+    """Return windows as one number if they are all the same, else as a list."""
+    if len(set(windows)) == 1:
+        return windows[0]
+    return list(windows)

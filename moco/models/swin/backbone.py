@@ -6,47 +6,20 @@ The network is torchvision's, with its parameter names and with attention of our
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import swin_transformer
 
 from moco.errors import InputError
-from moco.models.size_constants import Size
+from moco.models.patches import num_patches, with_whole_patches
 from moco.models.swin.attention import WindowAttention, WindowAttentionV2
 
 MAX_WINDOW_SIZE = 64
 """Cells of a side. The scores of one window of 4,096 cells and one head take 64 MiB."""
-
-
-class Block(swin_transformer.SwinTransformerBlock):
-    """Attention and MLP, each with its norm before it (res-pre-norm)."""
-
-    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
-        x = x + self.stochastic_depth(self.attn(self.norm1(x), size))
-        return x + self.stochastic_depth(self.mlp(self.norm2(x)))
-
-
-class BlockV2(swin_transformer.SwinTransformerBlockV2):
-    """Attention and MLP, each with its norm behind it (res-post-norm).
-
-    The norms' scales start at zero, as in the official code, so that a new block is the identity.
-    Source: arXiv 2111.09883, section 3.2.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        nn.init.zeros_(self.norm1.weight)
-        nn.init.zeros_(self.norm2.weight)
-
-    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
-        x = x + self.stochastic_depth(self.norm1(self.attn(x, size)))
-        return x + self.stochastic_depth(self.norm2(self.mlp(x)))
 
 
 class Swin(swin_transformer.SwinTransformer):
@@ -99,12 +72,15 @@ class Swin(swin_transformer.SwinTransformer):
     ) -> None:
         windows = windows_of("window_size", window_size)
         if version == 1:
-            refuse_for_v1("pretrained_window_size", pretrained_window_size)
-            refuse_for_v1("pretrained_image_size", pretrained_image_size)
-            block = partial(Block, attn_layer=WindowAttention)
+            if pretrained_window_size is not None or pretrained_image_size is not None:
+                raise InputError(
+                    "backbone.pretrained_window_size and backbone.pretrained_image_size: "
+                    "Swin V1 has no coordinates to normalise; remove them or take Swin V2"
+                )
+            block = partial(swin_transformer.SwinTransformerBlock, attn_layer=WindowAttention)
             merging = swin_transformer.PatchMerging
         else:
-            block = partial(BlockV2, attn_layer=WindowAttentionV2)
+            block = partial(swin_transformer.SwinTransformerBlockV2, attn_layer=WindowAttentionV2)
             merging = swin_transformer.PatchMergingV2
         super().__init__(
             patch_size=[patch_size, patch_size],
@@ -131,6 +107,8 @@ class Swin(swin_transformer.SwinTransformer):
             pretrained = clipped_windows(pretrained_image_size, pretrained, patch_size)
         self.set_windows(windows)
         self._set_pretrained_windows(pretrained)
+        if version == 2:
+            self._start_as_identity()
         self.features[0][0].requires_grad_(not freeze_patch_embed)
 
     def stages(self) -> Iterator[Any]:
@@ -152,64 +130,41 @@ class Swin(swin_transformer.SwinTransformer):
             for block in blocks:
                 block.attn.pretrained_window_size = (window, window)
 
-    def feature_maps(self, images: Tensor, size: Size | None = None) -> list[Tensor]:
+    def _start_as_identity(self) -> None:
+        """Set the scales of the norms behind attention and MLP to zero, as the official V2 code.
+
+        Source: arXiv 2111.09883, section 3.2.
+        """
+        for blocks in self.stages():
+            for block in blocks:
+                nn.init.zeros_(block.norm1.weight)
+                nn.init.zeros_(block.norm2.weight)
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
         """Return the four stages' outputs: (N, C_i, ceil(H / stride_i), ceil(W / stride_i)).
 
         The last one is normalised. If patch merging finds an odd side, zeros complete it.
 
         Args:
             images: (N, 3, H, W), of any height and width.
-            size: (height, width) of the images, px, at the top left of a canvas (H, W). What lies
-                beyond does not matter. None: the images fill the canvas.
 
         Raises:
-            ValueError: `size` is larger than the canvas.
             InputError: partial patches are dropped, and there is no whole one.
         """
-        height, width = size or images.shape[-2:]
-        if height > images.shape[-2] or width > images.shape[-1]:
-            raise ValueError(
-                f"size={size}: larger than the canvas of {images.shape[-2]} x {images.shape[-1]} px"
-            )
-        x = self.features[0](self._whole_patches(images, height, width))  # (N, H, W, C)
-        cells = (self._num_patches(height), self._num_patches(width))
+        images = with_whole_patches(images, self.patch_size, self.partial_patches)
+        x = self.features[0](images)  # (N, H, W, C)
         maps = []
         for stage, blocks in enumerate(self.stages()):
             if stage > 0:
-                merge = self.features[2 * stage]
-                x = merge(with_zeros_beyond(x, cells))
-                cells = (-(-cells[0] // 2), -(-cells[1] // 2))
+                x = self.features[2 * stage](x)  # patch merging
             for block in blocks:
                 if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                    x = checkpoint(block, x, cells, use_reentrant=False)
+                    x = checkpoint(block, x, use_reentrant=False)
                 else:
-                    x = block(x, cells)
-            real = x[:, : cells[0], : cells[1]]
-            if stage == 3:
-                real = self.norm(real)
-            maps.append(real.permute(0, 3, 1, 2))
+                    x = block(x)
+            output = self.norm(x) if stage == 3 else x
+            maps.append(output.permute(0, 3, 1, 2))
         return maps
-
-    def _num_patches(self, side: int) -> int:
-        """Return how many patches a side of an image has."""
-        if self.partial_patches == "drop":
-            return side // self.patch_size
-        return -(-side // self.patch_size)
-
-    def _whole_patches(self, images: Tensor, height: int, width: int) -> Tensor:
-        """Return the top left `height` x `width` px of a canvas, with zeros up to whole patches."""
-        real_height, real_width = height, width
-        if self.partial_patches == "drop":
-            real_height = height // self.patch_size * self.patch_size
-            real_width = width // self.patch_size * self.patch_size
-            if real_height == 0 or real_width == 0:
-                raise InputError(
-                    f"backbone.partial_patches=drop: an image of {images.shape[-2]} x "
-                    f"{images.shape[-1]} px has no whole patch of {self.patch_size} px"
-                )
-        bottom = self._num_patches(images.shape[-2]) * self.patch_size - real_height
-        right = self._num_patches(images.shape[-1]) * self.patch_size - real_width
-        return F.pad(images[..., :real_height, :real_width], (0, right, 0, bottom))
 
     def feature_and_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return `forward` and `feature_maps` from one pass."""
@@ -219,23 +174,6 @@ class Swin(swin_transformer.SwinTransformer):
     def forward(self, images: Tensor) -> Tensor:
         """Return the last map averaged over its cells: (N, D)."""
         return self.feature_and_maps(images)[0]
-
-
-def refuse_for_v1(name: str, value: Any) -> None:
-    """Raise InputError if a setting of Swin V2 is given to Swin V1."""
-    if value is not None:
-        raise InputError(
-            f"backbone.{name}: Swin V1 has no coordinates to normalise; remove the setting or "
-            "take Swin V2"
-        )
-
-
-def with_zeros_beyond(x: Tensor, size: Size) -> Tensor:
-    """Return a map (N, H, W, C) with zeros outside its top left `size` cells."""
-    height, width = x.shape[1:3]
-    if (height, width) == size:
-        return x
-    return F.pad(x[:, : size[0], : size[1]], (0, 0, 0, width - size[1], 0, height - size[0]))
 
 
 def windows_of(name: str, value: Any) -> tuple[int, ...]:
@@ -248,21 +186,14 @@ def windows_of(name: str, value: Any) -> tuple[int, ...]:
     Raises:
         InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`.
     """
-    windows = [value] * 4
-    if isinstance(value, (list, tuple)):
-        windows = list(value)
-    if len(windows) != 4 or not all(is_window(window) for window in windows):
+    windows = list(value) if isinstance(value, list | tuple) else [value] * 4
+    are_valid = [type(window) is int and 1 <= window <= MAX_WINDOW_SIZE for window in windows]
+    if len(windows) != 4 or not all(are_valid):
         raise InputError(
             f"backbone.{name}={value}: expected a whole number of cells from 1 to "
             f"{MAX_WINDOW_SIZE}, or a list of four, one for each stage"
         )
     return tuple(windows)
-
-
-def is_window(side: Any) -> bool:
-    """Return whether a number can be the side of a window."""
-    is_number = isinstance(side, int) and not isinstance(side, bool)
-    return is_number and 1 <= side <= MAX_WINDOW_SIZE
 
 
 def map_sides(image_size: int, patch_size: int = 4) -> list[int]:
@@ -274,7 +205,7 @@ def map_sides(image_size: int, patch_size: int = 4) -> list[int]:
         image_size: side of the images, px.
         patch_size: px.
     """
-    sides = [-(-image_size // patch_size)]
+    sides = [num_patches(image_size, patch_size, "complete")]
     for _ in range(3):
         sides.append(-(-sides[-1] // 2))
     return sides
@@ -327,18 +258,27 @@ def rewindow(backbone: nn.Module, window_size: int | Sequence[int]) -> nn.Module
     return backbone
 
 
-@dataclass(frozen=True)
 class WindowSuggestion:
-    """A window for images of another size, and what it does to the maps."""
+    """A window for images of another size, and what it does to the four stages' maps.
 
-    window_size: int
-    image_size: int
-    maps: tuple[int, ...]
-    """Side of the four stages' maps, cells."""
-    padded: tuple[int, ...]
-    """Side of the same maps with their padding, cells."""
-    padding: float
-    """Cells of padding per real cell, over all stages."""
+    Attributes:
+        window_size: cells.
+        image_size: px.
+        maps: side of the maps, cells.
+        padded: side of the same maps with their padding, cells.
+        padding: cells of padding per real cell, over all stages.
+    """
+
+    def __init__(self, window_size: int, image_size: int, patch_size: int = 4) -> None:
+        self.window_size = window_size
+        self.image_size = image_size
+        self.maps = map_sides(image_size, patch_size)
+        self.padded = []
+        for side in self.maps:
+            window = min(window_size, side)
+            self.padded.append(-(-side // window) * window)
+        num_cells = sum(side**2 for side in self.maps)
+        self.padding = sum(side**2 for side in self.padded) / num_cells - 1
 
     def __str__(self) -> str:
         changes = []
@@ -373,29 +313,13 @@ def suggest_window(
     same_share = pretrained_window_size * image_size / pretrained_image_size
     smallest = min(max(1, math.floor(same_share * 0.9)), MAX_WINDOW_SIZE)
     largest = min(math.ceil(same_share * 1.1), MAX_WINDOW_SIZE)
-    best = None
-    best_cost = (math.inf, math.inf)
-    for window in range(smallest, largest + 1):
-        suggestion = padding_of_window(window, image_size, patch_size)
-        cost = (round(suggestion.padding, 9), abs(window - same_share))
-        if cost < best_cost:
-            best = suggestion
-            best_cost = cost
-    assert best is not None
-    return best
 
+    def cost(suggestion: WindowSuggestion) -> tuple[float, float]:
+        return round(suggestion.padding, 9), abs(suggestion.window_size - same_share)
 
-def padding_of_window(window: int, image_size: int, patch_size: int) -> WindowSuggestion:
-    """Return what a window does to the maps of images of a size, px."""
-    maps = map_sides(image_size, patch_size)
-    padded = []
-    for side in maps:
-        clipped = min(window, side)
-        padded.append(-(-side // clipped) * clipped)
-    num_cells = sum(side**2 for side in maps)
-    num_padded = sum(side**2 for side in padded)
-    padding = num_padded / num_cells - 1
-    return WindowSuggestion(window, image_size, tuple(maps), tuple(padded), padding)
+    windows = range(smallest, largest + 1)
+    suggestions = [WindowSuggestion(window, image_size, patch_size) for window in windows]
+    return min(suggestions, key=cost)
 
 
 def window_advice(backbone: nn.Module, image_size: int, pretrained_image_size: int) -> str | None:

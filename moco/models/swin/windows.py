@@ -40,9 +40,7 @@ class WindowGrid:
     """(len(cut), L, L) float32: 0 if a cell (row) sees a cell (column), -inf if it does not."""
 
 
-def window_grid(
-    canvas: Size, size: Size, window: Size, shifted: bool, device: torch.device
-) -> WindowGrid:
+def window_grid(size: Size, window: Size, shifted: bool, device: torch.device) -> WindowGrid:
     """Return the windows of a map.
 
     A side that is no multiple of the window is padded at its end, before the cyclic shift. Two
@@ -50,83 +48,65 @@ def window_grid(
     shift. Padding sees padding, so that no row of the attention is empty.
 
     Args:
-        canvas: (height, width) of the map, cells.
-        size: (height, width) of its real cells, at the top left; the rest is padding.
-        window: (height, width) of the windows, cells. They are clipped to the real cells.
+        size: (height, width) of the map, cells.
+        window: (height, width) of the windows, cells. They are clipped to the map.
         shifted: whether the windows are shifted by half their side. A clipped side is not.
         device: of the tensors.
     """
     clipped = (min(window[0], size[0]), min(window[1], size[1]))
-    num_windows = -(-canvas[0] // clipped[0]) * -(-canvas[1] // clipped[1])
+    num_windows = -(-size[0] // clipped[0]) * -(-size[1] // clipped[1])
     # torch.compile of torch 2.11 takes no other constants than single tensors.
     tensors = {}
     for name in GRID_TENSORS:
-        tensors[name] = grid_tensor(name, canvas, size, window, shifted, device)
+        tensors[name] = grid_tensor(name, size, clipped, shifted, device)
     return WindowGrid(clipped, num_windows, **tensors)
 
 
 @constant_of_sizes
-def grid_tensor(
-    name: str, canvas: Size, size: Size, window: Size, shifted: bool, device: torch.device
-) -> Tensor:
+def grid_tensor(name: str, size: Size, window: Size, shifted: bool, device: torch.device) -> Tensor:
     """Return one of the tensors of a `WindowGrid` by its name."""
-    return grid_tensors(canvas, size, window, shifted)[name].to(device)
+    return grid_tensors(size, window, shifted)[name].to(device)
 
 
 @lru_cache(maxsize=8)  # for the six calls of one grid
-def grid_tensors(canvas: Size, size: Size, window: Size, shifted: bool) -> dict[str, Tensor]:
-    """Return all tensors of a `WindowGrid` by name, on the CPU."""
-    rows = _shifted_side(canvas[0], size[0], window[0], shifted)
-    columns = _shifted_side(canvas[1], size[1], window[1], shifted)
-    clipped = (rows.window, columns.window)
+def grid_tensors(size: Size, window: Size, shifted: bool) -> dict[str, Tensor]:
+    """Return all tensors of a `WindowGrid` by name, on the CPU. The window fits into the map."""
+    row, row_wraps = _shifted_side(size[0], window[0], shifted)
+    column, column_wraps = _shifted_side(size[1], window[1], shifted)
+    is_real = (row < size[0])[:, None] & (column < size[1])
 
     # Cells see each other if they are in one window and in one group.
-    is_real = rows.is_real[:, None] & columns.is_real
-    group = torch.where(is_real, rows.wraps[:, None] * 2 + columns.wraps, 4)
-    group = _partition_cells(group, clipped)  # (windows, L)
+    group = torch.where(is_real, row_wraps[:, None] * 2 + column_wraps, 4)
+    group = _partition_cells(group, window)  # (windows, L)
     sees = group[:, :, None] == group[:, None, :]
     is_whole = sees.all(dim=(1, 2))
     cut = (~is_whole).nonzero()[:, 0]
     mask = torch.zeros(len(cut), *sees.shape[1:]).masked_fill_(~sees[cut], -math.inf)
 
-    cell = rows.position[:, None] * canvas[1] + columns.position
-    is_on_canvas = (rows.position < canvas[0])[:, None] & (columns.position < canvas[1])
-    cell = _partition_cells(cell, clipped).flatten()  # (Q,)
-    is_on_canvas = _partition_cells(is_on_canvas, clipped).flatten()
-    places = torch.empty(canvas[0] * canvas[1], dtype=torch.int64)
-    places[cell[is_on_canvas]] = torch.arange(len(cell))[is_on_canvas]
+    cell = _partition_cells(row[:, None] * size[1] + column, window).flatten()  # (Q,)
+    is_real = _partition_cells(is_real, window).flatten()
+    places = torch.empty(size[0] * size[1], dtype=torch.int64)
+    places[cell[is_real]] = torch.arange(len(cell))[is_real]
     return {
-        "cells": cell.where(is_on_canvas, 0),
+        "cells": cell.where(is_real, 0),
         "places": places,
-        "padding": (~is_on_canvas).nonzero()[:, 0],
+        "padding": (~is_real).nonzero()[:, 0],
         "whole": is_whole.nonzero()[:, 0],
         "cut": cut,
         "mask": mask,
     }
 
 
-@dataclass(frozen=True)
-class _ShiftedSide:
-    """One side of a map that is filled up to whole windows and cyclically shifted."""
+def _shifted_side(length: int, window: int, shifted: bool) -> tuple[Tensor, Tensor]:
+    """Return one side of a map that is padded to whole windows and cyclically shifted.
 
-    window: int
-    """Side of a window, clipped to the real cells."""
-    position: Tensor
-    """Where each cell of the shifted side comes from."""
-    wraps: Tensor
-    """Whether a cell came there from the other end."""
-    is_real: Tensor
-    """Whether a cell is real and not padding."""
-
-
-def _shifted_side(length: int, num_real: int, window: int, shifted: bool) -> _ShiftedSide:
-    """Return one side of a map of `length` cells, the first `num_real` of which are real."""
-    clipped = min(window, num_real)
-    shift = clipped // 2 if shifted and clipped < num_real else 0
-    filled = -(-length // clipped) * clipped
+    Returns:
+        Where each of its cells comes from, and whether it came from the other end.
+    """
+    shift = window // 2 if shifted and window < length else 0
+    filled = -(-length // window) * window
     unwrapped = torch.arange(filled) + shift
-    position = unwrapped % filled
-    return _ShiftedSide(clipped, position, unwrapped >= filled, position < num_real)
+    return unwrapped % filled, unwrapped >= filled
 
 
 def _partition_cells(cells: Tensor, window: Size) -> Tensor:

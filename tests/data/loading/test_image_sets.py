@@ -12,7 +12,6 @@ from moco.data.augment.views import build_evaluation_view, evaluation_crop, norm
 from moco.data.loading.image_sets import IndexedSet, ShardedSet
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import FileImages, Labelled
-from moco.errors import InputError
 
 SIDE = 8
 BROKEN = (3, 8)  # images of the shards that cannot be read
@@ -112,12 +111,6 @@ def test_a_shard_that_breaks_off_is_named_once_and_the_others_go_on(shards):
         damaged = [problem.name for problem in problems_of(batches) if problem.is_shard]
         assert damaged == [shards.sharded.shards[0]]
         assert names_of(batches)[-5:] == [f"2.tar/k{number}" for number in (7, 9, 10, 11, 12)]
-
-
-def test_a_shard_with_paths_that_lead_out_is_refused(shards):
-    write_shard(shards.sharded.shards[1], [("../x.png", png(0))])
-    with pytest.raises(InputError, match=r"1\.tar: refused, since its member \.\./x\.png"):
-        load(shards)
 
 
 def test_images_by_number_go_on_after_any_batch(image_tree):

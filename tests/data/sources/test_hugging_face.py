@@ -72,25 +72,10 @@ def labels_of(*names):
     )
 
 
-def test_classes_of_the_queries_are_those_of_the_same_name_in_the_training_split(tmp_path):
-    both = datasets.DatasetDict(
-        {"train": labels_of("cat", "dog", "owl"), "test": labels_of("owl", "cat")}
-    )
-    source = build_source("hf", saved(tmp_path / "set", both))
-    assert source.bank.labels.tolist() == [0, 1, 0, 1]
-    assert source.queries.labels.tolist() == [2, 0, 2, 0]
-
-
-def test_classes_that_the_training_split_does_not_have_are_named(tmp_path):
-    both = datasets.DatasetDict({"train": labels_of("cat", "dog"), "test": labels_of("dog", "fox")})
-    with pytest.raises(
-        InputError, match=r"split test: classes that the split train does not have: fox$"
-    ):
+def test_splits_with_other_classes_are_refused(tmp_path):
+    both = datasets.DatasetDict({"train": labels_of("cat", "dog"), "test": labels_of("dog", "cat")})
+    with pytest.raises(InputError, match=r"split test: other classes than split train$"):
         build_source("hf", saved(tmp_path / "set", both))
-    numbers = table(2).cast_column("label", datasets.Value("int64"))
-    both = datasets.DatasetDict({"train": labels_of("cat", "dog"), "test": numbers})
-    with pytest.raises(InputError, match=r"has class names, the other none$"):
-        build_source("hf", saved(tmp_path / "numbers", both), label_column="label")
 
 
 def test_rows_that_were_chosen_and_shuffled_before_saving_keep_their_order(tmp_path):
@@ -117,7 +102,7 @@ def test_columns_can_be_named(tmp_path):
     root = saved(tmp_path / "set", table(4, depth=second, coarse=coarse))
     with pytest.raises(
         InputError,
-        match=r"data\.image_column: missing; .*several columns of type Image: image, depth",
+        match=r"data\.image_column=None: expected one column of type Image .*depth: Image",
     ):
         build_source("hf", root)
     source = build_source("hf", root, image_column="depth", label_column="coarse")
@@ -130,19 +115,19 @@ def test_columns_can_be_named(tmp_path):
     [
         (
             {"image_column": "label"},
-            r"data\.image_column=label: expected a column of type Image .*label: ClassLabel",
+            r"data\.image_column=label: expected one column of type Image .*label: ClassLabel",
         ),
         (
             {"image_column": "imge"},
-            r"data\.image_column: unknown column 'imge'; did you mean 'image'",
+            r"data\.image_column=imge: expected one column of type Image .*image: Image",
         ),
         (
             {"label_column": "image"},
-            r"data\.label_column=image: expected a column of type ClassLabel .*image: Image",
+            r"data\.label_column=image: expected one column of type ClassLabel .*image: Image",
         ),
         (
             {"label_column": "text"},
-            r"data\.label_column=text: expected a column of type ClassLabel .*text: string",
+            r"data\.label_column=text: expected one column of type ClassLabel .*text: Value",
         ),
     ],
 )
@@ -156,7 +141,7 @@ def test_two_label_columns_have_to_be_chosen_from(tmp_path):
     root = saved(tmp_path / "set", table(2, coarse=([0, 0], datasets.ClassLabel(names=["animal"]))))
     with pytest.raises(
         InputError,
-        match=r"data\.label_column: missing; .*several columns of type ClassLabel: label, coarse",
+        match=r"data\.label_column=None: expected one column .*label: ClassLabel, coarse: ClassLabel",
     ):
         build_source("hf", root)
 
@@ -164,16 +149,11 @@ def test_two_label_columns_have_to_be_chosen_from(tmp_path):
 def test_a_table_without_images_rows_or_training_split_is_named(tmp_path):
     texts = datasets.Dataset.from_dict({"text": ["a"]})
     with pytest.raises(
-        InputError, match=r"split train: no column of type Image in there \(text: string\)"
+        InputError, match=r"split train: no column of type Image in there \(text: Value\)"
     ):
         build_source("hf", saved(tmp_path / "texts", texts))
-    with pytest.raises(InputError, match=r"empty: no rows in empty$"):
+    with pytest.raises(InputError, match=r"empty: not a folder of datasets' save_to_disk"):
         build_source("hf", saved(tmp_path / "empty", table(0)))
-    with pytest.raises(InputError, match=r"half: no rows in test$"):
-        build_source(
-            "hf",
-            saved(tmp_path / "half", datasets.DatasetDict({"train": table(1), "test": table(0)})),
-        )
     with pytest.raises(InputError, match=r"no split train in there \(found other, test\)"):
         build_source(
             "hf",
@@ -274,14 +254,11 @@ def test_an_image_larger_than_the_limit_is_unreadable(tmp_path):
         images.opened(1)
 
 
-def test_a_folder_with_a_loading_script_is_refused_and_the_script_not_run(tmp_path):
+def test_a_script_in_the_folder_is_not_run(tmp_path):
     root = tmp_path / "set"
     saved(root, table(1))
     (root / "set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(
-        InputError, match=r"holds a loading script \(set\.py\), and no code is run from there"
-    ):
-        build_source("hf", str(root))
+    assert len(build_source("hf", str(root)).train) == 1
     assert not (tmp_path / "ran").exists()
 
 

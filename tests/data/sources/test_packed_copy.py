@@ -44,9 +44,7 @@ def test_check_names_the_images_whose_bytes_have_changed(tmp_path, photographs, 
     path.write_bytes(content)
     with pytest.raises(RunError) as error:
         run(tmp_path, *arguments, "check=true")
-    assert f"2 of 30 images are not as they were written: {copy.name(3)}, {copy.name(17)}" in str(
-        error.value
-    )
+    assert f"not as it was written in 2 places: {copy.name(3)}, {copy.name(17)}" in str(error.value)
 
 
 def test_check_sees_a_flipped_bit_between_two_images_of_a_shard(tmp_path, photographs):
@@ -56,7 +54,7 @@ def test_check_sees_a_flipped_bit_between_two_images_of_a_shard(tmp_path, photog
     content[0] ^= 1  # of the first member's name
     path.write_bytes(content)
     with pytest.raises(
-        RunError, match=r"bytes between the images are not as they were written in train-00000\.tar"
+        RunError, match=r"in 1 places: bytes between the images of train-00000\.tar"
     ):
         run(tmp_path, *arguments, "check=true")
 
@@ -69,7 +67,7 @@ def test_a_copy_that_is_not_finished_is_neither_checked_nor_read(
     )
     with pytest.raises(Interrupted):
         run(tmp_path, f"data.root={photographs}")
-    with pytest.raises(InputError, match="not finished; start the same command without check"):
+    with pytest.raises(InputError, match="not finished; start the same"):
         run(tmp_path, f"data.root={photographs}", "check=true")
     with pytest.raises(InputError, match=r"not finished; start the same moco\.pack again"):
         build_source("packed", str(tmp_path / "copy"))
@@ -80,9 +78,9 @@ def test_a_copy_that_is_not_finished_is_neither_checked_nor_read(
     [
         (
             lambda folder: (folder / "pixels.bin").write_bytes(b"abc"),
-            r"pixels\.bin: 3 bytes, and the index says",
+            r"pixels\.bin: missing, or not of 23,040 bytes",
         ),
-        (lambda folder: (folder / "pixels.bin").unlink(), r"pixels\.bin: No such file"),
+        (lambda folder: (folder / "pixels.bin").unlink(), r"pixels\.bin: missing, or not of"),
         (lambda folder: (folder / "index.npz").write_bytes(b"PK\x03\x04"), r"index\.npz: damaged"),
         (
             lambda folder: (folder / "index.json").write_text("{"),
@@ -111,6 +109,23 @@ def test_an_index_that_points_beyond_the_file_is_refused(tmp_path, image_tree):
         build_source("packed", str(folder))
 
 
+def test_an_index_of_more_images_than_there_are_is_refused(tmp_path, image_tree):
+    folder = run(tmp_path, f"data.root={image_tree}", "format=array")
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(changed(index, ["num_images"], 25))
+    with pytest.raises(InputError, match=r"index\.npz: does not go with index\.json"):
+        build_source("packed", str(folder))
+
+
+def test_a_copy_that_an_earlier_version_wrote_is_read(labelled_copy, tmp_path):
+    for path in labelled_copy.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    text = (tmp_path / "index.json").read_text()
+    text = text.replace('"images"', '"pictures"').replace('"num_images"', '"num_pictures"')
+    (tmp_path / "index.json").write_text(text)
+    assert len(build_source("packed", str(tmp_path)).train) == 24
+
+
 def changed(index, place, value):
     """A copy of JSON data with one value replaced, or left out if it is None."""
     index = json.loads(json.dumps(index))
@@ -128,27 +143,16 @@ def changed(index, place, value):
     ("place", "value", "message"),
     [
         (["format"], None, r"format is missing"),
-        (["format"], "tar", r'format="tar": expected array or shards'),
-        (["complete"], 1, r"complete=1: expected true or false"),
-        (["num_images"], 25, r"num_images=25, and its parts hold 24"),
-        (["num_images"], -1, r"num_images=-1: expected a number"),
-        (["image_size"], "a", r'image_size="a": expected a number'),
-        (["settings"], {}, r"settings=\{\}: expected settings, quality among them"),
-        (["source"], [], r"source=\[\]: expected its number of images"),
-        (["parts"], {}, r"parts=\{\}: expected a list"),
+        (["format"], 3, r"format=3: not as moco.pack writes it"),
+        (["complete"], 1, r"complete=1: not as moco.pack writes it"),
+        (["image_size"], "a", r'image_size="a": not as moco.pack writes it'),
+        (["source"], [], r"source=\[\]: not as moco.pack writes it"),
+        (["parts"], {}, r"parts=\{\}: not as moco.pack writes it"),
+        (["parts", 0], [1], r"parts\[0\]\.file is missing"),
         (["parts", 0, "bytes"], None, r"parts\[0\]\.bytes is missing"),
-        (["parts", 0, "images"], 1.5, r"parts\[0\]\.images=1\.5: expected a number"),
-        (
-            ["parts", 0, "skipped"],
-            [[1]],
-            r"parts\[0\]\.skipped=\[\[1\]\]: expected a list of rows and reasons",
-        ),
+        (["parts", 0, "images"], 1.5, r"parts\[0\]\.images=1\.5: not as moco.pack writes it"),
         *[
-            (
-                ["parts", 0, "file"],
-                name,
-                r"parts\[0\]\.file=.*: expected the name of a file in this folder",
-            )
+            (["parts", 0, "file"], name, r"parts\[0\]\.file=.*: not as moco.pack writes it")
             for name in ("../x", "/etc/passwd", "..", "", 3)
         ],
     ],
@@ -179,15 +183,12 @@ def test_an_index_of_a_version_alone_is_no_copy(tmp_path):
             lambda array: array.astype(float),
             r"bank_rows is float64 \(\d+,\), expected int64",
         ),
-        ("bank_labels", lambda array: array - 9, "bank_labels has numbers below 0"),
         ("bank_labels", lambda array: array[1:], r"bank_labels is int64"),
         ("heights", lambda array: array[1:], r"heights is int32 \(23,\), expected int32 \(24,\)"),
         ("rows", lambda array: array[0], r"rows is int64 \(\), expected int64"),
-        ("name_ends", lambda array: array[::-1], "name_ends does not go with names"),
-        ("name_ends", lambda array: array + 1, "name_ends does not go with names"),
-        ("offsets", lambda array: array - 1, "offsets has numbers below 0"),
+        ("name_ends", lambda array: array[1:], r"name_ends is int64 \(23,\)"),
+        ("offsets", lambda array: array - 1, "does not go with index.json"),
         ("offsets", lambda array: array + (2**63 - 1 - array[-1]), "does not go with index.json"),
-        ("lengths", lambda array: array * 0, "lengths has numbers below 1"),
         (
             "rows",
             lambda array: np.array([{}] * len(array), object),
