@@ -140,6 +140,8 @@ def main() -> None:
     print("| step | worker: mean | 99 % | largest | batch: mean | 99 % | largest |")
     print("|---|---|---|---|---|---|---|")
     for name in [*(step.name for step in view.steps), "whole chain"]:
+        if (name, "worker") not in differences:
+            continue  # no image has drawn this step
         cells = []
         for engine in ("worker", "batch"):
             values = np.concatenate(differences[name, engine])
