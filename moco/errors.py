@@ -1,4 +1,7 @@
-"""What can go wrong, by who has to act on it. The programs turn each into one line on stderr and an exit code."""
+"""The errors of the project, by who has to act on them.
+
+Each program turns them into one line on stderr and an exit code.
+"""
 
 import difflib
 from collections.abc import Iterable
@@ -13,11 +16,11 @@ class RunError(RuntimeError):
 
 
 class PeerLost(RunError):
-    """Another process of a training ended; what happened there is the cause, not this."""
+    """Another process of the training has ended. The cause is what happened there."""
 
 
 class Interrupted(Exception):
-    """A signal ended the run after its checkpoint was saved. Exit code 128 + the signal's number."""
+    """A signal ended the run after its checkpoint was saved. Exit code 128 + the signal."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(signal_number, message)  # all arguments, so that it can be pickled
@@ -28,20 +31,22 @@ class Interrupted(Exception):
 
 
 def printable(text: str) -> str:
-    r"""Any text, such as a file's name, on one line and in characters that a terminal shows and does not obey.
+    r"""Return text, such as a file name, on one line and without control characters.
 
-    A newline becomes ``\n``; a byte of a name that is no UTF-8, 255 for instance, ``\udcff``, as Python's strings hold it.
+    A newline becomes ``\n``. A byte of a name that is not UTF-8 becomes an escape such as
+    ``\udcff``, which is how Python's strings hold the byte 255.
     """
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
+    shown = []
+    for char in text:
+        shown.append(char if char.isprintable() else char.encode("unicode_escape").decode())
+    return "".join(shown)
 
 
 def unknown_name(what: str, name: str, choices: Iterable[str]) -> str:
-    """A sentence for a name that is not among the choices: the nearest one, then all of them."""
+    """Return a sentence about a name that is not among the choices, with the nearest choice."""
     choices = sorted(choices)
-    nearest = difflib.get_close_matches(name, choices, n=1) or [
-        choice for choice in choices if name and name in choice
-    ]
+    nearest = difflib.get_close_matches(name, choices, n=1)
+    if not nearest and name:
+        nearest = [choice for choice in choices if name in choice]
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
     return f"unknown {what} '{name}'{hint} (choices: {', '.join(choices)})"

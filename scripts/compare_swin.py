@@ -2,8 +2,9 @@
 
     python scripts/compare_swin.py        (needs timm: pip install moco-ssl[export])
 
-Two tables. How far torchvision's features of a 565 px image move when zeros are added around it. And how far the
-position biases of the offsets that both windows have move from window 7 to window 18.
+Two tables. How far torchvision's features of a 565 px image move when zeros are added around it.
+And how far the position biases of the offsets that both windows have move from window 7 to window
+18.
 """
 
 import timm

@@ -50,7 +50,7 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
 
 
 def check_devices(trainer: TrainerConfig) -> None:
-    """Raise InputError if this machine has no such accelerator, or fewer GPUs than the run needs."""
+    """Raise InputError if this machine lacks the accelerator, or has fewer GPUs than needed."""
     from moco.training.hardware import choose_device
 
     if trainer.accelerator != "cpu":
@@ -142,8 +142,8 @@ def check_deterministic(method: "MoCo", config: TrainConfig, image_sizes: Sequen
     """Check that ``trainer.deterministic=true`` can work on a GPU.
 
     PyTorch has no deterministic backward pass of adaptive average pooling and of bicubic resizing
-    there, see ``torch.use_deterministic_algorithms``. Pooling to one cell is a plain mean, and a map
-    or grid that fits is neither pooled nor resized.
+    there, see ``torch.use_deterministic_algorithms``. Pooling to one cell is a plain mean. A map or
+    grid that fits is neither pooled nor resized.
 
     Args:
         method: the method of the run.

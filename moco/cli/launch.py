@@ -47,8 +47,8 @@ class Failure:
 def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str) -> NoReturn:
     """Run ``program(config, run_folder)`` under Hydra's command line and exit with its code.
 
-    In a sweep (``-m``) a job that fails does not end the others. The sweep ends with the code of its
-    first failure. With ``HYDRA_FULL_ERROR=1`` an error shows its traceback instead of one line.
+    In a sweep (``-m``) a job that fails does not end the others. The sweep ends with the code of
+    its first failure. With ``HYDRA_FULL_ERROR=1`` an error shows its traceback instead of one line.
 
     Args:
         program: what to run.

@@ -2,8 +2,8 @@
 
 The name of a job holds its values of the keys that the sweep varies:
 ``method.temperature-0.1__seed-1``. The name of a sweep holds what all its jobs have in common, and
-the keys that it varies: ``experiment-quickstart__method.temperature``. A sweep that gets more values
-keeps the folders that it has.
+the keys that it varies: ``experiment-quickstart__method.temperature``. A sweep that gets more
+values keeps the folders that it has.
 """
 
 import hashlib

@@ -12,7 +12,7 @@ from moco.config.train import SlurmConfig, TrainerConfig
 
 @dataclass
 class SegmentBackboneConfig(PretrainedBackboneConfig):
-    """A patch projection that pretraining kept frozen is trained here, unless it is set here too."""
+    """A patch projection that was frozen in pretraining is trained, unless frozen here too."""
 
 
 @dataclass

@@ -42,7 +42,7 @@ SETTINGS_AS_DICTS: list[Any] = [
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write Lightning's checkpoints atomically, and keep the old ``last.ckpt`` as ``previous.ckpt``.
+    """Write Lightning's checkpoints atomically; the old ``last.ckpt`` becomes ``previous.ckpt``.
 
     Attributes:
         read: contents of files that this process has read already. Each is handed out once, in

@@ -94,7 +94,7 @@ Callbacks and logger measure themselves. `LossMonitor` takes the laps.
 
 
 def in_words(seconds: Mapping[str, float]) -> str:
-    """Return each part's share in words, the largest first; parts under half a percent are left out.
+    """Return the share of each part, the largest first; parts under half a percent are skipped.
 
     Args:
         seconds: by the names of `WORDS`.

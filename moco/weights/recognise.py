@@ -1,7 +1,7 @@
 """Recognise whose state dict it is, and give its tensors the names of `moco.methods.moco.MoCo`.
 
-A state dict is recognised by its names alone, see `moco.weights.other_projects`. Tensors of a backbone
-keep the names of their library until there is a backbone to compare them with, see
+A state dict is recognised by its names alone, see `moco.weights.other_projects`. Tensors of a
+backbone keep the names of their library until there is a backbone to compare them with, see
 `moco.weights.library_names.to_our_names`.
 """
 
@@ -110,7 +110,7 @@ def layout_of(weights: Weights) -> Layout:
 
 
 def renamed(name: str, layout: Layout) -> str | None:
-    """Return our name of a project's tensor; None for a classifier and what we have no place for."""
+    """Return our name of a project's tensor; None for a classifier and for unused tensors."""
     for pattern, part in layout.names.items():
         found = re.match(pattern, name)
         if found is None:

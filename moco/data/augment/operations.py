@@ -45,7 +45,8 @@ class Operation(ABC):
             value = getattr(self, name)
             if not is_pair(value, low, high):
                 raise ValueError(
-                    f"{name}={value}: expected two numbers from {low} to {high}, the lower one first"
+                    f"{name}={value}: expected two numbers from {low} to {high}, "
+                    "the lower one first"
                 )
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:

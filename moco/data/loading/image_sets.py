@@ -1,4 +1,4 @@
-"""The image sets of `moco.embed`: every image once, from the place where an earlier pass stopped."""
+"""The image sets of `moco.embed`: every image once, from where an earlier pass stopped."""
 
 import hashlib
 import os

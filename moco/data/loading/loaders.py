@@ -78,7 +78,7 @@ def make_pairs(
 
 
 def first_decoded(candidates: Iterable[np.ndarray | None]) -> tuple[np.ndarray, bool]:
-    """Return the pixels of the first image that could be decoded, and whether it is the first of all.
+    """Return the pixels of the first decoded image, and whether it is the first of all.
 
     If none could, return a black image.
     """

@@ -36,7 +36,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def state_after(self, num_images: int) -> dict[str, int]:
-        """Return the state for the checkpoint when this process has used `num_images` of its images.
+        """Return the state for a checkpoint after `num_images` images of this process.
 
         The state counts the images of all processes.
         """

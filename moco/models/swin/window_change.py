@@ -1,4 +1,4 @@
-"""The change of a Swin's windows after pretraining, and which window fits images of another size."""
+"""The change of a Swin's windows after pretraining, and which window fits other images."""
 
 import math
 from collections.abc import Sequence
