@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 
 LEAST_STD = 0.07
-"""Smallest standard deviation of a healthy run, as a share of 1 / sqrt(embedding_dim),
-the value of embeddings that are spread out. Runs that learned were lowest soon after their start: at 0.08 for
-a moment (MoBY on CIFAR-10) or at 0.1 for some 60 steps (a small ResNet on digits), mostly at 0.18
-to 0.4. Collapsed runs stay at 0.001 to 0.05."""
+"""Smallest standard deviation of a healthy run, as a share of that of spread-out embeddings.
+
+Spread-out embeddings have 1 / sqrt(embedding_dim). Runs that learned were lowest soon after their
+start: at 0.08 for a moment (MoBY on CIFAR-10) or at 0.1 for some 60 steps (a small ResNet on
+digits), mostly at 0.18 to 0.4. Collapsed runs stay at 0.001 to 0.05.
+"""
 
 LEAST_RANK = 0.05
 """Smallest effective rank of a healthy run, as a share of the largest possible one. The quickstart
