@@ -22,6 +22,12 @@ def pytest_collection_modifyitems(items):
     )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Compute with one thread, also in fixtures of a module: sums depend on the number of threads."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.set_num_threads(1)
