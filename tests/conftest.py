@@ -36,6 +36,12 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
+def pillows_limit(monkeypatch):
+    """Put Pillow's limit on the size of images back; reading an image sets it."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
+@pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
