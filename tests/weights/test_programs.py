@@ -6,7 +6,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from moco import embed, export, segment
+from moco import embed, export
+from moco.cli.build_segmentation import find_backbone
 from moco.config.pretrained import EmbedConfig, ExportConfig
 from moco.config.segment import SegmentConfig
 from moco.errors import InputError
@@ -80,11 +81,11 @@ def test_other_projects_weights_start_a_segmentation(official):
     path, model = official
     given = [f"checkpoint={path}", "data.root=nowhere"]
     with pytest.raises(InputError) as error:
-        segment.starting_point(composed("segment", SegmentConfig, *given))
+        find_backbone(composed("segment", SegmentConfig, *given))
     message = f"image_size: missing; {path} does not say it, give image_size=PIXELS"
     assert str(error.value) == message
 
-    start = segment.starting_point(composed("segment", SegmentConfig, *given, "image_size=64"))
+    start = find_backbone(composed("segment", SegmentConfig, *given, "image_size=64"))
     assert (start.settings["name"], start.image_size, start.mean[0]) == ("resnet18", 64, 0.485)
     weights = model.state_dict()
     for name, tensor in start.backbone.state_dict().items():
