@@ -39,7 +39,9 @@ def bench_loop():
 
 def test_a_step_that_is_not_logged_costs_the_monitor_one_operation():
     monitor = TrainingMonitor({}, log_every_n_steps=100)
-    trainer = SimpleNamespace(accumulate_grad_batches=2, world_size=1, global_step=1)
+    trainer = SimpleNamespace(
+        accumulate_grad_batches=2, num_training_batches=10, world_size=1, global_step=1
+    )
     batch = PairBatch(
         (torch.zeros(4, 3, 1, 1),) * 2, torch.arange(4), torch.zeros(4, dtype=torch.bool), 0
     )
