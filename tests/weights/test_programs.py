@@ -7,7 +7,7 @@ import torchvision
 from PIL import Image
 
 from moco import embed, export
-from moco.cli.build_segmentation import find_backbone
+from moco.cli.starting_backbone import find_backbone
 from moco.config.pretrained import EmbedConfig, ExportConfig
 from moco.config.segment import SegmentConfig
 from moco.errors import InputError
