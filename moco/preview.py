@@ -5,13 +5,14 @@ made by the engine of that run.
 """
 
 from pathlib import Path
-from typing import Any
-
-from PIL import Image, ImageDraw, ImageFont
+from typing import TYPE_CHECKING, Any
 
 from moco.cli.launch import launch
 from moco.config.train import PreviewConfig
 from moco.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # All in px.
 SMALLEST_VIEW = 112  # smaller views are enlarged, so that the text beside them has room
@@ -46,13 +47,15 @@ def run(config: PreviewConfig, folder: Path) -> None:
     print(f"{len(images)} pairs in {output}")
 
 
-def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> Image.Image:
+def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
     """Draw a row for each pair: query view, its numbers, key view, its numbers.
 
     Args:
         data: a `PretrainingData`.
         images: the result of `PretrainingData.first_images`.
     """
+    from PIL import Image, ImageDraw, ImageFont
+
     queries, keys = data.pairs(images)
     columns = {"query": to_images(queries, data), "key": to_images(keys, data)}
     texts = [data.augment.describe(0, index, image.size) for index, image, _ in images]
@@ -76,8 +79,10 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> Image.Image:
     return sheet
 
 
-def to_images(views: Any, data: Any) -> list[Image.Image]:
+def to_images(views: Any, data: Any) -> "list[Image.Image]":
     """Return normalised views (images, 3, side, side) as Pillow images, enlarged if small."""
+    from PIL import Image
+
     from moco.callbacks.view_pairs import as_shown
 
     factor = -(-SMALLEST_VIEW // views.shape[3])

@@ -55,6 +55,8 @@ class LossMonitor(pl.Callback):
         self.figures = figures
         self.log_every_n_steps = log_every_n_steps
         self.has_warned = False
+        self.first_wait: float | None = None
+        """Seconds that the run waited for its first batch, which do not count as waiting."""
         self.loss_sum = 0.0
         self.batches = 0.0
         """Batches with a finite loss."""
@@ -98,7 +100,7 @@ class LossMonitor(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.epoch_ended = False
-        self.first_wait: float | None = None
+        self.first_wait = None
         epoch_time.start()
         self._start_clock()
 
