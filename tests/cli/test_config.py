@@ -169,7 +169,7 @@ MISTAKES = [
     (["method.temperature=-1"], "error: method.temperature=-1.0: expected a number above 0"),
     (["method.queue_start=emty"], "error: method.queue_start: unknown value 'emty'; did you mean 'empty'? (choices: empty, random)"),
     (["method.projector.num_layer=2"], "error: unknown key 'method.projector.num_layer'; did you mean 'method.projector.num_layers'?"),
-    (["data=images"], "error: data.root: missing; data=images needs to know where the images are: data.root=PATH"),
+    (["data=images"], "error: data.root: missing; data=images needs data.root=PATH"),
     (["data=images", "data.root=nowhere"], "error: data.root=nowhere: no such folder"),
     (["data=images", "data.root=."], "error: data.root=.: no images in there (looked for .bmp, .gif,"),
     (["method.temperature"], "error: cannot read the override 'method.temperature': Error parsing override"),
@@ -229,7 +229,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs)
         (["augmentation.std=[0,0,0]"], "augmentation.mean="),
         (
             ["method.num_queues=2"],
-            "method.num_queues=2: the second queue is the second direction's; add method.symmetric",
+            "method.num_queues=2: the second queue is for the second direction; add method.symmetric",
         ),
         (
             ["trainer.num_nodes=2"],
