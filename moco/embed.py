@@ -57,6 +57,8 @@ def run(config: EmbedConfig, folder: Path) -> None:
         empty_index(config.index, encoder.backbone.feature_dim, "index")
     run_settings = with_usual_settings(pretrained.config)
     data = data_settings(config, run_settings["data"])
+    # The loader processes of the run say nothing about this machine.
+    data["num_workers"] = config.data.num_workers
     images = embedding.choose_images(build_source_of(data), config.split, data["name"])
     log_window_advice(pretrained, given, data["image_size"])
     transform = with_defaults(config.augmentation, run_settings["augmentation"])

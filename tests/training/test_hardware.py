@@ -166,9 +166,9 @@ def test_split_batch_norm_has_the_same_groups_in_either_layout(symmetric, runner
     config = runner.config(*split, "trainer.memory_format=auto")
     fit = HardwareFit(CPU, "64-true", "auto", False)
     method = runner.fit(config, [fit, losses[0]], precision="64-true")
-    assert (fit.way["memory_format"], method.in_blocks) == ("channels_last", True)
+    assert (fit.way["memory_format"], method.sorts_by_group) == ("channels_last", True)
     method = runner.fit(config, [losses[1]], precision="64-true")
-    assert not method.in_blocks
+    assert not method.sorts_by_group
     assert losses[0].values == pytest.approx(losses[1].values, rel=1e-9)
 
 
