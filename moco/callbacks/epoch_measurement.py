@@ -1,5 +1,6 @@
 """A measurement every so many epochs of a training, as a Lightning callback."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytorch_lightning as pl
 from moco.callbacks.running_trainer import is_end
 
 
-class EpochMeasurement(pl.Callback):
+class EpochMeasurement(pl.Callback, ABC):
     """Call `measure` every n epochs and at the end of the training.
 
     Args:
@@ -28,9 +29,9 @@ class EpochMeasurement(pl.Callback):
         self.should_stop = should_stop
         self.owed = False
 
+    @abstractmethod
     def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
         """Measure the model after `epoch` epochs, and set `owed`."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         # If the state is empty, Lightning does not warn when a run resumes without this callback.

@@ -70,7 +70,7 @@ def most_similar_cells(query_features: Tensor, key_features: Tensor) -> Tensor:
 
     Args:
         query_features: (N, S, D), the backbone's features of the cells, unit norm.
-        key_features: the same of the keys.
+        key_features: (N, S, D), those of the keys, unit norm.
 
     Source: DenseCL, arXiv 2011.09157, section 3.
     """

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 # What zipfile and NumPy raise on damaged archives. zipfile raises RuntimeError for encrypted files
-# and its subclass NotImplementedError for unknown compressions.
+# and for unknown compressions.
 DAMAGED = (
     ValueError,
     OSError,
