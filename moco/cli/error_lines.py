@@ -15,7 +15,12 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from moco.config.parsing import unknown_key
 from moco.errors import InputError, Interrupted, RunError, printable, unknown_name
@@ -57,6 +62,10 @@ def explain_config(error: Exception, schema: type) -> str:
     """Return what is wrong with a config: the file or the override, the key, the choices."""
     message = str(error)
     cause = error.__cause__
+    if isinstance(error, InterpolationResolutionError):
+        resolver_error = innermost(error)
+        if isinstance(resolver_error, InputError):
+            return str(resolver_error)
     if "submitit_slurm" in message:  # the base of conf/hydra/launcher/slurm.yaml is missing
         return "hydra/launcher=slurm needs another package: pip install 'moco-ssl[slurm]'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
@@ -79,3 +88,10 @@ def explain_config(error: Exception, schema: type) -> str:
             reason = unknown_key(key, schema) if is_unknown else f"{key}: {reason}"
             return f"in {file}.yaml: {reason}"
     return " ".join(message.split())
+
+
+def innermost(error: BaseException) -> BaseException:
+    """Return the first of the errors that were raised while another one was handled."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

@@ -29,7 +29,7 @@ SWINS = ["swin_tiny_patch2", "swin_v2_tiny_patch2"]
 OPTIMIZERS = {
     "sgd": ["optimizer.lr=0.5"],
     "adamw": ["optimizer=adamw", "optimizer.lr=0.01", "optimizer.warmup_epochs=0"],
-    "lars": ["optimizer=lars", "optimizer.lr=2", "optimizer.warmup_epochs=0"],
+    "lars": ["optimizer=lars", "optimizer.lr=0.2", "optimizer.warmup_epochs=0"],
 }
 
 
