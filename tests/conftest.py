@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.processes import run_to_end, start_program  # noqa: F401  (a fixture)
+from tests.processes import PATIENCE, program_environment, run_to_end
+from tests.processes import start_program as start_program  # a fixture
+from tests.warm_start import end_warm_process, run_warm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -87,9 +89,22 @@ def photographs(tmp_path, generator):
     return root
 
 
+# Python and its libraries read these when they start.
+READ_AT_START = ("LD_", "MALLOC_", "OMP_", "PYTHON")
+
+
 def run_program(module, *arguments, cwd, **environment):
     """Run a program of ours in its own process, as a user starts it."""
-    return run_to_end(sys.executable, "-m", module, *arguments, cwd=cwd, **environment)
+    arguments = [str(argument) for argument in arguments]
+    if any(name.startswith(READ_AT_START) for name in environment):
+        return run_to_end(sys.executable, "-m", module, *arguments, cwd=cwd, **environment)
+    return run_warm(module, arguments, cwd, program_environment(environment), PATIENCE)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ended_warm_process():
+    yield
+    end_warm_process()
 
 
 class Runner:
@@ -112,6 +127,9 @@ class Runner:
             "trainer.max_epochs=2",
             "trainer.max_steps=3",
             "evaluation.baselines=false",
+            # Plots take longer than the training of a test.
+            "evaluation.plots_every_n_epochs=null",
+            "evaluation.projector_images=0",
             "trainer.precision=32-true",  # alike on CPUs that are faster in bf16
         ]
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

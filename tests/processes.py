@@ -161,6 +161,14 @@ def children_of(pid, command=""):
     return found
 
 
+def program_environment(additional):
+    """Return the variables of a program: this process's, one thread, this repository's code."""
+    from tests.conftest import REPOSITORY
+
+    ours = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **ours, **additional}
+
+
 @contextmanager
 def started(*command, cwd=None, **environment):
     """Start a program with one thread and this repository's code; kill it at the block's end.
@@ -169,10 +177,7 @@ def started(*command, cwd=None, **environment):
         command: the program and its arguments, such as ``sys.executable, "-m", "moco.train"``.
         environment: additional variables.
     """
-    from tests.conftest import REPOSITORY
-
-    ours = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    program = Program(command, cwd, {**os.environ, **ours, **environment})
+    program = Program(command, cwd, program_environment(environment))
     try:
         yield program
     finally:

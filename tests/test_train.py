@@ -149,7 +149,12 @@ def test_evaluate_takes_another_protocol_and_the_key_encoder(finished):
 
     cwd, _ = finished
     settings = EvaluationConfig(
-        encoder="key", num_neighbors=5, temperature=0.5, feature="embedding"
+        encoder="key",
+        num_neighbors=5,
+        temperature=0.5,
+        feature="embedding",
+        plots=False,
+        label_free=False,
     )
     output = cwd / "key.json"
     checkpoint = str(cwd / "run/checkpoints/best.ckpt")

@@ -85,8 +85,8 @@ BY_STEPS = ["trainer.max_epochs=9", "trainer.max_steps=13"]
 @pytest.mark.parametrize(
     ("length", "accumulate"),
     [
-        (BY_EPOCHS, 1),
         (BY_STEPS, 3),
+        pytest.param(BY_EPOCHS, 1, marks=pytest.mark.slow),
         pytest.param(BY_EPOCHS, 3, marks=pytest.mark.slow),
         pytest.param(BY_STEPS, 1, marks=pytest.mark.slow),
     ],

@@ -134,9 +134,10 @@ def end_on_rank_one(how, stop):
             RunError,
             r"rank 1 of 2 \(process \d+\) was killed by SIGKILL: .*there is no checkpoint yet",
         ),
-        pytest.param("failed", InputError, "^a bad image$", marks=pytest.mark.slow),
+        ("failed", InputError, "^a bad image$"),
     ],
 )
+@pytest.mark.slow
 def test_the_process_that_failed_first_says_why_the_training_ended(how, kind, message):
     with StopRequest() as stop, pytest.raises(kind, match=message):
         run_on_devices(end_on_rank_one, (how,), 2, stop, NO_CHECKPOINT)
@@ -262,7 +263,7 @@ def largest_difference(one, other):
     return max(differences)
 
 
-STEPS = 20
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
@@ -291,8 +292,8 @@ def test_two_processes_end_where_one_does(alone, runner, tmp_path):
 
 
 def test_a_run_may_go_on_with_another_number_of_processes(alone, runner, tmp_path):
-    trained(runner, tmp_path / "changing", 7, 2)
-    trained(runner, tmp_path / "changing", 13, 1)
+    trained(runner, tmp_path / "changing", 3, 2)
+    trained(runner, tmp_path / "changing", 6, 1)
     changing = trained(runner, tmp_path / "changing", STEPS, 2)
     assert largest_difference(alone[0], changing[0]) < 1e-5
     checkpoint = torch.load(tmp_path / "changing" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -331,6 +332,7 @@ def test_a_killed_process_ends_the_run_at_once_and_is_named(two_process_run, tmp
     assert (status["state"], f"failed: {status['message']}") == ("failed", line)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_parent_stops_all_with_a_checkpoint(two_process_run, tmp_path):
     children = two_process_run.children("spawn_main")
     two_process_run.send_signal(signal.SIGTERM)
