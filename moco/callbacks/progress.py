@@ -6,17 +6,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-# Where the output is no terminal, a line shows this often that the run is alive.
-SECONDS_BETWEEN_LINES = 60.0
+from moco.runs.progress_bar import SECONDS_BETWEEN_LINES, progress_bar
+
 # Drawing takes milliseconds of the training thread.
 FRAMES_PER_SECOND = 4
 
@@ -40,18 +32,7 @@ class ProgressBar(pl.Callback):
         self.figures = figures
         self.console = console
         self.scores = scores
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps {task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            refresh_per_second=FRAMES_PER_SECOND,
-            disable=not console.is_terminal,
-        )
+        self.progress = progress_bar(console, "steps", refresh_per_second=FRAMES_PER_SECOND)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.task = self.progress.add_task(
