@@ -143,7 +143,7 @@ def test_a_second_evaluation_uses_what_the_first_has_kept(evaluated, tiny):
     first, _, log = evaluated(data=tiny)
     assert "embedded 60 images in" in log
     second, _, log = evaluated(data=tiny)
-    assert "features of 60 images from" in log
+    assert "features from" in log
     assert "embedded" not in log
     assert second == first
 
@@ -206,7 +206,7 @@ def test_kept_features_of_files_follow_the_files(evaluated, tmp_path, generator)
     Image.fromarray(generator.integers(0, 256, (9, 8, 3), np.uint8)).save(tmp_path / "val/b/x.png")
     log = evaluated(data=data, num_neighbors=3)[2]
     assert "embedded 6 images" in log
-    assert "features of 6 images from" in log  # of the bank
+    assert "features from" in log  # of the bank
 
 
 def test_a_damaged_file_of_features_is_made_again(evaluated, tiny):

@@ -1,7 +1,6 @@
 """Segmentation by patch features while a run pretrains, as a Lightning callback."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,7 +30,7 @@ class DenseMonitor(EpochMeasurement):
             protocol.
         images: the images with masks.
         num_neighbors, temperature: see `knn_scores`.
-        every_n_epochs, should_stop: see `EpochMeasurement`.
+        when: ``every_n_epochs`` and ``should_stop`` of `EpochMeasurement`.
     """
 
     def __init__(
@@ -41,11 +40,10 @@ class DenseMonitor(EpochMeasurement):
         *,
         num_neighbors: int,
         temperature: float,
-        every_n_epochs: int = 1,
-        should_stop: Callable[[], bool] = lambda: False,
+        **when: Any,
     ) -> None:
-        super().__init__(figures, every_n_epochs, should_stop)
-        self.images = replace(images, should_stop=should_stop)
+        super().__init__(figures, **when)
+        self.images = replace(images, should_stop=self.should_stop)
         self.num_neighbors = num_neighbors
         self.temperature = temperature
 
@@ -67,7 +65,8 @@ class DenseMonitor(EpochMeasurement):
                 self.num_neighbors = capped(
                     self.num_neighbors, len(bank.features), "monitor.dense.num_neighbors"
                 )
-                scorer = partial(knn_scores, bank, self.num_neighbors, self.temperature, device)
+                vote = self.num_neighbors, self.temperature
+                scorer = partial(knn_scores, bank, *vote, device)
                 confusions = images.confusions({"knn": scorer}, backbone, device)
         except EmbeddingStopped:
             return {}, {}, True
@@ -76,4 +75,4 @@ class DenseMonitor(EpochMeasurement):
             return {}, {}, False
         # The IoU of every class would crowd TensorBoard.
         scores, _ = dense_figures(confusions["knn"], images.source.class_names, "knn")
-        return scores, images.protocol(bank, self.num_neighbors, self.temperature), False
+        return scores, images.protocol(bank, *vote), False

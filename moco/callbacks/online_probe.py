@@ -123,7 +123,8 @@ class OnlineProbe(pl.Callback):
         assert self.head is not None
         num_known = (classes != UNKNOWN).sum()
         with torch.enable_grad(), torch.autocast(feature.device.type, enabled=False):
-            logits = self.head(standardised(feature))
+            # Standardised within the batch.
+            logits = self.head(F.batch_norm(feature, None, None, training=True))
             loss = F.cross_entropy(logits, classes, ignore_index=UNKNOWN, reduction="sum")
             loss = loss / num_known.clamp(min=1)
             self.optimizer.zero_grad()
@@ -143,12 +144,6 @@ class OnlineProbe(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.hook.remove()
-
-
-def standardised(feature: Tensor) -> Tensor:
-    """Return features (batch, dim) with mean 0 and standard deviation 1 in each dimension."""
-    variance = feature.var(dim=0, correction=0)
-    return (feature - feature.mean(dim=0)) / (variance + 1e-5).sqrt()
 
 
 def training_classes(source: DataSource) -> Tensor:

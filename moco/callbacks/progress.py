@@ -9,9 +9,6 @@ from rich.console import Console
 
 from moco.runs.progress_bar import SECONDS_BETWEEN_LINES, progress_bar
 
-# Drawing takes milliseconds of the training thread.
-FRAMES_PER_SECOND = 4
-
 
 class ProgressBar(pl.Callback):
     """A bar over all steps with images/s, the time left and the latest scores.
@@ -32,7 +29,7 @@ class ProgressBar(pl.Callback):
         self.figures = figures
         self.console = console
         self.scores = scores
-        self.progress = progress_bar(console, "steps", refresh_per_second=FRAMES_PER_SECOND)
+        self.progress = progress_bar(console, "steps")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.task = self.progress.add_task(
@@ -40,16 +37,14 @@ class ProgressBar(pl.Callback):
         )
         self.progress.start()
         self.last_line = time.monotonic()
-        self.last_update = self.last_line
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        now = time.monotonic()
         if self.console.is_terminal:
-            if now - self.last_update > 1 / FRAMES_PER_SECOND:
-                self._update(trainer)
-        elif now - self.last_line > SECONDS_BETWEEN_LINES:
+            # A thread of rich draws, a few times per second.
+            self._update(trainer)
+        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
             epoch = f"epoch {trainer.current_epoch + 1:>4}/{trainer.max_epochs}"
             self._print(f"{epoch}  step {trainer.global_step}")
 
@@ -76,7 +71,6 @@ class ProgressBar(pl.Callback):
 
     def _update(self, trainer: pl.Trainer) -> None:
         self.progress.update(self.task, completed=trainer.global_step, status=self._status())
-        self.last_update = time.monotonic()
 
     def _print(self, line: str) -> None:
         self.progress.console.print(line, highlight=False)

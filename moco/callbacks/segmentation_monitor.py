@@ -1,7 +1,6 @@
 """The figures on the held-out images while a segmentation model trains, as a Lightning callback."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -28,8 +27,8 @@ class SegmentationMonitor(EpochMeasurement):
         figures: gets ``segment/miou``, ``segment/pixel_accuracy``, ``segment/iou/NAME``,
             ``segment/epoch`` and the protocol.
         inference: ``whole`` or ``slide``, see `predicted_classes`.
-        every_n_epochs, should_stop: see `EpochMeasurement`.
         num_plotted_images: how many images TensorBoard shows beside truth and prediction.
+        when: ``every_n_epochs`` and ``should_stop`` of `EpochMeasurement`.
     """
 
     def __init__(
@@ -37,11 +36,10 @@ class SegmentationMonitor(EpochMeasurement):
         figures: dict[str, Any],
         *,
         inference: str,
-        every_n_epochs: int = 1,
         num_plotted_images: int = 0,
-        should_stop: Callable[[], bool] = lambda: False,
+        **when: Any,
     ) -> None:
-        super().__init__(figures, every_n_epochs, should_stop)
+        super().__init__(figures, **when)
         self.inference = inference
         self.num_plotted_images = num_plotted_images
 
@@ -70,25 +68,20 @@ class SegmentationMonitor(EpochMeasurement):
                 plots += plot_first_images(batch, predicted, pl_module, num_missing_plots)
         self.owed = False
         scores = segmentation_figures(confusion.cpu(), data.source.class_names)
-        self.figures |= scores
-        self.figures |= self._protocol(data, pl_module)
-        self.figures["segment/epoch"] = epoch
-        known_scores = {key: score for key, score in scores.items() if score is not None}
-        log_scalars(trainer, known_scores)
+        self.figures |= {
+            **scores,
+            "segment/inference": self.inference,
+            "segment/image_size": data.view.image_size,
+            "segment/num_images": len(data.source.validation),
+            "segment/num_classes": num_classes,
+            "segment/decoder": pl_module.hparams["decoder"]["name"],
+            "segment/epoch": epoch,
+        }
+        log_scalars(trainer, {key: score for key, score in scores.items() if score is not None})
         if trainer.logger:
             for number, plot in enumerate(plots):
                 tag = f"image_truth_prediction/{number}"
                 board_of(trainer).add_image(tag, plot, trainer.global_step)
-
-    def _protocol(self, data: SegmentationData, pl_module: Any) -> dict[str, Any]:
-        """Return the conditions of the figures under their names in ``metrics.json``."""
-        return {
-            "segment/inference": self.inference,
-            "segment/image_size": data.view.image_size,
-            "segment/num_images": len(data.source.validation),
-            "segment/num_classes": len(data.source.class_names),
-            "segment/decoder": pl_module.hparams["decoder"]["name"],
-        }
 
 
 def plot_first_images(

@@ -218,15 +218,17 @@ def build_callbacks(
             plots=FeaturePlots(evaluation.plots_every_n_epochs, evaluation.projector_images),
         ),
         CollapseWatch(),
-        LabelFreeMonitor(evaluation.diagnostics_every_n_steps),
     ]
+    if evaluation.diagnostics_every_n_steps:
+        callbacks.append(LabelFreeMonitor(evaluation.diagnostics_every_n_steps))
     if dense_set is not None:
         vote = {key: getattr(config.monitor.dense, key) for key in DENSE_VOTE}
         callbacks.append(DenseMonitor(figures, dense_set, **vote, should_stop=is_stopping))
     if evaluation.online_probe:
         callbacks.append(OnlineProbe(figures, log_every_n_steps))
+    if evaluation.plots_every_n_epochs:
+        callbacks.append(ViewPairPlot(evaluation.plots_every_n_epochs))
     callbacks += [
-        ViewPairPlot(evaluation.plots_every_n_epochs),
         RunDescription(folder, plain, ["knn/top1", "epoch/loss"]),
         UnreadableList(folder, figures),
         ProgressBar(figures, console, ("knn/top1", "kNN"), ("dense/knn_miou", "dense mIoU")),

@@ -127,7 +127,7 @@ class DenseSet:
                     raise NotFinite(f"the features of {name} are not finite (NaN or infinity)")
                 yield ImagePatches(index, features[row], grid, batch.classes[row].numpy())
         if unreadable:
-            names = first_names(images, np.array(unreadable))
+            names = first_names(images, unreadable)
             log.warning("skipped %d unreadable images: %s", len(unreadable), names)
             check_unreadable(unreadable, images.images, self.max_bad_fraction)
 

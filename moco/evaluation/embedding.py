@@ -18,7 +18,7 @@ from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, RunError, printable
 from moco.evaluation.image_names import labels_by_name
-from moco.evaluation.indexes import EXACT, build_index, recall, set_search_effort
+from moco.evaluation.indexes import EXACT, build_index, recall
 from moco.evaluation.resumable_features import FeatureParts
 from moco.runs.atomic_files import write_atomically
 from moco.runs.interrupts import ENDING, held_back
@@ -214,12 +214,7 @@ def write_files(output: Path, parts: FeatureParts, index: str, has_labels: bool)
     path = output.with_suffix(".faiss")
     if index != NO_INDEX:
         log.info("writing %s", path)
-
-        def write(file: BinaryIO) -> None:
-            nonlocal description
-            description = write_index(file, parts, index)
-
-        write_atomically(path, write)
+        description = write_index(path, parts, index)
     elif path.exists():
         log.warning("%s is of an earlier run and does not go with the new file", path)
     log.info("writing %s", output)
@@ -246,13 +241,13 @@ def write_npz(file: BinaryIO, parts: FeatureParts, has_labels: bool) -> None:
     path.unlink()
 
 
-def write_index(file: BinaryIO, parts: FeatureParts, name: str) -> str:
+def write_index(path: Path, parts: FeatureParts, name: str) -> str:
     """Write a faiss index of the L2-normalised features; row i is image i.
 
     It compares by inner product, which is then the cosine. faiss builds it in memory.
 
     Args:
-        file: to write to.
+        path: the file.
         parts: the features.
         name: ``flat``, which is exact, or a string of ``faiss.index_factory``.
 
@@ -266,9 +261,10 @@ def write_index(file: BinaryIO, parts: FeatureParts, name: str) -> str:
 
     features = parts.features()
     index = build_index(features, name, "index")
-    set_search_effort(index, name)
     swig: Any = faiss  # faiss's type stubs lack the writer
-    faiss.write_index(index, swig.PyCallbackIOWriter(file.write))
+    write_atomically(
+        path, lambda file: faiss.write_index(index, swig.PyCallbackIOWriter(file.write))
+    )
     if name == EXACT:
         return f"{name}: exact"
     num_neighbors = min(NUM_NEIGHBORS, len(features))

@@ -1,6 +1,6 @@
 """Images by their names: in messages, and to find the same image in another part of a dataset."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from moco.errors import printable
 MOST_NAMED = 3
 
 
-def first_names(images: Any, rows: np.ndarray) -> str:
+def first_names(images: Any, rows: Sequence[int] | np.ndarray) -> str:
     """Return the names of the first images in these rows, for a message."""
     names = [printable(images.name(int(row))) for row in rows[:MOST_NAMED]]
     if len(rows) > MOST_NAMED:

@@ -1,29 +1,25 @@
 """The kNN measurement of ``moco.evaluate``: many protocols from one pass through the images."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, BinaryIO
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
 
 from moco.errors import InputError
 from moco.evaluation.image_names import first_names
-from moco.evaluation.indexes import EXACT, build_index, empty_index, recall, set_search_effort
+from moco.evaluation.indexes import EXACT, build_index, empty_index, recall
 from moco.evaluation.knn import (
     Protocol,
-    Search,
     Votes,
     capped,
     classes_of,
     classify,
     confusion_matrix,
     knn_accuracy,
-    protocol_figures,
-    result_of,
-    scores_of,
     turns_of_classes,
 )
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
@@ -42,31 +38,19 @@ NUM_WORST = 5
 INDEX_KEY = "evaluation.index"
 
 
-@dataclass(frozen=True)
-class Sides:
+class Sides(NamedTuple):
     """Features of bank and queries."""
 
     bank: Features
     queries: Features
-    is_leave_one_out: bool
-    """The queries are the bank, and no image has a vote on itself."""
-
-    @property
-    def own_rows(self) -> np.ndarray | None:
-        """Return each query's row in the bank, (queries,); None if the queries are others."""
-        if not self.is_leave_one_out:
-            return None
-        return np.arange(len(self.bank.labels))
-
-    @property
-    def most_neighbors(self) -> int:
-        """Return the largest possible k."""
-        return len(self.bank.labels) - int(self.is_leave_one_out)
+    own_rows: np.ndarray | None = None
+    """(queries,) each query's row in the bank, which has no vote on it (leave one out); None if
+    the queries are not in the bank."""
 
     @property
     def kind(self) -> str:
         """Return where the queries come from, in words."""
-        return "leave one out" if self.is_leave_one_out else "test"
+        return "test" if self.own_rows is None else "leave one out"
 
 
 def measure_knn(subject: Subject) -> Findings:
@@ -77,69 +61,70 @@ def measure_knn(subject: Subject) -> Findings:
             map needs a package that is missing.
     """
     settings = subject.settings
-    feature, temperature = settings["feature"], settings["temperature"]
+    feature = settings["feature"]
     # What can be refused is refused before the images are embedded.
     check_map(settings["map"])
     if feature == "backbone":
         empty_index(settings["index"], subject.encoder.backbone.feature_dim, INDEX_KEY)
     sides = sides_of(subject)
-    main = Protocol(capped(settings["num_neighbors"], sides.most_neighbors), temperature)
-    protocols = grid_of(main, sides.most_neighbors)
-    searches: dict[str, Search] = {}
-    votes: dict[str, dict[Protocol, Votes]] = {}
-    recalls: dict[str, float] = {}
+    most_neighbors = len(sides.bank.labels) - int(sides.own_rows is not None)
+    main = Protocol(capped(settings["num_neighbors"], most_neighbors), settings["temperature"])
+    protocols = {main}
+    for protocol in product(NUM_NEIGHBORS, TEMPERATURES):
+        if protocol[0] <= most_neighbors:
+            protocols.add(Protocol(*protocol))
+    votes = {}
+    recalls = {}
     for name in subject.feature_names:
-        searches[name] = search_of(subject, sides, name, main.num_neighbors, recalls)
-        queries = sides.queries.of[name], sides.queries.labels
+        bank, queries = sides.bank.of[name], sides.queries.of[name]
+        search = partial(nearest_by_block, bank, device=subject.device)
+        if settings["index"] != EXACT:
+            index = build_index(
+                bank, settings["index"], INDEX_KEY, settings["num_probes"], settings["ef_search"]
+            )
+            share = recall(index, bank, queries, main.num_neighbors)
+            log.info(
+                f"index {settings['index']} of the {name} feature finds {share:.4f} of the exact "
+                f"{main.num_neighbors} neighbours"
+            )
+            # Rounded, as it is measured on a sample.
+            recalls[f"recall_{name}"] = round(share, 6)
+            search = partial(search_index, index)
         votes[name] = classify(
-            searches[name], sides.bank.labels, *queries, protocols, sides.own_rows
+            search, sides.bank.labels, queries, sides.queries.labels, protocols, sides.own_rows
         )
-    main_votes = votes[feature][main]
-    result = result_of(main_votes, main.num_neighbors, len(sides.bank.labels))
-    classes, confusion = confusion_matrix(sides.queries.labels, main_votes.predicted)
+        if name == feature:
+            searched = Searched(sides.bank.by(name), sides.queries.by(name), search, sides.own_rows)
     few_label_figures, few_label_tables = measure_few_labels(subject, sides)
     label_free = NOTHING
     if settings["label_free"]:
         label_free = measure_label_free(subject, sides.bank)
-    files: dict[str, Any] = {
-        "confusion.npz": confusion_file(classes, confusion, main_votes, sides.queries)
-    }
-    if settings["plots"]:
-        searched = Searched(
-            sides.bank.by(feature), sides.queries.by(feature), searches[feature], sides.own_rows
-        )
-        plots = knn_plots(subject, searched, confusion, classes, label_free.views)
-        for name, plot in plots.items():
-            files[name] = partial(plot.savefig, format="png")
     conditions = {
-        "knn/encoder": settings["encoder"],
-        "knn/index": settings["index"],
-        "knn/queries": sides.kind,
+        **main._asdict(),
+        "feature": feature,
+        "bank_size": len(sides.bank.labels),
+        "num_queries": len(sides.queries.labels),
+        "encoder": settings["encoder"],
+        "index": settings["index"],
+        "queries": sides.kind,
+        **recalls,
     }
-    return Findings(
-        title="kNN classification of frozen features",
-        scores=scores_of(result),
-        protocol={**protocol_figures(result, temperature, feature), **conditions, **recalls},
-        details={**grid_figures(votes), **few_label_figures, **label_free.figures},
-        tables=[
-            grid_table(votes, sides, settings),
-            *few_label_tables,
-            *class_tables(classes, confusion),
-            *label_free.tables,
-        ],
-        files=files,
+    findings = classification_findings(
+        "knn",
+        "kNN classification of frozen features",
+        votes[feature][main],
+        sides.queries,
+        conditions,
+        {**grid_figures(votes), **few_label_figures, **label_free.figures},
+        [grid_table(votes, sides, settings), *few_label_tables],
+        main.num_neighbors,
     )
-
-
-def grid_of(main: Protocol, most_neighbors: int) -> list[Protocol]:
-    """Return the protocols of the grid whose k is possible, and the main one."""
-    protocols = {main}
-    for num_neighbors in NUM_NEIGHBORS:
-        if num_neighbors > most_neighbors:
-            continue
-        for temperature in TEMPERATURES:
-            protocols.add(Protocol(num_neighbors, temperature))
-    return sorted(protocols)
+    findings.tables += label_free.tables
+    if settings["plots"]:
+        plots = knn_plots(subject, searched, votes[feature][main].predicted, label_free.views)
+        for name, plot in plots.items():
+            findings.files[name] = partial(plot.savefig, format="png")
+    return findings
 
 
 def sides_of(subject: Subject) -> Sides:
@@ -157,9 +142,8 @@ def sides_of(subject: Subject) -> Sides:
         log.info(
             "data=%s has no test part: each image is classified by all others (leave one out)", name
         )
-        return Sides(bank, bank, is_leave_one_out=True)
-    queries = with_labels(subject.features(source.queries), name)
-    return Sides(bank, queries, is_leave_one_out=False)
+        return Sides(bank, bank, np.arange(len(bank.labels)))
+    return Sides(bank, with_labels(subject.features(source.queries), name))
 
 
 def with_labels(features: Features, name: str) -> Features:
@@ -183,40 +167,6 @@ def with_labels(features: Features, name: str) -> Features:
     return features.chosen(~is_missing)
 
 
-def search_of(
-    subject: Subject, sides: Sides, feature: str, num_neighbors: int, recalls: dict[str, float]
-) -> Search:
-    """Return the search through the bank that the settings ask for.
-
-    Args:
-        subject: its settings name the index.
-        sides: bank and queries.
-        feature: which of the features.
-        num_neighbors: k of the recall.
-        recalls: gets the recall of an approximate index, under its name in ``metrics.json``.
-
-    Raises:
-        InputError: faiss cannot build such an index of the bank.
-    """
-    settings = subject.settings
-    bank, queries = sides.bank.of[feature], sides.queries.of[feature]
-    if settings["index"] == EXACT:
-        return partial(nearest_by_block, bank, device=subject.device)
-    index = build_index(bank, settings["index"], INDEX_KEY)
-    set_search_effort(index, settings["index"], settings["num_probes"], settings["ef_search"])
-    share = recall(index, bank, queries, num_neighbors)
-    log.info(
-        "index %s of the %s feature finds %.4f of the exact %d neighbours",
-        settings["index"],
-        feature,
-        share,
-        num_neighbors,
-    )
-    # Rounded, as it is measured on a sample.
-    recalls[f"knn/recall_{feature}"] = round(share, 6)
-    return partial(search_index, index)
-
-
 def grid_figures(votes: Mapping[str, Mapping[Protocol, Votes]]) -> dict[str, float]:
     """Return the grid under names such as ``knn_grid/backbone/k20/t0.07/top1``."""
     figures = {}
@@ -232,16 +182,15 @@ def grid_table(
     votes: Mapping[str, Mapping[Protocol, Votes]], sides: Sides, settings: Mapping[str, Any]
 ) -> Table:
     """Return a table of top-1 with a row for every feature and k, and a column for every T."""
-    protocols = next(iter(votes.values()))
+    protocols = votes[settings["feature"]]
     temperatures = sorted({protocol.temperature for protocol in protocols})
-    ks = sorted({protocol.num_neighbors for protocol in protocols})
     rows = []
     for feature, votes_by_protocol in votes.items():
-        for k in ks:
-            row = [feature, str(k)]
+        for k in sorted({protocol.num_neighbors for protocol in protocols}):
+            row = [feature, k]
             for temperature in temperatures:
                 found = votes_by_protocol.get(Protocol(k, temperature))
-                row.append("" if found is None else f"{found.accuracy(1):.4f}")
+                row.append(f"{found.accuracy(1):.4f}" if found else "")
             rows.append(row)
     title = (
         f"top-1 of {len(sides.queries.labels):,} queries ({sides.kind}) "
@@ -249,8 +198,7 @@ def grid_table(
         f"{settings['encoder']} encoder, {settings['index']} index"
     )
     columns = ["feature", "k"]
-    for temperature in temperatures:
-        columns.append(f"T {temperature:g}")
+    columns += [f"T {temperature:g}" for temperature in temperatures]
     return table_of(title, columns, rows)
 
 
@@ -267,9 +215,7 @@ def measure_few_labels(subject: Subject, sides: Sides) -> tuple[dict[str, float]
         InputError: a number of images leaves no queries.
     """
     settings = subject.settings
-    if not settings["images_per_class"]:
-        return {}, []
-    feature, temperature = settings["feature"], settings["temperature"]
+    temperature = settings["temperature"]
     figures: dict[str, float] = {}
     rows = []
     for images_per_class in settings["images_per_class"]:
@@ -281,11 +227,11 @@ def measure_few_labels(subject: Subject, sides: Sides) -> tuple[dict[str, float]
         mean, spread = float(np.mean(top1)), float(np.std(top1, ddof=1))
         figures[f"knn_few/{images_per_class}_per_class/top1"] = mean
         figures[f"knn_few/{images_per_class}_per_class/top1_std"] = spread
-        rows.append(
-            [str(images_per_class), f"{len(drawn):,}", str(k), f"{mean:.4f}", f"{spread:.4f}"]
-        )
+        rows.append([images_per_class, f"{len(drawn):,}", k, f"{mean:.4f}", f"{spread:.4f}"])
+    if not rows:
+        return {}, []
     title = (
-        f"top-1 with few labels, {feature} feature, "
+        f"top-1 with few labels, {settings['feature']} feature, "
         f"T {temperature:g}, {settings['num_draws']} draws"
     )
     columns = ("images per class", "bank", "k", "mean", "standard deviation")
@@ -311,7 +257,7 @@ def top1_of(subject: Subject, sides: Sides, rows: np.ndarray, protocol: Protocol
     """
     feature = subject.settings["feature"]
     is_query = np.ones(len(sides.queries.labels), bool)
-    if sides.is_leave_one_out:
+    if sides.own_rows is not None:
         is_query[rows] = False
     if not is_query.any():
         raise InputError(
@@ -323,18 +269,23 @@ def top1_of(subject: Subject, sides: Sides, rows: np.ndarray, protocol: Protocol
     return knn_accuracy(*bank, *queries, *protocol, subject.device).top1
 
 
-def confusion_file(
-    classes: np.ndarray, confusion: np.ndarray, votes: Votes, queries: Features
-) -> Callable[[BinaryIO], None]:
-    """Return the function that writes ``confusion.npz``.
+def classification_findings(
+    group: str,
+    title: str,
+    votes: Votes,
+    queries: Features,
+    conditions: Mapping[str, Any],
+    details: Mapping[str, Any],
+    tables: Iterable[Table],
+    num_neighbors: int = 5,
+) -> Findings:
+    """Return the findings of a classifier, with scores and conditions under ``GROUP/NAME``.
 
     Args:
-        classes: (classes,) class numbers.
-        confusion: (classes, classes) counts, the true class by row.
-        votes: of the queries.
-        queries: features of the queries.
+        num_neighbors: k of a kNN vote, see `Votes.top`.
     """
-    return partial(
+    classes, confusion = confusion_matrix(queries.labels, votes.predicted)
+    write_confusion = partial(
         np.savez,
         classes=classes,
         confusion=confusion,
@@ -343,6 +294,14 @@ def confusion_file(
         labels=queries.labels,
         rows=queries.rows,
     )
+    return Findings(
+        title=title,
+        scores={f"{group}/{name}": share for name, share in votes.top(num_neighbors).items()},
+        protocol={f"{group}/{name}": value for name, value in conditions.items()},
+        details=details,
+        tables=[*tables, *class_tables(classes, confusion)],
+        files={"confusion.npz": write_confusion},
+    )
 
 
 def class_tables(classes: np.ndarray, confusion: np.ndarray) -> list[Table]:
@@ -350,33 +309,29 @@ def class_tables(classes: np.ndarray, confusion: np.ndarray) -> list[Table]:
     totals = confusion.sum(axis=1)
     present = totals.nonzero()[0]
     accuracy = confusion.diagonal()[present] / totals[present]
-    worst_first = np.argsort(accuracy, kind="stable")[:NUM_WORST]
-    worst_rows = []
-    for place in worst_first:
+    rows = []
+    for place in np.argsort(accuracy, kind="stable")[:NUM_WORST]:
         true = present[place]
-        worst_rows.append([str(classes[true]), f"{accuracy[place]:.4f}", f"{totals[true]:,}"])
-    tables = [table_of("classes with the lowest top-1", ("class", "top-1", "queries"), worst_rows)]
+        rows.append([classes[true], f"{accuracy[place]:.4f}", f"{totals[true]:,}"])
+    tables = [table_of("classes with the lowest top-1", ("class", "top-1", "queries"), rows)]
 
     # Without the diagonal only mistakes are left.
     mistakes = confusion - np.diag(confusion.diagonal())
-    most_frequent = np.argsort(-mistakes, axis=None, kind="stable")[:NUM_WORST]
-    mistake_rows = []
-    for true, taken_for in zip(*np.unravel_index(most_frequent, mistakes.shape), strict=True):
-        count = mistakes[true, taken_for]
-        if count > 0:
-            share = f"{count:,} of {totals[true]:,}"
-            mistake_rows.append([str(classes[true]), str(classes[taken_for]), share])
-    if mistake_rows:
-        columns = ("class", "taken for", "queries")
-        tables.append(table_of("most confused classes", columns, mistake_rows))
+    rows = []
+    for place in np.argsort(-mistakes, axis=None, kind="stable")[:NUM_WORST]:
+        true, taken_for = divmod(place, len(classes))
+        if count := mistakes[true, taken_for]:
+            rows.append([classes[true], classes[taken_for], f"{count:,} of {totals[true]:,}"])
+    if rows:
+        tables.append(table_of("most confused classes", ("class", "taken for", "queries"), rows))
     return tables
 
 
-def table_of(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     """Return a table with columns that are aligned to the right."""
     table = Table(title=title, title_justify="left")
     for name in columns:
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(str, row))
     return table

@@ -84,16 +84,16 @@ def view_embeddings(subject: Subject, features: Features) -> np.ndarray:
         (images, 2, embedding_dim), of any norm.
     """
     chosen = evenly_spaced(np.arange(len(features.rows)), MOST_VIEWED)
+    rows = features.rows[chosen]
     if not subject.settings["cache"]:
-        return embedded_views(subject, features.labelled, features.rows[chosen])
+        return embedded_views(subject, features.labelled, rows)
     key = hashlib.sha256(json.dumps(subject.pair, sort_keys=True).encode())
-    for values in (features.rows, *features.of.values()):
-        key.update(np.ascontiguousarray(values[chosen]).tobytes())
+    for values in (rows, *(values[chosen] for values in features.of.values())):
+        key.update(values.tobytes())
     path = subject.cache.named(key.hexdigest())
-    kept = subject.cache.read(path)
-    if kept is None:
-        kept = {"views": embedded_views(subject, features.labelled, features.rows[chosen])}
-        subject.cache.write(path, kept)
+    kept = subject.cache.kept_or(
+        path, lambda: {"views": embedded_views(subject, features.labelled, rows)}
+    )
     return kept["views"]
 
 

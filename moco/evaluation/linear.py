@@ -39,28 +39,6 @@ class Heads(NamedTuple):
         return flat.view(len(features), *self.biases.shape)
 
 
-class Scale(NamedTuple):
-    """The mean and the standard deviation by which features are standardised."""
-
-    mean: np.ndarray
-    """(width,)."""
-    std: np.ndarray
-    """(width,); 1 where a dimension is constant."""
-
-    def applied(self, features: np.ndarray) -> np.ndarray:
-        """Return standardised features (rows, width) float32."""
-        return ((features - self.mean) / self.std).astype(np.float32)
-
-
-def scale_of(features: np.ndarray) -> Scale:
-    """Return the scale of features (rows, width), computed in float64."""
-    mean = features.mean(axis=0, dtype=np.float64)
-    std = features.std(axis=0, dtype=np.float64)
-    # Rounding leaves a small deviation of equal float32 numbers.
-    is_constant = std <= 1e-6 * np.abs(mean)
-    return Scale(mean, np.where(is_constant, 1.0, std))
-
-
 def held_out_rows(labels: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
     """Choose a random share of each class's rows, at least one row.
 

@@ -2,15 +2,16 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import PIL
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 import moco
@@ -20,7 +21,7 @@ from moco.data.loading.every_image import evaluation_loader
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError
-from moco.evaluation.feature_cache import FeatureCache
+from moco.evaluation.feature_cache import Arrays, FeatureCache
 from moco.evaluation.features import embed
 from moco.evaluation.image_names import first_names
 from moco.evaluation.reports.embedded import Embedded
@@ -54,9 +55,7 @@ class Features(NamedTuple):
 
     def chosen(self, is_chosen: np.ndarray) -> "Features":
         """Return the images where `is_chosen` (images,) is true."""
-        of = {}
-        for name, values in self.of.items():
-            of[name] = values[is_chosen]
+        of = {name: values[is_chosen] for name, values in self.of.items()}
         return Features(of, self.labels[is_chosen], self.rows[is_chosen], self.labelled)
 
     def by(self, name: str) -> Embedded:
@@ -74,11 +73,11 @@ class Findings:
     """Shown with four decimals, and written to ``metrics.json``."""
     protocol: Mapping[str, Any]
     """The conditions of the scores, shown and written as they are."""
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any]
     """Written to ``metrics.json``, not shown."""
-    tables: Sequence[Any] = ()
-    """Tables of rich, printed below the table of scores and protocol."""
-    files: Mapping[str, Callable[[BinaryIO], object]] = field(default_factory=dict)
+    tables: list[Table]
+    """Printed below the table of scores and protocol."""
+    files: dict[str, Callable[[BinaryIO], object]] = field(default_factory=dict)
     """For the run folder: a function that writes each, by file name."""
 
 
@@ -171,45 +170,40 @@ class Subject:
         Raises:
             InputError: too many images cannot be read, or a feature is not finite.
         """
-        features = self._kept_or_embedded(labelled)
-        unreadable = np.delete(np.arange(len(labelled.images)), features.rows)
-        if len(unreadable):
+        compute = partial(self._embedded, labelled)
+        if self.settings["cache"]:
+            path = self.cache.path(labelled, self.data["root"])
+            arrays = self.cache.kept_or(path, compute)
+        else:
+            arrays = compute()
+        of = {name: arrays[name] for name in self.feature_names}
+        features = Features(of, arrays["labels"], arrays["rows"], labelled)
+        unreadable = features.by("backbone").unreadable()
+        if unreadable:
             names = first_names(labelled.images, unreadable)
             log.warning("skipped %d unreadable images: %s", len(unreadable), names)
-        check_unreadable(set(unreadable.tolist()), labelled.images, self.data["max_bad_fraction"])
+        check_unreadable(unreadable, labelled.images, self.data["max_bad_fraction"])
         return features
 
-    def _kept_or_embedded(self, labelled: Labelled) -> Features:
-        if not self.settings["cache"]:
-            return self._embedded(labelled)
-        path = self.cache.path(labelled, self.data["root"])
-        kept = self.cache.read(path)
-        if kept is not None:
-            log.info("features of %s images from %s", f"{len(labelled.images):,}", path)
-            of = {name: kept[name] for name in self.feature_names}
-            return Features(of, kept["labels"], kept["rows"], labelled)
-        features = self._embedded(labelled)
-        arrays = {**features.of, "labels": features.labels, "rows": features.rows}
-        self.cache.write(path, arrays)
-        return features
-
-    def _embedded(self, labelled: Labelled) -> Features:
+    def _embedded(self, labelled: Labelled) -> Arrays:
+        """Return the fields of `Features` by name."""
         started = time.monotonic()
         size, crop_ratio = self.data["image_size"], self.data["crop_ratio"]
         view = build_evaluation_view(size, crop_ratio, **self.augmentation)
-        batch_size, num_workers = self.settings["batch_size"], self.data["num_workers"]
         loader = evaluation_loader(
-            labelled, view, size, batch_size, num_workers, device=self.device
+            labelled,
+            view,
+            size,
+            self.settings["batch_size"],
+            self.data["num_workers"],
+            device=self.device,
         )
         # One pass computes both features, side by side.
         joined, labels, rows = embed(self._encode_all, loader, self.device)
         check_finite(joined, rows, labelled, self.checkpoint)
-        log.info("embedded %s images in %.1f s", f"{len(rows):,}", time.monotonic() - started)
-        of = {"backbone": joined}
-        if len(self.feature_names) > 1:
-            width = self.encoder.backbone.feature_dim
-            of = {"backbone": joined[:, :width], "embedding": joined[:, width:]}
-        return Features(of, labels, rows, labelled)
+        log.info(f"embedded {len(rows):,} images in {time.monotonic() - started:.1f} s")
+        backbone, embedding = np.split(joined, [self.encoder.backbone.feature_dim], axis=1)
+        return {"backbone": backbone, "embedding": embedding, "labels": labels, "rows": rows}
 
     def _encode_all(self, images: Tensor) -> Tensor:
         """Return features of a batch and, if there is a projector, embeddings beside them.

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,14 +19,13 @@ SECONDS_BETWEEN_LINES = 60.0
 log = logging.getLogger(__name__)
 
 
-def progress_bar(console: Console, unit: str, **settings: Any) -> Progress:
+def progress_bar(console: Console, unit: str) -> Progress:
     """Return a bar with the number of finished parts, a status and the time left.
 
     It is invisible where the output is no terminal. Each task has a field ``status``.
 
     Args:
         unit: what is counted, in the plural.
-        settings: of `rich.progress.Progress`.
     """
     return Progress(
         TextColumn("{task.description}"),
@@ -39,7 +37,7 @@ def progress_bar(console: Console, unit: str, **settings: Any) -> Progress:
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
-        **settings,
+        refresh_per_second=4,  # drawing takes milliseconds of the other threads' time
     )
 
 

@@ -33,6 +33,10 @@ class Embedded(NamedTuple):
     rows: np.ndarray
     """(rows,) the index of each row's image in `labelled`."""
 
+    def unreadable(self) -> list[int]:
+        """Return the indices of the images in `labelled` that have no row."""
+        return np.delete(np.arange(len(self.labelled.images)), self.rows).tolist()
+
     def thumbnail(self, row: int, side: int) -> Image.Image:
         """Return the image of a row as a square of `side` px."""
         return thumbnail(self.labelled.images[int(self.rows[row])], side)

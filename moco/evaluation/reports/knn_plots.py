@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from moco.data.augment.views import Normalized, evaluation_crop
+from moco.data.augment.views import EvaluationView
 from moco.evaluation.diagnostics import evenly_spaced
-from moco.evaluation.knn import Search, without_own
-from moco.evaluation.neighbors import normalized
+from moco.evaluation.knn import Search, confusion_matrix, without_own
+from moco.evaluation.neighbors import joined, normalized
 from moco.evaluation.reports.embedded import NUM_NEIGHBORS, NUM_QUERIES, Embedded, neighbors_plot
 from moco.evaluation.reports.plots import (
     confusion_plot,
@@ -46,20 +46,19 @@ class Searched(NamedTuple):
 def knn_plots(
     subject: Subject,
     searched: Searched,
-    confusion: np.ndarray,
-    classes: np.ndarray,
+    predicted: np.ndarray,
     views: np.ndarray | None,
 ) -> dict[str, "Figure"]:
     """Return the plots of a kNN measurement by file name.
 
     Args:
-        confusion, classes: what `confusion_matrix` returned.
+        predicted: (queries,) class numbers.
         views: (images, 2, embedding_dim) embeddings of two views of some images; None if there
             are none.
     """
     plots = {
         "neighbors.png": neighbors_of_some(searched),
-        "confusion.png": confusion_plot(confusion, classes),
+        "confusion.png": confusion_plot(*confusion_matrix(searched.queries.labels, predicted)),
         "feature_maps.png": feature_maps_of_some(subject, searched.queries),
     }
     # A single image has no other images to differ from.
@@ -82,9 +81,7 @@ def neighbors_of_some(searched: Searched) -> "Figure":
     # A query in the bank is its own nearest neighbour; one more is needed in its place.
     num_found = NUM_NEIGHBORS if own_rows is None else NUM_NEIGHBORS + 1
     num_found = min(num_found, len(bank.rows))
-    blocks = list(search(queries.features[shown], num_found))
-    similarities = np.concatenate([block[0] for block in blocks])
-    rows = np.concatenate([block[1] for block in blocks])
+    similarities, rows = joined(search(queries.features[shown], num_found))
     if own_rows is not None:
         similarities, rows = without_own(similarities, rows, own_rows[shown])
     return neighbors_plot(bank, queries, shown, similarities, rows)
@@ -133,11 +130,11 @@ def feature_maps_of_some(subject: Subject, queries: Embedded) -> "Figure":
 
     The colours of a map are its principal components over all images that are drawn.
     """
-    crop = evaluation_crop(subject.data["image_size"], subject.data["crop_ratio"])
-    normalize = Normalized(**subject.augmentation)
+    size, crop_ratio = subject.data["image_size"], subject.data["crop_ratio"]
+    view = EvaluationView(size, crop_ratio, **subject.augmentation)
     chosen = spread_over_classes(queries.labels, NUM_MAPPED_IMAGES)
-    images = [crop(queries.labelled.images[int(row)]) for row in queries.rows[chosen]]
-    batch = torch.stack([normalize(image) for image in images])  # (images, 3, side, side)
+    images = [view.crop(queries.labelled.images[int(row)]) for row in queries.rows[chosen]]
+    batch = torch.stack([view.normalized(image) for image in images])  # (images, 3, side, side)
     with torch.autocast(subject.device.type, enabled=False):
         maps = subject.encoder.backbone.feature_maps(batch.to(subject.device))
     columns = {}
