@@ -306,7 +306,8 @@ def test_images_without_a_label_are_left_out_and_named(evaluated, monkeypatch, g
 def test_a_bank_of_one_class_is_refused(evaluated, generator, tmp_path):
     data = archive(tmp_path / "x.npz", generator, [4] * 9)
     with pytest.raises(
-        InputError, match="all 9 training images are of class 4; a classifier needs two"
+        InputError,
+        match="a classifier needs two classes, and the 9 labelled training images are of 1",
     ):
         evaluated(data=data)
 

@@ -14,7 +14,6 @@ from moco.evaluation.dense_features import DenseSet, NotFinite, dense_figures
 from moco.evaluation.features import EmbeddingStopped, evaluating
 from moco.evaluation.knn import capped
 from moco.training.distributed.collectives import from_rank_zero
-from moco.training.stopwatches import MONITORS, epoch_time
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,6 @@ class DenseMonitor(EpochMeasurement):
         self.num_neighbors = num_neighbors
         self.temperature = temperature
 
-    @epoch_time.measured(MONITORS)
     def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
         measured = from_rank_zero(partial(self._measure, pl_module, epoch))
         scores, protocol, self.owed = measured

@@ -1,7 +1,7 @@
 """The kNN accuracy of the encoder while it trains, as a Lightning callback."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -78,6 +78,7 @@ class KNNMonitor(EpochMeasurement):
         super().load_state_dict(state_dict)
         self.resumed = True
 
+    @epoch_time.measured(MONITORS)
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         source = data_of(trainer).source
         if source.bank is None or source.queries is None:
@@ -95,7 +96,6 @@ class KNNMonitor(EpochMeasurement):
             self._measure_baselines(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
 
-    @epoch_time.measured(MONITORS)
     def _measure_baselines(self, trainer: pl.Trainer, pl_module: Any) -> None:
         pixels = self._result(trainer, pl_module, lambda images: images.flatten(1))
         start = self._result(trainer, pl_module, self._encoding(pl_module))
@@ -105,7 +105,6 @@ class KNNMonitor(EpochMeasurement):
         self.figures |= {"knn_raw_pixels/top1": pixels.top1, key: start.top1}
         log.info("kNN before training: raw pixels %.4f, %s %.4f", pixels.top1, encoder, start.top1)
 
-    @epoch_time.measured(MONITORS)
     def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
         source = data_of(trainer).source
         if source.bank is None or source.queries is None:
@@ -163,9 +162,8 @@ class KNNMonitor(EpochMeasurement):
 
         def embedded(labelled: Any) -> Embedded:
             loader = data.evaluation_dataloader(labelled)
-            return embed_together(
-                encode, loader, labelled, device, self.should_stop, self.precision
-            )
+            how = device, self.should_stop, self.precision
+            return embed_together(labelled, encode, loader, *how)
 
         with evaluating(pl_module):
             bank, queries = embedded(data.source.bank), embedded(data.source.queries)
@@ -201,20 +199,13 @@ class KNNMonitor(EpochMeasurement):
             self.plots.project(experiment, queries)
 
 
-def embed_together(
-    encode: Callable[[Tensor], Tensor],
-    loader: Iterable[Any],
-    labelled: Labelled,
-    device: torch.device | str,
-    should_stop: Callable[[], bool] = lambda: False,
-    precision: str = "32-true",
-) -> Embedded:
+def embed_together(labelled: Labelled, *arguments: Any) -> Embedded:
     """Embed a dataset: each process embeds its own images, and rank 0 gets all features.
 
     Args:
-        loader: yields every n-th image of `labelled`, of n processes, from the process's rank on.
-        encode, device, precision: see `embed`.
-        should_stop: asked before every batch. If it stops one process, all of them raise.
+        labelled: the dataset.
+        arguments: those of `embed`. Of n processes, each loader yields every n-th image, from the
+            process's rank on.
 
     Returns:
         On rank 0 the features of all readable images, in their order; on the others no rows.
@@ -224,7 +215,7 @@ def embed_together(
     """
     stopped = False
     try:
-        features, labels, rows = embed(encode, loader, device, should_stop, precision)
+        features, labels, rows = embed(*arguments)
     except EmbeddingStopped:
         stopped = True
     if largest([stopped])[0]:

@@ -15,7 +15,6 @@ from moco.segmentation.inference import predicted_classes
 from moco.segmentation.mask_batches import MaskBatch
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
 from moco.segmentation.segmentation_data import SegmentationData, check_readable
-from moco.training.stopwatches import MONITORS, epoch_time
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +42,12 @@ class SegmentationMonitor(EpochMeasurement):
         self.inference = inference
         self.num_plotted_images = num_plotted_images
 
-    @epoch_time.measured(MONITORS)
     def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, SegmentationData)
+        data: SegmentationData = trainer.datamodule  # type: ignore[attr-defined]
         num_classes, device = pl_module.num_classes, pl_module.device
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
         plots: list[Tensor] = []
-        with evaluating(pl_module), torch.autocast(device.type, enabled=False):
+        with evaluating(pl_module):
             for batch in data.evaluation_dataloader():
                 # A measurement that is cut short is done when the run is resumed.
                 if self.should_stop():

@@ -29,10 +29,8 @@ log = logging.getLogger(__name__)
 
 MUCH_WAITING = 0.2
 """Share of the training time that goes into waiting for data."""
-SECONDS = 60.0
-"""Training time after which a logged step can warn of it."""
-EPOCH_SECONDS = 30.0
-"""Training time after which the end of an epoch can warn of it."""
+SECONDS = 30.0
+"""Training time after which a run can warn of it."""
 
 
 class LossMonitor(pl.Callback):
@@ -155,17 +153,17 @@ class LossMonitor(pl.Callback):
         if is_logged_step(trainer, batch_idx, self.log_every_n_steps):
             self._add_losses()
             self._log_step(trainer, pl_module, outputs)
-            self._warn_of_waiting(SECONDS)
+            self._warn_of_waiting()
 
-    def _warn_of_waiting(self, at_least: float) -> None:
-        """Warn once if training has taken `at_least` this many seconds and waited for much of it.
+    def _warn_of_waiting(self) -> None:
+        """Warn once if training has taken `SECONDS` and waited for much of it.
 
         A resumed run starts anew, because its settings may have changed. The first batch does not
         count, because it also waits until the loader processes have started.
         """
         waited = epoch_time.so_far(WAITING) - (self.first_wait or 0.0)
         seconds = epoch_time.so_far(STEPS) + waited
-        if not self.has_warned and seconds >= at_least and waited > MUCH_WAITING * seconds:
+        if not self.has_warned and seconds >= SECONDS and waited > MUCH_WAITING * seconds:
             self.has_warned = True
             log.warning(
                 f"training waited {100 * waited / seconds:.0f} % of the time for images; "
@@ -206,7 +204,7 @@ class LossMonitor(pl.Callback):
         speed = self._speed()
         self.figures |= {"train/loss": loss, **speed, "train/seconds": state["seconds"]}
         self.epoch_ended = True
-        self._warn_of_waiting(EPOCH_SECONDS)
+        self._warn_of_waiting()
         images_per_second = speed["images_per_second"]
         log_scalars(trainer, {"epoch/loss": loss, "epoch/images_per_second": images_per_second})
 

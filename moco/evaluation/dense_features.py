@@ -3,7 +3,6 @@
 From features to a bank of labelled patches, and from scores of patches to a confusion matrix.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,17 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco.data.augment.views import Normalized
-from moco.data.loading.datamodule import check_unreadable
 from moco.errors import InputError, printable
 from moco.evaluation.dense_bank import Bank, class_shares, draw_patches, patches_represented
 from moco.evaluation.features import EmbeddingStopped
-from moco.evaluation.image_names import first_names
+from moco.evaluation.image_names import skip_unreadable
 from moco.segmentation.mask_batches import whole_image_loader
 from moco.segmentation.mask_sources import SegmentationSource, build_segmentation_source
 from moco.segmentation.masked_images import MaskedImages
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
-
-log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 2**27  # features and masks that are classified at once
 NUM_MAPS = 4  # feature maps of every backbone
@@ -126,10 +122,7 @@ class DenseSet:
                     name = printable(images.name(index))
                     raise NotFinite(f"the features of {name} are not finite (NaN or infinity)")
                 yield ImagePatches(index, features[row], grid, batch.classes[row].numpy())
-        if unreadable:
-            names = first_names(images, unreadable)
-            log.warning("skipped %d unreadable images: %s", len(unreadable), names)
-            check_unreadable(unreadable, images.images, self.max_bad_fraction)
+        skip_unreadable(images.images, unreadable, self.max_bad_fraction)
 
     def bank(self, backbone: Any, device: torch.device | str) -> Bank:
         """Return random labelled patches of the training images.
@@ -208,15 +201,14 @@ class DenseSet:
 
 @torch.no_grad()
 def encode_patches(backbone: Any, images: Tensor, maps: Sequence[int]) -> Tensor:
-    """Return the features of patches (N, feature width, rows, columns) in float32.
+    """Return the features of patches (N, feature width, rows, columns).
 
     Args:
         images: (N, 3, height, width).
         maps: see `DenseSet`.
     """
-    with torch.autocast(images.device.type, enabled=False):
-        all_maps = backbone.feature_maps(images)
-        return join_maps([all_maps[number - 1] for number in maps])
+    all_maps = backbone.feature_maps(images)
+    return join_maps([all_maps[number - 1] for number in maps])
 
 
 def join_maps(maps: Sequence[Tensor]) -> Tensor:

@@ -14,8 +14,7 @@ from moco.evaluation.dense_features import (
 )
 from moco.evaluation.dense_linear import fit_best
 from moco.evaluation.knn import capped
-from moco.evaluation.knn_measurement import table_of
-from moco.evaluation.subject import Findings, Subject
+from moco.evaluation.subject import Findings, Subject, table_of
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +61,8 @@ def measure(subject: Subject, images: DenseSet) -> Findings:
     started = time.monotonic()
     bank = images.bank(backbone, device)
     num_patches, width = bank.features.shape
-    log.info(
-        "a bank of %s patches with %d features each, built in %.1f s",
-        f"{num_patches:,}",
-        width,
-        time.monotonic() - started,
-    )
+    seconds = time.monotonic() - started
+    log.info(f"a bank of {num_patches:,} patches with {width:,} features each in {seconds:.1f} s")
     started = time.monotonic()
     head, weight_decay = fit_best(bank, device)
     log.info("linear head with weight decay %g in %.1f s", weight_decay, time.monotonic() - started)

@@ -62,11 +62,7 @@ class FeatureCache:
         key.update(labelled.labels.tobytes())
         for part in image_traits(labelled, root):
             key.update(part)
-        return self.named(key.hexdigest())
-
-    def named(self, key: str) -> Path:
-        """Return the file of this checkpoint with this key."""
-        return self.folder / f"{self.stem}-{self.digest[:12]}-{key[:24]}.npz"
+        return self.folder / f"{self.stem}-{self.digest[:12]}-{key.hexdigest()[:24]}.npz"
 
     def kept_or(self, path: Path, compute: Callable[[], Arrays]) -> Arrays:
         """Return the arrays in the file. If it is missing or damaged, compute and keep them.

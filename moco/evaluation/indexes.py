@@ -70,7 +70,12 @@ def build_index(
     index = empty_index(name, bank.shape[1], key)
     try:
         if not index.is_trained:
-            index.train(training_rows(bank, index))
+            # k-means needs rows for each of its cells, others a sample of a fixed size.
+            cells = faiss.try_extract_index_ivf(index)
+            num_rows = TRAINING_ROWS_PER_CELL * cells.nlist if cells else 0
+            chosen = np.random.default_rng(0).permutation(len(bank))
+            chosen = np.sort(chosen[: max(num_rows, TRAINING_ROWS)])
+            index.train(normalized(bank[chosen]))
         block_size = max(1, BANK_BYTES // (4 * bank.shape[1]))
         for start in range(0, len(bank), block_size):
             index.add(normalized(bank[start : start + block_size]))
@@ -86,19 +91,6 @@ def build_index(
     if "HNSW" in name:
         parameters.set_index_parameter(index, "efSearch", ef_search)
     return index
-
-
-def training_rows(bank: np.ndarray, index: Any) -> np.ndarray:
-    """Return a random sample of the normalised bank that an index is trained on."""
-    import faiss
-
-    num_rows = TRAINING_ROWS
-    # k-means needs rows for each of its cells; other indexes need a sample of a fixed size.
-    cells = faiss.try_extract_index_ivf(index)
-    if cells is not None:
-        num_rows = max(num_rows, TRAINING_ROWS_PER_CELL * cells.nlist)
-    chosen = np.random.default_rng(0).permutation(len(bank))[:num_rows]
-    return normalized(bank[np.sort(chosen)])
 
 
 def recall(index: Any, bank: np.ndarray, queries: np.ndarray, num_neighbors: int) -> float:

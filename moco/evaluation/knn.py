@@ -174,12 +174,10 @@ def classes_of(labels: np.ndarray, name: str) -> np.ndarray:
         InputError: there are no labels, or all are of one class.
     """
     classes = np.unique(labels)
-    if len(classes) == 0:
-        raise InputError(f"data={name}: none of the training images has a label")
-    if len(classes) == 1:
+    if len(classes) < 2:
         raise InputError(
-            f"data={name}: all {len(labels):,} training images are of class {classes[0]}; "
-            "a classifier needs two"
+            f"data={name}: a classifier needs two classes, and the {len(labels):,} labelled "
+            f"training images are of {len(classes)}"
         )
     return classes
 

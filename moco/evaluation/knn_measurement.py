@@ -1,19 +1,22 @@
 """The kNN measurement of ``moco.evaluate``: many protocols from one pass through the images."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 
+from moco.data.sources.source import Labelled
 from moco.errors import InputError
 from moco.evaluation.image_names import first_names
 from moco.evaluation.indexes import EXACT, build_index, empty_index, recall
 from moco.evaluation.knn import (
     Protocol,
+    Search,
     Votes,
     capped,
     classes_of,
@@ -24,9 +27,10 @@ from moco.evaluation.knn import (
 )
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
 from moco.evaluation.neighbors import nearest_by_block, search_index
+from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.reports.knn_plots import Searched, knn_plots
 from moco.evaluation.reports.projections import check_map
-from moco.evaluation.subject import Features, Findings, Subject
+from moco.evaluation.subject import Findings, Subject, table_of
 
 log = logging.getLogger(__name__)
 
@@ -36,21 +40,6 @@ TEMPERATURES = (0.07, 0.1, 0.2)
 # Worst classes, and most confused pairs of classes, in the tables.
 NUM_WORST = 5
 INDEX_KEY = "evaluation.index"
-
-
-class Sides(NamedTuple):
-    """Features of bank and queries."""
-
-    bank: Features
-    queries: Features
-    own_rows: np.ndarray | None = None
-    """(queries,) each query's row in the bank, which has no vote on it (leave one out); None if
-    the queries are not in the bank."""
-
-    @property
-    def kind(self) -> str:
-        """Return where the queries come from, in words."""
-        return "test" if self.own_rows is None else "leave one out"
 
 
 def measure_knn(subject: Subject) -> Findings:
@@ -66,57 +55,46 @@ def measure_knn(subject: Subject) -> Findings:
     check_map(settings["map"])
     if feature == "backbone":
         empty_index(settings["index"], subject.encoder.backbone.feature_dim, INDEX_KEY)
-    sides = sides_of(subject)
-    most_neighbors = len(sides.bank.labels) - int(sides.own_rows is not None)
+    bank, queries, own_rows = sides_of(subject)
+    most_neighbors = len(bank[feature].rows) - int(own_rows is not None)
     main = Protocol(capped(settings["num_neighbors"], most_neighbors), settings["temperature"])
     protocols = {main}
     for protocol in product(NUM_NEIGHBORS, TEMPERATURES):
         if protocol[0] <= most_neighbors:
             protocols.add(Protocol(*protocol))
+    searches = {}
     votes = {}
-    recalls = {}
+    recalls: dict[str, float] = {}
     for name in subject.feature_names:
-        bank, queries = sides.bank.of[name], sides.queries.of[name]
-        search = partial(nearest_by_block, bank, device=subject.device)
-        if settings["index"] != EXACT:
-            index = build_index(
-                bank, settings["index"], INDEX_KEY, settings["num_probes"], settings["ef_search"]
-            )
-            share = recall(index, bank, queries, main.num_neighbors)
-            log.info(
-                f"index {settings['index']} of the {name} feature finds {share:.4f} of the exact "
-                f"{main.num_neighbors} neighbours"
-            )
-            # Rounded, as it is measured on a sample.
-            recalls[f"recall_{name}"] = round(share, 6)
-            search = partial(search_index, index)
-        votes[name] = classify(
-            search, sides.bank.labels, queries, sides.queries.labels, protocols, sides.own_rows
-        )
-        if name == feature:
-            searched = Searched(sides.bank.by(name), sides.queries.by(name), search, sides.own_rows)
-    few_label_figures, few_label_tables = measure_few_labels(subject, sides)
+        rows, labels, *_ = bank[name]
+        query_rows, query_labels, *_ = queries[name]
+        search = search_of(subject, rows, query_rows, name, main, recalls)
+        searches[name] = Searched(bank[name], queries[name], search, own_rows)
+        votes[name] = classify(search, labels, query_rows, query_labels, protocols, own_rows)
+    searched = searches[feature]
+    grid_figures, table = grid_findings(votes, searched, settings)
+    few_label_figures, few_label_tables = measure_few_labels(subject, searched)
     label_free = NOTHING
     if settings["label_free"]:
-        label_free = measure_label_free(subject, sides.bank)
+        label_free = measure_label_free(subject, bank)
     conditions = {
         **main._asdict(),
         "feature": feature,
-        "bank_size": len(sides.bank.labels),
-        "num_queries": len(sides.queries.labels),
+        "bank_size": len(searched.bank.rows),
+        "num_queries": len(searched.queries.rows),
         "encoder": settings["encoder"],
         "index": settings["index"],
-        "queries": sides.kind,
+        "queries": searched.kind,
         **recalls,
     }
     findings = classification_findings(
         "knn",
         "kNN classification of frozen features",
         votes[feature][main],
-        sides.queries,
+        searched.queries,
         conditions,
-        {**grid_figures(votes), **few_label_figures, **label_free.figures},
-        [grid_table(votes, sides, settings), *few_label_tables],
+        {**grid_figures, **few_label_figures, **label_free.figures},
+        [table, *few_label_tables],
         main.num_neighbors,
     )
     findings.tables += label_free.tables
@@ -127,82 +105,115 @@ def measure_knn(subject: Subject) -> Findings:
     return findings
 
 
-def sides_of(subject: Subject) -> Sides:
-    """Return features of bank and queries.
+def sides_of(
+    subject: Subject,
+) -> tuple[dict[str, Embedded], dict[str, Embedded], np.ndarray | None]:
+    """Return features of bank and queries, and each query's own row in the bank.
 
-    Without a test part each image of the bank is a query, and all others are its bank.
+    Without a test part each image of the bank is a query, and all others are its bank (leave one
+    out). With one there are no own rows.
 
     Raises:
         InputError: the dataset has no labels, or all its images are of one class.
     """
-    source, name = subject.source, subject.data["name"]
-    bank = with_labels(subject.features(subject.bank), name)
-    classes_of(bank.labels, name)
-    if source.queries is None:
+    name = subject.data["name"]
+    bank = labelled_features(subject, subject.bank)
+    labels = bank["backbone"].labels
+    classes_of(labels, name)
+    if subject.source.queries is None:
         log.info(
             "data=%s has no test part: each image is classified by all others (leave one out)", name
         )
-        return Sides(bank, bank, np.arange(len(bank.labels)))
-    return Sides(bank, with_labels(subject.features(source.queries), name))
+        return bank, bank, np.arange(len(labels))
+    return bank, labelled_features(subject, subject.source.queries), None
 
 
-def with_labels(features: Features, name: str) -> Features:
-    """Return the rows that have a label, which is 0 or more; the log names the others.
-
-    Args:
-        features: of labelled images.
-        name: of the dataset.
+def labelled_features(subject: Subject, images: Labelled) -> dict[str, Embedded]:
+    """Return features of the images that have a label, 0 or more; the log names the others.
 
     Raises:
-        InputError: no row has a label.
+        InputError: no image has a label, too many cannot be read, or a feature is not finite.
     """
-    is_missing = features.labels < 0
+    features = subject.features(images)
+    _, labels, _, rows = features["backbone"]
+    is_missing = labels < 0
     num_missing = int(is_missing.sum())
     if num_missing == len(is_missing):
-        raise InputError(f"data={name}: none of {num_missing:,} readable images has a label")
+        raise InputError(
+            f"data={subject.data['name']}: none of {num_missing:,} readable images has a label"
+        )
     if num_missing == 0:
         return features
-    names = first_names(features.labelled.images, features.rows[is_missing])
+    names = first_names(images.images, rows[is_missing])
     log.warning("skipped %d images without a label: %s", num_missing, names)
-    return features.chosen(~is_missing)
+    return {name: one.chosen(~is_missing) for name, one in features.items()}
 
 
-def grid_figures(votes: Mapping[str, Mapping[Protocol, Votes]]) -> dict[str, float]:
-    """Return the grid under names such as ``knn_grid/backbone/k20/t0.07/top1``."""
+def search_of(
+    subject: Subject,
+    bank: np.ndarray,
+    queries: np.ndarray,
+    name: str,
+    main: Protocol,
+    recalls: dict[str, float],
+) -> Search:
+    """Return the search through the bank that the settings ask for.
+
+    Args:
+        bank, queries: (rows, width) features.
+        name: of the feature.
+        main: its k is that of the recall.
+        recalls: gets ``recall_NAME`` of an approximate index.
+
+    Raises:
+        InputError: faiss cannot build such an index of the bank.
+    """
+    settings = subject.settings
+    if settings["index"] == EXACT:
+        return partial(nearest_by_block, bank, device=subject.device)
+    index = build_index(
+        bank, settings["index"], INDEX_KEY, settings["num_probes"], settings["ef_search"]
+    )
+    share = recall(index, bank, queries, main.num_neighbors)
+    log.info(
+        f"index {settings['index']} of the {name} feature finds {share:.4f} of the exact "
+        f"{main.num_neighbors} neighbours"
+    )
+    # Rounded, as it is measured on a sample.
+    recalls[f"recall_{name}"] = round(share, 6)
+    return partial(search_index, index)
+
+
+def grid_findings(
+    votes: Mapping[str, Mapping[Protocol, Votes]], searched: Searched, settings: Mapping[str, Any]
+) -> tuple[dict[str, float], Table]:
+    """Return figures such as ``knn_grid/backbone/k20/t0.07/top1``, and a table of top-1.
+
+    The table has a row for every feature and k, and a column for every T.
+    """
+    temperatures = sorted({protocol.temperature for protocol in votes[settings["feature"]]})
     figures = {}
-    for feature, votes_by_protocol in votes.items():
-        for protocol, found in sorted(votes_by_protocol.items()):
-            k, temperature = protocol
-            for name, share in found.top(k).items():
-                figures[f"knn_grid/{feature}/k{k}/t{temperature:g}/{name}"] = share
-    return figures
-
-
-def grid_table(
-    votes: Mapping[str, Mapping[Protocol, Votes]], sides: Sides, settings: Mapping[str, Any]
-) -> Table:
-    """Return a table of top-1 with a row for every feature and k, and a column for every T."""
-    protocols = votes[settings["feature"]]
-    temperatures = sorted({protocol.temperature for protocol in protocols})
     rows = []
     for feature, votes_by_protocol in votes.items():
-        for k in sorted({protocol.num_neighbors for protocol in protocols}):
-            row = [feature, k]
-            for temperature in temperatures:
-                found = votes_by_protocol.get(Protocol(k, temperature))
-                row.append(f"{found.accuracy(1):.4f}" if found else "")
-            rows.append(row)
+        top1: dict[int, dict[float, str]] = {}
+        for (k, temperature), found in sorted(votes_by_protocol.items()):
+            for name, share in found.top(k).items():
+                figures[f"knn_grid/{feature}/k{k}/t{temperature:g}/{name}"] = share
+            top1.setdefault(k, {})[temperature] = f"{found.accuracy(1):.4f}"
+        for k, shown in top1.items():
+            rows.append([feature, k, *(shown.get(temperature, "") for temperature in temperatures)])
     title = (
-        f"top-1 of {len(sides.queries.labels):,} queries ({sides.kind}) "
-        f"by a bank of {len(sides.bank.labels):,}, "
+        f"top-1 of {len(searched.queries.rows):,} queries ({searched.kind}) "
+        f"by a bank of {len(searched.bank.rows):,}, "
         f"{settings['encoder']} encoder, {settings['index']} index"
     )
-    columns = ["feature", "k"]
-    columns += [f"T {temperature:g}" for temperature in temperatures]
-    return table_of(title, columns, rows)
+    columns = ["feature", "k", *(f"T {temperature:g}" for temperature in temperatures)]
+    return figures, table_of(title, columns, rows)
 
 
-def measure_few_labels(subject: Subject, sides: Sides) -> tuple[dict[str, float], list[Table]]:
+def measure_few_labels(
+    subject: Subject, searched: Searched
+) -> tuple[dict[str, float], list[Table]]:
     """Measure top-1 with a bank of a few images of each class.
 
     The images are drawn several times, and the mean and the standard deviation are reported.
@@ -221,9 +232,10 @@ def measure_few_labels(subject: Subject, sides: Sides) -> tuple[dict[str, float]
     for images_per_class in settings["images_per_class"]:
         top1 = []
         for seed in range(settings["num_draws"]):
-            drawn = draw_per_class(sides.bank.labels, images_per_class, np.random.default_rng(seed))
+            generator = np.random.default_rng(seed)
+            drawn = draw_per_class(searched.bank.labels, images_per_class, generator)
             k = min(settings["num_neighbors"], len(drawn))
-            top1.append(top1_of(subject, sides, drawn, Protocol(k, temperature)))
+            top1.append(top1_of(searched, drawn, Protocol(k, temperature), subject.device))
         mean, spread = float(np.mean(top1)), float(np.std(top1, ddof=1))
         figures[f"knn_few/{images_per_class}_per_class/top1"] = mean
         figures[f"knn_few/{images_per_class}_per_class/top1_std"] = spread
@@ -247,7 +259,9 @@ def draw_per_class(labels: np.ndarray, number: int, generator: np.random.Generat
     return np.sort(order[turns_of_classes(labels[order]) < number])
 
 
-def top1_of(subject: Subject, sides: Sides, rows: np.ndarray, protocol: Protocol) -> float:
+def top1_of(
+    searched: Searched, rows: np.ndarray, protocol: Protocol, device: torch.device
+) -> float:
     """Return the accuracy with these rows of the bank alone.
 
     In leave one out the other rows are the queries.
@@ -255,25 +269,25 @@ def top1_of(subject: Subject, sides: Sides, rows: np.ndarray, protocol: Protocol
     Raises:
         InputError: there is no other row.
     """
-    feature = subject.settings["feature"]
-    is_query = np.ones(len(sides.queries.labels), bool)
-    if sides.own_rows is not None:
+    bank, queries = searched.bank, searched.queries
+    is_query = np.ones(len(queries.rows), bool)
+    if searched.own_rows is not None:
         is_query[rows] = False
     if not is_query.any():
         raise InputError(
             "evaluation.images_per_class: "
             "this number of images of each class leaves none to classify"
         )
-    bank = sides.bank.of[feature][rows], sides.bank.labels[rows]
-    queries = sides.queries.of[feature][is_query], sides.queries.labels[is_query]
-    return knn_accuracy(*bank, *queries, *protocol, subject.device).top1
+    few = bank.features[rows], bank.labels[rows]
+    others = queries.features[is_query], queries.labels[is_query]
+    return knn_accuracy(*few, *others, *protocol, device).top1
 
 
 def classification_findings(
     group: str,
     title: str,
     votes: Votes,
-    queries: Features,
+    queries: Embedded,
     conditions: Mapping[str, Any],
     details: Mapping[str, Any],
     tables: Iterable[Table],
@@ -325,13 +339,3 @@ def class_tables(classes: np.ndarray, confusion: np.ndarray) -> list[Table]:
     if rows:
         tables.append(table_of("most confused classes", ("class", "taken for", "queries"), rows))
     return tables
-
-
-def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """Return a table with columns that are aligned to the right."""
-    table = Table(title=title, title_justify="left")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*map(str, row))
-    return table

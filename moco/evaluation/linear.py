@@ -87,6 +87,8 @@ def train_heads(
     decay = features.new_tensor(weight_decays).repeat(num_classes)[:, None]
     weights = features.new_zeros(num_classes * num_heads, features.shape[1])
     biases = features.new_zeros(num_classes * num_heads)
+    # Views of the same memory.
+    heads = Heads(weights.view(num_classes, num_heads, -1), biases.view(num_classes, num_heads))
     weight_steps, bias_steps = torch.zeros_like(weights), torch.zeros_like(biases)
     generator = torch.Generator().manual_seed(seed)
     num_steps = num_epochs * math.ceil(len(features) / batch_size)
@@ -95,17 +97,15 @@ def train_heads(
         order = torch.randperm(len(features), generator=generator).to(features.device)
         for rows in order.split(batch_size):
             batch = features[rows]
-            logits = torch.addmm(biases, batch, weights.T)  # (batch, classes * heads)
-            logits = logits.view(-1, num_classes, num_heads)
             # The gradient has a closed form, so autograd is not needed.
-            gradient = logit_gradient(logits, classes[rows])
+            gradient = logit_gradient(heads.logits(batch), classes[rows])
             weight_steps.mul_(SGD_MOMENTUM).addmm_(gradient.T, batch).addcmul_(decay, weights)
             bias_steps.mul_(SGD_MOMENTUM).add_(gradient.sum(0))
             current_lr = lr * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
             weights.addcmul_(current_lr[:, None], weight_steps, value=-1)
             biases.addcmul_(current_lr, bias_steps, value=-1)
             step += 1
-    return Heads(weights.view(num_classes, num_heads, -1), biases.view(num_classes, num_heads))
+    return heads
 
 
 def logit_gradient(logits: Tensor, classes: Tensor) -> Tensor:

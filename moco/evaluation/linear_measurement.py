@@ -14,9 +14,10 @@ from rich.table import Table
 
 from moco.errors import InputError
 from moco.evaluation.knn import class_places, classes_of, votes_of
-from moco.evaluation.knn_measurement import classification_findings, table_of, with_labels
+from moco.evaluation.knn_measurement import classification_findings, labelled_features
 from moco.evaluation.linear import Heads, accuracies, held_out_rows, train_heads
-from moco.evaluation.subject import Features, Findings, Subject
+from moco.evaluation.reports.embedded import Embedded
+from moco.evaluation.subject import Findings, Subject, table_of
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +52,10 @@ def measure_linear(subject: Subject) -> Findings:
     bank, queries, kind = sides_of(subject, settings)
     classes = classes_of(bank.labels, name)
     warn_of_unknown(classes, queries.labels, name)
-    generator = np.random.default_rng(settings["seed"])
-    is_held_out = held_out_rows(bank.labels, settings["held_out"], generator)
-    if not is_held_out.any():
-        raise InputError(
-            f"data={name}: no class has two labelled training images, "
-            "one to train on and one to choose by"
-        )
-    scaler = StandardScaler().fit(bank.of[feature])
-    rows = torch.from_numpy(scaler.transform(bank.of[feature])).to(subject.device)
-    query_rows = torch.from_numpy(scaler.transform(queries.of[feature])).to(subject.device)
+    is_held_out = hold_out(bank.labels, settings, name, settings["seed"])
+    scaler = StandardScaler().fit(bank.features)
+    rows = torch.from_numpy(scaler.transform(bank.features)).to(subject.device)
+    query_rows = torch.from_numpy(scaler.transform(queries.features)).to(subject.device)
     own = torch.from_numpy(class_places(classes, bank.labels)).to(subject.device)
 
     num_epochs = settings["num_epochs"]
@@ -111,7 +106,7 @@ def measure_linear(subject: Subject) -> Findings:
     )
 
 
-def sides_of(subject: Subject, settings: dict[str, Any]) -> tuple[Features, Features, str]:
+def sides_of(subject: Subject, settings: dict[str, Any]) -> tuple[Embedded, Embedded, str]:
     """Return training features, test features, and where the test images come from.
 
     Without a test part they are a share of each class's training images.
@@ -119,24 +114,35 @@ def sides_of(subject: Subject, settings: dict[str, Any]) -> tuple[Features, Feat
     Raises:
         InputError: the dataset has no labels.
     """
-    source, name = subject.source, subject.data["name"]
-    bank = with_labels(subject.features(subject.bank), name)
-    if source.queries is not None:
-        queries = with_labels(subject.features(source.queries), name)
-        return bank, queries, "test"
+    name, feature = subject.data["name"], subject.settings["feature"]
+    bank = labelled_features(subject, subject.bank)[feature]
+    if subject.source.queries is not None:
+        return bank, labelled_features(subject, subject.source.queries)[feature], "test"
     # Another stream of numbers than that of the images that choose the head.
-    generator = np.random.default_rng([settings["seed"], 1])
-    is_query = held_out_rows(bank.labels, settings["held_out"], generator)
-    if not is_query.any():
-        raise InputError(
-            f"data={name}: there is no test part, "
-            "and no class has two images of which one could serve"
-        )
+    is_query = hold_out(bank.labels, settings, name, [settings["seed"], 1])
     log.info(
         f"data={name} has no test part: "
         f"{is_query.sum():,} of {len(is_query):,} images are kept for the test"
     )
     return bank.chosen(~is_query), bank.chosen(is_query), "held out"
+
+
+def hold_out(
+    labels: np.ndarray, settings: dict[str, Any], name: str, seed: int | list[int]
+) -> np.ndarray:
+    """Return which of the training images are held out, (images,) bool, see `held_out_rows`.
+
+    Raises:
+        InputError: none can be. The message names the dataset.
+    """
+    generator = np.random.default_rng(seed)
+    is_held_out = held_out_rows(labels, settings["held_out"], generator)
+    if not is_held_out.any():
+        raise InputError(
+            f"data={name}: no class has two labelled training images, "
+            "one to train on and one to hold out"
+        )
+    return is_held_out
 
 
 def warn_of_unknown(classes: np.ndarray, labels: np.ndarray, name: str) -> None:

@@ -18,9 +18,9 @@ from moco.data.loading.datamodule import check_unreadable
 from moco.data.loading.labelled_views import LabelledViews
 from moco.errors import InputError, RunError
 from moco.evaluation.knn import class_places, classes_of, votes_of
-from moco.evaluation.knn_measurement import classification_findings, with_labels
+from moco.evaluation.knn_measurement import classification_findings, labelled_features
 from moco.evaluation.linear_measurement import warn_of_unknown
-from moco.evaluation.subject import Findings, Subject, check_finite
+from moco.evaluation.subject import Findings, Subject
 from moco.runs.atomic_files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -156,9 +156,9 @@ def measure_linear_official(subject: Subject) -> Findings:
         num_workers=subject.data["num_workers"],
         device=subject.device,
     )
-    queries = with_labels(subject.features(test), name)
+    queries = labelled_features(subject, test)[feature]
     warn_of_unknown(classes, queries.labels, name)
-    query_rows = torch.from_numpy(queries.of[feature]).to(subject.device)
+    query_rows = torch.from_numpy(queries.features).to(subject.device)
     query_classes = class_places(classes, queries.labels)
 
     # The key of the kept features names everything that the images and the encoder depend on.
@@ -214,7 +214,7 @@ def train_epoch(
     """Train on all training images once, and return the mean loss of the steps.
 
     Raises:
-        InputError: too many images cannot be read, or a feature is not finite; it names the images.
+        InputError: too many images cannot be read.
         RunError: the loss is not finite.
     """
     labelled = subject.bank
@@ -222,9 +222,8 @@ def train_epoch(
     unreadable: set[int] = set()
     probe.begin_epoch(epoch)
     for images, labels, indices in views.epoch(epoch):
-        with torch.no_grad(), torch.autocast(subject.device.type, enabled=False):
-            features = subject.encoder.encode(images, subject.settings["feature"]).float()
-        check_finite(features.cpu().numpy(), indices.numpy(), labelled, subject.checkpoint)
+        with torch.no_grad():
+            features = subject.encoder.encode(images, subject.settings["feature"])
         places = class_places(classes, labels.cpu().numpy())
         known = (places < len(classes)).nonzero()[0]
         if len(known):

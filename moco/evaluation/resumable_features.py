@@ -173,8 +173,7 @@ class FeatureParts:
     def names(self) -> Iterator[str]:
         """Yield the names of all images."""
         with (self.folder / NAMES).open() as file:
-            for line in file:
-                yield json.loads(line)
+            yield from map(json.loads, file)
 
     def unreadable(self) -> list[str]:
         """Return the names of the images that earlier attempts could not read."""
@@ -182,7 +181,7 @@ class FeatureParts:
         if num_bytes == 0:
             return []
         lines = (self.folder / UNREADABLE).read_bytes()[:num_bytes].splitlines()
-        return [json.loads(line) for line in lines]
+        return list(map(json.loads, lines))
 
 
 def json_lines(names: Iterable[str]) -> bytes:
@@ -190,8 +189,7 @@ def json_lines(names: Iterable[str]) -> bytes:
 
     A name may hold newlines and bytes that are not UTF-8.
     """
-    lines = [json.dumps(name) + "\n" for name in names]
-    return "".join(lines).encode("ascii")
+    return "".join(json.dumps(name) + "\n" for name in names).encode("ascii")
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -2,11 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 import moco
 from moco.data.augment.views import build_evaluation_view
-from moco.data.loading.datamodule import check_unreadable
 from moco.data.loading.every_image import evaluation_loader
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError
 from moco.evaluation.feature_cache import Arrays, FeatureCache
 from moco.evaluation.features import embed
-from moco.evaluation.image_names import first_names
+from moco.evaluation.image_names import first_names, skip_unreadable
 from moco.evaluation.reports.embedded import Embedded
 
 log = logging.getLogger(__name__)
@@ -38,29 +37,6 @@ SOURCE_SETTINGS = (
     "pages",
 )
 """The settings of the data that `build_source` takes, beside name and root."""
-
-
-class Features(NamedTuple):
-    """Features of the labelled images that could be read."""
-
-    of: dict[str, np.ndarray]
-    """By name: ``backbone`` (images, width) and, if the encoder has a projector, ``embedding``
-    (images, embedding width); float32, not normalised."""
-    labels: np.ndarray
-    """(images,) int64."""
-    rows: np.ndarray
-    """(images,) int64: the place of each in the dataset."""
-    labelled: Labelled
-    """The dataset."""
-
-    def chosen(self, is_chosen: np.ndarray) -> "Features":
-        """Return the images where `is_chosen` (images,) is true."""
-        of = {name: values[is_chosen] for name, values in self.of.items()}
-        return Features(of, self.labels[is_chosen], self.rows[is_chosen], self.labelled)
-
-    def by(self, name: str) -> Embedded:
-        """Return one of the features with the images."""
-        return Embedded(self.of[name], self.labels, self.labelled, self.rows)
 
 
 @dataclass
@@ -79,6 +55,16 @@ class Findings:
     """Printed below the table of scores and protocol."""
     files: dict[str, Callable[[BinaryIO], object]] = field(default_factory=dict)
     """For the run folder: a function that writes each, by file name."""
+
+
+def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """Return a table with columns that are aligned to the right."""
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
 
 
 @dataclass
@@ -161,11 +147,12 @@ class Subject:
         }
         return FeatureCache(self.checkpoint, settings)
 
-    def features(self, labelled: Labelled) -> Features:
+    def features(self, labelled: Labelled) -> dict[str, Embedded]:
         """Return features of labelled images, of both kinds from one pass.
 
-        Unreadable images are skipped. With ``evaluation.cache`` the features are kept for the next
-        evaluation.
+        They are under ``backbone`` and, if the encoder has a projector, ``embedding``; float32, not
+        normalised. Unreadable images are skipped. With ``evaluation.cache`` the features are kept
+        for the next evaluation.
 
         Raises:
             InputError: too many images cannot be read, or a feature is not finite.
@@ -176,17 +163,15 @@ class Subject:
             arrays = self.cache.kept_or(path, compute)
         else:
             arrays = compute()
-        of = {name: arrays[name] for name in self.feature_names}
-        features = Features(of, arrays["labels"], arrays["rows"], labelled)
-        unreadable = features.by("backbone").unreadable()
-        if unreadable:
-            names = first_names(labelled.images, unreadable)
-            log.warning("skipped %d unreadable images: %s", len(unreadable), names)
-        check_unreadable(unreadable, labelled.images, self.data["max_bad_fraction"])
-        return features
+        found = {}
+        for name in self.feature_names:
+            found[name] = Embedded(arrays[name], arrays["labels"], labelled, arrays["rows"])
+        unreadable = found["backbone"].unreadable()
+        skip_unreadable(labelled.images, unreadable, self.data["max_bad_fraction"])
+        return found
 
     def _embedded(self, labelled: Labelled) -> Arrays:
-        """Return the fields of `Features` by name."""
+        """Return both features, labels (images,) and rows (images,), see `Embedded`."""
         started = time.monotonic()
         size, crop_ratio = self.data["image_size"], self.data["crop_ratio"]
         view = build_evaluation_view(size, crop_ratio, **self.augmentation)

@@ -245,8 +245,11 @@ def test_without_a_test_part_some_training_images_are_kept_for_it(evaluated, gen
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ([4] * 9, "all 8 training images are of class 4; a classifier needs two"),
-        ([0, 1, 2, 3], "there is no test part, and no class has two images"),
+        ([4] * 9, "a classifier needs two classes, and the 8 labelled training images are of 1"),
+        (
+            [0, 1, 2, 3],
+            "no class has two labelled training images, one to train on and one to hold out",
+        ),
     ],
 )
 def test_labels_that_nothing_can_be_learned_from_are_refused(
@@ -292,7 +295,10 @@ def test_images_without_a_label_are_left_out(evaluated, generator, monkeypatch):
     figures, _, log = evaluate_with(labels, "linear_official", **OFFICIAL)
     assert "2 of 60 training images have no label, and are not trained on" in log
     assert figures["linear_official/num_training"] == 58
-    with pytest.raises(InputError, match="none of the training images has a label"):
+    with pytest.raises(
+        InputError,
+        match="a classifier needs two classes, and the 0 labelled training images are of 0",
+    ):
         evaluate_with(np.full(60, -1), "linear_official", **OFFICIAL)
 
 

@@ -39,8 +39,13 @@ class Searched(NamedTuple):
     queries: Embedded
     search: Search
     own_rows: np.ndarray | None
-    """(queries,) each query's own row in the bank, which is not its neighbour. None if the queries
-    are not in the bank."""
+    """(queries,) each query's own row in the bank, which is not its neighbour (leave one out). None
+    if the queries are not in the bank."""
+
+    @property
+    def kind(self) -> str:
+        """Return where the queries come from, in words."""
+        return "test" if self.own_rows is None else "leave one out"
 
 
 def knn_plots(
@@ -61,8 +66,7 @@ def knn_plots(
         "confusion.png": confusion_plot(*confusion_matrix(searched.queries.labels, predicted)),
         "feature_maps.png": feature_maps_of_some(subject, searched.queries),
     }
-    # A single image has no other images to differ from.
-    if views is not None and len(views) > 1:
+    if views is not None:
         plots["similarities.png"] = similarities_of_views(views)
     kind = subject.settings["map"]
     if kind == "none":
@@ -135,11 +139,10 @@ def feature_maps_of_some(subject: Subject, queries: Embedded) -> "Figure":
     chosen = spread_over_classes(queries.labels, NUM_MAPPED_IMAGES)
     images = [view.crop(queries.labelled.images[int(row)]) for row in queries.rows[chosen]]
     batch = torch.stack([view.normalized(image) for image in images])  # (images, 3, side, side)
-    with torch.autocast(subject.device.type, enabled=False):
-        maps = subject.encoder.backbone.feature_maps(batch.to(subject.device))
+    maps = subject.encoder.backbone.feature_maps(batch.to(subject.device))
     columns = {}
     for name, values in (("last map", maps[-1]), ("map before", maps[-2])):
         height, width = values.shape[2:]
-        colors = principal_colors(values.float().cpu().numpy())
+        colors = principal_colors(values.cpu().numpy())
         columns[f"{name} {height}x{width}"] = colors
     return feature_maps_plot(images, columns)

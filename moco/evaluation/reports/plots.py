@@ -187,8 +187,7 @@ def confusion_plot(classes: np.ndarray, counts: np.ndarray) -> "Figure":
     num_classes = len(counts)
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     shares = counts / totals
-    smallest, largest = MATRIX_SIDE
-    side = min(max(34 * num_classes, smallest), largest)
+    side = np.clip(34 * num_classes, *MATRIX_SIDE)
     figure = new_figure(side + 220, side + 140, "constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -197,14 +196,13 @@ def confusion_plot(classes: np.ndarray, counts: np.ndarray) -> "Figure":
     axes.set_title(f"{accuracy:.1%} of {counts.sum():,} queries right", fontsize=10)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    named = list(range(num_classes))
+    named = np.arange(num_classes)
     if num_classes <= NAMED_CLASSES:
         write_counts(axes, counts, shares)
     else:
-        named = np.linspace(0, num_classes - 1, 10).astype(int).tolist()
-    ticks = classes[named].tolist()
-    axes.set_xticks(named, ticks, rotation=90, fontsize=FONT_SIZE)
-    axes.set_yticks(named, ticks, fontsize=FONT_SIZE)
+        named = np.linspace(0, num_classes - 1, 10).astype(int)
+    axes.set_xticks(named, classes[named].tolist(), rotation=90, fontsize=FONT_SIZE)
+    axes.set_yticks(named, classes[named].tolist(), fontsize=FONT_SIZE)
     return figure
 
 
