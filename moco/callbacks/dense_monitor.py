@@ -36,7 +36,6 @@ class DenseMonitor(EpochMeasurement):
         self,
         figures: dict[str, Any],
         images: DenseSet,
-        *,
         num_neighbors: int,
         temperature: float,
         **when: Any,

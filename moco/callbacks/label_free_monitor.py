@@ -30,6 +30,8 @@ class Kept(NamedTuple):
     """(batch, 3, height, width) the images that the keys were made of, on the CPU."""
     keys: Tensor
     """(batch, embedding_dim) the keys of this process."""
+    num_keys: int
+    """How many keys the queue got of that batch, on all devices together."""
     step: int
 
 
@@ -70,14 +72,16 @@ class LabelFreeMonitor(pl.Callback):
                 # The step returns the keys of its last direction. In a symmetric step these are
                 # made of the first view.
                 view = batch.views[0] if pl_module.symmetric else batch.views[1]
-                self.kept = Kept(view.cpu(), outputs["key"], step)
+                num_keys = len(view) * world_size()
+                if pl_module.symmetric and pl_module.reverse_queue is None:
+                    num_keys *= 2  # both directions of the loss share a queue
+                self.kept = Kept(view.cpu(), outputs["key"], num_keys, step)
         kept = self.kept
         if kept:
             # For so many steps all of the kept keys stay in the queue. A queue that takes both
             # views' keys takes the kept ones first, see `MoCo.enqueue`.
-            num_keys = keys_per_batch(pl_module, kept)
-            num_others = len(pl_module.queue.keys) - num_keys
-            if step - kept.step >= num_others // (num_keys * trainer.accumulate_grad_batches):
+            num_others = len(pl_module.queue.keys) - kept.num_keys
+            if step - kept.step >= num_others // (kept.num_keys * trainer.accumulate_grad_batches):
                 figures |= self._drift(trainer, pl_module, kept)
                 self.kept = None
         if figures:
@@ -112,22 +116,13 @@ class LabelFreeMonitor(pl.Callback):
         view = kept.view.to(pl_module.device)
         with untouched(pl_module.key_encoder), trainer.precision_plugin.train_step_context():
             now = pl_module.encode_keys([view])[0].embedding  # (batch, embedding_dim) unit norm
-        num_keys = keys_per_batch(pl_module, kept) * trainer.accumulate_grad_batches
+        per_step = kept.num_keys * trainer.accumulate_grad_batches
         return {
             "queue/drift": float(positive_similarity(kept.keys, now)),
             # The age that the next step sees: the key encoder has already moved after this step.
             "queue/drift_age": float(trainer.global_step + 1 - kept.step),
-            "queue/oldest_age": float(pl_module.queue.filled) / num_keys,
+            "queue/oldest_age": float(pl_module.queue.filled) / per_step,
         }
-
-
-def keys_per_batch(pl_module: Any, kept: Kept) -> int:
-    """Return how many keys a queue gets of a batch, on all devices together."""
-    num_keys = len(kept.keys) * world_size()
-    if pl_module.symmetric and pl_module.reverse_queue is None:
-        # Both directions of the loss share a queue.
-        return 2 * num_keys
-    return num_keys
 
 
 @contextmanager
@@ -138,6 +133,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     devices = []
     if buffers and buffers[0].is_cuda:
         devices.append(buffers[0].device)
+    # In training mode BatchNorm changes its statistics, and stochastic depth draws numbers.
     with torch.random.fork_rng(devices), torch.no_grad():
         try:
             yield

@@ -31,12 +31,7 @@ class SegmentationMonitor(EpochMeasurement):
     """
 
     def __init__(
-        self,
-        figures: dict[str, Any],
-        *,
-        inference: str,
-        num_plotted_images: int = 0,
-        **when: Any,
+        self, figures: dict[str, Any], *, inference: str, num_plotted_images: int = 0, **when: Any
     ) -> None:
         super().__init__(figures, **when)
         self.inference = inference

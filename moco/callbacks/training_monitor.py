@@ -82,8 +82,8 @@ class LossMonitor(pl.Callback):
         self._add_losses()
         seconds = self.seconds_before + epoch_time.so_far(STEPS, WAITING)
         sums = gather_objects((self.loss_sum, self.batches, seconds))
-        means = np.mean(sums, axis=0).tolist()
-        return dict(zip(("loss_sum", "batches", "seconds"), means, strict=True))
+        loss_sum, batches, seconds = np.mean(sums, axis=0).tolist()
+        return {"loss_sum": loss_sum, "batches": batches, "seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.loss_sum = state_dict["loss_sum"]

@@ -49,7 +49,7 @@ def fit(features: Tensor, shares: Tensor, weights: Tensor, weight_decay: float) 
     """
     num_classes, width = shares.shape[1], features.shape[1]
     std, mean = torch.std_mean(features, dim=0, correction=0)
-    std = std.where(std > 0, 1.0)
+    std = std.where(std > 0, 1.0)  # a constant dimension stays 0
     weight = torch.zeros(num_classes, width, device=features.device, requires_grad=True)
     bias = torch.zeros(num_classes, device=features.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -100,6 +100,7 @@ def fit_best(bank: Bank, device: torch.device | str = "cpu") -> tuple[LinearHead
     image_names, images = np.unique(bank.images, return_inverse=True)
     if len(image_names) < NUM_FOLDS:
         return fit(features, shares, weights, DEFAULT_WEIGHT_DECAY), DEFAULT_WEIGHT_DECAY
+    # Whole images are held out, because patches of one image are alike.
     held_out = torch.from_numpy(images % NUM_FOLDS == NUM_FOLDS - 1).to(device)
     losses = {}
     for weight_decay in WEIGHT_DECAYS:

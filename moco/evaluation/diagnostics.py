@@ -58,6 +58,7 @@ def in_batch_negative_similarity(query: Tensor, key: Tensor, keys: Tensor) -> Te
         query, key: (batch, embedding_dim) each, unit norm; a query's own key is in its row.
         keys: (keys, embedding_dim), unit norm, all keys; they include `key`.
     """
+    # Each query's own key is among the keys, so its pair is taken out of the sum.
     all_pairs = len(keys) * negative_similarity(query, keys)
     return (all_pairs - positive_similarity(query, key)) / (len(keys) - 1)
 
@@ -83,6 +84,7 @@ def uniformity(embeddings: Tensor) -> Tensor:
     Args:
         embeddings: (rows, embedding_dim), unit norm, at least two rows.
     """
+    # pdist has every pair once, and no row with itself.
     squared_distances = torch.pdist(embeddings.float()).square()
     return squared_distances.mul(-2).exp().mean().log()
 
@@ -125,6 +127,7 @@ def lidar(embeddings: Tensor) -> float:
     within = (views - means[:, None]).flatten(0, 1).T.cov(correction=0)
     within = within + 1e-4 * torch.eye(len(within)).to(within)
     values, vectors = torch.linalg.eigh(within)
+    # The inverse square root of the scatter of views.
     whitening = vectors * values.rsqrt() @ vectors.T
     eigenvalues = torch.linalg.eigvalsh(whitening @ between @ whitening).clamp(min=0)
     return float(exponential_of_entropy(eigenvalues))

@@ -52,5 +52,8 @@ def labels_by_name(
         if side is not None:
             for row, label in enumerate(side.labels):
                 label_of[side.images.name(row)] = label
+    if not label_of:
+        # Naming a million images would take seconds.
+        return np.full(len(images), -1)
     labels = [label_of.get(images.name(row), -1) for row in range(len(images))]
     return np.array(labels, np.int64)

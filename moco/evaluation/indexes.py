@@ -71,11 +71,12 @@ def build_index(
     try:
         if not index.is_trained:
             # k-means needs rows for each of its cells, others a sample of a fixed size.
+            num_rows = TRAINING_ROWS
             cells = faiss.try_extract_index_ivf(index)
-            num_rows = TRAINING_ROWS_PER_CELL * cells.nlist if cells else 0
-            chosen = np.random.default_rng(0).permutation(len(bank))
-            chosen = np.sort(chosen[: max(num_rows, TRAINING_ROWS)])
-            index.train(normalized(bank[chosen]))
+            if cells is not None:
+                num_rows = max(num_rows, TRAINING_ROWS_PER_CELL * cells.nlist)
+            chosen = np.random.default_rng(0).permutation(len(bank))[:num_rows]
+            index.train(normalized(bank[np.sort(chosen)]))
         block_size = max(1, BANK_BYTES // (4 * bank.shape[1]))
         for start in range(0, len(bank), block_size):
             index.add(normalized(bank[start : start + block_size]))

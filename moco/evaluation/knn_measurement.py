@@ -56,6 +56,7 @@ def measure_knn(subject: Subject) -> Findings:
     if feature == "backbone":
         empty_index(settings["index"], subject.encoder.backbone.feature_dim, INDEX_KEY)
     bank, queries, own_rows = sides_of(subject)
+    # In leave one out, an image is no neighbour of itself.
     most_neighbors = len(bank[feature].rows) - int(own_rows is not None)
     main = Protocol(capped(settings["num_neighbors"], most_neighbors), settings["temperature"])
     protocols = {main}
@@ -66,11 +67,12 @@ def measure_knn(subject: Subject) -> Findings:
     votes = {}
     recalls: dict[str, float] = {}
     for name in subject.feature_names:
-        rows, labels, *_ = bank[name]
-        query_rows, query_labels, *_ = queries[name]
-        search = search_of(subject, rows, query_rows, name, main, recalls)
-        searches[name] = Searched(bank[name], queries[name], search, own_rows)
-        votes[name] = classify(search, labels, query_rows, query_labels, protocols, own_rows)
+        known, asked = bank[name], queries[name]
+        search = search_of(subject, known.features, asked.features, name, main, recalls)
+        searches[name] = Searched(known, asked, search, own_rows)
+        votes[name] = classify(
+            search, known.labels, asked.features, asked.labels, protocols, own_rows
+        )
     searched = searches[feature]
     grid_figures, table = grid_findings(votes, searched, settings)
     few_label_figures, few_label_tables = measure_few_labels(subject, searched)
@@ -135,8 +137,8 @@ def labelled_features(subject: Subject, images: Labelled) -> dict[str, Embedded]
         InputError: no image has a label, too many cannot be read, or a feature is not finite.
     """
     features = subject.features(images)
-    _, labels, _, rows = features["backbone"]
-    is_missing = labels < 0
+    backbone = features["backbone"]
+    is_missing = backbone.labels < 0
     num_missing = int(is_missing.sum())
     if num_missing == len(is_missing):
         raise InputError(
@@ -144,7 +146,7 @@ def labelled_features(subject: Subject, images: Labelled) -> dict[str, Embedded]
         )
     if num_missing == 0:
         return features
-    names = first_names(images.images, rows[is_missing])
+    names = first_names(images.images, backbone.rows[is_missing])
     log.warning("skipped %d images without a label: %s", num_missing, names)
     return {name: one.chosen(~is_missing) for name, one in features.items()}
 

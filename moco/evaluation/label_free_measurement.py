@@ -95,8 +95,8 @@ def view_embeddings(subject: Subject, embedded: Embedded) -> np.ndarray:
         for row in rows[start : start + batch_size].tolist():
             samples.append((row, images.opened(row), images.name(row)))
         batch = make(samples, 0)
-        views = [view.to(subject.device) for view in batch.views]
-        views = augment.finished(views, 0, batch.indices)
+        pair = [view.to(subject.device) for view in batch.views]
+        views = augment.finished(pair, 0, batch.indices)
         parts.append(torch.stack([subject.encoder(view) for view in views], dim=1).cpu())
     return torch.cat(parts).numpy()
 

@@ -99,6 +99,7 @@ def train_heads(
             batch = features[rows]
             # The gradient has a closed form, so autograd is not needed.
             gradient = logit_gradient(heads.logits(batch), classes[rows])
+            # As torch.optim.SGD does: momentum gathers the gradient together with the decay.
             weight_steps.mul_(SGD_MOMENTUM).addmm_(gradient.T, batch).addcmul_(decay, weights)
             bias_steps.mul_(SGD_MOMENTUM).add_(gradient.sum(0))
             current_lr = lr * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))

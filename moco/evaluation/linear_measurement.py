@@ -157,9 +157,10 @@ def warn_of_unknown(classes: np.ndarray, labels: np.ndarray, name: str) -> None:
 
 def check_grid(lrs: Sequence[float], weight_decays: Sequence[float]) -> None:
     """Raise InputError if the grid is empty, or a value is not finite or too low."""
-    if not lrs or min(lrs) <= 0 or not np.isfinite(lrs).all():
+    # A NaN fails every comparison, so it is refused, too.
+    if not lrs or not all(0 < lr < math.inf for lr in lrs):
         raise InputError(f"evaluation.linear.lrs={list(lrs)}: expected finite numbers above 0")
-    if not weight_decays or min(weight_decays) < 0 or not np.isfinite(weight_decays).all():
+    if not weight_decays or not all(0 <= decay < math.inf for decay in weight_decays):
         raise InputError(
             f"evaluation.linear.weight_decays={list(weight_decays)}: "
             "expected finite numbers of 0 or more"

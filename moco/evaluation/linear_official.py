@@ -60,6 +60,7 @@ class OfficialProbe:
         nn.init.normal_(self.head.weight, std=settings["init_std"], generator=generator)
         nn.init.zeros_(self.head.bias)
         self.head.to(device)
+        # Goyal et al. (arXiv 1706.02677): in proportion to the batch size.
         batch_for_lr = settings["lr_for_batch_size"] or settings["batch_size"]
         self.lr = settings["lr"] * settings["batch_size"] / batch_for_lr
         self.optimizer = torch.optim.SGD(

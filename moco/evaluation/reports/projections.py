@@ -58,6 +58,7 @@ def laid_out(features: np.ndarray, name: str) -> np.ndarray:
         return umap.fit_transform(rows)
     from sklearn.manifold import TSNE
 
+    # t-SNE looks at three times as many neighbours as its perplexity.
     perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
     return TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(rows)
 
