@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moco.data.loading.datamodule import check_unreadable
 from moco.data.loading.labelled_views import LabelledViews
 from moco.errors import InputError, RunError
-from moco.evaluation.knn import class_places, classes_of, votes_of
+from moco.evaluation.knn import Votes, class_places, classes_of, votes_of
 from moco.evaluation.knn_measurement import classification_findings, labelled_features
 from moco.evaluation.linear_measurement import warn_of_unknown
 from moco.evaluation.subject import Findings, Subject
@@ -88,11 +88,6 @@ class OfficialProbe:
         loss.backward()
         self.optimizer.step()
         return loss.detach()
-
-    @torch.no_grad()
-    def scores(self, features: Tensor) -> np.ndarray:
-        """Return logits (queries, classes)."""
-        return self.head(features).cpu().numpy()
 
     def save(self) -> None:
         """Keep the state at the end of an epoch."""
@@ -173,11 +168,17 @@ def measure_linear_official(subject: Subject) -> Findings:
         key=json.dumps([settings, feature, images_key]),
     )
     probe.load()
+
+    @torch.no_grad()
+    def test_votes() -> Votes:
+        scores = probe.head(query_rows).cpu().numpy()  # (queries, classes)
+        return votes_of(scores, classes, query_classes)
+
     num_epochs = settings["num_epochs"]
     for epoch in range(len(probe.top1), num_epochs):
         started = time.monotonic()
         loss = train_epoch(probe, views, subject, classes, epoch)
-        top1 = votes_of(probe.scores(query_rows), classes, query_classes).accuracy(1)
+        top1 = test_votes().accuracy(1)
         probe.top1.append(top1)
         probe.save()
         log.info(
@@ -201,7 +202,7 @@ def measure_linear_official(subject: Subject) -> Findings:
     return classification_findings(
         "linear_official",
         "linear classification, official protocol, last epoch",
-        votes_of(probe.scores(query_rows), classes, query_classes),
+        test_votes(),
         queries,
         conditions,
         details={},

@@ -185,7 +185,12 @@ class Subject:
         )
         # One pass computes both features, side by side.
         joined, labels, rows = embed(self._encode_all, loader, self.device)
-        check_finite(joined, rows, labelled, self.checkpoint)
+        bad = rows[~np.isfinite(joined).all(axis=1)]
+        if len(bad):
+            raise InputError(
+                f"checkpoint={self.checkpoint}: the features of {len(bad):,} images "
+                f"are not finite (NaN or infinity): {first_names(labelled.images, bad)}"
+            )
         log.info(f"embedded {len(rows):,} images in {time.monotonic() - started:.1f} s")
         backbone, embedding = np.split(joined, [self.encoder.backbone.feature_dim], axis=1)
         return {"backbone": backbone, "embedding": embedding, "labels": labels, "rows": rows}
@@ -212,15 +217,3 @@ def build_source_of(data: dict[str, Any]) -> DataSource:
     if data["image_size"] is None:
         data["image_size"] = source.image_size
     return source
-
-
-def check_finite(
-    features: np.ndarray, rows: np.ndarray, labelled: Labelled, checkpoint: Path
-) -> None:
-    """Raise InputError if a feature (images, width) is not finite; it names the first images."""
-    bad = rows[~np.isfinite(features).all(axis=1)]
-    if len(bad):
-        raise InputError(
-            f"checkpoint={checkpoint}: the features of {len(bad):,} images "
-            f"are not finite (NaN or infinity): {first_names(labelled.images, bad)}"
-        )
