@@ -35,8 +35,9 @@ class Embedded(NamedTuple):
 
     def chosen(self, is_chosen: np.ndarray) -> "Embedded":
         """Return the rows where `is_chosen` (rows,) is true."""
-        features, labels, rows = self.features[is_chosen], self.labels[is_chosen], self.rows
-        return Embedded(features, labels, self.labelled, rows[is_chosen])
+        return Embedded(
+            self.features[is_chosen], self.labels[is_chosen], self.labelled, self.rows[is_chosen]
+        )
 
     def unreadable(self) -> list[int]:
         """Return the indices of the images in `labelled` that have no row."""
