@@ -33,13 +33,13 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from rich.console import Console
 
     from moco.cli.closing_tables import print_table
-    from moco.cli.image_progress import ImageProgress
     from moco.evaluation import embedding
     from moco.evaluation.indexes import empty_index
     from moco.evaluation.resumable_features import remove_parts, taken
     from moco.evaluation.subject import build_source_of
     from moco.runs.failures import failures_without_training_named
     from moco.runs.interrupts import ending_at_once
+    from moco.runs.progress_bar import ImageProgress
     from moco.runs.run_folder import claimed
     from moco.training.hardware import choose_device
     from moco.weights.load_encoder import load_pretrained, log_window_advice

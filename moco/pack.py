@@ -30,11 +30,11 @@ def run(config: PackConfig, folder: Path) -> None:
     """
     from rich.console import Console
 
-    from moco.cli.image_progress import ImageProgress
     from moco.data.packing import LOCK, Pool, check_copy, prepare_folder
     from moco.data.sources.registry import build_source
     from moco.runs.folder_lock import locked
     from moco.runs.interrupts import ending_at_once
+    from moco.runs.progress_bar import ImageProgress
     from moco.runs.run_folder import claimed
 
     output = Path(config.output)
@@ -68,9 +68,9 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
     from rich.console import Console
 
     from moco.cli.closing_tables import print_table
-    from moco.cli.image_progress import ImageProgress
     from moco.data.packing import CopyWriter, chunk_loader, describe_copy, open_copy
     from moco.runs.interrupts import ENDING, held_back
+    from moco.runs.progress_bar import ImageProgress
 
     # What must stay the same while a copy is written.
     settings = dataclasses.asdict(config)

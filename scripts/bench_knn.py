@@ -185,7 +185,7 @@ def compare_indexes(num_threads: int) -> None:
 
     The bank is 50,000 x 128, with 2,000 queries.
     """
-    from moco.evaluation.indexes import build_index, recall, set_search_effort
+    from moco.evaluation.indexes import build_index, recall
     from moco.evaluation.knn import Protocol, classify
     from moco.evaluation.neighbors import nearest_by_block, search_index
 
@@ -205,7 +205,6 @@ def compare_indexes(num_threads: int) -> None:
     print(f"{'flat':<12}{seconds:7.2f} s   top-1 {top1:.4f}")
     for name in INDEXES:
         index = build_index(bank, name, "index")
-        set_search_effort(index, name)
         predicted, top1, seconds = measured(partial(search_index, index))
         found = recall(index, bank, queries, NUM_NEIGHBORS)
         same = (predicted == exact).mean()

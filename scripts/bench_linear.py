@@ -17,9 +17,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from moco.config.linear import LinearConfig
-from moco.evaluation.linear import accuracies, held_out_rows, scale_of, train_heads
+from moco.evaluation.linear import accuracies, held_out_rows, train_heads
 from moco.evaluation.linear_measurement import usual_epochs
 
 Data = tuple[np.ndarray, np.ndarray]
@@ -72,9 +73,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     train_archive, test_archive = np.load(arguments.train), np.load(arguments.test)
-    scale = scale_of(train_archive["features"])
-    train = (scale.applied(train_archive["features"]), train_archive["labels"])
-    test = (scale.applied(test_archive["features"]), test_archive["labels"])
+    scaler = StandardScaler().fit(train_archive["features"])
+    train = (scaler.transform(train_archive["features"]), train_archive["labels"])
+    test = (scaler.transform(test_archive["features"]), test_archive["labels"])
     num_rows, width = train[0].shape
     print(f"{num_rows:,} x {width} training features, {len(test[0]):,} test features")
     programs: dict[str, Callable[[Data, Data, np.ndarray], Found]] = {

@@ -143,7 +143,7 @@ def test_a_second_evaluation_uses_what_the_first_has_kept(evaluated, tiny):
     first, _, log = evaluated(data=tiny)
     assert "embedded 60 images in" in log
     second, _, log = evaluated(data=tiny)
-    assert "features of 60 images from" in log
+    assert "features from" in log
     assert "embedded" not in log
     assert second == first
 
@@ -206,7 +206,7 @@ def test_kept_features_of_files_follow_the_files(evaluated, tmp_path, generator)
     Image.fromarray(generator.integers(0, 256, (9, 8, 3), np.uint8)).save(tmp_path / "val/b/x.png")
     log = evaluated(data=data, num_neighbors=3)[2]
     assert "embedded 6 images" in log
-    assert "features of 6 images from" in log  # of the bank
+    assert "features from" in log  # of the bank
 
 
 def test_a_damaged_file_of_features_is_made_again(evaluated, tiny):
@@ -306,7 +306,8 @@ def test_images_without_a_label_are_left_out_and_named(evaluated, monkeypatch, g
 def test_a_bank_of_one_class_is_refused(evaluated, generator, tmp_path):
     data = archive(tmp_path / "x.npz", generator, [4] * 9)
     with pytest.raises(
-        InputError, match="all 9 training images are of class 4; a classifier needs two"
+        InputError,
+        match="a classifier needs two classes, and the 9 labelled training images are of 1",
     ):
         evaluated(data=data)
 

@@ -53,7 +53,6 @@ class BadSteps(pl.Callback):
         self.skipped = 0
         self.in_a_row = 0
         self.unread: list[tuple[int, Tensor]] = []  # steps, and on the device whether each is bad
-        self.precision = "32-true"
         # A tensor on the device while training, so that keeping it does not wait for the device.
         self.last_finite_loss: Tensor | float = float("nan")
 
@@ -72,19 +71,12 @@ class BadSteps(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.figures["skipped_steps"] = self.skipped
-        self.precision = str(trainer.precision)
-        self.trained = []
-        for parameter in pl_module.parameters():
-            if parameter.requires_grad:
-                self.trained.append(parameter)
+        self.trained = [weight for weight in pl_module.parameters() if weight.requires_grad]
         # One list for each kind of statistics: its buffers have one dtype, and are copied as one.
         self.statistics: list[list[Tensor]] = []
         for kind in STATISTICS:
-            rows = []
-            for layer in pl_module.modules():
-                buffer = getattr(layer, kind, None)
-                if isinstance(buffer, Tensor):
-                    rows.append(buffer.view(-1))
+            buffers = [getattr(layer, kind, None) for layer in pl_module.modules()]
+            rows = [buffer.view(-1) for buffer in buffers if isinstance(buffer, Tensor)]
             if rows:
                 self.statistics.append(rows)
         self._remember_statistics()
@@ -106,10 +98,7 @@ class BadSteps(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer
     ) -> None:
-        gradients = []
-        for parameter in self.trained:
-            if parameter.grad is not None:
-                gradients.append(parameter.grad)
+        gradients = [weight.grad for weight in self.trained if weight.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         is_bad = ~norm.isfinite()
         step = trainer.global_step + 1
@@ -121,8 +110,8 @@ class BadSteps(pl.Callback):
         elif bool(is_bad):
             self._restore_statistics(is_bad)
             # Without gradients the optimizer does nothing, also no weight decay and momentum.
-            for parameter in self.trained:
-                parameter.grad = None
+            for weight in self.trained:
+                weight.grad = None
         is_logged = step % self.log_every_n_steps == 0
         if is_logged or not on_device:
             self._read()
@@ -155,10 +144,9 @@ class BadSteps(pl.Callback):
         """Count the bad steps since the last call; this waits for the device."""
         if not self.unread:
             return
-        unread = self.unread
+        steps, flags = zip(*self.unread, strict=True)
         self.unread = []
-        flags = torch.stack([is_bad for _, is_bad in unread]).tolist()
-        for (step, _), is_bad in zip(unread, flags, strict=True):
+        for step, is_bad in zip(steps, torch.stack(flags).tolist(), strict=True):
             if is_bad:
                 self._count(step)
             else:
@@ -178,10 +166,11 @@ class BadSteps(pl.Callback):
                 f"data that are not finite; {self.last_good()}"
             )
         if self.in_a_row == 1:
-            remark = ""
-            if self.precision == "16-mixed":
-                remark = "; usual with 16-mixed while it looks for its loss scale"
-            log.warning("step %d skipped: its loss or gradients are not finite%s", step, remark)
+            log.warning(
+                "step %d skipped: its loss or gradients are not finite "
+                "(16-mixed skips some steps while it looks for its loss scale)",
+                step,
+            )
 
 
 def is_decided_on_device(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
@@ -189,6 +178,4 @@ def is_decided_on_device(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool
 
     That is so on a GPU with fused optimizers, whose kernel looks at ``found_inf``.
     """
-    if not norm.is_cuda:
-        return False
-    return all(group.get("fused") for group in optimizer.param_groups)
+    return norm.is_cuda and all(group.get("fused") for group in optimizer.param_groups)

@@ -125,11 +125,9 @@ class Checkpoints(pl.callbacks.Checkpoint):
             seed_generators(torch.initial_seed(), trainer.global_step, trainer.global_rank)
         if states:
             log.warning(
-                "%d processes instead of %d: the same images in the same global batches, but no "
-                "longer the same to the last bit, because sums are taken in another order, and "
-                "BatchNorm and stochastic depth see other groups",
-                trainer.world_size,
-                len(states),
+                f"{trainer.world_size} processes instead of {len(states)}: the same images in the "
+                "same global batches, but no longer the same to the last bit: sums are taken in "
+                "another order, and BatchNorm sees other groups"
             )
 
     def on_train_batch_end(
@@ -183,10 +181,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         Raises:
             RunError: a weight is not finite; the old file stays.
         """
-        weights = []
-        for weight in trainer.lightning_module.parameters():
-            if weight.numel():
-                weights.append(weight.detach())
+        parameters = trainer.lightning_module.parameters()
+        weights = [weight.detach() for weight in parameters if weight.numel()]
         # The largest absolute value is finite only if all values are. One number for all weights
         # means one wait for a GPU.
         largest_weight = torch.nn.utils.get_total_norm(weights, norm_type=math.inf)

@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from moco.callbacks.running_trainer import is_end
+from moco.training.stopwatches import MONITORS, epoch_time
 
 
 class EpochMeasurement(pl.Callback, ABC):
@@ -40,10 +41,12 @@ class EpochMeasurement(pl.Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.owed = state_dict["owed"]
 
+    @epoch_time.measured(MONITORS)
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.owed:
             self.measure(trainer, pl_module, self.figures["epoch"])
 
+    @epoch_time.measured(MONITORS)
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1
         if is_end(trainer, epoch) or epoch % self.every_n_epochs == 0:

@@ -14,7 +14,7 @@ from moco.evaluation.neighbors import nearest_by_block, normalized
 from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.reports.knn_plots import Searched, neighbors_of_some
 from moco.evaluation.reports.plots import confusion_plot, pixels
-from moco.evaluation.reports.projections import projected
+from moco.evaluation.reports.projections import principal_components
 
 MOST_PREDICTED = 5_000
 """Queries in the confusion matrix."""
@@ -72,8 +72,7 @@ class FeaturePlots:
         labels = queries.labels[chosen]
         protocol = Protocol(num_neighbors, temperature)
         votes = classify(searched.search, bank.labels, queries.features[chosen], labels, [protocol])
-        classes, counts = confusion_matrix(labels, votes[protocol].predicted)
-        confusion = pixels(confusion_plot(counts, classes))
+        confusion = pixels(confusion_plot(*confusion_matrix(labels, votes[protocol].predicted)))
         experiment.add_image("knn/confusion", confusion, step, dataformats="HWC")
 
     def project(self, experiment: Any, queries: Embedded) -> None:
@@ -86,7 +85,8 @@ class FeaturePlots:
         shutil.rmtree(Path(experiment.log_dir) / "00000", ignore_errors=True)
         thumbnails = [np.asarray(queries.thumbnail(row, SPRITE)) for row in chosen]
         images = torch.from_numpy(np.stack(thumbnails)).permute(0, 3, 1, 2) / 255
-        features = projected(normalized(queries.features[chosen]), PROJECTED_DIM)
+        units = normalized(queries.features[chosen])
+        features = principal_components(units, PROJECTED_DIM, centred=False)
         experiment.add_embedding(
             features.round(4),
             [str(label) for label in queries.labels[chosen]],

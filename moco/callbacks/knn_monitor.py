@@ -1,10 +1,9 @@
 """The kNN accuracy of the encoder while it trains, as a Lightning callback."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from moco.data.loading.datamodule import check_unreadable
 from moco.data.sources.source import Labelled
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, rank_me
 from moco.evaluation.features import EmbeddingStopped, embed, evaluating
-from moco.evaluation.knn import KNNResult, knn_accuracy, protocol_figures, scores_of
+from moco.evaluation.knn import KNNResult, knn_accuracy
 from moco.evaluation.reports.embedded import Embedded
 from moco.training.distributed.collectives import (
     copy_from_rank_zero,
@@ -79,6 +78,7 @@ class KNNMonitor(EpochMeasurement):
         super().load_state_dict(state_dict)
         self.resumed = True
 
+    @epoch_time.measured(MONITORS)
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         source = data_of(trainer).source
         if source.bank is None or source.queries is None:
@@ -88,32 +88,23 @@ class KNNMonitor(EpochMeasurement):
             )
             return
         log.info(
-            "kNN every %d epochs: k %d, T %s, %s feature, %d queries against a bank of %d",
-            self.every_n_epochs,
-            self.num_neighbors,
-            self.temperature,
-            self.feature,
-            len(source.queries.labels),
-            len(source.bank.labels),
+            f"kNN every {self.every_n_epochs} epochs: k {self.num_neighbors}, "
+            f"T {self.temperature}, {self.feature} feature, {len(source.queries.labels):,} queries "
+            f"against a bank of {len(source.bank.labels):,}"
         )
         if self.baselines and not self.resumed:
             self._measure_baselines(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
 
-    @epoch_time.measured(MONITORS)
     def _measure_baselines(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        pixels = self._result(trainer, pl_module, flattened)
+        pixels = self._result(trainer, pl_module, lambda images: images.flatten(1))
         start = self._result(trainer, pl_module, self._encoding(pl_module))
-        self.figures["knn_raw_pixels/top1"] = pixels.top1
+        key, encoder = "knn_start/top1", "the weights of init_from"
         if self.is_untrained:
-            self.figures["knn_untrained/top1"] = start.top1
-            encoder = "untrained backbone"
-        else:
-            self.figures["knn_start/top1"] = start.top1
-            encoder = "the weights of init_from"
+            key, encoder = "knn_untrained/top1", "untrained backbone"
+        self.figures |= {"knn_raw_pixels/top1": pixels.top1, key: start.top1}
         log.info("kNN before training: raw pixels %.4f, %s %.4f", pixels.top1, encoder, start.top1)
 
-    @epoch_time.measured(MONITORS)
     def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
         source = data_of(trainer).source
         if source.bank is None or source.queries is None:
@@ -126,13 +117,21 @@ class KNNMonitor(EpochMeasurement):
         self.owed = False
         # If k was capped, one warning is enough.
         self.num_neighbors = result.num_neighbors
-        scores = scores_of(result)
+        scores = {"knn/top1": result.top1}
         # An earlier part of the run may have left a top-5; with k below 5 there is none now.
         self.figures.pop("knn/top5", None)
-        self.figures |= scores
-        self.figures["knn/epoch"] = epoch
-        self.figures |= protocol_figures(result, self.temperature, self.feature)
-        self.figures["knn/precision"] = self.precision
+        if result.top5 is not None:
+            scores["knn/top5"] = result.top5
+        self.figures |= {
+            **scores,
+            "knn/epoch": epoch,
+            "knn/num_neighbors": result.num_neighbors,
+            "knn/temperature": self.temperature,
+            "knn/feature": self.feature,
+            "knn/bank_size": result.bank_size,
+            "knn/num_queries": result.num_queries,
+            "knn/precision": self.precision,
+        }
         log_scalars(trainer, scores)
 
     def _encoding(self, pl_module: Any) -> Callable[[Tensor], Tensor]:
@@ -159,36 +158,29 @@ class KNNMonitor(EpochMeasurement):
         # Each process has running statistics of its own. Rank 0's are in the checkpoint, so they
         # are the ones that are measured.
         copy_from_rank_zero([*pl_module.query_encoder.buffers()])
-        sides = []
+        device = pl_module.device
+
+        def embedded(labelled: Any) -> Embedded:
+            loader = data.evaluation_dataloader(labelled)
+            how = device, self.should_stop, self.precision
+            return embed_together(labelled, encode, loader, *how)
+
         with evaluating(pl_module):
-            for labelled in (data.source.bank, data.source.queries):
-                assert labelled is not None
-                loader = data.evaluation_dataloader(labelled)
-                sides.append(
-                    embed_together(
-                        encode, loader, labelled, pl_module.device, self.should_stop, self.precision
-                    )
-                )
-        bank, queries = sides
+            bank, queries = embedded(data.source.bank), embedded(data.source.queries)
 
         def search() -> KNNResult:
-            for side in sides:
-                images = side.labelled.images
-                unreadable = np.delete(np.arange(len(images)), side.rows)
-                check_unreadable(set(unreadable.tolist()), images, data.max_bad_fraction)
+            for side in (bank, queries):
+                check_unreadable(side.unreadable(), side.labelled.images, data.max_bad_fraction)
             if epoch is not None:
                 self._show(trainer, epoch, bank, queries)
-            return self._classify(bank, queries, pl_module.device)
+            arrays = (bank.features, bank.labels, queries.features, queries.labels)
+            try:
+                return knn_accuracy(*arrays, self.num_neighbors, self.temperature, device)
+            except torch.OutOfMemoryError:
+                log.info("kNN: searching on the CPU, because training leaves too little GPU memory")
+            return knn_accuracy(*arrays, self.num_neighbors, self.temperature, "cpu")
 
         return from_rank_zero(search)
-
-    def _classify(self, bank: Embedded, queries: Embedded, device: torch.device) -> KNNResult:
-        arrays = (bank.features, bank.labels, queries.features, queries.labels)
-        try:
-            return knn_accuracy(*arrays, self.num_neighbors, self.temperature, device)
-        except torch.OutOfMemoryError:
-            log.info("kNN: searching on the CPU, because training leaves too little GPU memory")
-        return knn_accuracy(*arrays, self.num_neighbors, self.temperature, "cpu")
 
     def _show(self, trainer: pl.Trainer, epoch: int, bank: Embedded, queries: Embedded) -> None:
         """Write to TensorBoard what it shows beside the scores; on rank 0 alone."""
@@ -207,25 +199,13 @@ class KNNMonitor(EpochMeasurement):
             self.plots.project(experiment, queries)
 
 
-def flattened(images: Tensor) -> Tensor:
-    """Return the pixels of each image as its features."""
-    return images.flatten(1)
-
-
-def embed_together(
-    encode: Callable[[Tensor], Tensor],
-    loader: Iterable[Any],
-    labelled: Labelled,
-    device: torch.device | str,
-    should_stop: Callable[[], bool] = lambda: False,
-    precision: str = "32-true",
-) -> Embedded:
+def embed_together(labelled: Labelled, *arguments: Any) -> Embedded:
     """Embed a dataset: each process embeds its own images, and rank 0 gets all features.
 
     Args:
-        loader: yields every n-th image of `labelled`, of n processes, from the process's rank on.
-        encode, device, precision: see `embed`.
-        should_stop: asked before every batch. If it stops one process, all of them raise.
+        labelled: the dataset.
+        arguments: those of `embed`. Of n processes, each loader yields every n-th image, from the
+            process's rank on.
 
     Returns:
         On rank 0 the features of all readable images, in their order; on the others no rows.
@@ -235,16 +215,15 @@ def embed_together(
     """
     stopped = False
     try:
-        features, labels, rows = embed(encode, loader, device, should_stop, precision)
+        features, labels, rows = embed(*arguments)
     except EmbeddingStopped:
         stopped = True
     if largest([stopped])[0]:
         raise EmbeddingStopped
-    if world_size() == 1:
-        return Embedded(features, labels, labelled, rows)
     # Image i of this process is image i * world_size + rank of the dataset.
     rows = gather_rows(rows * world_size() + rank())
-    features = gather_rows(features)
-    labels = gather_rows(labels)
-    order = rows.argsort()
-    return Embedded(features[order], labels[order], labelled, rows[order])
+    features, labels = gather_rows(features), gather_rows(labels)
+    if world_size() > 1:
+        order = rows.argsort()
+        features, labels, rows = features[order], labels[order], rows[order]
+    return Embedded(features, labels, labelled, rows)

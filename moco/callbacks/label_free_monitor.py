@@ -30,6 +30,8 @@ class Kept(NamedTuple):
     """(batch, 3, height, width) the images that the keys were made of, on the CPU."""
     keys: Tensor
     """(batch, embedding_dim) the keys of this process."""
+    num_keys: int
+    """How many keys the queue got of that batch, on all devices together."""
     step: int
 
 
@@ -43,10 +45,10 @@ class LabelFreeMonitor(pl.Callback):
     without it.
 
     Args:
-        every_n_steps: optimizer steps between two measurements; None: no measurements.
+        every_n_steps: optimizer steps between two measurements.
     """
 
-    def __init__(self, every_n_steps: int | None) -> None:
+    def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
         self.kept: Kept | None = None
         self.gradients: dict[str, float] = {}
@@ -54,39 +56,42 @@ class LabelFreeMonitor(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self._is_due(trainer.global_step + 1):
+        if (trainer.global_step + 1) % self.every_n_steps == 0:
             self.gradients = gradient_norms(pl_module.query_encoder)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.every_n_steps is None or not is_step_end(trainer, batch_idx):
+        if not is_step_end(trainer, batch_idx):
             return
         step = trainer.global_step
         figures: dict[str, float] = {}
-        if self._is_due(step):
+        if step % self.every_n_steps == 0:
             figures |= self._figures(trainer, pl_module, outputs)
             if self.kept is None and pl_module.queue is not None:
                 # The step returns the keys of its last direction. In a symmetric step these are
                 # made of the first view.
                 view = batch.views[0] if pl_module.symmetric else batch.views[1]
-                self.kept = Kept(view.cpu(), outputs["key"], step)
+                num_keys = len(view) * world_size()
+                if pl_module.symmetric and pl_module.reverse_queue is None:
+                    num_keys *= 2  # both directions of the loss share a queue
+                self.kept = Kept(view.cpu(), outputs["key"], num_keys, step)
         kept = self.kept
-        if kept and step - kept.step >= self._steps_in_queue(trainer, pl_module, kept):
-            figures |= self._drift(trainer, pl_module, kept)
-            self.kept = None
+        if kept:
+            # For so many steps all of the kept keys stay in the queue. A queue that takes both
+            # views' keys takes the kept ones first, see `MoCo.enqueue`.
+            num_others = len(pl_module.queue.keys) - kept.num_keys
+            if step - kept.step >= num_others // (kept.num_keys * trainer.accumulate_grad_batches):
+                figures |= self._drift(trainer, pl_module, kept)
+                self.kept = None
         if figures:
             log_scalars(trainer, figures)
-
-    def _is_due(self, step: int) -> bool:
-        return self.every_n_steps is not None and step % self.every_n_steps == 0
 
     @epoch_time.measured(MONITORS)
     def _figures(
         self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Any]
     ) -> dict[str, float]:
-        query = outputs["query"]
-        key = outputs["key"]
+        query, key = outputs["query"], outputs["key"]
         figures = {
             "label_free/alignment": float(alignment(query, key)),
             "label_free/uniformity": float(uniformity(query)),
@@ -98,50 +103,26 @@ class LabelFreeMonitor(pl.Callback):
         for stage, distance in distances.items():
             figures[f"encoder_distance/{stage}"] = distance
         if trainer.logger and rank() == 0:
-            self._log_similarities(trainer, outputs)
+            for name, cosines in pair_similarities(query, key, outputs["negatives"]).items():
+                finite = cosines[cosines.isfinite()]
+                # An empty queue has no negatives yet, and a bad step only NaN.
+                if len(finite):
+                    tag = f"similarity/{name}"
+                    board_of(trainer).add_histogram(tag, finite, trainer.global_step)
         return figures
-
-    def _log_similarities(self, trainer: pl.Trainer, outputs: dict[str, Any]) -> None:
-        """Write histograms of the cosines of positive and of negative pairs."""
-        query, key, negatives = outputs["query"], outputs["key"], outputs["negatives"]
-        similarities = pair_similarities(query, key, negatives)
-        experiment = board_of(trainer)
-        for name, values in similarities._asdict().items():
-            finite = values[values.isfinite()]
-            # An empty queue has no negatives yet, and a bad step only NaN.
-            if len(finite):
-                experiment.add_histogram(f"similarity/{name}", finite, trainer.global_step)
-
-    def _steps_in_queue(self, trainer: pl.Trainer, pl_module: Any, kept: Kept) -> int:
-        """Return for how many steps all of the kept keys stay in the queue.
-
-        A queue that takes both views' keys takes the kept ones first, see `MoCo.enqueue`.
-        """
-        num_keys = keys_per_batch(pl_module, kept)
-        num_others = len(pl_module.queue.keys) - num_keys
-        return max(0, num_others // (num_keys * trainer.accumulate_grad_batches))
 
     @epoch_time.measured(MONITORS)
     def _drift(self, trainer: pl.Trainer, pl_module: Any, kept: Kept) -> dict[str, float]:
         view = kept.view.to(pl_module.device)
         with untouched(pl_module.key_encoder), trainer.precision_plugin.train_step_context():
             now = pl_module.encode_keys([view])[0].embedding  # (batch, embedding_dim) unit norm
-        num_keys = keys_per_batch(pl_module, kept) * trainer.accumulate_grad_batches
+        per_step = kept.num_keys * trainer.accumulate_grad_batches
         return {
             "queue/drift": float(positive_similarity(kept.keys, now)),
             # The age that the next step sees: the key encoder has already moved after this step.
             "queue/drift_age": float(trainer.global_step + 1 - kept.step),
-            "queue/oldest_age": float(pl_module.queue.filled) / num_keys,
+            "queue/oldest_age": float(pl_module.queue.filled) / per_step,
         }
-
-
-def keys_per_batch(pl_module: Any, kept: Kept) -> int:
-    """Return how many keys a queue gets of a batch, on all devices together."""
-    num_keys = len(kept.keys) * world_size()
-    if pl_module.symmetric and pl_module.reverse_queue is None:
-        # Both directions of the loss share a queue.
-        return 2 * num_keys
-    return num_keys
 
 
 @contextmanager
@@ -152,6 +133,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     devices = []
     if buffers and buffers[0].is_cuda:
         devices.append(buffers[0].device)
+    # In training mode BatchNorm changes its statistics, and stochastic depth draws numbers.
     with torch.random.fork_rng(devices), torch.no_grad():
         try:
             yield

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -38,9 +37,9 @@ class OnlineProbe(pl.Callback):
         self.figures = figures
         self.log_every_n_steps = log_every_n_steps
         self.lr = lr
-        self.feature: Tensor | None = None
+        self.feature: Any = None
         self.loaded: dict[str, Any] | None = None
-        self.head: nn.Linear | None = None
+        self.head: Any = None
         # On the device while training, so that adding to them does not wait for the device.
         self.right: Tensor | float = 0.0
         self.seen: Tensor | float = 0.0
@@ -102,7 +101,6 @@ class OnlineProbe(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert self.feature is not None
         # If one pass took both views, the first view's features come first.
         feature = self.feature[: len(batch.indices)].float()  # (batch, feature_dim)
         is_known = feature.isfinite().all(dim=1) & ~batch.unreadable.to(feature.device)
@@ -120,10 +118,10 @@ class OnlineProbe(pl.Callback):
             feature: (batch, feature_dim).
             classes: (batch,), `UNKNOWN` for an image without a class.
         """
-        assert self.head is not None
         num_known = (classes != UNKNOWN).sum()
-        with torch.enable_grad(), torch.autocast(feature.device.type, enabled=False):
-            logits = self.head(standardised(feature))
+        with torch.enable_grad():
+            # Standardised within the batch.
+            logits = self.head(F.batch_norm(feature, None, None, training=True))
             loss = F.cross_entropy(logits, classes, ignore_index=UNKNOWN, reduction="sum")
             loss = loss / num_known.clamp(min=1)
             self.optimizer.zero_grad()
@@ -145,12 +143,6 @@ class OnlineProbe(pl.Callback):
         self.hook.remove()
 
 
-def standardised(feature: Tensor) -> Tensor:
-    """Return features (batch, dim) with mean 0 and standard deviation 1 in each dimension."""
-    variance = feature.var(dim=0, correction=0)
-    return (feature - feature.mean(dim=0)) / (variance + 1e-5).sqrt()
-
-
 def training_classes(source: DataSource) -> Tensor:
     """Return the class of every training image, (images,) int64.
 
@@ -159,12 +151,7 @@ def training_classes(source: DataSource) -> Tensor:
     Raises:
         InputError: no training image has a class.
     """
-    bank = source.bank
-    classes = np.full(len(source.train), UNKNOWN)
-    if bank is not None and len(bank.images) == len(source.train):
-        classes = bank.labels
-    elif bank is not None:
-        classes = labels_by_name(source.train, [bank])
+    classes = labels_by_name(source.train, source.bank)
     if not (classes >= 0).any():
         raise InputError("evaluation.online_probe=true: the training images have no labels")
     return torch.from_numpy(classes).long()

@@ -6,19 +6,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-# Where the output is no terminal, a line shows this often that the run is alive.
-SECONDS_BETWEEN_LINES = 60.0
-# Drawing takes milliseconds of the training thread.
-FRAMES_PER_SECOND = 4
+from moco.runs.progress_bar import SECONDS_BETWEEN_LINES, progress_bar
 
 
 class ProgressBar(pl.Callback):
@@ -40,18 +29,7 @@ class ProgressBar(pl.Callback):
         self.figures = figures
         self.console = console
         self.scores = scores
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps {task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            refresh_per_second=FRAMES_PER_SECOND,
-            disable=not console.is_terminal,
-        )
+        self.progress = progress_bar(console, "steps")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.task = self.progress.add_task(
@@ -59,16 +37,14 @@ class ProgressBar(pl.Callback):
         )
         self.progress.start()
         self.last_line = time.monotonic()
-        self.last_update = self.last_line
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        now = time.monotonic()
         if self.console.is_terminal:
-            if now - self.last_update > 1 / FRAMES_PER_SECOND:
-                self._update(trainer)
-        elif now - self.last_line > SECONDS_BETWEEN_LINES:
+            # A thread of rich draws, a few times per second.
+            self._update(trainer)
+        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
             epoch = f"epoch {trainer.current_epoch + 1:>4}/{trainer.max_epochs}"
             self._print(f"{epoch}  step {trainer.global_step}")
 
@@ -95,7 +71,6 @@ class ProgressBar(pl.Callback):
 
     def _update(self, trainer: pl.Trainer) -> None:
         self.progress.update(self.task, completed=trainer.global_step, status=self._status())
-        self.last_update = time.monotonic()
 
     def _print(self, line: str) -> None:
         self.progress.console.print(line, highlight=False)

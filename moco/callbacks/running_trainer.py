@@ -10,9 +10,7 @@ from moco.data.loading.datamodule import PretrainingData
 
 def data_of(trainer: pl.Trainer) -> PretrainingData:
     """Return the data module of the running pretraining."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    assert isinstance(data, PretrainingData)
-    return data
+    return trainer.datamodule  # type: ignore[attr-defined]
 
 
 def is_end(trainer: pl.Trainer, epoch: int) -> bool:

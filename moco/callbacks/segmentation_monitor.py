@@ -1,7 +1,6 @@
 """The figures on the held-out images while a segmentation model trains, as a Lightning callback."""
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,7 +15,6 @@ from moco.segmentation.inference import predicted_classes
 from moco.segmentation.mask_batches import MaskBatch
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
 from moco.segmentation.segmentation_data import SegmentationData, check_readable
-from moco.training.stopwatches import MONITORS, epoch_time
 
 log = logging.getLogger(__name__)
 
@@ -28,31 +26,23 @@ class SegmentationMonitor(EpochMeasurement):
         figures: gets ``segment/miou``, ``segment/pixel_accuracy``, ``segment/iou/NAME``,
             ``segment/epoch`` and the protocol.
         inference: ``whole`` or ``slide``, see `predicted_classes`.
-        every_n_epochs, should_stop: see `EpochMeasurement`.
         num_plotted_images: how many images TensorBoard shows beside truth and prediction.
+        when: ``every_n_epochs`` and ``should_stop`` of `EpochMeasurement`.
     """
 
     def __init__(
-        self,
-        figures: dict[str, Any],
-        *,
-        inference: str,
-        every_n_epochs: int = 1,
-        num_plotted_images: int = 0,
-        should_stop: Callable[[], bool] = lambda: False,
+        self, figures: dict[str, Any], *, inference: str, num_plotted_images: int = 0, **when: Any
     ) -> None:
-        super().__init__(figures, every_n_epochs, should_stop)
+        super().__init__(figures, **when)
         self.inference = inference
         self.num_plotted_images = num_plotted_images
 
-    @epoch_time.measured(MONITORS)
     def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, SegmentationData)
+        data: SegmentationData = trainer.datamodule  # type: ignore[attr-defined]
         num_classes, device = pl_module.num_classes, pl_module.device
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
         plots: list[Tensor] = []
-        with evaluating(pl_module), torch.autocast(device.type, enabled=False):
+        with evaluating(pl_module):
             for batch in data.evaluation_dataloader():
                 # A measurement that is cut short is done when the run is resumed.
                 if self.should_stop():
@@ -70,25 +60,20 @@ class SegmentationMonitor(EpochMeasurement):
                 plots += plot_first_images(batch, predicted, pl_module, num_missing_plots)
         self.owed = False
         scores = segmentation_figures(confusion.cpu(), data.source.class_names)
-        self.figures |= scores
-        self.figures |= self._protocol(data, pl_module)
-        self.figures["segment/epoch"] = epoch
-        known_scores = {key: score for key, score in scores.items() if score is not None}
-        log_scalars(trainer, known_scores)
+        self.figures |= {
+            **scores,
+            "segment/inference": self.inference,
+            "segment/image_size": data.view.image_size,
+            "segment/num_images": len(data.source.validation),
+            "segment/num_classes": num_classes,
+            "segment/decoder": pl_module.hparams["decoder"]["name"],
+            "segment/epoch": epoch,
+        }
+        log_scalars(trainer, {key: score for key, score in scores.items() if score is not None})
         if trainer.logger:
             for number, plot in enumerate(plots):
                 tag = f"image_truth_prediction/{number}"
                 board_of(trainer).add_image(tag, plot, trainer.global_step)
-
-    def _protocol(self, data: SegmentationData, pl_module: Any) -> dict[str, Any]:
-        """Return the conditions of the figures under their names in ``metrics.json``."""
-        return {
-            "segment/inference": self.inference,
-            "segment/image_size": data.view.image_size,
-            "segment/num_images": len(data.source.validation),
-            "segment/num_classes": len(data.source.class_names),
-            "segment/decoder": pl_module.hparams["decoder"]["name"],
-        }
 
 
 def plot_first_images(

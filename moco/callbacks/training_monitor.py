@@ -9,6 +9,7 @@ import math
 import time
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -28,10 +29,8 @@ log = logging.getLogger(__name__)
 
 MUCH_WAITING = 0.2
 """Share of the training time that goes into waiting for data."""
-SECONDS = 60.0
-"""Training time after which a logged step can warn of it."""
-EPOCH_SECONDS = 30.0
-"""Training time after which the end of an epoch can warn of it."""
+SECONDS = 30.0
+"""Training time after which a run can warn of it."""
 
 
 class LossMonitor(pl.Callback):
@@ -71,19 +70,19 @@ class LossMonitor(pl.Callback):
 
         In double precision, so that the sum does not depend on how often this is called.
         """
-        if not self.losses:
-            return
-        losses = torch.stack(self.losses).double().cpu()
-        finite = losses[losses.isfinite()]
-        self.loss_sum += float(finite.sum())
-        self.batches += len(finite)
-        self.losses = []
+        if self.losses:
+            losses = torch.stack(self.losses).double().cpu()
+            finite = losses[losses.isfinite()]
+            self.loss_sum += float(finite.sum())
+            self.batches += len(finite)
+            self.losses = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the means over all processes, so that each process can resume from them."""
         self._add_losses()
-        sums = gather_objects((self.loss_sum, self.batches, self._seconds()))
-        loss_sum, batches, seconds = (sum(values) / len(sums) for values in zip(*sums, strict=True))
+        seconds = self.seconds_before + epoch_time.so_far(STEPS, WAITING)
+        sums = gather_objects((self.loss_sum, self.batches, seconds))
+        loss_sum, batches, seconds = np.mean(sums, axis=0).tolist()
         return {"loss_sum": loss_sum, "batches": batches, "seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -120,11 +119,10 @@ class LossMonitor(pl.Callback):
         Not when it ends: Lightning calls the checkpoint callbacks after all others, and their time
         belongs to the epoch.
         """
-        if not self.epoch_ended:
-            return
-        self.epoch_ended = False
-        seconds = epoch_time.lap()
-        log_scalars(trainer, {f"time/{name}": value for name, value in seconds.items()})
+        if self.epoch_ended:
+            self.epoch_ended = False
+            seconds = epoch_time.lap()
+            log_scalars(trainer, {f"time/{name}": value for name, value in seconds.items()})
 
     def _start_clock(self) -> None:
         self.images = 0
@@ -135,8 +133,10 @@ class LossMonitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
         waited = 0.0
-        if waits_for_batches(trainer):
+        # With all images in the device's memory, the device makes the batch: that is no wait.
+        if not (isinstance(data, PretrainingData) and data.engine.in_memory):
             waited = time.perf_counter() - self.batch_ended
         self.waited += waited
         epoch_time.give(WAITING, waited)
@@ -153,39 +153,36 @@ class LossMonitor(pl.Callback):
         if is_logged_step(trainer, batch_idx, self.log_every_n_steps):
             self._add_losses()
             self._log_step(trainer, pl_module, outputs)
-            self._warn_of_waiting(SECONDS)
+            self._warn_of_waiting()
 
-    def _warn_of_waiting(self, at_least: float) -> None:
-        """Warn once if training has taken `at_least` this many seconds and waited for much of it.
+    def _warn_of_waiting(self) -> None:
+        """Warn once if training has taken `SECONDS` and waited for much of it.
 
         A resumed run starts anew, because its settings may have changed. The first batch does not
         count, because it also waits until the loader processes have started.
         """
         waited = epoch_time.so_far(WAITING) - (self.first_wait or 0.0)
         seconds = epoch_time.so_far(STEPS) + waited
-        if self.has_warned or seconds < at_least or waited <= MUCH_WAITING * seconds:
-            return
-        self.has_warned = True
-        log.warning(
-            "training waited %.0f %% of the time for images; "
-            "see docs/performance.md#waiting-for-data",
-            100 * waited / seconds,
-        )
+        if not self.has_warned and seconds >= SECONDS and waited > MUCH_WAITING * seconds:
+            self.has_warned = True
+            log.warning(
+                f"training waited {100 * waited / seconds:.0f} % of the time for images; "
+                "see docs/performance.md#waiting-for-data"
+            )
 
     def _log_step(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> None:
         speed = self._speed()
         # The progress bar shows the speed.
         self.figures |= speed
-        if trainer.logger is None:
-            return
-        learning_rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
-        figures = {
-            "train/loss": float(outputs["loss"]) * trainer.accumulate_grad_batches,
-            "train/learning_rate": max(learning_rates),
-        }
-        figures |= self.step_figures(trainer, pl_module, outputs)
-        figures |= speed
-        log_scalars(trainer, figures)
+        if trainer.logger:
+            learning_rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+            figures = {
+                "train/loss": float(outputs["loss"]) * trainer.accumulate_grad_batches,
+                "train/learning_rate": max(learning_rates),
+                **self.step_figures(trainer, pl_module, outputs),
+                **speed,
+            }
+            log_scalars(trainer, figures)
 
     def step_figures(
         self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Any]
@@ -197,26 +194,19 @@ class LossMonitor(pl.Callback):
         """
         return {}
 
-    def _seconds(self) -> float:
-        """Return the seconds of training in the whole run so far."""
-        return self.seconds_before + epoch_time.so_far(STEPS, WAITING)
-
     def _speed(self) -> dict[str, float]:
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         return {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         state = LossMonitor.state_dict(self)
-        mean_loss = math.nan
-        if state["batches"]:
-            mean_loss = state["loss_sum"] / state["batches"]
+        loss = state["loss_sum"] / state["batches"] if state["batches"] else math.nan
         speed = self._speed()
-        self.figures |= {"train/loss": mean_loss, **speed, "train/seconds": state["seconds"]}
+        self.figures |= {"train/loss": loss, **speed, "train/seconds": state["seconds"]}
         self.epoch_ended = True
-        self._warn_of_waiting(EPOCH_SECONDS)
+        self._warn_of_waiting()
         images_per_second = speed["images_per_second"]
-        scalars = {"epoch/loss": mean_loss, "epoch/images_per_second": images_per_second}
-        log_scalars(trainer, scalars)
+        log_scalars(trainer, {"epoch/loss": loss, "epoch/images_per_second": images_per_second})
 
 
 class BatchClock(pl.Callback):
@@ -231,15 +221,6 @@ class BatchClock(pl.Callback):
         self.monitor.batch_ended = time.perf_counter()
 
 
-def waits_for_batches(trainer: pl.Trainer) -> bool:
-    """Return whether training waits for its batches.
-
-    With all images in the device's memory, the device makes the batch itself: that is no wait.
-    """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    return not (isinstance(data, PretrainingData) and data.engine.in_memory)
-
-
 class TrainingMonitor(LossMonitor):
     """Report label-free figures of MoCo beside what `LossMonitor` reports.
 
@@ -252,42 +233,27 @@ class TrainingMonitor(LossMonitor):
     def step_figures(
         self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Any]
     ) -> dict[str, float]:
-        query = outputs["query"]
+        query, key, negatives = outputs["query"], outputs["key"], outputs["negatives"]
+        queue = pl_module.queue
         figures = {
             "train/key_momentum": pl_module.key_momentum_at(trainer.global_step - 1),
-            "label_free/positive_similarity": float(positive_similarity(query, outputs["key"])),
+            "label_free/positive_similarity": float(positive_similarity(query, key)),
+            "label_free/embedding_std": float(embedding_std(query)),
+            "label_free/embedding_std_if_spread": 1 / math.sqrt(query.shape[1]),
         }
-        if pl_module.queue is None:
-            figures |= in_batch_figures(pl_module, outputs)
+        num_negatives = len(negatives)
+        similarity = 0.0
+        if queue is None:
+            # The negatives are the other keys of the batch.
+            num_negatives -= 1
+            similarity = float(in_batch_negative_similarity(query, key, negatives))
         else:
-            figures |= queue_figures(pl_module, outputs)
-        figures["label_free/embedding_std"] = float(embedding_std(query))
-        figures["label_free/embedding_std_if_spread"] = 1 / math.sqrt(query.shape[1])
+            figures["label_free/queue_fill"] = float(queue.filled) / len(queue.keys)
+            if num_negatives > 0:
+                similarity = float(negative_similarity(query, negatives))
+        figures["train/loss_of_chance"] = pl_module.loss_of_chance(num_negatives)
+        figures["label_free/negative_similarity"] = similarity
         for term in ("loss_global", "loss_dense"):
             if term in outputs:
                 figures[f"train/{term}"] = float(outputs[term])
         return figures
-
-
-def queue_figures(pl_module: Any, outputs: dict[str, Any]) -> dict[str, float]:
-    """Return the figures of a step whose negatives came from the queue."""
-    queue = pl_module.queue
-    negatives = outputs["negatives"]
-    similarity = 0.0
-    if len(negatives):
-        similarity = float(negative_similarity(outputs["query"], negatives))
-    return {
-        "train/loss_of_chance": pl_module.loss_of_chance(len(negatives)),
-        "label_free/negative_similarity": similarity,
-        "label_free/queue_fill": float(queue.filled) / len(queue.keys),
-    }
-
-
-def in_batch_figures(pl_module: Any, outputs: dict[str, Any]) -> dict[str, float]:
-    """Return the figures of a step whose negatives were the other keys of its batch."""
-    keys = outputs["negatives"]
-    similarity = in_batch_negative_similarity(outputs["query"], outputs["key"], keys)
-    return {
-        "train/loss_of_chance": pl_module.loss_of_chance(len(keys) - 1),
-        "label_free/negative_similarity": float(similarity),
-    }

@@ -1,12 +1,12 @@
 """The list of images that a run could not read, in its run folder."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
+from moco.evaluation.resumable_features import json_lines
 from moco.runs.atomic_files import write_atomically
 from moco.training.distributed.collectives import gather_objects
 
@@ -20,9 +20,8 @@ def write_unreadable(folder: Path, names: Iterable[str]) -> None:
     ``json.loads`` of a line gives the path that ``open`` takes. An older list is replaced; without
     names nothing is written.
     """
-    lines = [json.dumps(name) + "\n" for name in sorted(names)]
-    if lines:
-        content = "".join(lines).encode("ascii")
+    content = json_lines(sorted(names))
+    if content:
         write_atomically(folder / UNREADABLE, lambda file: file.write(content))
 
 

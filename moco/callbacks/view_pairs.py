@@ -20,26 +20,23 @@ class ViewPairPlot(pl.Callback):
     """Plot augmented pairs before the first step and every n epochs: queries above their keys.
 
     Args:
-        every_n_epochs: None: no plots.
+        every_n_epochs: epochs between two plots.
     """
 
-    def __init__(self, every_n_epochs: int | None) -> None:
+    def __init__(self, every_n_epochs: int) -> None:
         self.every_n_epochs = every_n_epochs
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if not self.every_n_epochs or not trainer.logger or trainer.global_step > 0:
-            return
-        data = data_of(trainer)
-        query, key = data.pairs(data.first_images(NUM_PAIRS))
-        self._plot(trainer, query, key)
+        if trainer.logger and trainer.global_step == 0:
+            data = data_of(trainer)
+            self._plot(trainer, *data.pairs(data.first_images(NUM_PAIRS)))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self.every_n_epochs or not trainer.logger or batch_idx > 0:
-            return
         epoch = trainer.current_epoch
-        if epoch > 0 and epoch % self.every_n_epochs == 0:
+        is_due = batch_idx == 0 and epoch > 0 and epoch % self.every_n_epochs == 0
+        if trainer.logger and is_due:
             query, key = batch.views
             self._plot(trainer, query[:NUM_PAIRS], key[:NUM_PAIRS])
 

@@ -5,12 +5,13 @@ The config ends here: what is built takes plain arguments.
 
 import dataclasses
 import logging
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco.cli.checks import num_processes
-from moco.config.train import DenseMonitorConfig, TrainConfig
+from moco.config.train import TrainConfig
 from moco.errors import InputError
 
 if TYPE_CHECKING:
@@ -217,15 +218,17 @@ def build_callbacks(
             plots=FeaturePlots(evaluation.plots_every_n_epochs, evaluation.projector_images),
         ),
         CollapseWatch(),
-        LabelFreeMonitor(evaluation.diagnostics_every_n_steps),
     ]
+    if evaluation.diagnostics_every_n_steps:
+        callbacks.append(LabelFreeMonitor(evaluation.diagnostics_every_n_steps))
     if dense_set is not None:
         vote = {key: getattr(config.monitor.dense, key) for key in DENSE_VOTE}
         callbacks.append(DenseMonitor(figures, dense_set, **vote, should_stop=is_stopping))
     if evaluation.online_probe:
         callbacks.append(OnlineProbe(figures, log_every_n_steps))
+    if evaluation.plots_every_n_epochs:
+        callbacks.append(ViewPairPlot(evaluation.plots_every_n_epochs))
     callbacks += [
-        ViewPairPlot(evaluation.plots_every_n_epochs),
         RunDescription(folder, plain, ["knn/top1", "epoch/loss"]),
         UnreadableList(folder, figures),
         ProgressBar(figures, console, ("knn/top1", "kNN"), ("dense/knn_miou", "dense mIoU")),
@@ -253,24 +256,25 @@ def build_dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":
             )
         return None
 
-    from moco.callbacks import dense_monitor
+    from moco.evaluation import dense_features
 
-    settings = data_settings(dense)
-    settings["image_size"] = dense.image_size or image_size
-    return dense_monitor.build_dense_set(
-        **settings,
-        mean=config.augmentation.mean,
-        std=config.augmentation.std,
-        seed=config.seed,
-        num_workers=config.data.num_workers,
-        max_bad_fraction=config.data.max_bad_fraction,
-        max_image_pixels=config.data.max_image_pixels,
-    )
-
-
-def data_settings(dense: DenseMonitorConfig) -> dict[str, Any]:
-    """Return the settings of ``monitor.dense`` that describe its data."""
     settings = dataclasses.asdict(dense)
     for key in DENSE_VOTE:
         del settings[key]
-    return settings
+    settings["name"] = settings.pop("data")
+    settings["image_size"] = dense.image_size or image_size
+    try:
+        return dense_features.build_dense_set(
+            "monitor.dense",
+            **settings,
+            mean=config.augmentation.mean,
+            std=config.augmentation.std,
+            seed=config.seed,
+            num_workers=config.data.num_workers,
+            max_bad_fraction=config.data.max_bad_fraction,
+            max_image_pixels=config.data.max_image_pixels,
+        )
+    except InputError as error:
+        # The message names keys below data, as moco.segment has them.
+        message = re.sub(r"\bdata\.(root|ignore_index)\b", r"monitor.dense.\1", str(error))
+        raise InputError(message) from error

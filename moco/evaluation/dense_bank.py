@@ -74,6 +74,7 @@ def draw_patches(
     if sampling == "uniform":
         return order[:count]
     turns = turns_of_classes(labels[order])
+    # A stable sort keeps the random order within a turn.
     return order[np.argsort(turns, kind="stable")][:count]
 
 

@@ -3,7 +3,6 @@
 From features to a bank of labelled patches, and from scores of patches to a confusion matrix.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,17 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco.data.augment.views import Normalized
-from moco.data.loading.datamodule import check_unreadable
 from moco.errors import InputError, printable
 from moco.evaluation.dense_bank import Bank, class_shares, draw_patches, patches_represented
 from moco.evaluation.features import EmbeddingStopped
-from moco.evaluation.image_names import first_names
+from moco.evaluation.image_names import skip_unreadable
 from moco.segmentation.mask_batches import whole_image_loader
-from moco.segmentation.mask_sources import SegmentationSource
+from moco.segmentation.mask_sources import SegmentationSource, build_segmentation_source
 from moco.segmentation.masked_images import MaskedImages
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
-
-log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 2**27  # features and masks that are classified at once
 NUM_MAPS = 4  # feature maps of every backbone
@@ -66,6 +62,7 @@ class DenseSet:
         num_workers: loader processes.
         max_bad_fraction: the share of images that may be unreadable.
         num_images: how many images of each part to use, evenly spaced; None: all.
+        should_stop: asked before every batch.
     """
 
     source: SegmentationSource
@@ -79,6 +76,7 @@ class DenseSet:
     num_workers: int = 0
     max_bad_fraction: float = 0.0
     num_images: int | None = None
+    should_stop: Callable[[], bool] = lambda: False
 
     @property
     def num_classes(self) -> int:
@@ -90,16 +88,9 @@ class DenseSet:
         return [number * len(images) // count for number in range(count)]
 
     def patches(
-        self,
-        images: MaskedImages,
-        backbone: Any,
-        device: torch.device | str,
-        should_stop: Callable[[], bool] = lambda: False,
+        self, images: MaskedImages, backbone: Any, device: torch.device | str
     ) -> Iterator[ImagePatches]:
         """Yield the patches of one image after the other; unreadable images are skipped.
-
-        Args:
-            should_stop: called before every batch.
 
         Raises:
             InputError: too many images cannot be read.
@@ -118,13 +109,12 @@ class DenseSet:
         )
         unreadable: list[int] = []
         for batch in loader:
-            if should_stop():
+            if self.should_stop():
                 raise EmbeddingStopped
             unreadable += [image.key for image in batch.unreadable]
             if len(batch.indices) == 0:
                 continue
-            images_on_device = batch.images.to(device, non_blocking=True)
-            maps = encode_patches(backbone, images_on_device, self.maps)
+            maps = encode_patches(backbone, batch.images.to(device, non_blocking=True), self.maps)
             grid = (maps.shape[2], maps.shape[3])
             features = maps.permute(0, 2, 3, 1).flatten(1, 2).cpu().numpy()
             for row, index in enumerate(batch.indices.tolist()):
@@ -132,17 +122,9 @@ class DenseSet:
                     name = printable(images.name(index))
                     raise NotFinite(f"the features of {name} are not finite (NaN or infinity)")
                 yield ImagePatches(index, features[row], grid, batch.classes[row].numpy())
-        if unreadable:
-            names = first_names(images, np.array(unreadable))
-            log.warning("skipped %d unreadable images: %s", len(unreadable), names)
-            check_unreadable(unreadable, images.images, self.max_bad_fraction)
+        skip_unreadable(images.images, unreadable, self.max_bad_fraction)
 
-    def bank(
-        self,
-        backbone: Any,
-        device: torch.device | str,
-        should_stop: Callable[[], bool] = lambda: False,
-    ) -> Bank:
+    def bank(self, backbone: Any, device: torch.device | str) -> Bank:
         """Return random labelled patches of the training images.
 
         Which patches are drawn depends on the seed and the image's number alone.
@@ -151,84 +133,54 @@ class DenseSet:
             InputError: too many images cannot be read, or no patch has a labelled pixel.
             NotFinite, EmbeddingStopped: see `patches`.
         """
-        indices = self.indices(self.source.train)
-        place_of_image = {index: place for place, index in enumerate(indices)}
-        features: np.ndarray | None = None
-        shares, weights, numbers = [], [], []
-        num_patches = 0
-        for patches in self.patches(self.source.train, backbone, device, should_stop):
-            # The images' parts of the bank differ by one patch at most.
-            place = place_of_image[patches.image]
-            start = place * self.bank_size // len(indices)
-            end = (place + 1) * self.bank_size // len(indices)
-
-            patch_shares = class_shares(
-                patches.classes, patches.grid, self.num_classes, self.source.ignore_index
-            )
-            labelled = patch_shares.any(axis=1).nonzero()[0]
-            if len(labelled) == 0 or start == end:
-                continue
-            labels = patch_shares[labelled].argmax(axis=1)
+        images, ignore_index = self.source.train, self.source.ignore_index
+        indices = self.indices(images)
+        # The images' parts of the bank differ by one patch at most.
+        counts = np.diff(np.arange(len(indices) + 1) * self.bank_size // len(indices))
+        count_of_image = dict(zip(indices, counts, strict=True))
+        parts = []
+        for number, features, grid, classes in self.patches(images, backbone, device):
+            shares = class_shares(classes, grid, self.num_classes, ignore_index)
+            labelled = shares.any(axis=1).nonzero()[0]
+            labels = shares[labelled].argmax(axis=1)
             # A generator for each image: the batch size and other images must not matter.
-            generator = np.random.default_rng((self.seed, patches.image))
-            drawn = draw_patches(labels, end - start, self.sampling, generator)
-            if features is None:
-                # One array from the start: joining parts at the end would take twice the memory.
-                features = np.empty((self.bank_size, patches.features.shape[1]), np.float32)
-            features[num_patches : num_patches + len(drawn)] = patches.features[labelled[drawn]]
-            num_patches += len(drawn)
-            shares.append(patch_shares[labelled[drawn]])
-            weights.append(patches_represented(labels, drawn))
-            numbers.append(np.full(len(drawn), patches.image))
-        if features is None:
+            generator = np.random.default_rng((self.seed, number))
+            drawn = draw_patches(labels, count_of_image[number], self.sampling, generator)
+            rows = labelled[drawn]
+            weights = patches_represented(labels, drawn)
+            parts.append((features[rows], shares[rows], weights, np.full(len(rows), number)))
+        bank = Bank(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        if len(bank.features) == 0:
             raise InputError(
                 "no patch of the training images has a labelled pixel; "
                 "are the masks full of pixels without a class?"
             )
-        return Bank(
-            features[:num_patches],
-            np.concatenate(shares),
-            np.concatenate(weights),
-            np.concatenate(numbers),
-        )
+        return bank
 
     def confusions(
-        self,
-        scorers: Mapping[str, Scorer],
-        backbone: Any,
-        device: torch.device | str,
-        should_stop: Callable[[], bool] = lambda: False,
+        self, scorers: Mapping[str, Scorer], backbone: Any, device: torch.device | str
     ) -> dict[str, Tensor]:
         """Return each scorer's confusion matrix on the held-out images, see `confusion_matrix`.
 
         Raises:
             InputError, NotFinite, EmbeddingStopped: see `patches`.
         """
-        totals = {}
-        for name in scorers:
-            totals[name] = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
-        held_out = self.patches(self.source.validation, backbone, device, should_stop)
-        for block in blocks_of_images(held_out):
-            features = np.concatenate([patches.features for patches in block])
-            ends = np.cumsum([len(patches.features) for patches in block])
+        num_classes, ignore_index = self.num_classes, self.source.ignore_index
+        nothing = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        totals = dict.fromkeys(scorers, nothing)
+        for block in blocks_of_images(self.patches(self.source.validation, backbone, device)):
             # A search in the bank has a fixed cost, so the patches of many images share one.
+            features = np.concatenate([patches.features for patches in block])
+            sizes = [len(patches.features) for patches in block]
             for name, scorer in scorers.items():
-                scores_of_images = np.split(scorer(features), ends[:-1])
-                for patches, scores in zip(block, scores_of_images, strict=True):
-                    scores_on_device = torch.from_numpy(scores).to(device)
-                    totals[name] += self.confusion(patches, scores_on_device).cpu()
+                scores = torch.from_numpy(scorer(features)).to(device)
+                for patches, rows in zip(block, scores.split(sizes), strict=True):
+                    classes = torch.from_numpy(patches.classes).to(device)
+                    cells = rows.T.unflatten(1, patches.grid)  # (classes, rows, columns)
+                    predicted = pixel_classes(cells, *classes.shape)
+                    counts = confusion_matrix(predicted, classes, num_classes, ignore_index)
+                    totals[name] = totals[name] + counts.cpu()
         return totals
-
-    def confusion(self, patches: ImagePatches, scores: Tensor) -> Tensor:
-        """Return the confusion matrix of one image.
-
-        Args:
-            scores: (patches, classes).
-        """
-        height, width = patches.classes.shape
-        classes = torch.from_numpy(patches.classes).to(scores.device)
-        predicted = pixel_classes(scores.T.unflatten(1, patches.grid), height, width)
-        return confusion_matrix(predicted, classes, self.num_classes, self.source.ignore_index)
 
     def protocol(self, bank: Bank, num_neighbors: int, temperature: float) -> dict[str, Any]:
         """Return the conditions of the figures under their names in ``metrics.json``."""
@@ -249,15 +201,14 @@ class DenseSet:
 
 @torch.no_grad()
 def encode_patches(backbone: Any, images: Tensor, maps: Sequence[int]) -> Tensor:
-    """Return the features of patches (N, feature width, rows, columns) in float32.
+    """Return the features of patches (N, feature width, rows, columns).
 
     Args:
         images: (N, 3, height, width).
         maps: see `DenseSet`.
     """
-    with torch.autocast(images.device.type, enabled=False):
-        all_maps = backbone.feature_maps(images)
-        return join_maps([all_maps[number - 1] for number in maps])
+    all_maps = backbone.feature_maps(images)
+    return join_maps([all_maps[number - 1] for number in maps])
 
 
 def join_maps(maps: Sequence[Tensor]) -> Tensor:
@@ -319,11 +270,41 @@ def dense_figures(
     return scores, class_ious
 
 
-def check_maps(maps: Sequence[int], key: str) -> None:
-    """Raise InputError if `maps` is empty, or holds a number that is no map's, or one twice."""
-    is_known = all(1 <= number <= NUM_MAPS for number in maps)
-    if not maps or not is_known or len(set(maps)) < len(maps):
+def build_dense_set(
+    section: str,
+    name: str,
+    root: str | None,
+    *,
+    maps: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    ignore_index: int,
+    max_image_pixels: int,
+    download: bool = False,
+    **settings: Any,
+) -> DenseSet:
+    """Return the images of a dataset, with every file checked.
+
+    Args:
+        section: of the config that holds `maps`, for the message.
+        name, root, ignore_index, max_image_pixels, download: see `build_segmentation_source`.
+        maps: see `DenseSet`.
+        mean, std: per channel, of pixels in 0..1.
+        settings: the other arguments of `DenseSet`.
+
+    Raises:
+        InputError: the images cannot be used, or a map is none of a backbone's or there twice.
+    """
+    if not maps or set(maps) - set(range(1, NUM_MAPS + 1)) or len(set(maps)) < len(maps):
         raise InputError(
-            f"{key}={list(maps)}: expected numbers from 1, the finest map, to {NUM_MAPS}, "
+            f"{section}.maps={list(maps)}: expected numbers from 1, the finest map, to {NUM_MAPS}, "
             "each at most once"
         )
+    source = build_segmentation_source(
+        name,
+        root,
+        download=download,
+        ignore_index=ignore_index,
+        max_image_pixels=max_image_pixels,
+    )
+    return DenseSet(source, Normalized(mean, std), maps=maps, **settings)

@@ -27,10 +27,13 @@ class LinearHead:
     bias: Tensor
     """(classes,) float32."""
 
+    def logits(self, features: Tensor) -> Tensor:
+        """Return logits (M, classes) of features (M, feature width)."""
+        return features @ self.weight.T + self.bias
+
     def scores(self, queries: np.ndarray) -> np.ndarray:
-        """Return logits (queries, classes) of features (queries, feature width)."""
-        features = torch.from_numpy(queries).to(self.weight.device)
-        return (features @ self.weight.T + self.bias).cpu().numpy()
+        """Return the same for arrays."""
+        return self.logits(torch.from_numpy(queries).to(self.weight.device)).cpu().numpy()
 
 
 def fit(features: Tensor, shares: Tensor, weights: Tensor, weight_decay: float) -> LinearHead:
@@ -46,43 +49,38 @@ def fit(features: Tensor, shares: Tensor, weights: Tensor, weight_decay: float) 
     """
     num_classes, width = shares.shape[1], features.shape[1]
     std, mean = torch.std_mean(features, dim=0, correction=0)
-    std = std.where(std > 0, 1.0)
+    std = std.where(std > 0, 1.0)  # a constant dimension stays 0
     weight = torch.zeros(num_classes, width, device=features.device, requires_grad=True)
     bias = torch.zeros(num_classes, device=features.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe"
     )
 
-    def unstandardised() -> tuple[Tensor, Tensor]:
-        # The head for the raw features. A standardised copy of them would double the memory.
+    def head() -> LinearHead:
+        # For the raw features. A standardised copy of them would double the memory.
         raw_weight = weight / std
-        return raw_weight, bias - raw_weight @ mean
+        return LinearHead(raw_weight, bias - raw_weight @ mean)
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        raw_weight, raw_bias = unstandardised()
-        loss = cross_entropy(features, shares, weights, raw_weight, raw_bias)
+        loss = cross_entropy(head(), features, shares, weights)
         loss = loss + weight_decay / 2 * weight.square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(objective)
-    raw_weight, raw_bias = unstandardised()
-    return LinearHead(raw_weight.detach(), raw_bias.detach())
+    with torch.no_grad():
+        return head()
 
 
-def cross_entropy(
-    features: Tensor, shares: Tensor, weights: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
+def cross_entropy(head: LinearHead, features: Tensor, shares: Tensor, weights: Tensor) -> Tensor:
     """Return the weighted mean over patches, in nats.
 
     Args:
         features, shares, weights: see `fit`.
-        weight, bias: of the head.
     """
-    logits = features @ weight.T + bias
-    losses = F.cross_entropy(logits, shares, reduction="none")
+    losses = F.cross_entropy(head.logits(features), shares, reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
@@ -101,13 +99,12 @@ def fit_best(bank: Bank, device: torch.device | str = "cpu") -> tuple[LinearHead
     weights = torch.from_numpy(bank.weights).to(device)
     image_names, images = np.unique(bank.images, return_inverse=True)
     if len(image_names) < NUM_FOLDS:
-        head = fit(features, shares, weights, DEFAULT_WEIGHT_DECAY)
-        return head, DEFAULT_WEIGHT_DECAY
+        return fit(features, shares, weights, DEFAULT_WEIGHT_DECAY), DEFAULT_WEIGHT_DECAY
+    # Whole images are held out, because patches of one image are alike.
     held_out = torch.from_numpy(images % NUM_FOLDS == NUM_FOLDS - 1).to(device)
     losses = {}
     for weight_decay in WEIGHT_DECAYS:
         head = fit(features, shares, weights * ~held_out, weight_decay)
-        loss = cross_entropy(features, shares, weights * held_out, head.weight, head.bias)
-        losses[weight_decay] = float(loss)
+        losses[weight_decay] = float(cross_entropy(head, features, shares, weights * held_out))
     best = min(WEIGHT_DECAYS, key=losses.__getitem__)
     return fit(features, shares, weights, best), best

@@ -4,70 +4,55 @@ import logging
 import time
 from functools import partial
 
-from moco.data.augment.views import Normalized
 from moco.errors import InputError
 from moco.evaluation.dense_bank import knn_scores
 from moco.evaluation.dense_features import (
     DenseSet,
     NotFinite,
-    check_maps,
+    build_dense_set,
     dense_figures,
 )
 from moco.evaluation.dense_linear import fit_best
 from moco.evaluation.knn import capped
-from moco.evaluation.knn_measurement import table_of
-from moco.evaluation.subject import Findings, Subject
-from moco.segmentation.mask_sources import build_segmentation_source
+from moco.evaluation.subject import Findings, Subject, table_of
 
 log = logging.getLogger(__name__)
+
+
+# The settings that `build_dense_set` takes, of the data and of the measurement.
+DATA_SETTINGS = (
+    "name",
+    "root",
+    "download",
+    "ignore_index",
+    "max_image_pixels",
+    "image_size",
+    "num_workers",
+    "max_bad_fraction",
+)
+SETTINGS = ("maps", "bank_size", "sampling", "seed", "batch_size")
 
 
 def measure_dense(subject: Subject) -> Findings:
     """Measure the mean intersection over union on the held-out images.
 
     Raises:
-        InputError: the dataset has no masks, its masks cannot be used, or a feature is not finite.
+        InputError: the dataset has no masks, its masks cannot be used, the image size is unknown,
+            or a feature is not finite.
     """
-    images = build_dense_set(subject)
-    try:
-        return measure(subject, images)
-    except NotFinite as error:
-        raise InputError(f"checkpoint={subject.checkpoint}: {error}") from error
-
-
-def build_dense_set(subject: Subject) -> DenseSet:
-    """Return the dataset of the settings. Tells the subject the image size.
-
-    Raises:
-        InputError: the dataset has no masks, they cannot be used, or the image size is unknown.
-    """
-    data, settings = subject.data, subject.settings
-    check_maps(settings["maps"], "evaluation.maps")
-    if data["image_size"] is None:
+    settings = {key: subject.data[key] for key in DATA_SETTINGS}
+    settings |= {key: subject.settings[key] for key in SETTINGS}
+    if settings["image_size"] is None:
         raise InputError(
             f"data.image_size: missing; {subject.checkpoint} does not say it, "
             "give data.image_size=PIXELS"
         )
-    source = build_segmentation_source(
-        data["name"],
-        data["root"],
-        download=data["download"],
-        ignore_index=data["ignore_index"],
-        max_image_pixels=data["max_image_pixels"],
-    )
-    subject.at_image_size(data["image_size"])
-    return DenseSet(
-        source,
-        Normalized(**subject.augmentation),
-        image_size=data["image_size"],
-        maps=settings["maps"],
-        bank_size=settings["bank_size"],
-        sampling=settings["sampling"],
-        seed=settings["seed"],
-        batch_size=settings["batch_size"],
-        num_workers=data["num_workers"],
-        max_bad_fraction=data["max_bad_fraction"],
-    )
+    images = build_dense_set("evaluation", **settings, **subject.augmentation)
+    subject.at_image_size(settings["image_size"])
+    try:
+        return measure(subject, images)
+    except NotFinite as error:
+        raise InputError(f"checkpoint={subject.checkpoint}: {error}") from error
 
 
 def measure(subject: Subject, images: DenseSet) -> Findings:
@@ -76,12 +61,8 @@ def measure(subject: Subject, images: DenseSet) -> Findings:
     started = time.monotonic()
     bank = images.bank(backbone, device)
     num_patches, width = bank.features.shape
-    log.info(
-        "a bank of %s patches with %d features each, built in %.1f s",
-        f"{num_patches:,}",
-        width,
-        time.monotonic() - started,
-    )
+    seconds = time.monotonic() - started
+    log.info(f"a bank of {num_patches:,} patches with {width:,} features each in {seconds:.1f} s")
     started = time.monotonic()
     head, weight_decay = fit_best(bank, device)
     log.info("linear head with weight decay %g in %.1f s", weight_decay, time.monotonic() - started)

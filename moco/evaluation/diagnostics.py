@@ -1,7 +1,7 @@
 """Label-free figures of a training step or of a dataset's features. Tensors in, numbers out."""
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ def in_batch_negative_similarity(query: Tensor, key: Tensor, keys: Tensor) -> Te
         query, key: (batch, embedding_dim) each, unit norm; a query's own key is in its row.
         keys: (keys, embedding_dim), unit norm, all keys; they include `key`.
     """
+    # Each query's own key is among the keys, so its pair is taken out of the sum.
     all_pairs = len(keys) * negative_similarity(query, keys)
     return (all_pairs - positive_similarity(query, key)) / (len(keys) - 1)
 
@@ -83,6 +84,7 @@ def uniformity(embeddings: Tensor) -> Tensor:
     Args:
         embeddings: (rows, embedding_dim), unit norm, at least two rows.
     """
+    # pdist has every pair once, and no row with itself.
     squared_distances = torch.pdist(embeddings.float()).square()
     return squared_distances.mul(-2).exp().mean().log()
 
@@ -125,6 +127,7 @@ def lidar(embeddings: Tensor) -> float:
     within = (views - means[:, None]).flatten(0, 1).T.cov(correction=0)
     within = within + 1e-4 * torch.eye(len(within)).to(within)
     values, vectors = torch.linalg.eigh(within)
+    # The inverse square root of the scatter of views.
     whitening = vectors * values.rsqrt() @ vectors.T
     eigenvalues = torch.linalg.eigvalsh(whitening @ between @ whitening).clamp(min=0)
     return float(exponential_of_entropy(eigenvalues))
@@ -189,20 +192,16 @@ def stage_of(name: str) -> str:
     return ".".join(parts[:end])
 
 
-def by_stage(values: Iterable[tuple[str, Tensor]]) -> dict[str, list[Tensor]]:
-    """Group pairs of a parameter's name and a tensor by stage, in their order."""
+def norms_by_stage(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+    """Return the L2 norm of each stage's tensors together.
+
+    Args:
+        tensors: pairs of a parameter's name and a tensor.
+    """
     stages: dict[str, list[Tensor]] = {}
-    for name, value in values:
-        stages.setdefault(stage_of(name), []).append(value)
-    return stages
-
-
-def total_norms(stages: Mapping[str, list[Tensor]]) -> dict[str, float]:
-    """Return the L2 norm of each stage's tensors together, with one wait for the device."""
-    if not stages:
-        return {}
-    norms = torch.stack([nn.utils.get_total_norm(tensors) for tensors in stages.values()])
-    return dict(zip(stages, norms.tolist(), strict=True))
+    for name, tensor in tensors:
+        stages.setdefault(stage_of(name), []).append(tensor)
+    return {stage: float(nn.utils.get_total_norm(parts)) for stage, parts in stages.items()}
 
 
 def gradient_norms(encoder: nn.Module) -> dict[str, float]:
@@ -214,7 +213,7 @@ def gradient_norms(encoder: nn.Module) -> dict[str, float]:
     for name, parameter in encoder.named_parameters():
         if parameter.grad is not None:
             gradients.append((name, parameter.grad))
-    return total_norms(by_stage(gradients))
+    return norms_by_stage(gradients)
 
 
 @torch.no_grad()
@@ -227,24 +226,18 @@ def encoder_distances(key_encoder: nn.Module, query_encoder: nn.Module) -> dict[
     differences = []
     for name, key_weight in key_encoder.named_parameters():
         differences.append((name, key_weight - query_weights[name]))
-    distances = total_norms(by_stage(differences))
-    sizes = total_norms(by_stage(query_weights.items()))
+    sizes = norms_by_stage(query_weights.items())
+    distances = norms_by_stage(differences)
     return {stage: distance / max(sizes[stage], 1e-12) for stage, distance in distances.items()}
-
-
-class PairSimilarities(NamedTuple):
-    """Cosines of the pairs of a step, on the CPU."""
-
-    positive: Tensor
-    """(batch,) of each query and its own key."""
-    negative: Tensor
-    """(pairs,) of queries and the keys of other images."""
 
 
 def pair_similarities(
     query: Tensor, key: Tensor, negatives: Tensor, most_negatives: int = 1024
-) -> PairSimilarities:
-    """Return the cosines that a step compared.
+) -> dict[str, Tensor]:
+    """Return the cosines that a step compared, on the CPU.
+
+    ``positive`` (batch,) are those of each query and its own key, ``negative`` (pairs,) those of
+    queries and the keys of other images.
 
     Args:
         query, key: (batch, embedding_dim) each, unit norm.
@@ -252,11 +245,10 @@ def pair_similarities(
             which are recognised by their value and left out.
         most_negatives: of more negatives, this many evenly spaced ones are taken.
     """
-    query = query.float()
-    key = key.float()
+    query, key = query.float(), key.float()
     others = evenly_spaced(negatives, most_negatives).float()
     similarities = query @ others.T  # (batch, negatives)
     # By differences: a matrix product would not give exactly 0 for equal rows.
     is_own = torch.cdist(key, others, compute_mode="donot_use_mm_for_euclid_dist") == 0
     positive = (query * key).sum(dim=1)
-    return PairSimilarities(positive.cpu(), similarities[~is_own].cpu())
+    return {"positive": positive.cpu(), "negative": similarities[~is_own].cpu()}

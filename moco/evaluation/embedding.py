@@ -18,7 +18,7 @@ from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, RunError, printable
 from moco.evaluation.image_names import labels_by_name
-from moco.evaluation.indexes import EXACT, build_index, recall, set_search_effort
+from moco.evaluation.indexes import EXACT, build_index, recall
 from moco.evaluation.resumable_features import FeatureParts
 from moco.runs.atomic_files import write_atomically
 from moco.runs.interrupts import ENDING, held_back
@@ -34,9 +34,7 @@ USUAL_WORKERS = 4
 FREE_SETTINGS = ("download", "max_bad_fraction", "num_images", "num_workers")
 # Images that a message names.
 MOST_NAMED = 10
-# Images whose neighbours are searched to measure what an approximate index finds.
-NUM_SAMPLES = 100
-# Neighbours of each of them.
+# Neighbours that are searched to measure what an approximate index finds.
 NUM_NEIGHBORS = 10
 
 
@@ -57,16 +55,9 @@ def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
         return IndexedSet(source.queries, has_labels=True)
     if isinstance(source.train, ShardedImages):
         return ShardedSet(source.train)
-    images, bank, queries = source.train, source.bank, source.queries
-    if bank is not None and len(bank.images) == len(images):
-        return IndexedSet(bank, has_labels=True)
-    labels = np.full(len(images), -1)
-    sides = [side for side in (bank, queries) if side is not None]
     # Training images may be divided into bank and queries.
-    has_labels = sum(len(side.images) for side in sides) == len(images)
-    if has_labels:
-        labels = labels_by_name(images, sides)
-    return IndexedSet(Labelled(images, labels), has_labels)
+    labels = labels_by_name(source.train, source.bank, source.queries)
+    return IndexedSet(Labelled(source.train, labels), has_labels=bool((labels >= 0).all()))
 
 
 def open_parts(
@@ -134,10 +125,7 @@ def build_encode(
 
     @torch.no_grad()
     def encode(images: Tensor) -> np.ndarray:
-        # float32, whatever autocast the caller is in.
-        with torch.autocast(device.type, enabled=False):
-            features = encoder.encode(images.to(device) * scale - shift, feature)
-        return features.float().cpu().numpy()
+        return encoder.encode(images.to(device) * scale - shift, feature).cpu().numpy()
 
     return encode
 
@@ -173,7 +161,13 @@ def add_features(
         features = np.empty((0, 0), np.float32)
         if batch.names:
             features = encode(batch.images)
-        check_finite(features, batch.names)
+        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if len(bad):
+            first = ", ".join(printable(batch.names[row]) for row in bad[:MOST_NAMED])
+            raise RunError(
+                f"the features of {len(bad)} images are not finite: {first}; "
+                "the checkpoint's weights are damaged, or too large for these images"
+            )
         newly_unreadable = []
         for problem in batch.problems:
             if problem.is_shard:
@@ -189,18 +183,6 @@ def add_features(
         show_progress(parts.state.num_rows + len(unreadable))
 
 
-def check_finite(features: np.ndarray, names: list[str]) -> None:
-    """Raise RunError if features (images, width) are not finite; it names the first images."""
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if len(bad) == 0:
-        return
-    first = ", ".join(printable(names[row]) for row in bad[:MOST_NAMED])
-    raise RunError(
-        f"the features of {len(bad)} images are not finite: {first}; "
-        "the checkpoint's weights are damaged, or too large for these images"
-    )
-
-
 def write_files(output: Path, parts: FeatureParts, index: str, has_labels: bool) -> str:
     """Write the index and the .npz file, each completely or not at all.
 
@@ -214,12 +196,7 @@ def write_files(output: Path, parts: FeatureParts, index: str, has_labels: bool)
     path = output.with_suffix(".faiss")
     if index != NO_INDEX:
         log.info("writing %s", path)
-
-        def write(file: BinaryIO) -> None:
-            nonlocal description
-            description = write_index(file, parts, index)
-
-        write_atomically(path, write)
+        description = write_index(path, parts, index)
     elif path.exists():
         log.warning("%s is of an earlier run and does not go with the new file", path)
     log.info("writing %s", output)
@@ -246,13 +223,13 @@ def write_npz(file: BinaryIO, parts: FeatureParts, has_labels: bool) -> None:
     path.unlink()
 
 
-def write_index(file: BinaryIO, parts: FeatureParts, name: str) -> str:
+def write_index(path: Path, parts: FeatureParts, name: str) -> str:
     """Write a faiss index of the L2-normalised features; row i is image i.
 
     It compares by inner product, which is then the cosine. faiss builds it in memory.
 
     Args:
-        file: to write to.
+        path: the file.
         parts: the features.
         name: ``flat``, which is exact, or a string of ``faiss.index_factory``.
 
@@ -266,16 +243,15 @@ def write_index(file: BinaryIO, parts: FeatureParts, name: str) -> str:
 
     features = parts.features()
     index = build_index(features, name, "index")
-    set_search_effort(index, name)
     swig: Any = faiss  # faiss's type stubs lack the writer
-    faiss.write_index(index, swig.PyCallbackIOWriter(file.write))
+    write_atomically(
+        path, lambda file: faiss.write_index(index, swig.PyCallbackIOWriter(file.write))
+    )
     if name == EXACT:
         return f"{name}: exact"
     num_neighbors = min(NUM_NEIGHBORS, len(features))
-    num_samples = min(NUM_SAMPLES, len(features))
-    sample = np.linspace(0, len(features) - 1, num_samples).astype(np.int64)
-    share = recall(index, features, features[sample], num_neighbors)
-    return f"{name}: finds {share:.1%} of the {num_neighbors} nearest, over {num_samples} images"
+    share = recall(index, features, features, num_neighbors)
+    return f"{name}: finds {share:.1%} of the {num_neighbors} nearest"
 
 
 def summary(
@@ -291,9 +267,13 @@ def summary(
     """
     data = settings["data"]
     num_images, width = parts.shape
+    images = f"{num_images:,}, {settings['split']} of {data['name']}, {data['image_size']} px"
     arrays = f"features {parts.shape}, names {(num_images,)}"
     if has_labels:
         arrays += f", labels {(num_images,)}"
-    images = f"{num_images:,}, {settings['split']} of {data['name']}, {data['image_size']} px"
-    features = f"{settings['feature']} of the {settings['encoder']} encoder, {width} wide"
-    return [("images", images), ("features", features), ("arrays", arrays), ("index", index)]
+    return [
+        ("images", images),
+        ("features", f"{settings['feature']} of the {settings['encoder']} encoder, {width} wide"),
+        ("arrays", arrays),
+        ("index", index),
+    ]

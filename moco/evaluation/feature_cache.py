@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from moco.runs.run_folder import CONFIG
 
 log = logging.getLogger(__name__)
 
-# Bytes of a checkpoint, and images in memory, that are hashed at once.
-READ_BYTES = 2**22
-IMAGES_AT_ONCE = 4096
+Arrays = dict[str, Any]
+"""NumPy arrays by name."""
 
 
 class FeatureCache:
@@ -39,7 +38,9 @@ class FeatureCache:
     """
 
     def __init__(self, checkpoint: Path, settings: Mapping[str, Any]) -> None:
-        self.digest = file_digest(checkpoint)
+        # Mapped, because a checkpoint may have gigabytes.
+        content: Any = np.memmap(checkpoint, mode="r")
+        self.digest = hashlib.sha256(content).hexdigest()
         self.settings = json.dumps(settings, sort_keys=True)
         self.stem = checkpoint.stem
         folder = checkpoint.absolute().parent
@@ -47,7 +48,8 @@ class FeatureCache:
         if self.is_in_run:
             self.folder = folder.parent / "features"
         else:
-            self.folder = user_folder()
+            cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            self.folder = Path(cache) / "moco" / "features"
 
     def path(self, labelled: Labelled, root: Any) -> Path:
         """Return where the features of these images belong.
@@ -57,80 +59,55 @@ class FeatureCache:
             root: of the dataset. Its files are part of the key if the images do not name theirs.
         """
         key = hashlib.sha256(f"{self.digest} {self.settings} ".encode())
-        key.update(np.ascontiguousarray(labelled.labels).tobytes())
+        key.update(labelled.labels.tobytes())
         for part in image_traits(labelled, root):
             key.update(part)
-        return self.named(key.hexdigest())
+        return self.folder / f"{self.stem}-{self.digest[:12]}-{key.hexdigest()[:24]}.npz"
 
-    def named(self, key: str) -> Path:
-        """Return the file of this checkpoint with this key."""
-        return self.folder / f"{self.stem}-{self.digest[:12]}-{key[:24]}.npz"
+    def kept_or(self, path: Path, compute: Callable[[], Arrays]) -> Arrays:
+        """Return the arrays in the file. If it is missing or damaged, compute and keep them.
 
-    def read(self, path: Path) -> dict[str, np.ndarray] | None:
-        """Return the arrays, or None if the file is missing or damaged."""
-        if not path.is_file():
-            return None
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except DAMAGED as error:
-            log.warning("%s is damaged (%s): computing the features again", path, error)
-            return None
-
-    def write(self, path: Path, arrays: Mapping[str, Any]) -> None:
-        """Keep the arrays, with a warning if the folder cannot be written to.
-
-        In a run folder, files of an earlier content of the checkpoint are removed.
+        There is a warning if the folder cannot be written to. In a run folder, files of an earlier
+        content of the checkpoint are removed.
         """
+        if path.is_file():
+            try:
+                with np.load(path, allow_pickle=False) as archive:
+                    arrays = dict(archive)
+                log.info("features from %s", path)
+                return arrays
+            except DAMAGED as error:
+                log.warning("%s is damaged (%s): computing the features again", path, error)
+        arrays = compute()
         try:
             write_atomically(path, lambda file: np.savez(file, **arrays))
             if self.is_in_run:
                 self._remove_old_files()
         except OSError as error:
             log.warning("features are not kept for the next evaluation: %s", error)
+        return arrays
 
     def _remove_old_files(self) -> None:
-        pattern = re.compile(re.escape(self.stem) + "-([0-9a-f]{12})-[0-9a-f]{24}[.]npz")
+        # All that differ from our pattern are the user's own files.
+        digest = f"(?!{self.digest[:12]})[0-9a-f]{{12}}"
+        pattern = re.compile(f"{re.escape(self.stem)}-{digest}-[0-9a-f]{{24}}[.]npz")
         for path in self.folder.iterdir():
-            match = pattern.fullmatch(path.name)
-            if match is None:
-                continue  # the user's own file
-            if match[1] != self.digest[:12]:
+            if pattern.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
 
-def user_folder() -> Path:
-    """Return the folder for checkpoints that are in no run folder."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    if not cache:
-        cache = str(Path.home() / ".cache")
-    return Path(cache) / "moco" / "features"
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(READ_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def image_traits(labelled: Labelled, root: Any) -> Iterable[bytes]:
-    """Yield what identifies the images.
+def image_traits(labelled: Labelled, root: Any) -> Iterable[Any]:
+    """Yield what identifies the images, as bytes or arrays.
 
     These are pixels of images in memory, and name, size and time of change of files.
     """
     images = labelled.images
     if isinstance(images, ArrayImages):
         yield str(images.tensor.shape).encode()
-        for part in images.tensor.split(IMAGES_AT_ONCE):
-            yield part.numpy().tobytes()
+        yield images.tensor.numpy()
     elif isinstance(images, FileImages):
-        yield images.text.numpy().tobytes()
-        yield images.ends.numpy().tobytes()
-        if images.page_ends is not None:
-            yield images.page_ends.numpy().tobytes()
+        for part in (images.text, images.ends, images.page_ends):
+            yield part.numpy()
         for path in images.files():
             yield file_stamp(path)
     else:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from moco.errors import InputError
-from moco.evaluation.neighbors import BANK_BYTES, NOTHING, nearest, normalized, search_index
+from moco.evaluation.neighbors import BANK_BYTES, NOTHING, joined, nearest, normalized, search_index
 
 # Our name of the exact search; faiss calls such an index ``Flat``.
 EXACT = "flat"
@@ -47,20 +47,36 @@ def empty_index(name: str, width: int, key: str) -> Any:
         ) from error
 
 
-def build_index(bank: np.ndarray, name: str, key: str) -> Any:
+def build_index(
+    bank: np.ndarray,
+    name: str,
+    key: str,
+    num_probes: int = NUM_PROBES,
+    ef_search: int = EF_SEARCH,
+) -> Any:
     """Return a faiss index of the normalised bank, which is added in blocks.
 
     Args:
         bank: (bank size, width) features of any norm; may be mapped from a file.
         name, key: see `empty_index`.
+        num_probes: cells of an IVF index that are searched.
+        ef_search: candidates that a search in an HNSW graph keeps.
 
     Raises:
         InputError: faiss has no such index, or the bank is too small for it.
     """
+    import faiss
+
     index = empty_index(name, bank.shape[1], key)
     try:
         if not index.is_trained:
-            index.train(training_rows(bank, index))
+            # k-means needs rows for each of its cells, others a sample of a fixed size.
+            num_rows = TRAINING_ROWS
+            cells = faiss.try_extract_index_ivf(index)
+            if cells is not None:
+                num_rows = max(num_rows, TRAINING_ROWS_PER_CELL * cells.nlist)
+            chosen = np.random.default_rng(0).permutation(len(bank))[:num_rows]
+            index.train(normalized(bank[np.sort(chosen)]))
         block_size = max(1, BANK_BYTES // (4 * bank.shape[1]))
         for start in range(0, len(bank), block_size):
             index.add(normalized(bank[start : start + block_size]))
@@ -70,40 +86,12 @@ def build_index(bank: np.ndarray, name: str, key: str) -> Any:
             f"{key}={name}: faiss cannot build this index of {len(bank):,} rows ({reason}); "
             "choose another index"
         ) from error
-    return index
-
-
-def training_rows(bank: np.ndarray, index: Any) -> np.ndarray:
-    """Return a random sample of the normalised bank that an index is trained on."""
-    import faiss
-
-    num_rows = TRAINING_ROWS
-    # k-means needs rows for each of its cells; other indexes need a sample of a fixed size.
-    cells = faiss.try_extract_index_ivf(index)
-    if cells is not None:
-        num_rows = max(num_rows, TRAINING_ROWS_PER_CELL * cells.nlist)
-    chosen = np.random.default_rng(0).permutation(len(bank))[:num_rows]
-    return normalized(bank[np.sort(chosen)])
-
-
-def set_search_effort(
-    index: Any, name: str, num_probes: int = NUM_PROBES, ef_search: int = EF_SEARCH
-) -> None:
-    """Set how much of an approximate index a search looks at.
-
-    Args:
-        index: made by `build_index`.
-        name: of the index.
-        num_probes: cells of an IVF index that are searched.
-        ef_search: candidates that a search in an HNSW graph keeps.
-    """
-    import faiss
-
     parameters = faiss.ParameterSpace()
     if "IVF" in name:
         parameters.set_index_parameter(index, "nprobe", num_probes)
     if "HNSW" in name:
         parameters.set_index_parameter(index, "efSearch", ef_search)
+    return index
 
 
 def recall(index: Any, bank: np.ndarray, queries: np.ndarray, num_neighbors: int) -> float:
@@ -111,10 +99,9 @@ def recall(index: Any, bank: np.ndarray, queries: np.ndarray, num_neighbors: int
     chosen = np.random.default_rng(0).permutation(len(queries))[:SAMPLE_SIZE]
     sample = queries[np.sort(chosen)]
     _, exact_rows = nearest(bank, sample, num_neighbors)
+    similarities, found_rows = joined(search_index(index, sample, num_neighbors))
+    found_rows[similarities == NOTHING] = -1
     num_found = 0
-    start = 0
-    for similarities, rows in search_index(index, sample, num_neighbors):
-        for found, is_missing in zip(rows, similarities == NOTHING, strict=True):
-            num_found += np.isin(exact_rows[start], found[~is_missing]).sum()
-            start += 1
+    for exact, found in zip(exact_rows, found_rows, strict=True):
+        num_found += np.isin(exact, found).sum()
     return float(num_found / exact_rows.size)

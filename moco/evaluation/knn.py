@@ -6,25 +6,25 @@ their class, with weight exp(similarity / T).
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from moco.errors import InputError
-from moco.evaluation.neighbors import nearest_by_block
+from moco.evaluation.neighbors import Neighbors, nearest_by_block
 
 log = logging.getLogger(__name__)
 
 # Scores, one for each query and class, that are in memory at once.
 SCORES_AT_ONCE = 2**22
 
-Search = Callable[[np.ndarray, int], Iterable[tuple[np.ndarray, np.ndarray]]]
-"""A function of queries (queries, width) and k that finds the nearest bank rows. For one block of
-queries after the other it yields similarities in falling order and row numbers, (block, k) each."""
+Search = Callable[[np.ndarray, int], Iterable[Neighbors]]
+"""A function of queries (queries, width) and k that finds the nearest bank rows. It yields them for
+one block of queries after the other."""
 
 
 class Protocol(NamedTuple):
@@ -97,20 +97,18 @@ def vote(
     return sums.reshape(-1, num_classes)
 
 
-def rank_classes(scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best class of each row, and how many classes come before the row's own class.
+def votes_of(scores: np.ndarray, classes: np.ndarray, own: np.ndarray) -> Votes:
+    """Return the outcome of scores. Of equal scores the smaller class comes first.
 
-    Of equal scores the smaller class comes first.
+    The rank of a class that is not there is at least 5.
 
     Args:
         scores: (queries, classes).
-        own: (queries,) classes; the number of classes stands for one that is not among them.
-
-    Returns:
-        Best classes (queries,) and ranks (queries,). The rank of a class that is not there is at
-        least 5.
+        classes: (classes,) their numbers.
+        own: (queries,) place of each query's class among them; the number of classes stands for one
+            that is not there.
     """
-    num_classes = scores.shape[1]
+    num_classes = len(classes)
     is_known = own < num_classes
     # The column of an unknown class does not matter, its rank is replaced below.
     own_column = np.minimum(own, num_classes - 1)[:, None]
@@ -118,7 +116,7 @@ def rank_classes(scores: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.nd
     is_smaller_class = np.arange(num_classes) < own[:, None]
     is_before = (scores > own_score) | ((scores == own_score) & is_smaller_class)
     rank = np.where(is_known, is_before.sum(axis=1), num_classes + 5)
-    return scores.argmax(axis=1), rank
+    return Votes(classes[scores.argmax(axis=1)], rank)
 
 
 def classify(
@@ -126,7 +124,7 @@ def classify(
     bank_labels: np.ndarray,
     queries: np.ndarray,
     query_labels: np.ndarray,
-    protocols: Sequence[Protocol],
+    protocols: Collection[Protocol],
     own_rows: np.ndarray | None = None,
 ) -> dict[Protocol, Votes]:
     """Classify the queries under several protocols by one search.
@@ -149,8 +147,7 @@ def classify(
     # The query itself may be found and is removed, so one more row is needed.
     num_searched = most_neighbors if own_rows is None else most_neighbors + 1
     block_size = max(1, SCORES_AT_ONCE // max(len(classes), most_neighbors))
-    predicted: dict[Protocol, list[np.ndarray]] = {protocol: [] for protocol in protocols}
-    ranks: dict[Protocol, list[np.ndarray]] = {protocol: [] for protocol in protocols}
+    parts: dict[Protocol, list[Votes]] = {protocol: [] for protocol in protocols}
     num_done = 0
     for similarities, rows in split_blocks(search(queries, num_searched), block_size):
         block = slice(num_done, num_done + len(rows))
@@ -158,17 +155,13 @@ def classify(
         if own_rows is not None:
             similarities, rows = without_own(similarities, rows, own_rows[block])
         neighbor_classes = bank_classes[rows]
-        for protocol in protocols:
-            k, temperature = protocol
+        for (k, temperature), votes in parts.items():
             scores = vote(similarities[:, :k], neighbor_classes[:, :k], len(classes), temperature)
-            best, rank = rank_classes(scores, own[block])
-            predicted[protocol].append(classes[best])
-            ranks[protocol].append(rank)
-    votes = {}
-    for protocol in protocols:
-        all_predicted = np.concatenate(predicted[protocol])
-        votes[protocol] = Votes(all_predicted, np.concatenate(ranks[protocol]))
-    return votes
+            votes.append(votes_of(scores, classes, own[block]))
+    together = {}
+    for protocol, votes in parts.items():
+        together[protocol] = Votes(*map(np.concatenate, zip(*votes, strict=True)))
+    return together
 
 
 def classes_of(labels: np.ndarray, name: str) -> np.ndarray:
@@ -181,12 +174,10 @@ def classes_of(labels: np.ndarray, name: str) -> np.ndarray:
         InputError: there are no labels, or all are of one class.
     """
     classes = np.unique(labels)
-    if len(classes) == 0:
-        raise InputError(f"data={name}: none of the training images has a label")
-    if len(classes) == 1:
+    if len(classes) < 2:
         raise InputError(
-            f"data={name}: all {len(labels):,} training images are of class {classes[0]}; "
-            "a classifier needs two"
+            f"data={name}: a classifier needs two classes, and the {len(labels):,} labelled "
+            f"training images are of {len(classes)}"
         )
     return classes
 
@@ -221,18 +212,14 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndar
     return classes, counts.reshape(len(classes), -1)
 
 
-def split_blocks(
-    blocks: Iterable[tuple[np.ndarray, np.ndarray]], size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield similarities and rows in blocks of at most `size` queries."""
+def split_blocks(blocks: Iterable[Neighbors], size: int) -> Iterator[Neighbors]:
+    """Yield the neighbours in blocks of at most `size` queries."""
     for similarities, rows in blocks:
         for start in range(0, len(rows), size):
             yield similarities[start : start + size], rows[start : start + size]
 
 
-def without_own(
-    similarities: np.ndarray, rows: np.ndarray, own_rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def without_own(similarities: np.ndarray, rows: np.ndarray, own_rows: np.ndarray) -> Neighbors:
     """Remove each query itself from its neighbours, or the last one if it is not among them.
 
     Args:
@@ -281,30 +268,7 @@ def knn_accuracy(
     protocol = Protocol(capped(num_neighbors, len(bank)), temperature)
     search = partial(nearest_by_block, bank, device=device)
     votes = classify(search, bank_labels, queries, query_labels, [protocol])[protocol]
-    return result_of(votes, protocol.num_neighbors, len(bank))
-
-
-def result_of(votes: Votes, num_neighbors: int, bank_size: int) -> KNNResult:
-    """Return the accuracies of the votes with the sizes."""
-    shares = votes.top(num_neighbors)
-    num_queries = len(votes.predicted)
-    return KNNResult(shares["top1"], shares.get("top5"), num_neighbors, bank_size, num_queries)
-
-
-def scores_of(result: KNNResult) -> dict[str, float]:
-    """Return the accuracies under the names of ``metrics.json``; top-5 only if there is one."""
-    scores = {"knn/top1": result.top1}
-    if result.top5 is not None:
-        scores["knn/top5"] = result.top5
-    return scores
-
-
-def protocol_figures(result: KNNResult, temperature: float, feature: str) -> dict[str, Any]:
-    """Return the conditions of a kNN accuracy under the names of ``metrics.json``."""
-    return {
-        "knn/num_neighbors": result.num_neighbors,
-        "knn/temperature": temperature,
-        "knn/feature": feature,
-        "knn/bank_size": result.bank_size,
-        "knn/num_queries": result.num_queries,
-    }
+    shares = votes.top(protocol.num_neighbors)
+    return KNNResult(
+        shares["top1"], shares.get("top5"), protocol.num_neighbors, len(bank), len(queries)
+    )

@@ -1,7 +1,5 @@
 """The label-free figures of a checkpoint, which ``moco.evaluate`` shows beside the kNN accuracy."""
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -13,10 +11,10 @@ from rich.table import Table
 
 from moco.data.augment.views import ViewPair
 from moco.data.loading.loaders import PairMaker
-from moco.data.sources.source import Labelled
 from moco.evaluation.collapse import collapse_of
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, label_free_figures
-from moco.evaluation.subject import Features, Subject
+from moco.evaluation.reports.embedded import Embedded
+from moco.evaluation.subject import Subject, table_of
 
 log = logging.getLogger(__name__)
 
@@ -39,25 +37,24 @@ class LabelFree(NamedTuple):
 NOTHING = LabelFree({}, [], None)
 
 
-def measure_label_free(subject: Subject, features: Features) -> LabelFree:
+def measure_label_free(subject: Subject, features: Mapping[str, Embedded]) -> LabelFree:
     """Measure the features and embeddings of plain images, and of augmented views of some images.
 
     The views are made by the augmentation of the checkpoint's run. A collapse of the embeddings is
     logged as a warning.
     """
-    backbone = features.of["backbone"]
-    embeddings = features.of.get("embedding")
-    if len(backbone) < 2:
-        log.info("no label-free figures: they need two images, and there is one")
-        return NOTHING
+    backbone = features["backbone"].features
+    embeddings = None
     views = None
+    if "embedding" in features:
+        embeddings = features["embedding"].features
     if embeddings is None:
         log.info(
             "the checkpoint has a backbone and no projector: of the label-free figures there is "
             "the rank of its features only"
         )
     elif subject.pair:
-        views = view_embeddings(subject, features)
+        views = view_embeddings(subject, features["backbone"])
     else:
         log.info(
             "the checkpoint does not hold the augmentation of its run: no alignment, LiDAR and "
@@ -74,35 +71,9 @@ def measure_label_free(subject: Subject, features: Features) -> LabelFree:
     return LabelFree(figures, [figures_table(figures, backbone.shape, shape)], views)
 
 
-def view_embeddings(subject: Subject, features: Features) -> np.ndarray:
-    """Embed a query view and a key view of at most `MOST_VIEWED` images.
-
-    With ``evaluation.cache`` the embeddings are kept for the next evaluation, under a key made of
-    the images' plain features and the augmentation.
-
-    Returns:
-        (images, 2, embedding_dim), of any norm.
-    """
-    chosen = evenly_spaced(np.arange(len(features.rows)), MOST_VIEWED)
-    if not subject.settings["cache"]:
-        return embedded_views(subject, features.labelled, features.rows[chosen])
-    key = hashlib.sha256(json.dumps(subject.pair, sort_keys=True).encode())
-    for values in (features.rows, *features.of.values()):
-        key.update(np.ascontiguousarray(values[chosen]).tobytes())
-    path = subject.cache.named(key.hexdigest())
-    kept = subject.cache.read(path)
-    if kept is None:
-        kept = {"views": embedded_views(subject, features.labelled, features.rows[chosen])}
-        subject.cache.write(path, kept)
-    return kept["views"]
-
-
 @torch.no_grad()
-def embedded_views(subject: Subject, labelled: Labelled, rows: np.ndarray) -> np.ndarray:
-    """Embed two views of the images in these rows.
-
-    Args:
-        rows: (images,) indices in `labelled`.
+def view_embeddings(subject: Subject, embedded: Embedded) -> np.ndarray:
+    """Embed a query view and a key view of at most `MOST_VIEWED` images.
 
     Returns:
         (images, 2, embedding_dim), of any norm.
@@ -115,8 +86,8 @@ def embedded_views(subject: Subject, labelled: Labelled, rows: np.ndarray) -> np
         seed=0,
     )
     make = PairMaker(augment)
-    images = labelled.images
-    device = subject.device
+    images = embedded.labelled.images
+    rows = evenly_spaced(embedded.rows, MOST_VIEWED)
     batch_size = subject.settings["batch_size"]
     parts = []
     for start in range(0, len(rows), batch_size):
@@ -124,10 +95,9 @@ def embedded_views(subject: Subject, labelled: Labelled, rows: np.ndarray) -> np
         for row in rows[start : start + batch_size].tolist():
             samples.append((row, images.opened(row), images.name(row)))
         batch = make(samples, 0)
-        with torch.autocast(device.type, enabled=False):
-            views = augment.finished([view.to(device) for view in batch.views], 0, batch.indices)
-            embeddings = [subject.encoder(view).float().cpu() for view in views]
-        parts.append(torch.stack(embeddings, dim=1))
+        pair = [view.to(subject.device) for view in batch.views]
+        views = augment.finished(pair, 0, batch.indices)
+        parts.append(torch.stack([subject.encoder(view) for view in views], dim=1).cpu())
     return torch.cat(parts).numpy()
 
 
@@ -150,10 +120,7 @@ def figures_table(
             "alignment": "0: views are equal, 2: unrelated",
         }
     title = f"without labels, of {features[0]:,} images of the bank"
-    table = Table(title=title, title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    table.add_column("range")
+    rows = []
     for name, value in figures.items():
-        table.add_row(name, f"{value:.4f}", expected[name.removeprefix("label_free/")])
-    return table
+        rows.append([name, f"{value:.4f}", expected[name.removeprefix("label_free/")]])
+    return table_of(title, ("figure", "value", "range"), rows)

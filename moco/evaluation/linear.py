@@ -39,28 +39,6 @@ class Heads(NamedTuple):
         return flat.view(len(features), *self.biases.shape)
 
 
-class Scale(NamedTuple):
-    """The mean and the standard deviation by which features are standardised."""
-
-    mean: np.ndarray
-    """(width,)."""
-    std: np.ndarray
-    """(width,); 1 where a dimension is constant."""
-
-    def applied(self, features: np.ndarray) -> np.ndarray:
-        """Return standardised features (rows, width) float32."""
-        return ((features - self.mean) / self.std).astype(np.float32)
-
-
-def scale_of(features: np.ndarray) -> Scale:
-    """Return the scale of features (rows, width), computed in float64."""
-    mean = features.mean(axis=0, dtype=np.float64)
-    std = features.std(axis=0, dtype=np.float64)
-    # Rounding leaves a small deviation of equal float32 numbers.
-    is_constant = std <= 1e-6 * np.abs(mean)
-    return Scale(mean, np.where(is_constant, 1.0, std))
-
-
 def held_out_rows(labels: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
     """Choose a random share of each class's rows, at least one row.
 
@@ -109,6 +87,8 @@ def train_heads(
     decay = features.new_tensor(weight_decays).repeat(num_classes)[:, None]
     weights = features.new_zeros(num_classes * num_heads, features.shape[1])
     biases = features.new_zeros(num_classes * num_heads)
+    # Views of the same memory.
+    heads = Heads(weights.view(num_classes, num_heads, -1), biases.view(num_classes, num_heads))
     weight_steps, bias_steps = torch.zeros_like(weights), torch.zeros_like(biases)
     generator = torch.Generator().manual_seed(seed)
     num_steps = num_epochs * math.ceil(len(features) / batch_size)
@@ -117,17 +97,16 @@ def train_heads(
         order = torch.randperm(len(features), generator=generator).to(features.device)
         for rows in order.split(batch_size):
             batch = features[rows]
-            logits = torch.addmm(biases, batch, weights.T)  # (batch, classes * heads)
-            logits = logits.view(-1, num_classes, num_heads)
             # The gradient has a closed form, so autograd is not needed.
-            gradient = logit_gradient(logits, classes[rows])
+            gradient = logit_gradient(heads.logits(batch), classes[rows])
+            # As torch.optim.SGD does: momentum gathers the gradient together with the decay.
             weight_steps.mul_(SGD_MOMENTUM).addmm_(gradient.T, batch).addcmul_(decay, weights)
             bias_steps.mul_(SGD_MOMENTUM).add_(gradient.sum(0))
             current_lr = lr * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
             weights.addcmul_(current_lr[:, None], weight_steps, value=-1)
             biases.addcmul_(current_lr, bias_steps, value=-1)
             step += 1
-    return Heads(weights.view(num_classes, num_heads, -1), biases.view(num_classes, num_heads))
+    return heads
 
 
 def logit_gradient(logits: Tensor, classes: Tensor) -> Tensor:

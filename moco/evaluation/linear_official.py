@@ -17,14 +17,10 @@ from torch import Tensor, nn
 from moco.data.loading.datamodule import check_unreadable
 from moco.data.loading.labelled_views import LabelledViews
 from moco.errors import InputError, RunError
-from moco.evaluation.knn import class_places, classes_of
-from moco.evaluation.knn_measurement import with_labels
-from moco.evaluation.linear_measurement import (
-    linear_findings,
-    votes_of,
-    warn_of_unknown,
-)
-from moco.evaluation.subject import Findings, Subject, check_finite
+from moco.evaluation.knn import Votes, class_places, classes_of, votes_of
+from moco.evaluation.knn_measurement import classification_findings, labelled_features
+from moco.evaluation.linear_measurement import warn_of_unknown
+from moco.evaluation.subject import Findings, Subject
 from moco.runs.atomic_files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -64,6 +60,7 @@ class OfficialProbe:
         nn.init.normal_(self.head.weight, std=settings["init_std"], generator=generator)
         nn.init.zeros_(self.head.bias)
         self.head.to(device)
+        # Goyal et al. (arXiv 1706.02677): in proportion to the batch size.
         batch_for_lr = settings["lr_for_batch_size"] or settings["batch_size"]
         self.lr = settings["lr"] * settings["batch_size"] / batch_for_lr
         self.optimizer = torch.optim.SGD(
@@ -84,20 +81,13 @@ class OfficialProbe:
 
         Args:
             features: (batch, width).
-            classes: (batch,); -1 for an image without a class.
+            classes: (batch,).
         """
-        num_classified = (classes >= 0).sum().clamp(min=1)
-        loss = F.cross_entropy(self.head(features), classes, ignore_index=-1, reduction="sum")
-        loss = loss / num_classified
+        loss = F.cross_entropy(self.head(features), classes)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return loss.detach()
-
-    @torch.no_grad()
-    def scores(self, features: Tensor) -> np.ndarray:
-        """Return logits (queries, classes)."""
-        return self.head(features).cpu().numpy()
 
     def save(self) -> None:
         """Keep the state at the end of an epoch."""
@@ -137,7 +127,6 @@ def measure_linear_official(subject: Subject) -> Findings:
     """
     settings, feature = subject.settings["linear_official"], subject.settings["feature"]
     name = subject.data["name"]
-    num_epochs = settings["num_epochs"]
     labelled = subject.bank
     test = subject.source.queries
     if test is None:
@@ -148,9 +137,8 @@ def measure_linear_official(subject: Subject) -> Findings:
     is_known = labelled.labels >= 0
     if not is_known.all():
         log.warning(
-            "%d of %d training images have no label, and are not trained on",
-            (~is_known).sum(),
-            len(is_known),
+            f"{(~is_known).sum():,} of {len(is_known):,} training images have no label, "
+            "and are not trained on"
         )
     classes = classes_of(labelled.labels[is_known], name)
     views = LabelledViews(
@@ -164,9 +152,10 @@ def measure_linear_official(subject: Subject) -> Findings:
         num_workers=subject.data["num_workers"],
         device=subject.device,
     )
-    queries = with_labels(subject.features(test), name)
+    queries = labelled_features(subject, test)[feature]
     warn_of_unknown(classes, queries.labels, name)
-    query_rows = torch.from_numpy(queries.of[feature]).to(subject.device)
+    query_rows = torch.from_numpy(queries.features).to(subject.device)
+    query_classes = class_places(classes, queries.labels)
 
     # The key of the kept features names everything that the images and the encoder depend on.
     images_key = subject.cache.path(labelled, subject.data["root"]).name
@@ -179,24 +168,26 @@ def measure_linear_official(subject: Subject) -> Findings:
         key=json.dumps([settings, feature, images_key]),
     )
     probe.load()
+
+    @torch.no_grad()
+    def test_votes() -> Votes:
+        scores = probe.head(query_rows).cpu().numpy()  # (queries, classes)
+        return votes_of(scores, classes, query_classes)
+
+    num_epochs = settings["num_epochs"]
     for epoch in range(len(probe.top1), num_epochs):
         started = time.monotonic()
         loss = train_epoch(probe, views, subject, classes, epoch)
-        top1 = votes_of(probe.scores(query_rows), classes, queries.labels).accuracy(1)
+        top1 = test_votes().accuracy(1)
         probe.top1.append(top1)
         probe.save()
         log.info(
-            "epoch %d/%d: loss %.4f, test top-1 %.4f, %.1f s",
-            epoch + 1,
-            num_epochs,
-            loss,
-            top1,
-            time.monotonic() - started,
+            f"epoch {epoch + 1}/{num_epochs}: loss {loss:.4f}, test top-1 {top1:.4f}, "
+            f"{time.monotonic() - started:.1f} s"
         )
 
-    votes = votes_of(probe.scores(query_rows), classes, queries.labels)
     best = int(np.argmax(probe.top1))
-    protocol = {
+    conditions = {
         "num_epochs": num_epochs,
         "lr": probe.lr,
         "batch_size": settings["batch_size"],
@@ -208,8 +199,15 @@ def measure_linear_official(subject: Subject) -> Findings:
         "feature": feature,
         "encoder": subject.settings["encoder"],
     }
-    title = "linear classification, official protocol, last epoch"
-    return linear_findings("linear_official", title, votes, queries, protocol, [], {})
+    return classification_findings(
+        "linear_official",
+        "linear classification, official protocol, last epoch",
+        test_votes(),
+        queries,
+        conditions,
+        details={},
+        tables=[],
+    )
 
 
 def train_epoch(
@@ -218,7 +216,7 @@ def train_epoch(
     """Train on all training images once, and return the mean loss of the steps.
 
     Raises:
-        InputError: too many images cannot be read, or a feature is not finite; it names the images.
+        InputError: too many images cannot be read.
         RunError: the loss is not finite.
     """
     labelled = subject.bank
@@ -226,13 +224,13 @@ def train_epoch(
     unreadable: set[int] = set()
     probe.begin_epoch(epoch)
     for images, labels, indices in views.epoch(epoch):
-        features = frozen_features(subject, images)
-        check_finite(features.cpu().numpy(), indices.numpy(), labelled, subject.checkpoint)
+        with torch.no_grad():
+            features = subject.encoder.encode(images, subject.settings["feature"])
         places = class_places(classes, labels.cpu().numpy())
-        is_known = places < len(classes)
-        # -1 makes the loss skip images of no class.
-        own = torch.from_numpy(np.where(is_known, places, -1))
-        losses.append(probe.step(features, own.to(subject.device)))
+        known = (places < len(classes)).nonzero()[0]
+        if len(known):
+            own = torch.from_numpy(places[known]).to(subject.device)
+            losses.append(probe.step(features[known], own))
         # The label of an unreadable image is replaced by -1.
         is_unreadable = labels.cpu() != views.labels[indices]
         unreadable.update(indices[is_unreadable].tolist())
@@ -244,10 +242,3 @@ def train_epoch(
             "try a lower evaluation.linear_official.lr"
         )
     return loss
-
-
-@torch.no_grad()
-def frozen_features(subject: Subject, images: Tensor) -> Tensor:
-    """Return features (batch, width) float32 of images (batch, 3, height, width) on the device."""
-    with torch.autocast(subject.device.type, enabled=False):
-        return subject.encoder.encode(images, subject.settings["feature"]).float()

@@ -4,7 +4,7 @@ The similarity is the inner product of unit vectors, the cosine. faiss searches 
 on a GPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ PRODUCT_BYTES = 2**28
 # The similarity in a place of a list that nothing fills. It has no weight in any vote.
 NOTHING = np.finfo(np.float32).min
 
+Neighbors = tuple[np.ndarray, np.ndarray]
+"""Similarities (queries, k) float32 in falling order, and rows of the bank (queries, k) int64."""
+
 
 def normalized(features: np.ndarray) -> np.ndarray:
     """Return a float32 copy with rows of unit L2 norm; a zero row stays zero."""
@@ -31,7 +34,7 @@ def normalized(features: np.ndarray) -> np.ndarray:
 
 def nearest(
     bank: np.ndarray, queries: np.ndarray, num_neighbors: int, device: torch.device | str = "cpu"
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Neighbors:
     """Return the bank rows that are most similar to each query.
 
     Equally similar rows come in the order of the bank. If more rows are as similar as the last
@@ -42,38 +45,32 @@ def nearest(
         queries: (queries, width) features of any norm.
         num_neighbors: k, at most the bank size.
         device: where to search.
-
-    Returns:
-        Similarities (queries, k) float32 in falling order, and row numbers (queries, k) int64.
     """
-    similarities = []
-    rows = []
-    for block_similarities, block_rows in nearest_by_block(bank, queries, num_neighbors, device):
-        similarities.append(block_similarities)
-        rows.append(block_rows)
+    return joined(nearest_by_block(bank, queries, num_neighbors, device))
+
+
+def joined(blocks: Iterable[Neighbors]) -> Neighbors:
+    """Return the neighbours of all blocks of queries together."""
+    similarities, rows = zip(*blocks, strict=True)
     return np.concatenate(similarities), np.concatenate(rows)
 
 
 def nearest_by_block(
     bank: np.ndarray, queries: np.ndarray, num_neighbors: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[Neighbors]:
     """Yield what `nearest` returns, for one block of queries after the other."""
     for block in query_blocks(queries, num_neighbors):
         yield search_bank(bank, block, num_neighbors, torch.device(device))
 
 
-def search_index(
-    index: Any, queries: np.ndarray, num_neighbors: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def search_index(index: Any, queries: np.ndarray, num_neighbors: int) -> Iterator[Neighbors]:
     """Yield the neighbours that a faiss index finds, for one block of queries after the other.
 
     An approximate index may find fewer than k rows. Row 0 with the similarity `NOTHING` fills such
     a list.
     """
     for block in query_blocks(queries, num_neighbors):
-        similarities, rows = search_with_faiss(index, block, num_neighbors)
-        order_ties(similarities, rows)
-        yield similarities, rows
+        yield search_with_faiss(index, block, num_neighbors)
 
 
 def query_blocks(queries: np.ndarray, num_neighbors: int) -> Iterator[np.ndarray]:
@@ -88,42 +85,31 @@ def query_blocks(queries: np.ndarray, num_neighbors: int) -> Iterator[np.ndarray
 
 def search_bank(
     bank: np.ndarray, queries: np.ndarray, num_neighbors: int, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Neighbors:
     """Search normalised queries in the bank, one block of its rows after the other."""
+    import faiss
+
     # A block holds at least k rows, so that the first one fills the lists.
     block_size = max(num_neighbors, BANK_BYTES // (4 * bank.shape[1]))
-    best: tuple[np.ndarray, np.ndarray] | None = None
+    best: Neighbors | None = None
     for start in range(0, len(bank), block_size):
         block = normalized(bank[start : start + block_size])
         block_neighbors = min(num_neighbors, len(block))
         if device.type == "cpu":
-            similarities, rows = search_with_faiss(flat_index(block), queries, block_neighbors)
+            index = faiss.IndexFlatIP(bank.shape[1])
+            index.add(block)
+            found = search_with_faiss(index, queries, block_neighbors)
         else:
-            similarities, rows = search_with_torch(block, queries, block_neighbors, device)
-        order_ties(similarities, rows)
-        rows += start
-        found = similarities, rows
-        if best is not None:
-            found = merge(best, found, num_neighbors)
-        best = found
+            found = search_with_torch(block, queries, block_neighbors, device)
+        found = found[0], found[1] + start
+        best = found if best is None else merge(best, found, num_neighbors)
     assert best is not None
     return best
 
 
-def flat_index(features: np.ndarray) -> Any:
-    """Return faiss's exact index of normalised features."""
-    # faiss is imported where it is used: training without kNN does not need it.
-    import faiss
-
-    index = faiss.IndexFlatIP(features.shape[1])
-    index.add(features)
-    return index
-
-
-def search_with_faiss(
-    index: Any, queries: np.ndarray, num_neighbors: int
-) -> tuple[np.ndarray, np.ndarray]:
+def search_with_faiss(index: Any, queries: np.ndarray, num_neighbors: int) -> Neighbors:
     """Search normalised queries in an index, with as many threads as torch uses."""
+    # faiss is imported where it is used: training without kNN does not need it.
     import faiss
 
     # faiss brings an OpenMP library of its own, which does not know of torch's number of threads.
@@ -133,47 +119,39 @@ def search_with_faiss(
     is_missing = rows < 0
     similarities[is_missing] = NOTHING
     rows[is_missing] = 0
-    return similarities, rows
+    return with_ties_in_order(similarities, rows)
 
 
 def search_with_torch(
     bank: np.ndarray, queries: np.ndarray, num_neighbors: int, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Neighbors:
     """Search normalised queries in a normalised bank by matrix products and top-k on the device."""
     bank_on_device = torch.from_numpy(bank).to(device)
-    similarities = []
-    rows = []
+    blocks = []
     block_size = max(1, PRODUCT_BYTES // (4 * len(bank)))
     for block in torch.from_numpy(queries).split(block_size):
         products = block.to(device) @ bank_on_device.T  # (block, bank size)
         products.nan_to_num_(nan=NOTHING)  # top-k would take NaN for the largest number
         top = products.topk(num_neighbors, dim=1)
-        similarities.append(top.values.cpu())
-        rows.append(top.indices.cpu())
-    return torch.cat(similarities).numpy(), torch.cat(rows).numpy()
+        blocks.append((top.values.cpu().numpy(), top.indices.cpu().numpy()))
+    return with_ties_in_order(*joined(blocks))
 
 
-def order_ties(similarities: np.ndarray, rows: np.ndarray) -> None:
-    """Sort equally similar neighbours by their row, in place.
-
-    Their order then does not depend on the search.
-    """
+def with_ties_in_order(similarities: np.ndarray, rows: np.ndarray) -> Neighbors:
+    """Sort equally similar neighbours by their row, so that no search decides on their order."""
     # Few queries have ties, so only these are sorted.
     is_tied = (similarities[:, 1:] == similarities[:, :-1]).any(axis=1)
     tied_rows = rows[is_tied]
     order = np.lexsort((tied_rows, -similarities[is_tied]))
     rows[is_tied] = np.take_along_axis(tied_rows, order, axis=1)
+    return similarities, rows
 
 
-def merge(
-    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], num_neighbors: int
-) -> tuple[np.ndarray, np.ndarray]:
+def merge(first: Neighbors, second: Neighbors, num_neighbors: int) -> Neighbors:
     """Return the most similar neighbours of two lists; equal ones of the first list come first."""
     similarities = np.hstack([first[0], second[0]])
     rows = np.hstack([first[1], second[1]])
     # A stable sort keeps equally similar rows in the order of the bank.
     order = np.argsort(-similarities, axis=1, kind="stable")[:, :num_neighbors]
-    return (
-        np.take_along_axis(similarities, order, axis=1),
-        np.take_along_axis(rows, order, axis=1),
-    )
+    best = np.take_along_axis(similarities, order, axis=1)
+    return best, np.take_along_axis(rows, order, axis=1)

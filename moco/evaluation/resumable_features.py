@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,28 +63,20 @@ class FeatureParts:
         self.folder = folder
         # As it will be read back: JSON turns tuples into lists.
         self.about = json.loads(json.dumps(about))
-        nothing = State(start, dict.fromkeys(FILES, 0))
-        self.state = self._read_state() or nothing
+        self.state = self._read_state() or State(start, dict.fromkeys(FILES, 0))
 
     def _read_state(self) -> State | None:
         path = self.folder / STATE
         if not path.exists():
             return None
-        try:
-            content = json.loads(path.read_text())
-            about = content["about"]
-            state = State(content["state"]["end"], content["state"]["num_bytes"])
-            is_whole = True
-            for name in FILES:
-                if (self.folder / name).stat().st_size < state.num_bytes[name]:
-                    is_whole = False
-        except (ValueError, KeyError, TypeError, OSError):
-            is_whole = False
-        if not is_whole:
-            raise InputError(f"{self.folder}: damaged; remove that folder to start anew")
+        content = json.loads(path.read_text())
+        state = State(**content["state"])
         if state.num_rows == 0:  # nothing is lost
             return None
-        different = differences(about, self.about)
+        for name, num_bytes in state.num_bytes.items():
+            if (self.folder / name).stat().st_size < num_bytes:
+                raise InputError(f"{self.folder}: damaged; remove that folder to start anew")
+        different = differences(content["about"], self.about)
         if different:
             raise InputError(
                 f"{self.folder} holds the first {state.num_rows:,} features of another run: "
@@ -149,16 +141,12 @@ class FeatureParts:
         write_atomically(self.folder / STATE, lambda file: file.write(text.encode()))
         self.committed = time.monotonic()
 
-    def __exit__(self, kind: object, *details: object) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self.commit()
-        except OSError:
-            # If a full disk ended the pass, its error is the one to tell, and the last commit
-            # still counts.
-            if kind is None:
-                raise
         finally:
             for file in self.files.values():
+                # On a full disk each of them fails again; the commit's error is the one to tell.
                 with suppress(OSError):
                     file.close()
 
@@ -185,26 +173,23 @@ class FeatureParts:
     def names(self) -> Iterator[str]:
         """Yield the names of all images."""
         with (self.folder / NAMES).open() as file:
-            for line in file:
-                yield json.loads(line)
+            yield from map(json.loads, file)
 
     def unreadable(self) -> list[str]:
         """Return the names of the images that earlier attempts could not read."""
         num_bytes = self.state.num_bytes[UNREADABLE]
         if num_bytes == 0:
             return []
-        with (self.folder / UNREADABLE).open("rb") as file:
-            lines = file.read(num_bytes).splitlines()
-        return [json.loads(line) for line in lines]
+        lines = (self.folder / UNREADABLE).read_bytes()[:num_bytes].splitlines()
+        return list(map(json.loads, lines))
 
 
-def json_lines(names: Sequence[str]) -> bytes:
+def json_lines(names: Iterable[str]) -> bytes:
     """Return a line for each name, a JSON string in ASCII.
 
     A name may hold newlines and bytes that are not UTF-8.
     """
-    lines = [json.dumps(name) + "\n" for name in names]
-    return "".join(lines).encode("ascii")
+    return "".join(json.dumps(name) + "\n" for name in names).encode("ascii")
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -235,12 +220,9 @@ def taken(folder: Path) -> Iterator[None]:
     """Make the folder if it is missing, and lock it inside the block.
 
     Raises:
-        InputError: another process works there, the folder cannot be made, or it holds other files.
+        InputError: another process works there, or it holds other files.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}") from error
+    folder.mkdir(parents=True, exist_ok=True)
     # Before the lock file is made: a folder that is not ours stays as it is.
     for path in folder.iterdir():
         if path.name not in (STATE, LOCK, *FILES) and path.suffix != ".tmp":

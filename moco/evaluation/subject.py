@@ -2,27 +2,27 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 import moco
 from moco.data.augment.views import build_evaluation_view
-from moco.data.loading.datamodule import check_unreadable
 from moco.data.loading.every_image import evaluation_loader
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError
-from moco.evaluation.feature_cache import FeatureCache
+from moco.evaluation.feature_cache import Arrays, FeatureCache
 from moco.evaluation.features import embed
-from moco.evaluation.image_names import first_names
+from moco.evaluation.image_names import first_names, skip_unreadable
 from moco.evaluation.reports.embedded import Embedded
 
 log = logging.getLogger(__name__)
@@ -39,31 +39,6 @@ SOURCE_SETTINGS = (
 """The settings of the data that `build_source` takes, beside name and root."""
 
 
-class Features(NamedTuple):
-    """Features of the labelled images that could be read."""
-
-    of: dict[str, np.ndarray]
-    """By name: ``backbone`` (images, width) and, if the encoder has a projector, ``embedding``
-    (images, embedding width); float32, not normalised."""
-    labels: np.ndarray
-    """(images,) int64."""
-    rows: np.ndarray
-    """(images,) int64: the place of each in the dataset."""
-    labelled: Labelled
-    """The dataset."""
-
-    def chosen(self, is_chosen: np.ndarray) -> "Features":
-        """Return the images where `is_chosen` (images,) is true."""
-        of = {}
-        for name, values in self.of.items():
-            of[name] = values[is_chosen]
-        return Features(of, self.labels[is_chosen], self.rows[is_chosen], self.labelled)
-
-    def by(self, name: str) -> Embedded:
-        """Return one of the features with the images."""
-        return Embedded(self.of[name], self.labels, self.labelled, self.rows)
-
-
 @dataclass
 class Findings:
     """The outcome of a measurement."""
@@ -74,12 +49,22 @@ class Findings:
     """Shown with four decimals, and written to ``metrics.json``."""
     protocol: Mapping[str, Any]
     """The conditions of the scores, shown and written as they are."""
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any]
     """Written to ``metrics.json``, not shown."""
-    tables: Sequence[Any] = ()
-    """Tables of rich, printed below the table of scores and protocol."""
-    files: Mapping[str, Callable[[BinaryIO], object]] = field(default_factory=dict)
+    tables: list[Table]
+    """Printed below the table of scores and protocol."""
+    files: dict[str, Callable[[BinaryIO], object]] = field(default_factory=dict)
     """For the run folder: a function that writes each, by file name."""
+
+
+def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """Return a table with columns that are aligned to the right."""
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
 
 
 @dataclass
@@ -162,54 +147,53 @@ class Subject:
         }
         return FeatureCache(self.checkpoint, settings)
 
-    def features(self, labelled: Labelled) -> Features:
+    def features(self, labelled: Labelled) -> dict[str, Embedded]:
         """Return features of labelled images, of both kinds from one pass.
 
-        Unreadable images are skipped. With ``evaluation.cache`` the features are kept for the next
-        evaluation.
+        They are under ``backbone`` and, if the encoder has a projector, ``embedding``; float32, not
+        normalised. Unreadable images are skipped. With ``evaluation.cache`` the features are kept
+        for the next evaluation.
 
         Raises:
             InputError: too many images cannot be read, or a feature is not finite.
         """
-        features = self._kept_or_embedded(labelled)
-        unreadable = np.delete(np.arange(len(labelled.images)), features.rows)
-        if len(unreadable):
-            names = first_names(labelled.images, unreadable)
-            log.warning("skipped %d unreadable images: %s", len(unreadable), names)
-        check_unreadable(set(unreadable.tolist()), labelled.images, self.data["max_bad_fraction"])
-        return features
+        compute = partial(self._embedded, labelled)
+        if self.settings["cache"]:
+            path = self.cache.path(labelled, self.data["root"])
+            arrays = self.cache.kept_or(path, compute)
+        else:
+            arrays = compute()
+        found = {}
+        for name in self.feature_names:
+            found[name] = Embedded(arrays[name], arrays["labels"], labelled, arrays["rows"])
+        unreadable = found["backbone"].unreadable()
+        skip_unreadable(labelled.images, unreadable, self.data["max_bad_fraction"])
+        return found
 
-    def _kept_or_embedded(self, labelled: Labelled) -> Features:
-        if not self.settings["cache"]:
-            return self._embedded(labelled)
-        path = self.cache.path(labelled, self.data["root"])
-        kept = self.cache.read(path)
-        if kept is not None:
-            log.info("features of %s images from %s", f"{len(labelled.images):,}", path)
-            of = {name: kept[name] for name in self.feature_names}
-            return Features(of, kept["labels"], kept["rows"], labelled)
-        features = self._embedded(labelled)
-        arrays = {**features.of, "labels": features.labels, "rows": features.rows}
-        self.cache.write(path, arrays)
-        return features
-
-    def _embedded(self, labelled: Labelled) -> Features:
+    def _embedded(self, labelled: Labelled) -> Arrays:
+        """Return both features, labels (images,) and rows (images,), see `Embedded`."""
         started = time.monotonic()
         size, crop_ratio = self.data["image_size"], self.data["crop_ratio"]
         view = build_evaluation_view(size, crop_ratio, **self.augmentation)
-        batch_size, num_workers = self.settings["batch_size"], self.data["num_workers"]
         loader = evaluation_loader(
-            labelled, view, size, batch_size, num_workers, device=self.device
+            labelled,
+            view,
+            size,
+            self.settings["batch_size"],
+            self.data["num_workers"],
+            device=self.device,
         )
         # One pass computes both features, side by side.
         joined, labels, rows = embed(self._encode_all, loader, self.device)
-        check_finite(joined, rows, labelled, self.checkpoint)
-        log.info("embedded %s images in %.1f s", f"{len(rows):,}", time.monotonic() - started)
-        of = {"backbone": joined}
-        if len(self.feature_names) > 1:
-            width = self.encoder.backbone.feature_dim
-            of = {"backbone": joined[:, :width], "embedding": joined[:, width:]}
-        return Features(of, labels, rows, labelled)
+        bad = rows[~np.isfinite(joined).all(axis=1)]
+        if len(bad):
+            raise InputError(
+                f"checkpoint={self.checkpoint}: the features of {len(bad):,} images "
+                f"are not finite (NaN or infinity): {first_names(labelled.images, bad)}"
+            )
+        log.info(f"embedded {len(rows):,} images in {time.monotonic() - started:.1f} s")
+        backbone, embedding = np.split(joined, [self.encoder.backbone.feature_dim], axis=1)
+        return {"backbone": backbone, "embedding": embedding, "labels": labels, "rows": rows}
 
     def _encode_all(self, images: Tensor) -> Tensor:
         """Return features of a batch and, if there is a projector, embeddings beside them.
@@ -233,15 +217,3 @@ def build_source_of(data: dict[str, Any]) -> DataSource:
     if data["image_size"] is None:
         data["image_size"] = source.image_size
     return source
-
-
-def check_finite(
-    features: np.ndarray, rows: np.ndarray, labelled: Labelled, checkpoint: Path
-) -> None:
-    """Raise InputError if a feature (images, width) is not finite; it names the first images."""
-    bad = rows[~np.isfinite(features).all(axis=1)]
-    if len(bad):
-        raise InputError(
-            f"checkpoint={checkpoint}: the features of {len(bad):,} images "
-            f"are not finite (NaN or infinity): {first_names(labelled.images, bad)}"
-        )

@@ -1,4 +1,4 @@
-"""The run folder and what can happen to a run: files, lock, status, interrupts, failures, SLURM.
+"""The run folder and what happens to a run: files, lock, progress, interrupts, failures, SLURM.
 
 Other packages may take everything from here. Nothing here imports them, except `moco.errors`.
 """

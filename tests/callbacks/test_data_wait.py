@@ -18,18 +18,18 @@ def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
     assert [cores_of(number) for number in (1, 3, 32)] == [16, 5, 1]
 
 
-def test_the_first_batch_does_not_count_and_the_warning_comes_once(caplog):
+def test_the_first_batch_does_not_count_and_the_warning_comes_once(caplog, monkeypatch):
+    monkeypatch.setattr("moco.callbacks.training_monitor.SECONDS", 101.0)
     monitor = LossMonitor({}, 1)
     monitor.first_wait = 30.0
     epoch_time.start()
     epoch_time.total[WAITING] = 30.0
     epoch_time.total[STEPS] = 100.0
-    monitor._warn_of_waiting(1.0)
-    epoch_time.total[WAITING] += 50.0
-    monitor._warn_of_waiting(200.0)
+    monitor._warn_of_waiting()
     assert not caplog.text
-    monitor._warn_of_waiting(100.0)
-    monitor._warn_of_waiting(100.0)
+    epoch_time.total[WAITING] += 50.0
+    monitor._warn_of_waiting()
+    monitor._warn_of_waiting()
     assert caplog.messages == [
         "training waited 33 % of the time for images; see docs/performance.md#waiting-for-data"
     ]

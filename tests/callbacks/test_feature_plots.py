@@ -83,7 +83,9 @@ def test_the_projector_has_one_copy_of_at_most_so_many_images(embedded, tmp_path
     assert "warning" not in capsys.readouterr().out
     folder = tmp_path / "00000" / "features"
     tensors = np.loadtxt(folder / "tensors.tsv")
-    assert tensors.shape == (10, 2)
+    # Of two dimensions, so all others are 0.
+    assert tensors.shape == (10, 64)
+    assert not tensors[:, 2:].any()
     np.testing.assert_allclose(np.linalg.norm(tensors, axis=1), 1, atol=1e-3)
     assert (folder / "metadata.tsv").read_text().split() == ["0"] * 5 + ["1"] * 5
     with Image.open(folder / "sprite.png") as sprite:

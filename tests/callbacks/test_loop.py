@@ -1,15 +1,12 @@
 """What the training loop does beside the computation: counted, as a test cannot time it."""
 
 import importlib.util
-import io
 from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moco.callbacks.progress import ProgressBar
 from moco.callbacks.training_monitor import TrainingMonitor
 from moco.data.loading.loaders import PairBatch
 from tests.conftest import REPOSITORY
@@ -66,24 +63,6 @@ def test_the_seconds_of_training_go_on_where_the_checkpoint_was():
         {"loss_sum": 0.0, "batches": 0.0}
     )  # of a run from before they were counted
     assert before <= monitor.state_dict()["seconds"] < 1 + before
-
-
-def test_the_bar_is_drawn_at_its_own_pace_and_not_in_every_step(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("moco.callbacks.progress.time.monotonic", lambda: now[0])
-    bar = ProgressBar({}, Console(force_terminal=True, file=io.StringIO()))
-    trainer, method = SimpleNamespace(global_step=0), SimpleNamespace(num_steps=1000)
-    updates = []
-    monkeypatch.setattr(bar.progress, "start", lambda: None)
-    monkeypatch.setattr(
-        bar.progress, "update", lambda task, completed, status: updates.append(completed)
-    )
-    bar.on_train_start(trainer, method)
-    for step in range(1, 1001):
-        now[0] += 0.001
-        trainer.global_step = step
-        bar.on_train_batch_end(trainer, method, None, None, step - 1)
-    assert 2 <= len(updates) <= 4
 
 
 def test_the_benchmark_of_the_loop_runs_all_callbacks_of_a_pretraining(bench_loop, tmp_path):

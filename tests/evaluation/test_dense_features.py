@@ -11,7 +11,7 @@ from moco.errors import InputError
 from moco.evaluation.dense_bank import knn_scores
 from moco.evaluation.dense_features import (
     NotFinite,
-    check_maps,
+    build_dense_set,
     dense_figures,
     encode_patches,
     join_maps,
@@ -210,11 +210,14 @@ def test_an_image_whose_features_are_not_finite_is_named(tmp_path):
 def test_it_stops_when_it_is_told_to(tmp_path):
     draw_halves(tmp_path, [(32, 32)] * 9)
     with pytest.raises(EmbeddingStopped):
-        dense_set(tmp_path).bank(MeanColours(), "cpu", should_stop=lambda: True)
+        dense_set(tmp_path, should_stop=lambda: True).bank(MeanColours(), "cpu")
 
 
 @pytest.mark.parametrize("maps", [[], [0], [5], [1, 1]])
 def test_maps_that_no_backbone_has_are_refused(maps):
     message = r"evaluation.maps=.*: expected numbers from 1, the finest map, to 4"
     with pytest.raises(InputError, match=message):
-        check_maps(maps, "evaluation.maps")
+        build_dense_set(
+            "evaluation", "voc2012", None, maps=maps, mean=[], std=[], ignore_index=0,
+            max_image_pixels=1,
+        )  # fmt: skip

@@ -184,13 +184,13 @@ def test_similarities_are_of_all_pairs_but_the_own_ones():
     query, keys = unit(4, 8), unit(12, 8)
     similarities = pair_similarities(query, keys[4:8], keys)
     others = [float(query[i] @ keys[j]) for i in range(4) for j in range(12) if j != 4 + i]
-    torch.testing.assert_close(similarities.negative, torch.tensor(others))
+    torch.testing.assert_close(similarities["negative"], torch.tensor(others))
     torch.testing.assert_close(
-        similarities.positive, torch.stack([query[i] @ keys[4 + i] for i in range(4)])
+        similarities["positive"], torch.stack([query[i] @ keys[4 + i] for i in range(4)])
     )
     # The first of the three rows is one query's own key.
     few = pair_similarities(query, keys[:4], keys, most_negatives=3)
-    assert len(few.negative) == 3 * 4 - 1
+    assert len(few["negative"]) == 3 * 4 - 1
 
 
 def test_evenly_spaced_rows_reach_from_the_first_to_the_last():

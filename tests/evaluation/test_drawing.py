@@ -70,7 +70,7 @@ def test_confusions_are_counted_by_true_and_predicted_class():
 
 def test_a_confusion_matrix_shows_shares_of_rows_and_names_every_class():
     counts = np.array([[3, 1], [0, 0]])
-    axes = confusion_plot(counts, np.array([3, 8])).axes[0]
+    axes = confusion_plot(np.array([3, 8]), counts).axes[0]
     assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
     written = {text.get_position(): text.get_text() for text in axes.texts}
     assert written == {(0, 0): "3", (1, 0): "1"}
@@ -80,7 +80,7 @@ def test_a_confusion_matrix_shows_shares_of_rows_and_names_every_class():
 
 @pytest.mark.parametrize("number", [1, NAMED_CLASSES + 1, 1000])
 def test_confusion_matrices_of_any_size_fit_and_are_dark_where_they_are_right(number):
-    figure = confusion_plot(np.eye(number, dtype=np.int64), np.arange(number))
+    figure = confusion_plot(np.arange(number), np.eye(number, dtype=np.int64))
     drawn = pixels(figure)
     assert max(drawn.shape) <= 1200
     box = figure.axes[0].get_window_extent()

@@ -1,8 +1,8 @@
 """Features on disk as they come, and the files that are made of them."""
 
 import io
-import json
 import os
+import re
 import tracemalloc
 from types import SimpleNamespace
 
@@ -61,9 +61,9 @@ def npz(parts, has_labels=True):
 
 def index(parts, kind):
     """The index, and what is said of it."""
-    file = io.BytesIO()
-    said = write_index(file, parts, kind)
-    return faiss.deserialize_index(np.frombuffer(file.getvalue(), np.uint8)), said
+    path = parts.folder / "f.faiss"
+    said = write_index(path, parts, kind)
+    return faiss.read_index(str(path)), said
 
 
 def contents(folder):
@@ -136,15 +136,9 @@ def test_a_beginning_without_features_is_in_nobodys_way(tmp_path):
     assert FeatureParts(tmp_path / "parts", ABOUT | {"weights": "other"}, [0]).state.num_rows == 0
 
 
-@pytest.mark.parametrize("damage", ["cut short", "no JSON", "other keys"])
-def test_damaged_parts_are_named(tmp_path, batches, damage):
+def test_parts_that_were_cut_short_are_named(tmp_path, batches):
     folder = written(tmp_path / "parts", batches[:3]).folder
-    if damage == "cut short":
-        os.truncate(folder / "features.bin", 5)
-    else:
-        (folder / "state.json").write_text(
-            "{" if damage == "no JSON" else json.dumps({"about": ABOUT, "state": {"x": 1}})
-        )
+    os.truncate(folder / "features.bin", 5)
     with pytest.raises(InputError, match=r"parts: damaged; remove that folder to start anew"):
         FeatureParts(folder, ABOUT, [0])
 
@@ -191,14 +185,14 @@ def test_an_approximate_index_finds_each_image_itself_and_says_how_much_it_finds
     is_itself = rows[:, 0] == np.arange(len(features))
     assert is_itself.mean() > 0.98
     np.testing.assert_allclose(similarities[is_itself, 0], 1, atol=1e-5)
-    queries = np.linspace(0, len(features) - 1, min(100, len(features)), dtype=int)
-    _, found_rows = found.search(features[queries], 10)
-    exact = np.argsort(-features[queries] @ features.T, axis=1)[:, :10]
+    _, found_rows = found.search(features, 10)
+    exact = np.argsort(-features @ features.T, axis=1)[:, :10]
     num_hits = 0
     for expected, rows in zip(exact, found_rows, strict=True):
         num_hits += len({*expected} & {*rows})
-    share = num_hits / exact.size
-    assert description == f"{kind}: finds {share:.1%} of the 10 nearest, over {len(queries)} images"
+    told = re.fullmatch(rf"{kind}: finds (.*)% of the 10 nearest", description)
+    # With more than 1,000 images it is of a sample.
+    assert float(told[1]) == pytest.approx(100 * num_hits / exact.size, abs=1)
 
 
 def test_an_index_that_needs_more_images_is_refused(tmp_path, batches):

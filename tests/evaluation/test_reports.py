@@ -132,15 +132,6 @@ def test_figures_are_those_of_plain_images_and_of_the_runs_own_views(evaluated, 
         assert figures[name] == pytest.approx(value, rel=1e-2), name
 
 
-def test_a_second_evaluation_makes_no_views(evaluated, checkpoint, tmp_path, monkeypatch):
-    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    path.parent.mkdir(parents=True)
-    shutil.copy(checkpoint, path)
-    first, _, _ = evaluated(path=path, map="none")
-    monkeypatch.setattr("moco.evaluation.label_free_measurement.embedded_views", None)
-    assert evaluated(path=path, map="none")[0] == first
-
-
 def test_a_collapse_is_a_warning_by_the_thresholds_of_the_watch():
     shape = (5000, 100)
     assert collapse_of(0.05, 40, shape) is None

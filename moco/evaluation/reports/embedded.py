@@ -22,7 +22,7 @@ GAP = 12
 
 
 class Embedded(NamedTuple):
-    """Features, labels and images of one side of a kNN measurement."""
+    """Features of labelled images, with the images."""
 
     features: np.ndarray
     """(rows, feature_dim), of any norm."""
@@ -32,6 +32,16 @@ class Embedded(NamedTuple):
     """The dataset. It may have more images than rows: some cannot be read or have no label."""
     rows: np.ndarray
     """(rows,) the index of each row's image in `labelled`."""
+
+    def chosen(self, is_chosen: np.ndarray) -> "Embedded":
+        """Return the rows where `is_chosen` (rows,) is true."""
+        return Embedded(
+            self.features[is_chosen], self.labels[is_chosen], self.labelled, self.rows[is_chosen]
+        )
+
+    def unreadable(self) -> list[int]:
+        """Return the indices of the images in `labelled` that have no row."""
+        return np.delete(np.arange(len(self.labelled.images)), self.rows).tolist()
 
     def thumbnail(self, row: int, side: int) -> Image.Image:
         """Return the image of a row as a square of `side` px."""

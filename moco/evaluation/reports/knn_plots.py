@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from moco.data.augment.views import Normalized, evaluation_crop
+from moco.data.augment.views import EvaluationView
 from moco.evaluation.diagnostics import evenly_spaced
-from moco.evaluation.knn import Search, without_own
-from moco.evaluation.neighbors import normalized
+from moco.evaluation.knn import Search, confusion_matrix, without_own
+from moco.evaluation.neighbors import joined, normalized
 from moco.evaluation.reports.embedded import NUM_NEIGHBORS, NUM_QUERIES, Embedded, neighbors_plot
 from moco.evaluation.reports.plots import (
     confusion_plot,
@@ -39,31 +39,34 @@ class Searched(NamedTuple):
     queries: Embedded
     search: Search
     own_rows: np.ndarray | None
-    """(queries,) each query's own row in the bank, which is not its neighbour. None if the queries
-    are not in the bank."""
+    """(queries,) each query's own row in the bank, which is not its neighbour (leave one out). None
+    if the queries are not in the bank."""
+
+    @property
+    def kind(self) -> str:
+        """Return where the queries come from, in words."""
+        return "test" if self.own_rows is None else "leave one out"
 
 
 def knn_plots(
     subject: Subject,
     searched: Searched,
-    confusion: np.ndarray,
-    classes: np.ndarray,
+    predicted: np.ndarray,
     views: np.ndarray | None,
 ) -> dict[str, "Figure"]:
     """Return the plots of a kNN measurement by file name.
 
     Args:
-        confusion, classes: what `confusion_matrix` returned.
+        predicted: (queries,) class numbers.
         views: (images, 2, embedding_dim) embeddings of two views of some images; None if there
             are none.
     """
     plots = {
         "neighbors.png": neighbors_of_some(searched),
-        "confusion.png": confusion_plot(confusion, classes),
+        "confusion.png": confusion_plot(*confusion_matrix(searched.queries.labels, predicted)),
         "feature_maps.png": feature_maps_of_some(subject, searched.queries),
     }
-    # A single image has no other images to differ from.
-    if views is not None and len(views) > 1:
+    if views is not None:
         plots["similarities.png"] = similarities_of_views(views)
     kind = subject.settings["map"]
     if kind == "none":
@@ -82,9 +85,7 @@ def neighbors_of_some(searched: Searched) -> "Figure":
     # A query in the bank is its own nearest neighbour; one more is needed in its place.
     num_found = NUM_NEIGHBORS if own_rows is None else NUM_NEIGHBORS + 1
     num_found = min(num_found, len(bank.rows))
-    blocks = list(search(queries.features[shown], num_found))
-    similarities = np.concatenate([block[0] for block in blocks])
-    rows = np.concatenate([block[1] for block in blocks])
+    similarities, rows = joined(search(queries.features[shown], num_found))
     if own_rows is not None:
         similarities, rows = without_own(similarities, rows, own_rows[shown])
     return neighbors_plot(bank, queries, shown, similarities, rows)
@@ -133,16 +134,15 @@ def feature_maps_of_some(subject: Subject, queries: Embedded) -> "Figure":
 
     The colours of a map are its principal components over all images that are drawn.
     """
-    crop = evaluation_crop(subject.data["image_size"], subject.data["crop_ratio"])
-    normalize = Normalized(**subject.augmentation)
+    size, crop_ratio = subject.data["image_size"], subject.data["crop_ratio"]
+    view = EvaluationView(size, crop_ratio, **subject.augmentation)
     chosen = spread_over_classes(queries.labels, NUM_MAPPED_IMAGES)
-    images = [crop(queries.labelled.images[int(row)]) for row in queries.rows[chosen]]
-    batch = torch.stack([normalize(image) for image in images])  # (images, 3, side, side)
-    with torch.autocast(subject.device.type, enabled=False):
-        maps = subject.encoder.backbone.feature_maps(batch.to(subject.device))
+    images = [view.crop(queries.labelled.images[int(row)]) for row in queries.rows[chosen]]
+    batch = torch.stack([view.normalized(image) for image in images])  # (images, 3, side, side)
+    maps = subject.encoder.backbone.feature_maps(batch.to(subject.device))
     columns = {}
     for name, values in (("last map", maps[-1]), ("map before", maps[-2])):
         height, width = values.shape[2:]
-        colors = principal_colors(values.float().cpu().numpy())
+        colors = principal_colors(values.cpu().numpy())
         columns[f"{name} {height}x{width}"] = colors
     return feature_maps_plot(images, columns)

@@ -6,7 +6,7 @@ imported when the first plot is drawn, because importing it takes half a second.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -48,13 +48,19 @@ class Tile:
     """Of the caption."""
 
 
-def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty white figure of `width` x `height` px."""
+def new_figure(
+    width: float, height: float, layout: Literal["constrained"] | None = None
+) -> "Figure":
+    """Return an empty white figure of `width` x `height` px.
+
+    Args:
+        layout: ``constrained`` makes room for labels and legends.
+    """
     from matplotlib.figure import Figure
 
     # matplotlib 3.9 rounds the size in px down, so 459.9999 would become 459.
     size = ((width + 0.01) / DPI, (height + 0.01) / DPI)
-    return Figure(figsize=size, dpi=DPI, facecolor="white")
+    return Figure(figsize=size, dpi=DPI, facecolor="white", layout=layout)
 
 
 def pixels(figure: "Figure") -> np.ndarray:
@@ -154,8 +160,7 @@ def similarity_histogram(positive: np.ndarray, negative: np.ndarray) -> "Figure"
         positive: (p,) cosines of two views of one image.
         negative: (n,) cosines of views of different images.
     """
-    figure = new_figure(660, 320)
-    figure.set_layout_engine("constrained")
+    figure = new_figure(660, 320, "constrained")
     axes = figure.add_subplot()
     for name, values in (("negative", negative), ("positive", positive)):
         # Rounding may carry a cosine just over 1.
@@ -170,22 +175,20 @@ def similarity_histogram(positive: np.ndarray, negative: np.ndarray) -> "Figure"
     return figure
 
 
-def confusion_plot(counts: np.ndarray, classes: np.ndarray) -> "Figure":
+def confusion_plot(classes: np.ndarray, counts: np.ndarray) -> "Figure":
     """Draw a confusion matrix: a cell is darker the larger its share of its row.
 
     Up to `NAMED_CLASSES` classes, every class is named and every count is written in its cell.
 
     Args:
-        counts: (classes, classes), rows the true class, columns the predicted one.
         classes: (classes,) their numbers.
+        counts: (classes, classes), rows the true class, columns the predicted one.
     """
     num_classes = len(counts)
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     shares = counts / totals
-    smallest, largest = MATRIX_SIDE
-    side = min(max(34 * num_classes, smallest), largest)
-    figure = new_figure(side + 220, side + 140)
-    figure.set_layout_engine("constrained")
+    side = np.clip(34 * num_classes, *MATRIX_SIDE)
+    figure = new_figure(side + 220, side + 140, "constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the true class", shrink=0.6)
@@ -193,14 +196,13 @@ def confusion_plot(counts: np.ndarray, classes: np.ndarray) -> "Figure":
     axes.set_title(f"{accuracy:.1%} of {counts.sum():,} queries right", fontsize=10)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    named = list(range(num_classes))
+    named = np.arange(num_classes)
     if num_classes <= NAMED_CLASSES:
         write_counts(axes, counts, shares)
     else:
-        named = np.linspace(0, num_classes - 1, 10).astype(int).tolist()
-    ticks = classes[named].tolist()
-    axes.set_xticks(named, ticks, rotation=90, fontsize=FONT_SIZE)
-    axes.set_yticks(named, ticks, fontsize=FONT_SIZE)
+        named = np.linspace(0, num_classes - 1, 10).astype(int)
+    axes.set_xticks(named, classes[named].tolist(), rotation=90, fontsize=FONT_SIZE)
+    axes.set_yticks(named, classes[named].tolist(), fontsize=FONT_SIZE)
     return figure
 
 
@@ -229,8 +231,7 @@ def map_plot(points: np.ndarray, labels: np.ndarray, title: str) -> "Figure":
     """
     classes, numbers = np.unique(labels, return_inverse=True)
     colors = class_colors(len(classes))
-    figure = new_figure(MAP_SIDE + 140, MAP_SIDE)
-    figure.set_layout_engine("constrained")
+    figure = new_figure(MAP_SIDE + 140, MAP_SIDE, "constrained")
     axes = figure.add_subplot()
     axes.scatter(points[:, 0], points[:, 1], s=14, c=colors[numbers], alpha=0.8, linewidths=0)
     # Neither the axes nor distances between groups mean anything.

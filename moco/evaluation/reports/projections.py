@@ -58,6 +58,7 @@ def laid_out(features: np.ndarray, name: str) -> np.ndarray:
         return umap.fit_transform(rows)
     from sklearn.manifold import TSNE
 
+    # t-SNE looks at three times as many neighbours as its perplexity.
     perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
     return TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(rows)
 
@@ -82,41 +83,25 @@ def principal_colors(maps: np.ndarray) -> np.ndarray:
     return colors.round().astype(np.uint8).reshape(num_images, height, width, 3)
 
 
-def principal_components(rows: np.ndarray, num_components: int) -> np.ndarray:
-    """Return centred rows along their directions of largest variance.
+def principal_components(
+    rows: np.ndarray, num_components: int, *, centred: bool = True
+) -> np.ndarray:
+    """Return rows along their directions of largest variance.
 
     Args:
         rows: (rows, dim).
+        centred: subtract the mean row first. Without that, cosines between rows stay nearly the
+            same.
 
     Returns:
         (rows, num_components) float64. If there are fewer directions, the other columns are 0.
     """
     from sklearn.utils.extmath import randomized_svd
 
-    centred = rows.astype(np.float64) - rows.mean(axis=0, dtype=np.float64)
+    rows = rows.astype(np.float64)
+    if centred:
+        rows -= rows.mean(axis=0)
     num_found = min(num_components, *rows.shape)
     # More iterations than usual tell components of nearly the same weight apart, for a small cost.
-    left, values, _ = randomized_svd(
-        centred, num_found, n_oversamples=20, n_iter=20, random_state=0
-    )
+    left, values, _ = randomized_svd(rows, num_found, n_oversamples=20, n_iter=20, random_state=0)
     return np.pad(left * values, ((0, 0), (0, num_components - num_found)))
-
-
-def projected(features: np.ndarray, dim: int) -> np.ndarray:
-    """Return rows in the `dim` directions that keep most of their inner products.
-
-    The rows are not centred, so cosines between them stay nearly the same.
-
-    Args:
-        features: (rows, feature_dim).
-
-    Returns:
-        (rows, at most dim) float64.
-    """
-    rows = features.astype(np.float64)
-    if rows.shape[1] <= dim:
-        return rows
-    # eigh sorts by rising eigenvalue.
-    _, directions = np.linalg.eigh(rows.T @ rows)
-    largest_first = directions[:, ::-1][:, :dim]
-    return rows @ largest_first

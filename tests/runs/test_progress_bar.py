@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from moco.cli.image_progress import ImageProgress
+from moco.runs.progress_bar import ImageProgress
 
 
 def test_a_terminal_shows_a_bar():

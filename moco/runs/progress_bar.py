@@ -1,8 +1,7 @@
-"""The progress of a long pass over images: a bar on a terminal, else one log line per minute."""
+"""The bar that long work draws on a terminal, and the progress of a pass over images."""
 
 import logging
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -14,13 +13,38 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+# Where the output is no terminal, a line shows this often that the work goes on.
 SECONDS_BETWEEN_LINES = 60.0
 
 log = logging.getLogger(__name__)
 
 
+def progress_bar(console: Console, unit: str) -> Progress:
+    """Return a bar with the number of finished parts, a status and the time left.
+
+    It is invisible where the output is no terminal. Each task has a field ``status``.
+
+    Args:
+        unit: what is counted, in the plural.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit + " {task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        refresh_per_second=4,  # drawing takes milliseconds of the other threads' time
+    )
+
+
 class ImageProgress:
     """Shows the number of finished images inside a ``with`` block.
+
+    On a terminal it is a bar, elsewhere a log line per minute.
 
     Args:
         console: where the bar is drawn.
@@ -33,18 +57,8 @@ class ImageProgress:
         self.title = title
         self.start = start
         self.total = total
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("images {task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task(title, total=total, completed=start, rate="")
+        self.bar = progress_bar(console, "images")
+        self.task = self.bar.add_task(title, total=total, completed=start, status="")
 
     def __enter__(self) -> "ImageProgress":
         self.start_time = time.monotonic()
@@ -52,28 +66,19 @@ class ImageProgress:
         self.bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
     def say(self, done: int) -> None:
         """Show that `done` images are finished, those of earlier attempts included."""
         now = time.monotonic()
         rate = (done - self.start) / (now - self.start_time)
-        self.bar.update(self.task, completed=done, rate=f"{rate:,.0f} a second")
+        self.bar.update(self.task, completed=done, status=f"{rate:,.0f} a second")
         is_line_due = now - self.last_line_time >= SECONDS_BETWEEN_LINES
         if self.bar.disable and is_line_due and done > self.start:
             self.last_line_time = now
             minutes = (self.total - done) / rate / 60
             log.info(
-                "%s: %s of %s images, %.0f per second, %.0f minutes left",
-                self.title,
-                f"{done:,}",
-                f"{self.total:,}",
-                rate,
-                minutes,
+                f"{self.title}: {done:,} of {self.total:,} images, "
+                f"{rate:.0f} per second, {minutes:.0f} minutes left"
             )
