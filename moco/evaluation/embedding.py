@@ -57,7 +57,7 @@ def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
         return ShardedSet(source.train)
     # Training images may be divided into bank and queries.
     labels = labels_by_name(source.train, source.bank, source.queries)
-    return IndexedSet(Labelled(source.train, labels), has_labels=bool((labels >= 0).all()))
+    return IndexedSet(Labelled(source.train, labels), has_labels=bool((labels >= 0).any()))
 
 
 def open_parts(
