@@ -1,6 +1,5 @@
 """The formats of `moco.export`: the content of a file, and the Python lines that load it."""
 
-import errno
 import io
 import json
 from pathlib import Path
@@ -8,11 +7,9 @@ from typing import Any
 
 import torch
 
-from moco.errors import InputError, RunError
-from moco.models.swin.attention import one_or_each
-from moco.models.swin.backbone import Swin
+from moco.errors import InputError
+from moco.models.swin.backbone import Swin, one_or_each
 from moco.models.vit import VisionTransformer
-from moco.runs.atomic_files import write_atomically
 from moco.weights.architecture import described
 from moco.weights.backbone_files import as_safetensors, write_backbone
 from moco.weights.library_names import counterpart, library_map_sides, to_timm, to_torchvision
@@ -24,10 +21,8 @@ ENDINGS = {
 }
 
 
-def check_output(output: Path, file_format: str) -> None:
+def check_ending(output: Path, file_format: str) -> None:
     """Raise InputError if the output cannot be a file of the format."""
-    if output.is_dir():
-        raise InputError(f"output={output}: a folder; expected the name of a file")
     endings = ENDINGS[file_format]
     if output.suffix not in endings:
         raise InputError(
@@ -58,21 +53,6 @@ def export_content(
     buffer = io.BytesIO()
     torch.save(weights, buffer)
     return buffer.getvalue()
-
-
-def write_export(output: Path, content: bytes) -> None:
-    """Write the file, as a whole or not at all.
-
-    Raises:
-        InputError: no file can be written there.
-        RunError: the disk is full.
-    """
-    try:
-        write_atomically(output, lambda file: file.write(content))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"output={output}: {error.strerror}") from error
-        raise InputError(f"output={output}: cannot be written ({error.strerror})") from error
 
 
 def summary_rows(

@@ -11,21 +11,28 @@ from moco.methods.moco import MoCo
 from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, is_channels_last
 from moco.models.heads import build_head
-from moco.models.swin.window_change import rewindow, window_advice
+from moco.models.swin.backbone import Swin
+from moco.models.swin.window_change import rewindow, suggest_window
 from moco.weights.architecture import (
     build_outline,
     check_hidden_settings,
     described,
     fitting_backbones,
-    head_settings,
     load_fitting,
     settings_of,
     settings_seen,
 )
 from moco.weights.library_names import Weights, to_our_names
 from moco.weights.other_projects import BACKBONE, METHOD_PARTS
-from moco.weights.recognise import listed_parts, listed_unused, split
-from moco.weights.weight_files import WeightFile, read_weight_file, source_in_errors
+from moco.weights.weight_files import (
+    WeightFile,
+    last_number,
+    listed_parts,
+    log_unused,
+    read_weight_file,
+    source_in_errors,
+    split,
+)
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +89,7 @@ def load_pretrained(
         if file.settings is None:
             encoder, settings = load_other_project(file, which, given, feature, source)
         else:
-            encoder, settings = load_ours(file, which, given, feature, path)
+            encoder, settings = load_ours(file, which, given, feature)
 
     # The window in the file: `moco.export` scales the image size by it.
     window_size: Any = getattr(encoder.backbone, "window_size", None)
@@ -105,7 +112,7 @@ def load_pretrained(
 def usual_feature(file: WeightFile, source: str) -> str:
     """Return the feature that the run measured, or ``backbone`` if the file has no more."""
     of_run = file.config.get("evaluation", {}).get("feature", "backbone")
-    if of_run == "embedding" and file.checkpoint is None:
+    if of_run == "embedding" and file.hyper_parameters is None:
         log.info(
             "%s: the file holds a backbone alone, so the backbone's feature is measured; "
             "the run measured embeddings",
@@ -121,16 +128,26 @@ def log_window_advice(pretrained: Pretrained, given: dict[str, Any], image_size:
     Args:
         image_size: px.
     """
+    backbone = pretrained.encoder.backbone
     pretrained_image_size = pretrained.config.get("data", {}).get("image_size")
-    if pretrained_image_size is None or "window_size" in given:
+    if not isinstance(backbone, Swin) or "window_size" in given:
         return
-    advice = window_advice(pretrained.encoder.backbone, image_size, pretrained_image_size)
-    if advice is not None:
-        log.info(advice)
+    if pretrained_image_size in (None, image_size):
+        return
+    window = backbone.window_size[0]
+    suggestion = suggest_window(image_size, window, pretrained_image_size, backbone.patch_size)
+    if suggestion.window_size != window:
+        log.info(
+            "pretrained on %d px with window %d; %s: backbone.window_size=%d",
+            pretrained_image_size,
+            window,
+            suggestion,
+            suggestion.window_size,
+        )
 
 
 def load_ours(
-    file: WeightFile, which: str, given: dict[str, Any], feature: str, path: str
+    file: WeightFile, which: str, given: dict[str, Any], feature: str
 ) -> tuple[Encoder, dict[str, Any]]:
     """Return the encoder of a file that a program of ours wrote, and its backbone's settings.
 
@@ -152,8 +169,14 @@ def load_ours(
     others.pop("window_size", None)
     settings = file.settings | others
 
-    if file.checkpoint is not None:
-        return load_encoder(file.checkpoint, which, path, settings), settings
+    if file.hyper_parameters is not None:
+        try:
+            method = MoCo(**file.hyper_parameters | {"backbone": settings})
+            method.load_state_dict(file.weights)
+        except (TypeError, RuntimeError) as error:
+            raise InputError(f"its weights do not fit its own hyperparameters ({error})") from error
+        encoder: Any = method.query_encoder if which == "query" else method.key_encoder
+        return encoder, settings
     # What follows is for a file that holds a backbone alone.
     if which == "key" and file.encoder != "key":
         raise InputError(
@@ -180,34 +203,6 @@ def check_architecture(there: dict[str, Any], given: dict[str, Any]) -> None:
             )
 
 
-def load_encoder(
-    checkpoint: dict[str, Any], which: str, path: str, settings: dict[str, Any] | None = None
-) -> Encoder:
-    """Return the query or the key encoder of a checkpoint of ours, in eval mode.
-
-    Args:
-        checkpoint: what `moco.runs.checkpoint_files.read_checkpoint` returns.
-        which: ``query`` or ``key``.
-        path: the checkpoint's, for errors.
-        settings: the arguments of `build_backbone`. None means the checkpoint's.
-
-    Raises:
-        InputError: its weights do not fit the model that its hyperparameters describe.
-    """
-    hyper_parameters = dict(checkpoint["hyper_parameters"])
-    if settings is not None:
-        hyper_parameters["backbone"] = settings
-    try:
-        method = MoCo(**hyper_parameters)
-        method.load_state_dict(checkpoint["state_dict"])
-    except (TypeError, RuntimeError) as error:
-        raise InputError(
-            f"checkpoint={path}: its weights do not fit its own hyperparameters ({error})"
-        ) from error
-    encoder: Any = method.query_encoder if which == "query" else method.key_encoder
-    return encoder.eval()
-
-
 def load_other_project(
     file: WeightFile, which: str, given: dict[str, Any], feature: str, source: str
 ) -> tuple[Encoder, dict[str, Any]]:
@@ -219,7 +214,7 @@ def load_other_project(
     prefix = f"{which}_encoder."
     theirs, others = split(file.weights, prefix + "backbone.")
     if not theirs:
-        raise InputError(f"{file.origin}, without {METHOD_PARTS[prefix + 'backbone.']}")
+        raise InputError(f"{file.origin}, without {METHOD_PARTS[prefix + 'backbone.'].title}")
     settings = settings_of_other_project(file, theirs, given, source)
     backbone = build_backbone(**settings)
     weights = to_our_names(theirs, backbone)
@@ -229,9 +224,15 @@ def load_other_project(
     unused = others
     if feature == "embedding":
         head, unused = split(others, prefix + "projector.")
-        projector = build_projector(head, backbone.feature_dim)
+        if not head:
+            raise InputError("holds no projector, which feature=embedding needs")
+        projector = build_head(backbone.feature_dim, **head_settings(head))
+        load_fitting(projector, head, "its projector is of an unknown kind")
 
-    log_loaded(file, settings, unused, source)
+    log.info("%s: %s; backbone %s", source, file.origin, described(settings))
+    log.info("loaded: %s", listed_parts(file.weights.keys() - unused.keys()))
+    log_unused(unused, file)
+    log.info("the file says nothing about images: mean and std are ImageNet's where none are given")
     return Encoder(backbone, projector), settings
 
 
@@ -274,28 +275,29 @@ def recognised_backbone(weights: Weights, source: str) -> str:
     return fitting[0]
 
 
-def build_projector(head: Weights, feature_dim: int) -> nn.Module:
-    """Return the projector with these weights.
+def head_settings(head: Weights) -> dict[str, Any]:
+    """Return the arguments of `build_head`, without the input's width, that make such a head.
+
+    A head that `build_head` cannot make, as one with a scale in its last BatchNorm, gets the
+    settings of a similar one. `misfit` tells the difference.
 
     Args:
-        head: under our names.
-        feature_dim: width of the backbone's features.
-
-    Raises:
-        InputError: there are no weights, or they are of an unknown kind of projector.
+        head: the tensors under our names.
     """
-    if not head:
-        raise InputError("holds no projector, which feature=embedding needs")
-    projector = build_head(feature_dim, **head_settings(head))
-    load_fitting(projector, head, "its projector is of an unknown kind")
-    return projector
-
-
-def log_loaded(file: WeightFile, settings: dict[str, Any], unused: Weights, source: str) -> None:
-    """Log what was recognised in another project's file, what was loaded and what was not."""
-    log.info("%s: %s; backbone %s", source, file.origin, described(settings))
-    loaded = {name: tensor for name, tensor in file.weights.items() if name not in unused}
-    log.info("loaded: %s", listed_parts(loaded))
-    if unused or file.ignored:
-        log.info("not used: %s", listed_unused(unused, file.ignored))
-    log.info("the file says nothing about images: mean and std are ImageNet's where none are given")
+    widths = []
+    last_linear: float = 0
+    norms = []
+    for name, tensor in head.items():
+        if name.endswith("running_mean"):
+            norms.append(last_number(name))
+        elif tensor.ndim >= 2:
+            widths.append(len(tensor))
+            last_linear = last_number(name)
+    return {
+        "output_dim": widths[-1],
+        "num_layers": len(widths),
+        "hidden_dim": widths[0] if len(widths) > 1 else None,
+        "hidden_batch_norm": any(norm < last_linear for norm in norms),
+        "last_batch_norm": any(norm > last_linear for norm in norms),
+        "bias": f"{last_linear}.bias" in head or "bias" in head,
+    }

@@ -21,11 +21,10 @@ from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
 from moco.errors import InputError, Interrupted
 from moco.models.swin.window_change import rewindow
-from moco.runs.checkpoint_files import read_checkpoint
 from moco.segment import run
 from moco.segmentation.segmenter import Segmenter
 from moco.training.random_states import random_states
-from moco.weights.load_encoder import load_encoder
+from moco.weights.load_encoder import load_pretrained
 from tests.conftest import run_program
 from tests.segmentation.shapes import draw_shapes, save
 from tests.segmentation.test_decoders import hide_segmentation_models
@@ -305,7 +304,7 @@ def test_an_interrupted_measurement_is_done_after_the_restart(shapes, tmp_path, 
 
 
 def backbone_of(path, encoder="query"):
-    return load_encoder(read_checkpoint(path), encoder, str(path)).backbone
+    return load_pretrained(str(path), encoder, {}).encoder.backbone
 
 
 def segmenter_of(config):

@@ -16,8 +16,13 @@ from moco.models.backbones import build_backbone
 from moco.weights.architecture import fitting_backbones
 from moco.weights.init_from import start_from
 from moco.weights.load_encoder import load_pretrained
-from moco.weights.recognise import listed, recognise, renumber_layers, rows_of_unit_norm
-from moco.weights.weight_files import read_content
+from moco.weights.weight_files import (
+    listed,
+    read_content,
+    recognise,
+    renumber_layers,
+    rows_of_unit_norm,
+)
 from tests.runs.test_hostile_checkpoints import Calls
 from tests.weights.projects import (
     BACKBONES_ALONE,
