@@ -49,15 +49,11 @@ def inspect_pairs(
     """
     inspect = partial(inspect_pair, ignore_index=ignore_index, max_image_pixels=max_image_pixels)
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
-    sizes, largest = [], []
-    all_numbers: set[int] = set()
     with pillow_warnings_ignored(), ThreadPoolExecutor(num_threads) as pool:
         # The results come in the order of the pairs, so the first wrong pair is named.
-        for size, numbers in pool.map(inspect, pairs):
-            sizes.append(size)
-            largest.append(max(numbers, default=-1))
-            all_numbers.update(numbers)
-    return InspectedPairs(np.array(sizes), np.array(largest), sorted(all_numbers))
+        sizes, numbers = zip(*pool.map(inspect, pairs), strict=True)
+    largest = [max(of_mask, default=-1) for of_mask in numbers]
+    return InspectedPairs(np.array(sizes), np.array(largest), sorted(set().union(*numbers)))
 
 
 def inspect_pair(
@@ -80,11 +76,10 @@ def inspect_pair(
     except UnreadableImage as error:
         raise InputError(str(error)) from error
     if mask.shape != (height, width):
-        message = (
-            f"{pair.mask}: the mask has {mask.shape[1]} x {mask.shape[0]} px, "
-            f"but its image {pair.image} has {width} x {height} px"
+        raise InputError(
+            f"{printable(pair.mask)}: the mask has {mask.shape[1]} x {mask.shape[0]} px, "
+            f"but its image {printable(pair.image)} has {width} x {height} px"
         )
-        raise InputError(printable(message))
     numbers = np.unique(mask)
     return (height, width), numbers[numbers != ignore_index].tolist()
 
@@ -101,16 +96,12 @@ def check_two_classes(root: str, numbers: Sequence[int], ignore_index: int) -> N
     Raises:
         InputError: there are fewer than two.
     """
-    if len(numbers) > 1:
-        return
-    found = f"only the number {numbers[0]}" if numbers else "no number"
-    message = (
-        f"data.root={root}: the training masks hold {found} besides "
-        f"data.ignore_index={ignore_index}; at least two classes are needed"
-    )
-    if ignore_index == 255:
-        message += "; masks of 0 and 255 have to be stored as 0 and 1"
-    raise InputError(message)
+    if len(numbers) < 2:
+        raise InputError(
+            f"data.root={root}: the training masks hold the numbers {numbers} besides "
+            f"data.ignore_index={ignore_index}; at least two classes are needed "
+            "(masks of 0 and 255 have to be stored as 0 and 1)"
+        )
 
 
 def check_classes(
@@ -127,13 +118,12 @@ def check_classes(
         InputError: a mask does. The message names the first one.
     """
     wrong = np.flatnonzero(largest >= num_classes)
-    if len(wrong) == 0:
-        return
-    first = wrong[0]
-    raise InputError(
-        f"{printable(pairs[first].mask)}: the mask holds the number {largest[first]}, "
-        f"but {origin} says {num_classes} classes, 0 to {num_classes - 1}{and_more(len(wrong))}"
-    )
+    if len(wrong):
+        first = wrong[0]
+        raise InputError(
+            f"{printable(pairs[first].mask)}: the mask holds the number {largest[first]}, but "
+            f"{origin} says {num_classes} classes, 0 to {num_classes - 1}{and_more(len(wrong))}"
+        )
 
 
 def warn_of_unseen_classes(
@@ -151,12 +141,10 @@ def warn_of_unseen_classes(
             unseen.append(name)
     if unseen:
         named = ", ".join(unseen[:MAX_NAMED_CLASSES])
-        rest = and_more(len(unseen) - MAX_NAMED_CLASSES + 1)
+        rest = and_more(len(unseen), MAX_NAMED_CLASSES)
         log.warning("no training mask contains the classes %s%s", named, rest)
 
 
-def and_more(count: int) -> str:
-    """Return the end of a message that has named one of `count` similar things."""
-    if count <= 1:
-        return ""
-    return f" (and {count - 1} more like it)"
+def and_more(count: int, num_named: int = 1) -> str:
+    """Return the end of a message that has named some of `count` similar things."""
+    return f" (and {count - num_named} more like it)" if count > num_named else ""

@@ -16,7 +16,7 @@ import numpy as np
 
 from moco.data.files.images import MAX_IMAGE_PIXELS
 from moco.data.files.listing import list_images
-from moco.data.sources.folders import is_held_out
+from moco.data.sources.folders import VALIDATION_FOLDERS, is_held_out
 from moco.data.sources.registry import MASKED, SOURCES
 from moco.data.sources.torchvision_sets import torchvision_dataset
 from moco.errors import InputError, printable, unknown_name
@@ -40,8 +40,7 @@ VOC_CLASSES = (
 
 # Folders below images and masks. The first one that exists is used.
 TRAINING_FOLDERS = ("train", "training")
-VALIDATION_FOLDERS = ("val", "validation", "test")
-VALIDATION_SHARE = 0.1  # where the dataset has no such folder
+VALIDATION_SHARE = 0.1  # where the dataset has no folder for validation
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,9 @@ def build_segmentation_source(
     check_two_classes(root, train.numbers, ignore_index)
     if not names:
         if num_classes is None:
-            largest = max(*train.numbers, *validation.numbers)
-            num_classes = largest + 1
-            log.info("%d classes: the largest number in the masks is %d", num_classes, largest)
-        names = list(map(str, range(num_classes)))
-        names_origin = "data.num_classes"
+            num_classes = max(*train.numbers, *validation.numbers) + 1
+            log.info("%d classes: the largest number in the masks plus one", num_classes)
+        names, names_origin = list(map(str, range(num_classes))), "data.num_classes"
     check_classes(listing.train, train.largest, len(names), names_origin)
     check_classes(listing.validation, validation.largest, len(names), names_origin)
     warn_of_unseen_classes(names, train.numbers, ignore_index)
@@ -171,16 +168,12 @@ def list_segmentation_folder(root: str) -> Listing:
         InputError: a folder is missing, an image has no mask, or a mask has no image.
     """
     images, masks = Path(root, "images"), Path(root, "masks")
-    if not os.path.isdir(root):
-        raise InputError(f"data.root={root}: no such folder")
     for folder in (images, masks):
         if not folder.is_dir():
             raise InputError(
                 f"data.root={root}: there is no folder {folder.name} in it; "
                 "expected the folders images and masks"
             )
-    names_file = Path(root, "classes.txt")
-    names = read_class_names(names_file)
     # Only the folders below images decide. Those below masks have to have the same names.
     train_folder = first_folder(images, TRAINING_FOLDERS)
     validation_folder = first_folder(images, VALIDATION_FOLDERS)
@@ -190,13 +183,12 @@ def list_segmentation_folder(root: str) -> Listing:
             f"train on; expected images/{' or images/'.join(TRAINING_FOLDERS)}"
         )
     pairs = pair_files(images / train_folder, masks / train_folder)
-    if validation_folder:
-        train = list(pairs.values())
-        held_out = pair_files(images / validation_folder, masks / validation_folder)
-        validation = list(held_out.values())
-    else:
-        train, validation = hold_out_a_tenth(pairs)
-    return Listing(train, validation, names, str(names_file))
+    names_file = Path(root, "classes.txt")
+    names = read_class_names(names_file)
+    if not validation_folder:
+        return Listing(*hold_out_a_tenth(pairs), names, str(names_file))
+    held_out = pair_files(images / validation_folder, masks / validation_folder)
+    return Listing(list(pairs.values()), list(held_out.values()), names, str(names_file))
 
 
 def first_folder(parent: Path, names: Sequence[str]) -> str:
@@ -220,7 +212,7 @@ def read_class_names(path: Path) -> list[str]:
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     # Empty lines at the end are no names. An empty line before a name would shift the numbers.
-    names = [line.strip() for line in text.rstrip().splitlines()]
+    names = list(map(str.strip, text.rstrip().splitlines()))
     if "" in names:
         number = names.index("") + 1
         raise InputError(f"{path}: line {number} is empty; expected a class name in every line")
@@ -253,8 +245,9 @@ def pair_files(images: Path, masks: Path) -> dict[str, Pair]:
     for path in list_images(images):
         key = path_without_ending(images, path)
         if key in image_paths:
-            message = f"{path}: {image_paths[key]} has the same mask, {masks / key}.png"
-            raise InputError(printable(message))
+            raise InputError(
+                printable(f"{path}: {image_paths[key]} has the same mask, {masks / key}.png")
+            )
         image_paths[key] = path
     mask_paths: dict[str, str] = {}
     for path in list_images(masks):
@@ -262,16 +255,13 @@ def pair_files(images: Path, masks: Path) -> dict[str, Pair]:
             mask_paths[path_without_ending(masks, path)] = path
 
     # The first in alphabetical order is named, so that the message is the same on every machine.
-    without_mask = sorted(image_paths.keys() - mask_paths.keys())
-    without_image = sorted(mask_paths.keys() - image_paths.keys())
-    message = ""
-    if without_mask:
-        message = f"{image_paths[without_mask[0]]}: there is no mask {masks / without_mask[0]}.png"
-    elif without_image:
-        path = mask_paths[without_image[0]]
-        message = f"{path}: there is no image of that name in {images}"
-    if message:
-        raise InputError(printable(message + and_more(len(without_mask or without_image))))
+    alone = []
+    for key in sorted(image_paths.keys() - mask_paths.keys()):
+        alone.append(f"{image_paths[key]}: there is no mask {masks / key}.png")
+    for key in sorted(mask_paths.keys() - image_paths.keys()):
+        alone.append(f"{mask_paths[key]}: there is no image of that name in {images}")
+    if alone:
+        raise InputError(printable(alone[0] + and_more(len(alone))))
     return {key: Pair(image_paths[key], mask_paths[key]) for key in sorted(image_paths)}
 
 
