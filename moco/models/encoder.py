@@ -137,8 +137,7 @@ def per_view(
         forward: what is called, a method of `module` that returns a tensor or a tuple of tensors.
             None calls the module itself.
     """
-    if forward is None:
-        forward = module
+    forward = forward or module
     if len(views) == 1 or has_batch_norm(module):
         return [forward(view) for view in views]
     output = forward(torch.cat(list(views)))

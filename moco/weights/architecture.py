@@ -179,17 +179,10 @@ def check_hidden_settings(origin: str, settings: dict[str, Any], are_windows_sav
             "does not say how many heads its attention has; "
             "give backbone.num_heads: 6 in DeiT and timm, 12 in MoCo v3"
         )
-    if settings.get("stem") != "cifar":
-        return
-    if origin == SOLO_LEARN:
+    if settings.get("stem") == "cifar" and origin in (SOLO_LEARN, BACKBONE_ALONE):
         log.warning(
-            "solo-learn pads the first convolution by 2 pixels and stem=cifar by 1, "
-            "which changes the features; backbone.stem=solo_cifar keeps them"
-        )
-    if origin == BACKBONE_ALONE:
-        log.info(
-            "a 3x3 convolution does not show its padding: stem=cifar pads by 1 pixel; "
-            "if the weights are solo-learn's give backbone.stem=solo_cifar"
+            "solo-learn pads the first convolution by 2 pixels and stem=cifar by 1, which changes "
+            "the features; if the weights are solo-learn's give backbone.stem=solo_cifar"
         )
 
 

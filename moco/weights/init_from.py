@@ -11,6 +11,7 @@ from moco.weights.weight_files import (
     WeightFile,
     listed_parts,
     log_unused,
+    part_of,
     read_weight_file,
     source_in_errors,
     split,
@@ -37,15 +38,23 @@ def start_from(method: MoCo, path: str) -> None:
     state = method.state_dict()
     loaded_parts: set[str] = set()
     reasons = {}
-    for part in METHOD_PARTS:
-        reason = reason_against(part, weights, state, loaded_parts)
-        if reason is None:
+    for part, (_, needs) in METHOD_PARTS.items():
+        theirs, own = part_of(weights, part), part_of(state, part)
+        if not own:
+            continue
+        problem = misfit(theirs, own)
+        if not theirs:
+            reasons[part] = "not in the file"
+        elif needs and needs not in loaded_parts:
+            reasons[part] = f"of no use without the file's {METHOD_PARTS[needs].title}"
+        elif problem is not None:
+            reasons[part] = f"does not fit: {problem}"
+        else:
             loaded_parts.add(part)
-        elif any(name.startswith(part) for name in state):
-            reasons[part] = reason
 
     loaded = {name for name in weights if name.startswith(tuple(loaded_parts))}
-    state |= {name: weights[name] for name in loaded}
+    for name in loaded:
+        state[name] = weights[name]
     # What the file lacks of the key encoder is a copy of the query encoder, as in any new run.
     for name in state:
         if name.startswith(KEY) and name.startswith(tuple(reasons)):
@@ -68,11 +77,11 @@ def with_our_backbones(file: WeightFile, method: MoCo) -> Weights:
         InputError: they were pretrained with other windows or positions than the method has, or
             a setting is neither in the file nor in the config.
     """
-    weights = file.weights
     if file.settings is not None:
-        return weights
+        return file.weights
+    weights = file.weights
     given = {key: x for key, x in method.hparams["backbone"].items() if x is not None}
-    seen = settings_seen(split(weights, BACKBONE)[0], given["name"], file.origin)
+    seen = settings_seen(part_of(weights, BACKBONE), given["name"], file.origin)
     check_hidden_settings(file.origin, seen | given, "pretrained_window_size" in seen)
     for prefix in (BACKBONE, KEY_BACKBONE):
         theirs, weights = split(weights, prefix)
@@ -85,8 +94,7 @@ def with_our_backbones(file: WeightFile, method: MoCo) -> Weights:
 def check_backbone(file: WeightFile, weights: Weights, method: MoCo) -> None:
     """Raise InputError if the file's backbone does not fit the method's."""
     backbone = method.query_encoder.backbone
-    theirs, _ = split(weights, BACKBONE)
-    problem = misfit(theirs, backbone.state_dict())
+    problem = misfit(part_of(weights, BACKBONE), backbone.state_dict())
     if problem is not None:
         name = method.hparams["backbone"]["name"]
         raise InputError(f"its weights do not fit backbone={name}: {problem}")
@@ -101,26 +109,3 @@ def check_backbone(file: WeightFile, weights: Weights, method: MoCo) -> None:
             raise InputError(
                 f"backbone.{key}: {there} there, {here} here, which would change the features"
             )
-
-
-def reason_against(
-    part: str, weights: Weights, state: Weights, loaded_parts: set[str]
-) -> str | None:
-    """Return why a method cannot load one of its parts from a file, or None if it can.
-
-    Args:
-        weights: the file's.
-        state: the method's state dict.
-        loaded_parts: the parts before this one that it loads.
-    """
-    theirs, _ = split(weights, part)
-    own, _ = split(state, part)
-    if not theirs or not own:
-        return "not in the file"
-    needs = METHOD_PARTS[part].needs
-    if needs and needs not in loaded_parts:
-        return f"of no use without the file's {METHOD_PARTS[needs].title}"
-    problem = misfit(theirs, own)
-    if problem is not None:
-        return f"does not fit: {problem}"
-    return None

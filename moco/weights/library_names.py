@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moco.errors import InputError
 from moco.models.size_constants import Size
 from moco.models.swin.attention import WindowAttention, WindowAttentionV2
-from moco.models.swin.backbone import Swin, map_sides, one_or_each
+from moco.models.swin.backbone import Swin, clipped_windows, one_or_each
 from moco.models.swin.windows import log_coordinates, relative_positions
 from moco.models.vit import VisionTransformer, learned_grid_side, resized_positions
 
@@ -195,22 +195,13 @@ def clipped_bias_tables(backbone: Swin, image_size: int) -> Weights:
     """Return Swin V1's tables of position biases, under timm's names, as timm clips them."""
     tables = {}
     stages: list[Any] = list(backbone.stages())
-    sides = library_map_sides(backbone, image_size)
+    whole_patches = backbone.cells(image_size) * backbone.patch_size
+    windows = clipped_windows(whole_patches, backbone.window_size, backbone.patch_size)
     for stage, blocks in enumerate(stages):
-        window = min(backbone.window_size[stage], sides[stage])
         for number, block in enumerate(blocks):
-            table = block.attn.bias_table((window, window)).detach().clone()
+            table = block.attn.bias_table((windows[stage], windows[stage])).detach().clone()
             tables[f"layers.{stage}.blocks.{number}.attn.relative_position_bias_table"] = table
     return tables
-
-
-def library_map_sides(backbone: Swin, image_size: int) -> list[int]:
-    """Return the sides of the four stages' maps, in cells, in torchvision and timm.
-
-    Both libraries drop the last pixels if a patch is incomplete.
-    """
-    whole_patches = image_size // backbone.patch_size * backbone.patch_size
-    return map_sides(whole_patches, backbone.patch_size)
 
 
 def timm_name(name: str) -> str:

@@ -29,6 +29,7 @@ from moco.weights.weight_files import (
     last_number,
     listed_parts,
     log_unused,
+    part_of,
     read_weight_file,
     source_in_errors,
     split,
@@ -184,9 +185,9 @@ def load_ours(
         )
     if feature == "embedding":
         raise InputError("holds a backbone alone, and feature=embedding needs the projector too")
-    weights, _ = split(file.weights, BACKBONE)
     backbone = build_backbone(**settings)
-    load_fitting(backbone, weights, f"its weights do not fit the backbone {settings['name']}")
+    complaint = f"its weights do not fit the backbone {settings['name']}"
+    load_fitting(backbone, part_of(file.weights, BACKBONE), complaint)
     return Encoder(backbone, nn.Identity()), settings
 
 

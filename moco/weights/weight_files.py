@@ -268,16 +268,15 @@ def add_tensor(weights: Weights, name: str, tensor: Tensor) -> None:
         raise InputError(f"two different tensors stand for {name}")
 
 
+def part_of(weights: Weights, prefix: str) -> Weights:
+    """Return the tensors whose names begin with a prefix, without that prefix."""
+    return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+
+
 def split(weights: Weights, prefix: str) -> tuple[Weights, Weights]:
-    """Return the tensors whose names begin with a prefix, without that prefix, and the others."""
-    these = {}
-    others = {}
-    for name, tensor in weights.items():
-        if name.startswith(prefix):
-            these[name.removeprefix(prefix)] = tensor
-        else:
-            others[name] = tensor
-    return these, others
+    """Return `part_of`, and the other tensors."""
+    others = {name: x for name, x in weights.items() if not name.startswith(prefix)}
+    return part_of(weights, prefix), others
 
 
 def renumber_layers(head: Weights, is_dense: bool) -> Weights:

@@ -480,7 +480,10 @@ MISTAKES = [
         ["checkpoint={swin}", "image_size=12"],
         "image_size=12: expected at least 16, a cell of the backbone's last map",
     ),
-    (["checkpoint={swin}", "data.root=nowhere"], "data.root=nowhere: there is no folder images in it; expected the folders images and masks"),
+    (
+        ["checkpoint={swin}", "data.root=nowhere"],
+        "data.root=nowhere: there is no folder images in it; expected the folders images and masks",
+    ),
     (
         ["checkpoint={swin}", "data.num_classes=2"],
         "{shapes}/masks/train/01.png: the mask holds the number 2, "

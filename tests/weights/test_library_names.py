@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 
 import pytest
 import torch
@@ -13,7 +12,8 @@ from torchvision.models import swin_transformer, vision_transformer
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
 from moco.models.swin.window_change import rewindow
-from moco.weights.backbone_files import read_backbone, write_backbone
+from moco.weights.architecture import settings_of
+from moco.weights.exporting import export_content
 from moco.weights.library_names import (
     TIMM_MODELS,
     counterpart,
@@ -23,7 +23,16 @@ from moco.weights.library_names import (
     to_timm,
     to_torchvision,
 )
+from moco.weights.load_encoder import load_pretrained
 
+ABOUT = {
+    "image_size": 32,
+    "mean": [0.5] * 3,
+    "std": [0.3] * 3,
+    "encoder": "query",
+    "epoch": 3,
+    "step": 12,
+}
 SMALL = ["resnet18", "swin_t", "swin_v2_t", "vit_small"]
 
 
@@ -360,42 +369,15 @@ def test_a_file_of_our_own_rebuilds_the_backbone(settings, window, tmp_path):
     if window:
         rewindow(backbone, window)
     path = tmp_path / "backbone.safetensors"
-    path.write_bytes(
-        write_backbone(backbone, settings, {"image_size": 32, "mean": [0.5, 0.5, 0.5]})
-    )
-    rebuilt, about = read_backbone(path)
+    settings = settings_of(backbone, settings)
+    path.write_bytes(export_content("safetensors", path, backbone, settings, ABOUT))
+    rebuilt = load_pretrained(str(path), "query", {})
     images = torch.randn(2, 3, 40, 33)
     with torch.no_grad():
-        assert torch.equal(rebuilt(images), backbone(images))
-    assert (about["image_size"], about["mean"]) == (32, [0.5, 0.5, 0.5])
-    assert about["backbone"].get("window_size") == window
-    assert about["backbone"].get("pretrained_window_size") == (
+        assert torch.equal(rebuilt.encoder(images), backbone(images))
+    assert rebuilt.config["data"] == {"image_size": 32}
+    assert rebuilt.config["augmentation"] == {"mean": [0.5] * 3, "std": [0.3] * 3}
+    assert rebuilt.settings.get("window_size") == window
+    assert rebuilt.settings.get("pretrained_window_size") == (
         4 if "v2" in settings["name"] else None
     )
-
-
-def test_files_that_are_not_ours_are_named(tmp_path):
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    path = tmp_path / "x.safetensors"
-
-    def complaint():
-        with pytest.raises(InputError) as error:
-            read_backbone(path)
-        return str(error.value).replace(str(path), "FILE")
-
-    assert complaint() == "FILE: no such file"
-    path.write_bytes(b"something else")
-    assert complaint().startswith("FILE: damaged, or no safetensors file (")
-    save_file({"x": torch.zeros(1)}, path)
-    foreign = "FILE: not written by moco.export format=safetensors, or changed since ("
-    assert complaint().startswith(foreign)
-    for metadata in (
-        {"author": "someone"},
-        {"backbone": '"resnet50"'},
-        {"backbone": "[1]"},
-        {"backbone": "{}"},
-    ):
-        save_file({"x": torch.zeros(1)}, path, metadata)
-        assert complaint().startswith(foreign)
-    save_file({"x": torch.zeros(1)}, path, {"backbone": json.dumps({"name": "resnet_tiny"})})
-    assert complaint().startswith(foreign)
