@@ -34,6 +34,43 @@ log = logging.getLogger(__name__)
 LARGEST_WHOLE_WINDOW = 8
 
 
+def complete_settings(weights: Weights, origin: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `build_backbone` for a backbone of another project.
+
+    What the tensors show counts most for a window, which can be changed after loading. What the
+    user gives counts most for all other settings.
+
+    Args:
+        weights: the backbone's, under any library's names.
+        origin: the project that the weights are from.
+        given: the arguments that the user gave.
+
+    Raises:
+        InputError: no backbone fits or several do, or a setting is neither shown nor given.
+    """
+    name = given.get("name") or recognised_backbone(weights)
+    seen = settings_seen(weights, name, origin)
+    settings = {"name": name} | seen | given
+    if "window_size" in seen:
+        settings["window_size"] = seen["window_size"]
+    check_hidden_settings(origin, settings, "pretrained_window_size" in seen)
+    return settings
+
+
+def recognised_backbone(weights: Weights) -> str:
+    """Return the one backbone that the weights fit.
+
+    Raises:
+        InputError: no backbone or several backbones fit.
+    """
+    fitting = fitting_backbones(weights)
+    if len(fitting) != 1:
+        fit = " and ".join(fitting) or "no backbone"
+        raise InputError(f"its tensors' shapes fit {fit}; give backbone=NAME")
+    log.info("backbone=%s, recognised by its tensors' shapes", fitting[0])
+    return fitting[0]
+
+
 def fitting_backbones(weights: Weights) -> list[str]:
     """Return every backbone that has tensors of these names and shapes."""
     fitting = []

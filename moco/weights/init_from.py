@@ -4,7 +4,7 @@ import logging
 
 from moco.errors import InputError
 from moco.methods.moco import MoCo
-from moco.weights.architecture import build_outline, check_hidden_settings, misfit, settings_seen
+from moco.weights.architecture import build_outline, complete_settings, misfit
 from moco.weights.library_names import Weights, to_our_names
 from moco.weights.other_projects import BACKBONE, KEY, KEY_BACKBONE, METHOD_PARTS, QUERY
 from moco.weights.weight_files import (
@@ -81,8 +81,7 @@ def with_our_backbones(file: WeightFile, method: MoCo) -> Weights:
         return file.weights
     weights = file.weights
     given = {key: x for key, x in method.hparams["backbone"].items() if x is not None}
-    seen = settings_seen(part_of(weights, BACKBONE), given["name"], file.origin)
-    check_hidden_settings(file.origin, seen | given, "pretrained_window_size" in seen)
+    complete_settings(part_of(weights, BACKBONE), file.origin, given)  # for its errors
     for prefix in (BACKBONE, KEY_BACKBONE):
         theirs, weights = split(weights, prefix)
         if theirs:

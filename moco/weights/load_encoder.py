@@ -15,12 +15,10 @@ from moco.models.swin.backbone import Swin
 from moco.models.swin.window_change import rewindow, suggest_window
 from moco.weights.architecture import (
     build_outline,
-    check_hidden_settings,
+    complete_settings,
     described,
-    fitting_backbones,
     load_fitting,
     settings_of,
-    settings_seen,
 )
 from moco.weights.library_names import Weights, to_our_names
 from moco.weights.other_projects import BACKBONE, METHOD_PARTS
@@ -86,9 +84,9 @@ def load_pretrained(
     with source_in_errors(source):
         file = read_weight_file(path, source)
         if feature is None:
-            feature = usual_feature(file, source)
+            feature = usual_feature(file)
         if file.settings is None:
-            encoder, settings = load_other_project(file, which, given, feature, source)
+            encoder, settings = load_other_project(file, which, given, feature)
         else:
             encoder, settings = load_ours(file, which, given, feature)
 
@@ -110,14 +108,13 @@ def load_pretrained(
     )
 
 
-def usual_feature(file: WeightFile, source: str) -> str:
+def usual_feature(file: WeightFile) -> str:
     """Return the feature that the run measured, or ``backbone`` if the file has no more."""
     of_run = file.config.get("evaluation", {}).get("feature", "backbone")
     if of_run == "embedding" and file.hyper_parameters is None:
         log.info(
-            "%s: the file holds a backbone alone, so the backbone's feature is measured; "
-            "the run measured embeddings",
-            source,
+            "the file holds a backbone alone, so the backbone's feature is measured; "
+            "the run measured embeddings"
         )
         return "backbone"
     return of_run
@@ -205,7 +202,7 @@ def check_architecture(there: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def load_other_project(
-    file: WeightFile, which: str, given: dict[str, Any], feature: str, source: str
+    file: WeightFile, which: str, given: dict[str, Any], feature: str
 ) -> tuple[Encoder, dict[str, Any]]:
     """Return the encoder in another project's file, and its backbone's settings.
 
@@ -216,64 +213,24 @@ def load_other_project(
     theirs, others = split(file.weights, prefix + "backbone.")
     if not theirs:
         raise InputError(f"{file.origin}, without {METHOD_PARTS[prefix + 'backbone.'].title}")
-    settings = settings_of_other_project(file, theirs, given, source)
+    settings = complete_settings(theirs, file.origin, given)
     backbone = build_backbone(**settings)
     weights = to_our_names(theirs, backbone)
     load_fitting(backbone, weights, f"its weights do not fit backbone={settings['name']}")
 
     projector: nn.Module = nn.Identity()
-    unused = others
     if feature == "embedding":
-        head, unused = split(others, prefix + "projector.")
+        head, others = split(others, prefix + "projector.")
         if not head:
             raise InputError("holds no projector, which feature=embedding needs")
         projector = build_head(backbone.feature_dim, **head_settings(head))
         load_fitting(projector, head, "its projector is of an unknown kind")
 
-    log.info("%s: %s; backbone %s", source, file.origin, described(settings))
-    log.info("loaded: %s", listed_parts(file.weights.keys() - unused.keys()))
-    log_unused(unused, file)
+    log.info("%s; backbone %s", file.origin, described(settings))
+    log.info("loaded: %s", listed_parts(file.weights.keys() - others.keys()))
+    log_unused(others, file)
     log.info("the file says nothing about images: mean and std are ImageNet's where none are given")
     return Encoder(backbone, projector), settings
-
-
-def settings_of_other_project(
-    file: WeightFile, theirs: Weights, given: dict[str, Any], source: str
-) -> dict[str, Any]:
-    """Return the arguments of `build_backbone` for the backbone in another project's file.
-
-    What the tensors show counts most for a window, which can be changed after loading. What the
-    user gives counts most for all other settings.
-
-    Args:
-        theirs: the backbone's tensors, under the names of their library.
-
-    Raises:
-        InputError: no backbone fits, or a setting is neither shown nor given.
-    """
-    name = given.get("name") or recognised_backbone(theirs, source)
-    seen = settings_seen(theirs, name, file.origin)
-    settings = {"name": name} | seen | given
-    if "window_size" in seen:
-        settings["window_size"] = seen["window_size"]
-    check_hidden_settings(file.origin, settings, "pretrained_window_size" in seen)
-    return settings
-
-
-def recognised_backbone(weights: Weights, source: str) -> str:
-    """Return the one backbone that the weights fit.
-
-    Raises:
-        InputError: no backbone or several backbones fit.
-    """
-    fitting = fitting_backbones(weights)
-    if not fitting:
-        raise InputError("no backbone here has tensors of these shapes; give backbone=NAME")
-    if len(fitting) > 1:
-        names = " and ".join(fitting)
-        raise InputError(f"{names} have tensors of these shapes; give backbone=NAME")
-    log.info("%s: backbone=%s, recognised by its tensors' shapes", source, fitting[0])
-    return fitting[0]
 
 
 def head_settings(head: Weights) -> dict[str, Any]:
@@ -298,7 +255,7 @@ def head_settings(head: Weights) -> dict[str, Any]:
         "output_dim": widths[-1],
         "num_layers": len(widths),
         "hidden_dim": widths[0] if len(widths) > 1 else None,
-        "hidden_batch_norm": any(norm < last_linear for norm in norms),
-        "last_batch_norm": any(norm > last_linear for norm in norms),
+        "hidden_batch_norm": min(norms, default=last_linear) < last_linear,
+        "last_batch_norm": max(norms, default=last_linear) > last_linear,
         "bias": f"{last_linear}.bias" in head or "bias" in head,
     }

@@ -235,8 +235,9 @@ def layout_of(weights: Weights) -> Layout:
     Raises:
         InputError: there is none.
     """
+    names = "\n".join(weights)
     for layout in LAYOUTS:
-        if all(any(re.match(mark, name) for name in weights) for mark in layout.marks):
+        if all(re.search(rf"^(?:{mark})", names, re.MULTILINE) for mark in layout.marks):
             return layout
     known = ", ".join(layout.origin for layout in LAYOUTS)
     raise InputError(f"tensors named {listed(weights)} are of no known format (known: {known})")
@@ -270,13 +271,19 @@ def add_tensor(weights: Weights, name: str, tensor: Tensor) -> None:
 
 def part_of(weights: Weights, prefix: str) -> Weights:
     """Return the tensors whose names begin with a prefix, without that prefix."""
-    return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+    return split(weights, prefix)[0]
 
 
 def split(weights: Weights, prefix: str) -> tuple[Weights, Weights]:
     """Return `part_of`, and the other tensors."""
-    others = {name: x for name, x in weights.items() if not name.startswith(prefix)}
-    return part_of(weights, prefix), others
+    part = {}
+    others = {}
+    for name, tensor in weights.items():
+        if name.startswith(prefix):
+            part[name.removeprefix(prefix)] = tensor
+        else:
+            others[name] = tensor
+    return part, others
 
 
 def renumber_layers(head: Weights, is_dense: bool) -> Weights:

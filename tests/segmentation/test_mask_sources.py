@@ -291,12 +291,13 @@ def test_a_mistake_in_the_folder_is_named(mistake, shapes):
         (
             "cifar10",
             ".",
-            "data=cifar10: this dataset has no masks (choices: segmentation_folder, voc2012)",
+            "data.name: unknown dataset with masks 'cifar10' "
+            "(choices: segmentation_folder, voc2012)",
         ),
         (
             "voc2021",
             ".",
-            "data.name: unknown dataset 'voc2021'; did you mean 'voc2012'? "
+            "data.name: unknown dataset with masks 'voc2021'; did you mean 'voc2012'? "
             "(choices: segmentation_folder,",
         ),
         ("voc2012", None, "data.root=None: expected the dataset's folder; give data.root=PATH"),

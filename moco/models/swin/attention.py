@@ -143,23 +143,17 @@ def _attend_in_blocks(
     h, length, _ = bias.shape
     biases = bias.repeat(_windows_per_block(bias, len(query) // h), 1, 1)
     scores = torch.empty_like(biases)
-    has_scores_type = value.dtype == scores.dtype
-    block_weights = scores
-    if not has_scores_type:
-        block_weights = torch.empty_like(scores, dtype=value.dtype)
     out = torch.empty_like(value)
     for start in range(0, len(query), len(scores)):
         rows = slice(start, min(start + len(scores), len(query)))
-        count = rows.stop - rows.start
-        part = block_weights[:count] if weights is None else weights[rows]
-        torch.baddbmm(biases[:count], query[rows], key[rows].transpose(1, 2), out=scores[:count])
-        _add_masks(scores[:count].view(-1, h, length, length), grid, start // h)
-        if has_scores_type:
-            torch.softmax(scores[:count], dim=-1, out=part)
-        else:
-            torch.softmax(scores[:count], dim=-1, out=scores[:count])
-            part.copy_(scores[:count])
-        torch.bmm(part, value[rows], out=out[rows])
+        block = scores[: rows.stop - rows.start]
+        torch.baddbmm(biases[: len(block)], query[rows], key[rows].transpose(1, 2), out=block)
+        _add_masks(block.view(-1, h, length, length), grid, start // h)
+        torch.softmax(block, dim=-1, out=block)
+        block = block.to(value.dtype)
+        if weights is not None:
+            weights[rows] = block
+        torch.bmm(block, value[rows], out=out[rows])
     return out
 
 
