@@ -72,7 +72,8 @@ class PatchBackbone(Backbone):
                 f"backbone.partial_patches=drop: an image of {height} x {width} px has no whole "
                 f"patch of {self.patch_size} px"
             )
-        # Negative padding cuts off.
+        # At the right and the bottom, so that every cell stays over its pixels. Negative padding
+        # cuts off.
         return F.pad(images, (0, whole_width - width, 0, whole_height - height))
 
     def run_block(self, block: nn.Module, x: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ def build_outline(settings: dict[str, Any]) -> Any:
         InputError: there is no backbone with these settings.
     """
     try:
+        # As text, because a cache takes no lists as arguments.
         return cached_outline(json.dumps(settings))
     except (TypeError, InputError) as error:
         raise InputError(f"its settings are of no backbone ({error})") from error

@@ -93,7 +93,7 @@ def read_weight_file(path: str, source: str) -> WeightFile:
     """
     content = read_content(path, source)
     if not isinstance(content, dict):
-        content = {}
+        content = {}  # which holds no tensors by name, as `tensors_in` says
     if content.keys() >= CHECKPOINT_PARTS.keys():
         return from_checkpoint(content, source)
     if content.keys() >= BACKBONE_PARTS.keys():
@@ -235,7 +235,7 @@ def layout_of(weights: Weights) -> Layout:
     Raises:
         InputError: there is none.
     """
-    names = "\n".join(weights)
+    names = "\n".join(weights)  # one a line, so that ^ and $ are the ends of a name
     for layout in LAYOUTS:
         if all(re.search(rf"^(?:{mark})", names, re.MULTILINE) for mark in layout.marks):
             return layout
