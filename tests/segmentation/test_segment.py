@@ -487,7 +487,7 @@ MISTAKES = [
     (
         ["checkpoint={swin}", "data.num_classes=2"],
         "{shapes}/masks/train/01.png: the mask holds the number 2, "
-        "but data.num_classes says 2 classes, 0 to 1 (and 11 more like it)",
+        "but data.num_classes says 2 classes, 0 to 1 (and 15 more like it)",
     ),
     (["checkpoint={swin}", "data.ignore_index=65536"], "data.ignore_index=65536: "),
     (
