@@ -94,8 +94,7 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
 
 def origin_of(subject: "Subject", pretrained: "Pretrained") -> dict[str, Any]:
     """Return what was measured, under the names of ``metrics.json``."""
-    from moco.models.swin.attention import one_or_each
-    from moco.models.swin.backbone import Swin
+    from moco.models.swin.backbone import Swin, one_or_each
 
     origin = {
         "data": subject.data["name"],

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moco.cli.checks import check_output
 from moco.cli.launch import launch, save_hydra_files
 from moco.config.pretrained import ExportConfig, given_settings, with_usual_settings
 from moco.errors import InputError
@@ -33,19 +34,21 @@ def run(config: ExportConfig, folder: Path) -> None:
     from rich.console import Console
 
     from moco.cli.closing_tables import print_table
+    from moco.runs.atomic_files import write_atomically
+    from moco.runs.failures import failures_without_training_named
     from moco.runs.run_folder import claimed
     from moco.weights.exporting import (
-        check_output,
+        check_ending,
         deviation,
         export_content,
         loading_lines,
         summary_rows,
-        write_export,
     )
     from moco.weights.load_encoder import load_pretrained
 
     file_format, output = config.format, Path(config.output)
-    check_output(output, file_format)
+    check_output(output)
+    check_ending(output, file_format)
     pretrained = load_pretrained(config.checkpoint, config.encoder, given_settings(config.backbone))
     # Readers of weights expect the usual memory format.
     backbone: Any = pretrained.encoder.backbone.to(memory_format=torch.contiguous_format)
@@ -54,9 +57,10 @@ def run(config: ExportConfig, folder: Path) -> None:
     image_size = about["image_size"]
 
     content = export_content(file_format, output, backbone, settings, about)
-    write_export(output, content)
-    with claimed(folder, dataclasses.asdict(config)):
-        save_hydra_files(folder)
+    with failures_without_training_named("batch_size", place="output=FILE"):
+        write_atomically(output, lambda file: file.write(content))
+        with claimed(folder, dataclasses.asdict(config)):
+            save_hydra_files(folder)
 
     console = Console()
     print_table(console, f"Exported for {file_format}", summary_rows(backbone, settings, about))

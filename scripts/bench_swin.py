@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.models import swin_transformer
 
 from moco.models.backbones import build_backbone
-from moco.weights.library_names import from_torchvision
+from moco.weights.library_names import to_our_names
 
 BATCH = {64: 2, 224: 8, 565: 2}
 CASES = ("224/7/fp32", "565/18/fp32", "224/7/bf16", "565/18/bf16")
@@ -63,7 +63,7 @@ def models(window: int, device: str) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     theirs = torchvisions(window)
     ours = build_backbone("swin_v2_t", window_size=window, partial_patches="drop")
-    ours.load_state_dict(from_torchvision(theirs.state_dict(), ours))
+    ours.load_state_dict(to_our_names(theirs.state_dict(), ours))
     return {"torchvision": theirs.to(device), "ours": ours.to(device)}
 
 

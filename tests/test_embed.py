@@ -28,7 +28,7 @@ from moco.evaluation.embedding import choose_images
 from moco.evaluation.resumable_features import FeatureParts
 from moco.methods.moco import MoCo
 from moco.models.swin.window_change import rewindow
-from moco.weights.load_encoder import load_encoder
+from moco.weights.load_encoder import load_pretrained
 from tests.processes import started, wait_until
 
 
@@ -83,7 +83,7 @@ def embed(checkpoint, folder, *overrides):
 @torch.no_grad()
 def features(checkpoint, images, places, image_size, feature, window=2):
     """Return features of images by their places, one image at a time."""
-    encoder = load_encoder(torch.load(checkpoint), "query", "")
+    encoder = load_pretrained(str(checkpoint), "query", {}).encoder
     rewindow(encoder.backbone, window)
     view = build_evaluation_view(image_size, 1.0, [0.5] * 3, [0.5] * 3)
     return torch.cat([encoder.encode(view(images[place])[None], feature) for place in places])

@@ -24,7 +24,7 @@ head the loss fell from log(1 + K) = 7.6 to 5.7, and in groups of 8 with shuffle
 """
 
 import logging
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +61,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
         self.is_sorted = is_sorted
         self.weight = wrapped.weight
         self.bias = wrapped.bias
-        self.running_mean = cast(Tensor, wrapped.running_mean)
-        self.running_var = cast(Tensor, wrapped.running_var)
+        self.running_mean = wrapped.running_mean
+        self.running_var = wrapped.running_var
         self.num_batches_tracked = wrapped.num_batches_tracked
 
     def forward(self, input: Tensor) -> Tensor:
@@ -106,21 +106,13 @@ class SplitBatchNorm(nn.BatchNorm2d):
     def forward_sorted(self, input: Tensor) -> Tensor:
         """Normalise a batch that is sorted by group, group by group."""
         outputs = []
-        for group, momentum in zip(input.chunk(self.num_splits), self.momenta(), strict=True):
+        for number, group in enumerate(input.chunk(self.num_splits), start=1):
+            # With this momentum for each group the running statistics end where `momentum` and the
+            # mean over all groups would have brought them.
+            num_later = self.num_splits - number
+            momentum = self.momentum / (self.num_splits - num_later * self.momentum)
             outputs.append(self.normalize(group, momentum, is_training=True))
         return torch.cat(outputs)
-
-    def momenta(self) -> list[float]:
-        """Return one momentum for each group.
-
-        With these the running statistics move by one group after the other, and end where
-        `momentum` and the mean over all groups would have brought them.
-        """
-        momenta = []
-        for group in range(self.num_splits):
-            num_later = self.num_splits - 1 - group
-            momenta.append(self.momentum / (self.num_splits - num_later * self.momentum))
-        return momenta
 
     def forward_compiled(self, input: Tensor) -> Tensor:
         """Normalise by the formula, from which torch.compile makes one kernel for all groups."""
@@ -135,22 +127,14 @@ class SplitBatchNorm(nn.BatchNorm2d):
         variance, mean = torch.var_mean(groups, dims, correction=0, keepdim=True)
         normalized = (groups - mean) * torch.rsqrt(variance + self.eps)
         count = groups.numel() // mean.numel()
-        self.move_statistics(mean.detach(), variance.detach() * (count / (count - 1)))
+        unbiased = variance * (count / (count - 1))
+        for running, own in ((self.running_mean, mean), (self.running_var, unbiased)):
+            mean_of_groups = own.detach().view(self.num_splits, -1).mean(dim=0)
+            running.lerp_(mean_of_groups.to(running.dtype), self.momentum)
         if self.weight is not None:
             per_channel = (-1, *[1] * (groups.ndim - 3))
             normalized = normalized * self.weight.view(per_channel) + self.bias.view(per_channel)
         return normalized.to(input.dtype).flatten(0, 1)
-
-    def move_statistics(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics towards the mean over the groups' own.
-
-        Args:
-            mean: S * C numbers in any shape, the channels innermost.
-            variance: the same, of unbiased variances.
-        """
-        for running, own in ((self.running_mean, mean), (self.running_var, variance)):
-            mean_of_groups = own.view(self.num_splits, -1).mean(dim=0)
-            running.lerp_(mean_of_groups.to(running.dtype), self.momentum)
 
 
 def check_groups(num_images: int, num_splits: int) -> None:

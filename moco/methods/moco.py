@@ -414,21 +414,14 @@ def check_switches(
             "method.num_queues=2: the second queue is for the second direction; "
             "add method.symmetric=true"
         )
-    if negatives == "queue":
-        if queue_size is None:
-            raise InputError(
-                "method.queue_size=null: method.negatives=queue needs a size; "
-                "expected a number of at least 1"
-            )
-        return
-    for key, value, expected in (
-        ("num_queues", num_queues, 1),
-        ("dense_weight", dense_weight, 0),
-        ("queue_size", queue_size, None),
-    ):
-        if value != expected:
-            wanted = "null" if expected is None else expected
-            raise InputError(
-                f"method.{key}={value}: method.negatives=batch has no queue; "
-                f"expected method.{key}={wanted}, or method.negatives=queue"
-            )
+    if negatives == "queue" and queue_size is None:
+        raise InputError(
+            "method.queue_size=null: method.negatives=queue needs a size; "
+            "expected a number of at least 1"
+        )
+    if negatives == "batch" and (queue_size, num_queues, dense_weight) != (None, 1, 0):
+        raise InputError(
+            f"method.negatives=batch has no queue: method.queue_size={queue_size}, "
+            f"method.num_queues={num_queues}, method.dense_weight={dense_weight}; "
+            "expected null, 1 and 0, or method.negatives=queue"
+        )

@@ -1,19 +1,4 @@
-"""The contract of all backbones, and the function that builds one by its name.
-
-A backbone turns images (N, 3, H, W) into one feature (N, D), and into four feature maps for dense
-tasks. It has no classifier. Every backbone has
-
-- ``feature_dim``: D,
-- ``forward(images) -> (N, D)``,
-- ``feature_maps(images) -> [(N, C_1, H_1, W_1), ..., (N, C_4, H_4, W_4)]``, from the first layers
-  to the last ones,
-- ``feature_and_maps(images)``, which returns both from one pass,
-- ``feature_map_dims`` = (C_1, ..., C_4),
-- ``feature_map_strides``, in px of the image per cell.
-
-ResNet and Swin double the stride from map to map, and the feature is the mean over the last map.
-ViT has one stride, the side of its patch, and the feature is its class token.
-"""
+"""All backbones by name. `moco.models.contract` says what they have in common."""
 
 import inspect
 from collections.abc import Callable

@@ -60,13 +60,10 @@ class Encoder(nn.Module):
             embeddings = per_view(self.projector, per_view(self.backbone, views))
             return [Encoded(embedding) for embedding in embeddings]
         outputs = per_view(self.backbone, views, self.feature_and_last_map)
-        last_maps = [last_map for _, last_map in outputs]
-        embeddings = per_view(self.projector, [feature for feature, _ in outputs])
-        cells_of_views = per_view(self.dense_projector, last_maps)
-        encoded = []
-        for embedding, cells in zip(embeddings, cells_of_views, strict=True):
-            encoded.append(Encoded(embedding, Cells(*cells)))
-        return encoded
+        features, last_maps = zip(*outputs, strict=True)
+        embeddings = per_view(self.projector, features)
+        cells = [Cells(*parts) for parts in per_view(self.dense_projector, last_maps)]
+        return list(map(Encoded, embeddings, cells))
 
     @cached_property
     def is_called_whole(self) -> bool:
@@ -137,8 +134,7 @@ def per_view(
         forward: what is called, a method of `module` that returns a tensor or a tuple of tensors.
             None calls the module itself.
     """
-    if forward is None:
-        forward = module
+    forward = forward or module
     if len(views) == 1 or has_batch_norm(module):
         return [forward(view) for view in views]
     output = forward(torch.cat(list(views)))

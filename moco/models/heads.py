@@ -67,7 +67,7 @@ class Cells(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Cells":
         """Return the same with `function` applied to every tensor."""
-        return Cells(function(self.embeddings), function(self.pooled), function(self.features))
+        return Cells(*map(function, self))
 
 
 class DenseProjector(nn.Module):

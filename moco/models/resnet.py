@@ -6,14 +6,13 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from moco.errors import InputError, unknown_name
+from moco.models.contract import Backbone
 
 STEMS = ("imagenet", "cifar", "solo_cifar")
-STRIDES_AFTER_IMAGENET_STEM = (4, 8, 16, 32)
-STRIDES_AFTER_CIFAR_STEM = (1, 2, 4, 8)
 TORCHVISION_WIDTH = 64
 
 
-class ResNet(resnet.ResNet):
+class ResNet(Backbone, resnet.ResNet):
     """torchvision's ResNet without its classifier; parameter names are torchvision's.
 
     Args:
@@ -56,18 +55,17 @@ class ResNet(resnet.ResNet):
             zero_init_residual=zero_init_residual,
         )
         del self.fc
+        self.stem = stem
+        self.feature_map_strides = (4, 8, 16, 32)
         if stem != "imagenet":
             padding = 2 if stem == "solo_cifar" else 1
             self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=padding, bias=False)
+            self.maxpool = nn.Identity()
+            self.feature_map_strides = (1, 2, 4, 8)
         elif width != TORCHVISION_WIDTH:
             self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
         if width != TORCHVISION_WIDTH:
             self.bn1 = nn.BatchNorm2d(width)
-        self.feature_map_strides = STRIDES_AFTER_IMAGENET_STEM
-        if stem != "imagenet":
-            self.maxpool = nn.Identity()
-            self.feature_map_strides = STRIDES_AFTER_CIFAR_STEM
-        self.stem = stem
         first_dim = width * block.expansion
         self.feature_map_dims = (first_dim, 2 * first_dim, 4 * first_dim, 8 * first_dim)
         self.feature_dim = self.feature_map_dims[-1]
@@ -78,42 +76,26 @@ class ResNet(resnet.ResNet):
         This overrides a private method: torchvision has no public way to narrow the stages. Without
         it the widths of `test_every_backbone_keeps_the_contract` would be wrong.
         """
-        is_first_stage = planes == TORCHVISION_WIDTH
-        if is_first_stage:
+        if planes == TORCHVISION_WIDTH:  # the first stage
             self.inplanes = self.width
         return super()._make_layer(block, planes * self.width // TORCHVISION_WIDTH, *args, **kwargs)
 
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
-        """Return the four stages' outputs: (N, C_i, ceil(H / stride_i), ceil(W / stride_i)).
-
-        Args:
-            images: (N, 3, H, W).
-        """
-        return self.feature_and_maps(images)[1]
-
     def feature_and_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return `forward` and `feature_maps` from one pass.
+        """Return the last stage's output averaged over its cells, and the four stages' outputs.
 
         With the stem ``solo_cifar`` the feature is the mean over the last stage's whole output,
         whose border lies outside the image. The maps are without that border.
         """
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []
-        for stage, stride in zip(self.stages(), self.feature_map_strides, strict=True):
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        for stage, stride in zip(stages, self.feature_map_strides, strict=True):
             x = stage(x)
             if self.stem == "solo_cifar":
                 maps.append(without_border(x, images, stride))
             else:
                 maps.append(x)
         return self.avgpool(x).flatten(1), maps
-
-    def stages(self) -> tuple[nn.Module, ...]:
-        """Return the four stages."""
-        return self.layer1, self.layer2, self.layer3, self.layer4
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the last stage's output averaged over its cells: (N, D)."""
-        return self.feature_and_maps(images)[0]
 
 
 def without_border(feature_map: Tensor, images: Tensor, stride: int) -> Tensor:

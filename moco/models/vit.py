@@ -14,12 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.models import vision_transformer
 from torchvision.ops import StochasticDepth
 
 from moco.errors import InputError
-from moco.models.patches import num_patches, with_whole_patches
+from moco.models.contract import PatchBackbone
 from moco.models.size_constants import Size, constant_of_sizes
 
 WAVE_BASE = 10_000
@@ -40,7 +39,7 @@ class Block(vision_transformer.EncoderBlock):
         return tokens + self.stochastic_depth(self.mlp(self.ln_2(tokens)))
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(PatchBackbone, nn.Module):
     """ViT without its classifier; the feature is the class token after the last norm.
 
     Parameter names are torchvision's. Fixed positions are not among the weights, because they
@@ -57,12 +56,9 @@ class VisionTransformer(nn.Module):
             positions, see `sine_cosine_positions`.
         stochastic_depth: chance that an image skips a branch of the last block in training. It
             rises linearly from 0 at the first block.
-        gradient_checkpointing: keep only the blocks' inputs for the backward pass, and compute the
-            rest again.
+        gradient_checkpointing, partial_patches: see `PatchBackbone`.
         freeze_patch_embed: do not train the random patch projection, for stability
             (arXiv 2104.02057, section 4.2).
-        partial_patches: ``complete`` fills the last row and column of patches up with zeros.
-            ``drop`` leaves them out.
 
     Raises:
         InputError: the width is no multiple of the heads.
@@ -135,10 +131,6 @@ class VisionTransformer(nn.Module):
         """Return the blocks, from the first to the last."""
         return self.encoder["layers"].children()
 
-    def cells(self, side: int) -> int:
-        """Return how many cells an image's side, px, has."""
-        return num_patches(side, self.patch_size, self.partial_patches)
-
     def positions(self, grid: Size, device: torch.device | None = None) -> Tensor:
         """Return the tokens' positions (1, P, D) on a grid of h x w cells."""
         if self.learned_positions:
@@ -146,9 +138,11 @@ class VisionTransformer(nn.Module):
         return sine_cosine_positions(grid, self.feature_dim, device or torch.device("cpu"))
 
     def feature_and_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return `forward` and `feature_maps` from one pass."""
-        images = with_whole_patches(images, self.patch_size, self.partial_patches)
-        patches = self.conv_proj(images)  # (N, D, h, w)
+        """Return the class token after the last norm, and four maps (N, D, h, w).
+
+        A map holds the patches' tokens after a quarter of the blocks. The last one is normalised.
+        """
+        patches = self.conv_proj(self.with_whole_patches(images))  # (N, D, h, w)
         grid = (patches.shape[2], patches.shape[3])
         class_tokens = self.class_token.expand(len(patches), -1, -1)
         tokens = torch.cat([class_tokens, patches.flatten(2).transpose(1, 2)], dim=1)
@@ -156,10 +150,7 @@ class VisionTransformer(nn.Module):
         blocks = list(self.blocks())
         outputs = []
         for number, block in enumerate(blocks, start=1):
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
+            tokens = self.run_block(block, tokens)
             if number % (len(blocks) // 4) == 0:
                 outputs.append(tokens)
         outputs[-1] = self.encoder["ln"](tokens)
@@ -167,23 +158,6 @@ class VisionTransformer(nn.Module):
         for output in outputs:
             maps.append(output[:, 1:].transpose(1, 2).unflatten(2, grid))
         return outputs[-1][:, 0], maps
-
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
-        """Return the patches' tokens after each quarter of the blocks: four maps (N, D, h, w).
-
-        The last one is normalised.
-
-        Args:
-            images: (N, 3, H, W), of any height and width.
-
-        Raises:
-            InputError: partial patches are dropped, and there is no whole one.
-        """
-        return self.feature_and_maps(images)[1]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the class token after the last norm: (N, D)."""
-        return self.feature_and_maps(images)[0]
 
 
 @constant_of_sizes

@@ -4,6 +4,7 @@ Most decoders come from segmentation_models_pytorch (an optional extra) and torc
 here fits them to the feature maps of our backbones.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,11 +77,16 @@ def enlarge_logits(logits: Tensor, stride: int, height: int, width: int) -> Tens
     if stride > 1:
         size = (num_rows * stride, num_columns * stride)
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-    missing_rows = max(height - logits.shape[-2], 0)
-    missing_columns = max(width - logits.shape[-1], 0)
-    if missing_rows or missing_columns:
-        logits = F.pad(logits, (0, missing_columns, 0, missing_rows), mode="replicate")
-    return logits[..., :height, :width]
+    return fill_up(logits, height, width)[..., :height, :width]
+
+
+def fill_up(x: Tensor, height: int, width: int) -> Tensor:
+    """Repeat the last row and column of maps until they have at least this size."""
+    missing_rows = max(height - x.shape[-2], 0)
+    missing_columns = max(width - x.shape[-1], 0)
+    if missing_rows == missing_columns == 0:
+        return x
+    return F.pad(x, (0, missing_columns, 0, missing_rows), mode="replicate")
 
 
 def choose_decoder(name: str, freeze_backbone: bool) -> str:
@@ -91,8 +97,12 @@ def choose_decoder(name: str, freeze_backbone: bool) -> str:
     """
     if name == "auto":
         name = "linear" if freeze_backbone else "upernet"
-    if name in PYRAMID_DECODERS:
-        pyramid_decoders(name)
+    is_missing = importlib.util.find_spec("segmentation_models_pytorch") is None
+    if name in PYRAMID_DECODERS and is_missing:
+        raise InputError(
+            f"decoder={name}: segmentation_models_pytorch is not installed: "
+            "pip install moco-ssl[segment]; decoder=fcn, deeplabv3 and linear do not need it"
+        )
     return name
 
 
@@ -109,15 +119,13 @@ def build_decoder(
         channels: width of fpn, unet and upernet; None: `DEFAULT_CHANNELS`.
 
     Raises:
-        InputError: the decoder needs a package that is not installed, or cannot have this width.
+        InputError: the decoder cannot have this width.
     """
-    dims, strides = backbone.feature_map_dims, backbone.feature_map_strides
     if name in PYRAMID_DECODERS:
-        is_transformer = isinstance(backbone, (Swin, VisionTransformer))
-        width = channels or DEFAULT_CHANNELS
-        return PyramidDecoder(name, dims, num_classes, strides, width, normalize=is_transformer)
+        return PyramidDecoder(name, backbone, num_classes, channels or DEFAULT_CHANNELS)
     if channels is not None:
         raise InputError(f"decoder.channels={channels}: the decoder {name} has no such setting")
+    dims, strides = backbone.feature_map_dims, backbone.feature_map_strides
     if name == "linear":
         return LinearDecoder(dims, num_classes, strides)
     if name == "fcn":
@@ -128,27 +136,6 @@ def build_decoder(
     return LastMapDecoder(DeepLabHead(dims[-1], num_classes, rates), strides[-1])
 
 
-def pyramid_decoders(name: str) -> dict[str, Any]:
-    """Return the decoder classes of segmentation_models_pytorch by name.
-
-    Args:
-        name: the decoder that the user asked for, for the message.
-
-    Raises:
-        InputError: the package is not installed.
-    """
-    try:
-        from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
-        from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
-        from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
-    except ImportError as error:
-        raise InputError(
-            f"decoder={name}: segmentation_models_pytorch is not installed: "
-            "pip install moco-ssl[segment]; decoder=fcn, deeplabv3 and linear do not need it"
-        ) from error
-    return {"fpn": FPNDecoder, "unet": UnetDecoder, "upernet": UPerNetDecoder}
-
-
 class PyramidDecoder(nn.Module):
     """UPerNet, FPN or U-Net of segmentation_models_pytorch, and a 1x1 convolution to logits.
 
@@ -157,43 +144,32 @@ class PyramidDecoder(nn.Module):
     image's size, where it has no features to use.
 
     The decoders need strides that double from map to map. Maps of one stride are resampled, see
-    `resample_to_pyramid`.
+    `resample_to_pyramid`. Swin and ViT normalise only their last map. For them the other maps are
+    normalised here, as in Swin's segmentation code; UPerNet has its own normalisation.
 
     Args:
         name: one of `PYRAMID_DECODERS`.
-        dims: width of each feature map.
-        strides: of the feature maps, px.
         channels: width of the decoder.
-        normalize: normalise all maps but the last, which Swin and ViT do not. Swin's segmentation
-            code does the same. UPerNet has its own normalisation.
 
     Raises:
-        InputError: the library is not installed, or the FPN's GroupNorm cannot have this width.
+        InputError: the FPN's GroupNorm cannot have this width.
     """
 
-    def __init__(
-        self,
-        name: str,
-        dims: Sequence[int],
-        num_classes: int,
-        strides: Sequence[int],
-        channels: int,
-        normalize: bool,
-    ) -> None:
+    def __init__(self, name: str, backbone: Any, num_classes: int, channels: int) -> None:
         super().__init__()
-        library = pyramid_decoders(name)
-        from segmentation_models_pytorch.base.initialization import (
-            initialize_decoder,
-            initialize_head,
-        )
+        # An optional package, which takes seconds to import.
+        from segmentation_models_pytorch.base import initialization
+        from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+        from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
+        from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 
+        dims, strides = backbone.feature_map_dims, backbone.feature_map_strides
         self.name = name
-        self.has_one_stride = strides[0] == strides[-1]
+        self.stride = strides[0]
         # Maps of one stride become a pyramid, whose finest map has a quarter of that stride.
+        self.has_one_stride = strides[0] == strides[-1]
         if self.has_one_stride:
-            self.stride = strides[0] // 4
-        else:
-            self.stride = strides[0]
+            self.stride //= 4
         # The library counts maps from the image's own resolution on. It skips the first ones,
         # which are given no channels here.
         if name == "fpn":
@@ -204,27 +180,24 @@ class PyramidDecoder(nn.Module):
                 )
             width = channels // 2
             self.num_skipped_maps = 0
-            self.decoder = library["fpn"](
+            self.decoder = FPNDecoder(
                 list(dims), pyramid_channels=channels, segmentation_channels=width
             )
         elif name == "unet":
             width = channels // 4
             self.num_skipped_maps = 1
             widths = (channels, channels // 2, width)
-            self.decoder = library["unet"]((0, *dims), widths, n_blocks=3)
+            self.decoder = UnetDecoder((0, *dims), widths, n_blocks=3)
         else:
             width = channels
             self.num_skipped_maps = 2
-            self.decoder = library["upernet"]((0, 0, *dims), decoder_channels=channels)
+            self.decoder = UPerNetDecoder((0, 0, *dims), decoder_channels=channels)
         self.head = nn.Conv2d(width, num_classes, kernel_size=1)
-        initialize_decoder(self.decoder)
-        initialize_head(self.head)
-        self.norms = nn.ModuleList()
-        for dim in dims[:-1]:
-            if normalize and name != "upernet":
-                self.norms.append(LayerNorm2d(dim))
-            else:
-                self.norms.append(nn.Identity())
+        initialization.initialize_decoder(self.decoder)
+        initialization.initialize_head(self.head)
+        is_transformer = isinstance(backbone, (Swin, VisionTransformer))
+        norm = LayerNorm2d if is_transformer and name != "upernet" else nn.Identity
+        self.norms = nn.ModuleList([norm(dim) for dim in dims[:-1]])
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Return logits (N, classes, rows, columns) of the cells of the finest map."""
@@ -260,15 +233,11 @@ def resample_to_pyramid(maps: Sequence[Tensor]) -> list[Tensor]:
 def pad_to_exact_doubles(maps: Sequence[Tensor]) -> list[Tensor]:
     """Pad four maps so that each has exactly twice the height and width of the next one.
 
-    The FPN doubles a map and adds it to the finer one. The last row and column are repeated.
+    The FPN doubles a map and adds it to the finer one.
     """
     height, width = maps[-1].shape[-2:]
-    padded = []
-    for factor, x in zip((8, 4, 2, 1), maps, strict=True):
-        missing_rows = factor * height - x.shape[-2]
-        missing_columns = factor * width - x.shape[-1]
-        padded.append(F.pad(x, (0, missing_columns, 0, missing_rows), mode="replicate"))
-    return padded
+    factors = (8, 4, 2, 1)
+    return [fill_up(x, n * height, n * width) for n, x in zip(factors, maps, strict=True)]
 
 
 class LastMapDecoder(nn.Module):

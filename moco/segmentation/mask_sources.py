@@ -1,32 +1,34 @@
 """Datasets with masks: a folder of images and masks, and Pascal VOC 2012.
 
-An image and its mask are paired by their paths. All pairs are checked before training begins.
+An image and its mask are paired by their paths. All pairs are checked before training begins, so
+that a mistake is found at once.
 """
 
 import logging
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moco.data.files.images import MAX_IMAGE_PIXELS
+from moco.data.files.images import (
+    MAX_IMAGE_PIXELS,
+    UnreadableImage,
+    decoded_mask,
+    opened,
+    pillow_warnings_ignored,
+)
 from moco.data.files.listing import list_images
-from moco.data.sources.folders import is_held_out
-from moco.data.sources.registry import MASKED, SOURCES
+from moco.data.sources.folders import VALIDATION_FOLDERS, is_held_out
+from moco.data.sources.registry import MASKED
 from moco.data.sources.torchvision_sets import torchvision_dataset
 from moco.errors import InputError, printable, unknown_name
-from moco.segmentation.mask_checks import (
-    and_more,
-    check_classes,
-    check_two_classes,
-    inspect_pairs,
-    warn_of_unseen_classes,
-)
 from moco.segmentation.masked_images import MaskedImages, Pair
 
 log = logging.getLogger(__name__)
@@ -40,8 +42,9 @@ VOC_CLASSES = (
 
 # Folders below images and masks. The first one that exists is used.
 TRAINING_FOLDERS = ("train", "training")
-VALIDATION_FOLDERS = ("val", "validation", "test")
-VALIDATION_SHARE = 0.1  # where the dataset has no such folder
+MAX_THREADS = 32
+MAX_NAMED_CLASSES = 10  # in one warning
+VALIDATION_SHARE = 0.1  # where the dataset has no folder for validation
 
 
 @dataclass(frozen=True)
@@ -100,25 +103,25 @@ def build_segmentation_source(
     check_class_names(names, names_origin, num_classes)
 
     started = time.monotonic()
-    train = inspect_pairs(listing.train, ignore_index, max_image_pixels)
-    validation = inspect_pairs(listing.validation, ignore_index, max_image_pixels)
+    pairs = listing.train + listing.validation
+    sizes, numbers = inspect_pairs(pairs, ignore_index, max_image_pixels)
+    num_train = len(listing.train)
     log.info(
         "%d training images and %d held-out images, all checked in %.1f s",
-        len(listing.train),
+        num_train,
         len(listing.validation),
         time.monotonic() - started,
     )
-    check_two_classes(root, train.numbers, ignore_index)
+    train_numbers = sorted(set().union(*numbers[:num_train]))
+    check_two_classes(root, train_numbers, ignore_index)
+    largest = [max(of_mask, default=0) for of_mask in numbers]
     if not names:
         if num_classes is None:
-            largest = max(*train.numbers, *validation.numbers)
-            num_classes = largest + 1
-            log.info("%d classes: the largest number in the masks is %d", num_classes, largest)
-        names = list(map(str, range(num_classes)))
-        names_origin = "data.num_classes"
-    check_classes(listing.train, train.largest, len(names), names_origin)
-    check_classes(listing.validation, validation.largest, len(names), names_origin)
-    warn_of_unseen_classes(names, train.numbers, ignore_index)
+            num_classes = max(largest) + 1
+            log.info("%d classes: the largest number in the masks plus one", num_classes)
+        names, names_origin = list(map(str, range(num_classes))), "data.num_classes"
+    check_classes(pairs, largest, len(names), names_origin)
+    warn_of_unseen_classes(names, train_numbers, ignore_index)
     if ignore_index < len(names):
         log.warning(
             "the class %s is left out, because its number is data.ignore_index=%d",
@@ -126,8 +129,8 @@ def build_segmentation_source(
             ignore_index,
         )
     return SegmentationSource(
-        MaskedImages(listing.train, train.sizes, max_image_pixels),
-        MaskedImages(listing.validation, validation.sizes, max_image_pixels),
+        MaskedImages(listing.train, sizes[:num_train], max_image_pixels),
+        MaskedImages(listing.validation, sizes[num_train:], max_image_pixels),
         tuple(names),
         ignore_index,
     )
@@ -139,11 +142,8 @@ def list_files(name: str | None, root: Any, download: bool) -> Listing:
     Raises:
         InputError: there is no such dataset with masks, or its folder is not given or is wrong.
     """
-    if name in SOURCES:
-        choices = ", ".join(MASKED)
-        raise InputError(f"data={name}: this dataset has no masks (choices: {choices})")
     if name not in MASKED:
-        raise InputError(f"data.name: {unknown_name('dataset', str(name), MASKED)}")
+        raise InputError(f"data.name: {unknown_name('dataset with masks', str(name), MASKED)}")
     if not isinstance(root, str):
         raise InputError(f"data.root={root}: expected the dataset's folder; give data.root=PATH")
     if name == "voc2012":
@@ -171,16 +171,12 @@ def list_segmentation_folder(root: str) -> Listing:
         InputError: a folder is missing, an image has no mask, or a mask has no image.
     """
     images, masks = Path(root, "images"), Path(root, "masks")
-    if not os.path.isdir(root):
-        raise InputError(f"data.root={root}: no such folder")
     for folder in (images, masks):
         if not folder.is_dir():
             raise InputError(
                 f"data.root={root}: there is no folder {folder.name} in it; "
                 "expected the folders images and masks"
             )
-    names_file = Path(root, "classes.txt")
-    names = read_class_names(names_file)
     # Only the folders below images decide. Those below masks have to have the same names.
     train_folder = first_folder(images, TRAINING_FOLDERS)
     validation_folder = first_folder(images, VALIDATION_FOLDERS)
@@ -190,13 +186,12 @@ def list_segmentation_folder(root: str) -> Listing:
             f"train on; expected images/{' or images/'.join(TRAINING_FOLDERS)}"
         )
     pairs = pair_files(images / train_folder, masks / train_folder)
-    if validation_folder:
-        train = list(pairs.values())
-        held_out = pair_files(images / validation_folder, masks / validation_folder)
-        validation = list(held_out.values())
-    else:
-        train, validation = hold_out_a_tenth(pairs)
-    return Listing(train, validation, names, str(names_file))
+    names_file = Path(root, "classes.txt")
+    names = read_class_names(names_file)
+    if not validation_folder:
+        return Listing(*hold_out_a_tenth(pairs), names, str(names_file))
+    held_out = pair_files(images / validation_folder, masks / validation_folder)
+    return Listing(list(pairs.values()), list(held_out.values()), names, str(names_file))
 
 
 def first_folder(parent: Path, names: Sequence[str]) -> str:
@@ -220,7 +215,7 @@ def read_class_names(path: Path) -> list[str]:
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     # Empty lines at the end are no names. An empty line before a name would shift the numbers.
-    names = [line.strip() for line in text.rstrip().splitlines()]
+    names = list(map(str.strip, text.rstrip().splitlines()))
     if "" in names:
         number = names.index("") + 1
         raise InputError(f"{path}: line {number} is empty; expected a class name in every line")
@@ -253,8 +248,9 @@ def pair_files(images: Path, masks: Path) -> dict[str, Pair]:
     for path in list_images(images):
         key = path_without_ending(images, path)
         if key in image_paths:
-            message = f"{path}: {image_paths[key]} has the same mask, {masks / key}.png"
-            raise InputError(printable(message))
+            raise InputError(
+                printable(f"{path}: {image_paths[key]} has the same mask, {masks / key}.png")
+            )
         image_paths[key] = path
     mask_paths: dict[str, str] = {}
     for path in list_images(masks):
@@ -262,16 +258,13 @@ def pair_files(images: Path, masks: Path) -> dict[str, Pair]:
             mask_paths[path_without_ending(masks, path)] = path
 
     # The first in alphabetical order is named, so that the message is the same on every machine.
-    without_mask = sorted(image_paths.keys() - mask_paths.keys())
-    without_image = sorted(mask_paths.keys() - image_paths.keys())
-    message = ""
-    if without_mask:
-        message = f"{image_paths[without_mask[0]]}: there is no mask {masks / without_mask[0]}.png"
-    elif without_image:
-        path = mask_paths[without_image[0]]
-        message = f"{path}: there is no image of that name in {images}"
-    if message:
-        raise InputError(printable(message + and_more(len(without_mask or without_image))))
+    alone = []
+    for key in sorted(image_paths.keys() - mask_paths.keys()):
+        alone.append(f"{image_paths[key]}: there is no mask {masks / key}.png")
+    for key in sorted(mask_paths.keys() - image_paths.keys()):
+        alone.append(f"{mask_paths[key]}: there is no image of that name in {images}")
+    if alone:
+        raise InputError(printable(alone[0] + and_more(len(alone))))
     return {key: Pair(image_paths[key], mask_paths[key]) for key in sorted(image_paths)}
 
 
@@ -305,3 +298,120 @@ def hold_out_a_tenth(pairs: dict[str, Pair]) -> tuple[list[Pair], list[Pair]]:
         "%d of %d images are held out, chosen by a hash of their names", len(validation), len(pairs)
     )
     return train, validation
+
+
+def inspect_pairs(
+    pairs: Sequence[Pair], ignore_index: int, max_image_pixels: int
+) -> tuple[np.ndarray, list[list[int]]]:
+    """Open all M pairs of files, in parallel threads.
+
+    Only the header of an image is read. A mask is decoded, because its numbers are needed. Pillow
+    decodes without holding Python's lock, so threads are enough. A mask of one megapixel takes
+    about 10 ms of one core.
+
+    Returns:
+        (M, 2) height and width in px, and the numbers in each mask except `ignore_index`.
+
+    Raises:
+        InputError: a pair cannot be used. The message names the file of the first such pair.
+    """
+    inspect = partial(inspect_pair, ignore_index=ignore_index, max_image_pixels=max_image_pixels)
+    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    with pillow_warnings_ignored(), ThreadPoolExecutor(num_threads) as pool:
+        # The results come in the order of the pairs, so the first wrong pair is named.
+        sizes, numbers = zip(*pool.map(inspect, pairs), strict=True)
+    return np.array(sizes), list(numbers)
+
+
+def inspect_pair(
+    pair: Pair, ignore_index: int, max_image_pixels: int
+) -> tuple[tuple[int, int], list[int]]:
+    """Read the size of an image and the numbers in its mask.
+
+    This runs in threads. The caller ignores Pillow's warnings around all of them.
+
+    Returns:
+        Height and width in px, and the numbers except `ignore_index`, each once.
+
+    Raises:
+        InputError: a file cannot be read, or the two files have different sizes.
+    """
+    try:
+        with opened(pair.image, max_image_pixels) as image:
+            width, height = image.size
+        mask = decoded_mask(pair.mask, max_image_pixels)
+    except UnreadableImage as error:
+        raise InputError(str(error)) from error
+    if mask.shape != (height, width):
+        raise InputError(
+            f"{printable(pair.mask)}: the mask has {mask.shape[1]} x {mask.shape[0]} px, "
+            f"but its image {printable(pair.image)} has {width} x {height} px"
+        )
+    numbers = np.unique(mask)
+    return (height, width), numbers[numbers != ignore_index].tolist()
+
+
+def check_two_classes(root: str, numbers: Sequence[int], ignore_index: int) -> None:
+    """Check that the training masks hold at least two classes.
+
+    With one class the loss is 0 from the start, and every prediction is correct.
+
+    Args:
+        root: the dataset's folder, for the message.
+        numbers: the numbers in the training masks except `ignore_index`.
+
+    Raises:
+        InputError: there are fewer than two.
+    """
+    if len(numbers) < 2:
+        raise InputError(
+            f"data.root={root}: the training masks hold the numbers {numbers} besides "
+            f"data.ignore_index={ignore_index}; at least two classes are needed "
+            "(masks of 0 and 255 have to be stored as 0 and 1)"
+        )
+
+
+def check_classes(
+    pairs: Sequence[Pair], largest: Sequence[int], num_classes: int, origin: str
+) -> None:
+    """Check that no mask holds a number beyond the last class.
+
+    Args:
+        pairs: the files, M pairs.
+        largest: the largest number in each of the M masks.
+        origin: what decided the number of classes, for the message.
+
+    Raises:
+        InputError: a mask does. The message names the first one.
+    """
+    wrong = np.flatnonzero(np.array(largest) >= num_classes)
+    if len(wrong):
+        first = wrong[0]
+        raise InputError(
+            f"{printable(pairs[first].mask)}: the mask holds the number {largest[first]}, but "
+            f"{origin} says {num_classes} classes, 0 to {num_classes - 1}{and_more(len(wrong))}"
+        )
+
+
+def warn_of_unseen_classes(
+    class_names: Sequence[str], numbers: Sequence[int], ignore_index: int
+) -> None:
+    """Log a warning that names the classes which no training mask contains.
+
+    Args:
+        class_names: the names of all classes; the class number is the position.
+        numbers: the numbers in the training masks.
+    """
+    unseen = []
+    for number, name in enumerate(class_names):
+        if number not in numbers and number != ignore_index:
+            unseen.append(name)
+    if unseen:
+        named = ", ".join(unseen[:MAX_NAMED_CLASSES])
+        rest = and_more(len(unseen), MAX_NAMED_CLASSES)
+        log.warning("no training mask contains the classes %s%s", named, rest)
+
+
+def and_more(count: int, num_named: int = 1) -> str:
+    """Return the end of a message that has named some of `count` similar things."""
+    return f" (and {count - num_named} more like it)" if count > num_named else ""

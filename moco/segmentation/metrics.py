@@ -1,5 +1,6 @@
 """How right a segmentation is: the confusion matrix and the figures that follow from it."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -34,21 +35,15 @@ def segmentation_figures(confusion: Tensor, class_names: Sequence[str]) -> dict[
         confusion: see `confusion_matrix`.
         class_names: one name for each class.
     """
-    right = confusion.diagonal()
+    right = confusion.diagonal().double()
     # A row counts the true pixels of a class, a column the predicted ones. The right ones are in
     # both, so they are subtracted once.
     union = confusion.sum(dim=0) + confusion.sum(dim=1) - right
-    class_ious: dict[str, float | None] = {}
-    known_ious = []
-    for number, name in enumerate(class_names):
-        iou = None
-        if union[number] > 0:
-            iou = float(right[number].double() / union[number].double())
-            known_ious.append(iou)
-        class_ious[f"segment/iou/{name}"] = iou
-    num_pixels = confusion.sum().clamp(min=1)
+    class_ious = right / union  # NaN for a class that is nowhere
     figures: dict[str, float | None] = {
-        "segment/miou": sum(known_ious) / max(len(known_ious), 1),
-        "segment/pixel_accuracy": float(right.double().sum() / num_pixels),
+        "segment/miou": float(class_ious.nanmean().nan_to_num()),
+        "segment/pixel_accuracy": float(right.sum() / confusion.sum().clamp(min=1)),
     }
-    return figures | class_ious
+    for name, iou in zip(class_names, class_ious.tolist(), strict=True):
+        figures[f"segment/iou/{name}"] = None if math.isnan(iou) else iou
+    return figures

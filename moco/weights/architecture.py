@@ -1,10 +1,11 @@
-"""Which backbone and which projector the tensors of another project are of.
+"""Which backbone the tensors of another project are of.
 
 Names and shapes of tensors show most settings of a backbone. The rest has to be given, and is
 checked here.
 """
 
 import functools
+import json
 import logging
 from typing import Any
 
@@ -13,8 +14,7 @@ from torch import nn
 
 from moco.errors import InputError
 from moco.models.backbones import BACKBONES, build_backbone, settings_of_backbone
-from moco.models.swin.attention import one_or_each, pretrained_window_of
-from moco.models.swin.backbone import Swin
+from moco.models.swin.backbone import Swin, one_or_each
 from moco.models.vit import learned_grid_side
 from moco.weights.library_names import (
     COORDINATES,
@@ -22,16 +22,53 @@ from moco.weights.library_names import (
     Weights,
     first_of_each_stage,
     from_sequential,
+    pretrained_windows,
     to_our_names,
 )
 from moco.weights.other_projects import BACKBONE_ALONE, MOCO_V3, SOLO_LEARN
-from moco.weights.recognise import last_number
 
 log = logging.getLogger(__name__)
 
 # Cells. Published Swin V2s with windows up to this one were pretrained on images whose last map
 # holds a whole window (8 at 256 px). With larger windows, the last map was smaller than a window.
 LARGEST_WHOLE_WINDOW = 8
+
+
+def complete_settings(weights: Weights, origin: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `build_backbone` for a backbone of another project.
+
+    What the tensors show counts most for a window, which can be changed after loading. What the
+    user gives counts most for all other settings.
+
+    Args:
+        weights: the backbone's, under any library's names.
+        origin: the project that the weights are from.
+        given: the arguments that the user gave.
+
+    Raises:
+        InputError: no backbone fits or several do, or a setting is neither shown nor given.
+    """
+    name = given.get("name") or recognised_backbone(weights)
+    seen = settings_seen(weights, name, origin)
+    settings = {"name": name} | seen | given
+    if "window_size" in seen:
+        settings["window_size"] = seen["window_size"]
+    check_hidden_settings(origin, settings, "pretrained_window_size" in seen)
+    return settings
+
+
+def recognised_backbone(weights: Weights) -> str:
+    """Return the one backbone that the weights fit.
+
+    Raises:
+        InputError: no backbone or several backbones fit.
+    """
+    fitting = fitting_backbones(weights)
+    if len(fitting) != 1:
+        fit = " and ".join(fitting) or "no backbone"
+        raise InputError(f"its tensors' shapes fit {fit}; give backbone=NAME")
+    log.info("backbone=%s, recognised by its tensors' shapes", fitting[0])
+    return fitting[0]
 
 
 def fitting_backbones(weights: Weights) -> list[str]:
@@ -54,20 +91,18 @@ def build_outline(settings: dict[str, Any]) -> Any:
     Raises:
         InputError: there is no backbone with these settings.
     """
-    hashable = {}
-    for key, value in settings.items():
-        hashable[key] = tuple(value) if isinstance(value, list) else value
     try:
-        return cached_outline(**hashable)
+        # As text, because a cache takes no lists as arguments.
+        return cached_outline(json.dumps(settings))
     except (TypeError, InputError) as error:
         raise InputError(f"its settings are of no backbone ({error})") from error
 
 
 @functools.cache
-def cached_outline(**settings: Any) -> Any:
+def cached_outline(settings: str) -> Any:
     """Return `build_outline`'s backbone. All backbones together take a second, so they are kept."""
     with torch.device("meta"):
-        return build_backbone(**settings)
+        return build_backbone(**json.loads(settings))
 
 
 def misfit(weights: Weights, expected: Weights) -> str | None:
@@ -76,14 +111,13 @@ def misfit(weights: Weights, expected: Weights) -> str | None:
     The first tensor that differs is named, the others are counted.
     """
     problems = []
-    for name in expected | weights:
+    for name, tensor in (expected | weights).items():
+        shape = tuple(tensor.shape)
         if name not in weights:
-            problems.append(f"{name} {tuple(expected[name].shape)} is missing")
-            continue
-        shape = tuple(weights[name].shape)
-        if name not in expected:
+            problems.append(f"{name} {shape} is missing")
+        elif name not in expected:
             problems.append(f"{name} {shape} has no counterpart")
-        elif shape != tuple(expected[name].shape):
+        elif tensor.shape != expected[name].shape:
             problems.append(f"{name} is {shape} and should be {tuple(expected[name].shape)}")
     if len(problems) > 1:
         return f"{problems[0]}, and {len(problems) - 1} more differ"
@@ -135,11 +169,8 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
     tables = first_of_each_stage(weights, COORDINATES)
     if tables:
         windows = [(table.shape[1] + 1) // 2 for table in tables]
-        pretrained = []
-        for table, window in zip(tables, windows, strict=True):
-            pretrained.append(pretrained_window_of(table) or window)
         seen["window_size"] = one_or_each(windows)
-        seen["pretrained_window_size"] = one_or_each(pretrained)
+        seen["pretrained_window_size"] = one_or_each(pretrained_windows(tables, windows))
 
     known = settings_of_backbone(name)
     return {key: value for key, value in seen.items() if key in known}
@@ -163,10 +194,8 @@ def settings_of(backbone: nn.Module, built_with: dict[str, Any]) -> dict[str, An
 
 def described(settings: dict[str, Any]) -> str:
     """Return a backbone's name and its settings for one line."""
-    shown = [f"{key} {value}" for key, value in settings.items() if key != "name"]
-    if not shown:
-        return settings["name"]
-    return f"{settings['name']} ({', '.join(shown)})"
+    shown = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "name")
+    return f"{settings['name']} ({shown})" if shown else settings["name"]
 
 
 def check_hidden_settings(origin: str, settings: dict[str, Any], are_windows_saved: bool) -> None:
@@ -188,17 +217,10 @@ def check_hidden_settings(origin: str, settings: dict[str, Any], are_windows_sav
             "does not say how many heads its attention has; "
             "give backbone.num_heads: 6 in DeiT and timm, 12 in MoCo v3"
         )
-    if settings.get("stem") != "cifar":
-        return
-    if origin == SOLO_LEARN:
+    if settings.get("stem") == "cifar" and origin in (SOLO_LEARN, BACKBONE_ALONE):
         log.warning(
-            "solo-learn pads the first convolution by 2 pixels and stem=cifar by 1, "
-            "which changes the features; backbone.stem=solo_cifar keeps them"
-        )
-    if origin == BACKBONE_ALONE:
-        log.info(
-            "a 3x3 convolution does not show its padding: stem=cifar pads by 1 pixel; "
-            "if the weights are solo-learn's give backbone.stem=solo_cifar"
+            "solo-learn pads the first convolution by 2 pixels and stem=cifar by 1, which changes "
+            "the features; if the weights are solo-learn's give backbone.stem=solo_cifar"
         )
 
 
@@ -233,31 +255,3 @@ def check_pretraining_windows(settings: dict[str, Any]) -> None:
         "if the images were smaller give backbone.pretrained_image_size",
         pretrained,
     )
-
-
-def head_settings(head: Weights) -> dict[str, Any]:
-    """Return the arguments of `build_head`, without the input's width, that make such a head.
-
-    A head that `build_head` cannot make, as one with a scale in its last BatchNorm, gets the
-    settings of a similar one. `misfit` tells the difference.
-
-    Args:
-        head: the tensors under our names.
-    """
-    widths = []
-    last_linear: float = 0
-    norms = []
-    for name, tensor in head.items():
-        if name.endswith("running_mean"):
-            norms.append(last_number(name))
-        elif tensor.ndim >= 2:
-            widths.append(len(tensor))
-            last_linear = last_number(name)
-    return {
-        "output_dim": widths[-1],
-        "num_layers": len(widths),
-        "hidden_dim": widths[0] if len(widths) > 1 else None,
-        "hidden_batch_norm": any(norm < last_linear for norm in norms),
-        "last_batch_norm": any(norm > last_linear for norm in norms),
-        "bias": f"{last_linear}.bias" in head or "bias" in head,
-    }

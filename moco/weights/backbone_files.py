@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from moco.errors import InputError
-from moco.models.backbones import build_backbone
 from moco.runs.atomic_files import write_atomically
 from moco.weights.architecture import settings_of
+from moco.weights.library_names import Weights
 
 # What a file of a backbone alone holds, and the type of each part.
 BACKBONE_PARTS = {
@@ -58,46 +57,11 @@ def write_backbone_file(
     write_atomically(path, lambda file: torch.save(content, file))
 
 
-def write_backbone(backbone: nn.Module, settings: dict[str, Any], about: dict[str, Any]) -> bytes:
-    """Return the content of a safetensors file that `read_backbone` rebuilds the backbone from.
+def as_safetensors(weights: Weights, about: dict[str, Any]) -> bytes:
+    """Return the content of a safetensors file.
 
     Args:
-        settings: the arguments of `build_backbone` that the backbone was made with.
-        about: plain data to keep beside the weights. The file's metadata hold it, and the
-            settings, as JSON, because they may only hold strings.
-
-    Raises:
-        InputError: safetensors is not installed.
-    """
-    content = {"backbone": settings_of(backbone, settings), **about}
-    metadata = {key: json.dumps(value) for key, value in content.items()}
-    return as_safetensors(dict(backbone.state_dict()), metadata)
-
-
-def read_backbone(path: str | Path) -> tuple[Any, dict[str, Any]]:
-    """Return the backbone of a file that ``moco.export format=safetensors`` wrote.
-
-    Returns:
-        The backbone in eval mode, and everything that the file's metadata say.
-
-    Raises:
-        InputError: there is no such file, it is damaged, something else wrote it, or safetensors
-            is not installed.
-    """
-    about = read_safetensors(path, str(path))
-    weights = about.pop("state_dict")
-    try:
-        backbone = build_backbone(**about["backbone"])
-        backbone.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{path}: not written by moco.export format=safetensors, or changed since ({error})"
-        ) from error
-    return backbone.eval(), about
-
-
-def as_safetensors(weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Return the content of a safetensors file.
+        about: plain data to keep beside the weights, as JSON, because metadata are strings.
 
     Raises:
         InputError: safetensors is not installed.
@@ -106,8 +70,9 @@ def as_safetensors(weights: dict[str, Tensor], metadata: dict[str, str] | None =
         from safetensors.torch import save
     except ImportError as error:
         raise InputError(NOT_INSTALLED) from error
+    metadata = {key: json.dumps(value) for key, value in about.items()}
     # Other readers of the format look for "pt".
-    return save(weights, {"format": "pt", **(metadata or {})})
+    return save(weights, {"format": "pt", **metadata})
 
 
 def read_safetensors(path: str | Path, source: str) -> dict[str, Any]:
@@ -119,7 +84,7 @@ def read_safetensors(path: str | Path, source: str) -> dict[str, Any]:
         source: what the errors begin with.
 
     Raises:
-        InputError: there is no such file, it is damaged, or safetensors is not installed.
+        InputError: the file is damaged, or safetensors is not installed.
     """
     try:
         from safetensors import SafetensorError, safe_open
@@ -136,8 +101,6 @@ def read_safetensors(path: str | Path, source: str) -> dict[str, Any]:
         # Metadata of other programs need not be JSON.
         if "backbone" in metadata:
             content = {key: json.loads(value) for key, value in metadata.items()}
-    except FileNotFoundError as error:
-        raise InputError(f"{source}: no such file") from error
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{source}: damaged, or no safetensors file ({error})") from error
     return content | {"state_dict": weights}

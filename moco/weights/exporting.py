@@ -1,6 +1,5 @@
 """The formats of `moco.export`: the content of a file, and the Python lines that load it."""
 
-import errno
 import io
 import json
 from pathlib import Path
@@ -8,14 +7,13 @@ from typing import Any
 
 import torch
 
-from moco.errors import InputError, RunError
-from moco.models.swin.attention import one_or_each
-from moco.models.swin.backbone import Swin
+from moco.errors import InputError
+from moco.models.contract import PatchBackbone
+from moco.models.swin.backbone import Swin, map_sides, one_or_each
 from moco.models.vit import VisionTransformer
-from moco.runs.atomic_files import write_atomically
 from moco.weights.architecture import described
-from moco.weights.backbone_files import as_safetensors, write_backbone
-from moco.weights.library_names import counterpart, library_map_sides, to_timm, to_torchvision
+from moco.weights.backbone_files import as_safetensors
+from moco.weights.library_names import counterpart, to_timm, to_torchvision
 
 ENDINGS = {
     "safetensors": (".safetensors",),
@@ -24,10 +22,8 @@ ENDINGS = {
 }
 
 
-def check_output(output: Path, file_format: str) -> None:
+def check_ending(output: Path, file_format: str) -> None:
     """Raise InputError if the output cannot be a file of the format."""
-    if output.is_dir():
-        raise InputError(f"output={output}: a folder; expected the name of a file")
     endings = ENDINGS[file_format]
     if output.suffix not in endings:
         raise InputError(
@@ -49,30 +45,15 @@ def export_content(
         InputError: the library has no such model, or safetensors is needed and not installed.
     """
     if file_format == "safetensors":
-        return write_backbone(backbone, settings, about)
+        return as_safetensors(backbone.state_dict(), {"backbone": settings, **about})
     counterpart(settings, file_format)  # Raises where the library has no such model.
     to_library = to_timm if file_format == "timm" else to_torchvision
     weights = to_library(backbone, about["image_size"])
     if output.suffix == ".safetensors":
-        return as_safetensors(weights)
+        return as_safetensors(weights, {})
     buffer = io.BytesIO()
     torch.save(weights, buffer)
     return buffer.getvalue()
-
-
-def write_export(output: Path, content: bytes) -> None:
-    """Write the file, as a whole or not at all.
-
-    Raises:
-        InputError: no file can be written there.
-        RunError: the disk is full.
-    """
-    try:
-        write_atomically(output, lambda file: file.write(content))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"output={output}: {error.strerror}") from error
-        raise InputError(f"output={output}: cannot be written ({error.strerror})") from error
 
 
 def summary_rows(
@@ -103,8 +84,8 @@ def loading_lines(
     path = json.dumps(str(output))
     if file_format == "safetensors":
         return [
-            "from moco.weights.backbone_files import read_backbone",
-            f"model, about = read_backbone({path})",
+            "from moco.weights.load_encoder import load_pretrained",
+            f'model = load_pretrained({path}, "query", {{}}).encoder',
         ]
     name = counterpart(settings, file_format)
     if file_format == "timm":
@@ -125,9 +106,9 @@ def timm_arguments(backbone: Any, image_size: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     if isinstance(backbone, VisionTransformer):
         arguments["num_heads"] = backbone.num_heads
+    if isinstance(backbone, PatchBackbone):
         arguments["img_size"] = whole_patches(backbone, image_size)
-    elif isinstance(backbone, Swin):
-        arguments["img_size"] = image_size
+    if isinstance(backbone, Swin):
         arguments["window_size"] = one_or_each(backbone.window_size)
         if backbone.version == 2:
             arguments["pretrained_window_sizes"] = list(backbone.pretrained_window_size)
@@ -182,44 +163,38 @@ def listed(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in arguments.items())
 
 
-def whole_patches(backbone: VisionTransformer, image_size: int) -> int:
-    """Return the side of the images that a ViT sees, px: a whole number of patches."""
+def whole_patches(backbone: PatchBackbone, image_size: int) -> int:
+    """Return the side of the images that a backbone sees, px: a whole number of patches."""
     return backbone.cells(image_size) * backbone.patch_size
 
 
 def deviation(library: str, backbone: Any, image_size: int) -> str | None:
     """Return why the library's outputs differ from ours for images of this size, if they do.
 
-    The libraries' ViTs take one image size, of whole patches. In a Swin, both libraries pad a map
-    to whole windows and let the padding take part in attention. timm reduces a window to a smaller
-    map, as we do, but torchvision pads the map. Both drop the last pixels where a patch is
-    incomplete.
+    The libraries take images of whole patches. In a Swin, both pad a map to whole windows and let
+    the padding take part in attention. timm reduces a window to a smaller map, as we do, but
+    torchvision pads the map.
     """
-    differs = "its outputs differ from this project's"
-    if library == "safetensors":
+    if library == "safetensors" or not isinstance(backbone, PatchBackbone):
         return None
-    if isinstance(backbone, VisionTransformer):
-        whole = whole_patches(backbone, image_size)
-        remedy = "pad the images with zeros" if whole > image_size else "crop the images"
-        if whole != image_size:
-            return (
-                f"{library}'s model takes {whole} px and not {image_size} px; "
-                f"for the same outputs {remedy} at the right and the bottom"
-            )
+    whole = whole_patches(backbone, image_size)
+    padded = []
     if isinstance(backbone, Swin):
-        padded = []
-        sides = library_map_sides(backbone, image_size)
+        sides = map_sides(whole, backbone.patch_size)
         for side, window in zip(sides, backbone.window_size, strict=True):
             if library == "timm":
                 window = min(side, window)
             if side % window:
                 padded.append(f"{side} to {-(-side // window) * window}")
-        if padded:
-            return (
-                f"for {image_size} px {library} pads maps ({', '.join(padded)} cells) and lets "
-                f"the padding take part in attention: {differs}"
-            )
-        dropped = image_size % backbone.patch_size
-        if dropped and backbone.partial_patches == "complete":
-            return f"{library} drops the last {dropped} of {image_size} px: {differs}"
-    return None
+    if padded:
+        return (
+            f"for {image_size} px {library} pads maps ({', '.join(padded)} cells) and lets "
+            "the padding take part in attention: its outputs differ from this project's"
+        )
+    if whole == image_size:
+        return None
+    remedy = "pad the images with zeros" if whole > image_size else "crop the images"
+    return (
+        f"{library}'s model takes {whole} px and not {image_size} px; "
+        f"for the same outputs {remedy} at the right and the bottom"
+    )

@@ -4,35 +4,20 @@ import logging
 
 from moco.errors import InputError
 from moco.methods.moco import MoCo
-from moco.weights.architecture import build_outline, check_hidden_settings, misfit, settings_seen
+from moco.weights.architecture import build_outline, complete_settings, misfit
 from moco.weights.library_names import Weights, to_our_names
-from moco.weights.other_projects import (
-    BACKBONE,
-    DENSE_PROJECTOR,
-    KEY,
-    KEY_BACKBONE,
-    KEY_DENSE_PROJECTOR,
-    KEY_PROJECTOR,
-    METHOD_PARTS,
-    PREDICTOR,
-    PROJECTOR,
-    QUERY,
+from moco.weights.other_projects import BACKBONE, KEY, KEY_BACKBONE, METHOD_PARTS, QUERY
+from moco.weights.weight_files import (
+    WeightFile,
+    listed_parts,
+    log_unused,
+    part_of,
+    read_weight_file,
+    source_in_errors,
+    split,
 )
-from moco.weights.recognise import listed_parts, listed_unused, split
-from moco.weights.weight_files import WeightFile, read_weight_file, source_in_errors
 
 log = logging.getLogger(__name__)
-
-# A part is of use only together with another part of the same file.
-NEEDS = {
-    PREDICTOR: PROJECTOR,
-    KEY_PROJECTOR: PROJECTOR,
-    KEY_DENSE_PROJECTOR: DENSE_PROJECTOR,
-    "queue.": KEY_PROJECTOR,
-    "reverse_queue.": KEY_PROJECTOR,
-    "dense_queue.": KEY_DENSE_PROJECTOR,
-    "reverse_dense_queue.": KEY_DENSE_PROJECTOR,
-}
 
 
 def start_from(method: MoCo, path: str) -> None:
@@ -50,25 +35,26 @@ def start_from(method: MoCo, path: str) -> None:
         weights = with_our_backbones(file, method)
         check_backbone(file, weights, method)
 
-    # Parts come in an order in which each comes after the part that it needs.
     state = method.state_dict()
     loaded_parts: set[str] = set()
     reasons = {}
-    for part in METHOD_PARTS:
-        reason = reason_against(part, weights, state, loaded_parts)
-        if reason is None:
-            loaded_parts.add(part)
-        elif any(name.startswith(part) for name in state):
-            reasons[part] = reason
-
-    loaded = {}
-    unused = {}
-    for name, tensor in weights.items():
-        if name.startswith(tuple(loaded_parts)):
-            loaded[name] = tensor
+    for part, (_, needs) in METHOD_PARTS.items():
+        theirs, own = part_of(weights, part), part_of(state, part)
+        if not own:
+            continue
+        problem = misfit(theirs, own)
+        if not theirs:
+            reasons[part] = "not in the file"
+        elif needs and needs not in loaded_parts:
+            reasons[part] = f"of no use without the file's {METHOD_PARTS[needs].title}"
+        elif problem is not None:
+            reasons[part] = f"does not fit: {problem}"
         else:
-            unused[name] = tensor
-    state |= loaded
+            loaded_parts.add(part)
+
+    loaded = {name for name in weights if name.startswith(tuple(loaded_parts))}
+    for name in loaded:
+        state[name] = weights[name]
     # What the file lacks of the key encoder is a copy of the query encoder, as in any new run.
     for name in state:
         if name.startswith(KEY) and name.startswith(tuple(reasons)):
@@ -80,9 +66,8 @@ def start_from(method: MoCo, path: str) -> None:
         remedy = "starts as in a new run"
         if part.startswith(KEY):
             remedy = "copied from the query encoder"
-        log.info("%s: %s; %s", METHOD_PARTS[part], reason, remedy)
-    if unused or file.ignored:
-        log.info("not used: %s", listed_unused(unused, file.ignored))
+        log.info("%s: %s; %s", METHOD_PARTS[part].title, reason, remedy)
+    log_unused(weights.keys() - loaded, file)
 
 
 def with_our_backbones(file: WeightFile, method: MoCo) -> Weights:
@@ -92,10 +77,11 @@ def with_our_backbones(file: WeightFile, method: MoCo) -> Weights:
         InputError: they were pretrained with other windows or positions than the method has, or
             a setting is neither in the file nor in the config.
     """
-    weights = file.weights
     if file.settings is not None:
-        return weights
-    check_settings(file, method)
+        return file.weights
+    weights = file.weights
+    given = {key: x for key, x in method.hparams["backbone"].items() if x is not None}
+    complete_settings(part_of(weights, BACKBONE), file.origin, given)  # for its errors
     for prefix in (BACKBONE, KEY_BACKBONE):
         theirs, weights = split(weights, prefix)
         if theirs:
@@ -104,24 +90,10 @@ def with_our_backbones(file: WeightFile, method: MoCo) -> Weights:
     return weights
 
 
-def check_settings(file: WeightFile, method: MoCo) -> None:
-    """Check what another project's file does not show of its backbone against the config.
-
-    Raises:
-        InputError: a setting changes the features, and neither the file nor the config says it.
-    """
-    theirs, _ = split(file.weights, BACKBONE)
-    given = method.hparams["backbone"]
-    settings = {key: value for key, value in given.items() if value is not None}
-    seen = settings_seen(theirs, settings["name"], file.origin)
-    check_hidden_settings(file.origin, seen | settings, "pretrained_window_size" in seen)
-
-
 def check_backbone(file: WeightFile, weights: Weights, method: MoCo) -> None:
     """Raise InputError if the file's backbone does not fit the method's."""
     backbone = method.query_encoder.backbone
-    theirs, _ = split(weights, BACKBONE)
-    problem = misfit(theirs, backbone.state_dict())
+    problem = misfit(part_of(weights, BACKBONE), backbone.state_dict())
     if problem is not None:
         name = method.hparams["backbone"]["name"]
         raise InputError(f"its weights do not fit backbone={name}: {problem}")
@@ -136,25 +108,3 @@ def check_backbone(file: WeightFile, weights: Weights, method: MoCo) -> None:
             raise InputError(
                 f"backbone.{key}: {there} there, {here} here, which would change the features"
             )
-
-
-def reason_against(
-    part: str, weights: Weights, state: Weights, loaded_parts: set[str]
-) -> str | None:
-    """Return why a method cannot load one of its parts from a file, or None if it can.
-
-    Args:
-        weights: the file's.
-        state: the method's state dict.
-        loaded_parts: the parts before this one that it loads.
-    """
-    theirs, _ = split(weights, part)
-    own, _ = split(state, part)
-    if not theirs or not own:
-        return "not in the file"
-    if part in NEEDS and NEEDS[part] not in loaded_parts:
-        return f"of no use without the file's {METHOD_PARTS[NEEDS[part]]}"
-    problem = misfit(theirs, own)
-    if problem is not None:
-        return f"does not fit: {problem}"
-    return None

@@ -12,6 +12,7 @@ model without one:
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,12 +20,8 @@ from torch import Tensor, nn
 
 from moco.errors import InputError
 from moco.models.size_constants import Size
-from moco.models.swin.attention import (
-    WindowAttention,
-    WindowAttentionV2,
-    check_pretrained_windows,
-)
-from moco.models.swin.backbone import Swin, map_sides
+from moco.models.swin.attention import WindowAttention, WindowAttentionV2
+from moco.models.swin.backbone import Swin, clipped_windows, one_or_each
 from moco.models.swin.windows import log_coordinates, relative_positions
 from moco.models.vit import VisionTransformer, learned_grid_side, resized_positions
 
@@ -48,10 +45,11 @@ CLASSIFIERS = ("fc.", "head.", "heads.")
 # Swin's names end with these where a library saves what its windows are computed from.
 INDEX = "relative_position_index"
 COORDINATES = "relative_coords_table"
-COMPUTED = (f".{INDEX}", f".{COORDINATES}", ".attn_mask")
+COMPUTED = (INDEX, COORDINATES, ".attn_mask")
 
 POSITIONS = "encoder.pos_embedding"  # of a ViT
-VIT_IN_TIMM = (
+# Parts of our names of a ViT, and of every MLP, whose numbers 1 and 2 are activation and dropout.
+IN_TIMM = (
     (r"^conv_proj\.", "patch_embed.proj."),
     (r"^class_token$", "cls_token"),
     (r"^encoder\.pos_embedding$", "pos_embed"),
@@ -63,7 +61,6 @@ VIT_IN_TIMM = (
     (r"\.mlp\.0\.", ".mlp.fc1."),
     (r"\.mlp\.3\.", ".mlp.fc2."),
 )
-DEFAULT_IMAGE_SIZE = 224  # px, the default of both libraries' ViTs
 
 
 def counterpart(settings: dict[str, Any], library: str) -> str:
@@ -78,18 +75,17 @@ def counterpart(settings: dict[str, Any], library: str) -> str:
     """
     name = settings["name"]
     stem = settings.get("stem") or "imagenet"
-    model = name
-    if name in TIMM_MODELS:
-        if stem == "imagenet":
-            return TIMM_MODELS[name] if library == "timm" else name
-        model = f"{name} with stem={stem}"
-    raise InputError(
-        f"format={library}: {library} has no {model}; "
-        "format=safetensors keeps the names of this project"
-    )
+    if name in TIMM_MODELS and stem != "imagenet":
+        name += f" with stem={stem}"
+    if name not in TIMM_MODELS:
+        raise InputError(
+            f"format={library}: {library} has no {name}; "
+            "format=safetensors keeps the names of this project"
+        )
+    return TIMM_MODELS[name] if library == "timm" else name
 
 
-def to_torchvision(backbone: nn.Module, image_size: int | None = None) -> Weights:
+def to_torchvision(backbone: nn.Module, image_size: int = 224) -> Weights:
     """Return the state dict that torchvision's model of the same architecture loads.
 
     The names are ours. torchvision's Swin also saves which offset each pair of cells has, and its
@@ -99,14 +95,14 @@ def to_torchvision(backbone: nn.Module, image_size: int | None = None) -> Weight
     one image size, so ours are computed for that size.
 
     Args:
-        image_size: side of the images, px, for ViT. None means 224.
+        image_size: side of the images, px, for ViT.
 
     Raises:
         InputError: the window differs between the stages, which torchvision cannot have.
     """
     weights = dict(backbone.state_dict())
     if isinstance(backbone, VisionTransformer):
-        weights[POSITIONS] = positions_for(backbone, image_size or DEFAULT_IMAGE_SIZE)
+        weights[POSITIONS] = positions_for(backbone, image_size)
     if isinstance(backbone, Swin):
         windows = list(backbone.window_size)
         if len(set(windows)) > 1:
@@ -143,28 +139,6 @@ def positions_for(backbone: VisionTransformer, image_size: int) -> Tensor:
     return backbone.positions((cells, cells)).detach().clone()
 
 
-def from_torchvision(weights: Weights, backbone: nn.Module) -> Weights:
-    """Return the state dict that `backbone` loads; this undoes `to_torchvision`.
-
-    Raises:
-        InputError: the weights were pretrained with another window than the backbone assumes
-            (Swin V2), or with learned positions where it has fixed ones (ViT).
-    """
-    check_coordinates(weights, backbone)
-    kept = {}
-    for name, tensor in weights.items():
-        if not name.startswith(CLASSIFIERS) and not name.endswith((INDEX, COORDINATES)):
-            kept[name] = tensor
-    return with_fitting_positions(kept, backbone)
-
-
-def check_coordinates(weights: Weights, backbone: nn.Module) -> None:
-    """Raise InputError if a Swin V2's weights were pretrained with other windows than assumed."""
-    tables = first_of_each_stage(weights, COORDINATES)
-    if isinstance(backbone, Swin) and len(tables) == len(backbone.pretrained_window_size):
-        check_pretrained_windows(tables, backbone.pretrained_window_size)
-
-
 def with_fitting_positions(weights: Weights, backbone: nn.Module) -> Weights:
     """Return the weights with the positions that a ViT has.
 
@@ -189,7 +163,7 @@ def with_fitting_positions(weights: Weights, backbone: nn.Module) -> Weights:
     return {name: tensor for name, tensor in weights.items() if name != POSITIONS}
 
 
-def to_timm(backbone: nn.Module, image_size: int | None = None) -> Weights:
+def to_timm(backbone: nn.Module, image_size: int = 224) -> Weights:
     """Return the state dict that timm's model of the same architecture and windows loads.
 
     timm's Swin V2 has no bias for keys, which ours does not use. It computes its coordinates from
@@ -197,8 +171,8 @@ def to_timm(backbone: nn.Module, image_size: int | None = None) -> Weights:
 
     Args:
         image_size: timm's ``img_size``, px. Where a map is smaller than its window, timm's Swin V1
-            has only the middle of the table of position biases (None: all maps are larger). timm's
-            ViT has positions for this size (None: 224).
+            has only the middle of the table of position biases. timm's ViT has positions for this
+            size.
     """
     weights = {}
     for name, tensor in backbone.state_dict().items():
@@ -210,10 +184,10 @@ def to_timm(backbone: nn.Module, image_size: int | None = None) -> Weights:
             weights[theirs.replace("qkv.bias", "v_bias")] = value.clone()
         else:
             weights[theirs] = tensor
-    if image_size and isinstance(backbone, Swin) and backbone.version == 1:
+    if isinstance(backbone, Swin) and backbone.version == 1:
         weights |= clipped_bias_tables(backbone, image_size)
     if isinstance(backbone, VisionTransformer):
-        weights[timm_name(POSITIONS)] = positions_for(backbone, image_size or DEFAULT_IMAGE_SIZE)
+        weights[timm_name(POSITIONS)] = positions_for(backbone, image_size)
     return weights
 
 
@@ -221,50 +195,13 @@ def clipped_bias_tables(backbone: Swin, image_size: int) -> Weights:
     """Return Swin V1's tables of position biases, under timm's names, as timm clips them."""
     tables = {}
     stages: list[Any] = list(backbone.stages())
-    sides = library_map_sides(backbone, image_size)
+    whole_patches = backbone.cells(image_size) * backbone.patch_size
+    windows = clipped_windows(whole_patches, backbone.window_size, backbone.patch_size)
     for stage, blocks in enumerate(stages):
-        window = min(backbone.window_size[stage], sides[stage])
         for number, block in enumerate(blocks):
-            table = block.attn.bias_table((window, window)).detach().clone()
+            table = block.attn.bias_table((windows[stage], windows[stage])).detach().clone()
             tables[f"layers.{stage}.blocks.{number}.attn.relative_position_bias_table"] = table
     return tables
-
-
-def library_map_sides(backbone: Swin, image_size: int) -> list[int]:
-    """Return the sides of the four stages' maps, in cells, in torchvision and timm.
-
-    Both libraries drop the last pixels if a patch is incomplete.
-    """
-    whole_patches = image_size // backbone.patch_size * backbone.patch_size
-    return map_sides(whole_patches, backbone.patch_size)
-
-
-def from_timm(weights: Weights, backbone: nn.Module) -> Weights:
-    """Return the state dict that `backbone` loads; this undoes `to_timm`.
-
-    timm's weights do not tell the window that they were pretrained with, or a ViT's heads, so the
-    backbone's have to be right. The official MoCo v3 weights of ViT have the same names.
-
-    Raises:
-        InputError: the weights have learned positions, and the backbone has fixed ones (ViT).
-        KeyError: the weights have a Swin V2's biases, and the backbone has no place for them.
-    """
-    # Fixed positions of a ViT are not in the backbone's state dict, but in timm's weights.
-    our_names = {timm_name(POSITIONS): POSITIONS}
-    for name in backbone.state_dict():
-        our_names[timm_name(name)] = name
-
-    renamed = {}
-    for name, tensor in weights.items():
-        if name.startswith(CLASSIFIERS) or name.endswith(".v_bias"):
-            continue
-        if name.endswith(".q_bias"):
-            value = weights[name.replace("q_bias", "v_bias")]
-            joined = torch.cat([tensor, torch.zeros_like(tensor), value])
-            renamed[our_names[name.replace("q_bias", "qkv.bias")]] = joined
-        else:
-            renamed[our_names.get(name, name)] = tensor
-    return with_fitting_positions(renamed, backbone)
 
 
 def timm_name(name: str) -> str:
@@ -274,28 +211,26 @@ def timm_name(name: str) -> str:
     the stage that follows it.
     """
     found = re.match(r"features\.(\d)\.(?:(\d+)\.)?(.+)", name)
-    if found is None:
-        for pattern, replacement in VIT_IN_TIMM:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    place, block, rest = int(found[1]), found[2], found[3]
-    stage = place // 2
-    if place == 0:
-        layer = "proj" if block == "0" else "norm"
-        return f"patch_embed.{layer}.{rest}"
-    if place % 2 == 0:
-        return f"layers.{stage}.downsample.{rest}"
-    # Numbers 1 and 2 of torchvision's MLP are activation and dropout.
-    rest = re.sub(r"^mlp\.0\.", "mlp.fc1.", rest)
-    rest = re.sub(r"^mlp\.3\.", "mlp.fc2.", rest)
-    return f"layers.{stage}.blocks.{block}.{rest}"
+    if found is not None:
+        place, block, rest = int(found[1]), found[2], found[3]
+        if place == 0:
+            layer = "proj" if block == "0" else "norm"
+            name = f"patch_embed.{layer}.{rest}"
+        elif place % 2 == 0:
+            name = f"layers.{place // 2}.downsample.{rest}"
+        else:
+            name = f"layers.{place // 2}.blocks.{block}.{rest}"
+    for pattern, replacement in IN_TIMM:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def to_our_names(weights: Weights, backbone: nn.Module) -> Weights:
-    """Return the state dict that `backbone` should load, from any library's names or ours.
+    """Return the state dict that `backbone` loads, from the names of any library or ours.
 
-    Nothing makes sure that it fits: see `moco.weights.architecture.misfit`.
+    This undoes `to_torchvision` and `to_timm`. Nothing makes sure that the tensors fit: see
+    `moco.weights.architecture.misfit`. timm's weights do not tell the window that they were
+    pretrained with, or a ViT's heads, so the backbone's have to be right.
 
     Raises:
         InputError: the weights were pretrained with another window, or with other positions, than
@@ -303,24 +238,27 @@ def to_our_names(weights: Weights, backbone: nn.Module) -> Weights:
     """
     weights = merging_after_its_stage(from_sequential(weights))
     check_coordinates(weights, backbone)
-    learned = {name: x for name, x in weights.items() if not name.endswith(COMPUTED)}
+    # torchvision's names are ours. Fixed positions of a ViT are in timm's weights alone.
+    our_names = {timm_name(POSITIONS): POSITIONS}
+    for name in backbone.state_dict():
+        our_names[timm_name(name)] = name
 
-    # Microsoft's and timm's models begin with `patch_embed`, torchvision's never do.
-    if any(name.startswith("patch_embed.") for name in learned):
-        try:
-            renamed = from_timm(learned, backbone)
-        except KeyError:
-            # The weights are a Swin V2's and the backbone is not. `misfit` names the tensors that
-            # do not fit, so they keep their names.
-            return learned
-    else:
-        renamed = from_torchvision(learned, backbone)
-
+    ours = {}
+    for name, tensor in weights.items():
+        if name.startswith(CLASSIFIERS) or name.endswith(COMPUTED):
+            continue
+        if name.endswith("q_bias"):
+            # Without the other part the shape is wrong, which `misfit` finds.
+            value = weights.get(name.replace("q_bias", "v_bias"), tensor[:0])
+            tensor = torch.cat([tensor, torch.zeros_like(tensor), value])
+            name = name.replace("q_bias", "qkv.bias")
+        if not name.endswith("v_bias"):
+            ours[our_names.get(name, name)] = tensor
     # Files that are older than PyTorch 0.4.1 have no such counters.
     for name, tensor in backbone.state_dict().items():
-        if name.endswith("num_batches_tracked") and name not in renamed:
-            renamed[name] = torch.zeros_like(tensor, device="cpu")
-    return renamed
+        if name.endswith("num_batches_tracked") and name not in ours:
+            ours[name] = torch.zeros_like(tensor, device="cpu")
+    return with_fitting_positions(ours, backbone)
 
 
 def from_sequential(weights: Weights) -> Weights:
@@ -333,10 +271,7 @@ def from_sequential(weights: Weights) -> Weights:
     """
     if "0.weight" not in weights:
         return weights
-    stages = []
-    for name in weights:
-        if re.match(r"\d+\.\d+\.", name):
-            stages.append(int(name.partition(".")[0]))
+    stages = [int(name.partition(".")[0]) for name in weights if re.match(r"\d+\.\d+\.", name)]
     first = min(stages, default=4)
     children = {"0": "conv1", "1": "bn1"}
     for number in range(4):
@@ -344,10 +279,8 @@ def from_sequential(weights: Weights) -> Weights:
 
     renamed = {}
     for name, tensor in weights.items():
-        child, _, rest = name.partition(".")
-        child = children.get(child, child)
-        rest = rest.replace("shortcut.", "downsample.")
-        renamed[f"{child}.{rest}"] = tensor
+        child, _, rest = name.replace("shortcut.", "downsample.").partition(".")
+        renamed[f"{children.get(child, child)}.{rest}"] = tensor
     return renamed
 
 
@@ -375,3 +308,39 @@ def first_of_each_stage(weights: Weights, ending: str) -> list[Tensor]:
         if found is not None:
             first.setdefault(found[1], weights[name])
     return list(first.values())
+
+
+def check_coordinates(weights: Weights, backbone: nn.Module) -> None:
+    """Raise InputError if a Swin V2's weights were pretrained with other windows than assumed."""
+    tables = first_of_each_stage(weights, COORDINATES)
+    if not isinstance(backbone, Swin) or len(tables) != 4:
+        return
+    assumed = list(backbone.pretrained_window_size)
+    found = pretrained_windows(tables, assumed)
+    if found != assumed:
+        right = one_or_each(found)
+        raise InputError(
+            f"the weights were pretrained with windows of {right} cells, and "
+            f"pretrained_window_size={one_or_each(assumed)} would stretch their position "
+            f"biases; set pretrained_window_size={str(right).replace(' ', '')}"
+        )
+
+
+def pretrained_windows(tables: Sequence[Tensor], usual: Sequence[int]) -> list[int]:
+    """Return the windows that normalise tables of log coordinates, as torchvision saves them.
+
+    The offset of one cell tells. A window of a single cell has no such offset, so it is the usual
+    one.
+
+    Args:
+        tables: (1, 2 window - 1, 2 window - 1, 2) each.
+        usual: one window for each table, cells.
+    """
+    windows = []
+    for table, window in zip(tables, usual, strict=True):
+        middle = table.shape[1] // 2
+        if middle > 0:
+            one_cell = float(table[0, middle + 1, middle, 0])
+            window = round(8 / (2 ** (3 * one_cell) - 1) + 1)
+        windows.append(window)
+    return windows

@@ -11,21 +11,27 @@ from moco.methods.moco import MoCo
 from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, is_channels_last
 from moco.models.heads import build_head
-from moco.models.swin.window_change import rewindow, window_advice
+from moco.models.swin.backbone import Swin
+from moco.models.swin.window_change import rewindow, suggest_window
 from moco.weights.architecture import (
     build_outline,
-    check_hidden_settings,
+    complete_settings,
     described,
-    fitting_backbones,
-    head_settings,
     load_fitting,
     settings_of,
-    settings_seen,
 )
 from moco.weights.library_names import Weights, to_our_names
 from moco.weights.other_projects import BACKBONE, METHOD_PARTS
-from moco.weights.recognise import listed_parts, listed_unused, split
-from moco.weights.weight_files import WeightFile, read_weight_file, source_in_errors
+from moco.weights.weight_files import (
+    WeightFile,
+    last_number,
+    listed_parts,
+    log_unused,
+    part_of,
+    read_weight_file,
+    source_in_errors,
+    split,
+)
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +84,11 @@ def load_pretrained(
     with source_in_errors(source):
         file = read_weight_file(path, source)
         if feature is None:
-            feature = usual_feature(file, source)
+            feature = usual_feature(file)
         if file.settings is None:
-            encoder, settings = load_other_project(file, which, given, feature, source)
+            encoder, settings = load_other_project(file, which, given, feature)
         else:
-            encoder, settings = load_ours(file, which, given, feature, path)
+            encoder, settings = load_ours(file, which, given, feature)
 
     # The window in the file: `moco.export` scales the image size by it.
     window_size: Any = getattr(encoder.backbone, "window_size", None)
@@ -102,14 +108,13 @@ def load_pretrained(
     )
 
 
-def usual_feature(file: WeightFile, source: str) -> str:
+def usual_feature(file: WeightFile) -> str:
     """Return the feature that the run measured, or ``backbone`` if the file has no more."""
     of_run = file.config.get("evaluation", {}).get("feature", "backbone")
-    if of_run == "embedding" and file.checkpoint is None:
+    if of_run == "embedding" and file.hyper_parameters is None:
         log.info(
-            "%s: the file holds a backbone alone, so the backbone's feature is measured; "
-            "the run measured embeddings",
-            source,
+            "the file holds a backbone alone, so the backbone's feature is measured; "
+            "the run measured embeddings"
         )
         return "backbone"
     return of_run
@@ -121,16 +126,26 @@ def log_window_advice(pretrained: Pretrained, given: dict[str, Any], image_size:
     Args:
         image_size: px.
     """
+    backbone = pretrained.encoder.backbone
     pretrained_image_size = pretrained.config.get("data", {}).get("image_size")
-    if pretrained_image_size is None or "window_size" in given:
+    if not isinstance(backbone, Swin) or "window_size" in given:
         return
-    advice = window_advice(pretrained.encoder.backbone, image_size, pretrained_image_size)
-    if advice is not None:
-        log.info(advice)
+    if pretrained_image_size in (None, image_size):
+        return
+    window = backbone.window_size[0]
+    suggestion = suggest_window(image_size, window, pretrained_image_size, backbone.patch_size)
+    if suggestion.window_size != window:
+        log.info(
+            "pretrained on %d px with window %d; %s: backbone.window_size=%d",
+            pretrained_image_size,
+            window,
+            suggestion,
+            suggestion.window_size,
+        )
 
 
 def load_ours(
-    file: WeightFile, which: str, given: dict[str, Any], feature: str, path: str
+    file: WeightFile, which: str, given: dict[str, Any], feature: str
 ) -> tuple[Encoder, dict[str, Any]]:
     """Return the encoder of a file that a program of ours wrote, and its backbone's settings.
 
@@ -152,8 +167,14 @@ def load_ours(
     others.pop("window_size", None)
     settings = file.settings | others
 
-    if file.checkpoint is not None:
-        return load_encoder(file.checkpoint, which, path, settings), settings
+    if file.hyper_parameters is not None:
+        try:
+            method = MoCo(**file.hyper_parameters | {"backbone": settings})
+            method.load_state_dict(file.weights)
+        except (TypeError, RuntimeError) as error:
+            raise InputError(f"its weights do not fit its own hyperparameters ({error})") from error
+        encoder: Any = method.query_encoder if which == "query" else method.key_encoder
+        return encoder, settings
     # What follows is for a file that holds a backbone alone.
     if which == "key" and file.encoder != "key":
         raise InputError(
@@ -161,9 +182,9 @@ def load_ours(
         )
     if feature == "embedding":
         raise InputError("holds a backbone alone, and feature=embedding needs the projector too")
-    weights, _ = split(file.weights, BACKBONE)
     backbone = build_backbone(**settings)
-    load_fitting(backbone, weights, f"its weights do not fit the backbone {settings['name']}")
+    complaint = f"its weights do not fit the backbone {settings['name']}"
+    load_fitting(backbone, part_of(file.weights, BACKBONE), complaint)
     return Encoder(backbone, nn.Identity()), settings
 
 
@@ -180,36 +201,8 @@ def check_architecture(there: dict[str, Any], given: dict[str, Any]) -> None:
             )
 
 
-def load_encoder(
-    checkpoint: dict[str, Any], which: str, path: str, settings: dict[str, Any] | None = None
-) -> Encoder:
-    """Return the query or the key encoder of a checkpoint of ours, in eval mode.
-
-    Args:
-        checkpoint: what `moco.runs.checkpoint_files.read_checkpoint` returns.
-        which: ``query`` or ``key``.
-        path: the checkpoint's, for errors.
-        settings: the arguments of `build_backbone`. None means the checkpoint's.
-
-    Raises:
-        InputError: its weights do not fit the model that its hyperparameters describe.
-    """
-    hyper_parameters = dict(checkpoint["hyper_parameters"])
-    if settings is not None:
-        hyper_parameters["backbone"] = settings
-    try:
-        method = MoCo(**hyper_parameters)
-        method.load_state_dict(checkpoint["state_dict"])
-    except (TypeError, RuntimeError) as error:
-        raise InputError(
-            f"checkpoint={path}: its weights do not fit its own hyperparameters ({error})"
-        ) from error
-    encoder: Any = method.query_encoder if which == "query" else method.key_encoder
-    return encoder.eval()
-
-
 def load_other_project(
-    file: WeightFile, which: str, given: dict[str, Any], feature: str, source: str
+    file: WeightFile, which: str, given: dict[str, Any], feature: str
 ) -> tuple[Encoder, dict[str, Any]]:
     """Return the encoder in another project's file, and its backbone's settings.
 
@@ -219,83 +212,50 @@ def load_other_project(
     prefix = f"{which}_encoder."
     theirs, others = split(file.weights, prefix + "backbone.")
     if not theirs:
-        raise InputError(f"{file.origin}, without {METHOD_PARTS[prefix + 'backbone.']}")
-    settings = settings_of_other_project(file, theirs, given, source)
+        raise InputError(f"{file.origin}, without {METHOD_PARTS[prefix + 'backbone.'].title}")
+    settings = complete_settings(theirs, file.origin, given)
     backbone = build_backbone(**settings)
     weights = to_our_names(theirs, backbone)
     load_fitting(backbone, weights, f"its weights do not fit backbone={settings['name']}")
 
     projector: nn.Module = nn.Identity()
-    unused = others
     if feature == "embedding":
-        head, unused = split(others, prefix + "projector.")
-        projector = build_projector(head, backbone.feature_dim)
+        head, others = split(others, prefix + "projector.")
+        if not head:
+            raise InputError("holds no projector, which feature=embedding needs")
+        projector = build_head(backbone.feature_dim, **head_settings(head))
+        load_fitting(projector, head, "its projector is of an unknown kind")
 
-    log_loaded(file, settings, unused, source)
+    log.info("%s; backbone %s", file.origin, described(settings))
+    log.info("loaded: %s", listed_parts(file.weights.keys() - others.keys()))
+    log_unused(others, file)
+    log.info("the file says nothing about images: mean and std are ImageNet's where none are given")
     return Encoder(backbone, projector), settings
 
 
-def settings_of_other_project(
-    file: WeightFile, theirs: Weights, given: dict[str, Any], source: str
-) -> dict[str, Any]:
-    """Return the arguments of `build_backbone` for the backbone in another project's file.
+def head_settings(head: Weights) -> dict[str, Any]:
+    """Return the arguments of `build_head`, without the input's width, that make such a head.
 
-    What the tensors show counts most for a window, which can be changed after loading. What the
-    user gives counts most for all other settings.
+    A head that `build_head` cannot make, as one with a scale in its last BatchNorm, gets the
+    settings of a similar one. `misfit` tells the difference.
 
     Args:
-        theirs: the backbone's tensors, under the names of their library.
-
-    Raises:
-        InputError: no backbone fits, or a setting is neither shown nor given.
+        head: the tensors under our names.
     """
-    name = given.get("name") or recognised_backbone(theirs, source)
-    seen = settings_seen(theirs, name, file.origin)
-    settings = {"name": name} | seen | given
-    if "window_size" in seen:
-        settings["window_size"] = seen["window_size"]
-    check_hidden_settings(file.origin, settings, "pretrained_window_size" in seen)
-    return settings
-
-
-def recognised_backbone(weights: Weights, source: str) -> str:
-    """Return the one backbone that the weights fit.
-
-    Raises:
-        InputError: no backbone or several backbones fit.
-    """
-    fitting = fitting_backbones(weights)
-    if not fitting:
-        raise InputError("no backbone here has tensors of these shapes; give backbone=NAME")
-    if len(fitting) > 1:
-        names = " and ".join(fitting)
-        raise InputError(f"{names} have tensors of these shapes; give backbone=NAME")
-    log.info("%s: backbone=%s, recognised by its tensors' shapes", source, fitting[0])
-    return fitting[0]
-
-
-def build_projector(head: Weights, feature_dim: int) -> nn.Module:
-    """Return the projector with these weights.
-
-    Args:
-        head: under our names.
-        feature_dim: width of the backbone's features.
-
-    Raises:
-        InputError: there are no weights, or they are of an unknown kind of projector.
-    """
-    if not head:
-        raise InputError("holds no projector, which feature=embedding needs")
-    projector = build_head(feature_dim, **head_settings(head))
-    load_fitting(projector, head, "its projector is of an unknown kind")
-    return projector
-
-
-def log_loaded(file: WeightFile, settings: dict[str, Any], unused: Weights, source: str) -> None:
-    """Log what was recognised in another project's file, what was loaded and what was not."""
-    log.info("%s: %s; backbone %s", source, file.origin, described(settings))
-    loaded = {name: tensor for name, tensor in file.weights.items() if name not in unused}
-    log.info("loaded: %s", listed_parts(loaded))
-    if unused or file.ignored:
-        log.info("not used: %s", listed_unused(unused, file.ignored))
-    log.info("the file says nothing about images: mean and std are ImageNet's where none are given")
+    widths = []
+    last_linear: float = 0
+    norms = []
+    for name, tensor in head.items():
+        if name.endswith("running_mean"):
+            norms.append(last_number(name))
+        elif tensor.ndim >= 2:
+            widths.append(len(tensor))
+            last_linear = last_number(name)
+    return {
+        "output_dim": widths[-1],
+        "num_layers": len(widths),
+        "hidden_dim": widths[0] if len(widths) > 1 else None,
+        "hidden_batch_norm": min(norms, default=last_linear) < last_linear,
+        "last_batch_norm": max(norms, default=last_linear) > last_linear,
+        "bias": f"{last_linear}.bias" in head or "bias" in head,
+    }

@@ -21,19 +21,27 @@ KEY_DENSE_PROJECTOR = "key_encoder.dense_projector."
 HEADS = (PROJECTOR, DENSE_PROJECTOR, PREDICTOR, KEY_PROJECTOR, KEY_DENSE_PROJECTOR)
 QUEUES = ("queue.", "reverse_queue.", "dense_queue.", "reverse_dense_queue.")
 
-# The parts of our method: how the names of their tensors begin, and what the log calls them.
+
+class Part(NamedTuple):
+    """A part of our method: what the log calls it, and the part that it is of no use without."""
+
+    title: str
+    needs: str = ""
+
+
+# By the beginning of the names of their tensors. Each comes after the part that it needs.
 METHOD_PARTS = {
-    BACKBONE: "backbone",
-    PROJECTOR: "projector",
-    DENSE_PROJECTOR: "dense projector",
-    PREDICTOR: "predictor",
-    KEY_BACKBONE: "key encoder's backbone",
-    KEY_PROJECTOR: "key encoder's projector",
-    KEY_DENSE_PROJECTOR: "key encoder's dense projector",
-    "queue.": "queue",
-    "reverse_queue.": "reverse queue",
-    "dense_queue.": "dense queue",
-    "reverse_dense_queue.": "reverse dense queue",
+    BACKBONE: Part("backbone"),
+    PROJECTOR: Part("projector"),
+    DENSE_PROJECTOR: Part("dense projector"),
+    PREDICTOR: Part("predictor", PROJECTOR),
+    KEY_BACKBONE: Part("key encoder's backbone"),
+    KEY_PROJECTOR: Part("key encoder's projector", PROJECTOR),
+    KEY_DENSE_PROJECTOR: Part("key encoder's dense projector", DENSE_PROJECTOR),
+    "queue.": Part("queue", KEY_PROJECTOR),
+    "reverse_queue.": Part("reverse queue", KEY_PROJECTOR),
+    "dense_queue.": Part("dense queue", KEY_DENSE_PROJECTOR),
+    "reverse_dense_queue.": Part("reverse dense queue", KEY_DENSE_PROJECTOR),
 }
 
 

@@ -100,7 +100,7 @@ def test_data_that_cannot_be_used_are_one_line(evaluate, halves, tmp_path):
     (tmp_path / "no mask/masks/a.png").unlink()
 
     mistakes = [
-        (halves, {"data": "digits"}, "data=digits: this dataset has no masks"),
+        (halves, {"data": "digits"}, "data.name: unknown dataset with masks 'digits'"),
         (halves, {"maps": [7]}, "evaluation.maps=[7]: expected numbers from 1"),
         (halves, {"index": "ivf"}, "evaluation.index: a setting of evaluation=knn"),
         (tmp_path / "bare", {}, "there is no folder masks in it"),

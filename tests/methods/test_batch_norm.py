@@ -102,14 +102,14 @@ def test_all_forms_give_the_same_for_every_kind_of_layer(form, settings):
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.5, 1.0])
-def test_momenta_from_group_to_group_move_as_one_does_by_the_mean(momentum):
-    norm = SplitBatchNorm(nn.BatchNorm2d(3, momentum=momentum), 8)
-    start = torch.randn(5, dtype=torch.float64)
-    groups = torch.randn(8, 5, dtype=torch.float64)
-    moved = start.clone()
-    for group, own in zip(groups, norm.momenta(), strict=True):
-        moved.lerp_(group, own)
-    torch.testing.assert_close(moved, start.lerp(groups.mean(dim=0), momentum))
+def test_statistics_move_from_group_to_group_as_by_their_mean(momentum):
+    norm = SplitBatchNorm(nn.BatchNorm2d(5, momentum=momentum), 8, is_sorted=True).double()
+    norm.running_mean.normal_()
+    start = norm.running_mean.clone()
+    batch = torch.randn(16, 5, dtype=torch.float64)  # two images a group
+    norm.train()(batch)
+    of_groups = batch.unflatten(0, (8, 2)).mean(dim=1)
+    torch.testing.assert_close(norm.running_mean, start.lerp(of_groups.mean(dim=0), momentum))
 
 
 def test_the_compiled_form_keeps_float64():

@@ -681,10 +681,10 @@ def test_in_batch_loss_and_gradients_of_two_processes_are_those_of_one_with_the_
 @pytest.mark.parametrize(
     ("name", "overrides", "expected"),
     [
-        ("moco_v3", ["method.queue_size=4096"], "method.queue_size=4096: method.negatives=batch has no queue; expected method.queue_size=null,"),
-        ("moco_v3", ["method.num_queues=2"], "method.num_queues=2: method.negatives=batch has no queue; expected method.num_queues=1,"),
-        ("moco_v3", ["method.dense_weight=0.5"], "method.dense_weight=0.5: method.negatives=batch has no queue; expected method.dense_weight=0,"),
-        ("moby", ["method.negatives=batch"], "method.num_queues=2: method.negatives=batch has no queue"),
+        ("moco_v3", ["method.queue_size=4096"], "method.negatives=batch has no queue: method.queue_size=4096, method.num_queues=1, method.dense_weight=0.0; expected null, 1 and 0,"),
+        ("moco_v3", ["method.num_queues=2"], "method.negatives=batch has no queue: method.queue_size=None, method.num_queues=2, method.dense_weight=0.0; expected null, 1 and 0,"),
+        ("moco_v3", ["method.dense_weight=0.5"], "method.negatives=batch has no queue: method.queue_size=None, method.num_queues=1, method.dense_weight=0.5; expected null, 1 and 0,"),
+        ("moby", ["method.negatives=batch"], "method.negatives=batch has no queue: method.queue_size="),
         ("moco_v2", ["method.queue_size=null"], "method.queue_size=null: method.negatives=queue needs a size"),
         ("moco_v2", ["method.num_queues=2"], "method.num_queues=2: the second queue is for the second direction"),
     ],

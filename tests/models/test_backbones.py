@@ -1,5 +1,8 @@
 """Every backbone keeps the contract of moco.models.backbones; ResNet is torchvision's."""
 
+import copy
+import unittest.mock
+
 import pytest
 import torch
 import torchvision
@@ -56,6 +59,24 @@ def test_every_backbone_computes_by_the_contract(path):
     torch.testing.assert_close(maps, backbone.feature_maps(images))
     if not path.stem.startswith("vit"):
         torch.testing.assert_close(feature, maps[-1].mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch2", "swin_v2_tiny_patch2", "vit_tiny_patch4"])
+def test_gradient_checkpointing_changes_no_gradient(name):
+    plain = build_backbone(name, stochastic_depth=0.5).train()
+    kept = copy.deepcopy(plain)
+    kept.gradient_checkpointing = True
+    images = torch.randn(2, 3, 20, 20)
+    for model in (plain, kept):
+        torch.manual_seed(1)
+        model(images).square().sum().backward()
+    for one, other in zip(plain.parameters(), kept.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    with (
+        torch.no_grad(),
+        unittest.mock.patch("moco.models.contract.checkpoint", side_effect=AssertionError),
+    ):
+        kept(images)  # nothing to keep, so nothing to compute again
 
 
 def test_the_sweep_finds_the_backbones():

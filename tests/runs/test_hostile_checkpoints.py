@@ -461,7 +461,7 @@ def bad_files(sound, tmp_path):
         "code": "it holds objects whose loading would run code (posix.system), so it is not loaded",
         "old": "it holds objects whose loading would run code (posix.system), so it is not loaded",
         "names": "tensors named nobodys.weight are of no known format (known: ",
-        "shapes": "no backbone here has tensors of these shapes; give backbone=NAME",
+        "shapes": "its tensors' shapes fit no backbone; give backbone=NAME",
         "pipe": "no such file",
     }
 

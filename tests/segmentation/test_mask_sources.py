@@ -137,16 +137,16 @@ def test_masks_of_0_and_255_have_only_one_class(settings, shapes):
     with pytest.raises(InputError) as error:
         source_of(shapes, **settings)
     assert str(error.value) == (
-        f"data.root={shapes}: the training masks hold only the number 0 besides "
-        "data.ignore_index=255; at least two classes are needed; "
-        "masks of 0 and 255 have to be stored as 0 and 1"
+        f"data.root={shapes}: the training masks hold the numbers [0] besides "
+        "data.ignore_index=255; at least two classes are needed "
+        "(masks of 0 and 255 have to be stored as 0 and 1)"
     )
 
 
 def test_masks_with_one_class_are_refused_with_another_ignore_index(shapes):
     for path in shapes.glob("masks/train/*.png"):
         save(path, np.eye(SIDE, dtype=np.uint8))
-    message = r"only the number 1 besides data.ignore_index=0; at least two classes are needed$"
+    message = r"the numbers \[1\] besides data.ignore_index=0; at least two classes are needed"
     with pytest.raises(InputError, match=message):
         source_of(shapes, ignore_index=0)
 
@@ -267,8 +267,8 @@ MISTAKES = {
     "no text": "{root}/classes.txt: cannot be read as UTF-8 text ('utf-8' codec ...",
     "names twice": "data.class_names: the class name a occurs twice",
     "no class": (
-        "data.root={root}: the training masks hold no number besides data.ignore_index=255; "
-        "at least two classes are needed; masks of 0 and 255 have to be stored as 0 and 1"
+        "data.root={root}: the training masks hold the numbers [] besides data.ignore_index=255; "
+        "at least two classes are needed (masks of 0 and 255 have to be stored as 0 and 1)"
     ),
 }
 
@@ -291,17 +291,18 @@ def test_a_mistake_in_the_folder_is_named(mistake, shapes):
         (
             "cifar10",
             ".",
-            "data=cifar10: this dataset has no masks (choices: segmentation_folder, voc2012)",
+            "data.name: unknown dataset with masks 'cifar10' "
+            "(choices: segmentation_folder, voc2012)",
         ),
         (
             "voc2021",
             ".",
-            "data.name: unknown dataset 'voc2021'; did you mean 'voc2012'? "
+            "data.name: unknown dataset with masks 'voc2021'; did you mean 'voc2012'? "
             "(choices: segmentation_folder,",
         ),
         ("voc2012", None, "data.root=None: expected the dataset's folder; give data.root=PATH"),
         ("voc2012", "nowhere", "data.root=nowhere: VOCSegmentation is not there or damaged"),
-        ("segmentation_folder", "nowhere", "data.root=nowhere: no such folder"),
+        ("segmentation_folder", "nowhere", "data.root=nowhere: there is no folder images"),
     ],
 )
 def test_datasets_without_masks_or_folder_are_refused(name, root, expected):

@@ -21,11 +21,10 @@ from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
 from moco.errors import InputError, Interrupted
 from moco.models.swin.window_change import rewindow
-from moco.runs.checkpoint_files import read_checkpoint
 from moco.segment import run
 from moco.segmentation.segmenter import Segmenter
 from moco.training.random_states import random_states
-from moco.weights.load_encoder import load_encoder
+from moco.weights.load_encoder import load_pretrained
 from tests.conftest import run_program
 from tests.segmentation.shapes import draw_shapes, save
 from tests.segmentation.test_decoders import hide_segmentation_models
@@ -305,7 +304,7 @@ def test_an_interrupted_measurement_is_done_after_the_restart(shapes, tmp_path, 
 
 
 def backbone_of(path, encoder="query"):
-    return load_encoder(read_checkpoint(path), encoder, str(path)).backbone
+    return load_pretrained(str(path), encoder, {}).encoder.backbone
 
 
 def segmenter_of(config):
@@ -481,11 +480,14 @@ MISTAKES = [
         ["checkpoint={swin}", "image_size=12"],
         "image_size=12: expected at least 16, a cell of the backbone's last map",
     ),
-    (["checkpoint={swin}", "data.root=nowhere"], "data.root=nowhere: no such folder"),
+    (
+        ["checkpoint={swin}", "data.root=nowhere"],
+        "data.root=nowhere: there is no folder images in it; expected the folders images and masks",
+    ),
     (
         ["checkpoint={swin}", "data.num_classes=2"],
         "{shapes}/masks/train/01.png: the mask holds the number 2, "
-        "but data.num_classes says 2 classes, 0 to 1 (and 11 more like it)",
+        "but data.num_classes says 2 classes, 0 to 1 (and 15 more like it)",
     ),
     (["checkpoint={swin}", "data.ignore_index=65536"], "data.ignore_index=65536: "),
     (

@@ -30,8 +30,8 @@ QUEUE_SIZE = 48
 SMALL_SWIN = {"patch_size": 2, "embed_dim": 32, "depths": (2,) * 4, "num_heads": (1, 2, 4, 8)}
 
 PADS_OTHERWISE = (
-    "solo-learn pads the first convolution by 2 pixels and stem=cifar by 1, "
-    "which changes the features; backbone.stem=solo_cifar keeps them"
+    "solo-learn pads the first convolution by 2 pixels and stem=cifar by 1, which changes "
+    "the features; if the weights are solo-learn's give backbone.stem=solo_cifar"
 )
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 
 import pytest
 import torch
@@ -12,19 +11,28 @@ from torchvision.models import swin_transformer, vision_transformer
 
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
-from moco.models.swin.attention import pretrained_window_of
 from moco.models.swin.window_change import rewindow
-from moco.weights.backbone_files import read_backbone, write_backbone
+from moco.weights.architecture import settings_of
+from moco.weights.exporting import export_content
 from moco.weights.library_names import (
     TIMM_MODELS,
     counterpart,
-    from_timm,
-    from_torchvision,
+    pretrained_windows,
     saved_coordinates,
+    to_our_names,
     to_timm,
     to_torchvision,
 )
+from moco.weights.load_encoder import load_pretrained
 
+ABOUT = {
+    "image_size": 32,
+    "mean": [0.5] * 3,
+    "std": [0.3] * 3,
+    "encoder": "query",
+    "epoch": 3,
+    "step": 12,
+}
 SMALL = ["resnet18", "swin_t", "swin_v2_t", "vit_small"]
 
 
@@ -167,7 +175,7 @@ def test_learned_positions_of_another_library_are_kept_or_refused():
     theirs = supervised_vit(3)
     weights = theirs.state_dict()
     learned = build_backbone("vit_small", learned_positions=3).eval()
-    learned.load_state_dict(from_torchvision(weights, learned))
+    learned.load_state_dict(to_our_names(weights, learned))
     theirs.heads = nn.Identity()
     images = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(learned(images), theirs(images), rtol=1e-5, atol=1e-5)
@@ -176,9 +184,9 @@ def test_learned_positions_of_another_library_are_kept_or_refused():
 
     fixed = build_backbone("vit_small")
     in_timm = to_timm(learned, 48)
-    for read, found in ((from_torchvision, weights), (from_timm, in_timm)):
+    for found in (weights, in_timm):
         with pytest.raises(InputError) as error:
-            read(found, fixed)
+            to_our_names(found, fixed)
         assert str(error.value) == (
             "the weights have learned positions on a grid of 3 x 3 cells, and this backbone has "
             "fixed ones; set backbone.learned_positions=3"
@@ -189,9 +197,9 @@ def test_learned_positions_of_another_library_are_kept_or_refused():
 def test_learned_positions_are_resized_to_the_backbones_grid_as_timm_does():
     theirs = supervised_vit(4)
     wider = build_backbone("vit_small", learned_positions=6).eval()
-    wider.load_state_dict(from_torchvision(theirs.state_dict(), wider))
+    wider.load_state_dict(to_our_names(theirs.state_dict(), wider))
     same = build_backbone("vit_small", learned_positions=4).eval()
-    same.load_state_dict(from_torchvision(theirs.state_dict(), same))
+    same.load_state_dict(to_our_names(theirs.state_dict(), same))
     timm = pytest.importorskip("timm")
     model = timm.create_model(
         "vit_small_patch16_224", num_classes=0, num_heads=12, img_size=64, dynamic_img_size=True
@@ -204,9 +212,9 @@ def test_learned_positions_are_resized_to_the_backbones_grid_as_timm_does():
 
 def test_our_fixed_positions_are_recognised_in_the_weights_of_others():
     ours = build_backbone("vit_tiny_patch4")
-    for there, back in ((to_torchvision, from_torchvision), (to_timm, from_timm)):
+    for there in (to_torchvision, to_timm):
         for image_size in (32, 224):
-            assert back(there(ours, image_size), ours).keys() == ours.state_dict().keys()
+            assert to_our_names(there(ours, image_size), ours).keys() == ours.state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -257,7 +265,7 @@ def test_names_and_shapes_are_torchvisions(name):
     weights = to_torchvision(backbone)
     assert shapes(weights) == shapes(theirs)
     # `weights` brings positions that are not on the meta device, whose values are looked at.
-    ours = from_torchvision(theirs | weights, backbone)
+    ours = to_our_names(theirs | weights, backbone)
     assert shapes(ours) == shapes(backbone.state_dict())
 
 
@@ -271,7 +279,7 @@ def test_names_and_shapes_are_timms(name):
     assert shapes(weights) == shapes(theirs)
     if "vit" in name:
         theirs["pos_embed"] = weights["pos_embed"]
-    ours = from_timm(theirs, backbone)
+    ours = to_our_names(theirs, backbone)
     assert shapes(ours) == shapes(backbone.state_dict())
 
 
@@ -280,8 +288,8 @@ def test_weights_come_back_to_the_bit(name):
     backbone = randomised(name)
     ours = backbone.state_dict()
     classifier = {"fc.weight": torch.zeros(1), "head.bias": torch.zeros(1)}
-    for rename, rename_back in ((to_torchvision, from_torchvision), (to_timm, from_timm)):
-        returned = rename_back(rename(backbone) | classifier, backbone)
+    for rename in (to_torchvision, to_timm):
+        returned = to_our_names(rename(backbone) | classifier, backbone)
         assert returned.keys() == ours.keys()
         assert all(torch.equal(returned[key], ours[key]) for key in ours)
 
@@ -298,16 +306,16 @@ def test_the_pretraining_window_is_read_off_the_coordinates():
     for pretrained in range(2, 65):
         for window in (2, pretrained, 64):
             coordinates = saved_coordinates((window, window), (pretrained, pretrained))
-            assert pretrained_window_of(coordinates) == pretrained
-    assert pretrained_window_of(saved_coordinates((1, 1), (1, 1))) is None
+            assert pretrained_windows([coordinates], [1]) == [pretrained]
+    assert pretrained_windows([saved_coordinates((1, 1), (1, 1))], [5]) == [5]
 
 
 def test_weights_of_another_pretraining_window_are_refused():
     weights = to_torchvision(rewindow(build_backbone("swin_v2_tiny_patch2", window_size=4), 8))
     right = build_backbone("swin_v2_tiny_patch2", window_size=8, pretrained_window_size=4)
-    right.load_state_dict(from_torchvision(weights, right))
+    right.load_state_dict(to_our_names(weights, right))
     with pytest.raises(InputError) as error:
-        from_torchvision(weights, build_backbone("swin_v2_tiny_patch2", window_size=8))
+        to_our_names(weights, build_backbone("swin_v2_tiny_patch2", window_size=8))
     assert str(error.value) == (
         "the weights were pretrained with windows of 4 cells, and pretrained_window_size=8 "
         "would stretch their position biases; set pretrained_window_size=4"
@@ -361,42 +369,15 @@ def test_a_file_of_our_own_rebuilds_the_backbone(settings, window, tmp_path):
     if window:
         rewindow(backbone, window)
     path = tmp_path / "backbone.safetensors"
-    path.write_bytes(
-        write_backbone(backbone, settings, {"image_size": 32, "mean": [0.5, 0.5, 0.5]})
-    )
-    rebuilt, about = read_backbone(path)
+    settings = settings_of(backbone, settings)
+    path.write_bytes(export_content("safetensors", path, backbone, settings, ABOUT))
+    rebuilt = load_pretrained(str(path), "query", {})
     images = torch.randn(2, 3, 40, 33)
     with torch.no_grad():
-        assert torch.equal(rebuilt(images), backbone(images))
-    assert (about["image_size"], about["mean"]) == (32, [0.5, 0.5, 0.5])
-    assert about["backbone"].get("window_size") == window
-    assert about["backbone"].get("pretrained_window_size") == (
+        assert torch.equal(rebuilt.encoder(images), backbone(images))
+    assert rebuilt.config["data"] == {"image_size": 32}
+    assert rebuilt.config["augmentation"] == {"mean": [0.5] * 3, "std": [0.3] * 3}
+    assert rebuilt.settings.get("window_size") == window
+    assert rebuilt.settings.get("pretrained_window_size") == (
         4 if "v2" in settings["name"] else None
     )
-
-
-def test_files_that_are_not_ours_are_named(tmp_path):
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    path = tmp_path / "x.safetensors"
-
-    def complaint():
-        with pytest.raises(InputError) as error:
-            read_backbone(path)
-        return str(error.value).replace(str(path), "FILE")
-
-    assert complaint() == "FILE: no such file"
-    path.write_bytes(b"something else")
-    assert complaint().startswith("FILE: damaged, or no safetensors file (")
-    save_file({"x": torch.zeros(1)}, path)
-    foreign = "FILE: not written by moco.export format=safetensors, or changed since ("
-    assert complaint().startswith(foreign)
-    for metadata in (
-        {"author": "someone"},
-        {"backbone": '"resnet50"'},
-        {"backbone": "[1]"},
-        {"backbone": "{}"},
-    ):
-        save_file({"x": torch.zeros(1)}, path, metadata)
-        assert complaint().startswith(foreign)
-    save_file({"x": torch.zeros(1)}, path, {"backbone": json.dumps({"name": "resnet_tiny"})})
-    assert complaint().startswith(foreign)

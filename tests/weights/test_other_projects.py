@@ -16,8 +16,13 @@ from moco.models.backbones import build_backbone
 from moco.weights.architecture import fitting_backbones
 from moco.weights.init_from import start_from
 from moco.weights.load_encoder import load_pretrained
-from moco.weights.recognise import listed, recognise, renumber_layers, rows_of_unit_norm
-from moco.weights.weight_files import read_content
+from moco.weights.weight_files import (
+    listed,
+    read_content,
+    recognise,
+    renumber_layers,
+    rows_of_unit_norm,
+)
 from tests.runs.test_hostile_checkpoints import Calls
 from tests.weights.projects import (
     BACKBONES_ALONE,
@@ -111,10 +116,9 @@ def test_the_log_says_what_was_recognised_loaded_and_not_used(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     torch.save(moco_v2()[0], tmp_path / "x.pth")
     load_pretrained(str(tmp_path / "x.pth"), "query", {})
-    source = f"checkpoint={tmp_path / 'x.pth'}"
     assert caplog.messages == [
-        f"{source}: backbone=resnet18, recognised by its tensors' shapes",
-        f"{source}: MoCo v1 or v2 (facebookresearch/moco); backbone resnet18",
+        "backbone=resnet18, recognised by its tensors' shapes",
+        "MoCo v1 or v2 (facebookresearch/moco); backbone resnet18",
         "loaded: backbone (120)",
         "not used: projector (4), key encoder's backbone (120), key encoder's projector (4), queue (3)",
         "the file says nothing about images: mean and std are ImageNet's where none are given",
@@ -123,7 +127,7 @@ def test_the_log_says_what_was_recognised_loaded_and_not_used(tmp_path, caplog):
     caplog.clear()
     load_pretrained(str(tmp_path / "x.pth"), "query", {"name": "resnet18", "stem": "imagenet"})
     assert caplog.messages[:-1] == [
-        f"{source}: torchvision or timm ResNet; backbone resnet18 (stem imagenet)",
+        "torchvision or timm ResNet; backbone resnet18 (stem imagenet)",
         "loaded: backbone (120)",
         "not used: fc.weight, fc.bias",
     ]
@@ -164,7 +168,7 @@ def test_a_tensor_that_is_missing_or_left_over_is_named(tmp_path):
     path = tmp_path / "x.pth"
     state = dict(resnet18().state_dict())
     torch.save(state | {"layer1.2.conv1.weight": torch.zeros(2)}, path)
-    assert refused(path) == "no backbone here has tensors of these shapes; give backbone=NAME"
+    assert refused(path) == "its tensors' shapes fit no backbone; give backbone=NAME"
     assert refused(path, {"name": "resnet18"}).endswith(
         "layer1.2.conv1.weight (2,) has no counterpart"
     )

@@ -12,7 +12,8 @@ from moco.config.train import TrainConfig
 from moco.errors import InputError
 from moco.methods.moco import MoCo
 from moco.runs.checkpoint_files import read_checkpoint
-from moco.weights.backbone_files import BACKBONE_PARTS, write_backbone, write_backbone_file
+from moco.weights.backbone_files import BACKBONE_PARTS, write_backbone_file
+from moco.weights.exporting import export_content
 from moco.weights.init_from import start_from
 from moco.weights.load_encoder import load_pretrained
 from tests.segmentation.test_segment import composed, pretraining_checkpoint
@@ -59,7 +60,8 @@ def test_the_backbone_alone_is_the_checkpoints(ours):
 
 def test_what_was_exported_comes_back_with_what_it_says_about_images(ours, tmp_path):
     pytest.importorskip("safetensors")
-    encoder = encoder_of(ours / "last.ckpt", "key")
+    pretrained = load_pretrained(str(ours / "last.ckpt"), "key", {})
+    backbone, settings = pretrained.encoder.backbone, pretrained.settings
     about = {
         "image_size": 32,
         "mean": [0.4] * 3,
@@ -69,9 +71,9 @@ def test_what_was_exported_comes_back_with_what_it_says_about_images(ours, tmp_p
         "step": 12,
     }
     path = tmp_path / "key.safetensors"
-    path.write_bytes(write_backbone(encoder.backbone, {"name": "swin_v2_tiny_patch2"}, about))
+    path.write_bytes(export_content("safetensors", path, backbone, settings, about))
     exported = load_pretrained(str(path), "key", {})
-    assert same_features(exported.encoder, encoder)
+    assert same_features(exported.encoder, pretrained.encoder)
     assert exported.config == {
         "data": {"image_size": 32},
         "augmentation": {"mean": [0.4] * 3, "std": [0.3] * 3},

@@ -11,7 +11,7 @@ from moco.cli.starting_backbone import find_backbone
 from moco.config.pretrained import EmbedConfig, ExportConfig
 from moco.config.segment import SegmentConfig
 from moco.errors import InputError
-from moco.weights.backbone_files import read_backbone
+from moco.weights.load_encoder import load_pretrained
 from tests.segmentation.test_segment import composed
 from tests.weights.projects import as_moby_saves, moby, moco_v2
 
@@ -131,7 +131,7 @@ def test_checkpoints_of_the_official_moby_code_are_exported(tmp_path, monkeypatc
     output = tmp_path / "x.safetensors"
     as_moby_saves(content, path, monkeypatch)
     export.run(ExportConfig(str(path), "safetensors", str(output), image_size=32), tmp_path / "run")
-    backbone, about = read_backbone(output)
-    assert about["backbone"]["window_size"] == [4, 4, 4, 2]
+    exported_again = load_pretrained(str(output), "query", {})
+    assert exported_again.settings["window_size"] == [4, 4, 4, 2]
     patches = content["model"]["encoder.patch_embed.proj.weight"]
-    assert torch.equal(backbone.features[0][0].weight, patches)
+    assert torch.equal(exported_again.encoder.backbone.features[0][0].weight, patches)

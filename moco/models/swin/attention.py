@@ -14,7 +14,6 @@ for the cells of a window, h for the heads and d for the width of a head.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision.models import swin_transformer
 
-from moco.errors import InputError
 from moco.models.size_constants import Size
 from moco.models.swin.windows import (
     WindowGrid,
@@ -43,57 +41,33 @@ SCORES_PER_BLOCK = 2**19
 MOST_MASK_NUMBERS = 2**22
 """Of one mask for all windows of a map: 16 MiB of float32."""
 
-Masks = list[tuple[Tensor | None, Tensor]]
-"""Parts of a map's windows, each with its additive mask.
 
-A part is the indices of its windows, or None for all. The mask is (h, L, L), or (windows, h, L, L)
-with one mask for each window.
-"""
-
-
-def additive_masks(bias: Tensor, grid: WindowGrid, dtype: torch.dtype) -> Masks:
-    """Return the position bias as masks, with -inf where a cell does not see another.
-
-    In a large map only the windows that are cut get masks of their own. One mask for each window
-    would take gigabytes.
-
-    Args:
-        bias: (h, L, L).
-        grid: the windows of one map.
-        dtype: of the masks.
-    """
-    bias = bias.to(dtype)
-    if not len(grid.cut):
-        return [(None, bias)]
-    cut_masks = bias + grid.mask[:, None].to(dtype)
-    if len(grid.whole) and grid.num_windows * bias.numel() > MOST_MASK_NUMBERS:
-        return [(grid.whole, bias), (grid.cut, cut_masks)]
-    masks = bias.repeat(grid.num_windows, 1, 1, 1).index_copy(0, grid.cut, cut_masks)
-    return [(None, masks)]
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
-    """Return softmax(query key^T + mask) value: (B, h, L, d).
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, grid: WindowGrid) -> Tensor:
+    """Return softmax(query key^T + bias) value: (B, h, L, d), in the value's type.
 
     Args:
         query: (B, h, L, d), already scaled; may be of a finer type than the value.
         key: (B, h, L, d), of the query's type.
         value: (B, h, L, d).
-        masks: from `additive_masks`.
+        bias: (h, L, L) float32.
+        grid: the windows of one map.
     """
     query = query.to(value.dtype)
     key = key.to(value.dtype)
-    if len(masks) == 1:
-        return _attend(query, key, value, masks[0][1])
-    num_windows = 0
-    for part, _ in masks:
-        assert part is not None
-        num_windows += len(part)
-    query = query.unflatten(0, (-1, num_windows))  # (N, windows, h, L, d)
-    key = key.unflatten(0, (-1, num_windows))
-    value = value.unflatten(0, (-1, num_windows))
+    bias = bias.to(value.dtype)
+    if not len(grid.cut):
+        return _attend(query, key, value, bias)
+    cut_masks = bias + grid.mask[:, None].to(bias.dtype)
+    if not len(grid.whole) or grid.num_windows * bias.numel() <= MOST_MASK_NUMBERS:
+        masks = bias.repeat(grid.num_windows, 1, 1, 1).index_copy(0, grid.cut, cut_masks)
+        return _attend(query, key, value, masks)
+    # In a large map only the windows that are cut get masks of their own. One mask for each window
+    # would take gigabytes.
+    query = query.unflatten(0, (-1, grid.num_windows))  # (N, windows, h, L, d)
+    key = key.unflatten(0, (-1, grid.num_windows))
+    value = value.unflatten(0, (-1, grid.num_windows))
     out = torch.empty_like(value)
-    for part, mask in masks:
+    for part, mask in ((grid.whole, bias), (grid.cut, cut_masks)):
         attended = _attend(
             query[:, part].flatten(0, 1),
             key[:, part].flatten(0, 1),
@@ -105,7 +79,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, masks: Masks) -> Tensor:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Return `attend` with one mask of all windows.
+    """Return `attend` with an additive mask: (h, L, L), or (windows, h, L, L) of one map.
 
     The inputs have four dimensions, because with three a CPU does not use its fused form.
     """
@@ -169,23 +143,17 @@ def _attend_in_blocks(
     h, length, _ = bias.shape
     biases = bias.repeat(_windows_per_block(bias, len(query) // h), 1, 1)
     scores = torch.empty_like(biases)
-    has_scores_type = value.dtype == scores.dtype
-    block_weights = scores
-    if not has_scores_type:
-        block_weights = torch.empty_like(scores, dtype=value.dtype)
     out = torch.empty_like(value)
     for start in range(0, len(query), len(scores)):
         rows = slice(start, min(start + len(scores), len(query)))
-        count = rows.stop - rows.start
-        part = block_weights[:count] if weights is None else weights[rows]
-        torch.baddbmm(biases[:count], query[rows], key[rows].transpose(1, 2), out=scores[:count])
-        _add_masks(scores[:count].view(-1, h, length, length), grid, start // h)
-        if has_scores_type:
-            torch.softmax(scores[:count], dim=-1, out=part)
-        else:
-            torch.softmax(scores[:count], dim=-1, out=scores[:count])
-            part.copy_(scores[:count])
-        torch.bmm(part, value[rows], out=out[rows])
+        block = scores[: rows.stop - rows.start]
+        torch.baddbmm(biases[: len(block)], query[rows], key[rows].transpose(1, 2), out=block)
+        _add_masks(block.view(-1, h, length, length), grid, start // h)
+        torch.softmax(block, dim=-1, out=block)
+        block = block.to(value.dtype)
+        if weights is not None:
+            weights[rows] = block
+        torch.bmm(block, value[rows], out=out[rows])
     return out
 
 
@@ -312,7 +280,7 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
         if query.device.type == "cpu" and not torch.compiler.is_compiling():
             x = attend_on_cpu(query, key, value, bias, grid)
         else:
-            x = attend(query, key, value, additive_masks(bias, grid, value.dtype))
+            x = attend(query, key, value, bias, grid)
         x = x.transpose(1, 2).reshape(n, -1, channels)
         return self.proj(out_of_windows(x, grid)).view(n, height, width, channels)
 
@@ -361,8 +329,6 @@ class WindowAttention(swin_transformer.ShiftedWindowAttention):
 
 def resized_table(table: Tensor, window: Size, new_window: Size) -> Tensor:
     """Return a table of position biases (offsets, h) resized bicubically to another window."""
-    if window == new_window:
-        return table.clone()
     height, width = window
     image = table.T.reshape(1, -1, 2 * height - 1, 2 * width - 1)
     new_size = (2 * new_window[0] - 1, 2 * new_window[1] - 1)
@@ -409,47 +375,3 @@ class WindowAttentionV2(WindowAttention, swin_transformer.ShiftedWindowAttention
     def set_window(self, window: Size) -> None:
         """Change the window. The biases of the offsets that both windows have stay the same."""
         self.window_size = window
-
-
-def pretrained_window_of(coordinates: Tensor) -> int | None:
-    """Return the window that normalises a table of log coordinates, as torchvision saves it.
-
-    The offset of one cell tells. A window of a single cell has no such offset: the result is None.
-
-    Args:
-        coordinates: (1, 2 window - 1, 2 window - 1, 2).
-    """
-    middle = coordinates.shape[1] // 2
-    if middle == 0:
-        return None
-    one_cell = float(coordinates[0, middle + 1, middle, 0])
-    return round(8 / (2 ** (3 * one_cell) - 1) + 1)
-
-
-def check_pretrained_windows(tables: Sequence[Tensor], pretrained: Sequence[int]) -> None:
-    """Compare pretraining windows with saved tables of log coordinates.
-
-    Args:
-        tables: one for each window, see `pretrained_window_of`.
-        pretrained: windows, cells.
-
-    Raises:
-        InputError: the weights were pretrained with other windows.
-    """
-    found = []
-    for table, window in zip(tables, pretrained, strict=True):
-        found.append(pretrained_window_of(table) or window)
-    if found != list(pretrained):
-        right = one_or_each(found)
-        raise InputError(
-            f"the weights were pretrained with windows of {right} cells, and "
-            f"pretrained_window_size={one_or_each(pretrained)} would stretch their position "
-            f"biases; set pretrained_window_size={str(right).replace(' ', '')}"
-        )
-
-
-def one_or_each(windows: Sequence[int]) -> int | list[int]:
-    """Return windows as one number if they are all the same, else as a list."""
-    if len(set(windows)) == 1:
-        return windows[0]
-    return list(windows)

@@ -8,20 +8,18 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.models import swin_transformer
 
 from moco.errors import InputError
-from moco.models.patches import num_patches, with_whole_patches
+from moco.models.contract import PatchBackbone
 from moco.models.swin.attention import WindowAttention, WindowAttentionV2
 
 MAX_WINDOW_SIZE = 64
 """Cells of a side. The scores of one window of 4,096 cells and one head take 64 MiB."""
 
 
-class Swin(swin_transformer.SwinTransformer):
+class Swin(PatchBackbone, swin_transformer.SwinTransformer):
     """Swin or Swin V2 without its classifier; parameter names are torchvision's.
 
     Args:
@@ -39,12 +37,10 @@ class Swin(swin_transformer.SwinTransformer):
             timm, see `clipped_windows`. None: they are not clipped.
         stochastic_depth: chance that an image skips a branch of the last block in training (the
             papers' drop path). It rises linearly from 0 at the first block.
-        gradient_checkpointing: keep only the blocks' inputs for the backward pass, and compute the
-            rest again.
+        gradient_checkpointing, partial_patches: see `PatchBackbone`. torchvision drops partial
+            patches.
         freeze_patch_embed: do not train the random patch projection, for stability
             (arXiv 2104.02057, section 4.2).
-        partial_patches: ``complete`` fills the last row and column of patches up with zeros.
-            ``drop`` leaves them out, as torchvision does.
 
     Raises:
         InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`, or V1 gets a
@@ -104,10 +100,17 @@ class Swin(swin_transformer.SwinTransformer):
             pretrained = windows_of("pretrained_window_size", pretrained_window_size)
         if pretrained_image_size is not None:
             pretrained = clipped_windows(pretrained_image_size, pretrained, patch_size)
+        self.pretrained_window_size = tuple(pretrained)
+        for window, blocks in zip(pretrained, self.stages(), strict=True):
+            for number, block in enumerate(blocks):
+                block.attn.shifted = number % 2 == 1
+                block.attn.pretrained_window_size = (window, window)
+                if version == 2:
+                    # Blocks start as the identity, as in the official code (arXiv 2111.09883,
+                    # section 3.2).
+                    nn.init.zeros_(block.norm1.weight)
+                    nn.init.zeros_(block.norm2.weight)
         self.set_windows(windows)
-        self._set_pretrained_windows(pretrained)
-        if version == 2:
-            self._start_as_identity()
         self.features[0][0].requires_grad_(not freeze_patch_embed)
 
     def stages(self) -> Iterator[Any]:
@@ -119,60 +122,24 @@ class Swin(swin_transformer.SwinTransformer):
         """Attend in windows of other sizes, one for each stage, cells."""
         self.window_size = tuple(windows)
         for window, blocks in zip(windows, self.stages(), strict=True):
-            for number, block in enumerate(blocks):
-                block.attn.shifted = number % 2 == 1
+            for block in blocks:
                 block.attn.set_window((window, window))
 
-    def _set_pretrained_windows(self, windows: Sequence[int]) -> None:
-        self.pretrained_window_size = tuple(windows)
-        for window, blocks in zip(windows, self.stages(), strict=True):
-            for block in blocks:
-                block.attn.pretrained_window_size = (window, window)
+    def feature_and_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the last map averaged over its cells, and the four stages' outputs.
 
-    def _start_as_identity(self) -> None:
-        """Set the scales of the norms behind attention and MLP to zero, as the official V2 code.
-
-        Source: arXiv 2111.09883, section 3.2.
+        The last map is normalised. If patch merging finds an odd side, zeros complete it.
         """
-        for blocks in self.stages():
-            for block in blocks:
-                nn.init.zeros_(block.norm1.weight)
-                nn.init.zeros_(block.norm2.weight)
-
-    def feature_maps(self, images: Tensor) -> list[Tensor]:
-        """Return the four stages' outputs: (N, C_i, ceil(H / stride_i), ceil(W / stride_i)).
-
-        The last one is normalised. If patch merging finds an odd side, zeros complete it.
-
-        Args:
-            images: (N, 3, H, W), of any height and width.
-
-        Raises:
-            InputError: partial patches are dropped, and there is no whole one.
-        """
-        images = with_whole_patches(images, self.patch_size, self.partial_patches)
-        x = self.features[0](images)  # (N, H, W, C)
+        x = self.features[0](self.with_whole_patches(images))  # (N, H, W, C)
         maps = []
         for stage, blocks in enumerate(self.stages()):
             if stage > 0:
                 x = self.features[2 * stage](x)  # patch merging
             for block in blocks:
-                if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
+                x = self.run_block(block, x)
             output = self.norm(x) if stage == 3 else x
             maps.append(output.permute(0, 3, 1, 2))
-        return maps
-
-    def feature_and_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return `forward` and `feature_maps` from one pass."""
-        maps = self.feature_maps(images)
         return maps[-1].mean(dim=(2, 3)), maps
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the last map averaged over its cells: (N, D)."""
-        return self.feature_and_maps(images)[0]
 
 
 def windows_of(name: str, value: Any) -> tuple[int, ...]:
@@ -204,10 +171,14 @@ def map_sides(image_size: int, patch_size: int = 4) -> list[int]:
         image_size: side of the images, px.
         patch_size: px.
     """
-    sides = [num_patches(image_size, patch_size, "complete")]
-    for _ in range(3):
-        sides.append(-(-sides[-1] // 2))
-    return sides
+    return [-(-image_size // (patch_size * factor)) for factor in (1, 2, 4, 8)]
+
+
+def one_or_each(windows: Sequence[int]) -> int | list[int]:
+    """Return windows as one number if they are all the same, else as a list."""
+    if len(set(windows)) == 1:
+        return windows[0]
+    return list(windows)
 
 
 def clipped_windows(
@@ -229,7 +200,4 @@ def clipped_windows(
         InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`.
     """
     windows = windows_of("window_size", window_size)
-    clipped = []
-    for window, side in zip(windows, map_sides(image_size, patch_size), strict=True):
-        clipped.append(min(window, side))
-    return tuple(clipped)
+    return tuple(map(min, windows, map_sides(image_size, patch_size)))

@@ -93,20 +93,3 @@ def suggest_window(
     windows = range(smallest, largest + 1)
     suggestions = [WindowSuggestion(window, image_size, patch_size) for window in windows]
     return min(suggestions, key=cost)
-
-
-def window_advice(backbone: nn.Module, image_size: int, pretrained_image_size: int) -> str | None:
-    """Return a sentence on the window for images of another size than in pretraining.
-
-    None: the backbone has no windows, or the present window is the suggested one.
-    """
-    if not isinstance(backbone, Swin) or image_size == pretrained_image_size:
-        return None
-    window = backbone.window_size[0]
-    suggestion = suggest_window(image_size, window, pretrained_image_size, backbone.patch_size)
-    if suggestion.window_size == window:
-        return None
-    return (
-        f"pretrained on {pretrained_image_size} px with window {window}; {suggestion}: "
-        f"backbone.window_size={suggestion.window_size}"
-    )

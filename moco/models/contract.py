@@ -1,0 +1,83 @@
+"""The contract that all backbones keep, and what those that cut images into patches share.
+
+A backbone turns images (N, 3, H, W) into one feature (N, D), and into four feature maps for dense
+tasks. It has no classifier. ResNet and Swin double the stride from map to map, and the feature is
+the mean over the last map. ViT has one stride, the side of its patch, and the feature is its class
+token.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moco.errors import InputError
+
+
+class Backbone:
+    """A part of every backbone, beside nn.Module or torchvision's class.
+
+    A subclass sets the attributes and has `feature_and_maps`.
+    """
+
+    feature_dim: int
+    """D."""
+    feature_map_dims: tuple[int, ...]
+    """(C_1, ..., C_4), the channels of the feature maps."""
+    feature_map_strides: tuple[int, ...]
+    """Px of the image per cell of each map."""
+
+    def feature_and_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return `forward` and `feature_maps` from one pass."""
+        raise NotImplementedError
+
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """Return four maps (N, C_i, ceil(H / stride_i), ceil(W / stride_i)), the finest first."""
+        return self.feature_and_maps(images)[1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the feature (N, D)."""
+        return self.feature_and_maps(images)[0]
+
+
+class PatchBackbone(Backbone):
+    """A transformer on the patches of images of any height and width."""
+
+    patch_size: int
+    """Side of a patch, px."""
+    partial_patches: str
+    """``complete`` fills the last row and column of patches up with zeros. ``drop`` leaves them
+    out."""
+    gradient_checkpointing: bool
+    """Keep only the blocks' inputs for the backward pass, and compute the rest again."""
+    training: bool
+
+    def cells(self, side: int) -> int:
+        """Return how many patches an image's side, px, has."""
+        if self.partial_patches == "drop":
+            return side // self.patch_size
+        return -(-side // self.patch_size)
+
+    def with_whole_patches(self, images: Tensor) -> Tensor:
+        """Return images (N, 3, H, W) that are completed with zeros, or cut off, to whole patches.
+
+        Raises:
+            InputError: partial patches are dropped, and there is no whole one.
+        """
+        height, width = images.shape[-2:]
+        whole_height = self.cells(height) * self.patch_size
+        whole_width = self.cells(width) * self.patch_size
+        if whole_height == 0 or whole_width == 0:
+            raise InputError(
+                f"backbone.partial_patches=drop: an image of {height} x {width} px has no whole "
+                f"patch of {self.patch_size} px"
+            )
+        # At the right and the bottom, so that every cell stays over its pixels. Negative padding
+        # cuts off.
+        return F.pad(images, (0, whole_width - width, 0, whole_height - height))
+
+    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        """Return a block's output, with gradient checkpointing where there are gradients."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
