@@ -6,6 +6,8 @@ the mean over the last map. ViT has one stride, the side of its patch, and the f
 token.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from moco.errors import InputError
 
 
-class Backbone:
+class Backbone(ABC):
     """A part of every backbone, beside nn.Module or torchvision's class.
 
     A subclass sets the attributes and has `feature_and_maps`.
@@ -27,9 +29,9 @@ class Backbone:
     feature_map_strides: tuple[int, ...]
     """Px of the image per cell of each map."""
 
+    @abstractmethod
     def feature_and_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return `forward` and `feature_maps` from one pass."""
-        raise NotImplementedError
 
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """Return four maps (N, C_i, ceil(H / stride_i), ceil(W / stride_i)), the finest first."""
