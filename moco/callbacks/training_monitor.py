@@ -237,7 +237,7 @@ def waits_for_batches(trainer: pl.Trainer) -> bool:
     With all images in the device's memory, the device makes the batch itself: that is no wait.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
-    return not (isinstance(data, PretrainingData) and data.engine.in_memory)
+    return not (isinstance(data, PretrainingData) and data.in_memory)
 
 
 class TrainingMonitor(LossMonitor):

@@ -23,11 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from moco.data.augment.draws import derived_seed
-from moco.data.files.bad_fraction import check_bad_fraction
-from moco.data.files.decoding import EncodedFile, EncodedImage
-from moco.data.files.images import UnreadableImage
+from moco.data.files.images import EncodedFile, EncodedImage, UnreadableImage, check_bad_fraction
 from moco.data.loading.every_image import ReadImage, every_image
-from moco.data.loading.lost_workers import WatchedLoader
+from moco.data.loading.workers import WatchedLoader
 from moco.data.sources.packed_copy import (
     COLUMNS,
     INDEX,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import moco
-from moco.data.augment.views import build_evaluation_view
+from moco.data.augment.views import EvaluationView
 from moco.data.loading.datamodule import check_unreadable
 from moco.data.loading.every_image import evaluation_loader
 from moco.data.sources.registry import build_source
@@ -196,7 +196,7 @@ class Subject:
     def _embedded(self, labelled: Labelled) -> Features:
         started = time.monotonic()
         size, crop_ratio = self.data["image_size"], self.data["crop_ratio"]
-        view = build_evaluation_view(size, crop_ratio, **self.augmentation)
+        view = EvaluationView(size, crop_ratio, **self.augmentation)
         batch_size, num_workers = self.settings["batch_size"], self.data["num_workers"]
         loader = evaluation_loader(
             labelled, view, size, batch_size, num_workers, device=self.device

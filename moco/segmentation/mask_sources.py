@@ -16,9 +16,9 @@ import numpy as np
 
 from moco.data.files.images import MAX_IMAGE_PIXELS
 from moco.data.files.listing import list_images
+from moco.data.sources.arrays import torchvision_dataset
 from moco.data.sources.folders import is_held_out
 from moco.data.sources.registry import MASKED, SOURCES
-from moco.data.sources.torchvision_sets import torchvision_dataset
 from moco.errors import InputError, printable, unknown_name
 from moco.segmentation.mask_checks import (
     and_more,

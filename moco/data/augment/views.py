@@ -378,13 +378,6 @@ class EvaluationView:
         return self.normalized(self.crop(image))
 
 
-def build_evaluation_view(
-    image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]
-) -> EvaluationView:
-    """Build an `EvaluationView`."""
-    return EvaluationView(image_size, crop_ratio, mean, std)
-
-
 def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[Image.Image], Image.Image]:
     """Return the evaluation view without its normalisation, from Pillow image to Pillow image."""
     resize = v2.Resize(round(image_size / crop_ratio))
@@ -400,35 +393,3 @@ def middle_of_stripe(image: Image.Image) -> Image.Image:
     if max(image.size) <= longest:
         return image
     return v2.functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
-
-
-def rgb_batch(pixels: Tensor) -> Tensor:
-    """Return images in memory as (images, 3, height, width) uint8; transparent pixels are white.
-
-    Args:
-        pixels: (images, height, width) grey, or (images, height, width, 3 or 4), RGB or RGBA.
-    """
-    if pixels.ndim == 3:
-        return pixels[:, None].expand(-1, 3, -1, -1)
-    if pixels.shape[3] == 4:
-        pixels = without_transparency(pixels)
-    return pixels.permute(0, 3, 1, 2)
-
-
-def without_transparency(pixels: Tensor) -> Tensor:
-    """Lay RGBA images (images, height, width, 4) over white: (images, height, width, 3)."""
-    results = []
-    for array in pixels.cpu().numpy():
-        image = Image.fromarray(array)
-        white = Image.new("RGBA", image.size, "white")
-        results.append(np.asarray(Image.alpha_composite(white, image).convert("RGB")))
-    return torch.from_numpy(np.stack(results)).to(pixels.device)
-
-
-def picked(pixels: Tensor, indices: Tensor) -> Tensor:
-    """Return some of the images of `rgb_batch`, (batch, 3, height, width), contiguous.
-
-    Whole images are copied as they lie in memory. On a CPU this is several times as fast as
-    `pixels[indices]`.
-    """
-    return pixels.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2).contiguous()

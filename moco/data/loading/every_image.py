@@ -6,16 +6,16 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
 
-from moco.data.augment.views import EvaluationView, Transform, rgb_batch
+from moco.data.augment.views import EvaluationView, Transform
 from moco.data.files.images import UnreadableImage
-from moco.data.loading.lost_workers import WatchedLoader, note_read
-from moco.data.loading.workers import CPU, loader_options
+from moco.data.loading.workers import CPU, WatchedLoader, loader_options, note_read
 from moco.data.sources.source import ArrayImages, Labelled
 
 
@@ -70,15 +70,9 @@ def every_image(
         device: the device that uses the batches.
     """
     options = loader_options(num_workers, device)
-    # The processes end with the pass.
-    options["persistent_workers"] = False
+    options["persistent_workers"] = False  # the processes end with the pass
     reader = ImageReader(images, make)
     return WatchedLoader(reader, batch_sampler=batches, collate_fn=collate, **options)
-
-
-def in_batches(keys: Iterable[Any], batch_size: int) -> BatchSampler:
-    """Return the keys in batches; the last one can be smaller."""
-    return BatchSampler(keys, batch_size, drop_last=False)
 
 
 class EvaluationBatch(NamedTuple):
@@ -92,28 +86,19 @@ class EvaluationBatch(NamedTuple):
     """(batch,) bool: the image cannot be read, and its row is zero."""
 
 
-@dataclass(frozen=True)
-class EvaluationCollate:
-    """Make an `EvaluationBatch` of images that were read by their number.
+def evaluation_batch(labels: Tensor, image_size: int, read: list[ReadImage]) -> EvaluationBatch:
+    """Make a batch of images that were read by their number.
 
     Args:
         labels: (images,) int64, of the whole set.
         image_size: side of the images, px.
     """
-
-    labels: Tensor
-    image_size: int
-
-    def __call__(self, read: list[ReadImage]) -> EvaluationBatch:
-        images = torch.zeros(len(read), 3, self.image_size, self.image_size)
-        unreadable = torch.zeros(len(read), dtype=torch.bool)
-        for row, image in enumerate(read):
-            if image.problem:
-                unreadable[row] = True
-            else:
-                images[row] = image.value
-        labels = self.labels[[image.key for image in read]]
-        return EvaluationBatch(images, labels, unreadable)
+    images = torch.zeros(len(read), 3, image_size, image_size)
+    for row, image in enumerate(read):
+        if not image.problem:
+            images[row] = image.value
+    unreadable = torch.tensor([bool(image.problem) for image in read])
+    return EvaluationBatch(images, labels[[image.key for image in read]], unreadable)
 
 
 def evaluation_loader(
@@ -139,49 +124,39 @@ def evaluation_loader(
     if isinstance(images, ArrayImages) and isinstance(view, EvaluationView):
         side = view.unchanged_size
         if images.tensor.shape[1:3] == (side, side):
-            return MemoryBatches(images, labels, view, batch_size, rank, world_size, device)
-    batches = in_batches(range(rank, len(images), world_size), batch_size)
-    collate = EvaluationCollate(labels, image_size)
+            own = slice(rank, None, world_size)
+            return MemoryBatches(images.tensor[own], labels[own], view, batch_size, device)
+    batches = BatchSampler(range(rank, len(images), world_size), batch_size, drop_last=False)
+    collate = partial(evaluation_batch, labels, image_size)
     return every_image(images, view, collate, batches, num_workers, device)
 
 
+@dataclass(frozen=True)
 class MemoryBatches:
     """Batches of images in memory whose size is the evaluation's, without loader processes.
 
     The images are moved to `device` as bytes and normalised there. The results are the same bits
     as those of `every_image`.
-
-    Args:
-        images: (side, side) px each.
-        labels: (images,) int64.
-        view: it only normalises these images.
-        rank, world_size: every `world_size`-th image from `rank` on.
     """
 
-    def __init__(
-        self,
-        images: ArrayImages,
-        labels: Tensor,
-        view: EvaluationView,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-    ) -> None:
-        self.pixels = images.tensor[rank::world_size]
-        self.labels = labels[rank::world_size]
-        self.scale = view.normalized.scale.to(device)
-        self.shift = view.normalized.shift.to(device)
-        self.batch_size = batch_size
-        self.device = device
+    pixels: Tensor
+    """(images, side, side, 3) uint8."""
+    labels: Tensor
+    """(images,) int64."""
+    view: EvaluationView
+    """It only normalises these images."""
+    batch_size: int
+    device: torch.device
 
     def __len__(self) -> int:
-        return -(-len(self.pixels) // self.batch_size)
+        return -(-len(self.labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        for first in range(0, len(self.pixels), self.batch_size):
-            rows = slice(first, first + self.batch_size)
-            pixels = self.pixels[rows].to(self.device)
-            images = rgb_batch(pixels) * self.scale - self.shift  # (batch, 3, side, side)
-            labels = self.labels[rows]
+        scale = self.view.normalized.scale.to(self.device)
+        shift = self.view.normalized.shift.to(self.device)
+        parts = zip(
+            self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True
+        )
+        for pixels, labels in parts:
+            images = pixels.to(self.device).permute(0, 3, 1, 2) * scale - shift
             yield EvaluationBatch(images, labels, torch.zeros(len(labels), dtype=torch.bool))

@@ -5,17 +5,18 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import BatchSampler
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from moco.data.files.images import UnreadableImage
-from moco.data.loading.every_image import ReadImage, every_image, in_batches
-from moco.data.loading.lost_workers import WatchedLoader
-from moco.data.loading.workers import CPU
+from moco.data.loading.every_image import ReadImage, every_image
+from moco.data.loading.workers import CPU, WatchedLoader
 from moco.data.sources.shards import (
     Problem,
     Sample,
@@ -58,7 +59,7 @@ class ImageKey(NamedTuple):
 class ImageSet(ABC):
     """Images in a fixed order. A place is a list of numbers."""
 
-    start: list[int]
+    start: ClassVar[list[int]]
     """The place of the first image."""
     has_labels: bool
     images: Any = None
@@ -99,8 +100,8 @@ class ImageSet(ABC):
         Raises:
             InputError: while iterating, a shard is refused.
         """
-        keys = in_batches(self.keys_from(place), batch_size)
-        make = CropToTensor(crop)
+        keys = BatchSampler(self.keys_from(place), batch_size, drop_last=False)
+        make = partial(cropped, crop)
         return every_image(KeyReader(self.images), make, image_batch, keys, num_workers, device)
 
 
@@ -122,14 +123,9 @@ class KeyReader:
         return self.images[key.source]
 
 
-@dataclass(frozen=True)
-class CropToTensor:
-    """From a Pillow image to a square tensor (3, side, side) uint8."""
-
-    crop: Crop
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return pil_to_tensor(self.crop(image))
+def cropped(crop: Crop, image: Image.Image) -> Tensor:
+    """Return a square of an image, (3, side, side) uint8."""
+    return pil_to_tensor(crop(image))
 
 
 def image_batch(read: list[ReadImage]) -> ImageBatch:
@@ -145,8 +141,8 @@ def image_batch(read: list[ReadImage]) -> ImageBatch:
             names.append(image.key.name)
             labels.append(image.key.label)
     pixels = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
-    label_tensor = torch.tensor(labels, dtype=torch.int64)
-    return ImageBatch(pixels, names, label_tensor, problems, read[-1].key.end)
+    all_labels = torch.tensor(labels, dtype=torch.int64)
+    return ImageBatch(pixels, names, all_labels, problems, read[-1].key.end)
 
 
 class IndexedSet(ImageSet):
@@ -156,11 +152,12 @@ class IndexedSet(ImageSet):
         has_labels: if not, all labels are -1.
     """
 
+    start: ClassVar = [0]
+
     def __init__(self, labelled: Labelled, has_labels: bool) -> None:
         self.images = labelled.images
         self.labels = labelled.labels
         self.has_labels = has_labels
-        self.start = [0]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -169,7 +166,8 @@ class IndexedSet(ImageSet):
         """See `ImageSet`. The pixels of images in memory count, because they have no names."""
         digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
         if isinstance(self.images, ArrayImages):
-            digest.update(self.images.tensor.numpy().data)
+            for image in self.images.tensor:
+                digest.update(image.numpy().tobytes())
         for index in range(len(self)):
             digest.update(self.images.name(index).encode(errors="surrogatepass") + b"\0")
         return digest.hexdigest()
@@ -187,11 +185,11 @@ class ShardedSet(ImageSet):
     for any number of loader processes.
     """
 
+    start: ClassVar = [0, 0]
     has_labels = False
 
     def __init__(self, sharded: ShardedImages) -> None:
         self.sharded = sharded
-        self.start = [0, 0]
 
     def __len__(self) -> int:
         return len(self.sharded)
@@ -206,8 +204,7 @@ class ShardedSet(ImageSet):
 
     def keys_from(self, place: list[int]) -> Iterator[ImageKey]:
         first_shard, num_done = place
-        for number in range(first_shard, len(self.sharded.shards)):
-            shard = self.sharded.shards[number]
+        for number, shard in enumerate(self.sharded.shards[first_shard:], start=first_shard):
             samples = images_in(shard, self.sharded.max_image_pixels)
             for member, found in enumerate(samples, start=1):
                 # What an earlier pass has done is read again, but not decoded.

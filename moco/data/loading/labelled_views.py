@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from moco.data.augment.views import View, ViewPair
-from moco.data.loading.augmentation_engine import choose_engine
-from moco.data.loading.loaders import MemoryLoader, PairDataset, ResumableLoader
-from moco.data.loading.samplers import EpochSampler
+from moco.data.loading.loaders import (
+    EpochSampler,
+    MemoryLoader,
+    PairDataset,
+    ResumableLoader,
+    choose_engine,
+)
 from moco.data.loading.workers import loader_options, unchanged
 from moco.data.sources.source import ArrayImages, Labelled
 

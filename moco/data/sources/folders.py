@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moco.data.files.listing_cache import Listing, listed
+from moco.data.files.listing import Listing, listed
 from moco.data.sources.source import DataSource, FileImages, Labelled
 from moco.errors import InputError, printable
 

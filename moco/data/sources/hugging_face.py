@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moco.data.files.decoding import EncodedImage, encoded
-from moco.data.files.images import UnreadableImage
+from moco.data.files.images import EncodedImage, UnreadableImage, encoded
 from moco.data.sources.source import DataSource, Images, Labelled
 from moco.errors import InputError, printable
 

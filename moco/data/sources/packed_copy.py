@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moco.data.files.archives import DAMAGED, read_arrays
-from moco.data.files.decoding import DecodedImage, EncodedImage, encoded
+from moco.data.files.images import DecodedImage, EncodedImage, encoded
 from moco.data.files.listing import start_of
 from moco.data.sources.source import DataSource, Images, Labelled
 from moco.errors import InputError, printable

@@ -4,13 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from moco.data.files.images import MAX_IMAGE_PIXELS
-from moco.data.sources.arrays import digits_source, npz_source, synthetic_source
+from moco.data.sources.arrays import (
+    TORCHVISION_CLASSES,
+    digits_source,
+    npz_source,
+    synthetic_source,
+    torchvision_source,
+)
 from moco.data.sources.folders import class_folder_source, folder_source
 from moco.data.sources.hugging_face import hugging_face_source
 from moco.data.sources.packed_copy import packed_source
 from moco.data.sources.shards import sharded_source
 from moco.data.sources.source import DataSource
-from moco.data.sources.torchvision_sets import TORCHVISION_CLASSES, torchvision_source
 from moco.errors import InputError, unknown_name
 
 SOURCES = (

@@ -18,8 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-from moco.data.files.decoding import EncodedImage, encoded
-from moco.data.files.images import EXTENSIONS, UnreadableImage
+from moco.data.files.images import EXTENSIONS, EncodedImage, UnreadableImage, encoded
 from moco.data.sources.folders import list_of_paths
 from moco.data.sources.packed_copy import INDEX, check_finished, read_index
 from moco.data.sources.source import DataSource, Images

@@ -238,7 +238,7 @@ def test_a_resumed_epoch_goes_on_with_its_next_batch_without_decoding_what_went_
             state = straight.state_dict()
     assert state == {"epoch": 3, "images": 36}
 
-    from moco.data.files.decoding import EncodedFile
+    from moco.data.files.images import EncodedFile
 
     decoded, pixels = [], EncodedFile.pixels
     monkeypatch.setattr(
