@@ -100,9 +100,10 @@ class ImageSet(ABC):
         Raises:
             InputError: while iterating, a shard is refused.
         """
-        keys = BatchSampler(self.keys_from(place), batch_size, drop_last=False)
+        keys: Iterator[Any] = self.keys_from(place)
+        batches = BatchSampler(keys, batch_size, drop_last=False)
         make = partial(cropped, crop)
-        return every_image(KeyReader(self.images), make, image_batch, keys, num_workers, device)
+        return every_image(KeyReader(self.images), make, image_batch, batches, num_workers, device)
 
 
 @dataclass(frozen=True)
