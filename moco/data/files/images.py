@@ -6,7 +6,7 @@ import os
 import stat
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,9 +67,7 @@ def png_bit_depth(path: str) -> int:
     """Return the bits per sample of a PNG file, or 8 for any other file."""
     with open(path, "rb") as file:
         header = file.read(PNG_BIT_DEPTH_OFFSET + 1)
-    if not header.startswith(PNG_SIGNATURE):
-        return 8
-    return header[PNG_BIT_DEPTH_OFFSET]
+    return header[-1] if header.startswith(PNG_SIGNATURE) else 8
 
 
 @contextmanager
@@ -214,11 +212,9 @@ class EncodedFile:
     def pixels(self) -> np.ndarray:
         """Return the pixels, see `EncodedImage`."""
         if isinstance(self.source, bytes) and jpeg_size(self.source) == self.size:
-            try:
+            # Pillow can read some of the damaged files, and its messages say more.
+            with suppress(ValueError):
                 return simplejpeg.decode_jpeg(self.source, "RGB")
-            except ValueError:
-                # Pillow can read some of the damaged files, and its messages say more.
-                pass
         with (
             pillow_warnings_ignored(),
             opened(self.source, self.max_image_pixels, self.name) as image,
@@ -258,14 +254,14 @@ def encoded(source: bytes | str, name: str, max_image_pixels: int, page: int = 0
         UnreadableImage: the file is missing, empty, too large or not an image. Damaged pixels are
             found when they are decoded.
     """
+    is_jpeg = True
     size = jpeg_size(source) if isinstance(source, bytes) and page == 0 else None
-    if size and math.prod(size) <= max_image_pixels:
-        return EncodedFile(source, name, size, max_image_pixels, page, is_jpeg=True)
-    with pillow_warnings_ignored(), opened(source, max_image_pixels, name) as image:
-        turn_to(image, page, max_image_pixels)
-        is_jpeg = image.format in ("JPEG", "MPO")
-        size = (image.height, image.width)
-        return EncodedFile(source, name, size, max_image_pixels, page, is_jpeg)
+    if size is None or math.prod(size) > max_image_pixels:
+        with pillow_warnings_ignored(), opened(source, max_image_pixels, name) as image:
+            turn_to(image, page, max_image_pixels)
+            is_jpeg = image.format in ("JPEG", "MPO")
+            size = (image.height, image.width)
+    return EncodedFile(source, name, size, max_image_pixels, page, is_jpeg)
 
 
 def encoded_file(path: str, name: str, max_image_pixels: int, page: int = 0) -> EncodedFile:
@@ -318,7 +314,7 @@ def check_bad_fraction(names: Collection[str], num_images: int, max_bad_fraction
         num_images: number of all images. It is always an error if all are unreadable.
         max_bad_fraction: fraction from 0 to 1.
     """
-    are_all_bad = len(names) > 0 and len(names) == num_images
+    are_all_bad = len(names) == num_images > 0
     if are_all_bad or len(names) > max_bad_fraction * num_images:
         first = ", ".join(printable(name) for name in sorted(names)[:MAX_NAMED])
         raise InputError(

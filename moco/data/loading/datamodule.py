@@ -17,9 +17,9 @@ from moco.data.loading.loaders import (
     MemoryLoader,
     NamedImage,
     PairBatch,
-    PairDataset,
     PairMaker,
     ResumableLoader,
+    pair_loader,
 )
 from moco.data.loading.streams import (
     OpenStream,
@@ -27,7 +27,7 @@ from moco.data.loading.streams import (
     StreamLoader,
     build_streams,
 )
-from moco.data.loading.workers import WatchedLoader, device_of, loader_options, unchanged
+from moco.data.loading.workers import WatchedLoader, device_of, loader_options
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import ArrayImages, DataSource, Images, Labelled
 from moco.errors import InputError, printable
@@ -143,14 +143,14 @@ class PretrainingData(pl.LightningDataModule):
         device = device_of(self)
         if isinstance(images, ShardedImages):
             return self._stream_loader(images, batch_size)
-        if self.in_memory and isinstance(images, ArrayImages):
-            return MemoryLoader(images, self.augment, self.sampler(), batch_size, device)
-        return ResumableLoader(
-            PairDataset(images, self.augment),
+        return pair_loader(
+            images,
+            self.augment,
             self.sampler(),
             batch_size,
-            collate_fn=unchanged,
-            **loader_options(self.num_workers, device),
+            self.num_workers,
+            device,
+            in_memory=self.in_memory,
         )
 
     def _stream_loader(self, images: ShardedImages, batch_size: int) -> StreamLoader:

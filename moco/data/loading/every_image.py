@@ -154,9 +154,9 @@ class MemoryBatches:
     def __iter__(self) -> Iterator[EvaluationBatch]:
         scale = self.view.normalized.scale.to(self.device)
         shift = self.view.normalized.shift.to(self.device)
-        parts = zip(
-            self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True
-        )
-        for pixels, labels in parts:
-            images = pixels.to(self.device).permute(0, 3, 1, 2) * scale - shift
-            yield EvaluationBatch(images, labels, torch.zeros(len(labels), dtype=torch.bool))
+        for first in range(0, len(self.labels), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            pixels = self.pixels[rows].to(self.device).permute(0, 3, 1, 2)
+            labels = self.labels[rows]
+            unreadable = torch.zeros(len(labels), dtype=torch.bool)
+            yield EvaluationBatch(pixels * scale - shift, labels, unreadable)

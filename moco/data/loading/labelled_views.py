@@ -7,32 +7,8 @@ import torch
 from torch import Tensor
 
 from moco.data.augment.views import View, ViewPair
-from moco.data.loading.loaders import (
-    EpochSampler,
-    MemoryLoader,
-    PairDataset,
-    ResumableLoader,
-    choose_engine,
-)
-from moco.data.loading.workers import loader_options, unchanged
-from moco.data.sources.source import ArrayImages, Labelled
-
-
-class OneView(ViewPair):
-    """One view of each image. Where a pair is expected, both are this view.
-
-    Args:
-        operations: settings of the view's operations by name.
-        where: their key in the config, for error messages.
-        settings: the other arguments of `ViewPair`.
-    """
-
-    def __init__(
-        self, operations: Mapping[str, Any], where: str, image_size: int, **settings: Any
-    ) -> None:
-        view = View(operations, image_size, where)
-        super().__init__(operations, operations, image_size=image_size, **settings)
-        self.views_of_size = {image_size: [view]}
+from moco.data.loading.loaders import EpochSampler, choose_engine, pair_loader
+from moco.data.sources.source import Labelled
 
 
 class LabelledViews:
@@ -41,7 +17,9 @@ class LabelledViews:
     The last batch of an epoch can be smaller.
 
     Args:
-        operations, where, mean, std: see `OneView`.
+        operations: settings of the view's operations by name.
+        where: their key in the config, for error messages.
+        mean, std: see `ViewPair`.
     """
 
     def __init__(
@@ -62,26 +40,21 @@ class LabelledViews:
         self.labels = torch.from_numpy(labelled.labels)
         self.device = device
         self.engine = choose_engine("auto", images, image_size, device.type)
-        self.view = OneView(
-            operations,
-            where,
-            image_size,
-            mean=mean,
-            std=std,
-            seed=seed,
-            engine=self.engine.name,
-        )
+        # A pair of one view. It is built first, because its errors name the right key.
+        view = View(operations, image_size, where)
+        self.views = ViewPair(operations, operations, mean, std, image_size, seed, self.engine.name)
+        self.views.views_of_size = {image_size: [view]}
         # With a batch size of 1 the sampler leaves no image out.
         self.sampler = EpochSampler(len(images), batch_size=1, seed=seed)
-        self.loader: MemoryLoader | ResumableLoader
-        if self.engine.in_memory and isinstance(images, ArrayImages):
-            self.loader = MemoryLoader(images, self.view, self.sampler, batch_size, device)
-        else:
-            dataset = PairDataset(images, self.view)
-            options = loader_options(num_workers, device)
-            self.loader = ResumableLoader(
-                dataset, self.sampler, batch_size, collate_fn=unchanged, **options
-            )
+        self.loader = pair_loader(
+            images,
+            self.views,
+            self.sampler,
+            batch_size,
+            num_workers,
+            device,
+            in_memory=self.engine.in_memory,
+        )
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the batches of an epoch.
@@ -98,5 +71,5 @@ class LabelledViews:
             views = batch.views[0]
             if not self.engine.in_memory:
                 views = views.to(self.device)
-                views, _ = self.view.finished([views], number, batch.indices.to(self.device))
+                views, _ = self.views.finished([views], number, batch.indices.to(self.device))
             yield views, labels.to(self.device), indices

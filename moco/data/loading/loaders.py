@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from moco.data.augment.draws import derived_seed
 from moco.data.augment.views import ViewPair
 from moco.data.files.images import EncodedImage, UnreadableImage
-from moco.data.loading.workers import WatchedLoader, note_read
+from moco.data.loading.workers import WatchedLoader, loader_options, note_read, unchanged
 from moco.data.sources.source import ArrayImages, Images
 
 MOST_ATTEMPTS = 100  # images in a row that are tried in place of an unreadable one
@@ -315,6 +315,24 @@ class MemoryLoader(Resumable):
             return self.num_at_once
         most_images = max(1, VALUES_ON_GPU // (3 * self.augment.image_size**2))
         return max(1, most_images // self.num_at_once) * self.num_at_once
+
+
+def pair_loader(
+    images: Images,
+    augment: ViewPair,
+    sampler: EpochSampler,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    *,
+    in_memory: bool,
+) -> MemoryLoader | ResumableLoader:
+    """Return batches of view pairs, from memory (see `Engine`) or from loader processes."""
+    if in_memory and isinstance(images, ArrayImages):
+        return MemoryLoader(images, augment, sampler, batch_size, device)
+    dataset = PairDataset(images, augment)
+    options = loader_options(num_workers, device)
+    return ResumableLoader(dataset, sampler, batch_size, collate_fn=unchanged, **options)
 
 
 class Engine(NamedTuple):

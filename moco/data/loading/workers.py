@@ -46,16 +46,12 @@ def loader_options(num_workers: int, device: torch.device) -> dict[str, Any]:
         device: the device that uses the batches. Only CUDA gains from pinned memory. Elsewhere
             pinning would initialise a GPU that the run does not use.
     """
-    options: dict[str, Any] = {
-        "num_workers": num_workers,
-        "pin_memory": device.type == "cuda",
-        "persistent_workers": num_workers > 0,
-    }
-    if num_workers == 0:
-        return options
-    start_fork_server()
-    options["multiprocessing_context"] = "forkserver"
-    options["worker_init_fn"] = start_worker
+    options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
+    if num_workers > 0:
+        start_fork_server()
+        options["persistent_workers"] = True
+        options["multiprocessing_context"] = "forkserver"
+        options["worker_init_fn"] = start_worker
     return options
 
 
@@ -145,8 +141,7 @@ class ReadNotes:
         notes = []
         for pid, row in zip(self.pids.tolist(), self.names, strict=True):
             if pid:
-                name = row.numpy().tobytes().rstrip(b"\0")
-                notes.append((pid, os.fsdecode(name)))
+                notes.append((pid, os.fsdecode(row.numpy().tobytes().rstrip(b"\0"))))
         return notes
 
 
@@ -214,9 +209,7 @@ def lost_worker_named(notes: ReadNotes) -> Iterator[None]:
             running = {child.pid for child in multiprocessing.active_children()}
             for pid, name in workers:
                 if pid not in running:
-                    raise RuntimeError(
-                        f"DataLoader worker (pid {pid}) exited unexpectedly; "
-                        f"it was reading {printable(name)}"
-                    ) from error
+                    lost = f"DataLoader worker (pid {pid}) exited unexpectedly"
+                    raise RuntimeError(f"{lost}; it was reading {printable(name)}") from error
             time.sleep(0.05)
         raise

@@ -1,5 +1,6 @@
-"""Datasets that fit in memory: scikit-learn's digits, synthetic noise, and .npz archives."""
+"""Datasets that fit in memory: digits, noise, .npz archives, and what torchvision downloads."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,8 @@ def synthetic_source(num_images: int) -> DataSource:
     images = generator.integers(0, 256, (num_images, 224, 224, 3), dtype=np.uint8)
     labels = np.arange(num_images) % 10
     # The queries are images of the bank too: the figures mean nothing anyway.
-    num_queries = max(1, num_images // 10)
-    return source_from_arrays(
-        "synthetic", images, labels, images[:num_queries], labels[:num_queries]
-    )
+    queries = slice(max(1, num_images // 10))
+    return source_from_arrays("synthetic", images, labels, images[queries], labels[queries])
 
 
 def npz_source(root: str) -> DataSource:
@@ -65,11 +64,7 @@ def npz_source(root: str) -> DataSource:
 
 
 def source_from_arrays(
-    what: str,
-    train_images: Any,
-    train_labels: Any,
-    test_images: Any,
-    test_labels: Any,
+    what: str, train_images: Any, train_labels: Any, test_images: Any, test_labels: Any
 ) -> DataSource:
     """Return arrays as a source; the labelled training images are the bank, the test the queries.
 
@@ -130,19 +125,14 @@ def torchvision_source(name: str, root: str, download: bool) -> DataSource:
 
 def stl10_source(root: str, download: bool) -> DataSource:
     """Return STL-10: training uses the 100,000 unlabelled images too."""
-    unlabelled = torchvision_dataset("STL10", root, split="train+unlabeled", download=download)
-    train = torchvision_dataset("STL10", root, split="train", download=download)
-    test = torchvision_dataset("STL10", root, split="test", download=download)
-    labelled = source_from_arrays(
-        "STL10", channels_last(train.data), train.labels, channels_last(test.data), test.labels
-    )
-    all_images = ArrayImages(channels_last(unlabelled.data), "STL10")
-    return DataSource(all_images, labelled.bank, labelled.queries, labelled.image_size)
-
-
-def channels_last(images: np.ndarray) -> np.ndarray:
-    """Return images (images, channels, height, width) as (images, height, width, channels)."""
-    return images.transpose(0, 2, 3, 1)
+    arrays = []
+    for split in ("train", "test", "train+unlabeled"):
+        dataset = torchvision_dataset("STL10", root, split=split, download=download)
+        # (images, channels, height, width) becomes (images, height, width, channels).
+        arrays += [dataset.data.transpose(0, 2, 3, 1), dataset.labels]
+    *of_labelled, all_images, _ = arrays
+    labelled = source_from_arrays("STL10", *of_labelled)
+    return replace(labelled, train=ArrayImages(all_images, "STL10"))
 
 
 def torchvision_dataset(class_name: str, root: str, **kwargs: Any) -> Any:

@@ -35,14 +35,10 @@ def folder_source(root: Any, max_image_pixels: int, pages: str, listing: Path | 
 
 def list_of_paths(root: Any) -> list[str] | None:
     """Return one or several paths as a list, or None if `root` is something else."""
-    if isinstance(root, str):
-        return [root]
-    if not isinstance(root, list) or len(root) == 0:
+    roots = root if isinstance(root, list) else [root]
+    if not roots or not all(isinstance(path, str) for path in roots):
         return None
-    for path in root:
-        if not isinstance(path, str):
-            return None
-    return root
+    return roots
 
 
 def check_no_overlap(roots: Sequence[str]) -> None:
@@ -102,12 +98,8 @@ def class_folder_source(
 
 def training_and_validation_folders(root: str) -> list[str]:
     """Return root/train and, if there is one, the validation folder beside it."""
-    folders = [os.path.join(root, "train")]
-    for name in VALIDATION_FOLDERS:
-        if os.path.isdir(os.path.join(root, name)):
-            folders.append(os.path.join(root, name))
-            break
-    return folders
+    paths = [os.path.join(root, name) for name in VALIDATION_FOLDERS]
+    return [os.path.join(root, "train"), *filter(os.path.isdir, paths)][:2]
 
 
 def files_in_class_folders(files: Listing, folder: str) -> tuple[Listing, list[str]]:

@@ -31,7 +31,6 @@ SOURCES = (
 )
 # moco.segmentation builds these, which have a mask for each image.
 MASKED = ("segmentation_folder", "voc2012")
-DEFAULT_SYNTHETIC_IMAGES = 1024
 
 
 def build_source(
@@ -75,7 +74,7 @@ def build_source(
     if name not in SOURCES:
         raise InputError(f"data.name: {unknown_name('dataset', name, SOURCES)}")
     if name == "synthetic":
-        return synthetic_source(num_images or DEFAULT_SYNTHETIC_IMAGES)
+        return synthetic_source(num_images or 1024)
     if name == "digits":
         return digits_source()
     if root is None:
