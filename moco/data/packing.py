@@ -13,7 +13,7 @@ import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b, sha256
@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from moco.data.augment.draws import derived_seed
-from moco.data.files.images import EncodedImage, UnreadableImage, check_bad_fraction
+from moco.data.files.images import EncodedFile, EncodedImage, UnreadableImage, check_bad_fraction
 from moco.data.loading.every_image import ReadImage, every_image
 from moco.data.loading.workers import WatchedLoader, unchanged
 from moco.data.sources.packed_copy import (
@@ -36,8 +36,8 @@ from moco.data.sources.packed_copy import (
     PIXELS,
     SIDES,
     TABLE,
-    check_finished,
     read_copy,
+    read_finished_index,
     read_index,
     read_table,
     total_of_parts,
@@ -149,11 +149,11 @@ def pack_image(
     if not keeps_size:
         smaller = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
         pixels = np.asarray(smaller)
-    source = getattr(image, "source", None)
+    encoded = image.source if isinstance(image, EncodedFile) and image.is_jpeg else None
     if quality is None:
         content = pixels.tobytes()
-    elif keeps_size and isinstance(source, bytes) and getattr(image, "is_jpeg", False):
-        content = source
+    elif keeps_size and isinstance(encoded, bytes):
+        content = encoded
     else:
         pixels = np.ascontiguousarray(pixels)
         try:
@@ -473,21 +473,22 @@ def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Write ``index.json``, as a whole or not at all."""
-    text = json.dumps(index, indent=1)
-    replace_file(folder / INDEX, lambda file: file.write(text.encode()))
+    """Write ``index.json``."""
+    replace_file(folder / INDEX, json.dumps(index, indent=1).encode())
 
 
 def save_table(path: Path, table: Mapping[str, np.ndarray]) -> None:
-    """Write an .npz file, as a whole or not at all."""
-    replace_file(path, lambda file: np.savez(file, **table))  # type: ignore[arg-type]
+    """Write an .npz file."""
+    file = io.BytesIO()
+    np.savez(file, **table)  # type: ignore[arg-type]
+    replace_file(path, file.getvalue())
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary file and give it the name when it is on disk."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all: it gets its name when it is on disk."""
     temporary = temporary_path(path)
     with temporary.open("wb") as file:
-        write(file)
+        file.write(content)
         sync_and_close(file)
     os.replace(temporary, path)
 
@@ -547,12 +548,12 @@ def check_copy(folder: Path, pool: Pool) -> Iterator[int]:
         InputError: there is no finished copy.
         RunError: something differs; the message names the first images or shards.
     """
-    index = read_index(str(folder))
-    check_finished(str(folder), index)
+    index = read_finished_index(str(folder))
     if index["source"] != pool.fingerprint():
+        num_there = index["source"].get("images")
         raise RunError(
-            f"{folder}: made of {index['source'].get('images')} images, and the source has "
-            f"{len(pool)}, or others; pack it anew"
+            f"{folder}: made of {num_there} images, and the source has {len(pool)}, or others; "
+            "pack it anew"
         )
     copy, _ = read_copy(str(folder), index, max_image_pixels=1)  # nothing is decoded
     damaged = []
@@ -560,16 +561,13 @@ def check_copy(folder: Path, pool: Pool) -> Iterator[int]:
         if copy.is_damaged(number):
             damaged.append(printable(copy.name(number)))
         yield number + 1
-    if not damaged:
+    if not damaged and index["format"] == "shards":
         for number, part in enumerate(index["parts"]):
-            expected = part.get("sha256")  # an array has none
-            if expected is not None and sha256(copy.map_file(number)).hexdigest() != expected:
+            if sha256(copy.map_file(number)).hexdigest() != part.get("sha256"):
                 damaged.append(f"bytes between the images of {part['file']}")
     if damaged:
-        raise RunError(
-            f"{folder}: not as it was written in {len(damaged)} places: "
-            f"{', '.join(damaged[:MAX_NAMED])}"
-        )
+        named = ", ".join(damaged[:MAX_NAMED])
+        raise RunError(f"{folder}: not as it was written in {len(damaged)} places: {named}")
     log.info("%s: everything is as it was written", folder)
 
 

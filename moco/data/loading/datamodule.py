@@ -161,7 +161,6 @@ class PretrainingData(pl.LightningDataModule):
         return StreamLoader(
             StreamDataset(streams, batch_size, PairMaker(self.augment)),
             num_steps * batches_of_process,
-            num_images=len(images),
             max_bad_fraction=self.max_bad_fraction,
             unreadable=self.unreadable,
             **loader_options(self.num_workers, device_of(self)),
@@ -172,15 +171,13 @@ class PretrainingData(pl.LightningDataModule):
 
         Of several processes, each gets every n-th image.
         """
-        rank, world_size = self.place
         return evaluation_loader(
             labelled,
             self.evaluation_view,
             self.image_size,
             self.evaluation_batch_size,
             self.num_workers,
-            rank,
-            world_size,
+            *self.place,
             device_of(self),
         )
 

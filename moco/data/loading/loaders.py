@@ -355,11 +355,9 @@ def choose_engine(engine: str, images: Images, image_size: int, device_type: str
         device_type: cpu, cuda, ...
     """
     is_cpu = device_type == "cpu"
-    fits_on_device = False
-    largest_side = image_size
-    if isinstance(images, ArrayImages):
-        fits_on_device = is_cpu or images.tensor.numel() <= LARGEST_ON_GPU
-        largest_side = max(image_size, *images.tensor.shape[1:3])
+    fits_on_device = isinstance(images, ArrayImages) and (
+        is_cpu or images.tensor.numel() <= LARGEST_ON_GPU
+    )
     if engine != "auto":
         in_memory = engine == "batch" and fits_on_device
         return Engine(engine, in_memory, f"as data.engine={engine} says")
@@ -368,9 +366,9 @@ def choose_engine(engine: str, images: Images, image_size: int, device_type: str
     if not is_cpu:
         reason = "there is a GPU; loader processes decode and crop, it does the rest"
         return Engine("batch", False, reason)
-    if not fits_on_device:
+    if not isinstance(images, ArrayImages):
         return Engine("worker", False, "the images are files, and there is no GPU")
-    if largest_side <= LARGEST_ON_CPU:
+    if max(image_size, *images.tensor.shape[1:3]) <= LARGEST_ON_CPU:
         reason = f"the images are in memory and at most {LARGEST_ON_CPU} px"
         return Engine("batch", True, reason)
     reason = f"on a CPU images above {LARGEST_ON_CPU} px are augmented faster one by one"

@@ -206,7 +206,6 @@ class StreamLoader(ResumableLoader):
 
     Args:
         num_batches: batches of an epoch in each process.
-        num_images: images of an epoch in all processes.
         unreadable: gets the names of samples that cannot be read.
         options: of `moco.data.loading.workers.loader_options`.
 
@@ -221,7 +220,6 @@ class StreamLoader(ResumableLoader):
         dataset: StreamDataset,
         num_batches: int,
         *,
-        num_images: int,
         max_bad_fraction: float,
         unreadable: set[str],
         **options: Any,
@@ -232,7 +230,7 @@ class StreamLoader(ResumableLoader):
         # The dataset hands out whole batches.
         options |= {"batch_size": None, "collate_fn": unchanged}
         super().__init__(dataset, sampler, dataset.batch_size, **options)
-        self.num_images = num_images
+        self.num_images = len(streams.images)
         self.max_bad_fraction = max_bad_fraction
         self.unreadable = unreadable
         self.damaged_shards: set[str] = set()

@@ -129,12 +129,10 @@ def packed_source(root: str, max_image_pixels: int) -> DataSource:
     Raises:
         InputError: the folder holds no copy, or the copy is not finished or is damaged.
     """
-    index = read_index(root)
-    check_finished(root, index)
+    index = read_finished_index(root)
     copy, table = read_copy(root, index, max_image_pixels)
     train = copy.subset(np.arange(index["num_images"]))
-    bank = read_side("bank", copy, train, table)
-    queries = read_side("queries", copy, train, table)
+    bank, queries = [read_side(side, copy, train, table) for side in SIDES]
     return DataSource(train, bank, queries, image_size=index["image_size"])
 
 
@@ -198,17 +196,13 @@ def read_index(root: str) -> dict[str, Any]:
         index: dict[str, Any] = json.loads(text)
         version = index["version"]
     except FileNotFoundError as error:
-        raise InputError(
-            f"{root}: no packed copy there ({path} is missing); moco.pack writes one"
-        ) from error
+        raise InputError(f"{root}: no packed copy there; moco.pack writes one") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = printable(str(error))
         raise InputError(f"{path}: not the index of a packed copy ({reason})") from error
     if version != 1:
-        raise InputError(
-            f"{path}: version {printable(str(version))} of a packed copy; "
-            "this program reads version 1"
-        )
+        there = printable(str(version))
+        raise InputError(f"{path}: version {there} of a packed copy; this program reads version 1")
     check_keys(path, index, INDEX_KEYS)
     for number, part in enumerate(index["parts"]):
         check_keys(path, part, PART_KEYS, prefix=f"parts[{number}].")
@@ -234,12 +228,18 @@ def total_of_parts(index: Mapping[str, Any], key: str) -> int:
     return sum(part[key] for part in index["parts"])
 
 
-def check_finished(root: str, index: dict[str, Any]) -> None:
-    """Raise InputError if the copy is not complete."""
+def read_finished_index(root: str) -> dict[str, Any]:
+    """Return ``index.json`` of a finished copy.
+
+    Raises:
+        InputError: as in `read_index`, or the copy is not finished.
+    """
+    index = read_index(root)
     if not index["complete"]:
         raise InputError(
             f"{root}: not finished; start the same moco.pack again, which goes on where it stopped"
         )
+    return index
 
 
 def read_table(path: Path) -> dict[str, np.ndarray]:

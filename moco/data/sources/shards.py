@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 from moco.data.files.images import EXTENSIONS, EncodedImage, UnreadableImage, encoded
 from moco.data.sources.folders import list_of_paths
-from moco.data.sources.packed_copy import INDEX, check_finished, read_index
+from moco.data.sources.packed_copy import INDEX, read_finished_index, read_index
 from moco.data.sources.source import DataSource, Images
 from moco.errors import InputError, printable
 
@@ -173,7 +173,7 @@ def shards_of_folder(folder: str) -> list[str]:
     """Return the .tar files of a folder; of a packed copy only those to train on."""
     names = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
     if os.path.isfile(os.path.join(folder, INDEX)):
-        check_finished(folder, read_index(folder))
+        read_finished_index(folder)
         names = [name for name in names if name.startswith("train-")]
     if not names:
         raise InputError(f"data.root={folder}: no .tar files to train on in there")

@@ -73,7 +73,7 @@ def labelled_loader(folder):
 def stream_loader(folder):
     images = build_source("webdataset", str(folder), streams=2, shuffle_buffer=4).train
     dataset = StreamDataset(build_streams(images, seed=0), 2, DeadlyPairMaker(AUGMENT))
-    settings = {"num_images": 20, "max_bad_fraction": 0.1, "unreadable": set()}
+    settings = {"max_bad_fraction": 0.1, "unreadable": set()}
     return StreamLoader(dataset, 10, **settings, **loader_options(2, CPU))
 
 

@@ -84,7 +84,7 @@ def loader(shards, batch_size=4, num_workers=0, num_batches=20, streams=6, buffe
         "webdataset", shards, streams=streams, shuffle_buffer=buffer, num_images=120
     )
     dataset = StreamDataset(build_streams(source.train, seed=5, **place), batch_size, make_batch)
-    settings = {"num_images": 120, "max_bad_fraction": 0.01, "unreadable": set()}
+    settings = {"max_bad_fraction": 0.01, "unreadable": set()}
     return StreamLoader(
         dataset, num_batches, **settings, **loader_options(num_workers, torch.device("cpu"))
     )
