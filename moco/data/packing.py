@@ -357,7 +357,7 @@ class CopyWriter:
             table[name] = values.astype(dtype)
         names = [os.fsencode(self.pool.name(row)) for row in table["rows"].tolist()]
         table["names"] = np.frombuffer(b"".join(names), np.uint8)
-        table["name_ends"] = np.cumsum([len(name) for name in names], dtype=np.int64)
+        table["name_ends"] = np.cumsum(list(map(len, names)), dtype=np.int64)
         save_table(self._table_path(len(self.index["parts"])), table)
         entry |= {"stop": self.num_done, "images": len(names), "skipped": part.skipped}
         self.index["parts"].append(entry)
@@ -401,7 +401,7 @@ def prepare_folder(folder: Path) -> None:
     except OSError as error:
         raise InputError(f"output={folder}: {error.strerror}") from error
     left_by_a_crash = {LOCK, temporary_path(folder / INDEX).name}
-    names = {path.name for path in folder.iterdir()}
+    names = set(os.listdir(folder))
     if INDEX not in names and names - left_by_a_crash:
         raise InputError(
             f"output={folder}: holds other files; choose an empty folder or one that is not there"

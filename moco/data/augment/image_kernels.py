@@ -26,7 +26,7 @@ def resized_crop(image: np.ndarray, box: Sequence[int], side: int) -> np.ndarray
     Args:
         box: top, left, height, width, px.
     """
-    top, left, height, width = (int(number) for number in box)
+    top, left, height, width = map(int, box)
     crop = image[top : top + height, left : left + width]
     if height <= side and width <= side:
         return cv2.resize(crop, (side, side), interpolation=cv2.INTER_LINEAR)

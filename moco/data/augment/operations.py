@@ -190,9 +190,11 @@ class ColorJitter(Operation):
     limits: ClassVar = dict.fromkeys(STEPS[:3], (0, 100)) | {"hue": (0, 0.5)}
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
-        limits = [[max(0, 1 - x), 1 + x] for x in (self.brightness, self.contrast, self.saturation)]
-        limits.append([-self.hue, self.hue])
-        values = [between(limits[step], draws[:, step]) for step in range(4)]
+        values = []
+        for number, name in enumerate(self.STEPS[:3]):
+            largest = getattr(self, name)
+            values.append(between([max(0, 1 - largest), 1 + largest], draws[:, number]))
+        values.append(between([-self.hue, self.hue], draws[:, 3]))
         return {"factors": torch.stack(values, 1), "order": draws[:, 4:8].argsort(1)}
 
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:

@@ -219,7 +219,7 @@ class ViewPair:
         planes = views.numpy()
         for place, view in enumerate(self.views_at(epoch)):
             end = self.num_worker_steps(view)
-            arrays = [as_arrays(drawn) for drawn in numbers[place]]
+            arrays = list(map(as_arrays, numbers[place]))
             for row, image in enumerate(images):
                 result = view.on_image(image, row_of(arrays, row), end)
                 cv2.split(result, [*planes[place, row]])
@@ -296,7 +296,10 @@ class ViewPair:
 
 def row_of(numbers: Sequence[Numbers], row: int | slice) -> list[dict[str, Any]]:
     """Return the numbers of one image, or of some, for each step."""
-    return [{name: values[row] for name, values in drawn.items()} for drawn in numbers]
+    own = []
+    for drawn in numbers:
+        own.append({name: values[row] for name, values in drawn.items()})
+    return own
 
 
 def as_arrays(drawn: Drawn) -> dict[str, np.ndarray]:

@@ -316,7 +316,7 @@ def check_bad_fraction(names: Collection[str], num_images: int, max_bad_fraction
     """
     are_all_bad = len(names) == num_images > 0
     if are_all_bad or len(names) > max_bad_fraction * num_images:
-        first = ", ".join(printable(name) for name in sorted(names)[:MAX_NAMED])
+        first = ", ".join(map(printable, sorted(names)[:MAX_NAMED]))
         raise InputError(
             f"{len(names)} of {num_images} images cannot be read, more than "
             f"data.max_bad_fraction={max_bad_fraction}; the first are {first}"

@@ -41,7 +41,7 @@ class PathList(Sequence[str]):
     @classmethod
     def of(cls, paths: Iterable[str]) -> "PathList":
         """Return these paths as a PathList."""
-        joined = "".join(path + "\0" for path in paths)
+        joined = "\0".join([*paths, ""])
         text = np.frombuffer(bytearray(os.fsencode(joined)), dtype=np.uint8)
         return cls(text, np.flatnonzero(text == 0) + 1)
 

@@ -35,7 +35,7 @@ from moco.errors import InputError, printable
 log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class PretrainingData(pl.LightningDataModule):
     """The loaders of a pretraining run.
 
@@ -227,4 +227,4 @@ def check_batch_size(batch_size: int, batches_per_step: int, num_images: int) ->
 
 def check_unreadable(unreadable: Iterable[int], images: Images, max_bad_fraction: float) -> None:
     """Call `check_bad_fraction` for images by index."""
-    check_bad_fraction([images.name(index) for index in unreadable], len(images), max_bad_fraction)
+    check_bad_fraction(list(map(images.name, unreadable)), len(images), max_bad_fraction)

@@ -94,10 +94,12 @@ def evaluation_batch(labels: Tensor, image_size: int, read: list[ReadImage]) -> 
         image_size: side of the images, px.
     """
     images = torch.zeros(len(read), 3, image_size, image_size)
+    unreadable = torch.zeros(len(read), dtype=torch.bool)
     for row, image in enumerate(read):
-        if not image.problem:
+        if image.problem:
+            unreadable[row] = True
+        else:
             images[row] = image.value
-    unreadable = torch.tensor([bool(image.problem) for image in read])
     return EvaluationBatch(images, labels[[image.key for image in read]], unreadable)
 
 

@@ -1,7 +1,8 @@
 """Batches of view pairs to train on, in a reproducible order.
 
-`PairDataset` and `ResumableLoader` read images in loader processes. `MemoryLoader` takes them from
-memory and augments them on the device.
+The samplers say which image comes when. `PairDataset` and `ResumableLoader` read images in loader
+processes. `MemoryLoader` takes them from memory and augments them on the device. `choose_engine`
+says which of the two suits a run.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

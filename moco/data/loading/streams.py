@@ -72,7 +72,7 @@ class Streams:
                     is_empty = False
                 yield found
             if is_empty:
-                names = ", ".join(printable(shard) for shard in shards[:10])
+                names = ", ".join(map(printable, shards[:10]))
                 raise InputError(f"data.root: no images in {names}")
 
     def _shuffled(self, shards: Iterable[str], draws: random.Random) -> Iterator[Sample | Problem]:

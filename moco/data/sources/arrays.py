@@ -60,7 +60,7 @@ def npz_source(root: str) -> DataSource:
     if "train_images" not in arrays:
         found = printable(", ".join(present)) or "none"
         raise InputError(f"data.root={root}: no array train_images in there (found {found})")
-    return source_from_arrays(root, *(arrays.get(name) for name in NPZ_ARRAYS))
+    return source_from_arrays(root, *map(arrays.get, NPZ_ARRAYS))
 
 
 def source_from_arrays(

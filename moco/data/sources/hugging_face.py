@@ -165,14 +165,15 @@ def hugging_face_source(
     if labels is None:
         return DataSource(images, None, None, IMAGE_SIZE)
     queries = None
-    name = next((name for name in HELD_OUT_SPLITS if name in splits), None)
-    if name is not None:
-        held_out = Split(root, name, splits[name], image_column, label_column)
-        query_labels = held_out.labels()
-        if query_labels is not None:
-            if held_out.class_names != train.class_names:
-                raise InputError(f"data.root={held_out.where}: other classes than split train")
-            queries = Labelled(held_out.images(max_image_pixels), query_labels)
+    for name in HELD_OUT_SPLITS:
+        if name in splits:
+            held_out = Split(root, name, splits[name], image_column, label_column)
+            query_labels = held_out.labels()
+            if query_labels is not None:
+                if held_out.class_names != train.class_names:
+                    raise InputError(f"data.root={held_out.where}: other classes than split train")
+                queries = Labelled(held_out.images(max_image_pixels), query_labels)
+            break
     return DataSource(images, Labelled(images, labels), queries, IMAGE_SIZE)
 
 

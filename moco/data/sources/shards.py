@@ -171,13 +171,14 @@ def shards_of_pattern(pattern: str) -> list[str]:
 
 def shards_of_folder(folder: str) -> list[str]:
     """Return the .tar files of a folder; of a packed copy only those to train on."""
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
+    pattern = "*.tar"
     if os.path.isfile(os.path.join(folder, INDEX)):
         read_finished_index(folder)
-        names = [name for name in names if name.startswith("train-")]
-    if not names:
+        pattern = "train-*.tar"
+    shards = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+    if not shards:
         raise InputError(f"data.root={folder}: no .tar files to train on in there")
-    return [os.path.join(folder, name) for name in names]
+    return shards
 
 
 def is_local(shard: str) -> bool:
