@@ -1,4 +1,8 @@
-"""Reading images with Pillow: any common format and pixel type to 8-bit RGB, masks to numbers."""
+"""Reading images: any common format and pixel type to 8-bit RGB, masks to numbers.
+
+JPEGs are decoded by libjpeg-turbo (simplejpeg), bit for bit as by Pillow and faster. Pillow decodes
+all other formats. The size of an image is known before anything is decoded.
+"""
 
 import io
 import math
@@ -25,6 +29,13 @@ MAX_IMAGE_PIXELS = 178_956_970
 MASK_MODES = ("1", "I", "I;16", "L", "P")  # Pillow's names for one whole number per pixel
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_BIT_DEPTH_OFFSET = 24  # after the signature, a chunk's length and name, width and height
+# simplejpeg's names of the colours that it decodes as Pillow does. It also reads CMYK, but the
+# resulting colours differ.
+JPEG_COLORS = ("Gray", "RGB", "YCbCr")
+JPEG_START = b"\xff\xd8\xff"
+# Bytes. Pillow reads larger files piece by piece, so that they cannot fill the memory.
+LARGEST_READ_WHOLE = 2**28
+MAX_NAMED = 10
 
 
 class UnreadableImage(Exception):
@@ -168,14 +179,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# simplejpeg's names of the colours that it decodes as Pillow does. It also reads CMYK, but the
-# resulting colours differ.
-JPEG_COLORS = ("Gray", "RGB", "YCbCr")
-JPEG_START = b"\xff\xd8\xff"
-# Bytes. Pillow reads larger files piece by piece, so that they cannot fill the memory.
-LARGEST_READ_WHOLE = 2**28
-
-
 class EncodedImage(Protocol):
     """An image whose header was read, and whose pixels were not."""
 
@@ -301,9 +304,6 @@ def jpeg_size(content: bytes) -> tuple[int, int] | None:
     except ValueError:
         return None
     return (height, width) if color in JPEG_COLORS else None
-
-
-MAX_NAMED = 10
 
 
 def check_bad_fraction(names: Collection[str], num_images: int, max_bad_fraction: float) -> None:

@@ -27,6 +27,8 @@ NUM_THREADS = 16  # a file system on a network answers slowly, but many requests
 FOLDERS_PER_BATCH = 64  # progress is reported between two batches
 PROGRESS_SECONDS = 10.0
 NO_LIMIT = 2**62  # pixels
+SETTLED_SECONDS = 2  # file systems count time in steps of up to this
+ARRAYS = ("key", "text", "ends", "num_pages", "folder_text", "folder_ends", "folder_stamps")
 
 
 @dataclass(frozen=True)
@@ -229,9 +231,6 @@ def pages_of(path: str) -> int:
 
 
 log = logging.getLogger(__name__)
-
-SETTLED_SECONDS = 2  # file systems count time in steps of up to this
-ARRAYS = ("key", "text", "ends", "num_pages", "folder_text", "folder_ends", "folder_stamps")
 
 
 @dataclass(frozen=True)

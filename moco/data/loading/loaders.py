@@ -5,7 +5,7 @@ processes. `MemoryLoader` takes them from memory and augments them on the device
 says which of the two suits a run.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from moco.data.augment.draws import derived_seed
-from moco.data.augment.views import ViewPair
+from moco.data.augment.views import View, ViewPair
 from moco.data.files.images import EncodedImage, UnreadableImage
 from moco.data.loading.workers import WatchedLoader, loader_options, note_read, unchanged
-from moco.data.sources.source import ArrayImages, Images
+from moco.data.sources.source import ArrayImages, Images, Labelled
 
 MOST_ATTEMPTS = 100  # images in a row that are tried in place of an unreadable one
 # A loader process augments decoded images in groups: their numbers are drawn together, which is
@@ -374,3 +374,67 @@ def choose_engine(engine: str, images: Images, image_size: int, device_type: str
         return Engine("batch", True, reason)
     reason = f"on a CPU images above {LARGEST_ON_CPU} px are augmented faster one by one"
     return Engine("worker", False, reason)
+
+
+class LabelledViews:
+    """Batches of views with labels. Order and draws of an epoch depend on (seed, epoch) alone.
+
+    The last batch of an epoch can be smaller.
+
+    Args:
+        operations: settings of the view's operations by name.
+        where: their key in the config, for error messages.
+        mean, std: see `ViewPair`.
+    """
+
+    def __init__(
+        self,
+        labelled: Labelled,
+        operations: Mapping[str, Any],
+        where: str,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        device: torch.device,
+    ) -> None:
+        images = labelled.images
+        self.labels = torch.from_numpy(labelled.labels)
+        self.device = device
+        self.engine = choose_engine("auto", images, image_size, device.type)
+        # A pair of one view. It is built first, because its errors name the right key.
+        view = View(operations, image_size, where)
+        self.views = ViewPair(operations, operations, mean, std, image_size, seed, self.engine.name)
+        self.views.views_of_size = {image_size: [view]}
+        # With a batch size of 1 the sampler leaves no image out.
+        self.sampler = EpochSampler(len(images), batch_size=1, seed=seed)
+        self.loader = pair_loader(
+            images,
+            self.views,
+            self.sampler,
+            batch_size,
+            num_workers,
+            device,
+            in_memory=self.engine.in_memory,
+        )
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the batches of an epoch.
+
+        Yields:
+            Views (batch, 3, side, side) float32, normalised, and labels (batch,), on the device;
+            and indices (batch,) on the CPU. If an image cannot be read, its label is -1, and
+            another image stands in for it.
+        """
+        self.sampler.set_epoch(number)
+        for batch in self.loader:
+            indices = batch.indices.cpu()
+            labels = self.labels[indices].masked_fill(batch.unreadable.cpu(), -1)
+            views = batch.views[0]
+            if not self.engine.in_memory:
+                views = views.to(self.device)
+                views, _ = self.views.finished([views], number, batch.indices.to(self.device))
+            yield views, labels.to(self.device), indices

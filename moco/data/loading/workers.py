@@ -1,4 +1,8 @@
-"""The loader's processes: how they start, which signals they ignore, and how they end."""
+"""The loader's processes: how they start and end, which signals they ignore, and what they read.
+
+Every loader process writes the name of the image that it reads into shared memory. When a process
+is lost, the training process looks there, and the error names the image.
+"""
 
 import atexit
 import multiprocessing
@@ -22,6 +26,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from moco.errors import printable
 
 CPU = torch.device("cpu")
+LONGEST_NAME = 512  # bytes
 
 
 def device_of(data: Any) -> torch.device:
@@ -115,9 +120,6 @@ def show_unless_disconnected(
     """Print an uncaught error, except that a connection was closed."""
     if not issubclass(kind, ConnectionError):
         sys.__excepthook__(kind, error, traceback)
-
-
-LONGEST_NAME = 512  # bytes
 
 
 class ReadNotes:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from moco.data.augment.views import EvaluationView, evaluation_crop, normalisation
-from moco.data.loading.image_sets import IndexedSet, ShardedSet
+from moco.data.loading.every_image import IndexedSet, ShardedSet
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import FileImages, Labelled
 

@@ -15,8 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from moco.data.augment.views import EvaluationView, ViewPair
 from moco.data.loading import workers
-from moco.data.loading.every_image import evaluation_loader
-from moco.data.loading.image_sets import ShardedSet
+from moco.data.loading.every_image import ShardedSet, evaluation_loader
 from moco.data.loading.loaders import EpochSampler, PairDataset, ResumableLoader
 from moco.data.loading.streams import StreamDataset, StreamLoader, build_streams
 from moco.data.loading.workers import (
