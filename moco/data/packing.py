@@ -403,9 +403,7 @@ def prepare_folder(folder: Path) -> None:
     left_by_a_crash = {LOCK, temporary_path(folder / INDEX).name}
     names = set(os.listdir(folder))
     if INDEX not in names and names - left_by_a_crash:
-        raise InputError(
-            f"output={folder}: holds other files; choose an empty folder or one that is not there"
-        )
+        raise InputError(f"output={folder}: holds other files; choose an empty folder or a new one")
 
 
 def open_copy(folder: Path, settings: dict[str, Any], pool: Pool) -> dict[str, Any]:
@@ -441,9 +439,8 @@ def open_copy(folder: Path, settings: dict[str, Any], pool: Pool) -> dict[str, A
         num_there = existing["source"]["images"]
         different = [f"the source: {num_there} images there, {len(pool)} here, or others"]
     if different:
-        raise InputError(
-            f"output={folder}: holds another copy: {'; '.join(different)}; choose another folder"
-        )
+        what = "; ".join(different)
+        raise InputError(f"output={folder}: holds another copy: {what}; choose another folder")
     if existing["complete"]:
         log.info("%s is complete; check=true compares it with its checksums", folder)
     return existing
@@ -517,9 +514,8 @@ def choose_format(wanted: str, folder: Path, pool: Pool, resize: int | None) -> 
     needed = estimate_array_bytes(pool, resize)
     room = f"an array takes about {needed / 1e9:,.2f} GB, and {free / 1e9:,.1f} GB are free"
     if wanted == "array" and needed > free:
-        raise InputError(
-            f"output={folder}: {room}; format=shards or a smaller data.resize takes less"
-        )
+        less = "format=shards or a smaller data.resize takes less"
+        raise InputError(f"output={folder}: {room}; {less}")
     if wanted == "array":
         return wanted
     chosen = "array" if needed < free / 2 else "shards"
@@ -551,10 +547,8 @@ def check_copy(folder: Path, pool: Pool) -> Iterator[int]:
     index = read_finished_index(str(folder))
     if index["source"] != pool.fingerprint():
         num_there = index["source"].get("images")
-        raise RunError(
-            f"{folder}: made of {num_there} images, and the source has {len(pool)}, or others; "
-            "pack it anew"
-        )
+        numbers = f"{num_there} images, and the source has {len(pool)}, or others"
+        raise RunError(f"{folder}: made of {numbers}; pack it anew")
     copy, _ = read_copy(str(folder), index, max_image_pixels=1)  # nothing is decoded
     damaged = []
     for number in range(len(copy)):

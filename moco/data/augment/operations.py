@@ -47,10 +47,7 @@ class Operation(ABC):
         for name, (low, high) in self.pair_limits.items():
             value = getattr(self, name)
             if not is_pair(value, low, high):
-                raise ValueError(
-                    f"{name}={value}: expected two numbers from {low} to {high}, "
-                    "the lower one first"
-                )
+                raise ValueError(f"{name}={value}: expected two numbers in order, {low} to {high}")
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         """Return the numbers of the operation for each image.
@@ -322,10 +319,7 @@ def build_operation(
     arguments = dict(settings or {})
     probability = arguments.pop("probability", 1.0)
     if name == "random_resized_crop" and probability != 1:
-        raise InputError(
-            f"{where}: probability={probability}: expected 1, "
-            "because the crop gives all views the same size"
-        )
+        raise InputError(f"{where}: probability={probability}: expected 1, since it sets the size")
     if not is_number(probability, 0, 1):
         raise InputError(f"{where}: probability={probability}: expected a number from 0 to 1")
     allowed = set(inspect.signature(OPERATIONS[name]).parameters)

@@ -43,13 +43,10 @@ class View:
         self, operations: Mapping[str, Mapping[str, Any] | None], image_size: int, where: str
     ) -> None:
         if "random_resized_crop" not in operations:
-            raise InputError(
-                f"{where}: random_resized_crop is missing; without it views have no common size"
-            )
-        self.steps = [
-            build_operation(name, settings, image_size, where)
-            for name, settings in operations.items()
-        ]
+            raise InputError(f"{where}: random_resized_crop is missing; it makes views of one size")
+        self.steps = []
+        for name, settings in operations.items():
+            self.steps.append(build_operation(name, settings, image_size, where))
         self.crop = list(operations).index("random_resized_crop")
         """The number of the step that gives the view its size."""
         self.image_size = image_size

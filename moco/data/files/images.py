@@ -165,9 +165,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: the image has floating-point pixels, whose range is unknown.
     """
     if image.mode == "F":
-        raise ValueError(
-            "floating-point pixels have no agreed range; convert the image to 8 or 16 bits"
-        )
+        raise ValueError("floating-point pixels have no agreed range; expected 8 or 16 bits")
     if image.mode.startswith("I"):  # I;16, I;16B, and I, which some Pillow versions use for 16 bits
         values = np.asarray(image).clip(0, 65535).astype(np.int32)
         rounded = (values + 128) // 257

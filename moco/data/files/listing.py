@@ -116,10 +116,8 @@ def list_trees(roots: Sequence[str]) -> tuple[PathList, list[Folder], bool]:
         found, could_be_read = list_folders(root)
         images = sorted(itertools.chain.from_iterable(folder.images for folder in found))
         if not images:
-            raise InputError(
-                f"data.root={root}: no images in there (looked for {', '.join(EXTENSIONS)} "
-                "at any depth)"
-            )
+            looked_for = ", ".join(EXTENSIONS)
+            raise InputError(f"data.root={root}: no images in there (looked for {looked_for})")
         paths += images
         folders += found
         is_complete = is_complete and could_be_read

@@ -53,10 +53,8 @@ def npz_source(root: str) -> DataSource:
     try:
         arrays, present = read_arrays(root, NPZ_ARRAYS)
     except DAMAGED as error:
-        raise InputError(
-            f"data.root={root}: not a readable .npz archive of plain arrays "
-            f"({printable(str(error))})"
-        ) from error
+        reason = printable(str(error))
+        raise InputError(f"data.root={root}: no .npz archive of plain arrays ({reason})") from error
     if "train_images" not in arrays:
         found = printable(", ".join(present)) or "none"
         raise InputError(f"data.root={root}: no array train_images in there (found {found})")
@@ -151,6 +149,5 @@ def torchvision_dataset(class_name: str, root: str, **kwargs: Any) -> Any:
     except Exception as error:
         reason = str(error) or type(error).__name__
         advice = "" if kwargs.get("download") else "; data.download=true fetches it"
-        raise InputError(
-            f"data.root={root}: {class_name} is not there or damaged ({reason}){advice}"
-        ) from error
+        problem = f"{class_name} is not there or damaged ({reason}){advice}"
+        raise InputError(f"data.root={root}: {problem}") from error

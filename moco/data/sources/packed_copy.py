@@ -236,9 +236,7 @@ def read_finished_index(root: str) -> dict[str, Any]:
     """
     index = read_index(root)
     if not index["complete"]:
-        raise InputError(
-            f"{root}: not finished; start the same moco.pack again, which goes on where it stopped"
-        )
+        raise InputError(f"{root}: not finished; start the same moco.pack again, which goes on")
     return index
 
 

@@ -84,10 +84,8 @@ def build_source(
     if name == "webdataset":
         return sharded_source(root, streams, shuffle_buffer, num_images, max_image_pixels)
     if not isinstance(root, str):
-        raise InputError(
-            f"data.root={root}: expected one path; "
-            "only data=images and data=webdataset take several"
-        )
+        several = "only data=images and data=webdataset take several"
+        raise InputError(f"data.root={root}: expected one path; {several}")
     if name == "packed":
         return packed_source(root, max_image_pixels)
     if name == "hf":

@@ -113,10 +113,7 @@ def find_num_images(root: Any, shards: Sequence[str]) -> int:
         return int(read_index(root)["num_images"])
     for shard in shards:
         if not is_local(shard):
-            raise InputError(
-                f"data.num_images: missing; {printable(shard)} is not a local file "
-                "whose samples can be counted"
-            )
+            raise InputError(f"data.num_images: missing; {printable(shard)} is not a local file")
     with ThreadPoolExecutor() as pool:
         num_images = sum(pool.map(count_images, shards))
     if num_images == 0:
