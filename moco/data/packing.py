@@ -213,6 +213,7 @@ class Part:
     """
 
     def __init__(self, path: Path, start: int = 0) -> None:
+        # Appending keeps the parts that are in the file; "wb" would cut it to nothing.
         self.file = path.open("a+b")
         self.file.truncate(start)
         self.file.seek(start)
@@ -244,6 +245,7 @@ class ShardPart(Part):
     """A tar file in webdataset's layout: KEY.jpg for an image, and KEY.cls if it has a label."""
 
     def __init__(self, path: Path) -> None:
+        # A shard gets its name when it is whole.
         super().__init__(temporary_path(path))
         self.path = path
         self.archive = tarfile.TarFile(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
@@ -369,6 +371,7 @@ class CopyWriter:
     def finish(self) -> None:
         """Join the tables of the parts, and mark the copy as complete."""
         tables = [read_table(self._table_path(n)) for n in range(len(self.index["parts"]))]
+        # Offsets stay as they are: they count from the start of a file, and not of a part.
         joined = {}
         for name in (*COLUMNS, "names"):
             joined[name] = np.concatenate([table[name] for table in tables])
@@ -433,23 +436,24 @@ def open_copy(folder: Path, settings: dict[str, Any], pool: Pool) -> dict[str, A
         }
         write_index(folder, index)
         return index
-    existing = read_index(str(folder))
-    different = different_settings(existing, settings)
-    if not different and existing["source"] != fingerprint:
-        num_there = existing["source"]["images"]
+    index = read_index(str(folder))
+    different = different_settings(index, settings)
+    if not different and index["source"] != fingerprint:
+        num_there = index["source"]["images"]
         different = [f"the source: {num_there} images there, {len(pool)} here, or others"]
     if different:
         what = "; ".join(different)
         raise InputError(f"output={folder}: holds another copy: {what}; choose another folder")
-    if existing["complete"]:
+    if index["complete"]:
         log.info("%s is complete; check=true compares it with its checksums", folder)
-    return existing
+    return index
 
 
 def different_settings(index: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """Return ``key: old there, new here`` for each setting that differs from a copy's."""
     there = flatten_settings(index["settings"])
     here = flatten_settings(settings)
+    # What "auto" means was settled when the copy began.
     if here["format"] == "auto":
         here["format"] = index["format"]
     if index["format"] == "array":  # an array does not use the quality

@@ -103,6 +103,7 @@ class RandomResizedCrop(Operation):
         fits_width = (widths > 0) & (widths <= width[:, None])
         fits = fits_height & fits_width
         found = fits.any(1)
+        # The first box that fits: argmax takes the first of equal values.
         first = fits.to(torch.uint8).argmax(1, keepdim=True)
         # The largest box whose ratio is in range.
         low, high = self.ratio

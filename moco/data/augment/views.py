@@ -84,6 +84,7 @@ class View:
         self, image: np.ndarray, numbers: Sequence[Numbers], end: int | None = None
     ) -> np.ndarray:
         """Apply the steps before `end` to one image (height, width, 3) uint8."""
+        # There are numbers for the steps after `end` too.
         for step, drawn in zip(self.steps[:end], numbers, strict=False):
             if drawn["applied"]:
                 image = step.operation.on_image(image, drawn)

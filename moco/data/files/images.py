@@ -66,6 +66,7 @@ def decoded_mask(path: str, max_image_pixels: int) -> np.ndarray:
             )
         if image.mode.startswith("I"):
             return np.array(image, dtype=np.int32)
+        # Of a palette, these are the indices.
         numbers = np.array(image, dtype=np.uint8)
         if image.mode == "L":
             # Pillow stretches grey values of 2 and 4 bits to 0..255.
@@ -312,6 +313,7 @@ def check_bad_fraction(names: Collection[str], num_images: int, max_bad_fraction
         num_images: number of all images. It is always an error if all are unreadable.
         max_bad_fraction: fraction from 0 to 1.
     """
+    # A fraction of 1 would let a run go on without any image.
     are_all_bad = len(names) == num_images > 0
     if are_all_bad or len(names) > max_bad_fraction * num_images:
         first = ", ".join(map(printable, sorted(names)[:MAX_NAMED]))

@@ -52,6 +52,7 @@ class PathList(Sequence[str]):
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]
         start = start_of(self.ends, index)
+        # Without the zero after it.
         end = int(self.ends[index]) - 1
         return os.fsdecode(self.text[start:end].tobytes())
 
@@ -289,6 +290,7 @@ def key_of(roots: Sequence[str], pages: str) -> np.ndarray:
 def write_listing(cache: Path, key: np.ndarray, files: Listing, folders: Sequence[Folder]) -> None:
     """Write a listing as a whole or not at all; warn if that fails."""
     folder_paths = PathList.of(folder.path for folder in folders)
+    # Two programs may write the listing at the same time.
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
     try:
         try:
@@ -325,6 +327,7 @@ def read_listing(cache: Path, key: np.ndarray) -> Listing:
     folders = PathList(*of_folders)
     if not np.array_equal(key_there, key):
         raise Outdated(f"{cache} is of other folders or settings")
+    # On a network each question takes milliseconds, but many can be asked at a time.
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         now = np.array(list(pool.map(stamp_of, folders)))
     for place in np.flatnonzero((now != stamps).any(axis=1)).tolist():

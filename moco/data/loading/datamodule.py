@@ -21,12 +21,7 @@ from moco.data.loading.loaders import (
     ResumableLoader,
     pair_loader,
 )
-from moco.data.loading.streams import (
-    OpenStream,
-    StreamDataset,
-    StreamLoader,
-    build_streams,
-)
+from moco.data.loading.streams import OpenStream, StreamDataset, StreamLoader, build_streams
 from moco.data.loading.workers import WatchedLoader, device_of, loader_options
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import ArrayImages, DataSource, Images, Labelled
@@ -89,6 +84,7 @@ class PretrainingData(pl.LightningDataModule):
         for _, index in self.sampler():
             name = images.name(index)
             try:
+                # An image can have a good header and damaged pixels.
                 image = images.opened(index)
                 image.pixels()
             except UnreadableImage:

@@ -21,14 +21,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from moco.data.augment.views import EvaluationView, Transform
 from moco.data.files.images import UnreadableImage
 from moco.data.loading.workers import CPU, WatchedLoader, loader_options, note_read
-from moco.data.sources.shards import (
-    Problem,
-    Sample,
-    ShardedImages,
-    images_in,
-    is_local,
-    sample_key,
-)
+from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in, is_local, sample_key
 from moco.data.sources.source import ArrayImages, Labelled
 
 Crop = Callable[[Image.Image], Image.Image]
@@ -138,6 +131,7 @@ def evaluation_loader(
     # A tensor, because loader processes share its memory.
     labels = torch.from_numpy(labelled.labels)
     images = labelled.images
+    # Without a crop the device normalises whole batches, and processes would only copy them.
     if isinstance(images, ArrayImages) and isinstance(view, EvaluationView):
         side = view.unchanged_size
         if images.tensor.shape[1:3] == (side, side):
@@ -266,6 +260,7 @@ class KeyReader:
         return key.name if isinstance(key.source, int) else key.source.name
 
     def __getitem__(self, key: ImageKey) -> Image.Image:
+        # The calling process has read the shard; here its images are decoded.
         if isinstance(key.source, Problem):
             raise UnreadableImage(key.source.reason)
         if isinstance(key.source, Sample):

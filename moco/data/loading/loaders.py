@@ -69,6 +69,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
     def start(self) -> int:
         """How many images of this process the current epoch skips."""
         epoch, position = self.resume_at
+        # A checkpoint speaks of its own epoch; the ones after it are complete.
         return position if epoch == self.epoch else 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -105,6 +106,7 @@ class EpochSampler(ResumableSampler):
         order = torch.randperm(self.num_images, generator=generator)
         used = order[: len(self) * self.world_size]
         batches = used.view(-1, self.batch_size)  # (optimizer steps, images of all processes)
+        # By columns, so that every process has a share of each batch.
         return batches.chunk(self.world_size, dim=1)[self.rank].flatten()
 
 
@@ -331,6 +333,7 @@ def pair_loader(
     """Return batches of view pairs, from memory (see `Engine`) or from loader processes."""
     if in_memory and isinstance(images, ArrayImages):
         return MemoryLoader(images, augment, sampler, batch_size, device)
+    # The dataset hands out whole batches, which need no collating.
     dataset = PairDataset(images, augment)
     options = loader_options(num_workers, device)
     return ResumableLoader(dataset, sampler, batch_size, collate_fn=unchanged, **options)

@@ -239,19 +239,15 @@ class StreamLoader(ResumableLoader):
         for result in super().__iter__():
             if isinstance(result.batch, InputError):
                 raise result.batch
-            self._report(result.problems)
+            for problem in result.problems:
+                seen, what = self.unreadable, "skipped"
+                if problem.is_shard:
+                    seen, what = self.damaged_shards, "damaged"
+                if problem.name not in seen:  # a stream that starts again meets it again
+                    seen.add(problem.name)
+                    log.warning("%s: %s", what, problem.reason)
+            check_bad_fraction(self.unreadable, self.num_images, self.max_bad_fraction)
             yield result.batch
-
-    def _report(self, problems: Sequence[Problem]) -> None:
-        """Log each problem once, and stop if there are too many."""
-        for problem in problems:
-            seen, what = self.unreadable, "skipped"
-            if problem.is_shard:
-                seen, what = self.damaged_shards, "damaged"
-            if problem.name not in seen:
-                seen.add(problem.name)
-                log.warning("%s: %s", what, problem.reason)
-        check_bad_fraction(self.unreadable, self.num_images, self.max_bad_fraction)
 
 
 def check_num_workers(num_workers: int, num_streams: int) -> None:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -54,6 +53,7 @@ def loader_options(num_workers: int, device: torch.device) -> dict[str, Any]:
     options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
     if num_workers > 0:
         start_fork_server()
+        # Starting processes takes seconds, so they stay for the next epoch.
         options["persistent_workers"] = True
         options["multiprocessing_context"] = "forkserver"
         options["worker_init_fn"] = start_worker
@@ -114,12 +114,10 @@ def leave_after(parent: Any) -> None:
     os._exit(1)
 
 
-def show_unless_disconnected(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
+def show_unless_disconnected(kind: type[BaseException], *details: Any) -> None:
     """Print an uncaught error, except that a connection was closed."""
     if not issubclass(kind, ConnectionError):
-        sys.__excepthook__(kind, error, traceback)
+        sys.__excepthook__(kind, *details)
 
 
 class ReadNotes:

@@ -81,6 +81,7 @@ def class_folder_source(
     number_of_class = {name: number for number, name in enumerate(sorted(set(classes)))}
     labels = np.array([number_of_class[name] for name in classes])
     train = labelled(files, labels)
+    # Classes have the numbers of the training images, whatever the validation folder holds.
     if len(folders) == 2:
         query_files, query_classes = files_in_class_folders(all_files, folders[1])
         unknown = sorted(set(query_classes) - set(classes))
@@ -102,6 +103,7 @@ def class_folder_source(
 def training_and_validation_folders(root: str) -> list[str]:
     """Return root/train and, if there is one, the validation folder beside it."""
     paths = [os.path.join(root, name) for name in VALIDATION_FOLDERS]
+    # The first validation folder that exists, if there is one.
     return [os.path.join(root, "train"), *filter(os.path.isdir, paths)][:2]
 
 

@@ -61,12 +61,7 @@ class Split:
     """
 
     def __init__(
-        self,
-        root: str,
-        name: str,
-        dataset: Any,
-        image_column: str | None,
-        label_column: str | None,
+        self, root: str, name: str, dataset: Any, image_column: str | None, label_column: str | None
     ) -> None:
         from datasets import ClassLabel, Image
 

@@ -83,6 +83,7 @@ class PackedImages(Images):
     def opened(self, index: int) -> EncodedImage:
         """Return a view of the pixels, or the encoded image of a shard."""
         content = self.content(index)
+        # A copy has one file of pixels, or shards.
         if self.files != [PIXELS]:
             return encoded(bytes(content), self.name(index), self.max_image_pixels)
         height, width = self.entry(index, "heights"), self.entry(index, "widths")

@@ -114,6 +114,7 @@ def find_num_images(root: Any, shards: Sequence[str]) -> int:
     for shard in shards:
         if not is_local(shard):
             raise InputError(f"data.num_images: missing; {printable(shard)} is not a local file")
+    # Threads help: reading the headers of a shard is mostly waiting for the disk.
     with ThreadPoolExecutor() as pool:
         num_images = sum(pool.map(count_images, shards))
     if num_images == 0:
@@ -247,6 +248,7 @@ def image_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         key = sample_key(member.name)
         is_image = member.isreg() and member.name.lower().endswith(EXTENSIONS)
+        # A sample may have several images, and the first one stands for it.
         if is_image and key != previous_key:
             previous_key = key
             yield member
