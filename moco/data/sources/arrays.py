@@ -12,6 +12,12 @@ from moco.errors import InputError, printable
 
 NPZ_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 NUM_DIGITS_TO_TRAIN_ON = 1437  # of 1,797
+TORCHVISION_CLASSES = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "fashion_mnist": "FashionMNIST",
+    "stl10": "STL10",
+}
 
 
 def digits_source() -> DataSource:
@@ -95,14 +101,6 @@ def labelled(what: str, images: ArrayImages, labels: Any) -> Labelled:
             f"got {numbers.dtype} {numbers.shape}"
         )
     return Labelled(images, numbers.reshape(-1).astype(np.int64))
-
-
-TORCHVISION_CLASSES = {
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "fashion_mnist": "FashionMNIST",
-    "stl10": "STL10",
-}
 
 
 def torchvision_source(name: str, root: str, download: bool) -> DataSource:
