@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,7 +83,7 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
     if index["complete"]:
         return
     console = Console()
-    with CopyWriter(output, index, pool, config.data.max_bad_fraction) as writer:
+    with closing(CopyWriter(output, index, pool, config.data.max_bad_fraction)) as writer:
         loader = chunk_loader(pool, index, writer.num_done, config.num_workers)
         with held_back(ENDING):  # a loader that is interrupted while it starts prints a traceback
             chunks = iter(loader)

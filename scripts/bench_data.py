@@ -36,7 +36,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from moco.config.parsing import CONFIG_DIR
-from moco.data.augment.views import ViewPair, picked, rgb_batch
+from moco.data.augment.views import ViewPair
 from moco.data.loading.loaders import PairDataset
 from moco.data.sources.source import FileImages
 
@@ -151,7 +151,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
     official_view = official(pair, 32, blur=False)
     device = torch.device(arguments.device)
     augment = view_pair(pair, 32, "batch")
-    pixels = rgb_batch(torch.from_numpy(images).to(device))
+    pixels = torch.from_numpy(images).to(device)  # (images, height, width, 3)
     at_once = 512 if device.type == "cpu" else len(pixels)
 
     def by_official() -> int:
@@ -164,7 +164,8 @@ def memory(arguments: argparse.Namespace) -> dict[str, Callable[[], int]]:
     def by_batch() -> int:
         torch.set_num_threads(arguments.threads)
         for indices in torch.arange(len(pixels), device=device).split(at_once):
-            augment.on_batch(picked(pixels, indices), 0, indices)
+            chosen = pixels.index_select(0, indices).permute(0, 3, 1, 2).contiguous()
+            augment.on_batch(chosen, 0, indices)
         wait_for(device)
         return len(pixels)
 

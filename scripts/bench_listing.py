@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch.multiprocessing  # noqa: F401  (registers how tensors are sent to processes)
 
-from moco.data.files.listing_cache import SETTLED_SECONDS, listed
+from moco.data.files.listing import SETTLED_SECONDS, listed
 from moco.data.sources.source import FileImages
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from moco.data.augment.views import ViewPair, build_evaluation_view
+from moco.data.augment.views import EvaluationView, ViewPair
 from moco.data.loading.datamodule import PretrainingData
 from moco.data.sources.registry import build_source
 
@@ -55,7 +55,7 @@ def measure(root: str, epochs: int, batches: int, workers: int) -> dict[str, lis
     data = PretrainingData(
         build_source("images", root),
         ViewPair(VIEW, VIEW, mean, mean, SIZE, 0),
-        build_evaluation_view(SIZE, 1.0, mean, mean),
+        EvaluationView(SIZE, 1.0, mean, mean),
         image_size=SIZE,
         batch_size=64,
         num_workers=workers,

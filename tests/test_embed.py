@@ -19,7 +19,7 @@ from PIL import Image
 
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.pretrained import EmbedConfig
-from moco.data.augment.views import build_evaluation_view
+from moco.data.augment.views import EvaluationView
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import FileImages
 from moco.embed import run
@@ -85,7 +85,7 @@ def features(checkpoint, images, places, image_size, feature, window=2):
     """Return features of images by their places, one image at a time."""
     encoder = load_pretrained(str(checkpoint), "query", {}).encoder
     rewindow(encoder.backbone, window)
-    view = build_evaluation_view(image_size, 1.0, [0.5] * 3, [0.5] * 3)
+    view = EvaluationView(image_size, 1.0, [0.5] * 3, [0.5] * 3)
     return torch.cat([encoder.encode(view(images[place])[None], feature) for place in places])
 
 

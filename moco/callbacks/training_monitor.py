@@ -136,7 +136,7 @@ class LossMonitor(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         waited = 0.0
         # With all images in the device's memory, the device makes the batch: that is no wait.
-        if not (isinstance(data, PretrainingData) and data.engine.in_memory):
+        if not (isinstance(data, PretrainingData) and data.in_memory):
             waited = time.perf_counter() - self.batch_ended
         self.waited += waited
         epoch_time.give(WAITING, waited)

@@ -70,9 +70,9 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
     source = build_source(config, folder)
 
     from moco.data.augment.resolution_ramp import ResolutionRamp
-    from moco.data.augment.views import ViewPair, build_evaluation_view
-    from moco.data.loading.augmentation_engine import choose_engine
+    from moco.data.augment.views import EvaluationView, ViewPair
     from moco.data.loading.datamodule import PretrainingData
+    from moco.data.loading.loaders import choose_engine
     from moco.training.hardware import choose_device
 
     data = config.data
@@ -92,7 +92,7 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
     return PretrainingData(
         source,
         views,
-        build_evaluation_view(image_size, data.crop_ratio, pair.mean, pair.std),
+        EvaluationView(image_size, data.crop_ratio, pair.mean, pair.std),
         image_size=image_size,
         batch_size=data.batch_size,
         batches_per_step=num_processes(config) * config.trainer.accumulate_grad_batches,
@@ -100,7 +100,7 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
         num_workers=data.num_workers,
         max_bad_fraction=data.max_bad_fraction,
         seed=config.seed,
-        engine=engine,
+        in_memory=engine.in_memory,
     )
 
 

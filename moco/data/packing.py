@@ -4,17 +4,21 @@ A part is on disk as a whole or not at all, so an interrupted copy goes on after
 `moco.data.sources.packed_copy` describes the files.
 """
 
+import io
 import json
 import logging
+import math
+import mmap
 import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import simplejpeg
@@ -23,19 +27,17 @@ from PIL import Image
 from torch import Tensor
 
 from moco.data.augment.draws import derived_seed
-from moco.data.files.bad_fraction import check_bad_fraction
-from moco.data.files.decoding import EncodedFile, EncodedImage
-from moco.data.files.images import UnreadableImage
+from moco.data.files.images import EncodedFile, EncodedImage, UnreadableImage, check_bad_fraction
 from moco.data.loading.every_image import ReadImage, every_image
-from moco.data.loading.lost_workers import WatchedLoader
+from moco.data.loading.workers import WatchedLoader, unchanged
 from moco.data.sources.packed_copy import (
     COLUMNS,
     INDEX,
     PIXELS,
     SIDES,
     TABLE,
-    check_finished,
     read_copy,
+    read_finished_index,
     read_index,
     read_table,
     total_of_parts,
@@ -49,7 +51,6 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 PARTS = "parts"  # a folder with the tables of the parts, until all parts are there
 IMAGES_PER_CHUNK = 8  # a worker returns these at once: 1.2 GB if they have 50 megapixels each
-TAR_BLOCK = tarfile.BLOCKSIZE
 NUM_SIZES = 256  # images whose size is read to estimate the size of an array
 MAX_NAMED = 10  # damaged images that a message names
 FREE_SETTINGS = ("data.download", "data.max_bad_fraction", "data.max_image_pixels")
@@ -129,77 +130,38 @@ class Pool:
         return {"images": len(self), "hash": digest.hexdigest()}
 
 
-class Chunk(NamedTuple):
-    """Images that are neighbours in the copy, as a loader process returns them."""
+def pack_image(
+    resize: int | None, quality: int | None, image: EncodedImage
+) -> tuple[bytes, int, int, int]:
+    """Return what a copy stores of an image, its height, its width and the checksum.
 
-    content: Tensor
-    """uint8, the bytes of all readable images."""
-    entries: list[tuple[int, int, int, int, int]]
-    """Row, length in bytes, height, width and checksum of each of them."""
-    skipped: list[tuple[int, str]]
-    """Rows of unreadable images, and the reasons."""
-
-
-def join_chunk(read: list[ReadImage]) -> Chunk:
-    """Make a chunk of images that `PackedImage` has made."""
-    contents: list[bytes] = []
-    entries = []
-    skipped = []
-    for image in read:
-        if image.problem:
-            skipped.append((image.key, image.problem))
-            continue
-        content, height, width = image.value
-        contents.append(content)
-        entries.append((image.key, len(content), height, width, zlib.crc32(content)))
-    joined = bytearray(b"".join(contents) or b"\0")  # torch refuses an empty buffer
-    return Chunk(torch.frombuffer(joined, dtype=torch.uint8), entries, skipped)
-
-
-@dataclass(frozen=True)
-class PackedImage:
-    """From an image to what the copy stores of it, its height and its width.
-
-    A JPEG that keeps its size is copied as it is.
+    A JPEG that keeps its size is copied as it is. The filter of the resizing is bicubic and
+    antialiased.
 
     Args:
         resize: larger images are resized to this shorter side, px; None keeps the size.
         quality: of JPEGs, 1 to 100; None stores plain pixels.
     """
-
-    resize: int | None
-    quality: int | None
-
-    def __call__(self, image: EncodedImage) -> tuple[bytes, int, int]:
-        pixels = resize_image(image, self.resize)
-        height, width = pixels.shape[:2]
-        if self.quality is None:
-            return pixels.tobytes(), height, width
-        name = "an image in memory"
-        if isinstance(image, EncodedFile):
-            name = image.name
-            keeps_size = image.size == (height, width)
-            if image.is_jpeg and keeps_size and isinstance(image.source, bytes):
-                return image.source, height, width
+    height, width = resized_size(image.size, resize)
+    keeps_size = (height, width) == image.size
+    # A JPEG is decoded even if it is copied as it is: a damaged one is left out.
+    pixels = image.pixels()
+    if not keeps_size:
+        smaller = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(smaller)
+    encoded = image.source if isinstance(image, EncodedFile) and image.is_jpeg else None
+    if quality is None:
+        content = pixels.tobytes()
+    elif keeps_size and isinstance(encoded, bytes):
+        content = encoded
+    else:
         pixels = np.ascontiguousarray(pixels)
         try:
-            jpeg: bytes = simplejpeg.encode_jpeg(pixels, self.quality, colorsubsampling="420")
+            content = simplejpeg.encode_jpeg(pixels, quality, colorsubsampling="420")
         except ValueError as error:  # a side is longer than JPEG allows
-            raise UnreadableImage(f"{printable(name)}: {error}; set data.resize") from error
-        return jpeg, height, width
-
-
-def resize_image(image: EncodedImage, resize: int | None) -> np.ndarray:
-    """Return an image's pixels, (height, width, 3) uint8, with a shorter side of at most `resize`.
-
-    The filter is bicubic and antialiased.
-    """
-    height, width = resized_size(image.size, resize)
-    pixels = image.pixels()
-    if (height, width) == image.size:
-        return pixels
-    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized)
+            name = printable(getattr(image, "name", "an image in memory"))
+            raise UnreadableImage(f"{name}: {error}; set data.resize") from error
+    return content, height, width, zlib.crc32(content)
 
 
 def resized_size(size: tuple[int, int], resize: int | None) -> tuple[int, int]:
@@ -214,10 +176,11 @@ def resized_size(size: tuple[int, int], resize: int | None) -> tuple[int, int]:
 def chunk_loader(
     pool: Pool, index: Mapping[str, Any], start: int, num_workers: int
 ) -> WatchedLoader:
-    """Return a loader of every chunk of a copy from place `start` on."""
+    """Return a loader of every chunk of a copy from place `start` on, see `CopyWriter.add`."""
     is_array = index["format"] == "array"
     settings = index["settings"]
-    make = PackedImage(settings["data"]["resize"], None if is_array else settings["quality"])
+    quality = None if is_array else settings["quality"]
+    make = partial(pack_image, settings["data"]["resize"], quality)
     order = torch.arange(len(pool))
     if not is_array:
         # Training from shards only mixes neighbours, and the neighbours in sorted folders are
@@ -225,7 +188,7 @@ def chunk_loader(
         generator = torch.Generator().manual_seed(derived_seed(0, pool.num_train))
         order[: pool.num_train] = torch.randperm(pool.num_train, generator=generator)
     chunks = chunks_of_rows(order, start, [pool.num_train, len(pool)])
-    return every_image(pool, make, join_chunk, chunks, num_workers)
+    return every_image(pool, make, unchanged, chunks, num_workers)
 
 
 def chunks_of_rows(order: Tensor, start: int, borders: list[int]) -> Iterator[list[int]]:
@@ -242,77 +205,78 @@ def chunks_of_rows(order: Tensor, start: int, borders: list[int]) -> Iterator[li
             start = stop
 
 
-class ArrayPart:
-    """The next bytes of ``pixels.bin``; bytes after `start` are of an unfinished part and go."""
+class Part:
+    """The part that is being written: the next bytes of a file.
 
-    name = PIXELS
+    Args:
+        start: where the part starts; what an unfinished part left after it goes.
+    """
 
-    def __init__(self, folder: Path, start: int) -> None:
-        (folder / PIXELS).touch()
-        # "r+b" keeps what is in the file; "wb" would cut it to nothing.
-        self.file = (folder / PIXELS).open("r+b")
+    def __init__(self, path: Path, start: int = 0) -> None:
+        # Appending keeps the parts that are in the file; "wb" would cut it to nothing.
+        self.file = path.open("a+b")
         self.file.truncate(start)
         self.file.seek(start)
         self.start = start
-        self.num_bytes = 0
+        self.entries: list[tuple[int, ...]] = []
+        """`COLUMNS` of each image."""
+        self.skipped: list[tuple[int, str]] = []
+        """Rows of unreadable images, and the reasons."""
 
-    def add(self, content: np.ndarray, place: int, label: int) -> int:
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes the part has."""
+        return self.file.tell() - self.start
+
+    def add(self, content: bytes, place: int, label: int) -> int:
         """Write the image at this place of the copy; return its offset in the file."""
-        offset = self.start + self.num_bytes
-        self.num_bytes += self.file.write(content.data)
+        offset = self.file.tell()
+        self.file.write(content)
         return offset
 
     def close(self) -> dict[str, Any]:
-        """Put the part on disk; return what else the index says about it."""
+        """Put the part on disk; return what the index says about it."""
+        size = self.num_bytes
         sync_and_close(self.file)
-        return {}
+        return {"file": PIXELS, "bytes": size}
 
 
-class ShardPart:
-    """A tar file in webdataset's layout: KEY.jpg for an image, and KEY.cls if it has a label.
+class ShardPart(Part):
+    """A tar file in webdataset's layout: KEY.jpg for an image, and KEY.cls if it has a label."""
 
-    tarfile does not say at which offset the content of a member starts, so the blocks are written
-    here.
-    """
+    def __init__(self, path: Path) -> None:
+        # A shard gets its name when it is whole.
+        super().__init__(temporary_path(path))
+        self.path = path
+        self.archive = tarfile.TarFile(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.name = name
-        self.path = folder / name
-        self.temporary = temporary_path(self.path)
-        self.file = self.temporary.open("wb")
-        self.digest = sha256()
-        self.num_bytes = 0
-
-    def add(self, content: np.ndarray, place: int, label: int) -> int:
-        """See `ArrayPart`."""
-        offset = self._add_member(f"{place:09}.jpg", content.tobytes())
+    def add(self, content: bytes, place: int, label: int) -> int:
+        """See `Part`."""
+        # USTAR's header is one block.
+        offset = self.file.tell() + tarfile.BLOCKSIZE
+        self._add_member(f"{place:09}.jpg", content)
         if label >= 0:
             self._add_member(f"{place:09}.cls", str(label).encode())
         return offset
 
-    def _add_member(self, name: str, content: bytes) -> int:
+    def _add_member(self, name: str, content: bytes) -> None:
         header = tarfile.TarInfo(name)
         header.size = len(content)
-        self._write(header.tobuf(tarfile.USTAR_FORMAT))
-        offset = self.num_bytes
-        padding = bytes(-len(content) % TAR_BLOCK)
-        self._write(content + padding)
-        return offset
-
-    def _write(self, content: bytes) -> None:
-        self.digest.update(content)
-        self.num_bytes += self.file.write(content)
+        self.archive.addfile(header, io.BytesIO(content))
 
     def close(self) -> dict[str, Any]:
-        """See `ArrayPart`."""
-        self._write(bytes(2 * TAR_BLOCK))  # the end of a tar file
-        sync_and_close(self.file)
-        os.replace(self.temporary, self.path)
-        return {"sha256": self.digest.hexdigest()}
+        """See `Part`."""
+        self.archive.close()
+        self.file.flush()
+        with mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            digest = sha256(content).hexdigest()
+        entry = super().close()
+        os.replace(temporary_path(self.path), self.path)
+        return entry | {"file": self.path.name, "sha256": digest}
 
 
 class CopyWriter:
-    """Writes a copy from where its index stops. Leaving the ``with`` block drops an open part.
+    """Writes a copy from where its index stops; `close` drops a part that is not whole.
 
     Args:
         index: see `open_copy`. A part ends with the chunk that reaches its ``max_shard_bytes``.
@@ -330,7 +294,7 @@ class CopyWriter:
         self.pool = pool
         self.max_bad_fraction = max_bad_fraction
         self.labels = pool.labels()
-        self.part: ArrayPart | ShardPart | None = None
+        self.part: Part | None = None
         self.num_packed = total_of_parts(index, "images")
         self.num_done = 0
         """The place in the copy after the last image, skipped ones included."""
@@ -343,71 +307,62 @@ class CopyWriter:
         if self.num_done > 0:
             log.info("going on after %s of %s images", f"{self.num_done:,}", f"{len(pool):,}")
 
-    def __enter__(self) -> "CopyWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Close the file of an open part."""
         if self.part is not None:
             self.part.file.close()
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: list[ReadImage]) -> None:
         """Write a chunk. End the part if it is full, or if the next chunk is not to train on.
+
+        Args:
+            chunk: neighbours in the copy, each with its row and the result of `pack_image`.
 
         Raises:
             InputError: too many images cannot be read.
         """
         if self.part is None:
             self.part = self._begin_part()
-        start = 0
-        for row, length, *others in chunk.entries:
-            content = chunk.content[start : start + length].numpy()
+        part = self.part
+        for image in chunk:
+            if image.problem:
+                log.warning("skipped an unreadable image: %s", image.problem)
+                part.skipped.append((image.key, image.problem))
+                self.skipped_names.append(image.name)
+                continue
+            content, *others = image.value
             # A member of a shard is named by its place in the copy, so all names differ.
-            offset = self.part.add(content, self.num_packed, self.labels[row])
-            self.entries.append((row, offset, length, *others))
+            offset = part.add(content, self.num_packed, self.labels[image.key])
+            part.entries.append((image.key, offset, len(content), *others))
             self.num_packed += 1
-            start += length
-        for row, reason in chunk.skipped:
-            log.warning("skipped an unreadable image: %s", reason)
-            self.skipped.append((row, reason))
-            self.skipped_names.append(self.pool.name(row))
         check_bad_fraction(self.skipped_names, len(self.pool), self.max_bad_fraction)
-        self.num_done += len(chunk.entries) + len(chunk.skipped)
+        self.num_done += len(chunk)
         # Training images and others are in different parts: webdataset reads the first alone.
-        is_full = self.part.num_bytes >= self.index["settings"]["max_shard_bytes"]
+        is_full = part.num_bytes >= self.index["settings"]["max_shard_bytes"]
         if is_full or self.num_done in (self.pool.num_train, len(self.pool)):
-            self._end_part(self.part)
+            self._end_part(part)
             self.part = None
 
-    def _begin_part(self) -> ArrayPart | ShardPart:
-        self.entries: list[tuple[int, ...]] = []
-        self.skipped: list[tuple[int, str]] = []
+    def _begin_part(self) -> Part:
         if self.index["format"] == "array":
-            return ArrayPart(self.folder, start=total_of_parts(self.index, "bytes"))
-        prefix = "held_out-"
-        if self.num_done < self.pool.num_train:
-            prefix = "train-"
+            return Part(self.folder / PIXELS, start=total_of_parts(self.index, "bytes"))
+        prefix = "train-" if self.num_done < self.pool.num_train else "held_out-"
         number = sum(part["file"].startswith(prefix) for part in self.index["parts"])
-        return ShardPart(self.folder, f"{prefix}{number:05}.tar")
+        return ShardPart(self.folder / f"{prefix}{number:05}.tar")
 
-    def _end_part(self, part: ArrayPart | ShardPart) -> None:
+    def _end_part(self, part: Part) -> None:
         # First the part, then its table, last the index: a crash in between leaves no trace there.
-        more = part.close()
-        entries = np.array(self.entries, np.int64).reshape(-1, len(COLUMNS))
+        entry = part.close()
+        columns = np.array(part.entries, np.int64).reshape(-1, len(COLUMNS)).T
         table = {}
-        for (name, dtype), values in zip(COLUMNS.items(), entries.T, strict=True):
+        for (name, dtype), values in zip(COLUMNS.items(), columns, strict=True):
             table[name] = values.astype(dtype)
         names = [os.fsencode(self.pool.name(row)) for row in table["rows"].tolist()]
         table["names"] = np.frombuffer(b"".join(names), np.uint8)
-        table["name_ends"] = np.cumsum([len(name) for name in names], dtype=np.int64)
+        table["name_ends"] = np.cumsum(list(map(len, names)), dtype=np.int64)
         save_table(self._table_path(len(self.index["parts"])), table)
-        entry = {
-            "file": part.name,
-            "stop": self.num_done,
-            "images": len(names),
-            "bytes": part.num_bytes,
-            "skipped": self.skipped,
-        }
-        self.index["parts"].append(entry | more)
+        entry |= {"stop": self.num_done, "images": len(names), "skipped": part.skipped}
+        self.index["parts"].append(entry)
         write_index(self.folder, self.index)
 
     def _table_path(self, number: int) -> Path:
@@ -416,6 +371,7 @@ class CopyWriter:
     def finish(self) -> None:
         """Join the tables of the parts, and mark the copy as complete."""
         tables = [read_table(self._table_path(n)) for n in range(len(self.index["parts"]))]
+        # Offsets stay as they are: they count from the start of a file, and not of a part.
         joined = {}
         for name in (*COLUMNS, "names"):
             joined[name] = np.concatenate([table[name] for table in tables])
@@ -447,12 +403,10 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output={folder}: {error.strerror}") from error
-    names = {path.name for path in folder.iterdir()}
     left_by_a_crash = {LOCK, temporary_path(folder / INDEX).name}
+    names = set(os.listdir(folder))
     if INDEX not in names and names - left_by_a_crash:
-        raise InputError(
-            f"output={folder}: holds other files; choose an empty folder or one that is not there"
-        )
+        raise InputError(f"output={folder}: holds other files; choose an empty folder or a new one")
 
 
 def open_copy(folder: Path, settings: dict[str, Any], pool: Pool) -> dict[str, Any]:
@@ -467,10 +421,8 @@ def open_copy(folder: Path, settings: dict[str, Any], pool: Pool) -> dict[str, A
     """
     fingerprint = pool.fingerprint()
     if not (folder / INDEX).exists():
-        image_size = pool.source.image_size
         resize = settings["data"]["resize"]
-        if resize is not None:
-            image_size = min(image_size, resize)
+        image_size = min(pool.source.image_size, resize or pool.source.image_size)
         chosen_format = choose_format(settings["format"], folder, pool, resize)
         index: dict[str, Any] = {
             "version": 1,
@@ -484,24 +436,24 @@ def open_copy(folder: Path, settings: dict[str, Any], pool: Pool) -> dict[str, A
         }
         write_index(folder, index)
         return index
-    existing = read_index(str(folder))
-    different = different_settings(existing, settings)
-    if not different and existing["source"] != fingerprint:
-        there = existing["source"]["images"]
-        different = [f"the source: {there} images there, {len(pool)} here, or others"]
+    index = read_index(str(folder))
+    different = different_settings(index, settings)
+    if not different and index["source"] != fingerprint:
+        num_there = index["source"]["images"]
+        different = [f"the source: {num_there} images there, {len(pool)} here, or others"]
     if different:
-        raise InputError(
-            f"output={folder}: holds another copy: {'; '.join(different)}; choose another folder"
-        )
-    if existing["complete"]:
+        what = "; ".join(different)
+        raise InputError(f"output={folder}: holds another copy: {what}; choose another folder")
+    if index["complete"]:
         log.info("%s is complete; check=true compares it with its checksums", folder)
-    return existing
+    return index
 
 
 def different_settings(index: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """Return ``key: old there, new here`` for each setting that differs from a copy's."""
     there = flatten_settings(index["settings"])
     here = flatten_settings(settings)
+    # What "auto" means was settled when the copy began.
     if here["format"] == "auto":
         here["format"] = index["format"]
     if index["format"] == "array":  # an array does not use the quality
@@ -522,21 +474,22 @@ def flatten_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Write ``index.json``, as a whole or not at all."""
-    text = json.dumps(index, indent=1)
-    replace_file(folder / INDEX, lambda file: file.write(text.encode()))
+    """Write ``index.json``."""
+    replace_file(folder / INDEX, json.dumps(index, indent=1).encode())
 
 
 def save_table(path: Path, table: Mapping[str, np.ndarray]) -> None:
-    """Write an .npz file, as a whole or not at all."""
-    replace_file(path, lambda file: np.savez(file, **table))  # type: ignore[arg-type]
+    """Write an .npz file."""
+    file = io.BytesIO()
+    np.savez(file, **table)  # type: ignore[arg-type]
+    replace_file(path, file.getvalue())
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary file and give it the name when it is on disk."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all: it gets its name when it is on disk."""
     temporary = temporary_path(path)
     with temporary.open("wb") as file:
-        write(file)
+        file.write(content)
         sync_and_close(file)
     os.replace(temporary, path)
 
@@ -565,14 +518,11 @@ def choose_format(wanted: str, folder: Path, pool: Pool, resize: int | None) -> 
     needed = estimate_array_bytes(pool, resize)
     room = f"an array takes about {needed / 1e9:,.2f} GB, and {free / 1e9:,.1f} GB are free"
     if wanted == "array" and needed > free:
-        raise InputError(
-            f"output={folder}: {room}; format=shards or a smaller data.resize takes less"
-        )
+        less = "format=shards or a smaller data.resize takes less"
+        raise InputError(f"output={folder}: {room}; {less}")
     if wanted == "array":
         return wanted
-    chosen = "shards"
-    if needed < free / 2:
-        chosen = "array"
+    chosen = "array" if needed < free / 2 else "shards"
     log.info("format=%s: %s", chosen, room)
     return chosen
 
@@ -583,14 +533,9 @@ def estimate_array_bytes(pool: Pool, resize: int | None) -> int:
     num_sizes = min(NUM_SIZES, len(pool))
     sizes = []
     for row in np.linspace(0, len(pool) - 1, num_sizes, dtype=int).tolist():
-        try:
-            height, width = resized_size(pool[row].size, resize)
-        except UnreadableImage:
-            continue
-        sizes.append(3 * height * width)
-    if not sizes:
-        return 0
-    return int(np.mean(sizes) * len(pool))
+        with suppress(UnreadableImage):
+            sizes.append(3 * math.prod(resized_size(pool[row].size, resize)))
+    return int(np.mean(sizes or [0]) * len(pool))
 
 
 def check_copy(folder: Path, pool: Pool) -> Iterator[int]:
@@ -603,29 +548,24 @@ def check_copy(folder: Path, pool: Pool) -> Iterator[int]:
         InputError: there is no finished copy.
         RunError: something differs; the message names the first images or shards.
     """
-    index = read_index(str(folder))
-    check_finished(str(folder), index)
+    index = read_finished_index(str(folder))
     if index["source"] != pool.fingerprint():
-        raise RunError(
-            f"{folder}: made of {index['source'].get('images')} images, and the source has "
-            f"{len(pool)}, or others; pack it anew"
-        )
+        num_there = index["source"].get("images")
+        numbers = f"{num_there} images, and the source has {len(pool)}, or others"
+        raise RunError(f"{folder}: made of {numbers}; pack it anew")
     copy, _ = read_copy(str(folder), index, max_image_pixels=1)  # nothing is decoded
     damaged = []
     for number in range(len(copy)):
         if copy.is_damaged(number):
             damaged.append(printable(copy.name(number)))
         yield number + 1
-    if not damaged:
+    if not damaged and index["format"] == "shards":
         for number, part in enumerate(index["parts"]):
-            expected = part.get("sha256")  # an array has none
-            if expected is not None and sha256(copy.map_file(number)).hexdigest() != expected:
+            if sha256(copy.map_file(number)).hexdigest() != part.get("sha256"):
                 damaged.append(f"bytes between the images of {part['file']}")
     if damaged:
-        raise RunError(
-            f"{folder}: not as it was written in {len(damaged)} places: "
-            f"{', '.join(damaged[:MAX_NAMED])}"
-        )
+        named = ", ".join(damaged[:MAX_NAMED])
+        raise RunError(f"{folder}: not as it was written in {len(damaged)} places: {named}")
     log.info("%s: everything is as it was written", folder)
 
 
@@ -633,9 +573,7 @@ def describe_copy(index: Mapping[str, Any], pool: Pool) -> list[tuple[str, str]]
     """Return what a finished copy holds, as rows of a table."""
     gigabytes = total_of_parts(index, "bytes") / 1e9
     resize = index["settings"]["data"]["resize"]
-    size = "as it was"
-    if resize is not None:
-        size = f"shorter side at most {resize} px"
+    size = "as it was" if resize is None else f"shorter side at most {resize} px"
     num_skipped = sum(len(part["skipped"]) for part in index["parts"])
     return [
         ("images", f"{index['num_images']:,} to train on, {num_skipped} unreadable left out"),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moco.data.augment.views import evaluation_crop, normalisation
-from moco.data.files.bad_fraction import check_bad_fraction
-from moco.data.loading.image_sets import ImageBatch, ImageSet, IndexedSet, ShardedSet
+from moco.data.files.images import check_bad_fraction
+from moco.data.loading.every_image import ImageBatch, ImageSet, IndexedSet, ShardedSet
 from moco.data.loading.workers import cores_of
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource, Labelled

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.data.loading.datamodule import check_unreadable
-from moco.data.loading.labelled_views import LabelledViews
+from moco.data.loading.loaders import LabelledViews
 from moco.errors import InputError, RunError
 from moco.evaluation.knn import Votes, class_places, classes_of, votes_of
 from moco.evaluation.knn_measurement import classification_findings, labelled_features

@@ -32,7 +32,7 @@ class State(NamedTuple):
     """How much of the files counts; the bytes behind it are of a batch that was not finished."""
 
     end: list[int]
-    """The place where the next batch starts, see `moco.data.loading.image_sets`."""
+    """The place where the next batch starts, see `moco.data.loading.every_image`."""
     num_bytes: dict[str, int]
     """Of each file."""
 

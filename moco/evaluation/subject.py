@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import moco
-from moco.data.augment.views import build_evaluation_view
+from moco.data.augment.views import EvaluationView
 from moco.data.loading.every_image import evaluation_loader
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import DataSource, Labelled
@@ -174,7 +174,7 @@ class Subject:
         """Return both features, labels (images,) and rows (images,), see `Embedded`."""
         started = time.monotonic()
         size, crop_ratio = self.data["image_size"], self.data["crop_ratio"]
-        view = build_evaluation_view(size, crop_ratio, **self.augmentation)
+        view = EvaluationView(size, crop_ratio, **self.augmentation)
         loader = evaluation_loader(
             labelled,
             view,

@@ -16,8 +16,7 @@ from torchvision.transforms import v2
 
 from moco.data.augment.views import Normalized
 from moco.data.loading.every_image import ReadImage, every_image
-from moco.data.loading.lost_workers import WatchedLoader
-from moco.data.loading.workers import CPU, unchanged
+from moco.data.loading.workers import CPU, WatchedLoader, unchanged
 from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.masked_images import MaskedImages
 

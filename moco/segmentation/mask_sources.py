@@ -25,9 +25,9 @@ from moco.data.files.images import (
     pillow_warnings_ignored,
 )
 from moco.data.files.listing import list_images
+from moco.data.sources.arrays import torchvision_dataset
 from moco.data.sources.folders import VALIDATION_FOLDERS, is_held_out
 from moco.data.sources.registry import MASKED
-from moco.data.sources.torchvision_sets import torchvision_dataset
 from moco.errors import InputError, printable, unknown_name
 from moco.segmentation.masked_images import MaskedImages, Pair
 

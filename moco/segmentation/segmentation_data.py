@@ -4,10 +4,8 @@ import pytorch_lightning as pl
 
 from moco.data.loading.datamodule import check_batch_size
 from moco.data.loading.every_image import ImageReader
-from moco.data.loading.loaders import ResumableLoader
-from moco.data.loading.lost_workers import WatchedLoader
-from moco.data.loading.samplers import EpochSampler
-from moco.data.loading.workers import device_of, loader_options, unchanged
+from moco.data.loading.loaders import EpochSampler, ResumableLoader
+from moco.data.loading.workers import WatchedLoader, device_of, loader_options, unchanged
 from moco.errors import InputError
 from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.mask_batches import Crops, MaskBatch, mask_batch, whole_image_loader

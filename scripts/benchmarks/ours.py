@@ -19,8 +19,7 @@ from benchmarks.recipe import KEY_MOMENTUM
 from benchmarks.turns import Turn, wait_for
 from moco.cli.build_pretraining import build_method, build_trainer
 from moco.config.train import TrainConfig
-from moco.data.augment.views import ViewPair, build_evaluation_view
-from moco.data.loading.augmentation_engine import Engine
+from moco.data.augment.views import EvaluationView, ViewPair
 from moco.data.loading.datamodule import PretrainingData
 from moco.data.loading.loaders import PairBatch
 from moco.data.sources.source import ArrayImages, DataSource
@@ -133,10 +132,10 @@ class SamePair(PretrainingData):
         super().__init__(
             DataSource(ArrayImages(images, "same"), None, None, size),
             ViewPair(pair.query, pair.key, pair.mean, pair.std, size, config.seed, "batch"),
-            build_evaluation_view(size, config.data.crop_ratio, pair.mean, pair.std),
+            EvaluationView(size, config.data.crop_ratio, pair.mean, pair.std),
             image_size=size,
             batch_size=config.data.batch_size,
-            engine=Engine("batch", in_memory=True, reason=""),
+            in_memory=True,
         )
         # One more than needed, so that no step is the last one of an epoch.
         self.num_batches = config.trainer.max_steps + 1

@@ -10,7 +10,6 @@ from PIL import Image
 from gpu_parts.measuring import Context, in_turns, rows_of_case
 from gpu_parts.results import Result
 from gpu_parts.rows import BATCH_ENGINE, PILLOW, Batches
-from moco.data.augment.views import picked, rgb_batch
 
 PILLOW_IMAGES = 32
 """The official pipeline takes milliseconds for each."""
@@ -38,12 +37,13 @@ def batch_engine(batches: Batches, context: Context) -> Turn:
     """Return a turn that augments all images once, batch after batch."""
     pair = bench_data.settings(batches.augmentation)
     augment = bench_data.view_pair(pair, batches.view_size, "batch")
-    pixels = rgb_batch(noise(batches, batches.num_images).to(context.device))  # (M, 3, H, W)
+    pixels = noise(batches, batches.num_images).to(context.device)  # (M, H, W, 3)
     parts = torch.arange(len(pixels), device=context.device).split(batches.batch_size)
 
     def all_batches() -> int:
         for indices in parts:
-            augment.on_batch(picked(pixels, indices), 0, indices)
+            chosen = pixels.index_select(0, indices).permute(0, 3, 1, 2).contiguous()
+            augment.on_batch(chosen, 0, indices)
         return len(pixels)
 
     return timed(all_batches, context.device)

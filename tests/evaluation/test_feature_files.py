@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from moco.data.loading.image_sets import ImageBatch
+from moco.data.loading.every_image import ImageBatch
 from moco.errors import InputError
 from moco.evaluation.embedding import add_features, write_index, write_npz
 from moco.evaluation.resumable_features import FILES, FeatureParts, taken

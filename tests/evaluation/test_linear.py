@@ -408,8 +408,7 @@ def test_the_heads_steps_are_those_of_torchs_sgd_with_the_published_schedule(tmp
 
 def test_a_view_of_files_is_that_of_the_query_in_pretraining(image_tree):
     from moco.data.augment.views import ViewPair
-    from moco.data.loading.labelled_views import LabelledViews
-    from moco.data.loading.loaders import PairMaker
+    from moco.data.loading.loaders import LabelledViews, PairMaker
     from moco.data.sources.source import FileImages, Labelled
 
     (image_tree / "a" / "99.png").write_bytes(b"no image")

@@ -98,7 +98,7 @@ def test_without_plots_and_label_free_figures_there_are_none(evaluated, small):
 
 
 def test_figures_are_those_of_plain_images_and_of_the_runs_own_views(evaluated, checkpoint):
-    from moco.data.augment.views import ViewPair, build_evaluation_view
+    from moco.data.augment.views import EvaluationView, ViewPair
     from moco.data.sources.registry import build_source
     from moco.evaluation.diagnostics import label_free_figures
     from moco.weights.load_encoder import load_pretrained
@@ -113,8 +113,8 @@ def test_figures_are_those_of_plain_images_and_of_the_runs_own_views(evaluated, 
     augment = ViewPair(
         settings["query"], settings["key"], settings["mean"], settings["std"], size, 0
     )
-    plain = bank.images.tensor[:, None].expand(-1, 3, -1, -1)
-    view = build_evaluation_view(
+    plain = bank.images.tensor.permute(0, 3, 1, 2)
+    view = EvaluationView(
         size, pretrained.config["data"]["crop_ratio"], settings["mean"], settings["std"]
     )
     rows = torch.from_numpy(np.linspace(0, len(plain) - 1, 1000).astype(np.int64))

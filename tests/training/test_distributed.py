@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from moco.data.loading.loaders import ResumableLoader
-from moco.data.loading.samplers import EpochSampler
+from moco.data.loading.loaders import EpochSampler, ResumableLoader
 from moco.errors import InputError, Interrupted, PeerLost, RunError
 from moco.methods.key_queue import KeyQueue
 from moco.runs.interrupts import StopRequest

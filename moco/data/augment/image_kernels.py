@@ -26,7 +26,7 @@ def resized_crop(image: np.ndarray, box: Sequence[int], side: int) -> np.ndarray
     Args:
         box: top, left, height, width, px.
     """
-    top, left, height, width = (int(number) for number in box)
+    top, left, height, width = map(int, box)
     crop = image[top : top + height, left : left + width]
     if height <= side and width <= side:
         return cv2.resize(crop, (side, side), interpolation=cv2.INTER_LINEAR)
@@ -73,11 +73,6 @@ def to_pixels(values: np.ndarray) -> np.ndarray:
 COLOR_STEPS = (brightness, contrast, saturation, hue)
 
 
-def grayscale(image: np.ndarray) -> np.ndarray:
-    """Return the luma in all three channels."""
-    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-
-
 def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
     """Blur with `sigma` px. The kernel ends at three sigma, and the edge pixels are repeated."""
     if sigma == 0:
@@ -85,19 +80,3 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
     kernel = cv2.getGaussianKernel(2 * int(np.ceil(3 * sigma)) + 1, sigma)
     # Twice as fast as cv2.GaussianBlur, and nearer to the sum in double precision.
     return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
-
-
-def solarize(image: np.ndarray, threshold: int) -> np.ndarray:
-    """Invert the values from `threshold` upwards."""
-    values = np.where(threshold <= VALUES, 255 - VALUES, VALUES)
-    return cv2.LUT(image, values.astype(np.uint8))
-
-
-def horizontal_flip(image: np.ndarray) -> np.ndarray:
-    """Exchange left and right."""
-    return cv2.flip(image, 1)
-
-
-def write_planes(image: np.ndarray, planes: np.ndarray) -> None:
-    """Write an image (height, width, 3) into `planes` (3, height, width)."""
-    cv2.split(image, [*planes])

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from moco.errors import InputError, unknown_name
 
 Drawn = dict[str, Tensor]
 """The numbers of one operation by name, (batch, ...) each."""
+Numbers = Mapping[str, Any]
+"""The numbers of one operation for one image."""
 
 
 class Operation(ABC):
@@ -44,10 +47,7 @@ class Operation(ABC):
         for name, (low, high) in self.pair_limits.items():
             value = getattr(self, name)
             if not is_pair(value, low, high):
-                raise ValueError(
-                    f"{name}={value}: expected two numbers from {low} to {high}, "
-                    "the lower one first"
-                )
+                raise ValueError(f"{name}={value}: expected two numbers in order, {low} to {high}")
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         """Return the numbers of the operation for each image.
@@ -59,14 +59,14 @@ class Operation(ABC):
         return {}
 
     @abstractmethod
-    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         """Change one image, (height, width, 3) uint8, by its numbers."""
 
     @abstractmethod
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         """Change a batch, (batch, 3, height, width) float32 in 0..1, by the numbers of all."""
 
-    def describe(self, drawn: Mapping[str, Any]) -> str:
+    def describe(self, drawn: Numbers) -> str:
         """Return the numbers of one image in words; empty if there are none."""
         return ""
 
@@ -102,9 +102,14 @@ class RandomResizedCrop(Operation):
         fits_height = (heights > 0) & (heights <= height[:, None])
         fits_width = (widths > 0) & (widths <= width[:, None])
         fits = fits_height & fits_width
-        first = fits.to(torch.uint8).argmax(1, keepdim=True)
         found = fits.any(1)
-        middle_height, middle_width = self._largest(height, width)
+        # The first box that fits: argmax takes the first of equal values.
+        first = fits.to(torch.uint8).argmax(1, keepdim=True)
+        # The largest box whose ratio is in range.
+        low, high = self.ratio
+        ratio = width / height
+        middle_height = torch.where(ratio < low, torch.round(width / low).clamp(1), height)
+        middle_width = torch.where(ratio > high, torch.round(height * high).clamp(1), width)
         crop_height = torch.where(found, heights.gather(1, first)[:, 0], middle_height)
         crop_width = torch.where(found, widths.gather(1, first)[:, 0], middle_width)
         room = torch.stack([height - crop_height, width - crop_width], 1)
@@ -113,21 +118,13 @@ class RandomResizedCrop(Operation):
         box = torch.cat([corner, torch.stack([crop_height, crop_width], 1)], 1)
         return {"box": box.long(), "size": sizes}
 
-    def _largest(self, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-        """Return height and width of the largest box whose ratio is in range."""
-        low, high = self.ratio
-        ratio = width / height
-        largest_height = torch.where(ratio < low, torch.round(width / low).clamp(1), height)
-        largest_width = torch.where(ratio > high, torch.round(height * high).clamp(1), width)
-        return largest_height, largest_width
-
-    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         return image_kernels.resized_crop(image, drawn["box"], self.image_size)
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return batch_kernels.resized_crop(images, drawn["box"], self.image_size)
 
-    def describe(self, drawn: Mapping[str, Any]) -> str:
+    def describe(self, drawn: Numbers) -> str:
         top, left, height, width = drawn["box"].tolist()
         rows, columns = drawn["size"].tolist()
         return f"{height} x {width} px at {top}, {left} of {rows} x {columns}"
@@ -157,7 +154,7 @@ class RandomAffine(Operation):
             "shear": between([-self.shear, self.shear], draws[:, 3]),
         }
 
-    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         images = torch.tensor(image).permute(2, 0, 1)[None] / 255
         numbers = {name: torch.as_tensor(value)[None] for name, value in drawn.items()}
         result = self.on_batch(images, numbers)[0]  # (3, height, width)
@@ -167,7 +164,7 @@ class RandomAffine(Operation):
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return batch_kernels.affine(images, drawn["angle"], drawn["shift"], drawn["shear"])
 
-    def describe(self, drawn: Mapping[str, Any]) -> str:
+    def describe(self, drawn: Numbers) -> str:
         right, down = drawn["shift"].tolist()
         angles = f"turned by {drawn['angle']:.1f}, sheared by {drawn['shear']:.1f} degrees"
         return f"{angles}, shifted by {right:.0f}, {down:.0f} px"
@@ -187,13 +184,8 @@ class ColorJitter(Operation):
     saturation: float = 0
     hue: float = 0
     num_draws: ClassVar[int] = 8
-    limits: ClassVar = {
-        "brightness": (0, 100),
-        "contrast": (0, 100),
-        "saturation": (0, 100),
-        "hue": (0, 0.5),
-    }
     STEPS: ClassVar[tuple[str, ...]] = ("brightness", "contrast", "saturation", "hue")
+    limits: ClassVar = dict.fromkeys(STEPS[:3], (0, 100)) | {"hue": (0, 0.5)}
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         values = []
@@ -203,18 +195,17 @@ class ColorJitter(Operation):
         values.append(between([-self.hue, self.hue], draws[:, 3]))
         return {"factors": torch.stack(values, 1), "order": draws[:, 4:8].argsort(1)}
 
-    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         for step in drawn["order"]:
             if self._has(step):
-                apply_step = image_kernels.COLOR_STEPS[step]
-                image = apply_step(image, float(drawn["factors"][step]))
+                image = image_kernels.COLOR_STEPS[step](image, float(drawn["factors"][step]))
         return image
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         factors, order = drawn["factors"], drawn["order"]
         return batch_kernels.color_jitter(images, factors, order, has_hue=self.hue > 0)
 
-    def describe(self, drawn: Mapping[str, Any]) -> str:
+    def describe(self, drawn: Numbers) -> str:
         words = []
         for step in drawn["order"].tolist():
             if self._has(step):
@@ -241,13 +232,13 @@ class GaussianBlur(Operation):
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         return {"sigma": between(self.sigma, draws[:, 0])}
 
-    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
+    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         return image_kernels.gaussian_blur(image, float(drawn["sigma"]))
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return batch_kernels.gaussian_blur(images, drawn["sigma"], max_sigma=self.sigma[1])
 
-    def describe(self, drawn: Mapping[str, Any]) -> str:
+    def describe(self, drawn: Numbers) -> str:
         return f"sigma {drawn['sigma']:.2f} px"
 
 
@@ -258,8 +249,10 @@ class Solarize(Operation):
     threshold: int = 128
     limits: ClassVar = {"threshold": (0, 256)}
 
-    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
-        return image_kernels.solarize(image, self.threshold)
+    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
+        values = image_kernels.VALUES
+        inverted = np.where(values >= self.threshold, 255 - values, values)
+        return cv2.LUT(image, inverted.astype(np.uint8))
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return torch.where(images >= self.threshold / 255, 1 - images, images)
@@ -269,8 +262,8 @@ class Solarize(Operation):
 class Grayscale(Operation):
     """Put the luma into all three channels."""
 
-    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
-        return image_kernels.grayscale(image)
+    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
+        return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return batch_kernels.luma(images).expand_as(images)
@@ -280,8 +273,8 @@ class Grayscale(Operation):
 class HorizontalFlip(Operation):
     """Exchange left and right."""
 
-    def on_image(self, image: np.ndarray, drawn: Mapping[str, Any]) -> np.ndarray:
-        return image_kernels.horizontal_flip(image)
+    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
+        return cv2.flip(image, 1)
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return images.flip(-1)
@@ -321,33 +314,25 @@ def build_operation(
     """
     if name not in OPERATIONS:
         raise InputError(f"{where}: {unknown_name('operation', name, OPERATIONS)}")
+    where = f"{where}.{name}"
     if settings is not None and not isinstance(settings, Mapping):
-        raise InputError(
-            f"{where}.{name}: expected settings, {{name: number, ...}}, got {settings}"
-        )
+        raise InputError(f"{where}: expected settings, {{name: number, ...}}, got {settings}")
     arguments = dict(settings or {})
     probability = arguments.pop("probability", 1.0)
     if name == "random_resized_crop" and probability != 1:
-        raise InputError(
-            f"{where}.{name}: probability={probability}: expected 1, "
-            "because the crop gives all views the same size"
-        )
-    parameters = inspect.signature(OPERATIONS[name]).parameters
-    allowed = [parameter for parameter in parameters if parameter != "image_size"]
-    for argument in arguments:
-        if argument not in allowed:
-            choices = [*allowed, "probability"]
-            raise InputError(f"{where}.{name}: {unknown_name('setting', argument, choices)}")
-    if "image_size" in parameters:
-        arguments["image_size"] = image_size
+        raise InputError(f"{where}: probability={probability}: expected 1, since it sets the size")
     if not is_number(probability, 0, 1):
-        raise InputError(
-            f"{where}.{name}: probability={probability}: expected a number from 0 to 1"
-        )
+        raise InputError(f"{where}: probability={probability}: expected a number from 0 to 1")
+    allowed = set(inspect.signature(OPERATIONS[name]).parameters)
+    fixed = {"image_size": image_size} if "image_size" in allowed else {}
+    choices = [*(allowed - set(fixed)), "probability"]
+    for argument in arguments:
+        if argument not in choices:
+            raise InputError(f"{where}: {unknown_name('setting', argument, choices)}")
     try:
-        return Step(name, OPERATIONS[name](**arguments), probability)
+        return Step(name, OPERATIONS[name](**fixed, **arguments), probability)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{where}.{name}: {error}") from error
+        raise InputError(f"{where}: {error}") from error
 
 
 def between(limits: Sequence[float], draws: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ image at a time, or the device, one batch at a time.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -15,8 +16,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from moco.data.augment.draws import uniforms
-from moco.data.augment.image_kernels import write_planes
-from moco.data.augment.operations import Drawn, Step, build_operation
+from moco.data.augment.operations import Drawn, Numbers, Step, build_operation
 from moco.data.augment.resolution_ramp import ResolutionRamp
 from moco.errors import InputError
 
@@ -43,13 +43,10 @@ class View:
         self, operations: Mapping[str, Mapping[str, Any] | None], image_size: int, where: str
     ) -> None:
         if "random_resized_crop" not in operations:
-            raise InputError(
-                f"{where}: random_resized_crop is missing; without it views have no common size"
-            )
-        self.steps = [
-            build_operation(name, settings, image_size, where)
-            for name, settings in operations.items()
-        ]
+            raise InputError(f"{where}: random_resized_crop is missing; it makes views of one size")
+        self.steps = []
+        for name, settings in operations.items():
+            self.steps.append(build_operation(name, settings, image_size, where))
         self.crop = list(operations).index("random_resized_crop")
         """The number of the step that gives the view its size."""
         self.image_size = image_size
@@ -75,7 +72,7 @@ class View:
             numbers.append(drawn)
         return numbers
 
-    def describe(self, numbers: Sequence[Mapping[str, Any]]) -> list[str]:
+    def describe(self, numbers: Sequence[Numbers]) -> list[str]:
         """Return a line of text for each step that is applied to one image."""
         lines = []
         for step, drawn in zip(self.steps, numbers, strict=True):
@@ -84,9 +81,10 @@ class View:
         return lines
 
     def on_image(
-        self, image: np.ndarray, numbers: Sequence[Mapping[str, Any]], end: int | None = None
+        self, image: np.ndarray, numbers: Sequence[Numbers], end: int | None = None
     ) -> np.ndarray:
         """Apply the steps before `end` to one image (height, width, 3) uint8."""
+        # There are numbers for the steps after `end` too.
         for step, drawn in zip(self.steps[:end], numbers, strict=False):
             if drawn["applied"]:
                 image = step.operation.on_image(image, drawn)
@@ -163,11 +161,10 @@ class ViewPair:
         ramp: ResolutionRamp | None = None,
     ) -> None:
         self.ramp = ramp or ResolutionRamp(image_size)
-        self.views_of_size = {}
+        self.views_of_size: dict[int, list[View]] = {}
         for size in self.ramp.sizes:
             query_view = View(query, size, "augmentation.query")
-            key_view = View(key, size, "augmentation.key")
-            self.views_of_size[size] = [query_view, key_view]
+            self.views_of_size[size] = [query_view, View(key, size, "augmentation.key")]
         self.mean = mean
         self.std = std
         self.scale, self.shift = normalisation(mean, std)
@@ -186,10 +183,8 @@ class ViewPair:
             indices: (batch,) int64, number of each image in the dataset.
             sizes: (batch, 2) int64, height and width of each image, px.
         """
-        numbers = []
-        for place, view in enumerate(self.views_at(epoch)):
-            numbers.append(view.draw(self.seed, epoch, indices, place, sizes))
-        return numbers
+        views = self.views_at(epoch)
+        return [view.draw(self.seed, epoch, indices, n, sizes) for n, view in enumerate(views)]
 
     def describe(self, epoch: int, index: int, size: Sequence[int]) -> list[list[str]]:
         """Return, for each view of one image, a line of text for each step that is applied.
@@ -197,11 +192,9 @@ class ViewPair:
         Args:
             size: height and width of the image, px.
         """
-        numbers = self.draw(epoch, torch.tensor([index]), torch.tensor([list(size)]))
-        lines = []
-        for view, drawn in zip(self.views_at(epoch), numbers, strict=True):
-            lines.append(view.describe(row_of(drawn, 0)))
-        return lines
+        drawn = self.draw(epoch, torch.tensor([index]), torch.tensor([list(size)]))
+        views = self.views_at(epoch)
+        return [view.describe(row_of(drawn[place], 0)) for place, view in enumerate(views)]
 
     def num_worker_steps(self, view: View) -> int:
         """Return how many steps of a view a loader process applies."""
@@ -224,10 +217,10 @@ class ViewPair:
         planes = views.numpy()
         for place, view in enumerate(self.views_at(epoch)):
             end = self.num_worker_steps(view)
-            arrays = [as_arrays(drawn) for drawn in numbers[place]]
+            arrays = list(map(as_arrays, numbers[place]))
             for row, image in enumerate(images):
                 result = view.on_image(image, row_of(arrays, row), end)
-                write_planes(result, planes[place, row])
+                cv2.split(result, [*planes[place, row]])
 
     def empty_views(self, num: int, epoch: int = 0) -> Tensor:
         """Return memory for the views of `num` images, (2, num, 3, side, side) uint8."""
@@ -263,9 +256,8 @@ class ViewPair:
         Returns:
             The two views, (batch, 3, side, side) float32 each, normalised.
         """
-        results = []
-        for place in range(len(self.views_at(epoch))):
-            results.append(self._on_device(images, epoch, indices, place, start=0))
+        places = range(len(self.views_at(epoch)))
+        results = [self._on_device(images, epoch, indices, place, start=0) for place in places]
         return results[0], results[-1]
 
     def _on_device(
@@ -300,7 +292,7 @@ class ViewPair:
             self.shift = self.shift.to(device)
 
 
-def row_of(numbers: Sequence[Mapping[str, Any]], row: int | slice) -> list[dict[str, Any]]:
+def row_of(numbers: Sequence[Numbers], row: int | slice) -> list[dict[str, Any]]:
     """Return the numbers of one image, or of some, for each step."""
     own = []
     for drawn in numbers:
@@ -369,20 +361,12 @@ class EvaluationView:
     ) -> None:
         self.crop = evaluation_crop(image_size, crop_ratio)
         self.normalized = Normalized(mean, std)
-        self.unchanged_size: int | None = None
+        is_unchanged = round(image_size / crop_ratio) == image_size
+        self.unchanged_size = image_size if is_unchanged else None
         """Side of the square images whose pixels the view only normalises, px."""
-        if round(image_size / crop_ratio) == image_size:
-            self.unchanged_size = image_size
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.normalized(self.crop(image))
-
-
-def build_evaluation_view(
-    image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]
-) -> EvaluationView:
-    """Build an `EvaluationView`."""
-    return EvaluationView(image_size, crop_ratio, mean, std)
 
 
 def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[Image.Image], Image.Image]:
@@ -400,35 +384,3 @@ def middle_of_stripe(image: Image.Image) -> Image.Image:
     if max(image.size) <= longest:
         return image
     return v2.functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
-
-
-def rgb_batch(pixels: Tensor) -> Tensor:
-    """Return images in memory as (images, 3, height, width) uint8; transparent pixels are white.
-
-    Args:
-        pixels: (images, height, width) grey, or (images, height, width, 3 or 4), RGB or RGBA.
-    """
-    if pixels.ndim == 3:
-        return pixels[:, None].expand(-1, 3, -1, -1)
-    if pixels.shape[3] == 4:
-        pixels = without_transparency(pixels)
-    return pixels.permute(0, 3, 1, 2)
-
-
-def without_transparency(pixels: Tensor) -> Tensor:
-    """Lay RGBA images (images, height, width, 4) over white: (images, height, width, 3)."""
-    results = []
-    for array in pixels.cpu().numpy():
-        image = Image.fromarray(array)
-        white = Image.new("RGBA", image.size, "white")
-        results.append(np.asarray(Image.alpha_composite(white, image).convert("RGB")))
-    return torch.from_numpy(np.stack(results)).to(pixels.device)
-
-
-def picked(pixels: Tensor, indices: Tensor) -> Tensor:
-    """Return some of the images of `rgb_batch`, (batch, 3, height, width), contiguous.
-
-    Whole images are copied as they lie in memory. On a CPU this is several times as fast as
-    `pixels[indices]`.
-    """
-    return pixels.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2).contiguous()

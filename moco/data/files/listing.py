@@ -1,8 +1,10 @@
-"""Lists of the images below a folder, in sorted order; `moco.data.files.listing_cache` keeps them.
+"""Lists of the images below a folder, in sorted order, which a file can keep for the next start.
 
 Trees of millions of files are listed in seconds, so this code avoids questions to the file system.
 """
 
+import itertools
+import json
 import logging
 import os
 import time
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moco.data.files.archives import DAMAGED, read_arrays
 from moco.data.files.images import EXTENSIONS, UnreadableImage, opened, pillow_warnings_ignored
 from moco.errors import InputError, printable
 
@@ -24,6 +27,8 @@ NUM_THREADS = 16  # a file system on a network answers slowly, but many requests
 FOLDERS_PER_BATCH = 64  # progress is reported between two batches
 PROGRESS_SECONDS = 10.0
 NO_LIMIT = 2**62  # pixels
+SETTLED_SECONDS = 2  # file systems count time in steps of up to this
+ARRAYS = ("key", "text", "ends", "num_pages", "folder_text", "folder_ends", "folder_stamps")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class PathList(Sequence[str]):
     @classmethod
     def of(cls, paths: Iterable[str]) -> "PathList":
         """Return these paths as a PathList."""
-        joined = "".join(path + "\0" for path in paths)
+        joined = "\0".join([*paths, ""])
         text = np.frombuffer(bytearray(os.fsencode(joined)), dtype=np.uint8)
         return cls(text, np.flatnonzero(text == 0) + 1)
 
@@ -47,6 +52,7 @@ class PathList(Sequence[str]):
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]
         start = start_of(self.ends, index)
+        # Without the zero after it.
         end = int(self.ends[index]) - 1
         return os.fsdecode(self.text[start:end].tobytes())
 
@@ -78,10 +84,7 @@ class Folder(NamedTuple):
     """What one folder holds."""
 
     path: str
-    identity: tuple[int, int]
-    """Device and inode: the same for all paths that lead to the folder."""
-    mtime_ns: int
-    """When an entry was last added, removed or renamed."""
+    status: os.stat_result
     folders: list[str]
     """Paths of the sub-folders."""
     links: list[str]
@@ -112,15 +115,11 @@ def list_trees(roots: Sequence[str]) -> tuple[PathList, list[Folder], bool]:
     for root in roots:
         check_folder(root)
         found, could_be_read = list_folders(root)
-        images = []
-        for folder in found:
-            images += folder.images
+        images = sorted(itertools.chain.from_iterable(folder.images for folder in found))
         if not images:
-            raise InputError(
-                f"data.root={root}: no images in there (looked for {', '.join(EXTENSIONS)} "
-                "at any depth)"
-            )
-        paths += sorted(images)
+            looked_for = ", ".join(EXTENSIONS)
+            raise InputError(f"data.root={root}: no images in there (looked for {looked_for})")
+        paths += images
         folders += found
         is_complete = is_complete and could_be_read
     return PathList.of(paths), folders, is_complete
@@ -141,10 +140,7 @@ def list_folders(root: str) -> tuple[list[Folder], bool]:
     pending = deque([root])
     linked: deque[str] = deque()  # links wait until all folders are listed by their own names
     # A link to a folder above root would lead to what is beside root.
-    seen = set()
-    for parent in Path(root).resolve().parents:
-        status = os.stat(parent)
-        seen.add((status.st_dev, status.st_ino))
+    seen = {identity(os.stat(parent)) for parent in Path(root).resolve().parents}
     found: list[Folder] = []
     is_complete = True
     num_files = 0
@@ -155,16 +151,11 @@ def list_folders(root: str) -> tuple[list[Folder], bool]:
                 pending.append(linked.popleft())
             size = min(FOLDERS_PER_BATCH, len(pending))
             batch = [pending.popleft() for _ in range(size)]
-            for path, folder in zip(batch, pool.map(scan_folder, batch), strict=True):
-                if isinstance(folder, OSError):
-                    log.warning(
-                        "left out a folder that cannot be read: %s (%s)",
-                        printable(path),
-                        folder.strerror,
-                    )
+            for folder in pool.map(scan_folder, batch):
+                if folder is None:
                     is_complete = False
-                elif folder.identity not in seen:
-                    seen.add(folder.identity)
+                elif identity(folder.status) not in seen:
+                    seen.add(identity(folder.status))
                     found.append(folder)
                     pending += folder.folders
                     linked += folder.links
@@ -175,8 +166,13 @@ def list_folders(root: str) -> tuple[list[Folder], bool]:
     return found, is_complete
 
 
-def scan_folder(path: str) -> Folder | OSError:
-    """Return a folder's content, or the error if it cannot be read."""
+def identity(status: os.stat_result) -> tuple[int, int]:
+    """Return what is the same for all paths that lead to a folder."""
+    return status.st_dev, status.st_ino
+
+
+def scan_folder(path: str) -> Folder | None:
+    """Return a folder's content; warn if it cannot be read, and return None."""
     prefix = os.path.join(path, "")
     folders: list[str] = []
     links: list[str] = []
@@ -194,15 +190,10 @@ def scan_folder(path: str) -> Folder | OSError:
                 else:
                     folders.append(prefix + entry.name)
     except OSError as error:
-        return error
-    return Folder(
-        path,
-        (status.st_dev, status.st_ino),
-        status.st_mtime_ns,
-        sorted(folders),
-        sorted(links),
-        images,
-    )
+        shown = printable(path)
+        log.warning("left out a folder that cannot be read: %s (%s)", shown, error.strerror)
+        return None
+    return Folder(path, status, sorted(folders), sorted(links), images)
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -225,7 +216,7 @@ def count_pages(paths: PathList) -> np.ndarray:
     endings = (".tif", ".tiff")
     tiff_files = [index for index, path in enumerate(paths) if path.lower().endswith(endings)]
     with pillow_warnings_ignored(), ThreadPoolExecutor(NUM_THREADS) as pool:
-        num_pages[tiff_files] = list(pool.map(pages_of, [paths[index] for index in tiff_files]))
+        num_pages[tiff_files] = list(pool.map(pages_of, map(paths.__getitem__, tiff_files)))
     return num_pages
 
 
@@ -236,3 +227,125 @@ def pages_of(path: str) -> int:
             return getattr(image, "n_frames", 1)
     except UnreadableImage:
         return 1
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Image files, those of one folder after another, in sorted order each."""
+
+    paths: PathList
+    num_pages: np.ndarray
+    """(files,) int64, the number of images in each file."""
+
+    def where(self, chosen: np.ndarray) -> "Listing":
+        """Return the files for which `chosen`, (files,) bool, is true."""
+        return Listing(self.paths.where(chosen), self.num_pages[chosen])
+
+
+class Outdated(Exception):
+    """A kept listing cannot be used; the message says why."""
+
+
+def listed(roots: Sequence[str], pages: str = "first", cache: Path | None = None) -> Listing:
+    """Return the images below the folders; see `moco.data.files.listing.list_images`.
+
+    Args:
+        pages: ``first``: every file is one image; ``each``: every page of a TIFF file is one.
+        cache: file that keeps the listing. It is used instead of listing the folders until one of
+            them changes: when an entry is added, removed or renamed, not when a file is rewritten.
+
+    Raises:
+        InputError: a folder does not exist or holds no images.
+    """
+    for root in roots:
+        check_folder(root)
+    key = key_of(roots, pages)
+    if cache is not None and cache.exists():
+        try:
+            return read_listing(cache, key)
+        except Outdated as reason:
+            log.info("listing the images below %s anew: %s", printable(", ".join(roots)), reason)
+    now = time.time_ns()
+    paths, folders, is_complete = list_trees(roots)
+    num_pages = count_pages(paths) if pages == "each" else np.ones(len(paths), np.int64)
+    files = Listing(paths, num_pages)
+    # A folder that has just changed could change again within a step of the file system's clock.
+    newest_change = max(folder.status.st_mtime_ns for folder in folders)
+    is_settled = newest_change < now - SETTLED_SECONDS * 10**9
+    # A folder that could not be read is listed at each start, to name it in a warning.
+    if cache is not None and is_settled and is_complete:
+        write_listing(cache, key, files, folders)
+    return files
+
+
+def key_of(roots: Sequence[str], pages: str) -> np.ndarray:
+    """Return what a listing depends on, as uint8."""
+    key = json.dumps({"format": 2, "roots": list(roots), "pages": pages, "extensions": EXTENSIONS})
+    return np.frombuffer(key.encode(), dtype=np.uint8)
+
+
+def write_listing(cache: Path, key: np.ndarray, files: Listing, folders: Sequence[Folder]) -> None:
+    """Write a listing as a whole or not at all; warn if that fails."""
+    folder_paths = PathList.of(folder.path for folder in folders)
+    # Two programs may write the listing at the same time.
+    temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(
+                    file,
+                    key=key,
+                    text=files.paths.text,
+                    ends=files.paths.ends,
+                    num_pages=files.num_pages,
+                    folder_text=folder_paths.text,
+                    folder_ends=folder_paths.ends,
+                    folder_stamps=np.array([stamp(folder.status) for folder in folders]),
+                )
+            os.replace(temporary, cache)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror
+        log.warning("the list of images is not kept for the next start: %s: %s", cache, reason)
+
+
+def read_listing(cache: Path, key: np.ndarray) -> Listing:
+    """Return the listing in a file.
+
+    Raises:
+        Outdated: it is damaged or of other folders, or a folder has changed.
+    """
+    try:
+        arrays, _ = read_arrays(cache, ARRAYS)
+        key_there, text, ends, num_pages, *of_folders, stamps = [arrays[name] for name in ARRAYS]
+    except DAMAGED as error:
+        raise Outdated(f"{cache} cannot be read ({error})") from error
+    folders = PathList(*of_folders)
+    if not np.array_equal(key_there, key):
+        raise Outdated(f"{cache} is of other folders or settings")
+    # On a network each question takes milliseconds, but many can be asked at a time.
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        now = np.array(list(pool.map(stamp_of, folders)))
+    for place in np.flatnonzero((now != stamps).any(axis=1)).tolist():
+        raise Outdated(f"{printable(folders[place])} has changed")
+    return Listing(PathList(text, ends), num_pages)
+
+
+def stamp_of(folder: str) -> tuple[int, int]:
+    """Return the stamp of a folder as it is now; zeros if it is gone."""
+    try:
+        return stamp(os.stat(folder))
+    except OSError:
+        return 0, 0
+
+
+def stamp(status: os.stat_result) -> tuple[int, int]:
+    """Return two numbers that tell a folder from others and from its earlier content.
+
+    They fit into int64, as an inode need not.
+    """
+    return status.st_ino % 2**63, status.st_mtime_ns

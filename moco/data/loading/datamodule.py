@@ -2,34 +2,27 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from moco.data.augment.views import Transform, ViewPair, rgb_batch
-from moco.data.files.bad_fraction import check_bad_fraction
-from moco.data.files.decoding import EncodedImage
-from moco.data.files.images import UnreadableImage
-from moco.data.loading.augmentation_engine import Engine
+from moco.data.augment.views import Transform, ViewPair
+from moco.data.files.images import UnreadableImage, check_bad_fraction
 from moco.data.loading.every_image import MemoryBatches, evaluation_loader
 from moco.data.loading.loaders import (
+    EpochSampler,
     MemoryLoader,
+    NamedImage,
     PairBatch,
-    PairDataset,
     PairMaker,
     ResumableLoader,
+    pair_loader,
 )
-from moco.data.loading.lost_workers import WatchedLoader
-from moco.data.loading.samplers import EpochSampler
-from moco.data.loading.streams import (
-    OpenStream,
-    StreamDataset,
-    StreamLoader,
-    build_streams,
-)
-from moco.data.loading.workers import device_of, loader_options, unchanged
+from moco.data.loading.streams import OpenStream, StreamDataset, StreamLoader, build_streams
+from moco.data.loading.workers import WatchedLoader, device_of, loader_options
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import ArrayImages, DataSource, Images, Labelled
 from moco.errors import InputError, printable
@@ -37,57 +30,42 @@ from moco.errors import InputError, printable
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False, repr=False)
 class PretrainingData(pl.LightningDataModule):
     """The loaders of a pretraining run.
-
-    Args:
-        source: the images.
-        augment: makes the view pairs.
-        evaluation_view: makes the plain images of bank and queries, (3, image_size, image_size).
-        image_size: side of the views and of the plain images, px.
-        batch_size: images per optimizer step over all devices and accumulated batches.
-        batches_per_step: devices times accumulated batches. Each gets batch_size /
-            batches_per_step images at once.
-        evaluation_batch_size: images per batch of the bank and query loaders.
-        num_workers: loader processes; 0 loads in this process.
-        max_bad_fraction: fraction of unreadable images above which training stops.
-        engine: the result of `choose_engine`; None: the engine of `augment`, with loader processes.
 
     Raises:
         InputError: the batch does not divide evenly, or there are fewer images than one batch.
     """
 
-    def __init__(
-        self,
-        source: DataSource,
-        augment: ViewPair,
-        evaluation_view: Transform,
-        *,
-        image_size: int,
-        batch_size: int,
-        batches_per_step: int = 1,
-        evaluation_batch_size: int = 256,
-        num_workers: int = 0,
-        max_bad_fraction: float = 0.01,
-        seed: int = 0,
-        engine: Engine | None = None,
-    ) -> None:
+    source: DataSource
+    augment: ViewPair
+    """Makes the view pairs."""
+    evaluation_view: Transform
+    """Makes the plain images of bank and queries, (3, image_size, image_size)."""
+    _: KW_ONLY
+    image_size: int
+    """Side of the views and of the plain images, px."""
+    batch_size: int
+    """Images per optimizer step over all devices and accumulated batches."""
+    batches_per_step: int = 1
+    """Devices times accumulated batches. Each gets batch_size / batches_per_step images at once."""
+    evaluation_batch_size: int = 256
+    """Images per batch of the bank and query loaders."""
+    num_workers: int = 0
+    """Loader processes; 0 loads in this process."""
+    max_bad_fraction: float = 0.01
+    """Fraction of unreadable images above which training stops."""
+    seed: int = 0
+    in_memory: bool = False
+    """See `Engine`."""
+
+    def __post_init__(self) -> None:
         super().__init__()
-        check_batch_size(batch_size, batches_per_step, len(source.train))
-        self.engine = engine or Engine(augment.engine, in_memory=False, reason="")
-        self.source = source
-        self.augment = augment
-        self.evaluation_view = evaluation_view
-        self.image_size = image_size
-        self.batch_size = batch_size
-        self.batches_per_step = batches_per_step
-        self.evaluation_batch_size = evaluation_batch_size
-        self.num_workers = num_workers
-        self.max_bad_fraction = max_bad_fraction
-        self.seed = seed
+        check_batch_size(self.batch_size, self.batches_per_step, len(self.source.train))
         self.unreadable: set[str] = set()
 
-    def first_images(self, number: int) -> list[tuple[int, EncodedImage, str]]:
+    def first_images(self, number: int) -> list[NamedImage]:
         """Return the first readable images of the first epoch, each as (index, image, name).
 
         The draws of an image depend on its index. Of shards, this is at most one batch.
@@ -97,12 +75,16 @@ class PretrainingData(pl.LightningDataModule):
         """
         images = self.source.train
         if isinstance(images, ShardedImages):
-            return self._first_samples(images, number)
-        found: list[tuple[int, EncodedImage, str]] = []
+            streams = build_streams(images, self.seed, *self.place)
+            num_samples = min(number, self.batch_size // self.batches_per_step)
+            samples, _ = OpenStream(0, streams.samples(0, 0)).take(num_samples)
+            return [(row, sample.image, sample.name) for row, sample in enumerate(samples)]
+        found: list[NamedImage] = []
         unreadable: list[str] = []
         for _, index in self.sampler():
             name = images.name(index)
             try:
+                # An image can have a good header and damaged pixels.
                 image = images.opened(index)
                 image.pixels()
             except UnreadableImage:
@@ -114,18 +96,7 @@ class PretrainingData(pl.LightningDataModule):
                 break
         return found
 
-    def _first_samples(
-        self, images: ShardedImages, number: int
-    ) -> list[tuple[int, EncodedImage, str]]:
-        num_samples = min(number, self.batch_size // self.batches_per_step)
-        streams = build_streams(images, self.seed, *self.place)
-        samples, _ = OpenStream(0, streams.samples(0, 0)).take(num_samples)
-        found = []
-        for row, sample in enumerate(samples):
-            found.append((row, sample.image, sample.name))
-        return found
-
-    def pairs(self, images: Sequence[tuple[int, EncodedImage, str]]) -> tuple[Tensor, Tensor]:
+    def pairs(self, images: Sequence[NamedImage]) -> tuple[Tensor, Tensor]:
         """Return the views of images in the first epoch, made by the engine of the run.
 
         Args:
@@ -136,8 +107,8 @@ class PretrainingData(pl.LightningDataModule):
         """
         indices = torch.tensor([index for index, _, _ in images], dtype=torch.int64)
         train = self.source.train
-        if self.engine.in_memory and isinstance(train, ArrayImages):
-            pixels = rgb_batch(train.tensor[indices])
+        if self.in_memory and isinstance(train, ArrayImages):
+            pixels = train.tensor[indices].permute(0, 3, 1, 2)
             return self.augment.on_batch(pixels, 0, indices)
         batch = PairMaker(self.augment)(images, 0)
         return self.augment.finished(batch.views, 0, indices)
@@ -168,14 +139,14 @@ class PretrainingData(pl.LightningDataModule):
         device = device_of(self)
         if isinstance(images, ShardedImages):
             return self._stream_loader(images, batch_size)
-        if self.engine.in_memory and isinstance(images, ArrayImages):
-            return MemoryLoader(images, self.augment, self.sampler(), batch_size, device)
-        return ResumableLoader(
-            PairDataset(images, self.augment),
+        return pair_loader(
+            images,
+            self.augment,
             self.sampler(),
             batch_size,
-            collate_fn=unchanged,
-            **loader_options(self.num_workers, device),
+            self.num_workers,
+            device,
+            in_memory=self.in_memory,
         )
 
     def _stream_loader(self, images: ShardedImages, batch_size: int) -> StreamLoader:
@@ -186,7 +157,6 @@ class PretrainingData(pl.LightningDataModule):
         return StreamLoader(
             StreamDataset(streams, batch_size, PairMaker(self.augment)),
             num_steps * batches_of_process,
-            num_images=len(images),
             max_bad_fraction=self.max_bad_fraction,
             unreadable=self.unreadable,
             **loader_options(self.num_workers, device_of(self)),
@@ -197,15 +167,13 @@ class PretrainingData(pl.LightningDataModule):
 
         Of several processes, each gets every n-th image.
         """
-        rank, world_size = self.place
         return evaluation_loader(
             labelled,
             self.evaluation_view,
             self.image_size,
             self.evaluation_batch_size,
             self.num_workers,
-            rank,
-            world_size,
+            *self.place,
             device_of(self),
         )
 
@@ -217,7 +185,7 @@ class PretrainingData(pl.LightningDataModule):
                 message names the first ten.
         """
         images = self.source.train
-        if self.engine.in_memory or isinstance(images, ShardedImages):
+        if self.in_memory or isinstance(images, ShardedImages):
             # Images in memory are always readable, and the loader of shards counts by itself.
             return batch
         for index in batch.indices[batch.unreadable].tolist():
@@ -230,7 +198,7 @@ class PretrainingData(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: PairBatch, dataloader_idx: int) -> PairBatch:
         """Apply the device's part of the augmentation."""
-        if self.engine.in_memory:
+        if self.in_memory:
             return batch
         views = self.augment.finished(batch.views, batch.epoch, batch.indices)
         return batch._replace(views=views)
@@ -255,4 +223,4 @@ def check_batch_size(batch_size: int, batches_per_step: int, num_images: int) ->
 
 def check_unreadable(unreadable: Iterable[int], images: Images, max_bad_fraction: float) -> None:
     """Call `check_bad_fraction` for images by index."""
-    check_bad_fraction([images.name(index) for index in unreadable], len(images), max_bad_fraction)
+    check_bad_fraction(list(map(images.name, unreadable)), len(images), max_bad_fraction)

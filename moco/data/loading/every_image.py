@@ -1,22 +1,30 @@
 """Every image of a set once, in order, from any place on. Unreadable images are marked.
 
-`every_image` is the only way to do this. Evaluation uses it here, and `moco.embed` in
-`moco.data.loading.image_sets`.
+`every_image` is the only way to do this. Evaluation uses it by `evaluation_loader`, `moco.embed` by
+the image sets at the end of this file.
 """
 
+import hashlib
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from moco.data.augment.views import EvaluationView, Transform, rgb_batch
+from moco.data.augment.views import EvaluationView, Transform
 from moco.data.files.images import UnreadableImage
-from moco.data.loading.lost_workers import WatchedLoader, note_read
-from moco.data.loading.workers import CPU, loader_options
+from moco.data.loading.workers import CPU, WatchedLoader, loader_options, note_read
+from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in, is_local, sample_key
 from moco.data.sources.source import ArrayImages, Labelled
+
+Crop = Callable[[Image.Image], Image.Image]
 
 
 class ReadImage(NamedTuple):
@@ -70,15 +78,9 @@ def every_image(
         device: the device that uses the batches.
     """
     options = loader_options(num_workers, device)
-    # The processes end with the pass.
-    options["persistent_workers"] = False
+    options["persistent_workers"] = False  # the processes end with the pass
     reader = ImageReader(images, make)
     return WatchedLoader(reader, batch_sampler=batches, collate_fn=collate, **options)
-
-
-def in_batches(keys: Iterable[Any], batch_size: int) -> BatchSampler:
-    """Return the keys in batches; the last one can be smaller."""
-    return BatchSampler(keys, batch_size, drop_last=False)
 
 
 class EvaluationBatch(NamedTuple):
@@ -92,28 +94,21 @@ class EvaluationBatch(NamedTuple):
     """(batch,) bool: the image cannot be read, and its row is zero."""
 
 
-@dataclass(frozen=True)
-class EvaluationCollate:
-    """Make an `EvaluationBatch` of images that were read by their number.
+def evaluation_batch(labels: Tensor, image_size: int, read: list[ReadImage]) -> EvaluationBatch:
+    """Make a batch of images that were read by their number.
 
     Args:
         labels: (images,) int64, of the whole set.
         image_size: side of the images, px.
     """
-
-    labels: Tensor
-    image_size: int
-
-    def __call__(self, read: list[ReadImage]) -> EvaluationBatch:
-        images = torch.zeros(len(read), 3, self.image_size, self.image_size)
-        unreadable = torch.zeros(len(read), dtype=torch.bool)
-        for row, image in enumerate(read):
-            if image.problem:
-                unreadable[row] = True
-            else:
-                images[row] = image.value
-        labels = self.labels[[image.key for image in read]]
-        return EvaluationBatch(images, labels, unreadable)
+    images = torch.zeros(len(read), 3, image_size, image_size)
+    unreadable = torch.zeros(len(read), dtype=torch.bool)
+    for row, image in enumerate(read):
+        if image.problem:
+            unreadable[row] = True
+        else:
+            images[row] = image.value
+    return EvaluationBatch(images, labels[[image.key for image in read]], unreadable)
 
 
 def evaluation_loader(
@@ -136,52 +131,230 @@ def evaluation_loader(
     # A tensor, because loader processes share its memory.
     labels = torch.from_numpy(labelled.labels)
     images = labelled.images
+    # Without a crop the device normalises whole batches, and processes would only copy them.
     if isinstance(images, ArrayImages) and isinstance(view, EvaluationView):
         side = view.unchanged_size
         if images.tensor.shape[1:3] == (side, side):
-            return MemoryBatches(images, labels, view, batch_size, rank, world_size, device)
-    batches = in_batches(range(rank, len(images), world_size), batch_size)
-    collate = EvaluationCollate(labels, image_size)
+            own = slice(rank, None, world_size)
+            return MemoryBatches(images.tensor[own], labels[own], view, batch_size, device)
+    batches = BatchSampler(range(rank, len(images), world_size), batch_size, drop_last=False)
+    collate = partial(evaluation_batch, labels, image_size)
     return every_image(images, view, collate, batches, num_workers, device)
 
 
+@dataclass(frozen=True)
 class MemoryBatches:
     """Batches of images in memory whose size is the evaluation's, without loader processes.
 
     The images are moved to `device` as bytes and normalised there. The results are the same bits
     as those of `every_image`.
-
-    Args:
-        images: (side, side) px each.
-        labels: (images,) int64.
-        view: it only normalises these images.
-        rank, world_size: every `world_size`-th image from `rank` on.
     """
 
-    def __init__(
-        self,
-        images: ArrayImages,
-        labels: Tensor,
-        view: EvaluationView,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-    ) -> None:
-        self.pixels = images.tensor[rank::world_size]
-        self.labels = labels[rank::world_size]
-        self.scale = view.normalized.scale.to(device)
-        self.shift = view.normalized.shift.to(device)
-        self.batch_size = batch_size
-        self.device = device
+    pixels: Tensor
+    """(images, side, side, 3) uint8."""
+    labels: Tensor
+    """(images,) int64."""
+    view: EvaluationView
+    """It only normalises these images."""
+    batch_size: int
+    device: torch.device
 
     def __len__(self) -> int:
-        return -(-len(self.pixels) // self.batch_size)
+        return -(-len(self.labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        for first in range(0, len(self.pixels), self.batch_size):
+        scale = self.view.normalized.scale.to(self.device)
+        shift = self.view.normalized.shift.to(self.device)
+        for first in range(0, len(self.labels), self.batch_size):
             rows = slice(first, first + self.batch_size)
-            pixels = self.pixels[rows].to(self.device)
-            images = rgb_batch(pixels) * self.scale - self.shift  # (batch, 3, side, side)
+            pixels = self.pixels[rows].to(self.device).permute(0, 3, 1, 2)
             labels = self.labels[rows]
-            yield EvaluationBatch(images, labels, torch.zeros(len(labels), dtype=torch.bool))
+            unreadable = torch.zeros(len(labels), dtype=torch.bool)
+            yield EvaluationBatch(pixels * scale - shift, labels, unreadable)
+
+
+class ImageBatch(NamedTuple):
+    """Neighbouring images of a set. Unreadable ones are left out, so that it may be empty."""
+
+    images: Tensor
+    """(readable images, 3, side, side) uint8; no dimension but the first if there are none."""
+    names: list[str]
+    labels: Tensor
+    """(readable images,) int64; -1 without labels."""
+    problems: list[Problem]
+    """What cannot be read in this part of the set."""
+    end: list[int]
+    """The place where the next batch starts."""
+
+
+class ImageKey(NamedTuple):
+    """An image of a set, or what cannot be read there."""
+
+    source: Any
+    """The number of the image, or a `Sample` or `Problem` of a shard."""
+    name: str
+    label: int
+    """-1 without labels."""
+    end: list[int]
+    """The place after it."""
+
+
+class ImageSet(ABC):
+    """Images in a fixed order. A place is a list of numbers."""
+
+    start: ClassVar[list[int]]
+    """The place of the first image."""
+    has_labels: bool
+    images: Any = None
+    """Images by number, of keys whose source is a number."""
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether the images are in memory, so that loader processes would not help."""
+        return isinstance(self.images, ArrayImages)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash of the names, labels and order. The content of files does not count."""
+
+    @abstractmethod
+    def keys_from(self, place: list[int]) -> Iterator[ImageKey]:
+        """Yield the images from `place` on."""
+
+    def batches(
+        self,
+        place: list[int],
+        crop: Crop,
+        batch_size: int,
+        num_workers: int,
+        device: torch.device = CPU,
+    ) -> WatchedLoader:
+        """Return a loader of all images from `place` on, as `ImageBatch`, for one pass.
+
+        Args:
+            place: `start`, or the end of a batch. With the same `batch_size`, the batches are then
+                the same as in one pass.
+            crop: cuts an image to a square.
+            device: the device that uses the batches.
+
+        Raises:
+            InputError: while iterating, a shard is refused.
+        """
+        keys: Iterator[Any] = self.keys_from(place)
+        batches = BatchSampler(keys, batch_size, drop_last=False)
+        make = partial(cropped, crop)
+        return every_image(KeyReader(self.images), make, image_batch, batches, num_workers, device)
+
+
+@dataclass(frozen=True)
+class KeyReader:
+    """Read the images of an `ImageSet` by `ImageKey`, in a loader process."""
+
+    images: Any
+
+    def name(self, key: ImageKey) -> str:
+        """Return the name for messages."""
+        return key.name if isinstance(key.source, int) else key.source.name
+
+    def __getitem__(self, key: ImageKey) -> Image.Image:
+        # The calling process has read the shard; here its images are decoded.
+        if isinstance(key.source, Problem):
+            raise UnreadableImage(key.source.reason)
+        if isinstance(key.source, Sample):
+            return Image.fromarray(key.source.image.pixels())
+        return self.images[key.source]
+
+
+def cropped(crop: Crop, image: Image.Image) -> Tensor:
+    """Return a square of an image, (3, side, side) uint8."""
+    return pil_to_tensor(crop(image))
+
+
+def image_batch(read: list[ReadImage]) -> ImageBatch:
+    """Make a batch of the images of an `ImageSet`."""
+    images, names, labels, problems = [], [], [], []
+    for image in read:
+        source = image.key.source
+        if image.problem:
+            is_shard = isinstance(source, Problem) and source.is_shard
+            problems.append(Problem(image.name, image.problem, is_shard))
+        else:
+            images.append(image.value)
+            names.append(image.key.name)
+            labels.append(image.key.label)
+    pixels = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
+    all_labels = torch.tensor(labels, dtype=torch.int64)
+    return ImageBatch(pixels, names, all_labels, problems, read[-1].key.end)
+
+
+class IndexedSet(ImageSet):
+    """An `ImageSet` of images by number; a place is [number].
+
+    Args:
+        has_labels: if not, all labels are -1.
+    """
+
+    start: ClassVar = [0]
+
+    def __init__(self, labelled: Labelled, has_labels: bool) -> None:
+        self.images = labelled.images
+        self.labels = labelled.labels
+        self.has_labels = has_labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fingerprint(self) -> str:
+        """See `ImageSet`. The pixels of images in memory count, because they have no names."""
+        digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
+        if isinstance(self.images, ArrayImages):
+            for image in self.images.tensor:
+                digest.update(image.numpy().tobytes())
+        for index in range(len(self)):
+            digest.update(self.images.name(index).encode(errors="surrogatepass") + b"\0")
+        return digest.hexdigest()
+
+    def keys_from(self, place: list[int]) -> Iterator[ImageKey]:
+        for index in range(place[0], len(self)):
+            yield ImageKey(index, self.images.name(index), int(self.labels[index]), [index + 1])
+
+
+class ShardedSet(ImageSet):
+    """An `ImageSet` of tar shards, one after the other.
+
+    A place is [number of the shard, members of it that are done]. The calling process reads the
+    shards and hands the encoded images to the loader processes. So the order is that of the shards
+    for any number of loader processes.
+    """
+
+    start: ClassVar = [0, 0]
+    has_labels = False
+
+    def __init__(self, sharded: ShardedImages) -> None:
+        self.sharded = sharded
+
+    def __len__(self) -> int:
+        return len(self.sharded)
+
+    def fingerprint(self) -> str:
+        """See `ImageSet`: a hash of the names of the shards, and of the sizes of local ones."""
+        digest = hashlib.blake2b(digest_size=16)
+        for shard in self.sharded.shards:
+            size = str(os.path.getsize(shard)) if is_local(shard) else ""
+            digest.update(f"{shard}\0{size}\0".encode(errors="surrogatepass"))
+        return digest.hexdigest()
+
+    def keys_from(self, place: list[int]) -> Iterator[ImageKey]:
+        first_shard, num_done = place
+        for number, shard in enumerate(self.sharded.shards[first_shard:], start=first_shard):
+            samples = images_in(shard, self.sharded.max_image_pixels)
+            for member, found in enumerate(samples, start=1):
+                # What an earlier pass has done is read again, but not decoded.
+                if number == first_shard and member <= num_done:
+                    continue
+                # A key alone can be in several shards.
+                key = sample_key(found.name.removeprefix(f"{shard}/"))
+                yield ImageKey(found, f"{os.path.basename(shard)}/{key}", -1, [number, member])

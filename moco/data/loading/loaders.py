@@ -1,24 +1,24 @@
 """Batches of view pairs to train on, in a reproducible order.
 
-`PairDataset` and `ResumableLoader` read images in loader processes. `MemoryLoader` takes them from
-memory and augments them on the device.
+The samplers say which image comes when. `PairDataset` and `ResumableLoader` read images in loader
+processes. `MemoryLoader` takes them from memory and augments them on the device. `choose_engine`
+says which of the two suits a run.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
-from moco.data.augment.views import ViewPair, picked, rgb_batch
-from moco.data.files.decoding import EncodedImage
-from moco.data.files.images import UnreadableImage
-from moco.data.loading.lost_workers import WatchedLoader, note_read
-from moco.data.loading.samplers import EpochSampler, ResumableSampler
-from moco.data.sources.source import ArrayImages, Images
+from moco.data.augment.draws import derived_seed
+from moco.data.augment.views import View, ViewPair
+from moco.data.files.images import EncodedImage, UnreadableImage
+from moco.data.loading.workers import WatchedLoader, loader_options, note_read, unchanged
+from moco.data.sources.source import ArrayImages, Images, Labelled
 
 MOST_ATTEMPTS = 100  # images in a row that are tried in place of an unreadable one
 # A loader process augments decoded images in groups: their numbers are drawn together, which is
@@ -28,7 +28,12 @@ MOST_BYTES_AT_ONCE = 2**25
 # Values of a view. A GPU augments this many at once: its kernels are short, and starting one takes
 # most of the time.
 VALUES_ON_GPU = 2**25
+LARGEST_ON_GPU = 4 * 2**30  # bytes; a larger dataset is not moved to the GPU
+LARGEST_ON_CPU = 96  # px; larger images are augmented faster one by one, in several processes
 BLACK = np.zeros((1, 1, 3), dtype=np.uint8)
+
+NamedImage = tuple[int, EncodedImage, str]
+"""The index of an image, on which its draws depend; the image; and its name."""
 
 
 class PairBatch(NamedTuple):
@@ -46,11 +51,85 @@ class PairBatch(NamedTuple):
     """The epoch of the draws. A number, because reading a tensor would wait for the GPU."""
 
 
+class ResumableSampler(Sampler[tuple[int, int]]):
+    """Yield places of the current epoch as (epoch, number).
+
+    The length is that of the whole epoch, also if the epoch starts in its middle.
+    """
+
+    rank: int
+    """The number of this process."""
+    world_size: int
+    """How many processes there are."""
+    epoch = 0
+    resume_at = (-1, 0)
+    """An epoch, and how many images of this process an earlier run trained on in it."""
+
+    @property
+    def start(self) -> int:
+        """How many images of this process the current epoch skips."""
+        epoch, position = self.resume_at
+        # A checkpoint speaks of its own epoch; the ones after it are complete.
+        return position if epoch == self.epoch else 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the current epoch; Lightning calls this when an epoch starts."""
+        self.epoch = epoch
+
+
+@dataclass(eq=False)
+class EpochSampler(ResumableSampler):
+    """A random order of the images for each epoch, as (epoch, index).
+
+    The order depends on (seed, epoch) alone. Every process takes its share of each batch. Images
+    that do not fill a last global batch are skipped in this epoch, as in the official code
+    (drop_last).
+    """
+
+    num_images: int
+    batch_size: int
+    """Images per optimizer step over all processes."""
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        return self.num_images // self.batch_size * self.batch_size // self.world_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for index in self.share()[self.start :].tolist():
+            yield self.epoch, index
+
+    def share(self) -> Tensor:
+        """Return this process's images in the current epoch, also those before `start`."""
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+        order = torch.randperm(self.num_images, generator=generator)
+        used = order[: len(self) * self.world_size]
+        batches = used.view(-1, self.batch_size)  # (optimizer steps, images of all processes)
+        # By columns, so that every process has a share of each batch.
+        return batches.chunk(self.world_size, dim=1)[self.rank].flatten()
+
+
+@dataclass(eq=False)
+class StreamSampler(ResumableSampler):
+    """The batches of an epoch as (epoch, batch)."""
+
+    num_batches: int
+    """Of this process in an epoch."""
+    batch_size: int
+    rank: int
+    world_size: int
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for number in range(self.start // self.batch_size, self.num_batches):
+            yield self.epoch, number
+
+
 def make_pairs(
-    augment: ViewPair,
-    epoch: int,
-    indices: Tensor,
-    images: Iterable[tuple[np.ndarray, bool]],
+    augment: ViewPair, epoch: int, indices: Tensor, images: Iterable[tuple[np.ndarray, bool]]
 ) -> PairBatch:
     """Augment images in a loader process.
 
@@ -88,15 +167,16 @@ def first_decoded(candidates: Iterable[np.ndarray | None]) -> tuple[np.ndarray, 
     return BLACK, False
 
 
-def decoded(image: EncodedImage, name: str) -> np.ndarray | None:
-    """Return the pixels of an image, or None if it cannot be decoded."""
+def decoded(name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
+    """Return the pixels that `read` returns, or None if the image cannot be read."""
     note_read(name)
     try:
-        return image.pixels()
+        return read()
     except UnreadableImage:
         return None
 
 
+@dataclass(frozen=True)
 class PairDataset(Dataset[PairBatch]):
     """View pairs of images by index, asked for by a batch of (epoch, index).
 
@@ -104,29 +184,20 @@ class PairDataset(Dataset[PairBatch]):
     row, a black one does.
     """
 
-    def __init__(self, images: Images, augment: ViewPair) -> None:
-        self.images = images
-        self.augment = augment
+    images: Images
+    augment: ViewPair
 
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> PairBatch:
         epoch = places[0][0]
         indices = [index for _, index in places]
-        return make_pairs(self.augment, epoch, torch.tensor(indices), map(self._pixels, indices))
+        return make_pairs(self.augment, epoch, torch.tensor(indices), map(self._read, indices))
 
-    def _pixels(self, index: int) -> tuple[np.ndarray, bool]:
-        candidates = range(index, index + MOST_ATTEMPTS)
-        return first_decoded(map(self._decoded, candidates))
+    def _read(self, index: int) -> tuple[np.ndarray, bool]:
+        return first_decoded(map(self._decoded, range(index, index + MOST_ATTEMPTS)))
 
     def _decoded(self, number: int) -> np.ndarray | None:
         index = number % len(self.images)  # after the last image comes the first one
-        name = self.images.name(index)
-        # Opening an image reads its header, which can fail as well.
-        note_read(name)
-        try:
-            image = self.images.opened(index)
-        except UnreadableImage:
-            return None
-        return decoded(image, name)
+        return decoded(self.images.name(index), lambda: self.images.opened(index).pixels())
 
 
 @dataclass(frozen=True)
@@ -139,16 +210,14 @@ class PairMaker:
 
     augment: ViewPair
 
-    def __call__(self, images: Sequence[tuple[int, EncodedImage, str]], epoch: int) -> PairBatch:
+    def __call__(self, images: Sequence[NamedImage], epoch: int) -> PairBatch:
         indices = torch.tensor([index for index, _, _ in images])
         return make_pairs(self.augment, epoch, indices, self._read(images))
 
-    def _read(
-        self, images: Sequence[tuple[int, EncodedImage, str]]
-    ) -> Iterator[tuple[np.ndarray, bool]]:
+    def _read(self, images: Sequence[NamedImage]) -> Iterator[tuple[np.ndarray, bool]]:
         for row in range(len(images)):
             candidates = [*images[row:], *images[:row]]
-            yield first_decoded(decoded(image, name) for _, image, name in candidates)
+            yield first_decoded(decoded(name, image.pixels) for _, image, name in candidates)
 
 
 class Resumable:
@@ -164,12 +233,15 @@ class Resumable:
     batches_done = 0
 
     def state_dict(self) -> dict[str, int]:
-        """See `ResumableSampler.state_after`."""
-        return self.sampler.state_after(self.batches_done * self.num_at_once)
+        """Return the epoch, and how many images all processes together trained on in it."""
+        num_images = self.batches_done * self.num_at_once * self.sampler.world_size
+        return {"epoch": self.sampler.epoch, "images": num_images}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """See `ResumableSampler.resume`."""
-        self.sampler.resume(state)
+        """Go on from a state in its epoch, also with another number of processes."""
+        # Checkpoints of earlier versions say "pictures".
+        num_images = state["images"] if "images" in state else state["pictures"]
+        self.sampler.resume_at = (state["epoch"], num_images // self.sampler.world_size)
 
 
 class ResumableLoader(Resumable, WatchedLoader):
@@ -209,9 +281,9 @@ class MemoryLoader(Resumable):
         batch_size: int,
         device: torch.device,
     ) -> None:
-        self.pixels = rgb_batch(images.tensor.to(device))  # (images, 3, height, width)
+        self.pixels = images.tensor.to(device)  # (images, height, width, 3)
         self.augment = augment
-        self.sampler: EpochSampler = sampler
+        self.sampler = sampler
         self.num_at_once = batch_size
 
     def __len__(self) -> int:
@@ -227,7 +299,10 @@ class MemoryLoader(Resumable):
         self.batches_done = num_skipped // self.num_at_once
         order = self.sampler.share()[num_skipped:].to(self.pixels.device)
         for block in order.split(block_size):
-            views = self.augment.on_batch(picked(self.pixels, block), epoch, block)
+            # Whole images are copied as they lie in memory. On a CPU this is several times as fast
+            # as choosing from images in planes.
+            pixels = self.pixels.index_select(0, block).permute(0, 3, 1, 2).contiguous()
+            views = self.augment.on_batch(pixels, epoch, block)
             for first in range(0, len(block), self.num_at_once):
                 self.batches_done += 1
                 if self.batches_done * self.num_at_once <= num_done:
@@ -243,3 +318,126 @@ class MemoryLoader(Resumable):
             return self.num_at_once
         most_images = max(1, VALUES_ON_GPU // (3 * self.augment.image_size**2))
         return max(1, most_images // self.num_at_once) * self.num_at_once
+
+
+def pair_loader(
+    images: Images,
+    augment: ViewPair,
+    sampler: EpochSampler,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    *,
+    in_memory: bool,
+) -> MemoryLoader | ResumableLoader:
+    """Return batches of view pairs, from memory (see `Engine`) or from loader processes."""
+    if in_memory and isinstance(images, ArrayImages):
+        return MemoryLoader(images, augment, sampler, batch_size, device)
+    # The dataset hands out whole batches, which need no collating.
+    dataset = PairDataset(images, augment)
+    options = loader_options(num_workers, device)
+    return ResumableLoader(dataset, sampler, batch_size, collate_fn=unchanged, **options)
+
+
+class Engine(NamedTuple):
+    """What augments the images of a run."""
+
+    name: str
+    """worker: loader processes, image by image; batch: the device, batch by batch."""
+    in_memory: bool
+    """The images are on the device, and there are no loader processes."""
+    reason: str
+    """For the log."""
+
+
+def choose_engine(engine: str, images: Images, image_size: int, device_type: str) -> Engine:
+    """Choose by rule and never by timing, so that a resumed run chooses the same.
+
+    Args:
+        engine: worker, batch, or auto.
+        image_size: side of the views, px.
+        device_type: cpu, cuda, ...
+    """
+    is_cpu = device_type == "cpu"
+    fits_on_device = isinstance(images, ArrayImages) and (
+        is_cpu or images.tensor.numel() <= LARGEST_ON_GPU
+    )
+    if engine != "auto":
+        in_memory = engine == "batch" and fits_on_device
+        return Engine(engine, in_memory, f"as data.engine={engine} says")
+    if not is_cpu and fits_on_device:
+        return Engine("batch", True, "the images are in memory and fit on the device")
+    if not is_cpu:
+        reason = "there is a GPU; loader processes decode and crop, it does the rest"
+        return Engine("batch", False, reason)
+    if not isinstance(images, ArrayImages):
+        return Engine("worker", False, "the images are files, and there is no GPU")
+    if max(image_size, *images.tensor.shape[1:3]) <= LARGEST_ON_CPU:
+        reason = f"the images are in memory and at most {LARGEST_ON_CPU} px"
+        return Engine("batch", True, reason)
+    reason = f"on a CPU images above {LARGEST_ON_CPU} px are augmented faster one by one"
+    return Engine("worker", False, reason)
+
+
+class LabelledViews:
+    """Batches of views with labels. Order and draws of an epoch depend on (seed, epoch) alone.
+
+    The last batch of an epoch can be smaller.
+
+    Args:
+        operations: settings of the view's operations by name.
+        where: their key in the config, for error messages.
+        mean, std: see `ViewPair`.
+    """
+
+    def __init__(
+        self,
+        labelled: Labelled,
+        operations: Mapping[str, Any],
+        where: str,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        device: torch.device,
+    ) -> None:
+        images = labelled.images
+        self.labels = torch.from_numpy(labelled.labels)
+        self.device = device
+        self.engine = choose_engine("auto", images, image_size, device.type)
+        # A pair of one view. It is built first, because its errors name the right key.
+        view = View(operations, image_size, where)
+        self.views = ViewPair(operations, operations, mean, std, image_size, seed, self.engine.name)
+        self.views.views_of_size = {image_size: [view]}
+        # With a batch size of 1 the sampler leaves no image out.
+        self.sampler = EpochSampler(len(images), batch_size=1, seed=seed)
+        self.loader = pair_loader(
+            images,
+            self.views,
+            self.sampler,
+            batch_size,
+            num_workers,
+            device,
+            in_memory=self.engine.in_memory,
+        )
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the batches of an epoch.
+
+        Yields:
+            Views (batch, 3, side, side) float32, normalised, and labels (batch,), on the device;
+            and indices (batch,) on the CPU. If an image cannot be read, its label is -1, and
+            another image stands in for it.
+        """
+        self.sampler.set_epoch(number)
+        for batch in self.loader:
+            indices = batch.indices.cpu()
+            labels = self.labels[indices].masked_fill(batch.unreadable.cpu(), -1)
+            views = batch.views[0]
+            if not self.engine.in_memory:
+                views = views.to(self.device)
+                views, _ = self.views.finished([views], number, batch.indices.to(self.device))
+            yield views, labels.to(self.device), indices

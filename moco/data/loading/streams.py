@@ -9,25 +9,22 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
 from moco.data.augment.draws import derived_seed
-from moco.data.files.bad_fraction import check_bad_fraction
-from moco.data.files.decoding import EncodedImage
-from moco.data.loading.loaders import ResumableLoader
-from moco.data.loading.lost_workers import note_read
-from moco.data.loading.samplers import StreamSampler
-from moco.data.loading.workers import unchanged
+from moco.data.files.images import check_bad_fraction
+from moco.data.loading.loaders import NamedImage, ResumableLoader, StreamSampler
+from moco.data.loading.workers import note_read, unchanged
 from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 
-MakeBatch = Callable[[Sequence[tuple[int, EncodedImage, str]], int], Any]
+MakeBatch = Callable[[Sequence[NamedImage], int], Any]
 """From (position in the epoch, image, name) of each row and the epoch to a batch.
 
 The batch has a field ``unreadable``, (batch,) bool: the images that cannot be decoded."""
@@ -54,8 +51,7 @@ class Streams:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(len(self.images.shards), generator=generator)
         of_process = order[self.rank :: self.world_size]
-        of_stream = of_process[stream :: self.num_streams]
-        return [self.images.shards[number] for number in of_stream]
+        return [self.images.shards[number] for number in of_process[stream :: self.num_streams]]
 
     def samples(self, epoch: int, stream: int) -> Iterator[Sample | Problem]:
         """Yield the samples of one stream, without end.
@@ -76,7 +72,7 @@ class Streams:
                     is_empty = False
                 yield found
             if is_empty:
-                names = ", ".join(printable(shard) for shard in shards[:10])
+                names = ", ".join(map(printable, shards[:10]))
                 raise InputError(f"data.root: no images in {names}")
 
     def _shuffled(self, shards: Iterable[str], draws: random.Random) -> Iterator[Sample | Problem]:
@@ -112,13 +108,13 @@ def build_streams(images: ShardedImages, seed: int, rank: int = 0, world_size: i
         )
     # Every stream needs a shard. A divisor of the wanted number keeps the numbers of loader
     # processes possible that divide it.
-    possible = range(1, shards_per_process + 1)
-    num_streams = max(set(divisors(images.num_streams)).intersection(possible))
-    if num_streams < images.num_streams:
+    wanted = images.num_streams
+    num_streams = max(number for number in divisors(wanted) if number <= shards_per_process)
+    if num_streams < wanted:
         log.info(
             "%d streams instead of data.streams=%d, for %d shards a process",
             num_streams,
-            images.num_streams,
+            wanted,
             shards_per_process,
         )
     return Streams(images, num_streams, seed, rank, world_size)
@@ -128,30 +124,27 @@ class StreamBatch(NamedTuple):
     """What a loader process hands to the training process."""
 
     batch: Any
-    """The result of `MakeBatch`; None if a shard was refused."""
+    """The result of `MakeBatch`, or the `InputError` why training cannot go on."""
     problems: list[Problem]
     """Problems found while reading up to the last row of the batch."""
-    refused: str
-    """Why training cannot go on; empty if it can."""
 
 
+@dataclass
 class StreamDataset(Dataset[StreamBatch]):
     """Batches by (epoch, batch).
 
     A loader process keeps its streams open. It reads a stream forward to the batch that it is asked
     for, without decoding.
-
-    Args:
-        batch_size: rows of each batch in this process.
-        make_batch: gets the position of each row in the epoch, on which its draws depend. The
-            positions count the rows of all processes.
     """
 
-    def __init__(self, streams: Streams, batch_size: int, make_batch: MakeBatch) -> None:
-        self.streams = streams
-        self.batch_size = batch_size
-        self.make_batch = make_batch
-        self.opened: dict[int, OpenStream] = {}
+    streams: Streams
+    batch_size: int
+    """Rows of each batch in this process."""
+    make_batch: MakeBatch
+    """Gets the position of each row in the epoch, on which its draws depend. The positions count
+    the rows of all processes."""
+    opened: "dict[int, OpenStream]" = field(default_factory=dict)
+    """The open streams by number."""
 
     def __getitem__(self, place: tuple[int, int]) -> StreamBatch:
         epoch, number = place
@@ -159,16 +152,16 @@ class StreamDataset(Dataset[StreamBatch]):
             samples, problems = self._stream_at(epoch, number).take(self.batch_size)
         except InputError as error:
             # Raised in a loader process, it would arrive with that process's traceback.
-            return StreamBatch(None, [], str(error))
+            return StreamBatch(error, [])
         first = (number * self.streams.world_size + self.streams.rank) * self.batch_size
         rows = []
-        for row, sample in enumerate(samples):
-            rows.append((first + row, sample.image, sample.name))
+        for position, sample in enumerate(samples, start=first):
+            rows.append((position, sample.image, sample.name))
         batch = self.make_batch(rows, epoch)
         for row in batch.unreadable.nonzero().flatten().tolist():
             name = samples[row].name
             problems.append(Problem(name, f"{printable(name)}: cannot be decoded", is_shard=False))
-        return StreamBatch(batch, problems, "")
+        return StreamBatch(batch, problems)
 
     def _stream_at(self, epoch: int, number: int) -> "OpenStream":
         """Return the stream of a batch, read forward to that batch."""
@@ -180,20 +173,19 @@ class StreamDataset(Dataset[StreamBatch]):
                 del self.opened[other]
         num_before = turn * self.batch_size
         if stream not in self.opened or self.opened[stream].num_taken > num_before:
-            samples = self.streams.samples(epoch, stream)
-            self.opened[stream] = OpenStream(epoch, samples)
+            self.opened[stream] = OpenStream(epoch, self.streams.samples(epoch, stream))
         opened = self.opened[stream]
         opened.take(num_before - opened.num_taken)
         return opened
 
 
+@dataclass
 class OpenStream:
     """A stream in an epoch, and the number of samples taken from it."""
 
-    def __init__(self, epoch: int, samples: Iterator[Sample | Problem]) -> None:
-        self.epoch = epoch
-        self.num_taken = 0
-        self.samples = samples
+    epoch: int
+    samples: Iterator[Sample | Problem]
+    num_taken: int = 0
 
     def take(self, number: int) -> tuple[list[Sample], list[Problem]]:
         """Return the next samples, and the problems before and between them."""
@@ -214,7 +206,6 @@ class StreamLoader(ResumableLoader):
 
     Args:
         num_batches: batches of an epoch in each process.
-        num_images: images of an epoch in all processes.
         unreadable: gets the names of samples that cannot be read.
         options: of `moco.data.loading.workers.loader_options`.
 
@@ -229,7 +220,6 @@ class StreamLoader(ResumableLoader):
         dataset: StreamDataset,
         num_batches: int,
         *,
-        num_images: int,
         max_bad_fraction: float,
         unreadable: set[str],
         **options: Any,
@@ -240,28 +230,24 @@ class StreamLoader(ResumableLoader):
         # The dataset hands out whole batches.
         options |= {"batch_size": None, "collate_fn": unchanged}
         super().__init__(dataset, sampler, dataset.batch_size, **options)
-        self.num_images = num_images
+        self.num_images = len(streams.images)
         self.max_bad_fraction = max_bad_fraction
         self.unreadable = unreadable
         self.damaged_shards: set[str] = set()
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for result in super().__iter__():
-            if result.refused:
-                raise InputError(result.refused)
-            self._report(result.problems)
+            if isinstance(result.batch, InputError):
+                raise result.batch
+            for problem in result.problems:
+                seen, what = self.unreadable, "skipped"
+                if problem.is_shard:
+                    seen, what = self.damaged_shards, "damaged"
+                if problem.name not in seen:  # a stream that starts again meets it again
+                    seen.add(problem.name)
+                    log.warning("%s: %s", what, problem.reason)
+            check_bad_fraction(self.unreadable, self.num_images, self.max_bad_fraction)
             yield result.batch
-
-    def _report(self, problems: Sequence[Problem]) -> None:
-        """Log each problem once, and stop if there are too many."""
-        for problem in problems:
-            if problem.is_shard and problem.name not in self.damaged_shards:
-                self.damaged_shards.add(problem.name)
-                log.warning("damaged: %s", problem.reason)
-            if not problem.is_shard and problem.name not in self.unreadable:
-                self.unreadable.add(problem.name)
-                log.warning("skipped: %s", problem.reason)
-        check_bad_fraction(self.unreadable, self.num_images, self.max_bad_fraction)
 
 
 def check_num_workers(num_workers: int, num_streams: int) -> None:

@@ -1,4 +1,8 @@
-"""The loader's processes: how they start, which signals they ignore, and how they end."""
+"""The loader's processes: how they start and end, which signals they ignore, and what they read.
+
+Every loader process writes the name of the image that it reads into shared memory. When a process
+is lost, the training process looks there, and the error names the image.
+"""
 
 import atexit
 import multiprocessing
@@ -9,12 +13,19 @@ import os
 import signal
 import sys
 import threading
-from types import TracebackType
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+from moco.errors import printable
 
 CPU = torch.device("cpu")
+LONGEST_NAME = 512  # bytes
 
 
 def device_of(data: Any) -> torch.device:
@@ -39,16 +50,13 @@ def loader_options(num_workers: int, device: torch.device) -> dict[str, Any]:
         device: the device that uses the batches. Only CUDA gains from pinned memory. Elsewhere
             pinning would initialise a GPU that the run does not use.
     """
-    options: dict[str, Any] = {
-        "num_workers": num_workers,
-        "pin_memory": device.type == "cuda",
-        "persistent_workers": num_workers > 0,
-    }
-    if num_workers == 0:
-        return options
-    start_fork_server()
-    options["multiprocessing_context"] = "forkserver"
-    options["worker_init_fn"] = start_worker
+    options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
+    if num_workers > 0:
+        start_fork_server()
+        # Starting processes takes seconds, so they stay for the next epoch.
+        options["persistent_workers"] = True
+        options["multiprocessing_context"] = "forkserver"
+        options["worker_init_fn"] = start_worker
     return options
 
 
@@ -106,9 +114,102 @@ def leave_after(parent: Any) -> None:
     os._exit(1)
 
 
-def show_unless_disconnected(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
+def show_unless_disconnected(kind: type[BaseException], *details: Any) -> None:
     """Print an uncaught error, except that a connection was closed."""
     if not issubclass(kind, ConnectionError):
-        sys.__excepthook__(kind, error, traceback)
+        sys.__excepthook__(kind, *details)
+
+
+class ReadNotes:
+    """The name of the image that each loader process reads, in shared memory.
+
+    Only the last `LONGEST_NAME` bytes of a name are kept.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self.pids = torch.zeros(num_workers, dtype=torch.int64).share_memory_()
+        self.names = torch.zeros(num_workers, LONGEST_NAME, dtype=torch.uint8).share_memory_()
+
+    def write(self, worker: int, name: str) -> None:
+        """Write what this process, loader process number `worker`, reads."""
+        content = os.fsencode(name)[-LONGEST_NAME:].ljust(LONGEST_NAME, b"\0")
+        self.names[worker].numpy()[:] = memoryview(content)
+        self.pids[worker] = os.getpid()
+
+    def read(self) -> list[tuple[int, str]]:
+        """Return the process id and the last name of each loader process that has read one."""
+        notes = []
+        for pid, row in zip(self.pids.tolist(), self.names, strict=True):
+            if pid:
+                notes.append((pid, os.fsdecode(row.numpy().tobytes().rstrip(b"\0"))))
+        return notes
+
+
+notes_of_this_process: ReadNotes | None = None
+"""Set in a loader process of a `WatchedLoader`, and there only."""
+
+
+def keep_notes(notes: ReadNotes, worker: int) -> None:
+    """Prepare this loader process, and have it keep notes."""
+    global notes_of_this_process
+    start_worker(worker)
+    notes_of_this_process = notes
+
+
+def note_read(name: str) -> None:
+    """Note that this loader process now reads the image `name`; elsewhere do nothing."""
+    worker = get_worker_info()
+    if worker is not None and notes_of_this_process is not None:
+        notes_of_this_process.write(worker.id, name)
+
+
+class WatchedLoader(DataLoader[Any]):
+    """A DataLoader whose error names what a lost process was reading.
+
+    Its dataset calls `note_read` before it reads an image.
+
+    Args:
+        options: arguments of DataLoader, with those of `moco.data.loading.workers.loader_options`.
+    """
+
+    def __init__(self, dataset: Any, *, num_workers: int = 0, **options: Any) -> None:
+        notes = ReadNotes(num_workers)
+        if num_workers:
+            options["worker_init_fn"] = partial(keep_notes, notes)
+        # Without a generator, DataLoader would draw from the global one. A resumed run would then
+        # have to restore that one's state.
+        generator = torch.Generator()
+        super().__init__(dataset, num_workers=num_workers, generator=generator, **options)
+        self.notes = notes
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Start the processes at once, and not with the first batch."""
+        if not self.persistent_workers:
+            # The processes of an earlier pass have ended, and none of them was lost.
+            self.notes.pids.zero_()
+        with lost_worker_named(self.notes):
+            batches = super().__iter__()
+        return self._watched(batches)
+
+    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        with lost_worker_named(self.notes):
+            yield from batches
+
+
+@contextmanager
+def lost_worker_named(notes: ReadNotes) -> Iterator[None]:
+    """Turn the error of a lost loader process into a RuntimeError that names its image."""
+    try:
+        yield
+    except (EOFError, OSError, RuntimeError) as error:  # a lost process shows as any of them
+        workers = notes.read()
+        # The pipe of a process can close shortly before the process is gone, so wait up to a
+        # second.
+        for _ in range(20 if workers else 0):
+            running = {child.pid for child in multiprocessing.active_children()}
+            for pid, name in workers:
+                if pid not in running:
+                    lost = f"DataLoader worker (pid {pid}) exited unexpectedly"
+                    raise RuntimeError(f"{lost}; it was reading {printable(name)}") from error
+            time.sleep(0.05)
+        raise

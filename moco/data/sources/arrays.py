@@ -1,5 +1,6 @@
-"""Datasets that fit in memory: scikit-learn's digits, synthetic noise, and .npz archives."""
+"""Datasets that fit in memory: digits, noise, .npz archives, and what torchvision downloads."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from moco.errors import InputError, printable
 
 NPZ_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 NUM_DIGITS_TO_TRAIN_ON = 1437  # of 1,797
+TORCHVISION_CLASSES = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "fashion_mnist": "FashionMNIST",
+    "stl10": "STL10",
+}
 
 
 def digits_source() -> DataSource:
@@ -33,10 +40,8 @@ def synthetic_source(num_images: int) -> DataSource:
     images = generator.integers(0, 256, (num_images, 224, 224, 3), dtype=np.uint8)
     labels = np.arange(num_images) % 10
     # The queries are images of the bank too: the figures mean nothing anyway.
-    num_queries = max(1, num_images // 10)
-    return source_from_arrays(
-        "synthetic", images, labels, images[:num_queries], labels[:num_queries]
-    )
+    queries = slice(max(1, num_images // 10))
+    return source_from_arrays("synthetic", images, labels, images[queries], labels[queries])
 
 
 def npz_source(root: str) -> DataSource:
@@ -54,22 +59,16 @@ def npz_source(root: str) -> DataSource:
     try:
         arrays, present = read_arrays(root, NPZ_ARRAYS)
     except DAMAGED as error:
-        raise InputError(
-            f"data.root={root}: not a readable .npz archive of plain arrays "
-            f"({printable(str(error))})"
-        ) from error
+        reason = printable(str(error))
+        raise InputError(f"data.root={root}: no .npz archive of plain arrays ({reason})") from error
     if "train_images" not in arrays:
         found = printable(", ".join(present)) or "none"
         raise InputError(f"data.root={root}: no array train_images in there (found {found})")
-    return source_from_arrays(root, *(arrays.get(name) for name in NPZ_ARRAYS))
+    return source_from_arrays(root, *map(arrays.get, NPZ_ARRAYS))
 
 
 def source_from_arrays(
-    what: str,
-    train_images: Any,
-    train_labels: Any,
-    test_images: Any,
-    test_labels: Any,
+    what: str, train_images: Any, train_labels: Any, test_images: Any, test_labels: Any
 ) -> DataSource:
     """Return arrays as a source; the labelled training images are the bank, the test the queries.
 
@@ -102,3 +101,51 @@ def labelled(what: str, images: ArrayImages, labels: Any) -> Labelled:
             f"got {numbers.dtype} {numbers.shape}"
         )
     return Labelled(images, numbers.reshape(-1).astype(np.int64))
+
+
+def torchvision_source(name: str, root: str, download: bool) -> DataSource:
+    """Return one of `TORCHVISION_CLASSES`; its test images are the queries.
+
+    Raises:
+        InputError: see `torchvision_dataset`.
+    """
+    if name == "stl10":
+        return stl10_source(root, download)
+    class_name = TORCHVISION_CLASSES[name]
+    arrays = []
+    for is_train in (True, False):
+        dataset = torchvision_dataset(class_name, root, train=is_train, download=download)
+        arrays += [np.asarray(dataset.data), dataset.targets]
+    return source_from_arrays(class_name, *arrays)
+
+
+def stl10_source(root: str, download: bool) -> DataSource:
+    """Return STL-10: training uses the 100,000 unlabelled images too."""
+    arrays = []
+    for split in ("train", "test", "train+unlabeled"):
+        dataset = torchvision_dataset("STL10", root, split=split, download=download)
+        # (images, channels, height, width) becomes (images, height, width, channels).
+        arrays += [dataset.data.transpose(0, 2, 3, 1), dataset.labels]
+    *of_labelled, all_images, _ = arrays
+    labelled = source_from_arrays("STL10", *of_labelled)
+    return replace(labelled, train=ArrayImages(all_images, "STL10"))
+
+
+def torchvision_dataset(class_name: str, root: str, **kwargs: Any) -> Any:
+    """Return the dataset of that class in ``torchvision.datasets``.
+
+    Raises:
+        InputError: it is not below `root`, or it is damaged.
+    """
+    import torchvision.datasets
+
+    dataset_class = getattr(torchvision.datasets, class_name)
+    try:
+        return dataset_class(root, **kwargs)
+    # torchvision compares the MD5 of most files before it reads them, of all pickles among them.
+    # Its parsers of the other files raise nearly any exception on damaged data.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        advice = "" if kwargs.get("download") else "; data.download=true fetches it"
+        problem = f"{class_name} is not there or damaged ({reason}){advice}"
+        raise InputError(f"data.root={root}: {problem}") from error

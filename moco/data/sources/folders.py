@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moco.data.files.listing_cache import Listing, listed
+from moco.data.files.listing import Listing, listed
 from moco.data.sources.source import DataSource, FileImages, Labelled
 from moco.errors import InputError, printable
 
@@ -35,14 +35,10 @@ def folder_source(root: Any, max_image_pixels: int, pages: str, listing: Path | 
 
 def list_of_paths(root: Any) -> list[str] | None:
     """Return one or several paths as a list, or None if `root` is something else."""
-    if isinstance(root, str):
-        return [root]
-    if not isinstance(root, list) or len(root) == 0:
+    roots = root if isinstance(root, list) else [root]
+    if not roots or not all(isinstance(path, str) for path in roots):
         return None
-    for path in root:
-        if not isinstance(path, str):
-            return None
-    return root
+    return roots
 
 
 def check_no_overlap(roots: Sequence[str]) -> None:
@@ -70,6 +66,11 @@ def class_folder_source(
         InputError: a folder is missing or holds no images in class folders, or a validation class
             is not a training class.
     """
+
+    def labelled(files: Listing, labels: np.ndarray) -> Labelled:
+        images = FileImages(files.paths, max_image_pixels, files.num_pages)
+        return Labelled(images, np.repeat(labels, files.num_pages))
+
     root = str(Path(root))
     folders = [root]
     has_training_folder = os.path.isdir(os.path.join(root, "train"))
@@ -79,35 +80,31 @@ def class_folder_source(
     files, classes = files_in_class_folders(all_files, folders[0])
     number_of_class = {name: number for number, name in enumerate(sorted(set(classes)))}
     labels = np.array([number_of_class[name] for name in classes])
-    train = labelled_files(files, labels, max_image_pixels)
+    train = labelled(files, labels)
+    # Classes have the numbers of the training images, whatever the validation folder holds.
     if len(folders) == 2:
         query_files, query_classes = files_in_class_folders(all_files, folders[1])
         unknown = sorted(set(query_classes) - set(classes))
         if unknown:
-            raise InputError(
-                f"data.root={folders[1]}: classes that the training images do not have: "
-                f"{printable(', '.join(unknown))}"
-            )
+            named = f"classes that the training images do not have: {', '.join(unknown)}"
+            raise InputError(f"data.root={folders[1]}: {printable(named)}")
         query_labels = np.array([number_of_class[name] for name in query_classes])
-        queries = labelled_files(query_files, query_labels, max_image_pixels)
+        queries = labelled(query_files, query_labels)
         return DataSource(train.images, train, queries, IMAGE_SIZE)
     is_query = is_held_out(files.paths.below(root), held_out)
     # A monitor needs images on both sides.
     if has_training_folder or is_query.all() or not is_query.any():
         return DataSource(train.images, train, None, IMAGE_SIZE)
-    bank = labelled_files(files.where(~is_query), labels[~is_query], max_image_pixels)
-    queries = labelled_files(files.where(is_query), labels[is_query], max_image_pixels)
+    bank = labelled(files.where(~is_query), labels[~is_query])
+    queries = labelled(files.where(is_query), labels[is_query])
     return DataSource(train.images, bank, queries, IMAGE_SIZE)
 
 
 def training_and_validation_folders(root: str) -> list[str]:
     """Return root/train and, if there is one, the validation folder beside it."""
-    folders = [os.path.join(root, "train")]
-    for name in VALIDATION_FOLDERS:
-        if os.path.isdir(os.path.join(root, name)):
-            folders.append(os.path.join(root, name))
-            break
-    return folders
+    paths = [os.path.join(root, name) for name in VALIDATION_FOLDERS]
+    # The first validation folder that exists, if there is one.
+    return [os.path.join(root, "train"), *filter(os.path.isdir, paths)][:2]
 
 
 def files_in_class_folders(files: Listing, folder: str) -> tuple[Listing, list[str]]:
@@ -130,12 +127,6 @@ def files_in_class_folders(files: Listing, folder: str) -> tuple[Listing, list[s
             "data=images takes a plain folder tree"
         )
     return files.where(is_in_class), classes
-
-
-def labelled_files(files: Listing, labels: np.ndarray, max_image_pixels: int) -> Labelled:
-    """Return the images of files with the label of each file, (files,) int64."""
-    images = FileImages(files.paths, max_image_pixels, files.num_pages)
-    return Labelled(images, np.repeat(labels, files.num_pages))
 
 
 def is_held_out(names: Iterable[bytes], share: float) -> np.ndarray:

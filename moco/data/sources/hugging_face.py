@@ -4,13 +4,13 @@ Nothing in such a folder is run: column types come from JSON, and images are enc
 """
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moco.data.files.decoding import EncodedImage, encoded
-from moco.data.files.images import UnreadableImage
+from moco.data.files.images import EncodedImage, UnreadableImage, encoded
 from moco.data.sources.source import DataSource, Images, Labelled
 from moco.errors import InputError, printable
 
@@ -21,19 +21,16 @@ IMAGE_SIZE = 224  # px
 NO_LABEL = -1
 
 
+@dataclass(eq=False)
 class TableImages(Images):
-    """Images in a column of a `datasets.Dataset`.
+    """Images in a column of a `datasets.Dataset`."""
 
-    Args:
-        table: the dataset with this column alone, in the format ``arrow``.
-        what: the dataset's name for messages.
-    """
-
-    def __init__(self, table: Any, column: str, what: str, max_image_pixels: int) -> None:
-        self.table = table
-        self.column = column
-        self.what = what
-        self.max_image_pixels = max_image_pixels
+    table: Any
+    """The dataset with this column alone, in the format ``arrow``."""
+    column: str
+    what: str
+    """The dataset's name for messages."""
+    max_image_pixels: int
 
     def __len__(self) -> int:
         return len(self.table)
@@ -64,14 +61,9 @@ class Split:
     """
 
     def __init__(
-        self,
-        root: str,
-        name: str,
-        dataset: Any,
-        image_column: str | None,
-        label_column: str | None,
+        self, root: str, name: str, dataset: Any, image_column: str | None, label_column: str | None
     ) -> None:
-        import datasets
+        from datasets import ClassLabel, Image
 
         self.name = f"{root}[{name}]"
         self.where = f"{root}, split {name}"
@@ -80,15 +72,15 @@ class Split:
             raise InputError(f"data.root={self.where}: no rows in there")
         columns = [f"{name}: {type(kind).__name__}" for name, kind in dataset.features.items()]
         self.columns = printable(", ".join(columns))
-        found = self._choose_column(image_column, "data.image_column", datasets.Image)
+        found = self._choose_column(image_column, "data.image_column", Image)
         if found is None:
             raise InputError(
                 f"data.root={self.where}: no column of type Image in there ({self.columns})"
             )
         self.image_column = found
-        self.label_column = self._choose_column(
-            label_column, "data.label_column", datasets.ClassLabel
-        )
+        self.label_column = self._choose_column(label_column, "data.label_column", ClassLabel)
+        self.class_names = getattr(dataset.features.get(self.label_column), "names", None)
+        """In the order of their numbers; None for plain numbers."""
 
     def _choose_column(self, given: str | None, key: str, column_type: type) -> str | None:
         """Return the given column, or the only one of a type; None if there is none."""
@@ -107,19 +99,12 @@ class Split:
 
     def images(self, max_image_pixels: int) -> TableImages:
         """Return the split's images."""
-        import datasets
+        from datasets import Image
 
         # Undecoded, so that an image is read in the loader process as files are.
-        table = self.dataset.select_columns([self.image_column])
-        table = table.cast_column(self.image_column, datasets.Image(decode=False))
-        return TableImages(
-            table.with_format("arrow"), self.image_column, self.name, max_image_pixels
-        )
-
-    def class_names(self) -> list[str] | None:
-        """Return the class names in the order of their numbers; None for plain numbers."""
-        feature = self.dataset.features[self.label_column]
-        return getattr(feature, "names", None)
+        column = self.image_column
+        table = self.dataset.select_columns([column]).cast_column(column, Image(decode=False))
+        return TableImages(table.with_format("arrow"), column, self.name, max_image_pixels)
 
     def labels(self) -> np.ndarray | None:
         """Return the labels, (rows,) int64; None if there are none or some rows have none.
@@ -134,12 +119,12 @@ class Split:
         table = self.dataset.select_columns([self.label_column]).with_format("arrow")
         column = table[:][self.label_column]
         labels: np.ndarray = column.cast("int64").fill_null(NO_LABEL).to_numpy()
-        names = self.class_names()
         is_wrong = labels < NO_LABEL
         expected = "0 or more"
-        if names is not None:
-            is_wrong |= labels >= len(names)
-            expected = f"0 to {len(names) - 1}, its {len(names)} classes"
+        if self.class_names is not None:
+            num_classes = len(self.class_names)
+            is_wrong |= labels >= num_classes
+            expected = f"0 to {num_classes - 1}, its {num_classes} classes"
         # `datasets` checks labels when a table is written, and not when it is read.
         for row in np.flatnonzero(is_wrong).tolist():
             raise InputError(
@@ -180,7 +165,7 @@ def hugging_face_source(
             held_out = Split(root, name, splits[name], image_column, label_column)
             query_labels = held_out.labels()
             if query_labels is not None:
-                if held_out.class_names() != train.class_names():
+                if held_out.class_names != train.class_names:
                     raise InputError(f"data.root={held_out.where}: other classes than split train")
                 queries = Labelled(held_out.images(max_image_pixels), query_labels)
             break
@@ -206,6 +191,4 @@ def load_splits(root: str) -> dict[str, Any]:
         raise InputError(
             f"data.root={root}: not a folder of datasets' save_to_disk ({reason})"
         ) from error
-    if isinstance(found, dict):
-        return found
-    return {"train": found}
+    return found if isinstance(found, dict) else {"train": found}

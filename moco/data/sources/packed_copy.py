@@ -12,6 +12,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moco.data.files.archives import DAMAGED, read_arrays
-from moco.data.files.decoding import DecodedImage, EncodedImage, encoded
+from moco.data.files.images import DecodedImage, EncodedImage, encoded
 from moco.data.files.listing import start_of
 from moco.data.sources.source import DataSource, Images, Labelled
 from moco.errors import InputError, printable
@@ -39,10 +40,10 @@ COLUMNS = {
     "checksums": np.int64,  # CRC-32 of the bytes
 }
 """One-dimensional arrays of the table with an entry for each image."""
-ARRAYS = COLUMNS | {"names": np.uint8, "name_ends": np.int64}
+ARRAYS = (*COLUMNS, "names", "name_ends")
 """`COLUMNS`, the bytes of all names, and where each name ends."""
 SIDES = ("bank", "queries")
-SIDE_ARRAYS = ("bank_rows", "bank_labels", "queries_rows", "queries_labels")
+SIDE_ARRAYS = (("bank_rows", "bank_labels"), ("queries_rows", "queries_labels"))
 INDEX_KEYS = {
     "format": str,
     "complete": bool,
@@ -55,29 +56,22 @@ INDEX_KEYS = {
 PART_KEYS = {"file": str, "stop": int, "images": int, "bytes": int, "skipped": list}
 
 
+@dataclass(eq=False)
 class PackedImages(Images):
-    """Images of a packed copy, read from memory-mapped files.
+    """Images of a packed copy, read from memory-mapped files."""
 
-    Args:
-        files: names of the files in `folder`: the shards, or the one file with all pixels.
-        table: `ARRAYS` for all images of the copy, and ``parts``, the number of each one's file.
-        rows: (images,) int64, which images of the copy these are.
-    """
+    folder: str
+    files: list[str]
+    """Names of the files in `folder`: the shards, or the one file with all pixels."""
+    table: dict[str, Tensor]
+    """`ARRAYS` for all images of the copy, and ``parts``, the number of each one's file.
 
-    def __init__(
-        self,
-        folder: str,
-        files: list[str],
-        table: dict[str, Tensor],
-        rows: Tensor,
-        max_image_pixels: int,
-    ) -> None:
-        self.folder = folder
-        self.files = files
-        self.table = table  # loader processes share a tensor's memory; arrays would be copied
-        self.rows = rows
-        self.max_image_pixels = max_image_pixels
-        self.maps: dict[int, mmap.mmap] = {}
+    Loader processes share a tensor's memory; arrays would be copied to each of them."""
+    rows: Tensor
+    """(images,) int64, which images of the copy these are."""
+    max_image_pixels: int
+    maps: dict[int, mmap.mmap] = field(default_factory=dict)
+    """The files that are mapped by this process, by number."""
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map cannot be sent to another process.
@@ -89,46 +83,42 @@ class PackedImages(Images):
     def opened(self, index: int) -> EncodedImage:
         """Return a view of the pixels, or the encoded image of a shard."""
         content = self.content(index)
+        # A copy has one file of pixels, or shards.
         if self.files != [PIXELS]:
             return encoded(bytes(content), self.name(index), self.max_image_pixels)
-        row = self.rows[index]
-        height = int(self.table["heights"][row])
-        width = int(self.table["widths"][row])
+        height, width = self.entry(index, "heights"), self.entry(index, "widths")
         return DecodedImage(np.frombuffer(content, dtype=np.uint8).reshape(height, width, 3))
+
+    def entry(self, index: int, column: str) -> int:
+        """Return what a column of the table says about an image."""
+        return int(self.table[column][self.rows[index]])
 
     def content(self, index: int) -> memoryview:
         """Return an image's bytes: its pixels, or its encoded file."""
-        row = self.rows[index]
-        start = int(self.table["offsets"][row])
-        end = start + int(self.table["lengths"][row])
-        file = self.map_file(int(self.table["parts"][row]))
-        return memoryview(file)[start:end]
+        start = self.entry(index, "offsets")
+        end = start + self.entry(index, "lengths")
+        return memoryview(self.map_file(self.entry(index, "parts")))[start:end]
 
     def name(self, index: int) -> str:
         """Return the image's name in the source."""
-        row = int(self.rows[index])
-        name_ends = self.table["name_ends"]
-        start = start_of(name_ends, row)
-        end = int(name_ends[row])
+        start = start_of(self.table["name_ends"], int(self.rows[index]))
+        end = self.entry(index, "name_ends")
         return os.fsdecode(self.table["names"][start:end].numpy().tobytes())
 
     def subset(self, numbers: np.ndarray) -> "PackedImages":
         """Return the images at these places, (chosen,) int64."""
-        rows = self.rows[torch.from_numpy(numbers)]
-        return PackedImages(self.folder, self.files, self.table, rows, self.max_image_pixels)
+        return replace(self, rows=self.rows[torch.from_numpy(numbers)], maps={})
 
     def is_damaged(self, index: int) -> bool:
         """Return whether an image's bytes do not match their checksum."""
-        expected = int(self.table["checksums"][self.rows[index]])
-        return zlib.crc32(self.content(index)) != expected
+        return zlib.crc32(self.content(index)) != self.entry(index, "checksums")
 
     def map_file(self, number: int) -> mmap.mmap:
         """Return the content of the file at this place in `files`."""
         if number not in self.maps:
             # A copy may have more shards than a process may open files.
             if len(self.maps) == MAX_OPEN_FILES:
-                oldest = next(iter(self.maps))
-                del self.maps[oldest]
+                del self.maps[next(iter(self.maps))]
             with open(os.path.join(self.folder, self.files[number]), "rb") as file:
                 self.maps[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self.maps[number]
@@ -140,12 +130,10 @@ def packed_source(root: str, max_image_pixels: int) -> DataSource:
     Raises:
         InputError: the folder holds no copy, or the copy is not finished or is damaged.
     """
-    index = read_index(root)
-    check_finished(root, index)
+    index = read_finished_index(root)
     copy, table = read_copy(root, index, max_image_pixels)
     train = copy.subset(np.arange(index["num_images"]))
-    bank = read_side("bank", copy, train, table)
-    queries = read_side("queries", copy, train, table)
+    bank, queries = [read_side(side, copy, train, table) for side in SIDES]
     return DataSource(train, bank, queries, image_size=index["image_size"])
 
 
@@ -156,10 +144,10 @@ def read_side(
     if f"{side}_rows" not in table:
         return None
     rows = table[f"{side}_rows"]
-    labels = table[f"{side}_labels"]
+    images = copy.subset(rows)
     if np.array_equal(rows, np.arange(len(train))):
-        return Labelled(train, labels)  # the same object, so that it is cached once
-    return Labelled(copy.subset(rows), labels)
+        images = train  # the same object, so that it is cached once
+    return Labelled(images, table[f"{side}_labels"])
 
 
 def read_copy(
@@ -181,14 +169,15 @@ def read_copy(
         file_path = Path(root, file)
         if not file_path.is_file() or file_path.stat().st_size != size:
             raise InputError(f"{file_path}: missing, or not of {size:,} bytes; pack it anew")
+    size_of_file = np.repeat(list(sizes.values()), list(counts.values()))  # of each image
+    goes_with_index = index["num_images"] <= len(size_of_file) == len(table["rows"])
+    if goes_with_index:
+        # A difference, because the sum of a damaged offset and a length could overflow.
+        is_inside = table["lengths"] <= size_of_file - table["offsets"]
+        goes_with_index = bool((is_inside & (table["offsets"] >= 0)).all())
+    if not goes_with_index:
+        raise InputError(f"{path}: does not go with {INDEX}; pack it anew")
     table["parts"] = np.repeat(np.arange(len(counts)), list(counts.values()))
-    if not index["num_images"] <= len(table["parts"]) == len(table["rows"]):
-        raise InputError(f"{path}: does not go with {INDEX}; pack it anew")
-    size_of_file = np.array(list(sizes.values()))[table["parts"]]
-    # A difference, because the sum of a damaged offset and a length could overflow.
-    is_inside_file = (table["offsets"] >= 0) & (table["lengths"] <= size_of_file - table["offsets"])
-    if not is_inside_file.all():
-        raise InputError(f"{path}: does not go with {INDEX}; pack it anew")
     tensors = {name: torch.from_numpy(table[name]) for name in (*ARRAYS, "parts")}
     rows = torch.arange(len(table["rows"]))
     return PackedImages(root, list(sizes), tensors, rows, max_image_pixels), table
@@ -208,17 +197,13 @@ def read_index(root: str) -> dict[str, Any]:
         index: dict[str, Any] = json.loads(text)
         version = index["version"]
     except FileNotFoundError as error:
-        raise InputError(
-            f"{root}: no packed copy there ({path} is missing); moco.pack writes one"
-        ) from error
+        raise InputError(f"{root}: no packed copy there; moco.pack writes one") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = printable(str(error))
         raise InputError(f"{path}: not the index of a packed copy ({reason})") from error
     if version != 1:
-        raise InputError(
-            f"{path}: version {printable(str(version))} of a packed copy; "
-            "this program reads version 1"
-        )
+        there = printable(str(version))
+        raise InputError(f"{path}: version {there} of a packed copy; this program reads version 1")
     check_keys(path, index, INDEX_KEYS)
     for number, part in enumerate(index["parts"]):
         check_keys(path, part, PART_KEYS, prefix=f"parts[{number}].")
@@ -244,12 +229,16 @@ def total_of_parts(index: Mapping[str, Any], key: str) -> int:
     return sum(part[key] for part in index["parts"])
 
 
-def check_finished(root: str, index: dict[str, Any]) -> None:
-    """Raise InputError if the copy is not complete."""
+def read_finished_index(root: str) -> dict[str, Any]:
+    """Return ``index.json`` of a finished copy.
+
+    Raises:
+        InputError: as in `read_index`, or the copy is not finished.
+    """
+    index = read_index(root)
     if not index["complete"]:
-        raise InputError(
-            f"{root}: not finished; start the same moco.pack again, which goes on where it stopped"
-        )
+        raise InputError(f"{root}: not finished; start the same moco.pack again, which goes on")
+    return index
 
 
 def read_table(path: Path) -> dict[str, np.ndarray]:
@@ -259,7 +248,7 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
         InputError: the file is missing or damaged.
     """
     try:
-        table, _ = read_arrays(path, (*ARRAYS, *SIDE_ARRAYS))
+        table, _ = read_arrays(path, (*ARRAYS, *SIDE_ARRAYS[0], *SIDE_ARRAYS[1]))
         check_table(table)
     except DAMAGED as error:
         raise InputError(f"{path}: damaged ({printable(str(error))}); pack it anew") from error
@@ -268,16 +257,14 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
 
 def check_table(table: Mapping[str, np.ndarray]) -> None:
     """Raise ValueError for the first array that is missing or has a wrong type or length."""
-    for name, dtype in ARRAYS.items():
-        like = "rows"
-        if name == "names":
-            like = "names"  # any length
-        check_array(table, name, dtype, like)
-    for side in SIDES:
-        rows = f"{side}_rows"
+    check_array(table, "names", np.uint8, like="names")  # any length
+    for name, dtype in COLUMNS.items():
+        check_array(table, name, dtype, like="rows")
+    check_array(table, "name_ends", np.int64, like="rows")
+    for rows, labels in SIDE_ARRAYS:
         if rows in table:
             check_array(table, rows, np.int64, like=rows)
-            check_array(table, f"{side}_labels", np.int64, like=rows)
+            check_array(table, labels, np.int64, like=rows)
             last_row = len(table["rows"]) - 1
             if (table[rows] < 0).any() or (table[rows] > last_row).any():
                 raise ValueError(f"{rows} has numbers below 0 or above {last_row}")
@@ -288,8 +275,7 @@ def check_array(table: Mapping[str, np.ndarray], name: str, dtype: Any, like: st
     if name not in table:
         raise ValueError(f"{name} is missing")
     array = table[name]
-    length = table[like].size
-    if array.dtype != dtype or array.shape != (length,):
-        raise ValueError(
-            f"{name} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} ({length},)"
-        )
+    shape = (table[like].size,)
+    if array.dtype != dtype or array.shape != shape:
+        expected = f"expected {dtype.__name__} {shape}"
+        raise ValueError(f"{name} is {array.dtype} {array.shape}, {expected}")

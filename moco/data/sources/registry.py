@@ -4,13 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from moco.data.files.images import MAX_IMAGE_PIXELS
-from moco.data.sources.arrays import digits_source, npz_source, synthetic_source
+from moco.data.sources.arrays import (
+    TORCHVISION_CLASSES,
+    digits_source,
+    npz_source,
+    synthetic_source,
+    torchvision_source,
+)
 from moco.data.sources.folders import class_folder_source, folder_source
 from moco.data.sources.hugging_face import hugging_face_source
 from moco.data.sources.packed_copy import packed_source
 from moco.data.sources.shards import sharded_source
 from moco.data.sources.source import DataSource
-from moco.data.sources.torchvision_sets import TORCHVISION_CLASSES, torchvision_source
 from moco.errors import InputError, unknown_name
 
 SOURCES = (
@@ -26,7 +31,6 @@ SOURCES = (
 )
 # moco.segmentation builds these, which have a mask for each image.
 MASKED = ("segmentation_folder", "voc2012")
-DEFAULT_SYNTHETIC_IMAGES = 1024
 
 
 def build_source(
@@ -70,7 +74,7 @@ def build_source(
     if name not in SOURCES:
         raise InputError(f"data.name: {unknown_name('dataset', name, SOURCES)}")
     if name == "synthetic":
-        return synthetic_source(num_images or DEFAULT_SYNTHETIC_IMAGES)
+        return synthetic_source(num_images or 1024)
     if name == "digits":
         return digits_source()
     if root is None:
@@ -80,10 +84,8 @@ def build_source(
     if name == "webdataset":
         return sharded_source(root, streams, shuffle_buffer, num_images, max_image_pixels)
     if not isinstance(root, str):
-        raise InputError(
-            f"data.root={root}: expected one path; "
-            "only data=images and data=webdataset take several"
-        )
+        several = "only data=images and data=webdataset take several"
+        raise InputError(f"data.root={root}: expected one path; {several}")
     if name == "packed":
         return packed_source(root, max_image_pixels)
     if name == "hf":

@@ -18,10 +18,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-from moco.data.files.decoding import EncodedImage, encoded
-from moco.data.files.images import EXTENSIONS, UnreadableImage
+from moco.data.files.images import EXTENSIONS, EncodedImage, UnreadableImage, encoded
 from moco.data.sources.folders import list_of_paths
-from moco.data.sources.packed_copy import INDEX, check_finished, read_index
+from moco.data.sources.packed_copy import INDEX, read_finished_index, read_index
 from moco.data.sources.source import DataSource, Images
 from moco.errors import InputError, printable
 
@@ -114,10 +113,8 @@ def find_num_images(root: Any, shards: Sequence[str]) -> int:
         return int(read_index(root)["num_images"])
     for shard in shards:
         if not is_local(shard):
-            raise InputError(
-                f"data.num_images: missing; {printable(shard)} is not a local file "
-                "whose samples can be counted"
-            )
+            raise InputError(f"data.num_images: missing; {printable(shard)} is not a local file")
+    # Threads help: reading the headers of a shard is mostly waiting for the disk.
     with ThreadPoolExecutor() as pool:
         num_images = sum(pool.map(count_images, shards))
     if num_images == 0:
@@ -138,6 +135,8 @@ def list_shards(root: Any) -> list[str]:
     Raises:
         InputError: it is something else, or there is no such file.
     """
+    from braceexpand import braceexpand
+
     roots = list_of_paths(root)
     if roots is None:
         raise InputError(
@@ -146,46 +145,38 @@ def list_shards(root: Any) -> list[str]:
         )
     shards = []
     for root_pattern in roots:
-        for pattern in expand_braces(root_pattern):
+        try:
+            patterns = list(braceexpand(root_pattern))
+        except ValueError as error:
+            raise InputError(f"data.root={root_pattern}: {error}") from error
+        for pattern in patterns:
             shards += shards_of_pattern(pattern)
     return shards
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """Return the patterns that braces such as {000..499} stand for."""
-    from braceexpand import braceexpand
-
-    try:
-        return list(braceexpand(pattern))
-    except ValueError as error:
-        raise InputError(f"data.root={pattern}: {error}") from error
-
-
 def shards_of_pattern(pattern: str) -> list[str]:
     """Return the shards of one address, folder, pattern with wildcards, or path."""
-    if not is_local(pattern):
+    if not is_local(pattern) or os.path.isfile(pattern):
         return [pattern]
     if os.path.isdir(pattern):
         return shards_of_folder(pattern)
-    if os.path.isfile(pattern):
-        return [pattern]
-    if not glob.has_magic(pattern):
-        raise InputError(f"data.root={pattern}: no such file")
     found = sorted(glob.glob(pattern))
     if not found:
-        raise InputError(f"data.root={pattern}: no file matches")
+        what = "no file matches" if glob.has_magic(pattern) else "no such file"
+        raise InputError(f"data.root={pattern}: {what}")
     return found
 
 
 def shards_of_folder(folder: str) -> list[str]:
     """Return the .tar files of a folder; of a packed copy only those to train on."""
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
+    pattern = "*.tar"
     if os.path.isfile(os.path.join(folder, INDEX)):
-        check_finished(folder, read_index(folder))
-        names = [name for name in names if name.startswith("train-")]
-    if not names:
+        read_finished_index(folder)
+        pattern = "train-*.tar"
+    shards = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+    if not shards:
         raise InputError(f"data.root={folder}: no .tar files to train on in there")
-    return [os.path.join(folder, name) for name in names]
+    return shards
 
 
 def is_local(shard: str) -> bool:
@@ -210,12 +201,8 @@ class CheckedHeader(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
-def ignore_name(name: str) -> None:
-    """Do nothing: nobody wants to know which image is read."""
-
-
 def images_in(
-    shard: str, max_image_pixels: int, note: Callable[[str], None] = ignore_name
+    shard: str, max_image_pixels: int, note: Callable[[str], None] = lambda name: None
 ) -> Iterator[Sample | Problem]:
     """Yield the images of a shard in their order, not decoded, and what could not be read.
 
@@ -234,7 +221,9 @@ def images_in(
                 yield read_sample(archive, member, name, max_image_pixels)
                 num_images += 1
     except TAR_ERRORS as error:
-        yield Problem(shard, describe_damage(shard, num_images, error), is_shard=True)
+        where = f"{printable(shard)}: cannot be read beyond its first {num_images} images"
+        reason = printable(" ".join(str(error).split())) or type(error).__name__
+        yield Problem(shard, f"{where} ({reason})", is_shard=True)
 
 
 def read_sample(
@@ -259,6 +248,7 @@ def image_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         key = sample_key(member.name)
         is_image = member.isreg() and member.name.lower().endswith(EXTENSIONS)
+        # A sample may have several images, and the first one stands for it.
         if is_image and key != previous_key:
             previous_key = key
             yield member
@@ -277,43 +267,27 @@ def open_shard(shard: str) -> Iterator[IO[bytes]]:
     Raises:
         OSError: the command that writes the shard has failed.
     """
-    stream = open_file_or_address(shard)
+    from webdataset.gopen import gopen
+
+    # gopen would take the file run1:x.tar for an address.
+    stream: Any = open(shard, "rb") if is_local(shard) else gopen(shard)  # noqa: SIM115
     try:
         yield stream
-        read_to_the_end(stream)
+        # Read to the end, since the command that writes the archive might fail on a closed pipe.
+        while stream.read(2**20):
+            pass
         stream.close()
     except TAR_ERRORS as error:
         # A failed command cuts its output short, which tarfile reports as damage.
-        if command_has_failed(stream):
-            raise OSError("its command failed") from error
+        process = getattr(stream, "proc", None)  # None for a file
+        with suppress(subprocess.TimeoutExpired):
+            if process is not None and process.wait(timeout=1) != 0:
+                raise OSError("its command failed") from error
         raise
     finally:
         # Closing a pipe early is an error of the command, which is not interesting here.
         with suppress(OSError):
             stream.close()
-
-
-def open_file_or_address(shard: str) -> Any:
-    """Open a file, or with webdataset an address or a command, for reading."""
-    from webdataset.gopen import gopen
-
-    if is_local(shard):  # gopen would take the file run1:x.tar for an address
-        return open(shard, "rb")
-    return gopen(shard)
-
-
-def read_to_the_end(stream: IO[bytes]) -> None:
-    """Read what follows the archive: the command that writes it might fail on a closed pipe."""
-    while stream.read(2**20):
-        pass
-
-
-def command_has_failed(stream: Any) -> bool:
-    """Return whether the command behind a webdataset stream ended with an error."""
-    process = getattr(stream, "proc", None)  # None for a file
-    with suppress(subprocess.TimeoutExpired):
-        return process is not None and process.wait(timeout=1) != 0
-    return False
 
 
 def count_images(shard: str) -> int:
@@ -326,9 +300,3 @@ def count_images(shard: str) -> int:
         for _ in image_members(archive):
             num_images += 1
     return num_images
-
-
-def describe_damage(shard: str, num_images: int, error: Exception) -> str:
-    """Return a line that says how much of a shard can be read, and why not more."""
-    reason = printable(" ".join(str(error).split())) or type(error).__name__
-    return f"{printable(shard)}: cannot be read beyond its first {num_images} images ({reason})"

@@ -11,8 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moco.data.files.decoding import DecodedImage, EncodedImage, encoded_file
-from moco.data.files.images import MAX_IMAGE_PIXELS, to_rgb
+from moco.data.files.images import (
+    MAX_IMAGE_PIXELS,
+    DecodedImage,
+    EncodedImage,
+    encoded_file,
+    to_rgb,
+)
 from moco.data.files.listing import PathList, start_of
 from moco.errors import InputError
 
@@ -40,11 +45,11 @@ class Images(Protocol):
 
 
 class ArrayImages(Images):
-    """Images in memory.
+    """Images in memory, `tensor` (images, height, width, 3) uint8 RGB.
 
     Args:
         array: uint8 of shape (images, height, width), or with a last axis of 1 (grey), 3 (RGB)
-            or 4 (RGBA) channels.
+            or 4 (RGBA) channels. Transparent pixels become white.
         what: what to call the array in messages.
     """
 
@@ -55,10 +60,13 @@ class ArrayImages(Images):
                 f"{what}: expected uint8 of shape (M, H, W) or (M, H, W, 1 or 3 or 4), "
                 f"got {array.dtype} {array.shape}"
             )
-        if array.ndim == 4 and array.shape[-1] == 1:
-            array = array[..., 0]
-        # Loader processes share a tensor's memory; an array would be copied to each of them.
-        self.tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if array.ndim == 3:
+            array = array[..., None]
+        if array.shape[-1] == 4:
+            array = np.stack([np.asarray(to_rgb(Image.fromarray(image))) for image in array])
+        # Loader processes share a tensor's memory; an array would be copied to each of them. Grey
+        # images have three channels in the memory of one.
+        self.tensor = torch.from_numpy(np.ascontiguousarray(array)).expand(-1, -1, -1, 3)
         self.what = what
 
     def __len__(self) -> int:
@@ -66,11 +74,7 @@ class ArrayImages(Images):
 
     def opened(self, index: int) -> DecodedImage:
         """See `Images`."""
-        array = self.tensor[index].numpy()
-        is_rgb = array.ndim == 3 and array.shape[2] == 3
-        if not is_rgb:
-            array = np.array(to_rgb(Image.fromarray(array)))
-        return DecodedImage(array)
+        return DecodedImage(np.ascontiguousarray(self.tensor[index].numpy()))
 
     def name(self, index: int) -> str:
         """See `Images`."""

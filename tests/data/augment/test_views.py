@@ -6,7 +6,8 @@ from PIL import Image
 from torchvision import transforms as v1
 
 from moco.config.parsing import CONFIG_DIR
-from moco.data.augment.views import ViewPair, build_evaluation_view, rgb_batch
+from moco.data.augment.views import EvaluationView, ViewPair
+from moco.data.sources.source import ArrayImages
 from moco.errors import InputError
 
 HALF = [0.5] * 3
@@ -64,7 +65,7 @@ def test_both_engines_make_the_same_pairs_within_rounding(name, images):
 def test_the_device_makes_the_pairs_of_images_in_memory_as_processes_would(generator):
     arrays = [smooth(generator, 40, 40) for _ in range(40)]
     augment = view_pair()
-    pixels = rgb_batch(torch.from_numpy(np.stack(arrays)))
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     in_memory = torch.stack(augment.on_batch(pixels, 5, torch.arange(40)))
     one_by_one = make_pairs(augment, arrays, epoch=5)
     assert_equal_within_rounding(in_memory, one_by_one, augment.std)
@@ -97,13 +98,12 @@ def test_the_pieces_of_a_batch_are_put_together_in_order(monkeypatch, generator)
 
 def test_pixels_in_memory_become_rgb(generator):
     grey = generator.integers(0, 256, (3, 4, 5), dtype=np.uint8)
-    expected = torch.from_numpy(np.stack([grey] * 3, 1))
-    assert torch.equal(rgb_batch(torch.from_numpy(grey)), expected)
+    assert torch.equal(ArrayImages(grey, "grey").tensor, torch.from_numpy(np.stack([grey] * 3, -1)))
     rgba = generator.integers(0, 256, (2, 4, 5, 4), dtype=np.uint8)
     rgba[0, ..., 3] = 255
     rgba[1, ..., 3] = 0
-    opaque, transparent = rgb_batch(torch.from_numpy(rgba))
-    assert np.array_equal(opaque.permute(1, 2, 0), rgba[0, ..., :3])
+    opaque, transparent = ArrayImages(rgba, "rgba").tensor
+    assert np.array_equal(opaque, rgba[0, ..., :3])
     assert (transparent == 255).all()
 
 
@@ -112,7 +112,7 @@ def test_normalisation_equals_to_tensor_and_normalize(images):
     mean, std = config["mean"], config["std"]
     image = Image.fromarray(images[0])
     official = v1.Compose([v1.CenterCrop(90), v1.ToTensor(), v1.Normalize(mean, std)])
-    view = build_evaluation_view(90, 1.0, mean, std)
+    view = EvaluationView(90, 1.0, mean, std)
     torch.testing.assert_close(view(image), official(image))
     pixels = torch.from_numpy(images[0]).permute(2, 0, 1)[None]
     uncropped = v1.Compose([v1.ToTensor(), v1.Normalize(mean, std)])
@@ -120,7 +120,7 @@ def test_normalisation_equals_to_tensor_and_normalize(images):
 
 
 def test_the_evaluation_view_is_the_official_resize_and_centre_crop(images):
-    view = build_evaluation_view(56, 0.875, HALF, HALF)
+    view = EvaluationView(56, 0.875, HALF, HALF)
     resize_and_crop = [v1.Resize(64), v1.CenterCrop(56)]
     official = v1.Compose([*resize_and_crop, v1.ToTensor(), v1.Normalize(HALF, HALF)])
     image = Image.fromarray(images[0])
@@ -131,4 +131,4 @@ def test_the_evaluation_view_is_the_official_resize_and_centre_crop(images):
 def test_normalisation_needs_three_numbers_and_a_spread(mean, std):
     message = r"augmentation\.mean=.*augmentation\.std=.*expected three numbers each"
     with pytest.raises(InputError, match=message):
-        build_evaluation_view(32, 1.0, mean, std)
+        EvaluationView(32, 1.0, mean, std)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco.data.files.decoding import encoded, encoded_file
-from moco.data.files.images import MAX_IMAGE_PIXELS, UnreadableImage, to_rgb
+from moco.data.files.images import MAX_IMAGE_PIXELS, UnreadableImage, encoded, encoded_file, to_rgb
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import ArrayImages, FileImages
 
@@ -180,7 +179,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
 def test_a_file_that_is_too_large_to_be_read_whole_is_read_by_pillow(
     tmp_path, monkeypatch, generator
 ):
-    monkeypatch.setattr("moco.data.files.decoding.LARGEST_READ_WHOLE", 1000)
+    monkeypatch.setattr("moco.data.files.images.LARGEST_READ_WHOLE", 1000)
     content = file_of(smooth(generator), "JPEG")
     assert len(content) > 1000
     (tmp_path / "x.jpg").write_bytes(content)

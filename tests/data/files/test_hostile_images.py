@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from moco.callbacks.unreadable_images import write_unreadable
 from moco.config.data import DataConfig, EvaluateDataConfig
 from moco.config.segment import SegmentDataConfig
-from moco.data.augment.views import build_evaluation_view
+from moco.data.augment.views import EvaluationView
 from moco.data.files.images import (
     MAX_IMAGE_PIXELS,
     UnreadableImage,
@@ -335,7 +335,7 @@ def test_printable_text_is_one_line_that_a_terminal_shows(text, shown):
 
 
 def test_a_stripe_is_evaluated_without_being_enlarged_whole(generator):
-    view = build_evaluation_view(224, 1.0, [0.5] * 3, [0.5] * 3)
+    view = EvaluationView(224, 1.0, [0.5] * 3, [0.5] * 3)
     line = Image.fromarray(generator.integers(0, 256, (1, 60_000, 3), dtype=np.uint8))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for stripe in (line, line.transpose(Image.Transpose.ROTATE_90)):
@@ -348,7 +348,7 @@ def test_the_middle_of_a_stripe_looks_as_if_it_had_been_resized_whole(generator)
 
     stripe = Image.fromarray(generator.integers(0, 256, (10, 700, 3), dtype=np.uint8))
     whole = v2.Compose([v2.Resize(20), v2.CenterCrop(16), v2.PILToTensor()])(stripe)
-    ours = build_evaluation_view(16, 0.8, [0.0] * 3, [1.0] * 3)(stripe) * 255
+    ours = EvaluationView(16, 0.8, [0.0] * 3, [1.0] * 3)(stripe) * 255
     assert torch.allclose(ours, whole.float(), atol=0.01)
 
 

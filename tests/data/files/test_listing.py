@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from moco.data.files import listing
-from moco.data.files.listing import PathList, list_images
-from moco.data.files.listing_cache import listed
+from moco.data.files.listing import PathList, list_images, listed
 from moco.data.sources.folders import is_held_out
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import FileImages

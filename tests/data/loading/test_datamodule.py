@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moco.data.augment.views import ViewPair, build_evaluation_view
-from moco.data.loading.augmentation_engine import choose_engine
+from moco.data.augment.views import EvaluationView, ViewPair
 from moco.data.loading.datamodule import PretrainingData
-from moco.data.loading.samplers import EpochSampler
+from moco.data.loading.loaders import EpochSampler, choose_engine
 from moco.data.sources.registry import build_source
 from moco.errors import InputError
 
@@ -28,10 +27,10 @@ def data_for(source, *, engine="worker", batch_size=8, **options):
     return PretrainingData(
         source,
         augment,
-        build_evaluation_view(8, 1.0, HALF, HALF),
+        EvaluationView(8, 1.0, HALF, HALF),
         image_size=8,
         batch_size=batch_size,
-        engine=choose_engine(engine, source.train, 8, "cpu"),
+        in_memory=choose_engine(engine, source.train, 8, "cpu").in_memory,
         **options,
     )
 

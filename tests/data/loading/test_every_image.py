@@ -1,18 +1,20 @@
 """Every image of a set once, in order, for evaluation."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import BatchSampler
 
 from moco.cli.build_pretraining import build_data
-from moco.data.augment.views import build_evaluation_view
+from moco.data.augment.views import EvaluationView
 from moco.data.loading.every_image import (
-    EvaluationCollate,
     MemoryBatches,
+    evaluation_batch,
     evaluation_loader,
     every_image,
-    in_batches,
 )
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import ArrayImages, DataSource, Labelled
@@ -30,12 +32,13 @@ def labelled_images(generator, *channels):
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 3)])
 def test_batches_from_memory_equal_those_of_the_reader(channels, rank, world_size, generator):
     labelled = labelled_images(generator, *channels)
-    view = build_evaluation_view(8, 1.0, MEAN, STD)
+    view = EvaluationView(8, 1.0, MEAN, STD)
     from_memory = evaluation_loader(labelled, view, 8, 4, rank=rank, world_size=world_size)
     assert isinstance(from_memory, MemoryBatches)
     rows = range(rank, 11, world_size)
-    collate = EvaluationCollate(torch.arange(11), 8)
-    one_by_one = every_image(labelled.images, view, collate, in_batches(rows, 4))
+    collate = partial(evaluation_batch, torch.arange(11), 8)
+    batches = BatchSampler(rows, 4, drop_last=False)
+    one_by_one = every_image(labelled.images, view, collate, batches)
     for ours, expected in zip(from_memory, one_by_one, strict=True):
         for values, expected_values in zip(ours, expected, strict=True):
             assert torch.equal(values, expected_values)
@@ -44,7 +47,7 @@ def test_batches_from_memory_equal_those_of_the_reader(channels, rank, world_siz
 
 @pytest.mark.parametrize(("image_size", "crop_ratio"), [(16, 1.0), (8, 0.875)])
 def test_images_that_are_resized_or_cropped_are_read_one_by_one(image_size, crop_ratio, generator):
-    view = build_evaluation_view(image_size, crop_ratio, MEAN, STD)
+    view = EvaluationView(image_size, crop_ratio, MEAN, STD)
     loader = evaluation_loader(labelled_images(generator), view, image_size, 4)
     assert not isinstance(loader, MemoryBatches)
     (first, *_) = loader

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moco.data.augment.views import build_evaluation_view, evaluation_crop, normalisation
-from moco.data.loading.image_sets import IndexedSet, ShardedSet
+from moco.data.augment.views import EvaluationView, evaluation_crop, normalisation
+from moco.data.loading.every_image import IndexedSet, ShardedSet
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import FileImages, Labelled
 
@@ -136,7 +136,7 @@ def test_loader_processes_make_the_same_batches(shards, image_tree):
 def test_the_pixels_are_those_of_the_evaluation_view(image_tree):
     train = build_source("images", str(image_tree)).train
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
-    view = build_evaluation_view(SIDE, 0.875, mean, std)
+    view = EvaluationView(SIDE, 0.875, mean, std)
     scale, shift = normalisation(mean, std)
     images = IndexedSet(Labelled(train, np.zeros(24, np.int64)), has_labels=False)
     (batch,) = images.batches([0], evaluation_crop(SIDE, 0.875), 24, 0)
@@ -161,7 +161,7 @@ def test_fingerprints_tell_sets_apart(shards, image_tree):
     source = build_source("digits")
     digits = IndexedSet(source.bank, has_labels=True)
     found.append(digits.fingerprint())
-    source.train.tensor[0, 0, 0] ^= 1
+    source.train.tensor[0, 0, 0, 0] ^= 1
     found.append(digits.fingerprint())
     found.append(shards.fingerprint())
     with open(shards.sharded.shards[2], "ab") as file:

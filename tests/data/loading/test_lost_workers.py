@@ -13,15 +13,19 @@ from PIL import Image
 from torch.utils.data import dataloader
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from moco.data.augment.views import ViewPair, build_evaluation_view
-from moco.data.loading import lost_workers
-from moco.data.loading.every_image import evaluation_loader
-from moco.data.loading.image_sets import ShardedSet
-from moco.data.loading.loaders import PairDataset, ResumableLoader
-from moco.data.loading.lost_workers import LONGEST_NAME, ReadNotes, note_read
-from moco.data.loading.samplers import EpochSampler
+from moco.data.augment.views import EvaluationView, ViewPair
+from moco.data.loading import workers
+from moco.data.loading.every_image import ShardedSet, evaluation_loader
+from moco.data.loading.loaders import EpochSampler, PairDataset, ResumableLoader
 from moco.data.loading.streams import StreamDataset, StreamLoader, build_streams
-from moco.data.loading.workers import CPU, loader_options, unchanged
+from moco.data.loading.workers import (
+    CPU,
+    LONGEST_NAME,
+    ReadNotes,
+    loader_options,
+    note_read,
+    unchanged,
+)
 from moco.data.sources.registry import build_source
 from moco.data.sources.shards import Sample, images_in
 from moco.data.sources.source import Labelled
@@ -68,7 +72,7 @@ def labelled_loader(folder):
 def stream_loader(folder):
     images = build_source("webdataset", str(folder), streams=2, shuffle_buffer=4).train
     dataset = StreamDataset(build_streams(images, seed=0), 2, DeadlyPairMaker(AUGMENT))
-    settings = {"num_images": 20, "max_bad_fraction": 0.1, "unreadable": set()}
+    settings = {"max_bad_fraction": 0.1, "unreadable": set()}
     return StreamLoader(dataset, 10, **settings, **loader_options(2, CPU))
 
 
@@ -118,17 +122,17 @@ def test_a_sample_of_a_shard_is_noted_before_it_is_read(tmp_path):
 )
 def test_the_end_of_a_name_is_kept_with_all_its_bytes(name, monkeypatch):
     notes = ReadNotes(num_workers=2)
-    monkeypatch.setattr(lost_workers, "notes_of_this_process", notes)
+    monkeypatch.setattr(workers, "notes_of_this_process", notes)
     note_read(name)
     assert notes.read() == []  # the training process takes no notes
-    monkeypatch.setattr(lost_workers, "get_worker_info", lambda: SimpleNamespace(id=1))
+    monkeypatch.setattr(workers, "get_worker_info", lambda: SimpleNamespace(id=1))
     note_read("a name that is longer than the next one" * 9)
     note_read(name)
     assert notes.read() == [(os.getpid(), name[-LONGEST_NAME:])]
 
 
 def test_the_processes_of_an_earlier_pass_are_not_taken_for_lost(numbered):
-    view = build_evaluation_view(16, 1.0, [0.5] * 3, [0.5] * 3)
+    view = EvaluationView(16, 1.0, [0.5] * 3, [0.5] * 3)
     loader = evaluation_loader(numbered.bank, view, 16, batch_size=4, num_workers=1)
     list(loader)
     ((earlier, _),) = loader.notes.read()

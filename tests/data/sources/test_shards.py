@@ -84,7 +84,7 @@ def loader(shards, batch_size=4, num_workers=0, num_batches=20, streams=6, buffe
         "webdataset", shards, streams=streams, shuffle_buffer=buffer, num_images=120
     )
     dataset = StreamDataset(build_streams(source.train, seed=5, **place), batch_size, make_batch)
-    settings = {"num_images": 120, "max_bad_fraction": 0.01, "unreadable": set()}
+    settings = {"max_bad_fraction": 0.01, "unreadable": set()}
     return StreamLoader(
         dataset, num_batches, **settings, **loader_options(num_workers, torch.device("cpu"))
     )
@@ -238,7 +238,7 @@ def test_a_resumed_epoch_goes_on_with_its_next_batch_without_decoding_what_went_
             state = straight.state_dict()
     assert state == {"epoch": 3, "images": 36}
 
-    from moco.data.files.decoding import EncodedFile
+    from moco.data.files.images import EncodedFile
 
     decoded, pixels = [], EncodedFile.pixels
     monkeypatch.setattr(
