@@ -22,6 +22,9 @@ from moco.runs.run_folder import CONFIG
 
 log = logging.getLogger(__name__)
 
+# Images in memory that are hashed at once.
+IMAGES_AT_ONCE = 1024
+
 Arrays = dict[str, Any]
 """NumPy arrays by name."""
 
@@ -104,7 +107,9 @@ def image_traits(labelled: Labelled, root: Any) -> Iterable[Any]:
     images = labelled.images
     if isinstance(images, ArrayImages):
         yield str(images.tensor.shape).encode()
-        yield images.tensor.numpy()
+        # In parts: grey images share one channel three times, and a copy has it all.
+        for part in images.tensor.split(IMAGES_AT_ONCE):
+            yield part.contiguous().numpy()
     elif isinstance(images, FileImages):
         for part in (images.text, images.ends, images.page_ends):
             yield part.numpy()
