@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.cli.launch import launch, save_hydra_files
-from moco.config.pretrained import ExportConfig, given_settings, with_usual_settings
-from moco.errors import InputError
+from moco.cli.launch import hydra_files, launch
+from moco.config.pretrained import ExportConfig, given_settings, image_size_of, with_usual_settings
 
 if TYPE_CHECKING:
     from moco.weights.load_encoder import Pretrained
@@ -32,7 +31,7 @@ def run(config: ExportConfig, folder: Path) -> None:
     import torch
     from rich.console import Console
 
-    from moco.cli.closing_tables import print_table
+    from moco.cli.closing_tables import print_plain, print_table
     from moco.runs.run_folder import claimed
     from moco.weights.exporting import (
         check_output,
@@ -55,8 +54,8 @@ def run(config: ExportConfig, folder: Path) -> None:
 
     content = export_content(file_format, output, backbone, settings, about)
     write_export(output, content)
-    with claimed(folder, dataclasses.asdict(config)):
-        save_hydra_files(folder)
+    with claimed(folder, dataclasses.asdict(config), hydra_files()):
+        pass  # a record of the settings
 
     console = Console()
     print_table(console, f"Exported for {file_format}", summary_rows(backbone, settings, about))
@@ -78,16 +77,10 @@ def about_weights(config: ExportConfig, pretrained: "Pretrained") -> dict[str, A
         InputError: no image size is given, and the checkpoint does not say one.
     """
     of_run = with_usual_settings(pretrained.config)
-    image_size = config.image_size
-    if image_size is None:
-        image_size = of_run["data"]["image_size"]
-        if image_size is None:
-            raise InputError(
-                f"image_size: missing; {config.checkpoint} does not say it, give image_size=PIXELS"
-            )
-        if pretrained.window_size is not None:
-            backbone: Any = pretrained.encoder.backbone
-            image_size = round(image_size * backbone.window_size[0] / pretrained.window_size[0])
+    image_size = image_size_of(config, of_run["data"])
+    if config.image_size is None and pretrained.window_size is not None:
+        backbone: Any = pretrained.encoder.backbone
+        image_size = round(image_size * backbone.window_size[0] / pretrained.window_size[0])
     return {
         "image_size": image_size,
         "mean": of_run["augmentation"]["mean"],
@@ -97,11 +90,6 @@ def about_weights(config: ExportConfig, pretrained: "Pretrained") -> dict[str, A
         "step": pretrained.step,
         "checkpoint": config.checkpoint,
     }
-
-
-def print_plain(console: Any, line: str) -> None:
-    """Print a line that can be copied: it is not wrapped, and its brackets are no markup."""
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def main() -> None:

@@ -217,8 +217,8 @@ def test_the_table_shows_every_job_whatever_became_of_it(sweep):
 
 def test_a_folder_that_is_no_sweep_is_told_in_one_line(sweep):
     root, job = sweep.parents[2], sweep / "method.temperature-0.1__seed-0"
-    of_job = f"{job}: a single run of the sweep {sweep}; expected the folder of a sweep (-m)"
-    of_runs = f"{root}/runs: not the folder of a sweep (-m), it has no multirun.yaml; sweeps in it, newest first: {sweep}"
+    near = f"not the folder of a sweep (-m), it has no multirun.yaml; sweeps near it, newest first: {sweep}"
+    of_job, of_runs = f"{job}: {near}", f"{root}/runs: {near}"
     for folder, said in (
         (root / "runs", of_runs),
         (job, of_job),

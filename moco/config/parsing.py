@@ -7,6 +7,7 @@ the programs sees an OmegaConf object.
 import dataclasses
 import difflib
 import math
+import operator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,6 +23,23 @@ from moco.errors import InputError, unknown_name
 
 T = TypeVar("T")
 
+SCHEMAS = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "segment": SegmentConfig,
+    "preview": PreviewConfig,
+    "embed": EmbedConfig,
+    "pack": PackConfig,
+    "export": ExportConfig,
+}
+LIMITS = {
+    "above": operator.gt,
+    "at_least": operator.ge,
+    "below": operator.lt,
+    "at_most": operator.le,
+}
+"""What has to hold between a value and each limit of `setting`."""
+
 
 def find_config_dir() -> Path:
     """Return the folder of the YAML files.
@@ -30,9 +48,7 @@ def find_config_dir() -> Path:
     """
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
-    if inside.is_dir():
-        return inside
-    return package.parent / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
 
 
 CONFIG_DIR = find_config_dir()
@@ -40,14 +56,8 @@ CONFIG_DIR = find_config_dir()
 
 def register_schemas() -> None:
     """Register the schemas with Hydra under the names that ``conf/*.yaml`` use."""
-    store = ConfigStore.instance()
-    store.store("train_schema", TrainConfig)
-    store.store("evaluate_schema", EvaluateConfig)
-    store.store("segment_schema", SegmentConfig)
-    store.store("preview_schema", PreviewConfig)
-    store.store("embed_schema", EmbedConfig)
-    store.store("pack_schema", PackConfig)
-    store.store("export_schema", ExportConfig)
+    for program, schema in SCHEMAS.items():
+        ConfigStore.instance().store(f"{program}_schema", schema)
 
 
 def parse(composed: DictConfig, schema: type[T]) -> T:
@@ -90,26 +100,15 @@ def check_limits(config: Any, prefix: str = "") -> None:
             check_limits(value, key + ".")
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key}={value}: expected a finite number")
-        if value is None or not item.metadata:
+        limits = item.metadata
+        if value is None:
             continue
-        choices = item.metadata.get("choices")
-        if choices is None:
-            check_range(key, value, dict(item.metadata))
-        elif value not in choices:
-            raise InputError(f"{key}: {unknown_name('value', value, choices)}")
-
-
-def check_range(key: str, value: float, limits: dict[str, float]) -> None:
-    """Raise InputError if `value` is outside the limits, as `setting` takes them."""
-    is_inside = (
-        value > limits.get("above", -math.inf)
-        and value >= limits.get("at_least", -math.inf)
-        and value < limits.get("below", math.inf)
-        and value <= limits.get("at_most", math.inf)
-    )
-    if not is_inside:
-        words = [f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items()]
-        raise InputError(f"{key}={value}: expected a number {' and '.join(words)}")
+        if "choices" in limits:
+            if value not in limits["choices"]:
+                raise InputError(f"{key}: {unknown_name('value', value, limits['choices'])}")
+        elif not all(LIMITS[name](value, limit) for name, limit in limits.items()):
+            words = [f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items()]
+            raise InputError(f"{key}={value}: expected a number {' and '.join(words)}")
 
 
 def unknown_key(full_key: str, schema: type) -> str:

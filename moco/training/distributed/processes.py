@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -20,6 +21,7 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
 from moco.errors import InputError, Interrupted, PeerLost, RunError
 from moco.runs.interrupts import StopRequest, held_back
+from moco.runs.run_folder import last_good
 from moco.training.distributed.collectives import new_rendezvous
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ def run_on_devices(
     arguments: Sequence[Any],
     num_devices: int,
     stop: StopRequest,
-    last_good: Callable[[], str],
+    folder: Path,
 ) -> None:
     """Call ``work(*arguments, stop)`` in one new process per device; return when all have ended.
 
@@ -63,7 +65,7 @@ def run_on_devices(
         arguments: have to be picklable.
         num_devices: the number of processes.
         stop: passed on to every process.
-        last_good: names the newest checkpoint, for the message when a process is killed.
+        folder: the run folder, whose newest checkpoint is named when a process is killed.
 
     Raises:
         InputError, RunError, Interrupted: what the process raised that failed first. If it was
@@ -82,7 +84,7 @@ def run_on_devices(
             child.process.join()
         rendezvous.unlink(missing_ok=True)
         rendezvous.parent.rmdir()
-    error = first_failure(children, last_good)
+    error = first_failure(children, folder)
     if error is not None:
         raise error
 
@@ -118,7 +120,9 @@ def supervise(children: Sequence[Child], stop: StopRequest) -> None:
         if stop and not has_told:
             has_told = True
             for child in alive:
-                tell(child, stop.signal_number)
+                # As if the process itself had received the signal.
+                with contextlib.suppress(OSError):  # it is ending already
+                    child.connection.send(stop.signal_number)
         events: list[Any] = []
         for child in alive:
             events += [child.process.sentinel, child.connection]
@@ -136,23 +140,15 @@ def supervise(children: Sequence[Child], stop: StopRequest) -> None:
         child.is_cause = False
 
 
-def tell(child: Child, signal_number: int | None) -> None:
-    """Ask a process to stop as if it had received the signal."""
-    with contextlib.suppress(OSError):  # it is ending already
-        child.connection.send(signal_number)
-
-
 def read_error(child: Child) -> None:
     """Keep the error that the process has sent, if there is one."""
-    try:
+    with contextlib.suppress(EOFError, OSError):
         while child.error is None and child.connection.poll():
             child.error = child.connection.recv()
             child.is_cause = not isinstance(child.error, PeerLost)
-    except (EOFError, OSError):
-        pass
 
 
-def first_failure(children: Sequence[Child], last_good: Callable[[], str]) -> BaseException | None:
+def first_failure(children: Sequence[Child], folder: Path) -> BaseException | None:
     """Return why the training ended, or None if all processes succeeded.
 
     A killed process comes first, then an error, then a lost connection, which only follows from the
@@ -160,7 +156,14 @@ def first_failure(children: Sequence[Child], last_good: Callable[[], str]) -> Ba
     """
     for child in children:
         if child.is_cause and child.error is None and child.process.exitcode:
-            return killed_error(child, len(children), last_good)
+            code = child.process.exitcode
+            how = f"ended with exit code {code}"
+            if code < 0:
+                how = f"was killed by {signal.Signals(-code).name}"
+            return RunError(
+                f"rank {child.rank} of {len(children)} (process {child.process.pid}) {how}: by the "
+                f"kernel if memory ran out, or from outside; {last_good(folder)}"
+            )
     errors = [child.error for child in children if child.error is not None]
     causes = [error for error in errors if not isinstance(error, PeerLost)]
     for kind in (InputError, RunError, Interrupted, BaseException):
@@ -168,19 +171,6 @@ def first_failure(children: Sequence[Child], last_good: Callable[[], str]) -> Ba
             if isinstance(error, kind):
                 return error
     return None
-
-
-def killed_error(child: Child, num_devices: int, last_good: Callable[[], str]) -> RunError:
-    """Return the error for a process that ended without saying why."""
-    code = child.process.exitcode
-    assert code is not None
-    how = f"ended with exit code {code}"
-    if code < 0:
-        how = f"was killed by {signal.Signals(-code).name}"
-    return RunError(
-        f"rank {child.rank} of {num_devices} (process {child.process.pid}) {how}: by the kernel "
-        f"if memory ran out, or from outside; {last_good()}"
-    )
 
 
 def _run_child(
