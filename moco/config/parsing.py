@@ -41,17 +41,10 @@ LIMITS = {
 """What has to hold between a value and each limit of `setting`."""
 
 
-def find_config_dir() -> Path:
-    """Return the folder of the YAML files.
-
-    A wheel carries ``conf/`` inside the package. A checkout has it beside the package.
-    """
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
-
-
-CONFIG_DIR = find_config_dir()
+# A wheel carries the YAML files inside the package. A checkout has them beside the package.
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
+if not CONFIG_DIR.is_dir():
+    CONFIG_DIR = CONFIG_DIR.parents[1] / "conf"
 
 
 def register_schemas() -> None:
@@ -117,21 +110,15 @@ def unknown_key(full_key: str, schema: type) -> str:
     A key of the same group with a similar name comes first: that is a typing error. Otherwise the
     name may be right and the group wrong.
     """
-    group = full_key.rpartition(".")[0]
+    group, _, name = full_key.rpartition(".")
     all_keys = keys(schema)
     siblings = [key for key in all_keys if key.rpartition(".")[0] == group]
-    nearest = nearest_key(full_key, siblings) or nearest_key(full_key, all_keys)
-    hint = f"; did you mean '{nearest}'?" if nearest else ""
+    hint = ""
+    for candidates in (all_keys, siblings):
+        names = [key.rpartition(".")[2] for key in candidates]
+        for match in difflib.get_close_matches(name, names, n=1):
+            hint = f"; did you mean '{candidates[names.index(match)]}'?"
     return f"unknown key '{full_key}'{hint} (keys here: {', '.join(siblings)})"
-
-
-def nearest_key(full_key: str, candidates: list[str]) -> str | None:
-    """Return the first candidate whose last part is similar to that of `full_key`."""
-    names = [key.rpartition(".")[2] for key in candidates]
-    matches = difflib.get_close_matches(full_key.rpartition(".")[2], names, n=1)
-    if not matches:
-        return None
-    return candidates[names.index(matches[0])]
 
 
 def keys(schema: type, prefix: str = "") -> list[str]:

@@ -59,40 +59,39 @@ def failures_named(folder: Path) -> Iterator[None]:
         threading.excepthook = usual_hook
 
 
-# {batch_size} stands for the setting's name, which differs between programs.
-GPU_IS_FULL = "the GPU is out of memory; a smaller {batch_size}{in_training} needs less"
+# What else helps when a GPU is full, in a training.
 IN_TRAINING = (
     ", more trainer.accumulate_grad_batches, trainer.precision=bf16-mixed or, for a Swin, "
     "backbone.gradient_checkpointing=true"
 )
-MEMORY_IS_FULL = (
-    "the machine is out of memory; fewer data.num_workers or a smaller {batch_size} needs less, "
-    "or give the job more"
-)
-TOO_MANY_FILES = (
-    "too many files are open; raise the limit with 'ulimit -n 65536' before the start, "
-    "or use fewer data.num_workers"
-)
-SHARED_MEMORY_IS_FULL = (
-    "the loader processes have used up the shared memory; use fewer data.num_workers or a smaller "
-    "{batch_size}, or give the container more (docker run --shm-size=8g, or a memory volume on "
-    "/dev/shm)"
-)
-LOADER_WAS_KILLED = (
-    "a loader process was ended from outside, mostly by the kernel because the memory was full; "
-    "use fewer data.num_workers or a smaller {batch_size}, or give the job more memory"
-)
-CANNOT_COMPILE = "torch.compile fails at these encoders; trainer.compile=false does without"
 # Patterns in the message of a RuntimeError, or of an error of a loader process, and what they mean.
-# The first that matches counts.
+# The first that matches counts. {batch_size} stands for the setting's name, which differs between
+# programs.
 SIGNS = {
-    r"shared memory|/torch_\d+|bus error": SHARED_MEMORY_IS_FULL,
+    r"shared memory|/torch_\d+|bus error": (
+        "the loader processes have used up the shared memory; use fewer data.num_workers or a "
+        "smaller {batch_size}, or give the container more (docker run --shm-size=8g, or a memory "
+        "volume on /dev/shm)"
+    ),
     # EOFError is the end of a pipe to a process.
-    r"DataLoader worker .*(exited unexpectedly|killed by signal)|^EOFError": LOADER_WAS_KILLED,
-    r"Too many open files|received 0 items of ancdata": TOO_MANY_FILES,
-    r"^OutOfMemoryError|(CUDA|HIP).* out of memory|CU\w+_STATUS_ALLOC_FAILED": GPU_IS_FULL,
-    r"^BackendCompilerFailed|^InductorError|^TorchRuntimeError": CANNOT_COMPILE,
-    r"MemoryError|can('t|not) allocate memory|not enough memory|bad_alloc": MEMORY_IS_FULL,
+    r"DataLoader worker .*(exited unexpectedly|killed by signal)|^EOFError": (
+        "a loader process was ended from outside, mostly by the kernel because the memory was "
+        "full; use fewer data.num_workers or a smaller {batch_size}, or give the job more memory"
+    ),
+    r"Too many open files|received 0 items of ancdata": (
+        "too many files are open; raise the limit with 'ulimit -n 65536' before the start, or use "
+        "fewer data.num_workers"
+    ),
+    r"^OutOfMemoryError|(CUDA|HIP).* out of memory|CU\w+_STATUS_ALLOC_FAILED": (
+        "the GPU is out of memory; a smaller {batch_size}{in_training} needs less"
+    ),
+    r"^BackendCompilerFailed|^InductorError|^TorchRuntimeError": (
+        "torch.compile fails at these encoders; trainer.compile=false does without"
+    ),
+    r"MemoryError|can('t|not) allocate memory|not enough memory|bad_alloc": (
+        "the machine is out of memory; fewer data.num_workers or a smaller {batch_size} needs "
+        "less, or give the job more"
+    ),
 }
 REMEDIES = {
     errno.ENOSPC: "free some space and start again",

@@ -91,18 +91,16 @@ def is_finished(folder: Path, config: Mapping[str, Any], defaults: Mapping[str, 
         config: the run's config as plain data.
         defaults: as in `find_checkpoint`.
     """
-    status = read_status(folder)
-    if config["resume"] is None or status is None or status["state"] != "finished":
+    status = read_status(folder) or {}
+    if config["resume"] is None or status.get("state") != "finished":
         return False
     if not (folder / METRICS).is_file():
-        return False
+        return False  # no training
     figures = json.loads((folder / METRICS).read_text())
     trainer = config["trainer"]
     has_all_epochs = figures.get("epoch", 0) >= trainer["max_epochs"]
     has_all_steps = 0 < trainer["max_steps"] <= figures.get("step", 0)
-    if not has_all_epochs and not has_all_steps:
-        return False
-    return not changes_in(folder, config, defaults)
+    return (has_all_epochs or has_all_steps) and not changes_in(folder, config, defaults)
 
 
 @contextmanager

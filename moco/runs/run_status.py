@@ -30,10 +30,9 @@ This is used only where neither the lock nor SLURM can tell.
 def read_status(folder: Path) -> dict[str, Any] | None:
     """Return what the run wrote last, or None if it has written nothing yet."""
     try:
-        status = json.loads((folder / STATUS).read_text())
+        return dict(json.loads((folder / STATUS).read_text()))
     except (FileNotFoundError, ValueError):
         return None
-    return status if isinstance(status, dict) else None
 
 
 def write_status(folder: Path, state: str, message: str = "", exit_code: int | None = None) -> None:

@@ -140,21 +140,15 @@ def lost_peers_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if world_size() > 1 and is_lost_connection(error):
-            reason = str(error).splitlines()[0]
-            raise PeerLost(
-                f"rank {rank()} lost the connection to another process, which has ended or hangs; "
-                f"its own message, or that of srun or torchrun, says why ({reason})"
-            ) from error
-        raise
-
-
-def is_lost_connection(error: RuntimeError) -> bool:
-    """Return whether a collective failed because another process did."""
-    if isinstance(error, RunError):
-        return False
-    is_of_gloo = "/gloo/" in str(error) or "Connection closed by peer" in str(error)
-    return isinstance(error, dist.DistError) or is_of_gloo
+        text = str(error)
+        is_of_gloo = "/gloo/" in text or "Connection closed by peer" in text
+        is_lost = isinstance(error, dist.DistError) or is_of_gloo
+        if world_size() == 1 or isinstance(error, RunError) or not is_lost:
+            raise
+        raise PeerLost(
+            f"rank {rank()} lost the connection to another process, which has ended or hangs; "
+            f"its own message, or that of srun or torchrun, says why ({text.splitlines()[0]})"
+        ) from error
 
 
 def collective(call: Callable[..., Any], output: Tensor, *inputs: Tensor, **options: Any) -> Any:
