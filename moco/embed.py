@@ -102,7 +102,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
 
 def main() -> None:
     """Entry point of ``moco-embed``."""
-    launch(run, EmbedConfig, "embed")
+    launch(run, "embed")
 
 
 if __name__ == "__main__":

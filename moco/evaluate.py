@@ -110,7 +110,7 @@ def origin_of(subject: "Subject", pretrained: "Pretrained") -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of ``moco-evaluate``."""
-    launch(run, EvaluateConfig, "evaluate")
+    launch(run, "evaluate")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def about_weights(config: ExportConfig, pretrained: "Pretrained") -> dict[str, A
 
 def main() -> None:
     """Run the command ``moco-export``."""
-    launch(run, ExportConfig, "export")
+    launch(run, "export")
 
 
 if __name__ == "__main__":

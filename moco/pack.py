@@ -90,7 +90,7 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
 def main() -> None:
     """Entry point of ``moco-pack``; ``--check`` is another way to say ``check=true``."""
     sys.argv = ["check=true" if argument == "--check" else argument for argument in sys.argv]
-    launch(run, PackConfig, "pack")
+    launch(run, "pack")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def check_trainer(trainer: TrainerConfig) -> None:
 
 def main() -> None:
     """Run the command ``moco-segment``."""
-    launch(run, SegmentConfig, "segment")
+    launch(run, "segment")
 
 
 if __name__ == "__main__":

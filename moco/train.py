@@ -52,7 +52,7 @@ def run(config: TrainConfig, folder: Path) -> None:
 
 def main() -> None:
     """Entry point of ``moco-train``."""
-    launch(run, TrainConfig, "train")
+    launch(run, "train")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,6 @@ def test_a_run_is_finished_until_it_is_to_be_longer(tmp_path):
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """What `launch` leaves of a sweep of six jobs, of which two are wrong and two fail."""
-    from moco.config.train import TrainConfig
 
     def program(config, folder):
         with claimed(folder, {"seed": config.seed}):
@@ -166,7 +165,7 @@ def launched(tmp_path_factory):
         patch.setattr("moco.cli.launch.codes", [])
         patch.setenv("HYDRA_FULL_ERROR", "0")
         with pytest.raises(SystemExit) as ended:
-            launch(program, TrainConfig, "train")
+            launch(program, "train")
     assert ended.value.code == 2
     return folder
 

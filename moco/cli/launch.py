@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -22,14 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from moco.cli.error_lines import CONFIG_ERRORS, report
 from moco.cli.log_setup import set_up_logging
 from moco.cli.run_names import register_resolvers
-from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schemas
 from moco.errors import InputError, Interrupted
 from moco.runs.interrupts import REQUEUEING, listen_early
 from moco.runs.run_folder import CONFIG
 from moco.runs.run_status import write_ending
 from moco.runs.slurm import is_first_task, requeue, stop_signals
-
-T = TypeVar("T")
 
 codes: list[int] = []
 """Exit codes of the failed jobs of this process's sweep."""
@@ -43,7 +41,7 @@ class Failure:
     line: str
 
 
-def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str) -> NoReturn:
+def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
     """Run ``program(config, run_folder)`` under Hydra's command line and exit with its code.
 
     In a sweep (``-m``) a job that fails does not end the others. The sweep ends with the code of
@@ -51,9 +49,9 @@ def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str
 
     Args:
         program: what to run.
-        schema: the dataclass of its config.
-        config_name: the YAML file in ``conf/``, without its ending.
+        config_name: of its schema, and of its YAML file in ``conf/``.
     """
+    schema = SCHEMAS[config_name]
     is_training = config_name in ("train", "segment")
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Without this Hydra prints its own report of an error and always exits with 1.

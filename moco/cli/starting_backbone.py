@@ -12,7 +12,6 @@ from moco.config.pretrained import (
 from moco.config.segment import SegmentConfig
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
-from moco.models.swin.backbone import Swin
 from moco.weights.load_encoder import load_pretrained, log_window_advice
 
 log = logging.getLogger(__name__)
@@ -56,12 +55,6 @@ def find_backbone(config: SegmentConfig) -> StartingBackbone:
         settings = given
     else:
         backbone = pretrained.encoder.backbone
-        if isinstance(backbone, Swin) and "window_size" in given:
-            log.info(
-                "attention windows of %s cells, pretrained with %s",
-                backbone.window_size,
-                backbone.pretrained_window_size,
-            )
         log_window_advice(pretrained, given, image_size)
         # A patch projection that pretraining kept frozen is trained, unless it is frozen here too.
         both = pretrained.settings | {"freeze_patch_embed": given.get("freeze_patch_embed")}

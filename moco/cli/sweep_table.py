@@ -152,8 +152,8 @@ def as_text(jobs: Sequence[Job]) -> str:
         values = [job.overrides.get(key, "") for key in keys]
         figures = [format_figure(job.figures.get(figure), figure) for figure in columns.values()]
         rows.append([*values, job.state, *figures, job.status.get("message", "")])
-    for overrides, group in groups_of_seeds(jobs).items():
-        shared = {**dict(overrides), SEED: f"mean of {len(group)}"}
+    for group in groups_of_seeds(jobs):
+        shared = group[0].overrides | {SEED: f"mean of {len(group)}"}
         values = [shared.get(key, "") for key in keys]
         figures = [mean_and_spread(group, figure) for figure in columns.values()]
         rows.append([*values, "", *figures, ""])
@@ -170,14 +170,14 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def groups_of_seeds(jobs: Sequence[Job]) -> dict[tuple[tuple[str, str], ...], list[Job]]:
-    """Return groups of finished jobs that differ by their seed alone, by their other overrides."""
-    groups: dict[tuple[tuple[str, str], ...], list[Job]] = {}
+def groups_of_seeds(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Return groups of finished jobs that differ by their seed alone."""
+    groups: dict[Any, list[Job]] = {}
     for job in jobs:
         if SEED in job.overrides and job.state == "finished":
-            shared = tuple((key, value) for key, value in job.overrides.items() if key != SEED)
-            groups.setdefault(shared, []).append(job)
-    return {shared: group for shared, group in groups.items() if len(group) > 1}
+            shared = job.overrides | {SEED: ""}
+            groups.setdefault(tuple(shared.items()), []).append(job)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def mean_and_spread(jobs: Sequence[Job], name: str) -> str:

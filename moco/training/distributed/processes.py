@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -75,8 +76,12 @@ def run_on_devices(
     children: list[Child] = []
     try:
         for rank in range(num_devices):
-            child = start(work, arguments, rank, num_devices, str(rendezvous), stop)
-            children.append(child)
+            environment = {
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num_devices),
+                "MOCO_RENDEZVOUS": str(rendezvous),
+            }
+            children.append(start(partial(work, *arguments), environment, stop))
         supervise(children, stop)
     finally:
         for child in children:
@@ -89,26 +94,23 @@ def run_on_devices(
         raise error
 
 
-def start(
-    work: Callable[..., None],
-    arguments: Sequence[Any],
-    rank: int,
-    num_devices: int,
-    rendezvous: str,
-    stop: StopRequest,
-) -> Child:
-    """Start the process of one rank."""
+def start(job: Callable[..., None], environment: dict[str, str], stop: StopRequest) -> Child:
+    """Start the process of one rank.
+
+    Args:
+        job: what it calls, with its own `StopRequest`.
+        environment: its further environment variables.
+        stop: of this process.
+    """
     context = multiprocessing.get_context("spawn")  # CUDA does not work after a fork
     parents_end, childs_end = context.Pipe()
-    process = context.Process(
-        target=_run_child,
-        args=(work, tuple(arguments), rank, num_devices, rendezvous, childs_end, stop.signals),
-        name=f"rank {rank}",
-    )
+    rank = environment["LOCAL_RANK"]
+    arguments = (job, environment, childs_end, stop.signals)
+    process = context.Process(target=_run_child, args=arguments, name=f"rank {rank}")
     with held_back(stop.signals):  # until the child's own StopRequest begins
         process.start()
     childs_end.close()  # only the child holds it now, so that it closes when the child ends
-    return Child(rank, process, parents_end)
+    return Child(int(rank), process, parents_end)
 
 
 def supervise(children: Sequence[Child], stop: StopRequest) -> None:
@@ -174,27 +176,23 @@ def first_failure(children: Sequence[Child], folder: Path) -> BaseException | No
 
 
 def _run_child(
-    work: Callable[..., None],
-    arguments: tuple[Any, ...],
-    rank: int,
-    num_devices: int,
-    rendezvous: str,
+    job: Callable[..., None],
+    environment: dict[str, str],
     connection: Connection,
     signals: Sequence[int],
 ) -> None:
-    os.environ["LOCAL_RANK"] = str(rank)
-    os.environ["WORLD_SIZE"] = str(num_devices)
-    os.environ["MOCO_RENDEZVOUS"] = rendezvous
+    os.environ.update(environment)
     code = 1
     try:
         with StopRequest(signals) as stop:
             threading.Thread(target=_listen, args=(connection, stop), daemon=True).start()
-            work(*arguments, stop)
+            job(stop)
         code = 0
     except (InputError, RunError, Interrupted) as error:
         connection.send(error)
     except BaseException as error:
         traceback.print_exc()
+        rank = environment["LOCAL_RANK"]
         connection.send(RunError(f"rank {rank}: {type(error).__name__}: {error}"))
     sys.stdout.flush()
     sys.stderr.flush()
