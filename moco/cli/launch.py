@@ -63,7 +63,7 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
         folder = Path(HydraConfig.get().runtime.output_dir)
         set_up_logging()
         try:
-            config = parse(composed, schema)
+            config: Any = parse(composed, schema)
             if is_training:
                 listen_early(stop_signals(composed.slurm.signal))
             program(config, folder)

@@ -41,8 +41,9 @@ def choose_device(accelerator: str, num_devices: int = 1) -> torch.device:
         )
     found = torch.cuda.device_count()
     if num_devices > found:
-        gpus = "1 GPU" if found == 1 else f"{found} GPUs"
-        raise InputError(f"trainer.devices={num_devices}: only {gpus} can be used on this machine")
+        raise InputError(
+            f"trainer.devices={num_devices}: GPUs that can be used on this machine: {found}"
+        )
     return torch.device("cuda")
 
 

@@ -65,7 +65,7 @@ class RunLogger(TensorBoardLogger):
         content = HParamsPluginData.FromString(plugin_data.content)
         # The tab puts settings that differ between runs first, and sorts the others by name.
         for info in content.experiment.hparam_infos:
-            info.differs = is_below(info.name, chosen)
+            info.differs = f"{info.name}.".startswith(tuple(f"{key}." for key in chosen))
         plugin_data.content = content.SerializeToString()
         for summary in (experiment, session):
             self.experiment.file_writer.add_summary(summary, step)
@@ -83,11 +83,6 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, float | str]:
         elif value is not None:
             flat[name] = str(value)
     return flat
-
-
-def is_below(name: str, keys: Sequence[str]) -> bool:
-    """Return whether a dotted name is one of the keys, or inside of one."""
-    return any(name == key or name.startswith(f"{key}.") for key in keys)
 
 
 def given_keys(folder: Path) -> list[str]:

@@ -61,7 +61,7 @@ def two_gpus(monkeypatch):
 def test_more_gpus_than_there_are_is_one_line(two_gpus):
     assert choose_device("auto", 2).type == "cuda"
     with pytest.raises(
-        InputError, match=r"^trainer\.devices=3: only 2 GPUs can be used on this machine$"
+        InputError, match=r"^trainer\.devices=3: GPUs that can be used on this machine: 2$"
     ):
         choose_device("gpu", 3)
     assert choose_device("cpu", 3).type == "cpu"

@@ -90,8 +90,9 @@ def process_group(
     elif "MOCO_RENDEZVOUS" in os.environ:
         # Our own processes, see `moco.training.distributed.processes`, are all on this machine, and
         # nobody outside has to reach them.
+        interfaces = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, loopback())
+            os.environ.setdefault(name, interfaces[0])
         rank, size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
         meeting_place = f"file://{os.environ['MOCO_RENDEZVOUS']}"
     else:
@@ -107,14 +108,6 @@ def process_group(
         _steps = None
     # Not after an error: this would wait for processes that may be gone.
     dist.destroy_process_group()
-
-
-def loopback() -> str:
-    """Return the name of the network interface that leads back to this machine."""
-    for _, name in socket.if_nameindex():
-        if name.startswith("lo"):
-            return name
-    return "lo"
 
 
 def new_rendezvous() -> Path:
