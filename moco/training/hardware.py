@@ -80,10 +80,7 @@ def choose_memory_format(memory_format: str, module: nn.Module) -> str:
     """
     if memory_format != "auto":
         return memory_format
-    trained = 0
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            trained += parameter.numel()
+    trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
     in_convolutions = 0
     for layer in module.modules():
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.weight.requires_grad:
