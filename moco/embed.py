@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moco.cli.checks import check_output
-from moco.cli.launch import launch, save_hydra_files
+from moco.cli.launch import hydra_files, launch
 from moco.config.pretrained import (
     EmbedConfig,
     data_settings,
@@ -15,8 +15,6 @@ from moco.config.pretrained import (
     with_usual_settings,
 )
 from moco.errors import InputError
-
-INTERRUPTED = "the parts that are whole are kept; the same command goes on there"
 
 
 def run(config: EmbedConfig, folder: Path) -> None:
@@ -32,14 +30,14 @@ def run(config: EmbedConfig, folder: Path) -> None:
     """
     from rich.console import Console
 
-    from moco.cli.closing_tables import print_table
+    from moco.cli.closing_tables import print_plain, print_table
     from moco.evaluation import embedding
     from moco.evaluation.indexes import empty_index
     from moco.evaluation.resumable_features import remove_parts, taken
     from moco.evaluation.subject import build_source_of
     from moco.runs.failures import failures_without_training_named
     from moco.runs.interrupts import ending_at_once
-    from moco.runs.progress_bar import ImageProgress
+    from moco.runs.progress_bar import image_progress
     from moco.runs.run_folder import claimed
     from moco.training.hardware import choose_device
     from moco.weights.load_encoder import load_pretrained, log_window_advice
@@ -78,30 +76,33 @@ def run(config: EmbedConfig, folder: Path) -> None:
     parts_folder = output.with_name(f"{output.name}.part")
     kept = f"what is done is kept in {parts_folder}, and the same command goes on there"
     # An interruption or a full disk loses nothing, and the message says so.
-    failures_named = failures_without_training_named("batch_size", kept, "output=FILE.npz")
-    with taken(parts_folder), ending_at_once(INTERRUPTED), failures_named:
+    failures_named = failures_without_training_named("batch_size", kept)
+    with taken(parts_folder), ending_at_once(), failures_named:
         parts = embedding.open_parts(parts_folder, settings, encoder, images)
         loader = embedding.load_images(images, parts, settings, device)
-        with parts, ImageProgress(console, "embedding", parts.num_done, len(images)) as progress:
+        with parts, image_progress(console, "embedding", parts.num_done, len(images)) as say:
             embedding.add_features(
-                encode, loader, parts, len(images), data["max_bad_fraction"], progress.say
+                encode, loader, parts, len(images), data["max_bad_fraction"], say
             )
         if parts.state.num_rows == 0:
             raise InputError(f"data.root={data['root']}: no images in there")
         index = embedding.write_files(output, parts, config.index, images.has_labels)
         remove_parts(parts_folder)
-    with failures_without_training_named("batch_size"), claimed(folder, dataclasses.asdict(config)):
-        save_hydra_files(folder)
+    with (
+        failures_without_training_named("batch_size"),
+        claimed(folder, dataclasses.asdict(config), hydra_files()),
+    ):
+        pass  # a record of the settings
     print_table(console, "Embedded", embedding.summary(settings, parts, images.has_labels, index))
     names = os.path.relpath(output)
     if config.index != embedding.NO_INDEX:
         names += f" and {Path(names).with_suffix('.faiss')}"
-    console.print(f"written to {names}", soft_wrap=True, highlight=False)
+    print_plain(console, f"written to {names}")
 
 
 def main() -> None:
     """Entry point of ``moco-embed``."""
-    launch(run, EmbedConfig, "embed")
+    launch(run, "embed")
 
 
 if __name__ == "__main__":

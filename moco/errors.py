@@ -4,6 +4,7 @@ Each program turns them into one line on stderr and an exit code.
 """
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -30,16 +31,24 @@ class Interrupted(Exception):
         return str(self.args[1])
 
 
+def exit_code(error: BaseException) -> int:
+    """Return the code with which a program ends that this error has ended."""
+    if isinstance(error, Interrupted):
+        return 128 + error.signal_number
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return 2 if isinstance(error, InputError) else 1
+
+
 def printable(text: str) -> str:
     r"""Return text, such as a file name, on one line and without control characters.
 
     A newline becomes ``\n``. A byte of a name that is not UTF-8 becomes an escape such as
     ``\udcff``, which is how Python's strings hold the byte 255.
     """
-    shown = []
-    for char in text:
-        shown.append(char if char.isprintable() else char.encode("unicode_escape").decode())
-    return "".join(shown)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def unknown_name(what: str, name: str, choices: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco.cli.checks import check_output
-from moco.cli.launch import launch, save_hydra_files
+from moco.cli.launch import hydra_files, launch
 from moco.config.pretrained import (
     EvaluateConfig,
     check_settings,
@@ -31,7 +31,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     """
     from rich.console import Console
 
-    from moco.cli.closing_tables import print_table
+    from moco.cli.closing_tables import print_plain, print_table
     from moco.evaluation.measurements import measure
     from moco.runs.atomic_files import write_atomically, write_json
     from moco.runs.failures import failures_without_training_named
@@ -51,14 +51,13 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     print_table(console, findings.title, rows)
     for table in findings.tables:
         console.print(table)
-    with failures_named(), claimed(folder, dataclasses.asdict(config)):
-        save_hydra_files(folder)
+    with failures_named(), claimed(folder, dataclasses.asdict(config), hydra_files()):
         for name, write in findings.files.items():
             write_atomically(folder / name, write)
         write_json(output, {**findings.scores, **findings.protocol, **findings.details, **origin})
     written = [folder / name for name in findings.files]
     for path in [*written, output]:
-        console.print(f"written to {os.path.relpath(path)}", soft_wrap=True, highlight=False)
+        print_plain(console, f"written to {os.path.relpath(path)}")
 
 
 def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrained]":
@@ -110,7 +109,7 @@ def origin_of(subject: "Subject", pretrained: "Pretrained") -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of ``moco-evaluate``."""
-    launch(run, EvaluateConfig, "evaluate")
+    launch(run, "evaluate")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco.cli.checks import check_output
-from moco.cli.launch import launch, save_hydra_files
-from moco.config.pretrained import ExportConfig, given_settings, with_usual_settings
-from moco.errors import InputError
+from moco.cli.launch import hydra_files, launch
+from moco.config.pretrained import ExportConfig, given_settings, image_size_of, with_usual_settings
 
 if TYPE_CHECKING:
     from moco.weights.load_encoder import Pretrained
@@ -33,7 +32,7 @@ def run(config: ExportConfig, folder: Path) -> None:
     import torch
     from rich.console import Console
 
-    from moco.cli.closing_tables import print_table
+    from moco.cli.closing_tables import print_plain, print_table
     from moco.runs.atomic_files import write_atomically
     from moco.runs.failures import failures_without_training_named
     from moco.runs.run_folder import claimed
@@ -57,10 +56,10 @@ def run(config: ExportConfig, folder: Path) -> None:
     image_size = about["image_size"]
 
     content = export_content(file_format, output, backbone, settings, about)
-    with failures_without_training_named("batch_size", place="output=FILE"):
+    with failures_without_training_named("batch_size", "change output=FILE"):
         write_atomically(output, lambda file: file.write(content))
-        with claimed(folder, dataclasses.asdict(config)):
-            save_hydra_files(folder)
+        with claimed(folder, dataclasses.asdict(config), hydra_files()):
+            pass  # a record of the settings
 
     console = Console()
     print_table(console, f"Exported for {file_format}", summary_rows(backbone, settings, about))
@@ -82,16 +81,10 @@ def about_weights(config: ExportConfig, pretrained: "Pretrained") -> dict[str, A
         InputError: no image size is given, and the checkpoint does not say one.
     """
     of_run = with_usual_settings(pretrained.config)
-    image_size = config.image_size
-    if image_size is None:
-        image_size = of_run["data"]["image_size"]
-        if image_size is None:
-            raise InputError(
-                f"image_size: missing; {config.checkpoint} does not say it, give image_size=PIXELS"
-            )
-        if pretrained.window_size is not None:
-            backbone: Any = pretrained.encoder.backbone
-            image_size = round(image_size * backbone.window_size[0] / pretrained.window_size[0])
+    image_size = image_size_of(config, of_run["data"])
+    if config.image_size is None and pretrained.window_size is not None:
+        backbone: Any = pretrained.encoder.backbone
+        image_size = round(image_size * backbone.window_size[0] / pretrained.window_size[0])
     return {
         "image_size": image_size,
         "mean": of_run["augmentation"]["mean"],
@@ -103,14 +96,9 @@ def about_weights(config: ExportConfig, pretrained: "Pretrained") -> dict[str, A
     }
 
 
-def print_plain(console: Any, line: str) -> None:
-    """Print a line that can be copied: it is not wrapped, and its brackets are no markup."""
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
 def main() -> None:
     """Run the command ``moco-export``."""
-    launch(run, ExportConfig, "export")
+    launch(run, "export")
 
 
 if __name__ == "__main__":

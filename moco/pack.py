@@ -4,22 +4,17 @@
 """
 
 import dataclasses
-import errno
 import os
 import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moco.cli.launch import launch, save_hydra_files
+from moco.cli.launch import hydra_files, launch
 from moco.config.pack import PackConfig
-from moco.errors import RunError
 
 if TYPE_CHECKING:
     from moco.data.packing import Pool
-
-INTERRUPTED = "the parts that are whole are kept; the same command goes on there"
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run(config: PackConfig, folder: Path) -> None:
@@ -33,9 +28,10 @@ def run(config: PackConfig, folder: Path) -> None:
 
     from moco.data.packing import LOCK, Pool, check_copy, prepare_folder
     from moco.data.sources.registry import build_source
+    from moco.runs.failures import failures_without_training_named
     from moco.runs.folder_lock import locked
-    from moco.runs.interrupts import ending_at_once
-    from moco.runs.progress_bar import ImageProgress
+    from moco.runs.interrupts import PARTS_KEPT, ending_at_once
+    from moco.runs.progress_bar import image_progress
     from moco.runs.run_folder import claimed
 
     output = Path(config.output)
@@ -43,21 +39,17 @@ def run(config: PackConfig, folder: Path) -> None:
     del data["max_bad_fraction"], data["resize"]  # settings of the copy, not of the source
     pool = Pool(build_source(**data))
     if config.check:
-        with ImageProgress(Console(), "checking", 0, len(pool)) as progress:
+        with image_progress(Console(), "checking", 0, len(pool)) as say:
             for num_done in check_copy(output, pool):
-                progress.say(num_done)
+                say(num_done)
     else:
         prepare_folder(output)
-        try:
-            with locked(output / LOCK, f"output={output}"), ending_at_once(INTERRUPTED):
-                pack(config, output, pool)
-        except OSError as error:
-            if error.errno not in DISK_IS_FULL:
-                raise
-            said = f"output={output}: {error.strerror}; with room there the same command goes on"
-            raise RunError(said) from error
-    with claimed(folder, dataclasses.asdict(config)):
-        save_hydra_files(folder)
+        failures_named = failures_without_training_named("data.resize", PARTS_KEPT)
+        lock = locked(output / LOCK, f"output={output}")
+        with failures_named, lock, ending_at_once():
+            pack(config, output, pool)
+    with claimed(folder, dataclasses.asdict(config), hydra_files()):
+        pass  # a record of the settings
 
 
 def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
@@ -71,7 +63,7 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
     from moco.cli.closing_tables import print_table
     from moco.data.packing import CopyWriter, chunk_loader, describe_copy, open_copy
     from moco.runs.interrupts import ENDING, held_back
-    from moco.runs.progress_bar import ImageProgress
+    from moco.runs.progress_bar import image_progress
 
     # What must stay the same while a copy is written.
     settings = dataclasses.asdict(config)
@@ -87,10 +79,10 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
         loader = chunk_loader(pool, index, writer.num_done, config.num_workers)
         with held_back(ENDING):  # a loader that is interrupted while it starts prints a traceback
             chunks = iter(loader)
-        with ImageProgress(console, "packing", writer.num_done, len(pool)) as progress:
+        with image_progress(console, "packing", writer.num_done, len(pool)) as say:
             for chunk in chunks:
                 writer.add(chunk)
-                progress.say(writer.num_done)
+                say(writer.num_done)
         writer.finish()
     print_table(console, "Packed", describe_copy(index, pool))
     print(f"train with data=packed data.root={output}")
@@ -99,7 +91,7 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
 def main() -> None:
     """Entry point of ``moco-pack``; ``--check`` is another way to say ``check=true``."""
     sys.argv = ["check=true" if argument == "--check" else argument for argument in sys.argv]
-    launch(run, PackConfig, "pack")
+    launch(run, "pack")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def to_images(views: Any, data: Any) -> "list[Image.Image]":
 
 def main() -> None:
     """Entry point of ``moco-preview``."""
-    launch(run, PreviewConfig, "preview")
+    launch(run, "preview")
 
 
 if __name__ == "__main__":

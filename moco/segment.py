@@ -1,16 +1,13 @@
 """Semantic segmentation: ``python -m moco.segment checkpoint=PATH data.root=PATH``."""
 
-import dataclasses
-import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 from moco.cli.checks import check_run
-from moco.cli.launch import launch, save_hydra_files
+from moco.cli.launch import hydra_files, launch
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainerConfig
 from moco.errors import InputError
-
-log = logging.getLogger("moco.segment")  # __name__ is __main__ under python -m
 
 
 def run(config: SegmentConfig, folder: Path) -> None:
@@ -21,12 +18,11 @@ def run(config: SegmentConfig, folder: Path) -> None:
         RunError: training failed.
         Interrupted: a signal ended the run, and its checkpoint is saved.
     """
-    check_run(config.resume, config.trainer)
+    check_run(config)
     check_trainer(config.trainer)
 
     # These imports take seconds. A help page and the mistakes above do not wait for them.
     import pytorch_lightning as pl
-    from rich.console import Console
 
     from moco.cli.build_segmentation import (
         backbone_origin,
@@ -34,14 +30,15 @@ def run(config: SegmentConfig, folder: Path) -> None:
         build_segmenter,
         build_trainer,
         check_decoder,
-        check_resumable,
+        tensor_settings,
     )
     from moco.cli.closing_tables import print_segmentation
     from moco.cli.starting_backbone import find_backbone
+    from moco.cli.training_run import Run, fit, take_folder
     from moco.runs.atomic_files import write_json
     from moco.runs.failures import failures_named
     from moco.runs.interrupts import StopRequest
-    from moco.runs.run_folder import claimed, find_checkpoint, is_finished
+    from moco.runs.run_folder import find_checkpoint
     from moco.runs.slurm import stop_signals
 
     pl.seed_everything(config.seed, verbose=False)
@@ -49,34 +46,24 @@ def run(config: SegmentConfig, folder: Path) -> None:
     config.image_size = start.image_size
     decoder = check_decoder(config, start)
     data = build_data(config, start)
-    segmenter = build_segmenter(config, start, decoder, data.source.class_names)
-
-    plain = dataclasses.asdict(config)
-    defaults = dataclasses.asdict(SegmentConfig())
-    if is_finished(folder, plain, defaults):
-        log.info("%s is finished; a larger trainer.max_epochs goes on", folder)
-        return
-    checkpoint = find_checkpoint(folder, plain, config.resume, defaults)
-    if checkpoint is not None:
-        check_resumable(checkpoint, segmenter)
-        log.info("going on from %s", checkpoint)
-
-    figures = backbone_origin(config, start)
-    console = Console()
-    with StopRequest(stop_signals(config.slurm.signal)) as stop:
-        trainer = build_trainer(config, folder, figures, console, stop)
-        with failures_named(folder), claimed(folder, plain):
-            save_hydra_files(folder)
-            # A second time, because the folder's status has to hold the same line.
-            with failures_named(folder):
-                trainer.fit(
-                    segmenter,
-                    datamodule=data,
-                    ckpt_path=None if checkpoint is None else str(checkpoint),
-                    weights_only=True,
-                )
-            write_json(folder / "metrics.json", figures)
-    print_segmentation(console, folder, figures, data.source.class_names)
+    class_names = data.source.class_names
+    segmenter = build_segmenter(config, start, decoder, class_names)
+    with (
+        StopRequest(stop_signals(config.slurm.signal)) as stop,
+        failures_named(folder),
+        ExitStack() as stack,
+    ):
+        run = Run(config, folder, stop, hydra_files(), figures=backbone_origin(config, start))
+        if run.is_finished():
+            return
+        checkpoint = find_checkpoint(folder, run.plain, run.defaults)
+        step = take_folder(run, stack, checkpoint, segmenter.hparams, tensor_settings)
+        trainer = build_trainer(run, step)
+        # A second time, because the folder's status has to hold the same line.
+        with failures_named(folder):
+            fit(run, trainer, segmenter, data, checkpoint)
+            write_json(folder / "metrics.json", run.figures)
+    print_segmentation(run, class_names)
 
 
 def check_trainer(trainer: TrainerConfig) -> None:
@@ -92,7 +79,7 @@ def check_trainer(trainer: TrainerConfig) -> None:
 
 def main() -> None:
     """Run the command ``moco-segment``."""
-    launch(run, SegmentConfig, "segment")
+    launch(run, "segment")
 
 
 if __name__ == "__main__":

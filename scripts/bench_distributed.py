@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -102,7 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     given = (arguments.processes, arguments.repeats, arguments.queue_size)
     with StopRequest() as stop:
-        run_on_devices(measure, given, arguments.processes, stop, lambda: "nothing was saved")
+        run_on_devices(measure, given, arguments.processes, stop, Path())
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from moco.cli.build_pretraining import build_data, build_trainer
+from moco.cli.training_run import Run
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig
 from moco.data.loading.loaders import PairBatch
 from moco.runs.interrupts import StopRequest
-from moco.training import trainer
 
 ROWS, WIDTH = 64, 128
 KINDS = ("PyTorch", "Lightning", "Lightning with our callbacks")
@@ -69,7 +69,7 @@ class EmptyMethod(pl.LightningModule):
 
     @property
     def num_steps(self) -> int:
-        return trainer.num_steps(self.trainer)
+        return int(self.trainer.estimated_stepping_batches)
 
     def loss_of_chance(self, num_negatives: int) -> float:
         return 0.0
@@ -144,7 +144,7 @@ def as_pretraining(num_steps: int, folder: Path, profile: cProfile.Profile | Non
     data.train_dataloader = lambda: SameBatch(num_steps)
     clock = StepClock()
     with StopRequest([]) as stop, Console(quiet=True) as console:
-        full = build_trainer(config, folder, dataclasses.asdict(config), {}, console, stop)
+        full = build_trainer(Run(config, folder, stop, console=console))
         full.callbacks.insert(0, clock)
         if profile:
             profile.enable()

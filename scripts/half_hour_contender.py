@@ -245,13 +245,12 @@ def official(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int
 
 def ours(npz: str, turns: Turns, overrides: list[str]) -> None:
     """Train `+experiment=cifar10_cpu` with all that moco.train does, except for the kNN monitor."""
-    import dataclasses
-
     import pytorch_lightning as pl
     from hydra import compose, initialize_config_dir
     from rich.console import Console
 
     from moco.cli.build_pretraining import build_data, build_method, build_trainer
+    from moco.cli.training_run import Run
     from moco.config.parsing import CONFIG_DIR, parse, register_schemas
     from moco.config.train import TrainConfig
     from moco.runs.interrupts import StopRequest
@@ -276,12 +275,13 @@ def ours(npz: str, turns: Turns, overrides: list[str]) -> None:
         ]
         config = parse(compose("train", [*given, *overrides]), TrainConfig)
     pl.seed_everything(config.seed, verbose=False)
-    data, plain = build_data(config), dataclasses.asdict(config)
+    data = build_data(config)
     config.data.image_size = data.image_size
     with tempfile.TemporaryDirectory() as folder, StopRequest([]) as stop:
-        trainer = build_trainer(config, Path(folder), plain, {}, Console(quiet=True), stop)
+        run = Run(config, Path(folder), stop, console=Console(quiet=True))
+        trainer = build_trainer(run)
         trainer.callbacks.insert(0, TakeTurns())  # type: ignore[attr-defined]
-        trainer.fit(build_method(plain), datamodule=data)
+        trainer.fit(build_method(run.plain), datamodule=data)
 
 
 def embedding(

@@ -358,7 +358,6 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
     from moco.config import pretrained
 
     monkeypatch.setitem(pretrained.KINDS, "other", ("temperature",))
-    monkeypatch.setitem(pretrained.DATA_OF_KINDS, "other", ())
     check_settings(EvaluateConfig(evaluation=EvaluationConfig(name="other", temperature=0.5)))
     with pytest.raises(InputError) as error:
         check_settings(EvaluateConfig(evaluation=EvaluationConfig(name="other", index="HNSW32")))

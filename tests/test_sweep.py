@@ -141,7 +141,6 @@ def test_a_run_is_finished_until_it_is_to_be_longer(tmp_path):
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """What `launch` leaves of a sweep of six jobs, of which two are wrong and two fail."""
-    from moco.config.train import TrainConfig
 
     def program(config, folder):
         with claimed(folder, {"seed": config.seed}):
@@ -166,7 +165,7 @@ def launched(tmp_path_factory):
         patch.setattr("moco.cli.launch.codes", [])
         patch.setenv("HYDRA_FULL_ERROR", "0")
         with pytest.raises(SystemExit) as ended:
-            launch(program, TrainConfig, "train")
+            launch(program, "train")
     assert ended.value.code == 2
     return folder
 
@@ -217,8 +216,8 @@ def test_the_table_shows_every_job_whatever_became_of_it(sweep):
 
 def test_a_folder_that_is_no_sweep_is_told_in_one_line(sweep):
     root, job = sweep.parents[2], sweep / "method.temperature-0.1__seed-0"
-    of_job = f"{job}: a single run of the sweep {sweep}; expected the folder of a sweep (-m)"
-    of_runs = f"{root}/runs: not the folder of a sweep (-m), it has no multirun.yaml; sweeps in it, newest first: {sweep}"
+    near = f"not the folder of a sweep (-m), it has no multirun.yaml; sweeps near it, newest first: {sweep}"
+    of_job, of_runs = f"{job}: {near}", f"{root}/runs: {near}"
     for folder, said in (
         (root / "runs", of_runs),
         (job, of_job),

@@ -4,60 +4,40 @@ The config ends here: what is built takes plain arguments.
 """
 
 import dataclasses
+import inspect
 import logging
 import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moco.cli import training_run
 from moco.cli.checks import num_processes
+from moco.cli.training_run import Run
 from moco.config.train import TrainConfig
 from moco.errors import InputError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
-    from rich.console import Console
 
     from moco.data.loading.datamodule import PretrainingData
-    from moco.data.sources.source import DataSource
     from moco.evaluation.dense_features import DenseSet
     from moco.methods.moco import MoCo
-    from moco.runs.interrupts import StopRequest
 
 log = logging.getLogger("moco.train")
 
+# The settings of evaluation that the kNN monitor takes as they are.
+KNN = (
+    "num_neighbors",
+    "temperature",
+    "feature",
+    "precision",
+    "every_n_epochs",
+    "baselines",
+)
 # The settings of monitor.dense that say when and how to vote. Its other settings describe the data.
 DENSE_VOTE = ("every_n_epochs", "num_neighbors", "temperature")
-
-
-def build_source(config: TrainConfig, folder: Path | None = None) -> "DataSource":
-    """Return the images of the config.
-
-    Args:
-        config: the config of the run.
-        folder: where the list of the images is kept, for other processes and the next start.
-    """
-    from moco.data.sources import registry
-
-    data = config.data
-    listing = None
-    if folder is not None:
-        listing = folder / "images.npz"
-    return registry.build_source(
-        data.name,
-        data.root,
-        download=data.download,
-        num_images=data.num_images,
-        max_image_pixels=data.max_image_pixels,
-        listing=listing,
-        held_out=data.held_out,
-        streams=data.streams,
-        shuffle_buffer=data.shuffle_buffer,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        pages=data.pages,
-    )
 
 
 def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingData":
@@ -65,9 +45,16 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
 
     Args:
         config: the config of the run.
-        folder: see `build_source`.
+        folder: where the list of the images is kept, for other processes and the next start.
     """
-    source = build_source(config, folder)
+    # The rest is imported afterwards: a mistake in data.root shows at once.
+    from moco.data.sources.registry import build_source
+
+    data = config.data
+    arguments = inspect.signature(build_source).parameters
+    source_settings = {key: value for key, value in vars(data).items() if key in arguments}
+    listing = None if folder is None else folder / "images.npz"
+    source = build_source(**source_settings, listing=listing)
 
     from moco.data.augment.resolution_ramp import ResolutionRamp
     from moco.data.augment.views import EvaluationView, ViewPair
@@ -75,16 +62,12 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
     from moco.data.loading.loaders import choose_engine
     from moco.training.hardware import choose_device
 
-    data = config.data
     pair = config.augmentation
     image_size = data.image_size or source.image_size
     device = choose_device(config.trainer.accelerator)
     engine = choose_engine(data.engine, source.train, image_size, device.type)
-    if engine.in_memory:
-        where = ", in memory"
-    else:
-        where = f", {data.num_workers} loader processes"
-    log.info("augmentation: %s engine%s (%s)", engine.name, where, engine.reason)
+    where = "in memory" if engine.in_memory else f"{data.num_workers} loader processes"
+    log.info("augmentation: %s engine, %s (%s)", engine.name, where, engine.reason)
     ramp = ResolutionRamp(image_size, pair.start_image_size, pair.image_size_step, pair.ramp_epochs)
     views = ViewPair(
         pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, engine.name, ramp
@@ -131,12 +114,7 @@ def build_method(plain: dict[str, Any]) -> "MoCo":
 
 
 def build_trainer(
-    config: TrainConfig,
-    folder: Path,
-    plain: dict[str, Any],
-    figures: dict[str, Any],
-    console: "Console",
-    stop: "StopRequest",
+    run: Run,
     environment: "ClusterEnvironment | None" = None,
     step: int | None = None,
     dense_set: "DenseSet | None" = None,
@@ -144,75 +122,30 @@ def build_trainer(
     """Return Lightning's Trainer with the callbacks of pretraining.
 
     Args:
-        config: the config of the run.
-        folder: the run folder.
-        plain: `config` as plain data.
-        figures: the flat dict that becomes ``metrics.json``; callbacks write into it.
-        console: where the progress bar is drawn.
-        stop: the request to save and stop.
+        run: the run.
         environment: who started the processes.
         step: number of optimizer steps of the checkpoint that the run goes on from.
         dense_set: the images of ``monitor.dense``, from `build_dense_set`.
     """
-    from moco.training import trainer
-
-    callbacks = build_callbacks(config, folder, plain, figures, console, stop, dense_set)
-    # A process that died without a checkpoint may have logged beyond the step from which this run
-    # goes on. TensorBoard hides what was logged at `purge_step` and later.
-    purge_step = 0
-    if step is not None:
-        purge_step = step + 1
-    settings = dataclasses.asdict(config.trainer)
-    return trainer.build_trainer(settings, folder, callbacks, environment, purge_step)
-
-
-def build_callbacks(
-    config: TrainConfig,
-    folder: Path,
-    plain: dict[str, Any],
-    figures: dict[str, Any],
-    console: "Console",
-    stop: "StopRequest",
-    dense_set: "DenseSet | None" = None,
-) -> "list[pl.Callback]":
-    """Return the callbacks of pretraining in the order in which Lightning calls them.
-
-    Args: as in `build_trainer`.
-    """
-    from moco.callbacks.bad_steps import BadSteps
-    from moco.callbacks.checkpoints import Checkpoints
     from moco.callbacks.collapse_watch import CollapseWatch
     from moco.callbacks.dense_monitor import DenseMonitor
     from moco.callbacks.feature_plots import FeaturePlots
     from moco.callbacks.knn_monitor import KNNMonitor
     from moco.callbacks.label_free_monitor import LabelFreeMonitor
     from moco.callbacks.online_probe import OnlineProbe
-    from moco.callbacks.progress import ProgressBar
     from moco.callbacks.training_monitor import TrainingMonitor
     from moco.callbacks.unreadable_images import UnreadableList
     from moco.callbacks.view_pairs import ViewPairPlot
-    from moco.runs.run_folder import last_good
-    from moco.training.logger import RunDescription
 
+    config: TrainConfig = run.config
+    figures = run.figures
     evaluation = config.evaluation
     log_every_n_steps = config.trainer.log_every_n_steps
-
-    def is_stopping() -> bool:
-        return bool(stop)
-
-    callbacks: list[pl.Callback] = [
-        TrainingMonitor(figures, log_every_n_steps),
-        BadSteps(
-            figures, config.trainer.max_bad_steps, log_every_n_steps, partial(last_good, folder)
-        ),
+    is_stopping = partial(bool, run.stop)
+    monitors: list[pl.Callback] = [
         KNNMonitor(
             figures,
-            num_neighbors=evaluation.num_neighbors,
-            temperature=evaluation.temperature,
-            feature=evaluation.feature,
-            precision=evaluation.precision,
-            every_n_epochs=evaluation.every_n_epochs,
-            baselines=evaluation.baselines,
+            **{key: getattr(evaluation, key) for key in KNN},
             is_untrained=config.init_from is None,
             should_stop=is_stopping,
             plots=FeaturePlots(evaluation.plots_every_n_epochs, evaluation.projector_images),
@@ -220,22 +153,26 @@ def build_callbacks(
         CollapseWatch(),
     ]
     if evaluation.diagnostics_every_n_steps:
-        callbacks.append(LabelFreeMonitor(evaluation.diagnostics_every_n_steps))
+        monitors.append(LabelFreeMonitor(evaluation.diagnostics_every_n_steps))
     if dense_set is not None:
         vote = {key: getattr(config.monitor.dense, key) for key in DENSE_VOTE}
-        callbacks.append(DenseMonitor(figures, dense_set, **vote, should_stop=is_stopping))
+        monitors.append(DenseMonitor(figures, dense_set, **vote, should_stop=is_stopping))
     if evaluation.online_probe:
-        callbacks.append(OnlineProbe(figures, log_every_n_steps))
+        monitors.append(OnlineProbe(figures, log_every_n_steps))
     if evaluation.plots_every_n_epochs:
-        callbacks.append(ViewPairPlot(evaluation.plots_every_n_epochs))
-    callbacks += [
-        RunDescription(folder, plain, ["knn/top1", "epoch/loss"]),
-        UnreadableList(folder, figures),
-        ProgressBar(figures, console, ("knn/top1", "kNN"), ("dense/knn_miou", "dense mIoU")),
-        # Last, so that a checkpoint holds what the other callbacks have written into `figures`.
-        Checkpoints(folder, plain, figures, stop, **dataclasses.asdict(config.checkpoint)),
+        monitors.append(ViewPairPlot(evaluation.plots_every_n_epochs))
+    monitors += [
+        UnreadableList(run.folder, figures),
     ]
-    return callbacks
+    return training_run.build_trainer(
+        run,
+        TrainingMonitor(figures, log_every_n_steps),
+        monitors,
+        (("knn/top1", "kNN"), ("dense/knn_miou", "dense mIoU")),
+        run.plain["checkpoint"],
+        environment,
+        step,
+    )
 
 
 def build_dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":

@@ -4,34 +4,25 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from rich.console import Console
 
-from moco.callbacks.bad_steps import BadSteps
-from moco.callbacks.checkpoints import Checkpoints
-from moco.callbacks.progress import ProgressBar
 from moco.callbacks.segmentation_monitor import SegmentationMonitor
 from moco.callbacks.training_monitor import LossMonitor
+from moco.cli import training_run
 from moco.cli.checks import check_deterministic_segmentation
 from moco.cli.starting_backbone import StartingBackbone
+from moco.cli.training_run import Run
 from moco.config.segment import SegmentConfig
 from moco.errors import InputError
 from moco.models.swin.backbone import Swin
-from moco.runs.checkpoint_files import read_checkpoint
-from moco.runs.config_changes import differences
-from moco.runs.interrupts import StopRequest
-from moco.runs.run_folder import last_good
 from moco.segmentation.decoders import choose_decoder
 from moco.segmentation.mask_augmentation import SegmentationView
 from moco.segmentation.mask_sources import build_segmentation_source
 from moco.segmentation.segmentation_data import SegmentationData
 from moco.segmentation.segmenter import Segmenter
-from moco.training import trainer
-from moco.training.logger import RunDescription
 
 log = logging.getLogger(__name__)
 
@@ -119,50 +110,29 @@ def build_segmenter(
     return segmenter
 
 
-def build_trainer(
-    config: SegmentConfig,
-    folder: Path,
-    figures: dict[str, Any],
-    console: Console,
-    stop: StopRequest,
-) -> pl.Trainer:
+def build_trainer(run: Run, step: int | None) -> pl.Trainer:
     """Return Lightning's Trainer with the callbacks of a segmentation run.
 
     Args:
-        folder: the run folder.
-        figures: what the callbacks report into.
-        stop: true once the run has been asked to stop.
+        run: the run.
+        step: number of optimizer steps of the checkpoint that the run goes on from.
     """
-    plain = dataclasses.asdict(config)
-    log_every_n_steps = config.trainer.log_every_n_steps
-    # The order matters: the progress bar and the checkpoint show what the monitors have reported.
-    callbacks = [
-        LossMonitor(figures, log_every_n_steps),
-        BadSteps(
-            figures,
-            config.trainer.max_bad_steps,
-            log_every_n_steps,
-            partial(last_good, folder),
-        ),
-        SegmentationMonitor(
-            figures,
-            inference=config.inference,
-            every_n_epochs=config.evaluation.every_n_epochs,
-            num_plotted_images=config.evaluation.num_plotted_images,
-            should_stop=lambda: bool(stop),
-        ),
-        RunDescription(folder, plain, ["segment/miou", "epoch/loss"]),
-        ProgressBar(figures, console, ("segment/miou", "mIoU")),
-        Checkpoints(
-            folder,
-            plain,
-            figures,
-            stop,
-            config.checkpoint_every_n_epochs,
-            monitor="segment/miou",
-        ),
-    ]
-    return trainer.build_trainer(dataclasses.asdict(config.trainer), folder, callbacks)
+    config: SegmentConfig = run.config
+    monitor = SegmentationMonitor(
+        run.figures,
+        inference=config.inference,
+        every_n_epochs=config.evaluation.every_n_epochs,
+        num_plotted_images=config.evaluation.num_plotted_images,
+        should_stop=partial(bool, run.stop),
+    )
+    return training_run.build_trainer(
+        run,
+        LossMonitor(run.figures, config.trainer.log_every_n_steps),
+        [monitor],
+        [("segment/miou", "mIoU")],
+        {"every_n_epochs": config.checkpoint_every_n_epochs},
+        step=step,
+    )
 
 
 def backbone_origin(config: SegmentConfig, start: StartingBackbone) -> dict[str, Any]:
@@ -178,23 +148,7 @@ def backbone_origin(config: SegmentConfig, start: StartingBackbone) -> dict[str,
     return figures
 
 
-def check_resumable(path: Path, segmenter: Segmenter) -> None:
-    """Check that a checkpoint holds the tensors that this run has.
-
-    Raises:
-        InputError: it does not. The message names the settings.
-    """
-    there = tensor_settings(read_checkpoint(path)["hyper_parameters"])
-    here = tensor_settings(segmenter.hparams)
-    differing = differences(there, here)
-    if differing:
-        raise InputError(
-            f"resume={path}: the checkpoint is of another model or optimizer: "
-            f"{'; '.join(differing)}"
-        )
-
-
-def tensor_settings(hparams: Any) -> dict[str, Any]:
+def tensor_settings(config: Any, hparams: Any) -> dict[str, Any]:
     """Return the hyperparameters that decide which tensors a checkpoint holds."""
     keys = ("backbone", "decoder", "num_classes", "freeze_backbone")
     settings: dict[str, Any] = {key: hparams.get(key) for key in keys}

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.config.train import OptimizerConfig, TrainConfig, TrainerConfig
+from moco.config.segment import SegmentConfig
+from moco.config.train import TrainConfig, TrainerConfig
 from moco.errors import InputError
+from moco.runs.run_folder import has_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,12 +28,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check_run(resume: str | None, trainer: TrainerConfig) -> None:
+def check_run(config: TrainConfig | SegmentConfig) -> None:
     """Raise InputError for settings with which no training can start."""
-    if resume not in (None, "auto") and not Path(str(resume)).is_file():
-        raise InputError(f"resume={resume}: no such file")
-    if trainer.max_steps == 0:
+    if config.resume not in (None, "auto") and not Path(str(config.resume)).is_file():
+        raise InputError(f"resume={config.resume}: no such file")
+    if config.trainer.max_steps == 0:
         raise InputError("trainer.max_steps=0: expected -1 for no limit, or at least 1")
+
+
+def check_pretraining(config: TrainConfig, folder: Path) -> None:
+    """Raise InputError if a file, a library or a device is missing, before the data are read."""
+    check_run(config)
+    if config.optimizer.name == "lars" and importlib.util.find_spec("timm") is None:
+        raise InputError("optimizer.name=lars needs timm: pip install 'moco-ssl[lars]'")
+    if config.init_from and not Path(config.init_from).is_file() and not has_checkpoint(folder):
+        raise InputError(f"init_from={config.init_from}: no such file")
+
+    from moco.training.hardware import choose_device
+
+    choose_device(config.trainer.accelerator, config.trainer.devices)
 
 
 def check_output(output: Path) -> None:
@@ -43,60 +58,30 @@ def check_output(output: Path) -> None:
         raise InputError(f"output={output}: cannot write to {existing}")
 
 
-def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """Raise InputError if the optimizer's library is not installed."""
-    if optimizer.name == "lars" and importlib.util.find_spec("timm") is None:
-        raise InputError("optimizer.name=lars needs timm: pip install 'moco-ssl[lars]'")
-
-
-def check_devices(trainer: TrainerConfig) -> None:
-    """Raise InputError if this machine lacks the accelerator, or has fewer GPUs than needed."""
-    from moco.training.hardware import choose_device
-
-    if trainer.accelerator != "cpu":
-        choose_device(trainer.accelerator, trainer.devices)
-
-
 def num_processes(config: TrainConfig) -> int:
     """Return the number of processes that train together."""
     return config.trainer.devices * config.trainer.num_nodes
 
 
-def images_per_pass(config: TrainConfig) -> int:
-    """Return the number of images that one device gets in one forward pass."""
-    return config.data.batch_size // (
-        num_processes(config) * config.trainer.accumulate_grad_batches
-    )
-
-
 def check_same_images(data: "PretrainingData") -> None:
     """Raise InputError if the processes of a training see different images or shards."""
+    from moco.data.sources.shards import ShardedImages
     from moco.training.distributed.collectives import gather_objects, world_size
 
     if world_size() == 1:
         return
-    identity = (len(data.source.train), hash_of_names(data))
+    train = data.source.train
+    if isinstance(train, ShardedImages):
+        # The images in shards have no names before they are read.
+        names = train.shards
+    else:
+        names = [train.name(index) for index in range(len(train))]
+    identity = (len(train), hashlib.blake2b(os.fsencode("\0".join(names))).digest())
     if len(set(gather_objects(identity))) > 1:
         raise InputError(
             "data.root: the processes of this run do not see the same images; "
             "is it the same folder on all nodes?"
         )
-
-
-def hash_of_names(data: "PretrainingData") -> str:
-    """Return a hash of the names of all training images, or of all shards."""
-    from moco.data.sources.shards import ShardedImages
-
-    train = data.source.train
-    if isinstance(train, ShardedImages):
-        # The images in shards have no names before they are read.
-        names = list(train.shards)
-    else:
-        names = [train.name(index) for index in range(len(train))]
-    digest = hashlib.blake2b()
-    for name in names:
-        digest.update(os.fsencode(name) + b"\0")
-    return digest.hexdigest()
 
 
 def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
@@ -117,21 +102,21 @@ def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:
     mode = batch_norm_mode(
         method.batch_norm, encoder, num_processes(config), device_type, method.negatives
     )
-    images = images_per_pass(config)
+    images = config.data.batch_size // (
+        num_processes(config) * config.trainer.accumulate_grad_batches
+    )
     setting = f"data.batch_size={config.data.batch_size}"
-    if mode == "split" and images % splits:
-        raise InputError(
-            f"{setting}: a device gets {images} images at once, which is no multiple of "
-            f"method.batch_norm_splits={splits}"
-        )
+    group = "a device"
     if mode == "split":
-        images_per_group = images // splits
+        if images % splits:
+            raise InputError(
+                f"{setting}: a device gets {images} images at once, which is no multiple of "
+                f"method.batch_norm_splits={splits}"
+            )
+        images //= splits
         group = f"each of method.batch_norm_splits={splits} groups"
-    else:
-        images_per_group = images
-        group = "a device"
     normalises_vectors = any(isinstance(layer, BatchNorm1d) for layer in encoder.modules())
-    if images_per_group == 1 and mode != "sync" and normalises_vectors:
+    if images == 1 and mode != "sync" and normalises_vectors:
         raise InputError(
             f"{setting}: {group} gets 1 image at once, which has no variance for the "
             "projector's BatchNorm"
@@ -153,8 +138,6 @@ def check_deterministic(method: "MoCo", config: TrainConfig, image_sizes: Sequen
     Raises:
         InputError: names the operations that would end the run.
     """
-    if not must_be_deterministic_on_gpu(config.trainer):
-        return
     encoder = method.query_encoder
     backbone: Any = encoder.backbone
     obstacles = resized_positions(backbone, image_sizes)
@@ -166,7 +149,7 @@ def check_deterministic(method: "MoCo", config: TrainConfig, image_sizes: Sequen
                 f"the dense term's pooling of a map of {side} x {side} cells to "
                 f"method.dense_grid={grid} (a grid of {side} needs no pooling)"
             )
-    refuse_nondeterministic(obstacles)
+    refuse_nondeterministic(config.trainer, obstacles)
 
 
 def check_deterministic_segmentation(
@@ -181,14 +164,10 @@ def check_deterministic_segmentation(
         image_size: side of the images, px.
         is_frozen: the backbone is not trained.
     """
-    if not must_be_deterministic_on_gpu(trainer):
-        return
-    obstacles = []
-    if not is_frozen:
-        obstacles += resized_positions(backbone, [image_size])
+    obstacles = [] if is_frozen else resized_positions(backbone, [image_size])
     if decoder == "upernet":
         obstacles.append("the pooling of decoder=upernet (decoder=fpn pools nothing)")
-    refuse_nondeterministic(obstacles)
+    refuse_nondeterministic(trainer, obstacles)
 
 
 def last_map_side(backbone: Any, image_size: int) -> int:
@@ -204,13 +183,6 @@ def last_map_side(backbone: Any, image_size: int) -> int:
     return int(-(-image_size // stride))  # rounded up
 
 
-def must_be_deterministic_on_gpu(trainer: TrainerConfig) -> bool:
-    """Whether an operation without a deterministic form on a GPU would end the run."""
-    from moco.training.hardware import choose_device
-
-    return trainer.deterministic and choose_device(trainer.accelerator).type != "cpu"
-
-
 def resized_positions(backbone: "nn.Module", image_sizes: Sequence[int]) -> list[str]:
     """Return a description of the learned positions of a ViT that such images resize.
 
@@ -223,22 +195,23 @@ def resized_positions(backbone: "nn.Module", image_sizes: Sequence[int]) -> list
     """
     from moco.models.vit import VisionTransformer
 
-    if not isinstance(backbone, VisionTransformer) or not backbone.learned_positions:
-        return []
-    learned = backbone.learned_positions
-    for size in image_sizes:
-        cells = backbone.cells(size)
-        if cells != learned:
-            return [
-                f"the resizing of backbone.learned_positions={learned} to the {cells} x {cells} "
-                f"patches of images of {size} px"
-            ]
+    if isinstance(backbone, VisionTransformer) and backbone.learned_positions:
+        learned = backbone.learned_positions
+        for size in image_sizes:
+            cells = backbone.cells(size)
+            if cells != learned:
+                return [
+                    f"the resizing of backbone.learned_positions={learned} to the {cells} x "
+                    f"{cells} patches of images of {size} px"
+                ]
     return []
 
 
-def refuse_nondeterministic(obstacles: Sequence[str]) -> None:
-    """Raise InputError if there are obstacles to a deterministic run."""
-    if obstacles:
+def refuse_nondeterministic(trainer: TrainerConfig, obstacles: Sequence[str]) -> None:
+    """Raise InputError if there are obstacles to a deterministic run on a GPU."""
+    from moco.training.hardware import choose_device
+
+    if trainer.deterministic and obstacles and choose_device(trainer.accelerator).type != "cpu":
         raise InputError(
             "trainer.deterministic=true: a GPU has no deterministic form of "
             f"{'; nor of '.join(obstacles)}; trainer.deterministic=false runs it"
@@ -290,32 +263,20 @@ def warn_of_negatives(config: TrainConfig, num_images: int) -> None:
                 config.data.batch_size // num_parts,
             )
         return
-    queue_size = config.method.queue_size
-    tenth = num_images // 10
-    num_keys = num_keys_of_run(config, num_images)
-    reasons = []
-    if queue_size > tenth:
-        reasons.append(
-            f"more than a tenth of the {num_images} images (older keys of a query's own image are "
-            "then often among its negatives)"
-        )
-    if queue_size > num_keys:
-        reasons.append(f"more than the {num_keys} keys that this run produces")
-    if reasons:
-        limit = max(min(tenth, num_keys), 1)
-        fitting = 2 ** (limit.bit_length() - 1)
-        log.warning(
-            "method.queue_size=%d is %s; %d would fit", queue_size, ", and ".join(reasons), fitting
-        )
-
-
-def num_keys_of_run(config: TrainConfig, num_images: int) -> int:
-    """Return the number of keys that one queue gets from the first to the last step."""
-    batch_size = config.data.batch_size
-    num_steps = config.trainer.max_epochs * (num_images // batch_size)
+    num_steps = config.trainer.max_epochs * (num_images // config.data.batch_size)
     if config.trainer.max_steps > 0:
         num_steps = min(num_steps, config.trainer.max_steps)
-    num_keys = num_steps * batch_size
+    num_keys = num_steps * config.data.batch_size
     if config.method.symmetric and config.method.num_queues == 1:
-        num_keys *= 2
-    return num_keys
+        num_keys *= 2  # one queue gets the keys of both views
+    limit = max(min(num_images // 10, num_keys), 1)
+    if config.method.queue_size > limit:
+        log.warning(
+            "method.queue_size=%d is more than a tenth of the %d images (older keys of a query's "
+            "own image are then often among its negatives), or more than the %d keys that this "
+            "run produces; %d would fit",
+            config.method.queue_size,
+            num_images,
+            num_keys,
+            2 ** (limit.bit_length() - 1),
+        )

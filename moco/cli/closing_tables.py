@@ -3,12 +3,12 @@
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from moco.cli.training_run import Run
 from moco.runs.run_folder import BACKBONE_FILE, LAST_CHECKPOINT, as_override
 from moco.training.stopwatches import epoch_time, in_words
 
@@ -31,21 +31,29 @@ def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -
     console.print(table)
 
 
-def print_pretraining(
-    console: Console, folder: Path, figures: dict[str, Any], num_unreadable: int
-) -> None:
+def print_plain(console: Console, line: str) -> None:
+    """Print a line that can be copied: it is not wrapped, and its brackets are no markup."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def training_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the first rows of the table of every training."""
+    rows = [("epochs, steps", f"{figures['epoch']}, {figures['step']}")]
+    if "train/loss" in figures:
+        rows.append(("loss of the last epoch", f"{figures['train/loss']:.4f}"))
+        rows.append(("images per second", f"{figures['images_per_second']:,.1f}"))
+    return rows
+
+
+def print_pretraining(run: Run, num_unreadable: int) -> None:
     """Print the results of a pretraining, where they are, and what to type next.
 
     Args:
-        console: where to print.
-        folder: the run folder.
-        figures: the content of ``metrics.json``.
+        run: the run, with all its figures.
         num_unreadable: number of skipped images.
     """
-    rows = [("epochs, steps", f"{figures.get('epoch', 0)}, {figures.get('step', 0)}")]
-    if "train/loss" in figures:
-        rows.append(("loss of the last epoch", f"{figures['train/loss']:.4f}"))
-        rows.append(("images per second", f"{figures['images_per_second']:,.0f}"))
+    figures = run.figures
+    rows = training_rows(figures)
     if "train/seconds" in figures:
         duration = timedelta(seconds=round(figures["train/seconds"]))
         rows.append(("time in training", str(duration)))
@@ -60,19 +68,18 @@ def print_pretraining(
         rows.append(("mIoU of kNN segmentation", f"{figures['dense/knn_miou']:.4f}"))
     if num_unreadable:
         rows.append(("unreadable images skipped", str(num_unreadable)))
-    checkpoint = os.path.relpath(folder / LAST_CHECKPOINT)
+    checkpoint = os.path.relpath(run.folder / LAST_CHECKPOINT)
     rows.append(("checkpoint", checkpoint))
-    rows.append(("its backbone alone", os.path.relpath(folder / BACKBONE_FILE)))
-    print_table(console, "Pretraining is done", rows)
+    rows.append(("its backbone alone", os.path.relpath(run.folder / BACKBONE_FILE)))
+    print_table(run.console, "Pretraining is done", rows)
     command = f"python -m moco.evaluate {as_override('checkpoint', checkpoint)}"
-    console.print(f"next: {command}", soft_wrap=True, highlight=False)
+    print_plain(run.console, f"next: {command}")
 
 
 def knn_protocol(figures: dict[str, Any]) -> str:
     """Return the protocol of a kNN figure in words."""
-    precision = ""
-    if figures.get("knn/precision") == "bf16-mixed":  # missing in old runs, which used 32-true
-        precision = " in bf16-mixed"
+    is_bf16 = figures.get("knn/precision") == "bf16-mixed"  # missing in old runs: 32-true
+    precision = " in bf16-mixed" if is_bf16 else ""
     return (
         f"k {figures['knn/num_neighbors']}, T {figures['knn/temperature']}, "
         f"{figures['knn/feature']} feature{precision}, {figures['knn/num_queries']:,} queries "
@@ -83,18 +90,15 @@ def knn_protocol(figures: dict[str, Any]) -> str:
 MAX_CLASSES_SHOWN = 40
 
 
-def print_segmentation(
-    console: Console, folder: Path, figures: Mapping[str, Any], class_names: Sequence[str]
-) -> None:
+def print_segmentation(run: Run, class_names: Sequence[str]) -> None:
     """Print what a segmentation run has reached, where it is, and what to type next.
 
     Args:
+        run: the run, with all its figures.
         class_names: with more than `MAX_CLASSES_SHOWN` no class has a row of its own.
     """
-    rows = [("epochs, steps", f"{figures.get('epoch', 0)}, {figures.get('step', 0)}")]
-    if "train/loss" in figures:
-        rows.append(("loss of the last epoch", f"{figures['train/loss']:.4f}"))
-        rows.append(("images per second", f"{figures['images_per_second']:,.1f}"))
+    figures = run.figures
+    rows = training_rows(figures)
     if "segment/miou" in figures:
         protocol = (
             f"{figures['segment/num_images']:,} images, inference={figures['segment/inference']}"
@@ -104,10 +108,9 @@ def print_segmentation(
         rows.append(("pixel accuracy", f"{figures['segment/pixel_accuracy']:.4f}"))
         if len(class_names) <= MAX_CLASSES_SHOWN:
             rows += [(f"IoU, {name}", shown_iou(figures, name)) for name in class_names]
-    rows.append(("checkpoint", os.path.relpath(folder / LAST_CHECKPOINT)))
-    print_table(console, "Segmentation is done", rows)
-    command = f"next: tensorboard --logdir {os.path.relpath(folder)}"
-    console.print(command, soft_wrap=True, highlight=False)
+    rows.append(("checkpoint", os.path.relpath(run.folder / LAST_CHECKPOINT)))
+    print_table(run.console, "Segmentation is done", rows)
+    print_plain(run.console, f"next: tensorboard --logdir {os.path.relpath(run.folder)}")
 
 
 def shown_iou(figures: Mapping[str, Any], class_name: str) -> str:

@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 128 + signal after an interru
 """
 
 import re
-import signal
 import sys
 import traceback
 
@@ -23,7 +22,7 @@ from omegaconf.errors import (
 )
 
 from moco.config.parsing import unknown_key
-from moco.errors import InputError, Interrupted, RunError, printable, unknown_name
+from moco.errors import InputError, Interrupted, RunError, exit_code, printable, unknown_name
 
 # What composing a config raises when the config is wrong.
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -31,31 +30,27 @@ CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 def report(error: BaseException, schema: type) -> tuple[str, int]:
     """Print one line about the error on stderr. Return that line and the exit code."""
-    line, code = explain(error, schema)
-    if code == 1 and not isinstance(error, RunError):
+    code = exit_code(error)
+    if isinstance(error, InputError):
+        line = f"error: {error}"
+    elif isinstance(error, RunError):
+        line = f"failed: {error}"
+    elif isinstance(error, Interrupted):
+        line = f"interrupted: {error}"
+    elif isinstance(error, KeyboardInterrupt):
+        line = "interrupted"
+    elif isinstance(error, CONFIG_ERRORS):
+        line, code = f"error: {explain_config(error, schema)}", 2
+    elif isinstance(error, OSError):
+        # Hydra could not make the run folder. A running program explains its own OSErrors.
+        line, code = f"error: {error}", 2
+    else:
+        line = f"failed: {type(error).__name__}: {error}"
         # A defect of ours or of a library: developers need to see where.
         traceback.print_exception(error)
     line = printable(" ".join(line.split()))
     print(line, file=sys.stderr)
     return line, code
-
-
-def explain(error: BaseException, schema: type) -> tuple[str, int]:
-    """Return a line about the error and the exit code."""
-    if isinstance(error, InputError):
-        return f"error: {error}", 2
-    if isinstance(error, RunError):
-        return f"failed: {error}", 1
-    if isinstance(error, Interrupted):
-        return f"interrupted: {error}", 128 + error.signal_number
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 128 + signal.SIGINT
-    if isinstance(error, CONFIG_ERRORS):
-        return f"error: {explain_config(error, schema)}", 2
-    if isinstance(error, OSError):
-        # Hydra could not make the run folder. A running program explains its own OSErrors.
-        return f"error: {error}", 2
-    return f"failed: {type(error).__name__}: {error}", 1
 
 
 def explain_config(error: Exception, schema: type) -> str:

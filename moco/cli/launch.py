@@ -4,15 +4,14 @@
 """
 
 import argparse
-import dataclasses
 import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -23,14 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from moco.cli.error_lines import CONFIG_ERRORS, report
 from moco.cli.log_setup import set_up_logging
 from moco.cli.run_names import register_resolvers
-from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schemas
 from moco.errors import InputError, Interrupted
 from moco.runs.interrupts import REQUEUEING, listen_early
 from moco.runs.run_folder import CONFIG
 from moco.runs.run_status import write_ending
 from moco.runs.slurm import is_first_task, requeue, stop_signals
-
-T = TypeVar("T")
 
 codes: list[int] = []
 """Exit codes of the failed jobs of this process's sweep."""
@@ -44,7 +41,7 @@ class Failure:
     line: str
 
 
-def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str) -> NoReturn:
+def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
     """Run ``program(config, run_folder)`` under Hydra's command line and exit with its code.
 
     In a sweep (``-m``) a job that fails does not end the others. The sweep ends with the code of
@@ -52,149 +49,101 @@ def launch(program: Callable[[T, Path], None], schema: type[T], config_name: str
 
     Args:
         program: what to run.
-        schema: the dataclass of its config.
-        config_name: the YAML file in ``conf/``, without its ending.
+        config_name: of its schema, and of its YAML file in ``conf/``.
     """
-    Launcher(program, schema).start(config_name)
+    schema = SCHEMAS[config_name]
+    is_training = config_name in ("train", "segment")
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    # Without this Hydra prints its own report of an error and always exits with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
 
-
-class Launcher(Generic[T]):
-    """One start of a program: see `launch`."""
-
-    def __init__(self, program: Callable[[T, Path], None], schema: type[T]) -> None:
-        self.program = program
-        self.schema = schema
-        fields: Any = dataclasses.fields(schema)  # type: ignore[arg-type]
-        self.is_training = any(field.name == "slurm" for field in fields)
-        self.wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-        # Without this Hydra prints its own report of an error and always exits with 1.
-        os.environ["HYDRA_FULL_ERROR"] = "1"
-
-    def start(self, config_name: str) -> NoReturn:
-        """Compose the config, run the program or the sweep, and exit."""
-
-        @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)
-        def job(composed: DictConfig) -> Failure | None:
-            return self.run_job(composed)
-
-        share_config_store()
-        register_schemas()
-        register_resolvers()
-        try:
-            check_options(sys.argv[1:])
-            if self.is_training:
-                listen_early(stop_signals("auto"))
-            job()
-        except Interrupted as error:  # before the job began, or while a sweep's jobs run elsewhere
-            self.exit_interrupted(error)
-        except Exception as error:
-            if self.wants_traceback:
-                raise
-            if not isinstance(error, (*CONFIG_ERRORS, OSError)):
-                # Hydra found a mistake in the command line for which it has no class of errors.
-                error = InputError(str(error))
-            sys.exit(report(error, self.schema)[1])
-        finally:
-            # Loader processes ignore SIGTERM, and the interpreter would wait for them.
-            for child in multiprocessing.active_children():
-                child.kill()
-        sys.exit(codes[0] if codes else 0)
-
-    def run_job(self, composed: DictConfig) -> Failure | None:
+    @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)
+    def job(composed: DictConfig) -> Failure | None:
         """Run the program once: the whole run, or one job of a sweep."""
         folder = Path(HydraConfig.get().runtime.output_dir)
         set_up_logging()
         try:
-            config = parse(composed, self.schema)
-            if self.is_training:
+            config: Any = parse(composed, schema)
+            if is_training:
                 listen_early(stop_signals(composed.slurm.signal))
-            self.program(config, folder)
+            program(config, folder)
             return None
         except SystemExit:  # submitit took the scheduler's signal and queued the job again
             raise
         except BaseException as error:
-            if self.wants_traceback and not isinstance(error, Interrupted):
+            if wants_traceback and not isinstance(error, Interrupted):
                 raise
             if isinstance(error, Interrupted) and OmegaConf.select(composed, "slurm.requeue"):
                 error = queued_again(error, folder)
-            return self.end_job(error, folder)
+            return end_job(error, folder, schema)
 
-    def end_job(self, error: BaseException, folder: Path) -> Failure:
-        """Report the error. Exit, or return the failure if a sweep has to go on."""
-        if isinstance(error, Interrupted) and not is_first_task():
-            # The first task reports for the job. Another exit code than 0 would make srun end the
-            # first task, perhaps while it saves.
-            sys.exit(0)
-        line, code = report(error, self.schema)
-        is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        if is_sweep and not (folder / CONFIG).exists():
-            write_ending(folder, error)  # for the sweep's table
-        elif folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()  # Hydra made it for a run that never began
-        if not is_sweep or isinstance(error, (Interrupted, KeyboardInterrupt)):
-            sys.exit(code)
-        codes.append(code)
-        return Failure(code, line)
-
-    def exit_interrupted(self, error: Interrupted) -> NoReturn:
-        """Report a signal that came outside of a job, after queueing the SLURM job again."""
-        if not is_first_task():
-            sys.exit(0)  # as in `end_job`
-        # The config may not be composed yet, so the command line has to tell.
-        refusal = re.compile(r"slurm\.(requeue=false|signal=null)")
-        if not any(refusal.fullmatch(argument) for argument in sys.argv):
-            error = queued_again(error)
-        sys.exit(report(error, self.schema)[1])
+    change_hydra()
+    register_schemas()
+    register_resolvers()
+    try:
+        if is_training:
+            listen_early(stop_signals("auto"))
+        job()
+    except Interrupted as error:  # before the job began, or while a sweep's jobs run elsewhere
+        exit_interrupted(error, schema)
+    except Exception as error:
+        if wants_traceback:
+            raise
+        if not isinstance(error, (*CONFIG_ERRORS, OSError)):
+            # Hydra found a mistake in the command line for which it has no class of errors.
+            error = InputError(str(error))
+        sys.exit(report(error, schema)[1])
+    finally:
+        # Loader processes ignore SIGTERM, and the interpreter would wait for them.
+        for child in multiprocessing.active_children():
+            child.kill()
+    sys.exit(codes[0] if codes else 0)
 
 
-def share_config_store() -> None:
-    """Make ``--help`` five times as fast.
+def end_job(error: BaseException, folder: Path, schema: type) -> Failure:
+    """Report the error. Exit, or return the failure if a sweep has to go on."""
+    if isinstance(error, Interrupted) and not is_first_task():
+        # The first task reports for the job. Another exit code than 0 would make srun end the
+        # first task, perhaps while it saves.
+        sys.exit(0)
+    line, code = report(error, schema)
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if is_sweep and not (folder / CONFIG).exists():
+        write_ending(folder, error)  # for the sweep's table
+    elif folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()  # Hydra made it for a run that never began
+    if not is_sweep or isinstance(error, (Interrupted, KeyboardInterrupt)):
+        sys.exit(code)
+    codes.append(code)
+    return Failure(code, line)
 
-    Hydra copies the whole store for every config group that it lists, and only reads the copies. A
-    store that is its own copy takes 0.6 s of processor time instead of 2.8 s. There is no public
-    way to say so.
+
+def exit_interrupted(error: Interrupted, schema: type) -> NoReturn:
+    """Report a signal that came outside of a job, after queueing the SLURM job again."""
+    if not is_first_task():
+        sys.exit(0)  # as in `end_job`
+    # The config may not be composed yet, so the command line has to tell.
+    refusal = re.compile(r"slurm\.(requeue=false|signal=null)")
+    if not any(refusal.fullmatch(argument) for argument in sys.argv):
+        error = queued_again(error)
+    sys.exit(report(error, schema)[1])
+
+
+def change_hydra() -> None:
+    """Change two things of Hydra for which there is no setting.
+
+    ``--help`` becomes five times as fast: Hydra copies the whole store of configs for every config
+    group that it lists, and only reads the copies. A store that is its own copy takes 0.6 s of
+    processor time instead of 2.8 s.
+
+    A wrong option becomes one line: argparse would print several and exit.
     """
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
+    argparse.ArgumentParser.error = refuse_option  # type: ignore[assignment, method-assign]
 
 
-class OptionParser(argparse.ArgumentParser):
-    """Reads Hydra's command line options, with mistakes as InputError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists the options")
-
-
-def check_options(arguments: Sequence[str]) -> None:
-    """Raise InputError if Hydra would refuse the options.
-
-    Hydra's own parser prints several lines and exits.
-    """
-    parser = OptionParser(add_help=False)
-    parser.add_argument("overrides", nargs="*")
-    flags = (
-        ("--help", "-h"),
-        ("--hydra-help",),
-        ("--version",),
-        ("--resolve",),
-        ("--run", "-r"),
-        ("--multirun", "-m"),
-        ("--shell-completion", "-sc"),
-    )
-    for names in flags:
-        parser.add_argument(*names, action="store_true")
-    options_with_value = (
-        ("--package", "-p"),
-        ("--config-path", "-cp"),
-        ("--config-name", "-cn"),
-        ("--config-dir", "-cd"),
-        ("--experimental-rerun",),
-    )
-    for names in options_with_value:
-        parser.add_argument(*names)
-    parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
-    infos = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
-    parser.add_argument("--info", "-i", const="all", nargs="?", choices=infos)
-    parser.parse_args(list(arguments))
+def refuse_option(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    raise InputError(f"{message}; --help lists the options")
 
 
 def queued_again(interrupted: Interrupted, folder: Path | None = None) -> Interrupted:
@@ -233,11 +182,3 @@ def hydra_files() -> dict[str, str]:
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": running})),
         "overrides.yaml": OmegaConf.to_yaml(running.overrides.task),
     }
-
-
-def save_hydra_files(folder: Path) -> None:
-    """Write `hydra_files` into the folder's ``.hydra``."""
-    for name, text in hydra_files().items():
-        path = folder / ".hydra" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)

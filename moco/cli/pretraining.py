@@ -1,26 +1,28 @@
 """What one process of a pretraining does, from an empty process to the closing table."""
 
-import dataclasses
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from moco.cli import checks
 from moco.cli.build_pretraining import build_data, build_dense_set, build_method, build_trainer
 from moco.cli.log_setup import set_up_logging
-from moco.cli.resuming import DEFAULTS, take_folder
+from moco.cli.training_run import Run, fit, take_folder
 from moco.config.train import TrainConfig
-from moco.errors import Interrupted
 
 if TYPE_CHECKING:
-    import pytorch_lightning as pl
-
     from moco.data.loading.datamodule import PretrainingData
     from moco.methods.moco import MoCo
     from moco.runs.interrupts import StopRequest
 
 log = logging.getLogger("moco.train")
+
+# The settings of the method that decide the shapes of a checkpoint's tensors.
+METHOD_SHAPES = ("projector", "predictor", "embedding_dim", "queue_size", "num_queues")
 
 
 def train_in_new_process(
@@ -48,7 +50,6 @@ def train(
         data: from `build_data`, if it is built already.
     """
     import pytorch_lightning as pl
-    from rich.console import Console
 
     from moco.cli.closing_tables import print_pretraining
     from moco.runs.atomic_files import write_json
@@ -72,44 +73,35 @@ def train(
             # Rank 0 speaks for all.
             logging.getLogger("moco").setLevel(logging.ERROR)
         stack.enter_context(failures_named(folder))
-        plain = dataclasses.asdict(config)
+        run = Run(config, folder, stop, files, Console(quiet=not is_first))
         pl.seed_everything(config.seed, verbose=False)
         data = data or build_data(config, folder)
-        method = build_method(plain)
+        method = build_method(run.plain)
         image_size = data.image_size
         dense_set = collectives.from_rank_zero(lambda: build_dense_set(config, image_size))
         check_before_training(config, data, method)
 
-        saved = collectives.from_rank_zero(
-            lambda: find_checkpoint(folder, plain, config.resume, DEFAULTS)
+        checkpoint = collectives.from_rank_zero(
+            lambda: find_checkpoint(folder, run.plain, run.defaults)
         )
         if config.init_from is not None:
-            if saved is None:
+            if checkpoint is None:
                 start_from(method, config.init_from)
             else:
                 log.info(
                     "init_from=%s is not read: the run goes on from a checkpoint", config.init_from
                 )
-        read: dict[Path, dict[str, Any]] = {}
-        checkpoint, step = collectives.from_rank_zero(
-            lambda: take_folder(stack, folder, plain, config.resume, files, read)
+        step = collectives.from_rank_zero(
+            lambda: take_folder(run, stack, checkpoint, method.hparams, tensor_settings)
         )
-        figures: dict[str, Any] = {}
-        console = Console(quiet=not is_first)
-        trainer = build_trainer(
-            config, folder, plain, figures, console, stop, environment, step, dense_set
-        )
+        trainer = build_trainer(run, environment, step, dense_set)
         # Named once more inside the folder's lock, so that the status holds the line too.
         with failures_named(folder), collectives.lost_peers_named():
-            fit(trainer, method, data, checkpoint, stop, read)
-            # A run that had reached its last step within its first epoch ends at once when it is
-            # started again. No epoch end has filled these in then.
-            figures.setdefault("epoch", trainer.current_epoch)
-            figures.setdefault("step", trainer.global_step)
+            fit(run, trainer, method, data, checkpoint)
             if is_first:
-                write_backbone_file(folder / BACKBONE_FILE, method, plain, figures)
-                write_json(folder / "metrics.json", figures)
-        print_pretraining(console, folder, figures, len(data.unreadable))
+                write_backbone_file(folder / BACKBONE_FILE, method, run.plain, run.figures)
+                write_json(folder / "metrics.json", run.figures)
+        print_pretraining(run, len(data.unreadable))
 
 
 def check_before_training(config: TrainConfig, data: "PretrainingData", method: "MoCo") -> None:
@@ -123,38 +115,10 @@ def check_before_training(config: TrainConfig, data: "PretrainingData", method: 
     checks.warn_of_negatives(config, len(data.source.train))
 
 
-def fit(
-    trainer: "pl.Trainer",
-    method: "MoCo",
-    data: "PretrainingData",
-    checkpoint: Path | None,
-    stop: "StopRequest",
-    read: dict[Path, dict[str, Any]],
-) -> None:
-    """Train from the checkpoint, if there is one, to the end.
-
-    Args:
-        trainer: from `build_trainer`.
-        method: from `build_method`.
-        data: from `build_data`.
-        checkpoint: where to go on from.
-        stop: the request to save and stop.
-        read: the content of `checkpoint` under its path, if this process has read it.
-
-    Raises:
-        Interrupted: a signal came, perhaps before there was anything to save.
-    """
-    from moco.evaluation.features import EmbeddingStopped
-    from moco.runs.checkpoint_files import AtomicCheckpointIO
-    from moco.training.distributed.collectives import largest
-
-    checkpoint_io = trainer.strategy.checkpoint_io
-    assert isinstance(checkpoint_io, AtomicCheckpointIO)
-    checkpoint_io.read = read
-    path = str(checkpoint) if checkpoint else None
-    try:
-        trainer.fit(method, datamodule=data, ckpt_path=path, weights_only=True)
-    except EmbeddingStopped as error:
-        # The processes may have seen different signals, or none yet.
-        number = largest([stop.signal_number or 0])[0]
-        raise Interrupted(number, "before the first training step; nothing to save") from error
+def tensor_settings(config: Mapping[str, Any], hparams: Any) -> dict[str, Any]:
+    """Return the settings that decide which tensors a checkpoint holds, and their shapes."""
+    method = {key: config["method"][key] for key in METHOD_SHAPES}
+    has_dense_term = config["method"]["dense_weight"] > 0
+    method["dense_weight"] = "above 0" if has_dense_term else 0
+    optimizer = {key: config["optimizer"][key] for key in ("name", "decay_all")}
+    return {"backbone": config["backbone"], "method": method, "optimizer": optimizer}

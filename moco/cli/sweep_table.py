@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from moco.errors import InputError, printable
-from moco.runs.run_folder import CONFIG
+from moco.runs.run_folder import METRICS
 from moco.runs.run_status import read_status, slurm_queue, state_now
 
 MULTIRUN = "multirun.yaml"
@@ -51,31 +51,25 @@ def find_jobs(sweep: Path) -> list[Job]:
         InputError: the folder is not that of a sweep.
     """
     check_folder(sweep)
-    planned = planned_jobs(sweep)
-    names = list(planned)
+    planned: dict[str, dict[str, str] | None] = {**planned_jobs(sweep)}
     for path in sorted(sweep.glob("*/status.json")):
-        if path.parent.name not in planned:
-            names.append(path.parent.name)
+        planned.setdefault(path.parent.name, None)
     queue = slurm_queue()
-    return [read_job(sweep / name, planned.get(name), queue) for name in names]
+    return [read_job(sweep / name, overrides, queue) for name, overrides in planned.items()]
 
 
 def check_folder(folder: Path) -> None:
-    """Raise InputError if `folder` is not that of a sweep; say what it is and where sweeps are."""
+    """Raise InputError if `folder` is not that of a sweep; say which sweeps are near."""
     if (folder / MULTIRUN).is_file():
         return
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    if (folder / CONFIG).is_file():
-        of_sweep = ""
-        if (folder.parent / MULTIRUN).is_file():
-            of_sweep = f" of the sweep {folder.parent}"
-        raise InputError(f"{folder}: a single run{of_sweep}; expected the folder of a sweep (-m)")
     message = f"{folder}: not the folder of a sweep (-m), it has no {MULTIRUN}"
-    sweeps = sorted(folder.rglob(MULTIRUN), key=lambda path: path.stat().st_mtime, reverse=True)
-    if sweeps:
-        newest = ", ".join(str(path.parent) for path in sweeps[:5])
-        message += f"; sweeps in it, newest first: {newest}"
+    found = [*folder.rglob(MULTIRUN), *folder.parent.glob(MULTIRUN)]
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    if found:
+        newest = ", ".join(str(path.parent) for path in found[:5])
+        message += f"; sweeps near it, newest first: {newest}"
     raise InputError(message)
 
 
@@ -94,52 +88,40 @@ def planned_jobs(sweep: Path) -> dict[str, dict[str, str]]:
 
     try:
         running = yaml.safe_load((sweep / MULTIRUN).read_text())["hydra"]
-        typed = []
-        for key, value in (running["sweeper"].get("params") or {}).items():
-            typed.append(f"{key}={value}")
+        params = running["sweeper"].get("params") or {}
+        typed = [f"{key}={value}" for key, value in params.items()]
         typed += running["overrides"]["task"]
         # The parser needs the config folder for choices such as backbone=glob(*).
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-            combinations = combine(parser.parse_overrides(typed))
+            values = [values_of(override) for override in parser.parse_overrides(typed)]
     except (HydraException, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return {}
     swept = swept_keys(typed)
-    return {job_name(overrides, swept): varied(overrides, swept) for overrides in combinations}
+    planned = {}
+    # In the order of Hydra's basic sweeper.
+    for combination in itertools.product(*values):
+        name = job_name([f"{key}={value}" for key, value in combination], swept)
+        planned[name] = {key: value for key, value in combination if key in swept}
+    return planned
 
 
-def combine(overrides: Sequence[Any]) -> list[list[str]]:
-    """Return the overrides of each job, in the order of Hydra's basic sweeper.
-
-    Args:
-        overrides: Hydra's override objects.
+def values_of(override: Any) -> list[tuple[str, str]]:
+    """Return the key of one of Hydra's overrides with each of its values.
 
     Raises:
-        HydraException: a key has a range of values, from which an optimizing sweeper chooses.
+        HydraException: it has a range of values, from which an optimizing sweeper chooses.
     """
     from hydra.errors import HydraException
 
-    values_of_keys = []
-    for override in overrides:
-        key = override.get_key_element()
-        if override.is_discrete_sweep():
-            values_of_keys.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        elif override.is_sweep_override():
-            raise HydraException(f"{key}: only its sweeper knows the values")
-        else:
-            values_of_keys.append([f"{key}={override.get_value_element_as_str()}"])
-    return [list(combination) for combination in itertools.product(*values_of_keys)]
+    from moco.cli.run_names import key_of
 
-
-def varied(overrides: Sequence[str], swept: Sequence[str]) -> dict[str, str]:
-    """Return a job's values of the keys `swept`."""
-    from moco.cli.run_names import key_of, parsed
-
-    values = {}
-    for item in parsed(overrides):
-        if key_of(item) in swept:
-            values[key_of(item)] = item.get_value_element_as_str()
-    return values
+    key = key_of(override)
+    if override.is_discrete_sweep():
+        return [(key, value) for value in override.sweep_string_iterator()]
+    if override.is_sweep_override():
+        raise HydraException(f"{key}: only its sweeper knows the values")
+    return [(key, override.get_value_element_as_str())]
 
 
 def read_job(
@@ -152,35 +134,28 @@ def read_job(
         overrides: the varied values; None if they are not known.
         queue: the states of SLURM's jobs, from `slurm_queue`.
     """
-    metrics = folder / "metrics.json"
-    figures = {}
-    if metrics.is_file():
-        figures = json.loads(metrics.read_text())
+    metrics = folder / METRICS
+    figures = json.loads(metrics.read_text()) if metrics.is_file() else {}
     state = state_now(folder, queue)
     return Job(folder, overrides or {"job": folder.name}, state, read_status(folder) or {}, figures)
 
 
 def as_text(jobs: Sequence[Job]) -> str:
     """Return the table for people, with a line of means over seeds."""
-    keys: list[str] = []
-    for job in jobs:
-        keys += [key for key in job.overrides if key not in keys]
-    titles = []
+    keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
+    columns = {}
     for title, figure in COLUMNS.items():
         if any(figure in job.figures for job in jobs):
-            titles.append(title)
-    rows = [[*keys, "state", *titles, "message"]]
+            columns[title] = figure
+    rows = [[*keys, "state", *columns, "message"]]
     for job in jobs:
         values = [job.overrides.get(key, "") for key in keys]
-        figures = [format_figure(title, job.figures.get(COLUMNS[title])) for title in titles]
+        figures = [format_figure(job.figures.get(figure), figure) for figure in columns.values()]
         rows.append([*values, job.state, *figures, job.status.get("message", "")])
-    for overrides, group in groups_of_seeds(jobs).items():
-        shared = {**dict(overrides), SEED: f"mean of {len(group)}"}
+    for group in groups_of_seeds(jobs):
+        shared = group[0].overrides | {SEED: f"mean of {len(group)}"}
         values = [shared.get(key, "") for key in keys]
-        figures = []
-        for title in titles:
-            of_group = [job.figures.get(COLUMNS[title]) for job in group]
-            figures.append(mean_and_spread(title, of_group))
+        figures = [mean_and_spread(group, figure) for figure in columns.values()]
         rows.append([*values, "", *figures, ""])
     return align(rows)
 
@@ -195,29 +170,30 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def groups_of_seeds(jobs: Sequence[Job]) -> dict[tuple[tuple[str, str], ...], list[Job]]:
-    """Return groups of finished jobs that differ by their seed alone, by their other overrides."""
-    groups: dict[tuple[tuple[str, str], ...], list[Job]] = {}
+def groups_of_seeds(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Return groups of finished jobs that differ by their seed alone."""
+    groups: dict[Any, list[Job]] = {}
     for job in jobs:
         if SEED in job.overrides and job.state == "finished":
-            shared = tuple((key, value) for key, value in job.overrides.items() if key != SEED)
-            groups.setdefault(shared, []).append(job)
-    return {shared: group for shared, group in groups.items() if len(group) > 1}
+            shared = job.overrides | {SEED: ""}
+            groups.setdefault(tuple(shared.items()), []).append(job)
+    return [group for group in groups.values() if len(group) > 1]
 
 
-def mean_and_spread(title: str, figures: Sequence[Any]) -> str:
+def mean_and_spread(jobs: Sequence[Job], name: str) -> str:
     """Return mean and sample standard deviation; nothing for counts and missing figures."""
+    figures: list[Any] = [job.figures.get(name) for job in jobs]
     if not all(isinstance(figure, float) for figure in figures):
         return ""
-    mean = format_figure(title, statistics.mean(figures))
-    return f"{mean} ± {format_figure(title, statistics.stdev(figures))}"
+    mean = format_figure(statistics.mean(figures), name)
+    return f"{mean} ± {format_figure(statistics.stdev(figures), name)}"
 
 
-def format_figure(title: str, figure: Any) -> str:
-    """Return a figure as text for the column `title`."""
+def format_figure(figure: Any, name: str) -> str:
+    """Return a figure of ``metrics.json`` as text."""
     if figure is None:
         return "-"
-    if title == "training":
+    if name == "train/seconds":
         return f"{figure:,.0f} s"
     if isinstance(figure, float):
         return f"{figure:.4f}"
@@ -226,15 +202,13 @@ def format_figure(title: str, figure: Any) -> str:
 
 def as_csv(jobs: Sequence[Job]) -> str:
     """Return the table with every figure as CSV."""
-    rows: list[dict[str, Any]] = []
-    columns: list[str] = []
+    rows = []
     for job in jobs:
-        row = {"folder": str(job.folder), **job.overrides, **job.status, **job.figures}
-        row["state"] = job.state
-        rows.append(row)
-        columns += [name for name in row if name not in columns]
+        row = {"folder": job.folder, **job.overrides, **job.status, **job.figures}
+        rows.append(row | {"state": job.state})
+    columns = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

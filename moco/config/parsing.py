@@ -7,6 +7,7 @@ the programs sees an OmegaConf object.
 import dataclasses
 import difflib
 import math
+import operator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,32 +23,34 @@ from moco.errors import InputError, unknown_name
 
 T = TypeVar("T")
 
+SCHEMAS = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "segment": SegmentConfig,
+    "preview": PreviewConfig,
+    "embed": EmbedConfig,
+    "pack": PackConfig,
+    "export": ExportConfig,
+}
+LIMITS = {
+    "above": operator.gt,
+    "at_least": operator.ge,
+    "below": operator.lt,
+    "at_most": operator.le,
+}
+"""What has to hold between a value and each limit of `setting`."""
 
-def find_config_dir() -> Path:
-    """Return the folder of the YAML files.
 
-    A wheel carries ``conf/`` inside the package. A checkout has it beside the package.
-    """
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "conf"
-    if inside.is_dir():
-        return inside
-    return package.parent / "conf"
-
-
-CONFIG_DIR = find_config_dir()
+# A wheel carries the YAML files inside the package. A checkout has them beside the package.
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
+if not CONFIG_DIR.is_dir():
+    CONFIG_DIR = CONFIG_DIR.parents[1] / "conf"
 
 
 def register_schemas() -> None:
     """Register the schemas with Hydra under the names that ``conf/*.yaml`` use."""
-    store = ConfigStore.instance()
-    store.store("train_schema", TrainConfig)
-    store.store("evaluate_schema", EvaluateConfig)
-    store.store("segment_schema", SegmentConfig)
-    store.store("preview_schema", PreviewConfig)
-    store.store("embed_schema", EmbedConfig)
-    store.store("pack_schema", PackConfig)
-    store.store("export_schema", ExportConfig)
+    for program, schema in SCHEMAS.items():
+        ConfigStore.instance().store(f"{program}_schema", schema)
 
 
 def parse(composed: DictConfig, schema: type[T]) -> T:
@@ -90,26 +93,15 @@ def check_limits(config: Any, prefix: str = "") -> None:
             check_limits(value, key + ".")
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key}={value}: expected a finite number")
-        if value is None or not item.metadata:
+        limits = item.metadata
+        if value is None:
             continue
-        choices = item.metadata.get("choices")
-        if choices is None:
-            check_range(key, value, dict(item.metadata))
-        elif value not in choices:
-            raise InputError(f"{key}: {unknown_name('value', value, choices)}")
-
-
-def check_range(key: str, value: float, limits: dict[str, float]) -> None:
-    """Raise InputError if `value` is outside the limits, as `setting` takes them."""
-    is_inside = (
-        value > limits.get("above", -math.inf)
-        and value >= limits.get("at_least", -math.inf)
-        and value < limits.get("below", math.inf)
-        and value <= limits.get("at_most", math.inf)
-    )
-    if not is_inside:
-        words = [f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items()]
-        raise InputError(f"{key}={value}: expected a number {' and '.join(words)}")
+        if "choices" in limits:
+            if value not in limits["choices"]:
+                raise InputError(f"{key}: {unknown_name('value', value, limits['choices'])}")
+        elif not all(LIMITS[name](value, limit) for name, limit in limits.items()):
+            words = [f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items()]
+            raise InputError(f"{key}={value}: expected a number {' and '.join(words)}")
 
 
 def unknown_key(full_key: str, schema: type) -> str:
@@ -118,21 +110,15 @@ def unknown_key(full_key: str, schema: type) -> str:
     A key of the same group with a similar name comes first: that is a typing error. Otherwise the
     name may be right and the group wrong.
     """
-    group = full_key.rpartition(".")[0]
+    group, _, name = full_key.rpartition(".")
     all_keys = keys(schema)
     siblings = [key for key in all_keys if key.rpartition(".")[0] == group]
-    nearest = nearest_key(full_key, siblings) or nearest_key(full_key, all_keys)
-    hint = f"; did you mean '{nearest}'?" if nearest else ""
+    hint = ""
+    for candidates in (all_keys, siblings):
+        names = [key.rpartition(".")[2] for key in candidates]
+        for match in difflib.get_close_matches(name, names, n=1):
+            hint = f"; did you mean '{candidates[names.index(match)]}'?"
     return f"unknown key '{full_key}'{hint} (keys here: {', '.join(siblings)})"
-
-
-def nearest_key(full_key: str, candidates: list[str]) -> str | None:
-    """Return the first candidate whose last part is similar to that of `full_key`."""
-    names = [key.rpartition(".")[2] for key in candidates]
-    matches = difflib.get_close_matches(full_key.rpartition(".")[2], names, n=1)
-    if not matches:
-        return None
-    return candidates[names.index(matches[0])]
 
 
 def keys(schema: type, prefix: str = "") -> list[str]:

@@ -15,9 +15,13 @@ from moco.config.settings import setting
 from moco.config.train import AugmentationConfig, BackboneConfig, MonitorConfig
 from moco.errors import InputError
 
-# The settings of EvaluationConfig that only some kinds of measurement have, by kind.
+# Dense evaluation reads masks, the others read classes.
+CLASS_DATA = ("crop_ratio", "num_images", "image_column", "label_column", "held_out", "pages")
+# The settings of `EvaluationConfig` and `EvaluateDataConfig` that only some kinds of measurement
+# have, by kind.
 KINDS: dict[str, tuple[str, ...]] = {
     "knn": (
+        *CLASS_DATA,
         "feature",
         "cache",
         "num_neighbors",
@@ -31,17 +35,17 @@ KINDS: dict[str, tuple[str, ...]] = {
         "plots",
         "map",
     ),
-    "dense": ("num_neighbors", "temperature", "maps", "bank_size", "sampling", "seed"),
-    "linear": ("feature", "cache", "linear"),
-    "linear_official": ("feature", "cache", "linear_official"),
-}
-# The same for EvaluateDataConfig. Dense evaluation reads masks, the others read classes.
-CLASS_DATA = ("crop_ratio", "num_images", "image_column", "label_column", "held_out", "pages")
-DATA_OF_KINDS: dict[str, tuple[str, ...]] = {
-    "knn": CLASS_DATA,
-    "dense": ("ignore_index",),
-    "linear": CLASS_DATA,
-    "linear_official": CLASS_DATA,
+    "dense": (
+        "ignore_index",
+        "num_neighbors",
+        "temperature",
+        "maps",
+        "bank_size",
+        "sampling",
+        "seed",
+    ),
+    "linear": (*CLASS_DATA, "feature", "cache", "linear"),
+    "linear_official": (*CLASS_DATA, "feature", "cache", "linear_official"),
 }
 
 
@@ -187,8 +191,15 @@ def check_settings(config: EvaluateConfig) -> None:
             f"evaluation.images_per_class={evaluation.images_per_class}: "
             "expected numbers of 1 or more"
         )
-    check_kind("evaluation", evaluation, KINDS, evaluation.name)
-    check_kind("data", config.data, DATA_OF_KINDS, evaluation.name)
+    kind = evaluation.name
+    for key in sorted(set().union(*KINDS.values()) - set(KINDS[kind])):
+        section = "evaluation" if hasattr(evaluation, key) else "data"
+        if is_given(getattr(config, section), key):
+            owners = [f"evaluation={name}" for name, keys in KINDS.items() if key in keys]
+            raise InputError(
+                f"{section}.{key}: a setting of {' and '.join(owners)}; "
+                f"evaluation={kind} does not have it"
+            )
     # Whether the settings on which others depend are given.
     needs = {
         "num_probes": ("an IVF index in evaluation.index", "IVF" in evaluation.index),
@@ -201,30 +212,6 @@ def check_settings(config: EvaluateConfig) -> None:
             raise InputError(f"evaluation.{key}: without {needed} it has no effect")
 
 
-def check_kind(
-    section: str, settings: Any, keys_of_kinds: dict[str, tuple[str, ...]], kind: str
-) -> None:
-    """Raise InputError if a setting was given that only other kinds of measurement have.
-
-    Args:
-        section: the name of the section, for the message.
-        settings: the section, a config dataclass.
-        keys_of_kinds: the settings that only some kinds have, by kind.
-        kind: the kind of this measurement.
-    """
-    keys_of_all_kinds = set().union(*keys_of_kinds.values())
-    for key in sorted(keys_of_all_kinds - set(keys_of_kinds[kind])):
-        if is_given(settings, key):
-            owners = []
-            for name, keys in keys_of_kinds.items():
-                if key in keys:
-                    owners.append(f"evaluation={name}")
-            raise InputError(
-                f"{section}.{key}: a setting of {' and '.join(owners)}; "
-                f"evaluation={kind} does not have it"
-            )
-
-
 def is_given(settings: Any, key: str) -> bool:
     """Whether a setting of a config dataclass differs from its default."""
     return getattr(settings, key) != getattr(type(settings)(), key)
@@ -235,21 +222,33 @@ def given_settings(settings: Any) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
 
 
-def with_defaults(
-    given: Any, of_checkpoint: dict[str, Any], new_data: bool = False
-) -> dict[str, Any]:
+def with_defaults(given: Any, of_checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the given settings, with nulls filled in from the run that made the checkpoint.
 
     Args:
         given: a config dataclass.
         of_checkpoint: the settings of that run.
-        new_data: the command line names the dataset. Its root is then not the run's.
     """
     settings = dataclasses.asdict(given)
     for key, value in settings.items():
-        if value is None and not (new_data and key == "root"):
+        if value is None:
             settings[key] = of_checkpoint.get(key)
     return settings
+
+
+def image_size_of(config: Any, run_data: dict[str, Any]) -> int:
+    """Return the side of the images, px.
+
+    Raises:
+        InputError: neither the command line nor the checkpoint says it.
+    """
+    image_size = config.image_size or run_data["image_size"]
+    if image_size is None:
+        silent = (
+            f"{config.checkpoint} does not say it," if config.checkpoint else "without a checkpoint"
+        )
+        raise InputError(f"image_size: missing; {silent} give image_size=PIXELS")
+    return int(image_size)
 
 
 def data_settings(config: Any, run_data: dict[str, Any]) -> dict[str, Any]:
@@ -258,7 +257,9 @@ def data_settings(config: Any, run_data: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: neither the command line nor the checkpoint names the dataset.
     """
-    data = with_defaults(config.data, run_data, new_data=config.data.name is not None)
+    if config.data.name is not None:
+        run_data = run_data | {"root": None}  # which is that of the run's own dataset
+    data = with_defaults(config.data, run_data)
     if data["name"] is None:
         raise InputError(f"data: missing; {config.checkpoint} does not say it, give data=NAME")
     return data

@@ -11,11 +11,6 @@ from moco.config.train import SlurmConfig, TrainerConfig
 
 
 @dataclass
-class SegmentBackboneConfig(PretrainedBackboneConfig):
-    """A patch projection that was frozen in pretraining is trained, unless frozen here too."""
-
-
-@dataclass
 class DecoderConfig:
     name: str = setting(
         "auto", choices=("auto", "deeplabv3", "fcn", "fpn", "linear", "unet", "upernet")
@@ -95,7 +90,8 @@ class SegmentConfig:
     checkpoint: Optional[str] = MISSING
     """As in moco.evaluate. Null: train from scratch, with backbone=NAME."""
     encoder: str = setting("query", choices=("key", "query"))
-    backbone: SegmentBackboneConfig = field(default_factory=SegmentBackboneConfig)
+    backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
+    """A patch projection that was frozen in pretraining is trained, unless frozen here too."""
     freeze_backbone: bool = False
     """Train the decoder alone. With the linear decoder this measures the backbone."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)

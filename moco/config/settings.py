@@ -6,29 +6,12 @@ from typing import Any
 from omegaconf import MISSING
 
 
-def setting(
-    default: Any = MISSING,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    at_most: float | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
+def setting(default: Any = MISSING, **limits: Any) -> Any:
     """Return a dataclass field whose value `moco.config.parsing.parse` checks.
 
     Args:
         default: the value if nobody gives one; by default the setting has to be given.
-        above, at_least: lower limits, the first without the limit itself.
-        below, at_most: upper limits, the first without the limit itself.
-        choices: the allowed strings.
+        limits: ``choices``, a tuple of the allowed strings; or for a number any of ``at_least`` and
+            ``at_most``, and of ``above`` and ``below``, which exclude the limit itself.
     """
-    limits = {
-        "above": above,
-        "at_least": at_least,
-        "below": below,
-        "at_most": at_most,
-        "choices": choices,
-    }
-    given = {name: limit for name, limit in limits.items() if limit is not None}
-    return field(default=default, metadata=given)
+    return field(default=default, metadata=limits)

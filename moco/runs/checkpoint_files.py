@@ -3,7 +3,7 @@
 A checkpoint is on the disk as a whole or not at all, and reading one never runs code from it.
 """
 
-import itertools
+import contextlib
 import logging
 import os
 import pickle
@@ -42,21 +42,7 @@ SETTINGS_AS_DICTS: list[Any] = [
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write Lightning's checkpoints atomically; the old ``last.ckpt`` becomes ``previous.ckpt``.
-
-    Attributes:
-        read: contents of files that this process has read already. Each is handed out once, in
-            place of reading the file again.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read: dict[Path, dict[str, Any]] = {}
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        if Path(path) in self.read:
-            return self.read.pop(Path(path))
-        return super().load_checkpoint(path, *args, **kwargs)
+    """Write Lightning's checkpoints atomically; the old ``last.ckpt`` becomes ``previous.ckpt``."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -85,56 +71,41 @@ def sound_checkpoint(folder: Path) -> dict[str, Any] | None:
     """
     last = folder / LAST_CHECKPOINT
     previous = folder / PREVIOUS_CHECKPOINT
-    if not last.is_file() and not previous.is_file():
-        return None
-
-    damage = None
-    if last.is_file():
+    damages = []
+    for path in (last, previous):
+        if not path.is_file():
+            continue
         try:
-            return read_checkpoint(last)
+            checkpoint = read_checkpoint(path)
         except InputError as error:
-            damage = str(error)
-
-    try:
-        checkpoint = read_checkpoint(previous)
-    except InputError as error:
-        if damage is None:
-            damage = str(error)
-        elif previous.is_file():
-            damage += f", and so is {previous.name}"
-        raise InputError(f"{damage}; {way_out(folder)}") from error
-
-    if damage is not None:
-        set_aside = free_name(last.with_name(last.name + ".damaged"))
-        os.replace(last, set_aside)
-        log.warning("%s; renamed to %s, continuing from %s", damage, set_aside.name, previous)
-    link_atomically(previous, last)
-    return checkpoint
+            damages.append(str(error))
+            continue
+        if path == previous:
+            if damages:
+                set_aside = last.with_name(f"{last.name}.damaged")
+                os.replace(last, set_aside)
+                log.warning(
+                    "%s; renamed to %s, continuing from %s", damages[0], set_aside.name, previous
+                )
+            link_atomically(previous, last)
+        return checkpoint
+    if not damages:
+        return None
+    if len(damages) == 2:
+        damages[0] += f", and so is {previous.name}"
+    raise InputError(f"{damages[0]}; {way_out(folder)}")
 
 
 def way_out(folder: Path) -> str:
     """Return what the user can do when a run's last two checkpoints are damaged."""
     readable = []
     for path in sorted((folder / LAST_CHECKPOINT).parent.glob("*.ckpt")):
-        try:
+        with contextlib.suppress(InputError):
             read_checkpoint(path)
-        except InputError:
-            continue
-        readable.append(path.name)
+            readable.append(path.name)
     if not readable:
         return "the run has no older one; move it away to start anew"
     return f"to continue from {' or '.join(readable)}, copy it over {LAST_CHECKPOINT.name}"
-
-
-def free_name(path: Path) -> Path:
-    """Return the path if nothing is there, else the first of PATH.2, PATH.3 and so on."""
-    if not path.exists():
-        return path
-    for number in itertools.count(2):
-        numbered = path.with_name(f"{path.name}.{number}")
-        if not numbered.exists():
-            break
-    return numbered
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -152,10 +123,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     checkpoint = read_torch_archive(path, source)
     if not isinstance(checkpoint, dict):
         raise InputError(f"{source}: not written by moco.train (it holds no dict)")
-    missing = CHECKPOINT_PARTS.keys() - checkpoint.keys()
+    missing = ", ".join(sorted(CHECKPOINT_PARTS.keys() - checkpoint.keys()))
     if missing:
-        lacking = ", ".join(sorted(missing))
-        raise InputError(f"{source}: not written by moco.train (it lacks {lacking})")
+        raise InputError(f"{source}: not written by moco.train (it lacks {missing})")
     check_parts(checkpoint, source, CHECKPOINT_PARTS)
     return checkpoint
 
@@ -184,8 +154,6 @@ def read_torch_archive(path: str | Path, source: str) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except PermissionError as error:
-        raise InputError(f"{source}: no permission to read it") from error
     except Exception as error:  # zipfile raises many kinds of errors on damaged archives.
         raise InputError(f"{source}: damaged, or no checkpoint at all ({error})") from error
     if damaged is not None:
@@ -207,27 +175,16 @@ def read_torch_file(path: str | Path, source: str) -> Any:
             # torch warns of odd files before it refuses them; the error below says enough.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise InputError(f"{source}: no permission to read it") from error
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # torch raises nearly any kind of error on damaged files.
         # torch names the function or class that it refuses to import.
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused is not None:
+        if isinstance(error, pickle.UnpicklingError) and refused is not None:
             raise InputError(
                 f"{source}: it holds objects whose loading would run code ({refused[1]}), so it "
                 "is not loaded; if you trust its source, write its tensors alone to a new file "
                 "with torch.save"
             ) from error
-        reason = reason_of(error)
+        # Of torch's long message one line says what is wrong.
+        lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
         raise InputError(f"{source}: damaged, or no checkpoint at all ({reason})") from error
-    except Exception as error:  # torch raises nearly any kind of error on damaged files.
-        reason = reason_of(error)
-        raise InputError(f"{source}: damaged, or no checkpoint at all ({reason})") from error
-
-
-def reason_of(error: Exception) -> str:
-    """Return the one line of torch's long message that says what is wrong with a file."""
-    message = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-    if not message:
-        return type(error).__name__
-    return message.splitlines()[0]

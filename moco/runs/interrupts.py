@@ -7,7 +7,7 @@ import logging
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from moco.errors import Interrupted
@@ -19,6 +19,8 @@ ENDING = (signal.SIGINT, signal.SIGTERM)
 REQUEUEING = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals of a scheduler: the job's time is nearly up, and the job is to be queued again."""
 
+PARTS_KEPT = "the parts that are whole are kept; the same command goes on there"
+"""What becomes of a program's work in parts, such as the features of a dataset."""
 BEFORE_TRAINING = "before training began; nothing to save"
 came_early: list[int] = []
 """Scheduler's signals that came before any `StopRequest`.
@@ -82,12 +84,7 @@ class StopRequest:
         for number in self.signals:
             signal.signal(number, self._receive)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         for number, handler in self._before.items():
             if error is None and number in REQUEUEING:
                 handler = signal.SIG_IGN  # the run is finished: nothing is to be queued again
@@ -153,11 +150,11 @@ def held_back(signals: Iterable[int]) -> Iterator[None]:
 
 
 @contextmanager
-def ending_at_once(message: str) -> Iterator[None]:
-    """Inside the ``with`` block, Ctrl-C and SIGTERM raise `Interrupted` with this message."""
+def ending_at_once() -> Iterator[None]:
+    """Inside the ``with`` block, Ctrl-C and SIGTERM raise `Interrupted` at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number, message)
+        raise Interrupted(number, PARTS_KEPT)
 
     before = {number: signal.signal(number, stop) for number in ENDING}
     try:

@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -41,8 +43,11 @@ def progress_bar(console: Console, unit: str) -> Progress:
     )
 
 
-class ImageProgress:
-    """Shows the number of finished images inside a ``with`` block.
+@contextmanager
+def image_progress(
+    console: Console, title: str, start: int, total: int
+) -> Iterator[Callable[[int], None]]:
+    """Show the number of finished images inside a ``with`` block.
 
     On a terminal it is a bar, elsewhere a log line per minute.
 
@@ -51,34 +56,31 @@ class ImageProgress:
         title: what is being done, one word.
         start: number of images that an earlier attempt has finished.
         total: number of all images.
+
+    Yields:
+        A function that takes the number of finished images, those of earlier attempts included.
     """
+    bar = progress_bar(console, "images")
+    task = bar.add_task(title, total=total, completed=start, status="")
+    start_time = time.monotonic()
+    last_line_time = start_time
 
-    def __init__(self, console: Console, title: str, start: int, total: int) -> None:
-        self.title = title
-        self.start = start
-        self.total = total
-        self.bar = progress_bar(console, "images")
-        self.task = self.bar.add_task(title, total=total, completed=start, status="")
-
-    def __enter__(self) -> "ImageProgress":
-        self.start_time = time.monotonic()
-        self.last_line_time = self.start_time
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def say(self, done: int) -> None:
-        """Show that `done` images are finished, those of earlier attempts included."""
+    def say(done: int) -> None:
+        nonlocal last_line_time
         now = time.monotonic()
-        rate = (done - self.start) / (now - self.start_time)
-        self.bar.update(self.task, completed=done, status=f"{rate:,.0f} a second")
-        is_line_due = now - self.last_line_time >= SECONDS_BETWEEN_LINES
-        if self.bar.disable and is_line_due and done > self.start:
-            self.last_line_time = now
-            minutes = (self.total - done) / rate / 60
+        rate = (done - start) / (now - start_time)
+        bar.update(task, completed=done, status=f"{rate:,.0f} a second")
+        is_line_due = now - last_line_time >= SECONDS_BETWEEN_LINES
+        if bar.disable and is_line_due and done > start:
+            last_line_time = now
             log.info(
-                f"{self.title}: {done:,} of {self.total:,} images, "
-                f"{rate:.0f} per second, {minutes:.0f} minutes left"
+                "%s: %s of %s images, %.0f per second, %.0f minutes left",
+                title,
+                f"{done:,}",
+                f"{total:,}",
+                rate,
+                (total - done) / rate / 60,
             )
+
+    with bar:
+        yield say

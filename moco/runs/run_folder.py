@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -43,7 +44,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def find_checkpoint(
-    folder: Path, config: Mapping[str, Any], resume: str | None, defaults: Mapping[str, Any]
+    folder: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Path | None:
     """Return the checkpoint from which a run in `folder` continues, or None for a new run.
 
@@ -51,8 +52,8 @@ def find_checkpoint(
 
     Args:
         folder: the run folder, which need not exist.
-        config: the run's config as plain data.
-        resume: ``auto``, a checkpoint's path, or None to start anew.
+        config: the run's config as plain data. Its ``resume`` is ``auto``, a checkpoint's path, or
+            None to start anew.
         defaults: the schema's defaults as plain data, for keys that the folder's config lacks.
 
     Raises:
@@ -66,6 +67,7 @@ def find_checkpoint(
                 f"{folder} holds a run with another configuration: {'; '.join(changes)}. "
                 "Choose another folder with hydra.run.dir=PATH"
             )
+    resume = config["resume"]
     # The results in the folder of a requeued job are its own.
     is_requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     if resume is None and holds_results and not is_requeued:
@@ -76,9 +78,7 @@ def find_checkpoint(
     if has_checkpoint(folder):
         # This run's own checkpoint is newer than the one that `resume` may name.
         return folder / LAST_CHECKPOINT
-    if resume is None or resume == "auto":
-        return None
-    return Path(resume)
+    return None if resume in (None, "auto") else Path(resume)
 
 
 def is_finished(folder: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
@@ -91,26 +91,31 @@ def is_finished(folder: Path, config: Mapping[str, Any], defaults: Mapping[str, 
         config: the run's config as plain data.
         defaults: as in `find_checkpoint`.
     """
-    status = read_status(folder)
-    if config["resume"] is None or status is None or status["state"] != "finished":
+    status = read_status(folder) or {}
+    if config["resume"] is None or status.get("state") != "finished":
         return False
     if not (folder / METRICS).is_file():
-        return False
+        return False  # no training
     figures = json.loads((folder / METRICS).read_text())
     trainer = config["trainer"]
     has_all_epochs = figures.get("epoch", 0) >= trainer["max_epochs"]
     has_all_steps = 0 < trainer["max_steps"] <= figures.get("step", 0)
-    if not has_all_epochs and not has_all_steps:
-        return False
-    return not changes_in(folder, config, defaults)
+    return (has_all_epochs or has_all_steps) and not changes_in(folder, config, defaults)
 
 
 @contextmanager
-def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
+def claimed(
+    folder: Path, config: Mapping[str, Any], files: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[None]:
     """Hold `folder` for this process alone inside the ``with`` block.
 
     It writes the run's config, and keeps ``status.json``: running, and at the end how the run
     ended.
+
+    Args:
+        folder: the run folder.
+        config: the run's config as plain data.
+        files: further texts for the folder's ``.hydra``, by name.
 
     Raises:
         InputError: another process holds the folder.
@@ -120,6 +125,8 @@ def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
         for place in (folder, folder / LAST_CHECKPOINT.parent, folder / LOCK.parent):
             remove_half_written(place)
         write_config(folder, config)
+        for name, text in files.items():
+            (folder / CONFIG).with_name(name).write_text(text)
         write_status(folder, "running")
         try:
             yield

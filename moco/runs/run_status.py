@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -12,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from moco.errors import InputError, Interrupted
+from moco.errors import exit_code
 from moco.runs.atomic_files import write_json
 from moco.runs.folder_lock import is_locked
 from moco.runs.slurm import job_id
@@ -31,10 +30,9 @@ This is used only where neither the lock nor SLURM can tell.
 def read_status(folder: Path) -> dict[str, Any] | None:
     """Return what the run wrote last, or None if it has written nothing yet."""
     try:
-        status = json.loads((folder / STATUS).read_text())
+        return dict(json.loads((folder / STATUS).read_text()))
     except (FileNotFoundError, ValueError):
         return None
-    return status if isinstance(status, dict) else None
 
 
 def write_status(folder: Path, state: str, message: str = "", exit_code: int | None = None) -> None:
@@ -69,14 +67,8 @@ def write_ending(folder: Path, error: BaseException, state: str | None = None) -
         error: what ended the run.
         state: None means interrupted or failed, depending on the error.
     """
-    if isinstance(error, Interrupted):
-        usual_state, code = "interrupted", 128 + error.signal_number
-    elif isinstance(error, KeyboardInterrupt):
-        usual_state, code = "interrupted", 128 + signal.SIGINT
-    elif isinstance(error, InputError):
-        usual_state, code = "failed", 2
-    else:
-        usual_state, code = "failed", 1
+    code = exit_code(error)
+    usual_state = "interrupted" if code > 128 else "failed"
     message = str(error) or type(error).__name__
     try:
         write_status(folder, state or usual_state, message, code)

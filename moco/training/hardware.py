@@ -41,8 +41,9 @@ def choose_device(accelerator: str, num_devices: int = 1) -> torch.device:
         )
     found = torch.cuda.device_count()
     if num_devices > found:
-        gpus = "1 GPU" if found == 1 else f"{found} GPUs"
-        raise InputError(f"trainer.devices={num_devices}: only {gpus} can be used on this machine")
+        raise InputError(
+            f"trainer.devices={num_devices}: GPUs that can be used on this machine: {found}"
+        )
     return torch.device("cuda")
 
 
@@ -79,10 +80,7 @@ def choose_memory_format(memory_format: str, module: nn.Module) -> str:
     """
     if memory_format != "auto":
         return memory_format
-    trained = 0
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            trained += parameter.numel()
+    trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
     in_convolutions = 0
     for layer in module.modules():
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.weight.requires_grad:

@@ -107,7 +107,11 @@ class HardwareFit(pl.Callback):
                 "trainer.cuda_graphs=true has no effect: it needs compiled encoders, one GPU, and "
                 "trainer.accumulate_grad_batches=1"
             )
-        log.info("device: %s; %s%s", described_device(self.device), described(self.way), remark)
+        device = f"CPU, {torch.get_num_threads()} threads"
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name()
+        ways = [f"{name.replace('_', ' ')}: {value}" for name, value in self.way.items()]
+        log.info("device: %s; %s%s", device, "; ".join(ways), remark)
 
     def compile_encoders(self, pl_module: pl.LightningModule, options: dict[str, Any]) -> None:
         """Have the module compile its encoders, with settings that they need."""
@@ -117,16 +121,6 @@ class HardwareFit(pl.Callback):
         warning = "The .grad attribute of a Tensor that is not a leaf"
         warnings.filterwarnings("ignore", warning, UserWarning)
         pl_module.compile_encoders(options)  # type: ignore[operator]
-
-
-def described(way: dict[str, str]) -> str:
-    return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in way.items())
-
-
-def described_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def compiler_options(device: torch.device, cuda_graphs: bool) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import yaml
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
+from moco.runs.config_changes import flattened
 from moco.training.stopwatches import LOGGING, epoch_time
 
 
@@ -65,54 +65,24 @@ class RunLogger(TensorBoardLogger):
         content = HParamsPluginData.FromString(plugin_data.content)
         # The tab puts settings that differ between runs first, and sorts the others by name.
         for info in content.experiment.hparam_infos:
-            info.differs = is_below(info.name, chosen)
+            info.differs = f"{info.name}.".startswith(tuple(f"{key}." for key in chosen))
         plugin_data.content = content.SerializeToString()
         for summary in (experiment, session):
             self.experiment.file_writer.add_summary(summary, step)
 
 
-def hyperparameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, float | str]:
+def hyperparameters(config: Mapping[str, Any]) -> dict[str, float | str]:
     """Return nested settings under dotted names: numbers as they are, the rest as text.
 
     Settings that are null are left out.
     """
     flat: dict[str, float | str] = {}
-    for key, value in config.items():
-        name = prefix + key
-        if isinstance(value, Mapping):
-            flat |= hyperparameters(value, f"{name}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+    for name, value in flattened(config).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             flat[name] = value
         elif value is not None:
             flat[name] = str(value)
     return flat
-
-
-def is_below(name: str, keys: Sequence[str]) -> bool:
-    """Return whether a dotted name is one of the keys, or inside of one."""
-    return any(name == key or name.startswith(f"{key}.") for key in keys)
-
-
-class RunDescription(pl.Callback):
-    """Write what the run is when it starts, and again when it resumes.
-
-    Args:
-        folder: the run folder; the settings of the command line are in its
-            ``.hydra/overrides.yaml``.
-        config: of the run, as plain data.
-        metrics: see `RunLogger.describe`.
-    """
-
-    def __init__(self, folder: Path, config: Mapping[str, Any], metrics: Sequence[str]) -> None:
-        self.folder = folder
-        self.config = config
-        self.metrics = metrics
-
-    @rank_zero_only
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if isinstance(trainer.logger, RunLogger):
-            chosen = given_keys(self.folder)
-            trainer.logger.describe(self.config, self.metrics, chosen, trainer.global_step)
 
 
 def given_keys(folder: Path) -> list[str]:
@@ -121,8 +91,5 @@ def given_keys(folder: Path) -> list[str]:
     # A run that Python started has no command line.
     if not path.is_file():
         return []
-    keys = []
-    for override in yaml.safe_load(path.read_text()):
-        key = override.partition("=")[0]
-        keys.append(key.lstrip("+~").replace("/", "."))
-    return keys
+    keys = [override.partition("=")[0] for override in yaml.safe_load(path.read_text())]
+    return [key.lstrip("+~").replace("/", ".") for key in keys]

@@ -56,18 +56,13 @@ def build_optimizer(
     decayed_group: dict[str, Any] = {"params": []}
     excluded_group: dict[str, Any] = {"params": [], "weight_decay": 0.0}
     for path, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if path in excluded:
-            excluded_group["params"].append(parameter)
-        else:
-            decayed_group["params"].append(parameter)
+        group = excluded_group if path in excluded else decayed_group
+        if parameter.requires_grad:
+            group["params"].append(parameter)
     groups = [group for group in (decayed_group, excluded_group) if group["params"]]
     if name == "adamw":
-        betas = (beta1, beta2)
-        return fused(
-            torch.optim.AdamW, groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-        )
+        settings = {"betas": (beta1, beta2), "eps": eps}
+        return fused(torch.optim.AdamW, groups, lr=lr, weight_decay=weight_decay, **settings)
     if name == "lars":
         from timm.optim.lars import Lars  # an optional extra
 
@@ -117,17 +112,15 @@ def build_layered_optimizer(
         if not parameter.requires_grad:
             continue
         depth = depths.get(parameter, 0)
-        is_decayed = name not in undecayed
-        key = (depth, not is_decayed)
-        if key not in groups:
-            scale = layer_decay**depth
-            groups[key] = {
-                "params": [],
-                "lr": lr * scale,
-                "scale": scale,
-                "weight_decay": weight_decay if is_decayed else 0.0,
-            }
-        groups[key]["params"].append(parameter)
+        is_undecayed = name in undecayed
+        scale = layer_decay**depth
+        group = {
+            "params": [],
+            "lr": lr * scale,
+            "scale": scale,
+            "weight_decay": 0.0 if is_undecayed else weight_decay,
+        }
+        groups.setdefault((depth, is_undecayed), group)["params"].append(parameter)
     # The order is part of the checkpoint format: optimizer states are stored by position.
     ordered = [groups[key] for key in sorted(groups)]
     return fused(torch.optim.AdamW, ordered, lr=lr)
@@ -180,16 +173,14 @@ def without_decay(module: nn.Module, decay_all: bool = False) -> set[str]:
             with such keywords.
     """
     excluded = set()
-    if not decay_all:
-        for path, parameter in module.named_parameters():
-            if parameter.ndim <= 1:
-                excluded.add(path)
+    for path, parameter in module.named_parameters():
+        if parameter.ndim <= 1 and not decay_all:
+            excluded.add(path)
     for prefix, layer in module.named_modules():
         keywords = getattr(layer, "no_weight_decay_keywords", None)
         if keywords is None:
             continue
         for path, parameter in layer.named_parameters():
-            has_keyword = any(keyword in path for keyword in keywords)
-            if parameter.ndim <= 1 or has_keyword:
+            if parameter.ndim <= 1 or any(keyword in path for keyword in keywords):
                 excluded.add(f"{prefix}.{path}".lstrip("."))
     return excluded

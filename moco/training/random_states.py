@@ -22,12 +22,9 @@ def random_states() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     keys_tensor = torch.from_numpy(np.asarray(keys).astype(np.int64))
     version, words, gauss = random.getstate()
-    cuda_states = []
-    if torch.cuda.is_available():
-        cuda_states = torch.cuda.get_rng_state_all()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": cuda_states,
+        "cuda": torch.cuda.get_rng_state_all(),  # none without a GPU
         "numpy": [name, keys_tensor, position, has_gauss, cached],
         "python": [version, list(words), gauss],
     }

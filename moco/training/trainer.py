@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,29 +22,22 @@ OURS = ("compile", "cuda_graphs", "max_bad_steps", "memory_format", "timeout_min
 
 def build_trainer(
     settings: Mapping[str, Any],
-    folder: Path,
+    logger: RunLogger,
     callbacks: Sequence[pl.Callback],
     environment: ClusterEnvironment | None = None,
-    purge_step: int | None = None,
 ) -> pl.Trainer:
     """Return Lightning's Trainer with our checkpoints and logger, in the current process group.
 
     Args:
         settings: the fields of ``TrainerConfig``.
-        folder: the run folder.
+        logger: of the run folder.
         callbacks: in the order in which they are called.
         environment: who started the processes, see `environment_of`; None: this process is alone.
-        purge_step: see `RunLogger`.
     """
     device = choose_device(settings["accelerator"], settings["devices"])
     precision = choose_precision(settings["precision"], device)
-    fit = HardwareFit(
-        device,
-        precision,
-        settings["memory_format"],
-        settings["compile"],
-        settings["cuda_graphs"],
-    )
+    ways = [settings[name] for name in ("memory_format", "compile", "cuda_graphs")]
+    fit = HardwareFit(device, precision, *ways)
     options = {name: value for name, value in settings.items() if name not in OURS}
     options["precision"] = precision
     options["accelerator"] = device.type  # Lightning's own "auto" would take an Apple GPU
@@ -57,9 +49,9 @@ def build_trainer(
     trainer = pl.Trainer(
         **options,
         callbacks=[fit, *callbacks],
-        logger=RunLogger(folder, purge_step),
+        logger=logger,
         plugins=[AtomicCheckpointIO(), environment or LightningEnvironment()],
-        default_root_dir=folder,
+        default_root_dir=logger.save_dir,
         use_distributed_sampler=False,  # EpochSampler gives each process its share
         num_sanity_val_steps=0,
         enable_progress_bar=False,
@@ -94,16 +86,3 @@ def buffers_switch() -> str:
     if "forward_sync_buffers" in arguments:
         return "forward_sync_buffers"
     return "broadcast_buffers"  # the older name
-
-
-def steps_per_epoch(trainer: pl.Trainer) -> int:
-    """Return the number of optimizer steps in one epoch of a running training."""
-    return -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
-
-
-def num_steps(trainer: pl.Trainer) -> int:
-    """Return the number of optimizer steps in the whole of a running training."""
-    steps = (trainer.max_epochs or 1) * steps_per_epoch(trainer)
-    if trainer.max_steps < 0:
-        return steps
-    return min(steps, trainer.max_steps)

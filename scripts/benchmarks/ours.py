@@ -18,6 +18,7 @@ from benchmarks.nets import Net, Setting
 from benchmarks.recipe import KEY_MOMENTUM
 from benchmarks.turns import Turn, wait_for
 from moco.cli.build_pretraining import build_method, build_trainer
+from moco.cli.training_run import Run
 from moco.config.train import TrainConfig
 from moco.data.augment.views import EvaluationView, ViewPair
 from moco.data.loading.datamodule import PretrainingData
@@ -165,8 +166,8 @@ def training(config: TrainConfig, data: PretrainingData) -> Turn:
         warm_up = WARM_UP[config.trainer.accelerator]
         clock = StepClock(config.trainer.max_steps - warm_up - COOL_DOWN, warm_up)
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (config, Path(folder), plain, {}, Console(quiet=True), StopRequest(()))
-            trainer = build_trainer(*arguments)
+            console = Console(quiet=True)
+            trainer = build_trainer(Run(config, Path(folder), StopRequest(()), console=console))
             trainer.callbacks.append(clock)
             trainer.fit(build_method(plain), datamodule=data)
         return {"seconds": clock.seconds, "images": config.data.batch_size}

@@ -1,6 +1,5 @@
 """Measure the first seconds of `+experiment=cifar10_speedrun`: speed, loss and kNN."""
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from gpu_parts.results import Result
 from gpu_parts.rows import FIRST_STEP, SPEED, knn_after, loss_after
 from moco.callbacks.knn_monitor import KNNMonitor
 from moco.cli.build_pretraining import build_data, build_method, build_trainer
+from moco.cli.training_run import Run
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig
 from moco.runs.interrupts import StopRequest
@@ -112,15 +112,14 @@ def measure(case: str, context: Context) -> list[Result]:
     """Train for the seconds of the speed run."""
     archive, images = archive_of(context)
     config = config_of(context, archive)
-    figures: dict[str, Any] = {}
-    plain = dataclasses.asdict(config)
+    run_folder = context.scratch / "run"
+    run = Run(config, run_folder, StopRequest(()), console=Console(quiet=True))
     pl.seed_everything(config.seed, verbose=False)
-    data, method = build_data(config), build_method(plain)
-    run_folder, console = context.scratch / "run", Console(quiet=True)
-    trainer = build_trainer(config, run_folder, plain, figures, console, StopRequest(()))
+    data, method = build_data(config), build_method(run.plain)
+    trainer = build_trainer(run)
     (monitor,) = [callback for callback in trainer.callbacks if isinstance(callback, KNNMonitor)]
     trainer.callbacks.remove(monitor)
-    curve = Curve(monitor, figures, context.sizes.speed_marks)
+    curve = Curve(monitor, run.figures, context.sizes.speed_marks)
     trainer.callbacks.append(curve)
     trainer.fit(method, datamodule=data)
     return results_of(case, curve, context.sizes.speed_marks, config.data.batch_size, images)

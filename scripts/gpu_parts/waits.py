@@ -1,7 +1,6 @@
 """Find what makes the host wait for the GPU between logged steps, with all callbacks."""
 
 import contextlib
-import dataclasses
 import traceback
 import warnings
 from collections import Counter
@@ -21,6 +20,7 @@ from gpu_parts.results import Result
 from gpu_parts.rows import WAITING, WAITS
 from gpu_parts.waiting_operations import WAITING_OPERATIONS
 from moco.cli.build_pretraining import build_data, build_method, build_trainer
+from moco.cli.training_run import Run
 from moco.config.train import TrainConfig
 from moco.runs.interrupts import StopRequest
 
@@ -159,14 +159,14 @@ def measure(case: str, context: Context) -> list[Result]:
     watcher = OfOperations(places) if context.is_rehearsal else OfCuda(places)
     steps = BetweenLoggedSteps(watcher)
     config = config_of(context, SETTINGS[case])
-    plain = dataclasses.asdict(config)
-    arguments = (config, context.scratch / "run", plain, {}, Console(quiet=True), StopRequest(()))
+    run_folder = context.scratch / "run"
+    run = Run(config, run_folder, StopRequest(()), console=Console(quiet=True))
     pl.seed_everything(config.seed, verbose=False)
-    trainer = build_trainer(*arguments)
+    trainer = build_trainer(run)
     trainer.callbacks.append(steps)
     data = build_data(config)
     with watcher.watching():
-        trainer.fit(build_method(plain), datamodule=data)
+        trainer.fit(build_method(run.plain), datamodule=data)
     for where, count in places.found.most_common():
         print(f"{count:6} waits at {where}", flush=True)
     note = ", ".join(where for where, _ in places.found.most_common(MOST_PLACES))

@@ -34,7 +34,7 @@ def with_checkpoint(folder):
 
 
 def claim(folder, config, resume, defaults=None):
-    checkpoint = find_checkpoint(folder, config, resume, defaults or {})
+    checkpoint = find_checkpoint(folder, config | {"resume": resume}, defaults or {})
     with claimed(folder, config):
         return checkpoint
 

@@ -500,7 +500,7 @@ MISTAKES = [
     ),
     (
         ["checkpoint={swin}", "resume={swin}"],
-        "resume={swin}: the checkpoint is of another model or optimizer: "
+        "resume={swin}: the checkpoint has another architecture or optimizer: "
         "backbone.pretrained_window_size:",
     ),
     (

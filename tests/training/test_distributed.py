@@ -24,7 +24,7 @@ from moco.training.distributed.processes import Child, first_failure, run_on_dev
 from tests.conftest import REPOSITORY, Runner
 from tests.processes import call_on_two, on_two
 
-NO_CHECKPOINT = partial(str, "there is no checkpoint yet")
+NO_CHECKPOINT = Path("folder without a checkpoint")
 
 
 def exchange(rank):
@@ -71,7 +71,7 @@ def exchange(rank):
     assert distributed.from_rank_zero(lambda: f"of rank {rank}") == "of rank 0"
     with pytest.raises(InputError, match="seen on rank 0"):
         distributed.from_rank_zero(partial(refuse, rank))
-    with mock.patch.object(distributed, "ROWS_AT_ONCE", 64):  # several messages
+    with mock.patch.object(distributed, "ROWS_AT_ONCE", 16):  # several messages
         rows = distributed.gather_rows(np.full((50 + rank, 3), rank, dtype=np.float32))
     assert rows[:, 0].tolist() == [0] * 50 + [1] * 51 if rank == 0 else len(rows) == 0
     tensors = [torch.full((2,), float(rank)), torch.full((2, 3), float(rank)).T]

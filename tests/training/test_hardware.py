@@ -22,6 +22,7 @@ from moco.models.backbones import build_backbone
 from moco.training import hardware_fit
 from moco.training.hardware import choose_device, choose_memory_format, choose_precision
 from moco.training.hardware_fit import HardwareFit
+from moco.training.logger import RunLogger
 from moco.training.trainer import build_trainer
 from scripts.gpu_parts.waiting_operations import WAITING_OPERATIONS
 from tests.methods.test_moco import Losses
@@ -60,7 +61,7 @@ def two_gpus(monkeypatch):
 def test_more_gpus_than_there_are_is_one_line(two_gpus):
     assert choose_device("auto", 2).type == "cuda"
     with pytest.raises(
-        InputError, match=r"^trainer\.devices=3: only 2 GPUs can be used on this machine$"
+        InputError, match=r"^trainer\.devices=3: GPUs that can be used on this machine: 2$"
     ):
         choose_device("gpu", 3)
     assert choose_device("cpu", 3).type == "cpu"
@@ -79,7 +80,7 @@ def test_apples_gpus_are_refused_in_one_line_and_never_chosen(monkeypatch, runne
         "pytorch_lightning.accelerators.mps.MPSAccelerator.is_available", lambda: True
     )
     settings = dataclasses.asdict(runner.config("trainer.accelerator=auto").trainer)
-    assert build_trainer(settings, tmp_path, []).strategy.root_device.type == "cpu"
+    assert build_trainer(settings, RunLogger(tmp_path), []).strategy.root_device.type == "cpu"
 
 
 def test_batches_are_pinned_for_cuda_alone(two_gpus):

@@ -11,8 +11,10 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -20,6 +22,7 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
 from moco.errors import InputError, Interrupted, PeerLost, RunError
 from moco.runs.interrupts import StopRequest, held_back
+from moco.runs.run_folder import last_good
 from moco.training.distributed.collectives import new_rendezvous
 
 log = logging.getLogger(__name__)
@@ -52,7 +55,7 @@ def run_on_devices(
     arguments: Sequence[Any],
     num_devices: int,
     stop: StopRequest,
-    last_good: Callable[[], str],
+    folder: Path,
 ) -> None:
     """Call ``work(*arguments, stop)`` in one new process per device; return when all have ended.
 
@@ -63,7 +66,7 @@ def run_on_devices(
         arguments: have to be picklable.
         num_devices: the number of processes.
         stop: passed on to every process.
-        last_good: names the newest checkpoint, for the message when a process is killed.
+        folder: the run folder, whose newest checkpoint is named when a process is killed.
 
     Raises:
         InputError, RunError, Interrupted: what the process raised that failed first. If it was
@@ -73,8 +76,12 @@ def run_on_devices(
     children: list[Child] = []
     try:
         for rank in range(num_devices):
-            child = start(work, arguments, rank, num_devices, str(rendezvous), stop)
-            children.append(child)
+            environment = {
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num_devices),
+                "MOCO_RENDEZVOUS": str(rendezvous),
+            }
+            children.append(start(partial(work, *arguments), environment, stop))
         supervise(children, stop)
     finally:
         for child in children:
@@ -82,31 +89,28 @@ def run_on_devices(
             child.process.join()
         rendezvous.unlink(missing_ok=True)
         rendezvous.parent.rmdir()
-    error = first_failure(children, last_good)
+    error = first_failure(children, folder)
     if error is not None:
         raise error
 
 
-def start(
-    work: Callable[..., None],
-    arguments: Sequence[Any],
-    rank: int,
-    num_devices: int,
-    rendezvous: str,
-    stop: StopRequest,
-) -> Child:
-    """Start the process of one rank."""
+def start(job: Callable[..., None], environment: dict[str, str], stop: StopRequest) -> Child:
+    """Start the process of one rank.
+
+    Args:
+        job: what it calls, with its own `StopRequest`.
+        environment: its further environment variables.
+        stop: of this process.
+    """
     context = multiprocessing.get_context("spawn")  # CUDA does not work after a fork
     parents_end, childs_end = context.Pipe()
-    process = context.Process(
-        target=_run_child,
-        args=(work, tuple(arguments), rank, num_devices, rendezvous, childs_end, stop.signals),
-        name=f"rank {rank}",
-    )
+    rank = environment["LOCAL_RANK"]
+    arguments = (job, environment, childs_end, stop.signals)
+    process = context.Process(target=_run_child, args=arguments, name=f"rank {rank}")
     with held_back(stop.signals):  # until the child's own StopRequest begins
         process.start()
     childs_end.close()  # only the child holds it now, so that it closes when the child ends
-    return Child(rank, process, parents_end)
+    return Child(int(rank), process, parents_end)
 
 
 def supervise(children: Sequence[Child], stop: StopRequest) -> None:
@@ -118,7 +122,9 @@ def supervise(children: Sequence[Child], stop: StopRequest) -> None:
         if stop and not has_told:
             has_told = True
             for child in alive:
-                tell(child, stop.signal_number)
+                # As if the process itself had received the signal.
+                with contextlib.suppress(OSError):  # it is ending already
+                    child.connection.send(stop.signal_number)
         events: list[Any] = []
         for child in alive:
             events += [child.process.sentinel, child.connection]
@@ -136,23 +142,15 @@ def supervise(children: Sequence[Child], stop: StopRequest) -> None:
         child.is_cause = False
 
 
-def tell(child: Child, signal_number: int | None) -> None:
-    """Ask a process to stop as if it had received the signal."""
-    with contextlib.suppress(OSError):  # it is ending already
-        child.connection.send(signal_number)
-
-
 def read_error(child: Child) -> None:
     """Keep the error that the process has sent, if there is one."""
-    try:
+    with contextlib.suppress(EOFError, OSError):
         while child.error is None and child.connection.poll():
             child.error = child.connection.recv()
             child.is_cause = not isinstance(child.error, PeerLost)
-    except (EOFError, OSError):
-        pass
 
 
-def first_failure(children: Sequence[Child], last_good: Callable[[], str]) -> BaseException | None:
+def first_failure(children: Sequence[Child], folder: Path) -> BaseException | None:
     """Return why the training ended, or None if all processes succeeded.
 
     A killed process comes first, then an error, then a lost connection, which only follows from the
@@ -160,7 +158,14 @@ def first_failure(children: Sequence[Child], last_good: Callable[[], str]) -> Ba
     """
     for child in children:
         if child.is_cause and child.error is None and child.process.exitcode:
-            return killed_error(child, len(children), last_good)
+            code = child.process.exitcode
+            how = f"ended with exit code {code}"
+            if code < 0:
+                how = f"was killed by {signal.Signals(-code).name}"
+            return RunError(
+                f"rank {child.rank} of {len(children)} (process {child.process.pid}) {how}: by the "
+                f"kernel if memory ran out, or from outside; {last_good(folder)}"
+            )
     errors = [child.error for child in children if child.error is not None]
     causes = [error for error in errors if not isinstance(error, PeerLost)]
     for kind in (InputError, RunError, Interrupted, BaseException):
@@ -170,41 +175,24 @@ def first_failure(children: Sequence[Child], last_good: Callable[[], str]) -> Ba
     return None
 
 
-def killed_error(child: Child, num_devices: int, last_good: Callable[[], str]) -> RunError:
-    """Return the error for a process that ended without saying why."""
-    code = child.process.exitcode
-    assert code is not None
-    how = f"ended with exit code {code}"
-    if code < 0:
-        how = f"was killed by {signal.Signals(-code).name}"
-    return RunError(
-        f"rank {child.rank} of {num_devices} (process {child.process.pid}) {how}: by the kernel "
-        f"if memory ran out, or from outside; {last_good()}"
-    )
-
-
 def _run_child(
-    work: Callable[..., None],
-    arguments: tuple[Any, ...],
-    rank: int,
-    num_devices: int,
-    rendezvous: str,
+    job: Callable[..., None],
+    environment: dict[str, str],
     connection: Connection,
     signals: Sequence[int],
 ) -> None:
-    os.environ["LOCAL_RANK"] = str(rank)
-    os.environ["WORLD_SIZE"] = str(num_devices)
-    os.environ["MOCO_RENDEZVOUS"] = rendezvous
+    os.environ.update(environment)
     code = 1
     try:
         with StopRequest(signals) as stop:
             threading.Thread(target=_listen, args=(connection, stop), daemon=True).start()
-            work(*arguments, stop)
+            job(stop)
         code = 0
     except (InputError, RunError, Interrupted) as error:
         connection.send(error)
     except BaseException as error:
         traceback.print_exc()
+        rank = environment["LOCAL_RANK"]
         connection.send(RunError(f"rank {rank}: {type(error).__name__}: {error}"))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -154,7 +154,7 @@ def test_a_full_disk_is_one_line_and_the_copy_goes_on_later(tmp_path, photograph
 
     monkeypatch.setattr(CopyWriter, "add", full)
     with pytest.raises(
-        RunError, match="No space left on device; with room there the same command goes on"
+        RunError, match=r"No space left on device; free some space .* the same command goes on"
     ):
         run(tmp_path, *arguments)
     monkeypatch.setattr(CopyWriter, "add", add)
@@ -170,7 +170,7 @@ def test_a_full_disk_at_the_first_write_is_one_line_and_what_it_leaves_is_not_in
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
         with pytest.raises(
-            RunError, match="No space left on device; with room there the same command goes on"
+            RunError, match=r"No space left on device; free some space .* the same command goes on"
         ):
             run(tmp_path, f"data.root={photographs}")
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {LOCK, ".index.json.tmp"}

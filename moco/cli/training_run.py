@@ -1,0 +1,181 @@
+"""What pretraining and segmentation share: the run folder, resuming, the Trainer and its end."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from moco.errors import InputError, Interrupted
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+
+    from moco.runs.interrupts import StopRequest
+
+log = logging.getLogger(__name__)
+
+TensorSettings = Callable[[Mapping[str, Any], Any], dict[str, Any]]
+"""From a run's config and its module's hyperparameters, both as plain data, it returns the settings
+that decide which tensors a checkpoint holds, and their shapes."""
+
+
+@dataclass
+class Run:
+    """One process of a training."""
+
+    config: Any
+    """A `TrainConfig` or `SegmentConfig`."""
+    folder: Path
+    """The run folder."""
+    stop: "StopRequest"
+    """The request to save and stop."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Hydra's files for the folder's ``.hydra``, by name."""
+    console: Console = field(default_factory=Console)
+    """Where the progress bar and the closing table are drawn."""
+    figures: dict[str, Any] = field(default_factory=dict)
+    """What becomes ``metrics.json``. Callbacks write into it."""
+
+    def __post_init__(self) -> None:
+        self.plain = dataclasses.asdict(self.config)
+        """The config as plain data."""
+        # A run without any overrides. It completes the configs of older versions.
+        self.defaults = dataclasses.asdict(type(self.config)())
+
+    def is_finished(self) -> bool:
+        """Return whether the folder holds this run and its end; log what goes on nevertheless."""
+        from moco.runs.run_folder import is_finished
+
+        if not is_finished(self.folder, self.plain, self.defaults):
+            return False
+        log.info("%s is finished; a larger trainer.max_epochs goes on", self.folder)
+        return True
+
+
+def take_folder(
+    run: Run, stack: ExitStack, checkpoint: Path | None, hparams: Any, settings: TensorSettings
+) -> int | None:
+    """Lock the run folder for this process until `stack` closes, and check the checkpoint.
+
+    Args:
+        run: the run.
+        stack: where the lock is entered.
+        checkpoint: from `find_checkpoint`.
+        hparams: the hyperparameters of the run's module.
+        settings: names what must be equal in the checkpoint and in this run.
+
+    Returns:
+        The checkpoint's number of optimizer steps; None for a new run.
+
+    Raises:
+        InputError: the folder belongs to another run, or the checkpoint holds other tensors than
+            the run, for which the error names the settings.
+    """
+    from moco.runs.checkpoint_files import read_checkpoint, sound_checkpoint
+    from moco.runs.config_changes import completed, differences
+    from moco.runs.run_folder import LAST_CHECKPOINT, claimed
+
+    def checked(content: dict[str, Any]) -> int:
+        there = settings(completed(content["config"], run.defaults), content["hyper_parameters"])
+        differing = differences(there, settings(run.plain, hparams))
+        if differing:
+            raise InputError(
+                f"resume={checkpoint}: the checkpoint has another architecture or optimizer: "
+                f"{'; '.join(differing)}"
+            )
+        return int(content["global_step"])
+
+    step = None
+    is_own = checkpoint == run.folder / LAST_CHECKPOINT
+    if checkpoint is not None and not is_own:
+        # Another run's checkpoint is checked before anything is written to the folder.
+        step = checked(read_checkpoint(checkpoint))
+    stack.enter_context(claimed(run.folder, run.plain, run.files))
+    if is_own:
+        content = sound_checkpoint(run.folder)
+        assert content is not None  # `find_checkpoint` has found one
+        step = checked(content)
+    if checkpoint is not None:
+        log.info("going on from %s", checkpoint)
+    return step
+
+
+def build_trainer(
+    run: Run,
+    loss_monitor: "pl.Callback",
+    monitors: "Sequence[pl.Callback]",
+    scores: Sequence[tuple[str, str]],
+    checkpoints: Mapping[str, Any],
+    environment: "ClusterEnvironment | None" = None,
+    step: int | None = None,
+) -> "pl.Trainer":
+    """Return Lightning's Trainer with the callbacks of every training around its own.
+
+    Args:
+        run: the run.
+        loss_monitor: reports the loss.
+        monitors: what else the run measures of itself.
+        scores: figures that the progress bar shows, each with its name there. The first one decides
+            which checkpoint is the best.
+        checkpoints: further arguments of `Checkpoints`.
+        environment: who started the processes.
+        step: number of optimizer steps of the checkpoint that the run goes on from.
+    """
+    from moco.callbacks.bad_steps import BadSteps
+    from moco.callbacks.checkpoints import Checkpoints
+    from moco.callbacks.progress import ProgressBar
+    from moco.runs.run_folder import last_good
+    from moco.training import trainer
+    from moco.training.distributed.collectives import rank
+    from moco.training.logger import RunLogger, given_keys
+
+    settings = run.plain["trainer"]
+    score = scores[0][0]
+    checkpoint_name = partial(last_good, run.folder)
+    callbacks = [
+        loss_monitor,
+        BadSteps(
+            run.figures, settings["max_bad_steps"], settings["log_every_n_steps"], checkpoint_name
+        ),
+        *monitors,
+        ProgressBar(run.figures, run.console, *scores),
+        # Last, so that a checkpoint holds what the other callbacks have written into `figures`.
+        Checkpoints(run.folder, run.plain, run.figures, run.stop, monitor=score, **checkpoints),
+    ]
+    # A process that died without a checkpoint may have logged beyond the step from which this run
+    # goes on. TensorBoard hides what was logged at `purge_step` and later.
+    logger = RunLogger(run.folder, purge_step=0 if step is None else step + 1)
+    if rank() == 0:
+        logger.describe(run.plain, [score, "epoch/loss"], given_keys(run.folder), step or 0)
+    return trainer.build_trainer(settings, logger, callbacks, environment)
+
+
+def fit(
+    run: Run, trainer: "pl.Trainer", module: Any, data: "pl.LightningDataModule", path: Path | None
+) -> None:
+    """Train from the checkpoint at `path`, if there is one, to the end, and complete the figures.
+
+    Raises:
+        Interrupted: a signal came, perhaps before there was anything to save.
+    """
+    from moco.evaluation.features import EmbeddingStopped
+    from moco.training.distributed.collectives import largest
+
+    checkpoint = None if path is None else str(path)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except EmbeddingStopped as error:
+        # The processes may have seen different signals, or none yet.
+        number = largest([run.stop.signal_number or 0])[0]
+        raise Interrupted(number, "before the first training step; nothing to save") from error
+    # A run that had reached its last step within its first epoch ends at once when it is started
+    # again. No epoch end has filled these in then.
+    run.figures.setdefault("epoch", trainer.current_epoch)
+    run.figures.setdefault("step", trainer.global_step)
