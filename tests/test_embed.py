@@ -386,6 +386,7 @@ def test_features_that_are_not_finite_name_their_images(checkpoint, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_shards_are_embedded_in_their_order_and_gone_on_with(checkpoint, tmp_path, image_tree):
     pytest.importorskip("webdataset")
     paths = sorted(image_tree.rglob("*.png"))

@@ -43,6 +43,7 @@ def test_masks_hold_the_class_of_each_pixels_tile(journey):
     assert len(np.unique(masks)) > 3
 
 
+@pytest.mark.slow
 def test_every_variant_goes_from_64_to_144_px_and_nothing_is_run_twice(
     journey, tiles, tmp_path, monkeypatch
 ):

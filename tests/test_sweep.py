@@ -177,6 +177,7 @@ def sweep(launched, tmp_path):
     return tmp_path / "runs" / "sweep" / "experiment-quickstart__method.temperature__seed"
 
 
+@pytest.mark.slow
 def test_the_table_shows_every_job_whatever_became_of_it(sweep):
     write_json(
         sweep / "method.temperature-0.2__seed-0" / "status.json",

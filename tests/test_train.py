@@ -189,6 +189,7 @@ def test_a_folder_with_another_configuration_is_left_alone(finished):
     assert (cwd / "run" / ".hydra" / "config.yaml").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_each_job_its_folder_and_a_bad_job_does_not_end_it(tmp_path):
     done = run_program(
         "moco.train", "-m", *SMALL, "trainer.max_steps=2", "method.temperature=0.1,-1,0.2", "hydra.sweep.dir=sweep",

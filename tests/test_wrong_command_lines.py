@@ -277,6 +277,7 @@ def check(outcomes, cwd):
     assert not {"last.ckpt", "metrics.json"} & set(left)  # nothing was trained or measured
 
 
+@pytest.mark.slow
 def test_wrong_command_lines_are_one_line_and_exit_with_2(folder, tmp_path):
     check(tried(list(command_lines(15, seed=1)), folder, tmp_path), tmp_path)
 
@@ -296,6 +297,7 @@ def test_the_generator_knows_every_program_and_setting():
     )
 
 
+@pytest.mark.slow
 def test_real_processes_do_the_same(folder, tmp_path):
     for module, argument in (
         ("moco.train", "trainer.max_stepz=1"),

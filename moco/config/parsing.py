@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import operator
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -47,6 +48,7 @@ if not CONFIG_DIR.is_dir():
     CONFIG_DIR = CONFIG_DIR.parents[1] / "conf"
 
 
+@cache
 def register_schemas() -> None:
     """Register the schemas with Hydra under the names that ``conf/*.yaml`` use."""
     for program, schema in SCHEMAS.items():

@@ -218,6 +218,7 @@ def test_a_run_without_bad_steps_is_not_changed_in_one_bit(runner):
         assert torch.equal(ours[name], value), name
 
 
+@pytest.mark.slow
 def test_with_fp16s_loss_scaling_the_same_steps_are_skipped_as_without_us(runner):
     """PyTorch's own scaler skips a step that overflows; with ours the result is the same."""
 
@@ -386,6 +387,7 @@ def scalars(folder, tag):
     return {event.step: event.value for event in events.Scalars(tag)}
 
 
+@pytest.mark.slow
 def test_a_resume_in_the_middle_of_a_streak_keeps_the_count(runner, monkeypatch, tmp_path, caplog):
     def config(max_steps, limit):
         return runner.config(

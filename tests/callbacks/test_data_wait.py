@@ -3,6 +3,7 @@
 import logging
 import time
 
+import pytest
 import pytorch_lightning as pl
 from rich.console import Console
 
@@ -64,6 +65,7 @@ def test_making_a_batch_in_the_devices_memory_is_not_waiting(runner):
     assert figures["data_wait"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_says_so_once(runner, image_tree, caplog, monkeypatch):
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr("moco.callbacks.training_monitor.SECONDS", 0.5)

@@ -113,6 +113,7 @@ def test_it_reports_the_miou_and_its_protocol(runner, halves):
     assert figures | protocol == figures
 
 
+@pytest.mark.slow
 def test_a_whole_run_shows_it_and_may_continue_without_it(runner, halves, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -145,7 +146,7 @@ def test_a_whole_run_shows_it_and_may_continue_without_it(runner, halves, tmp_pa
     ("override", "message"),
     [
         ("monitor.dense.root=null", "monitor.dense.root=None: expected the dataset's folder"),
-        ("monitor.dense.root=/nowhere", "monitor.dense.root=/nowhere: no such folder"),
+        ("monitor.dense.root=/nowhere", "monitor.dense.root=/nowhere: there is no folder images in it"),
         ("monitor.dense.maps=[5]", r"monitor.dense.maps=\[5\]: expected numbers from 1"),
         (
             "monitor.dense.data=null",

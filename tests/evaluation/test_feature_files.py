@@ -205,6 +205,7 @@ def test_an_index_that_needs_more_images_is_refused(tmp_path, batches):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     def loader(number):
         for start in range(0, 256 * number, 256):

@@ -162,6 +162,7 @@ def test_a_constant_encoder_is_warned_of_and_drawn(evaluated, small, checkpoint,
     assert sorted(plots_in(evaluated.folder)) == NAMES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [2, 1000])
 def test_few_and_many_classes_are_drawn(evaluated, generator, tmp_path, num_classes):
     labels = np.arange(2 * num_classes) % num_classes
@@ -199,6 +200,7 @@ def test_unreadable_images_and_sets_without_a_test_part_are_drawn(evaluated, gen
     assert sorted(plots_in(evaluated.folder)) == NAMES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["vit_tiny_patch4", "swin_v2_tiny_patch2"])
 def test_feature_maps_of_transformers_are_drawn(evaluated, generator, tmp_path, runner, backbone):
     path = tmp_path / "last.ckpt"

@@ -292,6 +292,7 @@ def kill_loader_process():
     os.kill(loader, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_loader_process_ends_the_run_with_the_checkpoint_intact(
     with_a_checkpoint, tmp_path, monkeypatch
 ):

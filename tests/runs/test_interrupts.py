@@ -46,6 +46,7 @@ def interrupt_group(folder, arguments, number, tmp_path):
         return code, program.errors()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "num_workers", "number"),
     [

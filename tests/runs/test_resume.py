@@ -109,6 +109,7 @@ def test_stopping_anywhere_changes_nothing(length, accumulate, small, tmp_path, 
     assert_same_end(last(tmp_path / "whole"), last(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_at_its_last_step_inside_its_first_epoch_leaves_all_its_files(
     small, tmp_path, monkeypatch
 ):
@@ -123,6 +124,7 @@ def test_a_run_that_goes_on_at_its_last_step_inside_its_first_epoch_leaves_all_i
     run(small("trainer.max_steps=2"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_measurement_that_an_interrupt_cut_short_is_made_up_for(small, tmp_path, monkeypatch):
     import moco.callbacks.knn_monitor as module
 
@@ -222,6 +224,7 @@ def test_a_run_from_before_some_keys_existed_goes_on(small, one_step):
     assert last(one_step)["global_step"] == 2
 
 
+@pytest.mark.slow
 def test_an_explicit_checkpoint_carries_a_run_into_a_new_folder_also_with_other_settings(
     small, one_step, tmp_path
 ):
@@ -240,6 +243,7 @@ def test_the_readmes_python_lines_work(run_of_one_step):
     assert len(method.query_encoder.backbone.feature_maps(images)) == 4
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_that_a_crash_left_without_its_name_stays_the_best(small, tmp_path):
     length = ["trainer.max_steps=-1", "evaluation.every_n_epochs=1", "checkpoint.every_n_epochs=1"]
     run(small(*length, "trainer.max_epochs=1"), tmp_path)

@@ -314,6 +314,7 @@ def start_job(start_program, tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_a_job_saves_on_its_signal_and_is_queued_again_once(start_job, tmp_path):
     run = start_job("method.queue_size=200", "evaluation.baselines=false")
     run.wait_for_output("epoch    1/")

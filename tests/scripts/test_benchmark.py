@@ -95,6 +95,7 @@ def contenders(rows, case):
     return [contender for its_case, contender in rows if its_case == case]
 
 
+@pytest.mark.slow
 def test_a_step_is_measured_alike_in_each_precision_and_layout(measured, official):
     rows = measured(
         "step", "--against", official, "--only", "*fp32, contiguous*", "*bf16, channels_last*"
@@ -122,6 +123,7 @@ def test_the_default_settings_are_measured_in_the_trainer(measured):
     ]
 
 
+@pytest.mark.slow
 def test_the_loss_is_measured_in_time_and_memory(measured):
     rows = measured("loss", "--only", "N 8*", "memory*ours")
     assert contenders(rows, "N 8, K 64") == ["two matrix products", "ours", "plain form"]
@@ -161,11 +163,13 @@ def test_knn_is_measured_against_the_bare_product(measured):
     assert contenders(rows, case) == ["product", "ours"]
 
 
+@pytest.mark.slow
 def test_swin_is_measured_against_torchvisions(measured):
     rows = measured("swin", "--repeats", "1", "--only", "*, forward:*")
     assert contenders(rows, "64/4/fp32, forward") == ["torchvision", "ours"]
 
 
+@pytest.mark.slow
 def test_a_training_with_data_is_measured_against_its_step(measured, official):
     rows = measured(
         "end_to_end", "--against", official, "--steps", "2", "--repeats", "1", "--workers", "0"

@@ -84,6 +84,7 @@ def test_parts_are_measured_and_a_second_start_goes_on_with_what_is_missing(
     assert "loss: done before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_one_case_is_measured_again_and_the_others_are_kept(rehearse):
     _, before = rehearse("loss")
     _, after = rehearse("loss", "--again", "loss: N 8, K 64")
@@ -97,6 +98,7 @@ def test_one_case_is_measured_again_and_the_others_are_kept(rehearse):
     assert len(old) == len(new)
 
 
+@pytest.mark.slow
 def test_the_merged_file_alone_is_enough_to_go_on(rehearse, tmp_path):
     _, before = rehearse("loss")
     for path in (tmp_path / "results").iterdir():
@@ -106,6 +108,7 @@ def test_the_merged_file_alone_is_enough_to_go_on(rehearse, tmp_path):
     assert after["parts"] == before["parts"]
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_a_row_and_the_others_go_on(rehearse, monkeypatch, tmp_path):
     def failing(case, context):
         raise ValueError("broken\nsecond line")
@@ -122,6 +125,7 @@ def test_a_part_that_fails_is_a_row_and_the_others_go_on(rehearse, monkeypatch, 
     assert f"| failed: {error}" in (results / "gpu_check.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_costs_its_case_alone(check, rehearse, monkeypatch):
     losses = importlib.import_module("gpu_parts.losses")
     measure = losses.measure
@@ -143,6 +147,7 @@ def test_a_process_that_dies_costs_its_case_alone(check, rehearse, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_ended_and_keeps_what_it_has(
     check, rehearse, monkeypatch, tmp_path
 ):
@@ -232,6 +237,7 @@ def test_a_mistake_in_the_command_is_one_line(check, capsys, tmp_path, arguments
     assert said.startswith(line)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_never_comes_into_the_documentation(check, rehearse, capsys, tmp_path):
     rehearse("loss")
     page = check.PAGE.read_text()

@@ -25,6 +25,7 @@ def test_the_table_in_the_docs_is_the_one_that_conf_gives(script):
     assert script.renewed(page) == page, "run python scripts/method_table.py"
 
 
+@pytest.mark.slow
 def test_every_method_has_a_row(script):
     methods = {path.stem for path in (CONFIG_DIR / "method").glob("*.yaml")}
     assert {f"`{method}`" for method in methods} == {

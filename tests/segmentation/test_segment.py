@@ -229,6 +229,7 @@ def assert_equal_weights(one, other):
         assert torch.equal(value, other["state_dict"][name]), name
 
 
+@pytest.mark.slow
 def test_interrupts_do_not_change_the_result(shapes, tmp_path, monkeypatch):
     """Interrupts in the middle of an epoch and in its last step, with accumulation and windows."""
     settings = [
@@ -259,6 +260,7 @@ def test_interrupts_do_not_change_the_result(shapes, tmp_path, monkeypatch):
         run(config_of(shapes, *settings, "freeze_backbone=true"), tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_the_random_numbers_of_dropout_and_stochastic_depth(
     shapes, tmp_path, monkeypatch
 ):

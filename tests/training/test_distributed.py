@@ -290,6 +290,7 @@ def test_two_processes_end_where_one_does(alone, runner, tmp_path):
     assert figures[0]["train/loss"] == pytest.approx(figures[1]["train/loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_with_another_number_of_processes(alone, runner, tmp_path):
     trained(runner, tmp_path / "changing", 3, 2)
     trained(runner, tmp_path / "changing", 6, 1)

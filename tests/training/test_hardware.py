@@ -140,6 +140,7 @@ def double(monkeypatch):
     monkeypatch.setattr("moco.training.trainer.choose_precision", lambda *_: "64-true")
 
 
+@pytest.mark.slow
 def test_channels_last_goes_through_both_encoders_and_changes_the_losses_by_rounding_only(
     runner, double
 ):
@@ -194,6 +195,7 @@ def test_the_log_says_in_one_line_how_the_run_computes(runner, caplog):
     ]
 
 
+@pytest.mark.slow
 def test_a_resume_where_the_hardware_decides_otherwise_goes_on_and_says_so(
     runner, tmp_path, monkeypatch, caplog
 ):
@@ -323,6 +325,7 @@ def test_cuda_itself_finds_no_wait_between_logged_steps(runner):
     )
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_nets_run_as_they_are_and_one_line_says_why(
     runner, monkeypatch, caplog
 ):
@@ -398,6 +401,7 @@ def test_every_size_of_a_long_ramp_is_compiled(runner, monkeypatch):
     assert len(seen) >= 2 * 7
 
 
+@pytest.mark.slow
 def test_files_of_channels_last_weights_give_the_features_of_the_run_and_are_exported(
     runner, tmp_path
 ):
@@ -436,6 +440,7 @@ def test_segmentation_does_not_compile_and_says_so(tmp_path):
             run(config, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
 def test_freed_memory_is_used_again():
     program = """
@@ -518,6 +523,7 @@ def test_one_gpu_compiles_and_starts_whole_passes_at_once(
     )
 
 
+@pytest.mark.slow
 def test_torch_knows_the_options_for_its_compiler():
     options = hardware_fit.compiler_options(torch.device("cuda"), cuda_graphs=True)
     torch.compile(torch.neg, options=options)  # it refuses unknown ones here

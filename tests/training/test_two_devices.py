@@ -247,6 +247,7 @@ def built_in_double(config):
     return method
 
 
+@pytest.mark.slow
 def test_dense_steps_on_two_processes_are_those_of_one_that_plays_both():
     on_two(as_one_device, [CASES[2]])
 

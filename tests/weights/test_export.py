@@ -133,6 +133,7 @@ def test_the_printed_lines_load_a_resnet_into_the_other_library(
     assert "note:" not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file_format", "window", "size", "tolerance"),
     [("torchvision", None, 128, 1e-5), ("timm", 8, 256, 1e-4)],
@@ -392,6 +393,7 @@ def test_the_config_composes_and_names_what_is_missing():
         assert str(error.value) == expected
 
 
+@pytest.mark.slow
 def test_the_program_leaves_the_file_and_a_record_of_the_command(checkpoints, tmp_path):
     arguments = [
         f"checkpoint={checkpoints}/resnet18.ckpt",

@@ -118,6 +118,7 @@ def test_a_run_starts_from_official_weights_with_key_encoder_and_queue(start):
     ]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_run_starts_from_the_official_notebooks_last_file(start, tmp_path):
     """All parts are loaded: backbone, key encoder, projector (its fc) and queue."""
@@ -296,6 +297,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.slow
 def test_init_from_is_read_by_a_new_run_and_not_by_one_that_continues(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     model = randomised(build_backbone("resnet_tiny", stem="cifar"))

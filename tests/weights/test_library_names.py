@@ -227,6 +227,7 @@ def test_timm_agrees_where_it_cuts_the_window_down_to_the_map(name, normaliser):
     assert difference(model, backbone, 64) < 1e-4
 
 
+@pytest.mark.slow
 def test_rewindowed_weights_keep_their_biases_in_both_libraries():
     backbone = rewindow(copy.deepcopy(randomised("swin_v2_t", 4)), 8)
     weights = to_torchvision(backbone)

@@ -275,6 +275,7 @@ def test_a_damaged_safetensors_file_is_one_line(tmp_path):
     assert refused(path).startswith("damaged, or no safetensors file (")
 
 
+@pytest.mark.slow
 def test_solo_learns_stem_for_cifar_is_chosen_by_the_files_origin(tmp_path, caplog):
     content, query, key = solo_learn_on_cifar()
     path = str(tmp_path / "x.pth")

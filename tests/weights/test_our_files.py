@@ -174,6 +174,7 @@ def figures_of(folder, *overrides):
     return json.loads((folder / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_backbone_alone_measures_as_the_checkpoint(ours, tmp_path):
     figures = {}
     for name in ("last.ckpt", "backbone.pth"):

@@ -114,6 +114,7 @@ def test_other_projects_weights_are_exported_to_a_third(official, tmp_path, caps
         torch.testing.assert_close(library_model.eval()(images), model(images))
 
 
+@pytest.mark.slow
 def test_a_swin_v2_is_exported_with_the_window_that_its_file_does_not_tell(tmp_path):
     swin = pytest.importorskip("timm").models.swin_transformer_v2.SwinTransformerV2
     with torch.device("meta"):

@@ -205,14 +205,15 @@ class Route:
     def __init__(self, places: Tensor, num_rows: int, device: torch.device) -> None:
         own = slice(rank() * num_rows, (rank() + 1) * num_rows)
         targets = places[own]  # the places to which our rows go
-        sources = places.argsort()[own]  # the rows that come to our places
-        target_ranks = targets // num_rows
-        source_ranks = sources // num_rows
-        self.num_sent = target_ranks.bincount(minlength=world_size()).tolist()
-        self.num_received = source_ranks.bincount(minlength=world_size()).tolist()
         # Rows are sent in the order of the processes that they go to, and of their places there.
         sending = targets.argsort()
-        taking = source_ranks.argsort(stable=True).argsort()
+        taking = sending  # of no use with one process
+        if world_size() > 1:
+            target_ranks = targets // num_rows
+            source_ranks = places.argsort()[own] // num_rows  # where our places' rows come from
+            self.num_sent = target_ranks.bincount(minlength=world_size()).tolist()
+            self.num_received = source_ranks.bincount(minlength=world_size()).tolist()
+            taking = source_ranks.argsort(stable=True).argsort()
         indices = torch.stack([sending, taking])
         if device.type == "cuda":
             indices = indices.pin_memory()  # so that the host does not wait for the GPU

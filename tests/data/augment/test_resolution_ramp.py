@@ -90,6 +90,7 @@ def views_of_epochs(config, epochs, state=None):
             yield torch.stack(data.on_after_batch_transfer(batch, 0).views)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "num_workers"), [("batch", 0), ("worker", 0), ("worker", 2)])
 def test_loaders_and_their_processes_follow_the_epoch_also_after_a_resume(
     runner, engine, num_workers
@@ -120,6 +121,7 @@ class Sizes(Callback):
         self.seen[trainer.current_epoch] = batch.views[0].shape[-1]
 
 
+@pytest.mark.slow
 def test_training_goes_through_all_sizes(runner):
     sizes = Sizes()
     epochs = ["trainer.max_steps=-1", "trainer.max_epochs=3", "data.batch_size=512"]

@@ -142,6 +142,7 @@ def listed_in_the_run_folder(folder):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_training_goes_on_over_damaged_images_and_lists_each_once(tmp_path, runner, caplog):
     """Every image is in a batch of both epochs."""
     unreadable = damaged_tree(tmp_path, num_images=100, num_damaged=20)
