@@ -115,6 +115,7 @@ def test_a_step_is_measured_alike_in_each_precision_and_layout(measured, officia
     assert all(row["ratios"].keys() == {"lower bound", "official"} for row in rows.values())
 
 
+@pytest.mark.slow
 def test_the_default_settings_are_measured_in_the_trainer(measured):
     rows = measured("step", "--only", "*defaults*", "--steps", "2", "--repeats", "1")
     assert contenders(rows, "resnet_tiny, defaults") == [

@@ -60,6 +60,7 @@ def states(content, part):
     return {(row["case"], row["contender"]): row["state"] for row in content["parts"][part]["rows"]}
 
 
+@pytest.mark.slow
 def test_parts_are_measured_and_a_second_start_goes_on_with_what_is_missing(
     check, rehearse, capsys
 ):

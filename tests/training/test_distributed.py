@@ -277,6 +277,7 @@ def figures_in(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_end_where_one_does(alone, runner, tmp_path):
     state, folder = alone
     together = trained(runner, tmp_path / "together", STEPS, 2)

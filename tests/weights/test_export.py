@@ -152,6 +152,7 @@ def test_the_printed_lines_load_a_swin_v2_with_its_windows(
     assert "note:" not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file_format", "settings", "image_size", "line"),
     [

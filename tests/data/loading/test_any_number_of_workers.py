@@ -63,6 +63,7 @@ def loader_of(source, num_workers):
     return data_for(source, batch_size=4, num_workers=num_workers).train_dataloader()
 
 
+@pytest.mark.slow
 def test_one_and_four_processes_give_what_the_training_process_gives(source):
     expected = [epoch_of(loader_of(source, 0), epoch) for epoch in range(3)]
     assert len(expected[0]) >= 6
