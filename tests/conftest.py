@@ -1,4 +1,6 @@
+import copy
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,31 @@ def ended_warm_process():
     end_warm_process()
 
 
+@cache
+def small_training(overrides):
+    """The config of `Runner` with these overrides, which is not to be changed."""
+    from hydra import compose, initialize_config_dir
+
+    from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+    from moco.config.train import TrainConfig
+
+    register_schemas()
+    small = [
+        "+experiment=quickstart",
+        "method.queue_size=48",
+        "data.batch_size=32",
+        "trainer.max_epochs=2",
+        "trainer.max_steps=3",
+        "evaluation.baselines=false",
+        # Plots take longer than the training of a test.
+        "evaluation.plots_every_n_epochs=null",
+        "evaluation.projector_images=0",
+        "trainer.precision=32-true",  # alike on CPUs that are faster in bf16
+    ]
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return parse(compose("train", [*small, *overrides]), TrainConfig)
+
+
 class Runner:
     """MoCo under Lightning on the digits, small enough for a test."""
 
@@ -114,26 +141,8 @@ class Runner:
         self.folder = folder
 
     def config(self, *overrides):
-        from hydra import compose, initialize_config_dir
-
-        from moco.config.parsing import CONFIG_DIR, parse, register_schemas
-        from moco.config.train import TrainConfig
-
-        register_schemas()
-        small = [
-            "+experiment=quickstart",
-            "method.queue_size=48",
-            "data.batch_size=32",
-            "trainer.max_epochs=2",
-            "trainer.max_steps=3",
-            "evaluation.baselines=false",
-            # Plots take longer than the training of a test.
-            "evaluation.plots_every_n_epochs=null",
-            "evaluation.projector_images=0",
-            "trainer.precision=32-true",  # alike on CPUs that are faster in bf16
-        ]
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return parse(compose("train", [*small, *overrides]), TrainConfig)
+        """A small training. What is composed once is copied afterwards: composing takes long."""
+        return copy.deepcopy(small_training(overrides))
 
     def method(self, config):
         import dataclasses
