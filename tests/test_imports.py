@@ -10,9 +10,12 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "moco"
 PROGRAMS = {"train", "evaluate", "segment", "embed", "preview", "export", "pack", "sweep"}
-# The packages that a package may import, beside itself and moco.errors.
+# Files that every package may import.
+FOR_ALL = ("errors", "targets")
+# The packages that a package may import, beside itself and these files.
 ALLOWED = {
     "errors": set(),
+    "targets": set(),
     "__init__": set(),
     "config": set(),
     "runs": set(),
@@ -95,7 +98,8 @@ def test_packages_import_only_what_they_may(path):
     for name in imports(path):
         if name.startswith("moco."):
             target = name.split(".")[1]
-            assert target in ALLOWED[package] | {package, "errors"}, f"{package} imports {name}"
+            allowed = ALLOWED[package] | {package, *FOR_ALL}
+            assert target in allowed, f"{package} imports {name}"
             only = ONLY.get((package, target))
             assert only is None or name in only, f"{package} imports {name}"
         if package not in ("config", "cli"):
