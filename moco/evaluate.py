@@ -63,6 +63,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
 def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrained]":
     """Return the encoder with all settings resolved, and the checkpoint that it is from."""
     from moco.evaluation.subject import Subject
+    from moco.models.contract import check_feature_maps
     from moco.training.hardware import choose_device
     from moco.weights.load_encoder import load_pretrained, log_window_advice
 
@@ -70,6 +71,8 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
     given = given_settings(config.backbone)
     asked = config.evaluation
     pretrained = load_pretrained(config.checkpoint, asked.encoder, given, asked.feature)
+    if asked.name == "dense":
+        check_feature_maps(pretrained.encoder.backbone, "evaluation=dense")
     run_settings = with_usual_settings(pretrained.config)
     data = data_settings(config, run_settings["data"])
     settings = with_defaults(config.evaluation, run_settings["evaluation"])

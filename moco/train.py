@@ -25,6 +25,11 @@ def run(config: TrainConfig, folder: Path) -> None:
     data = build_data(config, folder)
     config.data.image_size = data.image_size
 
+    from moco.models.backbones import settings_of_backbone
+
+    if "image_size" in settings_of_backbone(config.backbone.name):
+        config.backbone.image_size = config.backbone.image_size or data.image_size
+
     from moco.cli.pretraining import train, train_in_new_process
     from moco.cli.training_run import Run
     from moco.runs.interrupts import StopRequest

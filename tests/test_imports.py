@@ -16,7 +16,7 @@ FOR_ALL = ("errors", "targets")
 ALLOWED = {
     "errors": set(),
     "targets": set(),
-    "__init__": set(),
+    "__init__": {"callbacks", "data", "evaluation", "methods", "models", "weights"},
     "config": set(),
     "runs": set(),
     "models": set(),
@@ -112,6 +112,7 @@ def test_no_two_files_import_each_other_even_through_others():
     for path in MODULES:
         name = module_name(path)
         graph[name] = {target for target in imports(path) if target in NAMES and target != name}
+    graph["moco"] = set()  # it imports its public names when they are used
     done = set()
 
     def visit(name, way):

@@ -17,6 +17,7 @@ from moco.cli.starting_backbone import StartingBackbone
 from moco.cli.training_run import Run
 from moco.config.segment import SegmentConfig
 from moco.errors import InputError
+from moco.models.contract import check_feature_maps
 from moco.models.swin.backbone import Swin
 from moco.segmentation.decoders import choose_decoder
 from moco.segmentation.mask_augmentation import SegmentationView
@@ -61,6 +62,7 @@ def check_decoder(config: SegmentConfig, start: StartingBackbone) -> str:
         InputError: a package is missing, the images are too small, or the decoder cannot be
             deterministic where it has to be.
     """
+    check_feature_maps(start.backbone, "moco.segment")
     name = choose_decoder(config.decoder.name, config.freeze_backbone)
     cell = start.backbone.feature_map_strides[-1]
     if start.image_size < cell:

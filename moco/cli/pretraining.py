@@ -106,8 +106,12 @@ def train(
 
 def check_before_training(config: TrainConfig, data: "PretrainingData", method: "MoCo") -> None:
     """Run the checks that need the data and the method."""
+    from moco.models.contract import check_feature_maps
+
     ramp = data.augment.ramp
     encoder = method.query_encoder
+    if config.monitor.dense.data is not None:
+        check_feature_maps(encoder.backbone, "monitor.dense")
     checks.check_same_images(data)
     checks.check_batch_norm(encoder, config)
     checks.check_deterministic(method, config, ramp.sizes)

@@ -43,6 +43,18 @@ class BackboneConfig:
     learned_positions: Optional[int] = setting(None, at_least=1)
     """ViT: side of the grid of learned positions, cells (14 for 224 px). It is for weights that
     were trained with learned positions. Null: the fixed sine-cosine positions of MoCo v3."""
+    model: Optional[str] = None
+    """timm: the name of timm's network, such as ``convnext_tiny``."""
+    pretrained: Optional[bool] = None
+    """timm: start from timm's weights."""
+    target: Optional[str] = None
+    """custom: the function that makes the backbone, ``package.module:function``."""
+    options: Any = None
+    """timm, custom and registered backbones: keyword arguments of the function that makes it,
+    ``{name: value}``."""
+    image_size: Optional[int] = setting(None, at_least=4)
+    """timm, custom and registered backbones: side of the images, px, for networks that need it.
+    Null: that of the run."""
     zero_init_residual: Optional[bool] = None
     """ResNet: every residual block starts as the identity, as in MoCo v3."""
 

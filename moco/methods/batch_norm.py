@@ -64,8 +64,17 @@ class SplitBatchNorm(nn.BatchNorm2d):
         self.running_mean = wrapped.running_mean
         self.running_var = wrapped.running_var
         self.num_batches_tracked = wrapped.num_batches_tracked
+        # A layer of timm also has dropout and an activation.
+        self.after: nn.Module | None = None
+        if hasattr(wrapped, "act"):
+            self.after = nn.Sequential(wrapped.drop, wrapped.act)
 
     def forward(self, input: Tensor) -> Tensor:
+        output = self.normalize_groups(input)
+        return output if self.after is None else self.after(output)
+
+    def normalize_groups(self, input: Tensor) -> Tensor:
+        """Return the normalised batch, without dropout and activation."""
         if not self.training:
             return self.normalize(input, self.momentum, is_training=False)
         check_groups(len(input), self.num_splits)

@@ -28,7 +28,8 @@ from moco.methods.blocked_loss import efficient_info_nce
 from moco.methods.key_queue import KeyQueue
 from moco.methods.losses import in_batch_info_nce, matched_cells, most_similar_cells
 from moco.methods.momentum import key_momentum_at, update_key_encoder
-from moco.models.backbones import build_backbone
+from moco.models.backbones import CHECKED_SIZE, GIVEN, build_backbone
+from moco.models.contract import check_contract, check_feature_maps
 from moco.models.encoder import (
     Encoded,
     Encoder,
@@ -41,6 +42,9 @@ from moco.training.distributed.collectives import Shuffle, all_gather, rank
 from moco.training.optimizers import build_optimizer
 from moco.training.schedules import learning_rate_at
 
+OPTIMIZER = {"name": "sgd", "lr": 0.03, "weight_decay": 1e-4, "schedule": "constant"}
+"""What `MoCo` takes for what its argument `optimizer` does not say."""
+
 
 class MoCo(pl.LightningModule):
     """A query encoder, a momentum key encoder, and InfoNCE against the keys of a queue or batch.
@@ -49,10 +53,13 @@ class MoCo(pl.LightningModule):
     checkpoint, from which the module is rebuilt.
 
     Args:
-        backbone: arguments of `build_backbone`.
-        optimizer: the fields of ``OptimizerConfig``, with the learning rates to be used.
-        projector: arguments of `build_head`, from feature to embedding. The key encoder has a copy.
+        backbone: a module under the contract of `moco.models.contract`, the name of a backbone, or
+            the arguments of `build_backbone`.
+        optimizer: arguments of `build_optimizer` and `learning_rate_at`; `OPTIMIZER` has defaults.
+        projector: arguments of `build_head`, from feature to embedding; by default two layers. The
+            key encoder has a copy.
         predictor: arguments of `build_head`, from embedding to embedding, for queries alone (MoBY).
+            By default there is none.
         embedding_dim: C.
         negatives: ``queue``, or ``batch`` for the other keys of the step on all devices (MoCo v3).
         queue_size: K; None without a queue.
@@ -76,15 +83,20 @@ class MoCo(pl.LightningModule):
         dense_grid: side of the dense term's grid, cells, see `DenseProjector`.
 
     Raises:
-        InputError: switches contradict each other, or the backbone is unknown.
+        InputError: switches contradict each other, the backbone is unknown, or it does not keep the
+            contract.
+
+    Example:
+        >>> method = moco.MoCo("timm:convnext_tiny", queue_size=4096)
+        >>> Trainer(max_epochs=100).fit(method, loader)  # of pairs of views (N, 3, H, W)
     """
 
     def __init__(
         self,
-        backbone: dict[str, Any],
-        optimizer: dict[str, Any],
-        projector: dict[str, Any],
-        predictor: dict[str, Any],
+        backbone: nn.Module | str | dict[str, Any],
+        optimizer: dict[str, Any] | None = None,
+        projector: dict[str, Any] | None = None,
+        predictor: dict[str, Any] | None = None,
         embedding_dim: int = 128,
         negatives: str = "queue",
         queue_size: int | None = 65536,
@@ -103,6 +115,10 @@ class MoCo(pl.LightningModule):
         dense_grid: int = 7,
     ) -> None:
         super().__init__()
+        net, backbone = built(backbone)
+        optimizer = {**OPTIMIZER, **(optimizer or {})}
+        projector = projector or {}
+        predictor = predictor or {"num_layers": 0}
         self.save_hyperparameters(logger=False)
         check_switches(negatives, queue_size, num_queues, symmetric, dense_weight)
         self.temperature = temperature
@@ -112,11 +128,12 @@ class MoCo(pl.LightningModule):
         # Whether the encoders take batches sorted by group, see `SplitBatchNorm`.
         self.sorts_by_group = False
 
-        net = build_backbone(**backbone)
         self.query_encoder = Encoder(net, build_head(net.feature_dim, embedding_dim, **projector))
         if dense_weight > 0:
             hidden_dim = projector.get("hidden_dim")
-            dense_projector = DenseProjector(net.feature_dim, embedding_dim, hidden_dim, dense_grid)
+            check_feature_maps(net, f"method.dense_weight={dense_weight}")
+            map_dim = net.feature_map_dims[-1]
+            dense_projector = DenseProjector(map_dim, embedding_dim, hidden_dim, dense_grid)
             self.query_encoder.dense_projector = dense_projector
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
         disable_stochastic_depth(self.key_encoder)
@@ -142,7 +159,7 @@ class MoCo(pl.LightningModule):
             all devices (M, C), the positives among them. With the dense term also its two parts,
             ``loss_global`` and ``loss_dense``.
         """
-        first, second = batch.views  # (N, 3, H, W) each
+        first, second = views_of(batch)  # (N, 3, H, W) each
         if self.symmetric:
             queries = self.encode_queries([first, second])  # (N, C) unit norm each
             keys = self.encode_keys([second, first])  # (N, C) unit norm each, no gradient
@@ -398,6 +415,37 @@ class MoCo(pl.LightningModule):
         num_directions = 2 if self.symmetric else 1
         chance = torch.tensor(math.log(1 + num_negatives))
         return float(self.total_loss([chance] * num_directions))
+
+
+def built(backbone: nn.Module | str | dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a backbone and the arguments of `build_backbone` that a checkpoint keeps of it.
+
+    Of a module these are its class, which a checkpoint names but cannot build again.
+    """
+    if isinstance(backbone, nn.Module):
+        kind = type(backbone)
+        name = f"{kind.__module__}:{kind.__qualname__}"
+        return check_contract(backbone, name, CHECKED_SIZE), {"name": GIVEN, "target": name}
+    if isinstance(backbone, str):
+        backbone = {"name": backbone}
+    return build_backbone(**backbone), backbone
+
+
+def views_of(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return the two views (N, 3, H, W) of a batch.
+
+    Args:
+        batch: with ``views``, or the two views, or the two views with labels: ``(views, labels)``.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    views = getattr(batch, "views", batch)
+    if isinstance(views, (list, tuple)) and len(views) == 2 and not isinstance(views[0], Tensor):
+        views = views[0]
+    if not isinstance(views, (list, tuple)) or len(views) != 2:
+        raise InputError("a batch of MoCo has two views of the images, (N, 3, H, W) each")
+    return views[0], views[1]
 
 
 def unit_norm(rows: Tensor) -> Tensor:

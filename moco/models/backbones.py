@@ -9,9 +9,12 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from moco.errors import InputError, unknown_name
+from moco.models.contract import check_contract
 from moco.models.resnet import ResNet
 from moco.models.swin.backbone import Swin
+from moco.models.timm_backbone import TimmBackbone
 from moco.models.vit import VisionTransformer
+from moco.targets import call_target, check_options
 
 # Channels of the first stage, blocks of each stage, attention heads of each stage.
 SWIN_TINY = (32, (2, 2, 2, 2), (1, 2, 4, 8))
@@ -42,15 +45,79 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def custom_backbone(
+    *, target: str, options: dict[str, Any] | None = None, image_size: int | None = None
+) -> Any:
+    """Return what a function of the user returns.
+
+    Args:
+        target: ``package.module:function``.
+        options: its keyword arguments.
+        image_size: side of the images on which `build_backbone` checks it, px.
+
+    Raises:
+        InputError: there is no such function, or it takes no such options.
+    """
+    return call_target(target, options, "backbone")
+
+
+# These need other settings to say which network they are.
+OPEN_BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "timm": TimmBackbone,
+    "custom": custom_backbone,
+}
+# Added by `register_backbone`.
+REGISTERED: dict[str, Callable[..., nn.Module]] = {}
+GIVEN = "given"
+"""The name, in a checkpoint, of a backbone that was given as a module."""
+CHECKED_SIZE = 64
+"""Side of the images on which a backbone of the user's is checked, px, if no size is given."""
+
+
+def register_backbone(name: str, build: Callable[..., nn.Module]) -> None:
+    """Make a function known as ``backbone=name``.
+
+    A checkpoint holds the name alone, so the function has to be registered before it is loaded.
+
+    Args:
+        name: not that of a backbone of this project.
+        build: takes the settings that `BackboneConfig.options` holds, and returns the backbone.
+
+    Raises:
+        InputError: this project has a backbone of that name.
+
+    Example:
+        >>> import moco
+        >>> moco.register_backbone("my_net", lambda width=64: MyNet(width))
+        >>> backbone = moco.build_backbone("my_net", options={"width": 32})
+    """
+    if name in BACKBONES or name in OPEN_BACKBONES:
+        raise InputError(f"backbone={name}: this project has a backbone of that name")
+
+    def registered(
+        *, options: dict[str, Any] | None = None, image_size: int | None = None
+    ) -> nn.Module:
+        check_options(build, options or {}, "backbone", name)
+        return build(**(options or {}))
+
+    REGISTERED[name] = registered
+
+
+def builders() -> dict[str, Callable[..., nn.Module]]:
+    """Return the function that builds each backbone, by name."""
+    return {**BACKBONES, **OPEN_BACKBONES, **REGISTERED}
+
+
 def settings_of_backbone(name: str) -> list[str]:
     """Return the keyword arguments that `build_backbone` takes for a backbone.
 
     The list is empty if there is no such backbone.
     """
-    if name not in BACKBONES:
+    known = builders()
+    if name not in known:
         return []
     settings = []
-    for key, parameter in inspect.signature(BACKBONES[name]).parameters.items():
+    for key, parameter in inspect.signature(known[name]).parameters.items():
         if parameter.kind == parameter.KEYWORD_ONLY:
             settings.append(key)
     return settings
@@ -60,14 +127,30 @@ def build_backbone(name: str, **settings: Any) -> Any:
     """Build a freshly initialised backbone.
 
     Args:
-        name: one of `BACKBONES`.
+        name: one of `BACKBONES`, ``timm:MODEL`` for a network of timm, ``custom`` with the setting
+            ``target``, or a name of `register_backbone`.
         settings: keyword arguments of the backbone. A setting that is None keeps its default.
 
     Raises:
-        InputError: no backbone has that name, or the backbone has no such setting.
+        InputError: no backbone has that name, the backbone has no such setting, or one of timm or
+            of the user does not keep the contract.
+
+    Example:
+        >>> backbone = build_backbone("timm:convnext_tiny")
+        >>> backbone(torch.zeros(2, 3, 224, 224)).shape
+        torch.Size([2, 768])
     """
-    if name not in BACKBONES:
-        raise InputError(f"backbone.name: {unknown_name('backbone', name, BACKBONES)}")
+    if name == GIVEN:
+        raise InputError(
+            f"the backbone was given as a module, a {settings.get('target')}; give one again: "
+            "moco.load_encoder(path, backbone=module), or backbone=custom "
+            "backbone.target=package.module:function"
+        )
+    if name.startswith("timm:"):
+        name, settings["model"] = name.split(":", 1)
+    known_names = builders()
+    if name not in known_names:
+        raise InputError(f"backbone.name: {unknown_name('backbone', name, known_names)}")
     known = settings_of_backbone(name)
     given = {}
     for key, value in settings.items():
@@ -78,4 +161,16 @@ def build_backbone(name: str, **settings: Any) -> Any:
                 f"backbone.{key}={value}: {name} has no such setting (it has {', '.join(known)})"
             )
         given[key] = value
-    return BACKBONES[name](**given)
+    for key, missing in (("model", "timm"), ("target", "custom")):
+        if name == missing and key not in given:
+            raise InputError(f"backbone.{key}: missing; backbone={name} needs it")
+    if not isinstance(given.get("options", {}), dict):
+        raise InputError(f"backbone.options={given['options']}: expected {{name: value}}")
+    backbone = known_names[name](**given)
+    if name in BACKBONES:
+        return backbone
+    label = f"backbone={name}"
+    for key in ("model", "target"):
+        if key in given:
+            label = f"backbone.{key}={given[key]}"
+    return check_contract(backbone, label, given.get("image_size", CHECKED_SIZE))

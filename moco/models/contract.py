@@ -1,5 +1,8 @@
 """The contract that all backbones keep, and what those that cut images into patches share.
 
+A backbone of the user's own needs `feature_dim` and `forward`. Dense methods, dense evaluation and
+segmentation also need `feature_maps`, `feature_map_dims` and `feature_map_strides`.
+
 A backbone turns images (N, 3, H, W) into one feature (N, D), and into four feature maps for dense
 tasks. It has no classifier. ResNet and Swin double the stride from map to map, and the feature is
 the mean over the last map. ViT has one stride, the side of its patch, and the feature is its class
@@ -7,6 +10,7 @@ token.
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,3 +87,80 @@ class PatchBackbone(Backbone):
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
+
+
+def check_contract(backbone: Any, name: str, image_size: int) -> nn.Module:
+    """Return a backbone of the user's own after a pass of two black images through it.
+
+    Args:
+        backbone: what the user's function returned.
+        name: of the function, for messages.
+        image_size: side of the images, px.
+
+    Raises:
+        InputError: it is no module, or it does not keep the contract.
+    """
+    if not isinstance(backbone, nn.Module):
+        raise InputError(f"{name}: expected a torch.nn.Module, got {type(backbone).__name__}")
+    width = getattr(backbone, "feature_dim", None)
+    if not isinstance(width, int) or width < 1:
+        raise InputError(
+            f"{name}: the backbone's attribute feature_dim is {width}; "
+            "expected the width of its feature"
+        )
+    first = next(backbone.parameters(), torch.empty(0))
+    if first.is_meta:
+        return backbone
+    net: Any = backbone
+    images = torch.zeros(2, 3, image_size, image_size, device=first.device, dtype=first.dtype)
+    was_training = backbone.training
+    try:
+        with torch.no_grad():
+            feature = net.eval()(images)
+            maps = net.feature_maps(images) if has_feature_maps(net) else []
+    except Exception as error:
+        kind = type(error).__name__
+        raise InputError(
+            f"{name}: the backbone fails on two images of {image_size} px ({kind}: {error})"
+        ) from error
+    finally:
+        backbone.train(was_training)
+    shape = tuple(getattr(feature, "shape", ()))
+    if shape != (2, width):
+        raise InputError(
+            f"{name}: the backbone gives {shape or type(feature).__name__} for two images; "
+            f"expected (2, feature_dim), which is (2, {width})"
+        )
+    dims = [tuple(feature_map.shape[:2]) for feature_map in maps]
+    if maps and dims != [(2, dim) for dim in net.feature_map_dims]:
+        raise InputError(
+            f"{name}: the backbone's feature maps have (images, channels) {dims}; "
+            f"expected 2 and feature_map_dims={list(net.feature_map_dims)}"
+        )
+    return backbone
+
+
+def has_feature_maps(backbone: Any) -> bool:
+    """Return whether a backbone has all that dense tasks need."""
+    names = ("feature_maps", "feature_map_dims", "feature_map_strides")
+    return all(hasattr(backbone, name) for name in names)
+
+
+def check_feature_maps(backbone: Any, purpose: str) -> None:
+    """Raise InputError if a backbone has no feature maps.
+
+    Args:
+        purpose: what needs them, such as a setting.
+    """
+    if not has_feature_maps(backbone):
+        raise InputError(
+            f"{purpose} needs feature maps, and {type(backbone).__name__} has none: it lacks "
+            "feature_maps, feature_map_dims or feature_map_strides"
+        )
+
+
+def feature_and_maps(backbone: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return feature and maps, from one pass if the backbone can."""
+    if hasattr(backbone, "feature_and_maps"):
+        return backbone.feature_and_maps(images)
+    return backbone(images), backbone.feature_maps(images)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from moco.models.contract import feature_and_maps
 from moco.models.heads import Cells
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -94,7 +95,7 @@ class Encoder(nn.Module):
 
     def feature_and_last_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the feature (N, D) and the last feature map (N, D, H / stride, W / stride)."""
-        feature, maps = self.backbone.feature_and_maps(images)  # type: ignore[operator]
+        feature, maps = feature_and_maps(self.backbone, images)
         return feature, maps[-1]
 
     def encode(self, images: Tensor, feature: str = "backbone") -> Tensor:
@@ -117,6 +118,8 @@ def disable_stochastic_depth(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, StochasticDepth):
             layer.p = 0.0
+        elif type(layer).__name__ == "DropPath":  # timm's stochastic depth
+            layer.drop_prob = 0.0  # type: ignore[assignment]
 
 
 def per_view(

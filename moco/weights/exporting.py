@@ -10,6 +10,7 @@ import torch
 from moco.errors import InputError
 from moco.models.contract import PatchBackbone
 from moco.models.swin.backbone import Swin, map_sides, one_or_each
+from moco.models.timm_backbone import TimmBackbone
 from moco.models.vit import VisionTransformer
 from moco.weights.architecture import described
 from moco.weights.backbone_files import as_safetensors
@@ -46,9 +47,12 @@ def export_content(
     """
     if file_format == "safetensors":
         return as_safetensors(backbone.state_dict(), {"backbone": settings, **about})
-    counterpart(settings, file_format)  # Raises where the library has no such model.
-    to_library = to_timm if file_format == "timm" else to_torchvision
-    weights = to_library(backbone, about["image_size"])
+    if file_format == "timm" and isinstance(backbone, TimmBackbone):
+        weights = backbone.net.state_dict()
+    else:
+        counterpart(settings, file_format)  # Raises where the library has no such model.
+        to_library = to_timm if file_format == "timm" else to_torchvision
+        weights = to_library(backbone, about["image_size"])
     if output.suffix == ".safetensors":
         return as_safetensors(weights, {})
     buffer = io.BytesIO()
@@ -87,7 +91,10 @@ def loading_lines(
             "from moco.weights.load_encoder import load_pretrained",
             f'model = load_pretrained({path}, "query", {{}}).encoder',
         ]
-    name = counterpart(settings, file_format)
+    if file_format == "timm" and isinstance(backbone, TimmBackbone):
+        name = backbone.model
+    else:
+        name = counterpart(settings, file_format)
     if file_format == "timm":
         arguments = {"num_classes": 0} | timm_arguments(backbone, image_size)
         lines = ["import timm, torch", f'model = timm.create_model("{name}", {listed(arguments)})']
@@ -104,6 +111,8 @@ def loading_lines(
 def timm_arguments(backbone: Any, image_size: int) -> dict[str, Any]:
     """Return the arguments of timm's constructor for the image size, the heads and the windows."""
     arguments: dict[str, Any] = {}
+    if isinstance(backbone, TimmBackbone):
+        arguments |= backbone.arguments
     if isinstance(backbone, VisionTransformer):
         arguments["num_heads"] = backbone.num_heads
     if isinstance(backbone, PatchBackbone):

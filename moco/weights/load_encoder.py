@@ -1,6 +1,7 @@
 """Load an encoder from any file of weights, for the programs that begin with one."""
 
 import logging
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from moco.errors import InputError
 from moco.methods.moco import MoCo
-from moco.models.backbones import build_backbone
+from moco.models.backbones import GIVEN, build_backbone
 from moco.models.encoder import Encoder, is_channels_last
 from moco.models.heads import build_head
 from moco.models.swin.backbone import Swin
@@ -36,7 +37,7 @@ from moco.weights.weight_files import (
 log = logging.getLogger(__name__)
 
 # These change what a backbone's tensors mean. A checkpoint of ours says which ones it has.
-ARCHITECTURE = ("name", "stem", "num_heads", "learned_positions")
+ARCHITECTURE = ("name", "stem", "num_heads", "learned_positions", "model", "options")
 
 
 class Pretrained(NamedTuple):
@@ -61,8 +62,36 @@ class Pretrained(NamedTuple):
     window_size: tuple[int, ...] | None
 
 
+def load_encoder(
+    path: str | Path, encoder: str = "query", backbone: nn.Module | None = None, **settings: Any
+) -> Encoder:
+    """Return the encoder in any file of weights, in eval mode on the CPU.
+
+    Args:
+        path: a checkpoint or backbone of this project, or weights of another one, see
+            ``docs/weights.md``.
+        encoder: ``query`` or ``key``.
+        backbone: the module for the weights, if the file is of a backbone of your own.
+        settings: arguments of `build_backbone` that the file does not tell, such as ``name`` or
+            ``num_heads``; ``window_size`` changes the windows of a Swin; ``target`` names the
+            function of a custom backbone, which is imported only then.
+
+    Raises:
+        InputError: the file cannot be read, or it needs settings.
+
+    Example:
+        >>> encoder = moco.load_encoder("runs/quickstart/TIME/checkpoints/last.ckpt")
+        >>> features = encoder.encode(images)  # (N, 3, H, W) to (N, feature_dim)
+    """
+    return load_pretrained(str(path), encoder, settings, module=backbone).encoder
+
+
 def load_pretrained(
-    path: str, which: str, given: dict[str, Any], feature: str | None = "backbone"
+    path: str,
+    which: str,
+    given: dict[str, Any],
+    feature: str | None = "backbone",
+    module: nn.Module | None = None,
 ) -> Pretrained:
     """Return the query or the key encoder in any file of weights.
 
@@ -75,6 +104,7 @@ def load_pretrained(
             the `window_size` at the end.
         feature: what is needed of the encoder, ``backbone`` or ``embedding``. None means what the
             run measured; for a file of a backbone alone it means ``backbone``.
+        module: takes the backbone's weights of a file of ours; None: one is built.
 
     Raises:
         InputError: the file cannot be read, its format is unknown, it has another architecture
@@ -88,7 +118,7 @@ def load_pretrained(
         if file.settings is None:
             encoder, settings = load_other_project(file, which, given, feature)
         else:
-            encoder, settings = load_ours(file, which, given, feature)
+            encoder, settings = load_ours(file, which, given, feature, module)
 
     # The window in the file: `moco.export` scales the image size by it.
     window_size: Any = getattr(encoder.backbone, "window_size", None)
@@ -145,7 +175,11 @@ def log_window_advice(pretrained: Pretrained, given: dict[str, Any], image_size:
 
 
 def load_ours(
-    file: WeightFile, which: str, given: dict[str, Any], feature: str
+    file: WeightFile,
+    which: str,
+    given: dict[str, Any],
+    feature: str,
+    module: nn.Module | None = None,
 ) -> tuple[Encoder, dict[str, Any]]:
     """Return the encoder of a file that a program of ours wrote, and its backbone's settings.
 
@@ -154,7 +188,12 @@ def load_ours(
             its weights do not fit its own settings.
     """
     assert file.settings is not None
-    check_architecture(file.settings, given)
+    there = file.settings
+    if there["name"] == GIVEN and "target" in given:
+        there = {}  # the user says which function makes such a module
+    elif module is None:
+        check_target(there, given)
+        check_architecture(there, given)
     for key in ("pretrained_window_size", "pretrained_image_size"):
         if key in given:
             log.warning(
@@ -165,11 +204,11 @@ def load_ours(
     # window follows when they are loaded.
     others = dict(given)
     others.pop("window_size", None)
-    settings = file.settings | others
+    settings = there | others
 
     if file.hyper_parameters is not None:
         try:
-            method = MoCo(**file.hyper_parameters | {"backbone": settings})
+            method = MoCo(**file.hyper_parameters | {"backbone": module or settings})
             method.load_state_dict(file.weights)
         except (TypeError, RuntimeError) as error:
             raise InputError(f"its weights do not fit its own hyperparameters ({error})") from error
@@ -182,10 +221,23 @@ def load_ours(
         )
     if feature == "embedding":
         raise InputError("holds a backbone alone, and feature=embedding needs the projector too")
-    backbone = build_backbone(**settings)
+    backbone = module or build_backbone(**settings)
     complaint = f"its weights do not fit the backbone {settings['name']}"
     load_fitting(backbone, part_of(file.weights, BACKBONE), complaint)
     return Encoder(backbone, nn.Identity()), settings
+
+
+def check_target(there: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise InputError if a checkpoint names a function that the user has not named, too.
+
+    Importing a module runs its code, so a file alone must not decide which.
+    """
+    target = there.get("target")
+    if target is not None and there["name"] != GIVEN and given.get("target") != target:
+        raise InputError(
+            f"its backbone is made by the function {target}, which is imported only if you name "
+            f"it, too: add backbone.target={target}"
+        )
 
 
 def check_architecture(there: dict[str, Any], given: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+import moco
 from moco.errors import InputError, Interrupted, RunError
 from moco.methods.moco import MoCo
 from moco.runs.run_folder import write_config
@@ -235,12 +236,10 @@ def test_an_explicit_checkpoint_carries_a_run_into_a_new_folder_also_with_other_
 
 
 def test_the_readmes_python_lines_work(run_of_one_step):
-    method = MoCo.load_from_checkpoint(
-        run_of_one_step / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True
-    ).eval()
+    encoder = moco.load_encoder(run_of_one_step / "checkpoints" / "last.ckpt")
     images = torch.randn(2, 3, 16, 16)
-    assert method.query_encoder.encode(images).shape == (2, 128)
-    assert len(method.query_encoder.backbone.feature_maps(images)) == 4
+    assert encoder.encode(images).shape == (2, 128)
+    assert len(encoder.backbone.feature_maps(images)) == 4
 
 
 @pytest.mark.slow

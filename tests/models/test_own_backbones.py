@@ -1,0 +1,291 @@
+"""Backbones of timm and of the user: they keep the contract, train, and come back from files."""
+
+import copy
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import moco
+from moco.errors import InputError
+from moco.methods.moco import MoCo
+from moco.models.backbones import REGISTERED, build_backbone
+from moco.models.encoder import disable_stochastic_depth
+from moco.models.timm_backbone import TimmBackbone
+from moco.weights.exporting import export_content, loading_lines
+from tests.conftest import REPOSITORY
+from tests.weights.test_export import write_checkpoint
+
+timm = pytest.importorskip("timm")
+
+FAMILIES = {
+    "convnext_atto": 32,
+    "convnextv2_atto": 32,
+    "efficientnet_lite0": 32,
+    "regnety_002": 32,
+    "vit_tiny_patch16_224": 32,
+    "deit3_small_patch16_224": 32,
+    "swinv2_cr_tiny_ns_224": 64,
+    "maxvit_rmlp_pico_rw_256": 64,
+    "mobilenetv4_conv_small": 64,
+    "resnetv2_50": 32,
+    "hiera_tiny_224": 64,
+    "resnet18": 32,
+}
+"""A small network of each family, and the side of its images, px."""
+FAST = ("convnext_atto", "vit_tiny_patch16_224", "mobilenetv4_conv_small")
+
+MY_NETS = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.feature_dim = width
+        self.net = nn.Sequential(
+            nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )
+
+    def forward(self, images):
+        return self.net(images)
+
+def wrong_width(width=8):
+    net = Net(width)
+    net.feature_dim = width + 1
+    return net
+
+def no_module():
+    return "a net"
+
+def fails():
+    return nn.Linear(3, 3)
+"""
+
+
+@pytest.fixture
+def my_nets(tmp_path, monkeypatch):
+    """The module my_nets."""
+    (tmp_path / "my_nets.py").write_text(MY_NETS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("my_nets", None)
+
+
+def families():
+    cases = []
+    for model, size in FAMILIES.items():
+        marks = [] if model in FAST else [pytest.mark.slow]
+        cases.append(pytest.param(model, size, id=model, marks=marks))
+    return cases
+
+
+def batch(size, num=8):
+    views = torch.randn(2, num, 3, size, size).unbind()
+    return SimpleNamespace(views=views)
+
+
+@pytest.mark.parametrize(("model", "size"), families())
+def test_a_network_of_timm_keeps_the_contract_and_trains(model, size):
+    backbone = build_backbone(f"timm:{model}", image_size=size)
+    images = torch.randn(2, 3, size, size)
+    plain = timm.create_model(model, num_classes=0, **({"img_size": size} if needs(model) else {}))
+    plain.load_state_dict(backbone.net.state_dict(), strict=True)
+    with torch.no_grad():
+        feature, maps = backbone.eval().feature_and_maps(images)
+        torch.testing.assert_close(feature, plain.eval()(images))
+        torch.testing.assert_close(feature, backbone(images))
+    assert feature.shape == (2, backbone.feature_dim)
+    shapes = zip(maps, backbone.feature_map_dims, backbone.feature_map_strides, strict=True)
+    for feature_map, dim, stride in shapes:
+        assert feature_map.shape == (2, dim, size // stride, size // stride)
+
+    for mode in ("plain", "shuffle", "split"):
+        method = MoCo(
+            {"name": "timm", "model": model, "image_size": size},
+            queue_size=32,
+            dense_weight=0.5,
+            batch_norm_splits=2,
+        )
+        method.install_batch_norm(mode)
+        optimizer = method.configure_optimizers()
+        start = copy.deepcopy(method.query_encoder.state_dict())
+        for _ in range(2):
+            outputs = method.training_step(batch(size), 0)
+            outputs["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert outputs["loss"].isfinite()
+        assert method.query_encoder.state_dict().keys() == start.keys()
+        moved = [
+            name
+            for name, parameter in method.query_encoder.named_parameters()
+            if not torch.equal(parameter, start[name])
+        ]
+        assert moved
+
+
+def needs(model):
+    """Whether the network is built for images of one size."""
+    return any(part in model for part in ("vit", "deit", "swin", "hiera"))
+
+
+def test_split_batch_norm_keeps_the_activation_of_timms_layers():
+    backbone = build_backbone("timm:efficientnet_lite0")
+    images = torch.randn(2, 3, 32, 32)
+    expected = backbone.eval()(images)
+    method = MoCo(backbone, queue_size=8)
+    method.install_batch_norm("split")
+    assert torch.equal(method.query_encoder.backbone.eval()(images), expected)
+
+
+def test_the_key_encoder_of_a_network_of_timm_drops_no_path():
+    net = build_backbone("timm:convnext_atto", options={"drop_path_rate": 0.5})
+    disable_stochastic_depth(net)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(net.train()(images), net.train()(images))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "timm"}, "backbone.model: missing; backbone=timm needs it"),
+        (
+            {"name": "timm:convnext_tinny"},
+            "backbone.model=convnext_tinny: timm has no such network; did you mean 'convnext_tiny'?",
+        ),
+        (
+            {"name": "timm:resnet18", "options": {"no_such": 1}},
+            "backbone.options: timm's resnet18 refuses them",
+        ),
+        ({"name": "custom"}, "backbone.target: missing; backbone=custom needs it"),
+        (
+            {"name": "custom", "target": "my_nets:Net", "options": {"widht": 1}},
+            "backbone.options.widht: my_nets:Net has no such option; did you mean 'width'?",
+        ),
+        (
+            {"name": "custom", "target": "my_nets:wrong_width"},
+            "backbone.target=my_nets:wrong_width: the backbone gives (2, 8) for two images; "
+            "expected (2, feature_dim), which is (2, 9)",
+        ),
+        (
+            {"name": "custom", "target": "my_nets:no_module"},
+            "backbone.target=my_nets:no_module: expected a torch.nn.Module, got str",
+        ),
+        (
+            {"name": "custom", "target": "my_nets:fails"},
+            "backbone.target=my_nets:fails: the backbone's attribute feature_dim is None",
+        ),
+        (
+            {"name": "resnet_tiny", "model": "x"},
+            "backbone.model=x: resnet_tiny has no such setting",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_line(settings, message, my_nets):
+    with pytest.raises(InputError) as raised:
+        build_backbone(**settings)
+    assert str(raised.value).startswith(message)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_backbone_without_feature_maps_is_refused_where_they_are_needed(my_nets):
+    with pytest.raises(InputError, match=r"method\.dense_weight=0\.5 needs feature maps, and Net"):
+        MoCo({"name": "custom", "target": "my_nets:Net"}, dense_weight=0.5)
+
+
+def test_a_registered_backbone_is_known_by_its_name(my_nets, monkeypatch):
+    import my_nets as nets
+
+    monkeypatch.setattr("moco.models.backbones.REGISTERED", REGISTERED.copy())
+    moco.register_backbone("my_net", nets.Net)
+    assert moco.build_backbone("my_net", options={"width": 4}).feature_dim == 4
+    with pytest.raises(InputError, match="did you mean 'width'"):
+        moco.build_backbone("my_net", options={"wdth": 4})
+    with pytest.raises(InputError, match="this project has a backbone of that name"):
+        moco.register_backbone("resnet18", nets.Net)
+
+
+def test_a_checkpoint_names_a_function_that_is_imported_only_if_the_user_names_it(
+    my_nets, runner, tmp_path
+):
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(runner, path, "backbone=custom", "backbone.target=my_nets:Net")
+    with pytest.raises(InputError) as raised:
+        moco.load_encoder(path)
+    assert str(raised.value) == (
+        f"checkpoint={path}: its backbone is made by the function my_nets:Net, which is imported "
+        "only if you name it, too: add backbone.target=my_nets:Net"
+    )
+    encoder = moco.load_encoder(path, target="my_nets:Net")
+    assert encoder.encode(torch.randn(2, 3, 32, 32)).shape == (2, 8)
+
+
+def test_a_target_in_a_file_runs_nothing(runner, tmp_path):
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(runner, path)
+    checkpoint = torch.load(path, weights_only=True)
+    command = f"touch {tmp_path}/run"
+    checkpoint["hyper_parameters"]["backbone"] = {
+        "name": "custom", "target": "os:system", "options": {"command": command},
+    }  # fmt: skip
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match="imported only if you name it"):
+        moco.load_encoder(path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_module_comes_back_into_a_module_or_from_a_function(my_nets, tmp_path):
+    import my_nets as nets
+
+    torch.manual_seed(0)
+    method = MoCo(nets.Net(4), queue_size=8)
+    assert method.hparams["backbone"] == {"name": "given", "target": "my_nets:Net"}
+    twin = MoCo(**{**method.hparams, "backbone": nets.Net(4)})
+    twin.load_state_dict(method.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(twin.eval().query_encoder(images), method.eval().query_encoder(images))
+    with pytest.raises(InputError, match="given as a module, a my_nets:Net; give one again"):
+        MoCo(**method.hparams)
+
+
+@pytest.mark.parametrize("model", ["convnext_atto", "vit_tiny_patch16_224"])
+def test_a_network_of_timm_is_exported(model, runner, tmp_path, monkeypatch):
+    path, exported = tmp_path / "last.ckpt", tmp_path / "net.pth"
+    write_checkpoint(
+        runner, path, "backbone=timm", f"backbone.model={model}", "backbone.image_size=32"
+    )
+    backbone = moco.load_encoder(path).backbone
+    settings = {"name": "timm", "model": model, "image_size": 32}
+    exported.write_bytes(export_content("timm", exported, backbone, settings, {}))
+    lines = loading_lines("timm", exported, backbone, settings, 32)
+    names = {}
+    exec("\n".join(lines), names)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(names["model"].eval()(images), backbone(images))
+
+
+def test_public_names_are_there_and_nothing_else_is():
+    for name in moco.MODULES:
+        assert getattr(moco, name).__name__ == name
+    assert {"MoCo", "build_backbone", "__version__"} <= set(dir(moco))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        moco.nothing  # noqa: B018
+
+
+def test_timm_backbone_takes_other_channels():
+    backbone = TimmBackbone(model="convnext_atto", in_channels=7)
+    assert backbone(torch.randn(1, 7, 32, 32)).shape == (1, backbone.feature_dim)
+    assert isinstance(backbone, nn.Module)
+
+
+def test_the_documented_lines_work():
+    text = (REPOSITORY / "docs" / "backbones.md").read_text()
+    blocks = text.split("```python\n")[1:]
+    names = {}
+    for block in blocks:
+        exec(block.split("```")[0], names)
+    assert names["Net"](4)(torch.randn(2, 3, 8, 8)).shape == (2, 4)
+    assert names["loss"].isfinite()
