@@ -382,15 +382,30 @@ class MoCo(pl.LightningModule):
         return build_optimizer(self, **self.hparams["optimizer"])
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch of the running training."""
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in one epoch of the running training; inf for a loader without length."""
         batches = self.trainer.num_training_batches
+        if math.isinf(batches):
+            return math.inf
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     @property
-    def num_steps(self) -> int:
-        """Optimizer steps in the whole running training."""
-        return int(self.trainer.estimated_stepping_batches)
+    def num_steps(self) -> float:
+        """Optimizer steps in the whole running training; inf if nothing says how many.
+
+        Raises:
+            InputError: nothing says it, and a schedule needs it.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if steps < 0:  # Lightning's word for a loader without length and no max_steps
+            steps = math.inf
+        schedules = self.hparams["optimizer"]["schedule"], self.hparams["key_momentum_schedule"]
+        if math.isinf(steps) and schedules != ("constant", "constant"):
+            raise InputError(
+                "a schedule needs the number of steps, and the loader has no length: "
+                "give the Trainer max_steps, or constant schedules"
+            )
+        return steps
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of an optimizer step, counted from 0."""

@@ -30,7 +30,7 @@ def update_key_encoder(
     average(keys, queries, 0)
 
 
-def key_momentum_at(step: int, num_steps: int, start: float, end: float, schedule: str) -> float:
+def key_momentum_at(step: int, num_steps: float, start: float, end: float, schedule: str) -> float:
     """Return m of an optimizer step.
 
     Args:

@@ -28,8 +28,8 @@ def scaled_to_batch(optimizer: dict[str, Any], batch_size: int) -> dict[str, Any
 
 def learning_rate_at(
     step: int,
-    num_steps: int,
-    steps_per_epoch: int,
+    num_steps: float,
+    steps_per_epoch: float,
     *,
     lr: float,
     schedule: str,
