@@ -67,9 +67,9 @@ def test_a_run_that_goes_on_writes_every_tag_once_for_a_step(runner, tmp_path):
         "trainer.max_steps=-1",
         "evaluation.diagnostics_every_n_steps=1",
     ]
-    images = "evaluation.plots_every_n_epochs=1"
+    images = "evaluation.plots_every_n_epochs=1", "evaluation.projector_images=5000"
     for epochs in (1, 2):
-        run(runner.config(*settings, images, f"trainer.max_epochs={epochs}"), tmp_path)
+        run(runner.config(*settings, *images, f"trainer.max_epochs={epochs}"), tmp_path)
     events = events_of(tmp_path)
     tags = events.Tags()
     for tag in tags["scalars"]:
