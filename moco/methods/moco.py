@@ -455,7 +455,10 @@ def views_of(batch: Any) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: it is none of these.
     """
-    views = getattr(batch, "views", batch)
+    if hasattr(batch, "views"):
+        first, second = batch.views
+        return first, second
+    views = batch
     if isinstance(views, (list, tuple)) and len(views) == 2 and not isinstance(views[0], Tensor):
         views = views[0]
     if not isinstance(views, (list, tuple)) or len(views) != 2:

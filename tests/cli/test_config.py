@@ -163,7 +163,7 @@ MISTAKES = [
     (["+method.typo=1"], "error: unknown key 'method.typo' (keys here: method.projector,"),
     (["+temperature=0.1"], "error: unknown key 'temperature'; did you mean 'method.temperature'? (keys here: backbone,"),
     (["bacbone=resnet18"], "error: unknown key 'bacbone'; did you mean 'backbone'? (keys here: backbone, method,"),
-    (["backbone=resnet19"], "error: backbone=resnet19: unknown backbone 'resnet19'; did you mean 'resnet18'? (choices: resnet101,"),
+    (["backbone=resnet19"], "error: backbone=resnet19: unknown backbone 'resnet19'; did you mean 'resnet18'? (choices: custom, resnet101,"),
     (["+experiment=quikstart"], "error: experiment=quikstart: unknown experiment 'quikstart'; did you mean 'quickstart'? (choices:"),
     (["data.batch_size=many"], "error: data.batch_size: Value 'many' of type 'str' could not be converted to Integer"),
     (["method.temperature=-1"], "error: method.temperature=-1.0: expected a number above 0"),
