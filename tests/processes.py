@@ -244,6 +244,9 @@ class TwoProcesses:
                     return failure
         return None
 
+    def are_alive(self):
+        return all(process.is_alive() for process in self.processes)
+
     def end(self):
         for process in self.processes:
             process.kill()
@@ -262,6 +265,10 @@ def call_on_two(work, *arguments):
     processes are used again.
     """
     global _two_processes
+    if _two_processes is not None and not _two_processes.are_alive():
+        # What an earlier test left running may have ended one of them.
+        _two_processes.end()
+        _two_processes = None
     if _two_processes is None:
         _two_processes = TwoProcesses()
     failure = "the test was interrupted"
