@@ -175,6 +175,20 @@ def split_batch_norm(module: nn.Module, num_splits: int, is_sorted: bool = False
             split_batch_norm(child, num_splits, is_sorted)
 
 
+def sync_batch_norm(module: nn.Module) -> None:
+    """Let every BatchNorm in `module` share its statistics between all devices."""
+    has_activations = any(
+        isinstance(layer, BATCH_NORMS) and hasattr(layer, "act") for layer in module.modules()
+    )
+    if has_activations:
+        # PyTorch's function would drop the activations in layers of timm.
+        from timm.layers import convert_sync_batchnorm
+
+        convert_sync_batchnorm(module)
+    else:
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
 def batch_norm_mode(
     mode: str, encoder: nn.Module, num_devices: int, device_type: str, negatives: str = "queue"
 ) -> str:

@@ -23,6 +23,7 @@ from moco.methods.batch_norm import (
     log_batch_norm,
     sorted_by_group,
     split_batch_norm,
+    sync_batch_norm,
 )
 from moco.methods.blocked_loss import efficient_info_nce
 from moco.methods.key_queue import KeyQueue
@@ -358,7 +359,7 @@ class MoCo(pl.LightningModule):
             split_batch_norm(self.predictor, num_splits)
         elif mode == "sync":
             for module in (self.query_encoder, self.key_encoder, self.predictor):
-                nn.SyncBatchNorm.convert_sync_batchnorm(module)
+                sync_batch_norm(module)
 
     @property
     def has_one_view_per_encoder(self) -> bool:

@@ -132,12 +132,13 @@ def needs(model):
     return any(part in model for part in ("vit", "deit", "swin", "hiera"))
 
 
-def test_split_batch_norm_keeps_the_activation_of_timms_layers():
+@pytest.mark.parametrize("mode", ["split", "sync"])
+def test_batch_norm_modes_keep_the_activation_of_timms_layers(mode):
     backbone = build_backbone("timm:efficientnet_lite0")
     images = torch.randn(2, 3, 32, 32)
     expected = backbone.eval()(images)
     method = MoCo(backbone, queue_size=8)
-    method.install_batch_norm("split")
+    method.install_batch_norm(mode)
     assert torch.equal(method.query_encoder.backbone.eval()(images), expected)
 
 
