@@ -182,7 +182,7 @@ def sync_batch_norm(module: nn.Module) -> None:
     )
     if has_activations:
         # PyTorch's function would drop the activations in layers of timm.
-        from timm.layers import convert_sync_batchnorm
+        from timm.layers.norm_act import convert_sync_batchnorm
 
         convert_sync_batchnorm(module)
     else:
