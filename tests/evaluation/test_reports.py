@@ -183,6 +183,7 @@ def test_few_and_many_classes_are_drawn(evaluated, generator, tmp_path, num_clas
     assert max(plots_in(evaluated.folder)["confusion.png"]) < 1200
 
 
+@pytest.mark.slow
 def test_unreadable_images_and_sets_without_a_test_part_are_drawn(evaluated, generator, tmp_path):
     for number in range(12):
         path = tmp_path / "set" / "train" / "ab"[number % 2] / f"{number:02}.png"
