@@ -23,7 +23,13 @@ def imported(*command, cwd, code=0):
     return set(re.findall(r"^import time: +\d+ \| +\d+ \| +(\w+)$", ended.stderr, re.MULTILINE))
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(name, marks=[] if name in ("train", "evaluate") else [pytest.mark.slow])
+        for name in PROGRAMS
+    ],
+)
 def test_help_imports_nothing_that_computes(program, tmp_path):
     packages = imported(f"moco.{program}", "--help", cwd=tmp_path)
     assert "hydra" in packages

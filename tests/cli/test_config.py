@@ -60,7 +60,7 @@ def test_every_option_of_an_evaluation_composes_and_parses(options):
     composed("checkpoint=x", *options, "data.root=y", name="evaluate", schema=EvaluateConfig)
 
 
-@pytest.mark.parametrize("options", together(("backbone", "decoder", "trainer")), ids=" ".join)
+@pytest.mark.parametrize("options", together(("decoder", "trainer")), ids=" ".join)
 def test_every_option_of_segmentation_composes_and_parses(options):
     data = "data=voc2012" if "decoder=fpn" in options else "data=segmentation_folder"
     composed("checkpoint=null", *options, data, "data.root=y", name="segment", schema=SegmentConfig)
@@ -272,7 +272,14 @@ def test_full_error_shows_the_traceback(own_configs):
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("program", ["moco.train", "moco.evaluate", "moco.segment"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "moco.train",
+        pytest.param("moco.evaluate", marks=pytest.mark.slow),
+        pytest.param("moco.segment", marks=pytest.mark.slow),
+    ],
+)
 def test_help_and_cfg_work(program, own_configs):
     overrides = ["+experiment=quickstart"] if program == "moco.train" else ["checkpoint=x"]
     shown = run_program(program, *overrides, "--cfg", "job", "--resolve", cwd=own_configs)

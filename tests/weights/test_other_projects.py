@@ -103,7 +103,7 @@ def test_settings_of_argparse_are_read_as_a_dict(tmp_path):
     assert read.seed == 3
 
 
-@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize("ending", ["pth", pytest.param("safetensors", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("build", BACKBONES_ALONE, ids=name_of)
 def test_a_backbone_alone_is_recognised_by_its_tensors(build, ending, tmp_path):
     content, model, settings = build()
