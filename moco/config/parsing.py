@@ -9,7 +9,6 @@ import difflib
 import math
 import operator
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from hydra.core.config_store import ConfigStore
@@ -20,6 +19,7 @@ from moco.config.pack import PackConfig
 from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
 from moco.config.segment import SegmentConfig
 from moco.config.train import PreviewConfig, TrainConfig
+from moco.config_folder import CONFIG_DIR as CONFIG_DIR
 from moco.errors import InputError, unknown_name
 
 T = TypeVar("T")
@@ -40,12 +40,6 @@ LIMITS = {
     "at_most": operator.le,
 }
 """What has to hold between a value and each limit of `setting`."""
-
-
-# A wheel carries the YAML files inside the package. A checkout has them beside the package.
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
-if not CONFIG_DIR.is_dir():
-    CONFIG_DIR = CONFIG_DIR.parents[1] / "conf"
 
 
 @cache

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moco.data.augment.views import ViewPair
+from moco.data.augment.views import ViewPair, foreign_code
 from moco.data.loading.loaders import PairMaker
+from moco.errors import printable
 from moco.evaluation.collapse import collapse_of
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, label_free_figures
 from moco.evaluation.reports.embedded import Embedded
@@ -53,6 +54,12 @@ def measure_label_free(subject: Subject, features: Mapping[str, Embedded]) -> La
             "the checkpoint has a backbone and no projector: of the label-free figures there is "
             "the rank of its features only"
         )
+    elif code_of_pair(subject):
+        log.info(
+            "the views of the run are made by code that is not in this project (%s), and nothing "
+            "that a checkpoint names is imported: no alignment, LiDAR and similarities of views",
+            ", ".join(code_of_pair(subject)),
+        )
     elif subject.pair:
         views = view_embeddings(subject, features["backbone"])
     else:
@@ -69,6 +76,16 @@ def measure_label_free(subject: Subject, features: Mapping[str, Embedded]) -> La
         if collapse:
             log.warning("%s: %s", *collapse)
     return LabelFree(figures, [figures_table(figures, backbone.shape, shape)], views)
+
+
+def code_of_pair(subject: Subject) -> list[str]:
+    """Return the user's own code that the augmentation of the checkpoint's run needs, by name."""
+    found: list[str] = []
+    for view in subject.pair.values():
+        for name in foreign_code(view):
+            if name not in found:
+                found.append(printable(name))
+    return found
 
 
 @torch.no_grad()

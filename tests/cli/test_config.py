@@ -52,7 +52,8 @@ def test_every_option_of_pretraining_composes_and_parses(options):
     masked = [f"data={name}" for name in ("segmentation_folder", "voc2012")]
     options = [option for option in options if option not in masked]
     pair = composed(*options, "evaluation=knn", "data.root=y").augmentation
-    ViewPair(pair.query, pair.key, pair.mean, pair.std, 32, seed=0)
+    if "augmentation=custom" not in options:
+        ViewPair(pair.query, pair.key, pair.mean, pair.std, 32, seed=0)
 
 
 @pytest.mark.parametrize("options", together(("data", "evaluation")), ids=" ".join)
