@@ -109,6 +109,9 @@ def unknown_key(full_key: str, schema: type) -> str:
     group, _, name = full_key.rpartition(".")
     all_keys = keys(schema)
     siblings = [key for key in all_keys if key.rpartition(".")[0] == group]
+    if not siblings and any(group.startswith(key) for key in all_keys):
+        # Its group has names of the user's, such as the operations of an augmentation.
+        return f"unknown key '{full_key}'; a new one needs a plus: +{full_key}=VALUE"
     hint = ""
     for candidates in (all_keys, siblings):
         names = [key.rpartition(".")[2] for key in candidates]

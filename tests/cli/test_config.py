@@ -234,6 +234,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs)
             ["+augmentation.query.blur.sigma=1"],
             "augmentation.query: unknown operation 'blur'; did you mean 'gaussian_blur'?",
         ),
+        (
+            ["augmentation=custom"],
+            "augmentation.query: missing; expected operations, {name: settings, ...}, or",
+        ),
+        (
+            ["+augmentation.query.transforms=os:getcwd"],
+            "augmentation.query.transforms: a whole pipeline has no operations beside it, and",
+        ),
         (["data.batch_size=2000"], "data.batch_size=2000: there are only 1437 images to train on"),
         (
             ["data.batch_size=100"],

@@ -35,6 +35,7 @@ Transform = Callable[[Any], Any]
 Operations = Mapping[str, Any] | Callable[[Image.Image], Any]
 """A view: the settings of its operations by name, in order; or ``{transforms: target, options:
 {...}}``; or a callable, see `moco.data.augment.pipeline.Pipeline`."""
+EXPECTED = "operations, {name: settings, ...}, or {transforms: package.module:function}"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Values that one thread augments at once. They fit into a processor's cache, and the colour
@@ -57,19 +58,19 @@ class View:
             used; the message names the key.
     """
 
-    def __init__(self, operations: Operations, image_size: int, where: str) -> None:
+    def __init__(self, operations: Operations | None, image_size: int, where: str) -> None:
         self.image_size = image_size
         self.where = where
         self.steps: list[Step] = []
         self.crop = 0
         """The number of the step that gives the view its size."""
+        if operations is None:
+            raise InputError(f"{where}: missing; expected {EXPECTED}")
+        if not callable(operations) and not isinstance(operations, Mapping):
+            raise InputError(f"{where}={operations}: expected {EXPECTED}")
         if callable(operations) or "transforms" in operations:
             self.steps.append(pipeline_step(operations, image_size, where))
             return
-        if not operations:
-            raise InputError(
-                f"{where}: missing; give operations, or {{transforms: package.module:function}}"
-            )
         if "random_resized_crop" not in operations:
             raise InputError(f"{where}: random_resized_crop is missing; it makes views of one size")
         for name, settings in operations.items():
