@@ -9,7 +9,7 @@ import difflib
 import math
 import operator
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -109,8 +109,7 @@ def unknown_key(full_key: str, schema: type) -> str:
     group, _, name = full_key.rpartition(".")
     all_keys = keys(schema)
     siblings = [key for key in all_keys if key.rpartition(".")[0] == group]
-    if not siblings and any(group.startswith(key) for key in all_keys):
-        # Its group has names of the user's, such as the operations of an augmentation.
+    if takes_new_keys(group, schema):
         return f"unknown key '{full_key}'; a new one needs a plus: +{full_key}=VALUE"
     hint = ""
     for candidates in (all_keys, siblings):
@@ -118,6 +117,17 @@ def unknown_key(full_key: str, schema: type) -> str:
         for match in difflib.get_close_matches(name, names, n=1):
             hint = f"; did you mean '{candidates[names.index(match)]}'?"
     return f"unknown key '{full_key}'{hint} (keys here: {', '.join(siblings)})"
+
+
+def takes_new_keys(group: str, schema: type) -> bool:
+    """Return whether the names in a group are the user's, such as an augmentation's operations."""
+    for name in group.split("."):
+        types = {item.name: item.type for item in dataclasses.fields(schema)}
+        kind: Any = types.get(name)
+        if not dataclasses.is_dataclass(kind):
+            return kind is Any or get_origin(kind) is dict
+        schema = cast(type, kind)
+    return False
 
 
 def keys(schema: type, prefix: str = "") -> list[str]:

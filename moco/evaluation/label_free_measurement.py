@@ -32,7 +32,7 @@ class LabelFree(NamedTuple):
     tables: Sequence[Table]
     views: np.ndarray | None
     """(images, 2, embedding_dim) embeddings of two augmented views of some images; None if the
-    encoder has no projector or the checkpoint no augmentation."""
+    encoder has no projector, or the checkpoint no augmentation without code of the user's."""
 
 
 NOTHING = LabelFree({}, [], None)
@@ -80,12 +80,10 @@ def measure_label_free(subject: Subject, features: Mapping[str, Embedded]) -> La
 
 def code_of_pair(subject: Subject) -> list[str]:
     """Return the user's own code that the augmentation of the checkpoint's run needs, by name."""
-    found: list[str] = []
+    names: dict[str, None] = {}  # in order, each once
     for view in subject.pair.values():
-        for name in foreign_code(view):
-            if name not in found:
-                found.append(printable(name))
-    return found
+        names |= dict.fromkeys(map(printable, foreign_code(view)))
+    return list(names)
 
 
 @torch.no_grad()

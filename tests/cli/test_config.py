@@ -7,7 +7,14 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from moco.config.parsing import CONFIG_DIR, check_limits, keys, parse, register_schemas
+from moco.config.parsing import (
+    CONFIG_DIR,
+    check_limits,
+    keys,
+    parse,
+    register_schemas,
+    unknown_key,
+)
 from moco.config.pretrained import EvaluateConfig
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
@@ -225,6 +232,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs)
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(expected)
     assert not (own_configs / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (
+            "augmentation.query.my_noise",
+            "a new one needs a plus: +augmentation.query.my_noise=VALUE",
+        ),
+        (
+            "augmentation.query.blur.sigma",
+            "a new one needs a plus: +augmentation.query.blur.sigma=",
+        ),
+        ("backbone.optoins.width", "(keys here: )"),
+        ("data.batch_size.x", "(keys here: )"),
+    ],
+)
+def test_a_new_key_needs_a_plus_where_the_names_are_the_users(key, expected):
+    assert expected in unknown_key(key, TrainConfig)
 
 
 @pytest.mark.parametrize(

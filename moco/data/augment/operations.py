@@ -390,20 +390,25 @@ class Step(NamedTuple):
 
     @property
     def is_own(self) -> bool:
-        """Whether the operation is the user's, and its results are checked."""
-        return self.name not in OPERATIONS and self.name not in RESERVED
+        """Whether this is code of the user's."""
+        return self.name not in OPERATIONS
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the result is checked here. A pipeline checks its own."""
+        return self.is_own and self.name not in RESERVED
 
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         """Apply the operation to one image, (height, width, 3) uint8."""
         changed = self.operation.on_image(image, drawn)
-        if self.is_own:
+        if self.is_checked:
             check_result("on_image", changed, np.ndarray, image.shape, np.uint8, self.where)
         return changed
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         """Apply the operation to a batch, (batch, 3, height, width) float32 in 0..1."""
         changed = self.operation.on_batch(images, drawn)
-        if self.is_own:
+        if self.is_checked:
             shape = tuple(images.shape)
             check_result("on_batch", changed, Tensor, shape, torch.float32, self.where)
         return changed

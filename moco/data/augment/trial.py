@@ -49,7 +49,7 @@ def try_view(view: View, image: np.ndarray, seed: int, index: int, number: int) 
         numbers = view.draw(seed, 0, indices, number, sizes)
     for step, drawn in zip(view.steps, numbers, strict=True):
         before = image
-        if step in view.own_steps:
+        if step.is_own:
             check_draws(step, drawn)
             image = tried_on_image(step, image, drawn)
             if defines(type(step.operation), "on_batch"):

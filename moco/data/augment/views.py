@@ -17,7 +17,6 @@ from torchvision.transforms import v2
 
 from moco.data.augment.draws import uniforms
 from moco.data.augment.operations import (
-    OPERATIONS,
     Drawn,
     Numbers,
     Step,
@@ -86,7 +85,7 @@ class View:
     @property
     def own_steps(self) -> list[Step]:
         """The steps that are code of the user's."""
-        return [step for step in self.steps if step.name not in OPERATIONS]
+        return [step for step in self.steps if step.is_own]
 
     @property
     def single_image_step(self) -> Step | None:
