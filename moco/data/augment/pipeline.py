@@ -64,9 +64,9 @@ class Pipeline(Operation):
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         with draws_from(int(drawn["seed"])):
             result = self.transform(Image.fromarray(image))
-        return self.as_pixels(result)
+        return self.checked_pixels(result)
 
-    def as_pixels(self, result: Any) -> np.ndarray:
+    def checked_pixels(self, result: Any) -> np.ndarray:
         """Return what the pipeline returned as (image_size, image_size, 3) uint8.
 
         Raises:
@@ -175,7 +175,9 @@ def build_pipeline(
         arguments["image_size"] = image_size
     check_options(function, arguments, where, target)
     try:
-        transform = function(**arguments)
+        # Every loader process builds its own, and all have to be alike.
+        with draws_from(0):
+            transform = function(**arguments)
     except Exception as error:
         # Whatever the user's function does.
         raise InputError(f"{source}: {type(error).__name__}: {error}") from error

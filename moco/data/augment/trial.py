@@ -45,7 +45,7 @@ def try_view(view: View, image: np.ndarray, seed: int, index: int, number: int) 
     """Apply the steps of a view one after the other, and check those of the user's."""
     indices = torch.tensor([index, index + 1])
     sizes = torch.tensor([image.shape[:2]] * 2)
-    with failures_named(view.where, "draw"):
+    with user_errors_named(view.where, "draw"):
         numbers = view.draw(seed, 0, indices, number, sizes)
     for step, drawn in zip(view.steps, numbers, strict=True):
         before = image
@@ -73,7 +73,7 @@ def tried_on_image(step: Step, image: np.ndarray, drawn: Drawn) -> np.ndarray:
     """Return what a step makes of an image, after checks."""
     (arrays,) = row_of([as_arrays(drawn)], 0)
     kept = image.copy()
-    with failures_named(step.where, "on_image"):
+    with user_errors_named(step.where, "on_image"):
         changed = step.on_image(kept, arrays)
         again = step.on_image(kept, arrays)
     if not np.array_equal(kept, image):
@@ -92,7 +92,7 @@ def try_on_batch(step: Step, image: np.ndarray, drawn: Drawn) -> None:
     """Check a step on a batch of two equal images."""
     images = torch.tensor(image).permute(2, 0, 1).expand(2, -1, -1, -1) / 255
     kept = images.clone()
-    with failures_named(step.where, "on_batch"):
+    with user_errors_named(step.where, "on_batch"):
         changed = step.on_batch(kept, drawn)
     if not torch.equal(kept, images):
         raise InputError(f"{step.where}: on_batch writes to the images it gets; return new ones")
@@ -105,7 +105,7 @@ def try_on_batch(step: Step, image: np.ndarray, drawn: Drawn) -> None:
 
 
 @contextmanager
-def failures_named(where: str, method: str) -> Iterator[Any]:
+def user_errors_named(where: str, method: str) -> Iterator[Any]:
     """Turn any error inside into an InputError that names the step."""
     try:
         yield
