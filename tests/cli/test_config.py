@@ -7,7 +7,14 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from moco.config.parsing import CONFIG_DIR, check_limits, keys, parse, register_schemas
+from moco.config.parsing import (
+    CONFIG_DIR,
+    check_limits,
+    keys,
+    parse,
+    register_schemas,
+    unknown_key,
+)
 from moco.config.pretrained import EvaluateConfig
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
@@ -52,7 +59,8 @@ def test_every_option_of_pretraining_composes_and_parses(options):
     masked = [f"data={name}" for name in ("segmentation_folder", "voc2012")]
     options = [option for option in options if option not in masked]
     pair = composed(*options, "evaluation=knn", "data.root=y").augmentation
-    ViewPair(pair.query, pair.key, pair.mean, pair.std, 32, seed=0)
+    if "augmentation=custom" not in options:
+        ViewPair(pair.query, pair.key, pair.mean, pair.std, 32, seed=0)
 
 
 @pytest.mark.parametrize("options", together(("data", "evaluation")), ids=" ".join)
@@ -227,11 +235,38 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs)
 
 
 @pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (
+            "augmentation.query.my_noise",
+            "a new one needs a plus: +augmentation.query.my_noise=VALUE",
+        ),
+        (
+            "augmentation.query.blur.sigma",
+            "a new one needs a plus: +augmentation.query.blur.sigma=",
+        ),
+        ("backbone.optoins.width", "(keys here: )"),
+        ("data.batch_size.x", "(keys here: )"),
+    ],
+)
+def test_a_new_key_needs_a_plus_where_the_names_are_the_users(key, expected):
+    assert expected in unknown_key(key, TrainConfig)
+
+
+@pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (
             ["+augmentation.query.blur.sigma=1"],
             "augmentation.query: unknown operation 'blur'; did you mean 'gaussian_blur'?",
+        ),
+        (
+            ["augmentation=custom"],
+            "augmentation.query: missing; expected operations, {name: settings, ...}, or",
+        ),
+        (
+            ["+augmentation.query.transforms=os:getcwd"],
+            "augmentation.query.transforms: a whole pipeline has no operations beside it, and",
         ),
         (["data.batch_size=2000"], "data.batch_size=2000: there are only 1437 images to train on"),
         (

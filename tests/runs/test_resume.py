@@ -106,6 +106,29 @@ def test_stopping_anywhere_changes_nothing(length, accumulate, small, tmp_path, 
 
 
 @pytest.mark.slow
+def test_augmentations_of_the_users_resume_with_other_loader_processes(
+    small, tmp_path, monkeypatch
+):
+    augs = "tests.data.augment.my_augs"
+    config = [
+        "augmentation=custom",
+        f"augmentation.query={{transforms: {augs}:build}}",
+        f"augmentation.key={{random_resized_crop: {{scale: [0.2, 1]}}, fade: {{target: {augs}:Fade}}}}",
+        "trainer.max_steps=7",
+    ]
+    run(small(*config, "data.num_workers=0"), tmp_path / "whole")
+    with monkeypatch.context() as context:
+        interrupt_at(2, context)
+        with pytest.raises(Interrupted, match="step 3;"):
+            run(small(*config, "data.num_workers=2"), tmp_path / "parts")
+    run(small(*config, "data.num_workers=1"), tmp_path / "parts")
+    assert_same_end(last(tmp_path / "whole"), last(tmp_path / "parts"))
+    assert last(tmp_path / "parts")["config"]["augmentation"]["query"] == {
+        "transforms": f"{augs}:build"
+    }
+
+
+@pytest.mark.slow
 def test_a_run_that_goes_on_at_its_last_step_inside_its_first_epoch_leaves_all_its_files(
     small, tmp_path, monkeypatch
 ):
