@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moco.callbacks.knn_monitor import KNNMonitor as KNNMonitor
     from moco.data.augment.views import ViewPair as ViewPair
+    from moco.data.sources.registry import register_source as register_source
     from moco.errors import InputError as InputError
     from moco.errors import RunError as RunError
     from moco.evaluation.knn import knn_accuracy as knn_accuracy
@@ -36,6 +37,7 @@ MODULES = {
     "knn_accuracy": "moco.evaluation.knn",
     "load_encoder": "moco.weights.load_encoder",
     "register_backbone": "moco.models.backbones",
+    "register_source": "moco.data.sources.registry",
     "rewindow": "moco.models.swin.window_change",
     "update_key_encoder": "moco.methods.momentum",
 }

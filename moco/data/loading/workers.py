@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from moco.errors import printable
+from moco.errors import InputError, printable
 
 CPU = torch.device("cpu")
 LONGEST_NAME = 512  # bytes
@@ -192,7 +192,7 @@ class WatchedLoader(DataLoader[Any]):
         return self._watched(batches)
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
-        with lost_worker_named(self.notes):
+        with lost_worker_named(self.notes), input_errors_of_workers():
             yield from batches
 
 
@@ -213,3 +213,19 @@ def lost_worker_named(notes: ReadNotes) -> Iterator[None]:
                     raise RuntimeError(f"{lost}; it was reading {printable(name)}") from error
             time.sleep(0.05)
         raise
+
+
+@contextmanager
+def input_errors_of_workers() -> Iterator[None]:
+    """Raise the `InputError` of a loader process with its own message.
+
+    PyTorch puts the traceback of the process before it. That stays as the cause of the error.
+    """
+    try:
+        yield
+    except InputError as error:
+        name = f"{InputError.__module__}.{InputError.__qualname__}: "
+        if name not in str(error):
+            raise
+        message = str(error).rpartition(name)[2]
+        raise InputError(message.rstrip()) from error
