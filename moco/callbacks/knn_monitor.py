@@ -39,9 +39,9 @@ class KNNMonitor(EpochMeasurement):
     The labelled images are those of `PretrainingData`. With any other data they are batches
     (images, labels): images (N, 3, H, W) float32, normalised as in training and not augmented, and
     labels (N,), whole numbers. They come from `bank` and `queries`, or else from the methods
-    ``bank_dataloader()`` and ``query_dataloader()`` of the Trainer's data module. Then every process
-    of a training embeds all images of both, and ``knn/top1`` and ``knn/top5`` are metrics of the
-    Trainer, which other callbacks can monitor.
+    ``bank_dataloader()`` and ``query_dataloader()`` of the Trainer's data module. Every process of
+    a training then embeds all images of both. ``knn/top1`` and ``knn/top5`` are metrics of the
+    Trainer there, which other callbacks can monitor.
 
     Args:
         figures: gets ``knn/top1``, with at least five neighbours ``knn/top5``, ``knn/epoch`` and
@@ -296,7 +296,6 @@ class KNNMonitor(EpochMeasurement):
             self.plots.draw(experiment, trainer.global_step, bank, queries, k, self.temperature)
         if is_last and self.plots.projector_images:
             self.plots.project(experiment, queries)
-
 
     def _show_rank(self, trainer: pl.Trainer, features: np.ndarray) -> None:
         if trainer.logger is not None:

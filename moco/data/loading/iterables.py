@@ -69,7 +69,7 @@ class IterableSampler(ResumableSampler):
     def __len__(self) -> int:
         return self.images.num_images // self.batch_size * self.batch_size // self.world_size
 
-    def __iter__(self) -> Iterator[PlacedImage]:
+    def __iter__(self) -> Iterator[PlacedImage]:  # type: ignore[override]
         epoch = self.epoch
         share = self.batch_size // self.world_size
         num_left_out = self.start

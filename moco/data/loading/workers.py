@@ -5,11 +5,11 @@ is lost, the training process looks there, and the error names the image.
 """
 
 import atexit
+import io
 import multiprocessing
 import multiprocessing.context
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
-import io
 import os
 import pickle
 import signal

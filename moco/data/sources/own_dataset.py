@@ -348,15 +348,16 @@ def dataset_source(
         labels = known_labels(training)
     if is_alone:
         return source if labels is None else divided(source, training, labels, held_out)
-    sides = {key: labelled(images[key]) for key in ("bank", "queries") if key in images}
-    if "bank" not in sides:
-        if labels is None:
-            raise InputError(
-                f"{where}: queries need a bank, and train has no attribute targets or labels with "
-                "a whole number for each image; give bank, too"
-            )
-        sides["bank"] = Labelled(training, labels)
-    return replace(source, **sides)
+    if "queries" in images:
+        source = replace(source, queries=labelled(images["queries"]))
+    if "bank" in images:
+        return replace(source, bank=labelled(images["bank"]))
+    if labels is None:
+        raise InputError(
+            f"{where}: queries need a bank, and train has no attribute targets or labels with a "
+            "whole number for each image; give bank, too"
+        )
+    return replace(source, bank=Labelled(training, labels))
 
 
 def is_map_style(dataset: Any) -> bool:

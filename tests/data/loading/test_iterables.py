@@ -112,19 +112,21 @@ def test_processes_share_each_batch_of_an_iterable():
         assert together == whole[step * 12 : step * 12 + 12]
 
 
+def counted_epoch(data):
+    """The batches of an epoch, whose unreadable images are counted as by a Trainer."""
+    return [data.on_before_batch_transfer(batch, 0) for batch in data.train_dataloader()]
+
+
 def test_another_image_stands_in_for_a_damaged_one_until_they_are_too_many(caplog):
     for dataset in (Numbered(damaged=[3]), Shuffled(DamagedPixels(damaged=[3]))):
         caplog.clear()
         data = data_for(dataset_source(dataset), batch_size=30, max_bad_fraction=0.05)
-        (batch,) = epoch_of(data.train_dataloader(), 0)
-        data.on_before_batch_transfer(batch, 0)
+        (batch,) = counted_epoch(data)
         assert int(batch.unreadable.sum()) == len(data.unreadable) == 1
         assert caplog.text.count("skipped an unreadable image: dataset[") == 1
     for dataset in (Numbered(damaged=[3, 4]), Shuffled(DamagedPixels(damaged=[3, 4]))):
-        data = data_for(dataset_source(dataset), batch_size=30, max_bad_fraction=0.05)
         with pytest.raises(InputError, match="2 of 30 images cannot be read"):
-            for batch in data.train_dataloader():
-                data.on_before_batch_transfer(batch, 0)
+            counted_epoch(data_for(dataset_source(dataset), batch_size=30, max_bad_fraction=0.05))
 
 
 def error_of(dataset, num_workers):

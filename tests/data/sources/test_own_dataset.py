@@ -14,6 +14,7 @@ from moco.data.files.images import UnreadableImage
 from moco.data.sources.own_dataset import dataset_source, pixels_of
 from moco.data.sources.registry import REGISTERED, build_source
 from moco.errors import InputError
+from tests.conftest import REPOSITORY, run_program
 
 MOST = 10_000  # pixels
 
@@ -294,3 +295,103 @@ def test_a_registered_source_is_known_by_its_name(my_data, monkeypatch):
         build_source("my_images", options={"sise": 7})
     with pytest.raises(InputError, match="this project has a dataset of that name"):
         moco.register_source("digits", mine.build)
+
+
+def test_the_documented_dataset_works(images, tmp_path):
+    text = (REPOSITORY / "docs" / "data.md").read_text()
+    names = {}
+    exec(text.split("## Your own dataset")[1].split("```python\n")[1].split("```")[0], names)
+    for table, numbers in (("train.csv", range(30)), ("test.csv", range(30, 40))):
+        lines = [f"{number}.png,{number % 3}\n" for number in numbers]
+        (tmp_path / table).write_text("".join(lines))
+        for number in numbers:
+            Image.fromarray(images[number]).save(tmp_path / f"{number}.png")
+    source = dataset_source(names["build"](str(tmp_path)))
+    assert source.bank.images is source.train
+    assert source.queries.labels.tolist() == [number % 3 for number in range(30, 40)]
+    assert source.queries.images.name(2) == "32.png"
+    assert np.array_equal(np.asarray(source.queries.images[2]), images[32])
+
+
+PROGRAM_DATA = """
+import numpy as np
+
+class Images:
+    def __init__(self, size=90):
+        self.images = np.random.default_rng(0).integers(0, 256, (size, 8, 8, 3), np.uint8)
+        self.targets = np.arange(size) % 3
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], int(self.targets[index])
+
+class Stream:
+    def set_epoch(self, epoch):
+        self.order = np.random.default_rng(epoch).permutation(90)
+
+    def __iter__(self):
+        images = Images()
+        return (images[index] for index in self.order)
+
+def stream():
+    return {"train": Stream(), "bank": Images(), "queries": Images(30)}
+
+def paths():
+    return ["a.png"]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["their_data:Images", "their_data:stream"])
+def test_a_run_that_stopped_inside_an_epoch_ends_in_the_same_bits(target, tmp_path):
+    (tmp_path / "their_data.py").write_text(PROGRAM_DATA)
+
+    def train(folder, max_steps):
+        done = run_program(
+            "moco.train", "+experiment=quickstart", "data=custom", f"data.target={target}",
+            "data.batch_size=32", "data.image_size=16", "data.num_workers=0",
+            "method.queue_size=32", "optimizer.schedule=constant", "trainer.precision=32-true",
+            "trainer.max_epochs=3", f"trainer.max_steps={max_steps}", "trainer.accelerator=cpu",
+            "evaluation.baselines=false", "evaluation.plots_every_n_epochs=null",
+            "evaluation.projector_images=0", f"hydra.run.dir={folder}", cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return torch.load(tmp_path / folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+    straight = train("straight", 6)["state_dict"]
+    train("resumed", 3)  # of 2 steps an epoch
+    resumed = train("resumed", 6)["state_dict"]
+    for name, tensor in straight.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+    checkpoint = "checkpoint=straight/checkpoints/last.ckpt"
+    refused = run_program("moco.embed", checkpoint, "output=x.npz", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.endswith(f"imported only if you name it, too: add data.target={target}\n")
+    for split in ("train", "test"):
+        done = run_program(
+            "moco.embed", checkpoint, f"data.target={target}", f"split={split}", "index=none",
+            f"output={split}.npz", "data.num_workers=0", cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        with np.load(tmp_path / f"{split}.npz") as arrays:
+            assert "labels" in arrays or split == "train"
+            assert np.isfinite(arrays["features"]).all()
+    done = run_program(
+        "moco.evaluate", checkpoint, f"data.target={target}", "evaluation.plots=false",
+        "evaluation.label_free=false", "output=x.json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_wrong_dataset_ends_the_program_in_one_line(tmp_path):
+    (tmp_path / "their_data.py").write_text(PROGRAM_DATA)
+    done = run_program(
+        "moco.preview", "+experiment=quickstart", "data=custom", "data.target=their_data:paths",
+        "output=x.png", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: data.target=their_data:paths: item 0 is str; expected an")
+    assert done.stderr.count("\n") == 1
