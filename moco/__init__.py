@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moco.data.augment.operations import Operation as Operation
     from moco.data.augment.operations import register_operation as register_operation
     from moco.data.augment.views import ViewPair as ViewPair
+    from moco.data.sources.registry import register_source as register_source
     from moco.errors import InputError as InputError
     from moco.errors import RunError as RunError
     from moco.evaluation.knn import knn_accuracy as knn_accuracy
@@ -40,6 +41,7 @@ MODULES = {
     "load_encoder": "moco.weights.load_encoder",
     "register_backbone": "moco.models.backbones",
     "register_operation": "moco.data.augment.operations",
+    "register_source": "moco.data.sources.registry",
     "rewindow": "moco.models.swin.window_change",
     "update_key_encoder": "moco.methods.momentum",
 }

@@ -1,9 +1,10 @@
 """The kNN accuracy of the encoder while it trains, as a Lightning callback."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -11,8 +12,10 @@ from torch import Tensor
 from moco.callbacks.epoch_measurement import EpochMeasurement
 from moco.callbacks.feature_plots import FeaturePlots
 from moco.callbacks.running_trainer import board_of, data_of, is_end, log_scalars
-from moco.data.loading.datamodule import check_unreadable
+from moco.data.loading.datamodule import PretrainingData, check_unreadable
+from moco.data.loading.every_image import EvaluationBatch
 from moco.data.sources.source import Labelled
+from moco.errors import InputError
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, rank_me
 from moco.evaluation.features import EmbeddingStopped, embed, evaluating
 from moco.evaluation.knn import KNNResult, knn_accuracy
@@ -33,25 +36,47 @@ log = logging.getLogger(__name__)
 class KNNMonitor(EpochMeasurement):
     """Measure the kNN accuracy of the query encoder every n epochs, on clean images in eval mode.
 
+    The labelled images are those of `PretrainingData`. With any other data they are batches
+    (images, labels): images (N, 3, H, W) float32, normalised as in training and not augmented, and
+    labels (N,), whole numbers. They come from `bank` and `queries`, or else from the methods
+    ``bank_dataloader()`` and ``query_dataloader()`` of the Trainer's data module. Every process of
+    a training then embeds all images of both. ``knn/top1`` and ``knn/top5`` are metrics of the
+    Trainer there, which other callbacks can monitor.
+
     Args:
         figures: gets ``knn/top1``, with at least five neighbours ``knn/top5``, ``knn/epoch`` and
             the protocol. Baselines go to ``knn_raw_pixels/top1`` and to ``knn_untrained/top1``, or
             to ``knn_start/top1`` in a run that starts from given weights.
+        bank: yields the batches of the labelled training images each time it is iterated over, such
+            as a DataLoader without shuffling.
+        queries: the same for the images that are classified.
+        num_neighbors, temperature, feature, precision: the protocol, see `MonitorConfig`.
+        every_n_epochs: epochs between two measurements.
         should_stop: asked before every batch. A measurement that it stops is repeated when the run
             resumes.
-        num_neighbors, temperature, feature, precision: the protocol, see `MonitorConfig`.
         baselines: also measure raw pixels and the encoder before the first step.
         is_untrained: the encoder starts from random weights.
-        plots: draws the features of each measurement.
+        plots: draws the features of each measurement of `PretrainingData`.
+
+    Raises:
+        InputError: only one of `bank` and `queries` is given. When the training starts: the data
+            module gives neither. In a measurement: they yield something else.
+
+    Example:
+        >>> monitor = moco.KNNMonitor(bank=DataLoader(train, 256), queries=DataLoader(test, 256))
+        >>> Trainer(callbacks=[monitor]).fit(moco.MoCo("resnet18"), loader_of_pairs)
+        >>> monitor.figures["knn/top1"]
     """
 
     def __init__(
         self,
-        figures: dict[str, Any],
+        figures: dict[str, Any] | None = None,
         *,
-        num_neighbors: int,
-        temperature: float,
-        feature: str,
+        bank: Iterable[Any] | None = None,
+        queries: Iterable[Any] | None = None,
+        num_neighbors: int = 200,
+        temperature: float = 0.1,
+        feature: str = "backbone",
         precision: str = "32-true",
         every_n_epochs: int = 1,
         baselines: bool = False,
@@ -59,7 +84,11 @@ class KNNMonitor(EpochMeasurement):
         should_stop: Callable[[], bool] = lambda: False,
         plots: FeaturePlots | None = None,
     ) -> None:
-        super().__init__(figures, every_n_epochs, should_stop)
+        super().__init__({} if figures is None else figures, every_n_epochs, should_stop)
+        if (bank is None) != (queries is None):
+            raise InputError("KNNMonitor: expected both bank and queries, or neither")
+        self.bank = bank
+        self.queries = queries
         self.num_neighbors = num_neighbors
         self.temperature = temperature
         self.feature = feature
@@ -68,6 +97,8 @@ class KNNMonitor(EpochMeasurement):
         self.is_untrained = is_untrained
         self.plots = plots
         self.resumed = False
+        self.scores: dict[str, float] = {}
+        """The latest accuracies."""
 
     def state_dict(self) -> dict[str, Any]:
         # Never empty: Lightning loads no empty state, and a resumed run would measure the
@@ -80,21 +111,65 @@ class KNNMonitor(EpochMeasurement):
 
     @epoch_time.measured(MONITORS)
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        source = data_of(trainer).source
-        if source.bank is None or source.queries is None:
+        if not self.has_labelled_images(trainer):
             log.info(
                 "no kNN: the dataset has no labelled training and test images; "
                 "watch label_free/* instead"
             )
             return
+        sizes = ""
+        if self.is_of_loaders(trainer):
+            self.loaders(trainer)  # an error before the training
+        else:
+            source = data_of(trainer).source
+            assert source.bank is not None
+            assert source.queries is not None
+            sizes = (
+                f", {len(source.queries.labels):,} queries "
+                f"against a bank of {len(source.bank.labels):,}"
+            )
         log.info(
             f"kNN every {self.every_n_epochs} epochs: k {self.num_neighbors}, "
-            f"T {self.temperature}, {self.feature} feature, {len(source.queries.labels):,} queries "
-            f"against a bank of {len(source.bank.labels):,}"
+            f"T {self.temperature}, {self.feature} feature{sizes}"
         )
         if self.baselines and not self.resumed:
             self._measure_baselines(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self.is_of_loaders(trainer):
+            pl_module.log_dict(self.scores, logger=False)
+
+    def is_of_loaders(self, trainer: pl.Trainer) -> bool:
+        """Return whether the labelled images come in batches, and not from `PretrainingData`."""
+        return self.bank is not None or not isinstance(data_of(trainer), PretrainingData)
+
+    def loaders(self, trainer: pl.Trainer) -> tuple[Iterable[Any], Iterable[Any]]:
+        """Return the batches of bank and queries of a training with other data.
+
+        Raises:
+            InputError: nobody gives any.
+        """
+        if self.bank is not None and self.queries is not None:
+            return self.bank, self.queries
+        data: Any = data_of(trainer)
+        if not hasattr(data, "bank_dataloader") or not hasattr(data, "query_dataloader"):
+            where = "there is no data module"
+            if data is not None:
+                where = f"{type(data).__name__} lacks bank_dataloader() or query_dataloader()"
+            raise InputError(
+                f"KNNMonitor: {where}; expected these two methods, or KNNMonitor(bank=loader, "
+                "queries=loader), with batches (images, labels)"
+            )
+        return data.bank_dataloader(), data.query_dataloader()
+
+    def has_labelled_images(self, trainer: pl.Trainer) -> bool:
+        """Return whether there are a bank and queries."""
+        if self.is_of_loaders(trainer):
+            return True
+        source = data_of(trainer).source
+        return source.bank is not None and source.queries is not None
 
     def _measure_baselines(self, trainer: pl.Trainer, pl_module: Any) -> None:
         pixels = self._result(trainer, pl_module, lambda images: images.flatten(1))
@@ -106,8 +181,7 @@ class KNNMonitor(EpochMeasurement):
         log.info("kNN before training: raw pixels %.4f, %s %.4f", pixels.top1, encoder, start.top1)
 
     def measure(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
-        source = data_of(trainer).source
-        if source.bank is None or source.queries is None:
+        if not self.has_labelled_images(trainer):
             return
         try:
             result = self._result(trainer, pl_module, self._encoding(pl_module), epoch)
@@ -122,6 +196,7 @@ class KNNMonitor(EpochMeasurement):
         self.figures.pop("knn/top5", None)
         if result.top5 is not None:
             scores["knn/top5"] = result.top5
+        self.scores = scores
         self.figures |= {
             **scores,
             "knn/epoch": epoch,
@@ -154,11 +229,17 @@ class KNNMonitor(EpochMeasurement):
             EmbeddingStopped: `should_stop` stopped it, on every process.
             InputError: too many images could not be read.
         """
-        data = data_of(trainer)
         # Each process has running statistics of its own. Rank 0's are in the checkpoint, so they
         # are the ones that are measured.
         copy_from_rank_zero([*pl_module.query_encoder.buffers()])
         device = pl_module.device
+        if self.is_of_loaders(trainer):
+            with evaluating(pl_module):
+                sides = [self._embedded(loader, encode, device) for loader in self.loaders(trainer)]
+            if epoch is not None:
+                self._show_rank(trainer, sides[0][0])
+            return self._classified(sides[0], sides[1], device)
+        data = data_of(trainer)
 
         def embedded(labelled: Any) -> Embedded:
             loader = data.evaluation_dataloader(labelled)
@@ -173,22 +254,40 @@ class KNNMonitor(EpochMeasurement):
                 check_unreadable(side.unreadable(), side.labelled.images, data.max_bad_fraction)
             if epoch is not None:
                 self._show(trainer, epoch, bank, queries)
-            arrays = (bank.features, bank.labels, queries.features, queries.labels)
-            try:
-                return knn_accuracy(*arrays, self.num_neighbors, self.temperature, device)
-            except torch.OutOfMemoryError:
-                log.info("kNN: searching on the CPU, because training leaves too little GPU memory")
-            return knn_accuracy(*arrays, self.num_neighbors, self.temperature, "cpu")
+            return self._classified(
+                (bank.features, bank.labels), (queries.features, queries.labels), device
+            )
 
         return from_rank_zero(search)
 
+    def _embedded(
+        self, loader: Iterable[Any], encode: Callable[[Tensor], Tensor], device: torch.device
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return features (images, feature_dim) and labels (images,) of a loader's batches."""
+        batches = plain_batches(loader)
+        features, labels, _ = embed(encode, batches, device, self.should_stop, self.precision)
+        if len(labels) == 0:
+            raise InputError("KNNMonitor: bank or queries yield no images")
+        return features, labels
+
+    def _classified(
+        self,
+        bank: tuple[np.ndarray, np.ndarray],
+        queries: tuple[np.ndarray, np.ndarray],
+        device: torch.device,
+    ) -> KNNResult:
+        """Classify the queries; each side is features and labels."""
+        arrays = (*bank, *queries)
+        try:
+            return knn_accuracy(*arrays, self.num_neighbors, self.temperature, device)
+        except torch.OutOfMemoryError:
+            log.info("kNN: searching on the CPU, because training leaves too little GPU memory")
+        return knn_accuracy(*arrays, self.num_neighbors, self.temperature, "cpu")
+
     def _show(self, trainer: pl.Trainer, epoch: int, bank: Embedded, queries: Embedded) -> None:
         """Write to TensorBoard what it shows beside the scores; on rank 0 alone."""
-        if trainer.logger is None:
-            return
-        effective_rank = rank_me(torch.from_numpy(evenly_spaced(bank.features, MOST_ROWS)))
-        log_scalars(trainer, {"label_free/feature_rank_me": effective_rank})
-        if self.plots is None:
+        self._show_rank(trainer, bank.features)
+        if trainer.logger is None or self.plots is None:
             return
         experiment = board_of(trainer)
         is_last = is_end(trainer, epoch)
@@ -197,6 +296,34 @@ class KNNMonitor(EpochMeasurement):
             self.plots.draw(experiment, trainer.global_step, bank, queries, k, self.temperature)
         if is_last and self.plots.projector_images:
             self.plots.project(experiment, queries)
+
+    def _show_rank(self, trainer: pl.Trainer, features: np.ndarray) -> None:
+        if trainer.logger is not None:
+            effective_rank = rank_me(torch.from_numpy(evenly_spaced(features, MOST_ROWS)))
+            log_scalars(trainer, {"label_free/feature_rank_me": effective_rank})
+
+
+def plain_batches(loader: Iterable[Any]) -> Iterator[EvaluationBatch]:
+    """Yield the batches (images, labels) of any loader as those of this project.
+
+    Raises:
+        InputError: a batch is something else.
+    """
+    for batch in loader:
+        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+            raise InputError(
+                f"KNNMonitor: bank or queries yield a {type(batch).__name__}; "
+                "expected batches (images, labels)"
+            )
+        images = batch[0]
+        labels = torch.as_tensor(batch[1]).reshape(-1).long().cpu()
+        if not isinstance(images, Tensor) or images.ndim != 4 or len(images) != len(labels):
+            shape = getattr(images, "shape", type(images).__name__)
+            raise InputError(
+                f"KNNMonitor: expected images (N, 3, H, W) and labels (N,), got {shape} and "
+                f"{len(labels)} labels"
+            )
+        yield EvaluationBatch(images, labels, torch.zeros(len(labels), dtype=torch.bool))
 
 
 def embed_together(labelled: Labelled, *arguments: Any) -> Embedded:

@@ -69,9 +69,7 @@ class LabelFreeMonitor(pl.Callback):
         if step % self.every_n_steps == 0:
             figures |= self._figures(trainer, pl_module, outputs)
             if self.kept is None and pl_module.queue is not None:
-                # The step returns the keys of its last direction. In a symmetric step these are
-                # made of the first view.
-                view = batch.views[0] if pl_module.symmetric else batch.views[1]
+                view = outputs["key_view"]
                 num_keys = len(view) * world_size()
                 if pl_module.symmetric and pl_module.reverse_queue is None:
                     num_keys *= 2  # both directions of the loss share a queue

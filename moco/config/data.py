@@ -13,21 +13,26 @@ class ImageSourceConfig:
     """Which images, and how they are read."""
 
     name: str = MISSING
-    """A source of ``moco.data.sources.registry``."""
+    """A source of ``moco.data.sources.registry``, or a name of `moco.register_source`."""
     root: Any = None
     """A folder or a file. ``images`` also takes a list of folders."""
+    target: Optional[str] = None
+    """``custom``: the function that makes the dataset, ``package.module:function``."""
+    options: Any = None
+    """``custom`` and registered datasets: keyword arguments of the function, ``{name: value}``."""
     download: bool = False
     """Download a torchvision dataset that is not under root yet."""
     held_out: float = setting(0.1, at_least=0, at_most=1)
-    """``image_folder`` without a validation folder: share of the images that are held out as the
-    queries of the kNN monitor. A hash of the path decides, so an image keeps its side when others
-    are added. Training uses all images."""
+    """``image_folder`` without a validation folder, and ``custom`` without bank and queries: share
+    of the images that are held out as the queries of the kNN monitor. A hash of the path decides,
+    so an image keeps its side when others are added. Training uses all images."""
     pages: str = setting("first", choices=("each", "first"))
     """``images`` and ``image_folder``: read the first page of a TIFF file, or each page as an
     image of its own."""
     num_images: Optional[int] = setting(None, at_least=1)
     """Size of ``synthetic`` (null: 1,024). Number of samples in all shards of ``webdataset``
-    (null: they are counted, if the shards are files)."""
+    (null: they are counted, if the shards are files). Number of images that an iterable dataset of
+    ``custom`` yields (null: its length, or they are counted)."""
     image_column: Optional[str] = None
     """``hf``: null is the only column of type Image."""
     label_column: Optional[str] = None

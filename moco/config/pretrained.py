@@ -16,7 +16,16 @@ from moco.config.train import AugmentationConfig, BackboneConfig, MonitorConfig
 from moco.errors import InputError
 
 # Dense evaluation reads masks, the others read classes.
-CLASS_DATA = ("crop_ratio", "num_images", "image_column", "label_column", "held_out", "pages")
+CLASS_DATA = (
+    "crop_ratio",
+    "target",
+    "options",
+    "num_images",
+    "image_column",
+    "label_column",
+    "held_out",
+    "pages",
+)
 # The settings of `EvaluationConfig` and `EvaluateDataConfig` that only some kinds of measurement
 # have, by kind.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -264,10 +273,19 @@ def data_settings(config: Any, run_data: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the data, with nulls filled in from the run.
 
     Raises:
-        InputError: neither the command line nor the checkpoint names the dataset.
+        InputError: neither the command line nor the checkpoint names the dataset; or the checkpoint
+            alone names the function that makes it.
     """
-    if config.data.name is not None:
-        run_data = run_data | {"root": None}  # which is that of the run's own dataset
+    target = run_data.get("target")
+    if config.data.name is not None or config.data.target not in (None, target):
+        # These are of the run's own dataset.
+        run_data = run_data | {"root": None, "target": None, "options": None}
+    elif target is not None and config.data.target is None:
+        # Importing a module runs its code, so a file alone must not decide which.
+        raise InputError(
+            f"checkpoint={config.checkpoint}: its images are of the function {target}, which is "
+            f"imported only if you name it, too: add data.target={target}"
+        )
     data = with_defaults(config.data, run_data)
     if data["name"] is None:
         raise InputError(f"data: missing; {config.checkpoint} does not say it, give data=NAME")

@@ -30,6 +30,7 @@ from moco.data.augment.draws import derived_seed
 from moco.data.files.images import EncodedFile, EncodedImage, UnreadableImage, check_bad_fraction
 from moco.data.loading.every_image import ReadImage, every_image
 from moco.data.loading.workers import WatchedLoader, unchanged
+from moco.data.sources.own_dataset import NO_NUMBERS, IterableImages
 from moco.data.sources.packed_copy import (
     COLUMNS,
     INDEX,
@@ -69,6 +70,8 @@ class Pool:
     def __init__(self, source: DataSource) -> None:
         if isinstance(source.train, ShardedImages):
             raise InputError(NO_INDEX)
+        if isinstance(source.train, IterableImages):
+            raise InputError(f"{source.train.where}: {NO_NUMBERS}")
         self.source = source
         self.num_train = len(source.train)
         self.others: list[tuple[Images, int]] = []

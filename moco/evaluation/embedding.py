@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from moco.data.augment.views import evaluation_crop, normalisation
 from moco.data.files.images import check_bad_fraction
-from moco.data.loading.every_image import ImageBatch, ImageSet, IndexedSet, ShardedSet
+from moco.data.loading.every_image import (
+    ImageBatch,
+    ImageSet,
+    IndexedSet,
+    IterableSet,
+    ShardedSet,
+)
 from moco.data.loading.workers import cores_of
+from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, RunError, printable
@@ -55,6 +62,8 @@ def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
         return IndexedSet(source.queries, has_labels=True)
     if isinstance(source.train, ShardedImages):
         return ShardedSet(source.train)
+    if isinstance(source.train, IterableImages):
+        return IterableSet(source.train)
     # Training images may be divided into bank and queries.
     labels = labels_by_name(source.train, source.bank, source.queries)
     return IndexedSet(Labelled(source.train, labels), has_labels=bool((labels >= 0).any()))

@@ -119,7 +119,7 @@ def image_traits(labelled: Labelled, root: Any) -> Iterable[Any]:
         for index in range(len(images)):
             yield images.name(index).encode("utf-8", "surrogateescape") + b"\n"
         # These images do not tell which files they are in, so all files of the dataset count.
-        for folder, _, names in sorted(os.walk(root)):
+        for folder, _, names in sorted(os.walk(root or os.devnull)):
             for name in sorted(names):
                 yield file_stamp(os.path.join(folder, name))
 

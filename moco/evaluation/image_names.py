@@ -42,10 +42,10 @@ def labels_by_name(
 
     Args:
         images: of a dataset.
-        bank: the same images, or some of them in any order, under the same names.
+        bank: the same object, or images of the same names in any order.
         queries: others of them.
     """
-    if bank is not None and len(bank.images) == len(images):
+    if bank is not None and bank.images is images:
         return bank.labels
     label_of = {}
     for side in (bank, queries):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import moco
 from moco.data.augment.views import EvaluationView
 from moco.data.loading.every_image import evaluation_loader
+from moco.data.sources.own_dataset import DatasetImages
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError
@@ -28,6 +29,8 @@ from moco.evaluation.reports.embedded import Embedded
 log = logging.getLogger(__name__)
 
 SOURCE_SETTINGS = (
+    "target",
+    "options",
     "download",
     "num_images",
     "image_column",
@@ -152,13 +155,14 @@ class Subject:
 
         They are under ``backbone`` and, if the encoder has a projector, ``embedding``; float32, not
         normalised. Unreadable images are skipped. With ``evaluation.cache`` the features are kept
-        for the next evaluation.
+        for the next evaluation, except those of a dataset of the user's own.
 
         Raises:
             InputError: too many images cannot be read, or a feature is not finite.
         """
         compute = partial(self._embedded, labelled)
-        if self.settings["cache"]:
+        # Nothing tells when the images of the user's own dataset have changed.
+        if self.settings["cache"] and not isinstance(labelled.images, DatasetImages):
             path = self.cache.path(labelled, self.data["root"])
             arrays = self.cache.kept_or(path, compute)
         else:

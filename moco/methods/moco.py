@@ -155,9 +155,10 @@ class MoCo(pl.LightningModule):
         """Return the loss of a batch of view pairs, and what the monitors look at.
 
         Returns:
-            ``loss``, and of the last direction ``query`` and ``key`` (N, C) and the ``negatives``
-            that the loss compared them with: the keys of the queue (K, C), or those of the batch of
-            all devices (M, C), the positives among them. With the dense term also its two parts,
+            ``loss``, and of the last direction ``query`` and ``key`` (N, C), the ``key_view``
+            (N, 3, H, W) that the keys are of, and the ``negatives`` that the loss compared them
+            with: the keys of the queue (K, C), or those of the batch of all devices (M, C), the
+            positives among them. With the dense term also its two parts,
             ``loss_global`` and ``loss_dense``.
         """
         first, second = views_of(batch)  # (N, 3, H, W) each
@@ -187,6 +188,7 @@ class MoCo(pl.LightningModule):
             "loss": self.total_loss(losses),
             "query": queries[-1].embedding.detach(),
             "key": keys[-1].embedding,
+            "key_view": first if self.symmetric else second,
             "negatives": negatives,
         }
         if self.dense_weight > 0:

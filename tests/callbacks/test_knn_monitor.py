@@ -4,14 +4,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import moco
 from moco.callbacks import knn_monitor
+from moco.callbacks.collapse_watch import CollapseWatch
 from moco.callbacks.feature_plots import FeaturePlots
 from moco.callbacks.knn_monitor import KNNMonitor
+from moco.callbacks.label_free_monitor import LabelFreeMonitor
 from moco.callbacks.training_monitor import TrainingMonitor
+from moco.errors import InputError
 from moco.evaluation.reports.embedded import Embedded
 from moco.training.logger import RunLogger
 
@@ -112,3 +119,87 @@ def test_plots_go_to_tensorboard_at_the_end(tmp_path, every_n_epochs):
     plots = ["knn/neighbors", "knn/confusion"] if every_n_epochs else []
     assert sorted(events.Tags()["images"]) == sorted(plots)
     assert events.Tags()["scalars"] == ["label_free/feature_rank_me"]
+
+
+class ForeignData(pl.LightningDataModule):
+    """Pairs of noisy views, and labelled images made in `setup`; it knows nothing of ours."""
+
+    def setup(self, stage):
+        generator = torch.Generator().manual_seed(0)
+        self.labels = torch.arange(48) % 3
+        noise = torch.randn(48, 3, 8, 8, generator=generator)
+        self.images = noise + self.labels[:, None, None, None]
+
+    def loader(self, rows):
+        return DataLoader(TensorDataset(self.images[rows], self.labels[rows]), batch_size=7)
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(self.images, self.images), batch_size=8)
+
+    def bank_dataloader(self):
+        return self.loader(slice(0, 32))
+
+    def query_dataloader(self):
+        return self.loader(slice(32, 48))
+
+
+def foreign_trainer(folder, *callbacks, **options):
+    return pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        log_every_n_steps=1,
+        **options,
+    )
+
+
+def small_method():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.feature_dim = 8
+    return moco.MoCo(net, embedding_dim=4, queue_size=32)
+
+
+@pytest.mark.parametrize("as_arguments", [True, False])
+def test_on_a_foreign_data_module_it_gives_the_number_of_knn_accuracy(as_arguments, tmp_path):
+    data, method, sides = ForeignData(), small_method(), {}
+    if as_arguments:
+        data.setup("fit")
+        sides = {"bank": data.bank_dataloader(), "queries": data.query_dataloader()}
+        data = DataLoader(TensorDataset(data.images, data.images), batch_size=8)
+    monitor = moco.KNNMonitor(num_neighbors=5, **sides)
+    best = pl.callbacks.ModelCheckpoint(tmp_path, monitor="knn/top1", mode="max")
+    others = [CollapseWatch(), LabelFreeMonitor(2)]
+    trainer = foreign_trainer(tmp_path, monitor, best, *others, logger=False)
+    trainer.fit(method, data)
+    same = ForeignData()
+    same.setup("fit")
+    labels = same.labels.numpy()
+    with torch.no_grad():
+        features = method.query_encoder.eval().encode(same.images).numpy()
+    expected = moco.knn_accuracy(features[:32], labels[:32], features[32:], labels[32:], 5, 0.1)
+    assert monitor.figures["knn/top1"] == expected.top1
+    assert monitor.figures["knn/top5"] == expected.top5
+    assert monitor.figures["knn/bank_size"] == 32
+    assert best.best_model_score >= trainer.callback_metrics["knn/top1"]
+    assert trainer.callback_metrics["knn/top1"] == pytest.approx(expected.top1)
+
+
+def test_what_is_wrong_with_foreign_data_is_one_line(tmp_path):
+    class WithoutSides(pl.LightningDataModule):
+        train_dataloader = ForeignData.train_dataloader
+        setup = ForeignData.setup
+
+    trainer = foreign_trainer(tmp_path, moco.KNNMonitor(), logger=False, enable_checkpointing=False)
+    with pytest.raises(InputError, match="WithoutSides lacks bank_dataloader"):
+        trainer.fit(small_method(), WithoutSides())
+    with pytest.raises(InputError, match="both bank and queries, or neither"):
+        moco.KNNMonitor(bank=[])
+    for batches, message in (
+        ([{"image": 1}], r"yield a dict; expected batches \(images, labels\)"),
+        ([(torch.zeros(2, 3, 4, 4), [1])], r"expected images \(N, 3, H, W\) and labels \(N,\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            list(knn_monitor.plain_batches(batches))

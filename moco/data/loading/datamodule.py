@@ -1,5 +1,6 @@
 """The loaders of a pretraining run."""
 
+import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -12,6 +13,7 @@ from torch import Tensor
 from moco.data.augment.views import Transform, ViewPair
 from moco.data.files.images import UnreadableImage, check_bad_fraction
 from moco.data.loading.every_image import MemoryBatches, evaluation_loader
+from moco.data.loading.iterables import DamagedImage, IterableSampler, iterable_loader
 from moco.data.loading.loaders import (
     EpochSampler,
     MemoryLoader,
@@ -23,6 +25,7 @@ from moco.data.loading.loaders import (
 )
 from moco.data.loading.streams import OpenStream, StreamDataset, StreamLoader, build_streams
 from moco.data.loading.workers import WatchedLoader, device_of, loader_options
+from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import ArrayImages, DataSource, Images, Labelled
 from moco.errors import InputError, printable
@@ -79,6 +82,11 @@ class PretrainingData(pl.LightningDataModule):
             num_samples = min(number, self.batch_size // self.batches_per_step)
             samples, _ = OpenStream(0, streams.samples(0, 0)).take(num_samples)
             return [(row, sample.image, sample.name) for row, sample in enumerate(samples)]
+        if isinstance(images, IterableImages):
+            rows = self.iterable_sampler(images, unreadable=set())
+            readable = (row for row in rows if not isinstance(row.image, DamagedImage))
+            first = itertools.islice(readable, number)
+            return [(row.place, row.image, row.name) for row in first]
         found: list[NamedImage] = []
         unreadable: list[str] = []
         for _, index in self.sampler():
@@ -117,6 +125,12 @@ class PretrainingData(pl.LightningDataModule):
         """Return this process's order of the training images."""
         return EpochSampler(len(self.source.train), self.batch_size, self.seed, *self.place)
 
+    def iterable_sampler(self, images: IterableImages, unreadable: set[str]) -> IterableSampler:
+        """Return this process's images of an iterable dataset, in its order."""
+        return IterableSampler(
+            images, self.batch_size, *self.place, self.max_bad_fraction, unreadable
+        )
+
     @property
     def place(self) -> tuple[int, int]:
         """The rank of this process, and how many processes train together."""
@@ -139,6 +153,9 @@ class PretrainingData(pl.LightningDataModule):
         device = device_of(self)
         if isinstance(images, ShardedImages):
             return self._stream_loader(images, batch_size)
+        if isinstance(images, IterableImages):
+            sampler = self.iterable_sampler(images, self.unreadable)
+            return iterable_loader(sampler, self.augment, batch_size, self.num_workers, device)
         return pair_loader(
             images,
             self.augment,
@@ -185,8 +202,8 @@ class PretrainingData(pl.LightningDataModule):
                 message names the first ten.
         """
         images = self.source.train
-        if self.in_memory or isinstance(images, ShardedImages):
-            # Images in memory are always readable, and the loader of shards counts by itself.
+        if self.in_memory or isinstance(images, (ShardedImages, IterableImages)):
+            # Images in memory are always readable, and the loaders of streams count by themselves.
             return batch
         for index in batch.indices[batch.unreadable].tolist():
             name = images.name(index)

@@ -21,6 +21,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from moco.data.augment.views import EvaluationView, Transform
 from moco.data.files.images import UnreadableImage
 from moco.data.loading.workers import CPU, WatchedLoader, loader_options, note_read
+from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in, is_local, sample_key
 from moco.data.sources.source import ArrayImages, Labelled
 
@@ -358,3 +359,36 @@ class ShardedSet(ImageSet):
                 # A key alone can be in several shards.
                 key = sample_key(found.name.removeprefix(f"{shard}/"))
                 yield ImageKey(found, f"{os.path.basename(shard)}/{key}", -1, [number, member])
+
+
+class IterableSet(ImageSet):
+    """An `ImageSet` of an iterable dataset, in the order of its first epoch; a place is [number].
+
+    The calling process reads the dataset and hands the images to the loader processes.
+    """
+
+    start: ClassVar = [0]
+    has_labels = False
+
+    def __init__(self, images: IterableImages) -> None:
+        self.iterable = images
+
+    def __len__(self) -> int:
+        return len(self.iterable)
+
+    def fingerprint(self) -> str:
+        """See `ImageSet`: the number of images alone, because they have no names."""
+        return f"{self.iterable.what} {len(self.iterable)}"
+
+    def keys_from(self, place: list[int]) -> Iterator[ImageKey]:
+        for number, item in enumerate(self.iterable.items(epoch=0)):
+            # What an earlier pass has done is read again, but not used.
+            if number < place[0]:
+                continue
+            name = self.iterable.name(number)
+            source: Sample | Problem
+            try:
+                source = Sample(self.iterable.opened_item(number, item), name)
+            except UnreadableImage as error:
+                source = Problem(name, str(error), is_shard=False)
+            yield ImageKey(source, name, -1, [number + 1])

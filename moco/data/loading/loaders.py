@@ -388,7 +388,7 @@ def choose_engine(
         reason = "there is a GPU; loader processes decode and crop, it does the rest"
         return Engine("batch", False, reason)
     if not isinstance(images, ArrayImages):
-        return Engine("worker", False, "the images are files, and there is no GPU")
+        return Engine("worker", False, "the images are not in memory, and there is no GPU")
     if max(image_size, *images.tensor.shape[1:3]) <= LARGEST_ON_CPU:
         reason = f"the images are in memory and at most {LARGEST_ON_CPU} px"
         return Engine("batch", True, reason)

@@ -5,24 +5,30 @@ is lost, the training process looks there, and the error names the image.
 """
 
 import atexit
+import io
 import multiprocessing
 import multiprocessing.context
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from moco.errors import printable
+from moco.errors import InputError, printable
 
 CPU = torch.device("cpu")
 LONGEST_NAME = 512  # bytes
@@ -175,6 +181,7 @@ class WatchedLoader(DataLoader[Any]):
     def __init__(self, dataset: Any, *, num_workers: int = 0, **options: Any) -> None:
         notes = ReadNotes(num_workers)
         if num_workers:
+            check_processes_find(dataset, num_workers)
             options["worker_init_fn"] = partial(keep_notes, notes)
         # Without a generator, DataLoader would draw from the global one. A resumed run would then
         # have to restore that one's state.
@@ -187,12 +194,12 @@ class WatchedLoader(DataLoader[Any]):
         if not self.persistent_workers:
             # The processes of an earlier pass have ended, and none of them was lost.
             self.notes.pids.zero_()
-        with lost_worker_named(self.notes):
+        with lost_worker_named(self.notes), refused_objects_named(self.num_workers):
             batches = super().__iter__()
         return self._watched(batches)
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
-        with lost_worker_named(self.notes):
+        with lost_worker_named(self.notes), input_errors_of_workers():
             yield from batches
 
 
@@ -213,3 +220,71 @@ def lost_worker_named(notes: ReadNotes) -> Iterator[None]:
                     raise RuntimeError(f"{lost}; it was reading {printable(name)}") from error
             time.sleep(0.05)
         raise
+
+
+@contextmanager
+def input_errors_of_workers() -> Iterator[None]:
+    """Raise the `InputError` of a loader process with its own message.
+
+    PyTorch puts the traceback of the process before it. That stays as the cause of the error.
+    """
+    try:
+        yield
+    except InputError as error:
+        name = f"{InputError.__module__}.{InputError.__qualname__}: "
+        if name not in str(error):
+            raise
+        message = str(error).rpartition(name)[2]
+        raise InputError(message.rstrip()) from error
+
+
+@contextmanager
+def refused_objects_named(num_workers: int) -> Iterator[None]:
+    """Raise InputError if an object of the user's cannot be sent to loader processes."""
+    try:
+        with warnings.catch_warnings():
+            # PyTorch warns before it raises the error.
+            warnings.filterwarnings("ignore", "Got pickle error")
+            yield
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        if "pickle" not in str(error):
+            raise
+        raise InputError(
+            f"data.num_workers={num_workers}: the dataset or the augmentation cannot be sent to "
+            f"loader processes ({printable(str(error))}); data.num_workers=0 loads in this process"
+        ) from error
+
+
+def check_processes_find(dataset: Any, num_workers: int) -> None:
+    """Raise InputError if a dataset uses classes of a notebook, which loader processes cannot find.
+
+    A loader process imports what it needs, and a notebook cannot be imported.
+    """
+    if hasattr(sys.modules["__main__"], "__file__"):
+        return
+    try:
+        NotebookSearch(num_workers).dump(dataset)
+    except InputError:
+        raise
+    except Exception:  # what cannot be sent at all is named when the processes start
+        return
+
+
+class NotebookSearch(pickle.Pickler):
+    """Raise InputError for a class or function that was defined in a notebook; write nothing."""
+
+    def __init__(self, num_workers: int) -> None:
+        super().__init__(io.BytesIO())
+        self.num_workers = num_workers
+
+    def persistent_id(self, value: Any) -> str | None:
+        """Look at an object that pickle is about to write; large ones are not written."""
+        is_definition = isinstance(value, (type, FunctionType))
+        if is_definition and value.__module__ == "__main__":
+            raise InputError(
+                f"data.num_workers={self.num_workers}: {value.__name__} is defined in a notebook, "
+                "where loader processes cannot find it; move it to a module, or load in this "
+                "process: data.num_workers=0"
+            )
+        is_large = isinstance(value, (Tensor, np.ndarray, bytes))
+        return "left out" if is_large else None

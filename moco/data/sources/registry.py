@@ -1,5 +1,6 @@
 """The datasets by name: `build_source` turns the name and the settings of a dataset into images."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from moco.data.sources.arrays import (
 )
 from moco.data.sources.folders import class_folder_source, folder_source
 from moco.data.sources.hugging_face import hugging_face_source
+from moco.data.sources.own_dataset import dataset_source, named
 from moco.data.sources.packed_copy import packed_source
 from moco.data.sources.shards import sharded_source
 from moco.data.sources.source import DataSource
 from moco.errors import InputError, unknown_name
+from moco.targets import check_options, import_target
 
 SOURCES = (
+    "custom",
     "digits",
     "hf",
     "image_folder",
@@ -31,12 +35,38 @@ SOURCES = (
 )
 # moco.segmentation builds these, which have a mask for each image.
 MASKED = ("segmentation_folder", "voc2012")
+# Added by `register_source`.
+REGISTERED: dict[str, Callable[..., Any]] = {}
+
+
+def register_source(name: str, build: Callable[..., Any]) -> None:
+    """Make a function known as ``data.name=NAME``.
+
+    A checkpoint holds the name alone, so the function has to be registered before it is evaluated.
+
+    Args:
+        name: not that of a dataset of this project.
+        build: takes the settings that `DataConfig.options` holds, and returns a dataset or a
+            mapping of datasets, see `moco.data.sources.own_dataset.dataset_source`.
+
+    Raises:
+        InputError: this project has a dataset of that name.
+
+    Example:
+        >>> import moco
+        >>> moco.register_source("my_images", lambda size=100: torchvision.datasets.FakeData(size))
+    """
+    if name in (*SOURCES, *MASKED):
+        raise InputError(f"data.name={name}: this project has a dataset of that name")
+    REGISTERED[name] = build
 
 
 def build_source(
     name: str,
     root: Any = None,
     *,
+    target: str | None = None,
+    options: dict[str, Any] | None = None,
     download: bool = False,
     num_images: int | None = None,
     streams: int = 12,
@@ -52,14 +82,17 @@ def build_source(
 
     Args:
         root: folder or file; ``images`` and ``webdataset`` also take a list.
+        target: ``package.module:function`` that makes the dataset ``custom``.
+        options: keyword arguments of the function of ``custom`` or of a registered dataset.
         download: let torchvision download what is missing below `root`.
-        num_images: size of ``synthetic`` (default 1,024), or number of samples in all shards of
-            ``webdataset`` (default: they are counted).
+        num_images: size of ``synthetic`` (default 1,024), number of samples in all shards of
+            ``webdataset`` (default: they are counted), or number of images of an iterable dataset
+            (default: its length, or they are counted).
         streams, shuffle_buffer: see `moco.data.sources.shards.ShardedImages`.
         image_column, label_column: see `moco.data.sources.hugging_face`.
         max_image_pixels: larger images are unreadable.
         held_out: fraction of the images that ``image_folder`` keeps out of the bank if there is no
-            validation folder.
+            validation folder, and ``custom`` if there are no bank and queries.
         pages: ``first`` takes the first image of a TIFF file, ``each`` takes every image of it.
         listing: file that keeps the list of images for the next start; None lists them each time.
 
@@ -71,8 +104,28 @@ def build_source(
             f"data={name}: its masks are for moco.segment and evaluation=dense; "
             "data=images data.root=PATH takes any images"
         )
-    if name not in SOURCES:
-        raise InputError(f"data.name: {unknown_name('dataset', name, SOURCES)}")
+    if name not in SOURCES and name not in REGISTERED:
+        raise InputError(f"data.name: {unknown_name('dataset', name, (*SOURCES, *REGISTERED))}")
+    if name == "custom" or name in REGISTERED:
+        if root is not None:
+            raise InputError(
+                f"data.root={root}: data={name} has no such setting; "
+                "give it to the function: data.options={root: PATH}"
+            )
+        datasets, what, where = own_datasets(name, target, options)
+        return dataset_source(
+            datasets,
+            what=what,
+            where=where,
+            num_images=num_images,
+            held_out=held_out,
+            max_image_pixels=max_image_pixels,
+        )
+    for key, value in (("target", target), ("options", options)):
+        if value is not None:
+            raise InputError(
+                f"data.{key}={value}: data={name} has no such setting; data=custom has it"
+            )
     if name == "synthetic":
         return synthetic_source(num_images or 1024)
     if name == "digits":
@@ -95,3 +148,42 @@ def build_source(
     if name == "npz":
         return npz_source(root)
     return torchvision_source(name, root, download)
+
+
+def own_datasets(
+    name: str, target: str | None, options: dict[str, Any] | None
+) -> tuple[Any, str, str]:
+    """Call the function that makes a dataset of the user's own.
+
+    Args:
+        name: ``custom``, or a registered name.
+        target, options: see `build_source`.
+
+    Returns:
+        What the function returns, what to call it in names of images, and what in errors.
+
+    Raises:
+        InputError: there is no such function, it takes no such options, or it raises an error.
+    """
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        raise InputError(f"data.options={options}: expected {{name: value}}")
+    if name == "custom":
+        if target is None:
+            raise InputError(
+                "data.target: missing; data=custom needs data.target=package.module:function"
+            )
+        what, where = target, f"data.target={target}"
+        build = import_target(target, "data.target")
+    else:
+        if target is not None:
+            raise InputError(f"data.target={target}: data={name} has no such setting")
+        what, where = name, f"data.name={name}"
+        build = REGISTERED[name]
+    check_options(build, options, "data", what)
+    try:
+        return build(**options), what, where
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's function does
+        raise InputError(f"{where}: raised {named(error)}") from error

@@ -1,0 +1,516 @@
+"""Datasets of the user's own: images by number, or images that are read one after the other.
+
+`dataset_source` makes a source of them. An item is an image, or a tuple or list that begins with an
+image and its label.
+"""
+
+import logging
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from moco.data.files.images import MAX_IMAGE_PIXELS, DecodedImage, UnreadableImage, to_rgb
+from moco.data.sources.folders import is_held_out
+from moco.data.sources.source import DataSource, Images, Labelled
+from moco.errors import InputError, printable, unknown_name
+
+log = logging.getLogger(__name__)
+
+LARGEST_IMAGE_SIZE = 224
+"""The usual side of images in px, unless the first image is smaller."""
+MOST_TRIED = 100
+"""Images that are tried at the start until one can be read."""
+SIDES = ("train", "bank", "queries")
+UNREADABLE = (OSError, UnreadableImage, Image.DecompressionBombError)
+"""What a dataset raises for a damaged image, which is then skipped."""
+EXPECTED_IMAGE = (
+    "expected an image or (image, label); an image is a PIL image, an array (H, W) or "
+    "(H, W, 1 or 3 or 4), or a tensor (H, W) or (1 or 3 or 4, H, W), of uint8 or of floats from 0 "
+    "to 1"
+)
+EXPECTED_LABEL = "expected (image, label), and the label a whole number of 0 or more"
+NO_NUMBERS = (
+    "an iterable dataset has no images by number; expected a dataset with __len__ and __getitem__"
+)
+
+
+@dataclass(eq=False)
+class DatasetImages(Images):
+    """The images of a map-style dataset, or some of them."""
+
+    dataset: Any
+    what: str
+    """What to call the dataset in names of images."""
+    where: str
+    """What to call it in errors."""
+    max_image_pixels: int
+    """Larger PIL images are unreadable."""
+    rows: np.ndarray
+    """(images,) int64, the number of each image in the dataset."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def item(self, index: int) -> Any:
+        """Return an item of the dataset.
+
+        Raises:
+            UnreadableImage: the dataset says that the image is damaged.
+            InputError: it raises anything else.
+        """
+        number = int(self.rows[index])
+        try:
+            return self.dataset[number]
+        except InputError:
+            raise
+        except UNREADABLE as error:
+            raise UnreadableImage(f"{printable(self.name(index))}: {said(error)}") from error
+        except Exception as error:
+            raise InputError(f"{self.where}: item {number} raised {named(error)}") from error
+
+    def opened(self, index: int) -> DecodedImage:
+        """Return the image, decoded.
+
+        Raises:
+            UnreadableImage: the image is damaged.
+            InputError: the dataset fails, or the item is no image.
+        """
+        item = self.item(index)
+        number = f"item {self.rows[index]}"
+        return opened_item(item, self.where, number, self.name(index), self.max_image_pixels)
+
+    def name(self, index: int) -> str:
+        """Return ``dataset.name(number)`` if the dataset has such a method, else WHAT[number]."""
+        number = int(self.rows[index])
+        if has_names(self.dataset):
+            return str(self.dataset.name(number))
+        return f"{self.what}[{number}]"
+
+
+@dataclass(eq=False)
+class IterableImages(Images):
+    """The images of an iterable dataset, to train on: they have an order and no numbers.
+
+    `moco.data.loading.iterables` reads them in the training process.
+    """
+
+    dataset: Any
+    what: str
+    """What to call the dataset in names of images."""
+    where: str
+    """What to call it in errors."""
+    max_image_pixels: int
+    """Larger PIL images are unreadable."""
+    num_images: int
+    """How many it yields in an epoch."""
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def opened(self, index: int) -> DecodedImage:
+        """Raise InputError: there are no images by number."""
+        raise InputError(f"{self.where}: {NO_NUMBERS}")
+
+    def name(self, index: int) -> str:
+        """Return WHAT[place in the epoch]."""
+        return f"{self.what}[{index}]"
+
+    def items(self, epoch: int) -> Iterator[Any]:
+        """Yield the items of an epoch, as many as there are images.
+
+        Raises:
+            InputError: the dataset ends before, or fails.
+        """
+        items = items_of(self.dataset, self.where, epoch)
+        for number in range(self.num_images):
+            try:
+                yield next(items)
+            except StopIteration:
+                raise InputError(
+                    f"{self.where}: ends after {number} items; expected {self.num_images}, "
+                    "as its length or data.num_images says"
+                ) from None
+
+    def opened_item(self, place: int, item: Any) -> DecodedImage:
+        """Return the image of an item at this place of an epoch; see `DatasetImages.opened`."""
+        number = f"item {place}"
+        return opened_item(item, self.where, number, self.name(place), self.max_image_pixels)
+
+
+def items_of(dataset: Any, where: str, epoch: int) -> Iterator[Any]:
+    """Yield the items of an iterable dataset; its ``set_epoch`` is called first if it has one.
+
+    Raises:
+        InputError: the dataset raises an error.
+    """
+    number = 0
+    try:
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
+        for item in dataset:
+            yield item
+            number += 1
+    except InputError:
+        raise
+    except Exception as error:
+        # An iterator cannot go on after an error, so damaged images end the run, too.
+        raise InputError(
+            f"{where}: raised {named(error)} after {number} items; "
+            "an iterable dataset has to leave out what it cannot read"
+        ) from error
+
+
+def opened_item(
+    item: Any, where: str, number: str, name: str, max_image_pixels: int
+) -> DecodedImage:
+    """Return the image of an item of a dataset.
+
+    Args:
+        item: what the dataset gave.
+        where: what to call the dataset in errors.
+        number: what to call the item.
+        name: of the image.
+        max_image_pixels: a larger PIL image is unreadable.
+
+    Raises:
+        UnreadableImage: the image is damaged or too large.
+        InputError: the item is no image.
+    """
+    try:
+        return DecodedImage(pixels_of(item, max_image_pixels))
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{printable(name)}: {error}") from error
+    except ValueError as error:
+        raise InputError(f"{where}: {number} is {error}; {EXPECTED_IMAGE}") from error
+
+
+def pixels_of(item: Any, max_image_pixels: int) -> np.ndarray:
+    """Return the image of an item as (height, width, 3) uint8 RGB, C-contiguous.
+
+    Raises:
+        UnreadableImage: a PIL image is damaged, or has more than `max_image_pixels`.
+        ValueError: the item is no image; the message says what it is.
+    """
+    image = item
+    if isinstance(item, (tuple, list)) and item:
+        image = item[0]
+    if isinstance(image, Image.Image):
+        return pixels_of_pil(image, max_image_pixels)
+    array = image
+    if isinstance(image, Tensor):
+        array = image.detach().cpu()
+        if array.is_floating_point():
+            array = array.float()  # NumPy has no bfloat16
+        if array.ndim == 3:
+            array = array.permute(1, 2, 0)
+        array = array.numpy()
+    if not isinstance(array, np.ndarray):
+        raise ValueError(described(item))
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
+        raise ValueError(described(image))
+    if np.issubdtype(array.dtype, np.floating):
+        lowest, highest = array.min(), array.max()
+        # Written so that NaN is refused, too.
+        if not (lowest >= 0 and highest <= 1):
+            raise ValueError(
+                f"{described(image)} with values from {lowest:.4g} to {highest:.4g} "
+                "(moco normalises by itself)"
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(described(image))
+    if array.shape[2] == 4:
+        array = np.array(to_rgb(Image.fromarray(np.ascontiguousarray(array))))
+    elif array.shape[2] == 1:
+        array = np.repeat(array, 3, axis=2)
+    return np.require(array, requirements=["C", "W"])
+
+
+def pixels_of_pil(image: Image.Image, max_image_pixels: int) -> np.ndarray:
+    """Do what `pixels_of` does, for a PIL image, whose file may not have been decoded yet."""
+    if image.mode == "F" or 0 in image.size:
+        raise ValueError(f"a PIL image of mode {image.mode}, {image.width} x {image.height} px")
+    if image.width * image.height > max_image_pixels:
+        size = f"{image.width} x {image.height} px"
+        raise UnreadableImage(f"{size} exceed data.max_image_pixels={max_image_pixels}")
+    try:
+        return np.array(to_rgb(image))
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+        raise UnreadableImage(said(error)) from error
+
+
+def described(value: Any) -> str:
+    """Return what an item is, for a message."""
+    kind = type(value).__name__
+    if isinstance(value, (Tensor, np.ndarray)):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{kind} {tuple(value.shape)} of {dtype}"
+    if isinstance(value, Mapping):
+        return f"{kind} with the keys {printable(', '.join(map(str, value)))}"
+    if isinstance(value, (tuple, list)):
+        first = described(value[0]) if value else "empty"
+        return f"{kind} of {first}"
+    return kind
+
+
+def said(error: Exception) -> str:
+    """Return the message of an error on one line, or its kind if it has none."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def named(error: Exception) -> str:
+    """Return kind and message of an error on one line."""
+    return f"{type(error).__name__}: {said(error)}"
+
+
+def dataset_source(
+    train: Any,
+    bank: Any = None,
+    queries: Any = None,
+    *,
+    what: str = "dataset",
+    where: str | None = None,
+    num_images: int | None = None,
+    held_out: float = 0.1,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+) -> DataSource:
+    """Return datasets of the user's own as a source.
+
+    The labels of `bank` and `queries` are the attribute ``targets`` or ``labels`` of the dataset if
+    it holds one whole number for each image. Otherwise all items are read once. If `train` has such
+    an attribute, it is the bank for given queries. Without bank and queries it is divided into
+    both.
+
+    The side of the images is that of the first image, its longer side, and at most 224 px.
+
+    Args:
+        train: a map-style dataset, with ``__len__`` and ``__getitem__``; or an iterable one, with
+            ``__iter__``, that can be read again in each epoch; or a mapping of the names ``train``,
+            ``bank`` and ``queries`` to datasets.
+        bank, queries: map-style datasets with labels.
+        what: what to call the dataset in names of images.
+        where: what to call it in errors; by default `what`.
+        num_images: number of images that an iterable yields. By default it is its length, or it is
+            read once to count them.
+        held_out: fraction of a labelled `train` that becomes the queries, from 0 to 1. A hash of
+            the name decides, or of the number of an image without a name.
+        max_image_pixels: a larger PIL image is unreadable.
+
+    Raises:
+        InputError: it is no dataset, it has no images, or an image or label is something else.
+
+    Example:
+        >>> from moco.data.sources.own_dataset import dataset_source
+        >>> source = dataset_source(torchvision.datasets.FakeData(100))
+        >>> source.train[0].size
+        (224, 224)
+    """
+    where = where or what
+    given = {"train": train, "bank": bank, "queries": queries}
+    if isinstance(train, Mapping):
+        for key in train:
+            if key not in SIDES:
+                raise InputError(f"{where}: {unknown_name('dataset', str(key), SIDES)}")
+        if train.get("train") is None:
+            raise InputError(f"{where}: no dataset 'train' in there")
+        given |= train
+    is_alone = given["bank"] is None and given["queries"] is None
+    images: dict[str, Any] = {}
+    for key, dataset in given.items():
+        if dataset is None:
+            continue
+        twin = [other for other in images if given[other] is dataset]
+        if twin:
+            # The same images: they have the same names.
+            images[key] = images[twin[0]]
+            continue
+        place = "" if is_alone else f"[{key}]"
+        names = (f"{what}{place}", f"{where}{place}", max_image_pixels)
+        if is_map_style(dataset):
+            images[key] = DatasetImages(dataset, *names, rows_of(dataset, names[1]))
+        elif key == "train":
+            images[key] = iterable_images(dataset, *names, num_images)
+        else:
+            raise InputError(f"{names[1]}: got {described(dataset)}; {NO_NUMBERS}")
+
+    training = images["train"]
+    source = DataSource(training, None, None, usual_image_size(training))
+    labels = None
+    if isinstance(training, DatasetImages):
+        labels = known_labels(training)
+    if is_alone:
+        return source if labels is None else divided(source, training, labels, held_out)
+    if "queries" in images:
+        source = replace(source, queries=labelled(images["queries"]))
+    if "bank" in images:
+        return replace(source, bank=labelled(images["bank"]))
+    if labels is None:
+        raise InputError(
+            f"{where}: queries need a bank, and train has no attribute targets or labels with a "
+            "whole number for each image; give bank, too"
+        )
+    return replace(source, bank=Labelled(training, labels))
+
+
+def is_map_style(dataset: Any) -> bool:
+    """Return whether a dataset has its images by number."""
+    # PyTorch's class of iterable datasets has __getitem__, too.
+    is_iterable = isinstance(dataset, IterableDataset)
+    return not is_iterable and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+
+
+def has_names(dataset: Any) -> bool:
+    """Return whether a dataset has a method that names its images."""
+    return callable(getattr(dataset, "name", None))
+
+
+def rows_of(dataset: Any, where: str) -> np.ndarray:
+    """Return the numbers (images,) of all images of a map-style dataset.
+
+    Raises:
+        InputError: there are none.
+    """
+    if len(dataset) == 0:
+        raise InputError(f"{where}: no images in there")
+    return np.arange(len(dataset))
+
+
+def iterable_images(
+    dataset: Any, what: str, where: str, max_image_pixels: int, num_images: int | None
+) -> IterableImages:
+    """Return the images of an iterable dataset.
+
+    Raises:
+        InputError: it is not iterable, it can be read only once, or it has no images.
+    """
+    is_iterable = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+    if not is_iterable or not hasattr(dataset, "__iter__"):
+        raise InputError(
+            f"{where}: got {described(dataset)}; expected a dataset with __len__ and __getitem__, "
+            "an iterable one with __iter__, or {train: dataset, bank: dataset, queries: dataset}"
+        )
+    if isinstance(dataset, Iterator):
+        raise InputError(
+            f"{where}: got {described(dataset)}, which can be read only once; "
+            "expected an object whose __iter__ starts anew in each epoch"
+        )
+    if num_images is None:
+        try:
+            num_images = len(dataset)
+        except (TypeError, NotImplementedError):
+            num_images = sum(1 for _ in items_of(dataset, where, 0))
+            log.info("data.num_images=%d saves counting them at each start", num_images)
+    if num_images == 0:
+        raise InputError(f"{where}: no images in there")
+    return IterableImages(dataset, what, where, max_image_pixels, num_images)
+
+
+def usual_image_size(images: DatasetImages | IterableImages) -> int:
+    """Read the first image that can be read, and return the side of the images, px.
+
+    Raises:
+        InputError: the first item is no image.
+    """
+    for image in first_images(images):
+        return min(max(image.size), LARGEST_IMAGE_SIZE)
+    return LARGEST_IMAGE_SIZE
+
+
+def first_images(images: DatasetImages | IterableImages) -> Iterator[DecodedImage]:
+    """Yield those of the first images that can be read."""
+    num_tried = min(len(images), MOST_TRIED)
+    if isinstance(images, DatasetImages):
+        for index in range(num_tried):
+            try:
+                yield images.opened(index)
+            except UnreadableImage:
+                continue
+        return
+    for place, item in zip(range(num_tried), images.items(0), strict=False):
+        try:
+            yield images.opened_item(place, item)
+        except UnreadableImage:
+            continue
+
+
+def known_labels(images: DatasetImages) -> np.ndarray | None:
+    """Return the labels (images,) int64 that a dataset has as an attribute, or None."""
+    for name in ("targets", "labels"):
+        try:
+            labels = np.asarray(getattr(images.dataset, name, None))
+        except (TypeError, ValueError):  # a list of lists, or a tensor on a GPU
+            continue
+        has_numbers = np.issubdtype(labels.dtype, np.integer) and labels.size == len(images)
+        if has_numbers and (labels >= 0).all():
+            return labels.reshape(-1).astype(np.int64)
+    return None
+
+
+def labelled(images: DatasetImages) -> Labelled:
+    """Return images with their labels, by an attribute or by reading all items.
+
+    Raises:
+        InputError: an item has no label.
+    """
+    labels = known_labels(images)
+    if labels is None:
+        log.info(
+            "%s: reading all %d items for their labels; an attribute targets with a number for "
+            "each image saves that",
+            images.where,
+            len(images),
+        )
+        # The label of an unreadable image does not matter.
+        labels = np.zeros(len(images), np.int64)
+        for index in range(len(images)):
+            try:
+                item = images.item(index)
+            except UnreadableImage:
+                continue
+            labels[index] = label_of(item, f"{images.where}: item {index}")
+    return Labelled(images, labels)
+
+
+def label_of(item: Any, where: str) -> int:
+    """Return the label of an item (image, label).
+
+    Raises:
+        InputError: it has none.
+    """
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise InputError(f"{where} has no label; {EXPECTED_LABEL}")
+    try:
+        label = operator.index(item[1])
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        label = -1
+    if label < 0:
+        value = printable(repr(item[1])[:40])
+        raise InputError(f"{where} has the label {value}; {EXPECTED_LABEL}")
+    return label
+
+
+def divided(
+    source: DataSource, images: DatasetImages, labels: np.ndarray, held_out: float
+) -> DataSource:
+    """Return a source with some of the labelled training images as queries, the rest as bank."""
+    names = []
+    for index in range(len(images)):
+        name = images.name(index) if has_names(images.dataset) else str(index)
+        names.append(name.encode(errors="surrogatepass"))
+    is_query = is_held_out(names, held_out)
+    # A monitor needs images on both sides.
+    if is_query.all() or not is_query.any():
+        return replace(source, bank=Labelled(images, labels))
+    sides = []
+    for is_chosen in (~is_query, is_query):
+        part = replace(images, rows=images.rows[is_chosen])
+        sides.append(Labelled(part, labels[is_chosen]))
+    return replace(source, bank=sides[0], queries=sides[1])
