@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moco.callbacks.knn_monitor import KNNMonitor as KNNMonitor
+    from moco.cli.from_python import pretrain as pretrain
     from moco.data.augment.operations import Operation as Operation
     from moco.data.augment.operations import register_operation as register_operation
     from moco.data.augment.views import ViewPair as ViewPair
     from moco.data.sources.registry import register_source as register_source
     from moco.errors import InputError as InputError
+    from moco.errors import Interrupted as Interrupted
     from moco.errors import RunError as RunError
     from moco.evaluation.knn import knn_accuracy as knn_accuracy
     from moco.methods.key_queue import KeyQueue as KeyQueue
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 
 MODULES = {
     "InputError": "moco.errors",
+    "Interrupted": "moco.errors",
     "KNNMonitor": "moco.callbacks.knn_monitor",
     "KeyQueue": "moco.methods.key_queue",
     "MoCo": "moco.methods.moco",
@@ -39,6 +42,7 @@ MODULES = {
     "info_nce": "moco.methods.losses",
     "knn_accuracy": "moco.evaluation.knn",
     "load_encoder": "moco.weights.load_encoder",
+    "pretrain": "moco.cli.from_python",
     "register_backbone": "moco.models.backbones",
     "register_operation": "moco.data.augment.operations",
     "register_source": "moco.data.sources.registry",

@@ -23,14 +23,8 @@ def run(config: TrainConfig, folder: Path) -> None:
     from moco.cli.build_pretraining import build_data
 
     data = build_data(config, folder)
-    config.data.image_size = data.image_size
 
-    from moco.models.backbones import settings_of_backbone
-
-    if "image_size" in settings_of_backbone(config.backbone.name):
-        config.backbone.image_size = config.backbone.image_size or data.image_size
-
-    from moco.cli.pretraining import train, train_in_new_process
+    from moco.cli.pretraining import Given, fill_in_image_size, train, train_in_new_process
     from moco.cli.training_run import Run
     from moco.runs.interrupts import StopRequest
     from moco.runs.run_status import state_now, write_ending
@@ -38,6 +32,7 @@ def run(config: TrainConfig, folder: Path) -> None:
     from moco.training.distributed.collectives import environment_of
     from moco.training.distributed.processes import run_on_devices, starts_its_own
 
+    fill_in_image_size(config, data.image_size)
     devices = config.trainer.devices
     environment = environment_of(devices, config.trainer.num_nodes)
     arguments = (config, folder, hydra_files())
@@ -45,7 +40,7 @@ def run(config: TrainConfig, folder: Path) -> None:
         if Run(config, folder, stop).is_finished():
             return
         if not starts_its_own(environment, devices):
-            train(*arguments, stop, data)
+            train(*arguments, stop, Given(data))
             return
         try:
             run_on_devices(train_in_new_process, arguments, devices, stop, folder)

@@ -17,7 +17,7 @@ ALLOWED = {
     "config_folder": set(),
     "errors": set(),
     "targets": set(),
-    "__init__": {"callbacks", "data", "evaluation", "methods", "models", "weights"},
+    "__init__": {"callbacks", "cli", "data", "evaluation", "methods", "models", "weights"},
     "config": set(),
     "runs": set(),
     "models": set(),

@@ -20,8 +20,10 @@ from moco.errors import InputError
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from torch import nn
 
     from moco.data.loading.datamodule import PretrainingData
+    from moco.data.sources.source import DataSource
     from moco.evaluation.dense_features import DenseSet
     from moco.methods.moco import MoCo
 
@@ -40,21 +42,25 @@ KNN = (
 DENSE_VOTE = ("every_n_epochs", "num_neighbors", "temperature")
 
 
-def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingData":
+def build_data(
+    config: TrainConfig, folder: Path | None = None, source: "DataSource | None" = None
+) -> "PretrainingData":
     """Return the loaders of the config's dataset and augmentation pair.
 
     Args:
         config: the config of the run.
         folder: where the list of the images is kept, for other processes and the next start.
+        source: the images, in place of the config's dataset.
     """
-    # The rest is imported afterwards: a mistake in data.root shows at once.
-    from moco.data.sources.registry import build_source
-
     data = config.data
-    arguments = inspect.signature(build_source).parameters
-    source_settings = {key: value for key, value in vars(data).items() if key in arguments}
-    listing = None if folder is None else folder / "images.npz"
-    source = build_source(**source_settings, listing=listing)
+    if source is None:
+        # The rest is imported afterwards: a mistake in data.root shows at once.
+        from moco.data.sources.registry import build_source
+
+        arguments = inspect.signature(build_source).parameters
+        source_settings = {key: value for key, value in vars(data).items() if key in arguments}
+        listing = None if folder is None else folder / "images.npz"
+        source = build_source(**source_settings, listing=listing)
 
     from moco.data.augment.resolution_ramp import ResolutionRamp
     from moco.data.augment.trial import try_own_steps
@@ -92,11 +98,12 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
     return loaders
 
 
-def build_method(plain: dict[str, Any]) -> "MoCo":
+def build_method(plain: dict[str, Any], backbone: "nn.Module | None" = None) -> "MoCo":
     """Return the method of a config, with learning rates scaled to the batch size.
 
     Args:
         plain: a `TrainConfig` as plain data.
+        backbone: a module in place of the config's.
     """
     from moco.methods.moco import MoCo
     from moco.training.schedules import scaled_to_batch
@@ -115,7 +122,7 @@ def build_method(plain: dict[str, Any]) -> "MoCo":
             optimizer["warmup_start_lr"],
             optimizer["final_lr"],
         )
-    return MoCo(backbone=plain["backbone"], optimizer=optimizer, **plain["method"])
+    return MoCo(backbone or plain["backbone"], optimizer, **plain["method"])
 
 
 def build_trainer(

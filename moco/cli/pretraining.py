@@ -1,8 +1,9 @@
 """What one process of a pretraining does, from an empty process to the closing table."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,13 @@ from moco.cli import checks
 from moco.cli.build_pretraining import build_data, build_dense_set, build_method, build_trainer
 from moco.cli.log_setup import set_up_logging
 from moco.cli.training_run import Run, fit, take_folder
-from moco.config.train import TrainConfig
+from moco.config.train import BackboneConfig, TrainConfig
 
 if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from pytorch_lightning.loggers import Logger
+    from torch import nn
+
     from moco.data.loading.datamodule import PretrainingData
     from moco.methods.moco import MoCo
     from moco.runs.interrupts import StopRequest
@@ -23,6 +28,21 @@ log = logging.getLogger("moco.train")
 
 # The settings of the method that decide the shapes of a checkpoint's tensors.
 METHOD_SHAPES = ("projector", "predictor", "embedding_dim", "queue_size", "num_queues")
+
+GIVEN = "given"
+"""The name, in a checkpoint, of what was given as an object."""
+
+
+@dataclass
+class Given:
+    """What a pretraining takes as objects, in place of building it from the config."""
+
+    data: "PretrainingData | None" = None
+    backbone: "nn.Module | None" = None
+    callbacks: "Sequence[pl.Callback]" = ()
+    """Besides those of the config."""
+    loggers: "Sequence[Logger]" = ()
+    """Besides those of the config."""
 
 
 def train_in_new_process(
@@ -38,8 +58,8 @@ def train(
     folder: Path,
     files: dict[str, str],
     stop: "StopRequest",
-    data: "PretrainingData | None" = None,
-) -> None:
+    given: Given | None = None,
+) -> "MoCo":
     """Train on this process's device, together with the other processes if there are any.
 
     Args:
@@ -47,7 +67,7 @@ def train(
         folder: the run folder.
         files: Hydra's files for the run folder, by name.
         stop: the request to save and stop.
-        data: from `build_data`, if it is built already.
+        given: what is built already.
     """
     import pytorch_lightning as pl
 
@@ -60,6 +80,7 @@ def train(
     from moco.weights.backbone_files import write_backbone_file
     from moco.weights.init_from import start_from
 
+    given = given or Given()
     environment = collectives.environment_of(config.trainer.devices, config.trainer.num_nodes)
     device = choose_device(config.trainer.accelerator)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -73,10 +94,11 @@ def train(
             # Rank 0 speaks for all.
             logging.getLogger("moco").setLevel(logging.ERROR)
         stack.enter_context(failures_named(folder))
-        run = Run(config, folder, stop, files, Console(quiet=not is_first))
+        console = Console(quiet=not is_first)
+        run = Run(config, folder, stop, files, console, given.callbacks, given.loggers)
         pl.seed_everything(config.seed, verbose=False)
-        data = data or build_data(config, folder)
-        method = build_method(run.plain)
+        data = given.data or build_data(config, folder)
+        method = build_method(run.plain, given.backbone)
         image_size = data.image_size
         dense_set = collectives.from_rank_zero(lambda: build_dense_set(config, image_size))
         check_before_training(config, data, method)
@@ -102,6 +124,22 @@ def train(
                 write_backbone_file(folder / BACKBONE_FILE, method, run.plain, run.figures)
                 write_json(folder / "metrics.json", run.figures)
         print_pretraining(run, len(data.unreadable))
+    return method
+
+
+def fill_in_image_size(config: TrainConfig, image_size: int) -> None:
+    """Put the side of the views, px, where the config leaves it open."""
+    from moco.models.backbones import settings_of_backbone
+
+    config.data.image_size = image_size
+    if "image_size" in settings_of_backbone(config.backbone.name):
+        config.backbone.image_size = config.backbone.image_size or image_size
+
+
+def given_backbone(backbone: "nn.Module") -> BackboneConfig:
+    """Return the config of a backbone that was given as a module."""
+    kind = type(backbone)
+    return BackboneConfig(name=GIVEN, target=f"{kind.__module__}:{kind.__qualname__}")
 
 
 def check_before_training(config: TrainConfig, data: "PretrainingData", method: "MoCo") -> None:

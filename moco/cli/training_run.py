@@ -16,6 +16,7 @@ from moco.errors import InputError, Interrupted
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from pytorch_lightning.loggers import Logger
 
     from moco.runs.interrupts import StopRequest
 
@@ -40,6 +41,10 @@ class Run:
     """Hydra's files for the folder's ``.hydra``, by name."""
     console: Console = field(default_factory=Console)
     """Where the progress bar and the closing table are drawn."""
+    callbacks: "Sequence[pl.Callback]" = ()
+    """Of the user, as objects."""
+    loggers: "Sequence[Logger]" = ()
+    """Of the user, as objects."""
     figures: dict[str, Any] = field(default_factory=dict)
     """What becomes ``metrics.json``. Callbacks write into it."""
 
@@ -145,6 +150,7 @@ def build_trainer(
             run.figures, settings["max_bad_steps"], settings["log_every_n_steps"], checkpoint_name
         ),
         *monitors,
+        *run.callbacks,
         ProgressBar(run.figures, run.console, *scores),
         # Last, so that a checkpoint holds what the other callbacks have written into `figures`.
         Checkpoints(run.folder, run.plain, run.figures, run.stop, monitor=score, **checkpoints),

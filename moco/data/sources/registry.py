@@ -35,6 +35,8 @@ SOURCES = (
 )
 # moco.segmentation builds these, which have a mask for each image.
 MASKED = ("segmentation_folder", "voc2012")
+GIVEN = "given"
+"""The name, in a checkpoint, of a dataset that was given as an object."""
 # Added by `register_source`.
 REGISTERED: dict[str, Callable[..., Any]] = {}
 
@@ -103,6 +105,11 @@ def build_source(
         raise InputError(
             f"data={name}: its masks are for moco.segment and evaluation=dense; "
             "data=images data.root=PATH takes any images"
+        )
+    if name == GIVEN:
+        raise InputError(
+            "data: the images of the run were given in Python; give data=NAME, or data=custom "
+            "data.target=package.module:function"
         )
     if name not in SOURCES and name not in REGISTERED:
         raise InputError(f"data.name: {unknown_name('dataset', name, (*SOURCES, *REGISTERED))}")
