@@ -99,6 +99,9 @@ def test_another_item_is_refused_at_the_start_in_one_line(item, what):
         assert str(raised.value).startswith(f"data.target=mine: item 0 is {what}")
         assert "; expected an image or (image, label); an image is" in str(raised.value)
         assert "\n" not in str(raised.value)
+    good = Items([np.zeros((4, 4), np.uint8)])
+    with pytest.raises(InputError, match=r"^dataset\[queries\]: item 0 is "):
+        dataset_source(good, bank=good, queries=Items([item], targets=[1]))
 
 
 def test_a_damaged_image_is_unreadable_and_another_error_names_the_item(images):
