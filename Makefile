@@ -83,11 +83,12 @@ define make-venv
 	.venv/bin/python -m pip --disable-pip-version-check install --quiet -r .venv/uv.txt
 endef
 
+# Compiled while it is set up, since the first `import torch` would otherwise take half a minute.
 # A set-up that was interrupted, or an environment that was moved here, is made anew; a stale one is brought up to date.
 MOVED := $(shell [ "$$(cat $(READY) 2>/dev/null)" = "$$(pwd -P)" ] || echo moved)
 $(READY): requirements.lock pyproject.toml $(MOVED)
 	@[ -z "$(MOVED)" ] && $(UV) --version >/dev/null && .venv/bin/python -c '' || { $(make-venv); }
 	@rm -f $@
-	$(UV) pip sync --python .venv/bin/python --require-hashes requirements.lock
+	$(UV) pip sync --python .venv/bin/python --require-hashes --compile-bytecode requirements.lock
 	$(UV) pip install --quiet --python .venv/bin/python --no-deps --editable .
 	@pwd -P >$@

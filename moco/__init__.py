@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moco.callbacks.knn_monitor import KNNMonitor as KNNMonitor
+    from moco.data.augment.operations import Operation as Operation
+    from moco.data.augment.operations import register_operation as register_operation
     from moco.data.augment.views import ViewPair as ViewPair
     from moco.data.sources.registry import register_source as register_source
     from moco.errors import InputError as InputError
@@ -30,6 +32,7 @@ MODULES = {
     "KNNMonitor": "moco.callbacks.knn_monitor",
     "KeyQueue": "moco.methods.key_queue",
     "MoCo": "moco.methods.moco",
+    "Operation": "moco.data.augment.operations",
     "RunError": "moco.errors",
     "ViewPair": "moco.data.augment.views",
     "build_backbone": "moco.models.backbones",
@@ -37,6 +40,7 @@ MODULES = {
     "knn_accuracy": "moco.evaluation.knn",
     "load_encoder": "moco.weights.load_encoder",
     "register_backbone": "moco.models.backbones",
+    "register_operation": "moco.data.augment.operations",
     "register_source": "moco.data.sources.registry",
     "rewindow": "moco.models.swin.window_change",
     "update_key_encoder": "moco.methods.momentum",

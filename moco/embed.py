@@ -48,7 +48,13 @@ def run(config: EmbedConfig, folder: Path) -> None:
     check_output(output)
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)
-    pretrained = load_pretrained(config.checkpoint, config.encoder, given, config.feature)
+    pretrained = load_pretrained(
+        config.checkpoint,
+        config.encoder,
+        given,
+        config.feature,
+        trust_targets=config.trust_targets,
+    )
     encoder: Any = pretrained.encoder
     if config.index != embedding.NO_INDEX and config.feature == "backbone":
         # What faiss refuses is refused before the images are embedded.

@@ -70,7 +70,13 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)
     asked = config.evaluation
-    pretrained = load_pretrained(config.checkpoint, asked.encoder, given, asked.feature)
+    pretrained = load_pretrained(
+        config.checkpoint,
+        asked.encoder,
+        given,
+        asked.feature,
+        trust_targets=config.trust_targets,
+    )
     if asked.name == "dense":
         check_feature_maps(pretrained.encoder.backbone, "evaluation=dense")
     run_settings = with_usual_settings(pretrained.config)

@@ -48,7 +48,12 @@ def run(config: ExportConfig, folder: Path) -> None:
     file_format, output = config.format, Path(config.output)
     check_output(output)
     check_ending(output, file_format)
-    pretrained = load_pretrained(config.checkpoint, config.encoder, given_settings(config.backbone))
+    pretrained = load_pretrained(
+        config.checkpoint,
+        config.encoder,
+        given_settings(config.backbone),
+        trust_targets=config.trust_targets,
+    )
     # Readers of weights expect the usual memory format.
     backbone: Any = pretrained.encoder.backbone.to(memory_format=torch.contiguous_format)
     settings = pretrained.settings

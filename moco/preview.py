@@ -4,6 +4,7 @@ It takes every setting of ``moco.train``. The pairs are the first ones of a run 
 made by the engine of that run.
 """
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ SMALLEST_VIEW = 112  # smaller views are enlarged, so that the text beside them 
 LINE_HEIGHT = 15
 MARGIN = 8
 TEXT_WIDTH = 430
+TEXT_LENGTH = 64  # characters of a line in TEXT_WIDTH
 
 
 def run(config: PreviewConfig, folder: Path) -> None:
@@ -58,7 +60,9 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
 
     queries, keys = data.pairs(images)
     columns = {"query": to_images(queries, data), "key": to_images(keys, data)}
-    texts = [data.augment.describe(0, index, image.size) for index, image, _ in images]
+    texts = []
+    for index, image, _ in images:
+        texts.append([wrapped(lines) for lines in data.augment.describe(0, index, image.size)])
     num_lines = 2 + max(len(lines) for pair in texts for lines in pair)
     side = columns["query"][0].height
     row_height = max(side, num_lines * LINE_HEIGHT) + MARGIN
@@ -77,6 +81,14 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
                 place = (text_left, top + number * LINE_HEIGHT)
                 draw.text(place, line.replace("_", " "), "black", font)
     return sheet
+
+
+def wrapped(lines: list[str]) -> list[str]:
+    """Return lines that fit beside a view; the description of a pipeline can be long."""
+    short = []
+    for line in lines:
+        short += textwrap.wrap(line, TEXT_LENGTH, subsequent_indent="  ")
+    return short
 
 
 def to_images(views: Any, data: Any) -> "list[Image.Image]":

@@ -84,6 +84,24 @@ def call_target(target: str, options: Mapping[str, Any] | None, key: str) -> Any
     return function(**options)
 
 
+def check_named(target: str | None, given: str | None, key: str, *, trust_targets: bool) -> None:
+    """Raise InputError if a checkpoint names a function that the user has not named, too.
+
+    Importing a module runs its code, so a file alone must not decide which.
+
+    Args:
+        target: the checkpoint's; None if it names none.
+        given: the user's.
+        key: the setting, such as ``backbone.target``.
+        trust_targets: the user allows every function that the checkpoint names.
+    """
+    if target is not None and given != target and not trust_targets:
+        raise InputError(
+            f"names the function {key}={target}, which is imported only if you name it, too: add "
+            f"{key}={target}, or trust_targets=true if you trust the file"
+        )
+
+
 def check_options(
     function: Callable[..., Any], options: Mapping[str, Any], key: str, name: str
 ) -> None:

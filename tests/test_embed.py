@@ -200,7 +200,8 @@ def straight(checkpoint, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("error", "num_batches"), [(ENDED, 1), (KeyboardInterrupt(), 0), (FULL, 3)]
+    ("error", "num_batches"),
+    [(ENDED, 1), pytest.param(KeyboardInterrupt(), 0, marks=pytest.mark.slow), (FULL, 3)],
 )
 def test_an_interrupted_and_continued_run_ends_in_the_same_bytes(
     checkpoint, tmp_path, straight, error, num_batches

@@ -11,9 +11,10 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "moco"
 PROGRAMS = {"train", "evaluate", "segment", "embed", "preview", "export", "pack", "sweep"}
 # Files that every package may import.
-FOR_ALL = ("errors", "targets")
+FOR_ALL = ("config_folder", "errors", "targets")
 # The packages that a package may import, beside itself and these files.
 ALLOWED = {
+    "config_folder": set(),
     "errors": set(),
     "targets": set(),
     "__init__": {"callbacks", "data", "evaluation", "methods", "models", "weights"},

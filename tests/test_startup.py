@@ -23,7 +23,13 @@ def imported(*command, cwd, code=0):
     return set(re.findall(r"^import time: +\d+ \| +\d+ \| +(\w+)$", ended.stderr, re.MULTILINE))
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(name, marks=[] if name in ("train", "evaluate") else [pytest.mark.slow])
+        for name in PROGRAMS
+    ],
+)
 def test_help_imports_nothing_that_computes(program, tmp_path):
     packages = imported(f"moco.{program}", "--help", cwd=tmp_path)
     assert "hydra" in packages
@@ -36,9 +42,7 @@ def test_showing_a_config_imports_nothing_that_computes(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "mistake", ["method.tempersture=1", "data=nothing", "trainer.max_steps=0", "data.batch_size=0"]
-)
+@pytest.mark.parametrize("mistake", ["method.tempersture=1", "trainer.max_steps=0"])
 def test_a_mistake_in_the_config_imports_nothing_that_computes(mistake, tmp_path):
     assert not imported("moco.train", mistake, cwd=tmp_path, code=2) & HEAVY
 

@@ -57,6 +57,7 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
     source = build_source(**source_settings, listing=listing)
 
     from moco.data.augment.resolution_ramp import ResolutionRamp
+    from moco.data.augment.trial import try_own_steps
     from moco.data.augment.views import EvaluationView, ViewPair
     from moco.data.loading.datamodule import PretrainingData
     from moco.data.loading.loaders import choose_engine
@@ -65,14 +66,14 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
     pair = config.augmentation
     image_size = data.image_size or source.image_size
     device = choose_device(config.trainer.accelerator)
-    engine = choose_engine(data.engine, source.train, image_size, device.type)
+    ramp = ResolutionRamp(image_size, pair.start_image_size, pair.image_size_step, pair.ramp_epochs)
+    views = ViewPair(pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, ramp=ramp)
+    full_views = views.views_of_size[image_size]
+    engine = choose_engine(data.engine, source.train, image_size, device.type, full_views)
+    views.engine = engine.name
     where = "in memory" if engine.in_memory else f"{data.num_workers} loader processes"
     log.info("augmentation: %s engine, %s (%s)", engine.name, where, engine.reason)
-    ramp = ResolutionRamp(image_size, pair.start_image_size, pair.image_size_step, pair.ramp_epochs)
-    views = ViewPair(
-        pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, engine.name, ramp
-    )
-    return PretrainingData(
+    loaders = PretrainingData(
         source,
         views,
         EvaluationView(image_size, data.crop_ratio, pair.mean, pair.std),
@@ -85,6 +86,10 @@ def build_data(config: TrainConfig, folder: Path | None = None) -> "PretrainingD
         seed=config.seed,
         in_memory=engine.in_memory,
     )
+    if any(view.own_steps for view in full_views):
+        for index, image, _ in loaders.first_images(1):
+            try_own_steps(views, image.pixels(), index)
+    return loaders
 
 
 def build_method(plain: dict[str, Any]) -> "MoCo":

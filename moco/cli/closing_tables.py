@@ -73,6 +73,8 @@ def print_pretraining(run: Run, num_unreadable: int) -> None:
     rows.append(("its backbone alone", os.path.relpath(run.folder / BACKBONE_FILE)))
     print_table(run.console, "Pretraining is done", rows)
     command = f"python -m moco.evaluate {as_override('checkpoint', checkpoint)}"
+    if run.config.backbone.name == "custom":
+        command += " " + as_override("backbone.target", run.config.backbone.target)
     print_plain(run.console, f"next: {command}")
 
 

@@ -41,7 +41,9 @@ def find_backbone(config: SegmentConfig) -> StartingBackbone:
     given = given_settings(config.backbone)
     pretrained = None
     if config.checkpoint is not None:
-        pretrained = load_pretrained(config.checkpoint, config.encoder, given)
+        pretrained = load_pretrained(
+            config.checkpoint, config.encoder, given, trust_targets=config.trust_targets
+        )
     elif "name" not in given:
         raise InputError("backbone: missing; without a checkpoint give backbone=NAME")
     of_run = with_usual_settings(pretrained.config if pretrained else {})

@@ -56,8 +56,9 @@ class DataConfig(ImageSourceConfig):
     """Images per optimizer step, over all devices and accumulated batches."""
     engine: str = setting("auto", choices=("auto", "worker", "batch"))
     """Who augments. worker: the loader processes, image by image. batch: the device, batch by
-    batch; the loader processes still decode and crop files. auto: batch for small images in memory
-    and on a GPU, else worker."""
+    batch; the loader processes still decode and crop files. auto: worker for an augmentation of the
+    user's that takes one image at a time; else batch for small images in memory and on a GPU; else
+    worker."""
     num_workers: int = setting(4, at_least=0)
     """Loader processes per device. 0 loads in the training process. Results do not depend on it."""
     streams: int = setting(12, at_least=1)

@@ -9,8 +9,7 @@ import difflib
 import math
 import operator
 from functools import cache
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +19,7 @@ from moco.config.pack import PackConfig
 from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
 from moco.config.segment import SegmentConfig
 from moco.config.train import PreviewConfig, TrainConfig
+from moco.config_folder import CONFIG_DIR as CONFIG_DIR
 from moco.errors import InputError, unknown_name
 
 T = TypeVar("T")
@@ -40,12 +40,6 @@ LIMITS = {
     "at_most": operator.le,
 }
 """What has to hold between a value and each limit of `setting`."""
-
-
-# A wheel carries the YAML files inside the package. A checkout has them beside the package.
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "conf"
-if not CONFIG_DIR.is_dir():
-    CONFIG_DIR = CONFIG_DIR.parents[1] / "conf"
 
 
 @cache
@@ -115,12 +109,25 @@ def unknown_key(full_key: str, schema: type) -> str:
     group, _, name = full_key.rpartition(".")
     all_keys = keys(schema)
     siblings = [key for key in all_keys if key.rpartition(".")[0] == group]
+    if takes_new_keys(group, schema):
+        return f"unknown key '{full_key}'; a new one needs a plus: +{full_key}=VALUE"
     hint = ""
     for candidates in (all_keys, siblings):
         names = [key.rpartition(".")[2] for key in candidates]
         for match in difflib.get_close_matches(name, names, n=1):
             hint = f"; did you mean '{candidates[names.index(match)]}'?"
     return f"unknown key '{full_key}'{hint} (keys here: {', '.join(siblings)})"
+
+
+def takes_new_keys(group: str, schema: type) -> bool:
+    """Return whether the names in a group are the user's, such as an augmentation's operations."""
+    for name in group.split("."):
+        types = {item.name: item.type for item in dataclasses.fields(schema)}
+        kind: Any = types.get(name)
+        if not dataclasses.is_dataclass(kind):
+            return kind is Any or get_origin(kind) is dict
+        schema = cast(type, kind)
+    return False
 
 
 def keys(schema: type, prefix: str = "") -> list[str]:

@@ -142,6 +142,9 @@ class EvaluateConfig:
     output: Optional[str] = None
     """Where the figures are written as JSON. Null: metrics.json in the run folder."""
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
+    trust_targets: bool = False
+    """Import the functions that the checkpoint names, such as backbone.target, without naming them
+    on the command line. They run when they are imported. Only for files that you trust."""
     augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
 
 
@@ -162,6 +165,9 @@ class EmbedConfig:
     encoder: str = setting("query", choices=("key", "query"))
     feature: str = setting("backbone", choices=("backbone", "embedding"))
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
+    trust_targets: bool = False
+    """Import the functions that the checkpoint names, such as backbone.target, without naming them
+    on the command line. They run when they are imported. Only for files that you trust."""
     batch_size: int = setting(256, at_least=1)
     """Images per forward pass."""
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu", "mps"))
@@ -183,6 +189,9 @@ class ExportConfig:
     torch.save, .safetensors as safetensors."""
     encoder: str = setting("query", choices=("key", "query"))
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
+    trust_targets: bool = False
+    """Import the functions that the checkpoint names, such as backbone.target, without naming them
+    on the command line. They run when they are imported. Only for files that you trust."""
     image_size: Optional[int] = setting(None, at_least=4)
     """Side of the images that the weights will see, px. Null: the checkpoint's, in proportion to a
     new window."""

@@ -178,10 +178,10 @@ class OptimizerConfig:
 class AugmentationConfig:
     """The pair of augmentations, and progressive resizing of the views."""
 
-    query: dict[str, Any] = field(default_factory=dict)
-    """The operations of the query view in order, each with its settings. See
-    ``moco.data.augment.operations``."""
-    key: dict[str, Any] = field(default_factory=dict)
+    query: Any = None
+    """The operations of the query view in order, each with its settings; or a whole pipeline,
+    ``{transforms: package.module:function, options: {...}}``. See docs/augmentation.md."""
+    key: Any = None
     """The same for the key view."""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     """Mean of each channel, for pixels in 0..1. The default is ImageNet's."""

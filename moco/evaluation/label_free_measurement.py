@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from moco.data.augment.views import ViewPair
+from moco.data.augment.views import ViewPair, foreign_code
 from moco.data.loading.loaders import PairMaker
+from moco.errors import printable
 from moco.evaluation.collapse import collapse_of
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, label_free_figures
 from moco.evaluation.reports.embedded import Embedded
@@ -31,7 +32,7 @@ class LabelFree(NamedTuple):
     tables: Sequence[Table]
     views: np.ndarray | None
     """(images, 2, embedding_dim) embeddings of two augmented views of some images; None if the
-    encoder has no projector or the checkpoint no augmentation."""
+    encoder has no projector, or the checkpoint no augmentation without code of the user's."""
 
 
 NOTHING = LabelFree({}, [], None)
@@ -53,6 +54,12 @@ def measure_label_free(subject: Subject, features: Mapping[str, Embedded]) -> La
             "the checkpoint has a backbone and no projector: of the label-free figures there is "
             "the rank of its features only"
         )
+    elif code_of_pair(subject):
+        log.info(
+            "the views of the run are made by code that is not in this project (%s), and nothing "
+            "that a checkpoint names is imported: no alignment, LiDAR and similarities of views",
+            ", ".join(code_of_pair(subject)),
+        )
     elif subject.pair:
         views = view_embeddings(subject, features["backbone"])
     else:
@@ -69,6 +76,14 @@ def measure_label_free(subject: Subject, features: Mapping[str, Embedded]) -> La
         if collapse:
             log.warning("%s: %s", *collapse)
     return LabelFree(figures, [figures_table(figures, backbone.shape, shape)], views)
+
+
+def code_of_pair(subject: Subject) -> list[str]:
+    """Return the user's own code that the augmentation of the checkpoint's run needs, by name."""
+    names: dict[str, None] = {}  # in order, each once
+    for view in subject.pair.values():
+        names |= dict.fromkeys(map(printable, foreign_code(view)))
+    return list(names)
 
 
 @torch.no_grad()

@@ -131,13 +131,34 @@ def check_contract(backbone: Any, name: str, image_size: int) -> nn.Module:
             f"{name}: the backbone gives {shape or type(feature).__name__} for two images; "
             f"expected (2, feature_dim), which is (2, {width})"
         )
+    if not all(tensor.isfinite().all() for tensor in [feature, *maps]):
+        raise InputError(f"{name}: the backbone gives numbers that are not finite for black images")
     dims = [tuple(feature_map.shape[:2]) for feature_map in maps]
     if maps and dims != [(2, dim) for dim in net.feature_map_dims]:
         raise InputError(
             f"{name}: the backbone's feature maps have (images, channels) {dims}; "
             f"expected 2 and feature_map_dims={list(net.feature_map_dims)}"
         )
+    check_strides(maps, net, name, image_size)
     return backbone
+
+
+def check_strides(maps: list[Tensor], backbone: Any, name: str, image_size: int) -> None:
+    """Raise InputError if feature maps do not have the sizes that their strides tell."""
+    if not maps:
+        return
+    strides = list(backbone.feature_map_strides)
+    sides = [tuple(feature_map.shape[2:]) for feature_map in maps]
+    fitting = len(strides) == len(maps)
+    for side, stride in zip(sides, strides, strict=False):
+        # A last cell that is not whole may be dropped or completed.
+        allowed = (image_size // stride, -(-image_size // stride))
+        fitting = fitting and side[0] in allowed and side[1] in allowed
+    if not fitting:
+        raise InputError(
+            f"{name}: the backbone's feature maps of images of {image_size} px have (rows, "
+            f"columns) {sides}, which do not fit feature_map_strides={strides}"
+        )
 
 
 def has_feature_maps(backbone: Any) -> bool:

@@ -18,6 +18,7 @@ FREE_KEYS = (
     "trainer.max_bad_steps",
     "trainer.max_epochs",
     "trainer.max_steps",
+    "trust_targets",
     "trainer.memory_format",
     "checkpoint.every_n_epochs",
     "checkpoint.every_n_minutes",

@@ -152,7 +152,7 @@ def last_good(folder: Path) -> str:
 
 def as_override(key: str, value: str | Path) -> str:
     """Return ``key=value`` as a user can type it: quoted for Hydra and for the shell if needed."""
-    if re.fullmatch(r"[A-Za-z0-9_./-]+", str(value)):
+    if re.fullmatch(r"[A-Za-z0-9_./:-]+", str(value)):
         return f"{key}={value}"
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
     return shlex.quote(f'{key}="{escaped}"')

@@ -11,6 +11,7 @@ model without one:
 `moco.export` prints these lines for a file, with the arguments for its windows and heads.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -204,6 +205,7 @@ def clipped_bias_tables(backbone: Swin, image_size: int) -> Weights:
     return tables
 
 
+@functools.cache
 def timm_name(name: str) -> str:
     """Return timm's name of one of our tensors. The ResNets' names are the same.
 
@@ -240,7 +242,8 @@ def to_our_names(weights: Weights, backbone: nn.Module) -> Weights:
     check_coordinates(weights, backbone)
     # torchvision's names are ours. Fixed positions of a ViT are in timm's weights alone.
     our_names = {timm_name(POSITIONS): POSITIONS}
-    for name in backbone.state_dict():
+    expected = backbone.state_dict()
+    for name in expected:
         our_names[timm_name(name)] = name
 
     ours = {}
@@ -255,7 +258,7 @@ def to_our_names(weights: Weights, backbone: nn.Module) -> Weights:
         if not name.endswith("v_bias"):
             ours[our_names.get(name, name)] = tensor
     # Files that are older than PyTorch 0.4.1 have no such counters.
-    for name, tensor in backbone.state_dict().items():
+    for name, tensor in expected.items():
         if name.endswith("num_batches_tracked") and name not in ours:
             ours[name] = torch.zeros_like(tensor, device="cpu")
     return with_fitting_positions(ours, backbone)

@@ -14,6 +14,7 @@ from moco.models.encoder import Encoder, is_channels_last
 from moco.models.heads import build_head
 from moco.models.swin.backbone import Swin
 from moco.models.swin.window_change import rewindow, suggest_window
+from moco.targets import check_named
 from moco.weights.architecture import (
     build_outline,
     complete_settings,
@@ -63,7 +64,11 @@ class Pretrained(NamedTuple):
 
 
 def load_encoder(
-    path: str | Path, encoder: str = "query", backbone: nn.Module | None = None, **settings: Any
+    path: str | Path,
+    encoder: str = "query",
+    backbone: nn.Module | None = None,
+    trust_targets: bool = False,
+    **settings: Any,
 ) -> Encoder:
     """Return the encoder in any file of weights, in eval mode on the CPU.
 
@@ -72,6 +77,7 @@ def load_encoder(
             ``docs/weights.md``.
         encoder: ``query`` or ``key``.
         backbone: the module for the weights, if the file is of a backbone of your own.
+        trust_targets: import the function that a file names for its backbone. It runs then.
         settings: arguments of `build_backbone` that the file does not tell, such as ``name`` or
             ``num_heads``; ``window_size`` changes the windows of a Swin; ``target`` names the
             function of a custom backbone, which is imported only then.
@@ -83,7 +89,9 @@ def load_encoder(
         >>> encoder = moco.load_encoder("runs/quickstart/TIME/checkpoints/last.ckpt")
         >>> features = encoder.encode(images)  # (N, 3, H, W) to (N, feature_dim)
     """
-    return load_pretrained(str(path), encoder, settings, module=backbone).encoder
+    return load_pretrained(
+        str(path), encoder, settings, module=backbone, trust_targets=trust_targets
+    ).encoder
 
 
 def load_pretrained(
@@ -92,6 +100,8 @@ def load_pretrained(
     given: dict[str, Any],
     feature: str | None = "backbone",
     module: nn.Module | None = None,
+    *,
+    trust_targets: bool = False,
 ) -> Pretrained:
     """Return the query or the key encoder in any file of weights.
 
@@ -105,6 +115,7 @@ def load_pretrained(
         feature: what is needed of the encoder, ``backbone`` or ``embedding``. None means what the
             run measured; for a file of a backbone alone it means ``backbone``.
         module: takes the backbone's weights of a file of ours; None: one is built.
+        trust_targets: import the function that a file of ours names for its backbone.
 
     Raises:
         InputError: the file cannot be read, its format is unknown, it has another architecture
@@ -118,7 +129,9 @@ def load_pretrained(
         if file.settings is None:
             encoder, settings = load_other_project(file, which, given, feature)
         else:
-            encoder, settings = load_ours(file, which, given, feature, module)
+            encoder, settings = load_ours(
+                file, which, given, feature, module, trust_targets=trust_targets
+            )
 
     # The window in the file: `moco.export` scales the image size by it.
     window_size: Any = getattr(encoder.backbone, "window_size", None)
@@ -180,6 +193,8 @@ def load_ours(
     given: dict[str, Any],
     feature: str,
     module: nn.Module | None = None,
+    *,
+    trust_targets: bool = False,
 ) -> tuple[Encoder, dict[str, Any]]:
     """Return the encoder of a file that a program of ours wrote, and its backbone's settings.
 
@@ -192,7 +207,9 @@ def load_ours(
     if there["name"] == GIVEN and "target" in given:
         there = {}  # the user says which function makes such a module
     elif module is None:
-        check_target(there, given)
+        if there["name"] != GIVEN:
+            target, named = there.get("target"), given.get("target")
+            check_named(target, named, "backbone.target", trust_targets=trust_targets)
         check_architecture(there, given)
     for key in ("pretrained_window_size", "pretrained_image_size"):
         if key in given:
@@ -225,19 +242,6 @@ def load_ours(
     complaint = f"its weights do not fit the backbone {settings['name']}"
     load_fitting(backbone, part_of(file.weights, BACKBONE), complaint)
     return Encoder(backbone, nn.Identity()), settings
-
-
-def check_target(there: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise InputError if a checkpoint names a function that the user has not named, too.
-
-    Importing a module runs its code, so a file alone must not decide which.
-    """
-    target = there.get("target")
-    if target is not None and there["name"] != GIVEN and given.get("target") != target:
-        raise InputError(
-            f"its backbone is made by the function {target}, which is imported only if you name "
-            f"it, too: add backbone.target={target}"
-        )
 
 
 def check_architecture(there: dict[str, Any], given: dict[str, Any]) -> None:

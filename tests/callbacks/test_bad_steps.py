@@ -151,10 +151,10 @@ def of_four_steps(runner, monkeypatch):
     ("variant", "bad"),
     [
         ([], [1]),
-        ([], [0, 2]),
-        (ADAMW, [0, 2]),
+        pytest.param([], [0, 2], marks=pytest.mark.slow),
+        pytest.param(ADAMW, [0, 2], marks=pytest.mark.slow),
         (["trainer.accumulate_grad_batches=2"], [3]),
-        (["method.queue_size=20"], [2]),
+        pytest.param(["method.queue_size=20"], [2], marks=pytest.mark.slow),
     ],
     ids=["sgd", "first step", "adamw", "second of two batches", "batch larger than the queue"],
 )
@@ -266,9 +266,9 @@ def decided_on_device(monkeypatch):
     ("variant", "bad"),
     [
         ([], [0, 2]),
-        (ADAMW, [0, 2]),
-        (["trainer.accumulate_grad_batches=2"], [3]),
-        (["method.batch_norm=split"], [1]),
+        pytest.param(ADAMW, [0, 2], marks=pytest.mark.slow),
+        pytest.param(["trainer.accumulate_grad_batches=2"], [3], marks=pytest.mark.slow),
+        pytest.param(["method.batch_norm=split"], [1], marks=pytest.mark.slow),
     ],
     ids=["sgd", "adamw", "second of two batches", "split batch norm"],
 )

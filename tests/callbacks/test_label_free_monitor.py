@@ -99,7 +99,12 @@ WITHOUT_BATCH_NORM = ["backbone=vit_tiny_patch4", "optimizer.lr=0.01"]
 
 
 @pytest.mark.parametrize(
-    "kind", [[], ["method.symmetric=true"], ["trainer.accumulate_grad_batches=2"]]
+    "kind",
+    [
+        [],
+        pytest.param(["method.symmetric=true"], marks=pytest.mark.slow),
+        pytest.param(["trainer.accumulate_grad_batches=2"], marks=pytest.mark.slow),
+    ],
 )
 def test_drift_is_of_the_oldest_whole_batch_in_the_queue(kind, runner):
     monitor = Watched(1)

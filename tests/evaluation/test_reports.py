@@ -132,6 +132,30 @@ def test_figures_are_those_of_plain_images_and_of_the_runs_own_views(evaluated, 
         assert figures[name] == pytest.approx(value, rel=1e-2), name
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"transforms": "my_augs:build", "options": {}},
+        {"random_resized_crop": {"scale": [0.2, 1]}, "noise": {"target": "my_augs:Noise"}},
+    ],
+    ids=["pipeline", "operation"],
+)
+def test_code_that_a_checkpoint_names_is_not_imported(
+    query, evaluated, small, checkpoint, tmp_path, monkeypatch
+):
+    (tmp_path / "my_augs.py").write_text("open('imported', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    content = torch.load(checkpoint, weights_only=True)
+    content["config"]["augmentation"]["query"] = query
+    torch.save(content, tmp_path / "own.ckpt")
+    figures, _, logged = evaluated(small, tmp_path / "own.ckpt", plots=False)
+    assert "the views of the run are made by code that is not in this project (my_augs:" in logged
+    assert "label_free/rank_me" in figures
+    assert "label_free/alignment" not in figures
+    assert not (tmp_path / "imported").exists()
+
+
 def test_a_collapse_is_a_warning_by_the_thresholds_of_the_watch():
     shape = (5000, 100)
     assert collapse_of(0.05, 40, shape) is None
@@ -183,6 +207,7 @@ def test_few_and_many_classes_are_drawn(evaluated, generator, tmp_path, num_clas
     assert max(plots_in(evaluated.folder)["confusion.png"]) < 1200
 
 
+@pytest.mark.slow
 def test_unreadable_images_and_sets_without_a_test_part_are_drawn(evaluated, generator, tmp_path):
     for number in range(12):
         path = tmp_path / "set" / "train" / "ab"[number % 2] / f"{number:02}.png"

@@ -603,7 +603,13 @@ def passes(method, *paths):
     return list(seen.values())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("moco_v2", "moby") else [pytest.mark.slow])
+        for name in METHODS
+    ],
+)
 def test_each_encoder_takes_both_views_in_one_pass_unless_it_has_batch_norm(name):
     stems = ["query_encoder.backbone.conv1", "key_encoder.backbone.conv1"]
     apart = [8, 8] if composed(name).method.symmetric else [8]

@@ -51,14 +51,8 @@ def parts_of(encoder):
     ]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("resnet, split BatchNorm", marks=pytest.mark.slow),
-        "vit",
-        pytest.param("swin v2", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet, split BatchNorm", "vit", "swin v2"])
 def test_an_encoder_is_one_graph(name, runner):
     for part, inputs in parts_of(encoders(name, runner)[0]):
         explained = torch._dynamo.explain(part)(inputs)

@@ -1,14 +1,18 @@
 """Backbones of timm and of the user: they keep the contract, train, and come back from files."""
 
 import copy
+import importlib
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 
 import moco
+from moco.cli.run_names import register_resolvers
+from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schemas
 from moco.errors import InputError
 from moco.methods.moco import MoCo
 from moco.models.backbones import REGISTERED, build_backbone
@@ -35,7 +39,7 @@ FAMILIES = {
     "resnet18": 32,
 }
 """A small network of each family, and the side of its images, px."""
-FAST = ("convnext_atto", "vit_tiny_patch16_224", "mobilenetv4_conv_small")
+FAST = ("convnext_atto",)
 
 MY_NETS = """
 from torch import nn
@@ -56,6 +60,18 @@ def wrong_width(width=8):
     net = Net(width)
     net.feature_dim = width + 1
     return net
+
+def not_finite(width=8):
+    net = Net(width)
+    net.net[0].bias.data.fill_(float("nan"))
+    return net
+
+class Maps(Net):
+    feature_map_dims = [8]
+    feature_map_strides = [4]
+
+    def feature_maps(self, images):
+        return [self.net[:3](images)]
 
 def no_module():
     return "a net"
@@ -172,6 +188,15 @@ def test_the_key_encoder_of_a_network_of_timm_drops_no_path():
             "expected (2, feature_dim), which is (2, 9)",
         ),
         (
+            {"name": "custom", "target": "my_nets:not_finite"},
+            "backbone.target=my_nets:not_finite: the backbone gives numbers that are not finite",
+        ),
+        (
+            {"name": "custom", "target": "my_nets:Maps"},
+            "backbone.target=my_nets:Maps: the backbone's feature maps of images of 64 px have "
+            "(rows, columns) [(32, 32)], which do not fit feature_map_strides=[4]",
+        ),
+        (
             {"name": "custom", "target": "my_nets:no_module"},
             "backbone.target=my_nets:no_module: expected a torch.nn.Module, got str",
         ),
@@ -217,14 +242,32 @@ def test_a_checkpoint_names_a_function_that_is_imported_only_if_the_user_names_i
     with pytest.raises(InputError) as raised:
         moco.load_encoder(path)
     assert str(raised.value) == (
-        f"checkpoint={path}: its backbone is made by the function my_nets:Net, which is imported "
-        "only if you name it, too: add backbone.target=my_nets:Net"
+        f"checkpoint={path}: names the function backbone.target=my_nets:Net, which is imported "
+        "only if you name it, too: add backbone.target=my_nets:Net, or trust_targets=true if you "
+        "trust the file"
     )
-    encoder = moco.load_encoder(path, target="my_nets:Net")
-    assert encoder.encode(torch.randn(2, 3, 32, 32)).shape == (2, 8)
+    for allowed in ({"target": "my_nets:Net"}, {"trust_targets": True}):
+        encoder = moco.load_encoder(path, **allowed)
+        assert encoder.encode(torch.randn(2, 3, 32, 32)).shape == (2, 8)
 
 
-def test_a_target_in_a_file_runs_nothing(runner, tmp_path):
+def composed(program, *overrides):
+    register_schemas()
+    register_resolvers()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return parse(compose(program, list(overrides)), SCHEMAS[program])
+
+
+@pytest.mark.parametrize(
+    ("program", "overrides"),
+    [
+        ("evaluate", ["data=digits"]),
+        ("embed", ["data=digits", "output={}/x.npz"]),
+        ("export", ["format=timm", "output={}/x.pth"]),
+        ("segment", ["data.root={}"]),
+    ],
+)
+def test_a_target_in_a_file_runs_nothing(program, overrides, runner, tmp_path):
     path = tmp_path / "last.ckpt"
     write_checkpoint(runner, path)
     checkpoint = torch.load(path, weights_only=True)
@@ -233,9 +276,12 @@ def test_a_target_in_a_file_runs_nothing(runner, tmp_path):
         "name": "custom", "target": "os:system", "options": {"command": command},
     }  # fmt: skip
     torch.save(checkpoint, path)
-    with pytest.raises(InputError, match="imported only if you name it"):
-        moco.load_encoder(path)
+    overrides = [override.format(tmp_path) for override in overrides]
+    config = composed(program, f"checkpoint={path}", *overrides)
+    with pytest.raises(InputError, match=r"imported only if you name it, too.*trust_targets=true"):
+        importlib.import_module(f"moco.{program}").run(config, tmp_path / "folder")
     assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "folder").exists()
 
 
 def test_a_module_comes_back_into_a_module_or_from_a_function(my_nets, tmp_path):
@@ -252,7 +298,9 @@ def test_a_module_comes_back_into_a_module_or_from_a_function(my_nets, tmp_path)
         MoCo(**method.hparams)
 
 
-@pytest.mark.parametrize("model", ["convnext_atto", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "model", ["convnext_atto", pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow)]
+)
 def test_a_network_of_timm_is_exported(model, runner, tmp_path, monkeypatch):
     path, exported = tmp_path / "last.ckpt", tmp_path / "net.pth"
     write_checkpoint(

@@ -95,19 +95,37 @@ BY_STEPS = ["trainer.max_epochs=9", "trainer.max_steps=13"]
 def test_stopping_anywhere_changes_nothing(length, accumulate, small, tmp_path, monkeypatch):
     config = [*length, f"trainer.accumulate_grad_batches={accumulate}"]
     run(small(*config), tmp_path / "whole")
-    # In an epoch's middle, during its last step, in the middle again, and after a last step.
-    for step, stopped in (
-        (1, 2),
-        (EPOCH - 1, EPOCH),
-        (EPOCH + 2, EPOCH + 3),
-        (2 * EPOCH, 2 * EPOCH),
-    ):
+    # During an epoch's last step, in the middle of the next one, and after its last step.
+    for step, stopped in ((EPOCH - 1, EPOCH), (EPOCH + 2, EPOCH + 3), (2 * EPOCH, 2 * EPOCH)):
         with monkeypatch.context() as context:
             interrupt_at(step, context)
             with pytest.raises(Interrupted, match=rf"step {stopped};"):
                 run(small(*config), tmp_path / "parts")
     run(small(*config), tmp_path / "parts")
     assert_same_end(last(tmp_path / "whole"), last(tmp_path / "parts"))
+
+
+@pytest.mark.slow
+def test_augmentations_of_the_users_resume_with_other_loader_processes(
+    small, tmp_path, monkeypatch
+):
+    augs = "tests.data.augment.my_augs"
+    config = [
+        "augmentation=custom",
+        f"augmentation.query={{transforms: {augs}:build}}",
+        f"augmentation.key={{random_resized_crop: {{scale: [0.2, 1]}}, fade: {{target: {augs}:Fade}}}}",
+        "trainer.max_steps=7",
+    ]
+    run(small(*config, "data.num_workers=0"), tmp_path / "whole")
+    with monkeypatch.context() as context:
+        interrupt_at(2, context)
+        with pytest.raises(Interrupted, match="step 3;"):
+            run(small(*config, "data.num_workers=2"), tmp_path / "parts")
+    run(small(*config, "data.num_workers=1"), tmp_path / "parts")
+    assert_same_end(last(tmp_path / "whole"), last(tmp_path / "parts"))
+    assert last(tmp_path / "parts")["config"]["augmentation"]["query"] == {
+        "transforms": f"{augs}:build"
+    }
 
 
 @pytest.mark.slow
@@ -159,6 +177,7 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_not_written(small, one
     assert last(one_step)["global_step"] == 1
 
 
+@pytest.mark.slow
 def test_predictor_every_queue_and_adamw_go_on_where_they_were(small, tmp_path):
     switches = [
         "method.symmetric=true",

@@ -156,7 +156,8 @@ def test_channels_last_goes_through_both_encoders_and_changes_the_losses_by_roun
     assert strides(method.query_encoder) == strides(method.key_encoder) == {True}
 
 
-@pytest.mark.parametrize("symmetric", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("symmetric", [False, True])
 def test_split_batch_norm_has_the_same_groups_in_either_layout(symmetric, runner, double):
     losses = [Losses(), Losses()]
     split = [
@@ -284,9 +285,12 @@ class InSteps(pl.Callback):
     "settings",
     [
         ["method.queue_start=empty"],
-        ["optimizer=adamw", "optimizer.lr_for_batch_size=null", "trainer.gradient_clip_val=1.0"],
+        pytest.param(
+            ["optimizer=adamw", "optimizer.lr_for_batch_size=null", "trainer.gradient_clip_val=1"],
+            marks=pytest.mark.slow,
+        ),
         ["method.symmetric=true", "method.dense_weight=0.5"],
-        ["method.negatives=batch", "method.queue_size=null"],
+        pytest.param(["method.negatives=batch", "method.queue_size=null"], marks=pytest.mark.slow),
     ],
     ids=["queue that fills up", "adamw, clipped", "symmetric, dense", "batch"],
 )

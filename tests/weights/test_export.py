@@ -116,9 +116,9 @@ def agree(model, backbone, size, tolerance):
     ("file_format", "output"),
     [
         ("torchvision", "x.pth"),
-        ("torchvision", "x.safetensors"),
+        pytest.param("torchvision", "x.safetensors", marks=pytest.mark.slow),
         ("timm", "a b/x.pt"),
-        ("safetensors", "x.safetensors"),
+        pytest.param("safetensors", "x.safetensors", marks=pytest.mark.slow),
     ],
 )
 def test_the_printed_lines_load_a_resnet_into_the_other_library(

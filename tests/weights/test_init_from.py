@@ -193,6 +193,7 @@ def test_the_backbone_has_to_fit(start, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_solo_learns_two_queues_hold_the_views_that_they_are_for(start):
     """The first direction's negatives are the second view's keys, which solo-learn stores second.
 

@@ -34,6 +34,9 @@ ABOUT = {
     "step": 12,
 }
 SMALL = ["resnet18", "swin_t", "swin_v2_t", "vit_small"]
+EVERY = [
+    pytest.param(name, marks=[] if name in SMALL else [pytest.mark.slow]) for name in TIMM_MODELS
+]
 
 
 @functools.cache
@@ -171,6 +174,7 @@ def supervised_vit(side):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_learned_positions_of_another_library_are_kept_or_refused():
     theirs = supervised_vit(3)
     weights = theirs.state_dict()
@@ -258,7 +262,7 @@ def shapes(weights):
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
-@pytest.mark.parametrize("name", TIMM_MODELS)
+@pytest.mark.parametrize("name", EVERY)
 def test_names_and_shapes_are_torchvisions(name):
     theirs = torchvision_model(name, None).state_dict()
     with torch.device("meta"):
@@ -270,7 +274,7 @@ def test_names_and_shapes_are_torchvisions(name):
     assert shapes(ours) == shapes(backbone.state_dict())
 
 
-@pytest.mark.parametrize("name", TIMM_MODELS)
+@pytest.mark.parametrize("name", EVERY)
 def test_names_and_shapes_are_timms(name):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):

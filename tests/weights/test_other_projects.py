@@ -49,7 +49,14 @@ def name_of(build):
     return build.__name__
 
 
-@pytest.mark.parametrize("build", WITH_HEADS, ids=name_of)
+def quick(cases, *of_all):
+    """The cases, of which only some run in the fast suite."""
+    return [
+        pytest.param(case, marks=[] if case in of_all else [pytest.mark.slow]) for case in cases
+    ]
+
+
+@pytest.mark.parametrize("build", quick(WITH_HEADS, moco_v2, moby, moco_v3_vit), ids=name_of)
 def test_both_encoders_of_a_file_give_the_outputs_of_their_models(build, tmp_path):
     content, query, key = build()
     path = tmp_path / "x.pth"
@@ -96,7 +103,7 @@ def test_settings_of_argparse_are_read_as_a_dict(tmp_path):
     assert read.seed == 3
 
 
-@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize("ending", ["pth", pytest.param("safetensors", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("build", BACKBONES_ALONE, ids=name_of)
 def test_a_backbone_alone_is_recognised_by_its_tensors(build, ending, tmp_path):
     content, model, settings = build()
@@ -145,6 +152,7 @@ def test_the_heads_of_a_vit_have_to_be_given(tmp_path):
     assert_same(loaded.encoder, small, "backbone", 32)
 
 
+@pytest.mark.slow
 def test_another_architecture_is_named_with_tensor_and_shapes(tmp_path):
     path = tmp_path / "x.pth"
     torch.save(resnet18().state_dict(), path)
@@ -293,6 +301,7 @@ def test_solo_learns_stem_for_cifar_is_chosen_by_the_files_origin(tmp_path, capl
         assert F.cosine_similarity(other.encoder.encode(images), query(images)).max() < 0.98
 
 
+@pytest.mark.slow
 def test_a_backbone_alone_does_not_say_how_its_stem_pads(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     content, query, _ = solo_learn_on_cifar()

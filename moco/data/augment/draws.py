@@ -1,10 +1,12 @@
 """Random draws that depend on what they are for, and not on what was drawn before."""
 
 import hashlib
+import random
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,14 +58,20 @@ def derived_seed(*numbers: int) -> int:
 
 @contextmanager
 def draws_from(*numbers: int) -> Iterator[None]:
-    """Seed torch's default CPU generator from `numbers`, and restore its state at the end.
+    """Seed the global generators from `numbers`, and restore their states at the end.
 
-    torchvision's transforms can use no other generator.
+    They are torch's default CPU generator, which torchvision's transforms use, Python's ``random``
+    and NumPy's ``np.random``.
     """
+    seed = derived_seed(*numbers)
     generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(derived_seed(*numbers))
+    states = generator.get_state(), random.getstate(), np.random.get_state()
+    generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     try:
         yield
     finally:
-        generator.set_state(state)
+        generator.set_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])

@@ -3,13 +3,15 @@
 An operation turns draws between 0 and 1 into its own numbers (``draw``). It does its work on one
 image in a loader process (``on_image``), or on a whole batch on the device (``on_batch``). The
 reference for both is torchvision.transforms.v2 on Pillow images.
+
+Users add operations of their own: by `register_operation`, or by a target in the config.
 """
 
 import inspect
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import cv2
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from moco.data.augment import batch_kernels, image_kernels
 from moco.errors import InputError, unknown_name
+from moco.targets import import_target
 
 Drawn = dict[str, Tensor]
 """The numbers of one operation by name, (batch, ...) each."""
@@ -26,14 +29,34 @@ Numbers = Mapping[str, Any]
 """The numbers of one operation for one image."""
 
 
-class Operation(ABC):
+class Operation:
     """One step of a view.
+
+    A subclass defines `on_image` or `on_batch`, or both. The one that it leaves out is derived from
+    the other. The derived `on_image` converts to float32 and back. The derived `on_batch` goes
+    through the images one by one, as uint8 on the CPU, and waits for the device.
+
+    All randomness comes from `draw`, so that the result does not depend on who computes it. A
+    subclass returns new images: it must not write to those that it is given.
 
     Raises:
         ValueError: a setting is out of range.
+
+    Example:
+        >>> @dataclass
+        ... class Fade(moco.Operation):
+        ...     lowest: float = 0.5
+        ...     num_draws: ClassVar[int] = 1
+        ...
+        ...     def draw(self, draws, sizes):
+        ...         return {"factor": self.lowest + (1 - self.lowest) * draws[:, 0]}
+        ...
+        ...     def on_image(self, image, drawn):
+        ...         return (image * drawn["factor"]).astype(np.uint8)
     """
 
     num_draws: ClassVar[int] = 0
+    """How many numbers `draw` gets for each image."""
     limits: ClassVar[dict[str, tuple[float, float]]] = {}
     """The lowest and the highest value of settings that are a number."""
     pair_limits: ClassVar[dict[str, tuple[float, float]]] = {}
@@ -58,13 +81,21 @@ class Operation(ABC):
         """
         return {}
 
-    @abstractmethod
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         """Change one image, (height, width, 3) uint8, by its numbers."""
+        images = torch.tensor(image).permute(2, 0, 1)[None] / 255
+        numbers = {name: torch.as_tensor(value)[None] for name, value in drawn.items()}
+        return as_pixels(self.on_batch(images, numbers))[0]
 
-    @abstractmethod
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         """Change a batch, (batch, 3, height, width) float32 in 0..1, by the numbers of all."""
+        numbers = {name: values.cpu().numpy() for name, values in drawn.items()}
+        results = []
+        for row, image in enumerate(as_pixels(images)):
+            own = {name: values[row] for name, values in numbers.items()}
+            results.append(self.on_image(image, own))
+        changed = torch.from_numpy(np.stack(results)).to(images.device)
+        return changed.permute(0, 3, 1, 2).contiguous() / 255
 
     def describe(self, drawn: Numbers) -> str:
         """Return the numbers of one image in words; empty if there are none."""
@@ -153,13 +184,6 @@ class RandomAffine(Operation):
             "shift": torch.round((2 * draws[:, 1:3] - 1) * largest),  # right, down
             "shear": between([-self.shear, self.shear], draws[:, 3]),
         }
-
-    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
-        images = torch.tensor(image).permute(2, 0, 1)[None] / 255
-        numbers = {name: torch.as_tensor(value)[None] for name, value in drawn.items()}
-        result = self.on_batch(images, numbers)[0]  # (3, height, width)
-        pixels = torch.round(result * 255).to(torch.uint8)
-        return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return batch_kernels.affine(images, drawn["angle"], drawn["shift"], drawn["shear"])
@@ -291,12 +315,119 @@ OPERATIONS: dict[str, type[Operation]] = {
 }
 
 
+REGISTERED: dict[str, type[Operation]] = {}
+"""Added by `register_operation`."""
+RESERVED = ("transforms", "options")
+"""The keys of a view that is a whole pipeline."""
+
+
+def register_operation(name: str, operation: type[Operation] | None = None) -> Any:
+    """Make a class known as an operation of augmentations: a function, or a decorator.
+
+    Args:
+        name: an identifier that no other operation has. Registering the same class again, such as
+            in a cell of a notebook, replaces it.
+        operation: derived from `Operation`; without it, the result is a decorator for the class.
+
+    Returns:
+        The class.
+
+    Raises:
+        InputError: the name cannot be used, or the class is no operation.
+
+    Example:
+        >>> @moco.register_operation("fade")
+        ... @dataclass
+        ... class Fade(moco.Operation): ...
+        >>> views = moco.ViewPair({"random_resized_crop": {"scale": [0.2, 1]}, "fade": {}})
+    """
+    key = f"register_operation({name!r})"
+    if not isinstance(name, str) or not name.isidentifier():
+        raise InputError(f"{key}: expected a name of letters, digits and underscores")
+    if name in RESERVED:
+        raise InputError(f"{key}: 'transforms' and 'options' stand for a whole pipeline")
+    if operation is None:
+        return partial(register_operation, name)
+    check_class(operation, key)
+    known = known_operations().get(name)
+    if known is not None and full_name(known) != full_name(operation):
+        raise InputError(f"{key}: there is an operation of that name, {full_name(known)}")
+    REGISTERED[name] = operation
+    return operation
+
+
+def known_operations() -> dict[str, type[Operation]]:
+    """Return all operations that are known by a name."""
+    return {**OPERATIONS, **REGISTERED}
+
+
+def full_name(operation: type) -> str:
+    """Return the name of a class as ``package.module:name``."""
+    return f"{operation.__module__}:{operation.__qualname__}"
+
+
+def check_class(operation: Any, key: str) -> None:
+    """Raise InputError, which begins with `key`, if this is no class of a usable operation."""
+    if not isinstance(operation, type) or not issubclass(operation, Operation):
+        raise InputError(f"{key}: expected a class derived from moco.Operation, got {operation!r}")
+    if not defines(operation, "on_image") and not defines(operation, "on_batch"):
+        raise InputError(f"{key}: {operation.__name__} defines neither on_image nor on_batch")
+
+
+def defines(operation: type[Operation], method: str) -> bool:
+    """Return whether a class has its own method of this name, and not the derived one."""
+    return getattr(operation, method) is not getattr(Operation, method)
+
+
 class Step(NamedTuple):
     """An operation of a view and the probability that it is applied."""
 
     name: str
     operation: Operation
     probability: float
+    where: str
+    """Its key in the config, for error messages."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this is code of the user's."""
+        return self.name not in OPERATIONS
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the result is checked here. A pipeline checks its own."""
+        return self.is_own and self.name not in RESERVED
+
+    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
+        """Apply the operation to one image, (height, width, 3) uint8."""
+        changed = self.operation.on_image(image, drawn)
+        if self.is_checked:
+            check_result("on_image", changed, np.ndarray, image.shape, np.uint8, self.where)
+        return changed
+
+    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """Apply the operation to a batch, (batch, 3, height, width) float32 in 0..1."""
+        changed = self.operation.on_batch(images, drawn)
+        if self.is_checked:
+            shape = tuple(images.shape)
+            check_result("on_batch", changed, Tensor, shape, torch.float32, self.where)
+        return changed
+
+
+def check_result(
+    method: str, changed: Any, kind: type, shape: Sequence[int], dtype: Any, where: str
+) -> None:
+    """Raise InputError if an operation of the user's returns no images of the same size."""
+    is_expected = isinstance(changed, kind)
+    if is_expected:
+        is_expected = tuple(changed.shape) == tuple(shape) and changed.dtype == dtype
+    if is_expected:
+        return
+    got = type(changed).__name__
+    if hasattr(changed, "dtype") and hasattr(changed, "shape"):
+        got = f"{got} of {changed.dtype} {tuple(changed.shape)}"
+    expected = f"{kind.__name__} of {np.dtype(dtype) if kind is np.ndarray else dtype}"
+    raise InputError(f"{where}: {method} returned {got}; expected {expected} {tuple(shape)}")
 
 
 def build_operation(
@@ -305,34 +436,73 @@ def build_operation(
     """Build one step of a view.
 
     Args:
-        settings: numbers of the operation, and its ``probability`` (default 1).
+        name: of a known operation; any other name if the settings have a ``target``.
+        settings: numbers of the operation, its ``probability`` (default 1), and, for a class of the
+            user's that is not registered, its ``target``.
         image_size: side of the view, px.
         where: key of the view in the config, for error messages.
 
     Raises:
         InputError: the operation, a setting or a value is unknown; the message names the key.
     """
-    if name not in OPERATIONS:
-        raise InputError(f"{where}: {unknown_name('operation', name, OPERATIONS)}")
-    where = f"{where}.{name}"
-    if settings is not None and not isinstance(settings, Mapping):
-        raise InputError(f"{where}: expected settings, {{name: number, ...}}, got {settings}")
-    arguments = dict(settings or {})
+    key = f"{where}.{name}"
+    arguments = {} if settings is None else settings
+    if not isinstance(arguments, Mapping):
+        operation_class(name, None, where)  # an unknown name is the worse mistake
+        raise InputError(f"{key}: expected settings, {{name: number, ...}}, got {settings}")
+    arguments = dict(arguments)
+    kind = operation_class(name, arguments.pop("target", None), where)
     probability = arguments.pop("probability", 1.0)
     if name == "random_resized_crop" and probability != 1:
-        raise InputError(f"{where}: probability={probability}: expected 1, since it sets the size")
+        raise InputError(f"{key}: probability={probability}: expected 1, since it sets the size")
     if not is_number(probability, 0, 1):
-        raise InputError(f"{where}: probability={probability}: expected a number from 0 to 1")
-    allowed = set(inspect.signature(OPERATIONS[name]).parameters)
-    fixed = {"image_size": image_size} if "image_size" in allowed else {}
-    choices = [*(allowed - set(fixed)), "probability"]
-    for argument in arguments:
-        if argument not in choices:
-            raise InputError(f"{where}: {unknown_name('setting', argument, choices)}")
+        raise InputError(f"{key}: probability={probability}: expected a number from 0 to 1")
+    check_settings(kind, arguments, key)
+    fixed = {}
+    if "image_size" in inspect.signature(kind).parameters:
+        fixed["image_size"] = image_size
     try:
-        return Step(name, OPERATIONS[name](**fixed, **arguments), probability)
+        return Step(name, kind(**fixed, **arguments), probability, key)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"{key}: {error}") from error
+
+
+def operation_class(name: str, target: Any, where: str) -> type[Operation]:
+    """Return the class of an operation that is known by its name, or that a target names.
+
+    Raises:
+        InputError: there is no such operation, or the target is none.
+    """
+    key = f"{where}.{name}"
+    if target is None:
+        if name not in known_operations():
+            raise InputError(f"{where}: {unknown_name('operation', name, known_operations())}")
+        return known_operations()[name]
+    if name in known_operations():
+        raise InputError(f"{key}.target={target}: there is an operation '{name}'; rename the step")
+    imported: Any = import_target(str(target), f"{key}.target")
+    check_class(imported, f"{key}.target={target}")
+    return imported
+
+
+def check_settings(kind: type[Operation], arguments: Mapping[str, Any], key: str) -> None:
+    """Raise InputError if an operation has no such settings."""
+    parameters = inspect.signature(kind).parameters
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    choices = [*(name for name in parameters if name != "image_size"), "probability"]
+    for argument in arguments:
+        if argument in choices:
+            continue
+        if argument in inspect.get_annotations(kind):
+            raise InputError(f"{key}.{argument}: {kind.__name__} lacks @dataclass above the class")
+        raise InputError(f"{key}: {unknown_name('setting', argument, choices)}")
+
+
+def as_pixels(images: Tensor) -> np.ndarray:
+    """Return images (batch, 3, height, width) in 0..1 as (batch, height, width, 3) uint8."""
+    pixels = torch.round(images * 255).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def between(limits: Sequence[float], draws: Tensor) -> Tensor:

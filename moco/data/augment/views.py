@@ -1,8 +1,8 @@
 """Images to tensors: the two augmented views to train on, and the plain view to evaluate.
 
-A view to train on is an ordered list of operations. Its random numbers are a pure function of
-(seed, epoch, index, view). Two engines do the work with the same numbers: loader processes, one
-image at a time, or the device, one batch at a time.
+A view to train on is an ordered list of operations, or a whole pipeline of the user's. Its random
+numbers are a pure function of (seed, epoch, index, view). Two engines do the work with the same
+numbers: loader processes, one image at a time, or the device, one batch at a time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +16,27 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from moco.data.augment.draws import uniforms
-from moco.data.augment.operations import Drawn, Numbers, Step, build_operation
+from moco.data.augment.operations import (
+    Drawn,
+    Numbers,
+    Step,
+    build_operation,
+    defines,
+    known_operations,
+)
+from moco.data.augment.pipeline import Pipeline, pipeline_step
+from moco.data.augment.presets import read_preset
 from moco.data.augment.resolution_ramp import ResolutionRamp
+from moco.data.files.images import to_rgb
 from moco.errors import InputError
 
 Transform = Callable[[Any], Any]
+Operations = Mapping[str, Any] | Callable[[Image.Image], Any]
+"""A view: the settings of its operations by name, in order; or ``{transforms: target, options:
+{...}}``; or a callable, see `moco.data.augment.pipeline.Pipeline`."""
+EXPECTED = "operations, {name: settings, ...}, or {transforms: package.module:function}"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 # Values that one thread augments at once. They fit into a processor's cache, and the colour
 # operations read them many times.
 VALUES_AT_ONCE = 2**18
@@ -31,25 +47,53 @@ class View:
     """The operations of one view, in order.
 
     Args:
-        operations: settings by name; one of them is `random_resized_crop`.
+        operations: settings by name, one of them `random_resized_crop`; or a whole pipeline, which
+            is a view of one step.
         image_size: side of the result, px.
         where: key of the view in the config, for error messages.
 
     Raises:
-        InputError: an operation, a setting or a value is unknown; the message names the key.
+        InputError: an operation, a setting or a value is unknown, or the user's own code cannot be
+            used; the message names the key.
     """
 
-    def __init__(
-        self, operations: Mapping[str, Mapping[str, Any] | None], image_size: int, where: str
-    ) -> None:
+    def __init__(self, operations: Operations | None, image_size: int, where: str) -> None:
+        self.image_size = image_size
+        self.where = where
+        self.steps: list[Step] = []
+        self.crop = 0
+        """The number of the step that gives the view its size."""
+        if operations is None:
+            raise InputError(f"{where}: missing; expected {EXPECTED}")
+        if not callable(operations) and not isinstance(operations, Mapping):
+            raise InputError(f"{where}={operations}: expected {EXPECTED}")
+        if callable(operations) or "transforms" in operations:
+            self.steps.append(pipeline_step(operations, image_size, where))
+            return
         if "random_resized_crop" not in operations:
             raise InputError(f"{where}: random_resized_crop is missing; it makes views of one size")
-        self.steps = []
         for name, settings in operations.items():
             self.steps.append(build_operation(name, settings, image_size, where))
         self.crop = list(operations).index("random_resized_crop")
-        """The number of the step that gives the view its size."""
-        self.image_size = image_size
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """The pipeline that makes the whole view, or None."""
+        operation = self.steps[0].operation
+        return operation if isinstance(operation, Pipeline) else None
+
+    @property
+    def own_steps(self) -> list[Step]:
+        """The steps that are code of the user's."""
+        return [step for step in self.steps if step.is_own]
+
+    @property
+    def single_image_step(self) -> Step | None:
+        """The first step that works on one image at a time, and would do so on a device, too."""
+        for step in self.steps:
+            if not defines(type(step.operation), "on_batch"):
+                return step
+        return None
 
     def draw(self, seed: int, epoch: int, indices: Tensor, view: int, sizes: Tensor) -> list[Drawn]:
         """Return the numbers of each step for a batch of images.
@@ -87,7 +131,7 @@ class View:
         # There are numbers for the steps after `end` too.
         for step, drawn in zip(self.steps[:end], numbers, strict=False):
             if drawn["applied"]:
-                image = step.operation.on_image(image, drawn)
+                image = step.on_image(image, drawn)
         return image
 
     def on_batch(self, images: Tensor, numbers: Sequence[Drawn], start: int = 0) -> Tensor:
@@ -95,6 +139,28 @@ class View:
         if images.device.type == "cpu":
             return apply_on_cpu(self.steps[start:], numbers[start:], images)
         return apply_on_gpu(self.steps[start:], numbers[start:], images)
+
+
+def foreign_code(operations: Any) -> list[str]:
+    """Return what a view in a checkpoint would need of the user's own code.
+
+    Nothing is imported. The view can be built only if the list is empty.
+
+    Returns:
+        The targets of the view, and the names of operations that are not registered.
+    """
+    if not isinstance(operations, Mapping):
+        return []
+    if "transforms" in operations:
+        return [str(operations["transforms"])]
+    found = []
+    for name, settings in operations.items():
+        target = settings.get("target") if isinstance(settings, Mapping) else None
+        if target is not None:
+            found.append(str(target))
+        elif name not in known_operations():
+            found.append(name)
+    return found
 
 
 def apply_on_cpu(steps: Sequence[Step], numbers: Sequence[Drawn], images: Tensor) -> Tensor:
@@ -114,7 +180,7 @@ def apply_on_cpu(steps: Sequence[Step], numbers: Sequence[Drawn], images: Tensor
             continue
         rows = order[:num_applied]
         own = {name: values.index_select(0, rows) for name, values in drawn.items()}
-        changed = step.operation.on_batch(images[:num_applied], own)
+        changed = step.on_batch(images[:num_applied], own)
         if num_applied == len(images):
             images = changed
         else:
@@ -125,7 +191,7 @@ def apply_on_cpu(steps: Sequence[Step], numbers: Sequence[Drawn], images: Tensor
 def apply_on_gpu(steps: Sequence[Step], numbers: Sequence[Drawn], images: Tensor) -> Tensor:
     """Apply each step to all images, then choose; counting images would wait for the device."""
     for step, drawn in zip(steps, numbers, strict=True):
-        changed = step.operation.on_batch(images, drawn)
+        changed = step.on_batch(images, drawn)
         if step.probability == 1:
             images = changed
         else:
@@ -137,26 +203,36 @@ def apply_on_gpu(steps: Sequence[Step], numbers: Sequence[Drawn], images: Tensor
 class ViewPair:
     """The query view and the key view of each image, with independent draws.
 
+    Called with one image, it returns the two views of it. Batches of a run go through its other
+    methods.
+
     Args:
-        query, key: operations of the two views.
-        mean, std: of each channel, for the normalisation.
+        query, key: the two views, see `Operations`. Without `key` both are made in the same way.
+        mean, std: of each channel, for the normalisation; the default is ImageNet's.
         image_size: side of both views, px; with a `ramp`, the full side.
+        seed: other seeds give other views.
         engine: ``worker``: a loader process applies all steps; ``batch``: a loader process applies
             the steps up to the crop, and the device applies the others.
         ramp: the side as a function of the epoch; None: it is always the same.
 
     Raises:
         InputError: a setting is wrong; the message names its key.
+
+    Example:
+        >>> views = moco.ViewPair.named("moco_v2", image_size=224)
+        >>> query, key = views(Image.open("a.jpg"), epoch=0, index=17)
+        >>> query.shape
+        torch.Size([3, 224, 224])
     """
 
     def __init__(
         self,
-        query: Mapping[str, Any],
-        key: Mapping[str, Any],
-        mean: Sequence[float],
-        std: Sequence[float],
-        image_size: int,
-        seed: int,
+        query: Operations,
+        key: Operations | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        image_size: int = 224,
+        seed: int = 0,
         engine: str = "worker",
         ramp: ResolutionRamp | None = None,
     ) -> None:
@@ -164,13 +240,57 @@ class ViewPair:
         self.views_of_size: dict[int, list[View]] = {}
         for size in self.ramp.sizes:
             query_view = View(query, size, "augmentation.query")
-            self.views_of_size[size] = [query_view, View(key, size, "augmentation.key")]
+            key_view = View(query if key is None else key, size, "augmentation.key")
+            self.views_of_size[size] = [query_view, key_view]
+        if self.ramp.start_image_size is not None:
+            for view in self.views_at(0):
+                check_any_size(view, self.ramp)
         self.mean = mean
         self.std = std
         self.scale, self.shift = normalisation(mean, std)
         self.image_size = image_size
         self.seed = seed
         self.engine = engine
+
+    @classmethod
+    def named(cls, name: str, image_size: int = 224, **settings: Any) -> "ViewPair":
+        """Return a pair that is published, or that a preset of this project uses.
+
+        Args:
+            name: of a file in ``conf/augmentation``, such as ``moco_v2`` or ``byol``.
+            image_size: side of both views, px.
+            settings: other arguments of `ViewPair`; they replace those of the file.
+
+        Raises:
+            InputError: there is no such pair.
+        """
+        return cls(**(read_preset(name) | {"image_size": image_size} | settings))
+
+    def __call__(
+        self, image: Image.Image | np.ndarray, epoch: int = 0, index: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the query view and the key view of one image.
+
+        They are those of a run with this seed, in this epoch, of image number `index`: the same
+        bits as from loader processes, and equal within rounding to those from a device. The same
+        epoch and index give the same views, so count both.
+
+        Args:
+            image: a Pillow image, or uint8 (height, width, 3).
+            epoch: counted from 0.
+            index: number of the image in its dataset.
+
+        Returns:
+            Two views, (3, side, side) float32 each, normalised.
+
+        Raises:
+            InputError: it is no such image, or the user's own code returns something else.
+        """
+        views = self.empty_views(1, epoch)
+        indices = torch.tensor([index])
+        self.on_images([rgb_pixels(image)], epoch, indices, views)
+        query, key = self.finished((views[0], views[1]), epoch, indices)
+        return query[0], key[0]
 
     def views_at(self, epoch: int) -> list[View]:
         """Return the views with the size of an epoch."""
@@ -290,6 +410,33 @@ class ViewPair:
         if self.scale.device != device:
             self.scale = self.scale.to(device)
             self.shift = self.shift.to(device)
+
+
+def check_any_size(view: View, ramp: ResolutionRamp) -> None:
+    """Raise InputError if a view is a pipeline of one size only, and the views grow."""
+    pipeline = view.pipeline
+    if pipeline is not None and not pipeline.any_size:
+        raise InputError(
+            f"augmentation.start_image_size={ramp.start_image_size}: the views grow, and the "
+            f"function of {pipeline.where} has no argument image_size"
+        )
+
+
+def rgb_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
+    """Return an image as (height, width, 3) uint8 RGB.
+
+    Raises:
+        InputError: it is neither a Pillow image nor uint8 (height, width, 3).
+    """
+    if isinstance(image, Image.Image):
+        return np.asarray(to_rgb(image))
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise InputError(
+            "expected a PIL image or a uint8 array (height, width, 3), got "
+            f"{type(image).__name__} of {pixels.dtype} {pixels.shape}"
+        )
+    return np.ascontiguousarray(pixels)
 
 
 def row_of(numbers: Sequence[Numbers], row: int | slice) -> list[dict[str, Any]]:

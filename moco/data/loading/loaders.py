@@ -19,6 +19,7 @@ from moco.data.augment.views import View, ViewPair
 from moco.data.files.images import EncodedImage, UnreadableImage
 from moco.data.loading.workers import WatchedLoader, loader_options, note_read, unchanged
 from moco.data.sources.source import ArrayImages, Images, Labelled
+from moco.errors import InputError
 
 MOST_ATTEMPTS = 100  # images in a row that are tried in place of an unreadable one
 # A loader process augments decoded images in groups: their numbers are drawn together, which is
@@ -350,14 +351,30 @@ class Engine(NamedTuple):
     """For the log."""
 
 
-def choose_engine(engine: str, images: Images, image_size: int, device_type: str) -> Engine:
+def choose_engine(
+    engine: str, images: Images, image_size: int, device_type: str, views: Sequence[View] = ()
+) -> Engine:
     """Choose by rule and never by timing, so that a resumed run chooses the same.
 
     Args:
         engine: worker, batch, or auto.
         image_size: side of the views, px.
         device_type: cpu, cuda, ...
+        views: of the run. Pipelines, and operations without `on_batch`, work on one image at a
+            time, and loader processes can do that side by side.
+
+    Raises:
+        InputError: a view is a pipeline, which cannot work on batches.
     """
+    for view in views:
+        if engine == "batch" and view.pipeline is not None:
+            raise InputError(
+                f"data.engine=batch: {view.pipeline.where} takes one image at a time; "
+                "data.engine=worker does that in loader processes"
+            )
+        step = view.single_image_step
+        if engine == "auto" and step is not None:
+            return Engine("worker", False, f"{step.where} takes one image at a time")
     is_cpu = device_type == "cpu"
     fits_on_device = isinstance(images, ArrayImages) and (
         is_cpu or images.tensor.numel() <= LARGEST_ON_GPU
@@ -407,9 +424,9 @@ class LabelledViews:
         images = labelled.images
         self.labels = torch.from_numpy(labelled.labels)
         self.device = device
-        self.engine = choose_engine("auto", images, image_size, device.type)
         # A pair of one view. It is built first, because its errors name the right key.
         view = View(operations, image_size, where)
+        self.engine = choose_engine("auto", images, image_size, device.type, [view])
         self.views = ViewPair(operations, operations, mean, std, image_size, seed, self.engine.name)
         self.views.views_of_size = {image_size: [view]}
         # With a batch size of 1 the sampler leaves no image out.

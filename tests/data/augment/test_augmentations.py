@@ -302,6 +302,7 @@ def test_operations_without_numbers_equal_torchvisions(name, image):
 MANY = 20_000
 
 
+@pytest.mark.slow
 def test_draws_are_distributed_as_torchvisions():
     """Mean and spread of every number, against as many draws by torchvision's own transforms."""
     torch.manual_seed(1)
