@@ -14,6 +14,7 @@ from moco.config.linear import LinearConfig, LinearOfficialConfig
 from moco.config.settings import setting
 from moco.config.train import AugmentationConfig, BackboneConfig, MonitorConfig
 from moco.errors import InputError
+from moco.targets import check_named
 
 # Dense evaluation reads masks, the others read classes.
 CLASS_DATA = (
@@ -143,8 +144,9 @@ class EvaluateConfig:
     """Where the figures are written as JSON. Null: metrics.json in the run folder."""
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
     trust_targets: bool = False
-    """Import the functions that the checkpoint names, such as backbone.target, without naming them
-    on the command line. They run when they are imported. Only for files that you trust."""
+    """Import the functions that the checkpoint names, backbone.target and data.target, without
+    naming them on the command line. They run when they are imported. Only for files that you
+    trust."""
     augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
 
 
@@ -166,8 +168,7 @@ class EmbedConfig:
     feature: str = setting("backbone", choices=("backbone", "embedding"))
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
     trust_targets: bool = False
-    """Import the functions that the checkpoint names, such as backbone.target, without naming them
-    on the command line. They run when they are imported. Only for files that you trust."""
+    """As in `EvaluateConfig`."""
     batch_size: int = setting(256, at_least=1)
     """Images per forward pass."""
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu", "mps"))
@@ -280,12 +281,12 @@ def data_settings(config: Any, run_data: dict[str, Any]) -> dict[str, Any]:
     if config.data.name is not None or config.data.target not in (None, target):
         # These are of the run's own dataset.
         run_data = run_data | {"root": None, "target": None, "options": None}
-    elif target is not None and config.data.target is None:
-        # Importing a module runs its code, so a file alone must not decide which.
-        raise InputError(
-            f"checkpoint={config.checkpoint}: its images are of the function {target}, which is "
-            f"imported only if you name it, too: add data.target={target}"
-        )
+    else:
+        given, trusted = config.data.target, config.trust_targets
+        try:
+            check_named(target, given, "data.target", trust_targets=trusted)
+        except InputError as error:
+            raise InputError(f"checkpoint={config.checkpoint}: {error}") from None
     data = with_defaults(config.data, run_data)
     if data["name"] is None:
         raise InputError(f"data: missing; {config.checkpoint} does not say it, give data=NAME")

@@ -118,8 +118,10 @@ def image_traits(labelled: Labelled, root: Any) -> Iterable[Any]:
     else:
         for index in range(len(images)):
             yield images.name(index).encode("utf-8", "surrogateescape") + b"\n"
+        if root is None:  # a dataset of the user's own
+            return
         # These images do not tell which files they are in, so all files of the dataset count.
-        for folder, _, names in sorted(os.walk(root or os.devnull)):
+        for folder, _, names in sorted(os.walk(root)):
             for name in sorted(names):
                 yield file_stamp(os.path.join(folder, name))
 

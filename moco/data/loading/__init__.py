@@ -1,5 +1,5 @@
 """From images to batches: loader processes, the order of an epoch, and two ways to read images.
 
-`loaders` and `streams` serve training, `every_image` reads each image of a set once. Other packages
-use these, `datamodule`, and from `workers` what loaders of their own need.
+`loaders`, `streams` and `iterables` serve training, `every_image` reads each image of a set once.
+Other packages use these, `datamodule`, and from `workers` what loaders of their own need.
 """

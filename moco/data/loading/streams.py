@@ -124,7 +124,7 @@ class StreamBatch(NamedTuple):
     """What a loader process hands to the training process."""
 
     batch: Any
-    """The result of `MakeBatch`, or the `InputError` why training cannot go on."""
+    """The result of `MakeBatch`."""
     problems: list[Problem]
     """Problems found while reading up to the last row of the batch."""
 
@@ -148,11 +148,7 @@ class StreamDataset(Dataset[StreamBatch]):
 
     def __getitem__(self, place: tuple[int, int]) -> StreamBatch:
         epoch, number = place
-        try:
-            samples, problems = self._stream_at(epoch, number).take(self.batch_size)
-        except InputError as error:
-            # Raised in a loader process, it would arrive with that process's traceback.
-            return StreamBatch(error, [])
+        samples, problems = self._stream_at(epoch, number).take(self.batch_size)
         first = (number * self.streams.world_size + self.streams.rank) * self.batch_size
         rows = []
         for position, sample in enumerate(samples, start=first):
@@ -237,8 +233,6 @@ class StreamLoader(ResumableLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for result in super().__iter__():
-            if isinstance(result.batch, InputError):
-                raise result.batch
             for problem in result.problems:
                 seen, what = self.unreadable, "skipped"
                 if problem.is_shard:

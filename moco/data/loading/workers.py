@@ -260,7 +260,7 @@ def check_processes_find(dataset: Any, num_workers: int) -> None:
 
     A loader process imports what it needs, and a notebook cannot be imported.
     """
-    if hasattr(sys.modules["__main__"], "__file__"):
+    if os.path.isfile(getattr(sys.modules["__main__"], "__file__", "")):
         return
     try:
         NotebookSearch(num_workers).dump(dataset)

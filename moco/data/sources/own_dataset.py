@@ -342,7 +342,9 @@ def dataset_source(
             raise InputError(f"{names[1]}: got {described(dataset)}; {NO_NUMBERS}")
 
     training = images["train"]
-    source = DataSource(training, None, None, usual_image_size(training))
+    # Read now, so that another dataset is refused before anything is computed.
+    sizes = {key: usual_image_size(side) for key, side in images.items()}
+    source = DataSource(training, None, None, sizes["train"])
     labels = None
     if isinstance(training, DatasetImages):
         labels = known_labels(training)

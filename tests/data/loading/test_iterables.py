@@ -1,5 +1,7 @@
 """Loaders of the user's own datasets: order, resume, several processes, and errors on the way."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,6 @@ from PIL import Image
 
 from moco.data.files.images import UnreadableImage
 from moco.data.loading.every_image import IterableSet
-from moco.data.loading.workers import NotebookSearch
 from moco.data.sources.own_dataset import dataset_source
 from moco.errors import InputError
 from tests.data.loading.test_any_number_of_workers import assert_same
@@ -150,8 +151,10 @@ def test_what_loader_processes_cannot_have_is_one_line(monkeypatch):
         "data.num_workers=1: the dataset or the augmentation cannot be sent to loader processes (Can"
     )
     in_notebook = type("InNotebook", (Numbered,), {"__module__": "__main__"})
-    with pytest.raises(InputError, match="InNotebook is defined in a notebook"):
-        NotebookSearch(1).dump({"nested": [in_notebook()]})
+    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    assert error_of(in_notebook(), 1).startswith(
+        "data.num_workers=1: InNotebook is defined in a notebook, where loader processes cannot find it"
+    )
 
 
 def test_a_pass_over_an_iterable_goes_on_at_any_place():

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 import moco
+from moco.config.pretrained import EvaluateConfig, data_settings
 from moco.data.files.images import UnreadableImage
 from moco.data.sources.own_dataset import dataset_source, pixels_of
 from moco.data.sources.registry import REGISTERED, build_source
@@ -99,6 +100,9 @@ def test_another_item_is_refused_at_the_start_in_one_line(item, what):
         assert str(raised.value).startswith(f"data.target=mine: item 0 is {what}")
         assert "; expected an image or (image, label); an image is" in str(raised.value)
         assert "\n" not in str(raised.value)
+    good = Items([np.zeros((4, 4), np.uint8)])
+    with pytest.raises(InputError, match=r"^dataset\[queries\]: item 0 is "):
+        dataset_source(good, bank=good, queries=Items([item], targets=[1]))
 
 
 def test_a_damaged_image_is_unreadable_and_another_error_names_the_item(images):
@@ -343,6 +347,21 @@ def paths():
 """
 
 
+def test_a_checkpoint_alone_does_not_decide_which_function_runs():
+    config = EvaluateConfig(checkpoint="x.ckpt")
+    options = {"command": "exit 1"}
+    of_run = {"name": "custom", "root": None, "target": "os:system", "options": options}
+    with pytest.raises(InputError, match=r"^checkpoint=x\.ckpt: names the function data\."):
+        data_settings(config, of_run)
+    config.trust_targets = True
+    assert data_settings(config, of_run)["options"] == options
+    config.trust_targets = False
+    config.data.target = "os:system"
+    assert data_settings(config, of_run)["options"] == options
+    config.data.target = "mine:build"
+    assert data_settings(config, of_run)["options"] is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["their_data:Images", "their_data:stream"])
 def test_a_run_that_stopped_inside_an_epoch_ends_in_the_same_bits(target, tmp_path):
@@ -369,7 +388,7 @@ def test_a_run_that_stopped_inside_an_epoch_ends_in_the_same_bits(target, tmp_pa
     checkpoint = "checkpoint=straight/checkpoints/last.ckpt"
     refused = run_program("moco.embed", checkpoint, "output=x.npz", cwd=tmp_path)
     assert refused.returncode == 2
-    assert refused.stderr.endswith(f"imported only if you name it, too: add data.target={target}\n")
+    assert f"imported only if you name it, too: add data.target={target}, or" in refused.stderr
     for split in ("train", "test"):
         done = run_program(
             "moco.embed", checkpoint, f"data.target={target}", f"split={split}", "index=none",
