@@ -183,14 +183,14 @@ class KNNMonitor(EpochMeasurement):
         return from_rank_zero(search)
 
     def _show(self, trainer: pl.Trainer, epoch: int, bank: Embedded, queries: Embedded) -> None:
-        """Write to TensorBoard what it shows beside the scores; on rank 0 alone."""
+        """Log what the features show beside the scores; on rank 0 alone."""
         if trainer.logger is None:
             return
         effective_rank = rank_me(torch.from_numpy(evenly_spaced(bank.features, MOST_ROWS)))
         log_scalars(trainer, {"label_free/feature_rank_me": effective_rank})
-        if self.plots is None:
-            return
         experiment = board_of(trainer)
+        if self.plots is None or experiment is None:
+            return
         is_last = is_end(trainer, epoch)
         if self.plots.is_due(epoch, max(0, epoch - self.every_n_epochs), is_last):
             k = min(self.num_neighbors, len(bank.rows))
