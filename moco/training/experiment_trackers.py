@@ -5,6 +5,7 @@ a server both write into the run folder.
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
 
 from moco.runs.atomic_files import write_json
+
+log = logging.getLogger(__name__)
 
 IDS = "logger_ids.json"
 PROJECT = "moco"
@@ -42,7 +45,7 @@ def start_wandb(folder: Path, config: Mapping[str, Any], options: Mapping[str, A
     settings: dict[str, Any] = {
         "name": run_name(folder),
         "project": os.environ.get("WANDB_PROJECT", PROJECT),
-        # The progress bar would be logged as text, line by line.
+        # With "console" W&B would keep every frame of the progress bar as text.
         "settings": {"console": "off"},
     }
     if "dir" not in options:
@@ -52,6 +55,11 @@ def start_wandb(folder: Path, config: Mapping[str, Any], options: Mapping[str, A
         settings["id"] = known_id(folder, "wandb")
     if not {"mode", "offline"} & options.keys() and "WANDB_MODE" not in os.environ:
         settings["mode"] = "offline"
+        settings["settings"]["silent"] = True
+        log.info(
+            "wandb: offline, in %s; 'wandb sync' uploads it, WANDB_MODE=online sends it at once",
+            folder / "wandb",
+        )
     logger = WandbRun(**{**settings, **options})
     logger.log_hyperparams(dict(config))
     if is_own:
