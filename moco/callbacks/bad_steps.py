@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from moco.callbacks.running_trainer import log_scalars
 from moco.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class BadSteps(pl.Callback):
             self._read()
         if is_logged and trainer.logger:
             scalars = {"train/gradient_norm": float(norm), "train/skipped_steps": self.skipped}
-            trainer.logger.log_metrics(scalars, step=step)
+            log_scalars(trainer, scalars, step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -285,11 +285,11 @@ class KNNMonitor(EpochMeasurement):
         return knn_accuracy(*arrays, self.num_neighbors, self.temperature, "cpu")
 
     def _show(self, trainer: pl.Trainer, epoch: int, bank: Embedded, queries: Embedded) -> None:
-        """Write to TensorBoard what it shows beside the scores; on rank 0 alone."""
+        """Log what the features show beside the scores; on rank 0 alone."""
         self._show_rank(trainer, bank.features)
-        if trainer.logger is None or self.plots is None:
-            return
         experiment = board_of(trainer)
+        if self.plots is None or experiment is None:
+            return
         is_last = is_end(trainer, epoch)
         if self.plots.is_due(epoch, max(0, epoch - self.every_n_epochs), is_last):
             k = min(self.num_neighbors, len(bank.rows))

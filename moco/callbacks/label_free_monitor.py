@@ -100,13 +100,13 @@ class LabelFreeMonitor(pl.Callback):
         distances = encoder_distances(pl_module.key_encoder, pl_module.query_encoder)
         for stage, distance in distances.items():
             figures[f"encoder_distance/{stage}"] = distance
-        if trainer.logger and rank() == 0:
+        board = board_of(trainer)
+        if board is not None and rank() == 0:
             for name, cosines in pair_similarities(query, key, outputs["negatives"]).items():
                 finite = cosines[cosines.isfinite()]
                 # An empty queue has no negatives yet, and a bad step only NaN.
                 if len(finite):
-                    tag = f"similarity/{name}"
-                    board_of(trainer).add_histogram(tag, finite, trainer.global_step)
+                    board.add_histogram(f"similarity/{name}", finite, trainer.global_step)
         return figures
 
     @epoch_time.measured(MONITORS)

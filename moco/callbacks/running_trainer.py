@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.loggers import TensorBoardLogger
 
 from moco.data.loading.datamodule import PretrainingData
 
@@ -29,12 +30,26 @@ def is_logged_step(trainer: pl.Trainer, batch_idx: int, every_n_steps: int) -> b
     return is_step_end(trainer, batch_idx) and trainer.global_step % every_n_steps == 0
 
 
-def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
-    """Log the scalars of the latest step, if the run has a logger."""
-    if trainer.logger:
-        trainer.logger.log_metrics(dict(scalars), step=trainer.global_step)
+def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float], step: int | None = None) -> None:
+    """Give the scalars of a step to all loggers of the run.
+
+    Args:
+        trainer: of the run.
+        scalars: by name.
+        step: number of optimizer steps; None: of the latest one.
+    """
+    if step is None:
+        step = trainer.global_step
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(scalars), step=step)
 
 
 def board_of(trainer: pl.Trainer) -> Any:
-    """Return TensorBoard's ``SummaryWriter`` of a run that has a logger."""
-    return trainer.logger.experiment  # type: ignore[union-attr]
+    """Return the ``SummaryWriter`` of the run's TensorBoard logger, or None if there is none.
+
+    Images, histograms and the projector go there. The other loggers get only scalars.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            return logger.experiment
+    return None

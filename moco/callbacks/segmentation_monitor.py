@@ -70,10 +70,10 @@ class SegmentationMonitor(EpochMeasurement):
             "segment/epoch": epoch,
         }
         log_scalars(trainer, {key: score for key, score in scores.items() if score is not None})
-        if trainer.logger:
+        board = board_of(trainer)
+        if board is not None:
             for number, plot in enumerate(plots):
-                tag = f"image_truth_prediction/{number}"
-                board_of(trainer).add_image(tag, plot, trainer.global_step)
+                board.add_image(f"image_truth_prediction/{number}", plot, trainer.global_step)
 
 
 def plot_first_images(

@@ -27,7 +27,7 @@ class ViewPairPlot(pl.Callback):
         self.every_n_epochs = every_n_epochs
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.logger and trainer.global_step == 0:
+        if trainer.global_step == 0 and board_of(trainer) is not None:
             data = data_of(trainer)
             self._plot(trainer, *data.pairs(data.first_images(NUM_PAIRS)))
 
@@ -36,7 +36,7 @@ class ViewPairPlot(pl.Callback):
     ) -> None:
         epoch = trainer.current_epoch
         is_due = batch_idx == 0 and epoch > 0 and epoch % self.every_n_epochs == 0
-        if trainer.logger and is_due:
+        if is_due and board_of(trainer) is not None:
             query, key = batch.views
             self._plot(trainer, query[:NUM_PAIRS], key[:NUM_PAIRS])
 

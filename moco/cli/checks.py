@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moco.cli.extensions import check_callbacks, check_loggers
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig, TrainerConfig
 from moco.errors import InputError
@@ -34,6 +35,8 @@ def check_run(config: TrainConfig | SegmentConfig) -> None:
         raise InputError(f"resume={config.resume}: no such file")
     if config.trainer.max_steps == 0:
         raise InputError("trainer.max_steps=0: expected -1 for no limit, or at least 1")
+    check_loggers(config.logger, vars(config.logger_options))
+    check_callbacks(config.callbacks)
 
 
 def check_pretraining(config: TrainConfig, folder: Path) -> None:

@@ -123,6 +123,9 @@ def build_trainer(
 ) -> "pl.Trainer":
     """Return Lightning's Trainer with the callbacks of every training around its own.
 
+    The user's callbacks come after those that measure, and before the checkpoints, which hold their
+    states.
+
     Args:
         run: the run.
         loss_monitor: reports the loss.
@@ -132,14 +135,16 @@ def build_trainer(
         checkpoints: further arguments of `Checkpoints`.
         environment: who started the processes.
         step: number of optimizer steps of the checkpoint that the run goes on from.
+
+    Raises:
+        InputError: a callback or logger of the user cannot be used.
     """
     from moco.callbacks.bad_steps import BadSteps
     from moco.callbacks.checkpoints import Checkpoints
     from moco.callbacks.progress import ProgressBar
+    from moco.cli.extensions import build_callbacks, build_loggers, logger_names
     from moco.runs.run_folder import last_good
     from moco.training import trainer
-    from moco.training.distributed.collectives import rank
-    from moco.training.logger import RunLogger, given_keys
 
     settings = run.plain["trainer"]
     score = scores[0][0]
@@ -150,17 +155,24 @@ def build_trainer(
             run.figures, settings["max_bad_steps"], settings["log_every_n_steps"], checkpoint_name
         ),
         *monitors,
-        *run.callbacks,
+        *build_callbacks(run.plain["callbacks"], run.callbacks),
         ProgressBar(run.figures, run.console, *scores),
         # Last, so that a checkpoint holds what the other callbacks have written into `figures`.
         Checkpoints(run.folder, run.plain, run.figures, run.stop, monitor=score, **checkpoints),
     ]
-    # A process that died without a checkpoint may have logged beyond the step from which this run
-    # goes on. TensorBoard hides what was logged at `purge_step` and later.
-    logger = RunLogger(run.folder, purge_step=0 if step is None else step + 1)
-    if rank() == 0:
-        logger.describe(run.plain, [score, "epoch/loss"], given_keys(run.folder), step or 0)
-    return trainer.build_trainer(settings, logger, callbacks, environment)
+    loggers = build_loggers(
+        logger_names(run.plain["logger"]),
+        run.plain["logger_options"],
+        run.folder,
+        run.plain,
+        [score, "epoch/loss"],
+        step,
+    )
+    if step is None:
+        for logger in run.loggers:
+            logger.log_hyperparams(run.plain)
+    loggers += run.loggers
+    return trainer.build_trainer(settings, run.folder, loggers, callbacks, environment)
 
 
 def fit(

@@ -33,6 +33,9 @@ SCHEMAS = {
     "pack": PackConfig,
     "export": ExportConfig,
 }
+OPEN = ("callbacks", "logger_options.mlflow", "logger_options.wandb")
+"""Groups whose keys are the user's: ``callbacks.ema.target=...`` needs no plus. What is in them is
+checked in `moco.cli.extensions`."""
 LIMITS = {
     "above": operator.gt,
     "at_least": operator.ge,
@@ -46,7 +49,12 @@ LIMITS = {
 def register_schemas() -> None:
     """Register the schemas with Hydra under the names that ``conf/*.yaml`` use."""
     for program, schema in SCHEMAS.items():
-        ConfigStore.instance().store(f"{program}_schema", schema)
+        node = OmegaConf.structured(schema)
+        for key in OPEN:
+            group = OmegaConf.select(node, key)
+            if group is not None:
+                OmegaConf.set_struct(group, False)
+        ConfigStore.instance().store(f"{program}_schema", node)
 
 
 def parse(composed: DictConfig, schema: type[T]) -> T:

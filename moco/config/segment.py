@@ -7,7 +7,7 @@ from omegaconf import MISSING
 
 from moco.config.pretrained import PretrainedBackboneConfig
 from moco.config.settings import setting
-from moco.config.train import SlurmConfig, TrainerConfig
+from moco.config.train import LoggerOptionsConfig, SlurmConfig, TrainerConfig
 
 
 @dataclass
@@ -110,6 +110,10 @@ class SegmentConfig:
     evaluation: SegmentEvaluationConfig = field(default_factory=SegmentEvaluationConfig)
     checkpoint_every_n_epochs: int = setting(1, at_least=1)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """As in moco.train, like the next two."""
+    logger: Any = field(default_factory=lambda: ["tensorboard", "csv"])
+    logger_options: LoggerOptionsConfig = field(default_factory=LoggerOptionsConfig)
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     resume: Optional[str] = "auto"
     """auto: resume from the run folder's last checkpoint if there is one. A path: resume from that

@@ -332,6 +332,16 @@ class SlurmConfig:
 
 
 @dataclass
+class LoggerOptionsConfig:
+    """Options of the loggers that have any."""
+
+    mlflow: dict[str, Any] = field(default_factory=dict)
+    """Of Lightning's MLFlowLogger, such as ``tracking_uri`` and ``experiment_name``."""
+    wandb: dict[str, Any] = field(default_factory=dict)
+    """Of Lightning's WandbLogger and of ``wandb.init``, such as ``project`` and ``mode``."""
+
+
+@dataclass
 class TrainConfig:
     """Everything that ``python -m moco.train`` can be told."""
 
@@ -345,6 +355,12 @@ class TrainConfig:
     monitor: ExtraMonitorsConfig = field(default_factory=ExtraMonitorsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """The user's callbacks, ``{name: {target: package.module:function, options: {}}}``. See
+    ``docs/loggers_and_callbacks.md``."""
+    logger: Any = field(default_factory=lambda: ["tensorboard", "csv"])
+    """A list of csv, mlflow, tensorboard, wandb. Null: none."""
+    logger_options: LoggerOptionsConfig = field(default_factory=LoggerOptionsConfig)
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     resume: Optional[str] = "auto"
     """auto: go on from the last checkpoint in the run folder, if there is one. A path: go on from

@@ -7,6 +7,7 @@ from typing import Any
 # compute, not what.
 FREE_KEYS = (
     "resume",
+    "logger",
     "trainer.accelerator",
     "trainer.benchmark",
     "trainer.compile",
@@ -38,7 +39,7 @@ FREE_KEYS = (
     "slurm.requeue",
     "slurm.signal",
 )
-FREE_GROUPS = ("monitor.",)  # these measurements do not change the training
+FREE_GROUPS = ("monitor.", "logger_options.")  # these do not change the training
 
 
 def completed(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

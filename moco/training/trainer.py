@@ -2,11 +2,13 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,7 +16,6 @@ from moco.runs.checkpoint_files import AtomicCheckpointIO
 from moco.training.distributed.collectives import world_size
 from moco.training.hardware import choose_device, choose_precision
 from moco.training.hardware_fit import HardwareFit
-from moco.training.logger import RunLogger
 
 OURS = ("compile", "cuda_graphs", "max_bad_steps", "memory_format", "timeout_minutes")
 """Fields of ``TrainerConfig`` that Lightning's Trainer does not have."""
@@ -22,15 +23,17 @@ OURS = ("compile", "cuda_graphs", "max_bad_steps", "memory_format", "timeout_min
 
 def build_trainer(
     settings: Mapping[str, Any],
-    logger: RunLogger,
+    folder: Path,
+    loggers: Sequence[Logger],
     callbacks: Sequence[pl.Callback],
     environment: ClusterEnvironment | None = None,
 ) -> pl.Trainer:
-    """Return Lightning's Trainer with our checkpoints and logger, in the current process group.
+    """Return Lightning's Trainer with our checkpoints, in the current process group.
 
     Args:
         settings: the fields of ``TrainerConfig``.
-        logger: of the run folder.
+        folder: the run folder.
+        loggers: all of them get every scalar.
         callbacks: in the order in which they are called.
         environment: who started the processes, see `environment_of`; None: this process is alone.
     """
@@ -49,9 +52,9 @@ def build_trainer(
     trainer = pl.Trainer(
         **options,
         callbacks=[fit, *callbacks],
-        logger=logger,
+        logger=list(loggers) or False,  # Lightning takes no list for its default logger
         plugins=[AtomicCheckpointIO(), environment or LightningEnvironment()],
-        default_root_dir=logger.save_dir,
+        default_root_dir=folder,
         use_distributed_sampler=False,  # EpochSampler gives each process its share
         num_sanity_val_steps=0,
         enable_progress_bar=False,

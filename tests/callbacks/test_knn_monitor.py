@@ -56,7 +56,7 @@ def test_fewer_than_five_neighbours_leave_top5_out_of_figures_and_tensorboard(ru
         def measure(self, trainer, pl_module, epoch):
             logger = SimpleNamespace(log_metrics=lambda figures, step: logged.append(figures))
             stand_in = SimpleNamespace(
-                logger=logger, global_step=trainer.global_step, datamodule=trainer.datamodule
+                loggers=[logger], global_step=trainer.global_step, datamodule=trainer.datamodule
             )
             super().measure(stand_in, pl_module, epoch)
 
@@ -105,7 +105,9 @@ def test_without_labels_it_says_once_that_there_is_no_knn(runner, image_tree, ca
 @pytest.mark.parametrize("every_n_epochs", [None, 1])
 def test_plots_go_to_tensorboard_at_the_end(tmp_path, every_n_epochs):
     logger = RunLogger(tmp_path)
-    trainer = SimpleNamespace(logger=logger, global_step=3, max_epochs=5, max_steps=-1)
+    trainer = SimpleNamespace(
+        logger=logger, loggers=[logger], global_step=3, max_epochs=5, max_steps=-1
+    )
     labels = np.arange(12) % 3
     images = [Image.new("L", (8, 8), 100)] * 12
     dataset = SimpleNamespace(images=images)

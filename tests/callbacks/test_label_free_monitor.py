@@ -10,6 +10,7 @@ from torch import nn
 
 from moco.callbacks.label_free_monitor import LabelFreeMonitor, untouched
 from moco.train import run
+from moco.training.logger import RunLogger
 
 
 def unit(*shape):
@@ -146,14 +147,19 @@ def test_figures_come_at_every_nth_step_and_are_finite(runner):
 
 
 @pytest.mark.parametrize(("bad_rows", "drawn"), [(1, {"positive": 7, "negative": 7 * 5}), (8, {})])
-def test_of_a_step_that_is_not_finite_only_what_is_finite_is_drawn(bad_rows, drawn):
+def test_of_a_step_that_is_not_finite_only_what_is_finite_is_drawn(
+    bad_rows, drawn, tmp_path, monkeypatch
+):
     query, histograms = unit(8, 4), {}
     query[:bad_rows] = math.nan
-    experiment = SimpleNamespace(
-        add_histogram=lambda name, values, step: histograms.update({name: values})
-    )
+    logger = RunLogger(tmp_path)
+
+    def add_histogram(name, values, step):
+        histograms[name] = values
+
+    monkeypatch.setattr(logger.experiment, "add_histogram", add_histogram)
     trainer = SimpleNamespace(
-        logger=SimpleNamespace(experiment=experiment, log_metrics=lambda figures, step: None),
+        loggers=[logger],
         global_step=1, num_training_batches=9, accumulate_grad_batches=1,
     )  # fmt: skip
     # Without gradients, as after a skipped step.

@@ -22,7 +22,6 @@ from moco.models.backbones import build_backbone
 from moco.training import hardware_fit
 from moco.training.hardware import choose_device, choose_memory_format, choose_precision
 from moco.training.hardware_fit import HardwareFit
-from moco.training.logger import RunLogger
 from moco.training.trainer import build_trainer
 from scripts.gpu_parts.waiting_operations import WAITING_OPERATIONS
 from tests.methods.test_moco import Losses
@@ -80,7 +79,7 @@ def test_apples_gpus_are_refused_in_one_line_and_never_chosen(monkeypatch, runne
         "pytorch_lightning.accelerators.mps.MPSAccelerator.is_available", lambda: True
     )
     settings = dataclasses.asdict(runner.config("trainer.accelerator=auto").trainer)
-    assert build_trainer(settings, RunLogger(tmp_path), []).strategy.root_device.type == "cpu"
+    assert build_trainer(settings, tmp_path, [], []).strategy.root_device.type == "cpu"
 
 
 def test_batches_are_pinned_for_cuda_alone(two_gpus):

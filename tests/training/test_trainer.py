@@ -2,13 +2,12 @@
 
 import dataclasses
 
-from moco.training.logger import RunLogger
 from moco.training.trainer import build_trainer
 
 
 def test_lightning_still_has_the_private_methods_that_are_replaced(runner, tmp_path):
     settings = dataclasses.asdict(runner.config("trainer.max_steps=3").trainer)
-    trainer = build_trainer(settings, RunLogger(tmp_path), [])
+    trainer = build_trainer(settings, tmp_path, [], [])
     fit_loop, epoch_loop = type(trainer.fit_loop), type(trainer.fit_loop.epoch_loop)
     # Lightning decides by this method whether max_steps makes an epoch unfinished.
     assert fit_loop._iteration_based_training(trainer.fit_loop) is True
