@@ -16,6 +16,9 @@ from typing import Any
 
 from moco.errors import InputError
 
+GIVEN = "given"
+"""The name, in a config, of what a program got as an object of Python."""
+
 
 def import_target(target: str, key: str) -> Callable[..., Any]:
     """Return the function or class that a target names.

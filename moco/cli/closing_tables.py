@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moco.cli.training_run import Run
+from moco.config.train import TrainConfig
 from moco.runs.run_folder import BACKBONE_FILE, LAST_CHECKPOINT, as_override
+from moco.targets import GIVEN
 from moco.training.stopwatches import epoch_time, in_words
 
 # The kNN figures of a pretraining, in the order of the table.
@@ -72,10 +74,20 @@ def print_pretraining(run: Run, num_unreadable: int) -> None:
     rows.append(("checkpoint", checkpoint))
     rows.append(("its backbone alone", os.path.relpath(run.folder / BACKBONE_FILE)))
     print_table(run.console, "Pretraining is done", rows)
-    command = f"python -m moco.evaluate {as_override('checkpoint', checkpoint)}"
-    if run.config.backbone.name == "custom":
-        command += " " + as_override("backbone.target", run.config.backbone.target)
-    print_plain(run.console, f"next: {command}")
+    print_plain(run.console, f"next: {next_step(run.config, checkpoint)}")
+
+
+def next_step(config: TrainConfig, checkpoint: str) -> str:
+    """Return what to type after a pretraining: a command, or Python if it had objects of Python."""
+    if config.backbone.name == GIVEN:
+        return f"moco.load_encoder({checkpoint!r}, backbone=module)"
+    if config.data.name == GIVEN:
+        return f"moco.load_encoder({checkpoint!r})"
+    command = ["python -m moco.evaluate", as_override("checkpoint", checkpoint)]
+    for group, settings in (("backbone", config.backbone), ("data", config.data)):
+        if settings.name == "custom":
+            command.append(as_override(f"{group}.target", str(settings.target)))
+    return " ".join(command)
 
 
 def knn_protocol(figures: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from moco.cli.run_names import register_resolvers
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig
 from moco.errors import InputError
+from moco.targets import GIVEN
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -93,7 +94,7 @@ def pretrain(
 
     from moco.cli.build_pretraining import build_data
     from moco.cli.checks import check_pretraining
-    from moco.cli.pretraining import GIVEN, Given, fill_in_image_size, given_backbone, train
+    from moco.cli.pretraining import Given, fill_in_image_size, given_backbone, train
     from moco.cli.training_run import Run
     from moco.data.sources.own_dataset import dataset_source
     from moco.runs.interrupts import StopRequest

@@ -14,6 +14,7 @@ from moco.cli.build_pretraining import build_data, build_dense_set, build_method
 from moco.cli.log_setup import set_up_logging
 from moco.cli.training_run import Run, fit, take_folder
 from moco.config.train import BackboneConfig, TrainConfig
+from moco.targets import GIVEN
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -28,9 +29,6 @@ log = logging.getLogger("moco.train")
 
 # The settings of the method that decide the shapes of a checkpoint's tensors.
 METHOD_SHAPES = ("projector", "predictor", "embedding_dim", "queue_size", "num_queues")
-
-GIVEN = "given"
-"""The name, in a checkpoint, of what was given as an object."""
 
 
 @dataclass

@@ -29,7 +29,7 @@ from moco.methods.blocked_loss import efficient_info_nce
 from moco.methods.key_queue import KeyQueue
 from moco.methods.losses import in_batch_info_nce, matched_cells, most_similar_cells
 from moco.methods.momentum import key_momentum_at, update_key_encoder
-from moco.models.backbones import CHECKED_SIZE, GIVEN, build_backbone
+from moco.models.backbones import CHECKED_SIZE, build_backbone
 from moco.models.contract import check_contract, check_feature_maps
 from moco.models.encoder import (
     Encoded,
@@ -39,6 +39,7 @@ from moco.models.encoder import (
     per_view,
 )
 from moco.models.heads import DenseProjector, build_head
+from moco.targets import GIVEN
 from moco.training.distributed.collectives import Shuffle, all_gather, rank
 from moco.training.optimizers import build_optimizer
 from moco.training.schedules import learning_rate_at

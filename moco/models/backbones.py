@@ -14,7 +14,7 @@ from moco.models.resnet import ResNet
 from moco.models.swin.backbone import Swin
 from moco.models.timm_backbone import TimmBackbone
 from moco.models.vit import VisionTransformer
-from moco.targets import call_target, check_options
+from moco.targets import GIVEN, call_target, check_options
 
 # Channels of the first stage, blocks of each stage, attention heads of each stage.
 SWIN_TINY = (32, (2, 2, 2, 2), (1, 2, 4, 8))
@@ -68,8 +68,6 @@ OPEN_BACKBONES: dict[str, Callable[..., nn.Module]] = {
 }
 # Added by `register_backbone`.
 REGISTERED: dict[str, Callable[..., nn.Module]] = {}
-GIVEN = "given"
-"""The name, in a checkpoint, of a backbone that was given as a module."""
 CHECKED_SIZE = 64
 """Side of the images on which a backbone of the user's is checked, px, if no size is given."""
 

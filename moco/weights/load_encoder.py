@@ -9,12 +9,12 @@ from torch import nn
 
 from moco.errors import InputError
 from moco.methods.moco import MoCo
-from moco.models.backbones import GIVEN, build_backbone
+from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, is_channels_last
 from moco.models.heads import build_head
 from moco.models.swin.backbone import Swin
 from moco.models.swin.window_change import rewindow, suggest_window
-from moco.targets import check_named
+from moco.targets import GIVEN, check_named
 from moco.weights.architecture import (
     build_outline,
     complete_settings,

@@ -19,7 +19,7 @@ from moco.data.sources.packed_copy import packed_source
 from moco.data.sources.shards import sharded_source
 from moco.data.sources.source import DataSource
 from moco.errors import InputError, unknown_name
-from moco.targets import check_options, import_target
+from moco.targets import GIVEN, check_options, import_target
 
 SOURCES = (
     "custom",
@@ -35,8 +35,6 @@ SOURCES = (
 )
 # moco.segmentation builds these, which have a mask for each image.
 MASKED = ("segmentation_folder", "voc2012")
-GIVEN = "given"
-"""The name, in a checkpoint, of a dataset that was given as an object."""
 # Added by `register_source`.
 REGISTERED: dict[str, Callable[..., Any]] = {}
 
