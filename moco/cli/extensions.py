@@ -72,19 +72,24 @@ def options_of(given: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def build_callbacks(
-    callbacks: Mapping[str, Any], objects: "Sequence[pl.Callback]" = ()
+    callbacks: Mapping[str, Any],
+    objects: "Sequence[pl.Callback]" = (),
+    ours: "Sequence[pl.Callback]" = (),
 ) -> "list[pl.Callback]":
     """Return the user's callbacks.
 
     Args:
         callbacks: those of the config, see `check_callbacks`.
         objects: those that were given as objects. They come last.
+        ours: those that the run has anyway.
 
     Raises:
         InputError: a target returns something else; or two callbacks that have a state would have
             the same name in a checkpoint.
     """
-    named = {}
+    named: dict[str, pl.Callback] = {}
+    for callback in ours:
+        named[f"moco's own {type(callback).__name__}"] = callback
     for name, given in callbacks.items():
         if given is not None:
             key = f"callbacks.{name}"
@@ -94,7 +99,7 @@ def build_callbacks(
     for number, callback in enumerate(objects):
         named[f"callbacks[{number}]"] = callback
     check_state_keys(named)
-    return list(named.values())
+    return list(named.values())[len(ours) :]
 
 
 def check_state_keys(named: "Mapping[str, pl.Callback]") -> None:

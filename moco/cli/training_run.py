@@ -149,13 +149,16 @@ def build_trainer(
     settings = run.plain["trainer"]
     score = scores[0][0]
     checkpoint_name = partial(last_good, run.folder)
-    callbacks = [
+    ours = [
         loss_monitor,
         BadSteps(
             run.figures, settings["max_bad_steps"], settings["log_every_n_steps"], checkpoint_name
         ),
         *monitors,
-        *build_callbacks(run.plain["callbacks"], run.callbacks),
+    ]
+    callbacks = [
+        *ours,
+        *build_callbacks(run.plain["callbacks"], run.callbacks, ours),
         ProgressBar(run.figures, run.console, *scores),
         # Last, so that a checkpoint holds what the other callbacks have written into `figures`.
         Checkpoints(run.folder, run.plain, run.figures, run.stop, monitor=score, **checkpoints),

@@ -100,6 +100,9 @@ def test_what_a_target_returns_is_a_callback_with_a_state_key_of_its_own(my_call
         build_callbacks({"a": {"target": "my_callbacks:wrong"}})
     with pytest.raises(InputError, match=r"callbacks.b: callbacks.a has the state_key 'Counter'"):
         build_callbacks({"a": COUNTER, "b": COUNTER})
+    (mine,) = build_callbacks({"a": COUNTER})
+    with pytest.raises(InputError, match="moco's own Counter has the state_key"):
+        build_callbacks({"a": COUNTER}, ours=[mine])
     stateless = {"target": "my_callbacks:Stateless"}
     assert len(build_callbacks({"a": stateless, "b": stateless, "c": None}, [pl.Callback()])) == 3
 
