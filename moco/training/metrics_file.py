@@ -66,8 +66,8 @@ class MetricsTable:
     """A CSV file with one row per step and one column per figure.
 
     Rows are written in blocks. The last row stays in memory as well, because later figures may
-    belong to the same step; the next block then replaces it. A new column means that the whole file
-    is written anew, and it replaces the old one at once.
+    belong to the same step; the next block then replaces it. A new column, or a figure of an
+    earlier step, means that the whole file is written anew, and it replaces the old one at once.
 
     Args:
         path: the file.
@@ -82,6 +82,8 @@ class MetricsTable:
         self.has_changed = False
         self.end = 0
         """Where the last row begins in the file, bytes."""
+        self.last_step = -1
+        """The step of the last row in the file."""
         self.saved_at = time.monotonic()
         rows = []
         if last_step is not None and path.is_file():
@@ -105,11 +107,12 @@ class MetricsTable:
         self.has_changed = False
         rows = [self.unsaved[step] for step in sorted(self.unsaved)]
         new_columns = [name for row in rows for name in row if name not in self.columns]
-        if new_columns:
+        # Lightning gives the figures of `self.log` to the step before, whose row may be in the file
+        # already.
+        is_late = rows[0][STEP] < self.last_step
+        if new_columns or is_late:
             self.columns += dict.fromkeys(new_columns)
-            with self.path.open("rb") as file:
-                kept = file.read(self.end).decode()
-            self._write_all([*csv.DictReader(io.StringIO(kept)), *rows])
+            self._write_all(self._merged(rows))
             return
         *complete, last = rows
         before, after = self._text(complete), self._text([last])
@@ -118,6 +121,16 @@ class MetricsTable:
             file.write(before + after)
             file.truncate()
         self._keep(last, self.end + len(before))
+
+    def _merged(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the file's rows together with `rows`, one for each step."""
+        with self.path.open("rb") as file:
+            complete = file.read(self.end).decode()
+        by_step: dict[int, dict[str, Any]] = {}
+        for row in [*csv.DictReader(io.StringIO(complete)), *rows]:
+            step = int(row[STEP])
+            by_step[step] = {**by_step.get(step, {}), **row, STEP: step}
+        return [by_step[step] for step in sorted(by_step)]
 
     def _read(self, last_step: int) -> list[dict[str, Any]]:
         """Return the rows up to a step. What a crash has left half-written is dropped."""
@@ -152,4 +165,5 @@ class MetricsTable:
         self.end = end
         self.unsaved = {}
         if last is not None:
-            self.unsaved[int(last[STEP])] = last
+            self.last_step = last[STEP]
+            self.unsaved[self.last_step] = last
