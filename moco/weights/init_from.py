@@ -31,7 +31,7 @@ def start_from(method: MoCo, path: str) -> None:
     """
     source = f"init_from={path}"
     with source_in_errors(source):
-        file = read_weight_file(path, source)
+        file = read_weight_file(path, source, method.query_encoder.backbone)
         weights = with_our_backbones(file, method)
         check_backbone(file, weights, method)
 

@@ -1,5 +1,6 @@
 """Load an encoder from any file of weights, for the programs that begin with one."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from moco.models.swin.window_change import rewindow, suggest_window
 from moco.targets import check_named
 from moco.weights.architecture import (
     build_outline,
+    cached_outline,
     complete_settings,
     described,
     load_fitting,
@@ -123,7 +125,7 @@ def load_pretrained(
     """
     source = f"checkpoint={path}"
     with source_in_errors(source):
-        file = read_weight_file(path, source)
+        file = read_weight_file(path, source, timm_outline(given))
         if feature is None:
             feature = usual_feature(file)
         if file.settings is None:
@@ -149,6 +151,17 @@ def load_pretrained(
         feature=feature,
         window_size=window_size,
     )
+
+
+def timm_outline(given: dict[str, Any]) -> Any:
+    """Return the network of timm that the user asked for, without memory, or None.
+
+    Raises:
+        InputError: timm has no such network or option, or is missing.
+    """
+    if str(given.get("name")).partition(":")[0] != "timm":
+        return None
+    return cached_outline(json.dumps(given | {"pretrained": False}))
 
 
 def usual_feature(file: WeightFile) -> str:
