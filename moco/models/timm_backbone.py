@@ -17,6 +17,14 @@ ANY_IMAGE_SIZE: tuple[dict[str, Any], ...] = (
     {"strict_img_size": False},
     {},
 )
+# With these, timm reads files or downloads weights, which a checkpoint must not make it do.
+READS_FILES = (
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+)
 
 
 class TimmBackbone(Backbone, nn.Module):
@@ -49,6 +57,12 @@ class TimmBackbone(Backbone, nn.Module):
         super().__init__()
         check_model(model)
         given = dict(options or {})
+        for option in READS_FILES:
+            if option in given:
+                raise InputError(
+                    f"backbone.options.{option}: timm would read a file; for weights of a file "
+                    "give init_from=PATH, for timm's own give backbone.pretrained=true"
+                )
         if in_channels != 3:
             given["in_chans"] = in_channels
         self.model = model

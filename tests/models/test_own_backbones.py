@@ -1,7 +1,9 @@
 """Backbones of timm and of the user: they keep the contract, train, and come back from files."""
 
 import copy
+import dataclasses
 import importlib
+import re
 import sys
 from types import SimpleNamespace
 
@@ -13,12 +15,15 @@ from torch import nn
 import moco
 from moco.cli.run_names import register_resolvers
 from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schemas
+from moco.config.pretrained import data_settings
 from moco.errors import InputError
 from moco.methods.moco import MoCo
 from moco.models.backbones import REGISTERED, build_backbone
 from moco.models.encoder import disable_stochastic_depth
 from moco.models.timm_backbone import TimmBackbone
+from moco.weights.backbone_files import write_backbone_file
 from moco.weights.exporting import export_content, loading_lines
+from moco.weights.init_from import start_from
 from tests.conftest import REPOSITORY
 from tests.weights.test_export import write_checkpoint
 
@@ -177,6 +182,10 @@ def test_the_key_encoder_of_a_network_of_timm_drops_no_path():
             {"name": "timm:resnet18", "options": {"no_such": 1}},
             "backbone.options: timm's resnet18 refuses them",
         ),
+        (
+            {"name": "timm:resnet18", "options": {"checkpoint_path": "x"}},
+            "backbone.options.checkpoint_path: timm would read a file",
+        ),
         ({"name": "custom"}, "backbone.target: missing; backbone=custom needs it"),
         (
             {"name": "custom", "target": "my_nets:Net", "options": {"widht": 1}},
@@ -282,6 +291,105 @@ def test_a_target_in_a_file_runs_nothing(program, overrides, runner, tmp_path):
         importlib.import_module(f"moco.{program}").run(config, tmp_path / "folder")
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("kind", ["backbone.pth", "init_from"])
+def test_a_backbone_file_and_init_from_import_nothing(kind, runner, tmp_path):
+    config = runner.config()
+    method = runner.method(config)
+    path = tmp_path / "backbone.pth"
+    figures = {"epoch": 1, "step": 1}
+    write_backbone_file(path, method, dataclasses.asdict(config), figures)
+    content = torch.load(path, weights_only=True)
+    command = f"touch {tmp_path}/run"
+    content["backbone"] = {"name": "custom", "target": "os:system", "options": {"command": command}}
+    torch.save(content, path)
+    if kind == "init_from":
+        start_from(method, str(path))  # which takes tensors alone
+    else:
+        with pytest.raises(InputError, match="imported only if you name it, too"):
+            moco.load_encoder(path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trusted_function_that_makes_no_backbone_runs_and_is_refused(runner, tmp_path):
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(runner, path)
+    checkpoint = torch.load(path, weights_only=True)
+    command = f"touch {tmp_path}/run"
+    checkpoint["hyper_parameters"]["backbone"] = {
+        "name": "custom", "target": "os:system", "options": {"command": command},
+    }  # fmt: skip
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match=r"os:system: expected a torch\.nn\.Module, got int"):
+        moco.load_encoder(path, trust_targets=True)
+    assert (tmp_path / "run").exists()
+
+
+def test_a_function_in_a_checkpoint_makes_images_only_if_the_user_allows_it():
+    config = composed("embed", "checkpoint=x.ckpt", "output=x.npz")
+    of_run = {"name": "custom", "target": "my_data:build", "options": {"num": 4}, "root": None}
+    with pytest.raises(InputError, match=r"^checkpoint=x\.ckpt: .*data\.target=my_data:build, or "):
+        data_settings(config, of_run)
+    config.trust_targets = True
+    data = data_settings(config, of_run)
+    assert (data["target"], data["options"]) == ("my_data:build", {"num": 4})
+
+
+@pytest.mark.parametrize("form", ["timm", "classifier", "safetensors", "wrapped"])
+def test_a_file_of_timm_gives_timms_features(form, runner, tmp_path):
+    check_file_of_timm("convnext_atto", 32, form, runner, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", FAMILIES)
+def test_a_file_of_timm_gives_timms_features_in_all_families(model, runner, tmp_path):
+    check_file_of_timm(model, FAMILIES[model], "classifier", runner, tmp_path)
+
+
+def check_file_of_timm(model, size, form, runner, tmp_path):
+    """Load a file of timm by both keys, and compare the features with timm's."""
+    settings = {"name": "timm", "model": model, "image_size": size}
+    options = {"img_size": size} if needs(model) else {}
+    num_classes = 0 if form == "timm" else 5
+    torch.manual_seed(1)
+    net = timm.create_model(model, num_classes=num_classes, **options).eval()
+    path = tmp_path / "net.pth"
+    if form == "safetensors":
+        safetensors_torch = pytest.importorskip("safetensors.torch")
+        safetensors_torch.save_file(net.state_dict(), path)
+    elif form == "wrapped":
+        weights = {f"module.{name}": tensor for name, tensor in net.state_dict().items()}
+        torch.save({"epoch": 3, "state_dict": weights, "arch": model}, path)
+    else:
+        torch.save(net.state_dict(), path)
+
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = net.forward_head(net.forward_features(images), pre_logits=True)
+        encoder = moco.load_encoder(path, **settings)
+        torch.testing.assert_close(encoder.encode(images), expected, atol=1e-6, rtol=1e-6)
+        method = MoCo(settings, queue_size=8).eval()
+        start_from(method, str(path))
+        for encoder in (method.query_encoder, method.key_encoder):
+            feature = encoder.backbone(images)
+            torch.testing.assert_close(feature, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stem.0.weight": None}, r"stem\.0\.weight \(.*\) is missing$"),
+        ({"stem.9.weight": torch.ones(2)}, r"stem\.9\.weight \(2,\) has no counterpart$"),
+    ],
+)
+def test_a_file_of_timm_that_does_not_fit_is_one_line(change, message, tmp_path):
+    path = tmp_path / "net.pth"
+    weights = timm.create_model("convnext_atto").state_dict() | change
+    torch.save({name: tensor for name, tensor in weights.items() if tensor is not None}, path)
+    start = f"checkpoint={path}: its weights do not fit backbone=timm: net."
+    with pytest.raises(InputError, match=f"^{re.escape(start)}{message}"):
+        moco.load_encoder(path, name="timm", model="convnext_atto")
 
 
 def test_a_module_comes_back_into_a_module_or_from_a_function(my_nets, tmp_path):
