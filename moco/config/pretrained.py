@@ -144,14 +144,9 @@ class EvaluateConfig:
     """Where the figures are written as JSON. Null: metrics.json in the run folder."""
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
     trust_targets: bool = False
-<<<<<<< Updated upstream
     """Import the functions that the checkpoint names, backbone.target and data.target, without
     naming them on the command line. They run when they are imported. Only for files that you
     trust."""
-=======
-    """Import the functions that the checkpoint names, such as backbone.target, without naming them
-    on the command line, and call them. Only for files that you trust."""
->>>>>>> Stashed changes
     augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
 
 
@@ -285,20 +280,12 @@ def data_settings(config: Any, run_data: dict[str, Any]) -> dict[str, Any]:
     if config.data.name is not None or config.data.target not in (None, target):
         # These are of the run's own dataset.
         run_data = run_data | {"root": None, "target": None, "options": None}
-<<<<<<< Updated upstream
     else:
         given, trusted = config.data.target, config.trust_targets
         try:
             check_named(target, given, "data.target", trust_targets=trusted)
         except InputError as error:
             raise InputError(f"checkpoint={config.checkpoint}: {error}") from None
-=======
-    elif target is not None and config.data.target is None:
-        try:
-            check_named(target, None, "data.target", trust_targets=config.trust_targets)
-        except InputError as error:
-            raise InputError(f"checkpoint={config.checkpoint}: {error}") from error
->>>>>>> Stashed changes
     data = with_defaults(config.data, run_data)
     if data["name"] is None:
         raise InputError(f"data: missing; {config.checkpoint} does not say it, give data=NAME")
