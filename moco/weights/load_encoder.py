@@ -1,5 +1,6 @@
 """Load an encoder from any file of weights, for the programs that begin with one."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from moco.models.swin.window_change import rewindow, suggest_window
 from moco.targets import check_named
 from moco.weights.architecture import (
     build_outline,
+    cached_outline,
     complete_settings,
     described,
     load_fitting,
@@ -159,7 +161,7 @@ def timm_outline(given: dict[str, Any]) -> Any:
     """
     if str(given.get("name")).partition(":")[0] != "timm":
         return None
-    return build_outline(given)
+    return cached_outline(json.dumps(given | {"pretrained": False}))
 
 
 def usual_feature(file: WeightFile) -> str:
