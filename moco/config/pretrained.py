@@ -191,8 +191,7 @@ class ExportConfig:
     encoder: str = setting("query", choices=("key", "query"))
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
     trust_targets: bool = False
-    """Import the functions that the checkpoint names, such as backbone.target, without naming them
-    on the command line. They run when they are imported. Only for files that you trust."""
+    """As in `EvaluateConfig`."""
     image_size: Optional[int] = setting(None, at_least=4)
     """Side of the images that the weights will see, px. Null: the checkpoint's, in proportion to a
     new window."""

@@ -91,10 +91,9 @@ class SegmentConfig:
     """As in moco.evaluate. Null: train from scratch, with backbone=NAME."""
     encoder: str = setting("query", choices=("key", "query"))
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
-    trust_targets: bool = False
-    """Import the functions that the checkpoint names, such as backbone.target, without naming them
-    on the command line. They run when they are imported. Only for files that you trust."""
     """A patch projection that was frozen in pretraining is trained, unless frozen here too."""
+    trust_targets: bool = False
+    """As in moco.evaluate."""
     freeze_backbone: bool = False
     """Train the decoder alone. With the linear decoder this measures the backbone."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)

@@ -61,10 +61,11 @@ def custom_backbone(
     return call_target(target, options, "backbone")
 
 
+CUSTOM = "custom"
 # These need other settings to say which network they are.
 OPEN_BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "timm": TimmBackbone,
-    "custom": custom_backbone,
+    CUSTOM: custom_backbone,
 }
 # Added by `register_backbone`.
 REGISTERED: dict[str, Callable[..., nn.Module]] = {}
@@ -159,7 +160,7 @@ def build_backbone(name: str, **settings: Any) -> Any:
                 f"backbone.{key}={value}: {name} has no such setting (it has {', '.join(known)})"
             )
         given[key] = value
-    for key, missing in (("model", "timm"), ("target", "custom")):
+    for key, missing in (("model", "timm"), ("target", CUSTOM)):
         if name == missing and key not in given:
             raise InputError(f"backbone.{key}: missing; backbone={name} needs it")
     if not isinstance(given.get("options", {}), dict):

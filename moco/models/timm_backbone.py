@@ -17,6 +17,14 @@ ANY_IMAGE_SIZE: tuple[dict[str, Any], ...] = (
     {"strict_img_size": False},
     {},
 )
+# With these, timm reads files or downloads weights, which a checkpoint must not make it do.
+READS_FILES = (
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+)
 
 
 class TimmBackbone(Backbone, nn.Module):
@@ -49,16 +57,28 @@ class TimmBackbone(Backbone, nn.Module):
         super().__init__()
         check_model(model)
         given = dict(options or {})
+        for option in READS_FILES:
+            if option in given:
+                raise InputError(
+                    f"backbone.options.{option}: timm would read a file; for weights of a file "
+                    "give init_from=PATH, for timm's own give backbone.pretrained=true"
+                )
         if in_channels != 3:
             given["in_chans"] = in_channels
         self.model = model
         self.arguments = accepted_arguments(model, given, image_size)
         """Of ``timm.create_model``, beside the model and its weights."""
-        self.net: Any = timm_network(model, pretrained=pretrained, **self.arguments)
+        self.net: Any = timm_network(model, 0, pretrained=pretrained, **self.arguments)
         self.feature_dim = int(self.net.head_hidden_size)
         self.map_indices, self.feature_map_dims, self.feature_map_strides = chosen_maps(
             self.net.feature_info
         )
+
+    def classifier_names(self) -> list[str]:
+        """Return the names of the tensors that timm's network has with a classifier alone."""
+        with torch.device("meta"):
+            with_classifier = timm_network(self.model, 1, **self.arguments)
+        return sorted(with_classifier.state_dict().keys() - self.net.state_dict().keys())
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the feature (N, D) of images (N, B, H, W)."""
@@ -82,12 +102,12 @@ def check_model(model: str) -> None:
         raise InputError(f"backbone.model={model}: timm has no such network{hint}")
 
 
-def timm_network(model: str, **arguments: Any) -> Any:
-    """Return timm's network without its classifier."""
+def timm_network(model: str, num_classes: int, **arguments: Any) -> Any:
+    """Return timm's network; it has no classifier if there are no classes."""
     import timm
 
     create: Any = timm.create_model
-    return create(model, num_classes=0, **arguments)
+    return create(model, num_classes=num_classes, **arguments)
 
 
 def accepted_arguments(
@@ -105,7 +125,7 @@ def accepted_arguments(
             arguments = {**size, **any_size, **given}
             try:
                 with torch.device("meta"):  # takes no memory and nearly no time
-                    timm_network(model, **arguments)
+                    timm_network(model, 0, **arguments)
             except TypeError as error:
                 refused = str(error)
             else:

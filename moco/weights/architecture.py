@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 from moco.errors import InputError
-from moco.models.backbones import BACKBONES, build_backbone, settings_of_backbone
+from moco.models.backbones import (
+    BACKBONES,
+    CUSTOM,
+    GIVEN,
+    build_backbone,
+    settings_of_backbone,
+)
 from moco.models.swin.backbone import Swin, one_or_each
 from moco.models.vit import learned_grid_side
 from moco.weights.library_names import (
@@ -86,11 +92,18 @@ def fitting_backbones(weights: Weights) -> list[str]:
 
 
 def build_outline(settings: dict[str, Any]) -> Any:
-    """Return a backbone without memory for its tensors.
+    """Return a backbone without memory for its tensors; nothing is downloaded or imported.
+
+    The settings may be of a file that nobody trusts, so a custom backbone and one that was given as
+    a module are None.
 
     Raises:
         InputError: there is no backbone with these settings.
     """
+    if settings.get("name") in (CUSTOM, GIVEN):
+        return None
+    if settings.get("pretrained"):
+        settings = settings | {"pretrained": False}
     try:
         # As text, because a cache takes no lists as arguments.
         return cached_outline(json.dumps(settings))

@@ -31,7 +31,7 @@ def start_from(method: MoCo, path: str) -> None:
     """
     source = f"init_from={path}"
     with source_in_errors(source):
-        file = read_weight_file(path, source)
+        file = read_weight_file(path, source, method.query_encoder.backbone)
         weights = with_our_backbones(file, method)
         check_backbone(file, weights, method)
 
@@ -101,6 +101,8 @@ def check_backbone(file: WeightFile, weights: Weights, method: MoCo) -> None:
         return
     # These settings change the features, and the shapes of the tensors do not show them.
     outline = build_outline(file.settings)
+    if outline is None:
+        return
     for key in ("pretrained_window_size", "num_heads"):
         there = getattr(outline, key, None)
         here = getattr(backbone, key, None)

@@ -24,6 +24,7 @@ from moco.models.size_constants import Size
 from moco.models.swin.attention import WindowAttention, WindowAttentionV2
 from moco.models.swin.backbone import Swin, clipped_windows, one_or_each
 from moco.models.swin.windows import log_coordinates, relative_positions
+from moco.models.timm_backbone import TimmBackbone
 from moco.models.vit import VisionTransformer, learned_grid_side, resized_positions
 
 Weights = dict[str, Tensor]
@@ -238,6 +239,8 @@ def to_our_names(weights: Weights, backbone: nn.Module) -> Weights:
         InputError: the weights were pretrained with another window, or with other positions, than
             the backbone has.
     """
+    if isinstance(backbone, TimmBackbone):
+        return in_timm_backbone(weights, backbone)
     weights = merging_after_its_stage(from_sequential(weights))
     check_coordinates(weights, backbone)
     # torchvision's names are ours. Fixed positions of a ViT are in timm's weights alone.
@@ -262,6 +265,23 @@ def to_our_names(weights: Weights, backbone: nn.Module) -> Weights:
         if name.endswith("num_batches_tracked") and name not in ours:
             ours[name] = torch.zeros_like(tensor, device="cpu")
     return with_fitting_positions(ours, backbone)
+
+
+def in_timm_backbone(weights: Weights, backbone: TimmBackbone) -> Weights:
+    """Return the state dict that a network of timm loads as a backbone, from timm's own names.
+
+    Raises:
+        InputError: positions alone differ in shape, so the weights are for another image size.
+    """
+    own = backbone.net.state_dict()
+    others = [name for name in weights if name in own and weights[name].shape != own[name].shape]
+    if others and weights.keys() == own.keys() and all("pos" in name for name in others):
+        raise InputError(
+            f"its weights are for images of another size: {others[0]} is "
+            f"{tuple(weights[others[0]].shape)} and should be {tuple(own[others[0]].shape)}; give "
+            "their size, px, as backbone.image_size"
+        )
+    return {f"net.{name}": tensor for name, tensor in weights.items()}
 
 
 def from_sequential(weights: Weights) -> Weights:

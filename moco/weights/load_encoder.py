@@ -1,5 +1,6 @@
 """Load an encoder from any file of weights, for the programs that begin with one."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from torch import nn
 
 from moco.errors import InputError
 from moco.methods.moco import MoCo
-from moco.models.backbones import build_backbone
+from moco.models.backbones import CUSTOM, build_backbone
 from moco.models.encoder import Encoder, is_channels_last
 from moco.models.heads import build_head
 from moco.models.swin.backbone import Swin
@@ -17,6 +18,7 @@ from moco.models.swin.window_change import rewindow, suggest_window
 from moco.targets import GIVEN, check_named
 from moco.weights.architecture import (
     build_outline,
+    cached_outline,
     complete_settings,
     described,
     load_fitting,
@@ -123,7 +125,7 @@ def load_pretrained(
     """
     source = f"checkpoint={path}"
     with source_in_errors(source):
-        file = read_weight_file(path, source)
+        file = read_weight_file(path, source, timm_outline(given))
         if feature is None:
             feature = usual_feature(file)
         if file.settings is None:
@@ -149,6 +151,17 @@ def load_pretrained(
         feature=feature,
         window_size=window_size,
     )
+
+
+def timm_outline(given: dict[str, Any]) -> Any:
+    """Return the network of timm that the user asked for, without memory, or None.
+
+    Raises:
+        InputError: timm has no such network or option, or is missing.
+    """
+    if str(given.get("name")).partition(":")[0] != "timm":
+        return None
+    return cached_outline(json.dumps(given | {"pretrained": False}))
 
 
 def usual_feature(file: WeightFile) -> str:
@@ -204,10 +217,12 @@ def load_ours(
     """
     assert file.settings is not None
     there = file.settings
-    if there["name"] == GIVEN and "target" in given:
-        there = {}  # the user says which function makes such a module
+    if there.get("pretrained"):
+        there = there | {"pretrained": False}  # the weights are in the file
+    if there.get("name") == GIVEN and "target" in given:
+        there = {"name": CUSTOM}  # the user says which function makes such a module
     elif module is None:
-        if there["name"] != GIVEN:
+        if there.get("name") != GIVEN:
             target, named = there.get("target"), given.get("target")
             check_named(target, named, "backbone.target", trust_targets=trust_targets)
         check_architecture(there, given)

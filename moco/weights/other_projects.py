@@ -66,6 +66,8 @@ SOLO_LEARN = "solo-learn"
 BACKBONE_ALONE = "backbone alone"
 OFFICIAL_QUEUE = {r"queue$": "queue.keys", r"queue_ptr$": "queue.pointer"}
 WHOLE_NAME = {"": BACKBONE}
+# Of any network of timm that the user names: its own names.
+TIMM = Layout("timm", (), WHOLE_NAME)
 # The first layout that fits counts, so the more specific ones come first.
 LAYOUTS = (
     # Part 0 of an encoder is the backbone, part 1 the neck. mmselfsup calls the query encoder's

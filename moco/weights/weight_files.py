@@ -1,8 +1,9 @@
 """Read any file of weights, whoever wrote it, to a state dict under our names.
 
 A file of another project is recognised by the names of its tensors alone, see
-`moco.weights.other_projects`. Tensors of a backbone keep the names of their library until there is
-a backbone to compare them with, see `moco.weights.library_names.to_our_names`.
+`moco.weights.other_projects`, or by those of timm's network that the user names. Tensors of a
+backbone keep the names of their library until there is a backbone to compare them with, see
+`moco.weights.library_names.to_our_names`.
 """
 
 import logging
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moco.errors import InputError
+from moco.models.timm_backbone import TimmBackbone
 from moco.runs.checkpoint_files import (
     CHECKPOINT_PARTS,
     check_parts,
@@ -33,6 +35,7 @@ from moco.weights.other_projects import (
     LAYOUTS,
     METHOD_PARTS,
     QUEUES,
+    TIMM,
     Layout,
 )
 
@@ -82,11 +85,12 @@ class WeightFile(NamedTuple):
     encoder: str | None = None
 
 
-def read_weight_file(path: str, source: str) -> WeightFile:
+def read_weight_file(path: str, source: str, backbone: nn.Module | None = None) -> WeightFile:
     """Return what a file of weights holds.
 
     Args:
         source: the key and the path that errors begin with.
+        backbone: the one that the user asked for, if any; see `recognise`.
 
     Raises:
         InputError: the file cannot be read, or its format is unknown.
@@ -99,7 +103,7 @@ def read_weight_file(path: str, source: str) -> WeightFile:
     if content.keys() >= BACKBONE_PARTS.keys():
         return from_backbone_file(content, source)
     # Everything else is another project's.
-    file = recognise(tensors_in(content))
+    file = recognise(tensors_in(content), backbone)
     if isinstance(content.get("epoch"), int):
         file = file._replace(epoch=content["epoch"])
     return file
@@ -202,17 +206,27 @@ def tensors_in(content: dict[str, Any]) -> Weights:
     return weights
 
 
-def recognise(weights: Weights) -> WeightFile:
+def recognise(weights: Weights, backbone: nn.Module | None = None) -> WeightFile:
     """Return whose weights these are, and the tensors under our names.
+
+    Args:
+        backbone: the one that the user asked for. A network of timm tells the names of its tensors
+            and of its classifier.
 
     Raises:
         InputError: no known project names its tensors like this.
     """
-    layout = layout_of(weights)
+    if isinstance(backbone, TimmBackbone):
+        timms_names = set(backbone.net.state_dict())
+        classifier = tuple(backbone.classifier_names())
+    else:
+        timms_names = set()
+        classifier = CLASSIFIERS
+    layout = TIMM if weights.keys() & timms_names else layout_of(weights)
     ours: Weights = {}
     ignored = []
     for name, tensor in weights.items():
-        our_name = renamed(name, layout)
+        our_name = renamed(name, layout, classifier)
         if our_name is None:
             ignored.append(name)
         else:
@@ -240,17 +254,24 @@ def layout_of(weights: Weights) -> Layout:
         if all(re.search(rf"^(?:{mark})", names, re.MULTILINE) for mark in layout.marks):
             return layout
     known = ", ".join(layout.origin for layout in LAYOUTS)
-    raise InputError(f"tensors named {listed(weights)} are of no known format (known: {known})")
+    raise InputError(
+        f"tensors named {listed(weights)} are of no known format (known: {known}; for a network of "
+        "timm give backbone=timm backbone.model=NAME)"
+    )
 
 
-def renamed(name: str, layout: Layout) -> str | None:
-    """Return our name of a project's tensor; None for a classifier and for unused tensors."""
+def renamed(name: str, layout: Layout, classifier: tuple[str, ...]) -> str | None:
+    """Return our name of a project's tensor; None for a classifier and for unused tensors.
+
+    Args:
+        classifier: how the names of a classifier's tensors begin, behind those of the backbone.
+    """
     for pattern, part in layout.names.items():
         found = re.match(pattern, name)
         if found is None:
             continue
         rest = name[found.end() :]
-        if part in (BACKBONE, KEY_BACKBONE) and rest.startswith(CLASSIFIERS):
+        if part in (BACKBONE, KEY_BACKBONE) and rest.startswith(classifier):
             return None
         return part + rest
     return None

@@ -1,6 +1,7 @@
 """Backbones of timm and of the user: they keep the contract, train, and come back from files."""
 
 import copy
+import dataclasses
 import importlib
 import sys
 from types import SimpleNamespace
@@ -13,12 +14,15 @@ from torch import nn
 import moco
 from moco.cli.run_names import register_resolvers
 from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schemas
+from moco.config.pretrained import data_settings
 from moco.errors import InputError
 from moco.methods.moco import MoCo
 from moco.models.backbones import REGISTERED, build_backbone
 from moco.models.encoder import disable_stochastic_depth
 from moco.models.timm_backbone import TimmBackbone
+from moco.weights.backbone_files import write_backbone_file
 from moco.weights.exporting import export_content, loading_lines
+from moco.weights.init_from import start_from
 from tests.conftest import REPOSITORY
 from tests.weights.test_export import write_checkpoint
 
@@ -177,6 +181,10 @@ def test_the_key_encoder_of_a_network_of_timm_drops_no_path():
             {"name": "timm:resnet18", "options": {"no_such": 1}},
             "backbone.options: timm's resnet18 refuses them",
         ),
+        (
+            {"name": "timm:resnet18", "options": {"checkpoint_path": "x"}},
+            "backbone.options.checkpoint_path: timm would read a file",
+        ),
         ({"name": "custom"}, "backbone.target: missing; backbone=custom needs it"),
         (
             {"name": "custom", "target": "my_nets:Net", "options": {"widht": 1}},
@@ -282,6 +290,64 @@ def test_a_target_in_a_file_runs_nothing(program, overrides, runner, tmp_path):
         importlib.import_module(f"moco.{program}").run(config, tmp_path / "folder")
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("kind", ["backbone.pth", "init_from"])
+def test_a_backbone_file_and_init_from_import_nothing(kind, runner, tmp_path):
+    config = runner.config()
+    method = runner.method(config)
+    path = tmp_path / "backbone.pth"
+    figures = {"epoch": 1, "step": 1}
+    write_backbone_file(path, method, dataclasses.asdict(config), figures)
+    content = torch.load(path, weights_only=True)
+    command = f"touch {tmp_path}/run"
+    content["backbone"] = {"name": "custom", "target": "os:system", "options": {"command": command}}
+    torch.save(content, path)
+    if kind == "init_from":
+        start_from(method, str(path))  # which takes tensors alone
+    else:
+        with pytest.raises(InputError, match="imported only if you name it, too"):
+            moco.load_encoder(path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trusted_function_that_makes_no_backbone_runs_and_is_refused(runner, tmp_path):
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(runner, path)
+    checkpoint = torch.load(path, weights_only=True)
+    command = f"touch {tmp_path}/run"
+    checkpoint["hyper_parameters"]["backbone"] = {
+        "name": "custom", "target": "os:system", "options": {"command": command},
+    }  # fmt: skip
+    torch.save(checkpoint, path)
+    with pytest.raises(InputError, match=r"os:system: expected a torch\.nn\.Module, got int"):
+        moco.load_encoder(path, trust_targets=True)
+    assert (tmp_path / "run").exists()
+
+
+def test_a_function_in_a_checkpoint_makes_images_only_if_the_user_allows_it():
+    config = composed("embed", "checkpoint=x.ckpt", "output=x.npz")
+    of_run = {"name": "custom", "target": "my_data:build", "options": {"num": 4}, "root": None}
+    with pytest.raises(InputError, match=r"^checkpoint=x\.ckpt: .*data\.target=my_data:build, or "):
+        data_settings(config, of_run)
+    config.trust_targets = True
+    data = data_settings(config, of_run)
+    assert (data["target"], data["options"]) == ("my_data:build", {"num": 4})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "size"), FAMILIES.items())
+def test_a_file_of_timm_gives_timms_features(model, size, tmp_path):
+    settings = {"name": "timm", "model": model, "image_size": size}
+    options = {"img_size": size} if needs(model) else {}
+    net = timm.create_model(model, num_classes=5, **options).eval()
+    path = tmp_path / "net.pth"
+    torch.save(net.state_dict(), path)
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = net.forward_head(net.forward_features(images), pre_logits=True)
+        found = moco.load_encoder(path, **settings).encode(images)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_a_module_comes_back_into_a_module_or_from_a_function(my_nets, tmp_path):
