@@ -14,7 +14,8 @@ from moco.errors import InputError
 from tests.conftest import REPOSITORY
 
 
-def test_the_documented_blocks_run_one_after_the_other():
+def test_the_documented_blocks_run_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = (REPOSITORY / "docs" / "python.md").read_text()
     names = {}
     for block in text.split("```python\n")[1:]:

@@ -16,12 +16,12 @@ from moco.errors import InputError
 from moco.models.backbones import (
     BACKBONES,
     CUSTOM,
-    GIVEN,
     build_backbone,
     settings_of_backbone,
 )
 from moco.models.swin.backbone import Swin, one_or_each
 from moco.models.vit import learned_grid_side
+from moco.targets import GIVEN
 from moco.weights.library_names import (
     COORDINATES,
     POSITIONS,
