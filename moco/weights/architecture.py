@@ -160,6 +160,8 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
         name: the backbone; settings that it does not have are left out.
         origin: whose weights they are, which decides how a 3x3 stem pads.
     """
+    if name not in BACKBONES:
+        return {}  # the names of a network of timm's or the user's mean other things
     weights = from_sequential(weights)
     seen: dict[str, Any] = {}
     # A ResNet for small images has a 3x3 convolution in place of 7x7.

@@ -364,22 +364,23 @@ def test_a_module_comes_back_into_a_module_or_from_a_function(my_nets, tmp_path)
         MoCo(**method.hparams)
 
 
-@pytest.mark.parametrize(
-    "model", ["convnext_atto", pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow)]
-)
-def test_a_network_of_timm_is_exported(model, runner, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("model", "size"), families())
+def test_a_network_of_timm_is_exported_and_comes_back(model, size, runner, tmp_path):
     path, exported = tmp_path / "last.ckpt", tmp_path / "net.pth"
-    write_checkpoint(
-        runner, path, "backbone=timm", f"backbone.model={model}", "backbone.image_size=32"
-    )
+    image_size = f"backbone.image_size={size}"
+    write_checkpoint(runner, path, "backbone=timm", f"backbone.model={model}", image_size)
     backbone = moco.load_encoder(path).backbone
-    settings = {"name": "timm", "model": model, "image_size": 32}
+    settings = {"name": "timm", "model": model, "image_size": size}
     exported.write_bytes(export_content("timm", exported, backbone, settings, {}))
-    lines = loading_lines("timm", exported, backbone, settings, 32)
+    lines = loading_lines("timm", exported, backbone, settings, size)
+    assert lines[-1].endswith("strict=True)")
     names = {}
     exec("\n".join(lines), names)
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(names["model"].eval()(images), backbone(images))
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        feature = backbone(images)
+        torch.testing.assert_close(names["model"].eval()(images), feature)
+        assert torch.equal(moco.load_encoder(exported, **settings).encode(images), feature)
 
 
 def test_public_names_are_there_and_nothing_else_is():
