@@ -171,6 +171,13 @@ def test_swin_is_measured_against_torchvisions(measured):
 
 
 @pytest.mark.slow
+def test_networks_of_timm_are_measured_beside_the_bare_ones(measured):
+    rows = measured("timm", "--repeats", "1", "--calls", "1")
+    expected = ["timm alone", "ours", "ours, with feature maps"]
+    assert contenders(rows, "convnext_atto, 96 px") == expected
+
+
+@pytest.mark.slow
 def test_a_training_with_data_is_measured_against_its_step(measured, official):
     rows = measured(
         "end_to_end", "--against", official, "--steps", "2", "--repeats", "1", "--workers", "0"
