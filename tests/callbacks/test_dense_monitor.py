@@ -61,7 +61,7 @@ class Module(nn.Module):
 class Trainer:
     """What the monitor uses of a Trainer."""
 
-    logger = None
+    loggers = ()
     global_step = 0
 
 

@@ -151,7 +151,7 @@ def test_what_loader_processes_cannot_have_is_one_line(monkeypatch):
         "data.num_workers=1: the dataset or the augmentation cannot be sent to loader processes (Can"
     )
     in_notebook = type("InNotebook", (Numbered,), {"__module__": "__main__"})
-    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     assert error_of(in_notebook(), 1).startswith(
         "data.num_workers=1: InNotebook is defined in a notebook, where loader processes cannot find it"
     )
