@@ -79,12 +79,19 @@ def call_target(target: str, options: Mapping[str, Any] | None, key: str) -> Any
         key: the group of settings, such as ``backbone``, for messages.
 
     Raises:
-        InputError: see `import_target`; or the target takes no such options.
+        InputError: see `import_target`; or the target takes no such options, or it fails.
     """
     function = import_target(target, f"{key}.target")
     options = dict(options or {})
     check_options(function, options, key, target)
-    return function(**options)
+    try:
+        return function(**options)
+    except InputError:
+        raise
+    except Exception as error:
+        # Whatever the user's function does.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{key}.target={target}: raised {reason}") from error
 
 
 def check_named(target: str | None, given: str | None, key: str, *, trust_targets: bool) -> None:

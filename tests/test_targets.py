@@ -9,6 +9,8 @@ from moco.targets import call_target, import_target
 
 NETS = """
 def build(width: int, depth: int = 2):
+    if isinstance(depth, str):
+        raise TypeError("depth is\\na number")
     return (width, depth)
 
 class Net:
@@ -92,6 +94,11 @@ def test_a_target_is_called_with_its_options(my_package):
             {},
             "backbone.target=my_package.broken:build: importing my_package.broken failed: "
             "ZeroDivisionError: division by zero",
+        ),
+        (
+            "my_package.nets:build",
+            {"width": 4, "depth": "deep"},
+            "backbone.target=my_package.nets:build: raised TypeError: depth is a number",
         ),
         (
             "my_package.needs:build",

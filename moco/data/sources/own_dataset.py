@@ -322,6 +322,8 @@ def dataset_source(
         if train.get("train") is None:
             raise InputError(f"{where}: no dataset 'train' in there")
         given |= train
+    if given["train"] is None:
+        raise InputError(f"{where}: got None; expected a dataset")
     is_alone = given["bank"] is None and given["queries"] is None
     images: dict[str, Any] = {}
     for key, dataset in given.items():

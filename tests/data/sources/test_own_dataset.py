@@ -207,6 +207,9 @@ def number():
 def sides():
     return {"train": build(), "test": build()}
 
+def nothing():
+    return None
+
 def no_train():
     return {"bank": build()}
 
@@ -256,6 +259,10 @@ def my_data(tmp_path, monkeypatch):
         (
             {"target": "my_data:sides"},
             "data.target=my_data:sides: unknown dataset 'test' (choices: bank, queries, train)",
+        ),
+        (
+            {"target": "my_data:nothing"},
+            "data.target=my_data:nothing: got None; expected a dataset",
         ),
         ({"target": "my_data:no_train"}, "data.target=my_data:no_train: no dataset 'train'"),
         ({"target": "my_data:empty"}, "data.target=my_data:empty: no images in there"),
