@@ -129,6 +129,10 @@ def load_pretrained(
         if feature is None:
             feature = usual_feature(file)
         if file.settings is None:
+            if module is not None:
+                raise InputError(
+                    "is of another project; backbone=module takes weights of this project's files"
+                )
             encoder, settings = load_other_project(file, which, given, feature)
         else:
             encoder, settings = load_ours(

@@ -362,6 +362,9 @@ def test_a_module_comes_back_into_a_module_or_from_a_function(my_nets, tmp_path)
     assert torch.equal(twin.eval().query_encoder(images), method.eval().query_encoder(images))
     with pytest.raises(InputError, match="given as a module, a my_nets:Net; give one again"):
         MoCo(**method.hparams)
+    torch.save(build_backbone("resnet18").state_dict(), tmp_path / "resnet18.pth")
+    with pytest.raises(InputError, match="is of another project; backbone=module takes weights"):
+        moco.load_encoder(tmp_path / "resnet18.pth", backbone=nets.Net(4))
 
 
 @pytest.mark.parametrize(("model", "size"), families())
