@@ -122,7 +122,9 @@ def build_method(plain: dict[str, Any], backbone: "nn.Module | None" = None) -> 
             optimizer["warmup_start_lr"],
             optimizer["final_lr"],
         )
-    return MoCo(backbone or plain["backbone"], optimizer, **plain["method"])
+    # A module can be false: its length may be 0.
+    chosen = plain["backbone"] if backbone is None else backbone
+    return MoCo(chosen, optimizer, **plain["method"])
 
 
 def build_trainer(
