@@ -55,6 +55,9 @@ class BackboneConfig:
     image_size: Optional[int] = setting(None, at_least=4)
     """timm, custom and registered backbones: side of the images, px, for networks that need it.
     Null: that of the run."""
+    in_channels: Optional[int] = setting(None, at_least=1)
+    """Bands of the images. Null: those of the run's images. A custom function gets it if it has such
+    an argument."""
     zero_init_residual: Optional[bool] = None
     """ResNet: every residual block starts as the identity, as in MoCo v3."""
 
