@@ -56,8 +56,8 @@ class BackboneConfig:
     """timm, custom and registered backbones: side of the images, px, for networks that need it.
     Null: that of the run."""
     in_channels: Optional[int] = setting(None, at_least=1)
-    """Bands of the images. Null: those of the run's images. A custom function gets it if it has such
-    an argument."""
+    """Bands of the images. Null: those of the run's images. A custom function gets the number if it
+    has such an argument."""
     zero_init_residual: Optional[bool] = None
     """ResNet: every residual block starts as the identity, as in MoCo v3."""
 

@@ -3,10 +3,10 @@
 A backbone of the user's own needs `feature_dim` and `forward`. Dense methods, dense evaluation and
 segmentation also need `feature_maps`, `feature_map_dims` and `feature_map_strides`.
 
-A backbone turns images (N, B, H, W) of B bands into one feature (N, D), and into four feature maps for dense
-tasks. It has no classifier. ResNet and Swin double the stride from map to map, and the feature is
-the mean over the last map. ViT has one stride, the side of its patch, and the feature is its class
-token.
+A backbone turns images (N, B, H, W) of B bands into one feature (N, D), and into four feature maps
+for dense tasks. It has no classifier. ResNet and Swin double the stride from map to map, and the
+feature is the mean over the last map. ViT has one stride, the side of its patch, and the feature is
+its class token.
 """
 
 from abc import ABC, abstractmethod
