@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from moco.cli.launch import hydra_files, launch
 from moco.config.pack import PackConfig
+from moco.errors import InputError
 
 if TYPE_CHECKING:
     from moco.data.packing import Pool
@@ -36,8 +37,13 @@ def run(config: PackConfig, folder: Path) -> None:
 
     output = Path(config.output)
     data = dataclasses.asdict(config.data)
-    del data["max_bad_fraction"], data["resize"]  # settings of the copy, not of the source
-    pool = Pool(build_source(**data))
+    for name in ("value_range", "nodata"):
+        if data.pop(name) is not None:
+            raise InputError(f"data.{name}: a copy keeps the values; give it where the copy is read")
+    # These are settings of the copy, and not of the source.
+    for name in ("bands", "max_bad_fraction", "resize"):
+        del data[name]
+    pool = Pool(build_source(**data, raw=config.data.bands is not None))
     if config.check:
         with image_progress(Console(), "checking", 0, len(pool)) as say:
             for num_done in check_copy(output, pool):

@@ -324,6 +324,7 @@ class IndexedSet(ImageSet):
 
     def __init__(self, labelled: Labelled, has_labels: bool) -> None:
         self.images = labelled.images
+        self.values = labelled.images.values
         self.labels = labelled.labels
         self.has_labels = has_labels
 
@@ -358,6 +359,7 @@ class ShardedSet(ImageSet):
 
     def __init__(self, sharded: ShardedImages) -> None:
         self.sharded = sharded
+        self.values = sharded.values
 
     def __len__(self) -> int:
         return len(self.sharded)
@@ -373,7 +375,8 @@ class ShardedSet(ImageSet):
     def keys_from(self, place: list[int]) -> Iterator[ImageKey]:
         first_shard, num_done = place
         for number, shard in enumerate(self.sharded.shards[first_shard:], start=first_shard):
-            samples = images_in(shard, self.sharded.max_image_pixels)
+            sharded = self.sharded
+            samples = images_in(shard, sharded.max_image_pixels, raw=sharded.reading.raw)
             for member, found in enumerate(samples, start=1):
                 # What an earlier pass has done is read again, but not decoded.
                 if number == first_shard and member <= num_done:
@@ -394,6 +397,7 @@ class IterableSet(ImageSet):
 
     def __init__(self, images: IterableImages) -> None:
         self.iterable = images
+        self.values = images.values
 
     def __len__(self) -> int:
         return len(self.iterable)

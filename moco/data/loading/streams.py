@@ -79,7 +79,7 @@ class Streams:
         """Yield every sample of the shards once, drawn from a buffer, and problems at once."""
         buffer: list[Sample] = []
         for shard in shards:
-            for found in images_in(shard, self.images.max_image_pixels, note_read):
+            for found in self.images.samples(shard, note_read):
                 if isinstance(found, Problem):
                     yield found
                 elif len(buffer) < self.images.shuffle_buffer:

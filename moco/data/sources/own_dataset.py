@@ -83,7 +83,9 @@ class DatasetImages(Images):
         """
         item = self.item(index)
         number = f"item {self.rows[index]}"
-        return opened_item(item, self.where, number, self.name(index), self.max_image_pixels)
+        name = self.name(index)
+        raw = self.reading.raw
+        return opened_item(item, self.where, number, name, self.max_image_pixels, raw=raw)
 
     def name(self, index: int) -> str:
         """Return ``dataset.name(number)`` if the dataset has such a method, else WHAT[number]."""
@@ -140,7 +142,16 @@ class IterableImages(Images):
     def opened_item(self, place: int, item: Any) -> DecodedImage:
         """Return the image of an item at this place of an epoch; see `DatasetImages.opened`."""
         number = f"item {place}"
-        return opened_item(item, self.where, number, self.name(place), self.max_image_pixels)
+        name = self.name(place)
+        raw = self.reading.raw
+        return opened_item(item, self.where, number, name, self.max_image_pixels, raw=raw)
+
+    def prepared_item(self, place: int, item: Any) -> EncodedImage:
+        """Return the same with the pixels that the model gets."""
+        image = self.opened_item(place, item)
+        if self.values is None:
+            return image
+        return self.values.of(image, self.name(place))
 
 
 def items_of(dataset: Any, where: str, epoch: int) -> Iterator[Any]:
