@@ -37,6 +37,7 @@ def run(config: StatsConfig, folder: Path) -> None:
     from moco.cli.closing_tables import print_plain
     from moco.data.sources.pixel_values import checked_selection
     from moco.data.sources.registry import build_source
+    from moco.data.sources.source import READING, reading_of
     from moco.evaluation.subject import table_of
     from moco.runs.atomic_files import write_json
     from moco.runs.failures import failures_without_training_named
@@ -49,9 +50,10 @@ def run(config: StatsConfig, folder: Path) -> None:
         raise InputError(f"high={config.high}: expected more than low={config.low}")
     selection = checked_selection(config.data.bands)
     data = dataclasses.asdict(config.data)
-    for name in ("bands", "value_range", "nodata", "max_bad_fraction"):
+    for name in (*READING, "value_range", "nodata", "max_bad_fraction"):
         del data[name]  # these are no settings of the source
-    source = build_source(**data, raw=selection is not None)
+    source = build_source(**data)
+    source.read_as(reading_of(vars(config.data)))
     console = Console()
     with failures_without_training_named("num_workers"), ending_at_once():
         statistics = measured(source, selection, config, console)

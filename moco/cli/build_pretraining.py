@@ -67,13 +67,18 @@ def build_data(
     from moco.data.augment.views import EvaluationView, ViewPair
     from moco.data.loading.datamodule import PretrainingData
     from moco.data.loading.loaders import choose_engine
+    from moco.data.sources.sample import prepare_source
     from moco.training.hardware import choose_device
 
     pair = config.augmentation
+    values = prepare_source(source, vars(data), pair.mean)
+    kind: dict[str, Any] = {"bands": values.bands, "is_float": values.is_float}
     image_size = data.image_size or source.image_size
     device = choose_device(config.trainer.accelerator)
     ramp = ResolutionRamp(image_size, pair.start_image_size, pair.image_size_step, pair.ramp_epochs)
-    views = ViewPair(pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, ramp=ramp)
+    views = ViewPair(
+        pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, ramp=ramp, **kind
+    )
     full_views = views.views_of_size[image_size]
     engine = choose_engine(data.engine, source.train, image_size, device.type, full_views)
     views.engine = engine.name
@@ -82,7 +87,7 @@ def build_data(
     loaders = PretrainingData(
         source,
         views,
-        EvaluationView(image_size, data.crop_ratio, pair.mean, pair.std),
+        EvaluationView(image_size, data.crop_ratio, pair.mean, pair.std, **kind),
         image_size=image_size,
         batch_size=data.batch_size,
         batches_per_step=num_processes(config) * config.trainer.accumulate_grad_batches,

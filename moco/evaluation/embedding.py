@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moco.data.augment.views import evaluation_crop, normalisation
+from moco.data.augment.views import Normalized, evaluation_crop
 from moco.data.files.images import check_bad_fraction
 from moco.data.loading.every_image import (
     ImageBatch,
@@ -116,20 +116,20 @@ def weights_digest(encoder: nn.Module) -> str:
 
 
 def build_encode(
-    encoder: Any, feature: str, transform: dict[str, Any], device: torch.device
+    encoder: Any, feature: str, normalized: Normalized, device: torch.device
 ) -> Callable[[Tensor], np.ndarray]:
     """Return a function from images to features.
 
-    It takes 8-bit images (batch, 3, height, width) and returns (batch, width) float32.
+    It takes images (batch, bands, height, width), 8-bit or from 0 to 1, and returns (batch, width)
+    float32.
 
     Args:
         encoder: a module with ``encode(images, feature)``; moved to the device.
         feature: ``backbone`` or ``embedding``.
-        transform: mean and std of the pixels.
+        normalized: the normalisation of such images.
         device: where to compute.
     """
-    scale, shift = normalisation(**transform)
-    scale, shift = scale.to(device), shift.to(device)
+    scale, shift = normalized.scale.to(device), normalized.shift.to(device)
     encoder.to(device)
 
     @torch.no_grad()

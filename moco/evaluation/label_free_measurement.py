@@ -99,6 +99,8 @@ def view_embeddings(subject: Subject, embedded: Embedded) -> np.ndarray:
         **subject.augmentation,
         image_size=subject.data["image_size"],
         seed=0,
+        bands=subject.values.bands,
+        is_float=subject.values.is_float,
     )
     make = PairMaker(augment)
     images = embedded.labelled.images

@@ -76,16 +76,23 @@ def widen_stem(backbone: Any, bands: int, source: str) -> None:
     if stem.in_channels == bands or stem.groups != 1:
         return
     if stem.in_channels != RGB_BANDS:
-        raise InputError(
-            f"{source}: its backbone reads images of {stem.in_channels} bands, and these have "
-            f"{bands}; data.bands=[...] chooses bands"
-        )
+        check_bands(backbone, bands, source)
     log_inflation(f"{name}.weight", bands)
     with torch.no_grad():
         stem.weight = nn.Parameter(
             inflated(stem.weight, bands), requires_grad=stem.weight.requires_grad
         )
     stem.in_channels = bands
+
+
+def check_bands(backbone: Any, bands: int, source: str) -> None:
+    """Raise InputError, which begins with `source`, if a backbone reads other images."""
+    found = first_convolution(backbone)
+    if found is not None and found[1].in_channels != bands and found[1].groups == 1:
+        raise InputError(
+            f"{source}: its backbone reads images of {found[1].in_channels} bands, and these have "
+            f"{bands}; data.bands=[...] chooses bands"
+        )
 
 
 def log_inflation(name: str, bands: int) -> None:

@@ -19,7 +19,7 @@ from moco.data.augment.draws import derived_seed
 from moco.data.files.images import check_bad_fraction
 from moco.data.loading.loaders import NamedImage, ResumableLoader, StreamSampler
 from moco.data.loading.workers import note_read, unchanged
-from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in
+from moco.data.sources.shards import Problem, Sample, ShardedImages
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)

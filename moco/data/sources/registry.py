@@ -76,8 +76,6 @@ def build_source(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     held_out: float = 0.1,
     pages: str = "first",
-    dicom_window: bool = False,
-    raw: bool = False,
     listing: Path | None = None,
 ) -> DataSource:
     """Return the dataset `name`, its images as they are in the files.

@@ -1,7 +1,7 @@
 """A sample of a dataset's images, to learn their type, bands and values before a run."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,40 +10,33 @@ from moco.data.files.images import EncodedImage, UnreadableImage
 from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.pixel_values import SAMPLE_SIZE, PixelValues, settle_values
 from moco.data.sources.shards import Sample, ShardedImages, images_in
-from moco.data.sources.source import DataSource, Images
+from moco.data.sources.source import DataSource, Images, reading_of
 
 MOST_OF_ITERABLE = 8  # making the images of an iterable dataset may be expensive
 
 
 def prepare_source(
-    source: DataSource,
-    name: str,
-    root: Any,
-    *,
-    bands: Any,
-    value_range: Any,
-    nodata: float | None,
-    mean: Sequence[float],
+    source: DataSource, data: Mapping[str, Any], mean: Sequence[float] | None
 ) -> PixelValues:
     """Let a dataset give the pixels that the model gets, and return how they are made.
 
     Args:
         source: it is changed in place.
-        name: of the dataset, for messages.
-        root: its folder or file, for messages.
-        bands, value_range, nodata, mean: see `settle_values`.
+        data: the settings of the data as plain data.
+        mean: see `settle_values`.
 
     Raises:
         InputError: the settings fit no image, or the value range is missing.
     """
-    command = f"data={name}"
-    if isinstance(root, str):
-        command += f" data.root={root}"
+    command = f"data={data['name']}"
+    if isinstance(data["root"], str):
+        command += f" data.root={data['root']}"
+    source.read_as(reading_of(data))
     values = settle_values(
         sample_of(source.train),
-        bands=bands,
-        value_range=value_range,
-        nodata=nodata,
+        bands=data["bands"],
+        value_range=data["value_range"],
+        nodata=data["nodata"],
         mean=mean,
         command=command,
     )

@@ -3,9 +3,9 @@
 `ArrayImages` and `FileImages` are the two common ways to hold images; other sources have their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,23 @@ class Reading:
     """Join the pages of a file as bands."""
     dicom_window: bool = False
     """Apply the window that a DICOM file proposes for display."""
+
+
+READING = ("bands", "dicom_window")
+"""The settings of the data that `reading_of` takes, beside ``pages``."""
+
+
+def reading_of(data: Mapping[str, Any]) -> Reading:
+    """Return how files are decoded.
+
+    Args:
+        data: the settings ``bands``, ``pages`` and ``dicom_window``, at least.
+    """
+    return Reading(
+        raw=data["bands"] is not None,
+        joins_pages=data["pages"] == "channels",
+        dicom_window=bool(data["dicom_window"]),
+    )
 
 
 class Images(Protocol):
