@@ -95,6 +95,7 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
         checkpoint=Path(config.checkpoint),
         backbone=pretrained.settings,
         at_data=partial(fit_to_data, pretrained, given),
+        shown_bands=config.preview.bands,
         pair=pair,
     )
     return subject, pretrained

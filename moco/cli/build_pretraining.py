@@ -71,7 +71,7 @@ def build_data(
     from moco.training.hardware import choose_device
 
     pair = config.augmentation
-    values = prepare_source(source, vars(data), pair.mean)
+    values = prepare_source(source, vars(data), pair.mean, config.preview.bands)
     kind: dict[str, Any] = {"bands": values.bands, "is_float": values.is_float}
     image_size = data.image_size or source.image_size
     device = choose_device(config.trainer.accelerator)
@@ -212,6 +212,7 @@ def build_dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":
             )
         return None
 
+    from moco.data.sources.source import PIXEL_SETTINGS
     from moco.evaluation import dense_features
 
     settings = dataclasses.asdict(dense)
@@ -229,6 +230,7 @@ def build_dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":
             num_workers=config.data.num_workers,
             max_bad_fraction=config.data.max_bad_fraction,
             max_image_pixels=config.data.max_image_pixels,
+            pixel_settings={key: getattr(config.data, key) for key in PIXEL_SETTINGS},
         )
     except InputError as error:
         # The message names keys below data, as moco.segment has them.

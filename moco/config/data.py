@@ -56,6 +56,15 @@ class ImageSourceConfig:
 
 
 @dataclass
+class DisplayConfig:
+    """How pictures show images that are not 8-bit RGB."""
+
+    bands: Any = None
+    """One or three of the bands that the model gets, from 1: grey, or red, green and blue. They are
+    stretched from their 2nd to their 98th percentile. Null: the first three, or the only one."""
+
+
+@dataclass
 class DataConfig(ImageSourceConfig):
     """The images of a pretraining, and how batches are made of them."""
 

@@ -5,7 +5,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from moco.config.data import DataConfig
+from moco.config.data import DataConfig, DisplayConfig
 from moco.config.settings import setting
 
 
@@ -357,6 +357,7 @@ class TrainConfig:
     evaluation: MonitorConfig = field(default_factory=MonitorConfig)
     monitor: ExtraMonitorsConfig = field(default_factory=ExtraMonitorsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preview: DisplayConfig = field(default_factory=DisplayConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
     """The user's callbacks, ``{name: {target: package.module:function, options: {}}}``. See

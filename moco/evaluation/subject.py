@@ -97,6 +97,8 @@ class Subject:
     backbone: dict[str, Any]
     """The arguments of `build_backbone` that make the encoder's backbone."""
     at_data: Callable[[int, int], None] = lambda image_size, bands: None
+    shown_bands: Any = None
+    """The setting ``preview.bands``."""
     pair: dict[str, Any] = field(default_factory=dict)
     """``query`` and ``key``: the operations of the run's two views; empty if the checkpoint does
     not name them."""
@@ -108,7 +110,7 @@ class Subject:
         Raises:
             InputError: there is no such dataset.
         """
-        source = build_source_of(self.data, self.augmentation["mean"])
+        source = build_source_of(self.data, self.augmentation["mean"], self.shown_bands)
         # The advice on attention windows needs the size, which only the dataset may know.
         values = source.train.values
         assert values is not None  # `build_source_of` sets them
@@ -232,12 +234,15 @@ class Subject:
         return torch.cat([feature, self.encoder.projector(feature)], dim=1)
 
 
-def build_source_of(data: dict[str, Any], mean: Sequence[float]) -> DataSource:
+def build_source_of(
+    data: dict[str, Any], mean: Sequence[float], shown_bands: Any = None
+) -> DataSource:
     """Build the dataset that the settings of the data name, and fill in their image size.
 
     Args:
         data: `EvaluateDataConfig` as plain data.
         mean: of the normalisation, which pixels without data become.
+        shown_bands: the setting ``preview.bands``.
 
     Raises:
         InputError: there is no such dataset, or its values need settings.
@@ -246,5 +251,5 @@ def build_source_of(data: dict[str, Any], mean: Sequence[float]) -> DataSource:
     source = build_source(data["name"], data["root"], **settings)
     if data["image_size"] is None:
         data["image_size"] = source.image_size
-    prepare_source(source, data, mean)
+    prepare_source(source, data, mean, shown_bands)
     return source

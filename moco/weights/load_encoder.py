@@ -181,9 +181,7 @@ def usual_feature(file: WeightFile) -> str:
     return of_run
 
 
-def fit_to_data(
-    pretrained: Pretrained, given: dict[str, Any], image_size: int, bands: int
-) -> None:
+def fit_to_data(pretrained: Pretrained, given: dict[str, Any], image_size: int, bands: int) -> None:
     """Prepare an encoder for images as soon as they are known.
 
     An RGB network of another project is inflated for images of other bands. Log which attention

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 SAMPLE_SIZE = 64  # images that are looked at before a run
 RGB_BANDS = 3
 UINT8_RANGE = (0.0, 255.0)
+STRETCH = (2, 98)  # percentiles that pictures show as black and white
 MOST_CLIPPED = 0.01  # a larger share of clipped values is a warning
 LEAST_USED = 0.25  # a smaller share of the value range is a warning
 
@@ -46,6 +47,9 @@ class PixelValues:
     """
     fill: tuple[float, ...] | None = None
     """What pixels without data become in each band, from 0 to 1. None: 0."""
+    display: tuple[int, ...] | None = None
+    """The bands of the result that pictures show as red, green and blue, or as grey, from 1. None:
+    the first three, or the only one."""
 
     @property
     def is_float(self) -> bool:
@@ -110,6 +114,23 @@ class PixelValues:
             fill = torch.tensor(self.fill or (0.0,), dtype=torch.float32, device=pixels.device)
             values = torch.where(missing, fill, values)
         return values
+
+    def shown(self, pixels: np.ndarray) -> np.ndarray:
+        """Return an image for the eye, (height, width, 3) uint8.
+
+        8-bit RGB stays as it is. Of other images the bands of `display` are stretched from their
+        2nd to their 98th percentile.
+
+        Args:
+            pixels: (height, width, bands), uint8 or from 0 to 1.
+        """
+        if pixels.dtype == np.uint8 and self.display is None:
+            return pixels
+        chosen = self.display
+        if chosen is None:
+            chosen = (1, 2, 3) if pixels.shape[2] >= RGB_BANDS else (1,)
+        planes = [stretched(pixels[:, :, band - 1]) for band in chosen]
+        return np.stack(planes * (RGB_BANDS // len(planes)), axis=2)
 
     def described(self) -> dict[str, Any]:
         """Return what the values depend on, as plain data for the key of a cache."""
@@ -186,6 +207,15 @@ def band_indices(
     return indices
 
 
+def stretched(plane: np.ndarray) -> np.ndarray:
+    """Return a band (height, width) as uint8, its 2nd to its 98th percentile as 0 to 255."""
+    low, high = np.percentile(plane, STRETCH)
+    if high <= low:
+        low, high = 0, 1
+    share = ((plane - low) / (high - low)).clip(0, 1)
+    return np.rint(255 * share).astype(np.uint8)
+
+
 def described(dtype: np.dtype[Any], bands: int) -> str:
     """Return type and number of bands in words."""
     return f"{bands} band{'s' if bands > 1 else ''} of {dtype}"
@@ -206,6 +236,7 @@ def settle_values(
     value_range: Any = None,
     nodata: float | None = None,
     mean: Sequence[float] | None = None,
+    display: Any = None,
     command: str = "data=NAME data.root=PATH",
 ) -> PixelValues:
     """Return how the images of a dataset are read, by a sample of them.
@@ -219,6 +250,7 @@ def settle_values(
             None: 0 to 255 for 8-bit images.
         nodata: the value of pixels without data; None: what the files say.
         mean: what pixels without data become, from 0 to 1: for each band, or one number.
+        display: one or three bands of the result, from 1, that pictures show.
         command: the settings with which moco.stats reads these images, for messages.
 
     Raises:
@@ -239,8 +271,9 @@ def settle_values(
     if value_range is None and dtype == np.uint8:
         value_range = UINT8_RANGE
     is_plain = dtype == np.uint8 and num_bands == RGB_BANDS and nodata is None
+    shown = checked_display(display, num_bands)
     if is_plain and tuple(value_range) == UINT8_RANGE:
-        return PixelValues(num_bands, dtype, selection)
+        return PixelValues(num_bands, dtype, selection, display=shown)
     decoded = decoded_sample(alike, selection)
     if value_range is None:
         known = described(dtype, num_bands)
@@ -249,7 +282,7 @@ def settle_values(
     if mean is not None and len(mean) == 1:
         mean = [*mean] * num_bands
     fill = tuple(mean) if mean is not None and len(mean) == num_bands else None
-    values = PixelValues(num_bands, dtype, selection, low, high, nodata, fill)
+    values = PixelValues(num_bands, dtype, selection, low, high, nodata, fill, shown)
     warn_of_values(decoded, values)
     return values
 
@@ -267,6 +300,24 @@ def checked_selection(bands: Any) -> tuple[int | str, ...] | None:
     if not is_list or not all(is_band(band) for band in chosen):
         raise InputError(
             f"data.bands={bands}: expected numbers from 1, or names, such as [4, 3, 2, 8]"
+        )
+    return tuple(chosen)
+
+
+def checked_display(display: Any, bands: int) -> tuple[int, ...] | None:
+    """Return the setting ``preview.bands`` as a tuple.
+
+    Raises:
+        InputError: it is no list of one or three of the bands.
+    """
+    if display is None:
+        return None
+    chosen = [display] if isinstance(display, int) else display
+    is_list = isinstance(chosen, (list, tuple)) and len(chosen) in (1, RGB_BANDS)
+    if not is_list or not all(isinstance(band, int) and 1 <= band <= bands for band in chosen):
+        raise InputError(
+            f"preview.bands={display}: expected one or three numbers from 1 to {bands}, the bands "
+            "that the model gets"
         )
     return tuple(chosen)
 

@@ -16,14 +16,17 @@ MOST_OF_ITERABLE = 8  # making the images of an iterable dataset may be expensiv
 
 
 def prepare_source(
-    source: DataSource, data: Mapping[str, Any], mean: Sequence[float] | None
+    source: DataSource,
+    data: Mapping[str, Any],
+    mean: Sequence[float] | None,
+    display: Any = None,
 ) -> PixelValues:
     """Let a dataset give the pixels that the model gets, and return how they are made.
 
     Args:
         source: it is changed in place.
         data: the settings of the data as plain data.
-        mean: see `settle_values`.
+        mean, display: see `settle_values`.
 
     Raises:
         InputError: the settings fit no image, or the value range is missing.
@@ -38,6 +41,7 @@ def prepare_source(
         value_range=data["value_range"],
         nodata=data["nodata"],
         mean=mean,
+        display=display,
         command=command,
     )
     source.prepare(values)

@@ -37,6 +37,8 @@ class Reading:
 
 READING = ("bands", "dicom_window")
 """The settings of the data that `reading_of` takes, beside ``pages``."""
+PIXEL_SETTINGS = (*READING, "nodata", "value_range")
+"""The settings of the data that say how files become the pixels that the model gets."""
 
 
 def reading_of(data: Mapping[str, Any]) -> Reading:

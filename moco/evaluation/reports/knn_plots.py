@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from moco.data.augment.views import EvaluationView
 from moco.evaluation.diagnostics import evenly_spaced
 from moco.evaluation.knn import Search, confusion_matrix, without_own
 from moco.evaluation.neighbors import joined, normalized
