@@ -1,6 +1,6 @@
-"""Measure the values of a dataset, band by band: ``python -m moco.stats data=images data.root=PATH``.
+"""Measure the values of a dataset: ``python -m moco.stats data=images data.root=PATH``.
 
-It prints the lines to paste: ``data.value_range``, ``augmentation.mean`` and ``augmentation.std``.
+It looks at every band and prints the lines to paste: ``data.value_range``, ``augmentation.mean`` and ``augmentation.std``.
 """
 
 import dataclasses

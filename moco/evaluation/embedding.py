@@ -16,13 +16,9 @@ from moco.data.loading.every_image import (
     ImageBatch,
     ImageSet,
     IndexedSet,
-    IterableSet,
-    ShardedSet,
 )
 from moco.data.loading.workers import cores_of
-from moco.data.sources.own_dataset import IterableImages
-from moco.data.sources.shards import ShardedImages
-from moco.data.sources.source import DataSource, Labelled
+from moco.data.sources.source import DataSource
 from moco.errors import InputError, RunError, printable
 from moco.evaluation.image_names import labels_by_name
 from moco.evaluation.indexes import EXACT, build_index, recall
@@ -60,13 +56,10 @@ def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
         if source.queries is None:
             raise InputError(f"split=test: data={name} has no images that are held out")
         return IndexedSet(source.queries, has_labels=True)
-    if isinstance(source.train, ShardedImages):
-        return ShardedSet(source.train)
-    if isinstance(source.train, IterableImages):
-        return IterableSet(source.train)
+    if source.bank is None:
+        return image_set(source.train)
     # Training images may be divided into bank and queries.
-    labels = labels_by_name(source.train, source.bank, source.queries)
-    return IndexedSet(Labelled(source.train, labels), has_labels=bool((labels >= 0).any()))
+    return image_set(source.train, labels_by_name(source.train, source.bank, source.queries))
 
 
 def open_parts(

@@ -89,8 +89,8 @@ class SegmentationView:
             )
         self.normalize = Normalized(mean, std, bands=bands, is_float=is_float)
         # Pixels outside the image are 0 after the normalisation.
-        mean = mean * bands if len(mean) == 1 else mean
-        self.fill = list(mean) if is_float else [round(255 * channel) for channel in mean]
+        means = list(mean) * bands if len(mean) == 1 else list(mean)
+        self.fill = means if is_float else [round(255 * channel) for channel in means]
         self.jitter = None
         if color_jitter is not None:
             self.jitter = build_color_jitter(color_jitter, image_size, bands)

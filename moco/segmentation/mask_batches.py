@@ -82,7 +82,7 @@ class WholeImages:
         image = as_image(pixels)
         # The mask is not scaled. Predictions are enlarged to its size instead.
         if self.image_size is not None:
-            size = scaled_size(*pixels.shape[:2], self.image_size, self.stride)
+            size = scaled_size(pixels.shape[0], pixels.shape[1], self.image_size, self.stride)
             image = v2.functional.resize(image, list(size))
         classes = torch.from_numpy(mask).long()
         return normalized_image(self.normalize, image), classes, index

@@ -23,7 +23,7 @@ from moco.data.loading.workers import CPU, WatchedLoader, loader_options, note_r
 from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in, is_local, sample_key
-from moco.data.sources.source import ArrayImages, Labelled
+from moco.data.sources.source import ArrayImages, Images, Labelled
 
 Crop = Callable[[np.ndarray], Tensor]
 IMAGES_AT_ONCE = 16  # that a loader process returns together
@@ -418,3 +418,18 @@ class IterableSet(ImageSet):
             except UnreadableImage as error:
                 source = Problem(name, str(error), is_shard=False)
             yield ImageKey(source, name, -1, [number + 1])
+
+
+def image_set(images: Images, labels: np.ndarray | None = None) -> ImageSet:
+    """Return the images of a dataset as an `ImageSet`.
+
+    Args:
+        labels: (images,) int64, -1 for those without; None: no image has one.
+    """
+    if isinstance(images, ShardedImages):
+        return ShardedSet(images)
+    if isinstance(images, IterableImages):
+        return IterableSet(images)
+    if labels is None:
+        labels = np.full(len(images), -1)
+    return IndexedSet(Labelled(images, labels), has_labels=bool((labels >= 0).any()))

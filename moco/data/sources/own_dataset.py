@@ -37,8 +37,9 @@ SIDES = ("train", "bank", "queries")
 UNREADABLE = (OSError, UnreadableImage, Image.DecompressionBombError)
 """What a dataset raises for a damaged image, which is then skipped."""
 EXPECTED_IMAGE = (
-    "expected an image or (image, label); an image is a PIL image, an array (H, W) or (H, W, bands), "
-    "or a tensor (H, W) or (bands, H, W), of uint8, int16, uint16, int32, uint32 or floats"
+    "expected an image or (image, label); an image is a PIL image, an array (H, W) or "
+    "(H, W, bands), or a tensor (H, W) or (bands, H, W), of uint8, int16, uint16, int32, uint32 or "
+    "floats"
 )
 PIXEL_TYPES = (
     "uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64"
