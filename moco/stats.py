@@ -1,6 +1,7 @@
 """Measure the values of a dataset: ``python -m moco.stats data=images data.root=PATH``.
 
-It looks at every band and prints the lines to paste: ``data.value_range``, ``augmentation.mean`` and ``augmentation.std``.
+It looks at every band, and prints the lines to paste: ``data.value_range``, ``augmentation.mean``
+and ``augmentation.std``.
 """
 
 import dataclasses

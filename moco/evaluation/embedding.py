@@ -16,6 +16,7 @@ from moco.data.loading.every_image import (
     ImageBatch,
     ImageSet,
     IndexedSet,
+    image_set,
 )
 from moco.data.loading.workers import cores_of
 from moco.data.sources.source import DataSource
