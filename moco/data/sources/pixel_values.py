@@ -109,7 +109,8 @@ class PixelValues:
         low = torch.tensor(self.low, dtype=precise, device=pixels.device)
         high = torch.tensor(self.high, dtype=precise, device=pixels.device)
         missing = missing_values(pixels, no_data)
-        values = pixels.to(precise).sub_(low).div_(high - low).clamp_(0, 1).to(torch.float32)
+        values = pixels.to(precise) - low
+        values = values.div_(high - low).clamp_(0, 1).to(torch.float32)
         if missing is not None:
             fill = torch.tensor(self.fill or (0.0,), dtype=torch.float32, device=pixels.device)
             values = torch.where(missing, fill, values)
