@@ -56,7 +56,9 @@ def test_a_folder_of_13_bands_trains_and_its_checkpoint_is_of_13_bands(scenes, t
     # Forest and water differ by their brightness alone.
     assert figures["knn/top1"] == 1
     weights = torch.load(tmp_path / "run/checkpoints/backbone.pth", weights_only=True)
-    assert [tensor.shape[1] for tensor in weights["state_dict"].values() if tensor.ndim == 4][0] == BANDS
+    assert [tensor.shape[1] for tensor in weights["state_dict"].values() if tensor.ndim == 4][
+        0
+    ] == BANDS
 
 
 @pytest.mark.slow
@@ -77,7 +79,15 @@ def test_every_program_takes_them(scenes, tmp_path):
     assert features.shape[0] == 20 and np.isfinite(features).all()
 
     run("moco.pack", *data[:2], "output=packed", "num_workers=0", cwd=tmp_path)
-    run("moco.embed", checkpoint, *small, "data=packed", "data.root=packed", "output=again.npz", cwd=tmp_path)
+    run(
+        "moco.embed",
+        checkpoint,
+        *small,
+        "data=packed",
+        "data.root=packed",
+        "output=again.npz",
+        cwd=tmp_path,
+    )
     again = np.load(tmp_path / "again.npz")["features"]
     np.testing.assert_array_equal(np.sort(again, axis=0), np.sort(features, axis=0))
 
@@ -123,7 +133,9 @@ def test_packed_copies_and_shards_hold_equal_arrays(form, dtype, tmp_path):
     kept = {}
     for number in range(5):
         pixels = rng.normal(0, 1000, (6 + number, 9, BANDS)).astype(dtype)
-        tifffile.imwrite(root / f"{number}.tif", pixels, photometric="minisblack", planarconfig="contig")
+        tifffile.imwrite(
+            root / f"{number}.tif", pixels, photometric="minisblack", planarconfig="contig"
+        )
         kept[str(root / f"{number}.tif")] = pixels
     config = PackConfig(output=str(tmp_path / "copy"), format=form, num_workers=0)
     config.data.name, config.data.root = "images", str(root)
@@ -132,16 +144,29 @@ def test_packed_copies_and_shards_hold_equal_arrays(form, dtype, tmp_path):
     copy.read_as(Reading(raw=True))
     assert len(copy.train) == 5
     for index in range(5):
-        np.testing.assert_array_equal(copy.train.opened(index).pixels(), kept[copy.train.name(index)])
+        np.testing.assert_array_equal(
+            copy.train.opened(index).pixels(), kept[copy.train.name(index)]
+        )
     if form == "shards":
         shards = build_source("webdataset", str(tmp_path / "copy"))
-        found = [sample.image.pixels() for shard in shards.train.shards for sample in shards.train.samples(shard)]
+        found = [
+            sample.image.pixels()
+            for shard in shards.train.shards
+            for sample in shards.train.samples(shard)
+        ]
         assert {each.tobytes() for each in found} == {each.tobytes() for each in kept.values()}
 
 
 @pytest.mark.slow
 def test_stats_proposes_what_training_takes(scenes, tmp_path):
-    output = run("moco.stats", "data=images", f"data.root={scenes}", "num_workers=2", "output=s.json", cwd=tmp_path)
+    output = run(
+        "moco.stats",
+        "data=images",
+        f"data.root={scenes}",
+        "num_workers=2",
+        "output=s.json",
+        cwd=tmp_path,
+    )
     figures = json.loads((tmp_path / "s.json").read_text())
     arrays = np.stack(arrays_of(build_source("images", str(scenes))))
     for band, of_band in enumerate(figures["bands"]):
@@ -153,7 +178,15 @@ def test_stats_proposes_what_training_takes(scenes, tmp_path):
     lines = [line.strip() for line in output.splitlines() if line.startswith("  ")]
     assert any(line.startswith("data.value_range=[0.0,") for line in lines)
     pasted = [line for line in lines if "=" in line]
-    run("moco.train", *SMALL, "data=images", f"data.root={scenes}", *pasted, "trainer.max_steps=1", cwd=tmp_path)
+    run(
+        "moco.train",
+        *SMALL,
+        "data=images",
+        f"data.root={scenes}",
+        *pasted,
+        "trainer.max_steps=1",
+        cwd=tmp_path,
+    )
 
 
 def test_an_image_that_is_too_large_ends_in_one_line(tmp_path):

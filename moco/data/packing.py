@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import partial
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeGuard
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -176,9 +176,8 @@ def pack_image(
     # A JPEG is decoded even if it is copied as it is: a damaged one is left out.
     pixels = image.pixels()
     if selection is not None:
-        names = getattr(image, "band_names", None)
         try:
-            pixels = pixels[:, :, band_indices(selection, pixels.shape[2], names)]
+            pixels = pixels[:, :, band_indices(selection, pixels.shape[2], image.band_names)]
         except ValueError as error:
             raise UnreadableImage(f"{name}: {error}") from error
     if pixels.dtype.name not in TYPES:
@@ -188,12 +187,13 @@ def pack_image(
     pixels = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("<"))
     is_rgb = pixels.dtype == np.uint8 and pixels.shape[2] == RGB_BANDS
     ending = "jpg" if is_rgb else "tif"
+    jpeg = whole_jpeg(image)
     if quality is None:
         content = pixels.tobytes()
     elif not is_rgb:
         content = tiff_of(pixels)
-    elif keeps_size and selection is None and is_whole_jpeg(image):
-        content = image.source
+    elif keeps_size and selection is None and jpeg is not None:
+        content = jpeg
     else:
         try:
             content = simplejpeg.encode_jpeg(pixels, quality, colorsubsampling="420")
@@ -204,12 +204,11 @@ def pack_image(
     return Packed(content, height, width, checksum, pixels.shape[2], type_number, ending)
 
 
-def is_whole_jpeg(image: Any) -> TypeGuard[EncodedFile]:
-    """Return whether an image's source is a JPEG in memory, whose bytes can be copied.
-
-    A JPEG with an EXIF orientation is not: its copy would have another size.
-    """
-    return isinstance(image, EncodedFile) and image.is_jpeg and isinstance(image.source, bytes)
+def whole_jpeg(image: EncodedImage) -> bytes | None:
+    """Return the bytes of a JPEG in memory, which can be copied; None for any other image."""
+    if isinstance(image, EncodedFile) and image.is_jpeg and isinstance(image.source, bytes):
+        return image.source
+    return None
 
 
 def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -528,11 +527,11 @@ def file_traits(pool: Pool) -> dict[str, Any]:
     for row in range(min(NUM_SIZES, len(pool))):
         with suppress(UnreadableImage):
             image = pool[row]
-            names = getattr(image, "band_names", None)
-            no_data = getattr(image, "no_data", None)
+            no_data = image.no_data
             if no_data is not None and not math.isfinite(no_data):
                 no_data = None  # NaN is no data anyway
-            return {"band_names": names and list(names), "no_data": no_data}
+            names = None if image.band_names is None else list(image.band_names)
+            return {"band_names": names, "no_data": no_data}
     return {"band_names": None, "no_data": None}
 
 

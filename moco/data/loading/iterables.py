@@ -39,6 +39,10 @@ class DamagedImage:
 
     reason: str
     size: tuple[int, int] = (1, 1)
+    bands: int = 3
+    dtype: np.dtype[Any] = np.dtype(np.uint8)
+    no_data: None = None
+    band_names: None = None
 
     def pixels(self) -> np.ndarray:
         """Raise UnreadableImage."""

@@ -162,15 +162,28 @@ def missing_values(pixels: Tensor, no_data: float | None) -> Tensor | None:
 class PreparedImage:
     """An `EncodedImage` whose pixels are as the model gets them."""
 
-    image: Any
+    image: EncodedImage
     name: str
     """For messages."""
     values: PixelValues
+    no_data: None = None
+    """There is no such value any more."""
+    band_names: None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width), px."""
         return self.image.size
+
+    @property
+    def bands(self) -> int:
+        """The number of bands."""
+        return self.values.bands
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """uint8 or float32."""
+        return np.dtype(np.float32 if self.values.is_float else np.uint8)
 
     def pixels(self) -> np.ndarray:
         """Return uint8 (height, width, 3) RGB, or float32 (height, width, bands) from 0 to 1.
@@ -178,10 +191,9 @@ class PreparedImage:
         Raises:
             UnreadableImage: the data is damaged, or unlike that of the dataset.
         """
-        names = getattr(self.image, "band_names", None)
-        no_data = getattr(self.image, "no_data", None)
+        image = self.image
         try:
-            return self.values.array(self.image.pixels(), names, no_data)
+            return self.values.array(image.pixels(), image.band_names, image.no_data)
         except ValueError as error:
             raise UnreadableImage(f"{printable(self.name)}: {error}") from error
 
@@ -333,7 +345,7 @@ def is_band(band: Any) -> bool:
 def check_selection(selection: Sequence[int | str], name: str, image: EncodedImage) -> None:
     """Raise InputError if the first image lacks a chosen band."""
     try:
-        band_indices(selection, image.bands, getattr(image, "band_names", None))
+        band_indices(selection, image.bands, image.band_names)
     except ValueError as error:
         raise InputError(f"data.bands={list(selection)}: {printable(name)} {error}") from error
 
@@ -370,14 +382,14 @@ def decoded_sample(
     """Return those of the images that can be decoded, with the chosen bands."""
     decoded = []
     for _, image in images:
-        names = getattr(image, "band_names", None)
         try:
             pixels = image.pixels()
             if selection is not None:
-                pixels = pixels[:, :, band_indices(selection, pixels.shape[2], names)]
+                indices = band_indices(selection, pixels.shape[2], image.band_names)
+                pixels = pixels[:, :, indices]
         except (UnreadableImage, ValueError):
             continue  # the run itself counts and names it
-        decoded.append(Sampled(pixels, getattr(image, "no_data", None)))
+        decoded.append(Sampled(pixels, image.no_data))
     return decoded
 
 
