@@ -56,9 +56,10 @@ def test_a_folder_of_13_bands_trains_and_its_checkpoint_is_of_13_bands(scenes, t
     # Forest and water differ by their brightness alone.
     assert figures["knn/top1"] == 1
     weights = torch.load(tmp_path / "run/checkpoints/backbone.pth", weights_only=True)
-    assert [tensor.shape[1] for tensor in weights["state_dict"].values() if tensor.ndim == 4][
-        0
-    ] == BANDS
+    assert (
+        next(tensor.shape[1] for tensor in weights["state_dict"].values() if tensor.ndim == 4)
+        == BANDS
+    )
 
 
 @pytest.mark.slow
@@ -76,7 +77,8 @@ def test_every_program_takes_them(scenes, tmp_path):
     assert json.loads((tmp_path / "knn.json").read_text())["knn/top1"] == 1
     run("moco.embed", checkpoint, *small, "output=features.npz", cwd=tmp_path)
     features = np.load(tmp_path / "features.npz")["features"]
-    assert features.shape[0] == 20 and np.isfinite(features).all()
+    assert features.shape[0] == 20
+    assert np.isfinite(features).all()
 
     run("moco.pack", *data[:2], "output=packed", "num_workers=0", cwd=tmp_path)
     run(

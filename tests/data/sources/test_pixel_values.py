@@ -35,7 +35,8 @@ def test_the_value_range_becomes_0_to_1(dtype, bands):
     values = settled(given, value_range=[low, high])
     result = values.of(given, "x").pixels()
     exact = (given.array.astype(np.float64) - low) / (high - low)
-    assert result.dtype == np.float32 and result.shape == (7, 7, bands)
+    assert result.dtype == np.float32
+    assert result.shape == (7, 7, bands)
     np.testing.assert_allclose(result, exact.clip(0, 1), atol=2e-7)
 
 
@@ -75,7 +76,8 @@ def test_pixels_without_data_become_the_mean(named_by, caplog):
         values = settled(given, value_range=[-2000, 10_000], nodata=setting, mean=[0.25, 0.75])
     result = values.of(given, "x").pixels()
     np.testing.assert_array_equal(result[0, 0], np.float32([0.25, 0.75]))
-    assert result[1, 1, 1] == 0.75 and result[1, 1, 0] != 0.25
+    assert result[1, 1, 1] == 0.75
+    assert result[1, 1, 0] != 0.25
     assert "no data in 3.1 % of the values of one image" in caplog.text
 
 
@@ -112,7 +114,8 @@ def test_a_range_that_clips_or_is_hardly_used_is_a_warning(caplog):
     assert "the values of one image use 6.2 % of it" in caplog.text
     caplog.clear()
     settled(twelve_bits, value_range=[100, 2000])
-    assert "clips" in caplog.text and "% below" in caplog.text
+    assert "clips" in caplog.text
+    assert "% below" in caplog.text
     caplog.clear()
     settled(twelve_bits, value_range=[0, 4095])
     assert not caplog.text
@@ -155,11 +158,13 @@ def test_pictures_show_chosen_bands_stretched():
     values = settled(given, value_range=[0, 10_000], display=[4, 2, 1])
     pixels = values.of(given, "x").pixels()
     shown = values.shown(pixels)
-    assert shown.dtype == np.uint8 and shown.shape == (50, 50, 3)
+    assert shown.dtype == np.uint8
+    assert shown.shape == (50, 50, 3)
     for plane, band in enumerate([3, 1, 0]):
         low, high = np.percentile(pixels[..., band], [2, 98])
         expected = np.rint(255 * ((pixels[..., band] - low) / (high - low)).clip(0, 1))
         np.testing.assert_array_equal(shown[..., plane], expected)
     one = settled(image("uint16", 1), value_range=[0, 10_000])
     grey = one.shown(np.full((4, 4, 1), 0.5, np.float32))
-    assert (grey == 128).all() and grey.shape == (4, 4, 3)
+    assert (grey == 128).all()
+    assert grey.shape == (4, 4, 3)
