@@ -38,9 +38,9 @@ def contrasted(monkeypatch):
     calls = []
     original = moco.methods.moco.efficient_info_nce
 
-    def recorded(query, key, negatives, temperature):
+    def recorded(query, key, negatives, temperature, groups):
         calls.append((key.clone(), negatives.clone()))
-        return original(query, key, negatives, temperature)
+        return original(query, key, negatives, temperature, groups)
 
     monkeypatch.setattr(moco.methods.moco, "efficient_info_nce", recorded)
     return calls
