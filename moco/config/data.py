@@ -50,6 +50,14 @@ class DataConfig(ImageSourceConfig):
 
     image_size: Optional[int] = setting(None, at_least=4)
     """Side of the square views, px. Null: the dataset's own size."""
+    group: Any = None
+    """Which images belong together, such as those of one place. A regular expression with a part
+    ``(?P<group>...)`` that is searched for in each name; the number of a folder level, 1 for the
+    first folder below the root; or ``{csv: FILE}``, a table with the columns name and group. Names
+    are relative to the root."""
+    pair: str = setting("same", choices=("group", "mixed", "same"))
+    """Where the key view comes from. same: the query's own image. group: another image of the
+    query's group. mixed: such an image in half of the draws."""
     crop_ratio: float = setting(1.0, above=0, at_most=1)
     """Evaluation: side of the centre crop over the resized shorter side (ImageNet: 0.875)."""
     batch_size: int = setting(256, at_least=1)

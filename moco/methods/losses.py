@@ -3,8 +3,8 @@
 Shapes use N for the queries of this device, M for the keys of all devices, K for negatives, S for
 the cells of a view, C for the width of an embedding and D for the width of a feature.
 
-Images can belong to groups, such as the photographs of one place. Group numbers are int64, and -1 is
-an image without a known group. A loss that gets them leaves the negatives of a query's own group
+Images can belong to groups, such as the photographs of one place. Group numbers are int64, and -1
+means that the group is unknown. A loss that gets them leaves the negatives of a query's own group
 out of the sum, because they show the same thing as the positive.
 """
 
@@ -83,7 +83,7 @@ def in_batch_info_nce(
         keys: (M, C), unit norm; N keys of each device, in the order of the ranks.
         temperature: T.
         rank: of the device that the queries are on.
-        groups: of the queries and of all keys. Leave out the other keys of a query's own group; None
+        groups: of the queries and of all keys. Other keys of a query's own group are left out. None
             takes all keys.
 
     Source: arXiv 2104.02057, algorithm 1.

@@ -83,9 +83,9 @@ class MoCo(pl.LightningModule):
             dense term has its own projector, as wide as the other one, and its own queues, but no
             predictor.
         dense_grid: side of the dense term's grid, cells, see `DenseProjector`.
-        mask_own_group: leave out the negatives whose image belongs to the group of the query's image.
-            A batch then has ``groups``, (N,) int64 with -1 for an unknown group, and the queues
-            keep the group of each key.
+        mask_own_group: leave out the negatives whose image is of the same group as the query's. A
+            batch then has ``groups``, (N,) int64 with -1 for an unknown group, and the queues keep
+            the group of each key.
 
     Raises:
         InputError: switches contradict each other, the backbone is unknown, or it does not keep the

@@ -153,3 +153,6 @@ class DataSource:
     """Labelled images that are not in the bank; None without labels."""
     image_size: int
     """Side at which the dataset is usually used, px."""
+    groups: np.ndarray | None = None
+    """(images of `train`,) int64, the group of each, see `moco.data.sources.groups`; -1: unknown.
+    None: the dataset has no groups."""
