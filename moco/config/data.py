@@ -23,12 +23,20 @@ class ImageSourceConfig:
     download: bool = False
     """Download a torchvision dataset that is not under root yet."""
     held_out: float = setting(0.1, at_least=0, at_most=1)
-    """``image_folder`` without a validation folder, and ``custom`` without bank and queries: share
-    of the images that are held out as the queries of the kNN monitor. A hash of the path decides,
-    so an image keeps its side when others are added. Training uses all images."""
+    """``image_folder`` without a validation folder, ``custom`` without bank and queries, ``hdf5``
+    and ``zarr`` with labels: share of the images that are held out as the queries of the kNN
+    monitor. A hash of the path decides, or of the number of an image without one, so an image keeps
+    its side when others are added. Training uses all images."""
     pages: str = setting("first", choices=("each", "first"))
     """``images`` and ``image_folder``: read the first page of a TIFF file, or each page as an
     image of its own."""
+    band_files: Optional[str] = None
+    """``images`` and ``image_folder``: join files that hold one band each. A template of their
+    names below the root, such as ``{id}_B{band}.tif``: {id} stands for the name of an image, {band}
+    for that of a band. data.bands then names the bands to join, in this order; null joins all.
+    Bands of another size are resampled to the first one."""
+    tile: Optional[int] = setting(None, at_least=4)
+    """``images``: read windows of this side of large rasters as images, px. Null: whole images."""
     num_images: Optional[int] = setting(None, at_least=1)
     """Size of ``synthetic`` (null: 1,024). Number of samples in all shards of ``webdataset``
     (null: they are counted, if the shards are files). Number of images that an iterable dataset of
@@ -37,6 +45,10 @@ class ImageSourceConfig:
     """``hf``: null is the only column of type Image."""
     label_column: Optional[str] = None
     """``hf``: null is the only column of type ClassLabel, if there is one."""
+    image_key: Optional[str] = None
+    """``hdf5``, ``zarr``: the array of the images. Null: the only one of three or four axes."""
+    label_key: Optional[str] = None
+    """``hdf5``, ``zarr``: the array of the class numbers. Null: there are no labels."""
     max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
     """The run stops when more than this share of the images is unreadable."""
     max_image_pixels: int = setting(178_956_970, at_least=1)
