@@ -75,13 +75,18 @@ def build_data(
     from moco.data.augment.views import EvaluationView, ViewPair
     from moco.data.loading.datamodule import PretrainingData
     from moco.data.loading.loaders import choose_engine
+    from moco.data.sources.sample import prepare_source
     from moco.training.hardware import choose_device
 
     pair = config.augmentation
+    values = prepare_source(source, vars(data), pair.mean, config.preview.bands)
+    kind: dict[str, Any] = {"bands": values.bands, "is_float": values.is_float}
     image_size = data.image_size or source.image_size
     device = choose_device(config.trainer.accelerator)
     ramp = ResolutionRamp(image_size, pair.start_image_size, pair.image_size_step, pair.ramp_epochs)
-    views = ViewPair(pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, ramp=ramp)
+    views = ViewPair(
+        pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, ramp=ramp, **kind
+    )
     full_views = views.views_of_size[image_size]
     engine = choose_engine(data.engine, source.train, image_size, device.type, full_views)
     views.engine = engine.name
@@ -90,7 +95,7 @@ def build_data(
     loaders = PretrainingData(
         source,
         views,
-        EvaluationView(image_size, data.crop_ratio, pair.mean, pair.std),
+        EvaluationView(image_size, data.crop_ratio, pair.mean, pair.std, **kind),
         image_size=image_size,
         batch_size=data.batch_size,
         batches_per_step=num_processes(config) * config.trainer.accumulate_grad_batches,
@@ -216,6 +221,7 @@ def build_dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":
             )
         return None
 
+    from moco.data.sources.source import PIXEL_SETTINGS
     from moco.evaluation import dense_features
 
     settings = dataclasses.asdict(dense)
@@ -233,6 +239,7 @@ def build_dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":
             num_workers=config.data.num_workers,
             max_bad_fraction=config.data.max_bad_fraction,
             max_image_pixels=config.data.max_image_pixels,
+            pixel_settings={key: getattr(config.data, key) for key in PIXEL_SETTINGS},
         )
     except InputError as error:
         # The message names keys below data, as moco.segment has them.

@@ -27,9 +27,12 @@ class ImageSourceConfig:
     and ``zarr`` with labels: share of the images that are held out as the queries of the kNN
     monitor. A hash of the path decides, or of the number of an image without one, so an image keeps
     its side when others are added. Training uses all images."""
-    pages: str = setting("first", choices=("each", "first"))
-    """``images`` and ``image_folder``: read the first page of a TIFF file, or each page as an
-    image of its own."""
+    pages: str = setting("first", choices=("channels", "each", "first"))
+    """``images`` and ``image_folder``, files with several pages: first: read the first page. each:
+    each page is an image of its own. channels: join the pages as bands."""
+    bands: Any = None
+    """Bands to take, in this order: numbers from 1, or names where the files have them, such as
+    ``[4, 3, 2, 8]``. Null: all; 8-bit images of one, three or four channels become RGB."""
     band_files: Optional[str] = None
     """``images`` and ``image_folder``: join files that hold one band each. A template of their
     names below the root, such as ``{id}_B{band}.tif``: {id} stands for the name of an image, {band}
@@ -37,6 +40,14 @@ class ImageSourceConfig:
     Bands of another size are resampled to the first one."""
     tile: Optional[int] = setting(None, at_least=4)
     """``images``: read windows of this side of large rasters as images, px. Null: whole images."""
+    value_range: Any = None
+    """``[low, high]``: the values that become 0 and 1; or such a pair for each band. Null: 0 to 255
+    for 8-bit images. Other images need it; ``moco.stats`` measures it."""
+    nodata: Optional[float] = None
+    """The value of pixels without data. They become the mean, as NaN does. Null: what the file
+    says, if it says it."""
+    dicom_window: bool = False
+    """DICOM: apply the window that the file proposes for display."""
     num_images: Optional[int] = setting(None, at_least=1)
     """Size of ``synthetic`` (null: 1,024). Number of samples in all shards of ``webdataset``
     (null: they are counted, if the shards are files). Number of images that an iterable dataset of
@@ -54,6 +65,15 @@ class ImageSourceConfig:
     max_image_pixels: int = setting(178_956_970, at_least=1)
     """An image with more pixels counts as unreadable. The header decides, because a small file can
     claim any size. The default is Pillow's own limit; such an image takes half a gigabyte."""
+
+
+@dataclass
+class DisplayConfig:
+    """How pictures show images that are not 8-bit RGB."""
+
+    bands: Any = None
+    """One or three of the bands that the model gets, from 1: grey, or red, green and blue. They are
+    stretched from their 2nd to their 98th percentile. Null: the first three, or the only one."""
 
 
 @dataclass
@@ -109,7 +129,10 @@ class PretrainedDataConfig(ImageSourceConfig):
     image_size: Optional[int] = setting(None, at_least=4)
     crop_ratio: Optional[float] = setting(None, above=0, at_most=1)
     held_out: Optional[float] = setting(None, at_least=0, at_most=1)  # type: ignore[assignment]
-    pages: Optional[str] = setting(None, choices=("each", "first"))  # type: ignore[assignment]
+    pages: Optional[str] = setting(  # type: ignore[assignment]
+        None, choices=("channels", "each", "first")
+    )
+    dicom_window: Optional[bool] = None  # type: ignore[assignment]
 
 
 @dataclass

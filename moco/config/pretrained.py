@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from moco.config.data import DataConfig, EmbedDataConfig, EvaluateDataConfig
+from moco.config.data import DataConfig, DisplayConfig, EmbedDataConfig, EvaluateDataConfig
 from moco.config.linear import LinearConfig, LinearOfficialConfig
 from moco.config.settings import setting
 from moco.config.train import AugmentationConfig, BackboneConfig, MonitorConfig
@@ -154,6 +154,7 @@ class EvaluateConfig:
     naming them on the command line. They run when they are imported. Only for files that you
     trust."""
     augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
+    preview: DisplayConfig = field(default_factory=DisplayConfig)
 
 
 @dataclass

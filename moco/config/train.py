@@ -5,7 +5,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from moco.config.data import DataConfig
+from moco.config.data import DataConfig, DisplayConfig
 from moco.config.settings import setting
 
 
@@ -55,6 +55,9 @@ class BackboneConfig:
     image_size: Optional[int] = setting(None, at_least=4)
     """timm, custom and registered backbones: side of the images, px, for networks that need it.
     Null: that of the run."""
+    in_channels: Optional[int] = setting(None, at_least=1)
+    """Bands of the images. Null: those of the run's images. A custom function gets the number if it
+    has such an argument."""
     zero_init_residual: Optional[bool] = None
     """ResNet: every residual block starts as the identity, as in MoCo v3."""
 
@@ -357,6 +360,7 @@ class TrainConfig:
     evaluation: MonitorConfig = field(default_factory=MonitorConfig)
     monitor: ExtraMonitorsConfig = field(default_factory=ExtraMonitorsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preview: DisplayConfig = field(default_factory=DisplayConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
     """The user's callbacks, ``{name: {target: package.module:function, options: {}}}``. See

@@ -10,19 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moco.data.augment.views import evaluation_crop, normalisation
+from moco.data.augment.views import Normalized, evaluation_crop
 from moco.data.files.images import check_bad_fraction
 from moco.data.loading.every_image import (
     ImageBatch,
     ImageSet,
     IndexedSet,
-    IterableSet,
-    ShardedSet,
+    image_set,
 )
 from moco.data.loading.workers import cores_of
-from moco.data.sources.own_dataset import IterableImages
-from moco.data.sources.shards import ShardedImages
-from moco.data.sources.source import DataSource, Labelled
+from moco.data.sources.source import DataSource
 from moco.errors import InputError, RunError, printable
 from moco.evaluation.image_names import labels_by_name
 from moco.evaluation.indexes import EXACT, build_index, recall
@@ -60,13 +57,10 @@ def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
         if source.queries is None:
             raise InputError(f"split=test: data={name} has no images that are held out")
         return IndexedSet(source.queries, has_labels=True)
-    if isinstance(source.train, ShardedImages):
-        return ShardedSet(source.train)
-    if isinstance(source.train, IterableImages):
-        return IterableSet(source.train)
+    if source.bank is None:
+        return image_set(source.train)
     # Training images may be divided into bank and queries.
-    labels = labels_by_name(source.train, source.bank, source.queries)
-    return IndexedSet(Labelled(source.train, labels), has_labels=bool((labels >= 0).any()))
+    return image_set(source.train, labels_by_name(source.train, source.bank, source.queries))
 
 
 def open_parts(
@@ -116,20 +110,20 @@ def weights_digest(encoder: nn.Module) -> str:
 
 
 def build_encode(
-    encoder: Any, feature: str, transform: dict[str, Any], device: torch.device
+    encoder: Any, feature: str, normalized: Normalized, device: torch.device
 ) -> Callable[[Tensor], np.ndarray]:
     """Return a function from images to features.
 
-    It takes 8-bit images (batch, 3, height, width) and returns (batch, width) float32.
+    It takes images (batch, bands, height, width), 8-bit or from 0 to 1, and returns (batch, width)
+    float32.
 
     Args:
         encoder: a module with ``encode(images, feature)``; moved to the device.
         feature: ``backbone`` or ``embedding``.
-        transform: mean and std of the pixels.
+        normalized: the normalisation of such images.
         device: where to compute.
     """
-    scale, shift = normalisation(**transform)
-    scale, shift = scale.to(device), shift.to(device)
+    scale, shift = normalized.scale.to(device), normalized.shift.to(device)
     encoder.to(device)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ that a mistake is found at once.
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,10 @@ from moco.data.files.images import (
 from moco.data.files.listing import list_images
 from moco.data.sources.arrays import torchvision_dataset
 from moco.data.sources.folders import VALIDATION_FOLDERS, is_held_out
+from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.registry import MASKED
+from moco.data.sources.sample import prepare_source
+from moco.data.sources.source import DataSource
 from moco.errors import InputError, printable, unknown_name
 from moco.segmentation.masked_images import MaskedImages, Pair
 
@@ -57,6 +60,24 @@ class SegmentationSource:
     """The name of each class; the class number is the position."""
     ignore_index: int
     """The number of pixels that have no class."""
+
+    def prepare(
+        self, data: Mapping[str, Any], mean: Sequence[float], display: Any = None
+    ) -> PixelValues:
+        """Let the images give the pixels that the model gets, and return how they are made.
+
+        Args:
+            data: the settings of the data as plain data.
+            mean, display: see `moco.data.sources.pixel_values.settle_values`.
+
+        Raises:
+            InputError: the settings fit no image, or the value range is missing.
+        """
+        source = DataSource(self.train.images, None, None, image_size=0)
+        values = prepare_source(source, {"pages": "first", **data}, mean, display)
+        self.validation.images.reading = self.train.images.reading
+        self.validation.images.values = values
+        return values
 
 
 class Listing(NamedTuple):

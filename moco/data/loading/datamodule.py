@@ -108,7 +108,7 @@ class PretrainingData(pl.LightningDataModule):
             name = images.name(index)
             try:
                 # An image can have a good header and damaged pixels.
-                image = images.opened(index)
+                image = images.prepared(index)
                 image.pixels()
             except UnreadableImage:
                 unreadable.append(name)

@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from moco.data.augment.views import EvaluationView, Transform
-from moco.data.files.images import UnreadableImage
-from moco.data.loading.workers import CPU, WatchedLoader, loader_options, note_read
+from moco.data.files.images import EncodedImage, UnreadableImage
+from moco.data.loading.workers import CPU, WatchedLoader, loader_options, note_read, unchanged
 from moco.data.sources.own_dataset import IterableImages
+from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in, is_local, sample_key
-from moco.data.sources.source import ArrayImages, Labelled
+from moco.data.sources.source import ArrayImages, Images, Labelled
 
-Crop = Callable[[Image.Image], Image.Image]
+Crop = Callable[[np.ndarray], Tensor]
+IMAGES_AT_ONCE = 16  # that a loader process returns together
 
 
 class ReadImage(NamedTuple):
@@ -206,6 +207,8 @@ class ImageSet(ABC):
     start: ClassVar[list[int]]
     """The place of the first image."""
     has_labels: bool
+    values: PixelValues | None = None
+    """Makes the pixels that the model gets."""
     images: Any = None
     """Images by number, of keys whose source is a number."""
 
@@ -247,7 +250,20 @@ class ImageSet(ABC):
         keys: Iterator[Any] = self.keys_from(place)
         batches = BatchSampler(keys, batch_size, drop_last=False)
         make = partial(cropped, crop)
-        return every_image(KeyReader(self.images), make, image_batch, batches, num_workers, device)
+        reader = KeyReader(self.images, self.values)
+        return every_image(reader, make, image_batch, batches, num_workers, device)
+
+    def each(self, make: Callable[[EncodedImage], Any], num_workers: int) -> Iterator[ReadImage]:
+        """Yield what `make` returns of each image, as it is in the file.
+
+        Args:
+            make: runs in the loader processes; may raise `UnreadableImage`.
+        """
+        keys: Iterator[Any] = self.keys_from(self.start)
+        batches = BatchSampler(keys, IMAGES_AT_ONCE, drop_last=False)
+        reader = KeyReader(self.images, values=None)
+        for read in every_image(reader, make, unchanged, batches, num_workers):
+            yield from read
 
 
 @dataclass(frozen=True)
@@ -255,23 +271,29 @@ class KeyReader:
     """Read the images of an `ImageSet` by `ImageKey`, in a loader process."""
 
     images: Any
+    values: PixelValues | None
+    """Makes the pixels that the model gets; None leaves them as they are in the file."""
 
     def name(self, key: ImageKey) -> str:
         """Return the name for messages."""
         return key.name if isinstance(key.source, int) else key.source.name
 
-    def __getitem__(self, key: ImageKey) -> Image.Image:
+    def __getitem__(self, key: ImageKey) -> EncodedImage:
         # The calling process has read the shard; here its images are decoded.
         if isinstance(key.source, Problem):
             raise UnreadableImage(key.source.reason)
         if isinstance(key.source, Sample):
-            return Image.fromarray(key.source.image.pixels())
-        return self.images[key.source]
+            image = key.source.image
+        else:
+            image = self.images.opened(key.source)
+        if self.values is None:
+            return image
+        return self.values.of(image, self.name(key))
 
 
-def cropped(crop: Crop, image: Image.Image) -> Tensor:
-    """Return a square of an image, (3, side, side) uint8."""
-    return pil_to_tensor(crop(image))
+def cropped(crop: Crop, image: EncodedImage) -> Tensor:
+    """Return a square of an image, (bands, side, side), uint8 or float32."""
+    return crop(image.pixels())
 
 
 def image_batch(read: list[ReadImage]) -> ImageBatch:
@@ -302,6 +324,7 @@ class IndexedSet(ImageSet):
 
     def __init__(self, labelled: Labelled, has_labels: bool) -> None:
         self.images = labelled.images
+        self.values = labelled.images.values
         self.labels = labelled.labels
         self.has_labels = has_labels
 
@@ -336,6 +359,7 @@ class ShardedSet(ImageSet):
 
     def __init__(self, sharded: ShardedImages) -> None:
         self.sharded = sharded
+        self.values = sharded.values
 
     def __len__(self) -> int:
         return len(self.sharded)
@@ -351,7 +375,8 @@ class ShardedSet(ImageSet):
     def keys_from(self, place: list[int]) -> Iterator[ImageKey]:
         first_shard, num_done = place
         for number, shard in enumerate(self.sharded.shards[first_shard:], start=first_shard):
-            samples = images_in(shard, self.sharded.max_image_pixels)
+            sharded = self.sharded
+            samples = images_in(shard, sharded.max_image_pixels, raw=sharded.reading.raw)
             for member, found in enumerate(samples, start=1):
                 # What an earlier pass has done is read again, but not decoded.
                 if number == first_shard and member <= num_done:
@@ -372,6 +397,7 @@ class IterableSet(ImageSet):
 
     def __init__(self, images: IterableImages) -> None:
         self.iterable = images
+        self.values = images.values
 
     def __len__(self) -> int:
         return len(self.iterable)
@@ -392,3 +418,18 @@ class IterableSet(ImageSet):
             except UnreadableImage as error:
                 source = Problem(name, str(error), is_shard=False)
             yield ImageKey(source, name, -1, [number + 1])
+
+
+def image_set(images: Images, labels: np.ndarray | None = None) -> ImageSet:
+    """Return the images of a dataset as an `ImageSet`.
+
+    Args:
+        labels: (images,) int64, -1 for those without; None: no image has one.
+    """
+    if isinstance(images, ShardedImages):
+        return ShardedSet(images)
+    if isinstance(images, IterableImages):
+        return IterableSet(images)
+    if labels is None:
+        labels = np.full(len(images), -1)
+    return IndexedSet(Labelled(images, labels), has_labels=bool((labels >= 0).any()))

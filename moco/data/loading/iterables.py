@@ -83,7 +83,7 @@ class IterableSampler(ResumableSampler):
                 continue
             name = self.images.name(place)
             try:
-                image: EncodedImage = self.images.opened_item(place, item)
+                image: EncodedImage = self.images.prepared_item(place, item)
             except UnreadableImage as error:
                 image = DamagedImage(str(error))
                 damaged.append(name)

@@ -229,7 +229,7 @@ class PairDataset(Dataset[PairBatch]):
 
     def _decoded(self, number: int) -> np.ndarray | None:
         index = number % len(self.images)  # after the last image comes the first one
-        return decoded(self.images.name(index), lambda: self.images.opened(index).pixels())
+        return decoded(self.images.name(index), lambda: self.images.prepared(index).pixels())
 
 
 @dataclass(frozen=True)

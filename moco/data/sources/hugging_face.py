@@ -42,7 +42,7 @@ class TableImages(Images):
         content = row.get("bytes") if row else None
         if content is None:
             raise UnreadableImage(f"{printable(name)}: no image in the table")
-        return encoded(content, name, self.max_image_pixels)
+        return encoded(content, name, self.max_image_pixels, raw=self.reading.raw)
 
     def name(self, index: int) -> str:
         """See `Images`."""

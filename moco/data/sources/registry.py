@@ -86,7 +86,7 @@ def build_source(
     tile: int | None = None,
     listing: Path | None = None,
 ) -> DataSource:
-    """Return the dataset `name`.
+    """Return the dataset `name`, its images as they are in the files.
 
     Args:
         root: folder or file; ``images`` and ``webdataset`` also take a list.
@@ -176,9 +176,7 @@ def build_source(
     return torchvision_source(name, root, download)
 
 
-def check_parts_of_images(
-    name: str, band_files: str | None, tile: int | None, pages: str
-) -> None:
+def check_parts_of_images(name: str, band_files: str | None, tile: int | None, pages: str) -> None:
     """Raise InputError if images are to be joined or cut in a way that a dataset does not have."""
     if band_files is not None and name not in ("images", "image_folder"):
         raise InputError(

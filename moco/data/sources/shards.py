@@ -53,7 +53,7 @@ class Problem(NamedTuple):
     is_shard: bool
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ShardedImages(Images):
     """Training images in shards: their number is known, and they arrive as a stream.
 
@@ -78,6 +78,15 @@ class ShardedImages(Images):
     def name(self, index: int) -> str:
         """See `Images`."""
         return f"sample {index} of {len(self.shards)} shards"
+
+    def samples(
+        self, shard: str, note: Callable[[str], None] = lambda name: None
+    ) -> Iterator["Sample | Problem"]:
+        """Yield the images of a shard as the model gets them; see `images_in`."""
+        for found in images_in(shard, self.max_image_pixels, note, raw=self.reading.raw):
+            if isinstance(found, Sample) and self.values is not None:
+                found = Sample(self.values.of(found.image, found.name), found.name)
+            yield found
 
 
 def sharded_source(
@@ -202,12 +211,17 @@ class CheckedHeader(tarfile.TarInfo):
 
 
 def images_in(
-    shard: str, max_image_pixels: int, note: Callable[[str], None] = lambda name: None
+    shard: str,
+    max_image_pixels: int,
+    note: Callable[[str], None] = lambda name: None,
+    *,
+    raw: bool = False,
 ) -> Iterator[Sample | Problem]:
     """Yield the images of a shard in their order, not decoded, and what could not be read.
 
     Args:
         note: called with the name of each image before it is read.
+        raw: see `moco.data.files.images.encoded`.
     """
     num_images = 0
     try:
@@ -218,7 +232,7 @@ def images_in(
             for member in image_members(archive):
                 name = f"{shard}/{member.name}"
                 note(name)
-                yield read_sample(archive, member, name, max_image_pixels)
+                yield read_sample(archive, member, name, max_image_pixels, raw=raw)
                 num_images += 1
     except TAR_ERRORS as error:
         where = f"{printable(shard)}: cannot be read beyond its first {num_images} images"
@@ -227,7 +241,12 @@ def images_in(
 
 
 def read_sample(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, name: str, max_image_pixels: int
+    archive: tarfile.TarFile,
+    member: tarfile.TarInfo,
+    name: str,
+    max_image_pixels: int,
+    *,
+    raw: bool,
 ) -> Sample | Problem:
     """Return a member as a sample, or what is wrong with it."""
     if member.size > MAX_ENCODED_BYTES:
@@ -236,7 +255,7 @@ def read_sample(
     file = archive.extractfile(member)
     assert file is not None  # it is None for folders and links only
     try:
-        return Sample(encoded(file.read(), name, max_image_pixels), name)
+        return Sample(encoded(file.read(), name, max_image_pixels, raw=raw), name)
     except UnreadableImage as error:
         return Problem(name, str(error), is_shard=False)
 

@@ -4,13 +4,12 @@
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 
 from moco.data.files.encoded_image import image_type
 from moco.data.files.images import (
@@ -20,6 +19,7 @@ from moco.data.files.images import (
     encoded_file,
 )
 from moco.data.files.listing import PathList, start_of
+from moco.data.sources.pixel_values import PixelValues
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -27,17 +27,64 @@ log = logging.getLogger(__name__)
 COMMON_BANDS = (1, 3, 4)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How files are decoded."""
+
+    raw: bool = False
+    """Give 8-bit images with the bands of the file. Without it they become RGB."""
+    joins_pages: bool = False
+    """Join the pages of a file as bands."""
+    dicom_window: bool = False
+    """Apply the window that a DICOM file proposes for display."""
+
+
+READING = ("bands", "dicom_window")
+"""The settings of the data that `reading_of` takes, beside ``pages``."""
+PIXEL_SETTINGS = (*READING, "nodata", "value_range")
+"""The settings of the data that say how files become the pixels that the model gets."""
+
+
+def reading_of(data: Mapping[str, Any]) -> Reading:
+    """Return how files are decoded.
+
+    Args:
+        data: the settings ``bands``, ``pages`` and ``dicom_window``, at least.
+    """
+    return Reading(
+        raw=data["bands"] is not None,
+        joins_pages=data["pages"] == "channels",
+        dicom_window=bool(data["dicom_window"]),
+    )
+
+
 class Images(Protocol):
-    """RGB images by index."""
+    """Images by index."""
+
+    values: PixelValues | None = None
+    """Makes the pixels that the model gets; None leaves them as they are in the file."""
+    reading: Reading = Reading()
+    """How files are decoded."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Image.Image:
-        """Return the decoded image. Raises `UnreadableImage` if the file is damaged."""
-        return Image.fromarray(self.opened(index).pixels())
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return the pixels that the model gets. Raises `UnreadableImage` if a file is damaged."""
+        return self.prepared(index).pixels()
+
+    def prepared(self, index: int) -> EncodedImage:
+        """Return the image with the pixels that the model gets, not yet decoded.
+
+        Raises:
+            UnreadableImage: the file is damaged.
+        """
+        image = self.opened(index)
+        if self.values is None:
+            return image
+        return self.values.of(image, self.name(index))
 
     def opened(self, index: int) -> EncodedImage:
-        """Return the image with a known size, not yet decoded.
+        """Return the image as it is in the file, with a known size, not yet decoded.
 
         Raises:
             UnreadableImage: the file is damaged.
@@ -190,7 +237,14 @@ class FileImages(Images):
     def opened(self, index: int) -> EncodedImage:
         """See `Images`."""
         path, page, _ = self._find_page(index)
-        return encoded_file(path, self.name(index), self.max_image_pixels, page)
+        return encoded_file(
+            path,
+            self.name(index),
+            self.max_image_pixels,
+            None if self.reading.joins_pages else page,
+            raw=self.reading.raw,
+            window=self.reading.dicom_window,
+        )
 
     def name(self, index: int) -> str:
         """Return the path; images of a file with several get #1, #2, ... behind it."""
@@ -235,3 +289,18 @@ class DataSource:
     groups: np.ndarray | None = None
     """(images of `train`,) int64, the group of each, see `moco.data.sources.groups`; -1: unknown.
     None: the dataset has no groups."""
+
+    def sets(self) -> list[Images]:
+        """Return training images, bank and queries, as far as there are such."""
+        labelled = [side.images for side in (self.bank, self.queries) if side is not None]
+        return [self.train, *labelled]
+
+    def read_as(self, reading: Reading) -> None:
+        """Decode all files in this way."""
+        for images in self.sets():
+            images.reading = reading
+
+    def prepare(self, values: PixelValues) -> None:
+        """Give the model pixels with these values, of all images."""
+        for images in self.sets():
+            images.values = values

@@ -1,6 +1,6 @@
 """Features together with the images that they were computed from, and plots of neighbours."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -45,7 +45,20 @@ class Embedded(NamedTuple):
 
     def thumbnail(self, row: int, side: int) -> Image.Image:
         """Return the image of a row as a square of `side` px."""
-        return thumbnail(self.labelled.images[int(self.rows[row])], side)
+        return thumbnail(shown_image(self.labelled.images, int(self.rows[row])), side)
+
+
+def shown_image(images: Any, index: int) -> Image.Image:
+    """Return an image for the eye, in 8-bit RGB.
+
+    Args:
+        images: `Images`, or anything that gives pixels (height, width, 3) uint8 by index.
+    """
+    pixels = images[index]
+    values = getattr(images, "values", None)
+    if values is not None:
+        pixels = values.shown(pixels)
+    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def neighbors_plot(

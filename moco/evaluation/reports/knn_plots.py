@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from moco.data.augment.views import EvaluationView
 from moco.evaluation.diagnostics import evenly_spaced
 from moco.evaluation.knn import Search, confusion_matrix, without_own
 from moco.evaluation.neighbors import joined, normalized
@@ -134,11 +133,10 @@ def feature_maps_of_some(subject: Subject, queries: Embedded) -> "Figure":
 
     The colours of a map are its principal components over all images that are drawn.
     """
-    size, crop_ratio = subject.data["image_size"], subject.data["crop_ratio"]
-    view = EvaluationView(size, crop_ratio, **subject.augmentation)
+    view = subject.evaluation_view()
     chosen = spread_over_classes(queries.labels, NUM_MAPPED_IMAGES)
     images = [view.crop(queries.labelled.images[int(row)]) for row in queries.rows[chosen]]
-    batch = torch.stack([view.normalized(image) for image in images])  # (images, 3, side, side)
+    batch = torch.stack([view.normalized(image) for image in images])  # (images, bands, side, side)
     maps = subject.encoder.backbone.feature_maps(batch.to(subject.device))
     columns = {}
     for name, values in (("last map", maps[-1]), ("map before", maps[-2])):

@@ -144,7 +144,11 @@ def test_a_source_that_was_opened_goes_to_another_process(kind, tmp_path):
 )
 def test_keys_that_do_not_fit_are_named(kind, options, expected, tmp_path):
     arrays = {"a": values("uint8", 4, 5, 6), "b": values("uint16", 4, 5, 6, 2)}
-    arrays |= {"y": np.zeros(4, np.float32), "short": np.arange(3), "long": np.zeros((4, 2, 2), int)}
+    arrays |= {
+        "y": np.zeros(4, np.float32),
+        "short": np.arange(3),
+        "long": np.zeros((4, 2, 2), int),
+    }
     write(kind, path_for(kind, tmp_path), **arrays)
     with pytest.raises(InputError, match=expected):
         build_source(kind, path_for(kind, tmp_path), **options)
