@@ -53,6 +53,10 @@ def build_data(
         source: the images, in place of the config's dataset.
     """
     data = config.data
+    if config.method.mask_own_group and data.group is None:
+        raise InputError(
+            "method.mask_own_group=true: needs data.group, which says what belongs together"
+        )
     if source is None:
         # The rest is imported afterwards: a mistake in data.root shows at once.
         from moco.data.sources.registry import build_source
@@ -61,6 +65,10 @@ def build_data(
         source_settings = {key: value for key, value in vars(data).items() if key in arguments}
         listing = None if folder is None else folder / "images.npz"
         source = build_source(**source_settings, listing=listing)
+    if data.group is not None:
+        from moco.data.sources.groups import with_groups
+
+        source = with_groups(source, data.root, data.group)
 
     from moco.data.augment.resolution_ramp import ResolutionRamp
     from moco.data.augment.trial import try_own_steps
@@ -96,6 +104,7 @@ def build_data(
         max_bad_fraction=data.max_bad_fraction,
         seed=config.seed,
         in_memory=engine.in_memory,
+        pair=data.pair,
     )
     if any(view.own_steps for view in full_views):
         for index, image, _ in loaders.first_images(1):

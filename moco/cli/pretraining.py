@@ -30,7 +30,14 @@ log = logging.getLogger("moco.train")
 
 RGB_BANDS = 3
 # The settings of the method that decide the shapes of a checkpoint's tensors.
-METHOD_SHAPES = ("projector", "predictor", "embedding_dim", "queue_size", "num_queues")
+METHOD_SHAPES = (
+    "projector",
+    "predictor",
+    "embedding_dim",
+    "queue_size",
+    "num_queues",
+    "mask_own_group",
+)
 
 
 @dataclass

@@ -23,15 +23,23 @@ class ImageSourceConfig:
     download: bool = False
     """Download a torchvision dataset that is not under root yet."""
     held_out: float = setting(0.1, at_least=0, at_most=1)
-    """``image_folder`` without a validation folder, and ``custom`` without bank and queries: share
-    of the images that are held out as the queries of the kNN monitor. A hash of the path decides,
-    so an image keeps its side when others are added. Training uses all images."""
+    """``image_folder`` without a validation folder, ``custom`` without bank and queries, ``hdf5``
+    and ``zarr`` with labels: share of the images that are held out as the queries of the kNN
+    monitor. A hash of the path decides, or of the number of an image without one, so an image keeps
+    its side when others are added. Training uses all images."""
     pages: str = setting("first", choices=("channels", "each", "first"))
     """``images`` and ``image_folder``, files with several pages: first: read the first page. each:
     each page is an image of its own. channels: join the pages as bands."""
     bands: Any = None
     """Bands to take, in this order: numbers from 1, or names where the files have them, such as
     ``[4, 3, 2, 8]``. Null: all; 8-bit images of one, three or four channels become RGB."""
+    band_files: Optional[str] = None
+    """``images`` and ``image_folder``: join files that hold one band each. A template of their
+    names below the root, such as ``{id}_B{band}.tif``: {id} stands for the name of an image, {band}
+    for that of a band. data.bands then names the bands to join, in this order; null joins all.
+    Bands of another size are resampled to the first one."""
+    tile: Optional[int] = setting(None, at_least=4)
+    """``images``: read windows of this side of large rasters as images, px. Null: whole images."""
     value_range: Any = None
     """``[low, high]``: the values that become 0 and 1; or such a pair for each band. Null: 0 to 255
     for 8-bit images. Other images need it; ``moco.stats`` measures it."""
@@ -48,6 +56,10 @@ class ImageSourceConfig:
     """``hf``: null is the only column of type Image."""
     label_column: Optional[str] = None
     """``hf``: null is the only column of type ClassLabel, if there is one."""
+    image_key: Optional[str] = None
+    """``hdf5``, ``zarr``: the array of the images. Null: the only one of three or four axes."""
+    label_key: Optional[str] = None
+    """``hdf5``, ``zarr``: the array of the class numbers. Null: there are no labels."""
     max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
     """The run stops when more than this share of the images is unreadable."""
     max_image_pixels: int = setting(178_956_970, at_least=1)
@@ -70,6 +82,14 @@ class DataConfig(ImageSourceConfig):
 
     image_size: Optional[int] = setting(None, at_least=4)
     """Side of the square views, px. Null: the dataset's own size."""
+    group: Any = None
+    """Which images belong together, such as those of one place. A regular expression with a part
+    ``(?P<group>...)`` that is searched for in each name; the number of a folder level, 1 for the
+    first folder below the root; or ``{csv: FILE}``, a table with the columns name and group. Names
+    are relative to the root."""
+    pair: str = setting("same", choices=("group", "mixed", "same"))
+    """Where the key view comes from. same: the query's own image. group: another image of the
+    query's group. mixed: such an image in half of the draws."""
     crop_ratio: float = setting(1.0, above=0, at_most=1)
     """Evaluation: side of the centre crop over the resized shorter side (ImageNet: 0.875)."""
     batch_size: int = setting(256, at_least=1)

@@ -24,9 +24,15 @@ CLASS_DATA = (
     "num_images",
     "image_column",
     "label_column",
+    "image_key",
+    "label_key",
     "held_out",
     "pages",
+    "band_files",
+    "tile",
 )
+# They describe one dataset, and not another one that is measured.
+OF_ONE_DATASET = ("root", "target", "options", "image_key", "label_key", "band_files", "tile")
 # The settings of `EvaluationConfig` and `EvaluateDataConfig` that only some kinds of measurement
 # have, by kind.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -280,7 +286,7 @@ def data_settings(config: Any, run_data: dict[str, Any]) -> dict[str, Any]:
     target = run_data.get("target")
     if config.data.name is not None or config.data.target not in (None, target):
         # These are of the run's own dataset.
-        run_data = run_data | {"root": None, "target": None, "options": None}
+        run_data = run_data | dict.fromkeys(OF_ONE_DATASET)
     else:
         given, trusted = config.data.target, config.trust_targets
         try:

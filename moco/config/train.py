@@ -132,6 +132,9 @@ class MethodConfig:
     dense_grid: int = setting(7, at_least=1)
     """Side of the grid to which the dense term pools the last feature map, cells. A smaller map is
     not pooled."""
+    mask_own_group: bool = False
+    """Leave out the negatives whose image belongs to the group of the query's image, see
+    data.group. The queue then keeps the group of each key."""
 
 
 @dataclass

@@ -37,9 +37,13 @@ SOURCE_SETTINGS = (
     "num_images",
     "image_column",
     "label_column",
+    "image_key",
+    "label_key",
     "max_image_pixels",
     "held_out",
     "pages",
+    "band_files",
+    "tile",
 )
 """The settings of the data that `build_source` takes, beside name and root."""
 

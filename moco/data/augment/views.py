@@ -323,7 +323,12 @@ class ViewPair:
         return view.crop + 1
 
     def on_images(
-        self, images: Sequence[np.ndarray], epoch: int, indices: Tensor, views: Tensor
+        self,
+        images: Sequence[np.ndarray],
+        epoch: int,
+        indices: Tensor,
+        views: Tensor,
+        key_images: Sequence[np.ndarray] | None = None,
     ) -> None:
         """Apply the steps of a loader process.
 
@@ -331,14 +336,18 @@ class ViewPair:
             images: (height, width, 3) uint8 each, of any size.
             indices: (batch,) int64, number of each image in the dataset.
             views: the result is written here, (2, batch, 3, side, side) uint8.
+            key_images: what the key views are made of; None: also of `images`. The draws of row i
+                are those of ``indices[i]`` in both views.
         """
-        sizes = torch.tensor([image.shape[:2] for image in images])
-        numbers = self.draw(epoch, indices, sizes)
+        of_views = [images, images if key_images is None else key_images]
         planes = views.numpy()
         for place, view in enumerate(self.views_at(epoch)):
+            of_view = of_views[place]
+            sizes = torch.tensor([image.shape[:2] for image in of_view])
+            numbers = view.draw(self.seed, epoch, indices, place, sizes)
             end = self.num_worker_steps(view)
-            arrays = list(map(as_arrays, numbers[place]))
-            for row, image in enumerate(images):
+            arrays = list(map(as_arrays, numbers))
+            for row, image in enumerate(of_view):
                 result = view.on_image(image, row_of(arrays, row), end)
                 cv2.split(result, [*planes[place, row]])
 
@@ -367,17 +376,23 @@ class ViewPair:
                 results.append(self._on_device(views[place], epoch, indices, place, start))
         return results[0], results[-1]
 
-    def on_batch(self, images: Tensor, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def on_batch(
+        self, images: Tensor, epoch: int, indices: Tensor, key_images: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Apply all steps on the device.
 
         Args:
             images: (batch, 3, height, width) uint8.
+            key_images: see `on_images`.
 
         Returns:
             The two views, (batch, 3, side, side) float32 each, normalised.
         """
         places = range(len(self.views_at(epoch)))
-        results = [self._on_device(images, epoch, indices, place, start=0) for place in places]
+        of_views = [images, images if key_images is None else key_images]
+        results = []
+        for place in places:
+            results.append(self._on_device(of_views[place], epoch, indices, place, start=0))
         return results[0], results[-1]
 
     def _on_device(

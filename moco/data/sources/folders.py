@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from moco.data.files.listing import Listing, listed
-from moco.data.sources.source import DataSource, FileImages, Labelled
+from moco.data.sources.band_files import band_file_images
+from moco.data.sources.source import DataSource, FileImages, Images, Labelled
+from moco.data.sources.tiles import tile_images
 from moco.errors import InputError, printable
 
 VALIDATION_FOLDERS = ("val", "validation", "test")  # the first one that exists is taken
@@ -18,8 +20,20 @@ IMAGE_SIZE = 224  # px
 NUM_HASHES = 2**32  # values of zlib.crc32
 
 
-def folder_source(root: Any, max_image_pixels: int, pages: str, listing: Path | None) -> DataSource:
+def folder_source(
+    root: Any,
+    max_image_pixels: int,
+    pages: str,
+    listing: Path | None,
+    band_files: str | None = None,
+    bands: Any = None,
+    tile: int | None = None,
+) -> DataSource:
     """Return every image below a folder or several folders, without labels.
+
+    Args:
+        band_files, bands: see `moco.data.sources.band_files.band_file_images`.
+        tile: see `moco.data.sources.tiles.tile_images`.
 
     Raises:
         InputError: a folder is missing or holds no images, or one folder contains another.
@@ -29,7 +43,13 @@ def folder_source(root: Any, max_image_pixels: int, pages: str, listing: Path | 
         raise InputError(f"data.root={root}: expected a folder or a list of folders")
     check_no_overlap(roots)
     files = listed(roots, pages, listing)
-    images = FileImages(files.paths, max_image_pixels, files.num_pages)
+    images: Images
+    if band_files is not None:
+        images = band_file_images(files, roots, band_files, bands, max_image_pixels)
+    elif tile is not None:
+        images = tile_images(files.paths, tile, max_image_pixels)
+    else:
+        images = FileImages(files.paths, max_image_pixels, files.num_pages)
     return DataSource(images, None, None, IMAGE_SIZE)
 
 
@@ -54,7 +74,13 @@ def check_no_overlap(roots: Sequence[str]) -> None:
 
 
 def class_folder_source(
-    root: str, max_image_pixels: int, held_out: float, pages: str, listing: Path | None
+    root: str,
+    max_image_pixels: int,
+    held_out: float,
+    pages: str,
+    listing: Path | None,
+    band_files: str | None = None,
+    bands: Any = None,
 ) -> DataSource:
     """Return root/train/CLASS/... with root/val/CLASS/..., or root/CLASS/... alone.
 
@@ -62,12 +88,17 @@ def class_folder_source(
     queries. Of root/CLASS/... alone, `is_held_out` takes queries out of the bank by the files'
     paths below root. Training uses all images.
 
+    Args:
+        band_files, bands: see `moco.data.sources.band_files.band_file_images`.
+
     Raises:
         InputError: a folder is missing or holds no images in class folders, or a validation class
             is not a training class.
     """
 
     def labelled(files: Listing, labels: np.ndarray) -> Labelled:
+        if joined is not None:
+            return Labelled(joined.of_names(files.paths), labels)
         images = FileImages(files.paths, max_image_pixels, files.num_pages)
         return Labelled(images, np.repeat(labels, files.num_pages))
 
@@ -77,6 +108,12 @@ def class_folder_source(
     if has_training_folder:
         folders = training_and_validation_folders(root)
     all_files = listed(folders, pages, listing)
+    joined = None
+    if band_files is not None:
+        joined = band_file_images(all_files, folders, band_files, bands, max_image_pixels)
+        # The names of the images stand for their files.
+        names = joined.names()
+        all_files = Listing(names, np.ones(len(names), np.int64))
     files, classes = files_in_class_folders(all_files, folders[0])
     number_of_class = {name: number for number, name in enumerate(sorted(set(classes)))}
     labels = np.array([number_of_class[name] for name in classes])

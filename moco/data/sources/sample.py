@@ -35,9 +35,11 @@ def prepare_source(
     if isinstance(data["root"], str):
         command += f" data.root={data['root']}"
     source.read_as(reading_of(data))
+    # Of images whose bands are in files of their own, the source read the chosen bands alone.
+    bands = None if data.get("band_files") else data["bands"]
     values = settle_values(
         sample_of(source.train),
-        bands=data["bands"],
+        bands=bands,
         value_range=data["value_range"],
         nodata=data["nodata"],
         mean=mean,

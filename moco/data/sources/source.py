@@ -3,24 +3,28 @@
 `ArrayImages` and `FileImages` are the two common ways to hold images; other sources have their own.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 
+from moco.data.files.encoded_image import image_type
 from moco.data.files.images import (
     MAX_IMAGE_PIXELS,
     DecodedImage,
     EncodedImage,
     encoded_file,
-    to_rgb,
 )
 from moco.data.files.listing import PathList, start_of
 from moco.data.sources.pixel_values import PixelValues
-from moco.errors import InputError
+from moco.errors import InputError, printable
+
+log = logging.getLogger(__name__)
+
+COMMON_BANDS = (1, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -92,29 +96,103 @@ class Images(Protocol):
         ...
 
 
-class ArrayImages(Images):
-    """Images in memory, `tensor` (images, height, width, 3) uint8 RGB.
+class StoredLayout(NamedTuple):
+    """How images lie in one array."""
+
+    size: tuple[int, int]
+    """(height, width), px."""
+    bands: int
+    dtype: np.dtype
+    """In the byte order of this machine."""
+    has_band_axis: bool
+    is_band_axis_second: bool
+
+    @property
+    def is_grey(self) -> bool:
+        """Whether these are 8-bit images of one band."""
+        return self.bands == 1 and self.dtype == np.uint8
+
+    def bands_last(self, array: np.ndarray) -> np.ndarray:
+        """Return images (..., height, width, bands) of an array with this layout."""
+        if not self.has_band_axis:
+            return array[..., None]
+        if self.is_band_axis_second:
+            return np.moveaxis(array, -3, -1)
+        return array
+
+
+def stored_layout(shape: tuple[int, ...], dtype: np.dtype, what: str) -> StoredLayout:
+    """Return how images lie in an array.
+
+    The shape is (images, height, width), (images, height, width, bands) or (images, bands, height,
+    width), see `is_band_axis_second`.
 
     Args:
-        array: uint8 of shape (images, height, width), or with a last axis of 1 (grey), 3 (RGB)
-            or 4 (RGBA) channels. Transparent pixels become white.
+        shape: of the array.
+        dtype: see `image_type`.
         what: what to call the array in messages.
+
+    Raises:
+        InputError: these are no images.
+    """
+    expected = "(M, H, W), (M, H, W, bands) or (M, bands, H, W)"
+    if len(shape) not in (3, 4) or 0 in shape:
+        raise InputError(f"{what}: expected images of shape {expected}, got {dtype} {shape}")
+    try:
+        image_dtype = image_type(dtype)
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from error
+    has_band_axis = len(shape) == 4
+    is_second = has_band_axis and is_band_axis_second(shape)
+    axes = list(shape[1:])
+    bands = 1
+    if has_band_axis:
+        bands = axes.pop(0 if is_second else -1)
+    if bands == 4 and image_dtype == np.uint8:
+        log.info(
+            "%s: the fourth of 4 channels counts as a band and not as transparency, which an array "
+            "does not tell; data.bands=[1,2,3] leaves it out",
+            printable(what),
+        )
+    height, width = axes
+    return StoredLayout((height, width), bands, image_dtype, has_band_axis, is_second)
+
+
+def is_band_axis_second(shape: tuple[int, ...]) -> bool:
+    """Return whether four axes are (images, bands, height, width) and not (..., bands).
+
+    1, 3 or 4 on the last axis are channels. Otherwise two equal neighbours are height and width of
+    square images, and of images that are not square the shorter axis holds the bands.
+    """
+    _, second, third, last = shape
+    if last in COMMON_BANDS or second == third:
+        return False
+    return third == last or second < last
+
+
+class ArrayImages(Images):
+    """Images in memory, `tensor` (images, height, width, bands) of the array's own type.
+
+    8-bit images of one band are grey and have three equal bands in `tensor`, so that 8-bit images
+    of one or three bands are RGB.
+
+    Args:
+        array: see `stored_layout`.
+        what: what to call the array in messages.
+
+    Raises:
+        InputError: it is no such array.
     """
 
     def __init__(self, array: np.ndarray, what: str) -> None:
-        has_channels = array.ndim == 4 and array.shape[-1] in (1, 3, 4)
-        if array.dtype != np.uint8 or not (array.ndim == 3 or has_channels) or len(array) == 0:
-            raise InputError(
-                f"{what}: expected uint8 of shape (M, H, W) or (M, H, W, 1 or 3 or 4), "
-                f"got {array.dtype} {array.shape}"
-            )
-        if array.ndim == 3:
-            array = array[..., None]
-        if array.shape[-1] == 4:
-            array = np.stack([np.asarray(to_rgb(Image.fromarray(image))) for image in array])
-        # Loader processes share a tensor's memory; an array would be copied to each of them. Grey
-        # images have three channels in the memory of one.
-        self.tensor = torch.from_numpy(np.ascontiguousarray(array)).expand(-1, -1, -1, 3)
+        layout = stored_layout(array.shape, array.dtype, what)
+        pixels = layout.bands_last(array)
+        pixels = np.ascontiguousarray(pixels, dtype=layout.dtype)
+        # Loader processes share a tensor's memory; an array would be copied to each of them.
+        self.tensor = torch.from_numpy(pixels)
+        if layout.is_grey:
+            # Three channels in the memory of one.
+            self.tensor = self.tensor.expand(-1, -1, -1, 3)
         self.what = what
 
     def __len__(self) -> int:
@@ -208,6 +286,9 @@ class DataSource:
     """Labelled images that are not in the bank; None without labels."""
     image_size: int
     """Side at which the dataset is usually used, px."""
+    groups: np.ndarray | None = None
+    """(images of `train`,) int64, the group of each, see `moco.data.sources.groups`; -1: unknown.
+    None: the dataset has no groups."""
 
     def sets(self) -> list[Images]:
         """Return training images, bank and queries, as far as there are such."""
