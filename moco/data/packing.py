@@ -47,6 +47,7 @@ from moco.data.sources.packed_copy import (
     total_of_parts,
 )
 from moco.data.sources.pixel_values import RGB_BANDS, band_indices, checked_selection
+from moco.data.sources.sample import chosen_bands
 from moco.data.sources.shards import NO_INDEX, ShardedImages
 from moco.data.sources.source import DataSource, Images, Labelled
 from moco.errors import InputError, RunError, printable
@@ -252,7 +253,7 @@ def chunk_loader(
     is_array = index["format"] == "array"
     settings = index["settings"]
     quality = None if is_array else settings["quality"]
-    selection = checked_selection(settings["data"]["bands"])
+    selection = checked_selection(chosen_bands(settings["data"]))
     make = partial(pack_image, settings["data"]["resize"], quality, selection)
     order = torch.arange(len(pool))
     if not is_array:

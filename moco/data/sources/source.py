@@ -190,6 +190,7 @@ class ArrayImages(Images):
         pixels = np.ascontiguousarray(pixels, dtype=layout.dtype)
         # Loader processes share a tensor's memory; an array would be copied to each of them.
         self.tensor = torch.from_numpy(pixels)
+        self.is_grey = layout.is_grey
         if layout.is_grey:
             # Three channels in the memory of one.
             self.tensor = self.tensor.expand(-1, -1, -1, 3)
@@ -200,7 +201,10 @@ class ArrayImages(Images):
 
     def opened(self, index: int) -> DecodedImage:
         """See `Images`."""
-        return DecodedImage(np.ascontiguousarray(self.tensor[index].numpy()))
+        pixels = self.tensor[index]
+        if self.is_grey and self.reading.raw:
+            pixels = pixels[..., :1]
+        return DecodedImage(np.ascontiguousarray(pixels.numpy()))
 
     def name(self, index: int) -> str:
         """See `Images`."""
