@@ -86,6 +86,18 @@ class PixelValues:
             no_data = self.no_data
         return self.unit(torch.from_numpy(np.ascontiguousarray(pixels)), no_data).numpy()
 
+    def batch(self, pixels: Tensor) -> Tensor:
+        """Return images in memory (n, height, width, bands) as the model gets them, on any device.
+
+        Raises:
+            ValueError: they lack a band.
+        """
+        if self.selection is not None:
+            pixels = pixels[..., band_indices(self.selection, pixels.shape[3], None)]
+        if not self.is_float:
+            return pixels
+        return self.unit(pixels, self.no_data)
+
     def check(self, dtype: np.dtype[Any], bands: int, names: Sequence[str] | None = None) -> None:
         """Raise ValueError if an image is unlike those that these values are for."""
         if dtype != self.dtype and not (dtype.kind == self.dtype.kind == "f"):
