@@ -5,6 +5,7 @@ made by the engine of that run.
 """
 
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,8 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    from moco.data.files.images import UnreadableImage
+
     queries, keys = data.pairs(images)
     columns = {"query": to_images(queries, data), "key": to_images(keys, data)}
     texts = []
@@ -68,8 +71,10 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
         key = data.key_image_of(index)
         if key != index:
             key_name = data.source.train.name(key)
-            key_size = data.source.train.opened(key).size
-            _, key_lines = data.augment.describe(0, index, key_size)
+            # A file that cannot be read is another image's in the pairs, too.
+            with suppress(UnreadableImage):
+                key_size = data.source.train.opened(key).size
+                _, key_lines = data.augment.describe(0, index, key_size)
         texts.append([wrapped(query_lines), wrapped(key_lines)])
         names.append([name, key_name])
     num_lines = 2 + max(len(lines) for pair in texts for lines in pair)
