@@ -144,6 +144,12 @@ class PretrainingData(pl.LightningDataModule):
             batch = PairMaker(self.augment)(images, 0)
         return self.augment.finished(batch.views, 0, indices)
 
+    def key_image_of(self, index: int) -> int:
+        """Return the number of the image that a key view comes from in the first epoch."""
+        if self.key_images is None:
+            return index
+        return int(self.key_images.of(0, torch.tensor([index])))
+
     def sampler(self) -> EpochSampler:
         """Return this process's order of the training images."""
         return EpochSampler(len(self.source.train), self.batch_size, self.seed, *self.place)

@@ -48,8 +48,8 @@ def npz_source(root: str) -> DataSource:
     """Return an archive in the MedMNIST layout.
 
     It holds train_images, and for labelled sets also train_labels, test_images and test_labels.
-    Images are uint8 (images, height, width[, channels]); labels are integers, (images,) or
-    (images, 1).
+    Images are (images, height, width), or have an axis of bands, see `stored_layout`. Labels are
+    integers, (images,) or (images, 1).
 
     Raises:
         InputError: the file is missing or damaged, or an array does not have this form.

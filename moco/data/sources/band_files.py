@@ -180,7 +180,7 @@ def resampled(band: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return band
     precise = np.float32 if band.dtype.name in EXACT_IN_FLOAT32 else np.float64
     height, width = size
-    values = band.astype(precise)
+    values: np.ndarray = band.astype(precise)
     values = cv2.resize(values, (width, height), interpolation=cv2.INTER_LINEAR)
     if np.issubdtype(band.dtype, np.integer):
         values = np.rint(values)
