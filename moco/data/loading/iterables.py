@@ -7,7 +7,7 @@ them. So no image is read twice, and the order is the same for any number of loa
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,10 @@ class DamagedImage:
 
     reason: str
     size: tuple[int, int] = (1, 1)
+    bands: int = 3
+    dtype: np.dtype = field(default_factory=lambda: np.dtype(np.uint8))
+    no_data: float | None = None
+    band_names: tuple[str, ...] | None = None
 
     def pixels(self) -> np.ndarray:
         """Raise UnreadableImage."""
