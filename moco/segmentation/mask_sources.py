@@ -21,7 +21,7 @@ from moco.data.files.images import (
     MAX_IMAGE_PIXELS,
     UnreadableImage,
     decoded_mask,
-    opened,
+    image_size,
     pillow_warnings_ignored,
 )
 from moco.data.files.listing import list_images
@@ -358,8 +358,7 @@ def inspect_pair(
         InputError: a file cannot be read, or the two files have different sizes.
     """
     try:
-        with opened(pair.image, max_image_pixels) as image:
-            width, height = image.size
+        height, width = image_size(pair.image, max_image_pixels)
         mask = decoded_mask(pair.mask, max_image_pixels)
     except UnreadableImage as error:
         raise InputError(str(error)) from error
