@@ -34,14 +34,20 @@ def run(config: PreviewConfig, folder: Path) -> None:
     if output.suffix.lower() != ".png":
         raise InputError(f"output={config.output}: expected a name that ends in .png")
 
+    from PIL.PngImagePlugin import PngInfo
+
     from moco.cli.build_pretraining import build_data
+    from moco.data.files.written_files import SOFTWARE
 
     data = build_data(config)
     images = data.first_images(config.num_pairs)
     sheet = draw_pairs(data, images)
+    # The file may be written among the images of the dataset, and is none of them.
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(output)
+        sheet.save(output, pnginfo=mark)
     except OSError as error:
         raise InputError(f"output={config.output}: {error.strerror or error}") from error
     # Hydra made the folder.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from moco.data.files.written_files import SOFTWARE
 from moco.data.sources.source import Labelled
 from moco.errors import InputError
 from moco.evaluation.image_names import first_names
@@ -103,7 +104,8 @@ def measure_knn(subject: Subject) -> Findings:
     if settings["plots"]:
         plots = knn_plots(subject, searched, votes[feature][main].predicted, label_free.views)
         for name, plot in plots.items():
-            findings.files[name] = partial(plot.savefig, format="png")
+            mark = {"Software": SOFTWARE}  # so that it is no image of a dataset
+            findings.files[name] = partial(plot.savefig, format="png", metadata=mark)
     return findings
 
 
