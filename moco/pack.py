@@ -29,7 +29,7 @@ def run(config: PackConfig, folder: Path) -> None:
 
     from moco.data.packing import LOCK, Pool, check_copy, prepare_folder
     from moco.data.sources.registry import build_source
-    from moco.data.sources.source import READING, reading_of
+    from moco.data.sources.source import reading_of
     from moco.runs.failures import failures_without_training_named
     from moco.runs.folder_lock import locked
     from moco.runs.interrupts import PARTS_KEPT, ending_at_once
@@ -42,8 +42,8 @@ def run(config: PackConfig, folder: Path) -> None:
         if data.pop(name) is not None:
             raise InputError(f"data.{name}: a copy keeps the values; give it to those who read it")
     # These are settings of the copy, and not of the source.
-    for name in (*READING, "max_bad_fraction", "resize"):
-        data.pop(name, None)
+    for name in ("dicom_window", "max_bad_fraction", "resize"):
+        del data[name]
     source = build_source(**data)
     source.read_as(reading_of(vars(config.data)))
     pool = Pool(source)

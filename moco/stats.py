@@ -38,7 +38,8 @@ def run(config: StatsConfig, folder: Path) -> None:
     from moco.cli.closing_tables import print_plain
     from moco.data.sources.pixel_values import checked_selection
     from moco.data.sources.registry import build_source
-    from moco.data.sources.source import READING, reading_of
+    from moco.data.sources.sample import chosen_bands
+    from moco.data.sources.source import reading_of
     from moco.evaluation.subject import table_of
     from moco.runs.atomic_files import write_json
     from moco.runs.failures import failures_without_training_named
@@ -49,9 +50,9 @@ def run(config: StatsConfig, folder: Path) -> None:
     check_output(output)
     if not config.high > config.low:
         raise InputError(f"high={config.high}: expected more than low={config.low}")
-    selection = checked_selection(config.data.bands)
+    selection = checked_selection(chosen_bands(vars(config.data)))
     data = dataclasses.asdict(config.data)
-    for name in (*READING, "value_range", "nodata", "max_bad_fraction"):
+    for name in ("dicom_window", "value_range", "nodata", "max_bad_fraction"):
         del data[name]  # these are no settings of the source
     source = build_source(**data)
     source.read_as(reading_of(vars(config.data)))

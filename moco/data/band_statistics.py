@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moco.data.files.images import EncodedImage, UnreadableImage
 from moco.data.sources.pixel_values import band_indices
 
 # Float32 has 23 bits of mantissa; 11 of them make bins of 0.025 to 0.05 % of a value.
@@ -55,20 +56,25 @@ class Reading:
     selection: tuple[int | str, ...] | None
     no_data: float | None
 
-    def __call__(self, image: Any) -> ImageCounts:
-        """Return the counts of an `EncodedImage`.
+    def __call__(self, image: EncodedImage) -> ImageCounts:
+        """Return the counts of an image as it is in the file.
 
         Raises:
-            UnreadableImage: it is damaged.
-            ValueError: it lacks a band.
+            UnreadableImage: it is damaged, or lacks a band.
         """
+        try:
+            return self._counted(image)
+        except ValueError as error:
+            raise UnreadableImage(str(error)) from error
+
+    def _counted(self, image: EncodedImage) -> ImageCounts:
         pixels = image.pixels()
         if self.selection is not None:
-            names = getattr(image, "band_names", None)
-            pixels = pixels[:, :, band_indices(self.selection, pixels.shape[2], names)]
+            indices = band_indices(self.selection, pixels.shape[2], image.band_names)
+            pixels = pixels[:, :, indices]
         no_data = self.no_data
         if no_data is None:
-            no_data = getattr(image, "no_data", None)
+            no_data = image.no_data
         bands = []
         for band in range(pixels.shape[2]):
             bands.append(counted(pixels[:, :, band].ravel(), no_data))
@@ -180,11 +186,10 @@ class Statistics:
         """
         ranges = []
         for band in range(len(self.bands)):
-            lowest, highest = self.percentiles(band, [low, high]).tolist()
-            ranges.append([lowest, highest])
+            ranges.append(self.percentiles(band, [low, high]).tolist())
         if not per_band:
             ranges = [[min(pair[0] for pair in ranges), max(pair[1] for pair in ranges)]]
-        return [rounded_range(*pair, self.is_unsigned) for pair in ranges]
+        return [rounded_range(low, high, self.is_unsigned) for low, high in ranges]
 
     @property
     def is_unsigned(self) -> bool:

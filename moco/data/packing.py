@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import partial
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeGuard
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -47,6 +47,7 @@ from moco.data.sources.packed_copy import (
     total_of_parts,
 )
 from moco.data.sources.pixel_values import RGB_BANDS, band_indices, checked_selection
+from moco.data.sources.sample import chosen_bands
 from moco.data.sources.shards import NO_INDEX, ShardedImages
 from moco.data.sources.source import DataSource, Images, Labelled
 from moco.errors import InputError, RunError, printable
@@ -176,9 +177,8 @@ def pack_image(
     # A JPEG is decoded even if it is copied as it is: a damaged one is left out.
     pixels = image.pixels()
     if selection is not None:
-        names = getattr(image, "band_names", None)
         try:
-            pixels = pixels[:, :, band_indices(selection, pixels.shape[2], names)]
+            pixels = pixels[:, :, band_indices(selection, pixels.shape[2], image.band_names)]
         except ValueError as error:
             raise UnreadableImage(f"{name}: {error}") from error
     if pixels.dtype.name not in TYPES:
@@ -188,12 +188,13 @@ def pack_image(
     pixels = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("<"))
     is_rgb = pixels.dtype == np.uint8 and pixels.shape[2] == RGB_BANDS
     ending = "jpg" if is_rgb else "tif"
+    jpeg = whole_jpeg(image)
     if quality is None:
         content = pixels.tobytes()
     elif not is_rgb:
         content = tiff_of(pixels)
-    elif keeps_size and selection is None and is_whole_jpeg(image):
-        content = image.source
+    elif keeps_size and selection is None and jpeg is not None:
+        content = jpeg
     else:
         try:
             content = simplejpeg.encode_jpeg(pixels, quality, colorsubsampling="420")
@@ -204,12 +205,11 @@ def pack_image(
     return Packed(content, height, width, checksum, pixels.shape[2], type_number, ending)
 
 
-def is_whole_jpeg(image: Any) -> TypeGuard[EncodedFile]:
-    """Return whether an image's source is a JPEG in memory, whose bytes can be copied.
-
-    A JPEG with an EXIF orientation is not: its copy would have another size.
-    """
-    return isinstance(image, EncodedFile) and image.is_jpeg and isinstance(image.source, bytes)
+def whole_jpeg(image: EncodedImage) -> bytes | None:
+    """Return the bytes of a JPEG in memory, which can be copied; None for any other image."""
+    if isinstance(image, EncodedFile) and image.is_jpeg and isinstance(image.source, bytes):
+        return image.source
+    return None
 
 
 def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -253,7 +253,7 @@ def chunk_loader(
     is_array = index["format"] == "array"
     settings = index["settings"]
     quality = None if is_array else settings["quality"]
-    selection = checked_selection(settings["data"]["bands"])
+    selection = checked_selection(chosen_bands(settings["data"]))
     make = partial(pack_image, settings["data"]["resize"], quality, selection)
     order = torch.arange(len(pool))
     if not is_array:
@@ -528,11 +528,11 @@ def file_traits(pool: Pool) -> dict[str, Any]:
     for row in range(min(NUM_SIZES, len(pool))):
         with suppress(UnreadableImage):
             image = pool[row]
-            names = getattr(image, "band_names", None)
-            no_data = getattr(image, "no_data", None)
+            no_data = image.no_data
             if no_data is not None and not math.isfinite(no_data):
                 no_data = None  # NaN is no data anyway
-            return {"band_names": names and list(names), "no_data": no_data}
+            names = None if image.band_names is None else list(image.band_names)
+            return {"band_names": names, "no_data": no_data}
     return {"band_names": None, "no_data": None}
 
 

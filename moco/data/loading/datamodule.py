@@ -131,11 +131,11 @@ class PretrainingData(pl.LightningDataModule):
         indices = torch.tensor([index for index, _, _ in images], dtype=torch.int64)
         train = self.source.train
         if self.in_memory and isinstance(train, ArrayImages):
-            pixels = train.tensor[indices].permute(0, 3, 1, 2)
+            pixels = train.batch(train.tensor[indices])
             key_pixels = None
             if self.key_images is not None:
                 keys = self.key_images.of(0, indices)
-                key_pixels = train.tensor[keys].permute(0, 3, 1, 2)
+                key_pixels = train.batch(train.tensor[keys])
             return self.augment.on_batch(pixels, 0, indices, key_pixels)
         if self.key_images is not None:
             dataset = PairDataset(train, self.augment, self.key_images)

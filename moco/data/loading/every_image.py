@@ -89,21 +89,24 @@ class EvaluationBatch(NamedTuple):
     """A batch of plain images with labels."""
 
     images: Tensor
-    """(batch, 3, side, side) float32, normalised."""
+    """(batch, bands, side, side) float32, normalised."""
     labels: Tensor
     """(batch,) int64."""
     unreadable: Tensor
     """(batch,) bool: the image cannot be read, and its row is zero."""
 
 
-def evaluation_batch(labels: Tensor, image_size: int, read: list[ReadImage]) -> EvaluationBatch:
+def evaluation_batch(
+    labels: Tensor, bands: int, image_size: int, read: list[ReadImage]
+) -> EvaluationBatch:
     """Make a batch of images that were read by their number.
 
     Args:
         labels: (images,) int64, of the whole set.
+        bands: of the images.
         image_size: side of the images, px.
     """
-    images = torch.zeros(len(read), 3, image_size, image_size)
+    images = torch.zeros(len(read), bands, image_size, image_size)
     unreadable = torch.zeros(len(read), dtype=torch.bool)
     for row, image in enumerate(read):
         if image.problem:
@@ -126,7 +129,7 @@ def evaluation_loader(
     """Return labelled images in order as `EvaluationBatch`, without augmentation.
 
     Args:
-        view: from an image to a tensor (3, image_size, image_size).
+        view: from an image to a tensor (bands, image_size, image_size).
         rank, world_size: every `world_size`-th image from `rank` on.
         device: the device that uses the batches.
     """
@@ -138,9 +141,10 @@ def evaluation_loader(
         side = view.unchanged_size
         if images.tensor.shape[1:3] == (side, side):
             own = slice(rank, None, world_size)
-            return MemoryBatches(images.tensor[own], labels[own], view, batch_size, device)
+            return MemoryBatches(images, images.tensor[own], labels[own], view, batch_size, device)
     batches = BatchSampler(range(rank, len(images), world_size), batch_size, drop_last=False)
-    collate = partial(evaluation_batch, labels, image_size)
+    bands = 3 if images.values is None else images.values.bands
+    collate = partial(evaluation_batch, labels, bands, image_size)
     return every_image(images, view, collate, batches, num_workers, device)
 
 
@@ -148,12 +152,13 @@ def evaluation_loader(
 class MemoryBatches:
     """Batches of images in memory whose size is the evaluation's, without loader processes.
 
-    The images are moved to `device` as bytes and normalised there. The results are the same bits
+    The images are moved to `device` as they are and normalised there. The results are the same bits
     as those of `every_image`.
     """
 
+    images: ArrayImages
     pixels: Tensor
-    """(images, side, side, 3) uint8."""
+    """(images, side, side, bands), some of the images."""
     labels: Tensor
     """(images,) int64."""
     view: EvaluationView
@@ -169,7 +174,7 @@ class MemoryBatches:
         shift = self.view.normalized.shift.to(self.device)
         for first in range(0, len(self.labels), self.batch_size):
             rows = slice(first, first + self.batch_size)
-            pixels = self.pixels[rows].to(self.device).permute(0, 3, 1, 2)
+            pixels = self.images.batch(self.pixels[rows].to(self.device))
             labels = self.labels[rows]
             unreadable = torch.zeros(len(labels), dtype=torch.bool)
             yield EvaluationBatch(pixels * scale - shift, labels, unreadable)
@@ -179,7 +184,8 @@ class ImageBatch(NamedTuple):
     """Neighbouring images of a set. Unreadable ones are left out, so that it may be empty."""
 
     images: Tensor
-    """(readable images, 3, side, side) uint8; no dimension but the first if there are none."""
+    """(readable images, bands, side, side), uint8 or float32; no dimension but the first if there
+    are none."""
     names: list[str]
     labels: Tensor
     """(readable images,) int64; -1 without labels."""

@@ -33,12 +33,19 @@ class PlacedImage(NamedTuple):
     name: str
 
 
+UINT8 = np.dtype(np.uint8)
+
+
 @dataclass(frozen=True)
 class DamagedImage:
     """Stands for an image that cannot be read."""
 
     reason: str
     size: tuple[int, int] = (1, 1)
+    bands: int = 3
+    dtype: np.dtype[Any] = UINT8
+    no_data: None = None
+    band_names: None = None
 
     def pixels(self) -> np.ndarray:
         """Raise UnreadableImage."""

@@ -318,7 +318,8 @@ class MemoryLoader(Resumable):
         device: torch.device,
         key_images: KeyImages | None = None,
     ) -> None:
-        self.pixels = images.tensor.to(device)  # (images, height, width, 3)
+        self.images = images
+        self.pixels = images.tensor.to(device)  # (images, height, width, bands)
         self.key_images = None if key_images is None else key_images.to(device)
         self.augment = augment
         self.sampler = sampler
@@ -351,10 +352,8 @@ class MemoryLoader(Resumable):
                 yield PairBatch((views[0][rows], views[1][rows]), indices, unreadable, epoch)
 
     def _planes(self, indices: Tensor) -> Tensor:
-        """Return these images, (batch, 3, height, width)."""
-        # Whole images are copied as they lie in memory. On a CPU this is several times as fast as
-        # choosing from images in planes.
-        return self.pixels.index_select(0, indices).permute(0, 3, 1, 2).contiguous()
+        """Return these images as the model gets them, (batch, bands, height, width)."""
+        return self.images.batch(self.images.chosen(self.pixels, indices))
 
     def _block_size(self) -> int:
         """Return how many images are augmented at once, a multiple of the batch."""

@@ -86,6 +86,18 @@ class PixelValues:
             no_data = self.no_data
         return self.unit(torch.from_numpy(np.ascontiguousarray(pixels)), no_data).numpy()
 
+    def batch(self, pixels: Tensor) -> Tensor:
+        """Return images in memory (n, height, width, bands) as the model gets them, on any device.
+
+        Raises:
+            ValueError: they lack a band.
+        """
+        if self.selection is not None:
+            pixels = pixels[..., band_indices(self.selection, pixels.shape[3], None)]
+        if not self.is_float:
+            return pixels
+        return self.unit(pixels, self.no_data)
+
     def check(self, dtype: np.dtype[Any], bands: int, names: Sequence[str] | None = None) -> None:
         """Raise ValueError if an image is unlike those that these values are for."""
         if dtype != self.dtype and not (dtype.kind == self.dtype.kind == "f"):
@@ -109,7 +121,8 @@ class PixelValues:
         low = torch.tensor(self.low, dtype=precise, device=pixels.device)
         high = torch.tensor(self.high, dtype=precise, device=pixels.device)
         missing = missing_values(pixels, no_data)
-        values = pixels.to(precise).sub_(low).div_(high - low).clamp_(0, 1).to(torch.float32)
+        values = pixels.to(precise) - low
+        values = values.div_(high - low).clamp_(0, 1).to(torch.float32)
         if missing is not None:
             fill = torch.tensor(self.fill or (0.0,), dtype=torch.float32, device=pixels.device)
             values = torch.where(missing, fill, values)
@@ -161,15 +174,28 @@ def missing_values(pixels: Tensor, no_data: float | None) -> Tensor | None:
 class PreparedImage:
     """An `EncodedImage` whose pixels are as the model gets them."""
 
-    image: Any
+    image: EncodedImage
     name: str
     """For messages."""
     values: PixelValues
+    no_data: None = None
+    """There is no such value any more."""
+    band_names: None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width), px."""
         return self.image.size
+
+    @property
+    def bands(self) -> int:
+        """The number of bands."""
+        return self.values.bands
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """uint8 or float32."""
+        return np.dtype(np.float32 if self.values.is_float else np.uint8)
 
     def pixels(self) -> np.ndarray:
         """Return uint8 (height, width, 3) RGB, or float32 (height, width, bands) from 0 to 1.
@@ -177,10 +203,9 @@ class PreparedImage:
         Raises:
             UnreadableImage: the data is damaged, or unlike that of the dataset.
         """
-        names = getattr(self.image, "band_names", None)
-        no_data = getattr(self.image, "no_data", None)
+        image = self.image
         try:
-            return self.values.array(self.image.pixels(), names, no_data)
+            return self.values.array(image.pixels(), image.band_names, image.no_data)
         except ValueError as error:
             raise UnreadableImage(f"{printable(self.name)}: {error}") from error
 
@@ -332,7 +357,7 @@ def is_band(band: Any) -> bool:
 def check_selection(selection: Sequence[int | str], name: str, image: EncodedImage) -> None:
     """Raise InputError if the first image lacks a chosen band."""
     try:
-        band_indices(selection, image.bands, getattr(image, "band_names", None))
+        band_indices(selection, image.bands, image.band_names)
     except ValueError as error:
         raise InputError(f"data.bands={list(selection)}: {printable(name)} {error}") from error
 
@@ -369,14 +394,14 @@ def decoded_sample(
     """Return those of the images that can be decoded, with the chosen bands."""
     decoded = []
     for _, image in images:
-        names = getattr(image, "band_names", None)
         try:
             pixels = image.pixels()
             if selection is not None:
-                pixels = pixels[:, :, band_indices(selection, pixels.shape[2], names)]
+                indices = band_indices(selection, pixels.shape[2], image.band_names)
+                pixels = pixels[:, :, indices]
         except (UnreadableImage, ValueError):
             continue  # the run itself counts and names it
-        decoded.append(Sampled(pixels, getattr(image, "no_data", None)))
+        decoded.append(Sampled(pixels, image.no_data))
     return decoded
 
 

@@ -35,11 +35,9 @@ def prepare_source(
     if isinstance(data["root"], str):
         command += f" data.root={data['root']}"
     source.read_as(reading_of(data))
-    # Of images whose bands are in files of their own, the source read the chosen bands alone.
-    bands = None if data.get("band_files") else data["bands"]
     values = settle_values(
         sample_of(source.train),
-        bands=bands,
+        bands=chosen_bands(data),
         value_range=data["value_range"],
         nodata=data["nodata"],
         mean=mean,
@@ -48,6 +46,17 @@ def prepare_source(
     )
     source.prepare(values)
     return values
+
+
+def chosen_bands(data: Mapping[str, Any]) -> Any:
+    """Return the bands that are taken of the images of a dataset; None: all.
+
+    If bands are in files of their own, the source reads the chosen ones alone.
+
+    Args:
+        data: the settings of the data as plain data.
+    """
+    return None if data.get("band_files") is not None else data["bands"]
 
 
 def sample_of(images: Images) -> Iterator[tuple[str, EncodedImage]]:
