@@ -4,6 +4,7 @@ import itertools
 import os
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def class_folder_source(
         joined = band_file_images(all_files, folders, band_files, bands, max_image_pixels)
         # The names of the images stand for their files.
         names = joined.names()
-        all_files = Listing(names, np.ones(len(names), np.int64))
+        all_files = replace(all_files, paths=names, num_pages=np.ones(len(names), np.int64))
     files, classes = files_in_class_folders(all_files, folders[0])
     number_of_class = {name: number for number, name in enumerate(sorted(set(classes)))}
     labels = np.array([number_of_class[name] for name in classes])
