@@ -24,6 +24,7 @@ CLASS_DATA = (
     "num_images",
     "image_column",
     "label_column",
+    "labels",
     "held_out",
     "pages",
 )
@@ -279,7 +280,7 @@ def data_settings(config: Any, run_data: dict[str, Any]) -> dict[str, Any]:
     target = run_data.get("target")
     if config.data.name is not None or config.data.target not in (None, target):
         # These are of the run's own dataset.
-        run_data = run_data | {"root": None, "target": None, "options": None}
+        run_data = run_data | {"root": None, "target": None, "options": None, "labels": None}
     else:
         given, trusted = config.data.target, config.trust_targets
         try:

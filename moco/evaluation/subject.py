@@ -35,6 +35,7 @@ SOURCE_SETTINGS = (
     "num_images",
     "image_column",
     "label_column",
+    "labels",
     "max_image_pixels",
     "held_out",
     "pages",

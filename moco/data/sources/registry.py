@@ -76,6 +76,7 @@ def build_source(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     held_out: float = 0.1,
     pages: str = "first",
+    labels: str | None = None,
     listing: Path | None = None,
 ) -> DataSource:
     """Return the dataset `name`.
@@ -92,8 +93,11 @@ def build_source(
         image_column, label_column: see `moco.data.sources.hugging_face`.
         max_image_pixels: larger images are unreadable.
         held_out: fraction of the images that ``image_folder`` keeps out of the bank if there is no
-            validation folder, and ``custom`` if there are no bank and queries.
+            validation folder, ``images`` with `labels`, and ``custom`` if there are no bank and
+            queries.
         pages: ``first`` takes the first image of a TIFF file, ``each`` takes every image of it.
+        labels: a file with the classes of ``images`` and ``image_folder``, see
+            `moco.data.sources.label_files`.
         listing: file that keeps the list of images for the next start; None lists them each time.
 
     Raises:
@@ -111,6 +115,11 @@ def build_source(
         )
     if name not in SOURCES and name not in REGISTERED:
         raise InputError(f"data.name: {unknown_name('dataset', name, (*SOURCES, *REGISTERED))}")
+    if labels is not None and name not in ("images", "image_folder"):
+        raise InputError(
+            f"data.labels={labels}: data={name} has no such setting; "
+            "data=images and data=image_folder have it"
+        )
     if name == "custom" or name in REGISTERED:
         if root is not None:
             raise InputError(
@@ -138,7 +147,7 @@ def build_source(
     if root is None:
         raise InputError(f"data.root: missing; data={name} needs data.root=PATH")
     if name == "images":
-        return folder_source(root, max_image_pixels, pages, listing)
+        return folder_source(root, max_image_pixels, held_out, pages, listing, labels)
     if name == "webdataset":
         return sharded_source(root, streams, shuffle_buffer, num_images, max_image_pixels)
     if not isinstance(root, str):
@@ -149,7 +158,7 @@ def build_source(
     if name == "hf":
         return hugging_face_source(root, image_column, label_column, max_image_pixels)
     if name == "image_folder":
-        return class_folder_source(root, max_image_pixels, held_out, pages, listing)
+        return class_folder_source(root, max_image_pixels, held_out, pages, listing, labels)
     if name == "npz":
         return npz_source(root)
     return torchvision_source(name, root, download)
