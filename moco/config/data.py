@@ -27,9 +27,9 @@ class ImageSourceConfig:
     in place of class folders. See ``docs/data.md``."""
     held_out: float = setting(0.1, at_least=0, at_most=1)
     """``image_folder`` without a validation folder, ``images`` with labels, ``custom`` without bank
-    and queries, ``hdf5`` and ``zarr`` with labels: share of the images that are held out as the queries of the kNN
-    monitor. A hash of the path decides, or of the number of an image without one, so an image keeps
-    its side when others are added. Training uses all images."""
+    and queries, ``hdf5`` and ``zarr`` with labels: share of the images that are held out as the
+    queries of the kNN monitor. A hash of the path decides, or of the number of an image without
+    one, so an image keeps its side when others are added. Training uses all images."""
     pages: str = setting("first", choices=("channels", "each", "first"))
     """``images`` and ``image_folder``, files with several pages: first: read the first page. each:
     each page is an image of its own. channels: join the pages as bands."""
