@@ -2,6 +2,8 @@
 
 import logging
 
+import torch
+
 from moco.errors import InputError
 from moco.methods.moco import MoCo
 from moco.weights.architecture import build_outline, complete_settings, misfit
@@ -56,6 +58,9 @@ def start_from(method: MoCo, path: str) -> None:
     loaded = {name for name in weights if name.startswith(tuple(loaded_parts))}
     for name in loaded:
         state[name] = weights[name]
+        if name.endswith("queue.groups"):
+            # Its numbers are those of the file's dataset.
+            state[name] = torch.full_like(weights[name], -1)
     # What the file lacks of the key encoder is a copy of the query encoder, as in any new run.
     for name in state:
         if name.startswith(KEY) and name.startswith(tuple(reasons)):
