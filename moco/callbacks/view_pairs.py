@@ -49,7 +49,7 @@ class ViewPairPlot(pl.Callback):
 
 def as_shown(data: PretrainingData, views: Tensor) -> np.ndarray:
     """Return normalised views (pairs, 3, side, side) as images (pairs, side, side, 3) uint8."""
-    mean = torch.tensor(data.augment.mean).view(1, 3, 1, 1)
-    std = torch.tensor(data.augment.std).view(1, 3, 1, 1)
+    mean = torch.tensor(data.augment.mean).view(1, -1, 1, 1)
+    std = torch.tensor(data.augment.std).view(1, -1, 1, 1)
     values = (views.float().cpu() * std + mean).clamp(0, 1)
     return (values * 255).round().byte().permute(0, 2, 3, 1).numpy()

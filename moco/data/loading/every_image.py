@@ -16,16 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-from moco.data.augment.views import EvaluationView, Transform
+from moco.data.augment.views import AnyImage, EvaluationView, Transform, as_planes
 from moco.data.files.images import UnreadableImage
 from moco.data.loading.workers import CPU, WatchedLoader, loader_options, note_read
 from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in, is_local, sample_key
 from moco.data.sources.source import ArrayImages, Labelled
 
-Crop = Callable[[Image.Image], Image.Image]
+Crop = Callable[[AnyImage], AnyImage]
 
 
 class ReadImage(NamedTuple):
@@ -271,7 +270,7 @@ class KeyReader:
 
 def cropped(crop: Crop, image: Image.Image) -> Tensor:
     """Return a square of an image, (3, side, side) uint8."""
-    return pil_to_tensor(crop(image))
+    return as_planes(crop(image))
 
 
 def image_batch(read: list[ReadImage]) -> ImageBatch:
