@@ -84,7 +84,7 @@ class PixelValues:
             return np.ascontiguousarray(pixels)
         if self.no_data is not None:
             no_data = self.no_data
-        return self.unit(torch.from_numpy(np.ascontiguousarray(pixels)), no_data).numpy()
+        return self.unit(as_tensor(pixels), no_data).numpy()
 
     def batch(self, pixels: Tensor) -> Tensor:
         """Return images in memory (n, height, width, bands) as the model gets them, on any device.
@@ -156,6 +156,12 @@ class PixelValues:
             "no_data": self.no_data,
             "fill": None if self.fill is None else list(self.fill),
         }
+
+
+def as_tensor(pixels: np.ndarray) -> Tensor:
+    """Return an array as a tensor, which nobody writes to."""
+    # PyTorch warns of memory that it must not write to, such as that of a file.
+    return torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
 
 
 def missing_values(pixels: Tensor, no_data: float | None) -> Tensor | None:
@@ -408,7 +414,7 @@ def decoded_sample(
 def valid_values(sampled: Sampled, nodata: float | None) -> np.ndarray:
     """Return the values of an image that are data, (values,) float64."""
     no_data = sampled.no_data if nodata is None else nodata
-    pixels = torch.from_numpy(np.ascontiguousarray(sampled.pixels))
+    pixels = as_tensor(sampled.pixels)
     missing = missing_values(pixels, no_data)
     values = pixels.double()
     if missing is not None:
@@ -446,7 +452,7 @@ def warn_of_values(decoded: Sequence[Sampled], values: PixelValues) -> None:
     highest = 0.0
     for sampled in decoded:
         no_data = sampled.no_data if values.no_data is None else values.no_data
-        pixels = torch.from_numpy(np.ascontiguousarray(sampled.pixels))
+        pixels = as_tensor(sampled.pixels)
         missing = missing_values(pixels, no_data)
         low, high = torch.tensor(values.low).double(), torch.tensor(values.high).double()
         places = (pixels.double() - low) / (high - low)
