@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moco.data.files.archives import DAMAGED, read_arrays
-from moco.data.files.images import EXTENSIONS, UnreadableImage, opened, pillow_warnings_ignored
+from moco.data.files.images import EXTENSIONS, UnreadableImage, header, pillow_warnings_ignored
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 NUM_THREADS = 16  # a file system on a network answers slowly, but many requests at a time
 FOLDERS_PER_BATCH = 64  # progress is reported between two batches
 PROGRESS_SECONDS = 10.0
-NO_LIMIT = 2**62  # pixels
 SETTLED_SECONDS = 2  # file systems count time in steps of up to this
 ARRAYS = ("key", "text", "ends", "num_pages", "folder_text", "folder_ends", "folder_stamps")
 
@@ -223,8 +222,7 @@ def count_pages(paths: PathList) -> np.ndarray:
 def pages_of(path: str) -> int:
     """Return the number of images in a file; the caller ignores Pillow's warnings."""
     try:
-        with opened(path, NO_LIMIT) as image:  # the size is checked when a page is decoded
-            return getattr(image, "n_frames", 1)
+        return header(path).pages
     except UnreadableImage:
         return 1
 

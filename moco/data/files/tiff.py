@@ -325,6 +325,8 @@ def contiguous_samples(
 def segments_of(page: "TiffPage", window: Window) -> Iterator[int]:
     """Yield the numbers of the strips or tiles that a part of a page touches."""
     rows, columns = page.chunks[:2]
+    if rows < 1 or columns < 1:
+        raise ValueError(f"strips or tiles of {columns} x {rows} px")
     num_down = math.ceil(page.imagelength / rows)
     num_across = math.ceil(page.imagewidth / columns)
     num_planes = page.samplesperpixel if page.planarconfig == 2 else 1
