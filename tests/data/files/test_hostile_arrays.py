@@ -73,7 +73,7 @@ HOSTILE_TIFFS = {
     "many bands": (claims({277: (3, 65_535)}), r"100 x 100 px x 65535 uint16 \(1.3 GB\) exceeds"),
     "many planes": (
         claims({256: (4, 1), 257: (4, 1), 277: (3, 65_535), 284: (3, 2)}),
-        "missing in",
+        "truncated: ",
     ),
     "many strips": (
         claims({273: (4, 8, 2**32 - 1), 279: (4, 8, 2**32 - 1)}),
@@ -215,7 +215,7 @@ def test_a_bomb_of_sixteen_bits_is_refused_by_its_header():
     place = codestream.index(b"\xff\x51") + 6
     jpeg_2000 = codestream[:place] + struct.pack(">II", 60_000, 60_000) + codestream[place + 8 :]
     for content in (png, jpeg_2000, b"P5 60000 60000 65535\n"):
-        with pytest.raises(UnreadableImage, match="exceeds data.max_image_pixels"):
+        with pytest.raises(UnreadableImage, match=r"exceeds data.max_image_pixels"):
             encoded(content, "x", MAX_IMAGE_PIXELS)
 
 
