@@ -168,11 +168,18 @@ def build_source(
             root, max_image_pixels, held_out, pages, listing, band_files, bands
         )
     if name == "npz":
-        return npy_source(root) if is_npy(root) else npz_source(root)
-    if name == "hdf5":
-        return hdf5_source(root, image_key, label_key, held_out)
-    if name == "zarr":
-        return zarr_source(root, image_key, label_key, held_out)
+        if is_npy(root):
+            return npy_source(root, max_image_pixels)
+        return npz_source(root)
+    if name in ("hdf5", "zarr"):
+        build = hdf5_source if name == "hdf5" else zarr_source
+        return build(
+            root,
+            max_image_pixels=max_image_pixels,
+            image_key=image_key,
+            label_key=label_key,
+            held_out=held_out,
+        )
     return torchvision_source(name, root, download)
 
 

@@ -8,8 +8,11 @@ import pytest
 from PIL import Image
 
 from moco.data.files.images import UnreadableImage
+from moco.data.files.listing import PathList
 from moco.data.sources import source as sources
+from moco.data.sources import tiles
 from moco.data.sources.registry import build_source
+from moco.errors import InputError
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -88,3 +91,10 @@ def test_the_limit_is_for_a_window_and_not_for_the_raster(tmp_path):
     whole = build_source("images", str(tmp_path)).train
     with pytest.raises(UnreadableImage, match=r"data\.tile=512 reads windows"):
         whole.opened(0)
+
+
+def test_a_header_that_claims_any_size_is_named(tmp_path, monkeypatch):
+    paths = PathList.of(["small.tif", "huge.tif"])
+    monkeypatch.setattr(tiles, "sizes_of_files", lambda paths: [(8, 8), (2**32, 2**32)])
+    with pytest.raises(InputError, match=r"7\.04e\+13 windows, more than .* file is huge\.tif"):
+        tiles.tile_images(paths, 512, 10**6)
