@@ -32,7 +32,6 @@ MOST_BYTES_AT_ONCE = 2**25
 VALUES_ON_GPU = 2**25
 LARGEST_ON_GPU = 4 * 2**30  # bytes; a larger dataset is not moved to the GPU
 LARGEST_ON_CPU = 96  # px; larger images are augmented faster one by one, in several processes
-BLACK = np.zeros((1, 1, 3), dtype=np.uint8)
 
 NamedImage = tuple[int, EncodedImage, str]
 """The index of an image, on which its draws depend; the image; and its name."""
@@ -42,9 +41,10 @@ class PairBatch(NamedTuple):
     """A batch of view pairs."""
 
     views: tuple[Tensor, Tensor]
-    """Query views and key views, (batch, 3, side, side) each.
+    """Query views and key views, (batch, bands, side, side) each.
 
-    They are uint8 when they come from a loader process, and normalised float32 for the method."""
+    They are uint8, or float32 in 0..1 if images are not 8-bit RGB, when they come from a loader
+    process, and normalised float32 for the method."""
     indices: Tensor
     """(batch,) number of each image in the dataset."""
     unreadable: Tensor
@@ -172,15 +172,17 @@ def make_pairs(
     return PairBatch((views[0], views[-1]), indices, unreadable, epoch)
 
 
-def first_decoded(candidates: Iterable[np.ndarray | None]) -> tuple[np.ndarray, bool]:
+def first_decoded(
+    candidates: Iterable[np.ndarray | None], black: np.ndarray
+) -> tuple[np.ndarray, bool]:
     """Return the pixels of the first decoded image, and whether it is the first of all.
 
-    If none could, return a black image.
+    If none could, return the black image.
     """
     for number, pixels in enumerate(candidates):
         if pixels is not None:
             return pixels, number == 0
-    return BLACK, False
+    return black, False
 
 
 def decoded(name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
@@ -215,8 +217,8 @@ class PairDataset(Dataset[PairBatch]):
         return make_pairs(self.augment, epoch, indices, pairs)
 
     def _read(self, index: int, key: int) -> DecodedPair:
-        candidates = range(index, index + MOST_ATTEMPTS)
-        pixels, is_readable = first_decoded(map(self._decoded, candidates))
+        candidates = map(self._decoded, range(index, index + MOST_ATTEMPTS))
+        pixels, is_readable = first_decoded(candidates, self.augment.black_image())
         # An image that stands in for the query may be of another group.
         if self.key_images is None or key == index or not is_readable:
             return DecodedPair(pixels, pixels, is_readable)
@@ -248,10 +250,9 @@ class PairMaker:
 
     def _read(self, images: Sequence[NamedImage]) -> Iterator[DecodedPair]:
         for row in range(len(images)):
-            candidates = [*images[row:], *images[:row]]
-            pixels, is_readable = first_decoded(
-                decoded(name, image.pixels) for _, image, name in candidates
-            )
+            in_order = [*images[row:], *images[:row]]
+            candidates = (decoded(name, image.pixels) for _, image, name in in_order)
+            pixels, is_readable = first_decoded(candidates, self.augment.black_image())
             yield DecodedPair(pixels, pixels, is_readable)
 
 
@@ -359,7 +360,8 @@ class MemoryLoader(Resumable):
         """Return how many images are augmented at once, a multiple of the batch."""
         if self.pixels.device.type == "cpu":
             return self.num_at_once
-        most_images = max(1, VALUES_ON_GPU // (3 * self.augment.image_size**2))
+        values_of_view = self.augment.kind.bands * self.augment.image_size**2
+        most_images = max(1, VALUES_ON_GPU // values_of_view)
         return max(1, most_images // self.num_at_once) * self.num_at_once
 
 
@@ -420,7 +422,7 @@ def choose_engine(
             return Engine("worker", False, f"{step.where} takes one image at a time")
     is_cpu = device_type == "cpu"
     fits_on_device = isinstance(images, ArrayImages) and (
-        is_cpu or images.tensor.numel() <= LARGEST_ON_GPU
+        is_cpu or images.tensor.nbytes <= LARGEST_ON_GPU
     )
     if engine != "auto":
         in_memory = engine == "batch" and fits_on_device
