@@ -22,11 +22,14 @@ class ImageSourceConfig:
     """``custom`` and registered datasets: keyword arguments of the function, ``{name: value}``."""
     download: bool = False
     """Download a torchvision dataset that is not under root yet."""
+    labels: Optional[str] = None
+    """``images`` and ``image_folder``: a table of text (CSV) with a name and a class in each line,
+    in place of class folders. See ``docs/data.md``."""
     held_out: float = setting(0.1, at_least=0, at_most=1)
-    """``image_folder`` without a validation folder, ``custom`` without bank and queries, ``hdf5``
-    and ``zarr`` with labels: share of the images that are held out as the queries of the kNN
-    monitor. A hash of the path decides, or of the number of an image without one, so an image keeps
-    its side when others are added. Training uses all images."""
+    """``image_folder`` without a validation folder, ``images`` with labels, ``custom`` without bank
+    and queries, ``hdf5`` and ``zarr`` with labels: share of the images that are held out as the
+    queries of the kNN monitor. A hash of the path decides, or of the number of an image without
+    one, so an image keeps its side when others are added. Training uses all images."""
     pages: str = setting("first", choices=("channels", "each", "first"))
     """``images`` and ``image_folder``, files with several pages: first: read the first page. each:
     each page is an image of its own. channels: join the pages as bands."""

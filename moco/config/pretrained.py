@@ -26,13 +26,23 @@ CLASS_DATA = (
     "label_column",
     "image_key",
     "label_key",
+    "labels",
     "held_out",
     "pages",
     "band_files",
     "tile",
 )
 # They describe one dataset, and not another one that is measured.
-OF_ONE_DATASET = ("root", "target", "options", "image_key", "label_key", "band_files", "tile")
+OF_ONE_DATASET = (
+    "root",
+    "target",
+    "options",
+    "labels",
+    "image_key",
+    "label_key",
+    "band_files",
+    "tile",
+)
 # The settings of `EvaluationConfig` and `EvaluateDataConfig` that only some kinds of measurement
 # have, by kind.
 KINDS: dict[str, tuple[str, ...]] = {

@@ -39,6 +39,7 @@ SOURCE_SETTINGS = (
     "label_column",
     "image_key",
     "label_key",
+    "labels",
     "max_image_pixels",
     "held_out",
     "pages",

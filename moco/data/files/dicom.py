@@ -171,7 +171,7 @@ def functional_groups(dataset: "Dataset", page: int, name: str) -> Iterator["Dat
 
 def frame_values(dataset: "Dataset", page: int, request: Request) -> np.ndarray:
     """Return the values of one frame, (height, width) or (height, width, bands)."""
-    from pydicom.pixels import apply_color_lut, apply_modality_lut
+    from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
     array = stored_values(dataset, page)
     if request.numbers:
@@ -212,7 +212,8 @@ def stored_values(dataset: "Dataset", page: int) -> np.ndarray:
         ValueError: no decoder is known.
     """
     from pydicom.encaps import get_frame
-    from pydicom.pixels import convert_color_space, pixel_array
+    from pydicom.pixels.processing import convert_color_space
+    from pydicom.pixels.utils import pixel_array
 
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax not in DECODERS:
@@ -243,7 +244,7 @@ def through_window(values: np.ndarray, dataset: "Dataset", page: int) -> np.ndar
     Raises:
         ValueError: the file has no window.
     """
-    from pydicom.pixels import apply_voi
+    from pydicom.pixels.processing import apply_voi
 
     if dataset.get("VOILUTSequence"):
         bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])

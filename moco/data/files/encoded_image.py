@@ -227,11 +227,11 @@ def check_memory(header: ImageHeader, max_image_pixels: int) -> None:
         raise ValueError(
             f"Image size ({height * width} pixels) exceeds data.max_image_pixels={max_image_pixels}"
         )
+    size = f"{width} x {height} px x {header.bands} {header.dtype}"
     limit = BYTES_PER_RGB_PIXEL * max_image_pixels
     raise ValueError(
-        f"{width} x {height} px, {header.bands} bands of {header.dtype} ({num_bytes / 1e9:,.1f} GB) "
-        f"exceeds data.max_image_pixels={max_image_pixels}, which is for 8-bit RGB "
-        f"({limit / 1e9:,.1f} GB); data.tile=512 reads windows"
+        f"{size} ({num_bytes / 1e9:,.1f} GB) exceeds data.max_image_pixels={max_image_pixels}, "
+        f"which is for 8-bit RGB ({limit / 1e9:,.1f} GB); data.tile=512 reads windows"
     )
 
 

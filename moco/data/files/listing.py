@@ -370,7 +370,7 @@ def scan_folder(path: str, kinds: Mapping[str, str | None], is_root: bool = Fals
                 if name in NAMES_OF_FOLDERS:
                     told.add(name)
                 if is_folder(entry):
-                    if name[0] == "." or name in SYSTEM_FOLDERS:
+                    if is_left_out_folder(name):
                         left_out[f"{name}/"] = 1
                     elif entry.is_symlink():
                         links.append(prefix + name)
@@ -398,6 +398,11 @@ def scan_folder(path: str, kinds: Mapping[str, str | None], is_root: bool = Fals
     if not is_root and is_written_folder(told):
         return Folder(path, status, [], [], [], {}, {f"{os.path.basename(path)}/": 1})
     return Folder(path, status, sorted(folders), sorted(links), images, formats, left_out)
+
+
+def is_left_out_folder(name: str) -> bool:
+    """Return whether a folder of this name is hidden or of a system, and holds no images."""
+    return name[0] == "." or name in SYSTEM_FOLDERS
 
 
 def kind_of_content(entry: os.DirEntry[str], path: str, ending: str) -> str | None:

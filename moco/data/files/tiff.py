@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
 import numpy as np
@@ -70,7 +70,8 @@ def pages_of(tiff: "TiffFile") -> Iterator["TiffPage"]:
         ValueError: there is no image, or the chain of images has no end.
     """
     offsets = set()
-    for number, page in enumerate(tiff.pages):
+    for number, any_page in enumerate(tiff.pages):
+        page = cast("TiffPage", any_page)  # and no TiffFrame, unless one asks for those
         if page.offset in offsets:
             raise ValueError("the chain of images in this TIFF file leads back to itself")
         offsets.add(page.offset)
@@ -226,14 +227,14 @@ def read_pixels(request: Request, header: ImageHeader) -> np.ndarray:
         pages = chosen_pages(tiff, request)
         request = raw_if_stack(request, pages)
         for page in pages:
-            if are_colours(page) and not request.numbers:
+            if are_colours(page) and not request.numbers and not is_unknown_to_pillow(tiff, page):
                 # Its number among all pages, where overviews count.
                 one_page = request._replace(page=page.index)
                 colours = pillow_images.read_header(one_page)
                 arrays.append(pillow_images.read_pixels(one_page, colours))
             else:
                 whole = Window(0, 0, page.imagelength, page.imagewidth)
-                array = read_samples(tiff, page, whole, request)
+                array = read_part(tiff, page, whole, request)
                 arrays.append(oriented(array, header.orientation))
     return np.concatenate(arrays, axis=2)
 
@@ -248,11 +249,27 @@ def read_window(request: Request, window: Window) -> np.ndarray | None:
             is_upright = tag_value(page, ORIENTATION, 1) == 1
             if not is_upright or (are_colours(page) and not is_read_by_segments(page)):
                 return None
-            array = read_samples(tiff, page, window, request)
-            if are_colours(page) and page.samplesperpixel == 4 and not request.raw:
-                array = over_white(array, page.extrasamples[0])
-            arrays.append(array)
+            arrays.append(read_part(tiff, page, window, request))
     return np.concatenate(arrays, axis=2)
+
+
+def is_unknown_to_pillow(tiff: "TiffFile", page: "TiffPage") -> bool:
+    """Return whether a page is in a big-endian BigTIFF file, in which Pillow finds no image."""
+    return tiff.is_bigtiff and tiff.byteorder == ">" and is_read_by_segments(page)
+
+
+def read_part(tiff: "TiffFile", page: "TiffPage", window: Window, request: Request) -> np.ndarray:
+    """Return a part of a page, (height, width, bands); without Pillow's decoders."""
+    array = read_samples(tiff, page, window, request)
+    if page.samplesperpixel != 4 or not are_colours(page):
+        return array
+    # RGB and alpha.
+    stored = "RGBa" if page.extrasamples[0] == PREMULTIPLIED else "RGBA"
+    size = (window.width, window.height)
+    image = Image.frombytes("RGBA", size, array.tobytes(), "raw", stored)
+    if request.raw:
+        return np.array(image)
+    return np.array(pillow_images.to_rgb(image))
 
 
 def is_read_by_segments(page: "TiffPage") -> bool:
@@ -264,18 +281,6 @@ def is_read_by_segments(page: "TiffPage") -> bool:
     if page.photometric == YCBCR:
         return page.compression == JPEG
     return page.photometric == RGB
-
-
-def over_white(pixels: np.ndarray, alpha: int) -> np.ndarray:
-    """Return RGB and alpha, (height, width, 4) uint8, as RGB over white.
-
-    Args:
-        alpha: the kind of alpha, one of `ALPHA_SAMPLES`.
-    """
-    height, width, _ = pixels.shape
-    mode = "RGBa" if alpha == PREMULTIPLIED else "RGBA"
-    image = Image.frombytes(mode, (width, height), pixels.tobytes())
-    return np.array(pillow_images.to_rgb(image.convert("RGBA")))
 
 
 def read_samples(
@@ -311,7 +316,7 @@ def contiguous_samples(
     planes, _, height, width, samples = page.shaped
     start = page.dataoffsets[0]
     check_inside(tiff, start, page.nbytes)
-    dtype = page.dtype.newbyteorder(tiff.byteorder)
+    dtype = np.dtype(page.dtype).newbyteorder(tiff.byteorder)
     values = values_at(source, dtype, planes * height * width * samples, start)
     part = values.reshape(planes, height, width, samples)[:, window.rows, window.columns]
     return part.transpose(1, 2, 0, 3).reshape(window.height, window.width, page.samplesperpixel)
@@ -338,7 +343,7 @@ def decoded_segment(
 
     Where a file holds no data for it, GDAL's value for missing pixels is in it, or 0.
     """
-    num_bytes = math.prod(page.chunks) * page.dtype.itemsize
+    num_bytes = math.prod(page.chunks) * np.dtype(page.dtype).itemsize
     if num_bytes > BYTES_PER_RGB_PIXEL * request.max_image_pixels:
         raise ValueError(
             f"a strip or tile of {num_bytes / 1e9:,.1f} GB exceeds "

@@ -44,8 +44,8 @@ class DamagedImage:
     size: tuple[int, int] = (1, 1)
     bands: int = 3
     dtype: np.dtype[Any] = UINT8
-    no_data: None = None
-    band_names: None = None
+    no_data: float | None = None
+    band_names: tuple[str, ...] | None = None
 
     def pixels(self) -> np.ndarray:
         """Raise UnreadableImage."""

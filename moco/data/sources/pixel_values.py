@@ -178,9 +178,9 @@ class PreparedImage:
     name: str
     """For messages."""
     values: PixelValues
-    no_data: None = None
-    """There is no such value any more."""
-    band_names: None = None
+    no_data: float | None = None
+    """Always None: there is no such value any more."""
+    band_names: tuple[str, ...] | None = None
 
     @property
     def size(self) -> tuple[int, int]:

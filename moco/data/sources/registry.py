@@ -84,6 +84,7 @@ def build_source(
     bands: Any = None,
     band_files: str | None = None,
     tile: int | None = None,
+    labels: str | None = None,
     listing: Path | None = None,
 ) -> DataSource:
     """Return the dataset `name`, its images as they are in the files.
@@ -101,13 +102,15 @@ def build_source(
         image_key, label_key: see `moco.data.sources.stored_arrays.stored_source`.
         max_image_pixels: larger images are unreadable.
         held_out: fraction of the images that ``image_folder`` keeps out of the bank if there is no
-            validation folder, ``custom`` if there are no bank and queries, and ``hdf5`` and
-            ``zarr`` if there are labels.
+            validation folder, ``images`` with `labels`, ``custom`` if there are no bank and
+            queries, and ``hdf5`` and ``zarr`` if there are labels.
         bands: the names of the bands to read of `band_files`; other sources read all bands.
         band_files: ``images`` and ``image_folder`` whose bands are in files of their own, see
             `moco.data.sources.band_files`.
         tile: ``images``: side of the windows of large rasters, px, see `moco.data.sources.tiles`.
         pages: ``first`` takes the first image of a TIFF file, ``each`` takes every image of it.
+        labels: a file with the classes of ``images`` and ``image_folder``, see
+            `moco.data.sources.label_files`.
         listing: file that keeps the list of images for the next start; None lists them each time.
 
     Raises:
@@ -125,6 +128,11 @@ def build_source(
         )
     if name not in SOURCES and name not in REGISTERED:
         raise InputError(f"data.name: {unknown_name('dataset', name, (*SOURCES, *REGISTERED))}")
+    if labels is not None and name not in ("images", "image_folder"):
+        raise InputError(
+            f"data.labels={labels}: data={name} has no such setting; "
+            "data=images and data=image_folder have it"
+        )
     if name == "custom" or name in REGISTERED:
         if root is not None:
             raise InputError(
@@ -153,7 +161,9 @@ def build_source(
     if root is None:
         raise InputError(f"data.root: missing; data={name} needs data.root=PATH")
     if name == "images":
-        return folder_source(root, max_image_pixels, pages, listing, band_files, bands, tile)
+        return folder_source(
+            root, max_image_pixels, held_out, pages, listing, labels, band_files, bands, tile
+        )
     if name == "webdataset":
         return sharded_source(root, streams, shuffle_buffer, num_images, max_image_pixels)
     if not isinstance(root, str):
@@ -165,7 +175,7 @@ def build_source(
         return hugging_face_source(root, image_column, label_column, max_image_pixels)
     if name == "image_folder":
         return class_folder_source(
-            root, max_image_pixels, held_out, pages, listing, band_files, bands
+            root, max_image_pixels, held_out, pages, listing, labels, band_files, bands
         )
     if name == "npz":
         if is_npy(root):

@@ -18,7 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-from moco.data.files.images import EXTENSIONS, EncodedImage, UnreadableImage, encoded
+from moco.data.files.formats import FORMAT_OF_ENDING
+from moco.data.files.images import EncodedImage, UnreadableImage, encoded
 from moco.data.sources.folders import list_of_paths
 from moco.data.sources.packed_copy import INDEX, read_finished_index, read_index
 from moco.data.sources.source import DataSource, Images
@@ -266,7 +267,7 @@ def image_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in archive:
         archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         key = sample_key(member.name)
-        is_image = member.isreg() and member.name.lower().endswith(EXTENSIONS)
+        is_image = member.isreg() and member.name.lower().endswith(tuple(FORMAT_OF_ENDING))
         # A sample may have several images, and the first one stands for it.
         if is_image and key != previous_key:
             previous_key = key

@@ -311,6 +311,14 @@ class Labelled:
     images: Images
     labels: np.ndarray
     """(images,) int64, 0 or more; numbers may have gaps."""
+    class_names: tuple[str, ...] | None = None
+    """The name of each class by its number; None if only the numbers are known."""
+
+    def class_name(self, number: int) -> str:
+        """Return the name of a class, or its number as text."""
+        if self.class_names is None or not 0 <= number < len(self.class_names):
+            return str(number)
+        return self.class_names[number]
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,17 @@ def shown_image(images: Any, index: int) -> Image.Image:
     Args:
         images: `Images`, or anything that gives pixels (height, width, 3) uint8 by index.
     """
-    pixels = images[index]
+    return shown(images, images[index])
+
+
+def shown(images: Any, image: Image.Image | np.ndarray) -> Image.Image:
+    """Return an image of `images`, or a part of it, for the eye, in 8-bit RGB."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(image)
     values = getattr(images, "values", None)
     if values is not None:
-        pixels = values.shown(pixels)
-    return Image.fromarray(np.ascontiguousarray(pixels))
+        image = values.shown(image)
+    return Image.fromarray(np.ascontiguousarray(image))
 
 
 def neighbors_plot(

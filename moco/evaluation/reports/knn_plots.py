@@ -135,12 +135,13 @@ def feature_maps_of_some(subject: Subject, queries: Embedded) -> "Figure":
     """
     view = subject.evaluation_view()
     chosen = spread_over_classes(queries.labels, NUM_MAPPED_IMAGES)
-    images = [view.crop(queries.labelled.images[int(row)]) for row in queries.rows[chosen]]
-    batch = torch.stack([view.normalized(image) for image in images])  # (images, bands, side, side)
+    images = queries.labelled.images
+    squares = [view.crop(images[int(row)]) for row in queries.rows[chosen]]
+    batch = torch.stack([view.normalized(square) for square in squares])
     maps = subject.encoder.backbone.feature_maps(batch.to(subject.device))
     columns = {}
     for name, values in (("last map", maps[-1]), ("map before", maps[-2])):
         height, width = values.shape[2:]
         colors = principal_colors(values.cpu().numpy())
         columns[f"{name} {height}x{width}"] = colors
-    return feature_maps_plot(images, columns)
+    return feature_maps_plot([shown(images, square) for square in squares], columns)

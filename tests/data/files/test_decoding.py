@@ -1,7 +1,6 @@
 import io
 import os
 import resource
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,17 +61,12 @@ def test_jpegs_have_the_pixels_that_pillow_decodes(mode, options, generator):
         ("RGB", "BMP", {}),
         ("RGB", "PPM", {}),
         ("RGB", "TIFF", {"compression": "tiff_lzw"}),
-        ("I;16", "PNG", {}),
-        ("I;16", "TIFF", {}),
         ("1", "PNG", {}),
         ("LA", "PNG", {}),
     ],
 )
 def test_what_libjpeg_does_not_decode_is_read_by_pillow(mode, file_format, options, generator):
-    if mode == "I;16":
-        source = Image.fromarray(generator.integers(0, 65536, (12, 18), dtype=np.uint16))
-    else:
-        source = smooth(generator, 12, 18).convert(mode)
+    source = smooth(generator, 12, 18).convert(mode)
     content = file_of(source, file_format, **options)
     image = encoded(content, "x", MAX_IMAGE_PIXELS)
     assert image.size == (12, 18)
@@ -80,18 +74,6 @@ def test_what_libjpeg_does_not_decode_is_read_by_pillow(mode, file_format, optio
     assert pixels.flags.c_contiguous
     assert pixels.dtype == np.uint8
     assert (pixels == by_pillow(content)).all()
-
-
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
-def test_the_way_up_that_a_camera_noted_is_left_alone_except_in_tiff(file_format, generator):
-    notes = Image.Exif()
-    notes[274] = 6  # Orientation: to be turned by a quarter
-    image = encoded(
-        file_of(smooth(generator, 12, 18), file_format, exif=notes), "x", MAX_IMAGE_PIXELS
-    )
-    assert image.size == image.pixels().shape[:2] == (12, 18)
-    turned = encoded(file_of(smooth(generator, 12, 18), "TIFF", exif=notes), "x", MAX_IMAGE_PIXELS)
-    assert turned.size == turned.pixels().shape[:2] == (18, 12)  # Pillow turns these itself
 
 
 def damaged_jpegs(generator, count):
@@ -111,11 +93,13 @@ def damaged_jpegs(generator, count):
         yield bytes(content)
 
 
-def test_damaged_jpegs_are_read_or_refused_as_by_pillow(generator):
+def test_damaged_jpegs_are_read_or_refused_as_by_pillow(generator, tmp_path):
     outcomes = set()
+    path = str(tmp_path / "x.jpg")
     for content in damaged_jpegs(generator, 600):
+        (tmp_path / "x.jpg").write_bytes(content)
         try:
-            expected = replace(encoded(content, "x", 10**6), is_jpeg=False).pixels()
+            expected = encoded(path, "x", 10**6).pixels()  # Pillow reads what is on disk
         except UnreadableImage as error:
             with pytest.raises(UnreadableImage) as ours:
                 encoded(content, "x", 10**6).pixels()
