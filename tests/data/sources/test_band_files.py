@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moco.data.files.images import UnreadableImage
-from moco.data.sources.band_files import BandFiles, natural_key, resampled
+from moco.data.sources.band_files import BandFiles, resampled
 from moco.data.sources.registry import build_source
 from moco.errors import InputError
 
@@ -156,8 +156,3 @@ def test_class_folders_hold_bands_too(scenes, tmp_path):
     np.testing.assert_array_equal(
         source.bank.images.opened(2).pixels()[..., 0], scenes["south/c", "02"]
     )
-
-
-def test_natural_order():
-    names = ["B10", "B8A", "B02", "B8", "NIR", "2", "²"]
-    assert sorted(names, key=natural_key) == ["2", "B02", "B8", "B8A", "B10", "NIR", "²"]
