@@ -152,7 +152,7 @@ def row_of(band: Mapping[str, Any]) -> list[str]:
     numbers = (band["min"], low, median, high, band["max"], band["mean"], band["std"])
     shares = (band["share_of_zeros"], band["share_without_data"])
     row = [str(band["band"])]
-    row += [f"{number:.5g}" for number in numbers]
+    row += [f"{number:.4g}" for number in numbers]
     row += [f"{share:.2%}" for share in shares]
     return row
 

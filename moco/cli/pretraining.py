@@ -145,7 +145,7 @@ def fill_in_from_data(config: TrainConfig, data: "PretrainingData") -> None:
     config.data.image_size = data.image_size
     if "image_size" in settings_of_backbone(config.backbone.name):
         config.backbone.image_size = config.backbone.image_size or data.image_size
-    bands = data.augment.bands
+    bands = data.augment.kind.bands
     given = config.backbone.in_channels
     if given not in (None, bands):
         raise InputError(

@@ -32,8 +32,8 @@ def resized_crop(image: np.ndarray, box: Sequence[int], side: int) -> np.ndarray
     top, left, height, width = map(int, box)
     crop = image[top : top + height, left : left + width]
     if height <= side and width <= side:
-        resized = cv2.resize(crop, (side, side), interpolation=cv2.INTER_LINEAR)
-        return resized.reshape(side, side, -1)  # OpenCV leaves out the axis of one band
+        larger = cv2.resize(crop, (side, side), interpolation=cv2.INTER_LINEAR)
+        return larger.reshape(side, side, -1)  # OpenCV leaves out the axis of one band
     # torch resizes all channels at once only if the memory is contiguous, and if the strides of
     # the batch dimension say so too.
     images = torch.from_numpy(crop.copy()).view(1, height, width, -1).permute(0, 3, 1, 2)

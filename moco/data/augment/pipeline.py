@@ -207,8 +207,8 @@ def build_pipeline(
         # Whatever the user's function does.
         raise InputError(f"{source}: {type(error).__name__}: {error}") from error
     if not callable(transform):
-        kind = type(transform).__name__
-        raise InputError(f"{source}: returned {kind}; expected a callable that takes an image")
+        got = type(transform).__name__
+        raise InputError(f"{source}: returned {got}; expected a callable that takes an image")
     recipe = (target, options, image_size, where, kind)
     return Pipeline(transform, image_size, source, any_size, recipe, kind)
 

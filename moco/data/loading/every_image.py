@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
 
-from moco.data.augment.views import EvaluationView, Transform, as_planes
+from moco.data.augment.views import AnyImage, EvaluationView, Transform, as_planes
 from moco.data.files.images import EncodedImage, UnreadableImage
 from moco.data.loading.workers import CPU, WatchedLoader, loader_options, note_read, unchanged
 from moco.data.sources.own_dataset import IterableImages
@@ -25,8 +25,7 @@ from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in, is_local, sample_key
 from moco.data.sources.source import ArrayImages, Images, Labelled
 
-Crop = Callable[[Any], Any]
-"""From an image to its square: a Pillow image, or an array (side, side, bands)."""
+Crop = Callable[[AnyImage], AnyImage]
 IMAGES_AT_ONCE = 16  # that a loader process returns together
 
 

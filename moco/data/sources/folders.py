@@ -66,9 +66,9 @@ def folder_source(
     if tile is not None:
         if labels is not None:
             raise InputError(f"data.labels={labels}: does not go with data.tile={tile}")
-        images = tile_images(listed_files.paths, tile, max_image_pixels)
-        log_start(roots, len(images), listed_files)
-        return DataSource(images, None, None, IMAGE_SIZE)
+        tiles = tile_images(listed_files.paths, tile, max_image_pixels)
+        log_start(roots, len(tiles), listed_files)
+        return DataSource(tiles, None, None, IMAGE_SIZE)
     files, images_of = joined_files(listed_files, roots, band_files, bands, max_image_pixels)
     images = images_of(files)
     log_start(roots, len(images), listed_files)
@@ -188,6 +188,7 @@ def class_folder_source(
         folders = [os.path.join(root, name) for name in split if name is not None]
     listed_files = listed(folders, pages, listing)
     all_files, images_of = joined_files(listed_files, folders, band_files, bands, max_image_pixels)
+    sides: Sequence[tuple[Listing, np.ndarray, tuple[str, ...] | None]]
     if labels is None:
         sides = class_sides(all_files, folders)
     else:

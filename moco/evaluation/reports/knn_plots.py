@@ -9,7 +9,13 @@ import torch
 from moco.evaluation.diagnostics import evenly_spaced
 from moco.evaluation.knn import Search, confusion_matrix, without_own
 from moco.evaluation.neighbors import joined, normalized
-from moco.evaluation.reports.embedded import NUM_NEIGHBORS, NUM_QUERIES, Embedded, neighbors_plot
+from moco.evaluation.reports.embedded import (
+    NUM_NEIGHBORS,
+    NUM_QUERIES,
+    Embedded,
+    neighbors_plot,
+    shown,
+)
 from moco.evaluation.reports.plots import (
     confusion_plot,
     feature_maps_plot,
