@@ -69,6 +69,16 @@ class TileImages(Images):
             return path
         return f"{path}#{window.top},{window.left}"
 
+    def num_tiles(self) -> np.ndarray:
+        """Return the number of images of each file, (files,) int64."""
+        return np.diff(self.tile_ends.numpy(), prepend=0)
+
+    def of_files(self, paths: PathList) -> "TileImages":
+        """Return the images of these files, in their order."""
+        row_of_path = {path: row for row, path in enumerate(self.files())}
+        rows = [row_of_path[path] for path in paths]
+        return TileImages(paths, self.sizes.numpy()[rows], self.tile, self.max_image_pixels)
+
     def files(self) -> PathList:
         """Return the paths of the files, each once."""
         return PathList(self.text.numpy(), self.ends.numpy())
