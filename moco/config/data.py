@@ -42,7 +42,8 @@ class ImageSourceConfig:
     for that of a band. data.bands then names the bands to join, in this order; null joins all.
     Bands of another size are resampled to the first one."""
     tile: Optional[int] = setting(None, at_least=4)
-    """``images``: read windows of this side of large rasters as images, px. Null: whole images."""
+    """``images`` and ``image_folder``: read windows of this side of large rasters as images, px.
+    Null: whole images."""
     value_range: Any = None
     """``[low, high]``: the values that become 0 and 1; or such a pair for each band. Null: 0 to 255
     for 8-bit images. Other images need it; ``moco.stats`` measures it."""

@@ -136,7 +136,7 @@ class DecodedPair(NamedTuple):
     """What the two views of a row are made of."""
 
     query: np.ndarray
-    """(height, width, 3) uint8."""
+    """(height, width, bands) of the pair's kind."""
     key: np.ndarray
     """The same array, or another image of the query's group."""
     is_readable: bool

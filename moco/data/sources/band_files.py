@@ -20,6 +20,7 @@ from moco.data.files.encoded_image import (
 )
 from moco.data.files.images import encoded_file
 from moco.data.files.listing import Listing, PathList
+from moco.data.sources.label_files import natural_order
 from moco.data.sources.source import Images
 from moco.errors import InputError, printable
 
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 MISSING = -1
 PLACEHOLDERS = {"{id}": r"(?P<id>.+)", "{band}": r"(?P<band>[^/]+)"}
 """What stands for the name of an image and for that of a band, as regular expressions."""
-DIGITS = re.compile(r"(\d+)")
 EXACT_IN_FLOAT32 = ("uint8", "uint16", "int16", "float16", "float32")
 
 
@@ -227,7 +227,7 @@ def band_file_images(
         raise InputError(f"data.band_files={template}: fits no file; the first are {first}")
     if num_others:
         log.info("data.band_files: left out %d files that it does not fit", num_others)
-    chosen = sorted(counts, key=natural_key) if bands is None else chosen_bands(bands, counts)
+    chosen = sorted(counts, key=natural_order) if bands is None else chosen_bands(bands, counts)
     names = sorted(place_of)
     files = np.full((len(names), len(chosen)), MISSING, np.int64)
     for row, name in enumerate(names):
@@ -292,7 +292,7 @@ def chosen_bands(bands: Any, counts: Counter[str]) -> list[str]:
         InputError: the setting is no list of names, or no file is of such a band.
     """
     wanted = bands if isinstance(bands, (list, tuple)) else [bands]
-    there = sorted(counts, key=natural_key)
+    there = sorted(counts, key=natural_order)
     chosen = []
     for band in wanted:
         if str(band) in counts:
@@ -305,11 +305,3 @@ def chosen_bands(bands: Any, counts: Counter[str]) -> list[str]:
             raise InputError(f"data.bands={bands}: no file is of band {band}; there are {listed}")
         chosen += equal
     return chosen
-
-
-def natural_key(name: str) -> list[tuple[int, str]]:
-    """Return what sorts names with numbers as people do: 2, 8, 8A, 10."""
-    key = []
-    for part in DIGITS.split(name):
-        key.append((int(part), part) if part.isdecimal() else (-1, part))
-    return key

@@ -51,8 +51,7 @@ def folder_source(
     have a class into both.
 
     Args:
-        band_files, bands: see `moco.data.sources.band_files.band_file_images`.
-        tile: see `moco.data.sources.tiles.tile_images`.
+        band_files, bands, tile: see `files_as_images`.
 
     Raises:
         InputError: a folder is missing or holds no images, one folder contains another, or the
@@ -63,13 +62,9 @@ def folder_source(
         raise InputError(f"data.root={root}: expected a folder or a list of folders")
     check_no_overlap(roots)
     listed_files = listed(roots, pages, listing)
-    if tile is not None:
-        if labels is not None:
-            raise InputError(f"data.labels={labels}: does not go with data.tile={tile}")
-        tiles = tile_images(listed_files.paths, tile, max_image_pixels)
-        log_start(roots, len(tiles), listed_files)
-        return DataSource(tiles, None, None, IMAGE_SIZE)
-    files, images_of = joined_files(listed_files, roots, band_files, bands, max_image_pixels)
+    files, images_of = files_as_images(
+        listed_files, roots, max_image_pixels, band_files, bands, tile
+    )
     images = images_of(files)
     log_start(roots, len(images), listed_files)
     if labels is None:
@@ -80,21 +75,27 @@ def folder_source(
     return divided(side, names, held_out)
 
 
-def joined_files(
+def files_as_images(
     files: Listing,
     roots: Sequence[str],
+    max_image_pixels: int,
     band_files: str | None,
     bands: Any,
-    max_image_pixels: int,
+    tile: int | None,
 ) -> tuple[Listing, ImagesOf]:
-    """Return the files, one for each image, and what makes images of them.
+    """Return the files with the number of images in each, and what makes images of them.
 
     If bands are in files of their own, the names of the joined images stand for their files.
 
     Args:
         files: all files below the roots.
         band_files, bands: see `moco.data.sources.band_files.band_file_images`.
+        tile: see `moco.data.sources.tiles.tile_images`.
     """
+    if tile is not None:
+        tiled = tile_images(files.paths, tile, max_image_pixels)
+        of_tiles = replace(files, num_pages=tiled.num_tiles())
+        return of_tiles, lambda chosen: tiled.of_files(chosen.paths)
     if band_files is None:
         return files, partial(file_images, max_image_pixels)
     joined = band_file_images(files, roots, band_files, bands, max_image_pixels)
@@ -166,6 +167,7 @@ def class_folder_source(
     labels: str | None,
     band_files: str | None = None,
     bands: Any = None,
+    tile: int | None = None,
 ) -> DataSource:
     """Return root/train/CLASS/... with root/val/CLASS/..., or root/CLASS/... alone.
 
@@ -175,7 +177,7 @@ def class_folder_source(
     natural order of their names. With `labels` the folders' names are no classes.
 
     Args:
-        band_files, bands: see `moco.data.sources.band_files.band_file_images`.
+        band_files, bands, tile: see `files_as_images`.
 
     Raises:
         InputError: a folder is missing or holds no images in class folders, a validation class is
@@ -187,7 +189,9 @@ def class_folder_source(
     if split.train is not None:
         folders = [os.path.join(root, name) for name in split if name is not None]
     listed_files = listed(folders, pages, listing)
-    all_files, images_of = joined_files(listed_files, folders, band_files, bands, max_image_pixels)
+    all_files, images_of = files_as_images(
+        listed_files, folders, max_image_pixels, band_files, bands, tile
+    )
     sides: Sequence[tuple[Listing, np.ndarray, tuple[str, ...] | None]]
     if labels is None:
         sides = class_sides(all_files, folders)

@@ -5,7 +5,6 @@ SSL4EO-S12, arXiv 2211.07044). `group_numbers` finds the groups by the names of 
 `KeyImages` draws which image the key view of each query comes from.
 """
 
-import csv
 import logging
 import os
 import re
@@ -19,6 +18,14 @@ import torch
 from torch import Tensor
 
 from moco.data.augment.draws import uniforms
+from moco.data.sources.folders import TRAINING_FOLDERS
+from moco.data.sources.label_files import (
+    NO_IMAGE,
+    SEVERAL_IMAGES,
+    ImageFinder,
+    first_few,
+    read_table,
+)
 from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource, Images
@@ -30,11 +37,11 @@ UNKNOWN = -1
 KEY_IMAGE = 2  # the number of this draw; the query view and the key view have 0 and 1
 NAMED_GROUP = "group"
 COLUMNS = ("name", "group")
+PART_OF_FILE = re.compile(r"#\d+(,\d+)?$")  # behind the path of a file: a page, or a tile
 EXPECTED = (
     "expected a regular expression with a group (?P<group>...), the number of a folder level, or "
     "{csv: FILE}"
 )
-TRAINING_FOLDERS = ("train", "training")
 
 
 def group_numbers(names: Sequence[str], group: Any) -> np.ndarray:
@@ -108,59 +115,49 @@ def groups_by_level(names: Sequence[str], level: int) -> list[str | None]:
     return keys
 
 
-def groups_by_table(names: Sequence[str], file: str) -> list[str | None]:
-    """Return the group that a table gives for each name, or None.
+def groups_by_table(names: Sequence[str], path: str) -> list[str | None]:
+    """Return the group that a table gives for the file of each image, or None.
 
     Raises:
-        InputError: the file cannot be read, has no such columns, or gives a name two groups.
+        InputError: the file cannot be read, has no such columns, or gives a file two groups.
     """
-    group_of_name = read_table(file)
-    unknown = group_of_name.keys() - set(names)
-    if unknown:
-        first = ", ".join(printable(name) for name in sorted(unknown)[:3])
-        log.warning(
-            "data.group: %d names of %s belong to no image; the first are %s",
-            len(unknown),
-            printable(file),
-            first,
-        )
-    return [group_of_name.get(name) or None for name in names]
-
-
-def read_table(file: str) -> dict[str, str]:
-    """Return the group of each name in a CSV file with the columns name and group.
-
-    The columns may be separated by commas, semicolons or tabs, and there may be others.
-
-    Raises:
-        InputError: as in `groups_by_table`.
-    """
-    where = f"data.group.csv={file}"
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{where}: {printable(str(reason))}") from error
-    header = lines[0] if lines else ""
-    delimiter = max(",;\t", key=header.count)
-    titles = [title.strip().lower() for title in header.split(delimiter)]
+    where = f"data.group.csv={path}"
+    if not os.path.isfile(path):
+        raise InputError(f"{where}: no such file")
+    # The tiles and the pages of a file have its group.
+    files = [PART_OF_FILE.sub("", name) for name in names]
+    places = {file: place for place, file in enumerate(dict.fromkeys(files))}
+    finder = ImageFinder(list(places))
+    table = read_table(path, finder)
+    titles = [title.lower() for title in table.header or ()]
     if not set(COLUMNS) <= set(titles):
-        there = printable(", ".join(titles))
+        there = printable(", ".join(titles)) or "no names of columns"
         raise InputError(f"{where}: expected the columns name and group, found {there}")
     name_column, group_column = (titles.index(title) for title in COLUMNS)
-    groups: dict[str, str] = {}
-    for number, row in enumerate(csv.reader(lines[1:], delimiter=delimiter), start=2):
-        if not row:
-            continue
-        if len(row) <= max(name_column, group_column):
-            raise InputError(f"{where}: line {number} has only {len(row)} columns")
-        name, group = row[name_column].strip(), row[group_column].strip()
-        if groups.setdefault(name, group) != group:
+    groups: dict[int, str] = {}
+    unknown = []
+    for row in table.rows:
+        name, group = row[name_column], row[group_column]
+        place = finder.find(name)
+        if place == SEVERAL_IMAGES:
+            raise InputError(f"{where}: {printable(name)} stands for several images")
+        if place == NO_IMAGE:
+            unknown.append(name)
+        elif groups.setdefault(place, group) != group:
             raise InputError(
                 f"{where}: {printable(name)} is in two groups, "
-                f"{printable(groups[name])} and {printable(group)}"
+                f"{printable(groups[place])} and {printable(group)}"
             )
-    return groups
+    if unknown:
+        log.warning(
+            "%s: %s of %s names belong to no image: %s",
+            where,
+            f"{len(unknown):,}",
+            f"{len(table.rows):,}",
+            first_few(unknown),
+        )
+    # An empty cell is no group.
+    return [groups.get(places[file]) or None for file in files]
 
 
 def relative_names(images: Images, roots: Sequence[str]) -> list[str]:

@@ -107,7 +107,8 @@ def build_source(
         bands: the names of the bands to read of `band_files`; other sources read all bands.
         band_files: ``images`` and ``image_folder`` whose bands are in files of their own, see
             `moco.data.sources.band_files`.
-        tile: ``images``: side of the windows of large rasters, px, see `moco.data.sources.tiles`.
+        tile: ``images`` and ``image_folder``: side of the windows of large rasters, px, see
+            `moco.data.sources.tiles`.
         pages: ``first`` takes the first image of a TIFF file, ``each`` takes every image of it.
         labels: a file with the classes of ``images`` and ``image_folder``, see
             `moco.data.sources.label_files`.
@@ -175,31 +176,38 @@ def build_source(
         return hugging_face_source(root, image_column, label_column, max_image_pixels)
     if name == "image_folder":
         return class_folder_source(
-            root, max_image_pixels, held_out, pages, listing, labels, band_files, bands
+            root, max_image_pixels, held_out, pages, listing, labels, band_files, bands, tile
         )
     if name == "npz":
-        return npy_source(root) if is_npy(root) else npz_source(root)
-    if name == "hdf5":
-        return hdf5_source(root, image_key, label_key, held_out)
-    if name == "zarr":
-        return zarr_source(root, image_key, label_key, held_out)
+        if is_npy(root):
+            return npy_source(root, max_image_pixels)
+        return npz_source(root)
+    if name in ("hdf5", "zarr"):
+        build = hdf5_source if name == "hdf5" else zarr_source
+        return build(
+            root,
+            max_image_pixels=max_image_pixels,
+            image_key=image_key,
+            label_key=label_key,
+            held_out=held_out,
+        )
     return torchvision_source(name, root, download)
 
 
 def check_parts_of_images(name: str, band_files: str | None, tile: int | None, pages: str) -> None:
     """Raise InputError if images are to be joined or cut in a way that a dataset does not have."""
-    if band_files is not None and name not in ("images", "image_folder"):
-        raise InputError(
-            f"data.band_files={band_files}: data=images and data=image_folder have it; "
-            f"data={name} does not"
-        )
+    for key, value in (("band_files", band_files), ("tile", tile)):
+        if value is not None and name not in ("images", "image_folder"):
+            raise InputError(
+                f"data.{key}={value}: data=images and data=image_folder have it; "
+                f"data={name} does not"
+            )
     if tile is None:
         return
-    if name != "images":
-        raise InputError(f"data.tile={tile}: data=images has it; data={name} does not")
-    for key, value, default in (("band_files", band_files, None), ("pages", pages, "first")):
-        if value != default:
-            raise InputError(f"data.tile={tile}: does not go with data.{key}={value}")
+    if band_files is not None:
+        raise InputError(f"data.tile={tile}: does not go with data.band_files={band_files}")
+    if pages != "first":
+        raise InputError(f"data.tile={tile}: does not go with data.pages={pages}")
 
 
 def own_datasets(

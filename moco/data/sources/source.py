@@ -26,6 +26,8 @@ from moco.errors import InputError, printable
 log = logging.getLogger(__name__)
 
 COMMON_BANDS = (1, 3, 4)
+MOST_IMAGES = 2**31
+"""More images can only be a damaged or hostile file; the order of an epoch would take 16 GiB."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ def stored_layout(shape: tuple[int, ...], dtype: np.dtype, what: str) -> StoredL
     expected = "(M, H, W), (M, H, W, bands) or (M, bands, H, W)"
     if len(shape) not in (3, 4) or 0 in shape:
         raise InputError(f"{what}: expected images of shape {expected}, got {dtype} {shape}")
+    if shape[0] > MOST_IMAGES:
+        raise InputError(f"{what}: {shape[0]:,} images, more than {MOST_IMAGES:,}")
     try:
         image_dtype = image_type(dtype)
     except ValueError as error:

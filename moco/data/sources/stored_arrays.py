@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco.data.files.encoded_image import IMAGE_TYPES
+from moco.data.files.encoded_image import IMAGE_TYPES, ImageHeader, check_memory
 from moco.data.files.images import DecodedImage, UnreadableImage
 from moco.data.sources.folders import is_held_out
 from moco.data.sources.source import (
@@ -81,29 +81,25 @@ class StoredImages(Images):
         return f"{self.what}[{int(self.rows[index])}]"
 
 
-def npy_source(root: str) -> DataSource:
+def npy_source(root: str, max_image_pixels: int) -> DataSource:
     """Return the images of a ``.npy`` file, mapped into memory, without labels.
 
     Raises:
         InputError: the file is damaged, or holds no images.
     """
-    return stored_source(NpyFile(root), root, None, None, held_out=0)
+    return stored_source(NpyFile(root), root, max_image_pixels=max_image_pixels)
 
 
-def hdf5_source(
-    root: str, image_key: str | None, label_key: str | None, held_out: float
-) -> DataSource:
+def hdf5_source(root: str, **settings: Any) -> DataSource:
     """Return the images of an HDF5 file; see `stored_source`."""
     check_package("hdf5")
-    return stored_source(Hdf5File(root), root, image_key, label_key, held_out)
+    return stored_source(Hdf5File(root), root, **settings)
 
 
-def zarr_source(
-    root: str, image_key: str | None, label_key: str | None, held_out: float
-) -> DataSource:
+def zarr_source(root: str, **settings: Any) -> DataSource:
     """Return the images of a zarr group or array; see `stored_source`."""
     check_package("zarr")
-    return stored_source(ZarrFile(root), root, image_key, label_key, held_out)
+    return stored_source(ZarrFile(root), root, **settings)
 
 
 def check_package(kind: str) -> None:
@@ -196,7 +192,13 @@ class ArrayOpener:
 
 
 def stored_source(
-    file: StoredFile, root: str, image_key: str | None, label_key: str | None, held_out: float
+    file: StoredFile,
+    root: str,
+    *,
+    max_image_pixels: int,
+    image_key: str | None = None,
+    label_key: str | None = None,
+    held_out: float = 0,
 ) -> DataSource:
     """Return the images of a file as a source.
 
@@ -205,6 +207,7 @@ def stored_source(
 
     Args:
         file: at the path `root`.
+        max_image_pixels: images that take more memory than 8-bit RGB of so many pixels are refused.
         image_key: the array of the images; None: the only one of three or four axes.
         label_key: the array of the labels, whole numbers from 0, (images,) or (images, 1); None:
             there are no labels.
@@ -225,6 +228,10 @@ def stored_source(
     array = arrays[key]
     what = f"{where}: {printable(key)}" if key else where
     layout = stored_layout(array.shape, np.dtype(array.dtype), what)
+    try:
+        check_memory(ImageHeader(layout.size, layout.bands, layout.dtype), max_image_pixels)
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from error
     rows = torch.arange(array.shape[0])
     train = StoredImages(ArrayOpener(file, key), layout, root, rows)
     image_size = min(max(layout.size), LARGEST_IMAGE_SIZE)

@@ -12,7 +12,8 @@ import torch
 from moco.data.files.encoded_image import NO_LIMIT, EncodedImage, UnreadableImage, Window
 from moco.data.files.images import encoded, image_size, pillow_warnings_ignored, read_window
 from moco.data.files.listing import PathList, start_of
-from moco.data.sources.source import Images
+from moco.data.sources.source import MOST_IMAGES, Images
+from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,16 @@ class TileImages(Images):
         if int(self.grid[file].prod()) == 1:
             return path
         return f"{path}#{window.top},{window.left}"
+
+    def num_tiles(self) -> np.ndarray:
+        """Return the number of images of each file, (files,) int64."""
+        return np.diff(self.tile_ends.numpy(), prepend=0)
+
+    def of_files(self, paths: PathList) -> "TileImages":
+        """Return the images of these files, in their order."""
+        row_of_path = {path: row for row, path in enumerate(self.files())}
+        rows = [row_of_path[path] for path in paths]
+        return TileImages(paths, self.sizes.numpy()[rows], self.tile, self.max_image_pixels)
 
     def files(self) -> PathList:
         """Return the paths of the files, each once."""
@@ -154,10 +165,21 @@ def tile_images(paths: PathList, tile: int, max_image_pixels: int) -> TileImages
         paths: of the files.
         tile: side of the windows, px.
         max_image_pixels: see `TileImages`.
+
+    Raises:
+        InputError: there are too many windows.
     """
     sizes = np.zeros((len(paths), 2), np.int64)
     for number, size in enumerate(sizes_of_files(paths)):
         sizes[number] = size
+    # As floats, since the header of a damaged file can claim any size.
+    num_windows = np.ceil(sizes / tile).prod(axis=1)
+    if num_windows.sum() > MOST_IMAGES:
+        largest = printable(paths[int(num_windows.argmax())])
+        raise InputError(
+            f"data.tile={tile}: {num_windows.sum():.3g} windows, more than {MOST_IMAGES:,}; "
+            f"the largest file is {largest}"
+        )
     images = TileImages(paths, sizes, tile, max_image_pixels)
     log.info("data.tile=%d: %s windows of %s files", tile, f"{len(images):,}", f"{len(paths):,}")
     return images

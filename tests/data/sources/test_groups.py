@@ -36,8 +36,14 @@ def test_a_table_tells_the_groups(separator, tmp_path, caplog):
     lines = [separator.join([*row, "more"]) for row in rows]
     table.write_text("\n".join(lines), encoding="utf-8-sig")
     assert group_numbers(NAMES, {"csv": str(table)}).tolist() == [0, -1, 1, -1, 0, -1]
-    assert "1 names of" in caplog.text
-    assert "gone.png" in caplog.text
+    assert "1 of 5 names belong to no image: gone.png" in caplog.text
+
+
+def test_tiles_and_pages_have_the_group_of_their_file(tmp_path):
+    table = tmp_path / "groups.csv"
+    table.write_text("name,group\nx/slide.tif,one\nscan,two\n")
+    names = ["x/slide.tif#0,512", "x/slide.tif#0,1024", "x/scan.tif#2", "x/slide.tif", "x/a#b.tif"]
+    assert group_numbers(names, {"csv": str(table)}).tolist() == [0, 0, 1, 0, -1]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,7 @@ def test_a_table_tells_the_groups(separator, tmp_path, caplog):
         (3, "says the group of none"),
         (True, "expected a regular expression"),
         ({"table": "x"}, "expected a regular expression"),
-        ({"csv": "missing.csv"}, r"data\.group\.csv=missing\.csv: No such file"),
+        ({"csv": "missing.csv"}, r"data\.group\.csv=missing\.csv: no such file"),
     ],
 )
 def test_what_tells_no_groups_is_named(group, expected):
@@ -61,17 +67,18 @@ def test_what_tells_no_groups_is_named(group, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "expected the columns name and group"),
+        ("", "empty"),
         ("name,class\na,b\n", "found name, class"),
-        ("name,group\na\n", "line 2 has only 1 columns"),
+        ("name,group\na\n", "line 2 has 1 cells"),
         ("name,group\na,x\na,y\n", "a is in two groups, x and y"),
+        ("name,group\nb,x\n", "b stands for several images"),
     ],
 )
 def test_a_table_that_is_none_is_named(text, expected, tmp_path):
     table = tmp_path / "groups.csv"
     table.write_text(text)
     with pytest.raises(InputError, match=expected):
-        group_numbers(["a"], {"csv": str(table)})
+        group_numbers(["a", "x/b.png", "y/b.png"], {"csv": str(table)})
 
 
 def test_names_are_relative_to_the_root_and_to_a_training_folder(image_tree, tmp_path):

@@ -193,6 +193,23 @@ def test_a_damaged_chunk_is_one_unreadable_image(tmp_path):
         images.opened(2)
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (
+            (2, 10**6, 10**6),
+            r"a\.h5: images: 1000000 x 1000000 px.* exceeds data\.max_image_pixels",
+        ),
+        ((10**13, 4, 4), "10,000,000,000,000 images, more than 2,147,483,648"),
+    ],
+)
+def test_a_small_file_that_claims_any_size_is_refused(shape, expected, tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("images", shape, np.uint16, chunks=(1, 4, 4))
+    with pytest.raises(InputError, match=expected):
+        build_source("hdf5", str(tmp_path / "a.h5"))
+
+
 def test_a_codec_that_runs_code_is_refused(tmp_path, monkeypatch):
     group = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2)
     group.create_array("images", data=values("uint16", 2, 3, 3))

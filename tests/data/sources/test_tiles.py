@@ -8,8 +8,11 @@ import pytest
 from PIL import Image
 
 from moco.data.files.images import UnreadableImage
+from moco.data.files.listing import PathList
 from moco.data.sources import source as sources
+from moco.data.sources import tiles
 from moco.data.sources.registry import build_source
+from moco.errors import InputError
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -88,3 +91,31 @@ def test_the_limit_is_for_a_window_and_not_for_the_raster(tmp_path):
     whole = build_source("images", str(tmp_path)).train
     with pytest.raises(UnreadableImage, match=r"data\.tile=512 reads windows"):
         whole.opened(0)
+
+
+def test_the_windows_of_a_file_have_its_class_and_its_side(tmp_path, generator):
+    for number in range(12):
+        path = tmp_path / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        image = generator.integers(0, 256, (16, 8 + 8 * (number % 3), 3), dtype=np.uint8)
+        Image.fromarray(image).save(path)
+    source = build_source("image_folder", str(tmp_path), tile=8, held_out=0.5)
+    assert len(source.train) == len(source.bank.labels) + len(source.queries.labels) == 48
+    files_of_sides = []
+    for side in (source.bank, source.queries):
+        names = [side.images.name(index) for index in range(len(side.images))]
+        expected = ["ab".index(name.split("/")[-2]) for name in names]
+        assert side.labels.tolist() == expected
+        files_of_sides.append({name.partition("#")[0] for name in names})
+        assert side.images.opened(0).pixels().shape == (8, 8, 3)
+    bank, queries = files_of_sides
+    assert bank
+    assert queries
+    assert not bank & queries
+
+
+def test_a_header_that_claims_any_size_is_named(tmp_path, monkeypatch):
+    paths = PathList.of(["small.tif", "huge.tif"])
+    monkeypatch.setattr(tiles, "sizes_of_files", lambda paths: [(8, 8), (2**32, 2**32)])
+    with pytest.raises(InputError, match=r"7\.04e\+13 windows, more than .* file is huge\.tif"):
+        tiles.tile_images(paths, 512, 10**6)
