@@ -206,6 +206,8 @@ class ImageSet(ABC):
     start: ClassVar[list[int]]
     """The place of the first image."""
     has_labels: bool
+    class_names: tuple[str, ...] | None = None
+    """The name of each class by its number, if they are known."""
     images: Any = None
     """Images by number, of keys whose source is a number."""
 
@@ -303,6 +305,7 @@ class IndexedSet(ImageSet):
     def __init__(self, labelled: Labelled, has_labels: bool) -> None:
         self.images = labelled.images
         self.labels = labelled.labels
+        self.class_names = labelled.class_names
         self.has_labels = has_labels
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 `ArrayImages` and `FileImages` are the two common ways to hold images; other sources have their own.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +20,12 @@ from moco.data.files.images import (
     to_rgb,
 )
 from moco.data.files.listing import PathList, start_of
-from moco.errors import InputError
+from moco.errors import InputError, printable
+
+log = logging.getLogger(__name__)
+
+NUM_NAMED = 10
+"""Classes that a warning names."""
 
 
 class Images(Protocol):
@@ -148,6 +154,19 @@ class Labelled:
         if self.class_names is None or not 0 <= number < len(self.class_names):
             return str(number)
         return self.class_names[number]
+
+
+def warn_of_missing_classes(bank: Labelled, queries: Labelled) -> None:
+    """Warn of the classes that only one of bank and queries has, if there are any."""
+    in_bank = set(np.unique(bank.labels).tolist())
+    in_queries = set(np.unique(queries.labels).tolist())
+    for side, missing in (("bank", in_queries - in_bank), ("queries", in_bank - in_queries)):
+        if missing:
+            first = sorted(missing)[:NUM_NAMED]
+            names = ", ".join(printable(bank.class_name(number)) for number in first)
+            rest = ", ..." if len(missing) > NUM_NAMED else ""
+            count = f"{len(missing)} of {len(in_bank | in_queries)} classes"
+            log.warning("%s have no image among the %s: %s%s", count, side, names, rest)
 
 
 @dataclass(frozen=True)
