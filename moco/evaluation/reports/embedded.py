@@ -83,7 +83,10 @@ def neighbors_plot(
     lines = []
     for query, cosines, rows in zip(shown, similarities, neighbors, strict=True):
         label = queries.labels[query]
-        tiles = [Tile(queries.thumbnail(query, THUMBNAIL), queries.shown_class(label, 11))]
+        caption = queries.shown_class(label, 11)
+        if caption.isdigit():
+            caption = f"class {caption}"
+        tiles = [Tile(queries.thumbnail(query, THUMBNAIL), caption)]
         for cosine, row in zip(cosines, rows, strict=True):
             neighbor_label = bank.labels[row]
             color = RIGHT if neighbor_label == label else WRONG
