@@ -143,6 +143,18 @@ def test_a_sample_is_its_first_image_and_the_rest_of_it_is_not_read(tmp_path):
     assert count_images(compressed).samples == 4
 
 
+def test_images_that_are_left_out_of_their_sample_are_one_warning(tmp_path, caplog):
+    for number in range(2):
+        members = [(f"{n}.{depth}.png", image(n)) for n in range(3) for depth in (0, 5)]
+        write_tar(tmp_path / f"{number}.tar", [*members, ("2.npy", b"")])
+    build_source("webdataset", str(tmp_path))
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.getMessage() == (
+        "6 of 12 images are left out: names that are equal up to the first dot are one sample, and "
+        f"only its first image is used; the first one left out is {tmp_path}/0.tar/0.5.png"
+    )
+
+
 def test_images_are_counted_in_local_shards_unless_the_number_is_given(shards):
     assert len(build_source("webdataset", shards).train) == 120
     assert len(build_source("webdataset", shards, num_images=77).train) == 77
