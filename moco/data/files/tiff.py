@@ -7,8 +7,10 @@ wraps values of more than 8 bits.
 import io
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
@@ -43,6 +45,7 @@ CMYK_INKS = 1
 JPEG = 7
 LOSSLESS = (1, 5, 8, 32773, 32946, 50000)  # none, LZW, deflate, PackBits, deflate, ZSTD
 JPEG_COMPRESSIONS = (6, JPEG)
+NUM_KNOWN_FILES = 256  # stacks whose pages are remembered
 LARGEST_XML = 2**24  # characters of metadata that are parsed
 
 
@@ -90,10 +93,30 @@ def chosen_pages(tiff: "TiffFile", request: Request) -> list["TiffPage"]:
     """
     if request.page is None:
         return list(pages_of(tiff))
-    for number, page in enumerate(pages_of(tiff)):
-        if number == request.page:
-            return [page]
-    raise EOFError("attempt to seek outside sequence")  # Pillow's words
+    if request.page == 0:
+        return [next(pages_of(tiff))]
+    if isinstance(request.source, str):
+        status = os.stat(request.source)
+        numbers = page_numbers(request.source, status.st_size, status.st_mtime_ns)
+    else:
+        numbers = tuple(page.index for page in pages_of(tiff))
+    if request.page >= len(numbers):
+        raise EOFError("attempt to seek outside sequence")  # Pillow's words
+    return [cast("TiffPage", tiff.pages[numbers[request.page]])]
+
+
+@lru_cache(NUM_KNOWN_FILES)
+def page_numbers(path: str, size: int, mtime_ns: int) -> tuple[int, ...]:
+    """Return the numbers of a file's images among all its pages.
+
+    Reading the tags of all pages takes a quarter of a second for a thousand of them, so it is done
+    once for the images of a file.
+
+    Args:
+        size: of the file; like the time of its last change it tells when it is another one.
+    """
+    with opened_tiff(path) as tiff:
+        return tuple(page.index for page in pages_of(tiff))
 
 
 def read_header(request: Request) -> ImageHeader:
