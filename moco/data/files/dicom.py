@@ -123,11 +123,9 @@ def frame_header(dataset: "Dataset", page: int, request: Request) -> ImageHeader
 
 def stored_type(dataset: "Dataset") -> np.dtype:
     """Return the type of the stored values."""
-    if "FloatPixelData" in dataset:
-        return np.dtype(np.float32)
-    if "DoubleFloatPixelData" in dataset:
-        return np.dtype(np.float64)
     bits = max(int(dataset.BitsAllocated), 8)  # single bits are read as bytes
+    if "PixelRepresentation" not in dataset and bits >= 32:
+        return np.dtype(f"float{bits}")
     return np.dtype(f"int{bits}" if dataset.get("PixelRepresentation") else f"uint{bits}")
 
 
@@ -269,4 +267,4 @@ def first_number(value: Any) -> float:
     """Return a number, or the first of several."""
     if isinstance(value, (str, int, float)):
         return float(value)
-    return float(value[0]) if hasattr(value, "__getitem__") else float(value)
+    return float(value[0])

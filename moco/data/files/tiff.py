@@ -42,8 +42,8 @@ ALPHA_SAMPLES = (PREMULTIPLIED, 2)
 REDUCED, MASK = 1, 4  # bits of the tag NewSubfileType
 ORIENTATION, INK_SET, GDAL_METADATA, GDAL_NODATA = 274, 332, 42112, 42113
 CMYK_INKS = 1
-JPEG = 7
-LOSSLESS = (1, 5, 8, 32773, 32946, 50000)  # none, LZW, deflate, PackBits, deflate, ZSTD
+LZW, JPEG = 5, 7
+LOSSLESS = (1, LZW, 8, 32773, 32946, 50000)  # none, LZW, deflate, PackBits, deflate, ZSTD
 JPEG_COMPRESSIONS = (6, JPEG)
 NUM_KNOWN_FILES = 256  # stacks whose pages are remembered
 LARGEST_XML = 2**24  # characters of metadata that are parsed
@@ -280,13 +280,13 @@ def read_window(request: Request, window: Window) -> np.ndarray | None:
 def needs_pillow(tiff: "TiffFile", page: "TiffPage") -> bool:
     """Return whether Pillow reads a whole page of colours.
 
-    It also reads those in JPEG, whose last bits depend on the decoder, except in a big-endian
-    BigTIFF file: there it finds no image.
+    It also reads those in JPEG, whose last bits depend on the decoder, and in LZW, which it decodes
+    up to 1.5 times as fast. In a big-endian BigTIFF file it finds no image.
     """
     if not is_read_by_segments(page):
         return True
     is_known_to_pillow = not tiff.is_bigtiff or tiff.byteorder == "<"
-    return page.compression == JPEG and is_known_to_pillow
+    return page.compression in (LZW, JPEG) and is_known_to_pillow
 
 
 def read_part(tiff: "TiffFile", page: "TiffPage", window: Window, request: Request) -> np.ndarray:
