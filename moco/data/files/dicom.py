@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from moco.data.files.deep_images import jpeg2000_header
 from moco.data.files.encoded_image import (
     ImageHeader,
     Request,
     image_type,
     joined_header,
 )
+from moco.data.files.jpeg_images import frame_size
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -223,6 +225,12 @@ def stored_values(dataset: "Dataset", page: int) -> np.ndarray:
     options = {}
     if DECODERS[syntax] == "jpeg_decode" and photometric == "RGB":
         options = {"colorspace": "RGB", "outcolorspace": "RGB"}
+    if DECODERS[syntax] == "jpeg2k_decode":
+        size, _, _ = jpeg2000_header(data)
+    else:
+        size = frame_size(data)
+    if size != (dataset.Rows, dataset.Columns):
+        raise ValueError(f"a frame of {size[1]} x {size[0]} px; the file says another size")
     array = getattr(imagecodecs, DECODERS[syntax])(data, **options)
     if DECODERS[syntax] != "jpeg_decode" and photometric.startswith("YBR_FULL"):
         array = convert_color_space(array, photometric, "RGB")
