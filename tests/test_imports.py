@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "moco"
-PROGRAMS = {"train", "evaluate", "segment", "embed", "preview", "export", "pack", "sweep"}
+PROGRAMS = {"train", "evaluate", "segment", "embed", "preview", "export", "pack", "stats", "sweep"}
 # Files that every package may import.
 FOR_ALL = ("config_folder", "errors", "targets")
 # The packages that a package may import, beside itself and these files.

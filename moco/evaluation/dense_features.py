@@ -204,7 +204,7 @@ def encode_patches(backbone: Any, images: Tensor, maps: Sequence[int]) -> Tensor
     """Return the features of patches (N, feature width, rows, columns).
 
     Args:
-        images: (N, 3, height, width).
+        images: (N, bands, height, width).
         maps: see `DenseSet`.
     """
     all_maps = backbone.feature_maps(images)
@@ -280,6 +280,7 @@ def build_dense_set(
     std: Sequence[float],
     ignore_index: int,
     max_image_pixels: int,
+    pixel_settings: Mapping[str, Any],
     download: bool = False,
     **settings: Any,
 ) -> DenseSet:
@@ -289,7 +290,8 @@ def build_dense_set(
         section: of the config that holds `maps`, for the message.
         name, root, ignore_index, max_image_pixels, download: see `build_segmentation_source`.
         maps: see `DenseSet`.
-        mean, std: per channel, of pixels in 0..1.
+        mean, std: per band, of pixels in 0..1.
+        pixel_settings: ``bands``, ``value_range``, ``nodata`` and ``dicom_window`` of the data.
         settings: the other arguments of `DenseSet`.
 
     Raises:
@@ -307,4 +309,6 @@ def build_dense_set(
         ignore_index=ignore_index,
         max_image_pixels=max_image_pixels,
     )
-    return DenseSet(source, Normalized(mean, std), maps=maps, **settings)
+    values = source.prepare({"name": name, "root": root, **pixel_settings}, mean)
+    normalize = Normalized(mean, std, bands=values.bands, is_float=values.is_float)
+    return DenseSet(source, normalize, maps=maps, **settings)

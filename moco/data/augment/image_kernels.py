@@ -1,7 +1,10 @@
-"""The work of each operation on one image in memory, (height, width, 3) uint8 RGB.
+"""The work of the operations on one image in memory.
 
-Brightness, contrast and solarisation give Pillow's pixels. The others round differently, by about
-one grey level. Hue goes through 8-bit HSV, as in Pillow, with another rounding.
+It is (height, width, 3) uint8 RGB, or (height, width, bands) float32 in 0..1. Saturation and hue
+work on RGB, the others on any number of bands.
+
+In 8 bits, brightness, contrast and solarisation give Pillow's pixels. The others round differently,
+by about one grey level. Hue goes through 8-bit HSV, as in Pillow, with another rounding.
 `scripts/compare_augmentations.py` prints the differences.
 """
 
@@ -21,7 +24,7 @@ TO_GRAY = np.array([[0.299, 0.587, 0.114]] * 3)  # ITU-R BT.601, as in Pillow
 
 
 def resized_crop(image: np.ndarray, box: Sequence[int], side: int) -> np.ndarray:
-    """Cut out the box and resize it to (side, side, 3), bilinear, antialiased where it shrinks.
+    """Cut out the box and resize it to (side, side, bands), bilinear, antialiased where it shrinks.
 
     Args:
         box: top, left, height, width, px.
@@ -29,21 +32,27 @@ def resized_crop(image: np.ndarray, box: Sequence[int], side: int) -> np.ndarray
     top, left, height, width = map(int, box)
     crop = image[top : top + height, left : left + width]
     if height <= side and width <= side:
-        return cv2.resize(crop, (side, side), interpolation=cv2.INTER_LINEAR)
+        larger = cv2.resize(crop, (side, side), interpolation=cv2.INTER_LINEAR)
+        return larger.reshape(side, side, -1)  # OpenCV leaves out the axis of one band
     # torch resizes all channels at once only if the memory is contiguous, and if the strides of
     # the batch dimension say so too.
-    images = torch.from_numpy(crop.copy()).view(1, height, width, 3).permute(0, 3, 1, 2)
+    images = torch.from_numpy(crop.copy()).view(1, height, width, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
     """Blend with black."""
+    if image.dtype == np.float32:
+        return scaled(image, factor, 0)
     return cv2.LUT(image, to_pixels(VALUES * factor))
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with the mean grey of the image."""
+    """Blend with the mean grey of the image: its luma if it is RGB, or the mean of its bands."""
+    if image.dtype == np.float32:
+        gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if image.shape[2] == 3 else image
+        return scaled(image, factor, (1 - factor) * float(gray.mean()))
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     mean = int(cv2.mean(gray)[0] + 0.5)
     return cv2.LUT(image, to_pixels(mean + (VALUES - mean) * factor))
@@ -51,17 +60,29 @@ def contrast(image: np.ndarray, factor: float) -> np.ndarray:
 
 def saturation(image: np.ndarray, factor: float) -> np.ndarray:
     """Blend with the grey image."""
-    return cv2.transform(image, factor * np.eye(3) + (1 - factor) * TO_GRAY)
+    blended = cv2.transform(image, factor * np.eye(3) + (1 - factor) * TO_GRAY)
+    return blended.clip(0, 1) if image.dtype == np.float32 else blended
 
 
 def hue(image: np.ndarray, shift: float) -> np.ndarray:
     """Turn the colour circle by `shift`, a fraction of a turn."""
+    if image.dtype == np.float32:
+        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        hsv[..., 0] = (hsv[..., 0] + 360 * shift) % 360
+        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
     # Adding to all three channels is several times as fast as adding to the first one alone.
     row = np.zeros(hsv.shape[1:], np.uint8)
     row[:, 0] = int(shift * 255) % 256
     hsv += row
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def scaled(image: np.ndarray, factor: float, added: float) -> np.ndarray:
+    """Return a float32 image times a factor, plus a number, clipped to 0..1."""
+    result = image * np.float32(factor)
+    result += np.float32(added)
+    return np.clip(result, 0, 1, out=result)
 
 
 def to_pixels(values: np.ndarray) -> np.ndarray:
@@ -79,4 +100,5 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
         return image
     kernel = cv2.getGaussianKernel(2 * int(np.ceil(3 * sigma)) + 1, sigma)
     # Twice as fast as cv2.GaussianBlur, and nearer to the sum in double precision.
-    return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
+    blurred = cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
+    return blurred.reshape(image.shape)

@@ -7,7 +7,7 @@ them. So no image is read twice, and the order is the same for any number of loa
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,9 @@ class PlacedImage(NamedTuple):
     name: str
 
 
+UINT8 = np.dtype(np.uint8)
+
+
 @dataclass(frozen=True)
 class DamagedImage:
     """Stands for an image that cannot be read."""
@@ -40,7 +43,7 @@ class DamagedImage:
     reason: str
     size: tuple[int, int] = (1, 1)
     bands: int = 3
-    dtype: np.dtype = field(default_factory=lambda: np.dtype(np.uint8))
+    dtype: np.dtype[Any] = UINT8
     no_data: float | None = None
     band_names: tuple[str, ...] | None = None
 
@@ -87,7 +90,7 @@ class IterableSampler(ResumableSampler):
                 continue
             name = self.images.name(place)
             try:
-                image: EncodedImage = self.images.opened_item(place, item)
+                image: EncodedImage = self.images.prepared_item(place, item)
             except UnreadableImage as error:
                 image = DamagedImage(str(error))
                 damaged.append(name)

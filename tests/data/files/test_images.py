@@ -79,5 +79,5 @@ def test_a_link_back_into_the_tree_ends(image_tree):
 def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(InputError, match=r"data\.root=.*nowhere: no such folder"):
         list_images(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"no images in there \(looked for \.bmp"):
+    with pytest.raises(InputError, match=r"no images in there \(looked for \.avif, \.bmp"):
         list_images(tmp_path)

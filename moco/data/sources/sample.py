@@ -1,0 +1,86 @@
+"""A sample of a dataset's images, to learn their type, bands and values before a run."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moco.data.files.images import EncodedImage, UnreadableImage
+from moco.data.sources.own_dataset import IterableImages
+from moco.data.sources.pixel_values import SAMPLE_SIZE, PixelValues, settle_values
+from moco.data.sources.shards import Sample, ShardedImages, images_in
+from moco.data.sources.source import DataSource, Images, reading_of
+
+MOST_OF_ITERABLE = 8  # making the images of an iterable dataset may be expensive
+
+
+def prepare_source(
+    source: DataSource,
+    data: Mapping[str, Any],
+    mean: Sequence[float] | None,
+    display: Any = None,
+) -> PixelValues:
+    """Let a dataset give the pixels that the model gets, and return how they are made.
+
+    Args:
+        source: it is changed in place.
+        data: the settings of the data as plain data.
+        mean, display: see `settle_values`.
+
+    Raises:
+        InputError: the settings fit no image, or the value range is missing.
+    """
+    command = f"data={data['name']}"
+    if isinstance(data["root"], str):
+        command += f" data.root={data['root']}"
+    source.read_as(reading_of(data))
+    values = settle_values(
+        sample_of(source.train),
+        bands=chosen_bands(data),
+        value_range=data["value_range"],
+        nodata=data["nodata"],
+        mean=mean,
+        display=display,
+        command=command,
+    )
+    source.prepare(values)
+    return values
+
+
+def chosen_bands(data: Mapping[str, Any]) -> Any:
+    """Return the bands that are taken of the images of a dataset; None: all.
+
+    If bands are in files of their own, the source reads the chosen ones alone.
+
+    Args:
+        data: the settings of the data as plain data.
+    """
+    return None if data.get("band_files") is not None else data["bands"]
+
+
+def sample_of(images: Images) -> Iterator[tuple[str, EncodedImage]]:
+    """Yield names and images as they are in the files, at most `SAMPLE_SIZE`, evenly spaced.
+
+    Unreadable images are left out. Of shards and iterable datasets these are the first images.
+    """
+    if isinstance(images, ShardedImages):
+        found = images_in(images.shards[0], images.max_image_pixels, raw=images.reading.raw)
+        for sample in itertools.islice(found, SAMPLE_SIZE):
+            if isinstance(sample, Sample):
+                yield sample.name, sample.image
+        return
+    if isinstance(images, IterableImages):
+        items = itertools.islice(images.items(epoch=0), MOST_OF_ITERABLE)
+        for number, item in enumerate(items):
+            try:
+                yield images.name(number), images.opened_item(number, item)
+            except UnreadableImage:
+                continue
+        return
+    num_images = min(SAMPLE_SIZE, len(images))
+    for index in np.linspace(0, len(images) - 1, num_images, dtype=int).tolist():
+        try:
+            yield images.name(index), images.opened(index)
+        except UnreadableImage:
+            continue
