@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from moco.data.files.deep_images import jpeg2000_header
 from moco.data.files.encoded_image import (
     ImageHeader,
     Request,
     image_type,
     joined_header,
 )
+from moco.data.files.jpeg_images import frame_size
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -123,11 +125,9 @@ def frame_header(dataset: "Dataset", page: int, request: Request) -> ImageHeader
 
 def stored_type(dataset: "Dataset") -> np.dtype:
     """Return the type of the stored values."""
-    if "FloatPixelData" in dataset:
-        return np.dtype(np.float32)
-    if "DoubleFloatPixelData" in dataset:
-        return np.dtype(np.float64)
     bits = max(int(dataset.BitsAllocated), 8)  # single bits are read as bytes
+    if "PixelRepresentation" not in dataset and bits >= 32:
+        return np.dtype(f"float{bits}")
     return np.dtype(f"int{bits}" if dataset.get("PixelRepresentation") else f"uint{bits}")
 
 
@@ -225,6 +225,12 @@ def stored_values(dataset: "Dataset", page: int) -> np.ndarray:
     options = {}
     if DECODERS[syntax] == "jpeg_decode" and photometric == "RGB":
         options = {"colorspace": "RGB", "outcolorspace": "RGB"}
+    if DECODERS[syntax] == "jpeg2k_decode":
+        size, _, _ = jpeg2000_header(data)
+    else:
+        size = frame_size(data)
+    if size != (dataset.Rows, dataset.Columns):
+        raise ValueError(f"a frame of {size[1]} x {size[0]} px; the file says another size")
     array = getattr(imagecodecs, DECODERS[syntax])(data, **options)
     if DECODERS[syntax] != "jpeg_decode" and photometric.startswith("YBR_FULL"):
         array = convert_color_space(array, photometric, "RGB")
@@ -269,4 +275,4 @@ def first_number(value: Any) -> float:
     """Return a number, or the first of several."""
     if isinstance(value, (str, int, float)):
         return float(value)
-    return float(value[0]) if hasattr(value, "__getitem__") else float(value)
+    return float(value[0])

@@ -195,8 +195,8 @@ def encoded_file(
             with open(path, "rb") as file:
                 start = file.read(FIRST_BYTES)
                 known = recognised(start)
-                # Arrays are memory-mapped.
-                if known is None or known.reader != "numpy":
+                # Arrays are memory-mapped, and what is no image is not read.
+                if known is not None and known.reader != "numpy":
                     source = start + file.read()
     return encoded(source, name, max_image_pixels, page, raw=raw, window=window)
 

@@ -1,5 +1,7 @@
 """Reading JPEGs by libjpeg-turbo (simplejpeg), bit for bit as Pillow does and faster."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import simplejpeg
 
@@ -12,6 +14,9 @@ COLORS = ("Gray", "RGB", "YCbCr")
 START = b"\xff\xd8\xff"
 SCAN, APP1 = 0xDA, 0xE1  # markers: the pixels follow; a segment that may hold EXIF
 EXIF_START = b"Exif\0\0"
+# The markers of a frame, which holds the size: lossy, lossless and JPEG-LS. 0xC4, 0xC8 and 0xCC
+# mean something else.
+FRAMES = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xF7)
 
 
 def read_header(request: Request) -> ImageHeader | None:
@@ -49,7 +54,29 @@ def read_pixels(request: Request, header: ImageHeader) -> np.ndarray:
 
 
 def exif_of(jpeg: bytes) -> bytes | None:
-    """Return the EXIF of a JPEG, found by a walk over its segments; None if there is none."""
+    """Return the EXIF of a JPEG; None if there is none."""
+    for marker, start, end in segments_of(jpeg):
+        if marker == APP1 and jpeg.startswith(EXIF_START, start):
+            return jpeg[start:end]
+    return None
+
+
+def frame_size(jpeg: bytes) -> tuple[int, int]:
+    """Return the (height, width) of a JPEG of any kind, px.
+
+    Raises:
+        ValueError: it says none.
+    """
+    for marker, start, _ in segments_of(jpeg):
+        if marker in FRAMES:
+            # After the bits of a sample.
+            height = int.from_bytes(jpeg[start + 1 : start + 3], "big")
+            return height, int.from_bytes(jpeg[start + 3 : start + 5], "big")
+    raise ValueError("a JPEG without a size")
+
+
+def segments_of(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield the marker, the start and the end of each segment before the pixels of a JPEG."""
     place = 2
     while place + 4 <= len(jpeg) and jpeg[place] == 0xFF:
         marker = jpeg[place + 1]
@@ -57,9 +84,7 @@ def exif_of(jpeg: bytes) -> bytes | None:
             place += 1
             continue
         if marker == SCAN:
-            return None
+            return
         end = place + 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
-        if marker == APP1 and jpeg.startswith(EXIF_START, place + 4):
-            return jpeg[place + 4 : end]
+        yield marker, place + 4, end
         place = end
-    return None

@@ -153,6 +153,27 @@ def test_eight_bit_colours_of_a_tiff_are_those_of_pillow(mode, compression, gene
     assert_is(content, expected.reshape(24, 40, -1), raw=True)
 
 
+@pytest.mark.parametrize("compression", ["jpeg2000", "webp", "jpegxl", "lerc", "png", "lzma"])
+@pytest.mark.parametrize("bands", [1, 3, 4])
+def test_colours_in_compressions_that_pillow_does_not_know_are_read(compression, bands, generator):
+    array = values(generator, "uint8", bands)
+    options = {"photometric": "rgb" if bands > 1 else "minisblack"}
+    if bands == 4:
+        options["extrasamples"] = [2]
+    if compression == "webp" and bands == 1:
+        return
+    settings = {"jpeg2000": {"level": 0}, "webp": {"lossless": True}, "jpegxl": {"lossless": True}}
+    options["compressionargs"] = settings.get(compression)
+    content = tiff(array if bands > 1 else array[..., 0], compression=compression, **options)
+    stored = array
+    if compression == "webp" and bands == 4:
+        stored = encoded(content, "x", 10**6, raw=True).pixels()  # colours under alpha 0 are lost
+        assert np.array_equal(stored[stored[..., 3] > 0], array[array[..., 3] > 0])
+    assert_is(content, stored, raw=True)
+    image = Image.fromarray(stored if bands > 1 else array[..., 0])
+    assert_is(content, np.asarray(to_rgb(image)))
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize("extra", [0, 1, 2])
 def test_a_fourth_band_is_alpha_only_if_the_file_says_so(dtype, extra, generator):

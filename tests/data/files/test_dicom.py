@@ -107,6 +107,18 @@ def test_slope_and_intercept_are_applied(dtype, slope, intercept, expected, gene
     assert np.array_equal(measured[..., 0], reference.astype(expected))
 
 
+def test_floating_point_pixels_come_as_they_are(generator):
+    for dtype, element in (("float32", "FloatPixelData"), ("float64", "DoubleFloatPixelData")):
+        array = generator.normal(0, 1, (9, 14)).astype(dtype)
+        data = pydicom.dcmread(io.BytesIO(dicom(np.zeros((9, 14), f"uint{8 * array.itemsize}"))))
+        for name in ("PixelData", "PixelRepresentation", "BitsStored", "HighBit"):
+            delattr(data, name)
+        setattr(data, element, array.tobytes())
+        with io.BytesIO() as file:
+            data.save_as(file)
+            assert np.array_equal(pixels(file.getvalue())[..., 0], array)
+
+
 def test_a_slope_may_belong_to_a_frame(generator):
     from pydicom import Dataset
 

@@ -87,6 +87,7 @@ HOSTILE_TIFFS = {
         claims({322: (4, 0), 323: (4, 0), 324: (4, 8), 325: (4, 0)}),
         "strips or tiles of 100 x 0 px",
     ),
+    "several widths": (claims({256: (4, 8, 3)}), "wrong tags: several numbers for a size"),
     "no width": (claims({256: (4, 0)}), "0 x 100 px, 1 bands"),
     "an unknown compression": (claims({259: (3, 777)}, bytes(20_000)), "777"),
     "odd bits": (claims({258: (3, 77)}), "values of 77 bits in sample format 1"),
