@@ -298,12 +298,18 @@ def log_groups(groups: np.ndarray) -> None:
     """Log how many groups there are, and how many images cannot be paired."""
     known = groups[groups != UNKNOWN]
     sizes = np.unique(known, return_counts=True)[1]
+    num_alone = int((sizes == 1).sum())
+    num_without = len(groups) - len(known)
+    with_themselves = ""
+    if num_alone or num_without:
+        with_themselves = (
+            f"; {num_alone:,} images are alone in their group and {num_without:,} have none: they "
+            "pair with themselves"
+        )
     log.info(
-        "%s groups of %d to %d images; %s images are alone in their group and %s have none, "
-        "which pair with themselves",
+        "%s groups of %s to %s images%s",
         f"{len(sizes):,}",
-        sizes.min(),
-        sizes.max(),
-        f"{(sizes == 1).sum():,}",
-        f"{len(groups) - len(known):,}",
+        f"{sizes.min():,}",
+        f"{sizes.max():,}",
+        with_themselves,
     )
