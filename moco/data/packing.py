@@ -130,6 +130,11 @@ class Pool:
             labels[rows] = side_labels
         return labels
 
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the names of the classes by number, or None if they have none."""
+        bank = self.source.bank
+        return None if bank is None else bank.class_names
+
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of images, and a hash of their names and labels."""
         digest = blake2b(self.labels().tobytes(), digest_size=16)
@@ -505,6 +510,7 @@ def open_copy(folder: Path, settings: dict[str, Any], pool: Pool) -> dict[str, A
             "num_images": None,
             "image_size": image_size,
             "settings": settings | {"format": chosen_format},
+            "class_names": pool.class_names(),
             "source": fingerprint,
             "parts": [],
         } | file_traits(pool)

@@ -19,7 +19,7 @@ from moco.data.loading.every_image import (
     image_set,
 )
 from moco.data.loading.workers import cores_of
-from moco.data.sources.source import DataSource
+from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, RunError, printable
 from moco.evaluation.image_names import labels_by_name
 from moco.evaluation.indexes import EXACT, build_index, recall
@@ -60,7 +60,9 @@ def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
     if source.bank is None:
         return image_set(source.train)
     # Training images may be divided into bank and queries.
-    return image_set(source.train, labels_by_name(source.train, source.bank, source.queries))
+    labels = labels_by_name(source.train, source.bank, source.queries)
+    labelled = Labelled(source.train, labels, source.bank.class_names)
+    return IndexedSet(labelled, has_labels=bool((labels >= 0).any()))
 
 
 def open_parts(
@@ -186,8 +188,14 @@ def add_features(
         show_progress(parts.state.num_rows + len(unreadable))
 
 
-def write_files(output: Path, parts: FeatureParts, index: str, has_labels: bool) -> str:
+def write_files(output: Path, parts: FeatureParts, index: str, images: ImageSet) -> str:
     """Write the index and the .npz file, each completely or not at all.
+
+    Args:
+        output: the .npz file.
+        parts: the features.
+        index: see `write_index`.
+        images: they say whether there are labels, and the names of the classes.
 
     Returns:
         A description of the index.
@@ -203,12 +211,14 @@ def write_files(output: Path, parts: FeatureParts, index: str, has_labels: bool)
     elif path.exists():
         log.warning("%s is of an earlier run and does not go with the new file", path)
     log.info("writing %s", output)
-    write_atomically(output, lambda file: write_npz(file, parts, has_labels))
+    write_atomically(output, lambda file: write_npz(file, parts, images))
     return description
 
 
-def write_npz(file: BinaryIO, parts: FeatureParts, has_labels: bool) -> None:
-    """Write ``features`` (images, width), ``names`` (images,) and, with `has_labels`, ``labels``.
+def write_npz(file: BinaryIO, parts: FeatureParts, images: ImageSet) -> None:
+    """Write ``features`` (images, width), ``names`` (images,) and, if there are any, ``labels``.
+
+    ``class_names`` (classes,) has the name of each class by its number, if they are known.
 
     All arrays are mapped from files, so NumPy reads and writes them a block at a time.
     """
@@ -220,8 +230,10 @@ def write_npz(file: BinaryIO, parts: FeatureParts, has_labels: bool) -> None:
             target.write(np.array(name, name_type).tobytes())
     names = np.memmap(path, name_type, "r")
     arrays: dict[str, Any] = {"features": parts.features(), "names": names}
-    if has_labels:
+    if images.has_labels:
         arrays["labels"] = parts.labels()
+        if images.class_names is not None:
+            arrays["class_names"] = np.array(images.class_names)
     np.savez(file, **arrays)
     path.unlink()
 

@@ -43,8 +43,8 @@ class PoissonNoise(Operation):
     """Count photons: their number has a Poisson distribution whose mean is the value of the pixel.
 
     The count is the quantile of a normal number, by the Cornish-Fisher expansion to second order
-    (doi.org/10.2307/1400905), rounded. Mean and variance of the noise are those of the Poisson
-    distribution to within 0.15 photons, and black stays black.
+    (doi.org/10.2307/1400905), rounded. The mean is that of the Poisson distribution to within 0.05
+    photons, and the variance to within 0.15. Black stays black.
 
     Args:
         photons: smallest and largest mean count of a white pixel. Fewer photons are more noise.

@@ -22,6 +22,11 @@ MAX_IMAGE_PIXELS = 178_956_970
 NO_LIMIT = 2**62  # px
 BYTES_PER_RGB_PIXEL = 3
 MAX_NAMED = 10
+# The numbers of EXIF for the ways in which an image is stored (CIPA DC-008, tag 274). It is
+# transposed first.
+TRANSPOSED = (5, 6, 7, 8)
+ROWS_REVERSED = (3, 4, 7, 8)
+COLUMNS_REVERSED = (2, 3, 6, 7)
 IMAGE_TYPES = ("uint8", "uint16", "int16", "int32", "uint32", "float16", "float32", "float64")
 # These become a type of images that holds all their values.
 WIDER_TYPES = {"bool": "uint8", "int8": "int16"}
@@ -192,24 +197,47 @@ def described(header: ImageHeader) -> str:
 
 
 def oriented(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Return an image, (height, width, bands), the right way up.
+    """Return an image, (height, width, bands), the right way up, C-contiguous.
 
     Args:
-        orientation: how it is stored, in the numbers of EXIF (CIPA DC-008, tag 274).
+        orientation: how it is stored, in the numbers of EXIF.
     """
-    if orientation in (5, 6, 7, 8):
-        array = array.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        array = array[::-1]
-    if orientation in (2, 3, 6, 7):
-        array = array[:, ::-1]
+    if orientation == 1:
+        return array
+    # NumPy copies element by element, so a pixel is one element: 2.4 times as fast for RGB. OpenCV
+    # is 10 times as fast.
+    if array.dtype == np.uint8 and array.shape[2] == 3:
+        return oriented_rgb(array, orientation)
+    array = np.ascontiguousarray(array)
+    pixels = array.view(np.dtype((np.void, array.dtype.itemsize * array.shape[2])))[..., 0]
+    if orientation in TRANSPOSED:
+        pixels = pixels.T
+    if orientation in ROWS_REVERSED:
+        pixels = pixels[::-1]
+    if orientation in COLUMNS_REVERSED:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)[..., None].view(array.dtype)
+
+
+def oriented_rgb(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Do what `oriented` does, for (height, width, 3) uint8."""
+    import cv2
+
+    if orientation in TRANSPOSED:
+        array = cv2.transpose(array)
+    if orientation in ROWS_REVERSED and orientation in COLUMNS_REVERSED:
+        return cv2.flip(array, -1)
+    if orientation in ROWS_REVERSED:
+        return cv2.flip(array, 0)
+    if orientation in COLUMNS_REVERSED:
+        return cv2.flip(array, 1)
     return array
 
 
 def oriented_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
     """Return the (height, width) of an image the right way up."""
     height, width = size
-    if orientation in (5, 6, 7, 8):
+    if orientation in TRANSPOSED:
         return width, height
     return height, width
 

@@ -8,13 +8,14 @@ The size, the bands and the type of an image are known before anything is decode
 """
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
-from moco.data.files import array_files, deep_images, dicom, pillow_images, tiff
+from moco.data.files import array_files, deep_images, dicom, jpeg_images, pillow_images, tiff
 from moco.data.files.encoded_image import (
     MAX_IMAGE_PIXELS,
     NO_LIMIT,
@@ -30,7 +31,7 @@ from moco.data.files.encoded_image import (
     errors_named,
     first_bytes,
 )
-from moco.data.files.formats import FIRST_BYTES, Format, recognised
+from moco.data.files.formats import FIRST_BYTES, FORMAT_OF_NAME, Format, recognised
 from moco.data.files.pillow_images import opened, pillow_warnings_ignored, to_rgb
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 READERS: dict[str, ModuleType] = {
+    "jpeg": pillow_images,  # those that `jpeg_images` found damaged
     "pillow": pillow_images,
     "deep": deep_images,
     "tiff": tiff,
@@ -129,6 +131,9 @@ class EncodedFile:
 
     def pixels(self) -> np.ndarray:
         """Return the pixels, see `EncodedImage`."""
+        if self.reader == "jpeg":
+            with suppress(ValueError):
+                return jpeg_images.read_pixels(self.request, self.header)
         with pillow_warnings_ignored(), errors_named(self.name, self.request.max_image_pixels):
             pixels = READERS[self.reader].read_pixels(self.request, self.header)
             return finished(pixels, self.header)
@@ -162,6 +167,9 @@ def encoded(
             found when they are decoded.
     """
     request = Request(source, name, max_image_pixels, page, raw, window)
+    jpeg = jpeg_images.read_header(request)
+    if jpeg is not None:
+        return EncodedFile(request, FORMAT_OF_NAME["JPEG"], "jpeg", jpeg)
     with pillow_warnings_ignored(), errors_named(name, max_image_pixels):
         known, reader = identified(source)
         image = EncodedFile(request, known, reader, read_header(request, reader))

@@ -24,7 +24,7 @@ import numpy as np
 
 from moco.data.files.archives import DAMAGED, read_arrays
 from moco.data.files.formats import FIRST_BYTES, FORMAT_OF_NAME, FORMATS, Format, recognised
-from moco.data.files.images import UnreadableImage, opened, pillow_warnings_ignored
+from moco.data.files.images import UnreadableImage, header, pillow_warnings_ignored
 from moco.data.files.written_files import (
     NAMES_OF_FOLDERS,
     SYSTEM_FOLDERS,
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 NUM_THREADS = 16  # a file system on a network answers slowly, but many requests at a time
 FOLDERS_PER_BATCH = 64  # progress is reported between two batches
 PROGRESS_SECONDS = 10.0
-NO_LIMIT = 2**62  # pixels
 SETTLED_SECONDS = 2  # file systems count time in steps of up to this
 ARRAYS = (
     "key",
@@ -444,8 +443,7 @@ def count_pages(paths: PathList) -> np.ndarray:
 def pages_of(path: str) -> int:
     """Return the number of images in a file; the caller ignores Pillow's warnings."""
     try:
-        with opened(path, NO_LIMIT) as image:  # the size is checked when a page is decoded
-            return getattr(image, "n_frames", 1)
+        return header(path).pages
     except UnreadableImage:
         return 1
 

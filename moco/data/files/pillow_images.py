@@ -1,7 +1,4 @@
-"""Reading 8-bit images by Pillow, and most JPEGs by libjpeg-turbo (simplejpeg).
-
-simplejpeg decodes bit for bit as Pillow does, and faster.
-"""
+"""Reading 8-bit images by Pillow."""
 
 import io
 import mmap
@@ -11,14 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import numpy as np
-import simplejpeg
 from PIL import Image, features
 
 from moco.data.files.encoded_image import (
     NO_LIMIT,
     ImageHeader,
     Request,
-    UnreadableImage,
     check_regular_file,
     content_of,
     errors_named,
@@ -32,14 +27,8 @@ from moco.data.files.formats import FORMATS
 # Pillow would open more formats, and it hands PostScript to an interpreter. It opens a JPEG with
 # several images (MPO) as a JPEG.
 PILLOW_FORMATS = tuple(known.name for known in FORMATS if known.reader in ("pillow", "tiff"))
-# simplejpeg's names of the colours that it decodes as Pillow does. It also reads CMYK, but the
-# resulting colours differ.
-JPEG_COLORS = ("Gray", "RGB", "YCbCr")
-JPEG_START = b"\xff\xd8\xff"
-JPEG_SCAN, JPEG_APP1 = 0xDA, 0xE1  # markers: the pixels follow; a segment that may hold EXIF
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_BIT_DEPTH_OFFSET = 24  # after the start, a chunk's length and name, width and height
-EXIF_START = b"Exif\0\0"
 ORIENTATION = 274  # the tag of EXIF
 UINT8 = np.dtype(np.uint8)
 # The bands in which an image is read that keeps the bands of its file. Pillow's other modes are
@@ -144,20 +133,12 @@ def num_frames(image: Image.Image) -> int:
 
 def read_header(request: Request) -> ImageHeader:
     """Return what is known of an image before it is decoded."""
-    jpeg = header_of_jpeg(request)
-    if jpeg is not None:
-        return jpeg
     with opened(request.source, request.max_image_pixels, request.name) as image:
         return joined_header([page_header(page, request) for page in pages_of(image, request)])
 
 
 def read_pixels(request: Request, header: ImageHeader) -> np.ndarray:
     """Return the pixels of an image, (height, width, bands) uint8."""
-    if header_of_jpeg(request) == header:
-        # Pillow can read some of the damaged files, and its messages say more.
-        with suppress(ValueError):
-            color = "GRAY" if header.bands == 1 else "RGB"
-            return oriented(simplejpeg.decode_jpeg(request.source, color), header.orientation)
     arrays = []
     with opened(request.source, request.max_image_pixels, request.name) as image:
         for page in pages_of(image, request):
@@ -231,46 +212,6 @@ def mode_of(image: Image.Image, request: Request) -> str | None:
     return RAW_MODES.get(image.mode, "RGB")
 
 
-def header_of_jpeg(request: Request) -> ImageHeader | None:
-    """Return the header of a JPEG that simplejpeg decodes as Pillow does, else None.
-
-    This takes a tenth of the time that Pillow takes, unless there is an EXIF.
-    """
-    content = request.source
-    if not isinstance(content, bytes) or not content.startswith(JPEG_START) or request.page:
-        return None
-    try:
-        height, width, color, _ = simplejpeg.decode_jpeg_header(content)
-    except ValueError:
-        return None
-    if color not in JPEG_COLORS or height * width > request.max_image_pixels:
-        return None
-    orientation = 1
-    if may_have_exif(content):
-        try:
-            with opened(content, request.max_image_pixels, request.name) as image:
-                orientation = orientation_of(image, content)
-        except UnreadableImage:
-            return None  # the message comes when Pillow is asked for the image
-    bands = 1 if request.raw and color == "Gray" else 3
-    return ImageHeader(oriented_size((height, width), orientation), bands, UINT8, orientation)
-
-
-def may_have_exif(jpeg: bytes) -> bool:
-    """Return whether a JPEG may have an EXIF segment, by a walk over its segments."""
-    place = 2
-    while place + 4 <= len(jpeg):
-        marker = jpeg[place + 1]
-        if jpeg[place] != 0xFF or marker == 0xFF:
-            return True  # filled or damaged: Pillow knows
-        if marker == JPEG_SCAN:
-            return False
-        if marker == JPEG_APP1 and jpeg.startswith(EXIF_START, place + 4):
-            return True
-        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
-    return False
-
-
 def orientation_of(image: Image.Image, source: bytes | str) -> int:
     """Return how the current page of a Pillow image is stored, in the numbers of EXIF.
 
@@ -283,11 +224,16 @@ def orientation_of(image: Image.Image, source: bytes | str) -> int:
             follows_the_pixels = png_has_exif(content)
         if follows_the_pixels:
             image.load()
-    exif = Image.Exif()
-    # Pillow raises nearly anything on damaged EXIF, which then notes nothing.
-    with suppress(Exception):
-        exif.load(image.info["exif"])
-    orientation = exif.get(ORIENTATION, 1)
+    exif = image.info.get("exif")
+    return orientation_in(exif) if exif else 1
+
+
+def orientation_in(exif: bytes) -> int:
+    """Return the orientation that EXIF notes; 1 if it notes none or is damaged."""
+    notes = Image.Exif()
+    with suppress(Exception):  # Pillow raises nearly anything on damaged EXIF
+        notes.load(exif)
+    orientation = notes.get(ORIENTATION, 1)
     return orientation if orientation in range(1, 9) else 1
 
 

@@ -41,6 +41,7 @@ REDUCED, MASK = 1, 4  # bits of the tag NewSubfileType
 ORIENTATION, INK_SET, GDAL_METADATA, GDAL_NODATA = 274, 332, 42112, 42113
 CMYK_INKS = 1
 JPEG = 7
+LOSSLESS = (1, 5, 8, 32773, 32946, 50000)  # none, LZW, deflate, PackBits, deflate, ZSTD
 JPEG_COMPRESSIONS = (6, JPEG)
 LARGEST_XML = 2**24  # characters of metadata that are parsed
 
@@ -227,7 +228,7 @@ def read_pixels(request: Request, header: ImageHeader) -> np.ndarray:
         pages = chosen_pages(tiff, request)
         request = raw_if_stack(request, pages)
         for page in pages:
-            if are_colours(page) and not request.numbers and not is_unknown_to_pillow(tiff, page):
+            if are_colours(page) and not request.numbers and needs_pillow(tiff, page):
                 # Its number among all pages, where overviews count.
                 one_page = request._replace(page=page.index)
                 colours = pillow_images.read_header(one_page)
@@ -253,9 +254,16 @@ def read_window(request: Request, window: Window) -> np.ndarray | None:
     return np.concatenate(arrays, axis=2)
 
 
-def is_unknown_to_pillow(tiff: "TiffFile", page: "TiffPage") -> bool:
-    """Return whether a page is in a big-endian BigTIFF file, in which Pillow finds no image."""
-    return tiff.is_bigtiff and tiff.byteorder == ">" and is_read_by_segments(page)
+def needs_pillow(tiff: "TiffFile", page: "TiffPage") -> bool:
+    """Return whether Pillow reads a whole page of colours.
+
+    It also reads those in JPEG, whose last bits depend on the decoder, except in a big-endian
+    BigTIFF file: there it finds no image.
+    """
+    if not is_read_by_segments(page):
+        return True
+    is_known_to_pillow = not tiff.is_bigtiff or tiff.byteorder == "<"
+    return page.compression == JPEG and is_known_to_pillow
 
 
 def read_part(tiff: "TiffFile", page: "TiffPage", window: Window, request: Request) -> np.ndarray:
@@ -274,7 +282,7 @@ def read_part(tiff: "TiffFile", page: "TiffPage", window: Window, request: Reque
 
 def is_read_by_segments(page: "TiffPage") -> bool:
     """Return whether tifffile decodes the colours of a page as Pillow does."""
-    if page.bitspersample != 8:
+    if page.bitspersample != 8 or page.compression not in (*LOSSLESS, JPEG):
         return False
     if page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO):
         return page.samplesperpixel == 1
@@ -325,6 +333,8 @@ def contiguous_samples(
 def segments_of(page: "TiffPage", window: Window) -> Iterator[int]:
     """Yield the numbers of the strips or tiles that a part of a page touches."""
     rows, columns = page.chunks[:2]
+    if rows < 1 or columns < 1:
+        raise ValueError(f"strips or tiles of {columns} x {rows} px")
     num_down = math.ceil(page.imagelength / rows)
     num_across = math.ceil(page.imagewidth / columns)
     num_planes = page.samplesperpixel if page.planarconfig == 2 else 1

@@ -215,6 +215,8 @@ class ImageSet(ABC):
     has_labels: bool
     values: PixelValues | None = None
     """Makes the pixels that the model gets."""
+    class_names: tuple[str, ...] | None = None
+    """The name of each class by its number, if they are known."""
     images: Any = None
     """Images by number, of keys whose source is a number."""
 
@@ -332,6 +334,7 @@ class IndexedSet(ImageSet):
         self.images = labelled.images
         self.values = labelled.images.values
         self.labels = labelled.labels
+        self.class_names = labelled.class_names
         self.has_labels = has_labels
 
     def __len__(self) -> int:

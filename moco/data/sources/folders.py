@@ -15,7 +15,13 @@ import numpy as np
 from moco.data.files.listing import Listing, is_folder, is_left_out_folder, listed
 from moco.data.sources.band_files import band_file_images
 from moco.data.sources.label_files import first_few, natural_order, read_labels
-from moco.data.sources.source import DataSource, FileImages, Images, Labelled
+from moco.data.sources.source import (
+    DataSource,
+    FileImages,
+    Images,
+    Labelled,
+    warn_of_missing_classes,
+)
 from moco.data.sources.tiles import tile_images
 from moco.errors import InputError, printable
 
@@ -297,15 +303,6 @@ def log_classes(class_names: Sequence[str] | None) -> None:
     if class_names is not None:
         named = first_few(class_names, NUM_NAMED_CLASSES)
         log.info("%d classes: %s", len(class_names), named)
-
-
-def warn_of_missing_classes(bank: Labelled, queries: Labelled) -> None:
-    """Warn of classes that only one of bank and queries has."""
-    there = [set(np.unique(side.labels).tolist()) for side in (bank, queries)]
-    for what, missing in (("bank", there[1] - there[0]), ("queries", there[0] - there[1])):
-        if missing:
-            named = first_few(map(bank.class_name, sorted(missing)), NUM_NAMED_CLASSES)
-            log.warning("%d classes have no image among the %s: %s", len(missing), what, named)
 
 
 class Split(NamedTuple):

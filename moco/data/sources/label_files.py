@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,11 +82,15 @@ def read_labels(
     names_there = [row[name_column] for row in table.rows]
     places = np.array([finder.find(name) for name in names_there])
     check_places(table, root, names_there, places)
+    has_image = places != NO_IMAGE
+    table = table._replace(rows=list(compress(table.rows, has_image)))
+    names_there = list(compress(names_there, has_image))
     numbers, class_names = numbered_classes(table, names_there, class_columns)
     labels = np.full(len(names), NO_CLASS, dtype=np.int64)
     twice = []
-    for name, place, number in zip(names_there, places.tolist(), numbers.tolist(), strict=True):
-        if place == NO_IMAGE or number == NO_CLASS:
+    of_images = zip(names_there, places[has_image].tolist(), numbers.tolist(), strict=True)
+    for name, place, number in of_images:
+        if number == NO_CLASS:
             continue
         if labels[place] not in (NO_CLASS, number):
             twice.append(name)

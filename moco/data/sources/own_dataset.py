@@ -391,7 +391,7 @@ def dataset_source(
             f"{where}: queries need a bank, and train has no attribute targets or labels with a "
             "whole number for each image; give bank, too"
         )
-    return replace(source, bank=Labelled(training, labels))
+    return replace(source, bank=Labelled(training, labels, class_names_of(training.dataset)))
 
 
 def is_map_style(dataset: Any) -> bool:
@@ -510,7 +510,19 @@ def labelled(images: DatasetImages) -> Labelled:
             except UnreadableImage:
                 continue
             labels[index] = label_of(item, f"{images.where}: item {index}")
-    return Labelled(images, labels)
+    return Labelled(images, labels, class_names_of(images.dataset))
+
+
+def class_names_of(dataset: Any) -> tuple[str, ...] | None:
+    """Return the attribute ``classes`` of a dataset, as torchvision's have it, if it holds names.
+
+    Returns:
+        The name of each class by its number, or None.
+    """
+    names = getattr(dataset, "classes", None)
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names)
 
 
 def label_of(item: Any, where: str) -> int:
@@ -540,11 +552,12 @@ def divided(
         name = images.name(index) if has_names(images.dataset) else str(index)
         names.append(name.encode(errors="surrogatepass"))
     is_query = is_held_out(names, held_out)
+    class_names = class_names_of(images.dataset)
     # A monitor needs images on both sides.
     if is_query.all() or not is_query.any():
-        return replace(source, bank=Labelled(images, labels))
+        return replace(source, bank=Labelled(images, labels, class_names))
     sides = []
     for is_chosen in (~is_query, is_query):
         part = replace(images, rows=images.rows[is_chosen])
-        sides.append(Labelled(part, labels[is_chosen]))
+        sides.append(Labelled(part, labels[is_chosen], class_names))
     return replace(source, bank=sides[0], queries=sides[1])

@@ -148,12 +148,19 @@ def packed_source(root: str, max_image_pixels: int) -> DataSource:
     index = read_finished_index(root)
     copy, table = read_copy(root, index, max_image_pixels)
     train = copy.subset(np.arange(index["num_images"]))
-    bank, queries = [read_side(side, copy, train, table) for side in SIDES]
+    # Copies of earlier versions name no classes.
+    class_names = index.get("class_names")
+    names = None if class_names is None else tuple(class_names)
+    bank, queries = [read_side(side, copy, train, table, names) for side in SIDES]
     return DataSource(train, bank, queries, image_size=index["image_size"])
 
 
 def read_side(
-    side: str, copy: PackedImages, train: PackedImages, table: Mapping[str, np.ndarray]
+    side: str,
+    copy: PackedImages,
+    train: PackedImages,
+    table: Mapping[str, np.ndarray],
+    class_names: tuple[str, ...] | None,
 ) -> Labelled | None:
     """Return the copy's ``bank`` or ``queries``, or None if it has none."""
     if f"{side}_rows" not in table:
@@ -162,7 +169,7 @@ def read_side(
     images = copy.subset(rows)
     if np.array_equal(rows, np.arange(len(train))):
         images = train  # the same object, so that it is cached once
-    return Labelled(images, table[f"{side}_labels"])
+    return Labelled(images, table[f"{side}_labels"], class_names)
 
 
 def read_copy(

@@ -84,7 +84,7 @@ class PixelValues:
             return np.ascontiguousarray(pixels)
         if self.no_data is not None:
             no_data = self.no_data
-        return self.unit(torch.from_numpy(np.ascontiguousarray(pixels)), no_data).numpy()
+        return self.unit(as_tensor(pixels), no_data).numpy()
 
     def batch(self, pixels: Tensor) -> Tensor:
         """Return images in memory (n, height, width, bands) as the model gets them, on any device.
@@ -145,6 +145,18 @@ class PixelValues:
         planes = [stretched(pixels[:, :, band - 1]) for band in chosen]
         return np.stack(planes * (RGB_BANDS // len(planes)), axis=2)
 
+    def in_words(self) -> str:
+        """Return bands, type and value range for the log."""
+        words = described(self.dtype, self.bands)
+        if self.selection is not None:
+            words += f" ({', '.join(map(str, self.selection))})"
+        if self.low is None or self.high is None:
+            return words
+        pairs = sorted(set(zip(self.low, self.high, strict=True)))
+        low, high = pairs[0]
+        ranges = f"{low:g} to {high:g}" if len(pairs) == 1 else "each band's range"
+        return f"{words}; {ranges} becomes 0 to 1"
+
     def described(self) -> dict[str, Any]:
         """Return what the values depend on, as plain data for the key of a cache."""
         return {
@@ -156,6 +168,12 @@ class PixelValues:
             "no_data": self.no_data,
             "fill": None if self.fill is None else list(self.fill),
         }
+
+
+def as_tensor(pixels: np.ndarray) -> Tensor:
+    """Return an array as a tensor, which nobody writes to."""
+    # PyTorch warns of memory that it must not write to, such as that of a file.
+    return torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
 
 
 def missing_values(pixels: Tensor, no_data: float | None) -> Tensor | None:
@@ -408,7 +426,7 @@ def decoded_sample(
 def valid_values(sampled: Sampled, nodata: float | None) -> np.ndarray:
     """Return the values of an image that are data, (values,) float64."""
     no_data = sampled.no_data if nodata is None else nodata
-    pixels = torch.from_numpy(np.ascontiguousarray(sampled.pixels))
+    pixels = as_tensor(sampled.pixels)
     missing = missing_values(pixels, no_data)
     values = pixels.double()
     if missing is not None:
@@ -446,7 +464,7 @@ def warn_of_values(decoded: Sequence[Sampled], values: PixelValues) -> None:
     highest = 0.0
     for sampled in decoded:
         no_data = sampled.no_data if values.no_data is None else values.no_data
-        pixels = torch.from_numpy(np.ascontiguousarray(sampled.pixels))
+        pixels = as_tensor(sampled.pixels)
         missing = missing_values(pixels, no_data)
         low, high = torch.tensor(values.low).double(), torch.tensor(values.high).double()
         places = (pixels.double() - low) / (high - low)

@@ -1,6 +1,8 @@
 """A sample of a dataset's images, to learn their type, bands and values before a run."""
 
 import itertools
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.pixel_values import SAMPLE_SIZE, PixelValues, settle_values
 from moco.data.sources.shards import Sample, ShardedImages, images_in
 from moco.data.sources.source import DataSource, Images, reading_of
+
+log = logging.getLogger(__name__)
 
 MOST_OF_ITERABLE = 8  # making the images of an iterable dataset may be expensive
 
@@ -35,8 +39,9 @@ def prepare_source(
     if isinstance(data["root"], str):
         command += f" data.root={data['root']}"
     source.read_as(reading_of(data))
+    sample = list(sample_of(source.train))
     values = settle_values(
-        sample_of(source.train),
+        sample,
         bands=chosen_bands(data),
         value_range=data["value_range"],
         nodata=data["nodata"],
@@ -45,7 +50,19 @@ def prepare_source(
         command=command,
     )
     source.prepare(values)
+    log.info("images: %s, %s", sizes_in_words(sample), values.in_words())
     return values
+
+
+def sizes_in_words(sample: Sequence[tuple[str, EncodedImage]]) -> str:
+    """Return the sizes of the images in a sample."""
+    sizes = sorted({image.size for _, image in sample}, key=math.prod)
+    if not sizes:
+        return "no readable one among the first"
+    words = []
+    for height, width in dict.fromkeys([sizes[0], sizes[-1]]):
+        words.append(f"{width} x {height} px")
+    return " to ".join(words)
 
 
 def chosen_bands(data: Mapping[str, Any]) -> Any:

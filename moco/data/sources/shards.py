@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-from moco.data.files.formats import FORMAT_OF_ENDING
+from moco.data.files.formats import FORMATS
 from moco.data.files.images import EncodedImage, UnreadableImage, encoded
 from moco.data.sources.folders import list_of_paths
 from moco.data.sources.packed_copy import INDEX, read_finished_index, read_index
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # What tarfile, the decompressors and pipes raise on damaged archives.
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+# Arrays in a sample are features or masks of its image as often as images.
+ENDINGS = tuple(ending for known in FORMATS if known.reader != "numpy" for ending in known.endings)
 MAX_ENCODED_BYTES = 2**28  # a larger encoded image is unreadable
 IMAGE_SIZE = 224  # px
 NO_LIBRARY = "data=webdataset needs another package: pip install 'moco-ssl[webdataset]'"
@@ -126,9 +128,20 @@ def find_num_images(root: Any, shards: Sequence[str]) -> int:
             raise InputError(f"data.num_images: missing; {printable(shard)} is not a local file")
     # Threads help: reading the headers of a shard is mostly waiting for the disk.
     with ThreadPoolExecutor() as pool:
-        num_images = sum(pool.map(count_images, shards))
+        counts = list(pool.map(count_images, shards))
+    num_images = sum(counted.samples for counted in counts)
     if num_images == 0:
         raise InputError(f"data.root={root}: no images in the {len(shards)} shards")
+    left_out = [counted for counted in counts if counted.others]
+    if left_out:
+        num_left_out = sum(counted.others for counted in left_out)
+        log.warning(
+            "%s of %s images are left out: names that are equal up to the first dot are one "
+            "sample, and only its first image is used; the first one left out is %s",
+            f"{num_left_out:,}",
+            f"{num_images + num_left_out:,}",
+            printable(left_out[0].first_other),
+        )
     log.info("data.num_images=%d saves counting them at each start", num_images)
     return num_images
 
@@ -230,7 +243,9 @@ def images_in(
             open_shard(shard) as stream,
             tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedHeader) as archive,
         ):
-            for member in image_members(archive):
+            for member, is_first in image_members(archive):
+                if not is_first:
+                    continue
                 name = f"{shard}/{member.name}"
                 note(name)
                 yield read_sample(archive, member, name, max_image_pixels, raw=raw)
@@ -261,17 +276,19 @@ def read_sample(
         return Problem(name, str(error), is_shard=False)
 
 
-def image_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the headers of the samples' images."""
+def image_members(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, bool]]:
+    """Yield the header of each image, and whether it is the first one of its sample.
+
+    A sample may have several images, and the first one stands for it.
+    """
     previous_key: str | None = None
     for member in archive:
         archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         key = sample_key(member.name)
-        is_image = member.isreg() and member.name.lower().endswith(tuple(FORMAT_OF_ENDING))
-        # A sample may have several images, and the first one stands for it.
-        if is_image and key != previous_key:
+        is_image = member.isreg() and member.name.lower().endswith(ENDINGS)
+        if is_image:
+            yield member, key != previous_key
             previous_key = key
-            yield member
 
 
 def sample_key(name: str) -> str:
@@ -310,13 +327,28 @@ def open_shard(shard: str) -> Iterator[IO[bytes]]:
             stream.close()
 
 
-def count_images(shard: str) -> int:
-    """Return the number of images in a local shard; reading it says whether it is damaged.
+class Counted(NamedTuple):
+    """How many images a shard has."""
+
+    samples: int
+    others: int
+    """Images that are not the first one of their sample."""
+    first_other: str
+    """SHARD/MEMBER of the first of these."""
+
+
+def count_images(shard: str) -> Counted:
+    """Count the images in a local shard; reading it says whether it is damaged.
 
     The members' headers are read, and the images are not: the last one may be cut off.
     """
-    num_images = 0
+    num_samples, num_others = 0, 0
+    first_other = ""
     with suppress(*TAR_ERRORS), tarfile.open(shard, mode="r:*", tarinfo=CheckedHeader) as archive:
-        for _ in image_members(archive):
-            num_images += 1
-    return num_images
+        for member, is_first in image_members(archive):
+            if is_first:
+                num_samples += 1
+                continue
+            num_others += 1
+            first_other = first_other or f"{shard}/{member.name}"
+    return Counted(num_samples, num_others, first_other)

@@ -61,6 +61,10 @@ def reading_of(data: Mapping[str, Any]) -> Reading:
     )
 
 
+NUM_NAMED = 10
+"""Classes that a warning names."""
+
+
 class Images(Protocol):
     """Images by index."""
 
@@ -319,6 +323,19 @@ class Labelled:
         if self.class_names is None or not 0 <= number < len(self.class_names):
             return str(number)
         return self.class_names[number]
+
+
+def warn_of_missing_classes(bank: Labelled, queries: Labelled) -> None:
+    """Warn of the classes that only one of bank and queries has, if there are any."""
+    in_bank = set(np.unique(bank.labels).tolist())
+    in_queries = set(np.unique(queries.labels).tolist())
+    for side, missing in (("bank", in_queries - in_bank), ("queries", in_bank - in_queries)):
+        if missing:
+            first = sorted(missing)[:NUM_NAMED]
+            names = ", ".join(printable(bank.class_name(number)) for number in first)
+            rest = ", ..." if len(missing) > NUM_NAMED else ""
+            count = f"{len(missing)} of {len(in_bank | in_queries)} classes"
+            log.warning("%s have no image among the %s: %s%s", count, side, names, rest)
 
 
 @dataclass(frozen=True)

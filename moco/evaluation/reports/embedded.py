@@ -6,7 +6,15 @@ import numpy as np
 from PIL import Image
 
 from moco.data.sources.source import Labelled
-from moco.evaluation.reports.plots import RIGHT, WRONG, Tile, thumbnail, tile_plot
+from moco.evaluation.reports.plots import (
+    LONGEST_NAME,
+    RIGHT,
+    WRONG,
+    Tile,
+    legible,
+    thumbnail,
+    tile_plot,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +35,7 @@ class Embedded(NamedTuple):
     features: np.ndarray
     """(rows, feature_dim), of any norm."""
     labels: np.ndarray
-    """(rows,) class numbers."""
+    """(rows,) class numbers; `labelled` may name the classes."""
     labelled: Labelled
     """The dataset. It may have more images than rows: some cannot be read or have no label."""
     rows: np.ndarray
@@ -38,6 +46,14 @@ class Embedded(NamedTuple):
         return Embedded(
             self.features[is_chosen], self.labels[is_chosen], self.labelled, self.rows[is_chosen]
         )
+
+    def shown_class(self, number: int, most: int = LONGEST_NAME) -> str:
+        """Return the name of a class as a plot can show it, or else its number.
+
+        Args:
+            most: letters; a longer name is cut.
+        """
+        return legible(self.labelled.class_name(int(number)), most) or str(number)
 
     def unreadable(self) -> list[int]:
         """Return the indices of the images in `labelled` that have no row."""
@@ -86,11 +102,15 @@ def neighbors_plot(
     lines = []
     for query, cosines, rows in zip(shown, similarities, neighbors, strict=True):
         label = queries.labels[query]
-        tiles = [Tile(queries.thumbnail(query, THUMBNAIL), f"class {label}")]
+        caption = queries.shown_class(label, 11)
+        if caption.isdigit():
+            caption = f"class {caption}"
+        tiles = [Tile(queries.thumbnail(query, THUMBNAIL), caption)]
         for cosine, row in zip(cosines, rows, strict=True):
             neighbor_label = bank.labels[row]
             color = RIGHT if neighbor_label == label else WRONG
             image = bank.thumbnail(row, THUMBNAIL)
-            tiles.append(Tile(image, f"{cosine:.2f} {neighbor_label}", color))
+            name = bank.shown_class(neighbor_label, 6)
+            tiles.append(Tile(image, f"{cosine:.2f} {name}", color))
         lines.append(tiles)
     return tile_plot(lines, gap=GAP)

@@ -68,7 +68,7 @@ def knn_plots(
     """
     plots = {
         "neighbors.png": neighbors_of_some(searched),
-        "confusion.png": confusion_plot(*confusion_matrix(searched.queries.labels, predicted)),
+        "confusion.png": confusion_of(searched.queries, searched.queries.labels, predicted),
         "feature_maps.png": feature_maps_of_some(subject, searched.queries),
     }
     if views is not None:
@@ -81,6 +81,12 @@ def knn_plots(
         return plots
     plots["map.png"] = map_of_queries(searched.queries, kind, subject.settings["feature"])
     return plots
+
+
+def confusion_of(queries: Embedded, labels: np.ndarray, predicted: np.ndarray) -> "Figure":
+    """Draw the confusion matrix of class numbers, (rows,) each, with the names of the classes."""
+    classes, counts = confusion_matrix(labels, predicted)
+    return confusion_plot([queries.shown_class(number) for number in classes], counts)
 
 
 def neighbors_of_some(searched: Searched) -> "Figure":
@@ -130,7 +136,7 @@ def map_of_queries(queries: Embedded, kind: str, feature: str) -> "Figure":
     shown = evenly_spaced(np.arange(len(queries.rows)), MOST_MAPPED)
     points = laid_out(normalized(queries.features[shown]), kind)
     title = f"{MAP_TITLES[kind]} of the {feature} features of {len(shown):,} queries"
-    return map_plot(points, queries.labels[shown], title)
+    return map_plot(points, queries.labels[shown], title, queries.shown_class)
 
 
 @torch.no_grad()

@@ -135,8 +135,15 @@ def test_the_evaluation_view_is_the_official_resize_and_centre_crop(images):
     torch.testing.assert_close(view(image), official(image))
 
 
-@pytest.mark.parametrize(("mean", "std"), [([0.5], HALF), (HALF, [0.5, 0, 0.5])])
-def test_normalisation_needs_three_numbers_and_a_spread(mean, std):
-    message = r"augmentation\.mean=.*augmentation\.std=.*expected three numbers each"
-    with pytest.raises(InputError, match=message):
-        EvaluationView(32, 1.0, mean, std)
+@pytest.mark.parametrize(
+    ("mean", "std", "bands", "message"),
+    [
+        ([0.5], [0.5, 0, 0.5], 3, "augmentation.std=[0.5, 0, 0.5]: expected numbers above 0"),
+        (HALF, [0.5], 13, "augmentation.mean has 3 numbers, the images have 13 bands; python -m"),
+        ([0.5], HALF, 1, "augmentation.std has 3 numbers, the images have 1 band; python -m moco"),
+    ],
+)
+def test_normalisation_needs_a_number_for_each_band_and_a_spread(mean, std, bands, message):
+    with pytest.raises(InputError) as raised:
+        EvaluationView(32, 1.0, mean, std, bands, is_float=bands != 3)
+    assert str(raised.value).startswith(message)

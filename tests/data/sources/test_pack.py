@@ -132,6 +132,7 @@ def test_queries_that_are_trained_on_are_stored_once(tmp_path, photographs):
         str(run(tmp_path, "data=image_folder", f"data.root={photographs}", "data.held_out=0.3")),
     )
     assert len(copy.train) == 30
+    assert copy.bank.class_names == copy.queries.class_names == source.bank.class_names is not None
     assert names(copy.queries.images) == names(source.queries.images)
     assert copy.queries.labels.tolist() == source.queries.labels.tolist()
     assert names(copy.bank.images) == names(source.bank.images)
