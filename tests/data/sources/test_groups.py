@@ -84,6 +84,8 @@ def test_a_table_that_is_none_is_named(text, expected, tmp_path):
 def test_names_are_relative_to_the_root_and_to_a_training_folder(image_tree, tmp_path):
     source = build_source("images", str(image_tree) + "/")
     assert with_groups(source, str(image_tree) + "/", 1).groups.tolist() == [0] * 8 + [1] * 16
+    # A packed copy has the names of its source.
+    assert with_groups(source, "/packed", 1).groups.tolist() == [0] * 8 + [1] * 16
     root = tmp_path / "sets"
     root.mkdir()
     image_tree.rename(root / "train")
