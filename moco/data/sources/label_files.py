@@ -254,13 +254,13 @@ def check_places(table: Table, root: str, names: Sequence[str], places: np.ndarr
     Raises:
         InputError: no name has an image, or a name has several.
     """
-    several = [names[row] for row in np.flatnonzero(places == SEVERAL_IMAGES)]
+    several = [names[row] for row in np.flatnonzero(places == SEVERAL_IMAGES).tolist()]
     if several:
         raise InputError(
             f"{table.path}: {len(several):,} names stand for several images each: "
             f"{first_few(several)}; give their paths below {printable(root)}"
         )
-    unknown = [names[row] for row in np.flatnonzero(places == NO_IMAGE)]
+    unknown = [names[row] for row in np.flatnonzero(places == NO_IMAGE).tolist()]
     if len(unknown) == len(names):
         raise InputError(
             f"{table.path}: none of its {len(names):,} names is an image below {printable(root)}: "
@@ -317,7 +317,7 @@ def one_of_many(
     """
     is_class = np.array([[float(row[column]) == 1 for column in columns] for row in table.rows])
     num_classes = is_class.sum(axis=1)  # (rows,)
-    several = [names[row] for row in np.flatnonzero(num_classes > 1)]
+    several = [names[row] for row in np.flatnonzero(num_classes > 1).tolist()]
     if several:
         raise InputError(
             f"{table.path}: {len(several):,} images have several classes: {first_few(several)}; "
