@@ -407,10 +407,11 @@ def is_left_out_folder(name: str) -> bool:
 def kind_of_content(entry: os.DirEntry[str], path: str, ending: str) -> str | None:
     """Return None if a file with an unknown ending is an image, or its kind if it is none."""
     known = None
-    # A pipe would wait for a writer.
-    if entry.is_file():
-        with suppress(OSError), open(path, "rb") as file:
-            known = recognised(file.read(FIRST_BYTES))
+    with suppress(OSError):  # such as of a link to itself
+        # A pipe would wait for a writer.
+        if entry.is_file():
+            with open(path, "rb") as file:
+                known = recognised(file.read(FIRST_BYTES))
     if known is None:
         return ending or NO_ENDING
     return kind_of_format(known, ending)
