@@ -61,7 +61,8 @@ class BandJitter(Operation):
         brightness = per_band(drawn["brightness"], images)
         contrast = per_band(drawn["contrast"], images)
         if self.gamma > 0:
-            images = images ** per_band(drawn["gamma"], images)
+            # Rounding can leave a value just below 0, which has no power.
+            images = images.clamp(min=0) ** per_band(drawn["gamma"], images)
         if self.contrast == 0:
             return (images * brightness).clamp_(0, 1)
         mean = images.mean((2, 3), keepdim=True)

@@ -66,7 +66,7 @@ def one_by_one(operation, images, drawn):
         result = operation.on_image(array, own)
         assert np.array_equal(array, kept)
         assert result.dtype == array.dtype
-        assert result.shape == array.shape
+        assert result.shape[2] == array.shape[2]
         results.append(torch.from_numpy(result).permute(2, 0, 1) / kind.largest)
     return torch.stack(results)
 
