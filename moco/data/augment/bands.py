@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
+from moco.data.augment import image_kernels
 from moco.data.augment.draws import seeded_uniforms, seeds_from
 from moco.data.augment.operation import (
     Drawn,
@@ -56,6 +58,11 @@ class BandJitter(Operation):
             "gamma": (1 + self.gamma) ** between([-1, 1], gamma),
         }
         return {name: values.expand(-1, bands) for name, values in drawn.items()}
+
+    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
+        if image.dtype == np.uint8 or self.gamma > 0:
+            return super().on_image(image, drawn)
+        return image_kernels.band_jitter(image, drawn["brightness"], drawn["contrast"])
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         brightness = per_band(drawn["brightness"], images)

@@ -7,6 +7,7 @@ There are two kinds of image. 8-bit RGB is (height, width, 3) uint8. All others 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -122,11 +123,15 @@ class Operation:
 
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         """Change one image by its numbers: (height, width, 3) uint8, or float32 with any bands."""
-        planes = torch.tensor(image).permute(2, 0, 1)
-        images = planes[None] if image.dtype == np.float32 else planes[None] / 255
         numbers = {name: torch.as_tensor(value)[None] for name, value in drawn.items()}
-        changed = self.on_batch(images, numbers)
-        return as_arrays_of(changed, ImageKind(image.shape[2], image.dtype == np.float32))[0]
+        if image.dtype == np.uint8:
+            images = torch.tensor(image).permute(2, 0, 1)[None] / 255
+            return as_arrays_of(self.on_batch(images, numbers), RGB_8_BIT)[0]
+        # Planes, because loops over the bands of each pixel are slow.
+        planes = np.empty((image.shape[2], *image.shape[:2]), np.float32)
+        cv2.split(image, [*planes])
+        changed = self.on_batch(torch.from_numpy(planes)[None], numbers)[0]
+        return cv2.merge([*changed.contiguous().numpy()]).reshape(*changed.shape[1:], -1)
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         """Change a batch, (batch, bands, height, width) float32 in 0..1, by the numbers of all."""

@@ -171,7 +171,7 @@ def build_pipeline(
     options: Mapping[str, Any] | None,
     image_size: int,
     where: str,
-    kind: ImageKind = RGB_8_BIT,
+    images: ImageKind = RGB_8_BIT,
 ) -> Pipeline:
     """Return the pipeline that a function of the user's returns.
 
@@ -180,7 +180,7 @@ def build_pipeline(
         options: its keyword arguments.
         image_size: side of the view, px.
         where: key of the view in the config, for error messages.
-        kind: the images of the run.
+        images: their kind in the run.
 
     Raises:
         InputError: there is no such function, it does not take these options, it fails, or it
@@ -209,8 +209,8 @@ def build_pipeline(
     if not callable(transform):
         kind = type(transform).__name__
         raise InputError(f"{source}: returned {kind}; expected a callable that takes an image")
-    recipe = (target, options, image_size, where, kind)
-    return Pipeline(transform, image_size, source, any_size, recipe, kind)
+    recipe = (target, options, image_size, where, images)
+    return Pipeline(transform, image_size, source, any_size, recipe, images)
 
 
 def takes_image_size(function: Callable[..., Any]) -> bool:

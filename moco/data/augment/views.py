@@ -593,7 +593,7 @@ def as_planes(image: AnyImage) -> Tensor:
     return planes_of(image)
 
 
-def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[AnyImage], AnyImage]:
+def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[AnyImage], Any]:
     """Return the evaluation view without its normalisation.
 
     It takes a Pillow image or an array (height, width, bands). From 8-bit RGB it makes a Pillow
@@ -604,7 +604,7 @@ def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[AnyImage], 
     return partial(cut_out, cut)  # loader processes get a copy, and a local function has none
 
 
-def cut_out(cut: Callable[[Any], Any], image: AnyImage) -> AnyImage:
+def cut_out(cut: Callable[[Any], Any], image: AnyImage) -> Any:
     """Apply an operation of torchvision, see `evaluation_crop`."""
     if isinstance(image, Image.Image):
         return cut(image)

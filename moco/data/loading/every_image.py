@@ -24,7 +24,7 @@ from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in, is_local, sample_key
 from moco.data.sources.source import ArrayImages, Labelled
 
-Crop = Callable[[AnyImage], AnyImage]
+Crop = Callable[[AnyImage], Any]
 
 
 class ReadImage(NamedTuple):
