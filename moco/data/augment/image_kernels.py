@@ -9,7 +9,8 @@ by about one grey level. Hue goes through 8-bit HSV, as in Pillow, with another 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import cv2
 import numpy as np
@@ -23,6 +24,7 @@ cv2.setNumThreads(1)
 
 # All values of a pixel. Pillow blends in single precision.
 VALUES = np.arange(256, dtype=np.float32)
+MOST_BANDS_OF_OPENCV = 128
 MOST_BANDS_OF_TORCH = 4  # with more, torch's interpolation is slower than products
 BLOCK_SIDE = 32  # px
 TO_GRAY = np.array([[0.299, 0.587, 0.114]] * 3)  # ITU-R BT.601, as in Pillow
@@ -37,8 +39,8 @@ def resized_crop(image: np.ndarray, box: Sequence[int], side: int) -> np.ndarray
     top, left, height, width = map(int, box)
     crop = image[top : top + height, left : left + width]
     if height <= side and width <= side:
-        resized = cv2.resize(crop, (side, side), interpolation=cv2.INTER_LINEAR)
-        return resized.reshape(side, side, -1)  # OpenCV leaves out the axis of one band
+        grow = partial(cv2.resize, dsize=(side, side), interpolation=cv2.INTER_LINEAR)
+        return by_opencv(grow, crop)
     if image.dtype == np.float32 and image.shape[2] > MOST_BANDS_OF_TORCH:
         return resized_by_products(crop, side)
     # torch resizes all channels at once only if the memory is contiguous, and if the strides of
@@ -46,6 +48,27 @@ def resized_crop(image: np.ndarray, box: Sequence[int], side: int) -> np.ndarray
     images = torch.from_numpy(crop.copy()).view(1, height, width, -1).permute(0, 3, 1, 2)
     shrunk = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
     return np.ascontiguousarray(shrunk[0].permute(1, 2, 0).numpy())
+
+
+def by_opencv(work: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
+    """Return what a function of OpenCV makes of an image with any number of bands."""
+    bands = image.shape[2]
+    if bands <= MOST_BANDS_OF_OPENCV:
+        result = work(image)
+        return result.reshape(*result.shape[:2], bands)  # it leaves out the axis of one band
+    parts = []
+    for first in range(0, bands, MOST_BANDS_OF_OPENCV):
+        some = np.ascontiguousarray(image[..., first : first + MOST_BANDS_OF_OPENCV])
+        parts.append(by_opencv(work, some))
+    return np.concatenate(parts, axis=2)
+
+
+def split_bands(image: np.ndarray, planes: np.ndarray) -> None:
+    """Copy an image (height, width, bands) into planes (bands, height, width)."""
+    if image.shape[2] <= MOST_BANDS_OF_OPENCV:
+        cv2.split(image, [*planes])  # faster than NumPy
+    else:
+        np.copyto(planes, image.transpose(2, 0, 1))
 
 
 def resized_by_products(image: np.ndarray, side: int) -> np.ndarray:
@@ -57,7 +80,7 @@ def resized_by_products(image: np.ndarray, side: int) -> np.ndarray:
     """
     height, width, bands = image.shape
     planes = np.empty((bands, height, width), np.float32)
-    cv2.split(image, [*planes])
+    split_bands(image, planes)
     lines = torch.from_numpy(planes).view(bands * height, width)
     narrow = torch.empty(bands * height, side)
     weights = line_weights(width, side)
@@ -68,7 +91,7 @@ def resized_by_products(image: np.ndarray, side: int) -> np.ndarray:
     weights = line_weights(height, side)
     for target, source in line_blocks(height, side):
         torch.matmul(weights[target, source], columns[:, source], out=result[:, target])
-    return cv2.merge([*result.numpy()])
+    return np.ascontiguousarray(result.numpy().transpose(1, 2, 0))
 
 
 def line_weights(size: int, side: int) -> torch.Tensor:
@@ -171,5 +194,6 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
         return image
     kernel = cv2.getGaussianKernel(2 * int(np.ceil(3 * sigma)) + 1, sigma)
     # Twice as fast as cv2.GaussianBlur, and nearer to the sum in double precision.
-    blurred = cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
-    return blurred.reshape(image.shape)
+    edges = cv2.BORDER_REPLICATE
+    blur = partial(cv2.sepFilter2D, ddepth=-1, kernelX=kernel, kernelY=kernel, borderType=edges)
+    return by_opencv(blur, image)

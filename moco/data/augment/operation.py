@@ -7,10 +7,11 @@ There are two kinds of image. 8-bit RGB is (height, width, 3) uint8. All others 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
+
+from moco.data.augment.image_kernels import split_bands
 
 Drawn = dict[str, Tensor]
 """The numbers of one operation by name, (batch, ...) each."""
@@ -128,10 +129,11 @@ class Operation:
             images = torch.tensor(image).permute(2, 0, 1)[None] / 255
             return as_arrays_of(self.on_batch(images, numbers), RGB_8_BIT)[0]
         # Planes, because loops over the bands of each pixel are slow.
-        planes = np.empty((image.shape[2], *image.shape[:2]), np.float32)
-        cv2.split(image, [*planes])
-        changed = self.on_batch(torch.from_numpy(planes)[None], numbers)[0]
-        return cv2.merge([*changed.contiguous().numpy()]).reshape(*changed.shape[1:], -1)
+        height, width, bands = image.shape
+        planes = np.empty((bands, height, width), np.float32)
+        split_bands(image, planes)
+        changed = self.on_batch(torch.from_numpy(planes)[None], numbers)
+        return as_arrays_of(changed, ImageKind(bands, True))[0]
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         """Change a batch, (batch, bands, height, width) float32 in 0..1, by the numbers of all."""
