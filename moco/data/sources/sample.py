@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moco.data.files.images import EncodedImage, UnreadableImage
-from moco.data.sources.own_dataset import IterableImages
+from moco.data.sources.own_dataset import DatasetImages, IterableImages
 from moco.data.sources.pixel_values import SAMPLE_SIZE, PixelValues, settle_values
 from moco.data.sources.shards import Sample, ShardedImages, images_in
 from moco.data.sources.source import DataSource, Images, reading_of
@@ -40,10 +40,13 @@ def prepare_source(
         command += f" data.root={data['root']}"
     source.read_as(reading_of(data))
     sample = list(sample_of(source.train))
+    value_range = data["value_range"]
+    if value_range is None and are_shares(source.train, sample):
+        value_range = [0, 1]
     values = settle_values(
         sample,
         bands=chosen_bands(data),
-        value_range=data["value_range"],
+        value_range=value_range,
         nodata=data["nodata"],
         mean=mean,
         display=display,
@@ -52,6 +55,20 @@ def prepare_source(
     source.prepare(values)
     log.info("images: %s, %s", sizes_in_words(sample), values.in_words())
     return values
+
+
+def are_shares(images: Images, sample: Sequence[tuple[str, EncodedImage]]) -> bool:
+    """Return whether these are a dataset's float images from 0 to 1, as torchvision makes them."""
+    if not isinstance(images, (DatasetImages, IterableImages)):
+        return False
+    for _, image in sample:
+        if image.dtype.kind != "f":
+            return False
+        pixels = image.pixels()
+        # Written so that NaN is outside, too.
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            return False
+    return bool(sample)
 
 
 def sizes_in_words(sample: Sequence[tuple[str, EncodedImage]]) -> str:
