@@ -45,7 +45,7 @@ class ImageKind(NamedTuple):
 RGB_8_BIT = ImageKind()
 
 
-def image_kind(bands: int, is_float: bool) -> ImageKind:
+def kind_of_images(bands: int, is_float: bool) -> ImageKind:
     """Return the kind of images with these bands.
 
     Raises:

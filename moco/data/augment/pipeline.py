@@ -136,7 +136,7 @@ class Pipeline(Operation):
 
 def planes_of(image: np.ndarray) -> Tensor:
     """Return an array (height, width, bands) as a tensor (bands, height, width), copied."""
-    return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
 
 
 def pipeline_step(view: Any, image_size: int, where: str, kind: ImageKind = RGB_8_BIT) -> Step:

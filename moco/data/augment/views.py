@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from moco.data.augment.draws import uniforms
 from moco.data.augment.image_kernels import split_bands
-from moco.data.augment.operation import Drawn, ImageKind, Numbers, defines, image_kind
+from moco.data.augment.operation import Drawn, ImageKind, Numbers, defines, kind_of_images
 from moco.data.augment.operations import Step, build_operation, known_operations
 from moco.data.augment.pipeline import Pipeline, pipeline_step, planes_of
 from moco.data.augment.presets import read_preset
@@ -63,7 +63,7 @@ class View:
         bands: int = 3,
         is_float: bool = False,
     ) -> None:
-        kind = image_kind(bands, is_float)
+        kind = kind_of_images(bands, is_float)
         self.image_size = image_size
         self.where = where
         self.steps: list[Step] = []
@@ -253,7 +253,7 @@ class ViewPair:
         bands: int = 3,
         is_float: bool = False,
     ) -> None:
-        self.kind = image_kind(bands, is_float)
+        self.kind = kind_of_images(bands, is_float)
         self.ramp = ramp or ResolutionRamp(image_size)
         self.views_of_size: dict[int, list[View]] = {}
         for size in self.ramp.sizes:
@@ -542,7 +542,7 @@ def normalisation(
         raise InputError(f"augmentation.std={[*std]}: expected numbers above 0")
     std_tensor = torch.tensor([*std] * (bands // len(std))).view(bands, 1, 1)
     mean_tensor = torch.tensor([*mean] * (bands // len(mean))).view(bands, 1, 1)
-    scale = 1 / (image_kind(bands, is_float).largest * std_tensor)
+    scale = 1 / (kind_of_images(bands, is_float).largest * std_tensor)
     return scale, mean_tensor / std_tensor
 
 
