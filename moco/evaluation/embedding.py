@@ -19,7 +19,7 @@ from moco.data.loading.every_image import (
     image_set,
 )
 from moco.data.loading.workers import cores_of
-from moco.data.sources.source import DataSource
+from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, RunError, printable
 from moco.evaluation.image_names import labels_by_name
 from moco.evaluation.indexes import EXACT, build_index, recall

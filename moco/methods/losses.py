@@ -25,8 +25,9 @@ class Groups(NamedTuple):
 
     def is_own(self, columns: slice = slice(None)) -> Tensor:
         """Return which of these negatives belong to each query's own group, (N, columns) bool."""
-        queries = self.queries[:, None]
-        return (queries == self.negatives[columns]) & (queries >= 0)
+        # A number that no negative has: a second comparison of size N x K would cost as much.
+        queries = self.queries.where(self.queries >= 0, -2)
+        return queries[:, None] == self.negatives[columns]
 
     def of_queries(self, rows: slice) -> "Groups":
         """Return the groups for some of the queries."""

@@ -41,7 +41,7 @@ def test_neighbors_are_shown_with_their_own_images_also_after_an_unreadable_one(
     figure = neighbors_plot(named, named, shown, np.array([[1.0, 0.9]]), rows)
     assert [text.get_text() for text in figure.texts] == [r"a\$b", r"1.00 a\$b", "0.90 tailo…"]
     drawn = pixels(figure)
-    level = embedded.labelled.images[6].getpixel((0, 0))[0]
+    level = int(embedded.labelled.images[6][0, 0, 0])
     assert drawn[MARGIN, MARGIN, 0] == drawn[MARGIN, FIRST_NEIGHBOR, 0] == level
 
 

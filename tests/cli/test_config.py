@@ -275,7 +275,7 @@ def test_a_new_key_needs_a_plus_where_the_names_are_the_users(key, expected):
         ),
         (["trainer.max_steps=0"], "trainer.max_steps=0: expected -1 for no limit, or at least 1"),
         (["trainer.accelerator=gpu"], "accelerator=gpu: no CUDA device can be used here"),
-        (["augmentation.std=[0,0,0]"], "augmentation.mean="),
+        (["augmentation.std=[0,0,0]"], "augmentation.std="),
         (
             ["method.num_queues=2"],
             "method.num_queues=2: the second queue is for the second direction; add method.symmetric",

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
+from moco.data.augment import image_kernels
 from moco.data.augment.draws import seeded_uniforms, seeds_from
 from moco.data.augment.operation import (
     Drawn,
@@ -57,11 +59,17 @@ class BandJitter(Operation):
         }
         return {name: values.expand(-1, bands) for name, values in drawn.items()}
 
+    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
+        if image.dtype == np.uint8 or self.gamma > 0:
+            return super().on_image(image, drawn)
+        return image_kernels.band_jitter(image, drawn["brightness"], drawn["contrast"])
+
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         brightness = per_band(drawn["brightness"], images)
         contrast = per_band(drawn["contrast"], images)
         if self.gamma > 0:
-            images = images ** per_band(drawn["gamma"], images)
+            # Rounding can leave a value just below 0, which has no power.
+            images = images.clamp(min=0) ** per_band(drawn["gamma"], images)
         if self.contrast == 0:
             return (images * brightness).clamp_(0, 1)
         mean = images.mean((2, 3), keepdim=True)

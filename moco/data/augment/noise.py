@@ -59,7 +59,7 @@ class PoissonNoise(Operation):
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         photons = per_image(drawn["photons"], images)
-        mean = images * photons
+        mean = images.clamp(min=0) * photons  # rounding can leave a value just below 0
         normals = normals_like(images, drawn["seed"])
         skewness = (normals**2).sub_(1).mul_(1 / 6)
         counts = normals.mul_(mean.sqrt()).add_(mean).add_(skewness).round_().mul_(images > 0)

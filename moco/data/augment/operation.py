@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moco.data.augment.image_kernels import split_bands
+
 Drawn = dict[str, Tensor]
 """The numbers of one operation by name, (batch, ...) each."""
 Numbers = Mapping[str, Any]
@@ -43,7 +45,7 @@ class ImageKind(NamedTuple):
 RGB_8_BIT = ImageKind()
 
 
-def image_kind(bands: int, is_float: bool) -> ImageKind:
+def kind_of_images(bands: int, is_float: bool) -> ImageKind:
     """Return the kind of images with these bands.
 
     Raises:
@@ -122,11 +124,16 @@ class Operation:
 
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         """Change one image by its numbers: (height, width, 3) uint8, or float32 with any bands."""
-        planes = torch.tensor(image).permute(2, 0, 1)
-        images = planes[None] if image.dtype == np.float32 else planes[None] / 255
         numbers = {name: torch.as_tensor(value)[None] for name, value in drawn.items()}
-        changed = self.on_batch(images, numbers)
-        return as_arrays_of(changed, ImageKind(image.shape[2], image.dtype == np.float32))[0]
+        if image.dtype == np.uint8:
+            images = torch.tensor(image).permute(2, 0, 1)[None] / 255
+            return as_arrays_of(self.on_batch(images, numbers), RGB_8_BIT)[0]
+        # Planes, because loops over the bands of each pixel are slow.
+        height, width, bands = image.shape
+        planes = np.empty((bands, height, width), np.float32)
+        split_bands(image, planes)
+        changed = self.on_batch(torch.from_numpy(planes)[None], numbers)
+        return as_arrays_of(changed, ImageKind(bands, True))[0]
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         """Change a batch, (batch, bands, height, width) float32 in 0..1, by the numbers of all."""

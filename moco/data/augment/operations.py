@@ -251,7 +251,7 @@ class HorizontalFlip(Operation):
     """Exchange left and right."""
 
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
-        return cv2.flip(image, 1).reshape(image.shape)
+        return image_kernels.horizontal_flip(image)
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return images.flip(-1)
@@ -262,7 +262,7 @@ class VerticalFlip(Operation):
     """Exchange top and bottom."""
 
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
-        return cv2.flip(image, 0).reshape(image.shape)
+        return np.ascontiguousarray(image[::-1])
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return images.flip(-2)

@@ -136,7 +136,7 @@ class Pipeline(Operation):
 
 def planes_of(image: np.ndarray) -> Tensor:
     """Return an array (height, width, bands) as a tensor (bands, height, width), copied."""
-    return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
 
 
 def pipeline_step(view: Any, image_size: int, where: str, kind: ImageKind = RGB_8_BIT) -> Step:
@@ -171,7 +171,7 @@ def build_pipeline(
     options: Mapping[str, Any] | None,
     image_size: int,
     where: str,
-    kind: ImageKind = RGB_8_BIT,
+    images: ImageKind = RGB_8_BIT,
 ) -> Pipeline:
     """Return the pipeline that a function of the user's returns.
 
@@ -180,7 +180,7 @@ def build_pipeline(
         options: its keyword arguments.
         image_size: side of the view, px.
         where: key of the view in the config, for error messages.
-        kind: the images of the run.
+        images: their kind in the run.
 
     Raises:
         InputError: there is no such function, it does not take these options, it fails, or it
@@ -207,10 +207,10 @@ def build_pipeline(
         # Whatever the user's function does.
         raise InputError(f"{source}: {type(error).__name__}: {error}") from error
     if not callable(transform):
-        got = type(transform).__name__
-        raise InputError(f"{source}: returned {got}; expected a callable that takes an image")
-    recipe = (target, options, image_size, where, kind)
-    return Pipeline(transform, image_size, source, any_size, recipe, kind)
+        kind = type(transform).__name__
+        raise InputError(f"{source}: returned {kind}; expected a callable that takes an image")
+    recipe = (target, options, image_size, where, images)
+    return Pipeline(transform, image_size, source, any_size, recipe, images)
 
 
 def takes_image_size(function: Callable[..., Any]) -> bool:

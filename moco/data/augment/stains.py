@@ -31,8 +31,8 @@ class StainJitter(Operation):
     Stains are what colour deconvolution finds: the natural logarithm of the values, in the
     coordinates of haematoxylin, eosin and DAB. Only for RGB.
 
-    Differs from the paper: it takes the logarithm of values from 2 to 3, as scikit-image did until
-    0.18. With the optical density, the same settings change dark pixels less than there.
+    Differs from the paper: there, 2 is added to the values before the logarithm, as scikit-image
+    did until 0.18. So the same shift changes a value x by x / (x + 2) of what it does there.
 
     Args:
         factor: the factor is drawn from 1 - x to 1 + x, for each stain.
@@ -41,7 +41,7 @@ class StainJitter(Operation):
     """
 
     factor: float = 0.2
-    shift: float = 0.05
+    shift: float = 0.1
     num_draws: ClassVar[int] = 1
     limits: ClassVar = {"factor": (0, 1), "shift": (0, 1)}
 

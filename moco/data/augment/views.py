@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -17,7 +16,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from moco.data.augment.draws import uniforms
-from moco.data.augment.operation import Drawn, ImageKind, Numbers, defines, image_kind
+from moco.data.augment.image_kernels import split_bands
+from moco.data.augment.operation import Drawn, ImageKind, Numbers, defines, kind_of_images
 from moco.data.augment.operations import Step, build_operation, known_operations
 from moco.data.augment.pipeline import Pipeline, pipeline_step, planes_of
 from moco.data.augment.presets import read_preset
@@ -63,7 +63,7 @@ class View:
         bands: int = 3,
         is_float: bool = False,
     ) -> None:
-        kind = image_kind(bands, is_float)
+        kind = kind_of_images(bands, is_float)
         self.image_size = image_size
         self.where = where
         self.steps: list[Step] = []
@@ -253,7 +253,7 @@ class ViewPair:
         bands: int = 3,
         is_float: bool = False,
     ) -> None:
-        self.kind = image_kind(bands, is_float)
+        self.kind = kind_of_images(bands, is_float)
         self.ramp = ramp or ResolutionRamp(image_size)
         self.views_of_size: dict[int, list[View]] = {}
         for size in self.ramp.sizes:
@@ -370,7 +370,7 @@ class ViewPair:
             arrays = list(map(as_arrays, numbers))
             for row, image in enumerate(of_view):
                 result = view.on_image(image, row_of(arrays, row), end)
-                cv2.split(result, [*planes[place, row]])
+                split_bands(result, planes[place, row])
 
     def empty_views(self, num: int, epoch: int = 0) -> Tensor:
         """Return memory for the views of `num` images, (2, num, bands, side, side).
@@ -542,7 +542,7 @@ def normalisation(
         raise InputError(f"augmentation.std={[*std]}: expected numbers above 0")
     std_tensor = torch.tensor([*std] * (bands // len(std))).view(bands, 1, 1)
     mean_tensor = torch.tensor([*mean] * (bands // len(mean))).view(bands, 1, 1)
-    scale = 1 / (image_kind(bands, is_float).largest * std_tensor)
+    scale = 1 / (kind_of_images(bands, is_float).largest * std_tensor)
     return scale, mean_tensor / std_tensor
 
 
@@ -608,7 +608,7 @@ def as_planes(image: AnyImage) -> Tensor:
     return planes_of(image)
 
 
-def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[AnyImage], AnyImage]:
+def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[AnyImage], Any]:
     """Return the evaluation view without its normalisation.
 
     It takes a Pillow image or an array (height, width, bands). From 8-bit RGB it makes a Pillow
@@ -619,7 +619,7 @@ def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[AnyImage], 
     return partial(cut_out, cut)  # loader processes get a copy, and a local function has none
 
 
-def cut_out(cut: Callable[[Any], Any], image: AnyImage) -> AnyImage:
+def cut_out(cut: Callable[[Any], Any], image: AnyImage) -> Any:
     """Apply an operation of torchvision, see `evaluation_crop`."""
     if isinstance(image, Image.Image):
         return cut(image)

@@ -357,46 +357,62 @@ def scan_folder(path: str, kinds: Mapping[str, str | None], is_root: bool = Fals
     folders: list[str] = []
     links: list[str] = []
     images: list[str] = []
-    formats: dict[str, int] = {}
-    left_out: dict[str, int] = {}
+    left_out: Counter[str] = Counter()
     told: set[str] = set()  # the names that may tell who wrote the folder
+    seen: tuple[str, ...] = ()  # endings of images in this folder, in their own case
+    are_all_seen = True
     try:
         # Before its entries are read, so that a change in between counts as a later one.
         status = os.stat(path)
         with os.scandir(path) as entries:
             for entry in entries:
                 name = entry.name
+                if not is_folder(entry):
+                    # This is the case of nearly all of a million files.
+                    if name.endswith(seen) and name[0] != ".":
+                        images.append(prefix + name)
+                        continue
+                    kind = kind_of_file(entry, prefix + name, kinds)
+                    if kind is None:
+                        images.append(prefix + name)
+                        ending = name[name.rfind(".") :]
+                        # A name that ends in .npz may tell who wrote the folder.
+                        if ending.lower() in kinds and ending.lower() != ".npz":
+                            seen = (*seen, ending)
+                        else:
+                            are_all_seen = False
+                    else:
+                        left_out[kind] += 1
+                elif is_left_out_folder(name):
+                    left_out[f"{name}/"] += 1
+                elif entry.is_symlink():
+                    links.append(prefix + name)
+                else:
+                    folders.append(prefix + name)
                 if name in NAMES_OF_FOLDERS:
                     told.add(name)
-                if is_folder(entry):
-                    if is_left_out_folder(name):
-                        left_out[f"{name}/"] = 1
-                    elif entry.is_symlink():
-                        links.append(prefix + name)
-                    else:
-                        folders.append(prefix + name)
-                    continue
-                _, dot, ending = name.rpartition(".")
-                ending = (dot + ending).lower() if dot else ""
-                kind: str | None = HIDDEN
-                if name[0] != ".":
-                    # Asking the dictionary once is the common case, a known ending.
-                    kind = kinds.get(ending, "")
-                    if kind == "":
-                        kind = kind_of_content(entry, prefix + name, ending)
-                if kind is None:
-                    images.append(prefix + name)
-                    ending = ending or NO_ENDING
-                    formats[ending] = formats.get(ending, 0) + 1
-                else:
-                    left_out[kind] = left_out.get(kind, 0) + 1
     except OSError as error:
         shown = printable(path)
         log.warning("left out a folder that cannot be read: %s (%s)", shown, error.strerror)
         return None
     if not is_root and is_written_folder(told):
         return Folder(path, status, [], [], [], {}, {f"{os.path.basename(path)}/": 1})
+    formats: Mapping[str, int]
+    if are_all_seen and len(seen) == 1:
+        formats = {seen[0].lower(): len(images)}
+    else:
+        formats = Counter(ending_of(image) or NO_ENDING for image in images)
     return Folder(path, status, sorted(folders), sorted(links), images, formats, left_out)
+
+
+def kind_of_file(entry: os.DirEntry[str], path: str, kinds: Mapping[str, str | None]) -> str | None:
+    """Return None if a file is an image, or its kind if it is none; see `Listing`."""
+    if entry.name[0] == ".":
+        return HIDDEN
+    ending = ending_of(entry.name)
+    if ending in kinds:
+        return kinds[ending]
+    return kind_of_content(entry, path, ending)
 
 
 def is_left_out_folder(name: str) -> bool:
@@ -407,10 +423,11 @@ def is_left_out_folder(name: str) -> bool:
 def kind_of_content(entry: os.DirEntry[str], path: str, ending: str) -> str | None:
     """Return None if a file with an unknown ending is an image, or its kind if it is none."""
     known = None
-    # A pipe would wait for a writer.
-    if entry.is_file():
-        with suppress(OSError), open(path, "rb") as file:
-            known = recognised(file.read(FIRST_BYTES))
+    with suppress(OSError):  # such as of a link to itself
+        # A pipe would wait for a writer.
+        if entry.is_file():
+            with open(path, "rb") as file:
+                known = recognised(file.read(FIRST_BYTES))
     if known is None:
         return ending or NO_ENDING
     return kind_of_format(known, ending)

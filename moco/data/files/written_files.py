@@ -4,6 +4,7 @@ They were written by the programs of this project, or by the system. A run insid
 must not train on its own plots.
 """
 
+import os
 import zipfile
 from collections.abc import Collection
 
@@ -52,6 +53,9 @@ def is_written_file(path: str) -> bool:
 
     A file that cannot be read is not.
     """
+    # A pipe would wait for a writer.
+    if not os.path.isfile(path):
+        return False
     try:
         if path.lower().endswith(".npz"):
             with zipfile.ZipFile(path) as archive:

@@ -25,7 +25,7 @@ from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in, is_local, sample_key
 from moco.data.sources.source import ArrayImages, Images, Labelled
 
-Crop = Callable[[AnyImage], AnyImage]
+Crop = Callable[[AnyImage], Any]
 IMAGES_AT_ONCE = 16  # that a loader process returns together
 
 

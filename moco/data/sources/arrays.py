@@ -1,6 +1,5 @@
 """Datasets that fit in memory: digits, noise, .npz archives, and what torchvision downloads."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from moco.data.files.archives import DAMAGED, read_arrays
+from moco.data.sources.own_dataset import class_names_of
 from moco.data.sources.source import (
     ArrayImages,
     DataSource,
@@ -124,7 +124,7 @@ def torchvision_source(name: str, root: str, download: bool) -> DataSource:
     for is_train in (True, False):
         dataset = torchvision_dataset(class_name, root, train=is_train, download=download)
         arrays += [np.asarray(dataset.data), dataset.targets]
-    return with_class_names(source_from_arrays(class_name, *arrays), dataset.classes)
+    return with_class_names(source_from_arrays(class_name, *arrays), class_names_of(dataset))
 
 
 def stl10_source(root: str, download: bool) -> DataSource:
@@ -136,15 +136,14 @@ def stl10_source(root: str, download: bool) -> DataSource:
         arrays += [dataset.data.transpose(0, 2, 3, 1), dataset.labels]
     *of_labelled, all_images, _ = arrays
     labelled = source_from_arrays("STL10", *of_labelled)
-    labelled = with_class_names(labelled, dataset.classes)
+    labelled = with_class_names(labelled, class_names_of(dataset))
     return replace(labelled, train=ArrayImages(all_images, "STL10"))
 
 
-def with_class_names(source: DataSource, names: Sequence[str]) -> DataSource:
-    """Return a source whose bank and queries have names for their classes."""
+def with_class_names(source: DataSource, class_names: tuple[str, ...] | None) -> DataSource:
+    """Return a source whose bank and queries have names for their classes, if there are any."""
     assert source.bank is not None
     assert source.queries is not None
-    class_names = tuple(names)
     bank = replace(source.bank, class_names=class_names)
     return replace(source, bank=bank, queries=replace(source.queries, class_names=class_names))
 

@@ -214,7 +214,7 @@ def band_file_images(
     place_of: dict[str, dict[str, int]] = {}  # the files of each image by band
     counts: Counter[str] = Counter()
     num_others = 0
-    for place, (root, name) in enumerate(names_below(listing.paths, roots)):
+    for place, (root, name) in enumerate(roots_and_names(listing.paths, roots)):
         parsed = parse.parsed(name)
         if parsed is None:
             num_others += 1
@@ -223,7 +223,7 @@ def band_file_images(
         place_of.setdefault(os.path.join(root, parse.name(image_id)), {})[band] = place
         counts[band] += 1
     if not place_of:
-        first = ", ".join(printable(name) for _, name in names_below(listing.paths, roots)[:2])
+        first = ", ".join(printable(name) for _, name in roots_and_names(listing.paths, roots)[:2])
         raise InputError(f"data.band_files={template}: fits no file; the first are {first}")
     if num_others:
         log.info("data.band_files: left out %d files that it does not fit", num_others)
@@ -273,7 +273,7 @@ def log_bands(images: BandFileImages) -> None:
         )
 
 
-def names_below(paths: PathList, roots: Sequence[str]) -> list[tuple[str, str]]:
+def roots_and_names(paths: PathList, roots: Sequence[str]) -> list[tuple[str, str]]:
     """Return the folder of each path, and its name relative to that folder."""
     prefixes = [(root, os.path.join(root, "")) for root in roots]
     names = []
@@ -292,6 +292,8 @@ def chosen_bands(bands: Any, counts: Counter[str]) -> list[str]:
         InputError: the setting is no list of names, or no file is of such a band.
     """
     wanted = bands if isinstance(bands, (list, tuple)) else [bands]
+    if not wanted:
+        raise InputError("data.bands=[]: expected the names of the bands, or null for all")
     there = sorted(counts, key=natural_order)
     chosen = []
     for band in wanted:

@@ -222,7 +222,7 @@ def class_folder_source(
 
 def class_sides(
     files: Listing, folders: Sequence[str]
-) -> list[tuple[Listing, np.ndarray, tuple[str, ...]]]:
+) -> list[tuple[Listing, np.ndarray, tuple[str, ...] | None]]:
     """Return the files in the class folders of each folder, their class numbers, and the names.
 
     Classes have the numbers of the first folder, whatever the second one holds.
@@ -233,7 +233,7 @@ def class_sides(
     found = [files_in_class_folders(files, folder) for folder in folders]
     class_names = tuple(sorted(set(found[0][1]), key=natural_order))
     number_of_class = {name: number for number, name in enumerate(class_names)}
-    sides = []
+    sides: list[tuple[Listing, np.ndarray, tuple[str, ...] | None]] = []
     for folder, (in_classes, classes) in zip(folders, found, strict=True):
         unknown = sorted(set(classes) - set(class_names), key=natural_order)
         if unknown:

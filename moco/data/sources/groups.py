@@ -163,7 +163,9 @@ def groups_by_table(names: Sequence[str], path: str) -> list[str | None]:
 def relative_names(images: Images, roots: Sequence[str]) -> list[str]:
     """Return the names of images relative to the folder of the dataset.
 
-    If all of them are in a folder ``train``, they are relative to that one.
+    If the names do not begin with that folder, as in a packed copy, they are relative to the folder
+    that all of them have in common. If all of them are in a folder ``train``, they are relative to
+    that one.
 
     Args:
         roots: the folders of the dataset, if it has any.
@@ -171,14 +173,16 @@ def relative_names(images: Images, roots: Sequence[str]) -> list[str]:
     prefixes = []
     for root in roots:
         prefixes += [os.path.join(root, ""), os.path.join(Path(root), "")]
+    names = [images.name(index) for index in range(len(images))]
     relative = []
-    for index in range(len(images)):
-        name = images.name(index)
-        for prefix in prefixes:
-            if name.startswith(prefix):
-                name = name[len(prefix) :]
-                break
-        relative.append(name)
+    for name in names:
+        found = [prefix for prefix in prefixes if name.startswith(prefix)]
+        relative.append(name[len(found[0]) :] if found else name)
+    if relative == names:
+        prefix = os.path.commonprefix(names)  # noqa: RUF071, cut at its last slash
+        folder, slash, _ = prefix.rpartition("/")
+        start = len(folder + slash)
+        relative = [name[start:] for name in names]
     first_folder, slash, _ = relative[0].partition("/")
     folder = first_folder + slash
     is_split = slash and first_folder.lower() in TRAINING_FOLDERS
@@ -298,12 +302,18 @@ def log_groups(groups: np.ndarray) -> None:
     """Log how many groups there are, and how many images cannot be paired."""
     known = groups[groups != UNKNOWN]
     sizes = np.unique(known, return_counts=True)[1]
+    num_alone = int((sizes == 1).sum())
+    num_without = len(groups) - len(known)
+    with_themselves = ""
+    if num_alone or num_without:
+        with_themselves = (
+            f"; {num_alone:,} images are alone in their group and {num_without:,} have none: they "
+            "pair with themselves"
+        )
     log.info(
-        "%s groups of %d to %d images; %s images are alone in their group and %s have none, "
-        "which pair with themselves",
+        "%s groups of %s to %s images%s",
         f"{len(sizes):,}",
-        sizes.min(),
-        sizes.max(),
-        f"{(sizes == 1).sum():,}",
-        f"{len(groups) - len(known):,}",
+        f"{sizes.min():,}",
+        f"{sizes.max():,}",
+        with_themselves,
     )

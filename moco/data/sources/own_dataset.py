@@ -41,6 +41,7 @@ EXPECTED_IMAGE = (
     "(H, W, bands), or a tensor (H, W) or (bands, H, W), of uint8, int16, uint16, int32, uint32 or "
     "floats"
 )
+USUAL_BANDS = (1, 3, 4)
 PIXEL_TYPES = (
     "uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64"
 )  # fmt: skip
@@ -237,6 +238,9 @@ def pixels_of(item: Any, max_image_pixels: int, *, raw: bool = False) -> np.ndar
         if array.dtype == torch.bfloat16:  # NumPy has none
             array = array.float()
         if array.ndim == 3:
+            # A tensor with its bands at the end would become an image three px wide.
+            if array.shape[2] in USUAL_BANDS and array.shape[0] not in USUAL_BANDS:
+                raise ValueError(f"{described(image)}, whose bands do not come first")
             array = array.permute(1, 2, 0)
         array = array.numpy()
     if not isinstance(array, np.ndarray):

@@ -145,6 +145,18 @@ class PixelValues:
         planes = [stretched(pixels[:, :, band - 1]) for band in chosen]
         return np.stack(planes * (RGB_BANDS // len(planes)), axis=2)
 
+    def in_words(self) -> str:
+        """Return bands, type and value range for the log."""
+        words = described(self.dtype, self.bands)
+        if self.selection is not None:
+            words += f" ({', '.join(map(str, self.selection))})"
+        if self.low is None or self.high is None:
+            return words
+        pairs = sorted(set(zip(self.low, self.high, strict=True)))
+        low, high = pairs[0]
+        ranges = f"{low:g} to {high:g}" if len(pairs) == 1 else "each band's range"
+        return f"{words}; {ranges} becomes 0 to 1"
+
     def described(self) -> dict[str, Any]:
         """Return what the values depend on, as plain data for the key of a cache."""
         return {

@@ -1,16 +1,20 @@
 """A sample of a dataset's images, to learn their type, bands and values before a run."""
 
 import itertools
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from moco.data.files.images import EncodedImage, UnreadableImage
-from moco.data.sources.own_dataset import IterableImages
+from moco.data.sources.own_dataset import DatasetImages, IterableImages
 from moco.data.sources.pixel_values import SAMPLE_SIZE, PixelValues, settle_values
 from moco.data.sources.shards import Sample, ShardedImages, images_in
 from moco.data.sources.source import DataSource, Images, reading_of
+
+log = logging.getLogger(__name__)
 
 MOST_OF_ITERABLE = 8  # making the images of an iterable dataset may be expensive
 
@@ -35,17 +39,47 @@ def prepare_source(
     if isinstance(data["root"], str):
         command += f" data.root={data['root']}"
     source.read_as(reading_of(data))
+    sample = list(sample_of(source.train))
+    value_range = data["value_range"]
+    if value_range is None and are_shares(source.train, sample):
+        value_range = [0, 1]
     values = settle_values(
-        sample_of(source.train),
+        sample,
         bands=chosen_bands(data),
-        value_range=data["value_range"],
+        value_range=value_range,
         nodata=data["nodata"],
         mean=mean,
         display=display,
         command=command,
     )
     source.prepare(values)
+    log.info("images: %s, %s", sizes_in_words(sample), values.in_words())
     return values
+
+
+def are_shares(images: Images, sample: Sequence[tuple[str, EncodedImage]]) -> bool:
+    """Return whether these are a dataset's float images from 0 to 1, as torchvision makes them."""
+    if not isinstance(images, (DatasetImages, IterableImages)):
+        return False
+    for _, image in sample:
+        if image.dtype.kind != "f":
+            return False
+        pixels = image.pixels()
+        # Written so that NaN is outside, too.
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            return False
+    return bool(sample)
+
+
+def sizes_in_words(sample: Sequence[tuple[str, EncodedImage]]) -> str:
+    """Return the sizes of the images in a sample."""
+    sizes = sorted({image.size for _, image in sample}, key=math.prod)
+    if not sizes:
+        return "no readable one among the first"
+    words = []
+    for height, width in dict.fromkeys([sizes[0], sizes[-1]]):
+        words.append(f"{width} x {height} px")
+    return " to ".join(words)
 
 
 def chosen_bands(data: Mapping[str, Any]) -> Any:

@@ -227,7 +227,7 @@ def confusion_plot(classes: Sequence[object] | np.ndarray, counts: np.ndarray) -
         write_counts(axes, counts, shares)
     else:
         named = np.linspace(0, num_classes - 1, 10).astype(int)
-    names = [str(classes[place]) for place in named]
+    names = [str(classes[place]) for place in named.tolist()]
     axes.set_xticks(named, names, rotation=90, fontsize=FONT_SIZE)
     axes.set_yticks(named, names, fontsize=FONT_SIZE)
     return figure

@@ -11,8 +11,9 @@ from moco.errors import InputError
 
 
 def pixel(image, x=0, y=0):
-    assert image.mode == "RGB"
-    return image.getpixel((x, y))
+    image = np.asarray(image)
+    assert image.shape[2] == 3
+    return tuple(image[y, x].tolist())
 
 
 @pytest.mark.parametrize(

@@ -318,7 +318,7 @@ def test_pages_are_counted_once(tmp_path, monkeypatch):
         source = build_source(
             "images", str(tmp_path / "tree"), pages="each", listing=tmp_path / "images.npz"
         )
-        sources.append([source.train[index].getpixel((0, 0)) for index in range(len(source.train))])
+        sources.append([source.train[index][0, 0].tolist() for index in range(len(source.train))])
         monkeypatch.setattr(listing, "pages_of", lambda path: pytest.fail("counted again"))
     assert sources == [[(255, 0, 0), (0, 255, 0)]] * 2
 

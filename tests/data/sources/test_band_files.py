@@ -133,6 +133,7 @@ def test_an_image_larger_than_the_limit_is_unreadable(scenes, tmp_path):
     [
         ({"band_files": "{id}-{band}.tif"}, r"fits no file; the first are north/a_B1_B02\.tif, "),
         ({"band_files": TEMPLATE, "bands": ["04", "07"]}, "band 07; there are 02, 04, 8A, 10"),
+        ({"band_files": TEMPLATE, "bands": []}, r"data\.bands=\[\]: expected the names"),
         ({"tile": 8, "band_files": TEMPLATE}, r"data\.tile=8: does not go with data\.band_files"),
         ({"tile": 8, "pages": "each"}, r"data\.tile=8: does not go with data\.pages=each"),
     ],

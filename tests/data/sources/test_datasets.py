@@ -34,7 +34,7 @@ def test_images_takes_a_tree_and_sub_folders_are_no_classes(image_tree):
     assert len(source.train) == 24
     assert source.bank is None
     assert source.queries is None
-    assert source.train[0].size == (20, 16)
+    assert source.train[0].shape == (16, 20, 3)
 
 
 def test_loader_processes_are_handed_images_as_shared_memory(image_tree):
@@ -54,7 +54,7 @@ def test_names_with_odd_characters_survive(tmp_path):
     assert sorted(source.train.name(i) for i in range(3)) == sorted(
         str(tmp_path / name) for name in names
     )
-    assert source.train[2].size == (4, 4)
+    assert source.train[2].shape == (4, 4, 3)
 
 
 def test_images_takes_several_trees(image_tree):
@@ -248,7 +248,7 @@ def test_cifar10_is_read_by_torchvisions_own_class(tmp_path, monkeypatch):
         (folder / name).write_bytes(pickle.dumps(cifar_batch(4, "labels")))
     source = build_source("cifar10", str(tmp_path))
     assert (len(source.train), len(source.queries.labels), source.image_size) == (20, 4, 32)
-    assert source.train[0].getpixel((0, 0)) == (0, 1024 % 256, 2048 % 256)
+    assert source.train[0][0, 0].tolist() == [0, 1024 % 256, 2048 % 256]
 
 
 def test_fashion_mnist_is_read_by_torchvisions_own_class(tmp_path):
