@@ -35,7 +35,6 @@ from moco.data.files.formats import FIRST_BYTES, FORMAT_OF_NAME, Format, recogni
 from moco.data.files.pillow_images import opened, pillow_warnings_ignored, to_rgb
 
 __all__ = [
-    "EXTENSIONS",
     "MAX_IMAGE_PIXELS",
     "DecodedImage",
     "EncodedFile",
@@ -55,7 +54,6 @@ __all__ = [
     "to_rgb",
 ]
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 READERS: dict[str, ModuleType] = {
     "jpeg": pillow_images,  # those that `jpeg_images` found damaged
     "pillow": pillow_images,

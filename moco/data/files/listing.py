@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moco.data.files.archives import DAMAGED, read_arrays
-from moco.data.files.formats import FIRST_BYTES, FORMAT_OF_NAME, FORMATS, Format, recognised
+from moco.data.files.formats import FIRST_BYTES, FORMAT_OF_ENDING, FORMATS, Format, recognised
 from moco.data.files.images import UnreadableImage, header, pillow_warnings_ignored
 from moco.data.files.written_files import (
     NAMES_OF_FOLDERS,
@@ -447,13 +447,15 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 def count_pages(paths: PathList) -> np.ndarray:
     """Return the number of images in each file, (files,) int64.
 
-    A TIFF file may hold several; other files and unreadable files count as one image.
+    TIFF, NumPy and DICOM files may hold several; other files and unreadable files count as one.
     """
     num_pages = np.ones(len(paths), dtype=np.int64)
-    endings = FORMAT_OF_NAME["TIFF"].endings
-    tiff_files = [index for index, path in enumerate(paths) if path.lower().endswith(endings)]
+    endings = tuple(
+        ending for ending, known in FORMAT_OF_ENDING.items() if known.reader != "pillow"
+    )
+    stacks = [index for index, path in enumerate(paths) if path.lower().endswith(endings)]
     with pillow_warnings_ignored(), ThreadPoolExecutor(NUM_THREADS) as pool:
-        num_pages[tiff_files] = list(pool.map(pages_of, map(paths.__getitem__, tiff_files)))
+        num_pages[stacks] = list(pool.map(pages_of, map(paths.__getitem__, stacks)))
     return num_pages
 
 

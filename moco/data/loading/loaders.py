@@ -470,9 +470,22 @@ class LabelledViews:
         self.labels = torch.from_numpy(labelled.labels)
         self.device = device
         # A pair of one view. It is built first, because its errors name the right key.
-        view = View(operations, image_size, where)
+        values = images.values
+        bands = 3 if values is None else values.bands
+        is_float = values is not None and values.is_float
+        view = View(operations, image_size, where, bands, is_float)
         self.engine = choose_engine("auto", images, image_size, device.type, [view])
-        self.views = ViewPair(operations, operations, mean, std, image_size, seed, self.engine.name)
+        self.views = ViewPair(
+            operations,
+            operations,
+            mean,
+            std,
+            image_size,
+            seed,
+            self.engine.name,
+            bands=bands,
+            is_float=is_float,
+        )
         self.views.views_of_size = {image_size: [view]}
         # With a batch size of 1 the sampler leaves no image out.
         self.sampler = EpochSampler(len(images), batch_size=1, seed=seed)

@@ -21,6 +21,7 @@ from moco.data.files.images import (
     read_window,
     to_rgb,
 )
+from moco.data.files.listing import listed
 
 TYPES = ("uint8", "uint16", "int16", "int32", "uint32", "float16", "float32", "float64")
 
@@ -392,6 +393,16 @@ def test_stacks_and_archives_of_numpy_are_pages_or_bands(generator):
         UnreadableImage, match=r"^x: page 2 has 8 x 5 px of uint16, page 1 has 8 x 6"
     ):
         encoded(mixed, "x", 10**6, None)
+
+
+def test_the_pages_of_all_stacks_below_a_folder_are_counted(generator, tmp_path):
+    stack = generator.integers(0, 60000, (4, 6, 8), np.uint16)
+    np.save(tmp_path / "a.npy", stack[..., None])
+    np.savez(tmp_path / "b.npz", *stack[:3])
+    tifffile.imwrite(tmp_path / "c.tif", stack[:2], photometric="minisblack")
+    Image.fromarray(stack[0]).save(tmp_path / "d.png")
+    assert listed([str(tmp_path)], "each").num_pages.tolist() == [4, 3, 2, 1]
+    assert listed([str(tmp_path)], "first").num_pages.tolist() == [1, 1, 1, 1]
 
 
 def test_pages_of_a_tiff_are_images_or_bands_and_overviews_are_neither(generator, tmp_path):

@@ -320,7 +320,7 @@ def test_pages_are_counted_once(tmp_path, monkeypatch):
         )
         sources.append([source.train[index][0, 0].tolist() for index in range(len(source.train))])
         monkeypatch.setattr(listing, "pages_of", lambda path: pytest.fail("counted again"))
-    assert sources == [[(255, 0, 0), (0, 255, 0)]] * 2
+    assert sources == [[[255, 0, 0], [0, 255, 0]]] * 2
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "older", "array"])

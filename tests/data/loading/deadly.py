@@ -5,7 +5,6 @@ import signal
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from moco.data.loading.loaders import PairMaker
 
