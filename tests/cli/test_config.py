@@ -193,7 +193,7 @@ MISTAKES = [
     (["method.projector.num_layer=2"], "error: unknown key 'method.projector.num_layer'; did you mean 'method.projector.num_layers'?"),
     (["data=images"], "error: data.root: missing; data=images needs data.root=PATH"),
     (["data=images", "data.root=nowhere"], "error: data.root=nowhere: no such folder"),
-    (["data=images", "data.root=."], "error: data.root=.: no images in there (looked for .avif, .bmp,"),
+    (["data=images", "data.root=."], "error: data.root=.: no images in there (left out 4 files: .yaml 4)"),
     (["method.temperature"], "error: cannot read the override 'method.temperature': Error parsing override"),
     (["trainer.accelerator=gppu"], "error: trainer.accelerator: unknown value 'gppu'; did you mean 'gpu'?"),
     (["method=null"], "error: Config group override must be a string or a list."),

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from moco.config.data import EvaluateDataConfig
 from moco.config.pretrained import EvaluateConfig, EvaluationConfig
+from moco.data.files.written_files import is_written_file
 from moco.data.sources.source import ArrayImages, Labelled
 from moco.evaluate import run
 from moco.evaluation.collapse import collapse_of
@@ -67,6 +68,7 @@ def plots_in(folder):
         with Image.open(path) as image:
             image.load()
             assert image.format == "PNG"
+            assert is_written_file(str(path))  # it is no image of a dataset
             found[path.name] = image.size
     return found
 

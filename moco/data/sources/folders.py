@@ -190,7 +190,7 @@ def class_folder_source(
             not a training class, or the file of labels does not fit.
     """
     root = str(Path(root))
-    split = find_split(root)
+    split = find_split(root, has_classes=labels is None)
     folders = [root]
     if split.train is not None:
         folders = [os.path.join(root, name) for name in split if name is not None]

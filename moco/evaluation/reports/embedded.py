@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from moco.data.sources.source import Labelled
+from moco.errors import printable
 from moco.evaluation.reports.plots import (
     LONGEST_NAME,
     RIGHT,
@@ -53,7 +54,7 @@ class Embedded(NamedTuple):
         Args:
             most: letters; a longer name is cut.
         """
-        return legible(self.labelled.class_name(int(number)), most) or str(number)
+        return legible(printable(self.labelled.class_name(int(number))), most) or str(number)
 
     def unreadable(self) -> list[int]:
         """Return the indices of the images in `labelled` that have no row."""

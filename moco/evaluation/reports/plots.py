@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from moco.errors import printable
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -79,9 +77,9 @@ def has_glyph(letter: str) -> bool:
 def legible(name: str, most: int) -> str | None:
     """Return a name as matplotlib can draw it, cut to `most` letters; None if letters are missing.
 
-    It is on one line and no formula.
+    A dollar sign begins no formula.
     """
-    shown = printable(name)
+    shown = name
     if len(shown) > most:
         shown = shown[: most - 1] + "…"
     if not all(map(has_glyph, shown)):
