@@ -192,14 +192,17 @@ def test_stats_proposes_what_training_takes(scenes, tmp_path):
 
 
 def test_an_image_that_is_too_large_ends_in_one_line(tmp_path):
-    path = tmp_path / "images" / "huge.tif"
-    path.parent.mkdir()
+    folder = tmp_path / "images"
+    folder.mkdir()
+    path = folder / "huge.tif"
     tifffile.imwrite(path, np.zeros((16, 16, 4), np.uint16), photometric="minisblack")
     with tifffile.TiffFile(path, mode="r+b") as file:
         # The file claims 3.2 GB, and holds two kilobytes.
         for tag in ("ImageWidth", "ImageLength"):
             file.pages[0].tags[tag].overwrite(20_000)
-    done = run_program("moco.train", *SMALL, "data=images", f"data.root={path.parent}",
+    for number in range(8):
+        (folder / f"{number}.tif").write_bytes(path.read_bytes())
+    done = run_program("moco.train", *SMALL, "data=images", f"data.root={folder}",
                        "data.value_range=[0,1]", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1

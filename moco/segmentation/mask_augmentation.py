@@ -101,12 +101,13 @@ class SegmentationView:
         self.seed = seed
 
     def __call__(
-        self, pixels: np.ndarray, mask: np.ndarray, epoch: int, index: int
+        self, pixels: Image.Image | np.ndarray, mask: np.ndarray, epoch: int, index: int
     ) -> tuple[Tensor, Tensor]:
         """Augment image number `index` in epoch `epoch`.
 
         Args:
-            pixels: (height, width, 3) uint8, or (height, width, bands) float32 from 0 to 1.
+            pixels: a Pillow image; (height, width, 3) uint8; or (height, width, bands) float32 from
+                0 to 1.
             mask: (height, width) class numbers.
 
         Returns:
@@ -140,15 +141,17 @@ class SegmentationView:
         return image, F.pad(mask, padding, fill=self.ignore_index)
 
 
-def as_image(pixels: np.ndarray) -> Image.Image | Tensor:
+def as_image(pixels: Image.Image | np.ndarray) -> Image.Image | Tensor:
     """Return pixels in the form that torchvision transforms.
 
     Args:
-        pixels: (height, width, 3) uint8, or (height, width, bands) float32.
+        pixels: a Pillow image; (height, width, 3) uint8; or (height, width, bands) float32.
 
     Returns:
         A Pillow image, or a tensor (bands, height, width).
     """
+    if isinstance(pixels, Image.Image):
+        return pixels
     if pixels.dtype == np.uint8:
         return Image.fromarray(pixels)
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -13,6 +13,7 @@ from moco.data.sources.own_dataset import DatasetImages, IterableImages
 from moco.data.sources.pixel_values import SAMPLE_SIZE, PixelValues, settle_values
 from moco.data.sources.shards import Sample, ShardedImages, images_in
 from moco.data.sources.source import DataSource, Images, reading_of
+from moco.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,12 @@ def prepare_source(
     if isinstance(data["root"], str):
         command += f" data.root={data['root']}"
     source.read_as(reading_of(data))
-    sample = list(sample_of(source.train))
+    problems: list[str] = []
+    sample = list(sample_of(source.train, problems))
+    if problems and not sample:
+        number = f"none of {len(problems)} images" if len(problems) > 1 else "the only image"
+        can = "can" if len(problems) > 1 else "cannot"
+        raise InputError(f"data.root={data['root']}: {number} {can} be read; {problems[0]}")
     value_range = data["value_range"]
     if value_range is None and are_shares(source.train, sample):
         value_range = [0, 1]
@@ -93,28 +99,33 @@ def chosen_bands(data: Mapping[str, Any]) -> Any:
     return None if data.get("band_files") is not None else data["bands"]
 
 
-def sample_of(images: Images) -> Iterator[tuple[str, EncodedImage]]:
+def sample_of(images: Images, problems: list[str]) -> Iterator[tuple[str, EncodedImage]]:
     """Yield names and images as they are in the files, at most `SAMPLE_SIZE`, evenly spaced.
 
-    Unreadable images are left out. Of shards and iterable datasets these are the first images.
+    Of shards and iterable datasets these are the first images.
+
+    Args:
+        problems: gets what is wrong with each unreadable image.
     """
     if isinstance(images, ShardedImages):
         found = images_in(images.shards[0], images.max_image_pixels, raw=images.reading.raw)
         for sample in itertools.islice(found, SAMPLE_SIZE):
             if isinstance(sample, Sample):
                 yield sample.name, sample.image
+            else:
+                problems.append(sample.reason)
         return
     if isinstance(images, IterableImages):
         items = itertools.islice(images.items(epoch=0), MOST_OF_ITERABLE)
         for number, item in enumerate(items):
             try:
                 yield images.name(number), images.opened_item(number, item)
-            except UnreadableImage:
-                continue
+            except UnreadableImage as error:
+                problems.append(str(error))
         return
     num_images = min(SAMPLE_SIZE, len(images))
     for index in np.linspace(0, len(images) - 1, num_images, dtype=int).tolist():
         try:
             yield images.name(index), images.opened(index)
-        except UnreadableImage:
-            continue
+        except UnreadableImage as error:
+            problems.append(str(error))
