@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import dataloader
 
-from moco.data.augment.views import EvaluationView, ViewPair
+from moco.data.augment.views import EvaluationView, ViewPair, as_planes
 from moco.data.loading import workers
 from moco.data.loading.every_image import ShardedSet, evaluation_loader
 from moco.data.loading.loaders import EpochSampler, PairDataset, ResumableLoader
