@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -211,11 +212,18 @@ def write_files(output: Path, parts: FeatureParts, index: str, images: ImageSet)
     elif path.exists():
         log.warning("%s is of an earlier run and does not go with the new file", path)
     log.info("writing %s", output)
-    write_atomically(output, lambda file: write_npz(file, parts, images))
+    class_names = images.class_names
+    write = partial(write_npz, parts=parts, has_labels=images.has_labels, class_names=class_names)
+    write_atomically(output, write)
     return description
 
 
-def write_npz(file: BinaryIO, parts: FeatureParts, images: ImageSet) -> None:
+def write_npz(
+    file: BinaryIO,
+    parts: FeatureParts,
+    has_labels: bool,
+    class_names: Sequence[str] | None = None,
+) -> None:
     """Write ``features`` (images, width), ``names`` (images,) and, if there are any, ``labels``.
 
     ``class_names`` (classes,) has the name of each class by its number, if they are known.
@@ -230,10 +238,10 @@ def write_npz(file: BinaryIO, parts: FeatureParts, images: ImageSet) -> None:
             target.write(np.array(name, name_type).tobytes())
     names = np.memmap(path, name_type, "r")
     arrays: dict[str, Any] = {"features": parts.features(), "names": names}
-    if images.has_labels:
+    if has_labels:
         arrays["labels"] = parts.labels()
-        if images.class_names is not None:
-            arrays["class_names"] = np.array(images.class_names)
+        if class_names is not None:
+            arrays["class_names"] = np.array(class_names)
     np.savez(file, **arrays)
     path.unlink()
 
