@@ -5,8 +5,8 @@
 EUROSAT is an image_folder, with or without a validation folder. Its images of 64 px are read as
 four tiles of 32 px each (``data.tile=32``), and the four tiles of an image are a group. A small
 ResNet is pretrained by MoCo v2 with the pairs ``same`` and ``group``, and with ``group`` where the
-keys of the own group are no negatives. Its kNN accuracy on held-out tiles is compared. Finished runs
-are not repeated, and an interrupted one goes on.
+keys of the own group are no negatives. Its kNN accuracy on held-out tiles is compared. Finished
+runs are not repeated, and an interrupted one goes on.
 """
 
 import argparse
