@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moco.callbacks.knn_monitor import KNNMonitor as KNNMonitor
     from moco.cli.from_python import pretrain as pretrain
-    from moco.data.augment.operations import Operation as Operation
+    from moco.data.augment.operation import Operation as Operation
     from moco.data.augment.operations import register_operation as register_operation
     from moco.data.augment.views import ViewPair as ViewPair
     from moco.data.sources.registry import register_source as register_source
@@ -35,7 +35,7 @@ MODULES = {
     "KNNMonitor": "moco.callbacks.knn_monitor",
     "KeyQueue": "moco.methods.key_queue",
     "MoCo": "moco.methods.moco",
-    "Operation": "moco.data.augment.operations",
+    "Operation": "moco.data.augment.operation",
     "RunError": "moco.errors",
     "ViewPair": "moco.data.augment.views",
     "build_backbone": "moco.models.backbones",

@@ -31,6 +31,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from rich.console import Console
 
     from moco.cli.closing_tables import print_plain, print_table
+    from moco.data.augment.views import Normalized
     from moco.evaluation import embedding
     from moco.evaluation.indexes import empty_index
     from moco.evaluation.resumable_features import remove_parts, taken
@@ -40,7 +41,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.runs.progress_bar import image_progress
     from moco.runs.run_folder import claimed
     from moco.training.hardware import choose_device
-    from moco.weights.load_encoder import load_pretrained, log_window_advice
+    from moco.weights.load_encoder import fit_to_data, load_pretrained
 
     output = Path(config.output)
     if output.suffix != ".npz":
@@ -63,10 +64,14 @@ def run(config: EmbedConfig, folder: Path) -> None:
     data = data_settings(config, run_settings["data"])
     # The loader processes of the run say nothing about this machine.
     data["num_workers"] = config.data.num_workers
-    images = embedding.choose_images(build_source_of(data), config.split, data["name"])
-    log_window_advice(pretrained, given, data["image_size"])
     transform = with_defaults(config.augmentation, run_settings["augmentation"])
-    encode = embedding.build_encode(encoder, config.feature, transform, device)
+    source = build_source_of(data, transform["mean"])
+    images = embedding.choose_images(source, config.split, data["name"])
+    values = source.train.values
+    assert values is not None  # `build_source_of` sets them
+    fit_to_data(pretrained, given, data["image_size"], values.bands)
+    normalized = Normalized(**transform, bands=values.bands, is_float=values.is_float)
+    encode = embedding.build_encode(encoder, config.feature, normalized, device)
     # A pass continues only with these same settings.
     settings = {
         "encoder": config.encoder,
@@ -77,6 +82,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
         "backbone": pretrained.settings,
         "augmentation": transform,
         "data": data,
+        "values": values.described(),
     }
     console = Console()
     parts_folder = output.with_name(f"{output.name}.part")
@@ -92,7 +98,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
             )
         if parts.state.num_rows == 0:
             raise InputError(f"data.root={data['root']}: no images in there")
-        index = embedding.write_files(output, parts, config.index, images.has_labels)
+        index = embedding.write_files(output, parts, config.index, images)
         remove_parts(parts_folder)
     with (
         failures_without_training_named("batch_size"),

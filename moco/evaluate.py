@@ -65,7 +65,7 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
     from moco.evaluation.subject import Subject
     from moco.models.contract import check_feature_maps
     from moco.training.hardware import choose_device
-    from moco.weights.load_encoder import load_pretrained, log_window_advice
+    from moco.weights.load_encoder import fit_to_data, load_pretrained
 
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)
@@ -94,7 +94,8 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
         folder=folder,
         checkpoint=Path(config.checkpoint),
         backbone=pretrained.settings,
-        at_image_size=lambda image_size: log_window_advice(pretrained, given, image_size),
+        at_data=partial(fit_to_data, pretrained, given),
+        shown_bands=config.preview.bands,
         pair=pair,
     )
     return subject, pretrained

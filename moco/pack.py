@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from moco.cli.launch import hydra_files, launch
 from moco.config.pack import PackConfig
+from moco.errors import InputError
 
 if TYPE_CHECKING:
     from moco.data.packing import Pool
@@ -28,6 +29,7 @@ def run(config: PackConfig, folder: Path) -> None:
 
     from moco.data.packing import LOCK, Pool, check_copy, prepare_folder
     from moco.data.sources.registry import build_source
+    from moco.data.sources.source import reading_of
     from moco.runs.failures import failures_without_training_named
     from moco.runs.folder_lock import locked
     from moco.runs.interrupts import PARTS_KEPT, ending_at_once
@@ -36,8 +38,15 @@ def run(config: PackConfig, folder: Path) -> None:
 
     output = Path(config.output)
     data = dataclasses.asdict(config.data)
-    del data["max_bad_fraction"], data["resize"]  # settings of the copy, not of the source
-    pool = Pool(build_source(**data))
+    for name in ("value_range", "nodata"):
+        if data.pop(name) is not None:
+            raise InputError(f"data.{name}: a copy keeps the values; give it to those who read it")
+    # These are settings of the copy, and not of the source.
+    for name in ("dicom_window", "max_bad_fraction", "resize"):
+        del data[name]
+    source = build_source(**data)
+    source.read_as(reading_of(vars(config.data)))
+    pool = Pool(source)
     if config.check:
         with image_progress(Console(), "checking", 0, len(pool)) as say:
             for num_done in check_copy(output, pool):

@@ -5,6 +5,7 @@ made by the engine of that run.
 """
 
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +34,20 @@ def run(config: PreviewConfig, folder: Path) -> None:
     if output.suffix.lower() != ".png":
         raise InputError(f"output={config.output}: expected a name that ends in .png")
 
+    from PIL.PngImagePlugin import PngInfo
+
     from moco.cli.build_pretraining import build_data
+    from moco.data.files.written_files import SOFTWARE
 
     data = build_data(config)
     images = data.first_images(config.num_pairs)
     sheet = draw_pairs(data, images)
+    # The file may be written among the images of the dataset, and is none of them.
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(output)
+        sheet.save(output, pnginfo=mark)
     except OSError as error:
         raise InputError(f"output={config.output}: {error.strerror or error}") from error
     # Hydra made the folder.
@@ -58,11 +65,24 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    from moco.data.files.images import UnreadableImage
+
     queries, keys = data.pairs(images)
     columns = {"query": to_images(queries, data), "key": to_images(keys, data)}
     texts = []
-    for index, image, _ in images:
-        texts.append([wrapped(lines) for lines in data.augment.describe(0, index, image.size)])
+    names = []
+    for index, image, name in images:
+        query_lines, key_lines = data.augment.describe(0, index, image.size)
+        key_name = name
+        key = data.key_image_of(index)
+        if key != index:
+            key_name = data.source.train.name(key)
+            # A file that cannot be read is another image's in the pairs, too.
+            with suppress(UnreadableImage):
+                key_size = data.source.train.opened(key).size
+                _, key_lines = data.augment.describe(0, index, key_size)
+        texts.append([wrapped(query_lines), wrapped(key_lines)])
+        names.append([name, key_name])
     num_lines = 2 + max(len(lines) for pair in texts for lines in pair)
     side = columns["query"][0].height
     row_height = max(side, num_lines * LINE_HEIGHT) + MARGIN
@@ -70,13 +90,14 @@ def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":
     sheet = Image.new("RGB", (2 * column_width, len(images) * row_height + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
-    for row, (_, _, path) in enumerate(images):
+    for row in range(len(images)):
         top = row * row_height + MARGIN
         for column, name in enumerate(columns):
             left = column * column_width + MARGIN
             sheet.paste(columns[name][row], (left, top))
             text_left = left + side + MARGIN
-            draw.text((text_left, top), f"{name} of {Path(path).name}", "gray", font)
+            path = Path(names[row][column])
+            draw.text((text_left, top), f"{name} of {path.name}", "gray", font)
             for number, line in enumerate(texts[row][column], start=1):
                 place = (text_left, top + number * LINE_HEIGHT)
                 draw.text(place, line.replace("_", " "), "black", font)

@@ -33,7 +33,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
         tensor_settings,
     )
     from moco.cli.closing_tables import print_segmentation
-    from moco.cli.starting_backbone import find_backbone
+    from moco.cli.starting_backbone import find_backbone, with_bands
     from moco.cli.training_run import Run, fit, take_folder
     from moco.runs.atomic_files import write_json
     from moco.runs.failures import failures_named
@@ -46,6 +46,9 @@ def run(config: SegmentConfig, folder: Path) -> None:
     config.image_size = start.image_size
     decoder = check_decoder(config, start)
     data = build_data(config, start)
+    values = data.source.train.images.values
+    assert values is not None  # `build_data` sets them
+    start = with_bands(start, values.bands)
     class_names = data.source.class_names
     segmenter = build_segmenter(config, start, decoder, class_names)
     with (

@@ -24,7 +24,7 @@ def run(config: TrainConfig, folder: Path) -> None:
 
     data = build_data(config, folder)
 
-    from moco.cli.pretraining import Given, fill_in_image_size, train, train_in_new_process
+    from moco.cli.pretraining import Given, fill_in_from_data, train, train_in_new_process
     from moco.cli.training_run import Run
     from moco.runs.interrupts import StopRequest
     from moco.runs.run_status import state_now, write_ending
@@ -32,7 +32,7 @@ def run(config: TrainConfig, folder: Path) -> None:
     from moco.training.distributed.collectives import environment_of
     from moco.training.distributed.processes import run_on_devices, starts_its_own
 
-    fill_in_image_size(config, data.image_size)
+    fill_in_from_data(config, data)
     devices = config.trainer.devices
     environment = environment_of(devices, config.trainer.num_nodes)
     arguments = (config, folder, hydra_files())

@@ -51,7 +51,7 @@ def measure(root: str, cache: Path, repeats: int) -> None:
         "second start": lambda: listed([root], cache=cache),
     }
     time.sleep(SETTLED_SECONDS + 0.1)
-    (found,) = listed([root], cache=cache)
+    found = listed([root], cache=cache)
     times: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats):
         order = list(works)

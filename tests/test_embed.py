@@ -131,6 +131,7 @@ def test_class_folders_without_a_validation_folder_keep_the_labels_of_all_images
     assert images.has_labels
     classes = [source.train.name(row).split("/")[-2] for row in range(60)]
     assert images.labels.tolist() == ["abc".index(name) for name in classes]
+    assert images.class_names == ("a", "b", "c")
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,7 @@ def test_the_confusion_matrix_is_written_and_its_worst_classes_are_named(evaluat
             written["accuracy"], [(predicted[labels == c] == c).mean() for c in range(10)]
         )
         assert (labels == predicted).mean() == figures["knn/top1"]
+        assert written["class_names"].tolist() == list("0123456789")
     for true, taken in np.ndindex(10, 10):
         assert confusion[true, taken] == ((labels == true) & (predicted == taken)).sum()
     assert "classes with the lowest" in printed

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "moco"
-PROGRAMS = {"train", "evaluate", "segment", "embed", "preview", "export", "pack", "sweep"}
+PROGRAMS = {"train", "evaluate", "segment", "embed", "preview", "export", "pack", "stats", "sweep"}
 # Files that every package may import.
 FOR_ALL = ("config_folder", "errors", "targets")
 # The packages that a package may import, beside itself and these files.
@@ -128,8 +128,9 @@ def test_no_two_files_import_each_other_even_through_others():
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_leaves_import_nothing_of_ours(leaf):
-    assert not [name for name in imports(PACKAGE / leaf) if name.startswith("moco.")]
+def test_leaves_import_nothing_of_ours_but_errors(leaf):
+    ours = {name for name in imports(PACKAGE / leaf) if name.startswith("moco.")}
+    assert ours <= {"moco.errors"}
 
 
 def test_methods_know_neither_the_trainer_nor_tensorboard():

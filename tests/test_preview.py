@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from moco.cli.build_pretraining import build_data
+from moco.data.files.written_files import is_written_file
 from moco.errors import InputError
 from moco.preview import MARGIN, SMALLEST_VIEW, draw_pairs, run
 from tests.conftest import run_program
@@ -39,6 +40,7 @@ def test_a_run_of_files_is_drawn(runner, tmp_path, image_tree, capsys):
     assert f"2 pairs in {output}" in capsys.readouterr().out
     with Image.open(output) as sheet:
         assert sheet.width > 1000
+    assert is_written_file(str(output))
     assert not folder.exists()
 
 

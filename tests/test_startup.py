@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import REPOSITORY, run_program
 
-PROGRAMS = ("train", "evaluate", "embed", "segment", "export", "pack", "preview")
+PROGRAMS = ("train", "evaluate", "embed", "segment", "export", "pack", "preview", "stats")
 # Seconds to import, or what a run alone has a use for.
 HEAVY = {
     "cv2", "faiss", "matplotlib", "numpy", "pandas", "PIL", "pytorch_lightning", "rich", "scipy", "sklearn", "tensorboard",

@@ -22,12 +22,13 @@ from moco.config.pack import PackConfig
 from moco.config.parsing import CONFIG_DIR, keys
 from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
 from moco.config.segment import SegmentConfig
+from moco.config.stats import StatsConfig
 from moco.config.train import PreviewConfig, TrainConfig
 from tests.conftest import REPOSITORY, run_program
 
 SCHEMAS = {
     "train": TrainConfig, "evaluate": EvaluateConfig, "embed": EmbedConfig, "segment": SegmentConfig, "export": ExportConfig,
-    "pack": PackConfig, "preview": PreviewConfig,
+    "pack": PackConfig, "preview": PreviewConfig, "stats": StatsConfig,
 }  # fmt: skip
 # Right command lines that a wrong setting is added to; {folder} is the test's.
 RIGHT = {
@@ -41,6 +42,7 @@ RIGHT = {
     "export": ["checkpoint={folder}/sound.ckpt", "format=safetensors", "output={folder}/x.safetensors"],
     "pack": ["data=digits", "output={folder}/packed", "num_workers=0"],
     "preview": ["+experiment=quickstart", "output={folder}/pairs.png", "num_pairs=2"],
+    "stats": ["data=digits", "num_workers=0", "output={folder}/stats.json"],
 }  # fmt: skip
 # Settings that are right alone and wrong together, or wrong for these data and this checkpoint.
 CONTRADICTIONS = {
@@ -87,7 +89,7 @@ CONTRADICTIONS = {
         ["data.class_names=[a,b]"], ["data.ignore_index=1", "data.class_names=[a,b]"], ["decoder.channels=64"],
         ["data.batch_size=500"], ["trainer.accumulate_grad_batches=2"], ["trainer.devices=2"], ["trainer.max_steps=0"],
         ["resume={folder}/nowhere.ckpt"], ["resume={folder}/text.ckpt"], ["augmentation.scale=[2,1]"],
-        ["augmentation.scale=[0,1]"], ["augmentation.mean=[1]"], ["augmentation.std=[0,0,0]"], ["data.max_image_pixels=9"],
+        ["augmentation.scale=[0,1]"], ["augmentation.mean=[1,1]"], ["augmentation.std=[0,0,0]"], ["data.max_image_pixels=9"],
         ["backbone.window_size=7"], ["augmentation.color_jitter={{hue: 3}}"], ["augmentation.color_jitter={{shine: 1}}"],
     ],
     "export": [
@@ -100,6 +102,11 @@ CONTRADICTIONS = {
         ["data=images"], ["data=images", "data.root={folder}/empty"], ["data=voc2012"], ["data.name=digit"], ["--checks"],
         ["data=packed", "data.root={folder}/empty"], ["data=hf", "data.root={folder}/empty"], ["format=tar"],
         ["data=webdataset", "data.root={folder}/empty"], ["data=webdataset", "data.root=pipe:true", "data.num_images=9"],
+        ["data.value_range=[0,1]"], ["data.nodata=0"],
+    ],
+    "stats": [
+        ["data=images"], ["data=images", "data.root={folder}/empty"], ["data.name=digit"], ["data.bands=[9]"], ["data.bands=[]"],
+        ["data.bands=[red]"], ["output={folder}"], ["output={folder}/text.ckpt/x.json"], ["data=npz", "data.root={folder}/empty"],
     ],
 }  # fmt: skip
 # What is wrong with whatever program it is given to.

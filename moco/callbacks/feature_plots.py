@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from moco.errors import printable
 from moco.evaluation.diagnostics import evenly_spaced
-from moco.evaluation.knn import Protocol, classify, confusion_matrix
+from moco.evaluation.knn import Protocol, classify
 from moco.evaluation.neighbors import nearest_by_block, normalized
 from moco.evaluation.reports.embedded import Embedded
-from moco.evaluation.reports.knn_plots import Searched, neighbors_of_some
-from moco.evaluation.reports.plots import confusion_plot, pixels
+from moco.evaluation.reports.knn_plots import Searched, confusion_of, neighbors_of_some
+from moco.evaluation.reports.plots import pixels
 from moco.evaluation.reports.projections import principal_components
 
 MOST_PREDICTED = 5_000
@@ -72,7 +73,7 @@ class FeaturePlots:
         labels = queries.labels[chosen]
         protocol = Protocol(num_neighbors, temperature)
         votes = classify(searched.search, bank.labels, queries.features[chosen], labels, [protocol])
-        confusion = pixels(confusion_plot(*confusion_matrix(labels, votes[protocol].predicted)))
+        confusion = pixels(confusion_of(queries, labels, votes[protocol].predicted))
         experiment.add_image("knn/confusion", confusion, step, dataformats="HWC")
 
     def project(self, experiment: Any, queries: Embedded) -> None:
@@ -89,7 +90,8 @@ class FeaturePlots:
         features = principal_components(units, PROJECTED_DIM, centred=False)
         experiment.add_embedding(
             features.round(4),
-            [str(label) for label in queries.labels[chosen]],
+            # A tab or a newline would begin another cell of the projector's table.
+            [printable(queries.labelled.class_name(label)) for label in queries.labels[chosen]],
             images,
             tag="features",
         )

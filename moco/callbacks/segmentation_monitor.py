@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moco.callbacks.epoch_measurement import EpochMeasurement
 from moco.callbacks.running_trainer import board_of, log_scalars
+from moco.data.sources.pixel_values import PixelValues
 from moco.evaluation.features import evaluating
 from moco.segmentation.comparison_plot import comparison_plot
 from moco.segmentation.inference import predicted_classes
@@ -57,7 +58,8 @@ class SegmentationMonitor(EpochMeasurement):
                     predicted, classes, num_classes, pl_module.ignore_index
                 )
                 num_missing_plots = self.num_plotted_images - len(plots)
-                plots += plot_first_images(batch, predicted, pl_module, num_missing_plots)
+                values = data.source.validation.images.values
+                plots += plot_first_images(batch, predicted, pl_module, values, num_missing_plots)
         self.owed = False
         scores = segmentation_figures(confusion.cpu(), data.source.class_names)
         self.figures |= {
@@ -77,14 +79,21 @@ class SegmentationMonitor(EpochMeasurement):
 
 
 def plot_first_images(
-    batch: MaskBatch, predicted: Tensor, pl_module: Any, count: int
+    batch: MaskBatch, predicted: Tensor, pl_module: Any, values: PixelValues | None, count: int
 ) -> list[Tensor]:
-    """Return plots of the first `count` images of a batch, see `comparison_plot`."""
-    mean = torch.tensor(pl_module.hparams["mean"]).view(3, 1, 1)
-    std = torch.tensor(pl_module.hparams["std"]).view(3, 1, 1)
+    """Return plots of the first `count` images of a batch, see `comparison_plot`.
+
+    Args:
+        values: how the pixels of the images were made.
+    """
+    mean = torch.tensor(pl_module.hparams["mean"]).view(-1, 1, 1)
+    std = torch.tensor(pl_module.hparams["std"]).view(-1, 1, 1)
     plots = []
     for row in range(min(count, len(batch.images))):
         image = (batch.images[row] * std + mean).clamp(0, 1)
+        if values is not None and values.is_float:
+            shown = values.shown(image.permute(1, 2, 0).numpy())
+            image = torch.from_numpy(shown).permute(2, 0, 1) / 255
         plots.append(
             comparison_plot(image, batch.classes[row], predicted[row], pl_module.num_classes)
         )

@@ -48,8 +48,11 @@ class ViewPairPlot(pl.Callback):
 
 
 def as_shown(data: PretrainingData, views: Tensor) -> np.ndarray:
-    """Return normalised views (pairs, 3, side, side) as images (pairs, side, side, 3) uint8."""
-    mean = torch.tensor(data.augment.mean).view(1, 3, 1, 1)
-    std = torch.tensor(data.augment.std).view(1, 3, 1, 1)
-    values = (views.float().cpu() * std + mean).clamp(0, 1)
-    return (values * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    """Return normalised views (pairs, bands, side, side) as images (pairs, side, side, 3) uint8."""
+    mean = torch.tensor(data.augment.mean).view(1, -1, 1, 1)
+    std = torch.tensor(data.augment.std).view(1, -1, 1, 1)
+    shares = (views.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+    values = data.source.train.values
+    if values is not None and (values.is_float or values.display is not None):
+        return np.stack([values.shown(view) for view in shares.numpy()])
+    return (shares * 255).round().byte().numpy()

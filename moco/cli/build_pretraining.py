@@ -53,6 +53,10 @@ def build_data(
         source: the images, in place of the config's dataset.
     """
     data = config.data
+    if config.method.mask_own_group and data.group is None:
+        raise InputError(
+            "method.mask_own_group=true: needs data.group, which says what belongs together"
+        )
     if source is None:
         # The rest is imported afterwards: a mistake in data.root shows at once.
         from moco.data.sources.registry import build_source
@@ -61,19 +65,28 @@ def build_data(
         source_settings = {key: value for key, value in vars(data).items() if key in arguments}
         listing = None if folder is None else folder / "images.npz"
         source = build_source(**source_settings, listing=listing)
+    if data.group is not None:
+        from moco.data.sources.groups import with_groups
+
+        source = with_groups(source, data.root, data.group)
 
     from moco.data.augment.resolution_ramp import ResolutionRamp
     from moco.data.augment.trial import try_own_steps
     from moco.data.augment.views import EvaluationView, ViewPair
     from moco.data.loading.datamodule import PretrainingData
     from moco.data.loading.loaders import choose_engine
+    from moco.data.sources.sample import prepare_source
     from moco.training.hardware import choose_device
 
     pair = config.augmentation
+    values = prepare_source(source, vars(data), pair.mean, config.preview.bands)
+    kind: dict[str, Any] = {"bands": values.bands, "is_float": values.is_float}
     image_size = data.image_size or source.image_size
     device = choose_device(config.trainer.accelerator)
     ramp = ResolutionRamp(image_size, pair.start_image_size, pair.image_size_step, pair.ramp_epochs)
-    views = ViewPair(pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, ramp=ramp)
+    views = ViewPair(
+        pair.query, pair.key, pair.mean, pair.std, image_size, config.seed, ramp=ramp, **kind
+    )
     full_views = views.views_of_size[image_size]
     engine = choose_engine(data.engine, source.train, image_size, device.type, full_views)
     views.engine = engine.name
@@ -82,7 +95,7 @@ def build_data(
     loaders = PretrainingData(
         source,
         views,
-        EvaluationView(image_size, data.crop_ratio, pair.mean, pair.std),
+        EvaluationView(image_size, data.crop_ratio, pair.mean, pair.std, **kind),
         image_size=image_size,
         batch_size=data.batch_size,
         batches_per_step=num_processes(config) * config.trainer.accumulate_grad_batches,
@@ -91,6 +104,7 @@ def build_data(
         max_bad_fraction=data.max_bad_fraction,
         seed=config.seed,
         in_memory=engine.in_memory,
+        pair=data.pair,
     )
     if any(view.own_steps for view in full_views):
         for index, image, _ in loaders.first_images(1):
@@ -207,6 +221,7 @@ def build_dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":
             )
         return None
 
+    from moco.data.sources.source import PIXEL_SETTINGS
     from moco.evaluation import dense_features
 
     settings = dataclasses.asdict(dense)
@@ -224,6 +239,7 @@ def build_dense_set(config: TrainConfig, image_size: int) -> "DenseSet | None":
             num_workers=config.data.num_workers,
             max_bad_fraction=config.data.max_bad_fraction,
             max_image_pixels=config.data.max_image_pixels,
+            pixel_settings={key: getattr(config.data, key) for key in PIXEL_SETTINGS},
         )
     except InputError as error:
         # The message names keys below data, as moco.segment has them.

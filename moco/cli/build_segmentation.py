@@ -16,6 +16,7 @@ from moco.cli.checks import check_deterministic_segmentation
 from moco.cli.starting_backbone import StartingBackbone
 from moco.cli.training_run import Run
 from moco.config.segment import SegmentConfig
+from moco.data.sources.source import PIXEL_SETTINGS
 from moco.errors import InputError
 from moco.models.contract import check_feature_maps
 from moco.models.swin.backbone import Swin
@@ -36,16 +37,28 @@ def build_data(config: SegmentConfig, start: StartingBackbone) -> SegmentationDa
     Raises:
         InputError: the dataset cannot be used, or a setting of data or augmentation is wrong.
     """
-    augmentation = dataclasses.asdict(config.augmentation)
-    augmentation |= {"mean": start.mean, "std": start.std}
-    view = SegmentationView(
-        start.image_size, **augmentation, ignore_index=config.data.ignore_index, seed=config.seed
-    )
     source_settings = dataclasses.asdict(config.data)
     batch_size = source_settings.pop("batch_size")
     num_workers = source_settings.pop("num_workers")
+    # What is not given is as in pretraining.
+    pixel_settings: dict[str, Any] = {"name": config.data.name, "root": config.data.root}
+    for key in PIXEL_SETTINGS:
+        given = source_settings.pop(key)
+        pixel_settings[key] = start.pixel_settings.get(key) if given is None else given
+    source = build_segmentation_source(**source_settings)
+    values = source.prepare(pixel_settings, start.mean, config.preview.bands)
+    augmentation = dataclasses.asdict(config.augmentation)
+    augmentation |= {"mean": start.mean, "std": start.std}
+    view = SegmentationView(
+        start.image_size,
+        **augmentation,
+        ignore_index=config.data.ignore_index,
+        seed=config.seed,
+        bands=values.bands,
+        is_float=values.is_float,
+    )
     return SegmentationData(
-        build_segmentation_source(**source_settings),
+        source,
         view,
         batch_size=batch_size,
         batches_per_step=config.trainer.accumulate_grad_batches,

@@ -94,7 +94,7 @@ def pretrain(
 
     from moco.cli.build_pretraining import build_data
     from moco.cli.checks import check_pretraining
-    from moco.cli.pretraining import Given, fill_in_image_size, given_backbone, train
+    from moco.cli.pretraining import Given, fill_in_from_data, given_backbone, train
     from moco.cli.training_run import Run
     from moco.data.sources.own_dataset import dataset_source
     from moco.runs.interrupts import StopRequest
@@ -122,7 +122,7 @@ def pretrain(
             settings = {key: getattr(config.data, key) for key in taken}
             source = dataset_source(dataset, bank, queries, **settings)
         data = build_data(config, folder, source)
-        fill_in_image_size(config, data.image_size)
+        fill_in_from_data(config, data)
         given = Given(data, backbone, callbacks, loggers)
         run = Run(config, folder, stop)
         if run.is_finished():

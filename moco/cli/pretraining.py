@@ -14,6 +14,7 @@ from moco.cli.build_pretraining import build_data, build_dense_set, build_method
 from moco.cli.log_setup import set_up_logging
 from moco.cli.training_run import Run, fit, take_folder
 from moco.config.train import BackboneConfig, TrainConfig
+from moco.errors import InputError
 from moco.targets import GIVEN
 
 if TYPE_CHECKING:
@@ -27,8 +28,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("moco.train")
 
+RGB_BANDS = 3
 # The settings of the method that decide the shapes of a checkpoint's tensors.
-METHOD_SHAPES = ("projector", "predictor", "embedding_dim", "queue_size", "num_queues")
+METHOD_SHAPES = (
+    "projector",
+    "predictor",
+    "embedding_dim",
+    "queue_size",
+    "num_queues",
+    "mask_own_group",
+)
 
 
 @dataclass
@@ -125,13 +134,27 @@ def train(
     return method
 
 
-def fill_in_image_size(config: TrainConfig, image_size: int) -> None:
-    """Put the side of the views, px, where the config leaves it open."""
+def fill_in_from_data(config: TrainConfig, data: "PretrainingData") -> None:
+    """Put the side of the views, px, and their bands where the config leaves them open.
+
+    Raises:
+        InputError: the config says another number of bands.
+    """
     from moco.models.backbones import settings_of_backbone
 
-    config.data.image_size = image_size
+    config.data.image_size = data.image_size
     if "image_size" in settings_of_backbone(config.backbone.name):
-        config.backbone.image_size = config.backbone.image_size or image_size
+        config.backbone.image_size = config.backbone.image_size or data.image_size
+    bands = data.augment.kind.bands
+    given = config.backbone.in_channels
+    if given not in (None, bands):
+        raise InputError(
+            f"backbone.in_channels={given}: the images have {bands} bands; data.bands=[...] "
+            "chooses bands"
+        )
+    # A backbone of RGB images has the same settings as before there were others.
+    if bands != RGB_BANDS:
+        config.backbone.in_channels = bands
 
 
 def given_backbone(backbone: "nn.Module") -> BackboneConfig:

@@ -10,8 +10,11 @@ from moco.config.pretrained import (
     with_usual_settings,
 )
 from moco.config.segment import SegmentConfig
+from moco.data.sources.pixel_values import RGB_BANDS
+from moco.data.sources.source import PIXEL_SETTINGS
 from moco.errors import InputError
 from moco.models.backbones import build_backbone
+from moco.weights.inflation import widen_stem
 from moco.weights.load_encoder import load_pretrained, log_window_advice
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,9 @@ class StartingBackbone(NamedTuple):
     mean: list[float]
     """Of the normalisation, per channel, of pixels in 0..1."""
     std: list[float]
+    pixel_settings: dict[str, Any]
+    """How the pretraining made its pixels."""
+    is_pretrained: bool
 
 
 def find_backbone(config: SegmentConfig) -> StartingBackbone:
@@ -62,4 +68,30 @@ def find_backbone(config: SegmentConfig) -> StartingBackbone:
         both = pretrained.settings | {"freeze_patch_embed": given.get("freeze_patch_embed")}
         settings = {key: value for key, value in both.items() if value is not None}
     look = with_defaults(config.augmentation, of_run["augmentation"])
-    return StartingBackbone(backbone, settings, image_size, look["mean"], look["std"])
+    pixel_settings = {key: of_run["data"].get(key) for key in PIXEL_SETTINGS}
+    return StartingBackbone(
+        backbone,
+        settings,
+        image_size,
+        look["mean"],
+        look["std"],
+        pixel_settings,
+        is_pretrained=pretrained is not None,
+    )
+
+
+def with_bands(start: StartingBackbone, bands: int) -> StartingBackbone:
+    """Return the backbone for images of `bands` bands.
+
+    Pretrained weights of RGB images are inflated. Without a checkpoint the backbone is built anew.
+
+    Raises:
+        InputError: it was pretrained on images of other bands.
+    """
+    if bands == start.settings.get("in_channels", RGB_BANDS):
+        return start
+    settings = start.settings | {"in_channels": bands}
+    if not start.is_pretrained:
+        return start._replace(backbone=build_backbone(**settings), settings=settings)
+    widen_stem(start.backbone, bands, "checkpoint")
+    return start._replace(settings=settings)

@@ -22,13 +22,36 @@ class ImageSourceConfig:
     """``custom`` and registered datasets: keyword arguments of the function, ``{name: value}``."""
     download: bool = False
     """Download a torchvision dataset that is not under root yet."""
+    labels: Optional[str] = None
+    """``images`` and ``image_folder``: a table of text (CSV) with a name and a class in each line,
+    in place of class folders. See ``docs/data.md``."""
     held_out: float = setting(0.1, at_least=0, at_most=1)
-    """``image_folder`` without a validation folder, and ``custom`` without bank and queries: share
-    of the images that are held out as the queries of the kNN monitor. A hash of the path decides,
-    so an image keeps its side when others are added. Training uses all images."""
-    pages: str = setting("first", choices=("each", "first"))
-    """``images`` and ``image_folder``: read the first page of a TIFF file, or each page as an
-    image of its own."""
+    """``image_folder`` without a validation folder, ``images`` with labels, ``custom`` without bank
+    and queries, ``hdf5`` and ``zarr`` with labels: share of the images that are held out as the
+    queries of the kNN monitor. A hash of the path decides, or of the number of an image without
+    one, so an image keeps its side when others are added. Training uses all images."""
+    pages: str = setting("first", choices=("channels", "each", "first"))
+    """``images`` and ``image_folder``, files with several pages: first: read the first page. each:
+    each page is an image of its own. channels: join the pages as bands."""
+    bands: Any = None
+    """Bands to take, in this order: numbers from 1, or names where the files have them, such as
+    ``[4, 3, 2, 8]``. Null: all; 8-bit images of one, three or four channels become RGB."""
+    band_files: Optional[str] = None
+    """``images`` and ``image_folder``: join files that hold one band each. A template of their
+    names below the root, such as ``{id}_B{band}.tif``: {id} stands for the name of an image, {band}
+    for that of a band. data.bands then names the bands to join, in this order; null joins all.
+    Bands of another size are resampled to the first one."""
+    tile: Optional[int] = setting(None, at_least=4)
+    """``images`` and ``image_folder``: read windows of this side of large rasters as images, px.
+    Null: whole images."""
+    value_range: Any = None
+    """``[low, high]``: the values that become 0 and 1; or such a pair for each band. Null: 0 to 255
+    for 8-bit images. Other images need it; ``moco.stats`` measures it."""
+    nodata: Optional[float] = None
+    """The value of pixels without data. They become the mean, as NaN does. Null: what the file
+    says, if it says it."""
+    dicom_window: bool = False
+    """DICOM: apply the window that the file proposes for display."""
     num_images: Optional[int] = setting(None, at_least=1)
     """Size of ``synthetic`` (null: 1,024). Number of samples in all shards of ``webdataset``
     (null: they are counted, if the shards are files). Number of images that an iterable dataset of
@@ -37,6 +60,10 @@ class ImageSourceConfig:
     """``hf``: null is the only column of type Image."""
     label_column: Optional[str] = None
     """``hf``: null is the only column of type ClassLabel, if there is one."""
+    image_key: Optional[str] = None
+    """``hdf5``, ``zarr``: the array of the images. Null: the only one of three or four axes."""
+    label_key: Optional[str] = None
+    """``hdf5``, ``zarr``: the array of the class numbers. Null: there are no labels."""
     max_bad_fraction: float = setting(0.01, at_least=0, at_most=1)
     """The run stops when more than this share of the images is unreadable."""
     max_image_pixels: int = setting(178_956_970, at_least=1)
@@ -45,11 +72,28 @@ class ImageSourceConfig:
 
 
 @dataclass
+class DisplayConfig:
+    """How pictures show images that are not 8-bit RGB."""
+
+    bands: Any = None
+    """One or three of the bands that the model gets, from 1: grey, or red, green and blue. They are
+    stretched from their 2nd to their 98th percentile. Null: the first three, or the only one."""
+
+
+@dataclass
 class DataConfig(ImageSourceConfig):
     """The images of a pretraining, and how batches are made of them."""
 
     image_size: Optional[int] = setting(None, at_least=4)
     """Side of the square views, px. Null: the dataset's own size."""
+    group: Any = None
+    """Which images belong together, such as those of one place. A regular expression with a part
+    ``(?P<group>...)`` that is searched for in each name; the number of a folder level, 1 for the
+    first folder below the root; or ``{csv: FILE}``, a table with the columns name and group. Names
+    are relative to the root."""
+    pair: str = setting("same", choices=("group", "mixed", "same"))
+    """Where the key view comes from. same: the query's own image. group: another image of the
+    query's group. mixed: such an image in half of the draws."""
     crop_ratio: float = setting(1.0, above=0, at_most=1)
     """Evaluation: side of the centre crop over the resized shorter side (ImageNet: 0.875)."""
     batch_size: int = setting(256, at_least=1)
@@ -89,7 +133,10 @@ class PretrainedDataConfig(ImageSourceConfig):
     image_size: Optional[int] = setting(None, at_least=4)
     crop_ratio: Optional[float] = setting(None, above=0, at_most=1)
     held_out: Optional[float] = setting(None, at_least=0, at_most=1)  # type: ignore[assignment]
-    pages: Optional[str] = setting(None, choices=("each", "first"))  # type: ignore[assignment]
+    pages: Optional[str] = setting(  # type: ignore[assignment]
+        None, choices=("channels", "each", "first")
+    )
+    dicom_window: Optional[bool] = None  # type: ignore[assignment]
 
 
 @dataclass

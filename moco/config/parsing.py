@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from moco.config.pack import PackConfig
 from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
 from moco.config.segment import SegmentConfig
+from moco.config.stats import StatsConfig
 from moco.config.train import PreviewConfig, TrainConfig
 from moco.config_folder import CONFIG_DIR as CONFIG_DIR
 from moco.errors import InputError, unknown_name
@@ -32,6 +33,7 @@ SCHEMAS = {
     "embed": EmbedConfig,
     "pack": PackConfig,
     "export": ExportConfig,
+    "stats": StatsConfig,
 }
 OPEN = ("callbacks", "logger_options.mlflow", "logger_options.wandb")
 """Groups whose keys are the user's: ``callbacks.ema.target=...`` needs no plus. What is in them is

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from moco.config.data import DataConfig, EmbedDataConfig, EvaluateDataConfig
+from moco.config.data import DataConfig, DisplayConfig, EmbedDataConfig, EvaluateDataConfig
 from moco.config.linear import LinearConfig, LinearOfficialConfig
 from moco.config.settings import setting
 from moco.config.train import AugmentationConfig, BackboneConfig, MonitorConfig
@@ -24,8 +24,24 @@ CLASS_DATA = (
     "num_images",
     "image_column",
     "label_column",
+    "image_key",
+    "label_key",
+    "labels",
     "held_out",
     "pages",
+    "band_files",
+    "tile",
+)
+# They describe one dataset, and not another one that is measured.
+OF_ONE_DATASET = (
+    "root",
+    "target",
+    "options",
+    "labels",
+    "image_key",
+    "label_key",
+    "band_files",
+    "tile",
 )
 # The settings of `EvaluationConfig` and `EvaluateDataConfig` that only some kinds of measurement
 # have, by kind.
@@ -148,6 +164,7 @@ class EvaluateConfig:
     naming them on the command line. They run when they are imported. Only for files that you
     trust."""
     augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
+    preview: DisplayConfig = field(default_factory=DisplayConfig)
 
 
 @dataclass
@@ -279,7 +296,7 @@ def data_settings(config: Any, run_data: dict[str, Any]) -> dict[str, Any]:
     target = run_data.get("target")
     if config.data.name is not None or config.data.target not in (None, target):
         # These are of the run's own dataset.
-        run_data = run_data | {"root": None, "target": None, "options": None}
+        run_data = run_data | dict.fromkeys(OF_ONE_DATASET)
     else:
         given, trusted = config.data.target, config.trust_targets
         try:

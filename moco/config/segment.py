@@ -5,6 +5,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from moco.config.data import DisplayConfig
 from moco.config.pretrained import PretrainedBackboneConfig
 from moco.config.settings import setting
 from moco.config.train import LoggerOptionsConfig, SlurmConfig, TrainerConfig
@@ -35,6 +36,11 @@ class SegmentDataConfig:
     """The number of pixels that have no class. Masks have at most 16 bits."""
     max_image_pixels: int = setting(178_956_970, at_least=1)
     """An image or mask with more pixels is refused."""
+    bands: Any = None
+    """As in moco.train, like the next three. Null: the checkpoint's."""
+    value_range: Any = None
+    nodata: Optional[float] = None
+    dicom_window: Optional[bool] = None
     batch_size: int = setting(16, at_least=2)
     """Images per optimizer step, over all accumulated batches."""
     num_workers: int = setting(4, at_least=0)
@@ -55,7 +61,7 @@ class SegmentAugmentationConfig:
     """As in the views of pretraining. Null: no jitter. The strengths are those of SSD
     (arXiv 1512.02325), which Swin uses."""
     mean: Optional[list[float]] = None
-    """Per channel, of pixels in 0..1. Null: the checkpoint's, or ImageNet's."""
+    """Per band, of pixels in 0..1. Null: the checkpoint's, or ImageNet's."""
     std: Optional[list[float]] = None
 
 
@@ -108,6 +114,7 @@ class SegmentConfig:
     that overlap by a third."""
     evaluation: SegmentEvaluationConfig = field(default_factory=SegmentEvaluationConfig)
     checkpoint_every_n_epochs: int = setting(1, at_least=1)
+    preview: DisplayConfig = field(default_factory=DisplayConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
     """As in moco.train, like the next two."""

@@ -5,7 +5,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from moco.config.data import DataConfig
+from moco.config.data import DataConfig, DisplayConfig
 from moco.config.settings import setting
 
 
@@ -55,6 +55,9 @@ class BackboneConfig:
     image_size: Optional[int] = setting(None, at_least=4)
     """timm, custom and registered backbones: side of the images, px, for networks that need it.
     Null: that of the run."""
+    in_channels: Optional[int] = setting(None, at_least=1)
+    """Bands of the images. Null: those of the run's images. A custom function gets the number if it
+    has such an argument."""
     zero_init_residual: Optional[bool] = None
     """ResNet: every residual block starts as the identity, as in MoCo v3."""
 
@@ -129,6 +132,9 @@ class MethodConfig:
     dense_grid: int = setting(7, at_least=1)
     """Side of the grid to which the dense term pools the last feature map, cells. A smaller map is
     not pooled."""
+    mask_own_group: bool = False
+    """Leave out the negatives whose image belongs to the group of the query's image, see
+    data.group. The queue then keeps the group of each key."""
 
 
 @dataclass
@@ -354,6 +360,7 @@ class TrainConfig:
     evaluation: MonitorConfig = field(default_factory=MonitorConfig)
     monitor: ExtraMonitorsConfig = field(default_factory=ExtraMonitorsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preview: DisplayConfig = field(default_factory=DisplayConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
     """The user's callbacks, ``{name: {target: package.module:function, options: {}}}``. See

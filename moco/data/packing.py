@@ -18,11 +18,12 @@ from contextlib import suppress
 from functools import partial
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -37,12 +38,16 @@ from moco.data.sources.packed_copy import (
     PIXELS,
     SIDES,
     TABLE,
+    TYPES,
+    VERSIONS,
     read_copy,
     read_finished_index,
     read_index,
     read_table,
     total_of_parts,
 )
+from moco.data.sources.pixel_values import RGB_BANDS, band_indices, checked_selection
+from moco.data.sources.sample import chosen_bands
 from moco.data.sources.shards import NO_INDEX, ShardedImages
 from moco.data.sources.source import DataSource, Images, Labelled
 from moco.errors import InputError, RunError, printable
@@ -125,6 +130,11 @@ class Pool:
             labels[rows] = side_labels
         return labels
 
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the names of the classes by number, or None if they have none."""
+        bank = self.source.bank
+        return None if bank is None else bank.class_names
+
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of images, and a hash of their names and labels."""
         digest = blake2b(self.labels().tobytes(), digest_size=16)
@@ -133,38 +143,103 @@ class Pool:
         return {"images": len(self), "hash": digest.hexdigest()}
 
 
-def pack_image(
-    resize: int | None, quality: int | None, image: EncodedImage
-) -> tuple[bytes, int, int, int]:
-    """Return what a copy stores of an image, its height, its width and the checksum.
+class Packed(NamedTuple):
+    """What a copy stores of an image, and what its table says about it."""
 
-    A JPEG that keeps its size is copied as it is. The filter of the resizing is bicubic and
-    antialiased.
+    content: bytes
+    height: int
+    width: int
+    checksum: int
+    bands: int
+    type: int
+    """The place in `TYPES`."""
+    ending: str
+    """Of a member of a shard."""
+
+
+def pack_image(
+    resize: int | None,
+    quality: int | None,
+    selection: tuple[int | str, ...] | None,
+    image: EncodedImage,
+) -> Packed:
+    """Return what a copy stores of an image.
+
+    A JPEG that keeps its size is copied as it is. Images other than 8-bit RGB become TIFF files in
+    shards. The filter of the resizing is bicubic and antialiased.
 
     Args:
         resize: larger images are resized to this shorter side, px; None keeps the size.
         quality: of JPEGs, 1 to 100; None stores plain pixels.
+        selection: the bands to take, see `band_indices`; None takes all.
+
+    Raises:
+        UnreadableImage: the image is damaged, or has a type or a size that a copy cannot hold.
     """
     height, width = resized_size(image.size, resize)
     keeps_size = (height, width) == image.size
+    name = printable(getattr(image, "name", "an image in memory"))
     # A JPEG is decoded even if it is copied as it is: a damaged one is left out.
     pixels = image.pixels()
+    if selection is not None:
+        try:
+            pixels = pixels[:, :, band_indices(selection, pixels.shape[2], image.band_names)]
+        except ValueError as error:
+            raise UnreadableImage(f"{name}: {error}") from error
+    if pixels.dtype.name not in TYPES:
+        raise UnreadableImage(f"{name}: a copy holds no pixels of {pixels.dtype}")
     if not keeps_size:
-        smaller = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-        pixels = np.asarray(smaller)
-    encoded = image.source if isinstance(image, EncodedFile) and image.is_jpeg else None
+        pixels = resized(pixels, height, width)
+    pixels = np.ascontiguousarray(pixels, dtype=pixels.dtype.newbyteorder("<"))
+    is_rgb = pixels.dtype == np.uint8 and pixels.shape[2] == RGB_BANDS
+    ending = "jpg" if is_rgb else "tif"
+    jpeg = whole_jpeg(image)
     if quality is None:
         content = pixels.tobytes()
-    elif keeps_size and isinstance(encoded, bytes):
-        content = encoded
+    elif not is_rgb:
+        content = tiff_of(pixels)
+    elif keeps_size and selection is None and jpeg is not None:
+        content = jpeg
     else:
-        pixels = np.ascontiguousarray(pixels)
         try:
             content = simplejpeg.encode_jpeg(pixels, quality, colorsubsampling="420")
         except ValueError as error:  # a side is longer than JPEG allows
-            name = printable(getattr(image, "name", "an image in memory"))
             raise UnreadableImage(f"{name}: {error}; set data.resize") from error
-    return content, height, width, zlib.crc32(content)
+    checksum = zlib.crc32(content)
+    type_number = TYPES.index(pixels.dtype.name)
+    return Packed(content, height, width, checksum, pixels.shape[2], type_number, ending)
+
+
+def whole_jpeg(image: EncodedImage) -> bytes | None:
+    """Return the bytes of a JPEG in memory, which can be copied; None for any other image."""
+    if isinstance(image, EncodedFile) and image.is_jpeg and isinstance(image.source, bytes):
+        return image.source
+    return None
+
+
+def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return pixels (height, width, bands) in another size and of the same type."""
+    if pixels.dtype == np.uint8 and pixels.shape[2] == RGB_BANDS:
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    images = torch.from_numpy(pixels.astype(np.float64)).permute(2, 0, 1)[None]
+    smaller = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
+    values = smaller[0].permute(1, 2, 0).numpy()
+    if np.issubdtype(pixels.dtype, np.integer):
+        limits = np.iinfo(pixels.dtype)
+        values = np.rint(values).clip(limits.min, limits.max)
+    return values.astype(pixels.dtype)
+
+
+def tiff_of(pixels: np.ndarray) -> bytes:
+    """Return pixels (height, width, bands) as a TIFF file, compressed without loss."""
+    import tifffile
+
+    file = io.BytesIO()
+    tifffile.imwrite(
+        file, pixels, planarconfig="contig", photometric="minisblack", compression="zlib"
+    )
+    return file.getvalue()
 
 
 def resized_size(size: tuple[int, int], resize: int | None) -> tuple[int, int]:
@@ -183,7 +258,8 @@ def chunk_loader(
     is_array = index["format"] == "array"
     settings = index["settings"]
     quality = None if is_array else settings["quality"]
-    make = partial(pack_image, settings["data"]["resize"], quality)
+    selection = checked_selection(chosen_bands(settings["data"]))
+    make = partial(pack_image, settings["data"]["resize"], quality, selection)
     order = torch.arange(len(pool))
     if not is_array:
         # Training from shards only mixes neighbours, and the neighbours in sorted folders are
@@ -231,7 +307,7 @@ class Part:
         """How many bytes the part has."""
         return self.file.tell() - self.start
 
-    def add(self, content: bytes, place: int, label: int) -> int:
+    def add(self, content: bytes, place: int, label: int, ending: str) -> int:
         """Write the image at this place of the copy; return its offset in the file."""
         offset = self.file.tell()
         self.file.write(content)
@@ -245,7 +321,7 @@ class Part:
 
 
 class ShardPart(Part):
-    """A tar file in webdataset's layout: KEY.jpg for an image, and KEY.cls if it has a label."""
+    """A tar file in webdataset's layout: KEY.jpg or KEY.tif for an image, KEY.cls for its label."""
 
     def __init__(self, path: Path) -> None:
         # A shard gets its name when it is whole.
@@ -253,11 +329,11 @@ class ShardPart(Part):
         self.path = path
         self.archive = tarfile.TarFile(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
 
-    def add(self, content: bytes, place: int, label: int) -> int:
+    def add(self, content: bytes, place: int, label: int, ending: str) -> int:
         """See `Part`."""
         # USTAR's header is one block.
         offset = self.file.tell() + tarfile.BLOCKSIZE
-        self._add_member(f"{place:09}.jpg", content)
+        self._add_member(f"{place:09}.{ending}", content)
         if label >= 0:
             self._add_member(f"{place:09}.cls", str(label).encode())
         return offset
@@ -333,9 +409,9 @@ class CopyWriter:
                 part.skipped.append((image.key, image.problem))
                 self.skipped_names.append(image.name)
                 continue
-            content, *others = image.value
+            content, *others, ending = image.value
             # A member of a shard is named by its place in the copy, so all names differ.
-            offset = part.add(content, self.num_packed, self.labels[image.key])
+            offset = part.add(content, self.num_packed, self.labels[image.key], ending)
             part.entries.append((image.key, offset, len(content), *others))
             self.num_packed += 1
         check_bad_fraction(self.skipped_names, len(self.pool), self.max_bad_fraction)
@@ -428,15 +504,16 @@ def open_copy(folder: Path, settings: dict[str, Any], pool: Pool) -> dict[str, A
         image_size = min(pool.source.image_size, resize or pool.source.image_size)
         chosen_format = choose_format(settings["format"], folder, pool, resize)
         index: dict[str, Any] = {
-            "version": 1,
+            "version": VERSIONS[-1],
             "format": chosen_format,
             "complete": False,
             "num_images": None,
             "image_size": image_size,
             "settings": settings | {"format": chosen_format},
+            "class_names": pool.class_names(),
             "source": fingerprint,
             "parts": [],
-        }
+        } | file_traits(pool)
         write_index(folder, index)
         return index
     index = read_index(str(folder))
@@ -450,6 +527,19 @@ def open_copy(folder: Path, settings: dict[str, Any], pool: Pool) -> dict[str, A
     if index["complete"]:
         log.info("%s is complete; check=true compares it with its checksums", folder)
     return index
+
+
+def file_traits(pool: Pool) -> dict[str, Any]:
+    """Return what the first readable file says about its bands, which an array does not hold."""
+    for row in range(min(NUM_SIZES, len(pool))):
+        with suppress(UnreadableImage):
+            image = pool[row]
+            no_data = image.no_data
+            if no_data is not None and not math.isfinite(no_data):
+                no_data = None  # NaN is no data anyway
+            names = None if image.band_names is None else list(image.band_names)
+            return {"band_names": names, "no_data": no_data}
+    return {"band_names": None, "no_data": None}
 
 
 def different_settings(index: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
@@ -537,7 +627,9 @@ def estimate_array_bytes(pool: Pool, resize: int | None) -> int:
     sizes = []
     for row in np.linspace(0, len(pool) - 1, num_sizes, dtype=int).tolist():
         with suppress(UnreadableImage):
-            sizes.append(3 * math.prod(resized_size(pool[row].size, resize)))
+            image = pool[row]
+            bytes_per_pixel = image.bands * image.dtype.itemsize
+            sizes.append(bytes_per_pixel * math.prod(resized_size(image.size, resize)))
     return int(np.mean(sizes or [0]) * len(pool))
 
 

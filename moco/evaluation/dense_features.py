@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco.data.augment.views import Normalized
+from moco.data.sources.source import PIXEL_SETTINGS
 from moco.errors import InputError, printable
 from moco.evaluation.dense_bank import Bank, class_shares, draw_patches, patches_represented
 from moco.evaluation.features import EmbeddingStopped
@@ -204,7 +205,7 @@ def encode_patches(backbone: Any, images: Tensor, maps: Sequence[int]) -> Tensor
     """Return the features of patches (N, feature width, rows, columns).
 
     Args:
-        images: (N, 3, height, width).
+        images: (N, bands, height, width).
         maps: see `DenseSet`.
     """
     all_maps = backbone.feature_maps(images)
@@ -280,6 +281,7 @@ def build_dense_set(
     std: Sequence[float],
     ignore_index: int,
     max_image_pixels: int,
+    pixel_settings: Mapping[str, Any] | None = None,
     download: bool = False,
     **settings: Any,
 ) -> DenseSet:
@@ -289,7 +291,9 @@ def build_dense_set(
         section: of the config that holds `maps`, for the message.
         name, root, ignore_index, max_image_pixels, download: see `build_segmentation_source`.
         maps: see `DenseSet`.
-        mean, std: per channel, of pixels in 0..1.
+        mean, std: per band, of pixels in 0..1.
+        pixel_settings: ``bands``, ``value_range``, ``nodata`` and ``dicom_window`` of the data;
+            None: their defaults.
         settings: the other arguments of `DenseSet`.
 
     Raises:
@@ -307,4 +311,7 @@ def build_dense_set(
         ignore_index=ignore_index,
         max_image_pixels=max_image_pixels,
     )
-    return DenseSet(source, Normalized(mean, std), maps=maps, **settings)
+    settings_of_pixels = dict.fromkeys(PIXEL_SETTINGS) | dict(pixel_settings or {})
+    values = source.prepare({"name": name, "root": root, **settings_of_pixels}, mean)
+    normalize = Normalized(mean, std, bands=values.bands, is_float=values.is_float)
+    return DenseSet(source, normalize, maps=maps, **settings)

@@ -4,6 +4,7 @@ import logging
 import time
 from functools import partial
 
+from moco.data.sources.source import PIXEL_SETTINGS
 from moco.errors import InputError
 from moco.evaluation.dense_bank import knn_scores
 from moco.evaluation.dense_features import (
@@ -47,8 +48,13 @@ def measure_dense(subject: Subject) -> Findings:
             f"data.image_size: missing; {subject.checkpoint} does not say it, "
             "give data.image_size=PIXELS"
         )
-    images = build_dense_set("evaluation", **settings, **subject.augmentation)
-    subject.at_image_size(settings["image_size"])
+    pixel_settings = {key: subject.data[key] for key in PIXEL_SETTINGS}
+    images = build_dense_set(
+        "evaluation", **settings, **subject.augmentation, pixel_settings=pixel_settings
+    )
+    values = images.source.train.images.values
+    assert values is not None  # `build_dense_set` sets them
+    subject.at_data(settings["image_size"], values.bands)
     try:
         return measure(subject, images)
     except NotFinite as error:

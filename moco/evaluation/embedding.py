@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,18 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moco.data.augment.views import evaluation_crop, normalisation
+from moco.data.augment.views import Normalized, evaluation_crop
 from moco.data.files.images import check_bad_fraction
 from moco.data.loading.every_image import (
     ImageBatch,
     ImageSet,
     IndexedSet,
-    IterableSet,
-    ShardedSet,
+    image_set,
 )
 from moco.data.loading.workers import cores_of
-from moco.data.sources.own_dataset import IterableImages
-from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, RunError, printable
 from moco.evaluation.image_names import labels_by_name
@@ -60,13 +58,12 @@ def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
         if source.queries is None:
             raise InputError(f"split=test: data={name} has no images that are held out")
         return IndexedSet(source.queries, has_labels=True)
-    if isinstance(source.train, ShardedImages):
-        return ShardedSet(source.train)
-    if isinstance(source.train, IterableImages):
-        return IterableSet(source.train)
+    if source.bank is None:
+        return image_set(source.train)
     # Training images may be divided into bank and queries.
     labels = labels_by_name(source.train, source.bank, source.queries)
-    return IndexedSet(Labelled(source.train, labels), has_labels=bool((labels >= 0).any()))
+    labelled = Labelled(source.train, labels, source.bank.class_names)
+    return IndexedSet(labelled, has_labels=bool((labels >= 0).any()))
 
 
 def open_parts(
@@ -116,20 +113,20 @@ def weights_digest(encoder: nn.Module) -> str:
 
 
 def build_encode(
-    encoder: Any, feature: str, transform: dict[str, Any], device: torch.device
+    encoder: Any, feature: str, normalized: Normalized, device: torch.device
 ) -> Callable[[Tensor], np.ndarray]:
     """Return a function from images to features.
 
-    It takes 8-bit images (batch, 3, height, width) and returns (batch, width) float32.
+    It takes images (batch, bands, height, width), 8-bit or from 0 to 1, and returns (batch, width)
+    float32.
 
     Args:
         encoder: a module with ``encode(images, feature)``; moved to the device.
         feature: ``backbone`` or ``embedding``.
-        transform: mean and std of the pixels.
+        normalized: the normalisation of such images.
         device: where to compute.
     """
-    scale, shift = normalisation(**transform)
-    scale, shift = scale.to(device), shift.to(device)
+    scale, shift = normalized.scale.to(device), normalized.shift.to(device)
     encoder.to(device)
 
     @torch.no_grad()
@@ -192,8 +189,14 @@ def add_features(
         show_progress(parts.state.num_rows + len(unreadable))
 
 
-def write_files(output: Path, parts: FeatureParts, index: str, has_labels: bool) -> str:
+def write_files(output: Path, parts: FeatureParts, index: str, images: ImageSet) -> str:
     """Write the index and the .npz file, each completely or not at all.
+
+    Args:
+        output: the .npz file.
+        parts: the features.
+        index: see `write_index`.
+        images: they say whether there are labels, and the names of the classes.
 
     Returns:
         A description of the index.
@@ -209,12 +212,21 @@ def write_files(output: Path, parts: FeatureParts, index: str, has_labels: bool)
     elif path.exists():
         log.warning("%s is of an earlier run and does not go with the new file", path)
     log.info("writing %s", output)
-    write_atomically(output, lambda file: write_npz(file, parts, has_labels))
+    class_names = images.class_names
+    write = partial(write_npz, parts=parts, has_labels=images.has_labels, class_names=class_names)
+    write_atomically(output, write)
     return description
 
 
-def write_npz(file: BinaryIO, parts: FeatureParts, has_labels: bool) -> None:
-    """Write ``features`` (images, width), ``names`` (images,) and, with `has_labels`, ``labels``.
+def write_npz(
+    file: BinaryIO,
+    parts: FeatureParts,
+    has_labels: bool,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Write ``features`` (images, width), ``names`` (images,) and, if there are any, ``labels``.
+
+    ``class_names`` (classes,) has the name of each class by its number, if they are known.
 
     All arrays are mapped from files, so NumPy reads and writes them a block at a time.
     """
@@ -228,6 +240,8 @@ def write_npz(file: BinaryIO, parts: FeatureParts, has_labels: bool) -> None:
     arrays: dict[str, Any] = {"features": parts.features(), "names": names}
     if has_labels:
         arrays["labels"] = parts.labels()
+        if class_names is not None:
+            arrays["class_names"] = np.array(class_names)
     np.savez(file, **arrays)
     path.unlink()
 

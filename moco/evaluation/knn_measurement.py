@@ -1,17 +1,19 @@
 """The kNN measurement of ``moco.evaluate``: many protocols from one pass through the images."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
+from rich.markup import escape
 from rich.table import Table
 
+from moco.data.files.written_files import SOFTWARE
 from moco.data.sources.source import Labelled
-from moco.errors import InputError
+from moco.errors import InputError, printable
 from moco.evaluation.image_names import first_names
 from moco.evaluation.indexes import EXACT, build_index, empty_index, recall
 from moco.evaluation.knn import (
@@ -103,7 +105,8 @@ def measure_knn(subject: Subject) -> Findings:
     if settings["plots"]:
         plots = knn_plots(subject, searched, votes[feature][main].predicted, label_free.views)
         for name, plot in plots.items():
-            findings.files[name] = partial(plot.savefig, format="png")
+            mark = {"Software": SOFTWARE}  # so that it is no image of a dataset
+            findings.files[name] = partial(plot.savefig, format="png", metadata=mark)
     return findings
 
 
@@ -301,9 +304,11 @@ def classification_findings(
         num_neighbors: k of a kNN vote, see `Votes.top`.
     """
     classes, confusion = confusion_matrix(queries.labels, votes.predicted)
+    class_names = [queries.labelled.class_name(number) for number in classes]
     write_confusion = partial(
         np.savez,
         classes=classes,
+        class_names=np.array(class_names),
         confusion=confusion,
         accuracy=confusion.diagonal() / np.maximum(confusion.sum(axis=1), 1),
         predicted=votes.predicted,
@@ -315,13 +320,20 @@ def classification_findings(
         scores={f"{group}/{name}": share for name, share in votes.top(num_neighbors).items()},
         protocol={f"{group}/{name}": value for name, value in conditions.items()},
         details=details,
-        tables=[*tables, *class_tables(classes, confusion)],
+        tables=[*tables, *class_tables(class_names, confusion)],
         files={"confusion.npz": write_confusion},
     )
 
 
-def class_tables(classes: np.ndarray, confusion: np.ndarray) -> list[Table]:
-    """Return a table of the worst classes, and one of the most confused pairs if there are any."""
+def class_tables(class_names: Sequence[str], confusion: np.ndarray) -> list[Table]:
+    """Return a table of the worst classes, and one of the most confused pairs if there are any.
+
+    Args:
+        class_names: (classes,) in the order of the matrix.
+        confusion: (classes, classes), see `confusion_matrix`.
+    """
+    # rich would take brackets for its markup.
+    classes = [escape(printable(name)) for name in class_names]
     totals = confusion.sum(axis=1)
     present = totals.nonzero()[0]
     accuracy = confusion.diagonal()[present] / totals[present]

@@ -99,6 +99,8 @@ def view_embeddings(subject: Subject, embedded: Embedded) -> np.ndarray:
         **subject.augmentation,
         image_size=subject.data["image_size"],
         seed=0,
+        bands=subject.values.bands,
+        is_float=subject.values.is_float,
     )
     make = PairMaker(augment)
     images = embedded.labelled.images
@@ -108,7 +110,7 @@ def view_embeddings(subject: Subject, embedded: Embedded) -> np.ndarray:
     for start in range(0, len(rows), batch_size):
         samples = []
         for row in rows[start : start + batch_size].tolist():
-            samples.append((row, images.opened(row), images.name(row)))
+            samples.append((row, images.prepared(row), images.name(row)))
         batch = make(samples, 0)
         pair = [view.to(subject.device) for view in batch.views]
         views = augment.finished(pair, 0, batch.indices)

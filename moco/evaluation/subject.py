@@ -18,7 +18,9 @@ import moco
 from moco.data.augment.views import EvaluationView
 from moco.data.loading.every_image import evaluation_loader
 from moco.data.sources.own_dataset import DatasetImages
+from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.registry import build_source
+from moco.data.sources.sample import prepare_source
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError
 from moco.evaluation.feature_cache import Arrays, FeatureCache
@@ -35,9 +37,14 @@ SOURCE_SETTINGS = (
     "num_images",
     "image_column",
     "label_column",
+    "image_key",
+    "label_key",
+    "labels",
     "max_image_pixels",
     "held_out",
     "pages",
+    "band_files",
+    "tile",
 )
 """The settings of the data that `build_source` takes, beside name and root."""
 
@@ -81,7 +88,7 @@ class Subject:
             `source` is built.
         augmentation: mean and std of the normalisation.
         settings: `EvaluationConfig` as plain data, nulls filled in.
-        at_image_size: called with the side of the images in px as soon as it is known.
+        at_data: called with the side of the images in px and their bands as soon as they are known.
     """
 
     encoder: Any
@@ -94,7 +101,9 @@ class Subject:
     checkpoint: Path
     backbone: dict[str, Any]
     """The arguments of `build_backbone` that make the encoder's backbone."""
-    at_image_size: Callable[[int], None] = lambda image_size: None
+    at_data: Callable[[int, int], None] = lambda image_size, bands: None
+    shown_bands: Any = None
+    """The setting ``preview.bands``."""
     pair: dict[str, Any] = field(default_factory=dict)
     """``query`` and ``key``: the operations of the run's two views; empty if the checkpoint does
     not name them."""
@@ -106,10 +115,19 @@ class Subject:
         Raises:
             InputError: there is no such dataset.
         """
-        source = build_source_of(self.data)
+        source = build_source_of(self.data, self.augmentation["mean"], self.shown_bands)
         # The advice on attention windows needs the size, which only the dataset may know.
-        self.at_image_size(self.data["image_size"])
+        values = source.train.values
+        assert values is not None  # `build_source_of` sets them
+        self.at_data(self.data["image_size"], values.bands)
         return source
+
+    @property
+    def values(self) -> PixelValues:
+        """How the pixels of the images are made."""
+        values = self.source.train.values
+        assert values is not None  # `build_source_of` sets them
+        return values
 
     @property
     def bank(self) -> Labelled:
@@ -140,6 +158,7 @@ class Subject:
             "crop_ratio": self.data["crop_ratio"],
             "max_image_pixels": self.data["max_image_pixels"],
             **self.augmentation,
+            "values": self.values.described(),
             "backbone": self.backbone,
             "encoder": self.settings["encoder"],
             "features": self.feature_names,
@@ -174,11 +193,21 @@ class Subject:
         skip_unreadable(labelled.images, unreadable, self.data["max_bad_fraction"])
         return found
 
+    def evaluation_view(self) -> EvaluationView:
+        """Return what makes the plain images, (bands, image_size, image_size)."""
+        return EvaluationView(
+            self.data["image_size"],
+            self.data["crop_ratio"],
+            **self.augmentation,
+            bands=self.values.bands,
+            is_float=self.values.is_float,
+        )
+
     def _embedded(self, labelled: Labelled) -> Arrays:
         """Return both features, labels (images,) and rows (images,), see `Embedded`."""
         started = time.monotonic()
-        size, crop_ratio = self.data["image_size"], self.data["crop_ratio"]
-        view = EvaluationView(size, crop_ratio, **self.augmentation)
+        size = self.data["image_size"]
+        view = self.evaluation_view()
         loader = evaluation_loader(
             labelled,
             view,
@@ -210,14 +239,22 @@ class Subject:
         return torch.cat([feature, self.encoder.projector(feature)], dim=1)
 
 
-def build_source_of(data: dict[str, Any]) -> DataSource:
+def build_source_of(
+    data: dict[str, Any], mean: Sequence[float], shown_bands: Any = None
+) -> DataSource:
     """Build the dataset that the settings of the data name, and fill in their image size.
 
+    Args:
+        data: `EvaluateDataConfig` as plain data.
+        mean: of the normalisation, which pixels without data become.
+        shown_bands: the setting ``preview.bands``.
+
     Raises:
-        InputError: there is no such dataset.
+        InputError: there is no such dataset, or its values need settings.
     """
     settings = {name: data[name] for name in SOURCE_SETTINGS}
     source = build_source(data["name"], data["root"], **settings)
     if data["image_size"] is None:
         data["image_size"] = source.image_size
+    prepare_source(source, data, mean, shown_bands)
     return source

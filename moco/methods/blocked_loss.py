@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moco.methods.losses import info_nce
+from moco.methods.losses import Groups, info_nce
 
 MOST_PLAIN_LOGITS = 2**26
 """The plain form on a GPU may have this many logits: 256 MiB, of which it needs about three."""
@@ -24,7 +24,13 @@ LOWEST_TEMPERATURE = 1 / 40
 """exp(40) is 2e17: float32 holds the sum of a billion of these, and their inverse."""
 
 
-def efficient_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+def efficient_info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    groups: Groups | None = None,
+) -> Tensor:
     """Return `info_nce` by the form that is faster for the device and the sizes.
 
     Args:
@@ -32,15 +38,22 @@ def efficient_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperatur
         key: (N, C), unit norm, no gradient.
         negatives: (K, C), unit norm, no gradient.
         temperature: T.
+        groups: see `info_nce`.
     """
     is_small = len(query) * len(negatives) <= MOST_PLAIN_LOGITS
     is_fast = query.device.type != "cpu" and is_small
     if is_fast or temperature < LOWEST_TEMPERATURE:
-        return info_nce(query, key, negatives, temperature)
-    return blocked_info_nce(query, key, negatives, temperature)
+        return info_nce(query, key, negatives, temperature, groups)
+    return blocked_info_nce(query, key, negatives, temperature, groups)
 
 
-def blocked_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+def blocked_info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    groups: Groups | None = None,
+) -> Tensor:
     """Return `info_nce`, computed block by block.
 
     The loss can be differentiated once, with respect to the queries alone.
@@ -50,11 +63,12 @@ def blocked_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature:
         key: (N, C), unit norm, no gradient.
         negatives: (K, C), unit norm, no gradient. They may change before the backward pass.
         temperature: T, at least `LOWEST_TEMPERATURE`.
+        groups: see `info_nce`.
     """
     needs_gradient = query.requires_grad and torch.is_grad_enabled()
     with torch.autocast(query.device.type, enabled=False):
         query, key, negatives = query.float(), key.float(), negatives.float()
-        return _BlockedInfoNCE.apply(query, key, negatives, temperature, needs_gradient)
+        return _BlockedInfoNCE.apply(query, key, negatives, temperature, groups, needs_gradient)
 
 
 class _BlockedInfoNCE(torch.autograd.Function):
@@ -71,14 +85,16 @@ class _BlockedInfoNCE(torch.autograd.Function):
         key: Tensor,
         negatives: Tensor,
         temperature: float,
+        groups: Groups | None,
         needs_gradient: bool,
     ) -> Tensor:
         losses = []
         gradients = []
         for start in range(0, len(query), MOST_QUERIES_PER_BLOCK):
             rows = slice(start, start + MOST_QUERIES_PER_BLOCK)
+            groups_of_rows = None if groups is None else groups.of_queries(rows)
             block_losses, block_gradients = losses_and_gradients(
-                query[rows], key[rows], negatives, temperature, needs_gradient
+                query[rows], key[rows], negatives, temperature, groups_of_rows, needs_gradient
             )
             losses.append(block_losses)
             gradients.append(block_gradients)
@@ -89,17 +105,22 @@ class _BlockedInfoNCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upper_gradient: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return upper_gradient * gradient, None, None, None, None
+        return upper_gradient * gradient, None, None, None, None, None
 
 
 def losses_and_gradients(
-    query: Tensor, key: Tensor, negatives: Tensor, temperature: float, needs_gradient: bool
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    groups: Groups | None,
+    needs_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return each query's loss (N,) and its gradient with respect to that query (N, C).
 
     With p the exponential of a logit and P the sum of p over the key and all negatives, the
     gradient is (sum of p * negative - (P - p of the key) * key) / (T * P). Both sums are collected
-    block by block.
+    block by block. Negatives of a query's own group have p = 0.
 
     Without `needs_gradient` the gradients are (N, 0).
     """
@@ -113,11 +134,14 @@ def losses_and_gradients(
     columns = logits_per_block // len(query)
     buffer = query.new_empty(len(query) * min(columns, len(negatives)))
     for start in range(0, len(negatives), columns):
-        block = negatives[start : start + columns]
+        of_block = slice(start, start + columns)
+        block = negatives[of_block]
         # A view of one buffer, so that all blocks use the same part of the cache.
         logits = buffer[: len(query) * len(block)].view(len(query), len(block))
         torch.mm(scaled, block.T, out=logits)
         exponentials = logits.exp_()
+        if groups is not None:
+            exponentials.masked_fill_(groups.is_own(of_block), 0)
         total = total + exponentials.sum(dim=1)
         if needs_gradient:
             weighted = torch.addmm(weighted, exponentials, block)

@@ -2,14 +2,45 @@
 
 Shapes use N for the queries of this device, M for the keys of all devices, K for negatives, S for
 the cells of a view, C for the width of an embedding and D for the width of a feature.
+
+Images can belong to groups, such as the photographs of one place. Group numbers are int64, and -1
+means that the group is unknown. A loss that gets them leaves the negatives of a query's own group
+out of the sum, because they show the same thing as the positive.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+class Groups(NamedTuple):
+    """The groups of the queries and of the negatives of a loss."""
+
+    queries: Tensor
+    """(N,) int64, -1 for an unknown group."""
+    negatives: Tensor
+    """(K,) int64, -1 for an unknown group."""
+
+    def is_own(self, columns: slice = slice(None)) -> Tensor:
+        """Return which of these negatives belong to each query's own group, (N, columns) bool."""
+        # A number that no negative has: a second comparison of size N x K would cost as much.
+        queries = self.queries.where(self.queries >= 0, -2)
+        return queries[:, None] == self.negatives[columns]
+
+    def of_queries(self, rows: slice) -> "Groups":
+        """Return the groups for some of the queries."""
+        return Groups(self.queries[rows], self.negatives)
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    groups: Groups | None = None,
+) -> Tensor:
     """Return InfoNCE: the mean cross-entropy of finding each query's key among its negatives.
 
     The unit is nats. If all similarities are equal, the loss is log(1 + K). Logits and loss are
@@ -21,18 +52,28 @@ def info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float) 
         key: (N, C), unit norm; row i is the positive of query i.
         negatives: (K, C), unit norm. They must not change before the backward pass.
         temperature: T.
+        groups: leave out the negatives of a query's own group; None takes all negatives.
 
     Source: arXiv 1911.05722, equation 1.
     """
     with torch.autocast(query.device.type, enabled=False):
         query, key, negatives = query.float(), key.float(), negatives.float()
         positive = (query * key).sum(dim=1, keepdim=True)  # (N, 1)
-        logits = torch.cat([positive, query @ negatives.T], dim=1)  # (N, 1 + K)
+        similarities = query @ negatives.T  # (N, K)
+        if groups is not None:
+            similarities = similarities.masked_fill(groups.is_own(), -torch.inf)
+        logits = torch.cat([positive, similarities], dim=1)  # (N, 1 + K)
         target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         return F.cross_entropy(logits / temperature, target)
 
 
-def in_batch_info_nce(query: Tensor, keys: Tensor, temperature: float, rank: int = 0) -> Tensor:
+def in_batch_info_nce(
+    query: Tensor,
+    keys: Tensor,
+    temperature: float,
+    rank: int = 0,
+    groups: Groups | None = None,
+) -> Tensor:
     """Return the mean cross-entropy of finding each query's key among all keys of the batch.
 
     The unit is nats. If all similarities are equal, the loss is log(M). Differs from the paper: the
@@ -43,6 +84,8 @@ def in_batch_info_nce(query: Tensor, keys: Tensor, temperature: float, rank: int
         keys: (M, C), unit norm; N keys of each device, in the order of the ranks.
         temperature: T.
         rank: of the device that the queries are on.
+        groups: of the queries and of all keys. Other keys of a query's own group are left out. None
+            takes all keys.
 
     Source: arXiv 2104.02057, algorithm 1.
     """
@@ -50,6 +93,9 @@ def in_batch_info_nce(query: Tensor, keys: Tensor, temperature: float, rank: int
         query, keys = query.float(), keys.float()
         logits = query @ keys.T  # (N, M)
         target = rank * len(query) + torch.arange(len(query), device=query.device)  # (N,)
+        if groups is not None:
+            is_left_out = groups.is_own().scatter(1, target[:, None], False)  # never the positive
+            logits = logits.masked_fill(is_left_out, -torch.inf)
         return F.cross_entropy(logits / temperature, target)
 
 

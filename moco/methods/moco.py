@@ -27,7 +27,7 @@ from moco.methods.batch_norm import (
 )
 from moco.methods.blocked_loss import efficient_info_nce
 from moco.methods.key_queue import KeyQueue
-from moco.methods.losses import in_batch_info_nce, matched_cells, most_similar_cells
+from moco.methods.losses import Groups, in_batch_info_nce, matched_cells, most_similar_cells
 from moco.methods.momentum import key_momentum_at, update_key_encoder
 from moco.models.backbones import CHECKED_SIZE, build_backbone
 from moco.models.contract import check_contract, check_feature_maps
@@ -83,6 +83,9 @@ class MoCo(pl.LightningModule):
             dense term has its own projector, as wide as the other one, and its own queues, but no
             predictor.
         dense_grid: side of the dense term's grid, cells, see `DenseProjector`.
+        mask_own_group: leave out the negatives whose image is of the same group as the query's. A
+            batch then has ``groups``, (N,) int64 with -1 for an unknown group, and the queues keep
+            the group of each key.
 
     Raises:
         InputError: switches contradict each other, the backbone is unknown, or it does not keep the
@@ -115,6 +118,7 @@ class MoCo(pl.LightningModule):
         batch_norm_splits: int = 8,
         dense_weight: float = 0.0,
         dense_grid: int = 7,
+        mask_own_group: bool = False,
     ) -> None:
         super().__init__()
         net, backbone = built(backbone)
@@ -126,6 +130,7 @@ class MoCo(pl.LightningModule):
         self.temperature = temperature
         self.symmetric = symmetric
         self.dense_weight = dense_weight
+        self.mask_own_group = mask_own_group
         self.batch_norm = "plain"
         # Whether the encoders take batches sorted by group, see `SplitBatchNorm`.
         self.sorts_by_group = False
@@ -142,7 +147,7 @@ class MoCo(pl.LightningModule):
         self.predictor = build_head(embedding_dim, embedding_dim, **predictor)
 
         # Without a queue there is no size, and none is built.
-        new_queue = partial(KeyQueue, queue_size or 0, embedding_dim, queue_start)
+        new_queue = partial(KeyQueue, queue_size or 0, embedding_dim, queue_start, mask_own_group)
         has_two = num_queues == 2
         is_dense = dense_weight > 0
         self.queue = new_queue() if negatives == "queue" else None
@@ -163,6 +168,7 @@ class MoCo(pl.LightningModule):
             ``loss_global`` and ``loss_dense``.
         """
         first, second = views_of(batch)  # (N, 3, H, W) each
+        groups = groups_of(batch) if self.mask_own_group else None  # (N,)
         if self.symmetric:
             queries = self.encode_queries([first, second])  # (N, C) unit norm each
             keys = self.encode_keys([second, first])  # (N, C) unit norm each, no gradient
@@ -174,15 +180,23 @@ class MoCo(pl.LightningModule):
         if self.queue is not None:
             for query, key, queue in zip(queries, keys, self.queues, strict=True):
                 negatives = queue.negatives()  # (K, C) unit norm
-                losses.append(
-                    efficient_info_nce(query.embedding, key.embedding, negatives, self.temperature)
+                loss = efficient_info_nce(
+                    query.embedding,
+                    key.embedding,
+                    negatives,
+                    self.temperature,
+                    groups_with(groups, queue),
                 )
+                losses.append(loss)
             # After the losses: a positive is never its own negative.
-            self.enqueue([key.embedding for key in keys], self.queues)
+            self.enqueue([key.embedding for key in keys], self.queues, groups)
         else:
             for query, key in zip(queries, keys, strict=True):
                 negatives = all_gather(key.embedding)  # (M, C) unit norm
-                loss = in_batch_info_nce(query.embedding, negatives, self.temperature, rank())
+                of_all = None if groups is None else Groups(groups, all_gather(groups))
+                loss = in_batch_info_nce(
+                    query.embedding, negatives, self.temperature, rank(), of_all
+                )
                 losses.append(loss)
 
         outputs = {
@@ -193,14 +207,19 @@ class MoCo(pl.LightningModule):
             "negatives": negatives,
         }
         if self.dense_weight > 0:
-            self.add_dense_term(outputs, self.dense_losses(queries, keys))
+            self.add_dense_term(outputs, self.dense_losses(queries, keys, groups))
         return outputs
 
-    def dense_losses(self, queries: list[Encoded], keys: list[Encoded]) -> list[Tensor]:
+    def dense_losses(
+        self, queries: list[Encoded], keys: list[Encoded], groups: Tensor | None = None
+    ) -> list[Tensor]:
         """Return DenseCL's loss of each direction; advances the dense queues.
 
         A query's cell is to find the most similar cell of its key. Its negatives are the mean dense
         embeddings of other images. Source: arXiv 2011.09157, section 3.
+
+        Args:
+            groups: (N,) of the images, to leave out negatives of a query's own group.
         """
         losses = []
         pooled = []
@@ -211,9 +230,14 @@ class MoCo(pl.LightningModule):
             cells = query.cells.embeddings.flatten(0, 1)  # (N * S, C)
             positives = matched_cells(key.cells.embeddings, matches).flatten(0, 1)  # (N * S, C)
             negatives = queue.negatives()  # (K, C)
-            losses.append(efficient_info_nce(cells, positives, negatives, self.temperature))
+            num_cells = matches.shape[1]
+            of_cells = None if groups is None else groups.repeat_interleave(num_cells)  # (N * S,)
+            loss = efficient_info_nce(
+                cells, positives, negatives, self.temperature, groups_with(of_cells, queue)
+            )
+            losses.append(loss)
             pooled.append(key.cells.pooled)  # (N, C) unit norm
-        self.enqueue(pooled, self.dense_queues)
+        self.enqueue(pooled, self.dense_queues, groups)
         return losses
 
     def add_dense_term(self, outputs: dict[str, Any], losses: list[Tensor]) -> None:
@@ -235,14 +259,20 @@ class MoCo(pl.LightningModule):
             total = 2 * self.temperature * total
         return total
 
-    def enqueue(self, keys: list[Tensor], queues: list[KeyQueue]) -> None:
+    def enqueue(
+        self, keys: list[Tensor], queues: list[KeyQueue], groups: Tensor | None = None
+    ) -> None:
         """Put each direction's keys (N, C), of all devices, into that direction's queue.
 
         The last direction's keys, which are of the first view, go first: so it is in the official
         notebook, which has one queue for both.
+
+        Args:
+            groups: (N,) of the images, for queues that keep them.
         """
+        gathered_groups = None if groups is None else all_gather(groups)
         for direction in reversed(range(len(keys))):
-            queues[direction].enqueue(all_gather(keys[direction]))
+            queues[direction].enqueue(all_gather(keys[direction]), gathered_groups)
 
     def optimizer_step(
         self,
@@ -468,6 +498,28 @@ def views_of(batch: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(views, (list, tuple)) or len(views) != 2:
         raise InputError("a batch of MoCo has two views of the images, (N, 3, H, W) each")
     return views[0], views[1]
+
+
+def groups_of(batch: Any) -> Tensor:
+    """Return the groups (N,) int64 of the images of a batch.
+
+    Raises:
+        InputError: the batch has none.
+    """
+    groups = getattr(batch, "groups", None)
+    if groups is None:
+        raise InputError(
+            "method.mask_own_group=true: the batches have no groups; data.group says which images "
+            "belong together, or a batch of your own has a field groups, (N,) int64"
+        )
+    return groups
+
+
+def groups_with(groups: Tensor | None, queue: KeyQueue) -> Groups | None:
+    """Return the groups of the queries beside those of a queue's negatives; None without groups."""
+    if groups is None:
+        return None
+    return Groups(groups, queue.groups_of_negatives())
 
 
 def unit_norm(rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from moco.models.resnet import ResNet
 from moco.models.swin.backbone import Swin
 from moco.models.timm_backbone import TimmBackbone
 from moco.models.vit import VisionTransformer
-from moco.targets import GIVEN, call_target, check_options
+from moco.targets import GIVEN, call_target, check_options, import_target
 
 # Channels of the first stage, blocks of each stage, attention heads of each stage.
 SWIN_TINY = (32, (2, 2, 2, 2), (1, 2, 4, 8))
@@ -46,7 +46,11 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 
 
 def custom_backbone(
-    *, target: str, options: dict[str, Any] | None = None, image_size: int | None = None
+    *,
+    target: str,
+    options: dict[str, Any] | None = None,
+    image_size: int | None = None,
+    in_channels: int = 3,
 ) -> Any:
     """Return what a function of the user returns.
 
@@ -54,11 +58,23 @@ def custom_backbone(
         target: ``package.module:function``.
         options: its keyword arguments.
         image_size: side of the images on which `build_backbone` checks it, px.
+        in_channels: bands of the images. The function gets it if it has such an argument.
 
     Raises:
         InputError: there is no such function, or it takes no such options.
     """
-    return call_target(target, options, "backbone")
+    build = import_target(target, "backbone.target")
+    return call_target(target, with_bands(build, options, in_channels), "backbone")
+
+
+def with_bands(
+    build: Callable[..., Any], options: dict[str, Any] | None, in_channels: int
+) -> dict[str, Any]:
+    """Return the options of a user's function, with the number of bands if it takes that."""
+    options = dict(options or {})
+    if "in_channels" in inspect.signature(build).parameters:
+        options.setdefault("in_channels", in_channels)
+    return options
 
 
 CUSTOM = "custom"
@@ -80,7 +96,8 @@ def register_backbone(name: str, build: Callable[..., nn.Module]) -> None:
 
     Args:
         name: not that of a backbone of this project.
-        build: takes the settings that `BackboneConfig.options` holds, and returns the backbone.
+        build: takes the settings that `BackboneConfig.options` holds, and ``in_channels`` if it
+            has such an argument. Returns the backbone.
 
     Raises:
         InputError: this project has a backbone of that name.
@@ -94,10 +111,14 @@ def register_backbone(name: str, build: Callable[..., nn.Module]) -> None:
         raise InputError(f"backbone={name}: this project has a backbone of that name")
 
     def registered(
-        *, options: dict[str, Any] | None = None, image_size: int | None = None
+        *,
+        options: dict[str, Any] | None = None,
+        image_size: int | None = None,
+        in_channels: int = 3,
     ) -> nn.Module:
-        check_options(build, options or {}, "backbone", name)
-        return build(**(options or {}))
+        given = with_bands(build, options, in_channels)
+        check_options(build, given, "backbone", name)
+        return build(**given)
 
     REGISTERED[name] = registered
 
@@ -172,4 +193,5 @@ def build_backbone(name: str, **settings: Any) -> Any:
     for key in ("model", "target"):
         if key in given:
             label = f"backbone.{key}={given[key]}"
-    return check_contract(backbone, label, given.get("image_size", CHECKED_SIZE))
+    image_size = given.get("image_size", CHECKED_SIZE)
+    return check_contract(backbone, label, image_size, given.get("in_channels", 3))

@@ -3,10 +3,10 @@
 A backbone of the user's own needs `feature_dim` and `forward`. Dense methods, dense evaluation and
 segmentation also need `feature_maps`, `feature_map_dims` and `feature_map_strides`.
 
-A backbone turns images (N, 3, H, W) into one feature (N, D), and into four feature maps for dense
-tasks. It has no classifier. ResNet and Swin double the stride from map to map, and the feature is
-the mean over the last map. ViT has one stride, the side of its patch, and the feature is its class
-token.
+A backbone turns images (N, B, H, W) of B bands into one feature (N, D), and into four feature maps
+for dense tasks. It has no classifier. ResNet and Swin double the stride from map to map, and the
+feature is the mean over the last map. ViT has one stride, the side of its patch, and the feature is
+its class token.
 """
 
 from abc import ABC, abstractmethod
@@ -65,7 +65,7 @@ class PatchBackbone(Backbone):
         return -(-side // self.patch_size)
 
     def with_whole_patches(self, images: Tensor) -> Tensor:
-        """Return images (N, 3, H, W) that are completed with zeros, or cut off, to whole patches.
+        """Return images (N, B, H, W) that are completed with zeros, or cut off, to whole patches.
 
         Raises:
             InputError: partial patches are dropped, and there is no whole one.
@@ -89,13 +89,14 @@ class PatchBackbone(Backbone):
         return block(x)
 
 
-def check_contract(backbone: Any, name: str, image_size: int) -> nn.Module:
+def check_contract(backbone: Any, name: str, image_size: int, in_channels: int = 3) -> nn.Module:
     """Return a backbone of the user's own after a pass of two black images through it.
 
     Args:
         backbone: what the user's function returned.
         name: of the function, for messages.
         image_size: side of the images, px.
+        in_channels: bands of the images.
 
     Raises:
         InputError: it is no module, or it does not keep the contract.
@@ -112,7 +113,8 @@ def check_contract(backbone: Any, name: str, image_size: int) -> nn.Module:
     if first.is_meta:
         return backbone
     net: Any = backbone
-    images = torch.zeros(2, 3, image_size, image_size, device=first.device, dtype=first.dtype)
+    shape = (2, in_channels, image_size, image_size)
+    images = torch.zeros(shape, device=first.device, dtype=first.dtype)
     was_training = backbone.training
     try:
         with torch.no_grad():
@@ -121,14 +123,15 @@ def check_contract(backbone: Any, name: str, image_size: int) -> nn.Module:
     except Exception as error:
         kind = type(error).__name__
         raise InputError(
-            f"{name}: the backbone fails on two images of {image_size} px ({kind}: {error})"
+            f"{name}: the backbone fails on two images of {image_size} px with {in_channels} bands "
+            f"({kind}: {error})"
         ) from error
     finally:
         backbone.train(was_training)
-    shape = tuple(getattr(feature, "shape", ()))
-    if shape != (2, width):
+    result = tuple(getattr(feature, "shape", ()))
+    if result != (2, width):
         raise InputError(
-            f"{name}: the backbone gives {shape or type(feature).__name__} for two images; "
+            f"{name}: the backbone gives {result or type(feature).__name__} for two images; "
             f"expected (2, feature_dim), which is (2, {width})"
         )
     if not all(tensor.isfinite().all() for tensor in [feature, *maps]):

@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A backbone and a projector: images (N, 3, H, W) to embeddings (N, C), not normalised.
+    """A backbone and a projector: images (N, B, H, W) to embeddings (N, C), not normalised.
 
     Args:
         backbone: images to features (N, D), see `moco.models.backbones`.
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         return self.projector(self.backbone(images))
 
     def embed(self, views: Sequence[Tensor]) -> list[Encoded]:
-        """Return what the loss needs of each view (N, 3, H, W), not normalised.
+        """Return what the loss needs of each view (N, B, H, W), not normalised.
 
         The views go through each part as `per_view` says.
         """
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
         """Return what an evaluation looks at, not normalised.
 
         Args:
-            images: (N, 3, H, W).
+            images: (N, B, H, W).
             feature: ``backbone`` for the backbone's feature (N, D), ``embedding`` for the
                 projector's output (N, C).
         """

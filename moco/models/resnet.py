@@ -28,6 +28,7 @@ class ResNet(Backbone, resnet.ResNet):
         width_per_group: 128 makes the wide variants (arXiv 1605.07146).
         zero_init_residual: the last BatchNorm of every block starts with a scale of zero, so that
             the block is the identity (arXiv 1706.02677, section 5.1), as in MoCo v3.
+        in_channels: bands of the images.
 
     Raises:
         InputError: there is no such stem.
@@ -44,6 +45,7 @@ class ResNet(Backbone, resnet.ResNet):
         width: int = TORCHVISION_WIDTH,
         width_per_group: int = 64,
         zero_init_residual: bool = False,
+        in_channels: int = 3,
     ) -> None:
         if stem not in STEMS:
             raise InputError(f"backbone.stem: {unknown_name('stem', stem, STEMS)}")
@@ -59,11 +61,15 @@ class ResNet(Backbone, resnet.ResNet):
         self.feature_map_strides = (4, 8, 16, 32)
         if stem != "imagenet":
             padding = 2 if stem == "solo_cifar" else 1
-            self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=padding, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, width, kernel_size=3, padding=padding, bias=False)
             self.maxpool = nn.Identity()
             self.feature_map_strides = (1, 2, 4, 8)
-        elif width != TORCHVISION_WIDTH:
-            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        elif width != TORCHVISION_WIDTH or in_channels != 3:
+            self.conv1 = nn.Conv2d(
+                in_channels, width, kernel_size=7, stride=2, padding=3, bias=False
+            )
+            if width == TORCHVISION_WIDTH:  # initialised as torchvision does
+                nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         if width != TORCHVISION_WIDTH:
             self.bn1 = nn.BatchNorm2d(width)
         first_dim = width * block.expansion
@@ -103,7 +109,7 @@ def without_border(feature_map: Tensor, images: Tensor, stride: int) -> Tensor:
 
     Args:
         feature_map: its cell number j is centred at pixel stride * j - 1.
-        images: (N, 3, H, W).
+        images: (N, B, H, W).
         stride: px.
     """
     first = 1 if stride == 1 else 0

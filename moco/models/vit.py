@@ -59,6 +59,7 @@ class VisionTransformer(PatchBackbone, nn.Module):
         gradient_checkpointing, partial_patches: see `PatchBackbone`.
         freeze_patch_embed: do not train the random patch projection, for stability
             (arXiv 2104.02057, section 4.2).
+        in_channels: bands of the images.
 
     Raises:
         InputError: the width is no multiple of the heads.
@@ -78,6 +79,7 @@ class VisionTransformer(PatchBackbone, nn.Module):
         gradient_checkpointing: bool = False,
         freeze_patch_embed: bool = False,
         partial_patches: str = "complete",
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         assert depth % 4 == 0, depth  # four feature maps
@@ -93,7 +95,9 @@ class VisionTransformer(PatchBackbone, nn.Module):
         self.feature_dim = embed_dim
         self.feature_map_dims = (embed_dim,) * 4
         self.feature_map_strides = (patch_size,) * 4
-        self.conv_proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.conv_proj = nn.Conv2d(
+            in_channels, embed_dim, kernel_size=patch_size, stride=patch_size
+        )
         self.class_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         layers = nn.ModuleDict()
         for number in range(depth):

@@ -36,6 +36,7 @@ FREE_KEYS = (
     "evaluation.num_plotted_images",
     "evaluation.pictures_every_n_epochs",  # the names of two settings in an earlier version
     "evaluation.num_pictures",
+    "preview.bands",
     "slurm.requeue",
     "slurm.signal",
 )

@@ -62,6 +62,8 @@ class SegmentationView:
         mean, std: per channel, of pixels in 0..1.
         ignore_index: the number of pixels of the crop that lie outside the image.
         seed: of the random numbers.
+        bands: of the images.
+        is_float: the images are float32 from 0 to 1, and not 8-bit RGB.
 
     Raises:
         InputError: a setting is out of range. The message names its key.
@@ -78,17 +80,20 @@ class SegmentationView:
         std: Sequence[float],
         ignore_index: int,
         seed: int,
+        bands: int = 3,
+        is_float: bool = False,
     ) -> None:
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
             raise InputError(
                 f"augmentation.scale={list(scale)}: expected two factors, 0 < low <= high"
             )
-        self.normalize = Normalized(mean, std)
+        self.normalize = Normalized(mean, std, bands=bands, is_float=is_float)
         # Pixels outside the image are 0 after the normalisation.
-        self.fill = [round(255 * channel) for channel in mean]
+        means = list(mean) * bands if len(mean) == 1 else list(mean)
+        self.fill = means if is_float else [round(255 * channel) for channel in means]
         self.jitter = None
         if color_jitter is not None:
-            self.jitter = build_color_jitter(color_jitter, image_size)
+            self.jitter = build_color_jitter(color_jitter, image_size, bands)
         self.image_size = image_size
         self.scale = scale
         self.horizontal_flip = horizontal_flip
@@ -96,17 +101,20 @@ class SegmentationView:
         self.seed = seed
 
     def __call__(
-        self, image: Image.Image, mask: np.ndarray, epoch: int, index: int
+        self, pixels: Image.Image | np.ndarray, mask: np.ndarray, epoch: int, index: int
     ) -> tuple[Tensor, Tensor]:
         """Augment image number `index` in epoch `epoch`.
 
         Args:
+            pixels: a Pillow image; (height, width, 3) uint8; or (height, width, bands) float32 from
+                0 to 1.
             mask: (height, width) class numbers.
 
         Returns:
-            The normalised image (3, image_size, image_size) and the classes of its pixels
+            The normalised image (bands, image_size, image_size) and the classes of its pixels
             (image_size, image_size) int64.
         """
+        image = as_image(pixels)
         if self.ignore_index > np.iinfo(mask.dtype).max:
             mask = mask.astype(np.int32)  # because the crop is filled up with ignore_index
         with draws_from(self.seed, epoch, index, 0):
@@ -115,13 +123,14 @@ class SegmentationView:
                 image, classes = F.horizontal_flip(image), F.horizontal_flip(classes)
             if self.jitter is not None:
                 image = self.jitter(image)
-        return self.normalize(image), classes[0].long()
+        return normalized_image(self.normalize, image), classes[0].long()
 
-    def _crop(self, image: Image.Image, mask: Tensor) -> tuple[Image.Image, Tensor]:
+    def _crop(self, image: Any, mask: Tensor) -> tuple[Any, Tensor]:
         """Resize and crop an image and its mask (1, height, width)."""
         factor = float(torch.empty(1).uniform_(*self.scale))
-        rows = draw_cut(image.height, factor, self.image_size)
-        columns = draw_cut(image.width, factor, self.image_size)
+        height, width = mask.shape[1:]
+        rows = draw_cut(height, factor, self.image_size)
+        columns = draw_cut(width, factor, self.image_size)
         box = (rows.start, columns.start, rows.length, columns.length)
         size = [rows.new_length, columns.new_length]
         padding = [0, 0, self.image_size - columns.new_length, self.image_size - rows.new_length]
@@ -132,8 +141,57 @@ class SegmentationView:
         return image, F.pad(mask, padding, fill=self.ignore_index)
 
 
-def build_color_jitter(settings: Mapping[str, Any], image_size: int) -> v2.Transform:
+def as_image(pixels: Image.Image | np.ndarray) -> Image.Image | Tensor:
+    """Return pixels in the form that torchvision transforms.
+
+    Args:
+        pixels: a Pillow image; (height, width, 3) uint8; or (height, width, bands) float32.
+
+    Returns:
+        A Pillow image, or a tensor (bands, height, width).
+    """
+    if isinstance(pixels, Image.Image):
+        return pixels
+    if pixels.dtype == np.uint8:
+        return Image.fromarray(pixels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def normalized_image(normalize: Normalized, image: Image.Image | Tensor) -> Tensor:
+    """Return the result of `as_image` as a normalised tensor (bands, height, width)."""
+    if isinstance(image, Image.Image):
+        return normalize(image)
+    return image * normalize.scale - normalize.shift
+
+
+class BandJitter(v2.Transform):
+    """Change brightness, then contrast, of images of any bands from 0 to 1.
+
+    Args:
+        brightness, contrast: the factor is drawn from 1 - x to 1 + x, one for all bands.
+    """
+
+    def __init__(self, brightness: float, contrast: float) -> None:
+        super().__init__()
+        self.brightness = brightness
+        self.contrast = contrast
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return an image (bands, height, width) with another brightness and contrast."""
+        brightness = torch.empty(()).uniform_(max(0, 1 - self.brightness), 1 + self.brightness)
+        contrast = torch.empty(()).uniform_(max(0, 1 - self.contrast), 1 + self.contrast)
+        image = (image * brightness).clamp(0, 1)
+        mean = image.mean(dim=(1, 2), keepdim=True)
+        return ((image - mean) * contrast + mean).clamp(0, 1)
+
+
+def build_color_jitter(
+    settings: Mapping[str, Any], image_size: int, bands: int = 3
+) -> v2.Transform:
     """Return torchvision's colour jitter for the settings of a pretraining view's jitter.
+
+    Images of other bands than RGB have no hue and saturation, so that only brightness and contrast
+    change.
 
     Raises:
         InputError: a setting is unknown or out of range.
@@ -142,5 +200,10 @@ def build_color_jitter(settings: Mapping[str, Any], image_size: int) -> v2.Trans
     step = build_operation("color_jitter", settings, image_size, "augmentation")
     jitter = step.operation
     assert isinstance(jitter, ColorJitter)
-    transform = v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    if bands == 3:
+        transform: v2.Transform = v2.ColorJitter(
+            jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+        )
+    else:
+        transform = BandJitter(jitter.brightness, jitter.contrast)
     return v2.RandomApply([transform], p=step.probability)

@@ -17,7 +17,11 @@ from torchvision.transforms import v2
 from moco.data.augment.views import Normalized
 from moco.data.loading.every_image import ReadImage, every_image
 from moco.data.loading.workers import CPU, WatchedLoader, unchanged
-from moco.segmentation.mask_augmentation import SegmentationView
+from moco.segmentation.mask_augmentation import (
+    SegmentationView,
+    as_image,
+    normalized_image,
+)
 from moco.segmentation.masked_images import MaskedImages
 
 # The longer side of a scaled image, in multiples of the shorter one's target. Without a limit an
@@ -29,7 +33,7 @@ class MaskBatch(NamedTuple):
     """A batch of N readable images with their masks."""
 
     images: Tensor
-    """(N, 3, height, width) normalised; no dimension but the first if N is 0."""
+    """(N, bands, height, width) normalised; no dimension but the first if N is 0."""
     classes: Tensor
     """(N, height, width) int64, the class of each pixel."""
     indices: Tensor
@@ -74,12 +78,14 @@ class WholeImages:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
         """Return a normalised image, the classes of its mask's pixels, and its number."""
-        image, mask = self.images[index]
+        pixels, mask = self.images[index]
+        image = as_image(pixels)
         # The mask is not scaled. Predictions are enlarged to its size instead.
         if self.image_size is not None:
-            size = scaled_size(image.height, image.width, self.image_size, self.stride)
+            size = scaled_size(pixels.shape[0], pixels.shape[1], self.image_size, self.stride)
             image = v2.functional.resize(image, list(size))
-        return self.normalize(image), torch.from_numpy(mask).long(), index
+        classes = torch.from_numpy(mask).long()
+        return normalized_image(self.normalize, image), classes, index
 
 
 def mask_batch(read: list[ReadImage]) -> MaskBatch:

@@ -7,7 +7,7 @@ that a mistake is found at once.
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +21,23 @@ from moco.data.files.images import (
     MAX_IMAGE_PIXELS,
     UnreadableImage,
     decoded_mask,
-    opened,
+    image_size,
     pillow_warnings_ignored,
 )
 from moco.data.files.listing import list_images
 from moco.data.sources.arrays import torchvision_dataset
-from moco.data.sources.folders import VALIDATION_FOLDERS, is_held_out
+from moco.data.sources.folders import (
+    TRAINING_FOLDERS,
+    VALIDATION_FOLDERS,
+    find_split,
+    first_of,
+    folders_in,
+    is_held_out,
+)
+from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.registry import MASKED
+from moco.data.sources.sample import prepare_source
+from moco.data.sources.source import DataSource
 from moco.errors import InputError, printable, unknown_name
 from moco.segmentation.masked_images import MaskedImages, Pair
 
@@ -40,8 +50,6 @@ VOC_CLASSES = (
     "train", "tvmonitor",
 )  # fmt: skip
 
-# Folders below images and masks. The first one that exists is used.
-TRAINING_FOLDERS = ("train", "training")
 MAX_THREADS = 32
 MAX_NAMED_CLASSES = 10  # in one warning
 VALIDATION_SHARE = 0.1  # where the dataset has no folder for validation
@@ -57,6 +65,24 @@ class SegmentationSource:
     """The name of each class; the class number is the position."""
     ignore_index: int
     """The number of pixels that have no class."""
+
+    def prepare(
+        self, data: Mapping[str, Any], mean: Sequence[float], display: Any = None
+    ) -> PixelValues:
+        """Let the images give the pixels that the model gets, and return how they are made.
+
+        Args:
+            data: the settings of the data as plain data.
+            mean, display: see `moco.data.sources.pixel_values.settle_values`.
+
+        Raises:
+            InputError: the settings fit no image, or the value range is missing.
+        """
+        source = DataSource(self.train.images, None, None, image_size=0)
+        values = prepare_source(source, {"pages": "first", **data}, mean, display)
+        self.validation.images.reading = self.train.images.reading
+        self.validation.images.values = values
+        return values
 
 
 class Listing(NamedTuple):
@@ -163,9 +189,10 @@ def check_class_names(names: Sequence[str], origin: str, num_classes: int | None
 def list_segmentation_folder(root: str) -> Listing:
     """List images below root/images and their masks below root/masks.
 
-    A mask has the path of its image, with the ending .png. Images below images/train (or training)
-    are for training; images below images/val (or validation, or test) are held out. Without such a
-    folder a tenth of the images is held out. Class names stand in root/classes.txt, one a line.
+    A mask has the path of its image, with the ending .png. Images below images/train are for
+    training; images below images/val are held out. `find_split` says what these folders may be
+    called; those of the masks may have another of these names. Without images/val a tenth of the
+    images is held out. Class names stand in root/classes.txt, one a line.
 
     Raises:
         InputError: a folder is missing, an image has no mask, or a mask has no image.
@@ -177,29 +204,39 @@ def list_segmentation_folder(root: str) -> Listing:
                 f"data.root={root}: there is no folder {folder.name} in it; "
                 "expected the folders images and masks"
             )
-    # Only the folders below images decide. Those below masks have to have the same names.
-    train_folder = first_folder(images, TRAINING_FOLDERS)
-    validation_folder = first_folder(images, VALIDATION_FOLDERS)
-    if validation_folder and not train_folder:
+    # Only the folders below images decide.
+    split = find_split(images, has_classes=False)
+    if split.validation and not split.train:
         raise InputError(
-            f"data.root={root}: there is a folder images/{validation_folder}, but none to "
+            f"data.root={root}: there is a folder images/{split.validation}, but none to "
             f"train on; expected images/{' or images/'.join(TRAINING_FOLDERS)}"
         )
-    pairs = pair_files(images / train_folder, masks / train_folder)
+    pairs = pair_files(*parts_of(split.train, images, masks, TRAINING_FOLDERS))
     names_file = Path(root, "classes.txt")
     names = read_class_names(names_file)
-    if not validation_folder:
+    if not split.validation:
         return Listing(*hold_out_a_tenth(pairs), names, str(names_file))
-    held_out = pair_files(images / validation_folder, masks / validation_folder)
+    held_out = pair_files(*parts_of(split.validation, images, masks, VALIDATION_FOLDERS))
     return Listing(list(pairs.values()), list(held_out.values()), names, str(names_file))
 
 
-def first_folder(parent: Path, names: Sequence[str]) -> str:
-    """Return the first of these folders that exists, or an empty string."""
-    for name in names:
-        if (parent / name).is_dir():
-            return name
-    return ""
+def parts_of(
+    name: str | None, images: Path, masks: Path, names: Sequence[str]
+) -> tuple[Path, Path]:
+    """Return the folders of images and masks of a part of the dataset.
+
+    Args:
+        name: of the part's folder below `images`; None: the dataset is not divided.
+        images, masks: the folders of all images and all masks.
+        names: what the part may be called. The folder of the masks has the same name or, if there
+            is none, the first of these.
+    """
+    if name is None:
+        return images, masks
+    name_of_masks = name
+    if not (masks / name).is_dir():
+        name_of_masks = first_of(folders_in(masks), names) or name
+    return images / name, masks / name_of_masks
 
 
 def read_class_names(path: Path) -> list[str]:
@@ -337,8 +374,7 @@ def inspect_pair(
         InputError: a file cannot be read, or the two files have different sizes.
     """
     try:
-        with opened(pair.image, max_image_pixels) as image:
-            width, height = image.size
+        height, width = image_size(pair.image, max_image_pixels)
         mask = decoded_mask(pair.mask, max_image_pixels)
     except UnreadableImage as error:
         raise InputError(str(error)) from error

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from moco.data.files.images import MAX_IMAGE_PIXELS, read_mask
 from moco.data.sources.source import FileImages
@@ -18,7 +17,7 @@ class Pair(NamedTuple):
 
 
 class MaskedImages:
-    """RGB images and their masks, decoded when they are asked for.
+    """Images and their masks, decoded when they are asked for.
 
     A mask is an image file with one number per pixel: the class, or the dataset's `ignore_index`
     where there is none.
@@ -39,8 +38,8 @@ class MaskedImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Return the image and its mask (height, width).
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pixels that the model gets, and the mask (height, width).
 
         Raises:
             UnreadableImage: one of the two files is damaged.

@@ -38,6 +38,14 @@ log = logging.getLogger(__name__)
 # Cells. Published Swin V2s with windows up to this one were pretrained on images whose last map
 # holds a whole window (8 at 256 px). With larger windows, the last map was smaller than a window.
 LARGEST_WHOLE_WINDOW = 8
+# The weights of the convolution that reads the images, under the names of all libraries.
+STEMS = (
+    "conv1.weight",
+    "conv_proj.weight",
+    "features.0.0.weight",
+    "patch_embed.proj.weight",
+)
+RGB_BANDS = 3
 
 
 def complete_settings(weights: Weights, origin: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +175,10 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
     # A ResNet for small images has a 3x3 convolution in place of 7x7.
     if "conv1.weight" in weights and weights["conv1.weight"].shape[-1] == 3:
         seen["stem"] = "solo_cifar" if origin == SOLO_LEARN else "cifar"
+
+    for stem in STEMS:
+        if stem in weights and weights[stem].ndim == 4 and weights[stem].shape[1] != RGB_BANDS:
+            seen["in_channels"] = int(weights[stem].shape[1])
 
     # Fixed positions of a ViT are no setting, so only learned ones are seen.
     for positions in ("pos_embed", POSITIONS):

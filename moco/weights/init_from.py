@@ -2,9 +2,12 @@
 
 import logging
 
+import torch
+
 from moco.errors import InputError
 from moco.methods.moco import MoCo
 from moco.weights.architecture import build_outline, complete_settings, misfit
+from moco.weights.inflation import fit_bands
 from moco.weights.library_names import Weights, to_our_names
 from moco.weights.other_projects import BACKBONE, KEY, KEY_BACKBONE, METHOD_PARTS, QUERY
 from moco.weights.weight_files import (
@@ -32,7 +35,7 @@ def start_from(method: MoCo, path: str) -> None:
     source = f"init_from={path}"
     with source_in_errors(source):
         file = read_weight_file(path, source, method.query_encoder.backbone)
-        weights = with_our_backbones(file, method)
+        weights = with_bands_of(with_our_backbones(file, method), method)
         check_backbone(file, weights, method)
 
     state = method.state_dict()
@@ -55,6 +58,9 @@ def start_from(method: MoCo, path: str) -> None:
     loaded = {name for name in weights if name.startswith(tuple(loaded_parts))}
     for name in loaded:
         state[name] = weights[name]
+        if name.endswith("queue.groups"):
+            # Its numbers are those of the file's dataset.
+            state[name] = torch.full_like(weights[name], -1)
     # What the file lacks of the key encoder is a copy of the query encoder, as in any new run.
     for name in state:
         if name.startswith(KEY) and name.startswith(tuple(reasons)):
@@ -87,6 +93,16 @@ def with_our_backbones(file: WeightFile, method: MoCo) -> Weights:
         if theirs:
             for name, tensor in to_our_names(theirs, method.query_encoder.backbone).items():
                 weights[prefix + name] = tensor
+    return weights
+
+
+def with_bands_of(weights: Weights, method: MoCo) -> Weights:
+    """Return the weights with RGB backbones inflated to the bands of the method's images."""
+    for prefix in (BACKBONE, KEY_BACKBONE):
+        theirs, others = split(weights, prefix)
+        fitting = fit_bands(theirs, method.query_encoder.backbone)
+        if fitting is not theirs:
+            weights = others | {prefix + name: tensor for name, tensor in fitting.items()}
     return weights
 
 

@@ -24,6 +24,7 @@ from moco.weights.architecture import (
     load_fitting,
     settings_of,
 )
+from moco.weights.inflation import check_bands, widen_stem
 from moco.weights.library_names import Weights, to_our_names
 from moco.weights.other_projects import BACKBONE, METHOD_PARTS
 from moco.weights.weight_files import (
@@ -178,6 +179,29 @@ def usual_feature(file: WeightFile) -> str:
         )
         return "backbone"
     return of_run
+
+
+def fit_to_data(pretrained: Pretrained, given: dict[str, Any], image_size: int, bands: int) -> None:
+    """Prepare an encoder for images as soon as they are known.
+
+    An RGB network of another project is inflated for images of other bands. Log which attention
+    windows suit the images.
+
+    Args:
+        pretrained: its encoder is changed in place.
+        given: the arguments of `build_backbone` that the user gave.
+        image_size: side of the images, px.
+        bands: of the images.
+
+    Raises:
+        InputError: the encoder reads other images.
+    """
+    backbone: Any = pretrained.encoder.backbone
+    if pretrained.config:
+        check_bands(backbone, bands, "checkpoint")
+    else:
+        widen_stem(backbone, bands, "checkpoint")
+    log_window_advice(pretrained, given, image_size)
 
 
 def log_window_advice(pretrained: Pretrained, given: dict[str, Any], image_size: int) -> None:

@@ -1,5 +1,7 @@
 """What TensorBoard gets of the kNN monitor's features."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -33,8 +35,13 @@ def test_neighbors_are_shown_with_their_own_images_also_after_an_unreadable_one(
     figure = neighbors_plot(embedded, embedded, shown, np.array([[1.0, 0.9]]), rows)
     captions = [(text.get_text(), text.get_color()) for text in figure.texts]
     assert captions == [("class 0", "black"), ("1.00 0", "#007a3d"), ("0.90 1", "#be1e1e")]
+    named = embedded._replace(
+        labelled=replace(embedded.labelled, class_names=("a$b", "tailor bird"))
+    )
+    figure = neighbors_plot(named, named, shown, np.array([[1.0, 0.9]]), rows)
+    assert [text.get_text() for text in figure.texts] == [r"a\$b", r"1.00 a\$b", "0.90 tailo…"]
     drawn = pixels(figure)
-    level = embedded.labelled.images[6].getpixel((0, 0))[0]
+    level = int(embedded.labelled.images[6][0, 0, 0])
     assert drawn[MARGIN, MARGIN, 0] == drawn[MARGIN, FIRST_NEIGHBOR, 0] == level
 
 
@@ -75,6 +82,8 @@ def test_a_measurement_is_drawn_as_neighbors_and_confusions(embedded):
 def test_the_projector_has_one_copy_of_at_most_so_many_images(embedded, tmp_path, capsys):
     from torch.utils.tensorboard import SummaryWriter
 
+    class_names = ("night", "bright\tday")
+    embedded = embedded._replace(labelled=replace(embedded.labelled, class_names=class_names))
     # Twice, as when a run resumes.
     for _ in range(2):
         writer = SummaryWriter(str(tmp_path))
@@ -87,7 +96,8 @@ def test_the_projector_has_one_copy_of_at_most_so_many_images(embedded, tmp_path
     assert tensors.shape == (10, 64)
     assert not tensors[:, 2:].any()
     np.testing.assert_allclose(np.linalg.norm(tensors, axis=1), 1, atol=1e-3)
-    assert (folder / "metadata.tsv").read_text().split() == ["0"] * 5 + ["1"] * 5
+    metadata = (folder / "metadata.tsv").read_text().splitlines()
+    assert metadata == ["night"] * 5 + [r"bright\tday"] * 5
     with Image.open(folder / "sprite.png") as sprite:
         assert sprite.size == (4 * 32, 4 * 32)
     assert (tmp_path / "projector_config.pbtxt").read_text().count("tensor_path") == 1

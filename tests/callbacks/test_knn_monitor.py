@@ -18,6 +18,7 @@ from moco.callbacks.feature_plots import FeaturePlots
 from moco.callbacks.knn_monitor import KNNMonitor
 from moco.callbacks.label_free_monitor import LabelFreeMonitor
 from moco.callbacks.training_monitor import TrainingMonitor
+from moco.data.sources.source import Labelled
 from moco.errors import InputError
 from moco.evaluation.reports.embedded import Embedded
 from moco.training.logger import RunLogger
@@ -110,7 +111,7 @@ def test_plots_go_to_tensorboard_at_the_end(tmp_path, every_n_epochs):
     )
     labels = np.arange(12) % 3
     images = [Image.new("L", (8, 8), 100)] * 12
-    dataset = SimpleNamespace(images=images)
+    dataset = Labelled([np.asarray(image.convert("RGB")) for image in images], labels)
     features = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
     side = Embedded(features, labels, dataset, np.arange(12))
     monitor = monitor_of({}, plots=FeaturePlots(every_n_epochs, 0))

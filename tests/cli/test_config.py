@@ -193,7 +193,7 @@ MISTAKES = [
     (["method.projector.num_layer=2"], "error: unknown key 'method.projector.num_layer'; did you mean 'method.projector.num_layers'?"),
     (["data=images"], "error: data.root: missing; data=images needs data.root=PATH"),
     (["data=images", "data.root=nowhere"], "error: data.root=nowhere: no such folder"),
-    (["data=images", "data.root=."], "error: data.root=.: no images in there (looked for .bmp, .gif,"),
+    (["data=images", "data.root=."], "error: data.root=.: no images in there (left out 4 files: .yaml 4)"),
     (["method.temperature"], "error: cannot read the override 'method.temperature': Error parsing override"),
     (["trainer.accelerator=gppu"], "error: trainer.accelerator: unknown value 'gppu'; did you mean 'gpu'?"),
     (["method=null"], "error: Config group override must be a string or a list."),
@@ -275,7 +275,7 @@ def test_a_new_key_needs_a_plus_where_the_names_are_the_users(key, expected):
         ),
         (["trainer.max_steps=0"], "trainer.max_steps=0: expected -1 for no limit, or at least 1"),
         (["trainer.accelerator=gpu"], "accelerator=gpu: no CUDA device can be used here"),
-        (["augmentation.std=[0,0,0]"], "augmentation.mean="),
+        (["augmentation.std=[0,0,0]"], "augmentation.std="),
         (
             ["method.num_queues=2"],
             "method.num_queues=2: the second queue is for the second direction; add method.symmetric",

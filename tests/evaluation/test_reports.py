@@ -1,7 +1,9 @@
 """What ``moco.evaluate`` adds to its accuracy: label-free figures, and plots in its run folder."""
 
 import dataclasses
+import io
 import json
+import re
 import shutil
 from functools import partial
 
@@ -9,18 +11,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from moco.config.data import EvaluateDataConfig
 from moco.config.pretrained import EvaluateConfig, EvaluationConfig
+from moco.data.files.written_files import is_written_file
+from moco.data.sources.source import ArrayImages, Labelled
 from moco.evaluate import run
 from moco.evaluation.collapse import collapse_of
+from moco.evaluation.knn_measurement import class_tables
 from moco.evaluation.reports.embedded import GAP, THUMBNAIL, Embedded
 from moco.evaluation.reports.knn_plots import (
     Searched,
     neighbors_of_some,
     spread_over_classes,
 )
-from moco.evaluation.reports.plots import LINE, MARGIN, pixels
+from moco.evaluation.reports.plots import LINE, MARGIN, legible, map_plot, pixels
 from tests.test_evaluate import archive
 from tests.weights.test_export import write_checkpoint
 
@@ -62,6 +68,7 @@ def plots_in(folder):
         with Image.open(path) as image:
             image.load()
             assert image.format == "PNG"
+            assert is_written_file(str(path))  # it is no image of a dataset
             found[path.name] = image.size
     return found
 
@@ -254,7 +261,6 @@ def test_a_backbone_alone_has_the_rank_of_its_features(evaluated, small, tmp_pat
 @pytest.fixture
 def searched(generator):
     """60 images of one grey level each, and random features."""
-    from moco.data.sources.source import ArrayImages, Labelled
     from moco.evaluation.neighbors import nearest_by_block
 
     images = ArrayImages(
@@ -282,3 +288,28 @@ def test_rows_are_spread_over_the_classes():
     assert spread_over_classes(labels, 3).tolist() == [3, 1, 5]
     assert spread_over_classes(labels, 99).tolist() == [3, 4, 0, 1, 2, 6, 5]
     assert spread_over_classes(np.arange(1000), 3).tolist() == [0, 499, 999]
+
+
+def test_tables_and_plots_name_the_classes(generator):
+    console = Console(width=100, file=io.StringIO())
+    for table in class_tables(
+        ["10", "[b]cat", "a\nb"], np.array([[3, 1, 0], [0, 2, 0], [0, 0, 4]])
+    ):
+        console.print(table)
+    printed = console.file.getvalue()
+    assert re.search(r"10 .* 0\.7500 .* 4", printed)
+    assert re.search(r"10 .* \[b\]cat .* 1 of 4", printed)
+    assert "a\\nb" in printed
+    points, labels = generator.normal(size=(6, 2)), np.arange(6) % 3
+    names = ["_hidden", "$x$", "plain"]
+    figure = map_plot(points, labels, "title", lambda number: legible(names[number], 24))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [" _hidden", r"\$x\$", "plain"]
+    assert pixels(figure).shape[2] == 3
+
+
+def test_a_name_without_letters_in_the_font_is_a_number(generator):
+    images = ArrayImages(np.zeros((2, 8, 8), np.uint8), "black")
+    labelled = Labelled(images, np.arange(2), ("\u732b", "a name of far too many letters"))
+    one = Embedded(np.zeros((2, 4)), labelled.labels, labelled, np.arange(2))
+    assert [one.shown_class(number, 8) for number in (0, 1, 2)] == ["0", "a name …", "2"]

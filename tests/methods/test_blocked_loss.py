@@ -1,6 +1,7 @@
 """The blocked form of InfoNCE against the plain one, and the rule that picks one of them."""
 
 import math
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -13,14 +14,17 @@ from moco.methods.blocked_loss import (
     blocked_info_nce,
     efficient_info_nce,
 )
-from moco.methods.losses import info_nce
+from moco.methods.losses import Groups, info_nce
 from tests.methods.test_losses import reference, unit
 
 
-def value_and_gradient(function, query, key, negatives, temperature, dtype=torch.float32):
+def value_and_gradient(
+    function, query, key, negatives, temperature, groups=None, dtype=torch.float32
+):
     """The loss and its gradient with respect to the queries, both in float64."""
     leaf = query.clone().to(dtype).requires_grad_()
-    value = function(leaf, key.to(dtype), negatives.to(dtype), temperature)
+    options = {} if groups is None else {"groups": groups}
+    value = function(leaf, key.to(dtype), negatives.to(dtype), temperature, **options)
     (3 * value).backward()
     return value.detach().double(), leaf.grad.double() / 3
 
@@ -53,6 +57,16 @@ def test_blocks_of_any_size_equal_the_plain_form(rows, block, monkeypatch, plain
     rows = unit(7, 16), unit(7, 16), unit(50, 16), 0.2
     blocked = value_and_gradient(blocked_info_nce, *rows)
     torch.testing.assert_close(blocked, plain_in_double(*rows), rtol=1e-6, atol=1e-6)
+
+
+def test_own_groups_are_left_out_of_blocks_of_any_size(monkeypatch, plain_in_double):
+    monkeypatch.setattr(blocked_loss, "MOST_QUERIES_PER_BLOCK", 3)
+    monkeypatch.setattr(blocked_loss, "LOGITS_PER_BLOCK_ON_CPU", 33)
+    groups = Groups(torch.arange(7) - 1, torch.arange(50) % 9 - 1)
+    rows = unit(7, 16), unit(7, 16), unit(50, 16), 0.2
+    blocked = value_and_gradient(partial(blocked_info_nce, groups=groups), *rows)
+    plain = plain_in_double(*rows, groups)
+    torch.testing.assert_close(blocked, plain, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-2])

@@ -97,3 +97,20 @@ def test_keys_that_are_not_finite_leave_unit_vectors_in_a_queue_that_fills_up():
     queue = KeyQueue(5, 4, start="empty")
     queue.enqueue(torch.full((3, 4), float("nan")))
     torch.testing.assert_close(queue.negatives().norm(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize("start", ["random", "empty"])
+def test_groups_stay_beside_their_keys(start):
+    queue = KeyQueue(5, 4, start, keeps_groups=True)
+    assert queue.groups.tolist() == [-1] * 5  # random unit vectors are of no image
+    keys = keys_numbered(0, 7)
+    keys[5] = torch.nan  # the key and its group are left out together
+    queue.enqueue(keys[:3], torch.tensor([10, 11, 12]))
+    assert len(queue.groups_of_negatives()) == len(queue.negatives())
+    queue.enqueue(keys[3:], torch.tensor([13, 14, 15, 16]))
+    assert queue.keys[:, 0].tolist() == [0.0, 6.0, 2.0, 3.0, 4.0]
+    assert queue.groups_of_negatives().tolist() == [10, 16, 12, 13, 14]
+    other = KeyQueue(5, 4, start, keeps_groups=True)
+    other.load_state_dict(queue.state_dict())
+    assert torch.equal(other.groups, queue.groups)
+    assert "groups" not in KeyQueue(5, 4, start).state_dict()

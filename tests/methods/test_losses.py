@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco.methods.losses import in_batch_info_nce, info_nce, matched_cells, most_similar_cells
+from moco.methods.blocked_loss import blocked_info_nce
+from moco.methods.losses import (
+    Groups,
+    in_batch_info_nce,
+    info_nce,
+    matched_cells,
+    most_similar_cells,
+)
 
 
 def unit(*shape):
@@ -25,6 +32,64 @@ def reference(query, key, negatives, temperature):
         losses.append(-np.log(softmax[0]))
         gradients.append((softmax @ candidates - k) / temperature)
     return np.mean(losses), np.array(gradients) / len(query)
+
+
+def reference_without_own_group(query, key, negatives, temperature, groups, negative_groups):
+    """`reference` for one query at a time, whose own group's negatives are not there at all."""
+    losses = []
+    gradients = []
+    for row, group in enumerate(groups):
+        others = [n for n, g in zip(negatives, negative_groups, strict=True) if g != group or g < 0]
+        own = slice(row, row + 1)
+        others = np.reshape(others, (-1, query.shape[1]))
+        loss, gradient = reference(query[own], key[own], others, temperature)
+        losses.append(loss)
+        gradients.append(gradient[0])
+    return np.mean(losses), np.array(gradients) / len(query)
+
+
+@pytest.mark.parametrize("function", [info_nce, blocked_info_nce])
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_negatives_of_the_own_group_count_as_absent(function, temperature):
+    query, key, negatives = unit(6, 16), unit(6, 16), unit(50, 16)
+    groups = torch.tensor([0, 1, 2, -1, 7, 3])  # none of group 7 among the negatives
+    negative_groups = torch.arange(50) % 5 - 1  # -1, 0, 1, 2, 3
+    expected = reference_without_own_group(
+        *(rows.numpy() for rows in (query, key, negatives)),
+        temperature,
+        groups.tolist(),
+        negative_groups.tolist(),
+    )
+    leaf = query.float().requires_grad_()
+    both = Groups(groups, negative_groups)
+    loss = function(leaf, key.float(), negatives.float(), temperature, both)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected[0], rel=1e-5)
+    np.testing.assert_allclose(leaf.grad.numpy(), expected[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [info_nce, blocked_info_nce])
+def test_a_query_whose_negatives_all_belong_to_its_group_has_no_loss(function):
+    query, key, negatives = (unit(4, 8).float() for _ in range(3))
+    query.requires_grad_()
+    groups = Groups(torch.full((4,), 3), torch.full((4,), 3))
+    loss = function(query, key, negatives, 0.2, groups)
+    loss.backward()
+    assert loss.item() == 0
+    assert (query.grad == 0).all()
+
+
+def test_in_a_batch_the_own_positive_is_never_left_out():
+    query, keys = unit(3, 16), unit(6, 16)
+    groups, key_groups = torch.tensor([4, 4, -1]), torch.tensor([4, 9, 4, 4, 4, -1])
+    both = Groups(groups, key_groups)
+    loss = in_batch_info_nce(query, keys, 0.2, rank=1, groups=both)
+    # Of all six keys, the positives are rows 3, 4 and 5.
+    losses = []
+    for row, kept in enumerate([[1, 5], [1, 5], [0, 1, 2, 3, 4]]):
+        rows = (query[row : row + 1], keys[row + 3 : row + 4], keys[kept])
+        losses.append(reference(*(part.numpy() for part in rows), 0.2)[0])
+    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.024, 0.026, 0.07, 0.2, 1.0])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import moco.methods.moco
+from moco.errors import InputError
 
 
 class Losses(pl.Callback):
@@ -38,12 +39,63 @@ def contrasted(monkeypatch):
     calls = []
     original = moco.methods.moco.efficient_info_nce
 
-    def recorded(query, key, negatives, temperature):
+    def recorded(query, key, negatives, temperature, groups):
         calls.append((key.clone(), negatives.clone()))
-        return original(query, key, negatives, temperature)
+        return original(query, key, negatives, temperature, groups)
 
     monkeypatch.setattr(moco.methods.moco, "efficient_info_nce", recorded)
     return calls
+
+
+GROUPED = [
+    r"data.group='(?P<group>\d)\]$'",  # the last digit of an image's number
+    "data.pair=group",
+    "method.mask_own_group=true",
+    "method.queue_start=random",
+]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GROUPED,
+        [*GROUPED, "method.symmetric=true", "method.num_queues=2"],
+        [*GROUPED, *DENSE],
+        [*GROUPED, "method.negatives=batch", "method.queue_size=null"],
+    ],
+)
+def test_every_loss_of_a_step_gets_the_groups_of_its_negatives(settings, runner, monkeypatch):
+    for name in ("efficient_info_nce", "in_batch_info_nce"):
+        original = getattr(moco.methods.moco, name)
+
+        def checked(query, *arguments, original=original):
+            groups = arguments[-1]
+            negatives = arguments[-4] if original.__name__ == "in_batch_info_nce" else arguments[1]
+            assert groups.queries.shape == (len(query),)
+            assert groups.negatives.shape == (len(negatives),)
+            seen.append(groups)
+            return original(query, *arguments)
+
+        monkeypatch.setattr(moco.methods.moco, name, checked)
+    seen = []
+    method = runner.fit(runner.config(*settings))
+    assert all((groups.queries >= 0).all() for groups in seen)
+    assert seen[-1].is_own().any()
+    # The last step's groups are the newest of the queue, as its keys are. A dense loss has a query
+    # for each cell.
+    groups = seen[-1].queries[:: len(seen[-1].queries) // 32]
+    for queue in [*method.queues, *method.dense_queues]:
+        assert queue.groups.unique().tolist() == list(range(10))
+        rows = (queue.pointer - 32 + torch.arange(32)) % len(queue.keys)
+        assert torch.equal(queue.groups[rows], groups)
+
+
+def test_masking_needs_groups(runner):
+    with pytest.raises(InputError, match=r"mask_own_group=true: needs data\.group"):
+        runner.fit(runner.config("method.mask_own_group=true"))
+    method = runner.method(runner.config("method.mask_own_group=true"))
+    with pytest.raises(InputError, match="the batches have no groups"):
+        method.training_step(tuple(torch.randn(2, 4, 3, 16, 16)), 0)
 
 
 def test_momentum_update_happens_once_per_optimizer_step(runner, monkeypatch):

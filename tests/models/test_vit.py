@@ -203,9 +203,9 @@ def test_an_incomplete_patch_is_filled_up_with_zeros_or_left_out():
     ("settings", "expected"),
     [
         ({"window_size": 7}, "backbone.window_size=7: vit_small has no such setting (it has num_heads, learned_positions, "
-         "stochastic_depth, gradient_checkpointing, freeze_patch_embed, partial_patches)"),
+         "stochastic_depth, gradient_checkpointing, freeze_patch_embed, partial_patches, in_channels)"),
         ({"zero_init_residual": True}, "backbone.zero_init_residual=True: vit_small has no such setting (it has num_heads, "
-         "learned_positions, stochastic_depth, gradient_checkpointing, freeze_patch_embed, partial_patches)"),
+         "learned_positions, stochastic_depth, gradient_checkpointing, freeze_patch_embed, partial_patches, in_channels)"),
         ({"num_heads": 7}, "backbone.num_heads=7: expected a divisor of the width, 384"),
     ],
 )  # fmt: skip

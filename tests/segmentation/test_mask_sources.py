@@ -68,16 +68,23 @@ def test_of_two_images_one_is_held_out_and_the_log_says_how(tmp_path, caplog):
     assert "1 of 2 images are held out, chosen by a hash of their names" in caplog.text
 
 
-@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
-def test_folders_may_have_other_common_names(held_out, shapes, caplog):
+@pytest.mark.parametrize(
+    ("held_out", "of_masks"), [("val", "val"), ("Validation", "validation"), ("TEST", "TEST")]
+)
+def test_folders_may_have_other_common_names(held_out, of_masks, shapes, caplog):
     caplog.set_level("INFO")
-    for folder in ("images", "masks"):
+    for folder, name in (("images", held_out), ("masks", of_masks)):
         (shapes / folder / "train").rename(shapes / folder / "training")  # as in ADE20K
-        (shapes / folder / "val").rename(shapes / folder / held_out)
+        (shapes / folder / "val").rename(shapes / folder / name)
+    (shapes / "images" / "more").mkdir()
     source = source_of(shapes)
     assert (len(source.train), len(source.validation)) == (8, 4)
     assert source.validation.name(0) == str(shapes / "images" / held_out / "00.png")
     assert "hash" not in caplog.text
+    taken = (
+        f"training is trained on, {held_out} is held out, and the other folders are not used: more"
+    )
+    assert taken in caplog.text
 
 
 @pytest.mark.parametrize("held_out", ["val", "validation", "test"])

@@ -58,9 +58,11 @@ def exchange(rank):
         assert not is_channels_last or share.is_contiguous(memory_format=torch.channels_last)
 
     torch.manual_seed(0)
-    queue = KeyQueue(11, 1)
+    queue = KeyQueue(11, 1, keeps_groups=True)
     for step in range(3):
-        queue.enqueue(all_gather(own + step))
+        groups = (own[:, 0] + step).long()
+        queue.enqueue(all_gather(own + step), all_gather(groups))
+    assert torch.equal(queue.groups, queue.keys[:, 0].long())
     assert torch.equal(all_gather(queue.keys)[:11], all_gather(queue.keys)[11:])
     assert int(queue.pointer) == 24 % 11
 

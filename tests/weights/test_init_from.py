@@ -273,6 +273,18 @@ def test_a_run_starts_from_a_checkpoint_of_ours_with_all_of_it(tmp_path):
         assert torch.equal(tensor, state[name])
 
 
+def test_the_groups_of_another_dataset_are_not_loaded_with_its_keys(tmp_path):
+    setting = "method.mask_own_group=true"
+    path = pretraining_checkpoint(tmp_path / "last.ckpt", setting)
+    content = torch.load(path)
+    content["state_dict"]["queue.groups"].fill_(7)
+    torch.save(content, path)
+    method = composed_method("method.queue_size=48", "data.image_size=32", setting)
+    start_from(method, str(path))
+    assert torch.equal(method.queue.keys, content["state_dict"]["queue.keys"])
+    assert (method.queue.groups == -1).all()
+
+
 def test_a_run_starts_from_a_checkpoint_of_ours_without_the_part_that_differs(tmp_path):
     path = pretraining_checkpoint(tmp_path / "last.ckpt", *moby_config(hidden_dim=32))
     state = read_checkpoint(path)["state_dict"]

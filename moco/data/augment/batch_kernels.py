@@ -1,5 +1,6 @@
-"""The work of each operation on a batch, (batch, 3, height, width) float32 in 0..1.
+"""The work of the operations on a batch, (batch, bands, height, width) float32 in 0..1.
 
+Saturation and hue work on RGB, the others on any number of bands.
 Each image has its own numbers. There is no loop over images, and nothing here waits for a value
 from the device. Resizing and blurring multiply each image with its own matrix, which is fast for
 small images and on a GPU.
@@ -20,6 +21,11 @@ def luma(images: Tensor) -> Tensor:
     red, green, blue = images.unbind(1)
     gray = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
     return gray[:, None]
+
+
+def grey(images: Tensor) -> Tensor:
+    """Return the luma of RGB images and the mean of other bands, (batch, 1, height, width)."""
+    return luma(images) if images.shape[1] == 3 else images.mean(1, keepdim=True)
 
 
 def resized_crop(images: Tensor, boxes: Tensor, side: int) -> Tensor:
@@ -90,6 +96,15 @@ def affine(images: Tensor, angle: Tensor, shift: Tensor, shear: Tensor) -> Tenso
     theta = torch.stack([torch.stack(first_row, 1), torch.stack(second_row, 1)], 1)
     grid = F.affine_grid(theta.to(images.dtype), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def quarter_turns(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn each square image to the left by its own number of quarter turns, (batch,) in 0..3."""
+    turns = turns[:, None, None, None]
+    # Exchanging rows and columns, and mirroring: a quarter turn needs both.
+    images = torch.where(turns % 2 == 1, images.mT, images)
+    images = torch.where((turns == 1) | (turns == 2), images.flip(-2), images)
+    return torch.where(turns >= 2, images.flip(-1), images)
 
 
 def color_jitter(images: Tensor, factors: Tensor, order: Tensor, *, has_hue: bool) -> Tensor:
@@ -172,7 +187,7 @@ def blend_shares(factors: Tensor, blends: Tensor) -> Tensor:
 def blend_(images: Tensor, shares: Tensor) -> None:
     """Blend each image in place and clip it to 0..1; `shares` is (batch, 3)."""
     of_image, of_mean, of_gray = shares[..., None, None, None].unbind(1)
-    gray = luma(images)
+    gray = grey(images)
     mean = gray.mean((2, 3), keepdim=True)
     added = gray.mul_(of_gray).add_(mean * of_mean)
     images.mul_(of_image).add_(added).clamp_(0, 1)

@@ -5,6 +5,7 @@ import random
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
@@ -33,8 +34,54 @@ def uniforms(seed: int, epoch: int, indices: Tensor, view: int, count: int) -> T
     """
     start = indices.new_full((), derived_seed(seed, epoch, view))
     streams = splitmix64(splitmix64(start + indices * GOLDEN_GAMMA) + indices)
-    counters = torch.arange(1, count + 1, device=indices.device) * GOLDEN_GAMMA
-    bits = splitmix64(streams[:, None] + counters)
+    return as_uniforms(stream_bits(streams, count))
+
+
+def seeds_from(draws: Tensor) -> Tensor:
+    """Return an int64 seed for each draw in [0, 1), for operations that need many numbers."""
+    return (draws * 2.0**53).long()  # the draws have 53 bits
+
+
+def seeded_uniforms(seeds: Tensor, count: int) -> Tensor:
+    """Return (images, count) float64 in [0, 1) from `seeds`, (images,) int64."""
+    return as_uniforms(stream_bits(splitmix64(seeds), count))
+
+
+def seeded_normals(seeds: Tensor, count: int) -> Tensor:
+    """Return numbers of the standard normal distribution, the same bits on every device.
+
+    Each is one of 65,536 equally probable values between -4.3 and 4.3. They come from a table,
+    because logarithms and cosines differ between devices in their last bits. Four numbers take 64
+    bits of the hash.
+
+    Args:
+        seeds: (images,) int64.
+        count: numbers for each image.
+
+    Returns:
+        (images, count) float32, on the device of `seeds`.
+    """
+    bits = stream_bits(splitmix64(seeds), -(-count // 4))
+    places = bits.view(torch.int16)[:, :count].int() + 2**15
+    table = normal_quantiles(seeds.device)
+    return table.index_select(0, places.flatten()).view(places.shape)
+
+
+@cache
+def normal_quantiles(device: torch.device) -> Tensor:
+    """Return the medians of 65,536 equal shares of the standard normal distribution."""
+    shares = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
+    return torch.special.ndtri(shares).float().to(device)
+
+
+def stream_bits(streams: Tensor, count: int) -> Tensor:
+    """Return (images, count) int64 of random bits; `streams` is where each image starts."""
+    counters = torch.arange(1, count + 1, device=streams.device) * GOLDEN_GAMMA
+    return splitmix64(streams[:, None] + counters)
+
+
+def as_uniforms(bits: Tensor) -> Tensor:
+    """Return random bits as float64 in [0, 1)."""
     return shift_right(bits, 11).double() * 2.0**-53
 
 

@@ -1,8 +1,9 @@
-"""The operations of augmentation and their registry.
+"""The operations of the published pairs, and the registry of all operations.
 
 An operation turns draws between 0 and 1 into its own numbers (``draw``). It does its work on one
 image in a loader process (``on_image``), or on a whole batch on the device (``on_batch``). The
-reference for both is torchvision.transforms.v2 on Pillow images.
+reference for both is torchvision.transforms.v2 on Pillow images. Operations for images of other
+fields, such as satellite images and X-rays, are in modules of their own.
 
 Users add operations of their own: by `register_operation`, or by a target in the config.
 """
@@ -20,86 +21,24 @@ import torch
 from torch import Tensor
 
 from moco.data.augment import batch_kernels, image_kernels
+from moco.data.augment.bands import BandDrop, BandJitter, BandMean
+from moco.data.augment.noise import Cutout, GaussianNoise, PoissonNoise
+from moco.data.augment.operation import (
+    RGB_8_BIT,
+    Drawn,
+    ImageKind,
+    Numbers,
+    Operation,
+    about_one,
+    between,
+    check_rgb,
+    defines,
+    is_number,
+)
+from moco.data.augment.stains import StainJitter
+from moco.data.augment.tone import HistogramShift, LocalContrast, Sharpness
 from moco.errors import InputError, unknown_name
 from moco.targets import import_target
-
-Drawn = dict[str, Tensor]
-"""The numbers of one operation by name, (batch, ...) each."""
-Numbers = Mapping[str, Any]
-"""The numbers of one operation for one image."""
-
-
-class Operation:
-    """One step of a view.
-
-    A subclass defines `on_image` or `on_batch`, or both. The one that it leaves out is derived from
-    the other. The derived `on_image` converts to float32 and back. The derived `on_batch` goes
-    through the images one by one, as uint8 on the CPU, and waits for the device.
-
-    All randomness comes from `draw`, so that the result does not depend on who computes it. A
-    subclass returns new images: it must not write to those that it is given.
-
-    Raises:
-        ValueError: a setting is out of range.
-
-    Example:
-        >>> @dataclass
-        ... class Fade(moco.Operation):
-        ...     lowest: float = 0.5
-        ...     num_draws: ClassVar[int] = 1
-        ...
-        ...     def draw(self, draws, sizes):
-        ...         return {"factor": self.lowest + (1 - self.lowest) * draws[:, 0]}
-        ...
-        ...     def on_image(self, image, drawn):
-        ...         return (image * drawn["factor"]).astype(np.uint8)
-    """
-
-    num_draws: ClassVar[int] = 0
-    """How many numbers `draw` gets for each image."""
-    limits: ClassVar[dict[str, tuple[float, float]]] = {}
-    """The lowest and the highest value of settings that are a number."""
-    pair_limits: ClassVar[dict[str, tuple[float, float]]] = {}
-    """The same for settings that are two numbers, the lower one first."""
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in self.limits.items():
-            value = getattr(self, name)
-            if not is_number(value, low, high):
-                raise ValueError(f"{name}={value}: expected a number from {low} to {high}")
-        for name, (low, high) in self.pair_limits.items():
-            value = getattr(self, name)
-            if not is_pair(value, low, high):
-                raise ValueError(f"{name}={value}: expected two numbers in order, {low} to {high}")
-
-    def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
-        """Return the numbers of the operation for each image.
-
-        Args:
-            draws: (batch, num_draws) float64, in [0, 1).
-            sizes: (batch, 2) int64, height and width of each image, px.
-        """
-        return {}
-
-    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
-        """Change one image, (height, width, 3) uint8, by its numbers."""
-        images = torch.tensor(image).permute(2, 0, 1)[None] / 255
-        numbers = {name: torch.as_tensor(value)[None] for name, value in drawn.items()}
-        return as_pixels(self.on_batch(images, numbers))[0]
-
-    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
-        """Change a batch, (batch, 3, height, width) float32 in 0..1, by the numbers of all."""
-        numbers = {name: values.cpu().numpy() for name, values in drawn.items()}
-        results = []
-        for row, image in enumerate(as_pixels(images)):
-            own = {name: values[row] for name, values in numbers.items()}
-            results.append(self.on_image(image, own))
-        changed = torch.from_numpy(np.stack(results)).to(images.device)
-        return changed.permute(0, 3, 1, 2).contiguous() / 255
-
-    def describe(self, drawn: Numbers) -> str:
-        """Return the numbers of one image in words; empty if there are none."""
-        return ""
 
 
 @dataclass
@@ -198,6 +137,9 @@ class RandomAffine(Operation):
 class ColorJitter(Operation):
     """Change brightness, contrast, saturation and hue in random order.
 
+    Contrast blends with the mean of the luma. In images that are not RGB it is the mean of all
+    bands. Saturation and hue need RGB.
+
     Args:
         brightness, contrast, saturation: the factor is drawn from 1 - x to 1 + x.
         hue: largest turn of the colour circle, as a fraction of a turn, either way.
@@ -211,11 +153,14 @@ class ColorJitter(Operation):
     STEPS: ClassVar[tuple[str, ...]] = ("brightness", "contrast", "saturation", "hue")
     limits: ClassVar = dict.fromkeys(STEPS[:3], (0, 100)) | {"hue": (0, 0.5)}
 
+    def check_kind(self, kind: ImageKind) -> None:
+        if self.hue > 0 or self.saturation > 0:
+            check_rgb(kind, "hue and saturation need", "band_jitter")
+
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         values = []
         for number, name in enumerate(self.STEPS[:3]):
-            largest = getattr(self, name)
-            values.append(between([max(0, 1 - largest), 1 + largest], draws[:, number]))
+            values.append(about_one(getattr(self, name), draws[:, number]))
         values.append(between([-self.hue, self.hue], draws[:, 3]))
         return {"factors": torch.stack(values, 1), "order": draws[:, 4:8].argsort(1)}
 
@@ -268,12 +213,17 @@ class GaussianBlur(Operation):
 
 @dataclass
 class Solarize(Operation):
-    """Invert the values from `threshold` upwards, of 256."""
+    """Invert the values from `threshold` upwards, of 256; only for RGB."""
 
     threshold: int = 128
     limits: ClassVar = {"threshold": (0, 256)}
 
+    def check_kind(self, kind: ImageKind) -> None:
+        check_rgb(kind, "its threshold of 256 needs", "histogram_shift")
+
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
+        if image.dtype == np.float32:
+            return np.where(image >= np.float32(self.threshold / 255), 1 - image, image)
         values = image_kernels.VALUES
         inverted = np.where(values >= self.threshold, 255 - values, values)
         return cv2.LUT(image, inverted.astype(np.uint8))
@@ -284,7 +234,10 @@ class Solarize(Operation):
 
 @dataclass
 class Grayscale(Operation):
-    """Put the luma into all three channels."""
+    """Put the luma into all three channels; only for RGB."""
+
+    def check_kind(self, kind: ImageKind) -> None:
+        check_rgb(kind, "luma needs", "band_mean")
 
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
         return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
@@ -298,10 +251,41 @@ class HorizontalFlip(Operation):
     """Exchange left and right."""
 
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
-        return cv2.flip(image, 1)
+        return image_kernels.horizontal_flip(image)
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
         return images.flip(-1)
+
+
+@dataclass
+class VerticalFlip(Operation):
+    """Exchange top and bottom."""
+
+    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
+        return np.ascontiguousarray(image[::-1])
+
+    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
+        return images.flip(-2)
+
+
+@dataclass
+class QuarterTurns(Operation):
+    """Turn by 0, 90, 180 or 270 degrees, which are equally probable."""
+
+    num_draws: ClassVar[int] = 1
+    needs_square: ClassVar[bool] = True
+
+    def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
+        return {"turns": (4 * draws[:, 0]).long()}
+
+    def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
+        return np.ascontiguousarray(np.rot90(image, int(drawn["turns"])))
+
+    def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
+        return batch_kernels.quarter_turns(images, drawn["turns"])
+
+    def describe(self, drawn: Numbers) -> str:
+        return f"by {90 * int(drawn['turns'])} degrees to the left"
 
 
 OPERATIONS: dict[str, type[Operation]] = {
@@ -312,6 +296,18 @@ OPERATIONS: dict[str, type[Operation]] = {
     "solarize": Solarize,
     "grayscale": Grayscale,
     "horizontal_flip": HorizontalFlip,
+    "vertical_flip": VerticalFlip,
+    "quarter_turns": QuarterTurns,
+    "band_jitter": BandJitter,
+    "band_mean": BandMean,
+    "band_drop": BandDrop,
+    "gaussian_noise": GaussianNoise,
+    "poisson_noise": PoissonNoise,
+    "cutout": Cutout,
+    "stain_jitter": StainJitter,
+    "histogram_shift": HistogramShift,
+    "local_contrast": LocalContrast,
+    "sharpness": Sharpness,
 }
 
 
@@ -374,11 +370,6 @@ def check_class(operation: Any, key: str) -> None:
         raise InputError(f"{key}: {operation.__name__} defines neither on_image nor on_batch")
 
 
-def defines(operation: type[Operation], method: str) -> bool:
-    """Return whether a class has its own method of this name, and not the derived one."""
-    return getattr(operation, method) is not getattr(Operation, method)
-
-
 class Step(NamedTuple):
     """An operation of a view and the probability that it is applied."""
 
@@ -399,14 +390,14 @@ class Step(NamedTuple):
         return self.is_own and self.name not in RESERVED
 
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
-        """Apply the operation to one image, (height, width, 3) uint8."""
+        """Apply the operation to one image, (height, width, bands) of the run's kind."""
         changed = self.operation.on_image(image, drawn)
         if self.is_checked:
-            check_result("on_image", changed, np.ndarray, image.shape, np.uint8, self.where)
+            check_result("on_image", changed, np.ndarray, image.shape, image.dtype, self.where)
         return changed
 
     def on_batch(self, images: Tensor, drawn: Drawn) -> Tensor:
-        """Apply the operation to a batch, (batch, 3, height, width) float32 in 0..1."""
+        """Apply the operation to a batch, (batch, bands, height, width) float32 in 0..1."""
         changed = self.operation.on_batch(images, drawn)
         if self.is_checked:
             shape = tuple(images.shape)
@@ -431,7 +422,11 @@ def check_result(
 
 
 def build_operation(
-    name: str, settings: Mapping[str, Any] | None, image_size: int, where: str
+    name: str,
+    settings: Mapping[str, Any] | None,
+    image_size: int,
+    where: str,
+    kind: ImageKind = RGB_8_BIT,
 ) -> Step:
     """Build one step of a view.
 
@@ -441,9 +436,11 @@ def build_operation(
             user's that is not registered, its ``target``.
         image_size: side of the view, px.
         where: key of the view in the config, for error messages.
+        kind: the images of the run.
 
     Raises:
-        InputError: the operation, a setting or a value is unknown; the message names the key.
+        InputError: the operation, a setting or a value is unknown, or the operation is not for
+            these images; the message names the key.
     """
     key = f"{where}.{name}"
     arguments = {} if settings is None else settings
@@ -451,18 +448,22 @@ def build_operation(
         operation_class(name, None, where)  # an unknown name is the worse mistake
         raise InputError(f"{key}: expected settings, {{name: number, ...}}, got {settings}")
     arguments = dict(arguments)
-    kind = operation_class(name, arguments.pop("target", None), where)
+    operation_type = operation_class(name, arguments.pop("target", None), where)
     probability = arguments.pop("probability", 1.0)
     if name == "random_resized_crop" and probability != 1:
         raise InputError(f"{key}: probability={probability}: expected 1, since it sets the size")
     if not is_number(probability, 0, 1):
         raise InputError(f"{key}: probability={probability}: expected a number from 0 to 1")
-    check_settings(kind, arguments, key)
+    check_settings(operation_type, arguments, key)
     fixed = {}
-    if "image_size" in inspect.signature(kind).parameters:
+    if "image_size" in inspect.signature(operation_type).parameters:
         fixed["image_size"] = image_size
     try:
-        return Step(name, kind(**fixed, **arguments), probability, key)
+        operation = operation_type(**fixed, **arguments)
+        # Not by assignment: the user's dataclass may be frozen.
+        object.__setattr__(operation, "image_kind", kind)
+        operation.check_kind(kind)
+        return Step(name, operation, probability, key)
     except (TypeError, ValueError) as error:
         raise InputError(f"{key}: {error}") from error
 
@@ -497,27 +498,3 @@ def check_settings(kind: type[Operation], arguments: Mapping[str, Any], key: str
         if argument in inspect.get_annotations(kind):
             raise InputError(f"{key}.{argument}: {kind.__name__} lacks @dataclass above the class")
         raise InputError(f"{key}: {unknown_name('setting', argument, choices)}")
-
-
-def as_pixels(images: Tensor) -> np.ndarray:
-    """Return images (batch, 3, height, width) in 0..1 as (batch, height, width, 3) uint8."""
-    pixels = torch.round(images * 255).clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-def between(limits: Sequence[float], draws: Tensor) -> Tensor:
-    """Map draws from 0..1 to the range between the limits."""
-    low, high = limits
-    return low + (high - low) * draws
-
-
-def is_number(value: Any, low: float, high: float) -> bool:
-    """Return whether this is a number in the range; NaN is in none."""
-    return isinstance(value, (int, float)) and low <= value <= high
-
-
-def is_pair(values: Any, low: float, high: float) -> bool:
-    """Return whether these are two numbers in the range, the lower one first."""
-    if not isinstance(values, (list, tuple)) or len(values) != 2:
-        return False
-    return all(is_number(value, low, high) for value in values) and values[0] <= values[1]

@@ -1,6 +1,7 @@
 """A whole pipeline of the user's as one view, such as torchvision.transforms.v2's.
 
-It works on one image at a time. Each image is augmented with the global random generators seeded
+It works on one image at a time: a Pillow image, or a float32 tensor if the images are not 8-bit
+RGB. Each image is augmented with the global random generators seeded
 from (seed, epoch, index, view), so that the result does not depend on who computes it.
 """
 
@@ -13,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moco.data.augment.draws import draws_from
-from moco.data.augment.operations import RESERVED, Drawn, Numbers, Operation, Step
+from moco.data.augment.draws import draws_from, seeds_from
+from moco.data.augment.operation import RGB_8_BIT, Drawn, ImageKind, Numbers, Operation
+from moco.data.augment.operations import RESERVED, Step
 from moco.errors import InputError
 from moco.targets import check_options, import_target
 
@@ -26,54 +28,61 @@ class Pipeline(Operation):
     """All augmentation of a view, by a callable.
 
     Args:
-        transform: takes a Pillow image (RGB). It returns a view of `image_size`: a Pillow image
-            (RGB), or a tensor (3, image_size, image_size), uint8 or floating-point in 0..1.
+        transform: takes an image, and returns a view of `image_size`. An 8-bit RGB image is a
+            Pillow image. Its view is one too, or a tensor (3, image_size, image_size), uint8 or
+            floating-point in 0..1. Any other image is a tensor (bands, height, width) float32 in
+            0..1, and so is its view, which may have another floating-point type.
         image_size: side of the view, px.
         where: its key in the config, for error messages.
         any_size: it was built for `image_size`, and can be built for other sizes.
         recipe: how loader processes build it, the arguments of `build_pipeline`. Without it they
             get a copy of `transform`.
+        kind: the images of the run.
     """
 
     num_draws: ClassVar[int] = 1
 
     def __init__(
         self,
-        transform: Callable[[Image.Image], Any],
+        transform: Callable[[Any], Any],
         image_size: int,
         where: str,
         any_size: bool = False,
         recipe: tuple[Any, ...] | None = None,
+        kind: ImageKind = RGB_8_BIT,
     ) -> None:
         self.transform = transform
         self.image_size = image_size
         self.where = where
         self.any_size = any_size
         self.recipe = recipe
+        self.image_kind = kind
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A function inside of a function, such as the one that a target returns, has no copy.
         if self.recipe is not None:
             return build_pipeline, self.recipe
-        return Pipeline, (self.transform, self.image_size, self.where)
+        settings = (self.transform, self.image_size, self.where, self.any_size, None)
+        return Pipeline, (*settings, self.image_kind)
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
-        # The draws have 53 bits.
-        return {"seed": (draws[:, 0] * 2.0**53).long()}
+        return {"seed": seeds_from(draws[:, 0])}
 
     def on_image(self, image: np.ndarray, drawn: Numbers) -> np.ndarray:
+        given: Any = Image.fromarray(image) if image.dtype == np.uint8 else planes_of(image)
         with draws_from(int(drawn["seed"])):
-            result = self.transform(Image.fromarray(image))
+            result = self.transform(given)
         return self.checked_pixels(result)
 
     def checked_pixels(self, result: Any) -> np.ndarray:
-        """Return what the pipeline returned as (image_size, image_size, 3) uint8.
+        """Return what the pipeline returned as (image_size, image_size, bands) of the run's kind.
 
         Raises:
-            InputError: it is no image of the view's size.
+            InputError: it is no image of the view's size and bands.
         """
         side = self.image_size
-        if isinstance(result, Image.Image):
+        bands, is_float = self.image_kind
+        if isinstance(result, Image.Image) and not is_float:
             expected = ("RGB", (side, side))
             if (result.mode, result.size) != expected:
                 width, height = result.size
@@ -83,26 +92,28 @@ class Pipeline(Operation):
                 )
             return np.asarray(result)
         if not isinstance(result, Tensor):
+            expected_kind = "a tensor" if is_float else "a PIL image or a tensor"
             raise InputError(
-                f"{self.where}: returned {type(result).__name__}; expected a PIL image or a tensor"
+                f"{self.where}: returned {type(result).__name__}; expected {expected_kind}"
             )
         pixels = result.detach().as_subclass(Tensor)
-        if tuple(pixels.shape) != (3, side, side):
+        if tuple(pixels.shape) != (bands, side, side):
             raise InputError(
                 f"{self.where}: returned a tensor of shape {tuple(pixels.shape)}; "
-                f"expected {(3, side, side)}"
+                f"expected {(bands, side, side)}"
             )
         if pixels.is_floating_point():
             pixels = self.from_float(pixels)
-        if pixels.dtype != torch.uint8:
+        if pixels.dtype != self.image_kind.dtype:
+            expected_type = "" if is_float else "torch.uint8, or "
             raise InputError(
                 f"{self.where}: returned a tensor of {pixels.dtype}; "
-                "expected torch.uint8, or floating-point values in 0..1"
+                f"expected {expected_type}floating-point values in 0..1"
             )
         return np.ascontiguousarray(pixels.cpu().permute(1, 2, 0).numpy())
 
     def from_float(self, values: Tensor) -> Tensor:
-        """Return values in 0..1 as uint8.
+        """Return values in 0..1 in the type of the run's kind.
 
         Raises:
             InputError: values lie outside of 0..1.
@@ -113,6 +124,8 @@ class Pipeline(Operation):
                 f"{self.where}: returned values from {low:.3g} to {high:.3g}; expected 0..1: "
                 "leave out Normalize, since augmentation.mean and augmentation.std do it"
             )
+        if self.image_kind.is_float:
+            return values.float().clamp(0, 1)
         return torch.round(values * 255).clamp(0, 255).to(torch.uint8)
 
     def describe(self, drawn: Numbers) -> str:
@@ -121,7 +134,12 @@ class Pipeline(Operation):
         return " ".join(repr(self.transform).split())
 
 
-def pipeline_step(view: Any, image_size: int, where: str) -> Step:
+def planes_of(image: np.ndarray) -> Tensor:
+    """Return an array (height, width, bands) as a tensor (bands, height, width), copied."""
+    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
+
+
+def pipeline_step(view: Any, image_size: int, where: str, kind: ImageKind = RGB_8_BIT) -> Step:
     """Return the only step of a view that is a pipeline.
 
     Args:
@@ -129,12 +147,13 @@ def pipeline_step(view: Any, image_size: int, where: str) -> Step:
             `build_pipeline`.
         image_size: side of the view, px.
         where: key of the view in the config, for error messages.
+        kind: the images of the run.
 
     Raises:
         InputError: there are operations beside the pipeline, or it cannot be built.
     """
     if callable(view):
-        pipeline = Pipeline(view, image_size, where)
+        pipeline = Pipeline(view, image_size, where, kind=kind)
     else:
         beside = [name for name in view if name not in RESERVED]
         if beside:
@@ -142,12 +161,17 @@ def pipeline_step(view: Any, image_size: int, where: str) -> Step:
                 f"{where}.transforms: a whole pipeline has no operations beside it, and there is "
                 f"{', '.join(beside)}; augmentation=custom starts without operations"
             )
-        pipeline = build_pipeline(view["transforms"], view.get("options"), image_size, where)
+        options = view.get("options")
+        pipeline = build_pipeline(view["transforms"], options, image_size, where, kind)
     return Step("transforms", pipeline, 1.0, pipeline.where)
 
 
 def build_pipeline(
-    target: Any, options: Mapping[str, Any] | None, image_size: int, where: str
+    target: Any,
+    options: Mapping[str, Any] | None,
+    image_size: int,
+    where: str,
+    images: ImageKind = RGB_8_BIT,
 ) -> Pipeline:
     """Return the pipeline that a function of the user's returns.
 
@@ -156,6 +180,7 @@ def build_pipeline(
         options: its keyword arguments.
         image_size: side of the view, px.
         where: key of the view in the config, for error messages.
+        images: their kind in the run.
 
     Raises:
         InputError: there is no such function, it does not take these options, it fails, or it
@@ -184,8 +209,8 @@ def build_pipeline(
     if not callable(transform):
         kind = type(transform).__name__
         raise InputError(f"{source}: returned {kind}; expected a callable that takes an image")
-    recipe = (target, options, image_size, where)
-    return Pipeline(transform, image_size, source, any_size, recipe)
+    recipe = (target, options, image_size, where, images)
+    return Pipeline(transform, image_size, source, any_size, recipe, images)
 
 
 def takes_image_size(function: Callable[..., Any]) -> bool:

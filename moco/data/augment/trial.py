@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco.data.augment.operations import Drawn, Step, defines
+from moco.data.augment.operation import Drawn, defines
+from moco.data.augment.operations import Step
 from moco.data.augment.views import View, ViewPair, as_arrays, row_of
 from moco.errors import InputError
 
@@ -28,7 +29,7 @@ def try_own_steps(augment: ViewPair, image: np.ndarray, index: int) -> None:
     A step that gives two results for the same draws is logged as a warning.
 
     Args:
-        image: (height, width, 3) uint8.
+        image: (height, width, bands) of the pair's kind.
         index: number of the image in the dataset, on which its draws depend.
 
     Raises:
@@ -90,7 +91,8 @@ def tried_on_image(step: Step, image: np.ndarray, drawn: Drawn) -> np.ndarray:
 
 def try_on_batch(step: Step, image: np.ndarray, drawn: Drawn) -> None:
     """Check a step on a batch of two equal images."""
-    images = torch.tensor(image).permute(2, 0, 1).expand(2, -1, -1, -1) / 255
+    images = torch.tensor(image).permute(2, 0, 1).expand(2, -1, -1, -1)
+    images = images.clone() if image.dtype == np.float32 else images / 255
     kept = images.clone()
     with user_errors_named(step.where, "on_batch"):
         changed = step.on_batch(kept, drawn)

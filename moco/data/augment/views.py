@@ -6,9 +6,9 @@ numbers: loader processes, one image at a time, or the device, one batch at a ti
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -16,22 +16,19 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from moco.data.augment.draws import uniforms
-from moco.data.augment.operations import (
-    Drawn,
-    Numbers,
-    Step,
-    build_operation,
-    defines,
-    known_operations,
-)
-from moco.data.augment.pipeline import Pipeline, pipeline_step
+from moco.data.augment.image_kernels import split_bands
+from moco.data.augment.operation import Drawn, ImageKind, Numbers, defines, kind_of_images
+from moco.data.augment.operations import Step, build_operation, known_operations
+from moco.data.augment.pipeline import Pipeline, pipeline_step, planes_of
 from moco.data.augment.presets import read_preset
 from moco.data.augment.resolution_ramp import ResolutionRamp
 from moco.data.files.images import to_rgb
 from moco.errors import InputError
 
 Transform = Callable[[Any], Any]
-Operations = Mapping[str, Any] | Callable[[Image.Image], Any]
+AnyImage = Image.Image | np.ndarray
+"""A Pillow image; or an array (height, width, bands), uint8 RGB or float32 in 0..1."""
+Operations = Mapping[str, Any] | Callable[[Any], Any]
 """A view: the settings of its operations by name, in order; or ``{transforms: target, options:
 {...}}``; or a callable, see `moco.data.augment.pipeline.Pipeline`."""
 EXPECTED = "operations, {name: settings, ...}, or {transforms: package.module:function}"
@@ -51,13 +48,22 @@ class View:
             is a view of one step.
         image_size: side of the result, px.
         where: key of the view in the config, for error messages.
+        bands, is_float: the kind of the images, see `ViewPair`.
 
     Raises:
-        InputError: an operation, a setting or a value is unknown, or the user's own code cannot be
-            used; the message names the key.
+        InputError: an operation, a setting or a value is unknown, an operation is not for these
+            images, or the user's own code cannot be used; the message names the key.
     """
 
-    def __init__(self, operations: Operations | None, image_size: int, where: str) -> None:
+    def __init__(
+        self,
+        operations: Operations | None,
+        image_size: int,
+        where: str,
+        bands: int = 3,
+        is_float: bool = False,
+    ) -> None:
+        kind = kind_of_images(bands, is_float)
         self.image_size = image_size
         self.where = where
         self.steps: list[Step] = []
@@ -68,13 +74,18 @@ class View:
         if not callable(operations) and not isinstance(operations, Mapping):
             raise InputError(f"{where}={operations}: expected {EXPECTED}")
         if callable(operations) or "transforms" in operations:
-            self.steps.append(pipeline_step(operations, image_size, where))
+            self.steps.append(pipeline_step(operations, image_size, where, kind))
             return
         if "random_resized_crop" not in operations:
             raise InputError(f"{where}: random_resized_crop is missing; it makes views of one size")
         for name, settings in operations.items():
-            self.steps.append(build_operation(name, settings, image_size, where))
+            self.steps.append(build_operation(name, settings, image_size, where, kind))
         self.crop = list(operations).index("random_resized_crop")
+        for step in self.steps[: self.crop]:
+            if step.operation.needs_square:
+                raise InputError(
+                    f"{step.where}: expected after random_resized_crop, which makes images square"
+                )
 
     @property
     def pipeline(self) -> Pipeline | None:
@@ -127,7 +138,7 @@ class View:
     def on_image(
         self, image: np.ndarray, numbers: Sequence[Numbers], end: int | None = None
     ) -> np.ndarray:
-        """Apply the steps before `end` to one image (height, width, 3) uint8."""
+        """Apply the steps before `end` to one image (height, width, bands) of the run's kind."""
         # There are numbers for the steps after `end` too.
         for step, drawn in zip(self.steps[:end], numbers, strict=False):
             if drawn["applied"]:
@@ -135,7 +146,7 @@ class View:
         return image
 
     def on_batch(self, images: Tensor, numbers: Sequence[Drawn], start: int = 0) -> Tensor:
-        """Apply the steps from `start` on to a batch (batch, 3, height, width) float32 in 0..1."""
+        """Apply the steps from `start` on to a batch (batch, bands, height, width) in 0..1."""
         if images.device.type == "cpu":
             return apply_on_cpu(self.steps[start:], numbers[start:], images)
         return apply_on_gpu(self.steps[start:], numbers[start:], images)
@@ -208,15 +219,19 @@ class ViewPair:
 
     Args:
         query, key: the two views, see `Operations`. Without `key` both are made in the same way.
-        mean, std: of each channel, for the normalisation; the default is ImageNet's.
+        mean, std: of each band, or one number for all bands, for the normalisation; the default
+            is ImageNet's.
         image_size: side of both views, px; with a `ramp`, the full side.
         seed: other seeds give other views.
         engine: ``worker``: a loader process applies all steps; ``batch``: a loader process applies
             the steps up to the crop, and the device applies the others.
         ramp: the side as a function of the epoch; None: it is always the same.
+        bands: of the images; 8-bit images have 3 (RGB).
+        is_float: the images are float32 in 0..1, with any number of bands. Otherwise they are
+            uint8.
 
     Raises:
-        InputError: a setting is wrong; the message names its key.
+        InputError: a setting is wrong, or does not suit the bands; the message names its key.
 
     Example:
         >>> views = moco.ViewPair.named("moco_v2", image_size=224)
@@ -235,19 +250,24 @@ class ViewPair:
         seed: int = 0,
         engine: str = "worker",
         ramp: ResolutionRamp | None = None,
+        bands: int = 3,
+        is_float: bool = False,
     ) -> None:
+        self.kind = kind_of_images(bands, is_float)
         self.ramp = ramp or ResolutionRamp(image_size)
         self.views_of_size: dict[int, list[View]] = {}
         for size in self.ramp.sizes:
-            query_view = View(query, size, "augmentation.query")
-            key_view = View(query if key is None else key, size, "augmentation.key")
+            query_view = View(query, size, "augmentation.query", bands, is_float)
+            key_settings = query if key is None else key
+            key_view = View(key_settings, size, "augmentation.key", bands, is_float)
             self.views_of_size[size] = [query_view, key_view]
         if self.ramp.start_image_size is not None:
             for view in self.views_at(0):
                 check_any_size(view, self.ramp)
-        self.mean = mean
-        self.std = std
-        self.scale, self.shift = normalisation(mean, std)
+        self.scale, self.shift = normalisation(mean, std, bands, is_float)
+        # One number for each band.
+        self.mean = [*mean] * (bands // len(mean))
+        self.std = [*std] * (bands // len(std))
         self.image_size = image_size
         self.seed = seed
         self.engine = engine
@@ -276,19 +296,20 @@ class ViewPair:
         epoch and index give the same views, so count both.
 
         Args:
-            image: a Pillow image, or uint8 (height, width, 3).
+            image: a Pillow image, or uint8 (height, width, 3); with `is_float`, float32 (height,
+                width, bands) in 0..1.
             epoch: counted from 0.
             index: number of the image in its dataset.
 
         Returns:
-            Two views, (3, side, side) float32 each, normalised.
+            Two views, (bands, side, side) float32 each, normalised.
 
         Raises:
             InputError: it is no such image, or the user's own code returns something else.
         """
         views = self.empty_views(1, epoch)
         indices = torch.tensor([index])
-        self.on_images([rgb_pixels(image)], epoch, indices, views)
+        self.on_images([checked_image(image, self.kind)], epoch, indices, views)
         query, key = self.finished((views[0], views[1]), epoch, indices)
         return query[0], key[0]
 
@@ -323,29 +344,46 @@ class ViewPair:
         return view.crop + 1
 
     def on_images(
-        self, images: Sequence[np.ndarray], epoch: int, indices: Tensor, views: Tensor
+        self,
+        images: Sequence[np.ndarray],
+        epoch: int,
+        indices: Tensor,
+        views: Tensor,
+        key_images: Sequence[np.ndarray] | None = None,
     ) -> None:
         """Apply the steps of a loader process.
 
         Args:
-            images: (height, width, 3) uint8 each, of any size.
+            images: (height, width, bands) each, of the pair's kind and of any size.
             indices: (batch,) int64, number of each image in the dataset.
-            views: the result is written here, (2, batch, 3, side, side) uint8.
+            views: the result is written here, (2, batch, bands, side, side) of that kind.
+            key_images: what the key views are made of; None: also of `images`. The draws of row i
+                are those of ``indices[i]`` in both views.
         """
-        sizes = torch.tensor([image.shape[:2] for image in images])
-        numbers = self.draw(epoch, indices, sizes)
+        of_views = [images, images if key_images is None else key_images]
         planes = views.numpy()
         for place, view in enumerate(self.views_at(epoch)):
+            of_view = of_views[place]
+            sizes = torch.tensor([image.shape[:2] for image in of_view])
+            numbers = view.draw(self.seed, epoch, indices, place, sizes)
             end = self.num_worker_steps(view)
-            arrays = list(map(as_arrays, numbers[place]))
-            for row, image in enumerate(images):
+            arrays = list(map(as_arrays, numbers))
+            for row, image in enumerate(of_view):
                 result = view.on_image(image, row_of(arrays, row), end)
-                cv2.split(result, [*planes[place, row]])
+                split_bands(result, planes[place, row])
 
     def empty_views(self, num: int, epoch: int = 0) -> Tensor:
-        """Return memory for the views of `num` images, (2, num, 3, side, side) uint8."""
+        """Return memory for the views of `num` images, (2, num, bands, side, side).
+
+        It is uint8, or float32 with `is_float`.
+        """
         side = self.ramp.size_at(epoch)
-        return torch.empty(len(self.views_at(epoch)), num, 3, side, side, dtype=torch.uint8)
+        shape = (len(self.views_at(epoch)), num, self.kind.bands, side, side)
+        return torch.empty(shape, dtype=self.kind.dtype)
+
+    def black_image(self) -> np.ndarray:
+        """Return the smallest image of the pair's kind, which stands in for an unreadable one."""
+        return np.zeros((1, 1, self.kind.bands), self.kind.array_dtype)
 
     def finished(
         self, views: Sequence[Tensor], epoch: int, indices: Tensor
@@ -353,10 +391,10 @@ class ViewPair:
         """Apply the steps of the device to the views that loader processes made.
 
         Args:
-            views: (batch, 3, side, side) uint8 each.
+            views: (batch, bands, side, side) each, as `on_images` writes them.
 
         Returns:
-            The two views, (batch, 3, side, side) float32 each, normalised.
+            The two views, (batch, bands, side, side) float32 each, normalised.
         """
         results = []
         for place, view in enumerate(self.views_at(epoch)):
@@ -367,17 +405,23 @@ class ViewPair:
                 results.append(self._on_device(views[place], epoch, indices, place, start))
         return results[0], results[-1]
 
-    def on_batch(self, images: Tensor, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def on_batch(
+        self, images: Tensor, epoch: int, indices: Tensor, key_images: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Apply all steps on the device.
 
         Args:
-            images: (batch, 3, height, width) uint8.
+            images: (batch, bands, height, width), uint8 or float32 in 0..1 as the pair's kind.
+            key_images: see `on_images`.
 
         Returns:
-            The two views, (batch, 3, side, side) float32 each, normalised.
+            The two views, (batch, bands, side, side) float32 each, normalised.
         """
         places = range(len(self.views_at(epoch)))
-        results = [self._on_device(images, epoch, indices, place, start=0) for place in places]
+        of_views = [images, images if key_images is None else key_images]
+        results = []
+        for place in places:
+            results.append(self._on_device(of_views[place], epoch, indices, place, start=0))
         return results[0], results[-1]
 
     def _on_device(
@@ -390,19 +434,24 @@ class ViewPair:
         side = view.image_size
         num_at_once = len(images)
         if images.device.type == "cpu":
-            values_of_image = max(images[0].numel(), 3 * side**2)
+            values_of_image = max(images[0].numel(), self.kind.bands * side**2)
             num_at_once = max(1, VALUES_AT_ONCE * torch.get_num_threads() // values_of_image)
-        results = torch.empty(len(images), 3, side, side, device=images.device)
+        results = torch.empty(len(images), self.kind.bands, side, side, device=images.device)
+        largest = self.kind.largest
         for first in range(0, len(images), num_at_once):
             rows = slice(first, first + num_at_once)
-            pixels = to_float(images[rows]).mul_(1 / 255)
+            pixels = to_float(images[rows])
+            if largest != 1:
+                pixels.mul_(1 / largest)
             pixels = view.on_batch(pixels, row_of(numbers, rows), start)
-            torch.mul(pixels, 255 * self.scale, out=results[rows]).sub_(self.shift)
+            torch.mul(pixels, largest * self.scale, out=results[rows]).sub_(self.shift)
         return results
 
     def normalized(self, images: Tensor) -> Tensor:
-        """Return uint8 images (batch, 3, side, side) as normalised float32."""
+        """Return images of the pair's kind, (batch, bands, side, side), as normalised float32."""
         self._move_normalisation(images.device)
+        if self.kind.is_float:
+            return (images * self.scale).sub_(self.shift)
         # In place: new memory would cost a CPU as much as the arithmetic.
         return to_float(images).mul_(self.scale).sub_(self.shift)
 
@@ -422,20 +471,27 @@ def check_any_size(view: View, ramp: ResolutionRamp) -> None:
         )
 
 
-def rgb_pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """Return an image as (height, width, 3) uint8 RGB.
+def checked_image(image: Any, kind: ImageKind) -> np.ndarray:
+    """Return an image as (height, width, bands) of a kind.
 
     Raises:
-        InputError: it is neither a Pillow image nor uint8 (height, width, 3).
+        InputError: it is no such image: neither a Pillow image nor uint8 (height, width, 3), or
+            not float32 (height, width, bands) in 0..1.
     """
-    if isinstance(image, Image.Image):
+    if isinstance(image, Image.Image) and not kind.is_float:
         return np.asarray(to_rgb(image))
     pixels = np.asarray(image)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise InputError(
-            "expected a PIL image or a uint8 array (height, width, 3), got "
-            f"{type(image).__name__} of {pixels.dtype} {pixels.shape}"
-        )
+    is_expected = pixels.dtype == kind.array_dtype and pixels.ndim == 3
+    if not is_expected or pixels.shape[2] != kind.bands:
+        expected = "a PIL image or a uint8 array (height, width, 3)"
+        if kind.is_float:
+            expected = f"a float32 array (height, width, {kind.bands}) in 0..1"
+        got = f"{type(image).__name__} of {pixels.dtype} {pixels.shape}"
+        raise InputError(f"expected {expected}, got {got}")
+    if kind.is_float:
+        low, high = float(pixels.min()), float(pixels.max())
+        if not (low >= 0 and high <= 1):  # NaN is outside, too
+            raise InputError(f"expected values in 0..1, got {low:.4g} to {high:.4g}")
     return np.ascontiguousarray(pixels)
 
 
@@ -463,71 +519,125 @@ def sizes_of(images: Tensor, indices: Tensor) -> Tensor:
     return torch.stack([torch.full_like(indices, height), torch.full_like(indices, width)], 1)
 
 
-def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return scale and shift, (3, 1, 1) each; an 8-bit pixel becomes pixel * scale - shift.
+def normalisation(
+    mean: Sequence[float], std: Sequence[float], bands: int = 3, is_float: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return scale and shift, (bands, 1, 1) each; a pixel becomes pixel * scale - shift.
+
+    Args:
+        mean, std: of pixels in 0..1; one number for all bands, or one for each.
+        bands: of the images.
+        is_float: pixels are in 0..1; otherwise they are in 0..255.
 
     Raises:
-        InputError: there are not three numbers each, or a std is not above 0.
+        InputError: there are other than one or `bands` numbers, or a std is not above 0.
     """
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise InputError(
-            f"augmentation.mean={mean}, augmentation.std={std}: "
-            "expected three numbers each, std above 0"
-        )
-    std_tensor = torch.tensor(std).view(3, 1, 1)
-    scale = 1 / (255 * std_tensor)
-    shift = torch.tensor(mean).view(3, 1, 1) / std_tensor
-    return scale, shift
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, bands):
+            raise InputError(
+                f"augmentation.{name} has {len(values)} numbers, the images have {bands} "
+                f"band{'s'[: bands > 1]}; python -m moco.stats data=... prints them"
+            )
+    if min(std) <= 0:
+        raise InputError(f"augmentation.std={[*std]}: expected numbers above 0")
+    std_tensor = torch.tensor([*std] * (bands // len(std))).view(bands, 1, 1)
+    mean_tensor = torch.tensor([*mean] * (bands // len(mean))).view(bands, 1, 1)
+    scale = 1 / (kind_of_images(bands, is_float).largest * std_tensor)
+    return scale, mean_tensor / std_tensor
 
 
 class Normalized:
-    """From a Pillow image to (3, height, width) float32: (pixels in 0..1 - mean) / std.
+    """From an image to (bands, height, width) float32: (pixels in 0..1 - mean) / std.
 
-    Raises:
-        InputError: as in `normalisation`.
-    """
+    The image is a Pillow image (RGB) or uint8 (height, width, 3); with `is_float`, float32
+    (height, width, bands) in 0..1.
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.scale, self.shift = normalisation(mean, std)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        return v2.functional.pil_to_tensor(image) * self.scale - self.shift
-
-
-class EvaluationView:
-    """From a Pillow image to (3, image_size, image_size) float32, without randomness.
-
-    The shorter side is resized to image_size / crop_ratio, and the middle is cut out.
+    Args:
+        mean, std, bands, is_float: see `normalisation`.
 
     Raises:
         InputError: as in `normalisation`.
     """
 
     def __init__(
-        self, image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]
+        self, mean: Sequence[float], std: Sequence[float], bands: int = 3, is_float: bool = False
+    ) -> None:
+        self.scale, self.shift = normalisation(mean, std, bands, is_float)
+
+    def __call__(self, image: AnyImage) -> Tensor:
+        return as_planes(image) * self.scale - self.shift
+
+
+class EvaluationView:
+    """From an image to (bands, image_size, image_size) float32, without randomness.
+
+    The shorter side is resized to image_size / crop_ratio, and the middle is cut out.
+
+    Args:
+        image_size: side of the result, px.
+        crop_ratio: the part of the shorter side that stays.
+        mean, std, bands, is_float: see `normalisation`. The images are those of `Normalized`.
+
+    Raises:
+        InputError: as in `normalisation`.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        crop_ratio: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+        bands: int = 3,
+        is_float: bool = False,
     ) -> None:
         self.crop = evaluation_crop(image_size, crop_ratio)
-        self.normalized = Normalized(mean, std)
+        self.normalized = Normalized(mean, std, bands, is_float)
         is_unchanged = round(image_size / crop_ratio) == image_size
         self.unchanged_size = image_size if is_unchanged else None
         """Side of the square images whose pixels the view only normalises, px."""
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: AnyImage) -> Tensor:
         return self.normalized(self.crop(image))
 
 
-def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[Image.Image], Image.Image]:
-    """Return the evaluation view without its normalisation, from Pillow image to Pillow image."""
+def as_planes(image: AnyImage) -> Tensor:
+    """Return an image as (bands, height, width): uint8 of a Pillow image, or as the array is."""
+    if isinstance(image, Image.Image):
+        return v2.functional.pil_to_tensor(image)
+    return planes_of(image)
+
+
+def evaluation_crop(image_size: int, crop_ratio: float) -> Callable[[AnyImage], Any]:
+    """Return the evaluation view without its normalisation.
+
+    It takes a Pillow image or an array (height, width, bands). From 8-bit RGB it makes a Pillow
+    image, by Pillow. From float32 it makes an array, by torch: bilinear, antialiased.
+    """
     resize = v2.Resize(round(image_size / crop_ratio))
-    return v2.Compose([middle_of_stripe, resize, v2.CenterCrop(image_size)])
+    cut = v2.Compose([middle_of_stripe, resize, v2.CenterCrop(image_size)])
+    return partial(cut_out, cut)  # loader processes get a copy, and a local function has none
 
 
-def middle_of_stripe(image: Image.Image) -> Image.Image:
+def cut_out(cut: Callable[[Any], Any], image: AnyImage) -> Any:
+    """Apply an operation of torchvision, see `evaluation_crop`."""
+    if isinstance(image, Image.Image):
+        return cut(image)
+    if image.dtype == np.uint8:
+        return cut(Image.fromarray(image))
+    return cut(planes_of(image)).permute(1, 2, 0).contiguous().numpy()
+
+
+def middle_of_stripe(image: Any) -> Any:
     """Cut the middle out of an image whose sides differ by more than a factor of 32.
 
     Resizing the shorter side of a line of 1 x 1,000,000 px to 224 px would take 150 GB.
+
+    Args:
+        image: a Pillow image, or a tensor (bands, height, width).
     """
-    longest = LONGEST_STRIPE * min(image.size)
-    if max(image.size) <= longest:
+    height, width = v2.functional.get_size(image)
+    longest = LONGEST_STRIPE * min(height, width)
+    if max(height, width) <= longest:
         return image
-    return v2.functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
+    return v2.functional.center_crop(image, [min(height, longest), min(width, longest)])

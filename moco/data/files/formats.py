@@ -58,6 +58,7 @@ SIGNATURES = (
     (128, b"DICM", "DICOM"),
 )
 """Offset and bytes that tell a format."""
+ZIP_START = b"PK\x03\x04"
 # The brands of ISO base media files, in the bytes 8 to 12, after "ftyp".
 AVIF_BRANDS = (b"avif", b"avis")
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
@@ -72,6 +73,8 @@ def recognised(first_bytes: bytes) -> Format | None:
     for offset, signature, name in SIGNATURES:
         if first_bytes[offset : offset + len(signature)] == signature:
             return FORMAT_OF_NAME[name]
+    if first_bytes.startswith(ZIP_START) and is_npz(first_bytes):
+        return FORMAT_OF_NAME["NPZ"]
     if first_bytes[4:8] == b"ftyp":
         if first_bytes[8:12] in AVIF_BRANDS:
             return FORMAT_OF_NAME["AVIF"]
@@ -81,3 +84,13 @@ def recognised(first_bytes: bytes) -> Format | None:
     if is_netpbm and first_bytes[2:3].isspace():
         return FORMAT_OF_NAME["PPM"]
     return None
+
+
+def is_npz(first_bytes: bytes) -> bool:
+    """Return whether the first file in a zip archive is an array, by its name.
+
+    A name that does not end in these bytes may be that of an array.
+    """
+    name_length = int.from_bytes(first_bytes[26:28], "little")
+    name = first_bytes[30 : 30 + name_length]
+    return name.endswith(b".npy") or len(name) < name_length

@@ -19,12 +19,14 @@ from moco.data.loading.loaders import (
     MemoryLoader,
     NamedImage,
     PairBatch,
+    PairDataset,
     PairMaker,
     ResumableLoader,
     pair_loader,
 )
 from moco.data.loading.streams import OpenStream, StreamDataset, StreamLoader, build_streams
 from moco.data.loading.workers import WatchedLoader, device_of, loader_options
+from moco.data.sources.groups import UNKNOWN, KeyImages
 from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import ArrayImages, DataSource, Images, Labelled
@@ -62,11 +64,24 @@ class PretrainingData(pl.LightningDataModule):
     seed: int = 0
     in_memory: bool = False
     """See `Engine`."""
+    pair: str = "same"
+    """Where the key view comes from: ``same``, the query's own image; ``group`` or ``mixed``, see
+    `KeyImages`."""
 
     def __post_init__(self) -> None:
         super().__init__()
         check_batch_size(self.batch_size, self.batches_per_step, len(self.source.train))
         self.unreadable: set[str] = set()
+        self.key_images = None
+        self.groups = None  # (images,) int64
+        if self.source.groups is not None:
+            self.groups = torch.from_numpy(self.source.groups)
+            if self.pair != "same":
+                self.key_images = KeyImages(self.source.groups, self.pair, self.seed)
+        elif self.pair != "same":
+            raise InputError(
+                f"data.pair={self.pair}: needs data.group, which says what belongs together"
+            )
 
     def first_images(self, number: int) -> list[NamedImage]:
         """Return the first readable images of the first epoch, each as (index, image, name).
@@ -93,7 +108,7 @@ class PretrainingData(pl.LightningDataModule):
             name = images.name(index)
             try:
                 # An image can have a good header and damaged pixels.
-                image = images.opened(index)
+                image = images.prepared(index)
                 image.pixels()
             except UnreadableImage:
                 unreadable.append(name)
@@ -116,10 +131,24 @@ class PretrainingData(pl.LightningDataModule):
         indices = torch.tensor([index for index, _, _ in images], dtype=torch.int64)
         train = self.source.train
         if self.in_memory and isinstance(train, ArrayImages):
-            pixels = train.tensor[indices].permute(0, 3, 1, 2)
-            return self.augment.on_batch(pixels, 0, indices)
-        batch = PairMaker(self.augment)(images, 0)
+            pixels = train.batch(train.tensor[indices])
+            key_pixels = None
+            if self.key_images is not None:
+                keys = self.key_images.of(0, indices)
+                key_pixels = train.batch(train.tensor[keys])
+            return self.augment.on_batch(pixels, 0, indices, key_pixels)
+        if self.key_images is not None:
+            dataset = PairDataset(train, self.augment, self.key_images)
+            batch = dataset.__getitems__([(0, index) for index in indices.tolist()])
+        else:
+            batch = PairMaker(self.augment)(images, 0)
         return self.augment.finished(batch.views, 0, indices)
+
+    def key_image_of(self, index: int) -> int:
+        """Return the number of the image that a key view comes from in the first epoch."""
+        if self.key_images is None:
+            return index
+        return int(self.key_images.of(0, torch.tensor([index])))
 
     def sampler(self) -> EpochSampler:
         """Return this process's order of the training images."""
@@ -164,6 +193,7 @@ class PretrainingData(pl.LightningDataModule):
             self.num_workers,
             device,
             in_memory=self.in_memory,
+            key_images=self.key_images,
         )
 
     def _stream_loader(self, images: ShardedImages, batch_size: int) -> StreamLoader:
@@ -195,13 +225,18 @@ class PretrainingData(pl.LightningDataModule):
         )
 
     def on_before_batch_transfer(self, batch: PairBatch, dataloader_idx: int) -> PairBatch:
-        """Count unreadable images.
+        """Count unreadable images, and add the groups.
 
         Raises:
             InputError: more than `max_bad_fraction` of the training images are unreadable. The
                 message names the first ten.
         """
         images = self.source.train
+        if self.groups is not None:
+            # Images in memory may be on a GPU.
+            self.groups = self.groups.to(batch.indices.device)
+            groups = self.groups[batch.indices].masked_fill(batch.unreadable, UNKNOWN)
+            batch = batch._replace(groups=groups)
         if self.in_memory or isinstance(images, (ShardedImages, IterableImages)):
             # Images in memory are always readable, and the loaders of streams count by themselves.
             return batch

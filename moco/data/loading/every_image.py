@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-from moco.data.augment.views import EvaluationView, Transform
-from moco.data.files.images import UnreadableImage
-from moco.data.loading.workers import CPU, WatchedLoader, loader_options, note_read
+from moco.data.augment.views import AnyImage, EvaluationView, Transform, as_planes
+from moco.data.files.images import EncodedImage, UnreadableImage
+from moco.data.loading.workers import CPU, WatchedLoader, loader_options, note_read, unchanged
 from moco.data.sources.own_dataset import IterableImages
+from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in, is_local, sample_key
-from moco.data.sources.source import ArrayImages, Labelled
+from moco.data.sources.source import ArrayImages, Images, Labelled
 
-Crop = Callable[[Image.Image], Image.Image]
+Crop = Callable[[AnyImage], Any]
+IMAGES_AT_ONCE = 16  # that a loader process returns together
 
 
 class ReadImage(NamedTuple):
@@ -88,21 +89,24 @@ class EvaluationBatch(NamedTuple):
     """A batch of plain images with labels."""
 
     images: Tensor
-    """(batch, 3, side, side) float32, normalised."""
+    """(batch, bands, side, side) float32, normalised."""
     labels: Tensor
     """(batch,) int64."""
     unreadable: Tensor
     """(batch,) bool: the image cannot be read, and its row is zero."""
 
 
-def evaluation_batch(labels: Tensor, image_size: int, read: list[ReadImage]) -> EvaluationBatch:
+def evaluation_batch(
+    labels: Tensor, bands: int, image_size: int, read: list[ReadImage]
+) -> EvaluationBatch:
     """Make a batch of images that were read by their number.
 
     Args:
         labels: (images,) int64, of the whole set.
+        bands: of the images.
         image_size: side of the images, px.
     """
-    images = torch.zeros(len(read), 3, image_size, image_size)
+    images = torch.zeros(len(read), bands, image_size, image_size)
     unreadable = torch.zeros(len(read), dtype=torch.bool)
     for row, image in enumerate(read):
         if image.problem:
@@ -125,7 +129,7 @@ def evaluation_loader(
     """Return labelled images in order as `EvaluationBatch`, without augmentation.
 
     Args:
-        view: from an image to a tensor (3, image_size, image_size).
+        view: from an image to a tensor (bands, image_size, image_size).
         rank, world_size: every `world_size`-th image from `rank` on.
         device: the device that uses the batches.
     """
@@ -137,9 +141,10 @@ def evaluation_loader(
         side = view.unchanged_size
         if images.tensor.shape[1:3] == (side, side):
             own = slice(rank, None, world_size)
-            return MemoryBatches(images.tensor[own], labels[own], view, batch_size, device)
+            return MemoryBatches(images, images.tensor[own], labels[own], view, batch_size, device)
     batches = BatchSampler(range(rank, len(images), world_size), batch_size, drop_last=False)
-    collate = partial(evaluation_batch, labels, image_size)
+    bands = 3 if images.values is None else images.values.bands
+    collate = partial(evaluation_batch, labels, bands, image_size)
     return every_image(images, view, collate, batches, num_workers, device)
 
 
@@ -147,12 +152,13 @@ def evaluation_loader(
 class MemoryBatches:
     """Batches of images in memory whose size is the evaluation's, without loader processes.
 
-    The images are moved to `device` as bytes and normalised there. The results are the same bits
+    The images are moved to `device` as they are and normalised there. The results are the same bits
     as those of `every_image`.
     """
 
+    images: ArrayImages
     pixels: Tensor
-    """(images, side, side, 3) uint8."""
+    """(images, side, side, bands), some of the images."""
     labels: Tensor
     """(images,) int64."""
     view: EvaluationView
@@ -168,7 +174,7 @@ class MemoryBatches:
         shift = self.view.normalized.shift.to(self.device)
         for first in range(0, len(self.labels), self.batch_size):
             rows = slice(first, first + self.batch_size)
-            pixels = self.pixels[rows].to(self.device).permute(0, 3, 1, 2)
+            pixels = self.images.batch(self.pixels[rows].to(self.device))
             labels = self.labels[rows]
             unreadable = torch.zeros(len(labels), dtype=torch.bool)
             yield EvaluationBatch(pixels * scale - shift, labels, unreadable)
@@ -178,7 +184,8 @@ class ImageBatch(NamedTuple):
     """Neighbouring images of a set. Unreadable ones are left out, so that it may be empty."""
 
     images: Tensor
-    """(readable images, 3, side, side) uint8; no dimension but the first if there are none."""
+    """(readable images, bands, side, side), uint8 or float32; no dimension but the first if there
+    are none."""
     names: list[str]
     labels: Tensor
     """(readable images,) int64; -1 without labels."""
@@ -206,6 +213,10 @@ class ImageSet(ABC):
     start: ClassVar[list[int]]
     """The place of the first image."""
     has_labels: bool
+    values: PixelValues | None = None
+    """Makes the pixels that the model gets."""
+    class_names: tuple[str, ...] | None = None
+    """The name of each class by its number, if they are known."""
     images: Any = None
     """Images by number, of keys whose source is a number."""
 
@@ -247,7 +258,20 @@ class ImageSet(ABC):
         keys: Iterator[Any] = self.keys_from(place)
         batches = BatchSampler(keys, batch_size, drop_last=False)
         make = partial(cropped, crop)
-        return every_image(KeyReader(self.images), make, image_batch, batches, num_workers, device)
+        reader = KeyReader(self.images, self.values)
+        return every_image(reader, make, image_batch, batches, num_workers, device)
+
+    def each(self, make: Callable[[EncodedImage], Any], num_workers: int) -> Iterator[ReadImage]:
+        """Yield what `make` returns of each image, as it is in the file.
+
+        Args:
+            make: runs in the loader processes; may raise `UnreadableImage`.
+        """
+        keys: Iterator[Any] = self.keys_from(self.start)
+        batches = BatchSampler(keys, IMAGES_AT_ONCE, drop_last=False)
+        reader = KeyReader(self.images, values=None)
+        for read in every_image(reader, make, unchanged, batches, num_workers):
+            yield from read
 
 
 @dataclass(frozen=True)
@@ -255,23 +279,29 @@ class KeyReader:
     """Read the images of an `ImageSet` by `ImageKey`, in a loader process."""
 
     images: Any
+    values: PixelValues | None
+    """Makes the pixels that the model gets; None leaves them as they are in the file."""
 
     def name(self, key: ImageKey) -> str:
         """Return the name for messages."""
         return key.name if isinstance(key.source, int) else key.source.name
 
-    def __getitem__(self, key: ImageKey) -> Image.Image:
+    def __getitem__(self, key: ImageKey) -> EncodedImage:
         # The calling process has read the shard; here its images are decoded.
         if isinstance(key.source, Problem):
             raise UnreadableImage(key.source.reason)
         if isinstance(key.source, Sample):
-            return Image.fromarray(key.source.image.pixels())
-        return self.images[key.source]
+            image = key.source.image
+        else:
+            image = self.images.opened(key.source)
+        if self.values is None:
+            return image
+        return self.values.of(image, self.name(key))
 
 
-def cropped(crop: Crop, image: Image.Image) -> Tensor:
-    """Return a square of an image, (3, side, side) uint8."""
-    return pil_to_tensor(crop(image))
+def cropped(crop: Crop, image: EncodedImage) -> Tensor:
+    """Return a square of an image, (bands, side, side), uint8 or float32."""
+    return as_planes(crop(image.pixels()))
 
 
 def image_batch(read: list[ReadImage]) -> ImageBatch:
@@ -302,7 +332,9 @@ class IndexedSet(ImageSet):
 
     def __init__(self, labelled: Labelled, has_labels: bool) -> None:
         self.images = labelled.images
+        self.values = labelled.images.values
         self.labels = labelled.labels
+        self.class_names = labelled.class_names
         self.has_labels = has_labels
 
     def __len__(self) -> int:
@@ -336,6 +368,7 @@ class ShardedSet(ImageSet):
 
     def __init__(self, sharded: ShardedImages) -> None:
         self.sharded = sharded
+        self.values = sharded.values
 
     def __len__(self) -> int:
         return len(self.sharded)
@@ -351,7 +384,8 @@ class ShardedSet(ImageSet):
     def keys_from(self, place: list[int]) -> Iterator[ImageKey]:
         first_shard, num_done = place
         for number, shard in enumerate(self.sharded.shards[first_shard:], start=first_shard):
-            samples = images_in(shard, self.sharded.max_image_pixels)
+            sharded = self.sharded
+            samples = images_in(shard, sharded.max_image_pixels, raw=sharded.reading.raw)
             for member, found in enumerate(samples, start=1):
                 # What an earlier pass has done is read again, but not decoded.
                 if number == first_shard and member <= num_done:
@@ -372,6 +406,7 @@ class IterableSet(ImageSet):
 
     def __init__(self, images: IterableImages) -> None:
         self.iterable = images
+        self.values = images.values
 
     def __len__(self) -> int:
         return len(self.iterable)
@@ -392,3 +427,18 @@ class IterableSet(ImageSet):
             except UnreadableImage as error:
                 source = Problem(name, str(error), is_shard=False)
             yield ImageKey(source, name, -1, [number + 1])
+
+
+def image_set(images: Images, labels: np.ndarray | None = None) -> ImageSet:
+    """Return the images of a dataset as an `ImageSet`.
+
+    Args:
+        labels: (images,) int64, -1 for those without; None: no image has one.
+    """
+    if isinstance(images, ShardedImages):
+        return ShardedSet(images)
+    if isinstance(images, IterableImages):
+        return IterableSet(images)
+    if labels is None:
+        labels = np.full(len(images), -1)
+    return IndexedSet(Labelled(images, labels), has_labels=bool((labels >= 0).any()))

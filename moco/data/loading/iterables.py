@@ -33,12 +33,19 @@ class PlacedImage(NamedTuple):
     name: str
 
 
+UINT8 = np.dtype(np.uint8)
+
+
 @dataclass(frozen=True)
 class DamagedImage:
     """Stands for an image that cannot be read."""
 
     reason: str
     size: tuple[int, int] = (1, 1)
+    bands: int = 3
+    dtype: np.dtype[Any] = UINT8
+    no_data: float | None = None
+    band_names: tuple[str, ...] | None = None
 
     def pixels(self) -> np.ndarray:
         """Raise UnreadableImage."""
@@ -83,7 +90,7 @@ class IterableSampler(ResumableSampler):
                 continue
             name = self.images.name(place)
             try:
-                image: EncodedImage = self.images.opened_item(place, item)
+                image: EncodedImage = self.images.prepared_item(place, item)
             except UnreadableImage as error:
                 image = DamagedImage(str(error))
                 damaged.append(name)

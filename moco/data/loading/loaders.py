@@ -18,6 +18,7 @@ from moco.data.augment.draws import derived_seed
 from moco.data.augment.views import View, ViewPair
 from moco.data.files.images import EncodedImage, UnreadableImage
 from moco.data.loading.workers import WatchedLoader, loader_options, note_read, unchanged
+from moco.data.sources.groups import KeyImages
 from moco.data.sources.source import ArrayImages, Images, Labelled
 from moco.errors import InputError
 
@@ -31,7 +32,6 @@ MOST_BYTES_AT_ONCE = 2**25
 VALUES_ON_GPU = 2**25
 LARGEST_ON_GPU = 4 * 2**30  # bytes; a larger dataset is not moved to the GPU
 LARGEST_ON_CPU = 96  # px; larger images are augmented faster one by one, in several processes
-BLACK = np.zeros((1, 1, 3), dtype=np.uint8)
 
 NamedImage = tuple[int, EncodedImage, str]
 """The index of an image, on which its draws depend; the image; and its name."""
@@ -41,15 +41,18 @@ class PairBatch(NamedTuple):
     """A batch of view pairs."""
 
     views: tuple[Tensor, Tensor]
-    """Query views and key views, (batch, 3, side, side) each.
+    """Query views and key views, (batch, bands, side, side) each.
 
-    They are uint8 when they come from a loader process, and normalised float32 for the method."""
+    They are uint8, or float32 in 0..1 if images are not 8-bit RGB, when they come from a loader
+    process, and normalised float32 for the method."""
     indices: Tensor
     """(batch,) number of each image in the dataset."""
     unreadable: Tensor
     """(batch,) bool: the image cannot be read, and another one stands in for it."""
     epoch: int
     """The epoch of the draws. A number, because reading a tensor would wait for the GPU."""
+    groups: Tensor | None = None
+    """(batch,) int64, the group of each image; -1: unknown. None: the dataset has no groups."""
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):
@@ -129,43 +132,57 @@ class StreamSampler(ResumableSampler):
             yield self.epoch, number
 
 
+class DecodedPair(NamedTuple):
+    """What the two views of a row are made of."""
+
+    query: np.ndarray
+    """(height, width, bands) of the pair's kind."""
+    key: np.ndarray
+    """The same array, or another image of the query's group."""
+    is_readable: bool
+    """Whether the query is the image itself, and not one that stands in for it."""
+
+
 def make_pairs(
-    augment: ViewPair, epoch: int, indices: Tensor, images: Iterable[tuple[np.ndarray, bool]]
+    augment: ViewPair, epoch: int, indices: Tensor, images: Iterable[DecodedPair]
 ) -> PairBatch:
     """Augment images in a loader process.
 
     Args:
         indices: (batch,) number of each image in the dataset, on which the draws depend.
-        images: pixels (height, width, 3) uint8, and whether this is the image itself or one that
-            stands in for it.
+        images: the decoded images of each row.
     """
     # All views of the batch lie in one piece of memory, which goes to the training process.
     views = augment.empty_views(len(indices), epoch)
     unreadable = torch.zeros(len(indices), dtype=torch.bool)
-    group: list[np.ndarray] = []
+    group: list[DecodedPair] = []
     first = 0
-    for row, (pixels, is_readable) in enumerate(images):
-        unreadable[row] = not is_readable
-        group.append(pixels)
-        num_bytes = sum(image.nbytes for image in group)
+    for row, pair in enumerate(images):
+        unreadable[row] = not pair.is_readable
+        group.append(pair)
+        num_bytes = sum(pair.query.nbytes + pair.key.nbytes for pair in group) // 2
         is_last = row == len(indices) - 1
         if is_last or len(group) == MOST_AT_ONCE or num_bytes >= MOST_BYTES_AT_ONCE:
             rows = slice(first, row + 1)
-            augment.on_images(group, epoch, indices[rows], views[:, rows])
+            queries = [pair.query for pair in group]
+            keys = [pair.key for pair in group]
+            augment.on_images(queries, epoch, indices[rows], views[:, rows], keys)
             group = []
             first = row + 1
     return PairBatch((views[0], views[-1]), indices, unreadable, epoch)
 
 
-def first_decoded(candidates: Iterable[np.ndarray | None]) -> tuple[np.ndarray, bool]:
+def first_decoded(
+    candidates: Iterable[np.ndarray | None], black: np.ndarray
+) -> tuple[np.ndarray, bool]:
     """Return the pixels of the first decoded image, and whether it is the first of all.
 
-    If none could, return a black image.
+    If none could, return the black image.
     """
     for number, pixels in enumerate(candidates):
         if pixels is not None:
             return pixels, number == 0
-    return BLACK, False
+    return black, False
 
 
 def decoded(name: str, read: Callable[[], np.ndarray]) -> np.ndarray | None:
@@ -187,18 +204,34 @@ class PairDataset(Dataset[PairBatch]):
 
     images: Images
     augment: ViewPair
+    key_images: KeyImages | None = None
+    """Says which images the key views come from; None: from the queries' own."""
 
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> PairBatch:
         epoch = places[0][0]
-        indices = [index for _, index in places]
-        return make_pairs(self.augment, epoch, torch.tensor(indices), map(self._read, indices))
+        indices = torch.tensor([index for _, index in places])
+        keys = indices
+        if self.key_images is not None:
+            keys = self.key_images.of(epoch, indices)
+        pairs = map(self._read, indices.tolist(), keys.tolist())
+        return make_pairs(self.augment, epoch, indices, pairs)
 
-    def _read(self, index: int) -> tuple[np.ndarray, bool]:
-        return first_decoded(map(self._decoded, range(index, index + MOST_ATTEMPTS)))
+    def _read(self, index: int, key: int) -> DecodedPair:
+        candidates = map(self._decoded, range(index, index + MOST_ATTEMPTS))
+        pixels, is_readable = first_decoded(candidates, self.augment.black_image())
+        # An image that stands in for the query may be of another group.
+        if self.key_images is None or key == index or not is_readable:
+            return DecodedPair(pixels, pixels, is_readable)
+        candidates_of_key = [key, *self.key_images.others_of_group(index, key)]
+        for number in candidates_of_key[:MOST_ATTEMPTS]:
+            key_pixels = pixels if number == index else self._decoded(number)
+            if key_pixels is not None:
+                return DecodedPair(pixels, key_pixels, is_readable)
+        return DecodedPair(pixels, pixels, is_readable)
 
     def _decoded(self, number: int) -> np.ndarray | None:
         index = number % len(self.images)  # after the last image comes the first one
-        return decoded(self.images.name(index), lambda: self.images.opened(index).pixels())
+        return decoded(self.images.name(index), lambda: self.images.prepared(index).pixels())
 
 
 @dataclass(frozen=True)
@@ -215,10 +248,12 @@ class PairMaker:
         indices = torch.tensor([index for index, _, _ in images])
         return make_pairs(self.augment, epoch, indices, self._read(images))
 
-    def _read(self, images: Sequence[NamedImage]) -> Iterator[tuple[np.ndarray, bool]]:
+    def _read(self, images: Sequence[NamedImage]) -> Iterator[DecodedPair]:
         for row in range(len(images)):
-            candidates = [*images[row:], *images[:row]]
-            yield first_decoded(decoded(name, image.pixels) for _, image, name in candidates)
+            in_order = [*images[row:], *images[:row]]
+            candidates = (decoded(name, image.pixels) for _, image, name in in_order)
+            pixels, is_readable = first_decoded(candidates, self.augment.black_image())
+            yield DecodedPair(pixels, pixels, is_readable)
 
 
 class Resumable:
@@ -272,6 +307,7 @@ class MemoryLoader(Resumable):
 
     Args:
         images: they are moved to `device`.
+        key_images: see `PairDataset`.
     """
 
     def __init__(
@@ -281,8 +317,11 @@ class MemoryLoader(Resumable):
         sampler: EpochSampler,
         batch_size: int,
         device: torch.device,
+        key_images: KeyImages | None = None,
     ) -> None:
-        self.pixels = images.tensor.to(device)  # (images, height, width, 3)
+        self.images = images
+        self.pixels = images.tensor.to(device)  # (images, height, width, bands)
+        self.key_images = None if key_images is None else key_images.to(device)
         self.augment = augment
         self.sampler = sampler
         self.num_at_once = batch_size
@@ -300,10 +339,10 @@ class MemoryLoader(Resumable):
         self.batches_done = num_skipped // self.num_at_once
         order = self.sampler.share()[num_skipped:].to(self.pixels.device)
         for block in order.split(block_size):
-            # Whole images are copied as they lie in memory. On a CPU this is several times as fast
-            # as choosing from images in planes.
-            pixels = self.pixels.index_select(0, block).permute(0, 3, 1, 2).contiguous()
-            views = self.augment.on_batch(pixels, epoch, block)
+            key_pixels = None
+            if self.key_images is not None:
+                key_pixels = self._planes(self.key_images.of(epoch, block))
+            views = self.augment.on_batch(self._planes(block), epoch, block, key_pixels)
             for first in range(0, len(block), self.num_at_once):
                 self.batches_done += 1
                 if self.batches_done * self.num_at_once <= num_done:
@@ -313,11 +352,16 @@ class MemoryLoader(Resumable):
                 unreadable = torch.zeros_like(indices, dtype=torch.bool)
                 yield PairBatch((views[0][rows], views[1][rows]), indices, unreadable, epoch)
 
+    def _planes(self, indices: Tensor) -> Tensor:
+        """Return these images as the model gets them, (batch, bands, height, width)."""
+        return self.images.batch(self.images.chosen(self.pixels, indices))
+
     def _block_size(self) -> int:
         """Return how many images are augmented at once, a multiple of the batch."""
         if self.pixels.device.type == "cpu":
             return self.num_at_once
-        most_images = max(1, VALUES_ON_GPU // (3 * self.augment.image_size**2))
+        values_of_view = self.augment.kind.bands * self.augment.image_size**2
+        most_images = max(1, VALUES_ON_GPU // values_of_view)
         return max(1, most_images // self.num_at_once) * self.num_at_once
 
 
@@ -330,12 +374,13 @@ def pair_loader(
     device: torch.device,
     *,
     in_memory: bool,
+    key_images: KeyImages | None = None,
 ) -> MemoryLoader | ResumableLoader:
     """Return batches of view pairs, from memory (see `Engine`) or from loader processes."""
     if in_memory and isinstance(images, ArrayImages):
-        return MemoryLoader(images, augment, sampler, batch_size, device)
+        return MemoryLoader(images, augment, sampler, batch_size, device, key_images)
     # The dataset hands out whole batches, which need no collating.
-    dataset = PairDataset(images, augment)
+    dataset = PairDataset(images, augment, key_images)
     options = loader_options(num_workers, device)
     return ResumableLoader(dataset, sampler, batch_size, collate_fn=unchanged, **options)
 
@@ -377,7 +422,7 @@ def choose_engine(
             return Engine("worker", False, f"{step.where} takes one image at a time")
     is_cpu = device_type == "cpu"
     fits_on_device = isinstance(images, ArrayImages) and (
-        is_cpu or images.tensor.numel() <= LARGEST_ON_GPU
+        is_cpu or images.tensor.nbytes <= LARGEST_ON_GPU
     )
     if engine != "auto":
         in_memory = engine == "batch" and fits_on_device
@@ -425,9 +470,22 @@ class LabelledViews:
         self.labels = torch.from_numpy(labelled.labels)
         self.device = device
         # A pair of one view. It is built first, because its errors name the right key.
-        view = View(operations, image_size, where)
+        values = images.values
+        bands = 3 if values is None else values.bands
+        is_float = values is not None and values.is_float
+        view = View(operations, image_size, where, bands, is_float)
         self.engine = choose_engine("auto", images, image_size, device.type, [view])
-        self.views = ViewPair(operations, operations, mean, std, image_size, seed, self.engine.name)
+        self.views = ViewPair(
+            operations,
+            operations,
+            mean,
+            std,
+            image_size,
+            seed,
+            self.engine.name,
+            bands=bands,
+            is_float=is_float,
+        )
         self.views.views_of_size = {image_size: [view]}
         # With a batch size of 1 the sampler leaves no image out.
         self.sampler = EpochSampler(len(images), batch_size=1, seed=seed)

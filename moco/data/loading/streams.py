@@ -19,7 +19,7 @@ from moco.data.augment.draws import derived_seed
 from moco.data.files.images import check_bad_fraction
 from moco.data.loading.loaders import NamedImage, ResumableLoader, StreamSampler
 from moco.data.loading.workers import note_read, unchanged
-from moco.data.sources.shards import Problem, Sample, ShardedImages, images_in
+from moco.data.sources.shards import Problem, Sample, ShardedImages
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Streams:
         """Yield every sample of the shards once, drawn from a buffer, and problems at once."""
         buffer: list[Sample] = []
         for shard in shards:
-            for found in images_in(shard, self.images.max_image_pixels, note_read):
+            for found in self.images.samples(shard, note_read):
                 if isinstance(found, Problem):
                     yield found
                 elif len(buffer) < self.images.shuffle_buffer:

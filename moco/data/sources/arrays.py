@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from moco.data.files.archives import DAMAGED, read_arrays
-from moco.data.sources.source import ArrayImages, DataSource, Labelled
+from moco.data.sources.own_dataset import class_names_of
+from moco.data.sources.source import (
+    ArrayImages,
+    DataSource,
+    Labelled,
+    warn_of_missing_classes,
+)
 from moco.errors import InputError, printable
 
 NPZ_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -48,8 +54,8 @@ def npz_source(root: str) -> DataSource:
     """Return an archive in the MedMNIST layout.
 
     It holds train_images, and for labelled sets also train_labels, test_images and test_labels.
-    Images are uint8 (images, height, width[, channels]); labels are integers, (images,) or
-    (images, 1).
+    Images are (images, height, width), or have an axis of bands, see `stored_layout`. Labels are
+    integers, (images,) or (images, 1).
 
     Raises:
         InputError: the file is missing or damaged, or an array does not have this form.
@@ -88,6 +94,8 @@ def source_from_arrays(
     if test_images is not None and test_labels is not None:
         test = ArrayImages(test_images, f"{what}: test_images")
         queries = labelled(f"{what}: test_labels", test, test_labels)
+    if bank is not None and queries is not None:
+        warn_of_missing_classes(bank, queries)
     return DataSource(train, bank, queries, image_size=max(train.tensor.shape[1:3]))
 
 
@@ -116,7 +124,7 @@ def torchvision_source(name: str, root: str, download: bool) -> DataSource:
     for is_train in (True, False):
         dataset = torchvision_dataset(class_name, root, train=is_train, download=download)
         arrays += [np.asarray(dataset.data), dataset.targets]
-    return source_from_arrays(class_name, *arrays)
+    return with_class_names(source_from_arrays(class_name, *arrays), class_names_of(dataset))
 
 
 def stl10_source(root: str, download: bool) -> DataSource:
@@ -128,7 +136,16 @@ def stl10_source(root: str, download: bool) -> DataSource:
         arrays += [dataset.data.transpose(0, 2, 3, 1), dataset.labels]
     *of_labelled, all_images, _ = arrays
     labelled = source_from_arrays("STL10", *of_labelled)
+    labelled = with_class_names(labelled, class_names_of(dataset))
     return replace(labelled, train=ArrayImages(all_images, "STL10"))
+
+
+def with_class_names(source: DataSource, class_names: tuple[str, ...] | None) -> DataSource:
+    """Return a source whose bank and queries have names for their classes, if there are any."""
+    assert source.bank is not None
+    assert source.queries is not None
+    bank = replace(source.bank, class_names=class_names)
+    return replace(source, bank=bank, queries=replace(source.queries, class_names=class_names))
 
 
 def torchvision_dataset(class_name: str, root: str, **kwargs: Any) -> Any:

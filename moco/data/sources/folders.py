@@ -1,36 +1,118 @@
-"""Images in folders: any folder tree without labels, or sub-folders that are the classes."""
+"""Images in folders: any folder tree, sub-folders that are the classes, or a file of classes."""
 
 import itertools
+import logging
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from moco.data.files.listing import Listing, listed
-from moco.data.sources.source import DataSource, FileImages, Labelled
+from moco.data.files.listing import Listing, is_folder, is_left_out_folder, listed
+from moco.data.sources.band_files import band_file_images
+from moco.data.sources.label_files import first_few, natural_order, read_labels
+from moco.data.sources.source import (
+    DataSource,
+    FileImages,
+    Images,
+    Labelled,
+    warn_of_missing_classes,
+)
+from moco.data.sources.tiles import tile_images
 from moco.errors import InputError, printable
 
-VALIDATION_FOLDERS = ("val", "validation", "test")  # the first one that exists is taken
+log = logging.getLogger(__name__)
+
+# In lower case. The first one that exists is taken.
+TRAINING_FOLDERS = ("train", "training")
+VALIDATION_FOLDERS = ("val", "valid", "validation", "test", "testing")
+SPLIT_FOLDERS = (*TRAINING_FOLDERS, *VALIDATION_FOLDERS)
+NUM_NAMED_CLASSES = 10  # in one line of the log
 IMAGE_SIZE = 224  # px
 NUM_HASHES = 2**32  # values of zlib.crc32
 
 
-def folder_source(root: Any, max_image_pixels: int, pages: str, listing: Path | None) -> DataSource:
-    """Return every image below a folder or several folders, without labels.
+ImagesOf = Callable[[Listing], Images]
+"""Makes the images of listed files."""
+
+
+def folder_source(
+    root: Any,
+    max_image_pixels: int,
+    held_out: float,
+    pages: str,
+    listing: Path | None,
+    labels: str | None,
+    band_files: str | None = None,
+    bands: Any = None,
+    tile: int | None = None,
+) -> DataSource:
+    """Return every image below a folder or several folders.
+
+    Without `labels` it has no bank and no queries. With them, `is_held_out` divides the images that
+    have a class into both.
+
+    Args:
+        band_files, bands, tile: see `files_as_images`.
 
     Raises:
-        InputError: a folder is missing or holds no images, or one folder contains another.
+        InputError: a folder is missing or holds no images, one folder contains another, or the
+            file of labels does not fit.
     """
     roots = list_of_paths(root)
     if roots is None:
         raise InputError(f"data.root={root}: expected a folder or a list of folders")
     check_no_overlap(roots)
-    files = listed(roots, pages, listing)
-    images = FileImages(files.paths, max_image_pixels, files.num_pages)
-    return DataSource(images, None, None, IMAGE_SIZE)
+    listed_files = listed(roots, pages, listing)
+    files, images_of = files_as_images(
+        listed_files, roots, max_image_pixels, band_files, bands, tile
+    )
+    images = images_of(files)
+    log_start(roots, len(images), listed_files)
+    if labels is None:
+        return DataSource(images, None, None, IMAGE_SIZE)
+    names = names_below(files, roots)
+    numbers, class_names = read_labels(labels, roots[0], names)
+    side = Side(files, numbers, images, class_names, images_of)
+    return divided(side, names, held_out)
+
+
+def files_as_images(
+    files: Listing,
+    roots: Sequence[str],
+    max_image_pixels: int,
+    band_files: str | None,
+    bands: Any,
+    tile: int | None,
+) -> tuple[Listing, ImagesOf]:
+    """Return the files with the number of images in each, and what makes images of them.
+
+    If bands are in files of their own, the names of the joined images stand for their files.
+
+    Args:
+        files: all files below the roots.
+        band_files, bands: see `moco.data.sources.band_files.band_file_images`.
+        tile: see `moco.data.sources.tiles.tile_images`.
+    """
+    if tile is not None:
+        tiled = tile_images(files.paths, tile, max_image_pixels)
+        of_tiles = replace(files, num_pages=tiled.num_tiles())
+        return of_tiles, lambda chosen: tiled.of_files(chosen.paths)
+    if band_files is None:
+        return files, partial(file_images, max_image_pixels)
+    joined = band_file_images(files, roots, band_files, bands, max_image_pixels)
+    names = joined.names()
+    of_names = replace(files, paths=names, num_pages=np.ones(len(names), np.int64))
+    return of_names, lambda chosen: joined.of_names(chosen.paths)
+
+
+def file_images(max_image_pixels: int, files: Listing) -> FileImages:
+    """Return the images in files."""
+    return FileImages(files.paths, max_image_pixels, files.num_pages)
 
 
 def list_of_paths(root: Any) -> list[str] | None:
@@ -53,58 +135,245 @@ def check_no_overlap(roots: Sequence[str]) -> None:
             )
 
 
+class Side(NamedTuple):
+    """Image files of one side of a dataset, with their classes."""
+
+    files: Listing
+    labels: np.ndarray
+    """(files,) int64, -1 for a file without a class."""
+    images: Images
+    """Those of all files."""
+    class_names: tuple[str, ...] | None
+    images_of: ImagesOf
+
+    @property
+    def has_labels(self) -> bool:
+        """Return whether a file has a class."""
+        return bool((self.labels >= 0).any())
+
+    def labelled(self, is_chosen: np.ndarray | None = None) -> Labelled:
+        """Return the images that have a class, of the files where `is_chosen`, (files,) bool."""
+        wanted = self.labels >= 0
+        if is_chosen is not None:
+            wanted &= is_chosen
+        files, images = self.files, self.images
+        if not wanted.all():
+            files = files.where(wanted)
+            images = self.images_of(files)
+        labels = np.repeat(self.labels[wanted], files.num_pages)
+        return Labelled(images, labels, self.class_names)
+
+
 def class_folder_source(
-    root: str, max_image_pixels: int, held_out: float, pages: str, listing: Path | None
+    root: str,
+    max_image_pixels: int,
+    held_out: float,
+    pages: str,
+    listing: Path | None,
+    labels: str | None,
+    band_files: str | None = None,
+    bands: Any = None,
+    tile: int | None = None,
 ) -> DataSource:
     """Return root/train/CLASS/... with root/val/CLASS/..., or root/CLASS/... alone.
 
-    The validation folder may also be called ``validation`` or ``test``; without one there are no
-    queries. Of root/CLASS/... alone, `is_held_out` takes queries out of the bank by the files'
-    paths below root. Training uses all images.
+    `find_split` says what the folders for training and validation may be called; without one for
+    validation there are no queries. Of root/CLASS/... alone, `is_held_out` takes queries out of the
+    bank by the files' paths below root. Training uses all images. Classes are numbered in the
+    natural order of their names. With `labels` the folders' names are no classes.
+
+    Args:
+        band_files, bands, tile: see `files_as_images`.
 
     Raises:
-        InputError: a folder is missing or holds no images in class folders, or a validation class
-            is not a training class.
+        InputError: a folder is missing or holds no images in class folders, a validation class is
+            not a training class, or the file of labels does not fit.
     """
-
-    def labelled(files: Listing, labels: np.ndarray) -> Labelled:
-        images = FileImages(files.paths, max_image_pixels, files.num_pages)
-        return Labelled(images, np.repeat(labels, files.num_pages))
-
     root = str(Path(root))
+    split = find_split(root, has_classes=labels is None)
     folders = [root]
-    has_training_folder = os.path.isdir(os.path.join(root, "train"))
-    if has_training_folder:
-        folders = training_and_validation_folders(root)
-    all_files = listed(folders, pages, listing)
-    files, classes = files_in_class_folders(all_files, folders[0])
-    number_of_class = {name: number for number, name in enumerate(sorted(set(classes)))}
-    labels = np.array([number_of_class[name] for name in classes])
-    train = labelled(files, labels)
-    # Classes have the numbers of the training images, whatever the validation folder holds.
-    if len(folders) == 2:
-        query_files, query_classes = files_in_class_folders(all_files, folders[1])
-        unknown = sorted(set(query_classes) - set(classes))
-        if unknown:
-            named = f"classes that the training images do not have: {', '.join(unknown)}"
-            raise InputError(f"data.root={folders[1]}: {printable(named)}")
-        query_labels = np.array([number_of_class[name] for name in query_classes])
-        queries = labelled(query_files, query_labels)
-        return DataSource(train.images, train, queries, IMAGE_SIZE)
-    is_query = is_held_out(files.paths.below(root), held_out)
-    # A monitor needs images on both sides.
-    if has_training_folder or is_query.all() or not is_query.any():
-        return DataSource(train.images, train, None, IMAGE_SIZE)
-    bank = labelled(files.where(~is_query), labels[~is_query])
-    queries = labelled(files.where(is_query), labels[is_query])
+    if split.train is not None:
+        folders = [os.path.join(root, name) for name in split if name is not None]
+    listed_files = listed(folders, pages, listing)
+    all_files, images_of = files_as_images(
+        listed_files, folders, max_image_pixels, band_files, bands, tile
+    )
+    sides: Sequence[tuple[Listing, np.ndarray, tuple[str, ...] | None]]
+    if labels is None:
+        sides = class_sides(all_files, folders)
+    else:
+        sides = table_sides(all_files, folders, root, labels)
+
+    made = []
+    for files, numbers, class_names in sides:
+        made.append(Side(files, numbers, images_of(files), class_names, images_of))
+    train = made[0]
+    log_start([root], len(train.images), listed_files)
+    log_classes(train.class_names)
+    if split.train is None:
+        return divided(train, names_below(train.files, [root]), held_out)
+    # A file of labels may have none for one side.
+    labelled = [side.labelled() if side.has_labels else None for side in made]
+    bank, queries = [*labelled, None][:2]
+    if bank is not None and queries is not None:
+        warn_of_missing_classes(bank, queries)
     return DataSource(train.images, bank, queries, IMAGE_SIZE)
 
 
-def training_and_validation_folders(root: str) -> list[str]:
-    """Return root/train and, if there is one, the validation folder beside it."""
-    paths = [os.path.join(root, name) for name in VALIDATION_FOLDERS]
-    # The first validation folder that exists, if there is one.
-    return [os.path.join(root, "train"), *filter(os.path.isdir, paths)][:2]
+def class_sides(
+    files: Listing, folders: Sequence[str]
+) -> list[tuple[Listing, np.ndarray, tuple[str, ...] | None]]:
+    """Return the files in the class folders of each folder, their class numbers, and the names.
+
+    Classes have the numbers of the first folder, whatever the second one holds.
+
+    Raises:
+        InputError: a folder has no class folders, or the second one has other classes.
+    """
+    found = [files_in_class_folders(files, folder) for folder in folders]
+    class_names = tuple(sorted(set(found[0][1]), key=natural_order))
+    number_of_class = {name: number for number, name in enumerate(class_names)}
+    sides: list[tuple[Listing, np.ndarray, tuple[str, ...] | None]] = []
+    for folder, (in_classes, classes) in zip(folders, found, strict=True):
+        unknown = sorted(set(classes) - set(class_names), key=natural_order)
+        if unknown:
+            named = f"classes that the training images do not have: {', '.join(unknown)}"
+            raise InputError(f"data.root={folder}: {printable(named)}")
+        labels = np.array([number_of_class[name] for name in classes])
+        sides.append((in_classes, labels, class_names))
+    return sides
+
+
+def table_sides(
+    files: Listing, folders: Sequence[str], root: str, path: str
+) -> list[tuple[Listing, np.ndarray, tuple[str, ...] | None]]:
+    """Return the files of each folder, their class numbers by a file of labels, and its names.
+
+    Raises:
+        InputError: the file of labels does not fit.
+    """
+    labels, class_names = read_labels(path, root, names_below(files, [root]))
+    sides = []
+    for folder in folders:
+        prefix = os.fsencode(os.path.join(folder, ""))
+        is_there = np.array([name.startswith(prefix) for name in files.paths.below("")])
+        sides.append((files.where(is_there), labels[is_there], class_names))
+    return sides
+
+
+def names_below(files: Listing, roots: Sequence[str]) -> list[str]:
+    """Return the paths of the files below that one of the folders which holds them."""
+    prefixes = [os.path.join(root, "") for root in roots]
+    if len(prefixes) == 1:
+        start = len(prefixes[0])
+        return [path[start:] for path in files.paths]
+    names = []
+    for path in files.paths:
+        (prefix,) = [prefix for prefix in prefixes if path.startswith(prefix)][:1]
+        names.append(path.removeprefix(prefix))
+    return names
+
+
+def divided(side: Side, names: Sequence[str], held_out: float) -> DataSource:
+    """Return a source with some of the labelled files as queries, the others as bank.
+
+    Args:
+        side: the files to train on.
+        names: (files,) what `is_held_out` decides by.
+        held_out: share of the queries.
+    """
+    is_query = is_held_out(map(os.fsencode, names), held_out)
+    of_labelled = is_query[side.labels >= 0]
+    # A monitor needs images on both sides.
+    if of_labelled.all() or not of_labelled.any():
+        return DataSource(side.images, side.labelled(), None, IMAGE_SIZE)
+    bank, queries = side.labelled(~is_query), side.labelled(is_query)
+    warn_of_missing_classes(bank, queries)
+    return DataSource(side.images, bank, queries, IMAGE_SIZE)
+
+
+def log_start(roots: Sequence[str], num_images: int, files: Listing) -> None:
+    """Log how many images are trained on, and of what files."""
+    where = printable(", ".join(roots))
+    log.info("%s: %s images to train on; %s", where, f"{num_images:,}", files.describe())
+
+
+def log_classes(class_names: Sequence[str] | None) -> None:
+    """Log the names of the classes, or the first of them."""
+    if class_names is not None:
+        named = first_few(class_names, NUM_NAMED_CLASSES)
+        log.info("%d classes: %s", len(class_names), named)
+
+
+class Split(NamedTuple):
+    """The names of the folders of a split; None where there is no such folder."""
+
+    train: str | None
+    validation: str | None
+
+
+def find_split(parent: str | Path, has_classes: bool = True) -> Split:
+    """Return which folders in `parent` are for training and validation, in any case.
+
+    The log says what is taken for what.
+
+    Args:
+        parent: the folder.
+        has_classes: the folders of the split hold a folder for each class. Then a folder called
+            train without sub-folders is a class itself if others are beside it.
+    """
+    folders = folders_in(parent)
+    train = first_of(folders, TRAINING_FOLDERS)
+    validation = first_of(folders, VALIDATION_FOLDERS)
+    others = [name for name in folders if name not in (train, validation)]
+    where = printable(str(parent))
+    shown = first_few(others, NUM_NAMED_CLASSES)
+    if train is not None:
+        are_splits = all(name.lower() in SPLIT_FOLDERS for name in others)
+        if has_classes and not are_splits and not folders_in(Path(parent, train)):
+            return Split(None, None)
+        taken = f"{train} is trained on"
+        if validation is not None:
+            taken += f", {validation} is held out"
+        if others:
+            # A test folder beside the validation folder is usual.
+            level = logging.INFO if are_splits else logging.WARNING
+            log.log(level, "%s: %s, and the other folders are not used: %s", where, taken, shown)
+        else:
+            log.info("%s: %s", where, taken)
+        return Split(train, validation)
+    if has_classes and validation is not None and folders_in(Path(parent, validation)):
+        log.warning(
+            "%s: there is a folder %s, but none to train on (%s); it is a class as the others: %s",
+            where,
+            validation,
+            " or ".join(TRAINING_FOLDERS),
+            shown,
+        )
+    return Split(None, validation)
+
+
+def folders_in(parent: str | Path) -> list[str]:
+    """Return the names of the folders in a folder, in alphabetical order, without hidden ones."""
+    try:
+        with os.scandir(parent) as entries:
+            return sorted(
+                entry.name
+                for entry in entries
+                if is_folder(entry) and not is_left_out_folder(entry.name)
+            )
+    except OSError:  # what is wrong is said where its images are listed
+        return []
+
+
+def first_of(folders: Sequence[str], wanted: Sequence[str]) -> str | None:
+    """Return the first folder that has one of the wanted names, in their order and in any case."""
+    for name in wanted:
+        found = [folder for folder in folders if folder.lower() == name]
+        if found:
+            # The lower case is the usual one.
+            return name if name in found else found[0]
+    return None
 
 
 def files_in_class_folders(files: Listing, folder: str) -> tuple[Listing, list[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moco.data.files.images import EncodedImage, UnreadableImage, encoded
-from moco.data.sources.source import DataSource, Images, Labelled
+from moco.data.sources.source import DataSource, Images, Labelled, warn_of_missing_classes
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class TableImages(Images):
         content = row.get("bytes") if row else None
         if content is None:
             raise UnreadableImage(f"{printable(name)}: no image in the table")
-        return encoded(content, name, self.max_image_pixels)
+        return encoded(content, name, self.max_image_pixels, raw=self.reading.raw)
 
     def name(self, index: int) -> str:
         """See `Images`."""
@@ -79,7 +79,8 @@ class Split:
             )
         self.image_column = found
         self.label_column = self._choose_column(label_column, "data.label_column", ClassLabel)
-        self.class_names = getattr(dataset.features.get(self.label_column), "names", None)
+        names = getattr(dataset.features.get(self.label_column), "names", None)
+        self.class_names = None if names is None else tuple(names)
         """In the order of their numbers; None for plain numbers."""
 
     def _choose_column(self, given: str | None, key: str, column_type: type) -> str | None:
@@ -167,9 +168,13 @@ def hugging_face_source(
             if query_labels is not None:
                 if held_out.class_names != train.class_names:
                     raise InputError(f"data.root={held_out.where}: other classes than split train")
-                queries = Labelled(held_out.images(max_image_pixels), query_labels)
+                query_images = held_out.images(max_image_pixels)
+                queries = Labelled(query_images, query_labels, train.class_names)
             break
-    return DataSource(images, Labelled(images, labels), queries, IMAGE_SIZE)
+    bank = Labelled(images, labels, train.class_names)
+    if queries is not None:
+        warn_of_missing_classes(bank, queries)
+    return DataSource(images, bank, queries, IMAGE_SIZE)
 
 
 def load_splits(root: str) -> dict[str, Any]:

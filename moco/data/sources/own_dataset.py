@@ -11,11 +11,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from moco.data.files.images import MAX_IMAGE_PIXELS, DecodedImage, UnreadableImage, to_rgb
+from moco.data.files.encoded_image import (
+    MAX_IMAGE_PIXELS,
+    DecodedImage,
+    EncodedImage,
+    UnreadableImage,
+)
+from moco.data.files.pillow_images import RAW_MODES, to_rgb
 from moco.data.sources.folders import is_held_out
 from moco.data.sources.source import DataSource, Images, Labelled
 from moco.errors import InputError, printable, unknown_name
@@ -31,9 +38,13 @@ UNREADABLE = (OSError, UnreadableImage, Image.DecompressionBombError)
 """What a dataset raises for a damaged image, which is then skipped."""
 EXPECTED_IMAGE = (
     "expected an image or (image, label); an image is a PIL image, an array (H, W) or "
-    "(H, W, 1 or 3 or 4), or a tensor (H, W) or (1 or 3 or 4, H, W), of uint8 or of floats from 0 "
-    "to 1"
+    "(H, W, bands), or a tensor (H, W) or (bands, H, W), of uint8, int16, uint16, int32, uint32 or "
+    "floats"
 )
+USUAL_BANDS = (1, 3, 4)
+PIXEL_TYPES = (
+    "uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64"
+)  # fmt: skip
 EXPECTED_LABEL = "expected (image, label), and the label a whole number of 0 or more"
 NO_NUMBERS = (
     "an iterable dataset has no images by number; expected a dataset with __len__ and __getitem__"
@@ -83,7 +94,9 @@ class DatasetImages(Images):
         """
         item = self.item(index)
         number = f"item {self.rows[index]}"
-        return opened_item(item, self.where, number, self.name(index), self.max_image_pixels)
+        name = self.name(index)
+        raw = self.reading.raw
+        return opened_item(item, self.where, number, name, self.max_image_pixels, raw=raw)
 
     def name(self, index: int) -> str:
         """Return ``dataset.name(number)`` if the dataset has such a method, else WHAT[number]."""
@@ -140,7 +153,16 @@ class IterableImages(Images):
     def opened_item(self, place: int, item: Any) -> DecodedImage:
         """Return the image of an item at this place of an epoch; see `DatasetImages.opened`."""
         number = f"item {place}"
-        return opened_item(item, self.where, number, self.name(place), self.max_image_pixels)
+        name = self.name(place)
+        raw = self.reading.raw
+        return opened_item(item, self.where, number, name, self.max_image_pixels, raw=raw)
+
+    def prepared_item(self, place: int, item: Any) -> EncodedImage:
+        """Return the same with the pixels that the model gets."""
+        image = self.opened_item(place, item)
+        if self.values is None:
+            return image
+        return self.values.of(image, self.name(place))
 
 
 def items_of(dataset: Any, where: str, epoch: int) -> Iterator[Any]:
@@ -167,7 +189,7 @@ def items_of(dataset: Any, where: str, epoch: int) -> Iterator[Any]:
 
 
 def opened_item(
-    item: Any, where: str, number: str, name: str, max_image_pixels: int
+    item: Any, where: str, number: str, name: str, max_image_pixels: int, *, raw: bool = False
 ) -> DecodedImage:
     """Return the image of an item of a dataset.
 
@@ -177,74 +199,86 @@ def opened_item(
         number: what to call the item.
         name: of the image.
         max_image_pixels: a larger PIL image is unreadable.
+        raw: see `pixels_of`.
 
     Raises:
         UnreadableImage: the image is damaged or too large.
         InputError: the item is no image.
     """
     try:
-        return DecodedImage(pixels_of(item, max_image_pixels))
+        return DecodedImage(pixels_of(item, max_image_pixels, raw=raw))
     except UnreadableImage as error:
         raise UnreadableImage(f"{printable(name)}: {error}") from error
     except ValueError as error:
         raise InputError(f"{where}: {number} is {error}; {EXPECTED_IMAGE}") from error
 
 
-def pixels_of(item: Any, max_image_pixels: int) -> np.ndarray:
-    """Return the image of an item as (height, width, 3) uint8 RGB, C-contiguous.
+def pixels_of(item: Any, max_image_pixels: int, *, raw: bool = False) -> np.ndarray:
+    """Return the image of an item, (height, width, bands), C-contiguous, of its own type.
+
+    8-bit images of one or three bands, and PIL images with alpha, become RGB (height, width, 3).
+
+    Args:
+        item: an image, or (image, label).
+        max_image_pixels: a PIL image with more pixels is unreadable.
+        raw: give 8-bit images with the bands that they have.
 
     Raises:
-        UnreadableImage: a PIL image is damaged, or has more than `max_image_pixels`.
+        UnreadableImage: a PIL image is damaged or too large.
         ValueError: the item is no image; the message says what it is.
     """
     image = item
     if isinstance(item, (tuple, list)) and item:
         image = item[0]
     if isinstance(image, Image.Image):
-        return pixels_of_pil(image, max_image_pixels)
+        return pixels_of_pil(image, max_image_pixels, raw=raw)
     array = image
     if isinstance(image, Tensor):
         array = image.detach().cpu()
-        if array.is_floating_point():
-            array = array.float()  # NumPy has no bfloat16
+        if array.dtype == torch.bfloat16:  # NumPy has none
+            array = array.float()
         if array.ndim == 3:
+            # A tensor with its bands at the end would become an image three px wide.
+            if array.shape[2] in USUAL_BANDS and array.shape[0] not in USUAL_BANDS:
+                raise ValueError(f"{described(image)}, whose bands do not come first")
             array = array.permute(1, 2, 0)
         array = array.numpy()
     if not isinstance(array, np.ndarray):
         raise ValueError(described(item))
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
+    if array.ndim != 3 or array.size == 0 or array.dtype.name not in PIXEL_TYPES:
         raise ValueError(described(image))
-    if np.issubdtype(array.dtype, np.floating):
-        lowest, highest = array.min(), array.max()
-        # Written so that NaN is refused, too.
-        if not (lowest >= 0 and highest <= 1):
-            raise ValueError(
-                f"{described(image)} with values from {lowest:.4g} to {highest:.4g} "
-                "(moco normalises by itself)"
-            )
-        array = np.rint(array * 255).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(described(image))
-    if array.shape[2] == 4:
-        array = np.array(to_rgb(Image.fromarray(np.ascontiguousarray(array))))
-    elif array.shape[2] == 1:
+    if array.dtype == np.uint8 and array.shape[2] == 1 and not raw:
         array = np.repeat(array, 3, axis=2)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     return np.require(array, requirements=["C", "W"])
 
 
-def pixels_of_pil(image: Image.Image, max_image_pixels: int) -> np.ndarray:
+def pixels_of_pil(image: Image.Image, max_image_pixels: int, *, raw: bool) -> np.ndarray:
     """Do what `pixels_of` does, for a PIL image, whose file may not have been decoded yet."""
-    if image.mode == "F" or 0 in image.size:
+    if 0 in image.size:
         raise ValueError(f"a PIL image of mode {image.mode}, {image.width} x {image.height} px")
     if image.width * image.height > max_image_pixels:
         size = f"{image.width} x {image.height} px"
         raise UnreadableImage(f"{size} exceed data.max_image_pixels={max_image_pixels}")
     try:
-        return np.array(to_rgb(image))
+        return pillow_pixels(image, raw=raw)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
         raise UnreadableImage(said(error)) from error
+
+
+def pillow_pixels(image: Image.Image, *, raw: bool) -> np.ndarray:
+    """Return the pixels of a PIL image, (height, width, bands), with all of their bits."""
+    if image.mode.startswith("I;16"):
+        array = np.asarray(image).astype(np.uint16)
+    elif image.mode in ("I", "F"):
+        array = np.asarray(image)
+    elif raw and image.mode != "P":
+        array = np.asarray(image.convert(RAW_MODES.get(image.mode, "RGB")))
+    else:
+        array = np.asarray(to_rgb(image))
+    return np.array(array.reshape(*array.shape[:2], -1))
 
 
 def described(value: Any) -> str:
@@ -361,7 +395,7 @@ def dataset_source(
             f"{where}: queries need a bank, and train has no attribute targets or labels with a "
             "whole number for each image; give bank, too"
         )
-    return replace(source, bank=Labelled(training, labels))
+    return replace(source, bank=Labelled(training, labels, class_names_of(training.dataset)))
 
 
 def is_map_style(dataset: Any) -> bool:
@@ -480,7 +514,19 @@ def labelled(images: DatasetImages) -> Labelled:
             except UnreadableImage:
                 continue
             labels[index] = label_of(item, f"{images.where}: item {index}")
-    return Labelled(images, labels)
+    return Labelled(images, labels, class_names_of(images.dataset))
+
+
+def class_names_of(dataset: Any) -> tuple[str, ...] | None:
+    """Return the attribute ``classes`` of a dataset, as torchvision's have it, if it holds names.
+
+    Returns:
+        The name of each class by its number, or None.
+    """
+    names = getattr(dataset, "classes", None)
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names)
 
 
 def label_of(item: Any, where: str) -> int:
@@ -510,11 +556,12 @@ def divided(
         name = images.name(index) if has_names(images.dataset) else str(index)
         names.append(name.encode(errors="surrogatepass"))
     is_query = is_held_out(names, held_out)
+    class_names = class_names_of(images.dataset)
     # A monitor needs images on both sides.
     if is_query.all() or not is_query.any():
-        return replace(source, bank=Labelled(images, labels))
+        return replace(source, bank=Labelled(images, labels, class_names))
     sides = []
     for is_chosen in (~is_query, is_query):
         part = replace(images, rows=images.rows[is_chosen])
-        sides.append(Labelled(part, labels[is_chosen]))
+        sides.append(Labelled(part, labels[is_chosen], class_names))
     return replace(source, bank=sides[0], queries=sides[1])

@@ -1,7 +1,7 @@
 """A packed copy of a dataset, as moco.pack writes it: what is on disk, how it is checked and read.
 
 A copy is a folder. ``index.json`` holds its format, settings, source, and its parts in order. With
-the format ``array`` the pixels of all images, (height, width, 3) uint8 each, follow each other in
+the format ``array`` the pixels of all images, (height, width, bands) each, follow each other in
 ``pixels.bin``; with ``shards`` the parts are tar files of encoded images. ``index.npz`` says where
 each image is. A copy may come from elsewhere, so both index files are checked before use.
 """
@@ -38,10 +38,17 @@ COLUMNS = {
     "heights": np.int32,
     "widths": np.int32,
     "checksums": np.int64,  # CRC-32 of the bytes
+    "bands": np.int32,
+    "types": np.int32,  # the place in TYPES
 }
 """One-dimensional arrays of the table with an entry for each image."""
 ARRAYS = (*COLUMNS, "names", "name_ends")
 """`COLUMNS`, the bytes of all names, and where each name ends."""
+TYPES = (
+    "uint8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64", "int8"
+)  # fmt: skip
+"""The types of pixels, little-endian in the file. A number in the table is a place in here."""
+VERSIONS = (1, 2)  # 1: all images are 8-bit RGB, and the table does not say it
 SIDES = ("bank", "queries")
 SIDE_ARRAYS = (("bank_rows", "bank_labels"), ("queries_rows", "queries_labels"))
 INDEX_KEYS = {
@@ -70,6 +77,10 @@ class PackedImages(Images):
     rows: Tensor
     """(images,) int64, which images of the copy these are."""
     max_image_pixels: int
+    no_data: float | None = None
+    """The value of pixels without data in an array."""
+    band_names: tuple[str, ...] | None = None
+    """Of the bands in an array."""
     maps: dict[int, mmap.mmap] = field(default_factory=dict)
     """The files that are mapped by this process, by number."""
 
@@ -85,9 +96,13 @@ class PackedImages(Images):
         content = self.content(index)
         # A copy has one file of pixels, or shards.
         if self.files != [PIXELS]:
-            return encoded(bytes(content), self.name(index), self.max_image_pixels)
-        height, width = self.entry(index, "heights"), self.entry(index, "widths")
-        return DecodedImage(np.frombuffer(content, dtype=np.uint8).reshape(height, width, 3))
+            name = self.name(index)
+            raw = self.reading.raw
+            return encoded(bytes(content), name, self.max_image_pixels, raw=raw)
+        shape = [self.entry(index, column) for column in ("heights", "widths", "bands")]
+        dtype = np.dtype(TYPES[self.entry(index, "types")]).newbyteorder("<")
+        pixels = np.frombuffer(content, dtype=dtype).reshape(shape)
+        return DecodedImage(pixels, self.no_data, self.band_names)
 
     def entry(self, index: int, column: str) -> int:
         """Return what a column of the table says about an image."""
@@ -133,12 +148,19 @@ def packed_source(root: str, max_image_pixels: int) -> DataSource:
     index = read_finished_index(root)
     copy, table = read_copy(root, index, max_image_pixels)
     train = copy.subset(np.arange(index["num_images"]))
-    bank, queries = [read_side(side, copy, train, table) for side in SIDES]
+    # Copies of earlier versions name no classes.
+    class_names = index.get("class_names")
+    names = None if class_names is None else tuple(class_names)
+    bank, queries = [read_side(side, copy, train, table, names) for side in SIDES]
     return DataSource(train, bank, queries, image_size=index["image_size"])
 
 
 def read_side(
-    side: str, copy: PackedImages, train: PackedImages, table: Mapping[str, np.ndarray]
+    side: str,
+    copy: PackedImages,
+    train: PackedImages,
+    table: Mapping[str, np.ndarray],
+    class_names: tuple[str, ...] | None,
 ) -> Labelled | None:
     """Return the copy's ``bank`` or ``queries``, or None if it has none."""
     if f"{side}_rows" not in table:
@@ -147,7 +169,7 @@ def read_side(
     images = copy.subset(rows)
     if np.array_equal(rows, np.arange(len(train))):
         images = train  # the same object, so that it is cached once
-    return Labelled(images, table[f"{side}_labels"])
+    return Labelled(images, table[f"{side}_labels"], class_names)
 
 
 def read_copy(
@@ -180,7 +202,17 @@ def read_copy(
     table["parts"] = np.repeat(np.arange(len(counts)), list(counts.values()))
     tensors = {name: torch.from_numpy(table[name]) for name in (*ARRAYS, "parts")}
     rows = torch.arange(len(table["rows"]))
-    return PackedImages(root, list(sizes), tensors, rows, max_image_pixels), table
+    names = index.get("band_names")
+    copy = PackedImages(
+        root,
+        list(sizes),
+        tensors,
+        rows,
+        max_image_pixels,
+        index.get("no_data"),
+        None if names is None else tuple(map(str, names)),
+    )
+    return copy, table
 
 
 def read_index(root: str) -> dict[str, Any]:
@@ -201,9 +233,10 @@ def read_index(root: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = printable(str(error))
         raise InputError(f"{path}: not the index of a packed copy ({reason})") from error
-    if version != 1:
+    if version not in VERSIONS:
         there = printable(str(version))
-        raise InputError(f"{path}: version {there} of a packed copy; this program reads version 1")
+        known = " and ".join(map(str, VERSIONS))
+        raise InputError(f"{path}: version {there} of a packed copy; this program reads {known}")
     check_keys(path, index, INDEX_KEYS)
     for number, part in enumerate(index["parts"]):
         check_keys(path, part, PART_KEYS, prefix=f"parts[{number}].")
@@ -249,6 +282,9 @@ def read_table(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         table, _ = read_arrays(path, (*ARRAYS, *SIDE_ARRAYS[0], *SIDE_ARRAYS[1]))
+        if "rows" in table and "types" not in table:  # of version 1
+            table["bands"] = np.full(table["rows"].shape, 3, np.int32)
+            table["types"] = np.zeros(table["rows"].shape, np.int32)
         check_table(table)
     except DAMAGED as error:
         raise InputError(f"{path}: damaged ({printable(str(error))}); pack it anew") from error
@@ -261,6 +297,8 @@ def check_table(table: Mapping[str, np.ndarray]) -> None:
     for name, dtype in COLUMNS.items():
         check_array(table, name, dtype, like="rows")
     check_array(table, "name_ends", np.int64, like="rows")
+    if ((table["types"] < 0) | (table["types"] >= len(TYPES)) | (table["bands"] < 1)).any():
+        raise ValueError("types or bands are out of range")
     for rows, labels in SIDE_ARRAYS:
         if rows in table:
             check_array(table, rows, np.int64, like=rows)

@@ -18,12 +18,14 @@ from moco.data.sources.own_dataset import dataset_source, named
 from moco.data.sources.packed_copy import packed_source
 from moco.data.sources.shards import sharded_source
 from moco.data.sources.source import DataSource
+from moco.data.sources.stored_arrays import hdf5_source, is_npy, npy_source, zarr_source
 from moco.errors import InputError, unknown_name
 from moco.targets import GIVEN, check_options, import_target
 
 SOURCES = (
     "custom",
     "digits",
+    "hdf5",
     "hf",
     "image_folder",
     "images",
@@ -31,6 +33,7 @@ SOURCES = (
     "packed",
     "synthetic",
     "webdataset",
+    "zarr",
     *TORCHVISION_CLASSES,
 )
 # moco.segmentation builds these, which have a mask for each image.
@@ -73,12 +76,18 @@ def build_source(
     shuffle_buffer: int = 500,
     image_column: str | None = None,
     label_column: str | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     held_out: float = 0.1,
     pages: str = "first",
+    bands: Any = None,
+    band_files: str | None = None,
+    tile: int | None = None,
+    labels: str | None = None,
     listing: Path | None = None,
 ) -> DataSource:
-    """Return the dataset `name`.
+    """Return the dataset `name`, its images as they are in the files.
 
     Args:
         root: folder or file; ``images`` and ``webdataset`` also take a list.
@@ -90,10 +99,19 @@ def build_source(
             (default: its length, or they are counted).
         streams, shuffle_buffer: see `moco.data.sources.shards.ShardedImages`.
         image_column, label_column: see `moco.data.sources.hugging_face`.
+        image_key, label_key: see `moco.data.sources.stored_arrays.stored_source`.
         max_image_pixels: larger images are unreadable.
         held_out: fraction of the images that ``image_folder`` keeps out of the bank if there is no
-            validation folder, and ``custom`` if there are no bank and queries.
+            validation folder, ``images`` with `labels`, ``custom`` if there are no bank and
+            queries, and ``hdf5`` and ``zarr`` if there are labels.
+        bands: the names of the bands to read of `band_files`; other sources read all bands.
+        band_files: ``images`` and ``image_folder`` whose bands are in files of their own, see
+            `moco.data.sources.band_files`.
+        tile: ``images`` and ``image_folder``: side of the windows of large rasters, px, see
+            `moco.data.sources.tiles`.
         pages: ``first`` takes the first image of a TIFF file, ``each`` takes every image of it.
+        labels: a file with the classes of ``images`` and ``image_folder``, see
+            `moco.data.sources.label_files`.
         listing: file that keeps the list of images for the next start; None lists them each time.
 
     Raises:
@@ -111,6 +129,11 @@ def build_source(
         )
     if name not in SOURCES and name not in REGISTERED:
         raise InputError(f"data.name: {unknown_name('dataset', name, (*SOURCES, *REGISTERED))}")
+    if labels is not None and name not in ("images", "image_folder"):
+        raise InputError(
+            f"data.labels={labels}: data={name} has no such setting; "
+            "data=images and data=image_folder have it"
+        )
     if name == "custom" or name in REGISTERED:
         if root is not None:
             raise InputError(
@@ -131,6 +154,7 @@ def build_source(
             raise InputError(
                 f"data.{key}={value}: data={name} has no such setting; data=custom has it"
             )
+    check_parts_of_images(name, band_files, tile, pages)
     if name == "synthetic":
         return synthetic_source(num_images or 1024)
     if name == "digits":
@@ -138,7 +162,9 @@ def build_source(
     if root is None:
         raise InputError(f"data.root: missing; data={name} needs data.root=PATH")
     if name == "images":
-        return folder_source(root, max_image_pixels, pages, listing)
+        return folder_source(
+            root, max_image_pixels, held_out, pages, listing, labels, band_files, bands, tile
+        )
     if name == "webdataset":
         return sharded_source(root, streams, shuffle_buffer, num_images, max_image_pixels)
     if not isinstance(root, str):
@@ -149,10 +175,39 @@ def build_source(
     if name == "hf":
         return hugging_face_source(root, image_column, label_column, max_image_pixels)
     if name == "image_folder":
-        return class_folder_source(root, max_image_pixels, held_out, pages, listing)
+        return class_folder_source(
+            root, max_image_pixels, held_out, pages, listing, labels, band_files, bands, tile
+        )
     if name == "npz":
+        if is_npy(root):
+            return npy_source(root, max_image_pixels)
         return npz_source(root)
+    if name in ("hdf5", "zarr"):
+        build = hdf5_source if name == "hdf5" else zarr_source
+        return build(
+            root,
+            max_image_pixels=max_image_pixels,
+            image_key=image_key,
+            label_key=label_key,
+            held_out=held_out,
+        )
     return torchvision_source(name, root, download)
+
+
+def check_parts_of_images(name: str, band_files: str | None, tile: int | None, pages: str) -> None:
+    """Raise InputError if images are to be joined or cut in a way that a dataset does not have."""
+    for key, value in (("band_files", band_files), ("tile", tile)):
+        if value is not None and name not in ("images", "image_folder"):
+            raise InputError(
+                f"data.{key}={value}: data=images and data=image_folder have it; "
+                f"data={name} does not"
+            )
+    if tile is None:
+        return
+    if band_files is not None:
+        raise InputError(f"data.tile={tile}: does not go with data.band_files={band_files}")
+    if pages != "first":
+        raise InputError(f"data.tile={tile}: does not go with data.pages={pages}")
 
 
 def own_datasets(

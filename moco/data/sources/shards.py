@@ -18,7 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-from moco.data.files.images import EXTENSIONS, EncodedImage, UnreadableImage, encoded
+from moco.data.files.formats import FORMATS
+from moco.data.files.images import EncodedImage, UnreadableImage, encoded
 from moco.data.sources.folders import list_of_paths
 from moco.data.sources.packed_copy import INDEX, read_finished_index, read_index
 from moco.data.sources.source import DataSource, Images
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # What tarfile, the decompressors and pipes raise on damaged archives.
 TAR_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+# Arrays in a sample are features or masks of its image as often as images.
+ENDINGS = tuple(ending for known in FORMATS if known.reader != "numpy" for ending in known.endings)
 MAX_ENCODED_BYTES = 2**28  # a larger encoded image is unreadable
 IMAGE_SIZE = 224  # px
 NO_LIBRARY = "data=webdataset needs another package: pip install 'moco-ssl[webdataset]'"
@@ -53,7 +56,7 @@ class Problem(NamedTuple):
     is_shard: bool
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ShardedImages(Images):
     """Training images in shards: their number is known, and they arrive as a stream.
 
@@ -78,6 +81,15 @@ class ShardedImages(Images):
     def name(self, index: int) -> str:
         """See `Images`."""
         return f"sample {index} of {len(self.shards)} shards"
+
+    def samples(
+        self, shard: str, note: Callable[[str], None] = lambda name: None
+    ) -> Iterator["Sample | Problem"]:
+        """Yield the images of a shard as the model gets them; see `images_in`."""
+        for found in images_in(shard, self.max_image_pixels, note, raw=self.reading.raw):
+            if isinstance(found, Sample) and self.values is not None:
+                found = Sample(self.values.of(found.image, found.name), found.name)
+            yield found
 
 
 def sharded_source(
@@ -116,9 +128,20 @@ def find_num_images(root: Any, shards: Sequence[str]) -> int:
             raise InputError(f"data.num_images: missing; {printable(shard)} is not a local file")
     # Threads help: reading the headers of a shard is mostly waiting for the disk.
     with ThreadPoolExecutor() as pool:
-        num_images = sum(pool.map(count_images, shards))
+        counts = list(pool.map(count_images, shards))
+    num_images = sum(counted.samples for counted in counts)
     if num_images == 0:
         raise InputError(f"data.root={root}: no images in the {len(shards)} shards")
+    left_out = [counted for counted in counts if counted.others]
+    if left_out:
+        num_left_out = sum(counted.others for counted in left_out)
+        log.warning(
+            "%s of %s images are left out: names that are equal up to the first dot are one "
+            "sample, and only its first image is used; the first one left out is %s",
+            f"{num_left_out:,}",
+            f"{num_images + num_left_out:,}",
+            printable(left_out[0].first_other),
+        )
     log.info("data.num_images=%d saves counting them at each start", num_images)
     return num_images
 
@@ -202,12 +225,17 @@ class CheckedHeader(tarfile.TarInfo):
 
 
 def images_in(
-    shard: str, max_image_pixels: int, note: Callable[[str], None] = lambda name: None
+    shard: str,
+    max_image_pixels: int,
+    note: Callable[[str], None] = lambda name: None,
+    *,
+    raw: bool = False,
 ) -> Iterator[Sample | Problem]:
     """Yield the images of a shard in their order, not decoded, and what could not be read.
 
     Args:
         note: called with the name of each image before it is read.
+        raw: see `moco.data.files.images.encoded`.
     """
     num_images = 0
     try:
@@ -215,10 +243,12 @@ def images_in(
             open_shard(shard) as stream,
             tarfile.open(fileobj=stream, mode="r|*", tarinfo=CheckedHeader) as archive,
         ):
-            for member in image_members(archive):
+            for member, is_first in image_members(archive):
+                if not is_first:
+                    continue
                 name = f"{shard}/{member.name}"
                 note(name)
-                yield read_sample(archive, member, name, max_image_pixels)
+                yield read_sample(archive, member, name, max_image_pixels, raw=raw)
                 num_images += 1
     except TAR_ERRORS as error:
         where = f"{printable(shard)}: cannot be read beyond its first {num_images} images"
@@ -227,7 +257,12 @@ def images_in(
 
 
 def read_sample(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, name: str, max_image_pixels: int
+    archive: tarfile.TarFile,
+    member: tarfile.TarInfo,
+    name: str,
+    max_image_pixels: int,
+    *,
+    raw: bool,
 ) -> Sample | Problem:
     """Return a member as a sample, or what is wrong with it."""
     if member.size > MAX_ENCODED_BYTES:
@@ -236,22 +271,24 @@ def read_sample(
     file = archive.extractfile(member)
     assert file is not None  # it is None for folders and links only
     try:
-        return Sample(encoded(file.read(), name, max_image_pixels), name)
+        return Sample(encoded(file.read(), name, max_image_pixels, raw=raw), name)
     except UnreadableImage as error:
         return Problem(name, str(error), is_shard=False)
 
 
-def image_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the headers of the samples' images."""
+def image_members(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, bool]]:
+    """Yield the header of each image, and whether it is the first one of its sample.
+
+    A sample may have several images, and the first one stands for it.
+    """
     previous_key: str | None = None
     for member in archive:
         archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         key = sample_key(member.name)
-        is_image = member.isreg() and member.name.lower().endswith(EXTENSIONS)
-        # A sample may have several images, and the first one stands for it.
-        if is_image and key != previous_key:
+        is_image = member.isreg() and member.name.lower().endswith(ENDINGS)
+        if is_image:
+            yield member, key != previous_key
             previous_key = key
-            yield member
 
 
 def sample_key(name: str) -> str:
@@ -290,13 +327,28 @@ def open_shard(shard: str) -> Iterator[IO[bytes]]:
             stream.close()
 
 
-def count_images(shard: str) -> int:
-    """Return the number of images in a local shard; reading it says whether it is damaged.
+class Counted(NamedTuple):
+    """How many images a shard has."""
+
+    samples: int
+    others: int
+    """Images that are not the first one of their sample."""
+    first_other: str
+    """SHARD/MEMBER of the first of these."""
+
+
+def count_images(shard: str) -> Counted:
+    """Count the images in a local shard; reading it says whether it is damaged.
 
     The members' headers are read, and the images are not: the last one may be cut off.
     """
-    num_images = 0
+    num_samples, num_others = 0, 0
+    first_other = ""
     with suppress(*TAR_ERRORS), tarfile.open(shard, mode="r:*", tarinfo=CheckedHeader) as archive:
-        for _ in image_members(archive):
-            num_images += 1
-    return num_images
+        for member, is_first in image_members(archive):
+            if is_first:
+                num_samples += 1
+                continue
+            num_others += 1
+            first_other = first_other or f"{shard}/{member.name}"
+    return Counted(num_samples, num_others, first_other)

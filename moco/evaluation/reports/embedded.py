@@ -1,12 +1,21 @@
 """Features together with the images that they were computed from, and plots of neighbours."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from moco.data.sources.source import Labelled
-from moco.evaluation.reports.plots import RIGHT, WRONG, Tile, thumbnail, tile_plot
+from moco.errors import printable
+from moco.evaluation.reports.plots import (
+    LONGEST_NAME,
+    RIGHT,
+    WRONG,
+    Tile,
+    legible,
+    thumbnail,
+    tile_plot,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +36,7 @@ class Embedded(NamedTuple):
     features: np.ndarray
     """(rows, feature_dim), of any norm."""
     labels: np.ndarray
-    """(rows,) class numbers."""
+    """(rows,) class numbers; `labelled` may name the classes."""
     labelled: Labelled
     """The dataset. It may have more images than rows: some cannot be read or have no label."""
     rows: np.ndarray
@@ -39,13 +48,40 @@ class Embedded(NamedTuple):
             self.features[is_chosen], self.labels[is_chosen], self.labelled, self.rows[is_chosen]
         )
 
+    def shown_class(self, number: int, most: int = LONGEST_NAME) -> str:
+        """Return the name of a class as a plot can show it, or else its number.
+
+        Args:
+            most: letters; a longer name is cut.
+        """
+        return legible(printable(self.labelled.class_name(int(number))), most) or str(number)
+
     def unreadable(self) -> list[int]:
         """Return the indices of the images in `labelled` that have no row."""
         return np.delete(np.arange(len(self.labelled.images)), self.rows).tolist()
 
     def thumbnail(self, row: int, side: int) -> Image.Image:
         """Return the image of a row as a square of `side` px."""
-        return thumbnail(self.labelled.images[int(self.rows[row])], side)
+        return thumbnail(shown_image(self.labelled.images, int(self.rows[row])), side)
+
+
+def shown_image(images: Any, index: int) -> Image.Image:
+    """Return an image for the eye, in 8-bit RGB.
+
+    Args:
+        images: `Images`, or anything that gives pixels (height, width, 3) uint8 by index.
+    """
+    return shown(images, images[index])
+
+
+def shown(images: Any, image: Image.Image | np.ndarray) -> Image.Image:
+    """Return an image of `images`, or a part of it, for the eye, in 8-bit RGB."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(image)
+    values = getattr(images, "values", None)
+    if values is not None:
+        image = values.shown(image)
+    return Image.fromarray(np.ascontiguousarray(image))
 
 
 def neighbors_plot(
@@ -67,11 +103,15 @@ def neighbors_plot(
     lines = []
     for query, cosines, rows in zip(shown, similarities, neighbors, strict=True):
         label = queries.labels[query]
-        tiles = [Tile(queries.thumbnail(query, THUMBNAIL), f"class {label}")]
+        caption = queries.shown_class(label, 11)
+        if caption.isdigit():
+            caption = f"class {caption}"
+        tiles = [Tile(queries.thumbnail(query, THUMBNAIL), caption)]
         for cosine, row in zip(cosines, rows, strict=True):
             neighbor_label = bank.labels[row]
             color = RIGHT if neighbor_label == label else WRONG
             image = bank.thumbnail(row, THUMBNAIL)
-            tiles.append(Tile(image, f"{cosine:.2f} {neighbor_label}", color))
+            name = bank.shown_class(neighbor_label, 6)
+            tiles.append(Tile(image, f"{cosine:.2f} {name}", color))
         lines.append(tiles)
     return tile_plot(lines, gap=GAP)

@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from moco.data.augment.views import EvaluationView
 from moco.evaluation.diagnostics import evenly_spaced
 from moco.evaluation.knn import Search, confusion_matrix, without_own
 from moco.evaluation.neighbors import joined, normalized
-from moco.evaluation.reports.embedded import NUM_NEIGHBORS, NUM_QUERIES, Embedded, neighbors_plot
+from moco.evaluation.reports.embedded import (
+    NUM_NEIGHBORS,
+    NUM_QUERIES,
+    Embedded,
+    neighbors_plot,
+    shown,
+)
 from moco.evaluation.reports.plots import (
     confusion_plot,
     feature_maps_plot,
@@ -63,7 +68,7 @@ def knn_plots(
     """
     plots = {
         "neighbors.png": neighbors_of_some(searched),
-        "confusion.png": confusion_plot(*confusion_matrix(searched.queries.labels, predicted)),
+        "confusion.png": confusion_of(searched.queries, searched.queries.labels, predicted),
         "feature_maps.png": feature_maps_of_some(subject, searched.queries),
     }
     if views is not None:
@@ -76,6 +81,12 @@ def knn_plots(
         return plots
     plots["map.png"] = map_of_queries(searched.queries, kind, subject.settings["feature"])
     return plots
+
+
+def confusion_of(queries: Embedded, labels: np.ndarray, predicted: np.ndarray) -> "Figure":
+    """Draw the confusion matrix of class numbers, (rows,) each, with the names of the classes."""
+    classes, counts = confusion_matrix(labels, predicted)
+    return confusion_plot([queries.shown_class(number) for number in classes], counts)
 
 
 def neighbors_of_some(searched: Searched) -> "Figure":
@@ -125,7 +136,7 @@ def map_of_queries(queries: Embedded, kind: str, feature: str) -> "Figure":
     shown = evenly_spaced(np.arange(len(queries.rows)), MOST_MAPPED)
     points = laid_out(normalized(queries.features[shown]), kind)
     title = f"{MAP_TITLES[kind]} of the {feature} features of {len(shown):,} queries"
-    return map_plot(points, queries.labels[shown], title)
+    return map_plot(points, queries.labels[shown], title, queries.shown_class)
 
 
 @torch.no_grad()
@@ -134,15 +145,15 @@ def feature_maps_of_some(subject: Subject, queries: Embedded) -> "Figure":
 
     The colours of a map are its principal components over all images that are drawn.
     """
-    size, crop_ratio = subject.data["image_size"], subject.data["crop_ratio"]
-    view = EvaluationView(size, crop_ratio, **subject.augmentation)
+    view = subject.evaluation_view()
     chosen = spread_over_classes(queries.labels, NUM_MAPPED_IMAGES)
-    images = [view.crop(queries.labelled.images[int(row)]) for row in queries.rows[chosen]]
-    batch = torch.stack([view.normalized(image) for image in images])  # (images, 3, side, side)
+    images = queries.labelled.images
+    squares = [view.crop(images[int(row)]) for row in queries.rows[chosen]]
+    batch = torch.stack([view.normalized(square) for square in squares])
     maps = subject.encoder.backbone.feature_maps(batch.to(subject.device))
     columns = {}
     for name, values in (("last map", maps[-1]), ("map before", maps[-2])):
         height, width = values.shape[2:]
         colors = principal_colors(values.cpu().numpy())
         columns[f"{name} {height}x{width}"] = colors
-    return feature_maps_plot(images, columns)
+    return feature_maps_plot([shown(images, square) for square in squares], columns)

@@ -4,8 +4,9 @@ A figure is made without pyplot, so no global state changes and no window opens.
 imported when the first plot is drawn, because importing it takes half a second.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -34,6 +35,8 @@ MAP_SIDE = 640
 """Side of a map of points, in px."""
 MAPPED_SIDE = 112
 """Side of an image beside its feature maps, in px."""
+LONGEST_NAME = 24
+"""Letters of the name of a class; longer names are cut."""
 VIEW_SIDE = 64
 """Smaller views are enlarged to this side, in px."""
 
@@ -61,6 +64,27 @@ def new_figure(
     # matplotlib 3.9 rounds the size in px down, so 459.9999 would become 459.
     size = ((width + 0.01) / DPI, (height + 0.01) / DPI)
     return Figure(figsize=size, dpi=DPI, facecolor="white", layout=layout)
+
+
+@cache
+def has_glyph(letter: str) -> bool:
+    """Return whether the font of the plots has this letter."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return get_font(findfont(FontProperties())).get_char_index(ord(letter)) != 0
+
+
+def legible(name: str, most: int) -> str | None:
+    """Return a name as matplotlib can draw it, cut to `most` letters; None if letters are missing.
+
+    A dollar sign begins no formula.
+    """
+    shown = name
+    if len(shown) > most:
+        shown = shown[: most - 1] + "…"
+    if not all(map(has_glyph, shown)):
+        return None
+    return shown.replace("$", r"\$")
 
 
 def pixels(figure: "Figure") -> np.ndarray:
@@ -175,13 +199,13 @@ def similarity_histogram(positive: np.ndarray, negative: np.ndarray) -> "Figure"
     return figure
 
 
-def confusion_plot(classes: np.ndarray, counts: np.ndarray) -> "Figure":
+def confusion_plot(classes: Sequence[object] | np.ndarray, counts: np.ndarray) -> "Figure":
     """Draw a confusion matrix: a cell is darker the larger its share of its row.
 
     Up to `NAMED_CLASSES` classes, every class is named and every count is written in its cell.
 
     Args:
-        classes: (classes,) their numbers.
+        classes: (classes,) their names or numbers.
         counts: (classes, classes), rows the true class, columns the predicted one.
     """
     num_classes = len(counts)
@@ -201,8 +225,9 @@ def confusion_plot(classes: np.ndarray, counts: np.ndarray) -> "Figure":
         write_counts(axes, counts, shares)
     else:
         named = np.linspace(0, num_classes - 1, 10).astype(int)
-    axes.set_xticks(named, classes[named].tolist(), rotation=90, fontsize=FONT_SIZE)
-    axes.set_yticks(named, classes[named].tolist(), fontsize=FONT_SIZE)
+    names = [str(classes[place]) for place in named.tolist()]
+    axes.set_xticks(named, names, rotation=90, fontsize=FONT_SIZE)
+    axes.set_yticks(named, names, fontsize=FONT_SIZE)
     return figure
 
 
@@ -222,12 +247,18 @@ def write_counts(axes: "Axes", counts: np.ndarray, shares: np.ndarray) -> None:
         )
 
 
-def map_plot(points: np.ndarray, labels: np.ndarray, title: str) -> "Figure":
+def map_plot(
+    points: np.ndarray,
+    labels: np.ndarray,
+    title: str,
+    name_of: Callable[[int], str] = str,
+) -> "Figure":
     """Draw points on a plane, in a colour for each class, with a legend for few classes.
 
     Args:
         points: (points, 2); both axes are scaled alike.
         labels: (points,) class numbers.
+        name_of: returns the name of a class.
     """
     classes, numbers = np.unique(labels, return_inverse=True)
     colors = class_colors(len(classes))
@@ -242,9 +273,11 @@ def map_plot(points: np.ndarray, labels: np.ndarray, title: str) -> "Figure":
         axes.set_title(f"{title} ({len(classes):,} classes)", fontsize=10)
         return figure
     axes.set_title(title, fontsize=10)
-    for name, color in zip(classes, colors, strict=True):
-        # No points: only an entry of the legend.
-        axes.scatter([], [], s=40, color=color, label=str(name))
+    for number, color in zip(classes, colors, strict=True):
+        # No points: only an entry of the legend, which leaves out names that begin with _.
+        name = name_of(number)
+        label = f" {name}" if name.startswith("_") else name
+        axes.scatter([], [], s=40, color=color, label=label)
     figure.legend(loc="outside right upper", title="class", fontsize=FONT_SIZE)
     return figure
 

@@ -41,6 +41,7 @@ class Swin(PatchBackbone, swin_transformer.SwinTransformer):
             patches.
         freeze_patch_embed: do not train the random patch projection, for stability
             (arXiv 2104.02057, section 4.2).
+        in_channels: bands of the images.
 
     Raises:
         InputError: a window is no whole number from 1 to `MAX_WINDOW_SIZE`, or V1 gets a
@@ -64,6 +65,7 @@ class Swin(PatchBackbone, swin_transformer.SwinTransformer):
         gradient_checkpointing: bool = False,
         freeze_patch_embed: bool = False,
         partial_patches: str = "complete",
+        in_channels: int = 3,
     ) -> None:
         windows = windows_of("window_size", window_size)
         if version == 1:
@@ -88,6 +90,10 @@ class Swin(PatchBackbone, swin_transformer.SwinTransformer):
             downsample_layer=merging,
         )
         del self.head
+        if in_channels != 3:
+            self.features[0][0] = nn.Conv2d(
+                in_channels, embed_dim, kernel_size=patch_size, stride=patch_size
+            )
         self.version = version
         self.patch_size = patch_size
         self.gradient_checkpointing = gradient_checkpointing

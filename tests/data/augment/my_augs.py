@@ -39,6 +39,18 @@ class FadeBatch(Fade):
         return images * drawn["factor"].to(images.dtype)[:, None, None, None]
 
 
+class Halve(moco.Operation):
+    """Only on_image, for both kinds of image."""
+
+    def on_image(self, image, drawn):
+        return (image / 2).astype(image.dtype)
+
+
+class HalveBatch(moco.Operation):
+    def on_batch(self, images, drawn):
+        return images / 2
+
+
 class Nothing(moco.Operation):
     """Defines neither."""
 
@@ -123,6 +135,18 @@ def as_array(image_size):
 
 def half(image_size):
     return v2.Compose([crop(image_size), v2.ToImage(), lambda image: image.to(torch.int16)])
+
+
+def float_crop(image_size):
+    return v2.Compose([crop(image_size), v2.RandomVerticalFlip()])
+
+
+def three_bands(image_size):
+    return v2.Compose([crop(image_size), lambda image: image[:3]])
+
+
+def bytes_of(image_size):
+    return v2.Compose([crop(image_size), v2.ToDtype(torch.uint8, scale=True)])
 
 
 def no_callable():

@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -48,15 +50,19 @@ def make_pairs(augment, images, epoch=0, indices=None):
 
 def assert_equal_within_rounding(one, other, std):
     """Compare normalised views in grey levels of 256."""
-    scale = 255 * torch.tensor(std).view(1, 1, 3, 1, 1)
+    scale = 255 * torch.tensor(std).view(1, 1, -1, 1, 1)
     difference = ((one - other) * scale).abs()
     assert difference.median() < 2
     assert difference.mean() < 2.5
 
 
-@pytest.mark.parametrize("name", ["moco_v1", "moco_v2", "byol", "moby", "cifar", "digits"])
+PAIRS = ["moco_v1", "moco_v2", "byol", "moby", "cifar", "digits"]
+OTHER_FIELDS = ["aerial", "microscopy", "pathology", "satellite", "xray"]
+
+
+@pytest.mark.parametrize("name", PAIRS + OTHER_FIELDS)
 def test_both_engines_make_the_same_pairs_within_rounding(name, images):
-    many = images * 20
+    many = images * (8 if name in OTHER_FIELDS else 20)
     by_worker = make_pairs(view_pair(name, engine="worker"), many)
     by_batch = make_pairs(view_pair(name, engine="batch"), many)
     assert_equal_within_rounding(by_worker, by_batch, settings(name)["std"])
@@ -96,15 +102,21 @@ def test_the_pieces_of_a_batch_are_put_together_in_order(monkeypatch, generator)
     torch.testing.assert_close(in_pieces, whole, atol=1e-6, rtol=0)
 
 
-def test_pixels_in_memory_become_rgb(generator):
+def test_grey_pixels_in_memory_become_rgb(generator):
     grey = generator.integers(0, 256, (3, 4, 5), dtype=np.uint8)
     assert torch.equal(ArrayImages(grey, "grey").tensor, torch.from_numpy(np.stack([grey] * 3, -1)))
-    rgba = generator.integers(0, 256, (2, 4, 5, 4), dtype=np.uint8)
-    rgba[0, ..., 3] = 255
-    rgba[1, ..., 3] = 0
-    opaque, transparent = ArrayImages(rgba, "rgba").tensor
-    assert np.array_equal(opaque, rgba[0, ..., :3])
-    assert (transparent == 255).all()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "uint32", "float16", "float64"])
+def test_other_pixels_in_memory_keep_their_bands_and_type(dtype, generator, caplog):
+    caplog.set_level(logging.INFO, logger="moco")
+    array = generator.integers(0, 256, (2, 6, 5, 4)).astype(dtype)
+    images = ArrayImages(array, "four")
+    assert np.array_equal(images.tensor.numpy(), array)
+    assert images.opened(1).pixels().dtype == dtype
+    assert ("counts as a band and not as transparency" in caplog.text) == (dtype == "uint8")
+    swapped = array.astype(array.dtype.newbyteorder())
+    assert np.array_equal(ArrayImages(swapped, "swapped").tensor.numpy(), array)
 
 
 def test_normalisation_equals_to_tensor_and_normalize(images):
@@ -127,8 +139,15 @@ def test_the_evaluation_view_is_the_official_resize_and_centre_crop(images):
     torch.testing.assert_close(view(image), official(image))
 
 
-@pytest.mark.parametrize(("mean", "std"), [([0.5], HALF), (HALF, [0.5, 0, 0.5])])
-def test_normalisation_needs_three_numbers_and_a_spread(mean, std):
-    message = r"augmentation\.mean=.*augmentation\.std=.*expected three numbers each"
-    with pytest.raises(InputError, match=message):
-        EvaluationView(32, 1.0, mean, std)
+@pytest.mark.parametrize(
+    ("mean", "std", "bands", "message"),
+    [
+        ([0.5], [0.5, 0, 0.5], 3, "augmentation.std=[0.5, 0, 0.5]: expected numbers above 0"),
+        (HALF, [0.5], 13, "augmentation.mean has 3 numbers, the images have 13 bands; python -m"),
+        ([0.5], HALF, 1, "augmentation.std has 3 numbers, the images have 1 band; python -m moco"),
+    ],
+)
+def test_normalisation_needs_a_number_for_each_band_and_a_spread(mean, std, bands, message):
+    with pytest.raises(InputError) as raised:
+        EvaluationView(32, 1.0, mean, std, bands, is_float=bands != 3)
+    assert str(raised.value).startswith(message)

@@ -1,7 +1,6 @@
 import io
 import os
 import resource
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,17 +61,12 @@ def test_jpegs_have_the_pixels_that_pillow_decodes(mode, options, generator):
         ("RGB", "BMP", {}),
         ("RGB", "PPM", {}),
         ("RGB", "TIFF", {"compression": "tiff_lzw"}),
-        ("I;16", "PNG", {}),
-        ("I;16", "TIFF", {}),
         ("1", "PNG", {}),
         ("LA", "PNG", {}),
     ],
 )
 def test_what_libjpeg_does_not_decode_is_read_by_pillow(mode, file_format, options, generator):
-    if mode == "I;16":
-        source = Image.fromarray(generator.integers(0, 65536, (12, 18), dtype=np.uint16))
-    else:
-        source = smooth(generator, 12, 18).convert(mode)
+    source = smooth(generator, 12, 18).convert(mode)
     content = file_of(source, file_format, **options)
     image = encoded(content, "x", MAX_IMAGE_PIXELS)
     assert image.size == (12, 18)
@@ -80,18 +74,6 @@ def test_what_libjpeg_does_not_decode_is_read_by_pillow(mode, file_format, optio
     assert pixels.flags.c_contiguous
     assert pixels.dtype == np.uint8
     assert (pixels == by_pillow(content)).all()
-
-
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
-def test_the_way_up_that_a_camera_noted_is_left_alone_except_in_tiff(file_format, generator):
-    notes = Image.Exif()
-    notes[274] = 6  # Orientation: to be turned by a quarter
-    image = encoded(
-        file_of(smooth(generator, 12, 18), file_format, exif=notes), "x", MAX_IMAGE_PIXELS
-    )
-    assert image.size == image.pixels().shape[:2] == (12, 18)
-    turned = encoded(file_of(smooth(generator, 12, 18), "TIFF", exif=notes), "x", MAX_IMAGE_PIXELS)
-    assert turned.size == turned.pixels().shape[:2] == (18, 12)  # Pillow turns these itself
 
 
 def damaged_jpegs(generator, count):
@@ -111,11 +93,13 @@ def damaged_jpegs(generator, count):
         yield bytes(content)
 
 
-def test_damaged_jpegs_are_read_or_refused_as_by_pillow(generator):
+def test_damaged_jpegs_are_read_or_refused_as_by_pillow(generator, tmp_path):
     outcomes = set()
+    path = str(tmp_path / "x.jpg")
     for content in damaged_jpegs(generator, 600):
+        (tmp_path / "x.jpg").write_bytes(content)
         try:
-            expected = replace(encoded(content, "x", 10**6), is_jpeg=False).pixels()
+            expected = encoded(path, "x", 10**6).pixels()  # Pillow reads what is on disk
         except UnreadableImage as error:
             with pytest.raises(UnreadableImage) as ours:
                 encoded(content, "x", 10**6).pixels()
@@ -219,7 +203,7 @@ def test_every_page_of_a_tiff_file_can_be_an_image_of_its_own(tmp_path):
     assert names == ["a.tif", "b.tif#1", "b.tif#2", "b.tif#3", "c.png"]
     sizes = [each.opened(index).size for index in range(5)]
     assert sizes == [(5, 5), (6, 8), (4, 4), (2, 9), (5, 5)]
-    corners = [each[index].getpixel((0, 0)) for index in range(5)]
+    corners = [tuple(each[index][0, 0].tolist()) for index in range(5)]
     assert corners == [(255,) * 3, (255, 0, 0), (0, 255, 0), (0, 0, 255), (0,) * 3]
     for index, corner in enumerate(corners):
         assert each.opened(index).pixels()[0, 0].tolist() == list(corner)
@@ -228,7 +212,7 @@ def test_every_page_of_a_tiff_file_can_be_an_image_of_its_own(tmp_path):
 def test_a_page_that_is_too_large_or_gone_is_named(tmp_path):
     stack(tmp_path / "x.tif", ["red", "lime"], [(8, 6), (8, 7)])
     images = build_source("images", str(tmp_path), pages="each", max_image_pixels=48).train
-    assert images[0].size == (8, 6)
+    assert images[0].shape == (6, 8, 3)
     with pytest.raises(
         UnreadableImage, match=r"x.tif#2: Image size .56 pixels. exceeds data.max_image_pixels=48$"
     ):

@@ -65,7 +65,7 @@ def test_the_limit_has_one_default():
 @pytest.mark.parametrize("file_format", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
 def test_images_beyond_the_limit_are_refused_in_every_format(file_format, image, tmp_path):
     image.save(tmp_path / "x.jpg", format=file_format)
-    assert FileImages([str(tmp_path / "x.jpg")], 4800)[0].size == (80, 60)
+    assert FileImages([str(tmp_path / "x.jpg")], 4800)[0].shape == (60, 80, 3)
     message = unreadable(tmp_path / "x.jpg", 4799)
     assert message.endswith("x.jpg: Image size (4800 pixels) exceeds data.max_image_pixels=4799")
 
@@ -137,7 +137,7 @@ def test_of_several_frames_the_first_is_read(suffix, tmp_path):
         append_images=frames[1:],
         **({"lossless": True} if suffix == "webp" else {}),
     )
-    assert FileImages([str(tmp_path / f"x.{suffix}")])[0].getpixel((4, 4)) == (255, 0, 0)
+    assert FileImages([str(tmp_path / f"x.{suffix}")])[0][4, 4].tolist() == [255, 0, 0]
 
 
 def test_compressed_text_and_colour_profiles_do_not_unpack_without_end(image, tmp_path):
@@ -272,7 +272,7 @@ def test_a_tree_of_any_depth_is_listed(tmp_path):
         os.chdir(here)
         (path,) = list_images(tmp_path)
         assert path == f"{tmp_path}/{'d/' * 1500}x.png"
-        assert FileImages([path])[0].size == (4, 4)
+        assert FileImages([path])[0].shape == (4, 4, 3)
     finally:
         os.chdir(here)
         subprocess.run(
@@ -396,8 +396,8 @@ def test_damaged_files_are_images_or_unreadable_and_nothing_else(generator, tmp_
     for content in random_images(generator, 400):
         (tmp_path / "x.jpg").write_bytes(content)
         try:
-            outcomes.add(FileImages([str(tmp_path / "x.jpg")], 10**6)[0].mode)
+            outcomes.add(FileImages([str(tmp_path / "x.jpg")], 10**6)[0].shape[2])
         except UnreadableImage as error:
             assert str(error).isprintable()  # noqa: PT017
             outcomes.add("unreadable")
-    assert outcomes == {"RGB", "unreadable"}
+    assert outcomes == {3, "unreadable"}

@@ -11,12 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from moco.data.files import listing
+from moco.data.files.formats import FORMAT_OF_ENDING
 from moco.data.files.listing import PathList, list_images, listed
+from moco.data.files.written_files import SOFTWARE
 from moco.data.sources.folders import is_held_out
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import FileImages
+from moco.evaluation.reports.plots import new_figure
 
 NAMES = ["a/x.png", "a", "ü.png", os.fsdecode(b"\xff.png"), "new\nline.png", "long" * 60]
 
@@ -57,8 +61,11 @@ def settle(root):
 
 def by_walk(root):
     """The slow way."""
-    paths = (os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
-    return sorted(path for path in paths if path.lower().endswith(listing.EXTENSIONS))
+    paths = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in paths if path.lower().endswith(tuple(FORMAT_OF_ENDING)))
 
 
 @pytest.mark.parametrize("suffix", ["", "/"])
@@ -85,6 +92,73 @@ def test_a_relative_root_gives_relative_paths(tree, monkeypatch):
     monkeypatch.chdir(tree)
     assert list_images(".") == by_walk(".")
     assert PathList.of(list_images(".")).below(".")[0] == b"B/1.bmp"
+
+
+JUNK = (
+    ".ipynb_checkpoints/1-checkpoint.png", "__MACOSX/a/1.png", "a/._1.png", "a/@eaDir/1.png",
+    "a/.AppleDouble/1.png", "Thumbs.db", "a/Thumbs.db", ".DS_Store",
+    "runs/moco/now/.hydra/config.yaml", "runs/moco/now/checkpoints/x.png", "runs/moco/now/x.png",
+    "runs/evaluate/now/metrics.json", "runs/evaluate/now/confusion.npz", "runs/evaluate/now/y.png",
+    "copy/index.json", "copy/index.npz", "copy/z.png",
+)  # fmt: skip
+
+
+def test_what_systems_and_programs_leave_is_no_image(tree, caplog):
+    caplog.set_level(logging.INFO)
+    own = list_images(tree)
+    for name in JUNK:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    caplog.clear()
+    assert list_images(tree) == own
+    (line,) = caplog.messages
+    assert line == (
+        f"{tree}: left out 6 files: .db 2, .txt 2, hidden 2; 7 folders: now, .AppleDouble, "
+        ".ipynb_checkpoints, @eaDir, __MACOSX, copy"
+    )
+    for named in ("runs/moco/now", ".ipynb_checkpoints", "copy"):
+        assert list_images(tree / named)
+
+
+def test_plots_and_tables_of_the_programs_are_told_by_their_content(tmp_path, generator):
+    image = Image.fromarray(generator.integers(0, 256, (300, 300, 3), dtype=np.uint8))
+    for name, text in (("photo", None), ("drawn elsewhere", "other"), ("pairs", SOFTWARE)):
+        info = PngInfo()
+        if text is not None:
+            info.add_text("Software", text)
+        image.save(tmp_path / f"{name}.png", pnginfo=info)
+    figure = new_figure(40, 40)
+    figure.savefig(tmp_path / "plot.PNG", metadata={"Software": SOFTWARE})
+    np.savez(tmp_path / "stack.npz", np.zeros((4, 4)))
+    np.savez(tmp_path / "embedded.npz", features=np.zeros((1, 2)), names=np.array(["x"]))
+    found = [os.path.basename(path) for path in list_images(tmp_path)]
+    assert found == ["drawn elsewhere.png", "photo.png", "stack.npz"]
+    assert listed([str(tmp_path)]).left_out == {"written by moco": 3}
+
+
+def test_an_unknown_ending_is_an_image_if_the_first_bytes_say_so(tmp_path, monkeypatch, caplog):
+    """A pipe is not opened: it would wait for a writer."""
+    formats = {
+        "a.JPE": "JPEG", "b.jfif": "JPEG", "c": "JPEG", "d.0001": "PNG", "e.svs": "TIFF",
+        "f.x y": "WEBP", "raw.DNG": "TIFF", "g.heic": "PNG",
+    }  # fmt: skip
+    for name, kind in formats.items():
+        Image.new("RGB", (4, 4)).save(tmp_path / name, kind)
+    (tmp_path / "LICENSE").write_text("no image")
+    (tmp_path / "h").write_bytes(b"\0\0\0\x20ftypheic" + bytes(200))
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(listing, "find_spec", lambda name: None)
+    files = listed([str(tmp_path)])
+    assert [os.path.basename(path) for path in files.paths] == sorted(formats)[:-2]
+    assert files.describe() == ("11 files: .0001 1, .jfif 1, .jpe 1, .svs 1, .x y 1, no ending 1")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        f"{tmp_path}: left out 5 files: .heic (pip install 'moco-ssl[heif]') 1, "
+        "no ending (pip install 'moco-ssl[heif]') 1, no ending 2, .dng 1"
+    )
+    monkeypatch.setattr(listing, "find_spec", lambda name: "there")
+    assert len(listed([str(tmp_path)]).paths) == 8
 
 
 def test_slow_folders_are_listed_side_by_side(tmp_path, monkeypatch):
@@ -154,6 +228,10 @@ class Watch:
         monkeypatch.setattr("os.scandir", scandir)
 
 
+def without_counts(caplog):
+    return [line for line in caplog.messages if "left out" not in line]
+
+
 def lists(roots, cache, **options):
     return list(listed([str(root) for root in roots], cache=cache, **options).paths)
 
@@ -167,6 +245,9 @@ def test_a_second_start_lists_no_folder(tree, tmp_path, monkeypatch):
     assert first == by_walk(tree) + by_walk(tree / "a")
     watch = Watch(monkeypatch)
     assert lists(roots, cache) == first
+    kept = listed(list(map(str, roots)), cache=cache)
+    assert kept.left_out == {".txt": 2}
+    assert kept.describe() == "18 files: .png 8, .jpg 2, .tif 2, .webp 2, .bmp 1, .gif 1"
     assert watch.count == 0
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [
         "images.npz"
@@ -213,7 +294,7 @@ def test_a_changed_tree_is_listed_anew_and_the_log_says_why(change, tree, tmp_pa
     change(tree)
     after = lists([tree], cache)
     assert after == by_walk(tree) != before
-    (line,) = caplog.messages
+    (line,) = without_counts(caplog)
     assert line.startswith(f"listing the images below {tree} anew: {tree}")
     assert line.endswith("has changed")
 
@@ -237,9 +318,9 @@ def test_pages_are_counted_once(tmp_path, monkeypatch):
         source = build_source(
             "images", str(tmp_path / "tree"), pages="each", listing=tmp_path / "images.npz"
         )
-        sources.append([source.train[index].getpixel((0, 0)) for index in range(len(source.train))])
+        sources.append([source.train[index][0, 0].tolist() for index in range(len(source.train))])
         monkeypatch.setattr(listing, "pages_of", lambda path: pytest.fail("counted again"))
-    assert sources == [[(255, 0, 0), (0, 255, 0)]] * 2
+    assert sources == [[[255, 0, 0], [0, 255, 0]]] * 2
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "older", "array"])
@@ -264,10 +345,10 @@ def test_a_damaged_list_is_left_out_with_a_line(damage, tree, tmp_path, caplog):
             {"empty": b"", "text": b"hello", "cut": content[:-200], "flipped": flipped}[damage]
         )
     assert lists([tree], cache) == by_walk(tree)
-    assert len(caplog.messages) == 1
+    assert len(without_counts(caplog)) == 1
     assert "images.npz cannot be read (" in caplog.text
     assert lists([tree], cache) == by_walk(tree)  # it was written anew
-    assert len(caplog.messages) == 1
+    assert len(without_counts(caplog)) == 1
 
 
 def test_a_folder_that_was_just_changed_is_not_trusted_to_stay(tree, tmp_path):

@@ -5,7 +5,6 @@ import signal
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from moco.data.loading.loaders import PairMaker
 
@@ -30,6 +29,7 @@ class DeadlyImage:
 @dataclass(frozen=True)
 class DeadlyImages:
     is_defect: bool = False
+    values = None
 
     def __len__(self):
         return 16
@@ -40,8 +40,11 @@ class DeadlyImages:
     def opened(self, index):
         return DeadlyImage(index, self.is_defect)
 
+    def prepared(self, index):
+        return self.opened(index)
+
     def __getitem__(self, index):
-        return Image.fromarray(self.opened(index).pixels())
+        return self.opened(index).pixels()
 
 
 @dataclass(frozen=True)

@@ -213,14 +213,13 @@ LEAVE_A_LOADER_OPEN = """
 import os, signal, sys
 from multiprocessing import active_children
 import numpy as np
-from torchvision.transforms.v2.functional import pil_to_tensor
 from moco.data.loading.every_image import evaluation_loader
 from moco.data.sources.source import ArrayImages, Labelled
 
 if __name__ == "__main__":
     images = ArrayImages(np.zeros((30, 8, 8, 3), dtype=np.uint8), "zeros")
     labelled = Labelled(images, np.zeros(30, dtype=np.int64))
-    iterator = iter(evaluation_loader(labelled, pil_to_tensor, 8, 2, num_workers=2))
+    iterator = iter(evaluation_loader(labelled, as_planes, 8, 2, num_workers=2))
     next(iterator)
     print(*(worker.pid for worker in active_children()), flush=True)
     if sys.argv[1] == "killed":

@@ -28,7 +28,7 @@ def labelled_images(generator, *channels):
     return Labelled(ArrayImages(array, "array"), np.arange(11))
 
 
-@pytest.mark.parametrize("channels", [(), (1,), (3,), (4,)])
+@pytest.mark.parametrize("channels", [(), (1,), (3,)])
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 3)])
 def test_batches_from_memory_equal_those_of_the_reader(channels, rank, world_size, generator):
     labelled = labelled_images(generator, *channels)
@@ -36,7 +36,7 @@ def test_batches_from_memory_equal_those_of_the_reader(channels, rank, world_siz
     from_memory = evaluation_loader(labelled, view, 8, 4, rank=rank, world_size=world_size)
     assert isinstance(from_memory, MemoryBatches)
     rows = range(rank, 11, world_size)
-    collate = partial(evaluation_batch, torch.arange(11), 8)
+    collate = partial(evaluation_batch, torch.arange(11), 3, 8)
     batches = BatchSampler(rows, 4, drop_last=False)
     one_by_one = every_image(labelled.images, view, collate, batches)
     for ours, expected in zip(from_memory, one_by_one, strict=True):

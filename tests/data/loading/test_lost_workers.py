@@ -11,9 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import dataloader
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-from moco.data.augment.views import EvaluationView, ViewPair
+from moco.data.augment.views import EvaluationView, ViewPair, as_planes
 from moco.data.loading import workers
 from moco.data.loading.every_image import ShardedSet, evaluation_loader
 from moco.data.loading.loaders import EpochSampler, PairDataset, ResumableLoader
@@ -66,7 +65,7 @@ def pair_loader(folder, is_defect=False):
 
 def labelled_loader(folder):
     labelled = Labelled(DeadlyImages(), np.zeros(16, np.int64))
-    return evaluation_loader(labelled, pil_to_tensor, 8, batch_size=4, num_workers=2)
+    return evaluation_loader(labelled, as_planes, 8, batch_size=4, num_workers=2)
 
 
 def stream_loader(folder):
@@ -143,5 +142,5 @@ def test_the_processes_of_an_earlier_pass_are_not_taken_for_lost(numbered):
 def test_a_watched_loader_draws_no_global_random_number(numbered):
     labelled = numbered.bank
     state = torch.get_rng_state()
-    list(evaluation_loader(labelled, pil_to_tensor, 8, batch_size=4))
+    list(evaluation_loader(labelled, as_planes, 8, batch_size=4))
     assert torch.equal(torch.get_rng_state(), state)

@@ -47,9 +47,10 @@ def sizes(images):
 def test_a_dataset_is_trained_on_with_its_labels(tmp_path):
     source = build_source("hf", saved(tmp_path / "set", table(5)))
     assert sizes(source.train) == [(6, 8 + number) for number in range(5)]
-    assert source.train[3].getpixel((0, 0)) == (3, 0, 7)
+    assert source.train[3][0, 0].tolist() == [3, 0, 7]
     assert source.train.opened(3).pixels()[0, 0].tolist() == [3, 0, 7]
     assert source.bank.labels.tolist() == [0, 1, 0, 1, 0]
+    assert source.bank.class_names == tuple(table(5).features["label"].names)
     assert source.bank.images is source.train
     assert source.queries is None
     assert source.train.name(3) == f"{tmp_path / 'set'}[train][3]"

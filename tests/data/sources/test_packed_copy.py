@@ -87,8 +87,8 @@ def test_a_copy_that_is_not_finished_is_neither_checked_nor_read(
             r"index\.json: not the index of a packed copy",
         ),
         (
-            lambda folder: (folder / "index.json").write_text('{"version": 2}'),
-            "version 2 of a packed copy",
+            lambda folder: (folder / "index.json").write_text('{"version": 3}'),
+            "version 3 of a packed copy",
         ),
         (lambda folder: (folder / "index.json").unlink(), "no packed copy there"),
     ],

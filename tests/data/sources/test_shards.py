@@ -137,10 +137,22 @@ def test_a_sample_is_its_first_image_and_the_rest_of_it_is_not_read(tmp_path):
     ]
     shard = write_tar(tmp_path / "shard.tar", members)
     assert numbers_in(shard) == [1, 3, 4, 5]
-    assert count_images(shard) == 4
+    assert count_images(shard).samples == 4
     compressed = write_tar(tmp_path / "shard.tar.gz", members, "w:gz")
     assert numbers_in(compressed) == [1, 3, 4, 5]
-    assert count_images(compressed) == 4
+    assert count_images(compressed).samples == 4
+
+
+def test_images_that_are_left_out_of_their_sample_are_one_warning(tmp_path, caplog):
+    for number in range(2):
+        members = [(f"{n}.{depth}.png", image(n)) for n in range(3) for depth in (0, 5)]
+        write_tar(tmp_path / f"{number}.tar", [*members, ("2.npy", b"")])
+    build_source("webdataset", str(tmp_path))
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.getMessage() == (
+        "6 of 12 images are left out: names that are equal up to the first dot are one sample, and "
+        f"only its first image is used; the first one left out is {tmp_path}/0.tar/0.5.png"
+    )
 
 
 def test_images_are_counted_in_local_shards_unless_the_number_is_given(shards):
@@ -318,7 +330,7 @@ def test_a_label_that_was_cut_off_does_not_cost_its_image(tmp_path, mode):
     )
     path.write_bytes(path.read_bytes()[:40_000])
     assert numbers_in(str(path)) == [0, 1]
-    assert count_images(str(path)) == 2
+    assert count_images(str(path)).samples == 2
 
 
 def test_a_stream_can_be_given_up_in_the_middle_of_a_command(shards):
@@ -348,7 +360,10 @@ def test_of_a_shard_that_was_cut_short_what_is_whole_is_used(tmp_path, cut, whol
     assert numbers == list(range(len(numbers)))
     assert problem.is_shard
     assert f"shard.tar: cannot be read beyond its first {len(numbers)} images" in problem.reason
-    assert count_images(str(path)) in (len(numbers), len(numbers) + 1)  # the last one is cut off
+    assert count_images(str(path)).samples in (
+        len(numbers),
+        len(numbers) + 1,
+    )  # the last one is cut off
     if whole is not None:
         assert len(numbers) == whole
 

@@ -1,0 +1,329 @@
+"""Classes of images from a text file: a table with a name and a class in each line.
+
+The cells are divided by commas, semicolons or tabs. The first line may name the columns. A class is
+a name or a whole number. Several columns of 0 and 1 give the class that has the 1.
+"""
+
+import csv
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moco.data.files.formats import FORMAT_OF_ENDING
+from moco.data.files.listing import ending_of
+from moco.errors import InputError, printable
+
+log = logging.getLogger(__name__)
+
+NAME_COLUMNS = (
+    "name", "file", "filename", "file_name", "path", "filepath", "file_path", "image", "image_name",
+    "image_id", "img", "id",
+)  # fmt: skip
+CLASS_COLUMNS = ("class", "class_name", "label", "label_name", "category", "target", "species")
+SEPARATORS = ",;\t"
+NO_CLASS = -1
+NO_IMAGE = -1
+SEVERAL_IMAGES = -2
+WHOLE_NUMBER = re.compile(r"-?\d{1,5}")
+"""Of class numbers. Longer ones are names: a classifier has an output for each number from 0 on."""
+DECIMAL_NUMBER = re.compile(r"[-+]?\d*\.\d+([eE][-+]?\d+)?")
+NUM_NAMED = 3
+"""Names in a message."""
+EXPECTED = "expected a column of image names and one of classes"
+
+
+def natural_order(name: str) -> tuple[Any, str]:
+    """Return a sort key that puts "2" before "10", and names without numbers as `sorted` does."""
+    # Texts and numbers take turns, so no text is compared with a number.
+    parts: list[str | int] = [*re.split(r"(\d+)", name)]
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name
+
+
+class Table(NamedTuple):
+    """The cells of a text file."""
+
+    path: str
+    header: list[str] | None
+    """The names of the columns, if the file has them."""
+    rows: list[list[str]]
+    """The other lines, all of the same number of cells."""
+
+
+def read_labels(
+    path: str, root: str, names: Sequence[str]
+) -> tuple[np.ndarray, tuple[str, ...] | None]:
+    """Return the class numbers of images, and the names of the classes.
+
+    The log says how many images have no class, and how many lines have no image.
+
+    Args:
+        path: the file. If there is none, it is looked for in `root`.
+        root: the folder of the images, for messages.
+        names: (images,) paths of the images below their folder. The file may have these, or only
+            the last part of each, and both without their endings.
+
+    Returns:
+        (images,) int64, -1 for an image without a class; and the class names by number, None if
+        the file has whole numbers.
+
+    Raises:
+        InputError: the file is missing or no such table, a name stands for several images, an image
+            has several classes, or no line has an image.
+    """
+    finder = ImageFinder(names)
+    table = read_table(find_file(path, root), finder)
+    name_column, class_columns = choose_columns(table, finder)
+    names_there = [row[name_column] for row in table.rows]
+    places = np.array([finder.find(name) for name in names_there])
+    check_places(table, root, names_there, places)
+    has_image = places != NO_IMAGE
+    table = table._replace(rows=list(compress(table.rows, has_image)))
+    names_there = list(compress(names_there, has_image))
+    numbers, class_names = numbered_classes(table, names_there, class_columns)
+    labels = np.full(len(names), NO_CLASS, dtype=np.int64)
+    twice = []
+    of_images = zip(names_there, places[has_image].tolist(), numbers.tolist(), strict=True)
+    for name, place, number in of_images:
+        if number == NO_CLASS:
+            continue
+        if labels[place] not in (NO_CLASS, number):
+            twice.append(name)
+        labels[place] = number
+    if (labels == NO_CLASS).all():
+        raise InputError(f"{table.path}: no image below {printable(root)} has a class in there")
+    if twice:
+        raise InputError(
+            f"{table.path}: {len(twice):,} images have a second line with another class: "
+            f"{first_few(twice)}"
+        )
+    unlabelled = np.flatnonzero(labels == NO_CLASS).tolist()
+    if unlabelled:
+        log.warning(
+            "%s: %s of %s images have no class, and are only trained on: %s",
+            table.path,
+            f"{len(unlabelled):,}",
+            f"{len(names):,}",
+            first_few(names[place] for place in unlabelled[: NUM_NAMED + 1]),
+        )
+    return labels, class_names
+
+
+def first_few(names: Iterable[str], most: int = NUM_NAMED) -> str:
+    """Return the first names of many, for a message."""
+    shown: list[str] = []
+    for name in names:
+        if len(shown) == most:
+            shown.append("...")
+            break
+        shown.append(printable(name))
+    return ", ".join(shown)
+
+
+def find_file(path: str, root: str) -> str:
+    """Return the path of the file, as it is given or below the folder of the images."""
+    for candidate in (path, os.path.join(root, path)):
+        if os.path.isfile(candidate):
+            return candidate
+    raise InputError(f"data.labels={path}: no such file, also not in {printable(root)}")
+
+
+class ImageFinder:
+    """Finds images by a path below their folder, or by the last part of it, if only one has it.
+
+    Both may lack the ending.
+
+    Args:
+        names: (images,) paths below the folder.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.levels: list[Mapping[str, int]] = []
+
+    def find(self, name: str) -> int:
+        """Return the place of an image, `NO_IMAGE`, or `SEVERAL_IMAGES`."""
+        name = name.removeprefix("./")
+        for number in range(4):
+            place = self._level(number).get(name, NO_IMAGE)
+            if place != NO_IMAGE:
+                return place
+        return NO_IMAGE
+
+    def _level(self, number: int) -> Mapping[str, int]:
+        """Return the places by path, by last part, and by both without their endings."""
+        # Most files need the first one alone, and a million names take a second.
+        while number >= len(self.levels):
+            self.levels.append(self._places(len(self.levels)))
+        return self.levels[number]
+
+    def _places(self, number: int) -> dict[str, int]:
+        places: dict[str, int] = {}
+        for place, name in enumerate(self.names):
+            if number in (1, 3):
+                name = os.path.basename(name)
+            if number >= 2:
+                name, _ = os.path.splitext(name)
+            places[name] = SEVERAL_IMAGES if name in places else place
+        return places
+
+
+def read_table(path: str, finder: ImageFinder) -> Table:
+    """Read the cells of a file, without empty lines and without spaces around the cells.
+
+    Raises:
+        InputError: it is no text in UTF-8, has no lines, or lines of several lengths.
+    """
+    try:
+        # utf-8-sig: programs of Microsoft begin a file with a mark.
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            separator = max(SEPARATORS, key=first.count)
+            rows = []
+            for row in csv.reader(file, delimiter=separator, strict=True):
+                rows.append([cell.strip() for cell in row])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: no table of text in UTF-8 ({printable(str(error))})") from error
+    numbered = [(number, row) for number, row in enumerate(rows, start=1) if any(row)]
+    if not numbered:
+        raise InputError(f"{path}: empty; {EXPECTED}")
+    rows = [row for _, row in numbered]
+    width = len(rows[0])
+    for number, row in numbered:
+        if len(row) != width:
+            raise InputError(
+                f"{path}: line {number} has {len(row)} cells, and the first line has {width}"
+            )
+    header = None
+    if not any(names_an_image(cell, finder) for cell in rows[0]):
+        header = rows.pop(0)
+        if not rows:
+            raise InputError(f"{path}: one line; {EXPECTED}")
+    return Table(path, header, rows)
+
+
+def names_an_image(cell: str, finder: ImageFinder) -> bool:
+    """Return whether a cell is the name of an image, be it there or not."""
+    return ending_of(cell) in FORMAT_OF_ENDING or finder.find(cell) != NO_IMAGE
+
+
+def choose_columns(table: Table, finder: ImageFinder) -> tuple[int, list[int]]:
+    """Return the column of names, and that of the classes or one for each class.
+
+    Raises:
+        InputError: there is one column alone, or several could hold the classes.
+    """
+    name_column, class_column = 0, None
+    if table.header is None:
+        are_names = [names_an_image(cell, finder) for cell in table.rows[0]]
+        name_column = are_names.index(True)
+    else:
+        lowered = [name.lower() for name in table.header]
+        name_column = next((lowered.index(name) for name in NAME_COLUMNS if name in lowered), 0)
+        found = [lowered.index(name) for name in CLASS_COLUMNS if name in lowered]
+        class_column = next((column for column in found if column != name_column), None)
+    others = [column for column in range(len(table.rows[0])) if column != name_column]
+    if not others:
+        raise InputError(f"{table.path}: one column; {EXPECTED}")
+    if class_column is not None:
+        return name_column, [class_column]
+    if len(others) > 1 and not all(is_zero_or_one(row, others) for row in table.rows):
+        columns = f"{len(others) + 1} columns without names"
+        if table.header is not None:
+            columns = f"the columns {', '.join(map(printable, table.header))}"
+        raise InputError(
+            f"{table.path}: {columns}; expected a column named class, or columns of 0 and 1"
+        )
+    return name_column, others
+
+
+def is_zero_or_one(row: Sequence[str], columns: Iterable[int]) -> bool:
+    """Return whether all these cells of a row are 0 or 1."""
+    return all(row[column] in ("0", "1", "0.0", "1.0") for column in columns)
+
+
+def check_places(table: Table, root: str, names: Sequence[str], places: np.ndarray) -> None:
+    """Warn of names without an image.
+
+    Raises:
+        InputError: no name has an image, or a name has several.
+    """
+    several = [names[row] for row in np.flatnonzero(places == SEVERAL_IMAGES).tolist()]
+    if several:
+        raise InputError(
+            f"{table.path}: {len(several):,} names stand for several images each: "
+            f"{first_few(several)}; give their paths below {printable(root)}"
+        )
+    unknown = [names[row] for row in np.flatnonzero(places == NO_IMAGE).tolist()]
+    if len(unknown) == len(names):
+        raise InputError(
+            f"{table.path}: none of its {len(names):,} names is an image below {printable(root)}: "
+            f"{first_few(unknown)}"
+        )
+    if unknown:
+        log.warning(
+            "%s: %s of %s names are no images below %s: %s",
+            table.path,
+            f"{len(unknown):,}",
+            f"{len(names):,}",
+            printable(root),
+            first_few(unknown),
+        )
+
+
+def numbered_classes(
+    table: Table, names: Sequence[str], columns: Sequence[int]
+) -> tuple[np.ndarray, tuple[str, ...] | None]:
+    """Return the class number of each row, -1 without one, and the names of the classes.
+
+    Class names are numbered in natural order. Whole numbers stay as they are, and have no names;
+    an empty cell or a negative number is no class.
+
+    Raises:
+        InputError: a row has several classes, or the classes are numbers with decimals.
+    """
+    if len(columns) > 1:
+        return one_of_many(table, names, columns)
+    (column,) = columns
+    values = [row[column] for row in table.rows]
+    given = {value for value in values if value}
+    if given and all(WHOLE_NUMBER.fullmatch(value) for value in given):
+        numbers = [max(int(value or NO_CLASS), NO_CLASS) for value in values]
+        return np.array(numbers, dtype=np.int64), None
+    if any(DECIMAL_NUMBER.fullmatch(value) for value in given):
+        number = next(value for value in values if DECIMAL_NUMBER.fullmatch(value))
+        raise InputError(
+            f"{table.path}: a class is {number}; expected names of classes or whole numbers"
+        )
+    class_names = tuple(sorted(given, key=natural_order))
+    number_of_class = {name: number for number, name in enumerate(class_names)}
+    numbers = [number_of_class.get(value, NO_CLASS) for value in values]
+    return np.array(numbers, dtype=np.int64), class_names
+
+
+def one_of_many(
+    table: Table, names: Sequence[str], columns: Sequence[int]
+) -> tuple[np.ndarray, tuple[str, ...] | None]:
+    """Return the column that has the 1 in each row, -1 if none has, and the names of the columns.
+
+    Raises:
+        InputError: several columns of a row have a 1.
+    """
+    is_class = np.array([[float(row[column]) == 1 for column in columns] for row in table.rows])
+    num_classes = is_class.sum(axis=1)  # (rows,)
+    several = [names[row] for row in np.flatnonzero(num_classes > 1).tolist()]
+    if several:
+        raise InputError(
+            f"{table.path}: {len(several):,} images have several classes: {first_few(several)}; "
+            "expected one class for each image"
+        )
+    numbers = np.where(num_classes == 1, is_class.argmax(axis=1), NO_CLASS)
+    if table.header is None:
+        return numbers, None
+    return numbers, tuple(table.header[column] for column in columns)

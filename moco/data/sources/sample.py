@@ -1,0 +1,131 @@
+"""A sample of a dataset's images, to learn their type, bands and values before a run."""
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moco.data.files.images import EncodedImage, UnreadableImage
+from moco.data.sources.own_dataset import DatasetImages, IterableImages
+from moco.data.sources.pixel_values import SAMPLE_SIZE, PixelValues, settle_values
+from moco.data.sources.shards import Sample, ShardedImages, images_in
+from moco.data.sources.source import DataSource, Images, reading_of
+from moco.errors import InputError
+
+log = logging.getLogger(__name__)
+
+MOST_OF_ITERABLE = 8  # making the images of an iterable dataset may be expensive
+
+
+def prepare_source(
+    source: DataSource,
+    data: Mapping[str, Any],
+    mean: Sequence[float] | None,
+    display: Any = None,
+) -> PixelValues:
+    """Let a dataset give the pixels that the model gets, and return how they are made.
+
+    Args:
+        source: it is changed in place.
+        data: the settings of the data as plain data.
+        mean, display: see `settle_values`.
+
+    Raises:
+        InputError: the settings fit no image, or the value range is missing.
+    """
+    command = f"data={data['name']}"
+    if isinstance(data["root"], str):
+        command += f" data.root={data['root']}"
+    source.read_as(reading_of(data))
+    problems: list[str] = []
+    sample = list(sample_of(source.train, problems))
+    if problems and not sample:
+        number = f"none of {len(problems)} images" if len(problems) > 1 else "the only image"
+        can = "can" if len(problems) > 1 else "cannot"
+        raise InputError(f"data.root={data['root']}: {number} {can} be read; {problems[0]}")
+    value_range = data["value_range"]
+    if value_range is None and are_shares(source.train, sample):
+        value_range = [0, 1]
+    values = settle_values(
+        sample,
+        bands=chosen_bands(data),
+        value_range=value_range,
+        nodata=data["nodata"],
+        mean=mean,
+        display=display,
+        command=command,
+    )
+    source.prepare(values)
+    log.info("images: %s, %s", sizes_in_words(sample), values.in_words())
+    return values
+
+
+def are_shares(images: Images, sample: Sequence[tuple[str, EncodedImage]]) -> bool:
+    """Return whether these are a dataset's float images from 0 to 1, as torchvision makes them."""
+    if not isinstance(images, (DatasetImages, IterableImages)):
+        return False
+    for _, image in sample:
+        if image.dtype.kind != "f":
+            return False
+        pixels = image.pixels()
+        # Written so that NaN is outside, too.
+        if not (pixels.min() >= 0 and pixels.max() <= 1):
+            return False
+    return bool(sample)
+
+
+def sizes_in_words(sample: Sequence[tuple[str, EncodedImage]]) -> str:
+    """Return the sizes of the images in a sample."""
+    sizes = sorted({image.size for _, image in sample}, key=math.prod)
+    if not sizes:
+        return "no readable one among the first"
+    words = []
+    for height, width in dict.fromkeys([sizes[0], sizes[-1]]):
+        words.append(f"{width} x {height} px")
+    return " to ".join(words)
+
+
+def chosen_bands(data: Mapping[str, Any]) -> Any:
+    """Return the bands that are taken of the images of a dataset; None: all.
+
+    If bands are in files of their own, the source reads the chosen ones alone.
+
+    Args:
+        data: the settings of the data as plain data.
+    """
+    return None if data.get("band_files") is not None else data["bands"]
+
+
+def sample_of(images: Images, problems: list[str]) -> Iterator[tuple[str, EncodedImage]]:
+    """Yield names and images as they are in the files, at most `SAMPLE_SIZE`, evenly spaced.
+
+    Of shards and iterable datasets these are the first images.
+
+    Args:
+        problems: gets what is wrong with each unreadable image.
+    """
+    if isinstance(images, ShardedImages):
+        found = images_in(images.shards[0], images.max_image_pixels, raw=images.reading.raw)
+        for sample in itertools.islice(found, SAMPLE_SIZE):
+            if isinstance(sample, Sample):
+                yield sample.name, sample.image
+            else:
+                problems.append(sample.reason)
+        return
+    if isinstance(images, IterableImages):
+        items = itertools.islice(images.items(epoch=0), MOST_OF_ITERABLE)
+        for number, item in enumerate(items):
+            try:
+                yield images.name(number), images.opened_item(number, item)
+            except UnreadableImage as error:
+                problems.append(str(error))
+        return
+    num_images = min(SAMPLE_SIZE, len(images))
+    for index in np.linspace(0, len(images) - 1, num_images, dtype=int).tolist():
+        try:
+            yield images.name(index), images.opened(index)
+        except UnreadableImage as error:
+            problems.append(str(error))
