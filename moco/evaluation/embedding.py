@@ -20,6 +20,8 @@ from moco.data.loading.every_image import (
     image_set,
 )
 from moco.data.loading.workers import cores_of
+from moco.data.sources.own_dataset import IterableImages
+from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, RunError, printable
 from moco.evaluation.image_names import labels_by_name
@@ -58,7 +60,8 @@ def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
         if source.queries is None:
             raise InputError(f"split=test: data={name} has no images that are held out")
         return IndexedSet(source.queries, has_labels=True)
-    if source.bank is None:
+    # A stream has no images by number, also if there are others with labels.
+    if source.bank is None or isinstance(source.train, (ShardedImages, IterableImages)):
         return image_set(source.train)
     # Training images may be divided into bank and queries.
     labels = labels_by_name(source.train, source.bank, source.queries)

@@ -54,11 +54,6 @@ def animated(generator):
     )
 
 
-def sixteen_bit(generator):
-    image = Image.fromarray(generator.integers(0, 65536, (20, 24), dtype=np.uint16))
-    return encoded(image, ("PNG", "TIFF")[generator.integers(2)])
-
-
 MAX_IMAGE_PIXELS = 1000  # the sound images have 480
 
 DAMAGE = {
@@ -73,7 +68,6 @@ DAMAGE = {
     "cmyk": lambda generator: encoded(
         small_image(generator).convert("CMYK"), ("JPEG", "TIFF")[generator.integers(2)]
     ),
-    "sixteen_bit": sixteen_bit,
 }
 
 

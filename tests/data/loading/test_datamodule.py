@@ -213,6 +213,7 @@ LEAVE_A_LOADER_OPEN = """
 import os, signal, sys
 from multiprocessing import active_children
 import numpy as np
+from moco.data.augment.views import as_planes
 from moco.data.loading.every_image import evaluation_loader
 from moco.data.sources.source import ArrayImages, Labelled
 
