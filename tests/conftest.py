@@ -91,6 +91,19 @@ def photographs(tmp_path, generator):
     return root
 
 
+def thinned(cases, every):
+    """Parameters of which each `every`-th runs by default; the others, of the same kind, are slow."""
+    parameters = []
+    for number, case in enumerate(cases):
+        if hasattr(case, "marks"):  # it says for itself whether it is slow
+            parameters.append(case)
+            continue
+        values = case if isinstance(case, tuple) else (case,)
+        marks = [pytest.mark.slow] if number % every else []
+        parameters.append(pytest.param(*values, marks=marks))
+    return parameters
+
+
 # Python and its libraries read these when they start.
 READ_AT_START = ("LD_", "MALLOC_", "OMP_", "PYTHON")
 

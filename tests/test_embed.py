@@ -31,6 +31,8 @@ from moco.models.swin.window_change import rewindow
 from moco.weights.load_encoder import load_pretrained
 from tests.processes import started, wait_until
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -289,8 +291,8 @@ def test_a_file_that_may_not_grow_is_one_line_and_the_run_goes_on_later(
             "batch_size: 100 there, 50 here; "
             "remove that folder to start anew, or choose another output",
         ),
-        (["feature=embedding"], "feature: backbone there, embedding here"),
-        (["backbone.window_size=4"], "backbone.window_size: 2 there, 4 here"),
+        slow(["feature=embedding"], "feature: backbone there, embedding here"),
+        slow(["backbone.window_size=4"], "backbone.window_size: 2 there, 4 here"),
         (["split=train"], "split: test there, train here; data: other images, names or labels"),
     ],
 )

@@ -19,7 +19,7 @@ from moco.config.pretrained import EvaluateConfig
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig
 from moco.errors import InputError
-from tests.conftest import run_program
+from tests.conftest import run_program, thinned
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
 OPTIONS = sorted(
@@ -52,7 +52,7 @@ def together(groups):
 PRETRAINING = ("augmentation", "backbone", "data", "method", "optimizer", "trainer")
 
 
-@pytest.mark.parametrize("options", together(PRETRAINING), ids=" ".join)
+@pytest.mark.parametrize("options", thinned(together(PRETRAINING), every=2), ids=" ".join)
 def test_every_option_of_pretraining_composes_and_parses(options):
     from moco.data.augment.views import ViewPair
 
@@ -221,7 +221,7 @@ def own_configs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"), MISTAKES, ids=lambda value: " ".join(value)[:40]
+    ("arguments", "expected"), thinned(MISTAKES, every=3), ids=lambda value: " ".join(value)[:40]
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, expected, own_configs):
     needs_data = not any(word.startswith(("data=", "+experiment")) for word in arguments)

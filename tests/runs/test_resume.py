@@ -96,7 +96,10 @@ def test_stopping_anywhere_changes_nothing(length, accumulate, small, tmp_path, 
     config = [*length, f"trainer.accumulate_grad_batches={accumulate}"]
     run(small(*config), tmp_path / "whole")
     # During an epoch's last step, in the middle of the next one, and after its last step.
-    for step, stopped in ((EPOCH - 1, EPOCH), (EPOCH + 2, EPOCH + 3), (2 * EPOCH, 2 * EPOCH)):
+    stops = [(EPOCH - 1, EPOCH), (EPOCH + 2, EPOCH + 3), (2 * EPOCH, 2 * EPOCH)]
+    if accumulate == 3:  # the case of the fast suite takes one training less
+        stops.pop()
+    for step, stopped in stops:
         with monkeypatch.context() as context:
             interrupt_at(step, context)
             with pytest.raises(Interrupted, match=rf"step {stopped};"):

@@ -25,7 +25,7 @@ from moco.segment import run
 from moco.segmentation.segmenter import Segmenter
 from moco.training.random_states import random_states
 from moco.weights.load_encoder import load_pretrained
-from tests.conftest import run_program
+from tests.conftest import run_program, thinned
 from tests.segmentation.shapes import draw_shapes, save
 from tests.segmentation.test_decoders import hide_segmentation_models
 
@@ -521,7 +521,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "expected"), MISTAKES, ids=lambda value: value[-1][-40:])
+@pytest.mark.parametrize(
+    ("overrides", "expected"), thinned(MISTAKES, every=3), ids=lambda value: value[-1][-40:]
+)
 def test_a_mistake_is_found_before_the_run_folder_is_touched(
     overrides, expected, shapes, swin, tmp_path, monkeypatch
 ):

@@ -24,6 +24,7 @@ from moco.weights.library_names import (
     to_torchvision,
 )
 from moco.weights.load_encoder import load_pretrained
+from tests.conftest import thinned
 
 ABOUT = {
     "image_size": 32,
@@ -121,14 +122,14 @@ def difference(model, backbone, size):
 CASES = [("resnet18", None, 65), ("resnet50", None, 64), ("swin_t", 4, 128), ("swin_v2_t", 4, 128)]
 
 
-@pytest.mark.parametrize(("name", "window", "size"), CASES)
+@pytest.mark.parametrize(("name", "window", "size"), thinned(CASES, every=3))
 def test_torchvisions_own_model_gives_our_outputs(name, window, size):
     backbone = randomised(name, window)
     model = torchvision_model(name, to_torchvision(backbone), window)
     assert difference(model, backbone, size) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "window", "size"), CASES)
+@pytest.mark.parametrize(("name", "window", "size"), thinned(CASES, every=3))
 def test_timms_own_model_gives_our_outputs(name, window, size):
     backbone = randomised(name, window)
     settings = {"img_size": size, "window_size": window} if window else {}
@@ -288,7 +289,7 @@ def test_names_and_shapes_are_timms(name):
     assert shapes(ours) == shapes(backbone.state_dict())
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", thinned(SMALL, every=2))
 def test_weights_come_back_to_the_bit(name):
     backbone = randomised(name)
     ours = backbone.state_dict()
