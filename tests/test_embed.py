@@ -204,7 +204,7 @@ def straight(checkpoint, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("error", "num_batches"),
-    [(ENDED, 1), pytest.param(KeyboardInterrupt(), 0, marks=pytest.mark.slow), (FULL, 3)],
+    [(ENDED, 1), slow(KeyboardInterrupt(), 0), slow(FULL, 3)],
 )
 def test_an_interrupted_and_continued_run_ends_in_the_same_bytes(
     checkpoint, tmp_path, straight, error, num_batches
@@ -303,6 +303,7 @@ def test_a_run_with_other_settings_does_not_go_on(checkpoint, tmp_path, changed,
     assert f"f.npz.part holds the first 100 features of another run: {message}" in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_same_name_with_other_weights_does_not_go_on(checkpoint, tmp_path, straight):
     own = tmp_path / "own.ckpt"
     state = torch.load(checkpoint)
@@ -318,7 +319,7 @@ def test_the_same_name_with_other_weights_does_not_go_on(checkpoint, tmp_path, s
     assert bytes_of(tmp_path) == straight
 
 
-@pytest.mark.parametrize("kind", ["flat", "'IVF4,Flat'", "HNSW32"])
+@pytest.mark.parametrize("kind", ["flat", slow("'IVF4,Flat'"), slow("HNSW32")])
 def test_row_i_of_the_index_is_image_i(checkpoint, tmp_path, kind, capsys):
     file = embed(checkpoint, tmp_path, *SMALL, f"index={kind}")
     index = faiss.read_index(str(tmp_path / "f.faiss"))
@@ -434,7 +435,7 @@ def sends(number):
     return add
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [slow(signal.SIGINT), signal.SIGTERM])
 def test_a_signal_ends_the_run_with_a_line_and_the_run_goes_on(
     checkpoint, tmp_path, straight, number
 ):

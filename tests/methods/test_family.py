@@ -516,7 +516,7 @@ NARROW = ["method.projector.hidden_dim=64", "method.predictor.hidden_dim=64"]
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("moco_v1", SGD),
+        slow("moco_v1", SGD),
         slow("moco_v2", SGD),
         ("moco_v2_plus", SGD),
         ("moco_v3", [*SGD, *NARROW]),

@@ -405,7 +405,8 @@ def test_a_checkpoint_of_segmentation_is_no_pretraining(fine_tuned, shapes, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*")
-@pytest.mark.parametrize("kind", ["swin", "resnet"])  # with stochastic depth; with BatchNorm
+# With stochastic depth; with BatchNorm.
+@pytest.mark.parametrize("kind", [pytest.param("swin", marks=pytest.mark.slow), "resnet"])
 def test_a_frozen_backbone_is_not_changed(kind, shapes, swin, tmp_path, monkeypatch):
     modes = []  # of the backbone in each step, also after a measurement
 

@@ -115,7 +115,7 @@ def agree(model, backbone, size, tolerance):
 @pytest.mark.parametrize(
     ("file_format", "output"),
     [
-        ("torchvision", "x.pth"),
+        pytest.param("torchvision", "x.pth", marks=pytest.mark.slow),
         pytest.param("torchvision", "x.safetensors", marks=pytest.mark.slow),
         ("timm", "a b/x.pt"),
         pytest.param("safetensors", "x.safetensors", marks=pytest.mark.slow),

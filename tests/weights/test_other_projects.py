@@ -23,6 +23,7 @@ from moco.weights.weight_files import (
     renumber_layers,
     rows_of_unit_norm,
 )
+from tests.conftest import thinned
 from tests.runs.test_hostile_checkpoints import Calls
 from tests.weights.projects import (
     BACKBONES_ALONE,
@@ -104,7 +105,7 @@ def test_settings_of_argparse_are_read_as_a_dict(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["pth", pytest.param("safetensors", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("build", BACKBONES_ALONE, ids=name_of)
+@pytest.mark.parametrize("build", thinned(BACKBONES_ALONE, every=2), ids=name_of)
 def test_a_backbone_alone_is_recognised_by_its_tensors(build, ending, tmp_path):
     content, model, settings = build()
     path = tmp_path / f"x.{ending}"
