@@ -335,19 +335,23 @@ def reason(error: Exception, file: object) -> str:
     return printable(message) or type(error).__name__
 
 
-def check_bad_fraction(names: Collection[str], num_images: int, max_bad_fraction: float) -> None:
+def check_bad_fraction(
+    names: Collection[str], num_images: int, max_bad_fraction: float, reason: str = ""
+) -> None:
     """Raise InputError if too many images are unreadable.
 
     Args:
         names: of the unreadable images; the message names the first ten.
         num_images: number of all images. It is always an error if all are unreadable.
         max_bad_fraction: fraction from 0 to 1.
+        reason: what is wrong with one of them, for the message.
     """
     # A fraction of 1 would let a run go on without any image.
     are_all_bad = len(names) == num_images > 0
     if are_all_bad or len(names) > max_bad_fraction * num_images:
         first = ", ".join(map(printable, sorted(names)[:MAX_NAMED]))
+        example = f" ({reason})" if reason else ""
         raise InputError(
             f"{len(names)} of {num_images} images cannot be read, more than "
-            f"data.max_bad_fraction={max_bad_fraction}; the first are {first}"
+            f"data.max_bad_fraction={max_bad_fraction}; the first are {first}{example}"
         )

@@ -110,9 +110,10 @@ class PretrainingData(pl.LightningDataModule):
                 # An image can have a good header and damaged pixels.
                 image = images.prepared(index)
                 image.pixels()
-            except UnreadableImage:
+            except UnreadableImage as error:
                 unreadable.append(name)
-                check_bad_fraction(unreadable, len(images), self.max_bad_fraction)
+                number, most = len(images), self.max_bad_fraction
+                check_bad_fraction(unreadable, number, most, str(error))
             else:
                 found.append((index, image, name))
             if len(found) == number:
@@ -240,12 +241,14 @@ class PretrainingData(pl.LightningDataModule):
         if self.in_memory or isinstance(images, (ShardedImages, IterableImages)):
             # Images in memory are always readable, and the loaders of streams count by themselves.
             return batch
+        reason = ""
         for index in batch.indices[batch.unreadable].tolist():
             name = images.name(index)
             if name not in self.unreadable:
                 self.unreadable.add(name)
-                log.warning("skipped an unreadable image: %s", printable(name))
-        check_bad_fraction(self.unreadable, len(images), self.max_bad_fraction)
+                reason = problem_of(images, index)
+                log.warning("skipped an unreadable image: %s", reason)
+        check_bad_fraction(self.unreadable, len(images), self.max_bad_fraction, reason)
         return batch
 
     def on_after_batch_transfer(self, batch: PairBatch, dataloader_idx: int) -> PairBatch:
@@ -254,6 +257,15 @@ class PretrainingData(pl.LightningDataModule):
             return batch
         views = self.augment.finished(batch.views, batch.epoch, batch.indices)
         return batch._replace(views=views)
+
+
+def problem_of(images: Images, index: int) -> str:
+    """Return what is wrong with an image that a loader process could not read, with its name."""
+    try:
+        images.prepared(index).pixels()
+    except UnreadableImage as error:
+        return str(error)
+    return printable(images.name(index))
 
 
 def check_batch_size(batch_size: int, batches_per_step: int, num_images: int) -> None:

@@ -192,7 +192,9 @@ def test_too_many_unreadable_images_stop_the_run_and_the_first_ten_are_named(ima
     message = "of 24 images cannot be read, more than data.max_bad_fraction=0.4; the first are "
     with pytest.raises(InputError, match=message) as error:
         read_epoch(data, 0)
-    assert str(error.value).count(".png") == 10
+    named, _, example = str(error.value).partition(" (")
+    assert named.count(".png") == 10
+    assert example.endswith(".png: cannot identify image file)")
 
 
 def test_a_set_without_a_readable_image_has_no_first_images(image_tree):
