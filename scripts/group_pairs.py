@@ -48,6 +48,7 @@ def pretrain(arguments: argparse.Namespace, name: str, seed: int) -> dict:
         "optimizer.lr_for_batch_size=128",
         "trainer.max_epochs=100",
         f"trainer.max_steps={arguments.steps}",
+        "evaluation.baselines=false",
         "evaluation.every_n_epochs=100",
         "evaluation.plots_every_n_epochs=null",
         "evaluation.projector_images=0",

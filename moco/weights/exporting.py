@@ -14,6 +14,7 @@ from moco.models.timm_backbone import TimmBackbone
 from moco.models.vit import VisionTransformer
 from moco.weights.architecture import described
 from moco.weights.backbone_files import as_safetensors
+from moco.weights.inflation import RGB_BANDS, first_convolution
 from moco.weights.library_names import counterpart, to_timm, to_torchvision
 
 ENDINGS = {
@@ -113,6 +114,8 @@ def timm_arguments(backbone: Any, image_size: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     if isinstance(backbone, TimmBackbone):
         arguments |= backbone.arguments
+    elif bands_of(backbone) != RGB_BANDS:
+        arguments["in_chans"] = bands_of(backbone)
     if isinstance(backbone, VisionTransformer):
         arguments["num_heads"] = backbone.num_heads
     if isinstance(backbone, PatchBackbone):
@@ -159,12 +162,37 @@ def torchvision_lines(name: str, backbone: Any, image_size: int) -> list[str]:
     else:
         function = name
         classifier = "fc"
-    return [
+    lines = [
         "import torch",
         "from torchvision import models",
         f"model = models.{function}({listed(arguments)})",
         f"model.{classifier} = torch.nn.Identity()",
     ]
+    if bands_of(backbone) != RGB_BANDS:
+        lines.append(stem_line(backbone))
+    return lines
+
+
+def bands_of(backbone: Any) -> int:
+    """Return the number of bands of the images that a backbone of this project reads."""
+    found = first_convolution(backbone)
+    return RGB_BANDS if found is None else found[1].in_channels
+
+
+def stem_line(backbone: Any) -> str:
+    """Return the line that gives torchvision's model a first convolution for other bands."""
+    found = first_convolution(backbone)
+    assert found is not None  # `bands_of` is not 3
+    name, stem = found
+    parts = [f"[{part}]" if part.isdecimal() else f".{part}" for part in name.split(".")]
+    arguments = {
+        "kernel_size": stem.kernel_size,
+        "stride": stem.stride,
+        "padding": stem.padding,
+        "bias": stem.bias is not None,
+    }
+    channels = f"{stem.in_channels}, {stem.out_channels}"
+    return f"model{''.join(parts)} = torch.nn.Conv2d({channels}, {listed(arguments)})"
 
 
 def listed(arguments: dict[str, Any]) -> str:

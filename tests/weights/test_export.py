@@ -448,3 +448,27 @@ def test_evaluate_says_that_a_resnet_has_no_windows(checkpoints, tmp_path):
     with pytest.raises(InputError) as error:
         evaluated(checkpoints, "small_resnet", tmp_path, image_size=16, window_size=18)
     assert str(error.value) == "backbone.window_size=18: this backbone has no attention windows"
+
+
+@pytest.mark.parametrize(
+    ("file_format", "backbone"),
+    [
+        ("torchvision", "resnet18"),
+        ("timm", "resnet18"),
+        pytest.param("torchvision", "swin_t", marks=pytest.mark.slow),
+        pytest.param("timm", "vit_b_16", marks=pytest.mark.slow),
+        pytest.param("torchvision", "vit_b_16", marks=pytest.mark.slow),
+    ],
+)
+def test_the_lines_of_a_backbone_of_five_bands_load_it(file_format, backbone, tmp_path):
+    built = build_backbone(backbone, in_channels=5).eval()
+    path = tmp_path / "x.pth"
+    settings = {"name": backbone, "in_channels": 5}
+    if "vit" in backbone:
+        built = build_backbone(backbone, in_channels=5, learned_positions=14).eval()
+        settings["learned_positions"] = 14
+    path.write_bytes(export_content(file_format, path, built, settings, {"image_size": 224}))
+    model = loaded_by(loading_lines(file_format, path, built, settings, 224))
+    images = torch.randn(1, 5, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), built(images), atol=1e-4, rtol=1e-4)
