@@ -6,7 +6,6 @@ and ``augmentation.std``.
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SMALLEST_STD = 1e-3  # of a band whose values are all alike
 COLUMNS = ("band", "min", "0.1 %", "median", "99.9 %", "max", "mean", "std", "zeros", "no data")
-PERCENTS = (0.1, 50.0, 99.9)
 
 
 def run(config: StatsConfig, folder: Path) -> None:
@@ -36,6 +33,7 @@ def run(config: StatsConfig, folder: Path) -> None:
     from rich.console import Console
 
     from moco.cli.closing_tables import print_plain
+    from moco.data.band_statistics import figures_of
     from moco.data.sources.pixel_values import checked_selection
     from moco.data.sources.registry import build_source
     from moco.data.sources.sample import chosen_bands
@@ -59,7 +57,7 @@ def run(config: StatsConfig, folder: Path) -> None:
     console = Console()
     with failures_without_training_named("num_workers"), ending_at_once():
         statistics = measured(source, selection, config, console)
-    figures = figures_of(statistics, selection, config)
+    figures = figures_of(statistics, selection, config.low, config.high, per_band=config.per_band)
     console.print(table_of(title_of(figures), COLUMNS, map(row_of, figures["bands"])))
     print_plain(console, "settings for these images:")
     for key, value in figures["settings"].items():
@@ -98,47 +96,6 @@ def measured(
         raise InputError(f"data.root={config.data.root}: no image in there can be read")
     statistics.finish()
     return statistics
-
-
-def figures_of(
-    statistics: "Statistics", selection: tuple[int | str, ...] | None, config: StatsConfig
-) -> dict[str, Any]:
-    """Return all figures as plain data."""
-    ranges = statistics.value_ranges(config.low, config.high, per_band=config.per_band)
-    low_and_high = ranges if config.per_band else ranges * len(statistics.bands)
-    bands = []
-    means, stds = [], []
-    for number, counts in enumerate(statistics.bands):
-        num_valid = int(counts.counts.sum())
-        num_missing = counts.num_nan + counts.num_no_data
-        mean = counts.total / num_valid if num_valid else math.nan
-        square = counts.total_squares / num_valid if num_valid else math.nan
-        percentiles = statistics.percentiles(number, PERCENTS).tolist()
-        bands.append(
-            {
-                "band": selection[number] if selection else number + 1,
-                "min": counts.lowest,
-                "max": counts.highest,
-                "mean": mean,
-                "std": math.sqrt(max(0.0, square - mean**2)),
-                "percentiles": dict(zip(map(str, PERCENTS), percentiles, strict=True)),
-                "share_of_zeros": counts.num_zeros / max(1, num_valid),
-                "share_without_data": num_missing / max(1, num_valid + num_missing),
-            }
-        )
-        mapped = statistics.mean_and_std(number, *low_and_high[number])
-        means.append(float(f"{mapped[0]:.4g}"))
-        stds.append(float(f"{max(mapped[1], SMALLEST_STD):.4g}"))
-    value_range = ranges if config.per_band else ranges[0]
-    settings = {"data.value_range": value_range, "augmentation.mean": means}
-    settings["augmentation.std"] = stds
-    return {
-        "images": statistics.num_images,
-        "pixels": statistics.num_pixels,
-        "type": str(statistics.dtype),
-        "bands": bands,
-        "settings": settings,
-    }
 
 
 def title_of(figures: Mapping[str, Any]) -> str:

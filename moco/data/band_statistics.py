@@ -4,6 +4,7 @@ Values of 8 and 16 bits are counted one by one. Wider ones are counted in bins t
 0.025 % wide, so that one pass is enough and the memory stays small.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from moco.data.sources.pixel_values import band_indices
 # Float32 has 23 bits of mantissa; 11 of them make bins of 0.025 to 0.05 % of a value.
 BITS_DROPPED = 12
 IMAGES_AT_ONCE = 64  # their counts are added together, which is faster than one by one
+PERCENTS = (0.1, 50.0, 99.9)
+SMALLEST_STD = 1e-3  # of a band whose values are all alike
 NEAR_ZERO = 0.02  # of the range: a low end nearer to 0 is rounded to 0
 
 
@@ -243,4 +246,64 @@ def rounded_range(low: float, high: float, is_unsigned: bool) -> list[float]:
     low, high = float(f"{low:.4g}"), float(f"{high:.4g}")
     if not high > low:
         high = low + 1
-    return [low, high]
+    # Whole numbers are written without a point.
+    return [int(end) if end.is_integer() else end for end in (low, high)]
+
+
+def figures_of(
+    statistics: Statistics,
+    names: Sequence[int | str] | None,
+    low: float,
+    high: float,
+    *,
+    per_band: bool,
+) -> dict[str, Any]:
+    """Return all figures as plain data.
+
+    Args:
+        statistics: of all images.
+        names: of the bands; None: their numbers, from 1.
+        low, high: percentiles that the proposed value range maps to 0 and 1.
+        per_band: propose a value range for each band.
+
+    Returns:
+        ``images``, ``pixels``, ``type``; ``bands``, the figures of each; and ``settings``, the
+        proposed settings by name.
+    """
+    ranges = statistics.value_ranges(low, high, per_band=per_band)
+    range_of_band = ranges if per_band else ranges * len(statistics.bands)
+    bands = []
+    means = []
+    stds = []
+    for number, counts in enumerate(statistics.bands):
+        num_valid = int(counts.counts.sum())
+        num_missing = counts.num_nan + counts.num_no_data
+        mean = counts.total / max(1, num_valid)
+        variance = counts.total_squares / max(1, num_valid) - mean**2
+        percentiles = statistics.percentiles(number, PERCENTS).tolist()
+        bands.append(
+            {
+                "band": number + 1 if names is None else names[number],
+                "min": counts.lowest,
+                "max": counts.highest,
+                "mean": mean,
+                "std": math.sqrt(max(0.0, variance)),
+                "percentiles": dict(zip(map(str, PERCENTS), percentiles, strict=True)),
+                "share_of_zeros": counts.num_zeros / max(1, num_valid),
+                "share_without_data": num_missing / max(1, num_valid + num_missing),
+            }
+        )
+        mapped_mean, mapped_std = statistics.mean_and_std(number, *range_of_band[number])
+        means.append(float(f"{mapped_mean:.4g}"))
+        stds.append(float(f"{max(mapped_std, SMALLEST_STD):.4g}"))
+    return {
+        "images": statistics.num_images,
+        "pixels": statistics.num_pixels,
+        "type": str(statistics.dtype),
+        "bands": bands,
+        "settings": {
+            "data.value_range": ranges if per_band else ranges[0],
+            "augmentation.mean": means,
+            "augmentation.std": stds,
+        },
+    }
