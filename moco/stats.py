@@ -109,9 +109,14 @@ def row_of(band: Mapping[str, Any]) -> list[str]:
     numbers = (band["min"], low, median, high, band["max"], band["mean"], band["std"])
     shares = (band["share_of_zeros"], band["share_without_data"])
     row = [str(band["band"])]
-    row += [f"{number:.4g}" for number in numbers]
+    row += map(short, numbers)
     row += [f"{share:.2%}" for share in shares]
     return row
+
+
+def short(number: float) -> str:
+    """Return a number with four digits; large ones have no exponent."""
+    return f"{number:.0f}" if 1000 <= abs(number) < 1e7 else f"{number:.4g}"
 
 
 def main() -> None:
