@@ -39,7 +39,7 @@ def pretrain(arguments: argparse.Namespace, name: str, seed: int) -> dict:
         "data.tile=32",
         "data.image_size=32",
         "data.batch_size=128",
-        "data.num_workers=2",
+        "data.num_workers=1",
         "augmentation=cifar",
         "method=moco_v2",
         "method.queue_size=4096",
