@@ -39,12 +39,13 @@ def first_convolution(backbone: nn.Module) -> tuple[str, nn.Conv2d] | None:
     return None
 
 
-def fit_bands(weights: Weights, backbone: nn.Module) -> Weights:
+def fit_bands(weights: Weights, backbone: nn.Module, *, is_logged: bool = True) -> Weights:
     """Return the weights of an RGB network, inflated if the backbone reads other bands.
 
     Args:
         weights: the backbone's, under our names.
         backbone: what they are for.
+        is_logged: say it in the log.
     """
     found = first_convolution(backbone)
     if found is None:
@@ -56,7 +57,8 @@ def fit_bands(weights: Weights, backbone: nn.Module) -> Weights:
     bands = stem.in_channels
     if weight.shape[1] != RGB_BANDS or bands == RGB_BANDS:
         return weights
-    log_inflation(f"{name}.weight", bands)
+    if is_logged:
+        log_inflation(f"{name}.weight", bands)
     return weights | {f"{name}.weight": inflated(weight, bands)}
 
 

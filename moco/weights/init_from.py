@@ -100,7 +100,8 @@ def with_bands_of(weights: Weights, method: MoCo) -> Weights:
     """Return the weights with RGB backbones inflated to the bands of the method's images."""
     for prefix in (BACKBONE, KEY_BACKBONE):
         theirs, others = split(weights, prefix)
-        fitting = fit_bands(theirs, method.query_encoder.backbone)
+        is_first = prefix == BACKBONE
+        fitting = fit_bands(theirs, method.query_encoder.backbone, is_logged=is_first)
         if fitting is not theirs:
             weights = others | {prefix + name: tensor for name, tensor in fitting.items()}
     return weights

@@ -377,7 +377,8 @@ def check_selection(selection: Sequence[int | str], name: str, image: EncodedIma
     try:
         band_indices(selection, image.bands, image.band_names)
     except ValueError as error:
-        raise InputError(f"data.bands={list(selection)}: {printable(name)} {error}") from error
+        chosen = ",".join(map(str, selection))
+        raise InputError(f"data.bands=[{chosen}]: {printable(name)} {error}") from error
 
 
 def checked_range(value_range: Any, bands: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -392,7 +393,8 @@ def checked_range(value_range: Any, bands: int) -> tuple[tuple[float, ...], tupl
     is_list = isinstance(pairs, (list, tuple)) and all(is_pair(pair) for pair in pairs)
     if not is_list or not all(low < high for low, high in pairs):
         raise InputError(
-            f"data.value_range={value_range}: expected [low, high], or such a pair for each band"
+            f"data.value_range={value_range}: expected [low, high] with low below high, or such a "
+            "pair for each band"
         )
     if len(pairs) != bands:
         raise InputError(f"data.value_range: {len(pairs)} pairs, and the images have {bands} bands")
@@ -481,12 +483,12 @@ def warn_of_values(decoded: Sequence[Sampled], values: PixelValues) -> None:
     if num_missing:
         share = num_missing / num_all
         log.info(
-            "no data in %.2g %% of the values of %s; they become the mean", 100 * share, number
+            "no data in %.3g %% of the values of %s; they become the mean", 100 * share, number
         )
     clipped = (num_below + num_above) / num_all
     if clipped > MOST_CLIPPED:
         log.warning(
-            "data.value_range clips %.2g %% of the values of %s (%.2g %% below, %.2g %% above)",
+            "data.value_range clips %.3g %% of the values of %s (%.3g %% below, %.3g %% above)",
             100 * clipped,
             number,
             100 * num_below / num_all,

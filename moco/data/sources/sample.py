@@ -8,15 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from moco.data.files.images import EncodedImage, UnreadableImage
+from moco.data.files.images import (
+    EncodedImage,
+    UnreadableImage,
+    header,
+    pillow_warnings_ignored,
+)
 from moco.data.sources.own_dataset import DatasetImages, IterableImages
 from moco.data.sources.pixel_values import SAMPLE_SIZE, PixelValues, settle_values
 from moco.data.sources.shards import Sample, ShardedImages, images_in
-from moco.data.sources.source import DataSource, Images, reading_of
-from moco.errors import InputError
+from moco.data.sources.source import DataSource, FileImages, Images, reading_of
+from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
 
+NUM_FILES = 8  # whose pages are counted at the start
 MOST_OF_ITERABLE = 8  # making the images of an iterable dataset may be expensive
 
 
@@ -47,8 +53,10 @@ def prepare_source(
         can = "can" if len(problems) > 1 else "cannot"
         raise InputError(f"data.root={data['root']}: {number} {can} be read; {problems[0]}")
     value_range = data["value_range"]
-    if value_range is None and are_shares(source.train, sample):
+    is_window = source.train.reading.dicom_window
+    if value_range is None and (is_window or are_shares(source.train, sample)):
         value_range = [0, 1]
+    tell_of_pages(source.train)
     values = settle_values(
         sample,
         bands=chosen_bands(data),
@@ -61,6 +69,29 @@ def prepare_source(
     source.prepare(values)
     log.info("images: %s, %s", sizes_in_words(sample), values.in_words())
     return values
+
+
+def tell_of_pages(images: Images) -> None:
+    """Log that files have several pages if only their first one is read."""
+    if not isinstance(images, FileImages) or images.reading.joins_pages:
+        return
+    for number in range(min(NUM_FILES, len(images))):
+        path = images.files()[number]
+        if len(images) > len(images.files()):  # each page is an image
+            return
+        with pillow_warnings_ignored():
+            try:
+                num_pages = header(path).pages
+            except UnreadableImage:
+                continue
+        if num_pages > 1:
+            log.warning(
+                "%s has %d pages or channels, and only the first is read; "
+                "data.pages=channels joins them as bands, data.pages=each makes each an image",
+                printable(path),
+                num_pages,
+            )
+            return
 
 
 def are_shares(images: Images, sample: Sequence[tuple[str, EncodedImage]]) -> bool:

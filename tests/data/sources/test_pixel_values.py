@@ -4,10 +4,13 @@ import logging
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from moco.data.files.images import DecodedImage, UnreadableImage
 from moco.data.sources.pixel_values import PixelValues, settle_values
+from moco.data.sources.registry import build_source
+from moco.data.sources.sample import prepare_source
 from moco.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -78,7 +81,7 @@ def test_pixels_without_data_become_the_mean(named_by, caplog):
     np.testing.assert_array_equal(result[0, 0], np.float32([0.25, 0.75]))
     assert result[1, 1, 1] == 0.75
     assert result[1, 1, 0] != 0.25
-    assert "no data in 3.1 % of the values of one image" in caplog.text
+    assert "no data in 3.06 % of the values of one image" in caplog.text
 
 
 def test_nan_and_infinity_are_no_data():
@@ -119,6 +122,19 @@ def test_a_range_that_clips_or_is_hardly_used_is_a_warning(caplog):
     caplog.clear()
     settled(twelve_bits, value_range=[0, 4095])
     assert not caplog.text
+
+
+def test_a_file_with_several_channels_is_told(tmp_path, caplog):
+    stack = RNG.integers(0, 4000, (3, 8, 9)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "x.ome.tif", stack, ome=True, metadata={"axes": "CYX"})
+    for pages, bands in (("first", 1), ("channels", 3)):
+        caplog.clear()
+        source = build_source("images", str(tmp_path))
+        settings = {"bands": None, "value_range": [0, 4000], "nodata": None, "dicom_window": False}
+        data = {"name": "images", "root": str(tmp_path), "pages": pages, **settings}
+        assert prepare_source(source, data, None).bands == bands
+        assert source.train[0].shape == (8, 9, bands)
+        assert ("has 3 pages or channels, and only the first" in caplog.text) == (bands == 1)
 
 
 @pytest.mark.parametrize(
