@@ -133,6 +133,9 @@ class RandomAffine(Operation):
         return f"{angles}, shifted by {right:.0f}, {down:.0f} px"
 
 
+JITTER_OF_BANDS = "band_jitter, as augmentation=satellite, xray and microscopy do"
+
+
 @dataclass
 class ColorJitter(Operation):
     """Change brightness, contrast, saturation and hue in random order.
@@ -155,7 +158,7 @@ class ColorJitter(Operation):
 
     def check_kind(self, kind: ImageKind) -> None:
         if self.hue > 0 or self.saturation > 0:
-            check_rgb(kind, "hue and saturation need", "band_jitter")
+            check_rgb(kind, "hue and saturation need", JITTER_OF_BANDS)
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         values = []

@@ -113,7 +113,7 @@ def test_the_evaluation_view_is_pillows_resize_of_each_band(images):
             {"color_jitter": {"hue": 0.1}},
             13,
             "augmentation.query.color_jitter: hue and saturation need 3 bands (RGB), the images "
-            "have 13; use band_jitter",
+            "have 13; use band_jitter, as augmentation=satellite, xray and microscopy do",
         ),
         (
             {"grayscale": {}},
