@@ -73,7 +73,7 @@ class ImageSourceConfig:
 
 @dataclass
 class DisplayConfig:
-    """How pictures show images that are not 8-bit RGB."""
+    """How previews and plots show images that are not 8-bit RGB."""
 
     bands: Any = None
     """One or three of the bands that the model gets, from 1: grey, or red, green and blue. They are

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 SAMPLE_SIZE = 64  # images that are looked at before a run
 RGB_BANDS = 3
 UINT8_RANGE = (0.0, 255.0)
-STRETCH = (2, 98)  # percentiles that pictures show as black and white
+STRETCH = (2, 98)  # percentiles that plots show as black and white
 MOST_CLIPPED = 0.01  # a larger share of clipped values is a warning
 LEAST_USED = 0.25  # a smaller share of the value range is a warning
 
@@ -48,7 +48,7 @@ class PixelValues:
     fill: tuple[float, ...] | None = None
     """What pixels without data become in each band, from 0 to 1. None: 0."""
     display: tuple[int, ...] | None = None
-    """The bands of the result that pictures show as red, green and blue, or as grey, from 1. None:
+    """The bands of the result that plots show as red, green and blue, or as grey, from 1. None:
     the first three, or the only one."""
 
     @property
@@ -293,7 +293,7 @@ def settle_values(
             None: 0 to 255 for 8-bit images.
         nodata: the value of pixels without data; None: what the files say.
         mean: what pixels without data become, from 0 to 1: for each band, or one number.
-        display: one or three bands of the result, from 1, that pictures show.
+        display: one or three bands of the result, from 1, that plots show.
         command: the settings with which moco.stats reads these images, for messages.
 
     Raises:
