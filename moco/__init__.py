@@ -5,7 +5,8 @@ nothing. ``docs/python.md`` shows how they go together.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # as type checkers read it; importing typing would take longer than json
 
 if TYPE_CHECKING:
     from moco.callbacks.knn_monitor import KNNMonitor as KNNMonitor
@@ -52,7 +53,7 @@ MODULES = {
 """The public names, and where they are."""
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in MODULES:
         raise AttributeError(f"module 'moco' has no attribute '{name}'")
     return getattr(importlib.import_module(MODULES[name]), name)
