@@ -15,7 +15,7 @@ from omegaconf import OmegaConf, open_dict
 from moco.cli.error_lines import CONFIG_ERRORS, explain_config
 from moco.cli.log_setup import StdoutHandler
 from moco.cli.run_names import register_resolvers
-from moco.config.parsing import CONFIG_DIR, parse, register_schemas
+from moco.config.parsing import CONFIG_DIR, parse, register_schema
 from moco.config.train import TrainConfig
 from moco.errors import InputError
 from moco.targets import GIVEN
@@ -189,7 +189,7 @@ def composed(overrides: Sequence[str], folder: str | Path | None) -> tuple[Train
     Raises:
         InputError: an override is wrong.
     """
-    register_schemas()
+    register_schema("train")
     register_resolvers()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

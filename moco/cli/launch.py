@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from moco.cli.error_lines import CONFIG_ERRORS, report
 from moco.cli.log_setup import set_up_logging
 from moco.cli.run_names import register_resolvers
-from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schemas
+from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schema
 from moco.errors import InputError, Interrupted
 from moco.runs.interrupts import REQUEUEING, listen_early
 from moco.runs.run_folder import CONFIG
@@ -78,7 +78,7 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
             return end_job(error, folder, schema)
 
     change_hydra()
-    register_schemas()
+    register_schema(config_name)
     register_resolvers()
     try:
         if is_training:
