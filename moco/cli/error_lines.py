@@ -3,11 +3,15 @@
 Exit codes: 0 done, 1 the run failed, 2 bad input, 128 + signal after an interrupt.
 """
 
+import difflib
 import re
+import shlex
 import sys
 import traceback
+from dataclasses import dataclass, field
 
 import yaml
+from hydra.conf import HydraConf
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -21,11 +25,23 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from moco.config.parsing import unknown_key
+from moco.config.parsing import CONFIG_DIR, unknown_key
 from moco.errors import InputError, Interrupted, RunError, exit_code, printable, unknown_name
+from moco.runs.run_folder import as_override
 
 # What composing a config raises when the config is wrong.
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+LAUNCHERS = "hydra/launcher"
+SUBMITIT = "submitit_slurm"
+"""The base of conf/hydra/launcher/slurm.yaml, which another package brings."""
+HYDRA_GROUPS = (LAUNCHERS, "hydra/sweeper", "hydra/job_logging", "hydra/hydra_logging")
+
+
+@dataclass
+class HydraKeys:
+    """The schema of Hydra's own settings."""
+
+    hydra: HydraConf = field(default_factory=HydraConf)
 
 
 def report(error: BaseException, schema: type) -> tuple[str, int]:
@@ -61,16 +77,23 @@ def explain_config(error: Exception, schema: type) -> str:
         resolver_error = innermost(error)
         if isinstance(resolver_error, InputError):
             return str(resolver_error)
-    if "submitit_slurm" in message:  # the base of conf/hydra/launcher/slurm.yaml is missing
-        return "hydra/launcher=slurm needs another package: pip install 'moco-ssl[slurm]'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if name == SUBMITIT:
+            return f"{LAUNCHERS}=slurm needs another package: pip install 'moco-ssl[slurm]'"
         return f"{group}={name}: {unknown_name(group.lstrip('/'), name, error.options)}"
     if isinstance(error, OverrideParseException):
-        reason = message.splitlines()[0]
-        return f"cannot read the override '{error.override}': {reason}; expected key=value"
+        return explain_override(error.override, message.splitlines()[0])
+    several = re.match(r"Ambiguous value for argument '([^=]+)=(.*)'\n", message)
+    if several:
+        key, value = several.groups()
+        as_list = shlex.quote(f"{key}=[{value}]")
+        return (
+            f"{key}={value}: several values are a sweep, which needs -m; one list is {as_list}; "
+            f"one text is {as_override(key, value)}"
+        )
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.full_key:
-        return unknown_key(str(cause.full_key), schema)
+        return explain_key(str(cause.full_key), schema)
     if isinstance(cause, OmegaConfBaseException):
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
     if isinstance(error, ConfigCompositionException):
@@ -83,6 +106,45 @@ def explain_config(error: Exception, schema: type) -> str:
             reason = unknown_key(key, schema) if is_unknown else f"{key}: {reason}"
             return f"in {file}.yaml: {reason}"
     return " ".join(message.split())
+
+
+def explain_override(override: str, reason: str) -> str:
+    """Return why Hydra cannot read an override, and how to write it.
+
+    Args:
+        override: as it was typed.
+        reason: what Hydra says.
+    """
+    start = f"cannot read the override '{override}': "
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{start}{reason}; expected key=value"
+    if "/" in key and "." in key:
+        group, _, rest = key.partition(".")
+        return f"{start}a group has no settings; did you mean {group.replace('/', '.')}.{rest}=..."
+    if reason.startswith("LexerNoViableAltException"):
+        reason = "a character in it needs quotes"
+    return f"{start}{reason}; a text is quoted like this: {as_override(key, value)}"
+
+
+def explain_key(full_key: str, schema: type) -> str:
+    """Return a sentence about a key that neither the schema nor Hydra has, with the nearest key."""
+    if "/" in full_key:
+        groups = [path.name for path in CONFIG_DIR.iterdir() if path.is_dir()]
+        groups.remove("hydra")
+        return unknown_name("group", full_key, [*groups, *HYDRA_GROUPS])
+    group, _, name = full_key.rpartition(".")
+    if group == LAUNCHERS.replace("/", "."):
+        settings = yaml.safe_load((CONFIG_DIR / LAUNCHERS / "slurm.yaml").read_text())
+        choices = [key for key in settings if key not in ("defaults", "_target_")]
+        if name in choices:
+            return f"{full_key}: a setting of {LAUNCHERS}=slurm alone; add that"
+        return f"{group}: {unknown_name('key', name, choices)}"
+    if full_key.split(".")[0] == "hydra":
+        return unknown_key(full_key, HydraKeys)
+    if difflib.get_close_matches(full_key, ["hydra"]):
+        return unknown_name("key", full_key, ["hydra"])
+    return unknown_key(full_key, schema)
 
 
 def innermost(error: BaseException) -> BaseException:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
+from moco.cli.command_line import readable_overrides
 from moco.cli.error_lines import CONFIG_ERRORS, explain_config
 from moco.cli.log_setup import StdoutHandler
 from moco.cli.run_names import register_resolvers
@@ -100,7 +101,7 @@ def pretrain(
     from moco.runs.interrupts import StopRequest
     from moco.runs.slurm import stop_signals
 
-    overrides = list(overrides)
+    overrides = readable_overrides(overrides, TrainConfig)
     if dataset is not None:
         overrides.append(f"data.name={GIVEN}")
     config, folder = composed(overrides, folder)

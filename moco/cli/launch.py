@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from moco.cli.command_line import readable
 from moco.cli.error_lines import CONFIG_ERRORS, report
 from moco.cli.log_setup import set_up_logging
 from moco.cli.run_names import register_resolvers
@@ -78,6 +79,7 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
             return end_job(error, folder, schema)
 
     change_hydra()
+    sys.argv[1:] = readable(sys.argv[1:], schema)
     register_schema(config_name)
     register_resolvers()
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from moco.config.paths import with_absolute_paths
 from moco.errors import InputError, Interrupted
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ class Run:
     """What becomes ``metrics.json``. Callbacks write into it."""
 
     def __post_init__(self) -> None:
-        self.plain = dataclasses.asdict(self.config)
-        """The config as plain data."""
+        self.plain = with_absolute_paths(dataclasses.asdict(self.config))
+        """The config as plain data, as the run folder and the checkpoints keep it."""
         # A run without any overrides. It completes the configs of older versions.
         self.defaults = dataclasses.asdict(type(self.config)())
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from moco.config.pack import PackConfig
+from moco.config.paths import resolve_paths
 from moco.config.pretrained import EmbedConfig, EvaluateConfig, ExportConfig
 from moco.config.segment import SegmentConfig
 from moco.config.stats import StatsConfig
@@ -71,6 +72,8 @@ def register_schema(program: str) -> None:
 def parse(composed: DictConfig, schema: type[T]) -> T:
     """Return the composed config as an instance of `schema`, with every value checked.
 
+    Paths are resolved, see `moco.config.paths`.
+
     Composing refuses unknown keys, but ``+key=value`` still adds one. Merging the plain values into
     a fresh schema refuses that too.
 
@@ -88,6 +91,7 @@ def parse(composed: DictConfig, schema: type[T]) -> T:
     except OmegaConfBaseException as error:
         raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     check_limits(config)
+    resolve_paths(config)
     return cast(T, config)
 
 
@@ -127,6 +131,8 @@ def unknown_key(full_key: str, schema: type) -> str:
     """
     group, _, name = full_key.rpartition(".")
     all_keys = keys(schema)
+    if "method" in all_keys:  # these programs also take an experiment, which is no key of a config
+        all_keys.append("experiment")
     siblings = [key for key in all_keys if key.rpartition(".")[0] == group]
     if takes_new_keys(group, schema):
         return f"unknown key '{full_key}'; a new one needs a plus: +{full_key}=VALUE"

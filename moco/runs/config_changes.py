@@ -1,5 +1,6 @@
 """Compare the configs of two runs, to tell whether one can continue the other."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ FREE_KEYS = (
     "slurm.requeue",
     "slurm.signal",
 )
+PATHS = ("data.root", "data.labels", "init_from")  # earlier versions kept relative paths
 FREE_GROUPS = ("monitor.", "logger_options.")  # these do not change the training
 
 
@@ -65,9 +67,19 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     found = []
     for key in sorted(old.keys() | new.keys()):
         is_free = key in FREE_KEYS or key.startswith(FREE_GROUPS)
-        if not is_free and old.get(key) != new.get(key):
+        is_same = old.get(key) == new.get(key)
+        if key in PATHS:
+            is_same = is_same or absolute(old.get(key)) == absolute(new.get(key))
+        if not is_free and not is_same:
             found.append(f"{key}: {old.get(key)} there, {new.get(key)} here")
     return found
+
+
+def absolute(path: Any) -> Any:
+    """Return a path, or each path of a list, as an absolute one."""
+    if isinstance(path, list):
+        return [absolute(item) for item in path]
+    return os.path.abspath(path) if isinstance(path, str) else path
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
