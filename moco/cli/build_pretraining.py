@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moco.cli import training_run
 from moco.cli.checks import num_processes
 from moco.cli.training_run import Run
+from moco.config.data import DataConfig
 from moco.config.train import TrainConfig
 from moco.errors import InputError
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("moco.train")
 
+kept_sources: dict[str, "DataSource"] = {}
+"""The images that were listed to choose a preset, by their settings. See `listed_source`."""
 # The settings of evaluation that the kNN monitor takes as they are.
 KNN = (
     "num_neighbors",
@@ -58,13 +61,7 @@ def build_data(
             "method.mask_own_group=true: needs data.group, which says what belongs together"
         )
     if source is None:
-        # The rest is imported afterwards: a mistake in data.root shows at once.
-        from moco.data.sources.registry import build_source
-
-        arguments = inspect.signature(build_source).parameters
-        source_settings = {key: value for key, value in vars(data).items() if key in arguments}
-        listing = None if folder is None else folder / "images.npz"
-        source = build_source(**source_settings, listing=listing)
+        source = listed_source(data, folder)
     if data.group is not None:
         from moco.data.sources.groups import with_groups
 
@@ -110,6 +107,34 @@ def build_data(
         for index, image, _ in loaders.first_images(1):
             try_own_steps(views, image.pixels(), index)
     return loaders
+
+
+def listed_source(data: DataConfig, folder: Path | None, *, is_kept: bool = False) -> "DataSource":
+    """Return the images of a config.
+
+    Args:
+        data: which images.
+        folder: where the list of the images is kept, for other processes and the next start.
+        is_kept: the next call with the same settings returns the same images without listing them
+            again.
+
+    Raises:
+        InputError: the images cannot be listed.
+    """
+    # The rest is imported afterwards: a mistake in data.root shows at once.
+    from moco.data.sources.registry import build_source
+
+    arguments = inspect.signature(build_source).parameters
+    settings = {key: value for key, value in vars(data).items() if key in arguments}
+    kept = kept_sources.pop(repr(settings), None)
+    if kept is not None:
+        return kept
+    listing = None if folder is None else folder / "images.npz"
+    source = build_source(**settings, listing=listing)
+    kept_sources.clear()
+    if is_kept:
+        kept_sources[repr(settings)] = source
+    return source
 
 
 def build_method(plain: dict[str, Any], backbone: "nn.Module | None" = None) -> "MoCo":

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf, open_dict
 from moco.cli.command_line import readable_overrides
 from moco.cli.error_lines import CONFIG_ERRORS, explain_config
 from moco.cli.log_setup import StdoutHandler
-from moco.cli.run_names import register_resolvers
+from moco.cli.run_names import numbered, register_resolvers
 from moco.config.parsing import CONFIG_DIR, parse, register_schema
 from moco.config.train import TrainConfig
 from moco.errors import InputError
@@ -196,7 +196,9 @@ def composed(overrides: Sequence[str], folder: str | Path | None) -> tuple[Train
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             whole = compose("train", list(overrides), return_hydra_config=True)
             if folder is None:
-                folder = whole.hydra.run.dir
+                folder = next(
+                    path for path in numbered(Path(whole.hydra.run.dir)) if not path.exists()
+                )
         with open_dict(whole):
             del whole["hydra"]
         config = parse(whole, TrainConfig)

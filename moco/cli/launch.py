@@ -4,6 +4,7 @@
 """
 
 import argparse
+import logging
 import multiprocessing
 import os
 import re
@@ -22,16 +23,22 @@ from omegaconf import DictConfig, OmegaConf
 from moco.cli.command_line import readable
 from moco.cli.error_lines import CONFIG_ERRORS, report
 from moco.cli.log_setup import set_up_logging
+from moco.cli.presets import with_preset
+from moco.cli.run_folders import check_folder
 from moco.cli.run_names import register_resolvers
 from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schema
-from moco.errors import InputError, Interrupted
+from moco.errors import InputError, Interrupted, printable
 from moco.runs.interrupts import REQUEUEING, listen_early
 from moco.runs.run_folder import CONFIG
 from moco.runs.run_status import write_ending
 from moco.runs.slurm import is_first_task, requeue, stop_signals
 
+log = logging.getLogger("moco.cli")
+
 codes: list[int] = []
 """Exit codes of the failed jobs of this process's sweep."""
+chosen_files: dict[str, str] = {}
+"""What was chosen for the job that runs, for the ``.hydra`` of its folder. See `with_preset`."""
 
 
 @dataclass
@@ -67,6 +74,14 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
             config: Any = parse(composed, schema)
             if is_training:
                 listen_early(stop_signals(composed.slurm.signal))
+            check_folder(config, folder)
+            say_start(config_name, folder)
+            chosen_files.clear()
+            if config_name in ("train", "preview"):
+                overrides = HydraConfig.get().overrides.task
+                composed, files = with_preset(config_name, composed, config, overrides, folder)
+                chosen_files.update(files)
+                config = parse(composed, schema)
             program(config, folder)
             return None
         except SystemExit:  # submitit took the scheduler's signal and queued the job again
@@ -100,6 +115,12 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
         for child in multiprocessing.active_children():
             child.kill()
     sys.exit(codes[0] if codes else 0)
+
+
+def say_start(config_name: str, folder: Path) -> None:
+    """Print the first line of a program, before imports that take seconds."""
+    if is_first_task() and os.environ.get("RANK", "0") == "0":
+        log.info("moco.%s: %s", config_name, printable(f"run folder {os.path.relpath(folder)}"))
 
 
 def end_job(error: BaseException, folder: Path, schema: type) -> Failure:
@@ -183,4 +204,5 @@ def hydra_files() -> dict[str, str]:
     return {
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.create({"hydra": running})),
         "overrides.yaml": OmegaConf.to_yaml(running.overrides.task),
+        **chosen_files,
     }

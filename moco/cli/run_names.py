@@ -7,15 +7,17 @@ values keeps the folders that it has.
 """
 
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from moco.errors import InputError
 from moco.runs import slurm
@@ -37,11 +39,52 @@ def register_resolvers() -> None:
 
 
 class NameJobs(Callback):
-    """Hydra callback that fills the cache while the overrides are still those of the sweep."""
+    """Hydra callback that names the folders of a run or of a sweep before Hydra makes them."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Take a folder that no other run has, also for two runs that start in one second."""
+        if is_named_by_time(config):
+            folder = new_folder(Path(config.hydra.run.dir))
+            with read_write(config), open_dict(config):
+                config.hydra.run.dir = str(folder)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Fill the cache while the overrides are still those of the sweep."""
         for key in ("hydra.sweep.dir", "hydra.sweep.subdir"):
             OmegaConf.select(config, key)
+
+
+def is_named_by_time(config: DictConfig) -> bool:
+    """Return whether the run folder has the time of the start in its name, for one process."""
+    as_written = OmegaConf.to_container(config.hydra.run, resolve=False)
+    assert isinstance(as_written, dict)
+    is_alone = slurm.run_name() is None and "WORLD_SIZE" not in os.environ
+    return is_alone and "${now:" in as_written["dir"]
+
+
+def numbered(folder: Path) -> Iterator[Path]:
+    """Yield a folder, and then the same name with ``_2``, ``_3`` and so on."""
+    yield folder
+    for number in itertools.count(2):
+        yield folder.with_name(f"{folder.name}_{number}")
+
+
+def new_folder(wanted: Path) -> Path:
+    """Make a folder that did not exist, and return it: `wanted`, or the same name with a number.
+
+    What forbids to make it is reported by Hydra, which tries again.
+    """
+    for folder in numbered(wanted):
+        if folder.exists():
+            continue
+        try:
+            folder.mkdir(parents=True)
+        except OSError:
+            if folder.is_dir():  # another run was faster
+                continue
+            return wanted
+        return folder
+    raise AssertionError("numbers do not end")
 
 
 def run_name(otherwise: str) -> str:
