@@ -1,4 +1,4 @@
-"""Features of any images: ``python -m moco.embed checkpoint=PATH output=FILE.npz``."""
+"""Features of any images: ``python -m moco.embed checkpoint=PATH [output=FILE.npz]``."""
 
 import dataclasses
 import os
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moco.cli.checks import check_output
+from moco.cli.default_outputs import features_file
 from moco.cli.launch import hydra_files, launch
 from moco.config.pretrained import (
     EmbedConfig,
@@ -43,10 +44,8 @@ def run(config: EmbedConfig, folder: Path) -> None:
     from moco.training.hardware import choose_device
     from moco.weights.load_encoder import fit_to_data, load_pretrained
 
-    output = Path(config.output)
-    if output.suffix != ".npz":
-        raise InputError(f"output={output}: expected a file that ends in .npz")
-    check_output(output)
+    if config.output is not None:
+        check_features_output(Path(config.output))
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)
     pretrained = load_pretrained(
@@ -84,6 +83,11 @@ def run(config: EmbedConfig, folder: Path) -> None:
         "data": data,
         "values": values.described(),
     }
+    if config.output is None:
+        output = features_file(config.checkpoint, settings, folder)
+        check_features_output(output)
+    else:
+        output = Path(config.output)
     console = Console()
     parts_folder = output.with_name(f"{output.name}.part")
     kept = f"what is done is kept in {parts_folder}, and the same command goes on there"
@@ -110,6 +114,13 @@ def run(config: EmbedConfig, folder: Path) -> None:
     if config.index != embedding.NO_INDEX:
         names += f" and {Path(names).with_suffix('.faiss')}"
     print_plain(console, f"written to {names}")
+
+
+def check_features_output(output: Path) -> None:
+    """Raise InputError if no features can be written to `output`."""
+    if output.suffix != ".npz":
+        raise InputError(f"output={output}: expected a file that ends in .npz")
+    check_output(output)
 
 
 def main() -> None:

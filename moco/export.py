@@ -1,6 +1,6 @@
 """Write a backbone's weights for other libraries.
 
-``python -m moco.export checkpoint=PATH format=torchvision|timm|safetensors output=FILE``
+``python -m moco.export checkpoint=PATH format=torchvision|timm|safetensors [output=FILE]``
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco.cli.checks import check_output
+from moco.cli.default_outputs import export_file
 from moco.cli.launch import hydra_files, launch
 from moco.config.pretrained import ExportConfig, given_settings, image_size_of, with_usual_settings
 
@@ -37,6 +38,7 @@ def run(config: ExportConfig, folder: Path) -> None:
     from moco.runs.failures import failures_without_training_named
     from moco.runs.run_folder import claimed
     from moco.weights.exporting import (
+        ENDINGS,
         check_ending,
         deviation,
         export_content,
@@ -45,7 +47,11 @@ def run(config: ExportConfig, folder: Path) -> None:
     )
     from moco.weights.load_encoder import load_pretrained
 
-    file_format, output = config.format, Path(config.output)
+    file_format = config.format
+    if config.output is None:
+        output = export_file(config.checkpoint, file_format, ENDINGS[file_format][0], folder)
+    else:
+        output = Path(config.output)
     check_output(output)
     check_ending(output, file_format)
     pretrained = load_pretrained(

@@ -1,9 +1,10 @@
-"""Draw pairs of views: ``python -m moco.preview +experiment=NAME output=FILE.png``.
+"""Draw pairs of views: ``python -m moco.preview experiment=NAME [output=FILE.png]``.
 
 It takes every setting of ``moco.train``. The pairs are the first ones of a run with these settings,
 made by the engine of that run.
 """
 
+import os
 import textwrap
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moco.cli.launch import launch
 from moco.config.train import PreviewConfig
-from moco.errors import InputError
+from moco.errors import InputError, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,14 +26,14 @@ TEXT_LENGTH = 64  # characters of a line in TEXT_WIDTH
 
 
 def run(config: PreviewConfig, folder: Path) -> None:
-    """Draw the pairs into a file; `folder` stays empty.
+    """Draw the pairs into a file. `folder` takes it if no other place is given.
 
     Raises:
         InputError: a setting does not fit the data, or the file cannot be written.
     """
-    output = Path(config.output)
+    output = Path(config.output) if config.output else folder / "pairs.png"
     if output.suffix.lower() != ".png":
-        raise InputError(f"output={config.output}: expected a name that ends in .png")
+        raise InputError(f"output={output}: expected a name that ends in .png")
 
     from PIL.PngImagePlugin import PngInfo
 
@@ -49,11 +50,11 @@ def run(config: PreviewConfig, folder: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(output, pnginfo=mark)
     except OSError as error:
-        raise InputError(f"output={config.output}: {error.strerror or error}") from error
+        raise InputError(f"output={output}: {error.strerror or error}") from error
     # Hydra made the folder.
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-    print(f"{len(images)} pairs in {output}")
+    print(f"{len(images)} pairs in {printable(os.path.relpath(output))}")
 
 
 def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":

@@ -129,7 +129,7 @@ def listed_source(data: DataConfig, folder: Path | None, *, is_kept: bool = Fals
     kept = kept_sources.pop(repr(settings), None)
     if kept is not None:
         return kept
-    listing = None if folder is None else folder / "images.npz"
+    listing = folder / "images.npz" if folder is not None and folder.is_dir() else None
     source = build_source(**settings, listing=listing)
     kept_sources.clear()
     if is_kept:

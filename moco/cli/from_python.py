@@ -15,6 +15,7 @@ from omegaconf import OmegaConf, open_dict
 from moco.cli.command_line import readable_overrides
 from moco.cli.error_lines import CONFIG_ERRORS, explain_config
 from moco.cli.log_setup import StdoutHandler
+from moco.cli.presets import with_preset
 from moco.cli.run_names import numbered, register_resolvers
 from moco.config.parsing import CONFIG_DIR, parse, register_schema
 from moco.config.train import TrainConfig
@@ -104,7 +105,7 @@ def pretrain(
     overrides = readable_overrides(overrides, TrainConfig)
     if dataset is not None:
         overrides.append(f"data.name={GIVEN}")
-    config, folder = composed(overrides, folder)
+    config, folder, preset = composed(overrides, folder)
     if backbone is not None:
         config.backbone = given_backbone(backbone)
     if config.trainer.devices * config.trainer.num_nodes > 1:
@@ -129,7 +130,7 @@ def pretrain(
         if run.is_finished():
             method = finished_method(run, backbone)
         else:
-            files = {"overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(overrides))}
+            files = {"overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(overrides)), **preset}
             method = train(config, folder, files, stop, given)
     figures = json.loads((folder / "metrics.json").read_text())
     return Pretrained(folder, figures, method)
@@ -184,11 +185,13 @@ def logged() -> Iterator[None]:
         ours.setLevel(level)
 
 
-def composed(overrides: Sequence[str], folder: str | Path | None) -> tuple[TrainConfig, Path]:
-    """Return the config with these overrides, and the run folder.
+def composed(
+    overrides: Sequence[str], folder: str | Path | None
+) -> tuple[TrainConfig, Path, dict[str, str]]:
+    """Return the config with these overrides, the run folder, and the file that keeps a preset.
 
     Raises:
-        InputError: an override is wrong.
+        InputError: an override is wrong, or the images of a preset cannot be listed.
     """
     register_schema("train")
     register_resolvers()
@@ -196,12 +199,15 @@ def composed(overrides: Sequence[str], folder: str | Path | None) -> tuple[Train
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             whole = compose("train", list(overrides), return_hydra_config=True)
             if folder is None:
-                folder = next(
-                    path for path in numbered(Path(whole.hydra.run.dir)) if not path.exists()
-                )
+                names = numbered(Path(whole.hydra.run.dir))
+                folder = next(path for path in names if not path.exists())
+            folder = Path(folder)
         with open_dict(whole):
             del whole["hydra"]
         config = parse(whole, TrainConfig)
+        with logged():
+            with_its_preset, files = with_preset("train", whole, config, overrides, folder)
+        config = parse(with_its_preset, TrainConfig)
     except CONFIG_ERRORS as error:
         raise InputError(explain_config(error, TrainConfig)) from error
-    return config, Path(folder)
+    return config, folder, files

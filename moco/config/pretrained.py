@@ -173,8 +173,9 @@ class EmbedConfig:
 
     checkpoint: str = MISSING
     """A file of weights, as in `EvaluateConfig`."""
-    output: str = MISSING
-    """The .npz file. The index goes beside it: FILE.faiss beside FILE.npz."""
+    output: Optional[str] = None
+    """The .npz file. The index goes beside it: FILE.faiss beside FILE.npz. Null: a file in
+    embeddings/ of the checkpoint's run folder."""
     index: str = "flat"
     """The faiss index for neighbours by cosine, built in memory. flat: exact. none: no index.
     Otherwise a string of ``faiss.index_factory``, such as HNSW32."""
@@ -202,9 +203,10 @@ class ExportConfig:
     format: str = setting(choices=("safetensors", "timm", "torchvision"))
     """The names that the weights get: torchvision's, timm's, or our own in a safetensors file that
     describes itself."""
-    output: str = MISSING
-    """The file to write. For torchvision and timm its ending decides: .pth or .pt is written by
-    torch.save, .safetensors as safetensors."""
+    output: Optional[str] = None
+    """The file to write. Null: beside the checkpoint of a run, otherwise in the run folder. For
+    torchvision and timm its ending decides: .pth or .pt is written by torch.save, .safetensors as
+    safetensors."""
     encoder: str = setting("query", choices=("key", "query"))
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
     trust_targets: bool = False

@@ -381,6 +381,6 @@ class TrainConfig:
 class PreviewConfig(TrainConfig):
     """Everything that ``python -m moco.preview`` can be told."""
 
-    output: str = MISSING
-    """The .png file to write."""
+    output: Optional[str] = None
+    """The .png file to write. Null: pairs.png in the run folder."""
     num_pairs: int = setting(8, at_least=1, at_most=64)
