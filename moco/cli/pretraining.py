@@ -79,6 +79,7 @@ def train(
     import pytorch_lightning as pl
 
     from moco.cli.closing_tables import print_pretraining
+    from moco.cli.start_panel import print_start
     from moco.runs.atomic_files import write_json
     from moco.runs.failures import failures_named
     from moco.runs.run_folder import BACKBONE_FILE, find_checkpoint
@@ -124,6 +125,7 @@ def train(
             lambda: take_folder(run, stack, checkpoint, method.hparams, tensor_settings)
         )
         trainer = build_trainer(run, environment, step, dense_set)
+        print_start(run, trainer, method, data, step)
         # Named once more inside the folder's lock, so that the status holds the line too.
         with failures_named(folder), collectives.lost_peers_named():
             fit(run, trainer, method, data, checkpoint)

@@ -1,0 +1,227 @@
+"""What is about to be trained, on what and where: the panel before the first step."""
+
+import os
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from moco.cli.presets import PRESET_FILE, Preset
+from moco.cli.run_names import key_of, parsed
+from moco.cli.training_run import Run
+from moco.config.train import TrainConfig
+from moco.errors import printable
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from moco.data.loading.datamodule import PretrainingData
+    from moco.data.sources.source import DataSource, Images
+    from moco.methods.moco import MoCo
+
+Row = tuple[str, str]
+NUM_MEASURED = 32
+"""So many images, evenly spaced, are opened for their size. Only their headers are read."""
+NUM_NAMED = 1000
+"""So many names, evenly spaced, are looked at for the formats."""
+MOST_FORMATS = 3
+
+
+def print_start(
+    run: Run, trainer: "pl.Trainer", method: "MoCo", data: "PretrainingData", step: int | None
+) -> None:
+    """Print what a pretraining is about to do: a panel, or plain lines without a terminal.
+
+    Args:
+        run: the run.
+        trainer: its Trainer.
+        method: its method.
+        data: its data.
+        step: number of optimizer steps that are done already; None for a new run.
+    """
+    rows = start_rows(run, trainer, method, data, step)
+    width = max(len(name) for name, _ in rows)
+    if not run.console.is_terminal:
+        for name, text in rows:
+            line = printable(f"{name:{width}}  {text}")
+            run.console.print(line, soft_wrap=True, highlight=False, markup=False)
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        # As Text, brackets in a path are no markup.
+        table.add_row(name, Text(printable(text)))
+    run.console.print(Panel(table, title="Pretraining", title_align="left", expand=False))
+
+
+def start_rows(
+    run: Run, trainer: "pl.Trainer", method: "MoCo", data: "PretrainingData", step: int | None
+) -> list[Row]:
+    """Return the names and texts of the panel's rows; see `print_start`."""
+    config: TrainConfig = run.config
+    names = chosen_names(run.files)
+    source = data.source
+    rows = [
+        ("method", named(names.get("method"), describe_method(config))),
+        ("backbone", describe_backbone(config, method)),
+        ("images", describe_images(source)),
+    ]
+    if source.bank is not None and source.queries is not None:
+        num_bank = len(source.bank.images)
+        num_queries = len(source.queries.images)
+        rows.append(("kNN", f"{num_bank:,} images in the bank, {num_queries:,} queries"))
+    operations = ", ".join(name.replace("_", " ") for name in config.augmentation.query or {})
+    views = f"views of {data.image_size} px; {operations}"
+    rows += [
+        ("augmentation", named(names.get("augmentation"), views)),
+        ("steps", describe_steps(config, len(source.train), step)),
+        ("batch", describe_batch(config, trainer)),
+        ("precision", str(trainer.precision)),
+    ]
+    if "experiment" in names:
+        rows.insert(0, ("experiment", names["experiment"]))
+    folder = os.path.relpath(run.folder)
+    rows.append(("run folder", folder))
+    if "tensorboard" in (config.logger or ()):
+        rows.append(("watch it", f"tensorboard --logdir {shlex.quote(folder)}"))
+    return rows
+
+
+def named(name: str | None, text: str) -> str:
+    """Return ``name: text``, or the text alone without a name."""
+    return text if name is None else f"{name}: {text}"
+
+
+def chosen_names(files: Mapping[str, str]) -> dict[str, str]:
+    """Return what each config group was chosen to be, such as ``{"method": "moco_v2"}``.
+
+    Args:
+        files: the texts of the folder's ``.hydra``, by name. Without Hydra's own it is empty.
+    """
+    if "hydra.yaml" not in files:
+        return {}
+    choices = yaml.safe_load(files["hydra.yaml"])["hydra"]["runtime"]["choices"]
+    if PRESET_FILE in files:
+        preset = yaml.safe_load(files[PRESET_FILE])
+        for item in parsed(preset.pop("overrides")):
+            if key_of(item) in choices:
+                choices[key_of(item)] = item.get_value_element_as_str()
+        choices["experiment"] = Preset(**preset).name
+    return {group: str(name) for group, name in choices.items() if name is not None}
+
+
+def describe_method(config: TrainConfig) -> str:
+    """Return the switches of the method in words."""
+    method = config.method
+    if method.queue_size is None:
+        negatives = "negatives from the batch"
+    else:
+        negatives = f"queue of {method.queue_size:,} keys"
+    momentum = f"momentum {method.key_momentum:g}"
+    if method.key_momentum_schedule != "constant":
+        momentum += f" to {method.key_momentum_end:g}"
+    parts = [negatives, f"temperature {method.temperature:g}", momentum]
+    if method.symmetric:
+        parts.append("symmetric loss")
+    if method.dense_weight > 0:
+        parts.append(f"dense term of weight {method.dense_weight:g}")
+    return ", ".join(parts)
+
+
+def describe_backbone(config: TrainConfig, method: "MoCo") -> str:
+    """Return the backbone's name, its number of parameters and the width of its features."""
+    backbone: Any = method.query_encoder.backbone
+    number = sum(weight.numel() for weight in backbone.parameters())
+    name = config.backbone.model or config.backbone.target or config.backbone.name
+    text = f"{name}, {number / 1e6:.1f} million parameters, {backbone.feature_dim:,} features"
+    if config.init_from is not None:
+        text += f", from {config.init_from}"
+    return text
+
+
+def describe_images(source: "DataSource") -> str:
+    """Return how many images there are, in which formats and of which sizes."""
+    from moco.data.files.listing import by_count
+    from moco.data.sources.source import ArrayImages, FileImages
+
+    train = source.train
+    parts = [f"{len(train):,}"]
+    if isinstance(train, FileImages):
+        formats = by_count(formats_of(train))
+        parts.append(", ".join(ending for ending, _ in formats[:MOST_FORMATS]))
+        if len(formats) > MOST_FORMATS:
+            parts[-1] += ", ..."
+    if isinstance(train, (FileImages, ArrayImages)):
+        sizes = sizes_of(train)
+        if sizes:
+            parts.append(sizes)
+    return "; ".join(parts)
+
+
+def formats_of(images: "Images") -> Counter[str]:
+    """Return how many images there are of each ending, among some of them."""
+    from moco.data.files.listing import NO_ENDING, ending_of
+
+    formats: Counter[str] = Counter()
+    for index in range(0, len(images), max(1, len(images) // NUM_NAMED)):
+        path, _, _ = images.name(index).partition("#")  # a page of a file follows the sign
+        formats[ending_of(path) or NO_ENDING] += 1
+    return formats
+
+
+def sizes_of(images: "Images") -> str:
+    """Return the smallest and the largest size among some images; nothing if none can be read."""
+    from moco.data.files.images import UnreadableImage
+
+    stride = max(1, len(images) // NUM_MEASURED)
+    found = []
+    for index in range(0, len(images), stride):
+        try:
+            width, height = images.opened(index).size
+        except UnreadableImage:
+            continue
+        found.append((width * height, width, height))
+    if not found:
+        return ""
+    shown = []
+    for _, width, height in (min(found), max(found)):
+        shown.append(f"{width} x {height}")
+    return " to ".join(dict.fromkeys(shown)) + " px"
+
+
+def describe_steps(config: TrainConfig, num_images: int, step: int | None) -> str:
+    """Return steps per epoch, epochs, all steps, and how many are done already."""
+    per_epoch = num_images // config.data.batch_size
+    epochs = config.trainer.max_epochs
+    total = per_epoch * epochs
+    text = f"{per_epoch:,} an epoch x {epochs:,} epochs = {total:,}"
+    if 0 < config.trainer.max_steps < total:
+        text += f", ended by trainer.max_steps={config.trainer.max_steps:,}"
+    if step is not None:
+        text += f"; {step:,} are done"
+    return text
+
+
+def describe_batch(config: TrainConfig, trainer: "pl.Trainer") -> str:
+    """Return the number of images of an optimizer step and the devices that share them."""
+    import torch
+
+    number = trainer.world_size
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        where = f"CPU with {torch.get_num_threads()} threads"
+    if number > 1:
+        where = f"{number} devices ({where})"
+    text = f"{config.data.batch_size:,} images on {where}"
+    num_parts = config.trainer.accumulate_grad_batches
+    if num_parts > 1:
+        text += f", in {num_parts} parts"
+    return text
