@@ -10,6 +10,12 @@ from moco.errors import InputError, printable
 from moco.runs.run_folder import CONFIG
 
 
+def chosen_folders() -> list[str]:
+    """Return the overrides by which the user has chosen the run folder."""
+    given = HydraConfig.get().overrides.hydra
+    return [item for item in given if item.startswith(("hydra.run.dir", "hydra.sweep."))]
+
+
 def check_folder(config: Any, folder: Path) -> None:
     """Raise InputError if the run folder is among the images, or is the checkpoint's run folder.
 
@@ -20,9 +26,7 @@ def check_folder(config: Any, folder: Path) -> None:
         config: of the program, an instance of its schema.
         folder: the run folder.
     """
-    chosen = HydraConfig.get().overrides.hydra
-    is_chosen = any(item.startswith(("hydra.run.dir", "hydra.sweep.")) for item in chosen)
-    if not is_chosen:
+    if not chosen_folders():
         return
     advice = "; choose another hydra.run.dir=PATH"
     place = folder.resolve()

@@ -217,7 +217,8 @@ def describe_batch(config: TrainConfig, trainer: "pl.Trainer") -> str:
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
-        where = f"CPU with {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        where = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     if number > 1:
         where = f"{number} devices ({where})"
     text = f"{config.data.batch_size:,} images on {where}"

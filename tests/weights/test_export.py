@@ -381,7 +381,7 @@ def test_the_config_composes_and_names_what_is_missing():
     assert (config.encoder, config.backbone.window_size) == ("query", [18, 18, 18, 9])
     for given, expected in (
         (["format=timm", "output=y"], "checkpoint: missing; give checkpoint=VALUE"),
-        (["checkpoint=x", "format=timm"], "output: missing; give output=VALUE"),
+        
         (["checkpoint=x", "output=y"], "format: missing; give format=VALUE"),
         (
             ["checkpoint=x", "output=y", "format=tim"],

@@ -1,0 +1,56 @@
+"""Run folders: one for each run, and none that a program reads."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from moco.cli import run_folders
+from moco.cli.run_folders import check_folder
+from moco.cli.run_names import is_named_by_time, new_folder
+from moco.config.pretrained import EvaluateConfig
+from moco.config.train import TrainConfig
+from moco.errors import InputError
+
+
+def test_two_runs_of_one_second_get_two_folders(tmp_path):
+    wanted = tmp_path / "runs" / "2026-11-30_13-00-00"
+    folders = [new_folder(wanted) for _ in range(3)]
+    assert [folder.name[19:] for folder in folders] == ["", "_2", "_3"]
+    assert all(folder.is_dir() for folder in folders)
+    (tmp_path / "file").write_text("")
+    blocked = tmp_path / "file" / "run"
+    assert new_folder(blocked) == blocked  # Hydra says what is wrong
+
+
+def test_only_folders_with_a_time_in_their_name_get_numbers(monkeypatch):
+    def named(text):
+        return is_named_by_time(OmegaConf.create({"hydra": {"run": {"dir": text}}}))
+
+    for name in ("WORLD_SIZE", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert named("runs/custom/${run_name:${now:%H}}")
+    assert not named("runs/mine")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not named("runs/custom/${run_name:${now:%H}}")
+
+
+def test_a_run_does_not_write_into_what_it_reads(tmp_path, monkeypatch):
+    given = ["hydra.run.dir=x"]
+    monkeypatch.setattr(run_folders, "chosen_folders", lambda: given)
+    images = tmp_path / "images"
+    images.mkdir()
+    config = TrainConfig()
+    config.data.root = [str(tmp_path), str(images)]
+    with pytest.raises(InputError, match=r"lies in data.root=.*choose another hydra.run.dir"):
+        check_folder(config, images / "run")
+    config.data.root = str(images)
+    check_folder(config, tmp_path / "images_run")
+    run = tmp_path / "run"
+    (run / ".hydra").mkdir(parents=True)
+    (run / ".hydra" / "config.yaml").write_text("")
+    config = EvaluateConfig(checkpoint=str(run / "checkpoints" / "last.ckpt"))
+    with pytest.raises(InputError, match="is the run of checkpoint="):
+        check_folder(config, run)
+    check_folder(config, run / "evaluation")
+    given.clear()  # such as runs/ in the folder of images from which a program was started
+    config.data.root = str(tmp_path)
+    check_folder(config, tmp_path / "runs" / "new")
