@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from moco.cli.error_lines import CONFIG_ERRORS, report
+from moco.cli.help_pages import answer_question
 from moco.cli.log_setup import set_up_logging
 from moco.cli.run_names import register_resolvers
 from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schema
@@ -78,9 +79,11 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
             return end_job(error, folder, schema)
 
     change_hydra()
-    register_schema(config_name)
-    register_resolvers()
     try:
+        if answer_question(config_name, sys.argv[1:]):
+            sys.exit()
+        register_schema(config_name)
+        register_resolvers()
         if is_training:
             listen_early(stop_signals("auto"))
         job()
