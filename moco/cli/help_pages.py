@@ -10,6 +10,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,6 @@ LONGEST_DEFAULT = 44
 QUESTIONS = ("--help", "-h", "--help-all", "--version")
 LIBRARIES = ("torch", "torchvision", "pytorch-lightning", "hydra-core", "faiss-cpu")
 """Whose versions ``--version`` says."""
-OPTIONS = {
-    "-m": "A sweep: one run for each combination of values, as in a=1,2 b=x,y.",
-    "--cfg job --resolve": "Print every value that the command would use, and end.",
-    "--config-dir=DIR": "Use your own YAML files beside those of the project.",
-    "--help-all": "Every setting with its meaning, values and default.",
-    "--help WORD": "One group or setting: --help data, --help data.root, --help experiment.",
-    "--shell-completion install=bash": "Complete settings and choices by the tab key.",
-    "--hydra-help": "The other options, which are Hydra's.",
-    "--version": "The versions of the project and of its libraries.",
-}
-
 Line = list[tuple[str, str]]
 """The parts of a line, each with its style in a terminal (of rich)."""
 
@@ -63,7 +53,7 @@ def answer_question(program: str, arguments: Sequence[str]) -> bool:
         return True
     words = [word for word in arguments if not word.startswith("-") and "=" not in word]
     own_choices = config_dirs(arguments)
-    if words:
+    if words and program in SCHEMAS:
         show(topic_page(program, words, own_choices))
     elif "--help-all" in asked:
         show(long_page(program, own_choices))
@@ -88,13 +78,13 @@ def short_page(program: str, folders: Sequence[Path] = (CONFIG_DIR,)) -> list[Li
     texts = {text.key: text for text in program_settings(program)}
     matter = [texts[key] for key in PROGRAMS[program].settings]
     num_settings = sum(not text.is_group for text in texts.values())
-    heading = "the settings that matter, with their defaults"
-    if len(matter) < num_settings:
-        heading += f" (all {num_settings}: --help-all)"
     lines = introduction(program)
-    lines += section(heading)
-    lines += settings_lines(program, matter)
-    lines += groups_lines(program, folders)
+    if matter:
+        lines += section(
+            f"the settings that matter, with their defaults (all {num_settings}: --help-all)"
+        )
+        lines += settings_lines(program, matter)
+        lines += groups_lines(program, folders)
     lines += closing_lines(program)
     return lines
 
@@ -102,9 +92,10 @@ def short_page(program: str, folders: Sequence[Path] = (CONFIG_DIR,)) -> list[Li
 def long_page(program: str, folders: Sequence[Path] = (CONFIG_DIR,)) -> list[Line]:
     """Return the page of ``--help-all``: every setting, and the choices of every group."""
     lines = introduction(program)
-    lines += section("all settings, with their defaults")
-    lines += settings_lines(program, program_settings(program))
-    lines += groups_lines(program, folders)
+    if program in SCHEMAS:
+        lines += section("all settings, with their defaults")
+        lines += settings_lines(program, program_settings(program))
+        lines += groups_lines(program, folders)
     lines += closing_lines(program)
     return lines
 
@@ -171,22 +162,15 @@ def command_lines(command: str) -> list[str]:
 def settings_lines(program: str, texts: Iterable[SettingText]) -> list[Line]:
     """Return the lines of settings: key, default and values, then the meaning."""
     lines: list[Line] = []
-    defaults, choices = composed_defaults(program)
+    composed = composed_defaults(program)
     for text in texts:
         if text.is_group:
             lines += [[], [(f"  {text.key}.*", "bold")]]
             lines += paragraph(plain(text.meaning), indent=6)
             continue
-        default = default_of(text, defaults)
-        values = text.values
-        given = f"={as_given(default)}"
-        group = text.key.partition(".")[0]
-        if default == NO_DEFAULT:
-            given = "="
-            values = f"has to be given; {values}"
-        elif len(given) > LONGEST_DEFAULT and group in choices:
-            given = ""
-            values = f"as in {group}={choices[group]}"
+        default, note = default_and_note(text, *composed)
+        given = f"={default}" if default else ""
+        values = "; ".join(filter(None, (note, text.values)))
         line = [(f"  {text.key}", "cyan"), (given, "")]
         room = page_width() - len(text.key) - len(given) - 2
         if values and len(values) + 4 <= room:
@@ -198,13 +182,31 @@ def settings_lines(program: str, texts: Iterable[SettingText]) -> list[Line]:
     return lines
 
 
+def default_and_note(
+    text: SettingText, settings: dict[str, Any], choices: dict[str, str]
+) -> tuple[str, str]:
+    """Return the default of a setting as it would be given, or else what takes its place.
+
+    Args:
+        text: of the setting.
+        settings: from `composed_defaults`.
+        choices: from `composed_defaults`.
+    """
+    default = default_of(text, settings)
+    if default == NO_DEFAULT:
+        return "", "has to be given"
+    given = as_given(default)
+    group = text.key.partition(".")[0]
+    if group in choices and (len(given) > LONGEST_DEFAULT or "${" in given):
+        return "", f"as in {group}={choices[group]}"
+    return given, ""
+
+
 def groups_lines(program: str, folders: Sequence[Path]) -> list[Line]:
     """Return the config groups of the program with the names of their choices."""
-    lines: list[Line] = []
+    lines = section("choices: a name stands for a file of settings, as in backbone=resnet18")
     _, defaults = composed_defaults(program)
-    for group in PROGRAMS[program].groups or {}:
-        if not lines:
-            lines += section("choices: a file of settings by its name, as in backbone=resnet18")
+    for group in PROGRAMS[program].groups:
         names = " ".join(choices_of_group(program, group, folders))
         lines.append([(f"  {group}={defaults.get(group, '')}", "cyan")])
         lines += paragraph(names, indent=6)
@@ -213,23 +215,30 @@ def groups_lines(program: str, folders: Sequence[Path]) -> list[Line]:
 
 def closing_lines(program: str) -> list[Line]:
     """Return where the results are, and what else can be asked for."""
-    lines = section("results")
-    lines += paragraph(PROGRAMS[program].output, indent=2)
+    lines: list[Line] = []
+    if PROGRAMS[program].output:
+        lines += section("results")
+        lines += paragraph(PROGRAMS[program].output, indent=2)
     lines += section("more")
-    column = max(map(len, OPTIONS)) + 4
-    for option, meaning in OPTIONS.items():
+    options = PROGRAMS[program].options
+    column = max(map(len, options)) + 4
+    for option, meaning in options.items():
         parts = paragraph(meaning, indent=column)
         lines.append([(f"  {option}".ljust(column), "cyan"), (parts[0][0][0].lstrip(), "")])
         lines += parts[1:]
-    lines += paragraph("The same as a page to read: docs/configuration.md", indent=2)
+    if program in SCHEMAS:
+        lines += paragraph("docs/configuration.md has all settings on one page.", indent=2)
     return lines
 
 
 def program_settings(program: str) -> list[SettingText]:
-    """Return all settings of a program."""
+    """Return all settings of a program; `moco.sweep` has none."""
+    if program not in SCHEMAS:
+        return []
     return setting_texts(SCHEMAS[program])
 
 
+@cache
 def composed_defaults(program: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Return what the YAML files of a program set when nothing is chosen.
 
@@ -288,7 +297,7 @@ def choices_of_group(program: str, group: str, folders: Sequence[Path]) -> dict[
         group: the name of the group; one that the program does not have gives an empty dict.
         folders: where the YAML files are: the project's folder, then the user's.
     """
-    groups = PROGRAMS[program].groups or {}
+    groups = PROGRAMS[program].groups
     if group not in groups:
         return {}
     allowed = groups[group]

@@ -135,9 +135,9 @@ def exit_interrupted(error: Interrupted, schema: type) -> NoReturn:
 def change_hydra() -> None:
     """Change two things of Hydra for which there is no setting.
 
-    ``--help`` becomes five times as fast: Hydra copies the whole store of configs for every config
-    group that it lists, and only reads the copies. A store that is its own copy takes 0.6 s of
-    processor time instead of 2.8 s.
+    Every program starts earlier by 0.3 s of processor time, and ``--hydra-help`` takes 0.8 s
+    instead of 2.7 s: Hydra copies the whole store of configs for every config group that it lists,
+    and only reads the copies. Here the store is its own copy.
 
     A wrong option becomes one line: argparse would print several and exit.
     """

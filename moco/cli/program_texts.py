@@ -3,7 +3,7 @@
 Their meaning, values and defaults are not here. `moco.cli.help_pages` takes them from the schema.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 IMAGES = (
     "cifar10", "cifar100", "custom", "digits", "fashion_mnist", "hdf5", "hf", "image_folder",
@@ -11,6 +11,15 @@ IMAGES = (
 )  # fmt: skip
 """The choices of ``data`` that hold images alone."""
 IMAGES_WITH_MASKS = ("segmentation_folder", "voc2012")
+HYDRA_OPTIONS = {
+    "-m": "A sweep: one run for each combination of values, as in a=1,2 b=x,y.",
+    "--cfg job --resolve": "Print every value that the command would use, and end.",
+    "--config-dir=DIR": "Use your own YAML files beside those of the project.",
+    "--help-all": "Every setting with its meaning, values and default.",
+    "--help WORD": "One group or setting: --help data, --help data.root.",
+    "--hydra-help": "The other options, which are Hydra's.",
+    "--version": "The versions of the project and of its libraries.",
+}
 
 
 @dataclass(frozen=True)
@@ -25,10 +34,12 @@ class ProgramText:
     """What follows the name of the program, and what it does."""
     settings: tuple[str, ...] = ()
     """The settings that matter, at most 15, in the order in which a user meets them."""
-    groups: dict[str, tuple[str, ...] | None] | None = None
+    groups: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
     """The config groups of the program, each with its choices. None: all files of the group."""
     output: str = ""
     """Where the results are."""
+    options: dict[str, str] = field(default_factory=lambda: HYDRA_OPTIONS)
+    """Options, and what each does. Where there is a schema they are Hydra's and ours."""
 
 
 PROGRAMS = {
@@ -37,7 +48,7 @@ PROGRAMS = {
         usage="[experiment=NAME] [data.root=PATH] [key=value ...]",
         examples={
             "experiment=quickstart": "Bundled digits and a tiny ResNet: minutes on a CPU.",
-            "experiment=own_images_medium data.root=/data/photos": "Your own images: any folder.",
+            "data.root=/data/photos": "Your own images: any folder, without labels.",
             "-m experiment=quickstart method.temperature=0.1,0.2": "A sweep: a run for each value.",
         },
         settings=(
@@ -99,7 +110,7 @@ PROGRAMS = {
             "data": (*IMAGES, *IMAGES_WITH_MASKS),
             "backbone": None,
         },
-        output="runs/evaluate/TIME/: metrics.json and the plots.",
+        output="runs/evaluate/TIME/ holds metrics.json and the plots.",
     ),
     "segment": ProgramText(
         purpose="Fine-tune a pretrained backbone for semantic segmentation.",
@@ -162,7 +173,7 @@ PROGRAMS = {
             "accelerator",
         ),
         groups={"data": IMAGES, "backbone": None},
-        output="the file that output= names, and FILE.faiss beside it.",
+        output="The file that output= names, and FILE.faiss beside it.",
     ),
     "export": ProgramText(
         purpose="Write the weights of a backbone for other libraries.",
@@ -186,7 +197,7 @@ PROGRAMS = {
             "trust_targets",
         ),
         groups={"backbone": None},
-        output="the file that output= names.",
+        output="The file that output= names.",
     ),
     "pack": ProgramText(
         purpose="Write a copy of a dataset that reads faster.",
@@ -216,18 +227,18 @@ PROGRAMS = {
             "data.max_image_pixels",
         ),
         groups={"data": IMAGES},
-        output="the folder that output= names. Train with data=packed data.root=FOLDER.",
+        output="The folder that output= names. Train with data=packed data.root=FOLDER.",
     ),
     "preview": ProgramText(
         purpose="Draw pairs of augmented views as a run with the same settings will see them.",
         usage="[experiment=NAME] [data.root=PATH] output=FILE.png [key=value ...]",
         examples={
             "experiment=quickstart output=pairs.png": "The pairs of the quickstart.",
-            "data.root=/data/photos augmentation=satellite output=pairs.png": (
-                "Another augmentation for your images."
+            "experiment=own_images_medium data.root=/data/photos output=pairs.png": (
+                "Your own images."
             ),
-            "data.root=/data/photos output=pairs.png data.image_size=96 num_pairs=16": (
-                "More and smaller pairs."
+            "experiment=quickstart augmentation=cifar output=pairs.png num_pairs=16": (
+                "Another augmentation, and more pairs."
             ),
         },
         settings=(
@@ -248,7 +259,7 @@ PROGRAMS = {
             "seed",
         ),
         groups={"experiment": None, "data": IMAGES, "augmentation": None},
-        output="the file that output= names.",
+        output="The file that output= names.",
     ),
     "stats": ProgramText(
         purpose="Measure the values of a dataset, band by band, and print the settings that fit.",
@@ -276,7 +287,7 @@ PROGRAMS = {
             "data.max_image_pixels",
         ),
         groups={"data": IMAGES},
-        output="stats.json in runs/stats/TIME/.",
+        output="runs/stats/TIME/stats.json, or the file that output= names.",
     ),
     "sweep": ProgramText(
         purpose="Print a table of the runs of a sweep.",
@@ -284,8 +295,11 @@ PROGRAMS = {
         examples={
             "runs/sweep/NAME": "The figures of all runs, side by side.",
             "runs/sweep/NAME --csv table.csv": "Also every figure in a file.",
-            "runs/evaluate/sweep/NAME": "A sweep of another program.",
+            "runs/segment/sweep/NAME": "A sweep of moco.segment.",
         },
-        output="the terminal.",
+        options={
+            "--csv FILE": "Write the table there, too, with every figure of the runs.",
+            "--version": "The versions of the project and of its libraries.",
+        },
     ),
 }
