@@ -24,7 +24,7 @@ WIDTH = 100
 INTRODUCTION = """\
 # Settings
 
-<!-- Written by scripts/configuration_page.py. Change moco/config/, then: make docs-configuration -->
+<!-- Written by scripts/configuration_page.py: change moco/config/, then make docs-configuration -->
 
 Every setting of every program, with the value that it has when nothing is chosen. A name of a
 config group (`method=moco_v3`, `experiment=quickstart`) sets several of them at once, and a value

@@ -51,7 +51,11 @@ def answer_question(program: str, arguments: Sequence[str]) -> bool:
     if "--version" in asked:
         show([[(line, "")] for line in version_lines()])
         return True
-    words = [word for word in arguments if not word.startswith("-") and "=" not in word]
+    words = []
+    for previous, word in zip(["", *arguments], arguments, strict=False):
+        is_of_option = previous.startswith("-") and previous not in QUESTIONS
+        if not word.startswith("-") and "=" not in word and not is_of_option:
+            words.append(word)
     own_choices = config_dirs(arguments)
     if words and program in SCHEMAS:
         show(topic_page(program, words, own_choices))
@@ -150,9 +154,7 @@ def introduction(program: str) -> list[Line]:
 
 def command_lines(command: str) -> list[str]:
     """Return a command that can be pasted; a long one is continued by a backslash."""
-    parts = textwrap.wrap(
-        command, page_width() - 4, break_long_words=False, break_on_hyphens=False
-    )
+    parts = textwrap.wrap(command, page_width() - 4, break_long_words=False, break_on_hyphens=False)
     lines = [f"  {part} \\" for part in parts]
     lines[1:] = [f"    {line}" for line in lines[1:]]
     lines[-1] = lines[-1].removesuffix(" \\")
@@ -170,6 +172,9 @@ def settings_lines(program: str, texts: Iterable[SettingText]) -> list[Line]:
             continue
         default, note = default_and_note(text, *composed)
         given = f"={default}" if default else ""
+        if len(text.key) + len(given) + 2 > page_width():
+            given = ""
+            note = f"default {default}"
         values = "; ".join(filter(None, (note, text.values)))
         line = [(f"  {text.key}", "cyan"), (given, "")]
         room = page_width() - len(text.key) - len(given) - 2

@@ -70,8 +70,8 @@ class SegmentAugmentationConfig:
             "brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05, "probability": 0.5
         }
     )  # fmt: skip
-    """Strengths and probability, as in the views of pretraining. Null: no jitter. The strengths are those of SSD
-    (arXiv 1512.02325), which Swin uses."""
+    """Strengths and probability, as in the views of pretraining. Null: no jitter. The strengths are
+    those of SSD (arXiv 1512.02325), which Swin uses."""
     mean: Optional[list[float]] = None
     """Mean of each channel, for pixels in 0..1. Null: the checkpoint's, or ImageNet's."""
     std: Optional[list[float]] = None

@@ -61,9 +61,7 @@ def setting_texts(schema: type, prefix: str = "") -> list[SettingText]:
             default = item.default
             if item.default_factory is not dataclasses.MISSING:
                 default = item.default_factory()
-            found.append(
-                SettingText(key, values_of(item), default, meaning, choices_of(item))
-            )
+            found.append(SettingText(key, values_of(item), default, meaning, choices_of(item)))
     return found
 
 
