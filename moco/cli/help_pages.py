@@ -348,7 +348,7 @@ def command_name(program: str) -> str:
 
 def section(heading: str) -> list[Line]:
     """Return an empty line and a heading."""
-    return [[], [(heading, "bold")]]
+    return [[], *paragraph(heading, indent=0, style="bold")]
 
 
 def paragraph(text: str, indent: int, hanging: int | None = None, style: str = "") -> list[Line]:
