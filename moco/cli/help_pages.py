@@ -11,7 +11,6 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +67,8 @@ def answer_question(program: str, arguments: Sequence[str]) -> bool:
 
 def version_lines() -> list[str]:
     """Return the versions of the project, of Python and of the libraries that matter."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
     lines = [f"moco-ssl {__version__}", f"Python {platform.python_version()}"]
     for library in LIBRARIES:
         try:

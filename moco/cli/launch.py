@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from moco.cli.completion import answer_shell
 from moco.cli.error_lines import CONFIG_ERRORS, report
 from moco.cli.help_pages import answer_question
 from moco.cli.log_setup import set_up_logging
@@ -80,7 +81,7 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
 
     change_hydra()
     try:
-        if answer_question(config_name, sys.argv[1:]):
+        if answer_shell(sys.argv[1:]) or answer_question(config_name, sys.argv[1:]):
             sys.exit()
         register_schema(config_name)
         register_resolvers()
