@@ -50,7 +50,7 @@ def answer_shell(arguments: Sequence[str]) -> bool:
             print(shell_code(shell), end="")
             return True
     shells = ", ".join(f"install={shell}" for shell in SHELLS)
-    raise InputError(f"--shell-completion: expected one of {shells}; see docs/command_line.md")
+    raise InputError(f"--shell-completion: expected one of {shells}; see docs/shell_completion.md")
 
 
 def shell_code(shell: str) -> str:

@@ -332,7 +332,7 @@ def first_comment(path: Path) -> str:
 def config_dirs(arguments: Sequence[str]) -> list[Path]:
     """Return where the YAML files are: the project's folder, and that of ``--config-dir``."""
     folders = [CONFIG_DIR]
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         option, equals, value = argument.partition("=")
         if option in ("--config-dir", "-cd"):
             folders.append(Path(value if equals else following))

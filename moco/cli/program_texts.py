@@ -17,6 +17,7 @@ HYDRA_OPTIONS = {
     "--config-dir=DIR": "Use your own YAML files beside those of the project.",
     "--help-all": "Every setting with its meaning, values and default.",
     "--help WORD": "One group or setting: --help data, --help data.root.",
+    "-sc install=bash": "The tab key completes settings: docs/shell_completion.md.",
     "--hydra-help": "The other options, which are Hydra's.",
     "--version": "The versions of the project and of its libraries.",
 }

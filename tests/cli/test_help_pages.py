@@ -1,12 +1,13 @@
 """The help pages: what is on them, and that it is true."""
 
 import re
+import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moco import __version__
+from moco import __version__, sweep, train
 from moco.cli.help_pages import (
     answer_question,
     choices_of_group,
@@ -21,7 +22,6 @@ from moco.config.parsing import CONFIG_DIR, SCHEMAS, register_schemas
 from moco.config.setting_texts import NO_DEFAULT, setting_texts
 from moco.data.sources.registry import MASKED, SOURCES
 from moco.errors import InputError
-from tests.conftest import run_program
 
 
 @pytest.fixture(autouse=True)
@@ -146,11 +146,19 @@ def test_a_program_that_is_asked_nothing_runs():
     assert not answer_question("train", ["data.root=--help", "experiment=quickstart"])
 
 
-def test_help_of_a_program_is_one_page_and_a_wrong_word_one_line(tmp_path):
-    helped = run_program("moco.sweep", "runs/sweep/x", "--help", cwd=tmp_path)
-    assert helped.returncode == 0
-    assert "--csv FILE" in helped.stdout
-    wrong = run_program("moco.train", "--help", "dat", cwd=tmp_path)
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: unknown key 'dat'; did you mean 'data'?")
+def test_a_program_answers_with_its_page_or_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["moco-sweep", "runs/sweep/x", "--help"])
+    sweep.main()
+    assert "  moco-sweep FOLDER [--csv FILE]\n" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["moco-train", "--help", "dat"])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: unknown key 'dat'; did you mean 'data'?")
+    monkeypatch.setattr(sys, "argv", ["moco-train", "--help", "data.root"])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert not ended.value.code
+    assert capsys.readouterr().out.startswith("data.root, with defaults\n")
     assert not list(tmp_path.iterdir())
