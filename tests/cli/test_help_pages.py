@@ -149,6 +149,7 @@ def test_a_program_that_is_asked_nothing_runs():
 
 def test_a_program_answers_with_its_page_or_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # a program sets it for itself
     monkeypatch.setattr(sys, "argv", ["moco-sweep", "runs/sweep/x", "--help"])
     sweep.main()
     assert "  moco-sweep FOLDER [--csv FILE]\n" in capsys.readouterr().out
