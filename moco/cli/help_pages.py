@@ -3,10 +3,10 @@
 A page needs the schema, the YAML files and `moco.cli.program_texts`, and nothing that computes.
 """
 
+import io
 import os
 import platform
 import shutil
-import signal
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -384,13 +384,23 @@ def page_width() -> int:
 
 def show(lines: Iterable[Line]) -> None:
     """Print lines; in a terminal with colours."""
-    if hasattr(signal, "SIGPIPE"):
-        # `--help-all | head` closes the pipe. That is no error.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        for line in lines:
-            print("".join(part for part, _ in line))
-        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A comment in the user's YAML may hold what the terminal cannot show.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+            show_in_colour(lines)
+        else:
+            for line in lines:
+                print("".join(part for part, _ in line))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `--help-all | head` has read enough. Python would try again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def show_in_colour(lines: Iterable[Line]) -> None:
+    """Print lines with their styles."""
     from rich.console import Console
     from rich.text import Text
 
