@@ -27,6 +27,7 @@ from omegaconf.errors import (
 
 from moco.config.parsing import CONFIG_DIR, unknown_key
 from moco.errors import InputError, Interrupted, RunError, exit_code, printable, unknown_name
+from moco.extras import install_command
 from moco.runs.run_folder import as_override
 
 # What composing a config raises when the config is wrong.
@@ -80,7 +81,7 @@ def explain_config(error: Exception, schema: type) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         if name == SUBMITIT:
-            return f"{LAUNCHERS}=slurm needs another package: pip install 'moco-ssl[slurm]'"
+            return f"{LAUNCHERS}=slurm needs another package: {install_command('slurm')}"
         return f"{group}={name}: {unknown_name(group.lstrip('/'), name, error.options)}"
     if isinstance(error, OverrideParseException):
         return explain_override(error.override, message.splitlines()[0])

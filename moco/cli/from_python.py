@@ -105,7 +105,8 @@ def pretrain(
     overrides = readable_overrides(overrides, TrainConfig)
     if dataset is not None:
         overrides.append(f"data.name={GIVEN}")
-    config, folder, preset = composed(overrides, folder)
+    with logged():
+        config, folder, preset = composed(overrides, folder)
     if backbone is not None:
         config.backbone = given_backbone(backbone)
     if config.trainer.devices * config.trainer.num_nodes > 1:
@@ -205,8 +206,7 @@ def composed(
         with open_dict(whole):
             del whole["hydra"]
         config = parse(whole, TrainConfig)
-        with logged():
-            with_its_preset, files = with_preset("train", whole, config, overrides, folder)
+        with_its_preset, files = with_preset("train", whole, config, overrides, folder)
         config = parse(with_its_preset, TrainConfig)
     except CONFIG_ERRORS as error:
         raise InputError(explain_config(error, TrainConfig)) from error

@@ -18,6 +18,7 @@ from moco.config.pretrained import (
 )
 from moco.errors import InputError, RunError
 from moco.export import run
+from moco.extras import install_command
 from moco.models.backbones import build_backbone
 from moco.models.swin.window_change import rewindow
 from moco.weights.exporting import deviation, export_content, loading_lines
@@ -365,7 +366,7 @@ def test_without_safetensors_the_way_out_is_named(exported, monkeypatch):
     for name, file_format in (("resnet18", "torchvision"), ("small_swin", "safetensors")):
         with pytest.raises(InputError) as error:
             exported(name, file_format, "x.safetensors")
-        assert str(error.value) == "safetensors is not installed: pip install moco-ssl[export]"
+        assert str(error.value) == f"safetensors is not installed: {install_command('export')}"
 
 
 def composed(*overrides):
@@ -381,7 +382,6 @@ def test_the_config_composes_and_names_what_is_missing():
     assert (config.encoder, config.backbone.window_size) == ("query", [18, 18, 18, 9])
     for given, expected in (
         (["format=timm", "output=y"], "checkpoint: missing; give checkpoint=VALUE"),
-        
         (["checkpoint=x", "output=y"], "format: missing; give format=VALUE"),
         (
             ["checkpoint=x", "output=y", "format=tim"],
