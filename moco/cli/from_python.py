@@ -15,7 +15,7 @@ from omegaconf import OmegaConf, open_dict
 from moco.cli.command_line import readable_overrides
 from moco.cli.error_lines import CONFIG_ERRORS, explain_config
 from moco.cli.log_setup import StdoutHandler
-from moco.cli.presets import with_preset
+from moco.cli.preset_choice import with_preset
 from moco.cli.run_names import numbered, register_resolvers
 from moco.config.parsing import CONFIG_DIR, parse, register_schema
 from moco.config.train import TrainConfig

@@ -4,17 +4,19 @@
 """
 
 import argparse
+import itertools
 import logging
 import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -25,7 +27,7 @@ from moco.cli.completion import answer_shell
 from moco.cli.error_lines import CONFIG_ERRORS, report
 from moco.cli.help_pages import answer_question
 from moco.cli.log_setup import set_up_logging
-from moco.cli.presets import shown_with_preset, with_preset
+from moco.cli.preset_choice import PRESET_FILE, with_preset
 from moco.cli.run_folders import check_folder
 from moco.cli.run_names import register_resolvers
 from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schema
@@ -127,6 +129,31 @@ def say_start(config_name: str, folder: Path) -> None:
     """Print the first line of a program, before imports that take seconds."""
     if is_first_task() and os.environ.get("RANK", "0") == "0":
         log.info("moco.%s: %s", config_name, printable(f"run folder {os.path.relpath(folder)}"))
+
+
+def shown_with_preset(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of ``moco.train --cfg`` with the preset that the run would take.
+
+    Args:
+        arguments: overrides first, from `moco.cli.command_line.readable`. Without ``--cfg`` they
+            are returned as they are.
+    """
+    overrides = list(itertools.takewhile(lambda argument: argument[:1] != "-", arguments))
+    has_root = any(key_of_text(override) == "data.root" for override in overrides)
+    if not has_root or not {"--cfg", "-c"} & set(arguments):
+        return list(arguments)
+
+    from moco.cli.from_python import composed
+
+    _, _, files = composed(overrides, None)
+    if not files:
+        return list(arguments)
+    return [*yaml.safe_load(files[PRESET_FILE])["overrides"], *arguments]
+
+
+def key_of_text(override: str) -> str:
+    """Return the key of an override as it was typed."""
+    return override.partition("=")[0].lstrip("+")
 
 
 def end_job(error: BaseException, folder: Path, schema: type) -> Failure:

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from moco.cli.presets import PRESET_FILE, Preset
+from moco.cli.preset_choice import PRESET_FILE, Preset
 from moco.cli.run_names import key_of, parsed
 from moco.cli.training_run import Run
 from moco.config.train import TrainConfig

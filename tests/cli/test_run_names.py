@@ -3,7 +3,6 @@
 import pytest
 from omegaconf import OmegaConf
 
-from moco.cli import run_folders
 from moco.cli.run_folders import check_folder
 from moco.cli.run_names import is_named_by_time, new_folder
 from moco.config.pretrained import EvaluateConfig
@@ -34,16 +33,24 @@ def test_only_folders_with_a_time_in_their_name_get_numbers(monkeypatch):
 
 
 def test_a_run_does_not_write_into_what_it_reads(tmp_path, monkeypatch):
-    given = ["hydra.run.dir=x"]
-    monkeypatch.setattr(run_folders, "chosen_folders", lambda: given)
     images = tmp_path / "images"
     images.mkdir()
     config = TrainConfig()
-    config.data.root = [str(tmp_path), str(images)]
-    with pytest.raises(InputError, match=r"lies in data.root=.*choose another hydra.run.dir"):
-        check_folder(config, images / "run")
+    for root, folder in (
+        (str(images), images),
+        (str(images), images / "run"),
+        ([str(tmp_path), str(images)], images / "run"),
+    ):
+        config.data.root = root
+        with pytest.raises(InputError, match=r"lies in data.root=.*choose another hydra.run.dir"):
+            check_folder(config, folder)
     config.data.root = str(images)
     check_folder(config, tmp_path / "images_run")
+    monkeypatch.chdir(images)
+    check_folder(config, images / "runs" / "new")  # started among the images
+
+
+def test_an_evaluation_does_not_overwrite_the_run_of_its_checkpoint(tmp_path):
     run = tmp_path / "run"
     (run / ".hydra").mkdir(parents=True)
     (run / ".hydra" / "config.yaml").write_text("")
@@ -51,6 +58,3 @@ def test_a_run_does_not_write_into_what_it_reads(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="is the run of checkpoint="):
         check_folder(config, run)
     check_folder(config, run / "evaluation")
-    given.clear()  # such as runs/ in the folder of images from which a program was started
-    config.data.root = str(tmp_path)
-    check_folder(config, tmp_path / "runs" / "new")

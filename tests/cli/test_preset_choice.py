@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from moco.cli import build_pretraining, presets
-from moco.cli.presets import PRESET_FILE, Preset, kind_of, preset_overrides, with_preset
+from moco.cli import build_pretraining, preset_choice
+from moco.cli.preset_choice import PRESET_FILE, Preset, kind_of, preset_overrides, with_preset
 from moco.config.parsing import parse
 from moco.config.train import PreviewConfig, TrainConfig
 from tests.cli.test_config import composed as parsed_config
@@ -16,7 +16,7 @@ def chosen(overrides, folder, number, monkeypatch, side=224, program="train"):
     """The config and the files of `with_preset` for this number of images."""
     source = SimpleNamespace(train=range(number), image_size=side)
     monkeypatch.setattr(build_pretraining, "listed_source", lambda *_, **__: source)
-    monkeypatch.setattr(presets, "check_pretraining", lambda *_: None)
+    monkeypatch.setattr(preset_choice, "check_pretraining", lambda *_: None)
     schema = {"train": TrainConfig, "preview": PreviewConfig}[program]
     config = parsed_config(*overrides, name=program, schema=schema)
     whole, files = with_preset(program, {}, config, overrides, folder)

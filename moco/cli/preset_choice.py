@@ -8,7 +8,6 @@ group are left out too: they belong to the preset's own choice.
 A run keeps its preset in its folder. It goes on with that when images were added meanwhile.
 """
 
-import itertools
 import json
 import logging
 import os
@@ -125,31 +124,6 @@ def with_preset(
         log.info("%s: taken as data=%s", printable(str(config.data.root)), preset.data)
     text = yaml.safe_dump({**vars(preset), "overrides": lines}, sort_keys=False)
     return recomposed(program, [*lines, *overrides]), {PRESET_FILE: text}
-
-
-def shown_with_preset(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of ``moco.train --cfg`` with the preset that the run would take.
-
-    Args:
-        arguments: overrides first, from `moco.cli.command_line.readable`. Without ``--cfg`` they
-            are returned as they are.
-    """
-    overrides = list(itertools.takewhile(lambda argument: argument[:1] != "-", arguments))
-    has_root = any(key_of_text(override) == "data.root" for override in overrides)
-    if not has_root or not {"--cfg", "-c"} & set(arguments):
-        return list(arguments)
-
-    from moco.cli.from_python import composed
-
-    _, _, files = composed(overrides, None)
-    if not files:
-        return list(arguments)
-    return [*yaml.safe_load(files[PRESET_FILE])["overrides"], *arguments]
-
-
-def key_of_text(override: str) -> str:
-    """Return the key of an override as it was typed."""
-    return override.partition("=")[0].lstrip("+")
 
 
 def is_open(config: TrainConfig, chosen: set[str]) -> bool:
