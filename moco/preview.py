@@ -31,7 +31,7 @@ def run(config: PreviewConfig, folder: Path) -> None:
     Raises:
         InputError: a setting does not fit the data, or the file cannot be written.
     """
-    output = Path(config.output) if config.output else folder / "pairs.png"
+    output = Path(config.output or os.path.relpath(folder / "pairs.png"))
     if output.suffix.lower() != ".png":
         raise InputError(f"output={output}: expected a name that ends in .png")
 
@@ -54,7 +54,7 @@ def run(config: PreviewConfig, folder: Path) -> None:
     # Hydra made the folder.
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-    print(f"{len(images)} pairs in {printable(os.path.relpath(output))}")
+    print(f"{len(images)} pairs in {printable(str(output))}")
 
 
 def draw_pairs(data: Any, images: list[tuple[int, Any, str]]) -> "Image.Image":

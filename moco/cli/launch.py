@@ -82,7 +82,9 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
             say_start(config_name, folder)
             chosen_files.clear()
             if config_name in ("train", "preview"):
-                overrides = HydraConfig.get().overrides.task
+                # As typed: a value may be an interpolation of the config.
+                given = HydraConfig.get().overrides.task
+                overrides: Any = OmegaConf.to_container(given, resolve=False)
                 composed, files = with_preset(config_name, composed, config, overrides, folder)
                 chosen_files.update(files)
                 config = parse(composed, schema)
