@@ -102,15 +102,15 @@ def chosen_names(files: Mapping[str, str]) -> dict[str, str]:
     """Return what each config group was chosen to be, such as ``{"method": "moco_v2"}``.
 
     Args:
-        files: the texts of the folder's ``.hydra``, by name. Without Hydra's own it is empty.
+        files: the texts of the folder's ``.hydra``, by name. `moco.pretrain` has none of Hydra's.
     """
-    if "hydra.yaml" not in files:
-        return {}
-    choices = yaml.safe_load(files["hydra.yaml"])["hydra"]["runtime"]["choices"]
+    choices = {}
+    if "hydra.yaml" in files:
+        choices = yaml.safe_load(files["hydra.yaml"])["hydra"]["runtime"]["choices"]
     if PRESET_FILE in files:
         preset = yaml.safe_load(files[PRESET_FILE])
         for item in parsed(preset.pop("overrides")):
-            if key_of(item) in choices:
+            if "." not in key_of(item):  # a group, and no value in one
                 choices[key_of(item)] = item.get_value_element_as_str()
         choices["experiment"] = Preset(**preset).name
     return {group: str(name) for group, name in choices.items() if name is not None}
@@ -183,7 +183,7 @@ def sizes_of(images: "Images") -> str:
     found = []
     for index in range(0, len(images), stride):
         try:
-            width, height = images.opened(index).size
+            height, width = images.opened(index).size
         except UnreadableImage:
             continue
         found.append((width * height, width, height))
@@ -200,7 +200,7 @@ def describe_steps(config: TrainConfig, num_images: int, step: int | None) -> st
     per_epoch = num_images // config.data.batch_size
     epochs = config.trainer.max_epochs
     total = per_epoch * epochs
-    text = f"{per_epoch:,} an epoch x {epochs:,} epochs = {total:,}"
+    text = f"{per_epoch:,} an epoch x {epochs:,} epoch{'s' if epochs > 1 else ''} = {total:,}"
     if 0 < config.trainer.max_steps < total:
         text += f", ended by trainer.max_steps={config.trainer.max_steps:,}"
     if step is not None:

@@ -1,0 +1,72 @@
+"""The panel before training: one glance says what is trained, on what and where."""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from moco.cli import start_panel
+from moco.cli.preset_choice import PRESET_FILE
+from moco.cli.start_panel import chosen_names, describe_images, describe_steps, print_start
+from moco.config.train import TrainConfig
+from moco.data.sources.source import ArrayImages, DataSource
+
+ROWS = [
+    ("images", "24; .jpg"),
+    ("run folder", "exp[v2]/a[/b]\x1b\udce9"),
+    ("watch it", "word " * 30),
+]
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_texts_of_users_are_no_markup_and_a_pipe_gets_plain_lines(width, is_terminal, monkeypatch):
+    monkeypatch.setattr(start_panel, "start_rows", lambda *_: ROWS)
+    text = io.StringIO()
+    console = Console(file=text, width=width, force_terminal=is_terminal, color_system=None)
+    print_start(SimpleNamespace(console=console), None, None, None, None)
+    lines = text.getvalue().splitlines()
+    assert "exp[v2]/a[/b]\\x1b\\udce9" in text.getvalue()
+    if is_terminal:
+        assert max(map(len, lines)) <= width
+        assert "Pretraining" in lines[0]
+    else:
+        assert [line.split("  ")[0] for line in lines] == ["images", "run folder", "watch it"]
+
+
+def test_images_are_described_by_number_format_and_size(image_tree):
+    from moco.data.sources.registry import build_source
+
+    Image.new("RGB", (300, 200)).save(image_tree / "a" / "large.jpg")
+    source = build_source("images", str(image_tree))
+    assert describe_images(source) == "25; .png, .jpg; 20 x 16 to 300 x 200 px"
+    pixels = torch.from_numpy(np.zeros((9, 28, 28, 3), np.uint8))
+    array = DataSource(ArrayImages(pixels, "digits"), None, None, 28)
+    assert describe_images(array) == "9; 28 x 28 px"
+
+
+def test_steps_are_those_of_the_run():
+    config = TrainConfig()
+    config.data.batch_size, config.trainer.max_epochs = 64, 12
+    assert describe_steps(config, 6_000, None) == "93 an epoch x 12 epochs = 1,116"
+    config.trainer.max_steps = 500
+    expected = "93 an epoch x 12 epochs = 1,116, ended by trainer.max_steps=500; 40 are done"
+    assert describe_steps(config, 6_000, 40) == expected
+
+
+def test_the_names_of_choices_are_the_presets_where_it_chose():
+    hydra = {"hydra": {"runtime": {"choices": {"method": "moco_v2", "backbone": "vit_small"}}}}
+    preset = {"data": "images", "size": "small", "num_images": 9, "image_size": 224}
+    preset["overrides"] = ["method=moco_v2_plus", "method.queue_size=8"]
+    files = {"hydra.yaml": yaml.safe_dump(hydra), PRESET_FILE: yaml.safe_dump(preset)}
+    assert chosen_names(files) == {
+        "method": "moco_v2_plus",
+        "backbone": "vit_small",
+        "experiment": "own_images_small",
+    }
+    assert chosen_names({}) == {}
