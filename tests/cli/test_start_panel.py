@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 from rich.console import Console
@@ -45,7 +44,7 @@ def test_images_are_described_by_number_format_and_size(image_tree):
     Image.new("RGB", (300, 200)).save(image_tree / "a" / "large.jpg")
     source = build_source("images", str(image_tree))
     assert describe_images(source) == "25; .png, .jpg; 20 x 16 to 300 x 200 px"
-    pixels = torch.from_numpy(np.zeros((9, 28, 28, 3), np.uint8))
+    pixels = np.zeros((9, 28, 28, 3), np.uint8)
     array = DataSource(ArrayImages(pixels, "digits"), None, None, 28)
     assert describe_images(array) == "9; 28 x 28 px"
 
