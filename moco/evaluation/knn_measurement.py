@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.markup import escape
 from rich.table import Table
 
 from moco.data.files.written_files import SOFTWARE
@@ -332,8 +331,7 @@ def class_tables(class_names: Sequence[str], confusion: np.ndarray) -> list[Tabl
         class_names: (classes,) in the order of the matrix.
         confusion: (classes, classes), see `confusion_matrix`.
     """
-    # rich would take brackets for its markup.
-    classes = [escape(printable(name)) for name in class_names]
+    classes = [printable(name) for name in class_names]
     totals = confusion.sum(axis=1)
     present = totals.nonzero()[0]
     accuracy = confusion.diagonal()[present] / totals[present]

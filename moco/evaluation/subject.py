@@ -12,6 +12,7 @@ import numpy as np
 import PIL
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 import moco
@@ -22,7 +23,7 @@ from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.registry import build_source
 from moco.data.sources.sample import prepare_source
 from moco.data.sources.source import DataSource, Labelled
-from moco.errors import InputError
+from moco.errors import InputError, printable
 from moco.evaluation.feature_cache import Arrays, FeatureCache
 from moco.evaluation.features import embed
 from moco.evaluation.image_names import first_names, skip_unreadable
@@ -69,11 +70,12 @@ class Findings:
 
 def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     """Return a table with columns that are aligned to the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title, "table.title"), title_justify="left")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for row in rows:
-        table.add_row(*map(str, row))
+        # As `Text`, because rich would take the brackets of a name for its markup.
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     return table
 
 
