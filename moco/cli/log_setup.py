@@ -48,13 +48,14 @@ def is_for_users(record: logging.LogRecord) -> bool:
     return record.name.startswith("moco") or record.levelno >= logging.WARNING
 
 
-def set_up_logging(program: str) -> None:
+def set_up_logging(program: str | None = None) -> None:
     """Send the project's log and the warnings of libraries to stdout, and to a file.
 
     stderr is left for the one line that says why the program ended.
 
     Args:
-        program: the log is in ``PROGRAM.log`` as soon as the program has its run folder.
+        program: ``PROGRAM.log`` gets the log as soon as the program has its run folder; None: there
+            is no file.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A letter that the terminal's encoding lacks becomes an escape.
@@ -64,7 +65,9 @@ def set_up_logging(program: str) -> None:
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     )
-    handlers = [handler, LogFile(program, shlex.join(sys.orig_argv))]
+    handlers: list[logging.Handler] = [handler]
+    if program is not None:
+        handlers.append(LogFile(program, shlex.join(sys.orig_argv)))
     # A filter instead of levels: Lightning resets the levels of its loggers when it is imported.
     for each in handlers:
         each.addFilter(is_for_users)

@@ -27,6 +27,7 @@ from moco.errors import InputError, RunError, printable
 from moco.evaluation.image_names import labels_by_name
 from moco.evaluation.indexes import EXACT, build_index, recall
 from moco.evaluation.resumable_features import FeatureParts
+from moco.phases import phase
 from moco.runs.atomic_files import write_atomically
 from moco.runs.interrupts import ENDING, held_back
 
@@ -217,7 +218,8 @@ def write_files(output: Path, parts: FeatureParts, index: str, images: ImageSet)
     log.info("writing %s", output)
     class_names = images.class_names
     write = partial(write_npz, parts=parts, has_labels=images.has_labels, class_names=class_names)
-    write_atomically(output, write)
+    with phase("writing the features", unit=""):
+        write_atomically(output, write)
     return description
 
 

@@ -32,6 +32,7 @@ from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.reports.knn_plots import Searched, knn_plots
 from moco.evaluation.reports.projections import check_map
 from moco.evaluation.subject import Findings, Subject, table_of
+from moco.phases import counted, phase
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +72,10 @@ def measure_knn(subject: Subject) -> Findings:
         known, asked = bank[name], queries[name]
         search = search_of(subject, known.features, asked.features, name, main, recalls)
         searches[name] = Searched(known, asked, search, own_rows)
-        votes[name] = classify(
-            search, known.labels, asked.features, asked.labels, protocols, own_rows
-        )
+        with phase(f"kNN: searching, {name} feature", unit=""):
+            votes[name] = classify(
+                search, known.labels, asked.features, asked.labels, protocols, own_rows
+            )
     searched = searches[feature]
     grid_figures, table = grid_findings(votes, searched, settings)
     few_label_figures, few_label_tables = measure_few_labels(subject, searched)
@@ -235,7 +237,9 @@ def measure_few_labels(
     rows = []
     for images_per_class in settings["images_per_class"]:
         top1 = []
-        for seed in range(settings["num_draws"]):
+        draws = range(settings["num_draws"])
+        title = f"kNN with {images_per_class} images per class"
+        for seed in counted(draws, title, len(draws), "draws"):
             generator = np.random.default_rng(seed)
             drawn = draw_per_class(searched.bank.labels, images_per_class, generator)
             k = min(settings["num_neighbors"], len(drawn))

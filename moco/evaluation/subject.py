@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import moco
 from moco.data.augment.views import EvaluationView
-from moco.data.loading.every_image import evaluation_loader
+from moco.data.loading.every_image import evaluation_loader, num_images
 from moco.data.sources.own_dataset import DatasetImages
 from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.registry import build_source
@@ -28,6 +28,7 @@ from moco.evaluation.feature_cache import Arrays, FeatureCache
 from moco.evaluation.features import embed
 from moco.evaluation.image_names import first_names, skip_unreadable
 from moco.evaluation.reports.embedded import Embedded
+from moco.phases import counted
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +220,8 @@ class Subject:
             device=self.device,
         )
         # One pass computes both features, side by side.
-        joined, labels, rows = embed(self._encode_all, loader, self.device)
+        batches = counted(loader, "embedding", len(labelled.labels), size=num_images)
+        joined, labels, rows = embed(self._encode_all, batches, self.device)
         bad = rows[~np.isfinite(joined).all(axis=1)]
         if len(bad):
             raise InputError(

@@ -118,11 +118,11 @@ def test_a_callbacks_state_and_the_table_survive_a_resume(runner, tmp_path, my_c
         config.logger = setting
         run(config, folder)
     assert sys.modules["my_callbacks"].seen == [
-        (11, ["MetricsFile"]), (12, []), (13, ["MetricsFile"]),
+        (11, ["MetricsFile"]), (12, ["MetricsFile"]), (13, ["MetricsFile"]),
     ]  # fmt: skip
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["1", "3"]  # nobody logged step 2
+    assert [row["step"] for row in rows] == ["1", "2", "3"]  # the table is there in any case
     assert all(float(row["train/loss"]) >= 0 for row in rows)
     assert not list(folder.glob("events*"))
 
