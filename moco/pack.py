@@ -65,10 +65,11 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
     Raises:
         InputError: too many images are unreadable.
     """
-    from moco.cli.closing_tables import print_table
+    from moco.cli.closing_tables import print_plain, print_table
     from moco.data.packing import CopyWriter, chunk_loader, describe_copy, open_copy
     from moco.phases import phase
     from moco.runs.interrupts import ENDING, held_back
+    from moco.runs.run_folder import as_override
     from moco.screen import screen
 
     # What must stay the same while a copy is written.
@@ -90,7 +91,8 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
                 say(writer.num_done)
         writer.finish()
     print_table(screen.console, "Packed", describe_copy(index, pool))
-    print(f"train with data=packed data.root={output}")
+    root = as_override("data.root", output)
+    print_plain(screen.console, f"train with data=packed {root}")
 
 
 def main() -> None:

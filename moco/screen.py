@@ -4,6 +4,7 @@ Everything that a program prints goes through one console, so that a line of tex
 do not overwrite one another. rich is imported when something is drawn.
 """
 
+import io
 import os
 import re
 import sys
@@ -154,6 +155,12 @@ class Screen:
             level: ``WARNING`` or another, whose word in the text is coloured.
         """
         print_words(self.console, text, level, COLORS.get(level, ""))
+
+
+def let_stdout_escape() -> None:
+    """Let stdout show what its encoding lacks, such as a letter or a byte of a name, as escapes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 screen = Screen()

@@ -28,7 +28,7 @@ KNN_FIGURES = {
 def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print names and values in two columns under a title."""
     # As `Text`, because rich would take the brackets of a path for its markup.
-    shown_title = Text(title, "table.title")
+    shown_title = Text(encodable(title), "table.title")
     table = Table(title=shown_title, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")  # a path that is cut short cannot be copied

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.errors import InputError, unknown_name
+from moco.errors import InputError, encodable, unknown_name
 from moco.targets import call_target, check_options, import_target
 
 if TYPE_CHECKING:
@@ -198,8 +198,8 @@ def build_loggers(
 ) -> "list[Logger]":
     """Return the loggers of a run, which have the config already.
 
-    The table ``metrics.csv`` is always one of them. Rank 0 alone logs. On the other ranks there is one logger that does nothing, so that all ranks
-    take the same branches.
+    The table ``metrics.csv`` is always one of them. Rank 0 alone logs. On the other ranks there is
+    one logger that does nothing, so that all ranks take the same branches.
 
     Args:
         names: from `logger_names`.
@@ -227,6 +227,13 @@ def build_loggers(
     loggers: list[Logger] = []
     for name in names:
         if name == "tensorboard":
+            if encodable(str(folder)) != str(folder):
+                log.warning(
+                    "%s: TensorBoard cannot write to a folder whose name is not UTF-8; the "
+                    "scalars are in metrics.csv there, and another hydra.run.dir=PATH has both",
+                    folder,
+                )
+                continue
             # TensorBoard hides what was logged at `purge_step` and later.
             board = RunLogger(folder, purge_step=0 if step is None else step + 1)
             board.describe(config, metrics, given_keys(folder), step or 0)

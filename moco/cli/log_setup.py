@@ -1,6 +1,5 @@
 """The project's log: one line per message on stdout, without the chatter of libraries."""
 
-import io
 import logging
 import shlex
 import sys
@@ -8,7 +7,7 @@ import warnings
 
 from moco.errors import encodable
 from moco.runs.log_file import LogFile
-from moco.screen import screen
+from moco.screen import let_stdout_escape, screen
 
 # Warnings of libraries that say nothing a user could act on.
 IGNORED_WARNINGS = (
@@ -57,9 +56,7 @@ def set_up_logging(program: str | None = None) -> None:
         program: ``PROGRAM.log`` gets the log as soon as the program has its run folder; None: there
             is no file.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A letter that the terminal's encoding lacks becomes an escape.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    let_stdout_escape()
     screen.turn_on()
     handler = StdoutHandler()
     handler.setFormatter(

@@ -23,7 +23,7 @@ from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.registry import build_source
 from moco.data.sources.sample import prepare_source
 from moco.data.sources.source import DataSource, Labelled
-from moco.errors import InputError, printable
+from moco.errors import InputError, encodable, printable
 from moco.evaluation.feature_cache import Arrays, FeatureCache
 from moco.evaluation.features import embed
 from moco.evaluation.image_names import first_names, skip_unreadable
@@ -71,9 +71,9 @@ class Findings:
 
 def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     """Return a table with columns that are aligned to the right."""
-    table = Table(title=Text(title, "table.title"), title_justify="left")
+    table = Table(title=Text(encodable(title), "table.title"), title_justify="left")
     for name in columns:
-        table.add_column(Text(name), justify="right")
+        table.add_column(Text(encodable(name)), justify="right")
     for row in rows:
         # As `Text`, because rich would take the brackets of a name for its markup.
         table.add_row(*(Text(printable(str(cell))) for cell in row))

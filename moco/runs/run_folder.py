@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from moco.runs.config_changes import completed, differences
 from moco.runs.folder_lock import locked
 from moco.runs.log_file import open_log_files, write_to_log_files
 from moco.runs.run_status import LOCK, read_status, write_ending, write_status
+from moco.runs.shell_quotes import shell_quoted
 
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 PREVIOUS_CHECKPOINT = Path("checkpoints", "previous.ckpt")
@@ -159,4 +159,4 @@ def as_override(key: str, value: str | Path) -> str:
     if re.fullmatch(r"[A-Za-z0-9_./:-]+", str(value)):
         return f"{key}={value}"
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return shlex.quote(f'{key}="{escaped}"')
+    return shell_quoted(f'{key}="{escaped}"')
