@@ -12,8 +12,9 @@ from moco.screen import new_console, screen
 
 
 @pytest.fixture
-def shown(monkeypatch):
+def shown(monkeypatch, caplog):
     """What the screen has drawn, as a terminal of 80 columns sees it."""
+    caplog.set_level("INFO")
     file = io.StringIO()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(screen, "is_on", True)

@@ -118,7 +118,8 @@ class ProgressBar(pl.Callback):
             group = figure.split("/")[0]
             if self.figures.get(f"{group}/epoch") == self.epoch:
                 parts.append(f"{name} {100 * self.figures[figure]:.2f} %")
-        if self.figures["data_wait"] > MUCH_WAITING:
+        # Not in the first seconds: the first batch always waits.
+        if self.losses.waiting_share() > MUCH_WAITING:
             parts.append(f"data wait {100 * self.figures['data_wait']:.0f} %")
         self._print(*parts)
 

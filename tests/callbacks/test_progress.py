@@ -88,12 +88,13 @@ def test_in_a_pipe_lines_come_ever_more_rarely(bar):
     assert len(lines) == 5  # after about 10, 30, 70, 130 and 190 seconds
 
 
-def test_the_line_of_an_epoch_says_when_waiting_for_data_costs(bar):
+def test_the_line_of_an_epoch_says_when_waiting_for_data_costs(bar, monkeypatch):
     start(bar, 12)
     bar.figures |= {"train/loss": 1.72341, "images_per_second": 1234.5, "knn/top1": 0.40491}
     bar.figures |= {"knn/epoch": 1, "data_wait": 0.19}
     bar.on_train_epoch_end(bar.trainer, None)
     bar.figures |= {"data_wait": 0.256, "knn/epoch": 0}
+    monkeypatch.setattr(bar.losses, "waiting_share", lambda: 0.21)
     bar.on_train_epoch_end(bar.trainer, None)
     assert bar.console.file.getvalue().splitlines() == [
         "epoch    1/3  loss 1.7234  1,234 img/s  kNN 40.49 %",
