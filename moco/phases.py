@@ -131,7 +131,7 @@ class Phase:
         seconds = time.monotonic() - self.began
         if self.done > self.start and seconds > 0:
             speed = (self.done - self.start) / seconds
-            parts.append(f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s")
+            parts.append(f"{short(speed)}/s")
             if self.total is not None:
                 parts.append(f"ETA {clock((self.total - self.done) / speed)}")
         return parts
@@ -178,6 +178,11 @@ def bar_line(
         bar = ProgressBar(total=total, completed=done, width=bar_width, pulse=total is None)
     line.add_row(Text(title), bar, Text(after))
     return line
+
+
+def short(speed: float) -> str:
+    """Return a number per second; one digit behind the point if it is small."""
+    return f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
 
 
 def clock(seconds: float) -> str:

@@ -38,7 +38,8 @@ def new_console(**options: Any) -> "Console":
     from rich.console import Console
 
     console = Console(markup=False, highlight=False, emoji=False, **options)
-    if not console.is_terminal and "COLUMNS" not in os.environ and "width" not in options:
+    is_pipe = not console.is_terminal and not console.is_jupyter
+    if is_pipe and "COLUMNS" not in os.environ and "width" not in options:
         console.width = PIPE_WIDTH
     return console
 
@@ -142,10 +143,6 @@ class Screen:
             if self._live is not None:
                 self._live.stop()
                 self._live = None
-
-    def print_line(self, text: str) -> None:
-        """Print a line above the moving ones, as it is: nothing is wrapped or cut."""
-        self.console.print(encodable(text), soft_wrap=True)
 
     def print_message(self, text: str, level: str) -> None:
         """Print a message of the log above the moving lines, broken at its words.

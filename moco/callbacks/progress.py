@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 
 from moco.callbacks.training_monitor import MUCH_WAITING, LossMonitor
-from moco.phases import bar_line, clock
+from moco.phases import bar_line, clock, short
 from moco.runs.log_file import write_to_log_files
 from moco.screen import screen
 
@@ -113,7 +113,7 @@ class ProgressBar(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         parts = [self._epoch(), f"loss {self.figures['train/loss']:.4f}"]
-        parts.append(f"{self.figures['images_per_second']:,.0f} img/s")
+        parts.append(f"{short(self.figures['images_per_second'])} img/s")
         for figure, name in self.scores:
             group = figure.split("/")[0]
             if self.figures.get(f"{group}/epoch") == self.epoch:
@@ -145,7 +145,7 @@ class ProgressBar(pl.Callback):
         if math.isfinite(self.loss):
             fields.append((1, f"loss {self.loss:#.3g}"))
         if math.isfinite(self.images_per_second):
-            fields.append((4, f"{self.images_per_second:,.0f} img/s"))
+            fields.append((4, f"{short(self.images_per_second)} img/s"))
         if math.isfinite(self.seconds_left):
             fields.append((2, f"ETA {clock(self.seconds_left)}"))
         for place, (figure, name) in enumerate(self.scores):
