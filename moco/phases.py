@@ -162,10 +162,12 @@ def bar_line(
     from rich.table import Table
     from rich.text import Text
 
+    shown_title = Text(title)
+    shown_title.truncate(width // 2)  # the path of a folder can be long
     shown = list(fields)
     while True:
         after = "  ".join(text for _, text in shown)
-        bar_width = width - cell_len(title) - cell_len(after) - 2
+        bar_width = width - shown_title.cell_len - cell_len(after) - 2
         if bar_width >= LEAST_BAR_WIDTH or len(shown) <= 1:
             break
         shown.remove(max(shown))
@@ -176,7 +178,7 @@ def bar_line(
     bar: Any = ""
     if bar_width >= 1:
         bar = ProgressBar(total=total, completed=done, width=bar_width, pulse=total is None)
-    line.add_row(Text(title), bar, Text(after))
+    line.add_row(shown_title, bar, Text(after))
     return line
 
 

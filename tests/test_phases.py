@@ -89,6 +89,10 @@ def test_a_narrow_line_loses_its_least_important_fields():
     assert shown[140].index("427") == len("epoch 3/12 ") + 40 + 1
     assert shown[60].endswith("427/936  loss 1.72  ETA 5:12  kNN 40.5 %")
     assert shown[40].endswith("427/936  loss 1.72")
+    console = new_console(file=io.StringIO(), width=40)
+    console.print(bar_line("listing " + "/folder" * 20, 0, None, [(0, "5 images")], 40))
+    assert console.file.getvalue().startswith("listing /folder/fold ")
+    assert console.file.getvalue().endswith("5 images\n")
 
 
 def test_a_terminal_without_unicode_gets_a_bar_of_ascii():

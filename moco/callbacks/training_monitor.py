@@ -182,16 +182,13 @@ class LossMonitor(pl.Callback):
         return waited / seconds if seconds >= SECONDS else 0.0
 
     def _log_step(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> None:
-        speed = self.speed()
-        # The progress bar shows the speed.
-        self.figures |= speed
         if trainer.logger:
             learning_rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
             figures = {
                 "train/loss": float(outputs["loss"]) * trainer.accumulate_grad_batches,
                 "train/learning_rate": max(learning_rates),
                 **self.step_figures(trainer, pl_module, outputs),
-                **speed,
+                **self.speed(),
             }
             log_scalars(trainer, figures)
 

@@ -175,3 +175,10 @@ def test_a_logger_that_cannot_start_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("moco.training.experiment_trackers.start_mlflow", refuse)
     with pytest.raises(InputError, match="logger=mlflow: it cannot start: ConnectionError: no rou"):
         build_loggers(["mlflow"], NO_OPTIONS, tmp_path, {}, [], None)
+
+
+def test_the_table_is_always_there_and_tensorboard_where_it_can_write(tmp_path, caplog):
+    for names in ([], ["csv"], ["tensorboard"]):
+        loggers = build_loggers(names, NO_OPTIONS, tmp_path / "caf\udce9", {}, [], None)
+        assert [type(logger).__name__ for logger in loggers] == ["MetricsFile"]
+    assert "TensorBoard cannot write to a folder whose name is not UTF-8" in caplog.text
