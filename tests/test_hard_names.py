@@ -23,9 +23,11 @@ NAME = "a[/b] caf\udce9"
 
 @pytest.mark.slow
 def test_every_program_takes_a_name_with_brackets_that_is_not_utf8(tmp_path, photographs):
-    images = photographs.rename(tmp_path / NAME)
-    folder = tmp_path / f"run {NAME}"
-    where = [f'data.root="{images.name}"', f'hydra.run.dir="{folder.name}"']
+    (tmp_path / NAME).parent.mkdir()
+    photographs.rename(tmp_path / NAME)
+    run_name = f"run {NAME}"
+    folder = tmp_path / run_name
+    where = [f'data.root="{NAME}"', f'hydra.run.dir="{run_name}"']
     for epochs in (1, 2):
         ended = run_program(
             "moco.train", *SMALL, *where, f"trainer.max_epochs={epochs}", cwd=tmp_path
@@ -39,7 +41,7 @@ def test_every_program_takes_a_name_with_brackets_that_is_not_utf8(tmp_path, pho
     with (folder / "metrics.csv").open(newline="") as file:
         assert list(csv.DictReader(file))
 
-    checkpoint = f'checkpoint="{folder.name}/checkpoints/last.ckpt"'
+    checkpoint = f'checkpoint="{run_name}/checkpoints/last.ckpt"'
     programs = {
         "moco.embed": ["data=images", where[0], f'output="{NAME}.npz"', "index=flat"],
         "moco.export": ["format=safetensors", f'output="{NAME}.safetensors"'],
@@ -56,4 +58,4 @@ def test_every_program_takes_a_name_with_brackets_that_is_not_utf8(tmp_path, pho
         assert "written to " in ended.stdout
         assert "a[/b] caf\\udce9" in ended.stdout
     figures = json.loads((tmp_path / f"of {NAME}" / "metrics.json").read_text(encoding="utf-8"))
-    assert figures["checkpoint"] == f"{folder.name}/checkpoints/last.ckpt"
+    assert figures["checkpoint"] == f"{run_name}/checkpoints/last.ckpt"
