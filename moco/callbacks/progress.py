@@ -50,6 +50,7 @@ class ProgressBar(pl.Callback):
         self.scores = scores
         self.loss = math.nan
         self.images_per_second = math.nan
+        self.waiting_share = 0.0
         self.seconds_left = math.nan
         """Until the end of the training."""
 
@@ -59,8 +60,8 @@ class ProgressBar(pl.Callback):
         self.steps_per_epoch = max(1, math.ceil(batches))
         # With max_steps, the training may end before max_epochs.
         self.num_epochs = max(1, math.ceil(self.num_steps / self.steps_per_epoch))
-        before = trainer.current_epoch * self.steps_per_epoch
-        self._begin_epoch(trainer, max(0, trainer.global_step - before))
+        done = trainer.global_step - trainer.current_epoch * self.steps_per_epoch
+        self._begin_epoch(trainer, min(max(0, done), self.steps_per_epoch))
         self.first_step: int | None = None
         """The step after which the time left is measured: the first one also starts everything."""
         self.first_step_ended = 0.0
@@ -95,7 +96,9 @@ class ProgressBar(pl.Callback):
         if steps > 0:
             seconds_per_step = (now - self.first_step_ended) / steps
             self.seconds_left = seconds_per_step * (self.num_steps - trainer.global_step)
+        # Here, and not where it is drawn: another thread must not touch the stopwatches.
         self.images_per_second = self.losses.speed()["images_per_second"]
+        self.waiting_share = self.losses.waiting_share()
         if screen.moves:
             # A thread of rich draws, a few times per second.
             if now - self.last_reading > SECONDS_BETWEEN_READINGS:
@@ -152,9 +155,8 @@ class ProgressBar(pl.Callback):
             if figure in self.figures:
                 importance = 3 if place == 0 else 5 + place
                 fields.append((importance, f"{name} {100 * self.figures[figure]:.1f} %"))
-        share = self.losses.waiting_share()
-        if share > MUCH_WAITING:
-            fields.append((5, f"data wait {100 * share:.0f} %"))
+        if self.waiting_share > MUCH_WAITING:
+            fields.append((5, f"data wait {100 * self.waiting_share:.0f} %"))
         return fields
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:

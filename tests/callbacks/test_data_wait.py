@@ -42,8 +42,10 @@ def test_the_share_is_shown_only_where_waiting_costs(monkeypatch):
     epoch_time.start()
     epoch_time.total[WAITING] = 40.0
     epoch_time.total[STEPS] = 60.0
+    bar.waiting_share = monitor.waiting_share()
     assert bar._fields() == [(5, "data wait 40 %")]
     epoch_time.total[STEPS] = 360.0
+    bar.waiting_share = monitor.waiting_share()
     assert bar._fields() == []
 
 
