@@ -61,8 +61,9 @@ def test_elsewhere_there_is_a_line_of_the_log_from_time_to_time(caplog, monkeypa
     assert "/s, ETA 0:" in caplog.messages[0]
 
 
-def test_inside_somebody_elses_program_nothing_is_shown(caplog):
+def test_inside_somebody_elses_program_nothing_is_shown(caplog, monkeypatch):
     caplog.set_level("INFO")
+    monkeypatch.setattr(screen, "is_on", False)
     threads = threading.active_count()
     with phase("embedding", 10) as say:
         say(5)
