@@ -6,7 +6,8 @@ from pathlib import Path
 
 from moco.cli.help_pages import answer_question
 from moco.cli.sweep_table import as_csv, as_text, find_jobs
-from moco.errors import InputError, printable
+from moco.errors import InputError, encodable, printable
+from moco.screen import let_stdout_escape, show_error
 
 
 def main() -> None:
@@ -23,11 +24,13 @@ def main() -> None:
 
     try:
         jobs = find_jobs(given.folder)
-        print(as_text(jobs))
+        let_stdout_escape()
+        print(encodable(as_text(jobs)))
         if given.csv:
-            write_atomically(given.csv, lambda file: file.write(as_csv(jobs).encode()))
+            table = encodable(as_csv(jobs))
+            write_atomically(given.csv, lambda file: file.write(table.encode()))
     except (InputError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        show_error(printable(f"error: {error}"))
         sys.exit(2)
 
 

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 128 + signal after an interru
 import difflib
 import re
 import shlex
-import sys
 import traceback
 from dataclasses import dataclass, field
 
@@ -29,6 +28,7 @@ from moco.config.parsing import CONFIG_DIR, unknown_key
 from moco.errors import InputError, Interrupted, RunError, exit_code, printable, unknown_name
 from moco.extras import install_command
 from moco.runs.run_folder import as_override
+from moco.screen import show_error
 
 # What composing a config raises when the config is wrong.
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -66,7 +66,7 @@ def report(error: BaseException, schema: type) -> tuple[str, int]:
         # A defect of ours or of a library: developers need to see where.
         traceback.print_exception(error)
     line = printable(" ".join(line.split()))
-    print(line, file=sys.stderr)
+    show_error(line)
     return line, code
 
 

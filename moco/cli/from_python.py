@@ -20,6 +20,8 @@ from moco.cli.run_names import numbered, register_resolvers
 from moco.config.parsing import CONFIG_DIR, parse, register_schema
 from moco.config.train import TrainConfig
 from moco.errors import InputError
+from moco.runs.log_file import LogFile
+from moco.screen import screen
 from moco.targets import GIVEN
 
 if TYPE_CHECKING:
@@ -105,34 +107,34 @@ def pretrain(
     overrides = readable_overrides(overrides, TrainConfig)
     if dataset is not None:
         overrides.append(f"data.name={GIVEN}")
-    with logged():
+    with logged(f"moco.pretrain({overrides!r})"):
         config, folder, preset = composed(overrides, folder)
-    if backbone is not None:
-        config.backbone = given_backbone(backbone)
-    if config.trainer.devices * config.trainer.num_nodes > 1:
-        raise InputError("trainer.devices: moco.pretrain trains on one; moco.train on several")
-    loggers = [logger] if isinstance(logger, (Logger, str)) else list(logger)
-    check_kind("callbacks", callbacks, pl.Callback)
-    check_kind("logger", loggers, Logger)
-    # Only the main thread of a process can take signals.
-    is_main = threading.current_thread() is threading.main_thread()
-    signals = stop_signals(config.slurm.signal) if is_main else ()
-    with logged(), StopRequest(signals) as stop:
-        check_pretraining(config, folder)
-        source = None
-        if dataset is not None:
-            taken = ("num_images", "held_out", "max_image_pixels")
-            settings = {key: getattr(config.data, key) for key in taken}
-            source = dataset_source(dataset, bank, queries, **settings)
-        data = build_data(config, folder, source)
-        fill_in_from_data(config, data)
-        given = Given(data, backbone, callbacks, loggers)
-        run = Run(config, folder, stop)
-        if run.is_finished():
-            method = finished_method(run, backbone)
-        else:
-            files = {"overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(overrides)), **preset}
-            method = train(config, folder, files, stop, given)
+        if backbone is not None:
+            config.backbone = given_backbone(backbone)
+        if config.trainer.devices * config.trainer.num_nodes > 1:
+            raise InputError("trainer.devices: moco.pretrain trains on one; moco.train on several")
+        loggers = [logger] if isinstance(logger, (Logger, str)) else list(logger)
+        check_kind("callbacks", callbacks, pl.Callback)
+        check_kind("logger", loggers, Logger)
+        # Only the main thread of a process can take signals.
+        is_main = threading.current_thread() is threading.main_thread()
+        signals = stop_signals(config.slurm.signal) if is_main else ()
+        with StopRequest(signals) as stop:
+            check_pretraining(config, folder)
+            source = None
+            if dataset is not None:
+                taken = ("num_images", "held_out", "max_image_pixels")
+                settings = {key: getattr(config.data, key) for key in taken}
+                source = dataset_source(dataset, bank, queries, **settings)
+            data = build_data(config, folder, source)
+            fill_in_from_data(config, data)
+            given = Given(data, backbone, callbacks, loggers)
+            run = Run(config, folder, stop)
+            if run.is_finished():
+                method = finished_method(run, backbone)
+            else:
+                files = {"overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(overrides)), **preset}
+                method = train(config, folder, files, stop, given)
     figures = json.loads((folder / "metrics.json").read_text())
     return Pretrained(folder, figures, method)
 
@@ -168,21 +170,31 @@ def finished_method(run: "Run", backbone: "nn.Module | None") -> "MoCo":
 
 
 @contextmanager
-def logged() -> Iterator[None]:
-    """Show the log inside the ``with`` block, unless the caller has set up logging already."""
+def logged(command: str) -> Iterator[None]:
+    """Show the log and the progress inside the ``with`` block, and write the log to a file.
+
+    If the caller has set up logging already, the log is shown as they want it.
+
+    Args:
+        command: what was called.
+    """
     ours = logging.getLogger("moco")
-    if ours.hasHandlers():
-        yield
-        return
-    handler = StdoutHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
     level = ours.level
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
+    handlers: list[logging.Handler] = [LogFile("train", command)]
+    if not ours.hasHandlers():
+        shown = StdoutHandler()
+        shown.setFormatter(logging.Formatter("%(message)s"))
+        handlers.append(shown)
+        ours.setLevel(logging.INFO)
+    for handler in handlers:
+        ours.addHandler(handler)
+    screen.turn_on()
     try:
         yield
     finally:
-        ours.removeHandler(handler)
+        screen.turn_off()
+        for handler in handlers:
+            ours.removeHandler(handler)
         ours.setLevel(level)
 
 

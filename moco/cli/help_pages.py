@@ -3,7 +3,6 @@
 A page needs the schema, the YAML files and `moco.cli.program_texts`, and nothing that computes.
 """
 
-import io
 import os
 import platform
 import shutil
@@ -22,6 +21,7 @@ from moco.config.parsing import SCHEMAS, unknown_key
 from moco.config.setting_texts import NO_DEFAULT, SettingText, as_given, setting_texts
 from moco.config_folder import CONFIG_DIR
 from moco.errors import InputError
+from moco.screen import let_stdout_escape, new_console
 
 WIDTH = 80
 """Columns of a page; fewer in a narrower terminal."""
@@ -384,9 +384,8 @@ def page_width() -> int:
 
 def show(lines: Iterable[Line]) -> None:
     """Print lines; in a terminal with colours."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A comment in the user's YAML may hold what the terminal cannot show.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # A comment in the user's YAML may hold what the terminal cannot show.
+    let_stdout_escape()
     try:
         if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
             show_in_colour(lines)
@@ -401,9 +400,8 @@ def show(lines: Iterable[Line]) -> None:
 
 def show_in_colour(lines: Iterable[Line]) -> None:
     """Print lines with their styles."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = new_console()
     for line in lines:
         console.print(Text.assemble(*line), soft_wrap=True)

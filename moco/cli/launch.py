@@ -73,7 +73,7 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
     def job(composed: DictConfig) -> Failure | None:
         """Run the program once: the whole run, or one job of a sweep."""
         folder = Path(HydraConfig.get().runtime.output_dir)
-        set_up_logging()
+        set_up_logging(config_name)
         try:
             config: Any = parse(composed, schema)
             if is_training:

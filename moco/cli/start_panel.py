@@ -1,7 +1,6 @@
 """What is about to be trained, on what and where: the panel before the first step."""
 
 import os
-import shlex
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from moco.cli.run_names import key_of, parsed
 from moco.cli.training_run import Run
 from moco.config.train import TrainConfig
 from moco.errors import printable
+from moco.runs.shell_quotes import shell_quoted
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -89,7 +89,7 @@ def start_rows(
     folder = os.path.relpath(run.folder)
     rows.append(("run folder", folder))
     if "tensorboard" in (config.logger or ()):
-        rows.append(("watch it", f"tensorboard --logdir {shlex.quote(folder)}"))
+        rows.append(("watch it", f"tensorboard --logdir {shell_quoted(folder)}"))
     return rows
 
 

@@ -380,7 +380,7 @@ class TrainConfig:
     """The user's callbacks, ``{name: {target: package.module:function, options: {}}}``. See
     ``docs/loggers_and_callbacks.md``."""
     logger: Any = field(default_factory=lambda: ["tensorboard", "csv"])
-    """A list of csv, mlflow, tensorboard, wandb. Null: none."""
+    """A list of csv, mlflow, tensorboard, wandb. The table of csv is written in any case."""
     logger_options: LoggerOptionsConfig = field(default_factory=LoggerOptionsConfig)
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
     """Seed of everything that is drawn: initial weights, order of the images, augmentation."""

@@ -119,11 +119,11 @@ def test_a_callbacks_state_and_the_table_survive_a_resume(runner, tmp_path, my_c
         config.logger = setting
         run(config, folder)
     assert sys.modules["my_callbacks"].seen == [
-        (11, ["MetricsFile"]), (12, []), (13, ["MetricsFile"]),
+        (11, ["MetricsFile"]), (12, ["MetricsFile"]), (13, ["MetricsFile"]),
     ]  # fmt: skip
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["1", "3"]  # nobody logged step 2
+    assert [row["step"] for row in rows] == ["1", "2", "3"]  # the table is there in any case
     assert all(float(row["train/loss"]) >= 0 for row in rows)
     assert not list(folder.glob("events*"))
 
@@ -177,3 +177,10 @@ def test_a_logger_that_cannot_start_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("moco.training.experiment_trackers.start_mlflow", refuse)
     with pytest.raises(InputError, match="logger=mlflow: it cannot start: ConnectionError: no rou"):
         build_loggers(["mlflow"], NO_OPTIONS, tmp_path, {}, [], None)
+
+
+def test_the_table_is_always_there_and_tensorboard_where_it_can_write(tmp_path, caplog):
+    for names in ([], ["csv"], ["tensorboard"]):
+        loggers = build_loggers(names, NO_OPTIONS, tmp_path / "caf\udce9", {}, [], None)
+        assert [type(logger).__name__ for logger in loggers] == ["MetricsFile"]
+    assert "TensorBoard cannot write to a folder whose name is not UTF-8" in caplog.text

@@ -33,12 +33,12 @@ from moco.data.files.written_files import (
 )
 from moco.errors import InputError, printable
 from moco.extras import install_command
+from moco.phases import counted, phase
 
 log = logging.getLogger(__name__)
 
 NUM_THREADS = 16  # a file system on a network answers slowly, but many requests at a time
 FOLDERS_PER_BATCH = 64  # progress is reported between two batches
-PROGRESS_SECONDS = 10.0
 SETTLED_SECONDS = 2  # file systems count time in steps of up to this
 ARRAYS = (
     "key",
@@ -321,8 +321,8 @@ def list_folders(root: str, kinds: Mapping[str, str | None]) -> tuple[list[Folde
     found: list[Folder] = []
     is_complete = True
     num_images = 0
-    last_report = time.perf_counter()
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
+    title = f"listing {printable(root)}"
+    with phase(title) as say, ThreadPoolExecutor(NUM_THREADS) as pool:
         while pending or linked:
             if not pending:
                 pending.append(linked.popleft())
@@ -338,9 +338,7 @@ def list_folders(root: str, kinds: Mapping[str, str | None]) -> tuple[list[Folde
                     pending += folder.folders
                     linked += folder.links
                     num_images += len(folder.images)
-            if time.perf_counter() - last_report > PROGRESS_SECONDS:
-                last_report = time.perf_counter()
-                log.info("listing %s: %s images so far", printable(root), f"{num_images:,}")
+            say(num_images)
     return found, is_complete
 
 
@@ -456,7 +454,8 @@ def count_pages(paths: PathList) -> np.ndarray:
     )
     stacks = [index for index, path in enumerate(paths) if path.lower().endswith(endings)]
     with pillow_warnings_ignored(), ThreadPoolExecutor(NUM_THREADS) as pool:
-        num_pages[stacks] = list(pool.map(pages_of, map(paths.__getitem__, stacks)))
+        found = pool.map(pages_of, map(paths.__getitem__, stacks))
+        num_pages[stacks] = list(counted(found, "counting pages", len(stacks), "files"))
     return num_pages
 
 

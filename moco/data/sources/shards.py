@@ -25,6 +25,7 @@ from moco.data.sources.packed_copy import INDEX, read_finished_index, read_index
 from moco.data.sources.source import DataSource, Images
 from moco.errors import InputError, printable
 from moco.extras import install_command
+from moco.phases import counted
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,8 @@ def find_num_images(root: Any, shards: Sequence[str]) -> int:
             raise InputError(f"data.num_images: missing; {printable(shard)} is not a local file")
     # Threads help: reading the headers of a shard is mostly waiting for the disk.
     with ThreadPoolExecutor() as pool:
-        counts = list(pool.map(count_images, shards))
+        found = pool.map(count_images, shards)
+        counts = list(counted(found, "counting images", len(shards), "shards"))
     num_images = sum(counted.samples for counted in counts)
     if num_images == 0:
         raise InputError(f"data.root={root}: no images in the {len(shards)} shards")

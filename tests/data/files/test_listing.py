@@ -5,6 +5,7 @@ import pickle
 import threading
 import time
 import zlib
+from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -185,11 +186,16 @@ def test_slow_folders_are_listed_side_by_side(tmp_path, monkeypatch):
     assert most > 4
 
 
-def test_a_long_listing_says_how_far_it_is(tree, monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr(listing, "PROGRESS_SECONDS", -1.0)
+def test_a_listing_says_how_far_it_is(tree, monkeypatch):
+    said = []
+
+    @contextmanager
+    def noted(title):
+        yield lambda done: said.append((title, done))
+
+    monkeypatch.setattr(listing, "phase", noted)
     list_images(tree)
-    assert f"listing {tree}: 11 images so far" in caplog.text
+    assert said[-1] == (f"listing {tree}", 11)
 
 
 def test_names_come_out_of_the_arrays_as_they_went_in():
