@@ -148,9 +148,9 @@ PROGRAMS = {
     ),
     "embed": ProgramText(
         purpose="Write the features of any images, and an index that finds their neighbours.",
-        usage="checkpoint=PATH output=FILE.npz [key=value ...]",
+        usage="checkpoint=PATH [output=FILE.npz] [key=value ...]",
         examples={
-            "checkpoint=last.ckpt output=features.npz": "The images of the run.",
+            "checkpoint=runs/NAME/TIME": "The images of the run.",
             "checkpoint=last.ckpt data=images data.root=/data/photos output=photos.npz": (
                 "Any other images."
             ),
@@ -174,11 +174,11 @@ PROGRAMS = {
             "accelerator",
         ),
         groups={"data": IMAGES, "backbone": None},
-        output="The file that output= names, and FILE.faiss beside it.",
+        output="embeddings/ of the checkpoint's run, or the file that output= names.",
     ),
     "export": ProgramText(
         purpose="Write the weights of a backbone for other libraries.",
-        usage="checkpoint=PATH format=FORMAT output=FILE [key=value ...]",
+        usage="checkpoint=PATH format=FORMAT [output=FILE] [key=value ...]",
         examples={
             "checkpoint=last.ckpt format=torchvision output=resnet.pth": "Names of torchvision.",
             "checkpoint=last.ckpt format=timm output=swin.safetensors": "Names of timm.",
@@ -198,7 +198,7 @@ PROGRAMS = {
             "trust_targets",
         ),
         groups={"backbone": None},
-        output="The file that output= names.",
+        output="Beside the checkpoint of a run, or the file that output= names.",
     ),
     "pack": ProgramText(
         purpose="Write a copy of a dataset that reads faster.",
@@ -232,9 +232,9 @@ PROGRAMS = {
     ),
     "preview": ProgramText(
         purpose="Draw pairs of augmented views as a run with the same settings will see them.",
-        usage="[experiment=NAME] [data.root=PATH] output=FILE.png [key=value ...]",
+        usage="[experiment=NAME] [data.root=PATH] [key=value ...]",
         examples={
-            "experiment=quickstart output=pairs.png": "The pairs of the quickstart.",
+            "data.root=/data/photos": "The pairs of your own images.",
             "experiment=own_images_medium data.root=/data/photos output=pairs.png": (
                 "Your own images."
             ),
@@ -260,7 +260,7 @@ PROGRAMS = {
             "seed",
         ),
         groups={"experiment": None, "data": IMAGES, "augmentation": None},
-        output="The file that output= names.",
+        output="runs/preview/TIME/pairs.png, or the file that output= names.",
     ),
     "stats": ProgramText(
         purpose="Measure the values of a dataset, band by band, and print the settings that fit.",
