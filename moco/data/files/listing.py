@@ -118,6 +118,13 @@ class PathList(Sequence[str]):
         paths = self.text.tobytes().split(b"\0")[:-1]
         return [path[start:] for path in paths]
 
+    def places(self, paths: Iterable[str]) -> list[int]:
+        """Return the place of each of these paths; all of them have to be here."""
+        place_of: dict[str, int] = {}
+        for place, path in enumerate(self):
+            place_of[path] = place
+        return [place_of[path] for path in paths]
+
     def where(self, chosen: np.ndarray) -> "PathList":
         """Return the paths for which `chosen`, (paths,) bool, is true."""
         lengths = np.diff(self.ends, prepend=0)

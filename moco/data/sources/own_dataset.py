@@ -290,8 +290,9 @@ def described(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{kind} with the keys {printable(', '.join(map(str, value)))}"
     if isinstance(value, (tuple, list)):
-        first = described(value[0]) if value else "empty"
-        return f"{kind} of {first}"
+        if not value:
+            return f"{kind} of empty"
+        return f"{kind} of {described(value[0])}"
     return kind
 
 
@@ -368,7 +369,9 @@ def dataset_source(
             # The same images: they have the same names.
             images[key] = images[twin[0]]
             continue
-        place = "" if is_alone else f"[{key}]"
+        place = ""
+        if not is_alone:
+            place = f"[{key}]"
         names = (f"{what}{place}", f"{where}{place}", max_image_pixels)
         if is_map_style(dataset):
             images[key] = DatasetImages(dataset, *names, rows_of(dataset, names[1]))
@@ -385,7 +388,9 @@ def dataset_source(
     if isinstance(training, DatasetImages):
         labels = known_labels(training)
     if is_alone:
-        return source if labels is None else divided(source, training, labels, held_out)
+        if labels is None:
+            return source
+        return divided(source, training, labels, held_out)
     if "queries" in images:
         source = replace(source, queries=labelled(images["queries"]))
     if "bank" in images:
@@ -553,7 +558,9 @@ def divided(
     """Return a source with some of the labelled training images as queries, the rest as bank."""
     names = []
     for index in range(len(images)):
-        name = images.name(index) if has_names(images.dataset) else str(index)
+        name = str(index)
+        if has_names(images.dataset):
+            name = images.name(index)
         names.append(name.encode(errors="surrogatepass"))
     is_query = is_held_out(names, held_out)
     class_names = class_names_of(images.dataset)

@@ -150,8 +150,10 @@ def packed_source(root: str, max_image_pixels: int) -> DataSource:
     train = copy.subset(np.arange(index["num_images"]))
     # Copies of earlier versions name no classes.
     class_names = index.get("class_names")
-    names = None if class_names is None else tuple(class_names)
-    bank, queries = [read_side(side, copy, train, table, names) for side in SIDES]
+    if class_names is not None:
+        class_names = tuple(class_names)
+    bank = read_side("bank", copy, train, table, class_names)
+    queries = read_side("queries", copy, train, table, class_names)
     return DataSource(train, bank, queries, image_size=index["image_size"])
 
 
@@ -200,9 +202,13 @@ def read_copy(
     if not goes_with_index:
         raise InputError(f"{path}: does not go with {INDEX}; pack it anew")
     table["parts"] = np.repeat(np.arange(len(counts)), list(counts.values()))
-    tensors = {name: torch.from_numpy(table[name]) for name in (*ARRAYS, "parts")}
+    tensors = {}
+    for name in (*ARRAYS, "parts"):
+        tensors[name] = torch.from_numpy(table[name])
     rows = torch.arange(len(table["rows"]))
-    names = index.get("band_names")
+    band_names = index.get("band_names")
+    if band_names is not None:
+        band_names = tuple(map(str, band_names))
     copy = PackedImages(
         root,
         list(sizes),
@@ -210,7 +216,7 @@ def read_copy(
         rows,
         max_image_pixels,
         index.get("no_data"),
-        None if names is None else tuple(map(str, names)),
+        band_names,
     )
     return copy, table
 
