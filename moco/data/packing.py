@@ -133,7 +133,9 @@ class Pool:
     def class_names(self) -> tuple[str, ...] | None:
         """Return the names of the classes by number, or None if they have none."""
         bank = self.source.bank
-        return None if bank is None else bank.class_names
+        if bank is None:
+            return None
+        return bank.class_names
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of images, and a hash of their names and labels."""
@@ -257,7 +259,9 @@ def chunk_loader(
     """Return a loader of every chunk of a copy from place `start` on, see `CopyWriter.add`."""
     is_array = index["format"] == "array"
     settings = index["settings"]
-    quality = None if is_array else settings["quality"]
+    quality = None
+    if not is_array:
+        quality = settings["quality"]
     selection = checked_selection(chosen_bands(settings["data"]))
     make = partial(pack_image, settings["data"]["resize"], quality, selection)
     order = torch.arange(len(pool))
@@ -380,7 +384,8 @@ class CopyWriter:
         self.skipped_names: list[str] = []
         for part in index["parts"]:
             self.num_done = part["stop"]
-            self.skipped_names += [pool.name(row) for row, _ in part["skipped"]]
+            for row, _ in part["skipped"]:
+                self.skipped_names.append(pool.name(row))
         check_bad_fraction(self.skipped_names, len(pool), max_bad_fraction)
         (folder / PARTS).mkdir(exist_ok=True)
         if self.num_done > 0:
@@ -425,7 +430,9 @@ class CopyWriter:
     def _begin_part(self) -> Part:
         if self.index["format"] == "array":
             return Part(self.folder / PIXELS, start=total_of_parts(self.index, "bytes"))
-        prefix = "train-" if self.num_done < self.pool.num_train else "held_out-"
+        prefix = "train-"
+        if self.num_done >= self.pool.num_train:
+            prefix = "held_out-"
         number = sum(part["file"].startswith(prefix) for part in self.index["parts"])
         return ShardPart(self.folder / f"{prefix}{number:05}.tar")
 
@@ -449,7 +456,9 @@ class CopyWriter:
 
     def finish(self) -> None:
         """Join the tables of the parts, and mark the copy as complete."""
-        tables = [read_table(self._table_path(n)) for n in range(len(self.index["parts"]))]
+        tables = []
+        for number in range(len(self.index["parts"])):
+            tables.append(read_table(self._table_path(number)))
         # Offsets stay as they are: they count from the start of a file, and not of a part.
         joined = {}
         for name in (*COLUMNS, "names"):
@@ -537,7 +546,9 @@ def file_traits(pool: Pool) -> dict[str, Any]:
             no_data = image.no_data
             if no_data is not None and not math.isfinite(no_data):
                 no_data = None  # NaN is no data anyway
-            names = None if image.band_names is None else list(image.band_names)
+            names = None
+            if image.band_names is not None:
+                names = list(image.band_names)
             return {"band_names": names, "no_data": no_data}
     return {"band_names": None, "no_data": None}
 
@@ -668,8 +679,12 @@ def describe_copy(index: Mapping[str, Any], pool: Pool) -> list[tuple[str, str]]
     """Return what a finished copy holds, as rows of a table."""
     gigabytes = total_of_parts(index, "bytes") / 1e9
     resize = index["settings"]["data"]["resize"]
-    size = "as it was" if resize is None else f"shorter side at most {resize} px"
-    num_skipped = sum(len(part["skipped"]) for part in index["parts"])
+    size = "as it was"
+    if resize is not None:
+        size = f"shorter side at most {resize} px"
+    num_skipped = 0
+    for part in index["parts"]:
+        num_skipped += len(part["skipped"])
     return [
         ("images", f"{index['num_images']:,} to train on, {num_skipped} unreadable left out"),
         ("labels", ", ".join(pool.sides) or "none"),

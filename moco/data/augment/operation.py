@@ -144,7 +144,9 @@ class Operation:
             results.append(self.on_image(image, own))
         changed = torch.from_numpy(np.stack(results)).to(images.device)
         planes = changed.permute(0, 3, 1, 2).contiguous()
-        return planes if self.image_kind.is_float else planes / 255
+        if self.image_kind.is_float:
+            return planes
+        return planes / 255
 
     def describe(self, drawn: Numbers) -> str:
         """Return the numbers of one image in words; empty if there are none."""

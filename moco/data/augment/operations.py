@@ -64,7 +64,7 @@ class RandomResizedCrop(Operation):
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         height, width = sizes.double().unbind(1)
         area = (height * width)[:, None] * between(self.scale, draws[:, :10])
-        log_ratio = [math.log(ratio) for ratio in self.ratio]
+        log_ratio = list(map(math.log, self.ratio))
         root = torch.exp(between(log_ratio, draws[:, 10:20]) / 2)
         # torch.round rounds half to even, as Python's round does in torchvision.
         heights = torch.round(area.sqrt() / root)  # (batch, 10)
@@ -420,8 +420,10 @@ def check_result(
     got = type(changed).__name__
     if hasattr(changed, "dtype") and hasattr(changed, "shape"):
         got = f"{got} of {changed.dtype} {tuple(changed.shape)}"
-    expected = f"{kind.__name__} of {np.dtype(dtype) if kind is np.ndarray else dtype}"
-    raise InputError(f"{where}: {method} returned {got}; expected {expected} {tuple(shape)}")
+    if kind is np.ndarray:
+        dtype = np.dtype(dtype)  # prints as uint8, and not as <class 'numpy.uint8'>
+    expected = f"{kind.__name__} of {dtype} {tuple(shape)}"
+    raise InputError(f"{where}: {method} returned {got}; expected {expected}")
 
 
 def build_operation(
@@ -446,7 +448,9 @@ def build_operation(
             these images; the message names the key.
     """
     key = f"{where}.{name}"
-    arguments = {} if settings is None else settings
+    arguments = settings
+    if settings is None:
+        arguments = {}
     if not isinstance(arguments, Mapping):
         operation_class(name, None, where)  # an unknown name is the worse mistake
         raise InputError(f"{key}: expected settings, {{name: number, ...}}, got {settings}")
@@ -491,10 +495,12 @@ def operation_class(name: str, target: Any, where: str) -> type[Operation]:
 
 def check_settings(kind: type[Operation], arguments: Mapping[str, Any], key: str) -> None:
     """Raise InputError if an operation has no such settings."""
-    parameters = inspect.signature(kind).parameters
-    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    choices = [*(name for name in parameters if name != "image_size"), "probability"]
+    choices = ["probability"]
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if parameter.kind == parameter.VAR_KEYWORD:
+            return  # it takes settings of any name
+        if name != "image_size":
+            choices.append(name)
     for argument in arguments:
         if argument in choices:
             continue

@@ -91,7 +91,9 @@ class View:
     def pipeline(self) -> Pipeline | None:
         """The pipeline that makes the whole view, or None."""
         operation = self.steps[0].operation
-        return operation if isinstance(operation, Pipeline) else None
+        if isinstance(operation, Pipeline):
+            return operation
+        return None
 
     @property
     def own_steps(self) -> list[Step]:
@@ -121,7 +123,9 @@ class View:
         cropped_sizes = torch.full_like(sizes, self.image_size)
         numbers = []
         for place, step in enumerate(self.steps):
-            sizes_here = sizes if place <= self.crop else cropped_sizes
+            sizes_here = sizes
+            if place > self.crop:
+                sizes_here = cropped_sizes
             drawn = step.operation.draw(draws[place][:, 1:], sizes_here)
             drawn["applied"] = draws[place][:, 0] < step.probability
             numbers.append(drawn)
@@ -166,7 +170,9 @@ def foreign_code(operations: Any) -> list[str]:
         return [str(operations["transforms"])]
     found = []
     for name, settings in operations.items():
-        target = settings.get("target") if isinstance(settings, Mapping) else None
+        target = None
+        if isinstance(settings, Mapping):
+            target = settings.get("target")
         if target is not None:
             found.append(str(target))
         elif name not in known_operations():
@@ -253,13 +259,14 @@ class ViewPair:
         bands: int = 3,
         is_float: bool = False,
     ) -> None:
+        if key is None:
+            key = query
         self.kind = kind_of_images(bands, is_float)
         self.ramp = ramp or ResolutionRamp(image_size)
         self.views_of_size: dict[int, list[View]] = {}
         for size in self.ramp.sizes:
             query_view = View(query, size, "augmentation.query", bands, is_float)
-            key_settings = query if key is None else key
-            key_view = View(key_settings, size, "augmentation.key", bands, is_float)
+            key_view = View(key, size, "augmentation.key", bands, is_float)
             self.views_of_size[size] = [query_view, key_view]
         if self.ramp.start_image_size is not None:
             for view in self.views_at(0):
@@ -360,7 +367,9 @@ class ViewPair:
             key_images: what the key views are made of; None: also of `images`. The draws of row i
                 are those of ``indices[i]`` in both views.
         """
-        of_views = [images, images if key_images is None else key_images]
+        if key_images is None:
+            key_images = images
+        of_views = [images, key_images]
         planes = views.numpy()
         for place, view in enumerate(self.views_at(epoch)):
             of_view = of_views[place]
@@ -418,7 +427,9 @@ class ViewPair:
             The two views, (batch, bands, side, side) float32 each, normalised.
         """
         places = range(len(self.views_at(epoch)))
-        of_views = [images, images if key_images is None else key_images]
+        if key_images is None:
+            key_images = images
+        of_views = [images, key_images]
         results = []
         for place in places:
             results.append(self._on_device(of_views[place], epoch, indices, place, start=0))
@@ -593,8 +604,9 @@ class EvaluationView:
     ) -> None:
         self.crop = evaluation_crop(image_size, crop_ratio)
         self.normalized = Normalized(mean, std, bands, is_float)
-        is_unchanged = round(image_size / crop_ratio) == image_size
-        self.unchanged_size = image_size if is_unchanged else None
+        self.unchanged_size: int | None = None
+        if round(image_size / crop_ratio) == image_size:
+            self.unchanged_size = image_size
         """Side of the square images whose pixels the view only normalises, px."""
 
     def __call__(self, image: AnyImage) -> Tensor:

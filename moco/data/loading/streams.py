@@ -109,7 +109,10 @@ def build_streams(images: ShardedImages, seed: int, rank: int = 0, world_size: i
     # Every stream needs a shard. A divisor of the wanted number keeps the numbers of loader
     # processes possible that divide it.
     wanted = images.num_streams
-    num_streams = max(number for number in divisors(wanted) if number <= shards_per_process)
+    num_streams = 1
+    for divisor in divisors(wanted):
+        if divisor <= shards_per_process:
+            num_streams = divisor  # they come in ascending order
     if num_streams < wanted:
         log.info(
             "%d streams instead of data.streams=%d, for %d shards a process",
