@@ -177,7 +177,8 @@ class Statistics:
             return np.full(len(percents), np.nan)
         wanted = np.asarray(percents) / 100 * cumulative[-1]
         rows = np.searchsorted(cumulative, wanted.clip(1))
-        values = middles_of(counts.places, self.dtype)[rows.clip(max=len(cumulative) - 1)]
+        rows = rows.clip(max=len(cumulative) - 1)
+        values = middles_of(counts.places, self.dtype)[rows]
         # The middle of the outermost bins may lie outside the values.
         return values.clip(counts.lowest, counts.highest)
 
@@ -207,10 +208,11 @@ class Statistics:
         num = counts.counts.sum()
         if num == 0:
             return np.nan, np.nan
-        values = (middles_of(counts.places, self.dtype) - low) / (high - low)
-        values = values.clip(0, 1)
+        middles = middles_of(counts.places, self.dtype)
+        values = ((middles - low) / (high - low)).clip(0, 1)
         mean = float((values * counts.counts).sum() / num)
-        variance = float((np.square(values - mean) * counts.counts).sum() / num)
+        squares = np.square(values - mean)
+        variance = float((squares * counts.counts).sum() / num)
         return mean, variance**0.5
 
 

@@ -224,10 +224,12 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     if pixels.dtype == np.uint8 and pixels.shape[2] == RGB_BANDS:
         image = Image.fromarray(np.ascontiguousarray(pixels))
         return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    # In float64, which holds all values of 32 bits.
     images = torch.from_numpy(pixels.astype(np.float64)).permute(2, 0, 1)[None]
     smaller = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
     values = smaller[0].permute(1, 2, 0).numpy()
     if np.issubdtype(pixels.dtype, np.integer):
+        # Bicubic interpolation overshoots at edges.
         limits = np.iinfo(pixels.dtype)
         values = np.rint(values).clip(limits.min, limits.max)
     return values.astype(pixels.dtype)
@@ -640,7 +642,8 @@ def estimate_array_bytes(pool: Pool, resize: int | None) -> int:
         with suppress(UnreadableImage):
             image = pool[row]
             bytes_per_pixel = image.bands * image.dtype.itemsize
-            sizes.append(bytes_per_pixel * math.prod(resized_size(image.size, resize)))
+            num_pixels = math.prod(resized_size(image.size, resize))
+            sizes.append(bytes_per_pixel * num_pixels)
     return int(np.mean(sizes or [0]) * len(pool))
 
 

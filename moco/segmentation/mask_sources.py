@@ -138,14 +138,15 @@ def build_segmentation_source(
         len(listing.validation),
         time.monotonic() - started,
     )
-    train_numbers = sorted(set().union(*numbers[:num_train]))
+    train_numbers = sorted(set().union(*numbers[:num_train]))  # in the masks to train on
     check_two_classes(root, train_numbers, ignore_index)
     largest = [max(of_mask, default=0) for of_mask in numbers]
     if not names:
         if num_classes is None:
             num_classes = max(largest) + 1
             log.info("%d classes: the largest number in the masks plus one", num_classes)
-        names, names_origin = list(map(str, range(num_classes))), "data.num_classes"
+        names = list(map(str, range(num_classes)))
+        names_origin = "data.num_classes"
     check_classes(pairs, largest, len(names), names_origin)
     warn_of_unseen_classes(names, train_numbers, ignore_index)
     if ignore_index < len(names):
@@ -197,7 +198,8 @@ def list_segmentation_folder(root: str) -> Listing:
     Raises:
         InputError: a folder is missing, an image has no mask, or a mask has no image.
     """
-    images, masks = Path(root, "images"), Path(root, "masks")
+    images = Path(root, "images")
+    masks = Path(root, "masks")
     for folder in (images, masks):
         if not folder.is_dir():
             raise InputError(
@@ -450,4 +452,6 @@ def warn_of_unseen_classes(
 
 def and_more(count: int, num_named: int = 1) -> str:
     """Return the end of a message that has named some of `count` similar things."""
-    return f" (and {count - num_named} more like it)" if count > num_named else ""
+    if count <= num_named:
+        return ""
+    return f" (and {count - num_named} more like it)"

@@ -99,10 +99,7 @@ def check_bands(backbone: Any, bands: int, source: str) -> None:
 
 def log_inflation(name: str, bands: int) -> None:
     """Say that the weights of RGB are used for other bands."""
-    log.info(
-        "%s: from RGB to %d band%s, each with the mean over RGB times 3 / %d",
-        name,
-        bands,
-        "" if bands == 1 else "s",
-        bands,
-    )
+    number = f"{bands} bands"
+    if bands == 1:
+        number = "1 band"
+    log.info("%s: from RGB to %s, each with the mean over RGB times 3 / %d", name, number, bands)

@@ -63,9 +63,10 @@ class RandomResizedCrop(Operation):
 
     def draw(self, draws: Tensor, sizes: Tensor) -> Drawn:
         height, width = sizes.double().unbind(1)
-        area = (height * width)[:, None] * between(self.scale, draws[:, :10])
+        area = (height * width)[:, None] * between(self.scale, draws[:, :10])  # (batch, 10)
+        # The logarithm is uniform, so that 1:2 is as probable as 2:1.
         log_ratio = list(map(math.log, self.ratio))
-        root = torch.exp(between(log_ratio, draws[:, 10:20]) / 2)
+        root = torch.exp(between(log_ratio, draws[:, 10:20]) / 2)  # of width / height
         # torch.round rounds half to even, as Python's round does in torchvision.
         heights = torch.round(area.sqrt() / root)  # (batch, 10)
         widths = torch.round(area.sqrt() * root)  # (batch, 10)
@@ -83,7 +84,7 @@ class RandomResizedCrop(Operation):
         crop_height = torch.where(found, heights.gather(1, first)[:, 0], middle_height)
         crop_width = torch.where(found, widths.gather(1, first)[:, 0], middle_width)
         room = torch.stack([height - crop_height, width - crop_width], 1)
-        random_corner = torch.floor(draws[:, 20:22] * (room + 1))
+        random_corner = torch.floor(draws[:, 20:22] * (room + 1))  # (batch, 2)
         corner = torch.where(found[:, None], random_corner, torch.floor(room / 2))
         box = torch.cat([corner, torch.stack([crop_height, crop_width], 1)], 1)
         return {"box": box.long(), "size": sizes}

@@ -272,9 +272,8 @@ class ViewPair:
             for view in self.views_at(0):
                 check_any_size(view, self.ramp)
         self.scale, self.shift = normalisation(mean, std, bands, is_float)
-        # One number for each band.
-        self.mean = [*mean] * (bands // len(mean))
-        self.std = [*std] * (bands // len(std))
+        self.mean = for_each_band(mean, bands)
+        self.std = for_each_band(std, bands)
         self.image_size = image_size
         self.seed = seed
         self.engine = engine
@@ -291,7 +290,8 @@ class ViewPair:
         Raises:
             InputError: there is no such pair.
         """
-        return cls(**(read_preset(name) | {"image_size": image_size} | settings))
+        settings = read_preset(name) | {"image_size": image_size} | settings
+        return cls(**settings)
 
     def __call__(
         self, image: Image.Image | np.ndarray, epoch: int = 0, index: int = 0
@@ -331,8 +331,10 @@ class ViewPair:
             indices: (batch,) int64, number of each image in the dataset.
             sizes: (batch, 2) int64, height and width of each image, px.
         """
-        views = self.views_at(epoch)
-        return [view.draw(self.seed, epoch, indices, n, sizes) for n, view in enumerate(views)]
+        drawn = []
+        for number, view in enumerate(self.views_at(epoch)):
+            drawn.append(view.draw(self.seed, epoch, indices, number, sizes))
+        return drawn
 
     def describe(self, epoch: int, index: int, size: Sequence[int]) -> list[list[str]]:
         """Return, for each view of one image, a line of text for each step that is applied.
@@ -340,9 +342,13 @@ class ViewPair:
         Args:
             size: height and width of the image, px.
         """
-        drawn = self.draw(epoch, torch.tensor([index]), torch.tensor([list(size)]))
-        views = self.views_at(epoch)
-        return [view.describe(row_of(drawn[place], 0)) for place, view in enumerate(views)]
+        indices = torch.tensor([index])  # a batch of one
+        sizes = torch.tensor([list(size)])
+        drawn = self.draw(epoch, indices, sizes)
+        lines = []
+        for view, numbers in zip(self.views_at(epoch), drawn, strict=True):
+            lines.append(view.describe(row_of(numbers, 0)))
+        return lines
 
     def num_worker_steps(self, view: View) -> int:
         """Return how many steps of a view a loader process applies."""
@@ -426,12 +432,12 @@ class ViewPair:
         Returns:
             The two views, (batch, bands, side, side) float32 each, normalised.
         """
-        places = range(len(self.views_at(epoch)))
         if key_images is None:
             key_images = images
         of_views = [images, key_images]
         results = []
-        for place in places:
+        # A pair of one view, as an evaluation has, gives that view twice.
+        for place in range(len(self.views_at(epoch))):
             results.append(self._on_device(of_views[place], epoch, indices, place, start=0))
         return results[0], results[-1]
 
@@ -446,7 +452,8 @@ class ViewPair:
         num_at_once = len(images)
         if images.device.type == "cpu":
             values_of_image = max(images[0].numel(), self.kind.bands * side**2)
-            num_at_once = max(1, VALUES_AT_ONCE * torch.get_num_threads() // values_of_image)
+            values_at_once = VALUES_AT_ONCE * torch.get_num_threads()
+            num_at_once = max(1, values_at_once // values_of_image)
         results = torch.empty(len(images), self.kind.bands, side, side, device=images.device)
         largest = self.kind.largest
         for first in range(0, len(images), num_at_once):
@@ -527,7 +534,9 @@ def to_float(images: Tensor) -> Tensor:
 def sizes_of(images: Tensor, indices: Tensor) -> Tensor:
     """Return height and width for each of `indices`, (batch, 2), filled in on their device."""
     height, width = images.shape[2:]
-    return torch.stack([torch.full_like(indices, height), torch.full_like(indices, width)], 1)
+    heights = torch.full_like(indices, height)
+    widths = torch.full_like(indices, width)
+    return torch.stack([heights, widths], 1)
 
 
 def normalisation(
@@ -551,10 +560,15 @@ def normalisation(
             )
     if min(std) <= 0:
         raise InputError(f"augmentation.std={[*std]}: expected numbers above 0")
-    std_tensor = torch.tensor([*std] * (bands // len(std))).view(bands, 1, 1)
-    mean_tensor = torch.tensor([*mean] * (bands // len(mean))).view(bands, 1, 1)
+    std_tensor = torch.tensor(for_each_band(std, bands)).view(bands, 1, 1)
+    mean_tensor = torch.tensor(for_each_band(mean, bands)).view(bands, 1, 1)
     scale = 1 / (kind_of_images(bands, is_float).largest * std_tensor)
     return scale, mean_tensor / std_tensor
+
+
+def for_each_band(numbers: Sequence[float], bands: int) -> list[float]:
+    """Return a number for each band, of one for all bands or of one for each."""
+    return [*numbers] * (bands // len(numbers))
 
 
 class Normalized:

@@ -354,12 +354,16 @@ class IndexedSet(ImageSet):
             for image in self.images.tensor:
                 digest.update(image.numpy().tobytes())
         for index in range(len(self)):
-            digest.update(self.images.name(index).encode(errors="surrogatepass") + b"\0")
+            name = self.images.name(index)
+            # Names that are not UTF-8 hold surrogates. The zero keeps a, bc apart from ab, c.
+            digest.update(name.encode(errors="surrogatepass") + b"\0")
         return digest.hexdigest()
 
     def keys_from(self, place: list[int]) -> Iterator[ImageKey]:
         for index in range(place[0], len(self)):
-            yield ImageKey(index, self.images.name(index), int(self.labels[index]), [index + 1])
+            name = self.images.name(index)
+            label = int(self.labels[index])
+            yield ImageKey(index, name, label, [index + 1])
 
 
 class ShardedSet(ImageSet):
@@ -401,7 +405,8 @@ class ShardedSet(ImageSet):
                     continue
                 # A key alone can be in several shards.
                 key = sample_key(found.name.removeprefix(f"{shard}/"))
-                yield ImageKey(found, f"{os.path.basename(shard)}/{key}", -1, [number, member])
+                name = f"{os.path.basename(shard)}/{key}"
+                yield ImageKey(found, name, -1, [number, member])
 
 
 class IterableSet(ImageSet):
@@ -450,4 +455,5 @@ def image_set(images: Images, labels: np.ndarray | None = None) -> ImageSet:
         return IterableSet(images)
     if labels is None:
         labels = np.full(len(images), -1)
-    return IndexedSet(Labelled(images, labels), has_labels=bool((labels >= 0).any()))
+    has_labels = bool((labels >= 0).any())
+    return IndexedSet(Labelled(images, labels), has_labels)

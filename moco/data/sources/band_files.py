@@ -232,7 +232,8 @@ def band_file_images(
             num_others += 1
             continue
         image_id, band = parsed
-        place_of.setdefault(os.path.join(root, parse.name(image_id)), {})[band] = place
+        image = os.path.join(root, parse.name(image_id))
+        place_of.setdefault(image, {})[band] = place
         counts[band] += 1
     if not place_of:
         first = ", ".join(printable(name) for _, name in files_below[:2])

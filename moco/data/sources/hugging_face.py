@@ -12,7 +12,7 @@ import numpy as np
 
 from moco.data.files.images import EncodedImage, UnreadableImage, encoded
 from moco.data.sources.source import DataSource, Images, Labelled, warn_of_missing_classes
-from moco.errors import InputError, printable
+from moco.errors import InputError, printable, said
 
 log = logging.getLogger(__name__)
 
@@ -201,9 +201,8 @@ def load_splits(root: str) -> dict[str, Any]:
     try:
         found = datasets.load_from_disk(root)
     except Exception as error:  # its parsers and Arrow's raise nearly anything on damaged folders
-        reason = printable(" ".join(str(error).split())) or type(error).__name__
         raise InputError(
-            f"data.root={root}: not a folder of datasets' save_to_disk ({reason})"
+            f"data.root={root}: not a folder of datasets' save_to_disk ({said(error)})"
         ) from error
     if isinstance(found, dict):
         return found

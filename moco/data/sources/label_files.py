@@ -88,8 +88,8 @@ def read_labels(
     numbers, class_names = numbered_classes(table, names_there, class_columns)
     labels = np.full(len(names), NO_CLASS, dtype=np.int64)
     twice = []
-    of_images = zip(names_there, places[has_image].tolist(), numbers.tolist(), strict=True)
-    for name, place, number in of_images:
+    places_there = places[has_image].tolist()
+    for name, place, number in zip(names_there, places_there, numbers.tolist(), strict=True):
         if number == NO_CLASS:
             continue
         if labels[place] not in (NO_CLASS, number):

@@ -25,7 +25,7 @@ from moco.data.files.encoded_image import (
 from moco.data.files.pillow_images import RAW_MODES, to_rgb
 from moco.data.sources.folders import is_held_out
 from moco.data.sources.source import DataSource, Images, Labelled
-from moco.errors import InputError, printable, unknown_name
+from moco.errors import InputError, printable, said, unknown_name
 
 log = logging.getLogger(__name__)
 
@@ -294,11 +294,6 @@ def described(value: Any) -> str:
             return f"{kind} of empty"
         return f"{kind} of {described(value[0])}"
     return kind
-
-
-def said(error: Exception) -> str:
-    """Return the message of an error on one line, or its kind if it has none."""
-    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def named(error: Exception) -> str:

@@ -337,6 +337,7 @@ def settle_values(
     for name, image in images:
         kind = (image.dtype, image.bands)
         of_kind.setdefault(kind, []).append((name, image))
+    # Of two kinds that are equally frequent, the first one counts.
     (dtype, num_bands), alike = max(of_kind.items(), key=lambda item: len(item[1]))
     if selection is not None:
         num_bands = len(selection)
@@ -512,7 +513,8 @@ def warn_of_values(decoded: Sequence[Sampled], values: PixelValues) -> None:
     highest = 0.0
     for sampled in decoded:
         measured, missing = sampled.values_and_missing(values.no_data)
-        low, high = torch.tensor(values.low).double(), torch.tensor(values.high).double()
+        low = torch.tensor(values.low).double()  # (bands,)
+        high = torch.tensor(values.high).double()
         places = (measured - low) / (high - low)
         num_all += places.numel()
         if missing is not None:

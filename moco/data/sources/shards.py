@@ -23,7 +23,7 @@ from moco.data.files.images import EncodedImage, UnreadableImage, encoded
 from moco.data.sources.folders import list_of_paths
 from moco.data.sources.packed_copy import INDEX, read_finished_index, read_index
 from moco.data.sources.source import DataSource, Images
-from moco.errors import InputError, printable
+from moco.errors import InputError, printable, said
 
 log = logging.getLogger(__name__)
 
@@ -199,6 +199,7 @@ def shards_of_folder(folder: str) -> list[str]:
     if os.path.isfile(os.path.join(folder, INDEX)):
         read_finished_index(folder)
         pattern = "train-*.tar"
+    # Without `escape` a folder named data[1] would be a pattern.
     shards = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
     if not shards:
         raise InputError(f"data.root={folder}: no .tar files to train on in there")
@@ -255,8 +256,7 @@ def images_in(
                 num_images += 1
     except TAR_ERRORS as error:
         where = f"{printable(shard)}: cannot be read beyond its first {num_images} images"
-        reason = printable(" ".join(str(error).split())) or type(error).__name__
-        yield Problem(shard, f"{where} ({reason})", is_shard=True)
+        yield Problem(shard, f"{where} ({said(error)})", is_shard=True)
 
 
 def read_sample(
