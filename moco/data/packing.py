@@ -141,6 +141,7 @@ class Pool:
         """Return the number of images, and a hash of their names and labels."""
         digest = blake2b(self.labels().tobytes(), digest_size=16)
         for row in range(len(self)):
+            # The zero keeps the names a, bc apart from ab, c.
             digest.update(os.fsencode(self.name(row)) + b"\0")
         return {"images": len(self), "hash": digest.hexdigest()}
 
@@ -201,7 +202,7 @@ def pack_image(
     elif not is_rgb:
         content = tiff_of(pixels)
     elif keeps_size and selection is None and jpeg is not None:
-        content = jpeg
+        content = jpeg  # encoding it anew would lose quality
     else:
         try:
             content = simplejpeg.encode_jpeg(pixels, quality, colorsubsampling="420")
@@ -435,6 +436,7 @@ class CopyWriter:
         prefix = "train-"
         if self.num_done >= self.pool.num_train:
             prefix = "held_out-"
+        # Training images and others are numbered from 0 each.
         number = sum(part["file"].startswith(prefix) for part in self.index["parts"])
         return ShardPart(self.folder / f"{prefix}{number:05}.tar")
 
@@ -446,8 +448,9 @@ class CopyWriter:
         for (name, dtype), values in zip(COLUMNS.items(), columns, strict=True):
             table[name] = values.astype(dtype)
         names = [os.fsencode(self.pool.name(row)) for row in table["rows"].tolist()]
+        lengths = list(map(len, names))
         table["names"] = np.frombuffer(b"".join(names), np.uint8)
-        table["name_ends"] = np.cumsum(list(map(len, names)), dtype=np.int64)
+        table["name_ends"] = np.cumsum(lengths, dtype=np.int64)
         save_table(self._table_path(len(self.index["parts"])), table)
         entry |= {"stop": self.num_done, "images": len(names), "skipped": part.skipped}
         self.index["parts"].append(entry)

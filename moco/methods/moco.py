@@ -172,9 +172,11 @@ class MoCo(pl.LightningModule):
         if self.symmetric:
             queries = self.encode_queries([first, second])  # (N, C) unit norm each
             keys = self.encode_keys([second, first])  # (N, C) unit norm each, no gradient
+            key_view = first
         else:
             queries = self.encode_queries([first])
             keys = self.encode_keys([second])
+            key_view = second
 
         losses = []
         if self.queue is not None:
@@ -198,9 +200,6 @@ class MoCo(pl.LightningModule):
                 )
                 losses.append(loss)
 
-        key_view = second
-        if self.symmetric:
-            key_view = first
         outputs = {
             "loss": self.total_loss(losses),
             "query": queries[-1].embedding.detach(),

@@ -304,7 +304,10 @@ def pair_files(images: Path, masks: Path) -> dict[str, Pair]:
         alone.append(f"{mask_paths[key]}: there is no image of that name in {images}")
     if alone:
         raise InputError(printable(alone[0] + and_more(len(alone))))
-    return {key: Pair(image_paths[key], mask_paths[key]) for key in sorted(image_paths)}
+    pairs = {}
+    for key in sorted(image_paths):
+        pairs[key] = Pair(image_paths[key], mask_paths[key])
+    return pairs
 
 
 def path_without_ending(folder: Path, path: str) -> str:

@@ -93,7 +93,7 @@ def chosen_pages(tiff: "TiffFile", request: Request) -> list["TiffPage"]:
     """
     if request.page is None:
         return list(pages_of(tiff))
-    if request.page == 0:
+    if request.page == 0:  # most files have one image, which needs no walk over all pages
         return [next(pages_of(tiff))]
     if isinstance(request.source, str):
         status = os.stat(request.source)
@@ -186,7 +186,9 @@ def are_colours(page: "TiffPage") -> bool:
     """Return whether a page has 8-bit colours, which Pillow reads right."""
     if page.sampleformat != 1:
         return False
-    bits, samples, extra = page.bitspersample, page.samplesperpixel, tuple(page.extrasamples)
+    bits = page.bitspersample
+    samples = page.samplesperpixel
+    extra = tuple(page.extrasamples)
     if page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO, PALETTE) and samples == 1:
         return bits in (1, 2, 4, 8)
     if bits != 8:
@@ -281,6 +283,7 @@ def read_window(request: Request, window: Window) -> np.ndarray | None:
         pages = chosen_pages(tiff, request)
         request = raw_if_stack(request, pages)
         for page in pages:
+            # The window counts from the top left of the turned image.
             is_upright = tag_value(page, ORIENTATION, 1) == 1
             if not is_upright or (are_colours(page) and not is_read_by_segments(page)):
                 return None

@@ -51,7 +51,8 @@ class Streams:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
         order = torch.randperm(len(self.images.shards), generator=generator)
         of_process = order[self.rank :: self.world_size]
-        return [self.images.shards[number] for number in of_process[stream :: self.num_streams]]
+        of_stream = of_process[stream :: self.num_streams].tolist()
+        return [self.images.shards[number] for number in of_stream]
 
     def samples(self, epoch: int, stream: int) -> Iterator[Sample | Problem]:
         """Yield the samples of one stream, without end.

@@ -251,6 +251,7 @@ def pixels_of(item: Any, max_image_pixels: int, *, raw: bool = False) -> np.ndar
         raise ValueError(described(image))
     if array.dtype == np.uint8 and array.shape[2] == 1 and not raw:
         array = np.repeat(array, 3, axis=2)
+    # PyTorch takes no other byte order, and warns of memory that it must not write to.
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     return np.require(array, requirements=["C", "W"])
 
@@ -364,16 +365,18 @@ def dataset_source(
             # The same images: they have the same names.
             images[key] = images[twin[0]]
             continue
-        place = ""
+        own_what, own_where = what, where
         if not is_alone:
-            place = f"[{key}]"
-        names = (f"{what}{place}", f"{where}{place}", max_image_pixels)
+            own_what, own_where = f"{what}[{key}]", f"{where}[{key}]"
         if is_map_style(dataset):
-            images[key] = DatasetImages(dataset, *names, rows_of(dataset, names[1]))
+            rows = rows_of(dataset, own_where)
+            images[key] = DatasetImages(dataset, own_what, own_where, max_image_pixels, rows)
         elif key == "train":
-            images[key] = iterable_images(dataset, *names, num_images)
+            images[key] = iterable_images(
+                dataset, own_what, own_where, max_image_pixels, num_images
+            )
         else:
-            raise InputError(f"{names[1]}: got {described(dataset)}; {NO_NUMBERS}")
+            raise InputError(f"{own_where}: got {described(dataset)}; {NO_NUMBERS}")
 
     training = images["train"]
     # Read now, so that another dataset is refused before anything is computed.
@@ -524,8 +527,11 @@ def class_names_of(dataset: Any) -> tuple[str, ...] | None:
         The name of each class by its number, or None.
     """
     names = getattr(dataset, "classes", None)
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, (list, tuple)):
         return None
+    for name in names:
+        if not isinstance(name, str):
+            return None
     return tuple(names)
 
 
@@ -559,7 +565,7 @@ def divided(
         names.append(name.encode(errors="surrogatepass"))
     is_query = is_held_out(names, held_out)
     class_names = class_names_of(images.dataset)
-    # A monitor needs images on both sides.
+    # A monitor needs images on both sides. The hash of few names may put all on one.
     if is_query.all() or not is_query.any():
         return replace(source, bank=Labelled(images, labels, class_names))
     sides = []

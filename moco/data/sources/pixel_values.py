@@ -447,7 +447,10 @@ def is_pair(value: Any) -> bool:
     """Return whether this is a list of two finite numbers."""
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return False
-    return all(isinstance(number, (int, float)) and np.isfinite(number) for number in value)
+    for number in value:
+        if not isinstance(number, (int, float)) or not np.isfinite(number):
+            return False
+    return True
 
 
 def decoded_sample(

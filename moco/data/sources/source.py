@@ -309,6 +309,7 @@ class FileImages(Images):
     def _find_page(self, index: int) -> tuple[str, int, int]:
         """Return an image's path, its page in that file, and the number of pages of the file."""
         paths = self.files()
+        # `page_ends` holds for each file how many images there are up to its end.
         file = int(np.searchsorted(self.page_ends.numpy(), index, side="right"))
         start = start_of(self.page_ends, file)
         end = int(self.page_ends[file])
