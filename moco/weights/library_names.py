@@ -32,7 +32,7 @@ Weights = dict[str, Tensor]
 # torchvision has a class for vit_small, but no such name. Its other names are ours.
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2")
 TIMM_MODELS = {
-    **dict(zip(RESNETS, RESNETS, strict=True)),
+    **{name: name for name in RESNETS},
     "swin_t": "swin_tiny_patch4_window7_224",
     "swin_s": "swin_small_patch4_window7_224",
     "swin_b": "swin_base_patch4_window7_224",

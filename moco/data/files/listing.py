@@ -254,7 +254,9 @@ def list_trees(roots: Sequence[str]) -> tuple[Listing, list[Folder], bool]:
 
 def kinds_of_endings() -> dict[str, str | None]:
     """Return what each known ending is: None for images, or the kind of what is left out."""
-    kinds: dict[str, str | None] = dict(zip(OTHER_ENDINGS, OTHER_ENDINGS, strict=True))
+    kinds: dict[str, str | None] = {}
+    for ending in OTHER_ENDINGS:
+        kinds[ending] = ending
     for known in FORMATS:
         for ending in known.endings:
             kinds[ending] = kind_of_format(known, ending)

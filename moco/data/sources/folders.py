@@ -240,7 +240,7 @@ def class_sides(
     """
     found = [files_in_class_folders(files, folder) for folder in folders]
     class_names = tuple(sorted(set(found[0][1]), key=natural_order))
-    number_of_class = dict(zip(class_names, range(len(class_names)), strict=True))
+    number_of_class = {name: number for number, name in enumerate(class_names)}
     sides: list[tuple[Listing, np.ndarray, tuple[str, ...] | None]] = []
     for folder, (in_classes, classes) in zip(folders, found, strict=True):
         unknown = sorted(set(classes) - set(class_names), key=natural_order)

@@ -495,13 +495,13 @@ def missing_range(
         top = np.percentile(values, 99.9)
         seen = f"from {values.min():g} to {values.max():g}, 99.9 % of them up to {top:g}"
     return (
-        f"data.value_range: missing; the images have {known} ({number_of(decoded)}: {seen}). "
+        f"data.value_range: missing; the images have {known} ({images_in_words(decoded)}: {seen}). "
         f"Give the values that become 0 and 1, data.value_range=[low,high]; "
         f"python -m moco.stats {command} measures them"
     )
 
 
-def number_of(decoded: Sequence[Sampled]) -> str:
+def images_in_words(decoded: Sequence[Sampled]) -> str:
     """Return how many images these are, for a message."""
     if len(decoded) > 1:
         return f"{len(decoded)} images"
@@ -529,7 +529,7 @@ def warn_of_values(decoded: Sequence[Sampled], values: PixelValues) -> None:
             highest = max(highest, float(places.max()))
     if num_all == 0:
         return
-    number = number_of(decoded)
+    number = images_in_words(decoded)
     if num_missing:
         share = num_missing / num_all
         log.info(
