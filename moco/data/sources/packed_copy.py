@@ -157,8 +157,9 @@ def packed_source(root: str, max_image_pixels: int) -> DataSource:
     class_names = index.get("class_names")
     if class_names is not None:
         class_names = tuple(class_names)
-    bank = read_side("bank", copy, train, table, class_names)
-    queries = read_side("queries", copy, train, table, class_names)
+    sets = label_sets_of(index)
+    bank = read_side("bank", copy, train, table, class_names, sets)
+    queries = read_side("queries", copy, train, table, class_names, sets)
     return DataSource(train, bank, queries, image_size=index["image_size"])
 
 
@@ -168,6 +169,7 @@ def read_side(
     train: PackedImages,
     table: Mapping[str, np.ndarray],
     class_names: tuple[str, ...] | None,
+    label_sets: np.ndarray | None,
 ) -> Labelled | None:
     """Return the copy's ``bank`` or ``queries``, or None if it has none."""
     if f"{side}_rows" not in table:
@@ -176,7 +178,18 @@ def read_side(
     images = copy.subset(rows)
     if np.array_equal(rows, np.arange(len(train))):
         images = train  # the same object, so that it is cached once
-    return Labelled(images, table[f"{side}_labels"], class_names)
+    return Labelled(images, table[f"{side}_labels"], class_names, label_sets)
+
+
+def label_sets_of(index: Mapping[str, Any]) -> np.ndarray | None:
+    """Return the classes that each label stands for, see `Labelled`."""
+    classes_of_labels = index.get("label_sets")
+    if classes_of_labels is None:
+        return None
+    label_sets = np.zeros((len(classes_of_labels), index["num_classes"]), bool)
+    for label, classes in enumerate(classes_of_labels):
+        label_sets[label, classes] = True
+    return label_sets
 
 
 def read_copy(
