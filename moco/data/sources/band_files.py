@@ -290,10 +290,10 @@ def log_bands(images: BandFileImages) -> None:
 
 def roots_and_names(paths: PathList, roots: Sequence[str]) -> list[tuple[str, str]]:
     """Return the folder of each path, and its name relative to that folder."""
-    prefixes = [os.path.join(root, "") for root in roots]
+    prefixes = {root: os.path.join(root, "") for root in roots}
     names = []
     for path in paths:
-        for root, prefix in zip(roots, prefixes, strict=True):
+        for root, prefix in prefixes.items():
             if path.startswith(prefix):
                 names.append((root, path[len(prefix) :]))
                 break
