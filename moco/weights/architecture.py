@@ -181,8 +181,10 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
             seen["stem"] = "solo_cifar"
 
     for stem in STEMS:
-        if stem in weights and weights[stem].ndim == 4 and weights[stem].shape[1] != RGB_BANDS:
-            seen["in_channels"] = int(weights[stem].shape[1])
+        if stem in weights and weights[stem].ndim == 4:
+            bands = weights[stem].shape[1]  # (channels, bands, height, width)
+            if bands != RGB_BANDS:
+                seen["in_channels"] = int(bands)
 
     # Fixed positions of a ViT are no setting, so only learned ones are seen.
     for positions in ("pos_embed", POSITIONS):
@@ -203,6 +205,7 @@ def settings_seen(weights: Weights, name: str, origin: str = "") -> dict[str, An
     # Tables of coordinates also tell the windows that normalise them.
     tables = first_of_each_stage(weights, COORDINATES)
     if tables:
+        # (1, 2 * window - 1, 2 * window - 1, 2) each.
         windows = [(table.shape[1] + 1) // 2 for table in tables]
         seen["window_size"] = one_or_each(windows)
         seen["pretrained_window_size"] = one_or_each(pretrained_windows(tables, windows))

@@ -33,6 +33,7 @@ def inflated(weight: Tensor, bands: int) -> Tensor:
 
 def first_convolution(backbone: nn.Module) -> tuple[str, nn.Conv2d] | None:
     """Return name and module of the convolution that reads the images; None if there is none."""
+    # Networks define their stem before the layers that follow it.
     for name, module in backbone.named_modules():
         if isinstance(module, nn.Conv2d):
             return name, module

@@ -100,6 +100,7 @@ def with_bands_of(weights: Weights, method: MoCo) -> Weights:
     """Return the weights with RGB backbones inflated to the bands of the method's images."""
     for prefix in (BACKBONE, KEY_BACKBONE):
         theirs, others = split(weights, prefix)
+        # Both encoders have the same first convolution, so the log says it once.
         is_first = prefix == BACKBONE
         fitting = fit_bands(theirs, method.query_encoder.backbone, is_logged=is_first)
         if fitting is not theirs:

@@ -99,7 +99,8 @@ class Split:
         if given is None and len(columns) <= 1:
             return next(iter(columns), None)
         # A label can also be a plain number.
-        is_number = "int" in str(getattr(features.get(given), "dtype", ""))
+        dtype = getattr(features.get(given), "dtype", "")
+        is_number = "int" in str(dtype)
         if given not in columns and not (key == "data.label_column" and is_number):
             raise InputError(
                 f"{key}={given}: expected one column of type {column_type.__name__} "
@@ -113,7 +114,8 @@ class Split:
 
         # Undecoded, so that an image is read in the loader process as files are.
         column = self.image_column
-        table = self.dataset.select_columns([column]).cast_column(column, Image(decode=False))
+        table = self.dataset.select_columns([column])
+        table = table.cast_column(column, Image(decode=False))
         return TableImages(table.with_format("arrow"), column, self.name, max_image_pixels)
 
     def labels(self) -> np.ndarray | None:
