@@ -4,17 +4,19 @@ import argparse
 import sys
 from pathlib import Path
 
+from moco.cli.help_pages import answer_question
 from moco.cli.sweep_table import as_csv, as_text, find_jobs
 from moco.errors import InputError, printable
 
 
 def main() -> None:
     """Entry point of ``moco-sweep``."""
-    parser = argparse.ArgumentParser(prog="moco.sweep", description="A table of a sweep's jobs.")
-    parser.add_argument("folder", type=Path, help="of the sweep, for instance runs/sweep/NAME")
-    parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="also write the table with every figure there"
-    )
+    if answer_question("sweep", sys.argv[1:]):
+        return
+    # `answer_question` has the texts of the help page.
+    parser = argparse.ArgumentParser(prog="moco.sweep", add_help=False)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--csv", type=Path, metavar="FILE")
     given = parser.parse_args()
 
     from moco.runs.atomic_files import write_atomically

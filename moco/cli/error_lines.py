@@ -23,6 +23,7 @@ from omegaconf.errors import (
 
 from moco.config.parsing import unknown_key
 from moco.errors import InputError, Interrupted, RunError, exit_code, printable, unknown_name
+from moco.extras import install_command
 
 # What composing a config raises when the config is wrong.
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -62,7 +63,7 @@ def explain_config(error: Exception, schema: type) -> str:
         if isinstance(resolver_error, InputError):
             return str(resolver_error)
     if "submitit_slurm" in message:  # the base of conf/hydra/launcher/slurm.yaml is missing
-        return "hydra/launcher=slurm needs another package: pip install 'moco-ssl[slurm]'"
+        return f"hydra/launcher=slurm needs another package: {install_command('slurm')}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name}: {unknown_name(group.lstrip('/'), name, error.options)}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco.errors import InputError, unknown_name
+from moco.extras import install_command
 from moco.targets import call_target, check_options, import_target
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def check_loggers(setting: Any, options: Mapping[str, Mapping[str, Any]]) -> Non
         spec = importlib.util.find_spec(name)
         # W&B makes folders of the name wandb. Python takes such a folder for an empty package.
         if spec is None or spec.origin is None:
-            raise InputError(f"logger={name} needs {name}: pip install 'moco-ssl[{name}]'")
+            raise InputError(f"logger={name} needs {name}: {install_command(name)}")
         check_tracker_options(name, options[name])
 
 

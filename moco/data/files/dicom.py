@@ -18,6 +18,7 @@ from moco.data.files.encoded_image import (
     path_or_file,
 )
 from moco.data.files.jpeg_images import frame_size
+from moco.extras import install_command
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -81,7 +82,7 @@ def read_dataset(request: Request, with_pixels: bool) -> "Dataset":
     try:
         import pydicom
     except ImportError as error:
-        raise ValueError("DICOM needs pydicom: pip install 'moco-ssl[dicom]'") from error
+        raise ValueError(f"DICOM needs pydicom: {install_command('dicom')}") from error
     file = path_or_file(request.source)
     dataset = pydicom.dcmread(file, stop_before_pixels=not with_pixels)
     if "Rows" not in dataset or "Columns" not in dataset:

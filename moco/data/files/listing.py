@@ -38,6 +38,7 @@ from moco.data.files.written_files import (
     is_written_folder,
 )
 from moco.errors import InputError, printable
+from moco.extras import install_command
 
 log = logging.getLogger(__name__)
 
@@ -265,9 +266,9 @@ def kinds_of_endings() -> dict[str, str | None]:
 
 def kind_of_format(known: Format, ending: str) -> str | None:
     """Return None if the format can be read, or the kind that says what to install."""
-    if known.package is None or find_spec(known.package) is not None:
+    if known.package is None or known.extra is None or find_spec(known.package) is not None:
         return None
-    return f"{ending or NO_ENDING} (pip install 'moco-ssl[{known.extra}]')"
+    return f"{ending or NO_ENDING} ({install_command(known.extra)})"
 
 
 def readable_endings(kinds: Mapping[str, str | None]) -> list[str]:

@@ -24,6 +24,7 @@ from moco.data.sources.folders import list_of_paths
 from moco.data.sources.packed_copy import INDEX, read_finished_index, read_index
 from moco.data.sources.source import DataSource, Images
 from moco.errors import InputError, printable, said
+from moco.extras import install_command
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ TAR_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 ENDINGS = endings_not_read_by("numpy")
 MAX_ENCODED_BYTES = 2**28  # a larger encoded image is unreadable
 IMAGE_SIZE = 224  # px
-NO_LIBRARY = "data=webdataset needs another package: pip install 'moco-ssl[webdataset]'"
+NO_LIBRARY = "data=webdataset needs another package: "
 NO_INDEX = (
     "data=webdataset is a stream to train on and has no images by number; "
     "data=packed reads the shards of moco.pack, data=images files"
@@ -107,7 +108,7 @@ def sharded_source(
     try:
         import webdataset  # noqa: F401
     except ImportError as error:
-        raise InputError(NO_LIBRARY) from error
+        raise InputError(NO_LIBRARY + install_command("webdataset")) from error
     shards = list_shards(root)
     if num_images is None:
         num_images = find_num_images(root, shards)

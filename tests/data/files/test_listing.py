@@ -21,6 +21,7 @@ from moco.data.sources.folders import is_held_out
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import FileImages
 from moco.evaluation.reports.plots import new_figure
+from moco.extras import install_command
 
 NAMES = ["a/x.png", "a", "ü.png", os.fsdecode(b"\xff.png"), "new\nline.png", "long" * 60]
 
@@ -154,8 +155,8 @@ def test_an_unknown_ending_is_an_image_if_the_first_bytes_say_so(tmp_path, monke
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
-        f"{tmp_path}: left out 5 files: .heic (pip install 'moco-ssl[heif]') 1, "
-        "no ending (pip install 'moco-ssl[heif]') 1, no ending 2, .dng 1"
+        f"{tmp_path}: left out 5 files: .heic ({install_command('heif')}) 1, "
+        f"no ending ({install_command('heif')}) 1, no ending 2, .dng 1"
     )
     monkeypatch.setattr(listing, "find_spec", lambda name: "there")
     assert len(listed([str(tmp_path)]).paths) == 8
