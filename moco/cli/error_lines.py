@@ -78,10 +78,10 @@ def explain_config(error: Exception, schema: type) -> str:
         resolver_error = innermost(error)
         if isinstance(resolver_error, InputError):
             return str(resolver_error)
+    if f"Could not load '{LAUNCHERS}/{SUBMITIT}'" in message:
+        return f"{LAUNCHERS}=slurm needs another package: {install_command('slurm')}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        if name == SUBMITIT:
-            return f"{LAUNCHERS}=slurm needs another package: {install_command('slurm')}"
         return f"{group}={name}: {unknown_name(group.lstrip('/'), name, error.options)}"
     if isinstance(error, OverrideParseException):
         return explain_override(error.override, message.splitlines()[0])
