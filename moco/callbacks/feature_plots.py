@@ -16,6 +16,7 @@ from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.reports.knn_plots import Searched, confusion_of, neighbors_of_some
 from moco.evaluation.reports.plots import pixels
 from moco.evaluation.reports.projections import principal_components
+from moco.training.board_layout import tag_of
 
 MOST_PREDICTED = 5_000
 """Queries in the confusion matrix."""
@@ -67,14 +68,14 @@ class FeaturePlots:
         """
         searched = Searched(bank, queries, partial(nearest_by_block, bank.features), None)
         neighbors = pixels(neighbors_of_some(searched))
-        experiment.add_image("knn/neighbors", neighbors, step, dataformats="HWC")
+        experiment.add_image(tag_of("knn/neighbors"), neighbors, step, dataformats="HWC")
 
         chosen = evenly_spaced(np.arange(len(queries.rows)), MOST_PREDICTED)
         labels = queries.labels[chosen]
         protocol = Protocol(num_neighbors, temperature)
         votes = classify(searched.search, bank.labels, queries.features[chosen], labels, [protocol])
         confusion = pixels(confusion_of(queries, labels, votes[protocol].predicted))
-        experiment.add_image("knn/confusion", confusion, step, dataformats="HWC")
+        experiment.add_image(tag_of("knn/confusion"), confusion, step, dataformats="HWC")
 
     def project(self, experiment: Any, queries: Embedded) -> None:
         """Write features, labels and thumbnails of the queries for the embedding projector.

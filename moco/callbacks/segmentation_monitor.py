@@ -16,6 +16,7 @@ from moco.segmentation.inference import predicted_classes
 from moco.segmentation.mask_batches import MaskBatch
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
 from moco.segmentation.segmentation_data import SegmentationData, check_readable
+from moco.training.board_layout import tag_of
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class SegmentationMonitor(EpochMeasurement):
         board = board_of(trainer)
         if board is not None:
             for number, plot in enumerate(plots):
-                board.add_image(f"image_truth_prediction/{number}", plot, trainer.global_step)
+                tag = tag_of(f"image_truth_prediction/{number}")
+                board.add_image(tag, plot, trainer.global_step)
 
 
 def plot_first_images(

@@ -217,7 +217,7 @@ def build_loggers(
 
     from moco.training.distributed.collectives import rank
     from moco.training.experiment_trackers import start_mlflow, start_wandb
-    from moco.training.logger import RunLogger, given_keys
+    from moco.training.logger import RunLogger, given_keys, method_name
     from moco.training.metrics_file import MetricsFile
 
     if rank() > 0:
@@ -229,7 +229,8 @@ def build_loggers(
         if name == "tensorboard":
             # TensorBoard hides what was logged at `purge_step` and later.
             board = RunLogger(folder, purge_step=0 if step is None else step + 1)
-            board.describe(config, metrics, given_keys(folder), step or 0)
+            method = method_name(folder)
+            board.describe(config, metrics, given_keys(folder), step or 0, method)
             loggers.append(board)
         elif name == "csv":
             loggers.append(MetricsFile(folder, step))
