@@ -1,8 +1,10 @@
 """The figures on the held-out images while a segmentation model trains, as a Lightning callback."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -10,8 +12,11 @@ from torch import Tensor
 from moco.callbacks.epoch_measurement import EpochMeasurement
 from moco.callbacks.running_trainer import board_of, log_scalars
 from moco.data.sources.pixel_values import PixelValues
+from moco.errors import printable
 from moco.evaluation.features import evaluating
-from moco.segmentation.comparison_plot import comparison_plot
+from moco.evaluation.reports.cards import comparison_card, confusion_card
+from moco.evaluation.reports.plots import pixels
+from moco.segmentation.comparison_plot import class_colours, comparison_plot
 from moco.segmentation.inference import predicted_classes
 from moco.segmentation.mask_batches import MaskBatch
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
@@ -43,7 +48,9 @@ class SegmentationMonitor(EpochMeasurement):
         data: SegmentationData = trainer.datamodule  # type: ignore[attr-defined]
         num_classes, device = pl_module.num_classes, pl_module.device
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        plots: list[Tensor] = []
+        names = [printable(name) for name in data.source.class_names]
+        board = board_of(trainer)
+        plots: list[np.ndarray] = []
         with evaluating(pl_module):
             for batch in data.evaluation_dataloader():
                 # A measurement that is cut short is done when the run is resumed.
@@ -58,9 +65,13 @@ class SegmentationMonitor(EpochMeasurement):
                 confusion += confusion_matrix(
                     predicted, classes, num_classes, pl_module.ignore_index
                 )
-                num_missing_plots = self.num_plotted_images - len(plots)
+                num_missing_plots = 0
+                if board is not None:
+                    num_missing_plots = self.num_plotted_images - len(plots)
                 values = data.source.validation.images.values
-                plots += plot_first_images(batch, predicted, pl_module, values, num_missing_plots)
+                plots += plot_first_images(
+                    batch, predicted, pl_module, names, values, num_missing_plots
+                )
         self.owed = False
         scores = segmentation_figures(confusion.cpu(), data.source.class_names)
         self.figures |= {
@@ -73,19 +84,28 @@ class SegmentationMonitor(EpochMeasurement):
             "segment/epoch": epoch,
         }
         log_scalars(trainer, {key: score for key, score in scores.items() if score is not None})
-        board = board_of(trainer)
-        if board is not None:
-            for number, plot in enumerate(plots):
-                tag = tag_of(f"image_truth_prediction/{number}")
-                board.add_image(tag, plot, trainer.global_step)
+        if board is None or not self.num_plotted_images:
+            return
+        step = trainer.global_step
+        for number, plot in enumerate(plots):
+            tag = tag_of(f"image_truth_prediction/{number}")
+            board.add_image(tag, plot, step, dataformats="HWC")
+        matrix = confusion_card(names, confusion.cpu().numpy(), "pixels")
+        board.add_image(tag_of("segment/confusion"), pixels(matrix), step, dataformats="HWC")
 
 
 def plot_first_images(
-    batch: MaskBatch, predicted: Tensor, pl_module: Any, values: PixelValues | None, count: int
-) -> list[Tensor]:
-    """Return plots of the first `count` images of a batch, see `comparison_plot`.
+    batch: MaskBatch,
+    predicted: Tensor,
+    pl_module: Any,
+    names: Sequence[str],
+    values: PixelValues | None,
+    count: int,
+) -> list[np.ndarray]:
+    """Return the pixels of plots of the first `count` images of a batch, see `comparison_card`.
 
     Args:
+        names: of the classes.
         values: how the pixels of the images were made.
     """
     mean = torch.tensor(pl_module.hparams["mean"]).view(-1, 1, 1)
@@ -96,7 +116,13 @@ def plot_first_images(
         if values is not None and values.is_float:
             shown = values.shown(image.permute(1, 2, 0).numpy())
             image = torch.from_numpy(shown).permute(2, 0, 1) / 255
-        plots.append(
-            comparison_plot(image, batch.classes[row], predicted[row], pl_module.num_classes)
-        )
+        num_classes = pl_module.num_classes
+        truth, guess = batch.classes[row].cpu(), predicted[row].cpu()
+        panels = comparison_plot(image, truth, guess, num_classes).permute(1, 2, 0).numpy()
+        colours = class_colours(num_classes).tolist()
+        seen = torch.cat([truth.unique(), guess.unique()]).unique().tolist()
+        classes = [(names[number], colours[number]) for number in seen if number < num_classes]
+        if any(number >= num_classes for number in seen):
+            classes.append(("no class", colours[num_classes]))
+        plots.append(pixels(comparison_card(panels, classes)))
     return plots
