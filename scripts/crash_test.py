@@ -294,7 +294,7 @@ def curves(run: Path) -> dict[str, Any]:
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from moco.training.board_layout import TIME, tag_of
+    from moco.training.board_layout import tag_of
 
     events = EventAccumulator(str(run))
     events.Reload()
@@ -302,7 +302,7 @@ def curves(run: Path) -> dict[str, Any]:
     points: dict[str, Any] = {}
     of_the_clock = [tag_of(name) for name in OF_THE_CLOCK]
     for tag in tags["scalars"]:
-        if not tag.startswith(f"{TIME}/") or tag in of_the_clock:
+        if not tag.startswith(tag_of("time/")):
             points[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
     for name, tag in zip(OF_THE_CLOCK, of_the_clock, strict=True):
         points[f"steps of {name}"] = [step for step, _ in points.pop(tag)]

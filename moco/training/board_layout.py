@@ -56,6 +56,7 @@ GROUP_OF_PREFIX = {
     "segment/": HEALTH,
     "similarity/": HEALTH,
     "train/": HEALTH,
+    "time/": TIME,
     "encoder_distance/": DEBUG,
     "gradient_norm/": DEBUG,
 }
@@ -73,8 +74,6 @@ def tag_of(name: str) -> str:
         return f"{MAIN}/{MAIN_ORDER[name]}_{name}"
     if name in GROUP_OF:
         return f"{GROUP_OF[name]}/{name}"
-    if name.startswith("time/"):
-        return f"{TIME}/{name.removeprefix('time/')}"
     for prefix, group in GROUP_OF_PREFIX.items():
         if name.startswith(prefix):
             separator = "" if group.endswith("_") else "/"

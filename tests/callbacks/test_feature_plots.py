@@ -8,7 +8,7 @@ from PIL import Image
 
 from moco.callbacks.feature_plots import FeaturePlots
 from moco.data.sources.source import ArrayImages, Labelled
-from moco.evaluation.reports.cards import CAPTION, FRAME, VIEW_SIDES
+from moco.evaluation.reports.cards import FRAME, TILE_CAPTION, VIEW_SIDES
 from moco.evaluation.reports.embedded import GAP, THUMBNAIL, Embedded, neighbors_plot
 from moco.evaluation.reports.plots import MARGIN, pixels
 
@@ -74,7 +74,7 @@ def test_a_measurement_is_drawn_as_neighbors_and_confusions(embedded):
     for column in range(10):
         # Each image is its own nearest neighbour.
         left = MARGIN + column * (SIDE + MARGIN)
-        below = MARGIN + SIDE + CAPTION + MARGIN
+        below = MARGIN + SIDE + TILE_CAPTION + MARGIN
         assert (shown[MARGIN, left] == shown[below + FRAME, left + FRAME]).all()
 
 

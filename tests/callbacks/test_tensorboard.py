@@ -8,6 +8,7 @@ import urllib.request
 
 import pytest
 
+from moco.training.board_layout import tag_of
 from tests.conftest import run_program
 from tests.processes import started, wait_until
 
@@ -106,21 +107,22 @@ def wait_for_words(browser, *words):
     )
 
 
-def test_scalars_are_in_their_groups(address, browser):
+def test_the_first_screen_shows_what_one_looks_at_first(address, browser):
     open_tab(browser, address, "timeseries")
-    groups = (
-        "encoder_distance",
-        "gradient_norm",
-        "knn",
-        "label_free",
-        "queue",
-        "similarity",
-        "train",
-        "views",
-    )
-    wait_for_words(browser, *groups)
-    open_tab(browser, address, "scalars")
-    wait_for_words(browser, "gradient_norm", "label_free", "tag: encoder_distance/backbone.layer1")
+    wait_for_words(browser, "1_main", "2_health", "3_time", "4_debug", "1_train/loss")
+    text = browser.execute_script(TEXT)
+    groups = [text.index(group) for group in ("1_main", "2_health", "3_time", "4_debug")]
+    assert groups == sorted(groups)
+    cards = ("1_train/loss", "2_knn/top1", "3_train/learning_rate", "4_contrast/top1")
+    places = [text.index(card) for card in cards]
+    assert places == sorted(places)
+    assert places[-1] < groups[1]
+
+
+def test_charts_overlay_what_belongs_together(address, browser):
+    open_tab(browser, address, "custom_scalars")
+    wait_for_words(browser, "Is it learning?", "loss, and the loss of chance")
+    wait_for_words(browser, "1_main/1_train/loss", "2_health/train/loss_of_chance")
 
 
 def logged_sizes(folder):
@@ -140,7 +142,7 @@ def test_images_come_at_their_full_size(run_folder, address, browser):
     open_tab(browser, address, "images")
     sizes = logged_sizes(run_folder)
     wait_for_words(browser, "knn/neighbors", "knn/confusion", "views/query_above_key")
-    expected = {sizes["knn/neighbors"], sizes["views/query_above_key"]}
+    expected = {sizes[tag_of(name)] for name in ("knn/neighbors", "views/query_above_key")}
     wait_until(
         lambda: expected <= {tuple(size) for size in browser.execute_script(IMAGES)},
         f"images of {expected}",
@@ -158,13 +160,17 @@ def test_the_projector_shows_every_query_with_its_label(address, browser):
     browser.switch_to.default_content()
 
 
-def test_settings_stand_beside_the_knn_figure_with_those_of_the_command_line_first(
+def test_the_main_settings_stand_beside_the_knn_figure_before_those_of_the_command_line(
     address, browser
 ):
     open_tab(browser, address, "hparams")
-    wait_for_words(browser, "knn/top1", "epoch/loss", "method.temperature")
+    wait_for_words(browser, "knn/top1", "epoch/loss", "method.temperature", "Show Metrics")
     text = browser.execute_script(TEXT)
-    assert text.index("trainer.max_epochs") < text.index("augmentation.mean")
+    settings = ("method", "backbone", "lr", "T", "K", "batch", "epochs")
+    columns = text.split("Show Metrics")[1]
+    places = [columns.index(f" {setting} ") for setting in settings[:5]]
+    assert places == sorted(places)
+    assert text.index("evaluation.every_n_epochs") < text.index("augmentation.mean")
 
 
 def test_the_config_and_the_similarities_are_there(address, browser):

@@ -13,6 +13,7 @@ from moco.evaluation.reports.cards import (
     FRAME,
     NUM_ROWS,
     SIDE_NAME,
+    TILE_CAPTION,
     VIEW_SIDES,
     comparison_card,
     confusion_card,
@@ -61,7 +62,7 @@ def test_every_class_has_a_query_and_below_it_its_neighbours(sides):
     captions = [text.get_text() for text in figure.texts]
     assert len(captions) == 10 * (1 + NUM_ROWS)
     # No letters for the fifth name are in the font, so that its number stands there.
-    shown = {r"a\$b", "automob…", "[red]", "c", "class 4", "rare"}
+    shown = {r"a\$b", "automo…", "[red]", "c", "class 4", "rare"}
     assert set(captions[:10]) == shown
     chosen = rows_of_classes(queries.labels, 10)
     units = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (bank[0], queries[0])]
@@ -70,7 +71,7 @@ def test_every_class_has_a_query_and_below_it_its_neighbours(sides):
         assert drawn[MARGIN, left, 0] == 6 * query
         nearest = np.argsort(-(units[0] @ units[1][query]))[:NUM_ROWS]
         for place, row in enumerate(nearest, 1):
-            top = MARGIN + place * (SIDE + CAPTION + MARGIN)
+            top = MARGIN + place * (SIDE + TILE_CAPTION + MARGIN)
             assert (drawn[top + FRAME :, left + FRAME :][:8, :8] == 6 * row).all()
             is_right = bank.labels[row] == queries.labels[query]
             caption = figure.texts[10 * place + column].get_text()

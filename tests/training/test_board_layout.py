@@ -10,7 +10,7 @@ def test_a_tag_is_the_name_of_the_figure_behind_its_group():
     assert tag_of("images_per_second") == "1_main/6_images_per_second"
     assert tag_of("label_free/rank_me") == "2_health/label_free/rank_me"
     assert tag_of("data_wait") == "3_time/data_wait"
-    assert tag_of("time/steps") == "3_time/steps"
+    assert tag_of("time/data_wait") == "3_time/time/data_wait"
     assert tag_of("gradient_norm/projector") == "4_debug/gradient_norm/projector"
     assert tag_of("image_truth_prediction/3") == "1_main/7_image_truth_prediction/3"
     assert tag_of("of_a_callback/of_mine") == "of_a_callback/of_mine"

@@ -38,13 +38,17 @@ NUM_ROWS = 4
 """Neighbours of each of them."""
 FRAME = 5
 """Width of the coloured frame of a neighbour, in px."""
-LETTERS = 8
+LETTERS = 7
 """Letters below an image."""
 FONT_SIZE = 13
 """In points: 18 px."""
+TILE_FONT_SIZE = 16
+"""Of the letters beside images, in points: 22 px."""
 CAPTION = 24
 """Height of a caption, in px."""
-SIDE_NAME = 28
+TILE_CAPTION = 30
+"""Height of a caption below an image, in px."""
+SIDE_NAME = 34
 """Width of the upright names beside the view pairs, in px."""
 
 WRITTEN_CLASSES = 12
@@ -86,7 +90,7 @@ def view_pairs_card(queries: np.ndarray, keys: np.ndarray) -> "Figure":
             SIDE_NAME / 2 / width,
             (bottom + side / 2) / height,
             name,
-            fontsize=FONT_SIZE,
+            fontsize=TILE_FONT_SIZE,
             rotation=90,
             horizontalalignment="center",
             verticalalignment="center",
@@ -117,7 +121,7 @@ def neighbors_card(bank: Embedded, queries: Embedded, search: Search) -> "Figure
             inner = bank.thumbnail(row, side - 2 * FRAME)
             line.append(Tile(ImageOps.expand(inner, FRAME, color), caption, color))
         lines.append(line)
-    return tile_plot(lines, font_size=FONT_SIZE, caption_height=CAPTION)
+    return tile_plot(lines, font_size=TILE_FONT_SIZE, caption_height=TILE_CAPTION)
 
 
 def name_of(embedded: Embedded, row: int, most: int = LETTERS) -> str:
