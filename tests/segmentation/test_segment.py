@@ -155,7 +155,11 @@ def test_tensorboard_shows_figures_plots_and_config(events, trained):
     tags = events.Tags()
     expected = ["train/loss", "segment/miou", "segment/iou/disc", "data_wait"]
     assert set(map(tag_of, expected)) <= set(tags["scalars"])
-    assert tags["images"] == [tag_of(f"image_truth_prediction/{number}") for number in range(4)]
+    plots = [f"image_truth_prediction/{number}" for number in range(4)]
+    assert tags["images"] == [*map(tag_of, plots), tag_of("segment/confusion")]
+    groups = {tag.split("/")[0] for tag in tags["scalars"]}
+    assert groups == {"1_main", "2_health", "3_time", "4_debug"}
+    assert "custom_scalars__config__" in tags["tensors"]
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "image_size: 32\n" in text
     assert events.Scalars(tag_of("segment/miou"))[-1].value == pytest.approx(
@@ -177,6 +181,9 @@ def test_tensorboard_shows_settings_beside_the_miou(events):
     experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
     names = [metric.display_name for metric in experiment.metric_infos]
     assert names == ["segment/miou", "epoch/loss"]
+    settings = sorted(info.name for info in experiment.hparam_infos if info.display_name)
+    shown = [name.partition("_")[2] for name in settings]
+    assert shown == ["decoder", "backbone", "lr", "batch", "epochs"]
 
 
 def predicted_as_in_the_docs(segmenter, path):
