@@ -37,29 +37,34 @@ MAIN_ORDER = {
 """The figures of the first group with the place of their cards."""
 
 GROUP_OF = {
+    "epoch/loss": HEALTH,
+    "epoch/probe_top1": HEALTH,
+    "train/loss_dense": HEALTH,
+    "train/loss_global": HEALTH,
+    "train/loss_of_chance": HEALTH,
+    "train/skipped_steps": HEALTH,
     "data_wait": TIME,
     "epoch/images_per_second": TIME,
-    "train/gradient_norm": DEBUG,
-    "train/key_momentum": DEBUG,
     "queue/drift_age": DEBUG,
     "queue/oldest_age": DEBUG,
+    "train/gradient_norm": DEBUG,
+    "train/key_momentum": DEBUG,
 }
-"""The groups of figures that are not where their prefix belongs."""
+"""The groups of single figures. A user's own ``train/accuracy`` is none of them."""
 
-GROUP_OF_PREFIX = {
+BEFORE_PREFIX = {
     "image_truth_prediction/": f"{MAIN}/7_",
-    "dense/": HEALTH,
-    "epoch/": HEALTH,
-    "knn/": HEALTH,
-    "label_free/": HEALTH,
-    "queue/": HEALTH,
-    "segment/": HEALTH,
-    "similarity/": HEALTH,
-    "train/": HEALTH,
-    "time/": TIME,
-    "encoder_distance/": DEBUG,
-    "gradient_norm/": DEBUG,
+    "dense/": f"{HEALTH}/",
+    "knn/": f"{HEALTH}/",
+    "label_free/": f"{HEALTH}/",
+    "queue/": f"{HEALTH}/",
+    "segment/": f"{HEALTH}/",
+    "similarity/": f"{HEALTH}/",
+    "time/": f"{TIME}/",
+    "encoder_distance/": f"{DEBUG}/",
+    "gradient_norm/": f"{DEBUG}/",
 }
+"""What stands before the names that begin like this."""
 
 Chart = Sequence[str]
 """The figures that one chart overlays."""
@@ -74,10 +79,9 @@ def tag_of(name: str) -> str:
         return f"{MAIN}/{MAIN_ORDER[name]}_{name}"
     if name in GROUP_OF:
         return f"{GROUP_OF[name]}/{name}"
-    for prefix, group in GROUP_OF_PREFIX.items():
+    for prefix, before in BEFORE_PREFIX.items():
         if name.startswith(prefix):
-            separator = "" if group.endswith("_") else "/"
-            return f"{group}{separator}{name}"
+            return before + name
     return name
 
 

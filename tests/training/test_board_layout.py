@@ -13,7 +13,8 @@ def test_a_tag_is_the_name_of_the_figure_behind_its_group():
     assert tag_of("time/data_wait") == "3_time/time/data_wait"
     assert tag_of("gradient_norm/projector") == "4_debug/gradient_norm/projector"
     assert tag_of("image_truth_prediction/3") == "1_main/7_image_truth_prediction/3"
-    assert tag_of("of_a_callback/of_mine") == "of_a_callback/of_mine"
+    for of_a_user in ("accuracy", "train/accuracy", "epoch", "mine/knn/top1"):
+        assert tag_of(of_a_user) == of_a_user
 
 
 def test_the_first_cards_are_loss_score_learning_rate_accuracy_and_speed():
