@@ -12,7 +12,7 @@ from moco.errors import printable
 from moco.evaluation.diagnostics import evenly_spaced
 from moco.evaluation.knn import Protocol, classify, confusion_matrix
 from moco.evaluation.neighbors import nearest_by_block, normalized
-from moco.evaluation.reports.cards import confusion_card, neighbors_card
+from moco.evaluation.reports.cards import LONGEST_NAME, confusion_card, neighbors_card
 from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.reports.plots import pixels
 from moco.evaluation.reports.projections import principal_components
@@ -75,7 +75,7 @@ class FeaturePlots:
         protocol = Protocol(num_neighbors, temperature)
         votes = classify(search, bank.labels, queries.features[chosen], labels, [protocol])
         classes, counts = confusion_matrix(labels, votes[protocol].predicted)
-        names = [printable(queries.labelled.class_name(int(number))) for number in classes]
+        names = [queries.shown_class(number, LONGEST_NAME) for number in classes]
         confusion = pixels(confusion_card(names, counts, "queries"))
         experiment.add_image(tag_of("knn/confusion"), confusion, step, dataformats="HWC")
 

@@ -12,9 +12,13 @@ from torch import Tensor
 from moco.callbacks.epoch_measurement import EpochMeasurement
 from moco.callbacks.running_trainer import board_of, log_scalars
 from moco.data.sources.pixel_values import PixelValues
-from moco.errors import printable
 from moco.evaluation.features import evaluating
-from moco.evaluation.reports.cards import comparison_card, confusion_card
+from moco.evaluation.reports.cards import (
+    COMPARED_CLASSES,
+    comparison_card,
+    confusion_card,
+    shown_name,
+)
 from moco.evaluation.reports.plots import pixels
 from moco.segmentation.comparison_plot import class_colours, comparison_plot
 from moco.segmentation.inference import predicted_classes
@@ -48,7 +52,9 @@ class SegmentationMonitor(EpochMeasurement):
         data: SegmentationData = trainer.datamodule  # type: ignore[attr-defined]
         num_classes, device = pl_module.num_classes, pl_module.device
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        names = [printable(name) for name in data.source.class_names]
+        names = []
+        for number, name in enumerate(data.source.class_names):
+            names.append(shown_name(name, number))
         board = board_of(trainer)
         plots: list[np.ndarray] = []
         with evaluating(pl_module):
@@ -105,7 +111,7 @@ def plot_first_images(
     """Return the pixels of plots of the first `count` images of a batch, see `comparison_card`.
 
     Args:
-        names: of the classes.
+        names: of the classes, as plots show them.
         values: how the pixels of the images were made.
     """
     mean = torch.tensor(pl_module.hparams["mean"]).view(-1, 1, 1)
@@ -116,13 +122,26 @@ def plot_first_images(
         if values is not None and values.is_float:
             shown = values.shown(image.permute(1, 2, 0).numpy())
             image = torch.from_numpy(shown).permute(2, 0, 1) / 255
-        num_classes = pl_module.num_classes
         truth, guess = batch.classes[row].cpu(), predicted[row].cpu()
-        panels = comparison_plot(image, truth, guess, num_classes).permute(1, 2, 0).numpy()
-        colours = class_colours(num_classes).tolist()
-        seen = torch.cat([truth.unique(), guess.unique()]).unique().tolist()
-        classes = [(names[number], colours[number]) for number in seen if number < num_classes]
-        if any(number >= num_classes for number in seen):
-            classes.append(("no class", colours[num_classes]))
-        plots.append(pixels(comparison_card(panels, classes)))
+        panels = comparison_plot(image, truth, guess, pl_module.num_classes)
+        classes = classes_in(torch.stack([truth, guess]), names)
+        plots.append(pixels(comparison_card(panels.permute(1, 2, 0).numpy(), classes)))
     return plots
+
+
+def classes_in(numbers: Tensor, names: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Return the names and colours of the classes that have most pixels, by class number.
+
+    Args:
+        numbers: class numbers of pixels, of any shape; a number without a name is no class.
+        names: of all classes.
+    """
+    num_pixels = numbers.flatten().clamp(max=len(names)).bincount(minlength=len(names) + 1)
+    largest = num_pixels.argsort(descending=True, stable=True)[:COMPARED_CLASSES]
+    colours = class_colours(len(names)).tolist()
+    classes = []
+    for number in sorted(largest.tolist()):
+        if num_pixels[number] > 0:
+            name = names[number] if number < len(names) else "no class"
+            classes.append((name, colours[number]))
+    return classes

@@ -10,7 +10,8 @@ from torch import Tensor
 
 SIMILARITIES_PER_BLOCK_ON_CPU = 2**19
 """2 MiB, which stay in the cache of a processor."""
-SIMILARITIES_PER_BLOCK_ON_GPU = 2**24
+SIMILARITIES_PER_BLOCK_ON_GPU = 2**22
+"""16 MiB, a quarter of what N = 256 and K = 65,536 would need."""
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from moco.data.sources.source import ArrayImages, Labelled
 from moco.evaluation.neighbors import nearest_by_block
 from moco.evaluation.reports.cards import (
     CAPTION,
+    COMPARISON_WIDTH,
     FRAME,
     NUM_ROWS,
     SIDE_NAME,
@@ -19,6 +20,7 @@ from moco.evaluation.reports.cards import (
     confusion_card,
     neighbors_card,
     rows_of_classes,
+    shown_name,
     view_pairs_card,
 )
 from moco.evaluation.reports.embedded import Embedded
@@ -117,13 +119,16 @@ def test_a_confusion_matrix_has_names_and_percents_as_far_as_they_are_legible(nu
     assert max(pixels(figure).shape) <= 1100
 
 
-def test_a_comparison_names_its_parts_and_its_classes():
-    panels = np.zeros((10, 34, 3), np.uint8)
+@pytest.mark.parametrize(("width", "scale"), [(34, 19), (1500, 1)])
+def test_a_comparison_names_its_parts_and_its_classes(width, scale):
+    panels = np.zeros((10, width, 3), np.uint8)
     panels[:, :10] = 200
-    classes = [("road", (0, 0, 0)), ("a$b", (255, 0, 0)), ("写真", (0, 0, 255))]
+    classes = [(shown_name("a$b", 1), (255, 0, 0)), (shown_name("写真", 5), (0, 0, 255))]
     figure = comparison_card(panels, classes)
     drawn = pixels(figure)
-    assert drawn.shape[1] == 34 * 19
-    assert (drawn[CAPTION : CAPTION + 190, :190] == 200).all()
-    words = [text.get_text() for text in figure.texts]
-    assert words == ["image", "truth", "prediction", "■", "road", "■", r"a\$b", "■", "2"]
+    assert drawn.shape[1] == width * scale
+    top = round(CAPTION * width * scale / COMPARISON_WIDTH)
+    assert (drawn[top : top + 10 * scale, : 10 * scale] == 200).all()
+    assert [text.get_text() for text in figure.texts] == [
+        "image", "truth", "prediction", "■", r"a\$b", "■", "5",
+    ]  # fmt: skip

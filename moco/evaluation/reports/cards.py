@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps
 
+from moco.errors import printable
 from moco.evaluation.diagnostics import evenly_spaced
 from moco.evaluation.knn import Search
 from moco.evaluation.neighbors import joined
@@ -59,7 +60,11 @@ LONGEST_NAME = 14
 """Letters of the name of a class beside a confusion matrix."""
 
 COMPARISON_WIDTH = 660
-"""Width of a comparison of masks that is smaller, in px."""
+"""A comparison of masks that is not as wide is enlarged, in px."""
+CLASSES_IN_ROW = 4
+"""Names of classes beside each other, below a comparison of masks."""
+COMPARED_CLASSES = 12
+"""Names of classes below a comparison of masks."""
 
 
 def view_pairs_card(queries: np.ndarray, keys: np.ndarray) -> "Figure":
@@ -160,7 +165,7 @@ def confusion_card(names: Sequence[str], counts: np.ndarray, what: str) -> "Figu
     """Draw a confusion matrix in percent of its rows; a cell is darker the larger its share.
 
     Args:
-        names: (classes,) the names of the classes.
+        names: (classes,) the names of the classes, from `shown_name`.
         counts: (classes, classes), rows the true class, columns the predicted one.
         what: what was counted, such as ``queries``.
     """
@@ -192,10 +197,19 @@ def confusion_card(names: Sequence[str], counts: np.ndarray, what: str) -> "Figu
     named = np.arange(num_classes)
     if num_classes > NAMED_CLASSES:
         named = np.linspace(0, num_classes - 1, 10).astype(int)
-    shown = [legible(names[place], LONGEST_NAME) or str(place) for place in named.tolist()]
+    shown = [names[place] for place in named.tolist()]
     axes.set_xticks(named, shown, rotation=90, fontsize=FONT_SIZE)
     axes.set_yticks(named, shown, fontsize=FONT_SIZE)
     return figure
+
+
+def shown_name(name: str, number: int, most: int = LONGEST_NAME) -> str:
+    """Return the name of a class as a plot can show it, or else its number.
+
+    Args:
+        most: letters; a longer name is cut.
+    """
+    return legible(printable(name), most) or str(number)
 
 
 def comparison_card(panels: np.ndarray, classes: Sequence[tuple[str, Sequence[int]]]) -> "Figure":
@@ -204,39 +218,34 @@ def comparison_card(panels: np.ndarray, classes: Sequence[tuple[str, Sequence[in
     Args:
         panels: (height, width, 3) uint8, the three beside each other, each a third of the width. A
             small one is enlarged without smoothing.
-        classes: names and colours (red, green, blue in 0..255) of the classes that are seen.
+        classes: names, from `shown_name`, and colours (red, green, blue in 0..255) of the classes
+            that are seen.
     """
     scale = max(1, COMPARISON_WIDTH // panels.shape[1])
     panels = panels.repeat(scale, axis=0).repeat(scale, axis=1)
     height, width = panels.shape[:2]
-    in_row = max(1, width // 165)
-    num_rows = -(-len(classes) // in_row)
-    whole = height + CAPTION + num_rows * CAPTION + MARGIN
+    # The card shrinks a wide plot more, so its letters are larger.
+    unit = width / COMPARISON_WIDTH
+    line = round(CAPTION * unit)
+    font_size = FONT_SIZE * unit
+    num_rows = -(-len(classes) // CLASSES_IN_ROW)
+    whole = line + height + num_rows * line + MARGIN
     figure = new_figure(width, whole)
-    figure.figimage(panels, 0, whole - CAPTION - height, origin="upper")
+    figure.figimage(panels, 0, whole - line - height, origin="upper")
     for place, name in enumerate(("image", "truth", "prediction")):
         figure.text(
             (place + 0.5) / 3,
-            1 - CAPTION / 2 / whole,
+            1 - line / 2 / whole,
             name,
-            fontsize=FONT_SIZE,
+            fontsize=font_size,
             horizontalalignment="center",
             verticalalignment="center",
         )
     for place, (name, color) in enumerate(classes):
-        row, column = divmod(place, in_row)
-        x = MARGIN + column * (width - MARGIN) / in_row
-        y = whole - CAPTION - height - MARGIN - (row + 0.5) * CAPTION
-        figure.text(
-            x / width,
-            y / whole,
-            "■",
-            color=[part / 255 for part in color],
-            fontsize=FONT_SIZE + 2,
-            verticalalignment="center",
-        )
-        shown = legible(name, 12) or str(place)
-        figure.text(
-            (x + 22) / width, y / whole, shown, fontsize=FONT_SIZE, verticalalignment="center"
-        )
+        row, column = divmod(place, CLASSES_IN_ROW)
+        x = 0.01 + column / CLASSES_IN_ROW
+        y = (whole - line - height - MARGIN - (row + 0.5) * line) / whole
+        square = [part / 255 for part in color]
+        figure.text(x, y, "■", color=square, fontsize=font_size, verticalalignment="center")
+        figure.text(x + 0.03, y, name, fontsize=font_size, verticalalignment="center")
     return figure
