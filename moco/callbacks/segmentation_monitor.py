@@ -20,9 +20,10 @@ from moco.evaluation.reports.cards import (
     shown_name,
 )
 from moco.evaluation.reports.plots import pixels
+from moco.phases import counted
 from moco.segmentation.comparison_plot import class_colours, comparison_plot
 from moco.segmentation.inference import predicted_classes
-from moco.segmentation.mask_batches import MaskBatch
+from moco.segmentation.mask_batches import MaskBatch, num_read
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
 from moco.segmentation.segmentation_data import SegmentationData, check_readable
 from moco.training.board_layout import tag_of
@@ -58,7 +59,9 @@ class SegmentationMonitor(EpochMeasurement):
         board = board_of(trainer)
         plots: list[np.ndarray] = []
         with evaluating(pl_module):
-            for batch in data.evaluation_dataloader():
+            total = len(data.source.validation)
+            loader = data.evaluation_dataloader()
+            for batch in counted(loader, "mIoU", total, size=num_read):
                 # A measurement that is cut short is done when the run is resumed.
                 if self.should_stop():
                     self.owed = True

@@ -42,6 +42,11 @@ class MaskBatch(NamedTuple):
     """The images that were readable when the run began, and are not any more."""
 
 
+def num_read(batch: MaskBatch) -> int:
+    """Return the number of images of a batch, with the unreadable ones."""
+    return len(batch.indices) + len(batch.unreadable)
+
+
 @dataclass(frozen=True)
 class Crops:
     """Augmented crops for training, by (epoch, index)."""
@@ -90,8 +95,13 @@ class WholeImages:
 
 def mask_batch(read: list[ReadImage]) -> MaskBatch:
     """Make a batch of `Crops`, or of `WholeImages` of one size."""
-    readable = [image.value for image in read if not image.problem]
-    unreadable = [image for image in read if image.problem]
+    readable = []
+    unreadable = []
+    for image in read:
+        if image.problem:
+            unreadable.append(image)
+        else:
+            readable.append(image.value)
     if not readable:
         return MaskBatch(torch.empty(0), torch.empty(0), torch.empty(0), unreadable)
     images, classes, indices = default_collate(readable)

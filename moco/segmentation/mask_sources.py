@@ -39,6 +39,7 @@ from moco.data.sources.registry import MASKED
 from moco.data.sources.sample import prepare_source
 from moco.data.sources.source import DataSource
 from moco.errors import InputError, printable, unknown_name
+from moco.phases import counted
 from moco.segmentation.masked_images import MaskedImages, Pair
 
 log = logging.getLogger(__name__)
@@ -138,14 +139,15 @@ def build_segmentation_source(
         len(listing.validation),
         time.monotonic() - started,
     )
-    train_numbers = sorted(set().union(*numbers[:num_train]))
+    train_numbers = sorted(set().union(*numbers[:num_train]))  # in the masks to train on
     check_two_classes(root, train_numbers, ignore_index)
     largest = [max(of_mask, default=0) for of_mask in numbers]
     if not names:
         if num_classes is None:
             num_classes = max(largest) + 1
             log.info("%d classes: the largest number in the masks plus one", num_classes)
-        names, names_origin = list(map(str, range(num_classes))), "data.num_classes"
+        names = list(map(str, range(num_classes)))
+        names_origin = "data.num_classes"
     check_classes(pairs, largest, len(names), names_origin)
     warn_of_unseen_classes(names, train_numbers, ignore_index)
     if ignore_index < len(names):
@@ -197,7 +199,8 @@ def list_segmentation_folder(root: str) -> Listing:
     Raises:
         InputError: a folder is missing, an image has no mask, or a mask has no image.
     """
-    images, masks = Path(root, "images"), Path(root, "masks")
+    images = Path(root, "images")
+    masks = Path(root, "masks")
     for folder in (images, masks):
         if not folder.is_dir():
             raise InputError(
@@ -302,7 +305,10 @@ def pair_files(images: Path, masks: Path) -> dict[str, Pair]:
         alone.append(f"{mask_paths[key]}: there is no image of that name in {images}")
     if alone:
         raise InputError(printable(alone[0] + and_more(len(alone))))
-    return {key: Pair(image_paths[key], mask_paths[key]) for key in sorted(image_paths)}
+    pairs = {}
+    for key in sorted(image_paths):
+        pairs[key] = Pair(image_paths[key], mask_paths[key])
+    return pairs
 
 
 def path_without_ending(folder: Path, path: str) -> str:
@@ -356,7 +362,8 @@ def inspect_pairs(
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
     with pillow_warnings_ignored(), ThreadPoolExecutor(num_threads) as pool:
         # The results come in the order of the pairs, so the first wrong pair is named.
-        sizes, numbers = zip(*pool.map(inspect, pairs), strict=True)
+        found = counted(pool.map(inspect, pairs), "checking images and masks", len(pairs), "pairs")
+        sizes, numbers = zip(*found, strict=True)
     return np.array(sizes), list(numbers)
 
 
@@ -450,4 +457,6 @@ def warn_of_unseen_classes(
 
 def and_more(count: int, num_named: int = 1) -> str:
     """Return the end of a message that has named some of `count` similar things."""
-    return f" (and {count - num_named} more like it)" if count > num_named else ""
+    if count <= num_named:
+        return ""
+    return f" (and {count - num_named} more like it)"

@@ -27,6 +27,7 @@ from moco.data.sources.source import (
     stored_layout,
 )
 from moco.errors import InputError, printable, unknown_name
+from moco.extras import install_command
 
 NPY_START = b"\x93NUMPY"
 LARGEST_IMAGE_SIZE = 224
@@ -110,7 +111,7 @@ def check_package(kind: str) -> None:
         importlib.import_module(package)
     except ImportError as error:
         raise InputError(
-            f"data={kind} needs {package}: pip install 'moco-ssl[{kind}]' ({error})"
+            f"data={kind} needs {package}: {install_command(kind)} ({error})"
         ) from error
 
 
@@ -227,7 +228,9 @@ def stored_source(
         raise InputError(f"{where}: cannot be read ({reason})") from error
     key = chosen_image_key(arrays, image_key, where)
     array = arrays[key]
-    what = f"{where}: {printable(key)}" if key else where
+    what = where
+    if key:
+        what = f"{where}: {printable(key)}"
     layout = stored_layout(array.shape, np.dtype(array.dtype), what)
     try:
         check_memory(ImageHeader(layout.size, layout.bands, layout.dtype), max_image_pixels)
