@@ -131,4 +131,4 @@ def test_a_path_that_is_not_utf8_is_shown_with_escapes(tmp_path):
     logger.log_metrics({"segment/iou/caf\udce9": 0.5}, 1)
     logger.finalize("success")
     assert hyperparameters(config) == {"data.root": "caf\\udce9"}
-    assert "segment/iou/caf\\udce9" in events_of(tmp_path).Tags()["scalars"]
+    assert "2_health/segment/iou/caf\\udce9" in events_of(tmp_path).Tags()["scalars"]
