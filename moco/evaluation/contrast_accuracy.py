@@ -51,7 +51,7 @@ def contrast_accuracy(
         on_cpu = query.device.type == "cpu"
         per_block = SIMILARITIES_PER_BLOCK_ON_CPU if on_cpu else SIMILARITIES_PER_BLOCK_ON_GPU
         width = max(1, per_block // max(1, len(query)))
-        num_ahead = torch.zeros(len(query), dtype=torch.long, device=query.device)
+        num_ahead = torch.zeros(len(query), device=query.device)  # exact up to 2**24
         for start in range(0, len(negatives), width):
             block = slice(start, start + width)
             # Not "greater or equal", which is false for NaN.
@@ -62,6 +62,7 @@ def contrast_accuracy(
                 columns = torch.arange(start, start + is_ahead.shape[1], device=query.device)
                 own = first_own_row + torch.arange(len(query), device=query.device)
                 is_ahead &= own[:, None] != columns
-            num_ahead += is_ahead.sum(dim=1)
+            # A sum of bool takes twice as long on a CPU.
+            num_ahead += is_ahead.float().sum(dim=1)
         is_found = positive.isfinite().T  # (1, N)
         return torch.cat([((num_ahead < k) & is_found).float().mean(dim=1) for k in ks])
