@@ -294,15 +294,18 @@ def curves(run: Path) -> dict[str, Any]:
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    from moco.training.board_layout import tag_of
+
     events = EventAccumulator(str(run))
     events.Reload()
     tags = events.Tags()
     points: dict[str, Any] = {}
+    of_the_clock = [tag_of(name) for name in OF_THE_CLOCK]
     for tag in tags["scalars"]:
-        if not tag.startswith("time/"):
+        if not tag.startswith(tag_of("time/")):
             points[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
-    for tag in OF_THE_CLOCK:
-        points[f"steps of {tag}"] = [step for step, _ in points[tag]]
+    for name, tag in zip(OF_THE_CLOCK, of_the_clock, strict=True):
+        points[f"steps of {name}"] = [step for step, _ in points.pop(tag)]
     for tag in tags["images"]:
         points[tag] = [event.step for event in events.Images(tag)]
     return points

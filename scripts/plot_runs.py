@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-PAIRS = "views/query_above_key"
+from moco.training.board_layout import tag_of
+
+PAIRS = tag_of("views/query_above_key")
 BASELINES = (
     ("knn_raw_pixels/top1", ":", "raw pixels"),
     ("knn_untrained/top1", "--", "untrained backbone"),
@@ -31,8 +33,9 @@ def read_events(folder: Path) -> EventAccumulator:
     return events
 
 
-def scalars(events: EventAccumulator, tag: str) -> dict[int, float]:
-    """Return a curve's values by step; of a step that was written twice, the later value."""
+def scalars(events: EventAccumulator, name: str) -> dict[int, float]:
+    """Return a figure's values by step; of a step that was written twice, the later value."""
+    tag = tag_of(name)
     if tag not in events.Tags()["scalars"]:
         return {}
     return {event.step: event.value for event in events.Scalars(tag)}

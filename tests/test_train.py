@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from moco.training.board_layout import tag_of
 from tests.conftest import run_program
 
 SMALL = [
@@ -75,16 +76,16 @@ def test_tensorboard_holds_scalars_and_the_view_pairs(finished):
 
     events = EventAccumulator(str(finished[0] / "run"))
     events.Reload()
-    assert {
+    names = (
         "train/loss", "train/loss_of_chance", "train/learning_rate", "train/key_momentum", "knn/top1", "data_wait",
-        "images_per_second", "label_free/embedding_std", "label_free/positive_similarity",
-        "label_free/negative_similarity", "label_free/queue_fill",
-    } <= set(events.Tags()["scalars"])  # fmt: skip
-    assert set(events.Tags()["images"]) == {
-        "views/query_above_key",
-        "knn/neighbors",
-        "knn/confusion",
-    }
+        "images_per_second", "label_free/embedding_std", "label_free/positive_similarity", "contrast/top1",
+        "label_free/negative_similarity", "label_free/queue_fill", "contrast/top5",
+    )  # fmt: skip
+    assert set(map(tag_of, names)) <= set(events.Tags()["scalars"])
+    groups = {tag.split("/")[0] for tag in events.Tags()["scalars"]}
+    assert groups <= {"1_main", "2_health", "3_time", "4_debug"}
+    plots = ("views/query_above_key", "knn/neighbors", "knn/confusion")
+    assert set(events.Tags()["images"]) == set(map(tag_of, plots))
 
 
 def test_the_parts_of_an_epochs_time_add_up_to_it(finished):
@@ -92,25 +93,15 @@ def test_the_parts_of_an_epochs_time_add_up_to_it(finished):
 
     events = EventAccumulator(str(finished[0] / "run"))
     events.Reload()
-    parts = {
-        tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag.startswith("time/")
-    }
-    assert set(parts) == {
-        "time/steps",
-        "time/data_wait",
-        "time/monitors",
-        "time/checkpoints",
-        "time/logging",
-    }
-    first, second = parts["time/steps"][:2]
+    names = ("steps", "data_wait", "monitors", "checkpoints", "logging")
+    parts = {name: events.Scalars(tag_of(f"time/{name}")) for name in names}
+    first, second = parts["steps"][:2]
     assert (first.step, second.step) == (22, 44)
     seconds = {tag: laps[1].value for tag, laps in parts.items()}
     assert sum(seconds.values()) == pytest.approx(
         second.wall_time - first.wall_time, rel=0.1, abs=0.2
     )
-    assert all(
-        seconds[f"time/{name}"] > 0 for name in ("steps", "monitors", "checkpoints", "logging")
-    )
+    assert all(seconds[name] > 0 for name in ("steps", "monitors", "checkpoints", "logging"))
     assert "time of its epochs" in finished[1].stdout
     assert "kNN and other monitors" in finished[1].stdout
 

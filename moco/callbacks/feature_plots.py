@@ -10,12 +10,13 @@ import torch
 
 from moco.errors import printable
 from moco.evaluation.diagnostics import evenly_spaced
-from moco.evaluation.knn import Protocol, classify
+from moco.evaluation.knn import Protocol, classify, confusion_matrix
 from moco.evaluation.neighbors import nearest_by_block, normalized
+from moco.evaluation.reports.cards import LONGEST_NAME, confusion_card, neighbors_card
 from moco.evaluation.reports.embedded import Embedded
-from moco.evaluation.reports.knn_plots import Searched, confusion_of, neighbors_of_some
 from moco.evaluation.reports.plots import pixels
 from moco.evaluation.reports.projections import principal_components
+from moco.training.board_layout import tag_of
 
 MOST_PREDICTED = 5_000
 """Queries in the confusion matrix."""
@@ -65,16 +66,18 @@ class FeaturePlots:
             experiment: TensorBoard's ``SummaryWriter``.
             num_neighbors, temperature: of the vote.
         """
-        searched = Searched(bank, queries, partial(nearest_by_block, bank.features), None)
-        neighbors = pixels(neighbors_of_some(searched))
-        experiment.add_image("knn/neighbors", neighbors, step, dataformats="HWC")
+        search = partial(nearest_by_block, bank.features)
+        neighbors = pixels(neighbors_card(bank, queries, search))
+        experiment.add_image(tag_of("knn/neighbors"), neighbors, step, dataformats="HWC")
 
         chosen = evenly_spaced(np.arange(len(queries.rows)), MOST_PREDICTED)
         labels = queries.labels[chosen]
         protocol = Protocol(num_neighbors, temperature)
-        votes = classify(searched.search, bank.labels, queries.features[chosen], labels, [protocol])
-        confusion = pixels(confusion_of(queries, labels, votes[protocol].predicted))
-        experiment.add_image("knn/confusion", confusion, step, dataformats="HWC")
+        votes = classify(search, bank.labels, queries.features[chosen], labels, [protocol])
+        classes, counts = confusion_matrix(labels, votes[protocol].predicted)
+        names = [queries.shown_class(number, LONGEST_NAME) for number in classes]
+        confusion = pixels(confusion_card(names, counts, "queries"))
+        experiment.add_image(tag_of("knn/confusion"), confusion, step, dataformats="HWC")
 
     def project(self, experiment: Any, queries: Embedded) -> None:
         """Write features, labels and thumbnails of the queries for the embedding projector.

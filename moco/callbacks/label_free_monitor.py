@@ -19,6 +19,7 @@ from moco.evaluation.diagnostics import (
     rank_me,
     uniformity,
 )
+from moco.training.board_layout import tag_of
 from moco.training.distributed.collectives import rank, world_size
 from moco.training.stopwatches import MONITORS, epoch_time
 
@@ -106,7 +107,8 @@ class LabelFreeMonitor(pl.Callback):
                 finite = cosines[cosines.isfinite()]
                 # An empty queue has no negatives yet, and a bad step only NaN.
                 if len(finite):
-                    board.add_histogram(f"similarity/{name}", finite, trainer.global_step)
+                    tag = tag_of(f"similarity/{name}")
+                    board.add_histogram(tag, finite, trainer.global_step)
         return figures
 
     @epoch_time.measured(MONITORS)

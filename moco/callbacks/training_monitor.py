@@ -16,13 +16,14 @@ from torch import Tensor
 
 from moco.callbacks.running_trainer import is_logged_step, log_scalars
 from moco.data.loading.datamodule import PretrainingData
+from moco.evaluation.contrast_accuracy import contrast_accuracy
 from moco.evaluation.diagnostics import (
     embedding_std,
     in_batch_negative_similarity,
     negative_similarity,
     positive_similarity,
 )
-from moco.training.distributed.collectives import gather_objects
+from moco.training.distributed.collectives import gather_objects, rank
 from moco.training.stopwatches import STEPS, WAITING, epoch_time
 
 log = logging.getLogger(__name__)
@@ -236,7 +237,8 @@ class TrainingMonitor(LossMonitor):
     The loss alone says little. It starts low, rises while the queue fills with real keys and falls
     afterwards; how low it gets depends on queue size and temperature. So it is logged beside its
     value for an encoder that tells nothing apart, beside its terms, the similarities that it is
-    made of, and the spread of the embeddings. `moco.callbacks.collapse_watch` warns of the last.
+    made of, the share of queries that find their key, and the spread of the embeddings.
+    `moco.callbacks.collapse_watch` warns of the last.
     """
 
     def step_figures(
@@ -265,4 +267,33 @@ class TrainingMonitor(LossMonitor):
         for term in ("loss_global", "loss_dense"):
             if term in outputs:
                 figures[f"train/{term}"] = float(outputs[term])
-        return figures
+        return figures | self.contrast_figures(outputs, num_negatives, queue is None)
+
+    def contrast_figures(
+        self, outputs: dict[str, Any], num_negatives: int, is_in_batch: bool
+    ) -> dict[str, float]:
+        """Return how often this device's queries find their keys, see `contrast_accuracy`.
+
+        Without negatives there is nothing to find. With fewer than five, every key is among the
+        first five.
+
+        Args:
+            num_negatives: of each query.
+            is_in_batch: the negatives are the keys of the batch, the positives among them.
+        """
+        ks = tuple(k for k in (1, 5) if num_negatives >= k)
+        if not ks:
+            return {}
+        query, key, negatives = outputs["query"], outputs["key"], outputs["negatives"]
+        groups = outputs.get("of_groups")
+        shares = contrast_accuracy(
+            query,
+            key,
+            negatives,
+            ks,
+            # The keys of this device begin after those of the lower ranks.
+            first_own_row=rank() * len(query) if is_in_batch else None,
+            is_own_group=None if groups is None else groups.is_own,
+        )
+        names = [f"contrast/top{k}" for k in ks]
+        return dict(zip(names, shares.tolist(), strict=True))

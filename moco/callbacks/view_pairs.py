@@ -9,11 +9,12 @@ from torch import Tensor
 
 from moco.callbacks.running_trainer import board_of, data_of
 from moco.data.loading.datamodule import PretrainingData
-from moco.evaluation.reports.plots import pixels, view_pairs_plot
+from moco.evaluation.reports.cards import NUM_PAIRS, view_pairs_card
+from moco.evaluation.reports.plots import pixels
+from moco.training.board_layout import tag_of
 from moco.training.stopwatches import LOGGING, epoch_time
 
-NUM_PAIRS = 16
-TAG = "views/query_above_key"
+NAME = "views/query_above_key"
 
 
 class ViewPairPlot(pl.Callback):
@@ -43,8 +44,9 @@ class ViewPairPlot(pl.Callback):
     @epoch_time.measured(LOGGING)
     def _plot(self, trainer: pl.Trainer, query: Tensor, key: Tensor) -> None:
         data = data_of(trainer)
-        plot = view_pairs_plot(as_shown(data, query), as_shown(data, key))
-        board_of(trainer).add_image(TAG, pixels(plot), trainer.global_step, dataformats="HWC")
+        plot = view_pairs_card(as_shown(data, query), as_shown(data, key))
+        tag = tag_of(NAME)
+        board_of(trainer).add_image(tag, pixels(plot), trainer.global_step, dataformats="HWC")
 
 
 def as_shown(data: PretrainingData, views: Tensor) -> np.ndarray:

@@ -218,7 +218,7 @@ def build_loggers(
 
     from moco.training.distributed.collectives import rank
     from moco.training.experiment_trackers import start_mlflow, start_wandb
-    from moco.training.logger import RunLogger, given_keys
+    from moco.training.logger import RunLogger, given_keys, method_name
     from moco.training.metrics_file import MetricsFile
 
     if rank() > 0:
@@ -237,7 +237,8 @@ def build_loggers(
                 continue
             # TensorBoard hides what was logged at `purge_step` and later.
             board = RunLogger(folder, purge_step=0 if step is None else step + 1)
-            board.describe(config, metrics, given_keys(folder), step or 0)
+            method = method_name(folder)
+            board.describe(config, metrics, given_keys(folder), step or 0, method)
             loggers.append(board)
         elif name in TRACKERS:
             start = start_wandb if name == "wandb" else start_mlflow

@@ -164,8 +164,8 @@ class MoCo(pl.LightningModule):
             ``loss``, and of the last direction ``query`` and ``key`` (N, C), the ``key_view``
             (N, 3, H, W) that the keys are of, and the ``negatives`` that the loss compared them
             with: the keys of the queue (K, C), or those of the batch of all devices (M, C), the
-            positives among them. With the dense term also its two parts,
-            ``loss_global`` and ``loss_dense``.
+            positives among them. ``of_groups`` has the groups of both, or None. With the dense
+            term also its two parts, ``loss_global`` and ``loss_dense``.
         """
         first, second = views_of(batch)  # (N, 3, H, W) each
         groups = groups_of(batch) if self.mask_own_group else None  # (N,)
@@ -182,12 +182,9 @@ class MoCo(pl.LightningModule):
         if self.queue is not None:
             for query, key, queue in zip(queries, keys, self.queues, strict=True):
                 negatives = queue.negatives()  # (K, C) unit norm
+                of_groups = groups_with(groups, queue)
                 loss = efficient_info_nce(
-                    query.embedding,
-                    key.embedding,
-                    negatives,
-                    self.temperature,
-                    groups_with(groups, queue),
+                    query.embedding, key.embedding, negatives, self.temperature, of_groups
                 )
                 losses.append(loss)
             # After the losses: a positive is never its own negative.
@@ -195,8 +192,9 @@ class MoCo(pl.LightningModule):
         else:
             for query, key in zip(queries, keys, strict=True):
                 negatives = all_gather(key.embedding)  # (M, C) unit norm
+                of_groups = groups_of_all(groups)
                 loss = in_batch_info_nce(
-                    query.embedding, negatives, self.temperature, rank(), groups_of_all(groups)
+                    query.embedding, negatives, self.temperature, rank(), of_groups
                 )
                 losses.append(loss)
 
@@ -206,6 +204,7 @@ class MoCo(pl.LightningModule):
             "key": keys[-1].embedding,
             "key_view": key_view,
             "negatives": negatives,
+            "of_groups": of_groups,
         }
         if self.dense_weight > 0:
             self.add_dense_term(outputs, self.dense_losses(queries, keys, groups))

@@ -12,6 +12,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from moco.errors import encodable
 from moco.runs.config_changes import flattened
+from moco.training.board_layout import MAIN_SETTINGS, layout_of, main_settings, tag_of
 from moco.training.stopwatches import LOGGING, epoch_time
 
 
@@ -40,33 +41,51 @@ class RunLogger(TensorBoardLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         # Lightning's own would turn an error of the disk into a ValueError about the metric.
         for name, value in metrics.items():
-            self.experiment.add_scalar(encodable(name), float(value), step)
+            self.experiment.add_scalar(encodable(tag_of(name)), float(value), step)
 
     @epoch_time.measured(LOGGING)
     def save(self) -> None:
         self.experiment.flush()
 
     def describe(
-        self, config: Mapping[str, Any], metrics: Sequence[str], chosen: Sequence[str], step: int
+        self,
+        config: Mapping[str, Any],
+        metrics: Sequence[str],
+        chosen: Sequence[str],
+        step: int,
+        method: str | None = None,
     ) -> None:
-        """Write the config as text, and as hyperparameters of this run in the HPARAMS tab.
+        """Write the layout of the overlaid charts, the config as text, and the HPARAMS tab.
 
         Lightning's `log_hyperparams` and TensorBoard's `add_hparams` would write values of the
         metrics, too, at step 0.
 
         Args:
             config: of the run, as plain data.
-            metrics: scalars of the run, of which the tab shows the newest value.
-            chosen: settings, or groups of settings, that the tab shows before the others.
+            metrics: figures of which the tab shows the newest value, the run's score first.
+            chosen: settings, or groups of settings, that the tab shows before most others.
+            step: number of optimizer steps that are done.
+            method: name of the method, such as ``moco_v2``; None: there is none.
         """
+        self.experiment.add_custom_scalars(layout_of(metrics[0]))
         text = yaml.safe_dump(dict(config), sort_keys=False)
         self.experiment.add_text("config", f"```yaml\n{text}```", step)
-        experiment, session, _ = hparams(hyperparameters(config), dict.fromkeys(metrics, 0.0))
+        flat = hyperparameters(config)
+        first = main_settings(flat, method)
+        values = {key: value for key, (_, value) in first.items()}
+        tags = dict.fromkeys(map(tag_of, metrics), 0.0)
+        experiment, session, _ = hparams({**values, **flat}, tags)
         plugin_data = experiment.value[0].metadata.plugin_data
         content = HParamsPluginData.FromString(plugin_data.content)
         # The tab puts settings that differ between runs first, and sorts the others by name.
         for info in content.experiment.hparam_infos:
-            info.differs = f"{info.name}.".startswith(tuple(f"{key}." for key in chosen))
+            if info.name in first:
+                info.differs = True
+                info.display_name = first[info.name][0]
+            elif info.name not in MAIN_SETTINGS.values():
+                info.differs = f"{info.name}.".startswith(tuple(f"{key}." for key in chosen))
+        for metric, name in zip(content.experiment.metric_infos, metrics, strict=True):
+            metric.display_name = name
         plugin_data.content = content.SerializeToString()
         for summary in (experiment, session):
             self.experiment.file_writer.add_summary(summary, step)
@@ -96,3 +115,16 @@ def given_keys(folder: Path) -> list[str]:
         override.partition("=")[0] for override in yaml.safe_load(path.read_text(encoding="utf-8"))
     ]
     return [key.lstrip("+~").replace("/", ".") for key in keys]
+
+
+def method_name(folder: Path) -> str | None:
+    """Return the name of the method that the run in `folder` chose, such as ``moco_v2``.
+
+    None if Hydra did not start the run, or if the program has no methods.
+    """
+    path = folder / ".hydra" / "hydra.yaml"
+    if not path.is_file():
+        return None
+    hydra = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]
+    name: str | None = hydra.get("runtime", {}).get("choices", {}).get("method")
+    return name

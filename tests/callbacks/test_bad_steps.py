@@ -17,6 +17,7 @@ from moco.cli.build_pretraining import build_data
 from moco.data.loading.datamodule import PretrainingData
 from moco.errors import RunError
 from moco.train import run
+from moco.training.board_layout import tag_of
 from tests.methods.test_moco import Losses
 
 # With the large eps, rounding errors of gradients near zero do not become whole steps.
@@ -379,12 +380,12 @@ def test_shorter_streaks_are_warned_of_once_each_and_do_not_add_up(runner, monke
     assert [message.split(":")[0] for message in warnings] == ["step 2 skipped", "step 5 skipped"]
 
 
-def scalars(folder, tag):
+def scalars(folder, name):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {event.step: event.value for event in events.Scalars(tag)}
+    return {event.step: event.value for event in events.Scalars(tag_of(name))}
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from moco import train
 from moco.callbacks.dense_monitor import DenseMonitor
 from moco.cli import build_pretraining
 from moco.errors import InputError
+from moco.training.board_layout import tag_of
 from moco.training.random_states import random_states
 from tests.evaluation.dense_images import MeanColours, dense_set, draw_halves
 from tests.training.test_distributed import on_two
@@ -135,7 +136,9 @@ def test_a_whole_run_shows_it_and_may_continue_without_it(runner, halves, tmp_pa
     assert "mIoU of kNN segmentation" in shown
     events = EventAccumulator(str(folder))
     events.Reload()
-    assert [event.value for event in events.Scalars("dense/knn_miou")] == [pytest.approx(miou)]
+    assert [event.value for event in events.Scalars(tag_of("dense/knn_miou"))] == [
+        pytest.approx(miou)
+    ]
 
     train.run(runner.config(*overrides, "trainer.max_epochs=3"), folder)
     assert json.loads((folder / "metrics.json").read_text())["epoch"] == 3

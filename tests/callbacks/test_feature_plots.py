@@ -8,10 +8,11 @@ from PIL import Image
 
 from moco.callbacks.feature_plots import FeaturePlots
 from moco.data.sources.source import ArrayImages, Labelled
+from moco.evaluation.reports.cards import FRAME, TILE_CAPTION, VIEW_SIDES
 from moco.evaluation.reports.embedded import GAP, THUMBNAIL, Embedded, neighbors_plot
-from moco.evaluation.reports.plots import LINE, MARGIN, pixels
+from moco.evaluation.reports.plots import MARGIN, pixels
 
-ROW = THUMBNAIL + LINE + MARGIN
+SIDE = VIEW_SIDES[0]
 FIRST_NEIGHBOR = MARGIN + THUMBNAIL + MARGIN + GAP
 
 
@@ -68,15 +69,13 @@ class Experiment:
 def test_a_measurement_is_drawn_as_neighbors_and_confusions(embedded):
     experiment = Experiment()
     FeaturePlots(1, 0).draw(experiment, 3, embedded, embedded, num_neighbors=1, temperature=0.1)
-    assert set(experiment.images) == {"knn/neighbors", "knn/confusion"}
-    shown = experiment.images["knn/neighbors"]
-    for row in range(16):
+    assert set(experiment.images) == {"1_main/7_knn/neighbors", "1_main/8_knn/confusion"}
+    shown = experiment.images["1_main/7_knn/neighbors"]
+    for column in range(10):
         # Each image is its own nearest neighbour.
-        top = MARGIN + row * ROW
-        assert (shown[top, MARGIN] == shown[top, FIRST_NEIGHBOR]).all()
-    # From the first to the last.
-    assert shown[MARGIN, MARGIN, 0] == 0
-    assert shown[MARGIN + 15 * ROW, MARGIN, 0] == 255
+        left = MARGIN + column * (SIDE + MARGIN)
+        below = MARGIN + SIDE + TILE_CAPTION + MARGIN
+        assert (shown[MARGIN, left] == shown[below + FRAME, left + FRAME]).all()
 
 
 def test_the_projector_has_one_copy_of_at_most_so_many_images(embedded, tmp_path, capsys):

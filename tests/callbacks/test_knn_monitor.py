@@ -21,6 +21,7 @@ from moco.callbacks.training_monitor import TrainingMonitor
 from moco.data.sources.source import Labelled
 from moco.errors import InputError
 from moco.evaluation.reports.embedded import Embedded
+from moco.training.board_layout import tag_of
 from moco.training.logger import RunLogger
 
 # Images of 8 px: most of the time goes into embedding all 1,797 digits.
@@ -119,9 +120,9 @@ def test_plots_go_to_tensorboard_at_the_end(tmp_path, every_n_epochs):
     logger.finalize("success")
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    plots = ["knn/neighbors", "knn/confusion"] if every_n_epochs else []
-    assert sorted(events.Tags()["images"]) == sorted(plots)
-    assert events.Tags()["scalars"] == ["label_free/feature_rank_me"]
+    plots = ["1_main/7_knn/neighbors", "1_main/8_knn/confusion"] if every_n_epochs else []
+    assert sorted(events.Tags()["images"]) == plots
+    assert events.Tags()["scalars"] == [tag_of("label_free/feature_rank_me")]
 
 
 class ForeignData(pl.LightningDataModule):

@@ -171,7 +171,8 @@ def test_of_a_step_that_is_not_finite_only_what_is_finite_is_drawn(
         trainer, module, {"query": query, "key": unit(8, 4), "negatives": unit(5, 4)}, None, 0
     )
     assert {
-        name.removeprefix("similarity/"): len(values) for name, values in histograms.items()
+        name.removeprefix("2_health/similarity/"): len(values)
+        for name, values in histograms.items()
     } == drawn
     assert all(values.isfinite().all() for values in histograms.values())
 

@@ -1,6 +1,7 @@
 """TensorBoard on a run's folder, as a browser shows it."""
 
 import os
+import re
 import shutil
 import socket
 import sys
@@ -8,6 +9,7 @@ import urllib.request
 
 import pytest
 
+from moco.training.board_layout import tag_of
 from tests.conftest import run_program
 from tests.processes import started, wait_until
 
@@ -106,21 +108,28 @@ def wait_for_words(browser, *words):
     )
 
 
-def test_scalars_are_in_their_groups(address, browser):
+def test_the_first_screen_shows_what_one_looks_at_first(address, browser):
     open_tab(browser, address, "timeseries")
-    groups = (
-        "encoder_distance",
-        "gradient_norm",
-        "knn",
-        "label_free",
-        "queue",
-        "similarity",
-        "train",
-        "views",
-    )
-    wait_for_words(browser, *groups)
-    open_tab(browser, address, "scalars")
-    wait_for_words(browser, "gradient_norm", "label_free", "tag: encoder_distance/backbone.layer1")
+    expected = (
+        "1_main", "1_main/1_train/loss", "1_main/2_knn/top1", "1_main/3_train/learning_rate",
+        "1_main/4_contrast/top1", "2_health", "3_time", "4_debug",
+    )  # fmt: skip
+    # A card's title is in two parts, so that its end is always seen.
+    wait_until(lambda: set(expected) <= set(tags_on(browser)), f"the page says {expected}")
+    order = [tag for tag in tags_on(browser) if tag in expected]
+    assert tuple(dict.fromkeys(order)) == expected
+
+
+def tags_on(browser):
+    """Return the groups and the tags that a page shows, from top to bottom."""
+    text = browser.execute_script(TEXT).replace(" /", "/").replace("/ ", "/")
+    return re.findall(r"[1-4]_[a-z]+(?:/[\w./]+)?", text)
+
+
+def test_charts_overlay_what_belongs_together(address, browser):
+    open_tab(browser, address, "custom_scalars")
+    wait_for_words(browser, "Is it learning?", "loss, and the loss of chance")
+    wait_for_words(browser, "1_main/1_train/loss", "2_health/train/loss_of_chance")
 
 
 def logged_sizes(folder):
@@ -140,7 +149,7 @@ def test_images_come_at_their_full_size(run_folder, address, browser):
     open_tab(browser, address, "images")
     sizes = logged_sizes(run_folder)
     wait_for_words(browser, "knn/neighbors", "knn/confusion", "views/query_above_key")
-    expected = {sizes["knn/neighbors"], sizes["views/query_above_key"]}
+    expected = {sizes[tag_of(name)] for name in ("knn/neighbors", "views/query_above_key")}
     wait_until(
         lambda: expected <= {tuple(size) for size in browser.execute_script(IMAGES)},
         f"images of {expected}",
@@ -158,13 +167,17 @@ def test_the_projector_shows_every_query_with_its_label(address, browser):
     browser.switch_to.default_content()
 
 
-def test_settings_stand_beside_the_knn_figure_with_those_of_the_command_line_first(
+def test_the_main_settings_stand_beside_the_knn_figure_before_those_of_the_command_line(
     address, browser
 ):
     open_tab(browser, address, "hparams")
-    wait_for_words(browser, "knn/top1", "epoch/loss", "method.temperature")
+    wait_for_words(browser, "knn/top1", "epoch/loss", "method.temperature", "Show Metrics")
     text = browser.execute_script(TEXT)
-    assert text.index("trainer.max_epochs") < text.index("augmentation.mean")
+    settings = ("method", "backbone", "lr", "T", "K", "batch", "epochs")
+    columns = text.split("Show Metrics")[1]
+    places = [columns.index(f" {setting} ") for setting in settings[:5]]
+    assert places == sorted(places)
+    assert text.index("evaluation.every_n_epochs") < text.index("augmentation.mean")
 
 
 def test_the_config_and_the_similarities_are_there(address, browser):

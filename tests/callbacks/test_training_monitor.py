@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import torch
 
 from moco.callbacks.training_monitor import TrainingMonitor
+from moco.methods.losses import Groups
 from tests.methods.test_moco import Losses
 
 
@@ -49,6 +51,9 @@ def test_with_a_queue_its_fill_is_shown_and_no_dense_term(runner):
         pytest.approx(min(32 * step, 48) / 48) for step in (1, 2, 3)
     ]
     assert "train/loss_dense" not in watch.shown[-1]
+    # The queue is empty in the first step, and its negatives are the first batch in the second.
+    has_accuracy = ["contrast/top5" in figures for figures in watch.shown]
+    assert has_accuracy == [False, True, True]
 
 
 def test_without_a_queue_chance_is_one_of_the_batch_and_no_fill_is_shown(runner):
@@ -58,7 +63,28 @@ def test_without_a_queue_chance_is_one_of_the_batch_and_no_fill_is_shown(runner)
     for figures in watch.shown:
         assert figures["train/loss_of_chance"] == pytest.approx(math.log(32), rel=1e-6)
         assert -1 <= figures["label_free/negative_similarity"] <= 1
+        assert 0 <= figures["contrast/top1"] <= figures["contrast/top5"] < 1
         assert "label_free/queue_fill" not in figures
+
+
+@pytest.mark.parametrize("is_in_batch", [True, False])
+def test_a_key_is_found_if_no_other_image_is_as_similar(is_in_batch):
+    """Four orthogonal embeddings; the last two images belong to one group."""
+    rows = torch.eye(4)
+    outputs = {"query": rows, "key": rows, "negatives": rows if is_in_batch else rows.roll(1, 0)}
+    monitor = TrainingMonitor({}, 1)
+    num_negatives = 3 if is_in_batch else 4
+    # In a queue each key is there a second time.
+    expected = 1 if is_in_batch else 0
+    assert monitor.contrast_figures(outputs, num_negatives, is_in_batch) == {
+        "contrast/top1": expected
+    }
+    groups = torch.tensor([-1, -1, 0, 0])
+    other = groups if is_in_batch else groups.roll(1)
+    outputs["of_groups"] = Groups(groups, other)
+    with_groups = monitor.contrast_figures(outputs, num_negatives, is_in_batch)
+    assert with_groups == {"contrast/top1": 1 if is_in_batch else 0.5}
+    assert monitor.contrast_figures(outputs, 0, is_in_batch) == {}
 
 
 def test_one_loss_that_is_not_finite_is_left_out_of_the_epochs_mean(runner):

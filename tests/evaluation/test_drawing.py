@@ -18,7 +18,6 @@ from moco.evaluation.reports.plots import (
     similarity_histogram,
     thumbnail,
     tile_plot,
-    view_pairs_plot,
 )
 
 
@@ -138,14 +137,3 @@ def test_each_image_stands_beside_its_own_maps(number):
         assert plot.getpixel((left, top)) == (place, 0, 0)
         for column in (1, 2):
             assert plot.getpixel((left + column * (112 + MARGIN), top)) == (place,) * 3
-
-
-@pytest.mark.parametrize(("side", "shown"), [(16, 64), (80, 80)])
-def test_queries_stand_above_their_keys(side, shown):
-    queries = np.full((3, side, side, 3), np.arange(3, dtype=np.uint8)[:, None, None, None])
-    plot = pixels(view_pairs_plot(queries, 100 + queries))
-    for column in range(3):
-        left = MARGIN + column * (shown + MARGIN)
-        below = MARGIN + shown + LINE + MARGIN
-        assert (plot[MARGIN : MARGIN + shown, left : left + shown] == column).all()
-        assert (plot[below : below + shown, left : left + shown] == 100 + column).all()

@@ -23,6 +23,7 @@ from moco.errors import InputError, Interrupted
 from moco.models.swin.window_change import rewindow
 from moco.segment import run
 from moco.segmentation.segmenter import Segmenter
+from moco.training.board_layout import tag_of
 from moco.training.random_states import random_states
 from moco.weights.load_encoder import load_pretrained
 from tests.conftest import run_program, thinned
@@ -153,14 +154,20 @@ def test_tensorboard_shows_figures_plots_and_config(events, trained):
     _, figures = trained
     tags = events.Tags()
     expected = ["train/loss", "segment/miou", "segment/iou/disc", "data_wait"]
-    assert set(expected) <= set(tags["scalars"])
-    assert tags["images"] == [f"image_truth_prediction/{number}" for number in range(4)]
+    assert set(map(tag_of, expected)) <= set(tags["scalars"])
+    plots = [f"image_truth_prediction/{number}" for number in range(4)]
+    assert tags["images"] == [*map(tag_of, plots), tag_of("segment/confusion")]
+    groups = {tag.split("/")[0] for tag in tags["scalars"]}
+    assert groups == {"1_main", "2_health", "3_time", "4_debug"}
+    assert "custom_scalars__config__" in tags["tensors"]
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "image_size: 32\n" in text
-    assert events.Scalars("segment/miou")[-1].value == pytest.approx(figures["segment/miou"])
-    losses = [event.value for event in events.Scalars("epoch/loss")]
+    assert events.Scalars(tag_of("segment/miou"))[-1].value == pytest.approx(
+        figures["segment/miou"]
+    )
+    losses = [event.value for event in events.Scalars(tag_of("epoch/loss"))]
     assert losses[-1] < losses[0] / 2
-    rates = [event.value for event in events.Scalars("train/learning_rate")]
+    rates = [event.value for event in events.Scalars(tag_of("train/learning_rate"))]
     poly = [0.005 * (1 - step / 29) for step in range(29)]
     np.testing.assert_allclose(rates[1:], poly, rtol=1e-5)
 
@@ -172,8 +179,11 @@ def test_tensorboard_shows_settings_beside_the_miou(events):
     start = HParamsPluginData.FromString(content["_hparams_/session_start_info"])
     assert start.session_start_info.hparams["optimizer.lr"].number_value == 0.005
     experiment = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
-    tags = [metric.name.tag for metric in experiment.metric_infos]
-    assert tags == ["segment/miou", "epoch/loss"]
+    names = [metric.display_name for metric in experiment.metric_infos]
+    assert names == ["segment/miou", "epoch/loss"]
+    settings = sorted(info.name for info in experiment.hparam_infos if info.display_name)
+    shown = [name.partition("_")[2] for name in settings]
+    assert shown == ["decoder", "backbone", "lr", "batch", "epochs"]
 
 
 def predicted_as_in_the_docs(segmenter, path):

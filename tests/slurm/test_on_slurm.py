@@ -16,6 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moco.runs.run_status import read_status
+from moco.training.board_layout import tag_of
 from tests.conftest import REPOSITORY, run_program
 from tests.processes import started, wait_until
 
@@ -217,7 +218,7 @@ def test_curves_go_on_in_one_line(preempted):
     ):
         events = EventAccumulator(str(folder))
         events.Reload()
-        assert [event.step for event in events.Scalars("train/loss")] == list(
+        assert [event.step for event in events.Scalars(tag_of("train/loss"))] == list(
             range(1, EPOCHS * EPOCH + 1)
         )
 

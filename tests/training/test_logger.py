@@ -5,7 +5,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from moco.train import run
-from moco.training.logger import RunLogger, given_keys, hyperparameters
+from moco.training.board_layout import tag_of
+from moco.training.logger import RunLogger, given_keys, hyperparameters, method_name
 
 
 def events_of(folder):
@@ -18,11 +19,11 @@ def test_the_config_is_text_and_hyperparameters_of_the_run_itself(tmp_path):
     logger = RunLogger(tmp_path)
     config = {
         "seed": 3,
-        "method": {"temperature": 0.1, "symmetric": True},
+        "method": {"temperature": 0.1, "symmetric": True, "queue_size": 64},
         "resume": None,
         "data": {"root": ["a", "b"]},
     }
-    logger.describe(config, ["knn/top1"], ["method"], 0)
+    logger.describe(config, ["knn/top1", "epoch/loss"], ["method"], 0, "moco_v2")
     logger.finalize("success")
     events = events_of(tmp_path)
     contents = events.PluginTagToContent("hparams")
@@ -32,11 +33,14 @@ def test_the_config_is_text_and_hyperparameters_of_the_run_itself(tmp_path):
     assert session.hparams["method.temperature"].number_value == 0.1
     assert session.hparams["data.root"].string_value == "['a', 'b']"
     experiment = HParamsPluginData.FromString(contents["_hparams_/experiment"]).experiment
-    assert [metric.name.tag for metric in experiment.metric_infos] == ["knn/top1"]
-    assert {info.name for info in experiment.hparam_infos if info.differs} == {
-        "method.temperature",
-        "method.symmetric",
-    }
+    shown = [(metric.name.tag, metric.display_name) for metric in experiment.metric_infos]
+    assert shown == [("1_main/2_knn/top1", "knn/top1"), ("2_health/epoch/loss", "epoch/loss")]
+    # The tab sorts them like this and shows the columns of the first five.
+    order = sorted(experiment.hparam_infos, key=lambda info: (not info.differs, info.name))
+    names = [info.display_name or info.name for info in order]
+    assert names[:3] == ["method", "T", "K"]
+    assert [info.name for info in order if info.differs][3:] == ["method.symmetric"]
+    assert session.hparams[order[0].name].string_value == "moco_v2"
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "temperature: 0.1\n" in text
     assert events.Tags()["scalars"] == []  # no value of a metric was made up
@@ -58,6 +62,16 @@ def test_keys_of_the_command_line_come_without_values_and_signs(tmp_path):
     assert given_keys(tmp_path) == ["experiment", "method.temperature", "method"]
 
 
+def test_the_name_of_the_method_is_that_of_its_config_file(tmp_path):
+    assert method_name(tmp_path) is None
+    (tmp_path / ".hydra").mkdir()
+    path = tmp_path / ".hydra" / "hydra.yaml"
+    path.write_text("hydra:\n  runtime:\n    choices:\n      method: moco_v2\n")
+    assert method_name(tmp_path) == "moco_v2"
+    path.write_text("hydra:\n  runtime:\n    choices:\n      decoder: auto\n")
+    assert method_name(tmp_path) is None
+
+
 @pytest.mark.slow
 def test_a_run_that_goes_on_writes_every_tag_once_for_a_step(runner, tmp_path):
     settings = [
@@ -75,11 +89,15 @@ def test_a_run_that_goes_on_writes_every_tag_once_for_a_step(runner, tmp_path):
     for tag in tags["scalars"]:
         steps = [event.step for event in events.Scalars(tag)]
         assert steps == sorted(set(steps)), tag
-    assert [event.step for event in events.Scalars("label_free/rank_me")] == list(range(1, 11))
-    assert [event.step for event in events.Images("knn/neighbors")] == [5, 10]
-    assert [event.step for event in events.Images("views/query_above_key")] == [0, 5]
+    assert [event.step for event in events.Scalars(tag_of("label_free/rank_me"))] == list(
+        range(1, 11)
+    )
+    assert [event.step for event in events.Images(tag_of("knn/neighbors"))] == [5, 10]
+    assert [event.step for event in events.Images(tag_of("views/query_above_key"))] == [0, 5]
     assert [event.step for event in events.Tensors("config/text_summary")] == [0, 5]
-    assert {"similarity/positive", "similarity/negative"} == set(tags["histograms"])
+    assert {tag_of(f"similarity/{name}") for name in ("positive", "negative")} == set(
+        tags["histograms"]
+    )
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
         ".hydra",
         "00000",
@@ -113,4 +131,4 @@ def test_a_path_that_is_not_utf8_is_shown_with_escapes(tmp_path):
     logger.log_metrics({"segment/iou/caf\udce9": 0.5}, 1)
     logger.finalize("success")
     assert hyperparameters(config) == {"data.root": "caf\\udce9"}
-    assert "segment/iou/caf\\udce9" in events_of(tmp_path).Tags()["scalars"]
+    assert "2_health/segment/iou/caf\\udce9" in events_of(tmp_path).Tags()["scalars"]

@@ -37,8 +37,6 @@ MAPPED_SIDE = 112
 """Side of an image beside its feature maps, in px."""
 LONGEST_NAME = 24
 """Letters of the name of a class; longer names are cut."""
-VIEW_SIDE = 64
-"""Smaller views are enlarged to this side, in px."""
 
 
 @dataclass(frozen=True)
@@ -107,16 +105,23 @@ def thumbnail(image: Image.Image, side: int) -> Image.Image:
     return ImageOps.fit(image.convert("RGB"), (side, side), method)
 
 
-def tile_plot(rows: Sequence[Sequence[Tile]], gap: int = 0) -> "Figure":
+def tile_plot(
+    rows: Sequence[Sequence[Tile]],
+    gap: int = 0,
+    font_size: int = FONT_SIZE,
+    caption_height: int = LINE,
+) -> "Figure":
     """Draw tiles in rows, their images pixel by pixel.
 
     Args:
         rows: at least one tile in all; the images are squares of one size.
         gap: further space after the first tile of each row, in px.
+        font_size: of the captions, in points.
+        caption_height: room for a caption, in px.
     """
     side = rows[0][0].image.width
     column_width = side + MARGIN
-    row_height = side + LINE + MARGIN
+    row_height = side + caption_height + MARGIN
     num_columns = max(len(tiles) for tiles in rows)
     width = MARGIN + num_columns * column_width + gap
     height = MARGIN + len(rows) * row_height
@@ -129,10 +134,10 @@ def tile_plot(rows: Sequence[Sequence[Tile]], gap: int = 0) -> "Figure":
             figure.figimage(np.asarray(tile.image), left, bottom, origin="upper")
             figure.text(
                 left / width,
-                (bottom - LINE / 2) / height,
+                (bottom - caption_height / 2) / height,
                 tile.caption,
                 color=tile.color,
-                fontsize=FONT_SIZE,
+                fontsize=font_size,
                 verticalalignment="center",
             )
             left += column_width
@@ -156,22 +161,6 @@ def feature_maps_plot(images: Sequence[Image.Image], maps: Mapping[str, np.ndarr
             tiles.append(Tile(thumbnail(Image.fromarray(colors[number]), MAPPED_SIDE), name))
     in_row = 2 * (1 + len(maps))
     rows = [tiles[start : start + in_row] for start in range(0, len(tiles), in_row)]
-    return tile_plot(rows)
-
-
-def view_pairs_plot(queries: np.ndarray, keys: np.ndarray) -> "Figure":
-    """Draw pairs of views in columns, the query above its key.
-
-    Args:
-        queries, keys: (pairs, side, side, 3) uint8 each.
-    """
-    rows = []
-    for name, views in (("query", queries), ("key", keys)):
-        tiles = []
-        for view in views:
-            image = Image.fromarray(view)
-            tiles.append(Tile(thumbnail(image, max(VIEW_SIDE, image.width)), name))
-        rows.append(tiles)
     return tile_plot(rows)
 
 
