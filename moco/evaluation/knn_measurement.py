@@ -26,6 +26,7 @@ from moco.evaluation.knn import (
     confusion_matrix,
     knn_accuracy,
     turns_of_classes,
+    without_class_in_bank,
 )
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
 from moco.evaluation.neighbors import nearest_by_block, search_index
@@ -81,6 +82,10 @@ def measure_knn(subject: Subject) -> Findings:
     label_free = NOTHING
     if settings["label_free"]:
         label_free = measure_label_free(subject, bank)
+    lost = without_class_in_bank(
+        searched.bank.labels, searched.queries.labels, is_leave_one_out=own_rows is not None
+    )
+    warn_of_lost(lost, searched.queries, own_rows)
     conditions = {
         **main._asdict(),
         "feature": feature,
@@ -89,6 +94,7 @@ def measure_knn(subject: Subject) -> Findings:
         "encoder": settings["encoder"],
         "index": settings["index"],
         "queries": searched.kind,
+        "queries_never_right": int(lost.sum()),
         **recalls,
     }
     findings = classification_findings(
@@ -101,13 +107,62 @@ def measure_knn(subject: Subject) -> Findings:
         [table, *few_label_tables],
         main.num_neighbors,
     )
+    findings.headline = headline(main, votes[feature])
     findings.tables += label_free.tables
     if settings["plots"]:
         plots = knn_plots(subject, searched, votes[feature][main].predicted, label_free.views)
         for name, plot in plots.items():
             mark = {"Software": SOFTWARE}  # so that it is no image of a dataset
-            findings.files[name] = partial(plot.savefig, format="png", metadata=mark)
+            findings.plots[name] = partial(plot.savefig, format="png", metadata=mark)
     return findings
+
+
+def headline(main: Protocol, votes: Mapping[Protocol, Votes]) -> str:
+    """Return the accuracy under the main protocol, and the best one of the grid.
+
+    Args:
+        main: the protocol that the settings ask for.
+        votes: the outcome of every protocol, of one feature.
+    """
+    top1 = votes[main].accuracy(1)
+    line = f"kNN top-1 {100 * top1:.1f} % (k {main.num_neighbors}, T {main.temperature:g})"
+    best = max(sorted(votes), key=lambda protocol: votes[protocol].accuracy(1))
+    best_top1 = votes[best].accuracy(1)
+    if best_top1 <= top1:
+        return f"{line}; no protocol of the grid is better"
+    where = f"k {best.num_neighbors}"
+    if best.temperature != main.temperature:
+        where += f", T {best.temperature:g}"
+    return f"{line}; best of the grid {100 * best_top1:.1f} % at {where}"
+
+
+def warn_of_lost(lost: np.ndarray, queries: Embedded, own_rows: np.ndarray | None) -> None:
+    """Warn of queries that no vote can get right, see `without_class_in_bank`.
+
+    Args:
+        lost: (queries,) bool.
+        own_rows: see `Searched`.
+    """
+    if not lost.any():
+        return
+    classes = np.unique(queries.labels[lost])
+    names = [printable(queries.labelled.class_name(int(number))) for number in classes]
+    shown = ", ".join(names[:NUM_WORST])
+    if len(names) > NUM_WORST:
+        shown += ", ..."
+    reason = "the bank has no image of their class"
+    if own_rows is not None:
+        reason = "they are the only image of their class"
+    log.warning(
+        "%d of %d queries (%d classes: %s) cannot be right, because %s: "
+        "the accuracy is at most %.4f",
+        lost.sum(),
+        len(lost),
+        len(classes),
+        shown,
+        reason,
+        1 - lost.mean(),
+    )
 
 
 def sides_of(
@@ -145,7 +200,8 @@ def labelled_features(subject: Subject, images: Labelled) -> dict[str, Embedded]
     num_missing = int(is_missing.sum())
     if num_missing == len(is_missing):
         raise InputError(
-            f"data={subject.data['name']}: none of {num_missing:,} readable images has a label"
+            f"data={subject.data['name']}: none of {num_missing:,} readable images has a label; "
+            "evaluation=label_free needs none"
         )
     if num_missing == 0:
         return features
@@ -321,6 +377,7 @@ def classification_findings(
         protocol={f"{group}/{name}": value for name, value in conditions.items()},
         details=details,
         tables=[*tables, *class_tables(class_names, confusion)],
+        headline=f"{title}: top-1 {100 * votes.accuracy(1):.1f} %",
         files={"confusion.npz": write_confusion},
     )
 

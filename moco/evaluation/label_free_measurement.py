@@ -136,7 +136,7 @@ def figures_table(
             "uniformity": "0: all in one place, -4: spread out",
             "alignment": "0: views are equal, 2: unrelated",
         }
-    title = f"without labels, of {features[0]:,} images of the bank"
+    title = f"without labels, of {features[0]:,} images"
     rows = []
     for name, value in figures.items():
         rows.append([name, f"{value:.4f}", expected[name.removeprefix("label_free/")]])
