@@ -34,7 +34,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     """
     from rich.console import Console
 
-    from moco.cli.closing_tables import print_plain, two_columns
+    from moco.cli.closing_tables import print_plain, print_titled, two_columns
     from moco.evaluation.measurements import measure
     from moco.evaluation.reports.page import report_page
     from moco.runs.atomic_files import write_atomically, write_json
@@ -50,13 +50,14 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         findings = measure(subject)
     origin = origin_of(subject, pretrained)
     rows = [(key, f"{value:.4f}") for key, value in findings.scores.items()]
-    rows += [(key, str(value)) for key, value in {**findings.protocol, **origin}.items()]
+    for key, value in {**findings.protocol, **origin}.items():
+        rows.append((key, "none" if value is None else str(value)))
     tables = [two_columns(findings.title, rows), *findings.tables]
     console = Console()
+    page = report_page(findings.title, findings.headline, tables, findings.plots)
     print_plain(console, findings.headline)
     for table in tables:
-        console.print(table)
-    page = report_page(findings.title, findings.headline, tables, findings.plots)
+        print_titled(console, table)
     files = {folder / name: write for name, write in findings.files.items()}
     for name, write in findings.plots.items():
         files[folder / REPORT / name] = write
@@ -66,7 +67,8 @@ def run(config: EvaluateConfig, folder: Path) -> None:
             write_atomically(path, write)
         write_json(output, {**findings.scores, **findings.protocol, **findings.details, **origin})
     for path in [*files, output]:
-        print_plain(console, f"written to {os.path.relpath(path)}")
+        if path.suffix != ".png":  # the page shows them
+            print_plain(console, f"written to {os.path.relpath(path)}")
 
 
 def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrained]":

@@ -34,7 +34,7 @@ class LearningVerdict(pl.Callback):
 
     Args:
         figures: gets ``label_free/*`` and ``contrast/top1`` of the newest tenth,
-            ``train/loss_of_chance``, and at the end ``verdict``, a few words.
+            ``train/loss_of_chance``, and at the end ``verdict``, see `moco.evaluation.verdict`.
     """
 
     EVERY_N_STEPS = 20
@@ -155,15 +155,17 @@ class LearningVerdict(pl.Callback):
             return
         self.looks[-1] = self.looks[-1]._replace(knn_top1=self.figures.get("knn/top1"))
         is_last = is_end(trainer, trainer.current_epoch + 1)
-        baselines = Baselines(
-            untrained=self.figures.get("knn_untrained/top1"),
-            start=self.figures.get("knn_start/top1"),
-            num_queries=self.figures.get("knn/num_queries"),
-        )
-        verdict = judge(self.looks, baselines)
+        verdict = judge(self.looks, self._baselines(), self.PARTS)
         if is_last:
-            self.figures["verdict"] = verdict.word
+            self.figures["verdict"] = str(verdict)
         is_long = pl_module.num_steps >= self.PARTS * self.LEAST_STEPS
         if rank() == 0 and (is_last or is_long):
-            share = round(100 * trainer.global_step / pl_module.num_steps)
-            log.info("is it learning? after %d %%: %s", share, verdict)
+            done = round(100 * trainer.global_step / pl_module.num_steps)
+            log.info("%d %% done. Is it learning? %s", done, verdict)
+
+    def _baselines(self) -> Baselines:
+        number = self.figures.get("knn/num_queries")
+        if "knn_start/top1" in self.figures:
+            top1 = self.figures["knn_start/top1"]
+            return Baselines(top1, "weights of init_from", number)
+        return Baselines(self.figures.get("knn_untrained/top1"), num_queries=number)

@@ -52,6 +52,14 @@ def two_columns(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
+def print_titled(console: Console, table: Table) -> None:
+    """Print a table below its title, which may be wider than the table."""
+    title, table.title = table.title, None
+    console.print()
+    console.print(title, highlight=False)
+    console.print(table)
+
+
 def print_plain(console: Console, line: str) -> None:
     """Print a line that can be copied: it is not wrapped, and its brackets are no markup."""
     console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -160,7 +168,8 @@ def job_line(run: Run) -> str:
         if run.figures.get(key) is not None:
             parts.append(f"{name} {run.figures[key]:.4f}")
     if "verdict" in run.figures:
-        parts.append(run.figures["verdict"])
+        answer = run.figures["verdict"].partition(":")[0]
+        parts.append(f"learning: {answer}")
     return f"job {run.folder.name} is done: {', '.join(parts)}"
 
 

@@ -330,6 +330,8 @@ def format_figure(figure: Any, name: str) -> str:
         return f"{figure:,.0f} s"
     if isinstance(figure, float):
         return f"{figure:.4f}"
+    if name == "verdict":
+        return str(figure).partition(":")[0]  # the reasons are too long for a table
     return str(figure)
 
 

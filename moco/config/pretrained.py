@@ -154,8 +154,6 @@ class EvaluateConfig:
     """A file of weights: ``last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or
     another project's, see ``docs/weights.md``. Null: measure backbone=NAME with random weights, for
     comparison."""
-    seed: int = setting(0, at_least=0, at_most=2**32 - 1)
-    """Seed of these random weights."""
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu", "mps"))
@@ -169,6 +167,8 @@ class EvaluateConfig:
     trust."""
     augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
     preview: DisplayConfig = field(default_factory=DisplayConfig)
+    seed: int = setting(0, at_least=0, at_most=2**32 - 1)
+    """checkpoint=null: seed of the random weights."""
 
 
 @dataclass

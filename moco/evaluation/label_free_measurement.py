@@ -51,8 +51,8 @@ def measure_label_free(subject: Subject, features: Mapping[str, Embedded]) -> La
         embeddings = features["embedding"].features
     if embeddings is None:
         log.info(
-            "the checkpoint has a backbone and no projector: of the label-free figures there is "
-            "the rank of its features only"
+            "there is a backbone and no projector: of the label-free figures there is the rank of "
+            "its features only"
         )
     elif code_of_pair(subject):
         log.info(

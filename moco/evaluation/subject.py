@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -74,7 +75,7 @@ class Findings:
 
 def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     """Return a table with columns that are aligned to the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in columns:
         table.add_column(name, justify="right")
     for row in rows:

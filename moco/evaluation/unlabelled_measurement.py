@@ -26,13 +26,13 @@ def measure_without_labels(subject: Subject) -> Findings:
     rank = label_free.figures["label_free/feature_rank_me"]
     findings = Findings(
         title="Frozen features without labels",
-        scores=label_free.figures,
+        scores={},
         protocol={
             "label_free/num_images": num_images,
             "label_free/feature": feature,
             "label_free/encoder": settings["encoder"],
         },
-        details={},
+        details=label_free.figures,
         tables=[*label_free.tables],
         headline=f"effective rank of the features {rank:.1f} of at most {most} "
         f"({num_images:,} images without labels)",
