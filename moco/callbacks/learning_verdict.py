@@ -69,15 +69,17 @@ class LearningVerdict(pl.Callback):
         if not ends_part:
             return
         self._look(pl_module, outputs, step)
-        if batch_idx + 1 == trainer.num_training_batches:
+        ends_epoch = batch_idx + 1 == trainer.num_training_batches
+        if ends_epoch or step == trainer.max_steps:
             self.is_due = True  # the epoch's kNN accuracy comes first
         else:
             self._say(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.is_due:
+        is_last = is_end(trainer, trainer.current_epoch + 1)
+        if self.is_due or is_last:
             self.is_due = False
-            self._say(trainer, pl_module)
+            self._say(trainer, pl_module, is_last=is_last)
 
     def _ends_part(self, step: int, num_steps: float) -> bool:
         """Return whether a tenth of the run ends with this step."""
@@ -93,8 +95,10 @@ class LearningVerdict(pl.Callback):
         if pl_module.queue is None:
             num_negatives -= 1  # the negatives are the other keys of the batch
             others = in_batch_negative_similarity(query, key, negatives)
-        else:
-            others = negative_similarity(query, negatives) if num_negatives else query.new_zeros(())
+        elif num_negatives > 0:
+            others = negative_similarity(query, negatives)
+        if num_negatives < 1:
+            return  # an empty queue: every query finds its own key
         sample = {
             "loss": float(outputs["loss"]) * trainer.accumulate_grad_batches,
             "loss_of_chance": pl_module.loss_of_chance(num_negatives),
@@ -149,13 +153,12 @@ class LearningVerdict(pl.Callback):
             )
         )
 
-    def _say(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def _say(self, trainer: pl.Trainer, pl_module: Any, *, is_last: bool = False) -> None:
         """Log the verdict, with the kNN accuracy that is known by now."""
         if not self.looks:
             return
         self.looks[-1] = self.looks[-1]._replace(knn_top1=self.figures.get("knn/top1"))
-        is_last = is_end(trainer, trainer.current_epoch + 1)
-        verdict = judge(self.looks, self._baselines(), self.PARTS)
+        verdict = judge(self.looks, self._baselines(), is_last=is_last)
         if is_last:
             self.figures["verdict"] = str(verdict)
         is_long = pl_module.num_steps >= self.PARTS * self.LEAST_STEPS

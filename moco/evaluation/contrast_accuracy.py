@@ -21,12 +21,11 @@ def contrast_top1(query: Tensor, key: Tensor, negatives: Tensor) -> Tensor:
 
     Args:
         query, key: (batch, embedding_dim) each, unit norm; a query's own key is in its row.
-        negatives: (negatives, embedding_dim), unit norm. They may include the queries' own keys.
+        negatives: (negatives, embedding_dim), unit norm, at least one. They may include the
+            queries' own keys.
     """
     query = evenly_spaced(query, MOST_QUERIES).float()
     key = evenly_spaced(key, MOST_QUERIES).float()
     own = (query * key).sum(dim=1)  # (queries,)
-    if len(negatives) == 0:
-        return torch.ones((), device=query.device)
     highest = (query @ negatives.float().T).amax(dim=1)  # (queries,)
     return (own >= highest - ROUNDING).float().mean()

@@ -8,16 +8,16 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moco.evaluation.collapse import collapse_of
+from moco.evaluation.collapse import DIMENSIONAL_COLLAPSE, collapse_of
 
 YES = "yes"
 NOT_YET = "not yet"
 NO = "no"
 
 AT_CHANCE = 0.01
-"""A loss that is below that of chance by a smaller share is at chance. Collapsed runs are 0.1 %
-below it, runs that do not train 1 % at most. A healthy run was 2 % below it after a tenth of its
-steps, and 42 % at its end."""
+"""A loss that is below that of chance by a smaller share, in the mean of `TREND_PARTS` tenths, is
+at chance. A collapsed run was 0.1 % below it, and a run with a learning rate of 0 was above it.
+A healthy run was 2 % below it after a tenth of its steps, and 42 % at its end."""
 
 EARLY_PARTS = 3
 """Until so many tenths are done, a loss at chance and a kNN accuracy as before training are no bad
@@ -81,17 +81,16 @@ class Verdict(NamedTuple):
         return f"{self.answer}: {'; '.join(self.reasons)}"
 
 
-def judge(looks: Sequence[Look], baselines: Baselines, parts: int = 10) -> Verdict:
+def judge(looks: Sequence[Look], baselines: Baselines, *, is_last: bool = False) -> Verdict:
     """Return whether a run learns.
 
     Args:
         looks: of its parts so far, at least one; the last one is judged.
         baselines: what it has to be better than.
-        parts: of the whole run.
+        is_last: whether the run ends here.
     """
     look = looks[-1]
     is_early = len(looks) <= EARLY_PARTS
-    is_end = len(looks) >= parts
     answers = []
     reasons = []
 
@@ -100,7 +99,10 @@ def judge(looks: Sequence[Look], baselines: Baselines, parts: int = 10) -> Verdi
     collapse = collapse_of(look.embedding_std, look.rank, (look.num_keys, look.embedding_dim))
     if collapse is not None:
         answers.append(NO)
-        reasons.append(f"the embeddings have collapsed ({collapse[0].lower()})")
+        what = "are nearly the same"
+        if collapse[0] == DIMENSIONAL_COLLAPSE:
+            what = "differ in few dimensions only"
+        reasons.append(f"the embeddings {what} ({collapse[0].lower()})")
 
     answer, reason = judge_loss(looks, is_early=is_early)
     answers.append(answer)
@@ -112,7 +114,7 @@ def judge(looks: Sequence[Look], baselines: Baselines, parts: int = 10) -> Verdi
 
     if look.knn_top1 is not None:
         is_solved = look.loss < SOLVED * look.loss_of_chance
-        answer, reason = judge_knn(looks, baselines, is_final=is_end or is_solved)
+        answer, reason = judge_knn(looks, baselines, is_final=is_last or is_solved)
         answers.append(answer)
         reasons.append(reason)
         if is_solved and answer != YES:
@@ -136,7 +138,8 @@ def judge_loss(looks: Sequence[Look], *, is_early: bool) -> tuple[str, str]:
     """Return an answer and the reason, from the loss beside that of chance and its trend."""
     look = looks[-1]
     reason = f"loss {look.loss:.2f}, chance is {look.loss_of_chance:.2f}"
-    if look.loss > (1 - AT_CHANCE) * look.loss_of_chance:
+    gaps = [1 - one.loss / one.loss_of_chance for one in looks[-TREND_PARTS:]]
+    if sum(gaps) / len(gaps) < AT_CHANCE:
         return (NOT_YET if is_early else NO), f"{reason}: nothing is told apart"
     if len(looks) > TREND_PARTS:
         change = look.loss - looks[-1 - TREND_PARTS].loss
