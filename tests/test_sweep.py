@@ -296,3 +296,23 @@ def test_jobs_with_one_value_each_and_all_choices_of_a_group_are_found_again(swe
     assert {job.folder.name for job in find_jobs(sweep)} == {
         path.parent.name for path in sweep.glob("*/status.json")
     }
+
+
+def test_a_sweep_ends_with_its_table(sweep, capsys):
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from moco.cli.sweep_end import PrintTable
+    from moco.config.parsing import CONFIG_DIR
+
+    # As Hydra is when the last job has ended.
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        PrintTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(sweep)}}}))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"the sweep is done: {sweep}"
+    assert lines[2].split()[:3] == ["seed", "method.temperature", "state"]
+    assert [line.split()[:3] for line in lines[3:5]] == [
+        ["0", "0.2", "finished"],
+        ["0", "0.1", "finished"],
+    ]
+    assert lines[-1].startswith("next: python -m moco.sweep ")

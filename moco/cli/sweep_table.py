@@ -6,7 +6,8 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,11 @@ def planned_jobs(sweep: Path) -> dict[str, dict[str, str]]:
 
     The dict is empty if ``multirun.yaml`` is damaged, or if only its sweeper knows the jobs.
     """
-    from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     from moco.cli.run_names import job_name, swept_keys
-    from moco.config.parsing import CONFIG_DIR
 
     try:
         running = yaml.safe_load((sweep / MULTIRUN).read_text())["hydra"]
@@ -118,7 +117,7 @@ def planned_jobs(sweep: Path) -> dict[str, dict[str, str]]:
         typed = [f"{key}={value}" for key, value in params.items()]
         typed += running["overrides"]["task"]
         # The parser needs the config folder for choices such as backbone=glob(*).
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        with hydra_initialized():
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
             values = [values_of(override) for override in parser.parse_overrides(typed)]
     except (HydraException, yaml.YAMLError, KeyError, TypeError, AttributeError):
@@ -130,6 +129,21 @@ def planned_jobs(sweep: Path) -> dict[str, dict[str, str]]:
         name = job_name([f"{key}={value}" for key, value in combination], swept)
         planned[name] = {key: value for key, value in combination if key in swept}
     return planned
+
+
+@contextmanager
+def hydra_initialized() -> Iterator[None]:
+    """Let Hydra know the config folder inside the block. At the end of a sweep it does already."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from moco.config.parsing import CONFIG_DIR
+
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        yield
 
 
 def values_of(override: Any) -> list[tuple[str, str]]:

@@ -6,7 +6,6 @@ import shlex
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 
 from moco.cli import closing_tables
@@ -80,7 +79,7 @@ def test_settings_that_the_checkpoint_does_not_hand_on_are_in_the_command():
 
 @pytest.mark.parametrize(
     "path",
-    ["my run [1]/last.ckpt", "it's (2)/x=1,2.ckpt", 'a"b\\c', "${here}/$HOME", "b\\", "2024", "null"],
+    ["my run [1]/last.ckpt", "it's (2)/$HOME=1,2.ckpt", 'a"b\\c', "b\\", "2024", "null"],
 )
 def test_the_command_can_be_copied_into_a_shell_whatever_the_path(path):
     (step,) = next_steps(config_of(), path, source_of([0, 1, 0, 1]))
@@ -128,9 +127,7 @@ def test_a_job_of_a_sweep_ends_with_one_line(tmp_path, monkeypatch):
     run = segment_run(tmp_path, Console(file=stream, width=20), ["csv"])
     run.figures |= {"train/loss": 1.5, "verdict": "yes: loss 1.5"}
     print_segmentation(run, ["a"])
-    assert stream.getvalue() == (
-        "job a run [1] is done: loss 1.5000, mIoU 0.5000, learning: yes\n"
-    )
+    assert stream.getvalue() == ("job a run [1] is done: loss 1.5000, mIoU 0.5000, learning: yes\n")
 
 
 def test_evaluations_of_a_checkpoint_share_a_folder():

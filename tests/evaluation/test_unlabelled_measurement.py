@@ -70,9 +70,7 @@ def test_images_without_labels_get_what_needs_none(evaluated, image_tree, genera
     assert "knn/top1" not in labelled
 
 
-def test_images_of_one_class_are_told_of_the_measurement_that_works(
-    evaluated, generator, tmp_path
-):
+def test_images_of_one_class_are_told_of_the_measurement_that_works(evaluated, generator, tmp_path):
     data = archive(tmp_path / "one.npz", generator, [4] * 9)
     with pytest.raises(InputError, match="are of 1; evaluation=label_free needs no classes"):
         evaluated(data)
