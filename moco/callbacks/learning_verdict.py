@@ -83,7 +83,7 @@ class LearningVerdict(pl.Callback):
 
     def _ends_part(self, step: int, num_steps: float) -> bool:
         """Return whether a tenth of the run ends with this step."""
-        if not math.isfinite(num_steps):
+        if not math.isfinite(num_steps) or num_steps < 1:
             return False
         parts_done = step * self.PARTS // num_steps
         return parts_done > (step - 1) * self.PARTS // num_steps
@@ -99,9 +99,12 @@ class LearningVerdict(pl.Callback):
             others = negative_similarity(query, negatives)
         if num_negatives < 1:
             return  # an empty queue: every query finds its own key
+        loss_of_chance = pl_module.loss_of_chance(num_negatives)
+        if loss_of_chance <= 0:
+            return  # a method of the user's with another loss
         sample = {
             "loss": float(outputs["loss"]) * trainer.accumulate_grad_batches,
-            "loss_of_chance": pl_module.loss_of_chance(num_negatives),
+            "loss_of_chance": loss_of_chance,
             "contrast_top1": float(contrast_top1(query, key, negatives)),
             "contrast_top1_of_chance": 1 / (1 + num_negatives),
             "embedding_std": float(embedding_std(query)),

@@ -227,8 +227,7 @@ def flat_config(folder: Path) -> dict[str, str]:
 def as_text(jobs: Sequence[Job]) -> str:
     """Return the table for people: a line for each job, the best first, and means over seeds.
 
-    Lines below it say which settings differ, by which figure the jobs are sorted, and which job is
-    the best.
+    Lines below it say which settings differ, and by which figure the jobs are sorted.
     """
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
     columns = {}
@@ -236,8 +235,8 @@ def as_text(jobs: Sequence[Job]) -> str:
         if any(figure in job.figures for job in jobs):
             columns[title] = figure
     rows = [[*keys, "state", *columns, "message"]]
-    figure = deciding_figure(jobs)
-    for job in sorted_jobs(jobs, figure):
+    deciding = deciding_figure(jobs)
+    for job in sorted_jobs(jobs, deciding):
         values = [job.overrides.get(key, "") for key in keys]
         figures = [format_figure(job.figures.get(name), name) for name in columns.values()]
         rows.append([*values, job.state, *figures, job.status.get("message", "")])
@@ -246,7 +245,7 @@ def as_text(jobs: Sequence[Job]) -> str:
         values = [shared.get(key, "") for key in keys]
         figures = [mean_and_spread(group, name) for name in columns.values()]
         rows.append([*values, "", *figures, ""])
-    return "\n".join([align(rows), *differing_settings(jobs), *order_line(figure, columns)])
+    return "\n".join([align(rows), *differing_settings(jobs), *order_line(deciding, columns)])
 
 
 def deciding_figure(jobs: Sequence[Job]) -> str | None:
