@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ REPORT = "report"
 """The folder of the plots and the page that shows them, in the run folder."""
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from moco.evaluation.subject import Subject
     from moco.weights.load_encoder import Pretrained
 
@@ -34,7 +38,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     """
     from rich.console import Console
 
-    from moco.cli.closing_tables import print_plain, print_titled, two_columns
+    from moco.cli.closing_tables import is_sweep_job, print_plain, two_columns
     from moco.evaluation.measurements import measure
     from moco.evaluation.reports.page import report_page
     from moco.runs.atomic_files import write_atomically, write_json
@@ -55,9 +59,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     tables = [two_columns(findings.title, rows), *findings.tables]
     console = Console()
     page = report_page(findings.title, findings.headline, tables, findings.plots)
-    print_plain(console, findings.headline)
-    for table in tables:
-        print_titled(console, table)
+    show(console, folder, findings.headline, tables)
     files = {folder / name: write for name, write in findings.files.items()}
     for name, write in findings.plots.items():
         files[folder / REPORT / name] = write
@@ -66,9 +68,23 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         for path, write in files.items():
             write_atomically(path, write)
         write_json(output, {**findings.scores, **findings.protocol, **findings.details, **origin})
+    if is_sweep_job():
+        return
     for path in [*files, output]:
         if path.suffix != ".png":  # the page shows them
             print_plain(console, f"written to {os.path.relpath(path)}")
+
+
+def show(console: "Console", folder: Path, headline: str, tables: Sequence["Table"]) -> None:
+    """Print the result; in a sweep it is one line, as the table of all jobs comes at the end."""
+    from moco.cli.closing_tables import is_sweep_job, print_plain, print_titled
+
+    if is_sweep_job():
+        print_plain(console, f"job {folder.name} is done: {headline}")
+        return
+    print_plain(console, headline)
+    for table in tables:
+        print_titled(console, table)
 
 
 def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrained]":

@@ -191,23 +191,6 @@ def class_places(classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(classes[places] == labels, places, len(classes))
 
 
-def without_class_in_bank(
-    bank_labels: np.ndarray, query_labels: np.ndarray, *, is_leave_one_out: bool = False
-) -> np.ndarray:
-    """Return which queries no vote can get right: (queries,) bool.
-
-    The bank has no image of their class, or in leave one out no other image than the query itself.
-
-    Args:
-        bank_labels: (bank size,) class numbers.
-        query_labels: (queries,) class numbers.
-        is_leave_one_out: each query is in the bank, too.
-    """
-    classes, counts = np.unique(bank_labels, return_counts=True)
-    needed = 2 if is_leave_one_out else 1
-    return ~np.isin(query_labels, classes[counts >= needed])
-
-
 def turns_of_classes(labels: np.ndarray) -> np.ndarray:
     """Return how many rows of the same class come before each row: (rows,) int64."""
     order = np.argsort(labels, kind="stable")

@@ -26,9 +26,9 @@ from moco.evaluation.knn import (
     confusion_matrix,
     knn_accuracy,
     turns_of_classes,
-    without_class_in_bank,
 )
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
+from moco.evaluation.lost_queries import warn_of_lost, without_class_in_bank
 from moco.evaluation.neighbors import nearest_by_block, search_index
 from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.reports.knn_plots import Searched, knn_plots
@@ -82,10 +82,12 @@ def measure_knn(subject: Subject) -> Findings:
     label_free = NOTHING
     if settings["label_free"]:
         label_free = measure_label_free(subject, bank)
+    query_labels = searched.queries.labels
+    is_leave_one_out = own_rows is not None
     lost = without_class_in_bank(
-        searched.bank.labels, searched.queries.labels, is_leave_one_out=own_rows is not None
+        searched.bank.labels, query_labels, is_leave_one_out=is_leave_one_out
     )
-    warn_of_lost(lost, searched.queries, own_rows)
+    warn_of_lost(lost, query_labels, searched.queries.labelled, is_leave_one_out=is_leave_one_out)
     conditions = {
         **main._asdict(),
         "feature": feature,
@@ -134,35 +136,6 @@ def headline(main: Protocol, votes: Mapping[Protocol, Votes]) -> str:
     if best.temperature != main.temperature:
         where += f", T {best.temperature:g}"
     return f"{line}; best of the grid {100 * best_top1:.1f} % at {where}"
-
-
-def warn_of_lost(lost: np.ndarray, queries: Embedded, own_rows: np.ndarray | None) -> None:
-    """Warn of queries that no vote can get right, see `without_class_in_bank`.
-
-    Args:
-        lost: (queries,) bool.
-        own_rows: see `Searched`.
-    """
-    if not lost.any():
-        return
-    classes = np.unique(queries.labels[lost])
-    names = [printable(queries.labelled.class_name(int(number))) for number in classes]
-    shown = ", ".join(names[:NUM_WORST])
-    if len(names) > NUM_WORST:
-        shown += ", ..."
-    reason = "the bank has no image of their class"
-    if own_rows is not None:
-        reason = "they are the only image of their class"
-    log.warning(
-        "%d of %d queries (%d classes: %s) cannot be right, because %s: "
-        "the accuracy is at most %.4f",
-        lost.sum(),
-        len(lost),
-        len(classes),
-        shown,
-        reason,
-        1 - lost.mean(),
-    )
 
 
 def sides_of(

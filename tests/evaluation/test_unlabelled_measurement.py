@@ -19,8 +19,9 @@ from moco.config.pretrained import (
 )
 from moco.errors import InputError
 from moco.evaluate import run
-from moco.evaluation.knn import Protocol, Votes, without_class_in_bank
+from moco.evaluation.knn import Protocol, Votes
 from moco.evaluation.knn_measurement import headline
+from moco.evaluation.lost_queries import without_class_in_bank
 from moco.evaluation.reports.page import report_page
 from tests.test_evaluate import archive
 
@@ -159,8 +160,8 @@ def test_queries_that_no_vote_can_get_right_are_counted(evaluated, generator, tm
     figures, _, log = evaluated(data, plots=False, label_free=False, num_neighbors=3)
     assert figures["knn/queries_never_right"] == 1
     assert (
-        "1 of 20 queries (1 classes: 2) cannot be right, because they are the only image of their "
-        "class: the accuracy is at most 0.9500"
+        "1 of 20 queries cannot be right in kNN, because they are the only image of their class "
+        "(2): the accuracy is at most 0.9500"
     ) in log
 
 
