@@ -36,14 +36,13 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         InputError: the checkpoint or the data cannot be used, or the backbone has no such window.
         RunError: the machine ran out of memory or disk.
     """
-    from rich.console import Console
-
     from moco.cli.closing_tables import is_sweep_job, print_plain, two_columns
     from moco.evaluation.measurements import measure
     from moco.evaluation.reports.page import report_page
     from moco.runs.atomic_files import write_atomically, write_json
     from moco.runs.failures import failures_without_training_named
     from moco.runs.run_folder import claimed
+    from moco.screen import screen
 
     check_settings(config)
     output = Path(config.output) if config.output else folder / "metrics.json"
@@ -53,11 +52,11 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         subject, pretrained = subject_of(config, folder)
         findings = measure(subject)
     origin = origin_of(subject, pretrained)
+    console = screen.console
     rows = [(key, f"{value:.4f}") for key, value in findings.scores.items()]
     for key, value in {**findings.protocol, **origin}.items():
         rows.append((key, "none" if value is None else str(value)))
     tables = [two_columns(findings.title, rows), *findings.tables]
-    console = Console()
     page = report_page(findings.title, findings.headline, tables, findings.plots)
     show(console, folder, findings.headline, tables)
     files = {folder / name: write for name, write in findings.files.items()}

@@ -309,9 +309,9 @@ def test_a_sweep_ends_with_its_table(sweep, capsys):
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         PrintTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(sweep)}}}))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"the sweep is done: {sweep}"
-    assert lines[2].split()[:3] == ["seed", "method.temperature", "state"]
-    assert [line.split()[:3] for line in lines[3:5]] == [
+    assert lines[0] == f"the sweep is done: {sweep}"
+    assert lines[1].split()[:3] == ["seed", "method.temperature", "state"]
+    assert [line.split()[:3] for line in lines[2:4]] == [
         ["0", "0.2", "finished"],
         ["0", "0.1", "finished"],
     ]

@@ -11,6 +11,7 @@ import torch
 
 from moco.callbacks.running_trainer import is_end
 from moco.errors import Interrupted, RunError
+from moco.phases import phase
 from moco.runs.atomic_files import link_atomically, write_atomically, write_json
 from moco.runs.interrupts import StopRequest
 from moco.runs.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, as_override, last_good
@@ -193,7 +194,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         # A run that resumes here writes no point of the curves up to here again.
         for logger in trainer.loggers:
             logger.save()
-        trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
+        with phase("saving the checkpoint", unit=""):
+            trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
         self.last_saved = time.monotonic()
         self.asked_before = trainer.world_size > 1
 

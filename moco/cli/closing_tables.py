@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moco.cli.extensions import logger_names
 from moco.cli.training_run import Run
@@ -18,7 +19,9 @@ from moco.config.train import TrainConfig
 from moco.data.sources.own_dataset import IterableImages
 from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource
-from moco.runs.run_folder import BACKBONE_FILE, LAST_CHECKPOINT, as_override, as_path_argument
+from moco.errors import encodable, printable
+from moco.runs.run_folder import BACKBONE_FILE, LAST_CHECKPOINT, as_override
+from moco.runs.shell_quotes import shell_quoted
 from moco.targets import GIVEN
 from moco.training.stopwatches import epoch_time, in_words
 
@@ -44,11 +47,13 @@ def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -
 
 def two_columns(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     """Return a table of names and values under a title."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    # As `Text`, because rich would take the brackets of a path for its markup.
+    shown_title = Text(encodable(title), "table.title")
+    table = Table(title=shown_title, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")  # a path that is cut short cannot be copied
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
@@ -62,7 +67,7 @@ def print_titled(console: Console, table: Table) -> None:
 
 def print_plain(console: Console, line: str) -> None:
     """Print a line that can be copied: it is not wrapped, and its brackets are no markup."""
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(encodable(line), soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def training_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -212,7 +217,7 @@ def print_segmentation(run: Run, class_names: Sequence[str]) -> None:
     print_table(run.console, "Segmentation is done", rows)
     folder = os.path.relpath(run.folder)
     if "tensorboard" in logger_names(run.plain["logger"]):
-        print_next(run.console, [f"tensorboard --logdir {as_path_argument(folder)}"])
+        print_next(run.console, [f"tensorboard --logdir {shell_quoted(folder)}"])
 
 
 def shown_iou(figures: Mapping[str, Any], class_name: str) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from moco.runs.run_folder import as_path_argument
+from moco.errors import printable
+from moco.runs.shell_quotes import shell_quoted
 
 
 class PrintTable(Callback):
@@ -16,6 +17,6 @@ class PrintTable(Callback):
         from moco.cli.sweep_table import as_text, find_jobs
 
         folder = Path(config.hydra.sweep.dir)
-        print(f"\nthe sweep is done: {folder}")
+        print(printable(f"the sweep is done: {folder}"))
         print(as_text(find_jobs(folder)))
-        print(f"next: python -m moco.sweep {as_path_argument(folder)} --csv sweep.csv")
+        print(f"next: python -m moco.sweep {shell_quoted(str(folder))} --csv sweep.csv")

@@ -51,6 +51,7 @@ from moco.data.sources.sample import chosen_bands
 from moco.data.sources.shards import NO_INDEX, ShardedImages
 from moco.data.sources.source import DataSource, Images, Labelled
 from moco.errors import InputError, RunError, printable
+from moco.phases import phase
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,20 @@ class Pool:
         """Return the names of the classes by number, or None if they have none."""
         bank = self.source.bank
         return None if bank is None else bank.class_names
+
+    def label_sets(self) -> list[list[int]] | None:
+        """Return the numbers of the classes that each label stands for, see `Labelled`."""
+        bank = self.source.bank
+        if bank is None or bank.label_sets is None:
+            return None
+        return [np.flatnonzero(classes).tolist() for classes in bank.label_sets]
+
+    def num_classes(self) -> int | None:
+        """Return the number of classes of images with several classes each."""
+        bank = self.source.bank
+        if bank is None or bank.label_sets is None:
+            return None
+        return int(bank.label_sets.shape[1])
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of images, and a hash of their names and labels."""
@@ -449,6 +464,10 @@ class CopyWriter:
 
     def finish(self) -> None:
         """Join the tables of the parts, and mark the copy as complete."""
+        with phase("finishing the copy", unit=""):
+            self._finish()
+
+    def _finish(self) -> None:
         tables = [read_table(self._table_path(n)) for n in range(len(self.index["parts"]))]
         # Offsets stay as they are: they count from the start of a file, and not of a part.
         joined = {}
@@ -511,6 +530,8 @@ def open_copy(folder: Path, settings: dict[str, Any], pool: Pool) -> dict[str, A
             "image_size": image_size,
             "settings": settings | {"format": chosen_format},
             "class_names": pool.class_names(),
+            "label_sets": pool.label_sets(),
+            "num_classes": pool.num_classes(),
             "source": fingerprint,
             "parts": [],
         } | file_traits(pool)

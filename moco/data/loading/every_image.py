@@ -96,6 +96,11 @@ class EvaluationBatch(NamedTuple):
     """(batch,) bool: the image cannot be read, and its row is zero."""
 
 
+def num_images(batch: EvaluationBatch) -> int:
+    """Return the number of images of a batch, with the unreadable ones."""
+    return len(batch.labels)
+
+
 def evaluation_batch(
     labels: Tensor, bands: int, image_size: int, read: list[ReadImage]
 ) -> EvaluationBatch:
@@ -217,6 +222,8 @@ class ImageSet(ABC):
     """Makes the pixels that the model gets."""
     class_names: tuple[str, ...] | None = None
     """The name of each class by its number, if they are known."""
+    label_sets: np.ndarray | None = None
+    """See `Labelled`."""
     images: Any = None
     """Images by number, of keys whose source is a number."""
 
@@ -335,6 +342,7 @@ class IndexedSet(ImageSet):
         self.values = labelled.images.values
         self.labels = labelled.labels
         self.class_names = labelled.class_names
+        self.label_sets = labelled.label_sets
         self.has_labels = has_labels
 
     def __len__(self) -> int:
