@@ -12,6 +12,7 @@ from moco.evaluation.contrast_accuracy import contrast_top1
 from moco.evaluation.diagnostics import (
     alignment,
     embedding_std,
+    evenly_spaced,
     in_batch_negative_similarity,
     negative_similarity,
     positive_similarity,
@@ -23,6 +24,9 @@ from moco.training.distributed.collectives import rank
 from moco.training.stopwatches import MONITORS, epoch_time
 
 log = logging.getLogger(__name__)
+
+MOST_PAIRED = 1_024
+"""Queries of which all pairs are compared."""
 
 
 class LearningVerdict(pl.Callback):
@@ -111,7 +115,7 @@ class LearningVerdict(pl.Callback):
             "positive_similarity": float(positive_similarity(query, key)),
             "negative_similarity": float(others),
             "alignment": float(alignment(query, key)),
-            "uniformity": float(uniformity(query)),
+            "uniformity": float(uniformity(evenly_spaced(query, MOST_PAIRED))),
         }
         if all(math.isfinite(value) for value in sample.values()):
             self.samples.append(sample)
