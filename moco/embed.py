@@ -102,13 +102,16 @@ def run(config: EmbedConfig, folder: Path) -> None:
         if parts.state.num_rows == 0:
             raise InputError(f"data.root={data['root']}: no images in there")
         index = embedding.write_files(output, parts, config.index, images)
+        duplicates = embedding.near_duplicates(parts)
         remove_parts(parts_folder)
     with (
         failures_without_training_named("batch_size"),
         claimed(folder, dataclasses.asdict(config), hydra_files()),
     ):
         pass  # a record of the settings
-    print_table(console, "Embedded", embedding.summary(settings, parts, images.has_labels, index))
+    rows = embedding.summary(settings, parts, images.has_labels, index)
+    rows.append(("near-duplicates", duplicates))
+    print_table(console, "Embedded", rows)
     names = os.path.relpath(output)
     if config.index != embedding.NO_INDEX:
         names += f" and {Path(names).with_suffix('.faiss')}"

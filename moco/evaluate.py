@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,13 @@ from moco.config.pretrained import (
     with_usual_settings,
 )
 
+REPORT = "report"
+"""The folder of the plots and the page that shows them, in the run folder."""
+
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from moco.evaluation.subject import Subject
     from moco.weights.load_encoder import Pretrained
 
@@ -29,8 +36,9 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         InputError: the checkpoint or the data cannot be used, or the backbone has no such window.
         RunError: the machine ran out of memory or disk.
     """
-    from moco.cli.closing_tables import print_plain, print_table
+    from moco.cli.closing_tables import is_sweep_job, print_plain, two_columns
     from moco.evaluation.measurements import measure
+    from moco.evaluation.reports.page import report_page
     from moco.runs.atomic_files import write_atomically, write_json
     from moco.runs.failures import failures_without_training_named
     from moco.runs.run_folder import claimed
@@ -46,36 +54,64 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     origin = origin_of(subject, pretrained)
     console = screen.console
     rows = [(key, f"{value:.4f}") for key, value in findings.scores.items()]
-    rows += [(key, str(value)) for key, value in {**findings.protocol, **origin}.items()]
-    print_table(console, findings.title, rows)
-    for table in findings.tables:
-        console.print(table)
+    for key, value in {**findings.protocol, **origin}.items():
+        rows.append((key, "none" if value is None else str(value)))
+    tables = [two_columns(findings.title, rows), *findings.tables]
+    page = report_page(findings.title, findings.headline, tables, findings.plots)
+    show(console, folder, findings.headline, tables)
+    files = {folder / name: write for name, write in findings.files.items()}
+    for name, write in findings.plots.items():
+        files[folder / REPORT / name] = write
+    files[folder / REPORT / "index.html"] = lambda file: file.write(page.encode())
     with failures_named(), claimed(folder, dataclasses.asdict(config), hydra_files()):
-        for name, write in findings.files.items():
-            write_atomically(folder / name, write)
+        for path, write in files.items():
+            write_atomically(path, write)
         write_json(output, {**findings.scores, **findings.protocol, **findings.details, **origin})
-    written = [folder / name for name in findings.files]
-    for path in [*written, output]:
-        print_plain(console, f"written to {os.path.relpath(path)}")
+    if is_sweep_job():
+        return
+    for path in [*files, output]:
+        if path.suffix != ".png":  # the page shows them
+            print_plain(console, f"written to {os.path.relpath(path)}")
+
+
+def show(console: "Console", folder: Path, headline: str, tables: Sequence["Table"]) -> None:
+    """Print the result; in a sweep it is one line, as the table of all jobs comes at the end."""
+    from moco.cli.closing_tables import is_sweep_job, print_plain, print_titled
+
+    if is_sweep_job():
+        print_plain(console, f"job {folder.name} is done: {headline}")
+        return
+    print_plain(console, headline)
+    for table in tables:
+        print_titled(console, table)
 
 
 def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrained]":
-    """Return the encoder with all settings resolved, and the checkpoint that it is from."""
+    """Return the encoder with all settings resolved, and the checkpoint that it is from.
+
+    Without a checkpoint it is a network with random weights, and all settings are the usual ones.
+    """
     from moco.evaluation.subject import Subject
     from moco.models.contract import check_feature_maps
     from moco.training.hardware import choose_device
     from moco.weights.load_encoder import fit_to_data, load_pretrained
+    from moco.weights.untrained import build_untrained, rebuild_for_data
 
     device = choose_device(config.accelerator)
     given = given_settings(config.backbone)
     asked = config.evaluation
-    pretrained = load_pretrained(
-        config.checkpoint,
-        asked.encoder,
-        given,
-        asked.feature,
-        trust_targets=config.trust_targets,
-    )
+    if config.checkpoint is None:
+        pretrained = build_untrained(given, config.seed)
+        at_data = partial(rebuild_for_data, pretrained, given, config.seed)
+    else:
+        pretrained = load_pretrained(
+            config.checkpoint,
+            asked.encoder,
+            given,
+            asked.feature,
+            trust_targets=config.trust_targets,
+        )
+        at_data = partial(fit_to_data, pretrained, given)
     if asked.name == "dense":
         check_feature_maps(pretrained.encoder.backbone, "evaluation=dense")
     run_settings = with_usual_settings(pretrained.config)
@@ -91,9 +127,9 @@ def subject_of(config: EvaluateConfig, folder: Path) -> "tuple[Subject, Pretrain
         settings=settings | {"feature": pretrained.feature},
         device=device,
         folder=folder,
-        checkpoint=Path(config.checkpoint),
+        checkpoint=None if config.checkpoint is None else Path(config.checkpoint),
         backbone=pretrained.settings,
-        at_data=partial(fit_to_data, pretrained, given),
+        at_data=at_data,
         shown_bands=config.preview.bands,
         pair=pair,
     )
@@ -107,7 +143,7 @@ def origin_of(subject: "Subject", pretrained: "Pretrained") -> dict[str, Any]:
     origin = {
         "data": subject.data["name"],
         "image_size": subject.data["image_size"],
-        "checkpoint": str(subject.checkpoint),
+        "checkpoint": None if subject.checkpoint is None else str(subject.checkpoint),
         "epoch": pretrained.epoch,
         "step": pretrained.step,
     }

@@ -373,12 +373,12 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
     [
         (
             {"name": "dense", "feature": "embedding"}, {},
-            "evaluation.feature: a setting of evaluation=knn and evaluation=linear "
+            "evaluation.feature: a setting of evaluation=knn and evaluation=label_free and evaluation=linear "
             "and evaluation=linear_official; evaluation=dense does not have it",
         ),
         (
             {"name": "dense", "cache": False}, {},
-            "evaluation.cache: a setting of evaluation=knn and evaluation=linear "
+            "evaluation.cache: a setting of evaluation=knn and evaluation=label_free and evaluation=linear "
             "and evaluation=linear_official; evaluation=dense does not have it",
         ),
         (
@@ -388,7 +388,7 @@ def test_a_setting_of_another_kind_of_measurement_is_refused(monkeypatch):
         ),
         (
             {"name": "dense"}, {"held_out": 0.5},
-            "data.held_out: a setting of evaluation=knn and evaluation=linear "
+            "data.held_out: a setting of evaluation=knn and evaluation=label_free and evaluation=linear "
             "and evaluation=linear_official; evaluation=dense does not have it",
         ),
         (

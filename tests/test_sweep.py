@@ -41,10 +41,55 @@ def test_seeds_of_the_same_settings_have_their_mean_and_spread(tmp_path):
         job("0.1", "2", "running", **{"knn/top1": 0.10, "train/seconds": 3.0}),
         job("0.3", "0", "finished", **{"knn/top1": 0.50, "train/seconds": 1000.0}),
     ]
-    lines = [line.split("  ") for line in as_text(jobs).splitlines()]
-    assert [[cell.strip() for cell in line if cell.strip()] for line in lines[4:]] == [
+    *table, differing, order = as_text(jobs).splitlines()
+    lines = [line.split("  ") for line in table]
+    # The best finished job is first, and a job that still runs comes after all finished ones.
+    assert [[cell.strip() for cell in line if cell.strip()] for line in lines[1:]] == [
+        ["0.1", "1", "finished", "3", "0.9200", "1,234 s"],
+        ["0.1", "0", "finished", "3", "0.9000", "1,230 s"],
         ["0.3", "0", "finished", "3", "0.5000", "1,000 s"],
+        ["0.1", "2", "running", "3", "0.1000", "3 s"],
         ["0.1", "mean of 2", "0.9100 ± 0.0141", "1,232 s ± 3 s"],
+    ]
+    assert differing == "the jobs differ in optimizer.lr (0.1, 0.3); seed (0, 1, 2)"
+    assert order == "sorted by kNN, the best first"
+
+
+def test_jobs_without_labels_are_sorted_by_their_rank_and_without_that_by_their_loss(tmp_path):
+    def job(name, **figures):
+        return Job(tmp_path / name, {"method.temperature": name}, "finished", {}, figures)
+
+    def shown(*jobs):
+        *table, _, order = as_text(jobs).splitlines()
+        return [line.split()[0] for line in table[1:]], table[0].split("  "), order
+
+    ranks = [job("0.1", **{"train/loss": 1.0, "label_free/rank_me": 20.0})]
+    ranks.append(job("0.2", **{"train/loss": 2.0, "label_free/rank_me": 30.0}))
+    names, header, order = shown(*ranks)
+    assert names == ["0.2", "0.1"]
+    assert [title.strip() for title in header if title] == [
+        "method.temperature", "state", "loss", "embedding rank", "message",
+    ]  # fmt: skip
+    assert order.startswith("sorted by embedding rank, the best first (no labels:")
+    losses = [job("0.1", **{"train/loss": 2.0}), job("0.2", **{"train/loss": 1.0})]
+    names, _, order = shown(*losses)
+    assert names == ["0.2", "0.1"]
+    assert "losses compare only where temperature and queue size are the same" in order
+    failed = Job(tmp_path, {"method.temperature": "0.3"}, "failed", {"message": "no"}, {})
+    assert shown(failed, *losses)[0] == ["0.2", "0.1", "0.3"]
+
+
+def test_jobs_of_which_only_the_folder_is_known_show_the_settings_that_differ(tmp_path):
+    write_json(tmp_path / "x.json", {})
+    for name, temperature in (("a", 0.1), ("b", 0.2)):
+        config = {**CONFIG, "method": {"temperature": temperature, "name": "v2"}}
+        with claimed(tmp_path / name, config):
+            pass
+    (tmp_path / "multirun.yaml").write_text("{}")
+    jobs = find_jobs(tmp_path)
+    assert [job.overrides for job in jobs] == [
+        {"method.temperature": "0.1"},
+        {"method.temperature": "0.2"},
     ]
 
 
@@ -202,7 +247,7 @@ def test_the_table_shows_every_job_whatever_became_of_it(sweep):
         ("", "", "method.temperature-0.7__seed-0", "finished", "-", "-", "-", ""),
     ]
     widths = (4, 18, 30, 11, 5, 4, 6, 50)
-    assert as_text(jobs).splitlines() == [
+    assert as_text(jobs).splitlines()[: len(expected)] == [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in expected
     ]
@@ -251,3 +296,23 @@ def test_jobs_with_one_value_each_and_all_choices_of_a_group_are_found_again(swe
     assert {job.folder.name for job in find_jobs(sweep)} == {
         path.parent.name for path in sweep.glob("*/status.json")
     }
+
+
+def test_a_sweep_ends_with_its_table(sweep, capsys):
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from moco.cli.sweep_end import PrintTable
+    from moco.config.parsing import CONFIG_DIR
+
+    # As Hydra is when the last job has ended.
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        PrintTable().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(sweep)}}}))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"the sweep is done: {sweep}"
+    assert lines[1].split()[:3] == ["seed", "method.temperature", "state"]
+    assert [line.split()[:3] for line in lines[2:4]] == [
+        ["0", "0.2", "finished"],
+        ["0", "0.1", "finished"],
+    ]
+    assert lines[-1].startswith("next: python -m moco.sweep ")

@@ -20,6 +20,7 @@ from moco.errors import InputError
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, rank_me
 from moco.evaluation.features import EmbeddingStopped, embed, evaluating
 from moco.evaluation.knn import KNNResult, knn_accuracy
+from moco.evaluation.lost_queries import warn_of_lost, without_class_in_bank
 from moco.evaluation.reports.embedded import Embedded
 from moco.phases import counted, phase
 from moco.training.distributed.collectives import (
@@ -130,6 +131,9 @@ class KNNMonitor(EpochMeasurement):
                 f", {len(source.queries.labels):,} queries "
                 f"against a bank of {len(source.bank.labels):,}"
             )
+            labels = source.queries.labels
+            lost = without_class_in_bank(source.bank.labels, labels)
+            warn_of_lost(lost, labels, source.queries, is_leave_one_out=False)
         log.info(
             f"kNN every {self.every_n_epochs} epochs: k {self.num_neighbors}, "
             f"T {self.temperature}, {self.feature} feature{sizes}"

@@ -267,33 +267,38 @@ class TrainingMonitor(LossMonitor):
         for term in ("loss_global", "loss_dense"):
             if term in outputs:
                 figures[f"train/{term}"] = float(outputs[term])
-        return figures | self.contrast_figures(outputs, num_negatives, queue is None)
+        return figures | contrast_figures(outputs, num_negatives, queue is None)
 
-    def contrast_figures(
-        self, outputs: dict[str, Any], num_negatives: int, is_in_batch: bool
-    ) -> dict[str, float]:
-        """Return how often this device's queries find their keys, see `contrast_accuracy`.
 
-        Without negatives there is nothing to find. With fewer than five, every key is among the
-        first five.
+def contrast_figures(
+    outputs: dict[str, Any], num_negatives: int, is_in_batch: bool
+) -> dict[str, float]:
+    """Return how often this device's queries find their keys, see `contrast_accuracy`.
 
-        Args:
-            num_negatives: of each query.
-            is_in_batch: the negatives are the keys of the batch, the positives among them.
-        """
-        ks = tuple(k for k in (1, 5) if num_negatives >= k)
-        if not ks:
-            return {}
-        query, key, negatives = outputs["query"], outputs["key"], outputs["negatives"]
-        groups = outputs.get("of_groups")
-        shares = contrast_accuracy(
-            query,
-            key,
-            negatives,
-            ks,
-            # The keys of this device begin after those of the lower ranks.
-            first_own_row=rank() * len(query) if is_in_batch else None,
-            is_own_group=None if groups is None else groups.is_own,
-        )
-        names = [f"contrast/top{k}" for k in ks]
-        return dict(zip(names, shares.tolist(), strict=True))
+    Without negatives there is nothing to find. With fewer than five, every key is among the first
+    five.
+
+    Args:
+        outputs: what the method's training step returned.
+        num_negatives: of each query.
+        is_in_batch: the negatives are the keys of the batch, the positives among them.
+
+    Returns:
+        ``contrast/top1`` and ``contrast/top5``, as far as there are enough negatives.
+    """
+    ks = tuple(k for k in (1, 5) if num_negatives >= k)
+    if not ks:
+        return {}
+    query, key, negatives = outputs["query"], outputs["key"], outputs["negatives"]
+    groups = outputs.get("of_groups")
+    shares = contrast_accuracy(
+        query,
+        key,
+        negatives,
+        ks,
+        # The keys of this device begin after those of the lower ranks.
+        first_own_row=rank() * len(query) if is_in_batch else None,
+        is_own_group=None if groups is None else groups.is_own,
+    )
+    names = [f"contrast/top{k}" for k in ks]
+    return dict(zip(names, shares.tolist(), strict=True))

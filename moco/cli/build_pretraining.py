@@ -185,6 +185,7 @@ def build_trainer(
     from moco.callbacks.feature_plots import FeaturePlots
     from moco.callbacks.knn_monitor import KNNMonitor
     from moco.callbacks.label_free_monitor import LabelFreeMonitor
+    from moco.callbacks.learning_verdict import LearningVerdict
     from moco.callbacks.online_probe import OnlineProbe
     from moco.callbacks.training_monitor import TrainingMonitor
     from moco.callbacks.unreadable_images import UnreadableList
@@ -216,6 +217,8 @@ def build_trainer(
         monitors.append(ViewPairPlot(evaluation.plots_every_n_epochs))
     monitors += [
         UnreadableList(run.folder, figures),
+        # After the monitors whose figures it judges.
+        LearningVerdict(figures),
     ]
     return training_run.build_trainer(
         run,

@@ -5,14 +5,23 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moco.cli.extensions import logger_names
 from moco.cli.training_run import Run
+from moco.config.data import DataConfig
 from moco.config.train import TrainConfig
+from moco.data.sources.own_dataset import IterableImages
+from moco.data.sources.shards import ShardedImages
+from moco.data.sources.source import DataSource
 from moco.errors import encodable, printable
 from moco.runs.run_folder import BACKBONE_FILE, LAST_CHECKPOINT, as_override
+from moco.runs.shell_quotes import shell_quoted
 from moco.targets import GIVEN
 from moco.training.stopwatches import epoch_time, in_words
 
@@ -23,10 +32,21 @@ KNN_FIGURES = {
     "knn_start/top1": "weights of init_from",
     "knn/top1": "pretrained backbone",
 }
+# The figures in the line of a sweep's job, beside its loss.
+JOB_FIGURES = (
+    ("kNN", "knn/top1"),
+    ("dense mIoU", "dense/knn_miou"),
+    ("mIoU", "segment/miou"),
+)
 
 
 def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print names and values in two columns under a title."""
+    console.print(two_columns(title, rows))
+
+
+def two_columns(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    """Return a table of names and values under a title."""
     # As `Text`, because rich would take the brackets of a path for its markup.
     shown_title = Text(encodable(title), "table.title")
     table = Table(title=shown_title, show_header=False, title_justify="left")
@@ -34,6 +54,14 @@ def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -
     table.add_column(overflow="fold")  # a path that is cut short cannot be copied
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
+    return table
+
+
+def print_titled(console: Console, table: Table) -> None:
+    """Print a table below its title, which may be wider than the table."""
+    title, table.title = table.title, None
+    console.print()
+    console.print(title, highlight=False)
     console.print(table)
 
 
@@ -51,14 +79,20 @@ def training_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def print_pretraining(run: Run, num_unreadable: int) -> None:
+def print_pretraining(run: Run, source: DataSource, num_unreadable: int) -> None:
     """Print the results of a pretraining, where they are, and what to type next.
+
+    In a sweep it is one line: the table of all jobs comes at the end.
 
     Args:
         run: the run, with all its figures.
+        source: its images. Their labels decide what can be measured next.
         num_unreadable: number of skipped images.
     """
     figures = run.figures
+    if is_sweep_job():
+        print_plain(run.console, job_line(run))
+        return
     rows = training_rows(figures)
     if "train/seconds" in figures:
         duration = timedelta(seconds=round(figures["train/seconds"]))
@@ -72,26 +106,76 @@ def print_pretraining(run: Run, num_unreadable: int) -> None:
                 rows.append((f"kNN top-1, {name}", f"{figures[key]:.4f}"))
     if "dense/knn_miou" in figures:
         rows.append(("mIoU of kNN segmentation", f"{figures['dense/knn_miou']:.4f}"))
+    if "verdict" in figures:
+        rows.append(("is it learning?", figures["verdict"]))
     if num_unreadable:
         rows.append(("unreadable images skipped", str(num_unreadable)))
     checkpoint = os.path.relpath(run.folder / LAST_CHECKPOINT)
     rows.append(("checkpoint", checkpoint))
     rows.append(("its backbone alone", os.path.relpath(run.folder / BACKBONE_FILE)))
     print_table(run.console, "Pretraining is done", rows)
-    print_plain(run.console, f"next: {next_step(run.config, checkpoint)}")
+    print_next(run.console, next_steps(run.config, checkpoint, source))
 
 
-def next_step(config: TrainConfig, checkpoint: str) -> str:
-    """Return what to type after a pretraining: a command, or Python if it had objects of Python."""
+def print_next(console: Console, steps: Sequence[str]) -> None:
+    """Print what to type next, each step on a line of its own that can be copied."""
+    for place, step in enumerate(steps):
+        name = "next" if place == 0 else "or"
+        print_plain(console, f"{name}: {step}")
+
+
+def next_steps(config: TrainConfig, checkpoint: str, source: DataSource) -> list[str]:
+    """Return what to type after a pretraining: commands, or Python if it had objects of Python.
+
+    Each command works on the run's own images. `moco.evaluate` needs two classes for its kNN
+    accuracy, and images by number for everything else. `moco.embed` takes all images.
+
+    Args:
+        config: of the run.
+        checkpoint: its path.
+        source: the images of the run.
+    """
     if config.backbone.name == GIVEN:
-        return f"moco.load_encoder({checkpoint!r}, backbone=module)"
+        return [f"moco.load_encoder({checkpoint!r}, backbone=module)"]
     if config.data.name == GIVEN:
-        return f"moco.load_encoder({checkpoint!r})"
-    command = ["python -m moco.evaluate", as_override("checkpoint", checkpoint)]
+        return [f"moco.load_encoder({checkpoint!r})"]
+    start = [as_override("checkpoint", checkpoint)]
     for group, settings in (("backbone", config.backbone), ("data", config.data)):
         if settings.name == "custom":
-            command.append(as_override(f"{group}.target", str(settings.target)))
-    return " ".join(command)
+            start.append(as_override(f"{group}.target", str(settings.target)))
+    # The programs take all other settings of the data from the checkpoint.
+    usual = DataConfig()
+    for key in ("max_bad_fraction", "max_image_pixels"):
+        value = getattr(config.data, key)
+        if value != getattr(usual, key):
+            start.append(f"data.{key}={value}")
+    evaluate = ["python -m moco.evaluate", *start]
+    embed = ["python -m moco.embed", *start, "output=features.npz"]
+    if source.bank is None:
+        if isinstance(source.train, (ShardedImages, IterableImages)):
+            return [" ".join(embed)]  # a stream has no images by number
+        return [" ".join(evaluate), " ".join(embed)]
+    if len(np.unique(source.bank.labels[source.bank.labels >= 0])) < 2:
+        evaluate.append("evaluation=label_free")
+        return [" ".join(evaluate), " ".join(embed)]
+    return [" ".join(evaluate)]
+
+
+def is_sweep_job() -> bool:
+    """Return whether this process runs a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def job_line(run: Run) -> str:
+    """Return how a job of a sweep ended, in one line."""
+    parts = []
+    for name, key in (("loss", "train/loss"), *JOB_FIGURES):
+        if run.figures.get(key) is not None:
+            parts.append(f"{name} {run.figures[key]:.4f}")
+    if "verdict" in run.figures:
+        answer = run.figures["verdict"].partition(":")[0]
+        parts.append(f"learning: {answer}")
+    return f"job {run.folder.name} is done: {', '.join(parts)}"
 
 
 def knn_protocol(figures: dict[str, Any]) -> str:
@@ -116,6 +200,9 @@ def print_segmentation(run: Run, class_names: Sequence[str]) -> None:
         class_names: with more than `MAX_CLASSES_SHOWN` no class has a row of its own.
     """
     figures = run.figures
+    if is_sweep_job():
+        print_plain(run.console, job_line(run))
+        return
     rows = training_rows(figures)
     if "segment/miou" in figures:
         protocol = (
@@ -128,7 +215,9 @@ def print_segmentation(run: Run, class_names: Sequence[str]) -> None:
             rows += [(f"IoU, {name}", shown_iou(figures, name)) for name in class_names]
     rows.append(("checkpoint", os.path.relpath(run.folder / LAST_CHECKPOINT)))
     print_table(run.console, "Segmentation is done", rows)
-    print_plain(run.console, f"next: tensorboard --logdir {os.path.relpath(run.folder)}")
+    folder = os.path.relpath(run.folder)
+    if "tensorboard" in logger_names(run.plain["logger"]):
+        print_next(run.console, [f"tensorboard --logdir {shell_quoted(folder)}"])
 
 
 def shown_iou(figures: Mapping[str, Any], class_name: str) -> str:

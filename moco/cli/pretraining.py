@@ -132,7 +132,7 @@ def train(
             if is_first:
                 write_backbone_file(folder / BACKBONE_FILE, method, run.plain, run.figures)
                 write_json(folder / "metrics.json", run.figures)
-        print_pretraining(run, len(data.unreadable))
+        print_pretraining(run, data.source, len(data.unreadable))
     return method
 
 

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from moco.errors import InputError
 from moco.runs import slurm
 from moco.runs.config_changes import FREE_KEYS
+from moco.runs.run_folder import LAST_CHECKPOINT
 
 # Longest name in characters. File systems allow 255 bytes, but longer names make tables unreadable.
 MAX_NAME_LENGTH = 100
@@ -31,6 +32,7 @@ def register_resolvers() -> None:
     """Register ``run_name``, ``job_name`` and the other resolvers that the config files use."""
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+    OmegaConf.register_new_resolver("checkpoint_name", checkpoint_name, replace=True)
     OmegaConf.register_new_resolver("slurm_tasks_per_node", slurm.tasks_per_node, replace=True)
     # A job's own overrides do not say what the sweep varies, so these two are cached: Hydra hands
     # the cache of the sweep on to its jobs.
@@ -102,6 +104,24 @@ def run_name(otherwise: str) -> str:
             "under torchrun all processes need the same run folder: give hydra.run.dir=PATH"
         )
     return otherwise
+
+
+def checkpoint_name(checkpoint: str | None, backbone: str | None) -> str:
+    """Return a name for the evaluations of a checkpoint, such as ``quickstart_TIME_last``.
+
+    Args:
+        checkpoint: its path; None: the backbone has random weights.
+        backbone: its name.
+    """
+    if checkpoint is None:
+        return file_name([f"untrained_{backbone}"])
+    path = Path(str(checkpoint))
+    parts = [path.stem]
+    folder = path.parent
+    if folder.name == LAST_CHECKPOINT.parent.name:
+        folder = folder.parent
+        parts = [folder.parent.name, folder.name, path.stem]
+    return file_name(["_".join(part for part in parts if part)])
 
 
 def swept_keys(overrides: Iterable[str]) -> list[str]:

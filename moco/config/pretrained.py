@@ -70,6 +70,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "sampling",
         "seed",
     ),
+    "label_free": (*CLASS_DATA, "feature", "cache", "plots", "map"),
     "linear": (*CLASS_DATA, "feature", "cache", "linear"),
     "linear_official": (*CLASS_DATA, "feature", "cache", "linear_official"),
 }
@@ -152,9 +153,10 @@ class PretrainedBackboneConfig(BackboneConfig):
 class EvaluateConfig:
     """Everything that ``python -m moco.evaluate`` can be told."""
 
-    checkpoint: str = MISSING
+    checkpoint: Optional[str] = MISSING
     """A file of weights: ``last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or
-    another project's, see ``docs/weights.md``. A run folder stands for its ``last.ckpt``."""
+    another project's, see ``docs/weights.md``. A run folder stands for its ``last.ckpt``. Null:
+    measure backbone=NAME with random weights, for comparison."""
     data: EvaluateDataConfig = field(default_factory=EvaluateDataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu", "mps"))
@@ -168,6 +170,8 @@ class EvaluateConfig:
     trust."""
     augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
     preview: DisplayConfig = field(default_factory=DisplayConfig)
+    seed: int = setting(0, at_least=0, at_most=2**32 - 1)
+    """checkpoint=null: seed of the random weights."""
 
 
 @dataclass
@@ -247,6 +251,7 @@ def check_settings(config: EvaluateConfig) -> None:
                 f"{section}.{key}: a setting of {' and '.join(owners)}; "
                 f"evaluation={kind} does not have it"
             )
+    check_untrained(config)
     # Whether the settings on which others depend are given.
     needs = {
         "num_probes": ("an IVF index in evaluation.index", "IVF" in evaluation.index),
@@ -257,6 +262,24 @@ def check_settings(config: EvaluateConfig) -> None:
     for key, (needed, is_there) in needs.items():
         if not is_there and is_given(evaluation, key):
             raise InputError(f"evaluation.{key}: without {needed} it has no effect")
+
+
+def check_untrained(config: EvaluateConfig) -> None:
+    """Check the settings of a measurement without a checkpoint.
+
+    Raises:
+        InputError: the backbone is missing, or a setting needs a checkpoint.
+    """
+    if config.checkpoint is not None:
+        if config.seed != EvaluateConfig.seed:
+            raise InputError("seed: without checkpoint=null it has no effect")
+        return
+    if config.backbone.name is None:
+        raise InputError("backbone: missing; with checkpoint=null give backbone=NAME")
+    if config.evaluation.encoder == "key":
+        raise InputError("evaluation.encoder=key: checkpoint=null has one encoder alone")
+    if config.evaluation.feature == "embedding":
+        raise InputError("evaluation.feature=embedding: checkpoint=null has no projector")
 
 
 def is_given(settings: Any, key: str) -> bool:
@@ -317,7 +340,10 @@ def data_settings(config: Any, run_data: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"checkpoint={config.checkpoint}: {error}") from None
     data = with_defaults(config.data, run_data)
     if data["name"] is None:
-        raise InputError(f"data: missing; {config.checkpoint} does not say it, give data=NAME")
+        silent = "without a checkpoint"
+        if config.checkpoint is not None:
+            silent = f"{config.checkpoint} does not say it,"
+        raise InputError(f"data: missing; {silent} give data=NAME")
     return data
 
 

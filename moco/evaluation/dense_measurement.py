@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from functools import partial
 
 from moco.data.sources.source import PIXEL_SETTINGS
@@ -99,7 +100,18 @@ def measure(subject: Subject, images: DenseSet) -> Findings:
         protocol,
         knn_ious | linear_ious,
         [table_of("intersection over union", ("class", "kNN", "linear head"), rows)],
+        headline=dense_headline({**scores, **linear_scores}),
     )
+
+
+def dense_headline(scores: Mapping[str, float | None]) -> str:
+    """Return both mean intersections over union in one line."""
+    parts = []
+    for name, key in (("kNN", "dense/knn_miou"), ("a linear head", "dense/linear_miou")):
+        value = scores[key]
+        shown_value = "not measured" if value is None else f"{100 * value:.1f} %"
+        parts.append(f"{shown_value} by {name}")
+    return f"mIoU of frozen patch features: {', '.join(parts)}"
 
 
 def shown(iou: float | None) -> str:

@@ -26,6 +26,11 @@ from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, RunError, printable
 from moco.evaluation.image_names import labels_by_name
 from moco.evaluation.indexes import EXACT, build_index, recall
+from moco.evaluation.near_duplicates import (
+    LEAST_IMAGES,
+    near_duplicate_cosine,
+    nearest_cosines,
+)
 from moco.evaluation.resumable_features import FeatureParts
 from moco.phases import phase
 from moco.runs.atomic_files import write_atomically
@@ -291,6 +296,24 @@ def write_index(path: Path, parts: FeatureParts, name: str) -> str:
     num_neighbors = min(NUM_NEIGHBORS, len(features))
     share = recall(index, features, features, num_neighbors)
     return f"{name}: finds {share:.1%} of the {num_neighbors} nearest"
+
+
+def near_duplicates(parts: FeatureParts) -> str:
+    """Return how many images have a near-duplicate, for the closing table.
+
+    Args:
+        parts: the features, of at least one image.
+    """
+    features = parts.features()
+    if len(features) < LEAST_IMAGES:
+        return f"not looked for among fewer than {LEAST_IMAGES} images"
+    cosines = nearest_cosines(features)
+    threshold = near_duplicate_cosine(cosines)
+    number = int((cosines > threshold).sum())
+    return (
+        f"{number:,} of {len(cosines):,} images have one: a cosine above {threshold:.4f}, where "
+        f"the nearest image usually has {np.median(cosines):.4f}"
+    )
 
 
 def summary(

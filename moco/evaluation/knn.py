@@ -288,7 +288,7 @@ def classes_of(labels: np.ndarray, name: str) -> np.ndarray:
     if len(classes) < 2:
         raise InputError(
             f"data={name}: a classifier needs two classes, and the {len(labels):,} labelled "
-            f"training images are of {len(classes)}"
+            f"training images are of {len(classes)}; evaluation=label_free needs no classes"
         )
     return classes
 

@@ -27,6 +27,7 @@ from moco.evaluation.knn import (
     turns_of_classes,
 )
 from moco.evaluation.label_free_measurement import NOTHING, measure_label_free
+from moco.evaluation.lost_queries import warn_of_lost, without_class_in_bank
 from moco.evaluation.neighbors import nearest_by_block, search_index
 from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.reports.knn_plots import Searched, knn_plots
@@ -82,6 +83,12 @@ def measure_knn(subject: Subject) -> Findings:
     label_free = NOTHING
     if settings["label_free"]:
         label_free = measure_label_free(subject, bank)
+    query_labels = searched.queries.labels
+    is_leave_one_out = own_rows is not None
+    lost = without_class_in_bank(
+        searched.bank.labels, query_labels, is_leave_one_out=is_leave_one_out
+    )
+    warn_of_lost(lost, query_labels, searched.queries.labelled, is_leave_one_out=is_leave_one_out)
     conditions = {
         **main._asdict(),
         "feature": feature,
@@ -90,6 +97,7 @@ def measure_knn(subject: Subject) -> Findings:
         "encoder": settings["encoder"],
         "index": settings["index"],
         "queries": searched.kind,
+        "queries_never_right": int(lost.sum()),
         **recalls,
     }
     findings = classification_findings(
@@ -102,13 +110,33 @@ def measure_knn(subject: Subject) -> Findings:
         [table, *few_label_tables],
         main.num_neighbors,
     )
+    findings.headline = headline(main, votes[feature])
     findings.tables += label_free.tables
     if settings["plots"]:
         plots = knn_plots(subject, searched, votes[feature][main].predicted, label_free.views)
         for name, plot in plots.items():
             mark = {"Software": SOFTWARE}  # so that it is no image of a dataset
-            findings.files[name] = partial(plot.savefig, format="png", metadata=mark)
+            findings.plots[name] = partial(plot.savefig, format="png", metadata=mark)
     return findings
+
+
+def headline(main: Protocol, votes: Mapping[Protocol, Votes]) -> str:
+    """Return the accuracy under the main protocol, and the best one of the grid.
+
+    Args:
+        main: the protocol that the settings ask for.
+        votes: the outcome of every protocol, of one feature.
+    """
+    top1 = votes[main].accuracy(1)
+    line = f"kNN top-1 {100 * top1:.1f} % (k {main.num_neighbors}, T {main.temperature:g})"
+    best = max(sorted(votes), key=lambda protocol: votes[protocol].accuracy(1))
+    best_top1 = votes[best].accuracy(1)
+    if best_top1 <= top1:
+        return f"{line}; no protocol of the grid is better"
+    where = f"k {best.num_neighbors}"
+    if best.temperature != main.temperature:
+        where += f", T {best.temperature:g}"
+    return f"{line}; best of the grid {100 * best_top1:.1f} % at {where}"
 
 
 def sides_of(
@@ -146,7 +174,8 @@ def labelled_features(subject: Subject, images: Labelled) -> dict[str, Embedded]
     num_missing = int(is_missing.sum())
     if num_missing == len(is_missing):
         raise InputError(
-            f"data={subject.data['name']}: none of {num_missing:,} readable images has a label"
+            f"data={subject.data['name']}: none of {num_missing:,} readable images has a label; "
+            "evaluation=label_free needs none"
         )
     if num_missing == 0:
         return features
@@ -324,6 +353,7 @@ def classification_findings(
         protocol={f"{group}/{name}": value for name, value in conditions.items()},
         details=details,
         tables=[*tables, *class_tables(class_names, confusion)],
+        headline=f"{title}: top-1 {100 * votes.accuracy(1):.1f} %",
         files={"confusion.npz": write_confusion},
     )
 

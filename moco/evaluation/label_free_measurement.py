@@ -52,8 +52,8 @@ def measure_label_free(subject: Subject, features: Mapping[str, Embedded]) -> La
         embeddings = features["embedding"].features
     if embeddings is None:
         log.info(
-            "the checkpoint has a backbone and no projector: of the label-free figures there is "
-            "the rank of its features only"
+            "there is a backbone and no projector: of the label-free figures there is the rank of "
+            "its features only"
         )
     elif code_of_pair(subject):
         log.info(
@@ -138,7 +138,7 @@ def figures_table(
             "uniformity": "0: all in one place, -4: spread out",
             "alignment": "0: views are equal, 2: unrelated",
         }
-    title = f"without labels, of {features[0]:,} images of the bank"
+    title = f"without labels, of {features[0]:,} images"
     rows = []
     for name, value in figures.items():
         rows.append([name, f"{value:.4f}", expected[name.removeprefix("label_free/")]])

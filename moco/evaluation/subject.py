@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 import moco
 from moco.data.augment.views import EvaluationView
 from moco.data.loading.every_image import evaluation_loader, num_images
-from moco.data.sources.own_dataset import DatasetImages
+from moco.data.sources.own_dataset import DatasetImages, IterableImages
 from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.registry import build_source
 from moco.data.sources.sample import prepare_source
+from moco.data.sources.shards import ShardedImages
 from moco.data.sources.source import DataSource, Labelled
 from moco.errors import InputError, encodable, printable
 from moco.evaluation.feature_cache import Arrays, FeatureCache
@@ -65,13 +67,18 @@ class Findings:
     """Written to ``metrics.json``, not shown."""
     tables: list[Table]
     """Printed below the table of scores and protocol."""
+    headline: str = ""
+    """The result in one line, printed first."""
+    plots: dict[str, Callable[[BinaryIO], object]] = field(default_factory=dict)
+    """For the report beside the figures: a function that writes each, by file name."""
     files: dict[str, Callable[[BinaryIO], object]] = field(default_factory=dict)
     """For the run folder: a function that writes each, by file name."""
 
 
 def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     """Return a table with columns that are aligned to the right."""
-    table = Table(title=Text(encodable(title), "table.title"), title_justify="left")
+    shown_title = Text(encodable(title), "table.title")
+    table = Table(title=shown_title, title_justify="left", box=SIMPLE_HEAD)
     for name in columns:
         table.add_column(Text(encodable(name)), justify="right")
     for row in rows:
@@ -101,7 +108,8 @@ class Subject:
     device: torch.device
     folder: Path
     """The run folder of this measurement."""
-    checkpoint: Path
+    checkpoint: Path | None
+    """None: a network with random weights."""
     backbone: dict[str, Any]
     """The arguments of `build_backbone` that make the encoder's backbone."""
     at_data: Callable[[int, int], None] = lambda image_size, bands: None
@@ -142,9 +150,24 @@ class Subject:
         if self.source.bank is None:
             raise InputError(
                 f"data={self.data['name']}: evaluation={self.settings['name']} needs labelled "
-                "training images, and this dataset has none"
+                "training images, and this dataset has none; evaluation=label_free needs no labels"
             )
         return self.source.bank
+
+    @property
+    def unlabelled(self) -> Labelled:
+        """Return all training images, without their labels (-1).
+
+        Raises:
+            InputError: they are a stream, which has no images by number.
+        """
+        images = self.source.train
+        if isinstance(images, (ShardedImages, IterableImages)):
+            raise InputError(
+                f"data={self.data['name']}: a stream without labels has no images by number, so "
+                "that nothing can be measured; moco.embed writes its features"
+            )
+        return Labelled(images, np.full(len(images), -1))
 
     @property
     def feature_names(self) -> list[str]:
@@ -170,6 +193,7 @@ class Subject:
             "pillow": PIL.__version__,
             "moco": moco.__version__,
         }
+        assert self.checkpoint is not None  # `features` keeps none of a network without weights
         return FeatureCache(self.checkpoint, settings)
 
     def features(self, labelled: Labelled) -> dict[str, Embedded]:
@@ -184,7 +208,8 @@ class Subject:
         """
         compute = partial(self._embedded, labelled)
         # Nothing tells when the images of the user's own dataset have changed.
-        if self.settings["cache"] and not isinstance(labelled.images, DatasetImages):
+        is_kept = self.settings["cache"] and self.checkpoint is not None
+        if is_kept and not isinstance(labelled.images, DatasetImages):
             path = self.cache.path(labelled, self.data["root"])
             arrays = self.cache.kept_or(path, compute)
         else:

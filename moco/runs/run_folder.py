@@ -156,7 +156,23 @@ def last_good(folder: Path) -> str:
 
 def as_override(key: str, value: str | Path) -> str:
     """Return ``key=value`` as a user can type it: quoted for Hydra and for the shell if needed."""
-    if re.fullmatch(r"[A-Za-z0-9_./:-]+", str(value)):
-        return f"{key}={value}"
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z0-9_./:-]+", text) and is_read_as_text(text):
+        return f"{key}={text}"
+    # In Hydra's quotes a backslash is doubled only where it stands before a quote or at the end.
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    # OmegaConf would replace ${NAME}.
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", escaped)
     return shell_quoted(f'{key}="{escaped}"')
+
+
+def is_read_as_text(value: str) -> bool:
+    """Return whether Hydra reads an unquoted value as text, not as a number, bool or null."""
+    if value.lower() in ("null", "true", "false"):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return True
+    return False

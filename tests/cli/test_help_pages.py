@@ -114,7 +114,7 @@ def test_a_word_after_help_asks_for_a_setting_a_group_or_a_name():
 
 def test_what_has_to_be_given_and_what_a_file_holds_is_said():
     page = as_text(short_page("evaluate"))
-    assert "  checkpoint    has to be given; text\n" in page
+    assert "  checkpoint    has to be given; text; or null\n" in page
     page = as_text(short_page("preview"))
     assert "  augmentation.query    as in augmentation=moco_v2\n" in page
     assert NO_DEFAULT not in page

@@ -75,11 +75,13 @@ def plots_in(folder):
 
 def test_an_evaluation_leaves_plots_and_label_free_figures(evaluated, small):
     figures, printed, _ = evaluated(small)
-    plots = plots_in(evaluated.folder)
+    plots = plots_in(evaluated.folder / "report")
     assert sorted(plots) == NAMES
+    page = (evaluated.folder / "report" / "index.html").read_text()
     for name, size in plots.items():
         assert 100 < min(size) <= max(size) < 1400
-        assert name in printed
+        assert f'src="{name}"' in page  # relative: the folder can be moved
+    assert "report/index.html" in printed
     found = {name for name in figures if name.startswith("label_free/")}
     assert found == {
         "label_free/feature_rank_me",
@@ -94,10 +96,10 @@ def test_an_evaluation_leaves_plots_and_label_free_figures(evaluated, small):
 
 def test_without_plots_and_label_free_figures_there_are_none(evaluated, small):
     figures, _, _ = evaluated(small, plots=False, label_free=False)
-    assert not plots_in(evaluated.folder)
+    assert not plots_in(evaluated.folder / "report")
     assert not any(name.startswith("label_free/") for name in figures)
     evaluated(small, map="none", label_free=False)
-    assert sorted(plots_in(evaluated.folder)) == [
+    assert sorted(plots_in(evaluated.folder / "report")) == [
         "confusion.png",
         "feature_maps.png",
         "neighbors.png",
@@ -190,7 +192,7 @@ def test_a_constant_encoder_is_warned_of_and_drawn(evaluated, small, checkpoint,
             tensor.zero_()
     torch.save(held, path)
     assert "COLLAPSED" in evaluated(small, path=path)[2]
-    assert sorted(plots_in(evaluated.folder)) == NAMES
+    assert sorted(plots_in(evaluated.folder / "report")) == NAMES
 
 
 @pytest.mark.slow
@@ -203,7 +205,7 @@ def test_few_and_many_classes_are_drawn(evaluated, generator, tmp_path, num_clas
     )
     # A single query, of a single class.
     _, _, log = evaluated(data, label_free=False)
-    assert sorted(plots_in(evaluated.folder)) == [
+    assert sorted(plots_in(evaluated.folder / "report")) == [
         "confusion.png",
         "feature_maps.png",
         "neighbors.png",
@@ -211,7 +213,7 @@ def test_few_and_many_classes_are_drawn(evaluated, generator, tmp_path, num_clas
     assert "map.png: skipped, it needs at least 5 queries" in log
     data = archive(tmp_path / "x.npz", generator, labels, test_images=images, test_labels=labels)
     evaluated(data, map="none", label_free=False)
-    assert max(plots_in(evaluated.folder)["confusion.png"]) < 1200
+    assert max(plots_in(evaluated.folder / "report")["confusion.png"]) < 1200
 
 
 @pytest.mark.slow
@@ -229,7 +231,7 @@ def test_unreadable_images_and_sets_without_a_test_part_are_drawn(evaluated, gen
     }
     figures, _, _ = evaluated({**data, "held_out": 0.0})
     assert figures["knn/queries"] == "leave one out"
-    assert sorted(plots_in(evaluated.folder)) == NAMES
+    assert sorted(plots_in(evaluated.folder / "report")) == NAMES
 
 
 @pytest.mark.slow
@@ -239,7 +241,7 @@ def test_feature_maps_of_transformers_are_drawn(evaluated, generator, tmp_path, 
     write_checkpoint(runner, path, f"backbone={backbone}", "data.image_size=32")
     data = archive(tmp_path / "x.npz", generator, np.arange(20) % 4) | {"image_size": 32}
     evaluated(path=path, data=data, map="none", label_free=False)
-    assert "feature_maps.png" in plots_in(evaluated.folder)
+    assert "feature_maps.png" in plots_in(evaluated.folder / "report")
 
 
 def test_a_backbone_alone_has_the_rank_of_its_features(evaluated, small, tmp_path, runner):
@@ -255,7 +257,7 @@ def test_a_backbone_alone_has_the_rank_of_its_features(evaluated, small, tmp_pat
     assert [name for name in figures if name.startswith("label_free/")] == [
         "label_free/feature_rank_me"
     ]
-    assert "similarities.png" not in plots_in(evaluated.folder)
+    assert "similarities.png" not in plots_in(evaluated.folder / "report")
 
 
 @pytest.fixture

@@ -93,7 +93,8 @@ def neighbors_plot(
 ) -> "Figure":
     """Draw a row for each query: the query, then its neighbours with cosine and class.
 
-    The caption of a neighbour is green if it is of the query's class, else red.
+    The caption of a neighbour is green if it is of the query's class, else red. Images without a
+    label (-1) have the cosine alone.
 
     Args:
         shown: (n,) rows of `queries`.
@@ -103,12 +104,15 @@ def neighbors_plot(
     lines = []
     for query, cosines, rows in zip(shown, similarities, neighbors, strict=True):
         label = queries.labels[query]
-        caption = queries.shown_class(label, 11)
+        caption = "query" if label < 0 else queries.shown_class(label, 11)
         if caption.isdigit():
             caption = f"class {caption}"
         tiles = [Tile(queries.thumbnail(query, THUMBNAIL), caption)]
         for cosine, row in zip(cosines, rows, strict=True):
             neighbor_label = bank.labels[row]
+            if neighbor_label < 0:
+                tiles.append(Tile(bank.thumbnail(row, THUMBNAIL), f"{cosine:.2f}"))
+                continue
             color = RIGHT if neighbor_label == label else WRONG
             image = bank.thumbnail(row, THUMBNAIL)
             name = bank.shown_class(neighbor_label, 6)

@@ -1,6 +1,7 @@
 """The plots that ``moco.evaluate`` leaves beside its kNN figures."""
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from moco.evaluation.diagnostics import evenly_spaced
 from moco.evaluation.knn import Search, confusion_matrix, without_own
-from moco.evaluation.neighbors import joined, normalized
+from moco.evaluation.neighbors import joined, nearest_by_block, normalized
 from moco.evaluation.reports.embedded import (
     NUM_NEIGHBORS,
     NUM_QUERIES,
@@ -84,6 +85,29 @@ def knn_plots(
     return plots
 
 
+def label_free_plots(
+    subject: Subject, embedded: Embedded, views: np.ndarray | None
+) -> dict[str, "Figure"]:
+    """Return the plots of images without labels by file name.
+
+    Args:
+        embedded: features of the images; each is compared with all others.
+        views: as in `knn_plots`.
+    """
+    search = partial(nearest_by_block, embedded.features, device=subject.device)
+    own_rows = np.arange(len(embedded.rows))
+    plots = {"feature_maps.png": feature_maps_of_some(subject, embedded)}
+    if len(own_rows) > 1:
+        searched = Searched(embedded, embedded, search, own_rows)
+        plots["neighbors.png"] = neighbors_of_some(searched)
+    if views is not None and len(views) > 1:
+        plots["similarities.png"] = similarities_of_views(views)
+    kind = subject.settings["map"]
+    if kind != "none" and len(own_rows) >= LEAST_ROWS:
+        plots["map.png"] = map_of_queries(embedded, kind, subject.settings["feature"])
+    return plots
+
+
 def confusion_of(queries: Embedded, labels: np.ndarray, predicted: np.ndarray) -> "Figure":
     """Draw the confusion matrix of class numbers, (rows,) each, with the names of the classes."""
     classes, counts = confusion_matrix(labels, predicted)
@@ -137,8 +161,12 @@ def map_of_queries(queries: Embedded, kind: str, feature: str) -> "Figure":
     shown = evenly_spaced(np.arange(len(queries.rows)), MOST_MAPPED)
     with phase(f"{MAP_TITLES[kind]} map", unit=""):
         points = laid_out(normalized(queries.features[shown]), kind)
+    labels = queries.labels[shown]
+    if (labels < 0).all():
+        title = f"{MAP_TITLES[kind]} of the {feature} features of {len(shown):,} images"
+        return map_plot(points, None, title)
     title = f"{MAP_TITLES[kind]} of the {feature} features of {len(shown):,} queries"
-    return map_plot(points, queries.labels[shown], title, queries.shown_class)
+    return map_plot(points, labels, title, queries.shown_class)
 
 
 @torch.no_grad()

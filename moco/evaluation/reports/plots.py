@@ -238,7 +238,7 @@ def write_counts(axes: "Axes", counts: np.ndarray, shares: np.ndarray) -> None:
 
 def map_plot(
     points: np.ndarray,
-    labels: np.ndarray,
+    labels: np.ndarray | None,
     title: str,
     name_of: Callable[[int], str] = str,
 ) -> "Figure":
@@ -246,9 +246,12 @@ def map_plot(
 
     Args:
         points: (points, 2); both axes are scaled alike.
-        labels: (points,) class numbers.
+        labels: (points,) class numbers; None: all points have one colour.
         name_of: returns the name of a class.
     """
+    has_labels = labels is not None
+    if labels is None:
+        labels = np.zeros(len(points), int)
     classes, numbers = np.unique(labels, return_inverse=True)
     colors = class_colors(len(classes))
     figure = new_figure(MAP_SIDE + 140, MAP_SIDE, "constrained")
@@ -262,6 +265,8 @@ def map_plot(
         axes.set_title(f"{title} ({len(classes):,} classes)", fontsize=10)
         return figure
     axes.set_title(title, fontsize=10)
+    if not has_labels:
+        return figure
     for number, color in zip(classes, colors, strict=True):
         # No points: only an entry of the legend, which leaves out names that begin with _.
         name = name_of(number)

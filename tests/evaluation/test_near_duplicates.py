@@ -1,0 +1,47 @@
+"""Near-duplicates are told from images that are merely similar, whatever the encoder."""
+
+import numpy as np
+import pytest
+
+from moco.evaluation.near_duplicates import COPY, near_duplicate_cosine, nearest_cosines
+
+
+def features_of(generator, common, num_images=400, num_copies=10, num_near=10):
+    """Random images, of which the last ones are copies and near-duplicates of the first.
+
+    `common` is the size of what all images share: with 10 all cosines are above 0.95.
+    """
+    images = generator.normal(size=(num_images, 64))
+    copies = images[:num_copies]
+    near = images[num_copies : num_copies + num_near]
+    near = near + 0.02 * generator.normal(size=near.shape)
+    return np.concatenate([images, copies, near]) + common
+
+
+@pytest.mark.parametrize("common", [0.0, 1.0, 10.0])
+def test_copies_and_near_duplicates_are_found_and_no_others(generator, common):
+    features = features_of(generator, common)
+    cosines = nearest_cosines(features)
+    assert len(cosines) == len(features)
+    threshold = near_duplicate_cosine(cosines)
+    is_found = cosines > threshold
+    assert is_found[:20].all()
+    assert is_found[400:].all()
+    assert not is_found[20:400].any()
+    if common == 10.0:
+        assert (cosines > 0.95).all()  # where a fixed threshold takes every image for a duplicate
+
+
+def test_without_near_duplicates_nearly_nothing_is_found(generator):
+    cosines = nearest_cosines(features_of(generator, 1.0, 1000, 0, 0))
+    assert (cosines > near_duplicate_cosine(cosines)).mean() < 0.01
+
+
+def test_copies_alone_and_a_few_images_have_the_threshold_of_copies():
+    assert near_duplicate_cosine(np.ones(50)) == 1 - COPY
+    assert near_duplicate_cosine(np.array([0.1, 0.5])) == 1 - COPY
+    assert near_duplicate_cosine(np.full(50, 0.5)) == pytest.approx(0.75)  # twice as near
+
+
+def test_of_many_images_some_are_searched(generator):
+    assert len(nearest_cosines(generator.normal(size=(3000, 4)))) == 1000
