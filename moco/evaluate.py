@@ -31,7 +31,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     """
     from rich.console import Console
 
-    from moco.cli.closing_tables import print_plain, print_table
+    from moco.cli.closing_tables import print_plain, print_table, shown
     from moco.evaluation.measurements import measure
     from moco.runs.atomic_files import write_atomically, write_json
     from moco.runs.failures import failures_without_training_named
@@ -46,7 +46,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         findings = measure(subject)
     origin = origin_of(subject, pretrained)
     console = Console()
-    rows = [(key, f"{value:.4f}") for key, value in findings.scores.items()]
+    rows = [(key, shown(value)) for key, value in findings.scores.items()]
     rows += [(key, str(value)) for key, value in {**findings.protocol, **origin}.items()]
     print_table(console, findings.title, rows)
     for table in findings.tables:

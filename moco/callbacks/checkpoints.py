@@ -216,8 +216,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         if self.figures.get(self.monitor_epoch) != epoch:
             return False
         figure = self.figures[self.monitor]
-        # Not `<=`: a figure that is NaN is not the best.
-        if not figure > self.best:
+        # Not `<=`: a figure that is NaN is not the best. None: the data do not tell it.
+        if figure is None or not figure > self.best:
             return False
         self.best = figure
         self.figures[self.best_name] = self.best

@@ -56,7 +56,8 @@ class ProgressBar(pl.Callback):
         ]
         for figure, name in self.scores:
             group = figure.split("/")[0]
-            if self.figures.get(f"{group}/epoch") == epoch:
+            is_measured = self.figures.get(figure) is not None
+            if is_measured and self.figures.get(f"{group}/epoch") == epoch:
                 parts.append(f"{name} {self.figures[figure]:.4f}")
         parts.append(f"{self.figures['images_per_second']:,.0f} images/s")
         parts.append(f"data wait {self.figures['data_wait']:.0%}")
@@ -83,6 +84,6 @@ class ProgressBar(pl.Callback):
             speed = f"{self.figures['images_per_second']:,.0f} images/s"
             parts.append(f"{speed}, data wait {self.figures['data_wait']:.0%}")
         for figure, name in self.scores:
-            if figure in self.figures:
+            if self.figures.get(figure) is not None:
                 parts.append(f"{name} {self.figures[figure]:.4f}")
         return " ".join(parts)

@@ -71,7 +71,7 @@ class SegmentationMonitor(EpochMeasurement):
             "segment/decoder": pl_module.hparams["decoder"]["name"],
             "segment/epoch": epoch,
         }
-        log_scalars(trainer, {key: score for key, score in scores.items() if score is not None})
+        log_scalars(trainer, scores)
         board = board_of(trainer)
         if board is not None:
             for number, plot in enumerate(plots):

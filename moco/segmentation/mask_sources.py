@@ -25,6 +25,7 @@ from moco.data.files.images import (
     pillow_warnings_ignored,
 )
 from moco.data.files.listing import list_images
+from moco.data.files.text_files import read_text
 from moco.data.sources.arrays import torchvision_dataset
 from moco.data.sources.folders import (
     TRAINING_FOLDERS,
@@ -140,6 +141,14 @@ def build_segmentation_source(
     )
     train_numbers = sorted(set().union(*numbers[:num_train]))
     check_two_classes(root, train_numbers, ignore_index)
+    if not any(numbers[num_train:]):
+        log.warning(
+            "data.root=%s: no pixel of the held-out masks has a class, all are "
+            "data.ignore_index=%d; the figures of this dataset are null, so that no best epoch "
+            "can be chosen",
+            root,
+            ignore_index,
+        )
     largest = [max(of_mask, default=0) for of_mask in numbers]
     if not names:
         if num_classes is None:
@@ -247,12 +256,8 @@ def read_class_names(path: Path) -> list[str]:
     """
     if not path.is_file():
         return []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from error
     # Empty lines at the end are no names. An empty line before a name would shift the numbers.
-    names = list(map(str.strip, text.rstrip().splitlines()))
+    names = list(map(str.strip, read_text(path).rstrip().splitlines()))
     if "" in names:
         number = names.index("") + 1
         raise InputError(f"{path}: line {number} is empty; expected a class name in every line")

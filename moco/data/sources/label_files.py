@@ -5,6 +5,7 @@ a name or a whole number. Several columns of 0 and 1 give the class that has the
 """
 
 import csv
+import io
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ import numpy as np
 
 from moco.data.files.formats import FORMAT_OF_ENDING
 from moco.data.files.listing import ending_of
+from moco.data.files.text_files import read_text
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -177,19 +179,18 @@ def read_table(path: str, finder: ImageFinder) -> Table:
     """Read the cells of a file, without empty lines and without spaces around the cells.
 
     Raises:
-        InputError: it is no text in UTF-8, has no lines, or lines of several lengths.
+        InputError: it is no text, has no lines, or lines of several lengths.
     """
+    file = io.StringIO(read_text(path), newline="")
+    first = file.readline()
+    file.seek(0)
+    separator = max(SEPARATORS, key=first.count)
+    rows = []
     try:
-        # utf-8-sig: programs of Microsoft begin a file with a mark.
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            separator = max(SEPARATORS, key=first.count)
-            rows = []
-            for row in csv.reader(file, delimiter=separator, strict=True):
-                rows.append([cell.strip() for cell in row])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: no table of text in UTF-8 ({printable(str(error))})") from error
+        for row in csv.reader(file, delimiter=separator, strict=True):
+            rows.append([cell.strip() for cell in row])
+    except csv.Error as error:
+        raise InputError(f"{path}: no table of text ({printable(str(error))})") from error
     numbered = [(number, row) for number, row in enumerate(rows, start=1) if any(row)]
     if not numbered:
         raise InputError(f"{path}: empty; {EXPECTED}")
