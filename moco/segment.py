@@ -40,6 +40,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
     from moco.runs.interrupts import StopRequest
     from moco.runs.run_folder import find_checkpoint
     from moco.runs.slurm import stop_signals
+    from moco.runs.training_set import training_set
 
     pl.seed_everything(config.seed, verbose=False)
     start = find_backbone(config)
@@ -60,8 +61,12 @@ def run(config: SegmentConfig, folder: Path) -> None:
         if run.is_finished():
             return
         checkpoint = find_checkpoint(folder, run.plain, run.defaults)
-        step = take_folder(run, stack, checkpoint, segmenter.hparams, tensor_settings)
-        trainer = build_trainer(run, step)
+        train = data.source.train
+        run.training_set = training_set(
+            train.images.files(), len(train), config.data.batch_size, config.data.root
+        )
+        resumed = take_folder(run, stack, checkpoint, segmenter.hparams, tensor_settings)
+        trainer = build_trainer(run, resumed)
         # A second time, because the folder's status has to hold the same line.
         with failures_named(folder):
             fit(run, trainer, segmenter, data, checkpoint)

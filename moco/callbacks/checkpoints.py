@@ -14,6 +14,7 @@ from moco.errors import Interrupted, RunError
 from moco.runs.atomic_files import link_atomically, write_atomically, write_json
 from moco.runs.interrupts import StopRequest
 from moco.runs.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, as_override, last_good
+from moco.runs.training_set import KEY, TrainingSet
 from moco.training.distributed.collectives import Agreement, gather_objects, largest
 from moco.training.random_states import random_states, seed_generators, set_random_states
 from moco.training.stopwatches import CHECKPOINTS, epoch_time
@@ -40,6 +41,9 @@ class Checkpoints(pl.callbacks.Checkpoint):
         keep_every_n_epochs: keep every n-th epoch's checkpoint as ``epoch_0100.ckpt``.
         monitor: ``GROUP/NAME``, the figure whose highest value makes the best checkpoint.
             ``GROUP/epoch`` is the epoch of its latest value.
+        training_set: the images of the run, which a checkpoint describes.
+        takes_figures: the figures of the checkpoint that the run resumes from are of this run and
+            of its images. Otherwise only the numbers of epochs and steps are taken.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         every_n_minutes: float = 30.0,
         keep_every_n_epochs: int | None = None,
         monitor: str = "knn/top1",
+        training_set: TrainingSet | None = None,
+        takes_figures: bool = True,
     ) -> None:
         self.folder = folder
         self.config = config
@@ -61,6 +67,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.every_n_seconds = 60 * every_n_minutes
         self.keep_every_n_epochs = keep_every_n_epochs
         self.monitor = monitor
+        self.training_set = training_set
+        self.takes_figures = takes_figures
         group, name = monitor.split("/")
         self.monitor_epoch = f"{group}/epoch"
         self.best_name = f"{group}/best_{name}"
@@ -80,7 +88,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A run that starts from another run's checkpoint has no best checkpoint yet.
-        if (self.folder / BEST_CHECKPOINT).is_file():
+        if self.takes_figures and (self.folder / BEST_CHECKPOINT).is_file():
             self.best = state_dict["best"]
 
     def on_save_checkpoint(
@@ -88,13 +96,19 @@ class Checkpoints(pl.callbacks.Checkpoint):
     ) -> None:
         checkpoint["config"] = self.config
         checkpoint["figures"] = dict(self.figures)
+        if self.training_set is not None:
+            checkpoint[KEY] = self.training_set.as_plain_data()
         checkpoint["random_states"] = gather_objects(random_states())
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        self.figures.update(checkpoint["figures"])
-        self._loaded = {key: checkpoint[key] for key in ("random_states", "figures", "global_step")}
+        figures = checkpoint["figures"]
+        if not self.takes_figures:
+            figures = {key: figures[key] for key in ("epoch", "step") if key in figures}
+        self.figures.update(figures)
+        self._loaded = {key: checkpoint[key] for key in ("random_states", "global_step")}
+        self._loaded["figures"] = figures
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Finish what the previous process left undone after its last checkpoint."""

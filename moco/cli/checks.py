@@ -16,13 +16,14 @@ from moco.cli.extensions import check_callbacks, check_loggers
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig, TrainerConfig
 from moco.errors import InputError
-from moco.runs.run_folder import has_checkpoint
+from moco.runs.run_folder import LAST_CHECKPOINT, as_override, has_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
 
     from moco.data.augment.resolution_ramp import ResolutionRamp
     from moco.data.loading.datamodule import PretrainingData
+    from moco.data.sources.source import Images
     from moco.methods.moco import MoCo
     from moco.models.encoder import Encoder
 
@@ -32,7 +33,9 @@ log = logging.getLogger(__name__)
 def check_run(config: TrainConfig | SegmentConfig) -> None:
     """Raise InputError for settings with which no training can start."""
     if config.resume not in (None, "auto") and not Path(str(config.resume)).is_file():
-        raise InputError(f"resume={config.resume}: no such file")
+        of_run = Path(str(config.resume), LAST_CHECKPOINT)
+        hint = f"; {as_override('resume', of_run)} is there" if of_run.is_file() else ""
+        raise InputError(f"resume={config.resume}: no such file{hint}")
     if config.trainer.max_steps == 0:
         raise InputError("trainer.max_steps=0: expected -1 for no limit, or at least 1")
     check_loggers(config.logger, vars(config.logger_options))
@@ -68,23 +71,34 @@ def num_processes(config: TrainConfig) -> int:
 
 def check_same_images(data: "PretrainingData") -> None:
     """Raise InputError if the processes of a training see different images or shards."""
-    from moco.data.sources.shards import ShardedImages
     from moco.training.distributed.collectives import gather_objects, world_size
 
     if world_size() == 1:
         return
     train = data.source.train
-    if isinstance(train, ShardedImages):
-        # The images in shards have no names before they are read.
-        names = train.shards
-    else:
-        names = [train.name(index) for index in range(len(train))]
+    names = names_of(train)
     identity = (len(train), hashlib.blake2b(os.fsencode("\0".join(names))).digest())
     if len(set(gather_objects(identity))) > 1:
         raise InputError(
             "data.root: the processes of this run do not see the same images; "
             "is it the same folder on all nodes?"
         )
+
+
+def names_of(images: "Images") -> list[str]:
+    """Return names that tell the images of a dataset from others.
+
+    They are the paths of its files where it has files. Images in shards have no names before they
+    are read, so their shards stand for them.
+    """
+    from moco.data.sources.shards import ShardedImages
+    from moco.data.sources.source import FileImages
+
+    if isinstance(images, ShardedImages):
+        return list(images.shards)
+    if isinstance(images, FileImages):
+        return list(images.files())
+    return [images.name(index) for index in range(len(images))]
 
 
 def check_batch_norm(encoder: "Encoder", config: TrainConfig) -> None:

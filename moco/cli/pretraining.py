@@ -82,6 +82,7 @@ def train(
     from moco.runs.atomic_files import write_json
     from moco.runs.failures import failures_named
     from moco.runs.run_folder import BACKBONE_FILE, find_checkpoint
+    from moco.runs.training_set import training_set
     from moco.training.distributed import collectives
     from moco.training.hardware import choose_device
     from moco.weights.backbone_files import write_backbone_file
@@ -120,10 +121,15 @@ def train(
                 log.info(
                     "init_from=%s is not read: the run goes on from a checkpoint", config.init_from
                 )
-        step = collectives.from_rank_zero(
+        train = data.source.train
+        root = config.data.root
+        run.training_set = training_set(
+            checks.names_of(train), len(train), config.data.batch_size, root
+        )
+        resumed = collectives.from_rank_zero(
             lambda: take_folder(run, stack, checkpoint, method.hparams, tensor_settings)
         )
-        trainer = build_trainer(run, environment, step, dense_set)
+        trainer = build_trainer(run, environment, resumed, dense_set)
         # Named once more inside the folder's lock, so that the status holds the line too.
         with failures_named(folder), collectives.lost_peers_named():
             fit(run, trainer, method, data, checkpoint)

@@ -1,0 +1,154 @@
+"""What a training checks of the checkpoint that it goes on from, and what it says about it."""
+
+import json
+import logging
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moco.config.segment import SegmentConfig
+from moco.errors import InputError
+from moco.runs.config_changes import completed, differing, flattened
+from moco.runs.run_folder import LAST_CHECKPOINT, as_override
+from moco.runs.training_set import TrainingSet, change_in_words, counted, from_checkpoint
+
+log = logging.getLogger(__name__)
+
+TensorSettings = Callable[[Mapping[str, Any], Any], dict[str, Any]]
+"""From a run's config and its module's hyperparameters, both as plain data, it returns the settings
+that decide which tensors a checkpoint holds, and their shapes."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from."""
+
+    step: int
+    """Its optimizer steps."""
+    has_own_figures: bool
+    """Its figures are of this run, and of the same images."""
+    has_other_steps: bool
+    """An epoch had another number of steps."""
+    steps_in_epoch: int
+    """Steps done of an unfinished epoch; 0 at the end of an epoch."""
+
+
+def check_checkpoint(
+    run: Any,
+    path: Path,
+    content: dict[str, Any],
+    hparams: Any,
+    settings: TensorSettings,
+) -> Resumed:
+    """Return what a run goes on from, and log what has changed about its images.
+
+    Args:
+        run: the `Run`. Without a training set, the images are not compared.
+        path: of the checkpoint.
+        content: of the checkpoint.
+        hparams: the hyperparameters of the run's module.
+        settings: names what must be equal in the checkpoint and in this run.
+
+    Raises:
+        InputError: the checkpoint holds other tensors than the run, for which the error names the
+            settings and the command that works; or the dataset has changed so much that an epoch
+            has other steps, and nobody has allowed it.
+    """
+    config_there = completed(content["config"], run.defaults)
+    found = differing(
+        settings(config_there, content["hyper_parameters"]), settings(run.plain, hparams)
+    )
+    if found:
+        named = [f"{key}: {old} there, {new} here" for key, (old, new) in found.items()]
+        raise InputError(
+            f"resume={path}: the checkpoint has another architecture or optimizer: "
+            f"{'; '.join(named)}{command_that_works(run, list(found), config_there)}"
+        )
+    is_own = path == run.folder / LAST_CHECKPOINT
+    step = int(content["global_step"])
+    done = steps_in_epoch(content, run.plain["trainer"]["accumulate_grad_batches"])
+    then, now = from_checkpoint(content), run.training_set
+    if now is None or then is None or not now.is_changed(then):
+        return Resumed(step, is_own, False, done)
+
+    has_other_steps = then.steps_per_epoch != now.steps_per_epoch
+    words = change_in_words(then, now)
+    # Whoever names another dataset means to change the images.
+    is_same_dataset = not differing(config_there["data"], run.plain["data"])
+    if has_other_steps and is_same_dataset and not run.config.resume_changed_data:
+        new_run = as_override("init_from", path)
+        raise InputError(
+            f"resume={path}: the dataset has {words}. Bring the former images back; or add "
+            "resume_changed_data=true, and the schedule goes on at the same epoch, "
+            f"{remaining(run, content, now)}; or start a new run from these weights, with "
+            f"{new_run} and another hydra.run.dir=PATH"
+        )
+    if done > now.steps_per_epoch:
+        raise InputError(
+            f"resume={path}: the dataset has {words}, and the checkpoint is of the middle of an "
+            f"epoch, after {counted(done, 'step')} of it; an epoch's own checkpoint can go on, or "
+            f"a new run from these weights, with {as_override('init_from', path)}"
+        )
+    rest = f"; the schedule goes on at the same epoch, {remaining(run, content, now)}"
+    log.warning(
+        "resume=%s: the dataset has %s%s; the figures of the former images are left out",
+        path,
+        words,
+        rest if has_other_steps else "; the schedule stays as it is",
+    )
+    return Resumed(step, False, has_other_steps, done)
+
+
+def steps_in_epoch(content: Mapping[str, Any], accumulate_grad_batches: int) -> int:
+    """Return how many steps of an unfinished epoch a checkpoint has done; 0 at an epoch's end."""
+    if content["figures"].get("step") == content["global_step"]:
+        return 0
+    loop = content.get("loops", {}).get("fit_loop", {})
+    progress = loop.get("epoch_loop.batch_progress", {}).get("current", {})
+    return int(progress.get("completed", 0)) // accumulate_grad_batches
+
+
+def remaining(run: Any, content: Mapping[str, Any], now: TrainingSet) -> str:
+    """Return ``with N steps left`` for the epochs that a run has still to do."""
+    trainer = run.plain["trainer"]
+    epochs = trainer["max_epochs"] - content["figures"].get("epoch", 0)
+    done = steps_in_epoch(content, trainer["accumulate_grad_batches"])
+    steps = epochs * now.steps_per_epoch - done
+    if trainer["max_steps"] > 0:
+        steps = min(steps, trainer["max_steps"] - content["global_step"])
+    return f"with {counted(max(steps, 0), 'step')} left"
+
+
+def command_that_works(run: Any, keys: list[str], there: Mapping[str, Any]) -> str:
+    """Return ``; this works: COMMAND`` with the settings of the checkpoint, or nothing.
+
+    Args:
+        run: the `Run`. Without Hydra there is no command.
+        keys: the settings that differ.
+        there: the config of the checkpoint's run.
+    """
+    overrides = run.files.get("overrides.yaml")
+    old, new = flattened(there), flattened(run.plain)
+    program = "moco.segment" if isinstance(run.config, SegmentConfig) else "moco.train"
+    if program == "moco.segment":
+        keys = [*keys, "checkpoint"]  # it decides the backbone
+    changes = {key: old.get(key) for key in keys if key in new and old.get(key) != new[key]}
+    if overrides is None or not changes:
+        return ""
+    words = [f"python -m {program}"]
+    for override in yaml.safe_load(overrides):
+        if override.partition("=")[0] not in changes:
+            words.append(shlex.quote(override))
+    words += [typed(key, value) for key, value in changes.items()]
+    return f". This works: {' '.join(words)}"
+
+
+def typed(key: str, value: Any) -> str:
+    """Return ``key=value`` as a user can type it."""
+    if isinstance(value, str):
+        return as_override(key, value)
+    return shlex.quote(f"{key}={json.dumps(value)}")
