@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SMALLEST_QUEUE = 16  # keys; a smaller one would hold hardly more negatives than one batch
+
 
 def check_run(config: TrainConfig | SegmentConfig) -> None:
     """Raise InputError for settings with which no training can start."""
@@ -266,7 +268,8 @@ def warn_of_negatives(config: TrainConfig, num_images: int) -> None:
 
     With a queue: if it holds more keys than a tenth of the images, or more than the run ever
     produces. The largest power of two within a tenth is the queue size of both official recipes:
-    65,536 for ImageNet and 4,096 for CIFAR-10.
+    65,536 for ImageNet and 4,096 for CIFAR-10. Where no queue of a useful size fits, the warning
+    says so.
 
     Without a queue: if the batch is accumulated, because each part has only its own negatives.
     """
@@ -286,8 +289,26 @@ def warn_of_negatives(config: TrainConfig, num_images: int) -> None:
     num_keys = num_steps * config.data.batch_size
     if config.method.symmetric and config.method.num_queues == 1:
         num_keys *= 2  # one queue gets the keys of both views
-    limit = max(min(num_images // 10, num_keys), 1)
-    if config.method.queue_size > limit:
+    limit = min(num_images // 10, num_keys)
+    if config.method.queue_size <= limit:
+        return
+    if num_images // 10 < SMALLEST_QUEUE:
+        log.warning(
+            "method.queue_size=%d: with only %d images, older keys of a query's own image are "
+            "often among its negatives, whatever the size of the queue. Such a run shows that "
+            "everything works, but it learns little: more images are needed, or weights that are "
+            "pretrained elsewhere (init_from=PATH)",
+            config.method.queue_size,
+            num_images,
+        )
+    elif num_keys < SMALLEST_QUEUE:
+        log.warning(
+            "method.queue_size=%d: this run is so short that it produces only %d keys, and the "
+            "queue keeps its random start. It shows that everything works, but it learns little",
+            config.method.queue_size,
+            num_keys,
+        )
+    else:
         log.warning(
             "method.queue_size=%d is more than a tenth of the %d images (older keys of a query's "
             "own image are then often among its negatives), or more than the %d keys that this "

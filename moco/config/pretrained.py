@@ -199,11 +199,11 @@ class ExportConfig:
 
     checkpoint: str = MISSING
     """A file of weights, as in `EvaluateConfig`."""
-    format: str = setting(choices=("safetensors", "timm", "torchvision"))
-    """The names that the weights get: torchvision's, timm's, or our own in a safetensors file that
-    describes itself."""
+    format: str = setting(choices=("safetensors", "smp", "timm", "torchvision"))
+    """The names that the weights get: torchvision's, timm's, those of an encoder of
+    segmentation_models_pytorch (smp), or our own in a safetensors file that describes itself."""
     output: str = MISSING
-    """The file to write. For torchvision and timm its ending decides: .pth or .pt is written by
+    """The file to write. For torchvision, timm and smp its ending decides: .pth or .pt is written by
     torch.save, .safetensors as safetensors."""
     encoder: str = setting("query", choices=("key", "query"))
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
