@@ -31,6 +31,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     """
     from rich.console import Console
 
+    from moco.cli import measured_segmenter
     from moco.cli.closing_tables import print_plain, print_table, shown
     from moco.evaluation.measurements import measure
     from moco.runs.atomic_files import write_atomically, write_json
@@ -42,9 +43,12 @@ def run(config: EvaluateConfig, folder: Path) -> None:
     check_output(output)
     failures_named = partial(failures_without_training_named, "evaluation.batch_size")
     with failures_named():
-        subject, pretrained = subject_of(config, folder)
-        findings = measure(subject)
-    origin = origin_of(subject, pretrained)
+        if config.evaluation.name == "segmentation":
+            findings, origin = measured_segmenter.measure(config)
+        else:
+            subject, pretrained = subject_of(config, folder)
+            findings = measure(subject)
+            origin = origin_of(subject, pretrained)
     console = Console()
     rows = [(key, shown(value)) for key, value in findings.scores.items()]
     rows += [(key, str(value)) for key, value in {**findings.protocol, **origin}.items()]

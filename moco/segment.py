@@ -60,7 +60,10 @@ def run(config: SegmentConfig, folder: Path) -> None:
         run = Run(config, folder, stop, hydra_files(), figures=backbone_origin(config, start))
         if run.is_finished():
             return
-        checkpoint = find_checkpoint(folder, run.plain, run.defaults)
+        try:
+            checkpoint = find_checkpoint(folder, run.plain, run.defaults)
+        except InputError as error:
+            raise InputError(f"{error}{way_to_measure(config, folder)}") from error
         train = data.source.train
         run.training_set = training_set(
             train.images.files(), len(train), config.data.batch_size, config.data.root
@@ -72,6 +75,35 @@ def run(config: SegmentConfig, folder: Path) -> None:
             fit(run, trainer, segmenter, data, checkpoint)
             write_json(folder / "metrics.json", run.figures)
     print_segmentation(run, class_names)
+
+
+def way_to_measure(config: SegmentConfig, folder: Path) -> str:
+    """Return how a finished run in `folder` is measured with these settings, without training.
+
+    It is empty for a run that is not finished, or whose dataset and inference are the same.
+    """
+    import yaml
+
+    from moco.runs.run_folder import CONFIG, LAST_CHECKPOINT, as_override
+    from moco.runs.run_status import read_status
+
+    if (read_status(folder) or {}).get("state") != "finished":
+        return ""
+    there = yaml.safe_load((folder / CONFIG).read_text())
+    words = []
+    if config.inference != there["inference"]:
+        words.append(as_override("evaluation.inference", config.inference))
+    if config.data.name != there["data"]["name"]:
+        words.append(as_override("data", config.data.name))
+    if config.data.root != there["data"]["root"]:
+        words.append(as_override("data.root", str(config.data.root)))
+    if not words:
+        return ""
+    checkpoint = as_override("checkpoint", folder / LAST_CHECKPOINT)
+    return (
+        ". To measure the finished run so, without training: python -m moco.evaluate "
+        f"{checkpoint} evaluation=segmentation {' '.join(words)}"
+    )
 
 
 def check_trainer(trainer: TrainerConfig) -> None:

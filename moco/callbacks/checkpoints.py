@@ -12,6 +12,7 @@ import torch
 from moco.callbacks.running_trainer import is_end
 from moco.errors import Interrupted, RunError
 from moco.runs.atomic_files import link_atomically, write_atomically, write_json
+from moco.runs.checkpoint_files import in_bytes
 from moco.runs.interrupts import StopRequest
 from moco.runs.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, as_override, last_good
 from moco.runs.training_set import KEY, TrainingSet
@@ -20,6 +21,9 @@ from moco.training.random_states import random_states, seed_generators, set_rand
 from moco.training.stopwatches import CHECKPOINTS, epoch_time
 
 log = logging.getLogger(__name__)
+
+LARGE = 200_000_000
+"""From this size on, bytes, a run says once how large its checkpoints are."""
 
 
 class Checkpoints(pl.callbacks.Checkpoint):
@@ -81,6 +85,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self.asked_before = False
         """The next answer of the agreement is to a question from before the last save."""
         self.agreement = Agreement()
+        self.is_size_said = False
         self._loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,8 +213,29 @@ class Checkpoints(pl.callbacks.Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
+        if trainer.is_global_zero and not self.is_size_said:
+            self.is_size_said = True
+            self._say_size(trainer)
         self.last_saved = time.monotonic()
         self.asked_before = trainer.world_size > 1
+
+    def _say_size(self, trainer: pl.Trainer) -> None:
+        """Say how large a checkpoint is, if that is much, and why."""
+        size = (self.folder / LAST_CHECKPOINT).stat().st_size
+        if size < LARGE:
+            return
+        of_optimizers = 0
+        for optimizer in trainer.optimizers:
+            for state in optimizer.state.values():
+                of_optimizers += sum(x.nbytes for x in state.values() if torch.is_tensor(x))
+        log.info(
+            "a checkpoint has %s, %s of them the optimizer's state; last.ckpt, previous.ckpt and "
+            "best.ckpt take up to %s. backbone.pth, which a pretraining writes at its end, holds "
+            "the backbone alone",
+            in_bytes(size),
+            in_bytes(of_optimizers),
+            in_bytes(3 * size),
+        )
 
     def _link(self, trainer: pl.Trainer, epoch: int, is_best: bool) -> None:
         """Give ``last.ckpt``, saved at the end of `epoch`, its other names."""

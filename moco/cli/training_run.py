@@ -137,6 +137,7 @@ def build_trainer(
         InputError: a callback or logger of the user cannot be used.
     """
     from moco.callbacks.bad_steps import BadSteps
+    from moco.callbacks.busy_machine import BusyMachine
     from moco.callbacks.checkpoints import Checkpoints
     from moco.callbacks.progress import ProgressBar
     from moco.callbacks.resumed_schedule import ResumedSchedule
@@ -154,6 +155,7 @@ def build_trainer(
             run.figures, settings["max_bad_steps"], settings["log_every_n_steps"], checkpoint_name
         ),
         *monitors,
+        BusyMachine(),
     ]
     if resumed is not None:
         ours.append(ResumedSchedule(resumed.has_other_steps, resumed.steps_in_epoch))

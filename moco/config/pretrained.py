@@ -70,6 +70,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "sampling",
         "seed",
     ),
+    "segmentation": ("ignore_index", "inference"),
     "linear": (*CLASS_DATA, "feature", "cache", "linear"),
     "linear_official": (*CLASS_DATA, "feature", "cache", "linear_official"),
 }
@@ -117,6 +118,8 @@ class EvaluationConfig:
     label_free: bool = True
     """Also measure what needs no labels: rank, spread and uniformity, and, with two views of 1,000
     images, alignment and LiDAR."""
+    inference: Optional[str] = setting(None, choices=("slide", "whole"))
+    """segmentation: how images are predicted, see moco.segment. Null: as in the run."""
     plots: bool = True
     """Draw neighbours, similarities, confusions, a map of the queries and feature maps into the run
     folder."""
@@ -203,8 +206,8 @@ class ExportConfig:
     """The names that the weights get: torchvision's, timm's, those of an encoder of
     segmentation_models_pytorch (smp), or our own in a safetensors file that describes itself."""
     output: str = MISSING
-    """The file to write. For torchvision, timm and smp its ending decides: .pth or .pt is written by
-    torch.save, .safetensors as safetensors."""
+    """The file to write. For torchvision, timm and smp its ending decides: .pth or .pt is written
+    by torch.save, .safetensors as safetensors."""
     encoder: str = setting("query", choices=("key", "query"))
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
     trust_targets: bool = False

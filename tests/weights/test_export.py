@@ -369,7 +369,7 @@ def test_mistakes_are_one_line(
             {"random_states": []}
             | {key: {} for key in ("state_dict", "config", "figures")}
             | {"hyper_parameters": {"decoder": {}}, "global_step": 0},
-            "written by moco.segment; expected a checkpoint of moco.train",
+            "not written by moco.train (its hyper_parameters have no backbone)",
         ),
     ],
 )
