@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NOTABLE_PADDING = 0.05  # cells of padding per cell of the maps
 SMALLEST_QUEUE = 16  # keys; a smaller one would hold hardly more negatives than one batch
 
 
@@ -261,6 +262,28 @@ def check_resolution_ramp(ramp: "ResolutionRamp", backbone: "nn.Module", max_epo
             max_epochs,
             ramp.image_size,
         )
+
+
+def advise_window(backbone: "nn.Module", image_size: int) -> None:
+    """Log which attention window suits the images, if a Swin's own one pads its maps much.
+
+    Args:
+        backbone: any backbone; only a Swin has windows.
+        image_size: side of the views, px.
+    """
+    from moco.models.swin.backbone import Swin
+    from moco.models.swin.window_change import WindowSuggestion, fitting_window
+
+    if not isinstance(backbone, Swin) or len(set(backbone.window_size)) > 1:
+        return
+    window, patch = backbone.window_size[0], backbone.patch_size
+    own = WindowSuggestion(window, image_size, patch)
+    better = fitting_window(image_size, window, patch)
+    if own.padding - better.padding < NOTABLE_PADDING:
+        return
+    log.info(
+        "%s; %s: backbone.window_size=%d computes less for nothing", own, better, better.window_size
+    )
 
 
 def warn_of_negatives(config: TrainConfig, num_images: int) -> None:

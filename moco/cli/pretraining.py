@@ -180,6 +180,7 @@ def check_before_training(config: TrainConfig, data: "PretrainingData", method: 
     checks.check_same_images(data)
     checks.check_batch_norm(encoder, config)
     checks.check_deterministic(method, config, ramp.sizes)
+    checks.advise_window(encoder.backbone, ramp.image_size)
     checks.check_resolution_ramp(ramp, encoder.backbone, config.trainer.max_epochs)
     checks.warn_of_negatives(config, len(data.source.train))
 
