@@ -70,22 +70,28 @@ def check_checkpoint(
         )
     is_own = path == run.folder / LAST_CHECKPOINT
     step = int(content["global_step"])
-    done = steps_in_epoch(content, run.plain["trainer"]["accumulate_grad_batches"])
+    done = steps_in_epoch(content, config_there)
     then, now = from_checkpoint(content), run.training_set
-    if now is None or then is None or not now.is_changed(then):
+    if now is None or then is None:
+        return Resumed(step, is_own, False, done)
+    is_changed = now.is_changed(then)
+    has_other_steps = then.steps_per_epoch != now.steps_per_epoch
+    # In batches of this run.
+    done = done * config_there["data"]["batch_size"] // run.config.data.batch_size
+    if not is_changed and not has_other_steps:
         return Resumed(step, is_own, False, done)
 
-    has_other_steps = then.steps_per_epoch != now.steps_per_epoch
     words = change_in_words(then, now)
+    left = counted(steps_left(run, content, now, done), "step")
     # Whoever names another dataset means to change the images.
-    is_same_dataset = not differing(config_there["data"], run.plain["data"])
+    is_same_dataset = not differing({"data": config_there["data"]}, {"data": run.plain["data"]})
     if has_other_steps and is_same_dataset and not run.config.resume_changed_data:
         new_run = as_override("init_from", path)
         raise InputError(
             f"resume={path}: the dataset has {words}. Bring the former images back; or add "
-            "resume_changed_data=true, and the schedule goes on at the same epoch, "
-            f"{remaining(run, content, now)}; or start a new run from these weights, with "
-            f"{new_run} and another hydra.run.dir=PATH"
+            "resume_changed_data=true, and the schedule goes on at the same epoch, with "
+            f"{left} left; or start a new run from these weights, with {new_run} and another "
+            "hydra.run.dir=PATH"
         )
     if done > now.steps_per_epoch:
         raise InputError(
@@ -93,34 +99,43 @@ def check_checkpoint(
             f"epoch, after {counted(done, 'step')} of it; an epoch's own checkpoint can go on, or "
             f"a new run from these weights, with {as_override('init_from', path)}"
         )
-    rest = f"; the schedule goes on at the same epoch, {remaining(run, content, now)}"
-    log.warning(
-        "resume=%s: the dataset has %s%s; the figures of the former images are left out",
-        path,
-        words,
-        rest if has_other_steps else "; the schedule stays as it is",
-    )
-    return Resumed(step, False, has_other_steps, done)
+    schedule = "the schedule stays as it is"
+    if has_other_steps:
+        schedule = f"the schedule goes on at the same epoch, with {left} left"
+    figures = "; the figures of the former images are left out" if is_changed else ""
+    log.warning("resume=%s: the dataset has %s; %s%s", path, words, schedule, figures)
+    return Resumed(step, is_own and not is_changed, has_other_steps, done)
 
 
-def steps_in_epoch(content: Mapping[str, Any], accumulate_grad_batches: int) -> int:
-    """Return how many steps of an unfinished epoch a checkpoint has done; 0 at an epoch's end."""
+def steps_in_epoch(content: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """Return how many steps of an unfinished epoch a checkpoint has done; 0 at an epoch's end.
+
+    Args:
+        content: of the checkpoint.
+        config: of its run, as plain data.
+    """
     if content["figures"].get("step") == content["global_step"]:
         return 0
     loop = content.get("loops", {}).get("fit_loop", {})
     progress = loop.get("epoch_loop.batch_progress", {}).get("current", {})
-    return int(progress.get("completed", 0)) // accumulate_grad_batches
+    return int(progress.get("completed", 0)) // config["trainer"]["accumulate_grad_batches"]
 
 
-def remaining(run: Any, content: Mapping[str, Any], now: TrainingSet) -> str:
-    """Return ``with N steps left`` for the epochs that a run has still to do."""
+def steps_left(run: Any, content: Mapping[str, Any], now: TrainingSet, done: int) -> int:
+    """Return how many steps a run has still to do.
+
+    Args:
+        run: the `Run`.
+        content: of the checkpoint.
+        now: the images of the run.
+        done: steps of the present epoch.
+    """
     trainer = run.plain["trainer"]
     epochs = trainer["max_epochs"] - content["figures"].get("epoch", 0)
-    done = steps_in_epoch(content, trainer["accumulate_grad_batches"])
     steps = epochs * now.steps_per_epoch - done
     if trainer["max_steps"] > 0:
         steps = min(steps, trainer["max_steps"] - content["global_step"])
-    return f"with {counted(max(steps, 0), 'step')} left"
+    return max(int(steps), 0)
 
 
 def command_that_works(run: Any, keys: list[str], there: Mapping[str, Any]) -> str:

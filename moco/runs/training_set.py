@@ -63,10 +63,12 @@ def from_checkpoint(content: dict[str, Any]) -> TrainingSet | None:
 def change_in_words(then: TrainingSet, now: TrainingSet) -> str:
     """Return how the images differ, and the steps of an epoch if they do."""
     difference = now.num_images - then.num_images
-    if difference == 0:
-        return f"as many images as before, {now.num_images:,}, but not the same ones"
     kind = "more" if difference > 0 else "fewer"
     words = f"{now.num_images:,} images instead of {then.num_images:,} ({abs(difference):,} {kind})"
+    if difference == 0:
+        words = f"as many images as before, {now.num_images:,}"
+        if now.is_changed(then):
+            words += ", but not the same ones"
     if now.steps_per_epoch != then.steps_per_epoch:
         words += (
             f", so that an epoch has {counted(now.steps_per_epoch, 'step')} instead of "
