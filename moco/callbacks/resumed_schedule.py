@@ -72,12 +72,13 @@ class ResumedSchedule(pl.Callback):
         log.warning(
             "%s: the schedule is another one, and the learning rate jumps %s from %.3g to %.3g at "
             "step %d. To avoid this, stop here and start a new run from these weights, with a "
-            "schedule of its own: init_from=CHECKPOINT hydra.run.dir=PATH",
+            "schedule of its own: init_from=%s and another hydra.run.dir=PATH",
             "; ".join(changes),
             direction,
             before,
             after,
             step + 1,
+            trainer.ckpt_path,
         )
 
     def _offset(self, trainer: pl.Trainer, pl_module: Any) -> int:

@@ -128,6 +128,7 @@ def resumed_trainer():
                 "max_steps": -1,
                 "current_epoch": 2,
                 "global_step": step,
+                "ckpt_path": "one.ckpt",
                 **changes,
             }
         )
@@ -163,7 +164,7 @@ def test_a_longer_run_says_how_the_learning_rate_jumps(method, resumed_trainer, 
     after = method.learning_rate_at(8)
     assert f"trainer.max_epochs=4 instead of 2: {'the schedule is another one'}" in caplog.text
     assert f"jumps up from 1e-05 to {after:.3g} at step 9" in caplog.text
-    assert "init_from=" in caplog.text
+    assert "init_from=one.ckpt" in caplog.text
 
 
 def test_a_schedule_that_does_not_jump_says_nothing(method, resumed_trainer, caplog):
