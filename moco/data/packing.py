@@ -135,6 +135,20 @@ class Pool:
         bank = self.source.bank
         return None if bank is None else bank.class_names
 
+    def label_sets(self) -> list[list[int]] | None:
+        """Return the numbers of the classes that each label stands for, see `Labelled`."""
+        bank = self.source.bank
+        if bank is None or bank.label_sets is None:
+            return None
+        return [np.flatnonzero(classes).tolist() for classes in bank.label_sets]
+
+    def num_classes(self) -> int | None:
+        """Return the number of classes of images with several classes each."""
+        bank = self.source.bank
+        if bank is None or bank.label_sets is None:
+            return None
+        return int(bank.label_sets.shape[1])
+
     def fingerprint(self) -> dict[str, Any]:
         """Return the number of images, and a hash of their names and labels."""
         digest = blake2b(self.labels().tobytes(), digest_size=16)
@@ -511,6 +525,8 @@ def open_copy(folder: Path, settings: dict[str, Any], pool: Pool) -> dict[str, A
             "image_size": image_size,
             "settings": settings | {"format": chosen_format},
             "class_names": pool.class_names(),
+            "label_sets": pool.label_sets(),
+            "num_classes": pool.num_classes(),
             "source": fingerprint,
             "parts": [],
         } | file_traits(pool)

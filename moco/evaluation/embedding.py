@@ -65,7 +65,8 @@ def choose_images(source: DataSource, split: str, name: str) -> ImageSet:
         return image_set(source.train)
     # Training images may be divided into bank and queries.
     labels = labels_by_name(source.train, source.bank, source.queries)
-    labelled = Labelled(source.train, labels, source.bank.class_names)
+    bank = source.bank
+    labelled = Labelled(source.train, labels, bank.class_names, bank.label_sets)
     return IndexedSet(labelled, has_labels=bool((labels >= 0).any()))
 
 
@@ -215,8 +216,13 @@ def write_files(output: Path, parts: FeatureParts, index: str, images: ImageSet)
     elif path.exists():
         log.warning("%s is of an earlier run and does not go with the new file", path)
     log.info("writing %s", output)
-    class_names = images.class_names
-    write = partial(write_npz, parts=parts, has_labels=images.has_labels, class_names=class_names)
+    write = partial(
+        write_npz,
+        parts=parts,
+        has_labels=images.has_labels,
+        class_names=images.class_names,
+        label_sets=images.label_sets,
+    )
     write_atomically(output, write)
     return description
 
@@ -226,10 +232,13 @@ def write_npz(
     parts: FeatureParts,
     has_labels: bool,
     class_names: Sequence[str] | None = None,
+    label_sets: np.ndarray | None = None,
 ) -> None:
     """Write ``features`` (images, width), ``names`` (images,) and, if there are any, ``labels``.
 
-    ``class_names`` (classes,) has the name of each class by its number, if they are known.
+    ``class_names`` (classes,) has the name of each class by its number, if they are known. For
+    images with several classes each, ``label_sets`` (label numbers, classes) has the classes that a
+    label stands for.
 
     All arrays are mapped from files, so NumPy reads and writes them a block at a time.
     """
@@ -245,6 +254,8 @@ def write_npz(
         arrays["labels"] = parts.labels()
         if class_names is not None:
             arrays["class_names"] = np.array(class_names)
+        if label_sets is not None:
+            arrays["label_sets"] = label_sets
     np.savez(file, **arrays)
     path.unlink()
 

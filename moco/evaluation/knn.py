@@ -3,6 +3,10 @@
 The protocol is that of InstDisc (arXiv 1805.01978, section 3.4), by which MoCo's authors monitor
 their runs. Features are L2-normalised. The k bank rows with the largest inner product vote for
 their class, with weight exp(similarity / T).
+
+Images may have several classes each. Then a neighbour votes for each of its classes, and a class's
+share of the weights ranks the queries. The average precision says how good this order is; its mean
+over classes is the usual figure of BigEarthNet (arXiv 1902.06148) and of chest X-rays.
 """
 
 import logging
@@ -47,6 +51,8 @@ class KNNResult:
     """k, after it was limited to the bank size."""
     bank_size: int
     num_queries: int
+    mean_average_precision: float | None = None
+    """Of images with several classes each; None if each image has one class."""
 
 
 class Votes(NamedTuple):
@@ -56,6 +62,15 @@ class Votes(NamedTuple):
     """(queries,) class numbers."""
     rank: np.ndarray
     """(queries,) int64: how many classes got more votes than the query's own class."""
+    average_precision: np.ndarray | None = None
+    """(classes,) of images with several classes each, NaN for a class that no query has. None:
+    each image has one class."""
+
+    def mean_average_precision(self) -> float | None:
+        """Return the mean over the classes that the queries have; None with one class each."""
+        if self.average_precision is None:
+            return None
+        return float(np.nanmean(self.average_precision))
 
     def accuracy(self, at: int) -> float:
         """Return the share of the queries whose own class is among the first `at`."""
@@ -134,13 +149,16 @@ def classify(
 
     Args:
         search: finds neighbours in the bank.
-        bank_labels: (bank size,) class numbers, gaps allowed.
+        bank_labels: (bank size,) class numbers, gaps allowed; or (bank size, classes) bool for
+            images with several classes each, see `classify_several`.
         queries: (queries, width) features of any norm.
-        query_labels: (queries,) class numbers.
+        query_labels: the same for the queries.
         protocols: in any order.
         own_rows: (queries,) each query's own row in the bank, which has no vote (leave one out);
             None if the queries are not in the bank.
     """
+    if bank_labels.ndim == 2:
+        return classify_several(search, bank_labels, queries, query_labels, protocols, own_rows)
     classes, bank_classes = np.unique(bank_labels, return_inverse=True)
     own = class_places(classes, query_labels)
     most_neighbors = max(protocol.num_neighbors for protocol in protocols)
@@ -160,8 +178,101 @@ def classify(
             votes.append(votes_of(scores, classes, own[block]))
     together = {}
     for protocol, votes in parts.items():
-        together[protocol] = Votes(*map(np.concatenate, zip(*votes, strict=True)))
+        predicted = np.concatenate([block.predicted for block in votes])
+        rank = np.concatenate([block.rank for block in votes])
+        together[protocol] = Votes(predicted, rank)
     return together
+
+
+def share_of_votes(
+    similarities: np.ndarray, neighbor_classes: np.ndarray, temperature: float
+) -> np.ndarray:
+    """Return each class's share of the weights of a query's neighbours, (queries, classes), 0 to 1.
+
+    Args:
+        similarities: (queries, k) inner products in falling order.
+        neighbor_classes: (queries, k, classes) bool.
+        temperature: T of the weights exp(similarity / T).
+    """
+    relative = (similarities - similarities[:, :1]).astype(np.float64)
+    weights = np.exp(relative / temperature)
+    weights /= weights.sum(axis=1, keepdims=True)
+    shares: np.ndarray = np.einsum("qk,qkc->qc", weights, neighbor_classes)
+    return shares
+
+
+def classify_several(
+    search: Search,
+    bank_classes: np.ndarray,
+    queries: np.ndarray,
+    query_classes: np.ndarray,
+    protocols: Collection[Protocol],
+    own_rows: np.ndarray | None = None,
+) -> dict[Protocol, Votes]:
+    """Classify the queries under several protocols by one search.
+
+    Args:
+        search: finds neighbours in the bank.
+        bank_classes: (bank size, classes) bool.
+        queries: (queries, width) features of any norm.
+        query_classes: (queries, classes) bool.
+        protocols: in any order.
+        own_rows: (queries,) each query's own row in the bank, which has no vote; None if the
+            queries are not in the bank.
+
+    Returns:
+        The votes of each protocol. A query is right at n if one of its classes is among its n first
+        classes. A query without a class is never right.
+    """
+    num_classes = bank_classes.shape[1]
+    most_neighbors = max(protocol.num_neighbors for protocol in protocols)
+    # The query itself may be found and is removed, so one more row is needed.
+    num_searched = most_neighbors if own_rows is None else most_neighbors + 1
+    block_size = max(1, SCORES_AT_ONCE // (num_classes * most_neighbors))
+    shares = {protocol: np.empty((len(queries), num_classes)) for protocol in protocols}
+    num_done = 0
+    for similarities, rows in split_blocks(search(queries, num_searched), block_size):
+        block = slice(num_done, num_done + len(rows))
+        num_done += len(rows)
+        if own_rows is not None:
+            similarities, rows = without_own(similarities, rows, own_rows[block])
+        neighbor_classes = bank_classes[rows]
+        for protocol, all_shares in shares.items():
+            k, temperature = protocol
+            all_shares[block] = share_of_votes(
+                similarities[:, :k], neighbor_classes[:, :k], temperature
+            )
+    return {protocol: votes_for(found, query_classes) for protocol, found in shares.items()}
+
+
+def votes_for(shares: np.ndarray, own: np.ndarray) -> Votes:
+    """Return the outcome of each class's share of the votes. Of equal shares the smaller is first.
+
+    Args:
+        shares: (queries, classes).
+        own: (queries, classes) bool, the classes of the queries.
+    """
+    num_classes = shares.shape[1]
+    order = np.argsort(-shares, axis=1, kind="stable")
+    is_own = np.take_along_axis(own, order, axis=1)
+    # A query without a class has a rank that no accuracy counts, as has an unknown class.
+    rank = np.where(is_own.any(axis=1), is_own.argmax(axis=1), num_classes + 5)
+    return Votes(order[:, 0], rank, average_precision(shares, own))
+
+
+def average_precision(scores: np.ndarray, is_class: np.ndarray) -> np.ndarray:
+    """Return the average precision of each class, (classes,), NaN for a class that no image has.
+
+    Args:
+        scores: (images, classes), higher for images that seem to have the class.
+        is_class: (images, classes) bool.
+    """
+    from sklearn.metrics import average_precision_score
+
+    precision = np.full(scores.shape[1], np.nan)
+    for number in np.flatnonzero(is_class.any(axis=0)):
+        precision[number] = average_precision_score(is_class[:, number], scores[:, number])
+    return precision
 
 
 def classes_of(labels: np.ndarray, name: str) -> np.ndarray:
@@ -258,9 +369,10 @@ def knn_accuracy(
 
     Args:
         bank: (bank size, width) features of any norm.
-        bank_labels: (bank size,) class numbers, gaps allowed.
+        bank_labels: (bank size,) class numbers, gaps allowed; or (bank size, classes) bool for
+            images with several classes each.
         queries: (queries, width) features of any norm.
-        query_labels: (queries,) class numbers.
+        query_labels: the same for the queries.
         num_neighbors: k; limited to the bank size with a warning.
         temperature: T.
         device: where to search.
@@ -270,5 +382,10 @@ def knn_accuracy(
     votes = classify(search, bank_labels, queries, query_labels, [protocol])[protocol]
     shares = votes.top(protocol.num_neighbors)
     return KNNResult(
-        shares["top1"], shares.get("top5"), protocol.num_neighbors, len(bank), len(queries)
+        shares["top1"],
+        shares.get("top5"),
+        protocol.num_neighbors,
+        len(bank),
+        len(queries),
+        votes.mean_average_precision(),
     )

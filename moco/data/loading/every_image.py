@@ -217,6 +217,8 @@ class ImageSet(ABC):
     """Makes the pixels that the model gets."""
     class_names: tuple[str, ...] | None = None
     """The name of each class by its number, if they are known."""
+    label_sets: np.ndarray | None = None
+    """See `Labelled`."""
     images: Any = None
     """Images by number, of keys whose source is a number."""
 
@@ -335,6 +337,7 @@ class IndexedSet(ImageSet):
         self.values = labelled.images.values
         self.labels = labelled.labels
         self.class_names = labelled.class_names
+        self.label_sets = labelled.label_sets
         self.has_labels = has_labels
 
     def __len__(self) -> int:

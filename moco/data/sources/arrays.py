@@ -1,5 +1,6 @@
 """Datasets that fit in memory: digits, noise, .npz archives, and what torchvision downloads."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moco.data.files.archives import DAMAGED, read_arrays
+from moco.data.sources.label_sets import is_matrix_of_classes, numbered_sets
 from moco.data.sources.own_dataset import class_names_of
 from moco.data.sources.source import (
     ArrayImages,
@@ -80,35 +82,64 @@ def source_from_arrays(
 
     Args:
         what: name of the dataset for messages.
-        train_labels, test_labels: whole numbers, (images,) or (images, 1); None without labels.
+        train_labels, test_labels: whole numbers, (images,) or (images, 1); or 0 and 1,
+            (images, classes), for images with several classes each; None without labels.
         test_images: ignored without `test_labels`.
 
     Raises:
-        InputError: the arrays are no images, or the labels not one number for each image.
+        InputError: the arrays are no images, or the labels are none.
     """
     train = ArrayImages(train_images, f"{what}: train_images")
-    bank = None
-    queries = None
+    sides: dict[str, tuple[ArrayImages, np.ndarray]] = {}
     if train_labels is not None:
-        bank = labelled(f"{what}: train_labels", train, train_labels)
+        sides["train_labels"] = (train, np.asarray(train_labels))
     if test_images is not None and test_labels is not None:
         test = ArrayImages(test_images, f"{what}: test_images")
-        queries = labelled(f"{what}: test_labels", test, test_labels)
+        sides["test_labels"] = (test, np.asarray(test_labels))
+    labelled = labelled_sides(what, sides)
+    bank, queries = labelled.get("train_labels"), labelled.get("test_labels")
     if bank is not None and queries is not None:
         warn_of_missing_classes(bank, queries)
     return DataSource(train, bank, queries, image_size=max(train.tensor.shape[1:3]))
 
 
-def labelled(what: str, images: ArrayImages, labels: Any) -> Labelled:
-    """Return images with their labels, a class number for each."""
-    numbers = np.asarray(labels)
-    is_integer = np.issubdtype(numbers.dtype, np.integer)
-    if numbers.size != len(images) or not is_integer or (numbers < 0).any():
+def labelled_sides(
+    what: str, sides: Mapping[str, tuple[ArrayImages, np.ndarray]]
+) -> dict[str, Labelled]:
+    """Return images with their labels, by the names of the labels' arrays.
+
+    Args:
+        what: name of the dataset for messages.
+        sides: images and labels.
+
+    Raises:
+        InputError: the labels are neither one number for each image nor rows of 0 and 1.
+    """
+    matrices = []
+    for images, labels in sides.values():
+        if is_matrix_of_classes(labels, len(images)):
+            matrices.append(labels)
+    widths = {matrix.shape[1] for matrix in matrices}
+    if sides and len(matrices) == len(sides) and len(widths) == 1:
+        # Both sides share one table of combinations.
+        numbers, label_sets = numbered_sets(np.concatenate(matrices))
+        found = {}
+        for name, (images, _) in sides.items():
+            found[name] = Labelled(images, numbers[: len(images)], label_sets=label_sets)
+            numbers = numbers[len(images) :]
+        return found
+    return {name: numbered(f"{what}: {name}", *side) for name, side in sides.items()}
+
+
+def numbered(what: str, images: ArrayImages, labels: np.ndarray) -> Labelled:
+    """Return images with a class number each."""
+    is_integer = np.issubdtype(labels.dtype, np.integer)
+    if labels.size != len(images) or not is_integer or (labels < 0).any():
         raise InputError(
             f"{what} must hold one class number (0 or more) for each of the {len(images)} images, "
-            f"got {numbers.dtype} {numbers.shape}"
+            f"or a row of 0 and 1, got {labels.dtype} {labels.shape}"
         )
-    return Labelled(images, numbers.reshape(-1).astype(np.int64))
+    return Labelled(images, labels.reshape(-1).astype(np.int64))
 
 
 def torchvision_source(name: str, root: str, download: bool) -> DataSource:

@@ -14,7 +14,7 @@ import numpy as np
 
 from moco.data.files.listing import Listing, is_folder, is_left_out_folder, listed
 from moco.data.sources.band_files import band_file_images
-from moco.data.sources.label_files import first_few, natural_order, read_labels
+from moco.data.sources.label_files import Labels, first_few, natural_order, read_labels
 from moco.data.sources.source import (
     DataSource,
     FileImages,
@@ -76,8 +76,7 @@ def folder_source(
     if labels is None:
         return DataSource(images, None, None, IMAGE_SIZE)
     names = names_below(files, roots)
-    numbers, class_names = read_labels(labels, roots[0], names)
-    side = Side(files, numbers, images, class_names, images_of)
+    side = Side(files, read_labels(labels, roots[0], names), images, images_of)
     return divided(side, names, held_out)
 
 
@@ -139,29 +138,28 @@ class Side(NamedTuple):
     """Image files of one side of a dataset, with their classes."""
 
     files: Listing
-    labels: np.ndarray
-    """(files,) int64, -1 for a file without a class."""
+    labels: Labels
+    """Those of the files."""
     images: Images
     """Those of all files."""
-    class_names: tuple[str, ...] | None
     images_of: ImagesOf
 
     @property
     def has_labels(self) -> bool:
         """Return whether a file has a class."""
-        return bool((self.labels >= 0).any())
+        return bool((self.labels.numbers >= 0).any())
 
     def labelled(self, is_chosen: np.ndarray | None = None) -> Labelled:
         """Return the images that have a class, of the files where `is_chosen`, (files,) bool."""
-        wanted = self.labels >= 0
+        wanted = self.labels.numbers >= 0
         if is_chosen is not None:
             wanted &= is_chosen
         files, images = self.files, self.images
         if not wanted.all():
             files = files.where(wanted)
             images = self.images_of(files)
-        labels = np.repeat(self.labels[wanted], files.num_pages)
-        return Labelled(images, labels, self.class_names)
+        labels = np.repeat(self.labels.numbers[wanted], files.num_pages)
+        return Labelled(images, labels, self.labels.class_names, self.labels.label_sets)
 
 
 def class_folder_source(
@@ -198,18 +196,17 @@ def class_folder_source(
     all_files, images_of = files_as_images(
         listed_files, folders, max_image_pixels, band_files, bands, tile
     )
-    sides: Sequence[tuple[Listing, np.ndarray, tuple[str, ...] | None]]
     if labels is None:
         sides = class_sides(all_files, folders)
     else:
         sides = table_sides(all_files, folders, root, labels)
 
     made = []
-    for files, numbers, class_names in sides:
-        made.append(Side(files, numbers, images_of(files), class_names, images_of))
+    for files, of_files in sides:
+        made.append(Side(files, of_files, images_of(files), images_of))
     train = made[0]
     log_start([root], len(train.images), listed_files)
-    log_classes(train.class_names)
+    log_classes(train.labels.class_names)
     if split.train is None:
         return divided(train, names_below(train.files, [root]), held_out)
     # A file of labels may have none for one side.
@@ -220,10 +217,8 @@ def class_folder_source(
     return DataSource(train.images, bank, queries, IMAGE_SIZE)
 
 
-def class_sides(
-    files: Listing, folders: Sequence[str]
-) -> list[tuple[Listing, np.ndarray, tuple[str, ...] | None]]:
-    """Return the files in the class folders of each folder, their class numbers, and the names.
+def class_sides(files: Listing, folders: Sequence[str]) -> list[tuple[Listing, Labels]]:
+    """Return the files in the class folders of each folder, and their classes.
 
     Classes have the numbers of the first folder, whatever the second one holds.
 
@@ -233,31 +228,32 @@ def class_sides(
     found = [files_in_class_folders(files, folder) for folder in folders]
     class_names = tuple(sorted(set(found[0][1]), key=natural_order))
     number_of_class = {name: number for number, name in enumerate(class_names)}
-    sides: list[tuple[Listing, np.ndarray, tuple[str, ...] | None]] = []
+    sides = []
     for folder, (in_classes, classes) in zip(folders, found, strict=True):
         unknown = sorted(set(classes) - set(class_names), key=natural_order)
         if unknown:
             named = f"classes that the training images do not have: {', '.join(unknown)}"
             raise InputError(f"data.root={folder}: {printable(named)}")
         labels = np.array([number_of_class[name] for name in classes])
-        sides.append((in_classes, labels, class_names))
+        sides.append((in_classes, Labels(labels, class_names)))
     return sides
 
 
 def table_sides(
     files: Listing, folders: Sequence[str], root: str, path: str
-) -> list[tuple[Listing, np.ndarray, tuple[str, ...] | None]]:
-    """Return the files of each folder, their class numbers by a file of labels, and its names.
+) -> list[tuple[Listing, Labels]]:
+    """Return the files of each folder, and their labels by a file of labels.
 
     Raises:
         InputError: the file of labels does not fit.
     """
-    labels, class_names = read_labels(path, root, names_below(files, [root]))
+    labels = read_labels(path, root, names_below(files, [root]))
     sides = []
     for folder in folders:
         prefix = os.fsencode(os.path.join(folder, ""))
         is_there = np.array([name.startswith(prefix) for name in files.paths.below("")])
-        sides.append((files.where(is_there), labels[is_there], class_names))
+        of_folder = labels._replace(numbers=labels.numbers[is_there])
+        sides.append((files.where(is_there), of_folder))
     return sides
 
 
@@ -283,7 +279,7 @@ def divided(side: Side, names: Sequence[str], held_out: float) -> DataSource:
         held_out: share of the queries.
     """
     is_query = is_held_out(map(os.fsencode, names), held_out)
-    of_labelled = is_query[side.labels >= 0]
+    of_labelled = is_query[side.labels.numbers >= 0]
     # A monitor needs images on both sides.
     if of_labelled.all() or not of_labelled.any():
         return DataSource(side.images, side.labelled(), None, IMAGE_SIZE)

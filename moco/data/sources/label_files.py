@@ -1,7 +1,8 @@
 """Classes of images from a text file: a table with a name and a class in each line.
 
 The cells are divided by commas, semicolons or tabs. The first line may name the columns. A class is
-a name or a whole number. Several columns of 0 and 1 give the class that has the 1.
+a name or a whole number. Several columns of 0 and 1 stand for one class each, and an image has the
+classes with a 1.
 """
 
 import csv
@@ -18,6 +19,7 @@ import numpy as np
 from moco.data.files.formats import FORMAT_OF_ENDING
 from moco.data.files.listing import ending_of
 from moco.data.files.text_files import read_text
+from moco.data.sources.label_sets import numbered_sets
 from moco.errors import InputError, printable
 
 log = logging.getLogger(__name__)
@@ -57,10 +59,19 @@ class Table(NamedTuple):
     """The other lines, all of the same number of cells."""
 
 
-def read_labels(
-    path: str, root: str, names: Sequence[str]
-) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    """Return the class numbers of images, and the names of the classes.
+class Labels(NamedTuple):
+    """The labels of images or of rows of a table."""
+
+    numbers: np.ndarray
+    """(images,) int64, `NO_CLASS` for an image without a label."""
+    class_names: tuple[str, ...] | None
+    """By number; None if the classes have no names."""
+    label_sets: np.ndarray | None = None
+    """See `Labelled`."""
+
+
+def read_labels(path: str, root: str, names: Sequence[str]) -> Labels:
+    """Return the labels of images.
 
     The log says how many images have no class, and how many lines have no image.
 
@@ -70,13 +81,9 @@ def read_labels(
         names: (images,) paths of the images below their folder. The file may have these, or only
             the last part of each, and both without their endings.
 
-    Returns:
-        (images,) int64, -1 for an image without a class; and the class names by number, None if
-        the file has whole numbers.
-
     Raises:
         InputError: the file is missing or no such table, a name stands for several images, an image
-            has several classes, or no line has an image.
+            has two lines that differ, or no line has an image.
     """
     finder = ImageFinder(names)
     table = read_table(find_file(path, root), finder)
@@ -87,10 +94,10 @@ def read_labels(
     has_image = places != NO_IMAGE
     table = table._replace(rows=list(compress(table.rows, has_image)))
     names_there = list(compress(names_there, has_image))
-    numbers, class_names = numbered_classes(table, names_there, class_columns)
+    of_rows = numbered_classes(table, class_columns)
     labels = np.full(len(names), NO_CLASS, dtype=np.int64)
     twice = []
-    of_images = zip(names_there, places[has_image].tolist(), numbers.tolist(), strict=True)
+    of_images = zip(names_there, places[has_image].tolist(), of_rows.numbers.tolist(), strict=True)
     for name, place, number in of_images:
         if number == NO_CLASS:
             continue
@@ -113,7 +120,7 @@ def read_labels(
             f"{len(names):,}",
             first_few(names[place] for place in unlabelled[: NUM_NAMED + 1]),
         )
-    return labels, class_names
+    return of_rows._replace(numbers=labels)
 
 
 def first_few(names: Iterable[str], most: int = NUM_NAMED) -> str:
@@ -278,25 +285,23 @@ def check_places(table: Table, root: str, names: Sequence[str], places: np.ndarr
         )
 
 
-def numbered_classes(
-    table: Table, names: Sequence[str], columns: Sequence[int]
-) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    """Return the class number of each row, -1 without one, and the names of the classes.
+def numbered_classes(table: Table, columns: Sequence[int]) -> Labels:
+    """Return the label of each row.
 
     Class names are numbered in natural order. Whole numbers stay as they are, and have no names;
     an empty cell or a negative number is no class.
 
     Raises:
-        InputError: a row has several classes, or the classes are numbers with decimals.
+        InputError: the classes are numbers with decimals.
     """
     if len(columns) > 1:
-        return one_of_many(table, names, columns)
+        return one_or_several(table, columns)
     (column,) = columns
     values = [row[column] for row in table.rows]
     given = {value for value in values if value}
     if given and all(WHOLE_NUMBER.fullmatch(value) for value in given):
         numbers = [max(int(value or NO_CLASS), NO_CLASS) for value in values]
-        return np.array(numbers, dtype=np.int64), None
+        return Labels(np.array(numbers, dtype=np.int64), None)
     if any(DECIMAL_NUMBER.fullmatch(value) for value in given):
         number = next(value for value in values if DECIMAL_NUMBER.fullmatch(value))
         raise InputError(
@@ -305,26 +310,22 @@ def numbered_classes(
     class_names = tuple(sorted(given, key=natural_order))
     number_of_class = {name: number for number, name in enumerate(class_names)}
     numbers = [number_of_class.get(value, NO_CLASS) for value in values]
-    return np.array(numbers, dtype=np.int64), class_names
+    return Labels(np.array(numbers, dtype=np.int64), class_names)
 
 
-def one_of_many(
-    table: Table, names: Sequence[str], columns: Sequence[int]
-) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    """Return the column that has the 1 in each row, -1 if none has, and the names of the columns.
+def one_or_several(table: Table, columns: Sequence[int]) -> Labels:
+    """Return the classes of each row, by columns of 0 and 1.
 
-    Raises:
-        InputError: several columns of a row have a 1.
+    If no row has several classes, a row without any has no label. Otherwise it has the label that
+    stands for no class, since an X-ray without findings is labelled, too.
     """
     is_class = np.array([[float(row[column]) == 1 for column in columns] for row in table.rows])
+    class_names = None
+    if table.header is not None:
+        class_names = tuple(table.header[column] for column in columns)
     num_classes = is_class.sum(axis=1)  # (rows,)
-    several = [names[row] for row in np.flatnonzero(num_classes > 1).tolist()]
-    if several:
-        raise InputError(
-            f"{table.path}: {len(several):,} images have several classes: {first_few(several)}; "
-            "expected one class for each image"
-        )
-    numbers = np.where(num_classes == 1, is_class.argmax(axis=1), NO_CLASS)
-    if table.header is None:
-        return numbers, None
-    return numbers, tuple(table.header[column] for column in columns)
+    if (num_classes <= 1).all():
+        numbers = np.where(num_classes == 1, is_class.argmax(axis=1), NO_CLASS)
+        return Labels(numbers, class_names)
+    numbers, label_sets = numbered_sets(is_class)
+    return Labels(numbers, class_names, label_sets)

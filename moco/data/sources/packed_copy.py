@@ -151,7 +151,8 @@ def packed_source(root: str, max_image_pixels: int) -> DataSource:
     # Copies of earlier versions name no classes.
     class_names = index.get("class_names")
     names = None if class_names is None else tuple(class_names)
-    bank, queries = [read_side(side, copy, train, table, names) for side in SIDES]
+    sets = label_sets_of(index)
+    bank, queries = [read_side(side, copy, train, table, names, sets) for side in SIDES]
     return DataSource(train, bank, queries, image_size=index["image_size"])
 
 
@@ -161,6 +162,7 @@ def read_side(
     train: PackedImages,
     table: Mapping[str, np.ndarray],
     class_names: tuple[str, ...] | None,
+    label_sets: np.ndarray | None,
 ) -> Labelled | None:
     """Return the copy's ``bank`` or ``queries``, or None if it has none."""
     if f"{side}_rows" not in table:
@@ -169,7 +171,18 @@ def read_side(
     images = copy.subset(rows)
     if np.array_equal(rows, np.arange(len(train))):
         images = train  # the same object, so that it is cached once
-    return Labelled(images, table[f"{side}_labels"], class_names)
+    return Labelled(images, table[f"{side}_labels"], class_names, label_sets)
+
+
+def label_sets_of(index: Mapping[str, Any]) -> np.ndarray | None:
+    """Return the classes that each label stands for, see `Labelled`."""
+    classes_of_labels = index.get("label_sets")
+    if classes_of_labels is None:
+        return None
+    label_sets = np.zeros((len(classes_of_labels), index["num_classes"]), bool)
+    for label, classes in enumerate(classes_of_labels):
+        label_sets[label, classes] = True
+    return label_sets
 
 
 def read_copy(

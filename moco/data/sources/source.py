@@ -317,6 +317,9 @@ class Labelled:
     """(images,) int64, 0 or more; numbers may have gaps."""
     class_names: tuple[str, ...] | None = None
     """The name of each class by its number; None if only the numbers are known."""
+    label_sets: np.ndarray | None = None
+    """(label numbers, classes) bool, the classes that each label number stands for, of images with
+    several classes each. None: a label is the number of a class."""
 
     def class_name(self, number: int) -> str:
         """Return the name of a class, or its number as text."""
@@ -324,11 +327,26 @@ class Labelled:
             return str(number)
         return self.class_names[number]
 
+    def label_name(self, label: int) -> str:
+        """Return the name of the class, or the names of the classes, of an image's label."""
+        if self.label_sets is None:
+            return self.class_name(label)
+        numbers = np.flatnonzero(self.label_sets[label]).tolist()
+        names = [self.class_name(number) for number in numbers]
+        return " + ".join(names) or "no class"
+
+    def classes_there(self) -> set[int]:
+        """Return the numbers of the classes that at least one image has."""
+        labels = np.unique(self.labels)
+        if self.label_sets is None:
+            return set(labels.tolist())
+        return set(np.flatnonzero(self.label_sets[labels].any(axis=0)).tolist())
+
 
 def warn_of_missing_classes(bank: Labelled, queries: Labelled) -> None:
     """Warn of the classes that only one of bank and queries has, if there are any."""
-    in_bank = set(np.unique(bank.labels).tolist())
-    in_queries = set(np.unique(queries.labels).tolist())
+    in_bank = bank.classes_there()
+    in_queries = queries.classes_there()
     for side, missing in (("bank", in_queries - in_bank), ("queries", in_bank - in_queries)):
         if missing:
             first = sorted(missing)[:NUM_NAMED]

@@ -18,6 +18,7 @@ from torch import Tensor
 from moco.data.files.encoded_image import IMAGE_TYPES, ImageHeader, check_memory
 from moco.data.files.images import DecodedImage, UnreadableImage
 from moco.data.sources.folders import is_held_out
+from moco.data.sources.label_sets import is_matrix_of_classes, numbered_sets
 from moco.data.sources.source import (
     DataSource,
     Images,
@@ -209,8 +210,8 @@ def stored_source(
         file: at the path `root`.
         max_image_pixels: images that take more memory than 8-bit RGB of so many pixels are refused.
         image_key: the array of the images; None: the only one of three or four axes.
-        label_key: the array of the labels, whole numbers from 0, (images,) or (images, 1); None:
-            there are no labels.
+        label_key: the array of the labels: whole numbers from 0, (images,) or (images, 1); or 0 and
+            1, (images, classes), for images with several classes each. None: there are no labels.
         held_out: fraction of the images that are queries, from 0 to 1.
 
     Raises:
@@ -240,16 +241,17 @@ def stored_source(
         return source
     if label_key not in arrays:
         raise InputError(f"data.label_key: {unknown_name('array', label_key, arrays)}")
-    labels = read_labels(arrays[label_key], len(train), f"data.label_key={label_key}")
+    what = f"data.label_key={label_key}"
+    labels, label_sets = read_labels(arrays[label_key], len(train), what)
     names = (str(row).encode() for row in range(len(train)))
     is_query = is_held_out(names, held_out)
     # A monitor needs images on both sides.
     if is_query.all() or not is_query.any():
-        return replace(source, bank=Labelled(train, labels))
+        return replace(source, bank=Labelled(train, labels, label_sets=label_sets))
     sides = []
     for is_chosen in (~is_query, is_query):
         part = replace(train, rows=rows[torch.from_numpy(is_chosen)])
-        sides.append(Labelled(part, labels[is_chosen]))
+        sides.append(Labelled(part, labels[is_chosen], label_sets=label_sets))
     return replace(source, bank=sides[0], queries=sides[1])
 
 
@@ -281,27 +283,29 @@ def chosen_image_key(arrays: dict[str, Any], image_key: str | None, where: str) 
     raise InputError(f"{where}: no array of images in there (found {there})")
 
 
-def read_labels(array: Any, num_images: int, what: str) -> np.ndarray:
-    """Return labels (images,) int64.
+def read_labels(array: Any, num_images: int, what: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return labels (images,) int64, and the classes that they stand for, see `Labelled`.
 
     Raises:
-        InputError: they are not one class number for each image, or cannot be read.
+        InputError: they are not one class number for each image, nor 0 and 1 for each class, or
+            cannot be read.
     """
-    dtype = np.dtype(array.dtype)
-    is_integer = np.issubdtype(dtype, np.integer)
-    is_one_each = array.shape in ((num_images,), (num_images, 1))
-    numbers = None
-    if is_integer and is_one_each:
+    dtype, shape = np.dtype(array.dtype), tuple(array.shape)
+    is_integer = dtype.kind in "iub"
+    values = None
+    if is_integer and len(shape) in (1, 2) and shape[0] == num_images:
         try:
-            numbers = np.asarray(array[:]).reshape(-1).astype(np.int64)
+            values = np.asarray(array[:])
         except Exception as error:  # as in `StoredImages.opened`
             raise InputError(f"{what}: cannot be read ({printable(str(error))})") from error
-    if numbers is None or (numbers < 0).any():
+        if is_matrix_of_classes(values, num_images):
+            return numbered_sets(values)
+    if values is None or values.size != num_images or (values < 0).any():
         raise InputError(
             f"{what}: expected one class number (0 or more) for each of the {num_images} images, "
-            f"got {dtype} {tuple(array.shape)}"
+            f"or a row of 0 and 1, got {dtype} {shape}"
         )
-    return numbers
+    return values.reshape(-1).astype(np.int64), None
 
 
 def is_npy(path: str) -> bool:

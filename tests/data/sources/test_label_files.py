@@ -12,8 +12,8 @@ NAMES = ["a/1.png", "a/2.png", "b/3.png", "b/4.png"]
 def labels_of(tmp_path, content, names=NAMES):
     data = content if isinstance(content, bytes) else content.encode()
     (tmp_path / "labels.csv").write_bytes(data)
-    numbers, class_names = read_labels("labels.csv", str(tmp_path), names)
-    return numbers.tolist(), class_names
+    labels = read_labels("labels.csv", str(tmp_path), names)
+    return labels.numbers.tolist(), labels.class_names
 
 
 DOG_CAT = ([1, 0, 1, -1], ("cat", "dog"))
@@ -71,7 +71,10 @@ MISTAKES = {
         "1.png,a\n1.png,b\n2.png,a\n",
         r"1 images have a second line with another class: 1\.png",
     ),
-    "several ones": ("name,a,b\n1.png,1,1\n2.png,1,0\n", r"1 images have several classes: 1\.png"),
+    "other sets of classes": (
+        "name,a,b\n1.png,1,1\n2.png,1,0\n1.png,0,1\n",
+        r"1 images have a second line with another class: 1\.png",
+    ),
     "decimals": ("1.png,0.25\n2.png,1.5\n", "a class is 0.25; expected names of classes"),
     "no classes": ("1.png,\n2.png,\n", "no image below .* has a class in there"),
 }
