@@ -66,7 +66,7 @@ def run(config: SegmentConfig, folder: Path) -> None:
             raise InputError(f"{error}{way_to_measure(config, folder)}") from error
         train = data.source.train
         run.training_set = training_set(
-            train.images.files(), len(train), config.data.batch_size, config.data.root
+            train.images.files, len(train), config.data.batch_size, config.data.root
         )
         resumed = take_folder(run, stack, checkpoint, segmenter.hparams, tensor_settings)
         trainer = build_trainer(run, resumed)

@@ -122,9 +122,9 @@ def train(
                     "init_from=%s is not read: the run goes on from a checkpoint", config.init_from
                 )
         train = data.source.train
-        root = config.data.root
-        run.training_set = training_set(
-            checks.names_of(train), len(train), config.data.batch_size, root
+        size, root = config.data.batch_size, config.data.root
+        run.training_set = collectives.from_rank_zero(
+            lambda: training_set(lambda: checks.names_of(train), len(train), size, root)
         )
         resumed = collectives.from_rank_zero(
             lambda: take_folder(run, stack, checkpoint, method.hparams, tensor_settings)

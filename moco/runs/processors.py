@@ -44,7 +44,10 @@ def processor_quota(root: Path = Path("/")) -> float | None:
         return None
     quotas = []
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if path == "":
+            continue
         if controllers == "":
             quotas += quotas_of_version_2(root / "sys/fs/cgroup", path)
         elif "cpu" in controllers.split(","):
@@ -59,7 +62,7 @@ def quotas_of_version_2(mount: Path, path: str) -> list[float]:
     found = []
     for folder in folders_up(mount, path):
         quota, _, period = read_line(folder / "cpu.max").partition(" ")
-        if quota.isdecimal() and period.isdecimal():
+        if quota.isdecimal() and period.isdecimal() and int(period) > 0:
             found.append(int(quota) / int(period))
     return found
 
@@ -70,7 +73,8 @@ def quotas_of_version_1(mount: Path, path: str) -> list[float]:
     for folder in folders_up(mount, path):
         quota = read_line(folder / "cpu.cfs_quota_us")
         period = read_line(folder / "cpu.cfs_period_us")
-        if quota.isdecimal() and period.isdecimal():  # -1: no limit
+        # A quota of -1 is no limit.
+        if quota.isdecimal() and period.isdecimal() and int(period) > 0:
             found.append(int(quota) / int(period))
     return found
 

@@ -1,7 +1,7 @@
 """What a checkpoint holds of the images it was trained on, and what a change of them means."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,11 +33,13 @@ class TrainingSet:
         return None not in (self.names, then.names) and self.names != then.names
 
 
-def training_set(names: Iterable[str], num_images: int, batch_size: int, root: Any) -> TrainingSet:
+def training_set(
+    names: Callable[[], Iterable[str]], num_images: int, batch_size: int, root: Any
+) -> TrainingSet:
     """Return the training set of images with these names.
 
     Args:
-        names: of the images, or of what holds them.
+        names: returns those of the images, or of what holds them.
         num_images: how many images there are.
         batch_size: images per optimizer step. The last ones of an epoch that fill no batch are left
             out.
@@ -46,7 +48,7 @@ def training_set(names: Iterable[str], num_images: int, batch_size: int, root: A
     digest = None
     if num_images <= MOST_NAMES:
         start = root.rstrip("/") + "/" if isinstance(root, str) else ""
-        in_order = sorted(name.removeprefix(start) for name in names)
+        in_order = sorted(name.removeprefix(start) for name in names())
         text = "\0".join(in_order).encode(errors="surrogatepass")
         digest = hashlib.blake2b(text, digest_size=16).hexdigest()
     return TrainingSet(num_images, digest, num_images // batch_size)
@@ -57,7 +59,10 @@ def from_checkpoint(content: dict[str, Any]) -> TrainingSet | None:
     item = content.get(KEY)
     if not isinstance(item, dict):
         return None
-    return TrainingSet(item["num_images"], item["names"], item["steps_per_epoch"])
+    num_images, steps = item.get("num_images"), item.get("steps_per_epoch")
+    if not isinstance(num_images, int) or not isinstance(steps, int):
+        return None
+    return TrainingSet(num_images, item.get("names"), steps)
 
 
 def change_in_words(then: TrainingSet, now: TrainingSet) -> str:

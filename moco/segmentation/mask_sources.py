@@ -148,8 +148,7 @@ def build_segmentation_source(
     if not any(numbers[num_train:]):
         log.warning(
             "data.root=%s: no pixel of the held-out masks has a class, all are "
-            "data.ignore_index=%d; the figures of this dataset are null, so that no best epoch "
-            "can be chosen",
+            "data.ignore_index=%d; the figures of this dataset are null",
             root,
             ignore_index,
         )

@@ -20,7 +20,7 @@ from moco.train import run
 
 def images_named(*numbers):
     names = [f"/pics/{number}.jpg" for number in numbers]
-    return training_set(names, len(names), 8, "/pics")
+    return training_set(lambda: names, len(names), 8, "/pics")
 
 
 def given(runner, tmp_path, overrides=(), *, now):
@@ -54,7 +54,8 @@ def checked(run, then, path=None, **content):
 
 def test_the_same_images_in_another_order_and_place_are_no_change(runner, tmp_path, caplog):
     here = given(runner, tmp_path, now=images_named(*range(32)))
-    moved = training_set([f"/new/{number}.jpg" for number in reversed(range(32))], 32, 8, "/new/")
+    names = [f"/new/{number}.jpg" for number in reversed(range(32))]
+    moved = training_set(lambda: names, 32, 8, "/new/")
     resumed = checked(here, moved)
     assert (resumed.step, resumed.has_own_figures, resumed.has_other_steps) == (8, True, False)
     assert not caplog.records
@@ -87,7 +88,8 @@ def test_another_number_of_steps_has_to_be_allowed(runner, tmp_path, caplog):
     assert checked(other, then, tmp_path / "one.ckpt", config=config).has_other_steps
     # Old checkpoints say nothing of their images.
     old = given(runner, tmp_path, now=now)
-    assert not checked(old, then, **{KEY: None}).has_other_steps
+    for item in (None, {}, {"num_images": "many"}):
+        assert not checked(old, then, **{KEY: item}).has_other_steps
 
 
 def test_an_epoch_that_has_become_too_short_is_refused(runner, tmp_path):

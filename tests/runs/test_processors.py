@@ -60,6 +60,7 @@ def machine(tmp_path):
             None,
         ),
         ("0::/\n", {}, None),
+        ("nonsense\n\n0::/\n", {"sys/fs/cgroup/cpu.max": "100000 0\n"}, None),
     ],
 )
 def test_quotas_of_both_versions_are_read(cgroup, files, expected, machine):
