@@ -118,7 +118,8 @@ def steps_in_epoch(content: Mapping[str, Any], config: Mapping[str, Any]) -> int
         return 0
     loop = content.get("loops", {}).get("fit_loop", {})
     progress = loop.get("epoch_loop.batch_progress", {}).get("current", {})
-    return int(progress.get("completed", 0)) // config["trainer"]["accumulate_grad_batches"]
+    # A checkpoint is written before Lightning counts its last batch as completed.
+    return int(progress.get("processed", 0)) // config["trainer"]["accumulate_grad_batches"]
 
 
 def steps_left(run: Any, content: Mapping[str, Any], now: TrainingSet, done: int) -> int:

@@ -13,9 +13,10 @@ from moco.callbacks.resumed_schedule import ResumedSchedule
 from moco.cli.build_pretraining import build_method
 from moco.cli.resuming import check_checkpoint
 from moco.cli.training_run import Run
-from moco.errors import InputError
+from moco.errors import InputError, Interrupted
 from moco.runs.training_set import KEY, training_set
 from moco.train import run
+from tests.runs.test_resume import interrupt_at
 
 
 def images_named(*numbers):
@@ -94,7 +95,7 @@ def test_another_number_of_steps_has_to_be_allowed(runner, tmp_path, caplog):
 
 def test_an_epoch_that_has_become_too_short_is_refused(runner, tmp_path):
     here = given(runner, tmp_path, ["resume_changed_data=true"], now=images_named(*range(10)))
-    loop = {"epoch_loop.batch_progress": {"current": {"completed": 3}}}
+    loop = {"epoch_loop.batch_progress": {"current": {"processed": 3}}}
     inside = {"global_step": 11, "loops": {"fit_loop": loop}}
     with pytest.raises(InputError, match="of the middle of an epoch, after 3 steps of it"):
         checked(here, images_named(*range(32)), **inside)
@@ -195,14 +196,42 @@ def test_with_other_steps_the_schedule_goes_on_at_its_epoch_and_ends_with_the_ru
     assert checkpoint == {"schedule_offset": -6}
 
 
+def write_images(folder, number):
+    folder.mkdir(exist_ok=True)
+    for index in range(number):
+        Image.new("L", (8, 8), index).save(folder / f"{index}.png")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_inside_an_epoch_goes_on_with_more_images(
+    runner, tmp_path, monkeypatch, caplog
+):
+    config = runner.config("method.queue_size=16", "trainer.max_steps=-1", "trainer.max_epochs=2")
+    config.data.name, config.data.root, config.data.batch_size = "images", str(tmp_path / "pics"), 8
+    write_images(tmp_path / "pics", 32)
+    with monkeypatch.context() as context:
+        interrupt_at(1, context)
+        with pytest.raises(Interrupted, match="in epoch 1, step 2;"):
+            run(config, tmp_path / "run")
+    write_images(tmp_path / "pics", 48)
+    with pytest.raises(InputError, match="an epoch has 6 steps instead of 4"):
+        run(config, tmp_path / "run")
+    config.resume_changed_data = True
+    run(config, tmp_path / "run")
+    end = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (end["global_step"], end[KEY]["num_images"]) == (12, 48)
+    # The last step of a cosine over twelve steps.
+    assert "with 10 steps left" in caplog.text
+    lr = end["optimizer_states"][0]["param_groups"][0]["lr"]
+    assert 0 < lr < 0.03 * end["hyper_parameters"]["optimizer"]["lr"]
+
+
 @pytest.mark.slow
 def test_figures_of_another_run_and_other_images_are_left_out(runner, tmp_path, caplog):
     two_steps = ["data.batch_size=240", "method.queue_size=240", "trainer.max_steps=2"]
     run(runner.config(*two_steps), tmp_path / "one")
     assert "knn/top1" in json.loads((tmp_path / "one" / "metrics.json").read_text())
-    for number in range(16):
-        (tmp_path / "pics").mkdir(exist_ok=True)
-        Image.new("L", (8, 8), number).save(tmp_path / "pics" / f"{number}.png")
+    write_images(tmp_path / "pics", 16)
     config = runner.config(
         *two_steps, "trainer.max_steps=3", f"resume={tmp_path}/one/checkpoints/last.ckpt"
     )
