@@ -147,17 +147,20 @@ def command_that_works(run: Any, keys: list[str], there: Mapping[str, Any]) -> s
         keys: the settings that differ.
         there: the config of the checkpoint's run.
     """
-    overrides = run.files.get("overrides.yaml")
+    composed = run.files.get("hydra.yaml")
     old, new = flattened(there), flattened(run.plain)
     program = "moco.segment" if isinstance(run.config, SegmentConfig) else "moco.train"
     if program == "moco.segment":
         keys = [*keys, "checkpoint"]  # it decides the backbone
     changes = {key: old.get(key) for key in keys if key in new and old.get(key) != new[key]}
-    if overrides is None or not changes:
+    if composed is None or not changes:
         return ""
+    overrides = yaml.safe_load(composed)["hydra"]["overrides"]
     words = [f"python -m {program}"]
-    for override in yaml.safe_load(overrides):
-        if override.partition("=")[0] not in changes:
+    for override in [*overrides["task"], *overrides["hydra"]]:
+        key = override.partition("=")[0]
+        # Hydra itself adds its mode.
+        if key not in changes and key != "hydra.mode":
             words.append(shlex.quote(override))
     words += [typed(key, value) for key, value in changes.items()]
     return f". This works: {' '.join(words)}"

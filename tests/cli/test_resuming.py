@@ -34,7 +34,9 @@ def given(runner, tmp_path, overrides=(), *, now):
         for group in groups:
             section = getattr(section, group)
         setattr(section, key, yaml.safe_load(value))
-    files = {"overrides.yaml": yaml.safe_dump(list(overrides))}
+    of_hydra = ["hydra.run.dir=a b", "hydra.mode=RUN"]
+    typed = {"task": list(overrides), "hydra": of_hydra}
+    files = {"hydra.yaml": yaml.safe_dump({"hydra": {"overrides": typed}})}
     return Run(config, tmp_path / "run", None, files, training_set=now)
 
 
@@ -109,10 +111,7 @@ def test_a_refused_checkpoint_comes_with_the_command_that_works(runner, tmp_path
         checked(here, images_named(1), path, config=there)
     command = str(error.value).partition(". This works: ")[2]
     assert shlex.split(command) == [
-        "python",
-        "-m",
-        "moco.train",
-        "seed=3",
+        *("python", "-m", "moco.train", "seed=3", "hydra.run.dir=a b"),
         "method.embedding_dim=128",
     ]
 
