@@ -39,8 +39,8 @@ class ResumedSchedule(pl.Callback):
         length = checkpoint["config"]["trainer"]
         self.loaded = {
             "lr": max(group["lr"] for group in groups),
-            "max_epochs": length["max_epochs"],
-            "max_steps": length["max_steps"],
+            "max_epochs": length.get("max_epochs"),
+            "max_steps": length.get("max_steps", -1),
             KEY: checkpoint.get(KEY, 0),
         }
 

@@ -73,6 +73,7 @@ def check_checkpoint(
     done = steps_in_epoch(content, config_there)
     then, now = from_checkpoint(content), run.training_set
     if now is None or then is None:
+        # Checkpoints of earlier versions do not say their images.
         return Resumed(step, is_own, False, done)
     is_changed = now.is_changed(then)
     has_other_steps = then.steps_per_epoch != now.steps_per_epoch
@@ -116,10 +117,12 @@ def steps_in_epoch(content: Mapping[str, Any], config: Mapping[str, Any]) -> int
     """
     if content["figures"].get("step") == content["global_step"]:
         return 0
-    loop = content.get("loops", {}).get("fit_loop", {})
-    progress = loop.get("epoch_loop.batch_progress", {}).get("current", {})
     # A checkpoint is written before Lightning counts its last batch as completed.
-    return int(progress.get("processed", 0)) // config["trainer"]["accumulate_grad_batches"]
+    found: Any = content
+    for key in ("loops", "fit_loop", "epoch_loop.batch_progress", "current", "processed"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    num_batches = found if isinstance(found, int) else 0
+    return num_batches // config["trainer"]["accumulate_grad_batches"]
 
 
 def steps_left(run: Any, content: Mapping[str, Any], now: TrainingSet, done: int) -> int:
