@@ -15,7 +15,7 @@ THREADS = "OMP_NUM_THREADS"
 """The environment variable from which torch, MKL and faiss take the number of their threads."""
 NANOSECONDS = 1e-9
 LEAST_WAITING = 0.3
-"""From this share of waiting on, a machine counts as busy. On an idle one it is under 0.02."""
+"""From this share of waiting on, a machine counts as busy. On an idle one, threads hardly wait."""
 MOST_USED = 0.8
 """If a run uses more than this share of the processors, it keeps them busy itself."""
 LEAST_WORK = 0.3
