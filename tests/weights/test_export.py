@@ -417,7 +417,7 @@ def test_the_config_composes_and_names_what_is_missing():
         (
             ["checkpoint=x", "output=y", "format=tim"],
             "format: unknown value 'tim'; did you mean 'timm'? "
-            "(choices: safetensors, timm, torchvision)",
+            "(choices: safetensors, smp, timm, torchvision)",
         ),
     ):
         with pytest.raises(InputError) as error:
