@@ -18,12 +18,15 @@ PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart train test test-slow test-lowest test-minimal gpu lint format lock clean moved
+.PHONY: help setup quickstart train test test-slow test-lowest test-minimal gpu lint format docs-configuration lock clean moved
 
 help: ## list the targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3.12]'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
-	    printf '  %-12s %s\n' "$$name" "$$text"; done
+	    printf '  %-20s%s\n' "$$name" "$$text"; done
+
+setup: $(READY) ## make the environment .venv, and nothing else; the other targets make it when they need it
+	@echo 'ready; to work in it: . .venv/bin/activate'
 
 quickstart: $(READY) ## pretrain on the bundled digits: minutes on a CPU, no download
 	exec .venv/bin/python -m moco.train +experiment=quickstart $(ARGS)
@@ -62,6 +65,9 @@ lint: $(READY) ## style, format and types; changes nothing
 format: $(READY) ## format the code and fix what can be fixed
 	.venv/bin/python -m ruff format .
 	.venv/bin/python -m ruff check --fix .
+
+docs-configuration: $(READY) ## write docs/configuration.md anew, after a change in moco/config/
+	.venv/bin/python -m scripts.configuration_page
 
 # Needs no more of .venv than uv: what is locked now may be what does not install.
 lock: ## re-make requirements.lock for pyproject.toml; ARGS=--upgrade takes the newest versions

@@ -28,18 +28,17 @@ def run(config: EmbedConfig, folder: Path) -> None:
             cannot be written.
         RunError: features are not finite, or the machine ran out of memory or disk.
     """
-    from rich.console import Console
-
     from moco.cli.closing_tables import print_plain, print_table
     from moco.data.augment.views import Normalized
     from moco.evaluation import embedding
     from moco.evaluation.indexes import empty_index
     from moco.evaluation.resumable_features import remove_parts, taken
     from moco.evaluation.subject import build_source_of
+    from moco.phases import phase
     from moco.runs.failures import failures_without_training_named
     from moco.runs.interrupts import ending_at_once
-    from moco.runs.progress_bar import image_progress
     from moco.runs.run_folder import claimed
+    from moco.screen import screen
     from moco.training.hardware import choose_device
     from moco.weights.load_encoder import fit_to_data, load_pretrained
 
@@ -84,7 +83,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
         "data": data,
         "values": values.described(),
     }
-    console = Console()
+    console = screen.console
     parts_folder = output.with_name(f"{output.name}.part")
     kept = f"what is done is kept in {parts_folder}, and the same command goes on there"
     # An interruption or a full disk loses nothing, and the message says so.
@@ -92,7 +91,7 @@ def run(config: EmbedConfig, folder: Path) -> None:
     with taken(parts_folder), ending_at_once(), failures_named:
         parts = embedding.open_parts(parts_folder, settings, encoder, images)
         loader = embedding.load_images(images, parts, settings, device)
-        with parts, image_progress(console, "embedding", parts.num_done, len(images)) as say:
+        with parts, phase("embedding", len(images), start=parts.num_done) as say:
             embedding.add_features(
                 encode, loader, parts, len(images), data["max_bad_fraction"], say
             )

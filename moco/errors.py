@@ -51,6 +51,14 @@ def printable(text: str) -> str:
     )
 
 
+def encodable(text: str) -> str:
+    r"""Return text that every library and file takes, as `printable`, but with its line breaks.
+
+    A byte of a name that is not UTF-8 becomes an escape such as ``\udcff``.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def unknown_name(what: str, name: str, choices: Iterable[str]) -> str:
     """Return a sentence about a name that is not among the choices, with the nearest choice."""
     choices = sorted(choices)

@@ -29,14 +29,13 @@ def run(config: EvaluateConfig, folder: Path) -> None:
         InputError: the checkpoint or the data cannot be used, or the backbone has no such window.
         RunError: the machine ran out of memory or disk.
     """
-    from rich.console import Console
-
     from moco.cli import measured_segmenter
     from moco.cli.closing_tables import print_plain, print_table, shown
     from moco.evaluation.measurements import measure
     from moco.runs.atomic_files import write_atomically, write_json
     from moco.runs.failures import failures_without_training_named
     from moco.runs.run_folder import claimed
+    from moco.screen import screen
 
     check_settings(config)
     output = Path(config.output) if config.output else folder / "metrics.json"
@@ -49,7 +48,7 @@ def run(config: EvaluateConfig, folder: Path) -> None:
             subject, pretrained = subject_of(config, folder)
             findings = measure(subject)
             origin = origin_of(subject, pretrained)
-    console = Console()
+    console = screen.console
     rows = [(key, shown(value)) for key, value in findings.scores.items()]
     rows += [(key, str(value)) for key, value in {**findings.protocol, **origin}.items()]
     print_table(console, findings.title, rows)

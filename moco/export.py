@@ -30,12 +30,12 @@ def run(config: ExportConfig, folder: Path) -> None:
         RunError: the disk is full.
     """
     import torch
-    from rich.console import Console
 
     from moco.cli.closing_tables import print_plain, print_table
     from moco.runs.atomic_files import write_atomically
     from moco.runs.failures import failures_without_training_named
     from moco.runs.run_folder import claimed
+    from moco.screen import screen
     from moco.weights.exporting import (
         check_ending,
         deviation,
@@ -66,7 +66,7 @@ def run(config: ExportConfig, folder: Path) -> None:
         with claimed(folder, dataclasses.asdict(config), hydra_files()):
             pass  # a record of the settings
 
-    console = Console()
+    console = screen.console
     print_table(console, f"Exported for {file_format}", summary_rows(backbone, settings, about))
     print_plain(console, f"written to {os.path.relpath(output)}; to load it:")
     for line in loading_lines(file_format, output, backbone, settings, image_size):

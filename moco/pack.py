@@ -25,15 +25,13 @@ def run(config: PackConfig, folder: Path) -> None:
         InputError: the source cannot be read, or the output folder holds something else.
         RunError: the disk is full, or images of the copy differ.
     """
-    from rich.console import Console
-
     from moco.data.packing import LOCK, Pool, check_copy, prepare_folder
     from moco.data.sources.registry import build_source
     from moco.data.sources.source import reading_of
+    from moco.phases import phase
     from moco.runs.failures import failures_without_training_named
     from moco.runs.folder_lock import locked
     from moco.runs.interrupts import PARTS_KEPT, ending_at_once
-    from moco.runs.progress_bar import image_progress
     from moco.runs.run_folder import claimed
 
     output = Path(config.output)
@@ -48,7 +46,7 @@ def run(config: PackConfig, folder: Path) -> None:
     source.read_as(reading_of(vars(config.data)))
     pool = Pool(source)
     if config.check:
-        with image_progress(Console(), "checking", 0, len(pool)) as say:
+        with phase("checking the copy", len(pool)) as say:
             for num_done in check_copy(output, pool):
                 say(num_done)
     else:
@@ -67,12 +65,12 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
     Raises:
         InputError: too many images are unreadable.
     """
-    from rich.console import Console
-
-    from moco.cli.closing_tables import print_table
+    from moco.cli.closing_tables import print_plain, print_table
     from moco.data.packing import CopyWriter, chunk_loader, describe_copy, open_copy
+    from moco.phases import phase
     from moco.runs.interrupts import ENDING, held_back
-    from moco.runs.progress_bar import image_progress
+    from moco.runs.run_folder import as_override
+    from moco.screen import screen
 
     # What must stay the same while a copy is written.
     settings = dataclasses.asdict(config)
@@ -83,18 +81,18 @@ def pack(config: PackConfig, output: Path, pool: "Pool") -> None:
     index = open_copy(output, settings, pool)
     if index["complete"]:
         return
-    console = Console()
     with closing(CopyWriter(output, index, pool, config.data.max_bad_fraction)) as writer:
         loader = chunk_loader(pool, index, writer.num_done, config.num_workers)
         with held_back(ENDING):  # a loader that is interrupted while it starts prints a traceback
             chunks = iter(loader)
-        with image_progress(console, "packing", writer.num_done, len(pool)) as say:
+        with phase("packing", len(pool), start=writer.num_done) as say:
             for chunk in chunks:
                 writer.add(chunk)
                 say(writer.num_done)
         writer.finish()
-    print_table(console, "Packed", describe_copy(index, pool))
-    print(f"train with data=packed data.root={output}")
+    print_table(screen.console, "Packed", describe_copy(index, pool))
+    root = as_override("data.root", output)
+    print_plain(screen.console, f"train with data=packed {root}")
 
 
 def main() -> None:

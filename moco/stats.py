@@ -30,8 +30,6 @@ def run(config: StatsConfig, folder: Path) -> None:
     Raises:
         InputError: the dataset cannot be read, or too many of its images.
     """
-    from rich.console import Console
-
     from moco.cli.closing_tables import print_plain
     from moco.data.band_statistics import figures_of
     from moco.data.sources.pixel_values import checked_selection
@@ -43,6 +41,7 @@ def run(config: StatsConfig, folder: Path) -> None:
     from moco.runs.failures import failures_without_training_named
     from moco.runs.interrupts import ending_at_once
     from moco.runs.run_folder import claimed
+    from moco.screen import screen
 
     output = Path(config.output) if config.output else folder / "stats.json"
     check_output(output)
@@ -54,9 +53,9 @@ def run(config: StatsConfig, folder: Path) -> None:
         del data[name]  # these are no settings of the source
     source = build_source(**data)
     source.read_as(reading_of(vars(config.data)))
-    console = Console()
+    console = screen.console
     with failures_without_training_named("num_workers"), ending_at_once():
-        statistics = measured(source, selection, config, console)
+        statistics = measured(source, selection, config)
     figures = figures_of(statistics, selection, config.low, config.high, per_band=config.per_band)
     console.print(table_of(title_of(figures), COLUMNS, map(row_of, figures["bands"])))
     print_plain(console, "settings for these images:")
@@ -68,19 +67,19 @@ def run(config: StatsConfig, folder: Path) -> None:
 
 
 def measured(
-    source: "DataSource", selection: tuple[int | str, ...] | None, config: StatsConfig, console: Any
+    source: "DataSource", selection: tuple[int | str, ...] | None, config: StatsConfig
 ) -> "Statistics":
     """Return the counts of all images to train on."""
     from moco.data.band_statistics import Reading, Statistics
     from moco.data.files.images import check_bad_fraction
     from moco.data.loading.every_image import image_set
-    from moco.runs.progress_bar import image_progress
+    from moco.phases import phase
 
     images = image_set(source.train)
     statistics = Statistics()
     problems: dict[str, str] = {}
     reading = Reading(selection, config.data.nodata)
-    with image_progress(console, "measuring", 0, len(images)) as say:
+    with phase("measuring", len(images)) as say:
         for number, read in enumerate(images.each(reading, config.num_workers), start=1):
             problem = read.problem
             if not problem:

@@ -4,28 +4,33 @@ import argparse
 import sys
 from pathlib import Path
 
+from moco.cli.help_pages import answer_question
 from moco.cli.sweep_table import as_csv, as_text, find_jobs
-from moco.errors import InputError, printable
+from moco.errors import InputError, encodable, printable
+from moco.screen import let_stdout_escape, show_error
 
 
 def main() -> None:
     """Entry point of ``moco-sweep``."""
-    parser = argparse.ArgumentParser(prog="moco.sweep", description="A table of a sweep's jobs.")
-    parser.add_argument("folder", type=Path, help="of the sweep, for instance runs/sweep/NAME")
-    parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="also write the table with every figure there"
-    )
+    if answer_question("sweep", sys.argv[1:]):
+        return
+    # `answer_question` has the texts of the help page.
+    parser = argparse.ArgumentParser(prog="moco.sweep", add_help=False)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--csv", type=Path, metavar="FILE")
     given = parser.parse_args()
 
     from moco.runs.atomic_files import write_atomically
 
     try:
         jobs = find_jobs(given.folder)
-        print(as_text(jobs))
+        let_stdout_escape()
+        print(encodable(as_text(jobs)))
         if given.csv:
-            write_atomically(given.csv, lambda file: file.write(as_csv(jobs).encode()))
+            table = encodable(as_csv(jobs))
+            write_atomically(given.csv, lambda file: file.write(table.encode()))
     except (InputError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        show_error(printable(f"error: {error}"))
         sys.exit(2)
 
 

@@ -1,6 +1,6 @@
 """Compare how Swins behave when the image and the window grow.
 
-    python scripts/compare_swin.py        (needs timm: pip install moco-ssl[export])
+    python scripts/compare_swin.py        (needs timm: pip install -e '.[export]')
 
 Two tables. How far torchvision's features of a 565 px image move when zeros are added around it.
 And how far the position biases of the offsets that both windows have move from window 7 to window

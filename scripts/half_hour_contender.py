@@ -1,11 +1,12 @@
-"""One contender of scripts/half_hour.py, which trains in turns and embeds CIFAR-10 after each turn.
+"""One contender of scripts/half_hour.py, which trains in turns and embeds the images after each.
 
     python scripts/half_hour_contender.py NAME NPZ FEATURES SECONDS [--batch-size N]
-        [--num-workers N] [KEY=VALUE ...]
+        [--num-workers N] [--seed N] [--experiment NAME] [KEY=VALUE ...]
 
-It reads a number of seconds from standard input, trains for this time, writes the backbone's
-features of all images to FEATURES and answers with a line of JSON. SECONDS is the time of all
-turns. The schedules of `lightly` and `official` end with it.
+It embeds the images with the untrained backbone. Then it reads a number of seconds from standard
+input, trains for this time, writes the backbone's features of all images to FEATURES and answers
+with a line of JSON. SECONDS is the time of all turns. The schedules of `lightly` and `official` end
+with it.
 """
 
 import argparse
@@ -49,9 +50,10 @@ class Turns:
         self.spent = 0.0
         self.images = 0
 
-    def begin(self) -> None:
-        """Say that training can start, and wait for the first turn."""
-        self._answer({})
+    def begin(self, backbone: nn.Module) -> None:
+        """Embed the images before training, and wait for the first turn."""
+        self.embed(backbone)
+        self._answer({"seconds": 0.0, "images": 0, "finished": False})
 
     @property
     def share(self) -> float:
@@ -81,7 +83,7 @@ class Views(Dataset[list[Tensor]]):
     """Two views of each image.
 
     Args:
-        images: (images, 32, 32, 3), uint8.
+        images: (images, side, side, 3), uint8.
         transform: from a Pillow image to both views.
     """
 
@@ -133,7 +135,7 @@ def from_cosine(start: float, end: float, share: float) -> float:
 def lightly(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int) -> None:
     """Train as the MoCo example of lightly's documentation.
 
-    It has torchvision's ResNet-18, a head 512-512-128, MoCoV2Transform(32), batch 256, a memory
+    It has torchvision's ResNet-18, a head 512-512-128, MoCoV2Transform, batch 256, a memory
     bank of 4,096, SGD with lr 0.06, and a key momentum from 0.996 to 1. Differs to its benefit: the
     learning rate, which is constant there, follows a cosine to 0.
     Source: https://docs.lightly.ai/self-supervised-learning/examples/moco.html
@@ -149,9 +151,10 @@ def lightly(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int)
     deactivate_requires_grad(key_encoder)
     criterion = NTXentLoss(memory_bank_size=(4096, 128))
     optimizer = torch.optim.SGD(query_encoder.parameters(), lr=0.06)
-    batches = endless(images, MoCoV2Transform(input_size=32), batch_size or 256, num_workers)
+    transform = MoCoV2Transform(input_size=images.shape[1])
+    batches = endless(images, transform, batch_size or 256, num_workers)
     batch = next(batches)
-    turns.begin()
+    turns.begin(backbone)
     while True:
         optimizer.param_groups[0]["lr"] = from_cosine(0.06, 0, turns.share)
         update_momentum(query_encoder, key_encoder, m=from_cosine(0.996, 1, turns.share))
@@ -209,7 +212,7 @@ def official(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
     view = transforms.Compose(
         [
-            transforms.RandomResizedCrop(32, scale=(0.08, 1.0)),
+            transforms.RandomResizedCrop(images.shape[1], scale=(0.08, 1.0)),
             transforms.RandomHorizontalFlip(),
             transforms.RandomApply([jitter], 0.8),
             transforms.RandomGrayscale(0.2),
@@ -219,7 +222,7 @@ def official(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int
     )
     batches = endless(images, Twice(view), batch_size or 512, num_workers)
     batch = next(batches)
-    turns.begin()
+    turns.begin(query_encoder)
     while True:
         optimizer.param_groups[0]["lr"] = from_cosine(0.06, 0, turns.share)
         query_view, key_view = batch
@@ -243,8 +246,8 @@ def official(images: np.ndarray, turns: Turns, batch_size: int, num_workers: int
         batch = next(batches)
 
 
-def ours(npz: str, turns: Turns, overrides: list[str]) -> None:
-    """Train `+experiment=cifar10_cpu` with all that moco.train does, except for the kNN monitor."""
+def ours(npz: str, turns: Turns, experiment: str, seed: int, overrides: list[str]) -> None:
+    """Train an experiment with all that moco.train does, except for the kNN monitor."""
     import pytorch_lightning as pl
     from hydra import compose, initialize_config_dir
     from rich.console import Console
@@ -256,8 +259,8 @@ def ours(npz: str, turns: Turns, overrides: list[str]) -> None:
     from moco.runs.interrupts import StopRequest
 
     class TakeTurns(pl.Callback):
-        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            turns.begin()
+        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            turns.begin(pl_module.query_encoder.backbone)
 
         def on_train_batch_end(
             self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, index: int
@@ -268,9 +271,10 @@ def ours(npz: str, turns: Turns, overrides: list[str]) -> None:
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         given = [
-            "+experiment=cifar10_cpu",
+            f"+experiment={experiment}",
             "data=npz",
             f"data.root={npz}",
+            f"seed={seed}",
             "evaluation.every_n_epochs=100000",
         ]
         config = parse(compose("train", [*given, *overrides]), TrainConfig)
@@ -326,16 +330,18 @@ def main() -> None:
     parser.add_argument(
         "--num-workers", type=int, default=2, help="loader processes of lightly and official"
     )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--experiment", default="cifar10_cpu", help="of ours")
     parser.add_argument("overrides", nargs="*", help="settings of ours, KEY=VALUE")
     given = parser.parse_intermixed_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries may print, and that is not an answer
-    torch.manual_seed(0)
+    torch.manual_seed(given.seed)
     arrays = dict(np.load(given.npz))
     normalisation = IMAGENET_NORMALISATION if given.name == "lightly" else CIFAR_NORMALISATION
     turns = Turns(given.seconds, answers, embedding(arrays, normalisation, given.features))
     if given.name == "ours":
-        ours(given.npz, turns, given.overrides)
+        ours(given.npz, turns, given.experiment, given.seed, given.overrides)
     else:
         train = {"lightly": lightly, "official": official}[given.name]
         train(arrays["train_images"], turns, given.batch_size, given.num_workers)

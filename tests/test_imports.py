@@ -11,11 +11,14 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "moco"
 PROGRAMS = {"train", "evaluate", "segment", "embed", "preview", "export", "pack", "stats", "sweep"}
 # Files that every package may import.
-FOR_ALL = ("config_folder", "errors", "targets")
+FOR_ALL = ("config_folder", "errors", "extras", "phases", "screen", "targets")
 # The packages that a package may import, beside itself and these files.
 ALLOWED = {
     "config_folder": set(),
     "errors": set(),
+    "phases": set(),
+    "screen": set(),
+    "extras": set(),
     "targets": set(),
     "__init__": {"callbacks", "cli", "data", "evaluation", "methods", "models", "weights"},
     "config": set(),

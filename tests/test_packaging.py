@@ -27,6 +27,7 @@ def test_wheel_holds_the_package_and_every_config(wheel):
     for path in (REPOSITORY / "conf").rglob("*.yaml"):
         assert f"moco/conf/{path.relative_to(REPOSITORY / 'conf')}" in names
     assert {"moco/train.py", "moco/evaluate.py", "hydra_plugins/moco_slurm.py"} <= names
+    assert {f"moco/cli/completion.{shell}" for shell in ("bash", "fish", "zsh")} <= names
     assert not [name for name in names if name.startswith(("tests/", "conf/", "scripts/"))]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from moco.callbacks.running_trainer import is_end
 from moco.errors import Interrupted, RunError
+from moco.phases import phase
 from moco.runs.atomic_files import link_atomically, write_atomically, write_json
 from moco.runs.checkpoint_files import in_bytes
 from moco.runs.interrupts import StopRequest
@@ -212,7 +213,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         # A run that resumes here writes no point of the curves up to here again.
         for logger in trainer.loggers:
             logger.save()
-        trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
+        with phase("saving the checkpoint", unit=""):
+            trainer.save_checkpoint(self.folder / LAST_CHECKPOINT)
         if trainer.is_global_zero and not self.is_size_said:
             self.is_size_said = True
             self._say_size(trainer)

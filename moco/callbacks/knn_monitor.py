@@ -1,6 +1,7 @@
 """The kNN accuracy of the encoder while it trains, as a Lightning callback."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,13 +14,14 @@ from moco.callbacks.epoch_measurement import EpochMeasurement
 from moco.callbacks.feature_plots import FeaturePlots
 from moco.callbacks.running_trainer import board_of, data_of, is_end, log_scalars
 from moco.data.loading.datamodule import PretrainingData, check_unreadable
-from moco.data.loading.every_image import EvaluationBatch
+from moco.data.loading.every_image import EvaluationBatch, num_images
 from moco.data.sources.source import Labelled
 from moco.errors import InputError
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, rank_me
 from moco.evaluation.features import EmbeddingStopped, embed, evaluating
 from moco.evaluation.knn import KNNResult, knn_accuracy
 from moco.evaluation.reports.embedded import Embedded
+from moco.phases import counted, phase
 from moco.training.distributed.collectives import (
     copy_from_rank_zero,
     from_rank_zero,
@@ -235,19 +237,24 @@ class KNNMonitor(EpochMeasurement):
         device = pl_module.device
         if self.is_of_loaders(trainer):
             with evaluating(pl_module):
-                sides = [self._embedded(loader, encode, device) for loader in self.loaders(trainer)]
+                bank_loader, query_loader = self.loaders(trainer)
+                bank_side = self._embedded(bank_loader, encode, device, "kNN: bank")
+                sides = [bank_side, self._embedded(query_loader, encode, device, "kNN: queries")]
             if epoch is not None:
                 self._show_rank(trainer, sides[0][0])
             return self._classified(sides[0], sides[1], device)
         data = data_of(trainer)
 
-        def embedded(labelled: Any) -> Embedded:
+        def embedded(labelled: Any, title: str) -> Embedded:
             loader = data.evaluation_dataloader(labelled)
+            total = math.ceil(len(labelled.labels) / world_size())
+            batches = counted(loader, title, total, size=num_images)
             how = device, self.should_stop, self.precision
-            return embed_together(labelled, encode, loader, *how)
+            return embed_together(labelled, encode, batches, *how)
 
         with evaluating(pl_module):
-            bank, queries = embedded(data.source.bank), embedded(data.source.queries)
+            bank = embedded(data.source.bank, "kNN: bank")
+            queries = embedded(data.source.queries, "kNN: queries")
 
         def search() -> KNNResult:
             for side in (bank, queries):
@@ -261,10 +268,14 @@ class KNNMonitor(EpochMeasurement):
         return from_rank_zero(search)
 
     def _embedded(
-        self, loader: Iterable[Any], encode: Callable[[Tensor], Tensor], device: torch.device
+        self,
+        loader: Iterable[Any],
+        encode: Callable[[Tensor], Tensor],
+        device: torch.device,
+        title: str,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return features (images, feature_dim) and labels (images,) of a loader's batches."""
-        batches = plain_batches(loader)
+        batches = counted(plain_batches(loader), title, size=num_images)
         features, labels, _ = embed(encode, batches, device, self.should_stop, self.precision)
         if len(labels) == 0:
             raise InputError("KNNMonitor: bank or queries yield no images")
@@ -278,11 +289,12 @@ class KNNMonitor(EpochMeasurement):
     ) -> KNNResult:
         """Classify the queries; each side is features and labels."""
         arrays = (*bank, *queries)
-        try:
-            return knn_accuracy(*arrays, self.num_neighbors, self.temperature, device)
-        except torch.OutOfMemoryError:
-            log.info("kNN: searching on the CPU, because training leaves too little GPU memory")
-        return knn_accuracy(*arrays, self.num_neighbors, self.temperature, "cpu")
+        with phase("kNN: searching", unit=""):
+            try:
+                return knn_accuracy(*arrays, self.num_neighbors, self.temperature, device)
+            except torch.OutOfMemoryError:
+                log.info("kNN: searching on the CPU, because training leaves too little GPU memory")
+            return knn_accuracy(*arrays, self.num_neighbors, self.temperature, "cpu")
 
     def _show(self, trainer: pl.Trainer, epoch: int, bank: Embedded, queries: Embedded) -> None:
         """Log what the features show beside the scores; on rank 0 alone."""
@@ -293,9 +305,11 @@ class KNNMonitor(EpochMeasurement):
         is_last = is_end(trainer, epoch)
         if self.plots.is_due(epoch, max(0, epoch - self.every_n_epochs), is_last):
             k = min(self.num_neighbors, len(bank.rows))
-            self.plots.draw(experiment, trainer.global_step, bank, queries, k, self.temperature)
+            with phase("kNN: plots", unit=""):
+                self.plots.draw(experiment, trainer.global_step, bank, queries, k, self.temperature)
         if is_last and self.plots.projector_images:
-            self.plots.project(experiment, queries)
+            with phase("embedding projector", unit=""):
+                self.plots.project(experiment, queries)
 
     def _show_rank(self, trainer: pl.Trainer, features: np.ndarray) -> None:
         if trainer.logger is not None:

@@ -11,9 +11,10 @@ from moco.callbacks.epoch_measurement import EpochMeasurement
 from moco.callbacks.running_trainer import board_of, log_scalars
 from moco.data.sources.pixel_values import PixelValues
 from moco.evaluation.features import evaluating
+from moco.phases import counted
 from moco.segmentation.comparison_plot import comparison_plot
 from moco.segmentation.inference import predicted_classes
-from moco.segmentation.mask_batches import MaskBatch
+from moco.segmentation.mask_batches import MaskBatch, num_read
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
 from moco.segmentation.segmentation_data import SegmentationData, check_readable
 
@@ -44,7 +45,9 @@ class SegmentationMonitor(EpochMeasurement):
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
         plots: list[Tensor] = []
         with evaluating(pl_module):
-            for batch in data.evaluation_dataloader():
+            total = len(data.source.validation)
+            loader = data.evaluation_dataloader()
+            for batch in counted(loader, "mIoU", total, size=num_read):
                 # A measurement that is cut short is done when the run is resumed.
                 if self.should_stop():
                     self.owed = True

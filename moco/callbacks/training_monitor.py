@@ -59,14 +59,16 @@ class LossMonitor(pl.Callback):
         self.loss_sum = 0.0
         self.batches = 0.0
         """Batches with a finite loss."""
+        self.recent_loss = math.nan
+        """Mean of the finite losses that were read last, on this process."""
         self.seconds_before = 0.0
         """Seconds of training before the run resumed from its checkpoint."""
         self.losses: list[Tensor] = []
         """Recent losses, kept on the device. Summing them later avoids extra kernels and a
         synchronisation in every step."""
 
-    def _add_losses(self) -> None:
-        """Wait for the recent losses and add them to the sum.
+    def read_losses(self) -> None:
+        """Wait for the recent losses and add them to the sum. It is for now and then.
 
         In double precision, so that the sum does not depend on how often this is called.
         """
@@ -75,11 +77,12 @@ class LossMonitor(pl.Callback):
             finite = losses[losses.isfinite()]
             self.loss_sum += float(finite.sum())
             self.batches += len(finite)
+            self.recent_loss = float(finite.mean()) if len(finite) else math.nan
             self.losses = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the means over all processes, so that each process can resume from them."""
-        self._add_losses()
+        self.read_losses()
         seconds = self.seconds_before + epoch_time.so_far(STEPS, WAITING)
         sums = gather_objects((self.loss_sum, self.batches, seconds))
         loss_sum, batches, seconds = np.mean(sums, axis=0).tolist()
@@ -151,36 +154,41 @@ class LossMonitor(pl.Callback):
         self.losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
         self.images += len(batch.indices) * trainer.world_size
         if is_logged_step(trainer, batch_idx, self.log_every_n_steps):
-            self._add_losses()
+            self.read_losses()
             self._log_step(trainer, pl_module, outputs)
             self._warn_of_waiting()
 
     def _warn_of_waiting(self) -> None:
-        """Warn once if training has taken `SECONDS` and waited for much of it.
+        """Warn once if training has waited for much of its time.
 
-        A resumed run starts anew, because its settings may have changed. The first batch does not
-        count, because it also waits until the loader processes have started.
+        A resumed run starts anew, because its settings may have changed.
         """
-        waited = epoch_time.so_far(WAITING) - (self.first_wait or 0.0)
-        seconds = epoch_time.so_far(STEPS) + waited
-        if not self.has_warned and seconds >= SECONDS and waited > MUCH_WAITING * seconds:
+        share = self.waiting_share()
+        if not self.has_warned and share > MUCH_WAITING:
             self.has_warned = True
             log.warning(
-                f"training waited {100 * waited / seconds:.0f} % of the time for images; "
+                f"training waited {100 * share:.0f} % of the time for images; "
                 "see docs/performance.md#waiting-for-data"
             )
 
+    def waiting_share(self) -> float:
+        """Return the share of this process's training time that went into waiting for data.
+
+        It is 0 until training has taken `SECONDS`. The first batch does not count, because it also
+        waits until the loader processes have started.
+        """
+        waited = epoch_time.so_far(WAITING) - (self.first_wait or 0.0)
+        seconds = epoch_time.so_far(STEPS) + waited
+        return waited / seconds if seconds >= SECONDS else 0.0
+
     def _log_step(self, trainer: pl.Trainer, pl_module: Any, outputs: dict[str, Tensor]) -> None:
-        speed = self._speed()
-        # The progress bar shows the speed.
-        self.figures |= speed
         if trainer.logger:
             learning_rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
             figures = {
                 "train/loss": float(outputs["loss"]) * trainer.accumulate_grad_batches,
                 "train/learning_rate": max(learning_rates),
                 **self.step_figures(trainer, pl_module, outputs),
-                **speed,
+                **self.speed(),
             }
             log_scalars(trainer, figures)
 
@@ -194,14 +202,15 @@ class LossMonitor(pl.Callback):
         """
         return {}
 
-    def _speed(self) -> dict[str, float]:
+    def speed(self) -> dict[str, float]:
+        """Return ``images_per_second`` and ``data_wait`` of the epoch so far."""
         elapsed = max(time.perf_counter() - self.started, 1e-9)
         return {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         state = LossMonitor.state_dict(self)
         loss = state["loss_sum"] / state["batches"] if state["batches"] else math.nan
-        speed = self._speed()
+        speed = self.speed()
         self.figures |= {"train/loss": loss, **speed, "train/seconds": state["seconds"]}
         self.epoch_ended = True
         self._warn_of_waiting()

@@ -16,6 +16,7 @@ from moco.cli.extensions import check_callbacks, check_loggers
 from moco.config.segment import SegmentConfig
 from moco.config.train import TrainConfig, TrainerConfig
 from moco.errors import InputError
+from moco.extras import install_command
 from moco.runs.run_folder import LAST_CHECKPOINT, as_override, has_checkpoint
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def check_pretraining(config: TrainConfig, folder: Path) -> None:
     """Raise InputError if a file, a library or a device is missing, before the data are read."""
     check_run(config)
     if config.optimizer.name == "lars" and importlib.util.find_spec("timm") is None:
-        raise InputError("optimizer.name=lars needs timm: pip install 'moco-ssl[lars]'")
+        raise InputError(f"optimizer.name=lars needs timm: {install_command('lars')}")
     if config.init_from and not Path(config.init_from).is_file() and not has_checkpoint(folder):
         raise InputError(f"init_from={config.init_from}: no such file")
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moco.cli.training_run import Run
 from moco.config.train import TrainConfig
+from moco.errors import encodable, printable
 from moco.runs.run_folder import BACKBONE_FILE, LAST_CHECKPOINT, as_override
 from moco.targets import GIVEN
 from moco.training.stopwatches import epoch_time, in_words
@@ -25,17 +27,19 @@ KNN_FIGURES = {
 
 def print_table(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Print names and values in two columns under a title."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    # As `Text`, because rich would take the brackets of a path for its markup.
+    shown_title = Text(encodable(title), "table.title")
+    table = Table(title=shown_title, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")  # a path that is cut short cannot be copied
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
 
 
 def print_plain(console: Console, line: str) -> None:
     """Print a line that can be copied: it is not wrapped, and its brackets are no markup."""
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(encodable(line), soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def training_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 the run failed, 2 bad input, 128 + signal after an interru
 """
 
 import re
-import sys
 import traceback
 
 import yaml
@@ -23,6 +22,8 @@ from omegaconf.errors import (
 
 from moco.config.parsing import unknown_key
 from moco.errors import InputError, Interrupted, RunError, exit_code, printable, unknown_name
+from moco.extras import install_command
+from moco.screen import show_error
 
 # What composing a config raises when the config is wrong.
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -49,7 +50,7 @@ def report(error: BaseException, schema: type) -> tuple[str, int]:
         # A defect of ours or of a library: developers need to see where.
         traceback.print_exception(error)
     line = printable(" ".join(line.split()))
-    print(line, file=sys.stderr)
+    show_error(line)
     return line, code
 
 
@@ -62,7 +63,7 @@ def explain_config(error: Exception, schema: type) -> str:
         if isinstance(resolver_error, InputError):
             return str(resolver_error)
     if "submitit_slurm" in message:  # the base of conf/hydra/launcher/slurm.yaml is missing
-        return "hydra/launcher=slurm needs another package: pip install 'moco-ssl[slurm]'"
+        return f"hydra/launcher=slurm needs another package: {install_command('slurm')}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name}: {unknown_name(group.lstrip('/'), name, error.options)}"

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco.errors import InputError, unknown_name
+from moco.errors import InputError, encodable, unknown_name
+from moco.extras import install_command
 from moco.targets import call_target, check_options, import_target
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def check_loggers(setting: Any, options: Mapping[str, Mapping[str, Any]]) -> Non
         spec = importlib.util.find_spec(name)
         # W&B makes folders of the name wandb. Python takes such a folder for an empty package.
         if spec is None or spec.origin is None:
-            raise InputError(f"logger={name} needs {name}: pip install 'moco-ssl[{name}]'")
+            raise InputError(f"logger={name} needs {name}: {install_command(name)}")
         check_tracker_options(name, options[name])
 
 
@@ -198,8 +199,8 @@ def build_loggers(
 ) -> "list[Logger]":
     """Return the loggers of a run, which have the config already.
 
-    Rank 0 alone logs. On the other ranks there is one logger that does nothing, so that all ranks
-    take the same branches.
+    The table ``metrics.csv`` is always one of them. Rank 0 alone logs. On the other ranks there is
+    one logger that does nothing, so that all ranks take the same branches.
 
     Args:
         names: from `logger_names`.
@@ -221,19 +222,24 @@ def build_loggers(
     from moco.training.metrics_file import MetricsFile
 
     if rank() > 0:
-        return [DummyLogger() for _ in names[:1]]
+        return [DummyLogger()]
+    # A process that died without a checkpoint may have logged beyond the step from which this run
+    # goes on.
     loggers: list[Logger] = []
     for name in names:
-        # A process that died without a checkpoint may have logged beyond the step from which this
-        # run goes on.
         if name == "tensorboard":
+            if encodable(str(folder)) != str(folder):
+                log.warning(
+                    "%s: TensorBoard cannot write to a folder whose name is not UTF-8; the "
+                    "scalars are in metrics.csv there, and another hydra.run.dir=PATH has both",
+                    folder,
+                )
+                continue
             # TensorBoard hides what was logged at `purge_step` and later.
             board = RunLogger(folder, purge_step=0 if step is None else step + 1)
             board.describe(config, metrics, given_keys(folder), step or 0)
             loggers.append(board)
-        elif name == "csv":
-            loggers.append(MetricsFile(folder, step))
-        else:
+        elif name in TRACKERS:
             start = start_wandb if name == "wandb" else start_mlflow
             try:
                 loggers.append(start(folder, config, options[name]))
@@ -241,4 +247,5 @@ def build_loggers(
                 # Whatever a server or an account does not like.
                 reason = f"{type(error).__name__}: {error}"
                 raise InputError(f"logger={name}: it cannot start: {reason}") from error
+    loggers.append(MetricsFile(folder, step))
     return loggers

@@ -18,6 +18,8 @@ from moco.cli.run_names import register_resolvers
 from moco.config.parsing import CONFIG_DIR, parse, register_schema
 from moco.config.train import TrainConfig
 from moco.errors import InputError
+from moco.runs.log_file import LogFile
+from moco.screen import screen
 from moco.targets import GIVEN
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def pretrain(
     # Only the main thread of a process can take signals.
     is_main = threading.current_thread() is threading.main_thread()
     signals = stop_signals(config.slurm.signal) if is_main else ()
-    with logged(), StopRequest(signals) as stop:
+    with logged(f"moco.pretrain({overrides!r})"), StopRequest(signals) as stop:
         check_pretraining(config, folder)
         source = None
         if dataset is not None:
@@ -165,21 +167,31 @@ def finished_method(run: "Run", backbone: "nn.Module | None") -> "MoCo":
 
 
 @contextmanager
-def logged() -> Iterator[None]:
-    """Show the log inside the ``with`` block, unless the caller has set up logging already."""
+def logged(command: str) -> Iterator[None]:
+    """Show the log and the progress inside the ``with`` block, and write the log to a file.
+
+    If the caller has set up logging already, the log is shown as they want it.
+
+    Args:
+        command: what was called.
+    """
     ours = logging.getLogger("moco")
-    if ours.hasHandlers():
-        yield
-        return
-    handler = StdoutHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
     level = ours.level
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
+    handlers: list[logging.Handler] = [LogFile("train", command)]
+    if not ours.hasHandlers():
+        shown = StdoutHandler()
+        shown.setFormatter(logging.Formatter("%(message)s"))
+        handlers.append(shown)
+        ours.setLevel(logging.INFO)
+    for handler in handlers:
+        ours.addHandler(handler)
+    screen.turn_on()
     try:
         yield
     finally:
-        ours.removeHandler(handler)
+        screen.turn_off()
+        for handler in handlers:
+            ours.removeHandler(handler)
         ours.setLevel(level)
 
 

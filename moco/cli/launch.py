@@ -19,7 +19,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from moco.cli.completion import answer_shell
 from moco.cli.error_lines import CONFIG_ERRORS, report
+from moco.cli.help_pages import answer_question
 from moco.cli.log_setup import set_up_logging
 from moco.cli.run_names import register_resolvers
 from moco.config.parsing import CONFIG_DIR, SCHEMAS, parse, register_schema
@@ -62,7 +64,7 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
     def job(composed: DictConfig) -> Failure | None:
         """Run the program once: the whole run, or one job of a sweep."""
         folder = Path(HydraConfig.get().runtime.output_dir)
-        set_up_logging()
+        set_up_logging(config_name)
         fit_threads(os.environ, processor_quota(), allowed_processors())
         try:
             config: Any = parse(composed, schema)
@@ -80,9 +82,11 @@ def launch(program: Callable[[Any, Path], None], config_name: str) -> NoReturn:
             return end_job(error, folder, schema)
 
     change_hydra()
-    register_schema(config_name)
-    register_resolvers()
     try:
+        if answer_shell(sys.argv[1:]) or answer_question(config_name, sys.argv[1:]):
+            sys.exit()
+        register_schema(config_name)
+        register_resolvers()
         if is_training:
             listen_early(stop_signals("auto"))
         job()
@@ -134,9 +138,9 @@ def exit_interrupted(error: Interrupted, schema: type) -> NoReturn:
 def change_hydra() -> None:
     """Change two things of Hydra for which there is no setting.
 
-    ``--help`` becomes five times as fast: Hydra copies the whole store of configs for every config
-    group that it lists, and only reads the copies. A store that is its own copy takes 0.6 s of
-    processor time instead of 2.8 s.
+    Every program starts earlier by 0.3 s of processor time, and ``--hydra-help`` takes 0.8 s
+    instead of 2.7 s: Hydra copies the whole store of configs for every config group that it lists,
+    and only reads the copies. Here the store is its own copy.
 
     A wrong option becomes one line: argparse would print several and exit.
     """

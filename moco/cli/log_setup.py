@@ -1,9 +1,13 @@
 """The project's log: one line per message on stdout, without the chatter of libraries."""
 
-import io
 import logging
+import shlex
 import sys
 import warnings
+
+from moco.errors import encodable
+from moco.runs.log_file import LogFile
+from moco.screen import let_stdout_escape, screen
 
 # Warnings of libraries that say nothing a user could act on.
 IGNORED_WARNINGS = (
@@ -18,11 +22,24 @@ IGNORED_WARNINGS = (
 
 
 class StdoutHandler(logging.StreamHandler):
-    """Writes to the current ``sys.stdout``, which a live progress bar replaces."""
+    """Writes to the current ``sys.stdout``, on a terminal above the bars that move there.
+
+    On a terminal, warnings are coloured, and a long message is broken at its words.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stdout
-        super().emit(record)
+        if not screen.is_terminal:
+            super().emit(record)
+            return
+        try:
+            screen.print_message(self.format(record), record.levelname)
+        except Exception:
+            self.handleError(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        # File names can hold bytes that no encoding has.
+        return encodable(super().format(record))
 
 
 def is_for_users(record: logging.LogRecord) -> bool:
@@ -30,21 +47,28 @@ def is_for_users(record: logging.LogRecord) -> bool:
     return record.name.startswith("moco") or record.levelno >= logging.WARNING
 
 
-def set_up_logging() -> None:
-    """Send the project's log and the warnings of libraries to stdout.
+def set_up_logging(program: str | None = None) -> None:
+    """Send the project's log and the warnings of libraries to stdout, and to a file.
 
     stderr is left for the one line that says why the program ended.
+
+    Args:
+        program: ``PROGRAM.log`` gets the log as soon as the program has its run folder; None: there
+            is no file.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # File names can hold bytes that no encoding has.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    let_stdout_escape()
+    screen.turn_on()
     handler = StdoutHandler()
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     )
+    handlers: list[logging.Handler] = [handler]
+    if program is not None:
+        handlers.append(LogFile(program, shlex.join(sys.orig_argv)))
     # A filter instead of levels: Lightning resets the levels of its loggers when it is imported.
-    handler.addFilter(is_for_users)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for each in handlers:
+        each.addFilter(is_for_users)
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.captureWarnings(True)
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message)

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from moco.cli import checks
 from moco.cli.build_pretraining import build_data, build_dense_set, build_method, build_trainer
 from moco.cli.log_setup import set_up_logging
 from moco.cli.training_run import Run, fit, take_folder
 from moco.config.train import BackboneConfig, TrainConfig
 from moco.errors import InputError
+from moco.screen import new_console, screen
 from moco.targets import GIVEN
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def train_in_new_process(
     config: TrainConfig, folder: Path, files: dict[str, str], stop: "StopRequest"
 ) -> None:
     """Call `train` in a process that has just started."""
-    set_up_logging()
+    set_up_logging("train")
     train(config, folder, files, stop)
 
 
@@ -101,8 +100,9 @@ def train(
         if not is_first:
             # Rank 0 speaks for all.
             logging.getLogger("moco").setLevel(logging.ERROR)
+            screen.turn_off()
         stack.enter_context(failures_named(folder))
-        console = Console(quiet=not is_first)
+        console = screen.console if is_first else new_console(quiet=True)
         run = Run(config, folder, stop, files, console, given.callbacks, given.loggers)
         pl.seed_everything(config.seed, verbose=False)
         data = given.data or build_data(config, folder)

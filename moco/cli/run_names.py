@@ -110,5 +110,5 @@ def file_name(parts: Iterable[str]) -> str:
     name = re.sub(r"[^\w.-]", "-", text, flags=re.ASCII)[:MAX_NAME_LENGTH]
     if name == text:
         return name
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{name}__{digest[:8]}"

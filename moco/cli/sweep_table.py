@@ -87,7 +87,7 @@ def planned_jobs(sweep: Path) -> dict[str, dict[str, str]]:
     from moco.config.parsing import CONFIG_DIR
 
     try:
-        running = yaml.safe_load((sweep / MULTIRUN).read_text())["hydra"]
+        running = yaml.safe_load((sweep / MULTIRUN).read_text(encoding="utf-8"))["hydra"]
         params = running["sweeper"].get("params") or {}
         typed = [f"{key}={value}" for key, value in params.items()]
         typed += running["overrides"]["task"]

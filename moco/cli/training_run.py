@@ -9,17 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from moco.cli.resuming import Resumed, TensorSettings, check_checkpoint
 from moco.errors import Interrupted
 from moco.runs.training_set import TrainingSet
+from moco.screen import screen
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
     from pytorch_lightning.loggers import Logger
+    from rich.console import Console
 
+    from moco.callbacks.training_monitor import LossMonitor
     from moco.runs.interrupts import StopRequest
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ class Run:
     """The request to save and stop."""
     files: dict[str, str] = field(default_factory=dict)
     """Hydra's files for the folder's ``.hydra``, by name."""
-    console: Console = field(default_factory=Console)
-    """Where the progress bar and the closing table are drawn."""
+    console: "Console" = field(default_factory=lambda: screen.console)
+    """Where the epochs and the closing table are printed."""
     callbacks: "Sequence[pl.Callback]" = ()
     """Of the user, as objects."""
     loggers: "Sequence[Logger]" = ()
@@ -111,7 +112,7 @@ def take_folder(
 
 def build_trainer(
     run: Run,
-    loss_monitor: "pl.Callback",
+    loss_monitor: "LossMonitor",
     monitors: "Sequence[pl.Callback]",
     scores: Sequence[tuple[str, str]],
     checkpoints: Mapping[str, Any],
@@ -162,7 +163,7 @@ def build_trainer(
     callbacks = [
         *ours,
         *build_callbacks(run.plain["callbacks"], run.callbacks, ours),
-        ProgressBar(run.figures, run.console, *scores),
+        ProgressBar(run.figures, run.console, loss_monitor, *scores),
         # Last, so that a checkpoint holds what the other callbacks have written into `figures`.
         Checkpoints(
             run.folder,

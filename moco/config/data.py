@@ -131,7 +131,9 @@ class PretrainedDataConfig(ImageSourceConfig):
 
     name: Optional[str] = None  # type: ignore[assignment]
     image_size: Optional[int] = setting(None, at_least=4)
+    """Side of the square images that the backbone sees, px."""
     crop_ratio: Optional[float] = setting(None, above=0, at_most=1)
+    """Side of the centre crop over the resized shorter side (ImageNet: 0.875)."""
     held_out: Optional[float] = setting(None, at_least=0, at_most=1)  # type: ignore[assignment]
     pages: Optional[str] = setting(  # type: ignore[assignment]
         None, choices=("channels", "each", "first")
@@ -144,6 +146,7 @@ class EvaluateDataConfig(PretrainedDataConfig):
     """The images of a measurement."""
 
     num_workers: int = setting(0, at_least=0)
+    """Loader processes. 0 loads in the program's own process. The results do not depend on it."""
     ignore_index: int = setting(255, at_least=0, at_most=65535)
     """``voc2012`` and ``segmentation_folder``: the number of mask pixels without a class."""
 

@@ -24,6 +24,7 @@ class LinearConfig:
     lrs: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0])
     """Learning rates of the first step. A cosine schedule takes them to 0."""
     weight_decays: list[float] = field(default_factory=lambda: [0.0, 1e-4, 1e-3, 1e-2, 1e-1])
+    """Weight decays, each tried with each learning rate."""
     num_epochs: Optional[int] = setting(None, at_least=1)
     """Passes over the features. Null: 30, or more for small datasets, to reach 2,000 steps."""
     batch_size: int = setting(256, at_least=1)
@@ -39,17 +40,22 @@ class LinearOfficialConfig:
     """``evaluation=linear_official``: the defaults are those of the official main_lincls.py."""
 
     lr: float = setting(30.0, above=0)
+    """Learning rate of the first step."""
     lr_for_batch_size: Optional[int] = setting(256, at_least=1)
     """The batch size that lr is meant for. It is scaled in proportion to batch_size. Null: it is
     not scaled."""
     batch_size: int = setting(256, at_least=1)
     """Images per step."""
     sgd_momentum: float = setting(0.9, at_least=0, below=1)
+    """Momentum of SGD."""
     weight_decay: float = setting(0.0, at_least=0)
+    """Weight decay of the head."""
     num_epochs: int = setting(100, at_least=1)
+    """Passes over the training images."""
     milestones: list[int] = field(default_factory=lambda: [60, 80])
     """Epochs at which the learning rate is multiplied by step_factor."""
     step_factor: float = setting(0.1, above=0, at_most=1)
+    """The learning rate is multiplied by this at each milestone."""
     init_std: float = setting(0.01, at_least=0)
     """Standard deviation of the head's initial weights. Its biases start at 0."""
     view: dict[str, Any] = field(default_factory=official_view)

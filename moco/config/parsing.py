@@ -11,7 +11,6 @@ import operator
 from functools import cache
 from typing import Any, TypeVar, cast, get_origin
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -60,6 +59,8 @@ def register_schema(program: str) -> None:
     A program builds its own schema alone: those of the others were a quarter of the function calls
     of a help page.
     """
+    from hydra.core.config_store import ConfigStore  # Hydra takes twice the time of all this
+
     node = OmegaConf.structured(SCHEMAS[program])
     for key in OPEN:
         group = OmegaConf.select(node, key)

@@ -81,12 +81,15 @@ class EvaluationConfig:
     """What is measured, and how. A null takes the value of the run that made the checkpoint."""
 
     name: str = setting("knn", choices=tuple(KINDS))
+    """The kind of the measurement. ``evaluation=NAME`` sets it together with its numbers."""
     encoder: str = setting("query", choices=("key", "query"))
+    """Which of the checkpoint's two encoders: the one that was trained, or its moving average."""
     num_neighbors: Optional[int] = setting(None, at_least=1)
     """Neighbours that vote (k)."""
     temperature: Optional[float] = setting(None, above=0)
     """Temperature T of the votes, which weigh exp(similarity / T)."""
     feature: Optional[str] = setting(None, choices=("backbone", "embedding"))
+    """What is measured: the output of the backbone, or of the projector behind it."""
     batch_size: int = setting(256, at_least=1)
     """Images per forward pass."""
     cache: bool = True
@@ -175,7 +178,8 @@ class EmbedConfig:
     """Everything that ``python -m moco.embed`` can be told."""
 
     checkpoint: str = MISSING
-    """A file of weights, as in `EvaluateConfig`."""
+    """A file of weights: ``last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or
+    another project's, see ``docs/weights.md``."""
     output: str = MISSING
     """The .npz file. The index goes beside it: FILE.faiss beside FILE.npz."""
     index: str = "flat"
@@ -185,14 +189,17 @@ class EmbedConfig:
     split: str = setting("train", choices=("test", "train"))
     """train: all images that training would see. test: the images held out for measurements."""
     encoder: str = setting("query", choices=("key", "query"))
+    """Which of the checkpoint's two encoders: the one that was trained, or its moving average."""
     feature: str = setting("backbone", choices=("backbone", "embedding"))
+    """What is written: the output of the backbone, or of the projector behind it."""
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
     trust_targets: bool = False
-    """As in `EvaluateConfig`."""
+    """Import the functions that the checkpoint names, see ``moco.evaluate --help trust_targets``.
+    Only for files that you trust."""
     batch_size: int = setting(256, at_least=1)
     """Images per forward pass."""
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu", "mps"))
-    """As in `EvaluateConfig`."""
+    """auto: CUDA if it works, else the CPU. mps (Apple's GPUs) is refused: it has no float64."""
     augmentation: NormalisationConfig = field(default_factory=NormalisationConfig)
 
 
@@ -201,7 +208,8 @@ class ExportConfig:
     """Everything that ``python -m moco.export`` can be told."""
 
     checkpoint: str = MISSING
-    """A file of weights, as in `EvaluateConfig`."""
+    """A file of weights: ``last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or
+    another project's, see ``docs/weights.md``."""
     format: str = setting(choices=("safetensors", "smp", "timm", "torchvision"))
     """The names that the weights get: torchvision's, timm's, those of an encoder of
     segmentation_models_pytorch (smp), or our own in a safetensors file that describes itself."""
@@ -209,9 +217,11 @@ class ExportConfig:
     """The file to write. For torchvision, timm and smp its ending decides: .pth or .pt is written
     by torch.save, .safetensors as safetensors."""
     encoder: str = setting("query", choices=("key", "query"))
+    """Which of the checkpoint's two encoders: the one that was trained, or its moving average."""
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
     trust_targets: bool = False
-    """As in `EvaluateConfig`."""
+    """Import the functions that the checkpoint names, see ``moco.evaluate --help trust_targets``.
+    Only for files that you trust."""
     image_size: Optional[int] = setting(None, at_least=4)
     """Side of the images that the weights will see, px. Null: the checkpoint's, in proportion to a
     new window."""

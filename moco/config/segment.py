@@ -13,6 +13,8 @@ from moco.config.train import LoggerOptionsConfig, SlurmConfig, TrainerConfig
 
 @dataclass
 class DecoderConfig:
+    """What turns the feature maps of the backbone into a class for each pixel."""
+
     name: str = setting(
         "auto", choices=("auto", "deeplabv3", "fcn", "fpn", "linear", "unet", "upernet")
     )
@@ -23,9 +25,12 @@ class DecoderConfig:
 
 @dataclass
 class SegmentDataConfig:
+    """The images and their masks."""
+
     name: str = MISSING
     """segmentation_folder or voc2012, see ``moco.segmentation.mask_sources``."""
     root: Any = None
+    """The folder with ``images/`` and ``masks/``, or where voc2012 is."""
     download: bool = False
     """Download voc2012 if it is not below root yet."""
     num_classes: Optional[int] = setting(None, at_least=2)
@@ -37,10 +42,15 @@ class SegmentDataConfig:
     max_image_pixels: int = setting(178_956_970, at_least=1)
     """An image or mask with more pixels is refused."""
     bands: Any = None
-    """As in moco.train, like the next three. Null: the checkpoint's."""
+    """Bands to take, in this order: numbers from 1, or names where the files have them. Null: the
+    checkpoint's."""
     value_range: Any = None
+    """``[low, high]``: the values that become 0 and 1; or such a pair for each band. Null: the
+    checkpoint's."""
     nodata: Optional[float] = None
+    """The value of pixels without data. They become the mean. Null: the checkpoint's."""
     dicom_window: Optional[bool] = None
+    """DICOM: apply the window that the file proposes for display. Null: the checkpoint's."""
     batch_size: int = setting(16, at_least=2)
     """Images per optimizer step, over all accumulated batches."""
     num_workers: int = setting(4, at_least=0)
@@ -49,20 +59,23 @@ class SegmentDataConfig:
 
 @dataclass
 class SegmentAugmentationConfig:
+    """How the training crops are augmented, and how pixels are normalised."""
+
     scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
     """Lowest and highest factor by which an image is resized before the crop, drawn uniformly."""
     horizontal_flip: float = setting(0.5, at_least=0, at_most=1)
-    """Probability."""
+    """Probability that a crop is mirrored."""
     color_jitter: Optional[dict[str, Any]] = field(
         default_factory=lambda: {
             "brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05, "probability": 0.5
         }
     )  # fmt: skip
-    """As in the views of pretraining. Null: no jitter. The strengths are those of SSD
-    (arXiv 1512.02325), which Swin uses."""
+    """Strengths and probability, as in the views of pretraining. Null: no jitter. The strengths are
+    those of SSD (arXiv 1512.02325), which Swin uses."""
     mean: Optional[list[float]] = None
-    """Per band, of pixels in 0..1. Null: the checkpoint's, or ImageNet's."""
+    """Mean of each channel, for pixels in 0..1. Null: the checkpoint's, or ImageNet's."""
     std: Optional[list[float]] = None
+    """Standard deviation of each channel, for pixels in 0..1."""
 
 
 @dataclass
@@ -72,19 +85,24 @@ class SegmentOptimizerConfig:
     lr: float = setting(1e-4, above=0)
     """Learning rate of the decoder at the first step after the warm-up."""
     weight_decay: float = setting(0.01, at_least=0)
+    """How much AdamW shrinks the weights, as a multiple of the learning rate."""
     layer_decay: Optional[float] = setting(None, above=0, at_most=1)
     """Factor from the learning rate of a layer to that of the next lower one. Null: 0.9 for a
     pretrained Swin, otherwise 1."""
     schedule: str = setting("poly", choices=("cosine", "poly"))
+    """How the learning rate falls after the warm-up."""
     power: float = setting(1.0, above=0)
-    """Of poly: the rate is lr * (1 - t)^power, with t from 0 to 1."""
+    """poly: the rate is lr * (1 - t)^power, with t from 0 to 1."""
     warmup_steps: Optional[int] = setting(None, at_least=0)
     """The rate rises linearly from 0. Null: a twentieth of all steps, at most 1,500."""
 
 
 @dataclass
 class SegmentEvaluationConfig:
+    """The measurement on the held-out images during training."""
+
     every_n_epochs: int = setting(1, at_least=1)
+    """Epochs between two measurements."""
     batch_size: int = setting(1, at_least=1)
     """How many images of one size are predicted at once."""
     num_plotted_images: int = setting(4, at_least=0)
@@ -93,13 +111,18 @@ class SegmentEvaluationConfig:
 
 @dataclass
 class SegmentConfig:
+    """Everything that ``python -m moco.segment`` can be told."""
+
     checkpoint: Optional[str] = MISSING
-    """As in moco.evaluate. Null: train from scratch, with backbone=NAME."""
+    """A file of weights: ``last.ckpt``, ``best.ckpt`` or ``backbone.pth`` of a run folder, or
+    another project's, see ``docs/weights.md``. Null: train from scratch, with backbone=NAME."""
     encoder: str = setting("query", choices=("key", "query"))
+    """Which of the checkpoint's two encoders: the one that was trained, or its moving average."""
     backbone: PretrainedBackboneConfig = field(default_factory=PretrainedBackboneConfig)
     """A patch projection that was frozen in pretraining is trained, unless frozen here too."""
     trust_targets: bool = False
-    """As in moco.evaluate."""
+    """Import the functions that the checkpoint names, see ``moco.evaluate --help trust_targets``.
+    Only for files that you trust."""
     freeze_backbone: bool = False
     """Train the decoder alone. With the linear decoder this measures the backbone."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -114,13 +137,17 @@ class SegmentConfig:
     that overlap by a third."""
     evaluation: SegmentEvaluationConfig = field(default_factory=SegmentEvaluationConfig)
     checkpoint_every_n_epochs: int = setting(1, at_least=1)
+    """Epochs between two checkpoints."""
     preview: DisplayConfig = field(default_factory=DisplayConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     callbacks: dict[str, Any] = field(default_factory=dict)
-    """As in moco.train, like the next two."""
+    """The user's callbacks, ``{name: {target: package.module:function, options: {}}}``. See
+    ``docs/loggers_and_callbacks.md``."""
     logger: Any = field(default_factory=lambda: ["tensorboard", "csv"])
+    """A list of csv, mlflow, tensorboard, wandb. The table of csv is written in any case."""
     logger_options: LoggerOptionsConfig = field(default_factory=LoggerOptionsConfig)
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
+    """Seed of everything that is drawn: the decoder's weights, order and augmentation."""
     resume: Optional[str] = "auto"
     """auto: resume from the run folder's last checkpoint if there is one. A path: resume from that
     file. Null: start from the beginning."""

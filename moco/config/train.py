@@ -116,6 +116,7 @@ class MethodConfig:
     key_momentum_schedule: str = setting("constant", choices=("constant", "cosine"))
     """cosine: from key_momentum at the first step to key_momentum_end at the last step."""
     key_momentum_end: float = setting(1.0, at_least=0, at_most=1)
+    """Momentum at the last step of the cosine schedule."""
     symmetric: bool = False
     """Use both views as query and as key."""
     symmetric_reduction: str = setting("sum", choices=("sum", "mean"))
@@ -142,6 +143,7 @@ class OptimizerConfig:
     """The optimizer, its learning rate over time and its weight decay."""
 
     name: str = setting("sgd", choices=("adamw", "lars", "sgd"))
+    """The algorithm. ``optimizer=NAME`` sets it together with its published numbers."""
     lr: float = setting(0.03, above=0)
     """Learning rate of the first step after the warm-up."""
     lr_for_batch_size: Optional[int] = setting(None, at_least=1)
@@ -162,10 +164,13 @@ class OptimizerConfig:
     eps: float = setting(1e-8, above=0)
     """AdamW: added to the root of the mean squared gradient."""
     weight_decay: float = setting(1e-4, at_least=0)
+    """SGD and LARS add it times the weight to the gradient. AdamW shrinks the weight itself."""
     decay_all: bool = True
     """Apply weight decay to norms and biases too, as the official MoCo code does. LARS never does.
     The position parameters of a Swin are never decayed."""
     schedule: str = setting("cosine", choices=("constant", "cosine", "step"))
+    """How the learning rate falls after the warm-up. cosine: to final_lr at the last step. step: at
+    the milestones."""
     schedule_interval: str = setting("step", choices=("epoch", "step"))
     """How often the learning rate changes. In the official MoCo code it changes once per epoch."""
     schedule_offset_epochs: int = setting(0, at_least=0)
@@ -173,9 +178,11 @@ class OptimizerConfig:
     milestones: list[int] = field(default_factory=list)
     """step: epochs at which the learning rate is multiplied by step_factor."""
     step_factor: float = setting(0.1, above=0, at_most=1)
+    """step: the learning rate is multiplied by this at each milestone."""
     warmup_epochs: float = setting(0, at_least=0)
     """The learning rate rises linearly from warmup_start_lr to lr, in every step."""
     warmup_start_lr: float = setting(0.0, at_least=0)
+    """Learning rate of the first step of the warm-up."""
     final_lr: float = setting(0.0, at_least=0)
     """Where the cosine schedule ends, after the last step."""
 
@@ -207,6 +214,7 @@ class TrainerConfig:
     """Settings of ``pytorch_lightning.Trainer`` under the same names, and a few of our own."""
 
     max_epochs: int = setting(200, at_least=1)
+    """Passes over the training images. The schedules end with the last one."""
     max_steps: int = setting(-1, at_least=-1)
     """Optimizer steps. -1: max_epochs alone decides."""
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "gpu", "mps"))
@@ -239,6 +247,7 @@ class TrainerConfig:
     """This many steps in a row without a finite loss and finite gradients end the run. Fewer are
     skipped and counted."""
     log_every_n_steps: int = setting(10, at_least=1)
+    """Optimizer steps between two entries of the log."""
     deterministic: bool = False
     """Use only operations that give the same bits in every run. A run that needs others on a GPU is
     refused."""
@@ -251,17 +260,20 @@ class MonitorConfig:
     """What the run measures of itself, first the kNN protocol (see ``moco.evaluation.knn``)."""
 
     name: str = setting("knn", choices=("knn",))
+    """The kind of the measurement. `moco.evaluate` has more of them."""
     num_neighbors: int = setting(200, at_least=1)
     """Neighbours that vote (k)."""
     temperature: float = setting(0.1, above=0)
     """Temperature T of the votes, which weigh exp(similarity / T)."""
     feature: str = setting("backbone", choices=("backbone", "embedding"))
+    """What is compared: the output of the backbone, or of the projector behind it."""
     batch_size: int = setting(256, at_least=1)
     """Images per forward pass."""
     precision: str = setting("32-true", choices=("32-true", "bf16-mixed"))
     """Precision of the features for the run's own kNN, whatever the precision of the training.
     `moco.evaluate` always uses 32-true."""
     every_n_epochs: int = setting(1, at_least=1)
+    """Epochs between two measurements. The last epoch is always measured."""
     baselines: bool = False
     """Before training, measure raw pixels and the untrained backbone with the same protocol."""
     online_probe: bool = False
@@ -291,6 +303,7 @@ class DenseMonitorConfig:
     image_size: Optional[int] = setting(None, at_least=4)
     """The shorter side of the images is resized to this, px. Null: data.image_size."""
     every_n_epochs: int = setting(1, at_least=1)
+    """Epochs between two measurements."""
     num_neighbors: int = setting(30, at_least=1)
     """Neighbours that vote (k)."""
     temperature: float = setting(0.02, above=0)
@@ -319,6 +332,7 @@ class CheckpointConfig:
     """When a run saves. Each time ``last.ckpt`` becomes ``previous.ckpt`` and is replaced."""
 
     every_n_epochs: int = setting(1, at_least=1)
+    """Epochs between two checkpoints. The last epoch is always saved."""
     every_n_minutes: float = setting(30.0, above=0)
     """Also save at the end of a step when the last checkpoint is older than this."""
     keep_every_n_epochs: Optional[int] = setting(None, at_least=1)
@@ -366,9 +380,10 @@ class TrainConfig:
     """The user's callbacks, ``{name: {target: package.module:function, options: {}}}``. See
     ``docs/loggers_and_callbacks.md``."""
     logger: Any = field(default_factory=lambda: ["tensorboard", "csv"])
-    """A list of csv, mlflow, tensorboard, wandb. Null: none."""
+    """A list of csv, mlflow, tensorboard, wandb. The table of csv is written in any case."""
     logger_options: LoggerOptionsConfig = field(default_factory=LoggerOptionsConfig)
     seed: int = setting(0, at_least=0, at_most=2**32 - 1)
+    """Seed of everything that is drawn: initial weights, order of the images, augmentation."""
     resume: Optional[str] = "auto"
     """auto: go on from the last checkpoint in the run folder, if there is one. A path: go on from
     that file. Null: start anew."""
@@ -387,3 +402,4 @@ class PreviewConfig(TrainConfig):
     output: str = MISSING
     """The .png file to write."""
     num_pairs: int = setting(8, at_least=1, at_most=64)
+    """Number of images, each drawn as its query view and its key view."""

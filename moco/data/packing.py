@@ -51,6 +51,7 @@ from moco.data.sources.sample import chosen_bands
 from moco.data.sources.shards import NO_INDEX, ShardedImages
 from moco.data.sources.source import DataSource, Images, Labelled
 from moco.errors import InputError, RunError, printable
+from moco.phases import phase
 
 log = logging.getLogger(__name__)
 
@@ -463,6 +464,10 @@ class CopyWriter:
 
     def finish(self) -> None:
         """Join the tables of the parts, and mark the copy as complete."""
+        with phase("finishing the copy", unit=""):
+            self._finish()
+
+    def _finish(self) -> None:
         tables = [read_table(self._table_path(n)) for n in range(len(self.index["parts"]))]
         # Offsets stay as they are: they count from the start of a file, and not of a part.
         joined = {}

@@ -18,7 +18,8 @@ from moco.errors import InputError, printable
 from moco.evaluation.dense_bank import Bank, class_shares, draw_patches, patches_represented
 from moco.evaluation.features import EmbeddingStopped
 from moco.evaluation.image_names import skip_unreadable
-from moco.segmentation.mask_batches import whole_image_loader
+from moco.phases import counted
+from moco.segmentation.mask_batches import num_read, whole_image_loader
 from moco.segmentation.mask_sources import SegmentationSource, build_segmentation_source
 from moco.segmentation.masked_images import MaskedImages
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
@@ -109,7 +110,11 @@ class DenseSet:
             stride=backbone.feature_map_strides[-1],
         )
         unreadable: list[int] = []
-        for batch in loader:
+        total = len(self.indices(images))
+        title = "patches of the held-out images"
+        if images is self.source.train:
+            title = "patches of the training images"
+        for batch in counted(loader, title, total, size=num_read):
             if self.should_stop():
                 raise EmbeddingStopped
             unreadable += [image.key for image in batch.unreadable]

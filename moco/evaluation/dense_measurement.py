@@ -16,6 +16,7 @@ from moco.evaluation.dense_features import (
 from moco.evaluation.dense_linear import fit_best
 from moco.evaluation.knn import capped
 from moco.evaluation.subject import Findings, Subject, table_of
+from moco.phases import phase
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ def measure(subject: Subject, images: DenseSet) -> Findings:
     seconds = time.monotonic() - started
     log.info(f"a bank of {num_patches:,} patches with {width:,} features each in {seconds:.1f} s")
     started = time.monotonic()
-    head, weight_decay = fit_best(bank, device)
+    with phase("fitting the linear head", unit=""):
+        head, weight_decay = fit_best(bank, device)
     log.info("linear head with weight decay %g in %.1f s", weight_decay, time.monotonic() - started)
 
     started = time.monotonic()

@@ -27,6 +27,7 @@ from moco.errors import InputError, RunError, printable
 from moco.evaluation.image_names import labels_by_name
 from moco.evaluation.indexes import EXACT, build_index, recall
 from moco.evaluation.resumable_features import FeatureParts
+from moco.phases import phase
 from moco.runs.atomic_files import write_atomically
 from moco.runs.interrupts import ENDING, held_back
 
@@ -223,7 +224,8 @@ def write_files(output: Path, parts: FeatureParts, index: str, images: ImageSet)
         class_names=images.class_names,
         label_sets=images.label_sets,
     )
-    write_atomically(output, write)
+    with phase("writing the features", unit=""):
+        write_atomically(output, write)
     return description
 
 

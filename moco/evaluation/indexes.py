@@ -1,11 +1,13 @@
 """Indexes of faiss by name: ``flat``, or a string of ``faiss.index_factory`` such as ``HNSW32``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from moco.errors import InputError
 from moco.evaluation.neighbors import BANK_BYTES, NOTHING, joined, nearest, normalized, search_index
+from moco.phases import phase
 
 # Our name of the exact search; faiss calls such an index ``Flat``.
 EXACT = "flat"
@@ -69,17 +71,8 @@ def build_index(
 
     index = empty_index(name, bank.shape[1], key)
     try:
-        if not index.is_trained:
-            # k-means needs rows for each of its cells, others a sample of a fixed size.
-            num_rows = TRAINING_ROWS
-            cells = faiss.try_extract_index_ivf(index)
-            if cells is not None:
-                num_rows = max(num_rows, TRAINING_ROWS_PER_CELL * cells.nlist)
-            chosen = np.random.default_rng(0).permutation(len(bank))[:num_rows]
-            index.train(normalized(bank[np.sort(chosen)]))
-        block_size = max(1, BANK_BYTES // (4 * bank.shape[1]))
-        for start in range(0, len(bank), block_size):
-            index.add(normalized(bank[start : start + block_size]))
+        with phase(f"building the index {name}", len(bank), "rows") as say:
+            _fill(index, bank, say)
     except RuntimeError as error:
         reason = str(error).rsplit(": ", 1)[-1]
         raise InputError(
@@ -94,12 +87,31 @@ def build_index(
     return index
 
 
+def _fill(index: Any, bank: np.ndarray, say: Callable[[int], None]) -> None:
+    """Train an index if it needs that, and add all rows to it, normalised."""
+    import faiss
+
+    if not index.is_trained:
+        # k-means needs rows for each of its cells, others a sample of a fixed size.
+        num_rows = TRAINING_ROWS
+        cells = faiss.try_extract_index_ivf(index)
+        if cells is not None:
+            num_rows = max(num_rows, TRAINING_ROWS_PER_CELL * cells.nlist)
+        chosen = np.random.default_rng(0).permutation(len(bank))[:num_rows]
+        index.train(normalized(bank[np.sort(chosen)]))
+    block_size = max(1, BANK_BYTES // (4 * bank.shape[1]))
+    for start in range(0, len(bank), block_size):
+        index.add(normalized(bank[start : start + block_size]))
+        say(min(start + block_size, len(bank)))
+
+
 def recall(index: Any, bank: np.ndarray, queries: np.ndarray, num_neighbors: int) -> float:
     """Return the share of the exact neighbours that the index finds for a sample of queries."""
     chosen = np.random.default_rng(0).permutation(len(queries))[:SAMPLE_SIZE]
     sample = queries[np.sort(chosen)]
-    _, exact_rows = nearest(bank, sample, num_neighbors)
-    similarities, found_rows = joined(search_index(index, sample, num_neighbors))
+    with phase("measuring the index", unit=""):
+        _, exact_rows = nearest(bank, sample, num_neighbors)
+        similarities, found_rows = joined(search_index(index, sample, num_neighbors))
     found_rows[similarities == NOTHING] = -1
     num_found = 0
     for exact, found in zip(exact_rows, found_rows, strict=True):

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.markup import escape
 from rich.table import Table
 
 from moco.data.files.written_files import SOFTWARE
@@ -33,6 +32,7 @@ from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.reports.knn_plots import Searched, knn_plots
 from moco.evaluation.reports.projections import check_map
 from moco.evaluation.subject import Findings, Subject, table_of
+from moco.phases import counted, phase
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,10 @@ def measure_knn(subject: Subject) -> Findings:
         known, asked = bank[name], queries[name]
         search = search_of(subject, known.features, asked.features, name, main, recalls)
         searches[name] = Searched(known, asked, search, own_rows)
-        votes[name] = classify(
-            search, known.labels, asked.features, asked.labels, protocols, own_rows
-        )
+        with phase(f"kNN: searching, {name} feature", unit=""):
+            votes[name] = classify(
+                search, known.labels, asked.features, asked.labels, protocols, own_rows
+            )
     searched = searches[feature]
     grid_figures, table = grid_findings(votes, searched, settings)
     few_label_figures, few_label_tables = measure_few_labels(subject, searched)
@@ -236,7 +237,9 @@ def measure_few_labels(
     rows = []
     for images_per_class in settings["images_per_class"]:
         top1 = []
-        for seed in range(settings["num_draws"]):
+        draws = range(settings["num_draws"])
+        title = f"kNN with {images_per_class} images per class"
+        for seed in counted(draws, title, len(draws), "draws"):
             generator = np.random.default_rng(seed)
             drawn = draw_per_class(searched.bank.labels, images_per_class, generator)
             k = min(settings["num_neighbors"], len(drawn))
@@ -332,8 +335,7 @@ def class_tables(class_names: Sequence[str], confusion: np.ndarray) -> list[Tabl
         class_names: (classes,) in the order of the matrix.
         confusion: (classes, classes), see `confusion_matrix`.
     """
-    # rich would take brackets for its markup.
-    classes = [escape(printable(name)) for name in class_names]
+    classes = [printable(name) for name in class_names]
     totals = confusion.sum(axis=1)
     present = totals.nonzero()[0]
     accuracy = confusion.diagonal()[present] / totals[present]

@@ -16,6 +16,7 @@ from moco.evaluation.collapse import collapse_of
 from moco.evaluation.diagnostics import MOST_ROWS, evenly_spaced, label_free_figures
 from moco.evaluation.reports.embedded import Embedded
 from moco.evaluation.subject import Subject, table_of
+from moco.phases import counted
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,8 @@ def view_embeddings(subject: Subject, embedded: Embedded) -> np.ndarray:
     rows = evenly_spaced(embedded.rows, MOST_VIEWED)
     batch_size = subject.settings["batch_size"]
     parts = []
-    for start in range(0, len(rows), batch_size):
+    starts = range(0, len(rows), batch_size)
+    for start in counted(starts, "embedding views", len(starts), "batches"):
         samples = []
         for row in rows[start : start + batch_size].tolist():
             samples.append((row, images.prepared(row), images.name(row)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moco.evaluation.knn import turns_of_classes
+from moco.phases import counted
 
 # As in the official protocol.
 SGD_MOMENTUM = 0.9
@@ -93,7 +94,7 @@ def train_heads(
     generator = torch.Generator().manual_seed(seed)
     num_steps = num_epochs * math.ceil(len(features) / batch_size)
     step = 0
-    for _ in range(num_epochs):
+    for _ in counted(range(num_epochs), "linear classifiers", num_epochs, "epochs"):
         order = torch.randperm(len(features), generator=generator).to(features.device)
         for rows in order.split(batch_size):
             batch = features[rows]

@@ -21,6 +21,7 @@ from moco.evaluation.knn import Votes, class_places, classes_of, votes_of
 from moco.evaluation.knn_measurement import classification_findings, labelled_features
 from moco.evaluation.linear_measurement import warn_of_unknown
 from moco.evaluation.subject import Findings, Subject
+from moco.phases import counted
 from moco.runs.atomic_files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -210,6 +211,11 @@ def measure_linear_official(subject: Subject) -> Findings:
     )
 
 
+def num_of_views(batch: tuple[torch.Tensor, ...]) -> int:
+    """Return the number of images of a batch of `LabelledViews`."""
+    return len(batch[0])
+
+
 def train_epoch(
     probe: OfficialProbe, views: LabelledViews, subject: Subject, classes: np.ndarray, epoch: int
 ) -> float:
@@ -223,7 +229,9 @@ def train_epoch(
     losses = []
     unreadable: set[int] = set()
     probe.begin_epoch(epoch)
-    for images, labels, indices in views.epoch(epoch):
+    title = f"epoch {epoch + 1}/{probe.settings['num_epochs']}"
+    total = len(views.labels)
+    for images, labels, indices in counted(views.epoch(epoch), title, total, size=num_of_views):
         with torch.no_grad():
             features = subject.encoder.encode(images, subject.settings["feature"])
         places = class_places(classes, labels.cpu().numpy())

@@ -12,21 +12,23 @@ import numpy as np
 import PIL
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 import moco
 from moco.data.augment.views import EvaluationView
-from moco.data.loading.every_image import evaluation_loader
+from moco.data.loading.every_image import evaluation_loader, num_images
 from moco.data.sources.own_dataset import DatasetImages
 from moco.data.sources.pixel_values import PixelValues
 from moco.data.sources.registry import build_source
 from moco.data.sources.sample import prepare_source
 from moco.data.sources.source import DataSource, Labelled
-from moco.errors import InputError
+from moco.errors import InputError, encodable, printable
 from moco.evaluation.feature_cache import Arrays, FeatureCache
 from moco.evaluation.features import embed
 from moco.evaluation.image_names import first_names, skip_unreadable
 from moco.evaluation.reports.embedded import Embedded
+from moco.phases import counted
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +71,12 @@ class Findings:
 
 def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     """Return a table with columns that are aligned to the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(encodable(title), "table.title"), title_justify="left")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(Text(encodable(name)), justify="right")
     for row in rows:
-        table.add_row(*map(str, row))
+        # As `Text`, because rich would take the brackets of a name for its markup.
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     return table
 
 
@@ -217,7 +220,8 @@ class Subject:
             device=self.device,
         )
         # One pass computes both features, side by side.
-        joined, labels, rows = embed(self._encode_all, loader, self.device)
+        batches = counted(loader, "embedding", len(labelled.labels), size=num_images)
+        joined, labels, rows = embed(self._encode_all, batches, self.device)
         bad = rows[~np.isfinite(joined).all(axis=1)]
         if len(bad):
             raise InputError(

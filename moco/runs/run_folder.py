@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,9 @@ from moco.errors import InputError, PeerLost
 from moco.runs.atomic_files import remove_half_written, write_atomically
 from moco.runs.config_changes import completed, differences
 from moco.runs.folder_lock import locked
+from moco.runs.log_file import open_log_files, write_to_log_files
 from moco.runs.run_status import LOCK, read_status, write_ending, write_status
+from moco.runs.shell_quotes import shell_quoted
 
 LAST_CHECKPOINT = Path("checkpoints", "last.ckpt")
 PREVIOUS_CHECKPOINT = Path("checkpoints", "previous.ckpt")
@@ -132,15 +133,18 @@ def claimed(
         check()
         write_config(folder, config)
         for name, text in files.items():
-            (folder / CONFIG).with_name(name).write_text(text)
+            (folder / CONFIG).with_name(name).write_text(text, encoding="utf-8")
+        open_log_files(folder)
         write_status(folder, "running")
         try:
             yield
         except PeerLost:
             raise  # the process that watches all others knows the reason, and writes it
         except BaseException as error:
+            write_to_log_files(f"ended: {str(error) or type(error).__name__}")
             write_ending(folder, error)
             raise
+        write_to_log_files("finished")
         write_status(folder, "finished", exit_code=0)
 
 
@@ -161,4 +165,4 @@ def as_override(key: str, value: str | Path) -> str:
     if re.fullmatch(r"[A-Za-z0-9_./:-]+", str(value)):
         return f"{key}={value}"
     escaped = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return shlex.quote(f'{key}="{escaped}"')
+    return shell_quoted(f'{key}="{escaped}"')

@@ -15,6 +15,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
 from moco.errors import InputError
+from moco.extras import install_command
 from moco.models.swin.backbone import Swin
 from moco.models.vit import VisionTransformer
 
@@ -101,7 +102,7 @@ def choose_decoder(name: str, freeze_backbone: bool) -> str:
     if name in PYRAMID_DECODERS and is_missing:
         raise InputError(
             f"decoder={name}: segmentation_models_pytorch is not installed: "
-            "pip install moco-ssl[segment]; decoder=fcn, deeplabv3 and linear do not need it"
+            f"{install_command('segment')}; decoder=fcn, deeplabv3 and linear do not need it"
         )
     return name
 

@@ -42,6 +42,11 @@ class MaskBatch(NamedTuple):
     """The images that were readable when the run began, and are not any more."""
 
 
+def num_read(batch: MaskBatch) -> int:
+    """Return the number of images of a batch, with the unreadable ones."""
+    return len(batch.indices) + len(batch.unreadable)
+
+
 @dataclass(frozen=True)
 class Crops:
     """Augmented crops for training, by (epoch, index)."""

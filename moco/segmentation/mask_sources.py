@@ -40,6 +40,7 @@ from moco.data.sources.registry import MASKED
 from moco.data.sources.sample import prepare_source
 from moco.data.sources.source import DataSource
 from moco.errors import InputError, printable, unknown_name
+from moco.phases import counted
 from moco.segmentation.masked_images import MaskedImages, Pair
 
 log = logging.getLogger(__name__)
@@ -373,7 +374,8 @@ def inspect_pairs(
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
     with pillow_warnings_ignored(), ThreadPoolExecutor(num_threads) as pool:
         # The results come in the order of the pairs, so the first wrong pair is named.
-        sizes, numbers = zip(*pool.map(inspect, pairs), strict=True)
+        found = counted(pool.map(inspect, pairs), "checking images and masks", len(pairs), "pairs")
+        sizes, numbers = zip(*found, strict=True)
     return np.array(sizes), list(numbers)
 
 

@@ -10,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
+from moco.errors import encodable
 from moco.runs.config_changes import flattened
 from moco.training.stopwatches import LOGGING, epoch_time
 
@@ -39,7 +40,7 @@ class RunLogger(TensorBoardLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         # Lightning's own would turn an error of the disk into a ValueError about the metric.
         for name, value in metrics.items():
-            self.experiment.add_scalar(name, float(value), step)
+            self.experiment.add_scalar(encodable(name), float(value), step)
 
     @epoch_time.measured(LOGGING)
     def save(self) -> None:
@@ -74,14 +75,14 @@ class RunLogger(TensorBoardLogger):
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, float | str]:
     """Return nested settings under dotted names: numbers as they are, the rest as text.
 
-    Settings that are null are left out.
+    Settings that are null are left out. A path that is not UTF-8 is shown with escapes.
     """
     flat: dict[str, float | str] = {}
     for name, value in flattened(config).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             flat[name] = value
         elif value is not None:
-            flat[name] = str(value)
+            flat[name] = encodable(str(value))
     return flat
 
 
@@ -91,5 +92,7 @@ def given_keys(folder: Path) -> list[str]:
     # A run that Python started has no command line.
     if not path.is_file():
         return []
-    keys = [override.partition("=")[0] for override in yaml.safe_load(path.read_text())]
+    keys = [
+        override.partition("=")[0] for override in yaml.safe_load(path.read_text(encoding="utf-8"))
+    ]
     return [key.lstrip("+~").replace("/", ".") for key in keys]

@@ -10,6 +10,7 @@ from typing import Any
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from moco.errors import encodable
 from moco.runs.atomic_files import write_atomically
 from moco.training.stopwatches import LOGGING, epoch_time
 
@@ -94,7 +95,7 @@ class MetricsTable:
         """Add figures to the row of a step; save if the last time was ten seconds ago."""
         row = self.unsaved.setdefault(step, {STEP: step})
         for name, figure in figures.items():
-            row[name] = float(figure)
+            row[encodable(name)] = float(figure)
         self.has_changed = True
         if time.monotonic() - self.saved_at > SECONDS_UNSAVED:
             self.save()
@@ -125,7 +126,7 @@ class MetricsTable:
     def _merged(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the file's rows together with `rows`, one for each step."""
         with self.path.open("rb") as file:
-            complete = file.read(self.end).decode()
+            complete = file.read(self.end).decode("utf-8")
         by_step: dict[int, dict[str, Any]] = {}
         for row in [*csv.DictReader(io.StringIO(complete)), *rows]:
             step = int(row[STEP])
@@ -135,7 +136,7 @@ class MetricsTable:
     def _read(self, last_step: int) -> list[dict[str, Any]]:
         """Return the rows up to a step. What a crash has left half-written is dropped."""
         rows = []
-        with self.path.open(newline="", errors="replace") as file:
+        with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
             reader = csv.DictReader(file)
             names = [name for name in reader.fieldnames or [] if name != STEP]
             self.columns += names

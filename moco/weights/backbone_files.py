@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moco.errors import InputError
+from moco.extras import install_command
 from moco.runs.atomic_files import write_atomically
 from moco.weights.architecture import settings_of
 from moco.weights.library_names import Weights
@@ -26,7 +27,7 @@ BACKBONE_PARTS = {
     "epoch": int,
     "step": int,
 }
-NOT_INSTALLED = "safetensors is not installed: pip install moco-ssl[export]"
+NOT_INSTALLED = "safetensors is not installed: "
 
 
 def write_backbone_file(
@@ -69,7 +70,7 @@ def as_safetensors(weights: Weights, about: dict[str, Any]) -> bytes:
     try:
         from safetensors.torch import save
     except ImportError as error:
-        raise InputError(NOT_INSTALLED) from error
+        raise InputError(NOT_INSTALLED + install_command("export")) from error
     metadata = {key: json.dumps(value) for key, value in about.items()}
     # Other readers of the format look for "pt".
     return save(weights, {"format": "pt", **metadata})
@@ -89,7 +90,8 @@ def read_safetensors(path: str | Path, source: str) -> dict[str, Any]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise InputError(f"{source}: {NOT_INSTALLED}") from error
+        command = install_command("export")
+        raise InputError(f"{source}: {NOT_INSTALLED}{command}") from error
     content: dict[str, Any] = {}
     weights = {}
     try:

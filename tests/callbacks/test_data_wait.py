@@ -5,12 +5,12 @@ import time
 
 import pytest
 import pytorch_lightning as pl
-from rich.console import Console
 
 from moco.callbacks.progress import ProgressBar
 from moco.callbacks.training_monitor import LossMonitor
 from moco.data.loading.workers import cores_of
 from moco.data.sources.source import FileImages
+from moco.screen import new_console
 from moco.training.stopwatches import STEPS, WAITING, epoch_time
 
 
@@ -36,9 +36,17 @@ def test_the_first_batch_does_not_count_and_the_warning_comes_once(caplog, monke
     ]
 
 
-def test_the_progress_bar_shows_the_share():
-    bar = ProgressBar({"images_per_second": 1234.5, "data_wait": 0.256}, Console())
-    assert bar._status() == "1,234 images/s, data wait 26%"
+def test_the_share_is_shown_only_where_waiting_costs(monkeypatch):
+    monitor = LossMonitor({}, 1)
+    bar = ProgressBar({}, new_console(), monitor)
+    epoch_time.start()
+    epoch_time.total[WAITING] = 40.0
+    epoch_time.total[STEPS] = 60.0
+    bar.waiting_share = monitor.waiting_share()
+    assert bar._fields() == [(5, "data wait 40 %")]
+    epoch_time.total[STEPS] = 360.0
+    bar.waiting_share = monitor.waiting_share()
+    assert bar._fields() == []
 
 
 class SlowCheckpoint(pl.callbacks.Checkpoint):

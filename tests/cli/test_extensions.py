@@ -12,6 +12,7 @@ from moco.cli.extensions import build_callbacks, build_loggers, check_callbacks,
 from moco.config.parsing import CONFIG_DIR, parse, register_schemas
 from moco.config.train import TrainConfig
 from moco.errors import InputError
+from moco.extras import install_command
 from moco.train import run
 
 MODULE = """
@@ -118,11 +119,11 @@ def test_a_callbacks_state_and_the_table_survive_a_resume(runner, tmp_path, my_c
         config.logger = setting
         run(config, folder)
     assert sys.modules["my_callbacks"].seen == [
-        (11, ["MetricsFile"]), (12, []), (13, ["MetricsFile"]),
+        (11, ["MetricsFile"]), (12, ["MetricsFile"]), (13, ["MetricsFile"]),
     ]  # fmt: skip
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["1", "3"]  # nobody logged step 2
+    assert [row["step"] for row in rows] == ["1", "2", "3"]  # the table is there in any case
     assert all(float(row["train/loss"]) >= 0 for row in rows)
     assert not list(folder.glob("events*"))
 
@@ -152,8 +153,9 @@ def test_a_missing_package_is_one_line_even_where_a_folder_has_its_name(
     sys.path_importer_cache.clear()
     monkeypatch.delitem(sys.modules, name, raising=False)
     for _ in range(2):
-        with pytest.raises(InputError, match=rf"needs {name}: pip install 'moco-ssl\[{name}\]'"):
+        with pytest.raises(InputError) as error:
             check_loggers([name], NO_OPTIONS)
+        assert str(error.value) == f"logger={name} needs {name}: {install_command(name)}"
         (tmp_path / name).mkdir(exist_ok=True)
         sys.path_importer_cache.clear()
 
@@ -175,3 +177,10 @@ def test_a_logger_that_cannot_start_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("moco.training.experiment_trackers.start_mlflow", refuse)
     with pytest.raises(InputError, match="logger=mlflow: it cannot start: ConnectionError: no rou"):
         build_loggers(["mlflow"], NO_OPTIONS, tmp_path, {}, [], None)
+
+
+def test_the_table_is_always_there_and_tensorboard_where_it_can_write(tmp_path, caplog):
+    for names in ([], ["csv"], ["tensorboard"]):
+        loggers = build_loggers(names, NO_OPTIONS, tmp_path / "caf\udce9", {}, [], None)
+        assert [type(logger).__name__ for logger in loggers] == ["MetricsFile"]
+    assert "TensorBoard cannot write to a folder whose name is not UTF-8" in caplog.text

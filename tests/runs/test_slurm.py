@@ -363,9 +363,8 @@ def test_without_the_extra_the_launcher_says_what_to_install(tmp_path):
     command = ["-m", "hydra/launcher=slurm", "+experiment=quickstart", "seed=0,1"]
     done = run_program("moco.train", *command, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{REPOSITORY}")
     assert done.returncode == 2
-    assert (
-        done.stderr
-        == "error: hydra/launcher=slurm needs another package: pip install 'moco-ssl[slurm]'\n"
+    assert done.stderr == (
+        f"error: hydra/launcher=slurm needs another package: pip install -e '{REPOSITORY}[slurm]'\n"
     )
 
 

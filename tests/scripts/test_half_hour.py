@@ -48,29 +48,38 @@ def test_only_the_seconds_of_turns_count(script, monkeypatch):
         clock[0] += 1000.0
 
     turns = module.Turns(20.0, answers, embed)
-    turns.begin()
+    turns.begin("net")
+    clock[0] = 100.0
+    turns.since = 100.0
     for seconds in (4.0, 4.0, 4.0, 6.0):  # the first turn ends within its third step
         clock[0] += seconds
         turns.step_done(256, "net")
     assert turns.share == pytest.approx(18 / 20)
     said = [json.loads(line) for line in answers.getvalue().splitlines()]
     assert said == [
-        {},
+        {"seconds": 0.0, "images": 0, "finished": False},
         {"seconds": 12.0, "images": 768, "finished": False},
         {"seconds": 18.0, "images": 1024, "finished": False},
     ]
-    assert embedded == ["net", "net"]
+    assert embedded == ["net", "net", "net"]
 
 
 def test_the_table_tells_how_each_ended(script):
     curves = {
         "ours": [
-            {"minutes": 1.0, "epochs": 0.5, "top1": 0.2},
-            {"minutes": 2.04, "epochs": 1.234, "top1": 0.4567},
+            [
+                {"minutes": 0, "epochs": 0, "top1": 0.2},
+                {"minutes": 2.04, "epochs": 1.2, "top1": 0.45},
+            ],
+            [
+                {"minutes": 0, "epochs": 0, "top1": 0.2},
+                {"minutes": 2.0, "epochs": 1.2, "top1": 0.47},
+            ],
         ]
     }
-    last = script("half_hour").table(curves).splitlines()[-1]
-    assert last == "| this project, cifar10_cpu | 2.0 | 1.23 | 45.7 |"
+    lines = script("half_hour").table(curves, "cifar10_cpu", 0.4).splitlines()
+    assert lines[-2] == "| this project, cifar10_cpu | 2.0 | 1.20 | 20.0 ± 0.0 | 46.0 ± 1.4 |"
+    assert lines[-1] == "| raw pixels | | | | 40.0 |"
 
 
 @pytest.mark.slow
@@ -88,9 +97,9 @@ def test_a_race_of_seconds_ends_with_a_curve_of_each(tmp_path):
     told = run_to_end(*command, *options, cwd=REPOSITORY)
     assert told.returncode == 0, told.stderr
     result = json.loads((tmp_path / "race" / "half_hour.json").read_text())
-    for curve in result["curves"].values():
-        assert len(curve) == 2
+    for (curve,) in result["curves"].values():
+        assert len(curve) == 3
         assert curve[-1]["minutes"] >= 0.1
-        assert curve[0]["epochs"] < curve[1]["epochs"]
+        assert 0 == curve[0]["epochs"] < curve[1]["epochs"] < curve[2]["epochs"]
         assert 0 <= curve[-1]["top1"] <= 1
     assert "| official CIFAR-10 recipe |" in told.stdout

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from moco.errors import InputError
 from moco.evaluation.features import evaluating
+from moco.extras import install_command
 from moco.models.backbones import build_backbone
 from moco.segmentation.decoders import (
     DECODERS,
@@ -168,7 +169,7 @@ def test_a_missing_library_is_named_with_what_to_do(monkeypatch):
         choose_decoder("auto", freeze_backbone=False)
     assert str(error.value) == (
         "decoder=upernet: segmentation_models_pytorch is not installed: "
-        "pip install moco-ssl[segment]; decoder=fcn, deeplabv3 and linear do not need it"
+        f"{install_command('segment')}; decoder=fcn, deeplabv3 and linear do not need it"
     )
 
 

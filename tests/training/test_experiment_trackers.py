@@ -68,7 +68,7 @@ def test_the_users_options_and_environment_come_first(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_mlflow_itself_has_one_run_with_all_steps(tmp_path):
-    pytest.importorskip("mlflow", reason="needs mlflow: pip install 'moco-ssl[mlflow]'")
+    pytest.importorskip("mlflow", reason="needs mlflow: pip install -e '.[mlflow]'")
     for step, config in enumerate((CONFIG, LONGER)):
         logger = start_mlflow(tmp_path, config, {})
         logger.log_metrics({"train/loss": 0.5, "knn/top1": float("nan")}, step)
@@ -85,7 +85,7 @@ def test_mlflow_itself_has_one_run_with_all_steps(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_wandb_itself_goes_on_with_the_run_offline(tmp_path):
-    wandb = pytest.importorskip("wandb", reason="needs wandb: pip install 'moco-ssl[wandb]'")
+    wandb = pytest.importorskip("wandb", reason="needs wandb: pip install -e '.[wandb]'")
     ids = []
     for step, config in enumerate((CONFIG, LONGER)):
         logger = start_wandb(tmp_path, config, {})

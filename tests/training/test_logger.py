@@ -104,3 +104,13 @@ def test_a_disk_error_while_a_scalar_is_written_stays_one(tmp_path, monkeypatch)
     monkeypatch.setattr(logger.experiment, "add_scalar", full)
     with pytest.raises(OSError, match="No space left"):
         logger.log_metrics({"train/loss": 0.1}, step=7)
+
+
+def test_a_path_that_is_not_utf8_is_shown_with_escapes(tmp_path):
+    logger = RunLogger(tmp_path)
+    config = {"data": {"root": "caf\udce9"}}
+    logger.describe(config, ["knn/top1"], ["data"], 0)
+    logger.log_metrics({"segment/iou/caf\udce9": 0.5}, 1)
+    logger.finalize("success")
+    assert hyperparameters(config) == {"data.root": "caf\\udce9"}
+    assert "segment/iou/caf\\udce9" in events_of(tmp_path).Tags()["scalars"]

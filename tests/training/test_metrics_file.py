@@ -65,3 +65,10 @@ def test_a_half_written_row_is_dropped(tmp_path, tail):
     logger.log_metrics({"b": math.nan, "c": np.float32(2)}, 4)
     logger.save()
     assert (tmp_path / "metrics.csv").read_text() == "step,a,b,c\n3,1.5,,\n4,,nan,2.0\n"
+
+
+def test_a_name_that_is_not_utf8_is_written_with_escapes(tmp_path):
+    logger = MetricsFile(tmp_path)
+    logger.log_metrics({"segment/iou/caf\udce9": 0.5}, 1)
+    logger.save()
+    assert table(tmp_path) == {1: {"segment/iou/caf\\udce9": 0.5}}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moco.errors import InputError
+from moco.extras import install_command
 from moco.training.optimizers import build_optimizer, without_decay
 from moco.training.schedules import learning_rate_at, scaled_to_batch
 
@@ -491,4 +492,4 @@ def test_lars_without_timm_says_what_to_install(runner, monkeypatch, tmp_path):
         run(
             runner.config("optimizer=lars", "data.name=nowhere"), tmp_path
         )  # before the data are looked at
-    assert str(error.value) == "optimizer.name=lars needs timm: pip install 'moco-ssl[lars]'"
+    assert str(error.value) == f"optimizer.name=lars needs timm: {install_command('lars')}"

@@ -19,6 +19,7 @@ from moco.config.pretrained import (
 )
 from moco.errors import InputError, RunError
 from moco.export import run
+from moco.extras import install_command
 from moco.models.backbones import build_backbone
 from moco.models.swin.window_change import rewindow
 from moco.weights.exporting import deviation, export_content, loading_lines
@@ -396,7 +397,7 @@ def test_without_safetensors_the_way_out_is_named(exported, monkeypatch):
     for name, file_format in (("resnet18", "torchvision"), ("small_swin", "safetensors")):
         with pytest.raises(InputError) as error:
             exported(name, file_format, "x.safetensors")
-        assert str(error.value) == "safetensors is not installed: pip install moco-ssl[export]"
+        assert str(error.value) == f"safetensors is not installed: {install_command('export')}"
 
 
 def composed(*overrides):

@@ -20,7 +20,7 @@ def read_preset(name: str) -> dict[str, Any]:
     names = [path.stem for path in FOLDER.glob("*.yaml") if path.stem != "custom"]
     if name not in names:
         raise InputError(unknown_name("augmentation", name, names))
-    settings: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    settings: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     if settings["key"] == "${.query}":
         settings["key"] = settings["query"]
     return settings

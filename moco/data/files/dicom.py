@@ -18,6 +18,7 @@ from moco.data.files.encoded_image import (
     joined_header,
 )
 from moco.data.files.jpeg_images import frame_size
+from moco.extras import install_command
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -79,7 +80,7 @@ def read_dataset(request: Request, with_pixels: bool) -> "Dataset":
     try:
         import pydicom
     except ImportError as error:
-        raise ValueError("DICOM needs pydicom: pip install 'moco-ssl[dicom]'") from error
+        raise ValueError(f"DICOM needs pydicom: {install_command('dicom')}") from error
     source = request.source
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     dataset = pydicom.dcmread(file, stop_before_pixels=not with_pixels)

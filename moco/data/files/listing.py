@@ -32,12 +32,13 @@ from moco.data.files.written_files import (
     is_written_folder,
 )
 from moco.errors import InputError, printable
+from moco.extras import install_command
+from moco.phases import counted, phase
 
 log = logging.getLogger(__name__)
 
 NUM_THREADS = 16  # a file system on a network answers slowly, but many requests at a time
 FOLDERS_PER_BATCH = 64  # progress is reported between two batches
-PROGRESS_SECONDS = 10.0
 SETTLED_SECONDS = 2  # file systems count time in steps of up to this
 ARRAYS = (
     "key",
@@ -244,9 +245,9 @@ def kinds_of_endings() -> dict[str, str | None]:
 
 def kind_of_format(known: Format, ending: str) -> str | None:
     """Return None if the format can be read, or the kind that says what to install."""
-    if known.package is None or find_spec(known.package) is not None:
+    if known.package is None or known.extra is None or find_spec(known.package) is not None:
         return None
-    return f"{ending or NO_ENDING} (pip install 'moco-ssl[{known.extra}]')"
+    return f"{ending or NO_ENDING} ({install_command(known.extra)})"
 
 
 def readable_endings(kinds: Mapping[str, str | None]) -> list[str]:
@@ -320,8 +321,8 @@ def list_folders(root: str, kinds: Mapping[str, str | None]) -> tuple[list[Folde
     found: list[Folder] = []
     is_complete = True
     num_images = 0
-    last_report = time.perf_counter()
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
+    title = f"listing {printable(root)}"
+    with phase(title) as say, ThreadPoolExecutor(NUM_THREADS) as pool:
         while pending or linked:
             if not pending:
                 pending.append(linked.popleft())
@@ -337,9 +338,7 @@ def list_folders(root: str, kinds: Mapping[str, str | None]) -> tuple[list[Folde
                     pending += folder.folders
                     linked += folder.links
                     num_images += len(folder.images)
-            if time.perf_counter() - last_report > PROGRESS_SECONDS:
-                last_report = time.perf_counter()
-                log.info("listing %s: %s images so far", printable(root), f"{num_images:,}")
+            say(num_images)
     return found, is_complete
 
 
@@ -455,7 +454,8 @@ def count_pages(paths: PathList) -> np.ndarray:
     )
     stacks = [index for index, path in enumerate(paths) if path.lower().endswith(endings)]
     with pillow_warnings_ignored(), ThreadPoolExecutor(NUM_THREADS) as pool:
-        num_pages[stacks] = list(pool.map(pages_of, map(paths.__getitem__, stacks)))
+        found = pool.map(pages_of, map(paths.__getitem__, stacks))
+        num_pages[stacks] = list(counted(found, "counting pages", len(stacks), "files"))
     return num_pages
 
 

@@ -23,6 +23,7 @@ from moco.data.files.encoded_image import (
     oriented_size,
 )
 from moco.data.files.formats import FORMATS
+from moco.extras import install_command
 
 # Pillow would open more formats, and it hands PostScript to an interpreter. It opens a JPEG with
 # several images (MPO) as a JPEG.
@@ -111,7 +112,7 @@ def add_format(name: str) -> None:
         try:
             import pillow_heif
         except ImportError as error:
-            raise ValueError("HEIC needs pillow-heif: pip install 'moco-ssl[heif]'") from error
+            raise ValueError(f"HEIC needs pillow-heif: {install_command('heif')}") from error
         pillow_heif.register_heif_opener()
 
 

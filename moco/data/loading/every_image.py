@@ -96,6 +96,11 @@ class EvaluationBatch(NamedTuple):
     """(batch,) bool: the image cannot be read, and its row is zero."""
 
 
+def num_images(batch: EvaluationBatch) -> int:
+    """Return the number of images of a batch, with the unreadable ones."""
+    return len(batch.labels)
+
+
 def evaluation_batch(
     labels: Tensor, bands: int, image_size: int, read: list[ReadImage]
 ) -> EvaluationBatch:

@@ -13,6 +13,7 @@ import numpy as np
 from moco.data.files.images import EncodedImage, UnreadableImage, encoded
 from moco.data.sources.source import DataSource, Images, Labelled, warn_of_missing_classes
 from moco.errors import InputError, printable
+from moco.extras import install_command
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ def load_splits(root: str) -> dict[str, Any]:
     try:
         import datasets
     except ImportError as error:
-        raise InputError("data=hf needs another package: pip install 'moco-ssl[hf]'") from error
+        raise InputError(f"data=hf needs another package: {install_command('hf')}") from error
     if not Path(root).is_dir():
         raise InputError(f"data.root={root}: no such folder")
     try:

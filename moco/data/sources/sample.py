@@ -19,6 +19,7 @@ from moco.data.sources.pixel_values import SAMPLE_SIZE, PixelValues, settle_valu
 from moco.data.sources.shards import Sample, ShardedImages, images_in
 from moco.data.sources.source import DataSource, FileImages, Images, reading_of
 from moco.errors import InputError, printable
+from moco.phases import counted
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def prepare_source(
         command += f" data.root={data['root']}"
     source.read_as(reading_of(data))
     problems: list[str] = []
-    sample = list(sample_of(source.train, problems))
+    sample = list(counted(sample_of(source.train, problems), "looking at a sample"))
     if problems and not sample:
         number = f"none of {len(problems)} images" if len(problems) > 1 else "the only image"
         can = "can" if len(problems) > 1 else "cannot"

@@ -24,6 +24,8 @@ from moco.data.sources.folders import list_of_paths
 from moco.data.sources.packed_copy import INDEX, read_finished_index, read_index
 from moco.data.sources.source import DataSource, Images
 from moco.errors import InputError, printable
+from moco.extras import install_command
+from moco.phases import counted
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ TAR_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 ENDINGS = tuple(ending for known in FORMATS if known.reader != "numpy" for ending in known.endings)
 MAX_ENCODED_BYTES = 2**28  # a larger encoded image is unreadable
 IMAGE_SIZE = 224  # px
-NO_LIBRARY = "data=webdataset needs another package: pip install 'moco-ssl[webdataset]'"
+NO_LIBRARY = "data=webdataset needs another package: "
 NO_INDEX = (
     "data=webdataset is a stream to train on and has no images by number; "
     "data=packed reads the shards of moco.pack, data=images files"
@@ -107,7 +109,7 @@ def sharded_source(
     try:
         import webdataset  # noqa: F401
     except ImportError as error:
-        raise InputError(NO_LIBRARY) from error
+        raise InputError(NO_LIBRARY + install_command("webdataset")) from error
     shards = list_shards(root)
     if num_images is None:
         num_images = find_num_images(root, shards)
@@ -128,7 +130,8 @@ def find_num_images(root: Any, shards: Sequence[str]) -> int:
             raise InputError(f"data.num_images: missing; {printable(shard)} is not a local file")
     # Threads help: reading the headers of a shard is mostly waiting for the disk.
     with ThreadPoolExecutor() as pool:
-        counts = list(pool.map(count_images, shards))
+        found = pool.map(count_images, shards)
+        counts = list(counted(found, "counting images", len(shards), "shards"))
     num_images = sum(counted.samples for counted in counts)
     if num_images == 0:
         raise InputError(f"data.root={root}: no images in the {len(shards)} shards")

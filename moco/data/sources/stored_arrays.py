@@ -27,6 +27,7 @@ from moco.data.sources.source import (
     stored_layout,
 )
 from moco.errors import InputError, printable, unknown_name
+from moco.extras import install_command
 
 NPY_START = b"\x93NUMPY"
 LARGEST_IMAGE_SIZE = 224
@@ -110,7 +111,7 @@ def check_package(kind: str) -> None:
         importlib.import_module(package)
     except ImportError as error:
         raise InputError(
-            f"data={kind} needs {package}: pip install 'moco-ssl[{kind}]' ({error})"
+            f"data={kind} needs {package}: {install_command(kind)} ({error})"
         ) from error
 
 

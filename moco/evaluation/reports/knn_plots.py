@@ -24,6 +24,7 @@ from moco.evaluation.reports.plots import (
 )
 from moco.evaluation.reports.projections import LEAST_ROWS, laid_out, principal_colors
 from moco.evaluation.subject import Subject
+from moco.phases import phase
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,7 +135,8 @@ def map_of_queries(queries: Embedded, kind: str, feature: str) -> "Figure":
         feature: its name, for the title.
     """
     shown = evenly_spaced(np.arange(len(queries.rows)), MOST_MAPPED)
-    points = laid_out(normalized(queries.features[shown]), kind)
+    with phase(f"{MAP_TITLES[kind]} map", unit=""):
+        points = laid_out(normalized(queries.features[shown]), kind)
     title = f"{MAP_TITLES[kind]} of the {feature} features of {len(shown):,} queries"
     return map_plot(points, queries.labels[shown], title, queries.shown_class)
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from moco.errors import InputError
+from moco.extras import install_command
 
 REDUCED_DIM = 50
 """t-SNE searches for neighbours in this many principal components, as its authors do (JMLR 9, 2008,
@@ -30,8 +31,7 @@ def check_map(name: str) -> None:
     """
     if name == "umap" and find_spec("umap") is None:
         raise InputError(
-            "evaluation.map=umap needs another package: pip install 'moco-ssl[umap]'; "
-            "tsne needs none"
+            f"evaluation.map=umap needs another package: {install_command('umap')}; tsne needs none"
         )
 
 

@@ -5,6 +5,7 @@ import pickle
 import threading
 import time
 import zlib
+from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from moco.data.sources.folders import is_held_out
 from moco.data.sources.registry import build_source
 from moco.data.sources.source import FileImages
 from moco.evaluation.reports.plots import new_figure
+from moco.extras import install_command
 
 NAMES = ["a/x.png", "a", "ü.png", os.fsdecode(b"\xff.png"), "new\nline.png", "long" * 60]
 
@@ -154,8 +156,8 @@ def test_an_unknown_ending_is_an_image_if_the_first_bytes_say_so(tmp_path, monke
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
-        f"{tmp_path}: left out 5 files: .heic (pip install 'moco-ssl[heif]') 1, "
-        "no ending (pip install 'moco-ssl[heif]') 1, no ending 2, .dng 1"
+        f"{tmp_path}: left out 5 files: .heic ({install_command('heif')}) 1, "
+        f"no ending ({install_command('heif')}) 1, no ending 2, .dng 1"
     )
     monkeypatch.setattr(listing, "find_spec", lambda name: "there")
     assert len(listed([str(tmp_path)]).paths) == 8
@@ -184,11 +186,16 @@ def test_slow_folders_are_listed_side_by_side(tmp_path, monkeypatch):
     assert most > 4
 
 
-def test_a_long_listing_says_how_far_it_is(tree, monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr(listing, "PROGRESS_SECONDS", -1.0)
+def test_a_listing_says_how_far_it_is(tree, monkeypatch):
+    said = []
+
+    @contextmanager
+    def noted(title):
+        yield lambda done: said.append((title, done))
+
+    monkeypatch.setattr(listing, "phase", noted)
     list_images(tree)
-    assert f"listing {tree}: 11 images so far" in caplog.text
+    assert said[-1] == (f"listing {tree}", 11)
 
 
 def test_names_come_out_of_the_arrays_as_they_went_in():
