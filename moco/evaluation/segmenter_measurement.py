@@ -10,8 +10,9 @@ import torch
 from moco.data.augment.views import Normalized
 from moco.errors import InputError
 from moco.evaluation.subject import Findings, table_of
+from moco.phases import counted
 from moco.segmentation.inference import predicted_classes
-from moco.segmentation.mask_batches import whole_image_loader
+from moco.segmentation.mask_batches import MaskBatch, whole_image_loader
 from moco.segmentation.mask_sources import SegmentationSource
 from moco.segmentation.metrics import confusion_matrix, segmentation_figures
 from moco.segmentation.segmentation_data import check_readable
@@ -54,7 +55,7 @@ def measure_segmenter(
     num_classes = segmenter.num_classes
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     segmenter.to(device).eval()
-    for batch in loader:
+    for batch in counted(loader, "segmenting", len(images), size=num_images_of):
         check_readable(batch)
         pixels, classes = batch.images.to(device), batch.classes.to(device)
         predicted = predicted_classes(segmenter.logits, pixels, inference, image_size)
@@ -78,6 +79,11 @@ def measure_segmenter(
     }
     table = table_of("intersection over union", ("class", "IoU"), rows)
     return Findings("segmentation by a fine-tuned model", scores, protocol, ious, [table])
+
+
+def num_images_of(batch: MaskBatch) -> int:
+    """Return how many images of a batch could be read."""
+    return len(batch.images)
 
 
 def check_same_classes(there: Sequence[str], here: Sequence[str], origin: str) -> None:
